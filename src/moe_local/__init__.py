@@ -1,0 +1,1 @@
+"""moe-local: large Mixture-of-Experts models on one ordinary GPU."""
