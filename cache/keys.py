@@ -1,0 +1,60 @@
+"""Names of the smallest things: an expert, a tier, a number of bytes."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import NamedTuple
+
+from moe_local.cache.errors import OptionError
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class ExpertKey(NamedTuple):
+    """One routed expert. `layer` counts MoE layers from 0, not decoder layers; `expert` counts from 0."""
+
+    layer: int
+    expert: int
+
+
+class Tier(StrEnum):
+    """Where an expert can be, fastest first."""
+
+    VRAM = "vram"
+    RAM = "ram"
+    DISK = "disk"
+
+
+def parse_bytes(text: str | int | float, what: str = "size") -> int:
+    """Bytes in "20GiB", "1.5 GB", "512M" or a plain number of bytes; `what` names the value in the error.
+
+    GiB, MiB (and G, M) are powers of two, GB and MB powers of ten. Raises OptionError.
+    """
+    if isinstance(text, int | float) and not isinstance(text, bool):
+        number, unit = float(text), ""
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(text))
+        if match is None or match[2].upper() not in UNITS:
+            raise OptionError(f"{what} {text!r} is not a size; write for example 20GiB, 512MiB or 1.5GB")
+        number, unit = float(match[1]), match[2].upper()
+    count = number * UNITS[unit]
+    if not 0 < count < 2**63:
+        raise OptionError(f"{what} {text!r} is not a size; it must be above 0")
+    return int(count)
+
+
+def format_bytes(count: int | float) -> str:
+    """1536 -> "1.5 KiB"; three significant digits, powers of two, as `parse_bytes` reads them back."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            break
+        value /= 1024
+    else:
+        unit = "TiB"
+    if unit == "B":
+        return f"{int(value)} B"
+    return f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f} {unit}"

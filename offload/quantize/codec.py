@@ -1,0 +1,54 @@
+"""What a format of expert weights is, and the formats there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from moe_local.cache.errors import OptionError
+from moe_local.offload.quantize.layout import Layout, TensorSpec
+
+
+class Codec(Protocol):
+    """Turns the weights of one expert into one flat buffer and back. Stateless; one instance a format."""
+
+    name: str
+    """As in `experts=`: "nf4", "bf16" ..."""
+
+    exact: bool
+    """Whether a weight that the storage dtype can hold comes back bit-equal."""
+
+    def layout(self, tensors: Sequence[TensorSpec]) -> Layout:
+        """Where each part of an expert with these tensors lies."""
+
+    def encode(self, tensors: Mapping[str, torch.Tensor], layout: Layout, out: torch.Tensor) -> None:
+        """Write the expert into `out`, uint8 [layout.nbytes] on the CPU, padding zeroed.
+
+        `tensors` has the shapes of `layout.tensors` in any floating dtype.
+        """
+
+    def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The expert's tensors in `dtype`, on the buffer's device.
+
+        `buffer` is uint8 [>= layout.nbytes]. Exact formats of the same dtype return views of it, valid
+        as long as the slot is leased; others return new tensors.
+        """
+
+
+def codecs() -> dict[str, Codec]:
+    """Every format by name, best known first."""
+    from moe_local.offload.quantize.exact import ExactCodec
+    from moe_local.offload.quantize.nf4 import NF4Codec
+
+    found: list[Codec] = [NF4Codec(), ExactCodec("bf16"), ExactCodec("fp16"), ExactCodec("fp32")]
+    return {codec.name: codec for codec in found}
+
+
+def codec_for(name: str) -> Codec:
+    """The codec called `name`. Raises OptionError that says which there are."""
+    known = codecs()
+    if name not in known:
+        raise OptionError(f"unknown expert format {name!r}; use one of {', '.join(known)}")
+    return known[name]

@@ -1,0 +1,75 @@
+"""Where each piece of an expert lies in its one flat buffer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+ALIGNMENT = 256
+"""Every segment starts at a multiple of this many bytes (CUDA's vector loads and the CPU kernel want it)."""
+
+PAGE = 4096
+"""An expert's buffer is padded to a multiple of this, so that direct I/O can read it in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One weight of one expert as the model's experts module names it, the expert dimension dropped.
+
+    `shape` is the shape in the expert file: matrices are always [out, in], whatever the model keeps.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of bytes of one dtype in the flat buffer: tensor `name`'s part called `part`."""
+
+    name: str
+    part: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The flat buffer of one expert: its codec's name, its tensors and their segments, its padded size."""
+
+    format: str
+    tensors: tuple[TensorSpec, ...]
+    segments: tuple[Segment, ...]
+    nbytes: int
+
+    def parts(self, name: str) -> Iterator[Segment]:
+        """The segments of tensor `name`, in buffer order."""
+        return (segment for segment in self.segments if segment.name == name)
+
+
+DTYPE_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+
+
+def make_layout(
+    format: str,
+    tensors: Sequence[TensorSpec],
+    parts: Sequence[tuple[str, str, str, tuple[int, ...]]],
+) -> Layout:
+    """Place parts (tensor name, part name, dtype name, shape) one after another, each aligned.
+
+    The size is padded to whole pages. The result depends only on the arguments, so the same codec lays
+    the same expert out in the same way on every machine.
+    """
+    segments, offset = [], 0
+    for name, part, dtype, shape in parts:
+        nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+        segments.append(Segment(name, part, dtype, shape, offset, nbytes))
+        offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return Layout(format, tuple(tensors), tuple(segments), max(PAGE, -(-offset // PAGE) * PAGE))

@@ -1,0 +1,174 @@
+"""What a checkpoint's config says about the model, without any weight: layers, experts, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from moe_local.cache.errors import CheckpointError
+from moe_local.offload.quantize.layout import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class MoELayer:
+    """One routed-experts module. `name` is its path in the model; `index` counts MoE layers from 0."""
+
+    index: int
+    name: str
+    num_experts: int
+    top_k: int
+    tensors: tuple[TensorSpec, ...]
+    transposed: bool
+    """Whether the model keeps matrices as [in, out]; `tensors` are [out, in] all the same."""
+
+    @property
+    def expert_numel(self) -> int:
+        return sum(tensor.numel for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The shape of a model: E experts in each MoE layer, K of them per token, D hidden width."""
+
+    model_type: str
+    architecture: str
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    max_context: int
+    dtype: torch.dtype
+    """The checkpoint's own dtype."""
+    layers: tuple[MoELayer, ...]
+    dense: tuple[TensorSpec, ...]
+    """Every parameter that is not a routed expert's, tied ones once."""
+    kv_numel_per_token: int
+    """Numbers kept per token of context over all layers, keys and values together."""
+
+    @property
+    def top_k(self) -> int:
+        return max(layer.top_k for layer in self.layers)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the widest MoE layer."""
+        return max(layer.num_experts for layer in self.layers)
+
+    @property
+    def expert_numel(self) -> int:
+        """Weights in all routed experts."""
+        return sum(layer.num_experts * layer.expert_numel for layer in self.layers)
+
+    @property
+    def dense_numel(self) -> int:
+        return sum(tensor.numel for tensor in self.dense)
+
+    @property
+    def total_numel(self) -> int:
+        return self.expert_numel + self.dense_numel
+
+    @property
+    def active_numel(self) -> int:
+        """Weights that one token uses."""
+        return self.dense_numel + sum(layer.top_k * layer.expert_numel for layer in self.layers)
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Whether transformers' experts interface serves this module (its decorator leaves these marks)."""
+    return hasattr(module, "has_gate") and hasattr(module, "_is_expert_parallel")
+
+
+def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of every routed-experts module, in forward order."""
+    return ((name, module) for name, module in model.named_modules() if is_experts_module(module))
+
+
+def model_class(config: Any) -> type[Any]:
+    """transformers' causal-LM class for this config. Raises CheckpointError for other kinds of models."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(
+            f"model type {config.model_type!r} is no causal language model that transformers knows; "
+            "a newer transformers may know it: pip install -U transformers"
+        )
+    return cast("type[Any]", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+
+
+def meta_model(config: Any) -> Any:
+    """The model with all its parameters on the meta device: shapes and names, no memory."""
+    with torch.device("meta"):
+        return model_class(config)._from_config(config)
+
+
+def model_spec(config: Any, model: Any = None) -> ModelSpec:
+    """Read a transformers config (and optionally its `meta_model`, to save building it again).
+
+    Raises CheckpointError if the model has no routed experts that the experts interface serves.
+    """
+    model = meta_model(config) if model is None else model
+    text = config.get_text_config(decoder=True)
+    top_k = _top_k(text)
+    layers = []
+    expert_names = set()
+    for name, module in experts_modules(model):
+        transposed = bool(getattr(module, "is_transposed", False))
+        tensors = []
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            expert_names.add(f"{name}.{parameter_name}")
+            shape = tuple(parameter.shape[1:])
+            tensors.append(TensorSpec(parameter_name, shape[::-1] if transposed and len(shape) == 2 else shape))
+        num_experts = next(iter(module.parameters(recurse=False))).shape[0]
+        layers.append(MoELayer(len(layers), name, num_experts, top_k, tuple(tensors), transposed))
+    if not layers:
+        raise CheckpointError(
+            f"{type(model).__name__} (model type {config.model_type!r}) has no routed experts to offload; "
+            "moe-local runs Mixture-of-Experts models only"
+        )
+    dense = tuple(
+        TensorSpec(name, tuple(parameter.shape))
+        for name, parameter in model.named_parameters()
+        if name not in expert_names
+    )
+    return ModelSpec(
+        model_type=config.model_type,
+        architecture=type(model).__name__,
+        hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size,
+        num_layers=text.num_hidden_layers,
+        max_context=int(getattr(text, "max_position_embeddings", 0) or 32768),
+        dtype=_dtype(config),
+        layers=tuple(layers),
+        dense=dense,
+        kv_numel_per_token=_kv_numel_per_token(text),
+    )
+
+
+def _top_k(text: Any) -> int:
+    for field in ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk"):
+        value = getattr(text, field, None)
+        if isinstance(value, int):
+            return value
+    raise CheckpointError(f"the config of model type {text.model_type!r} does not say how many experts a token uses")
+
+
+def _dtype(config: Any) -> torch.dtype:
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _kv_numel_per_token(text: Any) -> int:
+    """Keys and values of one token. MLA keeps one latent and one rope key a layer; others 2 x heads x width."""
+    layers: int = text.num_hidden_layers
+    if getattr(text, "kv_lora_rank", None):
+        return layers * int(text.kv_lora_rank + text.qk_rope_head_dim)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    types = getattr(text, "layer_types", None)
+    attention = sum("linear" not in kind and "mamba" not in kind for kind in types) if types else layers
+    return attention * 2 * int(heads) * int(width)
