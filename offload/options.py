@@ -1,0 +1,144 @@
+"""What a user may ask of `load()`, checked before anything is read or allocated."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from moe_local.cache.errors import OptionError
+from moe_local.cache.keys import parse_bytes
+
+DENSE_FORMATS = ("auto", "nf4", "int8", "bf16", "fp16", "fp32")
+ACTIVATIONS = ("native",)
+PREFETCH = ("auto", "off", "router")
+MISS = ("auto", "fetch", "cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """The keyword arguments of `load()`, validated when made: a LoadOptions that exists is well-formed.
+
+    Sizes may be given as text ("20GiB") and are kept as bytes. What depends on the machine or on the model
+    (a device that is not there, slots below top-k) is checked where those are known. Raises OptionError.
+    The `help` of each field is what the command line shows for its flag.
+    """
+
+    device: str = field(
+        default="auto",
+        metadata={"help": "auto, cpu, cuda or cuda:N; auto takes a CUDA device if there is one."},
+    )
+    vram: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most GPU memory to use, such as 20GiB, for everything: dense part, KV cache, experts."
+        },
+    )
+    ram: int | None = field(
+        default=None, metadata={"help": "Most RAM to use, such as 40GiB, for everything that is kept there."}
+    )
+    slots: int | None = field(
+        default=None,
+        metadata={"help": "Experts kept per MoE layer in the fastest tier, instead of as many as fit."},
+    )
+    experts: str = field(
+        default="nf4", metadata={"help": "Format of the routed experts: nf4, bf16, fp16 or fp32."}
+    )
+    activations: str = field(
+        default="native",
+        metadata={"help": "Arithmetic between the expert's matrices: native, the compute dtype."},
+    )
+    dense: str = field(
+        default="auto",
+        metadata={
+            "help": "Format of all other weights: auto (as in the checkpoint), nf4, int8, bf16, fp16 or fp32."
+        },
+    )
+    context: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of conversation to make room for; default the model's, 8192 at most."},
+    )
+    policy: str = field(default="lru", metadata={"help": "Which expert leaves a full cache: lru or lfu."})
+    prefetch: str = field(
+        default="auto",
+        metadata={"help": "Guess the next layers' experts from their routers: auto, off or router."},
+    )
+    miss: str = field(
+        default="auto",
+        metadata={"help": "An absent expert is brought to the GPU (fetch), run on the CPU (cpu), or auto."},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("vram", "ram"):
+            size = getattr(self, name)
+            if size is not None:
+                object.__setattr__(self, name, parse_bytes(size, name))
+        for name in ("slots", "context"):
+            _check_count(name, getattr(self, name))
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise OptionError(f"unknown device {self.device!r}; use auto, cpu, cuda or cuda:N")
+        _check_name("experts", self.experts, _expert_formats())
+        _check_name("activations", self.activations, ACTIVATIONS)
+        _check_name("dense", self.dense, DENSE_FORMATS)
+        _check_name("policy", self.policy, _policies())
+        _check_name("prefetch", self.prefetch, PREFETCH)
+        _check_name("miss", self.miss, MISS)
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, object]) -> LoadOptions:
+        """The options with these names. Raises OptionError for a name that is none, with the nearest one."""
+        known = [option.name for option in fields(cls)]
+        for name in keywords:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+                raise OptionError(f"unknown option {name!r}; {hint}")
+        return cls(**keywords)  # type: ignore[arg-type]
+
+    def torch_device(self) -> torch.device:
+        """The device to load on. Raises OptionError if it is not there, or if `vram` is given without CUDA."""
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        found = torch.device(device)
+        if found.type == "cuda":
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if (found.index or 0) >= count:
+                raise OptionError(
+                    f"device {self.device!r} is not there: {count} CUDA devices found; use device='cpu'"
+                )
+            return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+        if self.vram is not None:
+            raise OptionError(
+                f"vram is given but the device is {found}, which has none; leave it out and set ram"
+            )
+        return found
+
+
+def _check_count(name: str, value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise OptionError(f"{name} {value!r} is not a number from 1 up")
+
+
+def _check_name(option: str, value: object, allowed: Iterable[str]) -> None:
+    names = list(allowed)
+    if value not in names:
+        only = f"{names[0]} is the only one so far" if len(names) == 1 else f"use one of {', '.join(names)}"
+        raise OptionError(f"unknown {option} {value!r}; {only}")
+
+
+def _expert_formats() -> Iterable[str]:
+    from moe_local.offload.quantize.codec import codecs
+
+    return codecs()
+
+
+def _policies() -> Iterable[str]:
+    from moe_local.cache.policies import policies
+
+    return policies()

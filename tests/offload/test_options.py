@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from moe_local.cache.errors import OptionError
+from moe_local.offload import options
+from moe_local.offload.options import LoadOptions
+from moe_local.offload.quantize.codec import codecs
+
+
+def test_sizes_become_bytes():
+    made = LoadOptions(vram="20GiB", ram=1.5e9, slots=3)  # type: ignore[arg-type]
+    assert (made.vram, made.ram, made.slots) == (20 * 2**30, 1_500_000_000, 3)
+
+
+def test_frozen_and_comparable():
+    assert LoadOptions(ram="1GiB") == LoadOptions(ram=2**30)  # type: ignore[arg-type]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LoadOptions().ram = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "said"),
+    [
+        ("vram", "lots", "vram 'lots' is not a size"),
+        ("ram", "0GiB", "above 0"),
+        ("ram", "-1GiB", "not a size"),
+        ("slots", 0, "slots 0 is not a number from 1 up"),
+        ("slots", "many", "slots 'many'"),
+        ("slots", True, "slots True"),
+        ("context", -5, "context -5"),
+        ("device", "tpu", "use auto, cpu, cuda or cuda:N"),
+        ("device", None, "unknown device None"),
+        ("experts", "q4_0", "use one of nf4, bf16, fp16, fp32"),
+        ("dense", "int3", "use one of auto, nf4, int8, bf16, fp16, fp32"),
+        ("policy", "random", "lru"),
+        ("prefetch", "on", "use one of auto, off, router"),
+        ("miss", "skip", "use one of auto, fetch, cpu"),
+        ("activations", "int8", "native is the only one so far"),
+    ],
+)
+def test_a_bad_value_names_itself_and_what_is_allowed(keyword, value, said):
+    with pytest.raises(OptionError) as caught:
+        LoadOptions.from_keywords({keyword: value})
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_name_gets_the_nearest():
+    with pytest.raises(OptionError, match="unknown option 'prefech'; did you mean 'prefetch'"):
+        LoadOptions.from_keywords({"prefech": "off"})
+    with pytest.raises(OptionError, match="there are device, vram, ram"):
+        LoadOptions.from_keywords({"zzz": 1})
+
+
+def test_vram_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert LoadOptions().torch_device() == torch.device("cpu")
+    with pytest.raises(OptionError, match="vram is given but the device is cpu"):
+        LoadOptions.from_keywords({"vram": "8GiB"}).torch_device()
+    with pytest.raises(OptionError, match="0 CUDA devices found"):
+        LoadOptions(device="cuda").torch_device()
+
+
+def test_the_device_must_be_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert LoadOptions().torch_device() == torch.device("cuda:1")
+    assert LoadOptions(device="cuda:0", vram=2**30).torch_device() == torch.device("cuda:0")
+    with pytest.raises(OptionError, match="2 CUDA devices found"):
+        LoadOptions(device="cuda:2").torch_device()
+
+
+def test_each_option_says_what_it_is_and_names_every_choice():
+    choices = {
+        "experts": list(codecs()),
+        "policy": list(options._policies()),
+        "dense": options.DENSE_FORMATS,
+        "prefetch": options.PREFETCH,
+        "miss": options.MISS,
+        "activations": options.ACTIVATIONS,
+    }
+    for option in dataclasses.fields(LoadOptions):
+        text = option.metadata["help"]
+        assert text.endswith(".")
+        for choice in choices.get(option.name, ()):
+            assert choice in text, f"{option.name}: {choice} is missing in its help"
