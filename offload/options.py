@@ -99,7 +99,7 @@ class LoadOptions:
         return cls(**keywords)  # type: ignore[arg-type]
 
     def torch_device(self) -> torch.device:
-        """The device to load on. Raises OptionError if it is not there, or if `vram` is given without CUDA."""
+        """The device to load on. Raises OptionError if it is not there, or for `vram` without CUDA."""
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
