@@ -1,0 +1,263 @@
+"""Which experts of a tier are where: a state machine over (layer, expert), with pins, in plain ints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+from typing import NamedTuple
+
+from moe_local.cache.errors import OptionError
+from moe_local.cache.policies import policy_for
+from moe_local.cache.policy import EvictionPolicy
+from moe_local.cache.slots import CacheStateError, SlotPool
+from moe_local.cache.stats import CacheCounters
+
+
+class ShortageError(CacheStateError):
+    """More experts are needed at once than slots can be emptied; ask `ExpertCache.shortage` first."""
+
+
+class Acquisition(NamedTuple):
+    """What `ExpertCache.acquire` granted. Every expert is pinned until it is released."""
+
+    slots: list[int]
+    """Slot of each expert, in the order in which they were asked for."""
+    load: tuple[int, ...]
+    """Newly admitted: the caller must bring their bytes and then say `complete` or `abandon`."""
+    joined: tuple[int, ...]
+    """Already under way when asked for: the caller waits for whoever is bringing them."""
+
+
+class ExpertCache:
+    """Residency of one tier's experts: absent -> loading -> resident -> absent.
+
+    Each layer has its own slots (numbered from 0 within the layer) and its own eviction order, so that
+    going through all layers for one token cannot flush what the next token needs. The cache knows no
+    bytes and moves none: the caller copies an expert into the slot it was given and reports the end of
+    the copy. A pinned (leased) or loading expert keeps its slot.
+
+    Not for several threads: one thread owns a cache and reports the completions of others to it, so
+    there is nothing to lock and no state in between can be seen.
+
+    Misuse raises CacheStateError before anything has changed.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[int],
+        policy: str | Callable[[], EvictionPolicy] = "lru",
+        sizes: Callable[[int, int], int] = lambda layer, expert: 0,
+    ) -> None:
+        """`slots[layer]` slots for each layer; `policy` by name, or what makes one layer's policy.
+
+        `sizes(layer, expert)` are an expert's bytes, for the account of what prefetching wasted (without
+        it that stays 0). Raises OptionError for an unknown policy or a negative number of slots.
+        """
+        for layer, count in enumerate(slots):
+            if count < 0:
+                raise OptionError(f"layer {layer} has {count} slots; give 0 or more")
+        make_policy = policy_for(policy) if isinstance(policy, str) else policy
+        # A dict, not a list: layer -1 must be an error, not the last layer.
+        self._pools = {layer: SlotPool(count, make_policy()) for layer, count in enumerate(slots)}
+        self._sizes = sizes
+        self.stats = CacheCounters(len(slots))
+
+    # What is where
+
+    @property
+    def layers(self) -> int:
+        return len(self._pools)
+
+    def slots(self, layer: int) -> int:
+        return len(self._pools[layer].expert_in)
+
+    def free(self, layer: int) -> int:
+        """Number of empty slots."""
+        return len(self._pools[layer].free)
+
+    def slot_of(self, layer: int, expert: int) -> int | None:
+        """The slot of a loading or resident expert."""
+        return self._pools[layer].table.get(expert)
+
+    def expert_in(self, layer: int, slot: int) -> int | None:
+        """The loading or resident expert in a slot."""
+        return self._pools[layer].expert_in[slot]
+
+    def is_resident(self, layer: int, expert: int) -> bool:
+        pool = self._pools[layer]
+        return expert in pool.table and expert not in pool.loading
+
+    def loading(self, layer: int) -> tuple[int, ...]:
+        """Experts in flight, the longest waiting first."""
+        return tuple(self._pools[layer].loading)
+
+    def prefetching(self, layer: int) -> tuple[int, ...]:
+        """Those in flight that only a prefetch has asked for so far: these may be given up."""
+        pool = self._pools[layer]
+        return tuple(expert for expert in pool.loading if expert in pool.unused)
+
+    def residents(self, layer: int) -> tuple[int, ...]:
+        pool = self._pools[layer]
+        return tuple(expert for expert in pool.table if expert not in pool.loading)
+
+    def pins(self, layer: int, expert: int) -> int:
+        """How many leases of this expert are out."""
+        return self._pools[layer].pins.get(expert, 0)
+
+    # Demand
+
+    def shortage(self, layer: int, experts: Sequence[int]) -> int:
+        """How many slots `acquire(layer, experts)` would lack now; 0 when it would succeed."""
+        pool = self._pools[layer]
+        absent = sum(expert not in pool.table for expert in experts)
+        return pool.lacking(experts, absent)
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Acquisition:
+        """Pin the experts that one step needs of a layer; admit those that are absent.
+
+        `experts` are distinct, in the router's order. All are looked up together; the present ones are
+        then touched, then the absent ones admitted, both in that order, never at the cost of an expert of
+        this call, a pinned or a loading one. A resident expert counts as a hit (and `prefetch.used` when a
+        prefetch brought it for its first need), any other as a miss (and `prefetch.late` when a prefetch
+        is bringing it).
+
+        Raises ShortageError or CacheStateError, having changed nothing.
+        """
+        pool = self._pools[layer]
+        distinct = set(experts)
+        if len(distinct) != len(experts):
+            raise CacheStateError(f"layer {layer}: experts {list(experts)} are not distinct")
+        table = pool.table
+        try:
+            slots = [table[expert] for expert in experts]
+        except KeyError:
+            return self._acquire_any(layer, pool, experts, distinct)
+        if (pool.loading and not pool.loading.keys().isdisjoint(experts)) or (
+            pool.unused and not pool.unused.isdisjoint(experts)
+        ):
+            return self._acquire_any(layer, pool, experts, distinct)
+        pool.policy.touch(experts)
+        _pin(pool, experts)
+        self.stats.hits_by_layer[layer] += len(slots)
+        return Acquisition(slots, (), ())
+
+    def _acquire_any(
+        self, layer: int, pool: SlotPool, experts: Sequence[int], distinct: set[int]
+    ) -> Acquisition:
+        """`acquire` when some expert is absent, loading, or prefetched and not yet used."""
+        table, stats = pool.table, self.stats
+        absent = tuple([expert for expert in experts if expert not in table])
+        lacking = pool.lacking(distinct, len(absent))
+        if lacking:
+            raise ShortageError(
+                f"layer {layer} needs experts {list(experts)} at once and lacks {lacking} slots: of "
+                f"{len(pool.expert_in)}, {len(pool.pins)} are pinned and {len(pool.loading)} loading"
+            )
+        present = [expert for expert in experts if expert in table]
+        joined = tuple([expert for expert in present if expert in pool.loading])
+        first_needs = pool.unused.intersection(present)
+        if first_needs:
+            late = len(first_needs.intersection(joined))
+            stats.prefetch_late += late
+            stats.prefetch_used += len(first_needs) - late
+            pool.unused -= first_needs
+        pool.policy.touch(present)
+        if len(absent) > len(pool.free):
+            for victim in pool.victims(distinct, len(absent) - len(pool.free)):
+                self._evict(layer, pool, victim)
+        for expert in absent:
+            pool.place(expert)
+        _pin(pool, experts)
+        misses = len(absent) + len(joined)
+        stats.misses_by_layer[layer] += misses
+        stats.hits_by_layer[layer] += len(experts) - misses
+        return Acquisition([table[expert] for expert in experts], absent, joined)
+
+    def release(self, layer: int, experts: Sequence[int]) -> None:
+        """Take back one pin of each of these distinct experts. What is still loading goes on loading."""
+        pins = self._pools[layer].pins
+        distinct = set(experts)
+        if len(distinct) != len(experts) or not pins.keys() >= distinct:
+            raise CacheStateError(f"layer {layer}: released {list(experts)} where pins are {pins}")
+        for expert in experts:
+            left = pins[expert] - 1
+            if left:
+                pins[expert] = left
+            else:
+                del pins[expert]
+
+    # Ahead of demand
+
+    def reserve(self, layer: int, expert: int, keep: Container[int] = ()) -> int | None:
+        """A slot to prefetch an absent expert into, which then is loading; None when present or no room.
+
+        Takes a free slot or the policy's best victim that is resident, unpinned and not in `keep`.
+        """
+        pool = self._pools[layer]
+        if expert in pool.table:
+            return None
+        if not pool.free:
+            victims = pool.victims(keep, 1)
+            if not victims:
+                return None
+            self._evict(layer, pool, victims[0])
+        slot = pool.place(expert)
+        pool.unused.add(expert)
+        self.stats.prefetch_issued += 1
+        return slot
+
+    def preload(self, layer: int, expert: int) -> int:
+        """A free slot for an absent expert, which then is loading; counted nowhere (filling at load)."""
+        pool = self._pools[layer]
+        if expert in pool.table:
+            raise CacheStateError(
+                f"layer {layer}: expert {expert} to preload is already in slot {pool.table[expert]}"
+            )
+        if not pool.free:
+            raise ShortageError(
+                f"layer {layer}: no free slot of {len(pool.expert_in)} to preload expert {expert}"
+            )
+        return pool.place(expert)
+
+    # The end of a copy
+
+    def complete(self, layer: int, expert: int) -> None:
+        """The expert's bytes are in its slot: loading -> resident."""
+        loading = self._pools[layer].loading
+        if expert not in loading:
+            raise CacheStateError(f"layer {layer}: expert {expert} is not loading; {list(loading)} are")
+        del loading[expert]
+
+    def abandon(self, layer: int, expert: int, bytes_moved: int = 0) -> None:
+        """The copy was cancelled or failed: loading -> absent, its slot free, its pins gone.
+
+        Nobody may write to the slot any more. `bytes_moved` count as wasted if only a prefetch had asked
+        for the expert; a need that was counted as a miss stays one.
+        """
+        pool = self._pools[layer]
+        if expert not in pool.loading:
+            raise CacheStateError(f"layer {layer}: expert {expert} is not loading; {list(pool.loading)} are")
+        if expert in pool.unused:
+            self.stats.prefetch_wasted_bytes += bytes_moved
+        pool.remove(expert)
+
+    def _evict(self, layer: int, pool: SlotPool, expert: int) -> None:
+        self.stats.evictions += 1
+        if expert in pool.unused:
+            self.stats.prefetch_wasted_bytes += self._sizes(layer, expert)
+        pool.remove(expert)
+
+    def check_integrity(self) -> None:
+        """Raise CacheStateError with the facts if any table disagrees with another."""
+        for layer, pool in self._pools.items():
+            try:
+                pool.check_integrity()
+            except CacheStateError as error:
+                raise CacheStateError(f"layer {layer}: {error}") from None
+            if self.stats.hits_by_layer[layer] < 0 or self.stats.misses_by_layer[layer] < 0:
+                raise CacheStateError(f"layer {layer}: a counter is negative")
+
+
+def _pin(pool: SlotPool, experts: Sequence[int]) -> None:
+    pins = pool.pins
+    for expert in experts:
+        pins[expert] = pins.get(expert, 0) + 1

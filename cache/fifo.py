@@ -1,0 +1,29 @@
+"""First in, first out: the null twin of the policies that learn from use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+
+class FIFOPolicy:
+    """Eviction order by admission; use changes nothing. What a policy is worth is measured against this."""
+
+    __slots__ = ("_order",)
+
+    def __init__(self) -> None:
+        self._order: dict[int, None] = {}
+
+    def touch(self, experts: Sequence[int]) -> None:
+        """Nothing: the order is that of admission."""
+
+    def insert(self, expert: int) -> None:
+        self._order[expert] = None
+
+    def remove(self, expert: int) -> None:
+        del self._order[expert]
+
+    def coldest(self) -> Iterator[int]:
+        return iter(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)

@@ -1,0 +1,100 @@
+"""One layer's slots: which expert is in which, and what must not be touched."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator
+from itertools import islice
+
+from moe_local.cache.policy import EvictionPolicy
+
+
+class CacheStateError(RuntimeError):
+    """A cache was asked for something its state forbids, or its tables disagree: a fault in the code."""
+
+
+class SlotPool:
+    """A fixed number of slots for one layer's experts, and the tables around them.
+
+    A present expert is loading or resident. Slots number from 0. The attributes are read directly by
+    `ExpertCache`, whose fast path cannot afford a call per expert; only the methods here change `table`,
+    `expert_in`, `free` and the policy, so that these agree.
+    """
+
+    __slots__ = ("expert_in", "free", "loading", "pins", "policy", "table", "unused")
+
+    def __init__(self, slots: int, policy: EvictionPolicy) -> None:
+        self.policy = policy
+        self.table: dict[int, int] = {}
+        """Slot of each present expert."""
+        self.expert_in: list[int | None] = [None] * slots
+        """The expert in each slot, if any: `table` reversed."""
+        self.free = list(range(slots - 1, -1, -1))
+        """Empty slots; the last one is given out first."""
+        self.pins: dict[int, int] = {}
+        """How often each pinned (leased) expert is pinned; others are not in it."""
+        self.loading: dict[int, None] = {}
+        """Experts whose bytes are under way, the longest waiting first."""
+        self.unused: set[int] = set()
+        """Experts that a prefetch brought or is bringing and nobody needed so far."""
+
+    def place(self, expert: int) -> int:
+        """Give an absent expert a free slot, in state loading, known to the policy as used now."""
+        slot = self.free.pop()
+        self.table[expert] = slot
+        self.expert_in[slot] = expert
+        self.loading[expert] = None
+        self.policy.insert(expert)
+        return slot
+
+    def remove(self, expert: int) -> None:
+        """Make a present expert absent, whatever its state; its slot becomes free."""
+        slot = self.table.pop(expert)
+        self.expert_in[slot] = None
+        self.free.append(slot)
+        self.policy.remove(expert)
+        self.loading.pop(expert, None)
+        self.pins.pop(expert, None)
+        self.unused.discard(expert)
+
+    def lacking(self, experts: Container[int], absent: int) -> int:
+        """How many slots are lacking to admit `absent` experts without evicting any of `experts`."""
+        need = absent - len(self.free)
+        if need <= 0:
+            return 0
+        return need - sum(1 for _ in islice(self._evictable(self.table, experts), need))
+
+    def victims(self, keep: Container[int], count: int) -> list[int]:
+        """The policy's `count` best victims, resident, unpinned, not in `keep`; fewer if that is all."""
+        return list(islice(self._evictable(self.policy.coldest(), keep), count))
+
+    def _evictable(self, order: Iterable[int], keep: Container[int]) -> Iterator[int]:
+        pins, loading = self.pins, self.loading
+        return (e for e in order if e not in pins and e not in loading and e not in keep)
+
+    def check_integrity(self) -> None:
+        """Raise CacheStateError with the facts unless every table agrees with every other."""
+        for fault in self._faults():
+            raise CacheStateError(fault)
+
+    def _faults(self) -> Iterator[str]:
+        present = set(self.table)
+        resident = present - self.loading.keys()
+        empty = [slot for slot, expert in enumerate(self.expert_in) if expert is None]
+        if len(self.free) + len(self.loading) + len(resident) != len(self.expert_in):
+            yield (
+                f"free {self.free} + loading {list(self.loading)} + resident {sorted(resident)} "
+                f"are not the {len(self.expert_in)} slots"
+            )
+        if self.table != {e: slot for slot, e in enumerate(self.expert_in) if e is not None}:
+            yield f"slots of experts {self.table} and experts in slots {self.expert_in} disagree"
+        if sorted(self.free) != empty:
+            yield f"free slots {sorted(self.free)} are not the empty ones {empty}"
+        if not self.loading.keys() <= present:
+            yield f"loading {list(self.loading)}, but only {sorted(present)} have slots"
+        if not self.pins.keys() <= present or any(pins <= 0 for pins in self.pins.values()):
+            yield f"pins {self.pins}, where only {sorted(present)} have slots"
+        if not self.unused <= present:
+            yield f"prefetched {sorted(self.unused)}, but only {sorted(present)} have slots"
+        known = sorted(self.policy.coldest())
+        if known != sorted(present) or len(self.policy) != len(present):
+            yield f"the policy knows {len(self.policy)} experts {known}, present are {sorted(present)}"

@@ -1,0 +1,249 @@
+"""What happened, in numbers: counters that a cache keeps, and the frozen record that users get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple, Self
+
+STARVED_SHARE = 0.01
+"""An expert chosen by a smaller share of its layer's tokens than this is starved."""
+STARVED_MIN_TOKENS = 1000
+"""A layer that routed fewer tokens than this is not judged."""
+
+
+class _Difference:
+    """Dataclasses whose numbers since some moment are `later - earlier`."""
+
+    __slots__ = ()
+
+    def __sub__(self, earlier: Self) -> Self:
+        values = {f.name: _minus(getattr(self, f.name), getattr(earlier, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        return type(self)(**values)
+
+
+def _minus(later: Any, earlier: Any) -> Any:
+    if not isinstance(later, tuple):
+        return later - earlier
+    if len(later) != len(earlier):
+        raise ValueError(
+            f"statistics of {len(later)} and {len(earlier)} layers or experts cannot be subtracted"
+        )
+    return tuple(_minus(a, b) for a, b in zip(later, earlier, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchStats(_Difference):
+    """Prefetch, counted in experts but for the bytes.
+
+    `used` were resident when first needed, `late` still under way. `wasted_bytes` were moved for experts
+    that left again before anyone needed them.
+    """
+
+    issued: int = 0
+    used: int = 0
+    late: int = 0
+    wasted_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BytesMoved(_Difference):
+    """Bytes by link: `h2d` host to device, `disk` from disk to RAM."""
+
+    h2d: int = 0
+    disk: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StallSeconds(_Difference):
+    """Seconds in which the layer could not go on, by what it waited for.
+
+    `demand`: a copy of a needed expert; `late_prefetch`: a copy that a prefetch had begun; `disk`: a read
+    from disk; `cpu`: experts computed by the CPU; `sync`: the device, to learn the router's choice.
+    """
+
+    demand: float = 0.0
+    late_prefetch: float = 0.0
+    disk: float = 0.0
+    cpu: float = 0.0
+    sync: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.demand + self.late_prefetch + self.disk + self.cpu + self.sync
+
+
+class StarvedExpert(NamedTuple):
+    """An expert that the router hardly uses. `share` is the part of the layer's tokens that chose it."""
+
+    layer: int
+    expert: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedTokens(_Difference):
+    """How often each expert was chosen: `counts[layer][expert]`; `tokens[layer]` were routed."""
+
+    counts: tuple[tuple[int, ...], ...] = ()
+    tokens: tuple[int, ...] = ()
+
+    @property
+    def starved(self) -> tuple[StarvedExpert, ...]:
+        """Experts below STARVED_SHARE, in layers that routed at least STARVED_MIN_TOKENS tokens."""
+        return tuple(
+            StarvedExpert(layer, expert, count / tokens)
+            for layer, (counts, tokens) in enumerate(zip(self.counts, self.tokens, strict=True))
+            if tokens >= STARVED_MIN_TOKENS
+            for expert, count in enumerate(counts)
+            if count < STARVED_SHARE * tokens
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Stats(_Difference):
+    """Counts since load, or of one generation: the difference of two snapshots.
+
+    A hit is an expert that was needed and resident, a prefetch that arrived in time included; a miss one
+    that was needed and was not, a late prefetch included. `tokens` were generated. Figures of tiers that
+    do not exist are 0.
+    """
+
+    hits_by_layer: tuple[int, ...] = ()
+    misses_by_layer: tuple[int, ...] = ()
+    evictions: int = 0
+    prefetch: PrefetchStats = field(default_factory=PrefetchStats)
+    bytes: BytesMoved = field(default_factory=BytesMoved)
+    stall: StallSeconds = field(default_factory=StallSeconds)
+    tokens: int = 0
+    routed: RoutedTokens = field(default_factory=RoutedTokens)
+
+    @property
+    def hits(self) -> int:
+        return sum(self.hits_by_layer)
+
+    @property
+    def misses(self) -> int:
+        return sum(self.misses_by_layer)
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits per expert needed; None when none was."""
+        return _rate(self.hits, self.misses)
+
+    @property
+    def hit_rate_by_layer(self) -> tuple[float | None, ...]:
+        return tuple(map(_rate, self.hits_by_layer, self.misses_by_layer))
+
+    @property
+    def starved(self) -> tuple[StarvedExpert, ...]:
+        return self.routed.starved
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; stall is in `stall_s` and `stall_by_cause_s`, the table `routed` is left out."""
+        return {
+            "hits": self.hits,
+            "misses": self.misses,
+            "hit_rate": self.hit_rate,
+            "hit_rate_by_layer": list(self.hit_rate_by_layer),
+            "evictions": self.evictions,
+            "prefetch": asdict(self.prefetch),
+            "bytes": asdict(self.bytes),
+            "stall_s": self.stall.total,
+            "stall_by_cause_s": asdict(self.stall),
+            "tokens": self.tokens,
+            "starved": [expert._asdict() for expert in self.starved],
+        }
+
+
+def _rate(hits: int, misses: int) -> float | None:
+    return hits / (hits + misses) if hits + misses else None
+
+
+class CacheCounters:
+    """The live counters of one cache. Written by the cache alone, read by anyone on the same thread."""
+
+    __slots__ = (
+        "evictions",
+        "hits_by_layer",
+        "misses_by_layer",
+        "prefetch_issued",
+        "prefetch_late",
+        "prefetch_used",
+        "prefetch_wasted_bytes",
+    )
+
+    def __init__(self, layers: int) -> None:
+        self.hits_by_layer = [0] * layers
+        self.misses_by_layer = [0] * layers
+        self.evictions = 0
+        self.prefetch_issued = 0
+        self.prefetch_used = 0
+        self.prefetch_late = 0
+        self.prefetch_wasted_bytes = 0
+
+    @property
+    def hits(self) -> int:
+        return sum(self.hits_by_layer)
+
+    @property
+    def misses(self) -> int:
+        return sum(self.misses_by_layer)
+
+    @property
+    def prefetch(self) -> PrefetchStats:
+        return PrefetchStats(
+            self.prefetch_issued, self.prefetch_used, self.prefetch_late, self.prefetch_wasted_bytes
+        )
+
+    def snapshot(
+        self,
+        *,
+        bytes: BytesMoved | None = None,
+        stall: StallSeconds | None = None,
+        tokens: int = 0,
+        routed: RoutedTokens | None = None,
+    ) -> Stats:
+        """The counts so far, with the figures that others keep."""
+        return Stats(
+            hits_by_layer=tuple(self.hits_by_layer),
+            misses_by_layer=tuple(self.misses_by_layer),
+            evictions=self.evictions,
+            prefetch=self.prefetch,
+            bytes=bytes or BytesMoved(),
+            stall=stall or StallSeconds(),
+            tokens=tokens,
+            routed=routed or RoutedTokens(),
+        )
+
+
+class RouterLoad:
+    """How often the router of each layer chose each expert. One per model: tiers share it."""
+
+    __slots__ = ("_counts", "_top_k")
+
+    def __init__(self, num_experts: Sequence[int], top_k: Sequence[int]) -> None:
+        """`num_experts[layer]` experts, of which each token uses `top_k[layer]`."""
+        if len(num_experts) != len(top_k):
+            raise ValueError(f"experts of {len(num_experts)} layers but top-k of {len(top_k)}")
+        self._counts = [[0] * experts for experts in num_experts]
+        self._top_k = tuple(top_k)
+
+    def count(self, layer: int, expert: int, n: int = 1) -> None:
+        """`n` tokens chose this expert."""
+        self._counts[layer][expert] += n
+
+    def count_all(self, layer: int, experts: Sequence[int]) -> None:
+        """Each of `experts` was chosen by one token; repeats count, as in a flattened [tokens, top-k]."""
+        counts = self._counts[layer]
+        for expert in experts:
+            counts[expert] += 1
+
+    def add(self, layer: int, counts: Sequence[int]) -> None:
+        """`counts[expert]` tokens chose each expert of the layer, as torch.bincount gives them."""
+        self._counts[layer] = [a + b for a, b in zip(self._counts[layer], counts, strict=True)]
+
+    def snapshot(self) -> RoutedTokens:
+        """The counts so far. A layer's tokens are its choices divided by its top-k."""
+        counts = tuple(map(tuple, self._counts))
+        return RoutedTokens(counts, tuple(sum(c) // k for c, k in zip(counts, self._top_k, strict=True)))
