@@ -61,7 +61,7 @@ class LoadOptions:
         default=None,
         metadata={"help": "Tokens of conversation to make room for; default the model's, 8192 at most."},
     )
-    policy: str = field(default="lru", metadata={"help": "Which expert leaves a full cache: lru or lfu."})
+    policy: str = field(default="lru", metadata={"help": "What leaves a full cache first: lru, lfu or fifo."})
     prefetch: str = field(
         default="auto",
         metadata={"help": "Guess the next layers' experts from their routers: auto, off or router."},
@@ -139,6 +139,6 @@ def _expert_formats() -> Iterable[str]:
 
 
 def _policies() -> Iterable[str]:
-    from moe_local.cache.policies import policies
+    from moe_local.cache.policies import POLICIES
 
-    return policies()
+    return POLICIES

@@ -47,6 +47,10 @@ class ModelSpec:
     """Every parameter that is not a routed expert's, tied ones once."""
     kv_numel_per_token: int
     """Numbers kept per token of context over all layers, keys and values together."""
+    expanded_kv_numel_per_token: int
+    """Keys and values of one layer as its attention reads them: repeated for, or projected to, every head."""
+    quantizable: frozenset[str]
+    """The `dense` weights that dense="nf4" and "int8" quantize: linear layers but routers and output head."""
 
     @property
     def top_k(self) -> int:
@@ -120,7 +124,8 @@ def model_spec(config: Any, model: Any = None) -> ModelSpec:
         for parameter_name, parameter in module.named_parameters(recurse=False):
             expert_names.add(f"{name}.{parameter_name}")
             shape = tuple(parameter.shape[1:])
-            tensors.append(TensorSpec(parameter_name, shape[::-1] if transposed and len(shape) == 2 else shape))
+            matrix = transposed and len(shape) == 2
+            tensors.append(TensorSpec(parameter_name, shape[::-1] if matrix else shape))
         num_experts = next(iter(module.parameters(recurse=False))).shape[0]
         layers.append(MoELayer(len(layers), name, num_experts, top_k, tuple(tensors), transposed))
     if not layers:
@@ -144,6 +149,8 @@ def model_spec(config: Any, model: Any = None) -> ModelSpec:
         layers=tuple(layers),
         dense=dense,
         kv_numel_per_token=_kv_numel_per_token(text),
+        expanded_kv_numel_per_token=_expanded_kv_numel_per_token(text),
+        quantizable=frozenset(_quantizable(model)),
     )
 
 
@@ -152,7 +159,9 @@ def _top_k(text: Any) -> int:
         value = getattr(text, field, None)
         if isinstance(value, int):
             return value
-    raise CheckpointError(f"the config of model type {text.model_type!r} does not say how many experts a token uses")
+    raise CheckpointError(
+        f"the config of model type {text.model_type!r} does not say how many experts a token uses"
+    )
 
 
 def _dtype(config: Any) -> torch.dtype:
@@ -163,7 +172,7 @@ def _dtype(config: Any) -> torch.dtype:
 
 
 def _kv_numel_per_token(text: Any) -> int:
-    """Keys and values of one token. MLA keeps one latent and one rope key a layer; others 2 x heads x width."""
+    """Keys and values of one token. MLA keeps a latent and a rope key a layer; others 2 x heads x width."""
     layers: int = text.num_hidden_layers
     if getattr(text, "kv_lora_rank", None):
         return layers * int(text.kv_lora_rank + text.qk_rope_head_dim)
@@ -172,3 +181,21 @@ def _kv_numel_per_token(text: Any) -> int:
     types = getattr(text, "layer_types", None)
     attention = sum("linear" not in kind and "mamba" not in kind for kind in types) if types else layers
     return attention * 2 * int(heads) * int(width)
+
+
+def _expanded_kv_numel_per_token(text: Any) -> int:
+    """MLA projects its latents to keys and values for each head; others repeat theirs for each query head."""
+    heads = int(text.num_attention_heads)
+    if getattr(text, "kv_lora_rank", None):
+        return heads * int(text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
+    return 2 * heads * int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+
+
+def _quantizable(model: Any) -> Iterator[str]:
+    """As transformers' bitsandbytes integration, which takes exactly nn.Linear and leaves the output head
+    and tied weights, but routers stay as they are too: a rounded router sends tokens elsewhere."""
+    head = model.get_output_embeddings()
+    routers = {"gate", "router", "shared_expert_gate"}
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module is not head and not routers & set(name.split(".")):
+            yield f"{name}.weight"
