@@ -116,7 +116,7 @@ def model_spec(config: Any, model: Any = None) -> ModelSpec:
     model = meta_model(config) if model is None else model
     text = config.get_text_config(decoder=True)
     top_k = _top_k(text)
-    layers = []
+    layers: list[MoELayer] = []
     expert_names = set()
     for name, module in experts_modules(model):
         transposed = bool(getattr(module, "is_transposed", False))

@@ -1,0 +1,121 @@
+"""A checkpoint folder: its config, its shape, and its routed experts one at a time."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from moe_local.cache.errors import CheckpointError, ModelNotFoundError
+from moe_local.offload.expert_sources import ExpertSources
+from moe_local.offload.shards import Shards
+from moe_local.offload.spec import ModelSpec, MoELayer, meta_model, model_spec
+
+
+class Checkpoint:
+    """A safetensors checkpoint in the layout of the Hugging Face Hub, opened for reading.
+
+    Holds no weights and no open files. Reading is safe from any number of threads.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, config: Any, spec: ModelSpec, shards: Shards, sources: ExpertSources
+    ):
+        self.folder = folder
+        self.name = name
+        """What the user called it: an alias, a Hub id, or the folder's name."""
+        self.config = config
+        """transformers' config object."""
+        self.spec = spec
+        self.shards = shards
+        self._sources = sources
+
+    @classmethod
+    def open(cls, folder: Path, name: str | None = None) -> Checkpoint:
+        """Read the config and all shard headers, and find every expert; reads no weights.
+
+        `name` is what the user called the model, for messages. Raises ModelNotFoundError if there is no such
+        folder, and CheckpointError if the checkpoint is incomplete, damaged, pickled, needs code of its own,
+        or has no routed experts.
+        """
+        folder = Path(folder)
+        remedy = f"get it again: moe-local pull {name}" if name else "get the checkpoint again"
+        config = read_config(folder)
+        shards = Shards.open(folder, remedy)
+        model = meta_model(config)
+        spec = model_spec(config, model)
+        sources = ExpertSources.find(model, spec, shards)
+        return cls(folder, name or folder.name, config, spec, shards, sources)
+
+    def read_expert(self, layer: MoELayer, expert: int) -> dict[str, torch.Tensor]:
+        """The weights of one expert, names and shapes as `layer.tensors`, matrices [out, in] and contiguous.
+
+        In the dtype they are stored in, on the CPU, in memory of the caller's own. Opens only the shards that
+        hold this expert. Blocks on the disk. Raises CheckpointError if a shard cannot be read.
+        """
+        return self._sources.read(self.shards, layer, expert)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the source of the routed experts: 32 hex digits.
+
+        Equal for a copy of the folder; other for another model, layout, dtype, or for other weights under
+        the same names (`Shards.digest`). Read on first use.
+        """
+        experts = [
+            [
+                layer.name,
+                layer.num_experts,
+                layer.transposed,
+                [[t.name, list(t.shape)] for t in layer.tensors],
+            ]
+            for layer in self.spec.layers
+        ]
+        digest = xxhash.xxh3_128()
+        digest.update(json.dumps([self.spec.model_type, self.spec.architecture, experts]).encode())
+        digest.update(self.shards.digest().encode())
+        return digest.hexdigest()
+
+    def check_integrity(self) -> None:
+        """Raise CheckpointError if the files on disk are no longer those that were opened."""
+        self.shards.check_integrity()
+
+
+def read_config(folder: Path) -> Any:
+    """transformers' config from `folder`/config.json; never runs code from the checkpoint.
+
+    Raises ModelNotFoundError (no folder) or CheckpointError (no config, not JSON, a model type that
+    transformers does not have, or weights quantized by their publisher).
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"{folder} is no folder; give the one that holds config.json")
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
+    try:
+        fields = json.loads(path.read_bytes())
+        model_type = fields["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is corrupt or names no model_type ({type(error).__name__})") from error
+    if model_type not in CONFIG_MAPPING:
+        code = " and brings code of its own, which moe-local never runs" if "auto_map" in fields else ""
+        raise CheckpointError(
+            f"{path}: model type {model_type!r} is unknown to this transformers{code}; "
+            "a newer transformers may know it: pip install -U transformers"
+        )
+    if "quantization_config" in fields:
+        method = fields["quantization_config"].get("quant_method", "unknown")
+        raise CheckpointError(
+            f"{path}: the weights are already quantized ({method}); use the model's bf16 or fp16 checkpoint"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error

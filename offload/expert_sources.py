@@ -1,0 +1,210 @@
+"""Which stored tensors make which expert: transformers' own conversion rules, for one expert at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_local.cache.errors import CheckpointError
+from moe_local.offload.shards import Shards, StoredTensor
+from moe_local.offload.spec import ModelSpec, MoELayer
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightConverter
+
+
+@dataclass(slots=True)
+class ExpertSource:
+    """What one parameter of one expert is made of.
+
+    `parts` are the stored tensors by the converter's pattern that found them; `converter` is None when the
+    tensor is stored as the model keeps it. `row` is the expert's place in packed [E, ...] tensors, None when
+    each expert has tensors of its own.
+    """
+
+    converter: WeightConverter | None
+    row: int | None
+    parts: dict[str, StoredTensor] = field(default_factory=dict)
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of a complete source."""
+        return 1 if self.converter is None else len(self.converter.source_patterns)
+
+
+class ExpertSources:
+    """Every routed expert's sources, and the conversion of one expert to the shapes of its layer."""
+
+    def __init__(
+        self, sources: Mapping[tuple[str, int], ExpertSource], parameters: Mapping[str, tuple[int, ...]]
+    ):
+        self._sources = dict(sources)
+        self._parameters = dict(parameters)
+
+    @classmethod
+    def find(cls, model: Any, spec: ModelSpec, shards: Shards) -> ExpertSources:
+        """Match the keys of `shards` to the experts of `model` (on the meta device).
+
+        The rules are those of transformers' loader (core_model_loading.convert_and_load_state_dict_in_model),
+        save that an expert's number is read from its key instead of counted. Keys of parts the model does
+        not have, such as layers for multi-token prediction, are passed over. Reads no weights. Raises
+        CheckpointError, naming the tensor, if an expert is incomplete or a shape does not fit the config.
+        """
+        state = model.state_dict()
+        parameters = {
+            f"{layer.name}.{tensor.name}": tuple(state[f"{layer.name}.{tensor.name}"].shape)
+            for layer in spec.layers
+            for tensor in layer.tensors
+        }
+        found: dict[tuple[str, int], ExpertSource] = {}
+        for match in _matches(model, state, shards.tensors.values()):
+            if match.parameter in parameters:
+                _add(found, match, parameters[match.parameter][0])
+        sources = cls(found, parameters)
+        for layer in spec.layers:
+            sources._check(layer, shards.remedy)
+        return sources
+
+    def read(self, shards: Shards, layer: MoELayer, expert: int) -> dict[str, torch.Tensor]:
+        """The tensors of `expert` as `layer.tensors` describes them, in memory of their own."""
+        made = {}
+        for tensor in layer.tensors:
+            name = f"{layer.name}.{tensor.name}"
+            source = self._sources[name, expert]
+            parts = {pattern: shards.read(part, source.row) for pattern, part in source.parts.items()}
+            weight = self._convert(name, source, parts)
+            if layer.transposed and weight.dim() == 2:
+                weight = weight.T
+            made[tensor.name] = weight.contiguous()
+        return made
+
+    def _convert(self, name: str, source: ExpertSource, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Run the converter on one expert, as if the layer had just this one; drop the expert dimension."""
+        if source.converter is None:
+            (packed,) = parts.values()
+            return packed[0]
+        # As a list of one, an expert's own tensor is stacked to [1, ...] by the converter itself.
+        converted: Any = {pattern: [part] if source.row is None else part for pattern, part in parts.items()}
+        for operation in source.converter.operations:
+            converted = operation.convert(
+                converted,
+                source_patterns=source.converter.source_patterns,
+                target_patterns=source.converter.target_patterns,
+                full_layer_name=name,
+                model=_OneExpert(self._parameters),
+                config=None,
+                missing_keys=None,
+            )
+        (made,) = converted.values()
+        weight: torch.Tensor = made[0] if isinstance(made, list) else made
+        return weight[0]
+
+    def _check(self, layer: MoELayer, remedy: str) -> None:
+        """Every expert is there, and its shapes come out right (run on the meta device, each form once)."""
+        seen: set[tuple[object, ...]] = set()
+        for tensor in layer.tensors:
+            name = f"{layer.name}.{tensor.name}"
+            for expert in range(layer.num_experts):
+                source = self._sources.get((name, expert))
+                if source is None or len(source.parts) < source.num_parts:
+                    have = ", ".join(part.key for part in source.parts.values()) if source else "none of them"
+                    raise CheckpointError(
+                        f"tensors of expert {expert} for {name} are missing (there: {have}); {remedy}"
+                    )
+                form = (tensor.name, *(part.shape for part in source.parts.values()))
+                if form not in seen:
+                    self._check_shape(name, expert, source)
+                    seen.add(form)
+
+    def _check_shape(self, name: str, expert: int, source: ExpertSource) -> None:
+        wanted = self._parameters[name][1:]
+        parts = {}
+        for pattern, part in source.parts.items():
+            shape = part.shape if source.row is None else (1, *part.shape[1:])
+            parts[pattern] = torch.empty(shape, dtype=part.torch_dtype, device="meta")
+        try:
+            found: object = tuple(self._convert(name, source, parts).shape)
+        except (RuntimeError, ValueError, IndexError) as error:
+            found = f"parts that do not go together ({error})"
+        if found != wanted:
+            stored = ", ".join(f"{part.key} {list(part.shape)}" for part in source.parts.values())
+            raise CheckpointError(
+                f"{stored}: expert {expert} of {name} should be {list(wanted)} by config.json and comes out "
+                f"as {list(found) if isinstance(found, tuple) else found}; config and weights do not match"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    """A stored tensor found to belong to `parameter` of the model, by `pattern` of `converter` if any."""
+
+    tensor: StoredTensor
+    parameter: str
+    pattern: str | None
+    converter: WeightConverter | None
+    expert: int | None
+
+
+class _OneExpert:
+    """Stands for the model where an operation asks it for a parameter's shape."""
+
+    def __init__(self, parameters: Mapping[str, tuple[int, ...]]):
+        self._parameters = parameters
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return torch.empty((1, *self._parameters[name][1:]), device="meta")
+
+
+def _matches(model: Any, state: dict[str, torch.Tensor], tensors: Iterable[StoredTensor]) -> Iterator[_Match]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        apply_renamings,
+        rename_source_key,
+    )
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix = model.base_model_prefix
+    for tensor in tensors:
+        parameter, pattern = rename_source_key(tensor.key, renamings, converters, prefix, state)
+        if parameter not in state and tensor.key in state:
+            parameter, pattern = rename_source_key(tensor.key, [], [], prefix, state)
+        expert = None
+        if pattern is not None and "*" in pattern:
+            expert = _expert_number(pattern, apply_renamings(tensor.key, renamings))
+        yield _Match(tensor, parameter, pattern, by_pattern[pattern] if pattern else None, expert)
+
+
+def _expert_number(pattern: str, key: str) -> int | None:
+    """The number where `pattern` has its star."""
+    found = re.search(pattern.replace("*.", r"(\d+)\."), key)
+    return int(found[1]) if found else None
+
+
+def _add(found: dict[tuple[str, int], ExpertSource], match: _Match, num_experts: int) -> None:
+    """Enter one stored tensor: for one expert, or, if packed, for all of them."""
+    packed = match.expert is None
+    if packed and (not match.tensor.shape or match.tensor.shape[0] != num_experts):
+        raise CheckpointError(
+            f"{match.tensor.key} has shape {list(match.tensor.shape)} but config.json speaks of "
+            f"{num_experts} experts; config and weights do not match"
+        )
+    experts: Sequence[int] = range(num_experts) if match.expert is None else [match.expert]
+    for expert in experts:
+        if expert >= num_experts:
+            raise CheckpointError(
+                f"{match.tensor.key} is there but config.json speaks of {num_experts} experts; "
+                "config and weights do not match"
+            )
+        source = found.setdefault(
+            (match.parameter, expert), ExpertSource(match.converter, expert if packed else None)
+        )
+        source.parts[match.pattern or ""] = match.tensor

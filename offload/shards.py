@@ -1,0 +1,250 @@
+"""The safetensors files of a checkpoint: which tensor lies where, and reading one without its neighbours."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+import xxhash
+
+from moe_local.cache.errors import CheckpointError
+from moe_local.cache.keys import format_bytes
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+MAX_HEADER = 100_000_000
+"""Bytes; what the safetensors library itself accepts."""
+
+SAMPLES = 64
+SAMPLE_BYTES = 4096
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor in a shard. `dtype` is safetensors' word; `start` counts from the file's first byte."""
+
+    key: str
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        if self.dtype not in DTYPES:
+            raise CheckpointError(
+                f"tensor {self.key} in {self.shard} has dtype {self.dtype}, which torch cannot hold"
+            )
+        return DTYPES[self.dtype]
+
+
+class Shards:
+    """Every tensor of a checkpoint folder, by key.
+
+    Opening reads and checks each shard's header against its file; reading opens the one shard it needs,
+    takes the bytes into new memory and closes it, so that any number of threads may read, no file stays
+    mapped, and memory holds only what the caller keeps.
+    """
+
+    def __init__(
+        self, folder: Path, sizes: Mapping[str, int], tensors: Mapping[str, StoredTensor], remedy: str
+    ):
+        self.folder = folder
+        self.sizes = dict(sizes)
+        """Bytes of each shard."""
+        self.tensors = dict(tensors)
+        self.remedy = remedy
+        """Ends the error lines that speak of damage."""
+
+    @classmethod
+    def open(cls, folder: Path, remedy: str) -> Shards:
+        """Read all headers in `folder`. `remedy` ends the error lines that speak of damage.
+
+        Raises CheckpointError for pickled weights only, missing or truncated shards and corrupt headers.
+        """
+        weight_map = _weight_map(folder, remedy)
+        names = sorted(set(weight_map.values())) if weight_map else [SINGLE]
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(
+                f"{folder}: shard {missing[0]}{more} of {len(names)} named by {INDEX} missing; {remedy}"
+            )
+        sizes, tensors = {}, {}
+        for name in names:
+            sizes[name] = (folder / name).stat().st_size
+            for tensor in read_header(folder / name, remedy):
+                if not weight_map or weight_map.get(tensor.key) == name:
+                    tensors[tensor.key] = tensor
+        return cls(folder, sizes, tensors, remedy)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards together."""
+        return sum(self.sizes.values())
+
+    def read(self, tensor: StoredTensor, row: int | None = None) -> torch.Tensor:
+        """`tensor`, or [1, ...] of it at `row` of its first dimension, in memory of its own.
+
+        Blocks on the disk. Raises CheckpointError when the file has changed or cannot be read.
+        """
+        dtype, start, nbytes, shape = tensor.torch_dtype, tensor.start, tensor.nbytes, tensor.shape
+        if row is not None:
+            nbytes //= shape[0]
+            start, shape = start + row * nbytes, (1, *shape[1:])
+        raw = torch.empty(nbytes, dtype=torch.uint8)
+        try:
+            with open(self.folder / tensor.shard, "rb", buffering=0) as file:
+                _read_into(file, start, raw.numpy().data)
+        except (OSError, EOFError) as error:
+            raise CheckpointError(
+                f"{self.folder / tensor.shard} cannot be read ({error}); {self.remedy}"
+            ) from error
+        return raw.view(dtype).reshape(shape)
+
+    def digest(self) -> str:
+        """A name for the contents: equal for copies, different for other weights of the same shapes.
+
+        Covers each shard's name, size, header, and strided samples of its data (all of it below 256 KiB),
+        which any training changes; a deliberate edit of a few weights may stay unseen.
+        """
+        digest = xxhash.xxh3_128()
+        for name in sorted(self.sizes):
+            size = self.sizes[name]
+            digest.update(f"{name}\n{size}\n".encode())
+            with open(self.folder / name, "rb", buffering=0) as file:
+                header = 8 + int.from_bytes(file.read(8), "little")
+                for start, stop in _sampled_ranges(header, size):
+                    buffer = bytearray(stop - start)
+                    _read_into(file, start, memoryview(buffer))
+                    digest.update(buffer)
+        return digest.hexdigest()
+
+    def check_integrity(self) -> None:
+        """Raise CheckpointError if a shard has vanished or changed its size since it was opened."""
+        for name, size in self.sizes.items():
+            path = self.folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                raise CheckpointError(
+                    f"{path} had {size} bytes when it was opened and now has {found or 'none'}"
+                )
+
+
+def read_header(path: Path, remedy: str = "get the file again") -> Iterator[StoredTensor]:
+    """The tensors of one safetensors file, checked against the file's size. Raises CheckpointError.
+
+    Format: 8 bytes little-endian length, that many bytes of JSON, then the data, which the tensors' offsets
+    must tile without gaps (https://github.com/huggingface/safetensors#format).
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or (length <= MAX_HEADER and size < 8 + length):
+            raise CheckpointError(f"{path} is cut short at {size} bytes, inside its header; {remedy}")
+        if length > MAX_HEADER:
+            raise CheckpointError(
+                f"{path} is no safetensors file (its header would have {length} bytes); {remedy}"
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        tensors = [
+            _stored(key, path.name, 8 + length, e) for key, e in header.items() if key != "__metadata__"
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} has a corrupt header ({type(error).__name__}); {remedy}") from error
+    end = 8 + length
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
+        if tensor.start != end:
+            raise CheckpointError(
+                f"{path} has a corrupt header (tensor {tensor.key} is out of place); {remedy}"
+            )
+        end += tensor.nbytes
+    if size < end:
+        gap = format_bytes(end - size)
+        raise CheckpointError(f"{path} is cut short: {size} bytes of {end} ({gap} missing); {remedy}")
+    if size > end:
+        raise CheckpointError(f"{path} has {size - end} bytes after its last tensor; {remedy}")
+    return iter(tensors)
+
+
+def _stored(key: str, shard: str, data_start: int, entry: Mapping[str, object]) -> StoredTensor:
+    begin, end = cast("list[int]", entry["data_offsets"])
+    shape = tuple(int(n) for n in cast("list[int]", entry["shape"]))
+    tensor = StoredTensor(
+        key, shard, str(entry["dtype"]), shape, data_start + int(begin), int(end) - int(begin)
+    )
+    if tensor.dtype in DTYPES and tensor.nbytes != math.prod(shape) * DTYPES[tensor.dtype].itemsize:
+        raise ValueError(f"{key}: {tensor.nbytes} bytes for shape {shape} of {tensor.dtype}")
+    return tensor
+
+
+def _weight_map(folder: Path, remedy: str) -> dict[str, str]:
+    """Key -> shard from the index; empty if the weights are one file, which transformers too tries first."""
+    if (folder / SINGLE).is_file():
+        return {}
+    if not (folder / INDEX).is_file():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        if pickles:
+            raise CheckpointError(
+                f"{folder} has only pickled weights ({pickles[0]}), which can run code when read; "
+                "use a safetensors copy of the model"
+            )
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; {remedy}")
+    try:
+        weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
+        shards = {str(key): str(name) for key, name in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / INDEX} is corrupt ({type(error).__name__}); {remedy}") from error
+    if not shards or any(os.path.basename(name) != name for name in shards.values()):
+        raise CheckpointError(f"{folder / INDEX} is corrupt (it names no files in its folder); {remedy}")
+    return shards
+
+
+def _sampled_ranges(header: int, size: int) -> Iterator[tuple[int, int]]:
+    """Byte ranges [start, stop): the header, then SAMPLES blocks spread over the data, its ends included."""
+    yield 0, header
+    if size - header <= SAMPLES * SAMPLE_BYTES:
+        yield header, size
+        return
+    last = size - SAMPLE_BYTES
+    for i in range(SAMPLES):
+        start = header + (last - header) * i // (SAMPLES - 1)
+        yield start, start + SAMPLE_BYTES
+
+
+def _read_into(file: io.FileIO, start: int, view: memoryview) -> None:
+    file.seek(start)
+    done = 0
+    while done < len(view):
+        # One read call takes at most 2 GiB on Linux.
+        count = file.readinto(view[done : done + 2**30])
+        if not count:
+            raise EOFError(f"it ends at byte {start + done}")
+        done += count

@@ -1,0 +1,66 @@
+"""Fixtures for all tests. Shared helpers are files beside this one, which reach tests as fixtures only."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+def load_module(path: Path) -> ModuleType:
+    """Import a helper file of the tests (or of benchmarks/) by its path, once."""
+    name = f"moe_local_{path.parent.name}_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> ModuleType:
+    """tests/tiny_models.py: `tiny_config`, `tiny_model`, `write_checkpoint`, `tiny_tokenizer`."""
+    return load_module(Path(__file__).parent / "tiny_models.py")
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_checkpoint("mixtral", shards=1, dtype=torch.float32, tokenizer=False, seed=0, **config) -> folder.
+
+    The same arguments give the same folder all session long: copy it before changing it.
+    """
+    made: dict[str, Path] = {}
+
+    def make(model_type: str, **options: Any) -> Path:
+        key = repr((model_type, sorted(options.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"tiny_{model_type}")
+            made[key] = tiny_models.write_checkpoint(folder, model_type, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_mixtral(make_checkpoint: Callable[..., Path]) -> Path:
+    """A Mixtral checkpoint folder, fp32: 3 layers of 8 experts, top-2, hidden 64, with a tokenizer."""
+    return make_checkpoint("mixtral", tokenizer=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_moe(make_checkpoint: Callable[..., Path]) -> Path:
+    """A Qwen3-MoE checkpoint folder, fp32: 3 layers of 8 experts, top-2, hidden 64, with a tokenizer."""
+    return make_checkpoint("qwen3_moe", tokenizer=True)
