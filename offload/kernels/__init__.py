@@ -1,0 +1,1 @@
+"""Computing one expert from its flat buffer: one function, with an implementation per device and format."""

@@ -1,0 +1,151 @@
+"""The compute device as the expert tiers see it: an arena, copies with events, and nothing else.
+
+All CUDA calls of the memory side live here, behind a protocol, so that the code that decides what moves
+when runs in tests on a fake device whose copies finish in adversarial order.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Protocol
+
+import torch
+
+from moe_local.cache.errors import DoesNotFitError
+from moe_local.cache.keys import format_bytes
+from moe_local.offload.quantize.layout import PAGE
+
+
+class Event(Protocol):
+    """A point in a stream of work, as torch.cuda.Event."""
+
+    def query(self) -> bool:
+        """Whether everything before the point has happened. Does not block."""
+
+    def synchronize(self) -> None:
+        """Block the host until it has."""
+
+
+class Waited(Protocol):
+    """A wait of the compute stream, timed by the device."""
+
+    def seconds(self) -> float:
+        """How long the stream stood still; blocks the host until it knows."""
+
+
+class Device(Protocol):
+    """A device with memory of its own, one compute stream and one copy stream."""
+
+    torch_device: torch.device
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes] in device memory, uninitialized. Raises DoesNotFitError."""
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
+        """Copy host bytes to the device on the copy stream, once `after` has happened.
+
+        Returns at once. Both buffers must stay untouched until the returned event has happened.
+        """
+
+    def record(self) -> Event:
+        """The point that the compute stream has been given work up to now."""
+
+    def wait(self, event: Event) -> Waited:
+        """Make later work of the compute stream wait for the event. Does not block the host."""
+
+
+class CudaDevice:
+    """One NVIDIA (or ROCm) card. Copies run on a stream of their own beside the compute stream."""
+
+    def __init__(self, torch_device: torch.device) -> None:
+        self.torch_device = torch_device
+        self._copy_stream = torch.cuda.Stream(torch_device)
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+        except torch.cuda.OutOfMemoryError as error:
+            free, _ = torch.cuda.mem_get_info(self.torch_device)
+            raise DoesNotFitError(
+                f"{self.torch_device} refused {format_bytes(nbytes)} for expert slots, {format_bytes(free)} are free; "
+                "close other programs on the card or set a smaller --vram"
+            ) from error
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
+        with torch.cuda.stream(self._copy_stream):
+            if after is not None:
+                self._copy_stream.wait_event(after)
+            destination.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(self._copy_stream)
+        return event
+
+    def record(self) -> Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.torch_device))
+        return event
+
+    def wait(self, event: Event) -> Waited:
+        stream = torch.cuda.current_stream(self.torch_device)
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record(stream)
+        stream.wait_event(event)
+        after.record(stream)
+        return CudaWait(before, after)
+
+
+class CudaWait:
+    """A wait between two timing events of the compute stream."""
+
+    def __init__(self, before: torch.cuda.Event, after: torch.cuda.Event) -> None:
+        self._before = before
+        self._after = after
+
+    def seconds(self) -> float:
+        self._after.synchronize()
+        return float(self._before.elapsed_time(self._after)) / 1000
+
+
+class HostMemory:
+    """Page-aligned host memory of an exact size, pinned for a CUDA device if asked.
+
+    torch's pinned allocator rounds every block up to a power of two (a 20.4 GiB request pins 32 GiB), so
+    the memory is an anonymous mapping registered with CUDA in chunks. Where the system refuses to pin
+    more (WSL, low locked-memory limits) the rest stays pageable: correct, but copies from it are slower
+    and block the host; `pinned_bytes` says how far pinning went.
+    """
+
+    CHUNK = 1 << 30
+
+    def __init__(self, nbytes: int, *, pin: bool) -> None:
+        self.nbytes = max(PAGE, -(-nbytes // PAGE) * PAGE)
+        self.pinned_bytes = 0
+        self._registered: list[int] = []
+        try:
+            self._map = mmap.mmap(-1, self.nbytes)
+        except OSError as error:
+            raise DoesNotFitError(
+                f"the system refused {format_bytes(nbytes)} of memory for expert slots; set a smaller --ram"
+            ) from error
+        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        if pin:
+            self._pin()
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """Bytes [offset, offset + nbytes) for `os.preadv` and the like; valid until `close`."""
+        return memoryview(self._map)[offset : offset + nbytes]
+
+    def close(self) -> None:
+        """Unpin. The memory itself goes when the last view of it does. Idempotent."""
+        for pointer in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(pointer)
+        self._registered.clear()
+
+    def _pin(self) -> None:
+        base = self.tensor.data_ptr()
+        for start in range(0, self.nbytes, self.CHUNK):
+            size = min(self.CHUNK, self.nbytes - start)
+            if int(torch.cuda.cudart().cudaHostRegister(base + start, size, 0)) != 0:
+                break  # refused: everything from here on stays pageable
+            self._registered.append(base + start)
+            self.pinned_bytes += size

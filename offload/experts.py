@@ -1,0 +1,131 @@
+"""The module that stands in for the routed experts of a layer, and what it does on a forward."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_local.cache.stats import RouterLoad
+from moe_local.offload.interrupt import check as check_interrupt
+from moe_local.offload.kernels.expert import expert_forward
+from moe_local.offload.prefetch import Prefetcher
+from moe_local.offload.store import ExpertStore
+
+_TAKEN_OVER = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "config")
+
+
+class OffloadedExperts(nn.Module):
+    """Parameter-free twin of a transformers experts module: same call, weights from the ExpertStore.
+
+    It takes the original's numbers, activation and gate function over, so that clamps, interleaved gates
+    and the like stay transformers' own. Before `attach` it answers zeros, which is enough to find out the
+    shapes and the wiring of a model without touching an expert.
+    """
+
+    def __init__(self, original: nn.Module, index: int) -> None:
+        """`index`: which MoE layer this is, from 0. `original` may be on the meta device."""
+        super().__init__()
+        self.index = index
+        for name, value in vars(original).items():
+            if not name.startswith("_") and name != "training":
+                setattr(self, name, value)
+        for name, child in original.named_children():
+            self.add_module(name, child)  # activation, norms after the experts: small, loaded as usual
+        for name in _TAKEN_OVER:
+            setattr(self, name, getattr(original, name))
+        gate: Any = type(original)._apply_gate  # every class that the interface serves has one
+        self._apply_gate = types.MethodType(gate, self)
+        self._is_hf_initialized = True
+        self._runner: ExpertRunner | None = None
+
+    def attach(self, runner: ExpertRunner | None) -> None:
+        """Serve forwards through `runner` from now on; None: answer zeros."""
+        self._runner = runner
+
+    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, 2F] -> [T, F] with a gate, [T, F] -> [T, F] without."""
+        return self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)  # type: ignore[no-any-return]
+
+    def finish(self, output: torch.Tensor) -> torch.Tensor:
+        """[T, D] -> [T, D]."""
+        return self.post_expert_norm(output) if self.has_post_expert_norm else output  # type: ignore[no-any-return]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden_states [T, D], top_k_index [T, K] int64, top_k_weights [T, K] -> [T, D] in hidden's dtype."""
+        if self._runner is None:
+            return torch.zeros_like(hidden_states)
+        return self._runner.run(self, hidden_states, top_k_index, top_k_weights)
+
+
+class ExpertRunner:
+    """Runs the routed experts of every layer: ids to the host once, serve, compute, combine.
+
+    The result does not depend on the order in which experts become readable: each expert's output goes to
+    its own place in [T, K, D], and the sum over K runs in the router's order.
+    """
+
+    def __init__(self, store: ExpertStore, prefetcher: Prefetcher, routed: RouterLoad) -> None:
+        self.store = store
+        self.prefetcher = prefetcher
+        self.routed = routed
+
+    def run(
+        self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As OffloadedExperts.forward. Raises KeyboardInterrupt if a deferred Ctrl-C is pending."""
+        check_interrupt()
+        layer, (tokens, top_k) = experts.index, index.shape
+        guesses = self.prefetcher.predict(layer)
+        ids, guessed = _to_host(index, [guess.ranked for guess in guesses])
+        self.routed.count_all(layer, ids)
+
+        def prefetch() -> None:
+            self.prefetcher.request(guesses, guessed)
+
+        outputs = hidden.new_empty(tokens * top_k, hidden.shape[1])
+        groups = self.store.serve(layer, list(dict.fromkeys(ids)), prefetch)
+        try:
+            if tokens == 1:
+                rows = {expert: rank for rank, expert in enumerate(ids)}
+                for group in groups:
+                    for lease in group:
+                        outputs[rows[lease.expert]] = expert_forward(experts, hidden, lease.buffer, lease.layout)[0]
+            else:
+                order, bounds = _by_expert(index, experts.num_experts)
+                for group in groups:
+                    for lease in group:
+                        rows_of = order[bounds[lease.expert] : bounds[lease.expert + 1]]
+                        x = hidden.index_select(0, torch.div(rows_of, top_k, rounding_mode="floor"))
+                        y = expert_forward(experts, x, lease.buffer, lease.layout)
+                        outputs.index_copy_(0, rows_of, y)
+        finally:
+            groups.close()
+        weighted = outputs.view(tokens, top_k, -1) * weights.unsqueeze(-1)
+        return weighted.sum(dim=1).to(hidden.dtype)
+
+
+def _to_host(index: torch.Tensor, guesses: list[torch.Tensor]) -> tuple[list[int], list[list[int]]]:
+    """The router's choice and the guesses as lists, in one transfer: a device is waited for once a layer."""
+    if not guesses:
+        return index.flatten().tolist(), []
+    flat = torch.cat([index.flatten(), *guesses]).tolist()
+    lists, start = [], index.numel()
+    for guess in guesses:
+        lists.append(flat[start : start + guess.numel()])
+        start += guess.numel()
+    return flat[: index.numel()], lists
+
+
+def _by_expert(index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, list[int]]:
+    """Places in index.flatten() sorted by expert, and where each expert's begin: expert e has
+    order[bounds[e] : bounds[e + 1]]. Stable, so tokens keep their order within an expert."""
+    flat = index.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=num_experts).cpu()
+    bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).tolist()
+    return order, bounds

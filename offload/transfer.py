@@ -1,0 +1,279 @@
+"""Experts on their way from the disk to host memory: reader threads, priorities, cancellation.
+
+The engine's thread starts, joins and cancels loads; reader threads only read. A load is cut into pieces
+so that a demand read overtakes queued prefetches within a few megabytes (splitting without priority, or
+priority without splitting, gains nothing: measured).
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import xxhash
+
+from moe_local.cache.errors import TransferError
+from moe_local.cache.keys import ExpertKey
+from moe_local.offload.device import Event
+
+DEMAND = 0
+"""Priority of a load that a kernel waits for; prefetches are 1 and up, farther layers higher."""
+
+
+class LoadState(Enum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Load:
+    """One expert on its way into one slot. Created by a source, read by the engine's thread."""
+
+    __slots__ = ("cancelled", "cause", "error", "event", "in_flight", "key", "left", "moved", "nbytes", "priority", "state")
+
+    def __init__(self, key: ExpertKey, nbytes: int, priority: int) -> None:
+        self.key = key
+        self.nbytes = nbytes
+        self.priority = priority
+        self.state = LoadState.QUEUED
+        self.moved = 0
+        """Bytes read or copied so far."""
+        self.error: Exception | None = None
+        self.event: Event | None = None
+        """The end of its copy, once the copy has been issued; None for loads that end in host memory."""
+        self.cause = "disk"
+        """What a wait for this load is charged to, a field of StallSeconds."""
+        self.cancelled = False
+        """Asked to stop; pieces under way still land."""
+        self.left = 0
+        """Pieces not read yet."""
+        self.in_flight = 0
+        """Pieces being read at this moment."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nobody writes to the slot any more."""
+        return self.state in (LoadState.DONE, LoadState.FAILED, LoadState.CANCELLED)
+
+
+class Location(NamedTuple):
+    """Where an expert's bytes are: `checksum` is xxh3_64 of them."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    checksum: int
+
+
+class Source(Protocol):
+    """Where a tier's misses come from. Used by one thread."""
+
+    finished: deque[Load]
+    """Loads that came to their end since the owner last looked; the owner pops them."""
+
+    def start(self, key: ExpertKey, slot: int, priority: int) -> Load:
+        """Begin to bring `key` into the slot. Returns at once."""
+
+    def promote(self, load: Load, priority: int) -> None:
+        """Serve a load that was started earlier at a more urgent priority. Never reads twice."""
+
+    def cancel(self, load: Load) -> None:
+        """Stop as soon as possible; the load turns up in `finished`, and only then is its slot free."""
+
+    def poll(self) -> None:
+        """Give the source a chance to advance what it does in this thread."""
+
+    def wait(self, seconds: float) -> None:
+        """Block until something finished, at most so long."""
+
+    def close(self) -> None:
+        """Stop and join threads; loads under way end as cancelled. Idempotent."""
+
+
+class FileSource:
+    """Reads experts from their files in threads, in pieces, most urgent first.
+
+    Threads share one heap under one condition. Each slot is written by the pieces of one load only, and
+    the owner gives a slot away only after its load has turned up in `finished`, so no two loads ever
+    write the same slot. A failed read fails its load and leaves the thread alive.
+
+    `locate` says where an expert lies; `target(layer, slot)` gives the slot's memory, at least as long as
+    the expert. The first read of every expert is checked against its checksum.
+    """
+
+    def __init__(
+        self,
+        locate: Callable[[ExpertKey], Location],
+        target: Callable[[int, int], memoryview],
+        *,
+        threads: int = 4,
+        piece_bytes: int = 4 << 20,
+    ) -> None:
+        self.finished: deque[Load] = deque()
+        self.bytes_read = 0
+        self._locate = locate
+        self._target = target
+        self._piece_bytes = piece_bytes
+        self._heap: list[tuple[int, int, Load, int]] = []  # (priority, sequence, load, offset in the expert)
+        self._sequence = itertools.count()
+        self._buffers: dict[ExpertKey, tuple[Location, memoryview]] = {}
+        self._verified: set[ExpertKey] = set()
+        self._files: dict[Path, int] = {}
+        self._closed = False
+        self._changed = threading.Condition()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"moe-local-read-{i}", daemon=True) for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def start(self, key: ExpertKey, slot: int, priority: int) -> Load:
+        location = self._locate(key)
+        load = Load(key, location.nbytes, priority)
+        with self._changed:
+            if location.path not in self._files:
+                self._files[location.path] = _open(location.path)
+            self._buffers[key] = (location, self._target(key.layer, slot))
+            offsets = range(0, load.nbytes, self._piece_bytes)
+            load.left = len(offsets)
+            for offset in offsets:
+                heapq.heappush(self._heap, (priority, next(self._sequence), load, offset))
+            self._changed.notify_all()
+        return load
+
+    def promote(self, load: Load, priority: int) -> None:
+        with self._changed:
+            if load.finished or priority >= load.priority:
+                return
+            load.priority = priority
+            self._heap = [(load.priority, seq, load, at) for _, seq, load, at in self._heap]
+            heapq.heapify(self._heap)
+
+    def cancel(self, load: Load) -> None:
+        with self._changed:
+            if load.finished or load.cancelled:
+                return
+            load.cancelled = True
+            if not load.in_flight:
+                self._finish(load, LoadState.CANCELLED)
+
+    def poll(self) -> None:
+        """Nothing to do here: the threads advance by themselves."""
+
+    def wait(self, seconds: float) -> None:
+        with self._changed:
+            if not self.finished:
+                self._changed.wait(seconds)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            for _, _, load, _ in self._heap:
+                load.cancelled = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        for load in {id(entry[2]): entry[2] for entry in self._heap}.values():
+            if not load.finished:
+                self._finish(load, LoadState.CANCELLED)
+        self._heap.clear()
+        self._buffers.clear()
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._closed and not self._heap:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                _, _, load, offset = heapq.heappop(self._heap)
+                if load.finished or load.cancelled:
+                    continue
+                load.in_flight += 1
+                load.state = LoadState.RUNNING
+                location, buffer = self._buffers[load.key]
+                file = self._files[location.path]
+            size = min(self._piece_bytes, load.nbytes - offset)
+            error = _read(file, buffer[offset : offset + size], location, offset)
+            self._piece_done(load, size, error, location, buffer)
+
+    def _piece_done(
+        self, load: Load, size: int, error: Exception | None, location: Location, buffer: memoryview
+    ) -> None:
+        with self._changed:
+            load.in_flight -= 1
+            load.left -= 1
+            if error is None:
+                load.moved += size
+                self.bytes_read += size
+            else:
+                load.error = load.error or error
+                load.cancelled = True  # its other pieces are of no use
+            complete = load.left == 0 and not load.cancelled
+            unchecked = complete and load.key not in self._verified
+            if unchecked:
+                load.in_flight += 1  # hashing reads the slot: a cancelled load must not free it yet
+            elif complete:
+                self._finish(load, LoadState.DONE)
+            elif load.cancelled and not load.in_flight:
+                self._finish(load, LoadState.FAILED if load.error else LoadState.CANCELLED)
+        if unchecked:  # outside the lock: hashing takes milliseconds, and nobody else touches this load now
+            right = xxhash.xxh3_64_intdigest(buffer[: load.nbytes]) == location.checksum
+            with self._changed:
+                load.in_flight -= 1
+                if right:
+                    self._verified.add(load.key)
+                else:
+                    load.error = _checksum_error(load.key, location)
+                self._finish(load, LoadState.DONE if right else LoadState.FAILED)
+
+    def _finish(self, load: Load, state: LoadState) -> None:
+        """Under the condition. The last thing that happens to a load."""
+        load.state = state
+        self._buffers.pop(load.key, None)
+        self.finished.append(load)
+        self._changed.notify_all()
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        raise TransferError(f"cannot open the expert file {path}: {error.strerror}") from error
+
+
+def _read(file: int, buffer: memoryview, location: Location, offset: int) -> Exception | None:
+    """Fill `buffer` from the expert's byte `offset` on; the error, if any, is for the load."""
+    done = 0
+    try:
+        while done < len(buffer):
+            count = os.preadv(file, [buffer[done:]], location.offset + offset + done)
+            if count == 0:
+                return TransferError(
+                    f"{location.path} ends in the middle of an expert; it was cut after it was opened: "
+                    "delete it and convert the model again"
+                )
+            done += count
+    except OSError as error:
+        return TransferError(f"reading {location.path} failed: {error.strerror}; check the disk")
+    return None
+
+
+def _checksum_error(key: ExpertKey, location: Location) -> TransferError:
+    return TransferError(
+        f"expert {key.expert} of MoE layer {key.layer} in {location.path} has a wrong checksum; the file is damaged: "
+        "run `moe-local convert` with --force to write it again"
+    )
