@@ -1,0 +1,59 @@
+"""bitsandbytes, imported on first use, without words on the user's terminal and without the network."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+
+
+@cache
+def bitsandbytes_ops() -> Any:
+    """The namespace `torch.ops.bitsandbytes`, its operators registered. The first call takes seconds."""
+    with _quiet(), _without_module("kernels"):
+        import_module("bitsandbytes")  # registers the operators
+    return torch.ops.bitsandbytes
+
+
+@cache
+def dynamic_map(device: torch.device) -> torch.Tensor:
+    """bitsandbytes' signed 8-bit dynamic map, float32 [256], kept once per device; read only.
+
+    Source: bitsandbytes.functional.create_dynamic_map, "8-Bit Approximations for Parallelism in Deep
+    Learning" (arXiv 1511.04561).
+    """
+    bitsandbytes_ops()
+    functional: Any = import_module("bitsandbytes.functional")
+    values: torch.Tensor = functional.create_dynamic_map()
+    return values.to(device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """On CPUs with AVX512-BF16 the import warns that an optional kernel could not be downloaded."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _without_module(name: str) -> Iterator[None]:
+    """Make `import name` fail meanwhile: on those CPUs the import would fetch code from the Hub with it."""
+    present, module = name in sys.modules, sys.modules.get(name)
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if present:
+            sys.modules[name] = module  # type: ignore[assignment]

@@ -1,0 +1,143 @@
+"""NF4: 4-bit NormalFloat in blocks of 64 with double-quantized scales, byte for byte bitsandbytes' own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from moe_local.cache.errors import CheckpointError
+from moe_local.offload.quantize.bnb import bitsandbytes_ops, dynamic_map
+from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
+from moe_local.offload.quantize.views import check_finite, copy_exactly, segment_view, zero_padding
+
+BLOCK = 64
+"""Weights that share one scale."""
+
+NESTED_BLOCK = 256
+"""Scales that share one scale of their own."""
+
+CHUNK = 1 << 22
+"""Weights quantized at a time: bitsandbytes makes five float32 or int32 copies of what it is given."""
+
+
+class NF4Matrix(NamedTuple):
+    """The parts of one matrix [M, N], views of an expert's buffer; as kernels want them.
+
+    Weight i (row major) is level[q nibble i] * scale[i // 64], where
+    scale[b] = dynamic_map[absmax[b]] * absmax_scale[b // 256] + offset.
+    """
+
+    shape: tuple[int, ...]
+    q: torch.Tensor
+    """uint8 [ceil(M * N / 2)]; byte j holds weight 2j in its high and weight 2j + 1 in its low half."""
+    absmax: torch.Tensor
+    """uint8 [ceil(M * N / 64)], indices into the dynamic map."""
+    absmax_scale: torch.Tensor
+    """float32 [ceil(len(absmax) / 256)]."""
+    offset: torch.Tensor
+    """float32 []."""
+
+
+def nf4_matrix(buffer: torch.Tensor, layout: Layout, name: str) -> NF4Matrix:
+    """Matrix `name` of the expert in `buffer` (uint8, any device), without copying."""
+    shape = next(tensor.shape for tensor in layout.tensors if tensor.name == name)
+    parts = {segment.part: segment_view(buffer, segment) for segment in layout.parts(name)}
+    return NF4Matrix(shape, parts["q"], parts["absmax"], parts["absmax_scale"], parts["offset"])
+
+
+class NF4Codec:
+    """4.127 bits a weight. Matrices are quantized, each as a whole; biases stay float32.
+
+    Source: QLoRA (arXiv 2305.14314) as in bitsandbytes.functional.quantize_4bit(quant_type="nf4",
+    blocksize=64, compress_statistics=True), to whose results the parts are bit-equal.
+    """
+
+    name = "nf4"
+    exact = False
+
+    def layout(self, tensors: Sequence[TensorSpec]) -> Layout:
+        """Segments q, absmax, absmax_scale and offset for a matrix, "values" for a bias."""
+        parts: list[tuple[str, str, str, tuple[int, ...]]] = []
+        for tensor in tensors:
+            if len(tensor.shape) < 2:
+                parts.append((tensor.name, "values", "float32", tensor.shape))
+                continue
+            blocks = -(-tensor.numel // BLOCK)
+            parts += [
+                (tensor.name, "q", "uint8", (-(-tensor.numel // 2),)),
+                (tensor.name, "absmax", "uint8", (blocks,)),
+                (tensor.name, "absmax_scale", "float32", (-(-blocks // NESTED_BLOCK),)),
+                (tensor.name, "offset", "float32", ()),
+            ]
+        return make_layout(self.name, tensors, parts)
+
+    def encode(self, tensors: Mapping[str, torch.Tensor], layout: Layout, out: torch.Tensor) -> None:
+        """Write the expert into `out`, uint8 [layout.nbytes] on the CPU.
+
+        Always computed on the CPU: bitsandbytes' CUDA quantizer launches on the default stream whatever
+        stream is current. Raises CheckpointError for NaN and infinity.
+        """
+        for tensor in layout.tensors:
+            if len(tensor.shape) < 2:
+                (segment,) = layout.parts(tensor.name)
+                copy_exactly(tensor.name, tensors[tensor.name], segment_view(out, segment), "fp32")
+            else:
+                _quantize(tensor.name, tensors[tensor.name], nf4_matrix(out, layout, tensor.name))
+        zero_padding(out, layout)
+
+    def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """New tensors in `dtype` (float32, bfloat16 or float16) on the buffer's device and current stream."""
+        decoded = {}
+        for tensor in layout.tensors:
+            if len(tensor.shape) < 2:
+                (segment,) = layout.parts(tensor.name)
+                decoded[tensor.name] = segment_view(buffer, segment).to(dtype)
+            else:
+                decoded[tensor.name] = dequantize(nf4_matrix(buffer, layout, tensor.name), dtype)
+        return decoded
+
+
+def dequantize(matrix: NF4Matrix, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix in `dtype`, [M, N]; on its device and current stream, `matrix` read in place."""
+    scales = block_scales(matrix)
+    rows = matrix.shape
+    if rows[-1] % BLOCK:
+        # bitsandbytes 0.50.2 misplaces scales on AVX512 CPUs when a row is no whole number of blocks; as
+        # one row (of even length, which keeps the number of blocks) the same numbers come out right.
+        rows = (1, 2 * matrix.q.numel())
+    values: torch.Tensor = bitsandbytes_ops().dequantize_4bit.default(
+        matrix.q, scales, BLOCK, "nf4", rows, dtype
+    )
+    return values.view(-1)[: TensorSpec("", matrix.shape).numel].view(matrix.shape)
+
+
+def block_scales(matrix: NF4Matrix) -> torch.Tensor:
+    """The scale of each block of 64 weights, float32 [blocks], on the matrix' device."""
+    code = dynamic_map(matrix.absmax.device)
+    scales: torch.Tensor = bitsandbytes_ops().dequantize_blockwise.default(
+        matrix.absmax, matrix.absmax_scale, code, NESTED_BLOCK, torch.float32
+    )
+    return scales.add_(matrix.offset)
+
+
+def _quantize(name: str, weights: torch.Tensor, out: NF4Matrix) -> None:
+    """Fill `out`. Blocks are independent, so quantizing in chunks gives the bytes of quantizing at once."""
+    ops = bitsandbytes_ops()
+    flat = weights.reshape(-1)
+    absmax = torch.empty(out.absmax.numel(), dtype=torch.float32)
+    for start in range(0, flat.numel(), CHUNK):
+        chunk = flat[start : start + CHUNK].to("cpu", torch.float32)
+        q, scales = ops.quantize_4bit.default(chunk, BLOCK, "nf4", torch.uint8)
+        out.q[start // 2 : start // 2 + q.numel()].copy_(q.view(-1))
+        absmax[start // BLOCK : start // BLOCK + scales.numel()].copy_(scales)
+    offset = absmax.mean()
+    if not bool(torch.isfinite(offset)):
+        check_finite(name, weights)
+        raise CheckpointError(f"{name} has weights up to {float(absmax.max()):.4g}, too large for NF4")
+    out.offset.copy_(offset)
+    code = dynamic_map(torch.device("cpu"))
+    nested, nested_scales = ops.quantize_blockwise.default(absmax - offset, code, NESTED_BLOCK)
+    out.absmax.copy_(nested)
+    out.absmax_scale.copy_(nested_scales)
