@@ -1,39 +1,15 @@
-"""Learning a model's wiring from one token: what feeds each router, and the shapes of its cache."""
+"""Learning a model's wiring from one token: which norm feeds each router."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from moe_local.offload.experts import OffloadedExperts
-
-
-@dataclass(frozen=True, slots=True)
-class RouterSite:
-    """The router of one MoE layer and the norm whose output it reads (identity where it reads the residual)."""
-
-    router: nn.Module
-    norm: nn.Module
-
-    def route(self, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream [..., D] -> (weights [T, K], experts [T, K]) as the router would choose.
-
-        Calls `forward` directly: calling the modules would run the very hooks this is used in.
-        """
-        normed = self.norm.forward(residual)
-        outputs = self.router.forward(normed.reshape(-1, normed.shape[-1]))
-        return chosen(outputs)
-
-
-def chosen(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights, experts) among a router's outputs: the integer tensor, and the float one of its shape."""
-    index = next(t for t in outputs if not t.is_floating_point())
-    weights = next(t for t in outputs if t.is_floating_point() and t.shape == index.shape)
-    return weights, index
+from moe_local.offload.routers import RouterSite, router_of
 
 
 class Probe:
@@ -86,13 +62,3 @@ class Probe:
                     self.sites[index] = RouterSite(router, norm)
 
         return asked
-
-
-def router_of(model: nn.Module, experts_name: str) -> nn.Module | None:
-    """The router beside an experts module: its sibling called gate or router."""
-    parent = model.get_submodule(experts_name.rpartition(".")[0])
-    for name in ("gate", "router"):
-        router = getattr(parent, name, None)
-        if isinstance(router, nn.Module):
-            return router
-    return None

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_local.cache.stats import RouterLoad
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.kernels.expert import expert_forward
 from moe_local.offload.prefetch import Prefetcher
@@ -69,10 +68,9 @@ class ExpertRunner:
     its own place in [T, K, D], and the sum over K runs in the router's order.
     """
 
-    def __init__(self, store: ExpertStore, prefetcher: Prefetcher, routed: RouterLoad) -> None:
+    def __init__(self, store: ExpertStore, prefetcher: Prefetcher) -> None:
         self.store = store
         self.prefetcher = prefetcher
-        self.routed = routed
 
     def run(
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -82,7 +80,7 @@ class ExpertRunner:
         layer, (tokens, top_k) = experts.index, index.shape
         guesses = self.prefetcher.predict(layer)
         ids, guessed = _to_host(index, [guess.ranked for guess in guesses])
-        self.routed.count_all(layer, ids)
+        self.store.routed.count_all(layer, ids)
 
         def prefetch() -> None:
             self.prefetcher.request(guesses, guessed)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from moe_local.cache.keys import ExpertKey
-from moe_local.cache.stats import BytesMoved, Counters, StallSeconds, Stats
+from moe_local.cache.stats import BytesMoved, RouterLoad, StallSeconds, Stats
 from moe_local.offload.device import Waited
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.quantize.layout import Layout
@@ -38,10 +38,22 @@ class ExpertStore:
     the kernels that were given it have run.
     """
 
-    def __init__(self, tier: Tier, layouts: Sequence[Sequence[Layout]], disk: FileSource | None = None) -> None:
+    def __init__(
+        self,
+        tier: Tier,
+        layouts: Sequence[Sequence[Layout]],
+        routed: RouterLoad,
+        *,
+        disk: FileSource,
+        below: Tier | None = None,
+    ) -> None:
+        """`tier` is the fastest, `below` the one that it loads from, if any; `disk` the last source of all."""
         self.tier = tier
         self.layouts = layouts
-        self.counters: Counters = tier.cache.stats
+        self.routed = routed
+        self.tokens = 0
+        """Tokens generated, counted by whoever generates."""
+        self._below = below
         self._disk = disk
         self._stall = dict.fromkeys(("demand", "late_prefetch", "disk", "cpu", "sync"), 0.0)
         self._waits: list[tuple[str, Waited]] = []
@@ -91,6 +103,13 @@ class ExpertStore:
             held = [expert for expert in (*ready, *waiting) if cache.pins(layer, expert)]
             cache.release(layer, held)
 
+    def slots(self, layer: int) -> int:
+        """Experts that the fastest tier holds of this layer."""
+        return self.tier.cache.slots(layer)
+
+    def num_experts(self, layer: int) -> int:
+        return len(self.layouts[layer])
+
     def prefetch(self, layer: int, experts: Sequence[int], *, distance: int, budget_bytes: int) -> None:
         """Request absent experts of a later layer, likeliest first, behind all demand loads.
 
@@ -120,16 +139,24 @@ class ExpertStore:
         self._waits.clear()
         source = self.tier.source
         copied = source.bytes_copied if isinstance(source, CopySource) else 0
-        read = self._disk.bytes_read if self._disk is not None else 0
-        return self.counters.snapshot(bytes=BytesMoved(h2d=copied, disk=read), stall=StallSeconds(**self._stall))
+        return self.tier.cache.stats.snapshot(
+            bytes=BytesMoved(h2d=copied, disk=self._disk.bytes_read),
+            stall=StallSeconds(**self._stall),
+            tokens=self.tokens,
+            routed=self.routed.snapshot(),
+        )
 
     def close(self) -> None:
         """Stop loads and free the slots. Idempotent."""
         self.tier.close()
+        if self._below is not None:
+            self._below.close()
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless no lease is left over and the tier agrees with its loads."""
         self.tier.check_integrity()
+        if self._below is not None:
+            self._below.check_integrity()
         if self._leased:
             raise RuntimeError(f"leases were not given back: {self._leased}")
 

@@ -13,7 +13,12 @@ from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
 from moe_local.offload.arena import Arena
 from moe_local.offload.device import Device, Event, Waited
+from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.transfer import DEMAND, Load, LoadState, Source
+
+
+PRELOAD_WINDOW = 16
+"""Experts under way at a time while a tier is filled: enough to keep the threads busy."""
 
 
 class Tier:
@@ -81,26 +86,24 @@ class Tier:
         return True, waited
 
     def preload(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Bring every expert into a slot of its own; `progress` gets (bytes brought, bytes in all).
+        """Bring every expert into a slot of its own; `progress` gets (experts brought, experts in all).
 
         For a tier with as many slots as experts. Blocks. Raises the first load's error.
         """
         cache = self.cache
-        keys = deque(ExpertKey(layer, e) for layer in range(cache.num_layers) for e in range(cache.slots(layer)))
-        window, brought = 16, 0
-        total = sum(cache.size(*key) for key in keys)
+        keys = deque(ExpertKey(layer, e) for layer in range(cache.layers) for e in range(cache.slots(layer)))
+        total = len(keys)
         while keys or self._loads:
-            while keys and len(self._loads) < window:
+            while keys and len(self._loads) < PRELOAD_WINDOW:
                 key = keys.popleft()
                 self.bring(key, cache.preload(*key), DEMAND)
-            before = dict(self._loads)
             self.source.wait(0.1)
+            check_interrupt()
             self.poll()
             if self._failures:
                 raise self._failures.popitem()[1]
-            brought += sum(load.nbytes for key, load in before.items() if key not in self._loads)
             if progress:
-                progress(brought, total)
+                progress(total - len(keys) - len(self._loads), total)
 
     def close(self) -> None:
         """Stop loads, then free the memory. Idempotent."""
@@ -113,7 +116,7 @@ class Tier:
         self.cache.check_integrity()
         loading = {
             ExpertKey(layer, expert)
-            for layer in range(self.cache.num_layers)
+            for layer in range(self.cache.layers)
             for expert in self.cache.loading(layer)
         }
         if loading != set(self._loads):

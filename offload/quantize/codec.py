@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -37,6 +38,7 @@ class Codec(Protocol):
         """
 
 
+@cache
 def codecs() -> dict[str, Codec]:
     """Every format by name, best known first."""
     from moe_local.offload.quantize.exact import ExactCodec

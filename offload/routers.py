@@ -1,0 +1,42 @@
+"""The routers of a model, as prefetch uses them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSite:
+    """The router of one MoE layer and the norm whose output it reads (identity where it reads the residual)."""
+
+    router: nn.Module
+    norm: nn.Module
+
+    def route(self, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream [..., D] -> (weights [T, K], experts [T, K]) as the router would choose.
+
+        Calls `forward` directly: calling the modules would run the very hooks this is used in.
+        """
+        normed = self.norm.forward(residual)
+        outputs = self.router.forward(normed.reshape(-1, normed.shape[-1]))
+        return chosen(outputs)
+
+
+def chosen(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights, experts) among a router's outputs: the integer tensor, and the float one of its shape."""
+    index = next(t for t in outputs if not t.is_floating_point())
+    weights = next(t for t in outputs if t.is_floating_point() and t.shape == index.shape)
+    return weights, index
+
+
+def router_of(model: nn.Module, experts_name: str) -> nn.Module | None:
+    """The router beside an experts module: its sibling called gate or router."""
+    parent = model.get_submodule(experts_name.rpartition(".")[0])
+    for name in ("gate", "router"):
+        router = getattr(parent, name, None)
+        if isinstance(router, nn.Module):
+            return router
+    return None
