@@ -1,0 +1,245 @@
+"""How fast this machine moves bytes: measured once, kept, and used by the planner and the scheduler.
+
+Decoding one token at a time moves bytes and little else, so these four figures decide what a placement is
+worth. Where nothing was measured yet, the defaults stand in and whoever uses them says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from moe_local.cache.keys import format_bytes
+
+DEFAULT_VRAM = 936e9
+"""Bytes/s, an RTX 3090's data sheet; a 4090 has 1008e9, the 16 GB cards 290e9 to 740e9."""
+DEFAULT_RAM = 60e9
+"""Bytes/s, dual-channel DDR5-4800 (76.8e9 by data sheet) as a good read loop sees it."""
+DEFAULT_H2D = 25e9
+"""Bytes/s, pinned memory over PCIe 4.0 x16 (31.5e9 by data sheet)."""
+DEFAULT_DISK = 2.5e9
+"""Bytes/s, an NVMe drive on PCIe 3.0 x4, or one on 4.0 under random experts."""
+
+FILE_NAME = "bandwidths.json"
+MIB = 2**20
+RAM_BUFFER = 256 * MIB
+DISK_FILE = 256 * MIB
+DISK_PIECE = 4 * MIB
+DISK_THREADS = 4
+"""Four reads of 4 MiB in flight reach a drive's sequential speed at every expert size that was tried."""
+COPY_BUFFER = 128 * MIB
+SECONDS = 0.35
+"""How long each of the four is measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidths:
+    """Bytes per second: reading VRAM by the GPU, RAM by the CPU, pinned RAM over the link, the disk."""
+
+    vram: float = DEFAULT_VRAM
+    ram: float = DEFAULT_RAM
+    h2d: float = DEFAULT_H2D
+    disk: float = DEFAULT_DISK
+    measured: frozenset[str] = frozenset()
+    """Which of the four were measured on this machine; the others are defaults."""
+    disk_cached: bool = False
+    """Whether `disk` could not bypass the page cache, and so says little about the disk."""
+
+    def assumed(self, names: Iterable[str]) -> bool:
+        """Whether any of these four names is a default rather than a measurement."""
+        return not set(names) <= self.measured
+
+    def to_dict(self) -> dict[str, float | list[str] | bool]:
+        return {**asdict(self), "measured": sorted(self.measured)}
+
+
+def measure(folder: Path, device: torch.device | None = None) -> Bandwidths:
+    """Measure this machine, in less than two seconds: the disk that holds `folder`, RAM, a CUDA `device`.
+
+    A disk that cannot be written (read-only, full) keeps the default. Blocks; loads the machine fully.
+    """
+    found: dict[str, float] = {"ram": ram_bandwidth()}
+    cached = False
+    with contextlib.suppress(OSError):
+        found["disk"], cached = disk_bandwidth(folder)
+    if device is not None and device.type == "cuda":
+        found["h2d"] = h2d_bandwidth(device)
+        found["vram"] = vram_bandwidth(device)
+    return replace(Bandwidths(disk_cached=cached), **found, measured=frozenset(found))  # type: ignore[arg-type]
+
+
+def ram_bandwidth(nbytes: int = RAM_BUFFER) -> float:
+    """Bytes/s of summing a buffer beyond the last cache with all of torch's threads."""
+    buffer = torch.ones(nbytes // 8, dtype=torch.int64)
+    return nbytes / _fastest(lambda: buffer.sum())
+
+
+def disk_bandwidth(folder: Path, nbytes: int = DISK_FILE) -> tuple[float, bool]:
+    """(bytes/s of reading a new file in `folder` from the disk, whether the page cache may have helped).
+
+    Writes at most `nbytes` for at most half a second and removes them again. Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix="bandwidth-", dir=folder)
+    try:
+        with os.fdopen(descriptor, "wb", buffering=0) as file:
+            length = _write_for(file.fileno(), nbytes, seconds=0.5)
+            os.fsync(file.fileno())
+        direct = _open_direct(name)
+        cached = direct is None
+        source = os.open(name, os.O_RDONLY) if direct is None else direct
+        try:
+            if cached and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(source, 0, 0, os.POSIX_FADV_DONTNEED)
+            return _read_for(source, length, seconds=0.5), cached
+        finally:
+            os.close(source)
+    finally:
+        os.unlink(name)
+
+
+def h2d_bandwidth(device: torch.device, nbytes: int = COPY_BUFFER) -> float:
+    """Bytes/s of copying pinned memory to a CUDA device."""
+    source = torch.ones(nbytes, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    return nbytes / _fastest(lambda: target.copy_(source, non_blocking=True), device)
+
+
+def vram_bandwidth(device: torch.device, nbytes: int = RAM_BUFFER) -> float:
+    """Bytes/s of summing a buffer in a CUDA device's memory, beyond its last cache."""
+    buffer = torch.ones(nbytes // 8, dtype=torch.int64, device=device)
+    return nbytes / _fastest(lambda: buffer.sum(), device)
+
+
+def saved(folder: Path) -> Bandwidths:
+    """What was measured on this machine and kept in `folder`; the defaults if nothing was."""
+    kept = _read(folder).get(machine())
+    if not isinstance(kept, dict):
+        return Bandwidths()
+    try:
+        return Bandwidths(
+            **{name: float(kept[name]) for name in ("vram", "ram", "h2d", "disk")},
+            measured=frozenset(str(name) for name in kept["measured"]),
+            disk_cached=bool(kept["disk_cached"]),
+        )
+    except (KeyError, TypeError, ValueError):
+        return Bandwidths()
+
+
+def save(bandwidths: Bandwidths, folder: Path) -> Path:
+    """Keep the figures of this machine in `folder`, beside those of others that share it. Atomic."""
+    folder.mkdir(parents=True, exist_ok=True)
+    machines = {**_read(folder), machine(): bandwidths.to_dict()}
+    path = folder / FILE_NAME
+    descriptor, temporary = tempfile.mkstemp(prefix=f"{FILE_NAME}-", dir=folder)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(machines, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def machine() -> str:
+    """What the figures depend on, as a short key: processor, cores, memory, GPUs."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    parts = [_processor(), str(os.cpu_count()), format_bytes(psutil.virtual_memory().total), *gpus]
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    return f"{parts[0]} x{parts[1]} {digest}"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _read(folder: Path) -> dict[str, object]:
+    """The kept file; an absent or damaged one counts as empty, since measuring again repairs it."""
+    try:
+        machines = json.loads((folder / FILE_NAME).read_text())
+    except (OSError, ValueError):
+        return {}
+    return machines if isinstance(machines, dict) else {}
+
+
+def _fastest(work: Callable[[], object], device: torch.device | None = None) -> float:
+    """Seconds of the fastest of several runs within SECONDS; the first, which warms up, does not count."""
+    best = float("inf")
+    work()
+    _synchronize(device)
+    deadline = time.perf_counter() + SECONDS
+    while True:
+        start = time.perf_counter()
+        work()
+        _synchronize(device)
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > deadline:
+            return best
+
+
+def _synchronize(device: torch.device | None) -> None:
+    if device is not None:
+        torch.cuda.synchronize(device)
+
+
+def _write_for(descriptor: int, nbytes: int, seconds: float) -> int:
+    """Write pieces of random bytes until `nbytes` or `seconds` are spent, at least one; the bytes written."""
+    piece = os.urandom(DISK_PIECE)
+    deadline = time.perf_counter() + seconds
+    written = 0
+    while written < nbytes and (written == 0 or time.perf_counter() < deadline):
+        written += os.write(descriptor, piece)
+    return written
+
+
+def _open_direct(name: str) -> int | None:
+    """A descriptor that bypasses the page cache, or None where system or file system have none."""
+    flag = getattr(os, "O_DIRECT", None)
+    if flag is None:
+        return None
+    try:
+        return os.open(name, os.O_RDONLY | flag)
+    except OSError:
+        return None
+
+
+def _read_for(descriptor: int, length: int, seconds: float) -> float:
+    """Bytes/s of reading the file once, or as far as `seconds` go, several pieces in flight."""
+    buffers = [mmap.mmap(-1, DISK_PIECE) for _ in range(DISK_THREADS)]  # page-aligned, as O_DIRECT wants
+    start = time.perf_counter()
+
+    def read(worker: int) -> int:
+        count = 0
+        for offset in range(worker * DISK_PIECE, length, DISK_THREADS * DISK_PIECE):
+            count += os.preadv(descriptor, [buffers[worker]], offset)
+            if time.perf_counter() - start > seconds:
+                break
+        return count
+
+    with ThreadPoolExecutor(DISK_THREADS) as pool:
+        total = sum(pool.map(read, range(DISK_THREADS)))
+    rate = total / (time.perf_counter() - start)
+    for buffer in buffers:
+        buffer.close()
+    return rate

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+import torch
+
+from moe_local.offload import bandwidth
+from moe_local.offload.bandwidth import Bandwidths
+
+
+def test_defaults_are_assumed():
+    assert Bandwidths().assumed(["ram"])
+    assert not Bandwidths(measured=frozenset({"ram", "disk"})).assumed(["ram", "disk"])
+    assert Bandwidths(measured=frozenset({"ram"})).assumed(["ram", "disk"])
+
+
+def test_measure_without_a_gpu(tmp_path):
+    start = time.process_time()
+    found = bandwidth.measure(tmp_path)
+    # Less than two seconds: of CPU time by all threads, as a busy neighbour must not fail the test.
+    assert time.process_time() - start < 2 * max(1, torch.get_num_threads())
+    assert found.measured == {"ram", "disk"}
+    assert found.ram > 1e8
+    assert found.disk > 1e6
+    assert (found.vram, found.h2d) == (bandwidth.DEFAULT_VRAM, bandwidth.DEFAULT_H2D)
+    assert list(tmp_path.iterdir()) == [], "the probe file must go"
+
+
+def test_ram_is_never_slower_than_a_plain_copy_would_allow():
+    buffer, copy = torch.ones(2**23, dtype=torch.int64), torch.empty(2**23, dtype=torch.int64)
+    start = time.perf_counter()
+    copy.copy_(buffer)
+    copied = buffer.nbytes / (time.perf_counter() - start)
+    assert bandwidth.ram_bandwidth(buffer.nbytes) > copied / 3
+
+
+def test_a_disk_that_cannot_be_written_keeps_the_default(tmp_path, monkeypatch):
+    monkeypatch.setattr(bandwidth, "SECONDS", 0.02)
+    file = tmp_path / "not-a-folder"
+    file.write_text("")
+    found = bandwidth.measure(file / "below")
+    assert found.measured == {"ram"}
+    assert found.disk == bandwidth.DEFAULT_DISK
+
+
+def test_without_direct_reads_the_disk_figure_says_cached(tmp_path, monkeypatch):
+    monkeypatch.setattr(bandwidth, "_open_direct", lambda name: None)
+    rate, cached = bandwidth.disk_bandwidth(tmp_path, nbytes=8 * 2**20)
+    assert rate > 0
+    assert cached
+
+
+def test_what_is_saved_is_found_again(tmp_path):
+    assert bandwidth.saved(tmp_path) == Bandwidths()
+    figures = Bandwidths(ram=1.5e10, measured=frozenset({"ram"}))
+    path = bandwidth.save(figures, tmp_path)
+    assert bandwidth.saved(tmp_path) == figures
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_machines_share_a_folder(tmp_path, monkeypatch):
+    bandwidth.save(Bandwidths(ram=1e10, measured=frozenset({"ram"})), tmp_path)
+    monkeypatch.setattr(bandwidth, "_processor", lambda: "Another CPU")
+    assert bandwidth.saved(tmp_path) == Bandwidths()
+    bandwidth.save(Bandwidths(ram=2e10, measured=frozenset({"ram"})), tmp_path)
+    monkeypatch.undo()
+    assert bandwidth.saved(tmp_path).ram == 1e10
+
+
+@pytest.mark.parametrize("text", ["", "not json", "[]", '{"a": 1}'])
+def test_a_damaged_file_counts_as_empty(tmp_path, text):
+    (tmp_path / bandwidth.FILE_NAME).write_text(text)
+    assert bandwidth.saved(tmp_path) == Bandwidths()
+    bandwidth.save(Bandwidths(disk=1.0), tmp_path)
+    assert bandwidth.saved(tmp_path).disk == 1.0
+
+
+@pytest.mark.parametrize("kept", [5, {}, {"vram": "fast"}])
+def test_a_damaged_entry_counts_as_absent(tmp_path, kept):
+    (tmp_path / bandwidth.FILE_NAME).write_text(json.dumps({bandwidth.machine(): kept}))
+    assert bandwidth.saved(tmp_path) == Bandwidths()
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    bandwidth.save(Bandwidths(ram=1e10), tmp_path)
+
+    def refuse(source: str, target: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        bandwidth.save(Bandwidths(ram=2e10), tmp_path)
+    assert bandwidth.saved(tmp_path).ram == 1e10
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.gpu
+def test_measure_with_a_gpu(tmp_path):
+    found = bandwidth.measure(tmp_path, torch.device("cuda", 0))
+    assert {"vram", "h2d", "ram"} <= found.measured
+    assert found.vram > found.h2d > 1e8
