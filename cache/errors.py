@@ -39,3 +39,7 @@ class ExpertFileError(MoeLocalError):
 
 class TransferError(MoeLocalError):
     """Bringing an expert to its slot failed: a read or copy error, or a time-out."""
+
+
+class RoutesError(MoeLocalError):
+    """A file of recorded routes cannot be read, is damaged, or does not hold what is asked of it."""

@@ -24,7 +24,10 @@ class EvictionPolicy(Protocol):
         """A known expert lost its slot."""
 
     def coldest(self) -> Iterator[int]:
-        """Known experts, the best victim first. The policy is not changed while this is walked."""
+        """Known experts, the best victim first. The policy is not changed while this is walked.
+
+        One walk gives all victims of a step, after the step's hits were touched.
+        """
 
     def __len__(self) -> int:
         """How many experts are known."""
