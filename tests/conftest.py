@@ -64,3 +64,21 @@ def tiny_mixtral(make_checkpoint: Callable[..., Path]) -> Path:
 def tiny_qwen3_moe(make_checkpoint: Callable[..., Path]) -> Path:
     """A Qwen3-MoE checkpoint folder, fp32: 3 layers of 8 experts, top-2, hidden 64, with a tokenizer."""
     return make_checkpoint("qwen3_moe", tokenizer=True)
+
+
+@pytest.fixture(scope="session")
+def synthetic(repository: Path) -> ModuleType:
+    """benchmarks/synthetic.py: `mixtral_19_shards(folder, Shape(...), seed)`, the published Mixtral layout."""
+    return load_module(repository / "benchmarks" / "synthetic.py")
+
+
+@pytest.fixture(scope="session")
+def mixtral_19(
+    synthetic: ModuleType, tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A small Mixtral in the published layout: 19 bf16 shards and their index, 3 layers, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("mixtral_19")
+    shape = synthetic.Shape(64, 96, layers=3, heads=4, kv_heads=2, vocab=tiny_models.VOCAB, max_context=4096)
+    synthetic.mixtral_19_shards(folder, shape)
+    tiny_models.tiny_tokenizer().save_pretrained(folder)
+    return folder
