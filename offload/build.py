@@ -1,0 +1,58 @@
+"""From an expert file and a plan to a working store: arenas, tiers and sources, wired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_local.cache.expert_cache import ExpertCache
+from moe_local.cache.keys import ExpertKey
+from moe_local.cache.stats import RouterLoad
+from moe_local.offload.arena import DeviceArena, HostArena
+from moe_local.offload.device import Device
+from moe_local.offload.expert_file import ExpertFile
+from moe_local.offload.spec import ModelSpec
+from moe_local.offload.store import ExpertStore
+from moe_local.offload.tiers import CopySource, Tier
+from moe_local.offload.transfer import FileSource, Location
+
+
+def build_store(
+    file: ExpertFile,
+    spec: ModelSpec,
+    *,
+    ram_slots: Sequence[int],
+    vram_slots: Sequence[int] | None = None,
+    device: Device | None = None,
+    policy: str = "lru",
+    read_threads: int = 4,
+) -> ExpertStore:
+    """A store over `file` with so many slots per MoE layer; the caller closes it.
+
+    Without a device, RAM is the fastest tier and its misses are read from disk. With one, `vram_slots` are
+    the fastest, filled from RAM, which is filled from disk. Nothing is loaded yet (`Tier.preload` does).
+    Raises DoesNotFitError if an arena is refused.
+    """
+    layouts = [[file.layout(layer.index, e) for e in range(layer.num_experts)] for layer in spec.layers]
+    strides = [max(layout.nbytes for layout in layer) for layer in layouts]
+
+    def size(layer: int, expert: int) -> int:
+        return layouts[layer][expert].nbytes
+
+    def locate(key: ExpertKey) -> Location:
+        path, offset, nbytes = file.location(*key)
+        return Location(path, offset, nbytes, file.checksum(*key))
+
+    host = HostArena(ram_slots, strides, pin=device is not None and device.torch_device.type == "cuda")
+    disk = FileSource(locate, host.view, threads=read_threads)
+    routed = RouterLoad([layer.num_experts for layer in spec.layers], [layer.top_k for layer in spec.layers])
+    ram = Tier(ExpertCache(ram_slots, policy, size), host, disk)
+    if device is None or vram_slots is None:
+        return ExpertStore(ram, layouts, routed, disk=disk)
+    try:
+        arena = DeviceArena(vram_slots, strides, device)
+    except BaseException:
+        ram.close()
+        raise
+    source = CopySource(ram, arena, device, lambda key: size(*key))
+    vram = Tier(ExpertCache(vram_slots, policy, size), arena, source, device)
+    return ExpertStore(vram, layouts, routed, disk=disk, below=ram)

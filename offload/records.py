@@ -1,0 +1,90 @@
+"""What a generation hands out: one record per token, one for the whole, both also the metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moe_local.cache.stats import Stats
+from moe_local.offload.engine import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One new token. Counts and times are of the step that made it; the first one's include the prompt."""
+
+    text: str
+    """What the token adds to the answer; empty while a character is incomplete, and without a tokenizer."""
+    id: int
+    ms: float
+    """Wall time since the token before, or since the call."""
+    stall_ms: float
+    hits: int
+    misses: int
+    bytes_h2d: int
+    bytes_disk: int
+    finish_reason: FinishReason | None
+    """None until the last token."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStats:
+    """Figures of one generation. `counts` are the store's, of this generation alone."""
+
+    prompt_tokens: int
+    new_tokens: int
+    ttft_s: float
+    """Time to first token: from the call to the first new token."""
+    decode_s: float
+    """From the first new token to the last."""
+    counts: Stats
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoded tokens per second, the first left out; 0 for fewer than two tokens."""
+        return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 and self.decode_s > 0 else 0.0
+
+    @property
+    def hits(self) -> int:
+        return self.counts.hits
+
+    @property
+    def misses(self) -> int:
+        return self.counts.misses
+
+    @property
+    def stall_s(self) -> float:
+        return self.counts.stall.total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        counts = self.counts.to_dict()
+        counts.pop("starved")  # a matter of long runs, not of one answer
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "ttft_s": self.ttft_s,
+            "tokens_per_s": self.tokens_per_s,
+            **counts,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A finished answer. `token_ids` are the new ones, an end-of-sequence token included."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stats: GenerationStats
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": str(self.finish_reason),
+            "stats": self.stats.to_dict(),
+        }
+
+
