@@ -1,0 +1,296 @@
+"""The decode loop: sequences join, are stepped, and leave.
+
+It drives any causal language model of transformers through its plain forward; that the experts may lie
+in RAM or on disk is the model's business. transformers' generate is the reference for every token (in tests),
+not the engine: it does a millisecond of bookkeeping a token and knows one batch that starts and ends together.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import torch
+
+from moe_local.cache.errors import MoeLocalError, OptionError
+from moe_local.offload import interrupt
+from moe_local.offload.kv_slab import KVRows
+from moe_local.offload.sampling import Settings
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    """An end-of-sequence token, or a stop string."""
+    LENGTH = "length"
+    """max_new_tokens, max_time, or the end of the context."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One prompt and what follows it. The engine writes it; callers read."""
+
+    ids: list[int]
+    """The prompt, then the new tokens."""
+    prompt_len: int
+    settings: Settings
+    row: int
+    """Its row of the key-value memory. Changes when another sequence leaves."""
+    finish_reason: FinishReason | None = None
+    reused_tokens: int = 0
+    """Prompt tokens whose keys and values were taken over from the sequence before."""
+    deadline: float | None = None
+    seen: torch.Tensor | None = field(default=None, repr=False)
+    """`ids` on the model's device with room to grow, [1, capacity + 1], where processors want them."""
+
+    @property
+    def new_ids(self) -> list[int]:
+        return self.ids[self.prompt_len :]
+
+
+class Step(NamedTuple):
+    """One new token. `finish_reason` is None while the sequence goes on."""
+
+    sequence: Sequence
+    token: int
+    finish_reason: FinishReason | None
+
+
+class Work(NamedTuple):
+    """What one row contributes to a forward: its next ids, and whether they are the last that it has."""
+
+    sequence: Sequence
+    ids: list[int]
+    samples: bool
+
+
+class Engine:
+    """Steps up to `kv.rows` sequences. One thread at a time; the model and the memory are the caller's.
+
+    A step that raises, KeyboardInterrupt included, leaves every sequence as it was: lengths change only after
+    a forward has finished, and what a sequence still has to compute is derived from its length in the cache.
+    """
+
+    def __init__(self, hf: Any, kv: KVRows, *, chunk: int) -> None:
+        """`chunk`: prompt tokens in one forward, between which other sequences and Ctrl-C get their turn."""
+        self.hf = hf
+        self.kv = kv
+        self.chunk = chunk
+        embeddings = hf.get_input_embeddings()
+        self.device: torch.device = embeddings.weight.device
+        self.vocab_size = int(embeddings.weight.shape[0])
+        self._forward_options: dict[str, Any] = {"use_cache": True}
+        if "logits_to_keep" in inspect.signature(hf.forward).parameters:
+            self._forward_options["logits_to_keep"] = 1
+        self._members: list[Sequence] = []
+        """By row, the parked one included."""
+        self._parked: Sequence | None = None
+        self._turn = 0
+
+    @property
+    def active(self) -> list[Sequence]:
+        """Sequences that have joined and not left, by row."""
+        return [sequence for sequence in self._members if sequence is not self._parked]
+
+    @property
+    def free_rows(self) -> int:
+        return self.kv.rows - len(self.active)
+
+    def join(self, prompt_ids: Ids[int], settings: Settings, *, reuse: bool = False) -> Sequence:
+        """Let a prompt take part in the steps to come; nothing is computed yet.
+
+        With `reuse`, the keys and values of the sequence that left last serve as far as both prompts agree.
+        Raises OptionError for an empty prompt, an id beyond the vocabulary, a prompt beyond the context.
+        """
+        ids = list(prompt_ids)
+        self._check_prompt(ids)
+        if self.free_rows == 0:
+            raise MoeLocalError(
+                f"all {self.kv.rows} sequences are in use; one has to leave before another joins"
+            )
+        shared = self._shared_prefix(ids) if reuse else 0
+        if self._parked is not None and shared:
+            row = self._parked.row
+            self.kv.shorten(row, shared)
+            self._parked = None
+            sequence = self._members[row] = Sequence(ids, len(ids), settings, row, reused_tokens=shared)
+        else:
+            if len(self._members) == self.kv.rows:
+                self.forget()
+            sequence = Sequence(ids, len(ids), settings, self.kv.join())
+            self._members.append(sequence)
+        if settings.max_time is not None:
+            sequence.deadline = time.monotonic() + settings.max_time
+        return sequence
+
+    def _check_prompt(self, ids: list[int]) -> None:
+        if not ids:
+            raise OptionError("the prompt is empty; it needs at least one token")
+        if len(ids) > self.kv.capacity:
+            raise OptionError(
+                f"the prompt has {len(ids)} tokens, the context holds {self.kv.capacity}; "
+                "shorten it or raise --context"
+            )
+        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            bad = next(token for token in ids if not 0 <= token < self.vocab_size)
+            raise OptionError(
+                f"token id {bad} in the prompt is outside the vocabulary, 0 to {self.vocab_size - 1}"
+            )
+
+    def leave(self, sequence: Sequence) -> None:
+        """The sequence takes part no more, finished or not. Its row stays parked until one is needed."""
+        assert self._members[sequence.row] is sequence, "this sequence has left before"
+        self.forget()
+        self._parked = sequence
+        sequence.seen = None
+
+    def forget(self) -> None:
+        """Give up the parked row."""
+        if self._parked is None:
+            return
+        row, self._parked = self._parked.row, None
+        self.kv.leave(row)
+        last = self._members.pop()
+        if row < len(self._members):
+            self._members[row] = last
+            last.row = row
+
+    def _shared_prefix(self, ids: list[int]) -> int:
+        """Tokens of the parked row that a prompt can take over; at least one is left to compute."""
+        if self._parked is None:
+            return 0
+        row = self._parked.row
+        limit = min(self.kv.lens[row], len(ids) - 1)
+        old = self._parked.ids
+        shared = next((i for i in range(limit) if old[i] != ids[i]), limit)
+        return shared if self.kv.can_shorten(row, shared) else 0
+
+    def step(self) -> list[Step]:
+        """Compute the next forward and return the tokens it gave, none for a part of a long prompt.
+
+        Raises KeyboardInterrupt at a safe point for a Ctrl-C during the step, and what the model raises.
+        """
+        with interrupt.deferred(), torch.inference_mode():
+            work = self._schedule()
+            if not work:
+                return []
+            try:
+                logits = self._forward(work)
+                tokens = self._sample(work, logits)
+            except BaseException:
+                for item in work:
+                    self.kv.abort(item.sequence.row)
+                raise
+            return self._emit(work, tokens)
+
+    def _schedule(self) -> list[Work]:
+        """The rows of the next forward: one, in turn."""
+        running = [sequence for sequence in self.active if sequence.finish_reason is None]
+        if not running:
+            return []
+        sequence = next((s for s in running if s.row >= self._turn), running[0])
+        self._turn = sequence.row + 1
+        done = self.kv.lens[sequence.row]
+        todo = len(sequence.ids) - done
+        count = self.kv.chunk(sequence.row, todo, self.chunk)
+        return [Work(sequence, sequence.ids[done : done + count], samples=count == todo)]
+
+    def _forward(self, work: list[Work]) -> torch.Tensor:
+        """Logits of each row's last token, [len(work), vocabulary], fp32."""
+        return torch.cat([self._forward_row(item) for item in work])
+
+    def _forward_row(self, item: Work) -> torch.Tensor:
+        """One sequence, any number of tokens: no mask, as generate drops one that hides nothing."""
+        row, start = item.sequence.row, self.kv.lens[item.sequence.row]
+        ids = torch.tensor([item.ids], device=self.device)
+        positions = torch.arange(start, start + len(item.ids), device=self.device)[None]
+        output = self.hf(
+            input_ids=ids, position_ids=positions, past_key_values=self.kv.row(row), **self._forward_options
+        )
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
+
+    def _sample(self, work: list[Work], logits: torch.Tensor) -> list[int | None]:
+        """The next token of each row, None in mid-prompt; here alone the host waits for the device."""
+        picks = [
+            self._pick(item.sequence, logits[row : row + 1]) for row, item in enumerate(work) if item.samples
+        ]
+        if not picks:
+            return [None] * len(work)
+        picked = iter(torch.stack(picks).tolist())
+        tokens: list[int | None] = []
+        for item in work:
+            token, broken = next(picked) if item.samples else (None, False)
+            if broken:
+                raise MoeLocalError(
+                    f"the model computed NaN at position {len(item.sequence.ids) - 1}: a weight is damaged "
+                    "or too large for its dtype; convert the checkpoint again, or try --dense bf16"
+                )
+            tokens.append(token)
+        return tokens
+
+    def _pick(self, sequence: Sequence, logits: torch.Tensor) -> torch.Tensor:
+        """From [1, vocabulary] to [2]: the token, and whether there was a NaN, without waiting for either."""
+        settings = sequence.settings
+        broken = logits.isnan().any()
+        scores = logits
+        if settings.processors:
+            scores = settings.processors(self._seen(sequence), logits)
+        if settings.do_sample:
+            probabilities = torch.softmax(scores, dim=-1)
+            # multinomial on NaN would kill the CUDA context before `broken` can be read
+            probabilities = probabilities.masked_fill(probabilities.isnan(), 1.0)
+            token = torch.multinomial(probabilities, num_samples=1, generator=settings.generator)[0, 0]
+        else:
+            token = scores[0].argmax()
+        return torch.stack([token, broken.to(token.dtype)])
+
+    def _seen(self, sequence: Sequence) -> torch.Tensor:
+        """The ids of a sequence on the device, [1, length], with only the new ones sent there."""
+        if sequence.seen is None:
+            sequence.seen = torch.empty((1, self.kv.capacity + 1), dtype=torch.long, device=self.device)
+            sequence.seen[0, : len(sequence.ids)] = torch.tensor(sequence.ids, device=self.device)
+        sequence.seen[0, len(sequence.ids) - 1] = sequence.ids[-1]
+        return sequence.seen[:, : len(sequence.ids)]
+
+    def _emit(self, work: list[Work], tokens: list[int | None]) -> list[Step]:
+        """Make the step count: lengths first, then the new tokens."""
+        steps = []
+        for item, token in zip(work, tokens, strict=True):
+            sequence = item.sequence
+            self.kv.advance(sequence.row, len(item.ids))
+            if token is not None:
+                sequence.ids.append(token)
+                sequence.finish_reason = self._finish_reason(sequence, token)
+                steps.append(Step(sequence, token, sequence.finish_reason))
+        return steps
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        settings = sequence.settings
+        if token in settings.eos_ids:
+            return FinishReason.STOP
+        if settings.stop_strings is not None and bool(settings.stop_strings(self._seen(sequence), None)):
+            return FinishReason.STOP
+        if len(sequence.ids) - sequence.prompt_len >= settings.max_new_tokens:
+            return FinishReason.LENGTH
+        # the last token needs no column: it would be fed only to compute the next one
+        if len(sequence.ids) > self.kv.capacity:
+            return FinishReason.LENGTH
+        if sequence.deadline is not None and time.monotonic() > sequence.deadline:
+            return FinishReason.LENGTH
+        return None
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when the bookkeeping contradicts itself."""
+        self.kv.check_integrity()
+        assert len(self._members) == len(self.kv.lens)
+        for row, sequence in enumerate(self._members):
+            assert sequence.row == row
+            assert self.kv.lens[row] < len(sequence.ids) or sequence is self._parked
+            assert sequence.prompt_len <= len(sequence.ids) <= self.kv.capacity + 1
+        assert self._parked is None or self._members[self._parked.row] is self._parked

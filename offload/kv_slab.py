@@ -1,0 +1,315 @@
+"""The keys and values of all sequences: one tensor a layer, one row a sequence, one column a token.
+
+    keys[row, head, column, dim]        token p of a sequence lies in column p, for as long as it stays
+
+Nothing grows, moves or is padded while sequences decode: a new token is written in place, `shorten` is one
+integer, and a sliding window is a slice. Two readers of the slab are possible: a row (one sequence, any
+number of new tokens), which `row()` gives, and all rows at once (one new token each), for which the rows in
+use are kept contiguous, 0 to len(lens) - 1.
+
+Letters: R rows, H key-value heads, C capacity, D width of a head, W sliding window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+# transformers 5.17 and 5.18 leave out the layers that later releases fill with this class.
+DUMMY_LAYER: type | None = getattr(cache_utils, "DummyLayer", None)
+SLAB_LAYERS = (DynamicLayer, cache_utils.DynamicSlidingWindowLayer, cache_utils.DynamicIndexedLayer)
+
+WHOLE_PROMPT_ONLY = frozenset({"jamba"})
+"""Model types whose scan forgets its state when it gets several tokens after it (transformers 5.23)."""
+
+
+class KVRows(Protocol):
+    """What the engine asks of the memory of its sequences.
+
+    `lens[row]` tokens of a row are valid. A forward through `row(r)` writes behind them and changes no
+    length; `advance` makes the new tokens valid, `abort` forgets them. Rows in use are 0 to len(lens) - 1.
+    """
+
+    rows: int
+    capacity: int
+    lens: list[int]
+
+    def join(self) -> int:
+        """Take the next row, empty. Call only while len(lens) < rows."""
+
+    def leave(self, row: int) -> None:
+        """Free a row. The last row moves into the hole and has the number `row` from now on."""
+
+    def row(self, row: int) -> Any:
+        """A transformers Cache of one sequence, for one forward of any number of tokens that still fit."""
+
+    def advance(self, row: int, tokens: int) -> None:
+        """The forward through the row is done: its new tokens are valid."""
+
+    def abort(self, row: int) -> None:
+        """The forward through the row failed half-way. `lens[row]` tells what is left, possibly 0."""
+
+    def chunk(self, row: int, todo: int, wanted: int) -> int:
+        """How many of `todo` new tokens the next forward of this row may take, `wanted` preferred."""
+
+    def can_shorten(self, row: int, length: int) -> bool:
+        """Whether the row can be cut to its first `length` tokens and continued from there, exactly."""
+
+    def shorten(self, row: int, length: int) -> None:
+        """Forget the tokens from `length` on. Call only when `can_shorten`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now, used or not."""
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when the bookkeeping contradicts itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStore:
+    """The memory of one layer. keys [R, H, C, Dk], values [R, H, C, Dv], indexer [R, C, Di] or None."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    indexer: torch.Tensor | None
+    window: int | None
+    """W: a token sees itself and the W - 1 before it. None: it sees all."""
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield self.keys
+        yield self.values
+        if self.indexer is not None:
+            yield self.indexer
+
+
+class RowLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """One row of one layer, as transformers' attention modules see a cache layer."""
+
+    def __init__(self, slab: KVSlab, store: LayerStore, row: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._slab, self._store, self._row = slab, store, row
+        self.is_initialized = self.is_indexer_initialized = True
+        self.is_sliding = store.window is not None
+        if store.window is not None:
+            self.sliding_window = store.window
+
+    def _first_visible(self) -> int:
+        """The first column that the next token may see."""
+        window = self._store.window
+        return 0 if window is None else max(0, self._slab.lens[self._row] - window + 1)
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Write q new tokens, [1, H, q, D]; views of what they may see, [1, H, min(W - 1, length) + q, D]."""
+        store, row, start = self._store, self._row, self._slab.lens[self._row]
+        end = start + key_states.shape[-2]
+        store.keys[row, :, start:end] = key_states[0]
+        store.values[row, :, start:end] = value_states[0]
+        first = self._first_visible()
+        return store.keys[row : row + 1, :, first:end], store.values[row : row + 1, :, first:end]
+
+    def update_indexer(self, indexer_key_states: Any) -> Any:
+        """Write q new index keys, [1, q, Di]; a view of all of them, [1, length + q, Di]."""
+        indexer, row, start = self._store.indexer, self._row, self._slab.lens[self._row]
+        assert indexer is not None, "this layer had no indexer when it was probed"
+        end = start + indexer_key_states.shape[1]
+        indexer[row, start:end] = indexer_key_states[0]
+        return indexer[row : row + 1, :end]
+
+    def get_seq_length(self) -> int:
+        return self._slab.lens[self._row]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(columns that `update` will return, the first of them)."""
+        first = self._first_visible()
+        return self._slab.lens[self._row] + query_length - first, first
+
+
+class KVSlab:
+    """Full-length attention memory of `rows` sequences of up to `capacity` tokens, allocated once.
+
+    Owns its tensors. They are ordinary ones even when made under inference_mode, and on a CPU their pages are
+    taken from the system only when a token is first written. Columns not written are never read.
+    """
+
+    def __init__(self, probe: Any, rows: int, capacity: int) -> None:
+        """`probe`: a cache that has seen one token, whose layers tell every shape, type and device."""
+        assert can_slab(probe), "probe first: make_kv chooses OwnCaches for other layers"
+        self.rows = rows
+        self.capacity = capacity
+        self.lens: list[int] = []
+        with torch.inference_mode(False):
+            self.layers = [self._allocate(layer) for layer in probe.layers]
+        self._views = [Cache(layers=[self._view(store, row) for store in self.layers]) for row in range(rows)]
+
+    def _allocate(self, layer: Any) -> LayerStore | None:
+        if getattr(layer, "keys", None) is None:
+            return None
+        indexer = getattr(layer, "indexer_keys", None)
+        return LayerStore(
+            keys=self._empty(layer.keys),
+            values=self._empty(layer.values),
+            indexer=None if indexer is None else self._empty(indexer),
+            window=getattr(layer, "sliding_window", None),
+        )
+
+    def _empty(self, like: torch.Tensor) -> torch.Tensor:
+        shape = (self.rows, *like.shape[1:-2], self.capacity, like.shape[-1])
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+    def _view(self, store: LayerStore | None, row: int) -> Any:
+        if store is not None:
+            return RowLayer(self, store, row)
+        return (DUMMY_LAYER or DynamicLayer)()
+
+    def join(self) -> int:
+        assert len(self.lens) < self.rows, f"all {self.rows} rows are taken"
+        self.lens.append(0)
+        return len(self.lens) - 1
+
+    def leave(self, row: int) -> None:
+        last = len(self.lens) - 1
+        if row != last:
+            length = self.lens[last]
+            for tensor in self._tensors():
+                tensor[row, ..., :length, :].copy_(tensor[last, ..., :length, :])
+        self.lens[row] = self.lens[last]
+        self.lens.pop()
+
+    def row(self, row: int) -> Any:
+        return self._views[row]
+
+    def advance(self, row: int, tokens: int) -> None:
+        assert self.lens[row] + tokens <= self.capacity, f"row {row} is full"
+        self.lens[row] += tokens
+
+    def abort(self, row: int) -> None:
+        """Nothing to do: what was written lies behind `lens[row]` and is written again."""
+
+    def chunk(self, row: int, todo: int, wanted: int) -> int:
+        return min(todo, wanted)
+
+    def can_shorten(self, row: int, length: int) -> bool:
+        return 0 <= length <= self.lens[row]
+
+    def shorten(self, row: int, length: int) -> None:
+        assert self.can_shorten(row, length), f"row {row} has {self.lens[row]} tokens, not {length}"
+        self.lens[row] = length
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        for store in self.layers:
+            if store is not None:
+                yield from store.tensors()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+
+    def check_integrity(self) -> None:
+        assert len(self.lens) <= self.rows
+        assert all(0 <= length <= self.capacity for length in self.lens), self.lens
+        for tensor in self._tensors():
+            assert tensor.shape[0] == self.rows, tensor.shape
+            assert tensor.shape[-2] == self.capacity, tensor.shape
+        for view in self._views:
+            assert len(view.layers) == len(self.layers)
+
+
+class OwnCaches:
+    """The null twin of the slab, for layers it does not know: each sequence has a DynamicCache of its own.
+
+    Memory grows with the tokens. A failed forward leaves such a cache half written, so `abort` drops it and
+    the sequence is computed again from its ids; nothing can be cut off, as a state cannot be rolled back.
+    """
+
+    def __init__(self, config: Any, rows: int, capacity: int) -> None:
+        self._config = config.get_text_config(decoder=True)
+        self._whole_prompt_only = self._config.model_type in WHOLE_PROMPT_ONLY
+        self.rows = rows
+        self.capacity = capacity
+        self.lens: list[int] = []
+        self._caches: list[Any] = []
+
+    def _fresh(self) -> Any:
+        return DynamicCache(config=self._config)
+
+    def join(self) -> int:
+        assert len(self.lens) < self.rows, f"all {self.rows} rows are taken"
+        self.lens.append(0)
+        self._caches.append(self._fresh())
+        return len(self.lens) - 1
+
+    def leave(self, row: int) -> None:
+        length, cache = self.lens.pop(), self._caches.pop()
+        if row < len(self.lens):
+            self.lens[row], self._caches[row] = length, cache
+
+    def row(self, row: int) -> Any:
+        return self._caches[row]
+
+    def advance(self, row: int, tokens: int) -> None:
+        assert self.lens[row] + tokens <= self.capacity, f"row {row} is full"
+        self.lens[row] += tokens
+
+    def abort(self, row: int) -> None:
+        self.lens[row], self._caches[row] = 0, self._fresh()
+
+    def chunk(self, row: int, todo: int, wanted: int) -> int:
+        if self._whole_prompt_only:
+            return todo if self.lens[row] == 0 else 1
+        return min(todo, wanted)
+
+    def can_shorten(self, row: int, length: int) -> bool:
+        return length == 0 or (length == self.lens[row] and not self._whole_prompt_only)
+
+    def shorten(self, row: int, length: int) -> None:
+        assert self.can_shorten(row, length), f"row {row} has {self.lens[row]} tokens, not {length}"
+        if length == 0:
+            self.abort(row)
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (tensor for cache in self._caches for layer in cache.layers for tensor in _held(layer))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def check_integrity(self) -> None:
+        assert len(self.lens) == len(self._caches) <= self.rows
+        assert all(0 <= length <= self.capacity for length in self.lens), self.lens
+
+
+def _held(layer: Any) -> Iterator[torch.Tensor]:
+    for value in vars(layer).values():
+        parts = value.values() if isinstance(value, dict) else (value,)
+        yield from (part for part in parts if isinstance(part, torch.Tensor))
+
+
+def can_slab(probe: Any) -> bool:
+    """Whether every layer of a probed cache is one whose tokens lie in columns of their own."""
+    return all(
+        (type(layer) in SLAB_LAYERS and getattr(layer, "indexer_position_ids", None) is None)
+        or (DUMMY_LAYER is not None and type(layer) is DUMMY_LAYER)
+        for layer in probe.layers
+    )
+
+
+@torch.inference_mode()
+def probe_cache(model: Any) -> Any:
+    """A fresh DynamicCache of the model after one token: what each layer keeps, and in which shape."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    embeddings = model.get_input_embeddings().weight
+    zero = torch.zeros((1, 1), dtype=torch.long, device=embeddings.device)
+    model(input_ids=zero, position_ids=zero, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def make_kv(model: Any, rows: int, capacity: int, probe: Any = None) -> KVSlab | OwnCaches:
+    """Memory for `rows` sequences of `capacity` tokens; `probe`: what `probe_cache` gave, if at hand."""
+    probe = probe_cache(model) if probe is None else probe
+    if can_slab(probe):
+        return KVSlab(probe, rows, capacity)
+    return OwnCaches(model.config, rows, capacity)
