@@ -1,0 +1,158 @@
+"""A loaded model: generate, stream, statistics, close."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+
+from moe_local.cache.errors import MoeLocalError
+from moe_local.cache.stats import Stats
+from moe_local.offload.engine import Engine
+from moe_local.offload.experts import OffloadedExperts
+from moe_local.offload.prefetch import Prefetcher
+from moe_local.offload.records import Output
+from moe_local.offload.sampling import generate_ids, imply_sampling, make_settings
+from moe_local.offload.store import ExpertStore
+from moe_local.offload.stream import TokenStream
+from moe_local.offload.text import Detokenizer, Prompt, encode_prompt
+from moe_local.offload.turn import Turn
+from moe_local.offload.usage import add_usage
+
+if TYPE_CHECKING:
+    from moe_local.offload.plan import Plan
+
+
+class Model:
+    """A model whose routed experts are served by an ExpertStore; made by `load`, freed by `close`.
+
+    One answer at a time: other threads wait their turn. Owns the transformers model, the key-value memory
+    and all tiers. Usable after any error or Ctrl-C in a generation.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        hf: Any,
+        tokenizer: Any,
+        *,
+        engine: Engine,
+        store: ExpertStore,
+        prefetcher: Prefetcher,
+        plan: Plan,
+        expert_folder: Path,
+    ) -> None:
+        """`load` is the way to make one; this takes ownership of everything it is given."""
+        self.name = name
+        self.plan = plan
+        """What lies where, as it was planned and allocated."""
+        self.tokenizer = tokenizer
+        """transformers' tokenizer; None for a folder without one."""
+        self._hf = hf
+        self._engine = engine
+        self._store = store
+        self._prefetcher = prefetcher
+        self._expert_folder = expert_folder
+        self._turn = Turn()
+        self._closed = False
+
+    @property
+    def hf(self) -> Any:
+        """The transformers model. Plain calls and its own generate work, offloaded."""
+        self._check_open()
+        return self._hf
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        stop: str | list[str] | None = None,
+        template: bool = True,
+        **options: Any,
+    ) -> TokenStream:
+        """The answer to `prompt`, token by token.
+
+        `prompt`: text (one user turn where there is a chat template, unless `template=False`), a list of
+        messages, or token ids. `stop` ends the answer after any of these strings, `seed` makes sampling
+        repeatable; `options` are transformers' generation options, and temperature, top_p and the like ask
+        for sampling. Defaults are the checkpoint's generation_config and 512 new tokens. Raises OptionError
+        for options and prompts that cannot be served; nothing is computed before the first token is asked for.
+        """
+        self._check_open()
+        ids = encode_prompt(self.tokenizer, prompt, template=template)
+        if stop is not None:
+            options["stop_strings"] = stop
+        if max_new_tokens is not None:
+            options["max_new_tokens"] = max_new_tokens
+        settings = make_settings(
+            self._hf, ids, tokenizer=self.tokenizer, seed=seed, **imply_sampling(options)
+        )
+        detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer)
+        return TokenStream(self._engine, self._store, self._turn, ids, settings, detokenizer)
+
+    @overload
+    def generate(self, prompt: torch.Tensor, **options: Any) -> torch.Tensor: ...
+
+    @overload
+    def generate(self, prompt: Prompt, **options: Any) -> Output: ...
+
+    def generate(self, prompt: Prompt | torch.Tensor, **options: Any) -> Output | torch.Tensor:
+        """The whole answer to `prompt`; arguments as for `stream`.
+
+        Ids in, ids out: a tensor [B, n] (left-padded rows of different length with `attention_mask`) gives
+        [B, n + new] exactly as transformers' generate does, whose arguments all pass through.
+        """
+        if not isinstance(prompt, torch.Tensor):
+            return self.stream(prompt, **options).output()
+        self._check_open()
+        options.setdefault("tokenizer", self.tokenizer)
+        self._turn.begin()
+        try:
+            ids: torch.Tensor = generate_ids(self._engine, prompt, **options)
+            self._store.tokens += ids.numel() - prompt.numel() if isinstance(ids, torch.Tensor) else 0
+            return ids
+        finally:
+            self._turn.end()
+
+    def stats(self) -> Stats:
+        """Counts since load."""
+        self._check_open()
+        return self._store.snapshot()
+
+    def close(self) -> None:
+        """Free all memory, threads and files. Idempotent; the model answers no more."""
+        if self._closed:
+            return
+        self._closed = True
+        self._turn.begin()
+        try:
+            add_usage(self._expert_folder, self._store.routed.snapshot())
+            self._prefetcher.close()
+            for module in self._hf.modules():
+                if isinstance(module, OffloadedExperts):
+                    module.attach(None)
+            self._store.close()
+            self._hf = self._engine = None
+        finally:
+            self._turn.end()
+
+    def check_integrity(self) -> None:
+        """Raise if the bookkeeping of engine, store and cache contradicts itself."""
+        self._engine.check_integrity()
+        self._store.check_integrity()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<moe_local.Model {self.name}, {'closed' if self._closed else self.plan.mode}>"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise MoeLocalError(f"the model {self.name} is closed; load() it again")

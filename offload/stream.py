@@ -1,0 +1,144 @@
+"""An answer as it is generated: an iterator of tokens that is also their record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from moe_local.cache.stats import Stats
+from moe_local.offload.engine import Engine, FinishReason, Sequence, Step
+from moe_local.offload.records import GenerationStats, Output, Token
+from moe_local.offload.sampling import Settings
+from moe_local.offload.store import ExpertStore, Tally
+from moe_local.offload.text import Detokenizer
+from moe_local.offload.turn import Turn
+
+
+class TokenStream(Iterator[Token]):
+    """Generates one token per `next()`. Nothing is computed, and no turn taken, before the first.
+
+    Closed by its end, by `close()`, by an error or Ctrl-C in a step, and when it is dropped; what was
+    generated until then stays readable. `text`, `token_ids`, `finish_reason` and `stats` are always those
+    of the tokens handed out so far.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: ExpertStore,
+        turn: Turn,
+        prompt_ids: list[int],
+        settings: Settings,
+        detokenizer: Detokenizer | None,
+    ) -> None:
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self._engine = engine
+        self._store = store
+        self._turn = turn
+        self._prompt_ids = prompt_ids
+        self._settings = settings
+        self._detokenizer = detokenizer
+        self._sequence: Sequence | None = None
+        self._closed = False
+        self._tally = Tally(0.0, 0, 0, 0, 0)
+        self._counts: Stats | None = None
+        self._before: Stats | None = None
+        self._began = self._first = self._last = 0.0
+
+    def __next__(self) -> Token:
+        if self._closed:
+            raise StopIteration
+        try:
+            if self._sequence is None:
+                self._begin()
+            return self._token(self._step())
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop generating; the model is free for others. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._before is not None:
+            if self._sequence is not None:
+                self._engine.leave(self._sequence)
+            self._counts = self._store.snapshot() - self._before
+            self._turn.end()
+
+    def __enter__(self) -> TokenStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    @property
+    def stats(self) -> GenerationStats:
+        """Figures of the tokens so far."""
+        counts = self._counts
+        if counts is None:
+            counts = self._store.snapshot() - self._before if self._before is not None else Stats()
+        return GenerationStats(
+            prompt_tokens=len(self._prompt_ids),
+            new_tokens=len(self.token_ids),
+            ttft_s=max(0.0, self._first - self._began),
+            decode_s=max(0.0, self._last - self._first),
+            counts=counts,
+        )
+
+    def output(self) -> Output:
+        """Run to the end and return the whole answer."""
+        for _ in self:
+            pass
+        return Output(self.text, self.token_ids, self.finish_reason or FinishReason.LENGTH, self.stats)
+
+    def _begin(self) -> None:
+        self._turn.begin()
+        self._began = time.perf_counter()
+        self._before = self._store.snapshot()
+        self._tally = self._store.tally()
+        self._sequence = self._engine.join(self._prompt_ids, self._settings, reuse=True)
+
+    def _step(self) -> Step:
+        """The next token of this sequence, after as many forwards as the prompt needs."""
+        while True:
+            for step in self._engine.step():
+                if step.sequence is self._sequence:
+                    return step
+
+    def _token(self, step: Step) -> Token:
+        now = time.perf_counter()
+        since = self._last or self._began
+        self._last = now
+        self._first = self._first or now
+        self._store.tokens += 1
+        self.token_ids.append(step.token)
+        self.finish_reason = step.finish_reason
+        text = ""
+        if self._detokenizer is not None:
+            text = self._detokenizer.push(step.token)
+            if step.finish_reason is not None:
+                text += self._detokenizer.flush()
+            self.text += text
+        before, after = self._tally, self._store.tally()
+        self._tally = after
+        token = Token(
+            text=text,
+            id=step.token,
+            ms=1000 * (now - since),
+            stall_ms=1000 * (after.stall_s - before.stall_s),
+            hits=after.hits - before.hits,
+            misses=after.misses - before.misses,
+            bytes_h2d=after.bytes_h2d - before.bytes_h2d,
+            bytes_disk=after.bytes_disk - before.bytes_disk,
+            finish_reason=step.finish_reason,
+        )
+        if step.finish_reason is not None:
+            self.close()
+        return token

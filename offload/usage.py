@@ -1,0 +1,48 @@
+"""How often each expert was chosen, kept beside the expert file over all runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from moe_local.cache.stats import RoutedTokens
+
+FILE_NAME = "usage.json"
+
+
+def read_usage(folder: Path) -> RoutedTokens | None:
+    """The counts of all earlier runs with the expert file in `folder`; None if there are none yet.
+
+    A damaged file counts as none: the figures inform, nothing depends on them.
+    """
+    try:
+        fields = json.loads((folder / FILE_NAME).read_text())
+        counts = tuple(tuple(int(n) for n in layer) for layer in fields["counts"])
+        return RoutedTokens(counts, tuple(int(n) for n in fields["tokens"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def add_usage(folder: Path, routed: RoutedTokens) -> None:
+    """Add one run's counts to those in `folder`, atomically. A read-only folder keeps what it has."""
+    if not any(routed.tokens):
+        return
+    before = read_usage(folder)
+    if before is not None and [len(c) for c in before.counts] == [len(c) for c in routed.counts]:
+        routed = RoutedTokens(
+            tuple(
+                tuple(a + b for a, b in zip(new, old, strict=True))
+                for new, old in zip(routed.counts, before.counts, strict=True)
+            ),
+            tuple(a + b for a, b in zip(routed.tokens, before.tokens, strict=True)),
+        )
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".usage-", delete=False) as file:
+            json.dump({"counts": routed.counts, "tokens": routed.tokens}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, folder / FILE_NAME)
+    except OSError:
+        return
