@@ -1,0 +1,290 @@
+"""Random histories of the cache against a slow model that keeps every use and sorts when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from moe_local.cache import lfu
+from moe_local.cache.expert_cache import ExpertCache, ShortageError
+from moe_local.cache.policies import POLICIES
+from moe_local.cache.slots import CacheStateError
+
+SLOTS = (3, 1)
+EXPERTS = 6
+HALF_LIFE = 5
+
+experts_lists = st.lists(st.integers(0, EXPERTS - 1), unique=True, max_size=4)
+layer_numbers = st.integers(0, len(SLOTS) - 1)
+expert_numbers = st.integers(0, EXPERTS - 1)
+
+
+@dataclass
+class Entry:
+    loading: bool = True
+    pins: int = 0
+    unused_prefetch: bool = False
+
+
+@dataclass
+class LayerModel:
+    """One layer: who is present, and everything that ever happened to an expert, as (time, epoch)."""
+
+    present: dict[int, Entry] = field(default_factory=dict)
+    uses: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    admitted: dict[int, int] = field(default_factory=dict)
+    time: int = 0
+    epoch: int = 0
+    uses_in_epoch: int = 0
+
+    def use(self, experts: Sequence[int]) -> None:
+        for expert in experts:
+            self.time += 1
+            self.uses.setdefault(expert, []).append((self.time, self.epoch))
+        self.uses_in_epoch += len(experts)
+        if self.uses_in_epoch >= HALF_LIFE:
+            self.epoch, self.uses_in_epoch = self.epoch + 1, 0
+
+    def admit(self, expert: int) -> Entry:
+        self.use([expert])
+        self.admitted[expert] = self.time
+        self.present[expert] = Entry()
+        return self.present[expert]
+
+    def movable(self, keep: Collection[int]) -> list[int]:
+        return [e for e, s in self.present.items() if not s.loading and not s.pins and e not in keep]
+
+
+def _last_use(layer: LayerModel, expert: int) -> tuple[float, ...]:
+    return (layer.uses[expert][-1][0],)
+
+
+def _faded_uses(layer: LayerModel, expert: int) -> tuple[float, ...]:
+    return (sum(2.0 ** (epoch - layer.epoch) for _, epoch in layer.uses[expert]), layer.uses[expert][-1][0])
+
+
+def _admission(layer: LayerModel, expert: int) -> tuple[float, ...]:
+    return (layer.admitted[expert],)
+
+
+COLDNESS: dict[str, Callable[[LayerModel, int], tuple[float, ...]]] = {
+    "lru": _last_use,
+    "lfu": _faded_uses,
+    "fifo": _admission,
+}
+
+
+def _size(layer: int, expert: int) -> int:
+    return 100 * (layer + 1) + expert
+
+
+def _facts(cache: ExpertCache) -> list[Any]:
+    """Everything observable, to see that a refused call changed nothing."""
+    facts: list[Any] = [cache.stats.snapshot()]
+    for layer, count in enumerate(SLOTS):
+        facts += [
+            [cache.expert_in(layer, slot) for slot in range(count)],
+            cache.loading(layer),
+            cache.prefetching(layer),
+            [cache.pins(layer, expert) for expert in range(EXPERTS)],
+            list(cache._pools[layer].policy.coldest()),
+        ]
+    return facts
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Subclassed for each policy, which sets `policy`."""
+
+    policy = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = ExpertCache(SLOTS, self.policy, _size)
+        self.layers = [LayerModel() for _ in SLOTS]
+        self.hits = self.misses = self.evictions = 0
+        self.issued = self.used = self.late = self.wasted_bytes = 0
+
+    # The model
+
+    def _refused(self, error: type[Exception], call: Callable[[], object]) -> None:
+        before = _facts(self.cache)
+        with pytest.raises(error):
+            call()
+        assert _facts(self.cache) == before
+
+    def _evict(self, number: int, keep: Collection[int]) -> None:
+        layer = self.layers[number]
+        victim = min(layer.movable(keep), key=lambda expert: COLDNESS[self.policy](layer, expert))
+        if layer.present.pop(victim).unused_prefetch:
+            self.wasted_bytes += _size(number, victim)
+        self.evictions += 1
+
+    def _some(self, data: st.DataObject, number: int, wanted: Callable[[Entry], bool]) -> int | None:
+        choices = sorted(e for e, entry in self.layers[number].present.items() if wanted(entry))
+        return data.draw(st.sampled_from(choices)) if choices else None
+
+    # What may happen
+
+    @rule(number=layer_numbers, experts=experts_lists)
+    def acquire(self, number: int, experts: list[int]) -> None:
+        layer = self.layers[number]
+        absent = [e for e in experts if e not in layer.present]
+        room = SLOTS[number] - len(layer.present) + len(layer.movable(experts))
+        lacking = max(0, len(absent) - room)
+        assert self.cache.shortage(number, experts) == lacking
+        if lacking:
+            self._refused(ShortageError, lambda: self.cache.acquire(number, experts))
+            return
+        present = [e for e in experts if e in layer.present]
+        joined = [e for e in present if layer.present[e].loading]
+        for expert in present:
+            entry = layer.present[expert]
+            self.used += entry.unused_prefetch and not entry.loading
+            self.late += entry.unused_prefetch and entry.loading
+            entry.unused_prefetch = False
+        layer.use(present)
+        while len(layer.present) + len(absent) > SLOTS[number]:
+            self._evict(number, experts)
+        for expert in absent:
+            layer.admit(expert)
+        for expert in experts:
+            layer.present[expert].pins += 1
+        self.hits += len(present) - len(joined)
+        self.misses += len(absent) + len(joined)
+
+        granted = self.cache.acquire(number, experts)
+        assert granted.load == tuple(absent)
+        assert granted.joined == tuple(joined)
+        assert granted.slots == [self.cache.slot_of(number, expert) for expert in experts]
+
+    @rule(data=st.data(), number=layer_numbers)
+    def release(self, data: st.DataObject, number: int) -> None:
+        """Part of what is out, so that waves and overlapping leases occur."""
+        pinned = sorted(e for e, entry in self.layers[number].present.items() if entry.pins)
+        experts = data.draw(st.lists(st.sampled_from(pinned), unique=True)) if pinned else []
+        self.cache.release(number, experts)
+        for expert in experts:
+            self.layers[number].present[expert].pins -= 1
+
+    @rule(number=layer_numbers, expert=expert_numbers, keep=st.frozensets(expert_numbers, max_size=2))
+    def reserve(self, number: int, expert: int, keep: frozenset[int]) -> None:
+        layer = self.layers[number]
+        full = len(layer.present) == SLOTS[number]
+        if expert in layer.present or (full and not layer.movable(keep)):
+            before = _facts(self.cache)
+            assert self.cache.reserve(number, expert, keep) is None
+            assert _facts(self.cache) == before
+            return
+        if full:
+            self._evict(number, keep)
+        layer.admit(expert).unused_prefetch = True
+        self.issued += 1
+        slot = self.cache.reserve(number, expert, keep)
+        assert slot is not None
+        assert self.cache.expert_in(number, slot) == expert
+
+    @rule(number=layer_numbers, expert=expert_numbers)
+    def preload(self, number: int, expert: int) -> None:
+        layer = self.layers[number]
+        if expert in layer.present or len(layer.present) == SLOTS[number]:
+            self._refused(CacheStateError, lambda: self.cache.preload(number, expert))
+            return
+        layer.admit(expert)
+        assert self.cache.expert_in(number, self.cache.preload(number, expert)) == expert
+
+    @rule(data=st.data(), number=layer_numbers)
+    def complete(self, data: st.DataObject, number: int) -> None:
+        expert = self._some(data, number, lambda entry: entry.loading)
+        if expert is not None:
+            self.cache.complete(number, expert)
+            self.layers[number].present[expert].loading = False
+
+    @rule(data=st.data(), number=layer_numbers, moved=st.integers(0, 50))
+    def abandon(self, data: st.DataObject, number: int, moved: int) -> None:
+        expert = self._some(data, number, lambda entry: entry.loading)
+        if expert is not None:
+            self.cache.abandon(number, expert, moved)
+            if self.layers[number].present.pop(expert).unused_prefetch:
+                self.wasted_bytes += moved
+
+    # What must be refused
+
+    @rule(number=layer_numbers, expert=expert_numbers)
+    def end_a_copy_that_is_none(self, number: int, expert: int) -> None:
+        entry = self.layers[number].present.get(expert)
+        if entry is None or not entry.loading:
+            self._refused(CacheStateError, lambda: self.cache.complete(number, expert))
+            self._refused(CacheStateError, lambda: self.cache.abandon(number, expert))
+
+    @rule(number=layer_numbers, experts=experts_lists)
+    def release_what_is_not_out(self, number: int, experts: list[int]) -> None:
+        present = self.layers[number].present
+        if any(e not in present or not present[e].pins for e in experts):
+            self._refused(CacheStateError, lambda: self.cache.release(number, experts))
+
+    @precondition(lambda self: any(layer.present for layer in self.layers))
+    @rule(number=layer_numbers, expert=expert_numbers)
+    def acquire_the_same_twice_at_once(self, number: int, expert: int) -> None:
+        self._refused(CacheStateError, lambda: self.cache.acquire(number, [expert, expert]))
+
+    # What holds at all times
+
+    @invariant()
+    def tables_agree(self) -> None:
+        self.cache.check_integrity()
+
+    @invariant()
+    def cache_is_as_the_model_says(self) -> None:
+        for number, layer in enumerate(self.layers):
+            present = layer.present
+            assert set(self.cache.loading(number)) == {e for e in present if present[e].loading}
+            assert set(self.cache.residents(number)) == {e for e in present if not present[e].loading}
+            assert self.cache.free(number) == SLOTS[number] - len(present)
+            assert set(self.cache.prefetching(number)) == {
+                e for e in present if present[e].loading and present[e].unused_prefetch
+            }
+            for expert in range(EXPERTS):
+                entry = present.get(expert)
+                assert self.cache.pins(number, expert) == (entry.pins if entry else 0)
+                assert (self.cache.slot_of(number, expert) is None) == (entry is None)
+                assert self.cache.is_resident(number, expert) == (entry is not None and not entry.loading)
+            order = list(self.cache._pools[number].policy.coldest())
+            by_coldness = COLDNESS[self.policy]
+            assert order == sorted(present, key=lambda expert: by_coldness(layer, expert))
+
+    @invariant()
+    def counters_are_as_the_model_says(self) -> None:
+        stats = self.cache.stats
+        assert (stats.hits, stats.misses, stats.evictions) == (self.hits, self.misses, self.evictions)
+        prefetch = stats.prefetch
+        assert (prefetch.issued, prefetch.used, prefetch.late) == (self.issued, self.used, self.late)
+        assert prefetch.wasted_bytes == self.wasted_bytes
+        assert prefetch.used + prefetch.late <= prefetch.issued
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_random_histories(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lfu, "HALF_LIFE_USES", HALF_LIFE)
+    machine = type("Machine", (CacheMachine,), {"policy": policy})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=150,
+            stateful_step_count=50,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from moe_local.cache.fifo import FIFOPolicy
+
+
+def test_use_changes_nothing() -> None:
+    policy = FIFOPolicy()
+    for expert in (5, 3, 8):
+        policy.insert(expert)
+    policy.touch([5, 3])
+    assert list(policy.coldest()) == [5, 3, 8]
+
+
+def test_coming_back_joins_the_end() -> None:
+    policy = FIFOPolicy()
+    policy.insert(1)
+    policy.insert(2)
+    policy.remove(1)
+    policy.insert(1)
+    assert list(policy.coldest()) == [2, 1]

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moe_local.cache.files import write_atomically
+
+
+def test_writes_and_replaces(tmp_path: Path) -> None:
+    target = tmp_path / "result.json"
+    write_atomically(target, ["one\n", "zwölf\n"])
+    assert target.read_bytes() == "one\nzwölf\n".encode()
+    write_atomically(target, ["two\n"])
+    assert target.read_text() == "two\n"
+    assert os.listdir(tmp_path) == ["result.json"]
+
+
+def test_a_failure_half_way_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    target = tmp_path / "result.json"
+    target.write_text("old\n")
+
+    def lines() -> Iterator[str]:
+        yield "new\n"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(target, lines())
+    assert target.read_text() == "old\n"
+    assert os.listdir(tmp_path) == ["result.json"]
+
+
+def test_is_as_readable_as_any_other_file(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    write_atomically(tmp_path / "atomic", [])
+    assert (tmp_path / "atomic").stat().st_mode == plain.stat().st_mode
+
+
+def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "nowhere" / "result.json", [])
