@@ -82,3 +82,9 @@ def mixtral_19(
     synthetic.mixtral_19_shards(folder, shape)
     tiny_models.tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def random_experts() -> ModuleType:
+    """tests/random_experts.py: `RandomExperts`, `random_spec`."""
+    return load_module(Path(__file__).parent / "random_experts.py")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 ALIGNMENT = 256
 """Every segment starts at a multiple of this many bytes (CUDA's vector loads and the CPU kernel want it)."""
@@ -52,6 +53,17 @@ class Layout:
     def parts(self, name: str) -> Iterator[Segment]:
         """The segments of tensor `name`, in buffer order."""
         return (segment for segment in self.segments if segment.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and ints, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Layout:
+        """The inverse of `to_dict`, also after a way through JSON. Raises KeyError or TypeError."""
+        tensors = (TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in fields["tensors"])
+        segments = (Segment(**{**part, "shape": tuple(part["shape"])}) for part in fields["segments"])
+        return cls(fields["format"], tuple(tensors), tuple(segments), fields["nbytes"])
 
 
 DTYPE_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}

@@ -1,0 +1,266 @@
+"""From a checkpoint to an expert file: every routed expert read, encoded and written, one at a time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import filelock
+import platformdirs
+import torch
+
+from moe_local.cache.errors import CheckpointError, DoesNotFitError, ExpertFileError
+from moe_local.cache.keys import ExpertKey, format_bytes
+from moe_local.offload.expert_file import MANIFEST, ExpertFile, ExpertLocation, Progress, read_checked
+from moe_local.offload.expert_shard import TEMPORARY, ShardPlan, ShardWriter, disk_errors, sync_folder
+from moe_local.offload.quantize.codec import Codec
+from moe_local.offload.quantize.layout import Layout, TensorSpec
+from moe_local.offload.spec import ModelSpec, MoELayer
+
+logger = logging.getLogger(__name__)
+
+
+class ExpertSource(Protocol):
+    """What experts are converted from; `moe_local.offload.checkpoint.Checkpoint` is one."""
+
+    @property
+    def name(self) -> str:
+        """What the user calls the model."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal experts, other when any weight has changed."""
+
+    def read_expert(self, layer: MoELayer, expert: int) -> dict[str, torch.Tensor]:
+        """The tensors of `layer.tensors`, matrices [out, in], in the checkpoint's dtype, on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class FormatChoice:
+    """A format that differs from expert to expert. `name` must differ for every different choice."""
+
+    name: str
+    choose: Callable[[ExpertKey], Codec]
+
+
+def moe_local_home() -> Path:
+    """Where models and expert files are kept: the variable MOE_LOCAL_HOME, else the user's cache folder."""
+    home = os.environ.get("MOE_LOCAL_HOME")
+    return Path(home).expanduser() if home else platformdirs.user_cache_path("moe-local", appauthor=False)
+
+
+def expert_file_folder(home: Path, name: str, format: str, fingerprint: str) -> Path:
+    """Where the expert file of this model, format and checkpoint belongs below `home`."""
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "--", name)[-80:].strip("-.") or "model"
+    return home / "experts" / slug / f"{format}-{fingerprint[:16]}"
+
+
+def convert_experts(
+    checkpoint: ExpertSource,
+    codec: Codec | FormatChoice,
+    folder: Path,
+    progress: Progress | None = None,
+    *,
+    check: bool = False,
+) -> ExpertFile:
+    """The expert file of `checkpoint` in `folder`, opened; converted first where it is not complete.
+
+    Keeps the finished shards of an earlier run of the same checkpoint and format after comparing their
+    checksums; with `check` does so even if the file is complete, and converts damaged shards again. Memory:
+    one expert as read, encoded, and a few working copies of one piece of it. Blocks, also while another
+    process converts into the same folder. Any exception leaves the finished shards and no temporary file.
+
+    Raises CheckpointError (naming layer, expert and tensor) for weights that cannot be converted,
+    DoesNotFitError for a full disk, ExpertFileError if the folder cannot be written.
+    """
+    folder = Path(folder)
+    plans = _plan(checkpoint, codec)
+    if not check and (complete := _complete(folder, plans)):
+        return complete
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder):
+        if not check and (complete := _complete(folder, plans)):
+            return complete
+        return _Conversion(checkpoint, codec, folder, plans, progress).run()
+
+
+class _Conversion:
+    """One run of `convert_experts`, under the lock. Knows which shards are finished, by their checksums."""
+
+    def __init__(
+        self,
+        checkpoint: ExpertSource,
+        codec: Codec | FormatChoice,
+        folder: Path,
+        plans: Sequence[ShardPlan],
+        progress: Progress | None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.codec = codec
+        self.folder = folder
+        self.plans = plans
+        self.progress = progress
+        self.checksums: dict[int, tuple[int, ...]] = {}
+        self.total = sum(len(plan.layouts) for plan in plans)
+        self.done = self.done_bytes = 0
+        self.buffer = torch.empty(
+            max(layout.nbytes for plan in plans for layout in plan.layouts), dtype=torch.uint8
+        )
+
+    def run(self) -> ExpertFile:
+        with disk_errors(self.folder):
+            for stale in self.folder.glob(f"*{TEMPORARY}"):
+                stale.unlink()
+        for plan in self.plans:
+            self._keep(plan)
+        missing = [plan for plan in self.plans if plan.layer not in self.checksums]
+        if not missing and (complete := _complete(self.folder, self.plans)):
+            return complete
+        self._clear(missing)
+        for plan in missing:
+            self._write(plan)
+        self.check_integrity()
+        return ExpertFile.finish(
+            self.folder,
+            self.checkpoint.name,
+            self.checkpoint.spec.model_type,
+            self.plans,
+            [self.checksums[plan.layer] for plan in self.plans],
+        )
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless each shard is finished and each expert counted once."""
+        assert set(self.checksums) == {plan.layer for plan in self.plans}
+        assert self.done == self.total
+
+    def _keep(self, plan: ShardPlan) -> None:
+        """Count the shard as finished if an earlier run left it whole."""
+        checksums = plan.stored_checksums(self.folder)
+        if checksums is None:
+            return
+        before = self.done, self.done_bytes
+        for layout, offset, checksum in zip(plan.layouts, plan.offsets(), checksums, strict=True):
+            location = ExpertLocation(self.folder / plan.file, offset, layout.nbytes)
+            if not read_checked(location, checksum, self._bytes(layout)):
+                logger.warning("%s is damaged and will be converted again", location.path)
+                self.done, self.done_bytes = before
+                return
+            self._count(layout)
+        self.checksums[plan.layer] = checksums
+
+    def _clear(self, missing: Sequence[ShardPlan]) -> None:
+        """Remove what is not to stay, manifest first, and see that the disk has room for the rest."""
+        with disk_errors(self.folder):
+            for name in (MANIFEST, *(plan.file for plan in missing)):
+                (self.folder / name).unlink(missing_ok=True)
+            sync_folder(self.folder)
+            free = shutil.disk_usage(self.folder).free
+        need = sum(plan.nbytes for plan in missing)
+        if need > free:
+            raise DoesNotFitError(
+                f"converting {self.checkpoint.name} to {self.plans[0].format} needs {format_bytes(need)} in "
+                f"{self.folder}, which has {format_bytes(free)} free; free {format_bytes(need - free)}, "
+                "or set MOE_LOCAL_HOME to a folder on a larger disk"
+            )
+
+    def _write(self, plan: ShardPlan) -> None:
+        layer = self.checkpoint.spec.layers[plan.layer]
+        with ShardWriter(plan, self.folder) as writer:
+            for expert, layout in enumerate(plan.layouts):
+                self._encode(layer, expert, layout)
+                writer.add(self._bytes(layout))
+                self._count(layout)
+            self.checksums[plan.layer] = writer.finish()
+
+    def _encode(self, layer: MoELayer, expert: int, layout: Layout) -> None:
+        """Fill the buffer with one expert."""
+        tensors = self.checkpoint.read_expert(layer, expert)
+        try:
+            _check_shapes(tensors, layout)
+            codec = _codec_of(self.codec, ExpertKey(layer.index, expert))
+            codec.encode(tensors, layout, self.buffer[: layout.nbytes])
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{self.checkpoint.name}: {layer.name}, expert {expert}: {error}"
+            ) from error
+
+    def _bytes(self, layout: Layout) -> memoryview:
+        return self.buffer[: layout.nbytes].numpy().data
+
+    def _count(self, layout: Layout) -> None:
+        self.done, self.done_bytes = self.done + 1, self.done_bytes + layout.nbytes
+        if self.progress is not None:
+            self.progress(self.done, self.total, self.done_bytes)
+
+
+def _codec_of(codec: Codec | FormatChoice, key: ExpertKey) -> Codec:
+    return codec.choose(key) if isinstance(codec, FormatChoice) else codec
+
+
+def _plan(checkpoint: ExpertSource, codec: Codec | FormatChoice) -> list[ShardPlan]:
+    @cache  # thousands of experts share a few layouts
+    def layout(name: str, tensors: tuple[TensorSpec, ...]) -> Layout:
+        return by_name[name].layout(tensors)
+
+    by_name: dict[str, Codec] = {}
+    plans = []
+    for layer in checkpoint.spec.layers:
+        layouts = []
+        for expert in range(layer.num_experts):
+            chosen = _codec_of(codec, ExpertKey(layer.index, expert))
+            by_name[chosen.name] = chosen
+            layouts.append(layout(chosen.name, layer.tensors))
+        plans.append(ShardPlan(checkpoint.fingerprint, codec.name, layer.index, layer.name, tuple(layouts)))
+    return plans
+
+
+def _complete(folder: Path, plans: Sequence[ShardPlan]) -> ExpertFile | None:
+    """The finished file, if it is the one planned."""
+    try:
+        file = ExpertFile.open(folder, plans[0].fingerprint, plans[0].format)
+    except ExpertFileError:
+        return None
+    same = [layer.layouts for layer in file.layers] == [plan.layouts for plan in plans]
+    return file if same else None
+
+
+def _check_shapes(tensors: Mapping[str, torch.Tensor], layout: Layout) -> None:
+    for tensor in layout.tensors:
+        found = tensors.get(tensor.name)
+        if found is None:
+            raise CheckpointError(
+                f"{tensor.name} is missing; the checkpoint is incomplete, download it again"
+            )
+        if tuple(found.shape) != tensor.shape or not found.is_floating_point():
+            raise CheckpointError(
+                f"{tensor.name} is {found.dtype} {tuple(found.shape)}, "
+                f"the config says floating-point {tensor.shape}"
+            )
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the lock file beside `folder`, saying once if it waits. It is freed when its holder dies."""
+    lock = filelock.FileLock(folder.with_name(folder.name + ".lock"))
+    with disk_errors(folder):
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            logger.warning("waiting for another process that converts to %s", folder)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

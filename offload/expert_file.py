@@ -1,0 +1,274 @@
+"""The converted experts of one model on disk: a folder of shards and a manifest, opened for reading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+
+from moe_local.cache.errors import ExpertFileError
+from moe_local.offload.expert_shard import VERSION, ShardPlan, write_durably
+from moe_local.offload.quantize.layout import Layout
+
+MANIFEST = "manifest.json"
+
+Progress = Callable[[int, int, int], None]
+"""Called with experts done, experts in all, bytes done."""
+
+
+class ExpertLocation(NamedTuple):
+    """Where an expert's bytes lie; `offset` and `nbytes` are multiples of 4096."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLayer:
+    """One shard as the manifest describes it; the tuples are indexed by expert."""
+
+    name: str
+    """The routed-experts module's path in the model."""
+    path: Path
+    nbytes: int
+    """Size of the file."""
+    layouts: tuple[Layout, ...]
+    offsets: tuple[int, ...]
+    checksums: tuple[int, ...]
+
+
+class ExpertFile:
+    """Where every routed expert of a model lies on disk, and how. Immutable; holds no file open."""
+
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: str,
+        name: str,
+        model_type: str,
+        format: str,
+        layers: Sequence[StoredLayer],
+    ) -> None:
+        self.folder = folder
+        self.fingerprint = fingerprint
+        """Of the checkpoint that the experts come from."""
+        self.name = name
+        """What the model was called when it was converted."""
+        self.model_type = model_type
+        self.format = format
+        """As asked for at conversion; a single expert's is `layout(layer, expert).format`."""
+        self.layers = tuple(layers)
+
+    @classmethod
+    def open(cls, folder: Path, fingerprint: str | None = None, format: str | None = None) -> ExpertFile:
+        """Read the manifest in `folder` and compare the shards' sizes; reads no expert.
+
+        Raises ExpertFileError for a missing or damaged manifest, an unknown version, missing or truncated
+        shards, and for another fingerprint or format than given.
+        """
+        folder = Path(folder)
+        file = _read_manifest(folder)
+        if fingerprint is not None and file.fingerprint != fingerprint:
+            raise ExpertFileError(
+                f"{folder} was converted from another checkpoint (fingerprint {file.fingerprint[:16]}, "
+                f"the model's is {fingerprint[:16]}); convert it again: moe-local convert MODEL"
+            )
+        if format is not None and file.format != format:
+            raise ExpertFileError(
+                f"{folder} holds {file.format} experts, not {format}; "
+                "convert it again: moe-local convert MODEL"
+            )
+        file.check_integrity()
+        return file
+
+    @classmethod
+    def finish(
+        cls,
+        folder: Path,
+        name: str,
+        model_type: str,
+        plans: Sequence[ShardPlan],
+        checksums: Sequence[Sequence[int]],
+    ) -> ExpertFile:
+        """Write the manifest over finished shards, one plan and one list of checksums each, and open it.
+
+        The manifest comes last: a folder that has one is complete. Raises as `open`, or DoesNotFitError.
+        """
+        layers = [
+            StoredLayer(
+                plan.layer_name, folder / plan.file, plan.nbytes, plan.layouts, plan.offsets(), tuple(found)
+            )
+            for plan, found in zip(plans, checksums, strict=True)
+        ]
+        file = cls(folder, plans[0].fingerprint, name, model_type, plans[0].format, layers)
+        file.check_integrity()
+        write_durably(folder / MANIFEST, _manifest(file))
+        return file
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def num_experts(self, layer: int) -> int:
+        return len(self.layers[layer].layouts)
+
+    @property
+    def total_experts(self) -> int:
+        return sum(len(layer.layouts) for layer in self.layers)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all experts, which is what they need in memory; headers and manifest come on top."""
+        return sum(layout.nbytes for layer in self.layers for layout in layer.layouts)
+
+    def layout(self, layer: int, expert: int) -> Layout:
+        return self.layers[layer].layouts[expert]
+
+    def nbytes(self, layer: int, expert: int) -> int:
+        """Bytes of one expert, a multiple of 4096."""
+        return self.layout(layer, expert).nbytes
+
+    def location(self, layer: int, expert: int) -> ExpertLocation:
+        stored = self.layers[layer]
+        return ExpertLocation(stored.path, stored.offsets[expert], stored.layouts[expert].nbytes)
+
+    def checksum(self, layer: int, expert: int) -> int:
+        """xxh3_64 of the expert's bytes."""
+        return self.layers[layer].checksums[expert]
+
+    def read(self, layer: int, expert: int) -> torch.Tensor:
+        """One expert's checked bytes, uint8 [nbytes] in new memory. The slow, plain way.
+
+        Raises ExpertFileError if they cannot be read or are damaged.
+        """
+        buffer = torch.empty(self.nbytes(layer, expert), dtype=torch.uint8)
+        self._read_into(layer, expert, buffer.numpy().data)
+        return buffer
+
+    def verify(self, progress: Progress | None = None) -> None:
+        """Read everything and compare checksums. Raises ExpertFileError naming the first damaged expert."""
+        largest = max(layout.nbytes for layer in self.layers for layout in layer.layouts)
+        buffer = memoryview(bytearray(largest))
+        done = done_bytes = 0
+        for layer in range(self.num_layers):
+            for expert in range(self.num_experts(layer)):
+                self._read_into(layer, expert, buffer[: self.nbytes(layer, expert)])
+                done, done_bytes = done + 1, done_bytes + self.nbytes(layer, expert)
+                if progress is not None:
+                    progress(done, self.total_experts, done_bytes)
+
+    def check_integrity(self) -> None:
+        """Raises ExpertFileError if a shard is missing or has another size than when it was written."""
+        for layer in self.layers:
+            size = layer.path.stat().st_size if layer.path.is_file() else None
+            if size != layer.nbytes:
+                found = "is missing" if size is None else f"has {size} bytes instead of {layer.nbytes}"
+                raise ExpertFileError(f"{layer.path} {found}; convert it again: moe-local convert MODEL")
+
+    def _read_into(self, layer: int, expert: int, buffer: memoryview) -> None:
+        location = self.location(layer, expert)
+        if not read_checked(location, self.checksum(layer, expert), buffer):
+            raise ExpertFileError(
+                f"expert {expert} of MoE layer {layer} ({self.layers[layer].name}) in {location.path} is "
+                "damaged (wrong checksum); check the disk and convert it again: moe-local convert MODEL"
+            )
+
+
+def read_checked(location: ExpertLocation, checksum: int, buffer: memoryview) -> bool:
+    """Read one expert into `buffer` of its size; whether all its bytes came and match `checksum`.
+
+    Raises ExpertFileError if the file cannot be read.
+    """
+    try:
+        with open(location.path, "rb", buffering=0) as file:
+            file.seek(location.offset)
+            done = 0
+            while done < len(buffer):
+                count = file.readinto(buffer[done:])
+                if not count:
+                    return False
+                done += count
+    except OSError as error:
+        raise ExpertFileError(f"cannot read {location.path}: {error.strerror}; check the disk") from error
+    return xxhash.xxh3_64_intdigest(buffer) == checksum
+
+
+def _manifest(file: ExpertFile) -> bytes:
+    layouts = list(dict.fromkeys(layout for layer in file.layers for layout in layer.layouts))
+    fields: dict[str, Any] = {
+        "version": VERSION,
+        "fingerprint": file.fingerprint,
+        "name": file.name,
+        "model_type": file.model_type,
+        "format": file.format,
+        "layouts": [layout.to_dict() for layout in layouts],
+        "layers": [
+            {
+                "name": layer.name,
+                "file": layer.path.name,
+                "nbytes": layer.nbytes,
+                "experts": [
+                    {
+                        "format": layout.format,
+                        "layout": layouts.index(layout),
+                        "offset": offset,
+                        "nbytes": layout.nbytes,
+                        "xxh3_64": f"{checksum:016x}",
+                    }
+                    for layout, offset, checksum in zip(
+                        layer.layouts, layer.offsets, layer.checksums, strict=True
+                    )
+                ],
+            }
+            for layer in file.layers
+        ],
+    }
+    return json.dumps(fields | {"checksum": _checksum(fields)}, indent=1).encode()
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(fields, sort_keys=True).encode())
+
+
+def _read_manifest(folder: Path) -> ExpertFile:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ExpertFileError(
+            f"{folder} has no {MANIFEST}, so it holds no finished conversion; "
+            "start or continue it: moe-local convert MODEL"
+        )
+    try:
+        fields = json.loads(path.read_bytes())
+        version = fields["version"]
+        if version == VERSION and fields.pop("checksum") != _checksum(fields):
+            raise ValueError("wrong checksum")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExpertFileError(
+            f"{path} is damaged ({type(error).__name__}: {error}); convert it again: moe-local convert MODEL"
+        ) from error
+    if version != VERSION:
+        raise ExpertFileError(
+            f"{path} has version {version!r}, this moe-local reads version {VERSION}; "
+            "use the moe-local that wrote it, or convert it again: moe-local convert MODEL"
+        )
+    layouts = [Layout.from_dict(layout) for layout in fields["layouts"]]
+    layers = [
+        StoredLayer(
+            layer["name"],
+            folder / Path(layer["file"]).name,
+            layer["nbytes"],
+            tuple(layouts[expert["layout"]] for expert in layer["experts"]),
+            tuple(expert["offset"] for expert in layer["experts"]),
+            tuple(int(expert["xxh3_64"], 16) for expert in layer["experts"]),
+        )
+        for layer in fields["layers"]
+    ]
+    return ExpertFile(
+        folder, fields["fingerprint"], fields["name"], fields["model_type"], fields["format"], layers
+    )
