@@ -63,7 +63,7 @@ class ExpertStore:
         self.routed = routed
         self.tokens = 0
         """Tokens generated, counted by whoever generates."""
-        self._below = below
+        self.below = below
         self._disk = disk
         self._stall = dict.fromkeys(("demand", "late_prefetch", "disk", "cpu", "sync"), 0.0)
         self._waits: list[tuple[str, Waited]] = []
@@ -166,14 +166,14 @@ class ExpertStore:
     def close(self) -> None:
         """Stop loads and free the slots. Idempotent."""
         self.tier.close()
-        if self._below is not None:
-            self._below.close()
+        if self.below is not None:
+            self.below.close()
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless no lease is left over and the tier agrees with its loads."""
         self.tier.check_integrity()
-        if self._below is not None:
-            self._below.check_integrity()
+        if self.below is not None:
+            self.below.check_integrity()
         if self._leased:
             raise RuntimeError(f"leases were not given back: {self._leased}")
 

@@ -122,7 +122,7 @@ class TokenStream(Iterator[Token]):
         self.finish_reason = step.finish_reason
         text = ""
         if self._detokenizer is not None:
-            text = self._detokenizer.push(step.token)
+            text = self._detokenizer.add(step.token)
             if step.finish_reason is not None:
                 text += self._detokenizer.flush()
             self.text += text

@@ -1,1 +1,43 @@
-"""moe-local: large Mixture-of-Experts models on one ordinary GPU."""
+"""moe-local: large Mixture-of-Experts models on one ordinary GPU.
+
+    model = moe_local.load("mixtral-8x7b", vram="20GiB", ram="40GiB")
+    for token in model.stream("Why is the sky blue?"):
+        print(token.text, end="")
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from moe_local.cache.errors import MoeLocalError
+
+if TYPE_CHECKING:
+    from moe_local.offload.fit import fit
+    from moe_local.offload.load import convert, load
+    from moe_local.offload.model import Model
+
+try:
+    __version__ = version("moe-local")
+except PackageNotFoundError:  # run from a checkout that was never installed
+    __version__ = "0+unknown"
+
+__all__ = ["MoeLocalError", "Model", "__version__", "convert", "fit", "load"]
+
+_HOMES = {
+    "Model": "moe_local.offload.model",
+    "convert": "moe_local.offload.load",
+    "fit": "moe_local.offload.fit",
+    "load": "moe_local.offload.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names on first use: `import moe_local` alone stays free of torch (PEP 562)."""
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,190 @@
+"""From a name to a loaded model: find, plan, convert, load, wire."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+import torch
+
+from moe_local.offload import bandwidth
+from moe_local.offload.build import build_store
+from moe_local.offload.checkpoint import Checkpoint
+from moe_local.offload.convert import convert_experts, expert_file_folder, moe_local_home
+from moe_local.offload.device import CudaDevice, Device
+from moe_local.offload.discover import Probe
+from moe_local.offload.engine import Engine
+from moe_local.offload.experts import ExpertRunner, OffloadedExperts
+from moe_local.offload.expert_file import ExpertFile
+from moe_local.offload.fit import plan_load
+from moe_local.offload.hub import config_of, resolve
+from moe_local.offload.kv_slab import make_kv, probe_cache
+from moe_local.offload.model import Model
+from moe_local.offload.options import LoadOptions
+from moe_local.offload.plan import Plan
+from moe_local.offload.prefetch import NoPrefetch, Prefetcher, RouterPrefetcher
+from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.skeleton import load_skeleton
+from moe_local.offload.spec import model_spec
+from moe_local.offload.store import ExpertStore
+from moe_local.offload.tokenizer import load_tokenizer
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done ("converting", "loading"), how much of it is done, and how much there is."""
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    vram: str | int | None = None,
+    ram: str | int | None = None,
+    slots: int | None = None,
+    experts: str = "nf4",
+    activations: str = "native",
+    dense: str = "auto",
+    context: int | None = None,
+    policy: str = "lru",
+    prefetch: str = "auto",
+    miss: str = "auto",
+    progress: Progress | None = None,
+) -> Model:
+    """Load a model, ready to generate; a context manager, freed by `close()`.
+
+    `model`: an alias ("mixtral-8x7b"), a Hub id, a folder, or "demo". Downloaded and its experts converted
+    on first use. `vram` and `ram` bound all that is put there ("20GiB"; None: what is free, less a
+    reserve); `slots` fixes the experts kept per MoE layer in the fastest tier instead. Whether it fits is
+    known, and refused, before anything is downloaded or allocated. Raises MoeLocalError of all kinds.
+    """
+    options = LoadOptions.from_keywords(
+        {
+            "device": device,
+            "vram": vram,
+            "ram": ram,
+            "slots": slots,
+            "experts": experts,
+            "activations": activations,
+            "dense": dense,
+            "context": context,
+            "policy": policy,
+            "prefetch": prefetch,
+            "miss": miss,
+        }
+    )
+    target = options.torch_device()
+    name = str(model)
+    speeds = bandwidth.saved(moe_local_home())
+    plan_load(name, model_spec(config_of(model)), options, target, speeds)
+    checkpoint = Checkpoint.open(resolve(model), name)
+    plan = plan_load(name, checkpoint.spec, options, target, speeds)
+    file = open_experts(checkpoint, options.experts, progress=progress)
+    on_device = CudaDevice(target) if target.type == "cuda" else None
+    return assemble(checkpoint, file, plan, options, target, on_device, progress)
+
+
+def convert(
+    model: str | Path,
+    out: str | Path | None = None,
+    experts: str = "nf4",
+    *,
+    progress: Progress | None = None,
+    check: bool = False,
+) -> Path:
+    """Convert the routed experts of `model` to an expert file and return its folder.
+
+    `out`: where to; default below MOE_LOCAL_HOME, where `load` looks. Finished parts of an earlier run are
+    kept; with `check`, those of a finished one are compared with their checksums, too. Raises as `load`.
+    """
+    codec_for(experts)
+    checkpoint = Checkpoint.open(resolve(model), str(model))
+    open_experts(checkpoint, experts, out, progress=progress, check=check)
+    return Path(out) if out is not None else _home_folder(checkpoint, experts)
+
+
+def open_experts(
+    checkpoint: Checkpoint,
+    experts: str,
+    out: str | Path | None = None,
+    *,
+    progress: Progress | None = None,
+    check: bool = False,
+) -> ExpertFile:
+    """The expert file of a checkpoint in format `experts`, converted first if need be."""
+    folder = Path(out) if out is not None else _home_folder(checkpoint, experts)
+
+    def report(done: int, total: int, nbytes: int) -> None:
+        if progress is not None:
+            progress("converting", done, total)
+
+    return convert_experts(checkpoint, codec_for(experts), folder, report, check=check)
+
+
+def _home_folder(checkpoint: Checkpoint, experts: str) -> Path:
+    return expert_file_folder(moe_local_home(), checkpoint.name, experts, checkpoint.fingerprint)
+
+
+def assemble(
+    checkpoint: Checkpoint,
+    file: ExpertFile,
+    plan: Plan,
+    options: LoadOptions,
+    target: torch.device,
+    device: Device | None,
+    progress: Progress | None = None,
+) -> Model:
+    """A Model as planned. `device`: what experts are cached on beside RAM; None: they are computed in RAM."""
+    hf = load_skeleton(
+        checkpoint.folder, checkpoint.config, dense=options.dense, dtype=plan.request.dtype, device=target
+    )
+    with contextlib.ExitStack() as undo:
+        store = build_store(
+            file,
+            checkpoint.spec,
+            ram_slots=plan.ram_slots,
+            vram_slots=plan.vram_slots if device is not None else None,
+            device=device,
+            policy=options.policy,
+        )
+        undo.callback(store.close)
+        with Probe(hf) as probe:
+            cache = probe_cache(hf)
+        kv = make_kv(hf, 1, plan.request.context, cache)
+        engine = Engine(hf, kv, chunk=plan.chunk)
+        prefetcher = _prefetcher(options, plan, store, probe)
+        runner = ExpertRunner(store, prefetcher)
+        _fill(store, plan, progress)
+        for module in hf.modules():
+            if isinstance(module, OffloadedExperts):
+                module.attach(runner)
+        model = Model(
+            checkpoint.name,
+            hf,
+            load_tokenizer(checkpoint.folder),
+            engine=engine,
+            store=store,
+            prefetcher=prefetcher,
+            plan=plan,
+            expert_folder=file.folder,
+        )
+        undo.pop_all()
+    return model
+
+
+def _prefetcher(options: LoadOptions, plan: Plan, store: ExpertStore, probe: Probe) -> Prefetcher:
+    if options.prefetch == "off" or plan.mode == "resident":
+        return NoPrefetch()
+    return RouterPrefetcher(store, probe.sites)
+
+
+def _fill(store: ExpertStore, plan: Plan, progress: Progress | None) -> None:
+    """Bring what has a slot for good: every expert in resident mode, RAM's share where RAM holds all."""
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress("loading", done, total)
+
+    if plan.mode == "offload" and store.below is not None:
+        store.below.preload(report)
+    elif plan.mode == "resident":
+        store.tier.preload(report)
+
