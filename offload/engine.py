@@ -1,8 +1,8 @@
 """The decode loop: sequences join, are stepped, and leave.
 
-It drives any causal language model of transformers through its plain forward; that the experts may lie
-in RAM or on disk is the model's business. transformers' generate is the reference for every token (in tests),
-not the engine: it does a millisecond of bookkeeping a token and knows one batch that starts and ends together.
+It drives any causal language model of transformers through its plain forward; that the experts may lie in
+RAM or on disk is the model's business. transformers' generate is the reference for every token (in tests),
+not the engine: it spends a millisecond a token on bookkeeping, and its batch starts and ends together.
 """
 
 from __future__ import annotations

@@ -1,0 +1,171 @@
+"""Text to token ids and back: prompts through the chat template, tokens into text as they come."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jinja2.exceptions import TemplateError
+
+from moe_local.cache.errors import OptionError
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message] | Sequence[int] | torch.Tensor
+"""Text, a conversation of {"role": ..., "content": ...}, or token ids."""
+
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+REPLACEMENT = "\ufffd"
+
+
+def encode_prompt(
+    tokenizer: Any, prompt: Prompt, *, template: bool = True, system: str | None = None
+) -> list[int]:
+    """Token ids of a prompt, special tokens included.
+
+    A string is one user turn where the tokenizer has a chat template; with `template=False`, or without one, it
+    is text to be continued. A conversation that ends with the assistant is continued there. `system` goes in
+    front, in place of a system message the conversation starts with. Ids pass unchanged. `tokenizer` may be
+    None for ids. Raises OptionError when the prompt can not be encoded.
+    """
+    if isinstance(prompt, torch.Tensor):
+        prompt = _flat_ids(prompt)
+    if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
+        return _check_ids(list(prompt), system)  # type: ignore[arg-type]
+    if tokenizer is None:
+        raise OptionError("this model's folder has no tokenizer; give the prompt as a list of token ids")
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if isinstance(prompt, str):
+        if template and has_template:
+            return _encode_chat(tokenizer, with_system([{"role": "user", "content": prompt}], system))
+        if system:
+            raise OptionError(
+                f"a system prompt needs a chat template, and {_why_raw(template)}; leave it out"
+            )
+        ids: list[int] = tokenizer(prompt)["input_ids"]
+        return ids
+    messages = _check_messages(prompt)
+    if not (template and has_template):
+        raise OptionError(f"a conversation needs a chat template, and {_why_raw(template)}; give plain text")
+    return _encode_chat(tokenizer, with_system(messages, system))
+
+
+def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+    """The conversation with `system` as its system message; unchanged when `system` is None."""
+    if system is None:
+        return list(messages)
+    rest = messages[1:] if messages and messages[0].get("role") == "system" else messages
+    return [{"role": "system", "content": system}, *rest]
+
+
+def _why_raw(template: bool) -> str:
+    return "this tokenizer has none" if template else "template=False turns it off"
+
+
+def _flat_ids(prompt: torch.Tensor) -> list[int]:
+    """A tensor of ids [n] or [1, n] as a list."""
+    if prompt.is_floating_point() or prompt.dim() not in (1, 2) or (prompt.dim() == 2 and len(prompt) != 1):
+        raise OptionError(
+            f"prompt tensor is {prompt.dtype} of shape {list(prompt.shape)}; one prompt is integers of shape [n]"
+        )
+    ids: list[int] = prompt.flatten().tolist()
+    return ids
+
+
+def _check_ids(ids: list[int], system: str | None) -> list[int]:
+    if system:
+        raise OptionError(
+            "a system prompt can not be added to token ids; encode it with the rest of the prompt"
+        )
+    return ids
+
+
+def _check_messages(messages: Sequence[Any]) -> list[Message]:
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise OptionError(
+                f'message {index} of the prompt is {message!r}; write {{"role": "user", "content": "..."}}'
+            )
+    return list(messages)
+
+
+def _encode_chat(tokenizer: Any, messages: list[Message]) -> list[int]:
+    continues = messages[-1]["role"] == "assistant"
+    try:
+        ids = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
+            tokenize=True,
+            return_dict=False,
+        )
+    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OptionError(
+            f"the model's chat template refuses a conversation of {roles}: {reason}; "
+            "change the roles (many templates know no system role) or pass template=False"
+        ) from error
+    return list(ids)
+
+
+class Detokenizer:
+    """Text of one sequence, token by token. Every piece is final: their sum is the text of all tokens decoded at once.
+
+    A character whose bytes are not all there waits. So does a run of byte tokens (<0xE4> ...) of sentencepiece
+    vocabularies until it ends, since one wrong byte changes what the decoder makes of the whole run.
+
+    Decoding depends on neighbours (the first word loses its space), so tokens are decoded in a window: those of
+    the piece before, for context, and those behind. A window is decoded, not the sequence, so a token costs the
+    same wherever it stands.
+    """
+
+    def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._window: list[int] = []
+        self._context = 0
+        """Tokens at the start of the window whose text has been given out before."""
+        self._given = 0
+        """Characters of the window's text given out."""
+        self._in_byte_run = False
+
+    def add(self, token: int) -> str:
+        """The text that this token completes, often "" or more than its own."""
+        self._window.append(token)
+        text = self._decode(self._window)
+        self._in_byte_run = self._continues_byte_run(token)
+        if self._in_byte_run:
+            return ""
+        # at most one unfinished character stands at the end, and it decodes to one replacement character
+        stable = len(text) - text.endswith(REPLACEMENT)
+        piece = text[self._given : stable]
+        self._given = max(self._given, stable)
+        if piece and stable == len(text):
+            self._move_window()
+        return piece
+
+    def flush(self) -> str:
+        """What still waits, as the decoder shows it when nothing follows. Starts a new text."""
+        piece = self._decode(self._window)[self._given :]
+        self._window, self._context, self._given, self._in_byte_run = [], 0, 0, False
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(
+            ids, skip_special_tokens=self._skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _continues_byte_run(self, token: int) -> bool:
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if isinstance(name, str) and BYTE_TOKEN.fullmatch(name):
+            return True
+        # special tokens are dropped before decoding, so the bytes on both sides of one are a single run
+        return self._in_byte_run and not self._decode([token])
+
+    def _move_window(self) -> None:
+        self._window = self._window[self._context :]
+        self._context = len(self._window)
+        self._given = len(self._decode(self._window))
