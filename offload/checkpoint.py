@@ -88,17 +88,23 @@ class Checkpoint:
 def read_config(folder: Path) -> Any:
     """transformers' config from `folder`/config.json; never runs code from the checkpoint.
 
-    Raises ModelNotFoundError (no folder) or CheckpointError (no config, not JSON, a model type that
-    transformers does not have, or weights quantized by their publisher).
+    Raises ModelNotFoundError (no folder), or CheckpointError as `parse_config` does.
     """
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    path = folder / "config.json"
     if not folder.is_dir():
         raise ModelNotFoundError(f"{folder} is no folder; give the one that holds config.json")
-    if not path.is_file():
+    if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
+    return parse_config(folder / "config.json")
+
+
+def parse_config(path: Path) -> Any:
+    """transformers' config from a config.json.
+
+    Raises CheckpointError: not JSON, a model type that transformers does not have (whether or not the
+    checkpoint brings code for it), or weights that their publisher quantized.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     try:
         fields = json.loads(path.read_bytes())
         model_type = fields["model_type"]
@@ -110,12 +116,13 @@ def read_config(folder: Path) -> Any:
             f"{path}: model type {model_type!r} is unknown to this transformers{code}; "
             "a newer transformers may know it: pip install -U transformers"
         )
-    if "quantization_config" in fields:
+    if fields.get("quantization_config"):
         method = fields["quantization_config"].get("quant_method", "unknown")
         raise CheckpointError(
             f"{path}: the weights are already quantized ({method}); use the model's bf16 or fp16 checkpoint"
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, TypeError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        return CONFIG_MAPPING[model_type].from_dict(fields)
+    except Exception as error:  # transformers validates with several unrelated exception types
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} is not a valid {model_type} config: {reason}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,7 +68,7 @@ def tiny_qwen3_moe(make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def synthetic(repository: Path) -> ModuleType:
-    """benchmarks/synthetic.py: `mixtral_19_shards(folder, Shape(...), seed)`, the published Mixtral layout."""
+    """benchmarks/synthetic.py: `mixtral_19_shards(folder, Shape(...), seed)`, the published layout."""
     return load_module(repository / "benchmarks" / "synthetic.py")
 
 
@@ -88,3 +88,33 @@ def mixtral_19(
 def random_experts() -> ModuleType:
     """tests/random_experts.py: `RandomExperts`, `random_spec`."""
     return load_module(Path(__file__).parent / "random_experts.py")
+
+
+@pytest.fixture
+def hub_server() -> Iterator[Any]:
+    """A Hub on 127.0.0.1 (tests/hub_server.py): `.url`, `.env(home)`, `.add_repo(id, folder)`, `.sent`.
+
+    The Hub library reads HF_ENDPOINT when it is imported, so pass `.env(home)` to a subprocess, or use the
+    `hub` fixture to reach it from this process.
+    """
+    with load_module(Path(__file__).parent / "hub_server.py").running() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(hub_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`hub_server`, with this process's Hub library turned to it and to an empty cache in `tmp_path`."""
+    from huggingface_hub import constants
+
+    for name, value in hub_server.env(tmp_path / "hf").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", hub_server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub_server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return hub_server

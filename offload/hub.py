@@ -1,0 +1,240 @@
+"""From what a user calls a model to the folder that holds it: alias, Hub id, folder or demo."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_local.cache.errors import CheckpointError, ModelNotFoundError, MoeLocalError
+from moe_local.offload.hub_download import HubFile, download_blobs, require_space
+from moe_local.offload.registry import DEMO, demo_folder, find_alias, not_found
+from moe_local.offload.shards import INDEX, SINGLE
+
+SMALL_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+"""Config, tokenizer and chat template files of a repository's top level."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubModel:
+    """A repository on the Hub and what the user called it."""
+
+    repo_id: str
+    name: str
+
+
+def resolve(
+    model: str | Path, *, download: bool = True, update: bool = False, progress: bool | None = None
+) -> Path:
+    """The folder with the checkpoint of `model`: an alias, a Hub id, a folder or "demo".
+
+    What lies whole in the Hub cache is taken from there without network; `update` asks the Hub whether there
+    is something newer. Otherwise it is downloaded: config, tokenizer and the safetensors the index names,
+    nothing else; an interrupted download goes on where it was. `progress` shows a bar on stderr; None: if
+    that is a terminal. Blocks.
+
+    Raises ModelNotFoundError (no such name; not downloaded and `download` is False), DoesNotFitError (disk),
+    CheckpointError (no safetensors) and MoeLocalError (gated, no network).
+    """
+    found = locate(model)
+    if isinstance(found, Path):
+        return found
+    cached = cached_folder(found.repo_id)
+    if cached is not None and not update:
+        return cached
+    if not download:
+        raise ModelNotFoundError(
+            f"model {found.name!r} is not on this machine; download it: moe-local pull {found.name}"
+        )
+    with _hub_errors(found):
+        return _download(found, sys.stderr.isatty() if progress is None else progress)
+
+
+def config_of(model: str | Path) -> Any:
+    """transformers' config of `model`: no weights, and no network if it can be helped.
+
+    From the folder, the Hub cache, the package (for aliases), or config.json alone from the Hub. Raises as
+    `resolve`, and CheckpointError for a config that cannot be used.
+    """
+    from moe_local.offload.checkpoint import parse_config, read_config
+
+    found = locate(model)
+    if isinstance(found, Path):
+        return read_config(found)
+    cached = _cached_file(found.repo_id, "config.json")
+    if cached is not None:
+        return parse_config(cached)
+    alias = find_alias(str(model))
+    if alias is not None:
+        return alias.config()
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(found):
+        return parse_config(Path(hf_hub_download(found.repo_id, "config.json")))
+
+
+def locate(model: str | Path) -> Path | HubModel:
+    """What `model` names, without looking into it: a folder on this machine or a Hub repository.
+
+    Raises ModelNotFoundError for what is neither.
+    """
+    name = str(model).strip()
+    if name.lower() == DEMO:
+        return demo_folder()
+    alias = find_alias(name)
+    if alias is not None:
+        return HubModel(alias.repo_id, alias.alias)
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        return folder
+    repo_id = _repo_id(name)
+    if repo_id is not None:
+        return HubModel(repo_id, repo_id)
+    raise not_found(name, "no alias, Hub id (org/name) or folder")
+
+
+def cached_folder(repo_id: str) -> Path | None:
+    """The snapshot of `repo_id` in the Hub cache if all its weights are there, else None."""
+    config = _cached_file(repo_id, "config.json")
+    if config is None:
+        return None
+    folder = config.parent
+    if (folder / SINGLE).is_file():
+        return folder
+    if not (folder / INDEX).is_file():
+        return None
+    return folder if all((folder / name).is_file() for name in _shards(folder / INDEX)) else None
+
+
+def _repo_id(name: str) -> str | None:
+    """org/name from a Hub id or the address of a model page."""
+    name = re.sub(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/", "", name)
+    name = re.sub(r"/(tree|blob)/main/?.*$", "", name).rstrip("/")
+    return name if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) else None
+
+
+def _cached_file(repo_id: str, name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repo_id, name)
+    return Path(path) if isinstance(path, str) else None
+
+
+def _download(model: HubModel, progress: bool) -> Path:
+    """Small files first, so that a snapshot with all its weights is a whole one; then the weights."""
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    info = HfApi().model_info(model.repo_id, files_metadata=True)
+    files = {
+        file.rfilename: HubFile(
+            file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else None, file.blob_id or ""
+        )
+        for file in info.siblings or []
+        if "/" not in file.rfilename
+    }
+    small = [name for name in files if _is_small(name)]
+    if SINGLE in files:
+        shards = [SINGLE]
+    elif INDEX in files:
+        with _quiet_hub():
+            shards = _shards(Path(hf_hub_download(model.repo_id, INDEX, revision=info.sha)))
+    else:
+        raise _no_safetensors(model, list(files))
+    absent = [name for name in shards if name not in files]
+    if absent:
+        raise CheckpointError(
+            f"{model.name}: the Hub repository lacks {absent[0]} ({len(absent)} of {len(shards)} shards); "
+            "its owner has to complete it"
+        )
+    require_space(model.name, model.repo_id, [files[name] for name in [*small, *shards]])
+    with _quiet_hub():
+        snapshot_download(model.repo_id, allow_patterns=small)
+        download_blobs(model.repo_id, str(info.sha), [files[name] for name in shards], progress)
+        return Path(snapshot_download(model.repo_id, allow_patterns=[*small, *shards]))
+
+
+def _is_small(name: str) -> bool:
+    consolidated = name.startswith("consolidated") or name == "params.json"
+    other_index = name.endswith(".index.json") and name != INDEX
+    return Path(name).suffix in SMALL_SUFFIXES and not consolidated and not other_index
+
+
+def _shards(index: Path) -> list[str]:
+    """The shard files an index names. Raises CheckpointError."""
+    try:
+        return sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is corrupt ({type(error).__name__}); delete it and pull again"
+        ) from error
+
+
+def _no_safetensors(model: HubModel, names: list[str]) -> CheckpointError:
+    pickles = [name for name in names if Path(name).suffix in {".bin", ".pt", ".pth", ".ckpt"}]
+    has = f"only pickled weights ({pickles[0]})" if pickles else "no weights in its top folder"
+    return CheckpointError(
+        f"{model.name} has {has}; moe-local reads safetensors only: look for another copy of the model"
+    )
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the Hub library's own bars, one a file; ours counts the bytes of all."""
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+@contextmanager
+def _hub_errors(model: HubModel) -> Iterator[None]:
+    """Turn what the Hub library raises into one line each."""
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{model.repo_id}"
+    # The HTTP library under huggingface_hub changed its name in 2.0; its base error is this one's first base.
+    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise MoeLocalError(
+            f"{model.repo_id} is gated: accept its licence at {page} and set HF_TOKEN to that account's token"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise not_found(
+            model.name, f"no public repository at {page} (a private one needs HF_TOKEN)"
+        ) from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise CheckpointError(f"{model.name}: {page} has no config.json, so it is no checkpoint") from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        offline = "HF_HUB_OFFLINE is set"
+        if not constants.is_offline_mode():
+            offline = f"there is no connection to {constants.ENDPOINT}"
+        raise MoeLocalError(
+            f"{model.name} is not whole on this machine and {offline}; go online and run again, it continues"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        reason = str(error).partition("\n")[0]
+        raise MoeLocalError(
+            f"{constants.ENDPOINT} refused {model.name} ({reason}); run again, it continues"
+        ) from error
+    except http_error as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise MoeLocalError(
+            f"no connection to {constants.ENDPOINT} for {model.name} ({reason}); run again, it continues"
+        ) from error

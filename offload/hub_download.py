@@ -1,0 +1,220 @@
+"""Large files from the Hub into its cache, going on where an interrupted download stopped.
+
+huggingface_hub 2 throws an unfinished file away, which for shards of 5 GB is an hour of many people's lines.
+So the weights are brought here: into <cache>/models--org--name/blobs/<hash>.incomplete by byte ranges, then
+renamed to blobs/<hash>. huggingface_hub finds the blob there and links it into the snapshot as ever.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from moe_local.cache.errors import CheckpointError, DoesNotFitError
+from moe_local.cache.keys import format_bytes
+
+WORKERS = 4
+"""Files fetched at once."""
+
+MARGIN_BYTES = 512 * 2**20
+"""Disk space that a download leaves free."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a Hub repository. `sha256` is None for small files, which git keeps itself as `blob_id`."""
+
+    name: str
+    size: int
+    sha256: str | None
+    blob_id: str
+
+    @property
+    def blob(self) -> str:
+        """The file's name in the cache's folder of blobs."""
+        return self.sha256 or self.blob_id
+
+
+def blobs_folder(repo_id: str) -> Path:
+    """Where the Hub cache keeps the contents of `repo_id`'s files."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model") / "blobs"
+
+
+def missing_bytes(repo_id: str, files: Sequence[HubFile]) -> int:
+    """Bytes of `files` that the Hub cache does not have yet."""
+    folder = blobs_folder(repo_id)
+    return sum(file.size - _have(folder, file) for file in files)
+
+
+def require_space(name: str, repo_id: str, files: Sequence[HubFile]) -> None:
+    """Raise DoesNotFitError if the disk of the Hub cache cannot take what is missing of `files`."""
+    need = missing_bytes(repo_id, files)
+    folder = blobs_folder(repo_id)
+    place = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    if need and need + MARGIN_BYTES > free:
+        raise DoesNotFitError(
+            f"{name} needs {format_bytes(need + MARGIN_BYTES)} of disk in {folder.parent.parent}, where "
+            f"{format_bytes(free)} are free; make room or set HF_HUB_CACHE to a folder on a larger disk"
+        )
+
+
+def download_blobs(repo_id: str, commit: str, files: Sequence[HubFile], progress: bool) -> None:
+    """Bring the contents of `files` at `commit` into the Hub cache, several at a time, with one bar for all.
+
+    Files already there are skipped. Blocks; when interrupted or failing, what came is kept for the next time.
+    Raises DoesNotFitError (disk full), CheckpointError (wrong contents) or the Hub library's HTTP errors.
+    """
+    from huggingface_hub import constants
+
+    folder = blobs_folder(repo_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The Hub serves larger files by its own protocol only; they are left to huggingface_hub.
+    files = [file for file in files if file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE]
+    todo = [file for file in files if not (folder / file.blob).exists()]
+    stop = threading.Event()
+    with _bar(repo_id, sum(file.size for file in todo), progress) as advance:
+        with ThreadPoolExecutor(WORKERS, thread_name_prefix="moe-local-pull") as pool:
+            jobs = [pool.submit(_fetch, repo_id, commit, file, folder, advance, stop) for file in todo]
+            try:
+                done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+            finally:
+                # Also on Ctrl-C: running downloads end at their next block, waiting ones never start.
+                stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+        for job in done:
+            job.result()
+
+
+class _Stopped(Exception):
+    """Another download failed or the user interrupted."""
+
+
+class _Sink(io.FileIO):
+    """The unfinished file: counts what is written, and refuses more once `stop` is set."""
+
+    def __init__(self, path: Path, advance: Callable[[int], None], stop: threading.Event) -> None:
+        super().__init__(path, "r+b" if path.exists() else "w+b")
+        self.seek(0, os.SEEK_END)
+        self._advance = advance
+        self._stop = stop
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        if self._stop.is_set():
+            raise _Stopped
+        view = memoryview(data)
+        while view:
+            view = view[super().write(view) :]
+        self._advance(len(data))
+        return len(data)
+
+
+def _fetch(
+    repo_id: str,
+    commit: str,
+    file: HubFile,
+    folder: Path,
+    advance: Callable[[int], None],
+    stop: threading.Event,
+) -> None:
+    """One file, from wherever the last attempt stopped."""
+    target, partial = folder / file.blob, folder / f"{file.blob}.incomplete"
+    if stop.is_set():
+        return
+    with FileLock(_lock_path(folder, file)):
+        if target.exists():
+            advance(file.size)
+            return
+        have = partial.stat().st_size if partial.exists() else 0
+        if have > file.size:
+            partial.unlink()
+            have = 0
+        advance(have)
+        try:
+            with _Sink(partial, advance, stop) as sink:
+                _get(repo_id, commit, file, have, sink)
+                os.fsync(sink.fileno())
+        except _Stopped:
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DoesNotFitError(
+                f"the disk is full at {file.name} in {folder}; make room and run again, it continues"
+            ) from error
+        _verify(partial, file, resumed=have > 0)
+        partial.replace(target)
+
+
+def _get(repo_id: str, commit: str, file: HubFile, have: int, sink: _Sink) -> None:
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # not in its __all__
+
+    http_get(
+        hf_hub_url(repo_id, file.name, revision=commit),
+        sink,
+        resume_size=have,
+        headers=build_hf_headers(),
+        expected_size=file.size,
+        displayed_filename=file.name,
+    )
+
+
+def _verify(partial: Path, file: HubFile, resumed: bool) -> None:
+    """Check the hash of what was put together from several attempts; one attempt is checked by its length."""
+    if not resumed or file.sha256 is None:
+        return
+    with open(partial, "rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if found != file.sha256:
+        partial.unlink()
+        raise CheckpointError(f"{file.name} arrived damaged (its sha256 differs); run again to fetch it anew")
+
+
+def _lock_path(folder: Path, file: HubFile) -> Path:
+    """The lock that huggingface_hub itself takes for this file."""
+    locks = folder.parent.parent / ".locks" / folder.parent.name
+    locks.mkdir(parents=True, exist_ok=True)
+    return locks / f"{file.blob}.lock"
+
+
+def _have(folder: Path, file: HubFile) -> int:
+    if (folder / file.blob).exists():
+        return file.size
+    partial = folder / f"{file.blob}.incomplete"
+    return min(file.size, partial.stat().st_size) if partial.exists() else 0
+
+
+@contextmanager
+def _bar(label: str, total: int, visible: bool) -> Iterator[Callable[[int], None]]:
+    """One bar over all bytes; yields a function, callable from any thread, that moves it on."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True)]
+    columns += [TransferSpeedColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=Console(stderr=True), disable=not visible) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count: bar.update(task, advance=count)
