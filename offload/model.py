@@ -135,7 +135,8 @@ class Model:
                 if isinstance(module, OffloadedExperts):
                     module.attach(None)
             self._store.close()
-            self._hf = self._engine = None
+            self._hf = None
+            del self._engine  # holds the model and the key-value memory
         finally:
             self._turn.end()
 
