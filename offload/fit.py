@@ -1,0 +1,108 @@
+"""Whether a model fits, before any weight is read: on this machine, or on one described by its memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from moe_local.cache.errors import OptionError
+from moe_local.offload import bandwidth
+from moe_local.offload.free_memory import free_ram, free_vram
+from moe_local.offload.nearest import nearest
+from moe_local.offload.options import LoadOptions
+from moe_local.offload.placement import place
+from moe_local.offload.plan import DEFAULT_CONTEXT, Plan, Request
+from moe_local.offload.spec import ModelSpec, model_spec
+
+
+def fit(
+    model: str | Path,
+    *,
+    vram: str | int | None = None,
+    ram: str | int | None = None,
+    experts: str = "nf4",
+    dense: str = "auto",
+    context: int | None = None,
+    slots: int | None = None,
+    device: str = "auto",
+) -> Plan:
+    """Plan `model` without its weights; arguments as in `load()`.
+
+    With `vram`, for a CUDA card of that size, wherever this runs; without, for this machine's GPU if it has
+    one, else for its CPU. Budgets left out are what is free here, less a reserve. Needs the model's config
+    only. Does not measure: bandwidths are those kept for this machine, or defaults. The plan says by itself
+    whether it fits (`plan.fits`); raises OptionError and ModelNotFoundError.
+    """
+    from moe_local.offload.convert import moe_local_home
+    from moe_local.offload.hub import config_of
+
+    options = LoadOptions(
+        vram=vram,  # type: ignore[arg-type]
+        ram=ram,  # type: ignore[arg-type]
+        experts=experts,
+        dense=dense,
+        context=context,
+        slots=slots,
+        device=device,
+    )
+    if options.vram is not None:
+        if device == "cpu":
+            raise OptionError("vram is given but device is cpu, which has none; leave one of them out")
+        available: int | None = options.vram
+    else:
+        target = options.torch_device()
+        available = free_vram(target) if target.type == "cuda" else None
+    spec = model_spec(config_of(model))
+    return plan_memory(
+        Request(
+            model=str(model),
+            spec=spec,
+            ram=free_ram() if options.ram is None else options.ram,
+            vram=available,
+            experts=options.experts,
+            dense=options.dense,
+            context=_context(options, spec),
+            slots=options.slots,
+            bandwidths=bandwidth.saved(moe_local_home()),
+        )
+    )
+
+
+def plan_load(
+    model: str, spec: ModelSpec, options: LoadOptions, device: torch.device, bandwidths: bandwidth.Bandwidths
+) -> Plan:
+    """The plan that a load on `device` follows: a budget bounds, but cannot make free what is not.
+
+    Raises DoesNotFitError, in the words of `fit`, before anything is allocated.
+    """
+    ram = free_ram() if options.ram is None else min(options.ram, free_ram(reserve=False))
+    vram = None
+    if device.type == "cuda":
+        vram = free_vram(device)
+        if options.vram is not None:
+            vram = min(options.vram, free_vram(device, reserve=False))
+    return plan_memory(
+        Request(
+            model=model,
+            spec=spec,
+            ram=ram,
+            vram=vram,
+            experts=options.experts,
+            dense=options.dense,
+            context=_context(options, spec),
+            slots=options.slots,
+            bandwidths=bandwidths,
+        )
+    ).check()
+
+
+def _context(options: LoadOptions, spec: ModelSpec) -> int:
+    return min(spec.max_context, DEFAULT_CONTEXT) if options.context is None else options.context
+
+
+def plan_memory(request: Request) -> Plan:
+    """Place the model or, if it does not fit, say also which nearest setting does."""
+    plan = place(request)
+    return plan if plan.fits else replace(plan, nearest=nearest(request))

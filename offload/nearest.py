@@ -1,0 +1,106 @@
+"""The mildest change that makes a model fit which does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from moe_local.cache.keys import parse_bytes
+from moe_local.offload.placement import place
+from moe_local.offload.plan import Request
+
+CONTEXT_STEP = 256
+UNBOUNDED = 2**62
+
+
+def nearest(request: Request) -> str:
+    """Flags that make a request fit which does not, the mildest change first.
+
+    Fewer slots than asked for; half the context or more; quantized experts; a quantized dense part; a short
+    context; all of them; in the end, larger budgets.
+    """
+    for flags, changed in _milder(request):
+        if place(changed).fits:
+            return flags
+    return _enough_memory(request)
+
+
+def _milder(request: Request) -> Iterator[tuple[str, Request]]:
+    """(flags, the request with them) to try in turn."""
+    spec = request.spec
+    if request.slots is not None:
+        top = min(request.slots, spec.num_experts)
+        slots = _largest(spec.top_k, top, 1, lambda n: place(replace(request, slots=n)).fits)
+        yield f"--slots {slots}", replace(request, slots=slots)
+    half = _shorter(request, request.context // 2)
+    yield f"--context {half.context}", half
+    changes = [("--experts nf4", {"experts": "nf4"})] if request.experts != "nf4" else []
+    if request.dense != "nf4":
+        changes.append(("--dense nf4", {"dense": "nf4"}))
+    for flags, change in changes:
+        yield flags, replace(request, **change)  # type: ignore[arg-type]
+    short = _shorter(request, CONTEXT_STEP)
+    yield f"--context {short.context}", short
+    quantized = replace(request, experts="nf4", dense="nf4")
+    flags = " ".join(flags for flags, _ in changes)
+    if flags:
+        yield flags, quantized
+        short = _shorter(quantized, CONTEXT_STEP)
+        yield f"{flags} --context {short.context}", short
+
+
+def _shorter(request: Request, least: int) -> Request:
+    """The request with the longest context in steps from `least` on that fits, with `least` if none does."""
+    least = max(1, min(least, request.context))
+    return replace(
+        request,
+        context=_largest(
+            least, request.context, CONTEXT_STEP, lambda tokens: place(replace(request, context=tokens)).fits
+        ),
+    )
+
+
+def _largest(low: int, high: int, step: int, fits: Callable[[int], bool]) -> int:
+    """The largest low + k * step <= high that fits, `low` if none does. Less always fits where more does."""
+    count = (high - low) // step
+    first, last = 0, max(0, count)
+    while first < last:
+        middle = (first + last + 1) // 2
+        if fits(low + middle * step):
+            first = middle
+        else:
+            last = middle - 1
+    return low + first * step
+
+
+def _enough_memory(request: Request) -> str:
+    """The smallest budgets that hold the request; a budget that is large enough is not named."""
+    flags = []
+    if request.vram is not None:
+        vram = _least_size(lambda size: place(replace(request, vram=size, ram=UNBOUNDED)).fits)
+        if parse_bytes(vram) > request.vram:
+            flags.append(f"--vram {vram}")
+            request = replace(request, vram=parse_bytes(vram))
+    ram = _least_size(lambda size: place(replace(request, ram=size)).fits)
+    if parse_bytes(ram) > request.ram:
+        flags.append(f"--ram {ram}")
+    return " ".join(flags)
+
+
+def _least_size(fits: Callable[[int], bool]) -> str:
+    """The least size that fits, in tenths of a GiB or, below one, in MiB, as a user would write it."""
+    for unit, step in (("MiB", 1.0), ("GiB", 0.1)):
+        last = 1024 if unit == "MiB" else math.ceil(UNBOUNDED / 2**30 / step)
+        if not fits(parse_bytes(_size(last, step, unit))):
+            continue
+        low, high = 0, last
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(parse_bytes(_size(middle, step, unit))) else (middle, high)
+        return _size(high, step, unit)
+    raise AssertionError("a model that no memory holds")
+
+
+def _size(count: int, step: float, unit: str) -> str:
+    return f"{count * step:.10g}{unit}"

@@ -1,0 +1,114 @@
+"""Bytes in, placement out: what of a model goes where, and whether it fits at all.
+
+The dense part, the KV cache and the workspace come first in the fastest tier (VRAM on a GPU, else RAM);
+what is left there becomes expert slots, equally many for each MoE layer. On a GPU, RAM holds all experts or
+as many as it can; the rest is read from disk. Total parameters count, not active ones: any expert may be
+needed next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_local.cache.keys import format_bytes
+from moe_local.offload import footprint
+from moe_local.offload.plan import Bytes, Mode, Plan, Request, arena_bytes
+from moe_local.offload.spec import ModelSpec
+
+
+def place(request: Request) -> Plan:
+    """Place the model. A plan that does not fit says what is missing and by how much; never raises."""
+    spec, cuda = request.spec, request.vram is not None
+    sizes = footprint.expert_bytes(spec, request.experts)
+    budget = request.ram if request.vram is None else request.vram
+    fastest = _slots(spec, spec.top_k if request.slots is None else request.slots)
+    chunk, parts = _chunk(request, sizes, budget - arena_bytes(fastest, sizes))
+    if parts.fixed + arena_bytes(fastest, sizes) > budget:
+        overhead = footprint.cuda_overhead(budget) if cuda else 0
+        needed = parts.fixed - overhead + arena_bytes(fastest, sizes)
+        if cuda:
+            needed = footprint.with_cuda_overhead(needed)
+        return _refusal(request, parts, chunk, in_vram=cuda, needed=needed)
+    if request.slots is None and chunk == _full_chunk(request):
+        fastest = _most_slots(spec, sizes, budget - parts.fixed)
+    resident = fastest == _all_slots(spec)
+    if not cuda:
+        none = (0,) * len(spec.layers)
+        return Plan(request, True, "resident" if resident else "disk", parts, chunk, none, fastest)
+    least = _slots(spec, spec.top_k)
+    needed = arena_bytes(least, sizes)
+    if needed > request.ram:
+        return _refusal(request, parts, chunk, in_vram=False, needed=needed)
+    # With every expert in VRAM, RAM is only the way there.
+    below = least if resident else _most_slots(spec, sizes, request.ram)
+    mode: Mode = "resident" if resident else "offload" if below == _all_slots(spec) else "disk"
+    return Plan(request, True, mode, parts, chunk, fastest, below)
+
+
+def _full_chunk(request: Request) -> int:
+    return min(request.context, footprint.PREFILL_CHUNK)
+
+
+def _chunk(request: Request, sizes: Sequence[int], room: int) -> tuple[int, Bytes]:
+    """The longest prefill chunk whose workspace leaves the least slots their place, and the bytes with it.
+
+    Only a budget that could hold no more than the least slots shortens the chunk, so a larger budget never
+    has fewer slots.
+    """
+    spec, dtype = request.spec, request.dtype
+    overhead = 0 if request.vram is None else footprint.cuda_overhead(request.vram)
+    chunk = _full_chunk(request)
+    while True:
+        parts = Bytes(
+            dense=footprint.dense_bytes(spec, request.dense),
+            kv=footprint.kv_bytes(spec, request.context, dtype),
+            workspace=footprint.workspace_bytes(spec, chunk, request.context, dtype) + overhead,
+            expert=max(sizes),
+            experts_total=arena_bytes(_all_slots(spec), sizes),
+        )
+        if parts.fixed <= room or chunk // 2 < footprint.MIN_CHUNK:
+            return chunk, parts
+        chunk //= 2
+
+
+def _slots(spec: ModelSpec, count: int) -> tuple[int, ...]:
+    return tuple(min(count, layer.num_experts) for layer in spec.layers)
+
+
+def _all_slots(spec: ModelSpec) -> tuple[int, ...]:
+    return _slots(spec, spec.num_experts)
+
+
+def _most_slots(spec: ModelSpec, sizes: Sequence[int], room: int) -> tuple[int, ...]:
+    """The most slots, equally many for each layer that has so many experts, within `room` bytes."""
+    low, high = 0, spec.num_experts
+    while low < high:
+        middle = (low + high + 1) // 2
+        if arena_bytes(_slots(spec, middle), sizes) <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return _slots(spec, low)
+
+
+def _refusal(request: Request, parts: Bytes, chunk: int, *, in_vram: bool, needed: int) -> Plan:
+    spec = request.spec
+    tier, budget = ("VRAM", request.vram or 0) if in_vram else ("RAM", request.ram)
+    if in_vram or request.vram is None:
+        count = spec.top_k if request.slots is None else min(request.slots, spec.num_experts)
+        content = f"dense part, {request.context} tokens of context and {count} experts a layer"
+    else:
+        content = f"{spec.top_k} experts a layer"
+    none = (0,) * len(spec.layers)
+    return Plan(
+        request,
+        fits=False,
+        mode=None,
+        bytes=parts,
+        chunk=chunk,
+        vram_slots=none,
+        ram_slots=none,
+        shortfall_bytes=needed - budget,
+        reason=f"{request.model} does not fit: {content} need {format_bytes(needed)} of {tier}, "
+        f"{format_bytes(needed - budget)} more than the {format_bytes(budget)} there are",
+    )

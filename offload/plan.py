@@ -1,0 +1,203 @@
+"""What a placement is: the request it answers, the slots of each tier, and what they are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from moe_local.cache.errors import DoesNotFitError, OptionError
+from moe_local.offload import estimate, footprint
+from moe_local.offload.bandwidth import Bandwidths
+from moe_local.offload.spec import ModelSpec
+
+Mode = Literal["resident", "offload", "disk"]
+
+DEFAULT_CONTEXT = 8192
+"""Tokens of context planned for when none are asked for; less where the model has less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be placed, and how much room there is.
+
+    Raises OptionError if the context is longer than the model's, or `slots` fewer than a token's experts.
+    """
+
+    model: str
+    """What the user calls it, for messages."""
+    spec: ModelSpec = field(repr=False)
+    ram: int
+    """Bytes of RAM that may be used."""
+    vram: int | None = None
+    """Bytes of VRAM that may be used; None: no GPU."""
+    experts: str = "nf4"
+    dense: str = "auto"
+    context: int = DEFAULT_CONTEXT
+    slots: int | None = None
+    """Experts per MoE layer in the fastest tier; None: as many as fit."""
+    bandwidths: Bandwidths = field(default_factory=Bandwidths)
+
+    def __post_init__(self) -> None:
+        if self.context > self.spec.max_context:
+            raise OptionError(
+                f"context {self.context} is beyond the {self.spec.max_context} tokens that {self.model} takes"
+            )
+        if self.slots is not None and self.slots < self.spec.top_k:
+            raise OptionError(
+                f"slots {self.slots} is below the {self.spec.top_k} experts of a layer that one token of "
+                f"{self.model} needs; use {self.spec.top_k} to {self.spec.num_experts}"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return footprint.compute_dtype(self.spec, self.dense)
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """Sizes of the parts. `expert` is one expert of the widest layer, `experts_total` all of them."""
+
+    dense: int
+    kv: int
+    workspace: int
+    expert: int
+    experts_total: int
+
+    @property
+    def fixed(self) -> int:
+        """What the fastest tier holds before any expert."""
+        return self.dense + self.kv + self.workspace
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where a model goes. Without a fit, no tier has slots and `mode` is None."""
+
+    request: Request
+    fits: bool
+    mode: Mode | None
+    bytes: Bytes
+    chunk: int
+    """Prompt tokens in one forward."""
+    vram_slots: tuple[int, ...]
+    """Experts per MoE layer; all 0 without a GPU."""
+    ram_slots: tuple[int, ...]
+    shortfall_bytes: int = 0
+    """How far the tightest budget is exceeded."""
+    reason: str | None = None
+    nearest: str | None = None
+    """Flags that, put in place of the given ones, make it fit."""
+
+    @property
+    def resident_fraction(self) -> float:
+        """Share of all experts that the fastest tier holds."""
+        return _share(self.ram_slots if self.request.vram is None else self.vram_slots, self.request.spec)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """See offload/estimate.py; None without a fit."""
+        if not self.fits:
+            return None
+        request = self.request
+        traffic = self._traffic(self.resident_fraction)
+        return estimate.tokens_per_second(
+            traffic, request.spec, request.bandwidths, cuda=request.vram is not None
+        )
+
+    @property
+    def roofline(self) -> float:
+        """Tokens a second that the bytes would allow, were all experts in the fastest tier."""
+        request = self.request
+        return estimate.tokens_per_second(
+            self._traffic(1.0),
+            request.spec,
+            request.bandwidths,
+            cuda=request.vram is not None,
+            dispatch=False,
+        )
+
+    @property
+    def assumed(self) -> bool:
+        """Whether the estimate rests on a bandwidth that was not measured on this machine."""
+        return self.request.bandwidths.assumed(self._links())
+
+    def _links(self) -> frozenset[str]:
+        return estimate.links(self._traffic(self.resident_fraction), cuda=self.request.vram is not None)
+
+    def _traffic(self, fastest_share: float) -> estimate.Traffic:
+        request, spec = self.request, self.request.spec
+        sizes = footprint.expert_bytes(spec, request.experts)
+        return estimate.Traffic(
+            dense=estimate.read_per_token(
+                spec, self.bytes.dense, self.bytes.kv, request.context, request.dtype.itemsize
+            ),
+            experts=sum(layer.top_k * size for layer, size in zip(spec.layers, sizes, strict=True)),
+            fastest_share=fastest_share,
+            ram_share=0.0 if request.vram is None else _share(self.ram_slots, spec),
+        )
+
+    def used(self) -> dict[str, int]:
+        """Planned bytes by tier."""
+        sizes = footprint.expert_bytes(self.request.spec, self.request.experts)
+        vram, ram = (arena_bytes(slots, sizes) for slots in (self.vram_slots, self.ram_slots))
+        if self.request.vram is None:
+            return {"vram": 0, "ram": ram + self.bytes.fixed}
+        return {"vram": vram + self.bytes.fixed, "ram": ram}
+
+    def check(self) -> Plan:
+        """This plan. Raises DoesNotFitError, which says by how much and what would fit, if it does not."""
+        if not self.fits:
+            remedy = f"; {self.nearest} fits" if self.nearest else ""
+            raise DoesNotFitError(f"{self.reason}{remedy}")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types: all of the plan that a user may want to see."""
+        request, spec = self.request, self.request.spec
+        figures = request.bandwidths.to_dict()
+        return {
+            "model": request.model,
+            "architecture": spec.architecture,
+            "parameters": {"total": spec.total_numel, "active": spec.active_numel, "dense": spec.dense_numel},
+            "moe_layers": len(spec.layers),
+            "experts_per_layer": spec.num_experts,
+            "top_k": spec.top_k,
+            "device": "cpu" if request.vram is None else "cuda",
+            "budget": {"vram": request.vram or 0, "ram": request.ram},
+            "experts": request.experts,
+            "dense": request.dense,
+            "context": request.context,
+            "prefill_chunk": self.chunk,
+            "fits": self.fits,
+            "mode": self.mode,
+            "bytes": {
+                "dense": self.bytes.dense,
+                "kv": self.bytes.kv,
+                "workspace": self.bytes.workspace,
+                "expert": self.bytes.expert,
+                "experts_total": self.bytes.experts_total,
+            },
+            "used": self.used(),
+            "slots": {"vram": max(self.vram_slots), "ram": max(self.ram_slots)},
+            "experts_resident_fraction": self.resident_fraction,
+            "tokens_per_s_estimate": self.tokens_per_s,
+            "tokens_per_s_roofline": self.roofline,
+            "assumed": self.assumed,
+            "bandwidths": {name: figures[name] for name in sorted(self._links())},
+            "shortfall_bytes": self.shortfall_bytes,
+            "reason": self.reason,
+            "nearest": self.nearest,
+        }
+
+
+def arena_bytes(slots: Sequence[int], sizes: Sequence[int]) -> int:
+    """Bytes of an arena with so many slots of such size per MoE layer."""
+    return sum(count * size for count, size in zip(slots, sizes, strict=True))
+
+
+def _share(slots: Sequence[int], spec: ModelSpec) -> float:
+    return sum(slots) / sum(layer.num_experts for layer in spec.layers)

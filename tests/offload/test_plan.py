@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import dataclasses
+import shlex
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_local.cache.errors import DoesNotFitError, OptionError
+from moe_local.cache.keys import parse_bytes
+from moe_local.offload import estimate, footprint
+from moe_local.offload.bandwidth import Bandwidths
+from moe_local.offload.fit import fit, plan_load, plan_memory
+from moe_local.offload.hub import config_of
+from moe_local.offload.options import LoadOptions
+from moe_local.offload.placement import place
+from moe_local.offload.plan import Plan, Request
+from moe_local.offload.spec import ModelSpec, meta_model, model_spec
+
+GIB = 2**30
+MIXTRAL = model_spec(config_of("mixtral-8x7b"))
+QWEN = model_spec(config_of("qwen3-30b-a3b"))
+SPECS = {"mixtral-8x7b": MIXTRAL, "qwen3-30b-a3b": QWEN}
+
+
+def request(spec: ModelSpec = MIXTRAL, **changes: object) -> Request:
+    return Request(**{"model": "m", "spec": spec, "vram": 24 * GIB, "ram": 64 * GIB, **changes})  # type: ignore
+
+
+def with_flags(asked: Request, flags: str) -> Request:
+    """The request with the flags of a suggestion, read as the command line reads them."""
+    words = shlex.split(flags)
+    assert len(words) % 2 == 0
+    changes: dict[str, object] = {}
+    for flag, value in zip(words[::2], words[1::2], strict=True):
+        name = flag.removeprefix("--")
+        changes[name] = (
+            parse_bytes(value) if name in ("vram", "ram") else int(value) if value.isdigit() else value
+        )
+    return dataclasses.replace(asked, **changes)  # type: ignore[arg-type]
+
+
+def _request(
+    name: str, vram: int | None, ram: int, experts: str, dense: str, context: int, extra: int | None
+) -> Request:
+    spec = SPECS[name]
+    slots = None if extra is None else min(spec.num_experts, spec.top_k + extra)
+    return Request(name, spec, ram, vram, experts, dense, context, slots)
+
+
+requests = st.builds(
+    _request,
+    name=st.sampled_from(sorted(SPECS)),
+    vram=st.none() | st.integers(2**24, 100 * GIB),
+    ram=st.integers(2**24, 200 * GIB),
+    experts=st.sampled_from(["nf4", "bf16", "fp32"]),
+    dense=st.sampled_from(["auto", "nf4", "int8", "fp32"]),
+    context=st.integers(1, 32768),
+    extra=st.none() | st.integers(0, 126),
+)
+
+
+class TestKnownNumbers:
+    def test_mixtral_parts(self) -> None:
+        plan = place(request())
+        assert MIXTRAL.total_numel == 46_702_792_704  # mistralai/Mixtral-8x7B-Instruct-v0.1
+        attention = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096)
+        others = 2 * 32000 * 4096 + 65 * 4096 + 32 * 8 * 4096  # embeddings, norms, routers
+        assert plan.bytes.dense == 2 * (attention + others)
+        assert plan.bytes.kv == 32 * 2 * 8 * 128 * 8192 * 2
+        weights = 3 * 4096 * 14336
+        assert plan.bytes.expert / weights * 8 == pytest.approx(4.127, abs=1e-3)
+        assert plan.bytes.experts_total == 32 * 8 * plan.bytes.expert
+
+    def test_mixtral_on_24_gb_holds_about_four_fifths(self) -> None:
+        plan = place(request())
+        assert plan.mode == "offload"
+        assert 0.7 < plan.resident_fraction < 0.9
+        assert plan.ram_slots == (8,) * 32
+        assert plan.assumed
+
+    def test_mixtral_on_48_gb_is_resident(self) -> None:
+        plan = place(request(vram=48 * GIB))
+        assert (plan.mode, plan.resident_fraction, plan.vram_slots) == ("resident", 1.0, (8,) * 32)
+
+    def test_mixtral_in_12_gib_of_ram_reads_from_disk(self) -> None:
+        plan = place(request(ram=12 * GIB))
+        assert plan.mode == "disk"
+        assert plan.fits
+        assert 2 <= plan.ram_slots[0] < 8
+
+    def test_mixtral_on_a_cpu(self) -> None:
+        assert place(request(vram=None, ram=32 * GIB)).mode == "resident"
+        plan = place(request(vram=None, ram=16 * GIB))
+        assert (plan.mode, plan.vram_slots) == ("disk", (0,) * 32)
+        assert 2 <= plan.ram_slots[0] < 8
+
+    @pytest.mark.parametrize(("vram", "mode"), [(8, "offload"), (12, "offload"), (24, "resident")])
+    def test_qwen3(self, vram: int, mode: str) -> None:
+        plan = place(request(QWEN, vram=vram * GIB))
+        assert plan.mode == mode
+        assert plan.vram_slots[0] >= 8
+
+    def test_total_parameters_count_not_active_ones(self) -> None:
+        """The 26 GB of active bf16 weights would fit a 48 GB card; all 93 do not."""
+        plan = place(request(experts="bf16", vram=48 * GIB, ram=128 * GIB))
+        assert MIXTRAL.active_numel * 2 < 48 * GIB
+        assert plan.mode == "offload"
+        assert plan.bytes.experts_total == 2 * MIXTRAL.expert_numel
+
+    def test_quantized_dense_part_is_what_bitsandbytes_allocates(self, tiny_models) -> None:
+        import bitsandbytes as bnb
+
+        config = tiny_models.tiny_config("qwen2_moe")
+        spec = model_spec(config, meta_model(config))
+        name = next(tensor for tensor in spec.dense if tensor.name in spec.quantizable)
+        weight = torch.randn(*name.shape)
+        packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        tensors = [packed, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+        expected = sum(tensor.nbytes for tensor in tensors)
+        only = dataclasses.replace(spec, dense=(name,))
+        assert footprint.dense_bytes(only, "nf4") == expected
+        assert footprint.dense_bytes(only, "int8") == weight.numel() + 4 * weight.shape[0]
+        assert footprint.dense_bytes(only, "fp32") == weight.nbytes
+        unquantized = dataclasses.replace(only, quantizable=frozenset())
+        assert footprint.dense_bytes(unquantized, "nf4") == 2 * weight.numel()
+
+
+class TestAnyRequest:
+    @settings(max_examples=150, deadline=None)
+    @given(asked=requests)
+    def test_a_fit_keeps_its_budgets_and_slots(self, asked: Request) -> None:
+        plan = place(asked)
+        if not plan.fits:
+            assert plan.shortfall_bytes > 0
+            assert plan.mode is None
+            return
+        used = plan.used()
+        assert used["ram"] <= asked.ram
+        assert used["vram"] <= (asked.vram or 0)
+        fastest = plan.ram_slots if asked.vram is None else plan.vram_slots
+        assert min(fastest) >= asked.spec.top_k
+        assert max(fastest) <= asked.spec.num_experts
+        if asked.slots is not None:
+            assert set(fastest) == {asked.slots}
+        if asked.vram is not None:
+            assert min(plan.ram_slots) >= asked.spec.top_k
+        assert (plan.mode == "resident") == (plan.resident_fraction == 1.0)
+        assert plan.tokens_per_s is not None
+        assert 0 < plan.tokens_per_s <= plan.roofline
+
+    @settings(max_examples=150, deadline=None)
+    @given(asked=requests, more=st.integers(0, 8 * GIB))
+    def test_more_memory_never_means_less(self, asked: Request, more: int) -> None:
+        asked = dataclasses.replace(asked, slots=None)
+        larger = dataclasses.replace(asked, ram=asked.ram + more)
+        if asked.vram is not None:
+            larger = dataclasses.replace(larger, vram=asked.vram + more)
+        before, after = place(asked), place(larger)
+        assert after.fits >= before.fits
+        assert after.resident_fraction >= before.resident_fraction
+        if before.fits and after.mode != "resident":
+            assert after.ram_slots >= before.ram_slots
+            assert (after.tokens_per_s or 0) >= (before.tokens_per_s or 0) * (1 - 1e-9)
+
+    @settings(max_examples=60, deadline=None)
+    @given(asked=requests)
+    def test_the_nearest_setting_really_fits(self, asked: Request) -> None:
+        plan = plan_memory(asked)
+        assert (plan.nearest is None) == plan.fits
+        if plan.nearest is not None:
+            assert place(with_flags(asked, plan.nearest)).fits
+
+    @settings(max_examples=60, deadline=None)
+    @given(asked=requests)
+    def test_the_shortfall_is_exact(self, asked: Request) -> None:
+        """A byte less does not do."""
+        asked = dataclasses.replace(asked, ram=asked.ram if asked.vram is None else 2**60)
+        plan = place(asked)
+        if plan.fits:
+            return
+        tier = "ram" if asked.vram is None else "vram"
+        enough = (getattr(asked, tier) or 0) + plan.shortfall_bytes
+        assert place(dataclasses.replace(asked, **{tier: enough})).fits
+        assert not place(dataclasses.replace(asked, **{tier: enough - 1})).fits
+
+
+class TestNearest:
+    def test_a_little_too_little_shortens_the_context(self) -> None:
+        enough = request(context=32768)
+        needed = place(dataclasses.replace(enough, vram=1)).shortfall_bytes
+        plan = plan_memory(dataclasses.replace(enough, vram=needed - 64 * 2**20))
+        assert plan.nearest is not None
+        assert plan.nearest.startswith("--context ")
+        assert int(plan.nearest.split()[1]) >= 16384
+
+    def test_slots_first(self) -> None:
+        plan = plan_memory(request(vram=12 * GIB, slots=8))
+        assert plan.nearest is not None
+        assert plan.nearest.startswith("--slots ")
+
+    def test_quantized_experts(self) -> None:
+        assert plan_memory(request(experts="bf16", vram=12 * GIB)).nearest == "--experts nf4"
+
+    def test_both_budgets(self) -> None:
+        plan = plan_memory(request(vram=3 * GIB, ram=3 * GIB, dense="nf4", context=256))
+        assert plan.nearest is not None
+        assert "--vram" in plan.nearest
+        assert "--ram" in plan.nearest
+
+    def test_the_error_says_what_by_how_much_and_what_would_do(self) -> None:
+        plan = plan_memory(request(vram=6 * GIB))
+        with pytest.raises(DoesNotFitError) as caught:
+            plan.check()
+        message = str(caught.value)
+        assert "m does not fit" in message
+        assert "of VRAM" in message
+        assert "more than the 6.00 GiB there are" in message
+        assert f"{plan.nearest} fits" in message
+        assert "\n" not in message
+
+
+class TestEstimate:
+    def test_more_hits_are_faster(self) -> None:
+        speeds = [place(request(slots=n)).tokens_per_s for n in range(2, 7)]
+        assert speeds == sorted(speeds)  # type: ignore[type-var]
+        assert speeds[0] != speeds[-1]
+
+    def test_the_prior_rises_from_nothing_to_all(self) -> None:
+        for experts in (8, 128):
+            rates = [estimate.hit_rate(n / experts, experts) for n in range(experts + 1)]
+            assert rates[0] == 0
+            assert rates[-1] == 1
+            assert rates == sorted(rates)
+
+    def test_on_demand_agrees_with_the_papers_arithmetic(self) -> None:
+        """Mixtral, no hits, PCIe 25 GB/s: 3.8 tok/s at 4.5 bits an expert, so 4.1 at 4.127."""
+        traffic = estimate.Traffic(dense=830_000_000, experts=64 * 90_877_952, fastest_share=0, ram_share=1)
+        speed = estimate.tokens_per_second(
+            traffic, MIXTRAL, Bandwidths(vram=1008e9), cuda=True, dispatch=False
+        )
+        assert speed == pytest.approx(4.1, abs=0.1)
+
+    def test_a_slower_link_is_slower(self) -> None:
+        slow = place(request(bandwidths=Bandwidths(h2d=6e9))).tokens_per_s
+        assert slow is not None
+        assert slow < (place(request()).tokens_per_s or 0)
+
+    def test_assumed_follows_the_figures_in_use(self) -> None:
+        measured = Bandwidths(measured=frozenset({"ram", "disk"}))
+        assert not place(request(vram=None, ram=16 * GIB, bandwidths=measured)).assumed
+        assert place(request(bandwidths=measured)).assumed
+        everything = Bandwidths(measured=frozenset({"vram", "h2d"}))
+        assert not place(request(bandwidths=everything)).assumed
+        assert place(request(ram=12 * GIB, bandwidths=everything)).assumed, "the disk is in use"
+
+
+class TestFit:
+    def test_what_json_shows(self, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+        monkeypatch.setenv("MOE_LOCAL_HOME", str(tmp_path))
+        found = fit("mixtral-8x7b", vram="24GiB", ram="64GiB", context=8192).to_dict()
+        assert found["fits"] is True
+        assert found["mode"] == "offload"
+        assert set(found["bytes"]) == {"dense", "kv", "workspace", "expert", "experts_total"}
+        assert found["slots"] == {"vram": 6, "ram": 8}
+        assert found["experts_resident_fraction"] == 0.75
+        assert found["assumed"] is True
+        assert found["parameters"]["total"] == 46_702_792_704
+        assert found["shortfall_bytes"] == 0
+        assert found["nearest"] is None
+
+    def test_without_vram_or_gpu_it_plans_the_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        plan = fit("qwen3-30b-a3b", ram="32GiB")
+        assert plan.request.vram is None
+        assert plan.mode == "resident"
+        with pytest.raises(OptionError, match="0 CUDA devices"):
+            fit("qwen3-30b-a3b", device="cuda")
+        with pytest.raises(OptionError, match="leave one of them out"):
+            fit("qwen3-30b-a3b", device="cpu", vram="8GiB")
+
+    def test_a_gpu_is_planned_as_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A card")
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (23 * GIB, 24 * GIB))
+        plan = fit("mixtral-8x7b", ram="64GiB")
+        assert plan.request.vram == 23 * GIB - 24 * GIB // 32
+
+    def test_context_defaults_to_8192_or_the_models(self) -> None:
+        assert fit("mixtral-8x7b", vram="24GiB").request.context == 8192
+        assert fit("olmoe-1b-7b", vram="24GiB").request.context == 4096
+        with pytest.raises(OptionError, match="context 40000 is beyond the 32768 tokens"):
+            fit("mixtral-8x7b", vram="24GiB", context=40000)
+
+    def test_slots_below_top_k(self) -> None:
+        with pytest.raises(OptionError, match=r"slots 1 is below the 2 experts .* use 2 to 8"):
+            fit("mixtral-8x7b", vram="24GiB", slots=1)
+
+    def test_slots_beyond_the_experts_mean_all(self) -> None:
+        plan = fit("mixtral-8x7b", vram="48GiB", ram="64GiB", slots=99)
+        assert plan.vram_slots == (8,) * 32
+        assert plan.mode == "resident"
+
+    @pytest.mark.parametrize("ram", [16 * GIB, 32 * GIB])
+    def test_a_load_follows_the_same_plan(self, ram: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("moe_local.offload.fit.free_ram", lambda reserve=True: 50 * GIB)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        planned = fit("mixtral-8x7b", ram=ram)
+        options = LoadOptions(ram=ram)
+        bandwidths = planned.request.bandwidths
+        loaded = plan_load("mixtral-8x7b", MIXTRAL, options, torch.device("cpu"), bandwidths)
+        assert loaded == planned
+
+    def test_a_load_refuses_in_the_same_words(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("moe_local.offload.fit.free_ram", lambda reserve=True: 50 * GIB)
+        planned = fit("mixtral-8x7b", ram="4GiB", device="cpu")
+        assert planned.reason is not None
+        with pytest.raises(DoesNotFitError) as caught:
+            plan_load("mixtral-8x7b", MIXTRAL, LoadOptions(ram=4 * GIB), torch.device("cpu"), Bandwidths())
+        assert str(caught.value).startswith(planned.reason)
+
+    def test_a_load_takes_no_memory_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("moe_local.offload.fit.free_ram", lambda reserve=True: 16 * GIB)
+        plan = plan_load(
+            "mixtral-8x7b", MIXTRAL, LoadOptions(ram=64 * GIB), torch.device("cpu"), Bandwidths()
+        )
+        assert plan.request.ram == 16 * GIB
+        assert plan.mode == "disk"
+
+
+def test_a_tiny_budget_for_a_tiny_model(tiny_models) -> None:
+    """The demo's size: budgets of a few MiB work as those of many GiB do."""
+    spec = model_spec(tiny_models.tiny_config("mixtral"))
+    needed = place(Request("tiny", spec, ram=1, context=512)).shortfall_bytes + 1
+    assert needed < 4 * 2**20
+    plan: Plan = place(Request("tiny", spec, ram=needed, context=512))
+    assert plan.mode == "disk"
+    assert plan.ram_slots == (2, 2, 2)
