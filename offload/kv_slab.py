@@ -88,11 +88,11 @@ class LayerStore:
             yield self.indexer
 
 
-class RowLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class RowLayer(DynamicLayer):  # type: ignore[misc]
     """One row of one layer, as transformers' attention modules see a cache layer."""
 
     def __init__(self, slab: KVSlab, store: LayerStore, row: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._slab, self._store, self._row = slab, store, row
         self.is_initialized = self.is_indexer_initialized = True
         self.is_sliding = store.window is not None

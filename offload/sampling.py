@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ from moe_local.offload import interrupt
 if TYPE_CHECKING:
     from moe_local.offload.engine import Engine, Sequence
 
-DEFAULTS = GenerationConfig()  # type: ignore[no-untyped-call]
+DEFAULTS = GenerationConfig()
 DEFAULT_MAX_NEW_TOKENS = 512
 SAMPLING_OPTIONS = frozenset({"temperature", "top_k", "top_p", "min_p", "typical_p"})
 FLOAT_OPTIONS = SAMPLING_OPTIONS - {"top_k"} | {"repetition_penalty", "encoder_repetition_penalty"}
@@ -35,6 +36,19 @@ BEYOND_OUR_LOOP = frozenset(
     {"token_healing", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"}
     | {"output_hidden_states", "is_assistant", "low_memory"}
 )
+RANGES: Mapping[str, tuple[float, float]] = {
+    "temperature": (0, inf),
+    "top_k": (0, inf),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "typical_p": (0, 1),
+    "repetition_penalty": (0, inf),
+    "max_new_tokens": (1, inf),
+    "max_length": (1, inf),
+    "num_beams": (1, inf),
+    "num_return_sequences": (1, inf),
+}
+"""Allowed values, ends included; transformers quietly ignores some that lie outside."""
 REFUSED_OPTIONS = frozenset({"trust_remote_code", "inputs", "input_ids", "self", "kwargs"})
 
 
@@ -66,11 +80,11 @@ def option_names(hf: Any) -> set[str]:
 def _generate_arguments(hf: Any) -> set[str]:
     """Arguments that only transformers' own generate can honour: streamer, inputs_embeds, ..."""
     names = {*inspect.signature(hf.generate).parameters, *inspect.signature(hf.forward).parameters}
-    return names - REFUSED_OPTIONS - OWN_OPTIONS - vars(DEFAULTS).keys()
+    return names - REFUSED_OPTIONS - OWN_OPTIONS - set(vars(DEFAULTS))
 
 
-def check_names(hf: Any, options: Mapping[str, Any]) -> None:
-    """Raises OptionError for a keyword that nothing understands, with the nearest that exist."""
+def check_options(hf: Any, options: Mapping[str, Any]) -> None:
+    """Raises OptionError for a keyword that nothing understands, naming near ones, and for bad values."""
     known = option_names(hf)
     for name in options:
         if name not in known:
@@ -79,6 +93,15 @@ def check_names(hf: Any, options: Mapping[str, Any]) -> None:
                 f"did you mean {' or '.join(near)}?" if near else "see transformers' GenerationConfig for all"
             )
             raise OptionError(f"unknown generation option {name!r}; {hint}")
+        low, high = RANGES.get(name, (-inf, inf))
+        value = options[name]
+        if name in RANGES and value is not None and not (_is_number(value) and low <= value <= high):
+            limit = f"from {low} to {high}" if high < inf else f"{low} or more"
+            raise OptionError(f"{name} is {value!r}; it must be a number, {limit}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def imply_sampling(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +158,7 @@ def make_settings(
 
     `tokenizer` is needed for stop_strings only. Raises OptionError for unknown options and bad values.
     """
-    check_names(hf, options)
+    check_options(hf, options)
     try:
         return _make_settings(hf, prompt_ids, tokenizer, seed, padding, options)
     except (ValueError, TypeError) as error:
@@ -193,7 +216,7 @@ def _stop_strings(hf: Any, config: Any, tokenizer: Any) -> Any:
 
 def needs_hf_generate(hf: Any, options: Mapping[str, Any]) -> bool:
     """Whether the call asks for something our loop does not do: beams, assistants, guidance, scores, ..."""
-    check_names(hf, options)
+    check_options(hf, options)
     if any(options.get(name) is not None for name in _generate_arguments(hf)):
         return True
     try:
@@ -228,7 +251,6 @@ def generate_ids(
     """
     hf = engine.hf
     _check_tensors(input_ids, attention_mask)
-    options = {name: value for name, value in options.items() if value is not None}
     if needs_hf_generate(hf, options):
         return _hand_over(hf, input_ids, attention_mask, tokenizer, seed, options)
     width, masked = input_ids.shape[1], attention_mask is not None

@@ -24,10 +24,10 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a prompt, special tokens included.
 
-    A string is one user turn where the tokenizer has a chat template; with `template=False`, or without one, it
-    is text to be continued. A conversation that ends with the assistant is continued there. `system` goes in
-    front, in place of a system message the conversation starts with. Ids pass unchanged. `tokenizer` may be
-    None for ids. Raises OptionError when the prompt can not be encoded.
+    A string is one user turn where the tokenizer has a chat template; with `template=False`, or without one,
+    it is text to be continued. A conversation that ends with the assistant is continued there. `system` goes
+    in front, in place of a system message the conversation starts with. Ids pass unchanged, and need no
+    tokenizer. Raises OptionError when the prompt can not be encoded.
     """
     if isinstance(prompt, torch.Tensor):
         prompt = _flat_ids(prompt)
@@ -67,7 +67,7 @@ def _flat_ids(prompt: torch.Tensor) -> list[int]:
     """A tensor of ids [n] or [1, n] as a list."""
     if prompt.is_floating_point() or prompt.dim() not in (1, 2) or (prompt.dim() == 2 and len(prompt) != 1):
         raise OptionError(
-            f"prompt tensor is {prompt.dtype} of shape {list(prompt.shape)}; one prompt is integers of shape [n]"
+            f"the prompt is {prompt.dtype} of shape {list(prompt.shape)}; one prompt is integers of shape [n]"
         )
     ids: list[int] = prompt.flatten().tolist()
     return ids
@@ -111,14 +111,14 @@ def _encode_chat(tokenizer: Any, messages: list[Message]) -> list[int]:
 
 
 class Detokenizer:
-    """Text of one sequence, token by token. Every piece is final: their sum is the text of all tokens decoded at once.
+    """Text of one sequence, token by token; the pieces add up to the text of all tokens decoded at once.
 
-    A character whose bytes are not all there waits. So does a run of byte tokens (<0xE4> ...) of sentencepiece
-    vocabularies until it ends, since one wrong byte changes what the decoder makes of the whole run.
+    A piece is final. A character whose bytes are not all there waits. So does a run of byte tokens (<0xE4>
+    ...) of sentencepiece vocabularies until it ends, since one wrong byte changes what the decoder makes of
+    the whole run.
 
-    Decoding depends on neighbours (the first word loses its space), so tokens are decoded in a window: those of
-    the piece before, for context, and those behind. A window is decoded, not the sequence, so a token costs the
-    same wherever it stands.
+    Decoding depends on neighbours (the first word loses its space), so tokens are decoded in a window: those
+    of the piece before, for context, and those since. A token costs the same wherever it stands.
     """
 
     def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True) -> None:

@@ -1,0 +1,230 @@
+"""Prompts into ids, and ids into text that is final piece by piece."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_local.cache.errors import OptionError
+from moe_local.offload.text import Detokenizer, encode_prompt, with_system
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+PIECES = ["▁", "▁the", "▁expert", "s", "e", "router", "▁▁", "你好", "é", "😀", "▁.", ".", "\ufffd"]
+TEXTS = [
+    "plain words, with  two spaces ",
+    "  leading spaces",
+    "emoji 😀👩‍👩‍👧‍👦 and 你好,世界 and é, नमस्ते",
+    "🇩🇪🏳️‍🌈",
+    "tab\tand\nline\r\n\n",
+    "",
+    " ",
+]
+
+
+def sentencepiece_like(metaspace: bool) -> Any:
+    """A vocabulary with byte tokens, decoded as Llama's and Mixtral's tokenizers do, or by Metaspace."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<unk>", "<s>", "</s>", *BYTES, *PIECES]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    replace = decoders.Replace("▁", " ")
+    tokenizer.decoder = (
+        decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
+        if metaspace
+        else decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def byte_level(tiny_models: ModuleType) -> Any:
+    return tiny_models.tiny_tokenizer()
+
+
+@pytest.fixture(scope="module", params=["byte-level", "byte-fallback", "metaspace"])
+def tokenizer(request: pytest.FixtureRequest, byte_level: Any) -> Any:
+    return byte_level if request.param == "byte-level" else sentencepiece_like(request.param == "metaspace")
+
+
+def pieces_of(tokenizer: Any, ids: list[int]) -> tuple[list[str], str]:
+    detokenizer = Detokenizer(tokenizer)
+    return [detokenizer.add(token) for token in ids], detokenizer.flush()
+
+
+def byte_ids(tokenizer: Any, text: str) -> list[int]:
+    """The text as one token a byte."""
+    ids: list[int] = tokenizer.convert_tokens_to_ids([BYTES[byte] for byte in text.encode()])
+    return ids
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_pieces_add_up_to_the_whole(tokenizer: Any, data: st.DataObject) -> None:
+    """Any ids at all: broken bytes, special tokens, lone spaces."""
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=25))
+    pieces, rest = pieces_of(tokenizer, ids)
+    assert "".join(pieces) + rest == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=30))
+def test_text_comes_through_whole(byte_level: Any, text: str) -> None:
+    ids = byte_level(text)["input_ids"]
+    pieces, rest = pieces_of(byte_level, ids)
+    assert "".join(pieces) + rest == byte_level.decode(ids, skip_special_tokens=True)
+    if "\ufffd" not in text:
+        assert "\ufffd" not in "".join(pieces), "half a character was given out"
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_byte_tokens_between_words(data: st.DataObject) -> None:
+    """Runs of byte tokens, valid or not, cut by words and by special tokens."""
+    fallback = sentencepiece_like(metaspace=False)
+    words = [fallback.convert_tokens_to_ids(piece) for piece in PIECES]
+    part = st.one_of(
+        st.sampled_from(["é", "你", "😀", "a"]).map(lambda text: byte_ids(fallback, text)),
+        st.sampled_from(words).map(lambda token: [token]),
+        st.sampled_from([[2], [3 + 0xFF], [3 + 0xE4]]),
+    )
+    ids = [token for run in data.draw(st.lists(part, max_size=12)) for token in run]
+    pieces, rest = pieces_of(fallback, ids)
+    assert "".join(pieces) + rest == fallback.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts(byte_level: Any, text: str) -> None:
+    ids = byte_level(text)["input_ids"]
+    pieces, rest = pieces_of(byte_level, ids)
+    assert "".join(pieces) + rest == text
+    assert "\ufffd" not in "".join(pieces)
+    assert rest == ""
+
+
+def test_text_is_not_held_back_without_need(byte_level: Any) -> None:
+    pieces, _ = pieces_of(byte_level, byte_level("the expert router 😀 learned")["input_ids"])
+    emoji = next(index for index, piece in enumerate(pieces) if "😀" in piece)
+    assert all(pieces[:emoji][:-3]), "every word came at once"
+    assert all(pieces[emoji:])
+
+
+def test_an_unfinished_character_comes_with_the_flush(byte_level: Any) -> None:
+    ids = byte_level("ok 😀")["input_ids"][:-1]
+    pieces, rest = pieces_of(byte_level, ids)
+    assert "".join(pieces) == "ok "
+    assert rest == byte_level.decode(ids)[3:]
+    assert set(rest) == {"\ufffd"}
+
+
+def test_a_flushed_detokenizer_starts_anew(byte_level: Any) -> None:
+    detokenizer = Detokenizer(byte_level)
+    ids = byte_level("the 😀")["input_ids"]
+    for _ in range(2):
+        assert "".join(detokenizer.add(token) for token in ids) == "the 😀"
+        assert detokenizer.flush() == ""
+
+
+def test_the_window_does_not_grow(byte_level: Any) -> None:
+    detokenizer = Detokenizer(byte_level)
+    for token in byte_level("the experts that the model has learned to trust " * 20)["input_ids"]:
+        detokenizer.add(token)
+        assert len(detokenizer._window) <= 8
+
+
+def test_special_tokens_can_be_shown(byte_level: Any) -> None:
+    detokenizer = Detokenizer(byte_level, skip_special_tokens=False)
+    eos = byte_level.eos_token_id
+    assert detokenizer.add(eos) + detokenizer.flush() == "</s>"
+    assert Detokenizer(byte_level).add(eos) == ""
+
+
+def test_a_string_is_one_user_turn(byte_level: Any) -> None:
+    text = "<|user|>hi<|end|><|assistant|>"
+    assert byte_level.decode(encode_prompt(byte_level, "hi")) == text
+    assert byte_level.decode(encode_prompt(byte_level, "hi", system="be brief")) == (
+        "<|system|>be brief<|end|>" + text
+    )
+    assert byte_level.decode(encode_prompt(byte_level, "hi", template=False)) == "hi"
+
+
+def test_conversations(byte_level: Any) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert byte_level.decode(encode_prompt(byte_level, [*messages, {"role": "user", "content": "c"}])) == (
+        "<|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>"
+    )
+    assert byte_level.decode(encode_prompt(byte_level, messages)) == "<|user|>a<|end|><|assistant|>b"
+
+
+def test_ids_pass_unchanged(byte_level: Any) -> None:
+    assert encode_prompt(None, [5, 6, 7]) == [5, 6, 7]
+    assert encode_prompt(None, torch.tensor([5, 6])) == [5, 6]
+    assert encode_prompt(byte_level, torch.tensor([[5, 6]])) == [5, 6]
+
+
+def test_a_tokenizer_without_a_template_continues_text() -> None:
+    plain = sentencepiece_like(metaspace=False)
+    assert encode_prompt(plain, "é") == plain("é")["input_ids"]
+    with pytest.raises(
+        OptionError, match="a conversation needs a chat template, and this tokenizer has none"
+    ):
+        encode_prompt(plain, [{"role": "user", "content": "hi"}])
+    with pytest.raises(OptionError, match="a system prompt needs a chat template"):
+        encode_prompt(plain, "hi", system="be brief")
+
+
+MIXTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{{ message['content'] }}{% endfor %}"
+)
+
+
+def test_what_a_template_refuses_is_one_line(tiny_models: ModuleType) -> None:
+    tokenizer = tiny_models.tiny_tokenizer()
+    tokenizer.chat_template = MIXTRAL_TEMPLATE
+    assert tokenizer.decode(encode_prompt(tokenizer, "hi")) == "<s>hi"
+    with pytest.raises(
+        OptionError, match=r"refuses a conversation of system, user: .*must alternate"
+    ) as caught:
+        encode_prompt(tokenizer, "hi", system="be brief")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([{"role": "user"}], {}, "message 0 of the prompt is"),
+        (["hi"], {}, "message 0 of the prompt is 'hi'"),
+        ([{"role": "user", "content": "a"}, 5], {}, "message 1 of the prompt is 5"),
+        ([{"role": "user", "content": "a"}], {"template": False}, "template=False turns it off"),
+        ([5, 6], {"system": "be brief"}, "can not be added to token ids"),
+        (torch.tensor([[1], [2]]), {}, r"shape \[2, 1\]"),
+        (torch.tensor([0.5]), {}, "float32"),
+    ],
+)
+def test_bad_prompts(byte_level: Any, prompt: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        encode_prompt(byte_level, prompt, **options)
+
+
+@pytest.mark.parametrize("prompt", ["hi", [{"role": "user", "content": "hi"}]])
+def test_text_needs_a_tokenizer(prompt: Any) -> None:
+    with pytest.raises(OptionError, match="has no tokenizer; give the prompt as a list of token ids"):
+        encode_prompt(None, prompt)
+
+
+def test_with_system_replaces_the_first_message() -> None:
+    user = {"role": "user", "content": "hi"}
+    new = {"role": "system", "content": "new"}
+    assert with_system([user], None) == [user]
+    assert with_system([user], "new") == [new, user]
+    assert with_system([{"role": "system", "content": "old"}, user], "new") == [new, user]
