@@ -90,6 +90,12 @@ def random_experts() -> ModuleType:
     return load_module(Path(__file__).parent / "random_experts.py")
 
 
+@pytest.fixture(scope="session")
+def fake_device() -> ModuleType:
+    """tests/fake_device.py: `FakeDevice`, whose copies end in adversarial order."""
+    return load_module(Path(__file__).parent / "fake_device.py")
+
+
 @pytest.fixture
 def hub_server() -> Iterator[Any]:
     """A Hub on 127.0.0.1 (tests/hub_server.py): `.url`, `.env(home)`, `.add_repo(id, folder)`, `.sent`.
