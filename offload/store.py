@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -15,10 +15,13 @@ from moe_local.offload.device import Waited
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.tiers import CopySource, Tier
-from moe_local.offload.transfer import FileSource
+from moe_local.offload.transfer import DEMAND, FileSource
 
 WAIT_SECONDS = 0.1
 """Longest wait between two looks at pending interrupts."""
+
+MOST_WAITS = 1024
+"""Device waits whose seconds are not read yet; more are read at once, though nobody asked for figures."""
 
 
 class Lease(NamedTuple):
@@ -40,6 +43,23 @@ class Tally(NamedTuple):
     bytes_disk: int
 
 
+@dataclass(slots=True)
+class _Serving:
+    """One layer's experts on their way through `serve`: each is in one of three lists, in turn."""
+
+    layer: int
+    todo: list[int]
+    """Not pinned yet: there was no room."""
+    waiting: list[int] = field(default_factory=list)
+    """Pinned, not readable yet."""
+    ready: list[int] = field(default_factory=list)
+    """Pinned and readable, not handed out yet."""
+    slots: dict[int, int] = field(default_factory=dict)
+    """Slot of each expert that was pinned."""
+    late: set[int] = field(default_factory=set)
+    """Those that a prefetch was bringing when they were needed."""
+
+
 class ExpertStore:
     """Serves the experts of one model from its fastest tier.
 
@@ -57,60 +77,65 @@ class ExpertStore:
         disk: FileSource,
         below: Tier | None = None,
     ) -> None:
-        """`tier` is the fastest, `below` the one that it loads from, if any; `disk` the last source of all."""
+        """`tier` is the fastest, `below` what it loads from, if any, `disk` the last source of all.
+
+        Every layer needs a slot at least, in each tier.
+        """
+        for cache in (tier.cache, below.cache if below is not None else tier.cache):
+            if not all(cache.slots(layer) for layer in range(len(layouts))):
+                raise ValueError("a layer without any slot cannot be served")
         self.tier = tier
         self.layouts = layouts
         self.routed = routed
         self.tokens = 0
         """Tokens generated, counted by whoever generates."""
         self.below = below
+        self._copies = tier.source if isinstance(tier.source, CopySource) else None
         self._disk = disk
         self._stall = dict.fromkeys(("demand", "late_prefetch", "disk", "cpu", "sync"), 0.0)
         self._waits: list[tuple[str, Waited]] = []
-        self._leased: dict[ExpertKey, int] = {}
+        self._leased = 0
 
     def serve(
         self, layer: int, experts: Sequence[int], requested: Callable[[], None] | None = None
-    ) -> Iterator[list[Lease]]:
+    ) -> Generator[list[Lease], None, None]:
         """Yield the experts (distinct, in the router's order) in groups, each as soon as it is readable.
 
         Resident ones come first. Where there are more experts than slots they come in waves: a slot is
         loaded again as soon as its expert has been consumed. `requested` is called once, after the misses
         of the first wave were requested: the place for prefetches. Close the iterator if it is not run to
-        its end. Raises TransferError if an expert cannot be brought.
+        its end. One layer is served by one iterator at a time. Raises TransferError if an expert cannot be
+        brought.
         """
         tier, cache = self.tier, self.tier.cache
         tier.poll()
         if cache.loading(layer):
             self._drop_unneeded(layer, experts)
-        todo = deque(experts)
-        if len(experts) > cache.slots(layer):  # those that are here must be used before they are evicted
-            todo = deque(sorted(experts, key=lambda expert: cache.slot_of(layer, expert) is None))
-        waiting: list[int] = []
-        late: set[int] = set()
-        ready: deque[int] = deque()
+        serving = _Serving(layer, list(experts))
+        if len(experts) > cache.slots(layer):
+            self._present_first(serving)
         try:
-            while todo or waiting or ready:
-                if todo:
-                    self._admit(layer, todo, waiting, late, ready)
+            while serving.todo or serving.waiting or serving.ready:
+                if serving.todo:
+                    self._admit(serving)
                 if requested is not None:
                     requested()
                     requested = None
-                if waiting:
-                    self._collect(layer, waiting, late, ready)
-                if not ready:
-                    self._wait(layer, waiting, late)
+                if serving.waiting:
+                    self._collect(serving)
+                if not serving.ready:
+                    self._wait(serving)
                     continue
                 # With more to come, one at a time: the slot that it frees loads while the next computes.
-                group = [ready.popleft()] if todo else list(ready)
-                if not todo:
-                    ready.clear()
+                group = serving.ready[:1] if serving.todo else serving.ready
+                serving.ready = serving.ready[len(group) :]
+                self._leased += len(group)
                 try:
-                    yield [self._lease(layer, expert) for expert in group]
+                    yield [self._lease(serving, expert) for expert in group]
                 finally:
-                    self._release(layer, group)
+                    self._release(serving, group)
         finally:
-            held = [expert for expert in (*ready, *waiting) if cache.pins(layer, expert)]
+            held = [e for e in (*serving.ready, *serving.waiting) if cache.pins(layer, e)]
             cache.release(layer, held)
 
     def slots(self, layer: int) -> int:
@@ -145,17 +170,15 @@ class ExpertStore:
     def tally(self) -> Tally:
         """Counts since load, for the record of each token: cheaper than `snapshot`."""
         self._settle_waits()
-        counters, source = self.tier.cache.stats, self.tier.source
-        copied = source.bytes_copied if isinstance(source, CopySource) else 0
-        return Tally(
-            sum(self._stall.values()), counters.hits, counters.misses, copied, self._disk.bytes_read
-        )
+        counters = self.tier.cache.stats
+        copied = self._copies.bytes_copied if self._copies else 0
+        stall = sum(self._stall.values())
+        return Tally(stall, counters.hits, counters.misses, copied, self._disk.bytes_read)
 
     def snapshot(self) -> Stats:
         """Counts since load. On a device this waits for the timing of stalls still under way."""
         self._settle_waits()
-        source = self.tier.source
-        copied = source.bytes_copied if isinstance(source, CopySource) else 0
+        copied = self._copies.bytes_copied if self._copies else 0
         return self.tier.cache.stats.snapshot(
             bytes=BytesMoved(h2d=copied, disk=self._disk.bytes_read),
             stall=StallSeconds(**self._stall),
@@ -175,61 +198,71 @@ class ExpertStore:
         if self.below is not None:
             self.below.check_integrity()
         if self._leased:
-            raise RuntimeError(f"leases were not given back: {self._leased}")
+            raise RuntimeError(f"{self._leased} leases were not given back")
 
-    def _admit(
-        self, layer: int, todo: deque[int], waiting: list[int], late: set[int], ready: deque[int]
-    ) -> None:
+    def _present_first(self, serving: _Serving) -> None:
+        """Where there is no room for all, those that are here are used before a slot of theirs is taken."""
+        cache, layer = self.tier.cache, serving.layer
+        serving.todo.sort(key=lambda expert: cache.slot_of(layer, expert) is None)
+
+    def _admit(self, serving: _Serving) -> None:
         """Pin as many of `todo` as there is room for, and start the loads of those that are absent."""
-        tier, cache = self.tier, self.tier.cache
-        wave = list(todo)[: cache.slots(layer)]
-        while wave and cache.shortage(layer, wave):
-            wave.pop()
-        if not wave:
-            return
-        for _ in wave:
-            todo.popleft()
+        tier, cache, layer = self.tier, self.tier.cache, serving.layer
+        wave = serving.todo[: cache.slots(layer)]
+        if cache.shortage(layer, wave):
+            self._present_first(serving)
+            wave = serving.todo[: len(wave)]
+            while wave and cache.shortage(layer, wave):
+                wave.pop()
+            if not wave:
+                return
         acquired = cache.acquire(layer, wave)
+        serving.todo = serving.todo[len(wave) :]
+        serving.slots.update(zip(wave, acquired.slots, strict=True))
         if not acquired.load and not acquired.joined:
-            ready.extend(wave)
+            serving.ready += wave
             return
-        slot_of = dict(zip(wave, acquired.slots, strict=True))
         for expert in acquired.load:
-            tier.bring(ExpertKey(layer, expert), slot_of[expert], 0)
+            tier.bring(ExpertKey(layer, expert), serving.slots[expert], DEMAND)
         for expert in acquired.joined:
             tier.promote(ExpertKey(layer, expert))
-            late.add(expert)
+        serving.late.update(acquired.joined)
         absent = {*acquired.load, *acquired.joined}
-        waiting.extend(expert for expert in wave if expert in absent)
-        ready.extend(expert for expert in wave if expert not in absent)
+        serving.waiting += [expert for expert in wave if expert in absent]
+        serving.ready += [expert for expert in wave if expert not in absent]
 
-    def _collect(self, layer: int, waiting: list[int], late: set[int], ready: deque[int]) -> None:
+    def _collect(self, serving: _Serving) -> None:
         """Move experts that became readable from `waiting` to `ready`."""
-        for expert in tuple(waiting):
-            key = ExpertKey(layer, expert)
-            there, waited = self.tier.claim(key)
+        for expert in tuple(serving.waiting):
+            there, waited = self.tier.claim(ExpertKey(serving.layer, expert))
             if there:
-                waiting.remove(expert)
-                ready.append(expert)
-                if waited is not None:
-                    self._waits.append(("late_prefetch" if expert in late else "demand", waited))
+                serving.waiting.remove(expert)
+                serving.ready.append(expert)
+            if waited is not None:
+                self._waits.append(("late_prefetch" if expert in serving.late else "demand", waited))
 
-    def _wait(self, layer: int, waiting: list[int], late: set[int]) -> None:
+    def _wait(self, serving: _Serving) -> None:
         """Block until something moves, at most WAIT_SECONDS; charge the time to what is waited for."""
         check_interrupt()
-        cause = "demand"
-        if waiting:
-            cause = "late_prefetch" if waiting[0] in late else self.tier.cause(ExpertKey(layer, waiting[0]))
+        layer, cause = serving.layer, "late_prefetch"
+        if serving.waiting:
+            first = serving.waiting[0]
+            cause = cause if first in serving.late else self.tier.cause(ExpertKey(layer, first))
+        elif not self.tier.cache.loading(layer):
+            raise RuntimeError(f"every slot of layer {layer} is leased to another iterator")
         start = time.perf_counter()
         self.tier.source.wait(WAIT_SECONDS)
         self.tier.poll()
         self._stall[cause] += time.perf_counter() - start
+        if len(self._waits) > MOST_WAITS:
+            self._settle_waits(MOST_WAITS // 2)
 
-    def _settle_waits(self) -> None:
+    def _settle_waits(self, keep: int = 0) -> None:
         """Charge the waits of the device's stream, which are over once a token has come back from it."""
-        for cause, waited in self._waits:
+        settled = self._waits[: len(self._waits) - keep]
+        for cause, waited in settled:
             self._stall[cause] += waited.seconds()
-        self._waits.clear()
+        del self._waits[: len(settled)]
 
     def _drop_unneeded(self, layer: int, experts: Sequence[int]) -> None:
         """Cancel prefetches for this layer that guessed wrong: the layer is being served now."""
@@ -238,19 +271,15 @@ class ExpertStore:
                 self.tier.cancel(ExpertKey(layer, expert))
         self.tier.poll()
 
-    def _lease(self, layer: int, expert: int) -> Lease:
-        slot = self.tier.cache.slot_of(layer, expert)
-        if slot is None:
-            raise RuntimeError(f"expert {expert} of layer {layer} is pinned without a slot")
-        key = ExpertKey(layer, expert)
-        self._leased[key] = self._leased.get(key, 0) + 1
-        return Lease(expert, self.tier.arena.buffer(layer, slot), self.layouts[layer][expert])
+    def _lease(self, serving: _Serving, expert: int) -> Lease:
+        layer = serving.layer
+        return Lease(
+            expert, self.tier.arena.buffer(layer, serving.slots[expert]), self.layouts[layer][expert]
+        )
 
-    def _release(self, layer: int, group: Sequence[int]) -> None:
-        tier = self.tier
-        if tier.device is not None and isinstance(tier.source, CopySource):
-            slots = [slot for expert in group if (slot := tier.cache.slot_of(layer, expert)) is not None]
-            tier.source.read_by(layer, slots, tier.device.record())
-        for expert in group:
-            del self._leased[ExpertKey(layer, expert)]
+    def _release(self, serving: _Serving, group: Sequence[int]) -> None:
+        layer, tier = serving.layer, self.tier
+        if self._copies is not None and tier.device is not None:
+            self._copies.read_by(layer, [serving.slots[e] for e in group], tier.device.record())
+        self._leased -= len(group)
         tier.cache.release(layer, group)

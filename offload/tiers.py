@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from moe_local.cache.errors import TransferError
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
 from moe_local.offload.arena import Arena
@@ -16,9 +17,11 @@ from moe_local.offload.device import Device, Event, Waited
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.transfer import DEMAND, Load, LoadState, Source
 
-
 PRELOAD_WINDOW = 16
 """Experts under way at a time while a tier is filled: enough to keep the threads busy."""
+
+POLL_SECONDS = 0.0003
+"""How often copies are looked at while a read from disk is waited for: nothing wakes a host for both."""
 
 
 class Tier:
@@ -29,14 +32,16 @@ class Tier:
     one load here, and the other way round (`check_integrity`).
     """
 
-    def __init__(self, cache: ExpertCache, arena: Arena, source: Source, device: Device | None = None) -> None:
+    def __init__(
+        self, cache: ExpertCache, arena: Arena, source: Source, device: Device | None = None
+    ) -> None:
         self.cache = cache
         self.arena = arena
         self.source = source
         self.device = device
         """The device whose kernels read the arena asynchronously; None where the host itself computes."""
         self._loads: dict[ExpertKey, Load] = {}
-        self._failures: dict[ExpertKey, Exception] = {}
+        self._failures: dict[ExpertKey, TransferError] = {}
 
     def poll(self) -> None:
         """Take note of loads that came to their end. Does not block."""
@@ -50,17 +55,28 @@ class Tier:
         self._failures.pop(key, None)
         self._loads[key] = self.source.start(key, slot, priority)
 
-    def promote(self, key: ExpertKey) -> None:
-        """An expert under way as a prefetch is needed now."""
-        self.source.promote(self._loads[key], DEMAND)
+    def promote(self, key: ExpertKey, priority: int = DEMAND) -> None:
+        """An expert under way is wanted sooner than it was; DEMAND: now."""
+        self.source.promote(self._loads[key], priority)
 
     def cancel(self, key: ExpertKey) -> None:
         """Give a load under way up, if it can be; its slot is free once the load has ended."""
         self.source.cancel(self._loads[key])
 
+    def give_up(self, key: ExpertKey) -> None:
+        """Take back one pin of an expert; if it was the last and the expert is still under way, stop that."""
+        self.cache.release(key.layer, [key.expert])
+        if key in self._loads and not self.cache.pins(*key):
+            self.cancel(key)
+
     def cause(self, key: ExpertKey) -> str:
         """What a wait for this expert's load is charged to: a field of StallSeconds."""
         return self._loads[key].cause
+
+    @property
+    def loading(self) -> bool:
+        """Whether anything is under way."""
+        return bool(self._loads)
 
     @property
     def bytes_in_flight(self) -> int:
@@ -106,8 +122,11 @@ class Tier:
                 progress(total - len(keys) - len(self._loads), total)
 
     def close(self) -> None:
-        """Stop loads, then free the memory. Idempotent."""
+        """Stop loads, then free the memory. Idempotent; leases that are still out lose their buffers."""
         self.source.close()
+        self.source.finished.clear()
+        for key, load in self._loads.items():
+            self.cache.abandon(*key, load.moved)
         self._loads.clear()
         self.arena.close()
 
@@ -132,7 +151,7 @@ class Tier:
             del self._loads[key]
             self.cache.complete(*key)
         elif load.state is LoadState.CANCELLED and wanted and slot is not None:
-            self.bring(key, slot, DEMAND)  # needed again after it was given up
+            self.bring(key, slot, load.priority)  # needed again after it was given up
         else:
             del self._loads[key]
             self.cache.abandon(*key, load.moved)
@@ -196,6 +215,8 @@ class CopySource:
             self._finish(load, LoadState.CANCELLED)
 
     def poll(self) -> None:
+        if not self._waiting and not self._copying:
+            return
         self._lower.poll()
         for load in sorted(self._waiting, key=lambda load: load.priority):
             self._advance(load)
@@ -206,11 +227,13 @@ class CopySource:
             self._finish(load, LoadState.DONE)
 
     def wait(self, seconds: float) -> None:
+        """Block until a load finished or its copy was issued, which is as good: kernels can wait for that."""
+        issued = self.bytes_copied
         self.poll()
-        if self.finished:
+        if self.finished or self.bytes_copied > issued:
             return
-        if self._waiting:
-            self._lower.source.wait(seconds)
+        if self._lower.loading:
+            self._lower.source.wait(min(seconds, POLL_SECONDS) if self._copying else seconds)
         elif self._copying and self._copying[0].event is not None:
             self._copying[0].event.synchronize()
         self.poll()
@@ -221,7 +244,8 @@ class CopySource:
         for copying in self._copying:
             if copying.event is not None:
                 copying.event.synchronize()
-        self.poll()
+        while self._copying:
+            self.poll()
         self._readers.clear()
 
     def _advance(self, load: CopyLoad) -> None:
@@ -234,15 +258,13 @@ class CopySource:
             load.lower_held = True
             if acquired.load:
                 lower.bring(key, acquired.slots[0], load.priority)
-            elif acquired.joined and load.priority == DEMAND:
-                lower.promote(key)
+            elif acquired.joined:
+                lower.promote(key, load.priority)
         try:
             there, _ = lower.claim(key)
-        except Exception as error:
-            load.error = error
+        except TransferError as error:
             load.lower_held = False  # the tier below has given the expert up, and with it our pin
-            self._waiting.remove(load)
-            self._finish(load, LoadState.FAILED)
+            self._fail(load, error)
             return
         if there:
             self._issue(load)
@@ -254,7 +276,18 @@ class CopySource:
             raise RuntimeError(f"expert {load.key} is pinned below without a slot")
         source = self._lower.arena.buffer(layer, lower_slot)[: load.nbytes]
         destination = self._arena.buffer(layer, load.slot)[: load.nbytes]
-        load.event = self._device.copy(destination, source, self._readers.pop((layer, load.slot), None))
+        try:
+            load.event = self._device.copy(destination, source, self._readers.get((layer, load.slot)))
+        except RuntimeError as error:  # torch's errors of a device are RuntimeErrors
+            self._release_lower(load)
+            self._fail(
+                load,
+                TransferError(
+                    f"expert {expert} of MoE layer {layer} could not be copied: {str(error).splitlines()[0]}"
+                ),
+            )
+            return
+        self._readers.pop((layer, load.slot), None)
         load.state = LoadState.RUNNING
         load.cause = "demand"  # from here on it is the link that is waited for, not the disk
         self._waiting.remove(load)
@@ -264,9 +297,13 @@ class CopySource:
     def _release_lower(self, load: CopyLoad) -> None:
         if load.lower_held:
             load.lower_held = False
-            self._lower.cache.release(load.key.layer, [load.key.expert])
+            self._lower.give_up(load.key)
+
+    def _fail(self, load: CopyLoad, error: TransferError) -> None:
+        load.error = error
+        self._waiting.remove(load)
+        self._finish(load, LoadState.FAILED)
 
     def _finish(self, load: CopyLoad, state: LoadState) -> None:
         load.state = state
         self.finished.append(load)
-

@@ -38,7 +38,19 @@ class LoadState(Enum):
 class Load:
     """One expert on its way into one slot. Created by a source, read by the engine's thread."""
 
-    __slots__ = ("cancelled", "cause", "error", "event", "in_flight", "key", "left", "moved", "nbytes", "priority", "state")
+    __slots__ = (
+        "cancelled",
+        "cause",
+        "error",
+        "event",
+        "in_flight",
+        "key",
+        "left",
+        "moved",
+        "nbytes",
+        "priority",
+        "state",
+    )
 
     def __init__(self, key: ExpertKey, nbytes: int, priority: int) -> None:
         self.key = key
@@ -47,7 +59,7 @@ class Load:
         self.state = LoadState.QUEUED
         self.moved = 0
         """Bytes read or copied so far."""
-        self.error: Exception | None = None
+        self.error: TransferError | None = None
         self.event: Event | None = None
         """The end of its copy, once the copy has been issued; None for loads that end in host memory."""
         self.cause = "disk"
@@ -81,10 +93,13 @@ class Source(Protocol):
     """Loads that came to their end since the owner last looked; the owner pops them."""
 
     def start(self, key: ExpertKey, slot: int, priority: int) -> Load:
-        """Begin to bring `key` into the slot. Returns at once."""
+        """Begin to bring `key` into the slot. Returns at once; what goes wrong fails the load."""
 
     def promote(self, load: Load, priority: int) -> None:
-        """Serve a load that was started earlier at a more urgent priority. Never reads twice."""
+        """Serve a load that was started earlier at a more urgent priority. Never reads twice.
+
+        A load that was cancelled stays so; the priority is then that of its restart, if there is one.
+        """
 
     def cancel(self, load: Load) -> None:
         """Stop as soon as possible; the load turns up in `finished`, and only then is its slot free."""
@@ -96,7 +111,7 @@ class Source(Protocol):
         """Block until something finished, at most so long."""
 
     def close(self) -> None:
-        """Stop and join threads; loads under way end as cancelled. Idempotent."""
+        """Stop and join threads; loads under way end, most of them as cancelled. Idempotent."""
 
 
 class FileSource:
@@ -131,7 +146,8 @@ class FileSource:
         self._closed = False
         self._changed = threading.Condition()
         self._threads = [
-            threading.Thread(target=self._work, name=f"moe-local-read-{i}", daemon=True) for i in range(threads)
+            threading.Thread(target=self._work, name=f"moe-local-read-{i}", daemon=True)
+            for i in range(threads)
         ]
         for thread in self._threads:
             thread.start()
@@ -140,8 +156,15 @@ class FileSource:
         location = self._locate(key)
         load = Load(key, location.nbytes, priority)
         with self._changed:
-            if location.path not in self._files:
-                self._files[location.path] = _open(location.path)
+            if self._closed:
+                raise RuntimeError(f"expert {key} was asked for after the source was closed")
+            try:
+                if location.path not in self._files:
+                    self._files[location.path] = os.open(location.path, os.O_RDONLY)
+            except OSError as error:
+                load.error = _failure(key, location, f"cannot be opened: {error.strerror}")
+                self._finish(load, LoadState.FAILED)
+                return load
             self._buffers[key] = (location, self._target(key.layer, slot))
             offsets = range(0, load.nbytes, self._piece_bytes)
             load.left = len(offsets)
@@ -152,10 +175,12 @@ class FileSource:
 
     def promote(self, load: Load, priority: int) -> None:
         with self._changed:
-            if load.finished or priority >= load.priority:
+            if priority >= load.priority:
                 return
             load.priority = priority
-            self._heap = [(load.priority, seq, load, at) for _, seq, load, at in self._heap]
+            if load.finished or load.cancelled:
+                return
+            self._heap = [(piece.priority, seq, piece, at) for _, seq, piece, at in self._heap]
             heapq.heapify(self._heap)
 
     def cancel(self, load: Load) -> None:
@@ -207,11 +232,11 @@ class FileSource:
                 location, buffer = self._buffers[load.key]
                 file = self._files[location.path]
             size = min(self._piece_bytes, load.nbytes - offset)
-            error = _read(file, buffer[offset : offset + size], location, offset)
+            error = _read(file, buffer[offset : offset + size], load.key, location, offset)
             self._piece_done(load, size, error, location, buffer)
 
     def _piece_done(
-        self, load: Load, size: int, error: Exception | None, location: Location, buffer: memoryview
+        self, load: Load, size: int, error: TransferError | None, location: Location, buffer: memoryview
     ) -> None:
         with self._changed:
             load.in_flight -= 1
@@ -237,7 +262,12 @@ class FileSource:
                 if right:
                     self._verified.add(load.key)
                 else:
-                    load.error = _checksum_error(load.key, location)
+                    load.error = _failure(
+                        load.key,
+                        location,
+                        "has a wrong checksum: the file is damaged; "
+                        "run `moe-local convert` with --force to write it again",
+                    )
                 self._finish(load, LoadState.DONE if right else LoadState.FAILED)
 
     def _finish(self, load: Load, state: LoadState) -> None:
@@ -248,32 +278,28 @@ class FileSource:
         self._changed.notify_all()
 
 
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
-    except OSError as error:
-        raise TransferError(f"cannot open the expert file {path}: {error.strerror}") from error
-
-
-def _read(file: int, buffer: memoryview, location: Location, offset: int) -> Exception | None:
+def _read(
+    file: int, buffer: memoryview, key: ExpertKey, location: Location, offset: int
+) -> TransferError | None:
     """Fill `buffer` from the expert's byte `offset` on; the error, if any, is for the load."""
     done = 0
     try:
         while done < len(buffer):
             count = os.preadv(file, [buffer[done:]], location.offset + offset + done)
             if count == 0:
-                return TransferError(
-                    f"{location.path} ends in the middle of an expert; it was cut after it was opened: "
-                    "delete it and convert the model again"
+                return _failure(
+                    key,
+                    location,
+                    "is cut off: the file became shorter after it was opened; "
+                    "run `moe-local convert` with --force to write it again",
                 )
             done += count
     except OSError as error:
-        return TransferError(f"reading {location.path} failed: {error.strerror}; check the disk")
+        return _failure(key, location, f"could not be read: {error.strerror}; check the disk")
+    except Exception as error:  # whatever it is, the thread must live on and somebody must hear of it
+        return _failure(key, location, f"could not be read: {error!r}")
     return None
 
 
-def _checksum_error(key: ExpertKey, location: Location) -> TransferError:
-    return TransferError(
-        f"expert {key.expert} of MoE layer {key.layer} in {location.path} has a wrong checksum; the file is damaged: "
-        "run `moe-local convert` with --force to write it again"
-    )
+def _failure(key: ExpertKey, location: Location, what: str) -> TransferError:
+    return TransferError(f"expert {key.expert} of MoE layer {key.layer} in {location.path} {what}")

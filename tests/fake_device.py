@@ -4,88 +4,176 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 POISON = 0xA5
-"""What a slot holds between the moment a copy into it is issued and the moment it ends."""
+"""What a slot holds before its first copy, and from some moment after a copy's issue until its end."""
+
+
+class _Work:
+    """One step in a stream. Runs after the step before it in the stream and after `needs`, no earlier."""
+
+    def __init__(self, stream: _Stream, run: Callable[[], object], needs: FakeEvent | None = None) -> None:
+        self.stream = stream
+        self.run = run
+        self.needs = needs
+        self.done = False
+
+    def force(self) -> None:
+        """Run everything up to and including this."""
+        while not self.done:
+            self.stream.advance(force=True)
+
+
+class _Stream:
+    """Work in the order in which it was issued, as a CUDA stream."""
+
+    def __init__(self) -> None:
+        self.queue: list[_Work] = []
+        self.issued = 0
+
+    def add(self, run: Callable[[], object], needs: FakeEvent | None = None) -> _Work:
+        self.issued += 1
+        self.queue.append(_Work(self, run, needs))
+        return self.queue[-1]
+
+    def advance(self, *, force: bool = False) -> bool:
+        """Run the next step, if it may run now; with `force`, make what it needs happen first."""
+        if not self.queue:
+            return False
+        work = self.queue[0]
+        if work.needs is not None and not work.needs.happened:
+            if not force:
+                return False
+            work.needs.work.force()
+        self.queue.pop(0)
+        work.run()
+        work.done = True
+        return True
 
 
 class FakeEvent:
-    """Happens when the device runs the work before it."""
+    """The end of a piece of work. `query` lets a little time pass, or none."""
 
-    def __init__(self, device: FakeDevice, run: Callable[[], None] | None, after: FakeEvent | None) -> None:
+    def __init__(self, device: FakeDevice, work: _Work) -> None:
         self._device = device
-        self._run = run
-        self._after = after
-        self.happened = False
+        self.work = work
+        self.position = work.stream.issued
+        """How much of its stream it stands for."""
+
+    @property
+    def happened(self) -> bool:
+        return self.work.done
 
     def query(self) -> bool:
-        self._device.some_time_passes()
+        self._device.pass_time()
         return self.happened
 
     def synchronize(self) -> None:
-        self.happen()
-
-    def happen(self) -> None:
-        if self.happened:
-            return
-        if self._after is not None:
-            self._after.happen()
-        if self._run is not None:
-            self._run()
-        self.happened = True
-        self._device.pending = [event for event in self._device.pending if event is not self]
+        self.work.force()
 
 
 class FakeWait:
+    """A wait of the compute stream: a millisecond where the event had not happened, else none."""
+
+    def __init__(self, work: _Work, blocked: bool) -> None:
+        self._work = work
+        self._blocked = blocked
+
     def seconds(self) -> float:
-        return 0.001
+        self._work.force()
+        return 0.001 if self._blocked else 0.0
+
+
+class _Read(NamedTuple):
+    """A kernel that was given bytes [start, end): compute work number `position`."""
+
+    start: int
+    end: int
+    position: int
 
 
 class FakeDevice:
-    """The Device protocol over host memory, with copies that run when they must or when chance says so.
+    """The Device protocol over host memory: one compute and one copy stream that run when chance says so.
 
-    A copy reads its source only when it ends, so a source that was given away too early is caught as wrong
-    bytes; until then its destination is poison, so reading a slot too early is caught, too. A copy that is
-    issued into a slot that kernels were given, without waiting for them, raises at once.
+    Each stream keeps its order; between the two anything goes that events do not forbid. A copy poisons its
+    destination when it begins and reads its source only when it ends, so a slot that is read too early and a
+    source that was given away too early both show as wrong bytes.
+
+    Kernels are either torch's own, which read at once, so that `wait` makes its event happen then and there;
+    or, with `lazy`, whatever is given to `launch`, which runs as late as it can. A copy into memory that
+    kernels were given raises AssertionError unless `after` stands for all of them. `faults` keeps what
+    went wrong, too, in case somebody swallowed the exception. `fail_copies` makes so many copies raise.
     """
 
     torch_device = torch.device("cpu")
 
-    def __init__(self, seed: int = 0, luck: float = 0.3) -> None:
-        self.pending: list[FakeEvent] = []
+    def __init__(self, seed: int = 0, luck: float = 0.3, *, lazy: bool = False) -> None:
         self.copies = 0
-        self._random = random.Random(seed)
+        self.fail_copies = 0
+        self.faults: list[str] = []
+        self._lazy = lazy
         self._luck = luck
+        self._random = random.Random(seed)
+        self._compute = _Stream()
+        self._copy = _Stream()
+        self._reads: list[_Read] = []
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.full((nbytes,), POISON, dtype=torch.uint8)
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor, after: FakeEvent | None) -> FakeEvent:
-        if after is not None:
-            after.happen()
+        if self.fail_copies:
+            self.fail_copies -= 1
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        self._check_readers(destination, after)
         self.copies += 1
-        destination.fill_(POISON)
-
-        def run() -> None:
-            destination.copy_(source)
-
-        event = FakeEvent(self, run, None)
-        self.pending.append(event)
+        self._copy.add(lambda: destination.fill_(POISON), after)
+        event = FakeEvent(self, self._copy.add(lambda: destination.copy_(source)))
+        self.pass_time()
         return event
 
     def record(self) -> FakeEvent:
-        event = FakeEvent(self, None, None)
-        self.pending.append(event)
+        event = FakeEvent(self, self._compute.add(lambda: None))
+        self.pass_time()
         return event
 
     def wait(self, event: FakeEvent) -> FakeWait:
-        event.happen()
-        return FakeWait()
+        blocked = not event.happened
+        work = self._compute.add(lambda: None, event)
+        if not self._lazy:
+            work.force()
+        return FakeWait(work, blocked)
 
-    def some_time_passes(self) -> None:
-        """Some copies end, in any order."""
-        for event in self._random.sample(self.pending, len(self.pending)):
-            if self._random.random() < self._luck:
-                event.happen()
+    def launch(self, buffer: torch.Tensor, kernel: Callable[[torch.Tensor], None]) -> None:
+        """Give `buffer` to a kernel, which reads it when the compute stream comes to it."""
+        start = buffer.data_ptr()
+        work = self._compute.add(lambda: kernel(buffer))
+        self._reads.append(_Read(start, start + buffer.numel(), self._compute.issued))
+        if not self._lazy:
+            work.force()
+
+    def synchronize(self) -> None:
+        """Everything issued so far happens."""
+        for stream in (self._compute, self._copy):
+            while stream.advance(force=True):
+                pass
+
+    def pass_time(self) -> None:
+        """Either stream gets some way, or no way."""
+        while self._random.random() < self._luck:
+            self._random.choice((self._compute, self._copy)).advance()
+
+    def _check_readers(self, destination: torch.Tensor, after: FakeEvent | None) -> None:
+        start, end = destination.data_ptr(), destination.data_ptr() + destination.numel()
+        over = [read for read in self._reads if read.start < end and start < read.end]
+        if over and (
+            after is None
+            or after.work.stream is not self._compute
+            or after.position < max(read.position for read in over)
+        ):
+            self.faults.append(f"a copy into a slot did not wait for its {len(over)} kernels")
+            raise AssertionError(self.faults[-1])
+        self._reads = [read for read in self._reads if read not in over]
