@@ -6,11 +6,13 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-
-import torch
+from typing import TYPE_CHECKING
 
 from moe_local.cache.errors import OptionError
 from moe_local.cache.keys import parse_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 DENSE_FORMATS = ("auto", "nf4", "int8", "bf16", "fp16", "fp32")
 ACTIVATIONS = ("native",)
@@ -100,6 +102,8 @@ class LoadOptions:
 
     def torch_device(self) -> torch.device:
         """The device to load on. Raises OptionError if it is not there, or for `vram` without CUDA."""
+        import torch  # here, so that the command line can show its help without it
+
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
