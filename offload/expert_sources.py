@@ -30,10 +30,11 @@ class ExpertSource:
     row: int | None
     parts: dict[str, StoredTensor] = field(default_factory=dict)
 
-    @property
-    def num_parts(self) -> int:
-        """Parts of a complete source."""
-        return 1 if self.converter is None else len(self.converter.source_patterns)
+    def absent(self, expert: int) -> str | None:
+        """The end of the key of a part that is not there, None if all are."""
+        patterns = [] if self.converter is None else self.converter.source_patterns
+        missing = [pattern for pattern in patterns if pattern not in self.parts]
+        return missing[0].replace("\\", "").replace("*", str(expert)) if missing else None
 
 
 class ExpertSources:
@@ -110,11 +111,10 @@ class ExpertSources:
             name = f"{layer.name}.{tensor.name}"
             for expert in range(layer.num_experts):
                 source = self._sources.get((name, expert))
-                if source is None or len(source.parts) < source.num_parts:
-                    have = ", ".join(part.key for part in source.parts.values()) if source else "none of them"
-                    raise CheckpointError(
-                        f"tensors of expert {expert} for {name} are missing (there: {have}); {remedy}"
-                    )
+                absent = None if source is None else source.absent(expert)
+                if source is None or absent:
+                    what = absent or tensor.name
+                    raise CheckpointError(f"expert {expert} of {layer.name}: {what} is missing; {remedy}")
                 form = (tensor.name, *(part.shape for part in source.parts.values()))
                 if form not in seen:
                     self._check_shape(name, expert, source)

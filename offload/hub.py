@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_local.cache.errors import CheckpointError, ModelNotFoundError, MoeLocalError
-from moe_local.offload.hub_download import HubFile, download_blobs, require_space
+from moe_local.offload.files import CONFIG, INDEX, SINGLE, first_pickle, read_index
+from moe_local.offload.hub_download import HubFile, download_blobs, network_error, require_space
 from moe_local.offload.registry import DEMO, demo_folder, find_alias, not_found
-from moe_local.offload.shards import INDEX, SINGLE
 
 SMALL_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 """Config, tokenizer and chat template files of a repository's top level."""
@@ -66,16 +65,19 @@ def config_of(model: str | Path) -> Any:
     found = locate(model)
     if isinstance(found, Path):
         return read_config(found)
-    cached = _cached_file(found.repo_id, "config.json")
+    cached = _cached_file(found.repo_id, CONFIG)
     if cached is not None:
         return parse_config(cached)
     alias = find_alias(str(model))
     if alias is not None:
         return alias.config()
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
 
     with _hub_errors(found):
-        return parse_config(Path(hf_hub_download(found.repo_id, "config.json")))
+        # Asked first because it fails at once without network, where a download tries for long.
+        HfApi().model_info(found.repo_id)
+        with _quiet_hub():
+            return parse_config(Path(hf_hub_download(found.repo_id, CONFIG)))
 
 
 def locate(model: str | Path) -> Path | HubModel:
@@ -100,7 +102,7 @@ def locate(model: str | Path) -> Path | HubModel:
 
 def cached_folder(repo_id: str) -> Path | None:
     """The snapshot of `repo_id` in the Hub cache if all its weights are there, else None."""
-    config = _cached_file(repo_id, "config.json")
+    config = _cached_file(repo_id, CONFIG)
     if config is None:
         return None
     folder = config.parent
@@ -165,18 +167,13 @@ def _is_small(name: str) -> bool:
 
 
 def _shards(index: Path) -> list[str]:
-    """The shard files an index names. Raises CheckpointError."""
-    try:
-        return sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{index} is corrupt ({type(error).__name__}); delete it and pull again"
-        ) from error
+    """The shard files an index names."""
+    return sorted(set(read_index(index, "delete it and pull again").values()))
 
 
 def _no_safetensors(model: HubModel, names: list[str]) -> CheckpointError:
-    pickles = [name for name in names if Path(name).suffix in {".bin", ".pt", ".pth", ".ckpt"}]
-    has = f"only pickled weights ({pickles[0]})" if pickles else "no weights in its top folder"
+    pickle = first_pickle(names)
+    has = f"only pickled weights ({pickle})" if pickle else "no weights in its top folder"
     return CheckpointError(
         f"{model.name} has {has}; moe-local reads safetensors only: look for another copy of the model"
     )
@@ -207,8 +204,6 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{model.repo_id}"
-    # The HTTP library under huggingface_hub changed its name in 2.0; its base error is this one's first base.
-    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
     try:
         yield
     except errors.GatedRepoError as error:
@@ -233,7 +228,7 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
         raise MoeLocalError(
             f"{constants.ENDPOINT} refused {model.name} ({reason}); run again, it continues"
         ) from error
-    except http_error as error:
+    except network_error() as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise MoeLocalError(
             f"no connection to {constants.ENDPOINT} for {model.name} ({reason}); run again, it continues"

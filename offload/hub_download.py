@@ -27,6 +27,9 @@ from moe_local.cache.keys import format_bytes
 WORKERS = 4
 """Files fetched at once."""
 
+RETRIES = 6
+"""Attempts in a row that bring no byte before a download gives up, half a minute after the first."""
+
 MARGIN_BYTES = 512 * 2**20
 """Disk space that a download leaves free."""
 
@@ -51,7 +54,8 @@ def blobs_folder(repo_id: str) -> Path:
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model") / "blobs"
+    folder: str = repo_folder_name(repo_id=repo_id, repo_type="model")
+    return Path(constants.HF_HUB_CACHE) / folder / "blobs"
 
 
 def missing_bytes(repo_id: str, files: Sequence[HubFile]) -> int:
@@ -100,27 +104,43 @@ def download_blobs(repo_id: str, commit: str, files: Sequence[HubFile], progress
             job.result()
 
 
+def network_error() -> type[Exception]:
+    """The base of all errors of the HTTP library under huggingface_hub, which changed its name in 2.0."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    base: type[Exception] = HfHubHTTPError.__bases__[0]
+    return base
+
+
 class _Stopped(Exception):
     """Another download failed or the user interrupted."""
 
 
 class _Sink(io.FileIO):
-    """The unfinished file: counts what is written, and refuses more once `stop` is set."""
+    """The unfinished file, opened at its end: tells the bar what comes, refuses more once `stop` is set."""
 
     def __init__(self, path: Path, advance: Callable[[int], None], stop: threading.Event) -> None:
         super().__init__(path, "r+b" if path.exists() else "w+b")
-        self.seek(0, os.SEEK_END)
         self._advance = advance
         self._stop = stop
+        self._advance(self.seek(0, os.SEEK_END))
 
-    def write(self, data: bytes) -> int:  # type: ignore[override]
+    def append(self, block: bytes) -> None:
         if self._stop.is_set():
             raise _Stopped
-        view = memoryview(data)
+        view = memoryview(block)
         while view:
-            view = view[super().write(view) :]
-        self._advance(len(data))
-        return len(data)
+            view = view[self.write(view) :]
+        self._advance(len(block))
+
+    def restart(self) -> None:
+        self._advance(-self.tell())
+        self.seek(0)
+        self.truncate()
+
+    def pause(self, seconds: float) -> None:
+        if self._stop.wait(seconds):
+            raise _Stopped
 
 
 def _fetch(
@@ -139,14 +159,10 @@ def _fetch(
         if target.exists():
             advance(file.size)
             return
-        have = partial.stat().st_size if partial.exists() else 0
-        if have > file.size:
-            partial.unlink()
-            have = 0
-        advance(have)
+        resumed = partial.exists()
         try:
             with _Sink(partial, advance, stop) as sink:
-                _get(repo_id, commit, file, have, sink)
+                _get(repo_id, commit, file, sink)
                 os.fsync(sink.fileno())
         except _Stopped:
             return
@@ -156,23 +172,61 @@ def _fetch(
             raise DoesNotFitError(
                 f"the disk is full at {file.name} in {folder}; make room and run again, it continues"
             ) from error
-        _verify(partial, file, resumed=have > 0)
+        _verify(partial, file, resumed)
         partial.replace(target)
 
 
-def _get(repo_id: str, commit: str, file: HubFile, have: int, sink: _Sink) -> None:
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # not in its __all__
+def _get(repo_id: str, commit: str, file: HubFile, sink: _Sink) -> None:
+    """Append what is missing to `sink`; a broken connection is taken up where it broke."""
+    failures = 0
+    while sink.tell() != file.size:
+        have, problem = sink.tell(), None
+        try:
+            _append_rest(repo_id, commit, file, sink)
+        except network_error() as error:
+            problem = error
+        if sink.tell() == file.size:
+            return
+        failures = 0 if sink.tell() > have else failures + 1
+        if failures > RETRIES or (problem is not None and _is_final(problem)):
+            raise problem or CheckpointError(
+                f"the Hub sends {sink.tell()} of {file.size} bytes of {file.name}"
+            )
+        sink.pause(2.0**failures / 4)
 
-    http_get(
-        hf_hub_url(repo_id, file.name, revision=commit),
-        sink,
-        resume_size=have,
-        headers=build_hf_headers(),
-        expected_size=file.size,
-        displayed_filename=file.name,
+
+def _is_final(error: Exception) -> bool:
+    """Whether the Hub refused the request, rather than being busy or out of reach."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (
+        isinstance(error, HfHubHTTPError)
+        and error.response.status_code in range(400, 500)
+        and (error.response.status_code not in (408, 429))
     )
+
+
+def _append_rest(repo_id: str, commit: str, file: HubFile, sink: _Sink) -> None:
+    """One request for all from the end of `sink`."""
+    from huggingface_hub import constants, get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    if sink.tell() > file.size:
+        sink.restart()
+    have = sink.tell()
+    headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    url = hf_hub_url(repo_id, file.name, revision=commit)
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with get_session().stream(
+        "GET", url, headers=headers, timeout=timeout, follow_redirects=True
+    ) as response:
+        hf_raise_for_status(response)
+        if have and response.status_code != 206:
+            sink.restart()
+        for block in response.iter_bytes():
+            sink.append(block)
 
 
 def _verify(partial: Path, file: HubFile, resumed: bool) -> None:

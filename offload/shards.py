@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,7 @@ import xxhash
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.cache.keys import format_bytes
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+from moe_local.offload.files import INDEX, SINGLE, first_pickle, read_index
 
 MAX_HEADER = 100_000_000
 """Bytes; what the safetensors library itself accepts."""
@@ -151,9 +148,8 @@ class Shards:
             path = self.folder / name
             found = path.stat().st_size if path.is_file() else None
             if found != size:
-                raise CheckpointError(
-                    f"{path} had {size} bytes when it was opened and now has {found or 'none'}"
-                )
+                now = "is gone" if found is None else f"has {found}"
+                raise CheckpointError(f"{path} had {size} bytes when opened and now {now}; {self.remedy}")
 
 
 def read_header(path: Path, remedy: str = "get the file again") -> Iterator[StoredTensor]:
@@ -168,9 +164,7 @@ def read_header(path: Path, remedy: str = "get the file again") -> Iterator[Stor
         if size < 8 or (length <= MAX_HEADER and size < 8 + length):
             raise CheckpointError(f"{path} is cut short at {size} bytes, inside its header; {remedy}")
         if length > MAX_HEADER:
-            raise CheckpointError(
-                f"{path} is no safetensors file (its header would have {length} bytes); {remedy}"
-            )
+            raise CheckpointError(f"{path} has a corrupt header (of {length} bytes, it says); {remedy}")
         raw = file.read(length)
     try:
         header = json.loads(raw)
@@ -209,22 +203,15 @@ def _weight_map(folder: Path, remedy: str) -> dict[str, str]:
     """Key -> shard from the index; empty if the weights are one file, which transformers too tries first."""
     if (folder / SINGLE).is_file():
         return {}
-    if not (folder / INDEX).is_file():
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-        if pickles:
-            raise CheckpointError(
-                f"{folder} has only pickled weights ({pickles[0]}), which can run code when read; "
-                "use a safetensors copy of the model"
-            )
+    if (folder / INDEX).is_file():
+        return read_index(folder / INDEX, remedy)
+    pickle = first_pickle([path.name for path in folder.iterdir()])
+    if pickle is None:
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; {remedy}")
-    try:
-        weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
-        shards = {str(key): str(name) for key, name in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / INDEX} is corrupt ({type(error).__name__}); {remedy}") from error
-    if not shards or any(os.path.basename(name) != name for name in shards.values()):
-        raise CheckpointError(f"{folder / INDEX} is corrupt (it names no files in its folder); {remedy}")
-    return shards
+    raise CheckpointError(
+        f"{folder} has only pickled weights ({pickle}), which can run code when read; "
+        "use a safetensors copy of the model"
+    )
 
 
 def _sampled_ranges(header: int, size: int) -> Iterator[tuple[int, int]]:

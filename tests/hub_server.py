@@ -68,6 +68,10 @@ class HubServer:
         """Of each connection; None: as fast as it goes."""
         self.cut_after: int | None = None
         """Bytes of a file after which a connection is closed, once for each file."""
+        self.ranges = True
+        """Whether a byte range is answered with that range, or with the whole file."""
+        self.unavailable = 0
+        """So many requests for files are answered 503 before the rest is served."""
         self._cut: set[str] = set()
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -107,6 +111,12 @@ class HubServer:
                 return False
             self._cut.add(name)
             return True
+
+    def busy(self) -> bool:
+        """Whether to answer 503 now."""
+        with self._lock:
+            self.unavailable -= 1
+            return self.unavailable >= 0
 
     def close(self) -> None:
         self._http.shutdown()
@@ -162,6 +172,9 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in repo.files():
             self._error(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": repo.commit})
             return
+        if self.command == "GET" and self.server_hub.busy():
+            self._error(503, "Busy", "Try again")
+            return
         content = (repo.folder / name).read_bytes()
         start, status = 0, 200
         headers = {
@@ -173,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
         if Path(name).suffix in LFS_SUFFIXES:
             headers |= {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{repo.etag(name)}"'}
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if wanted:
+        if wanted and self.server_hub.ranges:
             start, status = int(wanted[1]), 206
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         self._head(status, len(content) - start, headers)

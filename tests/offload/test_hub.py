@@ -1,0 +1,312 @@
+"""Finding and downloading models, against a Hub on 127.0.0.1."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_local.cache.errors import CheckpointError, DoesNotFitError, ModelNotFoundError, MoeLocalError
+from moe_local.offload import hub_download
+from moe_local.offload.checkpoint import Checkpoint
+from moe_local.offload.hub import HubModel, cached_folder, config_of, locate, resolve
+
+MIXTRAL = "mistralai/Mixtral-8x7B-Instruct-v0.1"
+
+
+@pytest.fixture
+def repo(mixtral_19: Path, tmp_path: Path) -> Path:
+    """The folder of a Hub repository like Mixtral's: shards, and copies for other programs."""
+    folder = shutil.copytree(mixtral_19, tmp_path / "repo")
+    (folder / "consolidated.00.pt").write_bytes(b"\0" * 1000)
+    (folder / "pytorch_model.bin").write_bytes(b"\0" * 1000)
+    (folder / "consolidated.safetensors").write_bytes(b"\0" * 1000)
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+    (folder / "README.md").write_text("a model")
+    (folder / "original").mkdir()
+    (folder / "original" / "params.json").write_text("{}")
+    return folder
+
+
+def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+class TestLocate:
+    def test_alias_in_any_case(self) -> None:
+        assert locate("Mixtral-8x7B") == HubModel(MIXTRAL, "mixtral-8x7b")
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "Qwen/Qwen3-30B-A3B",
+            "hf.co/Qwen/Qwen3-30B-A3B",
+            "https://huggingface.co/Qwen/Qwen3-30B-A3B",
+            "https://huggingface.co/Qwen/Qwen3-30B-A3B/",
+            "https://huggingface.co/Qwen/Qwen3-30B-A3B/tree/main",
+            " Qwen/Qwen3-30B-A3B ",
+        ],
+    )
+    def test_hub_ids(self, name: str) -> None:
+        assert locate(name) == HubModel("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-30B-A3B")
+
+    def test_folder(self, tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert locate(tiny_mixtral) == tiny_mixtral
+        assert locate(str(tiny_mixtral)) == tiny_mixtral
+        monkeypatch.chdir(tiny_mixtral.parent)
+        assert locate(f"./{tiny_mixtral.name}").resolve() == tiny_mixtral  # type: ignore[union-attr]
+
+    @pytest.mark.parametrize("name", ["", "mixtral-8x7", "/no/such", "./nothing", "a/b/c", "org/na me"])
+    def test_nonsense(self, name: str) -> None:
+        with pytest.raises(ModelNotFoundError, match="not found") as error:
+            locate(name)
+        one_line(error)
+
+    def test_near_matches_are_offered(self) -> None:
+        with pytest.raises(ModelNotFoundError, match="did you mean mixtral-8x7b") as error:
+            resolve("mixtral-8x7")
+        assert error.value.exit_code == 4
+
+
+class TestDownload:
+    def test_only_what_is_needed(self, hub: Any, repo: Path, mixtral_19: Path) -> None:
+        hub.add_repo(MIXTRAL, repo)
+        folder = resolve("mixtral-8x7b", progress=False)
+        assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in mixtral_19.iterdir())
+        assert not [name for name in hub.sent if name.endswith((".pt", ".bin", ".md")) or "consol" in name]
+        sent = {name: count for name, count in hub.sent.items() if name.endswith(".safetensors")}
+        assert sent == {p.name: p.stat().st_size for p in mixtral_19.glob("*.safetensors")}
+        assert Checkpoint.open(folder).fingerprint == Checkpoint.open(mixtral_19).fingerprint
+
+    def test_second_time_needs_no_network(self, hub: Any, repo: Path) -> None:
+        hub.add_repo(MIXTRAL, repo)
+        folder = resolve(MIXTRAL, progress=False)
+        hub.close()
+        assert resolve("mixtral-8x7b") == folder
+        assert resolve("mixtral-8x7b", download=False) == folder
+        assert config_of(MIXTRAL).num_hidden_layers == 3
+
+    def test_update_asks_the_hub(self, hub: Any, tiny_mixtral: Path, tmp_path: Path) -> None:
+        served = shutil.copytree(tiny_mixtral, tmp_path / "served")
+        hub.add_repo("org/model", served)
+        old = resolve("org/model", progress=False)
+        (served / "generation_config.json").write_text('{"eos_token_id": 5}')
+        assert resolve("org/model", progress=False) == old
+        new = resolve("org/model", update=True, progress=False)
+        assert new != old
+        assert "5" in (new / "generation_config.json").read_text()
+        assert hub.sent["model.safetensors"] == (served / "model.safetensors").stat().st_size
+
+    def test_broken_connections_are_taken_up(self, hub: Any, mixtral_19: Path) -> None:
+        """One file is cut in its middle; its second half is asked for, and the whole hash is right."""
+        hub.add_repo("org/model", mixtral_19)
+        shard = max(mixtral_19.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+        hub.cut_after = 16 * 1024
+        folder = resolve("org/model", progress=False)
+        assert hub.sent[shard.name] == shard.stat().st_size
+        assert hub.requests.total() < 100
+        assert hub.requests[f"GET /org/model/resolve/{folder.name}/{shard.name}"] == 2
+        assert (folder / shard.name).read_bytes() == shard.read_bytes()
+
+    def test_a_server_without_ranges_starts_over(self, hub: Any, tiny_mixtral: Path) -> None:
+        hub.add_repo("org/model", tiny_mixtral)
+        hub.ranges, hub.cut_after = False, 500_000
+        folder = resolve("org/model", progress=False)
+        shard = tiny_mixtral / "model.safetensors"
+        assert hub.requests[f"GET /org/model/resolve/{folder.name}/{shard.name}"] == 2
+        assert (folder / shard.name).read_bytes() == shard.read_bytes()
+
+    def test_a_busy_server_is_asked_again(self, hub: Any, tiny_mixtral: Path) -> None:
+        hub.add_repo("org/model", tiny_mixtral)
+        content = (tiny_mixtral / "tokenizer.json").read_bytes()
+        hub.unavailable = 2
+        file = hub_download.HubFile("tokenizer.json", len(content), None, "blob")
+        hub_download.download_blobs("org/model", "main", [file], progress=False)
+        assert (hub_download.blobs_folder("org/model") / "blob").read_bytes() == content
+        assert hub.requests["GET /org/model/resolve/main/tokenizer.json"] == 3
+
+    def test_a_server_that_sends_too_little(
+        self, hub: Any, tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hub.add_repo("org/model", tiny_mixtral)
+        monkeypatch.setattr(hub_download, "RETRIES", 1)
+        file = hub_download.HubFile("config.json", 10**6, None, "blob")
+        with pytest.raises(MoeLocalError, match=r"sends \d+ of 1000000 bytes|416|range"):
+            hub_download.download_blobs("org/model", "main", [file], progress=False)
+
+    def test_a_damaged_part_is_found_by_its_hash(self, hub: Any, tiny_mixtral: Path) -> None:
+        sha256 = hub.add_repo("org/model", tiny_mixtral).etag("model.safetensors")
+        blobs = hub_download.blobs_folder("org/model")
+        blobs.mkdir(parents=True)
+        (blobs / f"{sha256}.incomplete").write_bytes(b"rubbish")
+        with pytest.raises(CheckpointError, match="arrived damaged"):
+            resolve("org/model", progress=False)
+        resolve("org/model", progress=False)
+
+    def test_single_file_repository_with_a_bar(
+        self, hub: Any, tiny_qwen3_moe: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        hub.add_repo("org/model", tiny_qwen3_moe)
+        folder = resolve("hf.co/org/model", progress=True)
+        assert (folder / "tokenizer.json").is_file()
+        captured = capsys.readouterr()
+        assert "org/model" in captured.err
+        assert captured.out == ""
+
+    def test_quiet_when_stderr_is_no_terminal(
+        self, hub: Any, tiny_qwen3_moe: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        hub.add_repo("org/model", tiny_qwen3_moe)
+        resolve("org/model")
+        captured = capsys.readouterr()
+        assert (captured.out, captured.err) == ("", "")
+
+
+class TestKilled:
+    def test_download_goes_on_after_sigkill(
+        self, hub_server: Any, make_checkpoint: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        """Killed in the middle of a shard: no byte that reached the disk is sent again."""
+        served = make_checkpoint("mixtral", shards=3)
+        hub_server.add_repo("org/model", served)
+        total = sum(path.stat().st_size for path in served.glob("*.safetensors"))
+        command = [sys.executable, "-c", "from moe_local.offload.hub import *; print(resolve('org/model'))"]
+        env = {"PATH": "/usr/bin:/bin", **hub_server.env(tmp_path / "hf")}
+        blobs = tmp_path / "hf" / "hub" / "models--org--model" / "blobs"
+        hub_server.bytes_per_second = 400_000
+
+        def unfinished() -> int:
+            return sum(path.stat().st_size for path in blobs.glob("*.incomplete"))
+
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 60
+        while unfinished() < total // 4 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        kept = unfinished()
+        assert kept >= total // 4
+        hub_server.bytes_per_second = None
+        # What was on its way is not counted as sent before the server has noticed the end.
+        time.sleep(0.2)
+        hub_server.sent.clear()
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
+        sent = sum(count for name, count in hub_server.sent.items() if name.endswith(".safetensors"))
+        assert sent <= total - kept
+        folder = Path(done.stdout.strip())
+        assert Checkpoint.open(folder).fingerprint == Checkpoint.open(served).fingerprint
+        assert not list(blobs.glob("*.incomplete"))
+
+
+class TestRefusals:
+    def test_gated(self, hub: Any, tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        hub.add_repo("org/model", tiny_mixtral, gated=True)
+        with pytest.raises(MoeLocalError, match=r"gated: accept its licence at .*/org/model .*HF_TOKEN"):
+            resolve("org/model", progress=False)
+        monkeypatch.setenv("HF_TOKEN", "bad-token")
+        with pytest.raises(MoeLocalError, match="gated") as error:
+            resolve("org/model", progress=False)
+        one_line(error)
+        monkeypatch.setenv("HF_TOKEN", "good-token")
+        assert (resolve("org/model", progress=False) / "model.safetensors").is_file()
+
+    def test_no_such_repository(self, hub: Any) -> None:
+        with pytest.raises(ModelNotFoundError, match="no public repository at") as error:
+            resolve("mistralai/Mixtral-8x7B-Instruct", progress=False)
+        assert "did you mean mixtral-8x7b" in one_line(error)
+
+    def test_not_downloaded(self, hub: Any) -> None:
+        with pytest.raises(ModelNotFoundError, match="moe-local pull mixtral-8x7b"):
+            resolve("mixtral-8x7b", download=False)
+
+    def test_no_network(self, hub: Any) -> None:
+        hub.close()
+        with pytest.raises(MoeLocalError, match="no connection to http://127") as error:
+            resolve("org/model", progress=False)
+        one_line(error)
+
+    def test_offline_mode(self, hub: Any, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from huggingface_hub import constants
+
+        hub.add_repo("org/model", repo)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(MoeLocalError, match="HF_HUB_OFFLINE is set") as error:
+            resolve("org/model", progress=False)
+        one_line(error)
+        assert not hub.requests
+
+    def test_no_space(self, hub: Any, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        hub.add_repo("org/model", repo)
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(hub_download.shutil, "disk_usage", lambda path: usage(0, 0, 2**20))
+        with pytest.raises(DoesNotFitError, match=r"needs 51\d MiB .*where 1\.00 MiB are free") as error:
+            resolve("org/model", progress=False)
+        assert "HF_HUB_CACHE" in one_line(error)
+        assert not [name for name in hub.sent if name.endswith(".safetensors")]
+
+    def test_disk_that_fills_up_meanwhile(
+        self, hub: Any, tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hub.add_repo("org/model", tiny_mixtral)
+
+        def full(*arguments: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(hub_download, "_get", full)
+            with pytest.raises(DoesNotFitError, match=r"disk is full at model\.safetensors"):
+                resolve("org/model", progress=False)
+        resolve("org/model", progress=False)
+
+    def test_pickles_only(self, hub: Any, repo: Path) -> None:
+        for path in repo.glob("*.safetensors*"):
+            path.unlink()
+        hub.add_repo("org/model", repo)
+        with pytest.raises(CheckpointError, match="only pickled weights") as error:
+            resolve("org/model", progress=False)
+        one_line(error)
+        assert cached_folder("org/model") is None
+
+    def test_shard_missing_on_the_hub(self, hub: Any, repo: Path) -> None:
+        (repo / "model-00007-of-00019.safetensors").unlink()
+        hub.add_repo("org/model", repo)
+        with pytest.raises(CheckpointError, match=r"lacks model-00007-of-00019\.safetensors \(1 of 19"):
+            resolve("org/model", progress=False)
+
+
+class TestConfigOf:
+    def test_alias_without_network(self, hub: Any) -> None:
+        assert config_of("Mixtral-8x7B").hidden_size == 4096
+        assert not hub.requests
+
+    def test_folder(self, tiny_mixtral: Path) -> None:
+        assert config_of(tiny_mixtral).hidden_size == 64
+
+    def test_hub_id_takes_the_config_alone(self, hub: Any, repo: Path) -> None:
+        hub.add_repo("org/model", repo)
+        assert config_of("org/model").num_local_experts == 8
+        assert set(hub.sent) <= {"config.json"}
+        assert cached_folder("org/model") is None
+
+    def test_repository_without_config(self, hub: Any, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "empty" / "README.md").write_text("nothing")
+        hub.add_repo("org/model", tmp_path / "empty")
+        with pytest.raises(CheckpointError, match=r"no config\.json"):
+            config_of("org/model")
+
+    def test_no_network(self, hub: Any) -> None:
+        hub.close()
+        with pytest.raises(MoeLocalError, match="no connection to") as error:
+            config_of("org/model")
+        one_line(error)
