@@ -140,7 +140,7 @@ class TestDownload:
         hub.add_repo("org/model", tiny_mixtral)
         monkeypatch.setattr(hub_download, "RETRIES", 1)
         file = hub_download.HubFile("config.json", 10**6, None, "blob")
-        with pytest.raises(MoeLocalError, match=r"sends \d+ of 1000000 bytes|416|range"):
+        with pytest.raises(MoeLocalError, match=r"sends \d+ of 1000000 bytes"):
             hub_download.download_blobs("org/model", "main", [file], progress=False)
 
     def test_a_damaged_part_is_found_by_its_hash(self, hub: Any, tiny_mixtral: Path) -> None:
