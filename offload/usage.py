@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
+from moe_local.cache.files import write_atomically
 from moe_local.cache.stats import RoutedTokens
 
 FILE_NAME = "usage.json"
@@ -39,10 +38,6 @@ def add_usage(folder: Path, routed: RoutedTokens) -> None:
             tuple(a + b for a, b in zip(routed.tokens, before.tokens, strict=True)),
         )
     try:
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".usage-", delete=False) as file:
-            json.dump({"counts": routed.counts, "tokens": routed.tokens}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, folder / FILE_NAME)
+        write_atomically(folder / FILE_NAME, [json.dumps({"counts": routed.counts, "tokens": routed.tokens}), "\n"])
     except OSError:
         return
