@@ -65,6 +65,8 @@ class Tier:
 
     def give_up(self, key: ExpertKey) -> None:
         """Take back one pin of an expert; if it was the last and the expert is still under way, stop that."""
+        if self._failures.pop(key, None) is not None:
+            return  # it failed, and its pins went with it
         self.cache.release(key.layer, [key.expert])
         if key in self._loads and not self.cache.pins(*key):
             self.cancel(key)
@@ -133,6 +135,7 @@ class Tier:
     def check_integrity(self) -> None:
         """Raise RuntimeError unless loads and cache agree."""
         self.cache.check_integrity()
+        self.source.check_integrity()
         loading = {
             ExpertKey(layer, expert)
             for layer in range(self.cache.layers)
@@ -247,6 +250,16 @@ class CopySource:
         while self._copying:
             self.poll()
         self._readers.clear()
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless every load that needs its expert below has it pinned there."""
+        for load in (*self._waiting, *self._copying):
+            held = self._lower.cache.pins(*load.key) > 0
+            if load.lower_held and not held:
+                raise RuntimeError(f"{load.key} is on its way to the device and not pinned below")
+        for load in self._copying:
+            if not load.lower_held or not self._lower.cache.is_resident(*load.key):
+                raise RuntimeError(f"{load.key} is being copied and not held below")
 
     def _advance(self, load: CopyLoad) -> None:
         """Move a waiting load on: pin it below, and issue its copy once it is there."""

@@ -11,7 +11,7 @@ import heapq
 import itertools
 import os
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -25,6 +25,12 @@ from moe_local.offload.device import Event
 
 DEMAND = 0
 """Priority of a load that a kernel waits for; prefetches are 1 and up, farther layers higher."""
+
+DAMAGED = "has a wrong checksum: the file is damaged; run `moe-local convert` with --force to write it again"
+CUT_OFF = (
+    "is cut off: the file became shorter after it was opened; "
+    "run `moe-local convert` with --force to write it again"
+)
 
 
 class LoadState(Enum):
@@ -113,6 +119,17 @@ class Source(Protocol):
     def close(self) -> None:
         """Stop and join threads; loads under way end, most of them as cancelled. Idempotent."""
 
+    def check_integrity(self) -> None:
+        """Raise RuntimeError if the source's tables disagree."""
+
+
+class _Job(NamedTuple):
+    """A load under way from a file into a slot."""
+
+    load: Load
+    location: Location
+    buffer: memoryview
+
 
 class FileSource:
     """Reads experts from their files in threads, in pieces, most urgent first.
@@ -140,7 +157,7 @@ class FileSource:
         self._piece_bytes = piece_bytes
         self._heap: list[tuple[int, int, Load, int]] = []  # (priority, sequence, load, offset in the expert)
         self._sequence = itertools.count()
-        self._buffers: dict[ExpertKey, tuple[Location, memoryview]] = {}
+        self._jobs: dict[ExpertKey, _Job] = {}
         self._verified: set[ExpertKey] = set()
         self._files: dict[Path, int] = {}
         self._closed = False
@@ -165,7 +182,7 @@ class FileSource:
                 load.error = _failure(key, location, f"cannot be opened: {error.strerror}")
                 self._finish(load, LoadState.FAILED)
                 return load
-            self._buffers[key] = (location, self._target(key.layer, slot))
+            self._jobs[key] = _Job(load, location, self._target(key.layer, slot))
             offsets = range(0, load.nbytes, self._piece_bytes)
             load.left = len(offsets)
             for offset in offsets:
@@ -208,14 +225,26 @@ class FileSource:
         for thread in self._threads:
             thread.join()
         self._threads.clear()
-        for load in {id(entry[2]): entry[2] for entry in self._heap}.values():
-            if not load.finished:
-                self._finish(load, LoadState.CANCELLED)
+        with self._changed:
+            for _, _, load, _ in self._heap:
+                if not load.finished:
+                    self._finish(load, LoadState.CANCELLED)
         self._heap.clear()
-        self._buffers.clear()
+        self._jobs.clear()
         for file in self._files.values():
             os.close(file)
         self._files.clear()
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless every unread piece of a load under way is queued or being read."""
+        with self._changed:
+            queued = Counter(entry[2] for entry in self._heap)
+            for load, _, _ in self._jobs.values():
+                unread = queued[load] + (load.in_flight if load.left else 0)
+                if load.finished or (unread != load.left and not load.cancelled):
+                    raise RuntimeError(
+                        f"load of {load.key}, {load.state}: {load.left} pieces left, {unread} to come"
+                    )
 
     def _work(self) -> None:
         while True:
@@ -229,15 +258,14 @@ class FileSource:
                     continue
                 load.in_flight += 1
                 load.state = LoadState.RUNNING
-                location, buffer = self._buffers[load.key]
-                file = self._files[location.path]
+                job = self._jobs[load.key]
+                file = self._files[job.location.path]
             size = min(self._piece_bytes, load.nbytes - offset)
-            error = _read(file, buffer[offset : offset + size], load.key, location, offset)
-            self._piece_done(load, size, error, location, buffer)
+            error = _read(file, job.buffer[offset : offset + size], load.key, job.location, offset)
+            self._piece_done(job, size, error)
 
-    def _piece_done(
-        self, load: Load, size: int, error: TransferError | None, location: Location, buffer: memoryview
-    ) -> None:
+    def _piece_done(self, job: _Job, size: int, error: TransferError | None) -> None:
+        load = job.load
         with self._changed:
             load.in_flight -= 1
             load.left -= 1
@@ -256,24 +284,19 @@ class FileSource:
             elif load.cancelled and not load.in_flight:
                 self._finish(load, LoadState.FAILED if load.error else LoadState.CANCELLED)
         if unchecked:  # outside the lock: hashing takes milliseconds, and nobody else touches this load now
-            right = xxhash.xxh3_64_intdigest(buffer[: load.nbytes]) == location.checksum
+            right = xxhash.xxh3_64_intdigest(job.buffer[: load.nbytes]) == job.location.checksum
             with self._changed:
                 load.in_flight -= 1
                 if right:
                     self._verified.add(load.key)
                 else:
-                    load.error = _failure(
-                        load.key,
-                        location,
-                        "has a wrong checksum: the file is damaged; "
-                        "run `moe-local convert` with --force to write it again",
-                    )
+                    load.error = _failure(load.key, job.location, DAMAGED)
                 self._finish(load, LoadState.DONE if right else LoadState.FAILED)
 
     def _finish(self, load: Load, state: LoadState) -> None:
         """Under the condition. The last thing that happens to a load."""
         load.state = state
-        self._buffers.pop(load.key, None)
+        self._jobs.pop(load.key, None)
         self.finished.append(load)
         self._changed.notify_all()
 
@@ -287,12 +310,7 @@ def _read(
         while done < len(buffer):
             count = os.preadv(file, [buffer[done:]], location.offset + offset + done)
             if count == 0:
-                return _failure(
-                    key,
-                    location,
-                    "is cut off: the file became shorter after it was opened; "
-                    "run `moe-local convert` with --force to write it again",
-                )
+                return _failure(key, location, CUT_OFF)
             done += count
     except OSError as error:
         return _failure(key, location, f"could not be read: {error.strerror}; check the disk")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,3 +125,41 @@ def hub(hub_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     return hub_server
+
+
+@pytest.fixture(scope="session")
+def make_device() -> Callable[..., Any]:
+    """make_device(seed=0, luck=0.3, lazy=False) -> a Device whose copies are late (tests/fake_device.py)."""
+    device: Callable[..., Any] = load_module(Path(__file__).parent / "fake_device.py").FakeDevice
+    return device
+
+
+@pytest.fixture
+def make_rig(tmp_path: Path, make_device: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """make_rig("ram+disk", slots=3, seed=0, ...) -> a store with known experts (tests/store_rig.py).
+
+    Closed at the end of the test, when nothing may be wrong with its device.
+    """
+    rigs: list[Any] = []
+
+    def make(mode: str = "disk", *, device: Any = None, device_seed: int = 0, **options: Any) -> Any:
+        if mode != "disk" and device is None:
+            device = make_device(device_seed)
+        rig = load_module(Path(__file__).parent / "store_rig.py").Rig(
+            tmp_path, mode, device=device, **options
+        )
+        rigs.append(rig)
+        return rig
+
+    yield make
+    for rig in rigs:
+        rig.close()
+
+
+@pytest.fixture
+def read_gate(make_rig: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """What every os.preadv goes through now (tests/store_rig.py, ReadGate); opened before rigs are closed."""
+    gate = load_module(Path(__file__).parent / "store_rig.py").ReadGate(os.preadv)
+    monkeypatch.setattr(os, "preadv", gate)
+    yield gate
+    gate.open()

@@ -1,0 +1,347 @@
+"""Reads from disk: right bytes, priorities, cancellation, failures, threads."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+
+from moe_local.cache.errors import TransferError
+from moe_local.cache.keys import ExpertKey
+from moe_local.offload.transfer import DEMAND, FileSource, Load, LoadState, Location
+
+EXPERT = 10_000
+
+
+class Disk:
+    """Experts of EXPERT bytes in one file, a slot of memory for each layer and slot, and a FileSource."""
+
+    def __init__(self, folder: Path, experts: int = 8, slots: int = 8, **options: Any) -> None:
+        self.path = folder / "experts"
+        self.content = [random.Random(i).randbytes(EXPERT) for i in range(experts)]
+        self.path.write_bytes(b"".join(self.content))
+        self.memory = [bytearray(EXPERT + 100) for _ in range(slots)]
+        self.source = FileSource(
+            self.locate, lambda layer, slot: memoryview(self.memory[slot]), **{"piece_bytes": 4000, **options}
+        )
+
+    def locate(self, key: ExpertKey) -> Location:
+        digest = xxhash.xxh3_64_intdigest(self.content[key.expert])
+        return Location(self.path, key.expert * EXPERT, EXPERT, digest)
+
+    def start(self, expert: int, slot: int | None = None, priority: int = DEMAND) -> Load:
+        return self.source.start(ExpertKey(0, expert), expert if slot is None else slot, priority)
+
+    def end(self, *loads: Load) -> list[LoadState]:
+        """Wait for these loads, and only these, to turn up in `finished`."""
+        found: list[Load] = []
+        deadline = time.monotonic() + 10
+        while len(found) < len(loads) and time.monotonic() < deadline:
+            self.source.wait(0.1)
+            while self.source.finished:
+                found.append(self.source.finished.popleft())
+            self.source.check_integrity()
+        assert {id(load) for load in found} == {id(load) for load in loads}
+        assert len(found) == len(loads)
+        return [load.state for load in loads]
+
+    def holds(self, slot: int, expert: int) -> bool:
+        return bytes(self.memory[slot][:EXPERT]) == self.content[expert]
+
+
+@pytest.fixture
+def make_disk(tmp_path: Path, read_gate: Any) -> Any:
+    disks: list[Disk] = []
+
+    def make(**options: Any) -> Disk:
+        disks.append(Disk(tmp_path, **options))
+        return disks[-1]
+
+    yield make
+    read_gate.open()
+    for disk in disks:
+        disk.source.close()
+
+
+def pieces_of(gate: Any) -> list[tuple[int, int]]:
+    """(expert, piece) of each read, in the order in which the threads came with it."""
+    return [(at // EXPERT, at % EXPERT // 4000) for at in gate.arrived]
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("piece_bytes", [999, 4000, EXPERT, 1 << 20])
+def test_brings_the_right_bytes_reading_each_once(
+    make_disk: Any, read_gate: Any, threads: int, piece_bytes: int
+) -> None:
+    disk = make_disk(threads=threads, piece_bytes=piece_bytes)
+    loads = [disk.start(expert) for expert in range(8)]
+    assert disk.end(*loads) == [LoadState.DONE] * 8
+    assert all(disk.holds(expert, expert) for expert in range(8))
+    assert all(bytes(slot[EXPERT:]) == bytes(100) for slot in disk.memory), "wrote past the expert"
+    assert [load.moved for load in loads] == [EXPERT] * 8
+    assert disk.source.bytes_read == 8 * EXPERT
+    assert sorted(read_gate.arrived) == [
+        e * EXPERT + at for e in range(8) for at in range(0, EXPERT, piece_bytes)
+    ]
+
+
+def test_goes_on_after_short_reads(make_disk: Any, read_gate: Any) -> None:
+    read_gate.most = 777
+    disk = make_disk()
+    assert disk.end(disk.start(3)) == [LoadState.DONE]
+    assert disk.holds(3, 3)
+
+
+def test_demand_overtakes_what_is_queued_after_the_piece_in_flight(make_disk: Any, read_gate: Any) -> None:
+    disk = make_disk(threads=1)
+    read_gate.shut()
+    near, far = disk.start(0, priority=1), disk.start(1, priority=2)
+    read_gate.wait_for(1)
+    demand = disk.start(2)
+    read_gate.open()
+    disk.end(near, far, demand)
+    assert pieces_of(read_gate) == [(0, 0), (2, 0), (2, 1), (2, 2), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+
+
+def test_promotion_moves_a_queued_load_forward_without_reading_twice(make_disk: Any, read_gate: Any) -> None:
+    disk = make_disk(threads=1)
+    read_gate.shut()
+    loads = [disk.start(expert, priority=1 + expert) for expert in range(3)]
+    read_gate.wait_for(1)
+    disk.source.promote(loads[2], DEMAND)
+    disk.source.promote(loads[1], 9)  # less urgent than it is: nothing changes
+    read_gate.open()
+    disk.end(*loads)
+    assert pieces_of(read_gate) == [(0, 0), (2, 0), (2, 1), (2, 2), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert [load.priority for load in loads] == [1, 2, DEMAND]
+
+
+def test_what_is_cancelled_in_the_queue_is_never_read(make_disk: Any, read_gate: Any) -> None:
+    disk = make_disk(threads=1)
+    read_gate.shut()
+    first, second = disk.start(0), disk.start(1)
+    read_gate.wait_for(1)
+    disk.source.cancel(second)
+    assert disk.end(second) == [LoadState.CANCELLED]
+    disk.source.cancel(second)  # again, and after its end: nothing more turns up
+    read_gate.open()
+    assert disk.end(first) == [LoadState.DONE]
+    assert [expert for expert, _ in pieces_of(read_gate)] == [0, 0, 0]
+    assert bytes(disk.memory[1]) == bytes(EXPERT + 100)
+
+
+def test_a_cancelled_load_ends_only_when_nobody_writes_any_more(make_disk: Any, read_gate: Any) -> None:
+    disk = make_disk(threads=2)
+    read_gate.shut()
+    load = disk.start(0)
+    read_gate.wait_for(2)
+    disk.source.cancel(load)
+    read_gate.let(1)
+    disk.source.wait(0.05)
+    assert not load.finished
+    assert not disk.source.finished
+    disk.source.check_integrity()
+    read_gate.open()
+    assert disk.end(load) == [LoadState.CANCELLED]
+    assert 0 < load.moved < EXPERT
+    assert disk.end(disk.start(5, slot=0)) == [LoadState.DONE]
+    time.sleep(0.02)
+    assert disk.holds(0, 5)
+    assert disk.source.bytes_read == load.moved + EXPERT
+
+
+def test_a_load_cancelled_while_it_is_checked_keeps_its_slot_until_then(
+    make_disk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = make_disk()
+    hashing, go_on = threading.Event(), threading.Event()
+    digest = xxhash.xxh3_64_intdigest(disk.content[0])
+
+    def slow(data: memoryview) -> int:
+        hashing.set()
+        assert go_on.wait(10)
+        return int(digest)
+
+    monkeypatch.setattr("moe_local.offload.transfer.xxhash.xxh3_64_intdigest", slow)
+    monkeypatch.setattr(disk, "locate", None)
+    disk.source._locate = lambda key: Location(disk.path, 0, EXPERT, digest)
+    load = disk.start(0)
+    assert hashing.wait(10)
+    disk.source.cancel(load)
+    disk.source.check_integrity()
+    assert not load.finished
+    go_on.set()
+    assert disk.end(load) == [LoadState.DONE]  # all of it is there: nothing is gained by forgetting it
+
+
+def test_a_read_error_fails_its_load_only(make_disk: Any, read_gate: Any) -> None:
+    disk = make_disk()
+    read_gate.errors[EXPERT + 4000] = OSError(errno.EIO, os.strerror(errno.EIO))
+    good, bad = disk.start(0), disk.start(1)
+    assert disk.end(good, bad) == [LoadState.DONE, LoadState.FAILED]
+    assert isinstance(bad.error, TransferError)
+    message = str(bad.error)
+    assert "expert 1 of MoE layer 0" in message
+    assert "Input/output error" in message
+    assert "\n" not in message
+    read_gate.errors.clear()
+    assert disk.end(disk.start(1)) == [LoadState.DONE]
+    assert disk.holds(1, 1)
+
+
+def test_any_exception_of_a_read_fails_the_load_and_leaves_the_thread_alive(
+    make_disk: Any, read_gate: Any
+) -> None:
+    disk = make_disk(threads=1)
+    read_gate.errors[0] = ValueError("unheard of")
+    load = disk.start(0)
+    assert disk.end(load) == [LoadState.FAILED]
+    assert "unheard of" in str(load.error)
+    assert disk.end(disk.start(1)) == [LoadState.DONE]
+
+
+def test_a_file_cut_while_open_fails_the_load_and_serves_again_when_mended(make_disk: Any) -> None:
+    disk = make_disk()
+    disk.end(disk.start(0))
+    whole = disk.path.read_bytes()
+    os.truncate(disk.path, 7 * EXPERT + 5000)
+    load = disk.start(7)
+    assert disk.end(load) == [LoadState.FAILED]
+    assert "cut off" in str(load.error)
+    assert "expert 7" in str(load.error)
+    with open(disk.path, "r+b") as file:
+        file.write(whole)
+    assert disk.end(disk.start(7)) == [LoadState.DONE]
+    assert disk.holds(7, 7)
+
+
+def test_a_flipped_byte_fails_the_first_read(make_disk: Any) -> None:
+    disk = make_disk()
+    whole = disk.path.read_bytes()
+    broken = bytearray(whole)
+    broken[2 * EXPERT + 9999] ^= 1
+    disk.path.write_bytes(broken)
+    load = disk.start(2)
+    assert disk.end(load) == [LoadState.FAILED]
+    assert "wrong checksum" in str(load.error)
+    assert "expert 2" in str(load.error)
+    disk.path.write_bytes(whole)
+    assert disk.end(disk.start(2)) == [LoadState.DONE]
+    assert disk.holds(2, 2)
+
+
+def test_an_expert_is_checked_once(make_disk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = make_disk()
+    digest, checked = xxhash.xxh3_64_intdigest, []
+    monkeypatch.setattr(
+        "moe_local.offload.transfer.xxhash.xxh3_64_intdigest",
+        lambda data: checked.append(1) or digest(data),
+    )
+    disk.source._locate = {
+        ExpertKey(0, e): Location(disk.path, e * EXPERT, EXPERT, digest(disk.content[e])) for e in range(2)
+    }.__getitem__
+    for _ in range(3):
+        disk.end(disk.start(0), disk.start(1))
+    assert len(checked) == 2
+
+
+def test_a_missing_file_fails_the_load(make_disk: Any) -> None:
+    disk = make_disk()
+    disk.path.rename(disk.path.with_name("elsewhere"))
+    load = disk.start(0)
+    assert disk.end(load) == [LoadState.FAILED]
+    assert "cannot be opened: No such file" in str(load.error)
+    disk.path.with_name("elsewhere").rename(disk.path)
+    assert disk.end(disk.start(0)) == [LoadState.DONE]
+
+
+def threads_of_ours() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("moe-local-read")]
+
+
+def open_files(path: Path) -> int:
+    return sum(os.path.realpath(f"/proc/self/fd/{fd}") == str(path) for fd in os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks at open files in /proc")
+def test_close_joins_threads_and_closes_files_also_with_loads_under_way(
+    make_disk: Callable[..., Disk], read_gate: Any
+) -> None:
+    disk = make_disk(threads=2)
+    done = disk.start(0)
+    disk.end(done)
+    assert open_files(disk.path) == 1
+    read_gate.shut()
+    loads = [disk.start(expert) for expert in range(1, 6)]
+    read_gate.wait_for(5)  # three pieces of the first load came before
+    closing = threading.Thread(target=disk.source.close)
+    closing.start()
+    read_gate.let(2)
+    closing.join(10)
+    assert not closing.is_alive()
+    assert threads_of_ours() == []
+    assert open_files(disk.path) == 0
+    assert all(load.finished for load in loads)
+    assert {load.state for load in loads[1:]} == {LoadState.CANCELLED}
+    assert sorted(map(id, disk.source.finished)) == sorted(map(id, loads))
+    disk.source.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        disk.start(6)
+
+
+def test_waiting_ends_with_the_first_load_or_the_time(make_disk: Any, read_gate: Any) -> None:
+    disk = make_disk()
+    began = time.perf_counter()
+    disk.source.wait(0.03)
+    assert time.perf_counter() - began >= 0.03
+    read_gate.shut()
+    load = disk.start(0)
+    threading.Timer(0.02, read_gate.open).start()
+    began = time.perf_counter()
+    disk.source.wait(30)
+    assert time.perf_counter() - began < 10
+    assert disk.end(load) == [LoadState.DONE]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_sequence_of_starts_promotions_and_cancellations(make_disk: Any, seed: int) -> None:
+    """Slots are given away again as soon as their load has ended; what is done holds the right bytes."""
+    rng = random.Random(seed)
+    disk = make_disk(slots=4, experts=8, threads=3, piece_bytes=1500)
+    under_way: dict[int, Load] = {}
+    started = ended = 0
+    for _ in range(400):
+        free = [slot for slot in range(4) if slot not in under_way]
+        absent = [e for e in range(8) if e not in [load.key.expert for load in under_way.values()]]
+        if free and rng.random() < 0.5:
+            slot = rng.choice(free)
+            under_way[slot] = disk.start(rng.choice(absent), slot, rng.randrange(4))
+            started += 1
+        elif under_way and rng.random() < 0.4:
+            disk.source.cancel(rng.choice(list(under_way.values())))
+        elif under_way and rng.random() < 0.5:
+            disk.source.promote(rng.choice(list(under_way.values())), rng.randrange(4))
+        else:
+            disk.source.wait(0.001)
+        while disk.source.finished:
+            load = disk.source.finished.popleft()
+            ended += 1
+            (slot,) = [slot for slot, other in under_way.items() if other is load]
+            del under_way[slot]
+            assert load.state in (LoadState.DONE, LoadState.CANCELLED)
+            if load.state is LoadState.DONE:
+                assert disk.holds(slot, load.key.expert)
+            disk.memory[slot][:] = bytes(EXPERT + 100)  # nobody may write here now
+        for slot in range(4):
+            assert slot in under_way or not any(disk.memory[slot])
+        disk.source.check_integrity()
+    disk.end(*under_way.values())
+    assert ended + len(under_way) == started

@@ -1,0 +1,221 @@
+"""A store over a file of random experts, in three set-ups, with everything that tests want to see."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from moe_local.cache.expert_cache import ExpertCache
+from moe_local.cache.keys import ExpertKey
+from moe_local.cache.stats import RouterLoad
+from moe_local.offload.arena import DeviceArena, HostArena
+from moe_local.offload.quantize.layout import Layout, make_layout
+from moe_local.offload.store import ExpertStore, Lease
+from moe_local.offload.tiers import CopySource, Tier
+from moe_local.offload.transfer import FileSource, Load, Location
+
+MODES = ("disk", "ram", "ram+disk")
+"""RAM over disk, no device; a device over a RAM that holds everything; a device over some RAM over disk."""
+
+
+class ReadCounter(FileSource):
+    """A FileSource that counts the loads of each expert, and can be told what lies where."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.starts: Counter[ExpertKey] = Counter()
+
+    def start(self, key: ExpertKey, slot: int, priority: int) -> Load:
+        self.starts[key] += 1
+        return super().start(key, slot, priority)
+
+
+class Rig:
+    """`layers` layers of `experts` experts of different sizes in one file, and an ExpertStore over it.
+
+    `slots` in the fastest tier; `ram_slots` below it, in mode "ram+disk". Unless it is lazy, the device's
+    kernels are the test itself, reading buffers at once.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        mode: str = "disk",
+        *,
+        layers: int = 3,
+        experts: int = 8,
+        slots: int = 3,
+        ram_slots: int = 4,
+        pages: int = 2,
+        piece_bytes: int = 3000,
+        threads: int = 3,
+        device: Any = None,
+        top_k: int = 2,
+        seed: int = 0,
+    ) -> None:
+        self.mode, self.num_layers, self.num_experts = mode, layers, experts
+        rng = random.Random(seed)
+        self.path = folder / f"experts-{layers}-{experts}-{pages}-{seed}"
+        self.layouts: list[list[Layout]] = []
+        self.content: dict[ExpertKey, bytes] = {}
+        self.locations: dict[ExpertKey, Location] = {}
+        self._write(rng, pages)
+        strides = [max(layout.nbytes for layout in layer) for layer in self.layouts]
+        ram = [slots if mode == "disk" else experts if mode == "ram" else ram_slots] * layers
+        host = HostArena(ram, strides)
+        self.disk = ReadCounter(
+            self.locations.__getitem__, host.view, threads=threads, piece_bytes=piece_bytes
+        )
+        routed = RouterLoad([experts] * layers, [top_k] * layers)
+        self.ram = Tier(ExpertCache(ram, "lru", self.size), host, self.disk)
+        self.device = device
+        if mode == "disk":
+            self.tier = self.ram
+            self.store = ExpertStore(self.ram, self.layouts, routed, disk=self.disk)
+            return
+        arena = DeviceArena([slots] * layers, strides, device)
+        self.copies = CopySource(self.ram, arena, device, lambda key: self.size(*key))
+        self.tier = Tier(ExpertCache([slots] * layers, "lru", self.size), arena, self.copies, device)
+        self.store = ExpertStore(self.tier, self.layouts, routed, disk=self.disk, below=self.ram)
+        if mode == "ram":
+            self.ram.preload()
+            self.disk.starts.clear()
+
+    def _write(self, rng: random.Random, pages: int) -> None:
+        offset = 4096
+        data = bytearray(offset)
+        for layer in range(self.num_layers):
+            self.layouts.append([])
+            for expert in range(self.num_experts):
+                layout = make_layout("raw", [], [("w", "", "uint8", (rng.randint(1, pages) * 4096,))])
+                self.layouts[-1].append(layout)
+                key = ExpertKey(layer, expert)
+                content = self.content[key] = rng.randbytes(layout.nbytes)
+                digest = xxhash.xxh3_64_intdigest(content)
+                self.locations[key] = Location(self.path, offset, layout.nbytes, digest)
+                data += content
+                offset += layout.nbytes
+        self.path.write_bytes(data)
+
+    def size(self, layer: int, expert: int) -> int:
+        return self.layouts[layer][expert].nbytes
+
+    def check_lease(self, layer: int, lease: Lease) -> None:
+        """The leased buffer holds the expert's bytes: on a lazy device, when its kernel reads them."""
+        want = self.content[ExpertKey(layer, lease.expert)]
+        assert lease.layout is self.layouts[layer][lease.expert]
+
+        def kernel(buffer: Any) -> None:
+            right = buffer.numpy().tobytes() == want
+            if not right and self.device is not None:
+                self.device.faults.append(f"wrong bytes for expert {layer}, {lease.expert}")
+            assert right, f"wrong bytes for expert {layer}, {lease.expert}"
+
+        buffer = lease.buffer[: lease.layout.nbytes]
+        if self.device is None:
+            kernel(buffer)
+        else:
+            self.device.launch(buffer, kernel)
+
+    def step(
+        self, layer: int, experts: Sequence[int], requested: Callable[[], None] | None = None
+    ) -> list[list[int]]:
+        """Serve to the end, checking every byte; the groups as they came."""
+        groups = []
+        for group in self.store.serve(layer, experts, requested):
+            for lease in group:
+                self.check_lease(layer, lease)
+            groups.append([lease.expert for lease in group])
+        assert sorted(expert for group in groups for expert in group) == sorted(experts)
+        self.check()
+        return groups
+
+    def check(self) -> None:
+        """Nothing is leased or pinned, and all tables agree."""
+        self.store.check_integrity()
+        for layer in range(self.num_layers):
+            assert [e for e in range(self.num_experts) if self.tier.cache.pins(layer, e)] == []
+        if self.device is not None:
+            assert self.device.faults == []
+
+    def settle(self) -> None:
+        """Wait until nothing is under way anywhere."""
+        for _ in range(10_000):
+            if self.device is not None:
+                self.device.synchronize()
+            self.tier.poll()
+            self.ram.poll()
+            if not self.tier.loading and not self.ram.loading:
+                break
+            self.disk.wait(0.01)
+        else:
+            raise AssertionError("loads that never end")
+        self.check()
+        if self.tier is not self.ram:
+            pinned = [
+                (layer, e)
+                for layer in range(self.num_layers)
+                for e in range(self.num_experts)
+                if self.ram.cache.pins(layer, e)
+            ]
+            assert pinned == [], "pins below that nobody gives back"
+
+    def close(self) -> None:
+        self.store.close()
+        if self.device is not None:
+            self.device.synchronize()
+            assert self.device.faults == []
+
+
+class ReadGate:
+    """Stands in for os.preadv: reads wait to be let through and can be made to fail.
+
+    `arrived` are the file offsets of the reads that came, in that order. Open at first.
+    """
+
+    def __init__(self, preadv: Callable[..., int]) -> None:
+        self.arrived: list[int] = []
+        self.errors: dict[int, Exception] = {}
+        """By file offset: raised instead of reading, every time."""
+        self.most: int | None = None
+        """Most bytes that one call reads."""
+        self._preadv = preadv
+        self._permits = 0
+        self._shut = False
+        self._changed = threading.Condition()
+
+    def shut(self) -> None:
+        with self._changed:
+            self._shut, self._permits = True, 0
+
+    def open(self) -> None:
+        with self._changed:
+            self._shut = False
+            self._changed.notify_all()
+
+    def let(self, count: int = 1) -> None:
+        """Let so many reads through, which may still have to come."""
+        with self._changed:
+            self._permits += count
+            self._changed.notify_all()
+
+    def wait_for(self, count: int) -> None:
+        """Until so many reads have come to the gate, from its making on."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.arrived) >= count, timeout=10), self.arrived
+
+    def __call__(self, file: int, buffers: list[memoryview], offset: int) -> int:
+        with self._changed:
+            self.arrived.append(offset)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._shut or self._permits > 0)
+            self._permits -= self._shut
+        if offset in self.errors:
+            raise self.errors[offset]
+        return self._preadv(file, [buffer[: self.most] for buffer in buffers], offset)
