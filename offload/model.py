@@ -9,11 +9,12 @@ import torch
 
 from moe_local.cache.errors import MoeLocalError
 from moe_local.cache.stats import Stats
+from moe_local.offload.batch import generate_ids
 from moe_local.offload.engine import Engine
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.prefetch import Prefetcher
 from moe_local.offload.records import Output
-from moe_local.offload.sampling import generate_ids, imply_sampling, make_settings
+from moe_local.offload.sampling import imply_sampling, make_settings
 from moe_local.offload.store import ExpertStore
 from moe_local.offload.stream import TokenStream
 from moe_local.offload.text import Detokenizer, Prompt, encode_prompt

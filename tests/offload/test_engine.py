@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.offload import interrupt
 from moe_local.offload.engine import Engine, FinishReason, Sequence
-from moe_local.offload.kv_slab import OwnCaches, make_kv
+from moe_local.offload.kv_slab import make_kv
+from moe_local.offload.own_caches import OwnCaches
 from moe_local.offload.sampling import Settings, make_settings
 
 torch.set_num_threads(1)

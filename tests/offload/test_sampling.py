@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from moe_local.cache.errors import MoeLocalError, OptionError
+from moe_local.offload.batch import generate_ids
 from moe_local.offload.engine import Engine
 from moe_local.offload.kv_slab import make_kv
 from moe_local.offload.sampling import (
     DEFAULT_MAX_NEW_TOKENS,
-    generate_ids,
     imply_sampling,
     make_settings,
     needs_hf_generate,

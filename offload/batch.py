@@ -1,0 +1,147 @@
+"""transformers' generate over our engine: tensors of prompts in, the same tensor out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from collections.abc import Sequence as Ids
+from typing import Any
+
+import torch
+
+from moe_local.cache.errors import MoeLocalError, OptionError
+from moe_local.offload import interrupt
+from moe_local.offload.engine import Engine, Sequence
+from moe_local.offload.sampling import (
+    Settings,
+    generation_config,
+    input_device,
+    make_settings,
+    needs_hf_generate,
+    option_error,
+    with_default_length,
+)
+
+
+def generate_ids(
+    engine: Engine,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    tokenizer: Any = None,
+    seed: int | None = None,
+    **options: Any,
+) -> Any:
+    """transformers' generate: ids [B, n] in, [B * num_return_sequences, n + new] out, padded behind the end.
+
+    Without a mask it is guessed from the pad token as transformers does. Row i of the result draws from a
+    generator seeded with `seed + i`, without a seed from torch's global one. What our loop does not do, masks
+    with holes or padding on the right included, transformers' own generate does over the same model; its
+    result is returned as it is. Raises OptionError; MoeLocalError while other sequences are in the engine.
+    """
+    hf = engine.hf
+    _check_tensors(input_ids, attention_mask)
+    if needs_hf_generate(hf, options):
+        return _hand_over(hf, input_ids, attention_mask, tokenizer, seed, options)
+    width, masked = input_ids.shape[1], attention_mask is not None
+    config = generation_config(hf, options, width=width, rows=len(input_ids), masked=masked)
+    if attention_mask is None:
+        attention_mask = hf._prepare_attention_mask_for_generation(input_ids.to(input_device(hf)), config, {})
+    paddings = _left_padding(attention_mask)
+    if paddings is None or (config.stop_strings is not None and config._eos_token_tensor is None):
+        return _hand_over(hf, input_ids, attention_mask, tokenizer, seed, options)
+    copies = config.num_return_sequences or 1
+    prompts = [
+        row[pad:] for row, pad in zip(input_ids.tolist(), paddings, strict=True) for _ in range(copies)
+    ]
+    settings = [
+        make_settings(
+            hf,
+            prompt,
+            tokenizer=tokenizer,
+            seed=None if seed is None else seed + index,
+            padding=width - len(prompt),
+            **options,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    news = run_all(engine, prompts, settings)
+    return _assemble(input_ids.repeat_interleave(copies, dim=0), news, settings[0].pad_id or 0)
+
+
+def _check_tensors(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    if input_ids.dim() != 2 or input_ids.is_floating_point() or not input_ids.numel():
+        raise OptionError(
+            f"input ids are {input_ids.dtype} of shape {list(input_ids.shape)}; "
+            "they must be integers of shape [sequences, tokens], at least one of each"
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise OptionError(
+            f"attention_mask has shape {list(attention_mask.shape)}, the input ids {list(input_ids.shape)}; "
+            "they must be the same"
+        )
+
+
+def _left_padding(mask: torch.Tensor) -> list[int] | None:
+    """Masked tokens before each row, or None if a row is masked anywhere else or everywhere."""
+    visible = mask != 0
+    if not bool(visible[:, -1].all()) or bool((visible[:, :-1] & ~visible[:, 1:]).any()):
+        return None
+    paddings: list[int] = (~visible).sum(dim=1).tolist()
+    return paddings
+
+
+def _hand_over(
+    hf: Any,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    tokenizer: Any,
+    seed: int | None,
+    options: Mapping[str, Any],
+) -> Any:
+    """transformers' own generate; Ctrl-C waits for the safe points of the experts here, too."""
+    device = input_device(hf)
+    devices = [device] if device.type == "cuda" else []
+    with interrupt.deferred(), torch.random.fork_rng(devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            result = hf.generate(
+                input_ids.to(device),
+                attention_mask=None if mask is None else mask.to(device),
+                tokenizer=tokenizer,
+                **with_default_length(hf, options),
+            )
+        except ValueError as error:
+            raise option_error(error) from error
+    return result.to(input_ids.device) if isinstance(result, torch.Tensor) else result
+
+
+def run_all(engine: Engine, prompts: Ids[Ids[int]], settings: Ids[Settings]) -> list[list[int]]:
+    """The new tokens of every prompt, as many at a time as the engine has rows. Leaves the engine empty."""
+    if engine.active:
+        raise MoeLocalError(
+            f"{len(engine.active)} sequences are being generated; finish or close their streams first"
+        )
+    waiting = deque(enumerate(zip(prompts, settings, strict=True)))
+    running: dict[Sequence, int] = {}
+    news: list[list[int]] = [[] for _ in prompts]
+    try:
+        while waiting or running:
+            while waiting and engine.free_rows:
+                index, (prompt, setting) = waiting.popleft()
+                running[engine.join(prompt, setting)] = index
+            for step in engine.step():
+                if step.finish_reason is not None:
+                    news[running.pop(step.sequence)] = step.sequence.new_ids
+                    engine.leave(step.sequence)
+    finally:
+        for sequence in running:
+            engine.leave(sequence)
+    return news
+
+
+def _assemble(input_ids: torch.Tensor, news: list[list[int]], pad: int) -> torch.Tensor:
+    length = max(len(new) for new in news)
+    padded = torch.tensor([new + [pad] * (length - len(new)) for new in news], device=input_ids.device)
+    return torch.cat([input_ids, padded.to(input_ids.dtype)], dim=1)

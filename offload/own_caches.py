@@ -1,0 +1,80 @@
+"""A cache object a sequence, for models that keep more than keys and values of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+WHOLE_PROMPT_ONLY = frozenset({"jamba"})
+"""Model types whose scan forgets its state when it gets several tokens after it (transformers 5.23)."""
+
+
+class OwnCaches:
+    """The null twin of the slab, for layers it does not know: each sequence has a DynamicCache of its own.
+
+    Memory grows with the tokens. A failed forward leaves such a cache half written, so `abort` drops it and
+    the sequence is computed again from its ids; nothing can be cut off, as a state cannot be rolled back.
+    """
+
+    def __init__(self, config: Any, rows: int, capacity: int) -> None:
+        self._config = config.get_text_config(decoder=True)
+        self._whole_prompt_only = self._config.model_type in WHOLE_PROMPT_ONLY
+        self.rows = rows
+        self.capacity = capacity
+        self.lens: list[int] = []
+        self._caches: list[Any] = []
+
+    def _fresh(self) -> Any:
+        return DynamicCache(config=self._config)
+
+    def join(self) -> int:
+        assert len(self.lens) < self.rows, f"all {self.rows} rows are taken"
+        self.lens.append(0)
+        self._caches.append(self._fresh())
+        return len(self.lens) - 1
+
+    def leave(self, row: int) -> None:
+        length, cache = self.lens.pop(), self._caches.pop()
+        if row < len(self.lens):
+            self.lens[row], self._caches[row] = length, cache
+
+    def row(self, row: int) -> Any:
+        return self._caches[row]
+
+    def advance(self, row: int, tokens: int) -> None:
+        assert self.lens[row] + tokens <= self.capacity, f"row {row} is full"
+        self.lens[row] += tokens
+
+    def abort(self, row: int) -> None:
+        self.lens[row], self._caches[row] = 0, self._fresh()
+
+    def chunk(self, row: int, todo: int, wanted: int) -> int:
+        if self._whole_prompt_only:
+            return todo if self.lens[row] == 0 else 1
+        return min(todo, wanted)
+
+    def can_shorten(self, row: int, length: int) -> bool:
+        return length == 0 or (length == self.lens[row] and not self._whole_prompt_only)
+
+    def shorten(self, row: int, length: int) -> None:
+        assert self.can_shorten(row, length), f"row {row} has {self.lens[row]} tokens, not {length}"
+        if length == 0:
+            self.abort(row)
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (tensor for cache in self._caches for layer in cache.layers for tensor in _held(layer))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def check_integrity(self) -> None:
+        assert len(self.lens) == len(self._caches) <= self.rows
+        assert all(0 <= length <= self.capacity for length in self.lens), self.lens
+
+
+def _held(layer: Any) -> Iterator[torch.Tensor]:
+    for value in vars(layer).values():
+        parts = value.values() if isinstance(value, dict) else (value,)
+        yield from (part for part in parts if isinstance(part, torch.Tensor))
