@@ -14,7 +14,7 @@ from moe_local.offload.shards import Shards, StoredTensor
 from moe_local.offload.spec import ModelSpec, MoELayer
 
 if TYPE_CHECKING:
-    from transformers.core_model_loading import WeightConverter
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 
 @dataclass(slots=True)
@@ -88,9 +88,14 @@ class ExpertSources:
         if source.converter is None:
             (packed,) = parts.values()
             return packed[0]
-        # As a list of one, an expert's own tensor is stacked to [1, ...] by the converter itself.
-        converted: Any = {pattern: [part] if source.row is None else part for pattern, part in parts.items()}
-        for operation in source.converter.operations:
+        operations = list(source.converter.operations)
+        converted: Any = dict(parts)
+        if source.row is None:
+            # Stacking one expert's tensor is giving it the dimension of experts; done here without a copy.
+            if type(operations[0]).__name__ != "MergeModulelist" or operations.pop(0).dim != 0:
+                raise CheckpointError(f"{name} is stored in a way that cannot be read one expert at a time")
+            converted = {pattern: part.unsqueeze(0) for pattern, part in parts.items()}
+        for operation in operations:
             converted = operation.convert(
                 converted,
                 source_patterns=source.converter.source_patterns,
@@ -161,12 +166,7 @@ class _OneExpert:
 
 def _matches(model: Any, state: dict[str, torch.Tensor], tensors: Iterable[StoredTensor]) -> Iterator[_Match]:
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        apply_renamings,
-        rename_source_key,
-    )
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -179,12 +179,14 @@ def _matches(model: Any, state: dict[str, torch.Tensor], tensors: Iterable[Store
             parameter, pattern = rename_source_key(tensor.key, [], [], prefix, state)
         expert = None
         if pattern is not None and "*" in pattern:
-            expert = _expert_number(pattern, apply_renamings(tensor.key, renamings))
+            expert = _expert_number(pattern, tensor.key, renamings)
         yield _Match(tensor, parameter, pattern, by_pattern[pattern] if pattern else None, expert)
 
 
-def _expert_number(pattern: str, key: str) -> int | None:
-    """The number where `pattern` has its star."""
+def _expert_number(pattern: str, key: str, renamings: Iterable[WeightRenaming]) -> int | None:
+    """The number where `pattern` has its star; patterns speak of keys as the renamings leave them."""
+    for renaming in renamings:
+        key, _ = renaming.rename_source_key(key)
     found = re.search(pattern.replace("*.", r"(\d+)\."), key)
     return int(found[1]) if found else None
 

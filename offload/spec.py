@@ -103,9 +103,27 @@ def model_class(config: Any) -> type[Any]:
 
 
 def meta_model(config: Any) -> Any:
-    """The model with all its parameters on the meta device: shapes and names, no memory."""
-    with torch.device("meta"):
-        return model_class(config)._from_config(config)
+    """The model with all its parameters on the meta device: shapes and names, no memory.
+
+    Raises CheckpointError if transformers cannot build it: sizes that contradict each other, for example.
+    """
+    kind = model_class(config)
+    try:
+        with torch.device("meta"):
+            return kind._from_config(config)
+    except (
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"transformers cannot build {kind.__name__} from the config: {reason}"
+        ) from error
 
 
 def model_spec(config: Any, model: Any = None) -> ModelSpec:

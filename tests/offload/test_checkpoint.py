@@ -215,6 +215,12 @@ class TestBadFolders:
             Checkpoint.open(copy)
         assert_one_line(error)
 
+    def test_sizes_that_contradict_each_other(self, copy: Path) -> None:
+        edit_json(copy / "config.json", lambda fields: fields.update(num_attention_heads=0, head_dim=None))
+        with pytest.raises(CheckpointError, match=r"cannot build|not a valid mixtral config") as error:
+            Checkpoint.open(copy)
+        assert_one_line(error)
+
     def test_unknown_model_type(self, copy: Path) -> None:
         edit_json(copy / "config.json", lambda fields: fields.update(model_type="mixtral9"))
         with pytest.raises(CheckpointError, match=r"'mixtral9' is unknown.*pip install -U transformers"):
