@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Generator
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
 
+from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.interrupt import check as check_interrupt
+from moe_local.offload.interrupt import deferred
 from moe_local.offload.kernels.expert import expert_forward
 from moe_local.offload.prefetch import Prefetcher
-from moe_local.offload.store import ExpertStore
+from moe_local.offload.store import ExpertStore, Lease
+
+Groups = Generator[list[Lease], None, None]
 
 _TAKEN_OVER = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "config")
 
@@ -39,10 +45,15 @@ class OffloadedExperts(nn.Module):
         self._apply_gate = types.MethodType(gate, self)
         self._is_hf_initialized = True
         self._runner: ExpertRunner | None = None
+        self._retired: str | None = None
 
-    def attach(self, runner: ExpertRunner | None) -> None:
-        """Serve forwards through `runner` from now on; None: answer zeros."""
+    def attach(self, runner: ExpertRunner) -> None:
+        """Serve forwards through `runner` from now on."""
         self._runner = runner
+
+    def retire(self, reason: str) -> None:
+        """Refuse all forwards from now on with MoeLocalError(reason): the weights are gone."""
+        self._runner, self._retired = None, reason
 
     def activate(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, 2F] -> [T, F] with a gate, [T, F] -> [T, F] without."""
@@ -55,10 +66,13 @@ class OffloadedExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """hidden_states [T, D], top_k_index [T, K] int64, top_k_weights [T, K] -> [T, D] in hidden's dtype."""
+        """hidden_states [T, D], index [T, K] int64, weights [T, K] -> [T, D] in hidden's dtype."""
+        if self._retired is not None:
+            raise MoeLocalError(self._retired)
         if self._runner is None:
             return torch.zeros_like(hidden_states)
-        return self._runner.run(self, hidden_states, top_k_index, top_k_weights)
+        with deferred():  # the engine holds Ctrl-C back itself, a plain call of the model does not
+            return self._runner.run(self, hidden_states, top_k_index, top_k_weights)
 
 
 class ExpertRunner:
@@ -77,34 +91,58 @@ class ExpertRunner:
     ) -> torch.Tensor:
         """As OffloadedExperts.forward. Raises KeyboardInterrupt if a deferred Ctrl-C is pending."""
         check_interrupt()
-        layer, (tokens, top_k) = experts.index, index.shape
+        layer, tokens = experts.index, index.shape[0]
         guesses = self.prefetcher.predict(layer)
         ids, guessed = _to_host(index, [guess.ranked for guess in guesses])
-        self.store.routed.count_all(layer, ids)
-
-        def prefetch() -> None:
-            self.prefetcher.request(guesses, guessed)
-
-        outputs = hidden.new_empty(tokens * top_k, hidden.shape[1])
-        groups = self.store.serve(layer, list(dict.fromkeys(ids)), prefetch)
+        groups = self.store.serve(
+            layer, list(dict.fromkeys(ids)), lambda: self.prefetcher.request(guesses, guessed)
+        )
+        outputs = hidden.new_empty(len(ids), hidden.shape[1])
         try:
             if tokens == 1:
-                rows = {expert: rank for rank, expert in enumerate(ids)}
-                for group in groups:
-                    for lease in group:
-                        outputs[rows[lease.expert]] = expert_forward(experts, hidden, lease.buffer, lease.layout)[0]
+                self._one_token(experts, hidden, ids, groups, outputs)
             else:
-                order, bounds = _by_expert(index, experts.num_experts)
-                for group in groups:
-                    for lease in group:
-                        rows_of = order[bounds[lease.expert] : bounds[lease.expert + 1]]
-                        x = hidden.index_select(0, torch.div(rows_of, top_k, rounding_mode="floor"))
-                        y = expert_forward(experts, x, lease.buffer, lease.layout)
-                        outputs.index_copy_(0, rows_of, y)
+                self._many_tokens(experts, hidden, ids, groups, outputs)
         finally:
             groups.close()
-        weighted = outputs.view(tokens, top_k, -1) * weights.unsqueeze(-1)
+        weighted = outputs.view(*index.shape, -1) * weights.unsqueeze(-1)
         return weighted.sum(dim=1).to(hidden.dtype)
+
+    def _one_token(
+        self,
+        experts: OffloadedExperts,
+        hidden: torch.Tensor,
+        ids: list[int],
+        groups: Groups,
+        outputs: torch.Tensor,
+    ) -> None:
+        """Fill outputs [K, D] for hidden [1, D]."""
+        self.store.routed.count_all(experts.index, ids)
+        place = {expert: rank for rank, expert in enumerate(ids)}
+        for group in groups:
+            for lease in group:
+                outputs[place[lease.expert]] = expert_forward(experts, hidden, lease.buffer, lease.layout)[0]
+
+    def _many_tokens(
+        self,
+        experts: OffloadedExperts,
+        hidden: torch.Tensor,
+        ids: list[int],
+        groups: Groups,
+        outputs: torch.Tensor,
+    ) -> None:
+        """Fill outputs [T * K, D] for hidden [T, D]. Sorted on the host, which has the ids already."""
+        flat = torch.tensor(ids)
+        counts = torch.bincount(flat, minlength=experts.num_experts).tolist()
+        self.store.routed.add(experts.index, counts)
+        ends = list(accumulate(counts))
+        places = flat.argsort(stable=True).to(hidden.device)  # expert e's are the counts[e] before ends[e]
+        rows = places.div(len(ids) // hidden.shape[0], rounding_mode="floor")
+        for group in groups:
+            for lease in group:
+                mine = slice(ends[lease.expert] - counts[lease.expert], ends[lease.expert])
+                x = hidden.index_select(0, rows[mine])
+                outputs.index_copy_(0, places[mine], expert_forward(experts, x, lease.buffer, lease.layout))
 
 
 def _to_host(index: torch.Tensor, guesses: list[torch.Tensor]) -> tuple[list[int], list[list[int]]]:
@@ -117,13 +155,3 @@ def _to_host(index: torch.Tensor, guesses: list[torch.Tensor]) -> tuple[list[int
         lists.append(flat[start : start + guess.numel()])
         start += guess.numel()
     return flat[: index.numel()], lists
-
-
-def _by_expert(index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, list[int]]:
-    """Places in index.flatten() sorted by expert, and where each expert's begin: expert e has
-    order[bounds[e] : bounds[e + 1]]. Stable, so tokens keep their order within an expert."""
-    flat = index.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=num_experts).cpu()
-    bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).tolist()
-    return order, bounds
