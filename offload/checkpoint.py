@@ -12,6 +12,7 @@ import xxhash
 
 from moe_local.cache.errors import CheckpointError, ModelNotFoundError
 from moe_local.offload.expert_sources import ExpertSources
+from moe_local.offload.registry import DEMO, find_alias, hub_id, short_name
 from moe_local.offload.shards import Shards
 from moe_local.offload.spec import ModelSpec, MoELayer, meta_model, model_spec
 
@@ -27,7 +28,7 @@ class Checkpoint:
     ):
         self.folder = folder
         self.name = name
-        """What the user called it: an alias, a Hub id, or the folder's name."""
+        """One name however the user called it: an alias, a Hub id, or the folder's name."""
         self.config = config
         """transformers' config object."""
         self.spec = spec
@@ -38,18 +39,23 @@ class Checkpoint:
     def open(cls, folder: Path, name: str | None = None) -> Checkpoint:
         """Read the config and all shard headers, and find every expert; reads no weights.
 
-        `name` is what the user called the model, for messages. Raises ModelNotFoundError if there is no such
+        `name` is what the user called the model. Raises ModelNotFoundError if there is no such
         folder, and CheckpointError if the checkpoint is incomplete, damaged, pickled, needs code of its own,
         or has no routed experts.
         """
         folder = Path(folder)
-        remedy = f"get it again: moe-local pull {name}" if name else "get the checkpoint again"
+        name = short_name(name or str(folder))
+        remedy = "get the checkpoint again"
+        if name == DEMO:
+            remedy = "install moe-local again"
+        elif find_alias(name) or hub_id(name):
+            remedy = f"get it again: moe-local pull {name}"
         config = read_config(folder)
         shards = Shards.open(folder, remedy)
         model = meta_model(config)
         spec = model_spec(config, model)
         sources = ExpertSources.find(model, spec, shards)
-        return cls(folder, name or folder.name, config, spec, shards, sources)
+        return cls(folder, name, config, spec, shards, sources)
 
     def read_expert(self, layer: MoELayer, expert: int) -> dict[str, torch.Tensor]:
         """The weights of one expert, names and shapes as `layer.tensors`, matrices [out, in] and contiguous.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 from moe_local.cache.errors import CheckpointError, ModelNotFoundError, MoeLocalError
 from moe_local.offload.files import CONFIG, INDEX, SINGLE, first_pickle, read_index
 from moe_local.offload.hub_download import HubFile, download_blobs, network_error, require_space
-from moe_local.offload.registry import DEMO, demo_folder, find_alias, not_found
+from moe_local.offload.registry import DEMO, demo_folder, find_alias, hub_id, not_found, short_name
 
 SMALL_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 """Config, tokenizer and chat template files of a repository's top level."""
@@ -94,9 +93,9 @@ def locate(model: str | Path) -> Path | HubModel:
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return folder
-    repo_id = _repo_id(name)
+    repo_id = hub_id(name)
     if repo_id is not None:
-        return HubModel(repo_id, repo_id)
+        return HubModel(repo_id, short_name(repo_id))
     raise not_found(name, "no alias, Hub id (org/name) or folder")
 
 
@@ -111,13 +110,6 @@ def cached_folder(repo_id: str) -> Path | None:
     if not (folder / INDEX).is_file():
         return None
     return folder if all((folder / name).is_file() for name in _shards(folder / INDEX)) else None
-
-
-def _repo_id(name: str) -> str | None:
-    """org/name from a Hub id or the address of a model page."""
-    name = re.sub(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/", "", name)
-    name = re.sub(r"/(tree|blob)/main/?.*$", "", name).rstrip("/")
-    return name if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) else None
 
 
 def _cached_file(repo_id: str, name: str) -> Path | None:

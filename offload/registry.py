@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,29 @@ ALIASES: dict[str, ModelAlias] = {
 def find_alias(name: str) -> ModelAlias | None:
     """The alias called `name`, in any case."""
     return ALIASES.get(name.strip().lower())
+
+
+def hub_id(name: str) -> str | None:
+    """org/name from a Hub id or the address of a model page; None if it is neither."""
+    name = re.sub(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/", "", name.strip())
+    name = re.sub(r"/(tree|blob)/main/?.*$", "", name).rstrip("/")
+    return name if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) else None
+
+
+def short_name(name: str) -> str:
+    """One name for a model however it was called: its alias, else its Hub id, else its folder's name.
+
+    So that mixtral-8x7b, Mixtral-8x7B and mistralai/Mixtral-8x7B-Instruct-v0.1 share one conversion.
+    """
+    name = name.strip()
+    alias = find_alias(name)
+    if alias is not None or name.lower() == DEMO:
+        return alias.alias if alias is not None else DEMO
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve().name
+    repo_id = hub_id(name) or name
+    return next((e.alias for e in ALIASES.values() if e.repo_id.lower() == repo_id.lower()), repo_id)
 
 
 def demo_folder() -> Path:

@@ -95,6 +95,21 @@ def test_packed_and_single_experts_are_both_met(make_checkpoint: MakeCheckpoint)
     assert "model.layers.0.block_sparse_moe.experts.7.w1.weight" in single
 
 
+@pytest.mark.parametrize(
+    ("called", "name"),
+    [
+        (None, "mixtral"),
+        ("Mixtral-8x7B", "mixtral-8x7b"),
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral-8x7b"),
+        ("https://huggingface.co/org/model", "org/model"),
+        ("Demo", "demo"),
+    ],
+)
+def test_one_name_however_it_was_called(copy: Path, called: str | None, name: str) -> None:
+    assert Checkpoint.open(copy, called).name == name
+    assert Checkpoint.open(copy, str(copy)).name == "mixtral"
+
+
 def test_published_mixtral_layout(mixtral_19: Path) -> None:
     checkpoint = Checkpoint.open(mixtral_19)
     assert len(checkpoint.shards.sizes) == 19
@@ -263,9 +278,9 @@ class TestBadFolders:
         names = sorted(path.name for path in sharded.glob("*.safetensors"))
         (sharded / names[1]).unlink()
         with pytest.raises(
-            CheckpointError, match=rf"{names[1]} of {len(names)}.*moe-local pull some-name"
+            CheckpointError, match=rf"{names[1]} of {len(names)}.*moe-local pull org/name"
         ) as error:
-            Checkpoint.open(sharded, "some-name")
+            Checkpoint.open(sharded, "org/name")
         assert_one_line(error)
 
     def test_two_missing_shards(self, sharded: Path) -> None:

@@ -48,16 +48,19 @@ class TestLocate:
     @pytest.mark.parametrize(
         "name",
         [
-            "Qwen/Qwen3-30B-A3B",
-            "hf.co/Qwen/Qwen3-30B-A3B",
-            "https://huggingface.co/Qwen/Qwen3-30B-A3B",
-            "https://huggingface.co/Qwen/Qwen3-30B-A3B/",
-            "https://huggingface.co/Qwen/Qwen3-30B-A3B/tree/main",
-            " Qwen/Qwen3-30B-A3B ",
+            "org/model-1.5B",
+            "hf.co/org/model-1.5B",
+            "https://huggingface.co/org/model-1.5B",
+            "https://huggingface.co/org/model-1.5B/",
+            "https://huggingface.co/org/model-1.5B/tree/main",
+            " org/model-1.5B ",
         ],
     )
     def test_hub_ids(self, name: str) -> None:
-        assert locate(name) == HubModel("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-30B-A3B")
+        assert locate(name) == HubModel("org/model-1.5B", "org/model-1.5B")
+
+    def test_hub_id_of_an_alias_is_called_by_it(self) -> None:
+        assert locate(f"hf.co/{MIXTRAL}") == HubModel(MIXTRAL, "mixtral-8x7b")
 
     def test_folder(self, tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert locate(tiny_mixtral) == tiny_mixtral
@@ -288,6 +291,9 @@ class TestConfigOf:
     def test_alias_without_network(self, hub: Any) -> None:
         assert config_of("Mixtral-8x7B").hidden_size == 4096
         assert not hub.requests
+
+    def test_hub_id_of_an_alias_is_called_by_it(self) -> None:
+        assert locate(f"hf.co/{MIXTRAL}") == HubModel(MIXTRAL, "mixtral-8x7b")
 
     def test_folder(self, tiny_mixtral: Path) -> None:
         assert config_of(tiny_mixtral).hidden_size == 64
