@@ -25,6 +25,7 @@ from moe_local.cache.errors import OptionError
 
 DEFAULTS = GenerationConfig()
 DEFAULT_MAX_NEW_TOKENS = 512
+LIMITS = frozenset({"max_new_tokens", "max_length"})
 SAMPLING_OPTIONS = frozenset({"temperature", "top_k", "top_p", "min_p", "typical_p"})
 FLOAT_OPTIONS = SAMPLING_OPTIONS - {"top_k"} | {"repetition_penalty", "encoder_repetition_penalty"}
 OWN_OPTIONS = frozenset({"seed", "tokenizer", "generation_config", "attention_mask"})
@@ -96,6 +97,13 @@ def check_options(hf: Any, options: Mapping[str, Any]) -> None:
             raise OptionError(f"{name} is {value!r}; it must be a number, {limit}")
 
 
+def check_seed(seed: object) -> None:
+    """Raises OptionError for a seed that torch's generators do not take."""
+    if seed is None or (isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63):
+        return
+    raise OptionError(f"seed is {seed!r}; it must be an integer below 2**63")
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -116,9 +124,13 @@ def imply_sampling(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_default_length(hf: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, with DEFAULT_MAX_NEW_TOKENS where neither they nor the checkpoint limit the length."""
-    if _given(hf, options, "max_new_tokens") or _given(hf, options, "max_length"):
-        return dict(options)
+    """The options, with DEFAULT_MAX_NEW_TOKENS where neither they nor the checkpoint limit the length.
+
+    A limit of None counts as not given; transformers would take its own 20 for it.
+    """
+    options = {name: value for name, value in options.items() if value is not None or name not in LIMITS}
+    if any(_given(hf, options, name) for name in LIMITS):
+        return options
     return {**options, "max_new_tokens": DEFAULT_MAX_NEW_TOKENS}
 
 
@@ -179,6 +191,7 @@ def make_settings(
     `tokenizer` is needed for stop_strings only. Raises OptionError for unknown options and bad values.
     """
     check_options(hf, options)
+    check_seed(seed)
     width = len(prompt_ids) + padding
     config = generation_config(hf, options, width=width, rows=1, masked=True)
     max_new_tokens = _check_length(config, width)
