@@ -14,6 +14,7 @@ from moe_local.offload import interrupt
 from moe_local.offload.engine import Engine, Sequence
 from moe_local.offload.sampling import (
     Settings,
+    check_seed,
     generation_config,
     input_device,
     make_settings,
@@ -41,6 +42,8 @@ def generate_ids(
     """
     hf = engine.hf
     _check_tensors(input_ids, attention_mask)
+    engine.check_ids(input_ids.flatten().tolist())
+    check_seed(seed)
     if needs_hf_generate(hf, options):
         return _hand_over(hf, input_ids, attention_mask, tokenizer, seed, options)
     width, masked = input_ids.shape[1], attention_mask is not None

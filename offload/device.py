@@ -122,24 +122,25 @@ class HostMemory:
         self.pinned_bytes = 0
         self._registered: list[int] = []
         try:
-            self._map = mmap.mmap(-1, self.nbytes)
+            mapping = mmap.mmap(-1, self.nbytes)
         except OSError as error:
             raise DoesNotFitError(
                 f"the system refused {format_bytes(nbytes)} of memory for expert slots; set a smaller --ram"
             ) from error
-        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.tensor = torch.frombuffer(mapping, dtype=torch.uint8)
         if pin:
             self._pin()
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Bytes [offset, offset + nbytes) for `os.preadv` and the like; valid until `close`."""
-        return memoryview(self._map)[offset : offset + nbytes]
+        return memoryview(self.tensor.numpy())[offset : offset + nbytes]
 
     def close(self) -> None:
-        """Unpin. The memory itself goes when the last view of it does. Idempotent."""
+        """Unpin and let go; the system has the memory back once the last view of it is gone. Idempotent."""
         for pointer in self._registered:
             torch.cuda.cudart().cudaHostUnregister(pointer)
         self._registered.clear()
+        self.tensor = torch.empty(0, dtype=torch.uint8)
 
     def _pin(self) -> None:
         base = self.tensor.data_ptr()

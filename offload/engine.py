@@ -87,6 +87,8 @@ class Engine:
         self._forward_options: dict[str, Any] = {"use_cache": True}
         if "logits_to_keep" in inspect.signature(hf.forward).parameters:
             self._forward_options["logits_to_keep"] = 1
+        self.tokens = 0
+        """New tokens so far, of all sequences."""
         self._members: list[Sequence] = []
         """By row, the parked one included."""
         self._parked: Sequence | None = None
@@ -136,6 +138,10 @@ class Engine:
                 f"the prompt has {len(ids)} tokens, the context holds {self.kv.capacity}; "
                 "shorten it or raise --context"
             )
+        self.check_ids(ids)
+
+    def check_ids(self, ids: Ids[int]) -> None:
+        """Raises OptionError for an id beyond the vocabulary; `ids` are not empty."""
         if not 0 <= min(ids) <= max(ids) < self.vocab_size:
             bad = next(token for token in ids if not 0 <= token < self.vocab_size)
             raise OptionError(
@@ -266,6 +272,7 @@ class Engine:
             self.kv.advance(sequence.row, len(item.ids))
             if token is not None:
                 sequence.ids.append(token)
+                self.tokens += 1
                 sequence.finish_reason = self._finish_reason(sequence, token)
                 steps.append(Step(sequence, token, sequence.finish_reason))
         return steps

@@ -58,9 +58,11 @@ def deferred() -> Iterator[None]:
     ):
         yield
         return
-    _deferral.active, _deferral.presses = True, 0
-    signal.signal(signal.SIGINT, _deferral.handle)
+    _deferral.presses = 0
     try:
+        # inside the try: a Ctrl-C between any two of these lines must find its way to `finally`
+        signal.signal(signal.SIGINT, _deferral.handle)
+        _deferral.active = True
         yield
     finally:
         _deferral.active = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+
 import torch
 
 from moe_local.offload import bandwidth
@@ -14,8 +15,8 @@ from moe_local.offload.convert import convert_experts, expert_file_folder, moe_l
 from moe_local.offload.device import CudaDevice, Device
 from moe_local.offload.discover import Probe
 from moe_local.offload.engine import Engine
-from moe_local.offload.experts import ExpertRunner, OffloadedExperts
 from moe_local.offload.expert_file import ExpertFile
+from moe_local.offload.experts import ExpertRunner, OffloadedExperts
 from moe_local.offload.fit import plan_load
 from moe_local.offload.hub import config_of, resolve
 from moe_local.offload.kv_slab import make_kv, probe_cache
@@ -187,4 +188,3 @@ def _fill(store: ExpertStore, plan: Plan, progress: Progress | None) -> None:
         store.below.preload(report)
     elif plan.mode == "resident":
         store.tier.preload(report)
-

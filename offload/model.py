@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
-from moe_local.cache.errors import MoeLocalError
+from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cache.stats import Stats
+from moe_local.offload import interrupt
 from moe_local.offload.batch import generate_ids
 from moe_local.offload.engine import Engine
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.prefetch import Prefetcher
 from moe_local.offload.records import Output
-from moe_local.offload.sampling import imply_sampling, make_settings
+from moe_local.offload.sampling import imply_sampling, make_settings, needs_hf_generate
 from moe_local.offload.store import ExpertStore
 from moe_local.offload.stream import TokenStream
 from moe_local.offload.text import Detokenizer, Prompt, encode_prompt
@@ -56,7 +59,9 @@ class Model:
         self._prefetcher = prefetcher
         self._expert_folder = expert_folder
         self._turn = Turn()
+        self._streams: weakref.WeakSet[TokenStream] = weakref.WeakSet()
         self._closed = False
+        self._closed_message = f"the model {name} is closed; load() it again"
 
     @property
     def hf(self) -> Any:
@@ -80,19 +85,21 @@ class Model:
         messages, or token ids. `stop` ends the answer after any of these strings, `seed` makes sampling
         repeatable; `options` are transformers' generation options, and temperature, top_p and the like ask
         for sampling. Defaults are the checkpoint's generation_config and 512 new tokens. Raises OptionError
-        for options and prompts that cannot be served; nothing is computed before the first token is asked for.
+        for options and prompts that cannot be served. Computes nothing before a token is asked for.
         """
         self._check_open()
         ids = encode_prompt(self.tokenizer, prompt, template=template)
         if stop is not None:
-            options["stop_strings"] = stop
+            options["stop_strings"] = _stop_strings(stop)
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
-        settings = make_settings(
-            self._hf, ids, tokenizer=self.tokenizer, seed=seed, **imply_sampling(options)
-        )
+        options = imply_sampling(options)
+        self._refuse_beyond_loop(options)
+        settings = make_settings(self._hf, ids, tokenizer=self.tokenizer, seed=seed, **options)
         detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer)
-        return TokenStream(self._engine, self._store, self._turn, ids, settings, detokenizer)
+        stream = TokenStream(self._engine, self._store, self._turn, ids, settings, detokenizer)
+        self._streams.add(stream)
+        return stream
 
     @overload
     def generate(self, prompt: torch.Tensor, **options: Any) -> torch.Tensor: ...
@@ -110,13 +117,15 @@ class Model:
             return self.stream(prompt, **options).output()
         self._check_open()
         options.setdefault("tokenizer", self.tokenizer)
-        self._turn.begin()
-        try:
-            ids: torch.Tensor = generate_ids(self._engine, prompt, **options)
-            self._store.tokens += ids.numel() - prompt.numel() if isinstance(ids, torch.Tensor) else 0
-            return ids
-        finally:
-            self._turn.end()
+        with interrupt.deferred():
+            self._turn.begin()
+            try:
+                before = self._engine.tokens
+                ids: torch.Tensor = generate_ids(self._engine, prompt, **options)
+                self._store.tokens += self._engine.tokens - before or _new_tokens(prompt, ids)
+                return ids
+            finally:
+                self._turn.end()
 
     def stats(self) -> Stats:
         """Counts since load."""
@@ -124,25 +133,37 @@ class Model:
         return self._store.snapshot()
 
     def close(self) -> None:
-        """Free all memory, threads and files. Idempotent; the model answers no more."""
-        if self._closed:
-            return
-        self._closed = True
-        self._turn.begin()
-        try:
-            add_usage(self._expert_folder, self._store.routed.snapshot())
-            self._prefetcher.close()
-            for module in self._hf.modules():
-                if isinstance(module, OffloadedExperts):
-                    module.attach(None)
-            self._store.close()
-            self._hf = None
-            del self._engine  # holds the model and the key-value memory
-        finally:
-            self._turn.end()
+        """Free all memory, threads and files; the model answers no more. Idempotent.
+
+        Waits for an answer in another thread; a stream of this one is closed half-way.
+        """
+        with interrupt.deferred():
+            if self._turn.mine:
+                for stream in list(self._streams):
+                    stream.close()
+            if self._closed:
+                return
+            self._turn.begin()
+            try:
+                self._closed = True
+                self._turn.retire(self._closed_message)
+                self._free()
+            finally:
+                self._turn.end()
+
+    def _free(self) -> None:
+        add_usage(self._expert_folder, self._store.routed.snapshot())
+        self._prefetcher.close()
+        for module in self._hf.modules():
+            if isinstance(module, OffloadedExperts):
+                module.retire(self._closed_message)
+        self._store.close()
+        # What these hold is gone with them, whoever keeps the model itself.
+        del self._hf, self._engine, self._store, self._prefetcher
 
     def check_integrity(self) -> None:
         """Raise if the bookkeeping of engine, store and cache contradicts itself."""
+        self._check_open()
         self._engine.check_integrity()
         self._store.check_integrity()
 
@@ -157,4 +178,32 @@ class Model:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise MoeLocalError(f"the model {self.name} is closed; load() it again")
+            raise MoeLocalError(self._closed_message)
+
+    def _refuse_beyond_loop(self, options: Mapping[str, Any]) -> None:
+        """Raise OptionError for what only transformers' own generate can do, which takes ids."""
+        names = [name for name in options if name in ("tokenizer", "attention_mask")]
+        if options.get("num_return_sequences") not in (None, 1):
+            names.append("num_return_sequences")
+        if not names and needs_hf_generate(self._hf, options):
+            names = [name for name in options if needs_hf_generate(self._hf, {name: options[name]})]
+            names = names or ["generation_config"]
+        if names:
+            raise OptionError(
+                f"{', '.join(names)} cannot be used with text and streams; for transformers' own generate "
+                "give the prompt as a tensor: model.generate(torch.tensor([ids]), ...)"
+            )
+
+
+def _new_tokens(prompt: torch.Tensor, result: Any) -> int:
+    """Tokens that transformers' own generate added, those behind an end included."""
+    ids = result if isinstance(result, torch.Tensor) else result.sequences
+    return int(ids.shape[0] * (ids.shape[1] - prompt.shape[1]))
+
+
+def _stop_strings(stop: str | Iterable[str]) -> list[str] | None:
+    strings = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Iterable) else [stop]
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise OptionError(f"stop string {string!r} is not a text of one character or more")
+    return strings or None

@@ -86,5 +86,3 @@ class Output:
             "finish_reason": str(self.finish_reason),
             "stats": self.stats.to_dict(),
         }
-
-

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 from moe_local.cache.stats import Stats
+from moe_local.offload import interrupt
 from moe_local.offload.engine import Engine, FinishReason, Sequence, Step
 from moe_local.offload.records import GenerationStats, Output, Token
 from moe_local.offload.sampling import Settings
@@ -42,6 +43,7 @@ class TokenStream(Iterator[Token]):
         self._detokenizer = detokenizer
         self._sequence: Sequence | None = None
         self._closed = False
+        self._has_turn = False
         self._tally = Tally(0.0, 0, 0, 0, 0)
         self._counts: Stats | None = None
         self._before: Stats | None = None
@@ -51,9 +53,12 @@ class TokenStream(Iterator[Token]):
         if self._closed:
             raise StopIteration
         try:
-            if self._sequence is None:
-                self._begin()
-            return self._token(self._step())
+            with interrupt.deferred():
+                if self._sequence is None:
+                    self._begin()
+                step = self._step()
+                interrupt.check()
+                return self._token(step)
         except BaseException:
             self.close()
             raise
@@ -62,12 +67,17 @@ class TokenStream(Iterator[Token]):
         """Stop generating; the model is free for others. Idempotent."""
         if self._closed:
             return
-        self._closed = True
-        if self._before is not None:
-            if self._sequence is not None:
-                self._engine.leave(self._sequence)
-            self._counts = self._store.snapshot() - self._before
-            self._turn.end()
+        with interrupt.deferred():
+            self._closed = True
+            try:
+                if self._sequence is not None:
+                    self._engine.leave(self._sequence)
+                if self._before is not None:
+                    self._counts = self._store.snapshot() - self._before
+            finally:
+                if self._has_turn:
+                    self._turn.end()
+                del self._engine, self._store  # a record that is kept keeps no model
 
     def __enter__(self) -> TokenStream:
         return self
@@ -83,7 +93,7 @@ class TokenStream(Iterator[Token]):
         """Figures of the tokens so far."""
         counts = self._counts
         if counts is None:
-            counts = self._store.snapshot() - self._before if self._before is not None else Stats()
+            counts = self._store.snapshot() - self._before if self._before and not self._closed else Stats()
         return GenerationStats(
             prompt_tokens=len(self._prompt_ids),
             new_tokens=len(self.token_ids),
@@ -100,6 +110,7 @@ class TokenStream(Iterator[Token]):
 
     def _begin(self) -> None:
         self._turn.begin()
+        self._has_turn = True
         self._began = time.perf_counter()
         self._before = self._store.snapshot()
         self._tally = self._store.tally()

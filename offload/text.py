@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -31,8 +32,12 @@ def encode_prompt(
     """
     if isinstance(prompt, torch.Tensor):
         prompt = _flat_ids(prompt)
-    if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
-        return _check_ids(list(prompt), system)  # type: ignore[arg-type]
+    if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, str | Iterable):
+        raise OptionError(f"the prompt is {_shown(prompt)}; give text, a list of messages or token ids")
+    if not isinstance(prompt, str):
+        prompt = list(prompt)  # type: ignore[assignment]  # one or the other
+        if all(isinstance(item, Integral) and not isinstance(item, bool) for item in prompt):
+            return _check_ids([int(item) for item in prompt], system)  # type: ignore[call-overload]
     if tokenizer is None:
         raise OptionError("this model's folder has no tokenizer; give the prompt as a list of token ids")
     has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -57,6 +62,12 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
         return list(messages)
     rest = messages[1:] if messages and messages[0].get("role") == "system" else messages
     return [{"role": "system", "content": system}, *rest]
+
+
+def _shown(value: object) -> str:
+    """A wrong value in a line of an error."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _why_raw(template: bool) -> str:
@@ -85,7 +96,8 @@ def _check_messages(messages: Sequence[Any]) -> list[Message]:
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise OptionError(
-                f'message {index} of the prompt is {message!r}; write {{"role": "user", "content": "..."}}'
+                f"item {index} of the prompt is {_shown(message)}; give token ids, or messages like "
+                '{"role": "user", "content": "..."}'
             )
     return list(messages)
 

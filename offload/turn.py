@@ -5,26 +5,50 @@ from __future__ import annotations
 import threading
 
 from moe_local.cache.errors import MoeLocalError
+from moe_local.offload.interrupt import check as check_interrupt
+
+WAIT_SECONDS = 0.1
+"""Longest wait between two looks at pending interrupts."""
 
 
 class Turn:
-    """A lock that waits for other threads, but tells a thread that would wait for itself."""
+    """A lock that waits for other threads, but tells a thread that would wait for itself.
+
+    After `retire` nobody gets it any more, those who wait for it included.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._owner: int | None = None
+        self._retired: str | None = None
+
+    @property
+    def mine(self) -> bool:
+        """Whether this thread has the turn."""
+        return self._owner == threading.get_ident()
 
     def begin(self) -> None:
         """Take the turn; blocks while another thread has it.
 
-        Raises MoeLocalError if this thread has it already: an earlier stream was neither finished nor closed.
+        Raises MoeLocalError if this thread has it already (an earlier stream was neither finished nor
+        closed) or nobody can have it, KeyboardInterrupt for a Ctrl-C while waiting.
         """
-        if self._owner == threading.get_ident():
-            raise MoeLocalError("the model is in the middle of another answer; finish its stream or close() it first")
-        self._lock.acquire()
+        if self.mine:
+            raise MoeLocalError(
+                "the model is in the middle of another answer; finish its stream or close() it first"
+            )
+        while not self._lock.acquire(timeout=WAIT_SECONDS):
+            check_interrupt()
+        if self._retired is not None:
+            self._lock.release()
+            raise MoeLocalError(self._retired)
         self._owner = threading.get_ident()
 
     def end(self) -> None:
         """Give the turn back."""
         self._owner = None
         self._lock.release()
+
+    def retire(self, reason: str) -> None:
+        """Refuse all that begin from now on with MoeLocalError(reason). Call with the turn."""
+        self._retired = reason

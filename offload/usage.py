@@ -38,6 +38,8 @@ def add_usage(folder: Path, routed: RoutedTokens) -> None:
             tuple(a + b for a, b in zip(routed.tokens, before.tokens, strict=True)),
         )
     try:
-        write_atomically(folder / FILE_NAME, [json.dumps({"counts": routed.counts, "tokens": routed.tokens}), "\n"])
+        write_atomically(
+            folder / FILE_NAME, [json.dumps({"counts": routed.counts, "tokens": routed.tokens}), "\n"]
+        )
     except OSError:
         return
