@@ -46,13 +46,13 @@ def build_store(
     disk = FileSource(locate, host.view, threads=read_threads)
     routed = RouterLoad([layer.num_experts for layer in spec.layers], [layer.top_k for layer in spec.layers])
     ram = Tier(ExpertCache(ram_slots, policy, size), host, disk)
-    if device is None or vram_slots is None:
-        return ExpertStore(ram, layouts, routed, disk=disk)
     try:
+        if device is None or vram_slots is None:
+            return ExpertStore(ram, layouts, routed, disk=disk)
         arena = DeviceArena(vram_slots, strides, device)
+        source = CopySource(ram, arena, device, lambda key: size(*key))
+        vram = Tier(ExpertCache(vram_slots, policy, size), arena, source, device)
+        return ExpertStore(vram, layouts, routed, disk=disk, below=ram)
     except BaseException:
-        ram.close()
+        ram.close()  # its reader threads are running
         raise
-    source = CopySource(ram, arena, device, lambda key: size(*key))
-    vram = Tier(ExpertCache(vram_slots, policy, size), arena, source, device)
-    return ExpertStore(vram, layouts, routed, disk=disk, below=ram)

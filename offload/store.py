@@ -58,6 +58,8 @@ class _Serving:
     """Slot of each expert that was pinned."""
     late: set[int] = field(default_factory=set)
     """Those that a prefetch was bringing when they were needed."""
+    used: list[int] = field(default_factory=list)
+    """Handed out and back, still pinned: a step that fits never evicts an expert of its own."""
 
 
 class ExpertStore:
@@ -112,7 +114,8 @@ class ExpertStore:
         if cache.loading(layer):
             self._drop_unneeded(layer, experts)
         serving = _Serving(layer, list(experts))
-        if len(experts) > cache.slots(layer):
+        waves = len(experts) > cache.slots(layer)
+        if waves:
             self._present_first(serving)
         try:
             while serving.todo or serving.waiting or serving.ready:
@@ -133,10 +136,15 @@ class ExpertStore:
                 try:
                     yield [self._lease(serving, expert) for expert in group]
                 finally:
-                    self._release(serving, group)
+                    self._end_leases(serving, group)
+                    if waves or not serving.todo:
+                        cache.release(layer, group)
+                    else:
+                        serving.used += group
         finally:
-            held = [e for e in (*serving.ready, *serving.waiting) if cache.pins(layer, e)]
-            cache.release(layer, held)
+            held = [*serving.used, *serving.ready, *serving.waiting]
+            if held:
+                cache.release(layer, [expert for expert in held if cache.pins(layer, expert)])
 
     def slots(self, layer: int) -> int:
         """Experts that the fastest tier holds of this layer."""
@@ -240,6 +248,8 @@ class ExpertStore:
                 serving.ready.append(expert)
             if waited is not None:
                 self._waits.append(("late_prefetch" if expert in serving.late else "demand", waited))
+        if len(self._waits) > MOST_WAITS:
+            self._settle_waits(MOST_WAITS // 2)
 
     def _wait(self, serving: _Serving) -> None:
         """Block until something moves, at most WAIT_SECONDS; charge the time to what is waited for."""
@@ -254,8 +264,6 @@ class ExpertStore:
         self.tier.source.wait(WAIT_SECONDS)
         self.tier.poll()
         self._stall[cause] += time.perf_counter() - start
-        if len(self._waits) > MOST_WAITS:
-            self._settle_waits(MOST_WAITS // 2)
 
     def _settle_waits(self, keep: int = 0) -> None:
         """Charge the waits of the device's stream, which are over once a token has come back from it."""
@@ -277,9 +285,7 @@ class ExpertStore:
             expert, self.tier.arena.buffer(layer, serving.slots[expert]), self.layouts[layer][expert]
         )
 
-    def _release(self, serving: _Serving, group: Sequence[int]) -> None:
-        layer, tier = serving.layer, self.tier
-        if self._copies is not None and tier.device is not None:
-            self._copies.read_by(layer, [serving.slots[e] for e in group], tier.device.record())
+    def _end_leases(self, serving: _Serving, group: Sequence[int]) -> None:
+        if self._copies is not None:
+            self._copies.read_by(serving.layer, [serving.slots[expert] for expert in group])
         self._leased -= len(group)
-        tier.cache.release(layer, group)

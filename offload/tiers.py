@@ -194,8 +194,9 @@ class CopySource:
         self._copying: list[CopyLoad] = []
         self._readers: dict[tuple[int, int], Event] = {}
 
-    def read_by(self, layer: int, slots: Sequence[int], event: Event) -> None:
-        """Kernels that read these slots are done once `event` has happened."""
+    def read_by(self, layer: int, slots: Sequence[int]) -> None:
+        """All kernels that read these slots have been given to the device by now."""
+        event = self._device.record()
         for slot in slots:
             self._readers[layer, slot] = event
 

@@ -75,15 +75,23 @@ class Rig:
         routed = RouterLoad([experts] * layers, [top_k] * layers)
         self.ram = Tier(ExpertCache(ram, "lru", self.size), host, self.disk)
         self.device = device
-        if mode == "disk":
+        try:
+            self._wire(slots, strides, routed)
+        except BaseException:
+            self.ram.close()
+            raise
+
+    def _wire(self, slots: int, strides: list[int], routed: RouterLoad) -> None:
+        if self.mode == "disk":
             self.tier = self.ram
             self.store = ExpertStore(self.ram, self.layouts, routed, disk=self.disk)
             return
-        arena = DeviceArena([slots] * layers, strides, device)
-        self.copies = CopySource(self.ram, arena, device, lambda key: self.size(*key))
-        self.tier = Tier(ExpertCache([slots] * layers, "lru", self.size), arena, self.copies, device)
+        arena = DeviceArena([slots] * self.num_layers, strides, self.device)
+        self.copies = CopySource(self.ram, arena, self.device, lambda key: self.size(*key))
+        cache = ExpertCache([slots] * self.num_layers, "lru", self.size)
+        self.tier = Tier(cache, arena, self.copies, self.device)
         self.store = ExpertStore(self.tier, self.layouts, routed, disk=self.disk, below=self.ram)
-        if mode == "ram":
+        if self.mode == "ram":
             self.ram.preload()
             self.disk.starts.clear()
 

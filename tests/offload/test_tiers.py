@@ -204,7 +204,7 @@ def test_claiming_an_issued_copy_makes_the_device_wait_not_the_host(
     assert waited.seconds() == 0.001
     device.synchronize()
     assert seen == [rig.content[ExpertKey(0, 1)]]
-    rig.copies.read_by(0, [slot], device.record())
+    rig.copies.read_by(0, [slot])
     rig.tier.cache.release(0, [1])
     rig.settle()
 
