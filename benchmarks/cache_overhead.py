@@ -4,7 +4,7 @@ Method. An `ExpertCache` of 48 layers x 128 experts, the shape of Qwen3-30B-A3B,
 drives it: acquire a layer's experts, complete what had to be loaded (at once: nothing is copied), release.
   layer      acquire + release of 8 resident experts; one sample is the mean of 48 layers
   all hits   a token of 48 x 8 experts, all resident; one sample is a token
-  80 % hits  a token of 48 x 8 at the number of slots that gives 80 % hits; routes are drawn with Zipf
+  80 % hits  a token of 48 x 8 with the least slots that give 80 % hits; routes are drawn with Zipf
              popularity (exponent 1), the ranks shuffled in each layer, from --seed
   recorded   the same with the recorded routes of Qwen3-30B-A3B (48 x 6: it ran at top-6), when they are in
              ../shared/data/routes
@@ -27,6 +27,7 @@ import random
 import statistics
 import subprocess
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,14 +114,13 @@ def hit_rate(slots: int, policy: str, tokens: Sequence[Token]) -> float:
 
 
 def missing_case(name: str, what: str, policy: str, tokens: Sequence[Token]) -> Case:
-    """Passes over the tokens with the number of slots, in fours, that comes nearest to HIT_RATE."""
+    """Passes over the tokens with the least number of slots that gives HIT_RATE."""
     top_k = max(len(experts) for token in tokens for experts in token)
-    rates = {slots: hit_rate(slots, policy, tokens) for slots in range(top_k, EXPERTS, 4)}
-    slots = min(rates, key=lambda slots: abs(rates[slots] - HIT_RATE))
+    choices = range(top_k, EXPERTS + 1)
+    slots = choices[bisect_left(choices, HIT_RATE, key=lambda slots: hit_rate(slots, policy, tokens))]
     cache = ExpertCache([slots] * LAYERS, policy)
-    return Case(
-        name, f"{what}, {slots} slots", lambda: pass_over(cache, tokens), TOKEN_TARGET_US, rates[slots]
-    )
+    rate = hit_rate(slots, policy, tokens)
+    return Case(name, f"{what}, {slots} slots", lambda: pass_over(cache, tokens), TOKEN_TARGET_US, rate)
 
 
 def resident_cases(policy: str) -> list[Case]:

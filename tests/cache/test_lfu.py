@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from moe_local.cache.lfu import HALF_LIFE_USES, LFUPolicy
 
 
@@ -18,7 +20,7 @@ def test_the_least_used_goes_first() -> None:
 
 
 def test_among_equals_the_longest_unused_goes_first() -> None:
-    policy = _policy(1, 2, 3)
+    policy = _policy(3, 1, 2)
     policy.touch([3, 1])
     policy.touch([2])
     assert list(policy.coldest()) == [3, 1, 2]
@@ -34,14 +36,26 @@ def test_counts_outlive_eviction() -> None:
     assert list(policy.coldest()) == [2, 1]
 
 
-def test_counts_fade_so_that_a_new_topic_wins() -> None:
+def test_uses_fade_so_that_a_new_topic_wins() -> None:
     policy = _policy(1, 2)
-    for _ in range(HALF_LIFE_USES):
+    for _ in range(4 * HALF_LIFE_USES):
         policy.touch([1])
     assert list(policy.coldest()) == [2, 1]
     uses = 0
     while next(policy.coldest()) == 2:
         policy.touch([2])
         uses += 1
-    # Without fading it would take as many uses as expert 1 had.
-    assert HALF_LIFE_USES / 4 < uses < HALF_LIFE_USES * 3 / 4
+    # In HALF_LIFE_USES uses the lead of expert 1 halves, and expert 2 gets as much as expert 1 has left.
+    assert uses == pytest.approx(HALF_LIFE_USES, rel=0.1)
+
+
+def test_a_long_life_keeps_the_numbers_finite_and_the_order() -> None:
+    policy = _policy(*range(32))
+    steps = 1100 * HALF_LIFE_USES // 32
+    for _ in range(steps):
+        policy.touch(range(32))
+    # Unscaled, the last use would weigh 2^1100, which no float holds.
+    assert max(policy._known.values()) < float("inf")
+    assert list(policy.coldest()) == list(range(32))
+    policy.touch([7])
+    assert list(policy.coldest())[-1] == 7
