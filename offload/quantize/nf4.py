@@ -10,16 +10,12 @@ import torch
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.quantize.bnb import bitsandbytes_ops, dynamic_map
 from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
+from moe_local.offload.quantize.nf4_blocks import BLOCK as BLOCK
+from moe_local.offload.quantize.nf4_blocks import quantize_blocks
 from moe_local.offload.quantize.views import check_finite, copy_exactly, segment_view, zero_padding
-
-BLOCK = 64
-"""Weights that share one scale."""
 
 NESTED_BLOCK = 256
 """Scales that share one scale of their own."""
-
-CHUNK = 1 << 22
-"""Weights quantized at a time: bitsandbytes makes five float32 or int32 copies of what it is given."""
 
 
 class NF4Matrix(NamedTuple):
@@ -123,21 +119,15 @@ def block_scales(matrix: NF4Matrix) -> torch.Tensor:
 
 
 def _quantize(name: str, weights: torch.Tensor, out: NF4Matrix) -> None:
-    """Fill `out`. Blocks are independent, so quantizing in chunks gives the bytes of quantizing at once."""
-    ops = bitsandbytes_ops()
-    flat = weights.reshape(-1)
+    """Fill `out`, which lies on the CPU. Raises CheckpointError for NaN and infinity."""
     absmax = torch.empty(out.absmax.numel(), dtype=torch.float32)
-    for start in range(0, flat.numel(), CHUNK):
-        chunk = flat[start : start + CHUNK].to("cpu", torch.float32)
-        q, scales = ops.quantize_4bit.default(chunk, BLOCK, "nf4", torch.uint8)
-        out.q[start // 2 : start // 2 + q.numel()].copy_(q.view(-1))
-        absmax[start // BLOCK : start // BLOCK + scales.numel()].copy_(scales)
+    quantize_blocks(weights, out.q, absmax)
     offset = absmax.mean()
     if not bool(torch.isfinite(offset)):
         check_finite(name, weights)
         raise CheckpointError(f"{name} has weights up to {float(absmax.max()):.4g}, too large for NF4")
     out.offset.copy_(offset)
     code = dynamic_map(torch.device("cpu"))
-    nested, nested_scales = ops.quantize_blockwise.default(absmax - offset, code, NESTED_BLOCK)
+    nested, nested_scales = bitsandbytes_ops().quantize_blockwise.default(absmax - offset, code, NESTED_BLOCK)
     out.absmax.copy_(nested)
     out.absmax_scale.copy_(nested_scales)
