@@ -1,0 +1,91 @@
+"""`moe-local fit`: whether a model fits, where its parts go, and how fast that can be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import moe_local
+from moe_local.cache.keys import format_bytes
+from moe_local.cli.options import debug_flag, json_flag, load_flags
+from moe_local.cli.render import count, print_fields, print_json
+
+if TYPE_CHECKING:
+    from moe_local.offload.plan import Plan
+
+
+@click.command()
+@click.argument("model")
+@json_flag
+@load_flags("vram", "ram", "slots", "experts", "dense", "context", "device")
+@debug_flag
+def fit(model: str, as_json: bool, options: dict[str, Any]) -> None:
+    """Say whether MODEL fits, where its parts go and how fast it may be, without its weights.
+
+    --vram 24GiB plans a CUDA card of that size, wherever this runs; without it, this machine is planned. Exit
+    code 3 means that it does not fit; then it says by how much, and the nearest setting that does.
+    """
+    plan = moe_local.fit(model, **options)
+    if as_json:
+        print_json(plan.to_dict())
+    else:
+        _show(plan)
+    plan.check()
+
+
+def _show(plan: Plan) -> None:
+    request, spec, sizes = plan.request, plan.request.spec, plan.bytes
+    click.echo(
+        f"{request.model}: {spec.architecture}, {count(spec.total_numel)} parameters "
+        f"({count(spec.active_numel)} active), {len(spec.layers)} MoE layers of {spec.num_experts} experts, "
+        f"{spec.top_k} per token"
+    )
+    rows = [
+        ("budget", _budget(plan)),
+        ("dense part", f"{format_bytes(sizes.dense)} ({request.dense})"),
+        ("KV cache", f"{format_bytes(sizes.kv)} ({request.context} tokens)"),
+        ("workspace", f"{format_bytes(sizes.workspace)} (prompts in chunks of {plan.chunk} tokens)"),
+        (
+            "experts",
+            f"{format_bytes(sizes.experts_total)} ({request.experts}, {format_bytes(sizes.expert)} each)",
+        ),
+    ]
+    if plan.fits:
+        rows += [("slots", _slots(plan)), ("mode", _mode(plan)), ("speed", _speed(plan))]
+    else:
+        rows += [("fits", f"no, {format_bytes(plan.shortfall_bytes)} too much")]
+        if plan.nearest:
+            rows += [("nearest", plan.nearest)]
+    print_fields(rows)
+
+
+def _budget(plan: Plan) -> str:
+    ram = f"{format_bytes(plan.request.ram)} RAM"
+    return ram if plan.request.vram is None else f"{format_bytes(plan.request.vram)} VRAM, {ram}"
+
+
+def _slots(plan: Plan) -> str:
+    tiers = [("RAM", plan.ram_slots)]
+    if plan.request.vram is not None:
+        tiers.insert(0, ("VRAM", plan.vram_slots))
+    held = ", ".join(f"{max(slots)} in {tier}" for tier, slots in tiers)
+    return f"{held}, of {plan.request.spec.num_experts} experts per MoE layer"
+
+
+def _mode(plan: Plan) -> str:
+    share = f"{100 * plan.resident_fraction:.0f} % of the experts"
+    fastest = "RAM" if plan.request.vram is None else "VRAM"
+    return {
+        "resident": f"resident: all experts stay in {fastest}",
+        "offload": f"offload: {share} in VRAM, all of them in RAM",
+        "disk": f"disk: {share} in {fastest}, what RAM cannot hold is read from disk",
+    }[plan.mode or "disk"]
+
+
+def _speed(plan: Plan) -> str:
+    source = "assumed bandwidths" if plan.assumed else "bandwidths measured here"
+    return (
+        f"about {plan.tokens_per_s:.3g} tokens/s ({source}; "
+        f"{plan.roofline:.3g} if all experts were in the fastest memory)"
+    )

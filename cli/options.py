@@ -1,0 +1,142 @@
+"""The flags that commands share: made from LoadOptions' fields, and those of sampling.
+
+Every flag has a MOE_LOCAL_* variable. Values are checked where they are used, by the same code that checks
+them for Python, so a bad one says the same in both places.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import click
+
+from moe_local.offload.options import LoadOptions
+
+Command = Callable[..., Any]
+
+LOAD_FLAGS = (
+    *("vram", "ram", "slots", "experts", "dense", "context", "policy", "prefetch", "miss", "device"),
+)
+"""Fields of LoadOptions that are flags, in the order of the help."""
+
+METAVARS = {"vram": "SIZE", "ram": "SIZE", "slots": "N", "context": "TOKENS", "device": "NAME"}
+SHORT = {"context": "-c"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to answer; None leaves it to the checkpoint's generation_config."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    system: str | None = None
+
+    def generation(self) -> dict[str, Any]:
+        """The keyword arguments for Model.stream and Model.generate."""
+        given = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "seed": self.seed,
+            "max_new_tokens": self.max_tokens,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+    def conversation(self) -> list[dict[str, str]]:
+        """The messages a conversation begins with: the system prompt, if there is one."""
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
+
+
+def load_flags(*names: str) -> Callable[[Command], Command]:
+    """Add flags for these fields of LoadOptions, all by default.
+
+    The command gets them as one argument `options`, a dict for `load(**options)` with what was given.
+    """
+    wanted = names or LOAD_FLAGS
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def collect(*args: Any, **kwargs: Any) -> Any:
+            values = {name: kwargs.pop(name) for name in wanted}
+            options = {name: value for name, value in values.items() if value is not None}
+            return command(*args, options=options, **kwargs)
+
+        known = {field.name: field for field in fields(LoadOptions)}
+        for name in reversed(wanted):
+            field = known[name]
+            collect = click.option(
+                *([SHORT[name]] if name in SHORT else []),
+                f"--{name}",
+                type=int if name in ("slots", "context") else str,
+                metavar=METAVARS.get(name, "NAME"),
+                envvar=f"MOE_LOCAL_{name.upper()}",
+                show_envvar=True,
+                help=field.metadata["help"],
+            )(collect)
+        return collect
+
+    return decorate
+
+
+def sampling_flags(command: Command) -> Command:
+    """Add the sampling flags; the command gets them as one argument `sampling`."""
+
+    @functools.wraps(command)
+    def collect(*args: Any, **kwargs: Any) -> Any:
+        sampling = Sampling(**{field.name: kwargs.pop(field.name) for field in fields(Sampling)})
+        return command(*args, sampling=sampling, **kwargs)
+
+    for flags, kind, text in reversed(_SAMPLING):
+        name = flags[-1].removeprefix("--").replace("-", "_")
+        collect = click.option(
+            *flags, type=kind, envvar=f"MOE_LOCAL_{name.upper()}", show_envvar=True, help=text
+        )(collect)
+    return collect
+
+
+_SAMPLING: tuple[tuple[tuple[str, ...], Any, str], ...] = (
+    (("--temperature",), float, "Randomness: 0 always takes the likeliest token, 1 is the model's own."),
+    (("--top-p",), float, "Sample from the likeliest tokens that make up this share."),
+    (("--top-k",), int, "Sample from this many of the likeliest tokens."),
+    (("--min-p",), float, "Sample from tokens at least this likely, relative to the likeliest."),
+    (("-s", "--seed"), int, "Make sampling repeatable."),
+    (("-n", "--max-tokens"), int, "Most tokens of an answer; 512 by default."),
+    (("--system",), str, "System prompt."),
+)
+
+
+def json_flag(command: Command) -> Command:
+    """Add --json; the command gets `as_json`."""
+    return click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Print one JSON document on stdout, and everything else on stderr.",
+    )(command)
+
+
+def debug_flag(command: Command) -> Command:
+    """Add --debug, which the group's error edge reads."""
+
+    def remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value:
+            context.find_root().command.debug = True  # type: ignore[attr-defined]
+
+    return click.option(
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=remember,
+        envvar="MOE_LOCAL_DEBUG",
+        show_envvar=True,
+        help="On an error, show the trace.",
+    )(command)

@@ -1,0 +1,84 @@
+"""`moe-local rm`: give disk space back."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moe_local.cache.errors import ModelNotFoundError, OptionError
+from moe_local.cache.keys import format_bytes
+from moe_local.cli.options import debug_flag, json_flag
+from moe_local.cli.render import print_json
+
+
+@click.command()
+@click.argument("model")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.option("--weights", is_flag=True, help="Remove also the download in the Hugging Face cache.")
+@json_flag
+@debug_flag
+def rm(model: str, yes: bool, weights: bool, as_json: bool) -> None:
+    """Remove the converted experts of MODEL, and say what disk that freed.
+
+    The checkpoint stays, so the next run converts again, unless --weights removes it, too. Folders that
+    moe-local did not make are never touched.
+    """
+    from moe_local.cli.library import known
+
+    entry = known(model)
+    folders = [conversion.folder for conversion in entry.conversions]
+    freed = sum(conversion.nbytes for conversion in entry.conversions)
+    download = _download(model) if weights else None
+    if download is not None:
+        freed += download.expected_freed_size
+    if not folders and download is None:
+        raise ModelNotFoundError(f"there is nothing to remove: no converted experts of {model} are here")
+    what = " and ".join(["the converted experts"] * bool(folders) + ["the download"] * (download is not None))
+    _confirm(f"Remove {what} of {model}, {format_bytes(freed)}?", yes)
+    for folder in folders:
+        shutil.rmtree(folder)
+        if not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+    if download is not None:
+        download.execute()
+    if as_json:
+        print_json({"model": model, "removed": [str(folder) for folder in folders], "freed_bytes": freed})
+    else:
+        click.echo(f"freed {format_bytes(freed)}")
+
+
+def _confirm(question: str, yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise OptionError("rm asks before it removes, and stdin is no terminal; add --yes")
+    click.confirm(question, abort=True, err=True)
+
+
+def _download(model: str) -> Any:
+    """What huggingface_hub will remove of the model's cached copies; None if there are none."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    from moe_local.offload.hub import locate
+
+    found = locate(model)
+    if isinstance(found, Path):
+        raise OptionError(
+            f"--weights removes downloads only, and {model} is the folder {found}; remove it yourself"
+        )
+    try:
+        cache = scan_cache_dir()
+    except CacheNotFound:
+        return None
+    revisions = [
+        revision.commit_hash
+        for repository in cache.repos
+        if repository.repo_id == found.repo_id and repository.repo_type == "model"
+        for revision in repository.revisions
+    ]
+    return cache.delete_revisions(*revisions) if revisions else None

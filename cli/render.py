@@ -1,0 +1,108 @@
+"""What commands draw: progress bars and status lines on stderr, tables and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from moe_local.offload.records import GenerationStats
+
+
+def on_stderr() -> Console:
+    """A console on stderr, plain text where that is no terminal."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_json(document: Any) -> None:
+    """The one JSON document of a command with --json."""
+    click.echo(json.dumps(document, indent=2))
+
+
+class ProgressBar:
+    """Draws what `load` and `convert` report, on stderr and only on a terminal.
+
+    with ProgressBar() as progress: load(..., progress=progress)
+    """
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=on_stderr(),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` of `what` are finished."""
+        if what not in self._tasks:
+            for task in self._tasks.values():
+                self._progress.remove_task(task)
+            self._tasks = {what: self._progress.add_task(f"{what} experts", total=total)}
+            self._progress.start()
+        self._progress.update(self._tasks[what], completed=done, total=total)
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+def status_line(stats: GenerationStats) -> str:
+    """The figures of one answer in one line, such as
+    "21.4 tok/s | first token 0.31 s | 87.5 % hits | stall 12.1 ms/token | 128 tokens"."""
+    parts = []
+    if stats.tokens_per_s:
+        parts.append(f"{stats.tokens_per_s:.1f} tok/s")
+    parts.append(f"first token {stats.ttft_s:.2f} s")
+    needed = stats.hits + stats.misses
+    if needed:
+        parts.append(f"{100 * stats.hits / needed:.1f} % hits")
+    if stats.new_tokens:
+        parts.append(f"stall {1000 * stats.stall_s / stats.new_tokens:.1f} ms/token")
+    parts.append(f"{stats.new_tokens} token{'' if stats.new_tokens == 1 else 's'}")
+    return " | ".join(parts)
+
+
+def print_status(text: str) -> None:
+    """A dim line on stderr."""
+    on_stderr().print(text, style="dim", markup=False)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table in plain text on stdout, the columns as wide as their widest value."""
+    table = [[column.upper() for column in columns], *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        line = "   ".join(f"{value:<{width}}" for value, width in zip(row, widths, strict=True))
+        click.echo(line.rstrip())
+
+
+def print_fields(fields: Iterable[tuple[str, str]], indent: str = "  ") -> None:
+    """Names and values in two columns on stdout."""
+    rows = list(fields)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{indent}{name:<{width}}  {value}")
+
+
+def count(number: int) -> str:
+    """46702792704 -> "46.7 B"."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)

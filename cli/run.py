@@ -1,0 +1,66 @@
+"""`moe-local run`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import moe_local
+from moe_local.cli.options import Sampling, debug_flag, json_flag, load_flags, sampling_flags
+from moe_local.cli.render import ProgressBar, print_json, print_status, status_line
+
+if TYPE_CHECKING:
+    from moe_local.offload.text import Prompt
+
+
+@click.command()
+@click.argument("model")
+@click.argument("prompt", required=False)
+@click.option("--raw", is_flag=True, help="Continue the prompt as plain text: no chat template.")
+@json_flag
+@load_flags()
+@sampling_flags
+@debug_flag
+def run(
+    model: str, prompt: str | None, raw: bool, as_json: bool, options: dict[str, Any], sampling: Sampling
+) -> None:
+    """Answer PROMPT with MODEL and leave.
+
+    The prompt is read from stdin where it is - or where it is left out and something is piped in. The answer
+    appears on stdout as it is made; with --json, as one document with text, token_ids, finish_reason and
+    stats.
+    """
+    text = _prompt(prompt)
+    with ProgressBar() as progress:
+        loaded = moe_local.load(model, **options, progress=progress)
+    asked: Prompt = text
+    if sampling.system is not None:
+        asked = [*sampling.conversation(), {"role": "user", "content": text}]
+    with loaded:
+        stream = loaded.stream(asked, template=not raw, **sampling.generation())
+        if as_json:
+            print_json({"model": model, **stream.output().to_dict()})
+            return
+        try:
+            with contextlib.closing(stream):
+                for token in stream:
+                    click.echo(token.text, nl=False)
+        finally:
+            click.echo()
+    if sys.stderr.isatty():
+        print_status(status_line(stream.stats))
+
+
+def _prompt(given: str | None) -> str:
+    """The prompt, from stdin if it is "-" or absent and piped in."""
+    if given is not None and given != "-":
+        return given
+    if given is None and sys.stdin.isatty():
+        raise click.UsageError("there is no PROMPT; give one, or pipe it in")
+    text = sys.stdin.read().strip()
+    if not text:
+        raise click.UsageError("the prompt on stdin is empty")
+    return text
