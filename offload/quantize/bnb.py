@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -13,11 +14,18 @@ from typing import Any
 import torch
 
 
-@cache
+_importing = threading.Lock()
+
+
 def bitsandbytes_ops() -> Any:
-    """The namespace `torch.ops.bitsandbytes`, its operators registered. The first call takes seconds."""
-    with _quiet(), _without_module("kernels"):
-        import_module("bitsandbytes")  # registers the operators
+    """The namespace `torch.ops.bitsandbytes`, its operators registered. The first call takes seconds.
+
+    Safe from any thread: what the import needs changed is changed once, by the first.
+    """
+    with _importing:
+        if "bitsandbytes" not in sys.modules:
+            with _quiet(), _without_module("kernels"):
+                import_module("bitsandbytes")  # registers the operators
     return torch.ops.bitsandbytes
 
 
