@@ -49,7 +49,7 @@ def parse_bytes(text: str | int | float, what: str = "size") -> int:
 def format_bytes(count: int | float) -> str:
     """1536 -> "1.5 KiB"; three significant digits, powers of two, as `parse_bytes` reads them back."""
     value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
+    for unit in ("B", "KiB", "MiB", "GiB"):  # noqa: B007 - used after the loop
         if abs(value) < 1024:
             break
         value /= 1024
