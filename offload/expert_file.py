@@ -176,7 +176,7 @@ class ExpertFile:
         if not read_checked(location, self.checksum(layer, expert), buffer):
             raise ExpertFileError(
                 f"expert {expert} of MoE layer {layer} ({self.layers[layer].name}) in {location.path} is "
-                "damaged (wrong checksum); check the disk and convert it again: moe-local convert MODEL"
+                "damaged (wrong checksum); check the disk, then mend it: moe-local convert MODEL --check"
             )
 
 
