@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -26,6 +28,16 @@ from moe_local.offload.usage import add_usage
 
 if TYPE_CHECKING:
     from moe_local.offload.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """All that costs memory."""
+
+    hf: Any
+    engine: Engine
+    store: ExpertStore
+    prefetcher: Prefetcher
 
 
 class Model:
@@ -53,21 +65,17 @@ class Model:
         """What lies where, as it was planned and allocated."""
         self.tokenizer = tokenizer
         """transformers' tokenizer; None for a folder without one."""
-        self._hf = hf
-        self._engine = engine
-        self._store = store
-        self._prefetcher = prefetcher
+        self._parts: _Parts | None = _Parts(hf, engine, store, prefetcher)
+        """None once the model is closed. Methods look once, so that a close meanwhile cannot hurt them."""
         self._expert_folder = expert_folder
         self._turn = Turn()
         self._streams: weakref.WeakSet[TokenStream] = weakref.WeakSet()
-        self._closed = False
-        self._closed_message = f"the model {name} is closed; load() it again"
+        self._streams_lock = threading.Lock()
 
     @property
     def hf(self) -> Any:
         """The transformers model. Plain calls and its own generate work, offloaded."""
-        self._check_open()
-        return self._hf
+        return self._open().hf
 
     def stream(
         self,
@@ -87,18 +95,19 @@ class Model:
         for sampling. Defaults are the checkpoint's generation_config and 512 new tokens. Raises OptionError
         for options and prompts that cannot be served. Computes nothing before a token is asked for.
         """
-        self._check_open()
+        parts = self._open()
         ids = encode_prompt(self.tokenizer, prompt, template=template)
         if stop is not None:
             options["stop_strings"] = _stop_strings(stop)
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
         options = imply_sampling(options)
-        self._refuse_beyond_loop(options)
-        settings = make_settings(self._hf, ids, tokenizer=self.tokenizer, seed=seed, **options)
+        _refuse_beyond_loop(parts.hf, options)
+        settings = make_settings(parts.hf, ids, tokenizer=self.tokenizer, seed=seed, **options)
         detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer)
-        stream = TokenStream(self._engine, self._store, self._turn, ids, settings, detokenizer)
-        self._streams.add(stream)
+        stream = TokenStream(parts.engine, parts.store, self._turn, ids, settings, detokenizer)
+        with self._streams_lock:
+            self._streams.add(stream)
         return stream
 
     @overload
@@ -115,22 +124,21 @@ class Model:
         """
         if not isinstance(prompt, torch.Tensor):
             return self.stream(prompt, **options).output()
-        self._check_open()
+        parts = self._open()
         options.setdefault("tokenizer", self.tokenizer)
         with interrupt.deferred():
             self._turn.begin()
             try:
-                before = self._engine.tokens
-                ids: torch.Tensor = generate_ids(self._engine, prompt, **options)
-                self._store.tokens += self._engine.tokens - before or _new_tokens(prompt, ids)
+                before = parts.engine.tokens
+                ids: torch.Tensor = generate_ids(parts.engine, prompt, **options)
+                parts.store.tokens += parts.engine.tokens - before or _new_tokens(prompt, ids)
                 return ids
             finally:
                 self._turn.end()
 
     def stats(self) -> Stats:
         """Counts since load."""
-        self._check_open()
-        return self._store.snapshot()
+        return self._open().store.snapshot()
 
     def close(self) -> None:
         """Free all memory, threads and files; the model answers no more. Idempotent.
@@ -139,60 +147,77 @@ class Model:
         """
         with interrupt.deferred():
             if self._turn.mine:
-                for stream in list(self._streams):
-                    stream.close()
-            if self._closed:
-                return
-            self._turn.begin()
+                self._retire_streams()
             try:
-                self._closed = True
+                self._turn.begin()
+            except MoeLocalError:
+                if self._parts is None:  # closed before, perhaps while this thread waited
+                    return
+                raise
+            try:
+                parts, self._parts = self._open(), None
                 self._turn.retire(self._closed_message)
-                self._free()
+                self._retire_streams()
+                self._free(parts)
             finally:
                 self._turn.end()
 
-    def _free(self) -> None:
-        add_usage(self._expert_folder, self._store.routed.snapshot())
-        self._prefetcher.close()
-        for module in self._hf.modules():
+    def _retire_streams(self) -> None:
+        with self._streams_lock:
+            streams = list(self._streams)
+        for stream in streams:
+            stream.retire(self._closed_message)
+
+    def _free(self, parts: _Parts) -> None:
+        add_usage(self._expert_folder, parts.store.routed.snapshot())
+        parts.prefetcher.close()
+        for module in parts.hf.modules():
             if isinstance(module, OffloadedExperts):
                 module.retire(self._closed_message)
-        self._store.close()
-        # What these hold is gone with them, whoever keeps the model itself.
-        del self._hf, self._engine, self._store, self._prefetcher
+        parts.store.close()
 
     def check_integrity(self) -> None:
         """Raise if the bookkeeping of engine, store and cache contradicts itself."""
-        self._check_open()
-        self._engine.check_integrity()
-        self._store.check_integrity()
+        parts = self._open()
+        parts.engine.check_integrity()
+        parts.store.check_integrity()
 
     def __enter__(self) -> Model:
+        self._open()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<moe_local.Model {self.name}, {'closed' if self._closed else self.plan.mode}>"
+        state = "closed" if self._parts is None else self.plan.mode
+        return f"<moe_local.Model {self.name}, {state}>"
 
-    def _check_open(self) -> None:
-        if self._closed:
+    @property
+    def _closed_message(self) -> str:
+        return f"the model {self.name} is closed; load() it again"
+
+    def _open(self) -> _Parts:
+        """What the model is made of. Raises MoeLocalError once it is closed."""
+        parts = self._parts
+        if parts is None:
             raise MoeLocalError(self._closed_message)
+        return parts
 
-    def _refuse_beyond_loop(self, options: Mapping[str, Any]) -> None:
-        """Raise OptionError for what only transformers' own generate can do, which takes ids."""
-        names = [name for name in options if name in ("tokenizer", "attention_mask")]
-        if options.get("num_return_sequences") not in (None, 1):
-            names.append("num_return_sequences")
-        if not names and needs_hf_generate(self._hf, options):
-            names = [name for name in options if needs_hf_generate(self._hf, {name: options[name]})]
-            names = names or ["generation_config"]
-        if names:
-            raise OptionError(
-                f"{', '.join(names)} cannot be used with text and streams; for transformers' own generate "
-                "give the prompt as a tensor: model.generate(torch.tensor([ids]), ...)"
-            )
+
+def _refuse_beyond_loop(hf: Any, options: Mapping[str, Any]) -> None:
+    """Raise OptionError for what only transformers' own generate can do, which takes ids."""
+    names = [name for name in options if name in ("tokenizer", "attention_mask")]
+    if options.get("num_return_sequences") not in (None, 1):
+        names.append("num_return_sequences")
+    if not names and needs_hf_generate(hf, options):
+        names = [name for name in options if needs_hf_generate(hf, {name: options[name]})]
+        names = names or ["generation_config"]
+    if names:
+        raise OptionError(
+            f"{', '.join(names)} cannot be used with text and streams; for transformers' own generate "
+            "give the prompt as a tensor: model.generate(torch.tensor([ids]), ...)"
+        )
 
 
 def _new_tokens(prompt: torch.Tensor, result: Any) -> int:

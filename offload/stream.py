@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from moe_local.cache.errors import MoeLocalError
 from moe_local.cache.stats import Stats
 from moe_local.offload import interrupt
 from moe_local.offload.engine import Engine, FinishReason, Sequence, Step
@@ -43,6 +44,7 @@ class TokenStream(Iterator[Token]):
         self._detokenizer = detokenizer
         self._sequence: Sequence | None = None
         self._closed = False
+        self._retired: str | None = None
         self._has_turn = False
         self._tally = Tally(0.0, 0, 0, 0, 0)
         self._counts: Stats | None = None
@@ -50,6 +52,8 @@ class TokenStream(Iterator[Token]):
         self._began = self._first = self._last = 0.0
 
     def __next__(self) -> Token:
+        if self._retired is not None:
+            raise MoeLocalError(self._retired)
         if self._closed:
             raise StopIteration
         try:
@@ -78,6 +82,12 @@ class TokenStream(Iterator[Token]):
                 if self._has_turn:
                     self._turn.end()
                 del self._engine, self._store  # a record that is kept keeps no model
+
+    def retire(self, reason: str) -> None:
+        """Close it for good: a stream that was not at its end raises MoeLocalError(reason) from now on."""
+        if not self._closed:
+            self._retired = reason
+            self.close()
 
     def __enter__(self) -> TokenStream:
         return self
