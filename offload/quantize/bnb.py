@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-
 _importing = threading.Lock()
 
 
@@ -23,7 +22,9 @@ def bitsandbytes_ops() -> Any:
     Safe from any thread: what the import needs changed is changed once, by the first.
     """
     with _importing:
-        if "bitsandbytes" not in sys.modules:
+        if "bitsandbytes" in sys.modules:
+            import_module("bitsandbytes")  # waits for whoever else is importing it
+        else:
             with _quiet(), _without_module("kernels"):
                 import_module("bitsandbytes")  # registers the operators
     return torch.ops.bitsandbytes

@@ -144,7 +144,9 @@ def test_one_flipped_bit_is_found(file, layer, expert):
     location = file.location(layer, expert)
     flip(location.path, location.offset + location.nbytes - 1)
     again = ExpertFile.open(file.folder)  # sizes are right
-    with pytest.raises(ExpertFileError, match=rf"^expert {expert} of MoE layer {layer} .*convert MODEL --check$") as caught:
+    with pytest.raises(
+        ExpertFileError, match=rf"^expert {expert} of MoE layer {layer} .*convert MODEL --check$"
+    ) as caught:
         again.verify()
     assert "\n" not in str(caught.value)
     with pytest.raises(ExpertFileError, match="damaged"):
