@@ -7,7 +7,7 @@ when runs in tests on a fake device whose copies finish in adversarial order.
 from __future__ import annotations
 
 import mmap
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
@@ -67,14 +67,14 @@ class CudaDevice:
         except torch.cuda.OutOfMemoryError as error:
             free, _ = torch.cuda.mem_get_info(self.torch_device)
             raise DoesNotFitError(
-                f"{self.torch_device} refused {format_bytes(nbytes)} for expert slots, {format_bytes(free)} are free; "
-                "close other programs on the card or set a smaller --vram"
+                f"{self.torch_device} refused {format_bytes(nbytes)} for expert slots, "
+                f"{format_bytes(free)} are free; close other programs on the card or set a smaller --vram"
             ) from error
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
         with torch.cuda.stream(self._copy_stream):
             if after is not None:
-                self._copy_stream.wait_event(after)
+                self._copy_stream.wait_event(cast(torch.cuda.Event, after))
             destination.copy_(source, non_blocking=True)
             event = torch.cuda.Event()
             event.record(self._copy_stream)
@@ -89,7 +89,7 @@ class CudaDevice:
         stream = torch.cuda.current_stream(self.torch_device)
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record(stream)
-        stream.wait_event(event)
+        stream.wait_event(cast(torch.cuda.Event, event))
         after.record(stream)
         return CudaWait(before, after)
 
@@ -133,7 +133,7 @@ class HostMemory:
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Bytes [offset, offset + nbytes) for `os.preadv` and the like; valid until `close`."""
-        return memoryview(self.tensor.numpy())[offset : offset + nbytes]
+        return self.tensor.numpy().data[offset : offset + nbytes]
 
     def close(self) -> None:
         """Unpin and let go; the system has the memory back once the last view of it is gone. Idempotent."""

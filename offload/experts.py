@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from itertools import accumulate
 from typing import Any
 
@@ -27,8 +27,15 @@ class OffloadedExperts(nn.Module):
 
     It takes the original's numbers, activation and gate function over, so that clamps, interleaved gates
     and the like stay transformers' own. Before `attach` it answers zeros, which is enough to find out the
-    shapes and the wiring of a model without touching an expert.
+    shapes and the wiring of a model without touching an expert. It has no backward pass.
     """
+
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+    post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
 
     def __init__(self, original: nn.Module, index: int) -> None:
         """`index`: which MoE layer this is, from 0. `original` may be on the meta device."""
@@ -41,8 +48,9 @@ class OffloadedExperts(nn.Module):
             self.add_module(name, child)  # activation, norms after the experts: small, loaded as usual
         for name in _TAKEN_OVER:
             setattr(self, name, getattr(original, name))
-        gate: Any = type(original)._apply_gate  # every class that the interface serves has one
-        self._apply_gate = types.MethodType(gate, self)
+        cls: Any = type(original)
+        gate = types.MethodType(cls._apply_gate, self)  # every class that the interface serves has one
+        self._apply_gate: Callable[[torch.Tensor], torch.Tensor] = gate
         self._is_hf_initialized = True
         self._runner: ExpertRunner | None = None
         self._retired: str | None = None
@@ -57,11 +65,11 @@ class OffloadedExperts(nn.Module):
 
     def activate(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, 2F] -> [T, F] with a gate, [T, F] -> [T, F] without."""
-        return self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)  # type: ignore[no-any-return]
+        return self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
 
     def finish(self, output: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T, D]."""
-        return self.post_expert_norm(output) if self.has_post_expert_norm else output  # type: ignore[no-any-return]
+        return self.post_expert_norm(output) if self.has_post_expert_norm else output
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -71,8 +79,27 @@ class OffloadedExperts(nn.Module):
             raise MoeLocalError(self._retired)
         if self._runner is None:
             return torch.zeros_like(hidden_states)
-        with deferred():  # the engine holds Ctrl-C back itself, a plain call of the model does not
-            return self._runner.run(self, hidden_states, top_k_index, top_k_weights)
+        # The engine holds Ctrl-C back and needs no gradients itself, a plain call of the model does not.
+        with deferred(), torch.no_grad():
+            output = self._runner.run(self, hidden_states, top_k_index, top_k_weights)
+        if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
+            apply: Callable[..., torch.Tensor] = _NoBackward.apply
+            return apply(output, hidden_states, top_k_weights)
+        return output
+
+
+class _NoBackward(torch.autograd.Function):
+    """Passes its first argument through, and says so where somebody asks for gradients behind it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
+        raise MoeLocalError(
+            "offloaded experts have no backward pass; train the checkpoint with transformers itself"
+        )
 
 
 class ExpertRunner:
@@ -142,7 +169,10 @@ class ExpertRunner:
             for lease in group:
                 mine = slice(ends[lease.expert] - counts[lease.expert], ends[lease.expert])
                 x = hidden.index_select(0, rows[mine])
-                outputs.index_copy_(0, places[mine], expert_forward(experts, x, lease.buffer, lease.layout))
+                y = expert_forward(experts, x, lease.buffer, lease.layout)
+                outputs.index_copy_(
+                    0, places[mine], y.to(outputs.dtype)
+                )  # autocast computes in its own dtype
 
 
 def _to_host(index: torch.Tensor, guesses: list[torch.Tensor]) -> tuple[list[int], list[list[int]]]:
