@@ -90,9 +90,13 @@ class LayerStore:
 class RowLayer(DynamicLayer):  # type: ignore[misc]
     """One row of one layer, as transformers' attention modules see a cache layer."""
 
-    def __init__(self, slab: KVSlab, store: LayerStore, row: int) -> None:
+    def __init__(self, store: LayerStore, row: int, lens: list[int]) -> None:
+        """`lens`: the slab's own list, not a copy. The slab itself is not held, so it dies with its user."""
         super().__init__()
-        self._slab, self._store, self._row = slab, store, row
+        self._lens, self._row, self._window = lens, row, store.window
+        self._keys = store.keys[row : row + 1]
+        self._values = store.values[row : row + 1]
+        self._indexer = None if store.indexer is None else store.indexer[row : row + 1]
         self.is_initialized = self.is_indexer_initialized = True
         self.is_sliding = store.window is not None
         if store.window is not None:
@@ -100,33 +104,31 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]
 
     def _first_visible(self) -> int:
         """The first column that the next token may see."""
-        window = self._store.window
-        return 0 if window is None else max(0, self._slab.lens[self._row] - window + 1)
+        return 0 if self._window is None else max(0, self._lens[self._row] - self._window + 1)
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Write q new tokens, [1, H, q, D]; views of what they may see, [1, H, min(W - 1, length) + q, D]."""
-        store, row, start = self._store, self._row, self._slab.lens[self._row]
-        end = start + key_states.shape[-2]
-        store.keys[row, :, start:end] = key_states[0]
-        store.values[row, :, start:end] = value_states[0]
+        start, new = self._lens[self._row], key_states.shape[-2]
+        self._keys.narrow(2, start, new).copy_(key_states)
+        self._values.narrow(2, start, new).copy_(value_states)
         first = self._first_visible()
-        return store.keys[row : row + 1, :, first:end], store.values[row : row + 1, :, first:end]
+        visible = start + new - first
+        return self._keys.narrow(2, first, visible), self._values.narrow(2, first, visible)
 
     def update_indexer(self, indexer_key_states: Any) -> Any:
         """Write q new index keys, [1, q, Di]; a view of all of them, [1, length + q, Di]."""
-        indexer, row, start = self._store.indexer, self._row, self._slab.lens[self._row]
-        assert indexer is not None, "this layer had no indexer when it was probed"
-        end = start + indexer_key_states.shape[1]
-        indexer[row, start:end] = indexer_key_states[0]
-        return indexer[row : row + 1, :end]
+        assert self._indexer is not None, "this layer had no indexer when it was probed"
+        start, new = self._lens[self._row], indexer_key_states.shape[1]
+        self._indexer.narrow(1, start, new).copy_(indexer_key_states)
+        return self._indexer.narrow(1, 0, start + new)
 
     def get_seq_length(self) -> int:
-        return self._slab.lens[self._row]
+        return self._lens[self._row]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(columns that `update` will return, the first of them)."""
         first = self._first_visible()
-        return self._slab.lens[self._row] + query_length - first, first
+        return self._lens[self._row] + query_length - first, first
 
 
 class KVSlab:
@@ -163,7 +165,7 @@ class KVSlab:
 
     def _view(self, store: LayerStore | None, row: int) -> Any:
         if store is not None:
-            return RowLayer(self, store, row)
+            return RowLayer(store, row, self.lens)
         return (DUMMY_LAYER or DynamicLayer)()
 
     def join(self) -> int:

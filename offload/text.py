@@ -34,10 +34,9 @@ def encode_prompt(
         prompt = _flat_ids(prompt)
     if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, str | Iterable):
         raise OptionError(f"the prompt is {_shown(prompt)}; give text, a list of messages or token ids")
-    if not isinstance(prompt, str):
-        prompt = list(prompt)  # type: ignore[assignment]  # one or the other
-        if all(isinstance(item, Integral) and not isinstance(item, bool) for item in prompt):
-            return _check_ids([int(item) for item in prompt], system)  # type: ignore[call-overload]
+    items: list[Any] = [] if isinstance(prompt, str) else list(prompt)
+    if not isinstance(prompt, str) and all(_is_id(item) for item in items):
+        return _check_ids([int(item) for item in items], system)
     if tokenizer is None:
         raise OptionError("this model's folder has no tokenizer; give the prompt as a list of token ids")
     has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -50,7 +49,7 @@ def encode_prompt(
             )
         ids: list[int] = tokenizer(prompt)["input_ids"]
         return ids
-    messages = _check_messages(prompt)
+    messages = _check_messages(items)
     if not (template and has_template):
         raise OptionError(f"a conversation needs a chat template, and {_why_raw(template)}; give plain text")
     return _encode_chat(tokenizer, with_system(messages, system))
@@ -72,6 +71,10 @@ def _shown(value: object) -> str:
 
 def _why_raw(template: bool) -> str:
     return "this tokenizer has none" if template else "template=False turns it off"
+
+
+def _is_id(item: object) -> bool:
+    return isinstance(item, Integral) and not isinstance(item, bool)
 
 
 def _flat_ids(prompt: torch.Tensor) -> list[int]:

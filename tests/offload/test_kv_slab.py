@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from types import ModuleType
 from typing import Any
 
@@ -170,6 +172,28 @@ def test_made_in_inference_mode_it_works_outside(mixtral: Any) -> None:
     row = kv.join()
     with torch.no_grad():
         mixtral(input_ids=torch.tensor([[5, 6]]), past_key_values=kv.row(row))
+
+
+def test_memory_is_freed_with_the_slab(mixtral: Any) -> None:
+    """At once, not when the garbage collector comes by: on a GPU the next load needs it."""
+    kv = make_kv(mixtral, 2, 8)
+    assert isinstance(kv, KVSlab)
+    forward(mixtral, kv, kv.join(), [5, 6])
+    memory = [weakref.ref(tensor) for store in kv.layers if store for tensor in store.tensors()]
+    gc.disable()
+    try:
+        del kv
+        assert [ref() for ref in memory] == [None] * len(memory)
+    finally:
+        gc.enable()
+
+
+def test_more_tokens_than_columns_are_refused(mixtral: Any) -> None:
+    kv = make_kv(mixtral, 2, 8)
+    row = kv.join()
+    with pytest.raises(RuntimeError):
+        forward(mixtral, kv, row, random_ids(9))
+    assert kv.lens == [0]
 
 
 def test_integrity_notices_a_wrong_length(mixtral: Any) -> None:
