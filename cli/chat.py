@@ -60,11 +60,11 @@ class Chat:
         if interactive:
             print_status(f"{self._model.name}: /help lists the commands, Ctrl-D leaves.")
         for message in Messages(interactive):
-            if message.startswith("/"):
-                if not self._command(message):
+            if message.is_command:
+                if not self._command(message.text):
                     return
-            elif message:
-                self._answer(message, stoppable=interactive)
+            elif message.text:
+                self._answer(message.text, stoppable=interactive)
 
     def _command(self, command: str) -> bool:
         """Do what it says; False if that is to leave."""

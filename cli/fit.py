@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -69,8 +71,13 @@ def _slots(plan: Plan) -> str:
     tiers = [("RAM", plan.ram_slots)]
     if plan.request.vram is not None:
         tiers.insert(0, ("VRAM", plan.vram_slots))
-    held = ", ".join(f"{max(slots)} in {tier}" for tier, slots in tiers)
+    held = ", ".join(f"{_count(plan, slots)} in {tier}" for tier, slots in tiers)
     return f"{held}, of {plan.request.spec.num_experts} experts per MoE layer"
+
+
+def _count(plan: Plan, slots: Sequence[int]) -> str:
+    least, most = plan.slots_per_layer(slots), max(slots)
+    return str(least) if least == most else f"{least} or {most}"
 
 
 def _mode(plan: Plan) -> str:

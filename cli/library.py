@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from moe_local.offload.checkpoint import Checkpoint
 from moe_local.offload.convert import moe_local_home
 from moe_local.offload.expert_file import ExpertFile
 from moe_local.offload.hub import HubModel, cached_folder, locate
-from moe_local.offload.registry import ALIASES, DEMO, demo_folder, find_alias
+from moe_local.offload.registry import ALIASES, DEMO, demo_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,17 +20,24 @@ class Conversion:
     """A folder with an expert file, whole or not."""
 
     folder: Path
+    """<home>/experts/<model>/<format>-<start of the checkpoint's fingerprint>"""
     name: str
     """What the model was called when it was converted; of an unfinished one, the folder's name for it."""
-    format: str
-    fingerprint: str | None
-    """Of the checkpoint it comes from; None while it is unfinished."""
     nbytes: int
     """On disk, all files together."""
+    complete: bool
 
     @property
-    def complete(self) -> bool:
-        return self.fingerprint is not None
+    def format(self) -> str:
+        return self.folder.name.rpartition("-")[0]
+
+    def of_checkpoint(self, fingerprint: str) -> bool:
+        """Whether it was made from the checkpoint with this fingerprint."""
+        return fingerprint.startswith(self.folder.name.rpartition("-")[2])
+
+    def is_called(self, names: set[str]) -> bool:
+        """Whether one of these names, in lower case, is its model's."""
+        return bool({self.name.lower(), self.folder.parent.name.lower()} & names)
 
     def to_dict(self) -> dict[str, str | int | bool]:
         """Plain JSON types."""
@@ -61,12 +69,11 @@ def conversions() -> list[Conversion]:
 
 
 def _conversion(folder: Path) -> Conversion:
-    size = nbytes(folder)
     try:
-        file = ExpertFile.open(folder)
+        name, complete = ExpertFile.open(folder).name, True
     except ExpertFileError:
-        return Conversion(folder, folder.parent.name, folder.name.rpartition("-")[0], None, size)
-    return Conversion(folder, file.name, file.format, file.fingerprint, size)
+        name, complete = folder.parent.name, False
+    return Conversion(folder, name, nbytes(folder), complete)
 
 
 def nbytes(folder: Path) -> int:
@@ -74,78 +81,73 @@ def nbytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def conversions_of(model: str, checkpoint: Path | None) -> tuple[Conversion, ...]:
-    """Those made from this model: under any of its names, or from a checkpoint with the same experts."""
-    found = conversions()
-    names = _names(model)
-    named = {c.folder for c in found if {c.name.lower(), c.folder.parent.name.lower()} & names}
-    if checkpoint is not None and len(named) < len(found):
-        try:
-            fingerprint = Checkpoint.open(checkpoint, model).fingerprint
-        except MoeLocalError:
-            fingerprint = None  # a damaged checkpoint still has its name
-        named |= {c.folder for c in found if c.complete and c.fingerprint == fingerprint}
-    return tuple(c for c in found if c.folder in named)
-
-
-def _names(model: str) -> set[str]:
-    """What a model may have been called, in lower case."""
-    names = {model.strip().lower()}
-    alias = find_alias(model)
-    entries = [alias] if alias else [e for e in ALIASES.values() if e.repo_id.lower() in names]
-    for entry in entries:
-        names |= {entry.alias.lower(), entry.repo_id.lower()}
-    return names
-
-
-def checkpoint_of(model: str) -> Path | None:
-    """The model's checkpoint, if it is whole on this machine. Raises ModelNotFoundError for unknown names."""
-    found = locate(model)
-    return cached_folder(found.repo_id) if isinstance(found, HubModel) else found
-
-
 def known(model: str) -> Known:
     """What of one model is here. Raises ModelNotFoundError if nothing is and the name is unknown."""
     try:
-        checkpoint = checkpoint_of(model)
+        found = locate(model)
     except ModelNotFoundError:
-        # A folder that is gone may have left its conversion.
-        leftover = conversions_of(model, None)
-        if not leftover:
+        # What `list` calls the leftover of a folder that is gone.
+        mine = tuple(c for c in conversions() if c.is_called({model.lower()}))
+        if not mine:
             raise
-        return Known(model, None, leftover)
-    return Known(model, checkpoint, conversions_of(model, checkpoint))
+        return Known(model, None, mine)
+    if isinstance(found, HubModel):
+        checkpoint = cached_folder(found.repo_id)
+        names = {found.name.lower(), found.repo_id.lower(), _slug(found.repo_id)}
+    else:
+        # Folders of the same name are different models; the demo is always the demo.
+        checkpoint, names = found, {DEMO} & {model.strip().lower()}
+    return Known(model, checkpoint, _conversions_of(model, checkpoint, names))
+
+
+def _conversions_of(model: str, checkpoint: Path | None, names: set[str]) -> tuple[Conversion, ...]:
+    """Those of a model with one of these names, and those made from a checkpoint with the same experts."""
+    found = conversions()
+    mine = {c.folder for c in found if c.is_called(names)}
+    if checkpoint is not None and len(mine) < len(found):
+        with contextlib.suppress(MoeLocalError):  # a damaged checkpoint still has its name
+            fingerprint = Checkpoint.open(checkpoint, model).fingerprint
+            mine |= {c.folder for c in found if c.of_checkpoint(fingerprint)}
+    return tuple(c for c in found if c.folder in mine)
 
 
 def all_known() -> list[Known]:
     """The demo, every alias, other Mixture-of-Experts models in the Hub cache, other conversions."""
     found = conversions()
     entries = []
-    for name in [DEMO, *ALIASES, *_other_repositories()]:
-        names = _names(name)
-        mine = tuple(c for c in found if {c.name.lower(), c.folder.parent.name.lower()} & names)
+    repositories = {entry.alias: entry.repo_id for entry in ALIASES.values()}
+    repositories |= {repo_id: repo_id for repo_id in _other_repositories()}
+    for name in [DEMO, *repositories]:
+        names = {name.lower(), repositories.get(name, name).lower(), _slug(repositories.get(name, name))}
+        mine = tuple(c for c in found if c.is_called(names))
         found = [c for c in found if c not in mine]
-        entries.append(Known(name, _checkpoint_or_none(name), mine))
+        checkpoint = _demo_or_none() if name == DEMO else cached_folder(repositories[name])
+        entries.append(Known(name, checkpoint, mine))
     others: dict[str, list[Conversion]] = {}
     for conversion in found:
         others.setdefault(conversion.name, []).append(conversion)
     return entries + [Known(name, None, tuple(mine)) for name, mine in others.items()]
 
 
-def _checkpoint_or_none(name: str) -> Path | None:
+def _slug(repo_id: str) -> str:
+    """A Hub id as a folder's name."""
+    return repo_id.replace("/", "--").lower()
+
+
+def _demo_or_none() -> Path | None:
     try:
-        return demo_folder() if name == DEMO else checkpoint_of(name)
+        return demo_folder()
     except ModelNotFoundError:
         return None
 
 
 def _other_repositories() -> list[str]:
     """Hub ids in the Hub cache, no aliases', with all weights and a config that speaks of experts."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repositories = scan_cache_dir().repos
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return []
     aliased = {entry.repo_id.lower() for entry in ALIASES.values()}

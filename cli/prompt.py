@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import click
 
@@ -13,8 +14,19 @@ CONTINUED = "... "
 QUOTES = '"""'
 
 
-class Messages(Iterator[str]):
-    """What the user types: a line, or several between triple quotes, without the space around them.
+class Message(NamedTuple):
+    """What was typed, without the space around it; `quoted` between triple quotes, and so never a command."""
+
+    text: str
+    quoted: bool
+
+    @property
+    def is_command(self) -> bool:
+        return self.text.startswith("/") and not self.quoted
+
+
+class Messages(Iterator[Message]):
+    """What the user types: a line, or several between triple quotes.
 
     On a terminal it prompts, edits and remembers lines, and a Ctrl-C clears the line. Elsewhere it just
     reads.
@@ -26,9 +38,11 @@ class Messages(Iterator[str]):
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 - importing it is what makes input() edit lines
 
-    def __next__(self) -> str:
+    def __next__(self) -> Message:
         text = self._line(PROMPT).strip()
-        return self._quoted(text.removeprefix(QUOTES)) if text.startswith(QUOTES) else text
+        if text.startswith(QUOTES):
+            return Message(self._quoted(text.removeprefix(QUOTES)), quoted=True)
+        return Message(text, quoted=False)
 
     def _quoted(self, text: str) -> str:
         """The rest of a message after its opening quotes, to the closing ones or the end of the input."""

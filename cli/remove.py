@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+import filelock
 
-from moe_local.cache.errors import ModelNotFoundError, OptionError
+from moe_local.cache.errors import ModelNotFoundError, MoeLocalError, OptionError
 from moe_local.cache.keys import format_bytes
 from moe_local.cli.options import debug_flag, json_flag
 from moe_local.cli.render import print_json
@@ -40,15 +41,28 @@ def rm(model: str, yes: bool, weights: bool, as_json: bool) -> None:
     what = " and ".join(["the converted experts"] * bool(folders) + ["the download"] * (download is not None))
     _confirm(f"Remove {what} of {model}, {format_bytes(freed)}?", yes)
     for folder in folders:
-        shutil.rmtree(folder)
-        if not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
+        _remove(folder)
     if download is not None:
         download.execute()
     if as_json:
         print_json({"model": model, "removed": [str(folder) for folder in folders], "freed_bytes": freed})
     else:
         click.echo(f"freed {format_bytes(freed)}")
+
+
+def _remove(folder: Path) -> None:
+    """Remove a conversion and what is left empty around it. Raises MoeLocalError while one is being made."""
+    lock = filelock.FileLock(folder.with_name(folder.name + ".lock"))
+    try:
+        with lock.acquire(timeout=0):
+            shutil.rmtree(folder)
+            Path(lock.lock_file).unlink(missing_ok=True)
+    except filelock.Timeout:
+        raise MoeLocalError(
+            f"{folder} is being converted by another process; wait for it or stop it"
+        ) from None
+    if not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
 
 
 def _confirm(question: str, yes: bool) -> None:
@@ -61,18 +75,16 @@ def _confirm(question: str, yes: bool) -> None:
 
 def _download(model: str) -> Any:
     """What huggingface_hub will remove of the model's cached copies; None if there are none."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     from moe_local.offload.hub import locate
 
     found = locate(model)
     if isinstance(found, Path):
-        raise OptionError(
-            f"--weights removes downloads only, and {model} is the folder {found}; remove it yourself"
-        )
+        raise OptionError(f"--weights removes downloads only; {model} is the folder {found}, yours to remove")
     try:
-        cache = scan_cache_dir()
+        cache = scan_cache_dir(constants.HF_HUB_CACHE)
     except CacheNotFound:
         return None
     revisions = [

@@ -1,0 +1,78 @@
+"""Fixtures for the command line: a quick model behind `load`, a private home, a runner."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import moe_local
+
+
+@pytest.fixture(scope="session")
+def fake_model_file() -> Path:
+    return Path(__file__).parent / "fake_model.py"
+
+
+@pytest.fixture(scope="session")
+def fake_module(fake_model_file: Path) -> ModuleType:
+    """tests/cli/fake_model.py"""
+    spec = importlib.util.spec_from_file_location("moe_local_cli_fake_model", fake_model_file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def loads() -> list[tuple[str, dict[str, Any]]]:
+    """Arguments of every call of `moe_local.load` that `fake` served."""
+    return []
+
+
+@pytest.fixture
+def fake(
+    fake_module: ModuleType, loads: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """The model that `moe_local.load` gives, whatever it is asked for."""
+    model = fake_module.FakeModel()
+
+    def load(name: str, *, progress: Any = None, **options: Any) -> Any:
+        loads.append((name, options))
+        for done in range(3):
+            progress("converting", done, 2)
+        return model
+
+    monkeypatch.setattr(moe_local, "load", load, raising=False)
+    return model
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """MOE_LOCAL_HOME and the Hub cache, empty."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("MOE_LOCAL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """invoke(*arguments, input=None) -> click's Result, with stdout and stderr apart."""
+    from moe_local.cli.main import main
+
+    for name in ("VRAM", "RAM", "SLOTS", "EXPERTS", "DENSE", "CONTEXT", "SEED", "DEBUG", "TEMPERATURE"):
+        monkeypatch.delenv(f"MOE_LOCAL_{name}", raising=False)
+
+    def run(*arguments: str, input: str | None = None) -> Result:
+        return CliRunner().invoke(main, list(arguments), input=input)
+
+    return run

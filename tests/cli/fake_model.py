@@ -1,0 +1,109 @@
+"""A model that answers at once and always the same, for tests of the command line.
+
+As a script it is the `moe-local` command with that model behind `load`, for tests that need a terminal.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from moe_local.cache.stats import PrefetchStats, StallSeconds, Stats
+from moe_local.offload.engine import FinishReason
+from moe_local.offload.records import GenerationStats, Output, Token
+
+COUNTS = Stats(
+    hits_by_layer=(7, 7),
+    misses_by_layer=(1, 1),
+    evictions=3,
+    prefetch=PrefetchStats(issued=4, used=2, late=1, wasted_bytes=2048),
+    stall=StallSeconds(disk=0.5),
+    tokens=10,
+)
+
+
+class FakeStream:
+    """As TokenStream: words of the answer, one token each."""
+
+    def __init__(self, model: FakeModel, words: list[str]) -> None:
+        self._model = model
+        self._words = words
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.closed = False
+
+    def __iter__(self) -> Iterator[Token]:
+        for index, word in enumerate(self._words):
+            if isinstance(self._model.failure, BaseException) and index == self._model.fails_at:
+                self.close()
+                raise self._model.failure
+            time.sleep(self._model.seconds)
+            last = index == len(self._words) - 1
+            self.text += word
+            self.token_ids.append(index)
+            if last:
+                self.finish_reason = self._model.finish_reason
+            yield Token(word, index, 1.0, 0.5, 7, 1, 0, 0, self.finish_reason)
+        self.close()
+
+    def close(self) -> None:
+        self.closed = True
+
+    @property
+    def stats(self) -> GenerationStats:
+        return GenerationStats(5, len(self.token_ids), ttft_s=0.25, decode_s=0.5, counts=COUNTS)
+
+    def output(self) -> Output:
+        for _ in self:
+            pass
+        return Output(self.text, self.token_ids, self.finish_reason or FinishReason.LENGTH, self.stats)
+
+
+class FakeModel:
+    """Answers every message with its number in the conversation and its words in capitals."""
+
+    name = "fake"
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        """That each token takes."""
+        self.asked: list[tuple[Any, dict[str, Any]]] = []
+        """Prompt and generation options of every call."""
+        self.streams: list[FakeStream] = []
+        self.finish_reason = FinishReason.STOP
+        self.failure: BaseException | None = None
+        self.fails_at = 0
+        self.refusal: Exception | None = None
+        self.open = True
+
+    def stream(self, prompt: Any, **options: Any) -> FakeStream:
+        if self.refusal is not None:
+            raise self.refusal
+        self.asked.append((prompt, options))
+        last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        number = 1 if isinstance(prompt, str) else sum(message["role"] == "user" for message in prompt)
+        words = [f"{number}:"] + [f" {word.upper()}" for word in last.split()]
+        self.streams.append(FakeStream(self, words))
+        return self.streams[-1]
+
+    def stats(self) -> Stats:
+        return COUNTS
+
+    def close(self) -> None:
+        self.open = False
+
+    def __enter__(self) -> FakeModel:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+if __name__ == "__main__":
+    import moe_local
+    from moe_local.cli.main import main
+
+    moe_local.load = lambda model, **options: FakeModel(seconds=0.2)
+    main()

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+
+MIXTRAL = ("fit", "mixtral-8x7b", "--vram", "24GiB", "--ram", "64GiB", "--context", "8192")
+
+
+def test_the_whole_text(invoke, home):
+    result = invoke(*MIXTRAL)
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert result.stdout == (
+        "mixtral-8x7b: MixtralForCausalLM, 46.7 B parameters (12.9 B active), "
+        "32 MoE layers of 8 experts, 2 per token\n"
+        "  budget      24.0 GiB VRAM, 64.0 GiB RAM\n"
+        "  dense part  2.99 GiB (auto)\n"
+        "  KV cache    1.00 GiB (8192 tokens)\n"
+        "  workspace   1.18 GiB (prompts in chunks of 2048 tokens)\n"
+        "  experts     21.7 GiB (nf4, 86.7 MiB each)\n"
+        "  slots       6 or 7 in VRAM, 8 in RAM, of 8 experts per MoE layer\n"
+        "  mode        offload: 87 % of the experts in VRAM, all of them in RAM\n"
+        "  speed       about 23.1 tokens/s (assumed bandwidths; "
+        "88.1 if all experts were in the fastest memory)\n"
+    )
+
+
+def test_json(invoke, home):
+    result = invoke(*MIXTRAL, "--json")
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    assert document["fits"] is True
+    assert document["mode"] == "offload"
+    assert set(document["bytes"]) == {"dense", "kv", "workspace", "expert", "experts_total"}
+    assert document["slots"] == {"vram": 6, "ram": 8}
+    assert document["experts_resident_fraction"] == 222 / 256
+    assert document["tokens_per_s_estimate"] > 0
+    assert document["assumed"] is True
+
+
+@pytest.mark.parametrize(("vram", "mode"), [("48GiB", "resident"), ("24GB", "offload")])
+def test_cards(invoke, home, vram, mode):
+    result = invoke("fit", "mixtral-8x7b", "--vram", vram, "--ram", "64GiB", "--json")
+    assert json.loads(result.stdout)["mode"] == mode
+
+
+def test_disk_mode_fits(invoke, home):
+    result = invoke("fit", "mixtral-8x7b", "--vram", "24GiB", "--ram", "12GiB", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["mode"] == "disk"
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_does(invoke, home):
+    flags = ["--vram", "6GiB", "--ram", "64GiB", "--context", "32768"]
+    result = invoke("fit", "mixtral-8x7b", *flags)
+    assert result.exit_code == 3
+    assert "fits        no, " in result.stdout
+    assert result.stderr.startswith("moe-local: mixtral-8x7b does not fit")
+    assert result.stderr.count("\n") == 1
+    document = invoke("fit", "mixtral-8x7b", *flags, "--json")
+    assert document.exit_code == 3
+    plan = json.loads(document.stdout)
+    assert plan["fits"] is False
+    assert plan["shortfall_bytes"] > 2**30
+    assert plan["nearest"] in result.stderr
+    assert invoke("fit", "mixtral-8x7b", *flags, *shlex.split(plan["nearest"])).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["mixtral-8x7"], 4, "did you mean mixtral-8x7b"),
+        (["mixtral-8x7b", "--vram", "much"], 2, "vram 'much' is not a size"),
+        (["mixtral-8x7b", "--vram", "24GiB", "--slots", "1"], 2, "slots 1 is below the 2 experts"),
+        (["mixtral-8x7b", "--vram", "24GiB", "--experts", "q4"], 2, "use one of nf4"),
+        (["mixtral-8x7b", "--vram", "24GiB", "--context", "99999"], 2, "beyond the 32768 tokens"),
+        (["mixtral-8x7b", "--vram", "24GiB", "--device", "cpu"], 2, "leave one of them out"),
+    ],
+)
+def test_bad_input(invoke, home, arguments, code, said):
+    result = invoke("fit", *arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert said in result.stderr
+
+
+def test_a_dense_model(invoke, home, tmp_path, tiny_models):
+    tiny_models.tiny_config("llama").save_pretrained(tmp_path)
+    result = invoke("fit", str(tmp_path))
+    assert result.exit_code == 1
+    assert "no routed experts" in result.stderr

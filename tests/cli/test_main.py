@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import click
+import pytest
+
+import moe_local
+from moe_local.cache.errors import MoeLocalError
+from moe_local.cli.main import EXIT_CODES, main
+
+
+def test_version(invoke):
+    assert invoke("--version").stdout == f"moe-local {moe_local.__version__}\n"
+
+
+def test_an_unknown_command_offers_the_nearest(invoke):
+    result = invoke("chta")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "moe-local: no command 'chta'; did you mean chat?\n"
+
+
+def test_an_unknown_command_like_no_other(invoke):
+    result = invoke("xyzzy")
+    assert result.exit_code == 2
+    assert "there are chat, convert, fit, list, pull, rm, run, show" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run"], ["run", "demo", "--no-such"], ["chat", "--slots", "many"], ["fit"], ["--no-such"]]
+)
+def test_wrong_usage_is_one_line_and_2(invoke, arguments):
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("moe-local: ")
+    assert result.stderr.count("\n") == 1
+    assert "--help" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (MoeLocalError("it broke\nbadly"), 1, "moe-local: it broke badly\n"),
+        (RuntimeError("a bug"), 1, "moe-local: RuntimeError: a bug (--debug shows where)\n"),
+        (
+            OSError(28, "No space left"),
+            1,
+            "moe-local: OSError: [Errno 28] No space left (--debug shows where)\n",
+        ),
+    ],
+)
+def test_errors_are_one_line(invoke, monkeypatch, error, code, line):
+    def load(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(moe_local, "load", load, raising=False)
+    result = invoke("run", "demo", "hi")
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "", line)
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "run", "demo", "hi"], ["run", "demo", "hi", "--debug"]])
+def test_debug_shows_the_trace_of_this_call_only(invoke, monkeypatch, arguments):
+    def load(*arguments: object, **options: object) -> None:
+        raise MoeLocalError("it broke")
+
+    monkeypatch.setattr(moe_local, "load", load, raising=False)
+    result = invoke(*arguments)
+    assert "Traceback" in result.stderr
+    assert result.stderr.endswith("moe-local: it broke\n")
+    assert invoke("run", "demo", "hi").stderr == "moe-local: it broke\n"
+
+
+def test_ctrl_c_is_130(invoke, monkeypatch):
+    def load(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(moe_local, "load", load, raising=False)
+    result = invoke("run", "demo", "hi")
+    assert (result.exit_code, result.stderr.strip()) == (130, "")
+
+
+def test_every_error_class_has_a_documented_exit_code():
+    codes = {code for code, _ in EXIT_CODES}
+    for error in [MoeLocalError, *MoeLocalError.__subclasses__()]:
+        assert error.exit_code in codes
+
+
+def test_every_flag_that_is_no_switch_has_a_variable():
+    for name, command in main.commands.items():
+        for parameter in command.params:
+            if not isinstance(parameter, click.Option) or parameter.is_flag or parameter.name == "out":
+                continue
+            assert parameter.envvar == f"MOE_LOCAL_{str(parameter.name).upper()}", (name, parameter.name)
+            assert parameter.show_envvar
+
+
+def test_a_variable_sets_a_flag_and_the_flag_wins(invoke, fake, loads, monkeypatch):
+    monkeypatch.setenv("MOE_LOCAL_RAM", "3GiB")
+    monkeypatch.setenv("MOE_LOCAL_SEED", "5")
+    invoke("run", "demo", "hi")
+    invoke("run", "demo", "hi", "--ram", "4GiB")
+    assert [options for _, options in loads] == [{"ram": "3GiB"}, {"ram": "4GiB"}]
+    assert fake.asked[0][1]["seed"] == 5
+
+
+def test_help_needs_no_torch():
+    code = "import sys; sys.argv[1:] = ['chat', '--help']\nfrom moe_local.cli.main import main\n"
+    code += "try: main()\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from moe_local.cli import render
+from moe_local.cli.render import ProgressBar
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_no_bar_where_stderr_is_no_terminal(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    with ProgressBar() as progress:
+        progress("converting", 1, 2)
+        progress("converting", 2, 2)
+    assert out.getvalue() == ""
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    out = Terminal()
+    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setenv("TERM", "xterm")
+    with ProgressBar() as progress:
+        progress("converting", 1, 256)
+        progress("converting", 256, 256)
+        progress("loading", 3, 8)
+    assert "converting experts" in out.getvalue()
+    assert "loading experts" in out.getvalue()
+    assert "3/8" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (1000, "1 k"), (46_702_792_704, "46.7 B"), (1_200_000_000_000, "1.2 T")],
+)
+def test_counts(number, text):
+    assert render.count(number) == text
+
+
+def test_tables_line_up(capsys):
+    render.print_table(["a", "long name"], [("one", "1"), ("twenty", "")])
+    assert capsys.readouterr().out == "A        LONG NAME\none      1\ntwenty\n"

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moe_local.cache.errors import ModelNotFoundError
+
+
+def test_the_answer_is_all_of_stdout(invoke, fake, loads):
+    result = invoke("run", "demo", "hello there", "--slots", "3", "--vram", "2GiB")
+    assert result.exit_code == 0
+    assert result.stdout == "1: HELLO THERE\n"
+    assert result.stderr == ""
+    assert loads == [("demo", {"vram": "2GiB", "slots": 3})]
+    assert not fake.open
+
+
+def test_json_is_one_document(invoke, fake):
+    result = invoke("run", "demo", "hello there", "--json")
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    assert document["text"] == "1: HELLO THERE"
+    assert document["token_ids"] == [0, 1, 2]
+    assert document["finish_reason"] == "stop"
+    stats = document["stats"]
+    assert {"ttft_s", "tokens_per_s", "hits", "misses", "stall_s", "prefetch"} <= set(stats)
+    assert stats["prefetch"] == {"issued": 4, "used": 2, "late": 1, "wasted_bytes": 2048}
+    assert (stats["hits"], stats["misses"], stats["stall_s"]) == (14, 2, 0.5)
+
+
+@pytest.mark.parametrize("arguments", [["run", "demo"], ["run", "demo", "-"]])
+def test_the_prompt_from_stdin(invoke, fake, arguments):
+    assert invoke(*arguments, input="two\nlines\n").stdout == "1: TWO LINES\n"
+    assert fake.asked[0][0] == "two\nlines"
+
+
+def test_no_prompt(invoke, fake):
+    result = invoke("run", "demo", input="")
+    assert result.exit_code == 2
+    assert "the prompt on stdin is empty" in result.stderr
+    assert result.stdout == ""
+
+
+def test_sampling_flags_reach_the_model(invoke, fake):
+    invoke(
+        *["run", "demo", "hi", "--temperature", "0.5", "--top-p", "0.9", "--top-k", "40", "--min-p", "0.1"],
+        *["--seed", "7", "--max-tokens", "3"],
+    )
+    assert fake.asked == [
+        (
+            "hi",
+            {
+                "template": True,
+                "temperature": 0.5,
+                "top_p": 0.9,
+                "top_k": 40,
+                "min_p": 0.1,
+                "seed": 7,
+                "max_new_tokens": 3,
+            },
+        )
+    ]
+
+
+def test_what_is_not_given_is_left_to_the_model(invoke, fake, loads):
+    invoke("run", "demo", "hi")
+    assert fake.asked == [("hi", {"template": True})]
+    assert loads == [("demo", {})]
+
+
+def test_system_and_raw(invoke, fake):
+    invoke("run", "demo", "hi", "--system", "Be brief.")
+    invoke("run", "demo", "hi", "--raw")
+    system = {"role": "system", "content": "Be brief."}
+    assert fake.asked[0][0] == [system, {"role": "user", "content": "hi"}]
+    assert fake.asked[1] == ("hi", {"template": False})
+
+
+def test_ctrl_c_keeps_what_was_said(invoke, fake):
+    fake.failure, fake.fails_at = KeyboardInterrupt(), 2
+    result = invoke("run", "demo", "hello there")
+    assert result.exit_code == 130
+    assert result.stdout == "1: HELLO\n"
+    assert not fake.open
+
+
+def test_ctrl_c_prints_no_half_document(invoke, fake):
+    fake.failure, fake.fails_at = KeyboardInterrupt(), 2
+    result = invoke("run", "demo", "hello there", "--json")
+    assert result.exit_code == 130
+    assert result.stdout == ""
+
+
+def test_an_unknown_model_offers_near_ones(invoke, home):
+    result = invoke("run", "mixtrl-8x7b", "hi")
+    assert result.exit_code == ModelNotFoundError.exit_code == 4
+    assert result.stderr.startswith("moe-local: model 'mixtrl-8x7b' not found")
+    assert "did you mean mixtral-8x7b" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (["--vram", "8GiB", "--device", "cpu"], 2, "vram is given but the device is cpu"),
+        (["--ram", "lots"], 2, "ram 'lots' is not a size"),
+        (["--slots", "1"], 2, "slots 1 is below the 2 experts"),
+        (["--policy", "best"], 2, "use one of lru"),
+        (["--temperature", "-1"], 2, "temperature is -1.0"),
+        (["--ram", "200KiB"], 3, "does not fit"),
+    ],
+)
+def test_bad_values_with_a_real_model(invoke, home, tiny_mixtral, flags, code, said):
+    result = invoke("run", str(tiny_mixtral), "hi", *flags)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert said in result.stderr
+    assert result.stderr.startswith("moe-local: ")
+
+
+def test_a_real_model_from_conversion_to_answer(invoke, home, tiny_mixtral):
+    arguments = ["run", str(tiny_mixtral), "hello", "-n", "12", "--temperature", "0", "--json"]
+    whole = json.loads(invoke(*arguments).stdout)
+    assert len(whole["token_ids"]) == 12 or whole["finish_reason"] == "stop"
+    assert whole["stats"]["misses"] == 0
+    few = json.loads(invoke(*arguments, "--slots", "2", "--prefetch", "off").stdout)
+    assert few["token_ids"] == whole["token_ids"]
+    assert few["stats"]["misses"] > 0
+    assert few["stats"]["bytes"]["disk"] > 0
+
+
+def test_a_damaged_checkpoint_is_one_line(invoke, home, tiny_mixtral, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_mixtral, folder)
+    shard = folder / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    result = invoke("run", str(folder), "hi")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("moe-local: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_sigint_to_the_real_command(tiny_mixtral, tmp_path):
+    """Exit code 130 and no trace, wherever in start-up or answer it comes."""
+    environment = {**os.environ, "MOE_LOCAL_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "moe_local.cli", "run", str(tiny_mixtral), "hi", "-n", "4000"]
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.read(1)
+    time.sleep(0.2)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert b"Traceback" not in errors
