@@ -1,7 +1,7 @@
 """Bytes in, placement out: what of a model goes where, and whether it fits at all.
 
 The dense part, the KV cache and the workspace come first in the fastest tier (VRAM on a GPU, else RAM);
-what is left there becomes expert slots, equally many for each MoE layer. On a GPU, RAM holds all experts or
+what is left there becomes expert slots, equally many for each MoE layer but for one more in as many as still fit. On a GPU, RAM holds all experts or
 as many as it can; the rest is read from disk. Total parameters count, not active ones: any expert may be
 needed next.
 """
@@ -80,7 +80,8 @@ def _all_slots(spec: ModelSpec) -> tuple[int, ...]:
 
 
 def _most_slots(spec: ModelSpec, sizes: Sequence[int], room: int) -> tuple[int, ...]:
-    """The most slots, equally many for each layer that has so many experts, within `room` bytes."""
+    """The most slots within `room` bytes: equally many for each layer that has so many experts, then one more
+    in the first layers while they fit, since prefetch knows least about those."""
     low, high = 0, spec.num_experts
     while low < high:
         middle = (low + high + 1) // 2
@@ -88,7 +89,13 @@ def _most_slots(spec: ModelSpec, sizes: Sequence[int], room: int) -> tuple[int, 
             low = middle
         else:
             high = middle - 1
-    return _slots(spec, low)
+    slots = list(_slots(spec, low))
+    room -= arena_bytes(slots, sizes)
+    for index, layer in enumerate(spec.layers):
+        if slots[index] < layer.num_experts and sizes[index] <= room:
+            slots[index] += 1
+            room -= sizes[index]
+    return tuple(slots)
 
 
 def _refusal(request: Request, parts: Bytes, chunk: int, *, in_vram: bool, needed: int) -> Plan:

@@ -140,6 +140,12 @@ class Plan:
             ram_share=0.0 if request.vram is None else _share(self.ram_slots, spec),
         )
 
+    def slots_per_layer(self, slots: Sequence[int]) -> int:
+        """What each of the widest MoE layers has at least; some may have one more."""
+        spec = self.request.spec
+        widest = [layer.index for layer in spec.layers if layer.num_experts == spec.num_experts]
+        return min(slots[index] for index in widest)
+
     def used(self) -> dict[str, int]:
         """Planned bytes by tier."""
         sizes = footprint.expert_bytes(self.request.spec, self.request.experts)
@@ -182,7 +188,10 @@ class Plan:
                 "experts_total": self.bytes.experts_total,
             },
             "used": self.used(),
-            "slots": {"vram": max(self.vram_slots), "ram": max(self.ram_slots)},
+            "slots": {
+                "vram": self.slots_per_layer(self.vram_slots),
+                "ram": self.slots_per_layer(self.ram_slots),
+            },
             "experts_resident_fraction": self.resident_fraction,
             "tokens_per_s_estimate": self.tokens_per_s,
             "tokens_per_s_roofline": self.roofline,
