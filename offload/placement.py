@@ -1,9 +1,9 @@
 """Bytes in, placement out: what of a model goes where, and whether it fits at all.
 
 The dense part, the KV cache and the workspace come first in the fastest tier (VRAM on a GPU, else RAM);
-what is left there becomes expert slots, equally many for each MoE layer but for one more in as many as still fit. On a GPU, RAM holds all experts or
-as many as it can; the rest is read from disk. Total parameters count, not active ones: any expert may be
-needed next.
+what is left there becomes expert slots, equally many for each MoE layer, and one more for as many layers as
+still fit. On a GPU, RAM holds all experts or as many as it can; the rest is read from disk. Total parameters
+count, not active ones: any expert may be needed next.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def _all_slots(spec: ModelSpec) -> tuple[int, ...]:
 
 def _most_slots(spec: ModelSpec, sizes: Sequence[int], room: int) -> tuple[int, ...]:
     """The most slots within `room` bytes: equally many for each layer that has so many experts, then one more
-    in the first layers while they fit, since prefetch knows least about those."""
+    in the first layers, since prefetch knows least about those, up to the first that does not fit: with more
+    room, no layer ever has less."""
     low, high = 0, spec.num_experts
     while low < high:
         middle = (low + high + 1) // 2
@@ -92,7 +93,9 @@ def _most_slots(spec: ModelSpec, sizes: Sequence[int], room: int) -> tuple[int, 
     slots = list(_slots(spec, low))
     room -= arena_bytes(slots, sizes)
     for index, layer in enumerate(spec.layers):
-        if slots[index] < layer.num_experts and sizes[index] <= room:
+        if slots[index] < layer.num_experts:
+            if sizes[index] > room:
+                break
             slots[index] += 1
             room -= sizes[index]
     return tuple(slots)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moe_local.cache.errors import DoesNotFitError, OptionError
 from moe_local.cache.keys import parse_bytes
-from moe_local.offload import estimate, footprint
+from moe_local.offload import estimate, footprint, placement
 from moe_local.offload.bandwidth import Bandwidths
 from moe_local.offload.fit import fit, plan_load, plan_memory
 from moe_local.offload.hub import config_of
@@ -347,3 +347,12 @@ def test_a_tiny_budget_for_a_tiny_model(tiny_models) -> None:
     plan: Plan = place(Request("tiny", spec, ram=needed, context=512))
     assert plan.mode == "disk"
     assert plan.ram_slots == (2, 2, 2)
+
+
+@given(room=st.integers(0, 200), more=st.integers(0, 20))
+def test_layers_of_different_sizes_never_lose_a_slot_to_more_room(room: int, more: int) -> None:
+    sizes = [10 if layer % 3 == 0 else 4 for layer in range(len(MIXTRAL.layers))]
+    least = placement._most_slots(MIXTRAL, sizes, 10 * room)
+    larger = placement._most_slots(MIXTRAL, sizes, 10 * room + more)
+    assert all(a >= b for a, b in zip(larger, least, strict=True))
+    assert max(least) - min(least) <= 1
