@@ -31,12 +31,12 @@ import torch
 import moe_local
 from moe_local.cache.files import write_atomically
 from moe_local.cache.keys import format_bytes
+from moe_local.offload import bandwidth
 from moe_local.offload.bandwidth import Bandwidths, measure
 from moe_local.offload.convert import moe_local_home
 from moe_local.offload.records import GenerationStats
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPT_TOKENS = 64
 
 
 @dataclass
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
         device = configurations[0].model.hf.device
         before = measure(moe_local_home(), device)
-        prompt = prompt_ids(configurations[0].model)
+        prompt = prompt_ids(configurations[0].model, options.prompt_tokens)
         for number in range(options.rounds + 1):
             for configuration in configurations:
                 answer(configuration, prompt, options.tokens, keep=number > 0)
@@ -116,17 +116,19 @@ def load(options: argparse.Namespace, slots: int | None, prefetch: str) -> moe_l
     )
 
 
-def prompt_ids(model: moe_local.Model) -> list[int]:
+def prompt_ids(model: moe_local.Model, count: int) -> list[int]:
     """Ids of real text; the text's bytes where the model has no tokenizer."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     if model.tokenizer is None:
-        return [3 + byte for byte in text.encode()[:PROMPT_TOKENS]]
-    ids: list[int] = model.tokenizer(text)["input_ids"][:PROMPT_TOKENS]
+        return [3 + byte for byte in text.encode()[:count]]
+    ids: list[int] = model.tokenizer(text)["input_ids"][:count]
     return ids
 
 
 def answer(configuration: Configuration, prompt: list[int], tokens: int, *, keep: bool) -> None:
-    with configuration.model.stream(prompt, max_new_tokens=tokens, do_sample=False, eos_token_id=None) as stream:
+    with configuration.model.stream(
+        prompt, max_new_tokens=tokens, do_sample=False, eos_token_id=None
+    ) as stream:
         for _ in stream:
             pass
     if keep:
@@ -159,7 +161,8 @@ def report(
     plan = model.plan.to_dict()
     result = {
         "benchmark": "decode",
-        "model": options.model,
+        "model": Path(options.model).name,
+        "prompt_tokens": options.prompt_tokens,
         "experts": options.experts,
         "expert_bytes": plan["bytes"]["expert"],
         "expert_size": format_bytes(plan["bytes"]["expert"]),
@@ -179,7 +182,7 @@ def report(
 def machine(model: moe_local.Model) -> dict[str, Any]:
     device = model.hf.device
     return {
-        "processor": platform.processor() or platform.machine(),
+        "machine": bandwidth.machine(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "python": platform.python_version(),
@@ -197,6 +200,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dense", default="auto")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--vram")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", metavar="FILE")
