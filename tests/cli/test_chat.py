@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import sys
+import time
 
 import pexpect
 import pytest
@@ -119,19 +121,30 @@ class TestOnATerminal:
     """The real command in a pseudo-terminal, with a model that takes 0.2 s for a word."""
 
     @pytest.fixture
-    def terminal(self, fake_model_file, tmp_path):
-        child = pexpect.spawn(
-            sys.executable,
-            [str(fake_model_file), "chat"],
-            timeout=60,
-            encoding="utf-8",
-            env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "TERM": "dumb"},
-            dimensions=(24, 200),
-        )
-        yield child
-        child.close(force=True)
+    def spawn(self, tmp_path):
+        """spawn(*arguments of python) -> a pseudo-terminal with it."""
+        children = []
+        environment = {**os.environ, "MOE_LOCAL_HOME": str(tmp_path / "home"), "TERM": "dumb"}
 
-    def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(self, terminal):
+        def start(*arguments: str) -> pexpect.spawn:
+            child = pexpect.spawn(
+                sys.executable,
+                list(arguments),
+                timeout=100,
+                encoding="utf-8",
+                codec_errors="replace",
+                env=environment,
+                dimensions=(24, 200),
+            )
+            children.append(child)
+            return child
+
+        yield start
+        for child in children:
+            child.close(force=True)
+
+    def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(self, spawn, fake_model_file):
+        terminal = spawn(str(fake_model_file), "chat")
         terminal.expect_exact("fake: /help lists the commands, Ctrl-D leaves.")
         terminal.expect_exact(">>> ")
         terminal.sendline("one two three four five six seven eight nine ten")
@@ -153,3 +166,26 @@ class TestOnATerminal:
         terminal.expect(pexpect.EOF)
         terminal.close()
         assert terminal.exitstatus == 0
+
+    def test_ctrl_c_in_the_middle_of_a_token_of_a_real_model(self, spawn, tiny_mixtral):
+        """Misses, prefetches and reads from disk are under way when it comes; the model stays usable."""
+        flags = ["--slots", "2", "--temperature", "0", "-n", "3000", "--ram", "100MiB", "--context", "4000"]
+        terminal = spawn("-m", "moe_local.cli", "chat", str(tiny_mixtral), *flags)
+        for wait in (0.0, 0.13):
+            terminal.expect_exact(">>> ")
+            terminal.sendline("hello")
+            terminal.expect_exact("hello\r\n")  # the terminal's echo
+            terminal.expect(r"[^\s]")  # the answer has begun
+            time.sleep(wait)
+            terminal.sendintr()
+            terminal.expect(r"(\d+) tokens? \| stopped")
+            assert int(terminal.match[1]) < 3000
+        terminal.expect_exact(">>> ")
+        terminal.sendline("/stats")
+        terminal.expect(r"hits +\d+\.\d % \(\d+ of \d+ experts needed\)")
+        terminal.expect_exact(">>> ")
+        terminal.sendeof()
+        terminal.expect(pexpect.EOF)
+        terminal.close()
+        assert terminal.exitstatus == 0
+        assert "Traceback" not in terminal.before
