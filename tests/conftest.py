@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 
+# Before anything imports torch, and for the commands that tests start: tiny models gain nothing from a second
+# thread, and threads that spin for each other on a busy machine make them ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def load_module(path: Path) -> ModuleType:
     """Import a helper file of the tests (or of benchmarks/) by its path, once."""
