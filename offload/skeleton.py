@@ -3,106 +3,147 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.experts import OffloadedExperts
-from moe_local.offload.spec import experts_modules, model_class
+from moe_local.offload.spec import experts_modules, meta_model, model_class, quantizable_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+_loading = threading.Lock()
+"""transformers' loader sets torch's default dtype, and `_quiet_loading` its verbosity, for all threads."""
 
 
 def load_skeleton(folder: Path, config: Any, *, dense: str, dtype: torch.dtype, device: torch.device) -> Any:
     """The transformers model in `folder` with every experts module replaced by an OffloadedExperts.
 
     `dense` is "nf4" or "int8" (quantized on the way in by transformers' bitsandbytes integration, computing
-    in `dtype`) or any other name, which loads in `dtype`. Only tensors that are not experts' are read. Raises
-    CheckpointError if weights are missing, or if no experts module was found to replace.
+    in `dtype`) or any other name, which loads in `dtype`. Only tensors that are not experts' are read, and
+    none of them asks for gradients. Loads one model at a time; other threads wait. Raises CheckpointError
+    if weights are missing, or if no experts module was found to replace.
     """
     cls = model_class(config)
-    with _experts_swapped(cls) as swapped, _quiet_loading():
-        model, info = cls.from_pretrained(
+    swapping = _swapping(cls)
+    quantization = _quantization(config, dense, dtype) if dense in ("nf4", "int8") else None
+    with _loading, _quiet_loading():
+        model, info = swapping.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
             device_map={"": str(device)},
-            quantization_config=_quantization(dense, dtype),
+            quantization_config=quantization,
             local_files_only=True,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line
             output_loading_info=True,
         )
-    if not swapped:
-        raise CheckpointError(f"{cls.__name__} has no routed experts to offload; moe-local runs Mixture-of-Experts models")
+    model.__class__ = cls
+    if not any(isinstance(module, OffloadedExperts) for module in model.modules()):
+        raise CheckpointError(
+            f"{cls.__name__} has no routed experts to offload; moe-local runs Mixture-of-Experts models"
+        )
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} weights that {cls.__name__} needs, such as {missing[0]}; download it again"
+            f"{folder} lacks {len(missing)} weights that {cls.__name__} needs, such as {missing[0]}; "
+            "download it again"
         )
-    return model.eval()
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise CheckpointError(
+            f"{folder} holds {name} as {list(stored)} where its config.json says {list(wanted)}, "
+            "and config and weights do not match; download it again"
+        )
+    if dense == "int8":
+        _flatten_inputs(model)
+    return model.eval().requires_grad_(False)
 
 
-@contextlib.contextmanager
-def _experts_swapped(cls: type[Any]) -> Iterator[list[str]]:
-    """While active, `cls.from_pretrained` replaces experts modules just before it reads weights.
+def _swapping(cls: type[Any]) -> type[Any]:
+    """A subclass of `cls` whose `from_pretrained` replaces experts modules just before it reads weights.
 
     `_load_pretrained_model` is private, but the only place that runs after the model and its quantizer
-    have been set up and before anything is allocated (transformers 5.17 to 5.23).
+    have been set up and before anything is allocated (transformers 5.17 to 5.23). In all else the class is
+    taken for `cls`, whose name it has; `cls` itself is left alone, for others may be using it.
     """
-    inherited = cls._load_pretrained_model
-    own = cls.__dict__.get("_load_pretrained_model")
-    swapped: list[str] = []
 
     def load(model: Any, *args: Any, **kwargs: Any) -> Any:
         for index, (name, module) in enumerate(list(experts_modules(model))):
             model.set_submodule(name, OffloadedExperts(module, index))
-            swapped.append(name)
         ignored = model._keys_to_ignore_on_load_unexpected
         # Their weights are in the file and have no place in the model any more: that is meant.
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), r"(^|\.)experts\.", r"block_sparse_moe"}
         try:
-            return inherited(model, *args, **kwargs)
+            return cls._load_pretrained_model(model, *args, **kwargs)
         finally:
             model._keys_to_ignore_on_load_unexpected = ignored
 
-    cls._load_pretrained_model = staticmethod(load)
-    try:
-        yield swapped
-    finally:
-        if own is None:
-            del cls._load_pretrained_model
-        else:
-            cls._load_pretrained_model = own
+    body = {
+        "_load_pretrained_model": staticmethod(load),
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+    }
+    return type(cls.__name__, (cls,), body)
 
 
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
     """Without transformers' own progress bar and load report: the caller shows progress."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
-def _quantization(dense: str, dtype: torch.dtype) -> Any:
-    if dense not in ("nf4", "int8"):
-        return None
+def _flatten_inputs(model: nn.Module) -> None:
+    """Give int8 layers two-dimensional inputs only.
+
+    bitsandbytes 0.50 flattens three dimensions to rows, but with four, as latent attention has them, it takes
+    the scales over the wrong one.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.forward = functools.partial(_by_rows, module.forward)
+
+
+def _by_rows(linear: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return linear(x.flatten(0, -2)).unflatten(0, x.shape[:-1]) if x.dim() > 3 else linear(x)
+
+
+def _quantization(config: Any, dense: str, dtype: torch.dtype) -> Any:
+    """transformers' settings that quantize the weights `ModelSpec.quantizable` names, and no others."""
     from transformers import BitsAndBytesConfig
 
+    # It logs a line in every int8 product whose input is not fp16, and one about kernels it does without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    model = meta_model(config)
+    quantizable = {name.removesuffix(".weight") for name in quantizable_weights(model)}
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    skipped = [re.escape(name) for name in linear if name not in quantizable]
     if dense == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
     )

@@ -168,7 +168,7 @@ def model_spec(config: Any, model: Any = None) -> ModelSpec:
         dense=dense,
         kv_numel_per_token=_kv_numel_per_token(text),
         expanded_kv_numel_per_token=_expanded_kv_numel_per_token(text),
-        quantizable=frozenset(_quantizable(model)),
+        quantizable=frozenset(quantizable_weights(model)),
     )
 
 
@@ -209,11 +209,17 @@ def _expanded_kv_numel_per_token(text: Any) -> int:
     return 2 * heads * int(getattr(text, "head_dim", None) or text.hidden_size // heads)
 
 
-def _quantizable(model: Any) -> Iterator[str]:
-    """As transformers' bitsandbytes integration, which takes exactly nn.Linear and leaves the output head
-    and tied weights, but routers stay as they are too: a rounded router sends tokens elsewhere."""
+def quantizable_weights(model: Any) -> Iterator[str]:
+    """Names of the weights that dense="nf4" and "int8" quantize.
+
+    As transformers' bitsandbytes integration, which takes exactly nn.Linear and leaves the output head and
+    tied weights, but routers stay as they are too (a rounded router sends tokens elsewhere), and so does
+    what is not made of whole blocks of 32 rows by 64 columns, which bitsandbytes' CPU kernels refuse.
+    """
     head = model.get_output_embeddings()
     routers = {"gate", "router", "shared_expert_gate"}
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and module is not head and not routers & set(name.split(".")):
+        if type(module) is not nn.Linear or module is head or routers & set(name.split(".")):
+            continue
+        if module.in_features % 64 == 0 and module.out_features % 32 == 0:
             yield f"{name}.weight"
