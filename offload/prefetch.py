@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,7 +18,7 @@ class Guess(NamedTuple):
     distance: int
     """How many MoE layers ahead."""
     ranked: torch.Tensor
-    """int64 [<= experts of the layer], likeliest first, on the model's device."""
+    """int64 [<= E experts of the layer], likeliest first, on the model's device; E where there is no more."""
 
 
 class Prefetcher(Protocol):
@@ -59,7 +59,12 @@ class RouterPrefetcher:
     """
 
     def __init__(
-        self, store: ExpertStore, sites: Sequence[RouterSite | None], *, lookahead: int = 1, budget_experts: int = 0
+        self,
+        store: ExpertStore,
+        sites: Sequence[RouterSite | None],
+        *,
+        lookahead: int = 1,
+        budget_experts: int = 0,
     ) -> None:
         """`budget_experts`: most experts under way at a time; 0: as many as a layer has slots."""
         self._store = store
@@ -85,19 +90,17 @@ class RouterPrefetcher:
             if site is None:
                 continue
             weights, index = site.route(residual)
-            if index.shape[0] == 1:
-                ranked = index[0]
-            else:
-                total = weights.new_zeros(self._store.num_experts(target), dtype=torch.float32)
-                total.index_add_(0, index.flatten(), weights.flatten().float())
-                ranked = total.argsort(descending=True)[: self._store.slots(target)]
+            ranked = index[0] if index.shape[0] == 1 else self._by_weight(target, index, weights)
             guesses.append(Guess(target, distance, ranked))
         return guesses
 
     def request(self, guesses: Sequence[Guess], experts: Sequence[Sequence[int]]) -> None:
         for guess, ranked in zip(guesses, experts, strict=True):
-            wanted = list(ranked)[: self._store.slots(guess.layer)]
-            count = self._budget_experts or self._store.slots(guess.layer)
+            slots, num_experts = self._store.slots(guess.layer), self._store.num_experts(guess.layer)
+            wanted = [expert for expert in ranked if expert < num_experts][:slots]
+            if not wanted:
+                continue
+            count = self._budget_experts or slots
             budget = count * max(self._store.layouts[guess.layer][expert].nbytes for expert in wanted)
             self._store.prefetch(guess.layer, wanted, distance=guess.distance, budget_bytes=budget)
 
@@ -106,7 +109,15 @@ class RouterPrefetcher:
             hook.remove()
         self._hooks = []
 
-    def _keeper(self, layer: int):  # type: ignore[no-untyped-def]
+    def _by_weight(self, layer: int, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Those that some token chose, by the weight they get in all; E where there is no more of them."""
+        num_experts = self._store.num_experts(layer)
+        total = weights.new_zeros(num_experts, dtype=torch.float32)
+        total.index_add_(0, index.flatten(), weights.flatten().float())
+        total, order = total.topk(min(self._store.slots(layer), num_experts, index.numel()))
+        return order.masked_fill(total <= 0, num_experts)
+
+    def _keeper(self, layer: int) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
         def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             self._residual, self._residual_layer = args[0], layer
 
