@@ -41,6 +41,8 @@ def parse_bytes(text: str | int | float, what: str = "size") -> int:
             raise OptionError(f"{what} {text!r} is not a size; write for example 20GiB, 512MiB or 1.5GB")
         number, unit = float(match[1]), match[2].upper()
     count = number * UNITS[unit]
+    if UNITS[unit] == 1 and count % 1:
+        raise OptionError(f"{what} {text!r} is not a size: it has no unit; write for example {text}GiB")
     if not 0 < count < 2**63:
         raise OptionError(f"{what} {text!r} is not a size; it must be above 0")
     return int(count)

@@ -25,7 +25,7 @@ def test_sizes_are_read(text: str | int | float, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GiB", "20 PiB", "-3GiB", "1e9", "0", 0, -1, "9999999TiB", float("nan"), True]
+    "text", ["", "GiB", "20 PiB", "-3GiB", "1e9", "0", 0, -1, "9999999TiB", float("nan"), True, 1.5, "1.5"]
 )
 def test_what_is_no_size_is_refused(text: str | int | float) -> None:
     with pytest.raises(OptionError, match=r"budget .* is not a size"):
