@@ -70,12 +70,11 @@ def test_gate_tables_do_not_repeat_a_question() -> None:
 
 @pytest.mark.slow
 def test_a_minute_of_training_lowers_the_loss_and_can_go_on(tmp_path: Path) -> None:
-    options = {"tokens": 60_000, "batch_tokens": 1024, "threads": 2}
-    half = train(Options(tmp_path / "run", minutes=0.4, **options))
-    assert half.opening < 5.5  # log(2048) = 7.6 nats before the first step
+    options = {"tokens": 100_000, "batch_tokens": 1024}
+    half = train(Options(tmp_path / "run", minutes=0.2, **options))
     whole = train(Options(tmp_path / "run", resume=True, **options))
-    assert whole.tokens >= 60_000 > half.tokens or half.tokens >= 60_000
-    assert whole.opening <= half.opening
+    assert half.tokens < 100_000 <= whole.tokens
+    assert whole.opening < min(half.opening, 5.0)  # nats; log(2048) = 7.6 before the first step
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     ids = tokenizer("hello", return_tensors="pt").input_ids
