@@ -53,10 +53,11 @@ def resolve(
         return _download(found, sys.stderr.isatty() if progress is None else progress)
 
 
-def config_of(model: str | Path) -> Any:
+def config_of(model: str | Path, *, carried: bool = True) -> Any:
     """transformers' config of `model`: no weights, and no network if it can be helped.
 
-    From the folder, the Hub cache, the package (for aliases), or config.json alone from the Hub. Raises as
+    From the folder, the Hub cache, the package (for aliases), or config.json alone from the Hub. With
+    `carried=False` an alias's, too, is what the Hub has now, not what the package carries. Raises as
     `resolve`, and CheckpointError for a config that cannot be used.
     """
     from moe_local.offload.checkpoint import parse_config, read_config
@@ -68,7 +69,7 @@ def config_of(model: str | Path) -> Any:
     if cached is not None:
         return parse_config(cached)
     alias = find_alias(str(model))
-    if alias is not None:
+    if alias is not None and carried:
         return alias.config()
     from huggingface_hub import HfApi, hf_hub_download
 

@@ -75,7 +75,7 @@ def load(
     target = options.torch_device()
     name = str(model)
     speeds = bandwidth.saved(moe_local_home())
-    plan_load(name, model_spec(config_of(model)), options, target, speeds)
+    plan_load(name, model_spec(config_of(model, carried=False)), options, target, speeds)
     checkpoint = Checkpoint.open(resolve(model), name)
     plan = plan_load(name, checkpoint.spec, options, target, speeds)
     file = open_experts(checkpoint, options.experts, progress=progress)

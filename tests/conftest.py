@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -99,6 +100,14 @@ def random_experts() -> ModuleType:
 def fake_device() -> ModuleType:
     """tests/fake_device.py: `FakeDevice`, whose copies end in adversarial order."""
     return load_module(Path(__file__).parent / "fake_device.py")
+
+
+@pytest.fixture(scope="session")
+def hub_servers() -> Iterator[Callable[[], Any]]:
+    """hub_servers() -> a Hub as `hub_server`; any number of them, for as long as the session."""
+    module = load_module(Path(__file__).parent / "hub_server.py")
+    with contextlib.ExitStack() as servers:
+        yield lambda: servers.enter_context(module.running())
 
 
 @pytest.fixture

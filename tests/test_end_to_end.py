@@ -1,0 +1,242 @@
+"""The whole path of a first use: pull, kill, resume, convert, kill, resume, answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+REPO = "mistralai/Mixtral-8x7B-Instruct-v0.1"
+CONVERTED_AT_KILL = "layer-00002.safetensors"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    synthetic: ModuleType, tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """19 bf16 shards of 50 MiB in all: small, but long enough under way to be killed."""
+    folder = tmp_path_factory.mktemp("served")
+    shape = synthetic.Shape(
+        256, 512, layers=8, heads=4, kv_heads=2, vocab=tiny_models.VOCAB, max_context=2048
+    )
+    synthetic.mixtral_19_shards(folder, shape)
+    tiny_models.tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+class Machine:
+    """A user's machine: folders of its own, on which `moe-local` runs against a Hub."""
+
+    def __init__(self, folder: Path, hub: Any) -> None:
+        self.hub = hub
+        self.home = folder / "moe-local"
+        self.cache = folder / "hf" / "hub"
+        self.env = {
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("HF_", "MOE_LOCAL_"))
+            },
+            **hub.env(folder / "hf"),
+            "MOE_LOCAL_HOME": str(self.home),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def start(self, model: str = "mixtral-8x7b", *flags: str) -> subprocess.Popen[str]:
+        """`moe-local run`, with less memory than the published model needs."""
+        prompt = "the experts of the text"
+        command = [sys.executable, "-m", "moe_local.cli", "run", model, prompt, "--max-tokens", "8", "--json"]
+        return subprocess.Popen(
+            [*command, "--ram", "512MiB", "--context", "256", *flags],
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def answer(self, model: str = "mixtral-8x7b", *flags: str) -> dict[str, Any]:
+        process = self.start(model, *flags)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    def end_when(
+        self, condition: Callable[[], bool], how: signal.Signals = signal.SIGKILL
+    ) -> tuple[int, str]:
+        """Start a run and end it as soon as the condition holds; its exit code and stderr."""
+        process = self.start()
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert process.poll() is None, f"it ended by itself: {process.communicate()}"
+            assert time.monotonic() < deadline
+            time.sleep(0.0005)
+        process.send_signal(how)
+        out, err = process.communicate(timeout=60)
+        assert out == ""
+        return process.returncode, err
+
+    def weights_sent(self) -> Counter[str]:
+        return Counter({name: n for name, n in self.hub.sent.items() if name.endswith(".safetensors")})
+
+    def blobs(self) -> dict[str, int]:
+        """Sizes of what the Hub cache holds, finished or not, by name."""
+        return {path.name: path.stat().st_size for path in self.cache.glob("models--*/blobs/*")}
+
+    def layers(self) -> dict[str, int]:
+        """Converted layers and when they were written."""
+        return {path.name: path.stat().st_mtime_ns for path in self.home.rglob("layer-*.safetensors")}
+
+    def check_clean(self) -> None:
+        """Nothing temporary is left, and every lock can be had."""
+        files = [path for folder in (self.home, self.cache) for path in folder.rglob("*") if path.is_file()]
+        assert [path for path in files if path.suffix in (".tmp", ".incomplete", ".partial")] == []
+        for path in files:
+            if path.suffix == ".lock":
+                with FileLock(path, timeout=0):
+                    pass
+
+
+def same_answer(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one[key] == other[key] for key in ("text", "token_ids", "finish_reason"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    checkpoint: Path, hub_servers: Callable[[], Any], tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """The answer of a run that nothing happened to."""
+    hub = hub_servers()
+    hub.add_repo(REPO, checkpoint)
+    machine = Machine(tmp_path_factory.mktemp("undisturbed"), hub)
+    answer = machine.answer()
+    assert answer["finish_reason"] == "length"
+    assert len(answer["token_ids"]) == 8
+    assert answer["stats"]["misses"] >= 0
+    machine.check_clean()
+    return answer
+
+
+def interrupted_download(machine: Machine, how: signal.Signals) -> tuple[int, str]:
+    """End a run when some shards are there and others half-way."""
+    machine.hub.bytes_per_second = 8_000_000
+    total = 50 * 2**20
+    ended = machine.end_when(lambda: sum(machine.weights_sent().values()) > total // 3, how)
+    machine.hub.bytes_per_second = None
+    return ended
+
+
+def converting(machine: Machine) -> bool:
+    return CONVERTED_AT_KILL in machine.layers()
+
+
+def test_first_use_through_two_kills(
+    undisturbed: Any, checkpoint: Path, hub_servers: Callable[[], Any], tmp_path: Path
+) -> None:
+    hub = hub_servers()
+    repo = hub.add_repo(REPO, checkpoint)
+    machine = Machine(tmp_path, hub)
+    sizes = {path.name: path.stat().st_size for path in checkpoint.glob("*.safetensors")}
+    blob_of = {name: repo.etag(name) for name in sizes}
+
+    interrupted_download(machine, signal.SIGKILL)
+    time.sleep(0.3)  # what the server wrote to a dead connection does not count
+    sent, blobs = machine.weights_sent(), machine.blobs()
+    finished = {name for name in sizes if blobs.get(blob_of[name]) == sizes[name]}
+    assert 0 < len(finished) < len(sizes)
+
+    code, _ = machine.end_when(lambda: converting(machine))
+    assert code == -signal.SIGKILL
+    assert not list(machine.home.rglob("manifest.json"))
+    again = machine.weights_sent() - sent
+    for name, size in sizes.items():
+        have = size if name in finished else blobs.get(f"{blob_of[name]}.incomplete", 0)
+        assert again[name] == size - have, (
+            f"{name} was sent again from {size - again[name]}, {have} were there"
+        )
+    layers = machine.layers()
+    whole = {name for name in layers if name <= CONVERTED_AT_KILL}
+
+    answer = machine.answer()
+    assert same_answer(answer, undisturbed)
+    assert machine.weights_sent() == sent + again
+    assert {name: machine.layers()[name] for name in whole} == {name: layers[name] for name in whole}
+    assert len(machine.layers()) == 8
+    machine.check_clean()
+
+    # from now on without the Hub, by any of its names, with another share of the experts in memory
+    layers = machine.layers()
+    machine.env |= {"HF_HUB_OFFLINE": "1"}
+    hub.requests.clear()
+    assert same_answer(machine.answer(REPO, "--slots", "2"), undisturbed)
+    assert not hub.requests
+    assert machine.layers() == layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_first_use_through_two_interrupts(
+    undisturbed: Any, checkpoint: Path, hub_servers: Callable[[], Any], tmp_path: Path, how: signal.Signals
+) -> None:
+    hub = hub_servers()
+    hub.add_repo(REPO, checkpoint)
+    machine = Machine(tmp_path, hub)
+    for code, err in (
+        interrupted_download(machine, how),
+        machine.end_when(lambda: converting(machine), how),
+    ):
+        assert code == (130 if how == signal.SIGINT else -how)
+        assert len(err.splitlines()) <= 1
+        assert "Traceback" not in err
+    assert same_answer(machine.answer(), undisturbed)
+    machine.check_clean()
+
+
+@pytest.mark.slow
+def test_first_use_through_kills_at_random_moments(
+    undisturbed: Any, checkpoint: Path, hub_servers: Callable[[], Any], tmp_path: Path
+) -> None:
+    """Twelve kills, each a little later into the work than the last."""
+    hub = hub_servers()
+    hub.add_repo(REPO, checkpoint)
+    hub.bytes_per_second = 20_000_000
+    machine = Machine(tmp_path, hub)
+    for attempt in range(12):
+        process = machine.start()
+        time.sleep(2.0 + 0.4 * attempt)
+        process.kill()
+        process.communicate()
+    assert same_answer(machine.answer(), undisturbed)
+    machine.check_clean()
+
+
+@pytest.mark.slow
+def test_errors_of_the_hub_are_one_line(
+    hub_servers: Callable[[], Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    hub = hub_servers()
+    machine = Machine(tmp_path, hub)
+    for flags, code, words in (
+        (("no/such-repo",), 4, "not found"),
+        (("mixtral-8x7",), 4, "did you mean mixtral-8x7b"),
+        (("mixtral-8x7b", "--slots", "1"), 2, "slots 1 is below"),
+        (("mixtral-8x7b", "--ram", "1MiB"), 3, "does not fit"),
+    ):
+        if flags[0] == "mixtral-8x7b":
+            hub.add_repo(REPO, checkpoint)
+        process = machine.start(*flags)
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out) == (code, ""), err
+        assert len(err.splitlines()) == 1
+        assert words in err
