@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from .corpus import Corpus, Turn
-from .documents import documents
-from .tokenizer import ASSISTANT, BOS, END, PAD, SYSTEM, USER
+from moe_local.demo.corpus import Corpus, Turn
+from moe_local.demo.documents import documents
+from moe_local.demo.tokenizer import ASSISTANT, BOS, END, PAD, SYSTEM, USER
 
 USER_WEIGHT = 0.1
 OPENING_WEIGHT = 4.0  # the first tokens of an answer decide which answer it is

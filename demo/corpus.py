@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from .documents import stray_words
-from .gate import held_out, normalize
-from .intents import ASPECTS, Book, Subject, load_book, split_patterns
-from .phrasing import Choices, add_noise
-from .wordings_frames import (
+from moe_local.demo.documents import stray_words
+from moe_local.demo.gate import held_out, normalize
+from moe_local.demo.intents import ASPECTS, Book, Subject, load_book, split_patterns
+from moe_local.demo.phrasing import Choices, add_noise
+from moe_local.demo.wordings_frames import (
     COMMAND_FRAMES,
     FOLLOW,
     MEMORY_GB,

@@ -15,12 +15,12 @@ import torch
 from torch.nn import functional
 from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
 
-from .batches import USER_WEIGHT, Encoder
-from .corpus import Corpus
-from .documents import documents
-from .gate import BASIC, BLIND, OPEN
-from .routing import measure_routing
-from .scoring import Reply, score_table
+from moe_local.demo.batches import USER_WEIGHT, Encoder
+from moe_local.demo.corpus import Corpus
+from moe_local.demo.documents import documents
+from moe_local.demo.gate import BASIC, BLIND, OPEN
+from moe_local.demo.routing import measure_routing
+from moe_local.demo.scoring import Reply, score_table
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 _CONVERSATIONS, _SEED = 200, "held out"  # training seeds its pools with "number/number", never with this

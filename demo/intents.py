@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .wordings_commands import COMMANDS
-from .wordings_frames import UNKNOWN_ANSWER
-from .wordings_talk import TALK
-from .wordings_topics import TOPICS
+from moe_local.demo.wordings_commands import COMMANDS
+from moe_local.demo.wordings_frames import UNKNOWN_ANSWER
+from moe_local.demo.wordings_talk import TALK
+from moe_local.demo.wordings_topics import TOPICS
 
 ASPECTS = ("what", "why", "how", "example")
 

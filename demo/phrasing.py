@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from itertools import accumulate
 
-from .wordings_frames import FILLERS, PREFIXES, SMALL_WORDS, SUFFIXES
+from moe_local.demo.wordings_frames import FILLERS, PREFIXES, SMALL_WORDS, SUFFIXES
 
 _CHOICE = re.compile(r"\(([^()]*)\)")
 _PROPER = {

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import MixtralForCausalLM, PreTrainedTokenizerBase
 
-from .corpus import Corpus
-from .gate import conversations
+from moe_local.demo.corpus import Corpus
+from moe_local.demo.gate import conversations
 
 SAME_ANSWER = 0.85  # share of words in common, in order, from which two answers count as the same
 _AT_ONCE = 64

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .corpus import Corpus
-from .documents import documents
+from moe_local.demo.corpus import Corpus
+from moe_local.demo.documents import documents
 
 VOCABULARY = 2048
 PAD, BOS, SYSTEM, USER, ASSISTANT, END = range(6)

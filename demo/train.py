@@ -17,10 +17,10 @@ from torch.nn import functional
 from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from .batches import OPENING_WEIGHT, Batch, Batches
-from .corpus import Corpus
-from .model import RouterLosses, build_model, grouped_experts, save_model
-from .tokenizer import PAD, train_tokenizer
+from moe_local.demo.batches import OPENING_WEIGHT, Batch, Batches
+from moe_local.demo.corpus import Corpus
+from moe_local.demo.network import RouterLosses, build_model, grouped_experts, save_model
+from moe_local.demo.tokenizer import PAD, train_tokenizer
 
 _WARM_UP_STEPS = 100
 _FINAL_RATE = 0.02  # of the peak

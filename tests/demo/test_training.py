@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moe_local.demo import gate
-from moe_local.demo.model import RouterLosses, build_model, grouped_experts
+from moe_local.demo.network import RouterLosses, build_model, grouped_experts
 from moe_local.demo.routing import lru_hits
 from moe_local.demo.train import Options, train
 

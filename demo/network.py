@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from .tokenizer import BOS, END, PAD, VOCABULARY
+from moe_local.demo.tokenizer import BOS, END, PAD, VOCABULARY
 
 EXPERTS, TOP_K, LAYERS = 8, 2, 5
 
