@@ -16,6 +16,7 @@ from torch import nn
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.experts import OffloadedExperts
+from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.spec import experts_modules, meta_model, model_class, quantizable_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -132,8 +133,9 @@ def _quantization(config: Any, dense: str, dtype: torch.dtype) -> Any:
     """transformers' settings that quantize the weights `ModelSpec.quantizable` names, and no others."""
     from transformers import BitsAndBytesConfig
 
-    # It logs a line in every int8 product whose input is not fp16, and one about kernels it does without.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    bitsandbytes_ops()  # imported here first, transformers finds it without words and without the network
+    # A line in every int8 product whose input is not fp16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     model = meta_model(config)
     quantizable = {name.removesuffix(".weight") for name in quantizable_weights(model)}
     linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))

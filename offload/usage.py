@@ -19,9 +19,10 @@ def read_usage(folder: Path) -> RoutedTokens | None:
     try:
         fields = json.loads((folder / FILE_NAME).read_text())
         counts = tuple(tuple(int(n) for n in layer) for layer in fields["counts"])
-        return RoutedTokens(counts, tuple(int(n) for n in fields["tokens"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        tokens = tuple(int(n) for n in fields["tokens"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
+    return RoutedTokens(counts, tokens) if len(tokens) == len(counts) else None
 
 
 def add_usage(folder: Path, routed: RoutedTokens) -> None:
