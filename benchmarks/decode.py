@@ -31,9 +31,9 @@ import torch
 import moe_local
 from moe_local.cache.files import write_atomically
 from moe_local.cache.keys import format_bytes
-from moe_local.offload import bandwidth
-from moe_local.offload.bandwidth import Bandwidths, measure
-from moe_local.offload.convert import moe_local_home
+from moe_local.offload.expert_file.convert import moe_local_home
+from moe_local.offload.plan import bandwidth
+from moe_local.offload.plan.bandwidth import Bandwidths, measure
 from moe_local.offload.records import GenerationStats
 
 ROOT = Path(__file__).resolve().parent.parent

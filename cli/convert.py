@@ -28,7 +28,7 @@ def convert(model: str, out: Path | None, check: bool, as_json: bool, options: d
 
     Downloads the model first if need be. Goes on where an interrupted conversion stopped.
     """
-    from moe_local.offload.expert_file import ExpertFile
+    from moe_local.offload.expert_file.expert_file import ExpertFile
 
     with ProgressBar() as progress:
         folder = moe_local.convert(model, out, **options, progress=progress, check=check)
@@ -57,7 +57,7 @@ def pull(model: str, as_json: bool) -> None:
 
     Goes on where an interrupted download stopped, and asks the Hub for a newer version of what is there.
     """
-    from moe_local.offload.hub import resolve
+    from moe_local.offload.checkpoint.hub import resolve
 
     folder = resolve(model, update=True)
     if as_json:

@@ -13,7 +13,7 @@ from moe_local.cli.options import debug_flag, json_flag, load_flags
 from moe_local.cli.render import count, print_fields, print_json
 
 if TYPE_CHECKING:
-    from moe_local.offload.plan import Plan
+    from moe_local.offload.plan.plan import Plan
 
 
 @click.command()

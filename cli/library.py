@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_local.cache.errors import ExpertFileError, ModelNotFoundError, MoeLocalError
-from moe_local.offload.checkpoint import Checkpoint
-from moe_local.offload.convert import moe_local_home
-from moe_local.offload.expert_file import ExpertFile
-from moe_local.offload.hub import HubModel, cached_folder, locate
-from moe_local.offload.registry import ALIASES, DEMO, demo_folder
+from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.checkpoint.hub import HubModel, cached_folder, locate
+from moe_local.offload.checkpoint.registry import ALIASES, DEMO, demo_folder
+from moe_local.offload.expert_file.convert import moe_local_home
+from moe_local.offload.expert_file.expert_file import ExpertFile
 
 
 @dataclass(frozen=True, slots=True)

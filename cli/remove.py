@@ -78,7 +78,7 @@ def _download(model: str) -> Any:
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
-    from moe_local.offload.hub import locate
+    from moe_local.offload.checkpoint.hub import locate
 
     found = locate(model)
     if isinstance(found, Path):

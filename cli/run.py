@@ -13,7 +13,7 @@ from moe_local.cli.options import Sampling, debug_flag, json_flag, load_flags, s
 from moe_local.cli.render import ProgressBar, print_json, print_status, status_line
 
 if TYPE_CHECKING:
-    from moe_local.offload.text import Prompt
+    from moe_local.offload.engine.text import Prompt
 
 
 @click.command()

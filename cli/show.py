@@ -13,7 +13,7 @@ from moe_local.cli.render import count, print_fields, print_json, print_table
 if TYPE_CHECKING:
     from moe_local.cache.stats import RoutedTokens
     from moe_local.cli.library import Conversion, Known
-    from moe_local.offload.spec import ModelSpec
+    from moe_local.offload.checkpoint.spec import ModelSpec
 
 MOST_STARVED = 8
 """Starved experts that `show` names one by one."""
@@ -70,8 +70,8 @@ def show(model: str, as_json: bool) -> None:
     that less than 1 % of their layer's tokens chose are named.
     """
     from moe_local.cli.library import known, nbytes
-    from moe_local.offload.hub import config_of
-    from moe_local.offload.spec import model_spec
+    from moe_local.offload.checkpoint.hub import config_of
+    from moe_local.offload.checkpoint.spec import model_spec
 
     entry = known(model)
     spec = model_spec(config_of(model))
@@ -103,7 +103,7 @@ def show(model: str, as_json: bool) -> None:
 
 def _sizes(spec: ModelSpec) -> dict[str, dict[str, int]]:
     """Bytes of the experts and of the dense part by format."""
-    from moe_local.offload.footprint import dense_bytes, expert_bytes
+    from moe_local.offload.plan.footprint import dense_bytes, expert_bytes
     from moe_local.offload.quantize.codec import codecs
 
     return {

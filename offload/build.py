@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
 from moe_local.cache.stats import RouterLoad
-from moe_local.offload.arena import DeviceArena, HostArena
-from moe_local.offload.device import Device
-from moe_local.offload.expert_file import ExpertFile
-from moe_local.offload.spec import ModelSpec
+from moe_local.offload.checkpoint.spec import ModelSpec
+from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.store import ExpertStore
-from moe_local.offload.tiers import CopySource, Tier
-from moe_local.offload.transfer import FileSource, Location
+from moe_local.offload.tiers.arena import DeviceArena, HostArena
+from moe_local.offload.tiers.device import Device
+from moe_local.offload.tiers.tiers import CopySource, Tier
+from moe_local.offload.tiers.transfer import FileSource, Location
 
 
 def build_store(

@@ -14,7 +14,7 @@ from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.interrupt import deferred
 from moe_local.offload.kernels.expert import expert_forward
-from moe_local.offload.prefetch import Prefetcher
+from moe_local.offload.prefetch.prefetch import Prefetcher
 from moe_local.offload.store import ExpertStore, Lease
 
 Groups = Generator[list[Lease], None, None]

@@ -8,27 +8,27 @@ from pathlib import Path
 
 import torch
 
-from moe_local.offload import bandwidth
 from moe_local.offload.build import build_store
-from moe_local.offload.checkpoint import Checkpoint
-from moe_local.offload.convert import convert_experts, expert_file_folder, moe_local_home
-from moe_local.offload.device import CudaDevice, Device
-from moe_local.offload.discover import Probe
-from moe_local.offload.engine import Engine
-from moe_local.offload.expert_file import ExpertFile
+from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.checkpoint.hub import config_of, resolve
+from moe_local.offload.checkpoint.skeleton import load_skeleton
+from moe_local.offload.checkpoint.spec import model_spec
+from moe_local.offload.checkpoint.tokenizer import load_tokenizer
+from moe_local.offload.engine.engine import Engine
+from moe_local.offload.engine.kv_slab import make_kv, probe_cache
+from moe_local.offload.expert_file.convert import convert_experts, expert_file_folder, moe_local_home
+from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
-from moe_local.offload.fit import plan_load
-from moe_local.offload.hub import config_of, resolve
-from moe_local.offload.kv_slab import make_kv, probe_cache
 from moe_local.offload.model import Model
 from moe_local.offload.options import LoadOptions
-from moe_local.offload.plan import Plan
-from moe_local.offload.prefetch import NoPrefetch, Prefetcher, RouterPrefetcher
+from moe_local.offload.plan import bandwidth
+from moe_local.offload.plan.fit import plan_load
+from moe_local.offload.plan.plan import Plan
+from moe_local.offload.prefetch.discover import Probe
+from moe_local.offload.prefetch.prefetch import NoPrefetch, Prefetcher, RouterPrefetcher
 from moe_local.offload.quantize.codec import codec_for
-from moe_local.offload.skeleton import load_skeleton
-from moe_local.offload.spec import model_spec
 from moe_local.offload.store import ExpertStore
-from moe_local.offload.tokenizer import load_tokenizer
+from moe_local.offload.tiers.device import CudaDevice, Device
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done ("converting", "loading"), how much of it is done, and how much there is."""

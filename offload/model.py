@@ -14,20 +14,20 @@ import torch
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cache.stats import Stats
 from moe_local.offload import interrupt
-from moe_local.offload.batch import generate_ids
-from moe_local.offload.engine import Engine
+from moe_local.offload.engine.batch import generate_ids
+from moe_local.offload.engine.engine import Engine
+from moe_local.offload.engine.sampling import imply_sampling, make_settings, needs_hf_generate
+from moe_local.offload.engine.text import Detokenizer, Prompt, encode_prompt
 from moe_local.offload.experts import OffloadedExperts
-from moe_local.offload.prefetch import Prefetcher
+from moe_local.offload.prefetch.prefetch import Prefetcher
 from moe_local.offload.records import Output
-from moe_local.offload.sampling import imply_sampling, make_settings, needs_hf_generate
 from moe_local.offload.store import ExpertStore
 from moe_local.offload.stream import TokenStream
-from moe_local.offload.text import Detokenizer, Prompt, encode_prompt
 from moe_local.offload.turn import Turn
 from moe_local.offload.usage import add_usage
 
 if TYPE_CHECKING:
-    from moe_local.offload.plan import Plan
+    from moe_local.offload.plan.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

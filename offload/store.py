@@ -11,11 +11,11 @@ import torch
 
 from moe_local.cache.keys import ExpertKey
 from moe_local.cache.stats import BytesMoved, RouterLoad, StallSeconds, Stats
-from moe_local.offload.device import Waited
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.quantize.layout import Layout
-from moe_local.offload.tiers import CopySource, Tier
-from moe_local.offload.transfer import DEMAND, FileSource
+from moe_local.offload.tiers.device import Waited
+from moe_local.offload.tiers.tiers import CopySource, Tier
+from moe_local.offload.tiers.transfer import DEMAND, FileSource
 
 WAIT_SECONDS = 0.1
 """Longest wait between two looks at pending interrupts."""

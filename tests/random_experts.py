@@ -8,7 +8,7 @@ import weakref
 import torch
 from transformers import AutoConfig
 
-from moe_local.offload.spec import ModelSpec, MoELayer, model_spec
+from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer, model_spec
 
 
 def random_spec(

@@ -14,11 +14,11 @@ import xxhash
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
 from moe_local.cache.stats import RouterLoad
-from moe_local.offload.arena import DeviceArena, HostArena
 from moe_local.offload.quantize.layout import Layout, make_layout
 from moe_local.offload.store import ExpertStore, Lease
-from moe_local.offload.tiers import CopySource, Tier
-from moe_local.offload.transfer import FileSource, Load, Location
+from moe_local.offload.tiers.arena import DeviceArena, HostArena
+from moe_local.offload.tiers.tiers import CopySource, Tier
+from moe_local.offload.tiers.transfer import FileSource, Load, Location
 
 MODES = ("disk", "ram", "ram+disk")
 """RAM over disk, no device; a device over a RAM that holds everything; a device over some RAM over disk."""

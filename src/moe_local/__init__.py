@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 from moe_local.cache.errors import MoeLocalError
 
 if TYPE_CHECKING:
-    from moe_local.offload.fit import fit
     from moe_local.offload.load import convert, load
     from moe_local.offload.model import Model
+    from moe_local.offload.plan.fit import fit
 
 try:
     __version__ = version("moe-local")
 except PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["MoeLocalError", "Model", "__version__", "convert", "fit", "load"]
+__all__ = ["Model", "MoeLocalError", "__version__", "convert", "fit", "load"]
 
 _HOMES = {
     "Model": "moe_local.offload.model",
     "convert": "moe_local.offload.load",
-    "fit": "moe_local.offload.fit",
+    "fit": "moe_local.offload.plan.fit",
     "load": "moe_local.offload.load",
 }
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_local.cache.stats import PrefetchStats, StallSeconds, Stats
-from moe_local.offload.engine import FinishReason
+from moe_local.offload.engine.engine import FinishReason
 from moe_local.offload.records import GenerationStats, Output, Token
 
 COUNTS = Stats(

@@ -8,7 +8,7 @@ import filelock
 import pytest
 
 from moe_local.cache.stats import RoutedTokens
-from moe_local.offload.registry import ALIASES
+from moe_local.offload.checkpoint.registry import ALIASES
 from moe_local.offload.usage import add_usage
 
 

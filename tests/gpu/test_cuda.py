@@ -10,13 +10,16 @@ import pytest
 import torch
 
 import moe_local
-from moe_local.offload.arena import HostArena
-from moe_local.offload.device import CudaDevice
 from moe_local.offload.kernels.expert import expert_forward
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import TensorSpec
+from moe_local.offload.tiers.arena import HostArena
+from moe_local.offload.tiers.device import CudaDevice
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +48,9 @@ def test_ids_do_not_depend_on_cache_or_prefetch(
     folder = make_checkpoint(model_type)
     ids = torch.randint(3, tiny_models.VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
     reference = tiny_models.tiny_model(model_type)
-    expected = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
+    expected = reference.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False
+    )
     for slots in (2, 3, 8):
         for prefetch in ("off", "router"):
             with moe_local.load(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moe_local.cache.errors import DoesNotFitError
-from moe_local.offload.arena import Arena, DeviceArena, HostArena, arena_bytes
+from moe_local.offload.tiers.arena import Arena, DeviceArena, HostArena, arena_bytes
 
 SLOTS, STRIDES = [2, 0, 3], [4096, 8192, 12288]
 

@@ -25,8 +25,8 @@ from moe_local.cache.errors import (
     MoeLocalError,
     OptionError,
 )
-from moe_local.offload import expert_shard
-from moe_local.offload.expert_file import MANIFEST
+from moe_local.offload.expert_file import expert_shard
+from moe_local.offload.expert_file.expert_file import MANIFEST
 from moe_local.offload.usage import read_usage
 
 torch.set_num_threads(1)

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from moe_local.offload import bandwidth
-from moe_local.offload.bandwidth import Bandwidths
+from moe_local.offload.plan import bandwidth
+from moe_local.offload.plan.bandwidth import Bandwidths
 
 
 def test_defaults_are_assumed():

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_local.cache.errors import CheckpointError, ModelNotFoundError
-from moe_local.offload.checkpoint import Checkpoint
+from moe_local.offload.checkpoint.checkpoint import Checkpoint
 
 MakeCheckpoint = Callable[..., Path]
 

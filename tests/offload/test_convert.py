@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from moe_local.cache.errors import CheckpointError, DoesNotFitError, ExpertFileError
-from moe_local.offload import convert
-from moe_local.offload.checkpoint import Checkpoint
-from moe_local.offload.convert import convert_experts, expert_file_folder, moe_local_home
-from moe_local.offload.expert_file import MANIFEST, ExpertFile
+from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.checkpoint.spec import model_spec
+from moe_local.offload.expert_file import convert
+from moe_local.offload.expert_file.convert import convert_experts, expert_file_folder, moe_local_home
+from moe_local.offload.expert_file.expert_file import MANIFEST, ExpertFile
 from moe_local.offload.quantize.codec import codec_for
-from moe_local.offload.spec import model_spec
 
 BF16 = codec_for("bf16")
 

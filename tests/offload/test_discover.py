@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from moe_local.offload.checkpoint import read_config
-from moe_local.offload.discover import Probe
-from moe_local.offload.routers import router_of
-from moe_local.offload.skeleton import load_skeleton
+from moe_local.offload.checkpoint.checkpoint import read_config
+from moe_local.offload.checkpoint.skeleton import load_skeleton
+from moe_local.offload.prefetch.discover import Probe
+from moe_local.offload.prefetch.routers import router_of
 
 TYPES = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "qwen2_moe", "olmoe", "deepseek_v3")
 

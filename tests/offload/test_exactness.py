@@ -14,13 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moe_local
-from moe_local.offload.checkpoint import Checkpoint
-from moe_local.offload.fit import plan_memory
-from moe_local.offload.footprint import expert_bytes
+from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.checkpoint.spec import experts_modules
 from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.options import LoadOptions
-from moe_local.offload.plan import Request
-from moe_local.offload.spec import experts_modules
+from moe_local.offload.plan.fit import plan_memory
+from moe_local.offload.plan.footprint import expert_bytes
+from moe_local.offload.plan.plan import Request
 
 torch.set_num_threads(1)
 

@@ -10,9 +10,9 @@ import xxhash
 from safetensors import safe_open
 
 from moe_local.cache.errors import ExpertFileError
-from moe_local.offload.convert import FormatChoice, convert_experts
-from moe_local.offload.expert_file import MANIFEST, ExpertFile
-from moe_local.offload.expert_shard import ShardPlan, ShardWriter
+from moe_local.offload.expert_file.convert import FormatChoice, convert_experts
+from moe_local.offload.expert_file.expert_file import MANIFEST, ExpertFile
+from moe_local.offload.expert_file.expert_shard import ShardPlan, ShardWriter
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 

@@ -11,13 +11,13 @@ import torch
 
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.build import build_store
-from moe_local.offload.checkpoint import Checkpoint
-from moe_local.offload.convert import convert_experts
-from moe_local.offload.expert_file import ExpertFile
+from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.checkpoint.spec import experts_modules
+from moe_local.offload.expert_file.convert import convert_experts
+from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
-from moe_local.offload.prefetch import Guess, NoPrefetch
+from moe_local.offload.prefetch.prefetch import Guess, NoPrefetch
 from moe_local.offload.quantize.codec import codec_for
-from moe_local.offload.spec import experts_modules
 from moe_local.offload.store import ExpertStore
 
 TYPES = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "qwen2_moe", "deepseek_v3")

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from moe_local.cache.errors import CheckpointError, DoesNotFitError, ModelNotFoundError, MoeLocalError
-from moe_local.offload import hub_download
-from moe_local.offload.checkpoint import Checkpoint
-from moe_local.offload.hub import HubModel, cached_folder, config_of, locate, resolve
+from moe_local.offload.checkpoint import hub_download
+from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.checkpoint.hub import HubModel, cached_folder, config_of, locate, resolve
 
 MIXTRAL = "mistralai/Mixtral-8x7B-Instruct-v0.1"
 
@@ -182,7 +182,11 @@ class TestKilled:
         served = make_checkpoint("mixtral", shards=3)
         hub_server.add_repo("org/model", served)
         total = sum(path.stat().st_size for path in served.glob("*.safetensors"))
-        command = [sys.executable, "-c", "from moe_local.offload.hub import *; print(resolve('org/model'))"]
+        command = [
+            sys.executable,
+            "-c",
+            "from moe_local.offload.checkpoint.hub import *; print(resolve('org/model'))",
+        ]
         env = {"PATH": "/usr/bin:/bin", **hub_server.env(tmp_path / "hf")}
         blobs = tmp_path / "hf" / "hub" / "models--org--model" / "blobs"
         hub_server.bytes_per_second = 400_000

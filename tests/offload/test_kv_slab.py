@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_local.offload.kv_slab import KVSlab, can_slab, make_kv, probe_cache
-from moe_local.offload.own_caches import OwnCaches
+from moe_local.offload.engine.kv_slab import KVSlab, can_slab, make_kv, probe_cache
+from moe_local.offload.engine.own_caches import OwnCaches
 
 torch.set_num_threads(1)
 TOLERANCE = 2e-4

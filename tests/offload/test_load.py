@@ -20,14 +20,14 @@ import torch
 
 import moe_local
 from moe_local.cache.errors import CheckpointError, DoesNotFitError, OptionError, TransferError
-from moe_local.offload import device as device_module
-from moe_local.offload.checkpoint import Checkpoint
+from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.experts import OffloadedExperts
-from moe_local.offload.fit import plan_memory
 from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.options import LoadOptions
-from moe_local.offload.plan import Request
-from moe_local.offload.prefetch import NoPrefetch, RouterPrefetcher
+from moe_local.offload.plan.fit import plan_memory
+from moe_local.offload.plan.plan import Request
+from moe_local.offload.prefetch.prefetch import NoPrefetch, RouterPrefetcher
+from moe_local.offload.tiers import device as device_module
 
 torch.set_num_threads(1)
 
@@ -152,7 +152,7 @@ def test_conversion_holds_a_few_experts_only(make_checkpoint: Callable[..., Path
     )
     script = (
         "import resource, torch, moe_local\n"
-        "from moe_local.offload.checkpoint import Checkpoint\n"
+        "from moe_local.offload.checkpoint.checkpoint import Checkpoint\n"
         "from moe_local.offload.load import open_experts\n"
         "torch.set_num_threads(1)\n"
         f"checkpoint = Checkpoint.open({str(folder)!r})\n"

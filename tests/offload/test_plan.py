@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from moe_local.cache.errors import DoesNotFitError, OptionError
 from moe_local.cache.keys import parse_bytes
-from moe_local.offload import estimate, footprint, placement
-from moe_local.offload.bandwidth import Bandwidths
-from moe_local.offload.fit import fit, plan_load, plan_memory
-from moe_local.offload.hub import config_of
+from moe_local.offload.checkpoint.hub import config_of
+from moe_local.offload.checkpoint.spec import ModelSpec, meta_model, model_spec
 from moe_local.offload.options import LoadOptions
-from moe_local.offload.placement import place
-from moe_local.offload.plan import Plan, Request
-from moe_local.offload.spec import ModelSpec, meta_model, model_spec
+from moe_local.offload.plan import estimate, footprint, placement
+from moe_local.offload.plan.bandwidth import Bandwidths
+from moe_local.offload.plan.fit import fit, plan_load, plan_memory
+from moe_local.offload.plan.placement import place
+from moe_local.offload.plan.plan import Plan, Request
 
 GIB = 2**30
 MIXTRAL = model_spec(config_of("mixtral-8x7b"))
@@ -314,7 +314,7 @@ class TestFit:
 
     @pytest.mark.parametrize("ram", [16 * GIB, 32 * GIB])
     def test_a_load_follows_the_same_plan(self, ram: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("moe_local.offload.fit.free_ram", lambda reserve=True: 50 * GIB)
+        monkeypatch.setattr("moe_local.offload.plan.fit.free_ram", lambda reserve=True: 50 * GIB)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         planned = fit("mixtral-8x7b", ram=ram)
         options = LoadOptions(ram=ram)
@@ -323,7 +323,7 @@ class TestFit:
         assert loaded == planned
 
     def test_a_load_refuses_in_the_same_words(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("moe_local.offload.fit.free_ram", lambda reserve=True: 50 * GIB)
+        monkeypatch.setattr("moe_local.offload.plan.fit.free_ram", lambda reserve=True: 50 * GIB)
         planned = fit("mixtral-8x7b", ram="4GiB", device="cpu")
         assert planned.reason is not None
         with pytest.raises(DoesNotFitError) as caught:
@@ -331,7 +331,7 @@ class TestFit:
         assert str(caught.value).startswith(planned.reason)
 
     def test_a_load_takes_no_memory_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("moe_local.offload.fit.free_ram", lambda reserve=True: 16 * GIB)
+        monkeypatch.setattr("moe_local.offload.plan.fit.free_ram", lambda reserve=True: 16 * GIB)
         plan = plan_load(
             "mixtral-8x7b", MIXTRAL, LoadOptions(ram=64 * GIB), torch.device("cpu"), Bandwidths()
         )

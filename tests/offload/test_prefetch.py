@@ -13,13 +13,13 @@ import torch
 
 from moe_local.cache.keys import ExpertKey
 from moe_local.offload.build import build_store
-from moe_local.offload.checkpoint import Checkpoint
-from moe_local.offload.convert import convert_experts
-from moe_local.offload.discover import Probe
+from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.checkpoint.skeleton import load_skeleton
+from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
-from moe_local.offload.prefetch import Guess, NoPrefetch, Prefetcher, RouterPrefetcher
+from moe_local.offload.prefetch.discover import Probe
+from moe_local.offload.prefetch.prefetch import Guess, NoPrefetch, Prefetcher, RouterPrefetcher
 from moe_local.offload.quantize.codec import codec_for
-from moe_local.offload.skeleton import load_skeleton
 
 IDS = torch.tensor([[5, 77, 130, 9, 201, 33, 8]])
 

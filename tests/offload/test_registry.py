@@ -7,9 +7,9 @@ from importlib.resources import files
 import pytest
 
 from moe_local.cache.errors import ModelNotFoundError
-from moe_local.offload import registry
-from moe_local.offload.registry import ALIASES, find_alias, near_matches, not_found
-from moe_local.offload.spec import model_spec
+from moe_local.offload.checkpoint import registry
+from moe_local.offload.checkpoint.registry import ALIASES, find_alias, near_matches, not_found
+from moe_local.offload.checkpoint.spec import model_spec
 
 PUBLISHED = {
     # total and active parameters in 1e9, layers, experts, top-k, context: the model cards
@@ -28,7 +28,7 @@ def test_every_alias_is_checked() -> None:
 
 
 def test_no_config_is_left_over() -> None:
-    carried = {path.name for path in (files("moe_local.offload") / "configs").iterdir()}
+    carried = {path.name for path in (files("moe_local.offload.checkpoint") / "configs").iterdir()}
     assert carried == {f"{alias}.json" for alias in ALIASES}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_local.cache.errors import OptionError
-from moe_local.offload.sampling import (
+from moe_local.offload.engine.sampling import (
     DEFAULT_MAX_NEW_TOKENS,
     imply_sampling,
     make_settings,

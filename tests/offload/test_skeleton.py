@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.build import build_store
-from moe_local.offload.checkpoint import Checkpoint, read_config
-from moe_local.offload.convert import convert_experts
+from moe_local.offload.checkpoint.checkpoint import Checkpoint, read_config
+from moe_local.offload.checkpoint.skeleton import load_skeleton
+from moe_local.offload.checkpoint.spec import model_class, model_spec
+from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
-from moe_local.offload.prefetch import NoPrefetch
+from moe_local.offload.prefetch.prefetch import NoPrefetch
 from moe_local.offload.quantize.codec import codec_for
-from moe_local.offload.skeleton import load_skeleton
-from moe_local.offload.spec import model_class, model_spec
 
 TYPES = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "qwen2_moe", "olmoe", "deepseek_v3")
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_local.cache.errors import OptionError
-from moe_local.offload.text import Detokenizer, encode_prompt, with_system
+from moe_local.offload.engine.text import Detokenizer, encode_prompt, with_system
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 PIECES = ["▁", "▁the", "▁expert", "s", "e", "router", "▁▁", "你好", "é", "😀", "▁.", ".", "\ufffd"]

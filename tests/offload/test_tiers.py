@@ -12,7 +12,7 @@ import pytest
 
 from moe_local.cache.errors import TransferError
 from moe_local.cache.keys import ExpertKey
-from moe_local.offload.transfer import DEMAND
+from moe_local.offload.tiers.transfer import DEMAND
 
 Make = Callable[..., Any]
 

@@ -16,7 +16,7 @@ import xxhash
 
 from moe_local.cache.errors import TransferError
 from moe_local.cache.keys import ExpertKey
-from moe_local.offload.transfer import DEMAND, FileSource, Load, LoadState, Location
+from moe_local.offload.tiers.transfer import DEMAND, FileSource, Load, LoadState, Location
 
 EXPERT = 10_000
 
@@ -170,7 +170,7 @@ def test_a_load_cancelled_while_it_is_checked_keeps_its_slot_until_then(
         assert go_on.wait(10)
         return int(digest)
 
-    monkeypatch.setattr("moe_local.offload.transfer.xxhash.xxh3_64_intdigest", slow)
+    monkeypatch.setattr("moe_local.offload.tiers.transfer.xxhash.xxh3_64_intdigest", slow)
     monkeypatch.setattr(disk, "locate", None)
     disk.source._locate = lambda key: Location(disk.path, 0, EXPERT, digest)
     load = disk.start(0)
@@ -242,7 +242,7 @@ def test_an_expert_is_checked_once(make_disk: Any, monkeypatch: pytest.MonkeyPat
     disk = make_disk()
     digest, checked = xxhash.xxh3_64_intdigest, []
     monkeypatch.setattr(
-        "moe_local.offload.transfer.xxhash.xxh3_64_intdigest",
+        "moe_local.offload.tiers.transfer.xxhash.xxh3_64_intdigest",
         lambda data: checked.append(1) or digest(data),
     )
     disk.source._locate = {

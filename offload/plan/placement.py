@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_local.cache.keys import format_bytes
-from moe_local.offload import footprint
-from moe_local.offload.plan import Bytes, Mode, Plan, Request, arena_bytes
-from moe_local.offload.spec import ModelSpec
+from moe_local.offload.checkpoint.spec import ModelSpec
+from moe_local.offload.plan import footprint
+from moe_local.offload.plan.plan import Bytes, Mode, Plan, Request, arena_bytes
 
 
 def place(request: Request) -> Plan:

@@ -23,4 +23,6 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raise plain Exception for a damaged tokenizer.json
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded ({reason}); download it again") from error
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be loaded ({reason}); download it again"
+        ) from error

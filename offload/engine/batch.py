@@ -11,8 +11,8 @@ import torch
 
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.offload import interrupt
-from moe_local.offload.engine import Engine, Sequence
-from moe_local.offload.sampling import (
+from moe_local.offload.engine.engine import Engine, Sequence
+from moe_local.offload.engine.sampling import (
     Settings,
     check_seed,
     generation_config,

@@ -6,9 +6,9 @@ from functools import lru_cache
 
 import torch
 
+from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import TensorSpec
-from moe_local.offload.spec import ModelSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

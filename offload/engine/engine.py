@@ -18,8 +18,8 @@ import torch
 
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.offload import interrupt
-from moe_local.offload.kv_slab import KVRows
-from moe_local.offload.sampling import Settings
+from moe_local.offload.engine.kv_slab import KVRows
+from moe_local.offload.engine.sampling import Settings
 
 
 class FinishReason(StrEnum):

@@ -30,7 +30,7 @@ class ModelAlias:
 
     def config(self) -> Any:
         """transformers' config of the published model, without network."""
-        from moe_local.offload.checkpoint import parse_config
+        from moe_local.offload.checkpoint.checkpoint import parse_config
 
         with importlib.resources.as_file(_carried_configs() / f"{self.alias}.json") as path:
             return parse_config(path)
@@ -145,7 +145,7 @@ def not_found(name: str, reason: str) -> ModelNotFoundError:
 
 
 def _carried_configs() -> Any:
-    folder = importlib.resources.files("moe_local.offload") / "configs"
+    folder = importlib.resources.files("moe_local.offload.checkpoint") / "configs"
     if not folder.is_dir():
         raise CheckpointError("the package lacks its model configs; install moe-local again")
     return folder

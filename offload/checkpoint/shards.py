@@ -15,7 +15,7 @@ import xxhash
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.cache.keys import format_bytes
-from moe_local.offload.files import INDEX, SINGLE, first_pickle, read_index
+from moe_local.offload.checkpoint.files import INDEX, SINGLE, first_pickle, read_index
 
 MAX_HEADER = 100_000_000
 """Bytes; what the safetensors library itself accepts."""

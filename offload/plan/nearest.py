@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from moe_local.cache.keys import parse_bytes
-from moe_local.offload.placement import place
-from moe_local.offload.plan import Request
+from moe_local.offload.plan.placement import place
+from moe_local.offload.plan.plan import Request
 
 CONTEXT_STEP = 256
 UNBOUNDED = 2**62

@@ -20,7 +20,7 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from moe_local.offload.own_caches import OwnCaches
+from moe_local.offload.engine.own_caches import OwnCaches
 
 # transformers 5.17 and 5.18 leave out the layers that later releases fill with this class.
 DUMMY_LAYER: type | None = getattr(cache_utils, "DummyLayer", None)

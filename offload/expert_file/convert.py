@@ -19,17 +19,29 @@ import torch
 
 from moe_local.cache.errors import CheckpointError, DoesNotFitError, ExpertFileError
 from moe_local.cache.keys import ExpertKey, format_bytes
-from moe_local.offload.expert_file import MANIFEST, ExpertFile, ExpertLocation, Progress, read_checked
-from moe_local.offload.expert_shard import TEMPORARY, ShardPlan, ShardWriter, disk_errors, sync_folder
+from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer
+from moe_local.offload.expert_file.expert_file import (
+    MANIFEST,
+    ExpertFile,
+    ExpertLocation,
+    Progress,
+    read_checked,
+)
+from moe_local.offload.expert_file.expert_shard import (
+    TEMPORARY,
+    ShardPlan,
+    ShardWriter,
+    disk_errors,
+    sync_folder,
+)
 from moe_local.offload.quantize.codec import Codec
 from moe_local.offload.quantize.layout import Layout, TensorSpec
-from moe_local.offload.spec import ModelSpec, MoELayer
 
 logger = logging.getLogger(__name__)
 
 
 class ExpertSource(Protocol):
-    """What experts are converted from; `moe_local.offload.checkpoint.Checkpoint` is one."""
+    """What experts are converted from; `moe_local.offload.checkpoint.checkpoint.Checkpoint` is one."""
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from moe_local.offload.routers import RouterSite
+from moe_local.offload.prefetch.routers import RouterSite
 from moe_local.offload.store import ExpertStore
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.shards import Shards, StoredTensor
-from moe_local.offload.spec import ModelSpec, MoELayer
+from moe_local.offload.checkpoint.shards import Shards, StoredTensor
+from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter, WeightRenaming

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moe_local.offload.experts import OffloadedExperts
-from moe_local.offload.routers import RouterSite, router_of
+from moe_local.offload.prefetch.routers import RouterSite, router_of
 
 
 class Probe:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moe_local.offload.device import Device, HostMemory
+from moe_local.offload.tiers.device import Device, HostMemory
 
 
 class Arena:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_local.cache.errors import CheckpointError, ModelNotFoundError, MoeLocalError
-from moe_local.offload.files import CONFIG, INDEX, SINGLE, first_pickle, read_index
-from moe_local.offload.hub_download import HubFile, download_blobs, network_error, require_space
-from moe_local.offload.registry import DEMO, demo_folder, find_alias, hub_id, not_found, short_name
+from moe_local.offload.checkpoint.files import CONFIG, INDEX, SINGLE, first_pickle, read_index
+from moe_local.offload.checkpoint.hub_download import HubFile, download_blobs, network_error, require_space
+from moe_local.offload.checkpoint.registry import DEMO, demo_folder, find_alias, hub_id, not_found, short_name
 
 SMALL_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 """Config, tokenizer and chat template files of a repository's top level."""
@@ -60,7 +60,7 @@ def config_of(model: str | Path, *, carried: bool = True) -> Any:
     `carried=False` an alias's, too, is what the Hub has now, not what the package carries. Raises as
     `resolve`, and CheckpointError for a config that cannot be used.
     """
-    from moe_local.offload.checkpoint import parse_config, read_config
+    from moe_local.offload.checkpoint.checkpoint import parse_config, read_config
 
     found = locate(model)
     if isinstance(found, Path):

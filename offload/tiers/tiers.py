@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from moe_local.cache.errors import TransferError
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
-from moe_local.offload.arena import Arena
-from moe_local.offload.device import Device, Event, Waited
 from moe_local.offload.interrupt import check as check_interrupt
-from moe_local.offload.transfer import DEMAND, Load, LoadState, Source
+from moe_local.offload.tiers.arena import Arena
+from moe_local.offload.tiers.device import Device, Event, Waited
+from moe_local.offload.tiers.transfer import DEMAND, Load, LoadState, Source
 
 PRELOAD_WINDOW = 16
 """Experts under way at a time while a tier is filled: enough to keep the threads busy."""

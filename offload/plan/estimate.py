@@ -11,8 +11,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from moe_local.offload.bandwidth import Bandwidths
-from moe_local.offload.spec import ModelSpec
+from moe_local.offload.checkpoint.spec import ModelSpec
+from moe_local.offload.plan.bandwidth import Bandwidths
 
 READ_EFFICIENCY = 0.85
 """Share of a memory's bandwidth that matrix-vector kernels reach."""

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 
 from moe_local.cache.errors import DoesNotFitError, OptionError
-from moe_local.offload import estimate, footprint
-from moe_local.offload.bandwidth import Bandwidths
-from moe_local.offload.spec import ModelSpec
+from moe_local.offload.checkpoint.spec import ModelSpec
+from moe_local.offload.plan import estimate, footprint
+from moe_local.offload.plan.bandwidth import Bandwidths
 
 Mode = Literal["resident", "offload", "disk"]
 
@@ -99,7 +99,7 @@ class Plan:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """See offload/estimate.py; None without a fit."""
+        """See offload/plan/estimate.py; None without a fit."""
         if not self.fits:
             return None
         request = self.request

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from moe_local.cache.errors import OptionError
-from moe_local.offload import bandwidth
-from moe_local.offload.free_memory import free_ram, free_vram
-from moe_local.offload.nearest import nearest
+from moe_local.offload.checkpoint.spec import ModelSpec, model_spec
 from moe_local.offload.options import LoadOptions
-from moe_local.offload.placement import place
-from moe_local.offload.plan import DEFAULT_CONTEXT, Plan, Request
-from moe_local.offload.spec import ModelSpec, model_spec
+from moe_local.offload.plan import bandwidth
+from moe_local.offload.plan.free_memory import free_ram, free_vram
+from moe_local.offload.plan.nearest import nearest
+from moe_local.offload.plan.placement import place
+from moe_local.offload.plan.plan import DEFAULT_CONTEXT, Plan, Request
 
 
 def fit(
@@ -35,8 +35,8 @@ def fit(
     only. Does not measure: bandwidths are those kept for this machine, or defaults. The plan says by itself
     whether it fits (`plan.fits`); raises OptionError and ModelNotFoundError.
     """
-    from moe_local.offload.convert import moe_local_home
-    from moe_local.offload.hub import config_of
+    from moe_local.offload.checkpoint.hub import config_of
+    from moe_local.offload.expert_file.convert import moe_local_home
 
     options = LoadOptions(
         vram=vram,  # type: ignore[arg-type]

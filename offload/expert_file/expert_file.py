@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from moe_local.cache.errors import ExpertFileError
-from moe_local.offload.expert_shard import VERSION, ShardPlan, write_durably
+from moe_local.offload.expert_file.expert_shard import VERSION, ShardPlan, write_durably
 from moe_local.offload.quantize.layout import Layout
 
 MANIFEST = "manifest.json"

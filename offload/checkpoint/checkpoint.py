@@ -11,10 +11,10 @@ import torch
 import xxhash
 
 from moe_local.cache.errors import CheckpointError, ModelNotFoundError
-from moe_local.offload.expert_sources import ExpertSources
-from moe_local.offload.registry import DEMO, find_alias, hub_id, short_name
-from moe_local.offload.shards import Shards
-from moe_local.offload.spec import ModelSpec, MoELayer, meta_model, model_spec
+from moe_local.offload.checkpoint.expert_sources import ExpertSources
+from moe_local.offload.checkpoint.registry import DEMO, find_alias, hub_id, short_name
+from moe_local.offload.checkpoint.shards import Shards
+from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer, meta_model, model_spec
 
 
 class Checkpoint:

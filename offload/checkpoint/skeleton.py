@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import CheckpointError
+from moe_local.offload.checkpoint.spec import experts_modules, meta_model, model_class, quantizable_weights
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
-from moe_local.offload.spec import experts_modules, meta_model, model_class, quantizable_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

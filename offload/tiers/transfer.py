@@ -21,7 +21,7 @@ import xxhash
 
 from moe_local.cache.errors import TransferError
 from moe_local.cache.keys import ExpertKey
-from moe_local.offload.device import Event
+from moe_local.offload.tiers.device import Event
 
 DEMAND = 0
 """Priority of a load that a kernel waits for; prefetches are 1 and up, farther layers higher."""

@@ -1,0 +1,1 @@
+"""Finding a model and reading its checkpoint: names, downloads, configs, tensors, the dense part."""

@@ -1,0 +1,1 @@
+"""The converted experts of a model on disk, and how they get there."""

@@ -1,0 +1,1 @@
+"""Bytes in, placement out: what fits where, and the speed that bandwidths allow."""

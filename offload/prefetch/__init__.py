@@ -1,0 +1,1 @@
+"""Guessing which experts later layers will need."""
