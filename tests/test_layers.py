@@ -52,7 +52,7 @@ def test_imports_go_one_way(room: str) -> None:
 
 
 def test_every_package_is_listed() -> None:
-    """setuptools discovers nothing here, since package-dir maps the rooms: a forgotten one is not installed."""
+    """package-dir turns setuptools' discovery off: a package that is not listed is not installed."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = set()
     for name, folder in ROOMS.items():

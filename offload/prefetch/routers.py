@@ -10,7 +10,7 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True)
 class RouterSite:
-    """The router of one MoE layer and the norm whose output it reads (identity where it reads the residual)."""
+    """The router of one MoE layer and the norm whose output it reads."""
 
     router: nn.Module
     norm: nn.Module

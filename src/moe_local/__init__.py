@@ -1,8 +1,8 @@
 """moe-local: large Mixture-of-Experts models on one ordinary GPU.
 
-    model = moe_local.load("mixtral-8x7b", vram="20GiB", ram="40GiB")
-    for token in model.stream("Why is the sky blue?"):
-        print(token.text, end="")
+model = moe_local.load("mixtral-8x7b", vram="20GiB", ram="40GiB")
+for token in model.stream("Why is the sky blue?"):
+    print(token.text, end="")
 """
 
 from importlib.metadata import PackageNotFoundError, version
