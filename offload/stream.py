@@ -60,6 +60,8 @@ class TokenStream(Iterator[Token]):
             with interrupt.deferred():
                 if self._sequence is None:
                     self._begin()
+                else:
+                    self._turn.carry_on()
                 step = self._step()
                 interrupt.check()
                 return self._token(step)

@@ -44,6 +44,10 @@ class Turn:
             raise MoeLocalError(self._retired)
         self._owner = threading.get_ident()
 
+    def carry_on(self) -> None:
+        """Whoever has the turn goes on in this thread, as streams do that a thread pool drives."""
+        self._owner = threading.get_ident()
+
     def end(self) -> None:
         """Give the turn back."""
         self._owner = None

@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,19 @@ def test_threads_take_turns(model: moe_local.Model) -> None:
     for thread in threads:
         thread.join()
     assert found == {index: [expected[index]] * 3 for index in range(4)}
+
+
+def test_a_stream_may_move_from_thread_to_thread(model: moe_local.Model) -> None:
+    """As an HTTP server's thread pool moves it; the thread where it began is free for others, who wait."""
+    expected = answer(model, "the token", 5).token_ids
+    other = answer(model, "hello", 3).token_ids
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        stream = model.stream("the token", max_new_tokens=5, **ENDLESS)
+        ids = [first.submit(next, stream).result().id, second.submit(next, stream).result().id]
+        waiting = first.submit(lambda: answer(model, "hello", 3).token_ids)
+        ids += [second.submit(next, stream).result().id for _ in range(3)]
+        assert waiting.result() == other
+    assert ids == expected
 
 
 def test_a_conversation_computes_only_what_is_new(model: moe_local.Model) -> None:
