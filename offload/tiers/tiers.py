@@ -57,7 +57,9 @@ class Tier:
 
     def promote(self, key: ExpertKey, priority: int = DEMAND) -> None:
         """An expert under way is wanted sooner than it was; DEMAND: now."""
-        self.source.promote(self._loads[key], priority)
+        load = self._loads[key]
+        load.joined = True
+        self.source.promote(load, priority)
 
     def cancel(self, key: ExpertKey) -> None:
         """Give a load under way up, if it can be; its slot is free once the load has ended."""
@@ -153,8 +155,9 @@ class Tier:
         if load.state is LoadState.DONE:
             del self._loads[key]
             self.cache.complete(*key)
-        elif load.state is LoadState.CANCELLED and wanted and slot is not None:
-            self.bring(key, slot, load.priority)  # needed again after it was given up
+        elif wanted and slot is not None and (load.state is LoadState.CANCELLED or load.joined):
+            # Given up before it was needed again, or failed for a reason that may be gone by now.
+            self.bring(key, slot, load.priority)
         else:
             del self._loads[key]
             self.cache.abandon(*key, load.moved)

@@ -50,6 +50,7 @@ class Load:
         "error",
         "event",
         "in_flight",
+        "joined",
         "key",
         "left",
         "moved",
@@ -70,6 +71,8 @@ class Load:
         """The end of its copy, once the copy has been issued; None for loads that end in host memory."""
         self.cause = "disk"
         """What a wait for this load is charged to, a field of StallSeconds."""
+        self.joined = False
+        """Whether somebody has come to need it after it was begun."""
         self.cancelled = False
         """Asked to stop; pieces under way still land."""
         self.left = 0

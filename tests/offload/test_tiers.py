@@ -145,6 +145,61 @@ def test_a_load_needed_again_before_its_cancellation_ended_is_restarted(
     rig.settle()
 
 
+@pytest.mark.parametrize("mode", ["disk", "ram+disk"])
+def test_a_restarted_load_is_as_urgent_as_whoever_needs_it(make_rig: Make, read_gate: Any, mode: str) -> None:
+    rig = make_rig(mode, threads=1, pages=1, piece_bytes=4096)
+    read_gate.shut()
+    rig.store.prefetch(0, [5], distance=1, budget_bytes=1 << 20)
+    read_gate.wait_for(1)
+    rig.tier.cancel(ExpertKey(0, 5))
+    rig.tier.poll()
+    rig.store.prefetch(1, [0, 1, 2], distance=1, budget_bytes=1 << 20)
+    need(rig, 0, 5)
+    read_gate.let(1)
+    read_gate.wait_for(2)  # the next in the queue, before the cancelled load has been seen to end
+    rig.tier.poll()
+    read_gate.open()
+    await_expert(rig, 0, 5)
+    rig.tier.cache.release(0, [5])
+    rig.settle()
+    at = {location.offset: key for key, location in rig.locations.items()}
+    order = [at[offset] for offset in read_gate.arrived]
+    assert order[0] == order[2] == ExpertKey(0, 5)
+
+
+@pytest.mark.parametrize("mode", ["disk", "ram+disk"])
+def test_a_load_that_failed_before_it_was_needed_is_tried_once_more(
+    make_rig: Make, read_gate: Any, mode: str
+) -> None:
+    rig = make_rig(mode, threads=1, pages=1, piece_bytes=4096)
+    offset = rig.locations[ExpertKey(0, 5)].offset
+    for mended in (True, False):
+        read_gate.errors[offset] = OSError(errno.EIO, os.strerror(errno.EIO))
+        read_gate.shut()
+        reads = len(read_gate.arrived)
+        rig.store.prefetch(0, [5], distance=1, budget_bytes=1 << 20)
+        read_gate.wait_for(reads + 1)
+        need(rig, 0, 5)
+        read_gate.let(1)
+        while not rig.disk.finished:
+            rig.disk.wait(0.1)
+        if mended:
+            read_gate.errors.clear()
+        read_gate.open()
+        if mended:
+            await_expert(rig, 0, 5)
+            assert content(rig, 0, 5) == rig.content[ExpertKey(0, 5)]
+            rig.tier.cache.release(0, [5])
+            for expert in range(4):  # so that the next round finds it absent again, below, too
+                rig.step(0, [expert])
+            assert rig.ram.cache.slot_of(0, 5) is None
+        else:
+            with pytest.raises(TransferError, match="expert 5 of MoE layer 0"):
+                await_expert(rig, 0, 5)
+        assert len(read_gate.arrived) >= reads + 2
+        rig.settle()
+
+
 def test_promotion_of_a_load_without_a_slot_below_counts_once_it_has_one(
     make_rig: Make, read_gate: Any
 ) -> None:
