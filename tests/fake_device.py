@@ -155,6 +155,11 @@ class FakeDevice:
         if not self._lazy:
             work.force()
 
+    @property
+    def copying(self) -> bool:
+        """Whether a copy has been issued that has not ended."""
+        return bool(self._copy.queue)
+
     def synchronize(self) -> None:
         """Everything issued so far happens."""
         for stream in (self._compute, self._copy):

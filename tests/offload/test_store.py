@@ -274,6 +274,26 @@ def test_prefetch_keeps_its_budget_and_its_own_guesses(make_rig: Make, mode: str
     rig.settle()
 
 
+def test_a_prefetch_that_does_not_fit_the_budget_ends_the_request(make_rig: Make) -> None:
+    rig = make_rig("disk", slots=3, pages=2)
+    sizes = [rig.size(0, expert) // 4096 for expert in range(EXPERTS)]
+    small, other = [expert for expert, pages in enumerate(sizes) if pages == 1][:2]
+    large = sizes.index(2)
+    rig.store.prefetch(0, [small, large, other], distance=1, budget_bytes=2 * 4096)
+    assert rig.tier.cache.loading(0) == (small,)  # the likeliest only: no gaps filled with less likely ones
+    rig.settle()
+
+
+def test_the_host_goes_on_once_a_copy_was_issued(make_rig: Make, make_device: Make) -> None:
+    rig = make_rig("ram+disk", device=make_device(luck=0.0, lazy=True))  # nothing happens by itself
+    for group in rig.store.serve(0, [1, 2]):
+        assert rig.device.copying
+        for lease in group:
+            rig.check_lease(0, lease)
+    rig.device.synchronize()
+    rig.settle()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_prefetches_in_every_slot_are_no_deadlock(make_rig: Make, mode: str) -> None:
     rig = make_rig(mode, slots=2, ram_slots=1)
