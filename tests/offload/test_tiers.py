@@ -264,6 +264,20 @@ def test_claiming_an_issued_copy_makes_the_device_wait_not_the_host(
     rig.settle()
 
 
+def test_waiting_ends_where_a_copy_could_be_issued(make_rig: Make, make_device: Callable[..., Any]) -> None:
+    device = make_device(luck=0.0, lazy=True)
+    rig = make_rig("ram+disk", device=device)
+    need(rig, 0, 1)
+    while not rig.disk.finished:
+        rig.disk.wait(0.1)
+    rig.copies.wait(1.0)
+    assert device.copying  # the host has not waited for its end
+    assert rig.tier.claim(ExpertKey(0, 1))[0]
+    rig.tier.cache.release(0, [1])
+    device.synchronize()
+    rig.settle()
+
+
 def test_the_copy_into_a_slot_waits_for_the_kernels_that_read_it(
     make_rig: Make, make_device: Callable[..., Any]
 ) -> None:
