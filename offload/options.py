@@ -114,6 +114,8 @@ class LoadOptions:
                 raise OptionError(
                     f"device {self.device!r} is not there: {count} CUDA devices found; use device='cpu'"
                 )
+            if self.miss == "cpu":
+                raise OptionError("miss 'cpu' is not available on a GPU yet; use auto or fetch")
             return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
         if self.vram is not None:
             raise OptionError(

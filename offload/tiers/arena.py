@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 
 from moe_local.offload.tiers.device import Device, HostMemory
+
+PIN_BYTES = 1 << 30
+"""Memory is pinned in ranges of about this size, so that a refusal half-way leaves the first ones pinned."""
 
 
 class Arena:
@@ -46,8 +50,18 @@ class HostArena(Arena):
     """An arena in RAM, page-aligned, pinned for copies to a CUDA device if asked."""
 
     def __init__(self, slots: Sequence[int], strides: Sequence[int], *, pin: bool = False) -> None:
-        self.memory = HostMemory(arena_bytes(slots, strides), pin=pin)
+        self.memory = HostMemory(arena_bytes(slots, strides))
         super().__init__(slots, strides, self.memory.tensor)
+        if pin:
+            self.memory.pin(self.cuts(PIN_BYTES))
+
+    def cuts(self, nbytes: int) -> list[int]:
+        """0, the arena's end, and slot starts between, about `nbytes` apart: no slot crosses a cut."""
+        cuts = [0]
+        for offset in itertools.chain.from_iterable(self._offsets):
+            if offset - cuts[-1] >= nbytes:
+                cuts.append(offset)
+        return [*cuts, self.nbytes] if self.nbytes else cuts
 
     def view(self, layer: int, slot: int) -> memoryview:
         """The slot's bytes, writable, for reading a file straight into it."""

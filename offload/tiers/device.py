@@ -6,7 +6,11 @@ when runs in tests on a fake device whose copies finish in adversarial order.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import logging
 import mmap
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch
@@ -14,6 +18,8 @@ import torch
 from moe_local.cache.errors import DoesNotFitError
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.quantize.layout import PAGE
+
+logger = logging.getLogger(__name__)
 
 
 class Event(Protocol):
@@ -107,17 +113,13 @@ class CudaWait:
 
 
 class HostMemory:
-    """Page-aligned host memory of an exact size, pinned for a CUDA device if asked.
+    """Page-aligned host memory of an exact size, which can be pinned for copies to a CUDA device.
 
     torch's pinned allocator rounds every block up to a power of two (a 20.4 GiB request pins 32 GiB), so
-    the memory is an anonymous mapping registered with CUDA in chunks. Where the system refuses to pin
-    more (WSL, low locked-memory limits) the rest stays pageable: correct, but copies from it are slower
-    and block the host; `pinned_bytes` says how far pinning went.
+    the memory is an anonymous mapping registered with CUDA range by range.
     """
 
-    CHUNK = 1 << 30
-
-    def __init__(self, nbytes: int, *, pin: bool) -> None:
+    def __init__(self, nbytes: int) -> None:
         self.nbytes = max(PAGE, -(-nbytes // PAGE) * PAGE)
         self.pinned_bytes = 0
         self._registered: list[int] = []
@@ -128,12 +130,30 @@ class HostMemory:
                 f"the system refused {format_bytes(nbytes)} of memory for expert slots; set a smaller --ram"
             ) from error
         self.tensor = torch.frombuffer(mapping, dtype=torch.uint8)
-        if pin:
-            self._pin()
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Bytes [offset, offset + nbytes) for `os.preadv` and the like; valid until `close`."""
         return self.tensor.numpy().data[offset : offset + nbytes]
+
+    def pin(self, cuts: Sequence[int]) -> None:
+        """Pin [cuts[0], cuts[1]), [cuts[1], cuts[2]) and so on; cuts are multiples of the page size.
+
+        A copy must not cross a cut. Where the system refuses (WSL, low locked-memory limits) the rest stays
+        pageable: correct, but copies from it are slower and block the host; says so once.
+        """
+        base = self.tensor.data_ptr()
+        for start, end in itertools.pairwise(cuts):
+            if int(torch.cuda.cudart().cudaHostRegister(base + start, end - start, 0)) != 0:
+                _forget_cuda_error()
+                logger.warning(
+                    "the system pinned %s of %s for experts; copies from the rest are slower: "
+                    "raise the locked-memory limit (ulimit -l) or set a smaller --ram",
+                    format_bytes(self.pinned_bytes),
+                    format_bytes(self.nbytes),
+                )
+                return
+            self._registered.append(base + start)
+            self.pinned_bytes += end - start
 
     def close(self) -> None:
         """Unpin and let go; the system has the memory back once the last view of it is gone. Idempotent."""
@@ -142,11 +162,8 @@ class HostMemory:
         self._registered.clear()
         self.tensor = torch.empty(0, dtype=torch.uint8)
 
-    def _pin(self) -> None:
-        base = self.tensor.data_ptr()
-        for start in range(0, self.nbytes, self.CHUNK):
-            size = min(self.CHUNK, self.nbytes - start)
-            if int(torch.cuda.cudart().cudaHostRegister(base + start, size, 0)) != 0:
-                break  # refused: everything from here on stays pageable
-            self._registered.append(base + start)
-            self.pinned_bytes += size
+
+def _forget_cuda_error() -> None:
+    """A refused registration stays CUDA's last error, which the next kernel launch would raise as its own."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")

@@ -94,3 +94,17 @@ def test_close_gives_the_memory_back_while_the_arena_is_still_held() -> None:
     gc.collect()
     assert full - resident() > size * 3 // 4
     assert arena.nbytes == size  # what it had, for whoever asks
+
+
+def test_no_slot_crosses_a_cut() -> None:
+    """Memory is pinned from cut to cut, and one copy must not touch two ranges."""
+    arena = HostArena([3, 1, 5], [4096, 8192, 12288])
+    for nbytes in (1, 4096, 10_000, 30_000, 1 << 30):
+        cuts = arena.cuts(nbytes)
+        assert (cuts[0], cuts[-1]) == (0, arena.nbytes)
+        assert cuts == sorted(set(cuts))
+        for layer, (count, stride) in enumerate([(3, 4096), (1, 8192), (5, 12288)]):
+            for slot in range(count):
+                start = arena.offset(layer, slot)
+                assert not any(start < cut < start + stride for cut in cuts)
+    arena.close()
