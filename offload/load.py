@@ -26,6 +26,7 @@ from moe_local.offload.plan.fit import plan_load
 from moe_local.offload.plan.plan import Plan
 from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.prefetch import NoPrefetch, Prefetcher, RouterPrefetcher
+from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.store import ExpertStore
 from moe_local.offload.tiers.device import CudaDevice, Device
@@ -154,6 +155,8 @@ def assemble(
         prefetcher = _prefetcher(options, plan, store, probe)
         runner = ExpertRunner(store, prefetcher)
         _fill(store, plan, progress)
+        if any(layout.format == "nf4" for layer in store.layouts for layout in layer):
+            bitsandbytes_ops()  # its import takes a second, which is not the first token's to wait for
         for module in hf.modules():
             if isinstance(module, OffloadedExperts):
                 module.attach(runner)
