@@ -13,7 +13,7 @@ from torch import nn
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.interrupt import deferred
-from moe_local.offload.kernels.expert import expert_forward
+from moe_local.offload.kernels.expert import ExpertKernels
 from moe_local.offload.prefetch.prefetch import Prefetcher
 from moe_local.offload.store import ExpertStore, Lease
 
@@ -112,6 +112,7 @@ class ExpertRunner:
     def __init__(self, store: ExpertStore, prefetcher: Prefetcher) -> None:
         self.store = store
         self.prefetcher = prefetcher
+        self._kernels = ExpertKernels()
 
     def run(
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -148,7 +149,8 @@ class ExpertRunner:
         place = {expert: rank for rank, expert in enumerate(ids)}
         for group in groups:
             for lease in group:
-                outputs[place[lease.expert]] = expert_forward(experts, hidden, lease.buffer, lease.layout)[0]
+                y = self._kernels.forward(experts, hidden, lease.buffer, lease.layout)
+                outputs[place[lease.expert]] = y[0]
 
     def _many_tokens(
         self,
@@ -169,10 +171,8 @@ class ExpertRunner:
             for lease in group:
                 mine = slice(ends[lease.expert] - counts[lease.expert], ends[lease.expert])
                 x = hidden.index_select(0, rows[mine])
-                y = expert_forward(experts, x, lease.buffer, lease.layout)
-                outputs.index_copy_(
-                    0, places[mine], y.to(outputs.dtype)
-                )  # autocast computes in its own dtype
+                y = self._kernels.forward(experts, x, lease.buffer, lease.layout)
+                outputs.index_copy_(0, places[mine], y.to(outputs.dtype))  # under autocast y has its dtype
 
 
 def _to_host(index: torch.Tensor, guesses: list[torch.Tensor]) -> tuple[list[int], list[list[int]]]:

@@ -29,8 +29,14 @@ def nf4_linear(
         for segment in layout.parts(name)
     }
 
+    matrices = {
+        tensor.name: nf4_matrix(buffer, layout, tensor.name)
+        for tensor in layout.tensors
+        if len(tensor.shape) == 2
+    }
+
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        m = nf4_matrix(buffer, layout, name)
+        m = matrices[name]
         bias = biases.get(f"{name}_bias")
         return ops.gemm_4bit.default(  # type: ignore[no-any-return]
             x, m.q, list(m.shape), m.absmax_scale, BLOCK, "nf4", bias, m.absmax, code, m.offset

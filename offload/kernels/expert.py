@@ -1,13 +1,14 @@
 """One expert's feed-forward on some tokens, straight from its flat buffer.
 
-`expert_forward` is the one function that the rest of the house calls. It takes the fused path where there
-is one for the device and format, and `kernels.reference` otherwise, which all paths are tested against.
+`expert_forward` is the one function there is to know, `ExpertKernels` the same with a memory. They take the
+fused path where there is one for the device and format, and `kernels.reference` otherwise, which all paths
+are tested against.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -32,19 +33,58 @@ class ExpertMath(Protocol):
         """[T, D] -> [T, D], what follows the down projection."""
 
 
+class ExpertKernels:
+    """Computes experts in the slots of one store, remembering how each slot's bytes are read.
+
+    Looking a tiny expert's matrices up in its buffer takes longer than multiplying with them. What is
+    remembered are views of the slot, which show whatever expert is there; weights that had to be
+    converted are not kept. One instance a store, since a slot is known by its address.
+    """
+
+    def __init__(self) -> None:
+        self._linears: dict[int, tuple[Layout, torch.dtype, Linear]] = {}
+
+    def forward(
+        self, math: ExpertMath, x: torch.Tensor, buffer: torch.Tensor, layout: Layout
+    ) -> torch.Tensor:
+        """As `expert_forward`."""
+        address = buffer.data_ptr()
+        known = self._linears.get(address)
+        if known is not None and known[0] is layout and known[1] is x.dtype:
+            return _feed_forward(math, x, known[2])
+        made = _prepare(x, buffer, layout, math.has_bias)
+        if made.in_place:
+            self._linears[address] = (layout, x.dtype, made.linear)
+        return _feed_forward(math, x, made.linear)
+
+
 def expert_forward(math: ExpertMath, x: torch.Tensor, buffer: torch.Tensor, layout: Layout) -> torch.Tensor:
     """One expert on tokens x [T, D] -> [T, D], in the dtype and on the device of x.
 
     `buffer` is the expert's slot, uint8 on the device of x, read in place while this runs.
     """
-    linear = _linear(x, buffer, layout, math.has_bias)
+    return _feed_forward(math, x, _prepare(x, buffer, layout, math.has_bias).linear)
+
+
+def _feed_forward(math: ExpertMath, x: torch.Tensor, linear: Linear) -> torch.Tensor:
     hidden = math.activate(linear(x, "gate_up_proj" if math.has_gate else "up_proj"))
     return math.finish(linear(hidden, "down_proj"))
 
 
-def _linear(x: torch.Tensor, buffer: torch.Tensor, layout: Layout, has_bias: bool) -> Linear:
+class _Prepared(NamedTuple):
+    """How the bytes of a slot are read."""
+
+    linear: Linear
+    in_place: bool
+    """Whether `linear` copied nothing, so that it goes for any expert of this layout in the slot."""
+
+
+def _prepare(x: torch.Tensor, buffer: torch.Tensor, layout: Layout, has_bias: bool) -> _Prepared:
     if layout.format == "nf4" and x.is_cuda:
         from moe_local.offload.kernels.bnb import nf4_linear
 
-        return nf4_linear(buffer, layout, x.dtype, has_bias)
-    return reference_linear(codec_for(layout.format).decode(buffer, layout, x.dtype), has_bias)
+        return _Prepared(nf4_linear(buffer, layout, x.dtype, has_bias), in_place=not has_bias)
+    weights = codec_for(layout.format).decode(buffer, layout, x.dtype)
+    slot = buffer.untyped_storage().data_ptr()
+    in_place = all(weight.untyped_storage().data_ptr() == slot for weight in weights.values())
+    return _Prepared(reference_linear(weights, has_bias), in_place)

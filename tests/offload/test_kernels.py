@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from moe_local.cache.errors import OptionError
 from moe_local.offload.kernels.bnb import nf4_linear
-from moe_local.offload.kernels.expert import expert_forward
+from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
 from moe_local.offload.kernels.reference import reference_linear
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
@@ -87,6 +87,42 @@ def test_each_token_has_the_same_result_alone_and_among_others() -> None:
     together = expert_forward(math, x, buffer, layout)
     alone = torch.cat([expert_forward(math, x[i : i + 1], buffer, layout) for i in range(40)])
     assert error_of(together, alone.double()) < 1e-6
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_remembering_slots_changes_nothing_when_other_experts_come_into_them(
+    format: str, dtype: torch.dtype
+) -> None:
+    math = Math(has_gate=True, has_bias=True)
+    layout, first, _ = an_expert(format, has_bias=True)
+    codec = codec_for(format)
+    contents = [first.clone()]
+    for seed in range(1, 4):
+        generator = torch.Generator().manual_seed(seed)
+        weights = {t.name: torch.randn(t.shape, generator=generator) / 8 for t in layout.tensors}
+        contents.append(first.clone())
+        codec.encode(weights, layout, contents[-1][: layout.nbytes])
+    slots = [first.clone(), first.clone()]
+    kernels = ExpertKernels()
+    for step in range(12):
+        slot = slots[step % 2]
+        slot.copy_(contents[step % 3])
+        x = torch.randn(1 + step % 2, D).to(dtype if step < 8 else torch.float32)
+        want = expert_forward(math, x, contents[step % 3], layout)
+        assert torch.equal(kernels.forward(math, x, slot, layout), want)
+        other = Layout(layout.format, layout.tensors, layout.segments, layout.nbytes)  # equal, yet another
+        assert torch.equal(kernels.forward(math, x, slot, other), want)
+
+
+def test_what_is_remembered_is_no_copy_of_the_weights() -> None:
+    math = Math(has_gate=True, has_bias=False)
+    x = torch.randn(1, D)
+    for format, kept in (("fp32", 1), ("bf16", 0), ("nf4", 0)):
+        kernels = ExpertKernels()
+        layout, buffer, _ = an_expert(format)
+        kernels.forward(math, x, buffer, layout)
+        assert len(kernels._linears) == kept
 
 
 def test_a_bias_is_added_only_where_the_architecture_has_one() -> None:
