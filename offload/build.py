@@ -11,8 +11,9 @@ from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.store import ExpertStore
 from moe_local.offload.tiers.arena import DeviceArena, HostArena
+from moe_local.offload.tiers.copies import CopySource
 from moe_local.offload.tiers.device import Device
-from moe_local.offload.tiers.tiers import CopySource, Tier
+from moe_local.offload.tiers.tiers import Tier
 from moe_local.offload.tiers.transfer import FileSource, Location
 
 

@@ -13,8 +13,9 @@ from moe_local.cache.keys import ExpertKey
 from moe_local.cache.stats import BytesMoved, RouterLoad, StallSeconds, Stats
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.quantize.layout import Layout
+from moe_local.offload.tiers.copies import CopySource
 from moe_local.offload.tiers.device import Waited
-from moe_local.offload.tiers.tiers import CopySource, Tier
+from moe_local.offload.tiers.tiers import Tier
 from moe_local.offload.tiers.transfer import DEMAND, FileSource
 
 WAIT_SECONDS = 0.1

@@ -17,7 +17,8 @@ from moe_local.cache.stats import RouterLoad
 from moe_local.offload.quantize.layout import Layout, make_layout
 from moe_local.offload.store import ExpertStore, Lease
 from moe_local.offload.tiers.arena import DeviceArena, HostArena
-from moe_local.offload.tiers.tiers import CopySource, Tier
+from moe_local.offload.tiers.copies import CopySource
+from moe_local.offload.tiers.tiers import Tier
 from moe_local.offload.tiers.transfer import FileSource, Load, Location
 
 MODES = ("disk", "ram", "ram+disk")

@@ -1,0 +1,177 @@
+"""Experts on their way from host memory to a device: copies with events, behind a tier that may read."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from moe_local.cache.errors import TransferError
+from moe_local.cache.keys import ExpertKey
+from moe_local.offload.tiers.arena import Arena
+from moe_local.offload.tiers.device import Device, Event
+from moe_local.offload.tiers.tiers import Tier
+from moe_local.offload.tiers.transfer import Load, LoadState
+
+POLL_SECONDS = 0.0003
+"""How often copies are looked at while a read from disk is waited for: nothing wakes a host for both."""
+
+
+class CopyLoad(Load):
+    """A load from the tier below, over the copy stream."""
+
+    __slots__ = ("lower_held", "slot")
+
+    def __init__(self, key: ExpertKey, nbytes: int, priority: int, slot: int) -> None:
+        super().__init__(key, nbytes, priority)
+        self.slot = slot
+        self.lower_held = False
+        """Whether the expert is pinned in the tier below."""
+
+
+class CopySource:
+    """Copies experts from a tier in host memory to a device, most urgent first.
+
+    A load passes through: waiting (the tier below has no slot for it yet, or reads it from its own
+    source), copying (issued on the copy stream, its event pending), finished. The expert stays pinned
+    below until the copy has ended, so its bytes cannot be replaced under the copy engine; the copy waits
+    for the slot's last reader, so no kernel loses its weights.
+    """
+
+    def __init__(self, lower: Tier, arena: Arena, device: Device, nbytes: Callable[[ExpertKey], int]) -> None:
+        self.finished: deque[Load] = deque()
+        self.bytes_copied = 0
+        self._lower = lower
+        self._arena = arena
+        self._device = device
+        self._nbytes = nbytes
+        self._waiting: list[CopyLoad] = []
+        self._copying: list[CopyLoad] = []
+        self._readers: dict[tuple[int, int], Event] = {}
+
+    def read_by(self, layer: int, slots: Sequence[int]) -> None:
+        """All kernels that read these slots have been given to the device by now."""
+        event = self._device.record()
+        for slot in slots:
+            self._readers[layer, slot] = event
+
+    def start(self, key: ExpertKey, slot: int, priority: int) -> Load:
+        load = CopyLoad(key, self._nbytes(key), priority, slot)
+        self._waiting.append(load)
+        self._advance(load)
+        return load
+
+    def promote(self, load: Load, priority: int) -> None:
+        if isinstance(load, CopyLoad) and priority < load.priority and not load.finished:
+            load.priority = priority
+            if load in self._waiting and load.lower_held and not self._lower.cache.is_resident(*load.key):
+                self._lower.promote(load.key)
+
+    def cancel(self, load: Load) -> None:
+        if isinstance(load, CopyLoad) and load in self._waiting:  # a copy that was issued runs to its end
+            self._waiting.remove(load)
+            self._release_lower(load)
+            self._finish(load, LoadState.CANCELLED)
+
+    def poll(self) -> None:
+        if not self._waiting and not self._copying:
+            return
+        self._lower.poll()
+        for load in sorted(self._waiting, key=lambda load: load.priority):
+            self._advance(load)
+        for load in [load for load in self._copying if load.event is not None and load.event.query()]:
+            self._copying.remove(load)
+            load.moved = load.nbytes
+            self._release_lower(load)
+            self._finish(load, LoadState.DONE)
+
+    def wait(self, seconds: float) -> None:
+        """Block until a load finished or its copy was issued, which is as good: kernels can wait for that."""
+        issued = self.bytes_copied
+        self.poll()
+        if self.finished or self.bytes_copied > issued:
+            return
+        if self._lower.loading:
+            self._lower.source.wait(min(seconds, POLL_SECONDS) if self._copying else seconds)
+        elif self._copying and self._copying[0].event is not None:
+            self._copying[0].event.synchronize()
+        self.poll()
+
+    def close(self) -> None:
+        for load in [*self._waiting]:
+            self.cancel(load)
+        for copying in self._copying:
+            if copying.event is not None:
+                copying.event.synchronize()
+        while self._copying:
+            self.poll()
+        self._readers.clear()
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless every load that needs its expert below has it pinned there."""
+        for load in (*self._waiting, *self._copying):
+            held = self._lower.cache.pins(*load.key) > 0
+            if load.lower_held and not held:
+                raise RuntimeError(f"{load.key} is on its way to the device and not pinned below")
+        for load in self._copying:
+            if not load.lower_held or not self._lower.cache.is_resident(*load.key):
+                raise RuntimeError(f"{load.key} is being copied and not held below")
+
+    def _advance(self, load: CopyLoad) -> None:
+        """Move a waiting load on: pin it below, and issue its copy once it is there."""
+        lower, key = self._lower, load.key
+        if not load.lower_held:
+            if lower.cache.shortage(key.layer, [key.expert]):
+                return  # every slot below is being copied from or read into; one comes free soon
+            acquired = lower.cache.acquire(key.layer, [key.expert])
+            load.lower_held = True
+            if acquired.load:
+                lower.bring(key, acquired.slots[0], load.priority)
+            elif acquired.joined:
+                lower.promote(key, load.priority)
+        try:
+            there, _ = lower.claim(key)
+        except TransferError as error:
+            load.lower_held = False  # the tier below has given the expert up, and with it our pin
+            self._fail(load, error)
+            return
+        if there:
+            self._issue(load)
+
+    def _issue(self, load: CopyLoad) -> None:
+        layer, expert = load.key
+        lower_slot = self._lower.cache.slot_of(layer, expert)
+        if lower_slot is None:
+            raise RuntimeError(f"expert {load.key} is pinned below without a slot")
+        source = self._lower.arena.buffer(layer, lower_slot)[: load.nbytes]
+        destination = self._arena.buffer(layer, load.slot)[: load.nbytes]
+        try:
+            load.event = self._device.copy(destination, source, self._readers.get((layer, load.slot)))
+        except RuntimeError as error:  # torch's errors of a device are RuntimeErrors
+            self._release_lower(load)
+            self._fail(
+                load,
+                TransferError(
+                    f"expert {expert} of MoE layer {layer} could not be copied: {str(error).splitlines()[0]}"
+                ),
+            )
+            return
+        self._readers.pop((layer, load.slot), None)
+        load.state = LoadState.RUNNING
+        load.cause = "demand"  # from here on it is the link that is waited for, not the disk
+        self._waiting.remove(load)
+        self._copying.append(load)
+        self.bytes_copied += load.nbytes
+
+    def _release_lower(self, load: CopyLoad) -> None:
+        if load.lower_held:
+            load.lower_held = False
+            self._lower.give_up(load.key)
+
+    def _fail(self, load: CopyLoad, error: TransferError) -> None:
+        load.error = error
+        self._waiting.remove(load)
+        self._finish(load, LoadState.FAILED)
+
+    def _finish(self, load: CopyLoad, state: LoadState) -> None:
+        load.state = state
+        self.finished.append(load)
