@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from moe_local.cache.files import write_atomically
 from moe_local.cache.keys import format_bytes
 
 DEFAULT_VRAM = 936e9
@@ -144,16 +145,7 @@ def save(bandwidths: Bandwidths, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     machines = {**_read(folder), machine(): bandwidths.to_dict()}
     path = folder / FILE_NAME
-    descriptor, temporary = tempfile.mkstemp(prefix=f"{FILE_NAME}-", dir=folder)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(machines, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, [json.dumps(machines, indent=1), "\n"])
     return path
 
 

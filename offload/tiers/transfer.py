@@ -26,10 +26,10 @@ from moe_local.offload.tiers.device import Event
 DEMAND = 0
 """Priority of a load that a kernel waits for; prefetches are 1 and up, farther layers higher."""
 
-DAMAGED = "has a wrong checksum: the file is damaged; run `moe-local convert` with --force to write it again"
+DAMAGED = "has a wrong checksum: the file is damaged; run `moe-local convert MODEL --check` to write it again"
 CUT_OFF = (
     "is cut off: the file became shorter after it was opened; "
-    "run `moe-local convert` with --force to write it again"
+    "run `moe-local convert MODEL --check` to write it again"
 )
 
 
