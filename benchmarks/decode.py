@@ -1,15 +1,24 @@
-"""How fast are tokens generated with fewer expert slots than experts, and what does the memory allow?
+"""How fast are tokens generated, what does the memory allow, and what do others need for the same model?
 
-Method. The model is loaded once for every configuration (slots x prefetch), all at the same time. Each round
-answers the same prompt with every configuration in turn, so that a disturbance hits all alike; the first
-round warms up and does not count. A configuration's figure is the median over rounds, with the lowest and
-highest. The prompt is text from this repository; greedy, and the ids must agree between configurations.
-  floor   bytes that a token must move / the bandwidth measured in this run, before and after the rounds:
-          the dense part and a token's experts once from the fastest tier, and the experts that missed, as
-          counted, once from the tier below. Nothing overlaps in it but tiers: the slowest tier decides.
-On a GPU, --vram bounds the card (24GiB stands for a consumer card).
+Method. Every contender holds the model at the same time: each configuration of moe-local (slots x prefetch x
+activations) in this process, each peer in a process and an environment of its own. A round gives all of them
+the same prompt, one after the other, so that a disturbance hits all alike; who begins changes from round to
+round, and so does the prompt, whose keys and values nobody may have kept. The first round warms up and does
+not count. Greedy; the ids of configurations with the same activations must agree.
+  ms/token  from the first new token to the last; the median over rounds, with the lowest and highest
+  prefill   prompt tokens a second, from the call to the first new token
+  floor     bytes that a token must move / the best bandwidth measured in the run, RAM's after each round: the
+            dense part and a token's experts once from the fastest tier, and the experts that missed, as
+            counted, once from the tier below. Nothing overlaps in it but tiers: the slowest tier decides.
+  bits      per weight that a decoded token reads, scales included
+  ratio     tokens a second of ours over the peer's in the same round: the median, and the interval that holds
+            the true median with 95 % confidence (ratio.py)
+The prompt is text from this repository. On a GPU, --vram bounds the card (24GiB stands for a consumer card).
+--synthetic writes a checkpoint of random weights below MOE_LOCAL_HOME and keeps it, as the peers keep theirs;
+llama.cpp is installed there on first use (peers/install.py).
 
-Run: python benchmarks/decode.py MODEL [--slots 2 4 8] [--prefetch off router] [--tokens 24] [--rounds 5]
+Run: python benchmarks/decode.py MODEL [--slots 2 4 8] [--prefetch off router] [--tokens 24] [--rounds 9]
+     python benchmarks/decode.py --synthetic mixtral-8x7b --layers 4 --device cpu --peer llama.cpp
 The last line printed is one JSON object; --json also writes it to FILE.
 """
 
@@ -17,129 +26,123 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import platform
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from contenders import Configuration, Contender
+from peers.client import PEERS, Peer, start
+from ratio import Ratio
+from synthetic import NAMED_SHAPES, mixtral_19_shards
 
 import moe_local
 from moe_local.cache.files import write_atomically
 from moe_local.cache.keys import format_bytes
+from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.checkpoint.hub import resolve
 from moe_local.offload.expert_file.convert import moe_local_home
+from moe_local.offload.options import ACTIVATIONS
 from moe_local.offload.plan import bandwidth
-from moe_local.offload.plan.bandwidth import Bandwidths, measure
-from moe_local.offload.records import GenerationStats
+from moe_local.offload.plan.bandwidth import Bandwidths, measure, ram_bandwidth
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@dataclass
-class Configuration:
-    """One way to load the model, and what was measured with it."""
-
-    slots: int | None
-    prefetch: str
-    model: moe_local.Model
-    runs: list[GenerationStats] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return f"{self.slots or 'all that fit'} slots, prefetch {self.prefetch}"
-
-    def summary(self, bandwidths: Bandwidths) -> dict[str, Any]:
-        """Medians over the runs, milliseconds and bytes per token, and the floor beside."""
-        runs = self.runs
-        ms = [1000 / run.tokens_per_s for run in runs]
-        tokens = sum(run.new_tokens for run in runs)
-        h2d = sum(run.counts.bytes.h2d for run in runs) / tokens
-        disk = sum(run.counts.bytes.disk for run in runs) / tokens
-        floor = max(self._fastest_tier_seconds(bandwidths), h2d / bandwidths.h2d, disk / bandwidths.disk)
-        return {
-            "name": self.name,
-            "mode": self.model.plan.mode,
-            "slots": self.model.plan.to_dict()["slots"],
-            "prefetch": self.prefetch,
-            "ms_per_token": {"median": statistics.median(ms), "min": min(ms), "max": max(ms)},
-            "floor_ms_per_token": 1000 * floor,
-            "ttft_s": statistics.median(run.ttft_s for run in runs),
-            "hit_rate": sum(r.hits for r in runs) / max(1, sum(r.hits + r.misses for r in runs)),
-            "stall_ms_per_token": 1000 * sum(run.stall_s for run in runs) / tokens,
-            "bytes_per_token": {"h2d": h2d, "disk": disk},
-        }
-
-    def _fastest_tier_seconds(self, bandwidths: Bandwidths) -> float:
-        plan = self.model.plan
-        spec, sizes = plan.request.spec, plan.bytes
-        per_token = sizes.dense + sum(layer.top_k for layer in spec.layers) * sizes.expert
-        return per_token / (bandwidths.ram if plan.request.vram is None else bandwidths.vram)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
+    if options.synthetic:
+        options.model = str(write_synthetic(options.synthetic, options.layers))
     with contextlib.ExitStack() as stack:
-        configurations = [
-            Configuration(slots, prefetch, stack.enter_context(load(options, slots, prefetch)))
-            for slots in options.slots
-            for prefetch in options.prefetch
-        ]
-        device = configurations[0].model.hf.device
-        before = measure(moe_local_home(), device)
-        prompt = prompt_ids(configurations[0].model, options.prompt_tokens)
-        for number in range(options.rounds + 1):
-            for configuration in configurations:
-                answer(configuration, prompt, options.tokens, keep=number > 0)
-            print(f"round {number} of {options.rounds}", file=sys.stderr)
-        after = measure(moe_local_home(), device)
+        configurations = [stack.enter_context(loaded(options, *choice)) for choice in choices(options)]
+        peers = [stack.enter_context(start_peer(options, name)) for name in options.peer]
+        bandwidths, each = measure_rounds(options, configurations, peers)
         check_equal(configurations)
-        best = fastest(before, after)
-        rows = [configuration.summary(best) for configuration in configurations]
-        report(configurations[0].model, options, best, rows)
+        report(options, configurations, peers, bandwidths, each)
 
 
-def load(options: argparse.Namespace, slots: int | None, prefetch: str) -> moe_local.Model:
+def write_synthetic(name: str, layers: int | None) -> Path:
+    """The folder of a checkpoint with random weights, written on first use."""
+    shape = NAMED_SHAPES[name]
+    shape = dataclasses.replace(shape, layers=layers or shape.layers)
+    folder = moe_local_home() / "benchmarks" / f"{name}-{shape.layers}-layers"
+    if not (folder / "model.safetensors.index.json").exists():
+        mixtral_19_shards(folder, shape, quiet=False)
+    return folder
+
+
+def choices(options: argparse.Namespace) -> Iterator[tuple[int | None, str, str]]:
+    for slots in options.slots:
+        for prefetch in options.prefetch:
+            for activations in options.activations:
+                yield slots, prefetch, activations
+
+
+@contextlib.contextmanager
+def loaded(
+    options: argparse.Namespace, slots: int | None, prefetch: str, activations: str
+) -> Iterator[Configuration]:
     extra = {"vram": options.vram} if options.vram else {}
-    return moe_local.load(
+    with moe_local.load(
         options.model,
+        device=options.device,
         slots=slots,
         prefetch=prefetch,
         experts=options.experts,
+        activations=activations,
         dense=options.dense,
         context=options.context,
         **extra,
-    )
+    ) as model:
+        yield Configuration(model, slots=slots, prefetch=prefetch, activations=activations)
 
 
-def prompt_ids(model: moe_local.Model, count: int) -> list[int]:
-    """Ids of real text; the text's bytes where the model has no tokenizer."""
+def start_peer(options: argparse.Namespace, name: str) -> Peer:
+    checkpoint = Checkpoint.open(resolve(options.model), options.model)
+    return start(name, checkpoint.folder, checkpoint.fingerprint, options.context)
+
+
+def measure_rounds(
+    options: argparse.Namespace, configurations: Sequence[Configuration], peers: Sequence[Peer]
+) -> tuple[Bandwidths, list[float]]:
+    """Let all answer in turn. Returns the best bandwidths, and RAM's after each round."""
+    contenders: list[Contender] = [*configurations, *peers]
+    device = configurations[0].model.hf.device
+    before = measure(moe_local_home(), device)
+    each = []
+    for number in range(options.rounds + 1):
+        prompt = prompt_ids(configurations[0].model, options.prompt_tokens, number)
+        first = number % len(contenders)
+        for contender in contenders[first:] + contenders[:first]:
+            contender.answer(prompt, options.tokens, keep=number > 0)
+        each.append(ram_bandwidth())
+        print(f"round {number} of {options.rounds}", file=sys.stderr)
+    best = fastest(before, measure(moe_local_home(), device))
+    return dataclasses.replace(best, ram=max(best.ram, *each)), each
+
+
+def prompt_ids(model: moe_local.Model, count: int, start: int) -> list[int]:
+    """Ids of real text from its `start`-th on, over and over; the text's bytes without a tokenizer."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     if model.tokenizer is None:
-        return [3 + byte for byte in text.encode()[:count]]
-    ids: list[int] = model.tokenizer(text)["input_ids"][:count]
-    return ids
-
-
-def answer(configuration: Configuration, prompt: list[int], tokens: int, *, keep: bool) -> None:
-    with configuration.model.stream(
-        prompt, max_new_tokens=tokens, do_sample=False, eos_token_id=None
-    ) as stream:
-        for _ in stream:
-            pass
-    if keep:
-        configuration.runs.append(stream.stats)
-        configuration.ids = list(stream.token_ids)
+        ids = [3 + byte for byte in text.encode()]
+    else:
+        ids = model.tokenizer(text)["input_ids"]
+    return [ids[(start + i) % len(ids)] for i in range(count)]
 
 
 def check_equal(configurations: Sequence[Configuration]) -> None:
-    for configuration in configurations[1:]:
-        if configuration.ids != configurations[0].ids:
-            raise SystemExit(f"ids differ between {configurations[0].name} and {configuration.name}")
+    """Slots and prefetch must not change a token; other activations may."""
+    by_activations: dict[str, Configuration] = {}
+    for configuration in configurations:
+        other = by_activations.setdefault(configuration.activations, configuration)
+        if [a.ids for a in configuration.answers] != [a.ids for a in other.answers]:
+            raise SystemExit(f"ids differ between {other.name} and {configuration.name}")
 
 
 def fastest(before: Bandwidths, after: Bandwidths) -> Bandwidths:
@@ -149,34 +152,73 @@ def fastest(before: Bandwidths, after: Bandwidths) -> Bandwidths:
 
 
 def report(
-    model: moe_local.Model, options: argparse.Namespace, bandwidths: Bandwidths, rows: list[dict[str, Any]]
+    options: argparse.Namespace,
+    configurations: Sequence[Configuration],
+    peers: Sequence[Peer],
+    bandwidths: Bandwidths,
+    ram_each: Sequence[float],
 ) -> None:
-    print(f"{'configuration':32} {'ms/token':>9} {'min':>8} {'max':>8} {'floor':>8} {'stall':>8} {'hits':>6}")
-    for row in rows:
-        ms = row["ms_per_token"]
-        print(
-            f"{row['name']:32} {ms['median']:9.1f} {ms['min']:8.1f} {ms['max']:8.1f} "
-            f"{row['floor_ms_per_token']:8.1f} {row['stall_ms_per_token']:8.1f} {row['hit_rate']:6.1%}"
-        )
-    plan = model.plan.to_dict()
+    rows = [configuration.summary(bandwidths) for configuration in configurations]
+    peer_rows = [peer.summary(bandwidths) for peer in peers]
+    ratios = [ratio(ours, peer) for ours in configurations for peer in peers]
+    print_tables([*rows, *peer_rows], ratios, bandwidths, ram_each)
+    plan = configurations[0].model.plan.to_dict()
     result = {
         "benchmark": "decode",
         "model": Path(options.model).name,
         "prompt_tokens": options.prompt_tokens,
         "experts": options.experts,
+        "dense": options.dense,
         "expert_bytes": plan["bytes"]["expert"],
         "expert_size": format_bytes(plan["bytes"]["expert"]),
         "moe_layers": plan["moe_layers"],
         "tokens": options.tokens,
         "rounds": options.rounds,
         "bandwidths": bandwidths.to_dict(),
+        "ram_bandwidth_by_round": list(ram_each),
         "configurations": rows,
-        "machine": machine(model),
+        "peers": peer_rows,
+        "ratios": ratios,
+        "machine": machine(configurations[0].model),
     }
-    line = json.dumps(result)
     if options.json:
         write_atomically(options.json, [json.dumps(result, indent=1), "\n"])
-    print(line)
+    print(json.dumps(result))
+
+
+def ratio(ours: Configuration, peer: Peer) -> dict[str, Any]:
+    """Tokens a second of ours over the peer's, by rounds."""
+    decode = Ratio.of([1 / a.ms_per_token for a in ours.answers], [1 / a.ms_per_token for a in peer.answers])
+    prefill = Ratio.of(
+        [a.prefill_tokens_per_s for a in ours.answers], [a.prefill_tokens_per_s for a in peer.answers]
+    )
+    return {"ours": ours.name, "peer": peer.name, "decode": decode.to_dict(), "prefill": prefill.to_dict()}
+
+
+def print_tables(
+    rows: Sequence[dict[str, Any]],
+    ratios: Sequence[dict[str, Any]],
+    bandwidths: Bandwidths,
+    ram_each: Sequence[float],
+) -> None:
+    print(
+        f"RAM read at {bandwidths.ram / 1e9:.1f} GB/s at best, {statistics.median(ram_each) / 1e9:.1f} mostly"
+    )
+    print(
+        f"{'':40} {'bits':>5} {'MB/tok':>7} {'ms/token':>8} {'min':>7} {'max':>7} {'floor':>6} {'share':>6} "
+        f"{'prefill':>8} {'stall':>6} {'hits':>5}"
+    )
+    for row in rows:
+        ms = row["ms_per_token"]
+        cache = f"{row['stall_ms_per_token']:6.1f} {row['hit_rate']:5.0%}" if "hit_rate" in row else ""
+        print(
+            f"{row['name']:40} {row['bits_per_weight']['all']:5.2f} {row['read_bytes_per_token'] / 1e6:7.0f} "
+            f"{ms['median']:8.1f} {ms['min']:7.1f} {ms['max']:7.1f} {row['floor_ms_per_token']:6.1f} "
+            f"{row['share_of_floor']:6.1%} {row['prefill_tokens_per_s']['median']:8.1f} {cache}"
+        )
+    for row in ratios:
+        decode, prefill = Ratio(**row["decode"]), Ratio(**row["prefill"])
+        print(f"{row['ours']} / {row['peer']}: decode {decode}, prefill {prefill}")
 
 
 def machine(model: moe_local.Model) -> dict[str, Any]:
@@ -193,18 +235,39 @@ def machine(model: moe_local.Model) -> dict[str, Any]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", help="an alias, a Hub id or a folder")
+    parser.add_argument("--synthetic", choices=NAMED_SHAPES, help="random weights of this shape instead")
+    parser.add_argument("--layers", type=int, help="of the synthetic model")
+    parser.add_argument("--peer", nargs="+", choices=PEERS, default=[])
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--slots", type=int, nargs="+", default=[None])
-    parser.add_argument("--prefetch", nargs="+", default=["off", "router"])
+    parser.add_argument("--prefetch", nargs="+", help="default: off router; off for a synthetic model")
     parser.add_argument("--experts", default="nf4")
-    parser.add_argument("--dense", default="auto")
+    parser.add_argument(
+        "--activations", nargs="+", help="default: native; all there are for a synthetic model"
+    )
+    parser.add_argument("--dense", help="default: auto; nf4 for a synthetic model")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--vram")
-    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, help="default: 64; 128 for a synthetic model")
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", metavar="FILE")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if (options.model is None) == (options.synthetic is None):
+        parser.error("give either MODEL or --synthetic NAME")
+    if options.layers is not None and (options.synthetic is None or options.layers < 1):
+        parser.error(f"--layers {options.layers} needs --synthetic and is at least 1")
+    if options.rounds < 1 or options.tokens < 2:
+        parser.error(
+            f"--rounds {options.rounds} --tokens {options.tokens} measures nothing; use 1 and 2 at least"
+        )
+    made = options.synthetic is not None
+    options.prefetch = options.prefetch or (["off"] if made else ["off", "router"])
+    options.activations = options.activations or (list(ACTIVATIONS) if made else ["native"])
+    options.dense = options.dense or ("nf4" if made else "auto")
+    options.prompt_tokens = options.prompt_tokens or (128 if made else 64)
+    return options
 
 
 if __name__ == "__main__":

@@ -64,6 +64,13 @@ class Shape:
         yield "lm_head.weight", (self.vocab, self.hidden)
 
 
+NAMED_SHAPES = {
+    "mixtral-8x7b": Shape(),
+    "mixtral-tiny": Shape(64, 128, layers=3, heads=4, kv_heads=2, vocab=512, max_context=4096),
+}
+"""What benchmarks call by name; the tiny one is for trying them out."""
+
+
 def mixtral_19_shards(folder: Path, shape: Shape, seed: int = 0, quiet: bool = True) -> int:
     """Write config, 19 shards and their index into `folder` (made if absent); returns the tensors' bytes.
 

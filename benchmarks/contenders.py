@@ -1,0 +1,163 @@
+"""Who takes part in decode.py: what each reads for a token, what it answered, and how long that took."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import moe_local
+from moe_local.offload.plan.bandwidth import Bandwidths
+from moe_local.offload.plan.estimate import read_per_token
+from moe_local.offload.plan.footprint import expert_bytes
+from moe_local.offload.plan.plan import Plan
+from moe_local.offload.records import GenerationStats
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What one decoded token reads; of the input embedding it reads a row, which is left out."""
+
+    expert_bytes: int
+    """The experts that a token is routed to, of all layers."""
+    expert_numel: int
+    dense_bytes: int
+    dense_numel: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.expert_bytes + self.dense_bytes
+
+    def bits(self) -> dict[str, float]:
+        """Bits per weight, scales included."""
+        return {
+            "all": 8 * self.nbytes / (self.expert_numel + self.dense_numel),
+            "experts": 8 * self.expert_bytes / self.expert_numel,
+            "dense": 8 * self.dense_bytes / self.dense_numel,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One prompt, answered: seconds to the first new id, and from there to the last."""
+
+    prompt_tokens: int
+    prefill_s: float
+    decode_s: float
+    ids: tuple[int, ...]
+
+    @property
+    def ms_per_token(self) -> float:
+        return 1000 * self.decode_s / (len(self.ids) - 1)
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.prefill_s
+
+
+class Contender:
+    """Something that answers prompts. `answers` are those of the counted rounds, in their order."""
+
+    def __init__(self, name: str, weights: Weights) -> None:
+        self.name = name
+        self.weights = weights
+        self.answers: list[Answer] = []
+
+    def answer(self, prompt: Sequence[int], tokens: int, *, keep: bool) -> None:
+        """Answer greedily with `tokens` ids, never ending before; `keep` it among the answers."""
+        raise NotImplementedError
+
+    def floor_s(self, bandwidths: Bandwidths) -> float:
+        """The least time of a token, by its bytes: here, all of them read from RAM."""
+        return self.weights.nbytes / bandwidths.ram
+
+    def summary(self, bandwidths: Bandwidths) -> dict[str, Any]:
+        """Figures over the answers; milliseconds and bytes are those of a decoded token."""
+        ms = [answer.ms_per_token for answer in self.answers]
+        floor = 1000 * self.floor_s(bandwidths)
+        return {
+            "name": self.name,
+            "weights": asdict(self.weights),
+            "bits_per_weight": self.weights.bits(),
+            "read_bytes_per_token": self.weights.nbytes,
+            "ms_per_token": spread(ms),
+            "floor_ms_per_token": floor,
+            "share_of_floor": floor / statistics.median(ms),
+            "prefill_tokens_per_s": spread([answer.prefill_tokens_per_s for answer in self.answers]),
+        }
+
+
+class Configuration(Contender):
+    """moe-local with one set of options. Borrows the model."""
+
+    def __init__(self, model: moe_local.Model, *, slots: int | None, prefetch: str, activations: str) -> None:
+        name = f"{slots or 'all that fit'} slots, prefetch {prefetch}, {activations}"
+        super().__init__(name, planned_weights(model.plan))
+        self.model = model
+        self.prefetch = prefetch
+        self.activations = activations
+        self.runs: list[GenerationStats] = []
+
+    def answer(self, prompt: Sequence[int], tokens: int, *, keep: bool) -> None:
+        with self.model.stream(
+            list(prompt), max_new_tokens=tokens, do_sample=False, eos_token_id=None
+        ) as stream:
+            for _ in stream:
+                pass
+        stats = stream.stats
+        if keep:
+            self.runs.append(stats)
+            ids = tuple(stream.token_ids)
+            self.answers.append(Answer(len(prompt), stats.ttft_s, stats.decode_s, ids))
+
+    def floor_s(self, bandwidths: Bandwidths) -> float:
+        """All from the fastest tier once, what missed once from the one below; the slower tier decides."""
+        fastest = bandwidths.ram if self.model.plan.request.vram is None else bandwidths.vram
+        moved = self._moved_per_token()
+        return max(
+            self.weights.nbytes / fastest, moved["h2d"] / bandwidths.h2d, moved["disk"] / bandwidths.disk
+        )
+
+    def summary(self, bandwidths: Bandwidths) -> dict[str, Any]:
+        runs, tokens = self.runs, self._tokens
+        return {
+            **super().summary(bandwidths),
+            "mode": self.model.plan.mode,
+            "slots": self.model.plan.to_dict()["slots"],
+            "prefetch": self.prefetch,
+            "activations": self.activations,
+            "ttft_s": statistics.median(run.ttft_s for run in runs),
+            "hit_rate": sum(r.hits for r in runs) / max(1, sum(r.hits + r.misses for r in runs)),
+            "stall_ms_per_token": 1000 * sum(run.stall_s for run in runs) / tokens,
+            "bytes_per_token": self._moved_per_token(),
+        }
+
+    @property
+    def _tokens(self) -> int:
+        return sum(run.new_tokens for run in self.runs)
+
+    def _moved_per_token(self) -> dict[str, float]:
+        counted = [run.counts.bytes for run in self.runs]
+        return {
+            "h2d": sum(moved.h2d for moved in counted) / self._tokens,
+            "disk": sum(moved.disk for moved in counted) / self._tokens,
+        }
+
+
+def planned_weights(plan: Plan) -> Weights:
+    """From the plan's sizes."""
+    spec, dense = plan.request.spec, plan.bytes.dense
+    tables = [tensor for tensor in spec.dense if tensor.shape == (spec.vocab_size, spec.hidden_size)]
+    looked_up = tables[0].numel if len(tables) > 1 else 0
+    sizes = expert_bytes(spec, plan.request.experts)
+    return Weights(
+        expert_bytes=sum(layer.top_k * size for layer, size in zip(spec.layers, sizes, strict=True)),
+        expert_numel=sum(layer.top_k * layer.expert_numel for layer in spec.layers),
+        dense_bytes=read_per_token(spec, dense, 0, plan.request.context, plan.request.dtype.itemsize),
+        dense_numel=spec.dense_numel - looked_up,
+    )
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

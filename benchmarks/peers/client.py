@@ -1,0 +1,88 @@
+"""The benchmark's end of the pipe: starts a peer and measures with it (see serve.py for the lines)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from subprocess import PIPE
+from typing import Any
+
+from contenders import Answer, Contender, Weights
+from peers import install
+
+from moe_local.offload.expert_file.convert import moe_local_home
+
+HERE = Path(__file__).resolve().parent
+PEERS = ("llama.cpp", "transformers")
+
+
+class Peer(Contender):
+    """A process that holds a model and answers. A context manager; ends with it."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        """Start it and wait until it has loaded. Raises SystemExit with its last words if it fails."""
+        self._command = command
+        with contextlib.ExitStack() as undo:
+            self._log = undo.enter_context(tempfile.TemporaryFile("w+"))
+            self._process = undo.enter_context(
+                subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=self._log, text=True)
+            )
+            undo.callback(self._process.terminate)
+            self.hello = self._receive()
+            self._open = undo.pop_all()
+        super().__init__(self.hello["name"], Weights(**self.hello["weights"]))
+
+    def answer(self, prompt: Sequence[int], tokens: int, *, keep: bool) -> None:
+        assert self._process.stdin is not None
+        print(json.dumps({"prompt": list(prompt), "tokens": tokens}), file=self._process.stdin, flush=True)
+        record = self._receive()
+        if keep:
+            ids = tuple(record["ids"])
+            self.answers.append(Answer(len(prompt), record["prefill_s"], record["decode_s"], ids))
+
+    def summary(self, *arguments: Any) -> dict[str, Any]:
+        about = {name: self.hello[name] for name in ("version", "detail", "threads")}
+        return {**super().summary(*arguments), **about}
+
+    def close(self) -> None:
+        """End the process. Idempotent."""
+        self._open.close()
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if line:
+            record: dict[str, Any] = json.loads(line)
+            return record
+        code = self._process.wait()
+        self._log.seek(0)
+        words = self._log.read().splitlines()[-5:]
+        raise SystemExit("\n".join([f"the peer ended with {code}: {' '.join(self._command)}", *words]))
+
+
+def start(name: str, folder: Path, fingerprint: str, context: int) -> Peer:
+    """The peer `name` with the checkpoint in `folder`; what it needs is installed and converted first.
+
+    `fingerprint` tells the checkpoint's weights from others. Raises SystemExit.
+    """
+    if name == "transformers":
+        return Peer([sys.executable, str(HERE / "transformers_peer.py"), str(folder)])
+    python = str(install.install(install.default_folder()))
+    file = moe_local_home() / "benchmarks" / f"{folder.name}-{fingerprint[:16]}-q4_0.gguf"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run([python, str(HERE / "gguf_file.py"), str(folder), str(file)], check=False)
+        if done.returncode != 0:
+            raise SystemExit(f"{folder} could not be written as {file}; see above")
+    return Peer([python, str(HERE / "llama_cpp_peer.py"), str(file), "--context", str(context)])

@@ -1,0 +1,209 @@
+"""Write a Mixtral checkpoint (safetensors, transformers' names) as one GGUF file, as llama.cpp reads it.
+
+Every matrix is stored in one type, input embedding and output head included; norms and routers are float32.
+A layer's experts are stacked, [E, out, in]. The file has no tokenizer: prompts are token ids.
+
+Runs in the peer's environment, which has numpy and the `gguf` package and neither torch nor moe_local.
+Sources: the GGUF specification (github.com/ggml-org/ggml, docs/gguf.md), the tensor names that llama.cpp's
+architecture "llama" expects.
+
+    python gguf_file.py CHECKPOINT OUT.gguf [--type Q4_0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import mmap
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf.quants import quant_shape_to_byte_shape, quantize
+
+Array = np.ndarray[Any, Any]
+PIECE_ROWS = 1024
+"""Rows quantized at once by one thread."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the file and how to make it: `parts` are stacked, each [shape[-2], shape[-1]]."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: gguf.GGMLQuantizationType
+    parts: tuple[str, ...]
+    heads: int = 0
+    """Rotated heads, whose rows llama.cpp wants in pairs; 0 for none."""
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """In float32 numbers, or in bytes where the type is quantized."""
+        return self.shape if self.type == FLOAT32 else quant_shape_to_byte_shape(self.shape, self.type)
+
+    @property
+    def stored_dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.float32 if self.type == FLOAT32 else np.uint8)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.stored_shape) * self.stored_dtype.itemsize
+
+
+FLOAT32 = gguf.GGMLQuantizationType.F32
+
+
+class Safetensors:
+    """The tensors of a checkpoint folder by name, as float32; read from the files when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tensors: dict[str, tuple[mmap.mmap, int, dict[str, Any]]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with open(path, "rb") as file:
+                view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            start = 8 + int.from_bytes(view[:8], "little")
+            header = json.loads(view[8:start])
+            header.pop("__metadata__", None)
+            self._tensors |= {name: (view, start, entry) for name, entry in header.items()}
+
+    def read(self, name: str) -> Array:
+        """A new array. Raises KeyError for names and dtypes that are not there or not known."""
+        view, start, entry = self._tensors[name]
+        dtype = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[entry["dtype"]]
+        begin, _ = entry["data_offsets"]
+        raw = np.frombuffer(view, dtype, math.prod(entry["shape"]), start + begin).reshape(entry["shape"])
+        if entry["dtype"] == "BF16":  # the upper half of a float32
+            return (raw.astype(np.uint32) << 16).view(np.float32)
+        return raw.astype(np.float32)
+
+
+def tensors(config: dict[str, Any], matrices: gguf.GGMLQuantizationType) -> Iterator[Tensor]:
+    """All tensors of the file, in its order."""
+    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    experts, width = config["num_local_experts"], hidden // heads
+    yield Tensor("token_embd.weight", (vocab, hidden), matrices, ("model.embed_tokens.weight",))
+    for i in range(config["num_hidden_layers"]):
+        layer, block = f"model.layers.{i}", f"blk.{i}"
+        for name, out, columns, rotated in (
+            ("q", heads * width, hidden, heads),
+            ("k", kv_heads * width, hidden, kv_heads),
+            ("v", kv_heads * width, hidden, 0),
+            ("output", hidden, heads * width, 0),
+        ):
+            source = f"{layer}.self_attn.{name[0]}_proj.weight"
+            yield Tensor(f"{block}.attn_{name}.weight", (out, columns), matrices, (source,), rotated)
+        router = f"{layer}.block_sparse_moe.gate.weight"
+        yield Tensor(f"{block}.ffn_gate_inp.weight", (experts, hidden), FLOAT32, (router,))
+        for name, source, out, columns in (
+            ("gate", "w1", inner, hidden),
+            ("down", "w2", hidden, inner),
+            ("up", "w3", inner, hidden),
+        ):
+            parts = tuple(f"{layer}.block_sparse_moe.experts.{e}.{source}.weight" for e in range(experts))
+            yield Tensor(f"{block}.ffn_{name}_exps.weight", (experts, out, columns), matrices, parts)
+        yield Tensor(f"{block}.attn_norm.weight", (hidden,), FLOAT32, (f"{layer}.input_layernorm.weight",))
+        after = f"{layer}.post_attention_layernorm.weight"
+        yield Tensor(f"{block}.ffn_norm.weight", (hidden,), FLOAT32, (after,))
+    yield Tensor("output_norm.weight", (hidden,), FLOAT32, ("model.norm.weight",))
+    yield Tensor("output.weight", (vocab, hidden), matrices, ("lm_head.weight",))
+
+
+def make(tensor: Tensor, read: Callable[[str], Array], pool: ThreadPoolExecutor) -> Array:
+    """The tensor's numbers as they are stored."""
+    if tensor.type == FLOAT32:
+        return np.stack([_paired(tensor, read(name)) for name in tensor.parts]).reshape(tensor.shape)
+    out = np.empty((len(tensor.parts), *tensor.stored_shape[-2:]), np.uint8)
+    for part, name in zip(out, tensor.parts, strict=True):
+        weights = _paired(tensor, read(name))
+        starts = range(0, len(weights), PIECE_ROWS)
+        pieces = pool.map(lambda at, w=weights: quantize(w[at : at + PIECE_ROWS], tensor.type), starts)
+        for at, piece in zip(starts, pieces, strict=True):
+            part[at : at + PIECE_ROWS] = piece
+    return out.reshape(tensor.stored_shape)
+
+
+def _paired(tensor: Tensor, weights: Array) -> Array:
+    """Rotated heads in llama.cpp's order: it turns rows 2i and 2i + 1, transformers i and i + width / 2."""
+    if not tensor.heads:
+        return weights
+    halves = weights.reshape(tensor.heads, 2, -1, weights.shape[-1])
+    return halves.swapaxes(1, 2).reshape(weights.shape)
+
+
+def write(folder: Path, out: Path, matrices: gguf.GGMLQuantizationType, threads: int = 2) -> None:
+    """Write `out` from the checkpoint in `folder`. Memory: one stacked tensor and its quantized form.
+
+    `out` appears when it is whole. Raises ValueError for a model that is not a Mixtral.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] != "mixtral":
+        raise ValueError(f"{folder} holds a {config['model_type']!r}; only mixtral is written as GGUF")
+    source = Safetensors(folder)
+    all_tensors = list(tensors(config, matrices))
+    partial = out.with_suffix(".partial")
+    writer = gguf.GGUFWriter(partial, "llama")
+    _describe(writer, config, matrices)
+    for tensor in all_tensors:
+        raw = None if tensor.type == FLOAT32 else tensor.type
+        writer.add_tensor_info(tensor.name, tensor.stored_shape, tensor.stored_dtype, tensor.nbytes, raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    started = time.monotonic()
+    with ThreadPoolExecutor(threads) as pool:
+        for number, tensor in enumerate(all_tensors, start=1):
+            writer.write_tensor_data(make(tensor, source.read, pool))
+            seconds = time.monotonic() - started
+            if tensor.name.endswith("ffn_norm.weight"):  # the last of a layer
+                done = f"{number} of {len(all_tensors)} tensors"
+                print(f"{out.name}: {done}, {seconds:.0f} s", file=sys.stderr)
+    writer.close()
+    partial.replace(out)
+
+
+def _describe(writer: gguf.GGUFWriter, config: dict[str, Any], matrices: gguf.GGMLQuantizationType) -> None:
+    writer.add_name("synthetic mixtral")
+    writer.add_file_type(
+        int(gguf.LlamaFileType[f"MOSTLY_{matrices.name}" if matrices != FLOAT32 else "ALL_F32"])
+    )
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_tokenizer_model("none")
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
+    writer.add_rope_freq_base(rope_theta(config))
+    writer.add_expert_count(config["num_local_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+
+
+def rope_theta(config: dict[str, Any]) -> float:
+    """Configs written by transformers 5 keep it among the rope parameters, older ones beside the sizes."""
+    return float(config["rope_theta"] if "rope_theta" in config else config["rope_parameters"]["rope_theta"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a Mixtral checkpoint as GGUF.")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--type", default="Q4_0", choices=["Q4_0", "Q8_0", "F32"])
+    options = parser.parse_args()
+    write(options.checkpoint, options.out, gguf.GGMLQuantizationType[options.type])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Make the environment that the llama.cpp peer runs in: llama-cpp-python and gguf from PyPI.
+
+llama.cpp is compiled for this processor (GGML_NATIVE, OpenMP), which takes some minutes and needs a C++
+compiler; nothing of it enters the environment that moe-local is installed in.
+
+    python benchmarks/peers/install.py [FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+from moe_local.offload.expert_file.convert import moe_local_home
+
+REQUIREMENTS = ("llama-cpp-python==0.3.36", "gguf==0.19.0")
+CMAKE_ARGS = "-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DMTMD_BUILD=OFF"
+COMPLETE = "moe-local-peer.json"
+"""Written last, so that an interrupted installation is not taken for a finished one."""
+
+
+def default_folder() -> Path:
+    return moe_local_home() / "benchmarks" / "llama.cpp"
+
+
+def interpreter(folder: Path) -> Path | None:
+    """Python of the finished environment in `folder`, if it holds these requirements."""
+    try:
+        installed = json.loads((folder / COMPLETE).read_text())
+    except (OSError, ValueError):
+        return None
+    return _python(folder) if installed == _contents() else None
+
+
+def install(folder: Path) -> Path:
+    """Python of the environment in `folder`, made first if need be. Raises SystemExit, pip's words shown."""
+    if python := interpreter(folder):
+        return python
+    print(f"installing {' '.join(REQUIREMENTS)} into {folder}; compiling takes minutes", file=sys.stderr)
+    venv.create(folder, with_pip=True)
+    command = [str(_python(folder)), "-m", "pip", "install", "--quiet", "--no-binary", "llama-cpp-python"]
+    done = subprocess.run(
+        [*command, *REQUIREMENTS], env={**os.environ, "CMAKE_ARGS": CMAKE_ARGS}, check=False
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"pip could not install {' '.join(REQUIREMENTS)} into {folder}; see its words above")
+    (folder / COMPLETE).write_text(json.dumps(_contents()))
+    return _python(folder)
+
+
+def _contents() -> dict[str, object]:
+    return {"requirements": list(REQUIREMENTS), "cmake": CMAKE_ARGS}
+
+
+def _python(folder: Path) -> Path:
+    return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Install llama.cpp as a peer for benchmarks/decode.py.")
+    parser.add_argument("folder", type=Path, nargs="?", default=default_folder(), metavar="FOLDER")
+    print(install(parser.parse_args().folder))
+
+
+if __name__ == "__main__":
+    main()

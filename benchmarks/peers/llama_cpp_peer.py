@@ -1,0 +1,93 @@
+"""llama.cpp as a peer: loads a GGUF file and answers over the pipe (serve.py), by llama.cpp's C interface.
+
+Its defaults throughout, which are its best: weights repacked for this processor as they are loaded, fused
+attention, 512 prompt tokens in one forward; but every core, in prefill and decoding. Runs in the environment
+that install.py makes.
+
+    python llama_cpp_peer.py FILE.gguf --context 1024
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+from typing import Any
+
+import gguf
+import llama_cpp as c
+from serve import Pipe
+
+
+class LlamaCpp:
+    """One model and one sequence."""
+
+    def __init__(self, path: str, context: int, threads: int) -> None:
+        c.llama_backend_init()
+        self._model = c.llama_model_load_from_file(path.encode(), c.llama_model_default_params())
+        if not self._model:
+            raise SystemExit(f"llama.cpp cannot load {path}")
+        params = c.llama_context_default_params()
+        params.n_ctx = context
+        params.n_threads = params.n_threads_batch = threads
+        self._context = c.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise SystemExit(f"llama.cpp cannot make a context of {context} tokens")
+        self._greedy = c.llama_sampler_init_greedy()
+        self._next = (c.llama_token * 1)()
+
+    def first(self, prompt: list[int]) -> int:
+        """Compute a prompt from an empty context; the likeliest id behind it."""
+        c.llama_memory_clear(c.llama_get_memory(self._context), False)
+        return self._decode((c.llama_token * len(prompt))(*prompt))
+
+    def following(self, token: int) -> int:
+        """Compute one more id; the likeliest behind it."""
+        self._next[0] = token
+        return self._decode(self._next)
+
+    def _decode(self, ids: ctypes.Array[Any]) -> int:
+        status = c.llama_decode(self._context, c.llama_batch_get_one(ids, len(ids)))
+        if status != 0:
+            raise SystemExit(f"llama_decode of {len(ids)} tokens failed with {status}")
+        return int(c.llama_sampler_sample(self._greedy, self._context, -1))
+
+    def logits(self) -> list[float]:
+        """Of the position computed last."""
+        size = c.llama_vocab_n_tokens(c.llama_model_get_vocab(self._model))
+        return list(c.llama_get_logits_ith(self._context, -1)[:size])
+
+
+def weights(path: str) -> dict[str, int]:
+    """What one decoded token reads of the file: its experts, and all else but the input embedding."""
+    reader = gguf.GGUFReader(path)
+    used, count = (reader.fields[f"llama.{key}"].contents() for key in ("expert_used_count", "expert_count"))
+    read = {"expert_bytes": 0, "expert_numel": 0, "dense_bytes": 0, "dense_numel": 0}
+    for tensor in reader.tensors:
+        kind, share = ("expert", used / count) if "_exps." in tensor.name else ("dense", 1)
+        if tensor.name != "token_embd.weight":
+            read[f"{kind}_bytes"] += int(tensor.n_bytes * share)
+            read[f"{kind}_numel"] += int(tensor.n_elements * share)
+    return read
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Answer prompts with llama.cpp over stdin and stdout.")
+    parser.add_argument("model", metavar="FILE.gguf")
+    parser.add_argument("--context", type=int, default=1024)
+    options = parser.parse_args()
+    pipe = Pipe()
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    model = LlamaCpp(options.model, options.context, threads)
+    hello = {
+        "name": "llama.cpp",
+        "version": f"llama-cpp-python {c.__version__}",
+        "detail": c.llama_print_system_info().decode().strip(),
+        "threads": threads,
+        "weights": weights(options.model),
+    }
+    pipe.serve(hello, model.first, model.following)
+
+
+if __name__ == "__main__":
+    main()

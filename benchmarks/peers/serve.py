@@ -1,0 +1,51 @@
+"""The peer's end of the pipe: one JSON line in for each answer wanted, one line out.
+
+A peer runs in a process and an environment of its own, so this knows the standard library only. Lines:
+
+    out   {"name", "version", "detail", "threads", "weights": {"expert_bytes", "expert_numel", "dense_bytes",
+          "dense_numel"}}, once, when the model is loaded (see `Weights` in benchmarks/contenders.py)
+    in    {"prompt": [id, ...], "tokens": N}
+    out   {"prefill_s", "decode_s", "ids": [N ids]}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+First = Callable[[list[int]], int]
+"""Forgets what came before, computes a prompt, and returns the likeliest next id."""
+Next = Callable[[int], int]
+"""Computes one id after what came before, and returns the likeliest next one."""
+
+
+class Pipe:
+    """The line to the benchmark. Made before the model is loaded: libraries print to stdout as they like."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def serve(self, hello: dict[str, Any], first: First, following: Next) -> None:
+        """Answer until the other end closes."""
+        self._send(hello)
+        for line in sys.stdin:
+            request = json.loads(line)
+            self._send(measure(request["prompt"], request["tokens"], first, following))
+
+    def _send(self, record: dict[str, Any]) -> None:
+        print(json.dumps(record), file=self._out, flush=True)
+
+
+def measure(prompt: list[int], tokens: int, first: First, following: Next) -> dict[str, Any]:
+    """Seconds from the prompt to the first new id, and from the first to the last of `tokens` new ids."""
+    began = time.perf_counter()
+    ids = [first(prompt)]
+    answered = time.perf_counter()
+    while len(ids) < tokens:
+        ids.append(following(ids[-1]))
+    return {"prefill_s": answered - began, "decode_s": time.perf_counter() - answered, "ids": ids}

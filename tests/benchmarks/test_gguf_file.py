@@ -1,0 +1,117 @@
+"""The GGUF file that llama.cpp is measured with holds the checkpoint, in the shape llama.cpp wants."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+
+
+@pytest.fixture
+def gguf_file(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return import_benchmark("peers.gguf_file")
+
+
+def written(gguf_file: ModuleType, checkpoint: Path, out: Path, kind: str) -> dict[str, Any]:
+    """The file's tensors by name."""
+    gguf_file.write(checkpoint, out, gguf.GGMLQuantizationType[kind])
+    assert not out.with_suffix(".partial").exists()
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
+
+
+def values(tensor: Any) -> torch.Tensor:
+    numbers = gguf.dequantize(tensor.data, tensor.tensor_type)
+    return torch.from_numpy(numbers.copy()).reshape(tuple(int(n) for n in tensor.shape[::-1]))
+
+
+def test_holds_every_weight_exactly(
+    gguf_file: ModuleType, tiny_checkpoint: Path, tiny_weights: dict[str, Any], tmp_path: Path
+) -> None:
+    tensors = written(gguf_file, tiny_checkpoint, tmp_path / "m.gguf", "F32")
+    assert sum(t.n_elements for t in tensors.values()) == sum(w.numel() for w in tiny_weights.values())
+    for layer in range(3):
+        source = f"model.layers.{layer}"
+        for name, matrix in (("gate", "w1"), ("down", "w2"), ("up", "w3")):
+            stack = values(tensors[f"blk.{layer}.ffn_{name}_exps.weight"])
+            for e in range(8):
+                expert = f"{source}.block_sparse_moe.experts.{e}.{matrix}.weight"
+                assert torch.equal(stack[e], tiny_weights[expert])
+        for name, theirs in (
+            ("ffn_gate_inp", "block_sparse_moe.gate"),
+            ("attn_v", "self_attn.v_proj"),
+            ("attn_output", "self_attn.o_proj"),
+            ("attn_norm", "input_layernorm"),
+            ("ffn_norm", "post_attention_layernorm"),
+        ):
+            found = values(tensors[f"blk.{layer}.{name}.weight"])
+            assert torch.equal(found, tiny_weights[f"{source}.{theirs}.weight"])
+    assert torch.equal(values(tensors["token_embd.weight"]), tiny_weights["model.embed_tokens.weight"])
+    assert torch.equal(values(tensors["output.weight"]), tiny_weights["lm_head.weight"])
+    assert torch.equal(values(tensors["output_norm.weight"]), tiny_weights["model.norm.weight"])
+
+
+def test_heads_rotated_in_pairs_score_as_those_rotated_in_halves(
+    gguf_file: ModuleType, tiny_checkpoint: Path, tiny_weights: dict[str, Any], tmp_path: Path
+) -> None:
+    """llama.cpp turns neighbouring rows, transformers the halves of a head: the scores must be the same."""
+    tensors = written(gguf_file, tiny_checkpoint, tmp_path / "m.gguf", "F32")
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    angles = torch.arange(5.0)[:, None] / 10000 ** (torch.arange(8) / 8)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # [5, 1, 8], for heads of 16
+
+    def halves(weight: torch.Tensor) -> torch.Tensor:
+        a, b = (x @ weight.T).view(5, -1, 2, 8).unbind(2)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def pairs(weight: torch.Tensor) -> torch.Tensor:
+        a, b = (x @ weight.T).view(5, -1, 8, 2).unbind(3)
+        return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(2)
+
+    def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(2, dim=1))
+
+    layer = "model.layers.1.self_attn"
+    theirs = scores(
+        halves(tiny_weights[f"{layer}.q_proj.weight"]), halves(tiny_weights[f"{layer}.k_proj.weight"])
+    )
+    q, k = (values(tensors[f"blk.1.attn_{name}.weight"]) for name in "qk")
+    torch.testing.assert_close(scores(pairs(q), pairs(k)), theirs, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(scores(halves(q), halves(k)), theirs, rtol=1e-2, atol=1e-2)
+
+
+def test_q4_0_of_all_matrices_and_nothing_else(
+    gguf_file: ModuleType, tiny_checkpoint: Path, tiny_weights: dict[str, Any], tmp_path: Path
+) -> None:
+    tensors = written(gguf_file, tiny_checkpoint, tmp_path / "m.gguf", "Q4_0")
+    for name, tensor in tensors.items():
+        exact = "norm" in name or "ffn_gate_inp" in name
+        assert tensor.tensor_type.name == ("F32" if exact else "Q4_0"), name
+        if not exact:
+            assert 8 * tensor.n_bytes == 4.5 * tensor.n_elements
+    up = values(tensors["blk.2.ffn_up_exps.weight"])[7]
+    source = tiny_weights["model.layers.2.block_sparse_moe.experts.7.w3.weight"]
+    assert 0.02 < (up - source).norm() / source.norm() < 0.12
+
+
+def test_describes_the_model(gguf_file: ModuleType, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    written(gguf_file, tiny_checkpoint, tmp_path / "m.gguf", "Q4_0")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    found = {key: fields[f"llama.{key}"].contents() for key in ("expert_count", "expert_used_count")}
+    assert found == {"expert_count": 8, "expert_used_count": 2}
+    assert fields["llama.attention.head_count_kv"].contents() == 2
+    assert fields["llama.rope.freq_base"].contents() == 1e6
+    assert fields["llama.rope.dimension_count"].contents() == 16
+    assert fields["llama.vocab_size"].contents() == 512
+
+
+def test_other_architectures_are_refused(gguf_file: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="only mixtral"):
+        gguf_file.write(tmp_path, tmp_path / "m.gguf", gguf.GGMLQuantizationType.Q4_0)

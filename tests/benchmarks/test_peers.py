@@ -1,0 +1,108 @@
+"""Peers: the pipe between the benchmark and a process that answers, and llama.cpp where it is installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+WEIGHTS = {"expert_bytes": 90, "expert_numel": 160, "dense_bytes": 30, "dense_numel": 40}
+COUNTING = f"""
+import sys
+sys.path.insert(0, sys.argv[1])
+from serve import Pipe
+pipe = Pipe()
+print("a library's own words")
+about = {{"name": "counting", "version": "1", "detail": "", "threads": 1, "weights": {WEIGHTS}}}
+pipe.serve(about, sum, lambda token: print("more words") or token + 1)
+"""
+
+
+@pytest.fixture
+def client(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return import_benchmark("peers.client")
+
+
+@pytest.fixture
+def counting(repository: Path) -> list[str]:
+    """A peer that continues a prompt with its sum and what follows it, and talks to itself."""
+    return [sys.executable, "-c", COUNTING, str(repository / "benchmarks" / "peers")]
+
+
+def test_answers_are_kept_and_words_are_not_mistaken_for_them(client: ModuleType, counting: Any) -> None:
+    with client.Peer(counting) as peer:
+        peer.answer([1, 2, 3], 4, keep=False)
+        peer.answer([5], 3, keep=True)
+    (answer,) = peer.answers
+    assert answer.ids == (5, 6, 7)
+    assert answer.prompt_tokens == 1
+    assert 0 < answer.prefill_s < 10
+    assert answer.ms_per_token == pytest.approx(1000 * answer.decode_s / 2)
+
+
+def test_summary(client: ModuleType, counting: Any, import_benchmark: Callable[[str], ModuleType]) -> None:
+    from moe_local.offload.plan.bandwidth import Bandwidths
+
+    with client.Peer(counting) as peer:
+        answer = import_benchmark("contenders").Answer
+        peer.answers = [answer(10, s, s, tuple(range(6))) for s in (0.1, 0.4, 0.2)]
+        summary = peer.summary(Bandwidths(ram=12_000.0))
+    assert summary["bits_per_weight"] == {"all": 4.8, "experts": 4.5, "dense": 6.0}
+    assert summary["read_bytes_per_token"] == 120
+    assert summary["ms_per_token"] == pytest.approx({"median": 40, "min": 20, "max": 80})
+    assert summary["prefill_tokens_per_s"] == pytest.approx({"median": 50, "min": 25, "max": 100})
+    assert summary["floor_ms_per_token"] == pytest.approx(10)
+    assert summary["share_of_floor"] == pytest.approx(0.25)
+    assert (summary["version"], summary["threads"]) == ("1", 1)
+
+
+def test_a_peer_that_fails_says_why(client: ModuleType) -> None:
+    with pytest.raises(SystemExit, match=r"(?s)ended with 1.*no such model"):
+        client.Peer([sys.executable, "-c", "raise SystemExit('no such model')"])
+
+
+def test_a_peer_that_dies_half_way_says_why(client: ModuleType, counting: Any) -> None:
+    with client.Peer(counting) as peer, pytest.raises(SystemExit, match=r"(?s)ended with 1.*TypeError"):
+        peer.answer(["not an id"], 2, keep=True)  # type: ignore[list-item]
+    assert peer.answers == []
+
+
+def test_an_interrupted_installation_is_not_taken_for_a_whole_one(
+    import_benchmark: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    install = import_benchmark("peers.install")
+    assert install.interpreter(tmp_path) is None
+    (tmp_path / install.COMPLETE).write_text('{"requirements": ["llama-cpp-python==0.1"]')
+    assert install.interpreter(tmp_path) is None
+    (tmp_path / install.COMPLETE).write_text('{"requirements": ["llama-cpp-python==0.1"]}')
+    assert install.interpreter(tmp_path) is None
+
+
+def test_llama_cpp_computes_what_transformers_computes(
+    client: ModuleType, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The same greedy ids from float32 weights, so that what is timed is the model it should be."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    python = client.install.interpreter(client.install.default_folder())
+    if python is None:
+        pytest.skip("llama.cpp is not installed: python benchmarks/peers/install.py")
+    file = tmp_path / "m.gguf"
+    writer = [str(python), str(client.HERE / "gguf_file.py"), str(tiny_checkpoint), str(file)]
+    subprocess.run([*writer, "--type", "F32"], check=True, capture_output=True)
+    prompts = [[3 + 7 * i % 251 for i in range(40)], [100, 4, 5]]
+    with client.Peer([str(python), str(client.HERE / "llama_cpp_peer.py"), str(file)]) as peer:
+        for prompt in prompts:
+            peer.answer(prompt, 8, keep=True)
+    assert peer.hello["name"] == "llama.cpp"
+    assert peer.weights.bits()["experts"] == 32
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    for prompt, answer in zip(prompts, peer.answers, strict=True):
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+        assert list(answer.ids) == ids[0, len(prompt) :].tolist()
