@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Generator
-from itertools import accumulate
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +12,10 @@ from torch import nn
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.interrupt import deferred
-from moe_local.offload.kernels.expert import ExpertKernels
+from moe_local.offload.kernels.layer import LayerKernels
+from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.prefetch.prefetch import Prefetcher
-from moe_local.offload.store import ExpertStore, Lease
-
-Groups = Generator[list[Lease], None, None]
+from moe_local.offload.store import ExpertStore
 
 _TAKEN_OVER = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "config")
 
@@ -103,76 +101,34 @@ class _NoBackward(torch.autograd.Function):
 
 
 class ExpertRunner:
-    """Runs the routed experts of every layer: ids to the host once, serve, compute, combine.
+    """Runs the routed experts of every layer: ids to the host once, serve, compute, combine."""
 
-    The result does not depend on the order in which experts become readable: each expert's output goes to
-    its own place in [T, K, D], and the sum over K runs in the router's order.
-    """
-
-    def __init__(self, store: ExpertStore, prefetcher: Prefetcher) -> None:
+    def __init__(self, store: ExpertStore, prefetcher: Prefetcher, activations: str = "native") -> None:
         self.store = store
         self.prefetcher = prefetcher
-        self._kernels = ExpertKernels()
+        self._kernels = LayerKernels(activations)
 
     def run(
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """As OffloadedExperts.forward. Raises KeyboardInterrupt if a deferred Ctrl-C is pending."""
         check_interrupt()
-        layer, tokens = experts.index, index.shape[0]
+        layer = experts.index
         guesses = self.prefetcher.predict(layer)
         ids, guessed = _to_host(index, [guess.ranked for guess in guesses])
-        groups = self.store.serve(
-            layer, list(dict.fromkeys(ids)), lambda: self.prefetcher.request(guesses, guessed)
-        )
-        outputs = hidden.new_empty(len(ids), hidden.shape[1])
+        routing = Routing(ids, index.shape[0], experts.num_experts)
+        step = self._kernels.begin(experts, hidden, routing, weights, self.store.layouts[layer][0])
+        groups = self.store.serve(layer, routing.experts, lambda: self.prefetcher.request(guesses, guessed))
         try:
-            if tokens == 1:
-                self._one_token(experts, hidden, ids, groups, outputs)
+            if routing.tokens == 1:
+                self.store.routed.count_all(layer, ids)
             else:
-                self._many_tokens(experts, hidden, ids, groups, outputs)
+                self.store.routed.add(layer, routing.counts)
+            for group in groups:
+                step.compute(group)
         finally:
             groups.close()
-        weighted = outputs.view(*index.shape, -1) * weights.unsqueeze(-1)
-        return weighted.sum(dim=1).to(hidden.dtype)
-
-    def _one_token(
-        self,
-        experts: OffloadedExperts,
-        hidden: torch.Tensor,
-        ids: list[int],
-        groups: Groups,
-        outputs: torch.Tensor,
-    ) -> None:
-        """Fill outputs [K, D] for hidden [1, D]."""
-        self.store.routed.count_all(experts.index, ids)
-        place = {expert: rank for rank, expert in enumerate(ids)}
-        for group in groups:
-            for lease in group:
-                y = self._kernels.forward(experts, hidden, lease.buffer, lease.layout)
-                outputs[place[lease.expert]] = y[0]
-
-    def _many_tokens(
-        self,
-        experts: OffloadedExperts,
-        hidden: torch.Tensor,
-        ids: list[int],
-        groups: Groups,
-        outputs: torch.Tensor,
-    ) -> None:
-        """Fill outputs [T * K, D] for hidden [T, D]. Sorted on the host, which has the ids already."""
-        flat = torch.tensor(ids)
-        counts = torch.bincount(flat, minlength=experts.num_experts).tolist()
-        self.store.routed.add(experts.index, counts)
-        ends = list(accumulate(counts))
-        places = flat.argsort(stable=True).to(hidden.device)  # expert e's are the counts[e] before ends[e]
-        rows = places.div(len(ids) // hidden.shape[0], rounding_mode="floor")
-        for group in groups:
-            for lease in group:
-                mine = slice(ends[lease.expert] - counts[lease.expert], ends[lease.expert])
-                x = hidden.index_select(0, rows[mine])
-                y = self._kernels.forward(experts, x, lease.buffer, lease.layout)
-                outputs.index_copy_(0, places[mine], y.to(outputs.dtype))  # under autocast y has its dtype
+        return step.result()
 
 
 def _to_host(index: torch.Tensor, guesses: list[torch.Tensor]) -> tuple[list[int], list[list[int]]]:

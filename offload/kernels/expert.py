@@ -7,30 +7,15 @@ are tested against.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
+from moe_local.offload.kernels import cpu
+from moe_local.offload.kernels.contracts import ExpertMath, Linear
 from moe_local.offload.kernels.reference import reference_linear
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout
-
-Linear = Callable[[torch.Tensor, str], torch.Tensor]
-"""x [T, in], name of the matrix -> [T, out], the bias added."""
-
-
-class ExpertMath(Protocol):
-    """What an architecture's experts do between their matrices; an OffloadedExperts has it all."""
-
-    has_gate: bool
-    has_bias: bool
-
-    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, 2F] (gate and up as the architecture lays them out) or [T, F] -> [T, F]."""
-
-    def finish(self, output: torch.Tensor) -> torch.Tensor:
-        """[T, D] -> [T, D], what follows the down projection."""
 
 
 class ExpertKernels:
@@ -41,7 +26,9 @@ class ExpertKernels:
     converted are not kept. One instance a store, since a slot is known by its address.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, activations: str = "native") -> None:
+        """`activations`: "native", or "int8" to round them where the kernel can."""
+        self._activations = activations
         self._linears: dict[int, tuple[Layout, torch.dtype, Linear]] = {}
 
     def forward(
@@ -52,18 +39,20 @@ class ExpertKernels:
         known = self._linears.get(address)
         if known is not None and known[0] is layout and known[1] is x.dtype:
             return _feed_forward(math, x, known[2])
-        made = _prepare(x, buffer, layout, math.has_bias)
+        made = _prepare(x, buffer, layout, math.has_bias, self._activations)
         if made.in_place:
             self._linears[address] = (layout, x.dtype, made.linear)
         return _feed_forward(math, x, made.linear)
 
 
-def expert_forward(math: ExpertMath, x: torch.Tensor, buffer: torch.Tensor, layout: Layout) -> torch.Tensor:
+def expert_forward(
+    math: ExpertMath, x: torch.Tensor, buffer: torch.Tensor, layout: Layout, activations: str = "native"
+) -> torch.Tensor:
     """One expert on tokens x [T, D] -> [T, D], in the dtype and on the device of x.
 
     `buffer` is the expert's slot, uint8 on the device of x, read in place while this runs.
     """
-    return _feed_forward(math, x, _prepare(x, buffer, layout, math.has_bias).linear)
+    return _feed_forward(math, x, _prepare(x, buffer, layout, math.has_bias, activations).linear)
 
 
 def _feed_forward(math: ExpertMath, x: torch.Tensor, linear: Linear) -> torch.Tensor:
@@ -79,11 +68,15 @@ class _Prepared(NamedTuple):
     """Whether `linear` copied nothing, so that it goes for any expert of this layout in the slot."""
 
 
-def _prepare(x: torch.Tensor, buffer: torch.Tensor, layout: Layout, has_bias: bool) -> _Prepared:
+def _prepare(
+    x: torch.Tensor, buffer: torch.Tensor, layout: Layout, has_bias: bool, activations: str
+) -> _Prepared:
     if layout.format == "nf4" and x.is_cuda:
         from moe_local.offload.kernels.bnb import nf4_linear
 
         return _Prepared(nf4_linear(buffer, layout, x.dtype, has_bias), in_place=not has_bias)
+    if cpu.serves(layout, x):
+        return _Prepared(cpu.cpu_linear(buffer, layout, has_bias, activations), in_place=True)
     weights = codec_for(layout.format).decode(buffer, layout, x.dtype)
     slot = buffer.untyped_storage().data_ptr()
     in_place = all(weight.untyped_storage().data_ptr() == slot for weight in weights.values())

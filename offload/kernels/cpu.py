@@ -1,0 +1,179 @@
+"""Experts and matrices in CPU memory through the C++ library, read in place."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from moe_local.offload.kernels.contracts import ExpertMath, Readable
+from moe_local.offload.kernels.gates import recognize
+from moe_local.offload.kernels.routing import Routing
+from moe_local.offload.native.library import (
+    FLOATS,
+    FORMATS,
+    INT8,
+    INT16,
+    Expert,
+    Gate,
+    Matrix,
+    check,
+    library,
+)
+from moe_local.offload.quantize.layout import Layout
+
+
+def serves(layout: Layout, x: torch.Tensor) -> bool:
+    """Whether the library multiplies x with matrices of this layout. Autocast has its own ideas of dtypes."""
+    return (
+        layout.format in FORMATS
+        and not x.is_cuda
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and not torch.is_autocast_enabled("cpu")
+        and library() is not None
+    )
+
+
+def rounding(activations: str, dtype: torch.dtype) -> int:
+    """How activations of this dtype enter a product.
+
+    Sixteen bits in blocks of 64 keep more of a bf16 or fp16 vector than its dtype does, at half the cost
+    of floats; fp32 stays as it is.
+    """
+    if activations == "int8":
+        return INT8
+    return FLOATS if dtype == torch.float32 else INT16
+
+
+def matrix_at(address: int, layout: Layout, name: str, has_bias: bool) -> Matrix:
+    """Matrix `name` of the expert whose flat buffer starts at `address`."""
+    rows, cols = next(tensor.shape for tensor in layout.tensors if tensor.name == name)
+    parts = {segment.part: address + segment.offset for segment in layout.parts(name)}
+    bias = next(layout.parts(f"{name}_bias")).offset + address if has_bias else None
+    scales = parts["absmax"] if layout.format == "nf4" else parts["scale"]
+    nested, offset = parts.get("absmax_scale"), parts.get("offset")
+    return Matrix(FORMATS[layout.format], 0, rows, cols, parts["q"], scales, nested, offset, bias)
+
+
+def multiply(matrix: Matrix, x: torch.Tensor, activations: int) -> torch.Tensor:
+    """x [T, cols] times the matrix, transposed, plus its bias: [T, rows], in the dtype of x."""
+    lib = library()
+    assert lib is not None
+    floats = x.float().contiguous()
+    out = torch.empty(x.shape[0], matrix.rows)
+    status = lib.moe_linear(
+        ctypes.byref(matrix),
+        floats.data_ptr(),
+        x.shape[0],
+        out.data_ptr(),
+        activations,
+        torch.get_num_threads(),
+    )
+    check(status)
+    return out.to(x.dtype)
+
+
+def cpu_linear(
+    buffer: torch.Tensor, layout: Layout, has_bias: bool, activations: str
+) -> Callable[[torch.Tensor, str], torch.Tensor]:
+    """Linear over the matrices of an expert whose buffer lies in CPU memory."""
+    matrices = {
+        tensor.name: matrix_at(buffer.data_ptr(), layout, tensor.name, has_bias)
+        for tensor in layout.tensors
+        if len(tensor.shape) == 2
+    }
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return multiply(matrices[name], x, rounding(activations, x.dtype))
+
+    return linear
+
+
+class CpuExperts:
+    """Computes all experts of a group in one call, where the library knows what is between their matrices."""
+
+    def __init__(self, activations: str) -> None:
+        self._activations = activations
+        self._gates: dict[ExpertMath, Gate | None] = {}
+        self._experts: dict[int, tuple[Layout, Expert]] = {}
+
+    def serves(self, math: ExpertMath, x: torch.Tensor, layout: Layout) -> bool:
+        """Whether `begin` can be asked for this layer and input."""
+        if not serves(layout, x):
+            return False
+        if math not in self._gates:
+            self._gates[math] = recognize(math)
+        return self._gates[math] is not None
+
+    def begin(self, math: ExpertMath, x: torch.Tensor, routing: Routing, weights: torch.Tensor) -> CpuStep:
+        """A LayerStep; see LayerKernels.begin."""
+        gate = self._gates[math]
+        assert gate is not None
+        return CpuStep(self, math, gate, x, routing, weights, rounding(self._activations, x.dtype))
+
+    def expert(self, buffer: torch.Tensor, layout: Layout, math: ExpertMath) -> Expert:
+        """The expert in a slot. It is remembered by the slot's address, so one instance serves one store."""
+        address = buffer.data_ptr()
+        known = self._experts.get(address)
+        if known is not None and known[0] is layout:
+            return known[1]
+        up = matrix_at(address, layout, "gate_up_proj" if math.has_gate else "up_proj", math.has_bias)
+        expert = Expert(up, matrix_at(address, layout, "down_proj", math.has_bias))
+        self._experts[address] = (layout, expert)
+        return expert
+
+
+class CpuStep:
+    """A LayerStep in one call of the library a group; the last group's call sums up, too."""
+
+    def __init__(
+        self,
+        experts: CpuExperts,
+        math: ExpertMath,
+        gate: Gate,
+        x: torch.Tensor,
+        routing: Routing,
+        weights: torch.Tensor,
+        activations: int,
+    ) -> None:
+        self._experts = experts
+        self._math = math
+        self._gate = gate
+        self._dtype = x.dtype
+        self._x = x.float().contiguous()
+        self._routing = routing
+        self._weights = weights.float().contiguous()
+        self._activations = activations
+        self._outputs = torch.empty(len(routing.ids), x.shape[1])
+        self._combined = torch.empty(x.shape[0], x.shape[1])
+        self._left = len(routing.experts)
+
+    def compute(self, group: Sequence[Readable]) -> None:
+        lib: Any = library()
+        starts, places = self._routing.places_of(readable.expert for readable in group)
+        tokens = places.div(self._routing.top_k, rounding_mode="floor")
+        structs = [self._experts.expert(r.buffer, r.layout, self._math) for r in group]
+        self._left -= len(group)
+        last = self._left == 0
+        status = lib.moe_experts(
+            (ctypes.c_void_p * len(group))(*map(ctypes.addressof, structs)),
+            len(group),
+            (ctypes.c_int64 * len(starts))(*starts),
+            tokens.data_ptr(),
+            places.data_ptr(),
+            ctypes.byref(self._gate),
+            self._x.data_ptr(),
+            self._x.shape[0],
+            self._outputs.data_ptr(),
+            self._weights.data_ptr() if last else None,
+            self._routing.top_k,
+            self._combined.data_ptr() if last else None,
+            self._activations,
+            torch.get_num_threads(),
+        )
+        check(status)
+
+    def result(self) -> torch.Tensor:
+        return self._combined.to(self._dtype)

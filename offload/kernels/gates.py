@@ -1,0 +1,74 @@
+"""What an architecture does between its experts' matrices, recognized by what comes out of it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+
+from moe_local.offload.kernels.contracts import ExpertMath
+from moe_local.offload.native.library import Gate, check, library
+
+PLAIN, CONCATENATED, INTERLEAVED = range(3)
+FUNCTIONS = ("identity", "relu", "relu2", "silu", "gelu", "gelu_tanh", "clamped_swiglu")
+
+WIDTH = 4096
+"""Numbers that a gate is tried on."""
+
+
+def recognize(math: ExpertMath) -> Gate | None:
+    """The library's gate that does what `math.activate` does, or None.
+
+    The two are compared on numbers from tiny to huge, on both sides of every clamp that is at all likely to
+    act, so that neither an activation nor the way in which gate and up are laid out need be known by name.
+    """
+    lib = library()
+    if lib is None or getattr(math, "has_post_expert_norm", False):
+        return None
+    columns = 2 * WIDTH if math.has_gate else WIDTH
+    probe = _probe(columns)
+    try:
+        with torch.no_grad():
+            wanted = math.activate(probe.unsqueeze(0)).float().reshape(-1)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None
+    if wanted.numel() != WIDTH:
+        return None
+    for gate in _candidates(math):
+        got = torch.empty(WIDTH)
+        check(lib.moe_gate(ctypes.byref(gate), probe.data_ptr(), 1, WIDTH, got.data_ptr()))
+        if torch.allclose(got, wanted, rtol=2e-6, atol=1e-7):
+            return gate
+    return None
+
+
+def apply_gate(gate: Gate, hidden: torch.Tensor) -> torch.Tensor:
+    """The gate on hidden, float32 [T, F or 2F] on the CPU, -> [T, F]. Needs the library."""
+    lib = library()
+    assert lib is not None
+    hidden = hidden.contiguous()
+    width = hidden.shape[1] if gate.arrangement == PLAIN else hidden.shape[1] // 2
+    out = torch.empty(hidden.shape[0], width)
+    check(lib.moe_gate(ctypes.byref(gate), hidden.data_ptr(), hidden.shape[0], width, out.data_ptr()))
+    return out
+
+
+def _candidates(math: ExpertMath) -> Iterator[Gate]:
+    *simple, clamped = range(len(FUNCTIONS))
+    if not math.has_gate:
+        yield from (Gate(PLAIN, function, 0.0, 0.0) for function in simple)
+        return
+    arrangements = (CONCATENATED, INTERLEAVED)
+    yield from (Gate(a, function, 0.0, 0.0) for a, function in product(arrangements, simple))
+    alpha, limit = getattr(math, "alpha", None), getattr(math, "limit", None)
+    if isinstance(alpha, int | float) and isinstance(limit, int | float):
+        yield from (Gate(a, clamped, float(alpha), float(limit)) for a in arrangements)
+
+
+def _probe(count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    sizes = 10 ** (5 * torch.rand(count, generator=generator) - 3)
+    signs = 2.0 * torch.randint(2, (count,), generator=generator) - 1
+    return (sizes * signs).contiguous()

@@ -1,0 +1,71 @@
+"""The routed experts of one layer in one forward, computed group by group as they become readable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moe_local.offload.kernels.contracts import ExpertMath, LayerStep, Readable
+from moe_local.offload.kernels.cpu import CpuExperts
+from moe_local.offload.kernels.expert import ExpertKernels
+from moe_local.offload.kernels.routing import Routing
+from moe_local.offload.quantize.layout import Layout
+
+
+class LayerKernels:
+    """Starts LayerSteps for the slots of one store, with the fastest kernels there are for each."""
+
+    def __init__(self, activations: str = "native") -> None:
+        """`activations`: "native", or "int8" to round them to eight bits where the kernel can."""
+        self._each = ExpertKernels(activations)
+        self._together = CpuExperts(activations)
+
+    def begin(
+        self,
+        math: ExpertMath,
+        x: torch.Tensor,
+        routing: Routing,
+        weights: torch.Tensor,
+        layout: Layout,
+    ) -> LayerStep:
+        """`weights` [T, K] of the routing; `layout` is that of the layer's experts."""
+        if self._together.serves(math, x, layout):
+            return self._together.begin(math, x, routing, weights)
+        return OneByOne(self._each, math, x, routing, weights)
+
+
+class OneByOne:
+    """A LayerStep that computes expert after expert, with torch around each."""
+
+    def __init__(
+        self,
+        kernels: ExpertKernels,
+        math: ExpertMath,
+        x: torch.Tensor,
+        routing: Routing,
+        weights: torch.Tensor,
+    ) -> None:
+        self._kernels = kernels
+        self._math = math
+        self._x = x
+        self._routing = routing
+        self._weights = weights
+        self._outputs = x.new_empty(len(routing.ids), x.shape[1])
+
+    def compute(self, group: Sequence[Readable]) -> None:
+        for readable in group:
+            if self._routing.tokens == 1:
+                y = self._kernels.forward(self._math, self._x, readable.buffer, readable.layout)
+                self._outputs[self._routing.ids.index(readable.expert)] = y[0]
+            else:
+                places = self._routing.places(readable.expert).to(self._x.device)
+                rows = places.div(self._routing.top_k, rounding_mode="floor")
+                y = self._kernels.forward(
+                    self._math, self._x.index_select(0, rows), readable.buffer, readable.layout
+                )
+                self._outputs.index_copy_(0, places, y.to(self._outputs.dtype))  # autocast gives its own
+
+    def result(self) -> torch.Tensor:
+        outputs = self._outputs.view(*self._weights.shape, -1)
+        return (outputs * self._weights.unsqueeze(-1)).sum(dim=1).to(self._x.dtype)

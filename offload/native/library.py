@@ -1,0 +1,87 @@
+"""The C++ library by ctypes: its structures and functions as moe_native.h declares them."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from moe_local.cache.errors import MoeLocalError
+from moe_local.offload.quantize.bnb import dynamic_map
+
+FORMATS = {"nf4": 0, "int8": 1}
+FLOATS, INT16, INT8 = range(3)
+"""How activations enter a product: as they are, or rounded in blocks of 64."""
+
+ISAS = ("portable", "avx2", "avx512")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Of weights to encode."""
+
+_ERRORS = {1: "bad argument", 2: "out of memory", 3: "not for this processor"}
+
+
+class Gate(Structure):
+    _fields_ = (("arrangement", c_int32), ("function", c_int32), ("alpha", c_float), ("limit", c_float))
+
+
+class Matrix(Structure):
+    _fields_ = (
+        ("format", c_int32),
+        ("reserved", c_int32),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("q", c_void_p),
+        ("scales", c_void_p),
+        ("nested", c_void_p),
+        ("offset", c_void_p),
+        ("bias", c_void_p),
+    )
+
+
+class Expert(Structure):
+    _fields_ = (("up", Matrix), ("down", Matrix))
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None where it was not compiled, which is said once."""
+    found = sorted(Path(__file__).parent.glob("_native.*"))
+    path = next((file for file in found if file.suffix in (".so", ".dll")), None)
+    if path is None:
+        logging.getLogger("moe_local").warning(
+            "the C++ kernels are not there, so experts on the CPU run tens of times slower; "
+            "install a C++17 compiler (g++ or clang++) and moe-local again"
+        )
+        return None
+    lib = ctypes.CDLL(str(path))
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(lib, name)
+        function.argtypes, function.restype = arguments, c_int32
+    check(lib.moe_set_map(dynamic_map(torch.device("cpu")).data_ptr()))
+    return lib
+
+
+def check(status: int) -> None:
+    """Raises MoeLocalError for what a function of the library returned, unless it is zero."""
+    if status:
+        raise MoeLocalError(f"the C++ kernel failed: {_ERRORS.get(status, status)}")
+
+
+_ARGUMENTS: dict[str, list[type]] = {
+    "moe_best_isa": [],
+    "moe_set_isa": [c_int32],
+    "moe_isa": [],
+    "moe_set_map": [c_void_p],
+    "moe_linear": [POINTER(Matrix), c_void_p, c_int64, c_void_p, c_int32, c_int32],
+    "moe_experts": [
+        *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p, POINTER(Gate), c_void_p, c_int64, c_void_p),
+        *(c_void_p, c_int64, c_void_p, c_int32, c_int32),
+    ],
+    "moe_combine": [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p],
+    "moe_gate": [POINTER(Gate), c_void_p, c_int64, c_int64, c_void_p],
+    "moe_nf4_encode": [c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int32],
+}

@@ -1,0 +1,81 @@
+// INT8 rows of whole blocks of 64 columns.
+// Included in the AVX2 unit.
+
+inline __m256 eight_floats(const int8_t* q) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q))));
+}
+
+void decode_int8(const Matrix& m, const float* map, int64_t row, int64_t first, int64_t count, float* out) {
+  for (int64_t i = count; i < padded(count); ++i) out[i] = 0.0f;
+  const int8_t* q = static_cast<const int8_t*>(m.q) + row * m.cols + first;
+  float scales[DEPTH / BLOCK];
+  block_scales(m, map, (row * m.cols + first) / BLOCK, count / BLOCK, scales);
+  for (int64_t i = 0; i < count; i += 8)
+    _mm256_store_ps(out + i, _mm256_mul_ps(eight_floats(q + i), _mm256_set1_ps(scales[i / BLOCK])));
+}
+
+template <int T>
+struct Int8Floats {
+  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last, float* const* y) {
+    const int64_t blocks = m.cols / BLOCK;
+    const int8_t* q = static_cast<const int8_t*>(m.q) + first * m.cols;
+    float scales[STRETCH];
+    for (int64_t row = first; row < last; ++row) {
+      __m256 total[T];
+      for (int t = 0; t < T; ++t) total[t] = _mm256_setzero_ps();
+      for (int64_t done = 0; done < blocks; done += STRETCH) {
+        const int64_t count = least(STRETCH, blocks - done);
+        block_scales(m, map, row * blocks + done, count, scales);
+        for (int64_t b = 0; b < count; ++b, q += BLOCK) {
+          _mm_prefetch(reinterpret_cast<const char*>(q + AHEAD), _MM_HINT_T0);
+          __m256 w[8];
+          for (int i = 0; i < 8; ++i) w[i] = eight_floats(q + 8 * i);
+          for (int t = 0; t < T; ++t) {
+            const float* in = x[t].values + (done + b) * BLOCK;
+            __m256 one = _mm256_mul_ps(w[0], _mm256_loadu_ps(in)), two = _mm256_mul_ps(w[1], _mm256_loadu_ps(in + 8));
+            for (int i = 2; i < 8; i += 2) {
+              one = _mm256_fmadd_ps(w[i], _mm256_loadu_ps(in + 8 * i), one);
+              two = _mm256_fmadd_ps(w[i + 1], _mm256_loadu_ps(in + 8 * i + 8), two);
+            }
+            total[t] = _mm256_fmadd_ps(_mm256_add_ps(one, two), _mm256_set1_ps(scales[b]), total[t]);
+          }
+        }
+      }
+      for (int t = 0; t < T; ++t) y[t][row] = sum(total[t]) + bias_of(m, row);
+    }
+  }
+};
+
+template <int T>
+struct Int8Rounded {
+  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last, float* const* y) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    const int64_t blocks = m.cols / BLOCK;
+    const int8_t* q = static_cast<const int8_t*>(m.q) + first * m.cols;
+    float scales[STRETCH];
+    for (int64_t row = first; row < last; ++row) {
+      __m256 total[T];
+      for (int t = 0; t < T; ++t) total[t] = _mm256_setzero_ps();
+      for (int64_t done = 0; done < blocks; done += STRETCH) {
+        const int64_t count = least(STRETCH, blocks - done);
+        block_scales(m, map, row * blocks + done, count, scales);
+        for (int64_t b = 0; b < count; ++b, q += BLOCK) {
+          _mm_prefetch(reinterpret_cast<const char*>(q + AHEAD), _MM_HINT_T0);
+          const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
+          const __m256i two = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + 32));
+          const __m256i size_one = _mm256_abs_epi8(one), size_two = _mm256_abs_epi8(two);
+          for (int t = 0; t < T; ++t) {
+            const __m256i* in = static_cast<const __m256i*>(x[t].q) + 2 * (done + b);
+            // Signs move from the weights to the activations: the instruction takes unsigned times signed.
+            const __m256i a = _mm256_maddubs_epi16(size_one, _mm256_sign_epi8(_mm256_loadu_si256(in), one));
+            const __m256i c = _mm256_maddubs_epi16(size_two, _mm256_sign_epi8(_mm256_loadu_si256(in + 1), two));
+            const __m256i dot = _mm256_add_epi32(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(c, ones));
+            const __m256 factor = _mm256_set1_ps(scales[b] * x[t].scales[done + b]);
+            total[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), factor, total[t]);
+          }
+        }
+      }
+      for (int t = 0; t < T; ++t) y[t][row] = sum(total[t]) + bias_of(m, row);
+    }
+  }
+};

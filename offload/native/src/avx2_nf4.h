@@ -1,0 +1,228 @@
+// NF4 rows of whole blocks. A block is 32 bytes: weight 2j in the high half of byte j, weight 2j + 1 in its low half.
+// Included in the AVX2 unit.
+
+// The levels' floats byte by byte, as tables for pshufb: plane p has their bytes p.
+struct Planes {
+  __m256i plane[4];
+};
+
+inline Planes level_planes() {
+  Planes planes;
+  for (int p = 0; p < 4; ++p) {
+    alignas(16) uint8_t bytes[16];
+    for (int i = 0; i < 16; ++i) std::memcpy(bytes + i, reinterpret_cast<const char*>(LEVELS + i) + p, 1);
+    planes.plane[p] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+  }
+  return planes;
+}
+
+// 32 nibbles -> the levels' floats in four vectors: the bytes of each float come together by interleaving planes, and
+// the four are the even and the odd numbers of bytes 0-7 | 16-23, then those of bytes 8-15 | 24-31.
+inline void levels(__m256i nibbles, const Planes& planes, __m256* out) {
+  const __m256i b0 = _mm256_shuffle_epi8(planes.plane[0], nibbles), b1 = _mm256_shuffle_epi8(planes.plane[1], nibbles),
+                b2 = _mm256_shuffle_epi8(planes.plane[2], nibbles), b3 = _mm256_shuffle_epi8(planes.plane[3], nibbles);
+  const __m256i low[] = {_mm256_unpacklo_epi8(b0, b1), _mm256_unpackhi_epi8(b0, b1)};
+  const __m256i high[] = {_mm256_unpacklo_epi8(b2, b3), _mm256_unpackhi_epi8(b2, b3)};
+  for (int i = 0; i < 2; ++i) {
+    const __m256i even = _mm256_blend_epi16(low[i], _mm256_slli_epi32(high[i], 16), 0xaa);
+    const __m256i odd = _mm256_blend_epi16(_mm256_srli_epi32(low[i], 16), high[i], 0xaa);
+    out[2 * i] = _mm256_castsi256_ps(even);
+    out[2 * i + 1] = _mm256_castsi256_ps(odd);
+  }
+}
+
+// A block's 64 levels in ORDER.
+inline void block_levels(const uint8_t* q, const Planes& planes, __m256* out) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)), low = _mm256_set1_epi8(15);
+  levels(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low), planes, out);
+  levels(_mm256_and_si256(bytes, low), planes, out + 4);
+}
+
+// The weight that stands at each place: of the floats that block_levels gives, of the even and then the odd bytes, and
+// of those interleaved to sixteen bits.
+struct Order {
+  uint8_t floats[BLOCK], bytes[BLOCK], words[BLOCK];
+
+  constexpr Order() : floats(), bytes(), words() {
+    for (int i = 0; i < BLOCK; ++i) {
+      const int odd_weights = i / 32;
+      bytes[i] = static_cast<uint8_t>(2 * (i % 32) + odd_weights);
+      const int upper = i / 16 % 2;
+      words[i] = static_cast<uint8_t>(2 * (16 * (i / 8 % 2) + 8 * upper + i % 8) + odd_weights);
+      const int half = i / 4 % 2, odd = i / 8 % 2;
+      floats[i] = static_cast<uint8_t>(2 * (16 * half + 8 * upper + 2 * (i % 4) + odd) + odd_weights);
+    }
+  }
+};
+constexpr Order ORDER;
+
+void decode_nf4(const Matrix& m, const float* map, int64_t row, int64_t first, int64_t count, float* out) {
+  for (int64_t i = count; i < padded(count); ++i) out[i] = 0.0f;
+  const Planes planes = level_planes();
+  const int64_t start = row * m.cols + first;
+  const uint8_t* q = static_cast<const uint8_t*>(m.q) + start / 2;
+  float scales[DEPTH / BLOCK];
+  block_scales(m, map, start / BLOCK, count / BLOCK, scales);
+  for (int64_t b = 0; b < count / BLOCK; ++b) {
+    __m256 w[8];
+    block_levels(q + 32 * b, planes, w);
+    for (int i = 0; i < 8; ++i) _mm256_store_ps(out + BLOCK * b + 8 * i, _mm256_mul_ps(w[i], _mm256_set1_ps(scales[b])));
+  }
+}
+
+template <int T>
+struct NF4Floats {
+  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last, float* const* y) {
+    const Planes planes = level_planes();
+    const int64_t blocks = m.cols / BLOCK;
+    const uint8_t* q = static_cast<const uint8_t*>(m.q) + first * m.cols / 2;
+    float scales[STRETCH];
+    for (int64_t row = first; row < last; ++row) {
+      __m256 total[T];
+      for (int t = 0; t < T; ++t) total[t] = _mm256_setzero_ps();
+      for (int64_t done = 0; done < blocks; done += STRETCH) {
+        const int64_t count = least(STRETCH, blocks - done);
+        block_scales(m, map, row * blocks + done, count, scales);
+        for (int64_t b = 0; b < count; ++b, q += 32) {
+          _mm_prefetch(reinterpret_cast<const char*>(q + AHEAD), _MM_HINT_T0);
+          __m256 w[8];
+          block_levels(q, planes, w);
+          for (int t = 0; t < T; ++t) {
+            const float* in = x[t].values + (done + b) * BLOCK;
+            __m256 one = _mm256_mul_ps(w[0], _mm256_loadu_ps(in)), two = _mm256_mul_ps(w[1], _mm256_loadu_ps(in + 8));
+            for (int i = 2; i < 8; i += 2) {
+              one = _mm256_fmadd_ps(w[i], _mm256_loadu_ps(in + 8 * i), one);
+              two = _mm256_fmadd_ps(w[i + 1], _mm256_loadu_ps(in + 8 * i + 8), two);
+            }
+            total[t] = _mm256_fmadd_ps(_mm256_add_ps(one, two), _mm256_set1_ps(scales[b]), total[t]);
+          }
+        }
+      }
+      for (int t = 0; t < T; ++t) y[t][row] = sum(total[t]) + bias_of(m, row);
+    }
+  }
+};
+
+// Levels as whole numbers, level = number / LEVEL_UNIT, in two bytes.
+struct WholePlanes {
+  __m256i high, low;
+};
+
+inline WholePlanes whole_planes() {
+  alignas(16) uint8_t high[16], low[16];
+  for (int i = 0; i < 16; ++i) {
+    const int number = static_cast<int>(::lrint(LEVELS[i] * LEVEL_UNIT));
+    high[i] = static_cast<uint8_t>(number >> 8);
+    low[i] = static_cast<uint8_t>(number);
+  }
+  return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(high))),
+          _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(low)))};
+}
+
+template <int T>
+struct NF4Rounded16 {
+  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last, float* const* y) {
+    const WholePlanes planes = whole_planes();
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const int64_t blocks = m.cols / BLOCK;
+    const uint8_t* q = static_cast<const uint8_t*>(m.q) + first * m.cols / 2;
+    float scales[STRETCH];
+    for (int64_t row = first; row < last; ++row) {
+      __m256 total[T];
+      for (int t = 0; t < T; ++t) total[t] = _mm256_setzero_ps();
+      for (int64_t done = 0; done < blocks; done += STRETCH) {
+        const int64_t count = least(STRETCH, blocks - done);
+        block_scales(m, map, row * blocks + done, count, scales);
+        for (int64_t b = 0; b < count; ++b, q += 32) {
+          _mm_prefetch(reinterpret_cast<const char*>(q + AHEAD), _MM_HINT_T0);
+          const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
+          const __m256i even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+          const __m256i odd = _mm256_and_si256(bytes, nibble);
+          const __m256i even_low = _mm256_shuffle_epi8(planes.low, even), odd_low = _mm256_shuffle_epi8(planes.low, odd);
+          const __m256i even_high = _mm256_shuffle_epi8(planes.high, even);
+          const __m256i odd_high = _mm256_shuffle_epi8(planes.high, odd);
+          const __m256i w[] = {_mm256_unpacklo_epi8(even_low, even_high), _mm256_unpackhi_epi8(even_low, even_high),
+                               _mm256_unpacklo_epi8(odd_low, odd_high), _mm256_unpackhi_epi8(odd_low, odd_high)};
+          for (int t = 0; t < T; ++t) {
+            const __m256i* in = static_cast<const __m256i*>(x[t].q) + 4 * (done + b);
+            const __m256i one = _mm256_add_epi32(_mm256_madd_epi16(w[0], _mm256_loadu_si256(in)),
+                                                 _mm256_madd_epi16(w[1], _mm256_loadu_si256(in + 1)));
+            const __m256i two = _mm256_add_epi32(_mm256_madd_epi16(w[2], _mm256_loadu_si256(in + 2)),
+                                                 _mm256_madd_epi16(w[3], _mm256_loadu_si256(in + 3)));
+            const __m256 factor = _mm256_set1_ps(scales[b] * x[t].scales[done + b]);
+            total[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(one, two)), factor, total[t]);
+          }
+        }
+      }
+      for (int t = 0; t < T; ++t)
+        y[t][row] = sum(total[t]) * static_cast<float>(1.0 / LEVEL_UNIT) + bias_of(m, row);
+    }
+  }
+};
+
+// Levels as whole numbers 0 .. 4095, level = number / 2047.5 - 1, in two planes of six bits: products of a plane with
+// -127 .. 127, two by two and for even and odd weights, then fit sixteen bits. Off by at most 2.5e-4, a
+// fifteenth of what rounding the activations is off by.
+struct NumberPlanes {
+  __m256i high, low;
+};
+
+inline NumberPlanes number_planes() {
+  alignas(16) uint8_t high[16], low[16];
+  for (int i = 0; i < 16; ++i) {
+    const int number = static_cast<int>(::lrintf((LEVELS[i] + 1.0f) * 2047.5f));
+    high[i] = static_cast<uint8_t>(number / 64);
+    low[i] = static_cast<uint8_t>(number % 64);
+  }
+  return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(high))),
+          _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(low)))};
+}
+
+template <int T>
+struct NF4Rounded8 {
+  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last, float* const* y) {
+    const NumberPlanes planes = number_planes();
+    const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), by64 = _mm256_set1_epi16(64);
+    const int64_t blocks = m.cols / BLOCK;
+    const uint8_t* q = static_cast<const uint8_t*>(m.q) + first * m.cols / 2;
+    float scales[STRETCH], factors[T][STRETCH];
+    for (int64_t row = first; row < last; ++row) {
+      __m256 total[T], offset[T];
+      for (int t = 0; t < T; ++t) total[t] = offset[t] = _mm256_setzero_ps();
+      for (int64_t done = 0; done < blocks; done += STRETCH) {
+        const int64_t count = least(STRETCH, blocks - done);
+        block_scales(m, map, row * blocks + done, count, scales);
+        for (int64_t b = count; b < (count + 7) / 8 * 8; ++b) scales[b] = 0.0f;
+        for (int t = 0; t < T; ++t) {
+          for (int64_t b = 0; b < count; b += 8) {
+            const __m256 f = _mm256_mul_ps(_mm256_loadu_ps(scales + b), _mm256_loadu_ps(x[t].scales + done + b));
+            _mm256_storeu_ps(factors[t] + b, f);
+            offset[t] = _mm256_fmadd_ps(f, _mm256_loadu_ps(x[t].sums + done + b), offset[t]);
+          }
+        }
+        for (int64_t b = 0; b < count; ++b, q += 32) {
+          _mm_prefetch(reinterpret_cast<const char*>(q + AHEAD), _MM_HINT_T0);
+          const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
+          const __m256i even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+          const __m256i odd = _mm256_and_si256(bytes, nibble);
+          const __m256i even_high = _mm256_shuffle_epi8(planes.high, even);
+          const __m256i even_low = _mm256_shuffle_epi8(planes.low, even);
+          const __m256i odd_high = _mm256_shuffle_epi8(planes.high, odd);
+          const __m256i odd_low = _mm256_shuffle_epi8(planes.low, odd);
+          for (int t = 0; t < T; ++t) {
+            const __m256i* in = static_cast<const __m256i*>(x[t].q) + 2 * (done + b);
+            const __m256i x_even = _mm256_loadu_si256(in), x_odd = _mm256_loadu_si256(in + 1);
+            const __m256i high =
+                _mm256_add_epi16(_mm256_maddubs_epi16(even_high, x_even), _mm256_maddubs_epi16(odd_high, x_odd));
+            const __m256i low =
+                _mm256_add_epi16(_mm256_maddubs_epi16(even_low, x_even), _mm256_maddubs_epi16(odd_low, x_odd));
+            const __m256i dot = _mm256_add_epi32(_mm256_madd_epi16(high, by64), _mm256_madd_epi16(low, ones));
+            total[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(factors[t][b]), total[t]);
+          }
+        }
+      }
+      for (int t = 0; t < T; ++t)
+        y[t][row] = sum(_mm256_fmsub_ps(total[t], _mm256_set1_ps(1.0f / 2047.5f), offset[t])) + bias_of(m, row);
+    }
+  }
+};

@@ -1,0 +1,74 @@
+// What each instruction set's unit provides: a table of kernels over prepared inputs.
+#pragma once
+
+#include <cstdint>
+
+#include "moe_native.h"
+
+constexpr int64_t BLOCK = 64;         // weights that share one scale, and activations where they are quantized
+constexpr int64_t NESTED_BLOCK = 256; // NF4 scales that share one of their own
+constexpr int64_t TILE_TOKENS = 128;  // most tokens that one pass over a matrix serves
+
+// One token's input to a matrix, as the kernels of one instruction set want it for one format; in which order, they
+// know. Rounded activations are whole numbers, of -127 .. 127 or -32767 .. 32767, times one scale for 64 columns.
+struct Prepared {
+  float* values = nullptr;  // [padded columns], rounded to eight bits as the numbers they stand for
+  void* q = nullptr;        // int8 or int16 [padded columns]
+  float* scales = nullptr;  // [padded blocks]
+  float* sums = nullptr;    // [padded blocks], of a block's q
+};
+
+// How many columns and blocks a prepared input has, zeros at the end: whole groups of the widest kernel.
+inline int64_t padded(int64_t columns) { return (columns + 127) / 128 * 128; }
+inline int64_t padded_blocks(int64_t columns) { return (columns + BLOCK * 16 - 1) / (BLOCK * 16) * 16; }
+
+struct Kernels {
+  int32_t isa;
+  const char* name;
+
+  // x [columns] -> out, for a matrix of these columns and this format.
+  void (*prepare)(int32_t format, int32_t activations, const float* x, int64_t columns, const Prepared& out);
+
+  // Rows [first, last) of the matrix times `count` <= TILE_TOKENS prepared inputs; y[t][row] is set, bias included.
+  // `map`: bitsandbytes' 256 scales. Results of a row do not depend on the other rows of the call.
+  void (*rows)(const Matrix& matrix, const float* map, int32_t activations, const Prepared* x, int64_t count,
+               int64_t first, int64_t last, float* const* y);
+
+  // hidden [F or 2F] -> out [width = F].
+  void (*gate)(const Gate& gate, const float* hidden, int64_t width, float* out);
+
+  // out [width] = sum over rank of weights[rank] * rows[rank * width ...], in order.
+  void (*combine)(const float* rows, const float* weights, int64_t ranks, int64_t width, float* out);
+
+  // Blocks [first, last) of weights [numel] -> their part of q and absmax; see moe_nf4_encode.
+  void (*encode)(const void* weights, int32_t dtype, int64_t numel, int64_t first, int64_t last, uint8_t* q,
+                 float* absmax);
+};
+
+// Tables of the units; null where the compiler could not build one.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+// The best Isa that this machine runs, whether or not its table was built.
+int32_t detect_isa();
+
+// NF4's levels, exact in fp32. Source: QLoRA (arXiv 2305.14314), as in bitsandbytes' kernels.
+constexpr float LEVELS[16] = {
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f,
+};

@@ -1,0 +1,37 @@
+// For processors without the instructions of the other units, and for shapes they have no code for: everything is
+// decoded to floats, and quantized activations are the floats they stand for.
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+#include "isa.h"
+
+namespace {
+
+#include "vec_portable.h"
+
+constexpr int64_t TILE_T = 2;
+
+#include "gate.h"
+#include "prepare.h"
+#include "tile.h"
+#include "encode.h"
+#include "portable_encode.h"
+
+void prepare(int32_t, int32_t activations, const float* x, int64_t columns, const Prepared& out) {
+  if (activations == INT8_BLOCKS)
+    round_to_int8(x, columns, out);
+  else
+    keep_order(x, columns, out.values);
+}
+
+void rows(const Matrix& m, const float* map, int32_t, const Prepared* x, int64_t count, int64_t first, int64_t last,
+          float* const* y) {
+  rows_tiled(decode_any, m, map, x, count, first, last, y);
+}
+
+constexpr Kernels TABLE = {PORTABLE, "portable", prepare, rows, gate, combine, encode};
+
+}  // namespace
+
+const Kernels* portable_kernels() { return &TABLE; }

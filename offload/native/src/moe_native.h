@@ -1,0 +1,99 @@
+// The C interface of the library; offload/native/library.py mirrors it.
+//
+// Every function may be called from any thread, allocates nothing that the caller has to free, and returns
+// OK or an Error. Memory is the caller's and is only touched during the call. Pointers to floats need the
+// alignment of a float, all others none. Sizes are in elements unless named bytes.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define MOE_API extern "C" __declspec(dllexport)
+#else
+#define MOE_API extern "C" __attribute__((visibility("default")))
+#endif
+
+enum Error : int32_t { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED_CPU = 3 };
+
+enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+
+enum Format : int32_t { NF4 = 0, INT8 = 1 };
+
+// How the activations enter a product: as they are, or rounded to whole numbers times one scale for 64 columns. Sixteen
+// bits keep 2^-16 of a block's largest activation, more than bf16 and fp16 do of it, and cost a fraction of
+// floats; kernels that gain nothing by them use floats.
+enum Activations : int32_t { FLOATS = 0, INT16_BLOCKS = 1, INT8_BLOCKS = 2 };
+
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+// What stands between the up and the down projection. CONCATENATED and INTERLEAVED have a gate: the up matrix
+// gives 2F numbers a token, gate and up as halves or in turns; PLAIN has none and gives F.
+enum Arrangement : int32_t { PLAIN = 0, CONCATENATED = 1, INTERLEAVED = 2 };
+
+enum Function : int32_t { IDENTITY = 0, RELU = 1, RELU2 = 2, SILU = 3, GELU = 4, GELU_TANH = 5, CLAMPED_SWIGLU = 6 };
+
+// CLAMPED_SWIGLU is gpt-oss': gate = min(gate, limit), up = clamp(up, -limit, limit),
+// (up + 1) * gate * sigmoid(alpha * gate). The others ignore alpha and limit.
+struct Gate {
+  int32_t arrangement;
+  int32_t function;
+  float alpha;
+  float limit;
+};
+
+// A matrix [rows, cols], row major, read in place.
+// NF4, bitsandbytes' bytes: weight i is level[nibble i of q] * scale(i / 64), the earlier weight of a byte in
+// its high half; scale(b) = map[scales[b]] * nested[b / 256] + *offset, with the map given to moe_set_map.
+// INT8: weight [r, c] is q[r * cols + c] * scale, one fp16 scale for 64 columns of a row, at
+// scales[r * ceil(cols / 64) + c / 64]; nested and offset are null.
+struct Matrix {
+  int32_t format;
+  int32_t reserved;
+  int64_t rows;
+  int64_t cols;
+  const void* q;
+  const void* scales;
+  const float* nested;
+  const float* offset;
+  const float* bias;  // [rows], or null
+};
+
+struct Expert {
+  Matrix up;    // [F or 2F, D]
+  Matrix down;  // [D, F]
+};
+
+// The best instruction set of this machine that the library has code for.
+MOE_API int32_t moe_best_isa();
+
+// Use `isa` from now on, at most the best; for tests and benchmarks.
+MOE_API int32_t moe_set_isa(int32_t isa);
+MOE_API int32_t moe_isa();
+
+// bitsandbytes' dynamic map, 256 floats; before the first NF4 matrix.
+MOE_API int32_t moe_set_map(const float* map);
+
+// y [tokens, rows] = x [tokens, cols] times the matrix, transposed, plus its bias.
+MOE_API int32_t moe_linear(const Matrix* matrix, const float* x, int64_t tokens, float* y, int32_t activations,
+                           int32_t threads);
+
+// For each of `count` experts e, for each p in [starts[e], starts[e + 1]): row places[p] of outputs, [*, D], becomes
+// the expert's answer to row tokens[p] of x, [tokens_in_x, D]. Where `weights`, [tokens_in_x, top_k], is given,
+// outputs has tokens_in_x * top_k rows, places are token * top_k + rank, and after the last expert
+// combined [tokens_in_x, D] = sum over rank, in order, of weights * outputs.
+MOE_API int32_t moe_experts(const Expert* const* experts, int64_t count, const int64_t* starts, const int64_t* tokens,
+                            const int64_t* places, const Gate* gate, const float* x, int64_t tokens_in_x,
+                            float* outputs, const float* weights, int64_t top_k, float* combined,
+                            int32_t activations, int32_t threads);
+
+// combined [tokens, cols] = sum over rank, in order, of weights [tokens, top_k] * outputs [tokens * top_k, cols].
+MOE_API int32_t moe_combine(const float* outputs, const float* weights, int64_t tokens, int64_t top_k, int64_t cols,
+                            float* combined);
+
+// The gate alone: hidden [tokens, F or 2F] -> out [tokens, F].
+MOE_API int32_t moe_gate(const Gate* gate, const float* hidden, int64_t tokens, int64_t width, float* out);
+
+// weights [numel] of a dtype -> q [ceil(numel / 2)], absmax [ceil(numel / 64)], as bitsandbytes' quantize_4bit
+// with blocks of 64. A block with NaN or infinity gets an absmax that is not finite.
+MOE_API int32_t moe_nf4_encode(const void* weights, int32_t dtype, int64_t numel, uint8_t* q, float* absmax,
+                               int32_t threads);

@@ -1,0 +1,73 @@
+// Inputs as the kernels of one instruction set want them.
+// Included in every instruction set's unit.
+
+// Not std::min: a template's function, compiled with this unit's instructions, could be linked into another unit.
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Columns in the order `position`, which maps a place in a group to the column that stands there; null: their own.
+// Past the last column come zeros.
+inline void reorder(const float* x, int64_t columns, const uint8_t* position, int64_t group, float* out) {
+  const int64_t whole = columns / group * group;
+  for (int64_t start = 0; start < whole; start += group)
+    for (int64_t i = 0; i < group; ++i) out[start + i] = x[start + position[i]];
+  for (int64_t i = whole; i < padded(columns); ++i) {
+    const int64_t column = whole + position[i - whole];
+    out[i] = column < columns ? x[column] : 0.0f;
+  }
+}
+
+inline void keep_order(const float* x, int64_t columns, float* out) {
+  std::memcpy(out, x, static_cast<size_t>(columns) * sizeof(float));
+  for (int64_t i = columns; i < padded(columns); ++i) out[i] = 0.0f;
+}
+
+// Rounds a block of `count` activations to q of -limit .. limit and gives their scale, NaN if one is not finite.
+template <class Q>
+inline float round_block(const float* x, int64_t count, float limit, Q* q) {
+  float largest = 0.0f;
+  int finite = 1;
+  for (int64_t i = 0; i < count; ++i) {
+    const float size = ::fabsf(x[i]);
+    finite &= size <= FLT_MAX;
+    largest = size > largest ? size : largest;
+  }
+  const float inverse = finite && largest >= FLT_MIN ? limit / largest : 0.0f;
+  for (int64_t i = 0; i < count; ++i)
+    q[i] = inverse > 0.0f ? static_cast<Q>(::nearbyintf(x[i] * inverse)) : Q{0};
+  return finite ? largest / limit : NAN;
+}
+
+// Rounds all activations to eight bits: q in their order, values as the numbers that q stands for.
+inline void round_to_int8(const float* x, int64_t columns, const Prepared& out) {
+  int8_t* q = static_cast<int8_t*>(out.q);
+  for (int64_t c = 0, b = 0; c < columns; c += BLOCK, ++b) {
+    const int64_t count = least(BLOCK, columns - c);
+    out.scales[b] = round_block(x + c, count, 127.0f, q + c);
+    int total = 0;
+    for (int64_t i = c; i < c + count; ++i) {
+      total += q[i];
+      out.values[i] = out.scales[b] * q[i];
+    }
+    out.sums[b] = static_cast<float>(total);
+  }
+  for (int64_t i = columns; i < padded(columns); ++i) q[i] = 0, out.values[i] = 0.0f;
+  for (int64_t b = (columns + BLOCK - 1) / BLOCK; b < padded_blocks(columns); ++b) out.scales[b] = out.sums[b] = 0.0f;
+}
+
+// Rounds the activations of whole blocks to sixteen bits.
+inline void round_to_int16(const float* x, int64_t columns, const Prepared& out) {
+  int16_t* q = static_cast<int16_t*>(out.q);
+  for (int64_t c = 0; c < columns; c += BLOCK) out.scales[c / BLOCK] = round_block(x + c, BLOCK, 32767.0f, q + c);
+  for (int64_t i = columns; i < padded(columns); ++i) q[i] = 0;
+  for (int64_t b = columns / BLOCK; b < padded_blocks(columns); ++b) out.scales[b] = 0.0f;
+}
+
+// Columns in the order `position`, group by group, in place.
+template <class T, int64_t group>
+inline void reorder_in_place(T* values, int64_t columns, const uint8_t* position) {
+  for (int64_t c = 0; c < columns; c += group) {
+    T copy[group];
+    for (int64_t i = 0; i < group; ++i) copy[i] = values[c + position[i]];
+    std::memcpy(values + c, copy, sizeof copy);
+  }
+}

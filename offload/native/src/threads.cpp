@@ -1,0 +1,188 @@
+#include "threads.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#define PAUSE() _mm_pause()
+#else
+#define PAUSE() std::this_thread::yield()
+#endif
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#include <signal.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+// Looks at a phase's end before sleeping, some ten microseconds: chunks are about as long, and waking takes longer.
+constexpr int LOOKS = 512;
+
+struct Phase {
+  alignas(64) std::atomic<int64_t> next{0};
+  alignas(64) std::atomic<int64_t> done{0};
+  int64_t chunks = 0;
+};
+
+struct Job {
+  Work work = nullptr;
+  void* context = nullptr;
+  int phases = 0;
+  int helpers = 0;                    // how many may join
+  std::atomic<int> joined{0};         // how many have
+  std::atomic<int> asleep{0};         // threads that wait for a phase's end
+  Phase phase[MAX_PHASES];
+};
+
+class Pool {
+ public:
+  void run(int threads, int phases, const int64_t* chunks, Work work, void* context) {
+    std::unique_lock<std::mutex> busy(one_job_, std::try_to_lock);
+    if (!busy.owns_lock() || threads == 1) {
+      run_alone(phases, chunks, work, context);
+      return;
+    }
+    Job job;
+    job.work = work;
+    job.context = context;
+    job.phases = phases;
+    for (int p = 0; p < phases; ++p) job.phase[p].chunks = chunks[p];
+    publish(job, threads - 1);
+    take_part(job, 0);
+    std::unique_lock<std::mutex> lock(mutex_);
+    job_ = nullptr;
+    left_.wait(lock, [this] { return inside_ == 0; });
+  }
+
+  static void run_alone(int phases, const int64_t* chunks, Work work, void* context) {
+    for (int p = 0; p < phases; ++p)
+      for (int64_t c = 0; c < chunks[p]; ++c) work(context, p, c, 0);
+  }
+
+  int helpers() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return helpers_;
+  }
+
+ private:
+  void publish(Job& job, int helpers) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    try {
+      for (; helpers_ < helpers; ++helpers_) std::thread(&Pool::help, this).detach();
+    } catch (const std::system_error&) {
+      // No more threads are to be had; those there are do.
+    }
+    job.helpers = std::min(helpers, helpers_);
+    job_ = &job;
+    ++generation_;
+    wake_.notify_all();
+  }
+
+  void help() {
+    block_signals();
+    uint64_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return job_ != nullptr && generation_ != seen; });
+      seen = generation_;
+      Job& job = *job_;
+      const int number = job.joined.fetch_add(1) + 1;
+      if (number > job.helpers) continue;
+      ++inside_;
+      lock.unlock();
+      take_part(job, number);
+      lock.lock();
+      if (--inside_ == 0) left_.notify_one();
+    }
+  }
+
+  void take_part(Job& job, int thread) {
+    for (int p = 0; p < job.phases; ++p) {
+      Phase& phase = job.phase[p];
+      for (;;) {
+        const int64_t chunk = phase.next.fetch_add(1, std::memory_order_relaxed);
+        if (chunk >= phase.chunks) break;
+        job.work(job.context, p, chunk, thread);
+        if (phase.done.fetch_add(1) + 1 == phase.chunks && job.asleep.load() > 0) {
+          std::lock_guard<std::mutex> lock(mutex_);
+          phase_done_.notify_all();
+        }
+      }
+      const bool last = p + 1 == job.phases;
+      if (!last || thread == 0) wait_for(job, phase);
+    }
+  }
+
+  void wait_for(Job& job, Phase& phase) {
+    for (int look = 0; look < LOOKS; ++look) {
+      if (phase.done.load() == phase.chunks) return;
+      PAUSE();
+    }
+    job.asleep.fetch_add(1);
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      phase_done_.wait(lock, [&] { return phase.done.load() == phase.chunks; });
+    }
+    job.asleep.fetch_sub(1);
+  }
+
+  static void block_signals() {
+#if !defined(_WIN32)
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, nullptr);
+#endif
+  }
+
+  std::mutex one_job_;
+  std::mutex mutex_;  // guards all below
+  std::condition_variable wake_, phase_done_, left_;
+  Job* job_ = nullptr;
+  uint64_t generation_ = 0;
+  int helpers_ = 0;
+  int inside_ = 0;
+};
+
+#if defined(_WIN32)
+using Process = int;
+Process this_process() { return 0; }
+#else
+using Process = pid_t;
+Process this_process() { return getpid(); }
+#endif
+
+// One pool a process, never destroyed: its threads sleep in it until the process ends. A forked child has none of
+// them, and its copy of the pool may be in any state, so it makes another.
+Pool& pool() {
+  static std::atomic<Pool*> current{nullptr};
+  static std::atomic<Process> owner{-1};
+  static std::atomic_flag making = ATOMIC_FLAG_INIT;
+  if (owner.load(std::memory_order_acquire) != this_process()) {
+    while (making.test_and_set(std::memory_order_acquire)) std::this_thread::yield();
+    if (owner.load() != this_process()) {
+      current.store(new Pool());
+      owner.store(this_process(), std::memory_order_release);
+    }
+    making.clear(std::memory_order_release);
+  }
+  return *current.load();
+}
+
+}  // namespace
+
+void run_phases(int threads, int phases, const int64_t* chunks, Work work, void* context) {
+  threads = std::max(1, std::min(threads, MAX_THREADS));
+  if (threads == 1)
+    Pool::run_alone(phases, chunks, work, context);
+  else
+    pool().run(threads, phases, chunks, work, context);
+}
+
+int helper_count() { return pool().helpers(); }

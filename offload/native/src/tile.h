@@ -1,0 +1,137 @@
+// Many tokens at once: rows of the matrix are decoded into a buffer that stays in the first cache, a stretch of
+// DEPTH columns at a time, and multiplied with all tokens by register tiles; and the same for any shape.
+// Included in every instruction set's unit, after its vec_*.h, which is followed by TILE_T.
+
+constexpr int64_t TILE_R = 4;   // rows of a register tile; TILE_T tokens
+constexpr int64_t ROWS = 16;    // decoded at a time
+constexpr int64_t DEPTH = 256;  // columns decoded at a time
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
+  uint32_t bits;
+  if (rest >= 0x7c00) {
+    bits = 0x7f800000 | (rest & 0x3ff) << 13;
+  } else if (rest >= 0x400) {
+    bits = (rest << 13) + 0x38000000;
+  } else {
+    const float tiny = static_cast<float>(rest) * 5.9604644775390625e-8f;
+    std::memcpy(&bits, &tiny, sizeof bits);
+  }
+  bits |= sign;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+inline float nf4_scale(const Matrix& m, const float* map, int64_t block) {
+  float offset, nested;
+  std::memcpy(&offset, m.offset, sizeof offset);
+  std::memcpy(&nested, m.nested + block / NESTED_BLOCK, sizeof nested);
+  return map[static_cast<const uint8_t*>(m.scales)[block]] * nested + offset;
+}
+
+// Scales of `count` blocks from `block` on, which are those of a row whose columns are whole blocks.
+inline void block_scales(const Matrix& m, const float* map, int64_t block, int64_t count, float* out) {
+  if (m.format == INT8) {
+    const uint8_t* halves = static_cast<const uint8_t*>(m.scales) + 2 * block;
+    for (int64_t b = 0; b < count; ++b) {
+      uint16_t h;
+      std::memcpy(&h, halves + 2 * b, sizeof h);
+      out[b] = half_to_float(h);
+    }
+    return;
+  }
+  const uint8_t* codes = static_cast<const uint8_t*>(m.scales) + block;
+  const float offset = *m.offset;
+  for (int64_t b = 0; b < count;) {
+    const int64_t end = least(count, (block + b) / NESTED_BLOCK * NESTED_BLOCK + NESTED_BLOCK - block);
+    const float nested = m.nested[(block + b) / NESTED_BLOCK];
+    for (; b < end; ++b) out[b] = map[codes[b]] * nested + offset;
+  }
+}
+
+// Gives columns [first, first + count) of a row in the order of the prepared inputs' values, then zeros up to
+// padded(count).
+using Decode = void (*)(const Matrix& m, const float* map, int64_t row, int64_t first, int64_t count, float* out);
+
+// A Decode for inputs in their own order, of any shape: blocks may straddle rows.
+void decode_any(const Matrix& m, const float* map, int64_t row, int64_t first, int64_t count, float* out) {
+  for (int64_t i = count; i < padded(count); ++i) out[i] = 0.0f;
+  const int64_t start = row * m.cols + first;
+  if (m.format == INT8) {
+    const int8_t* q = static_cast<const int8_t*>(m.q) + start;
+    const uint8_t* halves = static_cast<const uint8_t*>(m.scales) + 2 * row * ((m.cols + BLOCK - 1) / BLOCK);
+    for (int64_t i = 0; i < count; ++i) {
+      uint16_t h;
+      std::memcpy(&h, halves + 2 * ((first + i) / BLOCK), sizeof h);
+      out[i] = static_cast<float>(q[i]) * half_to_float(h);
+    }
+    return;
+  }
+  const uint8_t* q = static_cast<const uint8_t*>(m.q);
+  float scale = nf4_scale(m, map, start / BLOCK);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t index = start + i;
+    if (index % BLOCK == 0) scale = nf4_scale(m, map, index / BLOCK);
+    const uint8_t byte = q[index / 2];
+    out[i] = LEVELS[index % 2 == 0 ? byte >> 4 : byte & 15] * scale;
+  }
+}
+
+// partial[t][r] += weights[r] . x[t] over `depth` columns, a multiple of WIDTH, for R rows and T tokens.
+template <int T, int R>
+inline void register_tile(const float* weights, const float* const* x, int64_t depth, Vec* partial) {
+  Vec total[T][R];
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; ++r) total[t][r] = partial[t * ROWS + r];
+  for (int64_t i = 0; i < depth; i += WIDTH) {
+    Vec w[R];
+    for (int r = 0; r < R; ++r) w[r] = load(weights + r * DEPTH + i);
+    for (int t = 0; t < T; ++t) {
+      const Vec a = load(x[t] + i);
+      for (int r = 0; r < R; ++r) total[t][r] = fma(w[r], a, total[t][r]);
+    }
+  }
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; ++r) partial[t * ROWS + r] = total[t][r];
+}
+
+template <int T>
+inline void tile_rows(const float* weights, const float* const* x, int64_t depth, int64_t rows, Vec* partial) {
+  int64_t r = 0;
+  for (; r + TILE_R <= rows; r += TILE_R) register_tile<T, TILE_R>(weights + r * DEPTH, x, depth, partial + r);
+  for (; r < rows; ++r) register_tile<T, 1>(weights + r * DEPTH, x, depth, partial + r);
+}
+
+// The last tokens, fewer than T + 1.
+template <int T>
+inline void tile_rest(const float* weights, const float* const* x, int64_t count, int64_t depth, int64_t rows,
+                      Vec* partial) {
+  if (count == T)
+    tile_rows<T>(weights, x, depth, rows, partial);
+  else if constexpr (T > 1)
+    tile_rest<T - 1>(weights, x, count, depth, rows, partial);
+}
+
+// Rows [first, last) by tiles.
+void rows_tiled(Decode decode, const Matrix& m, const float* map, const Prepared* x, int64_t count, int64_t first,
+                int64_t last, float* const* y) {
+  alignas(64) float weights[ROWS * DEPTH];
+  alignas(64) Vec partial[TILE_TOKENS * ROWS];
+  for (int64_t row = first; row < last; row += ROWS) {
+    const int64_t rows = least(ROWS, last - row);
+    for (int64_t i = 0; i < count * ROWS; ++i) partial[i] = zero();
+    for (int64_t column = 0; column < m.cols; column += DEPTH) {
+      const int64_t depth = least(DEPTH, m.cols - column), whole = padded(depth);
+      for (int64_t r = 0; r < rows; ++r) decode(m, map, row + r, column, depth, weights + r * DEPTH);
+      const float* in[TILE_TOKENS];
+      for (int64_t t = 0; t < count; ++t) in[t] = x[t].values + column;
+      int64_t t = 0;
+      for (; t + TILE_T <= count; t += TILE_T) tile_rows<TILE_T>(weights, in + t, whole, rows, partial + t * ROWS);
+      if (t < count) tile_rest<TILE_T - 1>(weights, in + t, count - t, whole, rows, partial + t * ROWS);
+    }
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t r = 0; r < rows; ++r)
+        y[t][row + r] = sum(partial[t * ROWS + r]) + (m.bias != nullptr ? m.bias[row + r] : 0.0f);
+  }
+}

@@ -1,0 +1,36 @@
+"""Compiles the C++ library of offload/native, where there is a compiler; pyproject.toml holds all else."""
+
+import sys
+from glob import glob
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = "offload/native/src"
+UNITS = ["abi", "cpu", "threads", "isa_portable", "isa_avx2", "isa_avx512"]
+
+
+class BuildLibrary(build_ext):
+    """Builds a plain shared library with a C interface: it includes no Python and links to none."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return "/".join(fullname.split(".")) + (".dll" if sys.platform == "win32" else ".so")
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []  # not a module: there is no PyInit function
+
+
+# The instruction sets' units ask for their own instructions in the source, so one set of flags serves all. Nothing
+# is contracted or reordered behind the source's back: the encoder is bit-equal to bitsandbytes'.
+flags = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra"]
+library = Extension(
+    "moe_local.offload.native._native",
+    sources=[f"{SOURCES}/{unit}.cpp" for unit in UNITS],
+    depends=["setup.py", *glob(f"{SOURCES}/*.h")],
+    extra_compile_args=["/std:c++17", "/O2", "/EHsc"] if sys.platform == "win32" else flags,
+    extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
+    language="c++",
+    optional=True,
+)
+
+setup(ext_modules=[library], cmdclass={"build_ext": BuildLibrary})
