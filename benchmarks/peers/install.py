@@ -43,10 +43,11 @@ def install(folder: Path) -> Path:
         return python
     print(f"installing {' '.join(REQUIREMENTS)} into {folder}; compiling takes minutes", file=sys.stderr)
     venv.create(folder, with_pip=True)
-    command = [str(_python(folder)), "-m", "pip", "install", "--quiet", "--no-binary", "llama-cpp-python"]
-    done = subprocess.run(
-        [*command, *REQUIREMENTS], env={**os.environ, "CMAKE_ARGS": CMAKE_ARGS}, check=False
-    )
+    pip = [str(_python(folder)), "-m", "pip", "install", "--quiet"]
+    # Compiled here and now: pip's cache does not know what options, or what processor, a wheel was built for.
+    fresh = ["--no-binary", "llama-cpp-python", "--no-cache-dir"]
+    env = {**os.environ, "CMAKE_ARGS": CMAKE_ARGS}
+    done = subprocess.run([*pip, *fresh, *REQUIREMENTS], env=env, check=False)
     if done.returncode != 0:
         raise SystemExit(f"pip could not install {' '.join(REQUIREMENTS)} into {folder}; see its words above")
     (folder / COMPLETE).write_text(json.dumps(_contents()))
