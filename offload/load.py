@@ -79,7 +79,8 @@ def load(
     plan_load(name, model_spec(config_of(model, carried=False)), options, target, speeds)
     checkpoint = Checkpoint.open(resolve(model), name)
     plan = plan_load(name, checkpoint.spec, options, target, speeds)
-    file = open_experts(checkpoint, options.experts, progress=progress)
+    gpu = target if target.type == "cuda" else None
+    file = open_experts(checkpoint, options.experts, progress=progress, gpu=gpu)
     on_device = CudaDevice(target) if target.type == "cuda" else None
     return assemble(checkpoint, file, plan, options, target, on_device, progress)
 
@@ -99,7 +100,9 @@ def convert(
     """
     codec_for(experts)
     checkpoint = Checkpoint.open(resolve(model), str(model))
-    open_experts(checkpoint, experts, out, progress=progress, check=check)
+    device = LoadOptions().torch_device()
+    gpu = device if device.type == "cuda" else None
+    open_experts(checkpoint, experts, out, progress=progress, check=check, gpu=gpu)
     return Path(out) if out is not None else _home_folder(checkpoint, experts)
 
 
@@ -110,15 +113,16 @@ def open_experts(
     *,
     progress: Progress | None = None,
     check: bool = False,
+    gpu: torch.device | None = None,
 ) -> ExpertFile:
-    """The expert file of a checkpoint in format `experts`, converted first if need be."""
+    """The expert file of a checkpoint in format `experts`, converted first if need be, on `gpu` if faster."""
     folder = Path(out) if out is not None else _home_folder(checkpoint, experts)
 
     def report(done: int, total: int, nbytes: int) -> None:
         if progress is not None:
             progress("converting", done, total)
 
-    return convert_experts(checkpoint, codec_for(experts), folder, report, check=check)
+    return convert_experts(checkpoint, codec_for(experts), folder, report, check=check, gpu=gpu)
 
 
 def _home_folder(checkpoint: Checkpoint, experts: str) -> Path:

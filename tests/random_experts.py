@@ -47,7 +47,7 @@ class RandomExperts:
         """Largest number of earlier experts whose tensors were still held when another was read."""
         self._alive: list[weakref.ref[torch.Tensor]] = []
 
-    def read_expert(self, layer: MoELayer, expert: int) -> dict[str, torch.Tensor]:
+    def read_expert(self, layer: MoELayer, expert: int, memory: object = None) -> dict[str, torch.Tensor]:
         if (layer.index, expert) == self.fail_at:
             raise self.failure
         time.sleep(self.delay_s)

@@ -15,6 +15,7 @@ from moe_local.offload.checkpoint.expert_sources import ExpertSources
 from moe_local.offload.checkpoint.registry import DEMO, find_alias, hub_id, short_name
 from moe_local.offload.checkpoint.shards import Shards
 from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer, meta_model, model_spec
+from moe_local.offload.direct_io import Memory, page_memory
 
 
 class Checkpoint:
@@ -57,13 +58,16 @@ class Checkpoint:
         sources = ExpertSources.find(model, spec, shards)
         return cls(folder, name, config, spec, shards, sources)
 
-    def read_expert(self, layer: MoELayer, expert: int) -> dict[str, torch.Tensor]:
+    def read_expert(
+        self, layer: MoELayer, expert: int, memory: Memory = page_memory
+    ) -> dict[str, torch.Tensor]:
         """The weights of one expert, names and shapes as `layer.tensors`, matrices [out, in] and contiguous.
 
-        In the dtype they are stored in, on the CPU, in memory of the caller's own. Opens only the shards that
-        hold this expert. Blocks on the disk. Raises CheckpointError if a shard cannot be read.
+        In the dtype they are stored in, on the CPU, read into `memory`; by default it is the caller's own.
+        Opens only the shards that hold this expert. Blocks on the disk. Raises CheckpointError if a shard
+        cannot be read.
         """
-        return self._sources.read(self.shards, layer, expert)
+        return self._sources.read(self.shards, layer, expert, memory)
 
     @cached_property
     def fingerprint(self) -> str:

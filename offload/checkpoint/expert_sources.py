@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.checkpoint.shards import Shards, StoredTensor
 from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer
+from moe_local.offload.direct_io import Memory, page_memory
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -29,6 +31,12 @@ class ExpertSource:
     converter: WeightConverter | None
     row: int | None
     parts: dict[str, StoredTensor] = field(default_factory=dict)
+
+    def ordered(self) -> dict[str, StoredTensor]:
+        """What to read for the expert, in the order in which the converter joins it."""
+        order = list(self.parts) if self.converter is None else self.converter.source_patterns
+        parts = {pattern: self.parts[pattern] for pattern in order if pattern in self.parts}
+        return parts if self.row is None else {pattern: part.at(self.row) for pattern, part in parts.items()}
 
     def absent(self, expert: int) -> str | None:
         """The end of the key of a part that is not there, None if all are."""
@@ -70,14 +78,16 @@ class ExpertSources:
             sources._check(layer, shards.remedy)
         return sources
 
-    def read(self, shards: Shards, layer: MoELayer, expert: int) -> dict[str, torch.Tensor]:
-        """The tensors of `expert` as `layer.tensors` describes them, in memory of their own."""
+    def read(
+        self, shards: Shards, layer: MoELayer, expert: int, memory: Memory = page_memory
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of `expert` as `layer.tensors` describes them, read into `memory`."""
+        names = [f"{layer.name}.{tensor.name}" for tensor in layer.tensors]
+        sources = [self._sources[name, expert] for name in names]
+        read = shards.read([list(source.ordered().values()) for source in sources], memory)
         made = {}
-        for tensor in layer.tensors:
-            name = f"{layer.name}.{tensor.name}"
-            source = self._sources[name, expert]
-            parts = {pattern: shards.read(part, source.row) for pattern, part in source.parts.items()}
-            weight = self._convert(name, source, parts)
+        for tensor, name, source in zip(layer.tensors, names, sources, strict=True):
+            weight = self._convert(name, source, dict(zip(source.ordered(), read.pop(0), strict=True)))
             if layer.transposed and weight.dim() == 2:
                 weight = weight.T
             made[tensor.name] = weight.contiguous()
@@ -95,6 +105,8 @@ class ExpertSources:
             if type(operations[0]).__name__ != "MergeModulelist" or operations.pop(0).dim != 0:
                 raise CheckpointError(f"{name} is stored in a way that cannot be read one expert at a time")
             converted = {pattern: part.unsqueeze(0) for pattern, part in parts.items()}
+        if len(operations) == 1 and (whole := _joined(operations[0], list(converted.values()))) is not None:
+            return whole[0]
         for operation in operations:
             converted = operation.convert(
                 converted,
@@ -141,6 +153,26 @@ class ExpertSources:
                 f"{stored}: expert {expert} of {name} should be {list(wanted)} by config.json and comes out "
                 f"as {list(found) if isinstance(found, tuple) else found}; config and weights do not match"
             )
+
+
+def _joined(operation: Any, parts: Sequence[Any]) -> torch.Tensor | None:
+    """What `operation` makes of these parts, if it puts them together as they already lie in memory."""
+    if type(operation).__name__ != "Concatenate" or not all(isinstance(part, torch.Tensor) for part in parts):
+        return None
+    first, dim = parts[0], operation.dim
+    if first.is_meta or dim < 0 or math.prod(first.shape[:dim]) != 1:
+        return None
+    end, shape = first.data_ptr(), [*first.shape[:dim], 0, *first.shape[dim + 1 :]]
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.data_ptr() != end or part.dtype != first.dtype or not part.is_contiguous():
+            return None
+        if part.shape[dim + 1 :] != first.shape[dim + 1 :]:
+            return None
+        end += part.nbytes
+        shape[dim] += part.shape[dim]
+    whole: torch.Tensor = first.as_strided(shape, first.stride())
+    return whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -16,6 +16,7 @@ import xxhash
 from moe_local.cache.errors import CheckpointError
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.files import INDEX, SINGLE, first_pickle, read_index
+from moe_local.offload.direct_io import Memory, Range, ReadError, page_memory, read_ranges
 
 MAX_HEADER = 100_000_000
 """Bytes; what the safetensors library itself accepts."""
@@ -59,13 +60,18 @@ class StoredTensor:
             )
         return DTYPES[self.dtype]
 
+    def at(self, row: int) -> StoredTensor:
+        """[1, ...] of this tensor [E, ...], at `row`."""
+        nbytes = self.nbytes // self.shape[0]
+        return replace(self, shape=(1, *self.shape[1:]), start=self.start + row * nbytes, nbytes=nbytes)
+
 
 class Shards:
     """Every tensor of a checkpoint folder, by key.
 
-    Opening reads and checks each shard's header against its file; reading opens the one shard it needs,
-    takes the bytes into new memory and closes it, so that any number of threads may read, no file stays
-    mapped, and memory holds only what the caller keeps.
+    Opening reads and checks each shard's header against its file; reading opens the shards it needs, takes
+    the bytes into new memory and closes them, so that any number of threads may read, no file stays mapped,
+    and memory holds only what the caller keeps.
     """
 
     def __init__(
@@ -105,24 +111,34 @@ class Shards:
         """Bytes of all shards together."""
         return sum(self.sizes.values())
 
-    def read(self, tensor: StoredTensor, row: int | None = None) -> torch.Tensor:
-        """`tensor`, or [1, ...] of it at `row` of its first dimension, in memory of its own.
+    def read(
+        self, groups: Sequence[Sequence[StoredTensor]], memory: Memory = page_memory
+    ) -> list[list[torch.Tensor]]:
+        """The tensors of each group, each group in one piece of `memory`, one tensor right behind the other.
 
-        Blocks on the disk. Raises CheckpointError when the file has changed or cannot be read.
+        (Up to the next multiple of eight bytes.) Blocks on the disk, and is as fast as that if asked for much
+        at once. Raises CheckpointError when a file has changed or cannot be read.
         """
-        dtype, start, nbytes, shape = tensor.torch_dtype, tensor.start, tensor.nbytes, tensor.shape
-        if row is not None:
-            nbytes //= shape[0]
-            start, shape = start + row * nbytes, (1, *shape[1:])
-        raw = torch.empty(nbytes, dtype=torch.uint8)
+        ranges: list[Range] = []
+        tensors = [self._place(group, memory, ranges) for group in groups]
         try:
-            with open(self.folder / tensor.shard, "rb", buffering=0) as file:
-                _read_into(file, start, raw.numpy().data)
-        except (OSError, EOFError) as error:
-            raise CheckpointError(
-                f"{self.folder / tensor.shard} cannot be read ({error}); {self.remedy}"
-            ) from error
-        return raw.view(dtype).reshape(shape)
+            read_ranges(ranges)
+        except ReadError as error:
+            raise CheckpointError(f"{error.path} cannot be read ({error}); {self.remedy}") from error
+        return tensors
+
+    def _place(
+        self, group: Sequence[StoredTensor], memory: Memory, ranges: list[Range]
+    ) -> list[torch.Tensor]:
+        """A place for each tensor; what has to be read into it is added to `ranges`."""
+        block = memory(sum(-(-tensor.nbytes // 8) * 8 for tensor in group))
+        tensors, offset = [], 0
+        for tensor in group:
+            raw = block[offset : offset + tensor.nbytes]
+            ranges.append(Range(self.folder / tensor.shard, tensor.start, raw))
+            tensors.append(raw.view(tensor.torch_dtype).reshape(tensor.shape))
+            offset += -(-tensor.nbytes // 8) * 8
+        return tensors
 
     def digest(self) -> str:
         """A name for the contents: equal for copies, different for other weights of the same shapes.

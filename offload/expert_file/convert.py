@@ -1,4 +1,4 @@
-"""From a checkpoint to an expert file: every routed expert read, encoded and written, one at a time."""
+"""From a checkpoint to an expert file: every routed expert read, encoded and written."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -17,9 +16,11 @@ import filelock
 import platformdirs
 import torch
 
-from moe_local.cache.errors import CheckpointError, DoesNotFitError, ExpertFileError
-from moe_local.cache.keys import ExpertKey, format_bytes
+from moe_local.cache.errors import DoesNotFitError, ExpertFileError
+from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer
+from moe_local.offload.direct_io import Memory
+from moe_local.offload.expert_file.encoder import ExpertEncoder, FormatChoice
 from moe_local.offload.expert_file.expert_file import (
     MANIFEST,
     ExpertFile,
@@ -27,13 +28,8 @@ from moe_local.offload.expert_file.expert_file import (
     Progress,
     read_checked,
 )
-from moe_local.offload.expert_file.expert_shard import (
-    TEMPORARY,
-    ShardPlan,
-    ShardWriter,
-    disk_errors,
-    sync_folder,
-)
+from moe_local.offload.expert_file.expert_shard import TEMPORARY, ShardPlan, disk_errors, sync_folder
+from moe_local.offload.expert_file.pipeline import write_shards
 from moe_local.offload.quantize.codec import Codec
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 
@@ -54,16 +50,11 @@ class ExpertSource(Protocol):
     def fingerprint(self) -> str:
         """Equal for equal experts, other when any weight has changed."""
 
-    def read_expert(self, layer: MoELayer, expert: int) -> dict[str, torch.Tensor]:
-        """The tensors of `layer.tensors`, matrices [out, in], in the checkpoint's dtype, on the CPU."""
+    def read_expert(self, layer: MoELayer, expert: int, memory: Memory) -> dict[str, torch.Tensor]:
+        """The tensors of `layer.tensors`, matrices [out, in], in the checkpoint's dtype, on the CPU.
 
-
-@dataclass(frozen=True, slots=True)
-class FormatChoice:
-    """A format that differs from expert to expert. `name` must differ for every different choice."""
-
-    name: str
-    choose: Callable[[ExpertKey], Codec]
+        In `memory` as far as possible. Called in another thread than the rest.
+        """
 
 
 def moe_local_home() -> Path:
@@ -85,19 +76,22 @@ def convert_experts(
     progress: Progress | None = None,
     *,
     check: bool = False,
+    gpu: torch.device | None = None,
 ) -> ExpertFile:
     """The expert file of `checkpoint` in `folder`, opened; converted first where it is not complete.
 
     Keeps the finished shards of an earlier run of the same checkpoint and format after comparing their
-    checksums; with `check` does so even if the file is complete, and converts damaged shards again. Memory:
-    one expert as read, encoded, and a few working copies of one piece of it. Blocks, also while another
-    process converts into the same folder. Any exception leaves the finished shards and no temporary file.
+    checksums; with `check` does so even if the file is complete, and converts damaged shards again. Encodes
+    on `gpu` if that is faster. Memory: two experts as read, two encoded, and small pieces. Blocks, also while
+    another process converts into the same folder. Any exception leaves the finished shards and no temporary
+    file.
 
     Raises CheckpointError (naming layer, expert and tensor) for weights that cannot be converted,
     DoesNotFitError for a full disk, ExpertFileError if the folder cannot be written.
     """
     folder = Path(folder)
-    plans = _plan(checkpoint, codec)
+    encoder = ExpertEncoder(checkpoint.name, codec, gpu)
+    plans = _plan(checkpoint, encoder)
     if not check and (complete := _complete(folder, plans)):
         return complete
     with disk_errors(folder):
@@ -105,7 +99,10 @@ def convert_experts(
     with _lock(folder):
         if not check and (complete := _complete(folder, plans)):
             return complete
-        return _Conversion(checkpoint, codec, folder, plans, progress).run()
+        try:
+            return _Conversion(checkpoint, encoder, folder, plans, progress).run()
+        finally:
+            encoder.close()
 
 
 class _Conversion:
@@ -114,35 +111,31 @@ class _Conversion:
     def __init__(
         self,
         checkpoint: ExpertSource,
-        codec: Codec | FormatChoice,
+        encoder: ExpertEncoder,
         folder: Path,
         plans: Sequence[ShardPlan],
         progress: Progress | None,
     ) -> None:
         self.checkpoint = checkpoint
-        self.codec = codec
+        self.encoder = encoder
         self.folder = folder
         self.plans = plans
         self.progress = progress
         self.checksums: dict[int, tuple[int, ...]] = {}
         self.total = sum(len(plan.layouts) for plan in plans)
         self.done = self.done_bytes = 0
-        self.buffer = torch.empty(
-            max(layout.nbytes for plan in plans for layout in plan.layouts), dtype=torch.uint8
-        )
 
     def run(self) -> ExpertFile:
         with disk_errors(self.folder):
             for stale in self.folder.glob(f"*{TEMPORARY}"):
                 stale.unlink()
-        for plan in self.plans:
-            self._keep(plan)
+        self._keep_finished()
         missing = [plan for plan in self.plans if plan.layer not in self.checksums]
         if not missing and (complete := _complete(self.folder, self.plans)):
             return complete
         self._clear(missing)
-        for plan in missing:
-            self._write(plan)
+        written = write_shards(missing, self.folder, self._read, self._encode, self._count)
+        self.checksums |= {plan.layer: checksums for plan, checksums in zip(missing, written, strict=True)}
         self.check_integrity()
         return ExpertFile.finish(
             self.folder,
@@ -157,20 +150,26 @@ class _Conversion:
         assert set(self.checksums) == {plan.layer for plan in self.plans}
         assert self.done == self.total
 
-    def _keep(self, plan: ShardPlan) -> None:
-        """Count the shard as finished if an earlier run left it whole."""
-        checksums = plan.stored_checksums(self.folder)
-        if checksums is None:
-            return
+    def _keep_finished(self) -> None:
+        """Count the shards that an earlier run left whole."""
+        largest = max(layout.nbytes for plan in self.plans for layout in plan.layouts)
+        buffer = memoryview(bytearray(largest))
+        for plan in self.plans:
+            checksums = plan.stored_checksums(self.folder)
+            if checksums is not None and self._is_whole(plan, checksums, buffer):
+                self.checksums[plan.layer] = checksums
+
+    def _is_whole(self, plan: ShardPlan, checksums: Sequence[int], buffer: memoryview) -> bool:
+        """Whether all experts of the shard have these checksums; counts them if so."""
         before = self.done, self.done_bytes
         for layout, offset, checksum in zip(plan.layouts, plan.offsets(), checksums, strict=True):
             location = ExpertLocation(self.folder / plan.file, offset, layout.nbytes)
-            if not read_checked(location, checksum, self._bytes(layout)):
+            if not read_checked(location, checksum, buffer[: layout.nbytes]):
                 logger.warning("%s is damaged and will be converted again", location.path)
                 self.done, self.done_bytes = before
-                return
+                return False
             self._count(layout)
-        self.checksums[plan.layer] = checksums
+        return True
 
     def _clear(self, missing: Sequence[ShardPlan]) -> None:
         """Remove what is not to stay, manifest first, and see that the disk has room for the rest."""
@@ -187,29 +186,16 @@ class _Conversion:
                 "or set MOE_LOCAL_HOME to a folder on a larger disk"
             )
 
-    def _write(self, plan: ShardPlan) -> None:
-        layer = self.checkpoint.spec.layers[plan.layer]
-        with ShardWriter(plan, self.folder) as writer:
-            for expert, layout in enumerate(plan.layouts):
-                self._encode(layer, expert, layout)
-                writer.add(self._bytes(layout))
-                self._count(layout)
-            self.checksums[plan.layer] = writer.finish()
+    def _read(self, plan: ShardPlan, expert: int, memory: Memory) -> Mapping[str, torch.Tensor]:
+        return self.checkpoint.read_expert(self._layer(plan), expert, memory)
 
-    def _encode(self, layer: MoELayer, expert: int, layout: Layout) -> None:
-        """Fill the buffer with one expert."""
-        tensors = self.checkpoint.read_expert(layer, expert)
-        try:
-            _check_shapes(tensors, layout)
-            codec = _codec_of(self.codec, ExpertKey(layer.index, expert))
-            codec.encode(tensors, layout, self.buffer[: layout.nbytes])
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{self.checkpoint.name}: {layer.name}, expert {expert}: {error}"
-            ) from error
+    def _encode(
+        self, plan: ShardPlan, expert: int, tensors: Mapping[str, torch.Tensor], out: torch.Tensor
+    ) -> None:
+        self.encoder.encode(self._layer(plan), expert, tensors, plan.layouts[expert], out)
 
-    def _bytes(self, layout: Layout) -> memoryview:
-        return self.buffer[: layout.nbytes].numpy().data
+    def _layer(self, plan: ShardPlan) -> MoELayer:
+        return self.checkpoint.spec.layers[plan.layer]
 
     def _count(self, layout: Layout) -> None:
         self.done, self.done_bytes = self.done + 1, self.done_bytes + layout.nbytes
@@ -217,11 +203,7 @@ class _Conversion:
             self.progress(self.done, self.total, self.done_bytes)
 
 
-def _codec_of(codec: Codec | FormatChoice, key: ExpertKey) -> Codec:
-    return codec.choose(key) if isinstance(codec, FormatChoice) else codec
-
-
-def _plan(checkpoint: ExpertSource, codec: Codec | FormatChoice) -> list[ShardPlan]:
+def _plan(checkpoint: ExpertSource, encoder: ExpertEncoder) -> list[ShardPlan]:
     @cache  # thousands of experts share a few layouts
     def layout(name: str, tensors: tuple[TensorSpec, ...]) -> Layout:
         return by_name[name].layout(tensors)
@@ -231,10 +213,11 @@ def _plan(checkpoint: ExpertSource, codec: Codec | FormatChoice) -> list[ShardPl
     for layer in checkpoint.spec.layers:
         layouts = []
         for expert in range(layer.num_experts):
-            chosen = _codec_of(codec, ExpertKey(layer.index, expert))
+            chosen = encoder.codec_of(layer, expert)
             by_name[chosen.name] = chosen
             layouts.append(layout(chosen.name, layer.tensors))
-        plans.append(ShardPlan(checkpoint.fingerprint, codec.name, layer.index, layer.name, tuple(layouts)))
+        name = encoder.codec.name
+        plans.append(ShardPlan(checkpoint.fingerprint, name, layer.index, layer.name, tuple(layouts)))
     return plans
 
 
@@ -246,20 +229,6 @@ def _complete(folder: Path, plans: Sequence[ShardPlan]) -> ExpertFile | None:
         return None
     same = [layer.layouts for layer in file.layers] == [plan.layouts for plan in plans]
     return file if same else None
-
-
-def _check_shapes(tensors: Mapping[str, torch.Tensor], layout: Layout) -> None:
-    for tensor in layout.tensors:
-        found = tensors.get(tensor.name)
-        if found is None:
-            raise CheckpointError(
-                f"{tensor.name} is missing; the checkpoint is incomplete, download it again"
-            )
-        if tuple(found.shape) != tensor.shape or not found.is_floating_point():
-            raise CheckpointError(
-                f"{tensor.name} is {found.dtype} {tuple(found.shape)}, "
-                f"the config says floating-point {tensor.shape}"
-            )
 
 
 @contextmanager

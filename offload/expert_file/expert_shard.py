@@ -19,6 +19,7 @@ import xxhash
 
 from moe_local.cache.errors import DoesNotFitError, ExpertFileError
 from moe_local.cache.keys import format_bytes
+from moe_local.offload.direct_io import open_for_writing, page_memory, write_fully
 from moe_local.offload.quantize.layout import PAGE, Layout
 
 VERSION = 1
@@ -109,6 +110,8 @@ class ShardPlan:
 class ShardWriter:
     """Writes one shard: a context in which `add` is called for each expert in turn, then `finish` once.
 
+    Fast from memory that starts on a page, which goes to the disk directly.
+
     The bytes go to a temporary file beside the shard, which takes the shard's name in `finish`, after it
     has reached the disk. Leaving the context earlier, by whatever exception, removes the temporary file.
     Raises DoesNotFitError when the disk is full, ExpertFileError when it cannot be written.
@@ -123,7 +126,7 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         with disk_errors(self.path, self.plan.nbytes):
-            self._file = os.open(self._temporary, _WRITE, 0o666)
+            self._file = open_for_writing(self._temporary)
         return self
 
     def __exit__(
@@ -138,8 +141,8 @@ class ShardWriter:
         assert len(expert) == self.plan.layouts[len(self._checksums)].nbytes
         with disk_errors(self.path, self.plan.nbytes):
             if not self._checksums:
-                _write(self._file, memoryview(self.plan.header()))
-            _write(self._file, expert)
+                write_fully(self._file, _on_pages(self.plan.header()))
+            write_fully(self._file, expert)
         self._checksums.append(xxhash.xxh3_64_intdigest(expert))
 
     def finish(self) -> tuple[int, ...]:
@@ -148,7 +151,7 @@ class ShardWriter:
         self.check_integrity()
         with disk_errors(self.path, self.plan.nbytes):
             os.lseek(self._file, 0, os.SEEK_SET)
-            _write(self._file, memoryview(self.plan.header(self._checksums)))
+            write_fully(self._file, _on_pages(self.plan.header(self._checksums)))
             os.fsync(self._file)
             self._close()
             os.replace(self._temporary, self.path)
@@ -167,12 +170,11 @@ class ShardWriter:
             os.close(file)
 
 
-_WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-
-
-def _write(file: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(file, data) :]
+def _on_pages(data: bytes) -> memoryview:
+    """A copy in memory that can be written directly."""
+    view: memoryview = page_memory(len(data)).numpy().data
+    view[:] = data
+    return view
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_local.cache.errors import CheckpointError, ModelNotFoundError
+from moe_local.offload.checkpoint import expert_sources
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 
 MakeCheckpoint = Callable[..., Path]
@@ -144,6 +145,36 @@ def test_reading_from_many_threads(sharded: Path) -> None:
         together = list(pool.map(lambda job: checkpoint.read_expert(*job), jobs * 2))
     for one, other in zip(alone * 2, together, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_parts_are_read_to_where_they_belong_together(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    """Gate and up matrices are joined by reading one behind the other, not by a copy of both."""
+    checkpoint = Checkpoint.open(make_checkpoint("mixtral", shards=shards))
+    jobs = [(layer, expert) for layer in checkpoint.spec.layers for expert in range(8)]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", None)
+        joined = [checkpoint.read_expert(*job)["gate_up_proj"] for job in jobs]
+    monkeypatch.setattr(expert_sources, "_joined", lambda operation, parts: None)
+    for one, job in zip(joined, jobs, strict=True):
+        assert one.is_contiguous()
+        assert torch.equal(one, checkpoint.read_expert(*job)["gate_up_proj"])
+
+
+def test_memory_is_the_one_given(copy: Path) -> None:
+    checkpoint = Checkpoint.open(copy)
+    layer = checkpoint.spec.layers[0]
+    given: list[torch.Tensor] = []
+
+    def memory(nbytes: int) -> torch.Tensor:
+        given.append(torch.empty(nbytes, dtype=torch.uint8))
+        return given[-1]
+
+    read = checkpoint.read_expert(layer, 3, memory)
+    assert [block.data_ptr() for block in given] == [tensor.data_ptr() for tensor in read.values()]
+    assert all(torch.equal(read[name], tensor) for name, tensor in checkpoint.read_expert(layer, 3).items())
 
 
 def test_no_file_stays_open(sharded: Path) -> None:

@@ -93,9 +93,9 @@ def test_every_expert_comes_back(source, tmp_path, format):
     assert names(tmp_path / "f") == [*shards(0, 1, 2), MANIFEST]
 
 
-def test_one_expert_in_memory_at_a_time(source, tmp_path):
+def test_two_experts_in_memory_at_a_time(source, tmp_path):
     convert_experts(source, BF16, tmp_path / "f")
-    assert source.most_alive == 0
+    assert source.most_alive <= 1
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss"])
@@ -320,10 +320,10 @@ def test_the_second_waits_and_uses_the_result(random_experts, tmp_path, caplog):
     go_on, reading = threading.Event(), threading.Event()
     plain = first.read_expert
 
-    def read_expert(layer, expert):
+    def read_expert(layer, expert, memory):
         reading.set()
         assert go_on.wait(30)
-        return plain(layer, expert)
+        return plain(layer, expert, memory)
 
     first.read_expert = read_expert
     results = {}

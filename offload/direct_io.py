@@ -1,0 +1,206 @@
+"""Large reads and writes past the page cache, at the speed of the disk.
+
+The page cache costs the processor a copy of every byte and a fault for every page, which can take longer
+than the disk does, and lets go of what other programs keep there. Where a file system has no direct access,
+and for what is small, reads and writes are ordinary ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import torch
+
+PAGE = 4096
+"""Offsets, sizes and addresses of direct access are multiples of this; no disk asks for more."""
+
+PIECE = 4 << 20
+THREADS = 4
+"""Four reads of 4 MiB in flight reach a disk's sequential speed, at any size of what is read."""
+
+_DIRECT = getattr(os, "O_DIRECT", 0)
+_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+_REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
+
+
+Memory = Callable[[int], torch.Tensor]
+"""Gives memory, uint8 [nbytes]."""
+
+
+class Range(NamedTuple):
+    """The bytes of a file from `start` on, which belong into `out`: contiguous uint8 on the CPU."""
+
+    path: Path
+    start: int
+    out: torch.Tensor
+
+
+class ReadError(Exception):
+    """`path` could not be read as far as was asked; the text says why."""
+
+    def __init__(self, path: Path, why: object) -> None:
+        super().__init__(str(why))
+        self.path = path
+
+
+def page_memory(nbytes: int) -> torch.Tensor:
+    """New memory, uint8 [nbytes], that starts on a page; if large, in huge pages where the system has them.
+
+    To touch each of the small pages of a matrix for the first time takes longer than to read it.
+    """
+    if os.name == "nt":
+        mapping = mmap.mmap(-1, max(nbytes, 1))
+    else:  # private, for shared memory has no huge pages
+        mapping = mmap.mmap(-1, max(nbytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes >= PIECE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
+
+
+class PageArena:
+    """Memory to use again and again: calling it gives a block, `reset` takes all of them back.
+
+    The n-th block after a reset is the n-th of before, if that was large enough. The owner sees to it that
+    nobody uses what was given before a reset any more.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[torch.Tensor] = []
+        self._given = 0
+
+    def __call__(self, nbytes: int) -> torch.Tensor:
+        if self._given == len(self._blocks):
+            self._blocks.append(page_memory(nbytes))
+        elif self._blocks[self._given].numel() < nbytes:
+            self._blocks[self._given] = page_memory(nbytes)
+        self._given += 1
+        return self._blocks[self._given - 1][:nbytes]
+
+    def reset(self) -> None:
+        self._given = 0
+
+
+def read_ranges(ranges: Sequence[Range]) -> None:
+    """Read all ranges, several pieces of them at a time. Raises ReadError, also if a file ends too early."""
+    if sum(found.out.numel() for found in ranges) < PIECE:
+        for found in ranges:
+            _read(found)
+        return
+    buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
+    for _ in range(THREADS):
+        buffers.put(page_memory(PIECE + PAGE))
+    with _opened_directly({found.path for found in ranges}) as files:
+
+        def read(piece: Range) -> None:
+            buffer = buffers.get()
+            try:
+                done = _read_directly(files[piece.path], piece, buffer) if piece.path in files else 0
+            finally:
+                buffers.put(buffer)
+            if done < piece.out.numel():  # refused, or near the file's end
+                _read(Range(piece.path, piece.start + done, piece.out[done:]))
+
+        with ThreadPoolExecutor(THREADS, "read") as pool:
+            for _ in pool.map(read, [piece for found in ranges for piece in _pieces(found)]):
+                pass
+
+
+def write_fully(file: int, data: memoryview) -> None:
+    """Write all of `data` where the file stands: directly, as long as it was opened so and all is aligned."""
+    while data:
+        if not _aligned(data):
+            _be_ordinary(file)
+        try:
+            data = data[os.write(file, data) :]
+        except OSError as error:
+            if error.errno not in _REFUSALS or not _be_ordinary(file):
+                raise
+
+
+def open_for_writing(path: Path) -> int:
+    """A descriptor of the new, empty file, for direct writing where there is such a thing. Raises OSError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0) | _CLOEXEC
+    try:
+        return os.open(path, flags | _DIRECT, 0o666)
+    except OSError as error:
+        if not _DIRECT or error.errno not in _REFUSALS:
+            raise
+    return os.open(path, flags, 0o666)
+
+
+@contextmanager
+def _opened_directly(paths: set[Path]) -> Iterator[dict[Path, int]]:
+    """Descriptors of those files that can be read directly."""
+    with ExitStack() as opened:
+        files = {}
+        for path in paths if _DIRECT else ():
+            with suppress(OSError):
+                files[path] = os.open(path, os.O_RDONLY | _DIRECT | _CLOEXEC)
+                opened.callback(os.close, files[path])
+        yield files
+
+
+def _pieces(whole: Range) -> Iterator[Range]:
+    """Ranges that end on multiples of PIECE in the file, so that each has pages of its own."""
+    start, end = whole.start, whole.start + whole.out.numel()
+    while start < end:
+        stop = min((start // PIECE + 1) * PIECE, end)
+        yield Range(whole.path, start, whole.out[start - whole.start : stop - whole.start])
+        start = stop
+
+
+def _read_directly(file: int, piece: Range, buffer: torch.Tensor) -> int:
+    """Read the pages of the piece into `buffer` and what belongs to it from there; the bytes that came."""
+    skip = piece.start % PAGE
+    length = -(-(skip + piece.out.numel()) // PAGE) * PAGE
+    done = 0
+    with suppress(OSError):  # refused, or what the ordinary read will find as well and tell
+        count = os.preadv(file, [buffer.numpy().data[:length]], piece.start - skip)
+        done = max(0, min(count - skip, piece.out.numel()))
+        ctypes.memmove(piece.out.data_ptr(), buffer.data_ptr() + skip, done)  # other threads run meanwhile
+    return done
+
+
+def _read(found: Range) -> None:
+    view = found.out.numpy().data
+    try:
+        with open(found.path, "rb", buffering=0) as file:
+            file.seek(found.start)
+            done = 0
+            while done < len(view):
+                # One read call takes at most 2 GiB on Linux.
+                count = file.readinto(view[done : done + 2**30])
+                if not count:
+                    raise ReadError(found.path, f"it ends at byte {found.start + done}")
+                done += count
+    except OSError as error:
+        raise ReadError(found.path, error) from error
+
+
+def _aligned(data: memoryview) -> bool:
+    if len(data) % PAGE or data.readonly:
+        return False
+    return ctypes.addressof(ctypes.c_char.from_buffer(data)) % PAGE == 0
+
+
+def _be_ordinary(file: int) -> bool:
+    """Take direct access from an open file; whether it had it."""
+    if not _DIRECT:
+        return False
+    import fcntl  # not on Windows, which has no _DIRECT either
+
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    if not flags & _DIRECT:
+        return False
+    fcntl.fcntl(file, fcntl.F_SETFL, flags & ~_DIRECT)
+    return True
