@@ -7,7 +7,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = "offload/native/src"
-UNITS = ["abi", "cpu", "threads", "isa_portable", "isa_avx2", "isa_avx512"]
+UNITS = ["abi", "cpu", "threads", "read", "isa_portable", "isa_avx2", "isa_avx512"]
 
 
 class BuildLibrary(build_ext):

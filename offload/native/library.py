@@ -48,7 +48,16 @@ class Expert(Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where it was not compiled, which is said once."""
+    """The library, or None where it was not compiled, which is said once. Imports bitsandbytes."""
+    lib = library_without_map()
+    if lib is not None:
+        check(lib.moe_set_map(dynamic_map(torch.device("cpu")).data_ptr()))
+    return lib
+
+
+@cache
+def library_without_map() -> ctypes.CDLL | None:
+    """As `library`, at once, for functions that need no map: what multiplies with NF4 matrices refuses."""
     found = sorted(Path(__file__).parent.glob("_native.*"))
     path = next((file for file in found if file.suffix in (".so", ".dll")), None)
     if path is None:
@@ -61,7 +70,6 @@ def library() -> ctypes.CDLL | None:
     for name, arguments in _ARGUMENTS.items():
         function = getattr(lib, name)
         function.argtypes, function.restype = arguments, c_int32
-    check(lib.moe_set_map(dynamic_map(torch.device("cpu")).data_ptr()))
     return lib
 
 
@@ -84,4 +92,5 @@ _ARGUMENTS: dict[str, list[type]] = {
     "moe_combine": [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p],
     "moe_gate": [POINTER(Gate), c_void_p, c_int64, c_int64, c_void_p],
     "moe_nf4_encode": [c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int32],
+    "moe_read": [c_void_p, c_int64, c_void_p, c_int32],
 }

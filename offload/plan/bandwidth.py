@@ -7,6 +7,7 @@ worth. Where nothing was measured yet, the defaults stand in and whoever uses th
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import mmap
@@ -24,6 +25,7 @@ import torch
 
 from moe_local.cache.files import write_atomically
 from moe_local.cache.keys import format_bytes
+from moe_local.offload.native.library import check, library_without_map
 
 DEFAULT_VRAM = 936e9
 """Bytes/s, an RTX 3090's data sheet; a 4090 has 1008e9, the 16 GB cards 290e9 to 740e9."""
@@ -83,9 +85,19 @@ def measure(folder: Path, device: torch.device | None = None) -> Bandwidths:
 
 
 def ram_bandwidth(nbytes: int = RAM_BUFFER) -> float:
-    """Bytes/s of summing a buffer beyond the last cache with all of torch's threads."""
+    """Bytes/s of reading a buffer beyond the last cache with all of torch's threads."""
     buffer = torch.ones(nbytes // 8, dtype=torch.int64)
-    return nbytes / _fastest(lambda: buffer.sum())
+    return nbytes / _fastest(lambda: read_sum(buffer))
+
+
+def read_sum(buffer: torch.Tensor) -> int:
+    """The sum of a contiguous int64 buffer on the CPU, modulo 2^64, by the C++ library or else by torch."""
+    lib = library_without_map()
+    if lib is None:
+        return int(buffer.sum()) % 2**64
+    total = ctypes.c_uint64()
+    check(lib.moe_read(buffer.data_ptr(), buffer.nbytes, ctypes.byref(total), torch.get_num_threads()))
+    return total.value
 
 
 def disk_bandwidth(folder: Path, nbytes: int = DISK_FILE) -> tuple[float, bool]:

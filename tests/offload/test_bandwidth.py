@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import time
@@ -7,6 +8,7 @@ import time
 import pytest
 import torch
 
+from moe_local.offload.native.library import library_without_map
 from moe_local.offload.plan import bandwidth
 from moe_local.offload.plan.bandwidth import Bandwidths
 
@@ -35,6 +37,33 @@ def test_ram_is_never_slower_than_a_plain_copy_would_allow():
     copy.copy_(buffer)
     copied = buffer.nbytes / (time.perf_counter() - start)
     assert bandwidth.ram_bandwidth(buffer.nbytes) > copied / 3
+
+
+@pytest.mark.parametrize("words", [0, 1, 15, 16, 17, 3 * 2**17 + 5])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_every_word_is_read_once(words, compiled, monkeypatch):
+    """Sizes around the reader's vectors and chunks; sums beyond 2^63; with and without the C++ library."""
+    if compiled and library_without_map() is None:
+        pytest.skip("the C++ library was not compiled")
+    if not compiled:
+        monkeypatch.setattr(bandwidth, "library_without_map", lambda: None)
+    buffer = torch.randint(-(2**63), 2**63 - 1, (words,), generator=torch.Generator().manual_seed(words))
+    assert bandwidth.read_sum(buffer) == sum(buffer.tolist()) % 2**64
+
+
+def test_bytes_beyond_the_last_word_are_read():
+    lib = library_without_map()
+    if lib is None:
+        pytest.skip("the C++ library was not compiled")
+    memory = torch.arange(1, 2**20 + 31, dtype=torch.int64).to(torch.uint8)[1:]  # misaligned, 29 left over
+    total = ctypes.c_uint64()
+    for threads in (1, 3):
+        assert lib.moe_read(memory.data_ptr(), memory.numel(), ctypes.byref(total), threads) == 0
+        filled = torch.nn.functional.pad(memory, (0, -memory.numel() % 8)).clone()
+        assert total.value == sum(filled.view(torch.int64).tolist()) % 2**64
+    assert lib.moe_read(None, 8, ctypes.byref(total), 1) == 1
+    assert lib.moe_read(memory.data_ptr(), -1, ctypes.byref(total), 1) == 1
+    assert lib.moe_read(memory.data_ptr(), 8, None, 1) == 1
 
 
 def test_a_disk_that_cannot_be_written_keeps_the_default(tmp_path, monkeypatch):

@@ -97,3 +97,7 @@ MOE_API int32_t moe_gate(const Gate* gate, const float* hidden, int64_t tokens, 
 // with blocks of 64. A block with NaN or infinity gets an absmax that is not finite.
 MOE_API int32_t moe_nf4_encode(const void* weights, int32_t dtype, int64_t numel, uint8_t* q, float* absmax,
                                int32_t threads);
+
+// Reads memory [bytes] as fast as loads can; *total is the sum, modulo 2^64, of its 64-bit words, the last one filled
+// up with zeros. For measuring what the kernels are held against.
+MOE_API int32_t moe_read(const void* memory, int64_t bytes, uint64_t* total, int32_t threads);
