@@ -340,7 +340,7 @@ int32_t moe_experts(const Expert* const* experts, int64_t count, const int64_t* 
   if (experts == nullptr || starts == nullptr || tokens == nullptr || places == nullptr || gate == nullptr ||
       x == nullptr || outputs == nullptr || !valid(*gate) || starts[0] != 0)
     return BAD_ARGUMENT;
-  if (weights != nullptr && (combined == nullptr || top_k < 1)) return BAD_ARGUMENT;
+  if (weights != nullptr && (combined == nullptr || top_k < 1 || top_k > INT64_MAX / tokens_in_x)) return BAD_ARGUMENT;
   if (!valid_experts(experts, count, starts, *gate)) return BAD_ARGUMENT;
   const int64_t pairs = starts[count];
   for (int64_t p = 0; p < pairs; ++p) {
@@ -349,10 +349,14 @@ int32_t moe_experts(const Expert* const* experts, int64_t count, const int64_t* 
   }
   const ExpertsCall call{experts, count,   starts, tokens,   places,      gate,   x, tokens_in_x,
                          outputs, weights, top_k,  combined, activations, threads};
+  // A batch takes whole experts, or a piece of one: an expert's tokens are cut in the same places whatever is computed
+  // beside them, since how many there are decides how they are multiplied.
   int64_t first = 0, e = 0;
   do {
     while (e + 1 < count && starts[e + 1] <= first) ++e;
-    const int64_t last = std::min(pairs, first + BATCH_PAIRS);
+    int64_t last = std::min(starts[e + 1], first + BATCH_PAIRS);
+    for (int64_t next = e + 1; next < count && starts[next] == last && starts[next + 1] - first <= BATCH_PAIRS; ++next)
+      last = starts[next + 1];
     run_batch(call, e, first, last, weights != nullptr && last == pairs ? tokens_in_x : 0);
     first = last;
   } while (first < pairs);

@@ -21,7 +21,8 @@ inline void keep_order(const float* x, int64_t columns, float* out) {
   for (int64_t i = columns; i < padded(columns); ++i) out[i] = 0.0f;
 }
 
-// Rounds a block of `count` activations to q of -limit .. limit and gives their scale, NaN if one is not finite.
+// Rounds a block of `count` activations to q of -limit .. limit and gives their scale, NaN if one is not finite. Blocks
+// so small that the scale's inverse is beyond a float become zeros.
 template <class Q>
 inline float round_block(const float* x, int64_t count, float limit, Q* q) {
   float largest = 0.0f;
@@ -31,7 +32,7 @@ inline float round_block(const float* x, int64_t count, float limit, Q* q) {
     finite &= size <= FLT_MAX;
     largest = size > largest ? size : largest;
   }
-  const float inverse = finite && largest >= FLT_MIN ? limit / largest : 0.0f;
+  const float inverse = finite && largest > limit / FLT_MAX ? limit / largest : 0.0f;
   for (int64_t i = 0; i < count; ++i)
     q[i] = inverse > 0.0f ? static_cast<Q>(::nearbyintf(x[i] * inverse)) : Q{0};
   return finite ? largest / limit : NAN;
