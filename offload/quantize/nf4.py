@@ -72,8 +72,8 @@ class NF4Codec:
     def encode(self, tensors: Mapping[str, torch.Tensor], layout: Layout, out: torch.Tensor) -> None:
         """Write the expert into `out`, uint8 [layout.nbytes] on the CPU.
 
-        Always computed on the CPU: bitsandbytes' CUDA quantizer launches on the default stream whatever
-        stream is current. Raises CheckpointError for NaN and infinity.
+        Computed where the tensors are, to the same bits, save the scales' own quantization, which is the
+        CPU's. Raises CheckpointError for NaN and infinity.
         """
         for tensor in layout.tensors:
             if len(tensor.shape) < 2:
@@ -120,14 +120,22 @@ def block_scales(matrix: NF4Matrix) -> torch.Tensor:
 
 def _quantize(name: str, weights: torch.Tensor, out: NF4Matrix) -> None:
     """Fill `out`, which lies on the CPU. Raises CheckpointError for NaN and infinity."""
-    absmax = torch.empty(out.absmax.numel(), dtype=torch.float32)
-    quantize_blocks(weights, out.q, absmax)
+    absmax = torch.empty(out.absmax.numel(), dtype=torch.float32, device=weights.device)
+    if weights.device.type == "cpu":
+        quantize_blocks(weights, out.q, absmax)
+    else:
+        q = torch.empty_like(out.q, device=weights.device)
+        quantize_blocks(weights, q, absmax)
+        out.q.copy_(q)
+        absmax = absmax.cpu()
     offset = absmax.mean()
     if not bool(torch.isfinite(offset)):
         check_finite(name, weights)
         raise CheckpointError(f"{name} has weights up to {float(absmax.max()):.4g}, too large for NF4")
     out.offset.copy_(offset)
     code = dynamic_map(torch.device("cpu"))
-    nested, nested_scales = bitsandbytes_ops().quantize_blockwise.default(absmax - offset, code, NESTED_BLOCK)
+    nested, nested_scales = bitsandbytes_ops().quantize_blockwise.default(
+        absmax.sub_(offset), code, NESTED_BLOCK
+    )
     out.absmax.copy_(nested)
     out.absmax_scale.copy_(nested_scales)

@@ -1,7 +1,8 @@
-"""NF4 quantization of blocks of 64 weights on the CPU: bitsandbytes' arithmetic in a fifth of its time.
+"""NF4 quantization of blocks of 64 weights: bitsandbytes' arithmetic, bit for bit, at the speed of memory.
 
-bitsandbytes finds the level of each weight by binary search, in several copies of the whole matrix. Here
-fifteen vectorized comparisons a weight do, in buffers that stay in the processor's cache.
+On the CPU the C++ library does it. Where it was not compiled, torch does: bitsandbytes finds the level of
+each weight by binary search, in several copies of the whole matrix; fifteen vectorized comparisons a weight,
+in buffers that stay in the processor's cache, take a fifth of that time. On a GPU torch's search is used.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from typing import Any
 
 import torch
 
+from moe_local.offload.native.library import DTYPES, check, library
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 
 BLOCK = 64
 """Weights that share one scale."""
 
 CHUNK = 1 << 18
-"""Weights quantized at a time; whole blocks. A thread's buffers take 14 bytes a weight."""
+"""Weights quantized at a time on the CPU; whole blocks. A thread's buffers take 14 bytes a weight."""
+
+DEVICE_CHUNK = 1 << 24
+"""The same elsewhere, where an operation costs more to start; it needs some 17 bytes a weight."""
 
 SMALLEST = 1e-38
 """Stands in for the scale of a block of zeros, as in bitsandbytes."""
@@ -30,19 +35,63 @@ SMALLEST = 1e-38
 def quantize_blocks(weights: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor) -> None:
     """Fill `q`, uint8 [ceil(n / 2)], and `absmax`, float32 [ceil(n / 64)], from n weights of any shape.
 
-    Bit-equal to torch.ops.bitsandbytes.quantize_4bit(weights, 64, "nf4", torch.uint8), on the CPU. A block
-    with NaN or infinity gets an absmax that is not finite. Runs in as many threads as torch is set to,
-    of its own: torch's, which meet after every operation, stall each other where cores are shared.
+    All three on one device, `q` and `absmax` contiguous. Bit-equal to
+    torch.ops.bitsandbytes.quantize_4bit(weights, 64, "nf4", torch.uint8) on the CPU, wherever it runs. A
+    block with NaN or infinity gets an absmax that is not finite. Takes as many threads as torch is set to.
     """
-    flat = weights.reshape(-1)
+    compiled = library() if weights.device.type == "cpu" else None
+    if compiled is None:
+        quantize_blocks_in_torch(weights, q, absmax)
+        return
+    flat = weights.detach().reshape(-1)
+    if flat.dtype not in DTYPES:
+        flat = flat.float()
+    assert q.numel() == -(-flat.numel() // 2)
+    assert absmax.numel() == -(-flat.numel() // BLOCK)
+    assert q.is_contiguous()
+    assert absmax.is_contiguous()
+    pointers = flat.data_ptr(), DTYPES[flat.dtype], flat.numel(), q.data_ptr(), absmax.data_ptr()
+    check(compiled.moe_nf4_encode(*pointers, torch.get_num_threads()))
+
+
+def quantize_blocks_in_torch(weights: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor) -> None:
+    """`quantize_blocks` without the library: for CPUs that it was not compiled on, and for GPUs."""
+    flat = weights.detach().reshape(-1)
     whole = flat.numel() - flat.numel() % BLOCK
-    starts = range(0, whole, CHUNK)
+    quantize = _whole_blocks_in_threads if flat.device.type == "cpu" else whole_blocks_at_large
+    quantize(flat[:whole], q[: whole // 2], absmax[: whole // BLOCK])
+    if whole < flat.numel():  # bitsandbytes divides these by their scale, on the CPU
+        rest = flat[whole:].to("cpu", torch.float32)
+        packed, scales = bitsandbytes_ops().quantize_4bit.default(rest, BLOCK, "nf4", torch.uint8)
+        q[whole // 2 :].copy_(packed.view(-1))
+        absmax[whole // BLOCK :].copy_(scales)
+
+
+def whole_blocks_at_large(flat: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor) -> None:
+    """Quantize n weights, whole blocks, in few large operations on whatever device they are."""
+    bounds = torch.tensor(_bounds(), device=flat.device)
+    for start in range(0, flat.numel(), DEVICE_CHUNK):
+        part = slice(start, min(start + DEVICE_CHUNK, flat.numel()))
+        blocks = flat[part].to(torch.float32).view(-1, BLOCK)
+        scales = _part(absmax, part, BLOCK)
+        torch.amax(blocks.abs(), 1, out=scales)
+        scaled = blocks * (1.0 / scales.clamp(min=SMALLEST)).unsqueeze(1)
+        levels = torch.bucketize(scaled.view(-1), bounds, out_int32=True)
+        _part(q, part, 2).copy_(_pack(levels.to(torch.uint8)))
+
+
+def _whole_blocks_in_threads(flat: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor) -> None:
+    """The same on the CPU, in as many threads as torch is set to.
+
+    They are our own: torch's, which meet after every operation, stall each other where cores are shared.
+    """
+    starts = range(0, flat.numel(), CHUNK)
     threads = min(torch.get_num_threads(), len(starts))
 
     def work(number: int) -> None:
-        buffers = _Buffers(min(CHUNK, whole))
+        buffers = _Buffers(min(CHUNK, flat.numel()))
         for start in starts[number::threads]:
-            part = slice(start, min(start + CHUNK, whole))
+            part = slice(start, min(start + CHUNK, flat.numel()))
             _quantize_chunk(flat[part], _part(q, part, 2), _part(absmax, part, BLOCK), buffers)
 
     with _one_torch_thread():
@@ -51,11 +100,6 @@ def quantize_blocks(weights: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor
         elif threads > 1:
             with ThreadPoolExecutor(threads, "quantize") as pool:
                 list(pool.map(work, range(threads)))
-    if whole < flat.numel():
-        rest = flat[whole:].to("cpu", torch.float32)
-        packed, scales = bitsandbytes_ops().quantize_4bit.default(rest, BLOCK, "nf4", torch.uint8)
-        q[whole // 2 :].copy_(packed.view(-1))
-        absmax[whole // BLOCK :].copy_(scales)
 
 
 class _Buffers:
@@ -95,13 +139,15 @@ def _one_torch_thread() -> Iterator[None]:
 def _levels(scaled: torch.Tensor, above: torch.Tensor, level: torch.Tensor) -> None:
     """Fill `level` with the number, 0 to 15, of the nearest level; all three are float32 [n].
 
-    It is the number of bounds below the weight. Comparing to floats is several times faster than to bools.
+    It is the number of bounds below the weight, all fifteen for NaN, which is below nothing. Comparing to
+    floats is several times faster than to bools.
     """
     first, *rest = _bounds()
-    torch.gt(scaled, first, out=level)
+    torch.le(scaled, first, out=level)
     for bound in rest:
-        torch.gt(scaled, bound, out=above)
+        torch.le(scaled, bound, out=above)
         level.add_(above)
+    torch.sub(15.0, level, out=level)
 
 
 def _pack(nibbles: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.quantize import nf4_blocks
 from moe_local.offload.quantize.bnb import bitsandbytes_ops, dynamic_map
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.nf4 import NF4Codec, nf4_matrix
@@ -86,44 +85,6 @@ def test_decode_follows_the_definition(shape):
     expected = by_definition(buffer, layout, "w")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert torch.equal(NF4Codec().decode(buffer, layout, dtype)["w"], expected.to(dtype))
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_quantizing_in_chunks_changes_no_byte(monkeypatch, threads):
-    weights = random_weights((37, 100))
-    whole, _ = encode(w=weights)
-    monkeypatch.setattr(nf4_blocks, "CHUNK", 256)
-    torch.set_num_threads(threads)
-    chunked, _ = encode(w=weights)
-    assert torch.equal(whole, chunked)
-    assert torch.get_num_threads() == threads
-
-
-def test_weights_on_and_beside_the_bounds():
-    """Every midpoint between two levels and its two neighbours in float32, in blocks of many scales."""
-    bounds = torch.tensor(nf4_blocks._bounds())
-    assert bounds.double().tolist() == list(nf4_blocks._bounds())  # float32 numbers exactly
-    low, high = (torch.nextafter(bounds, torch.tensor(to)) for to in (-2.0, 2.0))
-    row = torch.cat([torch.tensor([1.0]), bounds, low, high, torch.zeros(18)])
-    scales = torch.tensor([1.0, -1.0, 0.37, -3e-5, 1e30, 1e-37, 1e-39, 1e-44])
-    weights = row * scales.unsqueeze(1)
-    q, absmax = bitsandbytes_ops().quantize_4bit.default(weights, 64, "nf4", torch.uint8)
-    our_q, our_absmax = torch.empty(weights.numel() // 2, dtype=torch.uint8), torch.empty(len(scales))
-    nf4_blocks.quantize_blocks(weights, our_q, our_absmax)
-    assert torch.equal(our_q, q.view(-1))
-    assert torch.equal(our_absmax, absmax)
-
-
-def test_every_bf16_number():
-    """All finite bf16 bit patterns, shuffled into blocks."""
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
-    every = every[torch.isfinite(every) & (every.abs() < 1e37)]
-    weights = every[torch.randperm(every.numel(), generator=torch.Generator().manual_seed(0))]
-    q, absmax = bitsandbytes_ops().quantize_4bit.default(weights, 64, "nf4", torch.uint8)
-    our_q, our_absmax = torch.empty(q.numel(), dtype=torch.uint8), torch.empty(absmax.numel())
-    nf4_blocks.quantize_blocks(weights, our_q, our_absmax)
-    assert torch.equal(our_q, q.view(-1))
-    assert torch.equal(our_absmax, absmax)
 
 
 def test_an_expert_with_biases():
