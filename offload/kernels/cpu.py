@@ -12,6 +12,7 @@ from moe_local.offload.kernels.contracts import ExpertMath, Readable
 from moe_local.offload.kernels.gates import recognize
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.native.library import (
+    BF16,
     FLOATS,
     FORMATS,
     INT8,
@@ -40,11 +41,11 @@ def rounding(activations: str, dtype: torch.dtype) -> int:
     """How activations of this dtype enter a product.
 
     Sixteen bits in blocks of 64 keep more of a bf16 or fp16 vector than its dtype does, at half the cost
-    of floats; fp32 stays as it is.
+    of floats; fp32 stays as it is. Many tokens of a bf16 model are multiplied in bf16 where the CPU can.
     """
     if activations == "int8":
         return INT8
-    return FLOATS if dtype == torch.float32 else INT16
+    return {torch.float32: FLOATS, torch.float16: INT16, torch.bfloat16: BF16}[dtype]
 
 
 def matrix_at(address: int, layout: Layout, name: str, has_bias: bool) -> Matrix:

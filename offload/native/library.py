@@ -14,8 +14,8 @@ from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.quantize.bnb import dynamic_map
 
 FORMATS = {"nf4": 0, "int8": 1}
-FLOATS, INT16, INT8 = range(3)
-"""How activations enter a product: as they are, or rounded in blocks of 64."""
+FLOATS, INT16, INT8, BF16 = range(4)
+"""How activations enter a product: as they are, rounded in blocks of 64, or as what was bf16 before."""
 
 ISAS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -72,13 +72,11 @@ class Scratch {
 
 thread_local Scratch scratch;
 
-int64_t bytes_of_q(int32_t activations) { return activations == INT16_BLOCKS ? 2 : 1; }
-
 int64_t prepared_bytes(int64_t columns, int32_t activations) {
   const int64_t width = padded(columns);
   int64_t bytes = Scratch::bytes_of<float>(width);
   if (activations != FLOATS)
-    bytes += Scratch::bytes_of<int8_t>(width * bytes_of_q(activations)) + 2 * Scratch::bytes_of<float>(padded_blocks(columns));
+    bytes += Scratch::bytes_of<int8_t>(2 * width) + 2 * Scratch::bytes_of<float>(padded_blocks(columns));
   return bytes;
 }
 
@@ -87,7 +85,7 @@ Prepared take_prepared(int64_t columns, int32_t activations) {
   Prepared piece;
   piece.values = scratch.take<float>(width);
   if (activations != FLOATS) {
-    piece.q = scratch.take<int8_t>(width * bytes_of_q(activations));
+    piece.q = scratch.take<int8_t>(2 * width);
     piece.scales = scratch.take<float>(padded_blocks(columns));
     piece.sums = scratch.take<float>(padded_blocks(columns));
   }
@@ -120,14 +118,16 @@ bool valid(const Gate& g) {
          g.function <= CLAMPED_SWIGLU && (g.function != CLAMPED_SWIGLU || g.arrangement != PLAIN);
 }
 
-bool valid_activations(int32_t activations) { return activations >= FLOATS && activations <= INT8_BLOCKS; }
+bool valid_activations(int32_t activations) { return activations >= FLOATS && activations <= BFLOAT16S; }
+
+bool tiled(int64_t tokens) { return tokens > MOST_DOTS; }
 
 // Rows of chunk `c` of a matrix on prepared inputs; `y` has a row pointer for each.
 void multiply(const Kernels& k, const Matrix& m, int32_t activations, const Prepared* x, int64_t count, int64_t c,
               float* const* y) {
   const int64_t first = c * rows_per_chunk(m), last = std::min(m.rows, first + rows_per_chunk(m));
   for (int64_t t = 0; t < count; t += TILE_TOKENS)
-    k.rows(m, map_of_scales, activations, x + t, std::min(TILE_TOKENS, count - t), first, last, y + t);
+    k.rows(m, map_of_scales, activations, tiled(count), x + t, std::min(TILE_TOKENS, count - t), first, last, y + t);
 }
 
 struct LinearCall {
@@ -142,8 +142,8 @@ struct LinearCall {
   static void work(void* context, int phase, int64_t chunk, int) {
     const LinearCall& call = *static_cast<LinearCall*>(context);
     if (phase == 0)
-      call.k->prepare(call.m->format, call.activations, call.x + chunk * call.m->cols, call.m->cols,
-                      call.prepared[chunk]);
+      call.k->prepare(call.m->format, call.activations, tiled(call.tokens), call.x + chunk * call.m->cols,
+                      call.m->cols, call.prepared[chunk]);
     else
       multiply(*call.k, *call.m, call.activations, call.prepared, call.tokens, chunk, call.y);
   }
@@ -169,6 +169,8 @@ struct Share {
   int64_t up_chunk;    // the first of its chunks among those of all shares, in either multiplication
   int64_t down_chunk;
 };
+
+bool tiled(const Share& share) { return tiled(share.pairs); }
 
 // One batch of (token, expert) pairs on its way through the phases.
 struct Batch {
@@ -200,7 +202,8 @@ struct Batch {
   static void work(void* context, int phase, int64_t chunk, int thread) {
     const Batch& b = *static_cast<Batch*>(context);
     if (phase == 0) {
-      b.k->prepare(b.format, b.activations, b.x[chunk], b.width, b.in[chunk]);
+      b.k->prepare(b.format, b.activations, tiled(b.share_of(chunk, &Share::first_pair)), b.x[chunk], b.width,
+                   b.in[chunk]);
     } else if (phase == 1) {
       const Share& s = b.share_of(chunk, &Share::up_chunk);
       multiply(*b.k, s.expert->up, b.activations, b.in + s.first_pair, s.pairs, chunk - s.up_chunk,
@@ -208,7 +211,8 @@ struct Batch {
     } else if (phase == 2) {
       float* values = b.activated + thread * padded(b.hidden);
       b.k->gate(*b.gate, b.up[chunk], b.hidden, values);
-      b.k->prepare(b.format, b.activations, values, b.hidden, b.hiddens[chunk]);
+      b.k->prepare(b.format, b.activations, tiled(b.share_of(chunk, &Share::first_pair)), values, b.hidden,
+                   b.hiddens[chunk]);
     } else if (phase == 3) {
       const Share& s = b.share_of(chunk, &Share::down_chunk);
       multiply(*b.k, s.expert->down, b.activations, b.hiddens + s.first_pair, s.pairs, chunk - s.down_chunk,

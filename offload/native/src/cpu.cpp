@@ -54,8 +54,12 @@ int32_t detect_isa() {
   return (state & ZMM) == ZMM && f && dq && bw && vl && vbmi && vnni ? AVX512 : AVX2;
 }
 
+bool detect_bf16() { return detect_isa() == AVX512 && has(cpuid(7, 1).eax, 5); }
+
 #else
 
 int32_t detect_isa() { return PORTABLE; }
+
+bool detect_bf16() { return false; }
 
 #endif

@@ -1,7 +1,6 @@
 // A few tokens at once: each row is read once, and decoded in registers.
 // Included in every vector instruction set's unit.
 
-constexpr int64_t MOST_DOTS = 4;          // tokens
 constexpr int64_t STRETCH = 512;          // blocks whose scales are decoded at a time
 constexpr int64_t AHEAD = 1024;           // bytes between what is multiplied and what is asked of memory
 

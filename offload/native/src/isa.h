@@ -8,12 +8,14 @@
 constexpr int64_t BLOCK = 64;         // weights that share one scale, and activations where they are quantized
 constexpr int64_t NESTED_BLOCK = 256; // NF4 scales that share one of their own
 constexpr int64_t TILE_TOKENS = 128;  // most tokens that one pass over a matrix serves
+constexpr int64_t MOST_DOTS = 4;      // most tokens whose rows are multiplied as they are decoded; more are tiled
 
-// One token's input to a matrix, as the kernels of one instruction set want it for one format; in which order, they
-// know. Rounded activations are whole numbers, of -127 .. 127 or -32767 .. 32767, times one scale for 64 columns.
+// One token's input to a matrix, as the kernels of one instruction set want it for one format; in which order, and which
+// of these they fill, they know. Rounded activations are whole numbers, of -127 .. 127 or -32767 .. 32767, times one
+// scale for 64 columns.
 struct Prepared {
   float* values = nullptr;  // [padded columns], rounded to eight bits as the numbers they stand for
-  void* q = nullptr;        // int8 or int16 [padded columns]
+  void* q = nullptr;        // int8, int16 or bf16 [padded columns]
   float* scales = nullptr;  // [padded blocks]
   float* sums = nullptr;    // [padded blocks], of a block's q
 };
@@ -26,13 +28,14 @@ struct Kernels {
   int32_t isa;
   const char* name;
 
-  // x [columns] -> out, for a matrix of these columns and this format.
-  void (*prepare)(int32_t format, int32_t activations, const float* x, int64_t columns, const Prepared& out);
+  // x [columns] -> out, for a matrix of these columns and this format. `tiled`: with more than MOST_DOTS others.
+  void (*prepare)(int32_t format, int32_t activations, bool tiled, const float* x, int64_t columns,
+                  const Prepared& out);
 
-  // Rows [first, last) of the matrix times `count` <= TILE_TOKENS prepared inputs; y[t][row] is set, bias included.
+  // Rows [first, last) of the matrix times `count` <= TILE_TOKENS inputs, prepared alike; y[t][row] is set, bias included.
   // `map`: bitsandbytes' 256 scales. Results of a row do not depend on the other rows of the call.
-  void (*rows)(const Matrix& matrix, const float* map, int32_t activations, const Prepared* x, int64_t count,
-               int64_t first, int64_t last, float* const* y);
+  void (*rows)(const Matrix& matrix, const float* map, int32_t activations, bool tiled, const Prepared* x,
+               int64_t count, int64_t first, int64_t last, float* const* y);
 
   // hidden [F or 2F] -> out [width = F].
   void (*gate)(const Gate& gate, const float* hidden, int64_t width, float* out);
@@ -52,6 +55,9 @@ const Kernels* avx512_kernels();
 
 // The best Isa that this machine runs, whether or not its table was built.
 int32_t detect_isa();
+
+// Whether it multiplies bf16 numbers (AVX512-BF16).
+bool detect_bf16();
 
 // NF4's levels, exact in fp32. Source: QLoRA (arXiv 2305.14314), as in bitsandbytes' kernels.
 constexpr float LEVELS[16] = {

@@ -18,15 +18,15 @@ constexpr int64_t TILE_T = 2;
 #include "encode.h"
 #include "portable_encode.h"
 
-void prepare(int32_t, int32_t activations, const float* x, int64_t columns, const Prepared& out) {
+void prepare(int32_t, int32_t activations, bool, const float* x, int64_t columns, const Prepared& out) {
   if (activations == INT8_BLOCKS)
     round_to_int8(x, columns, out);
   else
     keep_order(x, columns, out.values);
 }
 
-void rows(const Matrix& m, const float* map, int32_t, const Prepared* x, int64_t count, int64_t first, int64_t last,
-          float* const* y) {
+void rows(const Matrix& m, const float* map, int32_t, bool, const Prepared* x, int64_t count, int64_t first,
+          int64_t last, float* const* y) {
   rows_tiled(decode_any, m, map, x, count, first, last, y);
 }
 

@@ -21,8 +21,10 @@ enum Format : int32_t { NF4 = 0, INT8 = 1 };
 
 // How the activations enter a product: as they are, or rounded to whole numbers times one scale for 64 columns. Sixteen
 // bits keep 2^-16 of a block's largest activation, more than bf16 and fp16 do of it, and cost a fraction of
-// floats; kernels that gain nothing by them use floats.
-enum Activations : int32_t { FLOATS = 0, INT16_BLOCKS = 1, INT8_BLOCKS = 2 };
+// floats; kernels that gain nothing by them use floats. BFLOAT16S are numbers that come from bf16: as INT16_BLOCKS,
+// but many tokens at once are multiplied in bf16, weights rounded to it, too, where the processor can. So are
+// INT8_BLOCKS.
+enum Activations : int32_t { FLOATS = 0, INT16_BLOCKS = 1, INT8_BLOCKS = 2, BFLOAT16S = 3 };
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
