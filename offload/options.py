@@ -47,7 +47,7 @@ class LoadOptions:
         metadata={"help": "Experts kept per MoE layer in the fastest tier, instead of as many as fit."},
     )
     experts: str = field(
-        default="nf4", metadata={"help": "Format of the routed experts: nf4, bf16, fp16 or fp32."}
+        default="nf4", metadata={"help": "Format of the routed experts: nf4, int8, bf16, fp16 or fp32."}
     )
     activations: str = field(
         default="native",

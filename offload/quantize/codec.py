@@ -42,9 +42,11 @@ class Codec(Protocol):
 def codecs() -> dict[str, Codec]:
     """Every format by name, best known first."""
     from moe_local.offload.quantize.exact import ExactCodec
+    from moe_local.offload.quantize.int8 import Int8Codec
     from moe_local.offload.quantize.nf4 import NF4Codec
 
-    found: list[Codec] = [NF4Codec(), ExactCodec("bf16"), ExactCodec("fp16"), ExactCodec("fp32")]
+    exact = [ExactCodec(name) for name in ("bf16", "fp16", "fp32")]
+    found: list[Codec] = [NF4Codec(), Int8Codec(), *exact]
     return {codec.name: codec for codec in found}
 
 

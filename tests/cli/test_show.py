@@ -55,6 +55,7 @@ class TestShow:
             "  hidden size  4096\n"
             "  context      32768 tokens\n"
             "  in nf4       21.7 GiB experts, 1.14 GiB others\n"
+            "  in int8      43.3 GiB experts, 1.74 GiB others\n"
             "  in bf16      84.0 GiB experts, 2.99 GiB others\n"
             "  in fp16      84.0 GiB experts, 2.99 GiB others\n"
             "  in fp32      168 GiB experts, 5.98 GiB others\n"

@@ -1,0 +1,165 @@
+"""Int8: whole numbers with one fp16 scale for 64 columns of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from moe_local.cache.errors import CheckpointError
+from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
+from moe_local.offload.quantize.parallel import for_each
+from moe_local.offload.quantize.views import check_finite, copy_exactly, segment_view, zero_padding
+
+BLOCK = 64
+"""Columns of a row that share one scale; the last ones of a row may be fewer."""
+
+LIMIT = 127
+"""Largest whole number. -128 is never written, so that kernels may take magnitudes."""
+
+CHUNK = 1 << 17
+"""Weights worked on at a time on the CPU, in whole rows: what its cache holds."""
+
+DEVICE_CHUNK = 1 << 24
+"""The same elsewhere, where an operation costs more to start."""
+
+
+class Int8Matrix(NamedTuple):
+    """The parts of one matrix [M, N], views of an expert's buffer.
+
+    Weight [m, n] is q[m, n] * scale[m, n // 64].
+    """
+
+    q: torch.Tensor
+    """int8 [M, N], -127 to 127."""
+    scale: torch.Tensor
+    """float16 [M, ceil(N / 64)], never negative; zero where all weights are."""
+
+
+def int8_matrix(buffer: torch.Tensor, layout: Layout, name: str) -> Int8Matrix:
+    """Matrix `name` of the expert in `buffer` (uint8, any device), without copying."""
+    parts = {segment.part: segment_view(buffer, segment) for segment in layout.parts(name)}
+    return Int8Matrix(parts["q"], parts["scale"])
+
+
+class Int8Codec:
+    """8.25 bits a weight. Matrices are quantized to the nearest, symmetrically; biases stay float32."""
+
+    name = "int8"
+    exact = False
+
+    def layout(self, tensors: Sequence[TensorSpec]) -> Layout:
+        """Segments q and scale for a matrix, "values" for a bias."""
+        parts: list[tuple[str, str, str, tuple[int, ...]]] = []
+        for tensor in tensors:
+            if len(tensor.shape) < 2:
+                parts.append((tensor.name, "values", "float32", tensor.shape))
+                continue
+            rows, cols = tensor.shape
+            parts += [
+                (tensor.name, "q", "int8", (rows, cols)),
+                (tensor.name, "scale", "float16", (rows, -(-cols // BLOCK))),
+            ]
+        return make_layout(self.name, tensors, parts)
+
+    def encode(self, tensors: Mapping[str, torch.Tensor], layout: Layout, out: torch.Tensor) -> None:
+        """Write the expert into `out`, uint8 [layout.nbytes] on the CPU.
+
+        Computed where the tensors are, to the same bits. Raises CheckpointError for NaN, infinity, and
+        weights beyond 127 times the largest fp16 number.
+        """
+        for tensor in layout.tensors:
+            if len(tensor.shape) < 2:
+                (segment,) = layout.parts(tensor.name)
+                copy_exactly(tensor.name, tensors[tensor.name], segment_view(out, segment), "fp32")
+            else:
+                _quantize(tensor.name, tensors[tensor.name], int8_matrix(out, layout, tensor.name))
+        zero_padding(out, layout)
+
+    def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """New tensors in `dtype` (float32, bfloat16 or float16) on the buffer's device and current stream."""
+        decoded = {}
+        for tensor in layout.tensors:
+            if len(tensor.shape) < 2:
+                (segment,) = layout.parts(tensor.name)
+                decoded[tensor.name] = segment_view(buffer, segment).to(dtype)
+            else:
+                decoded[tensor.name] = dequantize(int8_matrix(buffer, layout, tensor.name), dtype)
+        return decoded
+
+
+def dequantize(matrix: Int8Matrix, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix in `dtype`, [M, N]: products in fp32, which holds them exactly, rounded once."""
+    values = torch.empty(matrix.q.shape, dtype=dtype, device=matrix.q.device)
+
+    def work(rows: slice) -> None:
+        scales = matrix.scale[rows].float()
+        for columns, blocks in _columns(matrix.q.shape[1]):
+            q, out = (_in_blocks(whole[rows, columns]) for whole in (matrix.q, values))
+            torch.mul(q, scales[:, blocks].unsqueeze(2), out=out)
+
+    _by_rows(matrix.q, work)
+    return values
+
+
+def _quantize(name: str, weights: torch.Tensor, out: Int8Matrix) -> None:
+    """Fill `out`, which lies on the CPU. Raises CheckpointError for what int8 cannot hold."""
+    weights = weights.detach()
+
+    def work(rows: slice) -> None:
+        for columns, blocks in _columns(weights.shape[1]):
+            values = _in_blocks(weights[rows, columns].float())
+            scales, inverse = _scales(torch.linalg.vector_norm(values, torch.inf, 2))
+            _in_blocks(out.q[rows, columns]).copy_(torch.mul(values, inverse.unsqueeze(2)).round_())
+            out.scale[rows, blocks].copy_(scales)
+
+    _by_rows(weights, work)
+    if bool(torch.isfinite(out.scale).all()):
+        return
+    check_finite(name, weights)
+    largest = LIMIT * torch.finfo(torch.float16).max
+    raise CheckpointError(
+        f"{name} has weights up to {float(weights.abs().max()):.4g}, above the largest int8 takes, "
+        f'{largest:.4g}; use experts="bf16" or "fp32"'
+    )
+
+
+def _scales(largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest magnitude of each block, float32 -> its scale, float16, and what to multiply weights with.
+
+    A 127th of the magnitude, rounded to the nearest, which errs least, unless the magnitude would then come
+    out as 128, by the very multiplication that weights go through: among fp16's subnormal numbers it can. NaN
+    and infinity give such a scale.
+    """
+    scales = (largest / LIMIT).half()
+    too_small = largest * (1 / scales.float()) >= LIMIT + 0.5
+    scales = (scales.view(torch.int16) + too_small).to(torch.int16).view(torch.float16)  # the next number up
+    return scales, torch.where(scales > 0, 1 / scales.float(), 0.0)
+
+
+def _columns(count: int) -> Iterator[tuple[slice, slice]]:
+    """The columns of a row that make whole blocks, with their blocks; then the rest, which share one."""
+    blocks, rest = divmod(count, BLOCK)
+    if blocks:
+        yield slice(0, count - rest), slice(0, blocks)
+    if rest:
+        yield slice(count - rest, count), slice(blocks, blocks + 1)
+
+
+def _in_blocks(columns: torch.Tensor) -> torch.Tensor:
+    """[M, C] of one of `_columns` -> [M, blocks, columns of a block], a view."""
+    return columns.view(columns.shape[0], -1, min(BLOCK, columns.shape[1]))
+
+
+def _by_rows(matrix: torch.Tensor, work: Callable[[slice], None]) -> None:
+    """Do `work` on all rows of `matrix`, some at a time."""
+    rows, columns = matrix.shape
+    on_cpu = matrix.device.type == "cpu"
+    step = max(1, (CHUNK if on_cpu else DEVICE_CHUNK) // columns)
+    parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    if on_cpu:
+        for_each(parts, work)
+    else:
+        for part in parts:
+            work(part)
