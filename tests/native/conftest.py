@@ -1,0 +1,61 @@
+"""Fixtures for the C++ library: its instruction sets in turn, and packed.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from moe_local.offload.native.library import ISAS, library
+
+
+@pytest.fixture(scope="session")
+def packed() -> ModuleType:
+    """tests/native/packed.py"""
+    path = Path(__file__).parent / "packed.py"
+    spec = importlib.util.spec_from_file_location("moe_local_native_packed", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def lib() -> Iterator[Any]:
+    """The library; its instruction set is put back afterwards."""
+    found = library()
+    if found is None:
+        pytest.skip("the C++ library was not compiled")
+    before = found.moe_isa()
+    yield found
+    found.moe_set_isa(before)
+
+
+@pytest.fixture(params=ISAS)
+def isa(lib: Any, request: pytest.FixtureRequest) -> str:
+    """Each instruction set that this machine has, in use."""
+    if lib.moe_set_isa(ISAS.index(request.param)) != 0:
+        pytest.skip(f"this processor has no {request.param}")
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def compiler() -> str:
+    """A C++ compiler."""
+    found = shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        pytest.skip("no C++ compiler")
+    return found
+
+
+@pytest.fixture(scope="session")
+def sources(repository: Path) -> Path:
+    return repository / "offload" / "native" / "src"

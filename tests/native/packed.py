@@ -1,0 +1,208 @@
+"""Matrices for the C++ library made of random bytes, the weights they stand for, and calls with guarded outputs."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from moe_local.offload.native.library import FORMATS, Gate, Matrix, library
+from moe_local.offload.native.library import Expert as ExpertStruct
+from moe_local.offload.quantize.bnb import dynamic_map
+
+BLOCK, NESTED_BLOCK = 64, 256
+
+# QLoRA (arXiv 2305.14314), appendix E.
+LEVELS = torch.tensor(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ]
+)
+
+GUARD = 1234567.0
+"""Stands before and after every output; no kernel gives it."""
+MARGIN = 32
+
+
+class Packed(NamedTuple):
+    """A matrix as the library reads it, and as numbers."""
+
+    struct: Matrix
+    weights: torch.Tensor
+    """float64 [rows, cols]."""
+    bias: torch.Tensor
+    """float64 [rows]; zeros where the struct has none."""
+    memory: tuple[torch.Tensor, ...]
+    """What the struct points to."""
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, cols] -> [T, rows], in float64."""
+        return x.double() @ self.weights.T + self.bias
+
+
+def at_odd_address(values: torch.Tensor, shift: int) -> torch.Tensor:
+    """A copy whose address is a multiple of 64 plus `shift` elements' bytes."""
+    size = values.element_size()
+    memory = torch.full((values.numel() + 64 + shift,), 77, dtype=values.dtype)
+    start = (-memory.data_ptr() % 64) // size + shift
+    place = memory[start : start + values.numel()]
+    place.copy_(values.flatten())
+    return place
+
+
+def pack(
+    format: str, rows: int, cols: int, *, seed: int = 0, bias: bool = True, shift: int = 0
+) -> Packed:
+    """A matrix [rows, cols] with every code that the format has, its bytes `shift` past an aligned address."""
+    generator = torch.Generator().manual_seed(seed)
+    added = torch.randn(rows, generator=generator) if bias else torch.zeros(rows)
+    make = _nf4 if format == "nf4" else _int8
+    struct, weights, memory = make(rows, cols, generator, shift)
+    kept = at_odd_address(added, shift)
+    struct.bias = kept.data_ptr() if bias else None
+    return Packed(struct, weights, added.double(), (*memory, kept))
+
+
+def _nf4(
+    rows: int, cols: int, generator: torch.Generator, shift: int
+) -> tuple[Matrix, torch.Tensor, tuple[torch.Tensor, ...]]:
+    numel = rows * cols
+    blocks = -(-numel // BLOCK)
+    nibbles = torch.randint(16, (numel + numel % 2,), generator=generator)
+    q = at_odd_address((nibbles[::2] * 16 + nibbles[1::2]).to(torch.uint8), shift)
+    codes = at_odd_address(torch.randint(256, (blocks,), generator=generator, dtype=torch.uint8), shift)
+    nested = torch.rand(-(-blocks // NESTED_BLOCK), generator=generator) / 50 + 0.01
+    nested, offset = at_odd_address(nested, shift), at_odd_address(torch.tensor([0.07]), shift)
+    scales = dynamic_map(torch.device("cpu"))[codes.long()] * nested.repeat_interleave(NESTED_BLOCK)[:blocks] + offset
+    weights = LEVELS[nibbles[:numel]].double() * scales.double().repeat_interleave(BLOCK)[:numel]
+    addresses = (q.data_ptr(), codes.data_ptr(), nested.data_ptr(), offset.data_ptr())
+    struct = Matrix(FORMATS["nf4"], 0, rows, cols, *addresses, None)
+    return struct, weights.view(rows, cols), (q, codes, nested, offset)
+
+
+def _int8(
+    rows: int, cols: int, generator: torch.Generator, shift: int
+) -> tuple[Matrix, torch.Tensor, tuple[torch.Tensor, ...]]:
+    blocks = -(-cols // BLOCK)
+    numbers = torch.randint(-128, 128, (rows, cols), generator=generator, dtype=torch.int8)
+    halves = (torch.rand(rows, blocks, generator=generator) / 500 + 1e-7).half()  # some of them subnormal
+    q = at_odd_address(numbers, shift)
+    scales = at_odd_address(halves.view(torch.uint8), shift)
+    weights = numbers.double() * halves.double().repeat_interleave(BLOCK, dim=1)[:, :cols]
+    struct = Matrix(FORMATS["int8"], 0, rows, cols, q.data_ptr(), scales.data_ptr(), None, None, None)
+    return struct, weights, (q, scales)
+
+
+class Guarded:
+    """A float32 output [rows, cols] full of NaN, between guards."""
+
+    def __init__(self, rows: int, cols: int, shift: int = 0) -> None:
+        self._memory = torch.full((rows * cols + 2 * MARGIN + shift,), GUARD)
+        self._start, self._end = MARGIN + shift, MARGIN + shift + rows * cols
+        self.values = self._memory[self._start : self._end].view(rows, cols)
+        self.values.fill_(float("nan"))
+
+    def take(self) -> torch.Tensor:
+        """The output, once nothing has been written beside it."""
+        around = torch.cat([self._memory[: self._start], self._memory[self._end :]])
+        assert (around == GUARD).all(), "written outside of the output"
+        return self.values
+
+
+def linear(packed: Packed, x: torch.Tensor, activations: int, threads: int = 1, shift: int = 0) -> torch.Tensor:
+    """moe_linear on float32 x [T, cols] -> [T, rows]; x and the output `shift` floats past an aligned address."""
+    lib = library()
+    assert lib is not None
+    inputs = at_odd_address(x, shift)
+    out = Guarded(x.shape[0], packed.struct.rows, shift)
+    status = lib.moe_linear(
+        ctypes.byref(packed.struct), inputs.data_ptr(), x.shape[0], out.values.data_ptr(), activations, threads
+    )
+    assert status == 0
+    return out.take()
+
+
+class ExpertPair(NamedTuple):
+    """Both matrices of an expert."""
+
+    up: Packed
+    down: Packed
+    struct: ExpertStruct
+
+
+def pack_expert(
+    format: str, width: int, hidden: int, gate: Gate, *, seed: int = 0, bias: bool = True, shift: int = 0
+) -> ExpertPair:
+    """An expert of D = `width` and F = `hidden`."""
+    first = pack(format, hidden * (1 if gate.arrangement == 0 else 2), width, seed=2 * seed, bias=bias, shift=shift)
+    second = pack(format, width, hidden, seed=2 * seed + 1, bias=bias, shift=shift)
+    return ExpertPair(first, second, ExpertStruct(first.struct, second.struct))
+
+
+class Routed(NamedTuple):
+    """What moe_experts gave: `outputs` [T * K, D], and `combined` [T, D]."""
+
+    outputs: torch.Tensor
+    combined: torch.Tensor
+
+
+def run_experts(
+    experts: Sequence[ExpertPair],
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    x: torch.Tensor,
+    gate: Gate,
+    activations: int,
+    *,
+    threads: int = 1,
+    groups: Sequence[Sequence[int]] | None = None,
+) -> Routed:
+    """moe_experts on x [T, D] routed to `ids` [T, K], in one call a group of experts; the last one combines."""
+    lib = library()
+    assert lib is not None
+    tokens, top_k = ids.shape
+    outputs, combined = Guarded(tokens * top_k, x.shape[1]), Guarded(tokens, x.shape[1])
+    groups = groups or [range(len(experts))]
+    for group in groups:
+        places = [(ids.flatten() == expert).nonzero().flatten() for expert in group]
+        starts = [0]
+        for found in places:
+            starts.append(starts[-1] + found.numel())
+        flat = torch.cat([*places, torch.zeros(1, dtype=torch.int64)])  # never empty, so never null
+        rows = flat // top_k
+        last = group is groups[-1]
+        status = lib.moe_experts(
+            (ctypes.c_void_p * len(group))(*(ctypes.addressof(experts[e].struct) for e in group)),
+            len(group),
+            (ctypes.c_int64 * len(starts))(*starts),
+            rows.data_ptr(),
+            flat.data_ptr(),
+            ctypes.byref(gate),
+            x.data_ptr(),
+            tokens,
+            outputs.values.data_ptr(),
+            weights.data_ptr() if last else None,
+            top_k,
+            combined.values.data_ptr() if last else None,
+            activations,
+            threads,
+        )
+        assert status == 0
+    return Routed(outputs.take(), combined.take())
+
+
+def routing(tokens: int, experts: int, top_k: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids [T, K] without repetition in a token, and weights [T, K] that sum to one."""
+    generator = torch.Generator().manual_seed(seed)
+    weights, ids = torch.rand(tokens, experts, generator=generator).topk(top_k)
+    return ids, weights.softmax(-1).contiguous()
+
+
+def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Relative, in the Frobenius norm."""
+    return float((got.double() - want).norm() / want.norm())

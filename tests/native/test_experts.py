@@ -1,0 +1,171 @@
+"""moe_experts against plain torch: gates, biases, routings; and what may not change a bit of its answers."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moe_local.offload.native.library import FLOATS, INT8, INT16, Gate
+
+PLAIN, CONCATENATED, INTERLEAVED = range(3)
+RELU, SILU, CLAMPED = 1, 3, 6
+
+GATES = {
+    "plain": Gate(PLAIN, RELU, 0, 0),
+    "concatenated": Gate(CONCATENATED, SILU, 0, 0),
+    "interleaved": Gate(INTERLEAVED, SILU, 0, 0),
+    "clamped": Gate(INTERLEAVED, CLAMPED, 1.702, 7.0),
+}
+BOUNDS = {FLOATS: 5e-6, INT16: 2e-4, INT8: 3e-2}
+"""Rounding happens twice, and a gate multiplies what two numbers are off by."""
+
+
+def activate(gate: Gate, hidden: torch.Tensor) -> torch.Tensor:
+    """What the gates above do, in the dtype of `hidden`."""
+    if gate.arrangement == PLAIN:
+        return F.relu(hidden)
+    if gate.arrangement == CONCATENATED:
+        first, second = hidden.chunk(2, dim=-1)
+    else:
+        first, second = hidden[..., ::2], hidden[..., 1::2]
+    if gate.function == SILU:
+        return F.silu(first) * second
+    first, second = first.clamp(max=gate.limit), second.clamp(-gate.limit, gate.limit)
+    return (second + 1) * first * torch.sigmoid(first * gate.alpha)
+
+
+def plainly(
+    experts: Any, ids: torch.Tensor, weights: torch.Tensor, x: torch.Tensor, gate: Gate
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """outputs [T * K, D] and combined [T, D] in float64, pair by pair."""
+    rows = []
+    for token, chosen in enumerate(ids.tolist()):
+        for expert in chosen:
+            hidden = experts[expert].up.product(x[token : token + 1])
+            rows.append(experts[expert].down.product(activate(gate, hidden)))
+    outputs = torch.cat(rows)
+    return outputs, (outputs.view(*ids.shape, -1) * weights.double().unsqueeze(-1)).sum(dim=1)
+
+
+@pytest.mark.parametrize("activations", BOUNDS)
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_equals_the_plain_products(
+    packed: Any, isa: str, format: str, kind: str, activations: int
+) -> None:
+    gate = GATES[kind]
+    for width, hidden in ((128, 192), (65, 33), (64, 1)):
+        experts = [packed.pack_expert(format, width, hidden, gate, seed=e) for e in range(8)]
+        for tokens, top_k in ((1, 1), (1, 8), (2, 3), (7, 2), (40, 4)):
+            ids, weights = packed.routing(tokens, 8, top_k, seed=tokens)
+            x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens)) / 4
+            got = packed.run_experts(experts, ids, weights, x, gate, activations)
+            outputs, combined = plainly(experts, ids, weights, x, gate)
+            assert packed.error_of(got.outputs, outputs) < BOUNDS[activations]
+            assert packed.error_of(got.combined, combined) < BOUNDS[activations]
+
+
+@pytest.mark.parametrize("activations", BOUNDS)
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_neither_groups_nor_their_order_nor_threads_change_a_bit(
+    packed: Any, isa: str, format: str, activations: int
+) -> None:
+    """Also where the pairs are too many for one batch, so that batches end at other experts in other groups."""
+    gate = GATES["concatenated"]
+    experts = [packed.pack_expert(format, 192, 128, gate, seed=e) for e in range(16)]
+    for tokens, top_k in ((1, 4), (3, 4), (150, 4), (400, 1), (90, 12)):
+        ids, weights = packed.routing(tokens, 16, top_k, seed=tokens)
+        if tokens == 400:
+            ids = torch.where(torch.arange(400) < 253, 0, 3).unsqueeze(1)  # 256 pairs end 3 tokens into expert 3
+        x = torch.randn(tokens, 192, generator=torch.Generator().manual_seed(tokens))
+
+        def run(threads: int = 1, groups: Any = None, of: Any = (ids, weights, x)) -> Any:
+            return packed.run_experts(experts, *of, gate, activations, threads=threads, groups=groups)
+
+        once = run()
+        backwards = list(range(15, -1, -1))
+        for groups in (
+            [[e] for e in range(16)],
+            [[e] for e in backwards],
+            [backwards],
+            [[*range(1, 16, 2)], [*range(0, 16, 2)]],
+            [[3, 0, 15], [*range(4, 15)], [2, 1]],
+        ):
+            assert all(map(torch.equal, run(groups=groups), once))
+        for threads in (2, 3, 64):
+            assert all(map(torch.equal, run(threads=threads), once))
+
+
+def test_experts_and_tokens_that_are_not_there(packed: Any, lib: Any) -> None:
+    gate = GATES["concatenated"]
+    experts = [packed.pack_expert("nf4", 64, 64, gate, seed=e) for e in range(4)]
+    ids, weights = torch.tensor([[2], [2]]), torch.ones(2, 1)
+    x = torch.randn(2, 64)
+    some = packed.run_experts(experts, ids, weights, x, gate, FLOATS)  # three experts have no tokens
+    assert torch.equal(some.combined, some.outputs)
+    nothing = torch.empty(0, 1, dtype=torch.int64), torch.empty(0, 1)
+    assert packed.run_experts(experts, *nothing, torch.empty(0, 64), gate, FLOATS).combined.shape == (0, 64)
+
+
+def test_only_the_places_asked_for_are_written(packed: Any, lib: Any) -> None:
+    gate = GATES["plain"]
+    experts = [packed.pack_expert("nf4", 64, 64, gate, seed=e) for e in range(4)]
+    ids, weights = packed.routing(6, 4, 2)
+    x = torch.randn(6, 64)
+    out = packed.Guarded(12, 64)
+    places = (ids.flatten() == 1).nonzero().flatten()
+    rows = places // 2
+    status = lib.moe_experts(
+        (ctypes.c_void_p * 1)(ctypes.addressof(experts[1].struct)),
+        1,
+        (ctypes.c_int64 * 2)(0, len(places)),
+        rows.data_ptr(),
+        places.data_ptr(),
+        ctypes.byref(gate),
+        x.data_ptr(),
+        6,
+        out.values.data_ptr(),
+        None,
+        2,
+        None,
+        FLOATS,
+        1,
+    )
+    assert status == 0
+    written = out.take().isfinite().all(dim=1).nonzero().flatten()
+    assert torch.equal(written, places)
+    whole = packed.run_experts(experts, ids, weights, x, gate, FLOATS)
+    assert torch.equal(out.values[places], whole.outputs[places])
+
+
+@pytest.mark.parametrize("activations", BOUNDS)
+def test_a_token_that_is_no_number_spoils_no_other(packed: Any, isa: str, activations: int) -> None:
+    gate = GATES["concatenated"]
+    experts = [packed.pack_expert("nf4", 128, 192, gate, seed=e) for e in range(4)]
+    for tokens in (2, 12):
+        ids, weights = packed.routing(tokens, 4, 2, seed=tokens)
+        x = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(tokens))
+        clean = packed.run_experts(experts, ids, weights, x, gate, activations)
+        x[1, 3] = float("nan")
+        got = packed.run_experts(experts, ids, weights, x, gate, activations)
+        assert got.combined[1].isnan().all()
+        others = [t for t in range(tokens) if t != 1]
+        assert torch.equal(got.combined[others], clean.combined[others])
+
+
+def test_combining_alone_gives_the_same_sum(packed: Any, isa: str, lib: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for tokens, top_k, cols in ((1, 1, 1), (3, 2, 63), (2, 8, 200)):
+        rows = torch.randn(tokens * top_k, cols, generator=generator)
+        weights = torch.rand(tokens, top_k, generator=generator)
+        out = packed.Guarded(tokens, cols)
+        assert lib.moe_combine(rows.data_ptr(), weights.data_ptr(), tokens, top_k, cols, out.values.data_ptr()) == 0
+        terms = (rows.view(tokens, top_k, cols) * weights.unsqueeze(-1)).unbind(1)
+        want = terms[0]
+        for term in terms[1:]:
+            want = want + term
+        assert torch.equal(out.take(), want)

@@ -1,0 +1,156 @@
+"""moe_linear against float64 products of the decoded weights: every instruction set, format and shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_local.offload.native.library import FLOATS, INT8, INT16, ISAS
+
+BOUNDS = {FLOATS: 3e-6, INT16: 7e-5, INT8: 9e-3}
+"""Largest error of y relative to the sizes of its factors, |x| * |w| (see `error`)."""
+
+SHAPES = [
+    *((1, 1), (63, 1), (1, 63), (5, 64), (65, 65), (64, 127), (127, 128), (192, 192), (33, 1000)),
+    (300, 320),  # 1500 blocks: more than one scale of scales, and rows that cross from one to the next
+    (17, 4096 + 64),
+    (2, 33344),  # more than one stretch of decoded scales a row
+]
+TOKENS = (1, 2, 3, 4, 5, 7, 16, 33, 128, 129, 300)
+
+
+def error(got: torch.Tensor, want: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> float:
+    """Of a product: what is off, relative to |x| * |w| of each token and row, which is how large random ones are.
+
+    Relative to the product itself, a sum that happens to cancel would count as an error.
+    """
+    sizes = x.double().norm(dim=1).unsqueeze(1) * weights.norm(dim=1)
+    return float((got.double() - want).norm() / sizes.norm())
+
+
+@pytest.mark.parametrize("activations", BOUNDS)
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_equals_the_product_of_the_decoded_weights(
+    packed: Any, isa: str, format: str, activations: int
+) -> None:
+    for rows, cols in SHAPES:
+        m = packed.pack(format, rows, cols, seed=rows + cols, bias=rows % 2 == 1)
+        x = torch.randn(max(TOKENS), cols, generator=torch.Generator().manual_seed(cols))
+        want = m.product(x)
+        for tokens in TOKENS:
+            if tokens * rows * cols > 30_000_000:
+                continue
+            got = packed.linear(m, x[:tokens], activations)
+            off = error(got, want[:tokens], x[:tokens], m.weights)
+            assert off < BOUNDS[activations], (rows, cols, tokens, off)
+
+
+@pytest.mark.parametrize("activations", BOUNDS)
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_no_address_needs_more_than_an_elements_alignment(
+    packed: Any, isa: str, format: str, activations: int
+) -> None:
+    for cols in (64, 192, 256, 65, 1000):
+        x = torch.randn(7, cols, generator=torch.Generator().manual_seed(cols))
+        for tokens in (1, 4, 7):
+            aligned = packed.linear(packed.pack(format, 37, cols), x[:tokens], activations)
+            for shift in (1, 3):
+                m = packed.pack(format, 37, cols, shift=shift)
+                assert m.struct.q % 2 == 1
+                assert torch.equal(packed.linear(m, x[:tokens], activations, shift=shift), aligned)
+
+
+@pytest.mark.parametrize("activations", BOUNDS)
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_the_number_of_threads_changes_no_bit(
+    packed: Any, isa: str, format: str, activations: int
+) -> None:
+    m = packed.pack(format, 2100, 320)  # enough bytes that threads are woken, and a last chunk that is not whole
+    x = torch.randn(9, 320, generator=torch.Generator().manual_seed(0))
+    for tokens in (1, 4, 9):
+        alone = packed.linear(m, x[:tokens], activations)
+        for threads in (2, 3, 64, 1000):
+            assert torch.equal(packed.linear(m, x[:tokens], activations, threads), alone)
+
+
+@pytest.mark.parametrize("activations", BOUNDS)
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_no_whole_number_overflows(packed: Any, isa: str, format: str, activations: int) -> None:
+    """All weights and activations as large as they get, so that every product of a block has one sign."""
+    m = packed.pack(format, 4, 512, bias=False)
+    q = m.memory[0]
+    rows = torch.tensor([[0xFF, 0x00], [0x00, 0xFF], [0x0F, 0xF0], [0xF0, 0x0F]], dtype=torch.uint8)
+    if format == "int8":
+        rows = torch.tensor([[127, -128], [-128, 127], [-128, -128], [127, 127]], dtype=torch.int8)
+    q.copy_(rows.repeat(1, q.numel() // 8).flatten())
+    if format == "nf4":
+        scales = m.weights.abs().reshape(-1, 64).max(dim=1).values
+        nibbles = torch.stack([q >> 4, q & 15], dim=1).flatten().long()
+        per_block = packed.LEVELS.double()[nibbles].view(-1, 64)
+        scales = decoded_scales(packed, m)
+        weights = (per_block * scales.unsqueeze(1)).view(4, 512)
+    else:
+        scales = m.memory[1].view(torch.float16).double()
+        weights = q.double().view(4, 512) * scales.repeat_interleave(64).view(4, 512)
+    signs = [torch.ones(512), -torch.ones(512), torch.tensor([1.0, -1.0]).repeat(256)]
+    for x in signs:
+        for tokens in (1, 3):
+            got = packed.linear(m, (3.7 * x).repeat(tokens, 1), activations)
+            want = (3.7 * x).double().repeat(tokens, 1) @ weights.T
+            assert torch.allclose(got.double(), want, rtol=0, atol=1e-3 * float(weights.abs().sum(1).max()))
+
+
+def decoded_scales(packed: Any, m: Any) -> torch.Tensor:
+    """Of an NF4 matrix' blocks, float64."""
+    _, codes, nested, offset, _ = m.memory
+    blocks = packed.dynamic_map(torch.device("cpu"))[codes.long()]
+    return (blocks * nested.repeat_interleave(256)[: codes.numel()] + offset).double()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    format=st.sampled_from(["nf4", "int8"]),
+    isa=st.integers(0, 2),
+    activations=st.sampled_from(list(BOUNDS)),
+    rows=st.integers(1, 80),
+    cols=st.one_of(st.integers(1, 300), st.integers(1, 12).map(lambda blocks: 64 * blocks)),
+    tokens=st.integers(0, 20),
+    threads=st.integers(1, 5),
+    shift=st.integers(0, 7),
+    seed=st.integers(0, 1000),
+    bias=st.booleans(),
+)
+def test_any_shape_anywhere(packed: Any, isa: int, format: str, activations: int, **case: Any) -> None:
+    from moe_local.offload.native.library import library
+
+    lib: Any = library()
+    if lib is None or lib.moe_set_isa(min(isa, lib.moe_best_isa())) != 0:
+        pytest.skip("no library")
+    try:
+        m = packed.pack(
+            format, case["rows"], case["cols"], seed=case["seed"], bias=case["bias"], shift=case["shift"]
+        )
+        x = torch.randn(
+            case["tokens"], case["cols"], generator=torch.Generator().manual_seed(case["seed"])
+        )
+        got = packed.linear(m, x, activations, case["threads"], case["shift"])
+        if case["tokens"]:
+            # Few numbers average less out: a single product is off by what its two factors are.
+            assert error(got, m.product(x), x, m.weights) < 2 * BOUNDS[activations]
+    finally:
+        lib.moe_set_isa(lib.moe_best_isa())
+
+
+def test_no_tokens_are_no_work(packed: Any, lib: Any) -> None:
+    assert packed.linear(packed.pack("nf4", 3, 64), torch.empty(0, 64), FLOATS).shape == (0, 3)
+
+
+def test_sets_are_named_in_order(lib: Any) -> None:
+    for number in range(lib.moe_best_isa() + 1):
+        assert lib.moe_set_isa(number) == 0
+        assert lib.moe_isa() == number
+    assert lib.moe_best_isa() < len(ISAS)
