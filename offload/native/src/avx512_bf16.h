@@ -77,6 +77,7 @@ BF16_TARGET void rows_tiled_bf16(Decode decode, const Matrix& m, const float* ma
           to_bf16(floats, padded(part), weights + r * BF16_DEPTH + c);
         }
       }
+      ask_for_next(m, row, rows, column, depth);
       const uint16_t* in[TILE_TOKENS];
       for (int64_t t = 0; t < count; ++t) in[t] = static_cast<const uint16_t*>(x[t].q) + column;
       int64_t t = 0;

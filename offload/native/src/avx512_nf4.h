@@ -80,7 +80,7 @@ struct NF4Floats {
         if (count % 2 != 0) scales[count] = 0.0f;
         for (int64_t b = 0; b < count; b += 2) {
           const bool whole = b + 2 <= count;
-          _mm_prefetch(reinterpret_cast<const char*>(q + AHEAD), _MM_HINT_T0);
+          PREFETCH(reinterpret_cast<const char*>(q) + AHEAD);
           __m512 w[8];
           group_levels(group_bytes(q, whole), table, w);
           const __m512 scale = on_lanes(scales + b);
@@ -139,7 +139,7 @@ struct NF4Rounded16 {
                             _mm512_mul_ps(_mm512_load_ps(scales + b), _mm512_loadu_ps(x[t].scales + done + b)));
         for (int64_t b = 0; b < count; b += 2) {
           const bool whole = b + 2 <= count;
-          _mm_prefetch(reinterpret_cast<const char*>(q + AHEAD), _MM_HINT_T0);
+          PREFETCH(reinterpret_cast<const char*>(q) + AHEAD);
           const __m512i bytes = group_bytes(q, whole);
           const __m512i even = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
           const __m512i odd = _mm512_and_si512(bytes, nibble);
@@ -204,7 +204,7 @@ struct NF4Rounded8 {
         }
         for (int64_t b = 0; b < count; b += 2) {
           const bool whole = b + 2 <= count;
-          _mm_prefetch(reinterpret_cast<const char*>(q + AHEAD), _MM_HINT_T0);
+          PREFETCH(reinterpret_cast<const char*>(q) + AHEAD);
           const __m512i bytes = group_bytes(q, whole);
           const __m512i even = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
           const __m512i odd = _mm512_and_si512(bytes, nibble);

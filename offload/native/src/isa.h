@@ -5,6 +5,16 @@
 
 #include "moe_native.h"
 
+// Asks for a cache line; of any address, also one that is not there.
+#if defined(__GNUC__) || defined(__clang__)
+#define PREFETCH(address) __builtin_prefetch(address, 0, 3)
+#elif defined(_M_X64)
+#include <xmmintrin.h>
+#define PREFETCH(address) _mm_prefetch(address, _MM_HINT_T0)
+#else
+#define PREFETCH(address) static_cast<void>(address)
+#endif
+
 constexpr int64_t BLOCK = 64;         // weights that share one scale, and activations where they are quantized
 constexpr int64_t NESTED_BLOCK = 256; // NF4 scales that share one of their own
 constexpr int64_t TILE_TOKENS = 128;  // most tokens that one pass over a matrix serves

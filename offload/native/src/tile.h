@@ -113,6 +113,17 @@ inline void tile_rest(const float* weights, const float* const* x, int64_t count
     tile_rest<T - 1>(weights, x, count, depth, rows, partial);
 }
 
+// Asks memory for the stretch after columns [column, column + depth) of rows [row, row + rows), which lies in the rows
+// below at the end of these: it comes while this one is multiplied.
+inline void ask_for_next(const Matrix& m, int64_t row, int64_t rows, int64_t column, int64_t depth) {
+  const bool ends = column + depth >= m.cols;
+  const int64_t per_byte = m.format == NF4 ? 2 : 1, next = ends ? 0 : column + depth;
+  for (int64_t r = 0; r < rows; ++r) {
+    const char* start = static_cast<const char*>(m.q) + ((row + r + (ends ? rows : 0)) * m.cols + next) / per_byte;
+    for (int64_t i = 0; i < depth / per_byte; i += 64) PREFETCH(start + i);
+  }
+}
+
 // Rows [first, last) by tiles.
 void rows_tiled(Decode decode, const Matrix& m, const float* map, const Prepared* x, int64_t count, int64_t first,
                 int64_t last, float* const* y) {
@@ -124,6 +135,7 @@ void rows_tiled(Decode decode, const Matrix& m, const float* map, const Prepared
     for (int64_t column = 0; column < m.cols; column += DEPTH) {
       const int64_t depth = least(DEPTH, m.cols - column), whole = padded(depth);
       for (int64_t r = 0; r < rows; ++r) decode(m, map, row + r, column, depth, weights + r * DEPTH);
+      ask_for_next(m, row, rows, column, depth);
       const float* in[TILE_TOKENS];
       for (int64_t t = 0; t < count; ++t) in[t] = x[t].values + column;
       int64_t t = 0;
