@@ -1,4 +1,4 @@
-"""Matrices for the C++ library made of random bytes, the weights they stand for, and calls with guarded outputs."""
+"""Matrices for the C++ library made of random bytes, the weights they are, and calls with guarded outputs."""
 
 from __future__ import annotations
 
@@ -55,10 +55,8 @@ def at_odd_address(values: torch.Tensor, shift: int) -> torch.Tensor:
     return place
 
 
-def pack(
-    format: str, rows: int, cols: int, *, seed: int = 0, bias: bool = True, shift: int = 0
-) -> Packed:
-    """A matrix [rows, cols] with every code that the format has, its bytes `shift` past an aligned address."""
+def pack(format: str, rows: int, cols: int, *, seed: int = 0, bias: bool = True, shift: int = 0) -> Packed:
+    """A matrix [rows, cols] of random codes, its parts `shift` elements past an aligned address."""
     generator = torch.Generator().manual_seed(seed)
     added = torch.randn(rows, generator=generator) if bias else torch.zeros(rows)
     make = _nf4 if format == "nf4" else _int8
@@ -78,7 +76,10 @@ def _nf4(
     codes = at_odd_address(torch.randint(256, (blocks,), generator=generator, dtype=torch.uint8), shift)
     nested = torch.rand(-(-blocks // NESTED_BLOCK), generator=generator) / 50 + 0.01
     nested, offset = at_odd_address(nested, shift), at_odd_address(torch.tensor([0.07]), shift)
-    scales = dynamic_map(torch.device("cpu"))[codes.long()] * nested.repeat_interleave(NESTED_BLOCK)[:blocks] + offset
+    scales = (
+        dynamic_map(torch.device("cpu"))[codes.long()] * nested.repeat_interleave(NESTED_BLOCK)[:blocks]
+        + offset
+    )
     weights = LEVELS[nibbles[:numel]].double() * scales.double().repeat_interleave(BLOCK)[:numel]
     addresses = (q.data_ptr(), codes.data_ptr(), nested.data_ptr(), offset.data_ptr())
     struct = Matrix(FORMATS["nf4"], 0, rows, cols, *addresses, None)
@@ -114,14 +115,21 @@ class Guarded:
         return self.values
 
 
-def linear(packed: Packed, x: torch.Tensor, activations: int, threads: int = 1, shift: int = 0) -> torch.Tensor:
-    """moe_linear on float32 x [T, cols] -> [T, rows]; x and the output `shift` floats past an aligned address."""
+def linear(
+    packed: Packed, x: torch.Tensor, activations: int, threads: int = 1, shift: int = 0
+) -> torch.Tensor:
+    """moe_linear on float32 x [T, cols] -> [T, rows]; both `shift` floats past an aligned address."""
     lib = library()
     assert lib is not None
     inputs = at_odd_address(x, shift)
     out = Guarded(x.shape[0], packed.struct.rows, shift)
     status = lib.moe_linear(
-        ctypes.byref(packed.struct), inputs.data_ptr(), x.shape[0], out.values.data_ptr(), activations, threads
+        ctypes.byref(packed.struct),
+        inputs.data_ptr(),
+        x.shape[0],
+        out.values.data_ptr(),
+        activations,
+        threads,
     )
     assert status == 0
     return out.take()
@@ -139,7 +147,9 @@ def pack_expert(
     format: str, width: int, hidden: int, gate: Gate, *, seed: int = 0, bias: bool = True, shift: int = 0
 ) -> ExpertPair:
     """An expert of D = `width` and F = `hidden`."""
-    first = pack(format, hidden * (1 if gate.arrangement == 0 else 2), width, seed=2 * seed, bias=bias, shift=shift)
+    first = pack(
+        format, hidden * (1 if gate.arrangement == 0 else 2), width, seed=2 * seed, bias=bias, shift=shift
+    )
     second = pack(format, width, hidden, seed=2 * seed + 1, bias=bias, shift=shift)
     return ExpertPair(first, second, ExpertStruct(first.struct, second.struct))
 
@@ -162,7 +172,7 @@ def run_experts(
     threads: int = 1,
     groups: Sequence[Sequence[int]] | None = None,
 ) -> Routed:
-    """moe_experts on x [T, D] routed to `ids` [T, K], in one call a group of experts; the last one combines."""
+    """moe_experts on x [T, D] routed to `ids` [T, K], one call a group of experts; the last combines."""
     lib = library()
     assert lib is not None
     tokens, top_k = ids.shape

@@ -54,9 +54,7 @@ def plainly(
 @pytest.mark.parametrize("activations", BOUNDS)
 @pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_equals_the_plain_products(
-    packed: Any, isa: str, format: str, kind: str, activations: int
-) -> None:
+def test_equals_the_plain_products(packed: Any, isa: str, format: str, kind: str, activations: int) -> None:
     gate = GATES[kind]
     for width, hidden in ((128, 192), (65, 33), (64, 1)):
         experts = [packed.pack_expert(format, width, hidden, gate, seed=e) for e in range(8)]
@@ -74,13 +72,15 @@ def test_equals_the_plain_products(
 def test_neither_groups_nor_their_order_nor_threads_change_a_bit(
     packed: Any, isa: str, format: str, activations: int
 ) -> None:
-    """Also where the pairs are too many for one batch, so that batches end at other experts in other groups."""
+    """Also where there are more pairs than make a batch, and batches would end elsewhere in other groups."""
     gate = GATES["concatenated"]
     experts = [packed.pack_expert(format, 192, 128, gate, seed=e) for e in range(16)]
     for tokens, top_k in ((1, 4), (3, 4), (150, 4), (400, 1), (90, 12)):
         ids, weights = packed.routing(tokens, 16, top_k, seed=tokens)
         if tokens == 400:
-            ids = torch.where(torch.arange(400) < 253, 0, 3).unsqueeze(1)  # 256 pairs end 3 tokens into expert 3
+            ids = torch.where(torch.arange(400) < 253, 0, 3).unsqueeze(
+                1
+            )  # 256 pairs end 3 tokens into expert 3
         x = torch.randn(tokens, 192, generator=torch.Generator().manual_seed(tokens))
 
         def run(threads: int = 1, groups: Any = None, of: Any = (ids, weights, x)) -> Any:
@@ -163,7 +163,10 @@ def test_combining_alone_gives_the_same_sum(packed: Any, isa: str, lib: Any) -> 
         rows = torch.randn(tokens * top_k, cols, generator=generator)
         weights = torch.rand(tokens, top_k, generator=generator)
         out = packed.Guarded(tokens, cols)
-        assert lib.moe_combine(rows.data_ptr(), weights.data_ptr(), tokens, top_k, cols, out.values.data_ptr()) == 0
+        assert (
+            lib.moe_combine(rows.data_ptr(), weights.data_ptr(), tokens, top_k, cols, out.values.data_ptr())
+            == 0
+        )
         terms = (rows.view(tokens, top_k, cols) * weights.unsqueeze(-1)).unbind(1)
         want = terms[0]
         for term in terms[1:]:

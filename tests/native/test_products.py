@@ -24,7 +24,7 @@ TOKENS = (1, 2, 3, 4, 5, 7, 16, 33, 128, 129, 300)
 
 
 def error(got: torch.Tensor, want: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> float:
-    """Of a product: what is off, relative to |x| * |w| of each token and row, which is how large random ones are.
+    """What is off in a product, relative to |x| * |w| of each token and row: how large random ones are.
 
     Relative to the product itself, a sum that happens to cancel would count as an error.
     """
@@ -66,10 +66,10 @@ def test_no_address_needs_more_than_an_elements_alignment(
 
 @pytest.mark.parametrize("activations", BOUNDS)
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_the_number_of_threads_changes_no_bit(
-    packed: Any, isa: str, format: str, activations: int
-) -> None:
-    m = packed.pack(format, 2100, 320)  # enough bytes that threads are woken, and a last chunk that is not whole
+def test_the_number_of_threads_changes_no_bit(packed: Any, isa: str, format: str, activations: int) -> None:
+    m = packed.pack(
+        format, 2100, 320
+    )  # enough bytes that threads are woken, and a last chunk that is not whole
     x = torch.randn(9, 320, generator=torch.Generator().manual_seed(0))
     for tokens in (1, 4, 9):
         alone = packed.linear(m, x[:tokens], activations)
@@ -88,7 +88,6 @@ def test_no_whole_number_overflows(packed: Any, isa: str, format: str, activatio
         rows = torch.tensor([[127, -128], [-128, 127], [-128, -128], [127, 127]], dtype=torch.int8)
     q.copy_(rows.repeat(1, q.numel() // 8).flatten())
     if format == "nf4":
-        scales = m.weights.abs().reshape(-1, 64).max(dim=1).values
         nibbles = torch.stack([q >> 4, q & 15], dim=1).flatten().long()
         per_block = packed.LEVELS.double()[nibbles].view(-1, 64)
         scales = decoded_scales(packed, m)
@@ -134,9 +133,7 @@ def test_any_shape_anywhere(packed: Any, isa: int, format: str, activations: int
         m = packed.pack(
             format, case["rows"], case["cols"], seed=case["seed"], bias=case["bias"], shift=case["shift"]
         )
-        x = torch.randn(
-            case["tokens"], case["cols"], generator=torch.Generator().manual_seed(case["seed"])
-        )
+        x = torch.randn(case["tokens"], case["cols"], generator=torch.Generator().manual_seed(case["seed"]))
         got = packed.linear(m, x, activations, case["threads"], case["shift"])
         if case["tokens"]:
             # Few numbers average less out: a single product is off by what its two factors are.

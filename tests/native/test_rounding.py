@@ -1,4 +1,4 @@
-"""Activations that are hard to round: outliers, numbers that are none, the smallest and the largest there are."""
+"""Activations that are hard to round: outliers, numbers that are none, the smallest, the largest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLS = 4096
 
 
 def with_outliers(tokens: int, cols: int, channels: int, size: float) -> torch.Tensor:
-    """Normal activations, `channels` of them `size` times as large in every token, as language models have them."""
+    """Normal activations, `channels` of them `size` times as large in every token, as in language models."""
     generator = torch.Generator().manual_seed(channels)
     x = torch.randn(tokens, cols, generator=generator)
     x[:, torch.randperm(cols, generator=generator)[:channels]] *= size
@@ -29,10 +29,8 @@ def off_by_token(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 @pytest.mark.parametrize("channels", [1, 4, 16])
-def test_outliers_leave_results_right(
-    packed: Any, isa: str, format: str, channels: int
-) -> None:
-    """A scale serves 64 columns only; eight bits lose an outlier's neighbours there, which are small beside it."""
+def test_outliers_leave_results_right(packed: Any, isa: str, format: str, channels: int) -> None:
+    """Eight bits lose an outlier's neighbours, which are at most 63 and small beside it."""
     m = packed.pack(format, 256, COLS, bias=False)
     x = with_outliers(4, COLS, channels, 1000.0)
     want = m.product(x)
