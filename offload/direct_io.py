@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -91,7 +92,10 @@ class PageArena:
 
 
 def read_ranges(ranges: Sequence[Range]) -> None:
-    """Read all ranges, several pieces of them at a time. Raises ReadError, also if a file ends too early."""
+    """Read all ranges, several pieces of them at a time. Raises ReadError, also if a file ends too early.
+
+    Without a copy where memory is as far into a page as the file is.
+    """
     if sum(found.out.numel() for found in ranges) < PIECE:
         for found in ranges:
             _read(found)
@@ -151,23 +155,30 @@ def _opened_directly(paths: set[Path]) -> Iterator[dict[Path, int]]:
 
 
 def _pieces(whole: Range) -> Iterator[Range]:
-    """Ranges that end on multiples of PIECE in the file, so that each has pages of its own."""
+    """Ranges that end on multiples of PIECE in the file, and where parts of pages begin and end."""
     start, end = whole.start, whole.start + whole.out.numel()
-    while start < end:
-        stop = min((start // PIECE + 1) * PIECE, end)
-        yield Range(whole.path, start, whole.out[start - whole.start : stop - whole.start])
-        start = stop
+    cuts = {
+        start,
+        end,
+        -(-start // PAGE) * PAGE,
+        end // PAGE * PAGE,
+        *range(start // PIECE * PIECE, end, PIECE),
+    }
+    for cut, stop in pairwise(sorted(cut for cut in cuts if start <= cut <= end)):
+        yield Range(whole.path, cut, whole.out[cut - start : stop - start])
 
 
 def _read_directly(file: int, piece: Range, buffer: torch.Tensor) -> int:
-    """Read the pages of the piece into `buffer` and what belongs to it from there; the bytes that came."""
-    skip = piece.start % PAGE
-    length = -(-(skip + piece.out.numel()) // PAGE) * PAGE
+    """Read the pages of the piece, through `buffer` unless they are pages in memory; the bytes that came."""
+    skip, size, address = piece.start % PAGE, piece.out.numel(), piece.out.data_ptr()
+    pages = -(-(skip + size) // PAGE) * PAGE
     done = 0
     with suppress(OSError):  # refused, or what the ordinary read will find as well and tell
-        count = os.preadv(file, [buffer.numpy().data[:length]], piece.start - skip)
-        done = max(0, min(count - skip, piece.out.numel()))
-        ctypes.memmove(piece.out.data_ptr(), buffer.data_ptr() + skip, done)  # other threads run meanwhile
+        if pages == size and address % PAGE == 0:
+            return os.preadv(file, [piece.out.numpy().data], piece.start)
+        count = os.preadv(file, [buffer.numpy().data[:pages]], piece.start - skip)
+        done = max(0, min(count - skip, size))
+        ctypes.memmove(address, buffer.data_ptr() + skip, done)  # other threads run meanwhile
     return done
 
 

@@ -16,7 +16,7 @@ import xxhash
 from moe_local.cache.errors import CheckpointError
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.files import INDEX, SINGLE, first_pickle, read_index
-from moe_local.offload.direct_io import Memory, Range, ReadError, page_memory, read_ranges
+from moe_local.offload.direct_io import PAGE, Memory, Range, ReadError, page_memory, read_ranges
 
 MAX_HEADER = 100_000_000
 """Bytes; what the safetensors library itself accepts."""
@@ -130,14 +130,22 @@ class Shards:
     def _place(
         self, group: Sequence[StoredTensor], memory: Memory, ranges: list[Range]
     ) -> list[torch.Tensor]:
-        """A place for each tensor; what has to be read into it is added to `ranges`."""
-        block = memory(sum(-(-tensor.nbytes // 8) * 8 for tensor in group))
-        tensors, offset = [], 0
-        for tensor in group:
+        """A place for each tensor; what has to be read into it is added to `ranges`.
+
+        The first lies as far into a page as in its file, and so do all others of the same shard if their
+        sizes are whole pages: then nothing has to be copied after it is read.
+        """
+        sizes = [-(-tensor.nbytes // 8) * 8 for tensor in group]
+        block = memory(sum(sizes) + PAGE)
+        offset = (group[0].start - block.data_ptr()) % PAGE
+        if group[0].start % 8:
+            offset = 0  # no dtype could be seen there
+        tensors = []
+        for tensor, size in zip(group, sizes, strict=True):
             raw = block[offset : offset + tensor.nbytes]
             ranges.append(Range(self.folder / tensor.shard, tensor.start, raw))
             tensors.append(raw.view(tensor.torch_dtype).reshape(tensor.shape))
-            offset += -(-tensor.nbytes // 8) * 8
+            offset += size
         return tensors
 
     def digest(self) -> str:
