@@ -7,7 +7,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = "offload/native/src"
-UNITS = ["abi", "cpu", "threads", "read", "isa_portable", "isa_avx2", "isa_avx512"]
+UNITS = [
+    *("work", "linear", "experts", "encode", "read"),  # the interface
+    *("threads", "cpu", "isa_portable", "isa_avx2", "isa_avx512"),
+]
 
 
 class BuildLibrary(build_ext):

@@ -16,7 +16,8 @@ void decode_int8(const Matrix& m, const float* map, int64_t row, int64_t first, 
 
 template <int T>
 struct Int8Floats {
-  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last, float* const* y) {
+  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
+                   float* const* y) {
     const int64_t blocks = m.cols / BLOCK;
     const int8_t* q = static_cast<const int8_t*>(m.q) + first * m.cols;
     float scales[STRETCH];
@@ -32,7 +33,8 @@ struct Int8Floats {
           for (int i = 0; i < 8; ++i) w[i] = eight_floats(q + 8 * i);
           for (int t = 0; t < T; ++t) {
             const float* in = x[t].values + (done + b) * BLOCK;
-            __m256 one = _mm256_mul_ps(w[0], _mm256_loadu_ps(in)), two = _mm256_mul_ps(w[1], _mm256_loadu_ps(in + 8));
+            __m256 one = _mm256_mul_ps(w[0], _mm256_loadu_ps(in)),
+                   two = _mm256_mul_ps(w[1], _mm256_loadu_ps(in + 8));
             for (int i = 2; i < 8; i += 2) {
               one = _mm256_fmadd_ps(w[i], _mm256_loadu_ps(in + 8 * i), one);
               two = _mm256_fmadd_ps(w[i + 1], _mm256_loadu_ps(in + 8 * i + 8), two);
@@ -48,7 +50,8 @@ struct Int8Floats {
 
 template <int T>
 struct Int8Rounded {
-  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last, float* const* y) {
+  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
+                   float* const* y) {
     const __m256i ones = _mm256_set1_epi16(1);
     const int64_t blocks = m.cols / BLOCK;
     const int8_t* q = static_cast<const int8_t*>(m.q) + first * m.cols;
@@ -68,7 +71,8 @@ struct Int8Rounded {
             const __m256i* in = static_cast<const __m256i*>(x[t].q) + 2 * (done + b);
             // Signs move from the weights to the activations: the instruction takes unsigned times signed.
             const __m256i a = _mm256_maddubs_epi16(size_one, _mm256_sign_epi8(_mm256_loadu_si256(in), one));
-            const __m256i c = _mm256_maddubs_epi16(size_two, _mm256_sign_epi8(_mm256_loadu_si256(in + 1), two));
+            const __m256i c =
+                _mm256_maddubs_epi16(size_two, _mm256_sign_epi8(_mm256_loadu_si256(in + 1), two));
             const __m256i dot = _mm256_add_epi32(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(c, ones));
             const __m256 factor = _mm256_set1_ps(scales[b] * x[t].scales[done + b]);
             total[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), factor, total[t]);

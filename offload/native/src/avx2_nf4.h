@@ -1,5 +1,5 @@
-// NF4 rows of whole blocks. A block is 32 bytes: weight 2j in the high half of byte j, weight 2j + 1 in its low half.
-// Included in the AVX2 unit.
+// NF4 rows of whole blocks. A block is 32 bytes: weight 2j in the high half of byte j, weight 2j + 1 in its
+// low half. Included in the AVX2 unit.
 
 // The levels' floats byte by byte, as tables for pshufb: plane p has their bytes p.
 struct Planes {
@@ -16,11 +16,14 @@ inline Planes level_planes() {
   return planes;
 }
 
-// 32 nibbles -> the levels' floats in four vectors: the bytes of each float come together by interleaving planes, and
-// the four are the even and the odd numbers of bytes 0-7 | 16-23, then those of bytes 8-15 | 24-31.
+// 32 nibbles -> the levels' floats in four vectors: the bytes of each float come together by interleaving
+// planes, and the four are the even and the odd numbers of bytes 0-7 | 16-23, then those of bytes 8-15 |
+// 24-31.
 inline void levels(__m256i nibbles, const Planes& planes, __m256* out) {
-  const __m256i b0 = _mm256_shuffle_epi8(planes.plane[0], nibbles), b1 = _mm256_shuffle_epi8(planes.plane[1], nibbles),
-                b2 = _mm256_shuffle_epi8(planes.plane[2], nibbles), b3 = _mm256_shuffle_epi8(planes.plane[3], nibbles);
+  const __m256i b0 = _mm256_shuffle_epi8(planes.plane[0], nibbles),
+                b1 = _mm256_shuffle_epi8(planes.plane[1], nibbles),
+                b2 = _mm256_shuffle_epi8(planes.plane[2], nibbles),
+                b3 = _mm256_shuffle_epi8(planes.plane[3], nibbles);
   const __m256i low[] = {_mm256_unpacklo_epi8(b0, b1), _mm256_unpackhi_epi8(b0, b1)};
   const __m256i high[] = {_mm256_unpacklo_epi8(b2, b3), _mm256_unpackhi_epi8(b2, b3)};
   for (int i = 0; i < 2; ++i) {
@@ -38,8 +41,8 @@ inline void block_levels(const uint8_t* q, const Planes& planes, __m256* out) {
   levels(_mm256_and_si256(bytes, low), planes, out + 4);
 }
 
-// The weight that stands at each place: of the floats that block_levels gives, of the even and then the odd bytes, and
-// of those interleaved to sixteen bits.
+// The weight that stands at each place: of the floats that block_levels gives, of the even and then the odd
+// bytes, and of those interleaved to sixteen bits.
 struct Order {
   uint8_t floats[BLOCK], bytes[BLOCK], words[BLOCK];
 
@@ -66,13 +69,15 @@ void decode_nf4(const Matrix& m, const float* map, int64_t row, int64_t first, i
   for (int64_t b = 0; b < count / BLOCK; ++b) {
     __m256 w[8];
     block_levels(q + 32 * b, planes, w);
-    for (int i = 0; i < 8; ++i) _mm256_store_ps(out + BLOCK * b + 8 * i, _mm256_mul_ps(w[i], _mm256_set1_ps(scales[b])));
+    for (int i = 0; i < 8; ++i)
+      _mm256_store_ps(out + BLOCK * b + 8 * i, _mm256_mul_ps(w[i], _mm256_set1_ps(scales[b])));
   }
 }
 
 template <int T>
 struct NF4Floats {
-  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last, float* const* y) {
+  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
+                   float* const* y) {
     const Planes planes = level_planes();
     const int64_t blocks = m.cols / BLOCK;
     const uint8_t* q = static_cast<const uint8_t*>(m.q) + first * m.cols / 2;
@@ -89,7 +94,8 @@ struct NF4Floats {
           block_levels(q, planes, w);
           for (int t = 0; t < T; ++t) {
             const float* in = x[t].values + (done + b) * BLOCK;
-            __m256 one = _mm256_mul_ps(w[0], _mm256_loadu_ps(in)), two = _mm256_mul_ps(w[1], _mm256_loadu_ps(in + 8));
+            __m256 one = _mm256_mul_ps(w[0], _mm256_loadu_ps(in)),
+                   two = _mm256_mul_ps(w[1], _mm256_loadu_ps(in + 8));
             for (int i = 2; i < 8; i += 2) {
               one = _mm256_fmadd_ps(w[i], _mm256_loadu_ps(in + 8 * i), one);
               two = _mm256_fmadd_ps(w[i + 1], _mm256_loadu_ps(in + 8 * i + 8), two);
@@ -121,7 +127,8 @@ inline WholePlanes whole_planes() {
 
 template <int T>
 struct NF4Rounded16 {
-  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last, float* const* y) {
+  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
+                   float* const* y) {
     const WholePlanes planes = whole_planes();
     const __m256i nibble = _mm256_set1_epi8(15);
     const int64_t blocks = m.cols / BLOCK;
@@ -138,11 +145,13 @@ struct NF4Rounded16 {
           const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
           const __m256i even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
           const __m256i odd = _mm256_and_si256(bytes, nibble);
-          const __m256i even_low = _mm256_shuffle_epi8(planes.low, even), odd_low = _mm256_shuffle_epi8(planes.low, odd);
+          const __m256i even_low = _mm256_shuffle_epi8(planes.low, even),
+                        odd_low = _mm256_shuffle_epi8(planes.low, odd);
           const __m256i even_high = _mm256_shuffle_epi8(planes.high, even);
           const __m256i odd_high = _mm256_shuffle_epi8(planes.high, odd);
-          const __m256i w[] = {_mm256_unpacklo_epi8(even_low, even_high), _mm256_unpackhi_epi8(even_low, even_high),
-                               _mm256_unpacklo_epi8(odd_low, odd_high), _mm256_unpackhi_epi8(odd_low, odd_high)};
+          const __m256i w[] = {
+              _mm256_unpacklo_epi8(even_low, even_high), _mm256_unpackhi_epi8(even_low, even_high),
+              _mm256_unpacklo_epi8(odd_low, odd_high), _mm256_unpackhi_epi8(odd_low, odd_high)};
           for (int t = 0; t < T; ++t) {
             const __m256i* in = static_cast<const __m256i*>(x[t].q) + 4 * (done + b);
             const __m256i one = _mm256_add_epi32(_mm256_madd_epi16(w[0], _mm256_loadu_si256(in)),
@@ -160,9 +169,9 @@ struct NF4Rounded16 {
   }
 };
 
-// Levels as whole numbers 0 .. 4095, level = number / 2047.5 - 1, in two planes of six bits: products of a plane with
-// -127 .. 127, two by two and for even and odd weights, then fit sixteen bits. Off by at most 2.5e-4, a
-// fifteenth of what rounding the activations is off by.
+// Levels as whole numbers 0 .. 4095, level = number / 2047.5 - 1, in two planes of six bits: products of a
+// plane with -127 .. 127, two by two and for even and odd weights, then fit sixteen bits. Off by at
+// most 2.5e-4, a fifteenth of what rounding the activations is off by.
 struct NumberPlanes {
   __m256i high, low;
 };
@@ -180,7 +189,8 @@ inline NumberPlanes number_planes() {
 
 template <int T>
 struct NF4Rounded8 {
-  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last, float* const* y) {
+  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
+                   float* const* y) {
     const NumberPlanes planes = number_planes();
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), by64 = _mm256_set1_epi16(64);
     const int64_t blocks = m.cols / BLOCK;
@@ -195,7 +205,8 @@ struct NF4Rounded8 {
         for (int64_t b = count; b < (count + 7) / 8 * 8; ++b) scales[b] = 0.0f;
         for (int t = 0; t < T; ++t) {
           for (int64_t b = 0; b < count; b += 8) {
-            const __m256 f = _mm256_mul_ps(_mm256_loadu_ps(scales + b), _mm256_loadu_ps(x[t].scales + done + b));
+            const __m256 f =
+                _mm256_mul_ps(_mm256_loadu_ps(scales + b), _mm256_loadu_ps(x[t].scales + done + b));
             _mm256_storeu_ps(factors[t] + b, f);
             offset[t] = _mm256_fmadd_ps(f, _mm256_loadu_ps(x[t].sums + done + b), offset[t]);
           }
@@ -212,17 +223,18 @@ struct NF4Rounded8 {
           for (int t = 0; t < T; ++t) {
             const __m256i* in = static_cast<const __m256i*>(x[t].q) + 2 * (done + b);
             const __m256i x_even = _mm256_loadu_si256(in), x_odd = _mm256_loadu_si256(in + 1);
-            const __m256i high =
-                _mm256_add_epi16(_mm256_maddubs_epi16(even_high, x_even), _mm256_maddubs_epi16(odd_high, x_odd));
-            const __m256i low =
-                _mm256_add_epi16(_mm256_maddubs_epi16(even_low, x_even), _mm256_maddubs_epi16(odd_low, x_odd));
+            const __m256i high = _mm256_add_epi16(_mm256_maddubs_epi16(even_high, x_even),
+                                                  _mm256_maddubs_epi16(odd_high, x_odd));
+            const __m256i low = _mm256_add_epi16(_mm256_maddubs_epi16(even_low, x_even),
+                                                 _mm256_maddubs_epi16(odd_low, x_odd));
             const __m256i dot = _mm256_add_epi32(_mm256_madd_epi16(high, by64), _mm256_madd_epi16(low, ones));
             total[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(factors[t][b]), total[t]);
           }
         }
       }
       for (int t = 0; t < T; ++t)
-        y[t][row] = sum(_mm256_fmsub_ps(total[t], _mm256_set1_ps(1.0f / 2047.5f), offset[t])) + bias_of(m, row);
+        y[t][row] =
+            sum(_mm256_fmsub_ps(total[t], _mm256_set1_ps(1.0f / 2047.5f), offset[t])) + bias_of(m, row);
     }
   }
 };

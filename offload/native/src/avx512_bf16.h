@@ -1,5 +1,5 @@
-// Tiles of bf16 numbers, summed in floats, where the processor multiplies them: twice as fast as floats. Weights times
-// their scales are rounded to bf16, as they are where a library decodes them for a bf16 model.
+// Tiles of bf16 numbers, summed in floats, where the processor multiplies them: twice as fast as floats.
+// Weights times their scales are rounded to bf16, as they are where a library decodes them for a bf16 model.
 // Included in the AVX-512 unit.
 
 inline bool has_bf16() {
@@ -10,8 +10,9 @@ inline bool has_bf16() {
 #if defined(__clang__)
 #define BF16_TARGET __attribute__((target("avx512bf16")))
 #else
-#define BF16_TARGET \
-  __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16")))
+#define BF16_TARGET                                                                               \
+  __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni," \
+                        "avx512bf16")))
 #endif
 
 // Floats -> bf16, nearest even; `count` is a multiple of 32.
@@ -22,11 +23,12 @@ BF16_TARGET void to_bf16(const float* values, int64_t count, void* out) {
   }
 }
 
-constexpr int64_t BF16_ROWS = 16;    // decoded at a time
+constexpr int64_t BF16_ROWS = 16;     // decoded at a time
 constexpr int64_t BF16_DEPTH = 1024;  // columns decoded at a time
 
 template <int T, int R>
-BF16_TARGET inline void bf16_tile(const uint16_t* weights, const uint16_t* const* x, int64_t depth, Vec* partial) {
+BF16_TARGET inline void bf16_tile(const uint16_t* weights, const uint16_t* const* x, int64_t depth,
+                                  Vec* partial) {
   Vec total[T][R];
   for (int t = 0; t < T; ++t)
     for (int r = 0; r < R; ++r) total[t][r] = partial[t * BF16_ROWS + r];
@@ -43,8 +45,8 @@ BF16_TARGET inline void bf16_tile(const uint16_t* weights, const uint16_t* const
 }
 
 template <int T>
-BF16_TARGET inline void bf16_rows(const uint16_t* weights, const uint16_t* const* x, int64_t depth, int64_t rows,
-                                  Vec* partial) {
+BF16_TARGET inline void bf16_rows(const uint16_t* weights, const uint16_t* const* x, int64_t depth,
+                                  int64_t rows, Vec* partial) {
   int64_t r = 0;
   for (; r + TILE_R <= rows; r += TILE_R)
     bf16_tile<T, TILE_R>(weights + r * BF16_DEPTH, x, depth, partial + r);
@@ -52,16 +54,16 @@ BF16_TARGET inline void bf16_rows(const uint16_t* weights, const uint16_t* const
 }
 
 template <int T>
-BF16_TARGET inline void bf16_rest(const uint16_t* weights, const uint16_t* const* x, int64_t count, int64_t depth,
-                                  int64_t rows, Vec* partial) {
+BF16_TARGET inline void bf16_rest(const uint16_t* weights, const uint16_t* const* x, int64_t count,
+                                  int64_t depth, int64_t rows, Vec* partial) {
   if (count == T)
     bf16_rows<T>(weights, x, depth, rows, partial);
   else if constexpr (T > 1)
     bf16_rest<T - 1>(weights, x, count, depth, rows, partial);
 }
 
-BF16_TARGET void rows_tiled_bf16(Decode decode, const Matrix& m, const float* map, const Prepared* x, int64_t count,
-                                 int64_t first, int64_t last, float* const* y) {
+BF16_TARGET void rows_tiled_bf16(Decode decode, const Matrix& m, const float* map, const Prepared* x,
+                                 int64_t count, int64_t first, int64_t last, float* const* y) {
   alignas(64) float floats[DEPTH];
   alignas(64) uint16_t weights[BF16_ROWS * BF16_DEPTH];
   alignas(64) Vec partial[TILE_TOKENS * BF16_ROWS];
@@ -83,9 +85,11 @@ BF16_TARGET void rows_tiled_bf16(Decode decode, const Matrix& m, const float* ma
       int64_t t = 0;
       for (; t + TILE_T <= count; t += TILE_T)
         bf16_rows<TILE_T>(weights, in + t, padded(depth), rows, partial + t * BF16_ROWS);
-      if (t < count) bf16_rest<TILE_T - 1>(weights, in + t, count - t, padded(depth), rows, partial + t * BF16_ROWS);
+      if (t < count)
+        bf16_rest<TILE_T - 1>(weights, in + t, count - t, padded(depth), rows, partial + t * BF16_ROWS);
     }
     for (int64_t t = 0; t < count; ++t)
-      for (int64_t r = 0; r < rows; ++r) y[t][row + r] = sum(partial[t * BF16_ROWS + r]) + bias_of(m, row + r);
+      for (int64_t r = 0; r < rows; ++r)
+        y[t][row + r] = sum(partial[t * BF16_ROWS + r]) + bias_of(m, row + r);
   }
 }

@@ -16,7 +16,8 @@ void decode_int8(const Matrix& m, const float* map, int64_t row, int64_t first, 
 
 template <int T>
 struct Int8Floats {
-  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last, float* const* y) {
+  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
+                   float* const* y) {
     const int64_t blocks = m.cols / BLOCK;
     const int8_t* q = static_cast<const int8_t*>(m.q) + first * m.cols;
     float scales[STRETCH];
@@ -45,11 +46,12 @@ struct Int8Floats {
   }
 };
 
-// The instruction takes unsigned times signed, so the weights are moved to 1 .. 255 and 128 times the sum of a
-// block's activations is taken off at the end.
+// The instruction takes unsigned times signed, so the weights are moved to 1 .. 255 and 128 times the sum of
+// a block's activations is taken off at the end.
 template <int T>
 struct Int8Rounded {
-  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last, float* const* y) {
+  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
+                   float* const* y) {
     const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
     const int64_t blocks = m.cols / BLOCK;
     const int8_t* q = static_cast<const int8_t*>(m.q) + first * m.cols;
@@ -63,7 +65,8 @@ struct Int8Rounded {
         for (int64_t b = count; b % 16 != 0; ++b) scales[b] = 0.0f;
         for (int t = 0; t < T; ++t) {
           for (int64_t b = 0; b < count; b += 16) {
-            const __m512 f = _mm512_mul_ps(_mm512_load_ps(scales + b), _mm512_loadu_ps(x[t].scales + done + b));
+            const __m512 f =
+                _mm512_mul_ps(_mm512_load_ps(scales + b), _mm512_loadu_ps(x[t].scales + done + b));
             _mm512_store_ps(factors[t] + b, f);
             offset[t] = _mm512_fmadd_ps(f, _mm512_loadu_ps(x[t].sums + done + b), offset[t]);
           }

@@ -1,11 +1,11 @@
-// NF4 rows of whole blocks, two blocks (64 bytes, a group) at a time. Weight 2j is the high half of byte j, weight 2j + 1
-// its low half; so nibble k of 32-bit lane d, counted from its low end, is weight 8d + (k ^ 1).
+// NF4 rows of whole blocks, two blocks (64 bytes, a group) at a time. Weight 2j is the high half of byte j,
+// weight 2j + 1 its low half; so nibble k of 32-bit lane d, counted from its low end, is weight 8d + (k ^ 1).
 // Included in the AVX-512 unit.
 
 constexpr int64_t GROUP = 2 * BLOCK;
 
-// The weight that stands at each place: of the floats that group_levels gives, of the even and then the odd bytes, and
-// of those interleaved to sixteen bits.
+// The weight that stands at each place: of the floats that group_levels gives, of the even and then the odd
+// bytes, and of those interleaved to sixteen bits.
 struct Order {
   uint8_t floats[GROUP], bytes[GROUP], words[GROUP];
 
@@ -65,7 +65,8 @@ void decode_nf4(const Matrix& m, const float* map, int64_t row, int64_t first, i
 
 template <int T>
 struct NF4Floats {
-  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last, float* const* y) {
+  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
+                   float* const* y) {
     const __m512 table = level_table();
     const ScaleMap lookup(map);
     const int64_t blocks = m.cols / BLOCK;
@@ -86,7 +87,8 @@ struct NF4Floats {
           const __m512 scale = on_lanes(scales + b);
           for (int t = 0; t < T; ++t) {
             const float* in = x[t].values + (done + b) * BLOCK;
-            __m512 one = _mm512_mul_ps(w[0], _mm512_loadu_ps(in)), two = _mm512_mul_ps(w[1], _mm512_loadu_ps(in + 16));
+            __m512 one = _mm512_mul_ps(w[0], _mm512_loadu_ps(in)),
+                   two = _mm512_mul_ps(w[1], _mm512_loadu_ps(in + 16));
             for (int i = 2; i < 8; i += 2) {
               one = _mm512_fmadd_ps(w[i], _mm512_loadu_ps(in + 16 * i), one);
               two = _mm512_fmadd_ps(w[i + 1], _mm512_loadu_ps(in + 16 * i + 16), two);
@@ -119,7 +121,8 @@ inline WholePlanes whole_planes() {
 
 template <int T>
 struct NF4Rounded16 {
-  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last, float* const* y) {
+  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
+                   float* const* y) {
     const WholePlanes planes = whole_planes();
     const __m512i nibble = _mm512_set1_epi8(15);
     const ScaleMap lookup(map);
@@ -135,19 +138,21 @@ struct NF4Rounded16 {
         for (int64_t b = count; b % 16 != 0; ++b) scales[b] = 0.0f;
         for (int t = 0; t < T; ++t)
           for (int64_t b = 0; b < count; b += 16)
-            _mm512_store_ps(factors[t] + b,
-                            _mm512_mul_ps(_mm512_load_ps(scales + b), _mm512_loadu_ps(x[t].scales + done + b)));
+            _mm512_store_ps(factors[t] + b, _mm512_mul_ps(_mm512_load_ps(scales + b),
+                                                          _mm512_loadu_ps(x[t].scales + done + b)));
         for (int64_t b = 0; b < count; b += 2) {
           const bool whole = b + 2 <= count;
           PREFETCH(reinterpret_cast<const char*>(q) + AHEAD);
           const __m512i bytes = group_bytes(q, whole);
           const __m512i even = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
           const __m512i odd = _mm512_and_si512(bytes, nibble);
-          const __m512i even_low = _mm512_shuffle_epi8(planes.low, even), odd_low = _mm512_shuffle_epi8(planes.low, odd);
+          const __m512i even_low = _mm512_shuffle_epi8(planes.low, even),
+                        odd_low = _mm512_shuffle_epi8(planes.low, odd);
           const __m512i even_high = _mm512_shuffle_epi8(planes.high, even);
           const __m512i odd_high = _mm512_shuffle_epi8(planes.high, odd);
-          const __m512i w[] = {_mm512_unpacklo_epi8(even_low, even_high), _mm512_unpackhi_epi8(even_low, even_high),
-                               _mm512_unpacklo_epi8(odd_low, odd_high), _mm512_unpackhi_epi8(odd_low, odd_high)};
+          const __m512i w[] = {
+              _mm512_unpacklo_epi8(even_low, even_high), _mm512_unpackhi_epi8(even_low, even_high),
+              _mm512_unpacklo_epi8(odd_low, odd_high), _mm512_unpackhi_epi8(odd_low, odd_high)};
           for (int t = 0; t < T; ++t) {
             const __m512i* in = static_cast<const __m512i*>(x[t].q) + 2 * (done + b);
             __m512i dot = _mm512_setzero_si512();
@@ -163,7 +168,8 @@ struct NF4Rounded16 {
   }
 };
 
-// Levels as whole numbers 0 .. 65535, level = number / 32767.5 - 1, in a high and a low byte. Off by at most 1.6e-5.
+// Levels as whole numbers 0 .. 65535, level = number / 32767.5 - 1, in a high and a low byte. Off by at
+// most 1.6e-5.
 struct NumberPlanes {
   __m512i high, low;
 };
@@ -181,7 +187,8 @@ inline NumberPlanes number_planes() {
 
 template <int T>
 struct NF4Rounded8 {
-  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last, float* const* y) {
+  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
+                   float* const* y) {
     const NumberPlanes planes = number_planes();
     const __m512i nibble = _mm512_set1_epi8(15);
     const ScaleMap lookup(map);
@@ -197,7 +204,8 @@ struct NF4Rounded8 {
         for (int64_t b = count; b % 16 != 0; ++b) scales[b] = 0.0f;
         for (int t = 0; t < T; ++t) {
           for (int64_t b = 0; b < count; b += 16) {
-            const __m512 f = _mm512_mul_ps(_mm512_load_ps(scales + b), _mm512_loadu_ps(x[t].scales + done + b));
+            const __m512 f =
+                _mm512_mul_ps(_mm512_load_ps(scales + b), _mm512_loadu_ps(x[t].scales + done + b));
             _mm512_store_ps(factors[t] + b, f);
             offset[t] = _mm512_fmadd_ps(f, _mm512_loadu_ps(x[t].sums + done + b), offset[t]);
           }
@@ -226,7 +234,8 @@ struct NF4Rounded8 {
         }
       }
       for (int t = 0; t < T; ++t)
-        y[t][row] = sum(_mm512_fmsub_ps(total[t], _mm512_set1_ps(1.0f / 32767.5f), offset[t])) + bias_of(m, row);
+        y[t][row] =
+            sum(_mm512_fmsub_ps(total[t], _mm512_set1_ps(1.0f / 32767.5f), offset[t])) + bias_of(m, row);
     }
   }
 };

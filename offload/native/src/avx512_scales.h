@@ -1,5 +1,5 @@
-// The scales of NF4 blocks, 64 at a time: bitsandbytes' 256 floats as four planes of bytes, looked up by vpermi2b.
-// Included in the AVX-512 unit.
+// The scales of NF4 blocks, 64 at a time: bitsandbytes' 256 floats as four planes of bytes, looked up by
+// vpermi2b. Included in the AVX-512 unit.
 
 class ScaleMap {
  public:
@@ -24,15 +24,16 @@ class ScaleMap {
         const float* nested = m.nested + first / NESTED_BLOCK;
         __m512 unit = _mm512_set1_ps(b + 16 * i < count ? nested[0] : 0.0f);
         if (left < 16 && b + 16 * i + left < count)
-          unit = _mm512_mask_broadcastss_ps(unit, static_cast<__mmask16>(0xffff << left), _mm_load_ss(nested + 1));
+          unit = _mm512_mask_broadcastss_ps(unit, static_cast<__mmask16>(0xffff << left),
+                                            _mm_load_ss(nested + 1));
         _mm512_store_ps(out + b + 16 * i, _mm512_add_ps(_mm512_mul_ps(values[i], unit), offset));
       }
     }
   }
 
  private:
-  // 64 codes -> their floats in order. Interleaving the planes works within lanes of 16 bytes, so the codes are
-  // first dealt to the lanes whose floats they become.
+  // 64 codes -> their floats in order. Interleaving the planes works within lanes of 16 bytes, so the codes
+  // are first dealt to the lanes whose floats they become.
   void look_up(__m512i codes, __m512* out) const {
     const __m512i deal = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     codes = _mm512_permutexvar_epi32(deal, codes);
@@ -41,8 +42,10 @@ class ScaleMap {
     for (int p = 0; p < 4; ++p)
       bytes[p] = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(plane_[p][0], codes, plane_[p][1]),
                                         _mm512_permutex2var_epi8(plane_[p][2], codes, plane_[p][3]));
-    const __m512i low[] = {_mm512_unpacklo_epi8(bytes[0], bytes[1]), _mm512_unpackhi_epi8(bytes[0], bytes[1])};
-    const __m512i high[] = {_mm512_unpacklo_epi8(bytes[2], bytes[3]), _mm512_unpackhi_epi8(bytes[2], bytes[3])};
+    const __m512i low[] = {_mm512_unpacklo_epi8(bytes[0], bytes[1]),
+                           _mm512_unpackhi_epi8(bytes[0], bytes[1])};
+    const __m512i high[] = {_mm512_unpacklo_epi8(bytes[2], bytes[3]),
+                            _mm512_unpackhi_epi8(bytes[2], bytes[3])};
     for (int i = 0; i < 2; ++i) {
       out[2 * i] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low[i], high[i]));
       out[2 * i + 1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low[i], high[i]));

@@ -43,13 +43,15 @@ bool has(unsigned reg, int bit) { return (reg >> bit) & 1; }
 
 int32_t detect_isa() {
   const Registers one = cpuid(1, 0);
-  const bool osxsave = has(one.ecx, 27), avx = has(one.ecx, 28), fma = has(one.ecx, 12), f16c = has(one.ecx, 29);
+  const bool osxsave = has(one.ecx, 27), avx = has(one.ecx, 28), fma = has(one.ecx, 12),
+             f16c = has(one.ecx, 29);
   if (!osxsave || !avx || !fma || !f16c) return PORTABLE;
   const uint64_t state = enabled_state();
   const Registers seven = cpuid(7, 0);
   constexpr uint64_t YMM = 0x6, ZMM = 0xe6;
   if ((state & YMM) != YMM || !has(seven.ebx, 5)) return PORTABLE;
-  const bool f = has(seven.ebx, 16), dq = has(seven.ebx, 17), bw = has(seven.ebx, 30), vl = has(seven.ebx, 31);
+  const bool f = has(seven.ebx, 16), dq = has(seven.ebx, 17), bw = has(seven.ebx, 30),
+             vl = has(seven.ebx, 31);
   const bool vbmi = has(seven.ecx, 1), vnni = has(seven.ecx, 11);
   return (state & ZMM) == ZMM && f && dq && bw && vl && vbmi && vnni ? AVX512 : AVX2;
 }

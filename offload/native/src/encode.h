@@ -1,5 +1,5 @@
-// NF4 encoding: its arithmetic, and what vectors leave over. A unit includes this in its own namespace, defines
-// `encoder::encode_block`, which does a whole block by vectors, and has `encode` for its table.
+// NF4 encoding: its arithmetic, and what vectors leave over. A unit includes this in its own namespace,
+// defines `encoder::encode_block`, which does a whole block by vectors, and has `encode` for its table.
 //
 // Bit for bit as bitsandbytes does it:
 //   scale  the largest magnitude in a block, NaN if there is one;
@@ -17,13 +17,14 @@ constexpr float midpoint(int j) { return (LEVELS[j] + LEVELS[j + 1]) / 2; }
 
 // Between neighbouring levels; the sixteenth is there for vectors to load.
 constexpr float BOUNDS[16] = {
-    midpoint(0),  midpoint(1),  midpoint(2),  midpoint(3), midpoint(4), midpoint(5), midpoint(6),
-    midpoint(7),  midpoint(8),  midpoint(9),  midpoint(10), midpoint(11), midpoint(12), midpoint(13),
-    midpoint(14), 2.0f,
+    midpoint(0),  midpoint(1),  midpoint(2),  midpoint(3), midpoint(4),  midpoint(5),
+    midpoint(6),  midpoint(7),  midpoint(8),  midpoint(9), midpoint(10), midpoint(11),
+    midpoint(12), midpoint(13), midpoint(14), 2.0f,
 };
 
-// A cubic in x, lowest power first, whose whole part is the level of x or one less; one comparison, to the bound
-// of that number, tells which. It passes bound j at j + 1/2, within 0.12, so rounding its terms does no harm.
+// A cubic in x, lowest power first, whose whole part is the level of x or one less; one comparison, to the
+// bound of that number, tells which. It passes bound j at j + 1/2, within 0.12, so rounding its terms does no
+// harm.
 constexpr float GUESS[4] = {7.12f, 11.414f, 0.644f, -4.4246f};
 
 constexpr double guess(double x) { return GUESS[0] + x * (GUESS[1] + x * (GUESS[2] + x * GUESS[3])); }
@@ -36,8 +37,9 @@ constexpr bool guesses_well() {
     if (guess(BOUNDS[j]) < j + 0.38 || guess(BOUNDS[j]) > j + 0.62) return false;
   for (int i = -1001; i <= 1001; ++i) {
     const double x = i / 1000.0;
-    if (x < BOUNDS[0] ? guess(x) < 0.1 || guess(x) > 0.9
-                      : x > BOUNDS[14] ? guess(x) < 14.1 || guess(x) > 14.9 : slope(x) < 0)
+    if (x < BOUNDS[0]    ? guess(x) < 0.1 || guess(x) > 0.9
+        : x > BOUNDS[14] ? guess(x) < 14.1 || guess(x) > 14.9
+                         : slope(x) < 0)
       return false;
   }
   return true;

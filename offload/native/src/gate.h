@@ -1,8 +1,8 @@
 // What stands between the matrices, and the weighted sum; on the vectors of one instruction set.
 // Included in every instruction set's unit, after its vec_*.h.
 
-// e to the x within 2 ulp, at least 1e-38; infinity above 88.7, NaN for NaN. Range reduction by ln 2 in two parts, then
-// a polynomial of degree 6 (the coefficients are those of Cephes' expf).
+// e to the x within 2 ulp, at least 1e-38; infinity above 88.7, NaN for NaN. Range reduction by ln 2 in two
+// parts, then a polynomial of degree 6 (the coefficients are those of Cephes' expf).
 inline Vec exp(Vec x) {
   x = max(broadcast(-87.3f), x);
   const Vec n = min(round_even(mul(x, broadcast(1.44269504088896341f))), broadcast(127.0f));
@@ -92,7 +92,8 @@ void combine(const float* rows, const float* weights, int64_t ranks, int64_t wid
   int64_t i = 0;
   for (; i + WIDTH <= width; i += WIDTH) {
     Vec total = mul(broadcast(weights[0]), load(rows + i));
-    for (int64_t k = 1; k < ranks; ++k) total = add(total, mul(broadcast(weights[k]), load(rows + k * width + i)));
+    for (int64_t k = 1; k < ranks; ++k)
+      total = add(total, mul(broadcast(weights[k]), load(rows + k * width + i)));
     store(out + i, total);
   }
   for (; i < width; ++i) {

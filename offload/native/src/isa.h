@@ -15,14 +15,14 @@
 #define PREFETCH(address) static_cast<void>(address)
 #endif
 
-constexpr int64_t BLOCK = 64;         // weights that share one scale, and activations where they are quantized
-constexpr int64_t NESTED_BLOCK = 256; // NF4 scales that share one of their own
-constexpr int64_t TILE_TOKENS = 128;  // most tokens that one pass over a matrix serves
-constexpr int64_t MOST_DOTS = 4;      // most tokens whose rows are multiplied as they are decoded; more are tiled
+constexpr int64_t BLOCK = 64;  // weights that share one scale, and activations where they are quantized
+constexpr int64_t NESTED_BLOCK = 256;  // NF4 scales that share one of their own
+constexpr int64_t TILE_TOKENS = 128;   // most tokens that one pass over a matrix serves
+constexpr int64_t MOST_DOTS = 4;  // most tokens whose rows are multiplied as they are decoded; more are tiled
 
-// One token's input to a matrix, as the kernels of one instruction set want it for one format; in which order, and which
-// of these they fill, they know. Rounded activations are whole numbers, of -127 .. 127 or -32767 .. 32767, times one
-// scale for 64 columns.
+// One token's input to a matrix, as the kernels of one instruction set want it for one format; in which
+// order, and which of these they fill, they know. Rounded activations are whole numbers, of -127 .. 127 or
+// -32767 .. 32767, times one scale for 64 columns.
 struct Prepared {
   float* values = nullptr;  // [padded columns], rounded to eight bits as the numbers they stand for
   void* q = nullptr;        // int8, int16 or bf16 [padded columns]
@@ -38,12 +38,14 @@ struct Kernels {
   int32_t isa;
   const char* name;
 
-  // x [columns] -> out, for a matrix of these columns and this format. `tiled`: with more than MOST_DOTS others.
+  // x [columns] -> out, for a matrix of these columns and this format. `tiled`: with more than MOST_DOTS
+  // others.
   void (*prepare)(int32_t format, int32_t activations, bool tiled, const float* x, int64_t columns,
                   const Prepared& out);
 
-  // Rows [first, last) of the matrix times `count` <= TILE_TOKENS inputs, prepared alike; y[t][row] is set, bias included.
-  // `map`: bitsandbytes' 256 scales. Results of a row do not depend on the other rows of the call.
+  // Rows [first, last) of the matrix times `count` <= TILE_TOKENS inputs, prepared alike; y[t][row] is set,
+  // bias included. `map`: bitsandbytes' 256 scales. Results of a row do not depend on the other rows of the
+  // call.
   void (*rows)(const Matrix& matrix, const float* map, int32_t activations, bool tiled, const Prepared* x,
                int64_t count, int64_t first, int64_t last, float* const* y);
 

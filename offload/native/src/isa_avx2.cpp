@@ -30,7 +30,8 @@ constexpr int64_t TILE_T = 3;
 #include "encode.h"
 #include "avx2_encode.h"
 
-void prepare(int32_t format, int32_t activations, bool tiled, const float* x, int64_t columns, const Prepared& out) {
+void prepare(int32_t format, int32_t activations, bool tiled, const float* x, int64_t columns,
+             const Prepared& out) {
   const bool reordered = format == NF4 && columns % BLOCK == 0;
   if (activations == INT8_BLOCKS) {
     round_to_int8(x, columns, out);
@@ -47,8 +48,8 @@ void prepare(int32_t format, int32_t activations, bool tiled, const float* x, in
   }
 }
 
-void rows(const Matrix& m, const float* map, int32_t activations, bool tiled, const Prepared* x, int64_t count,
-          int64_t first, int64_t last, float* const* y) {
+void rows(const Matrix& m, const float* map, int32_t activations, bool tiled, const Prepared* x,
+          int64_t count, int64_t first, int64_t last, float* const* y) {
   const bool blocks = m.cols % BLOCK == 0;
   if (tiled || !blocks) {
     const Decode decode = !blocks ? decode_any : m.format == NF4 ? decode_nf4 : decode_int8;

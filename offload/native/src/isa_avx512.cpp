@@ -8,7 +8,9 @@
 #include <cstring>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni"))), apply_to = function)
+#pragma clang attribute push(                                                                          \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni"))), \
+    apply_to = function)
 #elif defined(__GNUC__)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")
@@ -41,7 +43,8 @@ inline bool in_bf16(int32_t activations, bool tiled) {
   return tiled && (activations == BFLOAT16S || activations == INT8_BLOCKS) && has_bf16();
 }
 
-void prepare(int32_t format, int32_t activations, bool tiled, const float* x, int64_t columns, const Prepared& out) {
+void prepare(int32_t format, int32_t activations, bool tiled, const float* x, int64_t columns,
+             const Prepared& out) {
   const bool reordered = format == NF4 && columns % BLOCK == 0;
   if (activations == INT8_BLOCKS) {
     round_to_int8(x, columns, out);
@@ -60,8 +63,8 @@ void prepare(int32_t format, int32_t activations, bool tiled, const float* x, in
   if (in_bf16(activations, tiled)) to_bf16(out.values, padded(columns), out.q);
 }
 
-void rows(const Matrix& m, const float* map, int32_t activations, bool tiled, const Prepared* x, int64_t count,
-          int64_t first, int64_t last, float* const* y) {
+void rows(const Matrix& m, const float* map, int32_t activations, bool tiled, const Prepared* x,
+          int64_t count, int64_t first, int64_t last, float* const* y) {
   const bool blocks = m.cols % BLOCK == 0;
   if (tiled || !blocks) {
     const Decode decode = !blocks ? decode_any : m.format == NF4 ? decode_nf4 : decode_int8;

@@ -19,11 +19,11 @@ enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
 
 enum Format : int32_t { NF4 = 0, INT8 = 1 };
 
-// How the activations enter a product: as they are, or rounded to whole numbers times one scale for 64 columns. Sixteen
-// bits keep 2^-16 of a block's largest activation, more than bf16 and fp16 do of it, and cost a fraction of
-// floats; kernels that gain nothing by them use floats. BFLOAT16S are numbers that come from bf16: as INT16_BLOCKS,
-// but many tokens at once are multiplied in bf16, weights rounded to it, too, where the processor can. So are
-// INT8_BLOCKS.
+// How the activations enter a product: as they are, or rounded to whole numbers times one scale for 64
+// columns. Sixteen bits keep 2^-16 of a block's largest activation, more than bf16 and fp16 do of it, and
+// cost a fraction of floats; kernels that gain nothing by them use floats. BFLOAT16S are numbers that come
+// from bf16: as INT16_BLOCKS, but many tokens at once are multiplied in bf16, weights rounded to it, too,
+// where the processor can. So are INT8_BLOCKS.
 enum Activations : int32_t { FLOATS = 0, INT16_BLOCKS = 1, INT8_BLOCKS = 2, BFLOAT16S = 3 };
 
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
@@ -32,7 +32,15 @@ enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 // gives 2F numbers a token, gate and up as halves or in turns; PLAIN has none and gives F.
 enum Arrangement : int32_t { PLAIN = 0, CONCATENATED = 1, INTERLEAVED = 2 };
 
-enum Function : int32_t { IDENTITY = 0, RELU = 1, RELU2 = 2, SILU = 3, GELU = 4, GELU_TANH = 5, CLAMPED_SWIGLU = 6 };
+enum Function : int32_t {
+  IDENTITY = 0,
+  RELU = 1,
+  RELU2 = 2,
+  SILU = 3,
+  GELU = 4,
+  GELU_TANH = 5,
+  CLAMPED_SWIGLU = 6
+};
 
 // CLAMPED_SWIGLU is gpt-oss': gate = min(gate, limit), up = clamp(up, -limit, limit),
 // (up + 1) * gate * sigmoid(alpha * gate). The others ignore alpha and limit.
@@ -76,30 +84,31 @@ MOE_API int32_t moe_isa();
 MOE_API int32_t moe_set_map(const float* map);
 
 // y [tokens, rows] = x [tokens, cols] times the matrix, transposed, plus its bias.
-MOE_API int32_t moe_linear(const Matrix* matrix, const float* x, int64_t tokens, float* y, int32_t activations,
-                           int32_t threads);
+MOE_API int32_t moe_linear(const Matrix* matrix, const float* x, int64_t tokens, float* y,
+                           int32_t activations, int32_t threads);
 
-// For each of `count` experts e, for each p in [starts[e], starts[e + 1]): row places[p] of outputs, [*, D], becomes
-// the expert's answer to row tokens[p] of x, [tokens_in_x, D]. Where `weights`, [tokens_in_x, top_k], is given,
-// outputs has tokens_in_x * top_k rows, places are token * top_k + rank, and after the last expert
+// For each of `count` experts e, for each p in [starts[e], starts[e + 1]): row places[p] of outputs, [*, D],
+// becomes the expert's answer to row tokens[p] of x, [tokens_in_x, D]. Where `weights`, [tokens_in_x, top_k],
+// is given, outputs has tokens_in_x * top_k rows, places are token * top_k + rank, and after the last expert
 // combined [tokens_in_x, D] = sum over rank, in order, of weights * outputs.
-MOE_API int32_t moe_experts(const Expert* const* experts, int64_t count, const int64_t* starts, const int64_t* tokens,
-                            const int64_t* places, const Gate* gate, const float* x, int64_t tokens_in_x,
-                            float* outputs, const float* weights, int64_t top_k, float* combined,
-                            int32_t activations, int32_t threads);
+MOE_API int32_t moe_experts(const Expert* const* experts, int64_t count, const int64_t* starts,
+                            const int64_t* tokens, const int64_t* places, const Gate* gate, const float* x,
+                            int64_t tokens_in_x, float* outputs, const float* weights, int64_t top_k,
+                            float* combined, int32_t activations, int32_t threads);
 
-// combined [tokens, cols] = sum over rank, in order, of weights [tokens, top_k] * outputs [tokens * top_k, cols].
-MOE_API int32_t moe_combine(const float* outputs, const float* weights, int64_t tokens, int64_t top_k, int64_t cols,
-                            float* combined);
+// combined [tokens, cols] = sum over rank, in order, of weights [tokens, top_k] * outputs [tokens * top_k,
+// cols].
+MOE_API int32_t moe_combine(const float* outputs, const float* weights, int64_t tokens, int64_t top_k,
+                            int64_t cols, float* combined);
 
 // The gate alone: hidden [tokens, F or 2F] -> out [tokens, F].
 MOE_API int32_t moe_gate(const Gate* gate, const float* hidden, int64_t tokens, int64_t width, float* out);
 
-// weights [numel] of a dtype -> q [ceil(numel / 2)], absmax [ceil(numel / 64)], as bitsandbytes' quantize_4bit
-// with blocks of 64. A block with NaN or infinity gets an absmax that is not finite.
+// weights [numel] of a dtype -> q [ceil(numel / 2)], absmax [ceil(numel / 64)], as bitsandbytes'
+// quantize_4bit with blocks of 64. A block with NaN or infinity gets an absmax that is not finite.
 MOE_API int32_t moe_nf4_encode(const void* weights, int32_t dtype, int64_t numel, uint8_t* q, float* absmax,
                                int32_t threads);
 
-// Reads memory [bytes] as fast as loads can; *total is the sum, modulo 2^64, of its 64-bit words, the last one filled
-// up with zeros. For measuring what the kernels are held against.
+// Reads memory [bytes] as fast as loads can; *total is the sum, modulo 2^64, of its 64-bit words, the last
+// one filled up with zeros. For measuring what the kernels are held against.
 MOE_API int32_t moe_read(const void* memory, int64_t bytes, uint64_t* total, int32_t threads);

@@ -1,11 +1,12 @@
 // Inputs as the kernels of one instruction set want them.
 // Included in every instruction set's unit.
 
-// Not std::min: a template's function, compiled with this unit's instructions, could be linked into another unit.
+// Not std::min: a template's function, compiled with this unit's instructions, could be linked into another
+// unit.
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Columns in the order `position`, which maps a place in a group to the column that stands there; null: their own.
-// Past the last column come zeros.
+// Columns in the order `position`, which maps a place in a group to the column that stands there; null: their
+// own. Past the last column come zeros.
 inline void reorder(const float* x, int64_t columns, const uint8_t* position, int64_t group, float* out) {
   const int64_t whole = columns / group * group;
   for (int64_t start = 0; start < whole; start += group)
@@ -21,8 +22,8 @@ inline void keep_order(const float* x, int64_t columns, float* out) {
   for (int64_t i = columns; i < padded(columns); ++i) out[i] = 0.0f;
 }
 
-// Rounds a block of `count` activations to q of -limit .. limit and gives their scale, NaN if one is not finite. Blocks
-// so small that the scale's inverse is beyond a float become zeros.
+// Rounds a block of `count` activations to q of -limit .. limit and gives their scale, NaN if one is not
+// finite. Blocks so small that the scale's inverse is beyond a float become zeros.
 template <class Q>
 inline float round_block(const float* x, int64_t count, float limit, Q* q) {
   float largest = 0.0f;
@@ -52,13 +53,15 @@ inline void round_to_int8(const float* x, int64_t columns, const Prepared& out) 
     out.sums[b] = static_cast<float>(total);
   }
   for (int64_t i = columns; i < padded(columns); ++i) q[i] = 0, out.values[i] = 0.0f;
-  for (int64_t b = (columns + BLOCK - 1) / BLOCK; b < padded_blocks(columns); ++b) out.scales[b] = out.sums[b] = 0.0f;
+  for (int64_t b = (columns + BLOCK - 1) / BLOCK; b < padded_blocks(columns); ++b)
+    out.scales[b] = out.sums[b] = 0.0f;
 }
 
 // Rounds the activations of whole blocks to sixteen bits.
 inline void round_to_int16(const float* x, int64_t columns, const Prepared& out) {
   int16_t* q = static_cast<int16_t*>(out.q);
-  for (int64_t c = 0; c < columns; c += BLOCK) out.scales[c / BLOCK] = round_block(x + c, BLOCK, 32767.0f, q + c);
+  for (int64_t c = 0; c < columns; c += BLOCK)
+    out.scales[c / BLOCK] = round_block(x + c, BLOCK, 32767.0f, q + c);
   for (int64_t i = columns; i < padded(columns); ++i) q[i] = 0;
   for (int64_t b = columns / BLOCK; b < padded_blocks(columns); ++b) out.scales[b] = 0.0f;
 }

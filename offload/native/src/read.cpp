@@ -8,8 +8,9 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 1 << 20;  // long enough for the hardware to prefetch ahead, short enough to end together
-constexpr int64_t LANES = 8;        // sums side by side in registers, so that no load waits for an addition
+constexpr int64_t CHUNK =
+    1 << 20;                  // long enough for the hardware to prefetch ahead, short enough to end together
+constexpr int64_t LANES = 8;  // sums side by side in registers, so that no load waits for an addition
 
 uint64_t word_at(const uint8_t* memory) {
   uint64_t word;

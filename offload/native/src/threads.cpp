@@ -22,7 +22,8 @@
 
 namespace {
 
-// Looks at a phase's end before sleeping, some ten microseconds: chunks are about as long, and waking takes longer.
+// Looks at a phase's end before sleeping, some ten microseconds: chunks are about as long, and waking takes
+// longer.
 constexpr int LOOKS = 512;
 
 struct Phase {
@@ -35,9 +36,9 @@ struct Job {
   Work work = nullptr;
   void* context = nullptr;
   int phases = 0;
-  int helpers = 0;                    // how many may join
-  std::atomic<int> joined{0};         // how many have
-  std::atomic<int> asleep{0};         // threads that wait for a phase's end
+  int helpers = 0;             // how many may join
+  std::atomic<int> joined{0};  // how many have
+  std::atomic<int> asleep{0};  // threads that wait for a phase's end
   Phase phase[MAX_PHASES];
 };
 
@@ -158,8 +159,8 @@ using Process = pid_t;
 Process this_process() { return getpid(); }
 #endif
 
-// One pool a process, never destroyed: its threads sleep in it until the process ends. A forked child has none of
-// them, and its copy of the pool may be in any state, so it makes another.
+// One pool a process, never destroyed: its threads sleep in it until the process ends. A forked child has
+// none of them, and its copy of the pool may be in any state, so it makes another.
 Pool& pool() {
   static std::atomic<Pool*> current{nullptr};
   static std::atomic<Process> owner{-1};

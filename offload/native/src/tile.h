@@ -1,5 +1,5 @@
-// Many tokens at once: rows of the matrix are decoded into a buffer that stays in the first cache, a stretch of
-// DEPTH columns at a time, and multiplied with all tokens by register tiles; and the same for any shape.
+// Many tokens at once: rows of the matrix are decoded into a buffer that stays in the first cache, a stretch
+// of DEPTH columns at a time, and multiplied with all tokens by register tiles; and the same for any shape.
 // Included in every instruction set's unit, after its vec_*.h, which is followed by TILE_T.
 
 constexpr int64_t TILE_R = 4;   // rows of a register tile; TILE_T tokens
@@ -52,7 +52,8 @@ inline void block_scales(const Matrix& m, const float* map, int64_t block, int64
 
 // Gives columns [first, first + count) of a row in the order of the prepared inputs' values, then zeros up to
 // padded(count).
-using Decode = void (*)(const Matrix& m, const float* map, int64_t row, int64_t first, int64_t count, float* out);
+using Decode = void (*)(const Matrix& m, const float* map, int64_t row, int64_t first, int64_t count,
+                        float* out);
 
 // A Decode for inputs in their own order, of any shape: blocks may straddle rows.
 void decode_any(const Matrix& m, const float* map, int64_t row, int64_t first, int64_t count, float* out) {
@@ -97,9 +98,11 @@ inline void register_tile(const float* weights, const float* const* x, int64_t d
 }
 
 template <int T>
-inline void tile_rows(const float* weights, const float* const* x, int64_t depth, int64_t rows, Vec* partial) {
+inline void tile_rows(const float* weights, const float* const* x, int64_t depth, int64_t rows,
+                      Vec* partial) {
   int64_t r = 0;
-  for (; r + TILE_R <= rows; r += TILE_R) register_tile<T, TILE_R>(weights + r * DEPTH, x, depth, partial + r);
+  for (; r + TILE_R <= rows; r += TILE_R)
+    register_tile<T, TILE_R>(weights + r * DEPTH, x, depth, partial + r);
   for (; r < rows; ++r) register_tile<T, 1>(weights + r * DEPTH, x, depth, partial + r);
 }
 
@@ -113,20 +116,21 @@ inline void tile_rest(const float* weights, const float* const* x, int64_t count
     tile_rest<T - 1>(weights, x, count, depth, rows, partial);
 }
 
-// Asks memory for the stretch after columns [column, column + depth) of rows [row, row + rows), which lies in the rows
-// below at the end of these: it comes while this one is multiplied.
+// Asks memory for the stretch after columns [column, column + depth) of rows [row, row + rows), which lies in
+// the rows below at the end of these: it comes while this one is multiplied.
 inline void ask_for_next(const Matrix& m, int64_t row, int64_t rows, int64_t column, int64_t depth) {
   const bool ends = column + depth >= m.cols;
   const int64_t per_byte = m.format == NF4 ? 2 : 1, next = ends ? 0 : column + depth;
   for (int64_t r = 0; r < rows; ++r) {
-    const char* start = static_cast<const char*>(m.q) + ((row + r + (ends ? rows : 0)) * m.cols + next) / per_byte;
+    const char* start =
+        static_cast<const char*>(m.q) + ((row + r + (ends ? rows : 0)) * m.cols + next) / per_byte;
     for (int64_t i = 0; i < depth / per_byte; i += 64) PREFETCH(start + i);
   }
 }
 
 // Rows [first, last) by tiles.
-void rows_tiled(Decode decode, const Matrix& m, const float* map, const Prepared* x, int64_t count, int64_t first,
-                int64_t last, float* const* y) {
+void rows_tiled(Decode decode, const Matrix& m, const float* map, const Prepared* x, int64_t count,
+                int64_t first, int64_t last, float* const* y) {
   alignas(64) float weights[ROWS * DEPTH];
   alignas(64) Vec partial[TILE_TOKENS * ROWS];
   for (int64_t row = first; row < last; row += ROWS) {
@@ -139,7 +143,8 @@ void rows_tiled(Decode decode, const Matrix& m, const float* map, const Prepared
       const float* in[TILE_TOKENS];
       for (int64_t t = 0; t < count; ++t) in[t] = x[t].values + column;
       int64_t t = 0;
-      for (; t + TILE_T <= count; t += TILE_T) tile_rows<TILE_T>(weights, in + t, whole, rows, partial + t * ROWS);
+      for (; t + TILE_T <= count; t += TILE_T)
+        tile_rows<TILE_T>(weights, in + t, whole, rows, partial + t * ROWS);
       if (t < count) tile_rest<TILE_T - 1>(weights, in + t, count - t, whole, rows, partial + t * ROWS);
     }
     for (int64_t t = 0; t < count; ++t)

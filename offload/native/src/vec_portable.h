@@ -16,8 +16,8 @@ inline Vec load(const float* p) {
 
 inline void store(float* p, Vec a) { std::memcpy(p, a.v, sizeof a.v); }
 
-#define EACH(expression)                      \
-  Vec r;                                      \
+#define EACH(expression)                             \
+  Vec r;                                             \
   for (int i = 0; i < 4; ++i) r.v[i] = (expression); \
   return r
 

@@ -1,0 +1,208 @@
+// All experts of a layer in one call: their tokens in batches of bounded memory, each batch through five
+// phases.
+#include <algorithm>
+
+#include "moe_native.h"
+#include "scratch.h"
+#include "threads.h"
+#include "work.h"
+
+namespace {
+
+// A part of an expert's tokens, in one batch.
+struct Share {
+  const Expert* expert;
+  int64_t first_pair;  // in the batch
+  int64_t pairs;
+  int64_t up_chunk;  // the first of its chunks among those of all shares, in either multiplication
+  int64_t down_chunk;
+};
+
+// One batch of (token, expert) pairs on its way through the phases.
+struct Batch {
+  const Gate* gate;
+  int32_t activations;
+  int32_t format;
+  int64_t width, hidden;  // D, F
+  const Share* shares;
+  int64_t share_count;
+  const float* const* x;    // [pairs], rows of x
+  int64_t inputs;           // prepared inputs: one a pair, or one for all pairs of a single token
+  const Prepared* in;       // [pairs], as the up matrix wants them
+  const Prepared* hiddens;  // [pairs], as the down matrix wants them
+  float** up;               // [pairs], results of the up matrix, [F or 2F]
+  float** down;             // [pairs], rows of outputs
+  float* activated;         // [threads, padded F]
+  const float* outputs;
+  const float* weights;
+  int64_t top_k;
+  float* combined;
+
+  const Share& share_of(int64_t chunk, int64_t Share::* start) const {
+    int64_t s = share_count - 1;
+    while (shares[s].*start > chunk) --s;
+    return shares[s];
+  }
+
+  static void work(void* context, int phase, int64_t chunk, int thread) {
+    const Batch& b = *static_cast<Batch*>(context);
+    if (phase == 0) {
+      kernels().prepare(b.format, b.activations, tiled(b.share_of(chunk, &Share::first_pair).pairs),
+                        b.x[chunk], b.width, b.in[chunk]);
+    } else if (phase == 1) {
+      const Share& s = b.share_of(chunk, &Share::up_chunk);
+      multiply(s.expert->up, b.activations, b.in + s.first_pair, s.pairs, chunk - s.up_chunk,
+               b.up + s.first_pair);
+    } else if (phase == 2) {
+      float* values = b.activated + thread * padded(b.hidden);
+      kernels().gate(*b.gate, b.up[chunk], b.hidden, values);
+      kernels().prepare(b.format, b.activations, tiled(b.share_of(chunk, &Share::first_pair).pairs), values,
+                        b.hidden, b.hiddens[chunk]);
+    } else if (phase == 3) {
+      const Share& s = b.share_of(chunk, &Share::down_chunk);
+      multiply(s.expert->down, b.activations, b.hiddens + s.first_pair, s.pairs, chunk - s.down_chunk,
+               b.down + s.first_pair);
+    } else {
+      kernels().combine(b.outputs + chunk * b.top_k * b.width, b.weights + chunk * b.top_k, b.top_k, b.width,
+                        b.combined + chunk * b.width);
+    }
+  }
+};
+
+// What moe_experts is asked.
+struct ExpertsCall {
+  const Expert* const* experts;
+  int64_t count;
+  const int64_t* starts;
+  const int64_t* tokens;
+  const int64_t* places;
+  const Gate* gate;
+  const float* x;
+  int64_t tokens_in_x;
+  float* outputs;
+  const float* weights;
+  int64_t top_k;
+  float* combined;
+  int32_t activations;
+  int32_t threads;
+};
+
+// Runs pairs [first, last) of the call, of experts from `e` on, through all phases.
+void run_batch(const ExpertsCall& call, int64_t e, int64_t first, int64_t last, int64_t combined_tokens) {
+  const Matrix &up = call.experts[0]->up, &down = call.experts[0]->down;
+  const int64_t pairs = last - first, inputs = call.tokens_in_x == 1 ? std::min<int64_t>(1, pairs) : pairs;
+  const int64_t shares = std::min(call.count - e, pairs);
+  const int threads = std::min<int>(threads_for(shares * (weight_bytes(up) + weight_bytes(down)),
+                                                pairs / std::max<int64_t>(1, shares), call.threads),
+                                    MAX_THREADS);
+  scratch.reserve(inputs * prepared_bytes(up.cols, call.activations) +
+                  pairs * prepared_bytes(down.cols, call.activations) +
+                  2 * Scratch::bytes_of<Prepared>(pairs) + 3 * Scratch::bytes_of<float*>(pairs) +
+                  pairs * Scratch::bytes_of<float>(up.rows) + Scratch::bytes_of<Share>(shares) +
+                  Scratch::bytes_of<float>(threads * padded(down.cols)));
+  Prepared* in = scratch.take<Prepared>(pairs);
+  Prepared* hiddens = scratch.take<Prepared>(pairs);
+  const float** x = scratch.take<const float*>(pairs);
+  float** up_rows = scratch.take<float*>(pairs);
+  float** down_rows = scratch.take<float*>(pairs);
+  for (int64_t i = 0; i < pairs; ++i) {
+    x[i] = call.x + call.tokens[first + i] * up.cols;
+    in[i] = i < inputs ? take_prepared(up.cols, call.activations) : in[0];
+    hiddens[i] = take_prepared(down.cols, call.activations);
+    up_rows[i] = scratch.take<float>(up.rows);
+    down_rows[i] = call.outputs + call.places[first + i] * down.rows;
+  }
+  Share* share = scratch.take<Share>(shares);
+  int64_t used = 0, up_chunks = 0, down_chunks = 0;
+  for (; e < call.count && call.starts[e] < last; ++e) {
+    const int64_t begin = std::max(first, call.starts[e]), end = std::min(last, call.starts[e + 1]);
+    if (begin >= end) continue;
+    share[used++] = {call.experts[e], begin - first, end - begin, up_chunks, down_chunks};
+    up_chunks += chunks_of(up, end - begin);
+    down_chunks += chunks_of(down, end - begin);
+  }
+  Batch batch{call.gate,    call.activations,
+              up.format,    up.cols,
+              down.cols,    share,
+              used,         x,
+              inputs,       in,
+              hiddens,      up_rows,
+              down_rows,    scratch.take<float>(threads * padded(down.cols)),
+              call.outputs, call.weights,
+              call.top_k,   call.combined};
+  const int64_t chunks[] = {inputs, up_chunks, pairs, down_chunks, combined_tokens};
+  run_phases(threads, combined_tokens > 0 ? 5 : 4, chunks, Batch::work, &batch);
+}
+
+bool same_shape(const Expert& a, const Expert& b) {
+  return a.up.rows == b.up.rows && a.up.cols == b.up.cols && a.up.format == b.up.format &&
+         a.down.rows == b.down.rows && a.down.cols == b.down.cols && a.down.format == b.down.format;
+}
+
+bool valid_experts(const Expert* const* experts, int64_t count, const int64_t* starts, const Gate& gate) {
+  for (int64_t e = 0; e < count; ++e) {
+    if (experts[e] == nullptr || starts[e + 1] < starts[e]) return false;
+    const Matrix &up = experts[e]->up, &down = experts[e]->down;
+    if (!valid(up) || !valid(down) || !same_shape(*experts[e], *experts[0])) return false;
+    const int64_t hidden = gate.arrangement == PLAIN ? up.rows : up.rows / 2;
+    if (gate.arrangement != PLAIN && up.rows % 2 != 0) return false;
+    if (down.cols != hidden || down.rows != up.cols || up.format != down.format) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+int32_t moe_experts(const Expert* const* experts, int64_t count, const int64_t* starts, const int64_t* tokens,
+                    const int64_t* places, const Gate* gate, const float* x, int64_t tokens_in_x,
+                    float* outputs, const float* weights, int64_t top_k, float* combined, int32_t activations,
+                    int32_t threads) try {
+  if (count < 0 || tokens_in_x < 0 || threads < 1 || !valid_activations(activations)) return BAD_ARGUMENT;
+  if (count == 0 || tokens_in_x == 0) return OK;
+  if (experts == nullptr || starts == nullptr || tokens == nullptr || places == nullptr || gate == nullptr ||
+      x == nullptr || outputs == nullptr || !valid(*gate) || starts[0] != 0)
+    return BAD_ARGUMENT;
+  if (weights != nullptr && (combined == nullptr || top_k < 1 || top_k > INT64_MAX / tokens_in_x))
+    return BAD_ARGUMENT;
+  if (!valid_experts(experts, count, starts, *gate)) return BAD_ARGUMENT;
+  const int64_t pairs = starts[count];
+  for (int64_t p = 0; p < pairs; ++p) {
+    if (tokens[p] < 0 || tokens[p] >= tokens_in_x || places[p] < 0) return BAD_ARGUMENT;
+    if (weights != nullptr && places[p] >= tokens_in_x * top_k) return BAD_ARGUMENT;
+  }
+  const ExpertsCall call{experts,     count,   starts,  tokens, places,   gate,        x,
+                         tokens_in_x, outputs, weights, top_k,  combined, activations, threads};
+  // A batch takes whole experts, or a piece of one: an expert's tokens are cut in the same places whatever is
+  // computed beside them, since how many there are decides how they are multiplied.
+  int64_t first = 0, e = 0;
+  do {
+    while (e + 1 < count && starts[e + 1] <= first) ++e;
+    int64_t last = std::min(starts[e + 1], first + BATCH_PAIRS);
+    for (int64_t next = e + 1;
+         next < count && starts[next] == last && starts[next + 1] - first <= BATCH_PAIRS; ++next)
+      last = starts[next + 1];
+    run_batch(call, e, first, last, weights != nullptr && last == pairs ? tokens_in_x : 0);
+    first = last;
+  } while (first < pairs);
+  return OK;
+} catch (const std::bad_alloc&) {
+  return OUT_OF_MEMORY;
+}
+
+int32_t moe_combine(const float* outputs, const float* weights, int64_t tokens, int64_t top_k, int64_t cols,
+                    float* combined) {
+  if (tokens < 0 || top_k < 1 || cols < 0) return BAD_ARGUMENT;
+  if (tokens > 0 && cols > 0 && (outputs == nullptr || weights == nullptr || combined == nullptr))
+    return BAD_ARGUMENT;
+  for (int64_t t = 0; t < tokens; ++t)
+    kernels().combine(outputs + t * top_k * cols, weights + t * top_k, top_k, cols, combined + t * cols);
+  return OK;
+}
+
+int32_t moe_gate(const Gate* gate, const float* hidden, int64_t tokens, int64_t width, float* out) {
+  if (gate == nullptr || !valid(*gate) || tokens < 0 || width < 0) return BAD_ARGUMENT;
+  if (tokens > 0 && width > 0 && (hidden == nullptr || out == nullptr)) return BAD_ARGUMENT;
+  const int64_t stride = gate->arrangement == PLAIN ? width : 2 * width;
+  for (int64_t t = 0; t < tokens; ++t) kernels().gate(*gate, hidden + t * stride, width, out + t * width);
+  return OK;
+}

@@ -1,0 +1,68 @@
+// Working memory of a call, kept between calls.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#include "isa.h"
+
+// Memory of the calling thread that grows to what its largest call needed; in pieces aligned to cache lines.
+class Scratch {
+ public:
+  ~Scratch() { std::free(memory_); }
+
+  // Room for `bytes` in all; what was taken before is gone.
+  void reserve(int64_t bytes) {
+    used_ = 0;
+    if (bytes + ALIGNMENT <= size_) return;
+    std::free(memory_);
+    size_ = 0;
+    memory_ = std::malloc(static_cast<size_t>(bytes + ALIGNMENT));
+    if (memory_ == nullptr) throw std::bad_alloc();
+    size_ = bytes + ALIGNMENT;
+  }
+
+  template <class T>
+  T* take(int64_t count) {
+    const uintptr_t start = (reinterpret_cast<uintptr_t>(memory_) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    T* piece = reinterpret_cast<T*>(start + static_cast<uintptr_t>(used_));
+    used_ += bytes_of<T>(count);
+    return piece;
+  }
+
+  template <class T>
+  static int64_t bytes_of(int64_t count) {
+    return (count * static_cast<int64_t>(sizeof(T)) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+  }
+
+ private:
+  static constexpr int64_t ALIGNMENT = 64;
+  void* memory_ = nullptr;
+  int64_t size_ = 0;
+  int64_t used_ = 0;
+};
+
+// The calling thread's. A function of the library reserves once and takes its pieces.
+inline thread_local Scratch scratch;
+
+// A prepared input for a matrix of `columns`, and the bytes that it takes.
+inline int64_t prepared_bytes(int64_t columns, int32_t activations) {
+  const int64_t width = padded(columns);
+  int64_t bytes = Scratch::bytes_of<float>(width);
+  if (activations != FLOATS)
+    bytes += Scratch::bytes_of<int8_t>(2 * width) + 2 * Scratch::bytes_of<float>(padded_blocks(columns));
+  return bytes;
+}
+
+inline Prepared take_prepared(int64_t columns, int32_t activations) {
+  const int64_t width = padded(columns);
+  Prepared piece;
+  piece.values = scratch.take<float>(width);
+  if (activations != FLOATS) {
+    piece.q = scratch.take<int8_t>(2 * width);
+    piece.scales = scratch.take<float>(padded_blocks(columns));
+    piece.sums = scratch.take<float>(padded_blocks(columns));
+  }
+  return piece;
+}

@@ -1,0 +1,95 @@
+#include "work.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+namespace {
+
+constexpr int64_t CHUNK_BYTES = 96 * 1024;  // of weights: long enough to claim, short enough to end together
+constexpr int64_t BYTES_PER_THREAD = 1 << 17;  // less work than this is not worth waking a thread for
+constexpr int64_t TOKENS_PER_READ = 8;  // so many tokens take about as long as reading the weights once
+
+float map_of_scales[256];
+std::atomic<bool> map_is_set{false};
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels* table(int32_t isa) {
+  const Kernels* built[] = {portable_kernels(), avx2_kernels(), avx512_kernels()};
+  return isa >= PORTABLE && isa <= AVX512 && isa <= detect_isa() ? built[isa] : nullptr;
+}
+
+// `tokens` tokens' work on weights, in readings of them.
+int64_t readings(int64_t tokens) { return std::max<int64_t>(1, tokens / TOKENS_PER_READ); }
+
+// A multiple of the rows that tiles work on.
+int64_t rows_per_chunk(const Matrix& m, int64_t tokens) {
+  const int64_t row_bytes = std::max<int64_t>(1, weight_bytes(m) / m.rows);
+  return std::max<int64_t>(16, CHUNK_BYTES / row_bytes / readings(tokens) / 16 * 16);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  const Kernels* now = chosen.load(std::memory_order_acquire);
+  if (now == nullptr) {
+    for (int32_t isa = AVX512; now == nullptr; --isa) now = table(isa);
+    chosen.store(now, std::memory_order_release);
+  }
+  return *now;
+}
+
+int32_t moe_best_isa() {
+  int32_t isa = AVX512;
+  while (table(isa) == nullptr) --isa;
+  return isa;
+}
+
+int32_t moe_set_isa(int32_t isa) {
+  const Kernels* wanted = table(isa);
+  if (wanted == nullptr) return UNSUPPORTED_CPU;
+  chosen.store(wanted, std::memory_order_release);
+  return OK;
+}
+
+int32_t moe_isa() { return kernels().isa; }
+
+int32_t moe_set_map(const float* map) {
+  if (map == nullptr) return BAD_ARGUMENT;
+  std::memcpy(map_of_scales, map, sizeof map_of_scales);
+  map_is_set.store(true);
+  return OK;
+}
+
+bool valid(const Matrix& m) {
+  if (m.rows <= 0 || m.cols <= 0 || m.rows > (int64_t{1} << 40) / m.cols) return false;
+  if (m.q == nullptr || m.scales == nullptr) return false;
+  if (m.format == INT8) return true;
+  return m.format == NF4 && m.nested != nullptr && m.offset != nullptr && map_is_set.load();
+}
+
+bool valid(const Gate& g) {
+  return g.arrangement >= PLAIN && g.arrangement <= INTERLEAVED && g.function >= IDENTITY &&
+         g.function <= CLAMPED_SWIGLU && (g.function != CLAMPED_SWIGLU || g.arrangement != PLAIN);
+}
+
+bool valid_activations(int32_t activations) { return activations >= FLOATS && activations <= BFLOAT16S; }
+
+int threads_for(int64_t bytes, int64_t tokens, int32_t threads) {
+  const int64_t worth = bytes * readings(tokens) / BYTES_PER_THREAD;
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, worth)));
+}
+
+int64_t weight_bytes(const Matrix& m) { return m.format == NF4 ? m.rows * m.cols / 2 : m.rows * m.cols; }
+
+int64_t chunks_of(const Matrix& m, int64_t tokens) {
+  return (m.rows + rows_per_chunk(m, tokens) - 1) / rows_per_chunk(m, tokens);
+}
+
+void multiply(const Matrix& m, int32_t activations, const Prepared* x, int64_t count, int64_t c,
+              float* const* y) {
+  const int64_t rows = rows_per_chunk(m, count), first = c * rows, last = std::min(m.rows, first + rows);
+  for (int64_t t = 0; t < count; t += TILE_TOKENS)
+    kernels().rows(m, map_of_scales, activations, tiled(count), x + t, std::min(TILE_TOKENS, count - t),
+                   first, last, y + t);
+}

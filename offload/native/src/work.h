@@ -1,0 +1,31 @@
+// What the exported functions share: the kernels in use, checks of arguments, and matrices cut into chunks of
+// work.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+constexpr int64_t BATCH_PAIRS = 256;  // most inputs whose prepared and intermediate values are held at a time
+
+// The kernels in use.
+const Kernels& kernels();
+
+bool valid(const Matrix& m);
+bool valid(const Gate& g);
+bool valid_activations(int32_t activations);
+
+// How many threads are worth waking to multiply `bytes` of weights with each of `tokens`.
+int threads_for(int64_t bytes, int64_t tokens, int32_t threads);
+
+int64_t weight_bytes(const Matrix& m);
+
+// Into how many chunks a matrix is cut that `tokens` are multiplied with.
+int64_t chunks_of(const Matrix& m, int64_t tokens);
+
+inline bool tiled(int64_t tokens) { return tokens > MOST_DOTS; }
+
+// Rows of chunk `c` of the matrix times `count` inputs, prepared as `tiled(count)` says; y[t] [rows] becomes
+// input t's.
+void multiply(const Matrix& m, int32_t activations, const Prepared* x, int64_t count, int64_t c,
+              float* const* y);
