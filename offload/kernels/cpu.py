@@ -63,7 +63,7 @@ def multiply(matrix: Matrix, x: torch.Tensor, activations: int) -> torch.Tensor:
     lib = library()
     assert lib is not None
     floats = x.float().contiguous()
-    out = torch.empty(x.shape[0], matrix.rows)
+    out = torch.empty(x.shape[0], matrix.rows, dtype=torch.float32)  # whatever another thread's default is
     status = lib.moe_linear(
         ctypes.byref(matrix),
         floats.data_ptr(),
@@ -147,8 +147,8 @@ class CpuStep:
         self._routing = routing
         self._weights = weights.float().contiguous()
         self._activations = activations
-        self._outputs = torch.empty(len(routing.ids), x.shape[1])
-        self._combined = torch.empty(x.shape[0], x.shape[1])
+        self._outputs = torch.empty(len(routing.ids), x.shape[1], dtype=torch.float32)
+        self._combined = torch.empty(x.shape[0], x.shape[1], dtype=torch.float32)
         self._left = len(routing.experts)
 
     def compute(self, group: Sequence[Readable]) -> None:

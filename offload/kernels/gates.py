@@ -38,7 +38,7 @@ def recognize(math: ExpertMath) -> Gate | None:
     if wanted.numel() != WIDTH:
         return None
     for gate in _candidates(math):
-        got = torch.empty(WIDTH)
+        got = torch.empty(WIDTH, dtype=torch.float32)
         check(lib.moe_gate(ctypes.byref(gate), probe.data_ptr(), 1, WIDTH, got.data_ptr()))
         if _agree(gate, probe, got, wanted):
             return gate
@@ -79,7 +79,7 @@ def apply_gate(gate: Gate, hidden: torch.Tensor) -> torch.Tensor:
     assert lib is not None
     hidden = hidden.contiguous()
     width = hidden.shape[1] if gate.arrangement == PLAIN else hidden.shape[1] // 2
-    out = torch.empty(hidden.shape[0], width)
+    out = torch.empty(hidden.shape[0], width, dtype=torch.float32)
     check(lib.moe_gate(ctypes.byref(gate), hidden.data_ptr(), hidden.shape[0], width, out.data_ptr()))
     return out
 
@@ -98,6 +98,6 @@ def _candidates(math: ExpertMath) -> Iterator[Gate]:
 
 def _probe(count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
-    sizes = 10 ** (5 * torch.rand(count, generator=generator) - 3)
-    signs = 2.0 * torch.randint(2, (count,), generator=generator) - 1
+    sizes = 10 ** (5 * torch.rand(count, generator=generator, dtype=torch.float32) - 3)
+    signs = 2 * torch.randint(2, (count,), generator=generator).float() - 1
     return (sizes * signs).contiguous()

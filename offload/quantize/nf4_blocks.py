@@ -106,7 +106,7 @@ class _Buffers:
     """Working memory of one thread for chunks of up to `size` weights."""
 
     def __init__(self, size: int) -> None:
-        self.scaled, self.above, self.level = (torch.empty(size) for _ in range(3))
+        self.scaled, self.above, self.level = (torch.empty(size, dtype=torch.float32) for _ in range(3))
         self.nibbles = torch.empty(size, dtype=torch.uint8)
 
 
