@@ -102,7 +102,7 @@ def show(model: str, as_json: bool) -> None:
 
 
 def _sizes(spec: ModelSpec) -> dict[str, dict[str, int]]:
-    """Bytes of the experts and of the dense part by format."""
+    """Bytes of the experts and of the dense part by format, the latter as on a GPU."""
     from moe_local.offload.plan.footprint import dense_bytes, expert_bytes
     from moe_local.offload.quantize.codec import codecs
 
@@ -112,7 +112,7 @@ def _sizes(spec: ModelSpec) -> dict[str, dict[str, int]]:
                 layer.num_experts * size
                 for layer, size in zip(spec.layers, expert_bytes(spec, name), strict=True)
             ),
-            "dense": dense_bytes(spec, name),
+            "dense": dense_bytes(spec, name, cuda=True),
         }
         for name in codecs()
     }

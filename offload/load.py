@@ -140,7 +140,12 @@ def assemble(
 ) -> Model:
     """A Model as planned. `device`: what experts are cached on beside RAM; None: they are computed in RAM."""
     hf = load_skeleton(
-        checkpoint.folder, checkpoint.config, dense=options.dense, dtype=plan.request.dtype, device=target
+        checkpoint.folder,
+        checkpoint.config,
+        dense=options.dense,
+        dtype=plan.request.dtype,
+        device=target,
+        activations=options.activations,
     )
     with contextlib.ExitStack() as undo:
         store = build_store(
@@ -157,7 +162,7 @@ def assemble(
         kv = make_kv(hf, 1, plan.request.context, cache)
         engine = Engine(hf, kv, chunk=plan.chunk)
         prefetcher = _prefetcher(options, plan, store, probe)
-        runner = ExpertRunner(store, prefetcher)
+        runner = ExpertRunner(store, prefetcher, options.activations)
         _fill(store, plan, progress)
         if any(layout.format == "nf4" for layer in store.layouts for layout in layer):
             bitsandbytes_ops()  # its import takes a second, which is not the first token's to wait for

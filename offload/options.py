@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 DENSE_FORMATS = ("auto", "nf4", "int8", "bf16", "fp16", "fp32")
-ACTIVATIONS = ("native",)
+ACTIVATIONS = ("native", "int8")
 PREFETCH = ("auto", "off", "router")
 MISS = ("auto", "fetch", "cpu")
 
@@ -51,7 +51,7 @@ class LoadOptions:
     )
     activations: str = field(
         default="native",
-        metadata={"help": "Arithmetic between the expert's matrices: native, the compute dtype."},
+        metadata={"help": "What the CPU kernel multiplies weights with: native (the compute dtype) or int8."},
     )
     dense: str = field(
         default="auto",
@@ -113,6 +113,10 @@ class LoadOptions:
             if (found.index or 0) >= count:
                 raise OptionError(
                     f"device {self.device!r} is not there: {count} CUDA devices found; use device='cpu'"
+                )
+            if self.activations != "native":
+                raise OptionError(
+                    f"activations {self.activations!r} is for the CPU kernel only; use native on {found}"
                 )
             if self.miss == "cpu":
                 raise OptionError("miss 'cpu' is not available on a GPU yet; use auto or fetch")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.checkpoint.spec import experts_modules, meta_model, model_class, quantizable_weights
+from moe_local.offload.checkpoint.spec import experts_modules, meta_model, model_class, quantized_weights
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 
@@ -26,17 +26,30 @@ _loading = threading.Lock()
 """transformers' loader sets torch's default dtype, and `_quiet_loading` its verbosity, for all threads."""
 
 
-def load_skeleton(folder: Path, config: Any, *, dense: str, dtype: torch.dtype, device: torch.device) -> Any:
+def load_skeleton(
+    folder: Path,
+    config: Any,
+    *,
+    dense: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    activations: str = "native",
+) -> Any:
     """The transformers model in `folder` with every experts module replaced by an OffloadedExperts.
 
-    `dense` is "nf4" or "int8" (quantized on the way in by transformers' bitsandbytes integration, computing
-    in `dtype`) or any other name, which loads in `dtype`. Only tensors that are not experts' are read, and
-    none of them asks for gradients. Loads one model at a time; other threads wait. Raises CheckpointError
-    if weights are missing, or if no experts module was found to replace.
+    `dense` is "nf4" or "int8", quantized on the way in and computing in `dtype`, or any other name, which
+    loads in `dtype`. What is quantized, `ModelSpec.quantized` says: on CUDA by bitsandbytes, on the CPU as
+    QuantizedLinear, with these `activations`. Only tensors that are not experts' are read, and none of them
+    asks for gradients. Loads one model at a time; other threads wait. Raises CheckpointError if weights are
+    missing or cannot be quantized, or if no experts module was found to replace.
     """
     cls = model_class(config)
     swapping = _swapping(cls)
-    quantization = _quantization(config, dense, dtype) if dense in ("nf4", "int8") else None
+    quantization = None
+    if dense in ("nf4", "int8"):
+        on_cpu = device.type == "cpu"
+        model = meta_model(config)
+        quantization = _ours(model, dense, activations) if on_cpu else _bitsandbytes(model, dense, dtype)
     with _loading, _quiet_loading():
         model, info = swapping.from_pretrained(
             folder,
@@ -54,16 +67,22 @@ def load_skeleton(folder: Path, config: Any, *, dense: str, dtype: torch.dtype, 
         raise CheckpointError(
             f"{cls.__name__} has no routed experts to offload; moe-local runs Mixture-of-Experts models"
         )
+    mismatched, refused = set(info["mismatched_keys"]), []
+    if quantization is not None and device.type == "cpu":
+        mismatched |= set(model.hf_quantizer.mismatched)
+        refused = model.hf_quantizer.refused
+    if mismatched:
+        name, stored, wanted = min(mismatched)
+        raise CheckpointError(
+            f"{folder} holds {name} as {list(stored)} where its config.json says {list(wanted)}, "
+            "and config and weights do not match; download it again"
+        )
+    if refused:
+        raise refused[0]
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"{folder} lacks {len(missing)} weights that {cls.__name__} needs, such as {missing[0]}; "
             "download it again"
-        )
-    if mismatched := sorted(info["mismatched_keys"]):
-        name, stored, wanted = mismatched[0]
-        raise CheckpointError(
-            f"{folder} holds {name} as {list(stored)} where its config.json says {list(wanted)}, "
-            "and config and weights do not match; download it again"
         )
     if dense == "int8":
         _flatten_inputs(model)
@@ -129,15 +148,21 @@ def _by_rows(linear: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) ->
     return linear(x.flatten(0, -2)).unflatten(0, x.shape[:-1]) if x.dim() > 3 else linear(x)
 
 
-def _quantization(config: Any, dense: str, dtype: torch.dtype) -> Any:
-    """transformers' settings that quantize the weights `ModelSpec.quantizable` names, and no others."""
+def _ours(model: Any, dense: str, activations: str) -> Any:
+    """Settings for transformers with which these weights of `model`, on the meta device, become ours."""
+    from moe_local.offload.checkpoint.dense_quantizer import DenseConfig
+
+    return DenseConfig(quantized_weights(model, cuda=False), dense, activations)
+
+
+def _bitsandbytes(model: Any, dense: str, dtype: torch.dtype) -> Any:
+    """The same for bitsandbytes, which would quantize others."""
     from transformers import BitsAndBytesConfig
 
     bitsandbytes_ops()  # imported here first, transformers finds it without words and without the network
     # A line in every int8 product whose input is not fp16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    model = meta_model(config)
-    quantizable = {name.removesuffix(".weight") for name in quantizable_weights(model)}
+    quantizable = {name.removesuffix(".weight") for name in quantized_weights(model, cuda=True)}
     linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     skipped = [re.escape(name) for name in linear if name not in quantizable]
     if dense == "int8":

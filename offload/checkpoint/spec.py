@@ -50,7 +50,15 @@ class ModelSpec:
     expanded_kv_numel_per_token: int
     """Keys and values of one layer as its attention reads them: repeated for, or projected to, every head."""
     quantizable: frozenset[str]
-    """The `dense` weights that dense="nf4" and "int8" quantize: linear layers but routers and output head."""
+    """The `dense` weights that dense="nf4" and "int8" quantize on CUDA (see `quantized_weights`)."""
+    quantizable_on_cpu: frozenset[str]
+    """The same on the CPU."""
+
+    def quantized(self, dense: str, *, cuda: bool) -> frozenset[str]:
+        """The weights that are loaded quantized with option `dense`; none for "bf16" and the like."""
+        if dense not in ("nf4", "int8"):
+            return frozenset()
+        return self.quantizable if cuda else self.quantizable_on_cpu
 
     @property
     def top_k(self) -> int:
@@ -168,7 +176,8 @@ def model_spec(config: Any, model: Any = None) -> ModelSpec:
         dense=dense,
         kv_numel_per_token=_kv_numel_per_token(text),
         expanded_kv_numel_per_token=_expanded_kv_numel_per_token(text),
-        quantizable=frozenset(quantizable_weights(model)),
+        quantizable=frozenset(quantized_weights(model, cuda=True)),
+        quantizable_on_cpu=frozenset(quantized_weights(model, cuda=False)),
     )
 
 
@@ -209,17 +218,25 @@ def _expanded_kv_numel_per_token(text: Any) -> int:
     return 2 * heads * int(getattr(text, "head_dim", None) or text.hidden_size // heads)
 
 
-def quantizable_weights(model: Any) -> Iterator[str]:
-    """Names of the weights that dense="nf4" and "int8" quantize.
+def quantized_weights(model: Any, *, cuda: bool) -> Iterator[str]:
+    """Names of the weights that dense="nf4" and "int8" quantize; `model` may be on the meta device.
 
-    As transformers' bitsandbytes integration, which takes exactly nn.Linear and leaves the output head and
-    tied weights, but routers stay as they are too (a rounded router sends tokens elsewhere), and so does
-    what is not made of whole blocks of 32 rows by 64 columns, which bitsandbytes' CPU kernels refuse.
+    On CUDA as transformers' bitsandbytes integration, which takes exactly nn.Linear and leaves the output
+    head and tied weights, but routers stay as they are too (a rounded router sends tokens elsewhere), and so
+    does what is not made of whole blocks of 32 rows by 64 columns, which not all of bitsandbytes' kernels
+    take. On the CPU, where each token waits for the head's bytes to be read, that is quantized as well.
     """
     head = model.get_output_embeddings()
     routers = {"gate", "router", "shared_expert_gate"}
     for name, module in model.named_modules():
-        if type(module) is not nn.Linear or module is head or routers & set(name.split(".")):
+        if type(module) is not nn.Linear or routers & set(name.split(".")):
+            continue
+        if module is head and (cuda or _is_tied(model, module.weight)):
             continue
         if module.in_features % 64 == 0 and module.out_features % 32 == 0:
             yield f"{name}.weight"
+
+
+def _is_tied(model: nn.Module, weight: torch.Tensor) -> bool:
+    named = model.named_parameters(remove_duplicate=False)
+    return sum(parameter is weight for _, parameter in named) > 1

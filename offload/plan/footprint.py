@@ -41,19 +41,23 @@ def _expert_bytes(experts: str, tensors: tuple[TensorSpec, ...]) -> int:
     return codec_for(experts).layout(tensors).nbytes
 
 
-def dense_bytes(spec: ModelSpec, dense: str) -> int:
-    """Bytes of every weight that is no routed expert's, as transformers loads them with `dense`."""
+def dense_bytes(spec: ModelSpec, dense: str, *, cuda: bool) -> int:
+    """Bytes of every weight that is no routed expert's, loaded with `dense` on CUDA or on the CPU."""
     width = compute_dtype(spec, dense).itemsize
-    return sum(
-        _quantized_bytes(tensor, dense)
-        if dense in ("nf4", "int8") and tensor.name in spec.quantizable
-        else tensor.numel * width
-        for tensor in spec.dense
-    )
+    quantized = spec.quantized(dense, cuda=cuda)
+
+    def nbytes(tensor: TensorSpec) -> int:
+        if tensor.name in quantized:
+            return _bitsandbytes_bytes(tensor, dense) if cuda else _expert_bytes(dense, (tensor,))
+        if not cuda and f"{tensor.name.removesuffix('.bias')}.weight" in quantized:
+            return 4 * tensor.numel
+        return width * tensor.numel
+
+    return sum(nbytes(tensor) for tensor in spec.dense)
 
 
-def _quantized_bytes(tensor: TensorSpec, dense: str) -> int:
-    """bitsandbytes' Linear4bit with double-quantized scales, or Linear8bitLt: its tensors' sizes."""
+def _bitsandbytes_bytes(tensor: TensorSpec, dense: str) -> int:
+    """Linear4bit with double-quantized scales, or Linear8bitLt: its tensors' sizes."""
     numel = tensor.numel
     if dense == "int8":
         return numel + 4 * tensor.shape[0]

@@ -121,7 +121,7 @@ def _quantize(name: str, weights: torch.Tensor, out: Int8Matrix) -> None:
     largest = LIMIT * torch.finfo(torch.float16).max
     raise CheckpointError(
         f"{name} has weights up to {float(weights.abs().max()):.4g}, above the largest int8 takes, "
-        f'{largest:.4g}; use experts="bf16" or "fp32"'
+        f"{largest:.4g}; use bf16 or fp32"
     )
 
 

@@ -39,7 +39,7 @@ def test_frozen_and_comparable():
         ("policy", "random", "lru"),
         ("prefetch", "on", "use one of auto, off, router"),
         ("miss", "skip", "use one of auto, fetch, cpu"),
-        ("activations", "int8", "native is the only one so far"),
+        ("activations", "int4", "use one of native, int8"),
     ],
 )
 def test_a_bad_value_names_itself_and_what_is_allowed(keyword, value, said):
@@ -75,6 +75,10 @@ def test_the_device_must_be_there(monkeypatch):
         LoadOptions(device="cuda:2").torch_device()
     with pytest.raises(OptionError, match="'cpu' is not available on a GPU yet"):
         LoadOptions(device="cuda:0", miss="cpu").torch_device()
+    with pytest.raises(
+        OptionError, match="activations 'int8' is for the CPU kernel only; use native on cuda:0"
+    ):
+        LoadOptions(device="cuda:0", activations="int8").torch_device()
 
 
 def test_each_option_says_what_it_is_and_names_every_choice():

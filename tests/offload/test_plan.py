@@ -110,7 +110,7 @@ class TestKnownNumbers:
         assert plan.mode == "offload"
         assert plan.bytes.experts_total == 2 * MIXTRAL.expert_numel
 
-    def test_quantized_dense_part_is_what_bitsandbytes_allocates(self, tiny_models) -> None:
+    def test_quantized_dense_part_on_cuda_is_what_bitsandbytes_allocates(self, tiny_models) -> None:
         import bitsandbytes as bnb
 
         config = tiny_models.tiny_config("qwen2_moe")
@@ -121,11 +121,20 @@ class TestKnownNumbers:
         tensors = [packed, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
         expected = sum(tensor.nbytes for tensor in tensors)
         only = dataclasses.replace(spec, dense=(name,))
-        assert footprint.dense_bytes(only, "nf4") == expected
-        assert footprint.dense_bytes(only, "int8") == weight.numel() + 4 * weight.shape[0]
-        assert footprint.dense_bytes(only, "fp32") == weight.nbytes
+        assert footprint.dense_bytes(only, "nf4", cuda=True) == expected
+        assert footprint.dense_bytes(only, "int8", cuda=True) == weight.numel() + 4 * weight.shape[0]
+        assert footprint.dense_bytes(only, "fp32", cuda=True) == weight.nbytes
         unquantized = dataclasses.replace(only, quantizable=frozenset())
-        assert footprint.dense_bytes(unquantized, "nf4") == 2 * weight.numel()
+        assert footprint.dense_bytes(unquantized, "nf4", cuda=True) == 2 * weight.numel()
+
+    @pytest.mark.parametrize(("dense", "bits"), [("nf4", 4.127), ("int8", 8.25)])
+    def test_on_the_cpu_all_of_mixtral_but_norms_routers_and_embeddings_is_quantized(
+        self, dense: str, bits: float
+    ) -> None:
+        attention = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096)
+        head, routers, norms = 32000 * 4096, 32 * 8 * 4096, 65 * 4096
+        wanted = bits / 8 * (attention + head) + 2 * (head + routers + norms)
+        assert footprint.dense_bytes(MIXTRAL, dense, cuda=False) == pytest.approx(wanted, rel=1e-3)
 
 
 class TestAnyRequest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from moe_local.offload.checkpoint.skeleton import load_skeleton
 from moe_local.offload.checkpoint.spec import model_class, model_spec
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
+from moe_local.offload.kernels.linear import QuantizedLinear
 from moe_local.offload.prefetch.prefetch import NoPrefetch
 from moe_local.offload.quantize.codec import codec_for
 
@@ -149,11 +151,9 @@ def test_quantizes_what_the_spec_says_and_nothing_else(
     hf = load(folder, dense)
     spec = model_spec(read_config(folder))
     quantized = {
-        f"{name}.weight"
-        for name, module in hf.named_modules()
-        if type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+        f"{name}.weight" for name, module in hf.named_modules() if isinstance(module, QuantizedLinear)
     }
-    assert quantized == spec.quantizable
+    assert quantized == spec.quantizable | {"lm_head.weight"}
     exact = {name: p for name, p in hf.named_parameters() if name not in quantized}
     assert {p.dtype for name, p in exact.items() if "bias" not in name} == {torch.float32}
     assert sum(isinstance(module, OffloadedExperts) for module in hf.modules()) == len(spec.layers)
@@ -163,6 +163,69 @@ def test_quantizes_what_the_spec_says_and_nothing_else(
     error = float((logits - plain).norm() / plain.norm())
     assert 1e-4 < error < (0.5 if dense == "nf4" else 0.1)
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("dense", ["nf4", "int8"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_a_quantized_dense_part_computes_what_its_decoded_weights_do(
+    make_checkpoint: Callable[..., Path], model_type: str, dense: str
+) -> None:
+    """qwen2_moe and deepseek_v3 have shared experts, gpt_oss biases."""
+    folder = make_checkpoint(model_type)
+    hf, plain = load(folder, dense), load(folder)
+    for name, module in list(hf.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            weight = plain.get_submodule(name).weight
+            weight.copy_(codec_for(dense).decode(module.weight, module.layout, torch.float32)["weight"])
+            assert (module.bias is None) == (plain.get_submodule(name).bias is None)
+            assert module.bias is None or torch.equal(module.bias, plain.get_submodule(name).bias)
+    torch.testing.assert_close(hf(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-4)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(hf.generate(IDS, **options), plain.generate(IDS, **options))
+
+
+def test_a_tied_head_stays_the_embedding(make_checkpoint: Callable[..., Path]) -> None:
+    folder = make_checkpoint("mixtral", tie_word_embeddings=True)
+    hf = load(folder, "nf4")
+    assert hf.lm_head.weight is hf.model.embed_tokens.weight
+    spec = model_spec(read_config(folder))
+    assert spec.quantizable_on_cpu == spec.quantizable
+
+
+def test_one_weight_at_a_time_is_there_unquantized(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 made of an fp32 file, so that what is kept of it is memory of the process."""
+    seen: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    quantize = QuantizedLinear.quantized
+
+    def spy(self: QuantizedLinear, name: str, values: torch.Tensor) -> torch.nn.Parameter:
+        assert values.dtype == torch.bfloat16
+        alive.append(sum(tensor() is not None for tensor in seen))
+        seen.append(weakref.ref(values))
+        return quantize(self, name, values)
+
+    monkeypatch.setattr(QuantizedLinear, "quantized", spy)
+    load(make_checkpoint("mixtral"), "nf4", torch.bfloat16)
+    assert len(alive) == 13
+    assert max(alive) <= 1
+
+
+def test_a_quantized_model_loads_twice_and_refuses_to_be_saved(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_checkpoint("mixtral")
+    config = read_config(folder)
+    for dense in ("nf4", "int8", "auto"):
+        hf = load_skeleton(folder, config, dense=dense, dtype=torch.float32, device=CPU)
+        assert any(isinstance(module, QuantizedLinear) for module in hf.modules()) == (dense != "auto")
+        assert getattr(config, "quantization_config", None) is None
+        if dense != "auto":
+            assert f"format={dense}" in repr(hf)
+            assert hf.config.to_dict()["quantization_config"]["format"] == dense
+            with pytest.raises(ValueError, match="not serializable"):
+                hf.save_pretrained(tmp_path)
 
 
 def test_bf16_is_the_dtype_of_everything(make_checkpoint: Callable[..., Path]) -> None:
@@ -195,6 +258,28 @@ def test_weights_of_another_shape_are_one_clear_line(copied: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight as \[65\] where .* says \[64\]") as info:
         load(copied)
     assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("dense", ["nf4", "int8"])
+def test_weights_that_cannot_be_quantized_are_one_clear_line(copied: Path, dense: str) -> None:
+    path = copied / "model.safetensors"
+    name = "model.layers.1.self_attn.o_proj.weight"
+    whole = load_file(path)
+    save_file({**whole, name: torch.ones(64, 32)}, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{name} as \[64, 32\] where .* says \[64, 64\]") as info:
+        load(copied, dense)
+    assert "\n" not in str(info.value)
+    whole[name][3, 4] = torch.nan
+    save_file(whole, path, {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.self_attn\.o_proj: weight has 1 of 4096 .* NaN"
+    ) as info:
+        load(copied, dense)
+    assert "\n" not in str(info.value)
+    del whole[name]
+    save_file(whole, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"lacks 1 weights .* {name}"):
+        load(copied, dense)
 
 
 def test_a_model_without_experts_is_refused(make_checkpoint: Callable[..., Path]) -> None:

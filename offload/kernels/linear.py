@@ -1,0 +1,85 @@
+"""A linear layer of the dense part whose weight stays quantized, multiplied from its bytes on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from moe_local.offload.kernels.cpu import matrix_at, multiply, rounding, serves
+from moe_local.offload.native.library import DTYPES, Matrix
+from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.quantize.layout import TensorSpec
+from moe_local.offload.quantize.views import check_finite
+
+
+class QuantizedLinear(nn.Module):
+    """nn.Linear with its weight as an expert's matrix: one flat uint8 buffer in the layout of a codec.
+
+    For CPU memory. Multiplies in place by the C++ library, with as many threads as torch is set to; by
+    decoding the whole weight and torch's own product where the library is not there, under autocast, and
+    where gradients with respect to the input are asked for.
+    """
+
+    weight: nn.Parameter
+    """uint8 [layout.nbytes], once it is `quantized`; until then what the original layer had."""
+    bias: nn.Parameter | None
+    """float32 [out_features]; until quantized, the original's."""
+
+    def __init__(self, original: nn.Linear, format: str, activations: str = "native") -> None:
+        """In place of `original`, which may be on the meta device and whose parameters it takes over.
+
+        `format` and `activations` as in `load()`: "nf4" or "int8", "native" or "int8".
+        """
+        super().__init__()
+        self.in_features, self.out_features = original.in_features, original.out_features
+        self.activations = activations
+        self.layout = codec_for(format).layout([TensorSpec("weight", (self.out_features, self.in_features))])
+        self.weight = nn.Parameter(original.weight.detach(), requires_grad=False)
+        self.register_parameter("bias", original.bias)
+        self._matrix: tuple[tuple[int, int | None], Matrix] | None = None
+
+    def quantized(self, name: str, values: torch.Tensor) -> nn.Parameter:
+        """What to set parameter `name` to, "weight" or "bias", for these values of the original's shape.
+
+        Raises CheckpointError for what the format cannot hold.
+        """
+        if name == "bias":
+            made = values.detach().to(torch.float32, copy=True).contiguous()
+            check_finite(name, made)
+        else:
+            made = torch.empty(self.layout.nbytes, dtype=torch.uint8)
+            codec_for(self.layout.format).encode({name: values.detach()}, self.layout, made)
+        return nn.Parameter(made, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] -> [..., out_features], in the dtype of x."""
+        if not serves(self.layout, x) or (torch.is_grad_enabled() and x.requires_grad):
+            return self._decoded(x)
+        y = multiply(self._in_place(), x.reshape(-1, self.in_features), rounding(self.activations, x.dtype))
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _in_place(self) -> Matrix:
+        """The weight and bias where they are now."""
+        bias = None if self.bias is None else self.bias.data_ptr()
+        where = self.weight.data_ptr(), bias
+        if self._matrix is None or self._matrix[0] != where:
+            matrix = matrix_at(where[0], self.layout, "weight", has_bias=False)
+            matrix.bias = bias
+            self._matrix = where, matrix
+        return self._matrix[1]
+
+    def _decoded(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = x.dtype if x.dtype in DTYPES else torch.float32
+        weight = codec_for(self.layout.format).decode(self.weight, self.layout, dtype)["weight"]
+        return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, format={self.layout.format}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without addresses, which a copy does not share."""
+        return {**self.__dict__, "_matrix": None}
