@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moe_local.offload.native.library import FLOATS, INT8, INT16, Gate
+from moe_local.offload.native.library import BF16, FLOATS, INT8, INT16, Gate
 
 PLAIN, CONCATENATED, INTERLEAVED = range(3)
 RELU, SILU, CLAMPED = 1, 3, 6
@@ -20,7 +20,7 @@ GATES = {
     "interleaved": Gate(INTERLEAVED, SILU, 0, 0),
     "clamped": Gate(INTERLEAVED, CLAMPED, 1.702, 7.0),
 }
-BOUNDS = {FLOATS: 5e-6, INT16: 2e-4, INT8: 3e-2}
+BOUNDS = {FLOATS: 5e-6, INT16: 2e-4, INT8: 3e-2, BF16: 1e-2}
 """Rounding happens twice, and a gate multiplies what two numbers are off by."""
 
 

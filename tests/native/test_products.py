@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_local.offload.native.library import FLOATS, INT8, INT16, ISAS
+from moe_local.offload.native.library import BF16, FLOATS, INT8, INT16, ISAS
 
-BOUNDS = {FLOATS: 3e-6, INT16: 7e-5, INT8: 9e-3}
+BOUNDS = {FLOATS: 3e-6, INT16: 7e-5, INT8: 9e-3, BF16: 3e-3}
 """Largest error of y relative to the sizes of its factors, |x| * |w| (see `error`)."""
 
 SHAPES = [
@@ -21,6 +21,12 @@ SHAPES = [
     (2, 33344),  # more than one stretch of decoded scales a row
 ]
 TOKENS = (1, 2, 3, 4, 5, 7, 16, 33, 128, 129, 300)
+
+
+def activations_of(tokens: int, cols: int, activations: int, seed: int = 0) -> torch.Tensor:
+    """x [T, cols], normal; what is said to come from bf16 does."""
+    x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(seed + cols))
+    return x.bfloat16().float() if activations == BF16 else x
 
 
 def error(got: torch.Tensor, want: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> float:
@@ -39,7 +45,7 @@ def test_equals_the_product_of_the_decoded_weights(
 ) -> None:
     for rows, cols in SHAPES:
         m = packed.pack(format, rows, cols, seed=rows + cols, bias=rows % 2 == 1)
-        x = torch.randn(max(TOKENS), cols, generator=torch.Generator().manual_seed(cols))
+        x = activations_of(max(TOKENS), cols, activations)
         want = m.product(x)
         for tokens in TOKENS:
             if tokens * rows * cols > 30_000_000:
@@ -100,7 +106,7 @@ def test_no_whole_number_overflows(packed: Any, isa: str, format: str, activatio
         for tokens in (1, 3):
             got = packed.linear(m, (3.7 * x).repeat(tokens, 1), activations)
             want = (3.7 * x).double().repeat(tokens, 1) @ weights.T
-            assert torch.allclose(got.double(), want, rtol=0, atol=1e-3 * float(weights.abs().sum(1).max()))
+            assert torch.allclose(got.double(), want, rtol=0, atol=4e-3 * float(weights.abs().sum(1).max()))
 
 
 def decoded_scales(packed: Any, m: Any) -> torch.Tensor:
@@ -133,7 +139,7 @@ def test_any_shape_anywhere(packed: Any, isa: int, format: str, activations: int
         m = packed.pack(
             format, case["rows"], case["cols"], seed=case["seed"], bias=case["bias"], shift=case["shift"]
         )
-        x = torch.randn(case["tokens"], case["cols"], generator=torch.Generator().manual_seed(case["seed"]))
+        x = activations_of(case["tokens"], case["cols"], activations, case["seed"])
         got = packed.linear(m, x, activations, case["threads"], case["shift"])
         if case["tokens"]:
             # Few numbers average less out: a single product is off by what its two factors are.

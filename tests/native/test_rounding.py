@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from moe_local.offload.native.library import FLOATS, INT8, INT16
+from moe_local.offload.native.library import BF16, FLOATS, INT8, INT16
 
-WAYS = (FLOATS, INT16, INT8)
+WAYS = (FLOATS, INT16, INT8, BF16)
 COLS = 4096
 
 
