@@ -54,10 +54,10 @@ from moe_local.offload.plan.bandwidth import read_sum
 from moe_local.offload.tiers.device import HostMemory
 
 READ_BYTES = 128 * 2**20
-SLICE_S = 0.1
+SLICE_S = 0.25
 """A case that takes longer than this is timed in fewer rounds,"""
-SPARSEST = 8
-"""but in every eighth."""
+LEAST_ROUNDS = 6
+"""but in these at least, which give an interval."""
 
 
 class Reader:
@@ -112,7 +112,9 @@ def warm_up(case: Case, bench: Bench, rounds: int) -> None:
             f"above {case.error_limit:.2g}; build the library again and run the tests"
         )
     slices = max(1, math.ceil(seconds / SLICE_S))
-    case.every = min(1 << (slices - 1).bit_length(), SPARSEST, rounds)
+    # Powers of two, so that two cases share the rounds of the rarer one, and their ratio has as many pairs.
+    sparsest = 1 << (max(1, rounds // LEAST_ROUNDS).bit_length() - 1)
+    case.every = min(1 << (slices - 1).bit_length(), sparsest)
 
 
 def measure_round(cases: Sequence[Case], reader: Reader, number: int, chance: random.Random) -> None:

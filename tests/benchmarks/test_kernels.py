@@ -78,6 +78,22 @@ def test_targets_are_judged_by_the_rows(benchmark: ModuleType, capsys: pytest.Ca
     assert len([line for line in result["table"] if "; target at " in line]) == len(result["targets"])
 
 
+@pytest.mark.parametrize(("rounds", "fewest"), [(3, 3), (11, 11), (12, 6), (32, 8), (48, 6)])
+def test_slow_cases_are_timed_in_fewer_rounds(
+    benchmark: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    rounds: int,
+    fewest: int,
+) -> None:
+    """With every case slow, in as few as still give an interval; and always in the same ones."""
+    monkeypatch.setattr(benchmark, "SLICE_S", 1e-9)
+    few = ("--tokens", "16", "--kernels", "expert", "--isas", "portable", "--peers", "torch fp32")
+    rows = run(benchmark, capsys, *few, "--rounds", str(rounds))["cases"]
+    assert {row["rounds"] for row in rows} == {fewest}
+    assert {row["times_torch"]["rounds"] for row in rows if row["times_torch"]} == {fewest}
+
+
 @pytest.mark.parametrize(
     ("figure", "limit", "paired", "outcome"),
     [
