@@ -15,6 +15,7 @@ export MOE_LOCAL_HOME="$work/home"
 
 python -m pytest -q -m gpu tests/gpu -p no:cacheprovider || echo "gpu tests FAILED" | tee "$out/gpu-tests-failed"
 
+python benchmarks/encode.py --dtypes bf16 --rounds 6 --json "$out/gpu-encode.json"
 python benchmarks/synthetic.py "$work/mixtral" --layers 2 --seed 0
 python benchmarks/decode.py "$work/mixtral" --vram 24GiB --slots 2 4 8 --prefetch off router \
     --tokens 48 --rounds 5 --json "$out/gpu-decode.json"

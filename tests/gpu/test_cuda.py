@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import moe_local
+from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.kernels.expert import expert_forward
+from moe_local.offload.quantize import nf4_blocks
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import TensorSpec
 from moe_local.offload.tiers.arena import HostArena
@@ -76,6 +78,44 @@ def test_fused_nf4_agrees_with_the_reference(tokens: int, dtype: torch.dtype) ->
     slow = expert_forward(SwiGLU(), x, buffer, layout)
     fast = expert_forward(SwiGLU(), x.to("cuda", dtype), buffer.cuda(), layout).float().cpu()
     assert (fast - slow).norm() / slow.norm() < (0.02 if dtype is torch.bfloat16 else 0.005)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(768, 512), (7, 100), (3, 5), (1, 64)])
+def test_nf4_encoded_on_the_gpu_has_the_same_bytes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = 0.05 * torch.randn(shape, generator=generator)
+    weights.view(-1)[:: max(1, weights.numel() // 7)] = torch.tensor(1e-38)
+    tensors = {"w": weights.to(dtype), "b": torch.randn(9, generator=generator).to(dtype)}
+    codec = codec_for("nf4")
+    layout = codec.layout([TensorSpec(name, tuple(tensor.shape)) for name, tensor in tensors.items()])
+    buffers = [torch.empty(layout.nbytes, dtype=torch.uint8) for _ in range(2)]
+    codec.encode(tensors, layout, buffers[0])
+    codec.encode({name: tensor.cuda() for name, tensor in tensors.items()}, layout, buffers[1])
+    assert torch.equal(*buffers)
+
+
+def test_weights_on_the_bounds_are_quantized_alike_on_the_gpu() -> None:
+    """Midpoints of levels and their neighbours in blocks of many scales: where the last bit decides."""
+    bounds = torch.tensor(nf4_blocks._bounds())
+    low, high = (torch.nextafter(bounds, torch.tensor(to)) for to in (-2.0, 2.0))
+    row = torch.cat([torch.tensor([1.0]), bounds, low, high, torch.zeros(18)])
+    weights = row * torch.tensor([1.0, -1.0, 0.37, -3e-5, 1e30, 3e38, 1e-37, 1e-39, 1e-44]).unsqueeze(1)
+    parts = {}
+    for device in ("cpu", "cuda"):
+        q = torch.empty(weights.numel() // 2, dtype=torch.uint8, device=device)
+        absmax = torch.empty(len(weights), device=device)
+        nf4_blocks.quantize_blocks(weights.to(device), q, absmax)
+        parts[device] = q.cpu(), absmax.cpu()
+    assert all(torch.equal(one, other) for one, other in zip(parts["cpu"], parts["cuda"], strict=True))
+
+
+def test_a_file_is_the_same_wherever_it_is_encoded(random_experts: ModuleType, tmp_path: Path) -> None:
+    source = random_experts.RandomExperts(layers=2, experts=6)  # enough for both places and the faster one
+    for name, gpu in (("cpu", None), ("gpu", torch.device("cuda"))):
+        convert_experts(source, codec_for("nf4"), tmp_path / name, gpu=gpu)
+    for path in (tmp_path / "cpu").iterdir():
+        assert path.read_bytes() == (tmp_path / "gpu" / path.name).read_bytes()
 
 
 def test_host_arena_is_pinned_and_exact() -> None:
