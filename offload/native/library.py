@@ -21,6 +21,7 @@ ISAS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of weights to encode."""
 
+_FOLDER = Path(__file__).parent
 _ERRORS = {1: "bad argument", 2: "out of memory", 3: "not for this processor"}
 
 
@@ -58,19 +59,28 @@ def library() -> ctypes.CDLL | None:
 @cache
 def library_without_map() -> ctypes.CDLL | None:
     """As `library`, at once, for functions that need no map: what multiplies with NF4 matrices refuses."""
-    found = sorted(Path(__file__).parent.glob("_native.*"))
+    found = sorted(_FOLDER.glob("_native.*"))
     path = next((file for file in found if file.suffix in (".so", ".dll")), None)
     if path is None:
-        logging.getLogger("moe_local").warning(
-            "the C++ kernels are not there, so experts on the CPU run tens of times slower; "
-            "install a C++17 compiler (g++ or clang++) and moe-local again"
+        _do_without(
+            "the C++ kernels are not there", "install a C++17 compiler (g++ or clang++) and moe-local again"
         )
         return None
-    lib = ctypes.CDLL(str(path))
-    for name, arguments in _ARGUMENTS.items():
-        function = getattr(lib, name)
-        function.argtypes, function.restype = arguments, c_int32
+    try:
+        lib = ctypes.CDLL(str(path))
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(lib, name)
+            function.argtypes, function.restype = arguments, c_int32
+    except (OSError, AttributeError) as error:  # damaged, of another machine, or of another version
+        _do_without(f"the C++ kernels cannot be loaded ({str(error).strip()})", "install moe-local again")
+        return None
     return lib
+
+
+def _do_without(why: str, remedy: str) -> None:
+    logging.getLogger("moe_local").warning(
+        "%s, so experts on the CPU run tens of times slower; %s", why, remedy
+    )
 
 
 def check(status: int) -> None:
