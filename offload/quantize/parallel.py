@@ -19,10 +19,12 @@ def for_each(parts: Sequence[slice], work: Callable[[slice], None]) -> None:
     torch's operations run without threads of their own meanwhile, in the whole process.
     """
     threads = min(torch.get_num_threads(), len(parts))
+    inference = torch.is_inference_mode_enabled()
 
     def some(first: int) -> None:
-        for part in parts[first::threads]:
-            work(part)
+        with torch.inference_mode(inference), torch.no_grad():  # which each thread has for itself
+            for part in parts[first::threads]:
+                work(part)
 
     with _one_torch_thread():
         if threads <= 1:

@@ -64,6 +64,27 @@ def test_ids_do_not_depend_on_cache_or_prefetch(
                 model.check_integrity()
 
 
+def test_int8_experts_give_the_ids_of_the_cpu(make_checkpoint: Callable[..., Path]) -> None:
+    folder = make_checkpoint("mixtral")
+    found = []
+    for device in ("cpu", "cuda"):
+        with moe_local.load(folder, device=device, slots=3, experts="int8", dense="fp32") as model:
+            found.append(model.generate(list(range(3, 40)), max_new_tokens=24, do_sample=False).token_ids)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dense", ["nf4", "int8"])
+def test_the_dense_part_is_quantized_as_planned(make_checkpoint: Callable[..., Path], dense: str) -> None:
+    folder = make_checkpoint("qwen2_moe")
+    with moe_local.load(folder, device="cuda", slots=3, dense=dense) as model:
+        kinds = ("Linear4bit", "Linear8bitLt")
+        found = {
+            f"{name}.weight" for name, module in model.hf.named_modules() if type(module).__name__ in kinds
+        }
+        assert found == model.plan.request.spec.quantizable
+        assert len(model.generate([5, 6, 7], max_new_tokens=4, eos_token_id=None).token_ids) == 4
+
+
 @pytest.mark.parametrize("tokens", [1, 5, 200])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fused_nf4_agrees_with_the_reference(tokens: int, dtype: torch.dtype) -> None:

@@ -16,11 +16,16 @@ from transformers import AutoModelForCausalLM
 import moe_local
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.spec import experts_modules
+from moe_local.offload.kernels.linear import QuantizedLinear
 from moe_local.offload.load import assemble, open_experts
+from moe_local.offload.native.library import library
 from moe_local.offload.options import LoadOptions
+from moe_local.offload.plan import footprint
 from moe_local.offload.plan.fit import plan_memory
 from moe_local.offload.plan.footprint import expert_bytes
 from moe_local.offload.plan.plan import Request
+from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.quantize.layout import TensorSpec
 
 torch.set_num_threads(1)
 
@@ -320,3 +325,57 @@ def test_sampling_is_repeatable_and_that_of_transformers(mixtral_reference: Refe
         assert not torch.equal(model.generate(prompt, seed=8, **options), expected)
         text = model.generate(prompt[0].tolist(), seed=7, **options)
         assert text.token_ids == expected[0, prompt.shape[1] :].tolist()
+
+
+# --- the quantized dense part
+
+
+def replace_by_decoded(hf: Any, quantized: Any, dense: str) -> None:
+    """Give `hf` the weights that the quantized linear layers of another model stand for."""
+    for name, module in quantized.named_modules():
+        if isinstance(module, QuantizedLinear):
+            decoded = codec_for(dense).decode(module.weight, module.layout, torch.float32)
+            hf.get_submodule(name).weight.data.copy_(decoded["weight"])
+
+
+def replace_experts_by_int8(hf: Any) -> None:
+    codec = codec_for("int8")
+    for _, module in experts_modules(hf):
+        for _, parameter in module.named_parameters(recurse=False):
+            layout = codec.layout([TensorSpec("w", tuple(parameter.shape[1:]))])
+            buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
+            for expert in range(parameter.shape[0]):
+                codec.encode({"w": parameter.data[expert]}, layout, buffer)
+                parameter.data[expert] = codec.decode(buffer, layout, torch.float32)["w"]
+
+
+@pytest.mark.parametrize("dense", ["nf4", "int8"])
+def test_logits_are_those_of_the_decoded_weights(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, dense: str
+) -> None:
+    """Of a Qwen2-MoE, which has shared experts and biases, all through the loop in fp32."""
+    monkeypatch.setattr(footprint, "compute_dtype", lambda spec, dense: torch.float32)
+    folder = make_checkpoint("qwen2_moe", tokenizer=True)
+    reference = Reference(folder)
+    replace_experts_by_int8(reference.hf)
+    with moe_local.load(folder, slots=3, context=64, experts="int8", dense=dense) as model:
+        assert model.hf.dtype == torch.float32
+        replace_by_decoded(reference.hf, model.hf, dense)
+        for prompt in (reference.single, reference.batch):
+            with torch.inference_mode():
+                expected = reference.hf(prompt).logits
+                found = model.hf(prompt).logits
+            assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+        expected_ids = reference.ids(reference.single)
+        ids = model.generate(reference.single, max_new_tokens=NEW, eos_token_id=None)
+        assert torch.equal(ids, expected_ids)
+        through_hf = model.hf.generate(reference.single, max_new_tokens=NEW, eos_token_id=None)
+        assert torch.equal(through_hf, expected_ids)
+        expected_logits = model.hf(reference.single).logits
+    with moe_local.load(
+        folder, slots=3, context=64, experts="int8", dense=dense, activations="int8"
+    ) as model:
+        rounded = model.hf(reference.single).logits
+    error = float((rounded - expected_logits).norm() / expected_logits.norm())
+    assert error < 0.1
+    assert error > 1e-4 or library() is None

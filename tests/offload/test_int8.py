@@ -120,12 +120,15 @@ def test_chunks_and_threads_change_no_byte(monkeypatch: pytest.MonkeyPatch, thre
     whole, _ = encode(w=weights)
     monkeypatch.setattr(int8, "CHUNK", 256)
     torch.set_num_threads(threads)
-    chunked, layout = encode(w=weights)
+    chunked, layout = encode(w=weights.requires_grad_())
     assert torch.equal(whole, chunked)
-    assert torch.equal(
-        Int8Codec().decode(chunked, layout, torch.float32)["w"],
-        Int8Codec().decode(whole, layout, torch.float32)["w"],
-    )
+    decoded = Int8Codec().decode(chunked, layout, torch.float32)["w"]
+    with torch.inference_mode():
+        again, _ = encode(w=weights)
+        assert torch.equal(again, whole)
+        assert torch.equal(Int8Codec().decode(again, layout, torch.float32)["w"], decoded)
+    monkeypatch.undo()
+    assert torch.equal(Int8Codec().decode(whole, layout, torch.float32)["w"], decoded)
     assert torch.get_num_threads() == threads
 
 

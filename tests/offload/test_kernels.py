@@ -66,7 +66,7 @@ def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
 @pytest.mark.parametrize("tokens", [1, 2, 300])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("has_gate", [False, True])
-@pytest.mark.parametrize("format", ["fp32", "bf16", "fp16", "nf4"])
+@pytest.mark.parametrize("format", ["fp32", "bf16", "fp16", "int8", "nf4"])
 def test_equals_the_plain_products(format: str, has_gate: bool, has_bias: bool, tokens: int) -> None:
     math = Math(has_gate=has_gate, has_bias=has_bias)
     layout, buffer, weights = an_expert(format, has_gate=has_gate, has_bias=has_bias)
@@ -171,7 +171,7 @@ def test_the_fused_nf4_product_equals_the_reference_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("format", ["nf4", "bf16", "fp32"])
+@pytest.mark.parametrize("format", ["nf4", "int8", "bf16", "fp32"])
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_gpu_and_cpu_agree(format: str, tokens: int) -> None:
     math: Any = Math(has_gate=True, has_bias=True)

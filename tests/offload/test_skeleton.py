@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.build import build_store
+from moe_local.offload.checkpoint import skeleton
 from moe_local.offload.checkpoint.checkpoint import Checkpoint, read_config
 from moe_local.offload.checkpoint.skeleton import load_skeleton
-from moe_local.offload.checkpoint.spec import model_class, model_spec
+from moe_local.offload.checkpoint.spec import meta_model, model_class, model_spec
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
 from moe_local.offload.kernels.linear import QuantizedLinear
@@ -166,11 +167,38 @@ def test_quantizes_what_the_spec_says_and_nothing_else(
 
 
 @pytest.mark.parametrize("dense", ["nf4", "int8"])
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_bitsandbytes_is_asked_to_quantize_what_the_spec_says_for_cuda(
+    make_checkpoint: Callable[..., Path], model_type: str, dense: str
+) -> None:
+    """Loaded as on CUDA, but to the CPU, where bitsandbytes runs, too."""
+    folder = make_checkpoint(model_type)
+    config = read_config(folder)
+    cls = model_class(config)
+    hf = skeleton._swapping(cls).from_pretrained(
+        folder,
+        config=config,
+        dtype=torch.float32,
+        device_map={"": "cpu"},
+        quantization_config=skeleton._bitsandbytes(meta_model(config), dense, torch.float32),
+    )
+    if dense == "int8":
+        skeleton._flatten_inputs(hf)
+    kinds = ("Linear4bit", "Linear8bitLt")
+    found = {f"{name}.weight" for name, module in hf.named_modules() if type(module).__name__ in kinds}
+    assert found == model_spec(config).quantizable
+    with torch.no_grad():
+        logits, plain = hf(IDS).logits, load(folder)(IDS).logits
+    error = float((logits - plain).norm() / plain.norm())
+    assert 1e-4 < error < (0.5 if dense == "nf4" else 0.1)
+
+
+@pytest.mark.parametrize("dense", ["nf4", "int8"])
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_a_quantized_dense_part_computes_what_its_decoded_weights_do(
     make_checkpoint: Callable[..., Path], model_type: str, dense: str
 ) -> None:
-    """qwen2_moe and deepseek_v3 have shared experts, gpt_oss biases."""
+    """deepseek_v3 has shared experts, gpt_oss biases."""
     folder = make_checkpoint(model_type)
     hf, plain = load(folder, dense), load(folder)
     for name, module in list(hf.named_modules()):
