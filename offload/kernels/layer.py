@@ -52,6 +52,9 @@ class OneByOne:
         self._routing = routing
         self._weights = weights
         self._outputs = x.new_empty(len(routing.ids), x.shape[1])
+        if routing.tokens > 1:  # in one transfer: a device is not waited for expert by expert
+            self._places = routing.sorted_places.to(x.device)
+            self._rows = self._places.div(routing.top_k, rounding_mode="floor")
 
     def compute(self, group: Sequence[Readable]) -> None:
         for readable in group:
@@ -59,12 +62,11 @@ class OneByOne:
                 y = self._kernels.forward(self._math, self._x, readable.buffer, readable.layout)
                 self._outputs[self._routing.ids.index(readable.expert)] = y[0]
             else:
-                places = self._routing.places(readable.expert).to(self._x.device)
-                rows = places.div(self._routing.top_k, rounding_mode="floor")
-                y = self._kernels.forward(
-                    self._math, self._x.index_select(0, rows), readable.buffer, readable.layout
-                )
-                self._outputs.index_copy_(0, places, y.to(self._outputs.dtype))  # autocast gives its own
+                mine = self._routing.span(readable.expert)
+                x = self._x.index_select(0, self._rows[mine])
+                y = self._kernels.forward(self._math, x, readable.buffer, readable.layout)
+                y = y.to(self._outputs.dtype)  # autocast gives its own
+                self._outputs.index_copy_(0, self._places[mine], y)
 
     def result(self) -> torch.Tensor:
         outputs = self._outputs.view(*self._weights.shape, -1)

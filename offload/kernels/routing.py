@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -21,35 +22,35 @@ class Routing:
         self.top_k = len(ids) // tokens if tokens else 0
         self.experts = list(dict.fromkeys(ids))
         self._num_experts = num_experts
-        self._counts: list[int] | None = None
 
-    @property
+    @cached_property
     def counts(self) -> list[int]:
         """How many tokens each expert of the layer has."""
-        if self._counts is None:
-            self._sort()
-            assert self._counts is not None
-        return self._counts
+        return torch.bincount(self._flat, minlength=self._num_experts).tolist()
 
-    def places(self, expert: int) -> torch.Tensor:
-        """The expert's places, int64 on the CPU, in the tokens' order."""
-        if self.tokens == 1:
-            return torch.tensor([place for place, chosen in enumerate(self.ids) if chosen == expert])
-        end = self._ends[expert] if self._counts is not None else self._sort()[expert]
-        return self._places[end - self.counts[expert] : end]
+    @cached_property
+    def sorted_places(self) -> torch.Tensor:
+        """All places, int64 [T * K] on the CPU, by expert and then by token."""
+        return self._flat.argsort(stable=True)
+
+    def span(self, expert: int) -> slice:
+        """The expert's part of `sorted_places`."""
+        end = self._ends[expert]
+        return slice(end - self.counts[expert], end)
 
     def places_of(self, experts: Iterable[int]) -> tuple[list[int], torch.Tensor]:
         """Where each expert's places start in their concatenation, with the end last; and that."""
         if self.tokens == 1:
-            place = {expert: rank for rank, expert in enumerate(self.ids)}
-            ranks = [place[expert] for expert in experts]
+            ranks = [self.ids.index(expert) for expert in experts]
             return list(range(len(ranks) + 1)), torch.tensor(ranks)
-        parts = [self.places(expert) for expert in experts]
-        return [0, *accumulate(part.numel() for part in parts)], torch.cat(parts)
+        spans = [self.span(expert) for expert in experts]
+        starts = [0, *accumulate(span.stop - span.start for span in spans)]
+        return starts, torch.cat([self.sorted_places[span] for span in spans])
 
-    def _sort(self) -> list[int]:
-        flat = torch.tensor(self.ids, dtype=torch.int64)
-        self._counts = torch.bincount(flat, minlength=self._num_experts).tolist()
-        self._ends = list(accumulate(self._counts))
-        self._places = flat.argsort(stable=True)
-        return self._ends
+    @cached_property
+    def _flat(self) -> torch.Tensor:
+        return torch.tensor(self.ids, dtype=torch.int64)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(self.counts))
