@@ -84,7 +84,7 @@ def test_bad_weights_are_refused(name, value, word):
 
 
 def test_codecs_by_name():
-    assert list(codecs()) == ["nf4", "bf16", "fp16", "fp32"]
+    assert list(codecs()) == ["nf4", "int8", "bf16", "fp16", "fp32"]
     for name, codec in codecs().items():
         assert codec.name == codec_for(name).name == codec.layout(SPECS).format == name
     assert [codec.exact for codec in codecs().values()] == [False, True, True, True]
