@@ -25,7 +25,7 @@ class BuildLibrary(build_ext):
 
 # The instruction sets' units ask for their own instructions in the source, so one set of flags serves all. Nothing
 # is contracted or reordered behind the source's back: the encoder is bit-equal to bitsandbytes'.
-flags = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra"]
+flags = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra"]
 library = Extension(
     "moe_local.offload.native._native",
     sources=[f"{SOURCES}/{unit}.cpp" for unit in UNITS],

@@ -1,0 +1,100 @@
+"""The library under the sanitizers of addresses, undefined behaviour and threads; and what its units share."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+FLAGS = ("-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-w")
+
+
+def call(*command: str | Path, **environment: str) -> str:
+    """Runs to the end and returns what was printed; fails with all of it."""
+    ended = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+        env={**os.environ, **environment},
+    )
+    assert ended.returncode == 0, ended.stdout
+    return ended.stdout
+
+
+def build(compiler: str, sources: Path, to: Path, *sanitizers: str) -> Path:
+    """tests/native/driver.cpp and the library in one program."""
+    probe = to.with_suffix(".cpp")
+    probe.write_text("int main() { return 0; }\n")
+    works = subprocess.run([compiler, *sanitizers, probe, "-o", to], capture_output=True)
+    if works.returncode != 0 or subprocess.run([to], capture_output=True).returncode != 0:
+        pytest.skip(f"{compiler} has no {sanitizers[0]} here")
+    driver = Path(__file__).parent / "driver.cpp"
+    units = sorted(sources.glob("*.cpp"))
+    call(compiler, *FLAGS, "-O1", "-g", *sanitizers, f"-I{sources}", *units, driver, "-o", to)
+    return to
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("callers", [1, 3])
+def test_no_address_and_no_undefined_behaviour(
+    compiler: str, sources: Path, tmp_path_factory: pytest.TempPathFactory, callers: int
+) -> None:
+    program = tmp_path_factory.getbasetemp() / "driver_address"
+    if not program.exists():
+        watched = "-fsanitize=address,undefined,float-cast-overflow"
+        build(compiler, sources, program, watched, "-fno-sanitize-recover=all")
+    for seed in range(3):
+        said = call(program, str(seed), "40", str(callers), UBSAN_OPTIONS="print_stacktrace=1")
+        assert "instruction set 0: done" in said
+
+
+@pytest.mark.slow
+def test_no_data_race(compiler: str, sources: Path, tmp_path: Path) -> None:
+    program = build(compiler, sources, tmp_path / "driver_thread", "-fsanitize=thread")
+    for seed in range(2):
+        assert "instruction set 0: done" in call(program, str(seed), "20", "4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["-O0", "-O3"])
+def test_no_unit_can_be_linked_with_wider_instructions_than_its_own(
+    compiler: str, sources: Path, tmp_path: Path, level: str
+) -> None:
+    """A function that two units define is taken from either; what has AVX must define none of those.
+
+    Nor may anything but its table be reached without asking what the processor has.
+    """
+    if shutil.which("nm") is None:
+        pytest.skip("no nm")
+    tables = {"isa_portable": "portable_kernels", "isa_avx2": "avx2_kernels", "isa_avx512": "avx512_kernels"}
+    for unit in sorted(path.stem for path in sources.glob("isa_*.cpp")):
+        compiled = tmp_path / f"{unit}.o"
+        call(compiler, *FLAGS, level, "-c", sources / f"{unit}.cpp", "-o", compiled)
+        symbols = re.findall(r"^\S* +([A-Zu]) (\S+)$", call("nm", "-C", "--defined-only", compiled), re.M)
+        defined = {name.removesuffix("()") for _, name in symbols if not name.startswith("DW.ref.")}
+        assert defined == {tables[unit]}, (unit, symbols)
+
+
+@pytest.mark.slow
+def test_no_instruction_of_a_wider_set_outside_of_its_unit(
+    compiler: str, sources: Path, tmp_path: Path
+) -> None:
+    if shutil.which("objdump") is None or os.uname().machine != "x86_64":
+        pytest.skip("no objdump for this")
+    wide = {"isa_avx2": {"xmm", "ymm"}, "isa_avx512": {"xmm", "ymm", "zmm"}}
+    for path in sorted(sources.glob("*.cpp")):
+        compiled = tmp_path / f"{path.stem}.o"
+        call(compiler, *FLAGS, "-O3", "-c", path, "-o", compiled)
+        code = call("objdump", "-d", "--no-show-raw-insn", compiled)
+        registers = set(re.findall(r"%([xyz]mm)\d", code))
+        assert registers <= wide.get(path.stem, {"xmm"}), path
+        if path.stem not in wide:  # instructions with three operands need AVX also on xmm
+            assert not re.search(r"^\s+[0-9a-f]+:\s+v[a-z0-9]+ ", code, re.M), path
+        else:
+            assert registers == wide[path.stem]
