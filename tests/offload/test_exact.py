@@ -88,7 +88,7 @@ def test_codecs_by_name():
     for name, codec in codecs().items():
         assert codec.name == codec_for(name).name == codec.layout(SPECS).format == name
     assert [codec.exact for codec in codecs().values()] == [False, False, True, True, True]
-    with pytest.raises(OptionError, match="unknown expert format 'int3'; use one of nf4, int8, bf16, fp16, fp32"):
+    with pytest.raises(OptionError, match="unknown expert format 'int3'; use one of nf4, int8, bf16, fp16"):
         codec_for("int3")
     with pytest.raises(OptionError, match="'nf4'; use one of fp32, bf16, fp16"):
         ExactCodec("nf4")
