@@ -10,9 +10,10 @@ inline bool has_bf16() {
 #if defined(__clang__)
 #define BF16_TARGET __attribute__((target("avx512bf16")))
 #else
-#define BF16_TARGET                                                                               \
-  __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni," \
-                        "avx512bf16")))
+#define BF16_TARGET                                                                    \
+  __attribute__((                                                                      \
+      target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni," \
+             "avx512bf16")))
 #endif
 
 // Floats -> bf16, nearest even; `count` is a multiple of 32.

@@ -4,8 +4,8 @@
 
 constexpr int64_t GROUP = 2 * BLOCK;
 
-// The weight that stands at each place: of the floats that group_levels gives, of the even and then the odd
-// bytes, and of those interleaved to sixteen bits.
+// The weight that stands at each place: of the floats that group_levels gives, of the even and then
+// the odd weights in bytes, and of the nibbles of lanes of sixteen bits.
 struct Order {
   uint8_t floats[GROUP], bytes[GROUP], words[GROUP];
 
@@ -14,7 +14,7 @@ struct Order {
       const int odd_weights = i / 64;
       floats[i] = static_cast<uint8_t>(8 * (i % 16) + ((i / 16) ^ 1));
       bytes[i] = static_cast<uint8_t>(2 * (i % 64) + odd_weights);
-      words[i] = static_cast<uint8_t>(2 * (i / 8 % 4 * 16 + i / 32 % 2 * 8 + i % 8) + odd_weights);
+      words[i] = static_cast<uint8_t>(4 * (i % 32) + ((i / 32) ^ 1));
     }
   }
 };
@@ -103,28 +103,32 @@ struct NF4Floats {
   }
 };
 
-// Levels as whole numbers, level = number / LEVEL_UNIT, in two bytes.
-struct WholePlanes {
-  __m512i high, low;
-};
+// A table of a number for each level, for lookups that take five or six bits of an index: repeated, so that
+// they heed only the lowest four, and what stands above a nibble need not be masked away.
+template <class Number, class Rounded>
+inline __m512i repeated(Rounded rounded) {
+  constexpr int COUNT = 64 / sizeof(Number);
+  alignas(64) Number table[COUNT];
+  for (int i = 0; i < COUNT; ++i) table[i] = static_cast<Number>(rounded(LEVELS[i % 16]));
+  return _mm512_load_si512(table);
+}
 
-inline WholePlanes whole_planes() {
-  alignas(16) uint8_t high[16], low[16];
-  for (int i = 0; i < 16; ++i) {
-    const int number = static_cast<int>(::lrint(LEVELS[i] * LEVEL_UNIT));
-    high[i] = static_cast<uint8_t>(number >> 8);
-    low[i] = static_cast<uint8_t>(number);
-  }
-  return {_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(high))),
-          _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(low)))};
+// Levels as whole numbers of sixteen bits, level = number / LEVEL_UNIT.
+inline __m512i whole_levels() {
+  return repeated<int16_t>([](float level) { return ::lrint(level * LEVEL_UNIT); });
+}
+
+// The level of nibble `k` of each lane of sixteen bits.
+template <int k>
+inline __m512i whole_levels_at(__m512i bytes, __m512i table) {
+  return _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4 * k), table);
 }
 
 template <int T>
 struct NF4Rounded16 {
   static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
                    float* const* y) {
-    const WholePlanes planes = whole_planes();
-    const __m512i nibble = _mm512_set1_epi8(15);
+    const __m512i table = whole_levels();
     const ScaleMap lookup(map);
     const int64_t blocks = m.cols / BLOCK;
     const uint8_t* q = static_cast<const uint8_t*>(m.q) + first * m.cols / 2;
@@ -144,15 +148,8 @@ struct NF4Rounded16 {
           const bool whole = b + 2 <= count;
           PREFETCH(reinterpret_cast<const char*>(q) + AHEAD);
           const __m512i bytes = group_bytes(q, whole);
-          const __m512i even = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
-          const __m512i odd = _mm512_and_si512(bytes, nibble);
-          const __m512i even_low = _mm512_shuffle_epi8(planes.low, even),
-                        odd_low = _mm512_shuffle_epi8(planes.low, odd);
-          const __m512i even_high = _mm512_shuffle_epi8(planes.high, even);
-          const __m512i odd_high = _mm512_shuffle_epi8(planes.high, odd);
-          const __m512i w[] = {
-              _mm512_unpacklo_epi8(even_low, even_high), _mm512_unpackhi_epi8(even_low, even_high),
-              _mm512_unpacklo_epi8(odd_low, odd_high), _mm512_unpackhi_epi8(odd_low, odd_high)};
+          const __m512i w[] = {_mm512_permutexvar_epi16(bytes, table), whole_levels_at<1>(bytes, table),
+                               whole_levels_at<2>(bytes, table), whole_levels_at<3>(bytes, table)};
           for (int t = 0; t < T; ++t) {
             const __m512i* in = static_cast<const __m512i*>(x[t].q) + 2 * (done + b);
             __m512i dot = _mm512_setzero_si512();
@@ -170,27 +167,19 @@ struct NF4Rounded16 {
 
 // Levels as whole numbers 0 .. 65535, level = number / 32767.5 - 1, in a high and a low byte. Off by at
 // most 1.6e-5.
-struct NumberPlanes {
-  __m512i high, low;
-};
+inline __m512i high_bytes() {
+  return repeated<uint8_t>([](float level) { return ::lrintf((level + 1.0f) * 32767.5f) / 256; });
+}
 
-inline NumberPlanes number_planes() {
-  alignas(16) uint8_t high[16], low[16];
-  for (int i = 0; i < 16; ++i) {
-    const int number = static_cast<int>(::lrintf((LEVELS[i] + 1.0f) * 32767.5f));
-    high[i] = static_cast<uint8_t>(number / 256);
-    low[i] = static_cast<uint8_t>(number % 256);
-  }
-  return {_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(high))),
-          _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(low)))};
+inline __m512i low_bytes() {
+  return repeated<uint8_t>([](float level) { return ::lrintf((level + 1.0f) * 32767.5f) % 256; });
 }
 
 template <int T>
 struct NF4Rounded8 {
   static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
                    float* const* y) {
-    const NumberPlanes planes = number_planes();
-    const __m512i nibble = _mm512_set1_epi8(15);
+    const __m512i high_table = high_bytes(), low_table = low_bytes();
     const ScaleMap lookup(map);
     const int64_t blocks = m.cols / BLOCK;
     const uint8_t* q = static_cast<const uint8_t*>(m.q) + first * m.cols / 2;
@@ -214,20 +203,18 @@ struct NF4Rounded8 {
           const bool whole = b + 2 <= count;
           PREFETCH(reinterpret_cast<const char*>(q) + AHEAD);
           const __m512i bytes = group_bytes(q, whole);
-          const __m512i even = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
-          const __m512i odd = _mm512_and_si512(bytes, nibble);
-          const __m512i even_high = _mm512_shuffle_epi8(planes.high, even);
-          const __m512i even_low = _mm512_shuffle_epi8(planes.low, even);
-          const __m512i odd_high = _mm512_shuffle_epi8(planes.high, odd);
-          const __m512i odd_low = _mm512_shuffle_epi8(planes.low, odd);
+          const __m512i above = _mm512_srli_epi16(bytes, 4);
+          const __m512i even_high = _mm512_permutexvar_epi8(above, high_table);
+          const __m512i even_low = _mm512_permutexvar_epi8(above, low_table);
+          const __m512i odd_high = _mm512_permutexvar_epi8(bytes, high_table);
+          const __m512i odd_low = _mm512_permutexvar_epi8(bytes, low_table);
           for (int t = 0; t < T; ++t) {
             const int8_t* in = static_cast<const int8_t*>(x[t].q) + (done + b) * BLOCK;
             const __m512i x_even = _mm512_loadu_si512(in), x_odd = _mm512_loadu_si512(in + 64);
-            __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even_high, x_even);
-            __m512i low = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even_low, x_even);
-            high = _mm512_dpbusd_epi32(high, odd_high, x_odd);
-            low = _mm512_dpbusd_epi32(low, odd_low, x_odd);
-            const __m512i dot = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+            const __m512i high = _mm512_dpbusd_epi32(
+                _mm512_dpbusd_epi32(_mm512_setzero_si512(), even_high, x_even), odd_high, x_odd);
+            const __m512i dot = _mm512_dpbusd_epi32(
+                _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), even_low, x_even), odd_low, x_odd);
             total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), on_lanes(factors[t] + b), total[t]);
           }
           q += whole ? 64 : 32;

@@ -32,7 +32,9 @@ struct Prepared {
 
 // How many columns and blocks a prepared input has, zeros at the end: whole groups of the widest kernel.
 static inline int64_t padded(int64_t columns) { return (columns + 127) / 128 * 128; }
-static inline int64_t padded_blocks(int64_t columns) { return (columns + BLOCK * 16 - 1) / (BLOCK * 16) * 16; }
+static inline int64_t padded_blocks(int64_t columns) {
+  return (columns + BLOCK * 16 - 1) / (BLOCK * 16) * 16;
+}
 
 struct Kernels {
   int32_t isa;
