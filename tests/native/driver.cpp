@@ -1,5 +1,5 @@
-// Calls the library with random shapes, for sanitizers to watch: every buffer is exactly as large as it has to be, at
-// any address, beside a page that must not be touched or memory that AddressSanitizer guards.
+// Calls the library with random shapes, for sanitizers to watch: every buffer is as large as it has to be and no
+// larger, at any address, beside a page that must not be touched or memory that AddressSanitizer guards.
 //
 // driver SEED ROUNDS CALLERS: that many rounds in each of so many threads. Aborts where an answer is wrong.
 #include <sys/mman.h>
@@ -45,7 +45,8 @@ class Buffer {
     void* all = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     require(all != MAP_FAILED, "no memory");
     map_ = static_cast<uint8_t*>(all);
-    for (uint8_t* fence : {map_, map_ + page + inside}) require(mprotect(fence, page, PROT_NONE) == 0, "no fence");
+    for (uint8_t* fence : {map_, map_ + page + inside})
+      require(mprotect(fence, page, PROT_NONE) == 0, "no fence");
     data_ = map_ + page + (kind == 1 ? inside - bytes_ : 0);
   }
 
@@ -117,7 +118,7 @@ void use_linear(Random& random) {
   const int64_t tokens = random() % 10 == 0 ? 130 : between(random, 1, 9);
   Weights w(random, static_cast<int32_t>(between(random, NF4, INT8)), rows, cols);
   Buffer x(random, 4 * tokens * cols), y(random, 4 * tokens * rows), again(random, 4 * tokens * rows);
-  const float size = random() % 8 == 0 ? 2e-37f : 2.0f;  // also where the inverse of a scale is beyond a float
+  const float size = random() % 8 == 0 ? 2e-37f : 2.0f;  // or the scales' inverse is no float
   x.fill_floats(random, -size, size);
   if (random() % 8 == 0) x.floats()[0] = NAN;
   const int32_t activations = an_activation(random), threads = static_cast<int32_t>(between(random, 1, 8));
@@ -133,11 +134,13 @@ void use_experts(Random& random) {
   const int64_t top_k = between(random, 1, count);
   const int32_t format = static_cast<int32_t>(between(random, NF4, INT8));
   Gate gate{static_cast<int32_t>(between(random, PLAIN, INTERLEAVED)), 0, 1.702f, 7.0f};
-  gate.function = static_cast<int32_t>(between(random, IDENTITY, gate.arrangement ? CLAMPED_SWIGLU : GELU_TANH));
+  const int32_t last = gate.arrangement == PLAIN ? GELU_TANH : CLAMPED_SWIGLU;
+  gate.function = static_cast<int32_t>(between(random, IDENTITY, last));
   std::vector<std::unique_ptr<Weights>> weights;
   std::vector<Expert> experts;
   for (int64_t e = 0; e < count; ++e) {
-    weights.push_back(std::make_unique<Weights>(random, format, gate.arrangement ? 2 * hidden : hidden, width));
+    const int64_t rows_up = gate.arrangement == PLAIN ? hidden : 2 * hidden;
+    weights.push_back(std::make_unique<Weights>(random, format, rows_up, width));
     weights.push_back(std::make_unique<Weights>(random, format, width, hidden));
     experts.push_back({weights[weights.size() - 2]->m, weights.back()->m});
   }
@@ -153,16 +156,19 @@ void use_experts(Random& random) {
     }
     starts.push_back(static_cast<int64_t>(rows.size()));
   }
-  Buffer x(random, 4 * tokens * width), combined(random, 4 * tokens * width), again(random, 4 * tokens * width);
+  Buffer x(random, 4 * tokens * width);
+  Buffer combined(random, 4 * tokens * width), again(random, 4 * tokens * width);
   Buffer outputs(random, 4 * tokens * top_k * width), shares(random, 4 * tokens * top_k);
   x.fill_floats(random, -1.0f, 1.0f);
   shares.fill_floats(random, 0.0f, 1.0f);
   const int32_t activations = an_activation(random);
-  for (Buffer* out : {&combined, &again})
-    require(moe_experts(pointers.data(), count, starts.data(), rows.data(), places.data(), &gate, x.floats(), tokens,
-                        outputs.floats(), shares.floats(), top_k, out->floats(), activations,
-                        out == &again ? 1 : static_cast<int32_t>(between(random, 1, 8))) == OK,
+  for (Buffer* out : {&combined, &again}) {
+    const int32_t threads = out == &again ? 1 : static_cast<int32_t>(between(random, 1, 8));
+    require(moe_experts(pointers.data(), count, starts.data(), rows.data(), places.data(), &gate, x.floats(),
+                        tokens, outputs.floats(), shares.floats(), top_k, out->floats(), activations,
+                        threads) == OK,
             "moe_experts failed");
+  }
   require(std::memcmp(combined.bytes(), again.bytes(), static_cast<size_t>(4 * tokens * width)) == 0,
           "threads change moe_experts");
 }

@@ -1,4 +1,4 @@
-"""The library under the sanitizers of addresses, undefined behaviour and threads; and what its units share."""
+"""The library under sanitizers of addresses, undefined behaviour and threads; and what its units share."""
 
 from __future__ import annotations
 
