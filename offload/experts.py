@@ -17,7 +17,7 @@ from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.prefetch.prefetch import Prefetcher
 from moe_local.offload.store import ExpertStore
 
-_TAKEN_OVER = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "config")
+_TAKEN_OVER = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "config")
 
 
 class OffloadedExperts(nn.Module):
@@ -46,6 +46,7 @@ class OffloadedExperts(nn.Module):
             self.add_module(name, child)  # activation, norms after the experts: small, loaded as usual
         for name in _TAKEN_OVER:
             setattr(self, name, getattr(original, name))
+        self.has_post_expert_norm = getattr(original, "has_post_expert_norm", False)  # transformers 5.21
         cls: Any = type(original)
         gate = types.MethodType(cls._apply_gate, self)  # every class that the interface serves has one
         self._apply_gate: Callable[[torch.Tensor], torch.Tensor] = gate

@@ -90,7 +90,7 @@ class ModelSpec:
 
 def is_experts_module(module: nn.Module) -> bool:
     """Whether transformers' experts interface serves this module (its decorator leaves these marks)."""
-    return hasattr(module, "has_gate") and hasattr(module, "_is_expert_parallel")
+    return all(hasattr(module, name) for name in ("has_gate", "is_concatenated", "is_transposed"))
 
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
