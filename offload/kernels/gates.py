@@ -12,7 +12,7 @@ from moe_local.offload.kernels.contracts import ExpertMath
 from moe_local.offload.native.library import Gate, check, library
 
 PLAIN, CONCATENATED, INTERLEAVED = range(3)
-FUNCTIONS = ("identity", "relu", "relu2", "silu", "gelu", "gelu_tanh", "clamped_swiglu")
+FUNCTIONS = ("identity", "relu", "relu2", "silu", "gelu", "gelu_tanh", "clamped_swiglu", "clamped_silu")
 GELUS = (FUNCTIONS.index("gelu"), FUNCTIONS.index("gelu_tanh"))
 
 WIDTH = 4096
@@ -85,19 +85,27 @@ def apply_gate(gate: Gate, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _candidates(math: ExpertMath) -> Iterator[Gate]:
-    *simple, clamped = range(len(FUNCTIONS))
+    *simple, swiglu, silu = range(len(FUNCTIONS))
     if not math.has_gate:
         yield from (Gate(PLAIN, function, 0.0, 0.0) for function in simple)
         return
     arrangements = (CONCATENATED, INTERLEAVED)
     yield from (Gate(a, function, 0.0, 0.0) for a, function in product(arrangements, simple))
-    alpha, limit = getattr(math, "alpha", None), getattr(math, "limit", None)
-    if isinstance(alpha, int | float) and isinstance(limit, int | float):
-        yield from (Gate(a, clamped, float(alpha), float(limit)) for a in arrangements)
+    alpha, limit = _number(math, "alpha", "swiglu_alpha"), _number(math, "limit", "swiglu_limit")
+    if limit is not None:
+        yield from (Gate(a, silu, 0.0, limit) for a in arrangements)
+    if alpha is not None and limit is not None:
+        yield from (Gate(a, swiglu, alpha, limit) for a in arrangements)
+
+
+def _number(math: ExpertMath, *names: str) -> float | None:
+    """The first of these attributes that is a number: classes name theirs differently."""
+    values = (getattr(math, name, None) for name in names)
+    return next((float(value) for value in values if isinstance(value, int | float)), None)
 
 
 def _probe(count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
-    sizes = 10 ** (5 * torch.rand(count, generator=generator, dtype=torch.float32) - 3)
+    sizes = 10 ** (7 * torch.rand(count, generator=generator, dtype=torch.float32) - 3)
     signs = 2 * torch.randint(2, (count,), generator=generator).float() - 1
     return (sizes * signs).contiguous()

@@ -134,7 +134,7 @@ void use_experts(Random& random) {
   const int64_t top_k = between(random, 1, count);
   const int32_t format = static_cast<int32_t>(between(random, NF4, INT8));
   Gate gate{static_cast<int32_t>(between(random, PLAIN, INTERLEAVED)), 0, 1.702f, 7.0f};
-  const int32_t last = gate.arrangement == PLAIN ? GELU_TANH : CLAMPED_SWIGLU;
+  const int32_t last = gate.arrangement == PLAIN ? GELU_TANH : CLAMPED_SILU;
   gate.function = static_cast<int32_t>(between(random, IDENTITY, last));
   std::vector<std::unique_ptr<Weights>> weights;
   std::vector<Expert> experts;

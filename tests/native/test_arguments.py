@@ -145,7 +145,7 @@ EXPERTS: dict[str, Callable[[Experts], Any]] = {
     "a place that is not there": item("places", 5, 6),
     "a negative place": item("places", 5, -1),
     "an unknown arrangement": change(lambda call: call.gate, "arrangement", 3),
-    "an unknown function": change(lambda call: call.gate, "function", 7),
+    "an unknown function": change(lambda call: call.gate, "function", 8),
     "a negative function": change(lambda call: call.gate, "function", -1),
     "a clamped gate without a gate": lambda call: (
         setattr(call.gate, "arrangement", 0),

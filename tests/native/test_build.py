@@ -1,4 +1,4 @@
-"""Building the package: the library is compiled into it where there is a compiler, and not missed elsewhere."""
+"""Building the package: the library is compiled into it where there is a compiler, not missed elsewhere."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -91,6 +92,10 @@ def clamped_swiglu(alpha: float, limit: float) -> Callable[[torch.Tensor, torch.
     return activate
 
 
+def clamped_silu(limit: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    return lambda gate, up: F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
 def numbers(rows: int, cols: int) -> torch.Tensor:
     """From tiny to huge, and those at the edges."""
     generator = torch.Generator().manual_seed(rows + cols)
@@ -116,6 +121,15 @@ def test_gates_are_torchs(isa: str, name: str, arrangement: int) -> None:
 
 
 @pytest.mark.parametrize("arrangement", [CONCATENATED, INTERLEAVED])
+def test_the_clamped_gate_is_deepseek_v4s(isa: str, arrangement: int) -> None:
+    for limit, width in product((10.0, 0.5), (1, 16, 37)):
+        hidden = numbers(3, 2 * width)
+        got = apply_gate(Gate(arrangement, FUNCTIONS.index("clamped_silu"), 0, limit), hidden)
+        want = Math(clamped_silu(limit), arrangement).activate(hidden.double())
+        assert torch.allclose(got.double(), want, rtol=1e-6, atol=1e-34)
+
+
+@pytest.mark.parametrize("arrangement", [CONCATENATED, INTERLEAVED])
 def test_the_clamped_gate_is_gpt_oss_own(isa: str, arrangement: int) -> None:
     for alpha, limit in ((1.702, 7.0), (0.5, 1.0), (1.0, 0.0)):
         for width in (1, 16, 37):
@@ -126,7 +140,7 @@ def test_the_clamped_gate_is_gpt_oss_own(isa: str, arrangement: int) -> None:
             assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-30)
 
 
-@pytest.mark.parametrize("name", [*ACTIVATIONS, "clamped_swiglu"])
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "clamped_swiglu", "clamped_silu"])
 def test_what_is_no_number_stays_none(isa: str, name: str) -> None:
     function = FUNCTIONS.index(name)
     for place in (0, 20, 32, 52):  # of gate and up, in whole vectors and after them
@@ -137,7 +151,8 @@ def test_what_is_no_number_stays_none(isa: str, name: str) -> None:
         assert got.isnan().sum() == 1
     if name != "gelu":  # torch's own of infinity depends on the processor
         hidden = torch.tensor([[float("inf"), -float("inf"), 2.0, 2.0]])
-        wanted = clamped_swiglu(1.702, 7.0) if name == "clamped_swiglu" else gating(name)
+        clamped = {"clamped_swiglu": clamped_swiglu(1.702, 7.0), "clamped_silu": clamped_silu(7.0)}
+        wanted = clamped[name] if name in clamped else gating(name)
         got = apply_gate(Gate(CONCATENATED, function, 1.702, 7.0), hidden)
         assert torch.allclose(got, wanted(*hidden.chunk(2, dim=-1)), equal_nan=True)
 
@@ -172,6 +187,16 @@ def test_the_clamped_gate_is_recognized_with_its_numbers(arrangement: int) -> No
     assert gate is not None
     assert (gate.arrangement, gate.function) == (arrangement, FUNCTIONS.index("clamped_swiglu"))
     assert (gate.alpha, gate.limit) == (1.5, 5.0)
+
+
+@pytest.mark.parametrize("arrangement", [CONCATENATED, INTERLEAVED])
+@pytest.mark.parametrize("limit", [0.5, 10, 2000.0])
+def test_a_clamped_silu_is_recognized_with_its_limit(limit: float, arrangement: int) -> None:
+    gate = recognize(Math(clamped_silu(limit), arrangement, swiglu_limit=limit))
+    assert gate is not None
+    assert (gate.arrangement, gate.function) == (arrangement, FUNCTIONS.index("clamped_silu"))
+    assert gate.limit == limit
+    assert recognize(Math(clamped_silu(limit), arrangement)) is None
 
 
 SCALE = torch.tensor(1.001)
@@ -288,6 +313,8 @@ def test_no_gate_of_transformers_is_mistaken_for_another() -> None:
         else:
             others.add(kind.__name__)
     assert {"MixtralExperts", "GptOssExperts", "NemotronHExperts", "Gemma4TextExperts"} <= recognized
+    if hasattr(transformers.models, "deepseek_v4"):
+        assert "DeepseekV4Experts" in recognized
     assert len(recognized) >= 40
-    assert len(others) <= 8, others
+    assert len(others) <= 4, others
     assert len(not_built) <= 4, not_built

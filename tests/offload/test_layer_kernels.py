@@ -52,7 +52,7 @@ class Unknown(Math):
 
     def activate(self, hidden: torch.Tensor) -> torch.Tensor:
         gate, up = hidden.chunk(2, dim=-1)
-        return F.silu(gate.clamp(max=1)) * up
+        return F.silu(gate.clamp(max=1)) * up  # and up is not clamped
 
 
 class Doubled(Math):

@@ -50,10 +50,11 @@ inline Vec apply(int32_t function, Vec x) {
 }
 
 inline Vec gated(const Gate& g, Vec gate, Vec up) {
-  if (g.function != CLAMPED_SWIGLU) return mul(apply(g.function, gate), up);
+  if (g.function < CLAMPED_SWIGLU) return mul(apply(g.function, gate), up);
   const Vec limit = broadcast(g.limit);
   gate = min(limit, gate);
   up = max(broadcast(-g.limit), min(limit, up));
+  if (g.function == CLAMPED_SILU) return mul(silu(gate), up);
   const Vec glu = mul(gate, sigmoid(mul(gate, broadcast(g.alpha))));
   return mul(add(up, broadcast(1.0f)), glu);
 }

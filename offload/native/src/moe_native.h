@@ -39,11 +39,13 @@ enum Function : int32_t {
   SILU = 3,
   GELU = 4,
   GELU_TANH = 5,
-  CLAMPED_SWIGLU = 6
+  CLAMPED_SWIGLU = 6,
+  CLAMPED_SILU = 7
 };
 
-// CLAMPED_SWIGLU is gpt-oss': gate = min(gate, limit), up = clamp(up, -limit, limit),
-// (up + 1) * gate * sigmoid(alpha * gate). The others ignore alpha and limit.
+// The clamped two have a gate, with gate = min(gate, limit) and up = clamp(up, -limit, limit): CLAMPED_SWIGLU is
+// gpt-oss', (up + 1) * gate * sigmoid(alpha * gate), and CLAMPED_SILU is DeepSeek-V4's, up * silu(gate). The others
+// ignore alpha and limit.
 struct Gate {
   int32_t arrangement;
   int32_t function;

@@ -70,7 +70,7 @@ bool valid(const Matrix& m) {
 
 bool valid(const Gate& g) {
   return g.arrangement >= PLAIN && g.arrangement <= INTERLEAVED && g.function >= IDENTITY &&
-         g.function <= CLAMPED_SWIGLU && (g.function != CLAMPED_SWIGLU || g.arrangement != PLAIN);
+         g.function <= CLAMPED_SILU && (g.function < CLAMPED_SWIGLU || g.arrangement != PLAIN);
 }
 
 bool valid_activations(int32_t activations) { return activations >= FLOATS && activations <= BFLOAT16S; }
