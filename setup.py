@@ -23,9 +23,11 @@ class BuildLibrary(build_ext):
         return []  # not a module: there is no PyInit function
 
 
-# The instruction sets' units ask for their own instructions in the source, so one set of flags serves all. Nothing
-# is contracted or reordered behind the source's back: the encoder is bit-equal to bitsandbytes'.
-flags = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra"]
+# The instruction sets' units ask for their own instructions in the source, so one set of flags serves all.
+# Nothing is contracted or reordered behind the source's back: the encoder is bit-equal to bitsandbytes'. What
+# Python's own flags add for debuggers, the builder's folders among it, is left out.
+flags = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-pthread"]
+flags += ["-Wall", "-Wextra"]
 library = Extension(
     "moe_local.offload.native._native",
     sources=[f"{SOURCES}/{unit}.cpp" for unit in UNITS],
