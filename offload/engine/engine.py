@@ -7,6 +7,7 @@ not the engine: it spends a millisecond a token on bookkeeping, and its batch st
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import time
 from collections.abc import Sequence as Ids
@@ -15,11 +16,16 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.offload import interrupt
 from moe_local.offload.engine.kv_slab import KVRows
 from moe_local.offload.engine.sampling import Settings
+from moe_local.offload.threads import one_torch_thread
+
+FEW_TOKENS, SHORT_CONTEXT, SMALL_MATRIX = 4, 2048, 1 << 20
+"""Up to so many tokens, behind so many, with matrices of so many weights, torch's work fits one thread."""
 
 
 class FinishReason(StrEnum):
@@ -87,6 +93,9 @@ class Engine:
         self._forward_options: dict[str, Any] = {"use_cache": True}
         if "logits_to_keep" in inspect.signature(hf.forward).parameters:
             self._forward_options["logits_to_keep"] = 1
+        self._fits_one_thread = self.device.type == "cpu" and all(
+            module.weight.numel() <= SMALL_MATRIX for module in hf.modules() if isinstance(module, nn.Linear)
+        )
         self.tokens = 0
         """New tokens so far, of all sequences."""
         self._members: list[Sequence] = []
@@ -208,7 +217,14 @@ class Engine:
 
     def _forward(self, work: list[Work]) -> torch.Tensor:
         """Logits of each row's last token, [len(work), vocabulary], fp32."""
-        return torch.cat([self._forward_row(item) for item in work])
+        with one_torch_thread() if self._is_small(work) else contextlib.nullcontext():
+            return torch.cat([self._forward_row(item) for item in work])
+
+    def _is_small(self, work: list[Work]) -> bool:
+        """Whether our kernels do nearly all of it, and are better off with the cores for themselves."""
+        return self._fits_one_thread and all(
+            len(item.ids) <= FEW_TOKENS and self.kv.lens[item.sequence.row] <= SHORT_CONTEXT for item in work
+        )
 
     def _forward_row(self, item: Work) -> torch.Tensor:
         """One sequence, any number of tokens: no mask, as generate drops one that hides nothing."""

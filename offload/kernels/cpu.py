@@ -24,6 +24,7 @@ from moe_local.offload.native.library import (
     library,
 )
 from moe_local.offload.quantize.layout import Layout
+from moe_local.offload.threads import kernel_threads
 
 
 def serves(layout: Layout, x: torch.Tensor) -> bool:
@@ -70,7 +71,7 @@ def multiply(matrix: Matrix, x: torch.Tensor, activations: int) -> torch.Tensor:
         x.shape[0],
         out.data_ptr(),
         activations,
-        torch.get_num_threads(),
+        kernel_threads(),
     )
     check(status)
     return out.to(x.dtype)
@@ -172,7 +173,7 @@ class CpuStep:
             self._routing.top_k,
             self._combined.data_ptr() if last else None,
             self._activations,
-            torch.get_num_threads(),
+            kernel_threads(),
         )
         check(status)
 

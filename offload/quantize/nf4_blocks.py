@@ -7,9 +7,7 @@ in buffers that stay in the processor's cache, take a fifth of that time. On a G
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 
 from moe_local.offload.native.library import DTYPES, check, library
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
+from moe_local.offload.threads import kernel_threads, one_torch_thread
 
 BLOCK = 64
 """Weights that share one scale."""
@@ -51,7 +50,7 @@ def quantize_blocks(weights: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor
     assert q.is_contiguous()
     assert absmax.is_contiguous()
     pointers = flat.data_ptr(), DTYPES[flat.dtype], flat.numel(), q.data_ptr(), absmax.data_ptr()
-    check(compiled.moe_nf4_encode(*pointers, torch.get_num_threads()))
+    check(compiled.moe_nf4_encode(*pointers, kernel_threads()))
 
 
 def quantize_blocks_in_torch(weights: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor) -> None:
@@ -86,7 +85,7 @@ def _whole_blocks_in_threads(flat: torch.Tensor, q: torch.Tensor, absmax: torch.
     They are our own: torch's, which meet after every operation, stall each other where cores are shared.
     """
     starts = range(0, flat.numel(), CHUNK)
-    threads = min(torch.get_num_threads(), len(starts))
+    threads = min(kernel_threads(), len(starts))
 
     def work(number: int) -> None:
         buffers = _Buffers(min(CHUNK, flat.numel()))
@@ -94,7 +93,7 @@ def _whole_blocks_in_threads(flat: torch.Tensor, q: torch.Tensor, absmax: torch.
             part = slice(start, min(start + CHUNK, flat.numel()))
             _quantize_chunk(flat[part], _part(q, part, 2), _part(absmax, part, BLOCK), buffers)
 
-    with _one_torch_thread():
+    with one_torch_thread():
         if threads == 1:
             work(0)
         elif threads > 1:
@@ -124,16 +123,6 @@ def _part(tensor: torch.Tensor, weights: slice, per: int) -> torch.Tensor:
     """The part of `tensor`, which has one element for `per` weights, that belongs to these weights."""
     return tensor[weights.start // per : weights.stop // per]
 
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Operations of this thread, and of threads that it starts meanwhile, run without torch's own threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _levels(scaled: torch.Tensor, above: torch.Tensor, level: torch.Tensor) -> None:

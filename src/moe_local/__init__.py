@@ -5,6 +5,8 @@ for token in model.stream("Why is the sky blue?"):
     print(token.text, end="")
 """
 
+import os
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,9 @@ try:
     __version__ = version("moe-local")
 except PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "0+unknown"
+
+if "torch" not in sys.modules:  # it reads this once, when it is imported; see offload/threads.py
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __all__ = ["Model", "MoeLocalError", "__version__", "convert", "fit", "load"]
 
