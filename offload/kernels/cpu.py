@@ -31,7 +31,7 @@ def serves(layout: Layout, x: torch.Tensor) -> bool:
     """Whether the library multiplies x with matrices of this layout. Autocast has its own ideas of dtypes."""
     return (
         layout.format in FORMATS
-        and not x.is_cuda
+        and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and not torch.is_autocast_enabled("cpu")
         and library() is not None
