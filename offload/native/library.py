@@ -102,5 +102,6 @@ _ARGUMENTS: dict[str, list[type]] = {
     "moe_combine": [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p],
     "moe_gate": [POINTER(Gate), c_void_p, c_int64, c_int64, c_void_p],
     "moe_nf4_encode": [c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int32],
+    "moe_scales_encode": [c_void_p, c_int64, c_float, c_void_p, c_void_p, c_void_p, c_int32],
     "moe_read": [c_void_p, c_int64, c_void_p, c_int32],
 }

@@ -12,10 +12,9 @@ from moe_local.offload.quantize.bnb import bitsandbytes_ops, dynamic_map
 from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
 from moe_local.offload.quantize.nf4_blocks import BLOCK as BLOCK
 from moe_local.offload.quantize.nf4_blocks import quantize_blocks
+from moe_local.offload.quantize.nf4_scales import NESTED_BLOCK as NESTED_BLOCK
+from moe_local.offload.quantize.nf4_scales import quantize_scales
 from moe_local.offload.quantize.views import check_finite, copy_exactly, segment_view, zero_padding
-
-NESTED_BLOCK = 256
-"""Scales that share one scale of their own."""
 
 
 class NF4Matrix(NamedTuple):
@@ -133,9 +132,4 @@ def _quantize(name: str, weights: torch.Tensor, out: NF4Matrix) -> None:
         check_finite(name, weights)
         raise CheckpointError(f"{name} has weights up to {float(absmax.max()):.4g}, too large for NF4")
     out.offset.copy_(offset)
-    code = dynamic_map(torch.device("cpu"))
-    nested, nested_scales = bitsandbytes_ops().quantize_blockwise.default(
-        absmax.sub_(offset), code, NESTED_BLOCK
-    )
-    out.absmax.copy_(nested)
-    out.absmax_scale.copy_(nested_scales)
+    quantize_scales(absmax, offset, out.absmax, out.absmax_scale)

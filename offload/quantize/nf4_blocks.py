@@ -7,7 +7,7 @@ in buffers that stay in the processor's cache, take a fifth of that time. On a G
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 
 from moe_local.offload.native.library import DTYPES, check, library
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
-from moe_local.offload.threads import kernel_threads, one_torch_thread
+from moe_local.offload.quantize.parallel import for_each
+from moe_local.offload.threads import kernel_threads
 
 BLOCK = 64
 """Weights that share one scale."""
@@ -80,25 +81,16 @@ def whole_blocks_at_large(flat: torch.Tensor, q: torch.Tensor, absmax: torch.Ten
 
 
 def _whole_blocks_in_threads(flat: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor) -> None:
-    """The same on the CPU, in as many threads as torch is set to.
+    """The same on the CPU, in as many threads as torch is set to."""
+    own = threading.local()
 
-    They are our own: torch's, which meet after every operation, stall each other where cores are shared.
-    """
+    def work(part: slice) -> None:
+        if not hasattr(own, "buffers"):
+            own.buffers = _Buffers(min(CHUNK, flat.numel()))
+        _quantize_chunk(flat[part], _part(q, part, 2), _part(absmax, part, BLOCK), own.buffers)
+
     starts = range(0, flat.numel(), CHUNK)
-    threads = min(kernel_threads(), len(starts))
-
-    def work(number: int) -> None:
-        buffers = _Buffers(min(CHUNK, flat.numel()))
-        for start in starts[number::threads]:
-            part = slice(start, min(start + CHUNK, flat.numel()))
-            _quantize_chunk(flat[part], _part(q, part, 2), _part(absmax, part, BLOCK), buffers)
-
-    with one_torch_thread():
-        if threads == 1:
-            work(0)
-        elif threads > 1:
-            with ThreadPoolExecutor(threads, "quantize") as pool:
-                list(pool.map(work, range(threads)))
+    for_each([slice(start, min(start + CHUNK, flat.numel())) for start in starts], work)
 
 
 class _Buffers:
@@ -122,7 +114,6 @@ def _quantize_chunk(weights: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor
 def _part(tensor: torch.Tensor, weights: slice, per: int) -> torch.Tensor:
     """The part of `tensor`, which has one element for `per` weights, that belongs to these weights."""
     return tensor[weights.start // per : weights.stop // per]
-
 
 
 def _levels(scaled: torch.Tensor, above: torch.Tensor, level: torch.Tensor) -> None:

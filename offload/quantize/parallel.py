@@ -15,7 +15,7 @@ def for_each(parts: Sequence[slice], work: Callable[[slice], None]) -> None:
 
     torch's operations run without threads of their own meanwhile, in the whole process.
     """
-    threads = min(kernel_threads(), len(parts))
+    threads = max(1, min(kernel_threads(), len(parts)))
     inference = torch.is_inference_mode_enabled()
 
     def some(first: int) -> None:
@@ -24,7 +24,7 @@ def for_each(parts: Sequence[slice], work: Callable[[slice], None]) -> None:
                 work(part)
 
     with one_torch_thread():
-        if threads <= 1:
+        if threads == 1:
             some(0)
         else:
             with ThreadPoolExecutor(threads, "parts") as pool:

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -182,6 +183,14 @@ void use_the_rest(Random& random) {
   weights.fill(random);
   require(moe_nf4_encode(weights.bytes(), dtype, numbers, q.bytes(), absmax.floats(), threads) == OK,
           "moe_nf4_encode failed");
+  Buffer scales(random, 4 * numbers), codes(random, numbers), nested(random, 4 * ((numbers + 255) / 256));
+  Buffer steps(random, 4 * 255);
+  scales.fill(random);
+  steps.fill_floats(random, -1.1f, 1.1f);
+  std::sort(steps.floats(), steps.floats() + 255);
+  require(moe_scales_encode(scales.floats(), numbers, 0.5f, steps.floats(), codes.bytes(), nested.floats(),
+                            threads) == OK,
+          "moe_scales_encode failed");
   const int64_t bytes = between(random, 0, 3000);
   Buffer read(random, bytes);
   read.fill(random);

@@ -111,6 +111,13 @@ MOE_API int32_t moe_gate(const Gate* gate, const float* hidden, int64_t tokens, 
 MOE_API int32_t moe_nf4_encode(const void* weights, int32_t dtype, int64_t numel, uint8_t* q, float* absmax,
                                int32_t threads);
 
+// scales [count], finite, of NF4 blocks -> q [count], nested [ceil(count / 256)], as bitsandbytes quantizes
+// scales - offset by blocks of 256: index i of q means that the number, divided by its block's largest, is
+// at least steps[i - 1], if there is one, and less than steps[i]. steps [255] ascend; infinite ones are never
+// reached.
+MOE_API int32_t moe_scales_encode(const float* scales, int64_t count, float offset, const float* steps,
+                                  uint8_t* q, float* nested, int32_t threads);
+
 // Reads memory [bytes] as fast as loads can; *total is the sum, modulo 2^64, of its 64-bit words, the last
 // one filled up with zeros. For measuring what the kernels are held against.
 MOE_API int32_t moe_read(const void* memory, int64_t bytes, uint64_t* total, int32_t threads);
