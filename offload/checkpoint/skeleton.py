@@ -17,6 +17,7 @@ from torch import nn
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.checkpoint.spec import experts_modules, meta_model, model_class, quantized_weights
 from moe_local.offload.experts import OffloadedExperts
+from moe_local.offload.kernels.attention import use_single_query_attention
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -86,6 +87,7 @@ def load_skeleton(
         )
     if dense == "int8":
         _flatten_inputs(model)
+    use_single_query_attention(model)
     return model.eval().requires_grad_(False)
 
 

@@ -1,0 +1,60 @@
+"""Single-query attention against transformers' own sdpa, and in a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import moe_local
+from moe_local.offload.kernels import attention
+from moe_local.offload.kernels.attention import NAME, single_query_attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "groups"), [(8, 4), (8, 1), (6, 3), (4, 4)])
+@pytest.mark.parametrize(("queries", "positions"), [(1, 1), (1, 77), (5, 5), (3, 9)])
+def test_equals_transformers_sdpa(
+    queries: int, positions: int, heads: int, groups: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(positions)
+    shapes = [
+        (2, heads, queries, 16),
+        (2, heads // groups, positions, 16),
+        (2, heads // groups, positions, 24),
+    ]
+    query, key, value = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    module: Any = SimpleNamespace(num_key_value_groups=groups, is_causal=True)
+    mask = None
+    if queries not in (1, positions):
+        mask = torch.ones(2, 1, queries, positions, dtype=torch.bool).tril(positions - queries)
+    want, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    got, weights = single_query_attention(module, query, key, value, mask, scaling=0.3)
+    assert weights is None
+    assert got.shape == want.shape
+    assert got.dtype == dtype
+    assert torch.allclose(got, want, atol=1e-6 if dtype == torch.float32 else 2e-2)
+
+
+def test_a_loaded_model_attends_by_it(tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[tuple[int, ...]] = []
+    plain: Callable[..., torch.Tensor] = attention.F.scaled_dot_product_attention
+
+    def noted(query: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        packed.append(tuple(query.shape))
+        return plain(query, *args, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", noted)
+    with moe_local.load(tiny_mixtral, device="cpu", experts="fp32") as model:
+        config = model.hf.config
+        assert config._attn_implementation == NAME
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, eos_token_id=None)
+    kv_heads = config.num_key_value_heads
+    groups = config.num_attention_heads // kv_heads
+    assert groups > 1
+    assert packed.count((1, kv_heads, groups, packed[-1][-1])) == 2 * config.num_hidden_layers
