@@ -33,7 +33,9 @@ def single_query_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers' sdpa_attention_forward: query [B, H, T, D], key and value [B, H / G, S, D], to [B, T, H, D].
+    """As transformers' sdpa_attention_forward: query [B, H, T, D], key and value [B, H / G, S, D].
+
+    Returns [B, T, H, D].
 
     One query whose G heads share keys is given to torch as G queries of one head: its kernel reads each key
     once then, and multiplies matrices instead of vectors. With 32 heads, 8 of keys, 1024 positions in bf16
