@@ -8,8 +8,8 @@ all encode it in turn; who begins changes from round to round. The first round w
   cuda           the same on a GPU, if there is one: weights there, blocks back
   bitsandbytes   functional.quantize_4bit(weights, quant_type="nf4", compress_statistics=True)
   read           summing 256 MiB with all threads: what the memory allows who only reads
-  blocks         what quantizing the blocks takes of the time with the best instruction set; the rest is the
-                 quantization of the scales, which is bitsandbytes' own
+  blocks         what quantizing the blocks takes of the time with the best instruction set; the rest goes to
+                 the scales
 All must give the same bytes. ms: the median over rounds, with the lowest and highest; GB/s of weights read;
 times faster: than bitsandbytes in the same round, the median with its 95 % interval (ratio.py). As many
 threads as torch has.

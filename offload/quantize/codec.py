@@ -27,7 +27,7 @@ class Codec(Protocol):
     def encode(self, tensors: Mapping[str, torch.Tensor], layout: Layout, out: torch.Tensor) -> None:
         """Write the expert into `out`, uint8 [layout.nbytes] on the CPU, padding zeroed.
 
-        `tensors` has the shapes of `layout.tensors` in any floating dtype.
+        `tensors` has the shapes of `layout.tensors` in any floating dtype, on any device.
         """
 
     def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
