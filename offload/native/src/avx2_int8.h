@@ -28,7 +28,7 @@ struct Int8Floats {
         const int64_t count = least(STRETCH, blocks - done);
         block_scales(m, map, row * blocks + done, count, scales);
         for (int64_t b = 0; b < count; ++b, q += BLOCK) {
-          PREFETCH(reinterpret_cast<const char*>(q) + AHEAD);
+          ask_ahead(q);
           __m256 w[8];
           for (int i = 0; i < 8; ++i) w[i] = eight_floats(q + 8 * i);
           for (int t = 0; t < T; ++t) {
@@ -63,7 +63,7 @@ struct Int8Rounded {
         const int64_t count = least(STRETCH, blocks - done);
         block_scales(m, map, row * blocks + done, count, scales);
         for (int64_t b = 0; b < count; ++b, q += BLOCK) {
-          PREFETCH(reinterpret_cast<const char*>(q) + AHEAD);
+          ask_ahead(q);
           const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
           const __m256i two = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + 32));
           const __m256i size_one = _mm256_abs_epi8(one), size_two = _mm256_abs_epi8(two);

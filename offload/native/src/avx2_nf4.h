@@ -89,7 +89,7 @@ struct NF4Floats {
         const int64_t count = least(STRETCH, blocks - done);
         block_scales(m, map, row * blocks + done, count, scales);
         for (int64_t b = 0; b < count; ++b, q += 32) {
-          PREFETCH(reinterpret_cast<const char*>(q) + AHEAD);
+          ask_ahead(q);
           __m256 w[8];
           block_levels(q, planes, w);
           for (int t = 0; t < T; ++t) {
@@ -141,7 +141,7 @@ struct NF4Rounded16 {
         const int64_t count = least(STRETCH, blocks - done);
         block_scales(m, map, row * blocks + done, count, scales);
         for (int64_t b = 0; b < count; ++b, q += 32) {
-          PREFETCH(reinterpret_cast<const char*>(q) + AHEAD);
+          ask_ahead(q);
           const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
           const __m256i even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
           const __m256i odd = _mm256_and_si256(bytes, nibble);
@@ -212,7 +212,7 @@ struct NF4Rounded8 {
           }
         }
         for (int64_t b = 0; b < count; ++b, q += 32) {
-          PREFETCH(reinterpret_cast<const char*>(q) + AHEAD);
+          ask_ahead(q);
           const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
           const __m256i even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
           const __m256i odd = _mm256_and_si256(bytes, nibble);

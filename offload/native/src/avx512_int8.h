@@ -28,7 +28,7 @@ struct Int8Floats {
         const int64_t count = least(STRETCH, blocks - done);
         block_scales(m, map, row * blocks + done, count, scales);
         for (int64_t b = 0; b < count; ++b, q += BLOCK) {
-          PREFETCH(reinterpret_cast<const char*>(q) + AHEAD);
+          ask_ahead(q);
           __m512 w[4];
           for (int i = 0; i < 4; ++i) w[i] = sixteen_floats(q + 16 * i);
           for (int t = 0; t < T; ++t) {
@@ -72,7 +72,7 @@ struct Int8Rounded {
           }
         }
         for (int64_t b = 0; b < count; ++b, q += BLOCK) {
-          PREFETCH(reinterpret_cast<const char*>(q) + AHEAD);
+          ask_ahead(q);
           const __m512i w = _mm512_xor_si512(_mm512_loadu_si512(q), flip);
           for (int t = 0; t < T; ++t) {
             const __m512i in = _mm512_loadu_si512(static_cast<const int8_t*>(x[t].q) + (done + b) * BLOCK);

@@ -81,7 +81,7 @@ struct NF4Floats {
         if (count % 2 != 0) scales[count] = 0.0f;
         for (int64_t b = 0; b < count; b += 2) {
           const bool whole = b + 2 <= count;
-          PREFETCH(reinterpret_cast<const char*>(q) + AHEAD);
+          ask_ahead(q);
           __m512 w[8];
           group_levels(group_bytes(q, whole), table, w);
           const __m512 scale = on_lanes(scales + b);
@@ -146,7 +146,7 @@ struct NF4Rounded16 {
                                                           _mm512_loadu_ps(x[t].scales + done + b)));
         for (int64_t b = 0; b < count; b += 2) {
           const bool whole = b + 2 <= count;
-          PREFETCH(reinterpret_cast<const char*>(q) + AHEAD);
+          ask_ahead(q);
           const __m512i bytes = group_bytes(q, whole);
           const __m512i w[] = {_mm512_permutexvar_epi16(bytes, table), whole_levels_at<1>(bytes, table),
                                whole_levels_at<2>(bytes, table), whole_levels_at<3>(bytes, table)};
@@ -201,7 +201,7 @@ struct NF4Rounded8 {
         }
         for (int64_t b = 0; b < count; b += 2) {
           const bool whole = b + 2 <= count;
-          PREFETCH(reinterpret_cast<const char*>(q) + AHEAD);
+          ask_ahead(q);
           const __m512i bytes = group_bytes(q, whole);
           const __m512i above = _mm512_srli_epi16(bytes, 4);
           const __m512i even_high = _mm512_permutexvar_epi8(above, high_table);

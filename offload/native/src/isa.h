@@ -5,14 +5,14 @@
 
 #include "moe_native.h"
 
-// Asks for a cache line; of any address, also one that is not there.
+// Asks for a cache line in the first (3) or second (2) cache; of any address, also one that is not there.
 #if defined(__GNUC__) || defined(__clang__)
-#define PREFETCH(address) __builtin_prefetch(address, 0, 3)
+#define PREFETCH(address, cache) __builtin_prefetch(address, 0, cache)
 #elif defined(_M_X64)
 #include <xmmintrin.h>
-#define PREFETCH(address) _mm_prefetch(address, _MM_HINT_T0)
+#define PREFETCH(address, cache) _mm_prefetch(address, (cache) == 3 ? _MM_HINT_T0 : _MM_HINT_T1)
 #else
-#define PREFETCH(address) static_cast<void>(address)
+#define PREFETCH(address, cache) static_cast<void>(address)
 #endif
 
 constexpr int64_t BLOCK = 64;  // weights that share one scale, and activations where they are quantized

@@ -43,9 +43,9 @@ enum Function : int32_t {
   CLAMPED_SILU = 7
 };
 
-// The clamped two have a gate, with gate = min(gate, limit) and up = clamp(up, -limit, limit): CLAMPED_SWIGLU is
-// gpt-oss', (up + 1) * gate * sigmoid(alpha * gate), and CLAMPED_SILU is DeepSeek-V4's, up * silu(gate). The others
-// ignore alpha and limit.
+// The clamped two have a gate, with gate = min(gate, limit) and up = clamp(up, -limit, limit): CLAMPED_SWIGLU
+// is gpt-oss', (up + 1) * gate * sigmoid(alpha * gate), and CLAMPED_SILU is DeepSeek-V4's, up * silu(gate).
+// The others ignore alpha and limit.
 struct Gate {
   int32_t arrangement;
   int32_t function;

@@ -124,7 +124,7 @@ inline void ask_for_next(const Matrix& m, int64_t row, int64_t rows, int64_t col
   for (int64_t r = 0; r < rows; ++r) {
     const char* start =
         static_cast<const char*>(m.q) + ((row + r + (ends ? rows : 0)) * m.cols + next) / per_byte;
-    for (int64_t i = 0; i < depth / per_byte; i += 64) PREFETCH(start + i);
+    for (int64_t i = 0; i < depth / per_byte; i += 64) PREFETCH(start + i, 3);
   }
 }
 
