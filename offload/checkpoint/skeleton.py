@@ -87,6 +87,8 @@ def load_skeleton(
         )
     if dense == "int8":
         _flatten_inputs(model)
+    if device.type == "cpu":
+        _take_into_memory(model)
     use_single_query_attention(model)
     return model.eval().requires_grad_(False)
 
@@ -133,6 +135,14 @@ def _quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _take_into_memory(model: nn.Module) -> None:
+    """Copy weights that are still the checkpoint's file, mapped: they would be read from disk page by page
+    when they are first used, each time for milliseconds that no statistic knows of."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def _flatten_inputs(model: nn.Module) -> None:
