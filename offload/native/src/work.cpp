@@ -6,7 +6,9 @@
 
 namespace {
 
-constexpr int64_t CHUNK_BYTES = 96 * 1024;  // of weights: long enough to claim, short enough to end together
+// A chunk's bytes of weights: each starts with a wait for memory and ends asking it for too much, so they are
+// long; but they have to end together, and a small matrix needs some for every thread.
+constexpr int64_t SMALLEST_CHUNK = 64 * 1024, LARGEST_CHUNK = 512 * 1024, CHUNKS = 16;
 constexpr int64_t BYTES_PER_THREAD = 1 << 17;  // less work than this is not worth waking a thread for
 constexpr int64_t TOKENS_PER_READ = 8;  // so many tokens take about as long as reading the weights once
 
@@ -25,7 +27,8 @@ int64_t readings(int64_t tokens) { return std::max<int64_t>(1, tokens / TOKENS_P
 // A multiple of the rows that tiles work on.
 int64_t rows_per_chunk(const Matrix& m, int64_t tokens) {
   const int64_t row_bytes = std::max<int64_t>(1, weight_bytes(m) / m.rows);
-  return std::max<int64_t>(16, CHUNK_BYTES / row_bytes / readings(tokens) / 16 * 16);
+  const int64_t bytes = std::min(LARGEST_CHUNK, std::max(SMALLEST_CHUNK, weight_bytes(m) / CHUNKS));
+  return std::max<int64_t>(16, bytes / row_bytes / readings(tokens) / 16 * 16);
 }
 
 }  // namespace
