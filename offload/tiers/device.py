@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import mmap
 from collections.abc import Sequence
 from typing import Protocol, cast
 
@@ -17,6 +16,7 @@ import torch
 
 from moe_local.cache.errors import DoesNotFitError
 from moe_local.cache.keys import format_bytes
+from moe_local.offload.direct_io import page_memory
 from moe_local.offload.quantize.layout import PAGE
 
 logger = logging.getLogger(__name__)
@@ -124,12 +124,11 @@ class HostMemory:
         self.pinned_bytes = 0
         self._registered: list[int] = []
         try:
-            mapping = _anonymous(self.nbytes)
+            self.tensor = page_memory(self.nbytes)
         except OSError as error:
             raise DoesNotFitError(
                 f"the system refused {format_bytes(nbytes)} of memory for expert slots; set a smaller --ram"
             ) from error
-        self.tensor = torch.frombuffer(mapping, dtype=torch.uint8)
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Bytes [offset, offset + nbytes) for `os.preadv` and the like; valid until `close`."""
@@ -167,14 +166,3 @@ def _forget_cuda_error() -> None:
     """A refused registration stays CUDA's last error, which the next kernel launch would raise as its own."""
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")
-
-
-def _anonymous(nbytes: int) -> mmap.mmap:
-    """Memory of the system, in huge pages where there are some: experts are read from end to end, and a
-    translation every 4 KiB slows that down. Raises OSError where it is refused."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return mmap.mmap(-1, nbytes)
-    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    return mapping
