@@ -29,7 +29,8 @@ def held_out(encoder: Encoder, chats: int, windows: int) -> list[list[int]]:
     """Ids of texts that the demo was not trained on."""
     corpus, rng = Corpus(), random.Random("held out")
     texts = [encoder.conversation(corpus.conversation(rng))[0] for _ in range(chats)]
-    return texts + [part.tolist() for part in encoder.stream(documents()[1])[: WINDOW * windows].split(WINDOW)]
+    stream = encoder.stream(documents()[1])[: WINDOW * windows]
+    return texts + [part.tolist() for part in stream.split(WINDOW)]
 
 
 @torch.inference_mode()
