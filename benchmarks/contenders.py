@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -56,7 +57,7 @@ class Answer:
         return self.prompt_tokens / self.prefill_s
 
 
-class Contender:
+class Contender(ABC):
     """Something that answers prompts. `answers` are those of the counted rounds, in their order."""
 
     def __init__(self, name: str, weights: Weights) -> None:
@@ -64,9 +65,9 @@ class Contender:
         self.weights = weights
         self.answers: list[Answer] = []
 
+    @abstractmethod
     def answer(self, prompt: Sequence[int], tokens: int, *, keep: bool) -> None:
         """Answer greedily with `tokens` ids, never ending before; `keep` it among the answers."""
-        raise NotImplementedError
 
     def floor_s(self, bandwidths: Bandwidths) -> float:
         """The least time of a token, by its bytes: here, all of them read from RAM."""

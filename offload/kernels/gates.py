@@ -25,8 +25,7 @@ def recognize(math: ExpertMath) -> Gate | None:
     The two are compared on numbers from tiny to huge, on both sides of every clamp that is at all likely to
     act, so that neither an activation nor the way in which gate and up are laid out need be known by name.
     """
-    lib = library()
-    if lib is None or _finishes(math):
+    if library() is None or _finishes(math):
         return None
     columns = 2 * WIDTH if math.has_gate else WIDTH
     probe = _probe(columns)
@@ -38,9 +37,7 @@ def recognize(math: ExpertMath) -> Gate | None:
     if wanted.numel() != WIDTH:
         return None
     for gate in _candidates(math):
-        got = torch.empty(WIDTH, dtype=torch.float32)
-        check(lib.moe_gate(ctypes.byref(gate), probe.data_ptr(), 1, WIDTH, got.data_ptr()))
-        if _agree(gate, probe, got, wanted):
+        if _agree(gate, probe, apply_gate(gate, probe[None])[0], wanted):
             return gate
     return None
 

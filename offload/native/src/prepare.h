@@ -5,8 +5,8 @@
 // unit.
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Columns in the order `position`, which maps a place in a group to the column that stands there; null: their
-// own. Past the last column come zeros.
+// Columns in the order `position`, which maps a place in a group to the column that stands there; past the
+// last column come zeros.
 inline void reorder(const float* x, int64_t columns, const uint8_t* position, int64_t group, float* out) {
   const int64_t whole = columns / group * group;
   for (int64_t start = 0; start < whole; start += group)

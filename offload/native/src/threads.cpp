@@ -67,11 +67,6 @@ class Pool {
       for (int64_t c = 0; c < chunks[p]; ++c) work(context, p, c, 0);
   }
 
-  int helpers() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return helpers_;
-  }
-
  private:
   void publish(Job& job, int helpers) {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -185,5 +180,3 @@ void run_phases(int threads, int phases, const int64_t* chunks, Work work, void*
   else
     pool().run(threads, phases, chunks, work, context);
 }
-
-int helper_count() { return pool().helpers(); }

@@ -14,6 +14,3 @@ using Work = void (*)(void* context, int phase, int64_t chunk, int thread);
 // speed only. While another thread is in here, and after a fork, the caller works alone. `threads` is clamped
 // to [1, MAX_THREADS].
 void run_phases(int threads, int phases, const int64_t* chunks, Work work, void* context);
-
-// Threads made so far, beside the callers.
-int helper_count();

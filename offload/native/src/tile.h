@@ -24,10 +24,7 @@ inline float half_to_float(uint16_t h) {
 }
 
 inline float nf4_scale(const Matrix& m, const float* map, int64_t block) {
-  float offset, nested;
-  std::memcpy(&offset, m.offset, sizeof offset);
-  std::memcpy(&nested, m.nested + block / NESTED_BLOCK, sizeof nested);
-  return map[static_cast<const uint8_t*>(m.scales)[block]] * nested + offset;
+  return map[static_cast<const uint8_t*>(m.scales)[block]] * m.nested[block / NESTED_BLOCK] + *m.offset;
 }
 
 // Scales of `count` blocks from `block` on, which are those of a row whose columns are whole blocks.
