@@ -94,3 +94,8 @@ BF16_TARGET void rows_tiled_bf16(Decode decode, const Matrix& m, const float* ma
         y[t][row + r] = sum(partial[t * BF16_ROWS + r]) + bias_of(m, row + r);
   }
 }
+
+// Whether tiles of such inputs are multiplied in bf16.
+inline bool in_bf16(int32_t activations, bool tiled) {
+  return tiled && (activations == BFLOAT16S || activations == INT8_BLOCKS) && has_bf16();
+}

@@ -30,42 +30,14 @@ constexpr int64_t TILE_T = 3;
 #include "encode.h"
 #include "avx2_encode.h"
 
-void prepare(int32_t format, int32_t activations, bool tiled, const float* x, int64_t columns,
-             const Prepared& out) {
-  const bool reordered = format == NF4 && columns % BLOCK == 0;
-  if (activations == INT8_BLOCKS) {
-    round_to_int8(x, columns, out);
-    if (!reordered) return;
-    reorder_in_place<int8_t, BLOCK>(static_cast<int8_t*>(out.q), columns, ORDER.bytes);
-    reorder_in_place<float, BLOCK>(out.values, columns, ORDER.floats);
-  } else if (activations != FLOATS && reordered && !tiled) {
-    round_to_int16(x, columns, out);
-    reorder_in_place<int16_t, BLOCK>(static_cast<int16_t*>(out.q), columns, ORDER.words);
-  } else if (reordered) {
-    reorder(x, columns, ORDER.floats, BLOCK, out.values);
-  } else {
-    keep_order(x, columns, out.values);
-  }
-}
+constexpr int64_t GROUP = BLOCK;
 
-void rows(const Matrix& m, const float* map, int32_t activations, bool tiled, const Prepared* x,
-          int64_t count, int64_t first, int64_t last, float* const* y) {
-  const bool blocks = m.cols % BLOCK == 0;
-  if (tiled || !blocks) {
-    const Decode decode = !blocks ? decode_any : m.format == NF4 ? decode_nf4 : decode_int8;
-    rows_tiled(decode, m, map, x, count, first, last, y);
-  } else if (m.format == INT8 && activations == INT8_BLOCKS) {
-    rows_by_count<Int8Rounded>(m, map, x, count, first, last, y);
-  } else if (m.format == INT8) {
-    rows_by_count<Int8Floats>(m, map, x, count, first, last, y);
-  } else if (activations == INT8_BLOCKS) {
-    rows_by_count<NF4Rounded8>(m, map, x, count, first, last, y);
-  } else if (activations != FLOATS) {
-    rows_by_count<NF4Rounded16>(m, map, x, count, first, last, y);
-  } else {
-    rows_by_count<NF4Floats>(m, map, x, count, first, last, y);
-  }
-}
+// AVX2 has no products of bf16 numbers.
+inline bool in_bf16(int32_t, bool) { return false; }
+inline void to_bf16(const float*, int64_t, void*) {}
+constexpr auto rows_tiled_bf16 = rows_tiled;
+
+#include "rows.h"
 
 constexpr Kernels TABLE = {AVX2, "avx2", prepare, rows, gate, combine, encode};
 
