@@ -135,7 +135,7 @@ class ExpertRunner:
 def _to_host(index: torch.Tensor, guesses: list[torch.Tensor]) -> tuple[list[int], list[list[int]]]:
     """The router's choice and the guesses as lists, in one transfer: a device is waited for once a layer."""
     if not guesses:
-        return index.flatten().tolist(), []
+        return (index.flatten().tolist() if index.shape[0] != 1 else index.tolist()[0]), []
     flat = torch.cat([index.flatten(), *guesses]).tolist()
     lists, start = [], index.numel()
     for guess in guesses:

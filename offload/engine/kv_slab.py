@@ -21,6 +21,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from moe_local.offload.engine.own_caches import OwnCaches
+from moe_local.offload.kernels.token_attention import Place
 
 # transformers 5.17 and 5.18 leave out the layers that later releases fill with this class.
 DUMMY_LAYER: type | None = getattr(cache_utils, "DummyLayer", None)
@@ -114,6 +115,10 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]
         first = self._first_visible()
         visible = start + new - first
         return self._keys.narrow(2, first, visible), self._values.narrow(2, first, visible)
+
+    def place(self) -> Place:
+        """Where one new token goes; whoever writes it there need not call `update`."""
+        return Place(self._keys, self._values, self._first_visible(), self._lens[self._row])
 
     def update_indexer(self, indexer_key_states: Any) -> Any:
         """Write q new index keys, [1, q, Di]; a view of all of them, [1, length + q, Di]."""

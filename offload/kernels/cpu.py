@@ -13,10 +13,12 @@ from moe_local.offload.kernels.gates import recognize
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.native.library import (
     BF16,
+    DTYPES,
     FLOATS,
     FORMATS,
     INT8,
     INT16,
+    PLAIN,
     Expert,
     Gate,
     Matrix,
@@ -24,6 +26,7 @@ from moe_local.offload.native.library import (
     library,
 )
 from moe_local.offload.quantize.layout import Layout
+from moe_local.offload.quantize.views import TORCH_DTYPES
 from moe_local.offload.threads import kernel_threads
 
 
@@ -32,7 +35,7 @@ def serves(layout: Layout, x: torch.Tensor) -> bool:
     return (
         layout.format in FORMATS
         and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and x.dtype in DTYPES
         and not torch.is_autocast_enabled("cpu")
         and library() is not None
     )
@@ -53,28 +56,49 @@ def matrix_at(address: int, layout: Layout, name: str, has_bias: bool) -> Matrix
     """Matrix `name` of the expert whose flat buffer starts at `address`."""
     rows, cols = next(tensor.shape for tensor in layout.tensors if tensor.name == name)
     parts = {segment.part: address + segment.offset for segment in layout.parts(name)}
-    bias = next(layout.parts(f"{name}_bias")).offset + address if has_bias else None
-    scales = parts["absmax"] if layout.format == "nf4" else parts["scale"]
-    nested, offset = parts.get("absmax_scale"), parts.get("offset")
-    return Matrix(FORMATS[layout.format], 0, rows, cols, parts["q"], scales, nested, offset, bias)
+    matrix = Matrix(format=FORMATS[layout.format], rows=rows, cols=cols)
+    matrix.q = parts["q"] if "q" in parts else parts["values"]
+    matrix.scales = parts["absmax"] if layout.format == "nf4" else parts.get("scale")
+    matrix.nested, matrix.offset = parts.get("absmax_scale"), parts.get("offset")
+    if has_bias:
+        bias = next(layout.parts(f"{name}_bias"))
+        matrix.bias, matrix.bias_dtype = address + bias.offset, DTYPES[TORCH_DTYPES[bias.dtype]]
+    return matrix
+
+
+def plain_matrix(weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
+    """A weight [rows, cols] and bias as they are. They must be contiguous and outlive it."""
+    rows, cols = weight.shape
+    matrix = Matrix(format=FORMATS[PLAIN[weight.dtype]], rows=rows, cols=cols, q=weight.data_ptr())
+    if bias is not None:
+        matrix.bias, matrix.bias_dtype = bias.data_ptr(), DTYPES[bias.dtype]
+    return matrix
 
 
 def multiply(matrix: Matrix, x: torch.Tensor, activations: int) -> torch.Tensor:
     """x [T, cols] times the matrix, transposed, plus its bias: [T, rows], in the dtype of x."""
     lib = library()
     assert lib is not None
-    floats = x.float().contiguous()
-    out = torch.empty(x.shape[0], matrix.rows, dtype=torch.float32)  # whatever another thread's default is
+    _check_width(x, matrix)
+    x = x.contiguous()
+    out = x.new_empty(x.shape[0], matrix.rows)
     status = lib.moe_linear(
         ctypes.byref(matrix),
-        floats.data_ptr(),
+        x.data_ptr(),
         x.shape[0],
         out.data_ptr(),
+        DTYPES[x.dtype],
         activations,
         kernel_threads(),
     )
     check(status)
-    return out.to(x.dtype)
+    return out
+
+
+def _check_width(x: torch.Tensor, matrix: Matrix) -> None:
+    """The library reads as many numbers as the matrix has columns. Raises RuntimeError, as torch does."""
+    if x.shape[-1] != matrix.cols:
+        raise RuntimeError(f"inputs have {x.shape[-1]} numbers where the weights take {matrix.cols}")
 
 
 def cpu_linear(
@@ -143,28 +167,31 @@ class CpuStep:
         self._experts = experts
         self._math = math
         self._gate = gate
-        self._dtype = x.dtype
-        self._x = x.float().contiguous()
+        self._x = x if x.is_contiguous() else x.contiguous()
         self._routing = routing
-        self._weights = weights.float().contiguous()
+        self._weights = weights if weights.dtype is torch.float32 else weights.float()
+        if not self._weights.is_contiguous():
+            self._weights = self._weights.contiguous()
         self._activations = activations
         self._outputs = torch.empty(len(routing.ids), x.shape[1], dtype=torch.float32)
-        self._combined = torch.empty(x.shape[0], x.shape[1], dtype=torch.float32)
+        self._combined = torch.empty_like(self._x)
         self._left = len(routing.experts)
+        self._places: tuple[torch.Tensor, ...] = ()
+        """Of the group that is computed, while the library reads them."""
 
     def compute(self, group: Sequence[Readable]) -> None:
         lib: Any = library()
-        starts, places = self._routing.places_of(readable.expert for readable in group)
-        tokens = places.div(self._routing.top_k, rounding_mode="floor")
+        starts, places, tokens = self._where([readable.expert for readable in group])
         structs = [self._experts.expert(r.buffer, r.layout, self._math) for r in group]
+        _check_width(self._x, structs[0].up)
         self._left -= len(group)
         last = self._left == 0
         status = lib.moe_experts(
             (ctypes.c_void_p * len(group))(*map(ctypes.addressof, structs)),
             len(group),
             (ctypes.c_int64 * len(starts))(*starts),
-            tokens.data_ptr(),
-            places.data_ptr(),
+            tokens,
+            places,
             ctypes.byref(self._gate),
             self._x.data_ptr(),
             self._x.shape[0],
@@ -172,10 +199,21 @@ class CpuStep:
             self._weights.data_ptr() if last else None,
             self._routing.top_k,
             self._combined.data_ptr() if last else None,
+            DTYPES[self._x.dtype],
             self._activations,
             kernel_threads(),
         )
         check(status)
 
+    def _where(self, experts: Sequence[int]) -> tuple[Sequence[int], Any, Any]:
+        """As Routing.places_of, and the tokens of those places: both as what ctypes passes as addresses."""
+        routing = self._routing
+        if routing.tokens == 1:
+            numbers = ctypes.c_int64 * len(experts)
+            return range(len(experts) + 1), numbers(*map(routing.ids.index, experts)), numbers()
+        starts, places = routing.places_of(experts)
+        self._places = places, places.div(routing.top_k, rounding_mode="floor")
+        return starts, self._places[0].data_ptr(), self._places[1].data_ptr()
+
     def result(self) -> torch.Tensor:
-        return self._combined.to(self._dtype)
+        return self._combined

@@ -58,11 +58,11 @@ class QuantizedLinear(nn.Module):
         """x [..., in_features] -> [..., out_features], in the dtype of x."""
         if not serves(self.layout, x) or (torch.is_grad_enabled() and x.requires_grad):
             return self._decoded(x)
-        y = multiply(self._in_place(), x.reshape(-1, self.in_features), rounding(self.activations, x.dtype))
+        y = multiply(self.in_place(), x.reshape(-1, self.in_features), rounding(self.activations, x.dtype))
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _in_place(self) -> Matrix:
-        """The weight and bias where they are now."""
+    def in_place(self) -> Matrix:
+        """The weight and bias, where they are now, as the library reads them."""
         bias = None if self.bias is None else self.bias.data_ptr()
         where = self.weight.data_ptr(), bias
         if self._matrix is None or self._matrix[0] != where:

@@ -40,9 +40,6 @@ class Routing:
 
     def places_of(self, experts: Iterable[int]) -> tuple[list[int], torch.Tensor]:
         """Where each expert's places start in their concatenation, with the end last; and that."""
-        if self.tokens == 1:
-            ranks = [self.ids.index(expert) for expert in experts]
-            return list(range(len(ranks) + 1)), torch.tensor(ranks)
         spans = [self.span(expert) for expert in experts]
         starts = [0, *accumulate(span.stop - span.start for span in spans)]
         return starts, torch.cat([self.sorted_places[span] for span in spans])

@@ -13,13 +13,19 @@ import torch
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.quantize.bnb import dynamic_map
 
-FORMATS = {"nf4": 0, "int8": 1}
+FORMATS = {"nf4": 0, "int8": 1, "fp32": 2, "bf16": 3, "fp16": 4}
+PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""The formats of numbers as they are."""
+
 FLOATS, INT16, INT8, BF16 = range(4)
 """How activations enter a product: as they are, rounded in blocks of 64, or as what was bf16 before."""
 
 ISAS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Of weights to encode."""
+"""Of numbers that go in and out."""
+
+HALVES, NEIGHBOURS = range(2)
+"""How a head's numbers are paired to be rotated: i with i + rotated / 2, or 2i with 2i + 1."""
 
 _FOLDER = Path(__file__).parent
 _ERRORS = {1: "bad argument", 2: "out of memory", 3: "not for this processor"}
@@ -32,7 +38,7 @@ class Gate(Structure):
 class Matrix(Structure):
     _fields_ = (
         ("format", c_int32),
-        ("reserved", c_int32),
+        ("bias_dtype", c_int32),
         ("rows", c_int64),
         ("cols", c_int64),
         ("q", c_void_p),
@@ -45,6 +51,37 @@ class Matrix(Structure):
 
 class Expert(Structure):
     _fields_ = (("up", Matrix), ("down", Matrix))
+
+
+class Attention(Structure):
+    _fields_ = (
+        ("q", Matrix),
+        ("k", Matrix),
+        ("v", Matrix),
+        ("o", Matrix),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("width", c_int64),
+        ("rotated", c_int64),
+        ("rotation", c_int32),
+        ("shared", c_int32),
+        ("scaling", c_float),
+        ("epsilon", c_float),
+        ("dtype", c_int32),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("sinks", c_void_p),
+    )
+
+
+class Sequence(Structure):
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("head_stride", c_int64),
+        ("first", c_int64),
+        ("last", c_int64),
+    )
 
 
 @cache
@@ -94,11 +131,16 @@ _ARGUMENTS: dict[str, list[type]] = {
     "moe_set_isa": [c_int32],
     "moe_isa": [],
     "moe_set_map": [c_void_p],
-    "moe_linear": [POINTER(Matrix), c_void_p, c_int64, c_void_p, c_int32, c_int32],
+    "moe_linear": [POINTER(Matrix), c_void_p, c_int64, c_void_p, c_int32, c_int32, c_int32],
+    "moe_norm": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_int32, c_void_p],
+    "moe_attention": [
+        *(POINTER(Attention), c_void_p, c_void_p, c_void_p, POINTER(Sequence), c_void_p, c_int32, c_int32),
+    ],
     "moe_experts": [
         *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p, POINTER(Gate), c_void_p, c_int64, c_void_p),
-        *(c_void_p, c_int64, c_void_p, c_int32, c_int32),
+        *(c_void_p, c_int64, c_void_p, c_int32, c_int32, c_int32),
     ],
+    "moe_route": [POINTER(Matrix), c_void_p, c_int32, c_int64, c_int32, c_void_p, c_void_p, c_void_p],
     "moe_combine": [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p],
     "moe_gate": [POINTER(Gate), c_void_p, c_int64, c_int64, c_void_p],
     "moe_nf4_encode": [c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int32],

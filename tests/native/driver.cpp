@@ -123,8 +123,8 @@ void use_linear(Random& random) {
   x.fill_floats(random, -size, size);
   if (random() % 8 == 0) x.floats()[0] = NAN;
   const int32_t activations = an_activation(random), threads = static_cast<int32_t>(between(random, 1, 8));
-  require(moe_linear(&w.m, x.floats(), tokens, y.floats(), activations, threads) == OK, "moe_linear failed");
-  require(moe_linear(&w.m, x.floats(), tokens, again.floats(), activations, 1) == OK, "moe_linear failed");
+  require(moe_linear(&w.m, x.floats(), tokens, y.floats(), FLOAT32, activations, threads) == OK, "moe_linear failed");
+  require(moe_linear(&w.m, x.floats(), tokens, again.floats(), FLOAT32, activations, 1) == OK, "moe_linear failed");
   const size_t bytes = static_cast<size_t>(4 * tokens * rows);
   require(std::memcmp(y.bytes(), again.bytes(), bytes) == 0, "threads change moe_linear");
 }
@@ -166,8 +166,8 @@ void use_experts(Random& random) {
   for (Buffer* out : {&combined, &again}) {
     const int32_t threads = out == &again ? 1 : static_cast<int32_t>(between(random, 1, 8));
     require(moe_experts(pointers.data(), count, starts.data(), rows.data(), places.data(), &gate, x.floats(),
-                        tokens, outputs.floats(), shares.floats(), top_k, out->floats(), activations,
-                        threads) == OK,
+                        tokens, outputs.floats(), shares.floats(), top_k, out->floats(), FLOAT32,
+                        activations, threads) == OK,
             "moe_experts failed");
   }
   require(std::memcmp(combined.bytes(), again.bytes(), static_cast<size_t>(4 * tokens * width)) == 0,

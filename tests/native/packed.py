@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from moe_local.offload.native.library import FORMATS, Gate, Matrix, library
+from moe_local.offload.native.library import FORMATS, PLAIN, Gate, Matrix, library
 from moe_local.offload.native.library import Expert as ExpertStruct
 from moe_local.offload.quantize.bnb import dynamic_map
 
@@ -59,7 +60,7 @@ def pack(format: str, rows: int, cols: int, *, seed: int = 0, bias: bool = True,
     """A matrix [rows, cols] of random codes, its parts `shift` elements past an aligned address."""
     generator = torch.Generator().manual_seed(seed)
     added = torch.randn(rows, generator=generator) if bias else torch.zeros(rows)
-    make = _nf4 if format == "nf4" else _int8
+    make = {"nf4": _nf4, "int8": _int8}.get(format, partial(_plain, format))
     struct, weights, memory = make(rows, cols, generator, shift)
     kept = at_odd_address(added, shift)
     struct.bias = kept.data_ptr() if bias else None
@@ -99,6 +100,15 @@ def _int8(
     return struct, weights, (q, scales)
 
 
+def _plain(
+    format: str, rows: int, cols: int, generator: torch.Generator, shift: int
+) -> tuple[Matrix, torch.Tensor, tuple[torch.Tensor, ...]]:
+    dtype = next(dtype for dtype, name in PLAIN.items() if name == format)
+    numbers = at_odd_address(torch.randn(rows, cols, generator=generator).to(dtype), shift)
+    struct = Matrix(FORMATS[format], 0, rows, cols, numbers.data_ptr(), None, None, None, None)
+    return struct, numbers.double().view(rows, cols), (numbers,)
+
+
 class Guarded:
     """A float32 output [rows, cols] full of NaN, between guards."""
 
@@ -128,6 +138,7 @@ def linear(
         inputs.data_ptr(),
         x.shape[0],
         out.values.data_ptr(),
+        0,
         activations,
         threads,
     )
@@ -199,6 +210,7 @@ def run_experts(
             weights.data_ptr() if last else None,
             top_k,
             combined.values.data_ptr() if last else None,
+            0,
             activations,
             threads,
         )

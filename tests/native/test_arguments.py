@@ -23,12 +23,12 @@ class Linear:
         self.m: Matrix = self.packed.struct
         self.x = torch.ones(2, 64)
         self.y = packed.Guarded(2, 8)
-        self.tokens, self.activations, self.threads = 2, FLOATS, 1
+        self.tokens, self.dtype, self.activations, self.threads = 2, 0, FLOATS, 1
         self.addresses: list[Any] = [ctypes.byref(self.m), self.x.data_ptr(), self.y.values.data_ptr()]
 
     def __call__(self, lib: Any) -> int:
         matrix, x, y = self.addresses
-        status: int = lib.moe_linear(matrix, x, self.tokens, y, self.activations, self.threads)
+        status: int = lib.moe_linear(matrix, x, self.tokens, y, self.dtype, self.activations, self.threads)
         return status
 
 
@@ -42,7 +42,10 @@ LINEAR: dict[str, Callable[[Linear], Any]] = {
     "activations below": lambda call: setattr(call, "activations", -1),
     "activations above": lambda call: setattr(call, "activations", 7),
     "format below": lambda call: setattr(call.m, "format", -1),
-    "format above": lambda call: setattr(call.m, "format", 2),
+    "format above": lambda call: setattr(call.m, "format", 5),
+    "bias of no dtype": lambda call: setattr(call.m, "bias_dtype", 3),
+    "dtype below": lambda call: setattr(call, "dtype", -1),
+    "dtype above": lambda call: setattr(call, "dtype", 3),
     "no rows": lambda call: setattr(call.m, "rows", 0),
     "negative rows": lambda call: setattr(call.m, "rows", -8),
     "no columns": lambda call: setattr(call.m, "cols", 0),
@@ -50,7 +53,6 @@ LINEAR: dict[str, Callable[[Linear], Any]] = {
     "too many rows": lambda call: setattr(call.m, "rows", 2**62),
     "too many columns": lambda call: setattr(call.m, "cols", 2**63 - 1),
     "no q": lambda call: setattr(call.m, "q", None),
-    "no scales": lambda call: setattr(call.m, "scales", None),
 }
 
 
@@ -63,6 +65,13 @@ def test_a_wrong_product_is_refused(packed: Any, lib: Any, format: str, wrong: s
     LINEAR[wrong](call)
     assert call(lib) == BAD_ARGUMENT
     assert (call.y.take() == 3.0).all()
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_product_without_scales_is_refused(packed: Any, lib: Any, format: str) -> None:
+    call = Linear(packed, format)
+    call.m.scales = None
+    assert call(lib) == BAD_ARGUMENT
 
 
 @pytest.mark.parametrize("part", ["nested", "offset"])
@@ -105,6 +114,7 @@ class Experts:
             "weights": self.weights.data_ptr(),
             "top_k": 2,
             "combined": self.combined.values.data_ptr(),
+            "dtype": 0,
             "activations": FLOATS,
             "threads": 1,
         }

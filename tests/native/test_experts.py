@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moe_local.offload.native.library import BF16, FLOATS, INT8, INT16, Gate
+from moe_local.offload.native.library import BF16, FLOATS, FORMATS, INT8, INT16, Gate
 
 PLAIN, CONCATENATED, INTERLEAVED = range(3)
 RELU, SILU, CLAMPED = 1, 3, 6
@@ -53,7 +53,7 @@ def plainly(
 
 @pytest.mark.parametrize("activations", BOUNDS)
 @pytest.mark.parametrize("kind", GATES)
-@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_equals_the_plain_products(packed: Any, isa: str, format: str, kind: str, activations: int) -> None:
     gate = GATES[kind]
     for width, hidden in ((128, 192), (65, 33), (64, 1)):
@@ -68,7 +68,7 @@ def test_equals_the_plain_products(packed: Any, isa: str, format: str, kind: str
 
 
 @pytest.mark.parametrize("activations", BOUNDS)
-@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_neither_groups_nor_their_order_nor_threads_change_a_bit(
     packed: Any, isa: str, format: str, activations: int
 ) -> None:
@@ -132,6 +132,7 @@ def test_only_the_places_asked_for_are_written(packed: Any, lib: Any) -> None:
         None,
         2,
         None,
+        0,
         FLOATS,
         1,
     )

@@ -154,4 +154,4 @@ def test_nf4_is_refused_until_the_scales_map_is_known(folder: Path, packed: Any)
     x, y = torch.ones(1, 64), torch.empty(1, 4)
     for format, status in (("int8", 0), ("nf4", 1)):
         m = packed.pack(format, 4, 64)
-        assert lib.moe_linear(ctypes.byref(m.struct), x.data_ptr(), 1, y.data_ptr(), 0, 1) == status
+        assert lib.moe_linear(ctypes.byref(m.struct), x.data_ptr(), 1, y.data_ptr(), 0, 0, 1) == status

@@ -139,7 +139,7 @@ m = Matrix(1, 0, 4096, 512, q.data_ptr(), scales.data_ptr())
 x, y = torch.ones(1, 512), torch.empty(1, 4096)
 lib = library_without_map()
 def run():
-    assert lib.moe_linear(ctypes.byref(m), x.data_ptr(), 1, y.data_ptr(), 0, 4) == 0
+    assert lib.moe_linear(ctypes.byref(m), x.data_ptr(), 1, y.data_ptr(), 0, 0, 4) == 0
 for _ in range(3):
     run()
 before = os.times()

@@ -229,17 +229,20 @@ def test_published_layout_in_fp32(mixtral_19: Path) -> None:
         Reference(mixtral_19, torch.float32).check(model)
 
 
-def test_bf16_logits_within_rounding(published: Reference) -> None:
-    """bf16 experts in the checkpoint's own dtype. transformers adds the chosen experts up in bf16, rounding
-    after each; here they are added in fp32 and rounded once, so the logits differ by bf16's rounding: 2^-8 of
-    the largest for each of the layers."""
+def test_bf16_logits_are_as_good_as_transformers(published: Reference) -> None:
+    """bf16 experts in the checkpoint's own dtype: transformers rounds to bf16 after every operation, the library
+    once an expert and once a sum. Against the same weights computed in fp32, where a token is chosen other
+    experts by the rounding of either, ours may be no worse."""
+    exact_model = AutoModelForCausalLM.from_pretrained(published.folder, dtype=torch.float32).eval()
     with moe_local.load(published.folder, slots=3, context=64, experts="bf16") as model:
         assert model.hf.dtype == torch.bfloat16
-        with torch.inference_mode():
-            expected = published.hf(published.single).logits.float()
-            found = model.hf(published.single).logits.float()
-        bound = 2**-8 * model.hf.config.num_hidden_layers
-        assert (found - expected).abs().max() <= bound * expected.abs().max()
+        ours = theirs = 0.0
+        for prompt in (published.single, published.long[:, :64], published.long[:, 64:128]):
+            with torch.inference_mode():
+                exact = exact_model(prompt).logits
+                theirs += float((published.hf(prompt).logits.float() - exact).norm(dim=-1).median())
+                ours += float((model.hf(prompt).logits.float() - exact).norm(dim=-1).median())
+        assert 0 < ours <= theirs
 
 
 def test_bf16_results_do_not_depend_on_the_cache(published: Reference) -> None:

@@ -239,8 +239,8 @@ def test_plain_calls_with_gradients_or_autocast_work(make_loaded: Callable[..., 
     with torch.no_grad():
         want = loaded.hf(IDS[:, :tokens]).logits
     loaded.hf.requires_grad_(True)
-    got = loaded.hf(IDS[:, :tokens]).logits
-    assert torch.equal(got.detach(), want)
+    got = loaded.hf(IDS[:, :tokens]).logits  # by torch throughout
+    assert torch.allclose(got.detach(), want, atol=1e-4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = loaded.hf(IDS[:, :tokens]).logits
     assert bool(torch.isfinite(rounded).all())

@@ -1,17 +1,6 @@
 // Encoding a block with AVX2, FMA and F16C, eight weights at a time.
 namespace encoder {
 
-inline __m256 load8(Float32, const uint8_t* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
-
-inline __m256 load8(BFloat16, const uint8_t* p) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-
-inline __m256 load8(Float16, const uint8_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-
 inline float largest(__m256i magnitudes) {
   __m128i m = _mm_max_epi32(_mm256_castsi256_si128(magnitudes), _mm256_extracti128_si256(magnitudes, 1));
   m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
@@ -43,7 +32,7 @@ float encode_block(const uint8_t* weights, uint8_t* q) {
   __m256 x[8];
   __m256i magnitudes = _mm256_setzero_si256(), level[8];
   for (int i = 0; i < 8; ++i) {
-    x[i] = load8(T(), weights + i * 8 * T::BYTES);
+    x[i] = load(T(), weights + i * 8 * T::BYTES);
     const __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(x[i]), _mm256_set1_epi32(MAGNITUDE));
     magnitudes = _mm256_max_epi32(magnitudes, magnitude);
   }

@@ -16,70 +16,69 @@ void decode_int8(const Matrix& m, const float* map, int64_t row, int64_t first, 
 
 template <int T>
 struct Int8Floats {
-  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
-                   float* const* y) {
-    const int64_t blocks = m.cols / BLOCK;
-    const int8_t* q = static_cast<const int8_t*>(m.q) + first * m.cols;
+  static constexpr int64_t INPUT_BYTES = 4;
+  explicit Int8Floats(const float*) {}
+
+  template <int R>
+  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
+    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
+  }
+
+  void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
+    const int8_t* q = static_cast<const int8_t*>(m.q) + s.row * m.cols + s.done * BLOCK;
     float scales[STRETCH];
-    for (int64_t row = first; row < last; ++row) {
-      __m256 total[T];
-      for (int t = 0; t < T; ++t) total[t] = _mm256_setzero_ps();
-      for (int64_t done = 0; done < blocks; done += STRETCH) {
-        const int64_t count = least(STRETCH, blocks - done);
-        block_scales(m, map, row * blocks + done, count, scales);
-        for (int64_t b = 0; b < count; ++b, q += BLOCK) {
-          ask_ahead(q);
-          __m256 w[8];
-          for (int i = 0; i < 8; ++i) w[i] = eight_floats(q + 8 * i);
-          for (int t = 0; t < T; ++t) {
-            const float* in = x[t].values + (done + b) * BLOCK;
-            __m256 one = _mm256_mul_ps(w[0], _mm256_loadu_ps(in)),
-                   two = _mm256_mul_ps(w[1], _mm256_loadu_ps(in + 8));
-            for (int i = 2; i < 8; i += 2) {
-              one = _mm256_fmadd_ps(w[i], _mm256_loadu_ps(in + 8 * i), one);
-              two = _mm256_fmadd_ps(w[i + 1], _mm256_loadu_ps(in + 8 * i + 8), two);
-            }
-            total[t] = _mm256_fmadd_ps(_mm256_add_ps(one, two), _mm256_set1_ps(scales[b]), total[t]);
-          }
+    block_scales(m, nullptr, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
+    for (int64_t b = 0; b < s.count; ++b, q += BLOCK) {
+      ask_ahead(q, s.ahead);
+      __m256 w[8];
+      for (int i = 0; i < 8; ++i) w[i] = eight_floats(q + 8 * i);
+      for (int t = 0; t < T; ++t) {
+        const float* in = x[t].values + (s.done + b) * BLOCK;
+        __m256 one = _mm256_mul_ps(w[0], _mm256_loadu_ps(in)),
+               two = _mm256_mul_ps(w[1], _mm256_loadu_ps(in + 8));
+        for (int i = 2; i < 8; i += 2) {
+          one = _mm256_fmadd_ps(w[i], _mm256_loadu_ps(in + 8 * i), one);
+          two = _mm256_fmadd_ps(w[i + 1], _mm256_loadu_ps(in + 8 * i + 8), two);
         }
+        sums.total[t] = _mm256_fmadd_ps(_mm256_add_ps(one, two), _mm256_set1_ps(scales[b]), sums.total[t]);
       }
-      for (int t = 0; t < T; ++t) y[t][row] = sum(total[t]) + bias_of(m, row);
     }
   }
+
+  float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]); }
 };
 
 template <int T>
 struct Int8Rounded {
-  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
-                   float* const* y) {
+  static constexpr int64_t INPUT_BYTES = 1;
+  explicit Int8Rounded(const float*) {}
+
+  template <int R>
+  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
+    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
+  }
+
+  void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
     const __m256i ones = _mm256_set1_epi16(1);
-    const int64_t blocks = m.cols / BLOCK;
-    const int8_t* q = static_cast<const int8_t*>(m.q) + first * m.cols;
+    const int8_t* q = static_cast<const int8_t*>(m.q) + s.row * m.cols + s.done * BLOCK;
     float scales[STRETCH];
-    for (int64_t row = first; row < last; ++row) {
-      __m256 total[T];
-      for (int t = 0; t < T; ++t) total[t] = _mm256_setzero_ps();
-      for (int64_t done = 0; done < blocks; done += STRETCH) {
-        const int64_t count = least(STRETCH, blocks - done);
-        block_scales(m, map, row * blocks + done, count, scales);
-        for (int64_t b = 0; b < count; ++b, q += BLOCK) {
-          ask_ahead(q);
-          const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
-          const __m256i two = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + 32));
-          const __m256i size_one = _mm256_abs_epi8(one), size_two = _mm256_abs_epi8(two);
-          for (int t = 0; t < T; ++t) {
-            const __m256i* in = static_cast<const __m256i*>(x[t].q) + 2 * (done + b);
-            // Signs move from the weights to the activations: the instruction takes unsigned times signed.
-            const __m256i a = _mm256_maddubs_epi16(size_one, _mm256_sign_epi8(_mm256_loadu_si256(in), one));
-            const __m256i c =
-                _mm256_maddubs_epi16(size_two, _mm256_sign_epi8(_mm256_loadu_si256(in + 1), two));
-            const __m256i dot = _mm256_add_epi32(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(c, ones));
-            const __m256 factor = _mm256_set1_ps(scales[b] * x[t].scales[done + b]);
-            total[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), factor, total[t]);
-          }
-        }
+    block_scales(m, nullptr, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
+    for (int64_t b = 0; b < s.count; ++b, q += BLOCK) {
+      ask_ahead(q, s.ahead);
+      const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
+      const __m256i two = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + 32));
+      const __m256i size_one = _mm256_abs_epi8(one), size_two = _mm256_abs_epi8(two);
+      for (int t = 0; t < T; ++t) {
+        const __m256i* in = static_cast<const __m256i*>(x[t].q) + 2 * (s.done + b);
+        // Signs move from the weights to the activations: the instruction takes unsigned times signed.
+        const __m256i a = _mm256_maddubs_epi16(size_one, _mm256_sign_epi8(_mm256_loadu_si256(in), one));
+        const __m256i c = _mm256_maddubs_epi16(size_two, _mm256_sign_epi8(_mm256_loadu_si256(in + 1), two));
+        const __m256i dot = _mm256_add_epi32(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(c, ones));
+        const __m256 factor = _mm256_set1_ps(scales[b] * x[t].scales[s.done + b]);
+        sums.total[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), factor, sums.total[t]);
       }
-      for (int t = 0; t < T; ++t) y[t][row] = sum(total[t]) + bias_of(m, row);
     }
   }
+
+  float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]); }
 };

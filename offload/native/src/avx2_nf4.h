@@ -76,37 +76,39 @@ void decode_nf4(const Matrix& m, const float* map, int64_t row, int64_t first, i
 
 template <int T>
 struct NF4Floats {
-  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
-                   float* const* y) {
-    const Planes planes = level_planes();
-    const int64_t blocks = m.cols / BLOCK;
-    const uint8_t* q = static_cast<const uint8_t*>(m.q) + first * m.cols / 2;
+  static constexpr int64_t INPUT_BYTES = 4;
+  const float* map;
+  const Planes planes = level_planes();
+
+  explicit NF4Floats(const float* map) : map(map) {}
+
+  template <int R>
+  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
+    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
+  }
+
+  void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
+    const uint8_t* q = static_cast<const uint8_t*>(m.q) + (s.row * m.cols + s.done * BLOCK) / 2;
     float scales[STRETCH];
-    for (int64_t row = first; row < last; ++row) {
-      __m256 total[T];
-      for (int t = 0; t < T; ++t) total[t] = _mm256_setzero_ps();
-      for (int64_t done = 0; done < blocks; done += STRETCH) {
-        const int64_t count = least(STRETCH, blocks - done);
-        block_scales(m, map, row * blocks + done, count, scales);
-        for (int64_t b = 0; b < count; ++b, q += 32) {
-          ask_ahead(q);
-          __m256 w[8];
-          block_levels(q, planes, w);
-          for (int t = 0; t < T; ++t) {
-            const float* in = x[t].values + (done + b) * BLOCK;
-            __m256 one = _mm256_mul_ps(w[0], _mm256_loadu_ps(in)),
-                   two = _mm256_mul_ps(w[1], _mm256_loadu_ps(in + 8));
-            for (int i = 2; i < 8; i += 2) {
-              one = _mm256_fmadd_ps(w[i], _mm256_loadu_ps(in + 8 * i), one);
-              two = _mm256_fmadd_ps(w[i + 1], _mm256_loadu_ps(in + 8 * i + 8), two);
-            }
-            total[t] = _mm256_fmadd_ps(_mm256_add_ps(one, two), _mm256_set1_ps(scales[b]), total[t]);
-          }
+    block_scales(m, map, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
+    for (int64_t b = 0; b < s.count; ++b, q += BLOCK / 2) {
+      ask_ahead(q, s.ahead);
+      __m256 w[8];
+      block_levels(q, planes, w);
+      for (int t = 0; t < T; ++t) {
+        const float* in = x[t].values + (s.done + b) * BLOCK;
+        __m256 one = _mm256_mul_ps(w[0], _mm256_loadu_ps(in)),
+               two = _mm256_mul_ps(w[1], _mm256_loadu_ps(in + 8));
+        for (int i = 2; i < 8; i += 2) {
+          one = _mm256_fmadd_ps(w[i], _mm256_loadu_ps(in + 8 * i), one);
+          two = _mm256_fmadd_ps(w[i + 1], _mm256_loadu_ps(in + 8 * i + 8), two);
         }
+        sums.total[t] = _mm256_fmadd_ps(_mm256_add_ps(one, two), _mm256_set1_ps(scales[b]), sums.total[t]);
       }
-      for (int t = 0; t < T; ++t) y[t][row] = sum(total[t]) + bias_of(m, row);
     }
   }
+
+  float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]); }
 };
 
 // Levels as whole numbers, level = number / LEVEL_UNIT, in two bytes.
@@ -127,45 +129,49 @@ inline WholePlanes whole_planes() {
 
 template <int T>
 struct NF4Rounded16 {
-  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
-                   float* const* y) {
-    const WholePlanes planes = whole_planes();
+  static constexpr int64_t INPUT_BYTES = 2;
+  const float* map;
+  const WholePlanes planes = whole_planes();
+
+  explicit NF4Rounded16(const float* map) : map(map) {}
+
+  template <int R>
+  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
+    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
+  }
+
+  void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
     const __m256i nibble = _mm256_set1_epi8(15);
-    const int64_t blocks = m.cols / BLOCK;
-    const uint8_t* q = static_cast<const uint8_t*>(m.q) + first * m.cols / 2;
+    const uint8_t* q = static_cast<const uint8_t*>(m.q) + (s.row * m.cols + s.done * BLOCK) / 2;
     float scales[STRETCH];
-    for (int64_t row = first; row < last; ++row) {
-      __m256 total[T];
-      for (int t = 0; t < T; ++t) total[t] = _mm256_setzero_ps();
-      for (int64_t done = 0; done < blocks; done += STRETCH) {
-        const int64_t count = least(STRETCH, blocks - done);
-        block_scales(m, map, row * blocks + done, count, scales);
-        for (int64_t b = 0; b < count; ++b, q += 32) {
-          ask_ahead(q);
-          const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
-          const __m256i even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
-          const __m256i odd = _mm256_and_si256(bytes, nibble);
-          const __m256i even_low = _mm256_shuffle_epi8(planes.low, even),
-                        odd_low = _mm256_shuffle_epi8(planes.low, odd);
-          const __m256i even_high = _mm256_shuffle_epi8(planes.high, even);
-          const __m256i odd_high = _mm256_shuffle_epi8(planes.high, odd);
-          const __m256i w[] = {
-              _mm256_unpacklo_epi8(even_low, even_high), _mm256_unpackhi_epi8(even_low, even_high),
-              _mm256_unpacklo_epi8(odd_low, odd_high), _mm256_unpackhi_epi8(odd_low, odd_high)};
-          for (int t = 0; t < T; ++t) {
-            const __m256i* in = static_cast<const __m256i*>(x[t].q) + 4 * (done + b);
-            const __m256i one = _mm256_add_epi32(_mm256_madd_epi16(w[0], _mm256_loadu_si256(in)),
-                                                 _mm256_madd_epi16(w[1], _mm256_loadu_si256(in + 1)));
-            const __m256i two = _mm256_add_epi32(_mm256_madd_epi16(w[2], _mm256_loadu_si256(in + 2)),
-                                                 _mm256_madd_epi16(w[3], _mm256_loadu_si256(in + 3)));
-            const __m256 factor = _mm256_set1_ps(scales[b] * x[t].scales[done + b]);
-            total[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(one, two)), factor, total[t]);
-          }
-        }
+    block_scales(m, map, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
+    for (int64_t b = 0; b < s.count; ++b, q += BLOCK / 2) {
+      ask_ahead(q, s.ahead);
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
+      const __m256i even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+      const __m256i odd = _mm256_and_si256(bytes, nibble);
+      const __m256i even_low = _mm256_shuffle_epi8(planes.low, even),
+                    odd_low = _mm256_shuffle_epi8(planes.low, odd);
+      const __m256i even_high = _mm256_shuffle_epi8(planes.high, even);
+      const __m256i odd_high = _mm256_shuffle_epi8(planes.high, odd);
+      const __m256i w[] = {_mm256_unpacklo_epi8(even_low, even_high),
+                           _mm256_unpackhi_epi8(even_low, even_high), _mm256_unpacklo_epi8(odd_low, odd_high),
+                           _mm256_unpackhi_epi8(odd_low, odd_high)};
+      for (int t = 0; t < T; ++t) {
+        const __m256i* in = static_cast<const __m256i*>(x[t].q) + 4 * (s.done + b);
+        const __m256i one = _mm256_add_epi32(_mm256_madd_epi16(w[0], _mm256_loadu_si256(in)),
+                                             _mm256_madd_epi16(w[1], _mm256_loadu_si256(in + 1)));
+        const __m256i two = _mm256_add_epi32(_mm256_madd_epi16(w[2], _mm256_loadu_si256(in + 2)),
+                                             _mm256_madd_epi16(w[3], _mm256_loadu_si256(in + 3)));
+        const __m256 factor = _mm256_set1_ps(scales[b] * x[t].scales[s.done + b]);
+        sums.total[t] =
+            _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(one, two)), factor, sums.total[t]);
       }
-      for (int t = 0; t < T; ++t)
-        y[t][row] = sum(total[t]) * static_cast<float>(1.0 / LEVEL_UNIT) + bias_of(m, row);
     }
+  }
+
+  float result(const Sums<T>& sums, int t) const {
+    return sum(sums.total[t]) * static_cast<float>(1.0 / LEVEL_UNIT);
   }
 };
 
@@ -189,52 +195,55 @@ inline NumberPlanes number_planes() {
 
 template <int T>
 struct NF4Rounded8 {
-  static void rows(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
-                   float* const* y) {
-    const NumberPlanes planes = number_planes();
+  static constexpr int64_t INPUT_BYTES = 1;
+  const float* map;
+  const NumberPlanes planes = number_planes();
+
+  explicit NF4Rounded8(const float* map) : map(map) {}
+
+  template <int R>
+  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
+    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
+  }
+
+  void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), by64 = _mm256_set1_epi16(64);
-    const int64_t blocks = m.cols / BLOCK;
-    const uint8_t* q = static_cast<const uint8_t*>(m.q) + first * m.cols / 2;
+    const uint8_t* q = static_cast<const uint8_t*>(m.q) + (s.row * m.cols + s.done * BLOCK) / 2;
     float scales[STRETCH], factors[T][STRETCH];
-    for (int64_t row = first; row < last; ++row) {
-      __m256 total[T], offset[T];
-      for (int t = 0; t < T; ++t) total[t] = offset[t] = _mm256_setzero_ps();
-      for (int64_t done = 0; done < blocks; done += STRETCH) {
-        const int64_t count = least(STRETCH, blocks - done);
-        block_scales(m, map, row * blocks + done, count, scales);
-        for (int64_t b = count; b < (count + 7) / 8 * 8; ++b) scales[b] = 0.0f;
-        for (int t = 0; t < T; ++t) {
-          for (int64_t b = 0; b < count; b += 8) {
-            const __m256 f =
-                _mm256_mul_ps(_mm256_loadu_ps(scales + b), _mm256_loadu_ps(x[t].scales + done + b));
-            _mm256_storeu_ps(factors[t] + b, f);
-            offset[t] = _mm256_fmadd_ps(f, _mm256_loadu_ps(x[t].sums + done + b), offset[t]);
-          }
-        }
-        for (int64_t b = 0; b < count; ++b, q += 32) {
-          ask_ahead(q);
-          const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
-          const __m256i even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
-          const __m256i odd = _mm256_and_si256(bytes, nibble);
-          const __m256i even_high = _mm256_shuffle_epi8(planes.high, even);
-          const __m256i even_low = _mm256_shuffle_epi8(planes.low, even);
-          const __m256i odd_high = _mm256_shuffle_epi8(planes.high, odd);
-          const __m256i odd_low = _mm256_shuffle_epi8(planes.low, odd);
-          for (int t = 0; t < T; ++t) {
-            const __m256i* in = static_cast<const __m256i*>(x[t].q) + 2 * (done + b);
-            const __m256i x_even = _mm256_loadu_si256(in), x_odd = _mm256_loadu_si256(in + 1);
-            const __m256i high = _mm256_add_epi16(_mm256_maddubs_epi16(even_high, x_even),
-                                                  _mm256_maddubs_epi16(odd_high, x_odd));
-            const __m256i low = _mm256_add_epi16(_mm256_maddubs_epi16(even_low, x_even),
-                                                 _mm256_maddubs_epi16(odd_low, x_odd));
-            const __m256i dot = _mm256_add_epi32(_mm256_madd_epi16(high, by64), _mm256_madd_epi16(low, ones));
-            total[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(factors[t][b]), total[t]);
-          }
-        }
+    block_scales(m, map, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
+    for (int64_t b = s.count; b % 8 != 0; ++b) scales[b] = 0.0f;
+    for (int t = 0; t < T; ++t) {
+      for (int64_t b = 0; b < s.count; b += 8) {
+        const __m256 f =
+            _mm256_mul_ps(_mm256_loadu_ps(scales + b), _mm256_loadu_ps(x[t].scales + s.done + b));
+        _mm256_storeu_ps(factors[t] + b, f);
+        sums.offset[t] = _mm256_fmadd_ps(f, _mm256_loadu_ps(x[t].sums + s.done + b), sums.offset[t]);
       }
-      for (int t = 0; t < T; ++t)
-        y[t][row] =
-            sum(_mm256_fmsub_ps(total[t], _mm256_set1_ps(1.0f / 2047.5f), offset[t])) + bias_of(m, row);
     }
+    for (int64_t b = 0; b < s.count; ++b, q += BLOCK / 2) {
+      ask_ahead(q, s.ahead);
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
+      const __m256i even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+      const __m256i odd = _mm256_and_si256(bytes, nibble);
+      const __m256i even_high = _mm256_shuffle_epi8(planes.high, even);
+      const __m256i even_low = _mm256_shuffle_epi8(planes.low, even);
+      const __m256i odd_high = _mm256_shuffle_epi8(planes.high, odd);
+      const __m256i odd_low = _mm256_shuffle_epi8(planes.low, odd);
+      for (int t = 0; t < T; ++t) {
+        const __m256i* in = static_cast<const __m256i*>(x[t].q) + 2 * (s.done + b);
+        const __m256i x_even = _mm256_loadu_si256(in), x_odd = _mm256_loadu_si256(in + 1);
+        const __m256i high =
+            _mm256_add_epi16(_mm256_maddubs_epi16(even_high, x_even), _mm256_maddubs_epi16(odd_high, x_odd));
+        const __m256i low =
+            _mm256_add_epi16(_mm256_maddubs_epi16(even_low, x_even), _mm256_maddubs_epi16(odd_low, x_odd));
+        const __m256i dot = _mm256_add_epi32(_mm256_madd_epi16(high, by64), _mm256_madd_epi16(low, ones));
+        sums.total[t] =
+            _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(factors[t][b]), sums.total[t]);
+      }
+    }
+  }
+
+  float result(const Sums<T>& sums, int t) const {
+    return sum(_mm256_fmsub_ps(sums.total[t], _mm256_set1_ps(1.0f / 2047.5f), sums.offset[t]));
   }
 };

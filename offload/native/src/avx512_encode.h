@@ -1,17 +1,6 @@
 // Encoding a block with AVX-512 F, BW and DQ, sixteen weights at a time.
 namespace encoder {
 
-inline __m512 load16(Float32, const uint8_t* p) { return _mm512_loadu_ps(p); }
-
-inline __m512 load16(BFloat16, const uint8_t* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-inline __m512 load16(Float16, const uint8_t* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-
 inline __m512i levels(__m512 x) {
   __m512 cubic = _mm512_fmadd_ps(x, _mm512_set1_ps(GUESS[3]), _mm512_set1_ps(GUESS[2]));
   cubic = _mm512_fmadd_ps(x, cubic, _mm512_set1_ps(GUESS[1]));
@@ -27,7 +16,7 @@ float encode_block(const uint8_t* weights, uint8_t* q) {
   __m512 x[4];
   __m512i magnitudes = _mm512_setzero_si512(), level[4];
   for (int i = 0; i < 4; ++i) {
-    x[i] = load16(T(), weights + i * 16 * T::BYTES);
+    x[i] = load(T(), weights + i * 16 * T::BYTES);
     const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(x[i]), _mm512_set1_epi32(MAGNITUDE));
     magnitudes = _mm512_max_epi32(magnitudes, magnitude);
   }

@@ -11,7 +11,7 @@
 namespace encoder {
 
 constexpr float SMALLEST = 1e-38f;
-constexpr uint32_t MAGNITUDE = 0x7fffffff, INFINITE = 0x7f800000;  // as bits
+constexpr uint32_t MAGNITUDE = 0x7fffffff;  // as bits
 
 constexpr float midpoint(int j) { return (LEVELS[j] + LEVELS[j + 1]) / 2; }
 
@@ -47,56 +47,9 @@ constexpr bool guesses_well() {
 
 static_assert(guesses_well(), "the guess must be the level or one less");
 
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-// The dtypes. Arrays of them may lie at any address.
-struct Float32 {
-  static constexpr int64_t BYTES = 4;
-
-  static float load(const uint8_t* p) {
-    float x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-  }
-};
-
-struct BFloat16 {
-  static constexpr int64_t BYTES = 2;
-
-  static float load(const uint8_t* p) {
-    uint16_t bits;
-    std::memcpy(&bits, p, sizeof bits);
-    return float_of(static_cast<uint32_t>(bits) << 16);
-  }
-};
-
-struct Float16 {
-  static constexpr int64_t BYTES = 2;
-
-  static float load(const uint8_t* p) {
-    uint16_t bits;
-    std::memcpy(&bits, p, sizeof bits);
-    const uint32_t magnitude = bits & 0x7fff;
-    // The exponents are 112 apart. Multiplying takes subnormal numbers along.
-    const uint32_t finite = bits_of(float_of(magnitude << 13) * 0x1p112f);
-    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
-    return float_of(sign | finite | (magnitude >= 0x7c00 ? INFINITE : 0));
-  }
-};
-
 inline float at_least_smallest(float scale) { return scale < SMALLEST ? SMALLEST : scale; }
 
-inline bool finite(float scale) { return bits_of(scale) < INFINITE; }
+inline bool finite(float scale) { return bits_of(scale) < INFINITE_BITS; }
 
 // Returns the scale of a whole block and, if that is finite, sets its 32 bytes of q.
 template <class T>
@@ -160,9 +113,9 @@ void encode_blocks(const void* start, int64_t numel, int64_t first, int64_t last
 inline void encode(const void* weights, int32_t dtype, int64_t numel, int64_t first, int64_t last, uint8_t* q,
                    float* absmax) {
   if (dtype == FLOAT32)
-    encoder::encode_blocks<encoder::Float32>(weights, numel, first, last, q, absmax);
+    encoder::encode_blocks<Float32>(weights, numel, first, last, q, absmax);
   else if (dtype == BFLOAT16)
-    encoder::encode_blocks<encoder::BFloat16>(weights, numel, first, last, q, absmax);
+    encoder::encode_blocks<BFloat16>(weights, numel, first, last, q, absmax);
   else
-    encoder::encode_blocks<encoder::Float16>(weights, numel, first, last, q, absmax);
+    encoder::encode_blocks<Float16>(weights, numel, first, last, q, absmax);
 }

@@ -26,17 +26,19 @@ struct Batch {
   int64_t width, hidden;  // D, F
   const Share* shares;
   int64_t share_count;
-  const float* const* x;    // [pairs], rows of x
+  int32_t dtype;
+  const void* const* x;     // [pairs], rows of x
   int64_t inputs;           // prepared inputs: one a pair, or one for all pairs of a single token
   const Prepared* in;       // [pairs], as the up matrix wants them
   const Prepared* hiddens;  // [pairs], as the down matrix wants them
   float** up;               // [pairs], results of the up matrix, [F or 2F]
   float** down;             // [pairs], rows of outputs
-  float* activated;         // [threads, padded F]
+  float* floats;            // [threads, room]
+  int64_t room;             // numbers of one token: an input, activated or combined
   const float* outputs;
   const float* weights;
   int64_t top_k;
-  float* combined;
+  void* combined;
 
   const Share& share_of(int64_t chunk, int64_t Share::* start) const {
     int64_t s = share_count - 1;
@@ -46,15 +48,16 @@ struct Batch {
 
   static void work(void* context, int phase, int64_t chunk, int thread) {
     const Batch& b = *static_cast<Batch*>(context);
+    float* values = b.floats + thread * b.room;
     if (phase == 0) {
-      kernels().prepare(b.format, b.activations, tiled(b.share_of(chunk, &Share::first_pair).pairs),
-                        b.x[chunk], b.width, b.in[chunk]);
+      kernels().widen(b.dtype, b.x[chunk], b.width, values);
+      kernels().prepare(b.format, b.activations, tiled(b.share_of(chunk, &Share::first_pair).pairs), values,
+                        b.width, b.in[chunk]);
     } else if (phase == 1) {
       const Share& s = b.share_of(chunk, &Share::up_chunk);
       multiply(s.expert->up, b.activations, b.in + s.first_pair, s.pairs, chunk - s.up_chunk,
                b.up + s.first_pair);
     } else if (phase == 2) {
-      float* values = b.activated + thread * padded(b.hidden);
       kernels().gate(*b.gate, b.up[chunk], b.hidden, values);
       kernels().prepare(b.format, b.activations, tiled(b.share_of(chunk, &Share::first_pair).pairs), values,
                         b.hidden, b.hiddens[chunk]);
@@ -64,7 +67,8 @@ struct Batch {
                b.down + s.first_pair);
     } else {
       kernels().combine(b.outputs + chunk * b.top_k * b.width, b.weights + chunk * b.top_k, b.top_k, b.width,
-                        b.combined + chunk * b.width);
+                        values);
+      kernels().narrow(b.dtype, values, b.width, at(b.dtype, b.combined, chunk * b.width));
     }
   }
 };
@@ -77,12 +81,13 @@ struct ExpertsCall {
   const int64_t* tokens;
   const int64_t* places;
   const Gate* gate;
-  const float* x;
+  const void* x;
   int64_t tokens_in_x;
   float* outputs;
   const float* weights;
   int64_t top_k;
-  float* combined;
+  void* combined;
+  int32_t dtype;
   int32_t activations;
   int32_t threads;
 };
@@ -95,18 +100,19 @@ void run_batch(const ExpertsCall& call, int64_t e, int64_t first, int64_t last, 
   const int threads = std::min<int>(threads_for(shares * (weight_bytes(up) + weight_bytes(down)),
                                                 pairs / std::max<int64_t>(1, shares), call.threads),
                                     MAX_THREADS);
+  const int64_t room = padded(std::max(up.cols, down.cols));
   scratch.reserve(inputs * prepared_bytes(up.cols, call.activations) +
                   pairs * prepared_bytes(down.cols, call.activations) +
                   2 * Scratch::bytes_of<Prepared>(pairs) + 3 * Scratch::bytes_of<float*>(pairs) +
                   pairs * Scratch::bytes_of<float>(up.rows) + Scratch::bytes_of<Share>(shares) +
-                  Scratch::bytes_of<float>(threads * padded(down.cols)));
+                  Scratch::bytes_of<float>(threads * room));
   Prepared* in = scratch.take<Prepared>(pairs);
   Prepared* hiddens = scratch.take<Prepared>(pairs);
-  const float** x = scratch.take<const float*>(pairs);
+  const void** x = scratch.take<const void*>(pairs);
   float** up_rows = scratch.take<float*>(pairs);
   float** down_rows = scratch.take<float*>(pairs);
   for (int64_t i = 0; i < pairs; ++i) {
-    x[i] = call.x + call.tokens[first + i] * up.cols;
+    x[i] = at(call.dtype, call.x, call.tokens[first + i] * up.cols);
     in[i] = i < inputs ? take_prepared(up.cols, call.activations) : in[0];
     hiddens[i] = take_prepared(down.cols, call.activations);
     up_rows[i] = scratch.take<float>(up.rows);
@@ -121,15 +127,26 @@ void run_batch(const ExpertsCall& call, int64_t e, int64_t first, int64_t last, 
     up_chunks += chunks_of(up, end - begin);
     down_chunks += chunks_of(down, end - begin);
   }
-  Batch batch{call.gate,    call.activations,
-              up.format,    up.cols,
-              down.cols,    share,
-              used,         x,
-              inputs,       in,
-              hiddens,      up_rows,
-              down_rows,    scratch.take<float>(threads * padded(down.cols)),
-              call.outputs, call.weights,
-              call.top_k,   call.combined};
+  Batch batch{call.gate,
+              call.activations,
+              up.format,
+              up.cols,
+              down.cols,
+              share,
+              used,
+              call.dtype,
+              x,
+              inputs,
+              in,
+              hiddens,
+              up_rows,
+              down_rows,
+              scratch.take<float>(threads * room),
+              room,
+              call.outputs,
+              call.weights,
+              call.top_k,
+              call.combined};
   const int64_t chunks[] = {inputs, up_chunks, pairs, down_chunks, combined_tokens};
   run_phases(threads, combined_tokens > 0 ? 5 : 4, chunks, Batch::work, &batch);
 }
@@ -154,10 +171,11 @@ bool valid_experts(const Expert* const* experts, int64_t count, const int64_t* s
 }  // namespace
 
 int32_t moe_experts(const Expert* const* experts, int64_t count, const int64_t* starts, const int64_t* tokens,
-                    const int64_t* places, const Gate* gate, const float* x, int64_t tokens_in_x,
-                    float* outputs, const float* weights, int64_t top_k, float* combined, int32_t activations,
-                    int32_t threads) try {
-  if (count < 0 || tokens_in_x < 0 || threads < 1 || !valid_activations(activations)) return BAD_ARGUMENT;
+                    const int64_t* places, const Gate* gate, const void* x, int64_t tokens_in_x,
+                    float* outputs, const float* weights, int64_t top_k, void* combined, int32_t dtype,
+                    int32_t activations, int32_t threads) try {
+  if (count < 0 || tokens_in_x < 0 || threads < 1 || !valid_activations(activations) || !valid_dtype(dtype))
+    return BAD_ARGUMENT;
   if (count == 0 || tokens_in_x == 0) return OK;
   if (experts == nullptr || starts == nullptr || tokens == nullptr || places == nullptr || gate == nullptr ||
       x == nullptr || outputs == nullptr || !valid(*gate) || starts[0] != 0)
@@ -170,8 +188,8 @@ int32_t moe_experts(const Expert* const* experts, int64_t count, const int64_t* 
     if (tokens[p] < 0 || tokens[p] >= tokens_in_x || places[p] < 0) return BAD_ARGUMENT;
     if (weights != nullptr && places[p] >= tokens_in_x * top_k) return BAD_ARGUMENT;
   }
-  const ExpertsCall call{experts,     count,   starts,  tokens, places,   gate,        x,
-                         tokens_in_x, outputs, weights, top_k,  combined, activations, threads};
+  const ExpertsCall call{experts, count,   starts, tokens,   places, gate,        x,      tokens_in_x,
+                         outputs, weights, top_k,  combined, dtype,  activations, threads};
   // A batch takes whole experts, or a piece of one: an expert's tokens are cut in the same places whatever is
   // computed beside them, since how many there are decides how they are multiplied.
   int64_t first = 0, e = 0;

@@ -15,6 +15,14 @@
 #define PREFETCH(address, cache) static_cast<void>(address)
 #endif
 
+// Bits of one weight, without its part of scales.
+static inline int64_t bits_of_weight(int32_t format) {
+  return format == NF4 ? 4 : format == INT8 ? 8 : format == FP32 ? 32 : 16;
+}
+
+// Whether weights are numbers as they are, without scales.
+static inline bool is_plain(int32_t format) { return format >= FP32; }
+
 constexpr int64_t BLOCK = 64;  // weights that share one scale, and activations where they are quantized
 constexpr int64_t NESTED_BLOCK = 256;  // NF4 scales that share one of their own
 constexpr int64_t TILE_TOKENS = 128;   // most tokens that one pass over a matrix serves
@@ -36,6 +44,26 @@ static inline int64_t padded_blocks(int64_t columns) {
   return (columns + BLOCK * 16 - 1) / (BLOCK * 16) * 16;
 }
 
+constexpr int64_t MOST_POSITIONS = 256;  // that one look takes in
+constexpr int64_t HEAD_STEP = 16;        // a head's width is a multiple of it
+
+// Queries of one token that share keys, and a stretch of earlier tokens' keys and values.
+struct Look {
+  const float* q;  // [queries, width], scaled
+  int64_t queries;
+  int64_t width;       // a multiple of HEAD_STEP
+  const void* keys;    // [positions, width]
+  const void* values;  // [positions, width]
+  int64_t positions;   // 1 .. MOST_POSITIONS
+};
+
+// For each query the largest score, the sum of all e^(score - largest), and the values weighed by these.
+struct Looked {
+  float* largest;  // [queries]
+  float* total;    // [queries]
+  float* sums;     // [queries, width]
+};
+
 struct Kernels {
   int32_t isa;
   const char* name;
@@ -56,6 +84,17 @@ struct Kernels {
 
   // out [width] = sum over rank of weights[rank] * rows[rank * width ...], in order.
   void (*combine)(const float* rows, const float* weights, int64_t ranks, int64_t width, float* out);
+
+  // Numbers of a dtype [count] -> floats, and back.
+  void (*widen)(int32_t dtype, const void* numbers, int64_t count, float* out);
+  void (*narrow)(int32_t dtype, const float* x, int64_t count, void* numbers);
+
+  // x [count] -> weight * (x / sqrt(mean of x^2 + epsilon)), in place; the quotient is rounded to the dtype,
+  // which is that of `weight`, as transformers do.
+  void (*norm)(int32_t dtype, const void* weight, float epsilon, int64_t count, float* x);
+
+  // Keys and values are of the dtype.
+  void (*attend)(int32_t dtype, const Look& look, const Looked& out);
 
   // Blocks [first, last) of weights [numel] -> their part of q and absmax; see moe_nf4_encode.
   void (*encode)(const void* weights, int32_t dtype, int64_t numel, int64_t first, int64_t last, uint8_t* q,

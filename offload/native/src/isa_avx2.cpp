@@ -17,14 +17,17 @@
 
 namespace {
 
+#include "numbers.h"
 #include "vec_avx2.h"
 
 constexpr int64_t TILE_T = 3;
 
 #include "gate.h"
+#include "attend.h"
 #include "prepare.h"
 #include "tile.h"
 #include "dot.h"
+#include "plain.h"
 #include "avx2_nf4.h"
 #include "avx2_int8.h"
 #include "encode.h"
@@ -39,7 +42,7 @@ constexpr auto rows_tiled_bf16 = rows_tiled;
 
 #include "rows.h"
 
-constexpr Kernels TABLE = {AVX2, "avx2", prepare, rows, gate, combine, encode};
+constexpr Kernels TABLE = {AVX2, "avx2", prepare, rows, gate, combine, widen, narrow, norm, attend, encode};
 
 }  // namespace
 

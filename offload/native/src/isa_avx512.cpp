@@ -23,14 +23,17 @@
 
 namespace {
 
+#include "numbers.h"
 #include "vec_avx512.h"
 
 constexpr int64_t TILE_T = 6;
 
 #include "gate.h"
+#include "attend.h"
 #include "prepare.h"
 #include "tile.h"
 #include "dot.h"
+#include "plain.h"
 #include "avx512_scales.h"
 #include "avx512_nf4.h"
 #include "avx512_int8.h"
@@ -39,7 +42,8 @@ constexpr int64_t TILE_T = 6;
 #include "avx512_encode.h"
 #include "rows.h"
 
-constexpr Kernels TABLE = {AVX512, "avx512", prepare, rows, gate, combine, encode};
+constexpr Kernels TABLE = {AVX512, "avx512", prepare, rows,   gate,  combine,
+                           widen,  narrow,   norm,    attend, encode};
 
 }  // namespace
 

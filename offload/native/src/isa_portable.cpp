@@ -8,11 +8,13 @@
 
 namespace {
 
+#include "numbers.h"
 #include "vec_portable.h"
 
 constexpr int64_t TILE_T = 2;
 
 #include "gate.h"
+#include "attend.h"
 #include "prepare.h"
 #include "tile.h"
 #include "encode.h"
@@ -30,7 +32,8 @@ void rows(const Matrix& m, const float* map, int32_t, bool, const Prepared* x, i
   rows_tiled(decode_any, m, map, x, count, first, last, y);
 }
 
-constexpr Kernels TABLE = {PORTABLE, "portable", prepare, rows, gate, combine, encode};
+constexpr Kernels TABLE = {PORTABLE, "portable", prepare, rows,   gate,  combine,
+                           widen,    narrow,     norm,    attend, encode};
 
 }  // namespace
 

@@ -17,7 +17,8 @@ enum Error : int32_t { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED_
 
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
 
-enum Format : int32_t { NF4 = 0, INT8 = 1 };
+// The last three are numbers as they are.
+enum Format : int32_t { NF4 = 0, INT8 = 1, FP32 = 2, BF16 = 3, FP16 = 4 };
 
 // How the activations enter a product: as they are, or rounded to whole numbers times one scale for 64
 // columns. Sixteen bits keep 2^-16 of a block's largest activation, more than bf16 and fp16 do of it, and
@@ -26,6 +27,7 @@ enum Format : int32_t { NF4 = 0, INT8 = 1 };
 // where the processor can. So are INT8_BLOCKS.
 enum Activations : int32_t { FLOATS = 0, INT16_BLOCKS = 1, INT8_BLOCKS = 2, BFLOAT16S = 3 };
 
+// Of numbers that come from outside.
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 // What stands between the up and the down projection. CONCATENATED and INTERLEAVED have a gate: the up matrix
@@ -58,21 +60,54 @@ struct Gate {
 // its high half; scale(b) = map[scales[b]] * nested[b / 256] + *offset, with the map given to moe_set_map.
 // INT8: weight [r, c] is q[r * cols + c] * scale, one fp16 scale for 64 columns of a row, at
 // scales[r * ceil(cols / 64) + c / 64]; nested and offset are null.
+// FP32, BF16, FP16: weight [r, c] is q[r * cols + c]; what else there is to NF4 is null.
 struct Matrix {
   int32_t format;
-  int32_t reserved;
+  int32_t bias_dtype;
   int64_t rows;
   int64_t cols;
   const void* q;
   const void* scales;
   const float* nested;
   const float* offset;
-  const float* bias;  // [rows], or null
+  const void* bias;  // [rows], or null
 };
 
 struct Expert {
   Matrix up;    // [F or 2F, D]
   Matrix down;  // [D, F]
+};
+
+// How numbers of a head are paired to be rotated: i with i + rotated / 2, or 2i with 2i + 1.
+enum Rotation : int32_t { HALVES = 0, NEIGHBOURS = 1 };
+
+// Attention with grouped heads, from the layer's (normalized) input to what is added to its residual.
+struct Attention {
+  Matrix q;       // [heads * width, D]
+  Matrix k;       // [kv_heads * width, D]
+  Matrix v;       // as k
+  Matrix o;       // [D, heads * width]
+  int64_t heads;  // a multiple of kv_heads
+  int64_t kv_heads;
+  int64_t width;    // of a head, a multiple of 16
+  int64_t rotated;  // leading numbers of a head that are rotated, even
+  int32_t rotation;
+  int32_t shared;      // whether cos and sin have a number for each pair instead of one for each number
+  float scaling;       // of q . k
+  float epsilon;       // of the norms
+  int32_t dtype;       // of x, y, cos, sin, norms, sinks, keys and values
+  const void* q_norm;  // [width], root mean square norms of each head before it is rotated, or null
+  const void* k_norm;
+  const void* sinks;  // [heads], scores that take part in the softmax and have no value, or null
+};
+
+// A sequence's keys and values: key of head h and position p is keys[h * head_stride + p * width ...].
+struct Sequence {
+  void* keys;
+  void* values;
+  int64_t head_stride;  // in numbers
+  int64_t first;        // the first position that is seen
+  int64_t last;         // the position of the token that comes now
 };
 
 // The best instruction set of this machine that the library has code for.
@@ -85,18 +120,34 @@ MOE_API int32_t moe_isa();
 // bitsandbytes' dynamic map, 256 floats; before the first NF4 matrix.
 MOE_API int32_t moe_set_map(const float* map);
 
-// y [tokens, rows] = x [tokens, cols] times the matrix, transposed, plus its bias.
-MOE_API int32_t moe_linear(const Matrix* matrix, const float* x, int64_t tokens, float* y,
+// y [tokens, rows] = x [tokens, cols] times the matrix, transposed, plus its bias. x and y are of the dtype.
+MOE_API int32_t moe_linear(const Matrix* matrix, const void* x, int64_t tokens, void* y, int32_t dtype,
                            int32_t activations, int32_t threads);
+
+// y [tokens, width] = weight [width] * (x / sqrt(mean of its squares + epsilon)), all of the dtype, to which
+// the quotient is rounded, too. x and y may be the same.
+MOE_API int32_t moe_norm(const void* x, const void* weight, float epsilon, int64_t tokens, int64_t width,
+                         int32_t dtype, void* y);
+
+// One token through attention: y [D] is its answer to x [D], with the cos and sin [rotated, or half] of its
+// position. Writes its keys and values at sequence->last, and reads those from sequence->first on.
+MOE_API int32_t moe_attention(const Attention* attention, const void* x, const void* cos, const void* sin,
+                              const Sequence* sequence, void* y, int32_t activations, int32_t threads);
 
 // For each of `count` experts e, for each p in [starts[e], starts[e + 1]): row places[p] of outputs, [*, D],
 // becomes the expert's answer to row tokens[p] of x, [tokens_in_x, D]. Where `weights`, [tokens_in_x, top_k],
 // is given, outputs has tokens_in_x * top_k rows, places are token * top_k + rank, and after the last expert
-// combined [tokens_in_x, D] = sum over rank, in order, of weights * outputs.
+// combined [tokens_in_x, D] = sum over rank, in order, of weights * outputs. x and combined are of the dtype.
 MOE_API int32_t moe_experts(const Expert* const* experts, int64_t count, const int64_t* starts,
-                            const int64_t* tokens, const int64_t* places, const Gate* gate, const float* x,
+                            const int64_t* tokens, const int64_t* places, const Gate* gate, const void* x,
                             int64_t tokens_in_x, float* outputs, const float* weights, int64_t top_k,
-                            float* combined, int32_t activations, int32_t threads);
+                            void* combined, int32_t dtype, int32_t activations, int32_t threads);
+
+// One token's choice of experts: logits [rows] of the dtype = x [cols] times the matrix, transposed, plus its
+// bias; probabilities = softmax of the rounded logits; ids [top_k] of the largest, largest first, and their
+// weights [top_k], which are divided by their sum if `normalized`.
+MOE_API int32_t moe_route(const Matrix* matrix, const void* x, int32_t dtype, int64_t top_k,
+                          int32_t normalized, void* logits, float* weights, int64_t* ids);
 
 // combined [tokens, cols] = sum over rank, in order, of weights [tokens, top_k] * outputs [tokens * top_k,
 // cols].

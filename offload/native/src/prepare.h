@@ -22,21 +22,32 @@ inline void keep_order(const float* x, int64_t columns, float* out) {
   for (int64_t i = columns; i < padded(columns); ++i) out[i] = 0.0f;
 }
 
+// The largest size in a block, NaN if a number is not finite.
+inline float largest_of(const float* x) {
+  Vec most = zero(), finite = zero();
+  for (int64_t i = 0; i < BLOCK; i += WIDTH) {
+    const Vec a = load(x + i);
+    most = max(most, max(a, sub(zero(), a)));
+    finite = add(finite, sub(a, a));  // NaN for infinity, too
+  }
+  float lanes[WIDTH], largest = 0.0f;
+  store(lanes, most);
+  for (const float lane : lanes) largest = lane > largest ? lane : largest;
+  return sum(finite) == 0.0f ? largest : NAN;
+}
+
 // Rounds a block of `count` activations to q of -limit .. limit and gives their scale, NaN if one is not
 // finite. Blocks so small that the scale's inverse is beyond a float become zeros.
 template <class Q>
 inline float round_block(const float* x, int64_t count, float limit, Q* q) {
-  float largest = 0.0f;
-  int finite = 1;
-  for (int64_t i = 0; i < count; ++i) {
-    const float size = ::fabsf(x[i]);
-    finite &= size <= FLT_MAX;
-    largest = size > largest ? size : largest;
-  }
-  const float inverse = finite && largest > limit / FLT_MAX ? limit / largest : 0.0f;
-  for (int64_t i = 0; i < count; ++i)
-    q[i] = inverse > 0.0f ? static_cast<Q>(::nearbyintf(x[i] * inverse)) : Q{0};
-  return finite ? largest / limit : NAN;
+  alignas(64) float block[BLOCK] = {};
+  std::memcpy(block, x, static_cast<size_t>(count) * sizeof(float));
+  const float largest = largest_of(block);
+  const bool keep = largest > limit / FLT_MAX;  // not so for NaN
+  const Vec inverse = broadcast(keep ? limit / largest : 0.0f);
+  for (int64_t i = 0; i < BLOCK; i += WIDTH) store(block + i, round_even(mul(load(block + i), inverse)));
+  for (int64_t i = 0; i < count; ++i) q[i] = keep ? static_cast<Q>(static_cast<int32_t>(block[i])) : Q{0};
+  return largest / limit;
 }
 
 // Rounds all activations to eight bits: q in their order, values as the numbers that q stands for.

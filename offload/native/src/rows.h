@@ -24,8 +24,14 @@ void prepare(int32_t format, int32_t activations, bool tiled, const float* x, in
 
 void rows(const Matrix& m, const float* map, int32_t activations, bool tiled, const Prepared* x,
           int64_t count, int64_t first, int64_t last, float* const* y) {
-  const bool blocks = m.cols % BLOCK == 0;
-  if (tiled || !blocks) {
+  const bool blocks = m.cols % BLOCK == 0 && !is_plain(m.format);
+  if (!tiled && m.format == FP32) {
+    plain_by_count<Float32>(m, x, count, first, last, y);
+  } else if (!tiled && m.format == BF16) {
+    plain_by_count<BFloat16>(m, x, count, first, last, y);
+  } else if (!tiled && m.format == FP16) {
+    plain_by_count<Float16>(m, x, count, first, last, y);
+  } else if (tiled || !blocks) {
     const Decode decode = !blocks ? decode_any : m.format == NF4 ? decode_nf4 : decode_int8;
     if (in_bf16(activations, tiled))
       rows_tiled_bf16(decode, m, map, x, count, first, last, y);

@@ -6,21 +6,12 @@ constexpr int64_t TILE_R = 4;   // rows of a register tile; TILE_T tokens
 constexpr int64_t ROWS = 16;    // decoded at a time
 constexpr int64_t DEPTH = 256;  // columns decoded at a time
 
-inline float half_to_float(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
-  uint32_t bits;
-  if (rest >= 0x7c00) {
-    bits = 0x7f800000 | (rest & 0x3ff) << 13;
-  } else if (rest >= 0x400) {
-    bits = (rest << 13) + 0x38000000;
-  } else {
-    const float tiny = static_cast<float>(rest) * 5.9604644775390625e-8f;
-    std::memcpy(&bits, &tiny, sizeof bits);
-  }
-  bits |= sign;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
+inline float bias_of(const Matrix& m, int64_t row) {
+  if (m.bias == nullptr) return 0.0f;
+  const uint8_t* bias = static_cast<const uint8_t*>(m.bias);
+  if (m.bias_dtype == FLOAT32) return Float32::load(bias + row * Float32::BYTES);
+  return m.bias_dtype == BFLOAT16 ? BFloat16::load(bias + row * BFloat16::BYTES)
+                                  : Float16::load(bias + row * Float16::BYTES);
 }
 
 inline float nf4_scale(const Matrix& m, const float* map, int64_t block) {
@@ -31,11 +22,7 @@ inline float nf4_scale(const Matrix& m, const float* map, int64_t block) {
 inline void block_scales(const Matrix& m, const float* map, int64_t block, int64_t count, float* out) {
   if (m.format == INT8) {
     const uint8_t* halves = static_cast<const uint8_t*>(m.scales) + 2 * block;
-    for (int64_t b = 0; b < count; ++b) {
-      uint16_t h;
-      std::memcpy(&h, halves + 2 * b, sizeof h);
-      out[b] = half_to_float(h);
-    }
+    for (int64_t b = 0; b < count; ++b) out[b] = Float16::load(halves + 2 * b);
     return;
   }
   const uint8_t* codes = static_cast<const uint8_t*>(m.scales) + block;
@@ -52,18 +39,26 @@ inline void block_scales(const Matrix& m, const float* map, int64_t block, int64
 using Decode = void (*)(const Matrix& m, const float* map, int64_t row, int64_t first, int64_t count,
                         float* out);
 
-// A Decode for inputs in their own order, of any shape: blocks may straddle rows.
+template <class Number>
+inline void decode_plain(const Matrix& m, int64_t start, int64_t count, float* out) {
+  const uint8_t* numbers = static_cast<const uint8_t*>(m.q) + start * Number::BYTES;
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) store(out + i, load(Number(), numbers + i * Number::BYTES));
+  for (; i < count; ++i) out[i] = Number::load(numbers + i * Number::BYTES);
+}
+
+// A Decode for inputs in their own order, of any format and shape: blocks may straddle rows.
 void decode_any(const Matrix& m, const float* map, int64_t row, int64_t first, int64_t count, float* out) {
   for (int64_t i = count; i < padded(count); ++i) out[i] = 0.0f;
   const int64_t start = row * m.cols + first;
+  if (m.format == FP32) return decode_plain<Float32>(m, start, count, out);
+  if (m.format == BF16) return decode_plain<BFloat16>(m, start, count, out);
+  if (m.format == FP16) return decode_plain<Float16>(m, start, count, out);
   if (m.format == INT8) {
     const int8_t* q = static_cast<const int8_t*>(m.q) + start;
     const uint8_t* halves = static_cast<const uint8_t*>(m.scales) + 2 * row * ((m.cols + BLOCK - 1) / BLOCK);
-    for (int64_t i = 0; i < count; ++i) {
-      uint16_t h;
-      std::memcpy(&h, halves + 2 * ((first + i) / BLOCK), sizeof h);
-      out[i] = static_cast<float>(q[i]) * half_to_float(h);
-    }
+    for (int64_t i = 0; i < count; ++i)
+      out[i] = static_cast<float>(q[i]) * Float16::load(halves + 2 * ((first + i) / BLOCK));
     return;
   }
   const uint8_t* q = static_cast<const uint8_t*>(m.q);
@@ -117,11 +112,11 @@ inline void tile_rest(const float* weights, const float* const* x, int64_t count
 // the rows below at the end of these: it comes while this one is multiplied.
 inline void ask_for_next(const Matrix& m, int64_t row, int64_t rows, int64_t column, int64_t depth) {
   const bool ends = column + depth >= m.cols;
-  const int64_t per_byte = m.format == NF4 ? 2 : 1, next = ends ? 0 : column + depth;
+  const int64_t next = ends ? 0 : column + depth, bits = bits_of_weight(m.format);
   for (int64_t r = 0; r < rows; ++r) {
     const char* start =
-        static_cast<const char*>(m.q) + ((row + r + (ends ? rows : 0)) * m.cols + next) / per_byte;
-    for (int64_t i = 0; i < depth / per_byte; i += 64) PREFETCH(start + i, 3);
+        static_cast<const char*>(m.q) + ((row + r + (ends ? rows : 0)) * m.cols + next) * bits / 8;
+    for (int64_t i = 0; i < depth * bits / 8; i += 64) PREFETCH(start + i, 3);
   }
 }
 
@@ -145,7 +140,6 @@ void rows_tiled(Decode decode, const Matrix& m, const float* map, const Prepared
       if (t < count) tile_rest<TILE_T - 1>(weights, in + t, count - t, whole, rows, partial + t * ROWS);
     }
     for (int64_t t = 0; t < count; ++t)
-      for (int64_t r = 0; r < rows; ++r)
-        y[t][row + r] = sum(partial[t * ROWS + r]) + (m.bias != nullptr ? m.bias[row + r] : 0.0f);
+      for (int64_t r = 0; r < rows; ++r) y[t][row + r] = sum(partial[t * ROWS + r]) + bias_of(m, row + r);
   }
 }

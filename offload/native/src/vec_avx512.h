@@ -1,4 +1,4 @@
-// Sixteen floats.
+// Sixteen floats, and whole vectors of the other numbers as such.
 using Vec = __m512;
 
 constexpr int64_t WIDTH = 16;
@@ -28,4 +28,15 @@ inline float sum(Vec a) {
   __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
   return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
+}
+
+inline Vec load(Float32, const uint8_t* p) { return _mm512_loadu_ps(p); }
+
+inline Vec load(BFloat16, const uint8_t* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+inline Vec load(Float16, const uint8_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }

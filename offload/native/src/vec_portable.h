@@ -36,3 +36,8 @@ inline Vec exp2_whole(Vec a) { EACH(::ldexpf(1.0f, a.v[i] == a.v[i] ? static_cas
 #undef EACH
 
 inline float sum(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
+
+template <class T>
+inline Vec load(T, const uint8_t* p) {
+  return {{T::load(p), T::load(p + T::BYTES), T::load(p + 2 * T::BYTES), T::load(p + 3 * T::BYTES)}};
+}

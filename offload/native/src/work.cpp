@@ -66,9 +66,10 @@ int32_t moe_set_map(const float* map) {
 
 bool valid(const Matrix& m) {
   if (m.rows <= 0 || m.cols <= 0 || m.rows > (int64_t{1} << 40) / m.cols) return false;
-  if (m.q == nullptr || m.scales == nullptr) return false;
-  if (m.format == INT8) return true;
-  return m.format == NF4 && m.nested != nullptr && m.offset != nullptr && map_is_set.load();
+  if (m.q == nullptr || m.format < NF4 || m.format > FP16 || !valid_dtype(m.bias_dtype)) return false;
+  if (is_plain(m.format)) return true;
+  if (m.scales == nullptr) return false;
+  return m.format == INT8 || (m.nested != nullptr && m.offset != nullptr && map_is_set.load());
 }
 
 bool valid(const Gate& g) {
@@ -78,12 +79,14 @@ bool valid(const Gate& g) {
 
 bool valid_activations(int32_t activations) { return activations >= FLOATS && activations <= BFLOAT16S; }
 
+bool valid_dtype(int32_t dtype) { return dtype >= FLOAT32 && dtype <= FLOAT16; }
+
 int threads_for(int64_t bytes, int64_t tokens, int32_t threads) {
   const int64_t worth = bytes * readings(tokens) / BYTES_PER_THREAD;
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, worth)));
 }
 
-int64_t weight_bytes(const Matrix& m) { return m.format == NF4 ? m.rows * m.cols / 2 : m.rows * m.cols; }
+int64_t weight_bytes(const Matrix& m) { return m.rows * m.cols * bits_of_weight(m.format) / 8; }
 
 int64_t chunks_of(const Matrix& m, int64_t tokens) {
   return (m.rows + rows_per_chunk(m, tokens) - 1) / rows_per_chunk(m, tokens);

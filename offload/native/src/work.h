@@ -14,6 +14,15 @@ const Kernels& kernels();
 bool valid(const Matrix& m);
 bool valid(const Gate& g);
 bool valid_activations(int32_t activations);
+bool valid_dtype(int32_t dtype);
+
+// Address of number `index` of an array of the dtype.
+inline const void* at(int32_t dtype, const void* numbers, int64_t index) {
+  return static_cast<const char*>(numbers) + index * (dtype == FLOAT32 ? 4 : 2);
+}
+inline void* at(int32_t dtype, void* numbers, int64_t index) {
+  return static_cast<char*>(numbers) + index * (dtype == FLOAT32 ? 4 : 2);
+}
 
 // How many threads are worth waking to multiply `bytes` of weights with each of `tokens`.
 int threads_for(int64_t bytes, int64_t tokens, int32_t threads);

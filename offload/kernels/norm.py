@@ -1,0 +1,97 @@
+"""Root mean square norms of few tokens in one call of the library, where a model has its own in seven."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_local.offload.native.library import DTYPES, check, library
+
+FEW_TOKENS = 16
+"""For more, torch's threads are worth their while."""
+
+
+def use_native_norms(model: nn.Module) -> None:
+    """Let the norms of `model`, in CPU memory, that are recognized as such run in the library."""
+    if library() is None:
+        return
+    for module in model.modules():
+        if "RMSNorm" in type(module).__name__:
+            epsilon = _epsilon(module)
+            if epsilon is not None and _agrees(module, epsilon):
+                cls: Any = type(module)
+                module._native_epsilon = epsilon  # type: ignore[assignment]
+                module.__class__ = _native(cls)
+
+
+def native_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """weight [D] * x [..., D] / sqrt(mean of x^2 + epsilon), rounded where transformers round it.
+
+    Both in CPU memory, of one dtype of the library's; the result is a new tensor.
+    """
+    lib = library()
+    assert lib is not None
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    width = weight.shape[0]
+    dtype = DTYPES[x.dtype]
+    check(
+        lib.moe_norm(x.data_ptr(), weight.data_ptr(), epsilon, x.numel() // width, width, dtype, y.data_ptr())
+    )
+    return y
+
+
+@cache
+def _native(cls: Any) -> Any:
+    """A subclass of a norm's class: hooks and `isinstance` find what they look for."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        x, weight = hidden_states, self.weight
+        if (
+            args
+            or kwargs
+            or x.dtype is not weight.dtype
+            or x.numel() > FEW_TOKENS * weight.shape[0]
+            or x.device.type != "cpu"
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+        ):
+            other: torch.Tensor = cls.forward(self, hidden_states, *args, **kwargs)
+            return other
+        return native_norm(x, weight, self._native_epsilon)
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    for name in ("variance_epsilon", "eps", "epsilon"):
+        value = getattr(module, name, None)
+        if isinstance(value, float):
+            return value
+    return None
+
+
+def _agrees(module: nn.Module, epsilon: float) -> bool:
+    """Whether a norm, on vectors from tiny to huge, gives what ours does, but for the order of a sum."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.dtype not in DTYPES:
+        return False
+    if weight.device.type != "cpu" or not weight.is_contiguous():
+        return False
+    generator = torch.Generator().manual_seed(3)
+    sizes = torch.tensor([1e-4, 1e-2, 1.0, 1e2], dtype=torch.float32)
+    x = torch.randn(4, weight.shape[0], generator=generator, dtype=torch.float32) * sizes[:, None]
+    x = x.to(weight.dtype)
+    with torch.no_grad():
+        try:
+            wanted = module(x)
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            return False
+        if not isinstance(wanted, torch.Tensor) or wanted.shape != x.shape or wanted.dtype is not x.dtype:
+            return False
+        got = native_norm(x, weight, epsilon)
+    step = 4 * torch.finfo(x.dtype).eps
+    return bool(((got.float() - wanted.float()).abs() <= step * wanted.float().abs()).all())

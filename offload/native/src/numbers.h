@@ -1,0 +1,78 @@
+// The dtypes of numbers that come from outside: one at a time to a float and back. Arrays of them may lie at
+// any address. Included in every instruction set's unit, before its vec_*.h, which adds whole vectors of
+// them.
+
+constexpr uint32_t SIGN_BIT = 0x80000000, INFINITE_BITS = 0x7f800000;
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+struct Float32 {
+  static constexpr int64_t BYTES = 4;
+
+  static float load(const uint8_t* p) {
+    float x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+
+  static void store(uint8_t* p, float x) { std::memcpy(p, &x, sizeof x); }
+};
+
+// Storing rounds to the nearest, of two to the even one; NaN stays NaN.
+struct BFloat16 {
+  static constexpr int64_t BYTES = 2;
+
+  static float load(const uint8_t* p) {
+    uint16_t bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return float_of(static_cast<uint32_t>(bits) << 16);
+  }
+
+  static void store(uint8_t* p, float x) {
+    const uint32_t bits = bits_of(x);
+    const bool nan = (bits & ~SIGN_BIT) > INFINITE_BITS;
+    const uint16_t half =
+        static_cast<uint16_t>((nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    std::memcpy(p, &half, sizeof half);
+  }
+};
+
+struct Float16 {
+  static constexpr int64_t BYTES = 2;
+
+  static float load(const uint8_t* p) {
+    uint16_t bits;
+    std::memcpy(&bits, p, sizeof bits);
+    const uint32_t magnitude = bits & 0x7fff;
+    // The exponents are 112 apart. Multiplying takes subnormal numbers along.
+    const uint32_t finite = bits_of(float_of(magnitude << 13) * 0x1p112f);
+    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
+    return float_of(sign | finite | (magnitude >= 0x7c00 ? INFINITE_BITS : 0));
+  }
+
+  static void store(uint8_t* p, float x) {
+    const uint32_t bits = bits_of(x), magnitude = bits & ~SIGN_BIT;
+    uint32_t half;
+    if (magnitude > INFINITE_BITS) {
+      half = 0x7e00;
+    } else if (magnitude >= 0x477ff000) {  // rounds to more than 65504
+      half = 0x7c00;
+    } else if (magnitude < 0x38800000) {  // subnormal: adding 1/2 lets the addition round to units of 2^-24
+      half = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+    } else {
+      half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    }
+    const uint16_t all = static_cast<uint16_t>(half | (bits & SIGN_BIT) >> 16);
+    std::memcpy(p, &all, sizeof all);
+  }
+};
