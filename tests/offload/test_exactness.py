@@ -230,9 +230,9 @@ def test_published_layout_in_fp32(mixtral_19: Path) -> None:
 
 
 def test_bf16_logits_are_as_good_as_transformers(published: Reference) -> None:
-    """bf16 experts in the checkpoint's own dtype, against the same weights computed in fp32. Both round, in other
-    places, and where that sends a token to other experts a logit is far off; of the tokens' errors the median
-    tells."""
+    """bf16 experts in the checkpoint's own dtype, against the same weights computed in fp32. Both round, in
+    other places, and where that sends a token to other experts a logit is far off; of the tokens' errors the
+    median tells."""
     exact_model = AutoModelForCausalLM.from_pretrained(published.folder, dtype=torch.float32).eval()
     with moe_local.load(published.folder, slots=3, context=64, experts="bf16") as model:
         assert model.hf.dtype == torch.bfloat16
