@@ -3,8 +3,9 @@
 #
 #   bash benchmarks/gpu.sh [OUT_FOLDER]
 #
-# Writes a full-width synthetic Mixtral of 2 layers to a temporary folder (no download), runs the gpu tests, and
-# measures decoding with VRAM capped at 24 GiB, to stand for a consumer card.
+# Writes a full-width synthetic Mixtral of 2 layers to a temporary folder (no download), runs the gpu tests, holds
+# the kernels against the memory's speed, and measures decoding with VRAM capped at 24 GiB, to stand for a
+# consumer card.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out="${1:-benchmarks/results}"
@@ -15,6 +16,7 @@ export MOE_LOCAL_HOME="$work/home"
 
 python -m pytest -q -m gpu tests/gpu -p no:cacheprovider || echo "gpu tests FAILED" | tee "$out/gpu-tests-failed"
 
+python benchmarks/gpu_kernels.py --json "$out/gpu-kernels.json" || echo "gpu_kernels.py FAILED"
 python benchmarks/encode.py --dtypes bf16 --rounds 6 --json "$out/gpu-encode.json"
 python benchmarks/synthetic.py "$work/mixtral" --layers 2 --seed 0
 python benchmarks/decode.py "$work/mixtral" --vram 24GiB --slots 2 4 8 --prefetch off router \

@@ -9,6 +9,7 @@ import torch
 from moe_local.offload.kernels.contracts import ExpertMath, LayerStep, Readable
 from moe_local.offload.kernels.cpu import CpuExperts
 from moe_local.offload.kernels.expert import ExpertKernels
+from moe_local.offload.kernels.grouped import GroupedExperts
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.quantize.layout import Layout
 
@@ -20,6 +21,7 @@ class LayerKernels:
         """`activations`: "native", or "int8" to round them to eight bits where the kernel can."""
         self._each = ExpertKernels(activations)
         self._together = CpuExperts(activations)
+        self._grouped = GroupedExperts()
 
     def begin(
         self,
@@ -32,6 +34,15 @@ class LayerKernels:
         """`weights` [T, K] of the routing; `layout` is that of the layer's experts."""
         if self._together.serves(math, x, layout):
             return self._together.begin(math, x, routing, weights)
+        if self._grouped.serves(math, x, routing, layout):
+            return self._grouped.begin(
+                math,
+                x,
+                routing,
+                weights,
+                layout,
+                lambda outputs: OneByOne(self._each, math, x, routing, weights, outputs),
+            )
         return OneByOne(self._each, math, x, routing, weights)
 
 
@@ -45,13 +56,15 @@ class OneByOne:
         x: torch.Tensor,
         routing: Routing,
         weights: torch.Tensor,
+        outputs: torch.Tensor | None = None,
     ) -> None:
+        """`outputs` [T * K, D]: where answers go, if not into memory of its own."""
         self._kernels = kernels
         self._math = math
         self._x = x
         self._routing = routing
         self._weights = weights
-        self._outputs = x.new_empty(len(routing.ids), x.shape[1])
+        self._outputs = x.new_empty(len(routing.ids), x.shape[1]) if outputs is None else outputs
         if routing.tokens > 1:  # in one transfer: a device is not waited for expert by expert
             self._places = routing.sorted_places.to(x.device)
             self._rows = self._places.div(routing.top_k, rounding_mode="floor")

@@ -43,6 +43,18 @@ def dynamic_map(device: torch.device) -> torch.Tensor:
     return values.to(device)
 
 
+@cache
+def nf4_levels(device: torch.device) -> torch.Tensor:
+    """The sixteen levels of NF4, ascending, float32 [16], kept once per device; read only.
+
+    Source: bitsandbytes.functional.get_4bit_type("nf4"), QLoRA (arXiv 2305.14314).
+    """
+    bitsandbytes_ops()
+    functional: Any = import_module("bitsandbytes.functional")
+    levels: torch.Tensor = functional.get_4bit_type("nf4", device="cpu")
+    return levels.to(device)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """On CPUs with AVX512-BF16 the import warns that an optional kernel could not be downloaded."""

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import threading
 from functools import cache
-from importlib import import_module
-from typing import Any
 
 import torch
 
 from moe_local.offload.native.library import DTYPES, check, library
-from moe_local.offload.quantize.bnb import bitsandbytes_ops
+from moe_local.offload.quantize.bnb import bitsandbytes_ops, nf4_levels
 from moe_local.offload.quantize.parallel import for_each
 from moe_local.offload.threads import kernel_threads
 
@@ -139,7 +137,5 @@ def _pack(nibbles: torch.Tensor) -> torch.Tensor:
 @cache
 def _bounds() -> tuple[float, ...]:
     """The fifteen midpoints between neighbouring levels, rounded to float32."""
-    bitsandbytes_ops()
-    functional: Any = import_module("bitsandbytes.functional")
-    levels: torch.Tensor = functional.get_4bit_type("nf4", device="cpu")
+    levels = nf4_levels(torch.device("cpu"))
     return tuple(((levels[:-1] + levels[1:]) / 2).tolist())

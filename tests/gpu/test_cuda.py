@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import moe_local
 from moe_local.offload.expert_file.convert import convert_experts
-from moe_local.offload.kernels.expert import expert_forward
+from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
+from moe_local.offload.kernels.grouped import GroupedStep
+from moe_local.offload.kernels.grouped_nf4 import GroupedNF4
+from moe_local.offload.kernels.layer import LayerKernels, OneByOne
+from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.quantize import nf4_blocks
 from moe_local.offload.quantize.codec import codec_for
-from moe_local.offload.quantize.layout import TensorSpec
+from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.tiers.arena import HostArena
 from moe_local.offload.tiers.device import CudaDevice
 
@@ -99,6 +104,135 @@ def test_fused_nf4_agrees_with_the_reference(tokens: int, dtype: torch.dtype) ->
     slow = expert_forward(SwiGLU(), x, buffer, layout)
     fast = expert_forward(SwiGLU(), x.to("cuda", dtype), buffer.cuda(), layout).float().cpu()
     assert (fast - slow).norm() / slow.norm() < (0.02 if dtype is torch.bfloat16 else 0.005)
+
+
+class GptOss(SwiGLU):
+    has_bias = True
+    alpha, limit = 1.702, 7.0
+
+    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = hidden[..., ::2].clamp(max=self.limit), hidden[..., 1::2].clamp(-self.limit, self.limit)
+        return (up + 1) * gate * torch.sigmoid(gate * self.alpha)
+
+
+class Lease(NamedTuple):
+    expert: int
+    buffer: torch.Tensor
+    layout: Layout
+
+
+def leased(math: SwiGLU, count: int, d: int, f: int) -> list[Lease]:
+    """Experts in slots of one arena on the GPU, last first."""
+    specs = [TensorSpec("gate_up_proj", (2 * f, d)), TensorSpec("down_proj", (d, f))]
+    if math.has_bias:
+        specs += [TensorSpec(f"{spec.name}_bias", spec.shape[:1]) for spec in tuple(specs)]
+    codec = codec_for("nf4")
+    layout = codec.layout(specs)
+    arena = torch.empty(count, layout.nbytes, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(d + f)
+    for expert in range(count):
+        weights = {spec.name: 0.05 * torch.randn(spec.shape, generator=generator) for spec in specs}
+        codec.encode(weights, layout, arena[count - 1 - expert])
+    on_gpu = arena.cuda()
+    return [Lease(expert, on_gpu[count - 1 - expert], layout) for expert in range(count)]
+
+
+def in_groups(step: Any, leases: list[Lease], groups: list[list[int]]) -> torch.Tensor:
+    for group in groups:
+        step.compute([leases[expert] for expert in group])
+    result: torch.Tensor = step.result()
+    return result
+
+
+GROUPED = [(SwiGLU(), 512, 768), (GptOss(), 320, 448), (SwiGLU(), 4096, 64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("math", "d", "f"), GROUPED, ids=["swiglu", "gpt-oss", "wide"])
+def test_grouped_kernels_agree_with_one_by_one(math: SwiGLU, d: int, f: int, dtype: torch.dtype) -> None:
+    """And are no further from fp32 than it; their bits are the same in every group."""
+    pytest.importorskip("triton")
+    experts = 12
+    leases = leased(math, experts, d, f)
+    kernels, each = LayerKernels(), ExpertKernels()
+    for tokens, top_k in ((1, 1), (1, 8), (2, 3), (8, 4), (30, 3)):
+        generator = torch.Generator().manual_seed(tokens)
+        weights, ids = torch.rand(tokens, experts, generator=generator).topk(top_k)
+        x, weights = torch.randn(tokens, d, generator=generator).to("cuda", dtype), weights.to("cuda", dtype)
+        routing = Routing(ids.flatten().tolist(), tokens, experts)
+        used = routing.experts
+        single = in_groups(OneByOne(each, math, x, routing, weights), leases, [used])
+        exact = in_groups(OneByOne(each, math, x.float(), routing, weights.float()), leases, [used])
+        results = []
+        for groups in ([used], [used[::-1]], [[expert] for expert in used], [used[:1], used[1:] or used[:1]]):
+            step = kernels.begin(math, x, routing, weights, leases[0].layout)
+            assert isinstance(step, GroupedStep)
+            results.append(in_groups(step, leases, groups))
+        assert results[0].dtype == dtype
+        bound = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}[dtype]
+        assert (results[0] - single).float().norm() / single.float().norm() < bound
+        ours, theirs = ((y.float() - exact).norm() for y in (results[0], single))
+        assert ours <= theirs + 1e-3 * exact.norm()
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_grouped_step_never_waits_for_the_gpu() -> None:
+    pytest.importorskip("triton")
+    math, leases, kernels = SwiGLU(), leased(SwiGLU(), 8, 256, 256), LayerKernels()
+    x, weights = torch.randn(1, 256, device="cuda").bfloat16(), torch.rand(1, 4, device="cuda").bfloat16()
+    routing = Routing([5, 0, 3, 6], 1, 8)
+    for mode in ("default", "error"):  # the first compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            step = kernels.begin(math, x, routing, weights, leases[0].layout)
+            assert isinstance(step, GroupedStep)
+            result = in_groups(step, leases, [[5, 0], [3, 6]])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert result.isfinite().all()
+
+
+def test_a_table_is_not_overwritten_while_a_step_before_still_needs_it() -> None:
+    """Hundreds of steps in a row, no wait between: their tables come from few pinned blocks."""
+    pytest.importorskip("triton")
+    math, leases, kernels = SwiGLU(), leased(SwiGLU(), 8, 256, 256), LayerKernels()
+    x, weights = torch.randn(1, 256, device="cuda"), torch.rand(1, 2, device="cuda")
+    pairs = [[n % 8, (n + 1 + n // 8 % 7) % 8] for n in range(56)]
+
+    def run(pair: list[int]) -> torch.Tensor:
+        routing = Routing(pair, 1, 8)
+        return in_groups(kernels.begin(math, x, routing, weights, leases[0].layout), leases, [pair])
+
+    alone = []
+    for pair in pairs:
+        alone.append(run(pair))
+        torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)  # a backlog: the host runs far ahead
+    in_a_row = [run(pair) for pair in 4 * pairs]
+    assert all(torch.equal(got, alone[i % len(pairs)]) for i, got in enumerate(in_a_row))
+
+
+def test_nf4_ids_do_not_depend_on_the_cache(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    launches, launch = [], GroupedNF4.up
+
+    def counted(self: GroupedNF4, *arguments: Any) -> None:
+        launches.append(arguments)
+        launch(self, *arguments)
+
+    monkeypatch.setattr(GroupedNF4, "up", counted)
+    found = []
+    for slots, prefetch in ((2, "off"), (3, "router"), (8, "off")):
+        with moe_local.load(
+            make_checkpoint("qwen3_moe"), device="cuda", slots=slots, prefetch=prefetch
+        ) as model:
+            out = model.generate(list(range(3, 40)), max_new_tokens=48, do_sample=False, eos_token_id=None)
+            found.append(out.token_ids)
+            model.check_integrity()
+    assert found[0] == found[1] == found[2]
+    assert launches
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,0 +1,314 @@
+"""How near do the grouped GPU kernels come to the memory's speed, and what does a step cost around them?
+
+Method. Random NF4 experts of a model's true widths fill an arena larger than the last cache; steps take them
+in turn, so that none is cached when its turn comes. Kernels are timed alone, many launches in a CUDA graph,
+between two events; a round does this for all of them and for reading a buffer, in turns.
+  up, down   one launch for all experts of a step: bytes of weights and scales / time
+  combine    the weighted sum: microseconds, since its bytes are few
+  step       what a layer really does, begin to result, launched from Python: wall time a step of many steps
+             with one wait at the end, so that it shows the host where the host is slower
+  one by one the same by bitsandbytes' kernels, expert after expert
+  of read    GB/s over those of summing a buffer in the same round: the median, and the interval that holds
+             the true median with 95 % confidence (ratio.py)
+  floor      milliseconds that reading a layer's bytes takes at the best rate read
+A step's result is checked against one by one's first.
+
+Run: python benchmarks/gpu_kernels.py [--models mixtral-8x7b qwen3-30b-a3b] [--tokens 1 4] [--rounds 12]
+The last line printed is one JSON object; --json also writes it to FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from ratio import Ratio
+from torch.nn import functional as F
+
+import moe_local
+from moe_local.cache.files import write_atomically
+from moe_local.offload.kernels.contracts import LayerStep
+from moe_local.offload.kernels.expert import ExpertKernels
+from moe_local.offload.kernels.grouped import GroupedExperts, GroupedStep
+from moe_local.offload.kernels.grouped_nf4 import UNIT, GroupedNF4
+from moe_local.offload.kernels.layer import OneByOne
+from moe_local.offload.kernels.routing import Routing
+from moe_local.offload.plan import bandwidth
+from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.quantize.layout import Layout, TensorSpec
+from moe_local.offload.quantize.views import segment_view
+
+ARENA_BYTES = 1 << 30
+"""Of experts, or all of a layer's if they are fewer: far beyond any last cache."""
+LAUNCHES = 24
+"""Of a kernel in a graph, and of steps in a row."""
+ERROR_LIMIT = 2e-2
+"""Against bitsandbytes in bf16, which rounds weights to it."""
+
+
+class Shape(NamedTuple):
+    """An MoE layer."""
+
+    hidden: int
+    width: int
+    experts: int
+    top_k: int
+
+
+SHAPES = {"mixtral-8x7b": Shape(4096, 14336, 8, 2), "qwen3-30b-a3b": Shape(2048, 768, 128, 8)}
+
+
+class Lease(NamedTuple):
+    expert: int
+    buffer: torch.Tensor
+    layout: Layout
+
+
+class SwiGLU:
+    has_gate, has_bias = True, False
+
+    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = hidden.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def finish(self, output: torch.Tensor) -> torch.Tensor:
+        return output
+
+
+class Bench:
+    """Steps of one shape and number of tokens, and their kernels by themselves."""
+
+    def __init__(self, name: str, tokens: int, device: torch.device) -> None:
+        self.name, self.tokens, self.shape = name, tokens, SHAPES[name]
+        self._math = SwiGLU()
+        shape = self.shape
+        specs = [
+            TensorSpec("gate_up_proj", (2 * shape.width, shape.hidden)),
+            TensorSpec("down_proj", (shape.hidden, shape.width)),
+        ]
+        self.layout = codec_for("nf4").layout(specs)
+        count = min(shape.experts, max(2 * shape.top_k, ARENA_BYTES // self.layout.nbytes))
+        self._leases = random_experts(self.layout, count, device)
+        launcher = GroupedExperts().launcher(self._math, device, self.layout)
+        if launcher is None:
+            sys.exit("the grouped kernels do not run here: they need Triton and the C++ library")
+        self._launcher: GroupedNF4 = launcher
+        self._each = ExpertKernels()
+        generator = torch.Generator().manual_seed(tokens)
+        self._x = torch.randn(tokens, shape.hidden, generator=generator).to(device, torch.bfloat16)
+        self._weights = torch.rand(tokens, shape.top_k, generator=generator).to(device, torch.bfloat16)
+        self._steps = [self._routing(number, count) for number in range(LAUNCHES)]
+
+    def _routing(self, number: int, count: int) -> Routing:
+        """All tokens of a step want the same experts: as few bytes, and as many products, as can be."""
+        first = number * self.shape.top_k
+        ids = [(first + rank) % count for rank in range(self.shape.top_k)]
+        return Routing(ids * self.tokens, self.tokens, count)
+
+    def nbytes(self, matrix: str) -> int:
+        """Of one matrix of all experts of a step."""
+        return self.shape.top_k * sum(segment.nbytes for segment in self.layout.parts(matrix))
+
+    def check(self) -> float:
+        """The largest relative difference to one by one."""
+        errors = []
+        for routing in self._steps[:3]:
+            got, want = (self._run(begin(routing), routing) for begin in (self._grouped, self._one_by_one))
+            errors.append(float((got.float() - want.float()).norm() / want.float().norm()))
+        return max(errors)
+
+    def kernels(self) -> dict[str, Callable[[], object]]:
+        """Runs of LAUNCHES kernels each, as graphs."""
+        launcher, top_k = self._launcher, self.shape.top_k
+        steps = [self._grouped(routing) for routing in self._steps]
+        planes = launcher.planes(self._x)
+        hidden = torch.zeros(self.tokens * top_k, launcher.hidden, device=self._x.device)
+        outputs = torch.zeros(self.tokens * top_k, launcher.width, device=self._x.device)
+        combined = torch.empty_like(self._x)
+        launches = []
+        for step, routing in zip(steps, self._steps, strict=True):
+            group = [self._leases[expert] for expert in routing.experts]
+            launches.append((group[0].buffer, step.table(group)))
+
+        def up() -> None:
+            for base, table in launches:
+                launcher.up(base, UNIT, table, planes, hidden, top_k)
+
+        def down() -> None:
+            for base, table in launches:
+                launcher.down(base, UNIT, table, hidden, outputs)
+
+        def combine() -> None:
+            for _ in launches:
+                launcher.combine(outputs, self._weights, combined)
+
+        return {work.__name__: graph_of(work) for work in (up, down, combine)}
+
+    def whole(self) -> dict[str, Callable[[], object]]:
+        """Runs of LAUNCHES steps each, from Python."""
+
+        def steps(begin: Callable[[Routing], LayerStep]) -> Callable[[], object]:
+            return lambda: [self._run(begin(routing), routing) for routing in self._steps]
+
+        return {"step": steps(self._grouped), "one by one": steps(self._one_by_one)}
+
+    def _run(self, step: LayerStep, routing: Routing) -> torch.Tensor:
+        step.compute([self._leases[expert] for expert in routing.experts])
+        return step.result()
+
+    def _grouped(self, routing: Routing) -> GroupedStep:
+        return GroupedStep(
+            self._launcher, self._x, routing, self._weights, lambda outputs: self._one_by_one(routing)
+        )
+
+    def _one_by_one(self, routing: Routing) -> LayerStep:
+        return OneByOne(self._each, self._math, self._x, routing, self._weights)
+
+
+def random_experts(layout: Layout, count: int, device: torch.device) -> list[Lease]:
+    """In one arena, weights about as large as a model's; the bytes are random, their sizes are not."""
+    arena = torch.randint(0, 256, (count, layout.nbytes), dtype=torch.uint8, device=device)
+    for buffer in arena:
+        for segment in layout.segments:
+            if segment.dtype == "float32":
+                segment_view(buffer, segment).fill_(0.02)
+    return [Lease(expert, buffer, layout) for expert, buffer in enumerate(arena)]
+
+
+def graph_of(work: Callable[[], object]) -> Callable[[], object]:
+    work()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def device_seconds(work: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def wall_seconds(work: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(bench: Bench, rounds: int) -> dict[str, Any]:
+    """One case: a model and a number of tokens."""
+    error = bench.check()
+    if not error < ERROR_LIMIT:
+        case = f"{bench.name}, {bench.tokens} tokens"
+        sys.exit(f"{case}: error {error:.2g}, above {ERROR_LIMIT}; run the gpu tests")
+    buffer = torch.ones(1 << 27, dtype=torch.int64, device="cuda")
+    read = graph_of(buffer.sum)
+    kernels, whole = bench.kernels(), bench.whole()
+    seconds: dict[str, list[float]] = {name: [] for name in (*kernels, *whole)}
+    rates = []
+    for number in range(rounds + 1):
+        rate = buffer.nbytes / device_seconds(read)
+        found = {name: device_seconds(work) / LAUNCHES for name, work in kernels.items()}
+        found |= {name: wall_seconds(work) / LAUNCHES for name, work in whole.items()}
+        if number:  # the first warms up
+            rates.append(rate)
+            for name, value in found.items():
+                seconds[name].append(value)
+    nbytes = {"up": bench.nbytes("gate_up_proj"), "down": bench.nbytes("down_proj"), "combine": 0}
+    total = nbytes["up"] + nbytes["down"]
+    rows = {name: row(times, nbytes.get(name, total), rates) for name, times in seconds.items()}
+    return {
+        "model": bench.name,
+        "tokens": bench.tokens,
+        "bytes": total,
+        "read_gb_per_s": max(rates) / 1e9,
+        "floor_ms": 1000 * total / max(rates),
+        "error": error,
+        "kernels": rows,
+    }
+
+
+def row(times: Sequence[float], nbytes: int, reads: Sequence[float]) -> dict[str, Any]:
+    """Figures of one kernel or step that reads so many bytes."""
+    found: dict[str, Any] = {
+        "us": {"median": 1e6 * statistics.median(times), "low": 1e6 * min(times), "high": 1e6 * max(times)}
+    }
+    if nbytes:
+        rates = [nbytes / value for value in times]
+        found |= {
+            "gb_per_s": statistics.median(rates) / 1e9,
+            "share_of_read": Ratio.of(rates, reads).to_dict(),
+        }
+    return found
+
+
+def print_case(case: dict[str, Any]) -> None:
+    floor, read = case["floor_ms"], case["read_gb_per_s"]
+    print(f"{case['model']}, {case['tokens']} tokens: floor {floor:.3f} ms a layer at {read:.0f} GB/s read")
+    for name, found in case["kernels"].items():
+        us = found["us"]
+        line = f"  {name:11}{us['median']:9.1f} us ({us['low']:.1f} to {us['high']:.1f})"
+        if "gb_per_s" in found:
+            share = found["share_of_read"]
+            line += f"  {found['gb_per_s']:7.0f} GB/s  {share['median']:.2f} of read"
+            if share["low"] is not None:
+                line += f" ({share['low']:.2f} to {share['high']:.2f})"
+        print(line)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    if not torch.cuda.is_available():
+        sys.exit("gpu_kernels.py needs a CUDA device, and torch finds none")
+    device = torch.device("cuda", torch.cuda.current_device())
+    cases = []
+    with torch.inference_mode():
+        for name in options.models:
+            for tokens in options.tokens:
+                cases.append(measure(Bench(name, tokens, device), options.rounds))
+                print_case(cases[-1])
+                torch.cuda.empty_cache()
+    import triton
+
+    result = {
+        "benchmark": "gpu_kernels",
+        "gpu": torch.cuda.get_device_name(device),
+        "rounds": options.rounds,
+        "launches": LAUNCHES,
+        "cases": cases,
+        "machine": bandwidth.machine(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "moe_local": moe_local.__version__,
+    }
+    if options.json:
+        write_atomically(options.json, [json.dumps(result, indent=1), "\n"])
+    print(json.dumps(result))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=[*SHAPES])
+    parser.add_argument("--tokens", nargs="+", type=int, choices=range(1, 9), default=[1, 4], metavar="1..8")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The routed experts of a decode step on a GPU: all experts of a group in one launch for up, one for down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from moe_local.offload.kernels.contracts import ExpertMath, LayerStep, Readable
+from moe_local.offload.kernels.gates import recognize
+from moe_local.offload.kernels.grouped_nf4 import UNIT, GroupedNF4, triton_kernels
+from moe_local.offload.kernels.routing import Routing
+from moe_local.offload.quantize.layout import Layout
+
+MOST_TOKENS = 8
+"""Tokens of an expert up to which its weights' bytes, read once, are what takes the time."""
+
+DECODE_TOKENS = 64
+"""Tokens of a step up to which it is taken for decoding. A prompt's answers in float32 would take memory that
+nobody planned for, and most of its experts have more than MOST_TOKENS anyway."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Rest = Callable[[torch.Tensor], LayerStep]
+"""outputs, float32 [T * K, D] -> a step that puts experts' answers there."""
+
+
+class GroupedExperts:
+    """Starts steps for layers whose gate the Triton kernels know. One instance a store."""
+
+    def __init__(self) -> None:
+        self._launchers: dict[tuple[ExpertMath, torch.device], GroupedNF4 | None] = {}
+
+    def serves(self, math: ExpertMath, x: torch.Tensor, routing: Routing, layout: Layout) -> bool:
+        """Whether `begin` can be asked for this layer and input, which lies on a GPU."""
+        return (
+            x.is_cuda
+            and x.dtype in DTYPES
+            and 0 < routing.tokens <= DECODE_TOKENS
+            and not torch.is_autocast_enabled("cuda")
+            and self.launcher(math, x.device, layout) is not None
+        )
+
+    def begin(
+        self,
+        math: ExpertMath,
+        x: torch.Tensor,
+        routing: Routing,
+        weights: torch.Tensor,
+        layout: Layout,
+        rest: Rest,
+    ) -> LayerStep:
+        """See LayerKernels.begin; `rest` computes experts with many tokens or of another layout."""
+        launcher = self.launcher(math, x.device, layout)
+        assert launcher is not None
+        return GroupedStep(launcher, x, routing, weights, rest)
+
+    def launcher(self, math: ExpertMath, device: torch.device, layout: Layout) -> GroupedNF4 | None:
+        """The kernels for this layer, or None. Found out once."""
+        key = (math, device)
+        if key not in self._launchers:
+            self._launchers[key] = _launcher(math, device, layout)
+        found = self._launchers[key]
+        return found if found is not None and _same(found.layout, layout) else None
+
+
+def _launcher(math: ExpertMath, device: torch.device, layout: Layout) -> GroupedNF4 | None:
+    if not GroupedNF4.served(layout):
+        return None
+    gate = recognize(math)
+    kernels = triton_kernels(device) if gate is not None else None
+    if gate is None or kernels is None:
+        return None
+    return GroupedNF4(kernels, layout, gate, has_gate=math.has_gate, has_bias=math.has_bias)
+
+
+class GroupedStep:
+    """A LayerStep of two launches a group and one for the sum.
+
+    Slots and places of a group reach the device in one small copy from pinned memory, which nobody waits for;
+    torch keeps both ends of it until it is over. As arguments of a launch they would save that copy, but
+    their number would be part of what is compiled, and they could not come from a kernel that looks slots up.
+
+    How many tokens a program computes depends on the routing alone, never on the group.
+    """
+
+    def __init__(
+        self, launcher: GroupedNF4, x: torch.Tensor, routing: Routing, weights: torch.Tensor, rest: Rest
+    ) -> None:
+        places, dtype, device = len(routing.ids), torch.float32, x.device
+        self._launcher = launcher
+        self._routing = routing
+        self._weights = weights.contiguous()
+        self._planes = launcher.planes(x.contiguous())
+        self._hidden = torch.empty(places, launcher.hidden, dtype=dtype, device=device)
+        self._outputs = torch.empty(places, launcher.width, dtype=dtype, device=device)
+        self._combined = torch.empty(x.shape, dtype=x.dtype, device=device)
+        self._rest = rest
+        self._rest_step: LayerStep | None = None
+        self._tokens = _tokens_of_a_program(routing)
+
+    def compute(self, group: Sequence[Readable]) -> None:
+        few: list[Readable] = []
+        others: list[Readable] = []
+        for readable in group:
+            alike = _same(readable.layout, self._launcher.layout) and self._has_few(readable.expert)
+            (few if alike else others).append(readable)
+        if others:
+            self._rest_step = self._rest_step or self._rest(self._outputs)
+            self._rest_step.compute(others)
+        if few:
+            self._launch(few)
+
+    def result(self) -> torch.Tensor:
+        self._launcher.combine(self._outputs, self._weights, self._combined)
+        return self._combined
+
+    def _has_few(self, expert: int) -> bool:
+        return self._routing.tokens <= MOST_TOKENS or self._routing.counts[expert] <= MOST_TOKENS
+
+    def _launch(self, group: Sequence[Readable]) -> None:
+        table = self.table(group)
+        base, routing = group[0].buffer, self._routing
+        self._launcher.up(base, UNIT, table, self._planes, self._hidden, routing.top_k)
+        self._launcher.down(base, UNIT, table, self._hidden, self._outputs)
+
+    def table(self, group: Sequence[Readable]) -> torch.Tensor:
+        """A GroupedNF4's table. Slots count UNITs from the first expert: leases know addresses only."""
+        base = group[0].buffer.data_ptr()
+        starts, places = self._routing.places_of(readable.expert for readable in group)
+        flat = places.tolist()
+        rows = []
+        for index, readable in enumerate(group):
+            slot, odd = divmod(readable.buffer.data_ptr() - base, UNIT)
+            assert odd == 0
+            mine = flat[starts[index] : starts[index + 1]]
+            rows.append([slot, *mine, *[-1] * (self._tokens - len(mine))])
+        device = self._planes.device
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+        return table.to(device, non_blocking=True)
+
+
+def _tokens_of_a_program(routing: Routing) -> int:
+    """The most tokens that an expert of this step has, up to MOST_TOKENS, rounded up to a power of two."""
+    if routing.tokens == 1:
+        return 1
+    counts = (routing.counts[expert] for expert in routing.experts)
+    return 1 << (max((count for count in counts if count <= MOST_TOKENS), default=1) - 1).bit_length()
+
+
+def _same(one: Layout, other: Layout) -> bool:
+    return one is other or one == other

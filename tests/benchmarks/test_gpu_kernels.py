@@ -1,0 +1,46 @@
+"""gpu_kernels.py where there is no GPU: it says so, and counts bytes right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+
+from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.quantize.layout import TensorSpec
+
+
+@pytest.fixture
+def gpu_kernels(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return import_benchmark("gpu_kernels")
+
+
+def test_help(gpu_kernels: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        gpu_kernels.main(["--help"])
+    assert exit.value.code == 0
+    assert "mixtral-8x7b" in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_says_so(gpu_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"^gpu_kernels\.py needs a CUDA device, and torch finds none$"):
+        gpu_kernels.main([])
+
+
+def test_random_experts_decode_to_weights(gpu_kernels: ModuleType) -> None:
+    specs = [TensorSpec("gate_up_proj", (128, 64)), TensorSpec("down_proj", (64, 64))]
+    layout = codec_for("nf4").layout(specs)
+    leases = gpu_kernels.random_experts(layout, 3, torch.device("cpu"))
+    decoded = [codec_for("nf4").decode(lease.buffer, layout, torch.float32)["down_proj"] for lease in leases]
+    assert all(0.001 < float(weights.std()) < 0.1 for weights in decoded)
+    assert not torch.equal(decoded[0], decoded[1])
+
+
+def test_figures(gpu_kernels: ModuleType) -> None:
+    row = gpu_kernels.row([1e-3] * 8, 10**9, [2e12] * 8)
+    assert row["gb_per_s"] == pytest.approx(1000)
+    assert row["share_of_read"]["median"] == pytest.approx(0.5)
+    assert set(gpu_kernels.row([1e-6], 0, [1e12])) == {"us"}

@@ -1,0 +1,105 @@
+"""Triton's kernels without a GPU: run by its interpreter, and compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_local.offload.kernels.gates import CONCATENATED, FUNCTIONS
+from moe_local.offload.kernels.grouped_nf4 import GroupedNF4, rows_of_a_program
+from moe_local.offload.native.library import Gate
+from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.quantize.layout import TensorSpec
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+]
+
+GPUS = {75: "RTX 2080", 80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100"}
+"""By compute capability, times ten."""
+
+SHAPES = {"mixtral": (4096, 14336), "qwen3": (2048, 768), "gpt-oss": (2880, 2880)}
+"""Model width and expert width."""
+
+
+@pytest.mark.timeout(1800)
+def test_cases_in_the_interpreter() -> None:
+    """The cases of triton_cases.py, in a process that has imported nothing of Triton before."""
+    cases = Path(__file__).with_name("triton_cases.py")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "slow", "-p", "no:cacheprovider", str(cases)],
+        cwd=cases.parent.parent.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"\b[1-9][0-9]* passed", run.stdout), run.stdout
+    assert "skipped" not in run.stdout
+
+
+def compiled(name: str, capability: int, tokens: int, d: int, f: int) -> Any:
+    """up_kernel or down_kernel as GroupedNF4 would launch it, for a GPU of this capability."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from moe_local.offload.kernels import triton_nf4
+
+    layout = codec_for("nf4").layout(
+        [TensorSpec("gate_up_proj", (2 * f, d)), TensorSpec("down_proj", (d, f))]
+    )
+    silu = Gate(CONCATENATED, FUNCTIONS.index("silu"), 0.0, 0.0)
+    launcher = GroupedNF4(triton_nf4, layout, silu, has_gate=True, has_bias=False)
+    rows = rows_of_a_program(tokens)
+    constants, features = (
+        (launcher._up | {"TOP_K": 2}, rows // 2) if name == "up_kernel" else (launcher._down, rows)
+    )
+    constants = constants | {"TOKENS": tokens, "FEATURES": features}
+    warps = constants.pop("num_warps")
+    kernel = getattr(triton_nf4, name)
+    types = {"base": "*u8", "stride": "i32", "table": "*i64"}
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants},
+    )
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 compiles nothing")
+@pytest.mark.parametrize("name", ["up_kernel", "down_kernel"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("capability", "tokens"), [*((c, 1) for c in GPUS), (86, 2), (86, 4), (86, 8), (90, 8)]
+)
+def test_weights_are_read_16_bytes_at_a_time_and_stay_in_registers(
+    capability: int, tokens: int, shape: str, name: str, tmp_path: Path
+) -> None:
+    import triton
+
+    kernel = compiled(name, capability, tokens, *SHAPES[shape])
+    ptx = kernel.asm["ptx"]
+    wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx))
+    assert wide == rows_of_a_program(tokens) + 8 * tokens  # each row once, and eight planes of each vector
+    # Threads meet for the sums across them, after the loop: Triton exchanges nothing between them before.
+    assert len(re.findall(r"bar\.sync", ptx)) <= 6
+    assert kernel.metadata.shared <= 1024
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    spilled = re.search(r"STACK:(\d+)", usage)
+    assert spilled is not None
+    assert int(spilled[1]) <= (128 if tokens == 8 else 0)  # bytes a thread

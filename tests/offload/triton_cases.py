@@ -1,0 +1,284 @@
+"""The grouped Triton kernels in Triton's interpreter, against torch on the decoded weights.
+
+Run by test_triton.py in a process of its own: Triton reads TRITON_INTERPRET when it is first imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
+from moe_local.offload.kernels.gates import CONCATENATED, FUNCTIONS, INTERLEAVED, PLAIN
+from moe_local.offload.kernels.grouped import GroupedExperts, GroupedStep
+from moe_local.offload.kernels.grouped_nf4 import GroupedNF4, pieces_of_a_step, triton_kernels
+from moe_local.offload.kernels.layer import OneByOne
+from moe_local.offload.kernels.routing import Routing
+from moe_local.offload.native.library import Gate
+from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.quantize.layout import Layout, TensorSpec
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+
+
+class Lease(NamedTuple):
+    expert: int
+    buffer: torch.Tensor
+    layout: Layout
+
+
+class Experts:
+    """Experts of one layer in slots of an arena, in an order that is not theirs."""
+
+    def __init__(self, count: int, d: int, f: int, *, has_gate: bool = True, has_bias: bool = False) -> None:
+        self.first = "gate_up_proj" if has_gate else "up_proj"
+        specs = [TensorSpec(self.first, (2 * f if has_gate else f, d)), TensorSpec("down_proj", (d, f))]
+        if has_bias:
+            specs += [TensorSpec(f"{spec.name}_bias", spec.shape[:1]) for spec in tuple(specs)]
+        codec = codec_for("nf4")
+        self.layout = codec.layout(specs)
+        self.stride = self.layout.nbytes + 4096
+        self.arena = torch.full((count * self.stride,), 0xA5, dtype=torch.uint8)
+        self.slots = [(3 * expert + 1) % count for expert in range(count)]
+        assert len(set(self.slots)) == count
+        generator = torch.Generator().manual_seed(count + d + f)
+        self.weights, self.leases = [], []
+        for expert, slot in enumerate(self.slots):
+            buffer = self.arena[slot * self.stride : (slot + 1) * self.stride]
+            weights = {s.name: torch.randn(s.shape, generator=generator) / 8 for s in specs}
+            codec.encode(weights, self.layout, buffer[: self.layout.nbytes])
+            self.weights.append(codec.decode(buffer, self.layout, torch.float32))
+            self.leases.append(Lease(expert, buffer, self.layout))
+
+
+class SwiGLU:
+    has_gate = True
+
+    def __init__(self, has_bias: bool = False) -> None:
+        self.has_bias = has_bias
+
+    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = hidden.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def finish(self, output: torch.Tensor) -> torch.Tensor:
+        return output
+
+
+class GptOss(SwiGLU):
+    alpha, limit = 1.702, 7.0
+
+    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = hidden[..., ::2].clamp(max=self.limit), hidden[..., 1::2].clamp(-self.limit, self.limit)
+        return (up + 1) * gate * torch.sigmoid(gate * self.alpha)
+
+
+class Relu(SwiGLU):
+    has_gate = False
+
+    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.relu(hidden)
+
+
+def kernels() -> Any:
+    found = triton_kernels(CPU)
+    assert found is not None
+    return found
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def gate_of(hidden: torch.Tensor, gate: Gate) -> torch.Tensor:
+    """[T, F or 2F] -> [T, F], by torch."""
+    if gate.arrangement == PLAIN:
+        first, up = hidden, torch.ones(())
+    elif gate.arrangement == INTERLEAVED:
+        first, up = hidden[..., ::2], hidden[..., 1::2]
+    else:
+        first, up = hidden.chunk(2, dim=-1)
+    name = FUNCTIONS[gate.function]
+    if name in ("clamped_swiglu", "clamped_silu"):
+        first, up = first.clamp(max=gate.limit), up.clamp(-gate.limit, gate.limit)
+    if name == "clamped_swiglu":
+        return (up + 1) * first * torch.sigmoid(first * gate.alpha)
+    functions = {
+        "identity": lambda x: x,
+        "relu": F.relu,
+        "relu2": lambda x: F.relu(x).square(),
+        "silu": F.silu,
+        "clamped_silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    }
+    return functions[name](first) * up
+
+
+def unplaned(hidden: torch.Tensor) -> torch.Tensor:
+    """The inverse of GroupedNF4.planes."""
+    return hidden.view(len(hidden), 8, -1).transpose(1, 2).reshape(len(hidden), -1)
+
+
+GATES = [
+    *((arrangement, name) for arrangement, name in product(range(3), FUNCTIONS[:6])),
+    *((arrangement, name) for arrangement, name in product((CONCATENATED, INTERLEAVED), FUNCTIONS[6:])),
+]
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("arrangement", "name"), GATES)
+def test_every_gate(arrangement: int, name: str, has_bias: bool) -> None:
+    gate = Gate(arrangement, FUNCTIONS.index(name), 1.702, 1.5)
+    has_gate = arrangement != PLAIN
+    experts = Experts(1, 64, 64, has_gate=has_gate, has_bias=has_bias)
+    launcher = GroupedNF4(kernels(), experts.layout, gate, has_gate=has_gate, has_bias=has_bias)
+    x = 2 * normal(1, 64)
+    hidden = torch.full((1, 64), torch.nan)
+    launcher.up(experts.arena, 16, torch.tensor([[0, 0]]), launcher.planes(x), hidden, 1)
+    (weights,) = experts.weights
+    plain = x.double() @ weights[experts.first].double().T
+    want = gate_of(plain + (weights[f"{experts.first}_bias"] if has_bias else 0), gate)
+    assert error_of(unplaned(hidden), want) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["relu", "silu", "clamped_swiglu"])
+def test_what_is_no_number_stays_none_and_with_its_token(name: str) -> None:
+    gate = Gate(CONCATENATED, FUNCTIONS.index(name), 1.0, 1.0)
+    experts = Experts(1, 64, 64)
+    launcher = GroupedNF4(kernels(), experts.layout, gate, has_gate=True, has_bias=False)
+    x, hidden = normal(2, 64), torch.zeros(2, 64)
+    x[1, 5] = torch.nan
+    launcher.up(experts.arena, 16, torch.tensor([[0, 0, 1]]), launcher.planes(x), hidden, 1)
+    assert hidden[0].isfinite().all()
+    assert hidden[1].isnan().all()
+
+
+@pytest.mark.parametrize("cols", [64, 768, 2112, 3072])
+def test_rows_of_every_length(cols: int) -> None:
+    """Shorter than a step, and steps with and without a rest."""
+    assert pieces_of_a_step(cols) == 32
+    codec = codec_for("nf4")
+    layout = codec.layout([TensorSpec("up_proj", (cols, 64)), TensorSpec("down_proj", (64, cols))])
+    buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
+    codec.encode({"up_proj": normal(cols, 64), "down_proj": normal(64, cols, seed=1)}, layout, buffer)
+    launcher = GroupedNF4(kernels(), layout, Gate(PLAIN, 0, 0, 0), has_gate=False, has_bias=False)
+    hidden, outputs = normal(3, cols, seed=2), torch.full((3, 64), torch.nan)
+    launcher.down(buffer, 16, torch.tensor([[0, 2, 0]]), launcher.planes(hidden), outputs)
+    weight = codec.decode(buffer, layout, torch.float32)["down_proj"]
+    assert error_of(outputs[[2, 0]], hidden[[2, 0]].double() @ weight.double().T) < 1e-6
+    assert outputs[1].isnan().all()  # nobody asked for it
+
+
+def test_wide_rows_are_read_by_many_threads() -> None:
+    assert [pieces_of_a_step(cols) for cols in (4096, 14336, 2048, 2880, 7168)] == [128, 64, 64, 32, 32]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8])
+def test_slots_by_number(tokens: int) -> None:
+    """As a table of slots on a device would name them, with the arena's own stride; up to all tokens."""
+    experts = Experts(5, 64, 64)
+    math: Any = SwiGLU()
+    launcher = GroupedExperts().launcher(math, CPU, experts.layout)
+    assert launcher is not None
+    top_k, x = 2, normal(tokens, 64)
+    some = max(1, tokens - 1)
+    rows = [
+        [experts.slots[4], *(top_k * t for t in range(tokens))],
+        [experts.slots[2], *(top_k * t + 1 for t in range(some)), *[-1] * (tokens - some)],
+    ]
+    hidden, outputs = torch.empty(tokens * top_k, 64), torch.full((tokens * top_k, 64), torch.nan)
+    table = torch.tensor(rows)
+    launcher.up(experts.arena, experts.stride, table, launcher.planes(x), hidden, top_k)
+    launcher.down(experts.arena, experts.stride, table, hidden, outputs)
+    for expert, count, rank in ((4, tokens, 0), (2, some, 1)):
+        want = expert_forward(math, x[:count], experts.leases[expert].buffer, experts.layout)
+        assert error_of(outputs[rank::top_k][:count], want) < 1e-6
+    assert outputs[1::top_k][some:].isnan().all()
+
+
+def in_groups(step: GroupedStep, experts: Experts, groups: Sequence[Sequence[int]]) -> torch.Tensor:
+    for group in groups:
+        step.compute([experts.leases[expert] for expert in group])
+    return step.result()
+
+
+def begin(math: Any, experts: Experts, x: torch.Tensor, routing: Routing, weights: torch.Tensor) -> Any:
+    each = ExpertKernels()
+    return GroupedExperts().begin(
+        math,
+        x,
+        routing,
+        weights,
+        experts.layout,
+        lambda outputs: OneByOne(each, math, x, routing, weights, outputs),
+    )
+
+
+def plainly(
+    math: Any, experts: Experts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """In float64, from the decoded weights."""
+    total = torch.zeros(x.shape, dtype=torch.float64)
+    for expert, found in enumerate(experts.weights):
+        w = {name: weight.double() for name, weight in found.items()}
+        hidden = math.activate(x.double() @ w[experts.first].T + w.get(f"{experts.first}_bias", 0))
+        y = hidden @ w["down_proj"].T + w.get("down_proj_bias", 0)
+        total += y * (weights.double() * (ids == expert)).sum(dim=1, keepdim=True)
+    return total
+
+
+MATHS = {
+    "swiglu": SwiGLU(),
+    "gpt-oss": GptOss(has_bias=True),
+    "relu, no gate": Relu(has_bias=True),
+}
+
+
+@pytest.mark.parametrize("kind", MATHS)
+def test_an_answer_is_the_same_in_every_group(kind: str) -> None:
+    math = MATHS[kind]
+    experts = Experts(5, 64, 64, has_gate=math.has_gate, has_bias=math.has_bias)
+    for ids in ([[4, 0, 3]], [[1, 0], [2, 1]]):
+        index = torch.tensor(ids)
+        weights = normal(*index.shape, seed=1).abs()
+        x = normal(len(ids), 64, seed=2)
+        routing = Routing(index.flatten().tolist(), len(ids), 5)
+        used = routing.experts
+        groups = ([used], [[expert] for expert in used[::-1]], [used[1:], used[:1]])
+        results = [in_groups(begin(math, experts, x, routing, weights), experts, group) for group in groups]
+        assert error_of(results[0], plainly(math, experts, x, index, weights)) < 1e-6
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 6e-3)]
+)
+def test_the_result_has_the_tokens_dtype(dtype: torch.dtype, bound: float) -> None:
+    math, experts = SwiGLU(), Experts(2, 64, 64)
+    ids = torch.tensor([[1, 0], [0, 1]])
+    x, weights = normal(2, 64).to(dtype), normal(2, 2, seed=1).to(dtype)
+    routing = Routing(ids.flatten().tolist(), 2, 2)
+    got = in_groups(begin(math, experts, x, routing, weights), experts, [[1, 0]])
+    assert got.dtype == dtype
+    assert error_of(got, plainly(math, experts, x, ids, weights)) < bound
+
+
+def test_experts_with_many_tokens_are_computed_elsewhere_into_the_same_sum() -> None:
+    math, experts = SwiGLU(), Experts(2, 64, 64)
+    ids = torch.tensor([[1]] * 9 + [[0]])
+    x, weights = normal(10, 64), normal(10, 1, seed=1)
+    routing = Routing(ids.flatten().tolist(), 10, 2)
+    got = in_groups(begin(math, experts, x, routing, weights), experts, [[0, 1]])
+    assert error_of(got, plainly(math, experts, x, ids, weights)) < 1e-6
