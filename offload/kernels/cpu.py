@@ -111,9 +111,13 @@ class CpuExperts:
 
     def begin(self, math: ExpertMath, x: torch.Tensor, routing: Routing, weights: torch.Tensor) -> CpuStep:
         """A LayerStep; see LayerKernels.begin."""
+        return CpuStep(self.answers(math, x, routing), x, routing, weights)
+
+    def answers(self, math: ExpertMath, x: torch.Tensor, routing: Routing) -> CpuAnswers:
+        """Answers; see LayerKernels.answers."""
         gate = self._gates[math]
         assert gate is not None
-        return CpuStep(self, math, gate, x, routing, weights, rounding(self._activations, x.dtype))
+        return CpuAnswers(self, math, gate, x, routing, rounding(self._activations, x.dtype))
 
     def expert(self, buffer: torch.Tensor, layout: Layout, math: ExpertMath) -> Expert:
         """The expert in a slot. It is remembered by the slot's address, so one instance serves one store."""
@@ -127,8 +131,8 @@ class CpuExperts:
         return expert
 
 
-class CpuStep:
-    """A LayerStep in one call of the library a group; the last group's call sums up, too."""
+class CpuAnswers:
+    """Computes the answers of some experts to one input, in one call of the library a group."""
 
     def __init__(
         self,
@@ -137,45 +141,90 @@ class CpuStep:
         gate: Gate,
         x: torch.Tensor,
         routing: Routing,
-        weights: torch.Tensor,
         activations: int,
     ) -> None:
         self._experts = experts
         self._math = math
         self._gate = gate
-        self._dtype = x.dtype
         self._x = x.float().contiguous()
         self._routing = routing
-        self._weights = weights.float().contiguous()
         self._activations = activations
-        self._outputs = torch.empty(len(routing.ids), x.shape[1], dtype=torch.float32)
-        self._combined = torch.empty(x.shape[0], x.shape[1], dtype=torch.float32)
-        self._left = len(routing.experts)
 
-    def compute(self, group: Sequence[Readable]) -> None:
-        lib: Any = library()
+    def compute(self, group: Sequence[Readable], out: torch.Tensor) -> torch.Tensor:
         starts, places = self._routing.places_of(readable.expert for readable in group)
+        self.run(group, starts, places, torch.arange(len(places)), out)
+        return places
+
+    def run(
+        self,
+        group: Sequence[Readable],
+        starts: list[int],
+        places: torch.Tensor,
+        rows: torch.Tensor,
+        out: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        combined: torch.Tensor | None = None,
+    ) -> None:
+        """The answer for `places[i]` goes to row `rows[i]` of `out`; with `weights`, rows are all places,
+        and their weighted sums go to `combined`."""
+        lib: Any = library()
         tokens = places.div(self._routing.top_k, rounding_mode="floor")
         structs = [self._experts.expert(r.buffer, r.layout, self._math) for r in group]
-        self._left -= len(group)
-        last = self._left == 0
         status = lib.moe_experts(
             (ctypes.c_void_p * len(group))(*map(ctypes.addressof, structs)),
             len(group),
             (ctypes.c_int64 * len(starts))(*starts),
             tokens.data_ptr(),
-            places.data_ptr(),
+            rows.data_ptr(),
             ctypes.byref(self._gate),
             self._x.data_ptr(),
             self._x.shape[0],
-            self._outputs.data_ptr(),
-            self._weights.data_ptr() if last else None,
+            out.data_ptr(),
+            None if weights is None else weights.data_ptr(),
             self._routing.top_k,
-            self._combined.data_ptr() if last else None,
+            None if combined is None else combined.data_ptr(),
             self._activations,
             kernel_threads(),
         )
         check(status)
 
+
+class CpuStep:
+    """A LayerStep in one call of the library a group; the last group's call sums up, too."""
+
+    def __init__(self, answers: CpuAnswers, x: torch.Tensor, routing: Routing, weights: torch.Tensor) -> None:
+        self._answers = answers
+        self._dtype = x.dtype
+        self._routing = routing
+        self._weights = weights.float().contiguous()
+        self._outputs = torch.empty(len(routing.ids), x.shape[1], dtype=torch.float32)
+        self._combined = torch.empty(x.shape[0], x.shape[1], dtype=torch.float32)
+        self._left = len(routing.ids)
+        self._summed = False
+
+    def compute(self, group: Sequence[Readable]) -> None:
+        starts, places = self._routing.places_of(readable.expert for readable in group)
+        self._left -= len(places)
+        self._summed = self._left == 0
+        weights, combined = (self._weights, self._combined) if self._summed else (None, None)
+        self._answers.run(group, starts, places, places, self._outputs, weights, combined)
+
+    def accept(self, places: torch.Tensor, answers: torch.Tensor) -> None:
+        self._outputs.index_copy_(0, places, answers)
+        self._left -= len(places)
+
     def result(self) -> torch.Tensor:
+        if not self._summed and len(self._routing.ids) > self._left == 0:
+            lib: Any = library()
+            tokens, top_k = self._weights.shape
+            status = lib.moe_combine(
+                self._outputs.data_ptr(),
+                self._weights.data_ptr(),
+                tokens,
+                top_k,
+                self._outputs.shape[1],
+                self._combined.data_ptr(),
+            )
+            check(status)
+            self._summed = True
         return self._combined.to(self._dtype)

@@ -28,6 +28,10 @@ class Routing:
         """How many tokens each expert of the layer has."""
         return torch.bincount(self._flat, minlength=self._num_experts).tolist()
 
+    def tokens_of(self, expert: int) -> int:
+        """How many tokens an expert that was chosen has."""
+        return 1 if self.tokens == 1 else self.counts[expert]
+
     @cached_property
     def sorted_places(self) -> torch.Tensor:
         """All places, int64 [T * K] on the CPU, by expert and then by token."""
