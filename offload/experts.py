@@ -15,7 +15,7 @@ from moe_local.offload.interrupt import deferred
 from moe_local.offload.kernels.contracts import LayerStep
 from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.kernels.routing import Routing
-from moe_local.offload.kernels.shared import SharedStep, Staging
+from moe_local.offload.kernels.shared import SharedStep, Staging, pack, unpack
 from moe_local.offload.prefetch.prefetch import Prefetcher
 from moe_local.offload.schedule.calibrate import measure_cpu
 from moe_local.offload.schedule.costs import Work
@@ -210,11 +210,7 @@ def to_host(
     if hidden is None or hidden.device.type == "cpu":
         flat = numbers.tolist()
     else:
-        size = numbers.nbytes
-        data = torch.cat([numbers.view(torch.uint8), hidden.contiguous().view(torch.uint8).flatten()])
-        here = staging.bring(data)
-        flat = here[:size].view(numbers.dtype).tolist()
-        hidden = here[size:].view(hidden.dtype).view(hidden.shape)
+        flat, hidden = unpack(staging.bring(pack(numbers, hidden)), numbers.numel(), hidden)
     lists, start = [], index.numel()
     for guess in guesses:
         lists.append(flat[start : start + guess.numel()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -39,6 +40,23 @@ class Staging:
         if data.is_cuda:
             torch.cuda.current_stream(data.device).synchronize()
         return here
+
+
+class Unpacked(NamedTuple):
+    numbers: list[int]
+    hidden: torch.Tensor
+
+
+def pack(numbers: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """int64 [n] and hidden [T, D] of any dtype as uint8, to go over a link at once."""
+    return torch.cat([numbers.view(torch.uint8), hidden.contiguous().view(torch.uint8).flatten()])
+
+
+def unpack(data: torch.Tensor, count: int, like: torch.Tensor) -> Unpacked:
+    """What `pack` packed, `count` numbers and a tensor `like` hidden, which is a view of `data`."""
+    start = count * INDEX
+    numbers = data[:start].view(torch.int64).tolist()
+    return Unpacked(numbers, data[start:].view(like.dtype).view(like.shape))
 
 
 class SharedStep:
