@@ -28,7 +28,8 @@ class Staging:
     def reserve(self, nbytes: int, keep: int = 0) -> torch.Tensor:
         """uint8 [nbytes], the first `keep` bytes as they were the last time."""
         if nbytes > self._memory.numel():
-            grown = torch.empty(2 * nbytes, dtype=torch.uint8, pin_memory=self._pin)
+            with torch.inference_mode(False):  # or it could be written in inference mode only
+                grown = torch.empty(2 * nbytes, dtype=torch.uint8, pin_memory=self._pin)
             grown[:keep] = self._memory[:keep]
             self._memory = grown
         return self._memory[:nbytes]

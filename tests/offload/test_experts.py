@@ -306,8 +306,18 @@ def test_the_device_waiting_for_the_cpu_is_a_stall(
     assert stats.stall.total == stats.stall.cpu == pytest.approx(0.001)
 
 
+def test_staging_keeps_what_it_is_told_to_and_serves_in_and_out_of_inference_mode() -> None:
+    staging = Staging(torch.device("cpu"))
+    with torch.inference_mode():
+        staging.reserve(8).copy_(torch.arange(8, dtype=torch.uint8))
+    grown = staging.reserve(1000, keep=8)
+    assert grown[:8].tolist() == list(range(8))
+    grown[8:] = 1
+    assert staging.reserve(16)[:8].tolist() == list(range(8))
+
+
 def test_ids_guesses_and_hidden_reach_the_host_in_one_transfer() -> None:
-    """From a device all three are packed into one tensor of bytes; the meta device stands in for none."""
+    """From a device all three are packed into one tensor of bytes."""
     index = torch.tensor([[3, 1], [2, 7]])
     guesses = [torch.tensor([5, 6, 0])]
     hidden = torch.randn(2, 6).bfloat16()
