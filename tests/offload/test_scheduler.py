@@ -113,13 +113,13 @@ def test_is_within_three_percent_of_the_optimum(simulated: ModuleType) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_a_fine_grid(simulated: ModuleType, size: tuple[int, int]) -> None:
-    """Beyond three percent only where CPU and link ask for much more than the memory gives, and no split is
-    much better than another."""
+    """Of 2400 cases five were above 3 % when this was written, the worst at 6.2 %: three where CPU and
+    link ask for 1.6 times what the memory gives or more, so that no split is much better than another, and
+    two where the machine drifts by a tenth within a hundred layers."""
     found = sorted((regret(simulated, case), case) for case in MANY if case.top_k == size[0])
     print([(round(excess, 4), *case) for excess, case in found[-8:]])
-    assert all(excess < 0.03 for excess, case in found if case.cpu + case.link <= 1.5 * case.memory)
-    assert sum(excess >= 0.03 for excess, _ in found) <= len(found) / 50
-    assert found[-1][0] < 0.1
+    assert sum(excess >= 0.03 for excess, _ in found) <= len(found) / 200
+    assert found[-1][0] < 0.07
 
 
 LOCALITIES = [(0.0, 0.0), (0.9, 0.0), (0.5, 1.0)]
@@ -141,7 +141,7 @@ def test_a_cache_that_learns(make_rig: Make, simulated: ModuleType, stay: float,
         }
         ratios.append(took["auto"] / min(took["fetch"], took["cpu"]))
     assert max(ratios) < 1.1, ratios
-    assert sum(ratios) / len(ratios) < 1.03, ratios
+    assert sum(ratios) / len(ratios) < 1.0, ratios
 
 
 def decode(
