@@ -25,6 +25,16 @@ class Acquisition(NamedTuple):
     """Newly admitted: the caller must bring their bytes and then say `complete` or `abandon`."""
     joined: tuple[int, ...]
     """Already under way when asked for: the caller waits for whoever is bringing them."""
+    victims: tuple[int, ...] = ()
+    """Who had to leave, for the last ones of `load`: the others found empty slots."""
+
+
+class Promotion(NamedTuple):
+    """What `ExpertCache.promote` did."""
+
+    slot: int
+    victim: int | None
+    """The expert that had to leave for it."""
 
 
 class ExpertCache:
@@ -161,8 +171,10 @@ class ExpertCache:
             stats.prefetch_used += len(first_needs) - late
             pool.unused -= first_needs
         pool.policy.touch(present)
+        victims: list[int] = []
         if len(absent) > len(pool.free):
-            for victim in pool.victims(distinct, len(absent) - len(pool.free)):
+            victims = pool.victims(distinct, len(absent) - len(pool.free))
+            for victim in victims:
                 self._evict(layer, pool, victim)
         for expert in absent:
             pool.place(expert)
@@ -170,7 +182,7 @@ class ExpertCache:
         misses = len(absent) + len(joined)
         stats.misses_by_layer[layer] += misses
         stats.hits_by_layer[layer] += len(experts) - misses
-        return Acquisition([table[expert] for expert in experts], absent, joined)
+        return Acquisition([table[expert] for expert in experts], absent, joined, tuple(victims))
 
     def release(self, layer: int, experts: Sequence[int]) -> None:
         """Take back one pin of each of these distinct experts. What is still loading goes on loading."""
@@ -185,6 +197,21 @@ class ExpertCache:
             else:
                 del pins[expert]
 
+    def pass_over(self, layer: int, experts: Sequence[int]) -> None:
+        """Count a step's need of experts that are not resident and that are computed from elsewhere.
+
+        Each is a miss (and `prefetch.late` when a prefetch is bringing it, which goes on). Nothing is
+        admitted, touched or pinned. Raises CacheStateError for a resident expert.
+        """
+        pool = self._pools[layer]
+        for expert in experts:
+            if self.is_resident(layer, expert):
+                raise CacheStateError(f"layer {layer}: expert {expert} is resident and was passed over")
+        late = pool.unused.intersection(experts)
+        pool.unused -= late
+        self.stats.prefetch_late += len(late)
+        self.stats.misses_by_layer[layer] += len(experts)
+
     # Ahead of demand
 
     def reserve(self, layer: int, expert: int, keep: Container[int] = ()) -> int | None:
@@ -192,18 +219,26 @@ class ExpertCache:
 
         Takes a free slot or the policy's best victim that is resident, unpinned and not in `keep`.
         """
+        made = self.promote(layer, expert, keep)
+        if made is None:
+            return None
+        self._pools[layer].unused.add(expert)
+        self.stats.prefetch_issued += 1
+        return made.slot
+
+    def promote(self, layer: int, expert: int, keep: Container[int] = ()) -> Promotion | None:
+        """As `reserve`, with the victim; for an expert that was needed before, so not counted as prefetch."""
         pool = self._pools[layer]
         if expert in pool.table:
             return None
+        victim = None
         if not pool.free:
             victims = pool.victims(keep, 1)
             if not victims:
                 return None
-            self._evict(layer, pool, victims[0])
-        slot = pool.place(expert)
-        pool.unused.add(expert)
-        self.stats.prefetch_issued += 1
-        return slot
+            victim = victims[0]
+            self._evict(layer, pool, victim)
+        return Promotion(pool.place(expert), victim)
 
     def preload(self, layer: int, expert: int) -> int:
         """A free slot for an absent expert, which then is loading; counted nowhere (filling at load)."""

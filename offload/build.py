@@ -9,6 +9,7 @@ from moe_local.cache.keys import ExpertKey
 from moe_local.cache.stats import RouterLoad
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.expert_file.expert_file import ExpertFile
+from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store import ExpertStore
 from moe_local.offload.tiers.arena import DeviceArena, HostArena
 from moe_local.offload.tiers.copies import CopySource
@@ -26,11 +27,13 @@ def build_store(
     device: Device | None = None,
     policy: str = "lru",
     read_threads: int = 4,
+    scheduler: MissScheduler | None = None,
 ) -> ExpertStore:
     """A store over `file` with so many slots per MoE layer; the caller closes it.
 
     Without a device, RAM is the fastest tier and its misses are read from disk. With one, `vram_slots` are
-    the fastest, filled from RAM, which is filled from disk. Nothing is loaded yet (`Tier.preload` does).
+    the fastest, filled from RAM, which is filled from disk, and `scheduler` says what the CPU computes
+    instead. Nothing is loaded yet (`Tier.preload` does).
     Raises DoesNotFitError if an arena is refused.
     """
     layouts = [[file.layout(layer.index, e) for e in range(layer.num_experts)] for layer in spec.layers]
@@ -53,7 +56,7 @@ def build_store(
         arena = DeviceArena(vram_slots, strides, device)
         source = CopySource(ram, arena, device, lambda key: size(*key))
         vram = Tier(ExpertCache(vram_slots, policy, size), arena, source, device)
-        return ExpertStore(vram, layouts, routed, disk=disk, below=ram)
+        return ExpertStore(vram, layouts, routed, disk=disk, below=ram, scheduler=scheduler)
     except BaseException:
         ram.close()  # its reader threads are running
         raise

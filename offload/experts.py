@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,9 +12,13 @@ from torch import nn
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.interrupt import deferred
+from moe_local.offload.kernels.contracts import LayerStep
 from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.kernels.routing import Routing
+from moe_local.offload.kernels.shared import SharedStep, Staging, pack, unpack
 from moe_local.offload.prefetch.prefetch import Prefetcher
+from moe_local.offload.schedule.calibrate import measure_cpu
+from moe_local.offload.schedule.costs import Work
 from moe_local.offload.store import ExpertStore
 
 _TAKEN_OVER = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "config")
@@ -108,6 +112,21 @@ class ExpertRunner:
         self.store = store
         self.prefetcher = prefetcher
         self._kernels = LayerKernels(activations)
+        device = store.tier.arena.device
+        self._inputs, self._answers = Staging(device), Staging(device)
+
+    def measure(self, experts: OffloadedExperts, hidden_size: int, dtype: torch.dtype) -> None:
+        """Tell the store's scheduler what the CPU takes for a layer's experts; see calibrate.measure_cpu."""
+        if self.store.host is not None and not experts.has_post_expert_norm:
+            measure_cpu(
+                self.store.host.scheduler.costs,
+                self.store,
+                experts,
+                self._kernels,
+                layer=experts.index,
+                hidden_size=hidden_size,
+                dtype=dtype,
+            )
 
     def run(
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -116,10 +135,18 @@ class ExpertRunner:
         check_interrupt()
         layer = experts.index
         guesses = self.prefetcher.predict(layer)
-        ids, guessed = _to_host(index, [guess.ranked for guess in guesses])
+        shared = self._may_share(experts, hidden, index)
+        ids, guessed, x = to_host(
+            index, [guess.ranked for guess in guesses], hidden if shared else None, self._inputs
+        )
         routing = Routing(ids, index.shape[0], experts.num_experts)
-        step = self._kernels.begin(experts, hidden, routing, weights, self.store.layouts[layer][0])
-        groups = self.store.serve(layer, routing.experts, lambda: self.prefetcher.request(guesses, guessed))
+        step = self._begin(experts, hidden, x, routing, weights)
+        groups = self.store.serve(
+            layer,
+            routing.experts,
+            lambda: self.prefetcher.request(guesses, guessed),
+            routing.tokens_of if shared else None,
+        )
         try:
             if routing.tokens == 1:
                 self.store.routed.count_all(layer, ids)
@@ -131,14 +158,63 @@ class ExpertRunner:
             groups.close()
         return step.result()
 
+    def _may_share(self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor) -> bool:
+        """Whether the host may get a part of this layer: then it needs hidden [T, D], too."""
+        share, layer = self.store.host, experts.index
+        if share is None or experts.has_post_expert_norm or torch.is_autocast_enabled(hidden.device.type):
+            return False  # a norm's weights are on the device, and autocast has its own ideas of dtypes
+        if not index.numel() or self.store.slots(layer) >= experts.num_experts:
+            return False
+        average = Work(self.store.layouts[layer][0].nbytes, max(1, index.numel() // experts.num_experts))
+        return share.scheduler.wants_input(hidden.nbytes, average)
 
-def _to_host(index: torch.Tensor, guesses: list[torch.Tensor]) -> tuple[list[int], list[list[int]]]:
-    """The router's choice and the guesses as lists, in one transfer: a device is waited for once a layer."""
-    if not guesses:
-        return (index.flatten().tolist() if index.shape[0] != 1 else index.tolist()[0]), []
-    flat = torch.cat([index.flatten(), *guesses]).tolist()
+    def _begin(
+        self,
+        experts: OffloadedExperts,
+        hidden: torch.Tensor,
+        here: torch.Tensor | None,
+        routing: Routing,
+        weights: torch.Tensor,
+    ) -> LayerStep:
+        """The step on hidden [T, D]; shared with the host where `here`, hidden on the host, is given."""
+        layout, device = self.store.layouts[experts.index][0], self.store.tier.device
+        step = self._kernels.begin(experts, hidden, routing, weights, layout)
+        if here is None or device is None:
+            return step
+        return SharedStep(
+            step,
+            self._kernels.answers(experts, here, routing, layout),
+            hidden,
+            routing,
+            device=device,
+            staging=self._answers,
+            waited=lambda waited: self.store.add_wait("cpu", waited),
+        )
+
+
+class OnHost(NamedTuple):
+    """What the host has to know of a layer's input."""
+
+    ids: list[int]
+    """T * K experts, token by token, in the router's order."""
+    guesses: list[list[int]]
+    hidden: torch.Tensor | None
+    """[T, D] on the CPU, if it was asked for; valid until the next layer."""
+
+
+def to_host(
+    index: torch.Tensor, guesses: list[torch.Tensor], hidden: torch.Tensor | None, staging: Staging
+) -> OnHost:
+    """The router's choice, the guesses and hidden, if given, in one transfer: one wait for the device."""
+    if hidden is None and not guesses and index.shape[0] == 1:
+        return OnHost(index.tolist()[0], [], None)
+    numbers = torch.cat([index.flatten(), *guesses]) if guesses else index.flatten()
+    if hidden is None or hidden.device.type == "cpu":
+        flat = numbers.tolist()
+    else:
+        flat, hidden = unpack(staging.bring(pack(numbers, hidden)), numbers.numel(), hidden)
     lists, start = [], index.numel()
     for guess in guesses:
         lists.append(flat[start : start + guess.numel()])
         start += guess.numel()
-    return flat[: index.numel()], lists
+    return OnHost(flat[: index.numel()], lists, hidden)

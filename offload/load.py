@@ -28,6 +28,8 @@ from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.prefetch import NoPrefetch, Prefetcher, RouterPrefetcher
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.schedule.calibrate import first_costs
+from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store import ExpertStore
 from moe_local.offload.tiers.device import CudaDevice, Device
 
@@ -77,6 +79,9 @@ def load(
     name = str(model)
     speeds = bandwidth.saved(moe_local_home())
     plan_load(name, model_spec(config_of(model, carried=False)), options, target, speeds)
+    if target.type == "cuda" and options.miss != "fetch" and speeds.assumed(("ram", "h2d", "vram")):
+        speeds = bandwidth.measure_links(speeds, target)
+        bandwidth.save(speeds, moe_local_home())
     checkpoint = Checkpoint.open(resolve(model), name)
     plan = plan_load(name, checkpoint.spec, options, target, speeds)
     gpu = target if target.type == "cuda" else None
@@ -155,6 +160,7 @@ def assemble(
             vram_slots=plan.vram_slots if device is not None else None,
             device=device,
             policy=options.policy,
+            scheduler=_scheduler(options, plan),
         )
         undo.callback(store.close)
         with Probe(hf) as probe:
@@ -164,6 +170,9 @@ def assemble(
         prefetcher = _prefetcher(options, plan, store, probe)
         runner = ExpertRunner(store, prefetcher, options.activations)
         _fill(store, plan, progress)
+        if store.host is not None:
+            module = next(module for module in hf.modules() if isinstance(module, OffloadedExperts))
+            runner.measure(module, checkpoint.spec.hidden_size, plan.request.dtype)
         if any(layout.format == "nf4" for layer in store.layouts for layout in layer):
             bitsandbytes_ops()  # its import takes a second, which is not the first token's to wait for
         for module in hf.modules():
@@ -187,6 +196,13 @@ def _prefetcher(options: LoadOptions, plan: Plan, store: ExpertStore, probe: Pro
     if options.prefetch == "off" or plan.mode == "resident":
         return NoPrefetch()
     return RouterPrefetcher(store, probe.sites)
+
+
+def _scheduler(options: LoadOptions, plan: Plan) -> MissScheduler | None:
+    """What decides about misses, where not all of them are fetched. Without a GPU the store asks nobody."""
+    if options.miss == "fetch" or plan.mode == "resident":
+        return None
+    return MissScheduler(options.miss, first_costs(plan.request.bandwidths))
 
 
 def _fill(store: ExpertStore, plan: Plan, progress: Progress | None) -> None:

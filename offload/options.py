@@ -70,7 +70,10 @@ class LoadOptions:
     )
     miss: str = field(
         default="auto",
-        metadata={"help": "An absent expert is brought to the GPU (fetch), run on the CPU (cpu), or auto."},
+        metadata={
+            "help": "Experts absent from VRAM: fetch brings them, cpu computes them on the CPU, "
+            "auto does what ends first."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -118,8 +121,6 @@ class LoadOptions:
                 raise OptionError(
                     f"activations {self.activations!r} is for the CPU kernel only; use native on {found}"
                 )
-            if self.miss == "cpu":
-                raise OptionError("miss 'cpu' is not available on a GPU yet; use auto or fetch")
             return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
         if self.vram is not None:
             raise OptionError(

@@ -13,6 +13,8 @@ from moe_local.cache.keys import ExpertKey
 from moe_local.cache.stats import BytesMoved, RouterLoad, StallSeconds, Stats
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.quantize.layout import Layout
+from moe_local.offload.schedule.host_share import HostShare
+from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.tiers.copies import CopySource
 from moe_local.offload.tiers.device import Waited
 from moe_local.offload.tiers.tiers import Tier
@@ -32,6 +34,8 @@ class Lease(NamedTuple):
     buffer: torch.Tensor
     """uint8, the slot; the first `layout.nbytes` are the expert's."""
     layout: Layout
+    on_host: bool = False
+    """Whether the buffer is in RAM below a device, for the host to compute with."""
 
 
 class Tally(NamedTuple):
@@ -59,6 +63,8 @@ class _Serving:
     """Slot of each expert that was pinned."""
     late: set[int] = field(default_factory=set)
     """Those that a prefetch was bringing when they were needed."""
+    host: list[int] = field(default_factory=list)
+    """Pinned in RAM, for the host to compute, not handed out yet."""
     used: list[int] = field(default_factory=list)
     """Handed out and back, still pinned: a step that fits never evicts an expert of its own."""
 
@@ -79,8 +85,10 @@ class ExpertStore:
         *,
         disk: FileSource,
         below: Tier | None = None,
+        scheduler: MissScheduler | None = None,
     ) -> None:
         """`tier` is the fastest, `below` what it loads from, if any, `disk` the last source of all.
+        `scheduler` decides what the CPU computes instead; without one every miss is brought to `tier`.
 
         Every layer needs a slot at least, in each tier.
         """
@@ -94,13 +102,21 @@ class ExpertStore:
         """Tokens generated, counted by whoever generates."""
         self.below = below
         self._copies = tier.source if isinstance(tier.source, CopySource) else None
+        self.host: HostShare | None = None
+        """What the CPU computes beside a device; None: nothing."""
+        if scheduler is not None and below is not None and self._copies is not None:
+            self.host = HostShare(tier, below, self._copies, layouts, scheduler)
         self._disk = disk
         self._stall = dict.fromkeys(("demand", "late_prefetch", "disk", "cpu", "sync"), 0.0)
         self._waits: list[tuple[str, Waited]] = []
         self._leased = 0
 
     def serve(
-        self, layer: int, experts: Sequence[int], requested: Callable[[], None] | None = None
+        self,
+        layer: int,
+        experts: Sequence[int],
+        requested: Callable[[], None] | None = None,
+        tokens: Callable[[int], int] | None = None,
     ) -> Generator[list[Lease], None, None]:
         """Yield the experts (distinct, in the router's order) in groups, each as soon as it is readable.
 
@@ -109,26 +125,40 @@ class ExpertStore:
         of the first wave were requested: the place for prefetches. Close the iterator if it is not run to
         its end. One layer is served by one iterator at a time. Raises TransferError if an expert cannot be
         brought.
+
+        With `tokens`, how many each expert has, some groups may be for the host (Lease.on_host; never mixed
+        with others): their experts stay in RAM. These come when all has been handed out that the device
+        can be given, so that it computes and copies run meanwhile.
         """
         tier, cache = self.tier, self.tier.cache
         tier.poll()
         if cache.loading(layer):
             self._drop_unneeded(layer, experts)
         serving = _Serving(layer, list(experts))
-        waves = len(experts) > cache.slots(layer)
+        if self.host is not None and tokens is not None:
+            serving.host, serving.todo = self.host.divide(layer, experts, tokens)
+        promote = tokens
+        waves = len(serving.todo) > cache.slots(layer)
         if waves:
             self._present_first(serving)
         try:
-            while serving.todo or serving.waiting or serving.ready:
+            while serving.todo or serving.waiting or serving.ready or serving.host:
                 if serving.todo:
                     self._admit(serving)
                 if requested is not None:
                     requested()
                     requested = None
-                if serving.waiting:
+                if promote:
+                    self._promote(serving, experts, promote)
+                    promote = None
+                # A device is given what it has before it is told to wait for more.
+                if serving.waiting and not (serving.ready and self._copies is not None):
                     self._collect(serving)
                 if not serving.ready:
-                    self._wait(serving)
+                    if serving.host and tokens is not None:
+                        yield from self._lend(serving, tokens)
+                    else:
+                        self._wait(serving)
                     continue
                 # With more to come, one at a time: the slot that it frees loads while the next computes.
                 group = serving.ready[:1] if serving.todo else serving.ready
@@ -146,6 +176,39 @@ class ExpertStore:
             held = [*serving.used, *serving.ready, *serving.waiting]
             if held:
                 cache.release(layer, [expert for expert in held if cache.pins(layer, expert)])
+            if self.host is not None:
+                self.host.began()
+                self.host.release(layer, serving.host)
+
+    def _promote(self, serving: _Serving, experts: Sequence[int], tokens: Callable[[int], int]) -> None:
+        """The link may be idle, now that the step's own loads and the prefetches have been asked for."""
+        if self.host is not None and serving.host:
+            self.host.promote(serving.layer, serving.host, tokens, keep=experts)
+
+    def _lend(self, serving: _Serving, tokens: Callable[[int], int]) -> Generator[list[Lease], None, None]:
+        """Hand the host its experts: all at once, or one by one while others have still to be asked for."""
+        assert self.host is not None
+        assert self.below is not None
+        check_interrupt()
+        self.host.began()
+        layer, cache = serving.layer, self.below.cache
+        group = serving.host[:1] if serving.todo or serving.waiting else serving.host[:]
+        leases = []
+        for expert in group:
+            slot = cache.slot_of(layer, expert)
+            assert slot is not None
+            buffer = self.below.arena.buffer(layer, slot)
+            leases.append(Lease(expert, buffer, self.layouts[layer][expert], on_host=True))
+        self._leased += len(group)
+        start = self.host.scheduler.timeline.clock()
+        try:
+            yield leases
+            self.host.computed(layer, group, tokens, start)
+        finally:
+            del serving.host[: len(group)]
+            self.host.release(layer, group)
+            self._leased -= len(group)
+        self.tier.poll()
 
     def slots(self, layer: int) -> int:
         """Experts that the fastest tier holds of this layer."""
@@ -175,6 +238,12 @@ class ExpertStore:
     def add_stall(self, cause: str, seconds: float) -> None:
         """Charge a wait to a cause, a field of StallSeconds."""
         self._stall[cause] += seconds
+
+    def add_wait(self, cause: str, waited: Waited) -> None:
+        """Charge a wait of the device's stream to a cause, once it is known how long it was."""
+        self._waits.append((cause, waited))
+        if len(self._waits) > MOST_WAITS:
+            self._settle_waits(MOST_WAITS // 2)
 
     def tally(self) -> Tally:
         """Counts since load, for the record of each token: cheaper than `snapshot`."""
@@ -231,6 +300,8 @@ class ExpertStore:
         if not acquired.load and not acquired.joined:
             serving.ready += wave
             return
+        if self.host is not None:
+            self.host.admitted(layer, acquired)
         for expert in acquired.load:
             tier.bring(ExpertKey(layer, expert), serving.slots[expert], DEMAND)
         for expert in acquired.joined:
@@ -248,9 +319,7 @@ class ExpertStore:
                 serving.waiting.remove(expert)
                 serving.ready.append(expert)
             if waited is not None:
-                self._waits.append(("late_prefetch" if expert in serving.late else "demand", waited))
-        if len(self._waits) > MOST_WAITS:
-            self._settle_waits(MOST_WAITS // 2)
+                self.add_wait("late_prefetch" if expert in serving.late else "demand", waited)
 
     def _wait(self, serving: _Serving) -> None:
         """Block until something moves, at most WAIT_SECONDS; charge the time to what is waited for."""

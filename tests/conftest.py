@@ -147,6 +147,19 @@ def make_device() -> Callable[..., Any]:
     return device
 
 
+@pytest.fixture(scope="session")
+def any_scheduler() -> Callable[..., Any]:
+    """any_scheduler(seed=0, mode="auto") -> a MissScheduler that decides by chance (tests/store_rig.py)."""
+    made: Callable[..., Any] = load_module(Path(__file__).parent / "store_rig.py").AnyScheduler
+    return made
+
+
+@pytest.fixture(scope="session")
+def simulated() -> ModuleType:
+    """tests/simulated_machine.py: a CPU and a link whose true costs are known."""
+    return load_module(Path(__file__).parent / "simulated_machine.py")
+
+
 @pytest.fixture
 def make_rig(tmp_path: Path, make_device: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """make_rig("ram+disk", slots=3, seed=0, ...) -> a store with known experts (tests/store_rig.py).

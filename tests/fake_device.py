@@ -74,6 +74,24 @@ class FakeEvent:
     def synchronize(self) -> None:
         self.work.force()
 
+    def seconds(self) -> float:
+        """Any copy takes a tenth of a millisecond."""
+        assert self.happened, "a copy was asked for its time before its end"
+        return 1e-4
+
+
+class FakeIdle:
+    """The compute stream is given nothing: for a millisecond, if it comes to the end of what it has."""
+
+    def __init__(self, device: FakeDevice, stream: _Stream) -> None:
+        self._device = device
+        self._stream = stream
+        self._work = stream.add(lambda: None)
+
+    def end(self) -> FakeWait:
+        self._device.pass_time()
+        return FakeWait(self._stream.add(lambda: None), self._work.done)
+
 
 class FakeWait:
     """A wait of the compute stream: a millisecond where the event had not happened, else none."""
@@ -146,6 +164,9 @@ class FakeDevice:
         if not self._lazy:
             work.force()
         return FakeWait(work, blocked)
+
+    def idle(self) -> FakeIdle:
+        return FakeIdle(self, self._compute)
 
     def launch(self, buffer: torch.Tensor, kernel: Callable[[torch.Tensor], None]) -> None:
         """Give `buffer` to a kernel, which reads it when the compute stream comes to it."""

@@ -15,6 +15,9 @@ from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
 from moe_local.cache.stats import RouterLoad
 from moe_local.offload.quantize.layout import Layout, make_layout
+from moe_local.offload.schedule.costs import Costs, Work
+from moe_local.offload.schedule.scheduler import MissScheduler, Needed
+from moe_local.offload.schedule.split import Split
 from moe_local.offload.store import ExpertStore, Lease
 from moe_local.offload.tiers.arena import DeviceArena, HostArena
 from moe_local.offload.tiers.copies import CopySource
@@ -59,6 +62,7 @@ class Rig:
         device: Any = None,
         top_k: int = 2,
         seed: int = 0,
+        scheduler: Any = None,
     ) -> None:
         self.mode, self.num_layers, self.num_experts = mode, layers, experts
         rng = random.Random(seed)
@@ -75,7 +79,10 @@ class Rig:
         )
         routed = RouterLoad([experts] * layers, [top_k] * layers)
         self.ram = Tier(ExpertCache(ram, "lru", self.size), host, self.disk)
-        self.device = device
+        self.device, self.scheduler = device, scheduler
+        self.tokens: Callable[[int], int] = lambda expert: 1
+        self.on_host = 0
+        """Experts that were leased to the host."""
         try:
             self._wire(slots, strides, routed)
         except BaseException:
@@ -91,7 +98,9 @@ class Rig:
         self.copies = CopySource(self.ram, arena, self.device, lambda key: self.size(*key))
         cache = ExpertCache([slots] * self.num_layers, "lru", self.size)
         self.tier = Tier(cache, arena, self.copies, self.device)
-        self.store = ExpertStore(self.tier, self.layouts, routed, disk=self.disk, below=self.ram)
+        self.store = ExpertStore(
+            self.tier, self.layouts, routed, disk=self.disk, below=self.ram, scheduler=self.scheduler
+        )
         if self.mode == "ram":
             self.ram.preload()
             self.disk.starts.clear()
@@ -127,17 +136,35 @@ class Rig:
             assert right, f"wrong bytes for expert {layer}, {lease.expert}"
 
         buffer = lease.buffer[: lease.layout.nbytes]
-        if self.device is None:
+        if lease.on_host:
+            self._compute_on_host(ExpertKey(layer, lease.expert), buffer)
+        elif self.device is None:
             kernel(buffer)
         else:
             self.device.launch(buffer, kernel)
+
+    def _compute_on_host(self, key: ExpertKey, buffer: Any) -> None:
+        """The bytes are in RAM, and stay there whatever moves meanwhile."""
+        self.on_host += 1
+        assert buffer.untyped_storage().data_ptr() == self.ram.arena.buffer(0, 0).untyped_storage().data_ptr()
+        for _ in range(2):
+            assert buffer.numpy().tobytes() == self.content[key], f"wrong bytes for expert {key} in RAM"
+            assert self.ram.cache.pins(*key) > 0
+            self.tier.poll()
+            self.device.pass_time()
+
+    def serve(self, layer: int, experts: Sequence[int], requested: Callable[[], None] | None = None) -> Any:
+        """As the store's; with a scheduler the host may get its share."""
+        tokens = None if self.scheduler is None else self.tokens
+        return self.store.serve(layer, experts, requested, tokens)
 
     def step(
         self, layer: int, experts: Sequence[int], requested: Callable[[], None] | None = None
     ) -> list[list[int]]:
         """Serve to the end, checking every byte; the groups as they came."""
         groups = []
-        for group in self.store.serve(layer, experts, requested):
+        for group in self.serve(layer, experts, requested):
+            assert len({lease.on_host for lease in group}) == 1
             for lease in group:
                 self.check_lease(layer, lease)
             groups.append([lease.expert for lease in group])
@@ -180,6 +207,31 @@ class Rig:
         if self.device is not None:
             self.device.synchronize()
             assert self.device.faults == []
+
+
+class AnyScheduler(MissScheduler):
+    """Decides by chance, having asked the real one, whose bookkeeping it keeps busy."""
+
+    def __init__(self, seed: int = 0, mode: str = "auto") -> None:
+        costs = Costs(cpu={1: 1e9}, cpu_latency_s=1e-5, link=1e9, link_latency_s=1e-5, memory=1.5e9, gpu=1e11)
+        super().__init__(mode, costs)
+        self._random = random.Random(seed)
+
+    def split(self, needed: Sequence[Needed], resident: Sequence[Work]) -> Split:
+        chosen = super().split(needed, resident)
+        if self.mode == "cpu":
+            return chosen
+        share = self._random.choice((0.0, 0.5, 0.5, 1.0))
+        cpu, link = [], []
+        for missing in (*chosen.cpu, *chosen.link):
+            (cpu if self._random.random() < share else link).append(missing)
+        return Split(tuple(cpu), tuple(link), chosen.seconds)
+
+    def wants_input(self, input_bytes: int, expert: Work) -> bool:
+        return super().wants_input(input_bytes, expert) or self._random.random() < 0.8
+
+    def wants_promotion(self, work: Work) -> bool:
+        return super().wants_promotion(work) or self._random.random() < 0.5
 
 
 class ReadGate:

@@ -35,6 +35,9 @@ class Readable(Protocol):
     def buffer(self) -> torch.Tensor: ...
     @property
     def layout(self) -> Layout: ...
+    @property
+    def on_host(self) -> bool:
+        """Whether the bytes are in RAM while x is on a device: only a SharedStep takes these."""
 
 
 class LayerStep(Protocol):
@@ -48,5 +51,21 @@ class LayerStep(Protocol):
         """Compute experts that the routing names, each once. Their buffers are read until this returns, or
         on a device until its current stream has got past it."""
 
+    def accept(self, places: torch.Tensor, answers: torch.Tensor) -> None:
+        """Answers [n, D] fp32 of experts that were computed elsewhere, for these places, int64 [n].
+
+        Both on the device of x and read until this returns, or until its current stream has got past it.
+        """
+
     def result(self) -> torch.Tensor:
         """The weighted sum, [T, D] in the dtype of x, after every expert has been computed."""
+
+
+class Answers(Protocol):
+    """Computes experts of one forward of a layer on the CPU, without summing them up."""
+
+    def compute(self, group: Sequence[Readable], out: torch.Tensor) -> torch.Tensor:
+        """Compute experts whose bytes are in RAM into `out`, fp32 [n, D], n being their tokens in all.
+
+        Gives the places, int64 [n] on the CPU, where the rows of `out` belong. Blocks until it is done.
+        """

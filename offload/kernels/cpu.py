@@ -135,9 +135,13 @@ class CpuExperts:
 
     def begin(self, math: ExpertMath, x: torch.Tensor, routing: Routing, weights: torch.Tensor) -> CpuStep:
         """A LayerStep; see LayerKernels.begin."""
+        return CpuStep(self.answers(math, x, routing), weights)
+
+    def answers(self, math: ExpertMath, x: torch.Tensor, routing: Routing) -> CpuAnswers:
+        """Answers; see LayerKernels.answers."""
         gate = self._gates[math]
         assert gate is not None
-        return CpuStep(self, math, gate, x, routing, weights, rounding(self._activations, x.dtype))
+        return CpuAnswers(self, math, gate, x, routing, rounding(self._activations, x.dtype))
 
     def expert(self, buffer: torch.Tensor, layout: Layout, math: ExpertMath) -> Expert:
         """The expert in a slot. It is remembered by the slot's address, so one instance serves one store."""
@@ -151,8 +155,8 @@ class CpuExperts:
         return expert
 
 
-class CpuStep:
-    """A LayerStep in one call of the library a group; the last group's call sums up, too."""
+class CpuAnswers:
+    """Computes the answers of some experts to one input, in one call of the library a group."""
 
     def __init__(
         self,
@@ -161,59 +165,109 @@ class CpuStep:
         gate: Gate,
         x: torch.Tensor,
         routing: Routing,
-        weights: torch.Tensor,
         activations: int,
     ) -> None:
         self._experts = experts
         self._math = math
         self._gate = gate
-        self._x = x if x.is_contiguous() else x.contiguous()
-        self._routing = routing
-        self._weights = weights if weights.dtype is torch.float32 else weights.float()
-        if not self._weights.is_contiguous():
-            self._weights = self._weights.contiguous()
+        self.x = x if x.is_contiguous() else x.contiguous()
+        self.routing = routing
         self._activations = activations
-        self._outputs = torch.empty(len(routing.ids), x.shape[1], dtype=torch.float32)
-        self._combined = torch.empty_like(self._x)
-        self._left = len(routing.experts)
-        self._places: tuple[torch.Tensor, ...] = ()
-        """Of the group that is computed, while the library reads them."""
 
-    def compute(self, group: Sequence[Readable]) -> None:
+    def compute(self, group: Sequence[Readable], out: torch.Tensor) -> torch.Tensor:
+        starts, places = self.routing.places_of(readable.expert for readable in group)
+        tokens, rows = places.div(self.routing.top_k, rounding_mode="floor"), torch.arange(len(places))
+        self.run(group, starts, tokens.data_ptr(), rows.data_ptr(), out)
+        return places
+
+    def run(
+        self,
+        group: Sequence[Readable],
+        starts: Sequence[int],
+        tokens: Any,
+        rows: Any,
+        out: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        combined: torch.Tensor | None = None,
+    ) -> None:
+        """The i-th answer of the group is that to row tokens[i] of x and goes to row rows[i] of `out`, fp32;
+        with `weights` [T, K], fp32, rows are all places, and their weighted sums go to `combined` [T, D].
+
+        `tokens` and `rows` are int64 arrays as ctypes passes them: addresses, or arrays of its own.
+        """
         lib: Any = library()
-        starts, places, tokens = self._where([readable.expert for readable in group])
         structs = [self._experts.expert(r.buffer, r.layout, self._math) for r in group]
-        _check_width(self._x, structs[0].up)
-        self._left -= len(group)
-        last = self._left == 0
+        _check_width(self.x, structs[0].up)
         status = lib.moe_experts(
             (ctypes.c_void_p * len(group))(*map(ctypes.addressof, structs)),
             len(group),
             (ctypes.c_int64 * len(starts))(*starts),
             tokens,
-            places,
+            rows,
             ctypes.byref(self._gate),
-            self._x.data_ptr(),
-            self._x.shape[0],
-            self._outputs.data_ptr(),
-            self._weights.data_ptr() if last else None,
-            self._routing.top_k,
-            self._combined.data_ptr() if last else None,
-            DTYPES[self._x.dtype],
+            self.x.data_ptr(),
+            self.x.shape[0],
+            out.data_ptr(),
+            None if weights is None else weights.data_ptr(),
+            self.routing.top_k,
+            None if combined is None else combined.data_ptr(),
+            DTYPES[self.x.dtype],
             self._activations,
             kernel_threads(),
         )
         check(status)
 
-    def _where(self, experts: Sequence[int]) -> tuple[Sequence[int], Any, Any]:
-        """As Routing.places_of, and the tokens of those places: both as what ctypes passes as addresses."""
-        routing = self._routing
+
+class CpuStep:
+    """A LayerStep in one call of the library a group; the last group's call sums up, too."""
+
+    def __init__(self, answers: CpuAnswers, weights: torch.Tensor) -> None:
+        x, routing = answers.x, answers.routing
+        self._answers = answers
+        self._routing = routing
+        self._weights = weights if weights.dtype is torch.float32 else weights.float()
+        if not self._weights.is_contiguous():
+            self._weights = self._weights.contiguous()
+        self._outputs = torch.empty(len(routing.ids), x.shape[1], dtype=torch.float32)
+        self._combined = torch.empty_like(x)
+        self._left = len(routing.ids)
+        self._summed = False
+
+    def compute(self, group: Sequence[Readable]) -> None:
+        experts, routing = [readable.expert for readable in group], self._routing
         if routing.tokens == 1:
             numbers = ctypes.c_int64 * len(experts)
-            return range(len(experts) + 1), numbers(*map(routing.ids.index, experts)), numbers()
+            starts: Sequence[int] = range(len(experts) + 1)
+            self._run(group, starts, numbers(), numbers(*map(routing.ids.index, experts)))
+            return
         starts, places = routing.places_of(experts)
-        self._places = places, places.div(routing.top_k, rounding_mode="floor")
-        return starts, self._places[0].data_ptr(), self._places[1].data_ptr()
+        tokens = places.div(routing.top_k, rounding_mode="floor")
+        self._run(group, starts, tokens.data_ptr(), places.data_ptr())
+
+    def _run(self, group: Sequence[Readable], starts: Sequence[int], tokens: Any, places: Any) -> None:
+        self._left -= starts[-1]
+        self._summed = self._left == 0
+        weights, combined = (self._weights, self._combined) if self._summed else (None, None)
+        self._answers.run(group, starts, tokens, places, self._outputs, weights, combined)
+
+    def accept(self, places: torch.Tensor, answers: torch.Tensor) -> None:
+        self._outputs.index_copy_(0, places, answers)
+        self._left -= len(places)
 
     def result(self) -> torch.Tensor:
+        if not self._summed and len(self._routing.ids) > self._left == 0:
+            lib: Any = library()
+            tokens, top_k = self._weights.shape
+            sums = torch.empty(tokens, self._outputs.shape[1], dtype=torch.float32)
+            status = lib.moe_combine(
+                self._outputs.data_ptr(),
+                self._weights.data_ptr(),
+                tokens,
+                top_k,
+                self._outputs.shape[1],
+                sums.data_ptr(),
+            )
+            check(status)
+            self._combined.copy_(sums)
+            self._summed = True
         return self._combined

@@ -111,6 +111,9 @@ class GroupedStep:
         if few:
             self._launch(few)
 
+    def accept(self, places: torch.Tensor, answers: torch.Tensor) -> None:
+        self._outputs.index_copy_(0, places, answers)
+
     def result(self) -> torch.Tensor:
         self._launcher.combine(self._outputs, self._weights, self._combined)
         return self._combined

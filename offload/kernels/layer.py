@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moe_local.offload.kernels.contracts import ExpertMath, LayerStep, Readable
+from moe_local.offload.kernels.contracts import Answers, ExpertMath, LayerStep, Readable
 from moe_local.offload.kernels.cpu import CpuExperts
 from moe_local.offload.kernels.expert import ExpertKernels
 from moe_local.offload.kernels.grouped import GroupedExperts
@@ -45,6 +45,30 @@ class LayerKernels:
             )
         return OneByOne(self._each, math, x, routing, weights)
 
+    def answers(self, math: ExpertMath, x: torch.Tensor, routing: Routing, layout: Layout) -> Answers:
+        """What computes single answers from x [T, D] on the CPU, with the fastest kernels there are."""
+        if self._together.serves(math, x, layout):
+            return self._together.answers(math, x, routing)
+        return AnswersOneByOne(self._each, math, x, routing)
+
+
+class AnswersOneByOne:
+    """Answers that torch computes, expert after expert."""
+
+    def __init__(self, kernels: ExpertKernels, math: ExpertMath, x: torch.Tensor, routing: Routing) -> None:
+        self._kernels = kernels
+        self._math = math
+        self._x = x
+        self._routing = routing
+
+    def compute(self, group: Sequence[Readable], out: torch.Tensor) -> torch.Tensor:
+        starts, places = self._routing.places_of(readable.expert for readable in group)
+        rows = places.div(self._routing.top_k, rounding_mode="floor")
+        for readable, start, end in zip(group, starts, starts[1:], strict=False):
+            x = self._x.index_select(0, rows[start:end])
+            out[start:end] = self._kernels.forward(self._math, x, readable.buffer, readable.layout)
+        return places
+
 
 class OneByOne:
     """A LayerStep that computes expert after expert, with torch around each."""
@@ -80,6 +104,9 @@ class OneByOne:
                 y = self._kernels.forward(self._math, x, readable.buffer, readable.layout)
                 y = y.to(self._outputs.dtype)  # autocast gives its own
                 self._outputs.index_copy_(0, self._places[mine], y)
+
+    def accept(self, places: torch.Tensor, answers: torch.Tensor) -> None:
+        self._outputs.index_copy_(0, places, answers.to(self._outputs.dtype))
 
     def result(self) -> torch.Tensor:
         outputs = self._outputs.view(*self._weights.shape, -1)

@@ -28,6 +28,10 @@ class Routing:
         """How many tokens each expert of the layer has."""
         return torch.bincount(self._flat, minlength=self._num_experts).tolist()
 
+    def tokens_of(self, expert: int) -> int:
+        """How many tokens an expert that was chosen has."""
+        return 1 if self.tokens == 1 else self.counts[expert]
+
     @cached_property
     def sorted_places(self) -> torch.Tensor:
         """All places, int64 [T * K] on the CPU, by expert and then by token."""
@@ -40,6 +44,9 @@ class Routing:
 
     def places_of(self, experts: Iterable[int]) -> tuple[list[int], torch.Tensor]:
         """Where each expert's places start in their concatenation, with the end last; and that."""
+        if self.tokens == 1:
+            ranks = [self.ids.index(expert) for expert in experts]
+            return list(range(len(ranks) + 1)), torch.tensor(ranks)
         spans = [self.span(expert) for expert in experts]
         starts = [0, *accumulate(span.stop - span.start for span in spans)]
         return starts, torch.cat([self.sorted_places[span] for span in spans])

@@ -84,6 +84,24 @@ def measure(folder: Path, device: torch.device | None = None) -> Bandwidths:
     return replace(Bandwidths(disk_cached=cached), **found, measured=frozenset(found))  # type: ignore[arg-type]
 
 
+def measure_links(known: Bandwidths, device: torch.device) -> Bandwidths:
+    """`known`, with what it only assumes of RAM, a CUDA `device`'s memory and the link between measured.
+
+    About a second. What a device has no memory left for keeps its default.
+    """
+    rates: dict[str, Callable[[], float]] = {
+        "ram": ram_bandwidth,
+        "h2d": lambda: h2d_bandwidth(device),
+        "vram": lambda: vram_bandwidth(device),
+    }
+    found: dict[str, float] = {}
+    for name, rate in rates.items():
+        if known.assumed([name]):
+            with contextlib.suppress(RuntimeError):  # CUDA is out of memory, for one
+                found[name] = rate()
+    return replace(known, **found, measured=known.measured | frozenset(found))  # type: ignore[arg-type]
+
+
 def ram_bandwidth(nbytes: int = RAM_BUFFER) -> float:
     """Bytes/s of reading a buffer beyond the last cache with all of torch's threads."""
     buffer = torch.ones(nbytes // 8, dtype=torch.int64)

@@ -32,6 +32,7 @@ class Arena:
             self._buffers.append([memory[start : start + stride] for start in self._offsets[-1]])
             offset += count * stride
         self.strides = tuple(strides)
+        self.device = memory.device
 
     def buffer(self, layer: int, slot: int) -> torch.Tensor:
         """uint8 [strides[layer]], a view of the slot."""

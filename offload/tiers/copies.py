@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from moe_local.cache.errors import TransferError
 from moe_local.cache.keys import ExpertKey
@@ -14,6 +15,16 @@ from moe_local.offload.tiers.transfer import Load, LoadState
 
 POLL_SECONDS = 0.0003
 """How often copies are looked at while a read from disk is waited for: nothing wakes a host for both."""
+
+
+class Watch(Protocol):
+    """Whoever wants to know what the link does."""
+
+    def issued(self, key: ExpertKey, nbytes: int) -> None:
+        """A copy was given to the link."""
+
+    def copied(self, key: ExpertKey, nbytes: int, seconds: float) -> None:
+        """A copy has ended, which ran for so long. In the order in which they were issued."""
 
 
 class CopyLoad(Load):
@@ -40,6 +51,7 @@ class CopySource:
     def __init__(self, lower: Tier, arena: Arena, device: Device, nbytes: Callable[[ExpertKey], int]) -> None:
         self.finished: deque[Load] = deque()
         self.bytes_copied = 0
+        self.watch: Watch | None = None
         self._lower = lower
         self._arena = arena
         self._device = device
@@ -53,6 +65,11 @@ class CopySource:
         event = self._device.record()
         for slot in slots:
             self._readers[layer, slot] = event
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is on its way, as far as was seen when it was last polled."""
+        return bool(self._waiting or self._copying)
 
     def start(self, key: ExpertKey, slot: int, priority: int) -> Load:
         load = CopyLoad(key, self._nbytes(key), priority, slot)
@@ -81,6 +98,8 @@ class CopySource:
         for load in [load for load in self._copying if load.event is not None and load.event.query()]:
             self._copying.remove(load)
             load.moved = load.nbytes
+            if self.watch is not None and load.event is not None:
+                self.watch.copied(load.key, load.nbytes, load.event.seconds())
             self._release_lower(load)
             self._finish(load, LoadState.DONE)
 
@@ -161,6 +180,8 @@ class CopySource:
         self._waiting.remove(load)
         self._copying.append(load)
         self.bytes_copied += load.nbytes
+        if self.watch is not None:
+            self.watch.issued(load.key, load.nbytes)
 
     def _release_lower(self, load: CopyLoad) -> None:
         if load.lower_held:

@@ -39,6 +39,20 @@ class Waited(Protocol):
         """How long the stream stood still; blocks the host until it knows."""
 
 
+class Copied(Event, Protocol):
+    """The end of a copy."""
+
+    def seconds(self) -> float:
+        """How long the copy ran, what it waited for not counted. Only once it has happened."""
+
+
+class Idle(Protocol):
+    """A moment from which on the compute stream has nothing new to do."""
+
+    def end(self) -> Waited:
+        """The stream is given work again now: how long it had none."""
+
+
 class Device(Protocol):
     """A device with memory of its own, one compute stream and one copy stream."""
 
@@ -47,7 +61,7 @@ class Device(Protocol):
     def allocate(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes] in device memory, uninitialized. Raises DoesNotFitError."""
 
-    def copy(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None) -> Copied:
         """Copy host bytes to the device on the copy stream, once `after` has happened.
 
         Returns at once. Both buffers must stay untouched until the returned event has happened.
@@ -58,6 +72,9 @@ class Device(Protocol):
 
     def wait(self, event: Event) -> Waited:
         """Make later work of the compute stream wait for the event. Does not block the host."""
+
+    def idle(self) -> Idle:
+        """The host turns to something else: from here on the compute stream has only what it was given."""
 
 
 class CudaDevice:
@@ -77,14 +94,15 @@ class CudaDevice:
                 f"{format_bytes(free)} are free; close other programs on the card or set a smaller --vram"
             ) from error
 
-    def copy(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None) -> Copied:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self._copy_stream):
             if after is not None:
                 self._copy_stream.wait_event(cast(torch.cuda.Event, after))
+            begin.record(self._copy_stream)
             destination.copy_(source, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(self._copy_stream)
-        return event
+            end.record(self._copy_stream)
+        return CudaCopy(begin, end)
 
     def record(self) -> Event:
         event = torch.cuda.Event()
@@ -92,12 +110,44 @@ class CudaDevice:
         return event
 
     def wait(self, event: Event) -> Waited:
-        stream = torch.cuda.current_stream(self.torch_device)
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record(stream)
-        stream.wait_event(cast(torch.cuda.Event, event))
-        after.record(stream)
-        return CudaWait(before, after)
+        idle = self.idle()
+        end = event.end if isinstance(event, CudaCopy) else cast(torch.cuda.Event, event)
+        torch.cuda.current_stream(self.torch_device).wait_event(end)
+        return idle.end()
+
+    def idle(self) -> CudaIdle:
+        return CudaIdle(torch.cuda.current_stream(self.torch_device))
+
+
+class CudaCopy:
+    """A copy between two timing events of the copy stream."""
+
+    def __init__(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
+        self._begin = begin
+        self.end = end
+
+    def query(self) -> bool:
+        return bool(self.end.query())
+
+    def synchronize(self) -> None:
+        self.end.synchronize()
+
+    def seconds(self) -> float:
+        return float(self._begin.elapsed_time(self.end)) / 1000
+
+
+class CudaIdle:
+    """A timing event of the compute stream, and later another one."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._before = torch.cuda.Event(enable_timing=True)
+        self._before.record(stream)
+
+    def end(self) -> CudaWait:
+        after = torch.cuda.Event(enable_timing=True)
+        after.record(self._stream)
+        return CudaWait(self._before, after)
 
 
 class CudaWait:

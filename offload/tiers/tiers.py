@@ -74,6 +74,10 @@ class Tier:
         """What a wait for this expert's load is charged to: a field of StallSeconds."""
         return self._loads[key].cause
 
+    def copying(self, key: ExpertKey) -> bool:
+        """Whether the copy of an expert under way has been issued, so that it will come by itself."""
+        return self._loads[key].event is not None
+
     @property
     def loading(self) -> bool:
         """Whether anything is under way."""

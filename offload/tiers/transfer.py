@@ -21,7 +21,7 @@ import xxhash
 
 from moe_local.cache.errors import TransferError
 from moe_local.cache.keys import ExpertKey
-from moe_local.offload.tiers.device import Event
+from moe_local.offload.tiers.device import Copied
 
 DEMAND = 0
 """Priority of a load that a kernel waits for; prefetches are 1 and up, farther layers higher."""
@@ -67,7 +67,7 @@ class Load:
         self.moved = 0
         """Bytes read or copied so far."""
         self.error: TransferError | None = None
-        self.event: Event | None = None
+        self.event: Copied | None = None
         """The end of its copy, once the copy has been issued; None for loads that end in host memory."""
         self.cause = "disk"
         """What a wait for this load is charged to, a field of StallSeconds."""

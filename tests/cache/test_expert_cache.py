@@ -227,6 +227,50 @@ def test_reserve_declines_what_is_present_or_has_no_room() -> None:
     assert cache.stats.prefetch.issued == 1
 
 
+def test_what_is_passed_over_is_a_miss_and_changes_nothing() -> None:
+    cache = _filled(2, 1, 2)
+    cache.pass_over(0, [3, 4])
+    assert (cache.stats.hits, cache.stats.misses) == (0, 2)
+    assert set(cache.residents(0)) == {1, 2}
+    assert cache.pins(0, 3) == 0
+    with pytest.raises(CacheStateError, match="expert 1 is resident"):
+        cache.pass_over(0, [5, 1])
+    assert cache.stats.misses == 2
+
+
+def test_a_prefetch_that_is_passed_over_was_late_and_goes_on() -> None:
+    cache = _filled(2, 1)
+    cache.reserve(0, 2)
+    cache.pass_over(0, [2])
+    assert (cache.stats.misses, cache.stats.prefetch_late) == (1, 1)
+    assert cache.loading(0) == (2,)
+    assert cache.prefetching(0) == ()
+    cache.complete(0, 2)
+    _step(cache, [2])
+    assert (cache.stats.hits, cache.stats.prefetch_used) == (1, 0)
+
+
+def test_promotion_takes_an_empty_slot_or_the_coldest_and_is_no_prefetch() -> None:
+    cache = _filled(3, 1, 2)
+    first = cache.promote(0, 3)
+    assert first is not None
+    assert first.victim is None
+    cache.complete(0, 3)
+    second = cache.promote(0, 4, keep=[1])
+    assert second == (cache.slot_of(0, 4), 2)
+    assert cache.promote(0, 4) is None
+    assert cache.promote(0, 5, keep=[1, 3]) is None  # 4 is loading
+    assert cache.stats.prefetch == PrefetchStats()
+    assert (cache.stats.evictions, cache.stats.misses) == (1, 0)
+
+
+def test_an_acquisition_names_its_victims() -> None:
+    cache = _filled(3, 1, 2)
+    acquired = cache.acquire(0, [2, 3, 4])
+    assert acquired.load == (3, 4)
+    assert acquired.victims == (1,)
+
+
 def test_preload_counts_nothing() -> None:
     cache = _filled(2, 1, 2)
     assert (cache.stats.hits, cache.stats.misses, cache.stats.evictions) == (0, 0, 0)

@@ -61,12 +61,43 @@ def test_ids_do_not_depend_on_cache_or_prefetch(
     for slots in (2, 3, 8):
         for prefetch in ("off", "router"):
             with moe_local.load(
-                folder, device="cuda", slots=slots, prefetch=prefetch, experts="fp32", dense="fp32"
+                folder,
+                device="cuda",
+                slots=slots,
+                prefetch=prefetch,
+                miss="fetch",
+                experts="fp32",
+                dense="fp32",
             ) as model:
                 mask = torch.ones_like(ids)
                 got = model.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False)
                 assert torch.equal(got.cpu(), expected), (slots, prefetch)
                 model.check_integrity()
+
+
+@pytest.mark.parametrize("miss", ["auto", "cpu"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_the_cpu_computes_misses_within_rounding(
+    make_checkpoint: Callable[..., Path], tiny_models: ModuleType, miss: str, tokens: int
+) -> None:
+    """fp32 on both sides: the logits differ by the order of sums, 1e-4 of the largest at most."""
+    folder = make_checkpoint("mixtral")
+    ids = torch.randint(3, tiny_models.VOCAB, (1, tokens), generator=torch.Generator().manual_seed(1))
+    logits = []
+    for how in ("fetch", miss):
+        with (
+            moe_local.load(folder, device="cuda", slots=2, miss=how, experts="nf4", dense="fp32") as model,
+            torch.inference_mode(),
+        ):
+            for _ in range(4):
+                found = model.hf(ids.cuda()).logits.float().cpu()
+            logits.append(found)
+            stats = model.stats()
+            assert stats.misses > 0
+            if how == "cpu":
+                assert stats.stall.cpu > 0
+            model.check_integrity()
+    assert (logits[1] - logits[0]).abs().max() < 1e-4 * logits[0].abs().max()
 
 
 def test_int8_experts_give_the_ids_of_the_cpu(make_checkpoint: Callable[..., Path]) -> None:

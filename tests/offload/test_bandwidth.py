@@ -82,6 +82,19 @@ def test_without_direct_reads_the_disk_figure_says_cached(tmp_path, monkeypatch)
     assert cached
 
 
+def test_only_what_is_assumed_is_measured_and_a_full_device_keeps_its_default(monkeypatch):
+    def full(device: torch.device) -> float:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bandwidth, "ram_bandwidth", lambda: 5e10)
+    monkeypatch.setattr(bandwidth, "h2d_bandwidth", lambda device: 2e10)
+    monkeypatch.setattr(bandwidth, "vram_bandwidth", full)
+    known = Bandwidths(ram=1e10, disk=1e9, measured=frozenset({"ram", "disk"}))
+    found = bandwidth.measure_links(known, torch.device("cuda", 0))
+    assert (found.ram, found.h2d, found.disk, found.vram) == (1e10, 2e10, 1e9, bandwidth.DEFAULT_VRAM)
+    assert found.measured == {"ram", "h2d", "disk"}
+
+
 def test_what_is_saved_is_found_again(tmp_path):
     assert bandwidth.saved(tmp_path) == Bandwidths()
     figures = Bandwidths(ram=1.5e10, measured=frozenset({"ram"}))

@@ -155,11 +155,18 @@ def test_prompt_of_thousands_of_tokens(reference: Reference) -> None:
 
 
 def load_on_device(
-    folder: Path, device: Any, *, vram_slots: int, ram_slots: int, prefetch: str, policy: str = "lru"
+    folder: Path,
+    device: Any,
+    *,
+    vram_slots: int,
+    ram_slots: int,
+    prefetch: str,
+    policy: str = "lru",
+    miss: str = "fetch",
 ) -> moe_local.Model:
     """As `load` on a card: `vram_slots` experts a layer there, `ram_slots` in RAM, the rest on disk."""
     checkpoint = Checkpoint.open(folder)
-    options = LoadOptions(slots=vram_slots, prefetch=prefetch, policy=policy, context=64, **EXACT)
+    options = LoadOptions(slots=vram_slots, prefetch=prefetch, policy=policy, context=64, miss=miss, **EXACT)
     plan = plan_memory(
         Request(
             model=checkpoint.name,
@@ -195,6 +202,33 @@ def test_vram_over_ram_over_disk(
         assert (stats.misses > 0) == (mode != "resident")
         if mode == "offload":  # RAM holds all of them: read once, at load
             assert stats.bytes.disk == model.plan.bytes.experts_total
+
+
+@pytest.mark.parametrize("miss", ["auto", "cpu"])
+@pytest.mark.parametrize(("vram_slots", "ram_slots", "mode"), [(3, 8, "offload"), (2, 4, "disk")])
+def test_misses_computed_by_the_cpu(
+    mixtral_reference: Reference,
+    fake_device: ModuleType,
+    vram_slots: int,
+    ram_slots: int,
+    mode: str,
+    miss: str,
+) -> None:
+    """With a device whose kernels are the CPU's, nothing shows who computed what."""
+    with load_on_device(
+        mixtral_reference.folder,
+        fake_device.FakeDevice(seed=vram_slots, luck=0.2),
+        vram_slots=vram_slots,
+        ram_slots=ram_slots,
+        prefetch="router",
+        miss=miss,
+    ) as model:
+        assert model.plan.mode == mode
+        mixtral_reference.check(model)
+        stats = model.stats()
+        assert stats.misses > 0
+        if miss == "cpu" and mode == "offload":  # only promotions and prefetches were copied
+            assert stats.bytes.h2d < stats.misses * model.plan.bytes.expert
 
 
 @pytest.mark.slow

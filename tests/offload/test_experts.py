@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.spec import experts_modules
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.expert_file.expert_file import ExpertFile
-from moe_local.offload.experts import ExpertRunner, OffloadedExperts
+from moe_local.offload.experts import ExpertRunner, OffloadedExperts, to_host
+from moe_local.offload.kernels.shared import Staging, pack, unpack
 from moe_local.offload.prefetch.prefetch import Guess, NoPrefetch
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.store import ExpertStore
@@ -112,7 +114,9 @@ def converted(
 def make_store() -> Iterator[Callable[..., ExpertStore]]:
     stores: list[ExpertStore] = []
 
-    def make(made: Converted, slots: int, device: Any = None, ram_slots: int = 3) -> ExpertStore:
+    def make(
+        made: Converted, slots: int, device: Any = None, ram_slots: int = 3, scheduler: Any = None
+    ) -> ExpertStore:
         layers = len(made.checkpoint.spec.layers)
         if device is None:
             store = build_store(made.file, made.checkpoint.spec, ram_slots=[slots] * layers)
@@ -123,6 +127,7 @@ def make_store() -> Iterator[Callable[..., ExpertStore]]:
                 ram_slots=[ram_slots] * layers,
                 vram_slots=[slots] * layers,
                 device=device,
+                scheduler=scheduler,
             )
         stores.append(store)
         return store
@@ -231,6 +236,101 @@ def test_is_bit_equal_whatever_is_resident_and_whenever_experts_arrive(
             assert counts.misses > 0
             assert not guessing or (prefetcher.asked > 0 and counts.prefetch.issued > 0)
             assert device is None or device.faults == []
+
+
+@pytest.mark.parametrize("mode", ["auto", "cpu"])
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_is_bit_equal_whatever_the_host_computes(
+    converted: Callable[..., Converted],
+    make_store: Callable[..., ExpertStore],
+    make_device: Callable[..., Any],
+    any_scheduler: Callable[..., Any],
+    model_type: str,
+    format: str,
+    mode: str,
+) -> None:
+    """On the fake device both sides run the CPU's kernels, so their parts add up to the same bits."""
+    made = converted(model_type, format)
+    layers = len(made.modules)
+    everything = [
+        made.inputs(tokens, FORMATS[format], layer) for tokens in (1, 3, 40) for layer in range(layers)
+    ]
+    plain = attached(made, make_store(made, slots=8))
+    want = [plain[i % layers](*inputs) for i, inputs in enumerate(everything)]
+    for slots, ram_slots, seed in ((2, 8, 1), (1, 3, 2), (5, 6, 3)):
+        device = make_device(seed)
+        store = make_store(made, slots, device, ram_slots, any_scheduler(seed, mode))
+        prefetcher = WrongGuesses(store) if seed == 2 else NoPrefetch()
+        experts = attached(made, store, prefetcher)
+        shares = count_shares(store)
+        for _ in range(3):
+            for i, inputs in enumerate(everything):
+                assert torch.equal(experts[i % layers](*inputs), want[i]), (slots, ram_slots, i)
+                store.check_integrity()
+        assert shares["host"] > 0
+        assert mode == "cpu" or shares["device"] > 0
+        assert device.faults == []
+        assert store.snapshot().stall.cpu >= 0
+
+
+def count_shares(store: ExpertStore) -> Counter[str]:
+    """Experts that the host and the device will have computed."""
+    counts: Counter[str] = Counter()
+    assert store.host is not None
+    divide = store.host.divide
+
+    def counting(*args: Any) -> Any:
+        share = divide(*args)
+        counts.update(host=len(share.host), device=len(share.device))
+        return share
+
+    store.host.divide = counting  # type: ignore[method-assign]
+    return counts
+
+
+def test_the_device_waiting_for_the_cpu_is_a_stall(
+    converted: Callable[..., Converted],
+    make_store: Callable[..., ExpertStore],
+    make_device: Callable[..., Any],
+    any_scheduler: Callable[..., Any],
+) -> None:
+    """The fake device takes a millisecond for every time it runs out of work while the host computes."""
+    made = converted("mixtral", "nf4")
+    store = make_store(made, 2, make_device(luck=0.95), 8, any_scheduler(mode="cpu"))
+    assert store.below is not None
+    store.below.preload()
+    attached(made, store)[0](*made.inputs(1, torch.float32))
+    stats = store.snapshot()
+    assert stats.misses == 2
+    assert stats.stall.total == stats.stall.cpu == pytest.approx(0.001)
+
+
+def test_staging_keeps_what_it_is_told_to_and_serves_in_and_out_of_inference_mode() -> None:
+    staging = Staging(torch.device("cpu"))
+    with torch.inference_mode():
+        staging.reserve(8).copy_(torch.arange(8, dtype=torch.uint8))
+    grown = staging.reserve(1000, keep=8)
+    assert grown[:8].tolist() == list(range(8))
+    grown[8:] = 1
+    assert staging.reserve(16)[:8].tolist() == list(range(8))
+
+
+def test_ids_guesses_and_hidden_reach_the_host_in_one_transfer() -> None:
+    """From a device all three are packed into one tensor of bytes."""
+    index = torch.tensor([[3, 1], [2, 7]])
+    guesses = [torch.tensor([5, 6, 0])]
+    hidden = torch.randn(2, 6).bfloat16()
+    staging = Staging(torch.device("cpu"))
+    plain = to_host(index, guesses, hidden, staging)
+    assert plain.ids == [3, 1, 2, 7]
+    assert plain.guesses == [[5, 6, 0]]
+    assert plain.hidden is hidden
+    packed = unpack(staging.bring(pack(torch.tensor([3, 1, 2, 7, 5, 6, 0]), hidden)), 7, hidden)
+    assert packed.numbers == [3, 1, 2, 7, 5, 6, 0]
+    assert packed.hidden.dtype == torch.bfloat16
+    assert torch.equal(packed.hidden, hidden)
+    assert packed.hidden.data_ptr() != hidden.data_ptr()
 
 
 def test_counts_what_the_router_chose(

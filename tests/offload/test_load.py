@@ -26,6 +26,7 @@ from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan.fit import plan_memory
 from moe_local.offload.plan.plan import Request
 from moe_local.offload.prefetch.prefetch import NoPrefetch, RouterPrefetcher
+from moe_local.offload.schedule.costs import Costs
 from moe_local.offload.tiers import device as device_module
 
 torch.set_num_threads(1)
@@ -114,6 +115,33 @@ def test_planned_bytes_with_a_device(tiny_mixtral: Path, fake_device: ModuleType
     file = open_experts(checkpoint, "bf16")
     with assemble(checkpoint, file, plan, options, torch.device("cpu"), fake_device.FakeDevice()) as model:
         check_bytes(model)
+
+
+@pytest.mark.parametrize(("miss", "experts"), [("auto", "nf4"), ("cpu", "bf16"), ("fetch", "nf4")])
+def test_the_cpu_is_measured_where_it_may_have_to_compute(
+    tiny_mixtral: Path,
+    fake_device: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    miss: str,
+    experts: str,
+) -> None:
+    measured: dict[int, float] = {}
+    monkeypatch.setattr(
+        Costs, "set_cpu", lambda self, work, seconds: measured.update({work.tokens: seconds / work.nbytes})
+    )
+    checkpoint = Checkpoint.open(tiny_mixtral)
+    request = Request(
+        model="tiny", spec=checkpoint.spec, ram=GIB, vram=GIB, slots=3, context=256, experts=experts
+    )
+    plan = plan_memory(request).check()
+    options = LoadOptions(slots=3, context=256, experts=experts, miss=miss)
+    file = open_experts(checkpoint, experts)
+    device = fake_device.FakeDevice()
+    with assemble(checkpoint, file, plan, options, torch.device("cpu"), device) as model:
+        assert plan.mode == "offload"
+        assert (model._open().store.host is not None) == (miss != "fetch")
+        assert sorted(measured) == ([] if miss == "fetch" else [1, 4, 16])
+        assert all(0 < seconds < 1e-3 for seconds in measured.values())
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import itertools
 import os
 import random
 import threading
@@ -507,7 +508,7 @@ def perform(rig: Any, faults: Faults, operation: tuple[Any, ...]) -> None:
         rig.store.prefetch(layer, experts, distance=distance, budget_bytes=4096 * pages)
     elif what == "stop":
         layer, experts, groups = rest
-        serving = rig.store.serve(layer, experts)
+        serving = rig.serve(layer, experts)
         for _, group in zip(range(groups), serving, strict=False):
             for lease in group:
                 rig.check_lease(layer, lease)
@@ -515,7 +516,7 @@ def perform(rig: Any, faults: Faults, operation: tuple[Any, ...]) -> None:
     elif what == "throw":
         layer, experts, groups = rest
         with contextlib.suppress(ConsumerError):
-            for i, group in enumerate(rig.store.serve(layer, experts)):
+            for i, group in enumerate(rig.serve(layer, experts)):
                 for lease in group:
                     rig.check_lease(layer, lease)
                 if i == groups:
@@ -537,8 +538,10 @@ def perform(rig: Any, faults: Faults, operation: tuple[Any, ...]) -> None:
         rig.settle()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "lazy", "shared"),
+    [("disk", False, None), *itertools.product(MODES[1:], (False, True), (None, "auto", "cpu"))],
+)
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
 )
@@ -553,8 +556,10 @@ def test_any_sequence_of_events(
     make_rig: Make,
     make_device: Make,
     faults: Faults,
+    any_scheduler: Make,
     mode: str,
     lazy: bool,
+    shared: str | None,
     slots: int,
     ram_slots: int,
     seed: int,
@@ -562,7 +567,9 @@ def test_any_sequence_of_events(
     steps: list[tuple[Any, ...]],
 ) -> None:
     device = None if mode == "disk" else make_device(seed, luck, lazy=lazy)
-    rig = make_rig(mode, slots=slots, ram_slots=ram_slots, device=device)
+    scheduler = any_scheduler(seed, shared) if shared else None
+    rig = make_rig(mode, slots=slots, ram_slots=ram_slots, device=device, scheduler=scheduler)
+    rig.tokens = lambda expert: 1 + expert % 3
     account = Account(rig)
     for operation in steps:
         perform(rig, faults, operation)
@@ -576,9 +583,9 @@ def test_any_sequence_of_events(
     rig.close()
 
 
-def soak(make_rig: Make, mode: str, steps: int) -> None:
+def soak(make_rig: Make, mode: str, steps: int, scheduler: Any = None) -> None:
     """Random steps with guesses and aborted consumers: what the process holds must not grow."""
-    rig = make_rig(mode, slots=3, ram_slots=4, pages=1)
+    rig = make_rig(mode, slots=3, ram_slots=4, pages=1, scheduler=scheduler)
     rng = random.Random(0)
     process = psutil.Process()
     everything = list(range(EXPERTS))
@@ -591,7 +598,7 @@ def soak(make_rig: Make, mode: str, steps: int) -> None:
         for i in range(count):
             layer = i % LAYERS
             wanted = rng.sample(everything, 6 if rng.random() < 0.02 else 2)
-            serving = rig.store.serve(layer, wanted, guess(layer))
+            serving = rig.serve(layer, wanted, guess(layer))
             for group in serving:
                 if i % 16 == 0:
                     for lease in group:
@@ -622,6 +629,10 @@ def soak(make_rig: Make, mode: str, steps: int) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_leaks(make_rig: Make, mode: str) -> None:
     soak(make_rig, mode, 4_000 if mode == "ram+disk" else 8_000)
+
+
+def test_nothing_leaks_where_the_host_computes(make_rig: Make, any_scheduler: Make) -> None:
+    soak(make_rig, "ram+disk", 4_000, any_scheduler())
 
 
 @pytest.mark.slow

@@ -1,0 +1,148 @@
+"""What a missing expert costs on the CPU and on the link: measured at load, corrected by what happens."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+WEIGHT = 0.15
+"""How far an observation moves an estimate; some ten of them forget what was before."""
+LARGEST_STEP = 2.0
+"""An estimate is moved as if it had been wrong by this factor at most."""
+FLAT_TOKENS = 4
+"""Up to so many tokens the CPU kernel's time is that of reading the weights."""
+GPU_TOKENS = 64
+"""Up to so many tokens a GPU's time is that of reading the weights."""
+GPU_EFFICIENCY = 0.85
+"""Share of its memory's bandwidth that a GPU's kernels reach."""
+
+
+class Work(NamedTuple):
+    """One expert's part of a computation."""
+
+    nbytes: int
+    tokens: int
+
+
+class Estimate:
+    """A positive number that is observed again and again, some of the observations being nonsense.
+
+    Moves by the median of the last three observations, so that a single pause of the process changes
+    nothing, and in proportion, so that it cannot become negative.
+    """
+
+    __slots__ = ("_last", "value")
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self._last: deque[float] = deque(maxlen=3)
+
+    def saw(self, observed: float) -> None:
+        """Take note of one observation, above 0."""
+        self._last.append(observed)
+        middle = sorted(self._last)[(len(self._last) - 1) // 2]
+        ratio = min(max(middle / self.value, 1 / LARGEST_STEP), LARGEST_STEP)
+        self.value *= ratio**WEIGHT
+
+
+class Costs:
+    """Seconds of everything that the split of a layer's misses depends on.
+
+    The CPU: a call's latency, and seconds a byte for each power of two of tokens. The link: a copy's
+    latency, and seconds a byte. Both read the same memory: while both work, each is slowed down in the
+    proportion in which they ask for more than the memory gives. How much that is, is estimated for each
+    of the two from what it was seen to take beside the other; the memory's bandwidth is only where that
+    starts.
+    """
+
+    def __init__(
+        self,
+        *,
+        cpu: Mapping[int, float],
+        cpu_latency_s: float,
+        link: float,
+        link_latency_s: float,
+        memory: float,
+        gpu: float,
+    ) -> None:
+        """`cpu`: bytes/s of experts by their number of tokens, for one number at least; `link`, `memory`
+        (the host's) and `gpu` (reading its own memory): bytes/s."""
+        self.cpu_latency_s = cpu_latency_s
+        self.link_latency_s = link_latency_s
+        self._gpu = gpu
+        self._cpu = {_bucket(tokens): Estimate(1 / rate) for tokens, rate in sorted(cpu.items())}
+        self._link = Estimate(1 / link)
+        self._memory_of_cpu = Estimate(memory)
+        self._memory_of_link = Estimate(memory)
+
+    def set_cpu(self, work: Work, seconds: float) -> None:
+        """A call with so many bytes of experts, each with so many tokens, was measured on its own."""
+        reading = max(seconds - self.cpu_latency_s, seconds / 2)
+        self._cpu[_bucket(work.tokens)] = Estimate(reading / work.nbytes)
+
+    def cpu_seconds(self, work: Work) -> float:
+        """One expert on the CPU beside others, without the call's latency and with the memory to itself."""
+        return work.nbytes * self._cpu_estimate(work.tokens).value
+
+    def link_seconds(self, nbytes: int) -> float:
+        """One copy with the memory to itself."""
+        return self.link_latency_s + nbytes * self._link.value
+
+    def gpu_seconds(self, work: Work) -> float:
+        """One expert on the GPU. From the bandwidth of its memory alone: a small part of any miss."""
+        return work.nbytes / (GPU_EFFICIENCY * self._gpu) * max(1.0, work.tokens / GPU_TOKENS)
+
+    def slowdowns(self, cpu_rate: float) -> tuple[float, float]:
+        """(of a CPU that reads `cpu_rate` bytes/s while the link is busy, of the link meanwhile)."""
+        both = cpu_rate + 1 / self._link.value
+        return max(1.0, both / self._memory_of_cpu.value), max(1.0, both / self._memory_of_link.value)
+
+    def saw_cpu(self, work: Sequence[Work], seconds: float, beside_s: float) -> None:
+        """The CPU took so long for a call with these experts, and `beside_s` of it the link was busy."""
+        reading = sum(map(self.cpu_seconds, work))
+        alone, rate = self.cpu_latency_s + reading, sum(part.nbytes for part in work) / reading
+        own = self._own(seconds, alone, beside_s, self._memory_of_cpu, rate)
+        if own is None:
+            return
+        for bucket in {_bucket(part.tokens) for part in work}:
+            estimate = self._cpu_estimate(1 << bucket)
+            estimate.saw(estimate.value * own / alone)
+
+    def saw_copy(self, nbytes: int, seconds: float, beside_s: float, cpu_rate: float) -> None:
+        """A copy took so long, and `beside_s` of it the CPU computed, reading `cpu_rate` bytes/s alone."""
+        alone = self.link_seconds(nbytes)
+        own = self._own(seconds, alone, beside_s, self._memory_of_link, cpu_rate)
+        if own is not None:
+            self._link.saw(max(own - self.link_latency_s, own / 2) / nbytes)
+
+    def _own(
+        self, seconds: float, alone: float, beside_s: float, memory: Estimate, cpu_rate: float
+    ) -> float | None:
+        """What something that was slowed down for `beside_s` would have taken alone, if that can be told.
+
+        `alone` is what was expected of it. What it spent mostly beside the other tells of the memory, the
+        rest of its own speed; only if it was faster than alone it tells of both.
+        """
+        both, beside_s = cpu_rate + 1 / self._link.value, min(beside_s, seconds)
+        expected = max(1.0, both / memory.value)
+        if beside_s <= seconds / 2:
+            return seconds - beside_s * (1 - 1 / expected)
+        slowdown = 1 / (1 - min(max(seconds - alone, 0.0) / beside_s, 0.9))
+        if max(slowdown, expected) > 1.01:  # else both have what they ask for, and that says nothing
+            memory.saw(both / slowdown)
+        return seconds if seconds < alone else None
+
+    def _cpu_estimate(self, tokens: int) -> Estimate:
+        """Seconds a byte for so many tokens, derived from a neighbour where they were never seen."""
+        bucket = _bucket(tokens)
+        if bucket not in self._cpu:
+            near = min(self._cpu, key=lambda known: (abs(known - bucket), known))
+            scale = max(1 << bucket, FLAT_TOKENS) / max(1 << near, FLAT_TOKENS)
+            self._cpu[bucket] = Estimate(self._cpu[near].value * scale)
+        return self._cpu[bucket]
+
+
+def _bucket(tokens: int) -> int:
+    """1 -> 0, 2 and 3 -> 1, 4 to 7 -> 2, and so on."""
+    return tokens.bit_length() - 1

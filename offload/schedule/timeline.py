@@ -1,0 +1,92 @@
+"""What the link and the CPU did when, put together from what each can tell."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+
+class Span(NamedTuple):
+    start: float
+    end: float
+
+    def overlap(self, other: Span) -> float:
+        """Seconds that both cover."""
+        return max(0.0, min(self.end, other.end) - max(self.start, other.start))
+
+
+class _Copy(NamedTuple):
+    key: Hashable
+    nbytes: int
+    issued: float
+
+
+class Timeline:
+    """Copies, one after the other as they were issued, and the CPU's computations, in the host's clock.
+
+    The host knows when it issued a copy, and the device how long it ran; a copy began when it had been
+    issued and the one before it had ended. What is still on the link is counted with the seconds that
+    `expected` gives for its bytes.
+    """
+
+    def __init__(
+        self, expected: Callable[[int], float], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.clock = clock
+        self._expected = expected
+        self._pending: deque[_Copy] = deque()
+        self._free_at = 0.0
+        """When the last copy that has ended had ended."""
+        self._copies: deque[Span] = deque(maxlen=32)
+        self._computed: deque[Span] = deque(maxlen=32)
+
+    def issued(self, key: Hashable, nbytes: int) -> None:
+        """A copy was given to the link now."""
+        self._pending.append(_Copy(key, nbytes, self.clock()))
+
+    def ended(self, key: Hashable, seconds: float) -> Span:
+        """A copy has ended, which ran for so long."""
+        copy = next(copy for copy in self._pending if copy.key == key)
+        self._pending.remove(copy)
+        start = max(copy.issued, self._free_at)
+        self._free_at = min(start + seconds, self.clock())
+        self._copies.append(Span(self._free_at - seconds, self._free_at))
+        return self._copies[-1]
+
+    def computed(self, span: Span) -> None:
+        """The CPU computed experts during this span."""
+        self._computed.append(span)
+
+    def queue_seconds(self) -> float:
+        """How long the link will be busy with what was issued."""
+        return max(0.0, self._busy_until() - self.clock())
+
+    def arrivals(self) -> dict[Hashable, float]:
+        """When each copy under way will have ended, in seconds from now; 0 where that is overdue."""
+        now, at, found = self.clock(), self._free_at, {}
+        for copy in self._pending:
+            at = max(at, copy.issued) + self._expected(copy.nbytes)
+            found[copy.key] = max(0.0, at - now)
+        return found
+
+    def link_beside(self, span: Span) -> float:
+        """Seconds of a span of the CPU's in which the link was busy, or will turn out to have been."""
+        ended = sum(span.overlap(copy) for copy in self._copies)
+        at, pending = self._free_at, 0.0
+        for copy in self._pending:
+            begun = max(at, copy.issued)
+            at = begun + self._expected(copy.nbytes)
+            pending += span.overlap(Span(begun, max(at, span.end if copy is self._pending[-1] else at)))
+        return min(ended + pending, span.end - span.start)
+
+    def cpu_beside(self, span: Span) -> float:
+        """Seconds of a span of the link's in which the CPU computed experts."""
+        return sum(span.overlap(computed) for computed in self._computed)
+
+    def _busy_until(self) -> float:
+        at = self._free_at
+        for copy in self._pending:
+            at = max(at, copy.issued) + self._expected(copy.nbytes)
+        return at
