@@ -96,6 +96,11 @@ class ExpertCache:
         pool = self._pools[layer]
         return expert in pool.table and expert not in pool.loading
 
+    def has_all(self, layer: int, experts: Sequence[int]) -> bool:
+        """Whether all of these are resident, none of them and nothing else of the layer under way."""
+        pool = self._pools[layer]
+        return not pool.loading and all(expert in pool.table for expert in experts)
+
     def loading(self, layer: int) -> tuple[int, ...]:
         """Experts in flight, the longest waiting first."""
         return tuple(self._pools[layer].loading)

@@ -11,7 +11,7 @@ from torch import nn
 
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.interrupt import check as check_interrupt
-from moe_local.offload.interrupt import deferred
+from moe_local.offload.interrupt import deferred, is_deferred
 from moe_local.offload.kernels.contracts import LayerStep
 from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.kernels.routing import Routing
@@ -82,7 +82,8 @@ class OffloadedExperts(nn.Module):
             raise MoeLocalError(self._retired)
         if self._runner is None:
             return torch.zeros_like(hidden_states)
-        # The engine holds Ctrl-C back and needs no gradients itself, a plain call of the model does not.
+        if is_deferred() and not torch.is_grad_enabled():  # by the engine
+            return self._runner.run(self, hidden_states, top_k_index, top_k_weights)
         with deferred(), torch.no_grad():
             output = self._runner.run(self, hidden_states, top_k_index, top_k_weights)
         if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):

@@ -70,6 +70,11 @@ def deferred() -> Iterator[None]:
         _deferral.raise_pending()
 
 
+def is_deferred() -> bool:
+    """Whether SIGINT is held back already, or is not ours to hold back on this thread."""
+    return _deferral.active or not _on_main_thread()
+
+
 def check() -> None:
     """Raise the KeyboardInterrupt that `deferred()` holds back, if there is one. Costs 0.1 microseconds."""
     if _deferral.active and _deferral.presses and _on_main_thread():

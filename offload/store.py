@@ -134,6 +134,9 @@ class ExpertStore:
         tier.poll()
         if cache.loading(layer):
             self._drop_unneeded(layer, experts)
+        elif self.host is None and cache.has_all(layer, experts):
+            yield from self._serve_residents(layer, experts, requested)
+            return
         serving = _Serving(layer, list(experts))
         if self.host is not None and tokens is not None:
             serving.host, serving.todo = self.host.divide(layer, experts, tokens)
@@ -179,6 +182,26 @@ class ExpertStore:
             if self.host is not None:
                 self.host.began()
                 self.host.release(layer, serving.host)
+
+    def _serve_residents(
+        self, layer: int, experts: Sequence[int], requested: Callable[[], None] | None
+    ) -> Generator[list[Lease], None, None]:
+        """`serve` where nothing has to be brought: most steps of most models."""
+        cache, arena, layouts = self.tier.cache, self.tier.arena, self.layouts[layer]
+        slots = cache.acquire(layer, experts).slots
+        self._leased += len(slots)
+        try:
+            if requested is not None:
+                requested()
+            yield [
+                Lease(e, arena.buffer(layer, slot), layouts[e])
+                for e, slot in zip(experts, slots, strict=True)
+            ]
+        finally:
+            if self._copies is not None:
+                self._copies.read_by(layer, slots)
+            self._leased -= len(slots)
+            cache.release(layer, experts)
 
     def _promote(self, serving: _Serving, experts: Sequence[int], tokens: Callable[[int], int]) -> None:
         """The link may be idle, now that the step's own loads and the prefetches have been asked for."""

@@ -20,7 +20,7 @@ from torch import nn
 
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.offload import interrupt
-from moe_local.offload.engine.kv_slab import KVRows
+from moe_local.offload.engine.kv_slab import KVRows, cache_argument
 from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.threads import one_torch_thread
 
@@ -93,6 +93,7 @@ class Engine:
         self._forward_options: dict[str, Any] = {"use_cache": True}
         if "logits_to_keep" in inspect.signature(hf.forward).parameters:
             self._forward_options["logits_to_keep"] = 1
+        self._cache_argument = cache_argument(hf)
         self._fits_one_thread = self.device.type == "cpu" and all(
             module.weight.numel() <= SMALL_MATRIX for module in hf.modules() if isinstance(module, nn.Linear)
         )
@@ -232,7 +233,10 @@ class Engine:
         ids = torch.tensor([item.ids], device=self.device)
         positions = torch.arange(start, start + len(item.ids), device=self.device)[None]
         output = self.hf(
-            input_ids=ids, position_ids=positions, past_key_values=self.kv.row(row), **self._forward_options
+            input_ids=ids,
+            position_ids=positions,
+            **{self._cache_argument: self.kv.row(row)},
+            **self._forward_options,
         )
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits

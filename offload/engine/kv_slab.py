@@ -12,6 +12,7 @@ Letters: R rows, H key-value heads, C capacity, D width of a head, W sliding win
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -235,13 +236,19 @@ def can_slab(probe: Any) -> bool:
     )
 
 
+def cache_argument(model: Any) -> str:
+    """What the model's forward calls its cache; transformers 5.24 began to rename it."""
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
 @torch.inference_mode()
 def probe_cache(model: Any) -> Any:
     """A fresh DynamicCache of the model after one token: what each layer keeps, and in which shape."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     embeddings = model.get_input_embeddings().weight
     zero = torch.zeros((1, 1), dtype=torch.long, device=embeddings.device)
-    model(input_ids=zero, position_ids=zero, past_key_values=cache, use_cache=True)
+    model(input_ids=zero, position_ids=zero, use_cache=True, **{cache_argument(model): cache})
     return cache
 
 
