@@ -32,6 +32,11 @@ struct Phase {
   int64_t chunks = 0;
 };
 
+// Chunks that a thread does in order.
+struct Run {
+  int64_t first, count;
+};
+
 struct Job {
   Work work = nullptr;
   void* context = nullptr;
@@ -102,11 +107,9 @@ class Pool {
   void take_part(Job& job, int thread) {
     for (int p = 0; p < job.phases; ++p) {
       Phase& phase = job.phase[p];
-      for (;;) {
-        const int64_t chunk = phase.next.fetch_add(1, std::memory_order_relaxed);
-        if (chunk >= phase.chunks) break;
-        job.work(job.context, p, chunk, thread);
-        if (phase.done.fetch_add(1) + 1 == phase.chunks && job.asleep.load() > 0) {
+      for (Run run = claim(job, phase); run.count > 0; run = claim(job, phase)) {
+        for (int64_t c = 0; c < run.count; ++c) job.work(job.context, p, run.first + c, thread);
+        if (phase.done.fetch_add(run.count) + run.count == phase.chunks && job.asleep.load() > 0) {
           std::lock_guard<std::mutex> lock(mutex_);
           phase_done_.notify_all();
         }
@@ -114,6 +117,17 @@ class Pool {
       const bool last = p + 1 == job.phases;
       if (!last || thread == 0) wait_for(job, phase);
     }
+  }
+
+  // Long runs of chunks first, since what is asked of memory at the end of one is the start of the next; short
+  // ones at last, so that all threads end together.
+  static Run claim(const Job& job, Phase& phase) {
+    int64_t first = phase.next.load(std::memory_order_relaxed), count;
+    do {
+      if (first >= phase.chunks) return {first, 0};
+      count = std::max<int64_t>(1, (phase.chunks - first) / (4 * (job.helpers + 1)));
+    } while (!phase.next.compare_exchange_weak(first, first + count, std::memory_order_relaxed));
+    return {first, count};
   }
 
   void wait_for(Job& job, Phase& phase) {

@@ -6,9 +6,8 @@
 
 namespace {
 
-// A chunk's bytes of weights: each starts with a wait for memory and ends asking it for too much, so they are
-// long; but they have to end together, and a small matrix needs some for every thread.
-constexpr int64_t SMALLEST_CHUNK = 64 * 1024, LARGEST_CHUNK = 512 * 1024, CHUNKS = 16;
+// A chunk's bytes of weights: threads end together to within one, and a small matrix needs some for each.
+constexpr int64_t SMALLEST_CHUNK = 32 * 1024, LARGEST_CHUNK = 128 * 1024, CHUNKS = 32;
 constexpr int64_t BYTES_PER_THREAD = 1 << 17;  // less work than this is not worth waking a thread for
 constexpr int64_t TOKENS_PER_READ = 8;  // so many tokens take about as long as reading the weights once
 
