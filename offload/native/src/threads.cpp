@@ -119,8 +119,8 @@ class Pool {
     }
   }
 
-  // Long runs of chunks first, since what is asked of memory at the end of one is the start of the next; short
-  // ones at last, so that all threads end together.
+  // Long runs of chunks first, since what is asked of memory at the end of one is the start of the next;
+  // short ones at last, so that all threads end together.
   static Run claim(const Job& job, Phase& phase) {
     int64_t first = phase.next.load(std::memory_order_relaxed), count;
     do {
