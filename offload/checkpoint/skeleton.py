@@ -18,6 +18,7 @@ from moe_local.cache.errors import CheckpointError
 from moe_local.offload.checkpoint.spec import experts_modules, meta_model, model_class, quantized_weights
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.kernels.attention import use_single_query_attention
+from moe_local.offload.kernels.linear import use_native_linears
 from moe_local.offload.kernels.norm import use_native_norms
 from moe_local.offload.kernels.router import use_native_routers
 from moe_local.offload.kernels.token_attention import use_token_attention
@@ -95,6 +96,7 @@ def load_skeleton(
     model.eval().requires_grad_(False)
     use_single_query_attention(model)
     if device.type == "cpu":
+        use_native_linears(model)
         use_native_norms(model)
         use_native_routers(model)
         use_token_attention(model)

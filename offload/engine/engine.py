@@ -22,6 +22,7 @@ from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.offload import interrupt
 from moe_local.offload.engine.kv_slab import KVRows, cache_argument
 from moe_local.offload.engine.sampling import Settings
+from moe_local.offload.kernels.linear import NativeLinear
 from moe_local.offload.threads import one_torch_thread
 
 FEW_TOKENS, SHORT_CONTEXT, SMALL_MATRIX = 4, 2048, 1 << 20
@@ -95,7 +96,9 @@ class Engine:
             self._forward_options["logits_to_keep"] = 1
         self._cache_argument = cache_argument(hf)
         self._fits_one_thread = self.device.type == "cpu" and all(
-            module.weight.numel() <= SMALL_MATRIX for module in hf.modules() if isinstance(module, nn.Linear)
+            module.weight.numel() <= SMALL_MATRIX or isinstance(module, NativeLinear)
+            for module in hf.modules()
+            if isinstance(module, nn.Linear)
         )
         self.tokens = 0
         """New tokens so far, of all sequences."""

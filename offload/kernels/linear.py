@@ -1,4 +1,4 @@
-"""A linear layer of the dense part whose weight stays quantized, multiplied from its bytes on the CPU."""
+"""Linear layers of the dense part, multiplied on the CPU from their weights' bytes, quantized or not."""
 
 from __future__ import annotations
 
@@ -8,11 +8,42 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moe_local.offload.kernels.cpu import matrix_at, multiply, rounding, serves
-from moe_local.offload.native.library import DTYPES, Matrix
+from moe_local.offload.kernels.cpu import matrix_at, multiply, plain_matrix, rounding, serves
+from moe_local.offload.native.library import DTYPES, FLOATS, PLAIN, Matrix, library
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import TensorSpec
 from moe_local.offload.quantize.views import check_finite
+
+FEW_TOKENS = 4
+"""Up to so many the library reads a plain weight at the memory's speed; for more, torch is better."""
+
+
+def use_native_linears(model: nn.Module) -> None:
+    """Let the plain linear layers of `model` that lie in CPU memory multiply few tokens in the library."""
+    if library() is None:
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype in PLAIN:
+            module.__class__ = NativeLinear
+
+
+class NativeLinear(nn.Linear):
+    """nn.Linear whose product with few tokens, of the weight's dtype, is the library's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        weight = self.weight
+        if (
+            not 0 < x.numel() <= FEW_TOKENS * self.in_features
+            or x.dtype is not weight.dtype
+            or x.device.type != "cpu"
+            or not weight.is_contiguous()
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return super().forward(x)
+        y = multiply(plain_matrix(weight, self.bias), x.reshape(-1, x.shape[-1]), FLOATS)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 class QuantizedLinear(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from moe_local.offload.kernels.cpu import plain_matrix, rounding
-from moe_local.offload.kernels.linear import QuantizedLinear
+from moe_local.offload.kernels.linear import NativeLinear, QuantizedLinear
 from moe_local.offload.native.library import (
     DTYPES,
     HALVES,
@@ -303,7 +303,11 @@ def _matrix(linear: Any) -> Matrix:
 def _is_readable(linear: Any) -> bool:
     if isinstance(linear, QuantizedLinear):
         return True
-    return type(linear) is nn.Linear and linear.weight.dtype in PLAIN and linear.weight.is_contiguous()
+    return (
+        type(linear) in (nn.Linear, NativeLinear)
+        and linear.weight.dtype in PLAIN
+        and linear.weight.is_contiguous()
+    )
 
 
 def _epsilon(norm: Any) -> Any:

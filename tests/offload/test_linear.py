@@ -1,17 +1,19 @@
-"""The quantized linear layer of the dense part, against torch's own on the decoded weight."""
+"""The linear layers of the dense part, against torch's own on the same, or on the decoded, weight."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.kernels import cpu
-from moe_local.offload.kernels.linear import QuantizedLinear
+from moe_local.offload.kernels import cpu, linear
+from moe_local.offload.kernels.cpu import multiply
+from moe_local.offload.kernels.linear import NativeLinear, QuantizedLinear, use_native_linears
 from moe_local.offload.quantize.codec import codec_for
 
 torch.set_num_threads(1)
@@ -149,3 +151,41 @@ def test_bad_numbers_are_refused(name: str) -> None:
     values.view(-1)[5] = torch.nan
     with pytest.raises(CheckpointError, match=f"{name} has 1 of .* NaN"):
         layer.quantized(name, values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_plain_layer_takes_few_tokens_to_the_library(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all else to torch, with the same results but for the order of a sum."""
+    calls: list[tuple[int, ...]] = []
+
+    def noted(matrix: Any, x: torch.Tensor, activations: int) -> torch.Tensor:
+        calls.append(tuple(x.shape))
+        return multiply(matrix, x, activations)
+
+    monkeypatch.setattr(linear, "multiply", noted)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 70), nn.Linear(70, 30, bias=False)).to(dtype)
+    plain = copy.deepcopy(model)
+    use_native_linears(model)
+    assert all(isinstance(layer, NativeLinear) for layer in model)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    with torch.no_grad():
+        for shape, taken in (((100,), 2), ((1, 1, 100), 2), ((4, 100), 2), ((5, 100), 0), ((0, 100), 0)):
+            x = torch.randn(shape).to(dtype)
+            calls.clear()
+            got, want = model(x), plain(x)
+            assert got.shape == want.shape
+            assert got.dtype is dtype
+            assert torch.allclose(got.float(), want.float(), atol=4 * torch.finfo(dtype).eps)
+            assert len(calls) == taken
+        calls.clear()
+        double = copy.deepcopy(model).double()
+        assert double(torch.randn(1, 100).double()).dtype is torch.float64
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(torch.randn(1, 100).to(dtype))
+        with pytest.raises(RuntimeError):
+            model(torch.randn(1, 99).to(dtype))
+    assert model(torch.randn(1, 100).to(dtype)).requires_grad
+    assert calls == []
