@@ -36,6 +36,7 @@ class NativeLinear(nn.Linear):
         if (
             not 0 < x.numel() <= FEW_TOKENS * self.in_features
             or x.dtype is not weight.dtype
+            or x.dtype not in PLAIN
             or x.device.type != "cpu"
             or not weight.is_contiguous()
             or torch.is_grad_enabled()
