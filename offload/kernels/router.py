@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from moe_local.offload.kernels.cpu import plain_matrix
+from moe_local.offload.kernels.stand_in import stand_in
 from moe_local.offload.native.library import DTYPES, Matrix, check, library
 
 TRIALS = 32
@@ -35,37 +36,52 @@ def use_native_routers(model: nn.Module) -> None:
 class NativeRouter:
     """The library's call for one router. It holds the address of its weight, checked anew at each call."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, top_k: int) -> None:
-        self.weight, self.bias, self.top_k = weight, bias, top_k
+    def __init__(self, top_k: int) -> None:
+        self.top_k = top_k
         self.normalized = False
+        self.dtype = torch.float32
+        """Of the weights that it answers."""
+        self._where: tuple[Any, ...] | None = None
         self._matrix: Matrix | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> NativeRouter | None:
         """For a module with a router's parameters and nothing else."""
-        weight, bias, top_k = (getattr(module, name, None) for name in ("weight", "bias", "top_k"))
+        weight, top_k = (getattr(module, name, None) for name in ("weight", "top_k"))
         parameters = {name for name, _ in module.named_parameters()}
         if not isinstance(top_k, int) or not parameters or parameters - {"weight", "bias"}:
             return None
-        if (
-            any(True for _ in module.children())
-            or any(True for _ in module.buffers())
-            or weight is None
-            or weight.dim() != 2
-        ):
+        if any(True for _ in module.children()) or any(True for _ in module.buffers()):
             return None
-        if weight.dtype not in DTYPES or weight.device.type != "cpu" or not weight.is_contiguous():
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.dtype not in DTYPES:
             return None
-        return cls(weight, bias, top_k) if 1 <= top_k <= weight.shape[0] else None
+        router = cls(top_k) if 1 <= top_k <= weight.shape[0] else None
+        return router if router is not None and router.ready(module) else None
+
+    def ready(self, module: Any) -> bool:
+        """Take note of where the weight and bias of the module are now.
+
+        False if they are such as the library cannot read, or more experts are asked for than before.
+        """
+        weight, bias = module.weight, getattr(module, "bias", None)
+        where = weight.data_ptr(), weight.dtype, None if bias is None else bias.data_ptr()
+        if where != self._where:
+            if not _is_readable(weight) or (
+                bias is not None and (bias.shape != weight.shape[:1] or not _is_readable(bias))
+            ):
+                return False
+            self._where, self._matrix = where, plain_matrix(weight, bias)
+        return bool(module.top_k == self.top_k)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [1, D] of the weight's dtype -> logits [1, E], too, weights [1, K] fp32, experts [1, K] int64."""
+        """x [1, D] of the weight's dtype -> logits [1, E], too, weights [1, K], experts [1, K] int64.
+
+        Once `ready`.
+        """
         lib = library()
         assert lib is not None
-        address = self.weight.data_ptr()
-        if self._matrix is None or self._matrix.q != address:
-            self._matrix = plain_matrix(self.weight, self.bias)
-        logits = x.new_empty(1, self.weight.shape[0])
+        assert self._matrix is not None
+        logits = x.new_empty(1, self._matrix.rows)
         weights = torch.empty(1, self.top_k, dtype=torch.float32)
         experts = torch.empty(1, self.top_k, dtype=torch.int64)
         check(
@@ -80,23 +96,29 @@ class NativeRouter:
                 experts.data_ptr(),
             )
         )
-        return logits, weights, experts
+        return logits, weights if self.dtype is torch.float32 else weights.to(self.dtype), experts
 
     def agrees(self, module: nn.Module) -> bool:
         """Whether the module answers the same, with weights that sum to one or not; takes note of which."""
+        tokens = self._tokens(module)
         for normalized in (False, True):
             self.normalized = normalized
-            if all(self._agrees_on(module, x) for x in self._tokens()):
+            if all(self._agrees_on(module, x) for x in tokens):
                 return True
         return False
 
-    def _tokens(self) -> torch.Tensor:
+    def __getstate__(self) -> dict[str, Any]:
+        """Without addresses, which a copy does not share."""
+        return {**self.__dict__, "_where": None, "_matrix": None}
+
+    def _tokens(self, module: nn.Module) -> torch.Tensor:
         """[TRIALS, 1, D]: tokens that make some routers sure of themselves and others not."""
         generator = torch.Generator().manual_seed(5)
-        weight = self.weight.detach().float()
+        given: Any = module.weight
+        weight: torch.Tensor = given.detach().float()
         x = torch.randn(TRIALS, 1, weight.shape[1], generator=generator, dtype=torch.float32)
         sizes = torch.logspace(-1, 1, TRIALS, dtype=torch.float32)[:, None, None]
-        return (x * sizes / weight.square().sum(dim=1).mean().sqrt().clamp_min(1e-6)).to(self.weight.dtype)
+        return (x * sizes / weight.square().sum(dim=1).mean().sqrt().clamp_min(1e-6)).to(given.dtype)
 
     def _agrees_on(self, module: nn.Module, x: torch.Tensor) -> bool:
         with torch.no_grad():
@@ -106,23 +128,33 @@ class NativeRouter:
                 return False
             if not isinstance(wanted, tuple) or len(wanted) != 3 or not all(map(torch.is_tensor, wanted)):
                 return False
+            self.dtype = wanted[1].dtype
             got = self(x)
             if any(a.shape != b.shape for a, b in zip(got, wanted, strict=True)):
                 return False
             if got[0].dtype is not wanted[0].dtype or got[2].dtype is not wanted[2].dtype:
                 return False
-            step = 4 * torch.finfo(x.dtype).eps
-            logits = (got[0].float() - wanted[0].float()).abs() <= step * (1 + wanted[0].float().abs())
-            chosen = wanted[0].float().gather(1, got[2]), wanted[0].float().gather(1, wanted[2])
-            same = (chosen[0] - chosen[1]).abs() <= step * (1 + chosen[1].abs())  # equals may change places
-            weights = (got[1] - wanted[1].float()).abs() <= max(step, 1e-5) * 8
-            return bool(logits.all() and same.all() and weights.all())
+            theirs = wanted[0].float()
+            steps = 32 if x.dtype is torch.float32 else 4  # sums of thousands, or one rounding of them
+            allowed = steps * torch.finfo(x.dtype).eps * (1 + theirs.abs().max())
+            logits = (got[0].float() - theirs).abs() <= allowed
+            # equals may change places
+            same = (theirs.gather(1, got[2]) - theirs.gather(1, wanted[2])).abs() <= allowed
+            # Weights of its own logits: ours are not as close where these are rounded to 16 bits.
+            weights = theirs.softmax(-1).gather(1, wanted[2])
+            if self.normalized:
+                weights = weights / weights.sum(-1, keepdim=True)
+            off = (weights - wanted[1].float()).abs()
+            exact = off <= 1e-6 + 2 * torch.finfo(self.dtype).eps * weights
+            return bool(logits.all() and same.all() and exact.all())
+
+
+def _is_readable(weight: torch.Tensor) -> bool:
+    return weight.dtype in DTYPES and weight.is_cpu and weight.is_contiguous()
 
 
 @cache
 def _native(cls: Any) -> Any:
-    """A subclass of a router's class: hooks and `isinstance` find what they look for."""
-
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         x, weight = hidden_states, self.weight
         if (
@@ -130,11 +162,12 @@ def _native(cls: Any) -> Any:
             or kwargs
             or x.numel() != weight.shape[1]
             or x.dtype is not weight.dtype
-            or x.device.type != "cpu"
+            or not x.is_cpu
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
+            or not self._native_router.ready(self)
         ):
             return cls.forward(self, hidden_states, *args, **kwargs)
         return self._native_router(x.contiguous())
 
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+    return stand_in(cls, _native, forward)

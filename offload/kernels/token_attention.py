@@ -13,6 +13,7 @@ from torch import nn
 
 from moe_local.offload.kernels.cpu import plain_matrix, rounding
 from moe_local.offload.kernels.linear import NativeLinear, QuantizedLinear
+from moe_local.offload.kernels.stand_in import stand_in
 from moe_local.offload.native.library import (
     DTYPES,
     HALVES,
@@ -32,6 +33,9 @@ PARTS = {*PROJECTIONS, "q_norm", "k_norm"}
 
 HISTORY = 5
 """Earlier positions that an attention is tried with."""
+
+FAR = 1_000_000
+"""The position that it is told, behind all that models were trained on first and scale what lies beyond."""
 
 
 class Place(NamedTuple):
@@ -61,22 +65,20 @@ def use_token_attention(model: Any) -> None:
     """
     if library() is None or model.device.type != "cpu":
         return
-    known: dict[Any, _Way | None] = {}
+    ways: list[_Way] = []
     for module, arguments in _calls(model):
-        calls = TokenAttention.of(module)
+        calls = TokenAttention.of(module, arguments["hidden_states"].dtype)
         if calls is None:
             continue
-        kind = _kind(module)
-        if kind not in known:
-            known[kind] = next(
-                (way for way in _ways(arguments) if _agrees(module, calls, way, arguments)), None
-            )
-        way = known[kind]
-        if way is not None:
-            calls.take(way)
-            module._token_attention = calls
-            cls: Any = type(module)
-            module.__class__ = _direct(cls)
+        # Layers of a model mostly turn their heads alike, but each is tried: what looks alike may still ask
+        # which layer it is.
+        for way in (*ways, *_ways(arguments)):
+            if _agrees(module, calls, way, arguments):
+                ways = [way]
+                module._token_attention = calls
+                cls: Any = type(module)
+                module.__class__ = _direct(cls)
+                break
 
 
 class _Way(NamedTuple):
@@ -87,54 +89,66 @@ class _Way(NamedTuple):
     shared: bool
 
 
+class _Shape(NamedTuple):
+    """What of a module's parts the library has to know beside their addresses."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    epsilon: float
+
+
 class TokenAttention:
     """The library's call for one attention module. It holds addresses of the module's weights, checked anew
     at each call."""
 
-    def __init__(self, module: Any, shape: tuple[int, int, int]) -> None:
-        """`shape`: heads, heads of keys, width of a head."""
-        self._linears = [getattr(module, name) for name in PROJECTIONS]
-        self._norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
-        self._sinks = getattr(module, "sinks", None)
+    def __init__(self, module: Any, shape: _Shape) -> None:
+        self._parts = list(module.named_children())
+        self._shape = shape
+        self._scaling = module.scaling
+        self._way = _Way(0, HALVES, False)
         self._struct = Attention()
-        self._struct.heads, self._struct.kv_heads, self._struct.width = shape
-        self._struct.scaling = module.scaling
-        self._struct.epsilon = next((_epsilon(norm) for norm in self._norms if norm is not None), 0.0)
-        self._addresses: list[int] = []
-        linear = self._linears[0]
+        self._where: list[Any] | None = None
+        linear = module.q_proj
         self._activations = linear.activations if isinstance(linear, QuantizedLinear) else "native"
 
     @classmethod
-    def of(cls, module: Any) -> TokenAttention | None:
-        """For a module that is built as the library expects; whether it computes the same is not said."""
-        if not {name for name, _ in module.named_children()} <= PARTS:
-            return None
-        parameters = {name for name, _ in module.named_parameters(recurse=False)}
-        if not parameters <= {"sinks"} or not isinstance(getattr(module, "scaling", None), float):
-            return None
-        linears: list[Any] = [getattr(module, name, None) for name in PROJECTIONS]
-        if not all(_is_readable(linear) for linear in linears):
-            return None
-        q, k, _v, o = linears
-        width = getattr(module, "head_dim", None)
-        if not isinstance(width, int) or q.out_features % width or k.out_features % width or width % 16:
-            return None
-        for norm in (getattr(module, name, None) for name in ("q_norm", "k_norm")):
-            if norm is not None and (_epsilon(norm) is None or norm.weight.shape != (width,)):
-                return None
-        if q.in_features != o.out_features:
-            return None
-        return cls(module, (q.out_features // width, k.out_features // width, width))
+    def of(cls, module: Any, dtype: torch.dtype) -> TokenAttention | None:
+        """For a module that is built as the library expects and given numbers of `dtype`; whether it computes
+        the same is not said."""
+        shape = _shape(module, dtype)
+        return None if shape is None else cls(module, shape)
 
     def take(self, way: _Way) -> None:
         """Turn heads in this way from now on."""
-        self._struct.rotated, self._struct.rotation, self._struct.shared = way
+        self._way, self._where = way, None
+
+    def ready(self, module: Any, dtype: torch.dtype) -> bool:
+        """Take note of where the weights of the module are now, before a call for numbers of `dtype`.
+
+        False for a module that is not any more what it was: parts are replaced or have hooks, or their
+        weights are such as the library cannot read.
+        """
+        where: list[Any] = [dtype]
+        modules = module._modules
+        for name, part in self._parts:
+            if modules.get(name) is not part or part._forward_hooks or part._forward_pre_hooks:
+                return False
+            where += map(_address, part._parameters.values())
+        where += map(_address, module._parameters.values())
+        if where != self._where:
+            if _shape(module, dtype) != self._shape:
+                return False
+            self._struct, self._where = self._read(module, dtype), where
+        return True
 
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, place: Place) -> torch.Tensor:
-        """x [1, 1, D], cos and sin [1, 1, angles], all of one dtype -> [1, 1, D]; writes key and value."""
+        """x [1, 1, D], cos and sin [1, 1, angles], all of one dtype -> [1, 1, D]; writes key and value.
+
+        Once `ready`.
+        """
         lib = library()
         assert lib is not None
-        self._find(x.dtype)
         sequence = Sequence(
             place.keys.data_ptr(), place.values.data_ptr(), place.keys.stride(1), place.first, place.last
         )
@@ -153,26 +167,33 @@ class TokenAttention:
         )
         return y
 
-    def _find(self, dtype: torch.dtype) -> None:
-        """Take note of where the weights are now."""
-        addresses = [linear.weight.data_ptr() for linear in self._linears]
-        if addresses == self._addresses:
-            return
-        struct = self._struct
-        struct.dtype = DTYPES[dtype]
-        struct.q, struct.k, struct.v, struct.o = map(_matrix, self._linears)
-        struct.q_norm, struct.k_norm = (None if n is None else n.weight.data_ptr() for n in self._norms)
-        struct.sinks = None if self._sinks is None else self._sinks.data_ptr()
-        self._addresses = addresses
+    def takes(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+        """Whether they are as large as the library reads them."""
+        angles = self._way.rotated // 2 if self._way.shared else self._way.rotated
+        one_dtype = x.dtype is cos.dtype is sin.dtype and x.dtype in DTYPES
+        contiguous = x.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
+        fitting = cos.numel() == sin.numel() == angles and x.shape[-1] == self._parts[0][1].in_features
+        return one_dtype and contiguous and fitting
+
+    def _read(self, module: Any, dtype: torch.dtype) -> Attention:
+        struct = Attention()
+        struct.q, struct.k, struct.v, struct.o = (_matrix(getattr(module, name)) for name in PROJECTIONS)
+        struct.heads, struct.kv_heads, struct.width, struct.epsilon = self._shape
+        struct.rotated, struct.rotation, struct.shared = self._way
+        struct.scaling, struct.dtype = self._scaling, DTYPES[dtype]
+        norms = (getattr(module, name, None) for name in ("q_norm", "k_norm"))
+        struct.q_norm, struct.k_norm = (None if norm is None else norm.weight.data_ptr() for norm in norms)
+        sinks = getattr(module, "sinks", None)
+        struct.sinks = None if sinks is None else sinks.data_ptr()
+        return struct
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("a model whose attention runs in the C++ library cannot be copied or pickled")
+        """Without addresses, which a copy does not share."""
+        return {**self.__dict__, "_struct": None, "_where": None}
 
 
 @cache
 def _direct(cls: Any) -> Any:
-    """A subclass of an attention's class: hooks and `isinstance` find what they look for."""
-
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         place = None if args else _place(self, hidden_states, kwargs)
         if place is None:
@@ -180,25 +201,27 @@ def _direct(cls: Any) -> Any:
         cos, sin = kwargs["position_embeddings"]
         return self._token_attention(hidden_states, cos, sin, place), None
 
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+    return stand_in(cls, _direct, forward)
 
 
 def _place(module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Place | None:
     """Where the token's keys and values go, if this is a call for the library."""
     if x.numel() != x.shape[-1] or kwargs.get("attention_mask") is not None or torch.is_grad_enabled():
         return None
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not x.is_contiguous():
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or module.training:
         return None
     if not module.config._attn_implementation.startswith("sdpa"):  # asked for to see what others see
         return None
     layers = getattr(kwargs.get("cache", kwargs.get("past_key_values")), "layers", ())
     layer: Any = layers[module.layer_idx] if module.layer_idx < len(layers) else None
-    if not hasattr(layer, "place"):
+    angles = kwargs.get("position_embeddings")
+    if not hasattr(layer, "place") or not isinstance(angles, tuple):
         return None
     place: Place = layer.place()
-    cos, sin = kwargs["position_embeddings"]
-    one_dtype = x.dtype is cos.dtype is sin.dtype is place.keys.dtype is place.values.dtype
-    return place if one_dtype and x.dtype in DTYPES else None
+    if place.last >= place.keys.shape[2] or not x.dtype is place.keys.dtype is place.values.dtype:
+        return None
+    calls: TokenAttention = module._token_attention
+    return place if calls.takes(x, *angles) and calls.ready(module, x.dtype) else None
 
 
 # Finding out what the library can do
@@ -230,24 +253,13 @@ def _ways(arguments: dict[str, Any]) -> Iterator[_Way]:
     yield from (_Way(2 * count, rotation, True) for rotation in (HALVES, NEIGHBOURS))
 
 
-def _kind(module: Any) -> tuple[Any, ...]:
-    """What modules have in common that compute alike."""
-    simple = (bool, int, float, str, type(None))
-    numbers = ((k, v) for k, v in vars(module).items() if isinstance(v, simple) and k != "layer_idx")
-    parts = (
-        (name, type(part), getattr(part, "bias", None) is None) for name, part in module.named_children()
-    )
-    return (type(module), *sorted(numbers, key=str), *parts)
-
-
 def _agrees(module: Any, calls: TokenAttention, way: _Way, arguments: dict[str, Any]) -> bool:
     """Whether the library's call gives what the module gives, on small and on large numbers.
 
     Large ones show what small ones hide: limits on queries and on scores. The position is said to be a far
     one, so that nothing but the angles may depend on it.
     """
-    struct = calls._struct
-    if way.rotated > struct.width or way.rotated % 2:
+    if way.rotated > calls._shape.width or way.rotated % 2:
         return False
     calls.take(way)
     generator = torch.Generator().manual_seed(11)
@@ -265,13 +277,13 @@ def _agrees_at(
         return torch.randn(*shape, generator=generator, dtype=torch.float32).to(x.dtype)
 
     x, cos, sin = size * random(*x.shape), random(*cos.shape), random(*cos.shape)
-    history = 1, calls._struct.kv_heads, HISTORY, calls._struct.width
+    history = 1, calls._shape.kv_heads, HISTORY, calls._shape.width
     keys, values = size * random(*history), random(*history)
     cache, name = DynamicCache(), "cache" if "cache" in arguments else "past_key_values"
     cache.update(keys, values, module.layer_idx)
     changed = {"hidden_states": x, "position_embeddings": (cos, sin), name: cache, "attention_mask": None}
     changed |= {
-        name: torch.full_like(arguments[name], 1000 * HISTORY)
+        name: torch.full_like(arguments[name], FAR)
         for name in ("position_ids", "cache_position")
         if arguments.get(name) is not None
     }
@@ -281,6 +293,8 @@ def _agrees_at(
         try:
             wanted = module(**arguments | changed)[0]
         except (RuntimeError, TypeError, ValueError, AttributeError):
+            return False
+        if not calls.takes(x, cos, sin) or not calls.ready(module, x.dtype):
             return False
         got = calls(x, cos, sin, place)
     layer = cache.layers[module.layer_idx]
@@ -294,20 +308,64 @@ def _close(got: torch.Tensor, wanted: torch.Tensor, activations: str) -> bool:
     return bool(off <= allowed * wanted.float().norm())
 
 
+def _address(weight: torch.Tensor | None) -> int | None:
+    return None if weight is None else weight.data_ptr()
+
+
 def _matrix(linear: Any) -> Matrix:
     return (
         linear.in_place() if isinstance(linear, QuantizedLinear) else plain_matrix(linear.weight, linear.bias)
     )
 
 
+def _shape(module: Any, dtype: torch.dtype) -> _Shape | None:
+    """Of a module that is built as the library expects, and given numbers of `dtype`."""
+    if not {name for name, _ in module.named_children()} <= PARTS:
+        return None
+    parameters = dict(module.named_parameters(recurse=False))
+    if not parameters.keys() <= {"sinks"} or not isinstance(getattr(module, "scaling", None), float):
+        return None
+    linears: list[Any] = [getattr(module, name, None) for name in PROJECTIONS]
+    if dtype not in DTYPES or not all(map(_is_readable, linears)) or len(set(map(_format, linears))) > 1:
+        return None
+    q, k, v, o = linears
+    width = getattr(module, "head_dim", None)
+    if not isinstance(width, int) or width < 1 or q.out_features % width or k.out_features % width:
+        return None
+    heads, kv_heads = q.out_features // width, k.out_features // width
+    if width % 16 or heads % kv_heads or v.out_features != k.out_features or o.in_features != q.out_features:
+        return None
+    if not q.in_features == k.in_features == v.in_features == o.out_features:
+        return None
+    norms = [norm for norm in (getattr(module, name, None) for name in ("q_norm", "k_norm")) if norm]
+    epsilons = {_epsilon(norm) for norm in norms}
+    weights = [getattr(norm, "weight", None) for norm in norms]
+    if len(epsilons) > 1 or None in epsilons or not all(_are_numbers(w, width, dtype) for w in weights):
+        return None
+    if not all(_are_numbers(sinks, heads, dtype) for sinks in parameters.values()):
+        return None
+    return _Shape(heads, kv_heads, width, epsilons.pop() if epsilons else 0.0)
+
+
 def _is_readable(linear: Any) -> bool:
     if isinstance(linear, QuantizedLinear):
-        return True
-    return (
-        type(linear) in (nn.Linear, NativeLinear)
-        and linear.weight.dtype in PLAIN
-        and linear.weight.is_contiguous()
-    )
+        return bool(linear.weight.is_cpu)
+    if type(linear) not in (nn.Linear, NativeLinear) or linear.weight.dtype not in PLAIN:
+        return False
+    bias: torch.Tensor | None = linear.bias
+    return _is_plain(linear.weight) and (bias is None or (bias.dtype in DTYPES and _is_plain(bias)))
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    return weight.is_cpu and weight.is_contiguous()
+
+
+def _are_numbers(weight: Any, count: int, dtype: torch.dtype) -> bool:
+    return weight is not None and weight.shape == (count,) and weight.dtype is dtype and _is_plain(weight)
+
+
+def _format(linear: Any) -> Any:
+    return linear.layout.format if isinstance(linear, QuantizedLinear) else linear.weight.dtype
 
 
 def _epsilon(norm: Any) -> Any:

@@ -79,27 +79,73 @@ class Buffer {
 
 int64_t blocks_of(int64_t numbers) { return (numbers + 63) / 64; }
 
-// A matrix of random codes.
+int64_t bytes_of(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+int32_t a_dtype(Random& random) { return static_cast<int32_t>(between(random, FLOAT32, FLOAT16)); }
+
+// Numbers of a dtype, each of them finite and of at most about `most`.
+class Numbers : public Buffer {
+ public:
+  Numbers(Random& random, int32_t dtype, int64_t count, float most)
+      : Buffer(random, bytes_of(dtype) * count), dtype_(dtype) {
+    std::uniform_real_distribution<float> any(-most, most);
+    for (int64_t i = 0; i < count; ++i) set(i, any(random));
+  }
+
+  // Those of 16 bits lose what floats have beyond, and fp16 what is too small or large for it.
+  void set(int64_t index, float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    uint16_t half = static_cast<uint16_t>(bits >> 16);
+    if (dtype_ == FLOAT16) {
+      const uint32_t size = bits & 0x7fffffff, sign = bits >> 31 << 15;
+      const uint32_t finite = size < 0x38800000 ? 0 : size >= 0x47800000 ? 0x7bff : (size - 0x38000000) >> 13;
+      half = static_cast<uint16_t>(sign | (size > 0x7f800000 ? 0x7e00 : finite));
+    }
+    const void* from = dtype_ == FLOAT32 ? static_cast<const void*>(&x) : &half;
+    std::memcpy(bytes() + index * bytes_of(dtype_), from, static_cast<size_t>(bytes_of(dtype_)));
+  }
+
+ private:
+  int32_t dtype_;
+};
+
+int64_t q_bytes(int32_t format, int64_t numbers) {
+  switch (format) {
+    case NF4: return (numbers + 1) / 2;
+    case INT8: return numbers;
+    default: return numbers * (format == FP32 ? 4 : 2);
+  }
+}
+
+// A matrix of random codes, or of numbers.
 struct Weights {
-  Buffer q, scales, nested, offset, bias;
+  Buffer q, scales, nested, offset;
+  int32_t bias_dtype;
+  Numbers bias;
   Matrix m;
 
   Weights(Random& random, int32_t format, int64_t rows, int64_t cols)
-      : q(random, format == NF4 ? (rows * cols + 1) / 2 : rows * cols),
+      : q(random, q_bytes(format, rows * cols)),
         scales(random, format == NF4 ? blocks_of(rows * cols) : 2 * rows * blocks_of(cols)),
         nested(random, 4 * ((blocks_of(rows * cols) + 255) / 256)),
         offset(random, 4),
-        bias(random, 4 * rows),
-        m{format, 0, rows, cols, q.bytes(), scales.bytes(), nullptr, nullptr, nullptr} {
+        bias_dtype(a_dtype(random)),
+        bias(random, bias_dtype, rows, 1.0f),
+        m{format, bias_dtype, rows, cols, q.bytes(), scales.bytes(), nullptr, nullptr, nullptr} {
     q.fill(random);
     scales.fill(random);
+    if (format >= FP32) {
+      Numbers numbers(random, format - FP32, rows * cols, 0.5f);
+      std::memcpy(q.bytes(), numbers.bytes(), static_cast<size_t>(q_bytes(format, rows * cols)));
+      m.scales = nullptr;
+    }
     if (format == INT8)  // fp16 of at most 2, never infinite
       for (int64_t i = 1; i < 2 * rows * blocks_of(cols); i += 2) scales.bytes()[i] &= 0x3f;
     nested.fill_floats(random, 0.0f, 0.1f);
     offset.fill_floats(random, 0.1f, 0.2f);
-    bias.fill_floats(random, -1.0f, 1.0f);
     if (format == NF4) m.nested = nested.floats(), m.offset = offset.floats();
-    if (random() % 2) m.bias = bias.floats();
+    if (random() % 2) m.bias = bias.bytes();
   }
 };
 
@@ -114,26 +160,100 @@ int64_t a_size(Random& random) {
 
 int32_t an_activation(Random& random) { return static_cast<int32_t>(between(random, FLOATS, BFLOAT16S)); }
 
+int32_t a_format(Random& random) { return static_cast<int32_t>(between(random, NF4, FP16)); }
+
+int32_t some_threads(Random& random) { return static_cast<int32_t>(between(random, 1, 8)); }
+
+void same_bytes(Buffer& a, Buffer& b, int64_t bytes, const char* what) {
+  require(std::memcmp(a.bytes(), b.bytes(), static_cast<size_t>(bytes)) == 0, what);
+}
+
 void use_linear(Random& random) {
   const int64_t rows = a_size(random), cols = a_size(random);
   const int64_t tokens = random() % 10 == 0 ? 130 : between(random, 1, 9);
-  Weights w(random, static_cast<int32_t>(between(random, NF4, INT8)), rows, cols);
-  Buffer x(random, 4 * tokens * cols), y(random, 4 * tokens * rows), again(random, 4 * tokens * rows);
+  Weights w(random, a_format(random), rows, cols);
+  const int32_t dtype = a_dtype(random), activations = an_activation(random);
+  const int64_t bytes = bytes_of(dtype) * tokens * rows;
   const float size = random() % 8 == 0 ? 2e-37f : 2.0f;  // or the scales' inverse is no float
-  x.fill_floats(random, -size, size);
-  if (random() % 8 == 0) x.floats()[0] = NAN;
-  const int32_t activations = an_activation(random), threads = static_cast<int32_t>(between(random, 1, 8));
-  require(moe_linear(&w.m, x.floats(), tokens, y.floats(), FLOAT32, activations, threads) == OK, "moe_linear failed");
-  require(moe_linear(&w.m, x.floats(), tokens, again.floats(), FLOAT32, activations, 1) == OK, "moe_linear failed");
-  const size_t bytes = static_cast<size_t>(4 * tokens * rows);
-  require(std::memcmp(y.bytes(), again.bytes(), bytes) == 0, "threads change moe_linear");
+  Numbers x(random, dtype, tokens * cols, size);
+  Buffer y(random, bytes), again(random, bytes);
+  if (random() % 8 == 0) x.set(0, NAN);
+  for (Buffer* out : {&y, &again}) {
+    const int32_t threads = out == &again ? 1 : some_threads(random);
+    require(moe_linear(&w.m, x.bytes(), tokens, out->bytes(), dtype, activations, threads) == OK,
+            "moe_linear failed");
+  }
+  same_bytes(y, again, bytes, "threads change moe_linear");
+}
+
+// One token, whose key and value come behind earlier ones.
+void use_attention(Random& random) {
+  const int64_t kv_heads = between(random, 1, 3), heads = kv_heads * between(random, 1, 6);
+  const int64_t width = 16 * between(random, 1, 5), hidden = a_size(random);
+  const int32_t format = a_format(random), dtype = a_dtype(random), activations = an_activation(random);
+  Weights q(random, format, heads * width, hidden), k(random, format, kv_heads * width, hidden);
+  Weights v(random, format, kv_heads * width, hidden), o(random, a_format(random), hidden, heads * width);
+  const int64_t rotated = 2 * between(random, 0, width / 2);
+  const int32_t shared = static_cast<int32_t>(random() % 2);
+  const int64_t angles = shared ? rotated / 2 : rotated;
+  Numbers cos(random, dtype, angles, 1.0f), sin(random, dtype, angles, 1.0f);
+  Numbers q_norm(random, dtype, width, 1.0f), k_norm(random, dtype, width, 1.0f);
+  Numbers sinks(random, dtype, heads, 1.0f), x(random, dtype, hidden, 0.5f);
+  const int64_t first = between(random, 0, 3) * between(random, 0, 99);
+  const int64_t last = first + (random() % 4 == 0 ? between(random, 250, 800) : between(random, 0, 40));
+  const int64_t stride = (last + 1) * width + (random() % 2 ? 0 : between(random, 1, 99));
+  const int64_t room = (kv_heads - 1) * stride + (last + 1) * width;  // ends with the last head's last
+  Numbers keys(random, dtype, room, 1.0f), values(random, dtype, room, 1.0f);
+  Buffer y(random, bytes_of(dtype) * hidden), again(random, bytes_of(dtype) * hidden);
+  const int32_t rotation = static_cast<int32_t>(between(random, HALVES, NEIGHBOURS));
+  Attention a{q.m,      k.m,    v.m,  o.m,   heads, kv_heads, width,   rotated,
+              rotation, shared, 0.2f, 1e-5f, dtype, nullptr,  nullptr, nullptr};
+  if (random() % 2) a.q_norm = q_norm.bytes();
+  if (random() % 2) a.k_norm = k_norm.bytes();
+  if (random() % 2) a.sinks = sinks.bytes();
+  const Sequence sequence{keys.bytes(), values.bytes(), stride, first, last};
+  for (Buffer* out : {&y, &again}) {
+    const int32_t threads = out == &again ? 1 : some_threads(random);
+    require(moe_attention(&a, x.bytes(), cos.bytes(), sin.bytes(), &sequence, out->bytes(), activations,
+                          threads) == OK,
+            "moe_attention failed");
+  }
+  same_bytes(y, again, bytes_of(dtype) * hidden, "threads or a second call change moe_attention");
+}
+
+void use_norm_and_route(Random& random) {
+  const int64_t tokens = between(random, 0, 5), width = a_size(random), experts = a_size(random);
+  const int32_t dtype = a_dtype(random);
+  const int64_t bytes = bytes_of(dtype) * tokens * width;
+  Numbers x(random, dtype, tokens * width, 2.0f), weight(random, dtype, width, 1.0f);
+  Buffer y(random, bytes);
+  for (Buffer* out : {&y, static_cast<Buffer*>(&x)})
+    require(moe_norm(x.bytes(), weight.bytes(), 1e-5f, tokens, width, dtype, out->bytes()) == OK,
+            "moe_norm failed");
+  same_bytes(x, y, bytes, "moe_norm in place is another");
+  Weights router(random, a_format(random), experts, width);
+  Numbers token(random, dtype, width, 0.5f);
+  const int64_t top_k = between(random, 1, std::min<int64_t>(experts, 9));
+  Buffer logits(random, bytes_of(dtype) * experts);
+  const int32_t normalized = static_cast<int32_t>(random() % 2);
+  std::vector<float> shares(static_cast<size_t>(top_k));
+  std::vector<int64_t> chosen(static_cast<size_t>(top_k));
+  if (random() % 4 == 0) token.set(0, NAN);
+  require(moe_route(&router.m, token.bytes(), dtype, top_k, normalized, logits.bytes(), shares.data(),
+                    chosen.data()) == OK,
+          "moe_route failed");
+  for (size_t i = 0; i < chosen.size(); ++i) {
+    require(chosen[i] >= 0 && chosen[i] < experts, "moe_route chose none that there is");
+    require(std::count(chosen.begin(), chosen.end(), chosen[i]) == 1, "moe_route chose one twice");
+    require(i == 0 || !(shares[i] > shares[i - 1]), "moe_route has another order");
+  }
 }
 
 void use_experts(Random& random) {
   const int64_t width = a_size(random), hidden = a_size(random) % 200 + 1;
   const int64_t count = between(random, 1, 6), tokens = random() % 8 == 0 ? 90 : between(random, 1, 12);
   const int64_t top_k = between(random, 1, count);
-  const int32_t format = static_cast<int32_t>(between(random, NF4, INT8));
+  const int32_t format = a_format(random), dtype = a_dtype(random);
   Gate gate{static_cast<int32_t>(between(random, PLAIN, INTERLEAVED)), 0, 1.702f, 7.0f};
   const int32_t last = gate.arrangement == PLAIN ? GELU_TANH : CLAMPED_SILU;
   gate.function = static_cast<int32_t>(between(random, IDENTITY, last));
@@ -157,21 +277,20 @@ void use_experts(Random& random) {
     }
     starts.push_back(static_cast<int64_t>(rows.size()));
   }
-  Buffer x(random, 4 * tokens * width);
-  Buffer combined(random, 4 * tokens * width), again(random, 4 * tokens * width);
+  const int64_t bytes = bytes_of(dtype) * tokens * width;
+  Numbers x(random, dtype, tokens * width, 1.0f);
+  Buffer combined(random, bytes), again(random, bytes);
   Buffer outputs(random, 4 * tokens * top_k * width), shares(random, 4 * tokens * top_k);
-  x.fill_floats(random, -1.0f, 1.0f);
   shares.fill_floats(random, 0.0f, 1.0f);
   const int32_t activations = an_activation(random);
   for (Buffer* out : {&combined, &again}) {
-    const int32_t threads = out == &again ? 1 : static_cast<int32_t>(between(random, 1, 8));
-    require(moe_experts(pointers.data(), count, starts.data(), rows.data(), places.data(), &gate, x.floats(),
-                        tokens, outputs.floats(), shares.floats(), top_k, out->floats(), FLOAT32,
-                        activations, threads) == OK,
+    const int32_t threads = out == &again ? 1 : some_threads(random);
+    require(moe_experts(pointers.data(), count, starts.data(), rows.data(), places.data(), &gate, x.bytes(),
+                        tokens, outputs.floats(), shares.floats(), top_k, out->bytes(), dtype, activations,
+                        threads) == OK,
             "moe_experts failed");
   }
-  require(std::memcmp(combined.bytes(), again.bytes(), static_cast<size_t>(4 * tokens * width)) == 0,
-          "threads change moe_experts");
+  same_bytes(combined, again, bytes, "threads change moe_experts");
 }
 
 void use_the_rest(Random& random) {
@@ -204,6 +323,8 @@ void rounds(unsigned seed, int count) {
   Random random(seed);
   for (int round = 0; round < count; ++round) {
     use_linear(random);
+    use_attention(random);
+    use_norm_and_route(random);
     use_experts(random);
     use_the_rest(random);
   }

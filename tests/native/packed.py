@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe_local.offload.native.library import FORMATS, PLAIN, Gate, Matrix, library
+from moe_local.offload.native.library import DTYPES, FORMATS, PLAIN, Gate, Matrix, library
 from moe_local.offload.native.library import Expert as ExpertStruct
 from moe_local.offload.quantize.bnb import dynamic_map
 
@@ -56,14 +56,23 @@ def at_odd_address(values: torch.Tensor, shift: int) -> torch.Tensor:
     return place
 
 
-def pack(format: str, rows: int, cols: int, *, seed: int = 0, bias: bool = True, shift: int = 0) -> Packed:
+def pack(
+    format: str,
+    rows: int,
+    cols: int,
+    *,
+    seed: int = 0,
+    bias: bool = True,
+    shift: int = 0,
+    bias_dtype: torch.dtype = torch.float32,
+) -> Packed:
     """A matrix [rows, cols] of random codes, its parts `shift` elements past an aligned address."""
     generator = torch.Generator().manual_seed(seed)
-    added = torch.randn(rows, generator=generator) if bias else torch.zeros(rows)
+    added = (torch.randn(rows, generator=generator) if bias else torch.zeros(rows)).to(bias_dtype)
     make = {"nf4": _nf4, "int8": _int8}.get(format, partial(_plain, format))
     struct, weights, memory = make(rows, cols, generator, shift)
     kept = at_odd_address(added, shift)
-    struct.bias = kept.data_ptr() if bias else None
+    struct.bias, struct.bias_dtype = kept.data_ptr() if bias else None, DTYPES[bias_dtype]
     return Packed(struct, weights, added.double(), (*memory, kept))
 
 

@@ -142,8 +142,11 @@ bool valid(const Attention& a) {
   return a.k.format == a.q.format && a.v.format == a.q.format && valid_shapes(a);
 }
 
-bool valid(const Sequence& s) {
-  return s.keys != nullptr && s.values != nullptr && s.first >= 0 && s.last >= s.first && s.head_stride >= 0;
+bool valid(const Sequence& s, const Attention& a) {
+  if (s.keys == nullptr || s.values == nullptr || s.first < 0 || s.last < s.first) return false;
+  if (s.last >= (int64_t{1} << 40) / a.q.rows || s.head_stride < 0) return false;
+  return a.kv_heads == 1 ||
+         (s.head_stride >= (s.last + 1) * a.width && s.head_stride <= (int64_t{1} << 50) / a.kv_heads);
 }
 
 void attention(const Attention& a, const void* x, const void* cos, const void* sin, const Sequence& sequence,
@@ -180,7 +183,7 @@ void attention(const Attention& a, const void* x, const void* cos, const void* s
 
 int32_t moe_attention(const Attention* a, const void* x, const void* cos, const void* sin,
                       const Sequence* sequence, void* y, int32_t activations, int32_t threads) try {
-  if (a == nullptr || sequence == nullptr || !valid(*a) || !valid(*sequence)) return BAD_ARGUMENT;
+  if (a == nullptr || sequence == nullptr || !valid(*a) || !valid(*sequence, *a)) return BAD_ARGUMENT;
   if (x == nullptr || y == nullptr || threads < 1 || !valid_activations(activations)) return BAD_ARGUMENT;
   if (a->rotated > 0 && (cos == nullptr || sin == nullptr)) return BAD_ARGUMENT;
   attention(*a, x, cos, sin, *sequence, y, activations, threads);
@@ -191,7 +194,7 @@ int32_t moe_attention(const Attention* a, const void* x, const void* cos, const 
 
 int32_t moe_norm(const void* x, const void* weight, float epsilon, int64_t tokens, int64_t width,
                  int32_t dtype, void* y) try {
-  if (tokens < 0 || width < 1 || !valid_dtype(dtype)) return BAD_ARGUMENT;
+  if (tokens < 0 || width < 1 || width > (int64_t{1} << 40) || !valid_dtype(dtype)) return BAD_ARGUMENT;
   if (tokens > 0 && (x == nullptr || weight == nullptr || y == nullptr)) return BAD_ARGUMENT;
   scratch.reserve(Scratch::bytes_of<float>(width));
   float* floats = scratch.take<float>(width);

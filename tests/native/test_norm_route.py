@@ -1,0 +1,235 @@
+"""moe_norm against transformers' formula, and moe_route against torch's softmax and top-k."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
+
+from moe_local.offload.native.library import DTYPES, FORMATS
+
+OK, BAD_ARGUMENT = 0, 1
+OUTSIDE = 77.0
+WIDTHS = (1, 2, 7, 16, 33, 64, 100, 1000, 4096)
+
+
+class Normed(NamedTuple):
+    got: torch.Tensor
+    want: torch.Tensor
+
+
+def normed(lib: Any, x: torch.Tensor, epsilon: float = 1e-5, in_place: bool = False) -> Normed:
+    """moe_norm of x [T, D] by a random weight, written between guards; and transformers' own."""
+    tokens, width = x.shape
+    norm = MixtralRMSNorm(width, epsilon).to(x.dtype)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(width, generator=torch.Generator().manual_seed(width)))
+        want = norm(x)
+    memory = torch.full((tokens * width + 32,), OUTSIDE, dtype=x.dtype)
+    y = memory[16 : 16 + tokens * width].view(tokens, width)
+    if in_place:
+        y.copy_(x)
+    source = y if in_place else x
+    dtype = DTYPES[x.dtype]
+    arguments = (source.data_ptr(), norm.weight.data_ptr(), epsilon, tokens, width, dtype, y.data_ptr())
+    assert lib.moe_norm(*arguments) == OK
+    assert (memory[:16] == OUTSIDE).all()
+    assert (memory[-16:] == OUTSIDE).all()
+    return Normed(y, want)
+
+
+def steps_apart(a: torch.Tensor, b: torch.Tensor) -> int:
+    """How many numbers of the dtype lie between two of them, at most."""
+    kind = torch.int32 if a.dtype is torch.float32 else torch.int16
+
+    def place(x: torch.Tensor) -> torch.Tensor:
+        bits = x.contiguous().view(kind).long()
+        return torch.where(bits < 0, -(bits & torch.iinfo(kind).max), bits)
+
+    return int((place(a) - place(b)).abs().max())
+
+
+def tokens_of(count: int, width: int, dtype: torch.dtype, size: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(count + width)
+    return (torch.randn(count, width, generator=generator) * size).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_norms_as_transformers_do(lib: Any, isa: str, dtype: torch.dtype, in_place: bool) -> None:
+    """Of 16 bits, the quotient may be rounded to the next number, which is up to two steps of the product.
+
+    Of 32, a step each for the sum, root, quotient and product, and more for sums of a thousand in a row.
+    """
+    for width in WIDTHS:
+        most = 2 if dtype is not torch.float32 else 12 if isa == "portable" and width > 1000 else 4
+        for count in (1, 3):
+            for size in (1e-4, 1.0, 100.0):
+                for epsilon in (1e-6, 1e-5, 0.1):
+                    got, want = normed(lib, tokens_of(count, width, dtype, size), epsilon, in_place)
+                    apart = steps_apart(got, want)
+                    assert apart <= most, (width, count, size, epsilon, apart)
+                    assert dtype is torch.float32 or (got != want).float().mean() < 0.01 + 1 / width
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_sizes_at_the_ends(lib: Any, isa: str, dtype: torch.dtype) -> None:
+    for size in (0.0, 1e-30, 1e-7, 3e4, 1e18, 3e38):
+        x = tokens_of(2, 64, torch.float32).clamp(-1, 1).mul(size).to(dtype)
+        got, want = normed(lib, x)
+        same = (got == want) | (got.isnan() & want.isnan()) | (got - want).abs().le(2e-2 * want.abs())
+        assert same.all(), size
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_a_number_that_is_none_spoils_its_token_and_no_other(
+    lib: Any, isa: str, dtype: torch.dtype, bad: str
+) -> None:
+    for width, place in ((64, 3), (33, 32)):
+        x = tokens_of(3, width, dtype)
+        clean = normed(lib, x).got.clone()
+        x[1, place] = float(bad)
+        got, want = normed(lib, x)
+        assert torch.equal(got[1].isnan(), want[1].isnan())
+        assert got[1, place].isnan()
+        assert torch.equal(got[[0, 2]], clean[[0, 2]])
+
+
+def test_wrong_norms_are_refused(lib: Any) -> None:
+    x, weight, y = torch.ones(2, 8), torch.ones(8), torch.full((2, 8), OUTSIDE)
+    good = [x.data_ptr(), weight.data_ptr(), 1e-5, 2, 8, 0, y.data_ptr()]
+    wrong = [*((0, None), (1, None), (6, None), (3, -1), (4, 0), (4, -8), (4, 2**62), (5, -1), (5, 3))]
+    for place, value in wrong:
+        assert lib.moe_norm(*good[:place], value, *good[place + 1 :]) == BAD_ARGUMENT, (place, value)
+        assert (y == OUTSIDE).all()
+    assert lib.moe_norm(None, None, 1e-5, 0, 8, 0, None) == OK
+    assert lib.moe_norm(*good) == OK
+    assert not (y == OUTSIDE).any()
+
+
+class Routed(NamedTuple):
+    logits: torch.Tensor
+    weights: torch.Tensor
+    ids: torch.Tensor
+
+
+class Route:
+    """A call of moe_route: the router's matrix and a token for it."""
+
+    def __init__(self, packed: Any, format: str, rows: int, cols: int, dtype: torch.dtype, **of_pack: Any):
+        self.matrix = packed.pack(format, rows, cols, **of_pack)
+        self.x = tokens_of(1, cols, dtype, 1 / cols**0.5)[0]
+        self.logits = torch.full((rows + 32,), OUTSIDE, dtype=dtype)
+        self.weights = torch.full((rows + 32,), OUTSIDE)
+        self.ids = torch.full((rows + 32,), 77, dtype=torch.int64)
+
+    def call(self, lib: Any, top_k: int, normalized: bool = False, **changed: Any) -> int:
+        arguments = {
+            "matrix": ctypes.byref(self.matrix.struct),
+            "x": self.x.data_ptr(),
+            "dtype": DTYPES[self.x.dtype],
+            "top_k": top_k,
+            "normalized": normalized,
+            "logits": self.logits[16:].data_ptr(),
+            "weights": self.weights[16:].data_ptr(),
+            "ids": self.ids[16:].data_ptr(),
+        }
+        status: int = lib.moe_route(*(arguments | changed).values())
+        return status
+
+    def __call__(self, lib: Any, top_k: int, normalized: bool = False) -> Routed:
+        for memory in (self.logits, self.weights, self.ids):
+            memory.fill_(OUTSIDE)
+        assert self.call(lib, top_k, normalized) == OK
+        rows = self.matrix.struct.rows
+        for memory, used in ((self.logits, rows), (self.weights, top_k), (self.ids, top_k)):
+            assert (memory[:16] == OUTSIDE).all()
+            assert (memory[16 + used :] == OUTSIDE).all()
+        found = self.logits[16 : 16 + rows], self.weights[16 : 16 + top_k], self.ids[16 : 16 + top_k]
+        return Routed(*(tensor.clone() for tensor in found))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_routes_as_torch_does(packed: Any, lib: Any, isa: str, format: str, dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    for rows, cols, bias in ((8, 64, None), (60, 100, torch.float32), (128, 256, dtype), (1, 7, None)):
+        options = {"bias": bias is not None, "bias_dtype": bias or torch.float32}
+        route = Route(packed, format, rows, cols, dtype, seed=rows, **options)
+        want = route.matrix.product(route.x[None])[0]
+        for top_k in {1, min(2, rows), min(8, rows), rows}:
+            for normalized in (False, True):
+                logits, weights, ids = route(lib, top_k, normalized)
+                assert logits.dtype is dtype
+                assert ((logits.double() - want).abs() <= eps * (want.abs() + want.abs().max() * 4)).all()
+                shares, chosen = logits.float().softmax(-1).topk(top_k)
+                if normalized:
+                    shares = shares / shares.sum()
+                assert torch.allclose(weights, shares, rtol=2e-6, atol=1e-12)
+                assert sorted(ids.tolist()) == sorted(set(ids.tolist()))
+                # of equal ones, torch takes any
+                assert torch.equal(logits[ids], logits[chosen])
+
+
+def with_logits(packed: Any, logits: list[float], dtype: torch.dtype = torch.float32) -> Route:
+    """A router that answers these, whatever the token."""
+    route = Route(packed, "fp32", len(logits), 4, dtype)
+    route.matrix.memory[0].zero_()
+    route.matrix.memory[-1].copy_(torch.tensor(logits))
+    return route
+
+
+def test_the_earlier_of_equals_comes_first(packed: Any, lib: Any, isa: str) -> None:
+    for dtype in DTYPES:
+        route = with_logits(packed, [0.5, 2.0, 0.5, 2.0, 2.0, -1.0, 0.5], dtype)
+        assert route(lib, 7).ids.tolist() == [1, 3, 4, 0, 2, 6, 5]
+        assert route(lib, 2, True).weights.tolist() == [0.5, 0.5]
+    # Rounded to bf16 they are equal, and that is what the choice is by.
+    assert with_logits(packed, [1.0, 1.001], torch.bfloat16)(lib, 1).ids.tolist() == [0]
+    assert with_logits(packed, [1.0, 1.001])(lib, 1).ids.tolist() == [1]
+
+
+def test_logits_far_from_each_other(packed: Any, lib: Any, isa: str) -> None:
+    found = with_logits(packed, [-3e4, 3e4, 2e4])(lib, 3)
+    assert found.ids.tolist()[0] == 1
+    assert found.weights.tolist() == [1.0, 0.0, 0.0]
+    assert with_logits(packed, [-3e38, 3e38])(lib, 2, True).weights.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_numbers_that_are_none(packed: Any, lib: Any, isa: str, bad: str) -> None:
+    """Every share is NaN then, as torch has it; the ids are some that there are."""
+    for place in range(3):
+        logits = [1.0, 2.0, 3.0]
+        logits[place] = float(bad)
+        for normalized in (False, True):
+            found = with_logits(packed, logits)(lib, 2, normalized)
+            assert found.weights.isnan().all()
+            assert sorted(set(found.ids.tolist())) == sorted(found.ids.tolist())
+            assert set(found.ids.tolist()) <= {0, 1, 2}
+    route = Route(packed, "bf16", 8, 64, torch.bfloat16)
+    route.x[3] = float(bad)
+    assert route(lib, 2).weights.isnan().all()
+
+
+def test_wrong_routes_are_refused(packed: Any, lib: Any) -> None:
+    def refused(route: Route, top_k: int = 2, **changed: Any) -> None:
+        assert route.call(lib, top_k, **changed) == BAD_ARGUMENT, (top_k, changed)
+        for memory in (route.logits, route.weights, route.ids):
+            assert (memory == OUTSIDE).all()
+
+    for format in FORMATS:
+        for name in ("matrix", "x", "logits", "weights", "ids"):
+            refused(Route(packed, format, 8, 64, torch.float32), **{name: None})
+        for top_k in (0, -1, 9, 2**62):
+            refused(Route(packed, format, 8, 64, torch.float32), top_k)
+        for dtype in (-1, 3):
+            refused(Route(packed, format, 8, 64, torch.float32), dtype=dtype)
+        for field, value in (("q", None), ("rows", 0), ("cols", -1), ("format", 5), ("bias_dtype", -1)):
+            route = Route(packed, format, 8, 64, torch.float32)
+            setattr(route.matrix.struct, field, value)
+            refused(route)

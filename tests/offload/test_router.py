@@ -1,0 +1,284 @@
+"""Routers that run in the C++ library: which are taken, and what is left to the original."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from moe_local.offload.kernels.router import NativeRouter, use_native_routers
+from moe_local.offload.native.library import DTYPES, library
+
+pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
+
+torch.set_num_threads(1)
+
+
+class Router(nn.Module):
+    """As Mixtral's and Qwen's, with details that subclasses change."""
+
+    normalized = True
+
+    def __init__(self, experts: int = 8, width: int = 64, top_k: int = 2, bias: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(experts)
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.randn(experts, width, generator=generator), requires_grad=False)
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = nn.Parameter(torch.randn(experts, generator=generator), requires_grad=False)
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.float().softmax(-1)
+
+    def finish(self, weights: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return weights
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = F.linear(hidden_states.reshape(-1, self.weight.shape[1]), self.weight, self.bias)
+        weights, experts = self.scores(logits).topk(self.top_k, dim=-1)
+        if self.normalized:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return logits, self.finish(weights, logits), experts
+
+
+class Unnormalized(Router):
+    normalized = False
+
+
+class InItsDtype(Router):
+    """As Qwen's: weights are rounded to the dtype of the logits."""
+
+    def finish(self, weights: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return weights.to(logits.dtype)
+
+
+class Sigmoid(Router):
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.float().sigmoid()
+
+
+class Factored(Router):
+    """As DeepSeek's, whose weights sum to a factor."""
+
+    def finish(self, weights: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return 1.02 * weights
+
+
+class Smoothed(Router):
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        return 0.98 * super().scores(logits) + 0.02 / logits.shape[-1]
+
+
+class Tempered(Router):
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        return (logits.float() / 1.1).softmax(-1)
+
+
+class Capped(Router):
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        return (5 * (logits.float() / 5).tanh()).softmax(-1)
+
+
+class Smallest(Router):
+    """Takes the least likely, with their shares."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits, _, _ = super().forward(hidden_states)
+        weights, experts = self.scores(logits).topk(self.top_k, dim=-1, largest=False)
+        return logits, weights / weights.sum(-1, keepdim=True), experts
+
+
+class ShareAsLogits(Router):
+    """Answers the shares where others answer logits."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits, weights, experts = super().forward(hidden_states)
+        return self.scores(logits).to(logits.dtype), weights, experts
+
+
+class Short(Router):
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        return super().forward(hidden_states)[:2]
+
+
+class Scattered(Router):
+    """Weights for all experts, zero for those not chosen."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits, weights, experts = super().forward(hidden_states)
+        return logits, torch.zeros_like(logits, dtype=torch.float32).scatter(1, experts, weights), experts
+
+
+SAME: tuple[type[Router], ...] = (Router, Unnormalized, InItsDtype)
+OTHER = (Sigmoid, Factored, Smoothed, Tempered, Capped, Smallest, ShareAsLogits, Short, Scattered)
+
+
+def taken(router: nn.Module) -> bool:
+    """Whether it is taken, as a part of a model."""
+    model = nn.ModuleList([router])
+    use_native_routers(model)
+    return "_native_router" in vars(model[0])
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """An entry for each call of the library."""
+    made: list[Any] = []
+    plain = NativeRouter.__call__
+
+    def noted(self: NativeRouter, x: torch.Tensor) -> Any:
+        made.append(x)
+        return plain(self, x)
+
+    monkeypatch.setattr(NativeRouter, "__call__", noted)
+    return made
+
+
+def token(dtype: torch.dtype = torch.float32, width: int = 64, seed: int = 0) -> torch.Tensor:
+    return (torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / 8).to(dtype)
+
+
+def same(got: Any, want: Any) -> bool:
+    """Answers of two routers, whose logits may be off by a rounding."""
+    eps = torch.finfo(want[0].dtype).eps
+    return (
+        all(a.dtype is b.dtype and a.shape == b.shape for a, b in zip(got, want, strict=True))
+        and torch.allclose(got[0], want[0], rtol=2 * eps, atol=2 * eps)
+        and torch.allclose(got[1], want[1], rtol=10 * eps, atol=1e-6)
+        and torch.equal(got[2], want[2])
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cls", [*SAME, *OTHER])
+def test_only_what_chooses_the_same_is_taken(cls: type[Router], dtype: torch.dtype) -> None:
+    for sizes in ((8, 64, 2), (64, 256, 8), (128, 2048, 8)):
+        for bias in (False, True):
+            assert taken(cls(*sizes, bias=bias).to(dtype)) == (cls in SAME), (sizes, bias)
+
+
+def test_what_is_built_otherwise_is_not_taken() -> None:
+    with_buffer, with_child, with_parameter = Router(), Router(), Router()
+    with_buffer.register_buffer("correction", torch.zeros(8))
+    with_child.norm = nn.LayerNorm(64)
+    with_parameter.scale = nn.Parameter(torch.ones(1), requires_grad=False)
+    apart, wide = Router(), Router(bias=True)
+    apart.weight = nn.Parameter(torch.randn(64, 8).T, requires_grad=False)
+    wide.bias = nn.Parameter(torch.randn(1), requires_grad=False)
+    for router in (with_buffer, with_child, with_parameter, apart, wide, Router().double()):
+        assert not taken(router)
+    assert not taken(Router(top_k=9))
+    assert taken(Router(top_k=8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cls", SAME)
+def test_answers_as_the_original(calls: list[Any], cls: type[Router], dtype: torch.dtype) -> None:
+    for bias in (False, True):
+        plain = cls(bias=bias).to(dtype)
+        router = copy.deepcopy(plain)
+        assert taken(router)
+        assert isinstance(router, cls)
+        assert list(router.state_dict()) == list(plain.state_dict())
+        calls.clear()
+        with torch.no_grad():
+            for seed in range(20):
+                x = token(dtype, seed=seed)
+                assert same(router(x), plain(x))
+                assert same(router(x[None]), plain(x[None]))
+        assert len(calls) == 40
+
+
+def test_all_else_is_left_to_the_original(calls: list[Any]) -> None:
+    plain = Router()
+    router = copy.deepcopy(plain)
+    assert taken(router)
+    calls.clear()
+
+    def agree(x: torch.Tensor) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(router(x), plain(x), strict=True))
+
+    assert agree(token())  # gradients are on
+    x = token().requires_grad_()
+    router(x)[1].square().sum().backward()
+    assert x.grad is not None
+    with torch.no_grad():
+        assert agree(torch.cat([token(), token(seed=1)]))
+        assert agree(torch.empty(0, 64))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert agree(token())
+        with pytest.raises(RuntimeError):
+            router(token(torch.bfloat16))
+        with pytest.raises(TypeError):
+            router(token(), 1)
+    assert not calls
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(5)), requires_grad=False)
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], bool]] = {
+    "in place": (lambda router: router.weight.mul_(-1), True),
+    "a new weight": (lambda router: setattr(router, "weight", parameter(8, 64)), True),
+    "more experts": (lambda router: setattr(router, "weight", parameter(9, 64)), False),
+    "new data": (lambda router: setattr(router.weight, "data", torch.randn(8, 64)), True),
+    "a new bias": (lambda router: setattr(router, "bias", parameter(8)), True),
+    "no bias": (lambda router: setattr(router, "bias", None), True),
+    "numbers apart": (lambda router: setattr(router.weight, "data", parameter(64, 8).T), False),
+    "another dtype": (lambda router: router.bfloat16(), True),
+    "another choice": (lambda router: setattr(router, "top_k", 3), False),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_weights_are_noticed(calls: list[Any], name: str) -> None:
+    change, stays = CHANGES[name]
+    plain, router = Router(bias=True), Router(bias=True)
+    assert taken(router)
+    with torch.no_grad():
+        before = router(token())[0]
+        for module in (plain, router):
+            torch.manual_seed(0)
+            if name == "more experts":
+                module.bias = None
+            change(module)
+        calls.clear()
+        x = token(plain.weight.dtype)
+        assert same(router(x), plain(x))
+        assert name == "another choice" or not torch.equal(router(x)[0], before)
+    assert bool(calls) == stays or name == "more experts"
+
+
+def test_hooks_see_its_calls(calls: list[Any]) -> None:
+    router, seen = Router(), []
+    assert taken(router)
+    router.register_forward_hook(lambda module, args, output: seen.append(output[2].tolist()))
+    calls.clear()
+    with torch.no_grad():
+        ids = router(token())[2]
+    assert seen == [ids.tolist()]
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("how", ["copy", "pickle"])
+def test_copies_have_weights_of_their_own(calls: list[Any], how: str) -> None:
+    router = Router()
+    assert taken(router)
+    with torch.no_grad():
+        want = router(token())
+        other = copy.deepcopy(router) if how == "copy" else pickle.loads(pickle.dumps(router))
+        assert type(other) is type(router)
+        calls.clear()
+        assert same(other(token()), want)
+        other.weight.mul_(-1)
+        assert not torch.equal(other(token())[2], want[2])
+        assert same(router(token()), want)
+        assert len(calls) == 3
