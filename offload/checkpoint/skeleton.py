@@ -18,10 +18,10 @@ from moe_local.cache.errors import CheckpointError
 from moe_local.offload.checkpoint.spec import experts_modules, meta_model, model_class, quantized_weights
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.kernels.attention import use_single_query_attention
+from moe_local.offload.kernels.attention_trial import use_token_attention
 from moe_local.offload.kernels.linear import use_native_linears
 from moe_local.offload.kernels.norm import use_native_norms
 from moe_local.offload.kernels.router import use_native_routers
-from moe_local.offload.kernels.token_attention import use_token_attention
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from functools import cache
-from itertools import product
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,7 +15,6 @@ from moe_local.offload.kernels.stand_in import stand_in
 from moe_local.offload.native.library import (
     DTYPES,
     HALVES,
-    NEIGHBOURS,
     PLAIN,
     Attention,
     Matrix,
@@ -30,12 +27,6 @@ from moe_local.offload.threads import kernel_threads
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 PARTS = {*PROJECTIONS, "q_norm", "k_norm"}
 """Modules that an attention may consist of; one with others does more than the library."""
-
-HISTORY = 5
-"""Earlier positions that an attention is tried with."""
-
-FAR = 1_000_000
-"""The position that it is told, behind all that models were trained on first and scale what lies beyond."""
 
 
 class Place(NamedTuple):
@@ -56,32 +47,7 @@ class DirectLayer(Protocol):
     def place(self) -> Place: ...
 
 
-def use_token_attention(model: Any) -> None:
-    """Let the attention modules of `model`, in CPU memory, that the library can do run in it.
-
-    For one token of one sequence whose cache layers are DirectLayers; for all else the modules are what they
-    were. Which ones these are is found out by trying: nothing goes by the name of a model. Runs a forward of
-    one token, and needs experts that answer something.
-    """
-    if library() is None or model.device.type != "cpu":
-        return
-    ways: list[_Way] = []
-    for module, arguments in _calls(model):
-        calls = TokenAttention.of(module, arguments["hidden_states"].dtype)
-        if calls is None:
-            continue
-        # Layers of a model mostly turn their heads alike, but each is tried: what looks alike may still ask
-        # which layer it is.
-        for way in (*ways, *_ways(arguments)):
-            if _agrees(module, calls, way, arguments):
-                ways = [way]
-                module._token_attention = calls
-                cls: Any = type(module)
-                module.__class__ = _direct(cls)
-                break
-
-
-class _Way(NamedTuple):
+class Way(NamedTuple):
     """How positions turn a head: see moe_native.h's Attention."""
 
     rotated: int
@@ -104,13 +70,13 @@ class TokenAttention:
 
     def __init__(self, module: Any, shape: _Shape) -> None:
         self._parts = list(module.named_children())
-        self._shape = shape
+        self.shape = shape
         self._scaling = module.scaling
-        self._way = _Way(0, HALVES, False)
+        self._way = Way(0, HALVES, False)
         self._struct = Attention()
         self._where: list[Any] | None = None
         linear = module.q_proj
-        self._activations = linear.activations if isinstance(linear, QuantizedLinear) else "native"
+        self.activations = linear.activations if isinstance(linear, QuantizedLinear) else "native"
 
     @classmethod
     def of(cls, module: Any, dtype: torch.dtype) -> TokenAttention | None:
@@ -119,7 +85,7 @@ class TokenAttention:
         shape = _shape(module, dtype)
         return None if shape is None else cls(module, shape)
 
-    def take(self, way: _Way) -> None:
+    def take(self, way: Way) -> None:
         """Turn heads in this way from now on."""
         self._way, self._where = way, None
 
@@ -137,7 +103,7 @@ class TokenAttention:
             where += map(_address, part._parameters.values())
         where += map(_address, module._parameters.values())
         if where != self._where:
-            if _shape(module, dtype) != self._shape:
+            if _shape(module, dtype) != self.shape:
                 return False
             self._struct, self._where = self._read(module, dtype), where
         return True
@@ -161,7 +127,7 @@ class TokenAttention:
                 sin.data_ptr(),
                 ctypes.byref(sequence),
                 y.data_ptr(),
-                rounding(self._activations, x.dtype),
+                rounding(self.activations, x.dtype),
                 kernel_threads(),
             )
         )
@@ -178,7 +144,7 @@ class TokenAttention:
     def _read(self, module: Any, dtype: torch.dtype) -> Attention:
         struct = Attention()
         struct.q, struct.k, struct.v, struct.o = (_matrix(getattr(module, name)) for name in PROJECTIONS)
-        struct.heads, struct.kv_heads, struct.width, struct.epsilon = self._shape
+        struct.heads, struct.kv_heads, struct.width, struct.epsilon = self.shape
         struct.rotated, struct.rotation, struct.shared = self._way
         struct.scaling, struct.dtype = self._scaling, DTYPES[dtype]
         norms = (getattr(module, name, None) for name in ("q_norm", "k_norm"))
@@ -193,7 +159,7 @@ class TokenAttention:
 
 
 @cache
-def _direct(cls: Any) -> Any:
+def direct(cls: Any) -> Any:
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         place = None if args else _place(self, hidden_states, kwargs)
         if place is None:
@@ -201,7 +167,7 @@ def _direct(cls: Any) -> Any:
         cos, sin = kwargs["position_embeddings"]
         return self._token_attention(hidden_states, cos, sin, place), None
 
-    return stand_in(cls, _direct, forward)
+    return stand_in(cls, direct, forward)
 
 
 def _place(module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Place | None:
@@ -222,90 +188,6 @@ def _place(module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Place | None
         return None
     calls: TokenAttention = module._token_attention
     return place if calls.takes(x, *angles) and calls.ready(module, x.dtype) else None
-
-
-# Finding out what the library can do
-
-
-def _calls(model: Any) -> list[tuple[Any, dict[str, Any]]]:
-    """The attention modules of `model` that are given angles, with the arguments they are called with."""
-    calls: list[tuple[Any, dict[str, Any]]] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not args and isinstance(kwargs.get("position_embeddings"), tuple):
-            calls.append((module, kwargs))
-
-    candidates = [module for module in model.modules() if all(hasattr(module, name) for name in PROJECTIONS)]
-    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in candidates]
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
-
-
-def _ways(arguments: dict[str, Any]) -> Iterator[_Way]:
-    count = arguments["position_embeddings"][0].shape[-1]
-    for rotation, shared in product((HALVES, NEIGHBOURS), (False, True)):
-        yield _Way(count, rotation, shared)
-    yield from (_Way(2 * count, rotation, True) for rotation in (HALVES, NEIGHBOURS))
-
-
-def _agrees(module: Any, calls: TokenAttention, way: _Way, arguments: dict[str, Any]) -> bool:
-    """Whether the library's call gives what the module gives, on small and on large numbers.
-
-    Large ones show what small ones hide: limits on queries and on scores. The position is said to be a far
-    one, so that nothing but the angles may depend on it.
-    """
-    if way.rotated > calls._shape.width or way.rotated % 2:
-        return False
-    calls.take(way)
-    generator = torch.Generator().manual_seed(11)
-    return all(_agrees_at(module, calls, arguments, size, generator) for size in (0.05, 1.0, 40.0))
-
-
-def _agrees_at(
-    module: Any, calls: TokenAttention, arguments: dict[str, Any], size: float, generator: torch.Generator
-) -> bool:
-    from transformers.cache_utils import DynamicCache
-
-    x, (cos, _sin) = arguments["hidden_states"], arguments["position_embeddings"]
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(x.dtype)
-
-    x, cos, sin = size * random(*x.shape), random(*cos.shape), random(*cos.shape)
-    history = 1, calls._shape.kv_heads, HISTORY, calls._shape.width
-    keys, values = size * random(*history), random(*history)
-    cache, name = DynamicCache(), "cache" if "cache" in arguments else "past_key_values"
-    cache.update(keys, values, module.layer_idx)
-    changed = {"hidden_states": x, "position_embeddings": (cos, sin), name: cache, "attention_mask": None}
-    changed |= {
-        name: torch.full_like(arguments[name], FAR)
-        for name in ("position_ids", "cache_position")
-        if arguments.get(name) is not None
-    }
-    room = torch.zeros(1, *history[1:2], 1, history[3], dtype=x.dtype)
-    place = Place(torch.cat([keys, room], 2), torch.cat([values, room], 2), 0, HISTORY)
-    with torch.no_grad():
-        try:
-            wanted = module(**arguments | changed)[0]
-        except (RuntimeError, TypeError, ValueError, AttributeError):
-            return False
-        if not calls.takes(x, cos, sin) or not calls.ready(module, x.dtype):
-            return False
-        got = calls(x, cos, sin, place)
-    layer = cache.layers[module.layer_idx]
-    pairs = [(got, wanted), (place.keys, layer.keys), (place.values, layer.values)]
-    return all(a.shape == b.shape and _close(a, b, calls._activations) for a, b in pairs)
-
-
-def _close(got: torch.Tensor, wanted: torch.Tensor, activations: str) -> bool:
-    allowed = 0.1 if activations == "int8" else {torch.float32: 1e-4}.get(wanted.dtype, 0.03)
-    off = (got.float() - wanted.float()).norm()
-    return bool(off <= allowed * wanted.float().norm())
 
 
 def _address(weight: torch.Tensor | None) -> int | None:

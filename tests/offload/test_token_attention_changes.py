@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from moe_local.offload.engine.kv_slab import make_kv, probe_cache
-from moe_local.offload.kernels.token_attention import TokenAttention, use_token_attention
+from moe_local.offload.kernels.attention_trial import use_token_attention
+from moe_local.offload.kernels.token_attention import TokenAttention
 from moe_local.offload.native.library import library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")

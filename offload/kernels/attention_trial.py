@@ -1,0 +1,125 @@
+"""Finding out which attention modules of a model the library can do, by trying."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_local.offload.kernels.token_attention import PROJECTIONS, Place, TokenAttention, Way, direct
+from moe_local.offload.native.library import HALVES, NEIGHBOURS, library
+
+HISTORY = 5
+"""Earlier positions that an attention is tried with."""
+
+FAR = 1_000_000
+"""The position that it is told, behind all that models were trained on first and scale what lies beyond."""
+
+
+def use_token_attention(model: Any) -> None:
+    """Let the attention modules of `model`, in CPU memory, that the library can do run in it.
+
+    For one token of one sequence whose cache layers are DirectLayers; for all else the modules are what they
+    were. Which ones these are is found out by trying: nothing goes by the name of a model. Runs a forward of
+    one token, and needs experts that answer something.
+    """
+    if library() is None or model.device.type != "cpu":
+        return
+    ways: list[Way] = []
+    for module, arguments in _calls(model):
+        calls = TokenAttention.of(module, arguments["hidden_states"].dtype)
+        if calls is None:
+            continue
+        # Layers of a model mostly turn their heads alike, but each is tried: what looks alike may still ask
+        # which layer it is.
+        for way in (*ways, *_ways(arguments)):
+            if _agrees(module, calls, way, arguments):
+                ways = [way]
+                module._token_attention = calls
+                cls: Any = type(module)
+                module.__class__ = direct(cls)
+                break
+
+
+def _calls(model: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """The attention modules of `model` that are given angles, with the arguments they are called with."""
+    calls: list[tuple[Any, dict[str, Any]]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not args and isinstance(kwargs.get("position_embeddings"), tuple):
+            calls.append((module, kwargs))
+
+    candidates = [module for module in model.modules() if all(hasattr(module, name) for name in PROJECTIONS)]
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in candidates]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _ways(arguments: dict[str, Any]) -> Iterator[Way]:
+    count = arguments["position_embeddings"][0].shape[-1]
+    for rotation, shared in product((HALVES, NEIGHBOURS), (False, True)):
+        yield Way(count, rotation, shared)
+    yield from (Way(2 * count, rotation, True) for rotation in (HALVES, NEIGHBOURS))
+
+
+def _agrees(module: Any, calls: TokenAttention, way: Way, arguments: dict[str, Any]) -> bool:
+    """Whether the library's call gives what the module gives, on small and on large numbers.
+
+    Large ones show what small ones hide: limits on queries and on scores. The position is said to be a far
+    one, so that nothing but the angles may depend on it.
+    """
+    if way.rotated > calls.shape.width or way.rotated % 2:
+        return False
+    calls.take(way)
+    generator = torch.Generator().manual_seed(11)
+    return all(_agrees_at(module, calls, arguments, size, generator) for size in (0.05, 1.0, 40.0))
+
+
+def _agrees_at(
+    module: Any, calls: TokenAttention, arguments: dict[str, Any], size: float, generator: torch.Generator
+) -> bool:
+    from transformers.cache_utils import DynamicCache
+
+    x, (cos, _sin) = arguments["hidden_states"], arguments["position_embeddings"]
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(x.dtype)
+
+    x, cos, sin = size * random(*x.shape), random(*cos.shape), random(*cos.shape)
+    history = 1, calls.shape.kv_heads, HISTORY, calls.shape.width
+    keys, values = size * random(*history), random(*history)
+    cache, name = DynamicCache(), "cache" if "cache" in arguments else "past_key_values"
+    cache.update(keys, values, module.layer_idx)
+    changed = {"hidden_states": x, "position_embeddings": (cos, sin), name: cache, "attention_mask": None}
+    changed |= {
+        name: torch.full_like(arguments[name], FAR)
+        for name in ("position_ids", "cache_position")
+        if arguments.get(name) is not None
+    }
+    room = torch.zeros(1, *history[1:2], 1, history[3], dtype=x.dtype)
+    place = Place(torch.cat([keys, room], 2), torch.cat([values, room], 2), 0, HISTORY)
+    with torch.no_grad():
+        try:
+            wanted = module(**arguments | changed)[0]
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            return False
+        if not calls.takes(x, cos, sin) or not calls.ready(module, x.dtype):
+            return False
+        got = calls(x, cos, sin, place)
+    layer = cache.layers[module.layer_idx]
+    pairs = [(got, wanted), (place.keys, layer.keys), (place.values, layer.values)]
+    return all(a.shape == b.shape and _close(a, b, calls.activations) for a, b in pairs)
+
+
+def _close(got: torch.Tensor, wanted: torch.Tensor, activations: str) -> bool:
+    allowed = 0.1 if activations == "int8" else {torch.float32: 1e-4}.get(wanted.dtype, 0.03)
+    off = (got.float() - wanted.float()).norm()
+    return bool(off <= allowed * wanted.float().norm())
