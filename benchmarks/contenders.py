@@ -92,9 +92,20 @@ class Contender(ABC):
 class Configuration(Contender):
     """moe-local with one set of options. Borrows the model."""
 
-    def __init__(self, model: moe_local.Model, *, slots: int | None, prefetch: str, activations: str) -> None:
+    def __init__(
+        self,
+        model: moe_local.Model,
+        *,
+        slots: int | None,
+        prefetch: str,
+        activations: str,
+        miss: str = "auto",
+    ) -> None:
         name = f"{slots or 'all that fit'} slots, prefetch {prefetch}, {activations}"
+        if model.hf.device.type != "cpu":
+            name += f", miss {miss}"
         super().__init__(name, planned_weights(model.plan))
+        self.miss = miss
         self.model = model
         self.prefetch = prefetch
         self.activations = activations
@@ -128,6 +139,7 @@ class Configuration(Contender):
             "slots": self.model.plan.to_dict()["slots"],
             "prefetch": self.prefetch,
             "activations": self.activations,
+            "miss": self.miss,
             "ttft_s": statistics.median(run.ttft_s for run in runs),
             "hit_rate": sum(r.hits for r in runs) / max(1, sum(r.hits + r.misses for r in runs)),
             "stall_ms_per_token": 1000 * sum(run.stall_s for run in runs) / tokens,

@@ -1,10 +1,10 @@
 """How fast are tokens generated, what does the memory allow, and what do others need for the same model?
 
 Method. Every contender holds the model at the same time: each configuration of moe-local (slots x prefetch x
-activations) in this process, each peer in a process and an environment of its own. A round gives all of them
-the same prompt, one after the other, so that a disturbance hits all alike; who begins changes from round to
-round, and so does the prompt, whose keys and values nobody may have kept. The first round warms up and does
-not count. Greedy; the ids of configurations with the same activations must agree.
+activations x miss) in this process, each peer in a process and an environment of its own. A round gives all
+of them the same prompt, one after the other, so that a disturbance hits all alike; who begins changes from
+round to round, and so does the prompt, whose keys and values nobody may have kept. The first round warms up
+and does not count. Greedy; the ids of configurations with the same activations must agree.
   ms/token  from the first new token to the last; the median over rounds, with the lowest and highest
   prefill   prompt tokens a second, from the call to the first new token
   floor     bytes that a token must move / the best bandwidth measured in the run, RAM's after each round: the
@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import platform
 import statistics
@@ -76,16 +77,13 @@ def write_synthetic(name: str, layers: int | None) -> Path:
     return folder
 
 
-def choices(options: argparse.Namespace) -> Iterator[tuple[int | None, str, str]]:
-    for slots in options.slots:
-        for prefetch in options.prefetch:
-            for activations in options.activations:
-                yield slots, prefetch, activations
+def choices(options: argparse.Namespace) -> Iterator[tuple[int | None, str, str, str]]:
+    yield from itertools.product(options.slots, options.prefetch, options.activations, options.miss)
 
 
 @contextlib.contextmanager
 def loaded(
-    options: argparse.Namespace, slots: int | None, prefetch: str, activations: str
+    options: argparse.Namespace, slots: int | None, prefetch: str, activations: str, miss: str
 ) -> Iterator[Configuration]:
     extra = {"vram": options.vram} if options.vram else {}
     with moe_local.load(
@@ -97,9 +95,10 @@ def loaded(
         activations=activations,
         dense=options.dense,
         context=options.context,
+        miss=miss,
         **extra,
     ) as model:
-        yield Configuration(model, slots=slots, prefetch=prefetch, activations=activations)
+        yield Configuration(model, slots=slots, prefetch=prefetch, activations=activations, miss=miss)
 
 
 def start_peer(options: argparse.Namespace, name: str) -> Peer:
@@ -137,9 +136,11 @@ def prompt_ids(model: moe_local.Model, count: int, start: int) -> list[int]:
 
 
 def check_equal(configurations: Sequence[Configuration]) -> None:
-    """Slots and prefetch must not change a token; other activations may."""
+    """Slots and prefetch must not change a token; other activations and a CPU with a GPU's misses may."""
     by_activations: dict[str, Configuration] = {}
     for configuration in configurations:
+        if configuration.miss != "fetch" and configuration.model.hf.device.type != "cpu":
+            continue
         other = by_activations.setdefault(configuration.activations, configuration)
         if [a.ids for a in configuration.answers] != [a.ids for a in other.answers]:
             raise SystemExit(f"ids differ between {other.name} and {configuration.name}")
@@ -242,6 +243,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--slots", type=int, nargs="+", default=[None])
     parser.add_argument("--prefetch", nargs="+", help="default: off router; off for a synthetic model")
+    parser.add_argument("--miss", nargs="+", default=["auto"], help="default: auto")
     parser.add_argument("--experts", default="nf4")
     parser.add_argument(
         "--activations", nargs="+", help="default: native; all there are for a synthetic model"

@@ -19,5 +19,7 @@ python -m pytest -q -m gpu tests/gpu -p no:cacheprovider || echo "gpu tests FAIL
 python benchmarks/gpu_kernels.py --json "$out/gpu-kernels.json" || echo "gpu_kernels.py FAILED"
 python benchmarks/encode.py --dtypes bf16 --rounds 6 --json "$out/gpu-encode.json"
 python benchmarks/synthetic.py "$work/mixtral" --layers 2 --seed 0
-python benchmarks/decode.py "$work/mixtral" --vram 24GiB --slots 2 4 8 --prefetch off router \
+python benchmarks/decode.py "$work/mixtral" --vram 24GiB --slots 2 4 8 --prefetch off router --miss fetch \
     --tokens 48 --rounds 5 --json "$out/gpu-decode.json"
+python benchmarks/decode.py "$work/mixtral" --vram 24GiB --slots 4 --prefetch off --miss fetch cpu auto \
+    --tokens 48 --rounds 5 --json "$out/gpu-miss.json"
