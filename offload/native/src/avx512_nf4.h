@@ -108,6 +108,25 @@ struct NF4Floats {
   float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]); }
 };
 
+// The blocks' scales of R rows times those of T inputs. With `offsets`, times the inputs' sums they go to the
+// rows' offsets, too.
+template <int R, int T, bool offsets>
+inline void decode_factors(const ScaleMap& lookup, const Matrix& m, const Stretch& s, const Prepared* x,
+                           float (*factors)[T][STRETCH], Sums<T>* sums) {
+  for (int r = 0; r < R; ++r) {
+    alignas(64) float scales[STRETCH];
+    lookup.scales(m, (s.row + r) * (m.cols / BLOCK) + s.done, s.count, scales);
+    for (int64_t b = s.count; b % 16 != 0; ++b) scales[b] = 0.0f;
+    for (int t = 0; t < T; ++t) {
+      for (int64_t b = 0; b < s.count; b += 16) {
+        const __m512 f = factors_of(scales + b, x[t].scales + s.done + b, factors[r][t] + b);
+        if constexpr (offsets)
+          sums[r].offset[t] = _mm512_fmadd_ps(f, _mm512_loadu_ps(x[t].sums + s.done + b), sums[r].offset[t]);
+      }
+    }
+  }
+}
+
 // A table of a number for each level, for lookups that take five or six bits of an index: repeated, so that
 // they heed only the lowest four, and what stands above a nibble need not be masked away.
 template <class Number, class Rounded>
@@ -141,14 +160,7 @@ struct NF4Rounded16 {
   void add(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>* sums) const {
     const uint8_t* q = static_cast<const uint8_t*>(m.q) + (s.row * m.cols + s.done * BLOCK) / 2;
     alignas(64) float factors[R][T][STRETCH];
-    for (int r = 0; r < R; ++r) {
-      alignas(64) float scales[STRETCH];
-      lookup.scales(m, (s.row + r) * (m.cols / BLOCK) + s.done, s.count, scales);
-      for (int64_t b = s.count; b % 16 != 0; ++b) scales[b] = 0.0f;
-      for (int t = 0; t < T; ++t)
-        for (int64_t b = 0; b < s.count; b += 16)
-          factors_of(scales + b, x[t].scales + s.done + b, factors[r][t] + b);
-    }
+    decode_factors<R, T, false>(lookup, m, s, x, factors, sums);
     const int64_t stride = m.cols / 2;
     for (int64_t b = 0; b < s.count; b += 2, q += BLOCK) {
       __m512i bytes[R];
@@ -199,17 +211,7 @@ struct NF4Rounded8 {
   void add(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>* sums) const {
     const uint8_t* q = static_cast<const uint8_t*>(m.q) + (s.row * m.cols + s.done * BLOCK) / 2;
     alignas(64) float factors[R][T][STRETCH];
-    for (int r = 0; r < R; ++r) {
-      alignas(64) float scales[STRETCH];
-      lookup.scales(m, (s.row + r) * (m.cols / BLOCK) + s.done, s.count, scales);
-      for (int64_t b = s.count; b % 16 != 0; ++b) scales[b] = 0.0f;
-      for (int t = 0; t < T; ++t) {
-        for (int64_t b = 0; b < s.count; b += 16) {
-          const __m512 f = factors_of(scales + b, x[t].scales + s.done + b, factors[r][t] + b);
-          sums[r].offset[t] = _mm512_fmadd_ps(f, _mm512_loadu_ps(x[t].sums + s.done + b), sums[r].offset[t]);
-        }
-      }
-    }
+    decode_factors<R, T, true>(lookup, m, s, x, factors, sums);
     const int64_t stride = m.cols / 2;
     for (int64_t b = 0; b < s.count; b += 2, q += BLOCK) {
       for (int r = 0; r < R; ++r) {
