@@ -103,9 +103,13 @@ def test_reading_encoding_and_writing_overlap(steps, tmp_path, monkeypatch):
 
 
 def test_two_memories_take_turns(steps, tmp_path):
-    """Neighbours never share one, and larger experts make a memory grow, which happens to each once."""
+    """Neighbours never share one, and only an expert larger than all before it makes a memory grow."""
     steps.run(tmp_path)
-    assert len(set(steps.memory.values())) <= 4
+    sizes = [layout.nbytes for layout in LAYOUTS] * 2
+    for turn in (0, 1):
+        largest = itertools.accumulate(sizes[turn::2], max)
+        uses = [(size, steps.memory[key]) for size, key in zip(largest, ALL[turn::2], strict=True)]
+        assert all(a[1] == b[1] for a, b in itertools.pairwise(uses) if a[0] == b[0])
     assert all(steps.memory[one] != steps.memory[next_one] for one, next_one in itertools.pairwise(ALL))
 
 
