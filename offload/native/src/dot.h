@@ -51,7 +51,8 @@ inline void rows_side_by_side(const Dot& dot, const Matrix& m, const Prepared* x
 }
 
 // Rows [first, last). Memory likes to be read in order, but inputs that do not fit the first cache are read
-// from the second, and then two rows at a time share them.
+// from the second, and then AVX-512's rounded NF4 kernels share each reading among two rows; the others go on
+// row by row.
 template <template <int> class Dot, int T>
 inline void rows_of(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
                     float* const* y) {
