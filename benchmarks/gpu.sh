@@ -14,7 +14,7 @@ work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 export MOE_LOCAL_HOME="$work/home"
 
-python -m pytest -q -m gpu tests/gpu -p no:cacheprovider || echo "gpu tests FAILED" | tee "$out/gpu-tests-failed"
+python -m pytest -q -o addopts="--import-mode=importlib" -m gpu tests/gpu -p no:cacheprovider || echo "gpu tests FAILED" | tee "$out/gpu-tests-failed"
 
 python benchmarks/gpu_kernels.py --json "$out/gpu-kernels.json" || echo "gpu_kernels.py FAILED"
 python benchmarks/encode.py --dtypes bf16 --rounds 6 --json "$out/gpu-encode.json"
