@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 from contenders import Configuration, Contender
-from peers.client import PEERS, Peer, start
+from peers.client import PEERS, Peer, Setup, start
 from ratio import Ratio
 from synthetic import NAMED_SHAPES, mixtral_19_shards
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.model = str(write_synthetic(options.synthetic, options.layers))
     with contextlib.ExitStack() as stack:
         configurations = [stack.enter_context(loaded(options, *choice)) for choice in choices(options)]
-        peers = [stack.enter_context(start_peer(options, name)) for name in options.peer]
+        peers = [stack.enter_context(peer) for peer in started_peers(options, configurations)]
         bandwidths, each = measure_rounds(options, configurations, peers)
         check_equal(configurations)
         report(options, configurations, peers, bandwidths, each)
@@ -101,9 +101,16 @@ def loaded(
         yield Configuration(model, slots=slots, prefetch=prefetch, activations=activations, miss=miss)
 
 
-def start_peer(options: argparse.Namespace, name: str) -> Peer:
+def started_peers(options: argparse.Namespace, configurations: Sequence[Configuration]) -> Iterator[Peer]:
+    """Each peer, llama.cpp once for each --n-cpu-moe. transformers gets of a GPU what our plan takes."""
     checkpoint = Checkpoint.open(resolve(options.model), options.model)
-    return start(name, checkpoint.folder, checkpoint.fingerprint, options.context)
+    plan = configurations[0].model.plan
+    gpu = plan.request.vram is not None
+    setup = Setup(options.context, vram=plan.used()["vram"] if gpu else None, random=options.random_peers)
+    for name in options.peer:
+        for layers in options.n_cpu_moe if name == "llama.cpp" and gpu else [0]:
+            setup = dataclasses.replace(setup, n_cpu_moe=layers)
+            yield start(name, checkpoint.folder, checkpoint.fingerprint, setup)
 
 
 def measure_rounds(
@@ -240,6 +247,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--synthetic", choices=NAMED_SHAPES, help="random weights of this shape instead")
     parser.add_argument("--layers", type=int, help="of the synthetic model")
     parser.add_argument("--peer", nargs="+", choices=PEERS, default=[])
+    parser.add_argument(
+        "--random-peers", action="store_true", help="peers make weights of their own in the model's shapes"
+    )
+    parser.add_argument(
+        "--n-cpu-moe",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="on a GPU, layers whose experts llama.cpp keeps in RAM; one peer each",
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--slots", type=int, nargs="+", default=[None])
     parser.add_argument("--prefetch", nargs="+", help="default: off router; off for a synthetic model")

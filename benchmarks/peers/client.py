@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any
@@ -71,18 +72,35 @@ class Peer(Contender):
         raise SystemExit("\n".join([f"the peer ended with {code}: {' '.join(self._command)}", *words]))
 
 
-def start(name: str, folder: Path, fingerprint: str, context: int) -> Peer:
+@dataclass(frozen=True)
+class Setup:
+    """How a peer holds the model."""
+
+    context: int
+    vram: int | None = None
+    """Bytes of the GPU that transformers may fill; None: no peer uses a GPU."""
+    n_cpu_moe: int = 0
+    """On a GPU, layers whose experts llama.cpp keeps in RAM: what else there is must fit."""
+    random: bool = False
+    """Weights are made in the checkpoint's shapes, which need not have any."""
+
+
+def start(name: str, folder: Path, fingerprint: str, setup: Setup) -> Peer:
     """The peer `name` with the checkpoint in `folder`; what it needs is installed and converted first.
 
     `fingerprint` tells the checkpoint's weights from others. Raises SystemExit.
     """
+    random = ["--random"] if setup.random else []
     if name == "transformers":
-        return Peer([sys.executable, str(HERE / "transformers_peer.py"), str(folder)])
+        vram = [] if setup.vram is None else ["--vram", str(setup.vram)]
+        return Peer([sys.executable, str(HERE / "transformers_peer.py"), str(folder), *vram, *random])
     python = str(install.install(install.default_folder()))
     file = moe_local_home() / "benchmarks" / f"{folder.name}-{fingerprint[:16]}-q4_0.gguf"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run([python, str(HERE / "gguf_file.py"), str(folder), str(file)], check=False)
-        if done.returncode != 0:
+        command = [python, str(HERE / "gguf_file.py"), str(folder), str(file), *random]
+        if subprocess.run(command, check=False).returncode != 0:
             raise SystemExit(f"{folder} could not be written as {file}; see above")
-    return Peer([python, str(HERE / "llama_cpp_peer.py"), str(file), "--context", str(context)])
+    on_gpu = [] if setup.vram is None else ["--n-cpu-moe", str(setup.n_cpu_moe)]
+    peer = str(HERE / "llama_cpp_peer.py")
+    return Peer([python, peer, str(file), "--context", str(setup.context), *on_gpu])

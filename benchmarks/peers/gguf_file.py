@@ -3,11 +3,14 @@
 Every matrix is stored in one type, input embedding and output head included; norms and routers are float32.
 A layer's experts are stacked, [E, out, in]. The file has no tokenizer: prompts are token ids.
 
+With --random the weights are made here, in a checkpoint's shapes and about its scale, without reading any: a
+model that is measured on, not talked to, need not be written in bf16 first.
+
 Runs in the peer's environment, which has numpy and the `gguf` package and neither torch nor moe_local.
 Sources: the GGUF specification (github.com/ggml-org/ggml, docs/gguf.md), the tensor names that llama.cpp's
 architecture "llama" expects.
 
-    python gguf_file.py CHECKPOINT OUT.gguf [--type Q4_0]
+    python gguf_file.py CHECKPOINT OUT.gguf [--type Q4_0] [--random]
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from gguf.quants import quant_shape_to_byte_shape, quantize
 Array = np.ndarray[Any, Any]
 PIECE_ROWS = 1024
 """Rows quantized at once by one thread."""
+Q4_0_DEVIATION = math.sqrt((16**2 - 1) / 12)
+"""Standard deviation of sixteen equally likely levels, one apart."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,25 @@ def make(tensor: Tensor, read: Callable[[str], Array], pool: ThreadPoolExecutor)
     return out.reshape(tensor.stored_shape)
 
 
+def make_random(tensor: Tensor, rng: np.random.Generator) -> Array:
+    """Numbers of about the scale that keeps a matrix's output as large as its input; norms are ones.
+
+    A matrix's blocks are made as they are stored: Q4_0 has, for each 32 numbers, a float16 scale and sixteen
+    bytes of two 4-bit numbers each, 8 standing for 0 (ggml-common.h, block_q4_0).
+    """
+    if len(tensor.shape) == 1:
+        return np.ones(tensor.shape, np.float32)
+    scale = 1 / math.sqrt(tensor.shape[-1])
+    if tensor.type == FLOAT32:
+        return rng.standard_normal(tensor.shape, np.float32) * np.float32(scale)
+    if tensor.type != gguf.GGMLQuantizationType.Q4_0:
+        raise ValueError(f"no random weights are made of type {tensor.type.name}; use Q4_0")
+    blocks = np.frombuffer(rng.bytes(tensor.nbytes), np.uint8).reshape(-1, 18).copy()
+    step = rng.uniform(0.8, 1.2, len(blocks)) * scale / Q4_0_DEVIATION
+    blocks[:, :2] = step.astype(np.float16).view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(tensor.stored_shape)
+
+
 def _paired(tensor: Tensor, weights: Array) -> Array:
     """Rotated heads in llama.cpp's order: it turns rows 2i and 2i + 1, transformers i and i + width / 2."""
     if not tensor.heads:
@@ -139,15 +163,18 @@ def _paired(tensor: Tensor, weights: Array) -> Array:
     return halves.swapaxes(1, 2).reshape(weights.shape)
 
 
-def write(folder: Path, out: Path, matrices: gguf.GGMLQuantizationType, threads: int = 2) -> None:
-    """Write `out` from the checkpoint in `folder`. Memory: one stacked tensor and its quantized form.
+def write(
+    folder: Path, out: Path, matrices: gguf.GGMLQuantizationType, threads: int = 2, *, random: bool = False
+) -> None:
+    """Write `out` from the checkpoint in `folder`, or with `random` from its config.json alone.
 
-    `out` appears when it is whole. Raises ValueError for a model that is not a Mixtral.
+    Memory: one stacked tensor and its quantized form. `out` appears when it is whole. Raises ValueError for
+    a model that is not a Mixtral.
     """
     config = json.loads((folder / "config.json").read_text())
     if config["model_type"] != "mixtral":
         raise ValueError(f"{folder} holds a {config['model_type']!r}; only mixtral is written as GGUF")
-    source = Safetensors(folder)
+    source, rng = Safetensors(folder), np.random.default_rng(0)
     all_tensors = list(tensors(config, matrices))
     partial = out.with_suffix(".partial")
     writer = gguf.GGUFWriter(partial, "llama")
@@ -161,7 +188,8 @@ def write(folder: Path, out: Path, matrices: gguf.GGMLQuantizationType, threads:
     started = time.monotonic()
     with ThreadPoolExecutor(threads) as pool:
         for number, tensor in enumerate(all_tensors, start=1):
-            writer.write_tensor_data(make(tensor, source.read, pool))
+            made = make_random(tensor, rng) if random else make(tensor, source.read, pool)
+            writer.write_tensor_data(made)
             seconds = time.monotonic() - started
             if tensor.name.endswith("ffn_norm.weight"):  # the last of a layer
                 done = f"{number} of {len(all_tensors)} tensors"
@@ -201,8 +229,10 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--type", default="Q4_0", choices=["Q4_0", "Q8_0", "F32"])
+    parser.add_argument("--random", action="store_true", help="make weights, read only the shapes")
     options = parser.parse_args()
-    write(options.checkpoint, options.out, gguf.GGMLQuantizationType[options.type])
+    kind = gguf.GGMLQuantizationType[options.type]
+    write(options.checkpoint, options.out, kind, random=options.random)
 
 
 if __name__ == "__main__":

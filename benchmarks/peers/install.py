@@ -1,7 +1,8 @@
 """Make the environment that the llama.cpp peer runs in: llama-cpp-python and gguf from PyPI.
 
 llama.cpp is compiled for this processor (GGML_NATIVE, OpenMP), which takes some minutes and needs a C++
-compiler; nothing of it enters the environment that moe-local is installed in.
+compiler, and where there are nvcc and a GPU for that as well; nothing of it enters the environment that
+moe-local is installed in.
 
     python benchmarks/peers/install.py [FOLDER]
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -20,6 +22,7 @@ from moe_local.offload.expert_file.convert import moe_local_home
 
 REQUIREMENTS = ("llama-cpp-python==0.3.36", "gguf==0.19.0")
 CMAKE_ARGS = "-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DMTMD_BUILD=OFF"
+CUDA_ARGS = "-DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native"
 COMPLETE = "moe-local-peer.json"
 """Written last, so that an interrupted installation is not taken for a finished one."""
 
@@ -46,7 +49,7 @@ def install(folder: Path) -> Path:
     pip = [str(_python(folder)), "-m", "pip", "install", "--quiet"]
     # Compiled here and now: pip's cache does not know what options, or what processor, a wheel was built for.
     fresh = ["--no-binary", "llama-cpp-python", "--no-cache-dir"]
-    env = {**os.environ, "CMAKE_ARGS": CMAKE_ARGS}
+    env = {**os.environ, "CMAKE_ARGS": cmake_args()}
     done = subprocess.run([*pip, *fresh, *REQUIREMENTS], env=env, check=False)
     if done.returncode != 0:
         raise SystemExit(f"pip could not install {' '.join(REQUIREMENTS)} into {folder}; see its words above")
@@ -54,8 +57,13 @@ def install(folder: Path) -> Path:
     return _python(folder)
 
 
+def cmake_args() -> str:
+    gpu = shutil.which("nvcc") and shutil.which("nvidia-smi")
+    return f"{CMAKE_ARGS} {CUDA_ARGS}" if gpu else CMAKE_ARGS
+
+
 def _contents() -> dict[str, object]:
-    return {"requirements": list(REQUIREMENTS), "cmake": CMAKE_ARGS}
+    return {"requirements": list(REQUIREMENTS), "cmake": cmake_args()}
 
 
 def _python(folder: Path) -> Path:

@@ -1,10 +1,11 @@
 """llama.cpp as a peer: loads a GGUF file and answers over the pipe (serve.py), by llama.cpp's C interface.
 
 Its defaults throughout, which are its best: weights repacked for this processor as they are loaded, fused
-attention, 512 prompt tokens in one forward; but every core, in prefill and decoding. Runs in the environment
-that install.py makes.
+attention, 512 prompt tokens in one forward; but every core, in prefill and decoding. With --n-cpu-moe N the
+model is on the GPU but for the experts of the first N layers, as llama.cpp's own option of this name has it
+(which is made of the overrides used here). Runs in the environment that install.py makes.
 
-    python llama_cpp_peer.py FILE.gguf --context 1024
+    python llama_cpp_peer.py FILE.gguf --context 1024 [--n-cpu-moe 12]
 """
 
 from __future__ import annotations
@@ -16,15 +17,39 @@ from typing import Any
 
 import gguf
 import llama_cpp as c
+from llama_cpp import _ggml
 from serve import Pipe
+
+
+class Override(ctypes.Structure):
+    """llama_model_tensor_buft_override: tensors whose names match go to memory of this type."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def experts_on_cpu(layers: int) -> ctypes.Array[Override]:
+    """Overrides that keep the experts of the first layers in RAM; an empty one ends them."""
+    cpu = _ggml.libggml.ggml_backend_cpu_buffer_type
+    cpu.restype = ctypes.c_void_p
+    where = cpu()
+    patterns = [rf"blk\.{layer}\.ffn_(up|down|gate)_exps" for layer in range(layers)]
+    entries = [Override(pattern.encode(), where) for pattern in patterns]
+    return (Override * (layers + 1))(*entries, Override(None, None))
 
 
 class LlamaCpp:
     """One model and one sequence."""
 
-    def __init__(self, path: str, context: int, threads: int) -> None:
+    def __init__(self, path: str, context: int, threads: int, n_cpu_moe: int | None) -> None:
+        """`n_cpu_moe`: layers whose experts stay in RAM, all else on the GPU; None: no GPU is used."""
         c.llama_backend_init()
-        self._model = c.llama_model_load_from_file(path.encode(), c.llama_model_default_params())
+        load = c.llama_model_default_params()
+        load.n_gpu_layers = 0 if n_cpu_moe is None else 999
+        self._overrides = experts_on_cpu(n_cpu_moe or 0)  # llama.cpp keeps pointers to it
+        load.tensor_buft_overrides = ctypes.cast(self._overrides, ctypes.c_void_p)
+        if n_cpu_moe:
+            load.load_mode = c.LLAMA_LOAD_MODE_NONE  # as it recommends with overrides: pinned, not mapped
+        self._model = c.llama_model_load_from_file(path.encode(), load)
         if not self._model:
             raise SystemExit(f"llama.cpp cannot load {path}")
         params = c.llama_context_default_params()
@@ -75,12 +100,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Answer prompts with llama.cpp over stdin and stdout.")
     parser.add_argument("model", metavar="FILE.gguf")
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--n-cpu-moe", type=int, help="on the GPU, but for the experts of so many layers")
     options = parser.parse_args()
     pipe = Pipe()
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    model = LlamaCpp(options.model, options.context, threads)
+    model = LlamaCpp(options.model, options.context, threads, options.n_cpu_moe)
     hello = {
-        "name": "llama.cpp",
+        "name": "llama.cpp" if options.n_cpu_moe is None else f"llama.cpp, n-cpu-moe {options.n_cpu_moe}",
         "version": f"llama-cpp-python {c.__version__}",
         "detail": c.llama_print_system_info().decode().strip(),
         "threads": threads,

@@ -1,14 +1,18 @@
 """transformers as a peer: the checkpoint in bfloat16, all of it in RAM, by its own forward and cache.
 
+With --vram, on the GPU as far as so many bytes go; accelerate brings the rest from RAM when it is needed, as
+`device_map="auto"` has it. With --random, the weights are made here in the checkpoint's shapes.
+
 Greedy decoding is written out here rather than left to `generate`, whose own milliseconds a token would count
 against it.
 
-    python transformers_peer.py CHECKPOINT
+    python transformers_peer.py CHECKPOINT [--vram BYTES] [--random]
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import torch
@@ -19,11 +23,13 @@ from serve import Pipe
 class Transformers:
     """One model and one sequence."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, *, vram: int | None = None, random: bool = False) -> None:
+        """`vram`: bytes of the GPU that weights may take; None: no GPU is used."""
         transformers.utils.logging.disable_progress_bar()
-        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, local_files_only=True
-        ).eval()
+        memory = None if vram is None else {0: vram, "cpu": 1 << 50}
+        self.model: Any = made(folder, memory) if random else loaded(folder, memory)
+        self.model.eval()
+        self._device = self.model.get_input_embeddings().weight.device if vram is None else "cuda:0"
         self._past: Any = None
 
     def first(self, prompt: list[int]) -> int:
@@ -37,8 +43,46 @@ class Transformers:
 
     @torch.inference_mode()
     def _forward(self, ids: list[int]) -> int:
-        logits = self.model(torch.tensor([ids]), past_key_values=self._past, logits_to_keep=1).logits
+        tokens = torch.tensor([ids], device=self._device)
+        logits = self.model(tokens, past_key_values=self._past, logits_to_keep=1).logits
         return int(logits[0, -1].argmax())
+
+
+Memory = dict[int | str, int] | None
+"""Bytes of each device that weights may take; None: all of them are in RAM."""
+
+
+def loaded(folder: str, memory: Memory) -> Any:
+    where = {} if memory is None else {"device_map": "auto", "max_memory": memory}
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, local_files_only=True, **where
+    )
+
+
+def made(folder: str, memory: Memory) -> Any:
+    """The model of a config.json with random weights: normal ones that keep the scale, norms are ones."""
+    import accelerate
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    with accelerate.init_empty_weights():
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(1 << 24, generator=generator).to(torch.bfloat16)
+    for name, parameter in list(model.named_parameters()):
+        shape = parameter.shape
+        if len(shape) == 1:
+            value = torch.ones(shape, dtype=torch.bfloat16)
+        else:  # drawing billions of them would take longer than the benchmark
+            value = numbers.repeat(-(-shape.numel() // numbers.numel()))[: shape.numel()].view(shape)
+            value = value / math.sqrt(shape[-1])
+        accelerate.utils.set_module_tensor_to_device(model, name, "cpu", value)
+    model.tie_weights()
+    if memory is None:
+        return model
+    where = accelerate.infer_auto_device_map(
+        model, max_memory=memory, no_split_module_classes=model._no_split_modules
+    )
+    return accelerate.dispatch_model(model, where)
 
 
 def weights(model: Any) -> dict[str, int]:
@@ -60,11 +104,13 @@ def weights(model: Any) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Answer prompts with transformers over stdin and stdout.")
     parser.add_argument("model", metavar="CHECKPOINT")
+    parser.add_argument("--vram", type=int, help="bytes of the GPU that weights may take")
+    parser.add_argument("--random", action="store_true", help="make weights, read only the shapes")
     options = parser.parse_args()
     pipe = Pipe()
-    peer = Transformers(options.model)
+    peer = Transformers(options.model, vram=options.vram, random=options.random)
     hello = {
-        "name": "transformers",
+        "name": "transformers" if options.vram is None else "transformers, accelerate",
         "version": f"transformers {transformers.__version__}, torch {torch.__version__}",
         "detail": f"bfloat16, experts {peer.model.config._experts_implementation}",
         "threads": torch.get_num_threads(),

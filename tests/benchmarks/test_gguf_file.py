@@ -100,6 +100,23 @@ def test_q4_0_of_all_matrices_and_nothing_else(
     assert 0.02 < (up - source).norm() / source.norm() < 0.12
 
 
+def test_random_weights_have_the_same_shapes_and_keep_the_scale(
+    gguf_file: ModuleType, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    true = written(gguf_file, tiny_checkpoint, tmp_path / "true.gguf", "Q4_0")
+    (tmp_path / "config.json").write_text((tiny_checkpoint / "config.json").read_text())
+    kind = gguf.GGMLQuantizationType.Q4_0
+    gguf_file.write(tmp_path, tmp_path / "m.gguf", kind, random=True)
+    made = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert {n: (list(t.shape), t.tensor_type) for n, t in made.items()} == {
+        n: (list(t.shape), t.tensor_type) for n, t in true.items()
+    }
+    assert torch.equal(values(made["output_norm.weight"]), torch.ones(64))
+    down = values(made["blk.1.ffn_down_exps.weight"])
+    assert down.std().item() == pytest.approx(128**-0.5, rel=0.05)
+    assert abs(down.mean().item()) < 0.15 * down.std().item()  # sixteen levels, 0 is not their middle
+
+
 def test_describes_the_model(gguf_file: ModuleType, tiny_checkpoint: Path, tmp_path: Path) -> None:
     written(gguf_file, tiny_checkpoint, tmp_path / "m.gguf", "Q4_0")
     fields = gguf.GGUFReader(tmp_path / "m.gguf").fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -106,3 +107,28 @@ def test_llama_cpp_computes_what_transformers_computes(
     for prompt, answer in zip(prompts, peer.answers, strict=True):
         ids = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
         assert list(answer.ids) == ids[0, len(prompt) :].tolist()
+
+
+def test_weights_made_for_a_peer_keep_its_numbers_in_bounds(
+    import_benchmark: Callable[[str], ModuleType], repository: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """In the shapes of the checkpoint, though there is none: only its config.json is read."""
+    import torch
+
+    import_benchmark("peers.client")  # finds the peers' own modules, which run elsewhere
+    sys.path.insert(0, str(repository / "benchmarks" / "peers"))
+    try:
+        module = importlib.import_module("transformers_peer")
+    finally:
+        sys.path.pop(0)
+    (tmp_path / "config.json").write_text((tiny_checkpoint / "config.json").read_text())
+    peer = module.Transformers(str(tmp_path), random=True)
+    read = module.weights(peer.model)
+    assert read["expert_numel"] == 3 * 2 * 3 * 64 * 128
+    assert all(parameter.device.type == "cpu" for parameter in peer.model.parameters())
+    with torch.inference_mode():
+        logits = peer.model(torch.tensor([[1, 2, 3]])).logits
+    assert logits.isfinite().all()
+    assert 0.1 < logits.std() < 10
+    ids = [peer.first([1, 2, 3]), *(peer.following(token) for token in (5, 6))]
+    assert all(0 <= token < 512 for token in ids)
