@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -22,6 +22,19 @@ from moe_local.offload.schedule.costs import Work
 from moe_local.offload.store import ExpertStore
 
 _TAKEN_OVER = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "config")
+
+
+class Seam(Protocol):
+    """What runs a layer's experts while the forward around them is captured."""
+
+    def run(
+        self,
+        module: OffloadedExperts,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """As OffloadedExperts.forward."""
 
 
 class OffloadedExperts(nn.Module):
@@ -57,6 +70,8 @@ class OffloadedExperts(nn.Module):
         self._is_hf_initialized = True
         self._runner: ExpertRunner | None = None
         self._retired: str | None = None
+        self.seam: Seam | None = None
+        """Where forwards go instead of `answer`; set by whoever captures one, for as long as it lasts."""
 
     def attach(self, runner: ExpertRunner) -> None:
         """Serve forwards through `runner` from now on."""
@@ -65,6 +80,13 @@ class OffloadedExperts(nn.Module):
     def retire(self, reason: str) -> None:
         """Refuse all forwards from now on with MoeLocalError(reason): the weights are gone."""
         self._runner, self._retired = None, reason
+
+    def can_be_captured(self, hidden: torch.Tensor, index: torch.Tensor) -> bool:
+        """Whether `answer` does nothing on this input but launch kernels, the same ones each time."""
+        return False
+
+    def count_replay(self) -> None:
+        """An `answer` that was captured has been replayed: count what it would have counted."""
 
     def activate(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, 2F] -> [T, F] with a gate, [T, F] -> [T, F] without."""
@@ -78,6 +100,14 @@ class OffloadedExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden_states [T, D], index [T, K] int64, weights [T, K] -> [T, D] in hidden's dtype."""
+        if self.seam is not None:
+            return self.seam.run(self, hidden_states, top_k_index, top_k_weights)
+        return self.answer(hidden_states, top_k_index, top_k_weights)
+
+    def answer(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As `forward`, whoever is capturing."""
         if self._retired is not None:
             raise MoeLocalError(self._retired)
         if self._runner is None:

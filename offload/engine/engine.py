@@ -22,6 +22,7 @@ from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.offload import interrupt
 from moe_local.offload.engine.kv_slab import KVRows, cache_argument
 from moe_local.offload.engine.sampling import Settings
+from moe_local.offload.engine.token_step import TokenStep
 from moe_local.offload.kernels.linear import NativeLinear
 from moe_local.offload.threads import one_torch_thread
 
@@ -95,6 +96,8 @@ class Engine:
         if "logits_to_keep" in inspect.signature(hf.forward).parameters:
             self._forward_options["logits_to_keep"] = 1
         self._cache_argument = cache_argument(hf)
+        self.token_step: TokenStep | None = None
+        """What computes forwards of one token, if not the model's plain forward."""
         self._fits_one_thread = self.device.type == "cpu" and all(
             module.weight.numel() <= SMALL_MATRIX or isinstance(module, NativeLinear)
             for module in hf.modules()
@@ -233,6 +236,8 @@ class Engine:
     def _forward_row(self, item: Work) -> torch.Tensor:
         """One sequence, any number of tokens: no mask, as generate drops one that hides nothing."""
         row, start = item.sequence.row, self.kv.lens[item.sequence.row]
+        if self.token_step is not None and len(item.ids) == 1:
+            return self.token_step.logits(row, item.ids[0])
         ids = torch.tensor([item.ids], device=self.device)
         positions = torch.arange(start, start + len(item.ids), device=self.device)[None]
         output = self.hf(

@@ -3,9 +3,9 @@
     keys[row, head, column, dim]        token p of a sequence lies in column p, for as long as it stays
 
 Nothing grows, moves or is padded while sequences decode: a new token is written in place, `shorten` is one
-integer, and a sliding window is a slice. Two readers of the slab are possible: a row (one sequence, any
-number of new tokens), which `row()` gives, and all rows at once (one new token each), for which the rows in
-use are kept contiguous, 0 to len(lens) - 1.
+integer, and a sliding window is a slice. Three readers of the slab are possible: a row (one sequence, any
+number of new tokens), which `row()` gives; a row at fixed addresses (one new token), `static_row()`; and all
+rows at once (one new token each), for which the rows in use are kept contiguous, 0 to len(lens) - 1.
 
 Letters: R rows, H key-value heads, C capacity, D width of a head, W sliding window.
 """
@@ -22,6 +22,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from moe_local.offload.engine.own_caches import OwnCaches
+from moe_local.offload.engine.static_row import StaticLayer
 from moe_local.offload.kernels.token_attention import Place
 
 # transformers 5.17 and 5.18 leave out the layers that later releases fill with this class.
@@ -141,7 +142,8 @@ class KVSlab:
     """Full-length attention memory of `rows` sequences of up to `capacity` tokens, allocated once.
 
     Owns its tensors. They are ordinary ones even when made under inference_mode, and on a CPU their pages are
-    taken from the system only when a token is first written. Columns not written are never read.
+    taken from the system only when a token is first written. Columns not written are never read, except
+    through a static row, which wants `clear` first.
     """
 
     def __init__(self, probe: Any, rows: int, capacity: int) -> None:
@@ -153,6 +155,8 @@ class KVSlab:
         with torch.inference_mode(False):
             self.layers = [self._allocate(layer) for layer in probe.layers]
         self._views = [Cache(layers=[self._view(store, row) for store in self.layers]) for row in range(rows)]
+        self._touched = [capacity] * rows
+        """By row: columns from here on are zero; those between its length and here may hold anything."""
 
     def _allocate(self, layer: Any) -> LayerStore | None:
         if getattr(layer, "keys", None) is None:
@@ -186,17 +190,46 @@ class KVSlab:
             for tensor in self._tensors():
                 tensor[row, ..., :length, :].copy_(tensor[last, ..., :length, :])
         self.lens[row] = self.lens[last]
+        self._touched[row] = max(self._touched[row], self.lens[row])
         self.lens.pop()
 
     def row(self, row: int) -> Any:
         return self._views[row]
 
+    def static_row(self, row: int, columns: int, position: torch.Tensor) -> Any:
+        """A Cache of one sequence, for forwards of one token each, of `columns` columns at fixed addresses.
+
+        `position`: int64 [1] on the device, read by every forward: the column of its token. Before each,
+        `clear`. Layers with an indexer have none.
+        """
+        assert not self.has_indexer
+        layers = [
+            (DUMMY_LAYER or DynamicLayer)() if store is None else StaticLayer(store, row, columns, position)
+            for store in self.layers
+        ]
+        return Cache(layers=layers)
+
+    @property
+    def has_indexer(self) -> bool:
+        """Whether some layer's attention chooses columns itself."""
+        return any(store is not None and store.indexer is not None for store in self.layers)
+
+    def clear(self, row: int) -> None:
+        """Make the columns behind the row's length zero, so that a mask can hide them: NaN times 0 is NaN."""
+        length, touched = self.lens[row], self._touched[row]
+        if length < touched:
+            for tensor in self._tensors():
+                tensor[row, ..., length:touched, :].zero_()
+        self._touched[row] = length
+
     def advance(self, row: int, tokens: int) -> None:
         assert self.lens[row] + tokens <= self.capacity, f"row {row} is full"
         self.lens[row] += tokens
+        self._touched[row] = max(self._touched[row], self.lens[row])
 
     def abort(self, row: int) -> None:
-        """Nothing to do: what was written lies behind `lens[row]` and is written again."""
+        """What was written lies behind `lens[row]` and is written again."""
+        self._touched[row] = self.capacity
 
     def chunk(self, row: int, todo: int, wanted: int) -> int:
         return min(todo, wanted)
@@ -220,6 +253,7 @@ class KVSlab:
     def check_integrity(self) -> None:
         assert len(self.lens) <= self.rows
         assert all(0 <= length <= self.capacity for length in self.lens), self.lens
+        assert all(length <= touched for length, touched in zip(self.lens, self._touched, strict=False))
         for tensor in self._tensors():
             assert tensor.shape[0] == self.rows, tensor.shape
             assert tensor.shape[-2] == self.capacity, tensor.shape
