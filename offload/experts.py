@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,15 +13,33 @@ from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.interrupt import deferred, is_deferred
 from moe_local.offload.kernels.contracts import LayerStep
+from moe_local.offload.kernels.grouped import warm_up
 from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.kernels.shared import SharedStep, Staging, pack, unpack
 from moe_local.offload.prefetch.prefetch import Prefetcher
+from moe_local.offload.quantize.layout import Layout
+from moe_local.offload.residents import ResidentLayer, Residents
 from moe_local.offload.schedule.calibrate import measure_cpu
 from moe_local.offload.schedule.costs import Work
 from moe_local.offload.store import ExpertStore
 
 _TAKEN_OVER = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "config")
+
+
+class Runner(Protocol):
+    """What runs the experts of a layer: the ExpertRunner, or something that stands in for it."""
+
+    def run(
+        self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As OffloadedExperts.forward."""
+
+    def can_be_captured(self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor) -> bool:
+        """Whether `run` does nothing on this input but launch kernels, the same ones each time."""
+
+    def count_replay(self, experts: OffloadedExperts) -> None:
+        """A `run` that was captured has been replayed: count what it would have counted."""
 
 
 class Seam(Protocol):
@@ -68,14 +86,19 @@ class OffloadedExperts(nn.Module):
         gate = types.MethodType(cls._apply_gate, self)  # every class that the interface serves has one
         self._apply_gate: Callable[[torch.Tensor], torch.Tensor] = gate
         self._is_hf_initialized = True
-        self._runner: ExpertRunner | None = None
+        self._runner: Runner | None = None
         self._retired: str | None = None
         self.seam: Seam | None = None
         """Where forwards go instead of `answer`; set by whoever captures one, for as long as it lasts."""
 
-    def attach(self, runner: ExpertRunner) -> None:
-        """Serve forwards through `runner` from now on."""
+    def attach(self, runner: Runner | None) -> None:
+        """Serve forwards through `runner` from now on; None: answer zeros."""
         self._runner = runner
+
+    @property
+    def runner(self) -> Runner | None:
+        """What serves forwards; None before `attach` and after `retire`."""
+        return self._runner
 
     def retire(self, reason: str) -> None:
         """Refuse all forwards from now on with MoeLocalError(reason): the weights are gone."""
@@ -83,10 +106,12 @@ class OffloadedExperts(nn.Module):
 
     def can_be_captured(self, hidden: torch.Tensor, index: torch.Tensor) -> bool:
         """Whether `answer` does nothing on this input but launch kernels, the same ones each time."""
-        return False
+        return self._runner is not None and self._runner.can_be_captured(self, hidden, index)
 
     def count_replay(self) -> None:
         """An `answer` that was captured has been replayed: count what it would have counted."""
+        if self._runner is not None:
+            self._runner.count_replay(self)
 
     def activate(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, 2F] -> [T, F] with a gate, [T, F] -> [T, F] without."""
@@ -145,6 +170,36 @@ class ExpertRunner:
         self._kernels = LayerKernels(activations)
         device = store.tier.arena.device
         self._inputs, self._answers = Staging(device), Staging(device)
+        self._residents: Residents | None = None
+
+    def keep_to_device(self) -> None:
+        """All experts are in slots on a device: compute single tokens without a wait of the host."""
+        self._residents = Residents(self.store, self._kernels.grouped)
+
+    def warm_up(self, modules: Sequence[OffloadedExperts], hidden_size: int, dtype: torch.dtype) -> None:
+        """Have the kernels of decode steps compiled now, which takes seconds, and not by the first token."""
+        arena, seen = self.store.tier.arena, list[Layout]()
+        for module in modules:
+            layout = self.store.layouts[module.index][0]
+            launcher = self._kernels.grouped.launcher(module, arena.device, layout)
+            if launcher is not None and layout not in seen:
+                seen.append(layout)
+                x = torch.zeros(1, hidden_size, dtype=dtype, device=arena.device)
+                warm_up(launcher, x, self.store.routed.top_k(module.index), arena.buffer(module.index, 0))
+
+    def can_be_captured(self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor) -> bool:
+        return self._resident(experts, hidden, index) is not None
+
+    def count_replay(self, experts: OffloadedExperts) -> None:
+        assert self._residents is not None
+        self._residents.count(experts.index)
+
+    def _resident(
+        self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor
+    ) -> ResidentLayer | None:
+        if self._residents is None:
+            return None
+        return self._residents.layer(experts.index, experts, hidden, index.shape[0])
 
     def measure(self, experts: OffloadedExperts, hidden_size: int, dtype: torch.dtype) -> None:
         """Tell the store's scheduler what the CPU takes for a layer's experts; see calibrate.measure_cpu."""
@@ -165,6 +220,11 @@ class ExpertRunner:
         """As OffloadedExperts.forward. Raises KeyboardInterrupt if a deferred Ctrl-C is pending."""
         check_interrupt()
         layer = experts.index
+        resident = self._resident(experts, hidden, index)
+        if resident is not None:
+            output = resident.run(hidden, index, weights)
+            self.count_replay(experts)
+            return output
         guesses = self.prefetcher.predict(layer)
         shared = self._may_share(experts, hidden, index)
         ids, guessed, x = to_host(

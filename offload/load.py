@@ -15,6 +15,8 @@ from moe_local.offload.checkpoint.skeleton import load_skeleton
 from moe_local.offload.checkpoint.spec import model_spec
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
 from moe_local.offload.engine.engine import Engine
+from moe_local.offload.engine.graph_trial import graph_mode, use_graphs
+from moe_local.offload.engine.graphs import CudaGraphs, Graphs
 from moe_local.offload.engine.kv_slab import make_kv, probe_cache
 from moe_local.offload.expert_file.convert import convert_experts, expert_file_folder, moe_local_home
 from moe_local.offload.expert_file.expert_file import ExpertFile
@@ -75,6 +77,7 @@ def load(
             "miss": miss,
         }
     )
+    graph_mode()  # refused before anything is downloaded
     target = options.torch_device()
     name = str(model)
     speeds = bandwidth.saved(moe_local_home())
@@ -142,8 +145,12 @@ def assemble(
     target: torch.device,
     device: Device | None,
     progress: Progress | None = None,
+    graphs: Graphs | None = None,
 ) -> Model:
-    """A Model as planned. `device`: what experts are cached on beside RAM; None: they are computed in RAM."""
+    """A Model as planned. `device`: what experts are cached on beside RAM; None: they are computed in RAM.
+
+    `graphs` are those of the device; None: CUDA's, where `target` has them.
+    """
     hf = load_skeleton(
         checkpoint.folder,
         checkpoint.config,
@@ -170,14 +177,31 @@ def assemble(
         prefetcher = _prefetcher(options, plan, store, probe)
         runner = ExpertRunner(store, prefetcher, options.activations)
         _fill(store, plan, progress)
+        modules = [module for module in hf.modules() if isinstance(module, OffloadedExperts)]
+        hidden_size, dtype = checkpoint.spec.hidden_size, plan.request.dtype
         if store.host is not None:
-            module = next(module for module in hf.modules() if isinstance(module, OffloadedExperts))
-            runner.measure(module, checkpoint.spec.hidden_size, plan.request.dtype)
+            runner.measure(modules[0], hidden_size, dtype)
         if any(layout.format == "nf4" for layer in store.layouts for layout in layer):
             bitsandbytes_ops()  # its import takes a second, which is not the first token's to wait for
-        for module in hf.modules():
-            if isinstance(module, OffloadedExperts):
-                module.attach(runner)
+        for module in modules:
+            module.attach(runner)
+        if device is not None:
+            resident = store.all_resident
+            if resident:
+                runner.keep_to_device()
+            runner.warm_up(modules, hidden_size, dtype)
+            if graphs is None and target.type == "cuda":
+                graphs = CudaGraphs(target)
+            if graphs is not None:
+                with store.uncounted():
+                    use_graphs(
+                        engine,
+                        graphs,
+                        sites=probe.sites,
+                        saw=prefetcher.saw,
+                        mode=graph_mode(),
+                        stand_in=not resident,
+                    )
         model = Model(
             checkpoint.name,
             hf,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -240,6 +241,13 @@ class ExpertStore:
     def num_experts(self, layer: int) -> int:
         return len(self.layouts[layer])
 
+    @property
+    def all_resident(self) -> bool:
+        """Whether every expert is in a slot of the fastest tier now; if so, it stays there."""
+        return all(
+            self.tier.cache.has_all(layer, range(len(experts))) for layer, experts in enumerate(self.layouts)
+        )
+
     def prefetch(self, layer: int, experts: Sequence[int], *, distance: int, budget_bytes: int) -> None:
         """Request absent experts of a later layer, likeliest first, behind all demand loads.
 
@@ -287,8 +295,24 @@ class ExpertStore:
             routed=self.routed.snapshot(),
         )
 
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Experts that are served meanwhile count nowhere: a trial of those that have a slot for good."""
+        hits = self.tier.cache.stats.hits_by_layer
+        before, routed = hits[:], self.routed
+        self.routed = routed.empty_twin()
+        try:
+            yield
+        finally:
+            if routed.settle is not None:
+                routed.settle()
+            hits[:], self.routed = before, routed
+
     def close(self) -> None:
         """Stop loads and free the slots. Idempotent."""
+        settle, self.routed.settle = self.routed.settle, None  # it may hold memory of the device
+        if settle is not None:
+            settle()
         self.tier.close()
         if self.below is not None:
             self.below.close()

@@ -1,9 +1,9 @@
 """CUDA graphs that aren't there: captures record torch's operations, and nothing happens before a replay.
 
 As unkind as CUDA where that can be seen on a CPU. During a capture every result is garbage: what lay in its
-memory before. What waits for the host to know a number raises. A replay does the same operations on the same memory, whatever lies there by
-then; numbers and shapes of Python are those of the capture. Results come from a pool, whose memory goes to the
-next operation as soon as nothing refers to it.
+memory before. What waits for the host to know a number raises. A replay does the same operations on the same
+memory, whatever lies there by then; numbers and shapes of Python are those of the capture. Results come from
+a pool, whose memory goes to the next operation as soon as nothing refers to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "equal"}
+WAITS = {
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "nonzero",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "equal",
+}
 """Functions of torch that bring numbers from a device to the host."""
 
 WAITING_OPERATIONS = {
@@ -135,7 +146,8 @@ class _Recorder(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
         kept = [
-            tree_map(lambda x: self._pool.kept(x) if torch.is_tensor(x) else x, part) for part in (args, kwargs)
+            tree_map(lambda x: self._pool.kept(x) if torch.is_tensor(x) else x, part)
+            for part in (args, kwargs)
         ]
         if written:
             self.operations.append(_Operation(function, *kept, []))
@@ -144,7 +156,9 @@ class _Recorder(TorchDispatchMode):
             result = function(*args, **kwargs)
         else:  # garbage must not be taken for an index
             result = function(*tree_map(_harmless, args), **tree_map(_harmless, kwargs))
-        inputs = {x.untyped_storage().data_ptr() for x in tree_flatten((args, kwargs))[0] if torch.is_tensor(x)}
+        inputs = {
+            x.untyped_storage().data_ptr() for x in tree_flatten((args, kwargs))[0] if torch.is_tensor(x)
+        }
         outputs: list[torch.Tensor | None] = []
 
         def place(x: Any) -> Any:

@@ -20,10 +20,13 @@ from torch import nn
 
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.offload import interrupt
-from moe_local.offload.engine.kv_slab import KVRows, cache_argument
+from moe_local.offload.engine.graphs import Graphs
+from moe_local.offload.engine.kv_slab import KVRows, KVSlab, cache_argument
+from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.engine.token_step import TokenStep
 from moe_local.offload.kernels.linear import NativeLinear
+from moe_local.offload.prefetch.routers import RouterSite
 from moe_local.offload.threads import one_torch_thread
 
 FEW_TOKENS, SHORT_CONTEXT, SMALL_MATRIX = 4, 2048, 1 << 20
@@ -109,6 +112,21 @@ class Engine:
         """By row, the parked one included."""
         self._parked: Sequence | None = None
         self._turn = 0
+
+    def make_token_step(
+        self, graphs: Graphs | None, sites: Ids[RouterSite | None] = (), saw: Saw | None = None
+    ) -> TokenStep:
+        """A TokenStep for this model and its memory, which is a KVSlab."""
+        assert isinstance(self.kv, KVSlab)
+        return TokenStep(
+            self.hf,
+            self.kv,
+            graphs,
+            cache_argument=self._cache_argument,
+            options=self._forward_options,
+            sites=sites,
+            saw=saw,
+        )
 
     @property
     def active(self) -> list[Sequence]:
@@ -235,13 +253,16 @@ class Engine:
 
     def _forward_row(self, item: Work) -> torch.Tensor:
         """One sequence, any number of tokens: no mask, as generate drops one that hides nothing."""
-        row, start = item.sequence.row, self.kv.lens[item.sequence.row]
         if self.token_step is not None and len(item.ids) == 1:
-            return self.token_step.logits(row, item.ids[0])
-        ids = torch.tensor([item.ids], device=self.device)
-        positions = torch.arange(start, start + len(item.ids), device=self.device)[None]
+            return self.token_step.logits(item.sequence.row, item.ids[0])
+        return self.plain_logits(item.sequence.row, item.ids)
+
+    def plain_logits(self, row: int, ids: list[int]) -> torch.Tensor:
+        """The model's forward of the next `ids` of a row; logits of the last, [1, vocabulary] fp32."""
+        start = self.kv.lens[row]
+        positions = torch.arange(start, start + len(ids), device=self.device)[None]
         output = self.hf(
-            input_ids=ids,
+            input_ids=torch.tensor([ids], device=self.device),
             position_ids=positions,
             **{self._cache_argument: self.kv.row(row)},
             **self._forward_options,

@@ -1,8 +1,8 @@
 """A row of the key-value slab whose addresses and shapes stay the same from token to token.
 
 What a CUDA graph needs: one new token is written to the column that a tensor on the device names, and the
-attention sees a fixed number of columns, of which a mask hides those behind the token. transformers makes that
-mask on the device, from the same tensor, as it does for its own static caches.
+attention sees a fixed number of columns, of which a mask hides those behind the token. transformers makes
+that mask on the device, from the same tensor, as it does for its own static caches.
 """
 
 from __future__ import annotations

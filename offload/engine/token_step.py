@@ -43,7 +43,9 @@ class TokenStep:
         """
         self._hf = hf
         self._kv = kv
-        self.graphs = graphs
+        self._graphs = graphs
+        self.failure: str | None = None
+        """Why capturing was given up."""
         self._cache_argument = cache_argument
         self._options = options
         self._sites, self._saw = sites, saw
@@ -60,24 +62,36 @@ class TokenStep:
 
         Raises what the experts raise, having changed no length.
         """
-        position = self._kv.lens[row]
-        self._kv.clear(row)
-        self._ids.fill_(token)
-        self._positions.fill_(position)
-        place = row, static_columns(position + 1, self._kv.capacity)
+        place = self._prepare(row, token)
         captured = self.captured.get(place)
         if captured is not None:
             captured.replay()
             return captured.logits
-        if self.graphs is None:
-            return self.plain(place)
+        if self._graphs is None:
+            return self._forward(place)
         if place not in self._caches:
-            with self.graphs.session():
-                return self.plain(place)
+            with self._graphs.session():
+                return self._forward(place)
         return self._capture(place)
 
-    def plain(self, place: tuple[int, int]) -> torch.Tensor:
-        """The forward itself, for a row and its number of columns."""
+    def computed(self, row: int, token: int) -> torch.Tensor:
+        """The same logits, without a graph."""
+        return self._forward(self._prepare(row, token))
+
+    def stop_capturing(self) -> None:
+        """Compute from now on, without graphs."""
+        self._graphs = None
+        self.captured.clear()
+
+    def _prepare(self, row: int, token: int) -> tuple[int, int]:
+        """Put the token where the forward reads it; the row and its number of columns."""
+        position = self._kv.lens[row]
+        self._kv.clear(row)
+        self._ids.fill_(token)
+        self._positions.fill_(position)
+        return row, static_columns(position + 1, self._kv.capacity)
+
+    def _forward(self, place: tuple[int, int]) -> torch.Tensor:
         if place not in self._caches:
             self._caches[place] = self._kv.static_row(*place, self._positions.view(1))
         output = self._hf(
@@ -91,26 +105,27 @@ class TokenStep:
 
     def _capture(self, place: tuple[int, int]) -> torch.Tensor:
         """The forward, captured on its way; if that fails, the forward all the same."""
-        assert self.graphs is not None
-        recording = Recording(self.graphs, self._hf, self._sites, self._saw)
+        assert self._graphs is not None
+        recording = Recording(self._graphs, self._hf, self._sites, self._saw)
         try:
-            with self.graphs.session(), recording.attached():
+            with self._graphs.session(), recording.attached():
                 try:
                     recording.begin()
-                    captured = recording.finish(self.plain(place))
+                    captured = recording.finish(self._forward(place))
                 except BaseException:
-                    self.graphs.abort()
+                    self._graphs.abort()
                     raise
         except Exception as error:
             if recording.in_experts:
                 raise
-            self.give_up(error)
-            return self.plain(place)
+            self._give_up(error)
+            return self._forward(place)
         self.captured[place] = captured
         return captured.logits
 
-    def give_up(self, error: Exception) -> None:
-        """Capture no more, and say why."""
-        self.graphs = None
-        reason = (str(error).splitlines() or [""])[0]
-        logger.info("decoding goes on without CUDA graphs: %s: %s", type(error).__name__, reason)
+    def _give_up(self, error: Exception) -> None:
+        """Capture no more. What has been captured goes on being replayed."""
+        self._graphs = None
+        self.failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if self.captured:  # else this is a trial, and who tries says so
+            logger.info("no more CUDA graphs are captured: %s", self.failure)
