@@ -111,6 +111,7 @@ class FakeGraph:
         self.operations = operations
         self._owner = owner
 
+    @torch.inference_mode()
     def replay(self) -> None:
         assert self._owner.recorder is None, "CUDA replays no graph while it captures one"
         self._owner.replays += 1
