@@ -134,6 +134,10 @@ class GroupedStep:
         self._tokens = _tokens_of_a_program(routing)
 
     def compute(self, group: Sequence[Readable]) -> None:
+        layout = self._launcher.layout
+        if self._routing.tokens <= MOST_TOKENS and all(readable.layout is layout for readable in group):
+            self._run.launch(group[0].buffer, self.table(group))
+            return
         few: list[Readable] = []
         others: list[Readable] = []
         for readable in group:
@@ -157,14 +161,16 @@ class GroupedStep:
     def table(self, group: Sequence[Readable]) -> torch.Tensor:
         """A GroupedNF4's table. Slots count UNITs from the first expert: leases know addresses only."""
         base = group[0].buffer.data_ptr()
-        starts, places = self._routing.places_of(readable.expert for readable in group)
-        flat = places.tolist()
-        rows = []
-        for index, readable in enumerate(group):
-            slot, odd = divmod(readable.buffer.data_ptr() - base, UNIT)
-            assert odd == 0
-            mine = flat[starts[index] : starts[index + 1]]
-            rows.append([slot, *mine, *[-1] * (self._tokens - len(mine))])
+        slots = [(readable.buffer.data_ptr() - base) // UNIT for readable in group]
+        if self._routing.tokens == 1:
+            ids = self._routing.ids
+            rows = [[slot, ids.index(readable.expert)] for slot, readable in zip(slots, group, strict=True)]
+        else:
+            starts, places = self._routing.places_of(readable.expert for readable in group)
+            flat, rows = places.tolist(), []
+            for index, slot in enumerate(slots):
+                mine = flat[starts[index] : starts[index + 1]]
+                rows.append([slot, *mine, *[-1] * (self._tokens - len(mine))])
         device = self._device
         table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         return table.to(device, non_blocking=True)

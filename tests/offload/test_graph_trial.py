@@ -129,8 +129,9 @@ def test_models_that_cannot_be_captured_stay_plain_and_say_why(
     with monkeypatch.context() as patch:
         patch.setattr(KVSlab, "has_indexer", True)
         refused("chooses its tokens")
+    kv = make_kv(hf, 1, 64)
     hf.config._attn_implementation = "flash_attention_2"
-    refused("flash_attention_2")
+    refused("flash_attention_2", kv=kv)
 
 
 def test_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
