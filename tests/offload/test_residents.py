@@ -72,9 +72,8 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def grouped(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Single tokens are computed by Launchers; nothing runs in the library, whose work nobody records.
-    The launches are told apart: by table from the host or by run on the device."""
+def grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single tokens are computed by Launchers; nothing runs in the library, whose work nobody records."""
     for name in ("use_native_linears", "use_native_norms", "use_native_routers", "use_token_attention"):
         monkeypatch.setattr(skeleton, name, lambda model: None)
     monkeypatch.setattr(CpuExperts, "serves", lambda self, *arguments: False)
@@ -90,7 +89,6 @@ def grouped(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     monkeypatch.setattr(GroupedExperts, "launcher", launcher)
     monkeypatch.setattr("moe_local.offload.experts.warm_up", lambda *arguments: None)
-    return []
 
 
 def load(folder: Path, device: Any, graphs: Any = None, *, slots: int = 8, **options: Any) -> moe_local.Model:
@@ -123,7 +121,10 @@ def run(model: moe_local.Model) -> tuple[list[int], Any]:
     return ids, model.stats()
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["gpt_oss", *(pytest.param(t, marks=pytest.mark.slow) for t in ("mixtral", "qwen3_moe", "deepseek_v3"))],
+)
 def test_the_device_finds_what_the_host_would_name(
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
@@ -165,7 +166,7 @@ def test_the_device_finds_what_the_host_would_name(
         ] * 2
 
 
-@pytest.mark.parametrize("prefetch", ["off", "router"])
+@pytest.mark.parametrize("prefetch", [pytest.param("off", marks=pytest.mark.slow), "router"])
 def test_offloaded_experts_between_segments(
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],

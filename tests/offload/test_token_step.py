@@ -149,7 +149,7 @@ def check_three_ways(model: Any, graphs: Any, count: int) -> None:
 
 
 def test_replayed_computed_and_plain_tokens(model: Any, fake_graphs: ModuleType) -> None:
-    check_three_ways(model, fake_graphs.FakeGraphs(), 40)
+    check_three_ways(model, fake_graphs.FakeGraphs(), 24)
 
 
 @pytest.mark.slow
@@ -161,10 +161,10 @@ def test_bf16(tiny_models: ModuleType, fake_graphs: ModuleType) -> None:
     """Replayed tokens keep the bits of computed ones; plain ones differ by bf16's rounding."""
     hf = tiny_models.tiny_model("qwen3_moe").to(torch.bfloat16)
     hf.runner = offloaded(hf)
-    ids = random_ids(40)
+    ids = random_ids(24)
     found = []
     for graphs, static in ((None, False), (None, True), (fake_graphs.FakeGraphs(), True)):
-        engine = Watched(hf, make_kv(hf, 1, 41), graphs=graphs, static=static)
+        engine = Watched(hf, make_kv(hf, 1, 25), graphs=graphs, static=static)
         row = engine.kv.join()
         with torch.inference_mode():
             for token in ids:
@@ -179,7 +179,7 @@ def test_bf16(tiny_models: ModuleType, fake_graphs: ModuleType) -> None:
     assert off.median() < 0.03
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 6))])
 def test_joining_leaving_and_reuse_change_nobody(mixtral: Any, fake_graphs: ModuleType, seed: int) -> None:
     """Rows move into holes, are shortened and taken over; each has graphs of its own."""
     chance = random.Random(seed)
@@ -241,11 +241,11 @@ def test_a_capture_that_is_refused_costs_no_token(
 ) -> None:
     """Whichever segment it is; earlier graphs go on, and it is said once."""
     caplog.set_level("INFO", "moe_local")
-    want, logits = decoded(Watched(mixtral, make_kv(mixtral, 1, 64)), random_ids(5), 40)
-    for fail_at in range(5):
+    want, logits = decoded(Watched(mixtral, make_kv(mixtral, 1, 64)), random_ids(5), 24)
+    for fail_at in (0, 1, 5):
         caplog.clear()
         engine = Watched(mixtral, make_kv(mixtral, 1, 64), graphs=fake_graphs.FakeGraphs(fail_at))
-        got, seen = decoded(engine, random_ids(5), 40)
+        got, seen = decoded(engine, random_ids(5), 24)
         assert got == want
         assert torch.equal(seen, logits)
         assert engine.token_step is not None
