@@ -282,17 +282,24 @@ def test_nan_in_columns_behind_a_row_reaches_nobody(mixtral: Any, fake_graphs: M
         for store in kv.layers:  # as if its later tokens had come to NaN
             assert store is not None
             store.keys[0, :, 7 : kv.lens[0]] = torch.nan
-    broken = engine.join(random_ids(30, 1), greedy(mixtral, 20))
+    engine.forget()
+    broken = engine.join(random_ids(40, 1), greedy(mixtral, 20))
+    for _ in range(4):
+        engine.step()
     mixtral.runner.fail_in = 1
     with pytest.raises(MoeLocalError):
         engine.step()
-    for store in kv.layers:
+    assert kv.lens == [32]
+    for store in kv.layers:  # what it left behind its length, beyond all that was written before
         assert store is not None
-        store.values[broken.row, :, 0:8] = torch.nan
+        store.values[broken.row, :, 32:40] = torch.nan
     engine.leave(broken)
-    sequence = engine.join(random_ids(5), greedy(mixtral, 20))
+    engine.forget()
+    sequence = engine.join(random_ids(5), greedy(mixtral, 30))
+    assert sequence.row == 0
     finish(engine, sequence)
-    assert sequence.new_ids == want
+    assert sequence.new_ids[:20] == want
+    assert len(sequence.new_ids) == 30
 
 
 def test_columns_depend_on_the_length_alone_and_waste_half_at_most() -> None:
