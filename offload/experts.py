@@ -19,7 +19,7 @@ from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.kernels.shared import SharedStep, Staging, pack, unpack
 from moe_local.offload.prefetch.prefetch import Prefetcher
 from moe_local.offload.quantize.layout import Layout
-from moe_local.offload.residents import ResidentLayer, Residents
+from moe_local.offload.residents import Residents
 from moe_local.offload.schedule.calibrate import measure_cpu
 from moe_local.offload.schedule.costs import Work
 from moe_local.offload.store import ExpertStore
@@ -34,12 +34,6 @@ class Runner(Protocol):
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """As OffloadedExperts.forward."""
-
-    def can_be_captured(self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor) -> bool:
-        """Whether `run` does nothing on this input but launch kernels, the same ones each time."""
-
-    def count_replay(self, experts: OffloadedExperts) -> None:
-        """A `run` that was captured has been replayed: count what it would have counted."""
 
 
 class Seam(Protocol):
@@ -106,12 +100,18 @@ class OffloadedExperts(nn.Module):
 
     def can_be_captured(self, hidden: torch.Tensor, index: torch.Tensor) -> bool:
         """Whether `answer` does nothing on this input but launch kernels, the same ones each time."""
-        return self._runner is not None and self._runner.can_be_captured(self, hidden, index)
+        runner = self._runner
+        return isinstance(runner, ExpertRunner) and runner.resident(self, hidden, index) is not None
+
+    @property
+    def stays_captured(self) -> bool:
+        """Whether what `answer` did when it could be captured is what it would do now."""
+        return isinstance(self._runner, ExpertRunner) and self._runner.is_resident(self.index)
 
     def count_replay(self) -> None:
         """An `answer` that was captured has been replayed: count what it would have counted."""
-        if self._runner is not None:
-            self._runner.count_replay(self)
+        assert isinstance(self._runner, ExpertRunner)
+        self._runner.count_resident(self.index)
 
     def activate(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, 2F] -> [T, F] with a gate, [T, F] -> [T, F] without."""
@@ -187,19 +187,23 @@ class ExpertRunner:
                 x = torch.zeros(1, hidden_size, dtype=dtype, device=arena.device)
                 warm_up(launcher, x, self.store.routed.top_k(module.index), arena.buffer(module.index, 0))
 
-    def can_be_captured(self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor) -> bool:
-        return self._resident(experts, hidden, index) is not None
+    def is_resident(self, layer: int) -> bool:
+        """Whether single tokens go through the layer without the host."""
+        return self._residents is not None and self._residents.serves(layer)
 
-    def count_replay(self, experts: OffloadedExperts) -> None:
+    def count_resident(self, layer: int) -> None:
+        """A token went through the layer, which `resident` gave."""
         assert self._residents is not None
-        self._residents.count(experts.index)
+        self._residents.count(layer)
 
-    def _resident(
+    def resident(
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor
-    ) -> ResidentLayer | None:
+    ) -> Residents | None:
+        """What computes this without the host, or None."""
         if self._residents is None:
             return None
-        return self._residents.layer(experts.index, experts, hidden, index.shape[0])
+        layer = self._residents.layer(experts.index, experts, hidden, index.shape[0])
+        return self._residents if layer is not None else None
 
     def measure(self, experts: OffloadedExperts, hidden_size: int, dtype: torch.dtype) -> None:
         """Tell the store's scheduler what the CPU takes for a layer's experts; see calibrate.measure_cpu."""
@@ -220,11 +224,10 @@ class ExpertRunner:
         """As OffloadedExperts.forward. Raises KeyboardInterrupt if a deferred Ctrl-C is pending."""
         check_interrupt()
         layer = experts.index
-        resident = self._resident(experts, hidden, index)
-        if resident is not None:
-            output = resident.run(hidden, index, weights)
-            self.count_replay(experts)
-            return output
+        residents = self.resident(experts, hidden, index)
+        if residents is not None:
+            residents.count(layer, index.shape[1])
+            return residents.run(layer, hidden, index, weights)
         guesses = self.prefetcher.predict(layer)
         shared = self._may_share(experts, hidden, index)
         ids, guessed, x = to_host(

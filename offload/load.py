@@ -30,6 +30,7 @@ from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.prefetch import NoPrefetch, Prefetcher, RouterPrefetcher
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.residents import can_reside
 from moe_local.offload.schedule.calibrate import first_costs
 from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store import ExpertStore
@@ -186,7 +187,7 @@ def assemble(
         for module in modules:
             module.attach(runner)
         if device is not None:
-            resident = store.all_resident
+            resident = can_reside(store)
             if resident:
                 runner.keep_to_device()
             runner.warm_up(modules, hidden_size, dtype)

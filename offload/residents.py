@@ -10,49 +10,55 @@ from moe_local.offload.kernels.grouped_nf4 import UNIT, GroupedNF4
 from moe_local.offload.store import ExpertStore
 
 
+def can_reside(store: ExpertStore) -> bool:
+    """Whether Residents may serve a store: every expert is in a slot now, and all slots are on one device."""
+    buffers = (store.tier.arena.buffer(layer, 0) for layer in range(len(store.layouts)))
+    return store.all_resident and len({buffer.device for buffer in buffers}) == 1
+
+
 class ResidentLayer:
     """The slots of one layer's experts as a table on the device, and how often each was chosen."""
 
-    def __init__(
-        self, launcher: GroupedNF4, base: torch.Tensor, slots: torch.Tensor, counts: torch.Tensor
-    ) -> None:
-        """`base` uint8, where the arena begins; `slots` int64 [E], each expert's start in UNITs from there;
+    def __init__(self, launcher: GroupedNF4, slots: torch.Tensor, counts: torch.Tensor) -> None:
+        """`slots` int64 [E]: where each expert starts, in UNITs from the layer's first slot.
         `counts` int64 [E], a view: how many tokens chose it."""
-        self.top_k = 0
-        """K of the last token."""
         self._launcher = launcher
-        self._base = base
         self._slots = slots
         self._counts = counts
         self._ranks = self._ones = slots[:0]
 
-    def run(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """x [1, D], index and weights [1, K] -> [1, D]. Launches kernels, nothing else."""
+    def run(
+        self, base: torch.Tensor, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """x [1, D], index and weights [1, K] -> [1, D]. Launches kernels, nothing else.
+
+        `base`: the layer's first slot, uint8. It is not held: an arena may have to give memory back.
+        """
         ids = index.flatten()
-        if self.top_k != len(ids):
-            self.top_k = len(ids)
-            self._ranks = torch.arange(self.top_k, device=x.device)
+        if len(self._ranks) != len(ids):
+            self._ranks = torch.arange(len(ids), device=x.device)
             self._ones = torch.ones_like(self._ranks)
         self._counts.index_add_(0, ids, self._ones)
         run = GroupedRun(self._launcher, x, weights)
-        run.launch(self._base, torch.stack([self._slots.index_select(0, ids), self._ranks], dim=1))
+        run.launch(base, torch.stack([self._slots.index_select(0, ids), self._ranks], dim=1))
         return run.result()
 
 
 class Residents:
-    """The layers of a store that are served on the device alone. The host-driven way gives the same bits.
+    """The layers of a store that are served on the device alone, for as long as every expert has a slot.
+
+    The host-driven way gives the same bits.
 
     Counts what the store and its RouterLoad would have counted: hits at once, the router's choices on the
     device until they are asked for.
     """
 
     def __init__(self, store: ExpertStore, grouped: GroupedExperts) -> None:
-        """`store` must be `all_resident`, for good."""
-        assert store.all_resident
         self._store = store
         self._grouped = grouped
         self._layers: dict[int, ResidentLayer | None] = {}
-        device = store.tier.arena.device
+        self._top_k: dict[int, int] = {}
+        device = store.tier.arena.buffer(0, 0).device
         sizes = [store.num_experts(layer) for layer in range(len(store.layouts))]
         with torch.inference_mode(False):
             self._counts = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
@@ -63,32 +69,44 @@ class Residents:
         """What serves so many tokens x [T, D] of a layer; None where the host has to."""
         if tokens != 1 or x.dtype not in DTYPES or torch.is_autocast_enabled(x.device.type):
             return None
+        if not self.serves(number):
+            return None
         if number not in self._layers:
             self._layers[number] = self._make(number, math)
         return self._layers[number]
 
+    def serves(self, number: int) -> bool:
+        """Whether every expert of the layer still has its slot."""
+        return self._store.slots(number) >= self._store.num_experts(number)
+
+    def run(self, number: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """One token x [1, D] through a layer that `layer` gives, index and weights [1, K] -> [1, D]."""
+        layer = self._layers[number]
+        assert layer is not None
+        return layer.run(self._store.tier.arena.buffer(number, 0), x, index, weights)
+
     def _make(self, number: int, math: ExpertMath) -> ResidentLayer | None:
         store, arena = self._store, self._store.tier.arena
-        layouts = store.layouts[number]
-        launcher = self._grouped.launcher(math, arena.device, layouts[0])
+        layouts, base = store.layouts[number], arena.buffer(number, 0)
+        launcher = self._grouped.launcher(math, base.device, layouts[0])
         if launcher is None or any(layout != layouts[0] for layout in layouts):
             return None
         starts = []
         for expert in range(len(layouts)):
             slot = store.tier.cache.slot_of(number, expert)
             assert slot is not None
-            start, odd = divmod(arena.offset(number, slot), UNIT)
+            start, odd = divmod(arena.buffer(number, slot).data_ptr() - base.data_ptr(), UNIT)
             assert odd == 0
             starts.append(start)
         with torch.inference_mode(False):
-            slots = torch.tensor(starts, dtype=torch.int64, device=arena.device)
-        return ResidentLayer(launcher, arena.buffer(0, 0), slots, self._counts_of[number])
+            slots = torch.tensor(starts, dtype=torch.int64, device=base.device)
+        return ResidentLayer(launcher, slots, self._counts_of[number])
 
-    def count(self, number: int) -> None:
-        """A token went through the layer."""
-        layer = self._layers[number]
-        assert layer is not None
-        self._store.tier.cache.stats.hits_by_layer[number] += layer.top_k
+    def count(self, number: int, top_k: int | None = None) -> None:
+        """A token went through the layer, to so many experts; None: to as many as the one before."""
+        if top_k is not None:
+            self._top_k[number] = top_k
+        self._store.tier.cache.stats.hits_by_layer[number] += self._top_k[number]
 
     def settle(self) -> None:
         """Bring the router's choices to the store's RouterLoad. Waits for the device."""

@@ -104,12 +104,6 @@ def _hindrance(engine: Engine) -> str | None:
 class _StandIn:
     """What experts answer in a trial: something that depends on all that they are given, after a wait."""
 
-    def can_be_captured(self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor) -> bool:
-        return False
-
-    def count_replay(self, experts: OffloadedExperts) -> None:
-        pass
-
     def run(
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:

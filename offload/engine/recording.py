@@ -62,8 +62,13 @@ class CapturedStep:
         self.logits = logits
         """[1, vocabulary] fp32, as of the last replay."""
 
+    @property
+    def is_valid(self) -> bool:
+        """Whether the experts that were captured are where they were."""
+        return all(module.stays_captured for module in self._counted)
+
     def replay(self) -> None:
-        """Raises what the experts of a layer raise; a later replay begins anew."""
+        """Only while it `is_valid`. Raises what the experts of a layer raise; a later replay begins anew."""
         for segment, pause in self._parts:
             segment.replay()
             if pause is not None:

@@ -64,6 +64,9 @@ class TokenStep:
         """
         place = self._prepare(row, token)
         captured = self.captured.get(place)
+        if captured is not None and not captured.is_valid:
+            captured = None
+            self.captured.clear()
         if captured is not None:
             captured.replay()
             return captured.logits

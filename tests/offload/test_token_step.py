@@ -55,12 +55,6 @@ class Plain:
         answer: torch.Tensor = self._originals[experts.index](hidden, index, weights)
         return answer
 
-    def can_be_captured(self, experts: OffloadedExperts, hidden: Any, index: Any) -> bool:
-        return False
-
-    def count_replay(self, experts: OffloadedExperts) -> None:
-        raise AssertionError("nothing of this is captured")
-
 
 def offloaded(hf: Any) -> Plain:
     """Put OffloadedExperts into a model of transformers."""

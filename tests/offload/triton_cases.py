@@ -292,12 +292,12 @@ def test_residents_are_found_by_a_table_on_the_device() -> None:
     assert launcher is not None
     slots = torch.tensor([slot * experts.stride // UNIT for slot in experts.slots])
     counts = torch.zeros(5, dtype=torch.int64)
-    layer = ResidentLayer(launcher, experts.arena, slots, counts)
+    layer = ResidentLayer(launcher, slots, counts)
     for number, ids in enumerate(([4, 0, 3], [1, 2, 4], [2])):
         index, x = torch.tensor([ids]), normal(1, 64, seed=number)
         weights = normal(1, len(ids), seed=number).abs()
         step = begin(math, experts, x, Routing(ids, 1, 5), weights)
-        assert torch.equal(layer.run(x, index, weights), in_groups(step, experts, [ids]))
+        assert torch.equal(layer.run(experts.arena, x, index, weights), in_groups(step, experts, [ids]))
     assert counts.tolist() == [1, 1, 2, 1, 2]
 
 
