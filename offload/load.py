@@ -30,7 +30,7 @@ from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.prefetch import NoPrefetch, Prefetcher, RouterPrefetcher
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.codec import codec_for
-from moe_local.offload.residents import can_reside
+from moe_local.offload.residents import can_reside, uncounted
 from moe_local.offload.schedule.calibrate import first_costs
 from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store import ExpertStore
@@ -194,7 +194,7 @@ def assemble(
             if graphs is None and target.type == "cuda":
                 graphs = CudaGraphs(target)
             if graphs is not None:
-                with store.uncounted():
+                with uncounted(store):
                     use_graphs(
                         engine,
                         graphs,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -241,13 +240,6 @@ class ExpertStore:
     def num_experts(self, layer: int) -> int:
         return len(self.layouts[layer])
 
-    @property
-    def all_resident(self) -> bool:
-        """Whether every expert is in a slot of the fastest tier now; if so, it stays there."""
-        return all(
-            self.tier.cache.has_all(layer, range(len(experts))) for layer, experts in enumerate(self.layouts)
-        )
-
     def prefetch(self, layer: int, experts: Sequence[int], *, distance: int, budget_bytes: int) -> None:
         """Request absent experts of a later layer, likeliest first, behind all demand loads.
 
@@ -294,19 +286,6 @@ class ExpertStore:
             tokens=self.tokens,
             routed=self.routed.snapshot(),
         )
-
-    @contextlib.contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """Experts that are served meanwhile count nowhere: a trial of those that have a slot for good."""
-        hits = self.tier.cache.stats.hits_by_layer
-        before, routed = hits[:], self.routed
-        self.routed = routed.empty_twin()
-        try:
-            yield
-        finally:
-            if routed.settle is not None:
-                routed.settle()
-            hits[:], self.routed = before, routed
 
     def close(self) -> None:
         """Stop loads and free the slots. Idempotent."""
