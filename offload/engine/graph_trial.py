@@ -67,12 +67,15 @@ def use_graphs(
     """
     if mode == "off":
         return
-    reason = _hindrance(engine)
+    reason, slower = _hindrance(engine), False
     if reason is None:
         step = engine.make_token_step(graphs, sites, saw)
-        with _stood_in(engine) if stand_in else _as_they_are():
-            reason = _difference(engine, step)
-            slower = reason is None and mode == "auto" and _is_slower(engine, step)
+        try:
+            with _stood_in(engine) if stand_in else _as_they_are():
+                reason = _difference(engine, step)
+                slower = reason is None and mode == "auto" and _is_slower(engine, step)
+        except Exception as error:  # whatever a model's code makes of a cache that it does not know
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if reason is not None:
         logger.info("decoding goes without CUDA graphs: %s", reason)
         return
@@ -155,25 +158,36 @@ def _difference(engine: Engine, step: TokenStep) -> str | None:
     """What of `step` is not as it should be: its logits are those of the plain forward, but for rounding,
     and those that are replayed have the very bits of those that are computed."""
     off = []
-    try:
-        with _row(engine) as row:
-            for number in range(HISTORY, HISTORY + TOKENS):
-                token = _token(engine, number)
-                got = step.logits(row, token).clone()  # first: the others write the token's column, too
-                if step.failure is not None:
-                    return step.failure
-                if not torch.equal(got, step.computed(row, token)):
-                    return "replayed logits were not those that were computed"
-                plain = engine.plain_logits(row, [token])
-                off.append(float((got - plain).norm() / plain.norm()))
-                engine.kv.advance(row, 1)
-    except Exception as error:  # whatever a model's code makes of a cache that it does not know
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    with _row(engine) as row:
+        _go_beyond_windows(engine, row)
+        for number in range(HISTORY, HISTORY + TOKENS):
+            token = _token(engine, number)
+            got = step.logits(row, token).clone()  # first: the others write the token's column, too
+            if step.failure is not None:
+                return step.failure
+            if not torch.equal(got, step.computed(row, token)):
+                return "replayed logits were not those that were computed"
+            plain = engine.plain_logits(row, [token])
+            off.append(float((got - plain).norm() / plain.norm()))
+            engine.kv.advance(row, 1)
     allowed = EXACT if engine.hf.dtype == torch.float32 else ROUGH
     typical = statistics.median(off)
     if not typical <= allowed:
         return f"logits were off by {typical:.2g} of their norm, where {allowed} is allowed"
     return None
+
+
+def _go_beyond_windows(engine: Engine, row: int) -> None:
+    """Let the next tokens see a part of the row only, where a window can do that within the context.
+
+    The tokens between are columns of zeros, which attention counts like any others.
+    """
+    kv = engine.kv
+    assert isinstance(kv, KVSlab)
+    window = max((store.window or 0 for store in kv.layers if store is not None), default=0)
+    if HISTORY + window + TOKENS <= kv.capacity:
+        kv.clear(row)
+        kv.advance(row, window)
 
 
 def _is_slower(engine: Engine, step: TokenStep) -> bool:

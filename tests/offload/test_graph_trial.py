@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import moe_local
 from moe_local.cache.errors import OptionError
 from moe_local.offload.checkpoint.spec import experts_modules
 from moe_local.offload.engine import graph_trial
@@ -134,6 +135,22 @@ def test_models_that_cannot_be_captured_stay_plain_and_say_why(
     refused("flash_attention_2", kv=kv)
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_windows_are_tried_where_they_hide_something(
+    tiny_models: ModuleType, fake_graphs: ModuleType, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    model = tiny_models.tiny_model(model_type, sliding_window=20)
+    for index, (name, module) in enumerate(list(experts_modules(model))):
+        model.set_submodule(name, OffloadedExperts(module, index))
+    assert tried(model, fake_graphs.FakeGraphs()).token_step is not None
+    kv = make_kv(model, 1, 64)
+    model.config.sliding_window = (
+        None if model_type == "mixtral" else 64
+    )  # the mask forgets, the slab does not
+    assert tried(model, fake_graphs.FakeGraphs(), kv=kv).token_step is None
+    assert tried(model, fake_graphs.FakeGraphs(), kv=make_kv(model, 1, 64)).token_step is not None
+
+
 def test_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     assert graph_mode() == "auto"
@@ -143,6 +160,8 @@ def test_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "always")
     with pytest.raises(OptionError, match="MOE_LOCAL_GRAPHS is 'always'; it may be auto, on, off"):
         graph_mode()
+    with pytest.raises(OptionError, match="MOE_LOCAL_GRAPHS"):
+        moe_local.load("demo")
 
 
 # --- the graphs of tests
