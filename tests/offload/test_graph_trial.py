@@ -15,6 +15,7 @@ from moe_local.offload.checkpoint.spec import experts_modules
 from moe_local.offload.engine import graph_trial
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.graph_trial import VARIABLE, graph_mode, use_graphs
+from moe_local.offload.engine.graphs import CudaGraphs
 from moe_local.offload.engine.kv_slab import KVSlab, make_kv
 from moe_local.offload.engine.own_caches import OwnCaches
 from moe_local.offload.engine.static_row import StaticLayer
@@ -224,3 +225,56 @@ def test_waits_are_refused(fake_graphs: ModuleType, wait: str) -> None:
         graphs.abort()
         graphs.abort()
     getattr(x, wait)()
+
+
+# --- CUDA's own, as far as it can be seen without a device
+
+
+def test_cuda_is_asked_in_the_right_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stream of its own, between waits for what came before and comes after; from one pool."""
+    calls: list[str] = []
+
+    class Stream:
+        def __init__(self, name: Any) -> None:
+            self.name = name if isinstance(name, str) else "own"
+
+        def wait_stream(self, other: Stream) -> None:
+            calls.append(f"{self.name} waits for {other.name}")
+
+        def __enter__(self) -> None:
+            calls.append(f"on {self.name}")
+
+        def __exit__(self, *exception: object) -> None:
+            calls.append(f"off {self.name}")
+
+    class Graph:
+        def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+            calls.append(f"begin in {pool}, {capture_error_mode}")
+
+        def capture_end(self) -> None:
+            calls.append("end")
+            if len(calls) > 12:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+        def replay(self) -> None:
+            calls.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("outer"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    graphs = CudaGraphs(torch.device("cuda:0"))
+    with graphs.session():
+        for _ in range(2):
+            graphs.begin()
+            graphs.end().replay()
+    capture = ["begin in the pool, thread_local", "end", "replay"]
+    frame = ["own waits for outer", "on own"], ["off own", "outer waits for own"]
+    assert calls == [*frame[0], *capture, *capture, *frame[1]]
+    with pytest.raises(ValueError, match="in the model"), graphs.session():
+        graphs.begin()
+        graphs.abort()
+        graphs.abort()
+        raise ValueError("in the model")
+    assert calls[10:] == [*frame[0], *capture[:2], *frame[1]]
