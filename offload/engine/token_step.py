@@ -75,7 +75,8 @@ class TokenStep:
         if place not in self._caches:
             with self._graphs.session():
                 return self._forward(place)
-        return self._capture(place)
+        captured = self._capture(place)
+        return self._forward(place) if captured is None else captured.logits
 
     def computed(self, row: int, token: int) -> torch.Tensor:
         """The same logits, without a graph."""
@@ -106,8 +107,8 @@ class TokenStep:
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits
 
-    def _capture(self, place: tuple[int, int]) -> torch.Tensor:
-        """The forward, captured on its way; if that fails, the forward all the same."""
+    def _capture(self, place: tuple[int, int]) -> CapturedStep | None:
+        """Do the forward, captured on its way; None if that failed, with nothing left of it."""
         assert self._graphs is not None
         recording = Recording(self._graphs, self._hf, self._sites, self._saw)
         try:
@@ -122,9 +123,9 @@ class TokenStep:
             if recording.in_experts:
                 raise
             self._give_up(error)
-            return self._forward(place)
+            return None
         self.captured[place] = captured
-        return captured.logits
+        return captured
 
     def _give_up(self, error: Exception) -> None:
         """Capture no more. What has been captured goes on being replayed."""
