@@ -17,7 +17,8 @@ from moe_local.offload.checkpoint.tokenizer import load_tokenizer
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.graph_trial import graph_mode, use_graphs
 from moe_local.offload.engine.graphs import CudaGraphs, Graphs
-from moe_local.offload.engine.kv_slab import make_kv, probe_cache
+from moe_local.offload.engine.kv_slab import probe_cache
+from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.expert_file.convert import convert_experts, expert_file_folder, moe_local_home
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts

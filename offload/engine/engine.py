@@ -20,6 +20,7 @@ from torch import nn
 
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.offload import interrupt
+from moe_local.offload.engine.batch_view import BatchMasks
 from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.kv_slab import KVRows, KVSlab, cache_argument
 from moe_local.offload.engine.recording import Saw
@@ -112,6 +113,9 @@ class Engine:
         """By row, the parked one included."""
         self._parked: Sequence | None = None
         self._turn = 0
+        self._masks: BatchMasks | None = None
+        self._had_prompt = False
+        """Whether the last step computed a part of a prompt."""
 
     def make_token_step(
         self, graphs: Graphs | None, sites: Ids[RouterSite | None] = (), saw: Saw | None = None
@@ -229,27 +233,81 @@ class Engine:
             return self._emit(work, tokens)
 
     def _schedule(self) -> list[Work]:
-        """The rows of the next forward: one, in turn."""
+        """The rows of the next forward: all that decode, in turn with each that has a prompt to compute.
+
+        Where rows cannot take part in one forward, each has its turn.
+        """
         running = [sequence for sequence in self.active if sequence.finish_reason is None]
+        if self.kv.can_batch:
+            decoding = [sequence for sequence in running if self._todo(sequence) == 1]
+            prompts = [sequence for sequence in running if self._todo(sequence) > 1]
+            if decoding and (self._had_prompt or not prompts):
+                self._had_prompt = False
+                if len(decoding) == 1:
+                    return [self._work(decoding[0])]
+                return [self._work(sequence) for sequence in self._to_front(decoding)]
+            running = prompts
         if not running:
             return []
         sequence = next((s for s in running if s.row >= self._turn), running[0])
         self._turn = sequence.row + 1
+        self._had_prompt = True
+        return [self._work(sequence)]
+
+    def _todo(self, sequence: Sequence) -> int:
+        """Tokens that are not computed yet."""
+        return len(sequence.ids) - self.kv.lens[sequence.row]
+
+    def _work(self, sequence: Sequence) -> Work:
         done = self.kv.lens[sequence.row]
         todo = len(sequence.ids) - done
         count = self.kv.chunk(sequence.row, todo, self.chunk)
-        return [Work(sequence, sequence.ids[done : done + count], samples=count == todo)]
+        return Work(sequence, sequence.ids[done : done + count], samples=count == todo)
+
+    def _to_front(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Give these, ordered by row, the first rows, in their order: a batch is a stretch of the slab.
+
+        Rows move when somebody joins the batch or leaves it, not from step to step.
+        """
+        outside = [row for row in range(len(sequences)) if self._members[row] not in sequences]
+        behind = [sequence.row for sequence in sequences if sequence.row >= len(sequences)]
+        for hole, row in zip(outside, behind, strict=True):
+            self.kv.swap(hole, row)
+            members = self._members
+            members[hole], members[row] = members[row], members[hole]
+            members[hole].row, members[row].row = hole, row
+        return self._members[: len(sequences)]
 
     def _forward(self, work: list[Work]) -> torch.Tensor:
         """Logits of each row's last token, [len(work), vocabulary], fp32."""
         with one_torch_thread() if self._is_small(work) else contextlib.nullcontext():
-            return torch.cat([self._forward_row(item) for item in work])
+            return self._forward_row(work[0]) if len(work) == 1 else self._forward_batch(work)
 
     def _is_small(self, work: list[Work]) -> bool:
         """Whether our kernels do nearly all of it, and are better off with the cores for themselves."""
-        return self._fits_one_thread and all(
-            len(item.ids) <= FEW_TOKENS and self.kv.lens[item.sequence.row] <= SHORT_CONTEXT for item in work
+        tokens = sum(len(item.ids) for item in work)
+        return (
+            self._fits_one_thread
+            and tokens <= FEW_TOKENS
+            and all(self.kv.lens[item.sequence.row] <= SHORT_CONTEXT for item in work)
         )
+
+    def _forward_batch(self, work: list[Work]) -> torch.Tensor:
+        """The first rows of the memory, one token each: an expert that several need is fetched once."""
+        cache = self.kv.batch(len(work))
+        if self._masks is None:
+            self._masks = BatchMasks(self.hf, self.kv.windows)
+        output = self.hf(
+            input_ids=torch.tensor([item.ids for item in work], device=self.device),
+            position_ids=torch.tensor(
+                [[self.kv.lens[item.sequence.row]] for item in work], device=self.device
+            ),
+            attention_mask=self._masks.make(self.kv.places),
+            **{self._cache_argument: cache},
+            **self._forward_options,
+        )
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
 
     def _forward_row(self, item: Work) -> torch.Tensor:
         """One sequence, any number of tokens: no mask, as generate drops one that hides nothing."""
