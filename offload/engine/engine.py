@@ -110,8 +110,9 @@ class Engine:
         self.tokens = 0
         """New tokens so far, of all sequences."""
         self._members: list[Sequence] = []
-        """By row, the parked one included."""
-        self._parked: Sequence | None = None
+        """By row, the parked ones included."""
+        self._parked: list[Sequence] = []
+        """Those that have left and whose rows nobody has needed since, in the order in which they left."""
         self._turn = 0
         self._masks: BatchMasks | None = None
         self._had_prompt = False
@@ -135,7 +136,7 @@ class Engine:
     @property
     def active(self) -> list[Sequence]:
         """Sequences that have joined and not left, by row."""
-        return [sequence for sequence in self._members if sequence is not self._parked]
+        return [sequence for sequence in self._members if sequence not in self._parked]
 
     @property
     def free_rows(self) -> int:
@@ -144,7 +145,8 @@ class Engine:
     def join(self, prompt_ids: Ids[int], settings: Settings, *, reuse: bool = False) -> Sequence:
         """Let a prompt take part in the steps to come; nothing is computed yet.
 
-        With `reuse`, the keys and values of the sequence that left last serve as far as both prompts agree.
+        With `reuse`, the keys and values of a sequence that left serve as far as both prompts agree: those of
+        the one that agrees longest.
         Raises OptionError for an empty prompt, an id beyond the vocabulary, a prompt beyond the context.
         """
         ids = list(prompt_ids)
@@ -153,15 +155,15 @@ class Engine:
             raise MoeLocalError(
                 f"all {self.kv.rows} sequences are in use; one has to leave before another joins"
             )
-        shared = self._shared_prefix(ids) if reuse else 0
-        if self._parked is not None and shared:
-            row = self._parked.row
+        shared, parked = self._longest_prefix(ids) if reuse else (0, None)
+        if parked is not None:
+            row = parked.row
             self.kv.shorten(row, shared)
-            self._parked = None
+            self._parked.remove(parked)
             sequence = self._members[row] = Sequence(ids, len(ids), settings, row, reused_tokens=shared)
         else:
             if len(self._members) == self.kv.rows:
-                self.forget()
+                self._give_up(self._parked[0])
             sequence = Sequence(ids, len(ids), settings, self.kv.join())
             self._members.append(sequence)
         if settings.max_time is not None:
@@ -189,28 +191,37 @@ class Engine:
     def leave(self, sequence: Sequence) -> None:
         """The sequence takes part no more, finished or not. Its row stays parked until one is needed."""
         assert self._members[sequence.row] is sequence, "this sequence has left before"
-        self.forget()
-        self._parked = sequence
+        assert sequence not in self._parked, "this sequence has left before"
+        self._parked.append(sequence)
         sequence.seen = None
 
     def forget(self) -> None:
-        """Give up the parked row."""
-        if self._parked is None:
-            return
-        row, self._parked = self._parked.row, None
+        """Give up all parked rows."""
+        while self._parked:
+            self._give_up(self._parked[0])
+
+    def _give_up(self, parked: Sequence) -> None:
+        self._parked.remove(parked)
+        row = parked.row
         self.kv.leave(row)
         last = self._members.pop()
         if row < len(self._members):
             self._members[row] = last
             last.row = row
 
-    def _shared_prefix(self, ids: list[int]) -> int:
-        """Tokens of the parked row that a prompt can take over; at least one is left to compute."""
-        if self._parked is None:
-            return 0
-        row = self._parked.row
+    def _longest_prefix(self, ids: list[int]) -> tuple[int, Sequence | None]:
+        """The parked sequence that most of a prompt can be taken over from, and how many tokens."""
+        found: tuple[int, Sequence | None] = (0, None)
+        for parked in self._parked:
+            shared = self._shared_prefix(parked, ids)
+            if shared and shared >= found[0]:
+                found = (shared, parked)
+        return found
+
+    def _shared_prefix(self, parked: Sequence, ids: list[int]) -> int:
+        """Tokens of a parked row that a prompt can take over; at least one is left to compute."""
+        row, old = parked.row, parked.ids
         limit = min(self.kv.lens[row], len(ids) - 1)
-        old = self._parked.ids
         shared = next((i for i in range(limit) if old[i] != ids[i]), limit)
         return shared if self.kv.can_shorten(row, shared) else 0
 
@@ -405,6 +416,6 @@ class Engine:
         assert len(self._members) == len(self.kv.lens)
         for row, sequence in enumerate(self._members):
             assert sequence.row == row
-            assert self.kv.lens[row] < len(sequence.ids) or sequence is self._parked
+            assert self.kv.lens[row] < len(sequence.ids) or sequence in self._parked
             assert sequence.prompt_len <= len(sequence.ids) <= self.kv.capacity + 1
-        assert self._parked is None or self._members[self._parked.row] is self._parked
+        assert all(self._members[parked.row] is parked for parked in self._parked)
