@@ -150,7 +150,7 @@ class Engine:
         Raises OptionError for an empty prompt, an id beyond the vocabulary, a prompt beyond the context.
         """
         ids = list(prompt_ids)
-        self._check_prompt(ids)
+        self.check_prompt(ids)
         if self.free_rows == 0:
             raise MoeLocalError(
                 f"all {self.kv.rows} sequences are in use; one has to leave before another joins"
@@ -170,7 +170,8 @@ class Engine:
             sequence.deadline = time.monotonic() + settings.max_time
         return sequence
 
-    def _check_prompt(self, ids: list[int]) -> None:
+    def check_prompt(self, ids: Ids[int]) -> None:
+        """Raises OptionError for a prompt that `join` would refuse."""
         if not ids:
             raise OptionError("the prompt is empty; it needs at least one token")
         if len(ids) > self.kv.capacity:
