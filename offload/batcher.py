@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from moe_local.cache.errors import BusyError, MoeLocalError
+from moe_local.cache.stats import Stats
 from moe_local.offload.engine.engine import Engine, FinishReason, Sequence, Step
 from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.engine.text import Detokenizer
@@ -76,6 +77,7 @@ class Batcher:
         self._closed: str | None = None
         self._draining = False
         self._changed = threading.Condition()
+        self._stepping = threading.Lock()
         self._tally = store.tally()
         self._thread = threading.Thread(target=self._work, name="moe-local-batcher", daemon=True)
         self._thread.start()
@@ -197,9 +199,15 @@ class Batcher:
             self._changed.notify_all()
         return bool(self._running)
 
+    def stats(self) -> Stats:
+        """Counts since load. Any thread; waits for the end of a step."""
+        with self._stepping:
+            return self._store.snapshot()
+
     def _step(self) -> None:
         try:
-            steps = self._engine.step()
+            with self._stepping:
+                steps = self._engine.step()
         except Exception as error:
             # Whose fault it was is not known; nobody else waits for ever.
             self._end_all(

@@ -52,6 +52,7 @@ def load(
     activations: str = "native",
     dense: str = "auto",
     context: int | None = None,
+    parallel: int = 1,
     policy: str = "lru",
     prefetch: str = "auto",
     miss: str = "auto",
@@ -61,8 +62,9 @@ def load(
 
     `model`: an alias ("mixtral-8x7b"), a Hub id, a folder, or "demo". Downloaded and its experts converted
     on first use. `vram` and `ram` bound all that is put there ("20GiB"; None: what is free, less a
-    reserve); `slots` fixes the experts kept per MoE layer in the fastest tier instead. Whether it fits is
-    known, and refused, before anything is downloaded or allocated. Raises MoeLocalError of all kinds.
+    reserve); `slots` fixes the experts kept per MoE layer in the fastest tier instead. `parallel` answers
+    can be computed together, each with a context of its own. Whether it fits is known, and refused, before
+    anything is downloaded or allocated. Raises MoeLocalError of all kinds.
     """
     options = LoadOptions.from_keywords(
         {
@@ -74,6 +76,7 @@ def load(
             "activations": activations,
             "dense": dense,
             "context": context,
+            "parallel": parallel,
             "policy": policy,
             "prefetch": prefetch,
             "miss": miss,
@@ -174,7 +177,7 @@ def assemble(
         undo.callback(store.close)
         with Probe(hf) as probe:
             cache = probe_cache(hf)
-        kv = make_kv(hf, 1, plan.request.context, cache)
+        kv = make_kv(hf, plan.request.parallel, plan.request.context, cache)
         engine = Engine(hf, kv, chunk=plan.chunk)
         prefetcher = _prefetcher(options, plan, store, probe)
         runner = ExpertRunner(store, prefetcher, options.activations)

@@ -88,7 +88,7 @@ def use_graphs(
 def _hindrance(engine: Engine) -> str | None:
     """Why a model is not even tried."""
     hf, kv = engine.hf, engine.kv
-    if not isinstance(kv, KVSlab):
+    if type(kv) is not KVSlab:
         return "its cache keeps more than keys and values"
     if kv.has_indexer:
         return "its attention chooses its tokens"
