@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import signal
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -129,8 +132,23 @@ def run(server: Server, host: str, port: int) -> None:
     """Until Ctrl-C or SIGTERM; answers under way then have GRACE_SECONDS to end."""
     import uvicorn
 
-    class Announcing(uvicorn.Server):
-        """Says where it listens once it does, since port 0 takes any."""
+    class Web(uvicorn.Server):
+        """Says where it listens once it does, since port 0 takes any, and ends without killing the process."""
+
+        interrupted = False
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            kept = {kind: signal.signal(kind, self.handle_exit) for kind in (signal.SIGINT, signal.SIGTERM)}
+            try:
+                yield
+            finally:
+                for kind, handler in kept.items():
+                    signal.signal(kind, handler)
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            self.interrupted = self.interrupted or sig == signal.SIGINT
+            super().handle_exit(sig, frame)
 
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
@@ -147,7 +165,10 @@ def run(server: Server, host: str, port: int) -> None:
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    Announcing(config).run()
+    web = Web(config)
+    web.run()
+    if web.interrupted:
+        raise KeyboardInterrupt
 
 
 def _is_own(host: str) -> bool:

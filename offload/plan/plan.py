@@ -36,11 +36,11 @@ class Request:
     experts: str = "nf4"
     dense: str = "auto"
     context: int = DEFAULT_CONTEXT
-    parallel: int = 1
-    """Sequences at a time, each with a context of its own."""
     slots: int | None = None
     """Experts per MoE layer in the fastest tier; None: as many as fit."""
     bandwidths: Bandwidths = field(default_factory=Bandwidths)
+    parallel: int = 1
+    """Sequences at a time, each with a context of its own."""
 
     def __post_init__(self) -> None:
         if self.context > self.spec.max_context:
