@@ -133,7 +133,7 @@ def run(server: Server, host: str, port: int) -> None:
     import uvicorn
 
     class Web(uvicorn.Server):
-        """Says where it listens once it does, since port 0 takes any, and ends without killing the process."""
+        """Says where it listens once it does, since port 0 takes any, and lets the process end in order."""
 
         interrupted = False
 

@@ -1,4 +1,4 @@
-"""`moe-local serve` as a command: what it refuses before it loads anything, and a real one that is stopped."""
+"""`moe-local serve` as a command: what it refuses before it loads, and a real one that is stopped."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_port_that_is_taken() -> None:
     assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in result.stderr
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_real_one_answers_and_ends_clean(stop: signal.Signals, tmp_path: Any) -> None:
     command = [sys.executable, "-m", "moe_local.cli", "serve", "demo", "--port", "0", "--device", "cpu"]
     environment = {**os.environ, "MOE_LOCAL_HOME": str(tmp_path)}
