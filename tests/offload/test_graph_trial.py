@@ -16,7 +16,8 @@ from moe_local.offload.engine import graph_trial
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.graph_trial import VARIABLE, graph_mode, use_graphs
 from moe_local.offload.engine.graphs import CudaGraphs
-from moe_local.offload.engine.kv_slab import KVSlab, make_kv
+from moe_local.offload.engine.kv_slab import KVSlab
+from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.own_caches import OwnCaches
 from moe_local.offload.engine.static_row import StaticLayer
 from moe_local.offload.experts import OffloadedExperts
