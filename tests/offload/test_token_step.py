@@ -107,7 +107,7 @@ class Watched(Engine):
 
     def _forward(self, work: Any) -> torch.Tensor:
         logits = super()._forward(work)
-        self.seen.append(logits)
+        self.seen.append(logits.clone())
         return logits
 
 
