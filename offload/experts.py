@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +20,16 @@ from moe_local.offload.prefetch.prefetch import Prefetcher
 from moe_local.offload.schedule.calibrate import measure_cpu
 from moe_local.offload.schedule.costs import Work
 from moe_local.offload.store import ExpertStore
+
+
+class Runner(Protocol):
+    """What runs the experts of a layer: the ExpertRunner, or something that watches or directs one."""
+
+    def run(
+        self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As OffloadedExperts.forward."""
+
 
 _TAKEN_OVER = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "config")
 
@@ -55,12 +65,17 @@ class OffloadedExperts(nn.Module):
         gate = types.MethodType(cls._apply_gate, self)  # every class that the interface serves has one
         self._apply_gate: Callable[[torch.Tensor], torch.Tensor] = gate
         self._is_hf_initialized = True
-        self._runner: ExpertRunner | None = None
+        self._runner: Runner | None = None
         self._retired: str | None = None
 
-    def attach(self, runner: ExpertRunner) -> None:
+    def attach(self, runner: Runner) -> None:
         """Serve forwards through `runner` from now on."""
         self._runner = runner
+
+    @property
+    def runner(self) -> Runner | None:
+        """What serves forwards; None before `attach` and after `retire`."""
+        return self._runner
 
     def retire(self, reason: str) -> None:
         """Refuse all forwards from now on with MoeLocalError(reason): the weights are gone."""
@@ -112,6 +127,9 @@ class ExpertRunner:
     def __init__(self, store: ExpertStore, prefetcher: Prefetcher, activations: str = "native") -> None:
         self.store = store
         self.prefetcher = prefetcher
+        self.times_sync = False
+        """Whether to time how long a device stands still until the host has learned the router's choice.
+        Two events a layer: for measurements."""
         self._kernels = LayerKernels(activations)
         device = store.tier.arena.device
         self._inputs, self._answers = Staging(device), Staging(device)
@@ -137,9 +155,12 @@ class ExpertRunner:
         layer = experts.index
         guesses = self.prefetcher.predict(layer)
         shared = self._may_share(experts, hidden, index)
+        idle = self.store.tier.device.idle() if self.times_sync and self.store.tier.device else None
         ids, guessed, x = to_host(
             index, [guess.ranked for guess in guesses], hidden if shared else None, self._inputs
         )
+        if idle is not None:
+            self.store.add_wait("sync", idle.end())
         routing = Routing(ids, index.shape[0], experts.num_experts)
         step = self._begin(experts, hidden, x, routing, weights)
         groups = self.store.serve(

@@ -1,0 +1,299 @@
+"""`moe-local bench`: where each millisecond of a token goes, beside what physics allows."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import moe_local
+from moe_local.cache.errors import MoeLocalError, OptionError
+from moe_local.cache.keys import format_bytes
+from moe_local.cli.live import LivePicture
+from moe_local.cli.options import debug_flag, json_flag, load_flags
+from moe_local.cli.plot import check_plotting, plot
+from moe_local.cli.render import ProgressBar, on_stderr, print_json
+from moe_local.offload.options import LoadOptions
+
+if TYPE_CHECKING:
+    from moe_local import Model
+    from moe_local.cache.routes import Routes
+    from moe_local.offload.measure.sample import Step
+    from moe_local.offload.measure.workloads import Workload
+
+INTERRUPTED = 130
+
+PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option(
+    "--synthetic",
+    metavar="NAME",
+    help="Made weights in the shape of a published model instead: "
+    "mixtral-8x7b, qwen3-30b-a3b, gpt-oss-120b or deepseek-v3.",
+)
+@click.option("--layers", type=int, metavar="N", help="Layers of the synthetic model; as many as fit.")
+@click.option(
+    "--workload",
+    default="single,chat,long,batch",
+    show_default=True,
+    help="What to measure; the first one is the main one.",
+)
+@click.option("--tokens", type=int, default=32, show_default=True, help="New tokens of each answer.")
+@click.option("--prompt-tokens", type=int, default=512, show_default=True, help="Tokens of the long prompt.")
+@click.option("--batch", type=int, default=4, show_default=True, help="Prompts of the batch.")
+@click.option(
+    "--repeats",
+    type=int,
+    default=6,
+    show_default=True,
+    help="Timed runs of each workload, behind one that warms up; 6 give 95 % intervals.",
+)
+@click.option(
+    "--compare",
+    is_flag=True,
+    help="Also without cache, without prefetch, with each policy and each way "
+    "of misses, in turn with the model as loaded.",
+)
+@click.option("--routes", type=PATH, metavar="FILE", help="Let this recording choose the experts.")
+@click.option("--record-routes", type=PATH, metavar="FILE", help="Write what the routers chose to this file.")
+@click.option("--plot", "picture", type=PATH, metavar="FILE.png", help="Draw the figures (needs matplotlib).")
+@click.option("--watch", is_flag=True, help="Show the cache and the stalls while tokens come.")
+@json_flag
+@load_flags()
+@debug_flag
+def bench(
+    model: str | None,
+    synthetic: str | None,
+    layers: int | None,
+    workload: str,
+    tokens: int,
+    prompt_tokens: int,
+    batch: int,
+    repeats: int,
+    compare: bool,
+    routes: Path | None,
+    record_routes: Path | None,
+    picture: Path | None,
+    watch: bool,
+    as_json: bool,
+    options: dict[str, Any],
+) -> int:
+    """Measure MODEL: latency, throughput, and where each millisecond of a token goes.
+
+    Prints the floor first, from bandwidths measured in the same run: no token can take less. Then time to
+    first token, time per output token and its parts, hit rates from an empty cache, what prefetch was worth,
+    and the bytes that moved. --slots N measures a model that would fit as if it did not. Ctrl-C ends with
+    what there is by then.
+    """
+    from moe_local.offload.measure.workloads import choose
+
+    _check(model, synthetic, layers, tokens, prompt_tokens, batch, repeats)
+    for path in filter(None, (record_routes, picture)):
+        _check_writable(path)
+    if picture is not None:
+        check_plotting()
+    if watch and not sys.stderr.isatty():
+        raise OptionError("--watch draws on a terminal, and stderr is none; leave it out")
+    if routes is not None and record_routes is not None:
+        raise OptionError(
+            "--record-routes has nothing to record where --routes chooses; leave one of them out"
+        )
+    measurement = _Measurement(
+        chosen=choose(workload, prompt_tokens, batch),
+        tokens=tokens,
+        longest=prompt_tokens + tokens,
+        repeats=repeats,
+        compare=compare,
+        watch=watch,
+        say=lambda line: click.echo(line, err=as_json),
+    )
+    recording = None if routes is None else measurement.read(routes, options)
+    wanted = LoadOptions.from_keywords(options)
+    with ProgressBar() as progress:
+        loaded = _load(model, synthetic, layers, wanted, options, measurement, progress)
+    with loaded:
+        document = measurement.run(loaded, wanted, recording, record_routes)
+    if as_json:
+        print_json(document)
+    _write_files(document, picture, record_routes, measurement.recorded)
+    return INTERRUPTED if document["interrupted"] else 0
+
+
+@dataclass(slots=True)
+class _Measurement:
+    """What is asked of a model, and what has to be said about it."""
+
+    chosen: list[Workload]
+    tokens: int
+    longest: int
+    """Tokens of the longest prompt and its answer."""
+    repeats: int
+    compare: bool
+    watch: bool
+    say: Callable[[str], None]
+    notes: list[str] = field(default_factory=list)
+    recorded: Routes | None = None
+    """What the routers chose, if that was to be recorded."""
+
+    def read(self, path: Path, options: dict[str, Any]) -> Routes:
+        """The recording that is to choose the experts; switches off a prefetch that it makes meaningless."""
+        from moe_local.cache.routes import read_routes
+
+        recording = read_routes(path)
+        note = f"{path.name} chose the experts: {recording.model}, top-{recording.top_k}"
+        if options.get("prefetch", "auto") in ("auto", "router"):
+            options["prefetch"] = "off"
+            note += "; without prefetch, since these hidden states have nothing to do with them"
+        self.notes.append(note)
+        return recording
+
+    def run(
+        self, model: Model, options: LoadOptions, recording: Routes | None, record_to: Path | None
+    ) -> dict[str, Any]:
+        """Measure, and say what came of it; returns the document."""
+        from moe_local.cli.bench_report import heading, report
+        from moe_local.offload.expert_file.convert import moe_local_home
+        from moe_local.offload.measure import document as documents
+        from moe_local.offload.measure.bench import Bench
+        from moe_local.offload.measure.floor import Floor
+        from moe_local.offload.measure.routing import RouteRecorder, playing
+        from moe_local.offload.measure.variants import Switches, expert_runner, timed_syncs
+        from moe_local.offload.plan import bandwidth
+
+        self._check_context(model)
+        home, device = moe_local_home(), model.hf.device
+        before = bandwidth.measure(home, device)
+        top_k = None if recording is None else recording.top_k
+        floor = Floor.of(model.plan, before, top_k)
+        for line in heading(model, floor):
+            self.say(line)
+        with ExitStack() as stack:
+            stack.enter_context(timed_syncs(model))
+            switches = Switches(model, options)
+            recorder = None if record_to is None else RouteRecorder(model, expert_runner(model))
+            player = None if recording is None else stack.enter_context(playing(model, recording))
+            bench = Bench(
+                model,
+                switches,
+                self.chosen,
+                compare=self.compare,
+                tokens=self.tokens,
+                repeats=self.repeats,
+                recorder=recorder,
+                player=player,
+                progress=None if self.watch else stack.enter_context(ProgressBar("runs")),
+                watch=stack.enter_context(_watching(model)) if self.watch else None,
+            )
+            bench.run()
+        if not bench.interrupted:
+            floor = Floor.of(model.plan, documents.best(before, bandwidth.measure(home, device)), top_k)
+        self.recorded = None if recorder is None else recorder.routes()
+        document = documents.document(bench, floor, options, self.notes)
+        for line in report(document):
+            self.say(line)
+        return document
+
+    def _check_context(self, model: Model) -> None:
+        context = model.plan.request.context
+        if any(workload.name == "long" for workload in self.chosen) and self.longest > context:
+            raise OptionError(
+                f"--prompt-tokens and --tokens are {self.longest} together, the context holds {context}; "
+                "lower them or raise --context"
+            )
+
+
+def _load(
+    name: str | None,
+    synthetic: str | None,
+    layers: int | None,
+    wanted: LoadOptions,
+    options: dict[str, Any],
+    measurement: _Measurement,
+    progress: ProgressBar,
+) -> Model:
+    if name is not None:
+        return moe_local.load(name, **options, progress=progress)
+    assert synthetic is not None
+    from moe_local.offload.load import load_made
+    from moe_local.offload.measure import synthetic as synthetics
+    from moe_local.offload.measure.shapes import published_layers
+    from moe_local.offload.plan.free_memory import free_ram
+
+    synthetics.check_format(wanted.experts)
+    if layers is None:
+        ram = wanted.ram if wanted.ram is not None else free_ram()
+        layers = synthetics.most_layers(synthetic, ram)
+    made = synthetics.describe(synthetic, layers)
+    whole = published_layers(synthetic)
+    measurement.notes.append(f"weights are made, {layers} of {whole} layers: routing is as even as chance")
+    size = format_bytes(made.dense_nbytes + made.experts_nbytes)
+    measurement.say(f"{made.name} of {whole}: {size} in {made.folder}, made on first use")
+    return load_made(made, lambda: synthetics.make(made, progress), wanted, progress)
+
+
+def _check(
+    model: str | None,
+    synthetic: str | None,
+    layers: int | None,
+    tokens: int,
+    prompt_tokens: int,
+    batch: int,
+    repeats: int,
+) -> None:
+    if (model is None) == (synthetic is None):
+        raise click.UsageError("give either MODEL or --synthetic NAME")
+    if layers is not None and synthetic is None:
+        raise click.UsageError(f"--layers {layers} is of a synthetic model only; add --synthetic NAME")
+    limits = (("tokens", tokens, 2), ("prompt-tokens", prompt_tokens, 1), ("batch", batch, 1))
+    for name, value, least in (*limits, ("repeats", repeats, 1)):
+        if value < least:
+            raise OptionError(f"--{name} {value} measures nothing; use {least} or more")
+
+
+def _check_writable(path: Path) -> None:
+    """Raises MoeLocalError for what can be known now of a file to be written after the measurement."""
+    if path.is_dir():
+        raise OptionError(f"{path} is a folder; name a file to write")
+    if not path.parent.is_dir():
+        raise OptionError(f"cannot write {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise MoeLocalError(f"cannot write {path}: the folder {path.parent} is read-only; name another file")
+
+
+def _write_files(
+    document: dict[str, Any], picture: Path | None, record_to: Path | None, recorded: Routes | None
+) -> None:
+    from moe_local.cache.routes import write_routes
+
+    path: Path | None = None
+    try:
+        if (path := record_to) is not None and recorded is not None:
+            write_routes(path, recorded)
+        if (path := picture) is not None:
+            plot(document, path)
+    except OSError as error:
+        raise MoeLocalError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _watching(model: Model) -> Iterator[Callable[[Step], None]]:
+    """A picture of cache and stalls on stderr; call it after each step."""
+    from rich.live import Live
+
+    with Live(console=on_stderr(), transient=True, auto_refresh=False) as live:
+        picture = LivePicture(model)
+
+        def show(step: Step) -> None:
+            if (drawn := picture.after(step.ms, step.counts, step.tokens)) is not None:
+                live.update(drawn, refresh=True)
+
+        yield show
