@@ -119,7 +119,10 @@ def bench(
     recording = None if routes is None else measurement.read(routes, options)
     wanted = LoadOptions.from_keywords(options)
     with ProgressBar() as progress:
-        loaded = _load(model, synthetic, layers, wanted, options, measurement, progress)
+        if synthetic is None:
+            loaded = _load(str(model), options, recording, progress)
+        else:
+            loaded = _load_synthetic(synthetic, layers, wanted, recording, measurement, progress)
     with loaded:
         document = measurement.run(loaded, wanted, recording, record_routes)
     if as_json:
@@ -149,7 +152,7 @@ class _Measurement:
         from moe_local.cache.routes import read_routes
 
         recording = read_routes(path)
-        note = f"{path.name} chose the experts: {recording.model}, top-{recording.top_k}"
+        note = f"{path.name} chose the experts: {Path(recording.model).name}, top-{recording.top_k}"
         if options.get("prefetch", "auto") in ("auto", "router"):
             options["prefetch"] = "off"
             note += "; without prefetch, since these hidden states have nothing to do with them"
@@ -211,30 +214,40 @@ class _Measurement:
             )
 
 
-def _load(
-    name: str | None,
-    synthetic: str | None,
+def _load(name: str, options: dict[str, Any], recording: Routes | None, progress: ProgressBar) -> Model:
+    if recording is not None:  # before minutes of downloading and converting
+        from moe_local.offload.checkpoint.hub import config_of
+        from moe_local.offload.checkpoint.spec import model_spec
+        from moe_local.offload.measure.routing import check_routes
+
+        check_routes(recording, model_spec(config_of(name)), name)
+    return moe_local.load(name, **options, progress=progress)
+
+
+def _load_synthetic(
+    name: str,
     layers: int | None,
     wanted: LoadOptions,
-    options: dict[str, Any],
+    recording: Routes | None,
     measurement: _Measurement,
     progress: ProgressBar,
 ) -> Model:
-    if name is not None:
-        return moe_local.load(name, **options, progress=progress)
-    assert synthetic is not None
     from moe_local.offload.load import load_made
     from moe_local.offload.measure import synthetic as synthetics
+    from moe_local.offload.measure.routing import check_routes
     from moe_local.offload.measure.shapes import published_layers
     from moe_local.offload.plan.free_memory import free_ram
 
     synthetics.check_format(wanted.experts)
     if layers is None:
-        ram = wanted.ram if wanted.ram is not None else free_ram()
-        layers = synthetics.most_layers(synthetic, ram)
-    made = synthetics.describe(synthetic, layers)
-    whole = published_layers(synthetic)
-    measurement.notes.append(f"weights are made, {layers} of {whole} layers: routing is as even as chance")
+        layers = synthetics.most_layers(name, wanted.ram if wanted.ram is not None else free_ram())
+    made, whole = synthetics.describe(name, layers), published_layers(name)
+    note = f"the weights are made, and {layers} of {whole} layers"
+    if recording is None:
+        note += ": routing is as even as chance"
+    else:
+        check_routes(recording, made.spec, made.name)
+    measurement.notes.append(note)
     size = format_bytes(made.dense_nbytes + made.experts_nbytes)
     measurement.say(f"{made.name} of {whole}: {size} in {made.folder}, made on first use")
     return load_made(made, lambda: synthetics.make(made, progress), wanted, progress)

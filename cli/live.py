@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
+from rich.live import Live
 from rich.text import Text
 
 from moe_local.cache.cache_map import CacheMap, Cell
@@ -15,6 +17,7 @@ from moe_local.cache.stats import Stats
 
 if TYPE_CHECKING:
     from moe_local import Model
+    from moe_local.offload.records import Token
 
 LOOKS = {
     Cell.ABSENT: ("·", "dim"),
@@ -26,15 +29,16 @@ LOOKS = {
 """A character of its own for each state, since terminals without colours are common."""
 STALLS = {"demand": "red", "late_prefetch": "yellow", "disk": "magenta", "cpu": "cyan", "sync": "blue"}
 """Colours of the causes of stalls, here and in plots."""
-ROWS, COLUMNS = 24, 64
 BAR = 40
+AROUND = (12, 6)
+"""Lines and columns of a terminal that a map leaves to others."""
 LOOK_SECONDS = 0.1
 """Least time between two pictures: looking at thousands of experts takes a millisecond."""
 FADE = 0.8
 """What a step leaves of the mean of those before."""
 
 
-def draw_map(cache: CacheMap, rows: int = ROWS, columns: int = COLUMNS) -> Text:
+def draw_map(cache: CacheMap, rows: int, columns: int) -> Text:
     """A line for each layer, or for several where there are more than `rows`; and a legend."""
     text = Text()
     for first, cells in cache.shrunk(rows, columns):
@@ -42,10 +46,10 @@ def draw_map(cache: CacheMap, rows: int = ROWS, columns: int = COLUMNS) -> Text:
         for cell in cells:
             text.append(*LOOKS[cell])
         text.append("\n")
-    text.append("     ")
+    text.append("    ")
     for cell, (character, style) in LOOKS.items():
-        text.append(character, style)
-        text.append(f" {cell.name.lower()}  ")
+        text.append(f" {character}", style)
+        text.append(f" {cell.name.lower()}")
     return text
 
 
@@ -68,9 +72,14 @@ def draw_stalls(stall_ms: Mapping[str, float], ms: float | None = None, width: i
 
 
 def draw(cache: CacheMap, stall_ms: Mapping[str, float], ms: float | None, title: str = "") -> RenderableType:
-    """Both, one above the other."""
+    """Both, one above the other, as large as the terminal lets them be."""
+    columns, lines = shutil.get_terminal_size()
     parts: list[RenderableType] = [Text(title, "bold")] if title else []
-    return Group(*parts, draw_map(cache), draw_stalls(stall_ms, ms))
+    return Group(
+        *parts,
+        draw_map(cache, max(4, lines - AROUND[0]), max(8, columns - AROUND[1])),
+        draw_stalls(stall_ms, ms),
+    )
 
 
 class LivePicture:
@@ -100,3 +109,36 @@ class LivePicture:
 
     def _look(self) -> CacheMap:
         return self._view.look(self._model.stats().routed.counts)
+
+
+class LiveAnswer:
+    """An answer as it comes, with the picture of the model below it; a context manager.
+
+    At its end the picture is gone, and so is what was shown of the answer: `text` is the part that whoever
+    uses it has still to print.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.text = ""
+        self._model = model
+        self._picture = LivePicture(model)
+        self._counts = model.stats()
+        self._live = Live(transient=True, auto_refresh=False, vertical_overflow="crop")
+
+    def show(self, token: Token) -> None:
+        """The next token."""
+        self.text += token.text
+        counts = self._model.stats()
+        drawn = self._picture.after(token.ms, counts - self._counts)
+        self._counts = counts
+        if drawn is not None:
+            height = self._live.console.height
+            lines = self.text.splitlines()[-max(1, height // 3) :]
+            self._live.update(Group(Text("\n".join(lines)), drawn), refresh=True)
+
+    def __enter__(self) -> LiveAnswer:
+        self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._live.stop()

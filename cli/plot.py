@@ -41,7 +41,8 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
     time, hits, use = figure.subplots(3, 1, height_ratios=(3, 2, 3))
     figure.suptitle(f"{document['model']}: {document['workload']}")
     _draw_time(time, document)
-    _draw_hits(hits, document["hit_rate"])
+    if "hit_rate" in document:  # or a Ctrl-C came before
+        _draw_hits(hits, document["hit_rate"])
     _draw_use(figure, use, document["experts_used"])
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=100)

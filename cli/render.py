@@ -21,6 +21,11 @@ def on_stderr() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def on_stdout() -> Console:
+    """A console on stdout, plain text where that is no terminal."""
+    return Console(highlight=False, soft_wrap=True)
+
+
 def print_json(document: Any) -> None:
     """The one JSON document of a command with --json."""
     click.echo(json.dumps(document, indent=2))

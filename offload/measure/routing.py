@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from moe_local.cache.errors import RoutesError
 from moe_local.cache.routes import LayerBytes, LayerRoute, Phase, Routes, RouteStep
 from moe_local.cache.stats import RouterLoad
+from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.experts import OffloadedExperts, Runner
 from moe_local.offload.model import Model
 
@@ -109,18 +111,9 @@ class RoutePlayer:
 
     def __init__(self, routes: Routes, model: Model, runner: Runner) -> None:
         """Raises RoutesError for a recording of a model with other numbers of experts."""
-        spec = model.plan.request.spec
-        for layer in spec.layers:
-            if layer.num_experts != routes.num_experts:
-                raise RoutesError(
-                    f"the routes are of another model: {routes.model} has {routes.num_experts} experts a "
-                    f"layer, {model.name} has {layer.num_experts}; record some with --record-routes"
-                )
+        check_routes(routes, model.plan.request.spec, model.name)
         self._runner = runner
         self._tables = {phase: _by_layer(routes, phase) for phase in Phase}
-        for phase, name in ((Phase.PREFILL, "prefill"), (Phase.DECODE, "decode")):
-            if not all(self._tables[phase]):
-                raise RoutesError(f"the routes have a layer without any {name} step")
         self.top_k = routes.top_k
         self.rewind()
 
@@ -144,6 +137,20 @@ class RoutePlayer:
         played = torch.tensor([route.experts for route in chosen], dtype=index.dtype, device=index.device)
         shares = torch.tensor([route.weights for route in chosen], dtype=weights.dtype, device=weights.device)
         return self._runner.run(experts, hidden, played, shares)
+
+
+def check_routes(routes: Routes, spec: ModelSpec, name: str) -> None:
+    """Raises RoutesError unless a recording can drive the model of this name."""
+    origin = Path(routes.model).name
+    for layer in spec.layers:
+        if layer.num_experts != routes.num_experts:
+            raise RoutesError(
+                f"the routes are of another model: {origin} has {routes.num_experts} experts a layer, "
+                f"{name} has {layer.num_experts}; record some with --record-routes"
+            )
+    for phase in Phase:
+        if not all(_by_layer(routes, phase)):
+            raise RoutesError(f"the routes of {origin} have a layer without any {phase.name.lower()} step")
 
 
 def _by_layer(routes: Routes, phase: Phase) -> list[list[LayerRoute]]:
