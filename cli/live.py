@@ -89,6 +89,7 @@ class LivePicture:
         self._model = model
         self._view = model.cache_view()
         self._next = 0.0
+        self._looked = False
         self._ms: float | None = None
         self._stall: dict[str, float] = {}
 
@@ -103,9 +104,12 @@ class LivePicture:
         now = time.monotonic()
         if now < self._next:
             return None
-        self._next = now + LOOK_SECONDS
-        title = f"{self._model.name}: {self._ms:.1f} ms a token"
-        return draw(self._look(), self._stall, self._ms, title)
+        cache = self._look()
+        if not self._looked:  # the picture after the next step is to show what that step alone used
+            self._looked = True
+            return None
+        self._looked, self._next = False, now + LOOK_SECONDS
+        return draw(cache, self._stall, self._ms, f"{self._model.name}: {self._ms:.1f} ms a token")
 
     def _look(self) -> CacheMap:
         return self._view.look(self._model.stats().routed.counts)

@@ -32,14 +32,14 @@ def running(model: Model, runner: Runner) -> Iterator[None]:
 
 
 class RouteRecorder:
-    """A runner that writes down what the routers choose and hands on to `runner`.
+    """A runner that writes down what the routers choose and hands on to `inner`.
 
     Each answer is a turn, each token a step. `answering` begins a turn; nothing is recorded before.
     """
 
     def __init__(self, model: Model, runner: Runner) -> None:
         """Raises RoutesError for a model whose layers differ in experts or top-k: the format has no such."""
-        self._runner = runner
+        self.inner = runner
         self._cache = model.parts.store.tier.cache
         self._layouts = model.parts.store.layouts
         spec = model.plan.request.spec
@@ -63,7 +63,7 @@ class RouteRecorder:
     ) -> torch.Tensor:
         if self._turn >= 0 and len(index):
             self._note(experts.index, index.tolist(), weights.float().tolist())
-        return self._runner.run(experts, hidden, index, weights)
+        return self.inner.run(experts, hidden, index, weights)
 
     def routes(self) -> Routes:
         """All that was recorded."""
@@ -112,7 +112,7 @@ class RoutePlayer:
     def __init__(self, routes: Routes, model: Model, runner: Runner) -> None:
         """Raises RoutesError for a recording of a model with other numbers of experts."""
         check_routes(routes, model.plan.request.spec, model.name)
-        self._runner = runner
+        self.inner = runner
         self._tables = {phase: _by_layer(routes, phase) for phase in Phase}
         self.top_k = routes.top_k
         self.rewind()
@@ -136,7 +136,7 @@ class RoutePlayer:
         chosen = [steps[(self._start + row) % len(steps)] for row in range(count)]
         played = torch.tensor([route.experts for route in chosen], dtype=index.dtype, device=index.device)
         shares = torch.tensor([route.weights for route in chosen], dtype=weights.dtype, device=weights.device)
-        return self._runner.run(experts, hidden, played, shares)
+        return self.inner.run(experts, hidden, played, shares)
 
 
 def check_routes(routes: Routes, spec: ModelSpec, name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from moe_local.cache.policies import POLICIES
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
@@ -70,9 +71,10 @@ class Switches:
 
 
 def expert_runner(model: Model) -> ExpertRunner:
-    """What all layers of a model share."""
-    runner = next(m.runner for m in model.hf.modules() if isinstance(m, OffloadedExperts))
-    assert isinstance(runner, ExpertRunner)
+    """What all layers of a model share, behind whatever watches or directs it."""
+    runner: Any = next(m.runner for m in model.hf.modules() if isinstance(m, OffloadedExperts))
+    while not isinstance(runner, ExpertRunner):
+        runner = runner.inner
     return runner
 
 
