@@ -214,11 +214,11 @@ def _weights(name: str, shape: Sequence[int], table: torch.Tensor, start: int) -
         yield torch.full((numel,), 1.0 if "norm" in name else 0.0, dtype=torch.bfloat16)
         return
     gain = 3.0 if any(part in name for part in ("gate.weight", "router", "lm_head")) else 1.0
-    scaled = table if "embed" in name else (table.float() * (gain / math.sqrt(shape[-1]))).to(table.dtype)
+    scale = 1.0 if "embed" in name else gain / math.sqrt(shape[-1])
     done = 0
     while done < numel:
         count = min(numel - done, TABLE - start)
-        yield scaled[start : start + count]
+        yield table[start : start + count] * scale
         done, start = done + count, 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_local.cache.cache_map import CacheView
 from moe_local.cache.expert_cache import ExpertCache
-from moe_local.cache.stats import PrefetchStats, StallSeconds, Stats
+from moe_local.cache.stats import PrefetchStats, RoutedTokens, StallSeconds, Stats
 from moe_local.offload.engine.engine import FinishReason
 from moe_local.offload.records import GenerationStats, Output, Token
 
@@ -22,6 +22,7 @@ COUNTS = Stats(
     prefetch=PrefetchStats(issued=4, used=2, late=1, wasted_bytes=2048),
     stall=StallSeconds(disk=0.5),
     tokens=10,
+    routed=RoutedTokens(((0,) * 4, (0,) * 4), (0, 0)),
 )
 
 
