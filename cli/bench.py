@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,9 +13,10 @@ import click
 import moe_local
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cache.keys import format_bytes
+from moe_local.cli.bench_options import Request, bench_flags
 from moe_local.cli.live import LivePicture
 from moe_local.cli.options import debug_flag, json_flag, load_flags
-from moe_local.cli.plot import check_plotting, plot
+from moe_local.cli.plot import draw_png
 from moe_local.cli.render import ProgressBar, on_stderr, print_json
 from moe_local.offload.options import LoadOptions
 
@@ -29,64 +28,14 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
-PATH = click.Path(path_type=Path)
-
 
 @click.command()
 @click.argument("model", required=False)
-@click.option(
-    "--synthetic",
-    metavar="NAME",
-    help="Made weights in the shape of a published model instead: "
-    "mixtral-8x7b, qwen3-30b-a3b, gpt-oss-120b or deepseek-v3.",
-)
-@click.option("--layers", type=int, metavar="N", help="Layers of the synthetic model; as many as fit.")
-@click.option(
-    "--workload",
-    default="single,chat,long,batch",
-    show_default=True,
-    help="What to measure; the first one is the main one.",
-)
-@click.option("--tokens", type=int, default=32, show_default=True, help="New tokens of each answer.")
-@click.option("--prompt-tokens", type=int, default=512, show_default=True, help="Tokens of the long prompt.")
-@click.option("--batch", type=int, default=4, show_default=True, help="Prompts of the batch.")
-@click.option(
-    "--repeats",
-    type=int,
-    default=6,
-    show_default=True,
-    help="Timed runs of each workload, behind one that warms up; 6 give 95 % intervals.",
-)
-@click.option(
-    "--compare",
-    is_flag=True,
-    help="Also without cache, without prefetch, with each policy and each way "
-    "of misses, in turn with the model as loaded.",
-)
-@click.option("--routes", type=PATH, metavar="FILE", help="Let this recording choose the experts.")
-@click.option("--record-routes", type=PATH, metavar="FILE", help="Write what the routers chose to this file.")
-@click.option("--plot", "picture", type=PATH, metavar="FILE.png", help="Draw the figures (needs matplotlib).")
-@click.option("--watch", is_flag=True, help="Show the cache and the stalls while tokens come.")
+@bench_flags
 @json_flag
 @load_flags()
 @debug_flag
-def bench(
-    model: str | None,
-    synthetic: str | None,
-    layers: int | None,
-    workload: str,
-    tokens: int,
-    prompt_tokens: int,
-    batch: int,
-    repeats: int,
-    compare: bool,
-    routes: Path | None,
-    record_routes: Path | None,
-    picture: Path | None,
-    watch: bool,
-    as_json: bool,
-    options: dict[str, Any],
-) -> int:
+def bench(model: str | None, request: Request, as_json: bool, options: dict[str, Any]) -> int:
     """Measure MODEL: latency, throughput, and where each millisecond of a token goes.
 
     Prints the floor first, from bandwidths measured in the same run: no token can take less. Then time to
@@ -96,38 +45,24 @@ def bench(
     """
     from moe_local.offload.measure.workloads import choose
 
-    _check(model, synthetic, layers, tokens, prompt_tokens, batch, repeats)
-    for path in filter(None, (record_routes, picture)):
-        _check_writable(path)
-    if picture is not None:
-        check_plotting()
-    if watch and not sys.stderr.isatty():
-        raise OptionError("--watch draws on a terminal, and stderr is none; leave it out")
-    if routes is not None and record_routes is not None:
-        raise OptionError(
-            "--record-routes has nothing to record where --routes chooses; leave one of them out"
-        )
+    request.check(model)
     measurement = _Measurement(
-        chosen=choose(workload, prompt_tokens, batch),
-        tokens=tokens,
-        longest=prompt_tokens + tokens,
-        repeats=repeats,
-        compare=compare,
-        watch=watch,
+        request,
+        choose(request.workload, request.prompt_tokens, request.batch),
         say=lambda line: click.echo(line, err=as_json),
     )
-    recording = None if routes is None else measurement.read(routes, options)
+    recording = None if request.routes is None else measurement.read(request.routes, options)
     wanted = LoadOptions.from_keywords(options)
     with ProgressBar() as progress:
-        if synthetic is None:
+        if request.synthetic is None:
             loaded = _load(str(model), options, recording, progress)
         else:
-            loaded = _load_synthetic(synthetic, layers, wanted, recording, measurement, progress)
+            loaded = _load_synthetic(request, wanted, recording, measurement, progress)
     with loaded:
-        document = measurement.run(loaded, wanted, recording, record_routes)
+        document = measurement.run(loaded, wanted, recording)
     if as_json:
         print_json(document)
-    _write_files(document, picture, record_routes, measurement.recorded)
+    _write_files(request, document, measurement.recorded)
     return INTERRUPTED if document["interrupted"] else 0
 
 
@@ -135,13 +70,8 @@ def bench(
 class _Measurement:
     """What is asked of a model, and what has to be said about it."""
 
+    request: Request
     chosen: list[Workload]
-    tokens: int
-    longest: int
-    """Tokens of the longest prompt and its answer."""
-    repeats: int
-    compare: bool
-    watch: bool
     say: Callable[[str], None]
     notes: list[str] = field(default_factory=list)
     recorded: Routes | None = None
@@ -159,9 +89,7 @@ class _Measurement:
         self.notes.append(note)
         return recording
 
-    def run(
-        self, model: Model, options: LoadOptions, recording: Routes | None, record_to: Path | None
-    ) -> dict[str, Any]:
+    def run(self, model: Model, options: LoadOptions, recording: Routes | None) -> dict[str, Any]:
         """Measure, and say what came of it; returns the document."""
         from moe_local.cli.bench_report import heading, report
         from moe_local.offload.expert_file.convert import moe_local_home
@@ -172,6 +100,7 @@ class _Measurement:
         from moe_local.offload.measure.variants import Switches, expert_runner, timed_syncs
         from moe_local.offload.plan import bandwidth
 
+        request = self.request
         self._check_context(model)
         home, device = moe_local_home(), model.hf.device
         before = bandwidth.measure(home, device)
@@ -182,19 +111,19 @@ class _Measurement:
         with ExitStack() as stack:
             stack.enter_context(timed_syncs(model))
             switches = Switches(model, options)
-            recorder = None if record_to is None else RouteRecorder(model, expert_runner(model))
+            recorder = None if request.record_routes is None else RouteRecorder(model, expert_runner(model))
             player = None if recording is None else stack.enter_context(playing(model, recording))
             bench = Bench(
                 model,
                 switches,
                 self.chosen,
-                compare=self.compare,
-                tokens=self.tokens,
-                repeats=self.repeats,
+                compare=request.compare,
+                tokens=request.tokens,
+                repeats=request.repeats,
                 recorder=recorder,
                 player=player,
-                progress=None if self.watch else stack.enter_context(ProgressBar("runs")),
-                watch=stack.enter_context(_watching(model)) if self.watch else None,
+                progress=None if request.watch else stack.enter_context(ProgressBar("runs")),
+                watch=stack.enter_context(_watching(model)) if request.watch else None,
             )
             bench.run()
         if not bench.interrupted:
@@ -207,9 +136,10 @@ class _Measurement:
 
     def _check_context(self, model: Model) -> None:
         context = model.plan.request.context
-        if any(workload.name == "long" for workload in self.chosen) and self.longest > context:
+        longest = self.request.prompt_tokens + self.request.tokens
+        if any(workload.name == "long" for workload in self.chosen) and longest > context:
             raise OptionError(
-                f"--prompt-tokens and --tokens are {self.longest} together, the context holds {context}; "
+                f"--prompt-tokens and --tokens are {longest} together, the context holds {context}; "
                 "lower them or raise --context"
             )
 
@@ -225,8 +155,7 @@ def _load(name: str, options: dict[str, Any], recording: Routes | None, progress
 
 
 def _load_synthetic(
-    name: str,
-    layers: int | None,
+    request: Request,
     wanted: LoadOptions,
     recording: Routes | None,
     measurement: _Measurement,
@@ -239,6 +168,7 @@ def _load_synthetic(
     from moe_local.offload.plan.free_memory import free_ram
 
     synthetics.check_format(wanted.experts)
+    name, layers = str(request.synthetic), request.layers
     if layers is None:
         layers = synthetics.most_layers(name, wanted.ram if wanted.ram is not None else free_ram())
     made, whole = synthetics.describe(name, layers), published_layers(name)
@@ -253,46 +183,15 @@ def _load_synthetic(
     return load_made(made, lambda: synthetics.make(made, progress), wanted, progress)
 
 
-def _check(
-    model: str | None,
-    synthetic: str | None,
-    layers: int | None,
-    tokens: int,
-    prompt_tokens: int,
-    batch: int,
-    repeats: int,
-) -> None:
-    if (model is None) == (synthetic is None):
-        raise click.UsageError("give either MODEL or --synthetic NAME")
-    if layers is not None and synthetic is None:
-        raise click.UsageError(f"--layers {layers} is of a synthetic model only; add --synthetic NAME")
-    limits = (("tokens", tokens, 2), ("prompt-tokens", prompt_tokens, 1), ("batch", batch, 1))
-    for name, value, least in (*limits, ("repeats", repeats, 1)):
-        if value < least:
-            raise OptionError(f"--{name} {value} measures nothing; use {least} or more")
-
-
-def _check_writable(path: Path) -> None:
-    """Raises MoeLocalError for what can be known now of a file to be written after the measurement."""
-    if path.is_dir():
-        raise OptionError(f"{path} is a folder; name a file to write")
-    if not path.parent.is_dir():
-        raise OptionError(f"cannot write {path}: there is no folder {path.parent}; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise MoeLocalError(f"cannot write {path}: the folder {path.parent} is read-only; name another file")
-
-
-def _write_files(
-    document: dict[str, Any], picture: Path | None, record_to: Path | None, recorded: Routes | None
-) -> None:
+def _write_files(request: Request, document: dict[str, Any], recorded: Routes | None) -> None:
     from moe_local.cache.routes import write_routes
 
     path: Path | None = None
     try:
-        if (path := record_to) is not None and recorded is not None:
+        if (path := request.record_routes) is not None and recorded is not None:
             write_routes(path, recorded)
-        if (path := picture) is not None:
-            plot(document, path)
+        if (path := request.plot) is not None:
+            draw_png(document, path)
     except OSError as error:
         raise MoeLocalError(f"cannot write {path}: {error.strerror or error}") from error
 

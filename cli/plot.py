@@ -28,7 +28,7 @@ def check_plotting() -> None:
         raise MoeLocalError("--plot needs matplotlib, which is not installed: pip install 'moe-local[plot]'")
 
 
-def plot(document: Mapping[str, Any], path: Path) -> None:
+def draw_png(document: Mapping[str, Any], path: Path) -> None:
     """Draw what `bench` measured into a PNG; the file is the old one or the new one, whole.
 
     Raises OSError if it cannot be written.
