@@ -66,6 +66,8 @@ def findings(bench: Bench) -> list[str]:
             f"{100 * (1 - share):.0f} % of what was read from disk lay in the page cache, where a model "
             "larger than RAM would not find it"
         )
+    if bench.model.plan.mode == "resident":
+        found.append("every expert fits, so nothing was moved; --slots N measures as if it did not")
     rows = bench.model.parts.engine.kv.rows
     if rows == 1 and any(measured.workload.name == "batch" for measured in bench.results):
         found.append("the batch was answered one after the other: the model was loaded for one sequence")

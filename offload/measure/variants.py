@@ -42,10 +42,16 @@ class Switches:
         self._prefetcher = model.parts.prefetcher
         self._runner = expert_runner(model)
         self._options = options
+        self._resident = model.plan.mode == "resident"
         self._host = self._store.host
 
     def variants(self) -> list[Variant]:
-        """All that make sense for it: the null twin of each part, every other policy and way of misses."""
+        """All that make sense for it: the null twin of each part, every other policy and way of misses.
+
+        None where every expert has a slot for good: then there is nothing to leave out.
+        """
+        if self._resident:
+            return []
         found = [Variant("no cache", cache=False, prefetch=False)]
         if not isinstance(self._prefetcher, NoPrefetch):
             found.append(Variant("no prefetch", prefetch=False))
