@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,10 +22,13 @@ from moe_local.cli.render import ProgressBar, on_stderr, print_json
 from moe_local.offload.options import LoadOptions
 
 if TYPE_CHECKING:
+    import torch
+
     from moe_local import Model
     from moe_local.cache.routes import Routes
     from moe_local.offload.measure.sample import Step
     from moe_local.offload.measure.workloads import Workload
+    from moe_local.offload.plan.bandwidth import Bandwidths
 
 INTERRUPTED = 130
 
@@ -53,6 +57,7 @@ def bench(model: str | None, request: Request, as_json: bool, options: dict[str,
     )
     recording = None if request.routes is None else measurement.read(request.routes, options)
     wanted = LoadOptions.from_keywords(options)
+    measurement.measure_bandwidths(wanted.torch_device())
     with ProgressBar() as progress:
         if request.synthetic is None:
             loaded = _load(str(model), options, recording, progress)
@@ -73,6 +78,7 @@ class _Measurement:
     request: Request
     chosen: list[Workload]
     say: Callable[[str], None]
+    bandwidths: Bandwidths | None = None
     notes: list[str] = field(default_factory=list)
     recorded: Routes | None = None
     """What the routers chose, if that was to be recorded."""
@@ -89,23 +95,33 @@ class _Measurement:
         self.notes.append(note)
         return recording
 
+    def measure_bandwidths(self, device: torch.device) -> None:
+        """Before the model takes the memory, and once more behind the runs, if a full card has room for that.
+
+        The better one counts: the floor is what the hardware can, not what a busy moment left.
+        """
+        from moe_local.offload.expert_file.convert import moe_local_home
+        from moe_local.offload.measure.document import best
+        from moe_local.offload.plan import bandwidth
+
+        with contextlib.suppress(RuntimeError) if self.bandwidths else contextlib.nullcontext():
+            measured = bandwidth.measure(moe_local_home(), device)
+            self.bandwidths = best(self.bandwidths, measured) if self.bandwidths else measured
+
     def run(self, model: Model, options: LoadOptions, recording: Routes | None) -> dict[str, Any]:
         """Measure, and say what came of it; returns the document."""
         from moe_local.cli.bench_report import heading, report
-        from moe_local.offload.expert_file.convert import moe_local_home
         from moe_local.offload.measure import document as documents
         from moe_local.offload.measure.bench import Bench
         from moe_local.offload.measure.floor import Floor
         from moe_local.offload.measure.routing import RouteRecorder, playing
         from moe_local.offload.measure.variants import Switches, expert_runner, timed_syncs
-        from moe_local.offload.plan import bandwidth
 
         request = self.request
+        assert self.bandwidths is not None
         self._check_context(model)
-        home, device = moe_local_home(), model.hf.device
-        before = bandwidth.measure(home, device)
         top_k = None if recording is None else recording.top_k
-        floor = Floor.of(model.plan, before, top_k)
+        floor = Floor.of(model.plan, self.bandwidths, top_k)
         for line in heading(model, floor):
             self.say(line)
         with ExitStack() as stack:
@@ -126,8 +142,12 @@ class _Measurement:
                 watch=stack.enter_context(_watching(model)) if request.watch else None,
             )
             bench.run()
-        if not bench.interrupted:
-            floor = Floor.of(model.plan, documents.best(before, bandwidth.measure(home, device)), top_k)
+        try:
+            if not bench.interrupted:
+                self.measure_bandwidths(model.hf.device)
+        except KeyboardInterrupt:  # the figures are there already
+            bench.interrupted = True
+        floor = Floor.of(model.plan, self.bandwidths, top_k)
         self.recorded = None if recorder is None else recorder.routes()
         document = documents.document(bench, floor, options, self.notes)
         for line in report(document):

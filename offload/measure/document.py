@@ -69,7 +69,7 @@ def findings(bench: Bench) -> list[str]:
     if bench.model.plan.mode == "resident":
         found.append("every expert fits, so nothing was moved; --slots N measures as if it did not")
     rows = bench.model.parts.engine.kv.rows
-    if rows == 1 and any(measured.workload.name == "batch" for measured in bench.results):
+    if rows == 1 and any(m.samples and m.workload.name == "batch" for m in bench.results):
         found.append("the batch was answered one after the other: the model was loaded for one sequence")
     other = [
         row["name"]

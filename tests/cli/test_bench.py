@@ -108,6 +108,23 @@ def test_ctrl_c_gives_what_there_is(bench: Any, monkeypatch: pytest.MonkeyPatch)
     assert found["tpot_ms"]["mean"] > 0
 
 
+def test_a_full_card_is_measured_once(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's out of memory is a RuntimeError. A Ctrl-C does no harm by then, either."""
+    for failure, code in ((RuntimeError("CUDA out of memory"), 0), (KeyboardInterrupt(), 130)):
+        told: list[Any] = [Bandwidths(ram=1e10), failure]
+
+        def measure(home: Path, device: Any, told: list[Any] = told) -> Bandwidths:
+            found = told.pop(0)
+            if isinstance(found, BaseException):
+                raise found
+            return found
+
+        monkeypatch.setattr(bandwidth, "measure", measure)
+        result = bench("--workload", "single", "--json")
+        assert result.exit_code == code, result.stderr
+        assert json.loads(result.stdout)["floor"]["bytes_per_s"] == 1e10
+
+
 FOREIGN = """# route_trace v1
 # model=big.gguf arch=big n_layer=1 n_expert=128 n_expert_used=1
 # layer=0 expert_bytes=10 dense_bytes=10
