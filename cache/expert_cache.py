@@ -68,6 +68,7 @@ class ExpertCache:
         make_policy = policy_for(policy) if isinstance(policy, str) else policy
         # A dict, not a list: layer -1 must be an error, not the last layer.
         self._pools = {layer: SlotPool(count, make_policy()) for layer, count in enumerate(slots)}
+        self._make_policy = make_policy
         self._sizes = sizes
         self.stats = CacheCounters(len(slots))
 
@@ -279,6 +280,26 @@ class ExpertCache:
         if expert in pool.unused:
             self.stats.prefetch_wasted_bytes += bytes_moved
         pool.remove(expert)
+
+    # Starting over
+
+    def empty(self, policy: str | Callable[[], EvictionPolicy] | None = None) -> None:
+        """Make every expert absent, with new policies that remember nothing: the state of a new cache.
+
+        `policy`: another one from now on. Counted nowhere. Raises CacheStateError, having changed nothing,
+        while an expert is pinned or loading, and OptionError for an unknown policy.
+        """
+        make_policy = policy_for(policy) if isinstance(policy, str) else policy or self._make_policy
+        for layer, pool in self._pools.items():
+            if pool.pins or pool.loading:
+                raise CacheStateError(
+                    f"layer {layer} cannot be emptied: pinned are {list(pool.pins)}, "
+                    f"loading {list(pool.loading)}"
+                )
+        self._make_policy = make_policy
+        self._pools = {
+            layer: SlotPool(len(pool.expert_in), make_policy()) for layer, pool in self._pools.items()
+        }
 
     def _evict(self, layer: int, pool: SlotPool, expert: int) -> None:
         self.stats.evictions += 1

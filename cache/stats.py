@@ -13,9 +13,12 @@ STARVED_MIN_TOKENS = 1000
 
 
 class _Difference:
-    """Dataclasses whose numbers since some moment are `later - earlier`."""
+    """Dataclasses whose numbers since some moment are `later - earlier`; those of two stretches add up."""
 
     __slots__ = ()
+
+    def __add__(self, other: Self) -> Self:
+        return self - ((other - other) - other)
 
     def __sub__(self, earlier: Self) -> Self:
         values = {f.name: _minus(getattr(self, f.name), getattr(earlier, f.name)) for f in fields(self)}  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ _TAKEN_OVER = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "conf
 
 
 class Runner(Protocol):
-    """What runs the experts of a layer: the ExpertRunner, or something that stands in for it."""
+    """What runs the experts of a layer: the ExpertRunner, or something that watches or directs one."""
 
     def run(
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -167,6 +167,9 @@ class ExpertRunner:
     def __init__(self, store: ExpertStore, prefetcher: Prefetcher, activations: str = "native") -> None:
         self.store = store
         self.prefetcher = prefetcher
+        self.times_sync = False
+        """Whether to time how long a device stands still until the host has learned the router's choice.
+        Two events a layer: for measurements."""
         self._kernels = LayerKernels(activations)
         device = store.tier.arena.device
         self._inputs, self._answers = Staging(device), Staging(device)
@@ -230,9 +233,12 @@ class ExpertRunner:
             return residents.run(layer, hidden, index, weights)
         guesses = self.prefetcher.predict(layer)
         shared = self._may_share(experts, hidden, index)
+        idle = self.store.tier.device.idle() if self.times_sync and self.store.tier.device else None
         ids, guessed, x = to_host(
             index, [guess.ranked for guess in guesses], hidden if shared else None, self._inputs
         )
+        if idle is not None:
+            self.store.add_wait("sync", idle.end())
         routing = Routing(ids, index.shape[0], experts.num_experts)
         step = self._begin(experts, hidden, x, routing, weights)
         groups = self.store.serve(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -12,7 +13,7 @@ from moe_local.offload.build import build_store
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import config_of, resolve
 from moe_local.offload.checkpoint.skeleton import load_skeleton
-from moe_local.offload.checkpoint.spec import model_spec
+from moe_local.offload.checkpoint.spec import ModelSpec, model_spec
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.graph_trial import graph_mode, use_graphs
@@ -25,6 +26,7 @@ from moe_local.offload.experts import ExpertRunner, OffloadedExperts
 from moe_local.offload.model import Model
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan import bandwidth
+from moe_local.offload.plan.bandwidth import Bandwidths
 from moe_local.offload.plan.fit import plan_load
 from moe_local.offload.plan.plan import Plan
 from moe_local.offload.prefetch.discover import Probe
@@ -87,15 +89,35 @@ def load(
     name = str(model)
     speeds = bandwidth.saved(moe_local_home())
     plan_load(name, model_spec(config_of(model, carried=False)), options, target, speeds)
-    if target.type == "cuda" and options.miss != "fetch" and speeds.assumed(("ram", "h2d", "vram")):
-        speeds = bandwidth.measure_links(speeds, target)
-        bandwidth.save(speeds, moe_local_home())
+    speeds = _measured_links(speeds, options, target)
     checkpoint = Checkpoint.open(resolve(model), name)
     plan = plan_load(name, checkpoint.spec, options, target, speeds)
     gpu = target if target.type == "cuda" else None
     file = open_experts(checkpoint, options.experts, progress=progress, gpu=gpu)
     on_device = CudaDevice(target) if target.type == "cuda" else None
     return assemble(checkpoint, file, plan, options, target, on_device, progress)
+
+
+def load_made(
+    made: Loadable,
+    make: Callable[[], ExpertFile],
+    options: LoadOptions,
+    progress: Progress | None = None,
+) -> Model:
+    """As `load`, for what is made on this machine: `make` does that, once it is known to fit."""
+    target = options.torch_device()
+    speeds = _measured_links(bandwidth.saved(moe_local_home()), options, target)
+    plan = plan_load(made.name, made.spec, options, target, speeds)
+    on_device = CudaDevice(target) if target.type == "cuda" else None
+    return assemble(made, make(), plan, options, target, on_device, progress)
+
+
+def _measured_links(speeds: Bandwidths, options: LoadOptions, target: torch.device) -> Bandwidths:
+    """`speeds`, with what the schedule of misses needs of them measured and kept, if it was not yet."""
+    if target.type == "cuda" and options.miss != "fetch" and speeds.assumed(("ram", "h2d", "vram")):
+        speeds = bandwidth.measure_links(speeds, target)
+        bandwidth.save(speeds, moe_local_home())
+    return speeds
 
 
 def convert(
@@ -142,8 +164,25 @@ def _home_folder(checkpoint: Checkpoint, experts: str) -> Path:
     return expert_file_folder(moe_local_home(), checkpoint.name, experts, checkpoint.fingerprint)
 
 
+class Loadable(Protocol):
+    """What is loaded: a Checkpoint, or something made for a measurement."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def folder(self) -> Path:
+        """With the dense part, and the tokenizer if there is one."""
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+
 def assemble(
-    checkpoint: Checkpoint,
+    checkpoint: Loadable,
     file: ExpertFile,
     plan: Plan,
     options: LoadOptions,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
+from moe_local.cache.cache_map import CacheView
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cache.stats import Stats
 from moe_local.offload import interrupt
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
+class Parts:
     """All that costs memory."""
 
     hf: Any
@@ -71,9 +72,10 @@ class Model:
         """What lies where, as it was planned and allocated."""
         self.tokenizer = tokenizer
         """transformers' tokenizer; None for a folder without one."""
-        self._parts: _Parts | None = _Parts(hf, engine, store, prefetcher)
+        self._parts: Parts | None = Parts(hf, engine, store, prefetcher)
         """None once the model is closed. Methods look once, so that a close meanwhile cannot hurt them."""
-        self._expert_folder = expert_folder
+        self.expert_folder = expert_folder
+        """Where its expert file is."""
         self._turn = Turn()
         self._streams: weakref.WeakSet[TokenStream] = weakref.WeakSet()
         self._batchers: weakref.WeakSet[Batcher] = weakref.WeakSet()
@@ -186,9 +188,19 @@ class Model:
             finally:
                 self._turn.end()
 
+    @property
+    def parts(self) -> Parts:
+        """What it is made of, for measurements. Answers are asked for with `stream` and `generate`."""
+        return self._open()
+
     def stats(self) -> Stats:
         """Counts since load."""
         return self._open().store.snapshot()
+
+    def cache_view(self) -> CacheView:
+        """For looking at which expert is where; between two tokens, in the thread that generates."""
+        store = self._open().store
+        return CacheView(store.tier.cache, [len(experts) for experts in store.layouts])
 
     def close(self) -> None:
         """Free all memory, threads and files; the model answers no more. Idempotent.
@@ -221,8 +233,8 @@ class Model:
         for stream in streams:
             stream.retire(self._closed_message)
 
-    def _free(self, parts: _Parts) -> None:
-        add_usage(self._expert_folder, parts.store.routed.snapshot())
+    def _free(self, parts: Parts) -> None:
+        add_usage(self.expert_folder, parts.store.routed.snapshot())
         parts.prefetcher.close()
         for module in parts.hf.modules():
             if isinstance(module, OffloadedExperts):
@@ -250,7 +262,7 @@ class Model:
     def _closed_message(self) -> str:
         return f"the model {self.name} is closed; load() it again"
 
-    def _open(self) -> _Parts:
+    def _open(self) -> Parts:
         """What the model is made of. Raises MoeLocalError once it is closed."""
         parts = self._parts
         if parts is None:
