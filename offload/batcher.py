@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 from moe_local.cache.errors import BusyError, MoeLocalError
 from moe_local.cache.stats import Stats
-from moe_local.offload.engine.engine import Engine, FinishReason, Sequence, Step
+from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.sampling import Settings
+from moe_local.offload.engine.sequence import FinishReason, Sequence, Step
 from moe_local.offload.engine.text import Detokenizer
 from moe_local.offload.records import Token
 from moe_local.offload.store import ExpertStore, Tally

@@ -11,9 +11,7 @@ import contextlib
 import inspect
 import time
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +23,7 @@ from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.kv_slab import KVRows, KVSlab, cache_argument
 from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.sampling import Settings
+from moe_local.offload.engine.sequence import FinishReason, Sequence, Step, Work
 from moe_local.offload.engine.token_step import TokenStep
 from moe_local.offload.kernels.linear import NativeLinear
 from moe_local.offload.prefetch.routers import RouterSite
@@ -32,53 +31,6 @@ from moe_local.offload.threads import one_torch_thread
 
 FEW_TOKENS, SHORT_CONTEXT, SMALL_MATRIX = 4, 2048, 1 << 20
 """Up to so many tokens, behind so many, with matrices of so many weights, torch's work fits one thread."""
-
-
-class FinishReason(StrEnum):
-    """Why a sequence ended."""
-
-    STOP = "stop"
-    """An end-of-sequence token, or a stop string."""
-    LENGTH = "length"
-    """max_new_tokens, max_time, or the end of the context."""
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One prompt and what follows it. The engine writes it; callers read."""
-
-    ids: list[int]
-    """The prompt, then the new tokens."""
-    prompt_len: int
-    settings: Settings
-    row: int
-    """Its row of the key-value memory. Changes when another sequence leaves."""
-    finish_reason: FinishReason | None = None
-    reused_tokens: int = 0
-    """Prompt tokens whose keys and values were taken over from the sequence before."""
-    deadline: float | None = None
-    seen: torch.Tensor | None = field(default=None, repr=False)
-    """`ids` on the model's device with room to grow, [1, capacity + 1], where processors want them."""
-
-    @property
-    def new_ids(self) -> list[int]:
-        return self.ids[self.prompt_len :]
-
-
-class Step(NamedTuple):
-    """One new token. `finish_reason` is None while the sequence goes on."""
-
-    sequence: Sequence
-    token: int
-    finish_reason: FinishReason | None
-
-
-class Work(NamedTuple):
-    """What one row contributes to a forward: its next ids, and whether they are the last that it has."""
-
-    sequence: Sequence
-    ids: list[int]
-    samples: bool
 
 
 class Engine:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_local.cache.stats import Stats
-from moe_local.offload.engine.engine import Sequence as Running
 from moe_local.offload.engine.sampling import make_settings
+from moe_local.offload.engine.sequence import Sequence as Running
 from moe_local.offload.model import Model
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}

@@ -12,7 +12,7 @@ from typing import Any
 from moe_local.cache.cache_map import CacheView
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.stats import PrefetchStats, RoutedTokens, StallSeconds, Stats
-from moe_local.offload.engine.engine import FinishReason
+from moe_local.offload.engine.sequence import FinishReason
 from moe_local.offload.records import GenerationStats, Output, Token
 
 COUNTS = Stats(

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from moe_local.offload.engine.engine import Engine, Sequence
+from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.sampling import Settings, make_settings
+from moe_local.offload.engine.sequence import Sequence
 
 torch.set_num_threads(1)
 TOLERANCE = 2e-4

@@ -15,9 +15,10 @@ import torch
 
 from moe_local.cache.errors import BusyError, MoeLocalError, OptionError
 from moe_local.offload.batcher import Batcher, Ended, Ticket
-from moe_local.offload.engine.engine import Engine, FinishReason
+from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.sampling import make_settings
+from moe_local.offload.engine.sequence import FinishReason
 from moe_local.offload.records import Token
 from moe_local.offload.store import Tally
 from moe_local.offload.turn import Turn

@@ -14,10 +14,11 @@ import torch
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.checkpoint.spec import experts_modules
 from moe_local.offload.engine import static_row
-from moe_local.offload.engine.engine import Engine, Sequence
+from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.kv_slab import KVSlab
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.sampling import Settings, make_settings
+from moe_local.offload.engine.sequence import Sequence
 from moe_local.offload.engine.static_row import static_columns
 from moe_local.offload.experts import OffloadedExperts
 
