@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-HALF_LIFE_USES = 128
-"""A use counts half as much after this many later uses in the layer (64 tokens at top-2, 16 at top-8)."""
+HALF_LIFE_USES = 144
+"""A use counts half as much after this many later uses in the layer (72 tokens at top-2, 18 at top-8)."""
+
+_NEXT_CHOICE = 0.94
+"""Within a step each of the router's choices counts so much of the one before it, about as its weight does."""
 
 _LARGEST_WEIGHT = 2.0**500
 
@@ -28,24 +31,40 @@ class LFUPolicy:
         self._known: dict[int, float] = {}
         """Weighted uses of each known expert."""
         self._forgotten: dict[int, float] = {}
-        """Those of experts that were removed."""
+        """Those of all others."""
         self._weight = 1.0
         self._growth: float = 2.0 ** (1 / HALF_LIFE_USES)
 
-    def touch(self, experts: Sequence[int]) -> None:
-        known, weight, growth = self._known, self._weight, self._growth
+    def touch(self, experts: Sequence[int], absent: Sequence[int] = ()) -> None:
+        if absent:
+            self.pass_over(experts)
+            return
+        known, weight = self._known, self._weight
         for expert in experts:
             known[expert] += weight
-            weight *= growth
-        self._weight = weight
-        if weight > _LARGEST_WEIGHT:
-            self._rescale()
+            weight *= _NEXT_CHOICE
+        self._step(len(experts))
 
-    def insert(self, expert: int) -> None:
-        self._known[expert] = self._forgotten.pop(expert, 0.0) + self._weight
-        self._weight *= self._growth
+    def pass_over(self, experts: Sequence[int]) -> None:
+        weight = self._weight
+        for expert in experts:
+            uses = self._known if expert in self._known else self._forgotten
+            uses[expert] = uses.get(expert, 0.0) + weight
+            weight *= _NEXT_CHOICE
+        self._step(len(experts))
+
+    def _step(self, uses: int) -> None:
+        self._weight *= self._growth**uses
         if self._weight > _LARGEST_WEIGHT:
             self._rescale()
+
+    def uses(self, expert: int) -> float:
+        """Faded uses of any expert, on a scale that changes from step to step."""
+        uses = self._known.get(expert)
+        return self._forgotten.get(expert, 0.0) if uses is None else uses
+
+    def insert(self, expert: int) -> None:
+        self._known[expert] = self._forgotten.pop(expert, 0.0)
 
     def remove(self, expert: int) -> None:
         self._forgotten[expert] = self._known.pop(expert)
