@@ -60,7 +60,9 @@ def slot_counts(text: str) -> list[int]:
     counts = {}
     for cell in text.split(","):
         if not (cell.strip().isascii() and cell.strip().isdigit()) or not int(cell):
-            raise OptionError(f"--slots {text!r}: {cell!r} is not a number from 1 up; write for example 16,32")
+            raise OptionError(
+                f"--slots {text!r}: {cell!r} is not a number from 1 up; write for example 16,32"
+            )
         counts[int(cell)] = None
     return list(counts)
 

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 FADE_STEPS = 8
-"""What the orders hit counts half as much after so many later steps."""
-LOSES = 1.0
-"""Frequency is left when it has hit so many experts a layer less, lately; small, since topics change at once."""
-WINS = 2.0
-"""And taken up again when it has hit so many more."""
+"""What the shadows hit counts half as much after so many later steps."""
+LOSES = 1.3
+"""Frequency is left when its shadow has hit so many experts a layer less, lately."""
+WINS = 0.5
+"""It is taken up again when its shadow has hit so many more; a lead above this is not remembered."""
 MEMORY_STEPS = 512
-"""What a layer hit itself, beside LRU, counts half as much after so many later steps."""
+"""What the cache itself hit, beside LRU's shadow, counts half as much after so many later steps."""
 ALLOWED_SHARE = 0.003
-"""Of all experts needed: so many more misses than LRU are put up with, at most."""
-CREDIT = 1.0
+"""Of all experts needed lately: so many more misses than LRU's are put up with."""
 ALLOWED_AT_ONCE = 56
-"""Steps whose experts are added to those needed, or the first steps would allow nothing."""
+"""Steps whose needs are added to those seen, or the first steps would allow nothing."""
+CREDIT = 0.5
+"""What was gained is worth at most this part of what is allowed: old merits are no reason to lose now."""
 
 
 class Duel:
-    """Follows the order whose shadow hit more of late, frequency where they are alike.
+    """Follows frequency until it loses, and then recency until frequency would win again.
 
     All layers of a cache share one, since a new topic is new in all of them: together they see it within a
     few steps, where one layer's hits are mostly chance. The shadows of both orders are told what each step
     needed and are judged by that, whichever order the cache follows. Beside it what the cache hit is weighed
-    against LRU's shadow: where it has fallen behind by more than `ALLOWED_SHARE` of what was needed lately,
-    recency is followed until it has caught up, whatever the shadows say. So no routing makes it much worse
-    than LRU; what a switch costs, at most a miss a slot, comes on top.
+    against LRU's shadow. When it has fallen behind by more than `ALLOWED_SHARE` of what was needed, it is in
+    debt: then frequency is followed only while it leads, and taken up only for a lead above the debt. So the
+    oftener it fails the more evidence it needs, and no routing makes the cache much worse than LRU.
     """
 
-    __slots__ = ("_at_once", "_balance", "_fade", "_layers", "_lead", "_memory", "_needed", "_steps", "recency")
+    __slots__ = ("_balance", "_fade", "_layers", "_lead", "_memory", "_needed", "_steps", "recency")
 
     def __init__(self) -> None:
         self.recency = False
@@ -60,4 +61,5 @@ class Duel:
         if self.recency:
             self.recency = self._lead < WINS * layers + debt
         else:
+            self._lead = min(self._lead, WINS * layers)
             self.recency = self._lead <= (0.0 if debt else -LOSES * layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -81,18 +81,15 @@ def test_all_layers_follow_the_same_order_and_caches_decide_alone() -> None:
     assert first._duel is not other._duel
 
 
-def _same(count: int) -> Iterator[tuple[int, int]]:
-    return ((0, 0) for _ in range(count))
-
-
-def test_a_duel_follows_what_hits_more_and_takes_its_time_with_little() -> None:
+def test_a_duel_leaves_frequency_when_it_loses_and_takes_it_up_when_it_wins() -> None:
     duel = Duel()
     duel.join()
     assert not duel.recency
     for _ in range(40):
-        duel.judge(4, own=2, recency=2, frequency=2)
+        duel.judge(4, own=3, recency=2, frequency=3)
     assert not duel.recency
-    duel.judge(4, own=0, recency=4, frequency=0)
+    # However long it has led, two lost hits are enough.
+    duel.judge(4, own=1, recency=3, frequency=1)
     assert duel.recency
     for _ in range(3):
         duel.judge(4, own=2, recency=2, frequency=2)
@@ -117,6 +114,9 @@ def test_a_cache_in_debt_follows_recency_though_the_shadow_of_frequency_is_no_wo
         duel.judge(4, own=1, recency=2, frequency=2)
         if duel.recency:
             break
+    assert duel.recency
+    for _ in range(4):
+        duel.judge(4, own=2, recency=2, frequency=3)
     assert duel.recency
 
 
