@@ -12,8 +12,8 @@ A hit rate is not a time: what it saves is misses times what one costs, less the
 (cache_overhead.py), and decode.py --policy measures it.
 
 Run: python benchmarks/replay.py --routes FILE --slots N[,N...] [--policy NAME[,NAME...]] [--json]
-A table; with --json an array of {"slots_per_layer", "policy", "hit_rate": {"cold", "steady"}} instead, and the
-table on stderr.
+Prints a table; with --json that goes to stderr, and to stdout goes one array of
+{"slots_per_layer", "policy", "hit_rate": {"cold", "steady"}}.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def print_table(
     routes: Routes, table: dict[tuple[int, str], HitRates], bypass: dict[int, HitRates], file: TextIO
 ) -> None:
     print(
-        f"{routes.model}: {len(routes.layers)} layers of {routes.num_experts} experts, {routes.top_k} a token",
+        f"{routes.model}: {len(routes.layers)} layers, {routes.num_experts} experts, {routes.top_k} a token",
         file=file,
     )
     print(f"{'slots':>6} {'policy':10} {'cold':>6} {'steady':>7} {'gap closed':>16}", file=file)
@@ -108,7 +108,7 @@ def print_table(
         print(f"{slots:6} {policy:10} {rates.cold:6.3f} {rates.steady:7.3f} {closed:>16}", file=file)
     for slots, best in bypass.items():
         print(
-            f"{slots} slots, were an expert used without being kept: at most {best.cold:.3f} {best.steady:.3f}",
+            f"{slots} slots, were experts used without being kept: at most {best.cold:.3f} {best.steady:.3f}",
             file=file,
         )
 

@@ -6,7 +6,7 @@ FADE_STEPS = 8
 """What the shadows hit counts half as much after so many later steps."""
 LOSES = 1.3
 """Frequency is left when its shadow has hit so many experts a layer less, lately."""
-WINS = 0.5
+WINS = 1.0
 """It is taken up again when its shadow has hit so many more; a lead above this is not remembered."""
 MEMORY_STEPS = 512
 """What the cache itself hit, beside LRU's shadow, counts half as much after so many later steps."""
@@ -26,7 +26,9 @@ class Duel:
     needed and are judged by that, whichever order the cache follows. Beside it what the cache hit is weighed
     against LRU's shadow. When it has fallen behind by more than `ALLOWED_SHARE` of what was needed, it is in
     debt: then frequency is followed only while it leads, and taken up only for a lead above the debt. So the
-    oftener it fails the more evidence it needs, and no routing makes the cache much worse than LRU.
+    oftener it fails the more evidence it needs. What remains is what it takes to see the first failure and to
+    bring back what LRU would have kept: less than a miss for every two slots where a topic that just fits
+    is followed by another one, once.
     """
 
     __slots__ = ("_balance", "_fade", "_layers", "_lead", "_memory", "_needed", "_steps", "recency")

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 
 
 class LRUPolicy:
-    """Eviction order by last use, admission included; within one step the router's first choice counts as used
-    first.
+    """Eviction order by last use or admission; within a step the router's first choice counts as used first.
 
     An OrderedDict from coldest to hottest: each change is O(1), and `coldest()` is a plain walk.
     """

@@ -21,7 +21,7 @@ POLICIES: dict[str, Callable[[], Callable[[], EvictionPolicy]]] = {
 
 
 def policy_for(name: str) -> Callable[[], EvictionPolicy]:
-    """What makes the policies of this name for the layers of one cache. Raises OptionError for other names."""
+    """What makes the policies of one cache's layers. Raises OptionError for unknown names."""
     if name not in POLICIES:
         raise OptionError(f"eviction policy {name!r} is not known; choose one of {', '.join(POLICIES)}")
     return POLICIES[name]()

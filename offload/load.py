@@ -48,7 +48,7 @@ def load(
     activations: str = "native",
     dense: str = "auto",
     context: int | None = None,
-    policy: str = "lru",
+    policy: str = "adaptive",
     prefetch: str = "auto",
     miss: str = "auto",
     progress: Progress | None = None,

@@ -63,7 +63,12 @@ class LoadOptions:
         default=None,
         metadata={"help": "Tokens of conversation to make room for; default the model's, 8192 at most."},
     )
-    policy: str = field(default="lru", metadata={"help": "What leaves a full cache first: lru, lfu or fifo."})
+    policy: str = field(
+        default="adaptive",
+        metadata={
+            "help": "What leaves a full cache first: lru, lfu, fifo or adaptive (the better of the first two)."
+        },
+    )
     prefetch: str = field(
         default="auto",
         metadata={"help": "Guess the next layers' experts from their routers: auto, off or router."},

@@ -22,7 +22,7 @@ def benchmark(import_benchmark: Any) -> ModuleType:
 
 @pytest.fixture
 def routes(tmp_path: Path) -> tuple[Path, Routes]:
-    """Two layers of eight experts; the first layer goes round six of them, the second one stays with three."""
+    """Two layers of eight experts; the first goes round six of them, the second one stays with three."""
     steps = []
     for number in range(24):
         chosen = [((2 * number) % 6, (2 * number + 1) % 6), (number % 3, (number + 1) % 3)]
@@ -52,7 +52,7 @@ def test_json_is_exactly_one_array(
     assert rates[4, "lru"] == 0.5
     assert rates[4, "belady"] > 0.6
     assert "gap closed" in shown.err
-    assert "were an expert used without being kept" in shown.err
+    assert "were experts used without being kept" in shown.err
 
 
 def test_a_table_of_chosen_policies(

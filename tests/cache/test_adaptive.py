@@ -20,7 +20,7 @@ def _step(cache: ExpertCache, layer: int, experts: Sequence[int]) -> None:
     cache.release(layer, experts)
 
 
-LAYERS = 8
+LAYERS = 4
 
 
 def _hit_rate(make: Callable[[int], Steps], slots: int, policy: str) -> float:
@@ -34,31 +34,65 @@ def _hit_rate(make: Callable[[int], Steps], slots: int, policy: str) -> float:
     return rate
 
 
+class Listener(Duel):
+    """Keeps what it is told and decides nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[tuple[int, int, int, int]] = []
+
+    def judge(self, needed: int, own: int, recency: int, frequency: int) -> None:
+        self.heard.append((needed, own, recency, frequency))
+
+
 @pytest.mark.parametrize("slots", [4, 7, 16])
-def test_the_shadows_are_the_caches_that_follow_one_order(slots: int) -> None:
-    """Step by step, whatever the real cache does between needs: prefetches, promotions, misses computed."""
+def test_the_shadows_hit_what_caches_of_one_order_hit(slots: int) -> None:
+    """Step by step, whatever the duel decides and whatever is prefetched in between."""
     chance = random.Random(slots)
-    mixed, lru, lfu = (ExpertCache([slots], name) for name in ("adaptive", "lru", "lfu"))
-    policy = mixed._pools[0].policy
-    assert isinstance(policy, AdaptivePolicy)
+    duel = Listener()
+    mixed = ExpertCache([slots], lambda: AdaptivePolicy(duel))
+    lru, lfu = ExpertCache([slots], "lru"), ExpertCache([slots], "lfu")
+    compared = 0
     for number in range(400):
+        duel.recency = number >= 20
+        if number == 20:  # from here on its shadow goes its own way
+            assert set(lfu.residents(0)) == set(mixed.residents(0))
         low = 10 * (number // 100)
         experts = chance.sample(range(low, low + 20), 4)
+        before = lru.stats.hits, lfu.stats.hits, mixed.stats.hits
         for cache in (mixed, lru, lfu):
             _step(cache, 0, experts)
-        policy._give_way(slots)
-        assert set(policy._recency) == set(lru.residents(0))
-        assert policy._frequency == set(lfu.residents(0))
-        if number % 3 == 0 and mixed.reserve(0, guess := chance.randrange(60)) is not None:
+        needed, own, recent, frequent = duel.heard[-1]
+        assert (needed, own) == (4, mixed.stats.hits - before[2])
+        assert recent == lru.stats.hits - before[0]
+        assert frequent == lfu.stats.hits - before[1]
+        compared += own != frequent
+        guess = chance.randrange(60)
+        if number >= 20 and number % 3 == 0 and mixed.reserve(0, guess) is not None:
             mixed.complete(0, guess)
         mixed.check_integrity()
+    assert compared or slots == 4
 
 
-def test_the_shadows_take_what_room_there_is() -> None:
-    """A failed load leaves a slot empty for a while; nothing breaks, and all is as before afterwards."""
+def test_a_hit_that_a_prefetch_made_is_no_merit_of_the_order() -> None:
+    duel = Listener()
+    cache = ExpertCache([4], lambda: AdaptivePolicy(duel))
+    _step(cache, 0, [1, 2])
+    cache.reserve(0, 3)
+    cache.complete(0, 3)
+    _step(cache, 0, [2, 3])
+    _step(cache, 0, [2, 3])
+    assert duel.heard == [(2, 0, 0, 0), (2, 2, 1, 1), (2, 2, 2, 2)]
+
+
+def test_failed_loads_leave_the_shadows_in_order() -> None:
+    """They leave a slot empty for a while, and the shadows have one less."""
     cache = ExpertCache([4], "adaptive")
+    policy = cache._pools[0].policy
+    assert isinstance(policy, AdaptivePolicy)
     chance = random.Random(2)
-    for _ in range(100):
+    for number in range(200):
+        policy._duel.recency = number % 50 > 25
         experts = chance.sample(range(9), 2)
         for expert in cache.acquire(0, experts).load:
             if chance.random() < 0.3:
@@ -67,11 +101,8 @@ def test_the_shadows_take_what_room_there_is() -> None:
                 cache.complete(0, expert)
         cache.release(0, [expert for expert in experts if cache.pins(0, expert)])
         cache.check_integrity()
-    policy = cache._pools[0].policy
-    assert isinstance(policy, AdaptivePolicy)
-    policy._give_way(len(policy))
-    assert len(policy._recency) <= 4
-    assert len(policy._frequency) <= 4
+        assert len(policy._recency) <= 6
+        assert len(policy._frequency or ()) <= 6
 
 
 def test_all_layers_follow_the_same_order_and_caches_decide_alone() -> None:
@@ -115,12 +146,9 @@ def test_a_cache_in_debt_follows_recency_though_the_shadow_of_frequency_is_no_wo
         if duel.recency:
             break
     assert duel.recency
-    for _ in range(4):
-        duel.judge(4, own=2, recency=2, frequency=3)
-    assert duel.recency
 
 
-def _zipf(seed: int, steps: int = 200) -> Steps:
+def _zipf(seed: int, steps: int = 480) -> Steps:
     chance = random.Random(seed)
     order = chance.sample(range(64), 64)
     weights = [1 / rank for rank in range(1, 65)]
@@ -133,7 +161,7 @@ def _zipf(seed: int, steps: int = 200) -> Steps:
     return made
 
 
-def _topics(seed: int, width: int, length: int, steps: int = 240) -> Steps:
+def _topics(seed: int, width: int, length: int, steps: int = 480) -> Steps:
     """Every `length` steps other experts, `width` of them."""
     chance = random.Random(seed)
     made: Steps = []
@@ -145,11 +173,11 @@ def _topics(seed: int, width: int, length: int, steps: int = 240) -> Steps:
     return made
 
 
-def _cycle(seed: int, length: int, steps: int = 240) -> Steps:
+def _cycle(seed: int, length: int, steps: int = 480) -> Steps:
     return [[(seed + 4 * number + place) % length for place in range(4)] for number in range(steps)]
 
 
-def _poisoned(seed: int, steps: int = 240) -> Steps:
+def _poisoned(seed: int, steps: int = 480) -> Steps:
     """Four experts again and again, then others that need them gone."""
     made: Steps = []
     for number in range(steps):
@@ -160,12 +188,12 @@ def _poisoned(seed: int, steps: int = 240) -> Steps:
     return made
 
 
-def _chance(seed: int, steps: int = 240) -> Steps:
+def _chance(seed: int, steps: int = 480) -> Steps:
     chance = random.Random(seed)
     return [chance.sample(range(64), 4) for _ in range(steps)]
 
 
-def _stack(seed: int, steps: int = 240) -> Steps:
+def _stack(seed: int, steps: int = 480) -> Steps:
     """The more recently an expert was used, the likelier it is: what LRU is made for."""
     chance = random.Random(seed)
     order = chance.sample(range(64), 64)
@@ -198,6 +226,16 @@ ROUTES: dict[str, Callable[[int], Steps]] = {
 def test_never_worse_than_lru_by_more_than_half_a_point(name: str, slots: int) -> None:
     lru, adaptive = (_hit_rate(ROUTES[name], slots, policy) for policy in ("lru", "adaptive"))
     assert adaptive >= lru - 0.005
+
+
+def test_the_first_change_of_topic_costs_less_than_a_miss_for_two_slots() -> None:
+    """Where LRU is perfect but for the changes, on routes too short to make it up."""
+
+    def make(seed: int) -> Steps:
+        return _topics(seed, 16, 24, steps=96)
+
+    lost = (_hit_rate(make, 16, "lru") - _hit_rate(make, 16, "adaptive")) * 96 * 4
+    assert 0 < lost < 8
 
 
 def test_frequency_alone_would_be_worse_by_far() -> None:
