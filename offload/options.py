@@ -66,7 +66,7 @@ class LoadOptions:
     policy: str = field(
         default="adaptive",
         metadata={
-            "help": "What leaves a full cache first: lru, lfu, fifo or adaptive (the better of the first two)."
+            "help": "What leaves a full cache first: lru, lfu, fifo or adaptive, the better of lru and lfu."
         },
     )
     prefetch: str = field(
