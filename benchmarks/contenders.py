@@ -75,12 +75,17 @@ class Configuration(Contender):
         prefetch: str,
         activations: str,
         miss: str = "auto",
+        policy: str = "adaptive",
     ) -> None:
         name = f"{slots or 'all that fit'} slots, prefetch {prefetch}, {activations}"
         if model.hf.device.type != "cpu":
             name += f", miss {miss}"
+        if policy != "adaptive":
+            name += f", {policy}"
         super().__init__(name, planned_weights(model.plan))
         self.miss = miss
+        self.policy = policy
+        self.but_policy = (slots, prefetch, activations, miss)
         self.model = model
         self.prefetch = prefetch
         self.activations = activations
@@ -115,6 +120,7 @@ class Configuration(Contender):
             "prefetch": self.prefetch,
             "activations": self.activations,
             "miss": self.miss,
+            "policy": self.policy,
             "ttft_s": statistics.median(run.ttft_s for run in runs),
             "hit_rate": sum(r.hits for r in runs) / max(1, sum(r.hits + r.misses for r in runs)),
             "stall_ms_per_token": 1000 * sum(run.stall_s for run in runs) / tokens,

@@ -57,7 +57,8 @@ class ExpertCache:
         policy: str | Callable[[], EvictionPolicy] = "lru",
         sizes: Callable[[int, int], int] = lambda layer, expert: 0,
     ) -> None:
-        """`slots[layer]` slots for each layer; `policy` by name, or what makes one layer's policy.
+        """`slots[layer]` slots for each layer; `policy` by name, or what makes one layer's policy, called
+        once for each layer in ascending order.
 
         `sizes(layer, expert)` are an expert's bytes, for the account of what prefetching wasted (without
         it that stays 0). Raises OptionError for an unknown policy or a negative number of slots.
@@ -176,7 +177,7 @@ class ExpertCache:
             stats.prefetch_late += late
             stats.prefetch_used += len(first_needs) - late
             pool.unused -= first_needs
-        pool.policy.touch(present)
+        pool.policy.touch(experts, absent)
         victims: list[int] = []
         if len(absent) > len(pool.free):
             victims = pool.victims(distinct, len(absent) - len(pool.free))
@@ -207,7 +208,7 @@ class ExpertCache:
         """Count a step's need of experts that are not resident and that are computed from elsewhere.
 
         Each is a miss (and `prefetch.late` when a prefetch is bringing it, which goes on). Nothing is
-        admitted, touched or pinned. Raises CacheStateError for a resident expert.
+        admitted or pinned. Raises CacheStateError for a resident expert.
         """
         pool = self._pools[layer]
         for expert in experts:
@@ -215,6 +216,7 @@ class ExpertCache:
                 raise CacheStateError(f"layer {layer}: expert {expert} is resident and was passed over")
         late = pool.unused.intersection(experts)
         pool.unused -= late
+        pool.policy.pass_over(experts)
         self.stats.prefetch_late += len(late)
         self.stats.misses_by_layer[layer] += len(experts)
 

@@ -55,7 +55,7 @@ def load(
     dense: str = "auto",
     context: int | None = None,
     parallel: int = 1,
-    policy: str = "lru",
+    policy: str = "adaptive",
     prefetch: str = "auto",
     miss: str = "auto",
     progress: Progress | None = None,

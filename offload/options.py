@@ -67,7 +67,12 @@ class LoadOptions:
         default=1,
         metadata={"help": "Answers at a time, each with a context of its own; for serve and batches."},
     )
-    policy: str = field(default="lru", metadata={"help": "What leaves a full cache first: lru, lfu or fifo."})
+    policy: str = field(
+        default="adaptive",
+        metadata={
+            "help": "What leaves a full cache first: lru, lfu, fifo or adaptive, the better of lru and lfu."
+        },
+    )
     prefetch: str = field(
         default="auto",
         metadata={"help": "Guess the next layers' experts from their routers: auto, off or router."},
