@@ -220,14 +220,14 @@ class CacheCounters:
 class RouterLoad:
     """How often the router of each layer chose each expert. One per model: tiers share it."""
 
-    __slots__ = ("_counts", "_top_k")
+    __slots__ = ("_counts", "top_k")
 
     def __init__(self, num_experts: Sequence[int], top_k: Sequence[int]) -> None:
         """`num_experts[layer]` experts, of which each token uses `top_k[layer]`."""
         if len(num_experts) != len(top_k):
             raise ValueError(f"experts of {len(num_experts)} layers but top-k of {len(top_k)}")
         self._counts = [[0] * experts for experts in num_experts]
-        self._top_k = tuple(top_k)
+        self.top_k = tuple(top_k)
 
     def count(self, layer: int, expert: int, n: int = 1) -> None:
         """`n` tokens chose this expert."""
@@ -246,4 +246,4 @@ class RouterLoad:
     def snapshot(self) -> RoutedTokens:
         """The counts so far. A layer's tokens are its choices divided by its top-k."""
         counts = tuple(map(tuple, self._counts))
-        return RoutedTokens(counts, tuple(sum(c) // k for c, k in zip(counts, self._top_k, strict=True)))
+        return RoutedTokens(counts, tuple(sum(c) // k for c, k in zip(counts, self.top_k, strict=True)))
