@@ -4,7 +4,7 @@
 #   bash benchmarks/gpu.sh [OUT_FOLDER]
 #
 # Writes a full-width synthetic Mixtral of 2 layers to a temporary folder (no download), runs the gpu tests, holds
-# the kernels against the memory's speed, and measures decoding with VRAM capped at 24 GiB, to stand for a
+# the kernels against the memory's speed, and measures decoding and prompts with VRAM capped at 24 GiB, to stand for a
 # consumer card.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,3 +23,5 @@ python benchmarks/decode.py "$work/mixtral" --vram 24GiB --slots 2 4 8 --prefetc
     --tokens 48 --rounds 5 --json "$out/gpu-decode.json"
 python benchmarks/decode.py "$work/mixtral" --vram 24GiB --slots 4 --prefetch off --miss fetch cpu auto \
     --tokens 48 --rounds 5 --json "$out/gpu-miss.json"
+python benchmarks/prefill.py "$work/mixtral" --vram 24GiB --slots 2 4 --prompt-tokens 512 2048 --rounds 6 \
+    --json "$out/gpu-prefill.json" || echo "prefill.py FAILED"

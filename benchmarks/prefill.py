@@ -139,6 +139,9 @@ def loaded(
     plan = plan_load(checkpoint.name, checkpoint.spec, wanted, target, Bandwidths())
     if not ring:
         plan = dataclasses.replace(plan, vram_staging=0, ram_staging=0)
+    elif options.staging is not None and plan.mode != "resident":
+        on_card = {"vram_staging": options.staging} if target.type == "cuda" else {}
+        plan = dataclasses.replace(plan, ram_staging=options.staging, **on_card)
     if options.chunk:
         plan = dataclasses.replace(plan, chunk=options.chunk)
     device = CudaDevice(target) if target.type == "cuda" else None
@@ -213,7 +216,7 @@ def report(options: argparse.Namespace, ways: Sequence[Way]) -> None:
         "expert_size": format_bytes(plan["bytes"]["expert"]),
         "moe_layers": plan["moe_layers"],
         "chunk": plan["prefill_chunk"],
-        "staging": plan["staging"],
+        "staging": {"vram": ways[1].model.plan.vram_staging, "ram": ways[1].model.plan.ram_staging},
         "cached": options.cached,
         "rounds": options.rounds,
         "rows": rows,
@@ -260,7 +263,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--slots", type=int, nargs="+", default=[2])
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[128])
     parser.add_argument("--chunk", type=int, help="prompt tokens in one forward; default: as planned")
-    parser.add_argument("--prefetch", default="off")
+    parser.add_argument("--staging", type=int, help="slots of the ring, 2 or more; default: as planned")
+    parser.add_argument("--prefetch", default="auto", help="off: nothing is read ahead")
     parser.add_argument("--experts", default="nf4")
     parser.add_argument("--dense", default="auto")
     parser.add_argument("--context", type=int, default=4096)

@@ -176,6 +176,7 @@ def assemble(
         runner = ExpertRunner(store, prefetcher, options.activations)
         if store.prefill is not None:
             store.prefill.chunk = plan.chunk
+            store.prefill.ahead = options.prefetch != "off"
             hf.base_model.register_forward_pre_hook(_announce(store.prefill), with_kwargs=True)
         _fill(store, plan, progress)
         if store.host is not None:

@@ -101,6 +101,8 @@ class PrefillStream:
             raise ValueError(f"{tier.cache.staging.slots} staging slots; one loads while another is read")
         self.chunk = 0
         """Tokens of the longest steps; one as long as that is probably followed by another of the prompt."""
+        self.ahead = True
+        """Whether anything is read before its layer has asked for it."""
         self._tier = tier
         self._layouts = layouts
         self._top_k = top_k
@@ -256,6 +258,8 @@ class PrefillStream:
 
     def _read_ahead(self, layer: int) -> None:
         """Load absent experts of a layer to come, as far as there is room that nobody has to leave."""
+        if not self.ahead:
+            return
         cache = self._tier.cache
         whole = range(len(self._layouts[layer])) if self._share >= WHOLE else ()
         wanted: Iterable[int] = whole or self._guesses.get(layer, ())

@@ -24,12 +24,12 @@ WORKSPACE_SHARE = 1 / 128
 """Chunks are longer than PREFILL_CHUNK, up to MAX_CHUNK, if the workspace grows by this share of all
 experts at most: models of hundreds of GB, of which every chunk reads the most part."""
 
-STAGING_SLOTS = 4
+STAGING_SLOTS = 2
 STAGING_BYTES = 32 * 2**20
 STAGING_SHARE = 1 / 4
-"""Experts that prompts stream through: a half of them loads while the other is computed. More of small
-experts, to so many bytes, since each costs the host some time; at most this share of a layer's experts, if
-that is more."""
+"""Experts that prompts stream through: one loads while the other is computed (with 3 and 4 large ones prompts
+took as long as with 2, benchmarks/prefill.py). More of small experts, to so many bytes, since each costs the
+host some time; at most this share of a layer's experts, if that is more."""
 
 MIN_CHUNK = 32
 """Shorter chunks would read every expert for hardly more tokens than it has weights to give."""

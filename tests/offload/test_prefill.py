@@ -194,6 +194,15 @@ def test_where_few_are_used_only_guesses_are_read_ahead(make_rig: Make, mode: st
     assert counts.prefetch.wasted_bytes == rig.size(1, 3)
 
 
+def test_nothing_is_read_ahead_where_that_is_off(make_rig: Make) -> None:
+    rig = make_rig("disk", slots=2, staging=3)
+    rig.store.prefill.ahead = False
+    for _ in range(2):
+        prompt(rig, [2, 3])
+        assert rig.tier.cache.staging.used == 0
+    assert rig.store.snapshot().prefetch.issued == 0
+
+
 def test_a_full_chunk_reads_ahead_for_the_next_one(make_rig: Make) -> None:
     rig = make_rig("disk", slots=2, staging=2)
     rig.store.prefill.chunk = 500
