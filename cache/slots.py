@@ -41,7 +41,7 @@ class SlotPool:
         """Present experts that have no slot of the layer."""
 
     def place(self, expert: int) -> int:
-        """Give an absent expert a free slot, in state loading, known to the policy as used now."""
+        """Give an absent expert a free slot, in state loading, known to the policy."""
         slot = self.free.pop()
         self.table[expert] = slot
         self.expert_in[slot] = expert

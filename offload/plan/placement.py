@@ -63,7 +63,7 @@ def _chunk(request: Request, sizes: Sequence[int], room: int, slots: Sequence[in
     experts_total = arena_bytes(_all_slots(spec), sizes)
     chunk = footprint.longest_chunk(spec, request.context, dtype, experts_total)
     fixed = footprint.dense_bytes(spec, request.dense, cuda=request.vram is not None)
-    kv = footprint.kv_bytes(spec, request.context, dtype)
+    kv = request.parallel * footprint.kv_bytes(spec, request.context, dtype)
 
     def parts(chunk: int) -> Bytes:
         workspace = footprint.workspace_bytes(spec, chunk, request.context, dtype) + overhead
