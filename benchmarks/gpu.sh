@@ -54,6 +54,8 @@ part encode 30 python benchmarks/encode.py --dtypes bf16 --rounds 6
 part mixtral 130 bash -c 'mixtral --workload single,long --tokens 48 --repeats 6 --compare'
 part mixtral_25GBs 60 env MOE_LOCAL_LINK_LIMIT=25GB bash -c 'mixtral --workload single --tokens 32 --repeats 6 --compare'
 part mixtral_no_graphs 40 env MOE_LOCAL_GRAPHS=off bash -c 'mixtral --workload single --tokens 48 --repeats 3'
+part prefill 70 bash -c 'python benchmarks/synthetic.py "$1" --layers 2 --seed 0 >/dev/null && python benchmarks/prefill.py "$1" \
+  --vram 24GiB --slots 2 4 --prompt-tokens 512 2048 --rounds 6' - "$work/mixtral"
 part qwen3_resident 40 bash -c 'qwen --tokens 64 --repeats 4'
 part qwen3_resident_no_graphs 30 env MOE_LOCAL_GRAPHS=off bash -c 'qwen --tokens 64 --repeats 3'
 part qwen3_half 50 bash -c 'qwen --slots 64 --tokens 64 --repeats 4 --compare'

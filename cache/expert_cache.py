@@ -8,7 +8,8 @@ from typing import NamedTuple
 from moe_local.cache.errors import OptionError
 from moe_local.cache.policies import policy_for
 from moe_local.cache.policy import EvictionPolicy
-from moe_local.cache.slots import CacheStateError, SlotPool
+from moe_local.cache.slots import CacheStateError, SlotPool, add_pins
+from moe_local.cache.staging import StagingRing
 from moe_local.cache.stats import CacheCounters
 
 
@@ -56,9 +57,10 @@ class ExpertCache:
         slots: Sequence[int],
         policy: str | Callable[[], EvictionPolicy] = "lru",
         sizes: Callable[[int, int], int] = lambda layer, expert: 0,
+        staging: int = 0,
     ) -> None:
         """`slots[layer]` slots for each layer; `policy` by name, or what makes one layer's policy, called
-        once for each layer in ascending order.
+        once for each layer in ascending order; `staging` slots that belong to none.
 
         `sizes(layer, expert)` are an expert's bytes, for the account of what prefetching wasted (without
         it that stays 0). Raises OptionError for an unknown policy or a negative number of slots.
@@ -72,6 +74,7 @@ class ExpertCache:
         self._policy = policy
         self._sizes = sizes
         self.stats = CacheCounters(len(slots))
+        self.staging = StagingRing(staging, self._pools, self.stats, sizes, self._evict)
 
     # What is where
 
@@ -113,8 +116,9 @@ class ExpertCache:
         return tuple(expert for expert in pool.loading if expert in pool.unused)
 
     def residents(self, layer: int) -> tuple[int, ...]:
+        """Those in slots of the layer, staged ones left out."""
         pool = self._pools[layer]
-        return tuple(expert for expert in pool.table if expert not in pool.loading)
+        return tuple(e for e in pool.table if e not in pool.loading and e not in pool.staged)
 
     def pins(self, layer: int, expert: int) -> int:
         """How many leases of this expert are out."""
@@ -148,12 +152,14 @@ class ExpertCache:
             slots = [table[expert] for expert in experts]
         except KeyError:
             return self._acquire_any(layer, pool, experts, distinct)
-        if (pool.loading and not pool.loading.keys().isdisjoint(experts)) or (
-            pool.unused and not pool.unused.isdisjoint(experts)
+        if (
+            (pool.loading and not pool.loading.keys().isdisjoint(experts))
+            or (pool.unused and not pool.unused.isdisjoint(experts))
+            or pool.staged
         ):
             return self._acquire_any(layer, pool, experts, distinct)
         pool.policy.touch(experts)
-        _pin(pool, experts)
+        add_pins(pool, experts)
         self.stats.hits_by_layer[layer] += len(slots)
         return Acquisition(slots, (), ())
 
@@ -171,13 +177,8 @@ class ExpertCache:
             )
         present = [expert for expert in experts if expert in table]
         joined = tuple([expert for expert in present if expert in pool.loading])
-        first_needs = pool.unused.intersection(present)
-        if first_needs:
-            late = len(first_needs.intersection(joined))
-            stats.prefetch_late += late
-            stats.prefetch_used += len(first_needs) - late
-            pool.unused -= first_needs
-        pool.policy.touch(experts, absent)
+        self.staging.count_use(layer, pool, present, joined)
+        pool.policy.touch([expert for expert in experts if expert not in pool.staged], absent)
         victims: list[int] = []
         if len(absent) > len(pool.free):
             victims = pool.victims(distinct, len(absent) - len(pool.free))
@@ -185,15 +186,19 @@ class ExpertCache:
                 self._evict(layer, pool, victim)
         for expert in absent:
             pool.place(expert)
-        _pin(pool, experts)
+        add_pins(pool, experts)
         misses = len(absent) + len(joined)
         stats.misses_by_layer[layer] += misses
         stats.hits_by_layer[layer] += len(experts) - misses
         return Acquisition([table[expert] for expert in experts], absent, joined, tuple(victims))
 
     def release(self, layer: int, experts: Sequence[int]) -> None:
-        """Take back one pin of each of these distinct experts. What is still loading goes on loading."""
-        pins = self._pools[layer].pins
+        """Take back one pin of each of these distinct experts. What is still loading goes on loading.
+
+        A staged expert without a pin leaves, as soon as it is no longer loading.
+        """
+        pool = self._pools[layer]
+        pins = pool.pins
         distinct = set(experts)
         if len(distinct) != len(experts) or not pins.keys() >= distinct:
             raise CacheStateError(f"layer {layer}: released {list(experts)} where pins are {pins}")
@@ -203,6 +208,10 @@ class ExpertCache:
                 pins[expert] = left
             else:
                 del pins[expert]
+        if pool.staged:
+            for expert in pool.staged.intersection(experts):
+                if expert not in pins:
+                    self.staging.give_up(layer, pool, expert)
 
     def pass_over(self, layer: int, experts: Sequence[int]) -> None:
         """Count a step's need of experts that are not resident and that are computed from elsewhere.
@@ -219,6 +228,8 @@ class ExpertCache:
         pool.policy.pass_over(experts)
         self.stats.prefetch_late += len(late)
         self.stats.misses_by_layer[layer] += len(experts)
+        for expert in pool.staged.intersection(experts):
+            self.staging.give_up(layer, pool, expert)
 
     # Ahead of demand
 
@@ -265,10 +276,12 @@ class ExpertCache:
 
     def complete(self, layer: int, expert: int) -> None:
         """The expert's bytes are in its slot: loading -> resident."""
-        loading = self._pools[layer].loading
-        if expert not in loading:
-            raise CacheStateError(f"layer {layer}: expert {expert} is not loading; {list(loading)} are")
-        del loading[expert]
+        pool = self._pools[layer]
+        if expert not in pool.loading:
+            raise CacheStateError(f"layer {layer}: expert {expert} is not loading; {list(pool.loading)} are")
+        del pool.loading[expert]
+        if expert in pool.staged:
+            self.staging.completed(layer, pool, expert)
 
     def abandon(self, layer: int, expert: int, bytes_moved: int = 0) -> None:
         """The copy was cancelled or failed: loading -> absent, its slot free, its pins gone.
@@ -281,7 +294,7 @@ class ExpertCache:
             raise CacheStateError(f"layer {layer}: expert {expert} is not loading; {list(pool.loading)} are")
         if expert in pool.unused:
             self.stats.prefetch_wasted_bytes += bytes_moved
-        pool.remove(expert)
+        self.staging.remove(layer, pool, expert)
 
     # Starting over
 
@@ -299,9 +312,9 @@ class ExpertCache:
                     f"loading {list(pool.loading)}"
                 )
         self._policy = policy or self._policy
-        self._pools = {
-            layer: SlotPool(len(pool.expert_in), make_policy()) for layer, pool in self._pools.items()
-        }
+        self.staging.clear(-1, ())
+        for layer, pool in self._pools.items():
+            self._pools[layer] = SlotPool(len(pool.expert_in), make_policy())
 
     def _evict(self, layer: int, pool: SlotPool, expert: int) -> None:
         self.stats.evictions += 1
@@ -311,6 +324,7 @@ class ExpertCache:
 
     def check_integrity(self) -> None:
         """Raise CacheStateError with the facts if any table disagrees with another."""
+        self.staging.check_integrity()
         for layer, pool in self._pools.items():
             try:
                 pool.check_integrity()
@@ -323,9 +337,3 @@ class ExpertCache:
 def _maker(policy: str | Callable[[], EvictionPolicy]) -> Callable[[], EvictionPolicy]:
     """What makes the policies of one cache's layers; anew for each cache, since these may share a memory."""
     return policy_for(policy) if isinstance(policy, str) else policy
-
-
-def _pin(pool: SlotPool, experts: Sequence[int]) -> None:
-    pins = pool.pins
-    for expert in experts:
-        pins[expert] = pins.get(expert, 0) + 1

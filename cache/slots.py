@@ -15,12 +15,13 @@ class CacheStateError(RuntimeError):
 class SlotPool:
     """A fixed number of slots for one layer's experts, and the tables around them.
 
-    A present expert is loading or resident. Slots number from 0. The attributes are read directly by
-    `ExpertCache`, whose fast path cannot afford a call per expert; only the methods here change `table`,
-    `expert_in`, `free` and the policy, so that these agree.
+    A present expert is loading or resident. Slots number from 0; a *staged* expert is in a slot of the
+    StagingRing instead, whose numbers are negative, and unknown to the policy. The attributes are read
+    directly by `ExpertCache`, whose fast path cannot afford a call per expert; only the methods here change
+    `table`, `expert_in`, `free`, `staged` and the policy, so that these agree.
     """
 
-    __slots__ = ("expert_in", "free", "loading", "pins", "policy", "table", "unused")
+    __slots__ = ("expert_in", "free", "loading", "pins", "policy", "staged", "table", "unused")
 
     def __init__(self, slots: int, policy: EvictionPolicy) -> None:
         self.policy = policy
@@ -36,6 +37,8 @@ class SlotPool:
         """Experts whose bytes are under way, the longest waiting first."""
         self.unused: set[int] = set()
         """Experts that a prefetch brought or is bringing and nobody needed so far."""
+        self.staged: set[int] = set()
+        """Present experts that have no slot of the layer."""
 
     def place(self, expert: int) -> int:
         """Give an absent expert a free slot, in state loading, known to the policy."""
@@ -46,15 +49,33 @@ class SlotPool:
         self.policy.insert(expert)
         return slot
 
-    def remove(self, expert: int) -> None:
-        """Make a present expert absent, whatever its state; its slot becomes free."""
+    def stage(self, expert: int, slot: int) -> None:
+        """Put an absent expert into a slot of the ring, in state loading."""
+        self.table[expert] = slot
+        self.staged.add(expert)
+        self.loading[expert] = None
+
+    def house(self, expert: int) -> int:
+        """Move a staged expert to a free slot, known to the policy as used now."""
+        slot = self.table[expert] = self.free.pop()
+        self.expert_in[slot] = expert
+        self.staged.remove(expert)
+        self.policy.insert(expert)
+        return slot
+
+    def remove(self, expert: int) -> int:
+        """Make a present expert absent, whatever its state. Returns its slot, of the layer or not."""
         slot = self.table.pop(expert)
-        self.expert_in[slot] = None
-        self.free.append(slot)
-        self.policy.remove(expert)
+        if slot >= 0:
+            self.expert_in[slot] = None
+            self.free.append(slot)
+            self.policy.remove(expert)
+        else:
+            self.staged.remove(expert)
         self.loading.pop(expert, None)
         self.pins.pop(expert, None)
         self.unused.discard(expert)
+        return slot
 
     def lacking(self, experts: Container[int], absent: int) -> int:
         """How many slots are lacking to admit `absent` experts without evicting any of `experts`."""
@@ -68,8 +89,8 @@ class SlotPool:
         return list(islice(self._evictable(self.policy.coldest(), keep), count))
 
     def _evictable(self, order: Iterable[int], keep: Container[int]) -> Iterator[int]:
-        pins, loading = self.pins, self.loading
-        return (e for e in order if e not in pins and e not in loading and e not in keep)
+        pins, loading, staged = self.pins, self.loading, self.staged
+        return (e for e in order if e not in pins and e not in loading and e not in keep and e not in staged)
 
     def check_integrity(self) -> None:
         """Raise CacheStateError with the facts unless every table agrees with every other."""
@@ -78,15 +99,20 @@ class SlotPool:
 
     def _faults(self) -> Iterator[str]:
         present = set(self.table)
-        resident = present - self.loading.keys()
+        housed = present - self.staged
+        loading, resident = housed & self.loading.keys(), housed - self.loading.keys()
         empty = [slot for slot, expert in enumerate(self.expert_in) if expert is None]
-        if len(self.free) + len(self.loading) + len(resident) != len(self.expert_in):
+        if len(self.free) + len(loading) + len(resident) != len(self.expert_in):
             yield (
-                f"free {self.free} + loading {list(self.loading)} + resident {sorted(resident)} "
+                f"free {self.free} + loading {sorted(loading)} + resident {sorted(resident)} "
                 f"are not the {len(self.expert_in)} slots"
             )
-        if self.table != {e: slot for slot, e in enumerate(self.expert_in) if e is not None}:
+        if {e: slot for e, slot in self.table.items() if slot >= 0} != {
+            e: slot for slot, e in enumerate(self.expert_in) if e is not None
+        }:
             yield f"slots of experts {self.table} and experts in slots {self.expert_in} disagree"
+        if self.staged != {e for e, slot in self.table.items() if slot < 0}:
+            yield f"staged are {sorted(self.staged)}, but the slots are {self.table}"
         if sorted(self.free) != empty:
             yield f"free slots {sorted(self.free)} are not the empty ones {empty}"
         if not self.loading.keys() <= present:
@@ -96,5 +122,12 @@ class SlotPool:
         if not self.unused <= present:
             yield f"prefetched {sorted(self.unused)}, but only {sorted(present)} have slots"
         known = sorted(self.policy.coldest())
-        if known != sorted(present) or len(self.policy) != len(present):
-            yield f"the policy knows {len(self.policy)} experts {known}, present are {sorted(present)}"
+        if known != sorted(housed) or len(self.policy) != len(housed):
+            yield f"the policy knows {len(self.policy)} experts {known}, in slots are {sorted(housed)}"
+
+
+def add_pins(pool: SlotPool, experts: Iterable[int]) -> None:
+    """One more pin of each of these present experts."""
+    pins = pool.pins
+    for expert in experts:
+        pins[expert] = pins.get(expert, 0) + 1

@@ -246,6 +246,7 @@ class ExpertRunner:
             routing.experts,
             lambda: self.prefetcher.request(guesses, guessed),
             routing.tokens_of if shared else None,
+            self._recent(layer, routing),
         )
         try:
             if routing.tokens == 1:
@@ -257,6 +258,11 @@ class ExpertRunner:
         finally:
             groups.close()
         return step.result()
+
+    def _recent(self, layer: int, routing: Routing) -> list[int] | None:
+        """What a long step leaves to decoding; None for any other step."""
+        prefill = self.store.prefill
+        return None if prefill is None else prefill.recent(layer, routing.ids, len(routing.experts))
 
     def _may_share(self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor) -> bool:
         """Whether the host may get a part of this layer: then it needs hidden [T, D], too."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from moe_local.offload.build import build_store
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
@@ -31,6 +32,7 @@ from moe_local.offload.plan.fit import plan_load
 from moe_local.offload.plan.plan import Plan
 from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.prefetch import NoPrefetch, Prefetcher, RouterPrefetcher
+from moe_local.offload.prefill import PrefillStream
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.residents import can_reside, uncounted
@@ -212,6 +214,8 @@ def assemble(
             device=device,
             policy=options.policy,
             scheduler=_scheduler(options, plan),
+            vram_staging=plan.vram_staging if device is not None else 0,
+            ram_staging=plan.ram_staging,
         )
         undo.callback(store.close)
         with Probe(hf) as probe:
@@ -220,6 +224,10 @@ def assemble(
         engine = Engine(hf, kv, chunk=plan.chunk)
         prefetcher = _prefetcher(options, plan, store, probe)
         runner = ExpertRunner(store, prefetcher, options.activations)
+        if store.prefill is not None:
+            store.prefill.chunk = plan.chunk
+            store.prefill.ahead = options.prefetch != "off"
+            hf.base_model.register_forward_pre_hook(_announce(store.prefill), with_kwargs=True)
         _fill(store, plan, progress)
         modules = [module for module in hf.modules() if isinstance(module, OffloadedExperts)]
         hidden_size, dtype = checkpoint.spec.hidden_size, plan.request.dtype
@@ -258,6 +266,18 @@ def assemble(
         )
         undo.pop_all()
     return model
+
+
+def _announce(prefill: PrefillStream) -> Callable[..., None]:
+    """A hook that tells what a forward of the model, [rows, length] ids or embeddings, is about to
+    compute."""
+
+    def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = args[0] if args else kwargs.get("input_ids")
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        prefill.begin(inputs.shape[0], inputs.shape[1]) if inputs is not None else prefill.begin(1, 1)
+
+    return announce
 
 
 def _prefetcher(options: LoadOptions, plan: Plan, store: ExpertStore, probe: Probe) -> Prefetcher:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
-
-import torch
 
 from moe_local.cache.keys import ExpertKey
 from moe_local.cache.stats import BytesMoved, RouterLoad, StallSeconds, Stats
 from moe_local.offload.interrupt import check as check_interrupt
+from moe_local.offload.leases import Lease, Serving
+from moe_local.offload.prefill import PrefillStream
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.schedule.host_share import HostShare
 from moe_local.offload.schedule.scheduler import MissScheduler
@@ -27,17 +26,6 @@ MOST_WAITS = 1024
 """Device waits whose seconds are not read yet; more are read at once, though nobody asked for figures."""
 
 
-class Lease(NamedTuple):
-    """An expert that kernels may read until the consumer of `serve` asks for the next group."""
-
-    expert: int
-    buffer: torch.Tensor
-    """uint8, the slot; the first `layout.nbytes` are the expert's."""
-    layout: Layout
-    on_host: bool = False
-    """Whether the buffer is in RAM below a device, for the host to compute with."""
-
-
 class Tally(NamedTuple):
     """What a token's record is the difference of."""
 
@@ -46,27 +34,6 @@ class Tally(NamedTuple):
     misses: int
     bytes_h2d: int
     bytes_disk: int
-
-
-@dataclass(slots=True)
-class _Serving:
-    """One layer's experts on their way through `serve`: each is in one of three lists, in turn."""
-
-    layer: int
-    todo: list[int]
-    """Not pinned yet: there was no room."""
-    waiting: list[int] = field(default_factory=list)
-    """Pinned, not readable yet."""
-    ready: list[int] = field(default_factory=list)
-    """Pinned and readable, not handed out yet."""
-    slots: dict[int, int] = field(default_factory=dict)
-    """Slot of each expert that was pinned."""
-    late: set[int] = field(default_factory=set)
-    """Those that a prefetch was bringing when they were needed."""
-    host: list[int] = field(default_factory=list)
-    """Pinned in RAM, for the host to compute, not handed out yet."""
-    used: list[int] = field(default_factory=list)
-    """Handed out and back, still pinned: a step that fits never evicts an expert of its own."""
 
 
 class ExpertStore:
@@ -104,6 +71,10 @@ class ExpertStore:
         self._copies = tier.source if isinstance(tier.source, CopySource) else None
         self.host: HostShare | None = None
         """What the CPU computes beside a device; None: nothing."""
+        self.prefill: PrefillStream | None = None
+        """What serves steps of many tokens; None: they are served like others, in waves."""
+        if tier.cache.staging.slots >= 2:
+            self.prefill = PrefillStream(tier, layouts, [routed.top_k(i) for i in range(len(layouts))], self)
         if scheduler is not None and below is not None and self._copies is not None:
             self.host = HostShare(tier, below, self._copies, layouts, scheduler)
         self._disk = disk
@@ -117,6 +88,7 @@ class ExpertStore:
         experts: Sequence[int],
         requested: Callable[[], None] | None = None,
         tokens: Callable[[int], int] | None = None,
+        recent: Sequence[int] | None = None,
     ) -> Generator[list[Lease], None, None]:
         """Yield the experts (distinct, in the router's order) in groups, each as soon as it is readable.
 
@@ -129,18 +101,27 @@ class ExpertStore:
         With `tokens`, how many each expert has, some groups may be for the host (Lease.on_host; never mixed
         with others): their experts stay in RAM. These come when all has been handed out that the device
         can be given, so that it computes and copies run meanwhile.
+
+        With `recent`, as `prefill` answers, the step is a long one: see PrefillStream.
         """
         tier, cache = self.tier, self.tier.cache
         tier.poll()
-        if cache.loading(layer):
+        if cache.staging.used and recent is None and self.prefill is not None:
+            self.prefill.clear(layer, experts)
+        if recent is not None:
+            pass
+        elif cache.loading(layer):
             self._drop_unneeded(layer, experts)
         elif self.host is None and cache.has_all(layer, experts):
             yield from self._serve_residents(layer, experts, requested)
             return
-        serving = _Serving(layer, list(experts))
+        serving = Serving(layer, list(experts))
         if self.host is not None and tokens is not None:
             serving.host, serving.todo = self.host.divide(layer, experts, tokens)
         promote = tokens
+        if recent is not None and self.prefill is not None:
+            yield from self._serve_long(serving, recent, requested, tokens)
+            return
         waves = len(serving.todo) > cache.slots(layer)
         if waves:
             self._present_first(serving)
@@ -183,6 +164,29 @@ class ExpertStore:
                 self.host.began()
                 self.host.release(layer, serving.host)
 
+    def _serve_long(
+        self,
+        serving: Serving,
+        recent: Sequence[int],
+        requested: Callable[[], None] | None,
+        tokens: Callable[[int], int] | None,
+    ) -> Generator[list[Lease], None, None]:
+        """`serve` where the prefill stream brings what the host does not compute."""
+        assert self.prefill is not None
+        needed, serving.todo = serving.todo, []
+
+        def meanwhile() -> Generator[list[Lease], None, None] | None:
+            return self._lend(serving, tokens) if serving.host and tokens is not None else None
+
+        try:
+            yield from self.prefill.serve(serving.layer, needed, recent, requested, meanwhile)
+            if (left := meanwhile()) is not None:
+                yield from left
+        finally:
+            if self.host is not None:
+                self.host.began()
+                self.host.release(serving.layer, serving.host)
+
     def _serve_residents(
         self, layer: int, experts: Sequence[int], requested: Callable[[], None] | None
     ) -> Generator[list[Lease], None, None]:
@@ -203,12 +207,12 @@ class ExpertStore:
             self._leased -= len(slots)
             cache.release(layer, experts)
 
-    def _promote(self, serving: _Serving, experts: Sequence[int], tokens: Callable[[int], int]) -> None:
+    def _promote(self, serving: Serving, experts: Sequence[int], tokens: Callable[[int], int]) -> None:
         """The link may be idle, now that the step's own loads and the prefetches have been asked for."""
         if self.host is not None and serving.host:
             self.host.promote(serving.layer, serving.host, tokens, keep=experts)
 
-    def _lend(self, serving: _Serving, tokens: Callable[[int], int]) -> Generator[list[Lease], None, None]:
+    def _lend(self, serving: Serving, tokens: Callable[[int], int]) -> Generator[list[Lease], None, None]:
         """Hand the host its experts: all at once, or one by one while others have still to be asked for."""
         assert self.host is not None
         assert self.below is not None
@@ -243,8 +247,12 @@ class ExpertStore:
     def prefetch(self, layer: int, experts: Sequence[int], *, distance: int, budget_bytes: int) -> None:
         """Request absent experts of a later layer, likeliest first, behind all demand loads.
 
-        Never evicts one of `experts`. Stops where loads under way would exceed `budget_bytes`.
+        Never evicts one of `experts`. Stops where loads under way would exceed `budget_bytes`. In a long
+        step nobody is evicted: the prefill stream reads them ahead, as far as its ring goes.
         """
+        if self.prefill is not None and self.prefill.serving:
+            self.prefill.guess(layer, experts)
+            return
         tier, cache = self.tier, self.tier.cache
         left = budget_bytes - tier.bytes_in_flight
         for expert in experts:
@@ -312,17 +320,19 @@ class ExpertStore:
     def check_integrity(self) -> None:
         """Raise RuntimeError unless no lease is left over and the tier agrees with its loads."""
         self.tier.check_integrity()
+        if self.prefill is not None:
+            self.prefill.check_integrity()
         if self.below is not None:
             self.below.check_integrity()
         if self._leased:
             raise RuntimeError(f"{self._leased} leases were not given back")
 
-    def _present_first(self, serving: _Serving) -> None:
+    def _present_first(self, serving: Serving) -> None:
         """Where there is no room for all, those that are here are used before a slot of theirs is taken."""
         cache, layer = self.tier.cache, serving.layer
         serving.todo.sort(key=lambda expert: cache.slot_of(layer, expert) is None)
 
-    def _admit(self, serving: _Serving) -> None:
+    def _admit(self, serving: Serving) -> None:
         """Pin as many of `todo` as there is room for, and start the loads of those that are absent."""
         tier, cache, layer = self.tier, self.tier.cache, serving.layer
         wave = serving.todo[: cache.slots(layer)]
@@ -350,7 +360,7 @@ class ExpertStore:
         serving.waiting += [expert for expert in wave if expert in absent]
         serving.ready += [expert for expert in wave if expert not in absent]
 
-    def _collect(self, serving: _Serving) -> None:
+    def _collect(self, serving: Serving) -> None:
         """Move experts that became readable from `waiting` to `ready`."""
         for expert in tuple(serving.waiting):
             there, waited = self.tier.claim(ExpertKey(serving.layer, expert))
@@ -360,7 +370,7 @@ class ExpertStore:
             if waited is not None:
                 self.add_wait("late_prefetch" if expert in serving.late else "demand", waited)
 
-    def _wait(self, serving: _Serving) -> None:
+    def _wait(self, serving: Serving) -> None:
         """Block until something moves, at most WAIT_SECONDS; charge the time to what is waited for."""
         check_interrupt()
         layer, cause = serving.layer, "late_prefetch"
@@ -388,13 +398,13 @@ class ExpertStore:
                 self.tier.cancel(ExpertKey(layer, expert))
         self.tier.poll()
 
-    def _lease(self, serving: _Serving, expert: int) -> Lease:
+    def _lease(self, serving: Serving, expert: int) -> Lease:
         layer = serving.layer
         return Lease(
             expert, self.tier.arena.buffer(layer, serving.slots[expert]), self.layouts[layer][expert]
         )
 
-    def _end_leases(self, serving: _Serving, group: Sequence[int]) -> None:
+    def _end_leases(self, serving: Serving, group: Sequence[int]) -> None:
         if self._copies is not None:
             self._copies.read_by(serving.layer, [serving.slots[expert] for expert in group])
         self._leased -= len(group)

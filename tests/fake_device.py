@@ -153,6 +153,11 @@ class FakeDevice:
         self.pass_time()
         return event
 
+    def move(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        self.launch(source, destination.copy_)
+        start = destination.data_ptr()
+        self._reads.append(_Read(start, start + destination.numel(), self._compute.issued))
+
     def record(self) -> FakeEvent:
         event = FakeEvent(self, self._compute.add(lambda: None))
         self.pass_time()

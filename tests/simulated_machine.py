@@ -154,6 +154,9 @@ class SimulatedDevice:
         destination.copy_(source)
         return SimulatedEvent(self.machine, self.machine.issue(None, source.numel()))
 
+    def move(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        self.launch(source, destination.copy_)
+
     def record(self) -> SimulatedEvent:
         return SimulatedEvent(self.machine, Copy(None, 0, 0.0, self.machine.now, self.machine.now))
 

@@ -21,6 +21,7 @@ from moe_local.offload.schedule.split import Split
 from moe_local.offload.store import ExpertStore, Lease
 from moe_local.offload.tiers.arena import DeviceArena, HostArena
 from moe_local.offload.tiers.copies import CopySource
+from moe_local.offload.tiers.staging import StagedArena
 from moe_local.offload.tiers.tiers import Tier
 from moe_local.offload.tiers.transfer import FileSource, Load, Location
 
@@ -63,6 +64,7 @@ class Rig:
         top_k: int = 2,
         seed: int = 0,
         scheduler: Any = None,
+        staging: int = 0,
     ) -> None:
         self.mode, self.num_layers, self.num_experts = mode, layers, experts
         rng = random.Random(seed)
@@ -74,29 +76,37 @@ class Rig:
         strides = [max(layout.nbytes for layout in layer) for layer in self.layouts]
         ram = [slots if mode == "disk" else experts if mode == "ram" else ram_slots] * layers
         host = HostArena(ram, strides)
+        in_ram = 0 if mode == "ram" else staging
+        ring = HostArena([in_ram], [max(strides)])
         self.disk = ReadCounter(
-            self.locations.__getitem__, host.view, threads=threads, piece_bytes=piece_bytes
+            self.locations.__getitem__,
+            lambda layer, slot: host.view(layer, slot) if slot >= 0 else ring.view(0, ~slot),
+            threads=threads,
+            piece_bytes=piece_bytes,
         )
         routed = RouterLoad([experts] * layers, [top_k] * layers)
-        self.ram = Tier(ExpertCache(ram, "lru", self.size), host, self.disk)
+        self.ram = Tier(ExpertCache(ram, "lru", self.size, in_ram), StagedArena(host, ring), self.disk)
         self.device, self.scheduler = device, scheduler
         self.tokens: Callable[[int], int] = lambda expert: 1
         self.on_host = 0
         """Experts that were leased to the host."""
         try:
-            self._wire(slots, strides, routed)
+            self._wire(slots, strides, routed, staging)
         except BaseException:
             self.ram.close()
             raise
 
-    def _wire(self, slots: int, strides: list[int], routed: RouterLoad) -> None:
+    def _wire(self, slots: int, strides: list[int], routed: RouterLoad, staging: int) -> None:
         if self.mode == "disk":
             self.tier = self.ram
             self.store = ExpertStore(self.ram, self.layouts, routed, disk=self.disk)
             return
-        arena = DeviceArena([slots] * self.num_layers, strides, self.device)
+        arena = StagedArena(
+            DeviceArena([slots] * self.num_layers, strides, self.device),
+            DeviceArena([staging], [max(strides)], self.device),
+        )
         self.copies = CopySource(self.ram, arena, self.device, lambda key: self.size(*key))
-        cache = ExpertCache([slots] * self.num_layers, "lru", self.size)
+        cache = ExpertCache([slots] * self.num_layers, "lru", self.size, staging)
         self.tier = Tier(cache, arena, self.copies, self.device)
         self.store = ExpertStore(
             self.tier, self.layouts, routed, disk=self.disk, below=self.ram, scheduler=self.scheduler
@@ -146,24 +156,36 @@ class Rig:
     def _compute_on_host(self, key: ExpertKey, buffer: Any) -> None:
         """The bytes are in RAM, and stay there whatever moves meanwhile."""
         self.on_host += 1
-        assert buffer.untyped_storage().data_ptr() == self.ram.arena.buffer(0, 0).untyped_storage().data_ptr()
+        own = [self.ram.arena.buffer(0, slot) for slot in (0, ~0)[: 1 + bool(self.ram.cache.staging.slots)]]
+        storages = [buffer.untyped_storage().data_ptr() for buffer in own]
+        assert buffer.untyped_storage().data_ptr() in storages
         for _ in range(2):
             assert buffer.numpy().tobytes() == self.content[key], f"wrong bytes for expert {key} in RAM"
             assert self.ram.cache.pins(*key) > 0
             self.tier.poll()
             self.device.pass_time()
 
-    def serve(self, layer: int, experts: Sequence[int], requested: Callable[[], None] | None = None) -> Any:
+    def serve(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        requested: Callable[[], None] | None = None,
+        recent: Sequence[int] | None = None,
+    ) -> Any:
         """As the store's; with a scheduler the host may get its share."""
         tokens = None if self.scheduler is None else self.tokens
-        return self.store.serve(layer, experts, requested, tokens)
+        return self.store.serve(layer, experts, requested, tokens, recent)
 
     def step(
-        self, layer: int, experts: Sequence[int], requested: Callable[[], None] | None = None
+        self,
+        layer: int,
+        experts: Sequence[int],
+        requested: Callable[[], None] | None = None,
+        recent: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """Serve to the end, checking every byte; the groups as they came."""
         groups = []
-        for group in self.serve(layer, experts, requested):
+        for group in self.serve(layer, experts, requested, recent):
             assert len({lease.on_host for lease in group}) == 1
             for lease in group:
                 self.check_lease(layer, lease)
@@ -180,8 +202,8 @@ class Rig:
         if self.device is not None:
             assert self.device.faults == []
 
-    def settle(self) -> None:
-        """Wait until nothing is under way anywhere."""
+    def settle_loads(self) -> None:
+        """Wait until nothing is under way anywhere; prompts that were begun go on."""
         for _ in range(10_000):
             if self.device is not None:
                 self.device.synchronize()
@@ -193,6 +215,10 @@ class Rig:
         else:
             raise AssertionError("loads that never end")
         self.check()
+
+    def settle(self) -> None:
+        """Wait until nothing is under way anywhere and nobody holds anything."""
+        self.settle_loads()
         if self.tier is not self.ram:
             pinned = [
                 (layer, e)

@@ -13,8 +13,23 @@ from moe_local.offload.quantize.layout import TensorSpec
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 PREFILL_CHUNK = 2048
-"""Most prompt tokens in one forward. Offloaded prefill reads every expert once a chunk, so chunks should be
-long (engines of this kind gain up to 5 times from 512 to 8192); 2048 keeps the workspace below 1 GiB."""
+"""Prompt tokens in one forward. Offloaded prefill reads every absent expert once a chunk, so a prompt of P
+tokens moves P / chunk times their bytes; but a chunk's workspace takes slots, which every decoded token
+pays for. For prompts of 2048 tokens, 2048 moves least: half of what 1024 does, for a 100th of Mixtral's
+slots on a 24 GB card, which is worth the misses of some 70 decoded tokens. Reading is hidden behind
+computing well below that."""
+
+MAX_CHUNK = 8192
+WORKSPACE_SHARE = 1 / 128
+"""Chunks are longer than PREFILL_CHUNK, up to MAX_CHUNK, if the workspace grows by this share of all
+experts at most: models of hundreds of GB, of which every chunk reads the most part."""
+
+STAGING_SLOTS = 2
+STAGING_BYTES = 32 * 2**20
+STAGING_SHARE = 1 / 4
+"""Experts that prompts stream through: one loads while the other is computed (with 3 and 4 large ones prompts
+took as long as with 2, benchmarks/prefill.py). More of small experts, to so many bytes, since each costs the
+host some time; at most this share of a layer's experts, if that is more."""
 
 MIN_CHUNK = 32
 """Shorter chunks would read every expert for hardly more tokens than it has weights to give."""
@@ -97,6 +112,23 @@ def workspace_bytes(spec: ModelSpec, chunk: int, context: int, dtype: torch.dtyp
     )
     both = 4 * tokens * spec.hidden_size * width + spec.vocab_size * (width + 8)
     return both + max(attention, experts)
+
+
+def longest_chunk(spec: ModelSpec, context: int, dtype: torch.dtype, experts_total: int) -> int:
+    """Prompt tokens in one forward where memory is no matter; depends on the model alone, not on a budget."""
+    least = workspace_bytes(spec, PREFILL_CHUNK, context, dtype)
+    chunk = PREFILL_CHUNK
+    while chunk < min(context, MAX_CHUNK):
+        if workspace_bytes(spec, 2 * chunk, context, dtype) - least > WORKSPACE_SHARE * experts_total:
+            break
+        chunk *= 2
+    return min(context, chunk)
+
+
+def staging_slots(spec: ModelSpec, expert: int) -> int:
+    """Slots of a staging ring for experts of at most `expert` bytes, where memory is no matter."""
+    most = max(STAGING_SLOTS, int(STAGING_SHARE * spec.num_experts))
+    return min(most, max(STAGING_SLOTS, -(-STAGING_BYTES // expert)))
 
 
 def cuda_overhead(budget: int) -> int:

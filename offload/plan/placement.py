@@ -22,53 +22,80 @@ def place(request: Request) -> Plan:
     sizes = footprint.expert_bytes(spec, request.experts)
     budget = request.ram if request.vram is None else request.vram
     fastest = _slots(spec, spec.top_k if request.slots is None else request.slots)
-    chunk, parts = _chunk(request, sizes, budget - arena_bytes(fastest, sizes))
+    chunk, staging, parts = _chunk(request, sizes, budget - arena_bytes(fastest, sizes), fastest)
     if parts.fixed + arena_bytes(fastest, sizes) > budget:
         overhead = footprint.cuda_overhead(budget) if cuda else 0
         needed = parts.fixed - overhead + arena_bytes(fastest, sizes)
         if cuda:
             needed = footprint.with_cuda_overhead(needed)
         return _refusal(request, parts, chunk, in_vram=cuda, needed=needed)
-    if request.slots is None and chunk == _full_chunk(request):
-        fastest = _most_slots(spec, sizes, budget - parts.fixed)
+    if request.slots is None and chunk == _full_chunk(request, parts):
+        fastest, staging = _with_ring(spec, sizes, budget - parts.fixed)
     resident = fastest == _all_slots(spec)
     if not cuda:
         none = (0,) * len(spec.layers)
-        return Plan(request, True, "resident" if resident else "disk", parts, chunk, none, fastest)
+        mode: Mode = "resident" if resident else "disk"
+        return Plan(request, True, mode, parts, chunk, none, fastest, ram_staging=staging)
     least = _slots(spec, spec.top_k)
     needed = arena_bytes(least, sizes)
     if needed > request.ram:
         return _refusal(request, parts, chunk, in_vram=False, needed=needed)
     # With every expert in VRAM, RAM is only the way there.
-    below = least if resident else _most_slots(spec, sizes, request.ram)
-    mode: Mode = "resident" if resident else "offload" if below == _all_slots(spec) else "disk"
-    return Plan(request, True, mode, parts, chunk, fastest, below)
+    below, below_staging = (least, 0) if resident else _with_ring(spec, sizes, request.ram)
+    mode = "resident" if resident else "offload" if below == _all_slots(spec) else "disk"
+    return Plan(request, True, mode, parts, chunk, fastest, below, staging, below_staging)
 
 
-def _full_chunk(request: Request) -> int:
-    return min(request.context, footprint.PREFILL_CHUNK)
+def _full_chunk(request: Request, parts: Bytes) -> int:
+    return footprint.longest_chunk(request.spec, request.context, request.dtype, parts.experts_total)
 
 
-def _chunk(request: Request, sizes: Sequence[int], room: int) -> tuple[int, Bytes]:
-    """The longest prefill chunk whose workspace leaves the least slots their place, and the bytes with it.
+def _chunk(request: Request, sizes: Sequence[int], room: int, slots: Sequence[int]) -> tuple[int, int, Bytes]:
+    """The longest prefill chunk whose workspace leaves the least slots their place, the staging slots that
+    find room beside it, and the bytes with it.
 
     Only a budget that could hold no more than the least slots shortens the chunk, so a larger budget never
-    has fewer slots.
+    has fewer slots. A chunk without a ring is halved once more if that makes room for the smallest ring:
+    which hides reading behind computing, and so gains no less than reading half as often.
     """
     spec, dtype = request.spec, request.dtype
     overhead = 0 if request.vram is None else footprint.cuda_overhead(request.vram)
-    chunk = _full_chunk(request)
-    while True:
-        parts = Bytes(
-            dense=footprint.dense_bytes(spec, request.dense, cuda=request.vram is not None),
-            kv=request.parallel * footprint.kv_bytes(spec, request.context, dtype),
-            workspace=footprint.workspace_bytes(spec, chunk, request.context, dtype) + overhead,
-            expert=max(sizes),
-            experts_total=arena_bytes(_all_slots(spec), sizes),
-        )
-        if parts.fixed <= room or chunk // 2 < footprint.MIN_CHUNK:
-            return chunk, parts
+    experts_total = arena_bytes(_all_slots(spec), sizes)
+    chunk = footprint.longest_chunk(spec, request.context, dtype, experts_total)
+    fixed = footprint.dense_bytes(spec, request.dense, cuda=request.vram is not None)
+    kv = request.parallel * footprint.kv_bytes(spec, request.context, dtype)
+
+    def parts(chunk: int) -> Bytes:
+        workspace = footprint.workspace_bytes(spec, chunk, request.context, dtype) + overhead
+        return Bytes(fixed, kv, workspace, max(sizes), experts_total)
+
+    while parts(chunk).fixed > room and chunk // 2 >= footprint.MIN_CHUNK:
         chunk //= 2
+    if tuple(slots) == _all_slots(spec):
+        return chunk, 0, parts(chunk)
+    staging = _ring(spec, sizes, room - parts(chunk).fixed)
+    if not staging and chunk // 2 >= footprint.MIN_CHUNK:
+        staging = _ring(spec, sizes, room - parts(chunk // 2).fixed)
+        chunk = chunk // 2 if staging else chunk
+    return chunk, staging, parts(chunk)
+
+
+def _ring(spec: ModelSpec, sizes: Sequence[int], room: int) -> int:
+    """Staging slots within `room` bytes: one is read while another loads, or there is no ring."""
+    slots = min(footprint.staging_slots(spec, max(sizes)), max(0, room) // max(sizes))
+    return slots if slots >= 2 else 0
+
+
+def _with_ring(spec: ModelSpec, sizes: Sequence[int], room: int) -> tuple[tuple[int, ...], int]:
+    """The most slots within `room` bytes and the ring beside them, which comes before all but the least
+    slots; none where every expert has a slot."""
+    everything, least = _all_slots(spec), _slots(spec, spec.top_k)
+    if arena_bytes(everything, sizes) <= room:
+        return everything, 0
+    staging = _ring(spec, sizes, room - arena_bytes(least, sizes))
+    if staging < footprint.staging_slots(spec, max(sizes)):
+        return least, staging
+    return _most_slots(spec, sizes, room - staging * max(sizes)), staging
 
 
 def _slots(spec: ModelSpec, count: int) -> tuple[int, ...]:

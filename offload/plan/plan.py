@@ -88,6 +88,10 @@ class Plan:
     vram_slots: tuple[int, ...]
     """Experts per MoE layer; all 0 without a GPU."""
     ram_slots: tuple[int, ...]
+    vram_staging: int = 0
+    """Slots beside these, of the largest expert's size, through which prompts stream; 0 where all is
+    resident."""
+    ram_staging: int = 0
     shortfall_bytes: int = 0
     """How far the tightest budget is exceeded."""
     reason: str | None = None
@@ -155,7 +159,8 @@ class Plan:
     def used(self) -> dict[str, int]:
         """Planned bytes by tier."""
         sizes = footprint.expert_bytes(self.request.spec, self.request.experts)
-        vram, ram = (arena_bytes(slots, sizes) for slots in (self.vram_slots, self.ram_slots))
+        vram = arena_bytes(self.vram_slots, sizes) + self.vram_staging * max(sizes)
+        ram = arena_bytes(self.ram_slots, sizes) + self.ram_staging * max(sizes)
         if self.request.vram is None:
             return {"vram": 0, "ram": ram + self.bytes.fixed}
         return {"vram": vram + self.bytes.fixed, "ram": ram}
@@ -199,6 +204,7 @@ class Plan:
                 "vram": self.slots_per_layer(self.vram_slots),
                 "ram": self.slots_per_layer(self.ram_slots),
             },
+            "staging": {"vram": self.vram_staging, "ram": self.ram_staging},
             "experts_resident_fraction": self.resident_fraction,
             "tokens_per_s_estimate": self.tokens_per_s,
             "tokens_per_s_roofline": self.roofline,

@@ -8,8 +8,8 @@ from typing import Protocol
 
 from moe_local.cache.errors import TransferError
 from moe_local.cache.keys import ExpertKey
-from moe_local.offload.tiers.arena import Arena
 from moe_local.offload.tiers.device import Device, Event
+from moe_local.offload.tiers.staging import Slots
 from moe_local.offload.tiers.tiers import Tier
 from moe_local.offload.tiers.transfer import Load, LoadState
 
@@ -45,10 +45,11 @@ class CopySource:
     A load passes through: waiting (the tier below has no slot for it yet, or reads it from its own
     source), copying (issued on the copy stream, its event pending), finished. The expert stays pinned
     below until the copy has ended, so its bytes cannot be replaced under the copy engine; the copy waits
-    for the slot's last reader, so no kernel loses its weights.
+    for the slot's last reader, so no kernel loses its weights. What is staged here is staged below, too, if
+    it is not there: a prompt flushes neither tier.
     """
 
-    def __init__(self, lower: Tier, arena: Arena, device: Device, nbytes: Callable[[ExpertKey], int]) -> None:
+    def __init__(self, lower: Tier, arena: Slots, device: Device, nbytes: Callable[[ExpertKey], int]) -> None:
         self.finished: deque[Load] = deque()
         self.bytes_copied = 0
         self.watch: Watch | None = None
@@ -64,7 +65,7 @@ class CopySource:
         """All kernels that read these slots have been given to the device by now."""
         event = self._device.record()
         for slot in slots:
-            self._readers[layer, slot] = event
+            self._readers[_place(layer, slot)] = event
 
     @property
     def busy(self) -> bool:
@@ -138,7 +139,11 @@ class CopySource:
     def _advance(self, load: CopyLoad) -> None:
         """Move a waiting load on: pin it below, and issue its copy once it is there."""
         lower, key = self._lower, load.key
-        if not load.lower_held:
+        if not load.lower_held and load.slot < 0 and lower.cache.staging.slots:
+            self._pass_through(load)
+            if not load.lower_held:
+                return  # every slot below is in use; one comes free soon
+        elif not load.lower_held:
             if lower.cache.shortage(key.layer, [key.expert]):
                 return  # every slot below is being copied from or read into; one comes free soon
             acquired = lower.cache.acquire(key.layer, [key.expert])
@@ -156,6 +161,21 @@ class CopySource:
         if there:
             self._issue(load)
 
+    def _pass_through(self, load: CopyLoad) -> None:
+        """Pin the expert of a staged load below where it is, or stage it, if there is room."""
+        lower, key = self._lower, load.key
+        if lower.cache.slot_of(*key) is None:
+            slot = lower.cache.staging.stage(*key)
+            if slot is None:
+                return
+            load.lower_held = True
+            lower.bring(key, slot, load.priority)
+            return
+        lower.cache.staging.pin(*key)
+        load.lower_held = True
+        if not lower.cache.is_resident(*key):
+            lower.promote(key, load.priority)
+
     def _issue(self, load: CopyLoad) -> None:
         layer, expert = load.key
         lower_slot = self._lower.cache.slot_of(layer, expert)
@@ -164,7 +184,7 @@ class CopySource:
         source = self._lower.arena.buffer(layer, lower_slot)[: load.nbytes]
         destination = self._arena.buffer(layer, load.slot)[: load.nbytes]
         try:
-            load.event = self._device.copy(destination, source, self._readers.get((layer, load.slot)))
+            load.event = self._device.copy(destination, source, self._readers.get(_place(layer, load.slot)))
         except RuntimeError as error:  # torch's errors of a device are RuntimeErrors
             self._release_lower(load)
             self._fail(
@@ -174,7 +194,7 @@ class CopySource:
                 ),
             )
             return
-        self._readers.pop((layer, load.slot), None)
+        self._readers.pop(_place(layer, load.slot), None)
         load.state = LoadState.RUNNING
         load.cause = "demand"  # from here on it is the link that is waited for, not the disk
         self._waiting.remove(load)
@@ -196,3 +216,8 @@ class CopySource:
     def _finish(self, load: CopyLoad, state: LoadState) -> None:
         load.state = state
         self.finished.append(load)
+
+
+def _place(layer: int, slot: int) -> tuple[int, int]:
+    """What tells slots apart: those of the ring are every layer's."""
+    return (layer, slot) if slot >= 0 else (-1, slot)

@@ -67,6 +67,9 @@ class Device(Protocol):
         Returns at once. Both buffers must stay untouched until the returned event has happened.
         """
 
+    def move(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy bytes within the device on the compute stream. Returns at once."""
+
     def record(self) -> Event:
         """The point that the compute stream has been given work up to now."""
 
@@ -103,6 +106,9 @@ class CudaDevice:
             destination.copy_(source, non_blocking=True)
             end.record(self._copy_stream)
         return CudaCopy(begin, end)
+
+    def move(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        destination.copy_(source, non_blocking=True)
 
     def record(self) -> Event:
         event = torch.cuda.Event()

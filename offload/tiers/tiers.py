@@ -13,8 +13,8 @@ from moe_local.cache.errors import TransferError
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
 from moe_local.offload.interrupt import check as check_interrupt
-from moe_local.offload.tiers.arena import Arena
 from moe_local.offload.tiers.device import Device, Waited
+from moe_local.offload.tiers.staging import Slots
 from moe_local.offload.tiers.transfer import DEMAND, Load, LoadState, Source
 
 PRELOAD_WINDOW = 16
@@ -30,7 +30,7 @@ class Tier:
     """
 
     def __init__(
-        self, cache: ExpertCache, arena: Arena, source: Source, device: Device | None = None
+        self, cache: ExpertCache, arena: Slots, source: Source, device: Device | None = None
     ) -> None:
         self.cache = cache
         self.arena = arena

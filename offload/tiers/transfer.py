@@ -7,6 +7,8 @@ priority without splitting, gains nothing: measured).
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import heapq
 import itertools
 import os
@@ -21,6 +23,7 @@ import xxhash
 
 from moe_local.cache.errors import TransferError
 from moe_local.cache.keys import ExpertKey
+from moe_local.offload.direct_io import PAGE
 from moe_local.offload.tiers.device import Copied
 
 DEMAND = 0
@@ -142,7 +145,8 @@ class FileSource:
     write the same slot. A failed read fails its load and leaves the thread alive.
 
     `locate` says where an expert lies; `target(layer, slot)` gives the slot's memory, at least as long as
-    the expert. The first read of every expert is checked against its checksum.
+    the expert. The first read of every expert is checked against its checksum. `direct` reads past the page
+    cache where file, offset and memory allow it: for experts that would not find their like in it again.
     """
 
     def __init__(
@@ -152,17 +156,20 @@ class FileSource:
         *,
         threads: int = 4,
         piece_bytes: int = 4 << 20,
+        direct: bool = False,
     ) -> None:
         self.finished: deque[Load] = deque()
         self.bytes_read = 0
         self._locate = locate
         self._target = target
         self._piece_bytes = piece_bytes
+        self.direct = direct
+        """Past the page cache; for files that are opened from now on."""
         self._heap: list[tuple[int, int, Load, int]] = []  # (priority, sequence, load, offset in the expert)
         self._sequence = itertools.count()
         self._jobs: dict[ExpertKey, _Job] = {}
         self._verified: set[ExpertKey] = set()
-        self._files: dict[Path, int] = {}
+        self._files: dict[Path, _File] = {}
         self._closed = False
         self._changed = threading.Condition()
         self._threads = [
@@ -180,7 +187,7 @@ class FileSource:
                 raise RuntimeError(f"expert {key} was asked for after the source was closed")
             try:
                 if location.path not in self._files:
-                    self._files[location.path] = os.open(location.path, os.O_RDONLY)
+                    self._files[location.path] = _open(location.path, self.direct)
             except OSError as error:
                 load.error = _failure(key, location, f"cannot be opened: {error.strerror}")
                 self._finish(load, LoadState.FAILED)
@@ -235,7 +242,9 @@ class FileSource:
         self._heap.clear()
         self._jobs.clear()
         for file in self._files.values():
-            os.close(file)
+            os.close(file.plain)
+            if file.direct is not None:
+                os.close(file.direct)
         self._files.clear()
 
     def check_integrity(self) -> None:
@@ -304,14 +313,42 @@ class FileSource:
         self._changed.notify_all()
 
 
+class _File(NamedTuple):
+    """Descriptors of an open file."""
+
+    plain: int
+    direct: int | None
+    """Past the page cache; None where that is refused or was not asked for."""
+
+
+def _open(path: Path, direct: bool) -> _File:
+    """Raises OSError if the file cannot be opened at all."""
+    plain = os.open(path, os.O_RDONLY)
+    flag = getattr(os, "O_DIRECT", None)
+    if direct and flag is not None:
+        with contextlib.suppress(OSError):
+            return _File(plain, os.open(path, os.O_RDONLY | flag))
+    return _File(plain, None)
+
+
+def _read_directly(file: _File, buffer: memoryview, start: int) -> int:
+    """Bytes read from the file's byte `start` on: none where that is not for direct access, or fails."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if len(buffer) else 0
+    if file.direct is None or (start | len(buffer) | address) % PAGE:
+        return 0
+    with contextlib.suppress(OSError):  # what the ordinary read will find as well, and tell
+        return os.preadv(file.direct, [buffer], start)
+    return 0
+
+
 def _read(
-    file: int, buffer: memoryview, key: ExpertKey, location: Location, offset: int
+    file: _File, buffer: memoryview, key: ExpertKey, location: Location, offset: int
 ) -> TransferError | None:
     """Fill `buffer` from the expert's byte `offset` on; the error, if any, is for the load."""
-    done = 0
+    done = _read_directly(file, buffer, location.offset + offset)
     try:
         while done < len(buffer):
-            count = os.preadv(file, [buffer[done:]], location.offset + offset + done)
+            count = os.preadv(file.plain, [buffer[done:]], location.offset + offset + done)
             if count == 0:
                 return _failure(key, location, CUT_OFF)
             done += count

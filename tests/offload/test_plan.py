@@ -196,6 +196,55 @@ class TestAnyRequest:
         assert not place(dataclasses.replace(asked, **{tier: enough - 1})).fits
 
 
+class TestStaging:
+    def test_a_ring_of_two_large_experts_or_of_megabytes_of_small_ones(self) -> None:
+        mixtral, qwen = place(request()), place(request(QWEN, vram=8 * GIB))
+        assert (mixtral.vram_staging, mixtral.ram_staging) == (2, 0)
+        assert qwen.vram_staging * qwen.bytes.expert >= 32 * 2**20
+        assert 4 < qwen.vram_staging <= 128 // 4
+
+    def test_where_all_is_resident_there_is_none(self) -> None:
+        plan = place(request(vram=48 * GIB))
+        assert (plan.mode, plan.vram_staging, plan.ram_staging) == ("resident", 0, 0)
+
+    def test_with_a_part_on_disk_host_memory_has_one_as_well(self) -> None:
+        plan = place(request(ram=12 * GIB))
+        assert (plan.vram_staging, plan.ram_staging) == (2, 2)
+        assert place(request(vram=None, ram=16 * GIB)).ram_staging == 2
+
+    def test_the_least_slots_come_first_then_half_a_chunk_then_the_ring(self) -> None:
+        """From the least memory that fits on: no ring, then longer chunks and the ring, then slots."""
+        least = place(request(vram=1)).shortfall_bytes + 1
+        expert = place(request()).bytes.expert
+        seen = []
+        for step in range(60):
+            plan = place(request(vram=least + step * expert // 4))
+            assert plan.fits
+            seen.append((plan.chunk, plan.vram_staging, sum(plan.vram_slots)))
+        assert seen[0] == (32, 0, 64)
+        rings = [ring for _, ring, _ in seen]
+        assert set(rings) == {0, 2}
+        assert [slots for _, _, slots in seen] == sorted(slots for _, _, slots in seen)
+        assert all(slots == 64 for chunk, ring, slots in seen if ring < 2 or chunk < 2048)
+        assert seen[-1][:2] == (2048, 2)
+        assert seen[-1][2] > 64
+
+    def test_fixed_slots_leave_the_ring_what_room_there_is(self) -> None:
+        assert place(request(slots=4)).vram_staging == 2
+        tight = place(request(slots=4))
+        budget = tight.used()["vram"] - tight.bytes.expert
+        plan = place(request(slots=4, vram=budget))
+        assert (plan.chunk, plan.vram_staging) == (1024, 2)  # rather half the chunk than no ring
+
+    def test_chunks_are_longer_where_the_workspace_is_small_beside_the_experts(self) -> None:
+        total = place(request()).bytes.experts_total
+        longest = footprint.longest_chunk
+        assert longest(MIXTRAL, 32768, torch.bfloat16, total) == 2048
+        assert longest(MIXTRAL, 32768, torch.bfloat16, 20 * total) == 8192
+        assert longest(MIXTRAL, 3000, torch.bfloat16, 20 * total) == 3000
+        assert longest(MIXTRAL, 100, torch.bfloat16, total) == 100
+
+
 class TestNearest:
     def test_a_little_too_little_shortens_the_context(self) -> None:
         enough = request(context=32768)
@@ -274,7 +323,8 @@ class TestFit:
         assert found["mode"] == "offload"
         assert set(found["bytes"]) == {"dense", "kv", "workspace", "expert", "experts_total"}
         assert found["slots"] == {"vram": 6, "ram": 8}
-        assert found["experts_resident_fraction"] == 222 / 256
+        assert found["staging"] == {"vram": 2, "ram": 0}
+        assert found["experts_resident_fraction"] == 220 / 256
         assert found["assumed"] is True
         assert found["parameters"]["total"] == 46_702_792_704
         assert found["shortfall_bytes"] == 0

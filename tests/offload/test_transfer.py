@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import random
 import threading
@@ -16,6 +17,7 @@ import xxhash
 
 from moe_local.cache.errors import TransferError
 from moe_local.cache.keys import ExpertKey
+from moe_local.offload.direct_io import PAGE
 from moe_local.offload.tiers.transfer import DEMAND, FileSource, Load, LoadState, Location
 
 EXPERT = 10_000
@@ -345,3 +347,65 @@ def test_any_sequence_of_starts_promotions_and_cancellations(make_disk: Any, see
         disk.source.check_integrity()
     disk.end(*under_way.values())
     assert ended + len(under_way) == started
+
+
+class PageDisk:
+    """Experts of two pages and a bit in a file, and slots of memory that start on pages."""
+
+    def __init__(self, folder: Path, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.content = [random.Random(i).randbytes(nbytes) for i in range(4)]
+        path = folder / "pages"
+        path.write_bytes(b"".join(content.ljust(3 * PAGE, b"x") for content in self.content))
+        self.memory = [mmap.mmap(-1, 3 * PAGE) for _ in self.content]
+
+        def locate(key: ExpertKey) -> Location:
+            digest = xxhash.xxh3_64_intdigest(self.content[key.expert])
+            return Location(path, 3 * PAGE * key.expert, nbytes, digest)
+
+        self.source = FileSource(
+            locate, lambda layer, slot: memoryview(self.memory[slot]), piece_bytes=PAGE, direct=True
+        )
+
+    def read_all(self) -> None:
+        loads = [self.source.start(ExpertKey(0, expert), expert, DEMAND) for expert in range(4)]
+        deadline = time.monotonic() + 10
+        while not all(load.finished for load in loads) and time.monotonic() < deadline:
+            self.source.wait(0.1)
+        assert [load.state for load in loads] == [LoadState.DONE] * 4
+        for memory, content in zip(self.memory, self.content, strict=True):
+            assert memory[: self.nbytes] == content
+        assert self.source.bytes_read == 4 * self.nbytes
+
+
+@pytest.mark.parametrize("nbytes", [2 * PAGE, 2 * PAGE + 100])
+@pytest.mark.parametrize("refused", ["no", "when opened", "when read"])
+def test_reads_past_the_page_cache_where_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nbytes: int, refused: str
+) -> None:
+    flag = getattr(os, "O_DIRECT", 0)
+    direct: set[int] = set()
+    reads: list[int] = []
+    open_, preadv = os.open, os.preadv
+
+    def opened(path: Any, flags: int, *args: Any) -> int:
+        if flags & flag and refused == "when opened":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        file = open_(path, flags & ~flag, *args)  # not every file system of a test has direct access
+        direct.update([file] if flags & flag else [])
+        return file
+
+    def read(file: int, buffers: list[memoryview], offset: int) -> int:
+        if file in direct:
+            assert offset % PAGE == len(buffers[0]) % PAGE == 0
+            if refused == "when read":
+                raise OSError(errno.EINVAL, "Invalid argument")
+            reads.append(offset)
+        return preadv(file, buffers, offset)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "preadv", read)
+    disk = PageDisk(tmp_path, nbytes)
+    disk.read_all()
+    disk.source.close()
+    assert len(reads) == (8 if refused == "no" and flag else 0)

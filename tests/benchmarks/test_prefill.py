@@ -1,0 +1,60 @@
+"""prefill.py as a command: three ways side by side, figures that add up, bad arguments."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def result(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    home = tmp_path_factory.mktemp("home")
+    command = [sys.executable, str(repository / "benchmarks" / "prefill.py"), "--synthetic", "mixtral-tiny"]
+    command += ["--layers", "2", "--device", "cpu", "--slots", "2", "--prompt-tokens", "40", "--rounds", "2"]
+    env = {**os.environ, "MOE_LOCAL_HOME": str(home)}
+    done = subprocess.run(
+        [*command, "--json", str(home / "result.json")], capture_output=True, text=True, check=False, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads((home / "result.json").read_text()) == document
+    return document
+
+
+def test_the_three_ways_are_measured_side_by_side(result: dict[str, Any]) -> None:
+    assert [row["name"] for row in result["rows"]] == ["all resident", "ring, 2 slots", "old way, 2 slots"]
+    resident, ring, old = result["rows"]
+    assert resident["moved_bytes"] == 0
+    assert resident["time_over_floor"]["median"] == 1
+    assert result["staging"] == {"vram": 0, "ram": 2}
+    for row in (ring, old):
+        assert row["moved_bytes"] >= 2 * 6 * 0.5 * result["expert_bytes"]
+        assert (
+            0
+            < row["link_s"]
+            == pytest.approx(row["moved_bytes"] / row["bytes_per_s"]["disk"]["median"], rel=1)
+        )
+        assert row["floor_s"] <= row["sum_s"]
+        assert row["seconds"]["min"] <= row["seconds"]["median"] <= row["seconds"]["max"]
+    (gain,) = result["old_over_ring"]
+    assert gain["rounds"] == 2
+    assert old["seconds"]["min"] / ring["seconds"]["max"] <= gain["median"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [([], "give either MODEL or --synthetic"), (["demo", "--rounds", "0"], "--rounds 0 measures nothing")],
+)
+def test_what_cannot_be_measured_is_refused(
+    arguments: list[str], words: str, import_benchmark: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        import_benchmark("prefill").main(arguments)
+    assert refused.value.code == 2
+    assert words in capsys.readouterr().err

@@ -1,0 +1,136 @@
+"""Prompts through the ring against the old way through the layers' own slots: the same bits, fewer stalls."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import moe_local
+from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.load import assemble, open_experts
+from moe_local.offload.options import LoadOptions
+from moe_local.offload.plan.placement import place
+from moe_local.offload.plan.plan import Request
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+CHUNK = 48
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_LOCAL_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+def load(
+    folder: Path, *, staging: int | None, slots: int, device: Any = None, miss: str = "fetch"
+) -> moe_local.Model:
+    """With so many staging slots in each tier that is no whole; None: as planned. On a device RAM has 4."""
+    checkpoint = Checkpoint.open(folder)
+    options = LoadOptions(slots=slots, context=256, experts="fp32", dense="fp32", miss=miss)
+    on_card = {"vram": 2**30} if device is not None else {}
+    request = Request(
+        "tiny",
+        checkpoint.spec,
+        ram=2**30,
+        experts="fp32",
+        dense="fp32",
+        context=256,
+        slots=slots,
+        **on_card,  # type: ignore[arg-type]
+    )
+    plan = dataclasses.replace(place(request).check(), chunk=CHUNK)
+    if device is not None:
+        plan = dataclasses.replace(plan, ram_slots=(4,) * len(plan.ram_slots), mode="disk", ram_staging=4)
+    if staging is not None:
+        plan = dataclasses.replace(plan, vram_staging=staging, ram_staging=staging)
+    return assemble(checkpoint, open_experts(checkpoint, "fp32"), plan, options, CPU, device)
+
+
+def answers(model: moe_local.Model) -> list[torch.Tensor]:
+    """Logits and greedy ids of prompts of several lengths, one of them of rows, with decoding between."""
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for rows, length in ((1, 5), (1, 150), (3, 60), (1, CHUNK)):
+        ids = torch.randint(3, 320, (rows, length), generator=generator)
+        with torch.inference_mode():
+            found.append(model.hf(ids).logits)
+        found.append(model.generate(ids, max_new_tokens=4, eos_token_id=None))
+        model.check_integrity()
+    return found
+
+
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_the_ring_changes_no_bit(
+    make_checkpoint: Callable[..., Path], fake_device: ModuleType, family: str, on_device: bool
+) -> None:
+    folder = make_checkpoint(family, tokenizer=True)
+
+    def run(staging: int | None, slots: int) -> list[torch.Tensor]:
+        device = fake_device.FakeDevice(seed=slots, luck=0.3) if on_device else None
+        with load(folder, staging=staging, slots=slots, device=device) as model:
+            prefill = model._parts.store.prefill
+            assert (prefill is None) == (staging == 0)
+            assert prefill is None or prefill.chunk == CHUNK
+            found = answers(model)
+            counts = model.stats()
+        assert counts.misses > 0
+        return found
+
+    expected = run(0, 2)
+    for staging, slots in ((None, 2), (3, 5)):
+        for one, other in zip(run(staging, slots), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_prompt_keeps_what_decoding_uses_and_reads_each_absent_expert_once(tiny_mixtral: Path) -> None:
+    with load(tiny_mixtral, staging=None, slots=3) as model:
+        prompt = torch.randint(3, 320, (1, CHUNK - 1), generator=torch.Generator().manual_seed(0))
+        model.generate(prompt, max_new_tokens=4, eos_token_id=None)
+        before = model.stats()
+        model.hf(prompt)
+        counts = model.stats() - before
+        size = model.plan.bytes.expert
+        layers = len(model.plan.ram_slots)
+        assert counts.hits + counts.misses == layers * 8
+        assert counts.bytes.disk == layers * 5 * size + counts.prefetch.wasted_bytes
+        assert counts.evictions <= layers * 3
+
+
+def test_every_expert_resident_needs_no_ring(tiny_mixtral: Path) -> None:
+    with moe_local.load(tiny_mixtral, experts="fp32", context=64) as model:
+        assert model.plan.mode == "resident"
+        assert model._parts.store.prefill is None
+        assert model.plan.to_dict()["staging"] == {"vram": 0, "ram": 0}
+
+
+def test_ctrl_c_in_mid_prompt_leaves_the_model_usable(
+    tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe_local.offload import prefill
+
+    looks = iter(range(10_000))
+    stop = 7
+
+    def look() -> None:
+        if next(looks) == stop:
+            raise KeyboardInterrupt
+
+    with load(tiny_mixtral, staging=2, slots=2) as model:
+        prompt = torch.randint(3, 320, (1, 100), generator=torch.Generator().manual_seed(0))
+        expected = model.generate(prompt, max_new_tokens=3, eos_token_id=None)
+        monkeypatch.setattr(prefill, "check_interrupt", look)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(prompt, max_new_tokens=3, eos_token_id=None)
+        model.check_integrity()
+        assert torch.equal(model.generate(prompt, max_new_tokens=3, eos_token_id=None), expected)
+        model.check_integrity()
