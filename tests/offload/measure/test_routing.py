@@ -64,7 +64,7 @@ def test_every_token_is_a_step_of_every_layer(recorded: tuple[Routes, Sample], t
 
 def test_a_replay_counts_what_the_model_counted(recorded: tuple[Routes, Sample]) -> None:
     routes, answer = recorded
-    counted = replay(routes, 3, "lru").cold
+    counted = replay(routes, 3, "adaptive").cold
     steps = [step.counts for step in answer.decode]
     assert counted.hits_by_layer == tuple(sum(s.hits_by_layer[layer] for s in steps) for layer in range(3))
     assert counted.misses_by_layer == tuple(
