@@ -14,6 +14,7 @@ from moe_local.offload.checkpoint.hub import config_of, resolve
 from moe_local.offload.checkpoint.skeleton import load_skeleton
 from moe_local.offload.checkpoint.spec import model_spec
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
+from moe_local.offload.engine.encoder_decoder import as_decoder
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.kv_slab import make_kv, probe_cache
 from moe_local.offload.expert_file.convert import convert_experts, expert_file_folder, moe_local_home
@@ -164,9 +165,9 @@ def assemble(
         )
         undo.callback(store.close)
         with Probe(hf) as probe:
-            cache = probe_cache(hf)
-        kv = make_kv(hf, 1, plan.request.context, cache)
-        engine = Engine(hf, kv, chunk=plan.chunk)
+            cache = probe_cache(as_decoder(hf))
+        kv = make_kv(as_decoder(hf), 1, plan.request.context, cache)
+        engine = Engine(as_decoder(hf), kv, chunk=plan.chunk)
         prefetcher = _prefetcher(options, plan, store, probe)
         runner = ExpertRunner(store, prefetcher, options.activations)
         _fill(store, plan, progress)

@@ -123,15 +123,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "intermediate_size": 64,
         "intermediate_size_mlp": 96,
         "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 16,
     },
     "gemma4": {
         "enable_moe_block": True,
         "num_experts": 8,
         "top_k_experts": 2,
         "moe_intermediate_size": 64,
-        "global_head_dim": 16,
+        "global_head_dim": 32,
         "hidden_size_per_layer_input": 0,
-        "num_global_key_value_heads": 2,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
         "num_kv_shared_layers": 0,
         "sliding_window": 16,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
@@ -250,7 +252,7 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
         model = hub_class(config)._from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     # Gemma multiplies what it embeds, and what it embeds is its head
-    embedded = 0.1 if model_type == "gemma4" else 1.0
+    embedded = 0.03 if model_type == "gemma4" else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)

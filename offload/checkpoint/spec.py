@@ -226,15 +226,19 @@ def _dtype(config: Any) -> torch.dtype:
 
 
 def _kv_numel_per_token(text: Any) -> int:
-    """Keys and values of one token. MLA keeps a latent and a rope key a layer; others 2 x heads x width."""
+    """Keys and values of one token. MLA keeps a latent and a rope key a layer, and an indexer key where there
+    is an indexer; others 2 x heads x width."""
     layers: int = text.num_hidden_layers
     if getattr(text, "kv_lora_rank", None):
-        return layers * int(text.kv_lora_rank + text.qk_rope_head_dim)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        indexer = getattr(text, "index_head_dim", None) or 0
+        return layers * int(text.kv_lora_rank + text.qk_rope_head_dim + indexer)
     types = getattr(text, "layer_types", None)
-    attention = sum("linear" not in kind and "mamba" not in kind for kind in types) if types else layers
-    return attention * 2 * int(heads) * int(width)
+    attending = [
+        index
+        for index in range(layers)
+        if not types or ("linear" not in types[index] and "mamba" not in types[index])
+    ]
+    return sum(2 * heads * width for heads, width in (_heads(text, index) for index in attending))
 
 
 def _expanded_kv_numel_per_token(text: Any) -> int:
@@ -242,7 +246,15 @@ def _expanded_kv_numel_per_token(text: Any) -> int:
     heads = int(text.num_attention_heads)
     if getattr(text, "kv_lora_rank", None):
         return heads * int(text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
-    return 2 * heads * int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    return 2 * heads * max(_heads(text, index)[1] for index in range(text.num_hidden_layers))
+
+
+def _heads(text: Any, layer: int) -> tuple[int, int]:
+    """(heads of keys, their width) of a layer; Gemma 4's layers have their own."""
+    if getattr(text, "is_heterogeneous", False):
+        text = text.per_layer_config[layer]
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return int(heads), int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def quantized_weights(model: Any, *, cuda: bool) -> Iterator[str]:

@@ -21,6 +21,7 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from moe_local.offload.engine.encoder_decoder import EncoderDecoder, Translation, Translations
 from moe_local.offload.engine.own_caches import OwnCaches
 from moe_local.offload.kernels.token_attention import Place
 
@@ -245,7 +246,10 @@ def cache_argument(model: Any) -> str:
 @torch.inference_mode()
 def probe_cache(model: Any) -> Any:
     """A fresh DynamicCache of the model after one token: what each layer keeps, and in which shape."""
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if isinstance(model, EncoderDecoder):
+        cache: Any = Translation.fresh()
+    else:
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     embeddings = model.get_input_embeddings().weight
     zero = torch.zeros((1, 1), dtype=torch.long, device=embeddings.device)
     model(input_ids=zero, position_ids=zero, use_cache=True, **{cache_argument(model): cache})
@@ -254,6 +258,8 @@ def probe_cache(model: Any) -> Any:
 
 def make_kv(model: Any, rows: int, capacity: int, probe: Any = None) -> KVSlab | OwnCaches:
     """Memory for `rows` sequences of `capacity` tokens; `probe`: what `probe_cache` gave, if at hand."""
+    if isinstance(model, EncoderDecoder):
+        return Translations(model.config, rows, capacity)
     probe = probe_cache(model) if probe is None else probe
     if can_slab(probe):
         return KVSlab(probe, rows, capacity)
