@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
@@ -111,3 +112,23 @@ def test_missing_demo_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(registry.importlib.resources, "files", lambda package: tmp_path)
     with pytest.raises(ModelNotFoundError, match="install moe-local again"):
         registry.demo_folder()
+
+
+def test_the_documented_table_is_that_of_the_package(repository: Path) -> None:
+    rows = {}
+    for line in (repository / "docs" / "models.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 7 and cells[1].startswith("`"):
+            rows[cells[1].strip("`")] = cells
+    assert set(rows) == set(ALIASES)
+    for alias, (family, _, hub, size, stored, prefetch, _) in rows.items():
+        entry = ALIASES[alias]
+        total, active = PUBLISHED[alias][:2]
+        assert family
+        assert hub == f"[{entry.repo_id}](https://huggingface.co/{entry.repo_id})"
+        found = [float(part.split()[0]) / (1000 if part.endswith("M") else 1) for part in size.split(" / ")]
+        assert found[0] == pytest.approx(entry.parameters / 1e9, abs=0.06)
+        assert found[0] == pytest.approx(total, rel=0.02)
+        assert found[1] >= 0.99 * active
+        assert stored == entry.stored
+        assert prefetch.startswith("yes")
