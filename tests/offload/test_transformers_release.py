@@ -42,6 +42,7 @@ def test_none_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
         check_release()
 
 
+@pytest.mark.slow
 def test_the_command_says_it_in_one_line() -> None:
     """With a transformers whose loader is called otherwise."""
     script = (
