@@ -15,6 +15,9 @@ from moe_local.cache.errors import CheckpointError, ModelNotFoundError
 DEMO = "demo"
 """The small model in the package."""
 
+SOME = 6
+"""Names that an error lists where none is near."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelAlias:
@@ -281,7 +284,10 @@ def near_matches(name: str) -> list[str]:
 def not_found(name: str, reason: str) -> ModelNotFoundError:
     """The error for a model that is not there: what, why, and the names that were perhaps meant."""
     near = near_matches(name)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join([DEMO, *ALIASES])}"
+    hint = f"did you mean {' or '.join(near)}?"
+    if not near:
+        names = [DEMO, *ALIASES]
+        hint = f"known names: {', '.join(names[:SOME])} and {len(names) - SOME} more (moe-local list --all)"
     return ModelNotFoundError(f"model {name!r} not found: {reason}; {hint}")
 
 
