@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import CheckpointError
+from moe_local.offload.class_source import class_source
 from moe_local.offload.quantize.layout import TensorSpec
 from moe_local.offload.undecorated import decorate, is_experts_module
 
@@ -270,10 +271,20 @@ def quantized_weights(model: Any, *, cuda: bool) -> Iterator[str]:
     for name, module in model.named_modules():
         if type(module) is not nn.Linear or routers & set(name.split(".")):
             continue
+        if _is_asked_for_its_dtype(model, name):
+            continue
         if module is head and (cuda or _is_tied(model, module.weight)):
             continue
         if module.in_features % 64 == 0 and module.out_features % 32 == 0:
             yield f"{name}.weight"
+
+
+def _is_asked_for_its_dtype(model: nn.Module, name: str) -> bool:
+    """Whether the module around a linear layer turns something into the dtype of its weight: of quantized
+    ones that is bytes. The indexers of DeepSeek V3.2 and its like do, and T5's and Switch's feed-forwards."""
+    parent, _, child = name.rpartition(".")
+    kind: Any = type(model.get_submodule(parent))
+    return f"self.{child}.weight.dtype" in class_source(kind)
 
 
 def _is_tied(model: nn.Module, weight: torch.Tensor) -> bool:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-import sys
-from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from moe_local.offload.class_source import class_source
 
 NAME = "sdpa_single_query"
 """As which transformers knows `single_query_attention`."""
@@ -31,18 +30,15 @@ def use_single_query_attention(model: Any) -> None:
     model.set_attn_implementation(NAME)
 
 
-@cache
 def _asks_for_its_name(cls: Any) -> bool:
     """Whether the class looks at what its attention is called.
 
     The sparse attention of DeepSeek V3.2 and its like masks what the indexer left out for "eager" and "sdpa"
     only, and leaves that to an attention of any other name.
     """
-    if not cls.__name__.endswith("Attention") or not cls.__module__.startswith("transformers."):
+    if not cls.__name__.endswith("Attention"):
         return False
-    source = inspect.getsource(sys.modules[cls.__module__])
-    body = re.search(rf"^class {cls.__name__}\(.*?(?=^[@\w]|\Z)", source, re.MULTILINE | re.DOTALL)
-    return body is None or re.search(r"_attn_implementation (in|not in|==|!=) ", body[0]) is not None
+    return re.search(r"_attn_implementation (in|not in|==|!=) ", class_source(cls)) is not None
 
 
 def single_query_attention(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import moe_local
-from moe_local.cache.errors import CheckpointError
+from moe_local.cache.errors import CheckpointError, MoeLocalError
 from moe_local.offload.checkpoint.checkpoint import read_config
 from moe_local.offload.checkpoint.skeleton import load_skeleton
 from moe_local.offload.checkpoint.spec import class_config, meta_model, model_class, model_spec
@@ -230,3 +230,47 @@ def _settings(model: moe_local.Model) -> Any:
     from moe_local.offload.engine.sampling import make_settings
 
     return make_settings(model.hf, IDS[0].tolist(), max_new_tokens=NEW, eos_token_id=None)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "quantized", "exact"),
+    [
+        ("switch_transformers", {"d_ff": 128}, "encoder.block.0.layer.1.mlp.wi", "mlp.wo"),
+        ("deepseek_v32", {"index_n_heads": 32, "q_lora_rank": 64}, "indexer.wq_b", "indexer.weights_proj"),
+    ],
+)
+def test_no_weight_is_quantized_whose_dtype_is_looked_at(
+    make_checkpoint: Callable[..., Path],
+    model_type: str,
+    overrides: dict[str, int],
+    quantized: str,
+    exact: str,
+) -> None:
+    """What such a layer reads would be turned into bytes."""
+    folder = make_checkpoint(model_type, **overrides)
+    spec = model_spec(read_config(folder))
+    for names in (spec.quantizable, spec.quantizable_on_cpu):
+        assert any(quantized in name for name in names)
+        assert not any(exact in name for name in names)
+    inputs = {"decoder_input_ids": IDS[:, :1]} if model_type == "switch_transformers" else {}
+    found = []
+    for dense in ("fp32", "int8"):
+        with (
+            moe_local.load(folder, slots=SLOTS, experts="fp32", dense=dense, context=64) as model,
+            torch.inference_mode(),
+        ):
+            found.append(model.hf(input_ids=IDS, **inputs).logits.float())
+            assert len(model.generate(IDS[0].tolist(), max_new_tokens=3, eos_token_id=None).token_ids) == 3
+    errors = (found[1] - found[0]).norm(dim=-1) / found[0].norm(dim=-1)
+    assert float(errors.median()) < 0.2
+
+
+def test_an_expert_that_a_token_has_twice_is_refused(make_checkpoint: Callable[..., Path]) -> None:
+    """As a table of DeepSeek V4's that was never filled says."""
+    with moe_local.load(make_checkpoint("deepseek_v4"), slots=SLOTS, prefetch="off", **EXACT) as model:
+        for name, table in model.hf.named_buffers():
+            if "tid2eid" in name:
+                table.zero_()
+        with pytest.raises(MoeLocalError, match=r"chose an expert twice .*\[0, 0\]") as info:
+            model.generate([5], max_new_tokens=2)
+        assert "\n" not in str(info.value)
