@@ -25,7 +25,7 @@ def build_store(
     ram_slots: Sequence[int],
     vram_slots: Sequence[int] | None = None,
     device: Device | None = None,
-    policy: str = "lru",
+    policy: str = "adaptive",
     read_threads: int = 4,
     scheduler: MissScheduler | None = None,
 ) -> ExpertStore:

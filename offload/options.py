@@ -63,7 +63,16 @@ class LoadOptions:
         default=None,
         metadata={"help": "Tokens of conversation to make room for; default the model's, 8192 at most."},
     )
-    policy: str = field(default="lru", metadata={"help": "What leaves a full cache first: lru, lfu or fifo."})
+    parallel: int = field(
+        default=1,
+        metadata={"help": "Answers at a time, each with a context of its own; for serve and batches."},
+    )
+    policy: str = field(
+        default="adaptive",
+        metadata={
+            "help": "What leaves a full cache first: lru, lfu, fifo or adaptive, the better of lru and lfu."
+        },
+    )
     prefetch: str = field(
         default="auto",
         metadata={"help": "Guess the next layers' experts from their routers: auto, off or router."},
@@ -81,7 +90,7 @@ class LoadOptions:
             size = getattr(self, name)
             if size is not None:
                 object.__setattr__(self, name, parse_bytes(size, name))
-        for name in ("slots", "context"):
+        for name in ("slots", "context", "parallel"):
             _check_count(name, getattr(self, name))
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise OptionError(f"unknown device {self.device!r}; use auto, cpu, cuda or cuda:N")

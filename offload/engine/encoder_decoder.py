@@ -86,6 +86,10 @@ class Translations(OwnCaches):
             self._prompts[row] = prompt
         super().leave(row)
 
+    def swap(self, one: int, other: int) -> None:
+        self._prompts[one], self._prompts[other] = self._prompts[other], self._prompts[one]
+        super().swap(one, other)
+
     def chunk(self, row: int, todo: int, wanted: int) -> int:
         """The prompt at once, then token by token: experts that are full leave out what comes together."""
         if self.lens[row]:

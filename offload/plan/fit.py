@@ -64,6 +64,7 @@ def fit(
             experts=options.experts,
             dense=options.dense,
             context=_context(options, spec),
+            parallel=options.parallel,
             slots=options.slots,
             bandwidths=bandwidth.saved(moe_local_home()),
         )
@@ -92,6 +93,7 @@ def plan_load(
             experts=options.experts,
             dense=options.dense,
             context=_context(options, spec),
+            parallel=options.parallel,
             slots=options.slots,
             bandwidths=bandwidths,
         )

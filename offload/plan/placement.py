@@ -61,7 +61,7 @@ def _chunk(request: Request, sizes: Sequence[int], room: int) -> tuple[int, Byte
     while True:
         parts = Bytes(
             dense=footprint.dense_bytes(spec, request.dense, cuda=request.vram is not None),
-            kv=footprint.kv_bytes(spec, request.context, dtype),
+            kv=request.parallel * footprint.kv_bytes(spec, request.context, dtype),
             workspace=footprint.workspace_bytes(spec, chunk, request.context, dtype) + overhead,
             expert=max(sizes),
             experts_total=arena_bytes(_all_slots(spec), sizes),

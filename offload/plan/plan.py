@@ -39,6 +39,8 @@ class Request:
     slots: int | None = None
     """Experts per MoE layer in the fastest tier; None: as many as fit."""
     bandwidths: Bandwidths = field(default_factory=Bandwidths)
+    parallel: int = 1
+    """Sequences at a time, each with a context of its own."""
 
     def __post_init__(self) -> None:
         if self.context > self.spec.max_context:
@@ -133,7 +135,11 @@ class Plan:
         sizes = footprint.expert_bytes(spec, request.experts)
         return estimate.Traffic(
             dense=estimate.read_per_token(
-                spec, self.bytes.dense, self.bytes.kv, request.context, request.dtype.itemsize
+                spec,
+                self.bytes.dense,
+                self.bytes.kv // request.parallel,
+                request.context,
+                request.dtype.itemsize,
             ),
             experts=sum(layer.top_k * size for layer, size in zip(spec.layers, sizes, strict=True)),
             fastest_share=fastest_share,
@@ -177,6 +183,7 @@ class Plan:
             "experts": request.experts,
             "dense": request.dense,
             "context": request.context,
+            "parallel": request.parallel,
             "prefill_chunk": self.chunk,
             "fits": self.fits,
             "mode": self.mode,
