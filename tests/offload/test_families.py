@@ -118,6 +118,23 @@ def test_longer_answers_tensors_and_parts_of_prompts(
         model.check_integrity()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", [*FAMILIES[:-1], *UNNAMED])
+def test_three_at_a_time(
+    make_checkpoint: Callable[..., Path], greedy: Callable[..., list[int]], model_type: str
+) -> None:
+    """Prompts of different lengths, together past every window."""
+    prompts = [IDS[:, :11], IDS, IDS[:, 4:]]
+    with moe_local.load(make_checkpoint(model_type), slots=SLOTS, parallel=3, **EXACT) as model:
+        width = IDS.shape[1]
+        rows = [torch.cat([torch.zeros(1, width - p.shape[1], dtype=torch.long), p], 1) for p in prompts]
+        mask = torch.cat([torch.arange(width)[None] >= width - p.shape[1] for p in prompts]).long()
+        found = model.generate(torch.cat(rows), attention_mask=mask, max_new_tokens=30, eos_token_id=None)
+        for row, prompt in enumerate(prompts):
+            assert found[row, -30:].tolist() == greedy(model_type, prompt, 30)
+        model.check_integrity()
+
+
 @pytest.mark.parametrize(
     "model_type", ["deepseek_v4", "gemma4", "llama4", "minimax_m2", "lfm2_moe", "switch_transformers"]
 )
