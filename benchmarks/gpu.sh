@@ -1,28 +1,74 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of under nine minutes; leaves one JSON in benchmarks/results/.
+# Everything that needs a GPU, in one command of under nine minutes, with nothing to download; leaves one JSON.
 #
-#   bash benchmarks/gpu.sh [OUT_FOLDER]
+#   bash benchmarks/gpu.sh [OUT.json]          default: benchmarks/results/gpu.json
 #
-# Writes a full-width synthetic Mixtral of 2 layers to a temporary folder (no download), runs the gpu tests, holds
-# the kernels against the memory's speed, and measures decoding with VRAM capped at 24 GiB, to stand for a
-# consumer card.
-set -euo pipefail
+# Runs the gpu tests; holds the kernels against the memory's speed; and measures decoding, by `moe-local bench`, with
+# made weights at the true widths and VRAM capped at 24 GiB, to stand for a consumer card: Mixtral 8x7B at the link's
+# own speed, with copies held to 25 GB/s and without CUDA graphs; Qwen3-30B-A3B resident and at half its experts, where
+# ROUTES (a folder with recorded routes) is given by those. Every part has a time-out and a failing part does not stop
+# the others: its entry says so. Peers are another command, gpu_peers.sh.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-out="${1:-benchmarks/results}"
-mkdir -p "$out"
+out="${1:-benchmarks/results/gpu.json}"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
-export MOE_LOCAL_HOME="$work/home"
+export MOE_LOCAL_HOME="${MOE_LOCAL_HOME:-$work/home}" PYTHONUNBUFFERED=1
+layers="${LAYERS:-32}"
+routes="${ROUTES:-}"
+mkdir -p "$work/parts"
 
-python -m pytest -q -o addopts="--import-mode=importlib" -m gpu tests/gpu -p no:cacheprovider || echo "gpu tests FAILED" | tee "$out/gpu-tests-failed"
+part() { # part NAME SECONDS COMMAND...: its JSON document, the last line of its output, is kept by its name
+  local name="$1" seconds="$2" began=$SECONDS
+  shift 2
+  echo "== $name (at ${SECONDS} s)" >&2
+  if timeout --signal=INT "$seconds" "$@" >"$work/out" 2>"$work/err"; then status=0; else status=$?; fi
+  tail -n 12 "$work/err" >&2
+  python - "$work" "$name" "$status" "$((SECONDS - began))" <<'PY'
+import json, pathlib, sys
+work, name, status, seconds = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+text = (work / "out").read_text().strip()
+try:
+    result = json.loads(text)
+except ValueError:
+    try:
+        result = json.loads(text.rpartition("\n")[2])
+    except ValueError:
+        result = {"output": text.splitlines()[-20:]}
+entry = {"status": status, "seconds": seconds, "result": result}
+if status:
+    entry["errors"] = (work / "err").read_text().splitlines()[-20:]
+(work / "parts" / f"{name}.json").write_text(json.dumps(entry))
+PY
+}
 
-python benchmarks/gpu_kernels.py --json "$out/gpu-kernels.json" || echo "gpu_kernels.py FAILED"
-python benchmarks/encode.py --dtypes bf16 --rounds 6 --json "$out/gpu-encode.json"
-python benchmarks/synthetic.py "$work/mixtral" --layers 2 --seed 0
-python benchmarks/decode.py "$work/mixtral" --vram 24GiB --slots 2 4 8 --prefetch off router --miss fetch \
-    --tokens 48 --rounds 5 --json "$out/gpu-decode.json"
-python benchmarks/decode.py "$work/mixtral" --vram 24GiB --slots 4 --prefetch off --miss fetch cpu auto \
-    --tokens 48 --rounds 5 --json "$out/gpu-miss.json"
-# The same decoding as above without CUDA graphs; 8 slots are all experts, so there a token is one graph.
-MOE_LOCAL_GRAPHS=off python benchmarks/decode.py "$work/mixtral" --vram 24GiB --slots 4 8 --prefetch off --miss fetch \
-    --tokens 48 --rounds 3 --json "$out/gpu-no-graphs.json"
+bench() { python -m moe_local.cli bench --json --context 4096 "$@"; }
+mixtral() { bench --synthetic mixtral-8x7b --layers "$layers" --vram 24GiB "$@"; }
+qwen() { bench --synthetic qwen3-30b-a3b --vram 24GiB --workload single "$@"; }
+export -f bench mixtral qwen
+export layers
+
+part tests 90 python -m pytest -q -o addopts=--import-mode=importlib -m gpu tests/gpu -p no:cacheprovider
+part kernels 45 python benchmarks/gpu_kernels.py
+part encode 30 python benchmarks/encode.py --dtypes bf16 --rounds 6
+part mixtral 130 bash -c 'mixtral --workload single,long --tokens 48 --repeats 6 --compare'
+part mixtral_25GBs 60 env MOE_LOCAL_LINK_LIMIT=25GB bash -c 'mixtral --workload single --tokens 32 --repeats 6 --compare'
+part mixtral_no_graphs 40 env MOE_LOCAL_GRAPHS=off bash -c 'mixtral --workload single --tokens 48 --repeats 3'
+part qwen3_resident 40 bash -c 'qwen --tokens 64 --repeats 4'
+part qwen3_resident_no_graphs 30 env MOE_LOCAL_GRAPHS=off bash -c 'qwen --tokens 64 --repeats 3'
+part qwen3_half 50 bash -c 'qwen --slots 64 --tokens 64 --repeats 4 --compare'
+if [ -n "$routes" ]; then
+  part qwen3_half_recorded 40 bash -c "qwen --slots 64 --tokens 64 --repeats 4 --routes $routes/qwen3-30b-a3b_top6.csv"
+fi
+
+python - "$work/parts" "$out" "$SECONDS" <<'PY'
+import json, pathlib, sys
+from moe_local.cache.files import write_atomically
+parts, out, seconds = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+found = {path.stem: json.loads(path.read_text()) for path in sorted(parts.glob("*.json"))}
+pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
+write_atomically(out, [json.dumps({"benchmark": "gpu", "seconds": seconds, "parts": found}, indent=1), "\n"])
+for name, entry in found.items():
+    print(f"{name:26} status {entry['status']:3}  {entry['seconds']:4} s")
+print(out)
+PY

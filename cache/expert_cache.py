@@ -66,10 +66,10 @@ class ExpertCache:
         for layer, count in enumerate(slots):
             if count < 0:
                 raise OptionError(f"layer {layer} has {count} slots; give 0 or more")
-        make_policy = policy_for(policy) if isinstance(policy, str) else policy
+        make_policy = _maker(policy)
         # A dict, not a list: layer -1 must be an error, not the last layer.
         self._pools = {layer: SlotPool(count, make_policy()) for layer, count in enumerate(slots)}
-        self._make_policy = make_policy
+        self._policy = policy
         self._sizes = sizes
         self.stats = CacheCounters(len(slots))
 
@@ -291,14 +291,14 @@ class ExpertCache:
         `policy`: another one from now on. Counted nowhere. Raises CacheStateError, having changed nothing,
         while an expert is pinned or loading, and OptionError for an unknown policy.
         """
-        make_policy = policy_for(policy) if isinstance(policy, str) else policy or self._make_policy
+        make_policy = _maker(policy or self._policy)
         for layer, pool in self._pools.items():
             if pool.pins or pool.loading:
                 raise CacheStateError(
                     f"layer {layer} cannot be emptied: pinned are {list(pool.pins)}, "
                     f"loading {list(pool.loading)}"
                 )
-        self._make_policy = make_policy
+        self._policy = policy or self._policy
         self._pools = {
             layer: SlotPool(len(pool.expert_in), make_policy()) for layer, pool in self._pools.items()
         }
@@ -318,6 +318,11 @@ class ExpertCache:
                 raise CacheStateError(f"layer {layer}: {error}") from None
             if self.stats.hits_by_layer[layer] < 0 or self.stats.misses_by_layer[layer] < 0:
                 raise CacheStateError(f"layer {layer}: a counter is negative")
+
+
+def _maker(policy: str | Callable[[], EvictionPolicy]) -> Callable[[], EvictionPolicy]:
+    """What makes the policies of one cache's layers; anew for each cache, since these may share a memory."""
+    return policy_for(policy) if isinstance(policy, str) else policy
 
 
 def _pin(pool: SlotPool, experts: Sequence[int]) -> None:

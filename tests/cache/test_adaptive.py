@@ -112,6 +112,18 @@ def test_all_layers_follow_the_same_order_and_caches_decide_alone() -> None:
     assert first._duel is not other._duel
 
 
+def test_an_emptied_cache_decides_anew() -> None:
+    cache = ExpertCache([4, 4], "adaptive")
+    before = cache._pools[0].policy
+    cache.empty()
+    first, second = (cache._pools[layer].policy for layer in (0, 1))
+    assert isinstance(before, AdaptivePolicy)
+    assert isinstance(first, AdaptivePolicy)
+    assert isinstance(second, AdaptivePolicy)
+    assert first._duel is second._duel is not before._duel
+    assert first._duel._layers == 2
+
+
 def test_a_duel_leaves_frequency_when_it_loses_and_takes_it_up_when_it_wins() -> None:
     duel = Duel()
     duel.join()

@@ -82,7 +82,7 @@ def test_ablations_change_what_their_names_say(make: Any, floor: Floor, model: m
     bench.run()
     rows = {row["name"]: row for row in document(bench, floor, OPTIONS, [])["compare"]}
     assert {"no cache", "no prefetch", "policy lfu", "policy fifo"} <= set(rows)
-    assert "policy lru" not in rows
+    assert "policy adaptive" not in rows
     assert all(row["same_ids"] for row in rows.values())
     assert rows["no cache"]["figures"]["hit_rate_timed"] == 0
     assert rows["no cache"]["hit_rate"]["cold"] == 0
