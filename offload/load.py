@@ -16,6 +16,7 @@ from moe_local.offload.checkpoint.hub import config_of, resolve
 from moe_local.offload.checkpoint.skeleton import load_skeleton
 from moe_local.offload.checkpoint.spec import ModelSpec, model_spec
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
+from moe_local.offload.engine.encoder_decoder import as_decoder
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.graph_trial import graph_mode, use_graphs
 from moe_local.offload.engine.graphs import CudaGraphs, Graphs
@@ -219,9 +220,9 @@ def assemble(
         )
         undo.callback(store.close)
         with Probe(hf) as probe:
-            cache = probe_cache(hf)
-        kv = make_kv(hf, plan.request.parallel, plan.request.context, cache)
-        engine = Engine(hf, kv, chunk=plan.chunk)
+            cache = probe_cache(as_decoder(hf))
+        kv = make_kv(as_decoder(hf), plan.request.parallel, plan.request.context, cache)
+        engine = Engine(as_decoder(hf), kv, chunk=plan.chunk)
         prefetcher = _prefetcher(options, plan, store, probe)
         runner = ExpertRunner(store, prefetcher, options.activations)
         if store.prefill is not None:

@@ -27,10 +27,44 @@ _BASE: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
+_MLA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+_DEEPSEEK: dict[str, Any] = {
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+_INDEXER: dict[str, Any] = {"index_n_heads": 8, "index_head_dim": 32, "index_topk": 16}
+"""With few heads, scores behind a ReLU are often equal, and who wins then is chance."""
+_LINEAR: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+_SHARED: dict[str, Any] = {
+    "num_experts": 8,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 8, "sliding_window": None},
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 64, "norm_topk_prob": True},
-    "qwen2_moe": {"num_experts": 8, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+    "qwen2_moe": _SHARED,
+    "qwen3_next": {**_SHARED, **_LINEAR},
+    "qwen3_5_moe": {**_SHARED, **_LINEAR},
     "olmoe": {"num_experts": 8},
     "granitemoe": {"num_local_experts": 8},
     "phimoe": {"num_local_experts": 8},
@@ -38,33 +72,134 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_local_experts": 8,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
-    "deepseek_v3": {
-        "num_key_value_heads": 4,
-        "q_lora_rank": 32,
-        "kv_lora_rank": 32,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 16,
-        "moe_intermediate_size": 64,
-        "n_routed_experts": 8,
-        "n_shared_experts": 1,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-    },
-    "qwen3_next": {
+    "deepseek_v2": {**_MLA, **_DEEPSEEK, "head_dim": 16, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**_MLA, **_DEEPSEEK},
+    "deepseek_v32": {**_MLA, **_DEEPSEEK, **_INDEXER},
+    "deepseek_v4": {
         "num_hidden_layers": 4,
+        "num_key_value_heads": 1,
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 64,
+        "q_lora_rank": 32,
+        "o_groups": 2,
+        "o_lora_rank": 32,
+        "sliding_window": 16,
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "layer_types": [
+            "sliding_attention",
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
+            "compressed_sparse_attention",
+        ],
+        "mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe"],
+        **_INDEXER,
+    },
+    "glm4_moe": {**_DEEPSEEK, "partial_rotary_factor": 0.5},
+    "glm4_moe_lite": {**_MLA, **_DEEPSEEK},
+    "glm_moe_dsa": {**_MLA, **_DEEPSEEK, **_INDEXER},
+    "minimax_m2": {"num_local_experts": 8},
+    "ernie4_5_moe": {
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_intermediate_size": 64,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+    },
+    "jamba": {
+        "num_experts": 8,
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "llama4": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 4,
+        "intermediate_size": 64,
+        "intermediate_size_mlp": 96,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 16,
+    },
+    "gemma4": {
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 64,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "num_kv_shared_layers": 0,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+    },
+    "switch_transformers": {
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 96,
+        "num_layers": 4,
+        "num_decoder_layers": 4,
+        "num_heads": 4,
+        "num_experts": 8,
+        "num_sparse_encoder_layers": 2,
+        "num_sparse_decoder_layers": 2,
+        "expert_capacity": 3,
+        "decoder_start_token_id": PAD,
+    },
+    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2},
+    "lfm2_moe": {
         "num_experts": 8,
         "moe_intermediate_size": 64,
-        "shared_expert_intermediate_size": 64,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention", "conv"],
     },
+    "granitemoehybrid": {
+        "num_local_experts": 8,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "mamba_d_state": 16,
+        "shared_intermediate_size": 64,
+    },
+    "qwen3_vl_moe": {"num_experts": 8, "moe_intermediate_size": 64},
     "llama": {},
 }
 """By transformers' model type; `llama` is the dense one. Each adds to, or overrides, a common base."""
+
+_VISION: dict[str, dict[str, Any]] = {
+    "qwen3_5_moe": {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16},
+    "qwen3_vl_moe": {
+        "depth": 1,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    },
+    "llama4": {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+        "image_size": 16,
+        "patch_size": 8,
+        "vision_output_dim": 32,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+    },
+    "gemma4": {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "global_head_dim": 16,
+    },
+}
+"""Towers of those that also see: their CONFIGS are those of the text."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -76,7 +211,33 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
     """A transformers config of the tiny model."""
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(model_type, **{**_BASE, **CONFIGS[model_type], **overrides})
+    fields = {**_BASE, **CONFIGS[model_type], **overrides}
+    if model_type == "switch_transformers":  # it has other names for the same sizes
+        fields = {name: value for name, value in fields.items() if name not in _BASE or name in _ITS_OWN}
+    if model_type not in _VISION:
+        return AutoConfig.for_model(model_type, **fields)
+    vision = {"hidden_size": 32, "intermediate_size": 32, **_VISION[model_type]}
+    parts = {"text_config": fields, "vision_config": vision}
+    if model_type == "gemma4":
+        parts["audio_config"] = None
+    return AutoConfig.for_model(
+        model_type, **parts, tie_word_embeddings=fields["tie_word_embeddings"], pad_token_id=PAD
+    )
+
+
+_ITS_OWN = {"vocab_size", "pad_token_id", "eos_token_id", "tie_word_embeddings"}
+
+
+def hub_class(config: Any) -> Any:
+    """The class whose layout the published checkpoints have: of those that also see, the whole."""
+    from transformers.models.auto import modeling_auto as auto
+
+    mappings = (
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    )
+    return next(mapping[type(config)] for mapping in mappings if type(config) in mapping)
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
@@ -85,22 +246,27 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     Every matrix keeps the scale of its input, routers and the head triple it, so that which expert and
     which token comes next depend on the text.
     """
-    from transformers import AutoModelForCausalLM
-
+    config = tiny_config(model_type, **overrides)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides)).eval()
+        model = hub_class(config)._from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
+    # Gemma multiplies what it embeds, and what it embeds is its head
+    embedded = 0.03 if model_type == "gemma4" else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "embed_tokens" in name:
-                parameter.copy_(noise)
+            if "embed_tokens" in name or name == "shared.weight":
+                parameter.copy_(embedded * noise)
             elif parameter.dim() == 1:
                 parameter.add_(0.05 * noise)
             else:
                 gain = 3.0 if any(part in name for part in ("router", "gate.weight", "lm_head")) else 1.0
                 parameter.copy_(gain / math.sqrt(parameter.shape[-1]) * noise)
+        for name, table in model.named_buffers():
+            if "tid2eid" in name:  # which experts each token has, all of them different
+                order = torch.rand(table.shape[0], 8, generator=generator).argsort(1)
+                table.copy_(order[:, : table.shape[1]])
     return model
 
 

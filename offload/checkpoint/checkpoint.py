@@ -116,7 +116,7 @@ def parse_config(path: Path) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(path.read_bytes(), object_hook=_special_float)
         model_type = fields["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is corrupt or names no model_type ({type(error).__name__})") from error
@@ -136,3 +136,8 @@ def parse_config(path: Path) -> Any:
     except Exception as error:  # transformers validates with several unrelated exception types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} is not a valid {model_type} config: {reason}") from error
+
+
+def _special_float(value: dict[str, Any]) -> Any:
+    """{"__float__": "Infinity"}, as transformers writes what JSON has no number for, as that float."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value

@@ -14,6 +14,7 @@ from moe_local.cache.errors import CheckpointError
 from moe_local.offload.checkpoint.shards import Shards, StoredTensor
 from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer
 from moe_local.offload.direct_io import Memory, page_memory
+from moe_local.offload.undecorated import conversion_rules
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -200,7 +201,7 @@ def _matches(model: Any, state: dict[str, torch.Tensor], tensors: Iterable[Store
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    rules = get_model_conversion_mapping(model)
+    rules = [*get_model_conversion_mapping(model), *conversion_rules(model)]
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

@@ -15,7 +15,13 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.checkpoint.spec import experts_modules, meta_model, model_class, quantized_weights
+from moe_local.offload.checkpoint.spec import (
+    class_config,
+    experts_modules,
+    meta_model,
+    model_class,
+    quantized_weights,
+)
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.kernels.attention import use_single_query_attention
 from moe_local.offload.kernels.attention_trial import use_token_attention
@@ -23,6 +29,7 @@ from moe_local.offload.kernels.linear import use_native_linears
 from moe_local.offload.kernels.norm import use_native_norms
 from moe_local.offload.kernels.router import use_native_routers
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
+from moe_local.offload.undecorated import decorate
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -58,7 +65,7 @@ def load_skeleton(
     with _loading, _quiet_loading():
         model, info = swapping.from_pretrained(
             folder,
-            config=config,
+            config=class_config(config),
             dtype=dtype,
             device_map={"": str(device)},
             quantization_config=quantization,
@@ -112,6 +119,7 @@ def _swapping(cls: type[Any]) -> type[Any]:
     """
 
     def load(model: Any, *args: Any, **kwargs: Any) -> Any:
+        decorate(model)
         for index, (name, module) in enumerate(list(experts_modules(model))):
             model.set_submodule(name, OffloadedExperts(module, index))
         ignored = model._keys_to_ignore_on_load_unexpected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,7 +11,12 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import CheckpointError
+from moe_local.offload.class_source import class_source
 from moe_local.offload.quantize.layout import TensorSpec
+from moe_local.offload.undecorated import decorate, is_experts_module
+
+WITHOUT_TOWERS = frozenset({"gemma4"})
+"""Model types whose class takes None for the configs of images and sound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,26 +94,43 @@ class ModelSpec:
         return self.dense_numel + sum(layer.top_k * layer.expert_numel for layer in self.layers)
 
 
-def is_experts_module(module: nn.Module) -> bool:
-    """Whether transformers' experts interface serves this module (its decorator leaves these marks)."""
-    return all(hasattr(module, name) for name in ("has_gate", "is_concatenated", "is_transposed"))
-
-
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of every routed-experts module, in forward order."""
     return ((name, module) for name, module in model.named_modules() if is_experts_module(module))
 
 
 def model_class(config: Any) -> type[Any]:
-    """transformers' causal-LM class for this config. Raises CheckpointError for other kinds of models."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    """transformers' class that generates text for this config: the causal language model where there is one,
+    else one that reads images, too, or translates. Raises CheckpointError for other kinds of models."""
+    from transformers.models.auto import modeling_auto as auto
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise CheckpointError(
-            f"model type {config.model_type!r} is no causal language model that transformers knows; "
-            "a newer transformers may know it: pip install -U transformers"
-        )
-    return cast("type[Any]", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    for mapping in (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    ):
+        if type(config) in mapping:
+            return cast("type[Any]", mapping[type(config)])
+    raise CheckpointError(
+        f"model type {config.model_type!r} is no language model that transformers knows; "
+        "a newer transformers may know it: pip install -U transformers"
+    )
+
+
+def class_config(config: Any) -> Any:
+    """The config that `model_class` is made with: of a checkpoint that also sees or hears, the text's part.
+
+    Where the class can only be made with the whole, its towers for images and sound are left out if it can do
+    without, as Gemma's can; those of others are loaded and stay idle.
+    """
+    cls = model_class(config)
+    kind = config.sub_configs.get("text_config")
+    if kind is not None and getattr(cls, "config_class", None) is kind:
+        return config.get_text_config(decoder=True)
+    if config.model_type in WITHOUT_TOWERS:
+        config = copy.deepcopy(config)
+        config.vision_config = config.audio_config = None
+    return config
 
 
 def meta_model(config: Any) -> Any:
@@ -118,7 +141,7 @@ def meta_model(config: Any) -> Any:
     kind = model_class(config)
     try:
         with torch.device("meta"):
-            return kind._from_config(config)
+            model = kind._from_config(class_config(config))
     except (
         ArithmeticError,
         AttributeError,
@@ -132,6 +155,8 @@ def meta_model(config: Any) -> Any:
         raise CheckpointError(
             f"transformers cannot build {kind.__name__} from the config: {reason}"
         ) from error
+    decorate(model)
+    return model
 
 
 def model_spec(config: Any, model: Any = None) -> ModelSpec:
@@ -141,7 +166,6 @@ def model_spec(config: Any, model: Any = None) -> ModelSpec:
     """
     model = meta_model(config) if model is None else model
     text = config.get_text_config(decoder=True)
-    top_k = _top_k(text)
     layers: list[MoELayer] = []
     expert_names = set()
     for name, module in experts_modules(model):
@@ -153,7 +177,9 @@ def model_spec(config: Any, model: Any = None) -> ModelSpec:
             matrix = transposed and len(shape) == 2
             tensors.append(TensorSpec(parameter_name, shape[::-1] if matrix else shape))
         num_experts = next(iter(module.parameters(recurse=False))).shape[0]
-        layers.append(MoELayer(len(layers), name, num_experts, top_k, tuple(tensors), transposed))
+        layers.append(
+            MoELayer(len(layers), name, num_experts, _top_k(text, module), tuple(tensors), transposed)
+        )
     if not layers:
         raise CheckpointError(
             f"{type(model).__name__} (model type {config.model_type!r}) has no routed experts to offload; "
@@ -181,11 +207,13 @@ def model_spec(config: Any, model: Any = None) -> ModelSpec:
     )
 
 
-def _top_k(text: Any) -> int:
+def _top_k(text: Any, module: nn.Module) -> int:
     for field in ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk"):
         value = getattr(text, field, None)
         if isinstance(value, int):
             return value
+    if isinstance(value := getattr(module, "top_k", None), int):
+        return value
     raise CheckpointError(
         f"the config of model type {text.model_type!r} does not say how many experts a token uses"
     )
@@ -199,15 +227,19 @@ def _dtype(config: Any) -> torch.dtype:
 
 
 def _kv_numel_per_token(text: Any) -> int:
-    """Keys and values of one token. MLA keeps a latent and a rope key a layer; others 2 x heads x width."""
+    """Keys and values of one token. MLA keeps a latent and a rope key a layer, and an indexer key where there
+    is an indexer; others 2 x heads x width."""
     layers: int = text.num_hidden_layers
     if getattr(text, "kv_lora_rank", None):
-        return layers * int(text.kv_lora_rank + text.qk_rope_head_dim)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        indexer = getattr(text, "index_head_dim", None) or 0
+        return layers * int(text.kv_lora_rank + text.qk_rope_head_dim + indexer)
     types = getattr(text, "layer_types", None)
-    attention = sum("linear" not in kind and "mamba" not in kind for kind in types) if types else layers
-    return attention * 2 * int(heads) * int(width)
+    attending = [
+        index
+        for index in range(layers)
+        if not types or ("linear" not in types[index] and "mamba" not in types[index])
+    ]
+    return sum(2 * heads * width for heads, width in (_heads(text, index) for index in attending))
 
 
 def _expanded_kv_numel_per_token(text: Any) -> int:
@@ -215,7 +247,15 @@ def _expanded_kv_numel_per_token(text: Any) -> int:
     heads = int(text.num_attention_heads)
     if getattr(text, "kv_lora_rank", None):
         return heads * int(text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
-    return 2 * heads * int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    return 2 * heads * max(_heads(text, index)[1] for index in range(text.num_hidden_layers))
+
+
+def _heads(text: Any, layer: int) -> tuple[int, int]:
+    """(heads of keys, their width) of a layer; Gemma 4's layers have their own."""
+    if getattr(text, "is_heterogeneous", False):
+        text = text.per_layer_config[layer]
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return int(heads), int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def quantized_weights(model: Any, *, cuda: bool) -> Iterator[str]:
@@ -231,10 +271,20 @@ def quantized_weights(model: Any, *, cuda: bool) -> Iterator[str]:
     for name, module in model.named_modules():
         if type(module) is not nn.Linear or routers & set(name.split(".")):
             continue
+        if _is_asked_for_its_dtype(model, name):
+            continue
         if module is head and (cuda or _is_tied(model, module.weight)):
             continue
         if module.in_features % 64 == 0 and module.out_features % 32 == 0:
             yield f"{name}.weight"
+
+
+def _is_asked_for_its_dtype(model: nn.Module, name: str) -> bool:
+    """Whether the module around a linear layer turns something into the dtype of its weight: of quantized
+    ones that is bytes. The indexers of DeepSeek V3.2 and its like do, and T5's and Switch's feed-forwards."""
+    parent, _, child = name.rpartition(".")
+    kind: Any = type(model.get_submodule(parent))
+    return f"self.{child}.weight.dtype" in class_source(kind)
 
 
 def _is_tied(model: nn.Module, weight: torch.Tensor) -> bool:

@@ -1,1 +1,5 @@
 """The decode loop: sequences, their key-value memory, picking tokens, text in and out."""
+
+from moe_local.offload.transformers_release import check_release
+
+check_release()

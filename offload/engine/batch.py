@@ -45,7 +45,7 @@ def generate_ids(
     _check_tensors(input_ids, attention_mask)
     engine.check_ids(input_ids.flatten().tolist())
     check_seed(seed)
-    if needs_hf_generate(hf, options):
+    if needs_hf_generate(hf, options) or hf.config.is_encoder_decoder:  # whose result has no prompt in it
         return _hand_over(hf, input_ids, attention_mask, tokenizer, seed, options)
     width, masked = input_ids.shape[1], attention_mask is not None
     config = generation_config(hf, options, width=width, rows=len(input_ids), masked=masked)

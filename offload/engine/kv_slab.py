@@ -21,6 +21,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from moe_local.offload.engine.batch_view import BatchLayer, BatchPlaces
+from moe_local.offload.engine.encoder_decoder import EncoderDecoder, Translation
 from moe_local.offload.engine.names import cache_name
 from moe_local.offload.engine.static_row import StaticLayer
 from moe_local.offload.kernels.token_attention import Place
@@ -325,7 +326,10 @@ def cache_argument(model: Any) -> str:
 @torch.inference_mode()
 def probe_cache(model: Any) -> Any:
     """A fresh DynamicCache of the model after one token: what each layer keeps, and in which shape."""
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if isinstance(model, EncoderDecoder):
+        cache: Any = Translation.fresh()
+    else:
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     embeddings = model.get_input_embeddings().weight
     zero = torch.zeros((1, 1), dtype=torch.long, device=embeddings.device)
     model(input_ids=zero, position_ids=zero, use_cache=True, **{cache_argument(model): cache})

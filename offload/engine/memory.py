@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moe_local.offload.engine.encoder_decoder import EncoderDecoder, Translations
 from moe_local.offload.engine.kv_slab import KVRows, KVSlab, can_slab, probe_cache
 from moe_local.offload.engine.own_caches import OwnCaches
 from moe_local.offload.engine.state_slab import StateSlab, can_state_slab
@@ -11,6 +12,8 @@ from moe_local.offload.engine.state_slab import StateSlab, can_state_slab
 
 def make_kv(model: Any, rows: int, capacity: int, probe: Any = None) -> KVRows:
     """Memory for `rows` sequences of `capacity` tokens; `probe`: what `probe_cache` gave, if at hand."""
+    if isinstance(model, EncoderDecoder):
+        return Translations(model.config, rows, capacity)
     probe = probe_cache(model) if probe is None else probe
     if can_slab(probe):
         return KVSlab(probe, rows, capacity)

@@ -79,12 +79,16 @@ class OwnCaches:
 
     @property
     def nbytes(self) -> int:
-        tensors = (tensor for cache in self._caches for layer in cache.layers for tensor in _held(layer))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(map(held_bytes, self._caches))
 
     def check_integrity(self) -> None:
         assert len(self.lens) == len(self._caches) <= self.rows
         assert all(0 <= length <= self.capacity for length in self.lens), self.lens
+
+
+def held_bytes(cache: Any) -> int:
+    """Bytes of all tensors that a transformers cache holds."""
+    return sum(tensor.nbytes for layer in cache.layers for tensor in _held(layer))
 
 
 def _held(layer: Any) -> Iterator[torch.Tensor]:

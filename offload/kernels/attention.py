@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
+
+from moe_local.offload.class_source import class_source
 
 NAME = "sdpa_single_query"
 """As which transformers knows `single_query_attention`."""
@@ -18,13 +22,27 @@ def use_single_query_attention(model: Any) -> None:
 
     if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
         return
+    kinds: set[Any] = set(map(type, model.modules()))
+    if any(map(_asks_for_its_name, kinds)):
+        return
     AttentionInterface.register(NAME, single_query_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
 
 
+def _asks_for_its_name(cls: Any) -> bool:
+    """Whether the class looks at what its attention is called.
+
+    The sparse attention of DeepSeek V3.2 and its like masks what the indexer left out for "eager" and "sdpa"
+    only, and leaves that to an attention of any other name.
+    """
+    if not cls.__name__.endswith("Attention"):
+        return False
+    return re.search(r"_attn_implementation (in|not in|==|!=) ", class_source(cls)) is not None
+
+
 def single_query_attention(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -26,7 +26,7 @@ def use_token_attention(model: Any) -> None:
     were. Which ones these are is found out by trying: nothing goes by the name of a model. Runs a forward of
     one token, and needs experts that answer something.
     """
-    if library() is None or model.device.type != "cpu":
+    if library() is None or model.device.type != "cpu" or model.config.is_encoder_decoder:
         return
     ways: list[Way] = []
     for module, arguments in _calls(model):

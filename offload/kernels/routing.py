@@ -8,6 +8,8 @@ from itertools import accumulate
 
 import torch
 
+from moe_local.cache.errors import MoeLocalError
+
 
 class Routing:
     """The router's choice for T tokens, K experts each, known to the host.
@@ -21,6 +23,11 @@ class Routing:
         self.tokens = tokens
         self.top_k = len(ids) // tokens if tokens else 0
         self.experts = list(dict.fromkeys(ids))
+        if tokens == 1 and len(self.experts) < len(ids):  # each would have one place, and the other none
+            raise MoeLocalError(
+                f"a router chose an expert twice for one token, {ids}; its table or weights are damaged: "
+                "get the checkpoint again"
+            )
         self._num_experts = num_experts
 
     @cached_property

@@ -10,29 +10,35 @@ from torch import nn
 
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.prefetch.routers import RouterSite, router_of
+from moe_local.offload.prefetch.views import ByToken, GivenMore, NoNorm, Ranked, TokenIds
 
 
 class Probe:
     """Hooks that watch one forward pass of a model whose experts answer zeros.
 
     Used as a context manager around any forward; afterwards `sites` says for each MoE layer which norm's
-    output its router read. None for a layer whose router takes more than the hidden state, or whose input
-    no norm made: such a layer is not predicted.
+    output its router read, and how to ask that router (`prefetch.views`). None for a layer whose router takes
+    something else that changes, or whose input no norm made: such a layer is not predicted.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._made_by: dict[int, nn.Module] = {}
         self._kept: list[torch.Tensor] = []  # keeps the outputs alive, so that no address is used twice
+        self._own: list[torch.Tensor] = []
+        self._experts: list[OffloadedExperts] = []
+        self._ids: TokenIds | None = None
         self.sites: list[RouterSite | None] = []
 
     def __enter__(self) -> Probe:
         self._hooks = []
+        self._own = [*self._model.parameters(), *self._model.buffers()]
         for name, module in self._model.named_modules():
             if "norm" in name.rsplit(".", 1)[-1].lower():
                 self._hooks.append(module.register_forward_hook(self._made))
             if isinstance(module, OffloadedExperts):
                 self.sites.append(None)
+                self._experts.append(module)
                 router = router_of(self._model, name)
                 if router is not None:
                     self._hooks.append(
@@ -44,6 +50,7 @@ class Probe:
         for hook in self._hooks:
             hook.remove()
         self._made_by.clear()
+        self._own = []
         self._kept.clear()
 
     def _made(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -52,13 +59,43 @@ class Probe:
         self._kept.append(tensor)
 
     def _asked(self, index: int) -> Callable[..., None]:
+        experts = self._experts[index]
+
         def asked(router: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            view = self._view(router, args, kwargs, output, experts)
             norm = self._made_by.get(args[0].data_ptr()) if args else None
-            tensors = [t for t in output if torch.is_tensor(t)] if isinstance(output, tuple) else []
-            integer = [t for t in tensors if not t.is_floating_point()]
-            if norm is not None and len(args) == 1 and not kwargs and len(integer) == 1:
-                weights = [t for t in tensors if t.is_floating_point() and t.shape == integer[0].shape]
-                if weights:
-                    self.sites[index] = RouterSite(router, norm)
+            if norm is None and any("norm" in name for name, _ in router.named_children()):
+                norm = NoNorm(router)
+            if view is not None and norm is not None:
+                self.sites[index] = RouterSite(view, norm)
 
         return asked
+
+    def _view(
+        self, router: nn.Module, args: Any, kwargs: Any, output: Any, experts: OffloadedExperts
+    ) -> nn.Module | None:
+        """The router as one that takes the hidden state alone and answers with weights and experts."""
+        tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(t)]
+        more = [*args[1:], *kwargs.values()]
+        if _choice(tensors, experts.num_experts):
+            if not more:
+                return router
+            if all(any(given is own for own in self._own) for given in more):
+                return GivenMore(router, args[1:], kwargs)
+            if len(more) == 1 and torch.is_tensor(more[0]) and more[0].dtype == torch.int64:
+                if self._ids is None:
+                    self._ids = TokenIds(router)
+                return ByToken(router, self._ids)
+            return None
+        top_k = getattr(router, "top_k", 1)
+        if not more and tensors and tensors[-1].shape[-1] == experts.num_experts and isinstance(top_k, int):
+            return Ranked(router, top_k)
+        return None
+
+
+def _choice(tensors: list[torch.Tensor], num_experts: int) -> bool:
+    """Whether these are a choice of experts, integers [T, K], with weights of the same shape."""
+    integer = [t for t in tensors if not t.is_floating_point()]
+    if len(integer) != 1 or integer[0].dim() != 2 or integer[0].shape[-1] == num_experts:
+        return False
+    return any(t.is_floating_point() and t.shape == integer[0].shape for t in tensors)
