@@ -13,7 +13,7 @@ class CacheStateError(RuntimeError):
 
 
 class SlotPool:
-    """A fixed number of slots for one layer's experts, and the tables around them.
+    """The slots of one layer's experts, whose number can only fall, and the tables around them.
 
     A present expert is loading or resident. Slots number from 0. The attributes are read directly by
     `ExpertCache`, whose fast path cannot afford a call per expert; only the methods here change `table`,
@@ -55,6 +55,11 @@ class SlotPool:
         self.loading.pop(expert, None)
         self.pins.pop(expert, None)
         self.unused.discard(expert)
+
+    def keep(self, slots: int) -> None:
+        """Take all but the first `slots` slots away; the others are empty."""
+        del self.expert_in[slots:]
+        self.free = [slot for slot in self.free if slot < slots]
 
     def lacking(self, experts: Container[int], absent: int) -> int:
         """How many slots are lacking to admit `absent` experts without evicting any of `experts`."""

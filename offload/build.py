@@ -9,13 +9,32 @@ from moe_local.cache.keys import ExpertKey
 from moe_local.cache.stats import RouterLoad
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.expert_file.expert_file import ExpertFile
+from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store import ExpertStore
-from moe_local.offload.tiers.arena import DeviceArena, HostArena
+from moe_local.offload.tiers.arena import HostArena
 from moe_local.offload.tiers.copies import CopySource
 from moe_local.offload.tiers.device import Device
+from moe_local.offload.tiers.device_arena import DeviceArena
 from moe_local.offload.tiers.tiers import Tier
 from moe_local.offload.tiers.transfer import FileSource, Location
+
+
+def build_arena(
+    file: ExpertFile,
+    spec: ModelSpec,
+    slots: Sequence[int],
+    device: Device | Sequence[Device],
+    *,
+    spare: int = 0,
+) -> DeviceArena:
+    """Memory for so many experts per MoE layer of `file` on a device, or each layer's on its own.
+
+    Has fewer slots, down to top-k, where a device refuses some and `spare` bytes are to be left to others;
+    see DeviceArena. Raises DoesNotFitError. The caller closes it, or the store that it is given to.
+    """
+    least = [min(layer.top_k, count) for layer, count in zip(spec.layers, slots, strict=True)]
+    return DeviceArena(slots, _strides(file, spec), device, least=least, spare=spare)
 
 
 def build_store(
@@ -23,21 +42,19 @@ def build_store(
     spec: ModelSpec,
     *,
     ram_slots: Sequence[int],
-    vram_slots: Sequence[int] | None = None,
-    device: Device | None = None,
+    arena: DeviceArena | None = None,
     policy: str = "lru",
     read_threads: int = 4,
     scheduler: MissScheduler | None = None,
 ) -> ExpertStore:
     """A store over `file` with so many slots per MoE layer; the caller closes it.
 
-    Without a device, RAM is the fastest tier and its misses are read from disk. With one, `vram_slots` are
-    the fastest, filled from RAM, which is filled from disk, and `scheduler` says what the CPU computes
-    instead. Nothing is loaded yet (`Tier.preload` does).
-    Raises DoesNotFitError if an arena is refused.
+    Without an arena on a device, RAM is the fastest tier and its misses are read from disk. With one, which
+    the store owns from now on, that is the fastest, filled from RAM, which is filled from disk, and
+    `scheduler` says what the CPU computes instead. Nothing is loaded yet (`Tier.preload` does).
+    Raises DoesNotFitError if RAM is refused.
     """
-    layouts = [[file.layout(layer.index, e) for e in range(layer.num_experts)] for layer in spec.layers]
-    strides = [max(layout.nbytes for layout in layer) for layer in layouts]
+    layouts = _layouts(file, spec)
 
     def size(layer: int, expert: int) -> int:
         return layouts[layer][expert].nbytes
@@ -46,17 +63,24 @@ def build_store(
         path, offset, nbytes = file.location(*key)
         return Location(path, offset, nbytes, file.checksum(*key))
 
-    host = HostArena(ram_slots, strides, pin=device is not None and device.torch_device.type == "cuda")
+    host = HostArena(ram_slots, _strides(file, spec), pin=arena is not None and arena.device.type == "cuda")
     disk = FileSource(locate, host.view, threads=read_threads)
     routed = RouterLoad([layer.num_experts for layer in spec.layers], [layer.top_k for layer in spec.layers])
     ram = Tier(ExpertCache(ram_slots, policy, size), host, disk)
     try:
-        if device is None or vram_slots is None:
+        if arena is None:
             return ExpertStore(ram, layouts, routed, disk=disk)
-        arena = DeviceArena(vram_slots, strides, device)
-        source = CopySource(ram, arena, device, lambda key: size(*key))
-        vram = Tier(ExpertCache(vram_slots, policy, size), arena, source, device)
+        source = CopySource(ram, arena, arena.devices, lambda key: size(*key))
+        vram = Tier(ExpertCache(arena.slots, policy, size), arena, source, arena.devices)
         return ExpertStore(vram, layouts, routed, disk=disk, below=ram, scheduler=scheduler)
     except BaseException:
         ram.close()  # its reader threads are running
         raise
+
+
+def _layouts(file: ExpertFile, spec: ModelSpec) -> list[list[Layout]]:
+    return [[file.layout(layer.index, e) for e in range(layer.num_experts)] for layer in spec.layers]
+
+
+def _strides(file: ExpertFile, spec: ModelSpec) -> list[int]:
+    return [max(layout.nbytes for layout in layer) for layer in _layouts(file, spec)]

@@ -178,7 +178,7 @@ class ExpertRunner:
         weights: torch.Tensor,
     ) -> LayerStep:
         """The step on hidden [T, D]; shared with the host where `here`, hidden on the host, is given."""
-        layout, device = self.store.layouts[experts.index][0], self.store.tier.device
+        layout, device = self.store.layouts[experts.index][0], self.store.tier.device_of(experts.index)
         step = self._kernels.begin(experts, hidden, routing, weights, layout)
         if here is None or device is None:
             return step

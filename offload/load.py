@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from moe_local.offload.build import build_store
+from moe_local.cache.errors import DoesNotFitError
+from moe_local.offload.build import build_arena, build_store
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import config_of, resolve
 from moe_local.offload.checkpoint.skeleton import load_skeleton
@@ -23,15 +25,19 @@ from moe_local.offload.model import Model
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan import bandwidth
 from moe_local.offload.plan.fit import plan_load
+from moe_local.offload.plan.placement import with_vram_slots
 from moe_local.offload.plan.plan import Plan
 from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.prefetch import NoPrefetch, Prefetcher, RouterPrefetcher
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.relief import Relief
 from moe_local.offload.schedule.calibrate import first_costs
 from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store import ExpertStore
 from moe_local.offload.tiers.device import CudaDevice, Device
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done ("converting", "loading"), how much of it is done, and how much there is."""
@@ -143,7 +149,29 @@ def assemble(
     device: Device | None,
     progress: Progress | None = None,
 ) -> Model:
-    """A Model as planned. `device`: what experts are cached on beside RAM; None: they are computed in RAM."""
+    """A Model as planned. `device`: what experts are cached on beside RAM; None: they are computed in RAM.
+
+    Where a device refuses part of what was planned for experts, the model goes on with fewer of them, and its
+    plan says so. Raises DoesNotFitError if even the rest does not fit.
+    """
+    try:
+        return _assemble(checkpoint, file, plan, options, target, device, progress)
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFitError(
+            f"{target} has less memory free than was planned with: {str(error).splitlines()[0].rstrip('.')}; "
+            "close other programs on the card or set a smaller --vram"
+        ) from error
+
+
+def _assemble(
+    checkpoint: Checkpoint,
+    file: ExpertFile,
+    plan: Plan,
+    options: LoadOptions,
+    target: torch.device,
+    device: Device | None,
+    progress: Progress | None,
+) -> Model:
     hf = load_skeleton(
         checkpoint.folder,
         checkpoint.config,
@@ -153,20 +181,26 @@ def assemble(
         activations=options.activations,
     )
     with contextlib.ExitStack() as undo:
+        with Probe(hf) as probe:
+            cache = probe_cache(hf)
+        kv = make_kv(hf, 1, plan.request.context, cache)
+        arena = None
+        if device is not None:  # last of all that is allocated there, since it can do with less
+            arena = build_arena(file, checkpoint.spec, plan.vram_slots, device, spare=plan.bytes.workspace)
+            undo.callback(arena.close)
+            plan = _as_allocated(plan, arena.slots)
         store = build_store(
             file,
             checkpoint.spec,
             ram_slots=plan.ram_slots,
-            vram_slots=plan.vram_slots if device is not None else None,
-            device=device,
+            arena=arena,
             policy=options.policy,
             scheduler=_scheduler(options, plan),
         )
         undo.callback(store.close)
-        with Probe(hf) as probe:
-            cache = probe_cache(hf)
-        kv = make_kv(hf, 1, plan.request.context, cache)
         engine = Engine(hf, kv, chunk=plan.chunk)
+        if arena is not None:
+            engine.relief = Relief(store.tier)
         prefetcher = _prefetcher(options, plan, store, probe)
         runner = ExpertRunner(store, prefetcher, options.activations)
         _fill(store, plan, progress)
@@ -190,6 +224,20 @@ def assemble(
         )
         undo.pop_all()
     return model
+
+
+def _as_allocated(plan: Plan, slots: tuple[int, ...]) -> Plan:
+    """The plan with the slots that there really are on the device; says so if those are fewer."""
+    found = with_vram_slots(plan, slots)
+    if found is not plan:
+        logger.warning(
+            "VRAM was refused half-way: room for %d of the %d experts that were planned for (mode %s); "
+            "close other programs on the card and load again to have them all",
+            sum(slots),
+            sum(plan.vram_slots),
+            found.mode,
+        )
+    return found
 
 
 def _prefetcher(options: LoadOptions, plan: Plan, store: ExpertStore, probe: Probe) -> Prefetcher:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -19,11 +21,16 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import MoeLocalError, OptionError
+from moe_local.cache.keys import format_bytes
 from moe_local.offload import interrupt
 from moe_local.offload.engine.kv_slab import KVRows, cache_argument
 from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.kernels.linear import NativeLinear
+from moe_local.offload.plan.footprint import MIN_CHUNK
+from moe_local.offload.relief import Shortage, shortage
 from moe_local.offload.threads import one_torch_thread
+
+logger = logging.getLogger(__name__)
 
 FEW_TOKENS, SHORT_CONTEXT, SMALL_MATRIX = 4, 2048, 1 << 20
 """Up to so many tokens, behind so many, with matrices of so many weights, torch's work fits one thread."""
@@ -81,6 +88,7 @@ class Engine:
 
     A step that raises, KeyboardInterrupt included, leaves every sequence as it was: lengths change only after
     a forward has finished, and what a sequence still has to compute is derived from its length in the cache.
+    So a step that ran out of the device's memory runs again, once something has given way.
     """
 
     def __init__(self, hf: Any, kv: KVRows, *, chunk: int) -> None:
@@ -102,6 +110,8 @@ class Engine:
         )
         self.tokens = 0
         """New tokens so far, of all sequences."""
+        self.relief: Callable[[Shortage], bool] | None = None
+        """Gives memory back that a step lacked, and says whether it did; None: nothing can."""
         self._members: list[Sequence] = []
         """By row, the parked one included."""
         self._parked: Sequence | None = None
@@ -195,17 +205,42 @@ class Engine:
         Raises KeyboardInterrupt at a safe point for a Ctrl-C during the step, and what the model raises.
         """
         with interrupt.deferred(), torch.inference_mode():
-            work = self._schedule()
-            if not work:
-                return []
-            try:
-                logits = self._forward(work)
-                tokens = self._sample(work, logits)
-            except BaseException:
-                for item in work:
-                    self.kv.abort(item.sequence.row)
-                raise
-            return self._emit(work, tokens)
+            while True:
+                turn = self._turn
+                work = self._schedule()
+                if not work:
+                    return []
+                try:
+                    logits = self._forward(work)
+                    tokens = self._sample(work, logits)
+                except BaseException as error:
+                    for item in work:
+                        self.kv.abort(item.sequence.row)
+                    lacking = shortage(error)
+                    if lacking is None:
+                        raise
+                else:
+                    return self._emit(work, tokens)
+                # Only here has the error let go of its trace, and so of all that the forward had allocated.
+                self._turn = turn
+                self._make_room(lacking, work)
+
+    def _make_room(self, lacking: Shortage, work: list[Work]) -> None:
+        """Do something about the memory that a step lacked: fewer experts in the cache, then shorter chunks.
+
+        Raises MoeLocalError where neither is left.
+        """
+        if self.relief is not None and self.relief(lacking):
+            return
+        shorter = min(self.chunk, max(len(item.ids) for item in work)) // 2
+        if shorter < MIN_CHUNK:
+            asked = f" ({format_bytes(lacking.nbytes)} more were asked for)" if lacking.nbytes else ""
+            raise MoeLocalError(
+                f"VRAM ran out{asked} and no expert is left that could give way; close other programs on the "
+                "card, or load with a smaller --context or --dense nf4"
+            )
+        self.chunk = shorter
+        logger.warning("VRAM ran out: prompts go in chunks of %d tokens from now on", shorter)
 
     def _schedule(self) -> list[Work]:
         """The rows of the next forward: one, in turn."""

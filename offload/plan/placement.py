@@ -9,6 +9,7 @@ count, not active ones: any expert may be needed next.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.spec import ModelSpec
@@ -31,18 +32,28 @@ def place(request: Request) -> Plan:
         return _refusal(request, parts, chunk, in_vram=cuda, needed=needed)
     if request.slots is None and chunk == _full_chunk(request):
         fastest = _most_slots(spec, sizes, budget - parts.fixed)
-    resident = fastest == _all_slots(spec)
     if not cuda:
-        none = (0,) * len(spec.layers)
-        return Plan(request, True, "resident" if resident else "disk", parts, chunk, none, fastest)
-    least = _slots(spec, spec.top_k)
-    needed = arena_bytes(least, sizes)
+        mode: Mode = "resident" if fastest == _all_slots(spec) else "disk"
+        return Plan(request, True, mode, parts, chunk, (0,) * len(spec.layers), fastest)
+    needed = arena_bytes(_slots(spec, spec.top_k), sizes)
     if needed > request.ram:
         return _refusal(request, parts, chunk, in_vram=False, needed=needed)
-    # With every expert in VRAM, RAM is only the way there.
-    below = least if resident else _most_slots(spec, sizes, request.ram)
-    mode: Mode = "resident" if resident else "offload" if below == _all_slots(spec) else "disk"
-    return Plan(request, True, mode, parts, chunk, fastest, below)
+    return _over_ram(Plan(request, True, None, parts, chunk, fastest, fastest))
+
+
+def _over_ram(plan: Plan) -> Plan:
+    """A plan of what VRAM holds, completed by what RAM does."""
+    request, spec = plan.request, plan.request.spec
+    everything = _all_slots(spec)
+    if plan.vram_slots == everything:  # RAM is only the way there
+        return replace(plan, mode="resident", ram_slots=_slots(spec, spec.top_k))
+    below = _most_slots(spec, footprint.expert_bytes(spec, request.experts), request.ram)
+    return replace(plan, mode="offload" if below == everything else "disk", ram_slots=below)
+
+
+def with_vram_slots(plan: Plan, slots: Sequence[int]) -> Plan:
+    """What becomes of a plan that fits, on a GPU, if VRAM has only so many slots; itself if it has all."""
+    return plan if tuple(slots) == plan.vram_slots else _over_ram(replace(plan, vram_slots=tuple(slots)))
 
 
 def _full_chunk(request: Request) -> int:
