@@ -60,7 +60,7 @@ class Relief:
         """Whether anything was given back. Call between steps, when nothing of the tier is leased."""
         given = False
         for device in self._tier.devices:
-            if lacking.card in (None, device.torch_device.index):
+            if lacking.card is None or device.torch_device.index in (None, lacking.card):
                 given |= self._shrink(device, lacking.nbytes + MARGIN)
         return given
 

@@ -31,6 +31,10 @@ class _Work:
             self.stream.advance(force=True)
 
 
+def _nothing() -> None:
+    """What is left of a step that has run."""
+
+
 class _Stream:
     """Work in the order in which it was issued, as a CUDA stream."""
 
@@ -54,7 +58,7 @@ class _Stream:
             work.needs.work.force()
         self.queue.pop(0)
         work.run()
-        work.done = True
+        work.done, work.run, work.needs = True, _nothing, None  # an event keeps no memory
         return True
 
 

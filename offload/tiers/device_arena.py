@@ -111,14 +111,10 @@ class DeviceArena(Arena):
         refused: DoesNotFitError | None = None
         for segment in self._cut(mine, size):
             try:
-                memory = device.allocate(segment.nbytes)
+                self._add(device, segment)
             except DoesNotFitError as error:
                 refused = error
                 break
-            sizes = [self.strides[layer] for layer, _ in segment.slots]
-            for (layer, _), view in zip(segment.slots, views_of(memory, sizes), strict=True):
-                self._buffers[layer].append(view)
-            self._segments[device].append(segment)
         if refused is None:
             return
         left = 0
@@ -131,6 +127,13 @@ class DeviceArena(Arena):
         if left < spare or not enough:
             raise refused
         device.trim()
+
+    def _add(self, device: Device, segment: _Segment) -> None:
+        memory = device.allocate(segment.nbytes)
+        views = views_of(memory, [self.strides[layer] for layer, _ in segment.slots])
+        for (layer, _), view in zip(segment.slots, views, strict=True):
+            self._buffers[layer].append(view)
+        self._segments[device].append(segment)
 
     def _cut(self, slots: Sequence[int], size: int) -> Iterator[_Segment]:
         """The turns over these slots, in segments of `size` bytes at least."""
