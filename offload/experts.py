@@ -114,6 +114,7 @@ class ExpertRunner:
         self.prefetcher = prefetcher
         self._kernels = LayerKernels(activations)
         device = store.tier.arena.device
+        self._several = len(store.tier.devices) > 1
         self._inputs, self._answers = Staging(device), Staging(device)
 
     def measure(self, experts: OffloadedExperts, hidden_size: int, dtype: torch.dtype) -> None:
@@ -134,6 +135,16 @@ class ExpertRunner:
     ) -> torch.Tensor:
         """As OffloadedExperts.forward. Raises KeyboardInterrupt if a deferred Ctrl-C is pending."""
         check_interrupt()
+        if (
+            self._several and hidden.is_cuda
+        ):  # Triton launches on the current device, wherever its tensors are
+            with torch.cuda.device(hidden.device):
+                return self._run(experts, hidden, index, weights)
+        return self._run(experts, hidden, index, weights)
+
+    def _run(
+        self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         layer = experts.index
         guesses = self.prefetcher.predict(layer)
         shared = self._may_share(experts, hidden, index)
@@ -209,7 +220,10 @@ def to_host(
     """The router's choice, the guesses and hidden, if given, in one transfer: one wait for the device."""
     if hidden is None and not guesses and index.shape[0] == 1:
         return OnHost(index.tolist()[0], [], None)
-    numbers = torch.cat([index.flatten(), *guesses]) if guesses else index.flatten()
+    # a guess was made where the layer is that it is about
+    numbers = (
+        torch.cat([index.flatten(), *(g.to(index.device) for g in guesses)]) if guesses else index.flatten()
+    )
     if hidden is None or hidden.device.type == "cpu":
         flat = numbers.tolist()
     else:

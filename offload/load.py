@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,9 +12,10 @@ import torch
 from moe_local.cache.errors import DoesNotFitError
 from moe_local.offload.build import build_arena, build_store
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.checkpoint.device_map import device_map
 from moe_local.offload.checkpoint.hub import config_of, resolve
 from moe_local.offload.checkpoint.skeleton import load_skeleton
-from moe_local.offload.checkpoint.spec import model_spec
+from moe_local.offload.checkpoint.spec import meta_model, model_spec
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.kv_slab import make_kv, probe_cache
@@ -47,7 +48,7 @@ def load(
     model: str | Path,
     *,
     device: str = "auto",
-    vram: str | int | None = None,
+    vram: str | int | Sequence[str | int] | None = None,
     ram: str | int | None = None,
     slots: int | None = None,
     experts: str = "nf4",
@@ -81,19 +82,21 @@ def load(
             "miss": miss,
         }
     )
-    target = options.torch_device()
+    targets = options.torch_devices()
+    target = targets[0]
     name = str(model)
     speeds = bandwidth.saved(moe_local_home())
-    plan_load(name, model_spec(config_of(model, carried=False)), options, target, speeds)
+    plan_load(name, model_spec(config_of(model, carried=False)), options, targets, speeds)
     if target.type == "cuda" and options.miss != "fetch" and speeds.assumed(("ram", "h2d", "vram")):
         speeds = bandwidth.measure_links(speeds, target)
         bandwidth.save(speeds, moe_local_home())
     checkpoint = Checkpoint.open(resolve(model), name)
-    plan = plan_load(name, checkpoint.spec, options, target, speeds)
+    plan = plan_load(name, checkpoint.spec, options, targets, speeds)
     gpu = target if target.type == "cuda" else None
     file = open_experts(checkpoint, options.experts, progress=progress, gpu=gpu)
-    on_device = CudaDevice(target) if target.type == "cuda" else None
-    return assemble(checkpoint, file, plan, options, target, on_device, progress)
+    targets = targets[: len(plan.cards) or 1]
+    cards = [CudaDevice(card) for card in targets if card.type == "cuda"]
+    return assemble(checkpoint, file, plan, options, targets, cards, progress)
 
 
 def convert(
@@ -145,20 +148,25 @@ def assemble(
     file: ExpertFile,
     plan: Plan,
     options: LoadOptions,
-    target: torch.device,
-    device: Device | None,
+    target: torch.device | Sequence[torch.device],
+    device: Device | Sequence[Device] | None,
     progress: Progress | None = None,
 ) -> Model:
-    """A Model as planned. `device`: what experts are cached on beside RAM; None: they are computed in RAM.
+    """A Model as planned.
+
+    `target`: where the dense part goes; `device`: what experts are cached on beside RAM, none: they are
+    computed in RAM. Both are one for each card of a plan that has several.
 
     Where a device refuses part of what was planned for experts, the model goes on with fewer of them, and its
     plan says so. Raises DoesNotFitError if even the rest does not fit.
     """
+    targets = [target] if isinstance(target, torch.device) else list(target)
+    cards = list(device) if isinstance(device, Sequence) else [] if device is None else [device]
     try:
-        return _assemble(checkpoint, file, plan, options, target, device, progress)
+        return _assemble(checkpoint, file, plan, options, targets, cards, progress)
     except torch.OutOfMemoryError as error:
         raise DoesNotFitError(
-            f"{target} has less memory free than was planned with: {str(error).splitlines()[0].rstrip('.')}; "
+            f"there is less memory free than was planned with: {str(error).splitlines()[0].rstrip('.')}; "
             "close other programs on the card or set a smaller --vram"
         ) from error
 
@@ -168,8 +176,8 @@ def _assemble(
     file: ExpertFile,
     plan: Plan,
     options: LoadOptions,
-    target: torch.device,
-    device: Device | None,
+    targets: Sequence[torch.device],
+    cards: Sequence[Device],
     progress: Progress | None,
 ) -> Model:
     hf = load_skeleton(
@@ -177,16 +185,19 @@ def _assemble(
         checkpoint.config,
         dense=options.dense,
         dtype=plan.request.dtype,
-        device=target,
+        device=targets[0],
         activations=options.activations,
+        device_map=_device_map(checkpoint, plan, targets),
     )
     with contextlib.ExitStack() as undo:
         with Probe(hf) as probe:
             cache = probe_cache(hf)
         kv = make_kv(hf, 1, plan.request.context, cache)
         arena = None
-        if device is not None:  # last of all that is allocated there, since it can do with less
-            arena = build_arena(file, checkpoint.spec, plan.vram_slots, device, spare=plan.bytes.workspace)
+        if cards:  # last of all that is allocated there, since it can do with less
+            by_layer = [cards[plan.card_of(layer.index)] for layer in checkpoint.spec.layers]
+            spare = plan.bytes.workspace // len(cards)
+            arena = build_arena(file, checkpoint.spec, plan.vram_slots, by_layer, spare=spare)
             undo.callback(arena.close)
             plan = _as_allocated(plan, arena.slots)
         store = build_store(
@@ -224,6 +235,13 @@ def _assemble(
         )
         undo.pop_all()
     return model
+
+
+def _device_map(checkpoint: Checkpoint, plan: Plan, targets: Sequence[torch.device]) -> dict[str, str] | None:
+    """Where each part of the model goes; None: all to one device."""
+    if len(plan.cards) < 2:
+        return None
+    return device_map(meta_model(checkpoint.config), [card.layers.stop for card in plan.cards], targets)
 
 
 def _as_allocated(plan: Plan, slots: tuple[int, ...]) -> Plan:

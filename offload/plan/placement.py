@@ -14,11 +14,14 @@ from dataclasses import replace
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.plan import footprint
+from moe_local.offload.plan.cards import Cards, layers_by_card, refusal
 from moe_local.offload.plan.plan import Bytes, Mode, Plan, Request, arena_bytes
 
 
 def place(request: Request) -> Plan:
     """Place the model. A plan that does not fit says what is missing and by how much; never raises."""
+    if request.cards:
+        return _place_on_cards(request)
     spec, cuda = request.spec, request.vram is not None
     sizes = footprint.expert_bytes(spec, request.experts)
     budget = request.ram if request.vram is None else request.vram
@@ -39,6 +42,43 @@ def place(request: Request) -> Plan:
     if needed > request.ram:
         return _refusal(request, parts, chunk, in_vram=False, needed=needed)
     return _over_ram(Plan(request, True, None, parts, chunk, fastest, fastest))
+
+
+def _place_on_cards(request: Request) -> Plan:
+    """`place` where there are several cards."""
+    spec, sizes = request.spec, footprint.expert_bytes(request.spec, request.experts)
+    least = spec.top_k if request.slots is None else min(request.slots, spec.num_experts)
+    chunk = _full_chunk(request)
+    while (
+        found := (on := Cards.of(request, chunk)).cut(least)
+    ) is None and chunk // 2 >= footprint.MIN_CHUNK:
+        chunk //= 2
+    count = len(request.cards)
+    overheads = sum(footprint.cuda_overhead(card) for card in request.cards)
+    parts = Bytes(
+        dense=footprint.dense_bytes(spec, request.dense, cuda=True),
+        kv=spec.num_layers * -(-footprint.kv_bytes(spec, request.context, request.dtype) // spec.num_layers),
+        workspace=count * on.workspace + overheads,
+        expert=max(sizes),
+        experts_total=arena_bytes(_all_slots(spec), sizes),
+    )
+    none = (0,) * len(spec.layers)
+    if found is None:
+        lacking = on.shortfall(least)
+        reason = refusal(request, lacking, least)
+        return Plan(request, False, None, parts, chunk, none, none, lacking, reason)
+    needed = arena_bytes(_slots(spec, spec.top_k), sizes)
+    if needed > request.ram:
+        return _refusal(request, parts, chunk, in_vram=False, needed=needed)
+    slots = list(_slots(spec, least))
+    if request.slots is None and chunk == _full_chunk(request):
+        for card, mine in zip(found, layers_by_card(found, spec), strict=True):
+            if mine:
+                part = replace(spec, layers=tuple(spec.layers[index] for index in mine))
+                most = _most_slots(part, [sizes[index] for index in mine], card.vram - card.fixed)
+                for index, each in zip(mine, most, strict=True):
+                    slots[index] = each
+    return _over_ram(Plan(request, True, None, parts, chunk, tuple(slots), none, cards=found))
 
 
 def _over_ram(plan: Plan) -> Plan:
