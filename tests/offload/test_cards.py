@@ -129,7 +129,7 @@ class TestPlan:
         assert place(request(*enough)).fits
         assert not place(request(*(card - 1 for card in enough))).fits
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=50, deadline=None)
     @given(
         cards=cards_of_any_size,
         more=st.integers(0, 8 * GIB),
@@ -181,7 +181,7 @@ class TestPlan:
             ("20GiB", (20 * GIB, 11 * GIB)),
             ("12GiB,8GiB", (12 * GIB, 8 * GIB)),
         ):
-            options = LoadOptions(vram=vram, ram=64 * GIB, experts="bf16")  # type: ignore[arg-type]
+            options = LoadOptions(vram=vram, ram=64 * GIB)  # type: ignore[arg-type]
             plan = plan_load("m", MIXTRAL, options, devices, Bandwidths())
             assert plan.request.cards == expected
         options = LoadOptions(vram="20GiB", ram=64 * GIB)  # type: ignore[arg-type]
@@ -235,8 +235,10 @@ def two_cards(checkpoint: Checkpoint, slots: int | None, room: int) -> tuple[Pla
     return plan, options
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
-@pytest.mark.parametrize(("slots", "prefetch"), [(2, "off"), (3, "router"), (8, "off")])
+@pytest.mark.parametrize(
+    ("model_type", "slots", "prefetch"),
+    [("mixtral", 2, "off"), ("mixtral", 3, "router"), ("mixtral", 8, "off"), ("qwen3_moe", 3, "router")],
+)
 def test_ids_are_those_of_one_card(
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],

@@ -22,6 +22,7 @@ from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.kv_slab import make_kv
 from moe_local.offload.engine.own_caches import OwnCaches
 from moe_local.offload.engine.sampling import make_settings
+from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan.fit import plan_memory
@@ -267,6 +268,38 @@ def test_a_stream_goes_on_over_a_shortage(tiny_mixtral: Path, make_device: Calla
             assert memory.raised == 2
         assert found == expected
         model.check_integrity()
+
+
+def test_memory_that_runs_out_between_two_groups_of_experts(
+    tiny_mixtral: Path, make_device: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then a lease is out, and others of the layer are on their way."""
+    made = Made(tiny_mixtral, 4)
+    with made.model(make_device()) as model:
+        expected = ids(model)
+    left, groups = [0], []
+    begin = LayerKernels.begin
+
+    def counted(self: LayerKernels, *args: Any, **kwargs: Any) -> Any:
+        step = begin(self, *args, **kwargs)
+        compute = step.compute
+
+        def run(group: Any) -> None:
+            compute(group)
+            groups.append(len(group))
+            if left[0] and len(groups) % 7 == 3:
+                left[0] -= 1
+                raise torch.OutOfMemoryError(TEXT)
+
+        step.compute = run
+        return step
+
+    monkeypatch.setattr(LayerKernels, "begin", counted)
+    with made.model(make_device()) as model:
+        left[0] = 5
+        assert ids(model) == expected
+        assert left == [0]
+        assert sum(model.plan.vram_slots) == 12 - 5
 
 
 def test_transformers_own_generate_is_told_to_call_again(

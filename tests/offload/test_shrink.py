@@ -158,14 +158,18 @@ def test_only_the_card_that_is_short_gives_way(make_rig: Make, make_device: Make
 )
 @given(seed=st.integers(0, 10**6))
 def test_any_sequence_of_events_and_shrinks(
-    make_rig: Make, make_device: Make, mode: str, lazy: bool, seed: int
+    make_rig: Make, make_device: Make, any_scheduler: Make, mode: str, lazy: bool, seed: int
 ) -> None:
     """Needs, prefetches, leases over several steps and shrinks, in any order, on one card or two."""
     rng = random.Random(seed)
     two = [make_device(seed, lazy=lazy), make_device(seed + 1, lazy=lazy)]
     cards = [two[0], two[rng.randrange(2)], two[1]]
     device = cards if seed % 2 else two[0]
-    rig = make_rig(mode, slots=rng.randint(3, 7), ram_slots=rng.choice((2, 4)), least=2, device=device)
+    scheduler = any_scheduler(seed) if seed % 3 == 0 else None
+    slots_below = rng.choice((2, 4))
+    rig = make_rig(
+        mode, slots=rng.randint(3, 7), ram_slots=slots_below, least=2, device=device, scheduler=scheduler
+    )
     held: list[ExpertKey] = []
     for _ in range(60):
         layer, expert = rng.randrange(3), rng.randrange(8)
