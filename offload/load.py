@@ -211,7 +211,7 @@ def _assemble(
         undo.callback(store.close)
         engine = Engine(hf, kv, chunk=plan.chunk)
         if arena is not None:
-            engine.relief = Relief(store.tier)
+            engine.relief = Relief(store.tier, arena)
         prefetcher = _prefetcher(options, plan, store, probe)
         runner = ExpertRunner(store, prefetcher, options.activations)
         _fill(store, plan, progress)

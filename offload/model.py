@@ -81,8 +81,8 @@ class Model:
         """What lies where: as it was planned and allocated, less the experts that had to give way since."""
         parts = self._parts
         if parts is not None and parts.store.below is not None:
-            slots = parts.store.tier.arena.slots
-            if slots != self._plan.vram_slots and any(slots):  # none while it is being closed
+            slots = tuple(parts.store.slots(layer) for layer in range(len(self._plan.vram_slots)))
+            if slots != self._plan.vram_slots:
                 mode = "disk" if self._plan.mode == "resident" else self._plan.mode
                 self._plan = replace(self._plan, vram_slots=slots, mode=mode)
         return self._plan

@@ -11,6 +11,7 @@ import torch
 
 from moe_local.cache.keys import format_bytes, parse_bytes
 from moe_local.offload.tiers.device import Device
+from moe_local.offload.tiers.device_arena import DeviceArena
 from moe_local.offload.tiers.shrink import shrink
 from moe_local.offload.tiers.tiers import Tier
 
@@ -53,8 +54,10 @@ class Relief:
     cache that grows and shrinks under an answer is worse than a small one.
     """
 
-    def __init__(self, tier: Tier) -> None:
+    def __init__(self, tier: Tier, arena: DeviceArena) -> None:
+        """`arena`: the tier's, as far as its memory is on devices."""
         self._tier = tier
+        self._arena = arena
 
     def __call__(self, lacking: Shortage) -> bool:
         """Whether anything was given back. Call between steps, when nothing of the tier is leased."""
@@ -66,7 +69,7 @@ class Relief:
 
     def _shrink(self, device: Device, nbytes: int) -> bool:
         before = self._slots(device)
-        freed = shrink(self._tier, nbytes, device)
+        freed = shrink(self._tier, self._arena, nbytes, device)
         if freed:
             others = device.taken_by_others()
             logger.warning(

@@ -99,7 +99,7 @@ class Rig:
             self.store = ExpertStore(self.ram, self.layouts, routed, disk=self.disk)
             return
         least = None if self.least is None else [self.least] * self.num_layers
-        arena = DeviceArena([slots] * self.num_layers, strides, self.device, least=least)
+        arena = self.arena = DeviceArena([slots] * self.num_layers, strides, self.device, least=least)
         self.copies = CopySource(self.ram, arena, arena.devices, lambda key: self.size(*key))
         cache = ExpertCache(arena.slots, "lru", self.size)
         self.tier = Tier(cache, arena, self.copies, arena.devices)

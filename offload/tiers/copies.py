@@ -62,7 +62,7 @@ class CopySource:
         self.watch: Watch | None = None
         self._lower = lower
         self._arena = arena
-        self._devices = per_layer(device, len(arena.strides))
+        self._devices = per_layer(device, lower.cache.layers)
         self._nbytes = nbytes
         self._waiting: list[CopyLoad] = []
         self._copying: list[CopyLoad] = []

@@ -15,15 +15,14 @@ WAIT_SECONDS = 0.1
 """Longest wait between two looks at pending interrupts."""
 
 
-def shrink(tier: Tier, nbytes: int, device: Device) -> int:
+def shrink(tier: Tier, arena: DeviceArena, nbytes: int, device: Device) -> int:
     """Give slots of `device` up until `nbytes` have come back or no more can go; the bytes that came back.
 
-    The arena says which slots are next. What they hold is evicted; loads into them are cancelled, or waited
-    for where they cannot be; kernels that read them are waited for. Ends at a leased slot: whoever has the
-    lease may go on. Where a Ctrl-C raises KeyboardInterrupt, all tables agree.
+    The tier's `arena` says which slots are next. What they hold is evicted; loads into them are cancelled, or
+    waited for where they cannot be; kernels that read them are waited for. Ends at a leased slot: whoever has
+    the lease may go on. Where a Ctrl-C raises KeyboardInterrupt, all tables agree.
     """
-    arena, source = tier.arena, tier.source
-    assert isinstance(arena, DeviceArena)
+    source = tier.source
     assert isinstance(source, CopySource)
     freed = 0
     try:

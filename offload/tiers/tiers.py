@@ -156,9 +156,9 @@ class Tier:
         self.source.check_integrity()
         if isinstance(self.arena, DeviceArena):
             self.arena.check_integrity()
-        slots = tuple(self.cache.slots(layer) for layer in range(self.cache.layers))
-        if self.arena.slots not in (slots, (0,) * len(slots)):  # all 0 once it is closed
-            raise RuntimeError(f"the cache has {slots} slots, the arena {self.arena.slots}")
+            slots = tuple(self.cache.slots(layer) for layer in range(self.cache.layers))
+            if self.arena.slots not in (slots, (0,) * len(slots)):  # all 0 once it is closed
+                raise RuntimeError(f"the cache has {slots} slots, the arena {self.arena.slots}")
         loading = {
             ExpertKey(layer, expert)
             for layer in range(self.cache.layers)

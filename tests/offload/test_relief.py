@@ -104,6 +104,12 @@ def ids(model: moe_local.Model, prompt: list[int] = PROMPT) -> list[int]:
     return out.token_ids
 
 
+def strides(model: moe_local.Model) -> list[int]:
+    """Bytes of a slot of each layer."""
+    arena = model._open().store.tier.arena
+    return [arena.buffer(layer, 0).numel() for layer in range(3)]
+
+
 # What an error says
 
 
@@ -230,7 +236,7 @@ def test_experts_give_way_and_the_ids_stay_the_same(
     with made.model(make_device()) as model:
         expected = ids(model)
     with made.model(device) as model:
-        stride = model._open().store.tier.arena.strides[0]
+        stride = strides(model)[0]
         resident = slots == 8
         assert model.plan.mode == ("resident" if resident else "offload")
         with hungry(model.hf) as memory, caplog.at_level(logging.WARNING):
@@ -325,7 +331,7 @@ def test_a_load_that_is_refused_half_way_goes_on_with_fewer(
     made = Made(tiny_mixtral, 8)
     with made.model(make_device()) as model:
         expected = ids(model)
-        stride = model._open().store.tier.arena.strides[0]
+        stride = strides(model)[0]
     spare = 2 * stride
     made.plan = replace(made.plan, bytes=replace(made.plan.bytes, workspace=spare))
     device = make_device(capacity=13 * stride + spare + stride // 2)

@@ -32,10 +32,10 @@ def slots(rig: Any) -> list[int]:
 def tightened(rig: Any, nbytes: int, device: Any = None) -> int:
     """Shrink, and see that just that came back."""
     device = device or rig.devices[0]
-    before, generation = device.allocated, rig.tier.arena.generation
-    freed = shrink(rig.tier, nbytes, device)
+    before, generation = device.allocated, rig.arena.generation
+    freed = shrink(rig.tier, rig.arena, nbytes, device)
     assert before - device.allocated == freed
-    assert (rig.tier.arena.generation > generation) == (freed > 0)
+    assert (rig.arena.generation > generation) == (freed > 0)
     rig.store.check_integrity()
     return freed
 
@@ -45,9 +45,9 @@ def test_all_but_the_least_comes_back_and_the_rest_serves_on(make_rig: Make, mod
     rig = make_rig(mode, slots=6, least=2)
     for layer in range(3):
         rig.step(layer, [0, 1, 2, 3, 4, 5])
-    stride = rig.tier.arena.strides[0]
+    stride = rig.arena.strides[0]
     freed = tightened(rig, 1)  # a slot of the last layer, whole
-    assert freed == rig.tier.arena.strides[2]
+    assert freed == rig.arena.strides[2]
     assert slots(rig) == [6, 6, 5]
     assert rig.devices[0].trims == 1
     freed = tightened(rig, stride + 1)
@@ -58,7 +58,7 @@ def test_all_but_the_least_comes_back_and_the_rest_serves_on(make_rig: Make, mod
     assert slots(rig) == [2, 2, 2]
     assert rig.store.snapshot().evictions == 12
     assert tightened(rig, EVERYTHING) == 0
-    assert rig.devices[0].allocated == rig.tier.arena.nbytes == 2 * sum(rig.tier.arena.strides)
+    assert rig.devices[0].allocated == rig.arena.nbytes == 2 * sum(rig.arena.strides)
     for layer in range(3):
         assert sorted(rig.tier.cache.residents(layer)) == [0, 1]
         rig.step(layer, [7, 0, 3, 5])  # in waves
@@ -77,8 +77,8 @@ def test_a_leased_slot_and_those_below_it_stay(make_rig: Make) -> None:
         rig.step(layer, [0, 1, 2, 3])
     leased = rig.store.serve(1, [2])  # in slot 2
     group = next(leased)
-    freed = shrink(rig.tier, EVERYTHING, rig.devices[0])
-    assert freed == sum(rig.tier.arena.strides) + rig.tier.arena.strides[2]
+    freed = shrink(rig.tier, rig.arena, EVERYTHING, rig.devices[0])
+    assert freed == sum(rig.arena.strides) + rig.arena.strides[2]
     assert slots(rig) == [3, 3, 2]
     rig.check_lease(1, group[0])
     leased.close()
