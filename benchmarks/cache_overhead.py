@@ -14,7 +14,7 @@ them alike; medians and 95th percentiles are over all samples. Times are CPU tim
 never waits, so what other programs take from it on a busy machine is left out. The garbage collector runs
 as it does in the product.
 
-Run: python benchmarks/cache_overhead.py [--policy lru] [--rounds 20] [--seed 0] [--json FILE]
+Run: python benchmarks/cache_overhead.py [--policy adaptive] [--rounds 20] [--seed 0] [--json FILE]
 The last line printed is one JSON object; --json also writes it to FILE.
 """
 
@@ -178,7 +178,7 @@ def row(case: Case) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Time the cache's bookkeeping of a token.")
-    parser.add_argument("--policy", default="lru", choices=list(POLICIES))
+    parser.add_argument("--policy", default="adaptive", choices=list(POLICIES))
     parser.add_argument("--rounds", type=int, default=20, help="timed passes over each case")
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic routes")
     parser.add_argument("--json", type=Path, help="write the result here as well")

@@ -9,34 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import moe_local
+from moe_local.offload.measure.floor import Weights, planned_weights
 from moe_local.offload.plan.bandwidth import Bandwidths
-from moe_local.offload.plan.estimate import read_per_token
-from moe_local.offload.plan.footprint import expert_bytes
-from moe_local.offload.plan.plan import Plan
 from moe_local.offload.records import GenerationStats
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """What one decoded token reads; of the input embedding it reads a row, which is left out."""
-
-    expert_bytes: int
-    """The experts that a token is routed to, of all layers."""
-    expert_numel: int
-    dense_bytes: int
-    dense_numel: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.expert_bytes + self.dense_bytes
-
-    def bits(self) -> dict[str, float]:
-        """Bits per weight, scales included."""
-        return {
-            "all": 8 * self.nbytes / (self.expert_numel + self.dense_numel),
-            "experts": 8 * self.expert_bytes / self.expert_numel,
-            "dense": 8 * self.dense_bytes / self.dense_numel,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +75,17 @@ class Configuration(Contender):
         prefetch: str,
         activations: str,
         miss: str = "auto",
+        policy: str = "adaptive",
     ) -> None:
         name = f"{slots or 'all that fit'} slots, prefetch {prefetch}, {activations}"
         if model.hf.device.type != "cpu":
             name += f", miss {miss}"
+        if policy != "adaptive":
+            name += f", {policy}"
         super().__init__(name, planned_weights(model.plan))
         self.miss = miss
+        self.policy = policy
+        self.but_policy = (slots, prefetch, activations, miss)
         self.model = model
         self.prefetch = prefetch
         self.activations = activations
@@ -140,6 +120,7 @@ class Configuration(Contender):
             "prefetch": self.prefetch,
             "activations": self.activations,
             "miss": self.miss,
+            "policy": self.policy,
             "ttft_s": statistics.median(run.ttft_s for run in runs),
             "hit_rate": sum(r.hits for r in runs) / max(1, sum(r.hits + r.misses for r in runs)),
             "stall_ms_per_token": 1000 * sum(run.stall_s for run in runs) / tokens,
@@ -156,20 +137,6 @@ class Configuration(Contender):
             "h2d": sum(moved.h2d for moved in counted) / self._tokens,
             "disk": sum(moved.disk for moved in counted) / self._tokens,
         }
-
-
-def planned_weights(plan: Plan) -> Weights:
-    """From the plan's sizes."""
-    spec, dense = plan.request.spec, plan.bytes.dense
-    tables = [tensor for tensor in spec.dense if tensor.shape == (spec.vocab_size, spec.hidden_size)]
-    looked_up = tables[0].numel if len(tables) > 1 else 0
-    sizes = expert_bytes(spec, plan.request.experts)
-    return Weights(
-        expert_bytes=sum(layer.top_k * size for layer, size in zip(spec.layers, sizes, strict=True)),
-        expert_numel=sum(layer.top_k * layer.expert_numel for layer in spec.layers),
-        dense_bytes=read_per_token(spec, dense, 0, plan.request.context, plan.request.dtype.itemsize),
-        dense_numel=spec.dense_numel - looked_up,
-    )
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

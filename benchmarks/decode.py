@@ -1,18 +1,18 @@
 """How fast are tokens generated, what does the memory allow, and what do others need for the same model?
 
 Method. Every contender holds the model at the same time: each configuration of moe-local (slots x prefetch x
-activations x miss) in this process, each peer in a process and an environment of its own. A round gives all
-of them the same prompt, one after the other, so that a disturbance hits all alike; who begins changes from
-round to round, and so does the prompt, whose keys and values nobody may have kept. The first round warms up
-and does not count. Greedy; the ids of configurations with the same activations must agree.
+activations x miss x policy) in this process, each peer in a process and an environment of its own. A round
+gives all of them the same prompt, one after the other, so that a disturbance hits all alike; who begins
+changes from round to round, and so does the prompt, whose keys and values nobody may have kept. The first
+round warms up and does not count. Greedy; the ids of configurations with the same activations must agree.
   ms/token  from the first new token to the last; the median over rounds, with the lowest and highest
   prefill   prompt tokens a second, from the call to the first new token
   floor     bytes that a token must move / the best bandwidth measured in the run, RAM's after each round: the
             dense part and a token's experts once from the fastest tier, and the experts that missed, as
             counted, once from the tier below. Nothing overlaps in it but tiers: the slowest tier decides.
   bits      per weight that a decoded token reads, scales included
-  ratio     tokens a second of ours over the peer's in the same round: the median, and the interval that holds
-            the true median with 95 % confidence (ratio.py)
+  ratio     tokens a second of ours over the peer's, or one policy's over another's, in the same round: the
+            median, and the interval that holds the true median with 95 % confidence (ratio.py)
 The prompt is text from this repository. On a GPU, --vram bounds the card (24GiB stands for a consumer card).
 --synthetic writes a checkpoint of random weights below MOE_LOCAL_HOME and keeps it, as the peers keep theirs;
 llama.cpp is installed there on first use (peers/install.py).
@@ -77,13 +77,15 @@ def write_synthetic(name: str, layers: int | None) -> Path:
     return folder
 
 
-def choices(options: argparse.Namespace) -> Iterator[tuple[int | None, str, str, str]]:
-    yield from itertools.product(options.slots, options.prefetch, options.activations, options.miss)
+def choices(options: argparse.Namespace) -> Iterator[tuple[int | None, str, str, str, str]]:
+    yield from itertools.product(
+        options.slots, options.prefetch, options.activations, options.miss, options.policy
+    )
 
 
 @contextlib.contextmanager
 def loaded(
-    options: argparse.Namespace, slots: int | None, prefetch: str, activations: str, miss: str
+    options: argparse.Namespace, slots: int | None, prefetch: str, activations: str, miss: str, policy: str
 ) -> Iterator[Configuration]:
     extra = {"vram": options.vram} if options.vram else {}
     with moe_local.load(
@@ -96,9 +98,12 @@ def loaded(
         dense=options.dense,
         context=options.context,
         miss=miss,
+        policy=policy,
         **extra,
     ) as model:
-        yield Configuration(model, slots=slots, prefetch=prefetch, activations=activations, miss=miss)
+        yield Configuration(
+            model, slots=slots, prefetch=prefetch, activations=activations, miss=miss, policy=policy
+        )
 
 
 def started_peers(options: argparse.Namespace, configurations: Sequence[Configuration]) -> Iterator[Peer]:
@@ -169,6 +174,8 @@ def report(
     rows = [configuration.summary(bandwidths) for configuration in configurations]
     peer_rows = [peer.summary(bandwidths) for peer in peers]
     ratios = [ratio(ours, peer) for ours in configurations for peer in peers]
+    pairs = itertools.combinations(configurations, 2)
+    ratios += [ratio(one, other) for one, other in pairs if one.but_policy == other.but_policy]
     print_tables([*rows, *peer_rows], ratios, bandwidths, ram_each)
     plan = configurations[0].model.plan.to_dict()
     result = {
@@ -194,7 +201,7 @@ def report(
     print(json.dumps(result))
 
 
-def ratio(ours: Configuration, peer: Peer) -> dict[str, Any]:
+def ratio(ours: Configuration, peer: Contender) -> dict[str, Any]:
     """Tokens a second of ours over the peer's, by rounds."""
     decode = Ratio.of([1 / a.ms_per_token for a in ours.answers], [1 / a.ms_per_token for a in peer.answers])
     prefill = Ratio.of(
@@ -261,6 +268,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--slots", type=int, nargs="+", default=[None])
     parser.add_argument("--prefetch", nargs="+", help="default: off router; off for a synthetic model")
     parser.add_argument("--miss", nargs="+", default=["auto"], help="default: auto")
+    parser.add_argument("--policy", nargs="+", default=["adaptive"], help="default: adaptive")
     parser.add_argument("--experts", default="nf4")
     parser.add_argument(
         "--activations", nargs="+", help="default: native; all there are for a synthetic model"

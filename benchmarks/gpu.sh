@@ -23,3 +23,6 @@ python benchmarks/decode.py "$work/mixtral" --vram 24GiB --slots 2 4 8 --prefetc
     --tokens 48 --rounds 5 --json "$out/gpu-decode.json"
 python benchmarks/decode.py "$work/mixtral" --vram 24GiB --slots 4 --prefetch off --miss fetch cpu auto \
     --tokens 48 --rounds 5 --json "$out/gpu-miss.json"
+# The same decoding as above without CUDA graphs; 8 slots are all experts, so there a token is one graph.
+MOE_LOCAL_GRAPHS=off python benchmarks/decode.py "$work/mixtral" --vram 24GiB --slots 4 8 --prefetch off --miss fetch \
+    --tokens 48 --rounds 3 --json "$out/gpu-no-graphs.json"

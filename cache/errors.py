@@ -29,6 +29,10 @@ class ModelNotFoundError(MoeLocalError):
     exit_code = 4
 
 
+class BusyError(MoeLocalError):
+    """More is asked for at once than can be answered or may wait."""
+
+
 class CheckpointError(MoeLocalError):
     """A checkpoint is incomplete, damaged, or not a Mixture-of-Experts model."""
 

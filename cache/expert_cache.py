@@ -57,7 +57,8 @@ class ExpertCache:
         policy: str | Callable[[], EvictionPolicy] = "lru",
         sizes: Callable[[int, int], int] = lambda layer, expert: 0,
     ) -> None:
-        """`slots[layer]` slots for each layer; `policy` by name, or what makes one layer's policy.
+        """`slots[layer]` slots for each layer; `policy` by name, or what makes one layer's policy, called
+        once for each layer in ascending order.
 
         `sizes(layer, expert)` are an expert's bytes, for the account of what prefetching wasted (without
         it that stays 0). Raises OptionError for an unknown policy or a negative number of slots.
@@ -68,6 +69,7 @@ class ExpertCache:
         make_policy = policy_for(policy) if isinstance(policy, str) else policy
         # A dict, not a list: layer -1 must be an error, not the last layer.
         self._pools = {layer: SlotPool(count, make_policy()) for layer, count in enumerate(slots)}
+        self._make_policy = make_policy
         self._sizes = sizes
         self.stats = CacheCounters(len(slots))
 
@@ -175,7 +177,7 @@ class ExpertCache:
             stats.prefetch_late += late
             stats.prefetch_used += len(first_needs) - late
             pool.unused -= first_needs
-        pool.policy.touch(present)
+        pool.policy.touch(experts, absent)
         victims: list[int] = []
         if len(absent) > len(pool.free):
             victims = pool.victims(distinct, len(absent) - len(pool.free))
@@ -206,7 +208,7 @@ class ExpertCache:
         """Count a step's need of experts that are not resident and that are computed from elsewhere.
 
         Each is a miss (and `prefetch.late` when a prefetch is bringing it, which goes on). Nothing is
-        admitted, touched or pinned. Raises CacheStateError for a resident expert.
+        admitted or pinned. Raises CacheStateError for a resident expert.
         """
         pool = self._pools[layer]
         for expert in experts:
@@ -214,6 +216,7 @@ class ExpertCache:
                 raise CacheStateError(f"layer {layer}: expert {expert} is resident and was passed over")
         late = pool.unused.intersection(experts)
         pool.unused -= late
+        pool.policy.pass_over(experts)
         self.stats.prefetch_late += len(late)
         self.stats.misses_by_layer[layer] += len(experts)
 
@@ -304,6 +307,26 @@ class ExpertCache:
         if expert in pool.unused:
             self.stats.prefetch_wasted_bytes += bytes_moved
         pool.remove(expert)
+
+    # Starting over
+
+    def empty(self, policy: str | Callable[[], EvictionPolicy] | None = None) -> None:
+        """Make every expert absent, with new policies that remember nothing: the state of a new cache.
+
+        `policy`: another one from now on. Counted nowhere. Raises CacheStateError, having changed nothing,
+        while an expert is pinned or loading, and OptionError for an unknown policy.
+        """
+        make_policy = policy_for(policy) if isinstance(policy, str) else policy or self._make_policy
+        for layer, pool in self._pools.items():
+            if pool.pins or pool.loading:
+                raise CacheStateError(
+                    f"layer {layer} cannot be emptied: pinned are {list(pool.pins)}, "
+                    f"loading {list(pool.loading)}"
+                )
+        self._make_policy = make_policy
+        self._pools = {
+            layer: SlotPool(len(pool.expert_in), make_policy()) for layer, pool in self._pools.items()
+        }
 
     def _evict(self, layer: int, pool: SlotPool, expert: int) -> None:
         self.stats.evictions += 1

@@ -13,8 +13,11 @@ class FIFOPolicy:
     def __init__(self) -> None:
         self._order: dict[int, None] = {}
 
-    def touch(self, experts: Sequence[int]) -> None:
+    def touch(self, experts: Sequence[int], absent: Sequence[int] = ()) -> None:
         """Nothing: the order is that of admission."""
+
+    def pass_over(self, experts: Sequence[int]) -> None:
+        """Nothing."""
 
     def insert(self, expert: int) -> None:
         self._order[expert] = None

@@ -13,12 +13,17 @@ def write_atomically(path: str | os.PathLike[str], lines: Iterable[str]) -> None
 
     Whatever goes wrong, also in `lines` themselves, leaves the old file and nothing else. Raises OSError.
     """
+    write_bytes_atomically(path, (line.encode() for line in lines))
+
+
+def write_bytes_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes]) -> None:
+    """As `write_atomically`, for bytes."""
     target = Path(path)
     # Not tempfile: its files are for the owner alone, and a result should be as readable as any other.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
+        with open(temporary, "xb") as file:
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

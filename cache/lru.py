@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 
 class LRUPolicy:
-    """Eviction order by last use; within one step the router's first choice counts as used first.
+    """Eviction order by last use or admission; within a step the router's first choice counts as used first.
 
     An OrderedDict from coldest to hottest: each change is O(1), and `coldest()` is a plain walk.
     """
@@ -17,10 +17,14 @@ class LRUPolicy:
     def __init__(self) -> None:
         self._order: OrderedDict[int, None] = OrderedDict()
 
-    def touch(self, experts: Sequence[int]) -> None:
+    def touch(self, experts: Sequence[int], absent: Sequence[int] = ()) -> None:
         move_to_end = self._order.move_to_end
         for expert in experts:
-            move_to_end(expert)
+            if expert not in absent:
+                move_to_end(expert)
+
+    def pass_over(self, experts: Sequence[int]) -> None:
+        """Nothing: what has no slot has no place in the order."""
 
     def insert(self, expert: int) -> None:
         self._order[expert] = None

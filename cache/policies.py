@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from moe_local.cache.adaptive import AdaptivePolicy
 from moe_local.cache.errors import OptionError
 from moe_local.cache.fifo import FIFOPolicy
 from moe_local.cache.lfu import LFUPolicy
 from moe_local.cache.lru import LRUPolicy
 from moe_local.cache.policy import EvictionPolicy
 
-POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
-    "lru": LRUPolicy,
-    "lfu": LFUPolicy,
-    "fifo": FIFOPolicy,
+POLICIES: dict[str, Callable[[], Callable[[], EvictionPolicy]]] = {
+    "lru": lambda: LRUPolicy,
+    "lfu": lambda: LFUPolicy,
+    "adaptive": AdaptivePolicy.family,
+    "fifo": lambda: FIFOPolicy,
 }
+"""What makes, for one cache, what makes its layers' policies: these may know of each other."""
 
 
 def policy_for(name: str) -> Callable[[], EvictionPolicy]:
-    """What makes one layer's policy of this name. Raises OptionError for other names."""
+    """What makes the policies of one cache's layers. Raises OptionError for unknown names."""
     if name not in POLICIES:
         raise OptionError(f"eviction policy {name!r} is not known; choose one of {', '.join(POLICIES)}")
-    return POLICIES[name]
+    return POLICIES[name]()

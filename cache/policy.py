@@ -12,13 +12,22 @@ class EvictionPolicy(Protocol):
     Pure bookkeeping over expert numbers: it never sees slots, pins or bytes. The cache tells it what
     happened and walks `coldest()` until it meets an expert that may go. Every expert in the cache
     (loading or resident) is known to the policy between `insert` and `remove`.
+
+    To be needed and to be given a slot are two things: prefetched experts have a slot and were not needed
+    yet, and what a CPU computes in place was needed and has none.
     """
 
-    def touch(self, experts: Sequence[int]) -> None:
-        """These experts, all known, were needed in one step, in the router's order."""
+    def touch(self, experts: Sequence[int], absent: Sequence[int] = ()) -> None:
+        """One step needs these experts, in the router's order; `absent` are those of them that are unknown.
+
+        The absent ones are inserted afterwards, when the step's victims were removed.
+        """
+
+    def pass_over(self, experts: Sequence[int]) -> None:
+        """A step needs these experts and computes them elsewhere; those unknown are not inserted for it."""
 
     def insert(self, expert: int) -> None:
-        """An unknown expert was given a slot; it becomes known and counts as used now."""
+        """An unknown expert was given a slot; it becomes known."""
 
     def remove(self, expert: int) -> None:
         """A known expert lost its slot."""
@@ -26,7 +35,7 @@ class EvictionPolicy(Protocol):
     def coldest(self) -> Iterator[int]:
         """Known experts, the best victim first. The policy is not changed while this is walked.
 
-        One walk gives all victims of a step, after the step's hits were touched.
+        One walk gives all victims of a step, after `touch`.
         """
 
     def __len__(self) -> int:

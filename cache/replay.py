@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from moe_local.cache.belady import BeladyPolicy, hits_with_bypass
 from moe_local.cache.errors import OptionError, RoutesError
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.policy import EvictionPolicy
@@ -21,6 +22,13 @@ class Replay(NamedTuple):
     """The second half of them."""
 
 
+class HitRates(NamedTuple):
+    """Hits per expert needed, over the stretches of `Replay`."""
+
+    cold: float
+    steady: float
+
+
 def replay(
     routes: Routes,
     slots: int | Sequence[int],
@@ -30,21 +38,15 @@ def replay(
 ) -> Replay:
     """Drive an `ExpertCache` with the decode steps of a recording; every load ends at once.
 
-    `slots` per layer, or one number for all. `one_by_one` looks a step's experts up one after the other,
-    so that one may evict the next: the plain LRU of published simulations, 0 to 10 points worse.
-    Raises OptionError when a token needs more slots than there are, RoutesError without decode steps.
+    `slots` per layer, or one number for all; `policy` as `ExpertCache` takes it, or "belady", the optimum.
+    `one_by_one` looks a step's experts up one after the other, so that one may evict the next: the plain LRU
+    of published simulations, 0 to 10 points worse. Raises OptionError for an unknown policy and when a token
+    needs more slots than there are, RoutesError without decode steps.
     """
-    counts = [slots] * len(routes.layers) if isinstance(slots, int) else list(slots)
-    if len(counts) != len(routes.layers):
-        raise OptionError(f"slots for {len(counts)} layers; the recording has {len(routes.layers)}")
-    least = 1 if one_by_one else routes.top_k
-    if min(counts, default=least) < least:
-        raise OptionError(
-            f"{min(counts)} slots per layer are too few for this recording; give {least} or more"
-        )
-    steps = list(routes.phase(Phase.DECODE))
-    if not steps:
-        raise RoutesError(f"the recording of {routes.model} has no decode steps to replay")
+    steps = _decode_steps(routes)
+    counts = _slots(routes, slots, least=1 if one_by_one else routes.top_k)
+    if policy == "belady":
+        policy = iter([BeladyPolicy(needs) for needs in _needs(routes, steps, one_by_one)]).__next__
     cache = ExpertCache(counts, policy, sizes=lambda layer, expert: routes.layers[layer].expert)
     half = len(steps) // 2
     _drive(cache, steps[:half], one_by_one)
@@ -54,11 +56,59 @@ def replay(
     return Replay(cold, cold - middle)
 
 
+def optimum_with_bypass(routes: Routes, slots: int | Sequence[int]) -> HitRates:
+    """Hit rates of caches that need not keep what a step used; raises as `replay` does.
+
+    No eviction order gets there: admission is not theirs to decide.
+    """
+    steps = _decode_steps(routes)
+    counts = _slots(routes, slots, least=routes.top_k)
+    half, hits, needed = len(steps) // 2, [0, 0], [0, 0]
+    for layer, needs in enumerate(_needs(routes, steps, one_by_one=False)):
+        # A layer may be missing from some steps, and the halves are those of the recording.
+        first = sum(route.layer == layer for step in steps[:half] for route in step.layers)
+        by_step = hits_with_bypass(needs, counts[layer])
+        for part, start in enumerate((0, first)):
+            hits[part] += sum(by_step[start:])
+            needed[part] += sum(map(len, needs[start:]))
+    return HitRates(hits[0] / needed[0], hits[1] / needed[1])
+
+
+def _decode_steps(routes: Routes) -> list[RouteStep]:
+    steps = list(routes.phase(Phase.DECODE))
+    if not steps:
+        raise RoutesError(f"the recording of {routes.model} has no decode steps to replay")
+    return steps
+
+
+def _slots(routes: Routes, slots: int | Sequence[int], least: int) -> list[int]:
+    counts = [slots] * len(routes.layers) if isinstance(slots, int) else list(slots)
+    if len(counts) != len(routes.layers):
+        raise OptionError(f"slots for {len(counts)} layers; the recording has {len(routes.layers)}")
+    if min(counts, default=least) < least:
+        raise OptionError(
+            f"{min(counts)} slots per layer are too few for this recording; give {least} or more"
+        )
+    return counts
+
+
+def _needs(routes: Routes, steps: Iterable[RouteStep], one_by_one: bool) -> list[list[Sequence[int]]]:
+    """For each layer what it is asked for, call by call."""
+    needs: list[list[Sequence[int]]] = [[] for _ in routes.layers]
+    for step in steps:
+        for route in step.layers:
+            needs[route.layer] += _calls(route.experts, one_by_one)
+    return needs
+
+
+def _calls(experts: Sequence[int], one_by_one: bool) -> list[Sequence[int]]:
+    return [(expert,) for expert in experts] if one_by_one else [experts]
+
+
 def _drive(cache: ExpertCache, steps: Iterable[RouteStep], one_by_one: bool) -> None:
     for step in steps:
         for route in step.layers:
-            groups = [(expert,) for expert in route.experts] if one_by_one else [route.experts]
-            for experts in groups:
+            for experts in _calls(route.experts, one_by_one):
                 for expert in cache.acquire(route.layer, experts).load:
                     cache.complete(route.layer, expert)
                 cache.release(route.layer, experts)

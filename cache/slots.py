@@ -38,7 +38,7 @@ class SlotPool:
         """Experts that a prefetch brought or is bringing and nobody needed so far."""
 
     def place(self, expert: int) -> int:
-        """Give an absent expert a free slot, in state loading, known to the policy as used now."""
+        """Give an absent expert a free slot, in state loading, known to the policy."""
         slot = self.free.pop()
         self.table[expert] = slot
         self.expert_in[slot] = expert

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple, Self
 
@@ -13,9 +13,12 @@ STARVED_MIN_TOKENS = 1000
 
 
 class _Difference:
-    """Dataclasses whose numbers since some moment are `later - earlier`."""
+    """Dataclasses whose numbers since some moment are `later - earlier`; those of two stretches add up."""
 
     __slots__ = ()
+
+    def __add__(self, other: Self) -> Self:
+        return self - ((other - other) - other)
 
     def __sub__(self, earlier: Self) -> Self:
         values = {f.name: _minus(getattr(self, f.name), getattr(earlier, f.name)) for f in fields(self)}  # type: ignore[arg-type]
@@ -220,7 +223,7 @@ class CacheCounters:
 class RouterLoad:
     """How often the router of each layer chose each expert. One per model: tiers share it."""
 
-    __slots__ = ("_counts", "_top_k")
+    __slots__ = ("_counts", "_top_k", "settle")
 
     def __init__(self, num_experts: Sequence[int], top_k: Sequence[int]) -> None:
         """`num_experts[layer]` experts, of which each token uses `top_k[layer]`."""
@@ -228,6 +231,16 @@ class RouterLoad:
             raise ValueError(f"experts of {len(num_experts)} layers but top-k of {len(top_k)}")
         self._counts = [[0] * experts for experts in num_experts]
         self._top_k = tuple(top_k)
+        self.settle: Callable[[], None] | None = None
+        """Called before the counts are read, for whoever counts elsewhere to `add` that."""
+
+    def empty_twin(self) -> RouterLoad:
+        """One for the same layers that has counted nothing."""
+        return RouterLoad([len(counts) for counts in self._counts], self._top_k)
+
+    def top_k(self, layer: int) -> int:
+        """Experts that each token uses."""
+        return self._top_k[layer]
 
     def count(self, layer: int, expert: int, n: int = 1) -> None:
         """`n` tokens chose this expert."""
@@ -245,5 +258,7 @@ class RouterLoad:
 
     def snapshot(self) -> RoutedTokens:
         """The counts so far. A layer's tokens are its choices divided by its top-k."""
+        if self.settle is not None:
+            self.settle()
         counts = tuple(map(tuple, self._counts))
         return RoutedTokens(counts, tuple(sum(c) // k for c, k in zip(counts, self._top_k, strict=True)))

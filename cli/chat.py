@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,17 +13,19 @@ import click
 import moe_local
 from moe_local.cache.errors import MoeLocalError
 from moe_local.cache.keys import format_bytes
+from moe_local.cli.live import LiveAnswer, draw
 from moe_local.cli.options import Sampling, debug_flag, load_flags, sampling_flags
 from moe_local.cli.prompt import QUOTES, Messages
-from moe_local.cli.render import ProgressBar, print_fields, print_status, status_line
+from moe_local.cli.render import ProgressBar, on_stdout, print_fields, print_status, status_line
 
 if TYPE_CHECKING:
     from moe_local import Model
+    from moe_local.offload.records import Token
 
 HELP = (
     ("/help", "this list"),
     ("/clear", "forget the conversation"),
-    ("/stats", "what the cache has done since the start"),
+    ("/stats", "what the cache has done and holds; /stats live: while tokens come"),
     ("/exit", "leave, as do /bye, /quit and Ctrl-D"),
     (QUOTES, "begins and ends a message of several lines"),
     ("Ctrl-C", "stops an answer"),
@@ -53,6 +57,8 @@ class Chat:
         self._sampling = sampling
         self.messages = sampling.conversation()
         """What was said, as the chat template takes it."""
+        self.live = False
+        """Whether the cache is shown while an answer comes."""
 
     def run(self) -> None:
         """Until the input ends or /exit. Raises KeyboardInterrupt for a Ctrl-C away from a terminal."""
@@ -76,6 +82,8 @@ class Chat:
             case "/clear":
                 self.messages = self._sampling.conversation()
                 click.echo("Forgotten.")
+            case "/stats" if command.split()[1:] == ["live"]:
+                self._toggle_live()
             case "/stats":
                 self._stats()
             case unknown:
@@ -91,9 +99,9 @@ class Chat:
             click.echo(f"moe-local: {error}", err=True)
             return
         try:
-            with contextlib.closing(stream):
+            with contextlib.closing(stream), self._shown() as show:
                 for token in stream:
-                    click.echo(token.text, nl=False)
+                    show(token)
         except KeyboardInterrupt:
             if not stoppable:
                 raise
@@ -105,6 +113,23 @@ class Chat:
             self.messages += [question, {"role": "assistant", "content": stream.text}]
         cut = {None: " | stopped", "length": " | cut off"}.get(stream.finish_reason, "")
         print_status(status_line(stream.stats) + cut)
+
+    def _toggle_live(self) -> None:
+        if not self.live and not sys.stdout.isatty():
+            click.echo("/stats live draws on a terminal, and stdout is none")
+            return
+        self.live = not self.live
+        click.echo(f"The cache is {'' if self.live else 'not '}shown while tokens come.")
+
+    @contextlib.contextmanager
+    def _shown(self) -> Iterator[Callable[[Token], None]]:
+        """How tokens get to the screen: as they come, or above a picture of the cache."""
+        if self.live:
+            with LiveAnswer(self._model) as answer:
+                yield answer.show
+            click.echo(answer.text, nl=False)
+        else:
+            yield lambda token: click.echo(token.text, nl=False)
 
     def _stats(self) -> None:
         stats = self._model.stats()
@@ -128,3 +153,5 @@ class Chat:
                 ("starved", f"{len(stats.starved)} experts under 1 % of their layer's tokens"),
             ]
         )
+        stalls = {cause: 1000 * s / max(1, stats.tokens) for cause, s in asdict(stats.stall).items()}
+        on_stdout().print(draw(self._model.cache_view().look(), stalls, None))

@@ -12,12 +12,14 @@ import click
 
 import moe_local
 from moe_local.cache.errors import MoeLocalError
+from moe_local.cli.bench import bench
 from moe_local.cli.chat import chat
 from moe_local.cli.convert import convert, pull
 from moe_local.cli.fit import fit
 from moe_local.cli.options import debug_flag
 from moe_local.cli.remove import rm
 from moe_local.cli.run import run
+from moe_local.cli.serve import serve
 from moe_local.cli.show import list_models, show
 
 USAGE = 2
@@ -93,5 +95,5 @@ def main() -> None:
     """
 
 
-for command in (chat, run, fit, convert, pull, list_models, show, rm):
+for command in (chat, run, serve, fit, bench, convert, pull, list_models, show, rm):
     main.add_command(command)

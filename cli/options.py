@@ -22,7 +22,14 @@ LOAD_FLAGS = (
 )
 """Fields of LoadOptions that are flags, in the order of the help."""
 
-METAVARS = {"vram": "SIZE", "ram": "SIZE", "slots": "N", "context": "TOKENS", "device": "NAME"}
+METAVARS = {
+    "vram": "SIZE",
+    "ram": "SIZE",
+    "slots": "N",
+    "context": "TOKENS",
+    "parallel": "N",
+    "device": "NAME",
+}
 SHORT = {"context": "-c"}
 
 
@@ -75,7 +82,7 @@ def load_flags(*names: str) -> Callable[[Command], Command]:
             collect = click.option(
                 *([SHORT[name]] if name in SHORT else []),
                 f"--{name}",
-                type=int if name in ("slots", "context") else str,
+                type=int if name in ("slots", "context", "parallel") else str,
                 metavar=METAVARS.get(name, "NAME"),
                 envvar=f"MOE_LOCAL_{name.upper()}",
                 show_envvar=True,

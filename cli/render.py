@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,11 @@ def on_stderr() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def on_stdout() -> Console:
+    """A console on stdout, plain text where that is no terminal."""
+    return Console(highlight=False, soft_wrap=True)
+
+
 def print_json(document: Any) -> None:
     """The one JSON document of a command with --json."""
     click.echo(json.dumps(document, indent=2))
@@ -32,7 +37,9 @@ class ProgressBar:
     with ProgressBar() as progress: load(..., progress=progress)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "experts") -> None:
+        """`unit`: what is counted."""
+        self._unit = unit
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -49,7 +56,7 @@ class ProgressBar:
         if what not in self._tasks:
             for task in self._tasks.values():
                 self._progress.remove_task(task)
-            self._tasks = {what: self._progress.add_task(f"{what} experts", total=total)}
+            self._tasks = {what: self._progress.add_task(f"{what} {self._unit}", total=total)}
             self._progress.start()
         self._progress.update(self._tasks[what], completed=done, total=total)
 
@@ -84,12 +91,18 @@ def print_status(text: str) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table in plain text on stdout, the columns as wide as their widest value."""
-    table = [[column.upper() for column in columns], *rows]
+    """A table in plain text on stdout."""
+    for line in table_lines([column.upper() for column in columns], rows):
+        click.echo(line)
+
+
+def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """A table in plain text, the columns as wide as their widest value."""
+    table = [columns, *rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         line = "   ".join(f"{value:<{width}}" for value, width in zip(row, widths, strict=True))
-        click.echo(line.rstrip())
+        yield line.rstrip()
 
 
 def print_fields(fields: Iterable[tuple[str, str]], indent: str = "  ") -> None:

@@ -43,7 +43,7 @@ def build_store(
     *,
     ram_slots: Sequence[int],
     arena: DeviceArena | None = None,
-    policy: str = "lru",
+    policy: str = "adaptive",
     read_threads: int = 4,
     scheduler: MissScheduler | None = None,
 ) -> ExpertStore:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -13,15 +13,40 @@ from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.interrupt import deferred, is_deferred
 from moe_local.offload.kernels.contracts import LayerStep
+from moe_local.offload.kernels.grouped import warm_up
 from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.kernels.shared import SharedStep, Staging, pack, unpack
 from moe_local.offload.prefetch.prefetch import Prefetcher
+from moe_local.offload.quantize.layout import Layout
+from moe_local.offload.residents import Residents
 from moe_local.offload.schedule.calibrate import measure_cpu
 from moe_local.offload.schedule.costs import Work
 from moe_local.offload.store import ExpertStore
 
 _TAKEN_OVER = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "config")
+
+
+class Runner(Protocol):
+    """What runs the experts of a layer: the ExpertRunner, or something that watches or directs one."""
+
+    def run(
+        self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As OffloadedExperts.forward."""
+
+
+class Seam(Protocol):
+    """What runs a layer's experts while the forward around them is captured."""
+
+    def run(
+        self,
+        module: OffloadedExperts,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """As OffloadedExperts.forward."""
 
 
 class OffloadedExperts(nn.Module):
@@ -55,16 +80,38 @@ class OffloadedExperts(nn.Module):
         gate = types.MethodType(cls._apply_gate, self)  # every class that the interface serves has one
         self._apply_gate: Callable[[torch.Tensor], torch.Tensor] = gate
         self._is_hf_initialized = True
-        self._runner: ExpertRunner | None = None
+        self._runner: Runner | None = None
         self._retired: str | None = None
+        self.seam: Seam | None = None
+        """Where forwards go instead of `answer`; set by whoever captures one, for as long as it lasts."""
 
-    def attach(self, runner: ExpertRunner) -> None:
-        """Serve forwards through `runner` from now on."""
+    def attach(self, runner: Runner | None) -> None:
+        """Serve forwards through `runner` from now on; None: answer zeros."""
         self._runner = runner
+
+    @property
+    def runner(self) -> Runner | None:
+        """What serves forwards; None before `attach` and after `retire`."""
+        return self._runner
 
     def retire(self, reason: str) -> None:
         """Refuse all forwards from now on with MoeLocalError(reason): the weights are gone."""
         self._runner, self._retired = None, reason
+
+    def can_be_captured(self, hidden: torch.Tensor, index: torch.Tensor) -> bool:
+        """Whether `answer` does nothing on this input but launch kernels, the same ones each time."""
+        runner = self._runner
+        return isinstance(runner, ExpertRunner) and runner.resident(self, hidden, index) is not None
+
+    @property
+    def stays_captured(self) -> bool:
+        """Whether what `answer` did when it could be captured is what it would do now."""
+        return isinstance(self._runner, ExpertRunner) and self._runner.is_resident(self.index)
+
+    def count_replay(self) -> None:
+        """An `answer` that was captured has been replayed: count what it would have counted."""
+        assert isinstance(self._runner, ExpertRunner)
+        self._runner.count_resident(self.index)
 
     def activate(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, 2F] -> [T, F] with a gate, [T, F] -> [T, F] without."""
@@ -78,6 +125,14 @@ class OffloadedExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden_states [T, D], index [T, K] int64, weights [T, K] -> [T, D] in hidden's dtype."""
+        if self.seam is not None:
+            return self.seam.run(self, hidden_states, top_k_index, top_k_weights)
+        return self.answer(hidden_states, top_k_index, top_k_weights)
+
+    def answer(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As `forward`, whoever is capturing."""
         if self._retired is not None:
             raise MoeLocalError(self._retired)
         if self._runner is None:
@@ -112,10 +167,47 @@ class ExpertRunner:
     def __init__(self, store: ExpertStore, prefetcher: Prefetcher, activations: str = "native") -> None:
         self.store = store
         self.prefetcher = prefetcher
+        self.times_sync = False
+        """Whether to time how long a device stands still until the host has learned the router's choice.
+        Two events a layer: for measurements."""
         self._kernels = LayerKernels(activations)
         device = store.tier.arena.device
         self._several = len(store.tier.devices) > 1
         self._inputs, self._answers = Staging(device), Staging(device)
+        self._residents: Residents | None = None
+
+    def keep_to_device(self) -> None:
+        """All experts are in slots on a device: compute single tokens without a wait of the host."""
+        self._residents = Residents(self.store, self._kernels.grouped)
+
+    def warm_up(self, modules: Sequence[OffloadedExperts], hidden_size: int, dtype: torch.dtype) -> None:
+        """Have the kernels of decode steps compiled now, which takes seconds, and not by the first token."""
+        arena, seen = self.store.tier.arena, list[Layout]()
+        for module in modules:
+            layout = self.store.layouts[module.index][0]
+            launcher = self._kernels.grouped.launcher(module, arena.device, layout)
+            if launcher is not None and layout not in seen:
+                seen.append(layout)
+                x = torch.zeros(1, hidden_size, dtype=dtype, device=arena.device)
+                warm_up(launcher, x, self.store.routed.top_k(module.index), arena.buffer(module.index, 0))
+
+    def is_resident(self, layer: int) -> bool:
+        """Whether single tokens go through the layer without the host."""
+        return self._residents is not None and self._residents.serves(layer)
+
+    def count_resident(self, layer: int) -> None:
+        """A token went through the layer, which `resident` gave."""
+        assert self._residents is not None
+        self._residents.count(layer)
+
+    def resident(
+        self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor
+    ) -> Residents | None:
+        """What computes this without the host, or None."""
+        if self._residents is None:
+            return None
+        layer = self._residents.layer(experts.index, experts, hidden, index.shape[0])
+        return self._residents if layer is not None else None
 
     def measure(self, experts: OffloadedExperts, hidden_size: int, dtype: torch.dtype) -> None:
         """Tell the store's scheduler what the CPU takes for a layer's experts; see calibrate.measure_cpu."""
@@ -146,11 +238,19 @@ class ExpertRunner:
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         layer = experts.index
+        residents = self.resident(experts, hidden, index)
+        if residents is not None:
+            residents.count(layer, index.shape[1])
+            return residents.run(layer, hidden, index, weights)
         guesses = self.prefetcher.predict(layer)
         shared = self._may_share(experts, hidden, index)
+        device = self.store.tier.device_of(layer)
+        idle = device.idle() if self.times_sync and device is not None else None
         ids, guessed, x = to_host(
             index, [guess.ranked for guess in guesses], hidden if shared else None, self._inputs
         )
+        if idle is not None:
+            self.store.add_wait("sync", idle.end())
         routing = Routing(ids, index.shape[0], experts.num_experts)
         step = self._begin(experts, hidden, x, routing, weights)
         groups = self.store.serve(

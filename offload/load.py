@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -15,16 +16,20 @@ from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.device_map import device_map
 from moe_local.offload.checkpoint.hub import config_of, resolve
 from moe_local.offload.checkpoint.skeleton import load_skeleton
-from moe_local.offload.checkpoint.spec import meta_model, model_spec
+from moe_local.offload.checkpoint.spec import ModelSpec, meta_model, model_spec
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
 from moe_local.offload.engine.engine import Engine
-from moe_local.offload.engine.kv_slab import make_kv, probe_cache
+from moe_local.offload.engine.graph_trial import graph_mode, use_graphs
+from moe_local.offload.engine.graphs import CudaGraphs, Graphs
+from moe_local.offload.engine.kv_slab import probe_cache
+from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.expert_file.convert import convert_experts, expert_file_folder, moe_local_home
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
 from moe_local.offload.model import Model
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan import bandwidth
+from moe_local.offload.plan.bandwidth import Bandwidths
 from moe_local.offload.plan.fit import plan_load
 from moe_local.offload.plan.placement import with_vram_slots
 from moe_local.offload.plan.plan import Plan
@@ -33,6 +38,7 @@ from moe_local.offload.prefetch.prefetch import NoPrefetch, Prefetcher, RouterPr
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.relief import Relief
+from moe_local.offload.residents import can_reside, uncounted
 from moe_local.offload.schedule.calibrate import first_costs
 from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store import ExpertStore
@@ -55,7 +61,8 @@ def load(
     activations: str = "native",
     dense: str = "auto",
     context: int | None = None,
-    policy: str = "lru",
+    parallel: int = 1,
+    policy: str = "adaptive",
     prefetch: str = "auto",
     miss: str = "auto",
     progress: Progress | None = None,
@@ -64,8 +71,9 @@ def load(
 
     `model`: an alias ("mixtral-8x7b"), a Hub id, a folder, or "demo". Downloaded and its experts converted
     on first use. `vram` and `ram` bound all that is put there ("20GiB"; None: what is free, less a
-    reserve); `slots` fixes the experts kept per MoE layer in the fastest tier instead. Whether it fits is
-    known, and refused, before anything is downloaded or allocated. Raises MoeLocalError of all kinds.
+    reserve); `slots` fixes the experts kept per MoE layer in the fastest tier instead. `parallel` answers
+    can be computed together, each with a context of its own. Whether it fits is known, and refused, before
+    anything is downloaded or allocated. Raises MoeLocalError of all kinds.
     """
     options = LoadOptions.from_keywords(
         {
@@ -77,19 +85,19 @@ def load(
             "activations": activations,
             "dense": dense,
             "context": context,
+            "parallel": parallel,
             "policy": policy,
             "prefetch": prefetch,
             "miss": miss,
         }
     )
+    graph_mode()  # refused before anything is downloaded
     targets = options.torch_devices()
     target = targets[0]
     name = str(model)
     speeds = bandwidth.saved(moe_local_home())
     plan_load(name, model_spec(config_of(model, carried=False)), options, targets, speeds)
-    if target.type == "cuda" and options.miss != "fetch" and speeds.assumed(("ram", "h2d", "vram")):
-        speeds = bandwidth.measure_links(speeds, target)
-        bandwidth.save(speeds, moe_local_home())
+    speeds = _measured_links(speeds, options, target)
     checkpoint = Checkpoint.open(resolve(model), name)
     plan = plan_load(name, checkpoint.spec, options, targets, speeds)
     gpu = target if target.type == "cuda" else None
@@ -97,6 +105,29 @@ def load(
     targets = targets[: len(plan.cards) or 1]
     cards = [CudaDevice(card) for card in targets if card.type == "cuda"]
     return assemble(checkpoint, file, plan, options, targets, cards, progress)
+
+
+def load_made(
+    made: Loadable,
+    make: Callable[[], ExpertFile],
+    options: LoadOptions,
+    progress: Progress | None = None,
+) -> Model:
+    """As `load`, for what is made on this machine: `make` does that, once it is known to fit."""
+    targets = options.torch_devices()
+    speeds = _measured_links(bandwidth.saved(moe_local_home()), options, targets[0])
+    plan = plan_load(made.name, made.spec, options, targets, speeds)
+    targets = targets[: len(plan.cards) or 1]
+    cards = [CudaDevice(card) for card in targets if card.type == "cuda"]
+    return assemble(made, make(), plan, options, targets, cards, progress)
+
+
+def _measured_links(speeds: Bandwidths, options: LoadOptions, target: torch.device) -> Bandwidths:
+    """`speeds`, with what the schedule of misses needs of them measured and kept, if it was not yet."""
+    if target.type == "cuda" and options.miss != "fetch" and speeds.assumed(("ram", "h2d", "vram")):
+        speeds = bandwidth.measure_links(speeds, target)
+        bandwidth.save(speeds, moe_local_home())
+    return speeds
 
 
 def convert(
@@ -143,14 +174,32 @@ def _home_folder(checkpoint: Checkpoint, experts: str) -> Path:
     return expert_file_folder(moe_local_home(), checkpoint.name, experts, checkpoint.fingerprint)
 
 
+class Loadable(Protocol):
+    """What is loaded: a Checkpoint, or something made for a measurement."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def folder(self) -> Path:
+        """With the dense part, and the tokenizer if there is one."""
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+
 def assemble(
-    checkpoint: Checkpoint,
+    checkpoint: Loadable,
     file: ExpertFile,
     plan: Plan,
     options: LoadOptions,
     target: torch.device | Sequence[torch.device],
     device: Device | Sequence[Device] | None,
     progress: Progress | None = None,
+    graphs: Graphs | None = None,
 ) -> Model:
     """A Model as planned.
 
@@ -158,12 +207,13 @@ def assemble(
     computed in RAM. Both are one for each card of a plan that has several.
 
     Where a device refuses part of what was planned for experts, the model goes on with fewer of them, and its
-    plan says so. Raises DoesNotFitError if even the rest does not fit.
+    plan says so. Raises DoesNotFitError if even the rest does not fit. `graphs` are those of the device;
+    None: CUDA's, where there is one card.
     """
     targets = [target] if isinstance(target, torch.device) else list(target)
     cards = list(device) if isinstance(device, Sequence) else [] if device is None else [device]
     try:
-        return _assemble(checkpoint, file, plan, options, targets, cards, progress)
+        return _assemble(checkpoint, file, plan, options, targets, cards, progress, graphs)
     except torch.OutOfMemoryError as error:
         raise DoesNotFitError(
             f"there is less memory free than was planned with: {str(error).splitlines()[0].rstrip('.')}; "
@@ -172,13 +222,14 @@ def assemble(
 
 
 def _assemble(
-    checkpoint: Checkpoint,
+    checkpoint: Loadable,
     file: ExpertFile,
     plan: Plan,
     options: LoadOptions,
     targets: Sequence[torch.device],
     cards: Sequence[Device],
     progress: Progress | None,
+    graphs: Graphs | None,
 ) -> Model:
     hf = load_skeleton(
         checkpoint.folder,
@@ -192,7 +243,7 @@ def _assemble(
     with contextlib.ExitStack() as undo:
         with Probe(hf) as probe:
             cache = probe_cache(hf)
-        kv = make_kv(hf, 1, plan.request.context, cache)
+        kv = make_kv(hf, plan.request.parallel, plan.request.context, cache)
         arena = None
         if cards:  # last of all that is allocated there, since it can do with less
             by_layer = [cards[plan.card_of(layer.index)] for layer in checkpoint.spec.layers]
@@ -215,14 +266,31 @@ def _assemble(
         prefetcher = _prefetcher(options, plan, store, probe)
         runner = ExpertRunner(store, prefetcher, options.activations)
         _fill(store, plan, progress)
+        modules = [module for module in hf.modules() if isinstance(module, OffloadedExperts)]
+        hidden_size, dtype = checkpoint.spec.hidden_size, plan.request.dtype
         if store.host is not None:
-            module = next(module for module in hf.modules() if isinstance(module, OffloadedExperts))
-            runner.measure(module, checkpoint.spec.hidden_size, plan.request.dtype)
+            runner.measure(modules[0], hidden_size, dtype)
         if any(layout.format == "nf4" for layer in store.layouts for layout in layer):
             bitsandbytes_ops()  # its import takes a second, which is not the first token's to wait for
-        for module in hf.modules():
-            if isinstance(module, OffloadedExperts):
-                module.attach(runner)
+        for module in modules:
+            module.attach(runner)
+        if len(cards) == 1:  # a token that goes from card to card is neither captured nor kept to one
+            resident = can_reside(store)
+            if resident:
+                runner.keep_to_device()
+            runner.warm_up(modules, hidden_size, dtype)
+            if graphs is None and targets[0].type == "cuda":
+                graphs = CudaGraphs(targets[0])
+            if graphs is not None:
+                with uncounted(store):
+                    use_graphs(
+                        engine,
+                        graphs,
+                        sites=probe.sites,
+                        saw=prefetcher.saw,
+                        mode=graph_mode(),
+                        stand_in=not resident,
+                    )
         model = Model(
             checkpoint.name,
             hf,
@@ -237,7 +305,7 @@ def _assemble(
     return model
 
 
-def _device_map(checkpoint: Checkpoint, plan: Plan, targets: Sequence[torch.device]) -> dict[str, str] | None:
+def _device_map(checkpoint: Loadable, plan: Plan, targets: Sequence[torch.device]) -> dict[str, str] | None:
     """Where each part of the model goes; None: all to one device."""
     if len(plan.cards) < 2:
         return None

@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
+from moe_local.cache.cache_map import CacheView
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cache.stats import Stats
 from moe_local.offload import interrupt
+from moe_local.offload.batcher import Batcher, Listener, Ticket
 from moe_local.offload.engine.batch import generate_ids
 from moe_local.offload.engine.engine import Engine
-from moe_local.offload.engine.sampling import imply_sampling, make_settings, needs_hf_generate
+from moe_local.offload.engine.sampling import (
+    Settings,
+    imply_sampling,
+    make_settings,
+    needs_hf_generate,
+)
 from moe_local.offload.engine.text import Detokenizer, Prompt, encode_prompt
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.prefetch.prefetch import Prefetcher
@@ -31,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
+class Parts:
     """All that costs memory."""
 
     hf: Any
@@ -64,11 +71,13 @@ class Model:
         self._plan = plan
         self.tokenizer = tokenizer
         """transformers' tokenizer; None for a folder without one."""
-        self._parts: _Parts | None = _Parts(hf, engine, store, prefetcher)
+        self._parts: Parts | None = Parts(hf, engine, store, prefetcher)
         """None once the model is closed. Methods look once, so that a close meanwhile cannot hurt them."""
-        self._expert_folder = expert_folder
+        self.expert_folder = expert_folder
+        """Where its expert file is."""
         self._turn = Turn()
         self._streams: weakref.WeakSet[TokenStream] = weakref.WeakSet()
+        self._batchers: weakref.WeakSet[Batcher] = weakref.WeakSet()
         self._streams_lock = threading.Lock()
 
     @property
@@ -106,19 +115,62 @@ class Model:
         for options and prompts that cannot be served. Computes nothing before a token is asked for.
         """
         parts = self._open()
-        ids = encode_prompt(self.tokenizer, prompt, template=template)
-        if stop is not None:
-            options["stop_strings"] = _stop_strings(stop)
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
-        options = imply_sampling(options)
-        _refuse_beyond_loop(parts.hf, options)
-        settings = make_settings(parts.hf, ids, tokenizer=self.tokenizer, seed=seed, **options)
-        detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer)
-        stream = TokenStream(parts.engine, parts.store, self._turn, ids, settings, detokenizer)
+        asked = self._prepare(parts.hf, prompt, seed=seed, stop=stop, template=template, **options)
+        stream = TokenStream(parts.engine, parts.store, self._turn, *asked)
         with self._streams_lock:
             self._streams.add(stream)
         return stream
+
+    def _prepare(
+        self,
+        hf: Any,
+        prompt: Prompt,
+        *,
+        seed: int | None,
+        stop: str | list[str] | None,
+        template: bool,
+        **options: Any,
+    ) -> tuple[list[int], Settings, Detokenizer | None]:
+        """What the engine is given for a prompt, and what makes text of its tokens."""
+        ids = encode_prompt(self.tokenizer, prompt, template=template)
+        if stop is not None:
+            options["stop_strings"] = _stop_strings(stop)
+        options = imply_sampling(options)
+        _refuse_beyond_loop(hf, options)
+        settings = make_settings(hf, ids, tokenizer=self.tokenizer, seed=seed, **options)
+        return ids, settings, None if self.tokenizer is None else Detokenizer(self.tokenizer)
+
+    def batcher(self, *, queue: int = 64) -> Batcher:
+        """Something to answer several prompts at once with, as many as `parallel` in `load`.
+
+        `queue`: most prompts that wait beside those. It is the caller's to close, and ends with the model.
+        """
+        parts = self._open()
+        batcher = Batcher(parts.engine, parts.store, self._turn, queue=queue)
+        with self._streams_lock:
+            self._batchers.add(batcher)
+        return batcher
+
+    def submit(
+        self,
+        batcher: Batcher,
+        prompt: Prompt,
+        listener: Listener,
+        *,
+        seed: int | None = None,
+        stop: str | list[str] | None = None,
+        template: bool = True,
+        patience_s: float | None = None,
+        **options: Any,
+    ) -> Ticket:
+        """Let a batcher answer `prompt`; arguments as for `stream`, errors too. Any thread."""
+        hf = self._open().hf
+        ids, settings, detokenizer = self._prepare(
+            hf, prompt, seed=seed, stop=stop, template=template, **options
+        )
+        return batcher.submit(ids, settings, detokenizer, listener, patience_s=patience_s)
 
     @overload
     def generate(self, prompt: torch.Tensor, **options: Any) -> torch.Tensor: ...
@@ -146,16 +198,29 @@ class Model:
             finally:
                 self._turn.end()
 
+    @property
+    def parts(self) -> Parts:
+        """What it is made of, for measurements. Answers are asked for with `stream` and `generate`."""
+        return self._open()
+
     def stats(self) -> Stats:
         """Counts since load."""
         return self._open().store.snapshot()
 
+    def cache_view(self) -> CacheView:
+        """For looking at which expert is where; between two tokens, in the thread that generates."""
+        store = self._open().store
+        return CacheView(store.tier.cache, [len(experts) for experts in store.layouts])
+
     def close(self) -> None:
         """Free all memory, threads and files; the model answers no more. Idempotent.
 
-        Waits for an answer in another thread; a stream of this one is closed half-way.
+        Waits for an answer in another thread; a stream of this one is closed half-way, and so are the answers
+        of batchers.
         """
         with interrupt.deferred():
+            for batcher in list(self._batchers):
+                batcher.close(self._closed_message)
             if self._turn.mine:
                 self._retire_streams()
             try:
@@ -178,8 +243,8 @@ class Model:
         for stream in streams:
             stream.retire(self._closed_message)
 
-    def _free(self, parts: _Parts) -> None:
-        add_usage(self._expert_folder, parts.store.routed.snapshot())
+    def _free(self, parts: Parts) -> None:
+        add_usage(self.expert_folder, parts.store.routed.snapshot())
         parts.prefetcher.close()
         for module in parts.hf.modules():
             if isinstance(module, OffloadedExperts):
@@ -207,7 +272,7 @@ class Model:
     def _closed_message(self) -> str:
         return f"the model {self.name} is closed; load() it again"
 
-    def _open(self) -> _Parts:
+    def _open(self) -> Parts:
         """What the model is made of. Raises MoeLocalError once it is closed."""
         parts = self._parts
         if parts is None:

@@ -70,7 +70,16 @@ class LoadOptions:
         default=None,
         metadata={"help": "Tokens of conversation to make room for; default the model's, 8192 at most."},
     )
-    policy: str = field(default="lru", metadata={"help": "What leaves a full cache first: lru, lfu or fifo."})
+    parallel: int = field(
+        default=1,
+        metadata={"help": "Answers at a time, each with a context of its own; for serve and batches."},
+    )
+    policy: str = field(
+        default="adaptive",
+        metadata={
+            "help": "What leaves a full cache first: lru, lfu, fifo or adaptive, the better of lru and lfu."
+        },
+    )
     prefetch: str = field(
         default="auto",
         metadata={"help": "Guess the next layers' experts from their routers: auto, off or router."},
@@ -88,7 +97,7 @@ class LoadOptions:
             object.__setattr__(self, "vram", _parse_cards(self.vram))
         if self.ram is not None:
             object.__setattr__(self, "ram", parse_bytes(self.ram, "ram"))
-        for name in ("slots", "context"):
+        for name in ("slots", "context", "parallel"):
             _check_count(name, getattr(self, name))
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise OptionError(f"unknown device {self.device!r}; use auto, cpu, cuda or cuda:N")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_local.cache.stats import Stats
-from moe_local.offload.engine.engine import FinishReason
+from moe_local.offload.engine.sequence import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -276,19 +276,35 @@ class ExpertStore:
         stall = sum(self._stall.values())
         return Tally(stall, counters.hits, counters.misses, copied, self._disk.bytes_read)
 
-    def snapshot(self) -> Stats:
-        """Counts since load. On a device this waits for the timing of stalls still under way."""
+    def snapshot(self, *, routed: bool = True) -> Stats:
+        """Counts since load. On a device this waits for the timing of stalls still under way.
+
+        `routed=False` leaves the large table of the router's choices out.
+        """
         self._settle_waits()
         copied = self._copies.bytes_copied if self._copies else 0
         return self.tier.cache.stats.snapshot(
             bytes=BytesMoved(h2d=copied, disk=self._disk.bytes_read),
             stall=StallSeconds(**self._stall),
             tokens=self.tokens,
-            routed=self.routed.snapshot(),
+            routed=self.routed.snapshot() if routed else None,
         )
+
+    def empty(self, policy: str | None = None) -> None:
+        """Make absent every expert that had to be brought: what a measurement begins with.
+
+        Experts that have slots for good stay: all of a tier that holds them all. `policy`: another one from
+        now on, in the fastest tier. Blocks; nothing may be leased.
+        """
+        for tier in (self.tier, *([self.below] if self.below is not None else [])):
+            if any(tier.cache.slots(layer) < len(experts) for layer, experts in enumerate(self.layouts)):
+                tier.empty(policy if tier is self.tier else None)
 
     def close(self) -> None:
         """Stop loads and free the slots. Idempotent."""
+        settle, self.routed.settle = self.routed.settle, None  # it may hold memory of the device
+        if settle is not None:
+            settle()
         self.tier.close()
         if self.below is not None:
             self.below.close()

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from moe_local.cache.errors import MoeLocalError
 from moe_local.cache.stats import Stats
 from moe_local.offload import interrupt
-from moe_local.offload.engine.engine import Engine, FinishReason, Sequence, Step
+from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.sampling import Settings
+from moe_local.offload.engine.sequence import FinishReason, Sequence, Step
 from moe_local.offload.engine.text import Detokenizer
 from moe_local.offload.records import GenerationStats, Output, Token
 from moe_local.offload.store import ExpertStore, Tally

@@ -103,6 +103,12 @@ def fake_device() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def fake_graphs() -> ModuleType:
+    """tests/fake_graphs.py: `FakeGraphs`, which records what torch is asked for and does it when replayed."""
+    return load_module(Path(__file__).parent / "fake_graphs.py")
+
+
+@pytest.fixture(scope="session")
 def hub_servers() -> Iterator[Callable[[], Any]]:
     """hub_servers() -> a Hub as `hub_server`; any number of them, for as long as the session."""
     module = load_module(Path(__file__).parent / "hub_server.py")

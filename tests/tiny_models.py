@@ -52,6 +52,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "first_k_dense_replace": 1,
     },
+    "qwen3_next": {
+        "num_hidden_layers": 4,
+        "num_experts": 8,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
     "llama": {},
 }
 """By transformers' model type; `llama` is the dense one. Each adds to, or overrides, a common base."""

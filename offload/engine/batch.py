@@ -11,7 +11,7 @@ import torch
 
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.offload import interrupt
-from moe_local.offload.engine.engine import Engine, Sequence
+from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.sampling import (
     Settings,
     check_seed,
@@ -22,6 +22,7 @@ from moe_local.offload.engine.sampling import (
     option_error,
     with_default_length,
 )
+from moe_local.offload.engine.sequence import Sequence
 from moe_local.offload.relief import shortage
 
 

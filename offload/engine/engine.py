@@ -13,9 +13,7 @@ import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,10 +21,16 @@ from torch import nn
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cache.keys import format_bytes
 from moe_local.offload import interrupt
-from moe_local.offload.engine.kv_slab import KVRows, cache_argument
+from moe_local.offload.engine.batch_view import BatchMasks
+from moe_local.offload.engine.graphs import Graphs
+from moe_local.offload.engine.kv_slab import KVRows, KVSlab, cache_argument
+from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.sampling import Settings
+from moe_local.offload.engine.sequence import FinishReason, Sequence, Step, Work
+from moe_local.offload.engine.token_step import TokenStep
 from moe_local.offload.kernels.linear import NativeLinear
 from moe_local.offload.plan.footprint import MIN_CHUNK
+from moe_local.offload.prefetch.routers import RouterSite
 from moe_local.offload.relief import Shortage, shortage
 from moe_local.offload.threads import one_torch_thread
 
@@ -34,53 +38,6 @@ logger = logging.getLogger(__name__)
 
 FEW_TOKENS, SHORT_CONTEXT, SMALL_MATRIX = 4, 2048, 1 << 20
 """Up to so many tokens, behind so many, with matrices of so many weights, torch's work fits one thread."""
-
-
-class FinishReason(StrEnum):
-    """Why a sequence ended."""
-
-    STOP = "stop"
-    """An end-of-sequence token, or a stop string."""
-    LENGTH = "length"
-    """max_new_tokens, max_time, or the end of the context."""
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One prompt and what follows it. The engine writes it; callers read."""
-
-    ids: list[int]
-    """The prompt, then the new tokens."""
-    prompt_len: int
-    settings: Settings
-    row: int
-    """Its row of the key-value memory. Changes when another sequence leaves."""
-    finish_reason: FinishReason | None = None
-    reused_tokens: int = 0
-    """Prompt tokens whose keys and values were taken over from the sequence before."""
-    deadline: float | None = None
-    seen: torch.Tensor | None = field(default=None, repr=False)
-    """`ids` on the model's device with room to grow, [1, capacity + 1], where processors want them."""
-
-    @property
-    def new_ids(self) -> list[int]:
-        return self.ids[self.prompt_len :]
-
-
-class Step(NamedTuple):
-    """One new token. `finish_reason` is None while the sequence goes on."""
-
-    sequence: Sequence
-    token: int
-    finish_reason: FinishReason | None
-
-
-class Work(NamedTuple):
-    """What one row contributes to a forward: its next ids, and whether they are the last that it has."""
-
-    sequence: Sequence
-    ids: list[int]
-    samples: bool
 
 
 class Engine:
@@ -103,6 +60,8 @@ class Engine:
         if "logits_to_keep" in inspect.signature(hf.forward).parameters:
             self._forward_options["logits_to_keep"] = 1
         self._cache_argument = cache_argument(hf)
+        self.token_step: TokenStep | None = None
+        """What computes forwards of one token, if not the model's plain forward."""
         self._fits_one_thread = self.device.type == "cpu" and all(
             module.weight.numel() <= SMALL_MATRIX or isinstance(module, NativeLinear)
             for module in hf.modules()
@@ -113,14 +72,33 @@ class Engine:
         self.relief: Callable[[Shortage], bool] | None = None
         """Gives memory back that a step lacked, and says whether it did; None: nothing can."""
         self._members: list[Sequence] = []
-        """By row, the parked one included."""
-        self._parked: Sequence | None = None
+        """By row, the parked ones included."""
+        self._parked: list[Sequence] = []
+        """Those that have left and whose rows nobody has needed since, in the order in which they left."""
         self._turn = 0
+        self._masks: BatchMasks | None = None
+        self._had_prompt = False
+        """Whether the last step computed a part of a prompt."""
+
+    def make_token_step(
+        self, graphs: Graphs | None, sites: Ids[RouterSite | None] = (), saw: Saw | None = None
+    ) -> TokenStep:
+        """A TokenStep for this model and its memory, which is a KVSlab."""
+        assert isinstance(self.kv, KVSlab)
+        return TokenStep(
+            self.hf,
+            self.kv,
+            graphs,
+            cache_argument=self._cache_argument,
+            options=self._forward_options,
+            sites=sites,
+            saw=saw,
+        )
 
     @property
     def active(self) -> list[Sequence]:
         """Sequences that have joined and not left, by row."""
-        return [sequence for sequence in self._members if sequence is not self._parked]
+        return [sequence for sequence in self._members if sequence not in self._parked]
 
     @property
     def free_rows(self) -> int:
@@ -129,31 +107,33 @@ class Engine:
     def join(self, prompt_ids: Ids[int], settings: Settings, *, reuse: bool = False) -> Sequence:
         """Let a prompt take part in the steps to come; nothing is computed yet.
 
-        With `reuse`, the keys and values of the sequence that left last serve as far as both prompts agree.
+        With `reuse`, the keys and values of a sequence that left serve as far as both prompts agree: those of
+        the one that agrees longest.
         Raises OptionError for an empty prompt, an id beyond the vocabulary, a prompt beyond the context.
         """
         ids = list(prompt_ids)
-        self._check_prompt(ids)
+        self.check_prompt(ids)
         if self.free_rows == 0:
             raise MoeLocalError(
                 f"all {self.kv.rows} sequences are in use; one has to leave before another joins"
             )
-        shared = self._shared_prefix(ids) if reuse else 0
-        if self._parked is not None and shared:
-            row = self._parked.row
+        shared, parked = self._longest_prefix(ids) if reuse else (0, None)
+        if parked is not None:
+            row = parked.row
             self.kv.shorten(row, shared)
-            self._parked = None
+            self._parked.remove(parked)
             sequence = self._members[row] = Sequence(ids, len(ids), settings, row, reused_tokens=shared)
         else:
             if len(self._members) == self.kv.rows:
-                self.forget()
+                self._give_up(self._parked[0])
             sequence = Sequence(ids, len(ids), settings, self.kv.join())
             self._members.append(sequence)
         if settings.max_time is not None:
             sequence.deadline = time.monotonic() + settings.max_time
         return sequence
 
-    def _check_prompt(self, ids: list[int]) -> None:
+    def check_prompt(self, ids: Ids[int]) -> None:
+        """Raises OptionError for a prompt that `join` would refuse."""
         if not ids:
             raise OptionError("the prompt is empty; it needs at least one token")
         if len(ids) > self.kv.capacity:
@@ -174,28 +154,37 @@ class Engine:
     def leave(self, sequence: Sequence) -> None:
         """The sequence takes part no more, finished or not. Its row stays parked until one is needed."""
         assert self._members[sequence.row] is sequence, "this sequence has left before"
-        self.forget()
-        self._parked = sequence
+        assert sequence not in self._parked, "this sequence has left before"
+        self._parked.append(sequence)
         sequence.seen = None
 
     def forget(self) -> None:
-        """Give up the parked row."""
-        if self._parked is None:
-            return
-        row, self._parked = self._parked.row, None
+        """Give up all parked rows."""
+        while self._parked:
+            self._give_up(self._parked[0])
+
+    def _give_up(self, parked: Sequence) -> None:
+        self._parked.remove(parked)
+        row = parked.row
         self.kv.leave(row)
         last = self._members.pop()
         if row < len(self._members):
             self._members[row] = last
             last.row = row
 
-    def _shared_prefix(self, ids: list[int]) -> int:
-        """Tokens of the parked row that a prompt can take over; at least one is left to compute."""
-        if self._parked is None:
-            return 0
-        row = self._parked.row
+    def _longest_prefix(self, ids: list[int]) -> tuple[int, Sequence | None]:
+        """The parked sequence that most of a prompt can be taken over from, and how many tokens."""
+        found: tuple[int, Sequence | None] = (0, None)
+        for parked in self._parked:
+            shared = self._shared_prefix(parked, ids)
+            if shared and shared >= found[0]:
+                found = (shared, parked)
+        return found
+
+    def _shared_prefix(self, parked: Sequence, ids: list[int]) -> int:
+        """Tokens of a parked row that a prompt can take over; at least one is left to compute."""
+        row, old = parked.row, parked.ids
         limit = min(self.kv.lens[row], len(ids) - 1)
-        old = self._parked.ids
         shared = next((i for i in range(limit) if old[i] != ids[i]), limit)
         return shared if self.kv.can_shorten(row, shared) else 0
 
@@ -206,7 +195,7 @@ class Engine:
         """
         with interrupt.deferred(), torch.inference_mode():
             while True:
-                turn = self._turn
+                turn, had_prompt = self._turn, self._had_prompt
                 work = self._schedule()
                 if not work:
                     return []
@@ -222,7 +211,7 @@ class Engine:
                 else:
                     return self._emit(work, tokens)
                 # Only here has the error let go of its trace, and so of all that the forward had allocated.
-                self._turn = turn
+                self._turn, self._had_prompt = turn, had_prompt
                 self._make_room(lacking, work)
 
     def _make_room(self, lacking: Shortage, work: list[Work]) -> None:
@@ -243,35 +232,94 @@ class Engine:
         logger.warning("VRAM ran out: prompts go in chunks of %d tokens from now on", shorter)
 
     def _schedule(self) -> list[Work]:
-        """The rows of the next forward: one, in turn."""
+        """The rows of the next forward: all that decode, in turn with each that has a prompt to compute.
+
+        Where rows cannot take part in one forward, each has its turn.
+        """
         running = [sequence for sequence in self.active if sequence.finish_reason is None]
+        if self.kv.can_batch:
+            decoding = [sequence for sequence in running if self._todo(sequence) == 1]
+            prompts = [sequence for sequence in running if self._todo(sequence) > 1]
+            if decoding and (self._had_prompt or not prompts):
+                self._had_prompt = False
+                if len(decoding) == 1:
+                    return [self._work(decoding[0])]
+                return [self._work(sequence) for sequence in self._to_front(decoding)]
+            running = prompts
         if not running:
             return []
         sequence = next((s for s in running if s.row >= self._turn), running[0])
         self._turn = sequence.row + 1
+        self._had_prompt = True
+        return [self._work(sequence)]
+
+    def _todo(self, sequence: Sequence) -> int:
+        """Tokens that are not computed yet."""
+        return len(sequence.ids) - self.kv.lens[sequence.row]
+
+    def _work(self, sequence: Sequence) -> Work:
         done = self.kv.lens[sequence.row]
         todo = len(sequence.ids) - done
         count = self.kv.chunk(sequence.row, todo, self.chunk)
-        return [Work(sequence, sequence.ids[done : done + count], samples=count == todo)]
+        return Work(sequence, sequence.ids[done : done + count], samples=count == todo)
+
+    def _to_front(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Give these, ordered by row, the first rows, in their order: a batch is a stretch of the slab.
+
+        Rows move when somebody joins the batch or leaves it, not from step to step.
+        """
+        outside = [row for row in range(len(sequences)) if self._members[row] not in sequences]
+        behind = [sequence.row for sequence in sequences if sequence.row >= len(sequences)]
+        for hole, row in zip(outside, behind, strict=True):
+            self.kv.swap(hole, row)
+            members = self._members
+            members[hole], members[row] = members[row], members[hole]
+            members[hole].row, members[row].row = hole, row
+        return self._members[: len(sequences)]
 
     def _forward(self, work: list[Work]) -> torch.Tensor:
         """Logits of each row's last token, [len(work), vocabulary], fp32."""
         with one_torch_thread() if self._is_small(work) else contextlib.nullcontext():
-            return torch.cat([self._forward_row(item) for item in work])
+            return self._forward_row(work[0]) if len(work) == 1 else self._forward_batch(work)
 
     def _is_small(self, work: list[Work]) -> bool:
         """Whether our kernels do nearly all of it, and are better off with the cores for themselves."""
-        return self._fits_one_thread and all(
-            len(item.ids) <= FEW_TOKENS and self.kv.lens[item.sequence.row] <= SHORT_CONTEXT for item in work
+        tokens = sum(len(item.ids) for item in work)
+        return (
+            self._fits_one_thread
+            and tokens <= FEW_TOKENS
+            and all(self.kv.lens[item.sequence.row] <= SHORT_CONTEXT for item in work)
         )
+
+    def _forward_batch(self, work: list[Work]) -> torch.Tensor:
+        """The first rows of the memory, one token each: an expert that several need is fetched once."""
+        cache = self.kv.batch(len(work))
+        if self._masks is None:
+            self._masks = BatchMasks(self.hf, self.kv.windows)
+        output = self.hf(
+            input_ids=torch.tensor([item.ids for item in work], device=self.device),
+            position_ids=torch.tensor(
+                [[self.kv.lens[item.sequence.row]] for item in work], device=self.device
+            ),
+            attention_mask=self._masks.make(self.kv.places),
+            **{self._cache_argument: cache},
+            **self._forward_options,
+        )
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
 
     def _forward_row(self, item: Work) -> torch.Tensor:
         """One sequence, any number of tokens: no mask, as generate drops one that hides nothing."""
-        row, start = item.sequence.row, self.kv.lens[item.sequence.row]
-        ids = torch.tensor([item.ids], device=self.device)
-        positions = torch.arange(start, start + len(item.ids), device=self.device)[None]
+        if self.token_step is not None and len(item.ids) == 1:
+            return self.token_step.logits(item.sequence.row, item.ids[0])
+        return self.plain_logits(item.sequence.row, item.ids)
+
+    def plain_logits(self, row: int, ids: list[int]) -> torch.Tensor:
+        """The model's forward of the next `ids` of a row; logits of the last, [1, vocabulary] fp32."""
+        start = self.kv.lens[row]
+        positions = torch.arange(start, start + len(ids), device=self.device)[None]
         output = self.hf(
-            input_ids=ids,
+            input_ids=torch.tensor([ids], device=self.device),
             position_ids=positions,
             **{self._cache_argument: self.kv.row(row)},
             **self._forward_options,
@@ -356,6 +404,6 @@ class Engine:
         assert len(self._members) == len(self.kv.lens)
         for row, sequence in enumerate(self._members):
             assert sequence.row == row
-            assert self.kv.lens[row] < len(sequence.ids) or sequence is self._parked
+            assert self.kv.lens[row] < len(sequence.ids) or sequence in self._parked
             assert sequence.prompt_len <= len(sequence.ids) <= self.kv.capacity + 1
-        assert self._parked is None or self._members[self._parked.row] is self._parked
+        assert all(self._members[parked.row] is parked for parked in self._parked)

@@ -3,16 +3,15 @@
     keys[row, head, column, dim]        token p of a sequence lies in column p, for as long as it stays
 
 Nothing grows, moves or is padded while sequences decode: a new token is written in place, `shorten` is one
-integer, and a sliding window is a slice. Two readers of the slab are possible: a row (one sequence, any
-number of new tokens), which `row()` gives, and all rows at once (one new token each), for which the rows in
-use are kept contiguous, 0 to len(lens) - 1.
+integer, and a sliding window is a slice. Three readers of the slab are possible: a row (one sequence, any
+number of new tokens), which `row()` gives; a row at fixed addresses (one new token), `static_row()`; and all
+rows at once (one new token each), for which the rows in use are kept contiguous, 0 to len(lens) - 1.
 
 Letters: R rows, H key-value heads, C capacity, D width of a head, W sliding window.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,7 +20,9 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from moe_local.offload.engine.own_caches import OwnCaches
+from moe_local.offload.engine.batch_view import BatchLayer, BatchPlaces
+from moe_local.offload.engine.names import cache_name
+from moe_local.offload.engine.static_row import StaticLayer
 from moe_local.offload.kernels.token_attention import Place
 
 # transformers 5.17 and 5.18 leave out the layers that later releases fill with this class.
@@ -39,6 +40,12 @@ class KVRows(Protocol):
     rows: int
     capacity: int
     lens: list[int]
+    can_batch: bool
+    """Whether several rows can take part in one forward, one new token each."""
+    places: BatchPlaces
+    """Where the tokens of the last `batch` go."""
+    windows: list[int | None]
+    """Of each layer, how many tokens its attention sees; None where it sees all, and where it has none."""
 
     def join(self) -> int:
         """Take the next row, empty. Call only while len(lens) < rows."""
@@ -46,8 +53,17 @@ class KVRows(Protocol):
     def leave(self, row: int) -> None:
         """Free a row. The last row moves into the hole and has the number `row` from now on."""
 
+    def swap(self, one: int, other: int) -> None:
+        """Exchange two rows in use."""
+
     def row(self, row: int) -> Any:
         """A transformers Cache of one sequence, for one forward of any number of tokens that still fit."""
+
+    def batch(self, count: int) -> Any:
+        """A Cache of rows 0 to count - 1, for one forward of one token each, with masks made of `places`.
+
+        Call only when `can_batch`.
+        """
 
     def advance(self, row: int, tokens: int) -> None:
         """The forward through the row is done: its new tokens are valid."""
@@ -141,8 +157,11 @@ class KVSlab:
     """Full-length attention memory of `rows` sequences of up to `capacity` tokens, allocated once.
 
     Owns its tensors. They are ordinary ones even when made under inference_mode, and on a CPU their pages are
-    taken from the system only when a token is first written. Columns not written are never read.
+    taken from the system only when a token is first written. Columns not written are never read, except
+    through a static row, which wants `clear` first, and in a batch.
     """
+
+    can_batch = True
 
     def __init__(self, probe: Any, rows: int, capacity: int) -> None:
         """`probe`: a cache that has seen one token, whose layers tell every shape, type and device."""
@@ -153,6 +172,11 @@ class KVSlab:
         with torch.inference_mode(False):
             self.layers = [self._allocate(layer) for layer in probe.layers]
         self._views = [Cache(layers=[self._view(store, row) for store in self.layers]) for row in range(rows)]
+        self.places = BatchPlaces()
+        self.windows = [None if store is None else store.window for store in self.layers]
+        self._all_rows = Cache(layers=[self._batch_view(store) for store in self.layers])
+        self._touched = [capacity] * rows
+        """By row: columns from here on are zero; those between its length and here may hold anything."""
 
     def _allocate(self, layer: Any) -> LayerStore | None:
         if getattr(layer, "keys", None) is None:
@@ -172,7 +196,10 @@ class KVSlab:
     def _view(self, store: LayerStore | None, row: int) -> Any:
         if store is not None:
             return RowLayer(store, row, self.lens)
-        return (DUMMY_LAYER or DynamicLayer)()
+        return empty_layer()
+
+    def _batch_view(self, store: LayerStore | None) -> Any:
+        return empty_layer() if store is None else BatchLayer(store, self.places)
 
     def join(self) -> int:
         assert len(self.lens) < self.rows, f"all {self.rows} rows are taken"
@@ -186,17 +213,62 @@ class KVSlab:
             for tensor in self._tensors():
                 tensor[row, ..., :length, :].copy_(tensor[last, ..., :length, :])
         self.lens[row] = self.lens[last]
+        self._touched[row] = max(self._touched[row], self.lens[row])
         self.lens.pop()
+
+    def swap(self, one: int, other: int) -> None:
+        length = max(self.lens[one], self.lens[other])
+        for tensor in self._tensors():
+            held = tensor[one, ..., :length, :].clone()
+            tensor[one, ..., :length, :].copy_(tensor[other, ..., :length, :])
+            tensor[other, ..., :length, :].copy_(held)
+        for row in (one, other):
+            self._touched[row] = max(self._touched[row], length)
+        self.lens[one], self.lens[other] = self.lens[other], self.lens[one]
 
     def row(self, row: int) -> Any:
         return self._views[row]
 
+    def batch(self, count: int) -> Any:
+        for row in range(count):
+            self.clear(row)
+        self.places.set(self.lens[:count], next(self._tensors()).device)
+        return self._all_rows
+
+    def static_row(self, row: int, columns: int, position: torch.Tensor) -> Any:
+        """A Cache of one sequence, for forwards of one token each, of `columns` columns at fixed addresses.
+
+        `position`: int64 [1] on the device, read by every forward: the column of its token. Before each,
+        `clear`. Layers with an indexer have none.
+        """
+        assert not self.has_indexer
+        layers = [
+            empty_layer() if store is None else StaticLayer(store, row, columns, position)
+            for store in self.layers
+        ]
+        return Cache(layers=layers)
+
+    @property
+    def has_indexer(self) -> bool:
+        """Whether some layer's attention chooses columns itself."""
+        return any(store is not None and store.indexer is not None for store in self.layers)
+
+    def clear(self, row: int) -> None:
+        """Make the columns behind the row's length zero, so that a mask can hide them: NaN times 0 is NaN."""
+        length, touched = self.lens[row], self._touched[row]
+        if length < touched:
+            for tensor in self._tensors():
+                tensor[row, ..., length:touched, :].zero_()
+        self._touched[row] = length
+
     def advance(self, row: int, tokens: int) -> None:
         assert self.lens[row] + tokens <= self.capacity, f"row {row} is full"
         self.lens[row] += tokens
+        self._touched[row] = max(self._touched[row], self.lens[row])
 
     def abort(self, row: int) -> None:
-        """Nothing to do: what was written lies behind `lens[row]` and is written again."""
+        """What was written lies behind `lens[row]` and is written again."""
+        self._touched[row] = self.capacity
 
     def chunk(self, row: int, todo: int, wanted: int) -> int:
         return min(todo, wanted)
@@ -220,6 +292,7 @@ class KVSlab:
     def check_integrity(self) -> None:
         assert len(self.lens) <= self.rows
         assert all(0 <= length <= self.capacity for length in self.lens), self.lens
+        assert all(length <= touched for length, touched in zip(self.lens, self._touched, strict=False))
         for tensor in self._tensors():
             assert tensor.shape[0] == self.rows, tensor.shape
             assert tensor.shape[-2] == self.capacity, tensor.shape
@@ -229,17 +302,24 @@ class KVSlab:
 
 def can_slab(probe: Any) -> bool:
     """Whether every layer of a probed cache is one whose tokens lie in columns of their own."""
-    return all(
-        (type(layer) in SLAB_LAYERS and getattr(layer, "indexer_position_ids", None) is None)
-        or (DUMMY_LAYER is not None and type(layer) is DUMMY_LAYER)
-        for layer in probe.layers
-    )
+    return all(map(slabbed, probe.layers))
+
+
+def slabbed(layer: Any) -> bool:
+    """Whether a probed cache layer keeps its tokens in columns of their own, or nothing at all."""
+    if DUMMY_LAYER is not None and type(layer) is DUMMY_LAYER:
+        return True
+    return type(layer) in SLAB_LAYERS and getattr(layer, "indexer_position_ids", None) is None
+
+
+def empty_layer() -> Any:
+    """A cache layer that keeps nothing."""
+    return (DUMMY_LAYER or DynamicLayer)()
 
 
 def cache_argument(model: Any) -> str:
-    """What the model's forward calls its cache; transformers 5.24 began to rename it."""
-    names = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in names else "past_key_values"
+    """What the model's forward calls its cache."""
+    return cache_name(model.forward)
 
 
 @torch.inference_mode()
@@ -250,11 +330,3 @@ def probe_cache(model: Any) -> Any:
     zero = torch.zeros((1, 1), dtype=torch.long, device=embeddings.device)
     model(input_ids=zero, position_ids=zero, use_cache=True, **{cache_argument(model): cache})
     return cache
-
-
-def make_kv(model: Any, rows: int, capacity: int, probe: Any = None) -> KVSlab | OwnCaches:
-    """Memory for `rows` sequences of `capacity` tokens; `probe`: what `probe_cache` gave, if at hand."""
-    probe = probe_cache(model) if probe is None else probe
-    if can_slab(probe):
-        return KVSlab(probe, rows, capacity)
-    return OwnCaches(model.config, rows, capacity)

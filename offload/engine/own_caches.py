@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
+from moe_local.offload.engine.batch_view import BatchPlaces
+
 WHOLE_PROMPT_ONLY = frozenset({"jamba"})
 """Model types whose scan forgets its state when it gets several tokens after it (transformers 5.23)."""
 
@@ -19,12 +21,16 @@ class OwnCaches:
     the sequence is computed again from its ids; nothing can be cut off, as a state cannot be rolled back.
     """
 
+    can_batch = False
+
     def __init__(self, config: Any, rows: int, capacity: int) -> None:
         self._config = config.get_text_config(decoder=True)
         self._whole_prompt_only = self._config.model_type in WHOLE_PROMPT_ONLY
         self.rows = rows
         self.capacity = capacity
         self.lens: list[int] = []
+        self.places = BatchPlaces()
+        self.windows: list[int | None] = []
         self._caches: list[Any] = []
 
     def _fresh(self) -> Any:
@@ -40,6 +46,13 @@ class OwnCaches:
         length, cache = self.lens.pop(), self._caches.pop()
         if row < len(self.lens):
             self.lens[row], self._caches[row] = length, cache
+
+    def swap(self, one: int, other: int) -> None:
+        self.lens[one], self.lens[other] = self.lens[other], self.lens[one]
+        self._caches[one], self._caches[other] = self._caches[other], self._caches[one]
+
+    def batch(self, count: int) -> Any:
+        raise AssertionError("caches of their own have no common view")
 
     def row(self, row: int) -> Any:
         return self._caches[row]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,18 +18,31 @@ Prompt = str | Sequence[Message] | Sequence[int] | torch.Tensor
 """Text, a conversation of {"role": ..., "content": ...}, or token ids."""
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+TEMPLATE_ARGUMENTS = frozenset(
+    {"conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"}
+    | {"tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
+    | {"return_assistant_tokens_mask", "messages"}
+)
+"""What apply_chat_template takes beside variables of the template."""
 REPLACEMENT = "\ufffd"
 
 
 def encode_prompt(
-    tokenizer: Any, prompt: Prompt, *, template: bool = True, system: str | None = None
+    tokenizer: Any,
+    prompt: Prompt,
+    *,
+    template: bool = True,
+    system: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a prompt, special tokens included.
 
     A string is one user turn where the tokenizer has a chat template; with `template=False`, or without one,
     it is text to be continued. A conversation that ends with the assistant is continued there. `system` goes
-    in front, in place of a system message the conversation starts with. Ids pass unchanged, and need no
-    tokenizer. Raises OptionError when the prompt can not be encoded.
+    in front, in place of a system message the conversation starts with. `tools` (JSON schemas) and further
+    `variables` are for the template, in conversations only. Ids pass unchanged, and need no tokenizer.
+    Raises OptionError when the prompt can not be encoded.
     """
     if isinstance(prompt, torch.Tensor):
         prompt = _flat_ids(prompt)
@@ -52,7 +66,7 @@ def encode_prompt(
     messages = _check_messages(items)
     if not (template and has_template):
         raise OptionError(f"a conversation needs a chat template, and {_why_raw(template)}; give plain text")
-    return _encode_chat(tokenizer, with_system(messages, system))
+    return _encode_chat(tokenizer, with_system(messages, system), tools, variables or {})
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
@@ -105,15 +119,25 @@ def _check_messages(messages: Sequence[Any]) -> list[Message]:
     return list(messages)
 
 
-def _encode_chat(tokenizer: Any, messages: list[Message]) -> list[int]:
+def _encode_chat(
+    tokenizer: Any,
+    messages: list[Message],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] = MappingProxyType({}),
+) -> list[int]:
+    clash = variables.keys() & TEMPLATE_ARGUMENTS
+    if clash:
+        raise OptionError(f"{min(clash)} is not a variable of the chat template's own; leave it out")
     continues = messages[-1]["role"] == "assistant"
     try:
         ids = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             add_generation_prompt=not continues,
             continue_final_message=continues,
+            tools=None if tools is None else [dict(tool) for tool in tools],
             tokenize=True,
             return_dict=False,
+            **variables,
         )
     except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
         roles = ", ".join(message["role"] for message in messages)

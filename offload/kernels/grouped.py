@@ -74,6 +74,44 @@ def _launcher(math: ExpertMath, device: torch.device, layout: Layout) -> Grouped
     return GroupedNF4(kernels, layout, gate, has_gate=math.has_gate, has_bias=math.has_bias)
 
 
+class GroupedRun:
+    """The memory of one layer's step, and its launches."""
+
+    def __init__(self, launcher: GroupedNF4, x: torch.Tensor, weights: torch.Tensor) -> None:
+        """x [T, D], weights [T, K]."""
+        places, dtype, device = weights.numel(), torch.float32, x.device
+        self.outputs = torch.empty(places, launcher.width, dtype=dtype, device=device)
+        """[T * K, D]"""
+        self._launcher = launcher
+        self._weights = weights.contiguous()
+        self._planes = launcher.planes(x.contiguous())
+        self._hidden = torch.empty(places, launcher.hidden, dtype=dtype, device=device)
+        self._combined = torch.empty(x.shape, dtype=x.dtype, device=device)
+
+    def launch(self, base: torch.Tensor, table: torch.Tensor) -> None:
+        """Compute the experts of a GroupedNF4's table, whose slots count UNITs from `base`."""
+        self._launcher.up(base, UNIT, table, self._planes, self._hidden, self._weights.shape[1])
+        self._launcher.down(base, UNIT, table, self._hidden, self.outputs)
+
+    def result(self) -> torch.Tensor:
+        """The weighted sum, [T, D] in the dtype of x."""
+        self._launcher.combine(self.outputs, self._weights, self._combined)
+        return self._combined
+
+
+def warm_up(launcher: GroupedNF4, x: torch.Tensor, top_k: int, base: torch.Tensor) -> None:
+    """Launch the kernels once for each number of tokens that they are compiled for. x [1, D] as in steps;
+    `base`, a slot, may hold anything."""
+    tokens = 1
+    while tokens <= MOST_TOKENS:
+        weights = torch.zeros(tokens, top_k, dtype=x.dtype, device=x.device)
+        run = GroupedRun(launcher, x.expand(tokens, -1), weights)
+        places = [top_k * token for token in range(tokens)]
+        run.launch(base, torch.tensor([[0, *places]], device=x.device))
+        run.result()
+        tokens *= 2
+
+
 class GroupedStep:
     """A LayerStep of two launches a group and one for the sum.
 
@@ -87,58 +125,53 @@ class GroupedStep:
     def __init__(
         self, launcher: GroupedNF4, x: torch.Tensor, routing: Routing, weights: torch.Tensor, rest: Rest
     ) -> None:
-        places, dtype, device = len(routing.ids), torch.float32, x.device
         self._launcher = launcher
         self._routing = routing
-        self._weights = weights.contiguous()
-        self._planes = launcher.planes(x.contiguous())
-        self._hidden = torch.empty(places, launcher.hidden, dtype=dtype, device=device)
-        self._outputs = torch.empty(places, launcher.width, dtype=dtype, device=device)
-        self._combined = torch.empty(x.shape, dtype=x.dtype, device=device)
+        self._run = GroupedRun(launcher, x, weights)
+        self._device = x.device
         self._rest = rest
         self._rest_step: LayerStep | None = None
         self._tokens = _tokens_of_a_program(routing)
 
     def compute(self, group: Sequence[Readable]) -> None:
+        layout = self._launcher.layout
+        if self._routing.tokens <= MOST_TOKENS and all(readable.layout is layout for readable in group):
+            self._run.launch(group[0].buffer, self.table(group))
+            return
         few: list[Readable] = []
         others: list[Readable] = []
         for readable in group:
             alike = _same(readable.layout, self._launcher.layout) and self._has_few(readable.expert)
             (few if alike else others).append(readable)
         if others:
-            self._rest_step = self._rest_step or self._rest(self._outputs)
+            self._rest_step = self._rest_step or self._rest(self._run.outputs)
             self._rest_step.compute(others)
         if few:
-            self._launch(few)
+            self._run.launch(few[0].buffer, self.table(few))
 
     def accept(self, places: torch.Tensor, answers: torch.Tensor) -> None:
-        self._outputs.index_copy_(0, places, answers)
+        self._run.outputs.index_copy_(0, places, answers)
 
     def result(self) -> torch.Tensor:
-        self._launcher.combine(self._outputs, self._weights, self._combined)
-        return self._combined
+        return self._run.result()
 
     def _has_few(self, expert: int) -> bool:
         return self._routing.tokens <= MOST_TOKENS or self._routing.counts[expert] <= MOST_TOKENS
 
-    def _launch(self, group: Sequence[Readable]) -> None:
-        table = self.table(group)
-        base, routing = group[0].buffer, self._routing
-        self._launcher.up(base, UNIT, table, self._planes, self._hidden, routing.top_k)
-        self._launcher.down(base, UNIT, table, self._hidden, self._outputs)
-
     def table(self, group: Sequence[Readable]) -> torch.Tensor:
         """A GroupedNF4's table. Slots count UNITs from the first expert: leases know addresses only."""
         base = group[0].buffer.data_ptr()
-        starts, places = self._routing.places_of(readable.expert for readable in group)
-        flat = places.tolist()
-        rows = []
-        for index, readable in enumerate(group):
-            slot, odd = divmod(readable.buffer.data_ptr() - base, UNIT)
-            assert odd == 0
-            mine = flat[starts[index] : starts[index + 1]]
-            rows.append([slot, *mine, *[-1] * (self._tokens - len(mine))])
-        device = self._planes.device
+        slots = [(readable.buffer.data_ptr() - base) // UNIT for readable in group]
+        if self._routing.tokens == 1:
+            ids = self._routing.ids
+            rows = [[slot, ids.index(readable.expert)] for slot, readable in zip(slots, group, strict=True)]
+        else:
+            starts, places = self._routing.places_of(readable.expert for readable in group)
+            flat, rows = places.tolist(), []
+            for index, slot in enumerate(slots):
+                mine = flat[starts[index] : starts[index + 1]]
+                rows.append([slot, *mine, *[-1] * (self._tokens - len(mine))])
+        device = self._device
         table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         return table.to(device, non_blocking=True)
 

@@ -21,7 +21,7 @@ class LayerKernels:
         """`activations`: "native", or "int8" to round them to eight bits where the kernel can."""
         self._each = ExpertKernels(activations)
         self._together = CpuExperts(activations)
-        self._grouped = GroupedExperts()
+        self.grouped = GroupedExperts()
 
     def begin(
         self,
@@ -34,8 +34,8 @@ class LayerKernels:
         """`weights` [T, K] of the routing; `layout` is that of the layer's experts."""
         if self._together.serves(math, x, layout):
             return self._together.begin(math, x, routing, weights)
-        if self._grouped.serves(math, x, routing, layout):
-            return self._grouped.begin(
+        if self.grouped.serves(math, x, routing, layout):
+            return self.grouped.begin(
                 math,
                 x,
                 routing,

@@ -51,7 +51,7 @@ class Cards:
         """The cards of a request that names several."""
         spec = request.spec
         dense, before, behind = _dense_by_layer(spec, request.dense)
-        kv = -(-footprint.kv_bytes(spec, request.context, request.dtype) // spec.num_layers)
+        kv = kv_of_a_layer(request)
         sizes = footprint.expert_bytes(spec, request.experts)
         moe = {layer.decoder_layer: layer for layer in spec.layers}
         layers = tuple(
@@ -129,6 +129,12 @@ class Cards:
         last = len(self.request.cards) - 1
         ends = (self.before if number == 0 else 0) + (self.behind if number == last else 0)
         return ends + self.workspace + footprint.cuda_overhead(self.request.cards[number] + more)
+
+
+def kv_of_a_layer(request: Request) -> int:
+    """Bytes of keys and values that a decoder layer keeps, all taken for alike."""
+    nbytes = footprint.kv_bytes(request.spec, request.context, request.dtype)
+    return request.parallel * -(-nbytes // request.spec.num_layers)
 
 
 def refusal(request: Request, shortfall: int, slots: int) -> str:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.plan import footprint
-from moe_local.offload.plan.cards import Cards, layers_by_card, refusal
+from moe_local.offload.plan.cards import Cards, kv_of_a_layer, layers_by_card, refusal
 from moe_local.offload.plan.plan import Bytes, Mode, Plan, Request, arena_bytes
 
 
@@ -57,7 +57,7 @@ def _place_on_cards(request: Request) -> Plan:
     overheads = sum(footprint.cuda_overhead(card) for card in request.cards)
     parts = Bytes(
         dense=footprint.dense_bytes(spec, request.dense, cuda=True),
-        kv=spec.num_layers * -(-footprint.kv_bytes(spec, request.context, request.dtype) // spec.num_layers),
+        kv=spec.num_layers * kv_of_a_layer(request),
         workspace=count * on.workspace + overheads,
         expert=max(sizes),
         experts_total=arena_bytes(_all_slots(spec), sizes),
@@ -112,7 +112,7 @@ def _chunk(request: Request, sizes: Sequence[int], room: int) -> tuple[int, Byte
     while True:
         parts = Bytes(
             dense=footprint.dense_bytes(spec, request.dense, cuda=request.vram is not None),
-            kv=footprint.kv_bytes(spec, request.context, dtype),
+            kv=request.parallel * footprint.kv_bytes(spec, request.context, dtype),
             workspace=footprint.workspace_bytes(spec, chunk, request.context, dtype) + overhead,
             expert=max(sizes),
             experts_total=arena_bytes(_all_slots(spec), sizes),

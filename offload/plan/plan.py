@@ -39,6 +39,8 @@ class Request:
     slots: int | None = None
     """Experts per MoE layer in the fastest tier; None: as many as fit."""
     bandwidths: Bandwidths = field(default_factory=Bandwidths)
+    parallel: int = 1
+    """Sequences at a time, each with a context of its own."""
     cards: tuple[int, ...] = ()
     """The share of `vram` on each card where there are several."""
 
@@ -173,7 +175,11 @@ class Plan:
         sizes = footprint.expert_bytes(spec, request.experts)
         return estimate.Traffic(
             dense=estimate.read_per_token(
-                spec, self.bytes.dense, self.bytes.kv, request.context, request.dtype.itemsize
+                spec,
+                self.bytes.dense,
+                self.bytes.kv // request.parallel,
+                request.context,
+                request.dtype.itemsize,
             ),
             experts=sum(layer.top_k * size for layer, size in zip(spec.layers, sizes, strict=True)),
             fastest_share=fastest_share,
@@ -218,6 +224,7 @@ class Plan:
             "experts": request.experts,
             "dense": request.dense,
             "context": request.context,
+            "parallel": request.parallel,
             "prefill_chunk": self.chunk,
             "fits": self.fits,
             "mode": self.mode,

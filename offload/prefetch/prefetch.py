@@ -30,6 +30,9 @@ class Prefetcher(Protocol):
     def request(self, guesses: Sequence[Guess], experts: Sequence[Sequence[int]]) -> None:
         """Start to bring what the guesses (`ranked`, on the host) name and is absent."""
 
+    def saw(self, layer: int, residual: torch.Tensor) -> None:
+        """What the hook on the norm before this layer's router would have seen, where hooks do not run."""
+
     def close(self) -> None:
         """Take the hooks off the model. Idempotent."""
 
@@ -41,6 +44,9 @@ class NoPrefetch:
         return []
 
     def request(self, guesses: Sequence[Guess], experts: Sequence[Sequence[int]]) -> None:
+        pass
+
+    def saw(self, layer: int, residual: torch.Tensor) -> None:
         pass
 
     def close(self) -> None:
@@ -78,6 +84,9 @@ class RouterPrefetcher:
             for layer, site in enumerate(sites)
             if site is not None
         ]
+
+    def saw(self, layer: int, residual: torch.Tensor) -> None:
+        self._residual, self._residual_layer = residual, layer
 
     def predict(self, layer: int) -> list[Guess]:
         residual, self._residual = self._residual, None
@@ -119,6 +128,6 @@ class RouterPrefetcher:
 
     def _keeper(self, layer: int) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
         def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            self._residual, self._residual_layer = args[0], layer
+            self.saw(layer, args[0])
 
         return keep

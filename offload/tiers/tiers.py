@@ -141,6 +141,20 @@ class Tier:
             if progress:
                 progress(total - len(keys) - len(self._loads), total)
 
+    def empty(self, policy: str | None = None) -> None:
+        """Make every expert absent; loads under way are given up first. `policy`: another one from now on.
+
+        Blocks until nothing writes to a slot any more. Nothing may be leased.
+        """
+        for key in list(self._loads):
+            self.cancel(key)
+        while self._loads:
+            self.source.wait(0.1)
+            check_interrupt()
+            self.poll()
+        self._failures.clear()
+        self.cache.empty(policy)
+
     def close(self) -> None:
         """Stop loads, then free the memory. Idempotent; leases that are still out lose their buffers."""
         self.source.close()

@@ -388,3 +388,40 @@ def test_a_slot_in_use_cannot_be_taken_away() -> None:
         cache.keep_slots(0, 1)
     assert cache.keep_slots(0, 2) == 0
     cache.check_integrity()
+
+
+def test_emptied_it_is_as_new() -> None:
+    cache = _filled(3, 4, 5, 6)
+    _step(cache, [4, 7])
+    counted = cache.stats.snapshot()
+    cache.empty()
+    cache.check_integrity()
+    assert (cache.free(0), cache.free(1), cache.residents(0)) == (3, 3, ())
+    assert cache.stats.snapshot() == counted
+    assert _step(cache, [1, 2, 3]).victims == ()
+    assert _step(cache, [9]).victims == (1,), "what was used before counts no more"
+
+
+def test_emptied_for_another_policy() -> None:
+    """FIFO evicts what came first, LRU what was used first: 1 is the oldest, and was used last."""
+    for policy, victim in (("fifo", 1), ("lru", 2)):
+        cache = ExpertCache([2], "lfu")
+        cache.empty(policy)
+        for experts in ([1], [2], [1], [3]):
+            granted = _step(cache, experts)
+        assert granted.victims == (victim,)
+    with pytest.raises(OptionError, match="'best' is not known"):
+        cache.empty("best")
+
+
+def test_what_is_in_use_is_not_emptied() -> None:
+    cache = _filled(3, 4)
+    cache.acquire(0, [4])
+    with pytest.raises(CacheStateError, match=r"pinned are \[4\]"):
+        cache.empty()
+    cache.release(0, [4])
+    cache.reserve(1, 2)
+    with pytest.raises(CacheStateError, match=r"layer 1 cannot be emptied: .* loading \[2\]"):
+        cache.empty()
+    assert cache.residents(0) == (4,)
+    cache.check_integrity()

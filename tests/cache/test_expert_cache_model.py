@@ -40,21 +40,29 @@ class Entry:
 
 @dataclass
 class LayerModel:
-    """One layer: who is present, and the times of all uses of every expert; a use is a tick of the clock."""
+    """One layer: who is present, all uses of every expert, and the order in which things happened."""
 
     present: dict[int, Entry] = field(default_factory=dict)
-    uses: dict[int, list[int]] = field(default_factory=dict)
+    uses: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    """By expert: how many uses of any expert came before its step, and its place among the step's."""
     admitted: dict[int, int] = field(default_factory=dict)
-    time: int = 0
+    recent: dict[int, int] = field(default_factory=dict)
+    """When an expert was last admitted or, being present, used."""
+    used: int = 0
+    events: int = 0
 
-    def use(self, experts: Sequence[int]) -> None:
-        for expert in experts:
-            self.time += 1
-            self.uses.setdefault(expert, []).append(self.time)
+    def need(self, experts: Sequence[int]) -> None:
+        for place, expert in enumerate(experts):
+            self.uses.setdefault(expert, []).append((self.used, place))
+        self.used += len(experts)
+
+    def happen(self, expert: int) -> int:
+        self.events += 1
+        self.recent[expert] = self.events
+        return self.events
 
     def admit(self, expert: int) -> Entry:
-        self.use([expert])
-        self.admitted[expert] = self.time
+        self.admitted[expert] = self.happen(expert)
         self.present[expert] = Entry()
         return self.present[expert]
 
@@ -63,11 +71,12 @@ class LayerModel:
 
 
 def _last_use(layer: LayerModel, expert: int) -> float:
-    return layer.uses[expert][-1]
+    return layer.recent[expert]
 
 
 def _faded_uses(layer: LayerModel, expert: int) -> float:
-    return sum(2.0 ** ((time - layer.time) / HALF_LIFE) for time in layer.uses[expert])
+    uses = layer.uses.get(expert, [])
+    return sum(2.0 ** ((before - layer.used) / HALF_LIFE) * lfu._NEXT_CHOICE**place for before, place in uses)
 
 
 def _admission(layer: LayerModel, expert: int) -> float:
@@ -122,10 +131,16 @@ class CacheMachine(RuleBasedStateMachine):
 
     def _evict(self, number: int, keep: Collection[int]) -> None:
         layer = self.layers[number]
-        victim = min(layer.movable(keep), key=lambda expert: COLDNESS[self.policy](layer, expert))
+        victim = min(layer.movable(keep), key=lambda expert: self._coldness()(layer, expert))
         if layer.present.pop(victim).unused_prefetch:
             self.wasted_bytes += _size(number, victim)
         self.evictions += 1
+
+    def _coldness(self) -> Callable[[LayerModel, int], float]:
+        if self.policy != "adaptive":
+            return COLDNESS[self.policy]
+        duel = self.cache._pools[0].policy._duel  # type: ignore[attr-defined]
+        return _last_use if duel.recency else _faded_uses
 
     def _some(self, data: st.DataObject, number: int, wanted: Callable[[Entry], bool]) -> int | None:
         choices = sorted(e for e, entry in self.layers[number].present.items() if wanted(entry))
@@ -150,7 +165,11 @@ class CacheMachine(RuleBasedStateMachine):
             self.used += entry.unused_prefetch and not entry.loading
             self.late += entry.unused_prefetch and entry.loading
             entry.unused_prefetch = False
-        layer.use(present)
+        # The real cache goes first: what an adaptive policy follows may change with the step.
+        granted = self.cache.acquire(number, experts)
+        layer.need(experts)
+        for expert in present:
+            layer.happen(expert)
         while len(layer.present) + len(absent) > self.slots[number]:
             self._evict(number, experts)
         for expert in absent:
@@ -160,7 +179,6 @@ class CacheMachine(RuleBasedStateMachine):
         self.hits += len(present) - len(joined)
         self.misses += len(absent) + len(joined)
 
-        granted = self.cache.acquire(number, experts)
         assert granted.load == tuple(absent)
         assert granted.joined == tuple(joined)
         assert granted.slots == [self.cache.slot_of(number, expert) for expert in experts]
@@ -199,6 +217,22 @@ class CacheMachine(RuleBasedStateMachine):
             return
         layer.admit(expert)
         assert self.cache.expert_in(number, self.cache.preload(number, expert)) == expert
+
+    @rule(number=layer_numbers, experts=experts_lists)
+    def pass_over(self, number: int, experts: list[int]) -> None:
+        """Computed elsewhere: all of them, or refused."""
+        layer = self.layers[number]
+        if any(e in layer.present and not layer.present[e].loading for e in experts):
+            self._refused(CacheStateError, lambda: self.cache.pass_over(number, experts))
+            return
+        self.cache.pass_over(number, experts)
+        layer.need(experts)
+        for expert in experts:
+            entry = layer.present.get(expert)
+            if entry:
+                self.late += entry.unused_prefetch
+                entry.unused_prefetch = False
+        self.misses += len(experts)
 
     @rule(number=layer_numbers, experts=experts_lists)
     def whole_step(self, number: int, experts: list[int]) -> None:
@@ -307,7 +341,7 @@ class CacheMachine(RuleBasedStateMachine):
                 assert (self.cache.slot_of(number, expert) is None) == (entry is None)
                 assert self.cache.is_resident(number, expert) == (entry is not None and not entry.loading)
             order = list(self.cache._pools[number].policy.coldest())
-            by_coldness = COLDNESS[self.policy]
+            by_coldness = self._coldness()
             assert order == sorted(present, key=lambda expert: by_coldness(layer, expert))
 
     @invariant()

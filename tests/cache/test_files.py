@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_local.cache.files import write_atomically
+from moe_local.cache.files import write_atomically, write_bytes_atomically
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -42,3 +42,16 @@ def test_is_as_readable_as_any_other_file(tmp_path: Path) -> None:
 def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "nowhere" / "result.json", [])
+
+
+def test_bytes_that_fail_half_way_leave_the_old_file(tmp_path: Path) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"new"
+        raise KeyboardInterrupt
+
+    target = tmp_path / "picture"
+    write_bytes_atomically(target, [b"\x00\r\n", b"\xff"])
+    with pytest.raises(KeyboardInterrupt):
+        write_bytes_atomically(target, pieces())
+    assert target.read_bytes() == b"\x00\r\n\xff"
+    assert list(tmp_path.iterdir()) == [target]

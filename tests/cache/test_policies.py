@@ -27,6 +27,7 @@ def _shake(policy: EvictionPolicy, seed: int, steps: int = 300) -> set[int]:
     known: set[int] = set()
     for _ in range(steps):
         policy.touch(chance.sample(sorted(known), chance.randint(0, min(4, len(known)))))
+        policy.pass_over(chance.sample(range(24), 2))
         expert = chance.randrange(24)
         if expert in known:
             policy.remove(expert)
@@ -121,8 +122,34 @@ def test_a_step_never_loses_one_of_its_own(make_policy: MakePolicy, slots: int) 
     assert cache.stats.evictions == cache.stats.misses - slots
 
 
+def test_what_is_passed_over_does_not_become_known(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    policy.insert(1)
+    policy.pass_over([1, 2])
+    assert list(policy.coldest()) == [1]
+    policy.touch([1, 3], absent=[3])
+    assert list(policy.coldest()) == [1]
+
+
+def test_caches_share_nothing() -> None:
+    """Policies of one cache may know of each other; those of two caches, such as two tiers, must not."""
+    for name in POLICIES:
+        one, two = ExpertCache([2], name), ExpertCache([2], name)
+        history = [(0, 1), (2, 3), (0, 2)] * 30
+        for experts in history:
+            for expert in one.acquire(0, experts).load:
+                one.complete(0, expert)
+            one.release(0, experts)
+        fresh = ExpertCache([2], name)
+        for cache in (two, fresh):
+            for expert in cache.acquire(0, [0, 1]).load:
+                cache.complete(0, expert)
+            cache.release(0, [0, 1])
+        assert list(two._pools[0].policy.coldest()) == list(fresh._pools[0].policy.coldest())
+
+
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(OptionError, match=r"'mru' is not known; choose one of lru, lfu, fifo"):
+    with pytest.raises(OptionError, match=r"'mru' is not known; choose one of lru, lfu, adaptive, fifo"):
         policy_for("mru")
     with pytest.raises(OptionError, match="'mru'"):
         ExpertCache([2], "mru")

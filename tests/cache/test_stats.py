@@ -138,3 +138,9 @@ def test_starvation_is_judged_on_the_tokens_between_two_snapshots() -> None:
     after = Stats(routed=load.snapshot())
     assert after.starved == ()
     assert (after - before).starved == (StarvedExpert(0, 0, 0.0),)
+
+
+def test_two_stretches_add_up() -> None:
+    first, both = _stats(), _stats() + _stats()
+    assert both - first == first
+    assert (both.hits_by_layer, both.prefetch.issued, both.stall.demand) == ((6, 0), 8, 1.0)

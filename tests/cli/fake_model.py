@@ -9,8 +9,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from moe_local.cache.stats import PrefetchStats, StallSeconds, Stats
-from moe_local.offload.engine.engine import FinishReason
+from moe_local.cache.cache_map import CacheView
+from moe_local.cache.expert_cache import ExpertCache
+from moe_local.cache.stats import PrefetchStats, RoutedTokens, StallSeconds, Stats
+from moe_local.offload.engine.sequence import FinishReason
 from moe_local.offload.records import GenerationStats, Output, Token
 
 COUNTS = Stats(
@@ -20,6 +22,7 @@ COUNTS = Stats(
     prefetch=PrefetchStats(issued=4, used=2, late=1, wasted_bytes=2048),
     stall=StallSeconds(disk=0.5),
     tokens=10,
+    routed=RoutedTokens(((0,) * 4, (0,) * 4), (0, 0)),
 )
 
 
@@ -90,6 +93,13 @@ class FakeModel:
 
     def stats(self) -> Stats:
         return COUNTS
+
+    def cache_view(self) -> CacheView:
+        cache = ExpertCache([2, 2])
+        cache.preload(0, 1)
+        cache.complete(0, 1)
+        cache.preload(1, 3)
+        return CacheView(cache, [4, 4])
 
     def close(self) -> None:
         self.open = False

@@ -49,7 +49,7 @@ def test_help_stats_and_unknown_commands(invoke, fake):
     assert result.stdout == (
         "  /help   this list\n"
         "  /clear  forget the conversation\n"
-        "  /stats  what the cache has done since the start\n"
+        "  /stats  what the cache has done and holds; /stats live: while tokens come\n"
         "  /exit   leave, as do /bye, /quit and Ctrl-D\n"
         '  """     begins and ends a message of several lines\n'
         "  Ctrl-C  stops an answer\n"
@@ -60,6 +60,10 @@ def test_help_stats_and_unknown_commands(invoke, fake):
         "  read       0 B from disk, 0 B to the GPU\n"
         "  stall      0.50 s\n"
         "  starved    0 experts under 1 % of their layer's tokens\n"
+        "   0 ·□··\n"
+        "   1 ···▒\n"
+        "     · absent □ resident ▒ loading ■ used × missed\n"
+        f"         disk {40 * '█'}    50.00 ms\n"
         "unknown command /foo; /help lists the commands\n"
     )
     assert fake.asked == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ import torch
 
 import moe_local
 from moe_local.offload import relief
+from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
 from moe_local.offload.kernels.grouped import GroupedStep
@@ -267,6 +269,89 @@ def test_nf4_ids_do_not_depend_on_the_cache(
             model.check_integrity()
     assert found[0] == found[1] == found[2]
     assert launches
+
+
+FAMILIES = ["mixtral", "qwen3_moe", "gpt_oss", "olmoe", "deepseek_v3"]
+
+
+def decoded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, graphs: str, **options: Any
+) -> tuple[list[int], Any, Any]:
+    """Greedy ids over a change of columns, with the statistics and the engine's TokenStep."""
+    monkeypatch.setenv("MOE_LOCAL_GRAPHS", graphs)
+    with moe_local.load(folder, device="cuda", **options) as model:
+        assert model.stats().hits == model.stats().misses == 0
+        prompt = list(range(3, 40))
+        out = model.generate(prompt, max_new_tokens=280, do_sample=False, eos_token_id=None)
+        model.check_integrity()
+        step = model._open().engine.token_step
+        return out.token_ids, model.stats(), step
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_ids_are_the_same_with_and_without_graphs(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    """In fp32, where masked attention over a static row tips no token; whatever is cached and prefetched."""
+    folder = make_checkpoint(model_type)
+    exact = {"experts": "fp32", "dense": "fp32", "miss": "fetch", "context": 512}
+    want, counts, _ = decoded(folder, monkeypatch, "off", slots=2, prefetch="router", **exact)
+    for slots, prefetch in ((2, "router"), (3, "off"), (8, "off")):
+        ids, stats, step = decoded(folder, monkeypatch, "on", slots=slots, prefetch=prefetch, **exact)
+        assert ids == want, (slots, prefetch)
+        assert step is not None
+        assert step.failure is None
+        assert len(step.captured) == 2  # 256 and 384 columns
+        assert stats.routed == counts.routed
+        if (slots, prefetch) == (2, "router"):
+            assert stats.prefetch.issued == counts.prefetch.issued > 0
+
+
+@pytest.mark.parametrize("dense", ["bf16", "nf4"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_resident_step_is_one_graph(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, model_type: str, dense: str
+) -> None:
+    """NF4 experts, all in slots: the same ids as with two slots a layer, and as computed without replays."""
+    pytest.importorskip("triton")
+    folder = make_checkpoint(model_type, **({} if model_type == "qwen3_moe" else {"intermediate_size": 128}))
+    options = {"experts": "nf4", "dense": dense, "miss": "fetch", "context": 512, "prefetch": "off"}
+    ids, stats, step = decoded(folder, monkeypatch, "on", slots=8, **options)
+    assert step is not None
+    assert [captured.segments for captured in step.captured.values()] == [1, 1]
+    assert stats.misses == 0
+    assert stats.hits > 0
+    few, counts, step = decoded(folder, monkeypatch, "on", slots=2, **options)
+    assert few == ids
+    assert counts.routed == stats.routed
+    assert step is not None
+    assert all(captured.segments > 1 for captured in step.captured.values())
+
+
+def test_a_resident_token_waits_for_nothing_but_its_id(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    for graphs in ("on", "off"):
+        monkeypatch.setenv("MOE_LOCAL_GRAPHS", graphs)
+        with moe_local.load(make_checkpoint("qwen3_moe"), device="cuda", slots=8, context=512) as model:
+            engine = model._open().engine
+            ids = list(range(3, 40))
+            settings = make_settings(model.hf, ids, max_new_tokens=99, eos_token_id=None, do_sample=False)
+            sequence = engine.join(ids, settings)
+            for _ in range(8):
+                engine.step()
+            waits: list[str] = []
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    engine.step()
+                waits = [str(warning.message) for warning in caught if "sync" in str(warning.message)]
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert len(waits) <= 3, waits  # the id, and the two numbers that a plain forward is given
+            engine.leave(sequence)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -12,7 +12,7 @@ import torch
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.offload.engine.batch import generate_ids
 from moe_local.offload.engine.engine import Engine
-from moe_local.offload.engine.kv_slab import make_kv
+from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.sampling import make_settings, needs_hf_generate
 
 torch.set_num_threads(1)

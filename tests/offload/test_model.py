@@ -25,7 +25,7 @@ from transformers import GenerationConfig
 
 import moe_local
 from moe_local.cache.errors import MoeLocalError, OptionError
-from moe_local.offload.engine.engine import FinishReason
+from moe_local.offload.engine.sequence import FinishReason
 from moe_local.offload.tiers import transfer
 
 torch.set_num_threads(1)

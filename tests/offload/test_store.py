@@ -651,3 +651,39 @@ def test_close_is_quick_and_leaves_no_thread_with_a_disk_that_hangs(make_rig: Ma
     rig.store.close()
     assert time.perf_counter() - began < 5
     assert not [t for t in threading.enumerate() if t.name.startswith("moe-local-read")]
+
+
+# Starting over
+
+
+@pytest.mark.parametrize("mode", ["disk", "ram", "ram+disk"])
+def test_an_emptied_store_misses_everything_it_had_to_bring(make_rig: Make, mode: str) -> None:
+    """Loads under way are given up; what has a slot for good stays, and so do the counts."""
+    rig = make_rig(mode, slots=3)
+    rig.step(0, [0, 1, 2])
+    rig.store.prefetch(1, [0, 1], distance=1, budget_bytes=1 << 30)
+    before = rig.store.snapshot()
+    rig.store.empty()
+    rig.check()
+    assert not rig.tier.loading
+    assert all(rig.tier.cache.residents(layer) == () for layer in range(rig.num_layers))
+    assert rig.store.snapshot().hits == before.hits
+    rig.step(0, [2, 1, 0])
+    assert rig.store.snapshot().misses == before.misses + 3
+    rig.settle()
+
+
+def test_a_store_that_holds_everything_is_not_emptied(make_rig: Make) -> None:
+    rig = make_rig("disk", slots=5, experts=5)
+    rig.step(0, [0, 1])
+    rig.store.empty()
+    rig.step(0, [1, 0])
+    assert (rig.store.snapshot().hits, rig.store.snapshot().misses) == (2, 2)
+
+
+def test_a_snapshot_without_the_table_of_routed_tokens(make_rig: Make) -> None:
+    rig = make_rig("disk", slots=3)
+    rig.step(0, [0, 1])
+    whole, small = rig.store.snapshot(), rig.store.snapshot(routed=False)
+    assert small.routed.counts == ()
+    assert (small.misses, small.bytes, small.stall) == (whole.misses, whole.bytes, whole.stall)

@@ -15,13 +15,14 @@ from torch.nn import functional as F
 
 from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
 from moe_local.offload.kernels.gates import CONCATENATED, FUNCTIONS, INTERLEAVED, PLAIN
-from moe_local.offload.kernels.grouped import GroupedExperts, GroupedStep
-from moe_local.offload.kernels.grouped_nf4 import GroupedNF4, pieces_of_a_step, triton_kernels
+from moe_local.offload.kernels.grouped import GroupedExperts, GroupedStep, warm_up
+from moe_local.offload.kernels.grouped_nf4 import UNIT, GroupedNF4, pieces_of_a_step, triton_kernels
 from moe_local.offload.kernels.layer import OneByOne
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.native.library import Gate
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
+from moe_local.offload.residents import ResidentLayer
 
 pytestmark = pytest.mark.slow
 
@@ -282,3 +283,38 @@ def test_experts_with_many_tokens_are_computed_elsewhere_into_the_same_sum() -> 
     routing = Routing(ids.flatten().tolist(), 10, 2)
     got = in_groups(begin(math, experts, x, routing, weights), experts, [[0, 1]])
     assert error_of(got, plainly(math, experts, x, ids, weights)) < 1e-6
+
+
+def test_residents_are_found_by_a_table_on_the_device() -> None:
+    """To the bit as the host names them, wherever their arena's slots lie; and every choice is counted."""
+    math, experts = SwiGLU(), Experts(5, 64, 64)
+    launcher = GroupedExperts().launcher(math, CPU, experts.layout)
+    assert launcher is not None
+    slots = torch.tensor([slot * experts.stride // UNIT for slot in experts.slots])
+    counts = torch.zeros(5, dtype=torch.int64)
+    layer = ResidentLayer(launcher, slots, counts)
+    for number, ids in enumerate(([4, 0, 3], [1, 2, 4], [2])):
+        index, x = torch.tensor([ids]), normal(1, 64, seed=number)
+        weights = normal(1, len(ids), seed=number).abs()
+        step = begin(math, experts, x, Routing(ids, 1, 5), weights)
+        assert torch.equal(layer.run(experts.arena, x, index, weights), in_groups(step, experts, [ids]))
+    assert counts.tolist() == [1, 1, 2, 1, 2]
+
+
+def test_warming_up_launches_every_kernel_of_a_decode_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the steps of up to 8 tokens launch has been launched before; the slot's bytes do not matter."""
+    math, experts = SwiGLU(), Experts(2, 64, 64)
+    launcher = GroupedExperts().launcher(math, CPU, experts.layout)
+    assert launcher is not None
+    seen: list[int] = []
+    up = launcher.up
+
+    def counted(base: Any, stride: int, table: torch.Tensor, *rest: Any) -> None:
+        seen.append(table.shape[1] - 1)
+        up(base, stride, table, *rest)
+
+    monkeypatch.setattr(launcher, "up", counted)
+    warm_up(
+        launcher, torch.zeros(1, 64, dtype=torch.float16), 2, torch.full_like(experts.leases[0].buffer, 255)
+    )
+    assert seen == [1, 2, 4, 8]

@@ -1,0 +1,110 @@
+"""Frequency while it serves better than recency, recency otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+
+from moe_local.cache.duel import Duel
+from moe_local.cache.lfu import LFUPolicy
+from moe_local.cache.lru import LRUPolicy
+
+
+class AdaptivePolicy:
+    """Eviction order by faded use as `LFUPolicy`, or by last use as `LRUPolicy`: the `Duel` decides.
+
+    Within one topic frequency hits 2 to 5 points more on recorded routes; where topics change every few
+    tokens, or where all that is needed lately just fits, it hits up to 40 less. Which it is shows in shadows,
+    caches of numbers only, of the same size, that follow one order each whatever the real one does. While
+    frequency is followed the real cache stands for its shadow, less what only a prefetch let it hit.
+
+    The shadows take the experts that a step lacked at once and give way when the next one comes: only then
+    is it known how many slots there are, and none of a step's own is ever in the way of another.
+    """
+
+    __slots__ = ("_ahead", "_duel", "_frequency", "_last", "_lfu", "_lru", "_recency")
+
+    def __init__(self, duel: Duel) -> None:
+        self._duel = duel
+        duel.join()
+        self._lru = LRUPolicy()
+        self._lfu = LFUPolicy()
+        self._recency: dict[int, None] = {}
+        """LRU's shadow, in the order of last use."""
+        self._frequency: set[int] | None = None
+        """LFU's shadow while recency is followed."""
+        self._last: Sequence[int] = ()
+        """The last step's experts, which its shadow must not lose."""
+        self._ahead: set[int] = set()
+        """Known experts that were not needed since they were inserted."""
+
+    @classmethod
+    def family(cls) -> Callable[[], AdaptivePolicy]:
+        """What makes the policies of one cache's layers, which share a duel."""
+        duel = Duel()
+        return lambda: cls(duel)
+
+    def touch(self, experts: Sequence[int], absent: Sequence[int] = ()) -> None:
+        duel = self._duel
+        needed = len(experts)
+        own = frequent = needed - len(absent)
+        if self._ahead:
+            frequent -= len(self._ahead.intersection(experts))
+            self._ahead.difference_update(experts)
+        if duel.recency:
+            if self._frequency is None:
+                self._frequency = set(self._lfu.coldest())
+            frequent = self._use_frequency(self._frequency, experts)
+        else:
+            self._frequency = None
+        recent = self._use_recency(experts)
+        self._last = experts
+        self._lru.touch(experts, absent)
+        self._lfu.touch(experts)
+        duel.judge(needed, own, recent, frequent)
+
+    def _use_recency(self, experts: Sequence[int]) -> int:
+        """Bring the shadow to its size, then let it use the experts. Returns how many of them it had."""
+        shadow = self._recency
+        spare = len(shadow) - len(self._lru)
+        if spare > 0:
+            for expert in [*islice(shadow, spare)]:
+                del shadow[expert]
+        used = [expert for expert in experts if expert in shadow]
+        for expert in used:
+            del shadow[expert]
+            shadow[expert] = None
+        if len(used) < len(experts):
+            shadow.update(dict.fromkeys([expert for expert in experts if expert not in shadow]))
+        return len(used)
+
+    def _use_frequency(self, shadow: set[int], experts: Sequence[int]) -> int:
+        """As `_use_recency`."""
+        spare = len(shadow) - len(self._lfu)
+        if spare > 0:
+            movable = shadow.difference(self._last)
+            shadow.difference_update(sorted(movable, key=self._lfu.uses.__getitem__)[:spare])
+        used = len(shadow.intersection(experts))
+        shadow.update(experts)
+        return used
+
+    def pass_over(self, experts: Sequence[int]) -> None:
+        """Counts as use. The shadows, which would have made room, are not told: nor was the cache."""
+        self._lfu.pass_over(experts)
+
+    def insert(self, expert: int) -> None:
+        self._lru.insert(expert)
+        self._lfu.insert(expert)
+        if expert not in self._last:
+            self._ahead.add(expert)
+
+    def remove(self, expert: int) -> None:
+        self._lru.remove(expert)
+        self._lfu.remove(expert)
+        self._ahead.discard(expert)
+
+    def coldest(self) -> Iterator[int]:
+        return (self._lru if self._duel.recency else self._lfu).coldest()
+
+    def __len__(self) -> int:
+        return len(self._lru)

@@ -1,0 +1,148 @@
+"""The cache as a map, and where tokens spend their time as bars: for /stats and for bench --watch."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from moe_local.cache.cache_map import CacheMap, Cell
+from moe_local.cache.stats import Stats
+
+if TYPE_CHECKING:
+    from moe_local import Model
+    from moe_local.offload.records import Token
+
+LOOKS = {
+    Cell.ABSENT: ("·", "dim"),
+    Cell.RESIDENT: ("□", "blue"),
+    Cell.LOADING: ("▒", "yellow"),
+    Cell.USED: ("■", "bold green"),
+    Cell.MISSED: ("×", "bold red"),
+}
+"""A character of its own for each state, since terminals without colours are common."""
+STALLS = {"demand": "red", "late_prefetch": "yellow", "disk": "magenta", "cpu": "cyan", "sync": "blue"}
+"""Colours of the causes of stalls, here and in plots."""
+BAR = 40
+AROUND = (12, 6)
+"""Lines and columns of a terminal that a map leaves to others."""
+LOOK_SECONDS = 0.1
+"""Least time between two pictures: looking at thousands of experts takes a millisecond."""
+FADE = 0.8
+"""What a step leaves of the mean of those before."""
+
+
+def draw_map(cache: CacheMap, rows: int, columns: int) -> Text:
+    """A line for each layer, or for several where there are more than `rows`; and a legend."""
+    text = Text()
+    for first, cells in cache.shrunk(rows, columns):
+        text.append(f"{first:>4} ", "dim")
+        for cell in cells:
+            text.append(*LOOKS[cell])
+        text.append("\n")
+    text.append("    ")
+    for cell, (character, style) in LOOKS.items():
+        text.append(f" {character}", style)
+        text.append(f" {cell.name.lower()}")
+    return text
+
+
+def draw_stalls(stall_ms: Mapping[str, float], ms: float | None = None, width: int = BAR) -> Text:
+    """A bar for each cause that there is, in milliseconds a token; with `ms`, a token's, also the rest."""
+    parts = {cause: value for cause, value in stall_ms.items() if value > 0}
+    longest = ms if ms is not None else max(parts.values(), default=0.0)
+    if ms is not None:
+        parts["other"] = max(0.0, ms - sum(parts.values()))
+    text = Text()
+    for cause, value in parts.items():
+        length = round(width * value / longest) if longest else 0
+        text.append(f"{cause.replace('_', ' '):>13} ")
+        text.append("█" * length, STALLS.get(cause, "green"))
+        text.append(" " * (width - length) + f" {value:8.2f} ms\n")
+    if not parts:
+        text.append("no stalls\n", "dim")
+    text.rstrip()
+    return text
+
+
+def draw(cache: CacheMap, stall_ms: Mapping[str, float], ms: float | None, title: str = "") -> RenderableType:
+    """Both, one above the other, as large as the terminal lets them be."""
+    columns, lines = shutil.get_terminal_size()
+    parts: list[RenderableType] = [Text(title, "bold")] if title else []
+    return Group(
+        *parts,
+        draw_map(cache, max(4, lines - AROUND[0]), max(8, columns - AROUND[1])),
+        draw_stalls(stall_ms, ms),
+    )
+
+
+class LivePicture:
+    """A model that is generating, as a picture: the cache now, and where its last tokens spent their time."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._view = model.cache_view()
+        self._next = 0.0
+        self._looked = False
+        self._ms: float | None = None
+        self._stall: dict[str, float] = {}
+
+    def after(self, ms: float, counts: Stats, tokens: int = 1) -> RenderableType | None:
+        """What to draw after a step of so many milliseconds; None so soon after the last picture."""
+        share = 1.0 if self._ms is None else 1 - FADE
+        each = max(1, tokens)
+        self._ms = (1 - share) * (self._ms or 0.0) + share * ms / each
+        for cause, seconds in asdict(counts.stall).items():
+            before = self._stall.get(cause, 0.0)
+            self._stall[cause] = (1 - share) * before + share * 1000 * seconds / each
+        now = time.monotonic()
+        if now < self._next:
+            return None
+        cache = self._look()
+        if not self._looked:  # the picture after the next step is to show what that step alone used
+            self._looked = True
+            return None
+        self._looked, self._next = False, now + LOOK_SECONDS
+        return draw(cache, self._stall, self._ms, f"{self._model.name}: {self._ms:.1f} ms a token")
+
+    def _look(self) -> CacheMap:
+        return self._view.look(self._model.stats().routed.counts)
+
+
+class LiveAnswer:
+    """An answer as it comes, with the picture of the model below it; a context manager.
+
+    At its end the picture is gone, and so is what was shown of the answer: `text` is the part that whoever
+    uses it has still to print.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.text = ""
+        self._model = model
+        self._picture = LivePicture(model)
+        self._counts = model.stats()
+        self._live = Live(transient=True, auto_refresh=False, vertical_overflow="crop")
+
+    def show(self, token: Token) -> None:
+        """The next token."""
+        self.text += token.text
+        counts = self._model.stats()
+        drawn = self._picture.after(token.ms, counts - self._counts)
+        self._counts = counts
+        if drawn is not None:
+            height = self._live.console.height
+            lines = self.text.splitlines()[-max(1, height // 3) :]
+            self._live.update(Group(Text("\n".join(lines)), drawn), refresh=True)
+
+    def __enter__(self) -> LiveAnswer:
+        self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._live.stop()

@@ -1,0 +1,152 @@
+"""From a request to its answer: prompts into the batcher, tokens out of it, in OpenAI's shapes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_local.cache.errors import MoeLocalError
+from moe_local.cli.server.text import AnswerParser, Piece, StopFilter, call_id
+from moe_local.offload.batcher import Ended, Ticket
+from moe_local.offload.records import Token
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer of a request, as its tokens arrive in the event loop."""
+
+    index: int
+    stops: StopFilter
+    parser: AnswerParser
+    ticket: Ticket | None = None
+    tokens: int = 0
+    calls: int = 0
+    finish_reason: str | None = None
+    content: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def take(self, event: Token | Ended) -> list[Piece]:
+        """What a token, or the end, adds. Raises the error that ended it."""
+        pieces: list[Piece] = []
+        if isinstance(event, Token):
+            self.tokens += 1
+            pieces += self.parser.add(self.stops.add(event.text))
+            if self.stops.stopped and self.finish_reason is None:
+                self._finish("stop", pieces)
+                if self.ticket is not None:
+                    self.ticket.cancel()
+            return pieces
+        if self.finish_reason is None:
+            if event.error is not None:
+                raise event.error
+            pieces += self.parser.add(self.stops.flush())
+            self._finish(str(event.reason or "stop"), pieces)
+        return pieces
+
+    def keep(self, piece: Piece) -> None:
+        """Collect a piece for an answer that is given whole."""
+        if piece.call is not None:
+            self.tool_calls.append(tool_call(piece.call))
+        elif piece.reasoning:
+            self.reasoning.append(piece.reasoning)
+        else:
+            self.content.append(piece.content)
+
+    def _finish(self, reason: str, pieces: list[Piece]) -> None:
+        pieces += self.parser.flush()
+        self.finish_reason = reason
+
+    def reason(self) -> str:
+        """OpenAI's word for why it ended."""
+        if self.finish_reason == "stop" and self.calls:
+            return "tool_calls"
+        return self.finish_reason or "stop"
+
+
+def tool_call(call: dict[str, Any]) -> dict[str, Any]:
+    return {"id": call_id(), "type": "function", "function": call}
+
+
+class Answer:
+    """All choices of one request. Lives in the event loop; tokens come from the batcher's thread.
+
+    A context manager: whatever is still under way when it is left is cancelled.
+    """
+
+    def __init__(self, kind: str, model: str) -> None:
+        """`kind`: the prefix of its id, "chatcmpl" or "cmpl"."""
+        self.id = f"{kind}-{uuid.uuid4().hex[:24]}"
+        self.created = int(time.time())
+        self.model = model
+        self.choices: list[Choice] = []
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[Choice, Token | Ended]] = asyncio.Queue()
+
+    def add(self, choice: Choice) -> Choice:
+        self.choices.append(choice)
+        return choice
+
+    def listener(self, choice: Choice) -> Any:
+        """For Batcher.submit."""
+
+        def listen(event: Token | Ended) -> None:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (choice, event))
+
+        return listen
+
+    def started(self, choice: Choice, ticket: Ticket) -> None:
+        choice.ticket = ticket
+        self.prompt_tokens += len(ticket.prompt_ids)
+
+    async def events(self) -> AsyncIterator[tuple[Choice, list[Piece], Token | Ended]]:
+        """Each choice's pieces as they come, until all have ended. Raises what ended one with an error."""
+        open_choices = len(self.choices)
+        while open_choices:
+            choice, event = await self._events.get()
+            if isinstance(event, Ended):
+                open_choices -= 1
+                self.cached_tokens += choice.ticket.reused_tokens if choice.ticket else 0
+            yield choice, choice.take(event), event
+
+    def usage(self) -> dict[str, Any]:
+        new = sum(choice.tokens for choice in self.choices)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": new,
+            "total_tokens": self.prompt_tokens + new,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for choice in self.choices:
+            if choice.ticket is not None:
+                choice.ticket.cancel()
+
+
+class Failure(Exception):
+    """An error as OpenAI's clients know them."""
+
+    def __init__(self, status: int, message: str, kind: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": None}}
+
+    @classmethod
+    def of(cls, error: MoeLocalError) -> Failure:
+        from moe_local.cache.errors import BusyError, OptionError
+
+        if isinstance(error, BusyError):
+            return cls(429, str(error), "rate_limit_error")
+        if isinstance(error, OptionError):
+            return cls(400, str(error), "invalid_request_error")
+        return cls(500, str(error), "server_error")

@@ -1,0 +1,252 @@
+"""The HTTP server's routes, on FastAPI: OpenAI's completions, health, metrics, and a map of the cache."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+import moe_local
+from moe_local.cache.errors import MoeLocalError
+from moe_local.cli.server.answers import Answer, Choice, Failure
+from moe_local.cli.server.guard import Guard
+from moe_local.cli.server.metrics import Metrics
+from moe_local.cli.server.protocol import ChatRequest, CompletionRequest, Sampling
+from moe_local.cli.server.shapes import ChatShape, Shape, TextShape
+from moe_local.cli.server.text import OPEN_THOUGHT, AnswerParser, StopFilter
+from moe_local.offload.batcher import Batcher, Ended
+from moe_local.offload.engine.text import encode_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may ask for, and how many."""
+
+    api_key: str | None = None
+    origins: tuple[str, ...] = ()
+    """Web pages of other hosts that may ask; none by default."""
+    body_bytes: int = 8 << 20
+    max_tokens: int | None = None
+    """Most new tokens of an answer; None: what the context holds."""
+    patience_s: float = 300.0
+    """How long a request may wait in the queue."""
+    seconds: float | None = None
+    """How long an answer may take; None: as long as it takes."""
+
+
+class Server:
+    """A model behind HTTP. Requests step together in the batcher; the event loop only waits for them."""
+
+    def __init__(self, model: moe_local.Model, batcher: Batcher, limits: Limits) -> None:
+        """`model` and `batcher` are the caller's to close."""
+        self.model = model
+        self.batcher = batcher
+        self.limits = limits
+        self.name = model.name
+        self.metrics = Metrics(batcher)
+
+    def app(self) -> FastAPI:
+        app = FastAPI(title="moe-local", version=moe_local.__version__, docs_url=None, redoc_url=None)
+        app.add_exception_handler(Failure, _failed)
+        app.add_exception_handler(HTTPException, _refused)
+        app.add_exception_handler(RequestValidationError, _not_understood)
+        app.add_middleware(Guard, api_key=self.limits.api_key, body_bytes=self.limits.body_bytes)
+        if self.limits.origins:
+            app.add_middleware(
+                CORSMiddleware,
+                allow_origins=list(self.limits.origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type"],
+            )
+        app.add_api_route("/health", self.health, methods=["GET"])
+        app.add_api_route("/metrics", self.prometheus, methods=["GET"], response_class=PlainTextResponse)
+        app.add_api_route("/v1/models", self.models, methods=["GET"])
+        app.add_api_route("/v1/models/{name:path}", self.one_model, methods=["GET"])
+        app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        app.add_api_route("/v1/completions", self.complete, methods=["POST"])
+        return app
+
+    # What is there
+
+    async def health(self) -> dict[str, Any]:
+        return {"status": "ok", "running": self.batcher.running, "waiting": self.batcher.waiting}
+
+    async def prometheus(self) -> Response:
+        text = await asyncio.to_thread(self.metrics.render)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    async def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self._about()]}
+
+    async def one_model(self, name: str) -> dict[str, Any]:
+        self._check_model(name)
+        return self._about()
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.metrics.started,
+            "owned_by": "moe-local",
+            "context_length": self.model.plan.request.context,
+        }
+
+    # Answers
+
+    async def chat(self, asked: ChatRequest, request: Request) -> Response:
+        with _as_failures():
+            self._check_model(asked.model)
+            asked.check()
+            tools = asked.offered_tools
+            ids = encode_prompt(
+                self.model.tokenizer,
+                asked.conversation(),
+                tools=tools,
+                variables=asked.chat_template_kwargs,
+            )
+        thinking = self.model.tokenizer.decode(ids[-8:]).rstrip().endswith(OPEN_THOUGHT)
+        answer = Answer("chatcmpl", self.name)
+        for index in range(asked.n):
+            parser = AnswerParser(thinking=thinking, tools=tools is not None)
+            answer.add(Choice(index, StopFilter(asked.stops), parser))
+        return await self._answer(request, asked, answer, [ids], ChatShape(answer))
+
+    async def complete(self, asked: CompletionRequest, request: Request) -> Response:
+        with _as_failures():
+            self._check_model(asked.model)
+            asked.check()
+            prompts = [
+                encode_prompt(self.model.tokenizer, prompt, template=False) for prompt in asked.prompts()
+            ]
+        answer = Answer("cmpl", self.name)
+        for index in range(asked.n * len(prompts)):
+            answer.add(Choice(index, StopFilter(asked.stops), AnswerParser(plain=True)))
+        echo = [self._text(prompt) for prompt in prompts] if asked.echo else []
+        return await self._answer(request, asked, answer, prompts, TextShape(answer, echo, asked.n))
+
+    def _text(self, ids: list[int]) -> str:
+        text: str = self.model.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    async def _answer(
+        self, request: Request, asked: Sampling, answer: Answer, prompts: list[list[int]], shape: Shape
+    ) -> Response:
+        with _as_failures():
+            try:
+                for choice in answer.choices:
+                    self._submit(
+                        asked, answer, choice, prompts[choice.index // asked.n], choice.index % asked.n
+                    )
+            except BaseException:
+                answer.__exit__()
+                raise
+        if asked.stream:
+            chunks = self._stream(answer, shape, asked.include_usage)
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
+        whole = asyncio.ensure_future(self._whole(answer, shape))
+        with answer:
+            try:
+                while not whole.done():
+                    await asyncio.wait([whole], timeout=0.25)
+                    if not whole.done() and await request.is_disconnected():
+                        return Response(status_code=499)
+                with _as_failures():
+                    return JSONResponse(whole.result())
+            finally:
+                whole.cancel()
+
+    def _submit(
+        self, asked: Sampling, answer: Answer, choice: Choice, prompt: list[int], number: int
+    ) -> None:
+        options = asked.generation(number)
+        room = self.model.plan.request.context - len(prompt) + 1
+        wanted = asked.most_tokens or self.limits.max_tokens or room
+        options["max_new_tokens"] = max(1, min(wanted, self.limits.max_tokens or room, room))
+        if self.limits.seconds is not None:
+            options["max_time"] = self.limits.seconds
+        listener = self.metrics.watching(answer.listener(choice))
+        answer.started(
+            choice,
+            self.model.submit(
+                self.batcher,
+                prompt,
+                listener,
+                stop=asked.stops or None,
+                patience_s=self.limits.patience_s,
+                **options,
+            ),
+        )
+
+    async def _whole(self, answer: Answer, shape: Shape) -> dict[str, Any]:
+        async for choice, pieces, _ in answer.events():
+            for piece in pieces:
+                choice.calls += piece.call is not None
+                choice.keep(piece)
+        return shape.whole()
+
+    async def _stream(self, answer: Answer, shape: Shape, include_usage: bool) -> AsyncIterator[str]:
+        with answer:
+            try:
+                for chunk in shape.opening():
+                    yield _event(chunk)
+                async for choice, pieces, event in answer.events():
+                    for piece in pieces:
+                        yield _event(shape.delta(choice, piece))
+                        choice.calls += piece.call is not None
+                    if isinstance(event, Ended):
+                        yield _event(shape.closing(choice))
+                if include_usage:
+                    yield _event(shape.usage())
+            except MoeLocalError as error:
+                yield _event(Failure.of(error).body)
+            yield "data: [DONE]\n\n"
+
+    def _check_model(self, name: str | None) -> None:
+        if name not in (None, "", self.name):
+            raise Failure(
+                404,
+                f"no model {name!r} here; this server has {self.name!r}",
+                "invalid_request_error",
+                param="model",
+            )
+
+
+@contextlib.contextmanager
+def _as_failures() -> Any:
+    try:
+        yield
+    except MoeLocalError as error:
+        raise Failure.of(error) from error
+
+
+def _event(chunk: dict[str, Any]) -> str:
+    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+
+
+async def _failed(request: Request, error: Any) -> JSONResponse:
+    headers = {"Retry-After": "5"} if error.status == 429 else {}
+    return JSONResponse(error.body, status_code=error.status, headers=headers)
+
+
+async def _refused(request: Request, error: Any) -> JSONResponse:
+    """What FastAPI refuses by itself: unknown paths and methods, bodies that are too long."""
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    failure = Failure(error.status_code, message, "invalid_request_error")
+    return JSONResponse(failure.body, status_code=error.status_code, headers=error.headers)
+
+
+async def _not_understood(request: Request, error: Any) -> JSONResponse:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    failure = Failure(400, f"{where or 'body'}: {first['msg']}", "invalid_request_error", param=where or None)
+    return JSONResponse(failure.body, status_code=400)

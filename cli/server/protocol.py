@@ -1,0 +1,157 @@
+"""What clients send: OpenAI's chat and text completions, as far as a local model can honour them.
+
+Field names and meanings are those of OpenAI's API reference. Fields that are not named here are ignored,
+since clients send many that change nothing here; values that cannot be honoured are refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, field_validator
+
+from moe_local.cache.errors import OptionError
+
+MOST_CHOICES = 16
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class Sampling(BaseModel):
+    """What both kinds of request have in common."""
+
+    model: str | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    n: int = Field(default=1, ge=1, le=MOST_CHOICES)
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        strings = [stop] if isinstance(stop, str) else stop or []
+        if any(not string for string in strings):
+            raise ValueError("a stop string is empty")
+        return stop
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    @property
+    def most_tokens(self) -> int | None:
+        """New tokens at most; None leaves it to the server."""
+        return self.max_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk that counts tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def generation(self, choice: int) -> dict[str, Any]:
+        """Keyword arguments of Model.submit for one of the `n` choices; each draws from a seed of its own."""
+        wanted = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "seed": None if self.seed is None else self.seed + choice,
+        }
+        return {name: value for name, value in wanted.items() if value is not None}
+
+
+class CompletionRequest(Sampling):
+    """`POST /v1/completions`: a text, or token ids, to be continued."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool = False
+    suffix: str | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One or several. Raises OptionError for what is none."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if prompt and all(isinstance(item, int) for item in prompt):
+            return [prompt]  # type: ignore[list-item]
+        return list(prompt)  # type: ignore[arg-type]
+
+    def check(self) -> None:
+        """Raises OptionError for what is asked for and cannot be had."""
+        if self.suffix:
+            raise OptionError("suffix is not supported; put the text in front into prompt")
+        if self.logprobs:
+            raise OptionError("logprobs are not supported; leave them out")
+        if self.best_of not in (None, 1, self.n):
+            raise OptionError(f"best_of {self.best_of} is not supported; use n")
+        if not self.prompts():
+            raise OptionError("prompt is an empty list; give a text, or token ids")
+
+
+class ChatRequest(Sampling):
+    """`POST /v1/chat/completions`: a conversation, and tools that its template may know."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    logprobs: bool | None = None
+    response_format: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further variables of the template, such as enable_thinking; not OpenAI's, but what others have."""
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    def check(self) -> None:
+        """Raises OptionError for what is asked for and cannot be had."""
+        if self.logprobs:
+            raise OptionError("logprobs are not supported; leave them out")
+        kind = (self.response_format or {}).get("type", "text")
+        if kind != "text":
+            raise OptionError(f"response_format {kind!r} is not supported; ask for JSON in the prompt")
+        if self.tool_choice == "required" or isinstance(self.tool_choice, dict):
+            raise OptionError("tool_choice can be auto or none; a call cannot be forced")
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        return None if self.tool_choice == "none" else self.tools or None
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages with their content as text. Raises OptionError for pictures and the like."""
+        return [_as_text(index, message) for index, message in enumerate(self.messages)]
+
+
+def _as_text(index: int, message: dict[str, Any]) -> dict[str, Any]:
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise OptionError(f"message {index} has no role")
+    if content is None and message.get("tool_calls"):
+        content = ""
+    if isinstance(content, list):
+        content = "".join(_part(index, part) for part in content)
+    if not isinstance(content, str):
+        raise OptionError(f"message {index} has no content; give text")
+    role = "system" if role == "developer" else role
+    return {**message, "role": role, "content": content}
+
+
+def _part(index: int, part: object) -> str:
+    if isinstance(part, dict) and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, dict) else part
+    raise OptionError(f"message {index} has a part of type {kind!r}; this model takes text only")

@@ -1,0 +1,126 @@
+"""OpenAI's response objects: whole, and chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from moe_local.cli.server.answers import Answer, Choice, tool_call
+from moe_local.cli.server.text import Piece
+
+
+class Shape(Protocol):
+    """How one kind of answer is written."""
+
+    def whole(self) -> dict[str, Any]:
+        """The response, after everything has ended."""
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        """Chunks before the first token."""
+
+    def delta(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+        """The chunk of one piece."""
+
+    def closing(self, choice: Choice) -> dict[str, Any]:
+        """The last chunk of a choice, which says why it ended."""
+
+    def usage(self) -> dict[str, Any]:
+        """The chunk that counts tokens, behind all others."""
+
+
+class ChatShape:
+    """chat.completion and chat.completion.chunk."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    def whole(self) -> dict[str, Any]:
+        return {
+            **_head(self._answer, "chat.completion"),
+            "choices": [self._choice(choice) for choice in self._answer.choices],
+            "usage": self._answer.usage(),
+        }
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        for choice in self._answer.choices:
+            yield self._chunk(choice, {"role": "assistant", "content": ""})
+
+    def delta(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+        if piece.call is not None:
+            call = {"index": choice.calls, **tool_call(piece.call)}
+            return self._chunk(choice, {"tool_calls": [call]})
+        if piece.reasoning:
+            return self._chunk(choice, {"reasoning_content": piece.reasoning})
+        return self._chunk(choice, {"content": piece.content})
+
+    def closing(self, choice: Choice) -> dict[str, Any]:
+        return self._chunk(choice, {}, choice.reason())
+
+    def usage(self) -> dict[str, Any]:
+        head = _head(self._answer, "chat.completion.chunk")
+        return {**head, "choices": [], "usage": self._answer.usage()}
+
+    def _chunk(self, choice: Choice, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        part = {"index": choice.index, "delta": delta, "finish_reason": reason, "logprobs": None}
+        return {**_head(self._answer, "chat.completion.chunk"), "choices": [part]}
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        content = "".join(choice.content)
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if choice.reasoning:
+            message["reasoning_content"] = "".join(choice.reasoning)
+        if choice.tool_calls:
+            message["tool_calls"] = choice.tool_calls
+            message["content"] = content or None
+        return {
+            "index": choice.index,
+            "message": message,
+            "finish_reason": choice.reason(),
+            "logprobs": None,
+        }
+
+
+class TextShape:
+    """text_completion, whole and in chunks."""
+
+    def __init__(self, answer: Answer, echo: Sequence[str], n: int) -> None:
+        """`echo`: texts of the prompts, to begin with; empty: none is wanted. `n` choices for each prompt."""
+        self._answer = answer
+        self._echo = echo
+        self._n = n
+
+    def whole(self) -> dict[str, Any]:
+        choices = [
+            self._part(choice, self._prefix(choice) + "".join(choice.content), choice.reason())
+            for choice in self._answer.choices
+        ]
+        head = _head(self._answer, "text_completion")
+        return {**head, "choices": choices, "usage": self._answer.usage()}
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        for choice in self._answer.choices:
+            if self._prefix(choice):
+                yield self._chunk(choice, self._prefix(choice))
+
+    def delta(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+        return self._chunk(choice, piece.content)
+
+    def closing(self, choice: Choice) -> dict[str, Any]:
+        return self._chunk(choice, "", choice.reason())
+
+    def usage(self) -> dict[str, Any]:
+        head = _head(self._answer, "text_completion")
+        return {**head, "choices": [], "usage": self._answer.usage()}
+
+    def _prefix(self, choice: Choice) -> str:
+        return self._echo[choice.index // self._n] if self._echo else ""
+
+    def _chunk(self, choice: Choice, text: str, reason: str | None = None) -> dict[str, Any]:
+        return {**_head(self._answer, "text_completion"), "choices": [self._part(choice, text, reason)]}
+
+    def _part(self, choice: Choice, text: str, reason: str | None) -> dict[str, Any]:
+        return {"index": choice.index, "text": text, "finish_reason": reason, "logprobs": None}
+
+
+def _head(answer: Answer, kind: str) -> dict[str, Any]:
+    return {"id": answer.id, "object": kind, "created": answer.created, "model": answer.model}

@@ -1,0 +1,270 @@
+"""Answers to many at once: one thread steps all their sequences together, so an expert is fetched for all."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from moe_local.cache.errors import BusyError, MoeLocalError
+from moe_local.cache.stats import Stats
+from moe_local.offload.engine.engine import Engine
+from moe_local.offload.engine.sampling import Settings
+from moe_local.offload.engine.sequence import FinishReason, Sequence, Step
+from moe_local.offload.engine.text import Detokenizer
+from moe_local.offload.records import Token
+from moe_local.offload.store import ExpertStore, Tally
+from moe_local.offload.turn import Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The last word to a listener."""
+
+    reason: FinishReason | None
+    """None: it was cancelled, or `error` says what happened."""
+    error: MoeLocalError | None = None
+
+
+Listener = Callable[[Token | Ended], None]
+"""Told of each token, and once of the end, in the batcher's thread: it must be quick. If it raises, its
+answer is cancelled."""
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One answer on its way. Made by `Batcher.submit`; callers read and cancel."""
+
+    prompt_ids: list[int]
+    settings: Settings
+    detokenizer: Detokenizer | None
+    listener: Listener
+    waits_until: float | None
+    """In time.monotonic's clock; None: for as long as it takes."""
+    submitted: float
+    cancelled: bool = False
+    sequence: Sequence | None = field(default=None, repr=False)
+    """None while it waits."""
+    last: float = 0.0
+    """When its last token came, in time.perf_counter's clock."""
+
+    @property
+    def reused_tokens(self) -> int:
+        """Prompt tokens that an earlier answer had computed."""
+        return 0 if self.sequence is None else self.sequence.reused_tokens
+
+    def cancel(self) -> None:
+        """Stop it; the listener hears Ended before the next step. Any thread; idempotent."""
+        self.cancelled = True
+
+
+class Batcher:
+    """Answers up to `engine.kv.rows` prompts at a time, others wait in a queue of limited length.
+
+    First come, first served. It takes the model's turn when there is something to do and gives it back when
+    there is nothing, so plain calls of the model go on between. `submit` and `cancel` are for any thread.
+    """
+
+    def __init__(self, engine: Engine, store: ExpertStore, turn: Turn, *, queue: int) -> None:
+        """`queue`: most prompts that wait beside those being answered."""
+        self._engine = engine
+        self._store = store
+        self._turn = turn
+        self._limit = queue
+        self._waiting: deque[Ticket] = deque()
+        self._running: list[Ticket] = []
+        self._closed: str | None = None
+        self._draining = False
+        self._changed = threading.Condition()
+        self._stepping = threading.Lock()
+        self._tally = store.tally()
+        self._thread = threading.Thread(target=self._work, name="moe-local-batcher", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """Answers under way."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Prompts in the queue."""
+        return len(self._waiting)
+
+    def submit(
+        self,
+        prompt_ids: list[int],
+        settings: Settings,
+        detokenizer: Detokenizer | None,
+        listener: Listener,
+        *,
+        patience_s: float | None = None,
+    ) -> Ticket:
+        """Queue a prompt. `patience_s`: how long it may wait for its first step.
+
+        Raises BusyError where the queue is full, MoeLocalError once closed.
+        """
+        self._engine.check_prompt(prompt_ids)
+        now = time.monotonic()
+        until = None if patience_s is None else now + patience_s
+        ticket = Ticket(prompt_ids, settings, detokenizer, listener, until, time.perf_counter())
+        with self._changed:
+            if self._closed is not None:
+                raise MoeLocalError(self._closed)
+            if self._draining:
+                raise BusyError("no more prompts are taken: the server is about to stop")
+            free = self._engine.kv.rows - len(self._running)
+            if len(self._waiting) >= self._limit + free:
+                raise BusyError(
+                    f"{len(self._running)} answers are under way and {len(self._waiting)} wait, which is the "
+                    "limit; try again later"
+                )
+            self._waiting.append(ticket)
+            self._changed.notify_all()
+        return ticket
+
+    def close(self, reason: str = "the model answers no more") -> None:
+        """Cancel everything and end the thread. Later calls of `submit` raise MoeLocalError(reason)."""
+        with self._changed:
+            self._closed = self._closed or reason
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def drain(self, seconds: float) -> bool:
+        """Accept nothing more, and wait until all is answered; whether that was so in time."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            self._draining = True
+            while self._waiting or self._running:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._changed.wait(min(left, 0.1))
+        return True
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless what runs is in the engine and nothing else is. While nothing steps."""
+        inside = [ticket.sequence for ticket in self._running]
+        if any(sequence is None for sequence in inside) or {id(s) for s in inside} != {
+            id(s) for s in self._engine.active
+        }:
+            raise RuntimeError(f"{len(inside)} answers run, {len(self._engine.active)} are in the engine")
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting and self._closed is None:
+                    self._changed.wait()
+            if self._closed is not None:
+                self._end_all(MoeLocalError(self._closed))
+                return
+            try:
+                self._turn.begin()
+            except MoeLocalError as error:  # the model was closed
+                self._closed = str(error)
+                continue
+            try:
+                self._tally = self._store.tally()
+                while self._closed is None and self._admit():
+                    self._step()
+                if self._closed is not None:
+                    self._end_all(MoeLocalError(self._closed))
+            finally:
+                self._turn.end()
+
+    def _admit(self) -> bool:
+        """Let those join that there is room for, and those leave that were cancelled; whether any run."""
+        for ticket in [ticket for ticket in self._running if ticket.cancelled]:
+            self._end(ticket, Ended(None))
+        now = time.monotonic()
+        with self._changed:
+            waiting, self._waiting = self._waiting, deque()
+            for ticket in waiting:
+                if ticket.cancelled:
+                    self._tell(ticket, Ended(None))
+                elif ticket.waits_until is not None and now > ticket.waits_until:
+                    seconds = time.perf_counter() - ticket.submitted
+                    self._tell(
+                        ticket,
+                        Ended(None, BusyError(f"no turn came within {seconds:.0f} s; try again later")),
+                    )
+                elif self._engine.free_rows:
+                    ticket.sequence = self._engine.join(ticket.prompt_ids, ticket.settings, reuse=True)
+                    ticket.last = ticket.submitted
+                    self._running.append(ticket)
+                else:
+                    self._waiting.append(ticket)
+            self._changed.notify_all()
+        return bool(self._running)
+
+    def stats(self) -> Stats:
+        """Counts since load. Any thread; waits for the end of a step."""
+        with self._stepping:
+            return self._store.snapshot()
+
+    def _step(self) -> None:
+        try:
+            with self._stepping:
+                steps = self._engine.step()
+        except Exception as error:
+            # Whose fault it was is not known; nobody else waits for ever.
+            self._end_all(
+                error if isinstance(error, MoeLocalError) else MoeLocalError(f"a step failed: {error}"),
+                waiting=False,
+            )
+            return
+        self._store.tokens += len(steps)
+        before, self._tally = self._tally, self._store.tally()
+        mine = {id(ticket.sequence): ticket for ticket in self._running}
+        for step in steps:
+            self._hand_out(mine[id(step.sequence)], step, before)
+
+    def _hand_out(self, ticket: Ticket, step: Step, before: Tally) -> None:
+        now, after = time.perf_counter(), self._tally
+        text = ""
+        if ticket.detokenizer is not None:
+            text = ticket.detokenizer.add(step.token)
+            if step.finish_reason is not None:
+                text += ticket.detokenizer.flush()
+        token = Token(
+            text=text,
+            id=step.token,
+            ms=1000 * (now - ticket.last),
+            stall_ms=1000 * (after.stall_s - before.stall_s),
+            hits=after.hits - before.hits,
+            misses=after.misses - before.misses,
+            bytes_h2d=after.bytes_h2d - before.bytes_h2d,
+            bytes_disk=after.bytes_disk - before.bytes_disk,
+            finish_reason=step.finish_reason,
+        )
+        ticket.last = now
+        self._tell(ticket, token)
+        if step.finish_reason is not None:
+            self._end(ticket, Ended(step.finish_reason))
+
+    def _end(self, ticket: Ticket, ended: Ended) -> None:
+        """Out of the engine, and the last word."""
+        assert ticket.sequence is not None
+        self._engine.leave(ticket.sequence)
+        with self._changed:
+            self._running.remove(ticket)
+            self._changed.notify_all()
+        self._tell(ticket, ended)
+
+    def _end_all(self, error: MoeLocalError, *, waiting: bool = True) -> None:
+        for ticket in [*self._running]:
+            self._end(ticket, Ended(None, error))
+        if waiting:
+            with self._changed:
+                left, self._waiting = self._waiting, deque()
+            for ticket in left:
+                self._tell(ticket, Ended(None, error))
+
+    def _tell(self, ticket: Ticket, event: Token | Ended) -> None:
+        try:
+            ticket.listener(event)
+        except Exception:  # the other end is gone
+            ticket.cancel()

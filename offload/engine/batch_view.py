@@ -1,0 +1,130 @@
+"""All rows of the key-value slab at once, for one new token each, and the masks that keep them apart.
+
+A row's token p lies in column p, so rows of different lengths need neither padding nor shifting: every row is
+given as many columns as the longest one, and a mask of our own hides from each what it does not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import create_masks_for_generate
+
+from moe_local.offload.engine.names import cache_name
+
+if TYPE_CHECKING:
+    from moe_local.offload.engine.kv_slab import LayerStore
+
+STATE_LAYERS = frozenset({"linear_attention", "mamba", "conv"})
+"""Layer types whose mask is for padding, of which there is none."""
+
+
+class BatchPlaces:
+    """Where the new tokens of the rows 0 to n - 1 go. One object for all layers, set before each forward."""
+
+    def __init__(self) -> None:
+        self.columns = torch.empty(0, dtype=torch.long)
+        """int64 [n] on the device: the column of each row's token, which is the row's length."""
+        self.rows = torch.empty(0, dtype=torch.long)
+        """int64 [n]: 0 to n - 1."""
+        self.width = 0
+        """Columns that the forward sees: those of the longest row, its new token included."""
+
+    def set(self, lens: Sequence[int], device: torch.device) -> None:
+        self.columns = torch.tensor(lens, device=device)
+        self.rows = torch.arange(len(lens), device=device)
+        self.width = max(lens) + 1
+
+
+class BatchLayer(DynamicLayer):  # type: ignore[misc]
+    """The first rows of one layer, as transformers' attention modules see a cache layer."""
+
+    def __init__(self, store: LayerStore, places: BatchPlaces) -> None:
+        super().__init__()
+        self._store = store
+        self._places = places
+        self.is_initialized = self.is_indexer_initialized = True
+        self.is_sliding = False  # a window is only a mask here
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Write one new token a row, [n, H, 1, D]; views of what the longest may see, [n, H, width, D]."""
+        places = self._places
+        self._store.keys[places.rows, :, places.columns] = key_states[:, :, 0]
+        self._store.values[places.rows, :, places.columns] = value_states[:, :, 0]
+        seen = slice(len(key_states)), slice(None), slice(places.width)
+        return self._store.keys[seen], self._store.values[seen]
+
+    def update_indexer(self, indexer_key_states: Any) -> Any:
+        """Write one new index key a row, [n, 1, Di]; a view of all of them, [n, width, Di]."""
+        places, keys = self._places, self._store.indexer
+        assert keys is not None, "this layer had no indexer when it was probed"
+        keys[places.rows, places.columns] = indexer_key_states[:, 0]
+        return keys[: len(indexer_key_states), : places.width]
+
+    def get_seq_length(self) -> int:
+        return self._places.width - 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(columns that `update` will return, the first of them)."""
+        return self._places.width, 0
+
+
+class BatchMasks:
+    """Makes the attention masks of a batch in the form that a model's forward takes.
+
+    That is one tensor, or one a layer type, each [n, 1, 1, width]: bool (True: seen) for sdpa, for eager
+    attention numbers to add.
+    """
+
+    def __init__(self, hf: Any, windows: Sequence[int | None]) -> None:
+        """`windows`: of each cache layer, None where a token sees all before it."""
+        config = hf.config.get_text_config(decoder=True)
+        self._added = config._attn_implementation == "eager"
+        self._chunk = getattr(config, "attention_chunk_size", None)
+        self._dtype = hf.get_input_embeddings().weight.dtype
+        self._types = _mask_types(hf, config)
+        types = getattr(config, "layer_types", None) or [None] * len(windows)
+        self._windows = dict(zip(types, windows, strict=False))
+
+    def make(self, places: BatchPlaces) -> Any:
+        if self._types is None:
+            return self._mask(next(iter(self._windows.values()), None), places, chunked=False)
+        return {
+            name: None
+            if name in STATE_LAYERS
+            else self._mask(self._windows.get(name), places, chunked=name == "chunked_attention")
+            for name in self._types
+        }
+
+    def _mask(self, window: int | None, places: BatchPlaces, *, chunked: bool) -> torch.Tensor:
+        key = torch.arange(places.width, device=places.columns.device)[None]
+        query = places.columns[:, None]
+        seen = key <= query
+        if window is not None:
+            seen &= key // window == query // window if chunked else key > query - window
+        seen = seen[:, None, None]
+        if not self._added:
+            return seen
+        least = torch.finfo(self._dtype).min
+        return torch.zeros(seen.shape, dtype=self._dtype, device=seen.device).masked_fill(~seen, least)
+
+
+def _mask_types(hf: Any, config: Any) -> list[str] | None:
+    """The layer types for which the model wants a mask each; None if it wants one for all layers."""
+    make = getattr(hf, "create_masks_for_generate", create_masks_for_generate)
+    asked = make(
+        config=hf.config,
+        inputs_embeds=torch.empty(1, 2, 0),
+        attention_mask=torch.tensor([[0, 1]]),
+        position_ids=torch.tensor([[0, 1]]),
+        **{cache_name(make): DynamicCache(config=config)},
+    )
+    if isinstance(asked, dict):
+        return list(asked)
+    if STATE_LAYERS & set(getattr(config, "layer_types", None) or ()):
+        return sorted(set(config.layer_types))
+    return None

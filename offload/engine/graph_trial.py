@@ -1,0 +1,207 @@
+"""Whether a model decodes from CUDA graphs, found out by trying when it is loaded.
+
+Nothing goes by the name of a model. Its forward of one token is captured, replayed for other tokens and held
+against the plain forward; a model whose forward waits for the device, or does what a cache and a mask at
+fixed addresses do not allow for, stays with the plain one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from moe_local.cache.errors import OptionError
+from moe_local.offload.engine.engine import Engine
+from moe_local.offload.engine.graphs import Graphs
+from moe_local.offload.engine.kv_slab import KVSlab
+from moe_local.offload.engine.recording import Saw
+from moe_local.offload.engine.token_step import TokenStep
+from moe_local.offload.experts import OffloadedExperts
+from moe_local.offload.kernels.attention import NAME as SINGLE_QUERY
+from moe_local.offload.prefetch.routers import RouterSite
+
+VARIABLE = "MOE_LOCAL_GRAPHS"
+MODES = ("auto", "on", "off")
+HISTORY, TOKENS, ROUNDS = 5, 6, 8
+"""Tokens that a trial begins with and compares, and how often it times one. Of those that it compares the
+first is computed, the second captured, and the others are replayed."""
+
+EXACT, ROUGH = 1e-4, 0.03
+"""How far logits may be off, as a part of their norm, in fp32 and in 16-bit dtypes, in the median of tokens:
+attention over a masked row adds up in another order, and may tip a router once. A stale address is off by
+all of it."""
+
+logger = logging.getLogger(__name__)
+
+
+def graph_mode() -> str:
+    """What MOE_LOCAL_GRAPHS says: "auto", "on" (also where that is slower) or "off"."""
+    mode = os.environ.get(VARIABLE) or "auto"
+    if mode not in MODES:
+        raise OptionError(f"{VARIABLE} is {mode!r}; it may be {', '.join(MODES)}")
+    return mode
+
+
+def use_graphs(
+    engine: Engine,
+    graphs: Graphs,
+    *,
+    sites: Sequence[RouterSite | None] = (),
+    saw: Saw | None = None,
+    mode: str = "auto",
+    stand_in: bool = True,
+) -> None:
+    """Let `engine` compute single tokens at fixed addresses, from graphs if that is faster, where this works.
+
+    `sites` and `saw` as for a Recording. With `stand_in` something stands in for the experts, so that nothing
+    is fetched or counted. Says once through logging why not.
+
+    Whether tokens are computed at fixed addresses depends on the model alone, since their bits depend on it;
+    the clock decides only whether they are replayed or computed, and not even that with mode "on".
+    """
+    if mode == "off":
+        return
+    reason, slower = _hindrance(engine), False
+    if reason is None:
+        step = engine.make_token_step(graphs, sites, saw)
+        try:
+            with _stood_in(engine) if stand_in else _as_they_are():
+                reason = _difference(engine, step)
+                slower = reason is None and mode == "auto" and _is_slower(engine, step)
+        except Exception as error:  # whatever a model's code makes of a cache that it does not know
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    if reason is not None:
+        logger.info("decoding goes without CUDA graphs: %s", reason)
+        return
+    engine.token_step = step
+    if slower:
+        step.stop_capturing()
+        logger.info("decoding goes without CUDA graphs: with them it was slower")
+
+
+def _hindrance(engine: Engine) -> str | None:
+    """Why a model is not even tried."""
+    hf, kv = engine.hf, engine.kv
+    if type(kv) is not KVSlab:
+        return "its cache keeps more than keys and values"
+    if kv.has_indexer:
+        return "its attention chooses its tokens"
+    attention = hf.config.get_text_config(decoder=True)._attn_implementation
+    if attention not in ("sdpa", "eager", SINGLE_QUERY):
+        return f"its attention, {attention}, takes no mask"
+    if len({parameter.device for parameter in hf.parameters()}) > 1:
+        return "it lies on several devices"
+    if any(type(module).__name__ == "Linear8bitLt" for module in hf.modules()):
+        return "its int8 layers wait for the device"
+    if kv.lens or kv.capacity <= HISTORY + TOKENS:
+        return "there is no room to try"
+    return None
+
+
+class _StandIn:
+    """What experts answer in a trial: something that depends on all that they are given, after a wait."""
+
+    def run(
+        self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        ids = index.flatten().tolist()
+        factor = weights.sum() * (1 + 0.1 * sum(ids) / (len(ids) * experts.num_experts))
+        output: torch.Tensor = hidden * factor.to(hidden.dtype)
+        return output
+
+
+@contextmanager
+def _stood_in(engine: Engine) -> Iterator[None]:
+    modules = [module for module in engine.hf.modules() if isinstance(module, OffloadedExperts)]
+    before = [module.runner for module in modules]
+    for module in modules:
+        module.attach(_StandIn())
+    try:
+        yield
+    finally:
+        for module, runner in zip(modules, before, strict=True):
+            module.attach(runner)
+
+
+@contextmanager
+def _as_they_are() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _row(engine: Engine) -> Iterator[int]:
+    """A row of the key-value memory with HISTORY tokens in it."""
+    kv = engine.kv
+    row = kv.join()
+    try:
+        with torch.inference_mode():
+            for number in range(HISTORY):
+                engine.plain_logits(row, [_token(engine, number)])
+                kv.advance(row, 1)
+            yield row
+    finally:
+        kv.abort(row)
+        kv.leave(row)
+
+
+def _token(engine: Engine, number: int) -> int:
+    return (7919 * (number + 1)) % engine.vocab_size
+
+
+def _difference(engine: Engine, step: TokenStep) -> str | None:
+    """What of `step` is not as it should be: its logits are those of the plain forward, but for rounding,
+    and those that are replayed have the very bits of those that are computed."""
+    off = []
+    with _row(engine) as row:
+        _go_beyond_windows(engine, row)
+        for number in range(HISTORY, HISTORY + TOKENS):
+            token = _token(engine, number)
+            got = step.logits(row, token).clone()  # first: the others write the token's column, too
+            if step.failure is not None:
+                return step.failure
+            if not torch.equal(got, step.computed(row, token)):
+                return "replayed logits were not those that were computed"
+            plain = engine.plain_logits(row, [token])
+            off.append(float((got - plain).norm() / plain.norm()))
+            engine.kv.advance(row, 1)
+    allowed = EXACT if engine.hf.dtype == torch.float32 else ROUGH
+    typical = statistics.median(off)
+    if not typical <= allowed:
+        return f"logits were off by {typical:.2g} of their norm, where {allowed} is allowed"
+    return None
+
+
+def _go_beyond_windows(engine: Engine, row: int) -> None:
+    """Let the next tokens see a part of the row only, where a window can do that within the context.
+
+    The tokens between are columns of zeros, which attention counts like any others.
+    """
+    kv = engine.kv
+    assert isinstance(kv, KVSlab)
+    window = max((store.window or 0 for store in kv.layers if store is not None), default=0)
+    if HISTORY + window + TOKENS <= kv.capacity:
+        kv.clear(row)
+        kv.advance(row, window)
+
+
+def _is_slower(engine: Engine, step: TokenStep) -> bool:
+    """Whether replaying one and the same token takes longer than the plain forward, in the median."""
+    with _row(engine) as row:
+        token = _token(engine, HISTORY)
+        replayed, plain = [], []
+        for _ in range(ROUNDS):
+            replayed.append(_seconds(lambda: step.logits(row, token)))
+            plain.append(_seconds(lambda: engine.plain_logits(row, [token])))
+    return statistics.median(replayed) > statistics.median(plain)
+
+
+def _seconds(compute: Callable[[], torch.Tensor]) -> float:
+    start = time.perf_counter()
+    float(compute()[0, 0])  # waits for the device
+    return time.perf_counter() - start

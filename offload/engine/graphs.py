@@ -1,0 +1,84 @@
+"""CUDA graphs as the decode loop needs them, behind a protocol: what a device is given, given again at once.
+
+A step launches some 60 operations a layer, each of which costs the host microseconds; replayed as a graph
+they cost it one call. All CUDA calls of graphs live here; tests have a device of their own that records what
+torch is asked for and, like CUDA, does nothing of it before it is replayed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+
+class Graph(Protocol):
+    """What was captured between `begin` and `end`: reads and writes the same memory at every replay."""
+
+    def replay(self) -> None:
+        """Do it all, on the device's current stream, behind what that was given before. Does not block."""
+
+
+class Graphs(Protocol):
+    """Captures graphs. One capture at a time, by one thread.
+
+    Nothing that is captured happens before the graph is replayed. What is allocated during a capture comes
+    from a pool that all graphs share: memory that Python has let go of is used again by later captures, so
+    graphs must not run at the same time, and what one leaves for something else must be held until that is
+    captured, or for as long as it is replayed.
+    """
+
+    def session(self) -> contextlib.AbstractContextManager[None]:
+        """Around all captures that belong together, with what runs between them."""
+
+    def begin(self) -> None:
+        """Capture from here on. What the device cannot capture, a wait of the host above all, raises."""
+
+    def end(self) -> Graph:
+        """The capture is complete. Raises if it was spoiled meanwhile."""
+
+    def abort(self) -> None:
+        """Throw a capture away, if one has begun. Raises nothing."""
+
+
+class CudaGraphs:
+    """Graphs of one CUDA device. Sessions run on a stream of their own: the default one cannot be captured.
+
+    Calls that a capture forbids (allocating, waiting for events) are forbidden to this thread only, so other
+    models may go on in other threads.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        self._capturing: torch.cuda.CUDAGraph | None = None
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        outer = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(outer)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            outer.wait_stream(self._stream)
+
+    def begin(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._capturing = graph
+
+    def end(self) -> Graph:
+        graph, self._capturing = self._capturing, None
+        assert graph is not None, "no capture has begun"
+        graph.capture_end()
+        return graph
+
+    def abort(self) -> None:
+        graph, self._capturing = self._capturing, None
+        if graph is not None:
+            with contextlib.suppress(RuntimeError):  # a spoiled capture says so again when it is ended
+                graph.capture_end()

@@ -1,0 +1,111 @@
+"""The slab for models some of whose layers keep a state in place of keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, LinearAttentionLayer
+
+from moe_local.offload.engine.kv_slab import KVSlab, empty_layer, slabbed
+from moe_local.offload.engine.own_caches import WHOLE_PROMPT_ONLY
+from moe_local.offload.engine.state_rows import StateStore
+
+
+class StateSlab(KVSlab):
+    """A KVSlab whose state layers have rows of their own beside it.
+
+    A row is continued where it ends, or begun anew: a state can't be rolled back. A failed forward has
+    spoiled the states of its rows, so these are computed again from their ids.
+    """
+
+    def __init__(self, probe: Any, rows: int, capacity: int, model_type: str) -> None:
+        """`probe` as for a KVSlab; see `can_state_slab`."""
+        super().__init__(_without_states(probe), rows, capacity)
+        self._whole_prompt_only = model_type in WHOLE_PROMPT_ONLY
+        with torch.inference_mode(False):
+            self.states = {
+                index: StateStore(layer, rows) for index, layer in enumerate(probe.layers) if is_state(layer)
+            }
+
+    def join(self) -> int:
+        row = super().join()
+        self._begin_anew(row)
+        return row
+
+    def leave(self, row: int) -> None:
+        last = len(self.lens) - 1
+        for store in self.states.values():
+            for tensor in store.tensors():
+                tensor[row].copy_(tensor[last])
+        super().leave(row)
+
+    def swap(self, one: int, other: int) -> None:
+        for store in self.states.values():
+            for tensor in store.tensors():
+                tensor[[one, other]] = tensor[[other, one]]
+        super().swap(one, other)
+
+    def row(self, row: int) -> Any:
+        return self._with_states(super().row(row), row, 1, begun=self.lens[row] > 0)
+
+    def batch(self, count: int) -> Any:
+        # a row without tokens has zeros for a state, which is as good as none
+        return self._with_states(super().batch(count), 0, count, begun=True)
+
+    def abort(self, row: int) -> None:
+        super().abort(row)
+        self.lens[row] = 0
+        self._begin_anew(row)
+
+    def chunk(self, row: int, todo: int, wanted: int) -> int:
+        if self._whole_prompt_only:
+            return todo if self.lens[row] == 0 else 1
+        return super().chunk(row, todo, wanted)
+
+    def can_shorten(self, row: int, length: int) -> bool:
+        return length == 0 or (length == self.lens[row] and not self._whole_prompt_only)
+
+    def shorten(self, row: int, length: int) -> None:
+        super().shorten(row, length)
+        if length == 0:
+            self._begin_anew(row)
+
+    @property
+    def nbytes(self) -> int:
+        held = (tensor for store in self.states.values() for tensor in store.tensors())
+        return super().nbytes + sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def check_integrity(self) -> None:
+        super().check_integrity()
+        for index, store in self.states.items():
+            assert self.layers[index] is None
+            for tensor in store.tensors():
+                assert tensor.shape[0] == self.rows, tensor.shape
+
+    def _begin_anew(self, row: int) -> None:
+        for store in self.states.values():
+            for tensor in store.tensors():
+                tensor[row].zero_()
+
+    def _with_states(self, columns: Any, first: int, count: int, *, begun: bool) -> Any:
+        layers = list(columns.layers)
+        for index, store in self.states.items():
+            layers[index] = store.view(first, count, begun=begun)
+        return Cache(layers=layers)
+
+
+def is_state(layer: Any) -> bool:
+    """Whether a probed cache layer keeps nothing but states."""
+    return type(layer) is LinearAttentionLayer
+
+
+def can_state_slab(probe: Any) -> bool:
+    """Whether every layer of a probed cache keeps a state, or tokens in columns of their own as one must."""
+    kept = [layer for layer in probe.layers if not is_state(layer)]
+    return all(map(slabbed, kept)) and any(getattr(layer, "keys", None) is not None for layer in kept)
+
+
+def _without_states(probe: Any) -> Any:
+    """The probe with a layer that keeps nothing in place of each that keeps a state."""
+    return Cache(layers=[empty_layer() if is_state(layer) else layer for layer in probe.layers])

@@ -1,0 +1,66 @@
+"""A row of the key-value slab whose addresses and shapes stay the same from token to token.
+
+What a CUDA graph needs: one new token is written to the column that a tensor on the device names, and the
+attention sees a fixed number of columns, of which a mask hides those behind the token. transformers makes
+that mask on the device, from the same tensor, as it does for its own static caches.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+if TYPE_CHECKING:
+    from moe_local.offload.engine.kv_slab import LayerStore
+
+FEWEST_COLUMNS = 256
+"""Below that many columns attention takes no time that would be worth another graph."""
+
+
+def static_columns(length: int, capacity: int) -> int:
+    """Columns that a step sees which makes a row `length` tokens long: 2^n or 1.5 * 2^n, or the capacity.
+
+    A function of the length alone, so that a token is computed the same way in every run.
+    """
+    columns = FEWEST_COLUMNS
+    while columns < length:
+        columns = columns * 3 // 2 if columns & (columns - 1) == 0 else columns // 3 * 4
+    return min(columns, capacity)
+
+
+class StaticLayer(DynamicLayer):  # type: ignore[misc]
+    """One row of one layer: its first `columns` columns, for one new token at a time.
+
+    All of these columns must be finite, since a hidden column is multiplied by zero and not left out.
+    """
+
+    is_compileable = True
+    """transformers: the mask is always made, and made on the device."""
+
+    def __init__(self, store: LayerStore, row: int, columns: int, position: torch.Tensor) -> None:
+        """`position`: int64 [1] on the device, the column of the new token. Held, not copied."""
+        super().__init__()
+        self._keys = store.keys[row : row + 1].narrow(2, 0, columns)
+        self._values = store.values[row : row + 1].narrow(2, 0, columns)
+        self._position = position
+        self._length = position.view(())
+        self.is_initialized = True
+        self.is_sliding = store.window is not None
+        if store.window is not None:
+            self.sliding_window = store.window
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Write one new token, [1, H, 1, D]; views of all columns, [1, H, columns, D]."""
+        self._keys.index_copy_(2, self._position, key_states)
+        self._values.index_copy_(2, self._position, value_states)
+        return self._keys, self._values
+
+    def get_seq_length(self) -> Any:
+        """Tokens before the new one, on the device: int64 []."""
+        return self._length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(columns that `update` will return, the first of them)."""
+        return self._keys.shape[2], 0

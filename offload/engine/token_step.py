@@ -1,0 +1,135 @@
+"""Forwards of one token of one sequence at fixed addresses, replayed from CUDA graphs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moe_local.offload.engine.graphs import Graphs
+from moe_local.offload.engine.kv_slab import KVSlab
+from moe_local.offload.engine.recording import CapturedStep, Recording, Saw
+from moe_local.offload.engine.static_row import static_columns
+from moe_local.offload.prefetch.routers import RouterSite
+
+logger = logging.getLogger(__name__)
+
+
+class TokenStep:
+    """Computes the logits of one token of one row: each the same way, captured or not.
+
+    What is computed depends on the row's length alone (`static_columns`), so a token has the same bits from
+    a graph and without one. The first token of each number of columns of a row is computed without (libraries
+    set themselves up), the second is captured, later ones are replayed. Where capturing fails, this is logged
+    once and all further ones are computed without.
+    """
+
+    def __init__(
+        self,
+        hf: Any,
+        kv: KVSlab,
+        graphs: Graphs | None,
+        *,
+        cache_argument: str,
+        options: dict[str, Any],
+        sites: Sequence[RouterSite | None] = (),
+        saw: Saw | None = None,
+    ) -> None:
+        """`options`: further arguments of the model's forward. `sites` and `saw` as for a Recording.
+
+        `graphs` None: nothing is captured.
+        """
+        self._hf = hf
+        self._kv = kv
+        self._graphs = graphs
+        self.failure: str | None = None
+        """Why capturing was given up."""
+        self._cache_argument = cache_argument
+        self._options = options
+        self._sites, self._saw = sites, saw
+        device = hf.get_input_embeddings().weight.device
+        with torch.inference_mode(False):
+            self._ids = torch.zeros((1, 1), dtype=torch.long, device=device)
+            self._positions = torch.zeros((1, 1), dtype=torch.long, device=device)
+        self._caches: dict[tuple[int, int], Any] = {}
+        self.captured: dict[tuple[int, int], CapturedStep] = {}
+        """By row and number of columns."""
+
+    def logits(self, row: int, token: int) -> torch.Tensor:
+        """[1, vocabulary] fp32 of `token`, put behind the row's tokens; valid until the next call.
+
+        Raises what the experts raise, having changed no length.
+        """
+        place = self._prepare(row, token)
+        captured = self.captured.get(place)
+        if captured is not None and not captured.is_valid:
+            captured = None
+            self.captured.clear()
+        if captured is not None:
+            captured.replay()
+            return captured.logits
+        if self._graphs is None:
+            return self._forward(place)
+        if place not in self._caches:
+            with self._graphs.session():
+                return self._forward(place)
+        captured = self._capture(place)
+        return self._forward(place) if captured is None else captured.logits
+
+    def computed(self, row: int, token: int) -> torch.Tensor:
+        """The same logits, without a graph."""
+        return self._forward(self._prepare(row, token))
+
+    def stop_capturing(self) -> None:
+        """Compute from now on, without graphs."""
+        self._graphs = None
+        self.captured.clear()
+
+    def _prepare(self, row: int, token: int) -> tuple[int, int]:
+        """Put the token where the forward reads it; the row and its number of columns."""
+        position = self._kv.lens[row]
+        self._kv.clear(row)
+        self._ids.fill_(token)
+        self._positions.fill_(position)
+        return row, static_columns(position + 1, self._kv.capacity)
+
+    def _forward(self, place: tuple[int, int]) -> torch.Tensor:
+        if place not in self._caches:
+            self._caches[place] = self._kv.static_row(*place, self._positions.view(1))
+        output = self._hf(
+            input_ids=self._ids,
+            position_ids=self._positions,
+            **{self._cache_argument: self._caches[place]},
+            **self._options,
+        )
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
+
+    def _capture(self, place: tuple[int, int]) -> CapturedStep | None:
+        """Do the forward, captured on its way; None if that failed, with nothing left of it."""
+        assert self._graphs is not None
+        recording = Recording(self._graphs, self._hf, self._sites, self._saw)
+        try:
+            with self._graphs.session(), recording.attached():
+                try:
+                    recording.begin()
+                    captured = recording.finish(self._forward(place))
+                except BaseException:
+                    self._graphs.abort()
+                    raise
+        except Exception as error:
+            if recording.in_experts:
+                raise
+            self._give_up(error)
+            return None
+        self.captured[place] = captured
+        return captured
+
+    def _give_up(self, error: Exception) -> None:
+        """Capture no more. What has been captured goes on being replayed."""
+        self._graphs = None
+        self.failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if self.captured:  # else this is a trial, and who tries says so
+            logger.info("no more CUDA graphs are captured: %s", self.failure)

@@ -1,0 +1,81 @@
+"""All that was measured as one JSON document."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from moe_local.offload.measure.bench import Bench, comparison, summary, timelines
+from moe_local.offload.measure.floor import Floor
+from moe_local.offload.measure.machine import describe, peak_bytes
+from moe_local.offload.measure.variants import AS_LOADED
+from moe_local.offload.options import LoadOptions
+from moe_local.offload.plan.bandwidth import Bandwidths
+
+
+def best(before: Bandwidths, after: Bandwidths) -> Bandwidths:
+    """The better of two measurements: the floor is what the hardware can, not what a busy moment left."""
+    pick = {name: max(getattr(before, name), getattr(after, name)) for name in ("vram", "ram", "h2d", "disk")}
+    return dataclasses.replace(before, **pick)
+
+
+def document(bench: Bench, floor: Floor, options: LoadOptions, notes: list[str]) -> dict[str, Any]:
+    """Plain JSON types. The main workload's figures are at the top, every workload's below `workloads`.
+
+    Figures of workloads that a Ctrl-C left without a timed run are absent, and so may be the top ones.
+    """
+    model = bench.model
+    own = [measured for measured in bench.results if measured.variant == AS_LOADED]
+    figures = {measured.workload.name: summary(measured, floor) for measured in own}
+    main, device = own[0], model.hf.device
+    top = dict(figures[main.workload.name])
+    top.pop("workload")
+    plan = model.plan.to_dict()
+    return {
+        "benchmark": "latency",
+        "model": model.name,
+        "workload": main.workload.name,
+        "floor": floor.to_dict(),
+        **top,
+        "peak_bytes": peak_bytes(device),
+        "machine": describe(device),
+        "interrupted": bench.interrupted,
+        "notes": notes + findings(bench),
+        "options": dataclasses.asdict(options),
+        "plan": {
+            name: plan[name]
+            for name in ("mode", "bytes", "slots", "moe_layers", "experts_per_layer", "top_k")
+        },
+        "tokens": bench.tokens,
+        "bandwidths": floor.bandwidths.to_dict(),
+        "workloads": figures,
+        "compare": comparison([m for m in bench.results if m.workload is main.workload]),
+        "experts_used": [list(counts) for counts in bench.used.counts],
+        "runs": timelines(main),
+    }
+
+
+def findings(bench: Bench) -> list[str]:
+    """What a reader of the figures has to know."""
+    found = []
+    main = bench.results[0]
+    if bench.interrupted:
+        found.append("interrupted: figures are of the runs that were over by then")
+    if main.storage and (share := sum(main.storage) / len(main.storage)) < 0.9:
+        found.append(
+            f"{100 * (1 - share):.0f} % of what was read from disk lay in the page cache, where a model "
+            "larger than RAM would not find it"
+        )
+    if bench.model.plan.mode == "resident":
+        found.append("every expert fits, so nothing was moved; --slots N measures as if it did not")
+    rows = bench.model.parts.engine.kv.rows
+    if rows == 1 and any(m.samples and m.workload.name == "batch" for m in bench.results):
+        found.append("the batch was answered one after the other: the model was loaded for one sequence")
+    other = [
+        row["name"]
+        for row in comparison([m for m in bench.results if m.workload is main.workload])
+        if not row["same_ids"]
+    ]
+    if other:
+        found.append(f"other tokens than as loaded: {', '.join(other)}")
+    return found

@@ -1,0 +1,95 @@
+"""Ablations: one loaded model, with parts of it switched off or exchanged between two runs.
+
+One model instead of one a variant, so that all of them have the same memory, the same learned costs and the
+same disturbances, and so that a model which fills the machine can be measured at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from moe_local.cache.policies import POLICIES
+from moe_local.offload.experts import ExpertRunner, OffloadedExperts
+from moe_local.offload.model import Model
+from moe_local.offload.options import LoadOptions
+from moe_local.offload.prefetch.prefetch import NoPrefetch
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What differs from the model as it was loaded; None: nothing does."""
+
+    name: str
+    cache: bool = True
+    """False: nothing that one token brought is there for the next."""
+    prefetch: bool = True
+    policy: str | None = None
+    miss: str | None = None
+
+
+AS_LOADED = Variant("as loaded")
+
+
+class Switches:
+    """Turns a loaded model into its variants and back. Borrows the model; it must be between two answers."""
+
+    def __init__(self, model: Model, options: LoadOptions) -> None:
+        """`options`: what the model was loaded with."""
+        self._store = model.parts.store
+        self._prefetcher = model.parts.prefetcher
+        self._runner = expert_runner(model)
+        self._options = options
+        self._resident = model.plan.mode == "resident"
+        self._host = self._store.host
+
+    def variants(self) -> list[Variant]:
+        """All that make sense for it: the null twin of each part, every other policy and way of misses.
+
+        None where every expert has a slot for good: then there is nothing to leave out.
+        """
+        if self._resident:
+            return []
+        found = [Variant("no cache", cache=False, prefetch=False)]
+        if not isinstance(self._prefetcher, NoPrefetch):
+            found.append(Variant("no prefetch", prefetch=False))
+        found += [Variant(f"policy {name}", policy=name) for name in POLICIES if name != self._options.policy]
+        if self._host is not None:
+            found += [
+                Variant(f"miss {m}", miss=m) for m in ("fetch", "cpu", "auto") if m != self._options.miss
+            ]
+        return found
+
+    def begin(self, variant: Variant) -> None:
+        """Be this variant, with an empty cache."""
+        self._runner.prefetcher = self._prefetcher if variant.prefetch else NoPrefetch()
+        miss = variant.miss or self._options.miss
+        self._store.host = None if miss == "fetch" else self._host
+        if self._host is not None and miss != "fetch":
+            self._host.scheduler.mode = miss
+        self._store.empty(variant.policy or self._options.policy)
+
+    def restore(self) -> None:
+        """Be the model as it was loaded."""
+        self.begin(AS_LOADED)
+
+
+def expert_runner(model: Model) -> ExpertRunner:
+    """What all layers of a model share, behind whatever watches or directs it."""
+    runner: Any = next(m.runner for m in model.hf.modules() if isinstance(m, OffloadedExperts))
+    while not isinstance(runner, ExpertRunner):
+        runner = runner.inner
+    return runner
+
+
+@contextmanager
+def timed_syncs(model: Model) -> Iterator[None]:
+    """Charge also what a device waits for the host to learn the router's choice."""
+    runner = expert_runner(model)
+    runner.times_sync = True
+    try:
+        yield
+    finally:
+        runner.times_sync = False

@@ -1,0 +1,136 @@
+"""Where every expert has a slot for good, a token goes through a layer without the host knowing which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from moe_local.offload.kernels.contracts import ExpertMath
+from moe_local.offload.kernels.grouped import DTYPES, GroupedExperts, GroupedRun
+from moe_local.offload.kernels.grouped_nf4 import UNIT, GroupedNF4
+from moe_local.offload.store import ExpertStore
+
+
+def can_reside(store: ExpertStore) -> bool:
+    """Whether Residents may serve a store: every expert is in a slot now, and all slots are on one device."""
+    tier, layers = store.tier, range(len(store.layouts))
+    there = all(tier.cache.has_all(layer, range(store.num_experts(layer))) for layer in layers)
+    return there and len({tier.arena.buffer(layer, 0).device for layer in layers}) == 1
+
+
+@contextmanager
+def uncounted(store: ExpertStore) -> Iterator[None]:
+    """Residents that are used meanwhile count nowhere: a trial."""
+    hits, routed = store.tier.cache.stats.hits_by_layer, store.routed
+    before, store.routed = hits[:], routed.empty_twin()
+    try:
+        yield
+    finally:
+        if routed.settle is not None:
+            routed.settle()
+        hits[:], store.routed = before, routed
+
+
+class ResidentLayer:
+    """The slots of one layer's experts as a table on the device, and how often each was chosen."""
+
+    def __init__(self, launcher: GroupedNF4, slots: torch.Tensor, counts: torch.Tensor) -> None:
+        """`slots` int64 [E]: where each expert starts, in UNITs from the layer's first slot.
+        `counts` int64 [E], a view: how many tokens chose it."""
+        self._launcher = launcher
+        self._slots = slots
+        self._counts = counts
+        self._ranks = self._ones = slots[:0]
+
+    def run(
+        self, base: torch.Tensor, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """x [1, D], index and weights [1, K] -> [1, D]. Launches kernels, nothing else.
+
+        `base`: the layer's first slot, uint8. It is not held: an arena may have to give memory back.
+        """
+        ids = index.flatten()
+        if len(self._ranks) != len(ids):
+            self._ranks = torch.arange(len(ids), device=x.device)
+            self._ones = torch.ones_like(self._ranks)
+        self._counts.index_add_(0, ids, self._ones)
+        run = GroupedRun(self._launcher, x, weights)
+        run.launch(base, torch.stack([self._slots.index_select(0, ids), self._ranks], dim=1))
+        return run.result()
+
+
+class Residents:
+    """The layers of a store that are served on the device alone, for as long as every expert has a slot.
+
+    The host-driven way gives the same bits.
+
+    Counts what the store and its RouterLoad would have counted: hits at once, the router's choices on the
+    device until they are asked for.
+    """
+
+    def __init__(self, store: ExpertStore, grouped: GroupedExperts) -> None:
+        self._store = store
+        self._grouped = grouped
+        self._layers: dict[int, ResidentLayer | None] = {}
+        self._top_k: dict[int, int] = {}
+        device = store.tier.arena.buffer(0, 0).device
+        sizes = [store.num_experts(layer) for layer in range(len(store.layouts))]
+        with torch.inference_mode(False):
+            self._counts = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+        self._counts_of = self._counts.split(sizes)
+        store.routed.settle = self.settle
+
+    def layer(self, number: int, math: ExpertMath, x: torch.Tensor, tokens: int) -> ResidentLayer | None:
+        """What serves so many tokens x [T, D] of a layer; None where the host has to."""
+        if tokens != 1 or x.dtype not in DTYPES or torch.is_autocast_enabled(x.device.type):
+            return None
+        if not self.serves(number):
+            return None
+        if number not in self._layers:
+            self._layers[number] = self._make(number, math)
+        return self._layers[number]
+
+    def serves(self, number: int) -> bool:
+        """Whether every expert of the layer still has its slot."""
+        return self._store.slots(number) >= self._store.num_experts(number)
+
+    def run(self, number: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """One token x [1, D] through a layer that `layer` gives, index and weights [1, K] -> [1, D]."""
+        layer = self._layers[number]
+        assert layer is not None
+        return layer.run(self._store.tier.arena.buffer(number, 0), x, index, weights)
+
+    def _make(self, number: int, math: ExpertMath) -> ResidentLayer | None:
+        store, arena = self._store, self._store.tier.arena
+        layouts, base = store.layouts[number], arena.buffer(number, 0)
+        launcher = self._grouped.launcher(math, base.device, layouts[0])
+        if launcher is None or any(layout != layouts[0] for layout in layouts):
+            return None
+        starts = []
+        for expert in range(len(layouts)):
+            slot = store.tier.cache.slot_of(number, expert)
+            assert slot is not None
+            start, odd = divmod(arena.buffer(number, slot).data_ptr() - base.data_ptr(), UNIT)
+            assert odd == 0
+            starts.append(start)
+        with torch.inference_mode(False):
+            slots = torch.tensor(starts, dtype=torch.int64, device=base.device)
+        return ResidentLayer(launcher, slots, self._counts_of[number])
+
+    def count(self, number: int, top_k: int | None = None) -> None:
+        """A token went through the layer, to so many experts; None: to as many as the one before."""
+        if top_k is not None:
+            self._top_k[number] = top_k
+        self._store.tier.cache.stats.hits_by_layer[number] += self._top_k[number]
+
+    def settle(self) -> None:
+        """Bring the router's choices to the store's RouterLoad. Waits for the device."""
+        with torch.inference_mode():
+            counts = self._counts.tolist()
+            self._counts.zero_()
+        start = 0
+        for number, part in enumerate(self._counts_of):
+            self._store.routed.add(number, counts[start : start + len(part)])
+            start += len(part)

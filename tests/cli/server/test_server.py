@@ -1,0 +1,338 @@
+"""The server over real sockets: as the openai package, curl and Prometheus use it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+import moe_local
+from moe_local.cli.server.app import Limits, Server
+
+QUESTION: list[Any] = [{"role": "user", "content": "What is a router?"}]
+
+
+class Running:
+    """A server in a thread of its own, on a free port."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._web = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._web.serve()))
+        self._thread.start()
+        deadline = time.monotonic() + 30
+        while not self._web.started:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        port = self._web.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+
+    def stop(self) -> None:
+        self._web.should_exit = True
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[moe_local.Model]:
+    # in fp32, since answers are compared whose prompts are computed in other portions
+    with moe_local.load("demo", slots=8, parallel=3, device="cpu", dense="fp32") as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def server(model: moe_local.Model) -> Iterator[Running]:
+    batcher = model.batcher(queue=16)
+    running = Running(Server(model, batcher, Limits(origins=("https://page.example",))).app())
+    yield running
+    running.stop()
+    batcher.close()
+    model.check_integrity()
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def expected(model: moe_local.Model, server: Running) -> str:
+    """The greedy answer, as Python gives it."""
+    return model.generate(QUESTION, max_new_tokens=40, do_sample=False).text
+
+
+def test_a_chat(client: openai.OpenAI, expected: str) -> None:
+    answer = client.chat.completions.create(model="demo", messages=QUESTION, max_tokens=40, temperature=0)
+    assert answer.choices[0].message.content == expected
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens > 10
+    assert answer.object == "chat.completion"
+    assert answer.model == "demo"
+
+
+def test_a_chat_as_a_stream(client: openai.OpenAI, expected: str) -> None:
+    stream = client.chat.completions.create(
+        model="demo",
+        messages=QUESTION,
+        max_completion_tokens=40,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected
+    assert len(chunks) > 10
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] in ("stop", "length")
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens > 10
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_completions(client: openai.OpenAI, model: moe_local.Model) -> None:
+    answer = client.completions.create(model="demo", prompt="The router", max_tokens=12, temperature=0)
+    assert (
+        answer.choices[0].text
+        == model.generate("The router", template=False, max_new_tokens=12, do_sample=False).text
+    )
+    several = client.completions.create(
+        model="demo", prompt=["The router", "An expert"], n=2, max_tokens=5, echo=True, seed=1, temperature=1
+    )
+    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+    starts = [choice.text.startswith(("The router", "An expert")) for choice in several.choices]
+    assert starts == [True] * 4
+    ids = model.tokenizer("The router")["input_ids"]
+    stream = client.completions.create(model="demo", prompt=ids, max_tokens=12, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == answer.choices[0].text
+
+
+def test_choices_and_seeds(client: openai.OpenAI) -> None:
+    def ask(**options: Any) -> list[str | None]:
+        answer = client.chat.completions.create(
+            model="demo", messages=QUESTION, max_tokens=20, temperature=1.5, **options
+        )
+        return [choice.message.content for choice in answer.choices]
+
+    three = ask(n=3, seed=7)
+    assert len(set(three)) > 1
+    assert ask(n=3, seed=7) == three
+    assert ask(seed=8) == [three[1]], "each choice draws from the next seed"
+
+
+def test_stop_strings_are_not_shown(client: openai.OpenAI, expected: str) -> None:
+    word = expected.split()[4]
+    for stream in (False, True):
+        answer: Any = client.chat.completions.create(
+            model="demo",
+            messages=QUESTION,
+            max_tokens=40,
+            temperature=0,
+            stop=[word, "nowhere"],
+            stream=stream,
+        )
+        if stream:
+            chunks = [chunk.choices[0] for chunk in answer]
+            text, reason = "".join(c.delta.content or "" for c in chunks), chunks[-1].finish_reason
+        else:
+            text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+        assert text == expected[: expected.index(word)]
+        assert reason == "stop"
+
+
+def test_many_at_once_get_what_each_gets_alone(client: openai.OpenAI, model: moe_local.Model) -> None:
+    questions = [
+        f"Tell me about {what}." for what in ("experts", "the cache", "a miss", "prefetch", "tokens")
+    ]
+    alone = {
+        question: model.generate(question, max_new_tokens=24, do_sample=False).text for question in questions
+    }
+
+    def ask(question: str) -> str | None:
+        answer = client.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": question}],
+            max_tokens=24,
+            temperature=0,
+        )
+        return answer.choices[0].message.content
+
+    with ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(ask, questions * 2))
+    assert answers == [alone[question] for question in questions * 2]
+
+
+def test_a_conversation_is_not_computed_twice(client: openai.OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "Hello there, what can you tell me about memory?"}]
+    first = client.chat.completions.create(model="demo", messages=messages, max_tokens=20, temperature=0)
+    messages += [
+        {"role": "assistant", "content": first.choices[0].message.content},
+        {"role": "user", "content": "And more?"},
+    ]
+    second = client.chat.completions.create(model="demo", messages=messages, max_tokens=5, temperature=0)
+    assert second.usage is not None
+    assert second.usage.prompt_tokens_details is not None
+    assert second.usage.prompt_tokens_details.cached_tokens is not None
+    assert first.usage is not None
+    assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens
+
+
+def test_models_and_health(client: openai.OpenAI, server: Running) -> None:
+    assert [model.id for model in client.models.list()] == ["demo"]
+    assert client.models.retrieve("demo").id == "demo"
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-5' here; this server has 'demo'"):
+        client.chat.completions.create(model="gpt-5", messages=QUESTION)
+    health = httpx.get(f"{server.url}/health").json()
+    assert health["status"] == "ok"
+
+
+def test_metrics(client: openai.OpenAI, server: Running) -> None:
+    def read() -> dict[str, float]:
+        text = httpx.get(f"{server.url}/metrics").text
+        lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in lines}
+
+    before = read()
+    client.chat.completions.create(model="demo", messages=QUESTION, max_tokens=7, temperature=0)
+    after = read()
+    grown = {name: after[name] - before[name] for name in before}
+    assert grown["moe_local_tokens_total"] == 7
+    assert grown["moe_local_time_to_first_token_seconds_count"] == 1
+    assert grown["moe_local_time_per_output_token_seconds_count"] == 6
+    assert grown["moe_local_expert_hits_total"] + grown["moe_local_expert_misses_total"] > 0
+    assert {
+        'moe_local_stall_seconds_total{cause="disk"}',
+        'moe_local_bytes_total{link="disk"}',
+    } <= after.keys()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "messages: Field required"),
+        ({"messages": []}, "at least 1 item"),
+        ({"messages": [{"content": "x"}]}, "message 0 has no role"),
+        ({"messages": [{"role": "user"}]}, "message 0 has no content"),
+        ({"messages": QUESTION, "temperature": -1}, "temperature"),
+        ({"messages": QUESTION, "max_tokens": 0}, "max_tokens"),
+        ({"messages": QUESTION, "n": 100}, "n: "),
+        ({"messages": QUESTION, "stop": [""]}, "a stop string is empty"),
+        ({"messages": QUESTION, "logprobs": True}, "logprobs are not supported"),
+        ({"messages": QUESTION, "response_format": {"type": "json_object"}}, "json_object"),
+        ({"messages": QUESTION, "tool_choice": "required"}, "tool_choice"),
+        ({"messages": QUESTION, "chat_template_kwargs": {"tokenize": False}}, "tokenize"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "type 'image_url'; this model takes text only",
+        ),
+        ({"messages": [{"role": "user", "content": "word " * 5000}]}, "the context holds"),
+    ],
+)
+def test_bad_requests_are_one_line(server: Running, body: dict[str, Any], message: str) -> None:
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert message in error["message"]
+    assert "\n" not in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_bodies_that_are_no_requests(server: Running) -> None:
+    url = f"{server.url}/v1/chat/completions"
+    for content in (b"", b"{", b"[1, 2]", b'"text"', b"\xff\xfe"):
+        answer = httpx.post(url, content=content, headers={"content-type": "application/json"})
+        assert answer.status_code == 400, content
+        assert answer.json()["error"]["message"]
+    for method, path, status in (("GET", "/nowhere", 404), ("GET", "/v1/chat/completions", 405)):
+        answer = httpx.request(method, server.url + path)
+        assert answer.status_code == status
+        assert path in answer.json()["error"]["message"]
+
+
+def test_parts_of_text_and_developers(client: openai.OpenAI, expected: str) -> None:
+    parts: Any = [{"type": "text", "text": "What is "}, {"type": "text", "text": "a router?"}]
+    answer = client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": parts}], max_tokens=40, temperature=0
+    )
+    assert answer.choices[0].message.content == expected
+
+
+def test_a_client_that_goes_away_frees_its_row(server: Running) -> None:
+    url = f"{server.url}/v1/chat/completions"
+    body = {"messages": QUESTION, "max_tokens": 1500, "temperature": 1.0, "stop": ["no such words"]}
+    with httpx.stream("POST", url, json={**body, "stream": True}) as stream:
+        next(stream.iter_lines())
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, json=body, timeout=0.3)
+    deadline = time.monotonic() + 30
+    while httpx.get(f"{server.url}/health").json() != {"status": "ok", "running": 0, "waiting": 0}:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_other_pages_may_ask_only_if_allowed(server: Running) -> None:
+    def allowed(origin: str) -> str | None:
+        headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        answer = httpx.options(f"{server.url}/v1/chat/completions", headers=headers)
+        return answer.headers.get("access-control-allow-origin")
+
+    assert allowed("https://page.example") == "https://page.example"
+    assert allowed("https://evil.example") is None
+
+
+class TestGuarded:
+    """A key, a small body, a short queue."""
+
+    @pytest.fixture(scope="class")
+    def guarded(self, model: moe_local.Model) -> Iterator[Running]:
+        batcher = model.batcher(queue=0)
+        limits = Limits(api_key="s3cret", body_bytes=2000, max_tokens=400)
+        running = Running(Server(model, batcher, limits).app())
+        yield running
+        running.stop()
+        batcher.close()
+
+    @pytest.mark.parametrize(
+        "given", [None, "Bearer wrong", "Bearer", "s3cret", "Basic s3cret", "Bearer s3cret2"]
+    )
+    def test_the_key(self, guarded: Running, given: str | None) -> None:
+        headers = {} if given is None else {"Authorization": given}
+        answer = httpx.get(f"{guarded.url}/v1/models", headers=headers)
+        assert answer.status_code == 401
+        assert "Authorization: Bearer KEY" in answer.json()["error"]["message"]
+        assert httpx.get(f"{guarded.url}/health").status_code == 200
+
+    def test_with_the_key(self, guarded: Running) -> None:
+        client = openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="s3cret", max_retries=0)
+        assert [model.id for model in client.models.list()] == ["demo"]
+
+    @pytest.mark.parametrize("chunked", [False, True])
+    def test_long_bodies(self, guarded: Running, chunked: bool) -> None:
+        body = json.dumps({"messages": [{"role": "user", "content": "x" * 3000}]}).encode()
+        content: Any = iter([body[:1500], body[1500:]]) if chunked else body
+        headers = {"Authorization": "Bearer s3cret", "content-type": "application/json"}
+        answer = httpx.post(f"{guarded.url}/v1/chat/completions", content=content, headers=headers)
+        assert answer.status_code == 413
+        assert "2000 are allowed" in answer.json()["error"]["message"]
+
+    def test_more_than_can_be_answered_is_told_when_to_come_back(self, guarded: Running) -> None:
+        headers = {"Authorization": "Bearer s3cret"}
+        url = f"{guarded.url}/v1/chat/completions"
+        body = {"messages": QUESTION, "temperature": 1.0, "n": 4, "max_tokens": 400}
+        answer = httpx.post(url, json=body, headers=headers, timeout=60)
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) > 0
+        assert "try again later" in answer.json()["error"]["message"]
+        deadline = time.monotonic() + 30
+        while httpx.get(f"{guarded.url}/health").json()["running"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

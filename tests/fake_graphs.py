@@ -1,0 +1,224 @@
+"""CUDA graphs that aren't there: captures record torch's operations, and nothing happens before a replay.
+
+As unkind as CUDA where that can be seen on a CPU. During a capture every result is garbage: what lay in its
+memory before. What waits for the host to know a number raises. A replay does the same operations on the same
+memory, whatever lies there by then; numbers and shapes of Python are those of the capture. Results come from
+a pool, whose memory goes to the next operation as soon as nothing refers to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+WAITS = {
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "nonzero",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "equal",
+}
+"""Functions of torch that bring numbers from a device to the host."""
+
+WAITING_OPERATIONS = {
+    "aten::_local_scalar_dense",
+    "aten::item",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::equal",
+    "aten::is_nonzero",
+    "aten::lift_fresh",
+}
+"""Those, and what brings numbers to a device from memory that is not pinned (`torch.tensor`)."""
+
+
+class _Block:
+    """Memory of the pool, and who uses it."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = torch.full((nbytes,), 0xFF, dtype=torch.uint8)  # NaN, if these are floats
+        self.user: StorageWeakRef | None = None
+
+    def tensor(self, like: torch.Tensor) -> torch.Tensor:
+        """A tensor of the same type, sizes and strides, in this memory."""
+        size = like.element_size()
+        flat = torch.frombuffer(self.memory.numpy(), dtype=like.dtype, count=self.memory.numel() // size)
+        return flat.as_strided(like.size(), like.stride(), like.storage_offset())
+
+
+class Pool:
+    """Memory for results of captured operations. A block is free once no tensor of Python is left in it."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, _Block] = {}
+        """By address."""
+
+    def place(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Garbage like `like`, for Python, and a second tensor on that memory, which keeps no block from
+        being used again."""
+        like = like if like.storage_offset() == 0 else like.clone()
+        nbytes = max(64, like.untyped_storage().nbytes())
+        fitting = [
+            block
+            for block in self._blocks.values()
+            if block.memory.numel() >= nbytes and (block.user is None or block.user.expired())
+        ]
+        block = min(fitting, key=lambda block: block.memory.numel(), default=None)
+        if block is None:
+            block = _Block(-(-nbytes // 64) * 64)
+            self._blocks[block.memory.data_ptr()] = block
+        given, kept = block.tensor(like), block.tensor(like)
+        block.user = StorageWeakRef(given.untyped_storage())
+        return given, kept
+
+    def kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor in the pool: another one on the same memory, which keeps no block. Any other: itself."""
+        block = self._blocks.get(tensor.untyped_storage().data_ptr())
+        return tensor if block is None else block.tensor(tensor)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(block.memory.numel() for block in self._blocks.values())
+
+
+class _Operation(NamedTuple):
+    function: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    outputs: list[torch.Tensor | None]
+    """Where results go; None for those that are views. Empty for an operation in place."""
+
+
+def _harmless(x: Any) -> Any:
+    return x if not torch.is_tensor(x) or x.is_floating_point() else torch.zeros_like(x)
+
+
+class FakeGraph:
+    def __init__(self, operations: list[_Operation], owner: FakeGraphs) -> None:
+        self.operations = operations
+        self._owner = owner
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        assert self._owner.recorder is None, "CUDA replays no graph while it captures one"
+        self._owner.replays += 1
+        for function, args, kwargs, outputs in self.operations:
+            results = tree_flatten(function(*args, **kwargs))[0]
+            for output, result in zip(outputs, results, strict=False):
+                if output is not None:
+                    output.copy_(result)
+
+
+class _NoWaits(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in WAITS:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {function.__name__}")
+        return function(*args, **(kwargs or {}))
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, pool: Pool) -> None:
+        super().__init__()
+        self.operations: list[_Operation] = []
+        self._pool = pool
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = function._schema
+        if schema.name in WAITING_OPERATIONS:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {schema.name}")
+        given = [*args, *(kwargs.get(argument.name) for argument in schema.arguments[len(args) :])]
+        written = [
+            value
+            for argument, value in zip(schema.arguments, given, strict=True)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        kept = [
+            tree_map(lambda x: self._pool.kept(x) if torch.is_tensor(x) else x, part)
+            for part in (args, kwargs)
+        ]
+        if written:
+            self.operations.append(_Operation(function, *kept, []))
+            return written[0] if len(schema.returns) == 1 else tuple(written)
+        if any(returned.alias_info is not None for returned in schema.returns):
+            result = function(*args, **kwargs)
+        else:  # garbage must not be taken for an index
+            result = function(*tree_map(_harmless, args), **tree_map(_harmless, kwargs))
+        inputs = {
+            x.untyped_storage().data_ptr() for x in tree_flatten((args, kwargs))[0] if torch.is_tensor(x)
+        }
+        outputs: list[torch.Tensor | None] = []
+
+        def place(x: Any) -> Any:
+            if not torch.is_tensor(x) or (x.numel() and x.untyped_storage().data_ptr() in inputs):
+                outputs.append(None)
+                return x
+            garbage, memory = self._pool.place(x)
+            outputs.append(memory)
+            return garbage
+
+        placed = tree_map(place, result)
+        if any(output is not None for output in outputs):
+            self.operations.append(_Operation(function, *kept, outputs))
+        return placed
+
+
+class FakeGraphs:
+    """The Graphs protocol on the CPU. `fail_at`: so many captures work, the next one is refused."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.pool = Pool()
+        self.recorder: _Recorder | None = None
+        self.captures = self.replays = 0
+        self.fail_at = fail_at
+        self._no_waits = _NoWaits()
+        self._in_session = False
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        assert not self._in_session
+        self._in_session = True
+        try:
+            yield
+        finally:
+            self._in_session = False
+            assert self.recorder is None, "a capture outlived its session"
+
+    def begin(self) -> None:
+        assert self._in_session, "the default stream cannot be captured"
+        assert self.recorder is None, "a capture had begun"
+        if self.captures == self.fail_at:
+            raise RuntimeError("CUDA error: out of memory")
+        self.recorder = _Recorder(self.pool)
+        self._no_waits.__enter__()
+        self.recorder.__enter__()
+
+    def end(self) -> FakeGraph:
+        assert self.recorder is not None, "no capture has begun"
+        recorder = self._stop()
+        self.captures += 1
+        return FakeGraph(recorder.operations, self)
+
+    def abort(self) -> None:
+        if self.recorder is not None:
+            self._stop()
+
+    def _stop(self) -> _Recorder:
+        recorder, self.recorder = self.recorder, None
+        assert recorder is not None
+        recorder.__exit__(None, None, None)
+        self._no_waits.__exit__(None, None, None)
+        return recorder

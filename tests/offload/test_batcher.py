@@ -1,0 +1,247 @@
+"""Many answers at once: each is the one it would be alone, and the queue, cancelling and failing are fair."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from moe_local.cache.errors import BusyError, MoeLocalError, OptionError
+from moe_local.offload.batcher import Batcher, Ended, Ticket
+from moe_local.offload.engine.engine import Engine
+from moe_local.offload.engine.memory import make_kv
+from moe_local.offload.engine.sampling import make_settings
+from moe_local.offload.engine.sequence import FinishReason
+from moe_local.offload.records import Token
+from moe_local.offload.store import Tally
+from moe_local.offload.turn import Turn
+
+torch.set_num_threads(1)
+PATIENCE = 60
+
+
+@pytest.fixture(scope="module")
+def mixtral(tiny_models: ModuleType) -> Any:
+    return tiny_models.tiny_model("mixtral", num_hidden_layers=2)
+
+
+class Rig:
+    """A batcher over a model whose experts need no store."""
+
+    def __init__(self, hf: Any, rows: int = 2, limit: int = 4) -> None:
+        self.hf = hf
+        self.engine = Engine(hf, make_kv(hf, rows, 100), chunk=16)
+        self.turn = Turn()
+        store: Any = SimpleNamespace(tokens=0, tally=lambda: Tally(0.0, 0, 0, 0, 0))
+        self.store = store
+        self.batcher = Batcher(self.engine, store, self.turn, queue=limit)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While somebody else has the model's turn."""
+        self.turn.begin()
+        try:
+            yield
+        finally:
+            self.turn.end()
+
+    def ask(self, prompt: list[int], count: int = 8, **options: Any) -> Heard:
+        heard = Heard()
+        settings = make_settings(self.hf, prompt, max_new_tokens=count, eos_token_id=None)
+        heard.ticket = self.batcher.submit(prompt, settings, None, heard.listen, **options)
+        return heard
+
+    def alone(self, prompt: list[int], count: int = 8) -> list[int]:
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        out = self.hf.generate(ids, attention_mask=mask, max_new_tokens=count, eos_token_id=None)
+        new: list[int] = out[0, len(prompt) :].tolist()
+        return new
+
+
+class Heard:
+    """What a listener was told."""
+
+    ticket: Ticket
+
+    def __init__(self) -> None:
+        self.events: queue.Queue[Token | Ended] = queue.Queue()
+        self.ids: list[int] = []
+
+    def listen(self, event: Token | Ended) -> None:
+        self.events.put(event)
+
+    def token(self) -> Token:
+        event = self.events.get(timeout=PATIENCE)
+        assert isinstance(event, Token)
+        self.ids.append(event.id)
+        return event
+
+    def end(self) -> Ended:
+        while not isinstance(event := self.events.get(timeout=PATIENCE), Ended):
+            self.ids.append(event.id)
+        assert self.events.empty()
+        return event
+
+
+@pytest.fixture
+def rig(mixtral: Any) -> Iterator[Rig]:
+    made = Rig(mixtral)
+    yield made
+    made.batcher.close()
+    assert made.engine.active == []
+    made.engine.check_integrity()
+    made.batcher.check_integrity()
+
+
+def test_each_answer_is_the_one_it_would_be_alone(rig: Rig) -> None:
+    prompts = [[5, 6, 7], [9] * 20, [11, 3], [8, 8, 250, 4], [31]]
+    heard = [rig.ask(prompt, count=6 + i) for i, prompt in enumerate(prompts)]
+    for i, (prompt, one) in enumerate(zip(prompts, heard, strict=True)):
+        assert one.end() == Ended(FinishReason.LENGTH)
+        assert one.ids == rig.alone(prompt, 6 + i)
+    assert rig.store.tokens == sum(len(one.ids) for one in heard)
+
+
+def test_they_are_stepped_together(rig: Rig) -> None:
+    sizes: list[int] = []
+
+    def note(m: Any, args: Any, kwargs: Any) -> None:
+        sizes.append(len(kwargs["input_ids"]))
+
+    hook = rig.hf.register_forward_pre_hook(note, with_kwargs=True)
+    with rig.paused():
+        heard = [rig.ask([5, 6, i], count=20) for i in (3, 4)]
+    for one in heard:
+        one.end()
+    hook.remove()
+    assert sizes.count(2) == 18, "all but the prompts and what the first got before the second had its first"
+
+
+def test_a_full_queue_refuses_and_recovers(rig: Rig) -> None:
+    with rig.paused():
+        heard = [rig.ask([5, 6, 7 + i], count=30) for i in range(6)]  # two will run, four wait
+        with pytest.raises(BusyError, match="0 answers are under way and 6 wait, which is the limit"):
+            rig.ask([9], count=30)
+    for one in heard:
+        assert one.end() == Ended(FinishReason.LENGTH)
+    rig.ask([5], count=2).end()
+
+
+def test_what_waits_too_long_is_told(rig: Rig) -> None:
+    busy = [rig.ask([5, 6, 7 + i], count=80) for i in range(2)]
+    for one in busy:
+        one.token()
+    late = rig.ask([9, 9], patience_s=0.0)
+    ended = late.end()
+    assert isinstance(ended.error, BusyError)
+    assert "no turn came within" in str(ended.error)
+    for one in busy:
+        assert one.end().reason is FinishReason.LENGTH
+
+
+def test_cancelling_frees_the_row_for_who_waits(rig: Rig) -> None:
+    long = [rig.ask([5, 6, 7 + i], count=90) for i in range(2)]
+    waiting = rig.ask([9, 9], count=3)
+    for one in long:
+        one.token()
+    long[0].ticket.cancel()
+    assert waiting.end() == Ended(FinishReason.LENGTH)
+    assert waiting.ids == rig.alone([9, 9], 3)
+    assert long[0].end() == Ended(None)
+    assert long[1].end() == Ended(FinishReason.LENGTH)
+    assert long[1].ids == rig.alone([5, 6, 8], 90)
+
+
+def test_a_listener_that_raises_is_cancelled(rig: Rig) -> None:
+    def broken(event: Token | Ended) -> None:
+        raise ConnectionError("gone")
+
+    settings = make_settings(rig.hf, [5], max_new_tokens=90, eos_token_id=None)
+    ticket = rig.batcher.submit([5], settings, None, broken)
+    other = rig.ask([7, 7], count=20)
+    assert other.end() == Ended(FinishReason.LENGTH)
+    assert ticket.cancelled
+    deadline = time.monotonic() + PATIENCE
+    while rig.batcher.running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_failed_step_ends_those_in_it_and_nothing_else(rig: Rig) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in the middle")
+
+    hook = rig.hf.model.layers[1].register_forward_pre_hook(fail)
+    heard = [rig.ask([5, 6, 7 + i]) for i in range(2)]
+    for one in heard:
+        assert "a step failed: in the middle" in str(one.end().error)
+    hook.remove()
+    after = rig.ask([5, 6, 7])
+    assert after.end() == Ended(FinishReason.LENGTH)
+    assert after.ids == rig.alone([5, 6, 7])
+
+
+def test_a_conversation_goes_on_where_it_was(rig: Rig) -> None:
+    """Though others were answered meanwhile: each row is kept until it is needed."""
+    first = rig.ask([5, 6, 7, 8, 9], count=6)
+    first.end()
+    other = rig.ask([200, 100], count=4)
+    other.end()
+    turn = [5, 6, 7, 8, 9, *first.ids, 50, 51]
+    second = rig.ask(turn, count=4)
+    second.end()
+    assert second.ticket.reused_tokens == 5 + 5, "the last new token is not in the memory yet"
+    assert second.ids == rig.alone(turn, 4)
+
+
+def test_plain_calls_have_their_turn_between(rig: Rig) -> None:
+    rig.ask([5], count=2).end()
+    with rig.paused():
+        held = rig.ask([6], count=2)
+        time.sleep(0.05)
+        assert held.events.empty()
+    assert held.end() == Ended(FinishReason.LENGTH)
+
+
+def test_bad_prompts_are_refused_at_once(rig: Rig) -> None:
+    with pytest.raises(OptionError, match="the prompt is empty"):
+        rig.batcher.submit([], make_settings(rig.hf, [1]), None, lambda event: None)
+    with pytest.raises(OptionError, match="outside the vocabulary"):
+        rig.ask([5, 320])
+
+
+def test_closing_ends_everybody(rig: Rig) -> None:
+    heard = [rig.ask([5, 6, 7 + i], count=90) for i in range(4)]
+    heard[0].token()
+    rig.batcher.close("the model is closed")
+    for one in heard:
+        assert str(one.end().error) == "the model is closed"
+    with pytest.raises(MoeLocalError, match="the model is closed"):
+        rig.ask([5])
+    rig.batcher.close()
+
+
+def test_draining_answers_what_was_accepted(rig: Rig) -> None:
+    heard = [rig.ask([5, 6, 7 + i], count=20) for i in range(3)]
+    done: list[bool] = []
+    thread = threading.Thread(target=lambda: done.append(rig.batcher.drain(PATIENCE)))
+    thread.start()
+    refused = None
+    while refused is None:
+        try:
+            rig.ask([9], count=1).end()
+        except BusyError as error:
+            refused = str(error)
+    assert "about to stop" in refused
+    thread.join()
+    assert done == [True]
+    for one in heard:
+        assert one.end() == Ended(FinishReason.LENGTH)
