@@ -19,7 +19,7 @@ from moe_local.cache.errors import DoesNotFitError, MoeLocalError
 from moe_local.offload import relief
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.engine.engine import Engine
-from moe_local.offload.engine.kv_slab import make_kv
+from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.own_caches import OwnCaches
 from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.kernels.layer import LayerKernels
