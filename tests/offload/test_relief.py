@@ -161,7 +161,7 @@ def test_a_step_runs_again_once_something_gave_way(tiny_models: ModuleType) -> N
                 memory.left = 2 if count % 10 == 4 else 0
                 engine.step()
                 engine.check_integrity()
-            assert memory.raised == len(asked) >= 4
+            assert memory.raised == len(asked) >= 2
         assert set(asked) == {Shortage(4096, 0)}
         assert [sequence.new_ids for sequence in sequences] == alone
         assert engine.chunk == 6
