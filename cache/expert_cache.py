@@ -272,6 +272,31 @@ class ExpertCache:
             )
         return pool.place(expert)
 
+    # Fewer slots
+
+    def in_slots(self, layer: int, first: int) -> tuple[int, ...]:
+        """The loading and resident experts in the slots from `first` on."""
+        return tuple(e for e in self._pools[layer].expert_in[first:] if e is not None)
+
+    def keep_slots(self, layer: int, slots: int) -> int:
+        """Take all but the first `slots` slots of a layer away and evict what is in them; how many that were.
+
+        Counted as evictions. Raises CacheStateError, having changed nothing, if one of the experts there is
+        pinned or loading.
+        """
+        pool = self._pools[layer]
+        leaving = self.in_slots(layer, slots)
+        for expert in leaving:
+            if expert in pool.pins or expert in pool.loading:
+                raise CacheStateError(
+                    f"layer {layer}: slot {pool.table[expert]} is to go while its expert {expert} is "
+                    f"{'pinned' if expert in pool.pins else 'loading'}"
+                )
+        for expert in leaving:
+            self._evict(layer, pool, expert)
+        pool.keep(slots)
+        return len(leaving)
+
     # The end of a copy
 
     def complete(self, layer: int, expert: int) -> None:

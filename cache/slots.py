@@ -13,7 +13,7 @@ class CacheStateError(RuntimeError):
 
 
 class SlotPool:
-    """A fixed number of slots for one layer's experts, and the tables around them.
+    """The slots of one layer's experts, whose number can only fall, and the tables around them.
 
     A present expert is loading or resident. Slots number from 0; a *staged* expert is in a slot of the
     StagingRing instead, whose numbers are negative, and unknown to the policy. The attributes are read
@@ -76,6 +76,11 @@ class SlotPool:
         self.pins.pop(expert, None)
         self.unused.discard(expert)
         return slot
+
+    def keep(self, slots: int) -> None:
+        """Take all but the first `slots` slots away; the others are empty."""
+        del self.expert_in[slots:]
+        self.free = [slot for slot in self.free if slot < slots]
 
     def lacking(self, experts: Container[int], absent: int) -> int:
         """How many slots are lacking to admit `absent` experts without evicting any of `experts`."""

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 def fit(model: str, as_json: bool, options: dict[str, Any]) -> None:
     """Say whether MODEL fits, where its parts go and how fast it may be, without its weights.
 
-    --vram 24GiB plans a CUDA card of that size, wherever this runs; without it, this machine is planned. Exit
-    code 3 means that it does not fit; then it says by how much, and the nearest setting that does.
+    --vram 24GiB plans a CUDA card of that size, wherever this runs, and 2x24GiB two of them; without it, this
+    machine is planned. Exit code 3 means that it does not fit; then it says by how much, and the nearest
+    setting that does.
     """
     plan = moe_local.fit(model, **options)
     if as_json:
@@ -53,6 +54,7 @@ def _show(plan: Plan) -> None:
         ),
     ]
     if plan.fits:
+        rows += [(f"card {number}", _card(plan, number)) for number in range(len(plan.cards))]
         rows += [("slots", _slots(plan)), ("mode", _mode(plan)), ("speed", _speed(plan))]
     else:
         rows += [("fits", f"no, {format_bytes(plan.shortfall_bytes)} too much")]
@@ -63,7 +65,17 @@ def _show(plan: Plan) -> None:
 
 def _budget(plan: Plan) -> str:
     ram = f"{format_bytes(plan.request.ram)} RAM"
-    return ram if plan.request.vram is None else f"{format_bytes(plan.request.vram)} VRAM, {ram}"
+    if plan.request.vram is None:
+        return ram
+    cards = plan.request.cards or (plan.request.vram,)
+    return f"{' + '.join(format_bytes(card) for card in cards)} VRAM, {ram}"
+
+
+def _card(plan: Plan, number: int) -> str:
+    found = plan.on_card(number)
+    (first, last), (least, most) = found["layers"], found["slots"]
+    slots = str(least) if least == most else f"{least} or {most}"
+    return f"layers {first} to {last}, {slots} experts per MoE layer, {format_bytes(found['used'])} in all"
 
 
 def _slots(plan: Plan) -> str:

@@ -4,20 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moe_local.cache.errors import DoesNotFitError
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
 from moe_local.cache.stats import RouterLoad
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.plan.free_memory import free_ram
+from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store import ExpertStore
-from moe_local.offload.tiers.arena import DeviceArena, HostArena
+from moe_local.offload.tiers.arena import HostArena
 from moe_local.offload.tiers.copies import CopySource
 from moe_local.offload.tiers.device import Device
+from moe_local.offload.tiers.device_arena import DeviceArena
 from moe_local.offload.tiers.staging import StagedArena
 from moe_local.offload.tiers.tiers import Tier
 from moe_local.offload.tiers.transfer import FileSource, Location
+
+
+def build_arena(
+    file: ExpertFile,
+    spec: ModelSpec,
+    slots: Sequence[int],
+    device: Device | Sequence[Device],
+    *,
+    spare: int = 0,
+) -> DeviceArena:
+    """Memory for so many experts per MoE layer of `file` on a device, or each layer's on its own.
+
+    Has fewer slots, down to top-k, where a device refuses some and `spare` bytes are to be left to others;
+    see DeviceArena. Raises DoesNotFitError. The caller closes it, or the store that it is given to.
+    """
+    least = [min(layer.top_k, count) for layer, count in zip(spec.layers, slots, strict=True)]
+    return DeviceArena(slots, _strides(file, spec), device, least=least, spare=spare)
 
 
 def build_store(
@@ -25,8 +45,7 @@ def build_store(
     spec: ModelSpec,
     *,
     ram_slots: Sequence[int],
-    vram_slots: Sequence[int] | None = None,
-    device: Device | None = None,
+    arena: DeviceArena | None = None,
     policy: str = "adaptive",
     read_threads: int = 4,
     scheduler: MissScheduler | None = None,
@@ -35,13 +54,13 @@ def build_store(
 ) -> ExpertStore:
     """A store over `file` with so many slots per MoE layer; the caller closes it.
 
-    Without a device, RAM is the fastest tier and its misses are read from disk. With one, `vram_slots` are
-    the fastest, filled from RAM, which is filled from disk, and `scheduler` says what the CPU computes
-    instead. Prompts stream through `vram_staging` and `ram_staging` slots beside these. Nothing is loaded
-    yet (`Tier.preload` does). Raises DoesNotFitError if an arena is refused.
+    Without an arena on a device, RAM is the fastest tier and its misses are read from disk. With one, which
+    the store owns from now on, that is the fastest, filled from RAM, which is filled from disk, and
+    `scheduler` says what the CPU computes instead. Prompts stream through `vram_staging` and `ram_staging`
+    slots beside these, where there is one device and it has room for them. Nothing is loaded yet
+    (`Tier.preload` does). Raises DoesNotFitError if RAM is refused.
     """
-    layouts = [[file.layout(layer.index, e) for e in range(layer.num_experts)] for layer in spec.layers]
-    strides = [max(layout.nbytes for layout in layer) for layer in layouts]
+    layouts, strides = _layouts(file, spec), _strides(file, spec)
 
     def size(layer: int, expert: int) -> int:
         return layouts[layer][expert].nbytes
@@ -50,7 +69,7 @@ def build_store(
         path, offset, nbytes = file.location(*key)
         return Location(path, offset, nbytes, file.checksum(*key))
 
-    pin = device is not None and device.torch_device.type == "cuda"
+    pin = arena is not None and arena.device.type == "cuda"
     host = HostArena(ram_slots, strides, pin=pin)
     ring = HostArena([ram_staging], [max(strides)], pin=pin)
 
@@ -63,14 +82,31 @@ def build_store(
     routed = RouterLoad([layer.num_experts for layer in spec.layers], [layer.top_k for layer in spec.layers])
     ram = Tier(ExpertCache(ram_slots, policy, size, ram_staging), StagedArena(host, ring), disk)
     try:
-        if device is None or vram_slots is None:
+        if arena is None:
             return ExpertStore(ram, layouts, routed, disk=disk)
-        arena = StagedArena(
-            DeviceArena(vram_slots, strides, device), DeviceArena([vram_staging], [max(strides)], device)
-        )
-        source = CopySource(ram, arena, device, lambda key: size(*key))
-        vram = Tier(ExpertCache(vram_slots, policy, size, vram_staging), arena, source, device)
+        device_ring = _ring(vram_staging, max(strides), arena)
+        staged = StagedArena(arena, device_ring)
+        source = CopySource(ram, staged, arena.devices, lambda key: size(*key))
+        cache = ExpertCache(arena.slots, policy, size, device_ring.slots[0])
+        vram = Tier(cache, staged, source, arena.devices)
         return ExpertStore(vram, layouts, routed, disk=disk, below=ram, scheduler=scheduler)
     except BaseException:
         ram.close()  # its reader threads are running
         raise
+
+
+def _ring(slots: int, stride: int, beside: DeviceArena) -> DeviceArena:
+    """Staging slots on the device of an arena; none where it has several, or refuses them."""
+    device, *others = dict.fromkeys(beside.devices)
+    try:
+        return DeviceArena([0 if others else slots], [stride], device)
+    except DoesNotFitError:  # prompts go through the layers' own slots then
+        return DeviceArena([0], [stride], device)
+
+
+def _layouts(file: ExpertFile, spec: ModelSpec) -> list[list[Layout]]:
+    return [[file.layout(layer.index, e) for e in range(layer.num_experts)] for layer in spec.layers]
+
+
+def _strides(file: ExpertFile, spec: ModelSpec) -> list[int]:
+    return [max(layout.nbytes for layout in layer) for layer in _layouts(file, spec)]

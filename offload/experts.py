@@ -172,6 +172,7 @@ class ExpertRunner:
         Two events a layer: for measurements."""
         self._kernels = LayerKernels(activations)
         device = store.tier.arena.device
+        self._several = len(store.tier.devices) > 1
         self._inputs, self._answers = Staging(device), Staging(device)
         self._residents: Residents | None = None
 
@@ -226,6 +227,16 @@ class ExpertRunner:
     ) -> torch.Tensor:
         """As OffloadedExperts.forward. Raises KeyboardInterrupt if a deferred Ctrl-C is pending."""
         check_interrupt()
+        if (
+            self._several and hidden.is_cuda
+        ):  # Triton launches on the current device, wherever its tensors are
+            with torch.cuda.device(hidden.device):
+                return self._run(experts, hidden, index, weights)
+        return self._run(experts, hidden, index, weights)
+
+    def _run(
+        self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         layer = experts.index
         residents = self.resident(experts, hidden, index)
         if residents is not None:
@@ -233,7 +244,8 @@ class ExpertRunner:
             return residents.run(layer, hidden, index, weights)
         guesses = self.prefetcher.predict(layer)
         shared = self._may_share(experts, hidden, index)
-        idle = self.store.tier.device.idle() if self.times_sync and self.store.tier.device else None
+        device = self.store.tier.device_of(layer)
+        idle = device.idle() if self.times_sync and device is not None else None
         ids, guessed, x = to_host(
             index, [guess.ranked for guess in guesses], hidden if shared else None, self._inputs
         )
@@ -283,7 +295,7 @@ class ExpertRunner:
         weights: torch.Tensor,
     ) -> LayerStep:
         """The step on hidden [T, D]; shared with the host where `here`, hidden on the host, is given."""
-        layout, device = self.store.layouts[experts.index][0], self.store.tier.device
+        layout, device = self.store.layouts[experts.index][0], self.store.tier.device_of(experts.index)
         step = self._kernels.begin(experts, hidden, routing, weights, layout)
         if here is None or device is None:
             return step
@@ -314,7 +326,10 @@ def to_host(
     """The router's choice, the guesses and hidden, if given, in one transfer: one wait for the device."""
     if hidden is None and not guesses and index.shape[0] == 1:
         return OnHost(index.tolist()[0], [], None)
-    numbers = torch.cat([index.flatten(), *guesses]) if guesses else index.flatten()
+    # a guess was made where the layer is that it is about
+    numbers = (
+        torch.cat([index.flatten(), *(g.to(index.device) for g in guesses)]) if guesses else index.flatten()
+    )
     if hidden is None or hidden.device.type == "cpu":
         flat = numbers.tolist()
     else:

@@ -40,3 +40,13 @@ class Serving:
     """Pinned in RAM, for the host to compute, not handed out yet."""
     used: list[int] = field(default_factory=list)
     """Handed out and back, still pinned: a step that fits never evicts an expert of its own."""
+
+
+class Tally(NamedTuple):
+    """What a token's record is the difference of."""
+
+    stall_s: float
+    hits: int
+    misses: int
+    bytes_h2d: int
+    bytes_disk: int

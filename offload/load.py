@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from moe_local.offload.build import build_store
+from moe_local.cache.errors import DoesNotFitError
+from moe_local.offload.build import build_arena, build_store
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.checkpoint.device_map import device_map
 from moe_local.offload.checkpoint.hub import config_of, resolve
 from moe_local.offload.checkpoint.skeleton import load_skeleton
-from moe_local.offload.checkpoint.spec import ModelSpec, model_spec
+from moe_local.offload.checkpoint.spec import ModelSpec, meta_model, model_spec
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
 from moe_local.offload.engine.encoder_decoder import as_decoder
 from moe_local.offload.engine.engine import Engine
@@ -30,17 +33,21 @@ from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan import bandwidth
 from moe_local.offload.plan.bandwidth import Bandwidths
 from moe_local.offload.plan.fit import plan_load
+from moe_local.offload.plan.placement import with_vram_slots
 from moe_local.offload.plan.plan import Plan
 from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.prefetch import NoPrefetch, Prefetcher, RouterPrefetcher
 from moe_local.offload.prefill import PrefillStream
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.relief import Relief
 from moe_local.offload.residents import can_reside, uncounted
 from moe_local.offload.schedule.calibrate import first_costs
 from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store import ExpertStore
 from moe_local.offload.tiers.device import CudaDevice, Device
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done ("converting", "loading"), how much of it is done, and how much there is."""
@@ -50,7 +57,7 @@ def load(
     model: str | Path,
     *,
     device: str = "auto",
-    vram: str | int | None = None,
+    vram: str | int | Sequence[str | int] | None = None,
     ram: str | int | None = None,
     slots: int | None = None,
     experts: str = "nf4",
@@ -88,17 +95,19 @@ def load(
         }
     )
     graph_mode()  # refused before anything is downloaded
-    target = options.torch_device()
+    targets = options.torch_devices()
+    target = targets[0]
     name = str(model)
     speeds = bandwidth.saved(moe_local_home())
-    plan_load(name, model_spec(config_of(model, carried=False)), options, target, speeds)
+    plan_load(name, model_spec(config_of(model, carried=False)), options, targets, speeds)
     speeds = _measured_links(speeds, options, target)
     checkpoint = Checkpoint.open(resolve(model), name)
-    plan = plan_load(name, checkpoint.spec, options, target, speeds)
+    plan = plan_load(name, checkpoint.spec, options, targets, speeds)
     gpu = target if target.type == "cuda" else None
     file = open_experts(checkpoint, options.experts, progress=progress, gpu=gpu)
-    on_device = CudaDevice(target) if target.type == "cuda" else None
-    return assemble(checkpoint, file, plan, options, target, on_device, progress)
+    targets = targets[: len(plan.cards) or 1]
+    cards = [CudaDevice(card) for card in targets if card.type == "cuda"]
+    return assemble(checkpoint, file, plan, options, targets, cards, progress)
 
 
 def load_made(
@@ -108,11 +117,12 @@ def load_made(
     progress: Progress | None = None,
 ) -> Model:
     """As `load`, for what is made on this machine: `make` does that, once it is known to fit."""
-    target = options.torch_device()
-    speeds = _measured_links(bandwidth.saved(moe_local_home()), options, target)
-    plan = plan_load(made.name, made.spec, options, target, speeds)
-    on_device = CudaDevice(target) if target.type == "cuda" else None
-    return assemble(made, make(), plan, options, target, on_device, progress)
+    targets = options.torch_devices()
+    speeds = _measured_links(bandwidth.saved(moe_local_home()), options, targets[0])
+    plan = plan_load(made.name, made.spec, options, targets, speeds)
+    targets = targets[: len(plan.cards) or 1]
+    cards = [CudaDevice(card) for card in targets if card.type == "cuda"]
+    return assemble(made, make(), plan, options, targets, cards, progress)
 
 
 def _measured_links(speeds: Bandwidths, options: LoadOptions, target: torch.device) -> Bandwidths:
@@ -189,40 +199,75 @@ def assemble(
     file: ExpertFile,
     plan: Plan,
     options: LoadOptions,
-    target: torch.device,
-    device: Device | None,
+    target: torch.device | Sequence[torch.device],
+    device: Device | Sequence[Device] | None,
     progress: Progress | None = None,
     graphs: Graphs | None = None,
 ) -> Model:
-    """A Model as planned. `device`: what experts are cached on beside RAM; None: they are computed in RAM.
+    """A Model as planned.
 
-    `graphs` are those of the device; None: CUDA's, where `target` has them.
+    `target`: where the dense part goes; `device`: what experts are cached on beside RAM, none: they are
+    computed in RAM. Both are one for each card of a plan that has several.
+
+    Where a device refuses part of what was planned for experts, the model goes on with fewer of them, and its
+    plan says so. Raises DoesNotFitError if even the rest does not fit. `graphs` are those of the device;
+    None: CUDA's, where there is one card.
     """
+    targets = [target] if isinstance(target, torch.device) else list(target)
+    cards = list(device) if isinstance(device, Sequence) else [] if device is None else [device]
+    try:
+        return _assemble(checkpoint, file, plan, options, targets, cards, progress, graphs)
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFitError(
+            f"there is less memory free than was planned with: {str(error).splitlines()[0].rstrip('.')}; "
+            "close other programs on the card or set a smaller --vram"
+        ) from error
+
+
+def _assemble(
+    checkpoint: Loadable,
+    file: ExpertFile,
+    plan: Plan,
+    options: LoadOptions,
+    targets: Sequence[torch.device],
+    cards: Sequence[Device],
+    progress: Progress | None,
+    graphs: Graphs | None,
+) -> Model:
     hf = load_skeleton(
         checkpoint.folder,
         checkpoint.config,
         dense=options.dense,
         dtype=plan.request.dtype,
-        device=target,
+        device=targets[0],
         activations=options.activations,
+        device_map=_device_map(checkpoint, plan, targets),
     )
     with contextlib.ExitStack() as undo:
+        with Probe(hf) as probe:
+            cache = probe_cache(as_decoder(hf))
+        kv = make_kv(as_decoder(hf), plan.request.parallel, plan.request.context, cache)
+        arena = None
+        if cards:  # last of all that is allocated there, since it can do with less
+            by_layer = [cards[plan.card_of(layer.index)] for layer in checkpoint.spec.layers]
+            spare = plan.bytes.workspace // len(cards)
+            arena = build_arena(file, checkpoint.spec, plan.vram_slots, by_layer, spare=spare)
+            undo.callback(arena.close)
+            plan = _as_allocated(plan, arena.slots)
         store = build_store(
             file,
             checkpoint.spec,
             ram_slots=plan.ram_slots,
-            vram_slots=plan.vram_slots if device is not None else None,
-            device=device,
+            arena=arena,
             policy=options.policy,
             scheduler=_scheduler(options, plan),
-            vram_staging=plan.vram_staging if device is not None else 0,
+            vram_staging=plan.vram_staging,
             ram_staging=plan.ram_staging,
         )
         undo.callback(store.close)
-        with Probe(hf) as probe:
-            cache = probe_cache(as_decoder(hf))
-        kv = make_kv(as_decoder(hf), plan.request.parallel, plan.request.context, cache)
         engine = Engine(as_decoder(hf), kv, chunk=plan.chunk)
+        if arena is not None:
+            engine.relief = Relief(store.tier, arena)
         prefetcher = _prefetcher(options, plan, store, probe)
         runner = ExpertRunner(store, prefetcher, options.activations)
         if store.prefill is not None:
@@ -238,13 +283,13 @@ def assemble(
             bitsandbytes_ops()  # its import takes a second, which is not the first token's to wait for
         for module in modules:
             module.attach(runner)
-        if device is not None:
+        if len(cards) == 1:  # a token that goes from card to card is neither captured nor kept to one
             resident = can_reside(store)
             if resident:
                 runner.keep_to_device()
             runner.warm_up(modules, hidden_size, dtype)
-            if graphs is None and target.type == "cuda":
-                graphs = CudaGraphs(target)
+            if graphs is None and targets[0].type == "cuda":
+                graphs = CudaGraphs(targets[0])
             if graphs is not None:
                 with uncounted(store):
                     use_graphs(
@@ -279,6 +324,27 @@ def _announce(prefill: PrefillStream) -> Callable[..., None]:
         prefill.begin(inputs.shape[0], inputs.shape[1]) if inputs is not None else prefill.begin(1, 1)
 
     return announce
+
+
+def _device_map(checkpoint: Loadable, plan: Plan, targets: Sequence[torch.device]) -> dict[str, str] | None:
+    """Where each part of the model goes; None: all to one device."""
+    if len(plan.cards) < 2:
+        return None
+    return device_map(meta_model(checkpoint.config), [card.layers.stop for card in plan.cards], targets)
+
+
+def _as_allocated(plan: Plan, slots: tuple[int, ...]) -> Plan:
+    """The plan with the slots that there really are on the device; says so if those are fewer."""
+    found = with_vram_slots(plan, slots)
+    if found is not plan:
+        logger.warning(
+            "VRAM was refused half-way: room for %d of the %d experts that were planned for (mode %s); "
+            "close other programs on the card and load again to have them all",
+            sum(slots),
+            sum(plan.vram_slots),
+            found.mode,
+        )
+    return found
 
 
 def _prefetcher(options: LoadOptions, plan: Plan, store: ExpertStore, probe: Probe) -> Prefetcher:

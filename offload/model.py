@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -68,8 +68,7 @@ class Model:
     ) -> None:
         """`load` is the way to make one; this takes ownership of everything it is given."""
         self.name = name
-        self.plan = plan
-        """What lies where, as it was planned and allocated."""
+        self._plan = plan
         self.tokenizer = tokenizer
         """transformers' tokenizer; None for a folder without one."""
         self._parts: Parts | None = Parts(hf, engine, store, prefetcher)
@@ -85,6 +84,17 @@ class Model:
     def hf(self) -> Any:
         """The transformers model. Plain calls and its own generate work, offloaded."""
         return self._open().hf
+
+    @property
+    def plan(self) -> Plan:
+        """What lies where: as it was planned and allocated, less the experts that had to give way since."""
+        parts = self._parts
+        if parts is not None and parts.store.below is not None:
+            slots = tuple(parts.store.slots(layer) for layer in range(len(self._plan.vram_slots)))
+            if slots != self._plan.vram_slots:
+                mode = "disk" if self._plan.mode == "resident" else self._plan.mode
+                self._plan = replace(self._plan, vram_slots=slots, mode=mode)
+        return self._plan
 
     def stream(
         self,

@@ -19,6 +19,9 @@ ACTIVATIONS = ("native", "int8")
 PREFETCH = ("auto", "off", "router")
 MISS = ("auto", "fetch", "cpu")
 
+MOST_CARDS = 64
+"""More than any machine has."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
@@ -31,12 +34,16 @@ class LoadOptions:
 
     device: str = field(
         default="auto",
-        metadata={"help": "auto, cpu, cuda or cuda:N; auto takes a CUDA device if there is one."},
+        metadata={
+            "help": "auto, cpu, cuda or cuda:N; auto takes CUDA devices if there are any, all of them "
+            "(as cuda does) if one does not hold everything."
+        },
     )
-    vram: int | None = field(
+    vram: int | tuple[int, ...] | None = field(
         default=None,
         metadata={
-            "help": "Most GPU memory to use, such as 20GiB, for everything: dense part, KV cache, experts."
+            "help": "Most GPU memory to use, such as 20GiB, for everything: dense part, KV cache, experts. "
+            "Of several cards this is each one's; 24GiB,12GiB or 2x24GiB names them one by one."
         },
     )
     ram: int | None = field(
@@ -86,10 +93,10 @@ class LoadOptions:
     )
 
     def __post_init__(self) -> None:
-        for name in ("vram", "ram"):
-            size = getattr(self, name)
-            if size is not None:
-                object.__setattr__(self, name, parse_bytes(size, name))
+        if self.vram is not None:
+            object.__setattr__(self, "vram", _parse_cards(self.vram))
+        if self.ram is not None:
+            object.__setattr__(self, "ram", parse_bytes(self.ram, "ram"))
         for name in ("slots", "context", "parallel"):
             _check_count(name, getattr(self, name))
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
@@ -112,8 +119,36 @@ class LoadOptions:
                 raise OptionError(f"unknown option {name!r}; {hint}")
         return cls(**keywords)  # type: ignore[arg-type]
 
+    def torch_devices(self) -> tuple[torch.device, ...]:
+        """The devices that may be used, the first one alone if that holds everything.
+
+        Raises OptionError as `torch_device`, and where `vram` names more cards than there are.
+        """
+        import torch
+
+        first = self.torch_device()
+        named = len(self.vram) if isinstance(self.vram, tuple) else 0
+        if first.type != "cuda" or ":" in self.device:
+            if named:
+                raise OptionError(f"vram names {named} cards, but the device is {first}; give one size")
+            return (first,)
+        count = torch.cuda.device_count()
+        if named > count:
+            raise OptionError(
+                f"vram names {named} cards, but there are {count} CUDA devices; give {count} sizes at most"
+            )
+        cards = [torch.device("cuda", index) for index in range(named or count)]
+        return tuple(cards if named else sorted(cards, key=lambda card: card != first))
+
+    def card_vram(self, card: int) -> int | None:
+        """What `vram` allows on the n-th of `torch_devices`; None: all of it."""
+        return self.vram[card] if isinstance(self.vram, tuple) else self.vram
+
     def torch_device(self) -> torch.device:
-        """The device to load on. Raises OptionError if it is not there, or for `vram` without CUDA."""
+        """The device to load on, or the first of them.
+
+        Raises OptionError if it is not there, or for `vram` without CUDA.
+        """
         import torch  # here, so that the command line can show its help without it
 
         device = self.device
@@ -136,6 +171,23 @@ class LoadOptions:
                 f"vram is given but the device is {found}, which has none; leave it out and set ram"
             )
         return found
+
+
+def _parse_cards(value: object) -> int | tuple[int, ...]:
+    """Bytes, of several cards if several are named: "20GiB", "24GiB,12GiB", "2x24GiB" or a list of sizes."""
+    if isinstance(value, int | float):
+        return parse_bytes(value, "vram")
+    parts = list(value) if isinstance(value, list | tuple) else str(value).split(",")
+    sizes: list[int] = []
+    for part in parts:
+        times = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(.*)", part) if isinstance(part, str) else None
+        count = int(times[1]) if times else 1
+        if not 1 <= count <= MOST_CARDS:
+            raise OptionError(f"vram {value!r} names {count} cards; write for example 2x24GiB")
+        sizes += [parse_bytes(times[2] if times else part, "vram")] * count
+    if not 1 <= len(sizes) <= MOST_CARDS:
+        raise OptionError(f"vram {value!r} names {len(sizes)} cards; name 1 to {MOST_CARDS}")
+    return sizes[0] if len(sizes) == 1 else tuple(sizes)
 
 
 def _check_count(name: str, value: object) -> None:

@@ -335,10 +335,11 @@ class PrefillStream:
             return []
         nbytes = self._layouts[layer][expert].nbytes
         destination, source = (arena.buffer(layer, place)[:nbytes] for place in (housed, slot))
-        if self._tier.device is None:
+        device = self._tier.device_of(layer)
+        if device is None:
             destination.copy_(source)
         else:
-            self._tier.device.move(destination, source)
+            device.move(destination, source)
         return [housed]
 
     def _release(self, layer: int, experts: Sequence[int]) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from typing import NamedTuple
 
 from moe_local.cache.keys import ExpertKey
 from moe_local.cache.stats import BytesMoved, RouterLoad, StallSeconds, Stats
 from moe_local.offload.interrupt import check as check_interrupt
-from moe_local.offload.leases import Lease, Serving
+from moe_local.offload.leases import Lease, Serving, Tally
 from moe_local.offload.prefill import PrefillStream
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.schedule.host_share import HostShare
@@ -24,16 +23,6 @@ WAIT_SECONDS = 0.1
 
 MOST_WAITS = 1024
 """Device waits whose seconds are not read yet; more are read at once, though nobody asked for figures."""
-
-
-class Tally(NamedTuple):
-    """What a token's record is the difference of."""
-
-    stall_s: float
-    hits: int
-    misses: int
-    bytes_h2d: int
-    bytes_disk: int
 
 
 class ExpertStore:

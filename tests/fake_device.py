@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+
+from moe_local.cache.errors import DoesNotFitError
 
 POISON = 0xA5
 """What a slot holds before its first copy, and from some moment after a copy's issue until its end."""
@@ -25,6 +29,10 @@ class _Work:
         """Run everything up to and including this."""
         while not self.done:
             self.stream.advance(force=True)
+
+
+def _nothing() -> None:
+    """What is left of a step that has run."""
 
 
 class _Stream:
@@ -50,7 +58,7 @@ class _Stream:
             work.needs.work.force()
         self.queue.pop(0)
         work.run()
-        work.done = True
+        work.done, work.run, work.needs = True, _nothing, None  # an event keeps no memory
         return True
 
 
@@ -128,7 +136,14 @@ class FakeDevice:
 
     torch_device = torch.device("cpu")
 
-    def __init__(self, seed: int = 0, luck: float = 0.3, *, lazy: bool = False) -> None:
+    def __init__(
+        self, seed: int = 0, luck: float = 0.3, *, lazy: bool = False, capacity: int | None = None
+    ) -> None:
+        """`capacity`: bytes that `allocate` gives at most at a time; None: any number."""
+        self.capacity = capacity
+        self.allocated = 0
+        """Bytes of allocations that somebody still holds."""
+        self.trims = 0
         self.copies = 0
         self.fail_copies = 0
         self.faults: list[str] = []
@@ -140,7 +155,21 @@ class FakeDevice:
         self._reads: list[_Read] = []
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        return torch.full((nbytes,), POISON, dtype=torch.uint8)
+        if self.capacity is not None and self.allocated + nbytes > self.capacity:
+            raise DoesNotFitError(f"the fake device refused {nbytes} bytes for expert slots")
+        memory = np.full(nbytes, POISON, dtype=np.uint8)
+        self.allocated += nbytes
+        weakref.finalize(memory, self._freed, nbytes)  # with the last view of it
+        return torch.from_numpy(memory)
+
+    def _freed(self, nbytes: int) -> None:
+        self.allocated -= nbytes
+
+    def trim(self) -> None:
+        self.trims += 1
+
+    def taken_by_others(self) -> int | None:
+        return None
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor, after: FakeEvent | None) -> FakeEvent:
         if self.fail_copies:

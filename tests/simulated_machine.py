@@ -150,6 +150,12 @@ class SimulatedDevice:
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8)
 
+    def trim(self) -> None:
+        """It has no memory of its own."""
+
+    def taken_by_others(self) -> int | None:
+        return None
+
     def copy(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> SimulatedEvent:
         destination.copy_(source)
         return SimulatedEvent(self.machine, self.machine.issue(None, source.numel()))

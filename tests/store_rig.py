@@ -19,8 +19,9 @@ from moe_local.offload.schedule.costs import Costs, Work
 from moe_local.offload.schedule.scheduler import MissScheduler, Needed
 from moe_local.offload.schedule.split import Split
 from moe_local.offload.store import ExpertStore, Lease
-from moe_local.offload.tiers.arena import DeviceArena, HostArena
+from moe_local.offload.tiers.arena import HostArena
 from moe_local.offload.tiers.copies import CopySource
+from moe_local.offload.tiers.device_arena import DeviceArena
 from moe_local.offload.tiers.staging import StagedArena
 from moe_local.offload.tiers.tiers import Tier
 from moe_local.offload.tiers.transfer import FileSource, Load, Location
@@ -65,7 +66,10 @@ class Rig:
         seed: int = 0,
         scheduler: Any = None,
         staging: int = 0,
+        least: int | None = None,
     ) -> None:
+        """`device`: one, or one for each layer. `least`: slots that no layer of a device can do without."""
+        self.least = least
         self.mode, self.num_layers, self.num_experts = mode, layers, experts
         rng = random.Random(seed)
         self.path = folder / f"experts-{layers}-{experts}-{pages}-{seed}"
@@ -101,13 +105,13 @@ class Rig:
             self.tier = self.ram
             self.store = ExpertStore(self.ram, self.layouts, routed, disk=self.disk)
             return
-        arena = StagedArena(
-            DeviceArena([slots] * self.num_layers, strides, self.device),
-            DeviceArena([staging], [max(strides)], self.device),
-        )
-        self.copies = CopySource(self.ram, arena, self.device, lambda key: self.size(*key))
-        cache = ExpertCache([slots] * self.num_layers, "lru", self.size, staging)
-        self.tier = Tier(cache, arena, self.copies, self.device)
+        least = None if self.least is None else [self.least] * self.num_layers
+        arena = self.arena = DeviceArena([slots] * self.num_layers, strides, self.device, least=least)
+        first = arena.devices[0]
+        staged = StagedArena(arena, DeviceArena([staging], [max(strides)], first))
+        self.copies = CopySource(self.ram, staged, arena.devices, lambda key: self.size(*key))
+        cache = ExpertCache(arena.slots, "lru", self.size, staging)
+        self.tier = Tier(cache, staged, self.copies, arena.devices)
         self.store = ExpertStore(
             self.tier, self.layouts, routed, disk=self.disk, below=self.ram, scheduler=self.scheduler
         )
@@ -142,7 +146,7 @@ class Rig:
         def kernel(buffer: Any) -> None:
             right = buffer.numpy().tobytes() == want
             if not right and self.device is not None:
-                self.device.faults.append(f"wrong bytes for expert {layer}, {lease.expert}")
+                self.device_of(layer).faults.append(f"wrong bytes for expert {layer}, {lease.expert}")
             assert right, f"wrong bytes for expert {layer}, {lease.expert}"
 
         buffer = lease.buffer[: lease.layout.nbytes]
@@ -151,7 +155,7 @@ class Rig:
         elif self.device is None:
             kernel(buffer)
         else:
-            self.device.launch(buffer, kernel)
+            self.device_of(layer).launch(buffer, kernel)
 
     def _compute_on_host(self, key: ExpertKey, buffer: Any) -> None:
         """The bytes are in RAM, and stay there whatever moves meanwhile."""
@@ -163,7 +167,7 @@ class Rig:
             assert buffer.numpy().tobytes() == self.content[key], f"wrong bytes for expert {key} in RAM"
             assert self.ram.cache.pins(*key) > 0
             self.tier.poll()
-            self.device.pass_time()
+            self.device_of(key.layer).pass_time()
 
     def serve(
         self,
@@ -199,14 +203,13 @@ class Rig:
         self.store.check_integrity()
         for layer in range(self.num_layers):
             assert [e for e in range(self.num_experts) if self.tier.cache.pins(layer, e)] == []
-        if self.device is not None:
-            assert self.device.faults == []
+        assert [device.faults for device in self.devices if device.faults] == []
 
     def settle_loads(self) -> None:
         """Wait until nothing is under way anywhere; prompts that were begun go on."""
         for _ in range(10_000):
-            if self.device is not None:
-                self.device.synchronize()
+            for device in self.devices:
+                device.synchronize()
             self.tier.poll()
             self.ram.poll()
             if not self.tier.loading and not self.ram.loading:
@@ -230,9 +233,19 @@ class Rig:
 
     def close(self) -> None:
         self.store.close()
-        if self.device is not None:
-            self.device.synchronize()
-            assert self.device.faults == []
+        for device in self.devices:
+            device.synchronize()
+            assert device.faults == []
+
+    @property
+    def devices(self) -> list[Any]:
+        """Each device once."""
+        if self.device is None:
+            return []
+        return list(dict.fromkeys(self.device if isinstance(self.device, list) else [self.device]))
+
+    def device_of(self, layer: int) -> Any:
+        return self.device[layer] if isinstance(self.device, list) else self.device
 
 
 class AnyScheduler(MissScheduler):

@@ -7,7 +7,7 @@ import functools
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,16 @@ def load_skeleton(
     dtype: torch.dtype,
     device: torch.device,
     activations: str = "native",
+    device_map: Mapping[str, str] | None = None,
 ) -> Any:
     """The transformers model in `folder` with every experts module replaced by an OffloadedExperts.
 
     `dense` is "nf4" or "int8", quantized on the way in and computing in `dtype`, or any other name, which
     loads in `dtype`. What is quantized, `ModelSpec.quantized` says: on CUDA by bitsandbytes, on the CPU as
     QuantizedLinear, with these `activations`. Only tensors that are not experts' are read, and none of them
-    asks for gradients. Loads one model at a time; other threads wait. Raises CheckpointError if weights are
-    missing or cannot be quantized, or if no experts module was found to replace.
+    asks for gradients. All goes to `device`, or where accelerate's `device_map` (module path -> device) says,
+    with hooks that move hidden states along. Loads one model at a time; other threads wait. Raises
+    CheckpointError if weights are missing or cannot be quantized, or without experts modules to replace.
     """
     cls = model_class(config)
     swapping = _swapping(cls)
@@ -67,7 +69,7 @@ def load_skeleton(
             folder,
             config=class_config(config),
             dtype=dtype,
-            device_map={"": str(device)},
+            device_map={"": str(device)} if device_map is None else dict(device_map),
             quantization_config=quantization,
             local_files_only=True,
             use_safetensors=True,

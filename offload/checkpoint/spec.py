@@ -35,6 +35,12 @@ class MoELayer:
     def expert_numel(self) -> int:
         return sum(tensor.numel for tensor in self.tensors)
 
+    @property
+    def decoder_layer(self) -> int:
+        """The decoder layer that it is part of; in a model without numbered layers the MoE layer's index."""
+        number = layer_number(self.name)
+        return self.index if number is None else number
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -92,6 +98,11 @@ class ModelSpec:
     def active_numel(self) -> int:
         """Weights that one token uses."""
         return self.dense_numel + sum(layer.top_k * layer.expert_numel for layer in self.layers)
+
+
+def layer_number(name: str) -> int | None:
+    """The decoder layer of a parameter or module by its path, such as model.layers.3.mlp.gate."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

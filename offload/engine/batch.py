@@ -23,6 +23,7 @@ from moe_local.offload.engine.sampling import (
     with_default_length,
 )
 from moe_local.offload.engine.sequence import Sequence
+from moe_local.offload.relief import shortage
 
 
 def generate_ids(
@@ -46,14 +47,14 @@ def generate_ids(
     engine.check_ids(input_ids.flatten().tolist())
     check_seed(seed)
     if needs_hf_generate(hf, options) or hf.config.is_encoder_decoder:  # whose result has no prompt in it
-        return _hand_over(hf, input_ids, attention_mask, tokenizer, seed, options)
+        return _hand_over(engine, input_ids, attention_mask, tokenizer, seed, options)
     width, masked = input_ids.shape[1], attention_mask is not None
     config = generation_config(hf, options, width=width, rows=len(input_ids), masked=masked)
     if attention_mask is None:
         attention_mask = hf._prepare_attention_mask_for_generation(input_ids.to(input_device(hf)), config, {})
     paddings = _left_padding(attention_mask)
     if paddings is None or (config.stop_strings is not None and config._eos_token_tensor is None):
-        return _hand_over(hf, input_ids, attention_mask, tokenizer, seed, options)
+        return _hand_over(engine, input_ids, attention_mask, tokenizer, seed, options)
     copies = config.num_return_sequences or 1
     prompts = [
         row[pad:] for row, pad in zip(input_ids.tolist(), paddings, strict=True) for _ in range(copies)
@@ -96,16 +97,22 @@ def _left_padding(mask: torch.Tensor) -> list[int] | None:
 
 
 def _hand_over(
-    hf: Any,
+    engine: Engine,
     input_ids: torch.Tensor,
     mask: torch.Tensor | None,
     tokenizer: Any,
     seed: int | None,
     options: Mapping[str, Any],
 ) -> Any:
-    """transformers' own generate; Ctrl-C waits for the safe points of the experts here, too."""
+    """transformers' own generate; Ctrl-C waits for the safe points of the experts here, too.
+
+    Memory that runs out on the way is not made up for, since nobody can say where such a generate stood; but
+    the experts give way all the same, so that it can be called again.
+    """
+    hf = engine.hf
     device = input_device(hf)
     devices = [device] if device.type == "cuda" else []
+    lacking = None
     with interrupt.deferred(), torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -118,6 +125,14 @@ def _hand_over(
             )
         except ValueError as error:
             raise option_error(error) from error
+        except RuntimeError as error:
+            lacking = shortage(error)
+            if lacking is None:
+                raise
+    if lacking is not None:
+        given = engine.relief is not None and engine.relief(lacking)
+        remedy = "some experts have given way: call it again" if given else "use fewer or shorter sequences"
+        raise MoeLocalError(f"VRAM ran out in transformers' own generate; {remedy}")
     return result.to(input_ids.device) if isinstance(result, torch.Tensor) else result
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from typing import Any
 
@@ -17,17 +19,23 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import MoeLocalError, OptionError
+from moe_local.cache.keys import format_bytes
 from moe_local.offload import interrupt
 from moe_local.offload.engine.batch_view import BatchMasks
 from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.kv_slab import KVRows, KVSlab, cache_argument
+from moe_local.offload.engine.prefix import longest_prefix
 from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.engine.sequence import FinishReason, Sequence, Step, Work
 from moe_local.offload.engine.token_step import TokenStep
 from moe_local.offload.kernels.linear import NativeLinear
+from moe_local.offload.plan.footprint import MIN_CHUNK
 from moe_local.offload.prefetch.routers import RouterSite
+from moe_local.offload.relief import Shortage, shortage
 from moe_local.offload.threads import one_torch_thread
+
+logger = logging.getLogger(__name__)
 
 FEW_TOKENS, SHORT_CONTEXT, SMALL_MATRIX = 4, 2048, 1 << 20
 """Up to so many tokens, behind so many, with matrices of so many weights, torch's work fits one thread."""
@@ -38,6 +46,7 @@ class Engine:
 
     A step that raises, KeyboardInterrupt included, leaves every sequence as it was: lengths change only after
     a forward has finished, and what a sequence still has to compute is derived from its length in the cache.
+    So a step that ran out of the device's memory runs again, once something has given way.
     """
 
     def __init__(self, hf: Any, kv: KVRows, *, chunk: int) -> None:
@@ -61,6 +70,8 @@ class Engine:
         )
         self.tokens = 0
         """New tokens so far, of all sequences."""
+        self.relief: Callable[[Shortage], bool] | None = None
+        """Gives memory back that a step lacked, and says whether it did; None: nothing can."""
         self._members: list[Sequence] = []
         """By row, the parked ones included."""
         self._parked: list[Sequence] = []
@@ -107,7 +118,7 @@ class Engine:
             raise MoeLocalError(
                 f"all {self.kv.rows} sequences are in use; one has to leave before another joins"
             )
-        shared, parked = self._longest_prefix(ids) if reuse else (0, None)
+        shared, parked = longest_prefix(self.kv, self._parked, ids) if reuse else (0, None)
         if parked is not None:
             row = parked.row
             self.kv.shorten(row, shared)
@@ -162,39 +173,48 @@ class Engine:
             self._members[row] = last
             last.row = row
 
-    def _longest_prefix(self, ids: list[int]) -> tuple[int, Sequence | None]:
-        """The parked sequence that most of a prompt can be taken over from, and how many tokens."""
-        found: tuple[int, Sequence | None] = (0, None)
-        for parked in self._parked:
-            shared = self._shared_prefix(parked, ids)
-            if shared and shared >= found[0]:
-                found = (shared, parked)
-        return found
-
-    def _shared_prefix(self, parked: Sequence, ids: list[int]) -> int:
-        """Tokens of a parked row that a prompt can take over; at least one is left to compute."""
-        row, old = parked.row, parked.ids
-        limit = min(self.kv.lens[row], len(ids) - 1)
-        shared = next((i for i in range(limit) if old[i] != ids[i]), limit)
-        return shared if self.kv.can_shorten(row, shared) else 0
-
     def step(self) -> list[Step]:
         """Compute the next forward and return the tokens it gave, none for a part of a long prompt.
 
         Raises KeyboardInterrupt at a safe point for a Ctrl-C during the step, and what the model raises.
         """
         with interrupt.deferred(), torch.inference_mode():
-            work = self._schedule()
-            if not work:
-                return []
-            try:
-                logits = self._forward(work)
-                tokens = self._sample(work, logits)
-            except BaseException:
-                for item in work:
-                    self.kv.abort(item.sequence.row)
-                raise
-            return self._emit(work, tokens)
+            while True:
+                turn, had_prompt = self._turn, self._had_prompt
+                work = self._schedule()
+                if not work:
+                    return []
+                try:
+                    logits = self._forward(work)
+                    tokens = self._sample(work, logits)
+                except BaseException as error:
+                    for item in work:
+                        self.kv.abort(item.sequence.row)
+                    lacking = shortage(error)
+                    if lacking is None:
+                        raise
+                else:
+                    return self._emit(work, tokens)
+                # Only here has the error let go of its trace, and so of all that the forward had allocated.
+                self._turn, self._had_prompt = turn, had_prompt
+                self._make_room(lacking, work)
+
+    def _make_room(self, lacking: Shortage, work: list[Work]) -> None:
+        """Do something about the memory that a step lacked: fewer experts in the cache, then shorter chunks.
+
+        Raises MoeLocalError where neither is left.
+        """
+        if self.relief is not None and self.relief(lacking):
+            return
+        shorter = min(self.chunk, max(len(item.ids) for item in work)) // 2
+        if shorter < MIN_CHUNK:
+            asked = f" ({format_bytes(lacking.nbytes)} more were asked for)" if lacking.nbytes else ""
+            raise MoeLocalError(
+                f"VRAM ran out{asked} and no expert is left that could give way; close other programs on the "
+                "card, or load with a smaller --context or --dense nf4"
+            )
+        self.chunk = shorter
+        logger.warning("VRAM ran out: prompts go in chunks of %d tokens from now on", shorter)
 
     def _schedule(self) -> list[Work]:
         """The rows of the next forward: all that decode, in turn with each that has a prompt to compute.

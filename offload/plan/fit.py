@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from moe_local.offload.plan.plan import DEFAULT_CONTEXT, Plan, Request
 def fit(
     model: str | Path,
     *,
-    vram: str | int | None = None,
+    vram: str | int | Sequence[str | int] | None = None,
     ram: str | int | None = None,
     experts: str = "nf4",
     dense: str = "auto",
@@ -50,58 +51,74 @@ def fit(
     if options.vram is not None:
         if device == "cpu":
             raise OptionError("vram is given but device is cpu, which has none; leave one of them out")
-        available: int | None = options.vram
+        cards = options.vram if isinstance(options.vram, tuple) else (options.vram,)
     else:
-        target = options.torch_device()
-        available = free_vram(target) if target.type == "cuda" else None
+        cards = tuple(free_vram(card) for card in options.torch_devices() if card.type == "cuda")
     spec = model_spec(config_of(model))
-    return plan_memory(
+    return plan_cards(
         Request(
             model=str(model),
             spec=spec,
             ram=free_ram() if options.ram is None else options.ram,
-            vram=available,
             experts=options.experts,
             dense=options.dense,
             context=_context(options, spec),
             parallel=options.parallel,
             slots=options.slots,
             bandwidths=bandwidth.saved(moe_local_home()),
-        )
+        ),
+        cards,
     )
 
 
 def plan_load(
-    model: str, spec: ModelSpec, options: LoadOptions, device: torch.device, bandwidths: bandwidth.Bandwidths
+    model: str,
+    spec: ModelSpec,
+    options: LoadOptions,
+    devices: Sequence[torch.device],
+    bandwidths: bandwidth.Bandwidths,
 ) -> Plan:
-    """The plan that a load on `device` follows: a budget bounds, but cannot make free what is not.
+    """The plan that a load on `devices` follows: a budget bounds, but cannot make free what is not.
 
     Raises DoesNotFitError, in the words of `fit`, before anything is allocated.
     """
     ram = free_ram() if options.ram is None else min(options.ram, free_ram(reserve=False))
-    vram = None
-    if device.type == "cuda":
-        vram = free_vram(device)
-        if options.vram is not None:
-            vram = min(options.vram, free_vram(device, reserve=False))
-    return plan_memory(
+    cards = []
+    for number, device in enumerate(device for device in devices if device.type == "cuda"):
+        asked = options.card_vram(number)
+        free = free_vram(device, reserve=asked is None)
+        cards.append(free if asked is None else min(asked, free))
+    return plan_cards(
         Request(
             model=model,
             spec=spec,
             ram=ram,
-            vram=vram,
             experts=options.experts,
             dense=options.dense,
             context=_context(options, spec),
             parallel=options.parallel,
             slots=options.slots,
             bandwidths=bandwidths,
-        )
+        ),
+        cards,
     ).check()
 
 
 def _context(options: LoadOptions, spec: ModelSpec) -> int:
     return min(spec.max_context, DEFAULT_CONTEXT) if options.context is None else options.context
+
+
+def plan_cards(request: Request, cards: Sequence[int]) -> Plan:
+    """Plan a request on cards of so many bytes: on the first if that holds everything, else on all."""
+    if not cards:
+        return plan_memory(request)
+    alone = replace(request, vram=cards[0])
+    if len(cards) == 1:
+        return plan_memory(alone)
+    plan = place(alone)
+    if plan.mode == "resident":
+        return plan
+    return plan_memory(replace(request, vram=sum(cards), cards=tuple(cards)))
 
 
 def plan_memory(request: Request) -> Plan:

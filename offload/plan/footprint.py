@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -58,6 +59,11 @@ def _expert_bytes(experts: str, tensors: tuple[TensorSpec, ...]) -> int:
 
 def dense_bytes(spec: ModelSpec, dense: str, *, cuda: bool) -> int:
     """Bytes of every weight that is no routed expert's, loaded with `dense` on CUDA or on the CPU."""
+    return sum(tensor_bytes(spec, dense, cuda=cuda))
+
+
+def tensor_bytes(spec: ModelSpec, dense: str, *, cuda: bool) -> Iterator[int]:
+    """The same for each of `spec.dense`, in order."""
     width = compute_dtype(spec, dense).itemsize
     quantized = spec.quantized(dense, cuda=cuda)
 
@@ -68,7 +74,7 @@ def dense_bytes(spec: ModelSpec, dense: str, *, cuda: bool) -> int:
             return 4 * tensor.numel
         return width * tensor.numel
 
-    return sum(nbytes(tensor) for tensor in spec.dense)
+    return (nbytes(tensor) for tensor in spec.dense)
 
 
 def _bitsandbytes_bytes(tensor: TensorSpec, dense: str) -> int:

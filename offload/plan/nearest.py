@@ -78,10 +78,12 @@ def _enough_memory(request: Request) -> str:
     """The smallest budgets that hold the request; a budget that is large enough is not named."""
     flags = []
     if request.vram is not None:
-        vram = _least_size(lambda size: place(replace(request, vram=size, ram=UNBOUNDED)).fits)
-        if parse_bytes(vram) > request.vram:
-            flags.append(f"--vram {vram}")
-            request = replace(request, vram=parse_bytes(vram))
+        roomy = replace(request, ram=UNBOUNDED)
+        if not place(roomy).fits:
+            vram = _least_size(lambda size: place(roomy.with_vram(size)).fits)
+            times = f"{len(request.cards)}x" if request.cards else ""
+            flags.append(f"--vram {times}{vram}")
+            request = request.with_vram(parse_bytes(vram))
     ram = _least_size(lambda size: place(replace(request, ram=size)).fits)
     if parse_bytes(ram) > request.ram:
         flags.append(f"--ram {ram}")

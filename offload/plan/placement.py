@@ -9,15 +9,19 @@ count, not active ones: any expert may be needed next.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.plan import footprint
+from moe_local.offload.plan.cards import Cards, kv_of_a_layer, layers_by_card, refusal
 from moe_local.offload.plan.plan import Bytes, Mode, Plan, Request, arena_bytes
 
 
 def place(request: Request) -> Plan:
     """Place the model. A plan that does not fit says what is missing and by how much; never raises."""
+    if request.cards:
+        return _place_on_cards(request)
     spec, cuda = request.spec, request.vram is not None
     sizes = footprint.expert_bytes(spec, request.experts)
     budget = request.ram if request.vram is None else request.vram
@@ -29,25 +33,77 @@ def place(request: Request) -> Plan:
         if cuda:
             needed = footprint.with_cuda_overhead(needed)
         return _refusal(request, parts, chunk, in_vram=cuda, needed=needed)
-    if request.slots is None and chunk == _full_chunk(request, parts):
+    if request.slots is None and chunk == _full_chunk(request, parts.experts_total):
         fastest, staging = _with_ring(spec, sizes, budget - parts.fixed)
-    resident = fastest == _all_slots(spec)
     if not cuda:
+        mode: Mode = "resident" if fastest == _all_slots(spec) else "disk"
         none = (0,) * len(spec.layers)
-        mode: Mode = "resident" if resident else "disk"
         return Plan(request, True, mode, parts, chunk, none, fastest, ram_staging=staging)
-    least = _slots(spec, spec.top_k)
-    needed = arena_bytes(least, sizes)
+    needed = arena_bytes(_slots(spec, spec.top_k), sizes)
     if needed > request.ram:
         return _refusal(request, parts, chunk, in_vram=False, needed=needed)
-    # With every expert in VRAM, RAM is only the way there.
-    below, below_staging = (least, 0) if resident else _with_ring(spec, sizes, request.ram)
-    mode = "resident" if resident else "offload" if below == _all_slots(spec) else "disk"
-    return Plan(request, True, mode, parts, chunk, fastest, below, staging, below_staging)
+    return _over_ram(Plan(request, True, None, parts, chunk, fastest, fastest, vram_staging=staging))
 
 
-def _full_chunk(request: Request, parts: Bytes) -> int:
-    return footprint.longest_chunk(request.spec, request.context, request.dtype, parts.experts_total)
+def _place_on_cards(request: Request) -> Plan:
+    """`place` where there are several cards. No ring for prompts: it would have to be on one of them."""
+    spec, sizes = request.spec, footprint.expert_bytes(request.spec, request.experts)
+    least = spec.top_k if request.slots is None else min(request.slots, spec.num_experts)
+    total = arena_bytes(_all_slots(spec), sizes)
+    full = chunk = _full_chunk(request, total)
+    while (
+        found := (on := Cards.of(request, chunk)).cut(least)
+    ) is None and chunk // 2 >= footprint.MIN_CHUNK:
+        chunk //= 2
+    count = len(request.cards)
+    overheads = sum(footprint.cuda_overhead(card) for card in request.cards)
+    parts = Bytes(
+        dense=footprint.dense_bytes(spec, request.dense, cuda=True),
+        kv=spec.num_layers * kv_of_a_layer(request),
+        workspace=count * on.workspace + overheads,
+        expert=max(sizes),
+        experts_total=total,
+    )
+    none = (0,) * len(spec.layers)
+    if found is None:
+        lacking = on.shortfall(least)
+        reason = refusal(request, lacking, least)
+        return Plan(request, False, None, parts, chunk, none, none, shortfall_bytes=lacking, reason=reason)
+    needed = arena_bytes(_slots(spec, spec.top_k), sizes)
+    if needed > request.ram:
+        return _refusal(request, parts, chunk, in_vram=False, needed=needed)
+    slots = list(_slots(spec, least))
+    if request.slots is None and chunk == full:
+        for card, mine in zip(found, layers_by_card(found, spec), strict=True):
+            if mine:
+                part = replace(spec, layers=tuple(spec.layers[index] for index in mine))
+                most = _most_slots(part, [sizes[index] for index in mine], card.vram - card.fixed)
+                for index, each in zip(mine, most, strict=True):
+                    slots[index] = each
+    return _over_ram(Plan(request, True, None, parts, chunk, tuple(slots), none, cards=found))
+
+
+def _over_ram(plan: Plan) -> Plan:
+    """A plan of what VRAM holds, completed by what RAM does."""
+    request, spec = plan.request, plan.request.spec
+    sizes, everything = footprint.expert_bytes(spec, request.experts), _all_slots(spec)
+    if plan.vram_slots == everything:  # RAM is only the way there
+        return replace(plan, mode="resident", ram_slots=_slots(spec, spec.top_k), ram_staging=0)
+    if plan.cards:
+        below, staging = _most_slots(spec, sizes, request.ram), 0
+    else:
+        below, staging = _with_ring(spec, sizes, request.ram)
+    mode: Mode = "offload" if below == everything else "disk"
+    return replace(plan, mode=mode, ram_slots=below, ram_staging=staging)
+
+
+def with_vram_slots(plan: Plan, slots: Sequence[int]) -> Plan:
+    """What becomes of a plan that fits, on a GPU, if VRAM has only so many slots; itself if it has all."""
+    return plan if tuple(slots) == plan.vram_slots else _over_ram(replace(plan, vram_slots=tuple(slots)))
+
+
+def _full_chunk(request: Request, experts_total: int) -> int:
+    return footprint.longest_chunk(request.spec, request.context, request.dtype, experts_total)
 
 
 def _chunk(request: Request, sizes: Sequence[int], room: int, slots: Sequence[int]) -> tuple[int, int, Bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -32,7 +32,7 @@ class Request:
     ram: int
     """Bytes of RAM that may be used."""
     vram: int | None = None
-    """Bytes of VRAM that may be used; None: no GPU."""
+    """Bytes of VRAM that may be used, on all cards together; None: no GPU."""
     experts: str = "nf4"
     dense: str = "auto"
     context: int = DEFAULT_CONTEXT
@@ -41,12 +41,16 @@ class Request:
     bandwidths: Bandwidths = field(default_factory=Bandwidths)
     parallel: int = 1
     """Sequences at a time, each with a context of its own."""
+    cards: tuple[int, ...] = ()
+    """The share of `vram` on each card where there are several."""
 
     def __post_init__(self) -> None:
         if self.context > self.spec.max_context:
             raise OptionError(
                 f"context {self.context} is beyond the {self.spec.max_context} tokens that {self.model} takes"
             )
+        if self.cards and sum(self.cards) != self.vram:
+            raise ValueError(f"cards of {self.cards} bytes do not have {self.vram} together")
         if self.slots is not None and self.slots < self.spec.top_k:
             raise OptionError(
                 f"slots {self.slots} is below the {self.spec.top_k} experts of a layer that one token of "
@@ -57,6 +61,23 @@ class Request:
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
         return footprint.compute_dtype(self.spec, self.dense)
+
+    def with_vram(self, size: int) -> Request:
+        """The same with a card of `size` bytes, or as many such cards as there are several."""
+        count = max(1, len(self.cards))
+        return replace(self, vram=count * size, cards=(size,) * len(self.cards))
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """The part of a plan that is on one of several cards."""
+
+    vram: int
+    """Bytes that may be used there."""
+    fixed: int
+    """Bytes planned for the dense part, KV cache and workspace."""
+    layers: range
+    """Decoder layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +118,25 @@ class Plan:
     reason: str | None = None
     nearest: str | None = None
     """Flags that, put in place of the given ones, make it fit."""
+    cards: tuple[Card, ...] = ()
+    """What is on each card where there are several and the model needs them."""
+
+    def card_of(self, layer: int) -> int:
+        """The number, in `cards`, of the card that a MoE layer is on; 0 where there is one only."""
+        at = self.request.spec.layers[layer].decoder_layer
+        return next((number for number, card in enumerate(self.cards) if at in card.layers), 0)
+
+    def on_card(self, number: int) -> dict[str, Any]:
+        """Of one card: its budget, planned bytes, first and last decoder layer, least and most slots."""
+        card, sizes = self.cards[number], footprint.expert_bytes(self.request.spec, self.request.experts)
+        mine = [layer for layer in range(len(sizes)) if self.card_of(layer) == number]
+        slots = [self.vram_slots[layer] for layer in mine]
+        return {
+            "vram": card.vram,
+            "used": card.fixed + arena_bytes(slots, [sizes[layer] for layer in mine]),
+            "layers": [card.layers.start, card.layers.stop - 1],
+            "slots": [min(slots, default=0), max(slots, default=0)],
+        }
 
     @property
     def resident_fraction(self) -> float:
@@ -185,6 +225,7 @@ class Plan:
             "top_k": spec.top_k,
             "device": "cpu" if request.vram is None else "cuda",
             "budget": {"vram": request.vram or 0, "ram": request.ram},
+            "cards": [self.on_card(number) for number in range(len(self.cards))],
             "experts": request.experts,
             "dense": request.dense,
             "context": request.context,

@@ -20,7 +20,8 @@ class RouterSite:
 
         Calls `forward` directly: calling the modules would run the very hooks this is used in.
         """
-        normed = self.norm.forward(residual)
+        weight = next(self.norm.parameters(), residual)
+        normed = self.norm.forward(residual.to(weight.device))  # of several cards, the one of that layer
         outputs = self.router.forward(normed.reshape(-1, normed.shape[-1]))
         return chosen(outputs)
 

@@ -7,54 +7,60 @@ from collections.abc import Sequence
 
 import torch
 
-from moe_local.offload.tiers.device import Device, HostMemory
+from moe_local.offload.tiers.device import HostMemory
 
-PIN_BYTES = 1 << 30
+PIN_BYTES = 256 << 20
 """Memory is pinned in ranges of about this size, so that a refusal half-way leaves the first ones pinned."""
 
 
 class Arena:
-    """Slots of fixed stride for every MoE layer, in one allocation of the exact size.
+    """Slots of fixed stride for every MoE layer.
 
-    Layer l has `slots[l]` slots of `strides[l]` bytes each (its largest expert). Buffers are views, made
-    once: nothing is allocated afterwards. The arena owns the memory until `close`.
+    Slots of layer l are `strides[l]` bytes each (its largest expert). Buffers are views, made once: nothing
+    is allocated afterwards. The arena owns the memory until `close`.
     """
 
-    def __init__(self, slots: Sequence[int], strides: Sequence[int], memory: torch.Tensor) -> None:
-        self.nbytes = arena_bytes(slots, strides)
-        if memory.numel() < self.nbytes:
-            raise ValueError(f"an arena of {self.nbytes} bytes does not fit in {memory.numel()}")
-        self._offsets: list[list[int]] = []
-        self._buffers: list[list[torch.Tensor]] = []
-        offset = 0
-        for count, stride in zip(slots, strides, strict=True):
-            self._offsets.append([offset + i * stride for i in range(count)])
-            self._buffers.append([memory[start : start + stride] for start in self._offsets[-1]])
-            offset += count * stride
+    def __init__(
+        self, strides: Sequence[int], buffers: Sequence[Sequence[torch.Tensor]], device: torch.device
+    ) -> None:
+        """`buffers[layer][slot]`, uint8 [strides[layer]]; `device`: where the first layer's are."""
         self.strides = tuple(strides)
-        self.device = memory.device
+        self.device = device
+        self._buffers = [list(layer) for layer in buffers]
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Slots of each layer."""
+        return tuple(len(layer) for layer in self._buffers)
 
     def buffer(self, layer: int, slot: int) -> torch.Tensor:
         """uint8 [strides[layer]], a view of the slot."""
         return self._buffers[layer][slot]
 
-    def offset(self, layer: int, slot: int) -> int:
-        """Where the slot starts, in bytes from the arena's start."""
-        return self._offsets[layer][slot]
-
     def close(self) -> None:
         """Give the memory up. Idempotent."""
-        self._buffers = []
+        self._buffers = [[] for _ in self._buffers]
 
 
 class HostArena(Arena):
-    """An arena in RAM, page-aligned, pinned for copies to a CUDA device if asked."""
+    """An arena in RAM, one allocation of the exact size, page-aligned; pinned for copies to a CUDA device if
+    asked."""
 
     def __init__(self, slots: Sequence[int], strides: Sequence[int], *, pin: bool = False) -> None:
-        self.memory = HostMemory(arena_bytes(slots, strides))
-        super().__init__(slots, strides, self.memory.tensor)
+        self.nbytes = arena_bytes(slots, strides)
+        self.memory = HostMemory(self.nbytes)
+        each = [stride for count, stride in zip(slots, strides, strict=True) for _ in range(count)]
+        starts = iter([0, *itertools.accumulate(each)])
+        views = iter(views_of(self.memory.tensor, each))
+        self._offsets = [[next(starts) for _ in range(count)] for count in slots]
+        buffers = [[next(views) for _ in range(count)] for count in slots]
+        super().__init__(strides, buffers, self.memory.tensor.device)
         if pin:
             self.memory.pin(self.cuts(PIN_BYTES))
+
+    def offset(self, layer: int, slot: int) -> int:
+        """Where the slot starts, in bytes from the arena's start."""
+        return self._offsets[layer][slot]
 
     def cuts(self, nbytes: int) -> list[int]:
         """0, the arena's end, and slot starts between, about `nbytes` apart: no slot crosses a cut."""
@@ -73,11 +79,12 @@ class HostArena(Arena):
         self.memory.close()
 
 
-class DeviceArena(Arena):
-    """An arena in the memory of a device."""
-
-    def __init__(self, slots: Sequence[int], strides: Sequence[int], device: Device) -> None:
-        super().__init__(slots, strides, device.allocate(arena_bytes(slots, strides)))
+def views_of(memory: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Consecutive views of `memory`, of so many bytes each. Raises ValueError if it is too small."""
+    ends = list(itertools.accumulate(sizes))
+    if ends and ends[-1] > memory.numel():
+        raise ValueError(f"slots of {ends[-1]} bytes do not fit in {memory.numel()}")
+    return [memory[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def arena_bytes(slots: Sequence[int], strides: Sequence[int]) -> int:

@@ -9,6 +9,7 @@ from typing import Protocol
 from moe_local.cache.errors import TransferError
 from moe_local.cache.keys import ExpertKey
 from moe_local.offload.tiers.device import Device, Event
+from moe_local.offload.tiers.device_arena import per_layer
 from moe_local.offload.tiers.staging import Slots
 from moe_local.offload.tiers.tiers import Tier
 from moe_local.offload.tiers.transfer import Load, LoadState
@@ -40,7 +41,7 @@ class CopyLoad(Load):
 
 
 class CopySource:
-    """Copies experts from a tier in host memory to a device, most urgent first.
+    """Copies experts from a tier in host memory to a device, or each layer's to its own, most urgent first.
 
     A load passes through: waiting (the tier below has no slot for it yet, or reads it from its own
     source), copying (issued on the copy stream, its event pending), finished. The expert stays pinned
@@ -49,13 +50,20 @@ class CopySource:
     it is not there: a prompt flushes neither tier.
     """
 
-    def __init__(self, lower: Tier, arena: Slots, device: Device, nbytes: Callable[[ExpertKey], int]) -> None:
+    def __init__(
+        self,
+        lower: Tier,
+        arena: Slots,
+        device: Device | Sequence[Device],
+        nbytes: Callable[[ExpertKey], int],
+    ) -> None:
+        """`device`: one for all layers, or each layer's."""
         self.finished: deque[Load] = deque()
         self.bytes_copied = 0
         self.watch: Watch | None = None
         self._lower = lower
         self._arena = arena
-        self._device = device
+        self._devices = per_layer(device, lower.cache.layers)
         self._nbytes = nbytes
         self._waiting: list[CopyLoad] = []
         self._copying: list[CopyLoad] = []
@@ -63,9 +71,18 @@ class CopySource:
 
     def read_by(self, layer: int, slots: Sequence[int]) -> None:
         """All kernels that read these slots have been given to the device by now."""
-        event = self._device.record()
+        event = self._devices[layer].record()
         for slot in slots:
             self._readers[_place(layer, slot)] = event
+
+    def forget(self, layer: int, first: int) -> None:
+        """Block until nobody reads or writes the layer's slots from `first` on; no load goes there now."""
+        for load in [*self._copying]:  # claimed before its end
+            if load.key.layer == layer and load.slot >= first and load.event is not None:
+                load.event.synchronize()
+        self.poll()
+        for place in [place for place in self._readers if place[0] == layer and place[1] >= first]:
+            self._readers.pop(place).synchronize()
 
     @property
     def busy(self) -> bool:
@@ -184,7 +201,8 @@ class CopySource:
         source = self._lower.arena.buffer(layer, lower_slot)[: load.nbytes]
         destination = self._arena.buffer(layer, load.slot)[: load.nbytes]
         try:
-            load.event = self._device.copy(destination, source, self._readers.get(_place(layer, load.slot)))
+            reader = self._readers.get(_place(layer, load.slot))
+            load.event = self._devices[layer].copy(destination, source, reader)
         except RuntimeError as error:  # torch's errors of a device are RuntimeErrors
             self._release_lower(load)
             self._fail(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Sequence
 from typing import Protocol, cast
 
@@ -20,6 +21,13 @@ from moe_local.offload.direct_io import page_memory
 from moe_local.offload.quantize.layout import PAGE
 
 logger = logging.getLogger(__name__)
+
+PIECE = 2 << 20
+LARGE = 10 << 20
+"""torch's CUDA allocator asks the driver for whole PIECEs when a tensor has LARGE bytes or more."""
+
+TRIAL = 32 << 20
+"""Bytes of a copy that is timed."""
 
 
 class Event(Protocol):
@@ -61,6 +69,12 @@ class Device(Protocol):
     def allocate(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes] in device memory, uninitialized. Raises DoesNotFitError."""
 
+    def trim(self) -> None:
+        """Give memory that this process holds and does not use back to the driver, for other programs."""
+
+    def taken_by_others(self) -> int | None:
+        """Bytes of the device that are neither free nor this process's tensors; None where nobody knows."""
+
     def copy(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None) -> Copied:
         """Copy host bytes to the device on the copy stream, once `after` has happened.
 
@@ -88,14 +102,25 @@ class CudaDevice:
         self._copy_stream = torch.cuda.Stream(torch_device)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
+        # A large allocation gets whole pieces from the driver. Asked for, the rest of the last one is part of
+        # it, where torch would put other tensors there, which keep the driver from having any of it back.
+        whole = nbytes if nbytes < LARGE else -(-nbytes // PIECE) * PIECE
         try:
-            return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
-        except torch.cuda.OutOfMemoryError as error:
+            return torch.empty(whole, dtype=torch.uint8, device=self.torch_device)[:nbytes]
+        except torch.OutOfMemoryError as error:
             free, _ = torch.cuda.mem_get_info(self.torch_device)
             raise DoesNotFitError(
                 f"{self.torch_device} refused {format_bytes(nbytes)} for expert slots, "
                 f"{format_bytes(free)} are free; close other programs on the card or set a smaller --vram"
             ) from error
+
+    def trim(self) -> None:
+        with torch.cuda.device(self.torch_device):
+            torch.cuda.empty_cache()
+
+    def taken_by_others(self) -> int | None:
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        return max(0, total - free - torch.cuda.memory_reserved(self.torch_device))
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None) -> Copied:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -194,21 +219,39 @@ class HostMemory:
         """Pin [cuts[0], cuts[1]), [cuts[1], cuts[2]) and so on; cuts are multiples of the page size.
 
         A copy must not cross a cut. Where the system refuses (WSL, low locked-memory limits) the rest stays
-        pageable: correct, but copies from it are slower and block the host; says so once.
+        pageable: correct, but copies from it are slower and hold the host up; says so once, with what they
+        cost. The last range that was pinned is given back then: whatever else is pinned, a little for every
+        token, would be refused, too, and that is an error.
         """
-        base = self.tensor.data_ptr()
+        base, ends = self.tensor.data_ptr(), [cuts[0]]
         for start, end in itertools.pairwise(cuts):
             if int(torch.cuda.cudart().cudaHostRegister(base + start, end - start, 0)) != 0:
                 _forget_cuda_error()
-                logger.warning(
-                    "the system pinned %s of %s for experts; copies from the rest are slower: "
-                    "raise the locked-memory limit (ulimit -l) or set a smaller --ram",
-                    format_bytes(self.pinned_bytes),
-                    format_bytes(self.nbytes),
-                )
+                if self._registered:
+                    torch.cuda.cudart().cudaHostUnregister(self._registered.pop())
+                    ends.pop()
+                self.pinned_bytes = ends[-1] - cuts[0]
+                self._tell_refusal(cuts[0], ends[-1], cuts[-1])
                 return
             self._registered.append(base + start)
-            self.pinned_bytes += end - start
+            ends.append(end)
+            self.pinned_bytes = end - cuts[0]
+
+    def _tell_refusal(self, start: int, pinned: int, end: int) -> None:
+        """Bytes [start, pinned) are pinned, [pinned, end) are not."""
+        cost = "about half as fast"
+        rates = [copy_rate(self.tensor[a:b]) for a, b in ((start, pinned), (pinned, end))]
+        if rates[0] and rates[1]:
+            cost = f"{rates[1] / 1e9:.3g} instead of {rates[0] / 1e9:.3g} GB/s"
+        logger.warning(
+            "the system pinned %s of %s for experts in RAM (VRAM is not what lacks); copies of the other "
+            "%.0f %% are %s and hold the host up: raise the locked-memory limit (ulimit -l; in WSL, memory= "
+            "in .wslconfig) or set a smaller --ram",
+            format_bytes(self.pinned_bytes),
+            format_bytes(end - start),
+            100 * (end - pinned) / (end - start),
+            cost,
+        )
 
     def close(self) -> None:
         """Unpin and let go; the system has the memory back once the last view of it is gone. Idempotent."""
@@ -216,6 +259,26 @@ class HostMemory:
             torch.cuda.cudart().cudaHostUnregister(pointer)
         self._registered.clear()
         self.tensor = torch.empty(0, dtype=torch.uint8)
+
+
+def copy_rate(memory: torch.Tensor) -> float | None:
+    """Bytes a second of a copy of (a part of) host memory to the current CUDA device; None if it cannot be.
+
+    Clears that part, since pages that were never written are not what a copy will find.
+    """
+    source = memory[:TRIAL]
+    if not torch.cuda.is_available() or not source.numel():
+        return None
+    try:
+        target = torch.empty_like(source, device="cuda")
+        target.copy_(source.zero_())
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+    except RuntimeError:  # torch's errors of a device are RuntimeErrors, lack of memory among them
+        return None
+    return source.numel() / (time.perf_counter() - start)
 
 
 def _forget_cuda_error() -> None:

@@ -6,14 +6,20 @@ from typing import Protocol
 
 import torch
 
-from moe_local.offload.tiers.arena import Arena
+from moe_local.offload.tiers.arena import HostArena
+from moe_local.offload.tiers.device_arena import DeviceArena
 
 
 class Slots(Protocol):
     """Where a tier's experts lie; an Arena, or one with a ring beside it."""
 
-    device: torch.device
-    nbytes: int
+    @property
+    def device(self) -> torch.device:
+        """Where the first layer's slots are."""
+
+    @property
+    def nbytes(self) -> int:
+        """What all slots take now."""
 
     def buffer(self, layer: int, slot: int) -> torch.Tensor:
         """uint8, the slot, as long as the layer's largest expert at least."""
@@ -25,18 +31,21 @@ class Slots(Protocol):
 class StagedArena:
     """An arena and a ring of slots -1, -2 ..., as long as any layer's. Owns both."""
 
-    def __init__(self, own: Arena, ring: Arena) -> None:
+    def __init__(self, own: HostArena | DeviceArena, ring: HostArena | DeviceArena) -> None:
         """`ring` is an arena of one layer, on the same device."""
         if ring.strides[0] < max(own.strides) or ring.device != own.device:
             raise ValueError(f"a ring of {ring.strides} bytes on {ring.device} for slots of {own.strides}")
-        self._own = own
+        self.own = own
         self._ring = ring
         self.device = own.device
-        self.nbytes = own.nbytes + ring.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        return self.own.nbytes + self._ring.nbytes
 
     def buffer(self, layer: int, slot: int) -> torch.Tensor:
-        return self._own.buffer(layer, slot) if slot >= 0 else self._ring.buffer(0, ~slot)
+        return self.own.buffer(layer, slot) if slot >= 0 else self._ring.buffer(0, ~slot)
 
     def close(self) -> None:
-        self._own.close()
+        self.own.close()
         self._ring.close()

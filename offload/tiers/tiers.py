@@ -7,14 +7,15 @@ The same class, cache and counters serve all of them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from moe_local.cache.errors import TransferError
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.tiers.device import Device, Waited
-from moe_local.offload.tiers.staging import Slots
+from moe_local.offload.tiers.device_arena import DeviceArena, per_layer
+from moe_local.offload.tiers.staging import Slots, StagedArena
 from moe_local.offload.tiers.transfer import DEMAND, Load, LoadState, Source
 
 PRELOAD_WINDOW = 16
@@ -30,15 +31,29 @@ class Tier:
     """
 
     def __init__(
-        self, cache: ExpertCache, arena: Slots, source: Source, device: Device | None = None
+        self,
+        cache: ExpertCache,
+        arena: Slots,
+        source: Source,
+        device: Device | Sequence[Device] | None = None,
     ) -> None:
+        """`device`: whose kernels read the arena asynchronously, one for all layers or each layer's; None:
+        the host itself computes."""
         self.cache = cache
         self.arena = arena
         self.source = source
-        self.device = device
-        """The device whose kernels read the arena asynchronously; None where the host itself computes."""
+        self._devices = None if device is None else per_layer(device, cache.layers)
         self._loads: dict[ExpertKey, Load] = {}
         self._failures: dict[ExpertKey, TransferError] = {}
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The devices that the arena is on, each once."""
+        return tuple(dict.fromkeys(self._devices or ()))
+
+    def device_of(self, layer: int) -> Device | None:
+        """Whose kernels read the layer's slots asynchronously; None where the host itself computes."""
+        return None if self._devices is None else self._devices[layer]
 
     def poll(self) -> None:
         """Take note of loads that came to their end. Does not block."""
@@ -98,10 +113,10 @@ class Tier:
             raise error
         if self.cache.is_resident(*key):
             return True, None
-        event = self._loads[key].event
-        if event is None or self.device is None:
+        event, device = self._loads[key].event, self.device_of(key.layer)
+        if event is None or device is None:
             return False, None
-        waited = self.device.wait(event)
+        waited = device.wait(event)
         del self._loads[key]
         self.cache.complete(*key)
         return True, waited
@@ -153,6 +168,12 @@ class Tier:
         """Raise RuntimeError unless loads and cache agree."""
         self.cache.check_integrity()
         self.source.check_integrity()
+        arena = self.arena.own if isinstance(self.arena, StagedArena) else self.arena
+        if isinstance(arena, DeviceArena):
+            arena.check_integrity()
+            slots = tuple(self.cache.slots(layer) for layer in range(self.cache.layers))
+            if arena.slots not in (slots, (0,) * len(slots)):  # all 0 once it is closed
+                raise RuntimeError(f"the cache has {slots} slots, the arena {arena.slots}")
         loading = {
             ExpertKey(layer, expert)
             for layer in range(self.cache.layers)

@@ -358,6 +358,38 @@ def test_check_integrity_names_the_layer() -> None:
         cache.check_integrity()
 
 
+def test_fewer_slots_evict_what_is_in_them_and_count_it() -> None:
+    cache = ExpertCache([4], "lru", lambda layer, expert: 10)
+    cache.acquire(0, [5, 6])
+    for expert in (5, 6):
+        cache.complete(0, expert)
+    cache.release(0, [5, 6])
+    slot = cache.reserve(0, 7)
+    assert slot == 2
+    cache.complete(0, 7)
+    assert cache.in_slots(0, 1) == (6, 7)
+    assert cache.keep_slots(0, 1) == 2
+    cache.check_integrity()
+    assert cache.residents(0) == (5,)
+    assert (cache.slots(0), cache.free(0)) == (1, 0)
+    assert cache.stats.evictions == 2
+    assert cache.stats.prefetch.wasted_bytes == 10  # 7 had been brought for nothing
+    cache.acquire(0, [1])  # goes on with what is left
+    cache.check_integrity()
+
+
+def test_a_slot_in_use_cannot_be_taken_away() -> None:
+    cache = ExpertCache([3])
+    cache.acquire(0, [5, 6])
+    with pytest.raises(CacheStateError, match="slot 1 is to go while its expert 6 is pinned"):
+        cache.keep_slots(0, 1)
+    cache.release(0, [6])
+    with pytest.raises(CacheStateError, match="slot 1 is to go while its expert 6 is loading"):
+        cache.keep_slots(0, 1)
+    assert cache.keep_slots(0, 2) == 0
+    cache.check_integrity()
+
+
 def test_emptied_it_is_as_new() -> None:
     cache = _filled(3, 4, 5, 6)
     _step(cache, [4, 7])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     invariant,
+    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -96,9 +97,9 @@ def _size(layer: int, expert: int) -> int:
 def _facts(cache: ExpertCache) -> list[Any]:
     """Everything observable, to see that a refused call changed nothing."""
     facts: list[Any] = [cache.stats.snapshot()]
-    for layer, count in enumerate(SLOTS):
+    for layer in range(len(SLOTS)):
         facts += [
-            [cache.expert_in(layer, slot) for slot in range(count)],
+            [cache.expert_in(layer, slot) for slot in range(cache.slots(layer))],
             cache.loading(layer),
             cache.prefetching(layer),
             [cache.pins(layer, expert) for expert in range(EXPERTS)],
@@ -116,6 +117,7 @@ class CacheMachine(RuleBasedStateMachine):
         super().__init__()
         self.cache = ExpertCache(SLOTS, self.policy, _size)
         self.layers = [LayerModel() for _ in SLOTS]
+        self.slots = list(SLOTS)
         self.hits = self.misses = self.evictions = 0
         self.issued = self.used = self.late = self.wasted_bytes = 0
 
@@ -150,7 +152,7 @@ class CacheMachine(RuleBasedStateMachine):
     def acquire(self, number: int, experts: list[int]) -> None:
         layer = self.layers[number]
         absent = [e for e in experts if e not in layer.present]
-        room = SLOTS[number] - len(layer.present) + len(layer.movable(experts))
+        room = self.slots[number] - len(layer.present) + len(layer.movable(experts))
         lacking = max(0, len(absent) - room)
         assert self.cache.shortage(number, experts) == lacking
         if lacking:
@@ -168,7 +170,7 @@ class CacheMachine(RuleBasedStateMachine):
         layer.need(experts)
         for expert in present:
             layer.happen(expert)
-        while len(layer.present) + len(absent) > SLOTS[number]:
+        while len(layer.present) + len(absent) > self.slots[number]:
             self._evict(number, experts)
         for expert in absent:
             layer.admit(expert)
@@ -193,7 +195,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(number=layer_numbers, expert=expert_numbers, keep=st.frozensets(expert_numbers, max_size=2))
     def reserve(self, number: int, expert: int, keep: frozenset[int]) -> None:
         layer = self.layers[number]
-        full = len(layer.present) == SLOTS[number]
+        full = len(layer.present) == self.slots[number]
         if expert in layer.present or (full and not layer.movable(keep)):
             before = _facts(self.cache)
             assert self.cache.reserve(number, expert, keep) is None
@@ -210,7 +212,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(number=layer_numbers, expert=expert_numbers)
     def preload(self, number: int, expert: int) -> None:
         layer = self.layers[number]
-        if expert in layer.present or len(layer.present) == SLOTS[number]:
+        if expert in layer.present or len(layer.present) == self.slots[number]:
             self._refused(CacheStateError, lambda: self.cache.preload(number, expert))
             return
         layer.admit(expert)
@@ -278,6 +280,31 @@ class CacheMachine(RuleBasedStateMachine):
             if self.layers[number].present.pop(expert).unused_prefetch:
                 self.wasted_bytes += moved
 
+    @precondition(lambda self: sum(self.slots) > 3)
+    @rule(data=st.data(), number=layer_numbers, settle=st.booleans())
+    def keep_slots(self, data: st.DataObject, number: int, settle: bool) -> None:
+        """The layer loses its highest slots, unless one of them is pinned or loading; one stays."""
+        left = data.draw(st.integers(1, self.slots[number]))
+        layer = self.layers[number]
+        if settle:  # without this, chance seldom gets there
+            self.release_all(number)
+            for expert, entry in layer.present.items():
+                if entry.loading:
+                    entry.loading = False
+                    self.cache.complete(number, expert)
+        leaving = [e for e in layer.present if (self.cache.slot_of(number, e) or 0) >= left]
+        assert sorted(self.cache.in_slots(number, left)) == sorted(leaving)
+        if any(layer.present[e].loading or layer.present[e].pins for e in leaving):
+            self._refused(CacheStateError, lambda: self.cache.keep_slots(number, left))
+            return
+        for expert in leaving:
+            if layer.present.pop(expert).unused_prefetch:
+                self.wasted_bytes += _size(number, expert)
+        self.evictions += len(leaving)
+        assert self.cache.keep_slots(number, left) == len(leaving)
+        self.slots[number] = left
+        assert self.cache.slots(number) == left
+
     # What must be refused
 
     @rule(number=layer_numbers, experts=experts_lists)
@@ -304,7 +331,7 @@ class CacheMachine(RuleBasedStateMachine):
             present = layer.present
             assert set(self.cache.loading(number)) == {e for e in present if present[e].loading}
             assert set(self.cache.residents(number)) == {e for e in present if not present[e].loading}
-            assert self.cache.free(number) == SLOTS[number] - len(present)
+            assert self.cache.free(number) == self.slots[number] - len(present)
             assert set(self.cache.prefetching(number)) == {
                 e for e in present if present[e].loading and present[e].unused_prefetch
             }

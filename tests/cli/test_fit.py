@@ -46,6 +46,26 @@ def test_cards(invoke, home, vram, mode):
     assert json.loads(result.stdout)["mode"] == mode
 
 
+def test_two_cards_are_told_one_by_one(invoke, home):
+    result = invoke("fit", "mixtral-8x7b", "--vram", "2x12GiB", "--ram", "64GiB")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[1] == "  budget      12.0 GiB + 12.0 GiB VRAM, 64.0 GiB RAM"
+    assert lines[6] == "  card 0      layers 0 to 15, 6 or 7 experts per MoE layer, 12.0 GiB in all"
+    assert lines[7] == "  card 1      layers 16 to 31, 6 or 7 experts per MoE layer, 12.0 GiB in all"
+    found = json.loads(invoke("fit", "mixtral-8x7b", "--vram", "2x12GiB", "--json").stdout)
+    assert [card["layers"] for card in found["cards"]] == [[0, 15], [16, 31]]
+    assert sum(card["used"] for card in found["cards"]) == found["used"]["vram"]
+
+
+def test_cards_that_cannot_be_are_one_line(invoke, home):
+    result = invoke("fit", "mixtral-8x7b", "--vram", "2x12GiB,none")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "moe-local: vram 'none' is not a size; write for example 20GiB, 512MiB or 1.5GB\n"
+    )
+
+
 def test_disk_mode_fits(invoke, home):
     result = invoke("fit", "mixtral-8x7b", "--vram", "24GiB", "--ram", "12GiB", "--json")
     assert result.exit_code == 0

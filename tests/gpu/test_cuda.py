@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import moe_local
+from moe_local.offload import relief
 from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
@@ -22,8 +23,10 @@ from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.quantize import nf4_blocks
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
+from moe_local.offload.tiers import device_arena
 from moe_local.offload.tiers.arena import HostArena
-from moe_local.offload.tiers.device import CudaDevice
+from moe_local.offload.tiers.device import CudaDevice, HostMemory
+from moe_local.offload.tiers.device_arena import DeviceArena
 
 pytestmark = [
     pytest.mark.gpu,
@@ -432,3 +435,85 @@ def test_close_gives_the_memory_back(make_checkpoint: Callable[..., Path]) -> No
     model.close()
     del model
     assert torch.cuda.memory_allocated() <= before + 4096
+
+
+def test_a_refusal_to_pin_leaves_the_rest_usable_and_cuda_well(caplog: pytest.LogCaptureFixture) -> None:
+    """CUDA itself refuses: a range that is pinned already cannot be pinned again."""
+    mib = 1 << 20
+    memory = HostMemory(16 * mib)
+    taken = memory.tensor.data_ptr() + 9 * mib
+    assert int(torch.cuda.cudart().cudaHostRegister(taken, mib, 0)) == 0
+    memory.pin([0, 4 * mib, 8 * mib, 12 * mib, 16 * mib])
+    assert memory.pinned_bytes == 4 * mib  # and the second range is given back for others
+    assert "GB/s" in caplog.records[0].getMessage()
+    torch.cuda.cudart().cudaHostUnregister(taken)
+    assert float(torch.ones(5, device="cuda").sum()) == 5  # would raise an error that was left over
+    memory.tensor[:] = torch.arange(16 * mib) % 251
+    device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
+    target = device.allocate(16 * mib)
+    device.copy(target, memory.tensor, None).synchronize()
+    assert torch.equal(target.cpu(), memory.tensor)
+    memory.close()
+
+
+def test_segments_that_are_given_back_reach_the_driver() -> None:
+    device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
+    device.trim()
+    before = torch.cuda.mem_get_info()[0]
+    arena = DeviceArena([8] * 4, [50_000_000] * 4, device, least=[2] * 4)
+    full = torch.cuda.mem_get_info()[0]
+    assert before - full >= arena.nbytes
+    freed = 0
+    while arena.next_to_go(device) is not None:
+        freed += arena.give_back(device)
+    device.trim()
+    assert arena.slots == (2, 2, 2, 2)
+    assert torch.cuda.mem_get_info()[0] - full >= freed
+    arena.close()
+
+
+def test_experts_give_way_when_vram_runs_out(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another tensor takes all that is free; a long prompt then needs what the experts have."""
+    monkeypatch.setattr(relief, "MARGIN", 16 << 20)
+    monkeypatch.setattr(device_arena, "SEGMENT_BYTES", 12 << 20)
+    folder = make_checkpoint(
+        "mixtral", dtype=torch.bfloat16, hidden_size=512, intermediate_size=2048, num_hidden_layers=5
+    )
+    prompt = [3 + i % 300 for i in range(1500)]
+    with moe_local.load(folder, device="cuda", experts="bf16", miss="fetch") as model:
+        assert model.plan.mode == "resident"
+        expected = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None).token_ids
+        torch.cuda.empty_cache()
+        hog, size = [], 1 << 36
+        while size >= 1 << 20:
+            try:
+                hog.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+            except torch.OutOfMemoryError:
+                size //= 2
+        other = [7, *prompt]  # nothing of it is in the key-value memory
+        model.generate(other, max_new_tokens=2)
+        assert "VRAM ran out on cuda" in caplog.text
+        assert sum(model.plan.vram_slots) < 40
+        found = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None).token_ids
+        del hog
+        assert found == expected
+        model.check_integrity()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_two_cards_give_the_ids_of_one(make_checkpoint: Callable[..., Path], model_type: str) -> None:
+    folder, found = make_checkpoint(model_type), []
+    for device, vram in (("cuda:0", "2GiB"), ("cuda", "2x2GiB")):
+        with moe_local.load(
+            folder, device=device, vram=vram, slots=3, experts="fp32", dense="fp32", miss="fetch"
+        ) as model:
+            assert len(model.plan.cards) == (0 if device == "cuda:0" else 2)
+            out = model.generate(list(range(3, 60)), max_new_tokens=32, do_sample=False, eos_token_id=None)
+            found.append(out.token_ids)
+            model.check_integrity()
+            devices = {str(parameter.device) for parameter in model.hf.parameters()}
+            assert len(devices) == (1 if device == "cuda:0" else 2)
+    assert found[0] == found[1]

@@ -6,13 +6,14 @@ import gc
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from moe_local.cache.errors import DoesNotFitError
-from moe_local.offload.tiers.arena import Arena, DeviceArena, HostArena, arena_bytes
+from moe_local.offload.tiers import arena as arena_module
+from moe_local.offload.tiers import device as device_module
+from moe_local.offload.tiers.arena import HostArena, arena_bytes
 
 SLOTS, STRIDES = [2, 0, 3], [4096, 8192, 12288]
 
@@ -58,20 +59,6 @@ def test_a_buffer_is_one_tensor_made_once() -> None:
     assert arena.buffer(2, 1) is arena.buffer(2, 1)
 
 
-def test_device_arenas_take_their_memory_from_the_device(make_device: Callable[..., Any]) -> None:
-    device = make_device()
-    arena = DeviceArena(SLOTS, STRIDES, device)
-    assert arena.nbytes == arena_bytes(SLOTS, STRIDES)
-    assert int(arena.buffer(2, 2)[-1]) == 0xA5
-    arena.close()
-    arena.close()
-
-
-def test_memory_that_is_too_small_is_refused() -> None:
-    with pytest.raises(ValueError, match="does not fit"):
-        Arena([2], [100], torch.empty(199, dtype=torch.uint8))
-
-
 def test_more_than_the_system_has_is_one_clear_line() -> None:
     with pytest.raises(DoesNotFitError, match="smaller --ram") as info:
         HostArena([1], [1 << 60])
@@ -108,3 +95,107 @@ def test_no_slot_crosses_a_cut() -> None:
                 start = arena.offset(layer, slot)
                 assert not any(start < cut < start + stride for cut in cuts)
     arena.close()
+
+
+class Cudart:
+    """CUDA's registration of host memory, which has room for so many bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.ranges: dict[int, int] = {}
+
+    def cudaHostRegister(self, pointer: int, nbytes: int, flags: int) -> int:
+        assert flags == 0
+        assert pointer % 4096 == 0
+        assert nbytes > 0
+        assert not any(a < pointer + nbytes and pointer < a + n for a, n in self.ranges.items())
+        if sum(self.ranges.values()) + nbytes > self.room:
+            return 2  # cudaErrorMemoryAllocation, which is also what a lack of VRAM is called
+        self.ranges[pointer] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, pointer: int) -> int:
+        del self.ranges[pointer]
+        return 0
+
+
+@pytest.fixture
+def cudart(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Cudart]:
+    """cudart(room) -> a CUDA runtime that pins so many bytes; `forgotten` counts errors that were cleared."""
+
+    def make(room: int) -> Cudart:
+        runtime = Cudart(room)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+        return runtime
+
+    return make
+
+
+@pytest.fixture
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """One entry for each time that CUDA's last error was cleared."""
+    found: list[None] = []
+    monkeypatch.setattr(device_module, "_forget_cuda_error", lambda: found.append(None))
+    monkeypatch.setattr(arena_module, "PIN_BYTES", 20_000)
+    return found
+
+
+def test_pinning_covers_the_arena_exactly(
+    cudart: Callable[[int], Cudart], forgotten: list[None], caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime = cudart(1 << 40)
+    arena = HostArena([3, 1, 5], [4096, 8192, 12288], pin=True)
+    assert arena.memory.pinned_bytes == arena.nbytes == sum(runtime.ranges.values())
+    assert len(runtime.ranges) == len(arena.cuts(20_000)) - 1 == 4
+    assert min(runtime.ranges) == arena.buffer(0, 0).data_ptr()
+    arena.close()
+    assert runtime.ranges == {}
+    assert forgotten == []
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("room", [0, 20_479, 24_576, 40_000, 81_919])
+def test_a_refusal_half_way_leaves_the_rest_pageable_and_says_so_once(
+    cudart: Callable[[int], Cudart], forgotten: list[None], caplog: pytest.LogCaptureFixture, room: int
+) -> None:
+    runtime = cudart(room)
+    arena = HostArena([3, 1, 5], [4096, 8192, 12288], pin=True)
+    pinned = sum(runtime.ranges.values())
+    assert arena.memory.pinned_bytes == pinned < arena.nbytes
+    # What is pinned is one stretch from the start on, and something is left for other pinned buffers.
+    if pinned:
+        assert min(runtime.ranges) == arena.buffer(0, 0).data_ptr()
+        assert pinned + max(runtime.ranges.values()) <= room + 12288
+    assert len(forgotten) == len(caplog.records) == 1
+    message = caplog.records[0].getMessage()
+    assert "\n" not in message
+    assert "VRAM is not what lacks" in message
+    assert (
+        f"copies of the other {100 * (arena.nbytes - pinned) / arena.nbytes:.0f} % are about half as"
+        in message
+    )
+    assert "ulimit -l" in message
+    arena.buffer(2, 4).fill_(7)  # usable all the same
+    arena.close()
+    assert runtime.ranges == {}
+
+
+def test_the_cost_of_pageable_copies_is_measured_where_it_can_be(
+    cudart: Callable[[int], Cudart],
+    forgotten: list[None],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cudart(60_000)
+    rates = iter((24.6e9, 9.12e9))
+    seen: list[int] = []
+    monkeypatch.setattr(device_module, "copy_rate", lambda memory: seen.append(memory.numel()) or next(rates))
+    arena = HostArena([3, 1, 5], [4096, 8192, 12288], pin=True)
+    assert seen == [arena.memory.pinned_bytes, arena.nbytes - arena.memory.pinned_bytes]
+    assert "9.12 instead of 24.6 GB/s" in caplog.records[0].getMessage()
+    arena.close()
+
+
+def test_without_a_gpu_no_copy_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_module.copy_rate(torch.ones(4096, dtype=torch.uint8)) is None

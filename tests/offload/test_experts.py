@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moe_local.cache.errors import MoeLocalError
-from moe_local.offload.build import build_store
+from moe_local.offload.build import build_arena, build_store
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.spec import experts_modules
 from moe_local.offload.expert_file.convert import convert_experts
@@ -121,12 +121,12 @@ def make_store() -> Iterator[Callable[..., ExpertStore]]:
         if device is None:
             store = build_store(made.file, made.checkpoint.spec, ram_slots=[slots] * layers)
         else:
+            arena = build_arena(made.file, made.checkpoint.spec, [slots] * layers, device)
             store = build_store(
                 made.file,
                 made.checkpoint.spec,
                 ram_slots=[ram_slots] * layers,
-                vram_slots=[slots] * layers,
-                device=device,
+                arena=arena,
                 scheduler=scheduler,
             )
         stores.append(store)

@@ -94,3 +94,59 @@ def test_each_option_says_what_it_is_and_names_every_choice():
         assert text.endswith(".")
         for choice in choices.get(option.name, ()):
             assert choice in text, f"{option.name}: {choice} is missing in its help"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("24GiB,24GiB", (24 * 2**30, 24 * 2**30)),
+        ("2x24GiB", (24 * 2**30, 24 * 2**30)),
+        ("2 x 24 GiB, 12GiB", (24 * 2**30, 24 * 2**30, 12 * 2**30)),
+        (["24GiB", 2**30], (24 * 2**30, 2**30)),
+        (("24GiB",), 24 * 2**30),
+        ("1x24GiB", 24 * 2**30),
+    ],
+)
+def test_vram_of_several_cards(given: object, expected: object) -> None:
+    assert LoadOptions(vram=given).vram == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("24GiB,", "vram '' is not a size"),
+        ("24GiB,lots", "vram 'lots' is not a size"),
+        ("2x", "vram '' is not a size"),
+        ("0x24GiB", "names 0 cards"),
+        ("1000000000x1GiB", "names 1000000000 cards"),
+        (",".join(["1GiB"] * 65), "names 65 cards"),
+        ([], "names 0 cards"),
+        ("24GiB;24GiB", "is not a size"),
+        ("24GiB,-1GiB", "is not a size"),
+    ],
+)
+def test_vram_of_cards_that_cannot_be(given: object, message: str) -> None:
+    with pytest.raises(OptionError, match=message) as caught:
+        LoadOptions(vram=given)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_all_cards_may_be_used_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    one, two, three = (torch.device("cuda", index) for index in range(3))
+    assert LoadOptions().torch_devices() == (two, one, three)
+    assert LoadOptions(device="cuda", vram="8GiB").torch_devices() == (two, one, three)
+    assert LoadOptions(device="cuda:2").torch_devices() == (three,)
+    assert LoadOptions(device="cpu").torch_devices() == (torch.device("cpu"),)
+    options = LoadOptions(vram="8GiB,4GiB")
+    assert options.torch_devices() == (one, two)
+    assert (options.card_vram(0), options.card_vram(1)) == (8 * 2**30, 4 * 2**30)
+    assert LoadOptions(vram="8GiB").card_vram(2) == 8 * 2**30
+    with pytest.raises(OptionError, match="names 4 cards, but there are 3 CUDA devices"):
+        LoadOptions(vram="4x8GiB").torch_devices()
+    with pytest.raises(OptionError, match="names 2 cards, but the device is cuda:1"):
+        LoadOptions(vram="2x8GiB", device="cuda:1").torch_devices()
+    with pytest.raises(OptionError, match="which has none"):
+        LoadOptions(vram="2x8GiB", device="cpu").torch_devices()

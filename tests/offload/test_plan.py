@@ -378,7 +378,7 @@ class TestFit:
         planned = fit("mixtral-8x7b", ram=ram)
         options = LoadOptions(ram=ram)
         bandwidths = planned.request.bandwidths
-        loaded = plan_load("mixtral-8x7b", MIXTRAL, options, torch.device("cpu"), bandwidths)
+        loaded = plan_load("mixtral-8x7b", MIXTRAL, options, [torch.device("cpu")], bandwidths)
         assert loaded == planned
 
     def test_a_load_refuses_in_the_same_words(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,13 +386,13 @@ class TestFit:
         planned = fit("mixtral-8x7b", ram="4GiB", device="cpu")
         assert planned.reason is not None
         with pytest.raises(DoesNotFitError) as caught:
-            plan_load("mixtral-8x7b", MIXTRAL, LoadOptions(ram=4 * GIB), torch.device("cpu"), Bandwidths())
+            plan_load("mixtral-8x7b", MIXTRAL, LoadOptions(ram=4 * GIB), [torch.device("cpu")], Bandwidths())
         assert str(caught.value).startswith(planned.reason)
 
     def test_a_load_takes_no_memory_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("moe_local.offload.plan.fit.free_ram", lambda reserve=True: 16 * GIB)
         plan = plan_load(
-            "mixtral-8x7b", MIXTRAL, LoadOptions(ram=64 * GIB), torch.device("cpu"), Bandwidths()
+            "mixtral-8x7b", MIXTRAL, LoadOptions(ram=64 * GIB), [torch.device("cpu")], Bandwidths()
         )
         assert plan.request.ram == 16 * GIB
         assert plan.mode == "disk"

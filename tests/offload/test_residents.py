@@ -68,6 +68,28 @@ class Launcher:
         return packed.view(torch.float32).view(len(table), *segment.shape)
 
 
+@pytest.fixture
+def make_device(make_device: Callable[..., Any]) -> Callable[..., Any]:
+    """Devices whose allocations are parts of one, since a Launcher can't reach from one into another."""
+
+    def make(*arguments: Any, **options: Any) -> Any:
+        device = make_device(*arguments, **options)
+        allocate, memory, taken = device.allocate, torch.zeros(1 << 25, dtype=torch.uint8), 0
+
+        def carve(nbytes: int) -> torch.Tensor:
+            nonlocal taken
+            allocate(nbytes)
+            part = memory[taken : taken + nbytes]
+            taken += -(-nbytes // 512) * 512
+            assert taken <= memory.numel()
+            return part
+
+        device.allocate = carve
+        return device
+
+    return make
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
