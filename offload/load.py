@@ -205,6 +205,7 @@ def assemble(
         dtype=plan.request.dtype,
         device=target,
         activations=options.activations,
+        weights=checkpoint.dense_weights(),
     )
     with contextlib.ExitStack() as undo:
         store = build_store(

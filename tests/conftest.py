@@ -97,6 +97,12 @@ def random_experts() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def published() -> ModuleType:
+    """tests/published.py: `fp8` and `mxfp4` checkpoints, each with a plain twin."""
+    return load_module(Path(__file__).parent / "published.py")
+
+
+@pytest.fixture(scope="session")
 def fake_device() -> ModuleType:
     """tests/fake_device.py: `FakeDevice`, whose copies end in adversarial order."""
     return load_module(Path(__file__).parent / "fake_device.py")

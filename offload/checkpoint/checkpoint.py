@@ -11,10 +11,13 @@ import torch
 import xxhash
 
 from moe_local.cache.errors import CheckpointError, ModelNotFoundError
+from moe_local.offload.checkpoint.dense_weights import DenseWeights
 from moe_local.offload.checkpoint.expert_sources import ExpertSources
+from moe_local.offload.checkpoint.quantization import Quantization
 from moe_local.offload.checkpoint.registry import DEMO, find_alias, hub_id, short_name
 from moe_local.offload.checkpoint.shards import Shards
 from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer, meta_model, model_spec
+from moe_local.offload.checkpoint.weights import Weight, find_weights
 from moe_local.offload.direct_io import Memory, page_memory
 
 
@@ -25,7 +28,14 @@ class Checkpoint:
     """
 
     def __init__(
-        self, folder: Path, name: str, config: Any, spec: ModelSpec, shards: Shards, sources: ExpertSources
+        self,
+        folder: Path,
+        name: str,
+        config: Any,
+        spec: ModelSpec,
+        shards: Shards,
+        weights: dict[str, Weight],
+        sources: ExpertSources,
     ):
         self.folder = folder
         self.name = name
@@ -34,6 +44,8 @@ class Checkpoint:
         """transformers' config object."""
         self.spec = spec
         self.shards = shards
+        self.weights = weights
+        """Every weight in the shards by its key, experts included, as if nothing were quantized."""
         self._sources = sources
 
     @classmethod
@@ -55,8 +67,9 @@ class Checkpoint:
         shards = Shards.open(folder, remedy)
         model = meta_model(config)
         spec = model_spec(config, model)
-        sources = ExpertSources.find(model, spec, shards)
-        return cls(folder, name, config, spec, shards, sources)
+        weights = find_weights(shards.tensors, Quantization.of(config), remedy)
+        sources = ExpertSources.find(model, spec, weights, remedy)
+        return cls(folder, name, config, spec, shards, weights, sources)
 
     def read_expert(
         self, layer: MoELayer, expert: int, memory: Memory = page_memory
@@ -64,10 +77,17 @@ class Checkpoint:
         """The weights of one expert, names and shapes as `layer.tensors`, matrices [out, in] and contiguous.
 
         In the dtype they are stored in, on the CPU, read into `memory`; by default it is the caller's own.
+        What is quantized comes dequantized, in float32 and in new memory.
         Opens only the shards that hold this expert. Blocks on the disk. Raises CheckpointError if a shard
         cannot be read.
         """
         return self._sources.read(self.shards, layer, expert, memory)
+
+    def dense_weights(self) -> DenseWeights | None:
+        """What `load_skeleton` reads in place of the safetensors; None if these are not quantized."""
+        if all(weight.format == "plain" for weight in self.weights.values()):
+            return None
+        return DenseWeights(self.shards, self.weights)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -111,7 +131,7 @@ def parse_config(path: Path) -> Any:
     """transformers' config from a config.json.
 
     Raises CheckpointError: not JSON, a model type that transformers does not have (whether or not the
-    checkpoint brings code for it), or weights that their publisher quantized.
+    checkpoint brings code for it), or weights quantized in a way that is not read.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -126,11 +146,10 @@ def parse_config(path: Path) -> Any:
             f"{path}: model type {model_type!r} is unknown to this transformers{code}; "
             "a newer transformers may know it: pip install -U transformers"
         )
-    if fields.get("quantization_config"):
-        method = fields["quantization_config"].get("quant_method", "unknown")
-        raise CheckpointError(
-            f"{path}: the weights are already quantized ({method}); use the model's bf16 or fp16 checkpoint"
-        )
+    try:
+        Quantization.of(fields)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     try:
         return CONFIG_MAPPING[model_type].from_dict(fields)
     except Exception as error:  # transformers validates with several unrelated exception types
