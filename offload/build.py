@@ -9,6 +9,7 @@ from moe_local.cache.keys import ExpertKey
 from moe_local.cache.stats import RouterLoad
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.expert_file.expert_file import ExpertFile
+from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.plan.free_memory import free_ram
 from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store import ExpertStore
@@ -17,11 +18,11 @@ from moe_local.offload.tiers.copies import CopySource
 from moe_local.offload.tiers.device import Device
 from moe_local.offload.tiers.staging import StagedArena
 from moe_local.offload.tiers.tiers import Tier
-from moe_local.offload.tiers.transfer import FileSource, Location
+from moe_local.offload.tiers.transfer import FileSource, Location, ScatteredLocation
 
 
 def build_store(
-    file: ExpertFile,
+    file: ExpertFile | NativeExperts,
     spec: ModelSpec,
     *,
     ram_slots: Sequence[int],
@@ -46,7 +47,9 @@ def build_store(
     def size(layer: int, expert: int) -> int:
         return layouts[layer][expert].nbytes
 
-    def locate(key: ExpertKey) -> Location:
+    def locate(key: ExpertKey) -> Location | ScatteredLocation:
+        if isinstance(file, NativeExperts):
+            return file.locate(key)
         path, offset, nbytes = file.location(*key)
         return Location(path, offset, nbytes, file.checksum(*key))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from moe_local.cache.errors import OptionError
 from moe_local.offload.build import build_store
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import config_of, resolve
@@ -24,6 +26,7 @@ from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.expert_file.convert import convert_experts, expert_file_folder, moe_local_home
 from moe_local.offload.expert_file.expert_file import ExpertFile
+from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
 from moe_local.offload.model import Model
 from moe_local.offload.options import LoadOptions
@@ -35,12 +38,15 @@ from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.prefetch import NoPrefetch, Prefetcher, RouterPrefetcher
 from moe_local.offload.prefill import PrefillStream
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
-from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.quantize.codec import NATIVE, codec_for
+from moe_local.offload.quantize.stored import QUANTIZED
 from moe_local.offload.residents import can_reside, uncounted
 from moe_local.offload.schedule.calibrate import first_costs
 from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store import ExpertStore
 from moe_local.offload.tiers.device import CudaDevice, Device
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done ("converting", "loading"), how much of it is done, and how much there is."""
@@ -136,6 +142,8 @@ def convert(
     `out`: where to; default below MOE_LOCAL_HOME, where `load` looks. Finished parts of an earlier run are
     kept; with `check`, those of a finished one are compared with their checksums, too. Raises as `load`.
     """
+    if experts == NATIVE:
+        raise OptionError('experts="native" reads the checkpoint itself, so there is nothing to convert')
     codec_for(experts)
     checkpoint = Checkpoint.open(resolve(model), str(model))
     device = LoadOptions().torch_device()
@@ -152,9 +160,21 @@ def open_experts(
     progress: Progress | None = None,
     check: bool = False,
     gpu: torch.device | None = None,
-) -> ExpertFile:
-    """The expert file of a checkpoint in format `experts`, converted first if need be, on `gpu` if faster."""
+) -> ExpertFile | NativeExperts:
+    """The expert file of a checkpoint in format `experts`, converted first if need be, on `gpu` if faster.
+
+    With "native" that is the checkpoint itself.
+    """
     folder = Path(out) if out is not None else _home_folder(checkpoint, experts)
+    if experts == NATIVE:
+        native = NativeExperts(checkpoint, folder)
+        if slow := [format for format in native.formats if format in QUANTIZED]:
+            logger.warning(
+                "%s: experts in %s are decoded by torch whenever they are used: slow (the reference path)",
+                checkpoint.name,
+                " and ".join(slow),
+            )
+        return native
 
     def report(done: int, total: int, nbytes: int) -> None:
         if progress is not None:
@@ -186,7 +206,7 @@ class Loadable(Protocol):
 
 def assemble(
     checkpoint: Loadable,
-    file: ExpertFile,
+    file: ExpertFile | NativeExperts,
     plan: Plan,
     options: LoadOptions,
     target: torch.device,
@@ -205,7 +225,7 @@ def assemble(
         dtype=plan.request.dtype,
         device=target,
         activations=options.activations,
-        weights=checkpoint.dense_weights(),
+        weights=checkpoint.dense_weights() if isinstance(checkpoint, Checkpoint) else None,
     )
     with contextlib.ExitStack() as undo:
         store = build_store(

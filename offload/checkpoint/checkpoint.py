@@ -83,6 +83,10 @@ class Checkpoint:
         """
         return self._sources.read(self.shards, layer, expert, memory)
 
+    def expert_pieces(self, layer: MoELayer, expert: int) -> dict[str, list[Weight]]:
+        """What is stored of each of `layer.tensors`; see ExpertSources.pieces."""
+        return self._sources.pieces(layer, expert)
+
     def dense_weights(self) -> DenseWeights | None:
         """What `load_skeleton` reads in place of the safetensors; None if these are not quantized."""
         if all(weight.format == "plain" for weight in self.weights.values()):

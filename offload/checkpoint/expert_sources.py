@@ -98,6 +98,28 @@ class ExpertSources:
             made[tensor.name] = weight.contiguous()
         return made
 
+    def pieces(self, layer: MoELayer, expert: int) -> dict[str, list[Weight]]:
+        """For each tensor of `expert` the stored weights that, one below the other, are the tensor.
+
+        [rows, ...], or [1, rows, ...] where experts are packed; in the model's order of dimensions, which may
+        be the other way round than the tensor's (`layer.transposed`). Raises CheckpointError where
+        transformers does more to them than join them.
+        """
+        pieces = {}
+        for tensor in layer.tensors:
+            source = self._sources[f"{layer.name}.{tensor.name}", expert]
+            operations = [] if source.converter is None else list(source.converter.operations)
+            if source.row is None and operations and type(operations[0]).__name__ == "MergeModulelist":
+                operations.pop(0)
+            joined = len(operations) == 1 and type(operations[0]).__name__ == "Concatenate"
+            if operations and not (joined and operations[0].dim == 1):
+                raise CheckpointError(
+                    f"{layer.name}.{tensor.name} is not stored as the model keeps it, so its experts "
+                    'cannot be read in place; use another format than experts="native"'
+                )
+            pieces[tensor.name] = list(source.ordered().values())
+        return pieces
+
     def _convert(self, name: str, source: ExpertSource, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the converter on one expert, as if the layer had just this one; drop the expert dimension."""
         if source.converter is None:

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -28,6 +27,7 @@ from moe_local.offload.quantize.mxfp4 import dequantize_mxfp4
 torch.set_num_threads(1)
 
 MODELS = {"deepseek_v3": "fp8", "qwen3_moe": "fp8", "mixtral": "fp8", "gpt_oss": "mxfp4"}
+"""And how tests/published.py quantizes them."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,24 +35,6 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOE_LOCAL_HOME", str(tmp_path_factory.mktemp("home")))
         yield
-
-
-@pytest.fixture(scope="module")
-def publish(
-    make_checkpoint: Callable[..., Path], published: ModuleType, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., tuple[Path, Path]]:
-    """publish("mixtral", **options of tests/published.py) -> the quantized folder and its twin, made once."""
-    made: dict[str, tuple[Path, Path]] = {}
-
-    def publish(model_type: str, **options: Any) -> tuple[Path, Path]:
-        key = repr((model_type, options))
-        if key not in made:
-            source = make_checkpoint(model_type, tokenizer=model_type == "mixtral")
-            quantize = getattr(published, MODELS[model_type])
-            made[key] = quantize(source, tmp_path_factory.mktemp(model_type), **options)
-        return made[key]
-
-    return publish
 
 
 def transformers_own(folder: Path, method: str) -> Any:
