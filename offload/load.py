@@ -279,7 +279,7 @@ def assemble(
         model = Model(
             checkpoint.name,
             hf,
-            load_tokenizer(checkpoint.folder),
+            load_tokenizer(checkpoint.folder, checkpoint.gguf),
             engine=engine,
             store=store,
             prefetcher=prefetcher,

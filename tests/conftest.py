@@ -103,6 +103,12 @@ def published() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def gguf_models() -> ModuleType:
+    """tests/gguf_models.py: `write(checkpoint, folder, types)` -> a GGUF file and its twin."""
+    return load_module(Path(__file__).parent / "gguf_models.py")
+
+
+@pytest.fixture(scope="session")
 def publish(
     make_checkpoint: Callable[..., Path], published: ModuleType, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, Path]]:

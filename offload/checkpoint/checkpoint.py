@@ -13,6 +13,8 @@ import xxhash
 from moe_local.cache.errors import CheckpointError, ModelNotFoundError
 from moe_local.offload.checkpoint.dense_weights import DenseWeights
 from moe_local.offload.checkpoint.expert_sources import ExpertSources
+from moe_local.offload.checkpoint.gguf_file import GgufFile, find_gguf
+from moe_local.offload.checkpoint.gguf_model import config_fields, model_weights
 from moe_local.offload.checkpoint.quantization import Quantization
 from moe_local.offload.checkpoint.registry import DEMO, find_alias, hub_id, short_name
 from moe_local.offload.checkpoint.shards import Shards
@@ -22,7 +24,7 @@ from moe_local.offload.direct_io import Memory, page_memory
 
 
 class Checkpoint:
-    """A safetensors checkpoint in the layout of the Hugging Face Hub, opened for reading.
+    """A safetensors checkpoint in the layout of the Hugging Face Hub or a GGUF file, opened for reading.
 
     Holds no weights and no open files. Reading is safe from any number of threads.
     """
@@ -46,6 +48,8 @@ class Checkpoint:
         self.shards = shards
         self.weights = weights
         """Every weight in the shards by its key, experts included, as if nothing were quantized."""
+        self.gguf: Path | None = None
+        """The file, or the first, of a checkpoint that is a GGUF file; `folder` is the one it lies in."""
         self._sources = sources
 
     @classmethod
@@ -57,6 +61,8 @@ class Checkpoint:
         or has no routed experts.
         """
         folder = Path(folder)
+        if (path := find_gguf(folder)) is not None:
+            return cls._open_gguf(path)
         name = short_name(name or str(folder))
         remedy = "get the checkpoint again"
         if name == DEMO:
@@ -70,6 +76,18 @@ class Checkpoint:
         weights = find_weights(shards.tensors, Quantization.of(config), remedy)
         sources = ExpertSources.find(model, spec, weights, remedy)
         return cls(folder, name, config, spec, shards, weights, sources)
+
+    @classmethod
+    def _open_gguf(cls, path: Path) -> Checkpoint:
+        file = GgufFile.open(path)
+        config = read_config(path)
+        model = meta_model(config)
+        spec = model_spec(config, model)
+        weights = {weight.key: weight for weight in model_weights(file, config)}
+        sources = ExpertSources.find(model, spec, weights, file.shards.remedy)
+        checkpoint = cls(path.parent, path.stem, config, spec, file.shards, weights, sources)
+        checkpoint.gguf = path
+        return checkpoint
 
     def read_expert(
         self, layer: MoELayer, expert: int, memory: Memory = page_memory
@@ -89,9 +107,9 @@ class Checkpoint:
 
     def dense_weights(self) -> DenseWeights | None:
         """What `load_skeleton` reads in place of the safetensors; None if these are not quantized."""
-        if all(weight.format == "plain" for weight in self.weights.values()):
+        if self.gguf is None and all(weight.format == "plain" for weight in self.weights.values()):
             return None
-        return DenseWeights(self.shards, self.weights)
+        return DenseWeights(self.shards, self.weights, complete=self.gguf is not None)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -122,8 +140,13 @@ class Checkpoint:
 def read_config(folder: Path) -> Any:
     """transformers' config from `folder`/config.json; never runs code from the checkpoint.
 
-    Raises ModelNotFoundError (no folder), or CheckpointError as `parse_config` does.
+    Of a GGUF file, from a config.json beside it or else from its metadata. Raises ModelNotFoundError (no
+    folder), or CheckpointError as `parse_config` does.
     """
+    if (path := find_gguf(folder)) is not None:
+        if (path.parent / "config.json").is_file():
+            return parse_config(path.parent / "config.json")
+        return _make_config(config_fields(GgufFile.open(path)), path)
     if not folder.is_dir():
         raise ModelNotFoundError(f"{folder} is no folder; give the one that holds config.json")
     if not (folder / "config.json").is_file():
@@ -154,6 +177,13 @@ def parse_config(path: Path) -> Any:
         Quantization.of(fields)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    return _make_config(fields, path)
+
+
+def _make_config(fields: dict[str, Any], path: Path) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = fields["model_type"]
     try:
         return CONFIG_MAPPING[model_type].from_dict(fields)
     except Exception as error:  # transformers validates with several unrelated exception types

@@ -19,7 +19,9 @@ class DenseWeights:
     an experts module would have had it never asks for, since nothing in the model is left to take it.
     """
 
-    def __init__(self, shards: Shards, weights: Mapping[str, Weight]) -> None:
+    def __init__(self, shards: Shards, weights: Mapping[str, Weight], *, complete: bool = False) -> None:
+        """`complete`: the loader finds no safetensors beside these."""
+        self.complete = complete
         self._shards = shards
         self._weights = weights
         self.failures: list[CheckpointError] = []

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_local.cache.errors import CheckpointError
+from moe_local.offload.checkpoint.gguf_model import expert_parameter, expert_parts
 from moe_local.offload.checkpoint.shards import Shards
 from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer
 from moe_local.offload.checkpoint.weights import Weight
@@ -159,7 +160,7 @@ class ExpertSources:
                 if source is None or absent:
                     what = absent or tensor.name
                     raise CheckpointError(f"expert {expert} of {layer.name}: {what} is missing; {remedy}")
-                form = (tensor.name, *((part.shape, part.dtype) for part in source.parts.values()))
+                form = (tensor.name, *((p.shape, p.parts[0].dtype) for p in source.parts.values()))
                 if form not in seen:
                     for part in source.parts.values():
                         part.check(remedy)
@@ -229,6 +230,10 @@ def _matches(model: Any, state: dict[str, torch.Tensor], tensors: Iterable[Weigh
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+    tensors = list(tensors)
+    packed = [tensor for tensor in tensors if expert_parameter(tensor.key)]
+    yield from _gguf_matches(packed)
+    tensors = [tensor for tensor in tensors if not expert_parameter(tensor.key)]
     rules = [*get_model_conversion_mapping(model), *conversion_rules(model)]
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -242,6 +247,20 @@ def _matches(model: Any, state: dict[str, torch.Tensor], tensors: Iterable[Weigh
         if pattern is not None and "*" in pattern:
             expert = _expert_number(pattern, tensor.key, renamings)
         yield _Match(tensor, parameter, pattern, by_pattern[pattern] if pattern else None, expert)
+
+
+def _gguf_matches(weights: Iterable[Weight]) -> Iterator[_Match]:
+    """GGUF's packed experts, whose gate and up are apart."""
+    from transformers.core_model_loading import Concatenate, WeightConverter
+
+    converters: dict[str, WeightConverter] = {}
+    for weight in weights:
+        found = expert_parameter(weight.key)
+        assert found is not None
+        parameter, part = found
+        if parameter not in converters:
+            converters[parameter] = WeightConverter(expert_parts(parameter), parameter, [Concatenate(dim=1)])
+        yield _Match(weight, parameter, part, converters[parameter], None)
 
 
 def _expert_number(pattern: str, key: str, renamings: Iterable[WeightRenaming]) -> int | None:

@@ -69,7 +69,8 @@ def load_skeleton(
         quantization = _ours(model, dense, activations) if on_cpu else _bitsandbytes(model, dense, dtype)
     with _loading, _quiet_loading(), _told_by(weights):
         model, info = swapping.from_pretrained(
-            folder,
+            None if weights is not None and weights.complete else folder,
+            state_dict=weights.state_dict() if weights is not None and weights.complete else None,
             config=class_config(config),
             dtype=dtype,
             device_map={"": str(device)},

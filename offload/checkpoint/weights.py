@@ -10,9 +10,9 @@ import torch
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.checkpoint.quantization import Quantization
 from moe_local.offload.checkpoint.shards import StoredTensor
-from moe_local.offload.quantize import fp8, mxfp4
+from moe_local.offload.quantize import fp8, gguf, mxfp4
 
-PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+PLAIN = ("F64", "F32", "F16", "BF16")
 FP8 = ("F8_E4M3", "F8_E5M2")
 BYTES = ("U8", "I8")
 
@@ -26,9 +26,12 @@ class Weight:
     parts: tuple[StoredTensor, ...]
     """The numbers and, if they are quantized, their scales."""
     format: str = "plain"
-    """Or "fp8", "mxfp4"; "mxfp4_transposed" keeps [..., out, in] of what the model has as [..., in, out]."""
+    """Or "fp8", "mxfp4" or GGUF's. "mxfp4_transposed" is stored [..., out, in], where the model has
+    [..., in, out]."""
     block: tuple[int, int] = (fp8.BLOCK, fp8.BLOCK)
     """Rows and columns that share a scale of FP8."""
+    heads: int = 0
+    """Rotated heads whose rows lie in pairs (GGUF's llama); 0: they lie as in the model."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,8 +45,11 @@ class Weight:
 
     def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """The weight from its parts as they were read: the same memory if it is plain, else new."""
-        if self.format == "plain":
-            return parts[0]
+        if self.format == "plain" or self.format in gguf.FORMATS:
+            numbers = parts[0]
+            if self.format != "plain":
+                numbers = gguf.dequantize_gguf(numbers, self.format)
+            return (_in_halves(numbers, self.heads) if self.heads else numbers).view(self.shape)
         q, scale = parts
         if self.format == "fp8":
             return fp8.dequantize_fp8(q, _matrix(scale, q), torch.float32, self.block)
@@ -60,10 +66,10 @@ class Weight:
             raise CheckpointError(
                 f"tensor {self.key} in {stored.shard} is stored in FP8 and its scales are missing; {remedy}"
             )
-        if self.dtype not in PLAIN:
+        if stored.dtype not in PLAIN:
             raise CheckpointError(
                 f"tensor {self.key} in {stored.shard} is stored as {stored.dtype}, a format in which weights "
-                "are not read (only fp32, fp16, bf16, FP8, MXFP4); use the model's bf16 or fp16 checkpoint"
+                "are not read; use the model's bf16 or fp16 checkpoint"
             )
 
 
@@ -138,6 +144,12 @@ def _is_of_activations(key: str) -> bool:
 def _matrix(scale: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Scales of whole tensors as grids of one."""
     return scale if scale.dim() == q.dim() else scale.reshape(*q.shape[:-2], 1, 1)
+
+
+def _in_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """llama.cpp turns rows 2i and 2i + 1 of a head, transformers i and i + width / 2."""
+    pairs = weight.view(heads, -1, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def _mismatch(tensor: StoredTensor, scale: StoredTensor, remedy: str) -> CheckpointError:

@@ -109,6 +109,8 @@ def _tensor_parts(tensor: TensorSpec, pieces: Sequence[Weight], *, transposed: b
     forms = {piece.format for piece in pieces}
     kinds = {tuple(stored.dtype for stored in piece.parts) for piece in pieces}
     turned = transposed and len(tensor.shape) == 2
+    if read := forms - {"plain", "fp8", "mxfp4", "mxfp4_transposed"}:
+        raise _unreadable(pieces, f"as {' and '.join(sorted(read))}")
     if len(forms) > 1 or len(kinds) > 1 or any(dtype not in DTYPES for dtype in next(iter(kinds))):
         raise _unreadable(pieces, "in dtypes that no kernel reads together")
     (form,), (dtypes,) = forms, kinds

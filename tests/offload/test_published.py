@@ -45,7 +45,10 @@ def transformers_own(folder: Path, method: str) -> Any:
     ).eval()
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize(
+    "model_type",
+    ["deepseek_v3", "gpt_oss", *(pytest.param(m, marks=pytest.mark.slow) for m in ("mixtral", "qwen3_moe"))],
+)
 def test_greedy_ids_and_weights_are_those_of_transformers(
     publish: Callable[..., tuple[Path, Path]], model_type: str
 ) -> None:
@@ -68,10 +71,10 @@ def test_greedy_ids_and_weights_are_those_of_transformers(
 @pytest.mark.parametrize(
     ("model_type", "options"),
     [
-        ("mixtral", {}),
+        pytest.param("mixtral", {}, marks=pytest.mark.slow),
         ("mixtral", {"block": 40}),
         ("qwen3_moe", {"block": 128}),
-        ("mixtral", {"scales": torch.bfloat16}),
+        pytest.param("mixtral", {"scales": torch.bfloat16}, marks=pytest.mark.slow),
         ("deepseek_v3", {"scales": torch.float8_e8m0fnu}),
         ("gpt_oss", {}),
     ],
@@ -119,7 +122,9 @@ def test_one_expert_is_read_and_dequantized_at_a_time(
     assert asked == [matrices // 2 + matrices // 32 + 4 * biases]
 
 
-@pytest.mark.parametrize("dense", ["nf4", "int8", "bf16"])
+@pytest.mark.parametrize(
+    "dense", ["nf4", *(pytest.param(d, marks=pytest.mark.slow) for d in ("int8", "bf16"))]
+)
 def test_dense_formats_start_from_the_dequantized_weights(
     publish: Callable[..., tuple[Path, Path]], dense: str
 ) -> None:
