@@ -218,6 +218,7 @@ def assemble(
 
     `graphs` are those of the device; None: CUDA's, where `target` has them.
     """
+    stored = checkpoint if isinstance(checkpoint, Checkpoint) else None
     hf = load_skeleton(
         checkpoint.folder,
         checkpoint.config,
@@ -225,7 +226,7 @@ def assemble(
         dtype=plan.request.dtype,
         device=target,
         activations=options.activations,
-        weights=checkpoint.dense_weights() if isinstance(checkpoint, Checkpoint) else None,
+        weights=stored.dense_weights() if stored is not None else None,
     )
     with contextlib.ExitStack() as undo:
         store = build_store(
@@ -279,7 +280,7 @@ def assemble(
         model = Model(
             checkpoint.name,
             hf,
-            load_tokenizer(checkpoint.folder, checkpoint.gguf),
+            load_tokenizer(checkpoint.folder, stored.gguf if stored is not None else None),
             engine=engine,
             store=store,
             prefetcher=prefetcher,

@@ -160,7 +160,7 @@ class ExpertSources:
                 if source is None or absent:
                     what = absent or tensor.name
                     raise CheckpointError(f"expert {expert} of {layer.name}: {what} is missing; {remedy}")
-                form = (tensor.name, *((p.shape, p.parts[0].dtype) for p in source.parts.values()))
+                form = (tensor.name, *((p.shape, p.format, p.parts[0].dtype) for p in source.parts.values()))
                 if form not in seen:
                     for part in source.parts.values():
                         part.check(remedy)
