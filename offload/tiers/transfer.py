@@ -25,13 +25,15 @@ from moe_local.cache.errors import TransferError
 from moe_local.cache.keys import ExpertKey
 from moe_local.offload.direct_io import PAGE
 from moe_local.offload.tiers.device import Copied
+from moe_local.offload.tiers.location import FileRange as FileRange
+from moe_local.offload.tiers.location import Location as Location
+from moe_local.offload.tiers.location import ScatteredLocation as ScatteredLocation
 
 DEMAND = 0
 """Priority of a load that a kernel waits for; prefetches are 1 and up, farther layers higher."""
 
 DAMAGED = "has a wrong checksum: the file is damaged"
 CUT_OFF = "is cut off: the file became shorter after it was opened"
-CONVERT = "run `moe-local convert MODEL --check` to write it again"
 
 
 class LoadState(Enum):
@@ -85,49 +87,6 @@ class Load:
     def finished(self) -> bool:
         """Whether nobody writes to the slot any more."""
         return self.state in (LoadState.DONE, LoadState.FAILED, LoadState.CANCELLED)
-
-
-class FileRange(NamedTuple):
-    """`nbytes` of a file from `offset` on, which belong into an expert's buffer from byte `at` on."""
-
-    path: Path
-    offset: int
-    nbytes: int
-    at: int
-
-
-class Location(NamedTuple):
-    """Where an expert's bytes are: `checksum` is xxh3_64 of them."""
-
-    path: Path
-    offset: int
-    nbytes: int
-    checksum: int
-
-    @property
-    def ranges(self) -> tuple[FileRange, ...]:
-        return (FileRange(self.path, self.offset, self.nbytes, 0),)
-
-    @property
-    def remedy(self) -> str:
-        """What to do about damage."""
-        return CONVERT
-
-
-class ScatteredLocation(NamedTuple):
-    """Where the parts of an expert are that was never converted. Nobody knows a checksum of theirs."""
-
-    ranges: tuple[FileRange, ...]
-    remedy: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes to read; the expert's buffer has gaps between them."""
-        return sum(part.nbytes for part in self.ranges)
-
-    @property
-    def checksum(self) -> None:
-        return None
 
 
 class Source(Protocol):
