@@ -67,5 +67,6 @@ def pull(model: str, as_json: bool) -> None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the safetensors in a checkpoint's folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Bytes of the safetensors, or else GGUF files, in a checkpoint's folder, or of one file."""
+    files = [folder] if folder.is_file() else [*folder.glob("*.safetensors")] or [*folder.glob("*.gguf")]
+    return sum(path.stat().st_size for path in files)

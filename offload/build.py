@@ -10,6 +10,7 @@ from moe_local.cache.keys import ExpertKey
 from moe_local.cache.stats import RouterLoad
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.expert_file.expert_file import ExpertFile
+from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.plan.free_memory import free_ram
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.schedule.scheduler import MissScheduler
@@ -20,11 +21,11 @@ from moe_local.offload.tiers.device import Device
 from moe_local.offload.tiers.device_arena import DeviceArena
 from moe_local.offload.tiers.staging import StagedArena
 from moe_local.offload.tiers.tiers import Tier
-from moe_local.offload.tiers.transfer import FileSource, Location
+from moe_local.offload.tiers.transfer import FileSource, Location, ScatteredLocation
 
 
 def build_arena(
-    file: ExpertFile,
+    file: ExpertFile | NativeExperts,
     spec: ModelSpec,
     slots: Sequence[int],
     device: Device | Sequence[Device],
@@ -41,7 +42,7 @@ def build_arena(
 
 
 def build_store(
-    file: ExpertFile,
+    file: ExpertFile | NativeExperts,
     spec: ModelSpec,
     *,
     ram_slots: Sequence[int],
@@ -65,7 +66,9 @@ def build_store(
     def size(layer: int, expert: int) -> int:
         return layouts[layer][expert].nbytes
 
-    def locate(key: ExpertKey) -> Location:
+    def locate(key: ExpertKey) -> Location | ScatteredLocation:
+        if isinstance(file, NativeExperts):
+            return file.locate(key)
         path, offset, nbytes = file.location(*key)
         return Location(path, offset, nbytes, file.checksum(*key))
 
@@ -104,9 +107,9 @@ def _ring(slots: int, stride: int, beside: DeviceArena) -> DeviceArena:
         return DeviceArena([0], [stride], device)
 
 
-def _layouts(file: ExpertFile, spec: ModelSpec) -> list[list[Layout]]:
+def _layouts(file: ExpertFile | NativeExperts, spec: ModelSpec) -> list[list[Layout]]:
     return [[file.layout(layer.index, e) for e in range(layer.num_experts)] for layer in spec.layers]
 
 
-def _strides(file: ExpertFile, spec: ModelSpec) -> list[int]:
+def _strides(file: ExpertFile | NativeExperts, spec: ModelSpec) -> list[int]:
     return [max(layout.nbytes for layout in layer) for layer in _layouts(file, spec)]

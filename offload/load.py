@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from moe_local.cache.errors import DoesNotFitError
+from moe_local.cache.errors import DoesNotFitError, OptionError
 from moe_local.offload.build import build_arena, build_store
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.device_map import device_map
@@ -27,6 +27,7 @@ from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.expert_file.convert import convert_experts, expert_file_folder, moe_local_home
 from moe_local.offload.expert_file.expert_file import ExpertFile
+from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
 from moe_local.offload.model import Model
 from moe_local.offload.options import LoadOptions
@@ -39,7 +40,8 @@ from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.prefetch import NoPrefetch, Prefetcher, RouterPrefetcher
 from moe_local.offload.prefill import PrefillStream
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
-from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.quantize.codec import NATIVE, codec_for
+from moe_local.offload.quantize.stored import QUANTIZED
 from moe_local.offload.relief import Relief
 from moe_local.offload.residents import can_reside, uncounted
 from moe_local.offload.schedule.calibrate import first_costs
@@ -146,6 +148,8 @@ def convert(
     `out`: where to; default below MOE_LOCAL_HOME, where `load` looks. Finished parts of an earlier run are
     kept; with `check`, those of a finished one are compared with their checksums, too. Raises as `load`.
     """
+    if experts == NATIVE:
+        raise OptionError('experts="native" reads the checkpoint itself, so there is nothing to convert')
     codec_for(experts)
     checkpoint = Checkpoint.open(resolve(model), str(model))
     device = LoadOptions().torch_device()
@@ -162,9 +166,21 @@ def open_experts(
     progress: Progress | None = None,
     check: bool = False,
     gpu: torch.device | None = None,
-) -> ExpertFile:
-    """The expert file of a checkpoint in format `experts`, converted first if need be, on `gpu` if faster."""
+) -> ExpertFile | NativeExperts:
+    """The expert file of a checkpoint in format `experts`, converted first if need be, on `gpu` if faster.
+
+    With "native" that is the checkpoint itself.
+    """
     folder = Path(out) if out is not None else _home_folder(checkpoint, experts)
+    if experts == NATIVE:
+        native = NativeExperts(checkpoint, folder)
+        if slow := [format for format in native.formats if format in QUANTIZED]:
+            logger.warning(
+                "%s: experts in %s are decoded by torch whenever they are used: slow (the reference path)",
+                checkpoint.name,
+                " and ".join(slow),
+            )
+        return native
 
     def report(done: int, total: int, nbytes: int) -> None:
         if progress is not None:
@@ -196,7 +212,7 @@ class Loadable(Protocol):
 
 def assemble(
     checkpoint: Loadable,
-    file: ExpertFile,
+    file: ExpertFile | NativeExperts,
     plan: Plan,
     options: LoadOptions,
     target: torch.device | Sequence[torch.device],
@@ -226,7 +242,7 @@ def assemble(
 
 def _assemble(
     checkpoint: Loadable,
-    file: ExpertFile,
+    file: ExpertFile | NativeExperts,
     plan: Plan,
     options: LoadOptions,
     targets: Sequence[torch.device],
@@ -234,6 +250,7 @@ def _assemble(
     progress: Progress | None,
     graphs: Graphs | None,
 ) -> Model:
+    stored = checkpoint if isinstance(checkpoint, Checkpoint) else None
     hf = load_skeleton(
         checkpoint.folder,
         checkpoint.config,
@@ -242,6 +259,7 @@ def _assemble(
         device=targets[0],
         activations=options.activations,
         device_map=_device_map(checkpoint, plan, targets),
+        weights=stored.dense_weights() if stored is not None else None,
     )
     with contextlib.ExitStack() as undo:
         with Probe(hf) as probe:
@@ -303,7 +321,7 @@ def _assemble(
         model = Model(
             checkpoint.name,
             hf,
-            load_tokenizer(checkpoint.folder),
+            load_tokenizer(checkpoint.folder, stored.gguf if stored is not None else None),
             engine=engine,
             store=store,
             prefetcher=prefetcher,

@@ -54,7 +54,8 @@ class LoadOptions:
         metadata={"help": "Experts kept per MoE layer in the fastest tier, instead of as many as fit."},
     )
     experts: str = field(
-        default="nf4", metadata={"help": "Format of the routed experts: nf4, int8, bf16, fp16 or fp32."}
+        default="nf4",
+        metadata={"help": "Format of the routed experts: nf4, int8, bf16, fp16, fp32 or native (as stored)."},
     )
     activations: str = field(
         default="native",
@@ -205,9 +206,9 @@ def _check_name(option: str, value: object, allowed: Iterable[str]) -> None:
 
 
 def _expert_formats() -> Iterable[str]:
-    from moe_local.offload.quantize.codec import codecs
+    from moe_local.offload.quantize.codec import expert_formats
 
-    return codecs()
+    return expert_formats()
 
 
 def _policies() -> Iterable[str]:

@@ -97,6 +97,36 @@ def random_experts() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def published() -> ModuleType:
+    """tests/published.py: `fp8` and `mxfp4` checkpoints, each with a plain twin."""
+    return load_module(Path(__file__).parent / "published.py")
+
+
+@pytest.fixture(scope="session")
+def gguf_models() -> ModuleType:
+    """tests/gguf_models.py: `write(checkpoint, folder, types)` -> a GGUF file and its twin."""
+    return load_module(Path(__file__).parent / "gguf_models.py")
+
+
+@pytest.fixture(scope="session")
+def publish(
+    make_checkpoint: Callable[..., Path], published: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, Path]]:
+    """publish("mixtral", **options of tests/published.py) -> the quantized folder and its twin, made once."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def publish(model_type: str, **options: Any) -> tuple[Path, Path]:
+        key = repr((model_type, options))
+        if key not in made:
+            source = make_checkpoint(model_type, tokenizer=True)
+            quantize = published.mxfp4 if model_type == "gpt_oss" else published.fp8
+            made[key] = quantize(source, tmp_path_factory.mktemp(model_type), **options)
+        return made[key]
+
+    return publish
+
+
+@pytest.fixture(scope="session")
 def fake_device() -> ModuleType:
     """tests/fake_device.py: `FakeDevice`, whose copies end in adversarial order."""
     return load_module(Path(__file__).parent / "fake_device.py")

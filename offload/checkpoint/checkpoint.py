@@ -11,21 +11,33 @@ import torch
 import xxhash
 
 from moe_local.cache.errors import CheckpointError, ModelNotFoundError
+from moe_local.offload.checkpoint.dense_weights import DenseWeights
 from moe_local.offload.checkpoint.expert_sources import ExpertSources
+from moe_local.offload.checkpoint.gguf_file import GgufFile, find_gguf
+from moe_local.offload.checkpoint.gguf_model import config_fields, model_weights
+from moe_local.offload.checkpoint.quantization import Quantization
 from moe_local.offload.checkpoint.registry import DEMO, find_alias, hub_id, short_name
 from moe_local.offload.checkpoint.shards import Shards
 from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer, meta_model, model_spec
+from moe_local.offload.checkpoint.weights import Weight, find_weights
 from moe_local.offload.direct_io import Memory, page_memory
 
 
 class Checkpoint:
-    """A safetensors checkpoint in the layout of the Hugging Face Hub, opened for reading.
+    """A safetensors checkpoint in the layout of the Hugging Face Hub or a GGUF file, opened for reading.
 
     Holds no weights and no open files. Reading is safe from any number of threads.
     """
 
     def __init__(
-        self, folder: Path, name: str, config: Any, spec: ModelSpec, shards: Shards, sources: ExpertSources
+        self,
+        folder: Path,
+        name: str,
+        config: Any,
+        spec: ModelSpec,
+        shards: Shards,
+        weights: dict[str, Weight],
+        sources: ExpertSources,
     ):
         self.folder = folder
         self.name = name
@@ -34,6 +46,10 @@ class Checkpoint:
         """transformers' config object."""
         self.spec = spec
         self.shards = shards
+        self.weights = weights
+        """Every weight in the shards by its key, experts included, as if nothing were quantized."""
+        self.gguf: Path | None = None
+        """The file, or the first, of a checkpoint that is a GGUF file; `folder` is the one it lies in."""
         self._sources = sources
 
     @classmethod
@@ -45,6 +61,8 @@ class Checkpoint:
         or has no routed experts.
         """
         folder = Path(folder)
+        if (path := find_gguf(folder)) is not None:
+            return cls._open_gguf(path)
         name = short_name(name or str(folder))
         remedy = "get the checkpoint again"
         if name == DEMO:
@@ -55,8 +73,21 @@ class Checkpoint:
         shards = Shards.open(folder, remedy)
         model = meta_model(config)
         spec = model_spec(config, model)
-        sources = ExpertSources.find(model, spec, shards)
-        return cls(folder, name, config, spec, shards, sources)
+        weights = find_weights(shards.tensors, Quantization.of(config), remedy)
+        sources = ExpertSources.find(model, spec, weights, remedy)
+        return cls(folder, name, config, spec, shards, weights, sources)
+
+    @classmethod
+    def _open_gguf(cls, path: Path) -> Checkpoint:
+        file = GgufFile.open(path)
+        config = read_config(path)
+        model = meta_model(config)
+        spec = model_spec(config, model)
+        weights = {weight.key: weight for weight in model_weights(file, config)}
+        sources = ExpertSources.find(model, spec, weights, file.shards.remedy)
+        checkpoint = cls(path.parent, path.stem, config, spec, file.shards, weights, sources)
+        checkpoint.gguf = path
+        return checkpoint
 
     def read_expert(
         self, layer: MoELayer, expert: int, memory: Memory = page_memory
@@ -64,10 +95,21 @@ class Checkpoint:
         """The weights of one expert, names and shapes as `layer.tensors`, matrices [out, in] and contiguous.
 
         In the dtype they are stored in, on the CPU, read into `memory`; by default it is the caller's own.
+        What is quantized comes dequantized, in float32 and in new memory.
         Opens only the shards that hold this expert. Blocks on the disk. Raises CheckpointError if a shard
         cannot be read.
         """
         return self._sources.read(self.shards, layer, expert, memory)
+
+    def expert_pieces(self, layer: MoELayer, expert: int) -> dict[str, list[Weight]]:
+        """What is stored of each of `layer.tensors`; see ExpertSources.pieces."""
+        return self._sources.pieces(layer, expert)
+
+    def dense_weights(self) -> DenseWeights | None:
+        """What `load_skeleton` reads in place of the safetensors; None if these are not quantized."""
+        if self.gguf is None and all(weight.format == "plain" for weight in self.weights.values()):
+            return None
+        return DenseWeights(self.shards, self.weights, complete=self.gguf is not None)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -98,8 +140,13 @@ class Checkpoint:
 def read_config(folder: Path) -> Any:
     """transformers' config from `folder`/config.json; never runs code from the checkpoint.
 
-    Raises ModelNotFoundError (no folder), or CheckpointError as `parse_config` does.
+    Of a GGUF file, from a config.json beside it or else from its metadata. Raises ModelNotFoundError (no
+    folder), or CheckpointError as `parse_config` does.
     """
+    if (path := find_gguf(folder)) is not None:
+        if (path.parent / "config.json").is_file():
+            return parse_config(path.parent / "config.json")
+        return _make_config(config_fields(GgufFile.open(path)), path)
     if not folder.is_dir():
         raise ModelNotFoundError(f"{folder} is no folder; give the one that holds config.json")
     if not (folder / "config.json").is_file():
@@ -111,7 +158,7 @@ def parse_config(path: Path) -> Any:
     """transformers' config from a config.json.
 
     Raises CheckpointError: not JSON, a model type that transformers does not have (whether or not the
-    checkpoint brings code for it), or weights that their publisher quantized.
+    checkpoint brings code for it), or weights quantized in a way that is not read.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -126,11 +173,17 @@ def parse_config(path: Path) -> Any:
             f"{path}: model type {model_type!r} is unknown to this transformers{code}; "
             "a newer transformers may know it: pip install -U transformers"
         )
-    if fields.get("quantization_config"):
-        method = fields["quantization_config"].get("quant_method", "unknown")
-        raise CheckpointError(
-            f"{path}: the weights are already quantized ({method}); use the model's bf16 or fp16 checkpoint"
-        )
+    try:
+        Quantization.of(fields)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return _make_config(fields, path)
+
+
+def _make_config(fields: dict[str, Any], path: Path) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = fields["model_type"]
     try:
         return CONFIG_MAPPING[model_type].from_dict(fields)
     except Exception as error:  # transformers validates with several unrelated exception types

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.checkpoint.shards import Shards, StoredTensor
+from moe_local.offload.checkpoint.gguf_model import expert_parameter, expert_parts
+from moe_local.offload.checkpoint.shards import Shards
 from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer
+from moe_local.offload.checkpoint.weights import Weight
 from moe_local.offload.direct_io import Memory, page_memory
 from moe_local.offload.undecorated import conversion_rules
 
@@ -24,16 +26,16 @@ if TYPE_CHECKING:
 class ExpertSource:
     """What one parameter of one expert is made of.
 
-    `parts` are the stored tensors by the converter's pattern that found them; `converter` is None when the
-    tensor is stored as the model keeps it. `row` is the expert's place in packed [E, ...] tensors, None when
-    each expert has tensors of its own.
+    `parts` are the checkpoint's weights by the converter's pattern that found them; `converter` is None when
+    the tensor is stored as the model keeps it. `row` is the expert's place in packed [E, ...] tensors, None
+    when each expert has tensors of its own.
     """
 
     converter: WeightConverter | None
     row: int | None
-    parts: dict[str, StoredTensor] = field(default_factory=dict)
+    parts: dict[str, Weight] = field(default_factory=dict)
 
-    def ordered(self) -> dict[str, StoredTensor]:
+    def ordered(self) -> dict[str, Weight]:
         """What to read for the expert, in the order in which the converter joins it."""
         order = list(self.parts) if self.converter is None else self.converter.source_patterns
         parts = {pattern: self.parts[pattern] for pattern in order if pattern in self.parts}
@@ -56,8 +58,8 @@ class ExpertSources:
         self._parameters = dict(parameters)
 
     @classmethod
-    def find(cls, model: Any, spec: ModelSpec, shards: Shards) -> ExpertSources:
-        """Match the keys of `shards` to the experts of `model` (on the meta device).
+    def find(cls, model: Any, spec: ModelSpec, weights: Mapping[str, Weight], remedy: str) -> ExpertSources:
+        """Match the keys of `weights` to the experts of `model` (on the meta device).
 
         The rules are those of transformers' loader (core_model_loading.convert_and_load_state_dict_in_model),
         save that an expert's number is read from its key instead of counted. Keys of parts the model does
@@ -71,12 +73,12 @@ class ExpertSources:
             for tensor in layer.tensors
         }
         found: dict[tuple[str, int], ExpertSource] = {}
-        for match in _matches(model, state, shards.tensors.values()):
+        for match in _matches(model, state, weights.values()):
             if match.parameter in parameters:
                 _add(found, match, parameters[match.parameter][0])
         sources = cls(found, parameters)
         for layer in spec.layers:
-            sources._check(layer, shards.remedy)
+            sources._check(layer, remedy)
         return sources
 
     def read(
@@ -85,14 +87,39 @@ class ExpertSources:
         """The tensors of `expert` as `layer.tensors` describes them, read into `memory`."""
         names = [f"{layer.name}.{tensor.name}" for tensor in layer.tensors]
         sources = [self._sources[name, expert] for name in names]
-        read = shards.read([list(source.ordered().values()) for source in sources], memory)
+        weights = [source.ordered() for source in sources]
+        read = shards.read([[s for w in ordered.values() for s in w.parts] for ordered in weights], memory)
         made = {}
-        for tensor, name, source in zip(layer.tensors, names, sources, strict=True):
-            weight = self._convert(name, source, dict(zip(source.ordered(), read.pop(0), strict=True)))
+        for tensor, name, source, ordered in zip(layer.tensors, names, sources, weights, strict=True):
+            stored = iter(read.pop(0))
+            parts = {pattern: w.decode([next(stored) for _ in w.parts]) for pattern, w in ordered.items()}
+            weight = self._convert(name, source, parts)
             if layer.transposed and weight.dim() == 2:
                 weight = weight.T
             made[tensor.name] = weight.contiguous()
         return made
+
+    def pieces(self, layer: MoELayer, expert: int) -> dict[str, list[Weight]]:
+        """For each tensor of `expert` the stored weights that, one below the other, are the tensor.
+
+        [rows, ...], or [1, rows, ...] where experts are packed; in the model's order of dimensions, which may
+        be the other way round than the tensor's (`layer.transposed`). Raises CheckpointError where
+        transformers does more to them than join them.
+        """
+        pieces = {}
+        for tensor in layer.tensors:
+            source = self._sources[f"{layer.name}.{tensor.name}", expert]
+            operations = [] if source.converter is None else list(source.converter.operations)
+            if source.row is None and operations and type(operations[0]).__name__ == "MergeModulelist":
+                operations.pop(0)
+            joined = len(operations) == 1 and type(operations[0]).__name__ == "Concatenate"
+            if operations and not (joined and operations[0].dim == 1):
+                raise CheckpointError(
+                    f"{layer.name}.{tensor.name} is not stored as the model keeps it, so its experts "
+                    'cannot be read in place; use another format than experts="native"'
+                )
+            pieces[tensor.name] = list(source.ordered().values())
+        return pieces
 
     def _convert(self, name: str, source: ExpertSource, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Run the converter on one expert, as if the layer had just this one; drop the expert dimension."""
@@ -133,8 +160,10 @@ class ExpertSources:
                 if source is None or absent:
                     what = absent or tensor.name
                     raise CheckpointError(f"expert {expert} of {layer.name}: {what} is missing; {remedy}")
-                form = (tensor.name, *(part.shape for part in source.parts.values()))
+                form = (tensor.name, *((p.shape, p.format, p.parts[0].dtype) for p in source.parts.values()))
                 if form not in seen:
+                    for part in source.parts.values():
+                        part.check(remedy)
                     self._check_shape(name, expert, source)
                     seen.add(form)
 
@@ -143,7 +172,7 @@ class ExpertSources:
         parts = {}
         for pattern, part in source.parts.items():
             shape = part.shape if source.row is None else (1, *part.shape[1:])
-            parts[pattern] = torch.empty(shape, dtype=part.torch_dtype, device="meta")
+            parts[pattern] = torch.empty(shape, dtype=part.dtype, device="meta")
         try:
             found: object = tuple(self._convert(name, source, parts).shape)
         except (RuntimeError, ValueError, IndexError) as error:
@@ -178,9 +207,9 @@ def _joined(operation: Any, parts: Sequence[Any]) -> torch.Tensor | None:
 
 @dataclass(frozen=True, slots=True)
 class _Match:
-    """A stored tensor found to belong to `parameter` of the model, by `pattern` of `converter` if any."""
+    """A stored weight found to belong to `parameter` of the model, by `pattern` of `converter` if any."""
 
-    tensor: StoredTensor
+    tensor: Weight
     parameter: str
     pattern: str | None
     converter: WeightConverter | None
@@ -197,10 +226,14 @@ class _OneExpert:
         return torch.empty((1, *self._parameters[name][1:]), device="meta")
 
 
-def _matches(model: Any, state: dict[str, torch.Tensor], tensors: Iterable[StoredTensor]) -> Iterator[_Match]:
+def _matches(model: Any, state: dict[str, torch.Tensor], tensors: Iterable[Weight]) -> Iterator[_Match]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+    tensors = list(tensors)
+    packed = [tensor for tensor in tensors if expert_parameter(tensor.key)]
+    yield from _gguf_matches(packed)
+    tensors = [tensor for tensor in tensors if not expert_parameter(tensor.key)]
     rules = [*get_model_conversion_mapping(model), *conversion_rules(model)]
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -216,6 +249,20 @@ def _matches(model: Any, state: dict[str, torch.Tensor], tensors: Iterable[Store
         yield _Match(tensor, parameter, pattern, by_pattern[pattern] if pattern else None, expert)
 
 
+def _gguf_matches(weights: Iterable[Weight]) -> Iterator[_Match]:
+    """GGUF's packed experts, whose gate and up are apart."""
+    from transformers.core_model_loading import Concatenate, WeightConverter
+
+    converters: dict[str, WeightConverter] = {}
+    for weight in weights:
+        found = expert_parameter(weight.key)
+        assert found is not None
+        parameter, part = found
+        if parameter not in converters:
+            converters[parameter] = WeightConverter(expert_parts(parameter), parameter, [Concatenate(dim=1)])
+        yield _Match(weight, parameter, part, converters[parameter], None)
+
+
 def _expert_number(pattern: str, key: str, renamings: Iterable[WeightRenaming]) -> int | None:
     """The number where `pattern` has its star; patterns speak of keys as the renamings leave them."""
     for renaming in renamings:
@@ -225,7 +272,7 @@ def _expert_number(pattern: str, key: str, renamings: Iterable[WeightRenaming]) 
 
 
 def _add(found: dict[tuple[str, int], ExpertSource], match: _Match, num_experts: int) -> None:
-    """Enter one stored tensor: for one expert, or, if packed, for all of them."""
+    """Enter one weight: for one expert, or, if packed, for all of them."""
     packed = match.expert is None
     if packed and (not match.tensor.shape or match.tensor.shape[0] != num_experts):
         raise CheckpointError(

@@ -92,7 +92,7 @@ def locate(model: str | Path) -> Path | HubModel:
     if alias is not None:
         return HubModel(alias.repo_id, alias.alias)
     folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    if name and (folder.is_dir() or (folder.is_file() and folder.suffix == ".gguf")):
         return folder
     repo_id = hub_id(name)
     if repo_id is not None:

@@ -75,7 +75,12 @@ class Shards:
     """
 
     def __init__(
-        self, folder: Path, sizes: Mapping[str, int], tensors: Mapping[str, StoredTensor], remedy: str
+        self,
+        folder: Path,
+        sizes: Mapping[str, int],
+        tensors: Mapping[str, StoredTensor],
+        remedy: str,
+        headers: Mapping[str, int] | None = None,
     ):
         self.folder = folder
         self.sizes = dict(sizes)
@@ -83,6 +88,8 @@ class Shards:
         self.tensors = dict(tensors)
         self.remedy = remedy
         """Ends the error lines that speak of damage."""
+        self._headers = dict(headers or {})
+        """Bytes of each shard's header, where it is not safetensors'."""
 
     @classmethod
     def open(cls, folder: Path, remedy: str) -> Shards:
@@ -159,7 +166,7 @@ class Shards:
             size = self.sizes[name]
             digest.update(f"{name}\n{size}\n".encode())
             with open(self.folder / name, "rb", buffering=0) as file:
-                header = 8 + int.from_bytes(file.read(8), "little")
+                header = self._headers.get(name) or 8 + int.from_bytes(file.read(8), "little")
                 for start, stop in _sampled_ranges(header, size):
                     buffer = bytearray(stop - start)
                     _read_into(file, start, memoryview(buffer))

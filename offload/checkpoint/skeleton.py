@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import re
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import CheckpointError
+from moe_local.offload.checkpoint.dense_weights import DenseWeights
 from moe_local.offload.checkpoint.spec import (
     class_config,
     experts_modules,
@@ -47,26 +49,30 @@ def load_skeleton(
     device: torch.device,
     activations: str = "native",
     device_map: Mapping[str, str] | None = None,
+    weights: DenseWeights | None = None,
 ) -> Any:
     """The transformers model in `folder` with every experts module replaced by an OffloadedExperts.
 
     `dense` is "nf4" or "int8", quantized on the way in and computing in `dtype`, or any other name, which
     loads in `dtype`. What is quantized, `ModelSpec.quantized` says: on CUDA by bitsandbytes, on the CPU as
-    QuantizedLinear, with these `activations`. Only tensors that are not experts' are read, and none of them
+    QuantizedLinear, with these `activations`. `weights` are read in place of the folder's safetensors, where
+    transformers would need a GPU for these. Only tensors that are not experts' are read, and none of them
     asks for gradients. All goes to `device`, or where accelerate's `device_map` (module path -> device) says,
     with hooks that move hidden states along. Loads one model at a time; other threads wait. Raises
     CheckpointError if weights are missing or cannot be quantized, or without experts modules to replace.
     """
     cls = model_class(config)
-    swapping = _swapping(cls)
+    swapping = _swapping(cls, weights)
+    config = _unquantized(config)
     quantization = None
     if dense in ("nf4", "int8"):
         on_cpu = device.type == "cpu"
         model = meta_model(config)
         quantization = _ours(model, dense, activations) if on_cpu else _bitsandbytes(model, dense, dtype)
-    with _loading, _quiet_loading():
+    with _loading, _quiet_loading(), _told_by(weights):
         model, info = swapping.from_pretrained(
-            folder,
+            None if weights is not None and weights.complete else folder,
+            state_dict=weights.state_dict() if weights is not None and weights.complete else None,
             config=class_config(config),
             dtype=dtype,
             device_map={"": str(device)} if device_map is None else dict(device_map),
@@ -112,15 +118,38 @@ def load_skeleton(
     return model
 
 
-def _swapping(cls: type[Any]) -> type[Any]:
+def _unquantized(config: Any) -> Any:
+    """The config of the model as it is loaded, which says nothing of how its weights were stored."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config(decoder=True)):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+    return config
+
+
+@contextlib.contextmanager
+def _told_by(weights: DenseWeights | None) -> Iterator[None]:
+    """Raise what went wrong with the weights themselves rather than what the loader makes of it."""
+    try:
+        yield
+    except Exception as error:
+        if weights is None or not weights.failures:
+            raise
+        raise weights.failures[0] from error
+    if weights is not None and weights.failures:
+        raise weights.failures[0]
+
+
+def _swapping(cls: type[Any], weights: DenseWeights | None = None) -> type[Any]:
     """A subclass of `cls` whose `from_pretrained` replaces experts modules just before it reads weights.
 
     `_load_pretrained_model` is private, but the only place that runs after the model and its quantizer
     have been set up and before anything is allocated (transformers 5.17 to 5.23). In all else the class is
-    taken for `cls`, whose name it has; `cls` itself is left alone, for others may be using it.
+    taken for `cls`, whose name it has; `cls` itself is left alone, for others may be using it. `weights`, if
+    given, are what is read.
     """
 
-    def load(model: Any, *args: Any, **kwargs: Any) -> Any:
+    def load(model: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         decorate(model)
         for index, (name, module) in enumerate(list(experts_modules(model))):
             model.set_submodule(name, OffloadedExperts(module, index))
@@ -128,7 +157,8 @@ def _swapping(cls: type[Any]) -> type[Any]:
         # Their weights are in the file and have no place in the model any more: that is meant.
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), r"(^|\.)experts\.", r"block_sparse_moe"}
         try:
-            return cls._load_pretrained_model(model, *args, **kwargs)
+            state_dict = state_dict if weights is None else weights.state_dict()
+            return cls._load_pretrained_model(model, state_dict, *args, **kwargs)
         finally:
             model._keys_to_ignore_on_load_unexpected = ignored
 

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import CheckpointError
+from moe_local.offload.checkpoint.quantization import Quantization
 from moe_local.offload.class_source import class_source
 from moe_local.offload.quantize.layout import TensorSpec
+from moe_local.offload.quantize.stored import StoredFormat
 from moe_local.offload.undecorated import decorate, is_experts_module
 
 WITHOUT_TOWERS = frozenset({"gemma4"})
@@ -54,6 +56,8 @@ class ModelSpec:
     max_context: int
     dtype: torch.dtype
     """The checkpoint's own dtype."""
+    stored: StoredFormat
+    """What its experts are stored in, by its config."""
     layers: tuple[MoELayer, ...]
     dense: tuple[TensorSpec, ...]
     """Every parameter that is not a routed expert's, tied ones once."""
@@ -209,6 +213,7 @@ def model_spec(config: Any, model: Any = None) -> ModelSpec:
         num_layers=text.num_hidden_layers,
         max_context=int(getattr(text, "max_position_embeddings", 0) or 32768),
         dtype=_dtype(config),
+        stored=_stored(config),
         layers=tuple(layers),
         dense=dense,
         kv_numel_per_token=_kv_numel_per_token(text),
@@ -235,6 +240,14 @@ def _dtype(config: Any) -> torch.dtype:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _stored(config: Any) -> StoredFormat:
+    dtype = str(_dtype(config)).removeprefix("torch.")
+    quantization = Quantization.of(config)
+    if quantization is None:
+        return StoredFormat({"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "fp32"), dtype)
+    return StoredFormat(quantization.experts, dtype, quantization.block)
 
 
 def _kv_numel_per_token(text: Any) -> int:

@@ -6,23 +6,29 @@ from pathlib import Path
 from typing import Any
 
 from moe_local.cache.errors import CheckpointError
+from moe_local.offload.checkpoint.gguf_file import GgufFile
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer, or None if the folder has none: then the model takes token ids only.
+def load_tokenizer(folder: Path, gguf: Path | None = None) -> Any:
+    """transformers' tokenizer, or None if there is none: then the model takes token ids only.
+
+    From the folder's files or, if there are none, from the GGUF file in it.
 
     Never runs code from the checkpoint. Raises CheckpointError if there is one that cannot be loaded.
     """
-    if not any((folder / name).is_file() for name in FILES):
-        return None
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    own = any((folder / name).is_file() for name in FILES)
+    if not own and (gguf is None or "tokenizer.ggml.tokens" not in GgufFile.open(gguf).metadata):
+        return None
     try:
+        if not own and gguf is not None:
+            return PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=gguf.name, local_files_only=True)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raise plain Exception for a damaged tokenizer.json
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"the tokenizer in {folder} cannot be loaded ({reason}); download it again"
+            f"the tokenizer in {folder if own else gguf} cannot be loaded ({reason}); download it again"
         ) from error

@@ -14,7 +14,7 @@ import torch
 from moe_local.offload.kernels import cpu
 from moe_local.offload.kernels.contracts import ExpertMath, Linear
 from moe_local.offload.kernels.reference import reference_linear
-from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.quantize.codec import decoder_for
 from moe_local.offload.quantize.layout import Layout
 
 
@@ -77,7 +77,7 @@ def _prepare(
         return _Prepared(nf4_linear(buffer, layout, x.dtype, has_bias), in_place=not has_bias)
     if cpu.serves(layout, x):
         return _Prepared(cpu.cpu_linear(buffer, layout, has_bias, activations), in_place=True)
-    weights = codec_for(layout.format).decode(buffer, layout, x.dtype)
+    weights = decoder_for(layout.format).decode(buffer, layout, x.dtype)
     slot = buffer.untyped_storage().data_ptr()
     in_place = all(weight.untyped_storage().data_ptr() == slot for weight in weights.values())
     return _Prepared(reference_linear(weights, has_bias), in_place)

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from moe_local.offload.checkpoint.spec import ModelSpec
-from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.quantize.codec import NATIVE, codec_for
 from moe_local.offload.quantize.layout import TensorSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -49,6 +49,8 @@ def compute_dtype(spec: ModelSpec, dense: str) -> torch.dtype:
 
 def expert_bytes(spec: ModelSpec, experts: str) -> tuple[int, ...]:
     """Bytes of one expert of each MoE layer in format `experts`: the stride of that layer's slots."""
+    if experts == NATIVE:
+        return tuple(spec.stored.layout(layer.tensors).nbytes for layer in spec.layers)
     return tuple(_expert_bytes(experts, layer.tensors) for layer in spec.layers)
 
 

@@ -50,6 +50,29 @@ def codecs() -> dict[str, Codec]:
     return {codec.name: codec for codec in found}
 
 
+NATIVE = "native"
+"""What users call the checkpoint's own format. Layouts name the format that it turns out to be."""
+
+
+class Decoder(Protocol):
+    """The half of a Codec that reads."""
+
+    def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """As Codec's."""
+
+
+def expert_formats() -> list[str]:
+    """What users may ask experts to be in."""
+    return [*codecs(), NATIVE]
+
+
+def decoder_for(format: str) -> Decoder:
+    """What reads layouts of this format: a codec, or the decoder of what publishers store."""
+    from moe_local.offload.quantize.stored import FORMATS, StoredDecoder
+
+    return StoredDecoder() if format in FORMATS else codec_for(format)
+
+
 def codec_for(name: str) -> Codec:
     """The codec called `name`. Raises OptionError that says which there are."""
     known = codecs()

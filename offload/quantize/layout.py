@@ -66,7 +66,15 @@ class Layout:
         return cls(fields["format"], tuple(tensors), tuple(segments), fields["nbytes"])
 
 
-DTYPE_BYTES = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+DTYPE_BYTES = {
+    "uint8": 1,
+    "int8": 1,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+}
 
 
 def make_layout(

@@ -10,6 +10,8 @@ from moe_local.offload.quantize.layout import Layout, Segment
 TORCH_DTYPES = {
     "uint8": torch.uint8,
     "int8": torch.int8,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,

@@ -14,7 +14,7 @@ import itertools
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -25,15 +25,15 @@ from moe_local.cache.errors import TransferError
 from moe_local.cache.keys import ExpertKey
 from moe_local.offload.direct_io import PAGE
 from moe_local.offload.tiers.device import Copied
+from moe_local.offload.tiers.location import FileRange as FileRange
+from moe_local.offload.tiers.location import Location as Location
+from moe_local.offload.tiers.location import ScatteredLocation as ScatteredLocation
 
 DEMAND = 0
 """Priority of a load that a kernel waits for; prefetches are 1 and up, farther layers higher."""
 
-DAMAGED = "has a wrong checksum: the file is damaged; run `moe-local convert MODEL --check` to write it again"
-CUT_OFF = (
-    "is cut off: the file became shorter after it was opened; "
-    "run `moe-local convert MODEL --check` to write it again"
-)
+DAMAGED = "has a wrong checksum: the file is damaged"
+CUT_OFF = "is cut off: the file became shorter after it was opened"
 
 
 class LoadState(Enum):
@@ -89,15 +89,6 @@ class Load:
         return self.state in (LoadState.DONE, LoadState.FAILED, LoadState.CANCELLED)
 
 
-class Location(NamedTuple):
-    """Where an expert's bytes are: `checksum` is xxh3_64 of them."""
-
-    path: Path
-    offset: int
-    nbytes: int
-    checksum: int
-
-
 class Source(Protocol):
     """Where a tier's misses come from. Used by one thread."""
 
@@ -133,7 +124,7 @@ class _Job(NamedTuple):
     """A load under way from a file into a slot."""
 
     load: Load
-    location: Location
+    location: Location | ScatteredLocation
     buffer: memoryview
 
 
@@ -145,13 +136,14 @@ class FileSource:
     write the same slot. A failed read fails its load and leaves the thread alive.
 
     `locate` says where an expert lies; `target(layer, slot)` gives the slot's memory, at least as long as
-    the expert. The first read of every expert is checked against its checksum. `direct` reads past the page
-    cache where file, offset and memory allow it: for experts that would not find their like in it again.
+    the expert. The first read of every expert is checked against its checksum, if it has one. `direct` reads
+    past the page cache where file, offset and memory allow it: for experts that would not find their like in
+    it again.
     """
 
     def __init__(
         self,
-        locate: Callable[[ExpertKey], Location],
+        locate: Callable[[ExpertKey], Location | ScatteredLocation],
         target: Callable[[int, int], memoryview],
         *,
         threads: int = 4,
@@ -165,7 +157,7 @@ class FileSource:
         self._piece_bytes = piece_bytes
         self.direct = direct
         """Past the page cache; for files that are opened from now on."""
-        self._heap: list[tuple[int, int, Load, int]] = []  # (priority, sequence, load, offset in the expert)
+        self._heap: list[tuple[int, int, Load, FileRange]] = []  # (priority, sequence, load, what to read)
         self._sequence = itertools.count()
         self._jobs: dict[ExpertKey, _Job] = {}
         self._verified: set[ExpertKey] = set()
@@ -185,18 +177,18 @@ class FileSource:
         with self._changed:
             if self._closed:
                 raise RuntimeError(f"expert {key} was asked for after the source was closed")
-            try:
-                if location.path not in self._files:
-                    self._files[location.path] = _open(location.path, self.direct)
-            except OSError as error:
-                load.error = _failure(key, location, f"cannot be opened: {error.strerror}")
-                self._finish(load, LoadState.FAILED)
-                return load
+            for path in {part.path for part in location.ranges} - self._files.keys():
+                try:
+                    self._files[path] = _open(path, self.direct)
+                except OSError as error:
+                    load.error = _failure(key, path, f"cannot be opened: {error.strerror}")
+                    self._finish(load, LoadState.FAILED)
+                    return load
             self._jobs[key] = _Job(load, location, self._target(key.layer, slot))
-            offsets = range(0, load.nbytes, self._piece_bytes)
-            load.left = len(offsets)
-            for offset in offsets:
-                heapq.heappush(self._heap, (priority, next(self._sequence), load, offset))
+            pieces = [piece for part in location.ranges for piece in self._cut(part)]
+            load.left = len(pieces)
+            for piece in pieces:
+                heapq.heappush(self._heap, (priority, next(self._sequence), load, piece))
             self._changed.notify_all()
         return load
 
@@ -265,16 +257,15 @@ class FileSource:
                     self._changed.wait()
                 if self._closed:
                     return
-                _, _, load, offset = heapq.heappop(self._heap)
+                _, _, load, piece = heapq.heappop(self._heap)
                 if load.finished or load.cancelled:
                     continue
                 load.in_flight += 1
                 load.state = LoadState.RUNNING
                 job = self._jobs[load.key]
-                file = self._files[job.location.path]
-            size = min(self._piece_bytes, load.nbytes - offset)
-            error = _read(file, job.buffer[offset : offset + size], load.key, job.location, offset)
-            self._piece_done(job, size, error)
+                file = self._files[piece.path]
+            error = _read(file, job, piece)
+            self._piece_done(job, piece.nbytes, error)
 
     def _piece_done(self, job: _Job, size: int, error: TransferError | None) -> None:
         load = job.load
@@ -288,7 +279,8 @@ class FileSource:
                 load.error = load.error or error
                 load.cancelled = True  # its other pieces are of no use
             complete = load.left == 0 and not load.cancelled
-            unchecked = complete and load.key not in self._verified
+            unverified = job.location.checksum is not None and load.key not in self._verified
+            unchecked = complete and unverified
             if unchecked:
                 load.in_flight += 1  # hashing reads the slot: a cancelled load must not free it yet
             elif complete:
@@ -302,8 +294,14 @@ class FileSource:
                 if right:
                     self._verified.add(load.key)
                 else:
-                    load.error = _failure(load.key, job.location, DAMAGED)
+                    (whole,) = job.location.ranges
+                    load.error = _failure(load.key, whole.path, f"{DAMAGED}; {job.location.remedy}")
                 self._finish(load, LoadState.DONE if right else LoadState.FAILED)
+
+    def _cut(self, part: FileRange) -> Iterator[FileRange]:
+        for start in range(0, part.nbytes, self._piece_bytes):
+            nbytes = min(self._piece_bytes, part.nbytes - start)
+            yield FileRange(part.path, part.offset + start, nbytes, part.at + start)
 
     def _finish(self, load: Load, state: LoadState) -> None:
         """Under the condition. The last thing that happens to a load."""
@@ -341,23 +339,23 @@ def _read_directly(file: _File, buffer: memoryview, start: int) -> int:
     return 0
 
 
-def _read(
-    file: _File, buffer: memoryview, key: ExpertKey, location: Location, offset: int
-) -> TransferError | None:
-    """Fill `buffer` from the expert's byte `offset` on; the error, if any, is for the load."""
-    done = _read_directly(file, buffer, location.offset + offset)
+def _read(file: _File, job: _Job, piece: FileRange) -> TransferError | None:
+    """Fill the piece's place in the buffer; the error, if any, is for the load."""
+    key = job.load.key
+    buffer = job.buffer[piece.at : piece.at + piece.nbytes]
+    done = _read_directly(file, buffer, piece.offset)
     try:
         while done < len(buffer):
-            count = os.preadv(file.plain, [buffer[done:]], location.offset + offset + done)
+            count = os.preadv(file.plain, [buffer[done:]], piece.offset + done)
             if count == 0:
-                return _failure(key, location, CUT_OFF)
+                return _failure(key, piece.path, f"{CUT_OFF}; {job.location.remedy}")
             done += count
     except OSError as error:
-        return _failure(key, location, f"could not be read: {error.strerror}; check the disk")
+        return _failure(key, piece.path, f"could not be read: {error.strerror}; check the disk")
     except Exception as error:  # whatever it is, the thread must live on and somebody must hear of it
-        return _failure(key, location, f"could not be read: {error!r}")
+        return _failure(key, piece.path, f"could not be read: {error!r}")
     return None
 
 
-def _failure(key: ExpertKey, location: Location, what: str) -> TransferError:
-    return TransferError(f"expert {key.expert} of MoE layer {key.layer} in {location.path} {what}")
+def _failure(key: ExpertKey, path: Path, what: str) -> TransferError:
+    return TransferError(f"expert {key.expert} of MoE layer {key.layer} in {path} {what}")

@@ -82,7 +82,7 @@ def test_the_device_must_be_there(monkeypatch):
 
 def test_each_option_says_what_it_is_and_names_every_choice():
     choices = {
-        "experts": list(codecs()),
+        "experts": [*codecs(), "native"],
         "policy": list(options._policies()),
         "dense": options.DENSE_FORMATS,
         "prefetch": options.PREFETCH,

@@ -1,0 +1,167 @@
+"""GGUF files: their metadata, and which tensor lies where (github.com/ggml-org/ggml, docs/gguf.md)."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_local.cache.errors import CheckpointError, ModelNotFoundError
+from moe_local.offload.checkpoint.shards import DTYPES, Shards, StoredTensor
+from moe_local.offload.checkpoint.weights import Weight
+from moe_local.offload.quantize.gguf import FORMATS
+
+SUFFIX = ".gguf"
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 6: "Q5_0", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16"}
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """A model's file or, if it was split, files, opened for reading. Holds no weights and no open files."""
+
+    path: Path
+    """The file, or the first."""
+    metadata: dict[str, Any]
+    """Of the first file. Of an array only its length, as these are long lists of tokens."""
+    weights: dict[str, Weight]
+    """By GGUF's names."""
+    shards: Shards
+
+    @classmethod
+    def open(cls, path: Path, remedy: str = "get the file again") -> GgufFile:
+        """Read the headers of the file at `path` and of those it was split into.
+
+        Raises CheckpointError for what is no GGUF, missing parts, and files that are cut short.
+        """
+        metadata: dict[str, Any] = {}
+        weights: dict[str, Weight] = {}
+        sizes, headers = {}, {}
+        for number, part in enumerate(_parts(path)):
+            found, described, start = _header(part, remedy)
+            metadata = metadata or found
+            sizes[part.name], headers[part.name] = part.stat().st_size, start
+            for weight in _weights(part.name, described, start):
+                weights[weight.key] = weight
+                stored = weight.parts[0]
+                if stored.start + stored.nbytes > sizes[part.name]:
+                    raise CheckpointError(f"{part} is cut short, inside tensor {weight.key}; {remedy}")
+            path = part if number == 0 else path
+        tensors = {key: weight.parts[0] for key, weight in weights.items()}
+        return cls(path, metadata, weights, Shards(path.parent, sizes, tensors, remedy, headers))
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that `path` names: itself, or the only one, split or not, of a folder of no safetensors.
+
+    Raises ModelNotFoundError if there are several.
+    """
+    if path.is_file():
+        return path if path.suffix == SUFFIX else None
+    if not path.is_dir() or any(path.glob("*.safetensors")):
+        return None
+    files = sorted(path.glob(f"*{SUFFIX}"))
+    first = [file for file in files if (match := PART.fullmatch(file.name)) is None or match[2] == "00001"]
+    if len(first) > 1:
+        names = ", ".join(file.name for file in first[:3])
+        raise ModelNotFoundError(f"{path} holds {len(first)} GGUF models ({names}); name the file itself")
+    return first[0] if first else files[0] if files else None
+
+
+def _parts(path: Path) -> list[Path]:
+    match = PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match[3])
+    parts = [path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.gguf") for number in range(1, count + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise CheckpointError(f"{path.parent}: {missing[0]} of {count} parts is missing; get it, too")
+    return parts
+
+
+class _Described(tuple[str, tuple[int, ...], int, int]):
+    """Name, shape with the fastest dimension last, type, offset in the data."""
+
+    __slots__ = ()
+
+
+def _header(path: Path, remedy: str) -> tuple[dict[str, Any], list[_Described], int]:
+    """Metadata, tensors, and where the data starts. Raises CheckpointError."""
+    with open(path, "rb") as file:
+        try:
+            if file.read(4) != MAGIC:
+                raise CheckpointError(f"{path} is no GGUF file; {remedy}")
+            (version,) = _numbers(file, "I")
+            if version not in VERSIONS:
+                raise CheckpointError(f"{path} is GGUF version {version}, only 2 and 3 are read; {remedy}")
+            tensor_count, field_count = _numbers(file, "QQ")
+            metadata = {}
+            for _ in range(field_count):
+                key = _string(file)
+                (kind,) = _numbers(file, "I")
+                metadata[key] = _value(file, kind)
+            tensors = []
+            for _ in range(tensor_count):
+                name = _string(file)
+                (dimensions,) = _numbers(file, "I")
+                shape = _numbers(file, f"{dimensions}Q")[::-1]
+                tensors.append(_Described((name, shape, *_numbers(file, "IQ"))))
+        except (struct.error, UnicodeDecodeError, MemoryError, OverflowError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} is cut short or corrupt inside its header ({type(error).__name__}); {remedy}"
+            ) from error
+        alignment = metadata.get("general.alignment", 32)
+        return metadata, tensors, -(-file.tell() // alignment) * alignment
+
+
+def _weights(shard: str, tensors: list[_Described], start: int) -> Iterator[Weight]:
+    for name, shape, kind, offset in tensors:
+        format = TYPES.get(kind, f"ggml type {kind}")
+        if format in FORMATS:
+            numbers, nbytes, _ = FORMATS[format]
+            stored = (*shape[:-1], shape[-1] // numbers * nbytes)
+            raw = StoredTensor(name, shard, "U8", stored, start + offset, math.prod(stored))
+        elif format in DTYPES:
+            nbytes = math.prod(shape) * DTYPES[format].itemsize
+            raw = StoredTensor(name, shard, format, shape, start + offset, nbytes)
+            format = "plain"
+        else:
+            raw = StoredTensor(name, shard, format, shape, start + offset, 0)
+            format = "plain"  # and refused if it is needed
+        yield Weight(name, shape, (raw,), format)
+
+
+def _numbers(file: io.BufferedReader, format: str) -> tuple[Any, ...]:
+    return struct.unpack(f"<{format}", file.read(struct.calcsize(f"<{format}")))
+
+
+def _string(file: io.BufferedReader) -> str:
+    (length,) = _numbers(file, "Q")
+    raw = file.read(length)
+    if len(raw) < length:
+        raise struct.error("a text that ends too early")
+    return raw.decode()
+
+
+def _value(file: io.BufferedReader, kind: int) -> Any:
+    if kind == STRING:
+        return _string(file)
+    if kind != ARRAY:
+        return _numbers(file, NUMBERS[kind])[0]
+    element, count = _numbers(file, "IQ")
+    if element in NUMBERS:
+        file.seek(count * struct.calcsize(f"<{NUMBERS[element]}"), io.SEEK_CUR)
+    else:
+        for _ in range(count):
+            _value(file, element)
+    return count

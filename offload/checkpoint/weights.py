@@ -1,0 +1,159 @@
+"""Weights as the model has them, and the stored tensors that each is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from moe_local.cache.errors import CheckpointError
+from moe_local.offload.checkpoint.quantization import Quantization
+from moe_local.offload.checkpoint.shards import StoredTensor
+from moe_local.offload.quantize import fp8, gguf, mxfp4
+
+PLAIN = ("F64", "F32", "F16", "BF16")
+FP8 = ("F8_E4M3", "F8_E5M2")
+BYTES = ("U8", "I8")
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One weight by the key and in the shape that it would have if it were not quantized."""
+
+    key: str
+    shape: tuple[int, ...]
+    parts: tuple[StoredTensor, ...]
+    """The numbers and, if they are quantized, their scales."""
+    format: str = "plain"
+    """Or "fp8", "mxfp4" or GGUF's. "mxfp4_transposed" is stored [..., out, in], where the model has
+    [..., in, out]."""
+    block: tuple[int, int] = (fp8.BLOCK, fp8.BLOCK)
+    """Rows and columns that share a scale of FP8."""
+    heads: int = 0
+    """Rotated heads whose rows lie in pairs (GGUF's llama); 0: they lie as in the model."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `decode` gives: the stored dtype, or float32 for what is quantized."""
+        return self.parts[0].torch_dtype if self.format == "plain" else torch.float32
+
+    def at(self, row: int) -> Weight:
+        """[1, ...] of this weight [E, ...], at `row`."""
+        parts = tuple(part.at(row) for part in self.parts)
+        return replace(self, shape=(1, *self.shape[1:]), parts=parts)
+
+    def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The weight from its parts as they were read: the same memory if it is plain, else new."""
+        if self.format == "plain" or self.format in gguf.FORMATS:
+            numbers = parts[0]
+            if self.format != "plain":
+                numbers = gguf.dequantize_gguf(numbers, self.format)
+            return (_in_halves(numbers, self.heads) if self.heads else numbers).view(self.shape)
+        q, scale = parts
+        if self.format == "fp8":
+            return fp8.dequantize_fp8(q, _matrix(scale, q), torch.float32, self.block)
+        q, scale = q.view(torch.uint8).flatten(len(scale.shape) - 1), scale.view(torch.uint8)
+        numbers = mxfp4.dequantize_mxfp4(q, scale, torch.float32)
+        return numbers.transpose(-2, -1) if self.format == "mxfp4_transposed" else numbers
+
+    def check(self, remedy: str) -> None:
+        """Raise CheckpointError unless this is made of numbers that can be read and their scales."""
+        if self.format != "plain":
+            return
+        (stored,) = self.parts
+        if stored.dtype in FP8:
+            raise CheckpointError(
+                f"tensor {self.key} in {stored.shard} is stored in FP8 and its scales are missing; {remedy}"
+            )
+        if stored.dtype not in PLAIN:
+            raise CheckpointError(
+                f"tensor {self.key} in {stored.shard} is stored as {stored.dtype}, a format in which weights "
+                "are not read; use the model's bf16 or fp16 checkpoint"
+            )
+
+
+def find_weights(
+    tensors: Mapping[str, StoredTensor], quantization: Quantization | None, remedy: str
+) -> dict[str, Weight]:
+    """The weights that stored tensors make, by key. Scales are part of their weight and not listed.
+
+    Raises CheckpointError, naming both, for scales that do not go with their weight.
+    """
+    if quantization is None:
+        return {key: _plain(tensor) for key, tensor in tensors.items()}
+    found = _fp8(tensors, quantization, remedy) if quantization.method == "fp8" else _mxfp4(tensors, remedy)
+    weights = dict(found)
+    scales = {part.key for weight in weights.values() for part in weight.parts}
+    rest = (tensor for key, tensor in tensors.items() if key not in scales and not _is_of_activations(key))
+    return weights | {tensor.key: _plain(tensor) for tensor in rest}
+
+
+def _plain(tensor: StoredTensor) -> Weight:
+    return Weight(tensor.key, tensor.shape, (tensor,))
+
+
+def _fp8(
+    tensors: Mapping[str, StoredTensor], quantization: Quantization, remedy: str
+) -> Iterator[tuple[str, Weight]]:
+    for key, tensor in tensors.items():
+        scale = next((tensors[name] for name in _scale_names(key) if name in tensors), None)
+        if scale is None or tensor.dtype not in (*FP8, *BYTES):
+            continue
+        if tensor.dtype in BYTES:  # two 4-bit numbers each
+            shape = (*tensor.shape[:-1], 2 * tensor.shape[-1])
+            if shape[:-1] != scale.shape[:-1] or shape[-1] != mxfp4.BLOCK * scale.shape[-1]:
+                raise _mismatch(tensor, scale, remedy)
+            yield key, Weight(key, shape, (tensor, scale), "mxfp4")
+            continue
+        block = quantization.block or (tensor.shape[-2], tensor.shape[-1])
+        grid = scale.shape if len(scale.shape) > 1 else (*tensor.shape[:-2], 1, 1)
+        try:
+            for size, count, length in zip(tensor.shape[-2:], grid[-2:], block, strict=True):
+                fp8.block_size(size, count, length)
+        except ValueError as error:
+            raise _mismatch(tensor, scale, remedy) from error
+        yield key, Weight(key, tensor.shape, (tensor, scale), "fp8", block)
+
+
+def _mxfp4(tensors: Mapping[str, StoredTensor], remedy: str) -> Iterator[tuple[str, Weight]]:
+    """gpt-oss: blocks [E, out, in / 32, 16] and scales [E, out, in / 32]; the model has [E, in, out]."""
+    for name, blocks in tensors.items():
+        key = name.removesuffix("_blocks")
+        scales = tensors.get(f"{key}_scales")
+        if key == name or scales is None:
+            continue
+        if len(blocks.shape) != 4 or blocks.shape != (*scales.shape, mxfp4.BLOCK // 2):
+            raise _mismatch(blocks, scales, remedy)
+        experts, rows, groups, _ = blocks.shape
+        shape = (experts, groups * mxfp4.BLOCK, rows)
+        yield key, Weight(key, shape, (blocks, scales), "mxfp4_transposed")
+
+
+def _scale_names(key: str) -> Iterator[str]:
+    yield f"{key}_scale_inv"
+    if key.endswith(".weight"):  # DeepSeek V4, Mistral
+        stem = key.removesuffix("weight")
+        yield from (f"{stem}scale", f"{stem}qscale_weight")
+
+
+def _is_of_activations(key: str) -> bool:
+    return key.endswith(("activation_scale", "input_scale", "qscale_act"))
+
+
+def _matrix(scale: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Scales of whole tensors as grids of one."""
+    return scale if scale.dim() == q.dim() else scale.reshape(*q.shape[:-2], 1, 1)
+
+
+def _in_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """llama.cpp turns rows 2i and 2i + 1 of a head, transformers i and i + width / 2."""
+    pairs = weight.view(heads, -1, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+def _mismatch(tensor: StoredTensor, scale: StoredTensor, remedy: str) -> CheckpointError:
+    return CheckpointError(
+        f"{tensor.key} {list(tensor.shape)} in {tensor.shard} and its scales {scale.key} {list(scale.shape)} "
+        f"do not go together; {remedy}"
+    )

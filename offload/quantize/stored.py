@@ -1,0 +1,80 @@
+"""Experts as their publisher stored them, read in place: FP8, MXFP4, plain numbers of any dtype and order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moe_local.offload.quantize import fp8, mxfp4
+from moe_local.offload.quantize.codec import codecs
+from moe_local.offload.quantize.layout import Layout, Segment, TensorSpec, make_layout
+from moe_local.offload.quantize.views import segment_view
+
+QUANTIZED = ("fp8", "mxfp4")
+FORMATS = (*QUANTIZED, "plain")
+"""What StoredDecoder reads; "plain" are numbers that lie otherwise than an ExactCodec has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFormat:
+    """What a checkpoint's experts are stored in, by its config."""
+
+    name: str
+    """"bf16", "fp16", "fp32", "fp8" or "mxfp4"."""
+    dtype: str
+    """Of what is not quantized: "bfloat16", "float16" or "float32"."""
+    block: tuple[int, int] | None = None
+    """Of FP8: rows and columns that share a scale; None: one scale for each stored tensor."""
+
+    def layout(self, tensors: Sequence[TensorSpec]) -> Layout:
+        """Of an expert with these tensors, to plan with. At least as large as the real one, which knows how
+        the stored tensors are cut; as large in all published checkpoints."""
+        if self.name in codecs():
+            return codecs()[self.name].layout(tensors)
+        parts = []
+        for tensor in tensors:
+            if len(tensor.shape) < 2:
+                parts.append((tensor.name, "values", self.dtype, tensor.shape))
+                continue
+            rows, columns = tensor.shape
+            if self.name == "mxfp4":
+                parts.append((tensor.name, "q", "uint8", (rows, columns // 2)))
+                parts.append((tensor.name, "scale", "uint8", (rows, -(-columns // mxfp4.BLOCK))))
+            else:
+                parts.append((tensor.name, "q", "float8_e4m3fn", (rows, columns)))
+                parts.append((tensor.name, "scale", "float32", self._grid(rows, columns)))
+        return make_layout(self.name, tensors, parts)
+
+    def _grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """Scales of a matrix, were its upper and lower half stored apart, as gate and up often are."""
+        if self.block is None:
+            return 2, 1
+        return 2 * -(-rows // (2 * self.block[0])), -(-columns // self.block[1])
+
+
+class StoredDecoder:
+    """Reads experts whose buffer has the stored bytes. Stateless.
+
+    A tensor's parts are "values", numbers in the tensor's shape; "transposed", the same as [in, out]; or "q"
+    and "scale": FP8, or MXFP4 if "q" is uint8. See `fp8` and `mxfp4`.
+    """
+
+    def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """As Codec.decode; what is stored plainly in `dtype` comes as views of `buffer`."""
+        return {
+            tensor.name: _decode(buffer, {part.part: part for part in layout.parts(tensor.name)}, dtype)
+            for tensor in layout.tensors
+        }
+
+
+def _decode(buffer: torch.Tensor, parts: dict[str, Segment], dtype: torch.dtype) -> torch.Tensor:
+    if "values" in parts:
+        return segment_view(buffer, parts["values"]).to(dtype)
+    if "transposed" in parts:
+        return segment_view(buffer, parts["transposed"]).T.to(dtype)
+    q, scale = segment_view(buffer, parts["q"]), segment_view(buffer, parts["scale"])
+    if q.dtype == torch.uint8:
+        return mxfp4.dequantize_mxfp4(q, scale, dtype)
+    return fp8.dequantize_fp8(q, scale, dtype)

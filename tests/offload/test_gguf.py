@@ -1,0 +1,255 @@
+"""GGUF files: the same ids as transformers gives on what llama.cpp's own package decodes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import moe_local
+from moe_local.cache.errors import CheckpointError, ModelNotFoundError
+from moe_local.offload.checkpoint.checkpoint import Checkpoint, read_config
+from moe_local.offload.checkpoint.gguf_file import GgufFile, find_gguf
+from moe_local.offload.checkpoint.tokenizer import load_tokenizer
+from moe_local.offload.load import open_experts
+
+torch.set_num_threads(1)
+
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 2}
+"""The K formats have blocks of 256 numbers."""
+CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"exps.weight": "Q4_0", "attn_q.weight": "Q8_0", "attn_k.weight": "Q4_0"}, {}),
+    "qwen3_moe": ("qwen3_moe", {"exps.weight": "Q8_0", "token_embd.weight": "F16"}, {}),
+    "qwen2_moe": ("qwen2_moe", {"exps.weight": "Q5_0", "ffn_gate_shexp.weight": "BF16"}, {}),
+    "k": (
+        "mixtral",
+        {
+            "gate_exps.weight": "Q4_K",
+            "up_exps.weight": "Q5_K",
+            "down_exps.weight": "Q6_K",
+            "output.weight": "Q6_K",
+        },
+        WIDE,
+    ),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_LOCAL_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(
+    make_checkpoint: Callable[..., Path], gguf_models: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, Path]]:
+    """made("mixtral") -> the GGUF file of a case and its twin, made once."""
+    found: dict[str, tuple[Path, Path]] = {}
+
+    def made(case: str) -> tuple[Path, Path]:
+        if case not in found:
+            model_type, kinds, config = CASES[case]
+            folder = tmp_path_factory.mktemp(case) / "gguf"
+            found[case] = gguf_models.write(make_checkpoint(model_type, **config), folder, kinds)
+        return found[case]
+
+    return made
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["mixtral", *(pytest.param(case, marks=pytest.mark.slow) for case in ("qwen3_moe", "qwen2_moe")), "k"],
+)
+def test_greedy_ids_and_weights_are_those_of_transformers(
+    made: Callable[[str], tuple[Path, Path]], case: str
+) -> None:
+    """Fewer slots than experts, the config from the metadata, heads turned back."""
+    path, twin = made(case)
+    hf = AutoModelForCausalLM.from_pretrained(twin, dtype=torch.float32).eval()
+    prompt = torch.randint(3, 320, (1, 11), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 8, "eos_token_id": None}
+    with torch.inference_mode():
+        expected = hf.generate(prompt, do_sample=False, **options)
+    with moe_local.load(path, slots=3, experts="fp32", dense="fp32", context=64) as model:
+        assert torch.equal(model.generate(prompt, **options), expected)
+        assert model.stats().misses > 0
+        assert model.tokenizer is None
+        wanted = hf.state_dict()
+        for name, weight in model.hf.state_dict().items():
+            assert torch.equal(weight, wanted[name]), name
+        model.check_integrity()
+
+
+@pytest.mark.parametrize("case", ["mixtral", pytest.param("qwen2_moe", marks=pytest.mark.slow), "qwen3_moe"])
+def test_the_config_is_the_twins(made: Callable[[str], tuple[Path, Path]], case: str) -> None:
+    """In all that sizes and the forward depend on."""
+    path, twin = made(case)
+    found, expected = read_config(path), read_config(twin)
+    assert type(found) is type(expected)
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    names += ("rms_norm_eps", "rope_parameters", "max_position_embeddings", "num_experts_per_tok")
+    for name in names:
+        assert getattr(found, name) == pytest.approx(getattr(expected, name)), name
+    assert read_config(path.parent).to_dict() == found.to_dict()  # a folder with only this file
+    plan = moe_local.fit(path, context=64)
+    assert plan.bytes.expert == moe_local.fit(twin, context=64).bytes.expert
+
+
+def test_one_expert_is_read_at_a_time(made: Callable[[str], tuple[Path, Path]]) -> None:
+    """Its own rows of the packed tensors, bit-equal to the twin's."""
+    path, twin = made("k")
+    checkpoint, plain = Checkpoint.open(path), Checkpoint.open(twin)
+    asked: list[int] = []
+    read = checkpoint.shards.read
+
+    def counting(groups: Any, *more: Any) -> Any:
+        asked.append(sum(tensor.nbytes for group in groups for tensor in group))
+        return read(groups, *more)
+
+    checkpoint.shards.read = counting  # type: ignore[method-assign]
+    layer = checkpoint.spec.layers[1]
+    for expert in range(layer.num_experts):
+        found, expected = checkpoint.read_expert(layer, expert), plain.read_expert(layer, expert)
+        for name, weight in expected.items():
+            assert torch.equal(found[name], weight), name
+    assert asked == [256 * (144 + 176 + 210)] * layer.num_experts
+    assert checkpoint.fingerprint != plain.fingerprint
+    checkpoint.check_integrity()
+
+
+def test_a_config_and_a_tokenizer_beside_it_come_first(
+    made: Callable[[str], tuple[Path, Path]], tiny_models: ModuleType, tmp_path: Path
+) -> None:
+    path, twin = made("mixtral")
+    shutil.copy(path, tmp_path)
+    config = json.loads((twin / "config.json").read_text()) | {"rms_norm_eps": 0.125}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tiny_models.tiny_tokenizer().save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.config.rms_norm_eps == 0.125
+    assert checkpoint.name == "model"
+    text = "the expert"
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.gguf)
+    assert tokenizer(text)["input_ids"] == tiny_models.tiny_tokenizer()(text)["input_ids"]
+
+
+def test_a_tokenizer_in_the_metadata(
+    make_checkpoint: Callable[..., Path], gguf_models: ModuleType, tiny_models: ModuleType, tmp_path: Path
+) -> None:
+    tokenizer = tiny_models.tiny_tokenizer()
+    path, _ = gguf_models.write(make_checkpoint("qwen3_moe"), tmp_path / "g", {}, tokenizer=tokenizer)
+    checkpoint = Checkpoint.open(path)
+    found = load_tokenizer(checkpoint.folder, checkpoint.gguf)
+    text = "the expert router sends each token"
+    assert found(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert found.decode(found(text)["input_ids"]) == text
+    assert checkpoint.config.eos_token_id == 2
+
+
+# --- files that are not whole
+
+
+def test_a_missing_tensor_is_named(
+    make_checkpoint: Callable[..., Path], gguf_models: ModuleType, tmp_path: Path
+) -> None:
+    source = make_checkpoint("mixtral")
+    path, _ = gguf_models.write(source, tmp_path / "a", {}, leave_out="blk.1.ffn_up_exps.weight")
+    with pytest.raises(
+        CheckpointError, match=r"expert 0 of model.layers.1.mlp.experts: .*ffn_up_exps.* is missing"
+    ):
+        Checkpoint.open(path)
+    path, _ = gguf_models.write(source, tmp_path / "b", {}, leave_out="blk.2.attn_v.weight")
+    with pytest.raises(
+        CheckpointError, match=r"lacks 1 weights .* such as model.layers.2.self_attn.v_proj.weight"
+    ):
+        moe_local.load(path, slots=3, experts="fp32")
+    path, _ = gguf_models.write(source, tmp_path / "c", {}, leave_out="token_embd.weight")
+    with pytest.raises(CheckpointError, match=r"lacks the tensor token_embd.weight; get the file again"):
+        Checkpoint.open(path)
+
+
+def test_damaged_files(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    raw = made("mixtral")[0].read_bytes()
+    path = tmp_path / "x.gguf"
+    for content, message in (
+        (raw[:-100], r"is cut short, inside tensor .*; get the file again"),
+        (raw[:300], r"is cut short or corrupt inside its header \(error\)"),
+        (raw[:20], r"is cut short or corrupt inside its header"),
+        (b"GGML" + raw[4:], "is no GGUF file"),
+        (raw[:4] + struct.pack("<I", 1) + raw[8:], "is GGUF version 1, only 2 and 3 are read"),
+        (raw.replace(b"llama", b"falco"), "architecture 'falco', and only Mixtral, Qwen2-MoE and Qwen3-MoE"),
+        (raw.replace(b"llama.block_count", b"llama.block_kount"), "lacks llama.block_count in its metadata"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=message) as caught:
+            Checkpoint.open(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_types_that_are_not_read(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    raw = made("mixtral")[0].read_bytes()
+    name = b"blk.1.ffn_down_exps.weight"
+    at = raw.index(name) + len(name) + 4 + 3 * 8  # behind the dimensions
+    assert raw[at : at + 4] == struct.pack("<I", gguf.GGMLQuantizationType.Q4_0)
+    (tmp_path / "x.gguf").write_bytes(raw[:at] + struct.pack("<I", 10) + raw[at + 4 :])
+    with pytest.raises(CheckpointError, match=r"ffn_down_exps.weight in x.gguf is stored as ggml type 10"):
+        Checkpoint.open(tmp_path / "x.gguf")
+
+
+def test_native_is_for_formats_that_kernels_read(made: Callable[[str], tuple[Path, Path]]) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read in place: stored as Q4_0"):
+        open_experts(Checkpoint.open(made("mixtral")[0]), "native")
+
+
+def split(path: Path, folder: Path) -> list[Path]:
+    """The file in two, as llama.cpp's gguf-split does it: all metadata and some tensors, then the rest."""
+    reader = gguf.GGUFReader(path)
+    paths = [folder / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for number, target in enumerate(paths):
+        writer = gguf.GGUFWriter(target, "llama")
+        for key, field in reader.fields.items() if number == 0 else ():
+            if key.startswith("llama."):
+                writer.add_key_value(key, field.contents(), field.types[0])
+        for tensor in reader.tensors[number::2]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
+def test_split_files(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    whole = Checkpoint.open(made("mixtral")[0])
+    paths = split(made("mixtral")[0], tmp_path)
+    assert find_gguf(tmp_path) == paths[0]
+    for named in (tmp_path, *paths):
+        checkpoint = Checkpoint.open(named)
+        assert set(checkpoint.shards.sizes) == {path.name for path in paths}
+        for layer in whole.spec.layers:
+            found, expected = checkpoint.read_expert(layer, 5), whole.read_expert(layer, 5)
+            assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    paths[1].unlink()
+    with pytest.raises(CheckpointError, match=r"m-00002-of-00002.gguf of 2 parts is missing"):
+        GgufFile.open(paths[0])
+
+
+def test_a_folder_with_several(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        shutil.copy(made("mixtral")[0], tmp_path / name)
+    with pytest.raises(
+        ModelNotFoundError, match=r"holds 2 GGUF models \(a.gguf, b.gguf\); name the file itself"
+    ):
+        Checkpoint.open(tmp_path)
+    assert Checkpoint.open(tmp_path / "b.gguf").name == "b"

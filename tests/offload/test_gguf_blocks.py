@@ -1,0 +1,30 @@
+"""GGUF's block formats against the `gguf` package, which is llama.cpp's own."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from moe_local.offload.quantize.gguf import FORMATS, dequantize_gguf
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_random_blocks_decode_to_the_same_bits(format: str) -> None:
+    """Every byte is random: all bits of quants and small scales; float16 scales are kept finite."""
+    numbers, nbytes, _ = FORMATS[format]
+    kind = gguf.GGMLQuantizationType[format]
+    assert gguf.GGML_QUANT_SIZES[kind] == (numbers, nbytes)
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, (3, 5, 4, nbytes), np.uint8)
+    halves = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(format, (0,))
+    for at in halves:
+        scales = rng.normal(0, 0.1, raw.shape[:-1]).astype(np.float16)
+        raw[..., at : at + 2] = scales[..., None].view(np.uint8)
+    rows = raw.reshape(3, 5, -1)
+    found = dequantize_gguf(torch.from_numpy(rows.copy()), format)
+    assert found.shape == (3, 5, 4 * numbers)
+    expected = gguf.quants.dequantize(rows.reshape(15, -1), kind).reshape(found.shape)
+    assert torch.equal(found, torch.from_numpy(expected))
+    assert torch.isfinite(found).all()
