@@ -231,7 +231,7 @@ class ExpertRunner:
         if residents is not None:
             residents.count(layer, index.shape[1])
             return residents.run(layer, hidden, index, weights)
-        guesses = self.prefetcher.predict(layer)
+        guesses = self.prefetcher.predict(layer, index.shape[0])
         shared = self._may_share(experts, hidden, index)
         idle = self.store.tier.device.idle() if self.times_sync and self.store.tier.device else None
         ids, guessed, x = to_host(
@@ -244,7 +244,7 @@ class ExpertRunner:
         groups = self.store.serve(
             layer,
             routing.experts,
-            lambda: self.prefetcher.request(guesses, guessed),
+            lambda: self.prefetcher.request(layer, routing.experts, guesses, guessed),
             routing.tokens_of if shared else None,
         )
         try:

@@ -30,7 +30,7 @@ from moe_local.offload.plan.bandwidth import Bandwidths
 from moe_local.offload.plan.fit import plan_load
 from moe_local.offload.plan.plan import Plan
 from moe_local.offload.prefetch.discover import Probe
-from moe_local.offload.prefetch.prefetch import NoPrefetch, Prefetcher, RouterPrefetcher
+from moe_local.offload.prefetch.make import make_prefetcher
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.residents import can_reside, uncounted
@@ -218,7 +218,7 @@ def assemble(
             cache = probe_cache(hf)
         kv = make_kv(hf, plan.request.parallel, plan.request.context, cache)
         engine = Engine(hf, kv, chunk=plan.chunk)
-        prefetcher = _prefetcher(options, plan, store, probe)
+        prefetcher = make_prefetcher(options.prefetch, plan, store, probe.sites, file)
         runner = ExpertRunner(store, prefetcher, options.activations)
         _fill(store, plan, progress)
         modules = [module for module in hf.modules() if isinstance(module, OffloadedExperts)]
@@ -258,12 +258,6 @@ def assemble(
         )
         undo.pop_all()
     return model
-
-
-def _prefetcher(options: LoadOptions, plan: Plan, store: ExpertStore, probe: Probe) -> Prefetcher:
-    if options.prefetch == "off" or plan.mode == "resident":
-        return NoPrefetch()
-    return RouterPrefetcher(store, probe.sites)
 
 
 def _scheduler(options: LoadOptions, plan: Plan) -> MissScheduler | None:
