@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,32 +50,39 @@ Corrections = Mapping[tuple[int, int], Correction]
 """By (layer whose residual is at hand, layers ahead)."""
 
 
-def fit(x: torch.Tensor, later: torch.Tensor, weight: torch.Tensor, rank: int, ridge: float) -> Correction:
-    """The correction that brings `x` nearest to `later` as a router with this weight sees them.
+def fit(
+    x: torch.Tensor, later: torch.Tensor, weight: torch.Tensor, rank: int, ridges: Sequence[float]
+) -> list[Correction]:
+    """The corrections that bring `x` nearest to `later` as a router with this weight sees them, by ridge.
 
     `x` [N, D] is what the router would read now, `later` [N, D] what it read in the end, `weight` [E, D] its
-    matrix. Ridge regression of the logits' differences on centred x, `ridge` in units of x's mean variance;
-    of its [D, E] matrix the `rank` largest singular directions of the predictions are kept. Solved over
-    tokens or over D, whichever are fewer. The change of x is the smallest that changes the logits so.
+    matrix. Ridge regression of the logits' differences on centred x, each ridge in units of x's mean
+    variance; of its [D, E] matrix the `rank` largest singular directions of the predictions are kept. Solved
+    over tokens or over D, whichever are fewer. The change of x is the smallest that changes the logits so.
     """
-    x, later, weight = x.double(), later.double(), weight.double().to(x.device)
-    gap = (later - x) @ weight.T
+    x, weight = x.float(), weight.float().to(x.device)
+    gap = (later.float() - x) @ weight.T
     mean_x, mean_gap = x.mean(0), gap.mean(0)
     centred, target = x - mean_x, gap - mean_gap
     tokens, width = centred.shape
-    strength = ridge * centred.square().sum() / width
-    eye = torch.eye(min(tokens, width), dtype=x.dtype, device=x.device)
-    if tokens < width:
-        solution = centred.T @ torch.linalg.solve(centred @ centred.T + strength * eye, target)
-    else:
-        solution = torch.linalg.solve(centred.T @ centred + strength * eye, centred.T @ target)
-    _, _, directions = torch.linalg.svd(centred @ solution, full_matrices=False)
-    kept = directions[: min(rank, directions.shape[0])]
+    few = tokens < width
+    gram = (centred @ centred.T if few else centred.T @ centred).double()
+    right = (target if few else centred.T @ target).double()
+    unit = float(centred.square().sum()) / width
     back = torch.linalg.pinv(weight).T  # [E, D], logits to the smallest input that makes them
-    bias = mean_gap - mean_x @ solution @ kept.T @ kept
-    return Correction(
-        (solution @ kept.T).float().contiguous(), (kept @ back).float().contiguous(), (bias @ back).float()
-    )
+    found = []
+    for ridge in ridges:
+        damped = gram.clone()
+        damped.diagonal().add_(ridge * unit)
+        solution = torch.linalg.solve(damped, right).float()
+        if few:
+            solution = centred.T @ solution
+        _, _, directions = torch.linalg.svd(centred @ solution, full_matrices=False)
+        kept = directions[: min(rank, directions.shape[0])]
+        down = solution @ kept.T
+        bias = (mean_gap - mean_x @ down @ kept) @ back
+        found.append(Correction(down.contiguous(), (kept @ back).contiguous(), bias))
+    return found
 
 
 def write_corrections(folder: Path, corrections: Corrections, fingerprint: str) -> Path:
