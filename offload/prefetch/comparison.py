@@ -10,7 +10,7 @@ from typing import NamedTuple
 BLOCK = 6
 """Tokens in a row that are generated one way; the first of them is not measured, as the other way's
 loads and evictions still show in it."""
-FEWEST_PAIRS = 4
+FEWEST_PAIRS = 3
 MOST_PAIRS = 12
 CLIP = 2.0
 """A token counts as this many times the median at most: pauses of the process, or of who reads the answer."""
