@@ -51,8 +51,8 @@ class AutoPrefetcher:
         self._tokens = 0
         """Of the step at hand."""
         self._began = 0.0
-        self._asked: dict[int, dict[int, tuple[int, int]]] = {}
-        """Layer -> expert that was requested for it -> (distance, rank)."""
+        self._guessed: dict[int, dict[int, tuple[int, int]]] = {}
+        """Layer -> expert that was guessed for it while absent -> (distance, rank), requested or not."""
         self._predict_s: float | None = None
         self._looked = store.tally()
         self._since_look, self._seconds = 0, 0.0
@@ -72,8 +72,8 @@ class AutoPrefetcher:
         guesses: Sequence[Guess],
         experts: Sequence[Sequence[int]],
     ) -> None:
-        if self._asked and (asked := self._asked.pop(layer, None)):
-            for expert, (distance, rank) in asked.items():
+        if self._guessed and (guessed := self._guessed.pop(layer, None)):
+            for expert, (distance, rank) in guessed.items():
                 self.accuracy.saw(distance, rank, expert in needed)
         for guess, ranked in zip(guesses, experts, strict=True):
             self._ask(guess, ranked)
@@ -95,15 +95,15 @@ class AutoPrefetcher:
         for rank, expert in enumerate(named):
             if cache.slot_of(layer, expert) is not None:
                 continue
+            # Those that are not requested are scored all the same: otherwise a low opinion of guesses would
+            # never change.
+            self._guessed.setdefault(layer, {})[expert] = (distance, rank)
             nbytes = store.layouts[layer][expert].nbytes
-            if not self.link.worth(nbytes, queued, distance, self.accuracy.of(distance, rank)):
-                break
-            queued += nbytes
-            wanted.append(expert)
+            if self.link.worth(nbytes, queued, distance, self.accuracy.of(distance, rank)):
+                queued += nbytes
+                wanted.append(expert)
         if wanted:
-            asked = self._asked.setdefault(layer, {})
-            for expert in store.prefetch(layer, wanted, distance=distance, keep=named):
-                asked[expert] = (distance, named.index(expert))
+            store.prefetch(layer, wanted, distance=distance, keep=named)
 
     def _queued_bytes(self) -> int:
         """What earlier guesses still keep the link busy with."""
@@ -112,8 +112,8 @@ class AutoPrefetcher:
         cache, layouts = self._store.tier.cache, self._store.layouts
         return sum(
             layouts[layer][expert].nbytes
-            for layer, asked in self._asked.items()
-            for expert in asked
+            for layer, guessed in self._guessed.items()
+            for expert in guessed
             if cache.slot_of(layer, expert) is not None and not cache.is_resident(layer, expert)
         )
 

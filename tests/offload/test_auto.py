@@ -33,7 +33,7 @@ class Case:
 
 
 class Oracle:
-    """A predictor that knows what comes, and is wrong as often as it is told to be; farther ahead, oftener."""
+    """A predictor that knows what comes, and is wrong as often as told to be; farther ahead, oftener."""
 
     layers = LAYERS
 
@@ -67,7 +67,7 @@ class Oracle:
 
 @dataclass
 class Run:
-    """Simulated seconds a token after the first `settle` tokens: in all, and waiting; and of the link's use."""
+    """Simulated seconds a token after the first `settle` tokens: in all, waiting, and of the link's use."""
 
     token_s: float
     stall_s: float
@@ -143,8 +143,10 @@ def run(
     )
 
 
-def compare(make_rig: Callable[..., Any], sim: ModuleType, case: Case) -> tuple[Run, Run, Run]:
-    off, router, auto = (run(make_rig, sim, case, way) for way in ("off", "router", "auto"))
+def compare(
+    make_rig: Callable[..., Any], sim: ModuleType, case: Case, tokens: int = 700, settle: int = 300
+) -> tuple[Run, Run, Run]:
+    off, router, auto = (run(make_rig, sim, case, way, tokens, settle) for way in ("off", "router", "auto"))
     assert auto.token_s <= 1.02 * off.token_s, (case, off, auto)
     assert auto.whole_s <= 1.03 * off.whole_s, (case, off, auto)
     return off, router, auto
@@ -157,7 +159,7 @@ def hidden(off: Run, other: Run) -> float:
 def test_with_a_good_predictor_most_of_what_can_be_hidden_is(
     make_rig: Callable[..., Any], simulated: ModuleType
 ) -> None:
-    off, _, auto = compare(make_rig, simulated, Case(copy_s=0.4))
+    off, _, auto = compare(make_rig, simulated, Case(copy_s=0.4), tokens=450, settle=250)
     assert hidden(off, auto) >= 0.7
     assert auto.stats.state == "on"
     assert auto.stats.gain_ms_low > 0
@@ -167,7 +169,7 @@ def test_with_a_good_predictor_most_of_what_can_be_hidden_is(
 def test_a_predictor_that_guesses_wrong_is_left_alone(
     make_rig: Callable[..., Any], simulated: ModuleType
 ) -> None:
-    off, router, auto = compare(make_rig, simulated, Case(copy_s=3.0, recall=0.2))
+    off, router, auto = compare(make_rig, simulated, Case(copy_s=3.0, recall=0.2), tokens=300, settle=100)
     assert router.token_s > 1.05 * off.token_s  # it does harm
     assert auto.stats.issued < router.stats.issued / 10
 
@@ -186,7 +188,8 @@ def test_auto_is_never_slower_than_off(
         f"auto {auto.token_s:.2f} s, of {off.hideable_s:.2f} hidden {hidden(off, router):.2f}, "
         f"{hidden(off, auto):.2f}, {auto.stats.state} {auto.stats.lookahead}"
     )
-    if recall >= 0.95 and guess_s < 0.1 and copy_s <= 1.0:
+    # One layer in eight has none before it, and what guessing costs is not hidden: 0.2 to 0.5 leave room.
+    if recall >= 0.95 and guess_s < 0.1 and 0.2 <= copy_s <= 0.5:
         assert hidden(off, auto) >= 0.7
 
 

@@ -42,20 +42,20 @@ def test_a_clear_difference_is_seen_soon(change: float) -> None:
 
 
 def test_equal_ways_leave_the_incumbent() -> None:
-    wins = sum(compare(1.0, 1.0, seed)[0] for seed in range(400))
-    assert wins <= 40  # several looks at an interval of 95 %
+    wins = sum(compare(1.0, 1.0, seed)[0] for seed in range(150))
+    assert wins <= 18  # several looks at an interval of 95 %
     assert max(sum(compare(1.0, 1.0, seed)[1].tokens) for seed in range(20)) <= 2 * MOST_PAIRS * BLOCK
 
 
 def test_a_modest_challenger_wins_where_the_incumbent_is_not_better() -> None:
-    wins = sum(compare(1.0, 0.98, seed, modest=True)[0] for seed in range(200))
-    assert wins > 120
-    assert sum(compare(1.0, 0.98, seed)[0] for seed in range(200)) < wins
+    wins = sum(compare(1.0, 0.98, seed, modest=True)[0] for seed in range(100))
+    assert wins > 60
+    assert sum(compare(1.0, 0.98, seed)[0] for seed in range(100)) < wins
 
 
 def test_the_interval_holds_the_true_gain() -> None:
     held = 0
-    for seed in range(200):
+    for seed in range(100):
         rng, comparison = random.Random(seed), Comparison()
         for _ in range(2 * 8 * BLOCK):
             comparison.saw((0.9 if comparison.challenging else 1.0) * rng.lognormvariate(0, 0.1))
@@ -64,7 +64,7 @@ def test_the_interval_holds_the_true_gain() -> None:
         assert gain.low is not None
         assert gain.high is not None
         held += gain.low <= 0.1 <= gain.high
-    assert held >= 180
+    assert held >= 88
 
 
 def test_turns_alternate_in_pairs_and_unmeasured_ones_are_taken_again() -> None:
@@ -92,7 +92,7 @@ def test_gains_are_turned_round_and_added() -> None:
 def fly(
     truth: Truth, tokens: int, seed: int, most: int = 4, after: int = 0
 ) -> tuple[Pilot, float, list[int]]:
-    """The pilot, the mean of the true seconds of what it chose, and its choices, the first `after` left out."""
+    """The pilot, the mean of the true seconds of its choices, and these, the first `after` left out."""
     rng, pilot, chosen = random.Random(seed), Pilot(most), []
     for _ in range(tokens):
         chosen.append(pilot.lookahead)
