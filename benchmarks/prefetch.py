@@ -1,10 +1,11 @@
 """What does prefetch gain where the link has idle time, and what does it cost where it has none?
 
 Method. The same model is loaded once for each way of prefetching (off, router, auto), on the CPU, with fewer
-slots than experts, so that misses are read from the expert file: the link. Its speed is either set (--link:
-all reads share so many bytes a second, from the page cache) or the disk's own (--link disk: each read's pages
-are dropped behind it; slow_reads.py). A round gives every model the same prompt, one after the other, who
-begins changes, and so does the seed. Tokens are sampled, so that text and routing vary; ids must agree.
+slots than experts, so that misses are read from the expert file: the link. Its speed is either set (--link
+2GB: all reads share so many bytes a second, from the page cache), the page cache's (--link cache) or the
+disk's own (--link disk: each read's pages are dropped behind it; slow_reads.py). A round gives every model the
+same prompt, one after the other, who begins changes, and so does the seed. Tokens are sampled, so that text
+and routing vary; ids must agree.
   --weak-layers F  multiplies the embeddings by F: layers then change the residual less, and routers of later
                    layers agree better with what they see early. Random weights have no other good predictor;
                    the accuracy that results is printed.
@@ -26,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -119,7 +121,8 @@ class Way:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    rate = None if options.link == "disk" else float(parse_bytes(options.link, "--link"))
+    named = {"disk": None, "cache": math.inf}
+    rate = named[options.link] if options.link in named else float(parse_bytes(options.link, "--link"))
     with slow_reads(rate) as link, contextlib.ExitStack() as stack:
         ways = [Way(name, stack.enter_context(loaded(options, name))) for name in ("off", "router", "auto")]
         for number in range(options.settle + options.rounds):
@@ -193,7 +196,7 @@ def worth(stats: dict[str, Any]) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="an alias, a Hub id or a folder")
-    parser.add_argument("--link", default="2GB", help="bytes a second, or disk; default 2GB")
+    parser.add_argument("--link", default="2GB", help="bytes a second, cache or disk; default 2GB")
     parser.add_argument("--slots", type=int, default=4)
     parser.add_argument("--weak-layers", type=float, default=1.0)
     parser.add_argument("--dense", default="auto")

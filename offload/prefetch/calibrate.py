@@ -60,7 +60,7 @@ def calibrate(
     if tokens < FEWEST_TOKENS or len(windows) < JUDGED:
         raise OptionError(
             f"{tokens} tokens in {len(windows)} windows are too few to calibrate on; "
-            f"give a text of {FEWEST_TOKENS} at least, of many more for a good fit"
+            f"give a text of {JUDGED * WINDOW} tokens at least, and let all of it be read (--tokens)"
         )
     with torch.inference_mode():
         sites, states = _record(hf, windows, progress)
