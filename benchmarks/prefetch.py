@@ -3,9 +3,9 @@
 Method. The same model is loaded once for each way of prefetching (off, router, auto), on the CPU, with fewer
 slots than experts, so that misses are read from the expert file: the link. Its speed is either set (--link
 2GB: all reads share so many bytes a second, from the page cache), the page cache's (--link cache) or the
-disk's own (--link disk: each read's pages are dropped behind it; slow_reads.py). A round gives every model the
-same prompt, one after the other, who begins changes, and so does the seed. Tokens are sampled, so that text
-and routing vary; ids must agree.
+disk's own (--link disk: each read's pages are dropped behind it; slow_reads.py). A round gives every model
+the same prompt, one after the other, who begins changes, and so does the seed. Tokens are sampled, so that
+text and routing vary; ids must agree.
   --weak-layers F  multiplies the embeddings by F: layers then change the residual less, and routers of later
                    layers agree better with what they see early. Random weights have no other good predictor;
                    the accuracy that results is printed.

@@ -108,7 +108,7 @@ def test_the_recorder_writes_down_what_layers_saw_and_chose(
 
 
 def test_too_little_text_is_refused(calibrated: tuple[moe_local.Model, Calibration]) -> None:
-    with pytest.raises(OptionError, match="100 tokens in 10 windows are too few.*of 1280 tokens"):
+    with pytest.raises(OptionError, match=r"100 tokens in 10 windows are too few.*of 1280 tokens"):
         calibrate(calibrated[0].hf, [[5] * 10] * 10)
 
 
@@ -165,8 +165,12 @@ def test_a_foreign_or_damaged_file_is_one_line(
 
 
 def test_load_takes_them_and_goes_on_without(
-    make_checkpoint: Callable[..., Path], caplog: pytest.LogCaptureFixture
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setenv("MOE_LOCAL_HOME", str(tmp_path))  # where no earlier run has left a calibration
     folder = make_checkpoint("mixtral", seed=5)
     options: dict[str, Any] = {"slots": 3, "context": 64, **EXACT}
     with pytest.raises(OptionError, match=r"'learned' needs a calibration.*moe-local calibrate MODEL"):
