@@ -48,6 +48,8 @@ class AutoPrefetcher:
         self._clock = clock
         self._pilot = Pilot(max(1, min(MOST_LOOKAHEAD, predictor.layers - 1)), self._promising)
         self._lookahead = 0
+        self._layer = predictor.layers
+        """The last one that asked."""
         self._tokens = 0
         """Of the step at hand."""
         self._began = 0.0
@@ -61,8 +63,9 @@ class AutoPrefetcher:
         self._publish()
 
     def predict(self, layer: int, tokens: int) -> list[Guess]:
-        if layer == 0:
+        if layer <= self._layer:  # the first layer may never ask: all its experts may have slots
             self._begin_step(tokens)
+        self._layer = layer
         return self._predictor.predict(layer, self._lookahead) if self._lookahead else []
 
     def request(
