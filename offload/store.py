@@ -240,36 +240,23 @@ class ExpertStore:
     def num_experts(self, layer: int) -> int:
         return len(self.layouts[layer])
 
-    def prefetch(
-        self,
-        layer: int,
-        experts: Sequence[int],
-        *,
-        distance: int,
-        budget_bytes: int | None = None,
-        keep: Sequence[int] | None = None,
-    ) -> list[int]:
+    def prefetch(self, layer: int, experts: Sequence[int], *, distance: int, budget_bytes: int) -> None:
         """Request absent experts of a later layer, likeliest first, behind all demand loads.
 
-        Never evicts one of `keep`, which are `experts` unless given. Stops where loads under way would
-        exceed `budget_bytes`. Returns those that are on their way now and were not before.
+        Never evicts one of `experts`. Stops where loads under way would exceed `budget_bytes`.
         """
         tier, cache = self.tier, self.tier.cache
-        left = None if budget_bytes is None else budget_bytes - tier.bytes_in_flight
-        started: list[int] = []
+        left = budget_bytes - tier.bytes_in_flight
         for expert in experts:
             if cache.slot_of(layer, expert) is not None:
                 continue
-            if left is not None:
-                left -= self.layouts[layer][expert].nbytes
-                if left < 0:
-                    break
-            slot = cache.reserve(layer, expert, keep=experts if keep is None else keep)
+            left -= self.layouts[layer][expert].nbytes
+            if left < 0:
+                return
+            slot = cache.reserve(layer, expert, keep=experts)
             if slot is None:
-                break
+                return
             tier.bring(ExpertKey(layer, expert), slot, distance)
-            started.append(expert)
-        return started
 
     def add_stall(self, cause: str, seconds: float) -> None:
         """Charge a wait to a cause, a field of StallSeconds."""

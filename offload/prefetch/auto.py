@@ -93,8 +93,8 @@ class AutoPrefetcher:
         store, layer, distance = self._store, guess.layer, guess.distance
         num_experts, cache = store.num_experts(layer), store.tier.cache
         named = [expert for expert in ranked if expert < num_experts][: store.slots(layer)]
-        queued = self._queued_bytes()
-        wanted: list[int] = []
+        earlier = queued = self._queued_bytes()
+        worth = True
         for rank, expert in enumerate(named):
             if cache.slot_of(layer, expert) is not None:
                 continue
@@ -102,11 +102,11 @@ class AutoPrefetcher:
             # never change.
             self._guessed.setdefault(layer, {})[expert] = (distance, rank)
             nbytes = store.layouts[layer][expert].nbytes
-            if self.link.worth(nbytes, queued, distance, self.accuracy.of(distance, rank)):
-                queued += nbytes
-                wanted.append(expert)
-        if wanted:
-            store.prefetch(layer, wanted, distance=distance, keep=named)
+            worth = worth and self.link.worth(nbytes, queued, distance, self.accuracy.of(distance, rank))
+            queued += nbytes if worth else 0
+        if queued > earlier:
+            budget = store.tier.bytes_in_flight + queued - earlier
+            store.prefetch(layer, named, distance=distance, budget_bytes=budget)
 
     def _queued_bytes(self) -> int:
         """What earlier guesses still keep the link busy with."""
