@@ -16,7 +16,14 @@ from moe_local.cache.keys import format_bytes
 from moe_local.cli.live import LiveAnswer, draw
 from moe_local.cli.options import Sampling, debug_flag, load_flags, sampling_flags
 from moe_local.cli.prompt import QUOTES, Messages
-from moe_local.cli.render import ProgressBar, on_stdout, print_fields, print_status, status_line
+from moe_local.cli.render import (
+    ProgressBar,
+    on_stdout,
+    prefetch_worth,
+    print_fields,
+    print_status,
+    status_line,
+)
 
 if TYPE_CHECKING:
     from moe_local import Model
@@ -143,7 +150,7 @@ class Chat:
                 (
                     "prefetch",
                     f"{prefetch.issued} issued, {prefetch.used} used, {prefetch.late} late, "
-                    f"{format_bytes(prefetch.wasted_bytes)} wasted",
+                    f"{format_bytes(prefetch.wasted_bytes)} wasted; {prefetch_worth(prefetch)}",
                 ),
                 (
                     "read",

@@ -13,6 +13,7 @@ import click
 import moe_local
 from moe_local.cache.errors import MoeLocalError
 from moe_local.cli.bench import bench
+from moe_local.cli.calibrate import calibrate
 from moe_local.cli.chat import chat
 from moe_local.cli.convert import convert, pull
 from moe_local.cli.fit import fit
@@ -95,5 +96,5 @@ def main() -> None:
     """
 
 
-for command in (chat, run, serve, fit, bench, convert, pull, list_models, show, rm):
+for command in (chat, run, serve, fit, bench, convert, pull, calibrate, list_models, show, rm):
     main.add_command(command)

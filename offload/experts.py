@@ -242,7 +242,7 @@ class ExpertRunner:
         if residents is not None:
             residents.count(layer, index.shape[1])
             return residents.run(layer, hidden, index, weights)
-        guesses = self.prefetcher.predict(layer)
+        guesses = self.prefetcher.predict(layer, index.shape[0])
         shared = self._may_share(experts, hidden, index)
         device = self.store.tier.device_of(layer)
         idle = device.idle() if self.times_sync and device is not None else None
@@ -256,7 +256,7 @@ class ExpertRunner:
         groups = self.store.serve(
             layer,
             routing.experts,
-            lambda: self.prefetcher.request(guesses, guessed),
+            lambda: self.prefetcher.request(layer, routing.experts, guesses, guessed),
             routing.tokens_of if shared else None,
             self._recent(layer, routing),
         )

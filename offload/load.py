@@ -37,7 +37,7 @@ from moe_local.offload.plan.fit import plan_load
 from moe_local.offload.plan.placement import with_vram_slots
 from moe_local.offload.plan.plan import Plan
 from moe_local.offload.prefetch.discover import Probe
-from moe_local.offload.prefetch.prefetch import NoPrefetch, Prefetcher, RouterPrefetcher
+from moe_local.offload.prefetch.make import make_prefetcher
 from moe_local.offload.prefill import PrefillStream
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.codec import NATIVE, codec_for
@@ -286,7 +286,7 @@ def _assemble(
         engine = Engine(as_decoder(hf), kv, chunk=plan.chunk)
         if arena is not None:
             engine.relief = Relief(store.tier, arena)
-        prefetcher = _prefetcher(options, plan, store, probe)
+        prefetcher = make_prefetcher(options.prefetch, plan, store, probe.sites, file)
         runner = ExpertRunner(store, prefetcher, options.activations)
         if store.prefill is not None:
             store.prefill.chunk = plan.chunk
@@ -363,12 +363,6 @@ def _as_allocated(plan: Plan, slots: tuple[int, ...]) -> Plan:
             found.mode,
         )
     return found
-
-
-def _prefetcher(options: LoadOptions, plan: Plan, store: ExpertStore, probe: Probe) -> Prefetcher:
-    if options.prefetch == "off" or plan.mode == "resident":
-        return NoPrefetch()
-    return RouterPrefetcher(store, probe.sites)
 
 
 def _scheduler(options: LoadOptions, plan: Plan) -> MissScheduler | None:

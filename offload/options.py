@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DENSE_FORMATS = ("auto", "nf4", "int8", "bf16", "fp16", "fp32")
 ACTIVATIONS = ("native", "int8")
-PREFETCH = ("auto", "off", "router")
+PREFETCH = ("auto", "off", "router", "learned")
 MISS = ("auto", "fetch", "cpu")
 
 MOST_CARDS = 64
@@ -83,7 +83,10 @@ class LoadOptions:
     )
     prefetch: str = field(
         default="auto",
-        metadata={"help": "Guess the next layers' experts from their routers: auto, off or router."},
+        metadata={
+            "help": "Bring the next layers' experts early: auto while that makes tokens faster, off, or "
+            "always, as their routers guess (router), corrected by what calibrate found (learned)."
+        },
     )
     miss: str = field(
         default="auto",

@@ -145,7 +145,7 @@ class SimulatedDevice:
     def __init__(self, machine: SimulatedMachine) -> None:
         self.machine = machine
         self.faults: list[str] = []
-        self._stream: list[Copy | float] = []
+        self._stream: list[SimulatedWait | float] = []
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8)
@@ -166,9 +166,10 @@ class SimulatedDevice:
     def record(self) -> SimulatedEvent:
         return SimulatedEvent(self.machine, Copy(None, 0, 0.0, self.machine.now, self.machine.now))
 
-    def wait(self, event: SimulatedEvent) -> SimulatedDevice:
-        self._stream.append(event.copy)
-        return self
+    def wait(self, event: SimulatedEvent) -> SimulatedWait:
+        waited = SimulatedWait(event.copy)
+        self._stream.append(waited)
+        return waited
 
     def idle(self) -> SimulatedDevice:
         return self
@@ -187,7 +188,11 @@ class SimulatedDevice:
         """Wait until the device has done all it was given since `start`."""
         busy = start
         for work in self._stream:
-            busy = max(busy, self.machine.finish(work)) if isinstance(work, Copy) else busy + work
+            if isinstance(work, SimulatedWait):
+                work.end = max(busy, self.machine.finish(work.copy))
+                work.start, busy = busy, work.end
+            else:
+                busy += work
         self._stream.clear()
         self.machine.sleep_until(busy)
 
@@ -197,6 +202,18 @@ class SimulatedDevice:
     def synchronize(self) -> None:
         while self.machine.queue:
             self.machine.finish(self.machine.queue[0])
+
+
+@dataclass
+class SimulatedWait:
+    """A wait of the compute stream for a copy, from `start` to `end`, known once it is drained."""
+
+    copy: Copy
+    start: float = 0.0
+    end: float = 0.0
+
+    def seconds(self) -> float:
+        return self.end - self.start
 
 
 class SimulatedEvent:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from moe_local.offload.prefetch.correction import Correction
+
 
 @dataclass(frozen=True, slots=True)
 class RouterSite:
@@ -15,15 +17,29 @@ class RouterSite:
     router: nn.Module
     norm: nn.Module
 
-    def route(self, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(
+        self, residual: torch.Tensor, correction: Correction | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream [..., D] -> (weights [T, K], experts [T, K]) as the router would choose.
 
         Calls `forward` directly: calling the modules would run the very hooks this is used in.
         """
+        x = self.read(residual)
+        if correction is not None:
+            x = correction.apply(x)
+        return chosen(self.router.forward(x))
+
+    def read(self, residual: torch.Tensor) -> torch.Tensor:
+        """The residual stream [..., D] -> [T, D], what the router reads, on its device."""
         weight = next(self.norm.parameters(), residual)
-        normed = self.norm.forward(residual.to(weight.device))  # of several cards, the one of that layer
-        outputs = self.router.forward(normed.reshape(-1, normed.shape[-1]))
-        return chosen(outputs)
+        normed: torch.Tensor = self.norm.forward(residual.to(weight.device))
+        return normed.reshape(-1, normed.shape[-1])
+
+    @property
+    def weight(self) -> torch.Tensor | None:
+        """[E, D], if the router's logits are its input times one matrix (and a bias)."""
+        found = [p for p in self.router.parameters() if p.dim() == 2]
+        return found[0].detach() if len(found) == 1 and found[0].is_floating_point() else None
 
 
 def chosen(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -65,7 +65,17 @@ def test_to_dict_is_json_with_the_documented_names() -> None:
         "hit_rate": 0.75,
         "hit_rate_by_layer": [0.75, None],
         "evictions": 5,
-        "prefetch": {"issued": 4, "used": 2, "late": 1, "wasted_bytes": 700},
+        "prefetch": {
+            "issued": 4,
+            "used": 2,
+            "late": 1,
+            "wasted_bytes": 700,
+            "state": "off",
+            "lookahead": 0,
+            "gain_ms_per_token": None,
+            "gain_ms_low": None,
+            "gain_ms_high": None,
+        },
         "bytes": {"h2d": 11, "disk": 13},
         "stall_s": 0.75,
         "stall_by_cause_s": {"demand": 0.5, "late_prefetch": 0.0, "disk": 0.0, "cpu": 0.25, "sync": 0.0},
@@ -144,3 +154,12 @@ def test_two_stretches_add_up() -> None:
     first, both = _stats(), _stats() + _stats()
     assert both - first == first
     assert (both.hits_by_layer, both.prefetch.issued, both.stall.demand) == ((6, 0), 8, 1.0)
+
+
+def test_what_prefetch_is_worth_is_of_the_later_moment() -> None:
+    early = PrefetchStats(4, 2, 1, 700, "trying", 0)
+    late = PrefetchStats(9, 5, 2, 900, "on", 1, 2.5, 2.0, 3.0)
+    assert late - early == PrefetchStats(5, 3, 1, 200, "on", 1, 2.5, 2.0, 3.0)
+    counters = CacheCounters(1)
+    counters.prefetch_issued, counters.prefetch_gain = 9, late
+    assert counters.snapshot().prefetch == PrefetchStats(9, 0, 0, 0, "on", 1, 2.5, 2.0, 3.0)

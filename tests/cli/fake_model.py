@@ -19,7 +19,7 @@ COUNTS = Stats(
     hits_by_layer=(7, 7),
     misses_by_layer=(1, 1),
     evictions=3,
-    prefetch=PrefetchStats(issued=4, used=2, late=1, wasted_bytes=2048),
+    prefetch=PrefetchStats(4, 2, 1, 2048, "on", 2, 3.1, 2.75, 3.5),
     stall=StallSeconds(disk=0.5),
     tokens=10,
     routed=RoutedTokens(((0,) * 4, (0,) * 4), (0, 0)),

@@ -31,7 +31,7 @@ def test_json_is_one_document(invoke, fake):
     assert document["finish_reason"] == "stop"
     stats = document["stats"]
     assert {"ttft_s", "tokens_per_s", "hits", "misses", "stall_s", "prefetch"} <= set(stats)
-    assert stats["prefetch"] == {"issued": 4, "used": 2, "late": 1, "wasted_bytes": 2048}
+    assert stats["prefetch"].items() >= {"issued": 4, "used": 2, "late": 1, "wasted_bytes": 2048}.items()
     assert (stats["hits"], stats["misses"], stats["stall_s"]) == (14, 2, 0.5)
 
 

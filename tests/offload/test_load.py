@@ -25,7 +25,9 @@ from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan.fit import plan_memory
 from moe_local.offload.plan.plan import Request
-from moe_local.offload.prefetch.prefetch import NoPrefetch, RouterPrefetcher
+from moe_local.offload.prefetch.auto import AutoPrefetcher
+from moe_local.offload.prefetch.prefetch import NoPrefetch
+from moe_local.offload.prefetch.router_prefetcher import RouterPrefetcher
 from moe_local.offload.schedule.costs import Costs
 from moe_local.offload.tiers import device as device_module
 
@@ -203,14 +205,15 @@ def test_conversion_holds_a_few_experts_only(make_checkpoint: Callable[..., Path
 @pytest.mark.parametrize(
     ("options", "mode", "prefetcher"),
     [
-        ({"slots": 3}, "disk", RouterPrefetcher),
+        ({"slots": 3}, "disk", AutoPrefetcher),
         ({"slots": 3, "prefetch": "off"}, "disk", NoPrefetch),
+        ({"slots": 3, "prefetch": "router"}, "disk", RouterPrefetcher),
         ({"slots": 8}, "resident", NoPrefetch),
         ({}, "resident", NoPrefetch),
         ({"ram": "1GiB"}, "resident", NoPrefetch),
-        ({"ram": "2300KiB", "context": 64}, "disk", RouterPrefetcher),
+        ({"ram": "2300KiB", "context": 64}, "disk", AutoPrefetcher),
         ({"slots": 100}, "resident", NoPrefetch),
-        ({"slots": 2, "miss": "cpu", "policy": "lfu", "device": "cpu"}, "disk", RouterPrefetcher),
+        ({"slots": 2, "miss": "cpu", "policy": "lfu", "device": "cpu"}, "disk", AutoPrefetcher),
     ],
 )
 def test_options_reach_their_places(

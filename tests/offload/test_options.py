@@ -37,7 +37,7 @@ def test_frozen_and_comparable():
         ("experts", "q4_0", "use one of nf4, int8, bf16, fp16, fp32"),
         ("dense", "int3", "use one of auto, nf4, int8, bf16, fp16, fp32"),
         ("policy", "random", "lru"),
-        ("prefetch", "on", "use one of auto, off, router"),
+        ("prefetch", "on", "use one of auto, off, router, learned"),
         ("miss", "skip", "use one of auto, fetch, cpu"),
         ("activations", "int4", "use one of native, int8"),
     ],

@@ -18,7 +18,9 @@ from moe_local.offload.checkpoint.skeleton import load_skeleton
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
 from moe_local.offload.prefetch.discover import Probe
-from moe_local.offload.prefetch.prefetch import Guess, NoPrefetch, Prefetcher, RouterPrefetcher
+from moe_local.offload.prefetch.predictor import RouterPredictor
+from moe_local.offload.prefetch.prefetch import Guess, NoPrefetch, Prefetcher
+from moe_local.offload.prefetch.router_prefetcher import RouterPrefetcher
 from moe_local.offload.quantize.codec import codec_for
 
 IDS = torch.tensor([[5, 77, 130, 9, 201, 33, 8]])
@@ -45,8 +47,8 @@ class Loaded:
         self.prefetcher = prefetcher
         predict = prefetcher.predict
 
-        def noting(layer: int) -> list[Guess]:
-            self.guesses.append(predict(layer))
+        def noting(layer: int, tokens: int) -> list[Guess]:
+            self.guesses.append(predict(layer, tokens))
             return self.guesses[-1]
 
         prefetcher.predict = noting  # type: ignore[method-assign]
@@ -57,7 +59,8 @@ class Loaded:
                 module.register_forward_pre_hook(lambda module, args: self.chosen.append(args[1].tolist()))
 
     def prefetch(self, lookahead: int = 1, budget_experts: int = 0) -> RouterPrefetcher:
-        made = RouterPrefetcher(self.store, self.sites, lookahead=lookahead, budget_experts=budget_experts)
+        predictor = RouterPredictor(self.store, self.sites)
+        made = RouterPrefetcher(self.store, predictor, lookahead=lookahead, budget_experts=budget_experts)
         self.run_with(made)
         return made
 
@@ -151,11 +154,14 @@ def test_several_tokens_rank_by_the_weight_an_expert_gets_in_all(make_loaded: Ca
 
 def test_nobody_asks_for_experts_that_no_token_chose(make_loaded: Callable[..., Loaded]) -> None:
     loaded = make_loaded(slots=8)
-    loaded.run_with(RouterPrefetcher(loaded.store, loaded.sites))
+    loaded.prefetch()
     asked: list[tuple[int, list[int], int]] = []
-    loaded.store.prefetch = lambda layer, experts, *, distance, budget_bytes: asked.append(  # type: ignore[method-assign]
-        (layer, list(experts), budget_bytes)
-    )
+
+    def prefetch(layer: int, experts: list[int], *, distance: int, budget_bytes: int) -> list[int]:
+        asked.append((layer, list(experts), budget_bytes))
+        return []
+
+    loaded.store.prefetch = prefetch  # type: ignore[method-assign,assignment]
     with torch.no_grad():
         loaded.hf(IDS.expand(3, -1)[:, :2])
     assert len(asked) == 2
@@ -175,7 +181,7 @@ def test_no_more_than_the_budget_is_ever_under_way(
     prefetcher = loaded.prefetch(budget_experts=budget)
     read_gate.shut()
     for layer, ranked in ((1, [0, 1, 2, 3, 4, 5]), (2, [6, 7]), (1, [7, 6])):
-        prefetcher.request([Guess(layer, 1, torch.tensor(ranked))], [ranked])
+        prefetcher.request(layer - 1, [], [Guess(layer, 1, torch.tensor(ranked))], [ranked])
         assert loaded.store.tier.bytes_in_flight == (budget or 4) * loaded.nbytes
     assert loaded.store.tier.cache.loading(1) == tuple(range(budget or 4))
     read_gate.open()
@@ -206,7 +212,8 @@ def test_no_tensor_outlives_its_layer(make_loaded: Callable[..., Loaded]) -> Non
     gc.collect()
     assert len(seen) == 1
     assert seen[0]() is None
-    assert not [value for value in vars(prefetcher).values() if torch.is_tensor(value)]
+    held = [*vars(prefetcher).values(), *vars(prefetcher._predictor).values()]
+    assert not [value for value in held if torch.is_tensor(value)]
 
 
 def test_close_takes_the_hooks_off(make_loaded: Callable[..., Loaded]) -> None:
@@ -255,18 +262,20 @@ def test_a_forward_that_failed_leaves_no_guess_for_another_layer(make_loaded: Ca
     site = loaded.sites[2]
     assert site is not None
     site.norm(torch.randn(1, 1, 64))  # as if the layer had then failed before its experts
-    assert prefetcher.predict(0) == []
-    assert prefetcher.predict(2) == []
+    assert prefetcher.predict(0, 1) == []
+    assert prefetcher.predict(2, 1) == []
 
 
 def test_what_was_guessed_right_is_there_in_time(make_loaded: Callable[..., Loaded]) -> None:
     loaded = make_loaded(slots=2)
     prefetcher = loaded.prefetch()
-    prefetcher.request([Guess(1, 1, torch.tensor([6, 3, 8]))], [[6, 3, 8]])
+    prefetcher.request(0, [], [Guess(1, 1, torch.tensor([6, 3, 8]))], [[6, 3, 8]])
     while loaded.store.tier.loading:
         loaded.store.tier.source.wait(0.1)
         loaded.store.tier.poll()
     assert set(loaded.store.tier.cache.residents(1)) == {3, 6}
     assert loaded.store.tier.cache.slot_of(*ExpertKey(1, 3)) is not None
-    prefetcher.request([Guess(1, 1, torch.tensor([8, 8]))], [[8, 8]])  # nobody was chosen: nothing to do
+    prefetcher.request(
+        0, [], [Guess(1, 1, torch.tensor([8, 8]))], [[8, 8]]
+    )  # nobody was chosen: nothing to do
     assert not loaded.store.tier.loading

@@ -60,7 +60,7 @@ def test_the_parts_of_a_token_are_its_time() -> None:
     assert figures["ttft_s"] == pytest.approx(0.3)
     assert figures["bytes_per_token"] == {"h2d": 0, "disk": 100}
     prefetch = {"issued": 12, "used": 9, "late": 3, "wasted_bytes": 21, "misses_covered": 9 / (9 + 3)}
-    assert figures["prefetch"] == prefetch
+    assert figures["prefetch"].items() >= prefetch.items()
     assert figures["hit_rate_timed"] == 0.5
 
 

@@ -1,0 +1,130 @@
+"""`moe-local calibrate`: fit what makes the guesses of prefetch better, and say by how much."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import moe_local
+from moe_local.cache.errors import MoeLocalError, OptionError
+from moe_local.cli.options import debug_flag, json_flag, load_flags
+from moe_local.cli.render import ProgressBar, print_json, print_table
+
+if TYPE_CHECKING:
+    from moe_local.offload.prefetch.calibrate import Calibration
+
+DEMO_SEED = 11
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A text file like what the model will read and write; by default Python's documentation.",
+)
+@click.option("--tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens to read.")
+@click.option(
+    "--lookahead",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Fit guesses up to so many layers ahead.",
+)
+@json_flag
+@load_flags("vram", "ram", "slots", "experts", "dense", "miss", "device")
+@debug_flag
+def calibrate(
+    model: str, text: Path | None, tokens: int, lookahead: int, as_json: bool, options: dict[str, Any]
+) -> None:
+    """Fit a correction to the guesses of prefetch, from what MODEL computes on some text.
+
+    A later layer's router, asked early, does not see what the layers between will add; a small matrix learns
+    part of that. It is kept beside the converted experts, and prefetch takes it from then on. Recall is the
+    share of a layer's experts that are guessed, on text that was held back.
+    """
+    from moe_local.offload.expert_file.expert_file import ExpertFile
+    from moe_local.offload.prefetch.calibrate import calibrate as run
+    from moe_local.offload.prefetch.correction import write_corrections
+
+    with (
+        ProgressBar() as progress,
+        moe_local.load(model, prefetch="off", progress=progress, **options) as loaded,
+    ):
+        windows = _windows(loaded, text, tokens)
+        found = run(loaded.hf, windows, lookahead=lookahead, progress=progress)
+        file = ExpertFile.open(loaded.expert_folder)
+        try:
+            path = write_corrections(file.folder, found.corrections, file.fingerprint)
+        except OSError as error:
+            raise MoeLocalError(f"{file.folder} cannot be written to ({error.strerror})") from error
+    if as_json:
+        print_json({"model": model, "file": str(path), **_figures(found)})
+    else:
+        _show(found)
+        click.echo(f"fitted on {found.fitted_tokens} tokens, judged on {found.judged_tokens}: {path}")
+
+
+def _windows(model: moe_local.Model, text: Path | None, tokens: int) -> list[list[int]]:
+    from moe_local.offload.prefetch.calibrate import windows_of
+
+    if model.tokenizer is None:
+        raise OptionError(f"the checkpoint of {model.name} has no tokenizer, so no text can be read")
+    if text is None and model.name == "demo":
+        windows: list[list[int]] = []
+        for messages in _conversations():
+            ids = model.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+            windows.append(list(ids))
+            if sum(map(len, windows)) >= tokens:
+                return windows
+    if text is not None:
+        try:
+            content = text.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise OptionError(f"{text} cannot be read as text: {error}") from None
+    else:
+        from moe_local.demo.documents import documents
+
+        content = "\n\n".join(documents()[0])
+    ids = model.tokenizer(content[: 16 * tokens], add_special_tokens=False)["input_ids"]
+    return windows_of(ids, tokens)
+
+
+def _conversations() -> Iterator[list[dict[str, str]]]:
+    """What the demo model is used for, without end."""
+    from moe_local.demo.corpus import Corpus
+
+    corpus, rng = Corpus(), random.Random(DEMO_SEED)
+    while True:
+        messages = []
+        for turn in corpus.conversation(rng):
+            messages += [{"role": "user", "content": turn.question}]
+            messages += [{"role": "assistant", "content": turn.answer}]
+        yield messages
+
+
+def _show(found: Calibration) -> None:
+    print_table(
+        ("layers ahead", "recall of the router", "corrected"),
+        [(str(r.distance), f"{r.plain:.1%}", f"{r.corrected:.1%}") for r in found.recalls],
+    )
+
+
+def _figures(found: Calibration) -> dict[str, Any]:
+    return {
+        "fitted_tokens": found.fitted_tokens,
+        "judged_tokens": found.judged_tokens,
+        "recall": [
+            {
+                "distance": r.distance,
+                "router": r.plain,
+                "corrected": r.corrected,
+                "by_layer": [{"layer": t, "router": a, "corrected": b} for t, a, b in r.by_layer],
+            }
+            for r in found.recalls
+        ],
+    }

@@ -1,0 +1,59 @@
+"""Prefetching what later routers choose from today's hidden state, always."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moe_local.offload.prefetch.predictor import RouterPredictor
+from moe_local.offload.prefetch.prefetch import Guess
+from moe_local.offload.store import ExpertStore
+
+
+class RouterPrefetcher:
+    """Requests what the routers of the next layers choose from the hidden state at hand; always on.
+
+    The residual stream changes little from layer to layer, so a later router's choice on today's state is
+    mostly its choice on its own (measured by others: 70 to 90 % of the experts one layer ahead).
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        predictor: RouterPredictor,
+        *,
+        lookahead: int = 1,
+        budget_experts: int = 0,
+    ) -> None:
+        """`budget_experts`: most experts under way at a time; 0: as many as a layer has slots."""
+        self._store = store
+        self._predictor = predictor
+        self._lookahead = lookahead
+        self._budget_experts = budget_experts
+        predictor.watch()
+
+    def predict(self, layer: int, tokens: int) -> list[Guess]:
+        return self._predictor.predict(layer, self._lookahead)
+
+    def request(
+        self,
+        layer: int,
+        needed: Sequence[int],
+        guesses: Sequence[Guess],
+        experts: Sequence[Sequence[int]],
+    ) -> None:
+        for guess, ranked in zip(guesses, experts, strict=True):
+            slots, num_experts = self._store.slots(guess.layer), self._store.num_experts(guess.layer)
+            wanted = [expert for expert in ranked if expert < num_experts][:slots]
+            if not wanted:
+                continue
+            count = self._budget_experts or slots
+            budget = count * max(self._store.layouts[guess.layer][expert].nbytes for expert in wanted)
+            self._store.prefetch(guess.layer, wanted, distance=guess.distance, budget_bytes=budget)
+
+    def saw(self, layer: int, residual: torch.Tensor) -> None:
+        self._predictor.saw(layer, residual)
+
+    def close(self) -> None:
+        self._predictor.ignore()
