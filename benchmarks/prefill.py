@@ -136,7 +136,7 @@ def loaded(
         keywords["vram"] = options.vram
     wanted = LoadOptions.from_keywords(keywords)
     target = wanted.torch_device()
-    plan = plan_load(checkpoint.name, checkpoint.spec, wanted, target, Bandwidths())
+    plan = plan_load(checkpoint.name, checkpoint.spec, wanted, [target], Bandwidths())
     if not ring:
         plan = dataclasses.replace(plan, vram_staging=0, ram_staging=0)
     elif options.staging is not None and plan.mode != "resident":

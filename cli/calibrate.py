@@ -25,14 +25,26 @@ DEMO_SEED = 11
 @click.option(
     "--text",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    envvar="MOE_LOCAL_TEXT",
+    show_envvar=True,
     help="A text file like what the model will read and write; by default Python's documentation.",
 )
-@click.option("--tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Tokens to read.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=8192,
+    show_default=True,
+    envvar="MOE_LOCAL_TOKENS",
+    show_envvar=True,
+    help="Tokens to read.",
+)
 @click.option(
     "--lookahead",
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
+    envvar="MOE_LOCAL_LOOKAHEAD",
+    show_envvar=True,
     help="Fit guesses up to so many layers ahead.",
 )
 @json_flag
@@ -47,6 +59,11 @@ def calibrate(
     part of that. It is kept beside the converted experts, and prefetch takes it from then on. Recall is the
     share of a layer's experts that are guessed, on text that was held back.
     """
+    if options.get("experts") == "native":
+        raise OptionError(
+            "a calibration lies beside converted experts, and with --experts native there are none; "
+            "leave it out"
+        )
     from moe_local.offload.expert_file.expert_file import ExpertFile
     from moe_local.offload.prefetch.calibrate import calibrate as run
     from moe_local.offload.prefetch.correction import write_corrections

@@ -24,7 +24,7 @@ def test_an_unknown_command_offers_the_nearest(invoke):
 def test_an_unknown_command_like_no_other(invoke):
     result = invoke("xyzzy")
     assert result.exit_code == 2
-    assert "there are bench, chat, convert, fit, list, pull, rm, run, serve, show" in result.stderr
+    assert "there are bench, calibrate, chat, convert, fit, list, pull, rm, run, serve, show" in result.stderr
 
 
 @pytest.mark.parametrize(

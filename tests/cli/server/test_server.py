@@ -268,11 +268,11 @@ def test_parts_of_text_and_developers(client: openai.OpenAI, expected: str) -> N
 
 def test_a_client_that_goes_away_frees_its_row(server: Running) -> None:
     url = f"{server.url}/v1/chat/completions"
-    body = {"messages": QUESTION, "max_tokens": 1500, "temperature": 1.0, "stop": ["no such words"]}
+    body = {"messages": QUESTION, "max_tokens": 1500, "temperature": 2.0, "n": 3}
     with httpx.stream("POST", url, json={**body, "stream": True}) as stream:
         next(stream.iter_lines())
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(url, json=body, timeout=0.3)
+        httpx.post(url, json=body, timeout=0.05)
     deadline = time.monotonic() + 30
     while httpx.get(f"{server.url}/health").json() != {"status": "ok", "running": 0, "waiting": 0}:
         assert time.monotonic() < deadline
