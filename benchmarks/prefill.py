@@ -51,7 +51,7 @@ from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan.bandwidth import Bandwidths, h2d_bandwidth
 from moe_local.offload.plan.fit import plan_load
-from moe_local.offload.tiers.device import CudaDevice
+from moe_local.offload.tiers.slow_link import cuda_device
 from moe_local.offload.tiers.transfer import FileSource
 
 FLOOR_EXPERTS = 3
@@ -144,7 +144,7 @@ def loaded(
         plan = dataclasses.replace(plan, ram_staging=options.staging, **on_card)
     if options.chunk:
         plan = dataclasses.replace(plan, chunk=options.chunk)
-    device = CudaDevice(target) if target.type == "cuda" else None
+    device = cuda_device(target) if target.type == "cuda" else None
     model = assemble(checkpoint, file, plan, wanted, target, device)
     store = model._parts.store  # type: ignore[union-attr]
     source = (store.below or store.tier).source

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from moe_local.cache.routes import Routes
     from moe_local.offload.measure.sample import Step
     from moe_local.offload.measure.workloads import Workload
-    from moe_local.offload.plan.bandwidth import Bandwidths
+from moe_local.offload.plan.bandwidth import Bandwidths
 
 INTERRUPTED = 130
 
@@ -103,9 +103,10 @@ class _Measurement:
         from moe_local.offload.expert_file.convert import moe_local_home
         from moe_local.offload.measure.document import best
         from moe_local.offload.plan import bandwidth
+        from moe_local.offload.tiers.slow_link import held
 
         with contextlib.suppress(RuntimeError) if self.bandwidths else contextlib.nullcontext():
-            measured = bandwidth.measure(moe_local_home(), device)
+            measured = held(bandwidth.measure(moe_local_home(), device))
             self.bandwidths = best(self.bandwidths, measured) if self.bandwidths else measured
 
     def run(self, model: Model, options: LoadOptions, recording: Routes | None) -> dict[str, Any]:

@@ -47,7 +47,8 @@ from moe_local.offload.residents import can_reside, uncounted
 from moe_local.offload.schedule.calibrate import first_costs
 from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store import ExpertStore
-from moe_local.offload.tiers.device import CudaDevice, Device
+from moe_local.offload.tiers.device import Device
+from moe_local.offload.tiers.slow_link import cuda_device, held
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def load(
     gpu = target if target.type == "cuda" else None
     file = open_experts(checkpoint, options.experts, progress=progress, gpu=gpu)
     targets = targets[: len(plan.cards) or 1]
-    cards = [CudaDevice(card) for card in targets if card.type == "cuda"]
+    cards = [cuda_device(card) for card in targets if card.type == "cuda"]
     return assemble(checkpoint, file, plan, options, targets, cards, progress)
 
 
@@ -123,7 +124,7 @@ def load_made(
     speeds = _measured_links(bandwidth.saved(moe_local_home()), options, targets[0])
     plan = plan_load(made.name, made.spec, options, targets, speeds)
     targets = targets[: len(plan.cards) or 1]
-    cards = [CudaDevice(card) for card in targets if card.type == "cuda"]
+    cards = [cuda_device(card) for card in targets if card.type == "cuda"]
     return assemble(made, make(), plan, options, targets, cards, progress)
 
 
@@ -132,7 +133,7 @@ def _measured_links(speeds: Bandwidths, options: LoadOptions, target: torch.devi
     if target.type == "cuda" and options.miss != "fetch" and speeds.assumed(("ram", "h2d", "vram")):
         speeds = bandwidth.measure_links(speeds, target)
         bandwidth.save(speeds, moe_local_home())
-    return speeds
+    return held(speeds)
 
 
 def convert(

@@ -128,9 +128,13 @@ class CudaDevice:
             if after is not None:
                 self._copy_stream.wait_event(cast(torch.cuda.Event, after))
             begin.record(self._copy_stream)
-            destination.copy_(source, non_blocking=True)
+            self._transfer(destination, source)
             end.record(self._copy_stream)
         return CudaCopy(begin, end)
+
+    def _transfer(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """The copy itself, on the current stream."""
+        destination.copy_(source, non_blocking=True)
 
     def move(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         destination.copy_(source, non_blocking=True)

@@ -517,3 +517,16 @@ def test_two_cards_give_the_ids_of_one(make_checkpoint: Callable[..., Path], mod
             devices = {str(parameter.device) for parameter in model.hf.parameters()}
             assert len(devices) == (1 if device == "cuda:0" else 2)
     assert found[0] == found[1]
+
+
+def test_copies_behind_a_slower_link() -> None:
+    """Right bytes, in the time that the limit gives them or a little more."""
+    from moe_local.offload.tiers.slow_link import SlowLink
+
+    device = SlowLink(torch.device("cuda", torch.cuda.current_device()), 2e9)
+    source = torch.randint(0, 256, (100_000_000,), dtype=torch.uint8).pin_memory()
+    destination = device.allocate(source.numel())
+    copied = device.copy(destination, source, None)
+    copied.synchronize()
+    assert torch.equal(destination.cpu(), source)
+    assert 0.04 < copied.seconds() < 0.07
