@@ -16,7 +16,7 @@ from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cache.keys import format_bytes
 from moe_local.cli.bench_options import Request, bench_flags
 from moe_local.cli.live import LivePicture
-from moe_local.cli.options import debug_flag, json_flag, load_flags
+from moe_local.cli.options import LOAD_FLAGS, debug_flag, json_flag, load_flags
 from moe_local.cli.plot import draw_png
 from moe_local.cli.render import ProgressBar, on_stderr, print_json
 from moe_local.offload.options import LoadOptions
@@ -37,7 +37,7 @@ INTERRUPTED = 130
 @click.argument("model", required=False)
 @bench_flags
 @json_flag
-@load_flags()
+@load_flags("parallel", *LOAD_FLAGS)
 @debug_flag
 def bench(model: str | None, request: Request, as_json: bool, options: dict[str, Any]) -> int:
     """Measure MODEL: latency, throughput, and where each millisecond of a token goes.
