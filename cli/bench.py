@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from moe_local.cache.routes import Routes
     from moe_local.offload.measure.sample import Step
     from moe_local.offload.measure.workloads import Workload
-from moe_local.offload.plan.bandwidth import Bandwidths
+    from moe_local.offload.plan.bandwidth import Bandwidths
 
 INTERRUPTED = 130
 

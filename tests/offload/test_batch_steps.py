@@ -27,9 +27,27 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+OTHERS = (
+    *(
+        "qwen2_moe",
+        "qwen3_5_moe",
+        "deepseek_v2",
+        "deepseek_v32",
+        "deepseek_v4",
+        "llama4",
+        "gemma4",
+        "glm4_moe",
+    ),
+    *("olmoe", "phimoe", "granitemoe", "minimax_m2", "ernie4_5_moe", "jamba", "granitemoehybrid", "lfm2_moe"),
+)
+"""All other families with a decoder alone, and two that are not named."""
+
+
+@pytest.fixture(
+    scope="module", params=[*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 def model(request: pytest.FixtureRequest, tiny_models: ModuleType) -> Any:
-    return tiny_models.tiny_model(request.param.split("-")[0], **CASES[request.param])
+    return tiny_models.tiny_model(request.param.split("-")[0], **CASES.get(request.param, {}))
 
 
 @pytest.fixture(scope="module")
