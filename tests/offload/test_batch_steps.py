@@ -28,19 +28,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 OTHERS = (
-    *(
-        "qwen2_moe",
-        "qwen3_5_moe",
-        "deepseek_v2",
-        "deepseek_v32",
-        "deepseek_v4",
-        "llama4",
-        "gemma4",
-        "glm4_moe",
-    ),
+    *("qwen2_moe", "qwen3_5_moe", "deepseek_v2", "deepseek_v32", "deepseek_v4", "gemma4", "glm4_moe"),
     *("olmoe", "phimoe", "granitemoe", "minimax_m2", "ernie4_5_moe", "jamba", "granitemoehybrid", "lfm2_moe"),
 )
-"""All other families with a decoder alone, and two that are not named."""
+"""Other families, and two that are not named; Llama 4's checkpoints are tested whole (test_families.py)."""
 
 
 @pytest.fixture(
@@ -126,6 +117,9 @@ def test_all_that_decode_take_part_in_one_forward(model: Any) -> None:
         for sequence in sequences:
             watched.check(sequence)
         batches = [rows for rows, _ in watched.forwards if rows > 1]
+        if not watched.engine.kv.can_batch:  # DeepSeek V4: one after the other
+            assert batches == []
+            return
     assert max(batches) == 4
     assert sum(batches) > 0.8 * 4 * 14
 
@@ -151,7 +145,7 @@ def test_anybody_may_join_and_leave(model: Any, seed: int) -> None:
         for sequence in done:
             if sequence.new_ids:
                 watched.check(sequence)
-    assert any(rows > 1 for rows, _ in watched.forwards)
+    assert any(rows > 1 for rows, _ in watched.forwards) == engine.kv.can_batch
 
 
 def test_a_failed_step_of_several_leaves_them_as_they_were(model: Any) -> None:
@@ -164,7 +158,7 @@ def test_a_failed_step_of_several_leaves_them_as_they_were(model: Any) -> None:
             if all(sequence.finish_reason for sequence in sequences):
                 break
             if count % 4 == 3:
-                hook = model.model.layers[-1].register_forward_pre_hook(fail)
+                hook = model.lm_head.register_forward_pre_hook(fail)
                 before = [list(sequence.ids) for sequence in sequences]
                 with pytest.raises(RuntimeError, match="in the middle"):
                     watched.engine.step()
