@@ -74,7 +74,11 @@ def build_store(
 
     pin = arena is not None and arena.device.type == "cuda"
     host = HostArena(ram_slots, strides, pin=pin)
-    ring = HostArena([ram_staging], [max(strides)], pin=pin)
+    try:
+        ring = HostArena([ram_staging], [max(strides)], pin=pin)
+    except BaseException:
+        host.close()  # memory that goes while it is pinned stays pinned for whoever gets its addresses
+        raise
 
     def target(layer: int, slot: int) -> memoryview:
         return host.view(layer, slot) if slot >= 0 else ring.view(0, ~slot)

@@ -80,6 +80,7 @@ class Residents:
         with torch.inference_mode(False):
             self._counts = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         self._counts_of = self._counts.split(sizes)
+        self._emptied = store.tier.emptied
         store.routed.settle = self.settle
 
     def layer(self, number: int, math: ExpertMath, x: torch.Tensor, tokens: int) -> ResidentLayer | None:
@@ -93,8 +94,10 @@ class Residents:
         return self._layers[number]
 
     def serves(self, number: int) -> bool:
-        """Whether every expert of the layer still has its slot."""
-        return self._store.slots(number) >= self._store.num_experts(number)
+        """Whether every expert of the layer still has its slot, and the one it had."""
+        return self._emptied == self._store.tier.emptied and self._store.slots(
+            number
+        ) >= self._store.num_experts(number)
 
     def run(self, number: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """One token x [1, D] through a layer that `layer` gives, index and weights [1, K] -> [1, D]."""

@@ -31,6 +31,7 @@ class BatchPlaces:
         """int64 [n] on the device: the column of each row's token, which is the row's length."""
         self.rows = torch.empty(0, dtype=torch.long)
         """int64 [n]: 0 to n - 1."""
+        self._on: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self.width = 0
         """Columns that the forward sees: those of the longest row, its new token included."""
 
@@ -38,6 +39,13 @@ class BatchPlaces:
         self.columns = torch.tensor(lens, device=device)
         self.rows = torch.arange(len(lens), device=device)
         self.width = max(lens) + 1
+        self._on = {device: (self.rows, self.columns)}
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """`rows` and `columns` on a layer's device, which of several cards need not be the first's."""
+        if device not in self._on:
+            self._on[device] = self.rows.to(device), self.columns.to(device)
+        return self._on[device]
 
 
 class BatchLayer(DynamicLayer):  # type: ignore[misc]
@@ -52,18 +60,19 @@ class BatchLayer(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Write one new token a row, [n, H, 1, D]; views of what the longest may see, [n, H, width, D]."""
-        places = self._places
-        self._store.keys[places.rows, :, places.columns] = key_states[:, :, 0]
-        self._store.values[places.rows, :, places.columns] = value_states[:, :, 0]
-        seen = slice(len(key_states)), slice(None), slice(places.width)
+        rows, columns = self._places.on(self._store.keys.device)
+        self._store.keys[rows, :, columns] = key_states[:, :, 0]
+        self._store.values[rows, :, columns] = value_states[:, :, 0]
+        seen = slice(len(key_states)), slice(None), slice(self._places.width)
         return self._store.keys[seen], self._store.values[seen]
 
     def update_indexer(self, indexer_key_states: Any) -> Any:
         """Write one new index key a row, [n, 1, Di]; a view of all of them, [n, width, Di]."""
-        places, keys = self._places, self._store.indexer
+        keys = self._store.indexer
         assert keys is not None, "this layer had no indexer when it was probed"
-        keys[places.rows, places.columns] = indexer_key_states[:, 0]
-        return keys[: len(indexer_key_states), : places.width]
+        rows, columns = self._places.on(keys.device)
+        keys[rows, columns] = indexer_key_states[:, 0]
+        return keys[: len(indexer_key_states), : self._places.width]
 
     def get_seq_length(self) -> int:
         return self._places.width - 1

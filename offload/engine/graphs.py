@@ -8,6 +8,8 @@ torch is asked for and, like CUDA, does nothing of it before it is replayed.
 from __future__ import annotations
 
 import contextlib
+import functools
+import weakref
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -53,8 +55,9 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _session_stream(device)
         self._capturing: torch.cuda.CUDAGraph | None = None
+        self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -67,18 +70,57 @@ class CudaGraphs:
             outer.wait_stream(self._stream)
 
     def begin(self) -> None:
+        torch.cuda.current_blas_handle()  # this thread's handle and workspace, which a capture can't make
+        if not self._alive:  # a pool ends with its last graph
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        except BaseException:
+            self._recover()
+            raise
         self._capturing = graph
 
     def end(self) -> Graph:
         graph, self._capturing = self._capturing, None
         assert graph is not None, "no capture has begun"
-        graph.capture_end()
+        try:
+            graph.capture_end()
+        except BaseException:
+            self._recover()
+            raise
+        self._alive.add(graph)
         return graph
 
     def abort(self) -> None:
         graph, self._capturing = self._capturing, None
-        if graph is not None:
-            with contextlib.suppress(RuntimeError):  # a spoiled capture says so again when it is ended
-                graph.capture_end()
+        if graph is None:
+            return
+        try:
+            graph.capture_end()
+        except RuntimeError:  # a spoiled capture says so again when it is ended
+            self._recover()
+
+    def _recover(self) -> None:
+        """Do what torch leaves undone where a spoiled capture has ended; within the session.
+
+        Its allocator would take the capture for still under way, in which it frees nothing and refuses to
+        empty its cache; and some releases would leave the random generator in the capture's mode, which a
+        good capture takes it out of.
+        """
+        with contextlib.suppress(RuntimeError):  # the second only if there was something for the first
+            torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+            torch._C._cuda_releasePool(self._stream.device_index, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._alive.clear()
+        with contextlib.suppress(RuntimeError):
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
+            torch.zeros(1, device=self._device)
+            graph.capture_end()
+
+
+@functools.cache
+def _session_stream(device: torch.device) -> torch.cuda.Stream:
+    """One a device: torch keeps a workspace for every stream that matrices were ever multiplied on."""
+    return torch.cuda.Stream(device)

@@ -131,12 +131,23 @@ class RoutePlayer:
             self._phase = Phase.PREFILL if count > 1 else Phase.DECODE
             self._start = self._at[self._phase]
             self._at[self._phase] += count
+            self._uploaded = self._upload(count, index, weights)
+        played, shares = (part[experts.index % len(part)] for part in self._uploaded)
+        return self.inner.run(experts, hidden, played.to(index.device), shares.to(weights.device))
+
+    def _upload(
+        self, count: int, index: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts and weights, [layers, T, K] each, of the next `count` tokens: at once, since each way to
+        a device that a layer took by itself would be one more that it waits for."""
         table = self._tables[self._phase]
-        steps = table[experts.index % len(table)]
-        chosen = [steps[(self._start + row) % len(steps)] for row in range(count)]
-        played = torch.tensor([route.experts for route in chosen], dtype=index.dtype, device=index.device)
-        shares = torch.tensor([route.weights for route in chosen], dtype=weights.dtype, device=weights.device)
-        return self.inner.run(experts, hidden, played, shares)
+        chosen = [[steps[(self._start + row) % len(steps)] for row in range(count)] for steps in table]
+        experts = [[route.experts for route in tokens] for tokens in chosen]
+        shares = [[route.weights for route in tokens] for tokens in chosen]
+        return (
+            torch.tensor(experts, dtype=index.dtype, device=index.device),
+            torch.tensor(shares, dtype=weights.dtype, device=weights.device),
+        )
 
 
 def check_routes(routes: Routes, spec: ModelSpec, name: str) -> None:

@@ -45,6 +45,8 @@ class Tier:
         self._devices = None if device is None else per_layer(device, cache.layers)
         self._loads: dict[ExpertKey, Load] = {}
         self._failures: dict[ExpertKey, TransferError] = {}
+        self.emptied = 0
+        """How often `empty` was called: whoever remembers who is where compares it with what it was."""
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -154,6 +156,7 @@ class Tier:
             self.poll()
         self._failures.clear()
         self.cache.empty(policy)
+        self.emptied += 1
 
     def close(self) -> None:
         """Stop loads, then free the memory. Idempotent; leases that are still out lose their buffers."""
