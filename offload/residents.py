@@ -95,9 +95,8 @@ class Residents:
 
     def serves(self, number: int) -> bool:
         """Whether every expert of the layer still has its slot, and the one it had."""
-        return self._emptied == self._store.tier.emptied and self._store.slots(
-            number
-        ) >= self._store.num_experts(number)
+        store = self._store
+        return store.tier.emptied == self._emptied and store.slots(number) >= store.num_experts(number)
 
     def run(self, number: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """One token x [1, D] through a layer that `layer` gives, index and weights [1, K] -> [1, D]."""
