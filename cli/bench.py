@@ -89,7 +89,7 @@ class _Measurement:
 
         recording = read_routes(path)
         note = f"{path.name} chose the experts: {Path(recording.model).name}, top-{recording.top_k}"
-        if options.get("prefetch", "auto") in ("auto", "router"):
+        if options.get("prefetch", "auto") != "off":
             options["prefetch"] = "off"
             note += "; without prefetch, since these hidden states have nothing to do with them"
         self.notes.append(note)

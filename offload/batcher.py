@@ -90,6 +90,11 @@ class Batcher:
         return len(self._running)
 
     @property
+    def capacity(self) -> int:
+        """Most prompts that can be under way or wait at a time."""
+        return self._engine.kv.rows + self._limit
+
+    @property
     def waiting(self) -> int:
         """Prompts in the queue."""
         return len(self._waiting)
@@ -116,11 +121,10 @@ class Batcher:
                 raise MoeLocalError(self._closed)
             if self._draining:
                 raise BusyError("no more prompts are taken: the server is about to stop")
-            free = self._engine.kv.rows - len(self._running)
-            if len(self._waiting) >= self._limit + free:
+            running, waiting = (sum(not t.cancelled for t in some) for some in (self._running, self._waiting))
+            if running + waiting >= self.capacity:
                 raise BusyError(
-                    f"{len(self._running)} answers are under way and {len(self._waiting)} wait, which is the "
-                    "limit; try again later"
+                    f"{running} answers are under way and {waiting} wait, which is the limit; try again later"
                 )
             self._waiting.append(ticket)
             self._changed.notify_all()
@@ -163,7 +167,9 @@ class Batcher:
                 self._end_all(MoeLocalError(self._closed))
                 return
             try:
-                self._turn.begin()
+                # Whoever closes this may have the turn, and wait here for us.
+                if not self._turn.begin(lambda: self._closed is not None):
+                    continue
             except MoeLocalError as error:  # the model was closed
                 self._closed = str(error)
                 continue

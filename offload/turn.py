@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.interrupt import check as check_interrupt
@@ -27,8 +28,8 @@ class Turn:
         """Whether this thread has the turn."""
         return self._owner == threading.get_ident()
 
-    def begin(self) -> None:
-        """Take the turn; blocks while another thread has it.
+    def begin(self, given_up: Callable[[], bool] = lambda: False) -> bool:
+        """Take the turn; blocks while another thread has it, until `given_up` says so. Whether it was taken.
 
         Raises MoeLocalError if this thread has it already (an earlier stream was neither finished nor
         closed) or nobody can have it, KeyboardInterrupt for a Ctrl-C while waiting.
@@ -39,10 +40,13 @@ class Turn:
             )
         while not self._lock.acquire(timeout=WAIT_SECONDS):
             check_interrupt()
+            if given_up():
+                return False
         if self._retired is not None:
             self._lock.release()
             raise MoeLocalError(self._retired)
         self._owner = threading.get_ident()
+        return True
 
     def carry_on(self) -> None:
         """Whoever has the turn goes on in this thread, as streams do that a thread pool drives."""

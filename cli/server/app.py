@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 
 import moe_local
-from moe_local.cache.errors import MoeLocalError
+from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cli.server.answers import Answer, Choice, Failure
 from moe_local.cli.server.guard import Guard
 from moe_local.cli.server.metrics import Metrics
@@ -141,6 +141,11 @@ class Server:
         self, request: Request, asked: Sampling, answer: Answer, prompts: list[list[int]], shape: Shape
     ) -> Response:
         with _as_failures():
+            if len(answer.choices) > self.batcher.capacity:
+                raise OptionError(
+                    f"{len(answer.choices)} answers are asked for at once, {self.batcher.capacity} can be "
+                    "under way or wait here; ask for fewer"
+                )
             try:
                 for choice in answer.choices:
                     self._submit(
@@ -247,6 +252,6 @@ async def _refused(request: Request, error: Any) -> JSONResponse:
 
 async def _not_understood(request: Request, error: Any) -> JSONResponse:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    where = ".".join(part for part in first["loc"] if isinstance(part, str) and part != "body")
     failure = Failure(400, f"{where or 'body'}: {first['msg']}", "invalid_request_error", param=where or None)
     return JSONResponse(failure.body, status_code=400)

@@ -65,6 +65,8 @@ class Switches:
     def begin(self, variant: Variant) -> None:
         """Be this variant, with an empty cache."""
         self._runner.prefetcher = self._prefetcher if variant.prefetch else NoPrefetch()
+        if self._store.prefill is not None:
+            self._store.prefill.ahead = variant.prefetch and self._options.prefetch != "off"
         miss = variant.miss or self._options.miss
         self._store.host = None if miss == "fetch" else self._host
         if self._host is not None and miss != "fetch":

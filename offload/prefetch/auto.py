@@ -56,8 +56,8 @@ class AutoPrefetcher:
         self._guessed: dict[int, dict[int, tuple[int, int]]] = {}
         """Layer -> expert that was guessed for it while absent -> (distance, rank), requested or not."""
         self._predict_s: float | None = None
-        self._looked = store.tally()
-        self._since_look, self._seconds = 0, 0.0
+        self._tally = store.tally()
+        self._since_look, self._seconds, self._stalled, self._missed = 0, 0.0, 0.0, 0
         self._stall_s = 0.0
         """Waits for experts, a token."""
         self._publish()
@@ -125,6 +125,7 @@ class AutoPrefetcher:
         now = self._clock()
         seconds, self._began = now - self._began, now
         before, self._tokens = self._tokens, tokens
+        earlier, self._tally = self._tally, self._store.tally()
         if tokens > MOST_TOKENS:
             self._look_ahead(0)
             return
@@ -133,6 +134,8 @@ class AutoPrefetcher:
             return
         self._since_look += 1
         self._seconds += seconds
+        self._stalled += self._tally.stall_s - earlier.stall_s  # of these steps alone, not of prompts between
+        self._missed += self._tally.misses - earlier.misses
         if self._since_look == LOOK:
             self._look()
         if self._pilot.step(seconds):
@@ -149,13 +152,11 @@ class AutoPrefetcher:
 
     def _look(self) -> None:
         """Take stock of the last tokens: what they waited, what a layer takes, how often it misses."""
-        tally, before = self._store.tally(), self._looked
         tokens, layers = self._since_look, max(1, self._predictor.layers)
-        stall_s = tally.stall_s - before.stall_s
-        self._stall_s = stall_s / tokens
-        self.link.layer_s = max(self._seconds - stall_s, 0.0) / tokens / layers
-        self.link.demand = min(1.0, (tally.misses - before.misses) / tokens / layers)
-        self._looked, self._since_look, self._seconds = tally, 0, 0.0
+        self._stall_s = self._stalled / tokens
+        self.link.layer_s = max(self._seconds - self._stalled, 0.0) / tokens / layers
+        self.link.demand = min(1.0, self._missed / tokens / layers)
+        self._since_look, self._seconds, self._stalled, self._missed = 0, 0.0, 0.0, 0
 
     def _promising(self) -> bool:
         """Whether right guesses may save more waiting than guessing, and all that follows, costs."""

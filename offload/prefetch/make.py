@@ -35,7 +35,8 @@ def make_prefetcher(
     """
     if name == "off" or plan.mode == "resident":
         return NoPrefetch()
-    corrections = None if name == "router" else _corrections(file, sites, required=name == "learned")
+    experts = plan.request.experts
+    corrections = None if name == "router" else _corrections(file, sites, experts, name == "learned")
     predictor = RouterPredictor(store, sites, corrections)
     if name == "auto":
         return AutoPrefetcher(store, predictor, copy_seconds=_copy_seconds(store, plan))
@@ -45,7 +46,7 @@ def make_prefetcher(
 
 
 def _corrections(
-    file: ExpertFile | NativeExperts, sites: Sequence[RouterSite | None], *, required: bool
+    file: ExpertFile | NativeExperts, sites: Sequence[RouterSite | None], experts: str, required: bool
 ) -> dict[tuple[int, int], Correction]:
     if isinstance(file, NativeExperts):
         if required:
@@ -64,7 +65,7 @@ def _corrections(
     if kept is None and required:
         raise OptionError(
             f"prefetch 'learned' needs a calibration, and {file.folder} has none; "
-            "run moe-local calibrate MODEL, or use prefetch 'auto'"
+            f"run moe-local calibrate MODEL --experts {experts}, or use prefetch 'auto'"
         )
     fitting = {}
     for (layer, distance), correction in (kept or {}).items():

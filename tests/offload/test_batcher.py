@@ -229,6 +229,27 @@ def test_closing_ends_everybody(rig: Rig) -> None:
     rig.batcher.close()
 
 
+@pytest.mark.parametrize("waiting", [0, 1])
+def test_closing_in_the_middle_of_ones_own_answer(rig: Rig, waiting: int) -> None:
+    """Whoever has the model's turn may close what waits for it."""
+    with rig.paused():
+        heard = [rig.ask([5, 6, 7]) for _ in range(waiting)]
+        rig.batcher.close("the model is closed")
+    for one in heard:
+        assert str(one.end().error) == "the model is closed"
+
+
+def test_what_was_cancelled_makes_room_at_once(rig: Rig) -> None:
+    with rig.paused():
+        heard = [rig.ask([5, 6, 7 + i], count=20) for i in range(rig.batcher.capacity)]
+        with pytest.raises(BusyError):
+            rig.ask([9])
+        heard[3].ticket.cancel()
+        extra = rig.ask([9, 9], count=3)
+    assert extra.end() == Ended(FinishReason.LENGTH)
+    assert heard[3].end() == Ended(None)
+
+
 def test_draining_answers_what_was_accepted(rig: Rig) -> None:
     heard = [rig.ask([5, 6, 7 + i], count=20) for i in range(3)]
     done: list[bool] = []

@@ -315,6 +315,13 @@ class TestGuarded:
         client = openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="s3cret", max_retries=0)
         assert [model.id for model in client.models.list()] == ["demo"]
 
+    def test_more_than_there_will_ever_be_room_for(self, guarded: Running) -> None:
+        headers = {"Authorization": "Bearer s3cret"}
+        body = {"messages": QUESTION, "n": 4}
+        answer = httpx.post(f"{guarded.url}/v1/chat/completions", json=body, headers=headers)
+        assert answer.status_code == 400
+        assert "4 answers are asked for at once, 3 can be" in answer.json()["error"]["message"]
+
     @pytest.mark.parametrize("chunked", [False, True])
     def test_long_bodies(self, guarded: Running, chunked: bool) -> None:
         body = json.dumps({"messages": [{"role": "user", "content": "x" * 3000}]}).encode()
@@ -324,15 +331,26 @@ class TestGuarded:
         assert answer.status_code == 413
         assert "2000 are allowed" in answer.json()["error"]["message"]
 
-    def test_more_than_can_be_answered_is_told_when_to_come_back(self, guarded: Running) -> None:
+    def test_more_than_can_be_answered_is_told_when_to_come_back(
+        self, guarded: Running, model: moe_local.Model
+    ) -> None:
         headers = {"Authorization": "Bearer s3cret"}
         url = f"{guarded.url}/v1/chat/completions"
-        body = {"messages": QUESTION, "temperature": 1.0, "n": 4, "max_tokens": 400}
-        answer = httpx.post(url, json=body, headers=headers, timeout=60)
+        body = {"messages": QUESTION, "max_tokens": 4}
+        model._turn.begin()  # nothing is answered for now
+        try:
+            with ThreadPoolExecutor() as pool:
+                first = pool.submit(httpx.post, url, json={**body, "n": 3}, headers=headers, timeout=60)
+                deadline = time.monotonic() + 30
+                while httpx.get(f"{guarded.url}/health").json()["waiting"] < 3:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+                answer = httpx.post(url, json=body, headers=headers, timeout=60)
+                model._turn.end()
+                assert first.result().status_code == 200
+        finally:
+            if model._turn.mine:
+                model._turn.end()
         assert answer.status_code == 429
         assert int(answer.headers["retry-after"]) > 0
         assert "try again later" in answer.json()["error"]["message"]
-        deadline = time.monotonic() + 30
-        while httpx.get(f"{guarded.url}/health").json()["running"]:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
