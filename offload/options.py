@@ -184,7 +184,7 @@ def _parse_cards(value: object) -> int | tuple[int, ...]:
     parts = list(value) if isinstance(value, list | tuple) else str(value).split(",")
     sizes: list[int] = []
     for part in parts:
-        times = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(.*)", part) if isinstance(part, str) else None
+        times = re.fullmatch(r"\s*(\d+)\s*[xX]\s*(.+)", part) if isinstance(part, str) else None
         count = int(times[1]) if times else 1
         if not 1 <= count <= MOST_CARDS:
             raise OptionError(f"vram {value!r} names {count} cards; write for example 2x24GiB")

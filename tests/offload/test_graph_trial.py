@@ -236,6 +236,8 @@ def test_cuda_is_asked_in_the_right_order(monkeypatch: pytest.MonkeyPatch) -> No
     calls: list[str] = []
 
     class Stream:
+        device_index = 0
+
         def __init__(self, name: Any) -> None:
             self.name = name if isinstance(name, str) else "own"
 
@@ -254,7 +256,7 @@ def test_cuda_is_asked_in_the_right_order(monkeypatch: pytest.MonkeyPatch) -> No
 
         def capture_end(self) -> None:
             calls.append("end")
-            if len(calls) > 12:
+            if len(calls) > 14:
                 raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
         def replay(self) -> None:
@@ -265,12 +267,18 @@ def test_cuda_is_asked_in_the_right_order(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("outer"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: calls.append("handle"))
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: calls.append("work"))
+    for name in ("endAllocateToPool", "releasePool"):
+        note = lambda device, pool, name=name: calls.append(f"{name} {pool}")  # noqa: E731
+        monkeypatch.setattr(torch._C, f"_cuda_{name}", note, raising=False)
+    monkeypatch.setattr("moe_local.offload.engine.graphs._session_stream", Stream)
     graphs = CudaGraphs(torch.device("cuda:0"))
     with graphs.session():
         for _ in range(2):
             graphs.begin()
             graphs.end().replay()
-    capture = ["begin in the pool, thread_local", "end", "replay"]
+    capture = ["handle", "begin in the pool, thread_local", "end", "replay"]
     frame = ["own waits for outer", "on own"], ["off own", "outer waits for own"]
     assert calls == [*frame[0], *capture, *capture, *frame[1]]
     with pytest.raises(ValueError, match="in the model"), graphs.session():
@@ -278,4 +286,5 @@ def test_cuda_is_asked_in_the_right_order(monkeypatch: pytest.MonkeyPatch) -> No
         graphs.abort()
         graphs.abort()
         raise ValueError("in the model")
-    assert calls[10:] == [*frame[0], *capture[:2], *frame[1]]
+    mended = ["endAllocateToPool the pool", "releasePool the pool", capture[1], "work", "end"]
+    assert calls[12:] == [*frame[0], *capture[:3], *mended, *frame[1]]
