@@ -116,7 +116,7 @@ def test_vram_of_several_cards(given: object, expected: object) -> None:
     [
         ("24GiB,", "vram '' is not a size"),
         ("24GiB,lots", "vram 'lots' is not a size"),
-        ("2x", "vram '' is not a size"),
+        ("2x", "vram '2x' is not a size"),
         ("0x24GiB", "names 0 cards"),
         ("1000000000x1GiB", "names 1000000000 cards"),
         (",".join(["1GiB"] * 65), "names 65 cards"),
