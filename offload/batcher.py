@@ -77,7 +77,6 @@ class Batcher:
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
         self._closed: str | None = None
-        self._draining = False
         self._changed = threading.Condition()
         self._stepping = threading.Lock()
         self._tally = store.tally()
@@ -119,8 +118,6 @@ class Batcher:
         with self._changed:
             if self._closed is not None:
                 raise MoeLocalError(self._closed)
-            if self._draining:
-                raise BusyError("no more prompts are taken: the server is about to stop")
             running, waiting = (sum(not t.cancelled for t in some) for some in (self._running, self._waiting))
             if running + waiting >= self.capacity:
                 raise BusyError(
@@ -137,18 +134,6 @@ class Batcher:
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-
-    def drain(self, seconds: float) -> bool:
-        """Accept nothing more, and wait until all is answered; whether that was so in time."""
-        deadline = time.monotonic() + seconds
-        with self._changed:
-            self._draining = True
-            while self._waiting or self._running:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return False
-                self._changed.wait(min(left, 0.1))
-        return True
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless what runs is in the engine and nothing else is. While nothing steps."""

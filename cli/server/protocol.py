@@ -34,7 +34,6 @@ class Sampling(BaseModel):
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
 
     @field_validator("stop")
     @classmethod

@@ -283,9 +283,7 @@ class Engine:
             self._masks = BatchMasks(self.hf, self.kv.windows)
         output = self.hf(
             input_ids=torch.tensor([item.ids for item in work], device=self.device),
-            position_ids=torch.tensor(
-                [[self.kv.lens[item.sequence.row]] for item in work], device=self.device
-            ),
+            position_ids=self.kv.places.columns[:, None],
             attention_mask=self._masks.make(self.kv.places),
             **{self._cache_argument: cache},
             **self._forward_options,

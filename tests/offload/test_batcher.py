@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -248,21 +247,3 @@ def test_what_was_cancelled_makes_room_at_once(rig: Rig) -> None:
         extra = rig.ask([9, 9], count=3)
     assert extra.end() == Ended(FinishReason.LENGTH)
     assert heard[3].end() == Ended(None)
-
-
-def test_draining_answers_what_was_accepted(rig: Rig) -> None:
-    heard = [rig.ask([5, 6, 7 + i], count=20) for i in range(3)]
-    done: list[bool] = []
-    thread = threading.Thread(target=lambda: done.append(rig.batcher.drain(PATIENCE)))
-    thread.start()
-    refused = None
-    while refused is None:
-        try:
-            rig.ask([9], count=1).end()
-        except BusyError as error:
-            refused = str(error)
-    assert "about to stop" in refused
-    thread.join()
-    assert done == [True]
-    for one in heard:
-        assert one.end() == Ended(FinishReason.LENGTH)
