@@ -29,7 +29,7 @@ class Conversion:
 
     @property
     def format(self) -> str:
-        return self.folder.name.rpartition("-")[0]
+        return self.folder.name.rpartition("-")[0].replace("mixed-", "mixed:")
 
     def of_checkpoint(self, fingerprint: str) -> bool:
         """Whether it was made from the checkpoint with this fingerprint."""

@@ -32,6 +32,7 @@ from moe_local.offload.expert_file.expert_shard import TEMPORARY, ShardPlan, dis
 from moe_local.offload.expert_file.pipeline import write_shards
 from moe_local.offload.quantize.codec import Codec
 from moe_local.offload.quantize.layout import Layout, TensorSpec
+from moe_local.offload.quantize.mix import Mix, is_mixed
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +67,12 @@ def moe_local_home() -> Path:
 def expert_file_folder(home: Path, name: str, format: str, fingerprint: str) -> Path:
     """Where the expert file of this model, format and checkpoint belongs below `home`."""
     slug = re.sub(r"[^A-Za-z0-9._-]+", "--", name)[-80:].strip("-.") or "model"
-    return home / "experts" / slug / f"{format}-{fingerprint[:16]}"
+    return home / "experts" / slug / f"{format.replace(':', '-')}-{fingerprint[:16]}"
 
 
 def convert_experts(
     checkpoint: ExpertSource,
-    codec: Codec | FormatChoice,
+    codec: Codec | FormatChoice | Mix,
     folder: Path,
     progress: Progress | None = None,
     *,
@@ -87,11 +88,15 @@ def convert_experts(
     file.
 
     Raises CheckpointError (naming layer, expert and tensor) for weights that cannot be converted,
-    DoesNotFitError for a full disk, ExpertFileError if the folder cannot be written.
+    DoesNotFitError for a full disk, ExpertFileError if the folder cannot be written, or holds another mix of
+    formats that has the same name, or if the mix is for another model.
     """
     folder = Path(folder)
+    if isinstance(codec, Mix):
+        codec = FormatChoice.of(codec.check(checkpoint.spec, checkpoint.name))
     encoder = ExpertEncoder(checkpoint.name, codec, gpu)
     plans = _plan(checkpoint, encoder)
+    _refuse_namesake(folder, plans)
     if not check and (complete := _complete(folder, plans)):
         return complete
     with disk_errors(folder):
@@ -229,6 +234,27 @@ def _complete(folder: Path, plans: Sequence[ShardPlan]) -> ExpertFile | None:
         return None
     same = [layer.layouts for layer in file.layers] == [plan.layouts for plan in plans]
     return file if same else None
+
+
+def _refuse_namesake(folder: Path, plans: Sequence[ShardPlan]) -> None:
+    """Raises ExpertFileError if `folder` holds a finished mix of this name whose experts have other formats:
+    which of the two is wanted, a name cannot say."""
+    if not is_mixed(plans[0].format):
+        return
+    try:
+        file = ExpertFile.open(folder, plans[0].fingerprint, plans[0].format)
+    except ExpertFileError:
+        return
+    pairs = [
+        (there.format, planned.format)
+        for layer, plan in zip(file.layers, plans, strict=False)
+        for there, planned in zip(layer.layouts, plan.layouts, strict=False)
+    ]
+    if differ := sum(there != planned for there, planned in pairs):
+        raise ExpertFileError(
+            f"{folder} holds another {file.format}: {differ} of {len(pairs)} experts have other formats; "
+            "remove that folder first, or convert to another one: moe-local convert MODEL --out FOLDER"
+        )
 
 
 @contextmanager

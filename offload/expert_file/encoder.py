@@ -11,8 +11,9 @@ import torch
 from moe_local.cache.errors import CheckpointError
 from moe_local.cache.keys import ExpertKey
 from moe_local.offload.checkpoint.spec import MoELayer
-from moe_local.offload.quantize.codec import Codec
+from moe_local.offload.quantize.codec import Codec, codec_for
 from moe_local.offload.quantize.layout import Layout
+from moe_local.offload.quantize.mix import Mix
 
 CPU = torch.device("cpu")
 
@@ -23,6 +24,10 @@ class FormatChoice:
 
     name: str
     choose: Callable[[ExpertKey], Codec]
+
+    @classmethod
+    def of(cls, mix: Mix) -> FormatChoice:
+        return cls(mix.name, lambda key: codec_for(mix.formats[key.layer][key.expert]))
 
 
 class ExpertEncoder:
