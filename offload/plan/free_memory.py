@@ -2,37 +2,99 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30
 
 
+class Limit(NamedTuple):
+    """A bound on the memory of a control group that this process is in."""
+
+    limit: int
+    free: int
+    """What is left of it: bytes not used, or used by file pages that the system gives up."""
+
+
 def free_ram(*, reserve: bool = True) -> int:
-    """Bytes of RAM that can be had here, within a container's limit; less a reserve of a sixteenth of the
-    machine's, 1 GiB at least, but never more than half of what is free."""
+    """Bytes of RAM that can be had here, within every control group's limit (a container's, a service's).
+
+    Less a reserve of a sixteenth of the machine's, 1 GiB at least, or of the limit, 128 MiB at least, since
+    a container has no other programs to think of; but never more than half of what is free.
+    """
     memory = psutil.virtual_memory()
-    free = int(memory.available)
-    limit = _container_free()
-    if limit is not None:
-        free = min(free, limit)
-    return max(free // 2, free - max(GIB, int(memory.total) // 16)) if reserve else free
+    found = [(int(memory.available), max(GIB, int(memory.total) // 16))]
+    found += [(group.free, max(GIB // 8, group.limit // 16)) for group in group_limits()]
+    return min(max(free // 2, free - least) if reserve else free for free, least in found)
 
 
 def free_vram(device: torch.device, *, reserve: bool = True) -> int:
     """Bytes of a CUDA device's memory that can be had; less a reserve of a 32nd of it, 256 MiB at least."""
+    import torch  # takes seconds, and RAM has no need of it
+
     free, total = torch.cuda.mem_get_info(device)
     return max(free // 2, free - max(GIB // 4, total // 32)) if reserve else free
 
 
-def _container_free(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What the memory limit of this control group (version 2) leaves; None without a limit."""
+def group_limits(
+    mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> list[Limit]:
+    """The memory limits of this process's control groups, its own and those around it; version 1 or 2.
+
+    `own` says which groups these are; empty where there are none, as on other systems than Linux.
+    """
     try:
-        limit = (root / "memory.max").read_text().strip()
-        used = int((root / "memory.current").read_text())
-        cached = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []
+    limits = []
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if not controllers:
+            for root in (mounted, mounted / "unified"):
+                limits += [found for folder in _around(root, path) if (found := _version_2(folder))]
+        elif "memory" in controllers.split(","):
+            limits += [found for folder in _around(mounted / "memory", path) if (found := _version_1(folder))]
+    return limits
+
+
+def _around(root: Path, path: str) -> Iterator[Path]:
+    """A group's folder and those of the groups around it, `root` included.
+
+    A container may see its own group as the root and yet be told of a path that is not there, or leads out.
+    """
+    parts = [part for part in path.split("/") if part]
+    for count in range(0 if ".." in parts else len(parts), -1, -1):
+        yield root.joinpath(*parts[:count])
+
+
+def _version_2(folder: Path) -> Limit | None:
+    try:
+        bounds = [(folder / name).read_text().strip() for name in ("memory.max", "memory.high")]
+        used = int((folder / "memory.current").read_text())
+        idle = _statistic(folder, "inactive_file")
+    except (OSError, ValueError):  # the root has no such files
+        return None
+    limit = min((int(bound) for bound in bounds if bound != "max"), default=None)
+    return None if limit is None else Limit(limit, max(0, limit - used + idle))
+
+
+def _version_1(folder: Path) -> Limit | None:
+    try:
+        limit = int((folder / "memory.limit_in_bytes").read_text())
+        used = int((folder / "memory.usage_in_bytes").read_text())
+        idle = _statistic(folder, "total_inactive_file")
     except (OSError, ValueError):
         return None
-    return None if limit == "max" else max(0, int(limit) - used + int(cached.get("inactive_file", 0)))
+    return None if limit >= 1 << 60 else Limit(limit, max(0, limit - used + idle))
+
+
+def _statistic(folder: Path, name: str) -> int:
+    """A figure of memory.stat; 0 if it is not there."""
+    lines = (folder / "memory.stat").read_text().splitlines()
+    return int(dict(line.split() for line in lines).get(name, 0))
