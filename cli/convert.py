@@ -19,7 +19,7 @@ from moe_local.cli.render import ProgressBar, print_json
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of the expert file; by default where chat and the others look for it.",
 )
-@click.option("--check", is_flag=True, help="Compare what is there already with its checksums.")
+@click.option("--check", is_flag=True, help="Compare what is there already with its checksums, and mend it.")
 @json_flag
 @load_flags("experts")
 @debug_flag

@@ -22,6 +22,7 @@ from moe_local.cli.remove import rm
 from moe_local.cli.run import run
 from moe_local.cli.serve import serve
 from moe_local.cli.show import list_models, show
+from moe_local.cli.verify import verify
 
 USAGE = 2
 INTERRUPTED = 130
@@ -96,5 +97,5 @@ def main() -> None:
     """
 
 
-for command in (chat, run, serve, fit, bench, convert, pull, calibrate, list_models, show, rm):
+for command in (chat, run, serve, fit, bench, convert, pull, verify, calibrate, list_models, show, rm):
     main.add_command(command)

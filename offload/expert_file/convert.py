@@ -19,17 +19,19 @@ import torch
 from moe_local.cache.errors import DoesNotFitError, ExpertFileError
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer
-from moe_local.offload.direct_io import Memory
+from moe_local.offload.direct_io import Memory, page_memory
 from moe_local.offload.expert_file.encoder import ExpertEncoder, FormatChoice
 from moe_local.offload.expert_file.expert_file import (
     MANIFEST,
     ExpertFile,
-    ExpertLocation,
     Progress,
-    read_checked,
+    StoredLayer,
+    read_manifest,
 )
 from moe_local.offload.expert_file.expert_shard import TEMPORARY, ShardPlan, disk_errors, sync_folder
+from moe_local.offload.expert_file.mend import mend_shard
 from moe_local.offload.expert_file.pipeline import write_shards
+from moe_local.offload.expert_file.verify import damaged_experts, damaged_frame
 from moe_local.offload.quantize.codec import Codec
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.mix import Mix, is_mixed
@@ -82,7 +84,7 @@ def convert_experts(
     """The expert file of `checkpoint` in `folder`, opened; converted first where it is not complete.
 
     Keeps the finished shards of an earlier run of the same checkpoint and format after comparing their
-    checksums; with `check` does so even if the file is complete, and converts damaged shards again. Encodes
+    checksums, and converts damaged experts again; with `check` does so even if the file is complete. Encodes
     on `gpu` if that is faster. Memory: two experts as read, two encoded, and small pieces. Blocks, also while
     another process converts into the same folder. Any exception leaves the finished shards and no temporary
     file.
@@ -137,9 +139,13 @@ class _Conversion:
         self._keep_finished()
         missing = [plan for plan in self.plans if plan.layer not in self.checksums]
         if not missing and (complete := _complete(self.folder, self.plans)):
-            return complete
+            checksums = {layer: stored.checksums for layer, stored in enumerate(complete.layers)}
+            if checksums == self.checksums:
+                return complete
         self._clear(missing)
-        written = write_shards(missing, self.folder, self._read, self._encode, self._count)
+        written = write_shards(
+            missing, self.folder, self._read, self._encode, lambda layout: self._count(layout.nbytes)
+        )
         self.checksums |= {plan.layer: checksums for plan, checksums in zip(missing, written, strict=True)}
         self.check_integrity()
         return ExpertFile.finish(
@@ -156,25 +162,48 @@ class _Conversion:
         assert self.done == self.total
 
     def _keep_finished(self) -> None:
-        """Count the shards that an earlier run left whole."""
-        largest = max(layout.nbytes for plan in self.plans for layout in plan.layouts)
-        buffer = memoryview(bytearray(largest))
+        """Count the shards that an earlier run left whole, or nearly so: single experts are mended."""
+        noted = self._noted()
         for plan in self.plans:
-            checksums = plan.stored_checksums(self.folder)
-            if checksums is not None and self._is_whole(plan, checksums, buffer):
+            checksums = plan.stored_checksums(self.folder) or noted.get(plan.layer)
+            if checksums is not None and self._is_whole(plan, checksums):
                 self.checksums[plan.layer] = checksums
 
-    def _is_whole(self, plan: ShardPlan, checksums: Sequence[int], buffer: memoryview) -> bool:
-        """Whether all experts of the shard have these checksums; counts them if so."""
+    def _noted(self) -> dict[int, tuple[int, ...]]:
+        """The checksums that a manifest of the same shards has, should their own headers be damaged."""
+        try:
+            file = read_manifest(self.folder)
+        except ExpertFileError:
+            return {}
+        if (file.fingerprint, file.format) != (self.plans[0].fingerprint, self.plans[0].format):
+            return {}
+        pairs = zip(self.plans, file.layers, strict=False)
+        return {plan.layer: layer.checksums for plan, layer in pairs if _is_planned(layer, plan)}
+
+    def _is_whole(self, plan: ShardPlan, checksums: tuple[int, ...]) -> bool:
+        """Whether all experts of the shard have these checksums by now; counts them if so."""
+        path = self.folder / plan.file
+        stored = StoredLayer(
+            plan.layer_name, path, plan.nbytes, plan.layouts, plan.offsets(), tuple(checksums)
+        )
         before = self.done, self.done_bytes
-        for layout, offset, checksum in zip(plan.layouts, plan.offsets(), checksums, strict=True):
-            location = ExpertLocation(self.folder / plan.file, offset, layout.nbytes)
-            if not read_checked(location, checksum, buffer[: layout.nbytes]):
-                logger.warning("%s is damaged and will be converted again", location.path)
-                self.done, self.done_bytes = before
-                return False
-            self._count(layout)
-        return True
+        damaged = damaged_experts([stored], self._count, plan.layer)
+        whole = not damaged and damaged_frame(plan, stored) is None
+        if not whole and len(damaged) < len(plan.layouts):
+            experts = [damage.expert for damage in damaged if damage.expert is not None]
+            whole = mend_shard(plan, stored, experts, lambda expert: self._encoded(plan, expert))
+            for damage in damaged if whole else ():
+                logger.warning("%s; converted it again", damage)
+        if not whole:
+            logger.warning("%s is damaged and will be converted again", path)
+            self.done, self.done_bytes = before
+        return whole
+
+    def _encoded(self, plan: ShardPlan, expert: int) -> memoryview:
+        out = page_memory(plan.layouts[expert].nbytes)
+        self._encode(plan, expert, self._read(plan, expert, page_memory), out)
+        view: memoryview = out.numpy().data
+        return view
 
     def _clear(self, missing: Sequence[ShardPlan]) -> None:
         """Remove what is not to stay, manifest first, and see that the disk has room for the rest."""
@@ -202,8 +231,8 @@ class _Conversion:
     def _layer(self, plan: ShardPlan) -> MoELayer:
         return self.checkpoint.spec.layers[plan.layer]
 
-    def _count(self, layout: Layout) -> None:
-        self.done, self.done_bytes = self.done + 1, self.done_bytes + layout.nbytes
+    def _count(self, nbytes: int) -> None:
+        self.done, self.done_bytes = self.done + 1, self.done_bytes + nbytes
         if self.progress is not None:
             self.progress(self.done, self.total, self.done_bytes)
 
@@ -232,7 +261,7 @@ def _complete(folder: Path, plans: Sequence[ShardPlan]) -> ExpertFile | None:
         file = ExpertFile.open(folder, plans[0].fingerprint, plans[0].format)
     except ExpertFileError:
         return None
-    same = [layer.layouts for layer in file.layers] == [plan.layouts for plan in plans]
+    same = len(file.layers) == len(plans) and all(map(_is_planned, file.layers, plans))
     return file if same else None
 
 
@@ -255,6 +284,10 @@ def _refuse_namesake(folder: Path, plans: Sequence[ShardPlan]) -> None:
             f"{folder} holds another {file.format}: {differ} of {len(pairs)} experts have other formats; "
             "remove that folder first, or convert to another one: moe-local convert MODEL --out FOLDER"
         )
+
+
+def _is_planned(layer: StoredLayer, plan: ShardPlan) -> bool:
+    return (layer.layouts, layer.offsets) == (plan.layouts, plan.offsets())
 
 
 @contextmanager

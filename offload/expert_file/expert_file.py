@@ -73,7 +73,7 @@ class ExpertFile:
         shards, and for another fingerprint or format than given.
         """
         folder = Path(folder)
-        file = _read_manifest(folder)
+        file = read_manifest(folder)
         if fingerprint is not None and file.fingerprint != fingerprint:
             raise ExpertFileError(
                 f"{folder} was converted from another checkpoint (fingerprint {file.fingerprint[:16]}, "
@@ -176,7 +176,7 @@ class ExpertFile:
         if not read_checked(location, self.checksum(layer, expert), buffer):
             raise ExpertFileError(
                 f"expert {expert} of MoE layer {layer} ({self.layers[layer].name}) in {location.path} is "
-                "damaged (wrong checksum); check the disk, then mend it: moe-local convert MODEL --check"
+                "damaged (wrong checksum); check the disk, then mend it: moe-local verify MODEL --repair"
             )
 
 
@@ -236,7 +236,8 @@ def _checksum(fields: dict[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(fields, sort_keys=True).encode())
 
 
-def _read_manifest(folder: Path) -> ExpertFile:
+def read_manifest(folder: Path) -> ExpertFile:
+    """The expert file in `folder` whatever became of its shards. Raises ExpertFileError for the manifest."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ExpertFileError(

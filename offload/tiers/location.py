@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-CONVERT = "run `moe-local convert MODEL --check` to write it again"
+REPAIR = "check the disk, then mend it: moe-local verify MODEL --repair"
 
 
 class FileRange(NamedTuple):
@@ -32,7 +32,7 @@ class Location(NamedTuple):
     @property
     def remedy(self) -> str:
         """What to do about damage."""
-        return CONVERT
+        return REPAIR
 
 
 class ScatteredLocation(NamedTuple):

@@ -157,7 +157,8 @@ def test_ctrl_c_keeps_finished_shards(source, random_experts, tmp_path):
 
 @pytest.mark.parametrize("with_manifest", [True, False])
 @pytest.mark.parametrize("damage", ["flip", "cut", "header", "remove"])
-def test_a_damaged_shard_is_converted_again(source, random_experts, tmp_path, damage, with_manifest):
+def test_damaged_experts_are_converted_again(source, random_experts, tmp_path, damage, with_manifest):
+    """And no others, where header or manifest still say what the others were."""
     file = convert_experts(source, BF16, tmp_path / "f")
     whole = contents(tmp_path / "f")
     path, offset, _ = file.location(1, 2)
@@ -173,8 +174,42 @@ def test_a_damaged_shard_is_converted_again(source, random_experts, tmp_path, da
         (tmp_path / "f" / MANIFEST).unlink()
     again = random_experts.RandomExperts(layers=3, experts=4)
     convert_experts(again, BF16, tmp_path / "f", check=True)
+    alone = {"flip": [2], "cut": [3] * with_manifest, "header": [], "remove": []}[damage]
+    kept = damage == "flip" or (with_manifest and damage != "remove")
+    assert again.reads == [(1, expert) for expert in (alone if kept else range(4))]
+    assert contents(tmp_path / "f") == whole
+
+
+def test_a_shard_of_damaged_experts_is_written_anew(source, random_experts, tmp_path):
+    """Not in place: a shard of which nothing can be kept may as well appear whole."""
+    file = convert_experts(source, BF16, tmp_path / "f")
+    whole = contents(tmp_path / "f")
+    path = file.location(1, 0).path
+    path.write_bytes(path.read_bytes()[:4096].ljust(file.layers[1].nbytes, b"x"))
+    again = random_experts.RandomExperts(layers=3, experts=4)
+    with open(path, "rb") as before:
+        convert_experts(again, BF16, tmp_path / "f", check=True)
+        assert before.read()[4096:].strip(b"x") == b""
     assert again.reads == [(1, expert) for expert in range(4)]
     assert contents(tmp_path / "f") == whole
+
+
+def test_another_encoding_is_never_mixed_in(source, tmp_path, caplog):
+    """A source that gives other bytes than it did (a newer encoder): the whole shard is made of them."""
+    file = convert_experts(source, BF16, tmp_path / "f")
+    path, offset, _ = file.location(1, 2)
+    raw = bytearray(path.read_bytes())
+    raw[offset] ^= 1
+    path.write_bytes(raw)
+    plain = source.weights
+    source.weights = lambda layer, expert: {name: w + 1 for name, w in plain(layer, expert).items()}
+    source.reads.clear()
+    file = convert_experts(source, BF16, tmp_path / "f", check=True)
+    assert source.reads == [(1, 2), *((1, expert) for expert in range(4))]
+    file.verify()
+    ExpertFile.open(tmp_path / "f").verify()
+    decoded = codec_for("bf16").decode(file.read(1, 0), file.layout(1, 0), torch.bfloat16)
+    assert torch.equal(decoded["down_proj"], plain(source.spec.layers[1], 0)["down_proj"] + 1)
 
 
 def test_killed_at_random_moments(random_experts, tmp_path):

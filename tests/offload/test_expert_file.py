@@ -145,7 +145,7 @@ def test_one_flipped_bit_is_found(file, layer, expert):
     flip(location.path, location.offset + location.nbytes - 1)
     again = ExpertFile.open(file.folder)  # sizes are right
     with pytest.raises(
-        ExpertFileError, match=rf"^expert {expert} of MoE layer {layer} .*convert MODEL --check$"
+        ExpertFileError, match=rf"^expert {expert} of MoE layer {layer} .*verify MODEL --repair$"
     ) as caught:
         again.verify()
     assert "\n" not in str(caught.value)

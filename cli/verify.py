@@ -1,0 +1,260 @@
+"""`moe-local verify`: whether all that lies on the disk of a model is what was written."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moe_local.cache.errors import CheckpointError, ExpertFileError, ModelNotFoundError, MoeLocalError
+from moe_local.cache.keys import format_bytes
+from moe_local.cli.options import debug_flag, json_flag, load_flags
+from moe_local.cli.render import ProgressBar, print_json
+
+if TYPE_CHECKING:
+    from moe_local.offload.checkpoint.checkpoint import Checkpoint
+    from moe_local.offload.checkpoint.sha256 import Hashed
+
+NATIVE = "native"
+
+RATE_FROM = 256 * 2**20
+"""Bytes from which on it is worth saying how fast they were read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was found in one expert file, or in the checkpoint."""
+
+    folder: Path
+    format: str
+    total: int
+    """Experts, or files of the checkpoint."""
+    nbytes: int
+    damage: tuple[dict[str, Any], ...]
+    """Each with `text`, one line."""
+    note: str = ""
+    """What else is to be said, or that nothing can be."""
+    repaired: bool = False
+    rate: float | None = None
+    disk: float | None = None
+    """Bytes/s of reading, and of the disk alone."""
+
+    @property
+    def ok(self) -> bool:
+        return self.repaired or not self.damage
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "folder": str(self.folder),
+            "experts": self.format,
+            "ok": self.ok,
+            "total": self.total,
+            "bytes": self.nbytes,
+            "damaged": list(self.damage),
+            "repaired": self.repaired,
+            "note": self.note or None,
+            "bytes_per_s": self.rate,
+            "disk_bytes_per_s": self.disk,
+        }
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the expert file, if convert was given one.",
+)
+@click.option("--repair", is_flag=True, help="Mend what is damaged, from the checkpoint or the Hub.")
+@json_flag
+@load_flags("experts")
+@debug_flag
+def verify(model: str, out: Path | None, repair: bool, as_json: bool, options: dict[str, str]) -> None:
+    """Compare the converted experts of MODEL, in every format, with their checksums.
+
+    Names every damaged expert and, with --repair, converts those again and no others. With --experts native,
+    or where nothing is converted, the checkpoint itself: downloads have a hash each, of other files only
+    headers and sizes can be checked. Fails if something is damaged and was not mended.
+    """
+    with ProgressBar() as progress:
+        reports = _reports(model, out, options.get("experts"), progress)
+        if repair:
+            reports = [report if report.ok else _repair(model, report, progress) for report in reports]
+    if as_json:
+        print_json(
+            {"model": model, "ok": all(r.ok for r in reports), "reports": [r.to_dict() for r in reports]}
+        )
+    else:
+        for report in reports:
+            _show(model, report)
+    for report in reports:
+        if not report.ok:
+            flags = f" --experts {NATIVE}" if report.format == NATIVE else f" --out {out}" if out else ""
+            kind = CheckpointError if report.format == NATIVE else ExpertFileError
+            raise kind(
+                f"{model}: {_count(report)} damaged in {report.folder}; check the disk, then mend it: "
+                f"moe-local verify {model}{flags} --repair"
+            )
+
+
+def _reports(model: str, out: Path | None, format: str | None, progress: ProgressBar) -> list[Report]:
+    from moe_local.cli.library import known
+    from moe_local.offload.quantize.codec import codec_for
+
+    if out is not None:
+        return [_verify(out, progress)]
+    if format not in (None, NATIVE):
+        codec_for(format)  # refuses unknown names in its own words
+    entry = known(model)
+    folders = [conversion.folder for conversion in entry.conversions if format in (None, conversion.format)]
+    if format != NATIVE and folders:
+        return [_verify(folder, progress) for folder in folders]
+    if format not in (None, NATIVE):
+        raise ModelNotFoundError(
+            f"there are no experts of {model} in {format} on this machine; "
+            f"convert them: moe-local convert {model} --experts {format}"
+        )
+    if entry.checkpoint is None:
+        raise ModelNotFoundError(f"nothing of {model} is on this machine; get it: moe-local pull {model}")
+    return [_verify_checkpoint(model, entry.checkpoint, progress)]
+
+
+def _verify(folder: Path, progress: ProgressBar) -> Report:
+    from moe_local.offload.expert_file.expert_file import MANIFEST, read_manifest
+    from moe_local.offload.expert_file.verify import find_damage
+
+    format = folder.name.rpartition("-")[0]
+    if folder.is_dir() and not (folder / MANIFEST).exists():
+        return Report(
+            folder, format, 0, 0, (), "not finished; its parts are checked when convert goes on with it"
+        )
+    try:
+        file = read_manifest(folder)
+    except ExpertFileError as error:
+        return Report(folder, format, 0, 0, ({"text": str(error)},))
+    start = time.perf_counter()
+    damage = find_damage(file, lambda done, total, nbytes: progress("verifying", done, total))
+    seconds = time.perf_counter() - start
+    rate = disk = None
+    if file.total_bytes >= RATE_FROM:
+        rate, disk = file.total_bytes / seconds, _disk(folder)
+    found = tuple(
+        {"layer": d.layer, "expert": d.expert, "what": d.what, "file": str(d.path), "text": str(d)}
+        for d in damage
+    )
+    return Report(folder, file.format, file.total_experts, file.total_bytes, found, rate=rate, disk=disk)
+
+
+def _disk(folder: Path) -> float | None:
+    """What the disk reads alone; None where that cannot be measured."""
+    from moe_local.offload.plan.bandwidth import disk_bandwidth
+
+    with contextlib.suppress(OSError):
+        rate, cached = disk_bandwidth(folder)
+        return None if cached else rate
+    return None
+
+
+def _verify_checkpoint(model: str, folder: Path, progress: ProgressBar) -> Report:
+    from moe_local.offload.checkpoint.checkpoint import Checkpoint
+    from moe_local.offload.checkpoint.sha256 import check_downloads
+
+    checkpoint = Checkpoint.open(folder, model)  # raises for headers and sizes
+    files = check_downloads(_files(checkpoint), lambda done, total: progress("hashing files of", done, total))
+    known = [file for file in files if file.right is not None]
+    note = "the Hub's sha256 compared"
+    if not known:
+        note = "no checksums are known, only headers and sizes were checked; converted experts have checksums"
+    elif len(known) < len(files):
+        note = f"the Hub's sha256 compared, which {len(files) - len(known)} files do not have"
+    damage = tuple(_wrong(file) for file in known if not file.right)
+    return Report(folder, NATIVE, len(files), checkpoint.shards.nbytes, damage, note)
+
+
+def _wrong(file: Hashed) -> dict[str, Any]:
+    return {
+        "file": str(file.path),
+        "what": "wrong sha256",
+        "text": f"{file.path.name}: wrong sha256, not what the Hub sent",
+    }
+
+
+def _files(checkpoint: Checkpoint) -> list[Path]:
+    return [checkpoint.shards.folder / name for name in sorted(checkpoint.shards.sizes)]
+
+
+def _repair(model: str, report: Report, progress: ProgressBar) -> Report:
+    """The report after repairing. Raises MoeLocalError if that was not possible."""
+    from moe_local.offload.checkpoint.checkpoint import Checkpoint
+    from moe_local.offload.checkpoint.hub import resolve
+    from moe_local.offload.expert_file.convert import convert_experts
+    from moe_local.offload.expert_file.repair import repair_experts
+    from moe_local.offload.quantize.codec import codec_for
+
+    def told(done: int, total: int, nbytes: int) -> None:
+        progress("repairing", done, total)
+
+    if report.format == NATIVE:
+        for damage in report.damage:
+            Path(damage["file"]).resolve().unlink(missing_ok=True)  # in the Hub cache, or it had no hash
+        again = _verify_checkpoint(model, resolve(model, update=True), progress)
+    else:
+        checkpoint = Checkpoint.open(resolve(model, download=False), model)
+        if report.total:
+            repair_experts(report.folder, checkpoint, told)
+        else:  # the manifest is gone, and with it the name of the checkpoint
+            convert_experts(checkpoint, codec_for(report.format), report.folder, told)
+        again = _verify(report.folder, progress)
+    if again.damage:
+        raise MoeLocalError(
+            f"{again.folder} is damaged again after it was mended ({again.damage[0]['text']}); "
+            "the disk does not keep what is written to it: use another one"
+        )
+    return Report(
+        again.folder, again.format, again.total, again.nbytes, report.damage, report.note, repaired=True
+    )
+
+
+def _show(model: str, report: Report) -> None:
+    what = f"{model} in {report.format}"
+    if report.format == NATIVE:
+        what = f"{model}, the checkpoint"
+    size = f", {format_bytes(report.nbytes)}" if report.nbytes else ""
+    if report.damage:
+        state = f"{_count(report)} damaged" + (", mended" if report.repaired else "")
+    elif report.total:
+        state = f"all {report.total} {_unit(report)}s are whole"
+        state += f" ({report.note})" if report.note else ""
+    else:
+        state = report.note
+    if report.rate is not None:
+        state += f", read at {report.rate / 1e9:.2f} GB/s"
+        state += f" (the disk alone: {report.disk / 1e9:.2f})" if report.disk is not None else ""
+    click.echo(f"{what}{size}: {state}: {report.folder}")
+    for damage in report.damage:
+        click.echo(f"  {damage['text']}")
+
+
+def _count(report: Report) -> str:
+    """ "2 of 256 experts are"; where no expert is, what else."""
+    count = len(report.damage)
+    if report.format != NATIVE:
+        experts = [damage for damage in report.damage if damage.get("expert") is not None]
+        if not experts:
+            return (
+                "the manifest is"
+                if not report.total
+                else f"{count} shard headers are"
+                if count > 1
+                else "a shard is"
+            )
+        count = len(experts)
+    return f"{count} of {report.total} {_unit(report)}s {'is' if count == 1 else 'are'}"
+
+
+def _unit(report: Report) -> str:
+    return "file" if report.format == NATIVE else "expert"
