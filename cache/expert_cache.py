@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
+from moe_local.cache.elsewhere import ServedElsewhere
 from moe_local.cache.errors import OptionError
 from moe_local.cache.policies import policy_for
 from moe_local.cache.policy import EvictionPolicy
@@ -75,6 +76,7 @@ class ExpertCache:
         self._sizes = sizes
         self.stats = CacheCounters(len(slots))
         self.staging = StagingRing(staging, self._pools, self.stats, sizes, self._evict)
+        self.elsewhere = ServedElsewhere(self._pools, self.staging, self._evict)
 
     # What is where
 

@@ -49,6 +49,13 @@ class SlotPool:
         self.policy.insert(expert)
         return slot
 
+    def put(self, expert: int, slot: int) -> None:
+        """Put an absent expert, whose bytes are there, into this free slot, known to the policy."""
+        self.free.remove(slot)
+        self.table[expert] = slot
+        self.expert_in[slot] = expert
+        self.policy.insert(expert)
+
     def stage(self, expert: int, slot: int) -> None:
         """Put an absent expert into a slot of the ring, in state loading."""
         self.table[expert] = slot

@@ -250,7 +250,7 @@ class ExpertRunner:
             index, [guess.ranked for guess in guesses], hidden if shared else None, self._inputs
         )
         if idle is not None:
-            self.store.add_wait("sync", idle.end())
+            self.store.stalls.add_wait("sync", idle.end())
         routing = Routing(ids, index.shape[0], experts.num_experts)
         step = self._begin(experts, hidden, x, routing, weights)
         groups = self.store.serve(
@@ -306,7 +306,7 @@ class ExpertRunner:
             routing,
             device=device,
             staging=self._answers,
-            waited=lambda waited: self.store.add_wait("cpu", waited),
+            waited=lambda waited: self.store.stalls.add_wait("cpu", waited),
         )
 
 

@@ -7,14 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from moe_local.cache.keys import ExpertKey
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.leases import Lease
 from moe_local.offload.quantize.layout import Layout
+from moe_local.offload.stalls import StallAccount
 from moe_local.offload.tiers.copies import CopySource
-from moe_local.offload.tiers.device import Waited
 from moe_local.offload.tiers.tiers import Tier
 from moe_local.offload.tiers.transfer import DEMAND
 
@@ -35,13 +34,6 @@ AHEAD = 1
 
 WAIT_SECONDS = 0.1
 """Longest wait between two looks at pending interrupts."""
-
-
-class Account(Protocol):
-    """Who is told what is waited for; an ExpertStore."""
-
-    def add_stall(self, cause: str, seconds: float) -> None: ...
-    def add_wait(self, cause: str, waited: Waited) -> None: ...
 
 
 @dataclass(slots=True)
@@ -94,7 +86,7 @@ class PrefillStream:
         tier: Tier,
         layouts: Sequence[Sequence[Layout]],
         top_k: Sequence[int],
-        account: Account,
+        account: StallAccount,
     ) -> None:
         """`tier` has a ring of two slots at least. `top_k[layer]` experts are needed by each token."""
         if tier.cache.staging.slots < 2:

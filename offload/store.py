@@ -6,23 +6,21 @@ import time
 from collections.abc import Callable, Generator, Sequence
 
 from moe_local.cache.keys import ExpertKey
-from moe_local.cache.stats import BytesMoved, RouterLoad, StallSeconds, Stats
+from moe_local.cache.stats import BytesMoved, RouterLoad, Stats
+from moe_local.offload.custody import Custody, HostAlone
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.leases import Lease, Serving, Tally
 from moe_local.offload.prefill import PrefillStream
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.schedule.host_share import HostShare
 from moe_local.offload.schedule.scheduler import MissScheduler
+from moe_local.offload.stalls import StallAccount
 from moe_local.offload.tiers.copies import CopySource
-from moe_local.offload.tiers.device import Waited
 from moe_local.offload.tiers.tiers import Tier
 from moe_local.offload.tiers.transfer import DEMAND, FileSource
 
 WAIT_SECONDS = 0.1
 """Longest wait between two looks at pending interrupts."""
-
-MOST_WAITS = 1024
-"""Device waits whose seconds are not read yet; more are read at once, though nobody asked for figures."""
 
 
 class ExpertStore:
@@ -60,15 +58,17 @@ class ExpertStore:
         self._copies = tier.source if isinstance(tier.source, CopySource) else None
         self.host: HostShare | None = None
         """What the CPU computes beside a device; None: nothing."""
+        self.custody: Custody = HostAlone()
+        """Who else decides what is in the slots of `tier`."""
+        self.stalls = StallAccount()
         self.prefill: PrefillStream | None = None
         """What serves steps of many tokens; None: they are served like others, in waves."""
         if tier.cache.staging.slots >= 2:
-            self.prefill = PrefillStream(tier, layouts, [routed.top_k(i) for i in range(len(layouts))], self)
+            top_k = [routed.top_k(i) for i in range(len(layouts))]
+            self.prefill = PrefillStream(tier, layouts, top_k, self.stalls)
         if scheduler is not None and below is not None and self._copies is not None:
             self.host = HostShare(tier, below, self._copies, layouts, scheduler)
         self._disk = disk
-        self._stall = dict.fromkeys(("demand", "late_prefetch", "disk", "cpu", "sync"), 0.0)
-        self._waits: list[tuple[str, Waited]] = []
         self._leased = 0
 
     def serve(
@@ -94,6 +94,7 @@ class ExpertStore:
         With `recent`, as `prefill` answers, the step is a long one: see PrefillStream.
         """
         tier, cache = self.tier, self.tier.cache
+        self.custody.release()
         tier.poll()
         if cache.staging.used and recent is None and self.prefill is not None:
             self.prefill.clear(layer, experts)
@@ -255,34 +256,23 @@ class ExpertStore:
                 return
             tier.bring(ExpertKey(layer, expert), slot, distance)
 
-    def add_stall(self, cause: str, seconds: float) -> None:
-        """Charge a wait to a cause, a field of StallSeconds."""
-        self._stall[cause] += seconds
-
-    def add_wait(self, cause: str, waited: Waited) -> None:
-        """Charge a wait of the device's stream to a cause, once it is known how long it was."""
-        self._waits.append((cause, waited))
-        if len(self._waits) > MOST_WAITS:
-            self._settle_waits(MOST_WAITS // 2)
-
     def tally(self) -> Tally:
         """Counts since load, for the record of each token: cheaper than `snapshot`."""
-        self._settle_waits()
+        self.custody.count()
         counters = self.tier.cache.stats
         copied = self._copies.bytes_copied if self._copies else 0
-        stall = sum(self._stall.values())
-        return Tally(stall, counters.hits, counters.misses, copied, self._disk.bytes_read)
+        return Tally(self.stalls.total(), counters.hits, counters.misses, copied, self._disk.bytes_read)
 
     def snapshot(self, *, routed: bool = True) -> Stats:
         """Counts since load. On a device this waits for the timing of stalls still under way.
 
         `routed=False` leaves the large table of the router's choices out.
         """
-        self._settle_waits()
+        self.custody.catch_up()
         copied = self._copies.bytes_copied if self._copies else 0
         return self.tier.cache.stats.snapshot(
             bytes=BytesMoved(h2d=copied, disk=self._disk.bytes_read),
-            stall=StallSeconds(**self._stall),
+            stall=self.stalls.by_cause(),
             tokens=self.tokens,
             routed=self.routed.snapshot() if routed else None,
         )
@@ -293,12 +283,15 @@ class ExpertStore:
         Experts that have slots for good stay: all of a tier that holds them all. `policy`: another one from
         now on, in the fastest tier. Blocks; nothing may be leased.
         """
+        self.custody.release()
         for tier in (self.tier, *([self.below] if self.below is not None else [])):
             if any(tier.cache.slots(layer) < len(experts) for layer, experts in enumerate(self.layouts)):
                 tier.empty(policy if tier is self.tier else None)
 
     def close(self) -> None:
         """Stop loads and free the slots. Idempotent."""
+        self.custody.release()
+        self.custody = HostAlone()
         settle, self.routed.settle = self.routed.settle, None  # it may hold memory of the device
         if settle is not None:
             settle()
@@ -308,6 +301,7 @@ class ExpertStore:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless no lease is left over and the tier agrees with its loads."""
+        self.custody.catch_up()
         self.tier.check_integrity()
         if self.prefill is not None:
             self.prefill.check_integrity()
@@ -357,7 +351,7 @@ class ExpertStore:
                 serving.waiting.remove(expert)
                 serving.ready.append(expert)
             if waited is not None:
-                self.add_wait("late_prefetch" if expert in serving.late else "demand", waited)
+                self.stalls.add_wait("late_prefetch" if expert in serving.late else "demand", waited)
 
     def _wait(self, serving: Serving) -> None:
         """Block until something moves, at most WAIT_SECONDS; charge the time to what is waited for."""
@@ -371,14 +365,7 @@ class ExpertStore:
         start = time.perf_counter()
         self.tier.source.wait(WAIT_SECONDS)
         self.tier.poll()
-        self._stall[cause] += time.perf_counter() - start
-
-    def _settle_waits(self, keep: int = 0) -> None:
-        """Charge the waits of the device's stream, which are over once a token has come back from it."""
-        settled = self._waits[: len(self._waits) - keep]
-        for cause, waited in settled:
-            self._stall[cause] += waited.seconds()
-        del self._waits[: len(settled)]
+        self.stalls.add_stall(cause, time.perf_counter() - start)
 
     def _drop_unneeded(self, layer: int, experts: Sequence[int]) -> None:
         """Cancel prefetches for this layer that guessed wrong: the layer is being served now."""

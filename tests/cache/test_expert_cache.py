@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import pytest
@@ -425,3 +426,23 @@ def test_what_is_in_use_is_not_emptied() -> None:
         cache.empty()
     assert cache.residents(0) == (4,)
     cache.check_integrity()
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "fifo"])
+def test_following_a_step_is_like_having_served_it(policy: str) -> None:
+    """The slots that are to be filled next are those that `acquire` would fill, whatever the history."""
+    served, followed = (ExpertCache([5], policy) for _ in range(2))
+    rng = random.Random(policy)
+    for _ in range(200):
+        experts = rng.sample(range(12), 3)
+        for expert in served.acquire(0, experts).load:
+            served.complete(0, expert)
+        served.release(0, experts)
+        own = [followed.slot_of(0, expert) for expert in experts]
+        to_fill = iter([slot for slot in followed.elsewhere.next_filled(0, 6) if slot not in own])
+        followed.elsewhere.follow(0, experts, [next(to_fill) if slot is None else -1 for slot in own])
+        followed.check_integrity()
+        assert sorted(followed.residents(0)) == sorted(served.residents(0))
+    assert followed.stats.evictions == served.stats.evictions > 200
+    assert followed.stats.hits == followed.stats.misses == 0  # whoever served counts these
+    assert followed.elsewhere.next_filled(0, 2) == followed.elsewhere.next_filled(0, 9)[:2]

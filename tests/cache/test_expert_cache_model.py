@@ -248,6 +248,51 @@ class CacheMachine(RuleBasedStateMachine):
             for expert in experts:
                 self.layers[number].present[expert].pins -= 1
 
+    @rule(number=layer_numbers, experts=experts_lists, settle=st.booleans())
+    def served_elsewhere(self, number: int, experts: list[int], settle: bool) -> None:
+        """Others fill slots in the order that they were given, and tell afterwards."""
+        layer, cache = self.layers[number], self.cache
+        if settle:
+            self.release_all(number)
+            for expert, entry in layer.present.items():
+                if entry.loading:
+                    entry.loading = False
+                    cache.complete(number, expert)
+        own = [slot for e in experts if (slot := cache.slot_of(number, e)) is not None]
+        order = cache.elsewhere.next_filled(number, self.slots[number])
+        to_fill = iter([slot for slot in order if slot not in own])
+        absent = [e for e in experts if e not in layer.present]
+        filled = [next(to_fill, self.slots[number] + 1) if e in absent else -1 for e in experts]
+        loading = any(entry.loading for entry in layer.present.values())
+        if loading or any(slot > self.slots[number] for slot in filled):
+            if loading:
+                filled = [min(slot, self.slots[number] - 1) for slot in filled]
+                self._refused(CacheStateError, lambda: cache.elsewhere.follow(number, experts, filled))
+            return
+        wrong = [0 if slot < 0 else -1 for slot in filled]
+        self._refused(CacheStateError, lambda: cache.elsewhere.follow(number, experts, wrong))
+        if own and absent:
+            wrong = [own[0] if slot >= 0 else -1 for slot in filled]
+            self._refused(CacheStateError, lambda: cache.elsewhere.follow(number, experts, wrong))
+        for expert in experts:
+            if expert in layer.present:
+                self.used += layer.present[expert].unused_prefetch
+                layer.present[expert].unused_prefetch = False
+        room = [cache.expert_in(number, slot) for slot in filled if slot >= 0]
+        cache.elsewhere.follow(number, experts, filled)
+        layer.need(experts)
+        for expert in experts:
+            if expert in layer.present:
+                layer.happen(expert)
+        for expert in room:
+            if expert is not None:
+                if layer.present.pop(expert).unused_prefetch:
+                    self.wasted_bytes += _size(number, expert)
+                self.evictions += 1
+        for expert in absent:
+            layer.admit(expert).loading = False
+        assert [cache.slot_of(number, e) for e in absent] == [slot for slot in filled if slot >= 0]
+
     @rule(number=layer_numbers, experts=experts_lists, arrives=st.booleans())
     def prefetch_and_need(self, number: int, experts: list[int], arrives: bool) -> None:
         """A prefetch that is right, in time or late; without this, chance seldom gets there."""

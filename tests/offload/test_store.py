@@ -213,7 +213,7 @@ def test_device_waits_do_not_pile_up_where_nobody_asks_for_figures(make_rig: Mak
     rig = make_rig("ram", slots=2)
     for i in range(1500):
         rig.step(0, [i % 8, (i + 1) % 8])
-    assert len(rig.store._waits) <= 1100
+    assert len(rig.store.stalls._waits) <= 1100
     assert rig.store.snapshot().stall.demand > 0.001 * 1100
 
 

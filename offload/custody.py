@@ -1,0 +1,31 @@
+"""Who decides which expert is in which slot: the host, or for the time being the device."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Custody(Protocol):
+    """The host's side of it: called by the ExpertStore before it looks or acts."""
+
+    def count(self) -> None:
+        """Bring the counts of hits, misses, bytes and stalls up to the last token. Waits for the device."""
+
+    def catch_up(self) -> None:
+        """Bring the cache's tables, too, up to what the device has done. Waits for the device."""
+
+    def release(self) -> None:
+        """Leave the slots to the host: it knows all, and the device reads and writes none of them."""
+
+
+class HostAlone:
+    """The null twin: nobody but the host decides."""
+
+    def count(self) -> None:
+        pass
+
+    def catch_up(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass

@@ -1,0 +1,44 @@
+"""What is waited for, and how long: seconds by cause."""
+
+from __future__ import annotations
+
+from moe_local.cache.stats import StallSeconds
+from moe_local.offload.tiers.device import Waited
+
+MOST_WAITS = 1024
+"""Device waits whose seconds are not read yet; more are read at once, though nobody asked for figures."""
+
+
+class StallAccount:
+    """Stall seconds since load. A device's waits are charged once it is known how long they were."""
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(("demand", "late_prefetch", "disk", "cpu", "sync"), 0.0)
+        self._waits: list[tuple[str, Waited]] = []
+
+    def add_stall(self, cause: str, seconds: float) -> None:
+        """Charge a wait to a cause, a field of StallSeconds."""
+        self._seconds[cause] += seconds
+
+    def add_wait(self, cause: str, waited: Waited) -> None:
+        """Charge a wait of the device's stream to a cause, once it is known how long it was."""
+        self._waits.append((cause, waited))
+        if len(self._waits) > MOST_WAITS:
+            self._settle(MOST_WAITS // 2)
+
+    def total(self) -> float:
+        """Seconds of all causes. On a device this waits for the timing of stalls still under way."""
+        self._settle()
+        return sum(self._seconds.values())
+
+    def by_cause(self) -> StallSeconds:
+        """As `total`."""
+        self._settle()
+        return StallSeconds(**self._seconds)
+
+    def _settle(self, keep: int = 0) -> None:
+        """Charge the waits of the device's stream, which are over once a token has come back from it."""
+        settled = self._waits[: len(self._waits) - keep]
+        for cause, waited in settled:
+            self._seconds[cause] += waited.seconds()
+        del self._waits[: len(settled)]
