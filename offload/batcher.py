@@ -6,7 +6,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from moe_local.cache.errors import BusyError, MoeLocalError
 from moe_local.cache.stats import Stats
@@ -29,6 +31,7 @@ class Ended:
     error: MoeLocalError | None = None
 
 
+T = TypeVar("T")
 Listener = Callable[[Token | Ended], None]
 """Told of each token, and once of the end, in the batcher's thread: it must be quick. If it raises, its
 answer is cancelled."""
@@ -76,9 +79,9 @@ class Batcher:
         self._limit = queue
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
+        self._looks: deque[Callable[[], None]] = deque()
         self._closed: str | None = None
         self._changed = threading.Condition()
-        self._stepping = threading.Lock()
         self._tally = store.tally()
         self._thread = threading.Thread(target=self._work, name="moe-local-batcher", daemon=True)
         self._thread.start()
@@ -127,6 +130,35 @@ class Batcher:
             self._changed.notify_all()
         return ticket
 
+    def look(self, what: Callable[[], T]) -> Future[T]:
+        """Call `what` in the batcher's thread, between two steps, for what it returns or raises.
+
+        It is how others read the model's figures and its cache, which belong to whoever steps; it delays the
+        next step, so it must be quick. Any thread. The future raises MoeLocalError once the batcher is closed.
+        """
+        future: Future[T] = Future()
+
+        def call() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                if self._closed is not None:
+                    raise MoeLocalError(self._closed)
+                future.set_result(what())
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self._changed:
+            if self._closed is not None:
+                raise MoeLocalError(self._closed)
+            self._looks.append(call)
+            self._changed.notify_all()
+        return future
+
+    def stats(self) -> Stats:
+        """Counts since load. Any thread but the batcher's; waits for the end of a step."""
+        return self.look(self._store.snapshot).result()
+
     def close(self, reason: str = "the model answers no more") -> None:
         """Cancel everything and end the thread. Later calls of `submit` raise MoeLocalError(reason)."""
         with self._changed:
@@ -146,10 +178,11 @@ class Batcher:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._waiting and self._closed is None:
+                while not self._waiting and not self._looks and self._closed is None:
                     self._changed.wait()
             if self._closed is not None:
                 self._end_all(MoeLocalError(self._closed))
+                self._answer_looks()
                 return
             try:
                 # Whoever closes this may have the turn, and wait here for us.
@@ -160,7 +193,10 @@ class Batcher:
                 continue
             try:
                 self._tally = self._store.tally()
-                while self._closed is None and self._admit():
+                while self._closed is None:
+                    self._answer_looks()
+                    if not self._admit():
+                        break
                     self._step()
                 if self._closed is not None:
                     self._end_all(MoeLocalError(self._closed))
@@ -192,15 +228,13 @@ class Batcher:
             self._changed.notify_all()
         return bool(self._running)
 
-    def stats(self) -> Stats:
-        """Counts since load. Any thread; waits for the end of a step."""
-        with self._stepping:
-            return self._store.snapshot()
+    def _answer_looks(self) -> None:
+        for _ in range(len(self._looks)):  # those that come meanwhile wait for the next step
+            self._looks.popleft()()
 
     def _step(self) -> None:
         try:
-            with self._stepping:
-                steps = self._engine.step()
+            steps = self._engine.step()
         except Exception as error:
             # Whose fault it was is not known; nobody else waits for ever.
             self._end_all(

@@ -24,7 +24,7 @@ from moe_local.offload import interrupt
 from moe_local.offload.engine.batch_view import BatchMasks
 from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.kv_slab import KVRows, KVSlab, cache_argument
-from moe_local.offload.engine.prefix import longest_prefix
+from moe_local.offload.engine.prefix import row_to_go_on
 from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.engine.sequence import FinishReason, Sequence, Step, Work
@@ -108,8 +108,8 @@ class Engine:
     def join(self, prompt_ids: Ids[int], settings: Settings, *, reuse: bool = False) -> Sequence:
         """Let a prompt take part in the steps to come; nothing is computed yet.
 
-        With `reuse`, the keys and values of a sequence that left serve as far as both prompts agree: those of
-        the one that agrees longest.
+        With `reuse`, the keys and values of a sequence that left serve as far as both prompts agree: see
+        `row_to_go_on` for which.
         Raises OptionError for an empty prompt, an id beyond the vocabulary, a prompt beyond the context.
         """
         ids = list(prompt_ids)
@@ -118,7 +118,8 @@ class Engine:
             raise MoeLocalError(
                 f"all {self.kv.rows} sequences are in use; one has to leave before another joins"
             )
-        shared, parked = longest_prefix(self.kv, self._parked, ids) if reuse else (0, None)
+        spare = len(self._members) < self.kv.rows
+        shared, parked = row_to_go_on(self.kv, self._parked, ids, spare=spare) if reuse else (0, None)
         if parked is not None:
             row = parked.row
             self.kv.shorten(row, shared)

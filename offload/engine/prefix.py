@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Sequence as Ids
 
 from moe_local.offload.engine.kv_slab import KVRows
 from moe_local.offload.engine.sequence import Sequence
 
 
-def longest_prefix(kv: KVRows, parked: Iterable[Sequence], ids: Ids[int]) -> tuple[int, Sequence | None]:
-    """The sequence that most of a prompt can be taken over from, the last of several, and how many tokens."""
-    found: tuple[int, Sequence | None] = (0, None)
+def row_to_go_on(
+    kv: KVRows, parked: Ids[Sequence], ids: Ids[int], *, spare: bool
+) -> tuple[int, Sequence | None]:
+    """The parked sequence whose row a prompt takes over, and how many tokens of it; None: no tokens of any.
+
+    The one that most can be taken over from, the last of several, if that is half of it or more. Another
+    conversation has a few tokens of the template in common, too, and would lose all the rest: one that
+    begins anew takes a row that nobody has used, if there is a `spare` one, or the row left longest ago.
+    """
+    best, found = 0, None
     for sequence in parked:
         shared = shared_prefix(kv, sequence, ids)
-        if shared and shared >= found[0]:
-            found = (shared, sequence)
-    return found
+        if shared and shared >= best:
+            best, found = shared, sequence
+    if found is None or 2 * best >= kv.lens[found.row]:
+        return best, found
+    if spare:
+        return 0, None
+    oldest = parked[0]
+    shared = shared_prefix(kv, oldest, ids)
+    return (shared, oldest) if shared else (0, None)
 
 
 def shared_prefix(kv: KVRows, parked: Sequence, ids: Ids[int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -247,3 +248,45 @@ def test_what_was_cancelled_makes_room_at_once(rig: Rig) -> None:
         extra = rig.ask([9, 9], count=3)
     assert extra.end() == Ended(FinishReason.LENGTH)
     assert heard[3].end() == Ended(None)
+
+
+def test_looks_are_between_steps_of_others_and_when_idle(rig: Rig) -> None:
+    stepping: list[bool] = []
+    step = rig.engine.step
+
+    def noted() -> Any:
+        stepping.append(True)
+        try:
+            return step()
+        finally:
+            stepping.append(False)
+
+    rig.engine.step = noted  # type: ignore[method-assign]
+    assert rig.batcher.look(lambda: threading.current_thread().name).result(PATIENCE) == "moe-local-batcher"
+    assert stepping == []
+    heard = rig.ask([5, 6, 7], count=30)
+    seen = []
+    for _ in range(5):
+        heard.token()
+        seen.append(rig.batcher.look(lambda: (stepping[-1], rig.batcher.running)).result(PATIENCE))
+    assert (False, 1) in seen
+    assert all(not within for within, _ in seen)
+    assert heard.end().reason is FinishReason.LENGTH
+
+
+def test_looks_that_fail_are_taken_back_or_come_too_late(rig: Rig) -> None:
+    def fail() -> None:
+        raise ValueError("out of sight")
+
+    with pytest.raises(ValueError, match="out of sight"):
+        rig.batcher.look(fail).result(PATIENCE)
+    called: list[int] = []
+    with rig.paused():
+        rig.batcher.look(lambda: called.append(1)).cancel()
+        last = rig.batcher.look(lambda: called.append(2))
+        rig.batcher.close("enough")
+    with pytest.raises(MoeLocalError, match="enough"):
+        last.result(PATIENCE)
+    with pytest.raises(MoeLocalError, match="enough"):
+        rig.batcher.look(lambda: called.append(3))
+    assert called == []

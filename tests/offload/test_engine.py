@@ -352,3 +352,27 @@ def test_own_caches_reuse_only_what_was_appended(mixtral: Any) -> None:
     assert differs.reused_tokens == 0
     finish(engine, differs)
     assert differs.new_ids == hf_ids(mixtral, first.ids[:12], max_new_tokens=4, eos_token_id=None)
+
+
+def test_conversations_in_turn_keep_their_rows(mixtral: Any) -> None:
+    """A few tokens of a template in common are no reason to give another conversation's row up."""
+    engine = Engine(mixtral, make_kv(mixtral, 2, 100), chunk=100)
+    template = [1, 2, 3]
+
+    def turn(prompt: list[int], reused: int) -> list[int]:
+        sequence = engine.join(prompt, greedy(mixtral, 4), reuse=True)
+        assert sequence.reused_tokens == reused
+        finish(engine, sequence)
+        assert sequence.new_ids == hf_ids(mixtral, prompt, max_new_tokens=4, eos_token_id=None)
+        engine.leave(sequence)
+        engine.check_integrity()
+        return sequence.ids
+
+    one = turn([*template, *random_ids(20, seed=1)], 0)
+    two = turn([*template, *random_ids(20, seed=2)], 0)
+    # the last new token was never fed
+    one = turn([*one, *random_ids(5, seed=3)], len(one) - 1)
+    two = turn([*two, *random_ids(5, seed=4)], len(two) - 1)
+    three = turn([*template, *random_ids(20, seed=5)], 3)  # no row is spare: that of the one left longest ago
+    turn([*two, 9], len(two) - 1)
+    turn([*three, 9], len(three) - 1)
