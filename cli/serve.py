@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
-import signal
-import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -16,12 +12,7 @@ from moe_local.cache.errors import OptionError
 from moe_local.cli.options import LOAD_FLAGS, debug_flag, load_flags
 from moe_local.cli.render import ProgressBar
 
-if TYPE_CHECKING:
-    from moe_local.cli.server.app import Server
-
-GRACE_SECONDS = 30
-"""How long answers under way may go on after the server was told to stop."""
-CONNECTIONS = 256
+OWN_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 @click.command()
@@ -111,8 +102,10 @@ def serve(
             "or listen on 127.0.0.1"
         )
     from moe_local.cli.server.app import Limits, Server  # FastAPI takes half a second to import
+    from moe_local.cli.server.web import run
 
-    limits = Limits(api_key=api_key, origins=cors, max_tokens=max_tokens, seconds=timeout)
+    hosts = (*OWN_NAMES, host) if api_key is None else None
+    limits = Limits(api_key=api_key, origins=cors, hosts=hosts, max_tokens=max_tokens, seconds=timeout)
     _check_port(host, port)
     with ProgressBar() as progress:
         loaded = moe_local.load(model, **options, progress=progress)
@@ -126,49 +119,6 @@ def serve(
             run(Server(loaded, batcher, limits), host, port)
         finally:
             batcher.close()
-
-
-def run(server: Server, host: str, port: int) -> None:
-    """Until Ctrl-C or SIGTERM; answers under way then have GRACE_SECONDS to end."""
-    import uvicorn
-
-    class Web(uvicorn.Server):
-        """Says where it listens once it does, since port 0 takes any, and lets the process end in order."""
-
-        interrupted = False
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            kept = {kind: signal.signal(kind, self.handle_exit) for kind in (signal.SIGINT, signal.SIGTERM)}
-            try:
-                yield
-            finally:
-                for kind, handler in kept.items():
-                    signal.signal(kind, handler)
-
-        def handle_exit(self, sig: int, frame: Any) -> None:
-            self.interrupted = self.interrupted or sig == signal.SIGINT
-            super().handle_exit(sig, frame)
-
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            for socket in (s for listening in self.servers for s in listening.sockets):
-                address = socket.getsockname()
-                name = f"[{address[0]}]" if ":" in address[0] else address[0]
-                print(f"{server.name} at http://{name}:{address[1]}/v1", file=sys.stderr, flush=True)
-
-    config = uvicorn.Config(
-        server.app(),
-        host=host,
-        port=port,
-        log_level="warning",
-        limit_concurrency=CONNECTIONS,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
-    web = Web(config)
-    web.run()
-    if web.interrupted:
-        raise KeyboardInterrupt
 
 
 def _is_own(host: str) -> bool:

@@ -78,6 +78,10 @@ class Batcher:
         self._turn = turn
         self._limit = queue
         self._waiting: deque[Ticket] = deque()
+        self.prompt_tokens = 0
+        """Of all prompts whose answers have begun."""
+        self.reused_tokens = 0
+        """Those of them that an earlier answer had computed."""
         self._running: list[Ticket] = []
         self._looks: deque[Callable[[], None]] = deque()
         self._closed: str | None = None
@@ -92,9 +96,14 @@ class Batcher:
         return len(self._running)
 
     @property
+    def rows(self) -> int:
+        """Most answers under way at a time."""
+        return self._engine.kv.rows
+
+    @property
     def capacity(self) -> int:
         """Most prompts that can be under way or wait at a time."""
-        return self._engine.kv.rows + self._limit
+        return self.rows + self._limit
 
     @property
     def waiting(self) -> int:
@@ -133,8 +142,8 @@ class Batcher:
     def look(self, what: Callable[[], T]) -> Future[T]:
         """Call `what` in the batcher's thread, between two steps, for what it returns or raises.
 
-        It is how others read the model's figures and its cache, which belong to whoever steps; it delays the
-        next step, so it must be quick. Any thread. The future raises MoeLocalError once the batcher is closed.
+        It is how others read the model's figures and its cache, which belong to whoever steps; it delays
+        the next step, so it must be quick. Any thread. Here or in the future, MoeLocalError once closed.
         """
         future: Future[T] = Future()
 
@@ -250,6 +259,9 @@ class Batcher:
 
     def _hand_out(self, ticket: Ticket, step: Step, before: Tally) -> None:
         now, after = time.perf_counter(), self._tally
+        if len(step.sequence.ids) == step.sequence.prompt_len + 1:
+            self.prompt_tokens += step.sequence.prompt_len
+            self.reused_tokens += step.sequence.reused_tokens
         text = ""
         if ticket.detokenizer is not None:
             text = ticket.detokenizer.add(step.token)

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_local.cache.errors import MoeLocalError
 from moe_local.cli.server.text import AnswerParser, Piece, StopFilter, call_id
 from moe_local.offload.batcher import Ended, Ticket
 from moe_local.offload.records import Token
@@ -131,22 +130,3 @@ class Answer:
         for choice in self.choices:
             if choice.ticket is not None:
                 choice.ticket.cancel()
-
-
-class Failure(Exception):
-    """An error as OpenAI's clients know them."""
-
-    def __init__(self, status: int, message: str, kind: str, *, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": None}}
-
-    @classmethod
-    def of(cls, error: MoeLocalError) -> Failure:
-        from moe_local.cache.errors import BusyError, OptionError
-
-        if isinstance(error, BusyError):
-            return cls(429, str(error), "rate_limit_error")
-        if isinstance(error, OptionError):
-            return cls(400, str(error), "invalid_request_error")
-        return cls(500, str(error), "server_error")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,15 @@ from starlette.exceptions import HTTPException
 
 import moe_local
 from moe_local.cache.errors import MoeLocalError, OptionError
-from moe_local.cli.server.answers import Answer, Choice, Failure
-from moe_local.cli.server.guard import Guard
+from moe_local.cli.server.answers import Answer, Choice
+from moe_local.cli.server.failures import Failure, error_body
+from moe_local.cli.server.guard import Guard, Traffic
 from moe_local.cli.server.metrics import Metrics
+from moe_local.cli.server.page import Page
 from moe_local.cli.server.protocol import ChatRequest, CompletionRequest, Sampling
 from moe_local.cli.server.shapes import ChatShape, Shape, TextShape
 from moe_local.cli.server.text import OPEN_THOUGHT, AnswerParser, StopFilter
+from moe_local.cli.server.watch import Watch
 from moe_local.offload.batcher import Batcher, Ended
 from moe_local.offload.engine.text import encode_prompt
 
@@ -34,6 +38,8 @@ class Limits:
     api_key: str | None = None
     origins: tuple[str, ...] = ()
     """Web pages of other hosts that may ask; none by default."""
+    hosts: tuple[str, ...] | None = None
+    """Names under which the server may be asked; None: any. See Guard."""
     body_bytes: int = 8 << 20
     max_tokens: int | None = None
     """Most new tokens of an answer; None: what the context holds."""
@@ -53,13 +59,24 @@ class Server:
         self.limits = limits
         self.name = model.name
         self.metrics = Metrics(batcher)
+        self.watch = Watch(model, batcher)
+        self.page = Page()
+        self.traffic = Traffic()
+        self._encoding = asyncio.Lock()
 
     def app(self) -> FastAPI:
         app = FastAPI(title="moe-local", version=moe_local.__version__, docs_url=None, redoc_url=None)
         app.add_exception_handler(Failure, _failed)
         app.add_exception_handler(HTTPException, _refused)
         app.add_exception_handler(RequestValidationError, _not_understood)
-        app.add_middleware(Guard, api_key=self.limits.api_key, body_bytes=self.limits.body_bytes)
+        app.add_exception_handler(Exception, _broken)
+        app.add_middleware(
+            Guard,
+            api_key=self.limits.api_key,
+            body_bytes=self.limits.body_bytes,
+            hosts=self.limits.hosts,
+            traffic=self.traffic,
+        )
         if self.limits.origins:
             app.add_middleware(
                 CORSMiddleware,
@@ -67,8 +84,10 @@ class Server:
                 allow_methods=["GET", "POST"],
                 allow_headers=["Authorization", "Content-Type"],
             )
+        app.add_api_route("/", self.page.give, methods=["GET"])
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/metrics", self.prometheus, methods=["GET"], response_class=PlainTextResponse)
+        app.add_api_route("/v1/cache", self.watch.report, methods=["GET"])
         app.add_api_route("/v1/models", self.models, methods=["GET"])
         app.add_api_route("/v1/models/{name:path}", self.one_model, methods=["GET"])
         app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
@@ -77,11 +96,13 @@ class Server:
 
     # What is there
 
-    async def health(self) -> dict[str, Any]:
-        return {"status": "ok", "running": self.batcher.running, "waiting": self.batcher.waiting}
+    async def health(self) -> JSONResponse:
+        state = {"status": "stopping" if self.traffic.stopping else "ok"}
+        counts = {"running": self.batcher.running, "waiting": self.batcher.waiting}
+        return JSONResponse({**state, **counts}, status_code=503 if self.traffic.stopping else 200)
 
     async def prometheus(self) -> Response:
-        text = await asyncio.to_thread(self.metrics.render)
+        text = self.metrics.render(await self.watch.picture())
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def models(self) -> dict[str, Any]:
@@ -103,16 +124,14 @@ class Server:
     # Answers
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
-        with _as_failures():
+        with self._as_failures():
             self._check_model(asked.model)
             asked.check()
             tools = asked.offered_tools
-            ids = encode_prompt(
-                self.model.tokenizer,
-                asked.conversation(),
-                tools=tools,
-                variables=asked.chat_template_kwargs,
-            )
+            if tools is not None:
+                self._check_tools(tools)
+            messages = asked.conversation()
+            ids = await self._encoded(messages, tools=tools, variables=asked.template_variables)
         thinking = self.model.tokenizer.decode(ids[-8:]).rstrip().endswith(OPEN_THOUGHT)
         answer = Answer("chatcmpl", self.name)
         for index in range(asked.n):
@@ -121,17 +140,27 @@ class Server:
         return await self._answer(request, asked, answer, [ids], ChatShape(answer))
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
-        with _as_failures():
+        with self._as_failures():
             self._check_model(asked.model)
             asked.check()
-            prompts = [
-                encode_prompt(self.model.tokenizer, prompt, template=False) for prompt in asked.prompts()
-            ]
+            prompts = [await self._encoded(prompt, template=False) for prompt in asked.prompts()]
         answer = Answer("cmpl", self.name)
         for index in range(asked.n * len(prompts)):
             answer.add(Choice(index, StopFilter(asked.stops), AnswerParser(plain=True)))
         echo = [self._text(prompt) for prompt in prompts] if asked.echo else []
         return await self._answer(request, asked, answer, prompts, TextShape(answer, echo, asked.n))
+
+    async def _encoded(self, prompt: Any, **options: Any) -> list[int]:
+        """Token ids, made beside the event loop and one prompt at a time: a long one takes a second."""
+        async with self._encoding:
+            try:
+                return await asyncio.to_thread(encode_prompt, self.model.tokenizer, prompt, **options)
+            except MoeLocalError:
+                raise
+            except Exception as error:  # of a template or a tokenizer that was given what it never expected
+                raise OptionError(
+                    f"no prompt can be made of this: {type(error).__name__}: {error}"
+                ) from error
 
     def _text(self, ids: list[int]) -> str:
         text: str = self.model.tokenizer.decode(ids, skip_special_tokens=True)
@@ -140,7 +169,7 @@ class Server:
     async def _answer(
         self, request: Request, asked: Sampling, answer: Answer, prompts: list[list[int]], shape: Shape
     ) -> Response:
-        with _as_failures():
+        with self._as_failures():
             if len(answer.choices) > self.batcher.capacity:
                 raise OptionError(
                     f"{len(answer.choices)} answers are asked for at once, {self.batcher.capacity} can be "
@@ -155,9 +184,7 @@ class Server:
                 answer.__exit__()
                 raise
         if asked.stream:
-            chunks = self._stream(answer, shape, asked.include_usage)
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
+            return _Stream(answer, self._stream(answer, shape, asked.include_usage))
         whole = asyncio.ensure_future(self._whole(answer, shape))
         with answer:
             try:
@@ -165,7 +192,7 @@ class Server:
                     await asyncio.wait([whole], timeout=0.25)
                     if not whole.done() and await request.is_disconnected():
                         return Response(status_code=499)
-                with _as_failures():
+                with self._as_failures():
                     return JSONResponse(whole.result())
             finally:
                 whole.cancel()
@@ -200,21 +227,40 @@ class Server:
         return shape.whole()
 
     async def _stream(self, answer: Answer, shape: Shape, include_usage: bool) -> AsyncIterator[str]:
-        with answer:
-            try:
-                for chunk in shape.opening():
-                    yield _event(chunk)
-                async for choice, pieces, event in answer.events():
-                    for piece in pieces:
-                        yield _event(shape.delta(choice, piece))
-                        choice.calls += piece.call is not None
-                    if isinstance(event, Ended):
-                        yield _event(shape.closing(choice))
-                if include_usage:
-                    yield _event(shape.usage())
-            except MoeLocalError as error:
-                yield _event(Failure.of(error).body)
-            yield "data: [DONE]\n\n"
+        try:
+            for chunk in shape.opening():
+                yield _event(chunk)
+            async for choice, pieces, event in answer.events():
+                for piece in pieces:
+                    yield _event(shape.delta(choice, piece))
+                    choice.calls += piece.call is not None
+                if isinstance(event, Ended):
+                    yield _event(shape.closing(choice))
+            if include_usage:
+                yield _event(shape.usage())
+        except MoeLocalError as error:
+            yield _event(self._failure(error).body)
+        yield "data: [DONE]\n\n"
+
+    def _failure(self, error: MoeLocalError) -> Failure:
+        if self.traffic.stopping and not isinstance(error, OptionError):
+            return Failure(503, str(error), "server_error")
+        return Failure.of(error)
+
+    @contextlib.contextmanager
+    def _as_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except MoeLocalError as error:
+            raise self._failure(error) from error
+
+    def _check_tools(self, tools: list[dict[str, Any]]) -> None:
+        """Raises OptionError where the model would never hear of them."""
+        template = self.model.tokenizer.get_chat_template(None, tools)
+        if "tools" not in template:
+            raise OptionError(
+                f"{self.name} knows no tools: its chat template has no place for them; leave them out"
+            )
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, "", self.name):
@@ -226,12 +272,17 @@ class Server:
             )
 
 
-@contextlib.contextmanager
-def _as_failures() -> Any:
-    try:
-        yield
-    except MoeLocalError as error:
-        raise Failure.of(error) from error
+class _Stream(StreamingResponse):
+    """Server-sent events. Whatever becomes of it, its answer is not computed further than it is sent."""
+
+    def __init__(self, answer: Answer, chunks: AsyncIterator[str]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(chunks, media_type="text/event-stream", headers=headers)
+        self._answer = answer
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        with self._answer:
+            await super().__call__(scope, receive, send)
 
 
 def _event(chunk: dict[str, Any]) -> str:
@@ -239,19 +290,31 @@ def _event(chunk: dict[str, Any]) -> str:
 
 
 async def _failed(request: Request, error: Any) -> JSONResponse:
-    headers = {"Retry-After": "5"} if error.status == 429 else {}
-    return JSONResponse(error.body, status_code=error.status, headers=headers)
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
 
 async def _refused(request: Request, error: Any) -> JSONResponse:
     """What FastAPI refuses by itself: unknown paths and methods, bodies that are too long."""
     message = f"{request.method} {request.url.path}: {error.detail}"
-    failure = Failure(error.status_code, message, "invalid_request_error")
-    return JSONResponse(failure.body, status_code=error.status_code, headers=error.headers)
+    body = error_body(message, "invalid_request_error")
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _broken(request: Request, error: Any) -> JSONResponse:
+    """An error of ours; uvicorn logs it."""
+    body = error_body(f"the server failed: {type(error).__name__}; its log says more", "server_error")
+    return JSONResponse(body, status_code=500)
 
 
 async def _not_understood(request: Request, error: Any) -> JSONResponse:
-    first = error.errors()[0]
+    errors = error.errors()
+    # a misspelt field explains why another is missing
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     where = ".".join(part for part in first["loc"] if isinstance(part, str) and part != "body")
-    failure = Failure(400, f"{where or 'body'}: {first['msg']}", "invalid_request_error", param=where or None)
-    return JSONResponse(failure.body, status_code=400)
+    message = f"{where or 'body'}: {first['msg']}"
+    if first["type"] == "extra_forbidden":
+        names = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
+        near = difflib.get_close_matches(where, names, 1)
+        message = f"unknown field {where!r}" + (f"; did you mean {near[0]!r}?" if near else "; leave it out")
+    body = error_body(message, "invalid_request_error", param=where or None)
+    return JSONResponse(body, status_code=400)

@@ -1,35 +1,58 @@
-"""What a request must have before anything of it is read: the key, and a body that is not too long."""
+"""What a request must have before anything of it is read: the key, our name, a body that is not too long."""
 
 from __future__ import annotations
 
 import hmac
-import json
+from dataclasses import dataclass
 from typing import Any
 
-from starlette.exceptions import HTTPException
+from moe_local.cli.server.failures import BodyTooLong, send_raw
 
 Scope = dict[str, Any]
+OPEN_PATHS = ("/", "/health")
+"""What is told without a key: the page, which asks for it, and whether the server lives."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What is going on in a server; written in its event loop."""
+
+    answering: int = 0
+    """Requests for answers that have been let in and whose last byte is not written yet."""
+    stopping: bool = False
+    """Nothing new is let in."""
 
 
 class Guard:
-    """ASGI middleware. Everything but /health asks for the key, if there is one."""
+    """ASGI middleware. `hosts`: names under which it may be asked, None for any.
 
-    def __init__(self, app: Any, *, api_key: str | None, body_bytes: int) -> None:
+    Without a key those are this machine's own names: a page of the Web whose own name has come to mean
+    127.0.0.1 could ask otherwise, and read the answers, as if it came from here.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        *,
+        api_key: str | None,
+        body_bytes: int,
+        hosts: tuple[str, ...] | None,
+        traffic: Traffic,
+    ) -> None:
         self._app = app
         self._key = None if api_key is None else api_key.encode()
         self._body_bytes = body_bytes
+        self._hosts = None if hosts is None else frozenset(name.lower() for name in hosts)
+        self._traffic = traffic
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        if self._key is not None and scope["path"] != "/health" and not self._has_key(headers):
-            await _refuse(send, 401, "the API key is missing or wrong; send Authorization: Bearer KEY")
-            return
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._body_bytes:
-            await _refuse(send, 413, self._too_long(int(length)))
+        refusal = self._refusal(scope, headers)
+        if refusal is not None:
+            await send_raw(send, *refusal)
             return
         seen = 0
 
@@ -38,10 +61,39 @@ class Guard:
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self._body_bytes:  # a body in chunks says no length before
-                raise HTTPException(413, self._too_long(seen))
+                raise BodyTooLong(seen, self._body_bytes)
             return message
 
-        await self._app(scope, counted, send)
+        if scope["method"] != "POST":
+            await self._app(scope, counted, send)
+            return
+        self._traffic.answering += 1
+        try:
+            await self._app(scope, counted, send)
+        finally:
+            self._traffic.answering -= 1
+
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, str, str] | None:
+        """Status, message and kind of what is wrong with a request."""
+        if self._hosts is not None and (name := _name(headers)) not in self._hosts:
+            return (
+                403,
+                f"the request is for {name or 'no host'}, which is not this machine; ask for 127.0.0.1, "
+                "or start the server with --api-key",
+                "permission_error",
+            )
+        if self._key is not None and scope["path"] not in OPEN_PATHS and not self._has_key(headers):
+            return (
+                401,
+                "the API key is missing or wrong; send Authorization: Bearer KEY",
+                "authentication_error",
+            )
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._body_bytes:
+            return 413, BodyTooLong(int(length), self._body_bytes).detail, "invalid_request_error"
+        if self._traffic.stopping and scope["method"] == "POST":
+            return 503, "the server is stopping", "server_error"
+        return None
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
@@ -49,15 +101,10 @@ class Guard:
         # in a time that does not depend on how much of it is right
         return hmac.compare_digest(given.strip(), self._key) and scheme.lower() == b"bearer"
 
-    def _too_long(self, length: int) -> str:
-        return f"the body has {length} bytes or more, {self._body_bytes} are allowed"
 
-
-async def _refuse(send: Any, status: int, message: str) -> None:
-    kind = "authentication_error" if status == 401 else "invalid_request_error"
-    body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": None}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def _name(headers: dict[bytes, bytes]) -> str:
+    """The host that a request is for, without its port; of IPv6 addresses without the brackets."""
+    host = headers.get(b"host", b"").decode("latin-1").strip().lower()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]

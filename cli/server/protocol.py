@@ -1,14 +1,16 @@
 """What clients send: OpenAI's chat and text completions, as far as a local model can honour them.
 
-Field names and meanings are those of OpenAI's API reference. Fields that are not named here are ignored,
-since clients send many that change nothing here; values that cannot be honoured are refused by name.
+Field names and meanings are those of OpenAI's API reference. Types are taken at their word. Fields that
+change nothing here are named and ignored; others, and values that cannot be honoured, are refused by name: a
+misspelt max_token would else be an answer without end.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from moe_local.cache.errors import OptionError
 
@@ -16,11 +18,28 @@ MOST_CHOICES = 16
 
 
 class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
     include_usage: bool = False
+    include_obfuscation: bool | None = None
 
 
-class Sampling(BaseModel):
+class Ignored(BaseModel):
+    """What clients may send for OpenAI's own bookkeeping."""
+
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+
+
+class Sampling(Ignored):
     """What both kinds of request have in common."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     model: str | None = None
     max_tokens: int | None = Field(default=None, ge=1)
@@ -29,11 +48,31 @@ class Sampling(BaseModel):
     top_k: int | None = Field(default=None, ge=0)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0)
+    logprobs: bool | int | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: int = Field(default=1, ge=1, le=MOST_CHOICES)
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, given: Any) -> Any:
+        """null means: as if it were not there."""
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+
+    def check(self) -> None:
+        """Raises OptionError for what is asked for and cannot be had."""
+        for name in ("frequency_penalty", "presence_penalty"):
+            if getattr(self, name):
+                raise OptionError(f"{name} is not supported; repetition_penalty is (1 changes nothing)")
+        if self.logit_bias:
+            raise OptionError("logit_bias is not supported; leave it out")
+        if self.logprobs:
+            raise OptionError("logprobs are not supported; leave them out")
 
     @field_validator("stop")
     @classmethod
@@ -76,7 +115,6 @@ class CompletionRequest(Sampling):
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool = False
     suffix: str | None = None
-    logprobs: int | None = None
     best_of: int | None = None
 
     def prompts(self) -> list[str | list[int]]:
@@ -89,11 +127,9 @@ class CompletionRequest(Sampling):
         return list(prompt)  # type: ignore[arg-type]
 
     def check(self) -> None:
-        """Raises OptionError for what is asked for and cannot be had."""
+        super().check()
         if self.suffix:
             raise OptionError("suffix is not supported; put the text in front into prompt")
-        if self.logprobs:
-            raise OptionError("logprobs are not supported; leave them out")
         if self.best_of not in (None, 1, self.n):
             raise OptionError(f"best_of {self.best_of} is not supported; use n")
         if not self.prompts():
@@ -107,8 +143,14 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
-    logprobs: bool | None = None
+    parallel_tool_calls: bool | None = None
+    """Calls may come one by one or several at a time, as the model likes."""
+    top_logprobs: int | None = None
     response_format: dict[str, Any] | None = None
+    modalities: list[str] | None = None
+    verbosity: str | None = None
+    reasoning_effort: str | None = None
+    """For templates that know it."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further variables of the template, such as enable_thinking; not OpenAI's, but what others have."""
 
@@ -117,9 +159,11 @@ class ChatRequest(Sampling):
         return self.max_completion_tokens or self.max_tokens
 
     def check(self) -> None:
-        """Raises OptionError for what is asked for and cannot be had."""
-        if self.logprobs:
-            raise OptionError("logprobs are not supported; leave them out")
+        super().check()
+        if self.top_logprobs:
+            raise OptionError("top_logprobs are not supported; leave them out")
+        if self.modalities not in (None, [], ["text"]):
+            raise OptionError(f"modalities {self.modalities} are not supported; text is")
         kind = (self.response_format or {}).get("type", "text")
         if kind != "text":
             raise OptionError(f"response_format {kind!r} is not supported; ask for JSON in the prompt")
@@ -129,6 +173,11 @@ class ChatRequest(Sampling):
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
         return None if self.tool_choice == "none" else self.tools or None
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return {**effort, **self.chat_template_kwargs}
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages with their content as text. Raises OptionError for pictures and the like."""
@@ -145,12 +194,35 @@ def _as_text(index: int, message: dict[str, Any]) -> dict[str, Any]:
         content = "".join(_part(index, part) for part in content)
     if not isinstance(content, str):
         raise OptionError(f"message {index} has no content; give text")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise OptionError(
+            f"message {index} has half a character, at {error.start}; give whole ones"
+        ) from error
     role = "system" if role == "developer" else role
-    return {**message, "role": role, "content": content}
+    calls = {} if message.get("tool_calls") is None else {"tool_calls": _calls(index, message["tool_calls"])}
+    return {**message, "role": role, "content": content, **calls}
+
+
+def _calls(index: int, calls: Any) -> list[Any]:
+    """Tool calls of an earlier answer, their arguments as templates want them: no text, but what it says."""
+    if not isinstance(calls, list) or not all(
+        isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls
+    ):
+        raise OptionError(f"message {index} has tool_calls that are no list of function calls")
+    return [{**call, "function": {**call["function"], **_arguments(call["function"])}} for call in calls]
+
+
+def _arguments(function: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {"arguments": json.loads(function["arguments"])}
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 def _part(index: int, part: object) -> str:
     if isinstance(part, dict) and isinstance(part.get("text"), str):
         return str(part["text"])
-    kind = part.get("type") if isinstance(part, dict) else part
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     raise OptionError(f"message {index} has a part of type {kind!r}; this model takes text only")

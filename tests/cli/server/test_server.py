@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,58 +11,20 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
-from fastapi import FastAPI
 
 import moe_local
-from moe_local.cli.server.app import Limits, Server
+from moe_local.cli.server import watch
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is a router?"}]
 
 
-class Running:
-    """A server in a thread of its own, on a free port."""
-
-    def __init__(self, app: FastAPI) -> None:
-        self._web = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._web.serve()))
-        self._thread.start()
-        deadline = time.monotonic() + 30
-        while not self._web.started:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        port = self._web.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-
-    def stop(self) -> None:
-        self._web.should_exit = True
-        self._thread.join()
-
-
 @pytest.fixture(scope="module")
-def model() -> Iterator[moe_local.Model]:
-    # in fp32, since answers are compared whose prompts are computed in other portions
-    with moe_local.load("demo", slots=8, parallel=3, device="cpu", dense="fp32") as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="module")
-def server(model: moe_local.Model) -> Iterator[Running]:
-    batcher = model.batcher(queue=16)
-    running = Running(Server(model, batcher, Limits(origins=("https://page.example",))).app())
-    yield running
-    running.stop()
-    batcher.close()
-    model.check_integrity()
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> openai.OpenAI:
+def client(server: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
 
 
 @pytest.fixture(scope="module")
-def expected(model: moe_local.Model, server: Running) -> str:
+def expected(model: moe_local.Model, server: Any) -> str:
     """The greedy answer, as Python gives it."""
     return model.generate(QUESTION, max_new_tokens=40, do_sample=False).text
 
@@ -186,7 +146,165 @@ def test_a_conversation_is_not_computed_twice(client: openai.OpenAI) -> None:
     assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens
 
 
-def test_models_and_health(client: openai.OpenAI, server: Running) -> None:
+def test_two_conversations_in_turn_compute_only_what_is_new(
+    client: openai.OpenAI, server: Any, model: moe_local.Model
+) -> None:
+    """Counted where it is computed, in the model's own forward."""
+    computed: list[int] = []
+
+    def count(module: Any, args: Any, kwargs: Any) -> None:
+        computed.append(kwargs["input_ids"].numel())
+
+    hook = model.hf.register_forward_pre_hook(count, with_kwargs=True)
+    talks: list[list[Any]] = [
+        [{"role": "user", "content": f"Tell me {what}, and then all that you know about memory."}]
+        for what in ("about routers", "why experts are many")
+    ]
+    before = [0, 0]
+    try:
+        for turn in range(3):
+            for which, talk in enumerate(talks):
+                computed.clear()
+                answer = client.chat.completions.create(
+                    model="demo", messages=talk, max_tokens=20, temperature=0
+                )
+                usage = answer.usage
+                assert usage is not None
+                assert usage.prompt_tokens_details is not None
+                cached = usage.prompt_tokens_details.cached_tokens or 0
+                # a prompt, and a token for each but the last of the answer
+                assert sum(computed) == usage.prompt_tokens - cached + usage.completion_tokens - 1
+                if turn:
+                    assert cached >= before[which] - 3
+                before[which] = usage.total_tokens
+                talk += [
+                    {"role": "assistant", "content": answer.choices[0].message.content},
+                    {"role": "user", "content": "Go on."},
+                ]
+    finally:
+        hook.remove()
+
+
+def test_the_map_of_the_cache(serving: Any) -> None:
+    with moe_local.load("demo", slots=3, parallel=2, device="cpu") as model, serving(model) as server:
+
+        def get() -> dict[str, Any]:
+            report: dict[str, Any] = httpx.get(f"{server.url}/v1/cache", timeout=60).json()
+            return report
+
+        first = get()
+        assert first["slots"] == [3] * 5
+        assert first["tier"] == "ram"
+        assert (first["running"], first["waiting"], first["parallel"]) == (0, 0, 2)
+        body = {"messages": QUESTION, "max_tokens": 60, "temperature": 0, "stream": True}
+        times = []
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as stream:
+            for line in stream.iter_lines():
+                if line.startswith("data: {") and len(times) < 3:
+                    time.sleep(0.11)
+                    times.append(get()["time"])
+        time.sleep(0.2)
+        last = get()
+        assert times == sorted(set(times)), "pictures are taken while an answer is on its way"
+        residents = [{expert for expert, state in enumerate(row) if state == "1"} for row in last["states"]]
+        cache = model.parts.store.tier.cache
+        assert residents == [set(cache.residents(layer)) for layer in range(5)]
+        assert all(len(row) == 8 for row in last["states"])
+        counts = model.stats()
+        assert last["counts"] == json.loads(json.dumps(counts.to_dict()))
+        assert last["counts"]["misses"] > 0
+        assert [sum(row) // 2 for row in last["uses"]] == list(counts.routed.tokens)
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert "moe_local_expert_slots 15.0" in metrics
+        assert f"moe_local_experts_resident {sum(map(len, residents)):.1f}" in metrics
+        model.check_integrity()
+
+
+def test_a_map_when_no_step_ends(
+    serving: Any, model: moe_local.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(watch, "FIRST_SECONDS", 0.1)
+    with serving() as server:
+        model._turn.begin()
+        try:
+            none_yet = httpx.get(f"{server.url}/v1/cache")
+            assert none_yet.status_code == 503
+            assert "busy with one long step" in none_yet.json()["error"]["message"]
+        finally:
+            model._turn.end()
+        server.until(lambda: httpx.get(f"{server.url}/v1/cache").status_code == 200)
+        time.sleep(0.15)
+        model._turn.begin()
+        try:
+            old = [httpx.get(f"{server.url}/v1/cache").json()["time"] for _ in range(2)]
+        finally:
+            model._turn.end()
+        assert old[0] == old[1]
+
+
+THOUGHT = "<think>\nLet me see.\n</think>\n\nIt routes."
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Graz"}}\n</tool_call>'
+TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+
+def test_reasoning(serving: Any, scripted: Any) -> None:
+    with serving(scripted(THOUGHT)) as server:
+        body = {"messages": QUESTION}
+        url = f"{server.url}/v1/chat/completions"
+        message = httpx.post(url, json=body).json()["choices"][0]["message"]
+        assert message == {
+            "role": "assistant",
+            "content": "It routes.",
+            "reasoning_content": "\nLet me see.\n",
+        }
+        lines = httpx.post(url, json={**body, "stream": True}).text.splitlines()
+        deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines if line.startswith("data: {")]
+        assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "\nLet me see.\n"
+        assert "".join(delta.get("content", "") for delta in deltas) == "It routes."
+
+
+def test_tools(serving: Any, scripted: Any, model: moe_local.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[Any] = [
+        *QUESTION,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": "call_1",
+                    "type": "function",
+                    "function": {"name": "weather", "arguments": '{"city": "Linz"}'},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
+    ]
+    template = (
+        "{% for tool in tools %}[{{ tool.function.name }}]{% endfor %}"
+        "{% for m in messages %}{{ m.content }}"
+        "{% for call in m.tool_calls %}{{ call.function.arguments.city }}{% endfor %}{% endfor %}"
+    )
+    says = scripted(f"Let me look. {CALL}")
+    with serving(says) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+        with pytest.raises(openai.BadRequestError, match="demo knows no tools"):
+            client.chat.completions.create(model="demo", messages=QUESTION, tools=TOOLS)
+        monkeypatch.setattr(model.tokenizer, "chat_template", template)
+        answer = client.chat.completions.create(model="demo", messages=messages, tools=TOOLS)
+        choice = answer.choices[0]
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content == "Let me look. "
+        assert choice.message.tool_calls is not None
+        call: Any = choice.message.tool_calls[0]
+        assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Graz"})
+        assert "[weather]What is a router?Linzrain" in says.prompts[0]
+        stream = client.chat.completions.create(model="demo", messages=messages, tools=TOOLS, stream=True)
+        calls: list[Any] = [c for chunk in stream for c in chunk.choices[0].delta.tool_calls or []]
+        assert [(c.index, c.function.name) for c in calls] == [(0, "weather")]
+
+
+def test_models_and_health(client: openai.OpenAI, server: Any) -> None:
     assert [model.id for model in client.models.list()] == ["demo"]
     assert client.models.retrieve("demo").id == "demo"
     with pytest.raises(openai.NotFoundError, match="no model 'gpt-5' here; this server has 'demo'"):
@@ -195,7 +313,7 @@ def test_models_and_health(client: openai.OpenAI, server: Running) -> None:
     assert health["status"] == "ok"
 
 
-def test_metrics(client: openai.OpenAI, server: Running) -> None:
+def test_metrics(client: openai.OpenAI, server: Any) -> None:
     def read() -> dict[str, float]:
         text = httpx.get(f"{server.url}/metrics").text
         lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
@@ -219,6 +337,14 @@ def test_metrics(client: openai.OpenAI, server: Running) -> None:
     ("body", "message"),
     [
         ({}, "messages: Field required"),
+        ({"messages": QUESTION, "max_token": 5}, "unknown field 'max_token'; did you mean 'max_tokens'?"),
+        ({"massages": QUESTION}, "unknown field 'massages'; did you mean 'messages'?"),
+        ({"messages": QUESTION, "zebra": 5}, "unknown field 'zebra'; leave it out"),
+        ({"messages": QUESTION, "max_tokens": "5"}, "max_tokens: Input should be a valid integer"),
+        ({"messages": QUESTION, "n": True}, "n: Input should be a valid integer"),
+        ({"messages": QUESTION, "frequency_penalty": 0.5}, "frequency_penalty is not supported"),
+        ({"messages": QUESTION, "logit_bias": {"5": 1}}, "logit_bias is not supported"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "half a character, at 0"),
         ({"messages": []}, "at least 1 item"),
         ({"messages": [{"content": "x"}]}, "message 0 has no role"),
         ({"messages": [{"role": "user"}]}, "message 0 has no content"),
@@ -237,8 +363,9 @@ def test_metrics(client: openai.OpenAI, server: Running) -> None:
         ({"messages": [{"role": "user", "content": "word " * 5000}]}, "the context holds"),
     ],
 )
-def test_bad_requests_are_one_line(server: Running, body: dict[str, Any], message: str) -> None:
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+def test_bad_requests_are_one_line(server: Any, body: dict[str, Any], message: str) -> None:
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", content=json.dumps(body), headers=headers)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert message in error["message"]
@@ -246,7 +373,7 @@ def test_bad_requests_are_one_line(server: Running, body: dict[str, Any], messag
     assert error["type"] == "invalid_request_error"
 
 
-def test_bodies_that_are_no_requests(server: Running) -> None:
+def test_bodies_that_are_no_requests(server: Any) -> None:
     url = f"{server.url}/v1/chat/completions"
     for content in (b"", b"{", b"[1, 2]", b'"text"', b"\xff\xfe"):
         answer = httpx.post(url, content=content, headers={"content-type": "application/json"})
@@ -258,6 +385,24 @@ def test_bodies_that_are_no_requests(server: Running) -> None:
         assert path in answer.json()["error"]["message"]
 
 
+def test_fields_that_change_nothing(client: openai.OpenAI, expected: str) -> None:
+    answer = client.chat.completions.create(
+        model="demo",
+        messages=QUESTION,
+        max_tokens=40,
+        temperature=0,
+        frequency_penalty=0,
+        logit_bias={},
+        user="someone",
+        store=False,
+        metadata={"a": "b"},
+        parallel_tool_calls=True,
+        reasoning_effort="low",
+        extra_body={"top_k": None, "stop": None},
+    )
+    assert answer.choices[0].message.content == expected
+
+
 def test_parts_of_text_and_developers(client: openai.OpenAI, expected: str) -> None:
     parts: Any = [{"type": "text", "text": "What is "}, {"type": "text", "text": "a router?"}]
     answer = client.chat.completions.create(
@@ -266,7 +411,7 @@ def test_parts_of_text_and_developers(client: openai.OpenAI, expected: str) -> N
     assert answer.choices[0].message.content == expected
 
 
-def test_a_client_that_goes_away_frees_its_row(server: Running) -> None:
+def test_a_client_that_goes_away_frees_its_row(server: Any) -> None:
     url = f"{server.url}/v1/chat/completions"
     body = {"messages": QUESTION, "max_tokens": 1500, "temperature": 2.0, "n": 3}
     with httpx.stream("POST", url, json={**body, "stream": True}) as stream:
@@ -279,7 +424,7 @@ def test_a_client_that_goes_away_frees_its_row(server: Running) -> None:
         time.sleep(0.05)
 
 
-def test_other_pages_may_ask_only_if_allowed(server: Running) -> None:
+def test_other_pages_may_ask_only_if_allowed(server: Any) -> None:
     def allowed(origin: str) -> str | None:
         headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
         answer = httpx.options(f"{server.url}/v1/chat/completions", headers=headers)
@@ -293,29 +438,25 @@ class TestGuarded:
     """A key, a small body, a short queue."""
 
     @pytest.fixture(scope="class")
-    def guarded(self, model: moe_local.Model) -> Iterator[Running]:
-        batcher = model.batcher(queue=0)
-        limits = Limits(api_key="s3cret", body_bytes=2000, max_tokens=400)
-        running = Running(Server(model, batcher, limits).app())
-        yield running
-        running.stop()
-        batcher.close()
+    def guarded(self, serving: Any) -> Iterator[Any]:
+        with serving(queue=0, api_key="s3cret", body_bytes=2000, max_tokens=400) as running:
+            yield running
 
     @pytest.mark.parametrize(
         "given", [None, "Bearer wrong", "Bearer", "s3cret", "Basic s3cret", "Bearer s3cret2"]
     )
-    def test_the_key(self, guarded: Running, given: str | None) -> None:
+    def test_the_key(self, guarded: Any, given: str | None) -> None:
         headers = {} if given is None else {"Authorization": given}
         answer = httpx.get(f"{guarded.url}/v1/models", headers=headers)
         assert answer.status_code == 401
         assert "Authorization: Bearer KEY" in answer.json()["error"]["message"]
         assert httpx.get(f"{guarded.url}/health").status_code == 200
 
-    def test_with_the_key(self, guarded: Running) -> None:
+    def test_with_the_key(self, guarded: Any) -> None:
         client = openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="s3cret", max_retries=0)
         assert [model.id for model in client.models.list()] == ["demo"]
 
-    def test_more_than_there_will_ever_be_room_for(self, guarded: Running) -> None:
+    def test_more_than_there_will_ever_be_room_for(self, guarded: Any) -> None:
         headers = {"Authorization": "Bearer s3cret"}
         body = {"messages": QUESTION, "n": 4}
         answer = httpx.post(f"{guarded.url}/v1/chat/completions", json=body, headers=headers)
@@ -323,7 +464,7 @@ class TestGuarded:
         assert "4 answers are asked for at once, 3 can be" in answer.json()["error"]["message"]
 
     @pytest.mark.parametrize("chunked", [False, True])
-    def test_long_bodies(self, guarded: Running, chunked: bool) -> None:
+    def test_long_bodies(self, guarded: Any, chunked: bool) -> None:
         body = json.dumps({"messages": [{"role": "user", "content": "x" * 3000}]}).encode()
         content: Any = iter([body[:1500], body[1500:]]) if chunked else body
         headers = {"Authorization": "Bearer s3cret", "content-type": "application/json"}
@@ -332,7 +473,7 @@ class TestGuarded:
         assert "2000 are allowed" in answer.json()["error"]["message"]
 
     def test_more_than_can_be_answered_is_told_when_to_come_back(
-        self, guarded: Running, model: moe_local.Model
+        self, guarded: Any, model: moe_local.Model
     ) -> None:
         headers = {"Authorization": "Bearer s3cret"}
         url = f"{guarded.url}/v1/chat/completions"

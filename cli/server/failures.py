@@ -1,0 +1,66 @@
+"""Errors as OpenAI's clients know them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from moe_local.cache.errors import BusyError, MoeLocalError, OptionError
+
+RETRY_SECONDS = 5
+"""When it is worth trying again, for who is told that there is no room or no more."""
+Headers = list[tuple[bytes, bytes]]
+
+
+def error_body(message: str, kind: str, *, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+
+
+class Failure(Exception):
+    """An error for the client. `kind` is OpenAI's word for it, `param` the field that is at fault."""
+
+    def __init__(self, status: int, message: str, kind: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = error_body(message, kind, param=param)
+
+    @classmethod
+    def of(cls, error: MoeLocalError) -> Failure:
+        if isinstance(error, BusyError):
+            return cls(429, str(error), "rate_limit_error")
+        if isinstance(error, OptionError):
+            return cls(400, str(error), "invalid_request_error")
+        return cls(500, str(error), "server_error")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(RETRY_SECONDS)} if self.status in (429, 503) else {}
+
+
+def raw(status: int, message: str, kind: str) -> tuple[Headers, bytes]:
+    """Head and body of an error that is sent without a framework; the connection closes behind a 503."""
+    body = json.dumps(error_body(message, kind)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if status in (400, 408, 503):
+        headers.append((b"connection", b"close"))
+    if status == 503:
+        headers.append((b"retry-after", str(RETRY_SECONDS).encode()))
+    return headers, body
+
+
+async def send_raw(send: Any, status: int, message: str, kind: str) -> None:
+    """The same as an ASGI response."""
+    headers, body = raw(status, message, kind)
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class BodyTooLong(HTTPException):
+    """Raised while a body is read, through whoever reads it."""
+
+    def __init__(self, length: int, most: int) -> None:
+        super().__init__(413, f"the body has {length} bytes or more, {most} are allowed")

@@ -1,0 +1,132 @@
+"""Servers in threads of their own, on free ports, over the demo model or over answers written beforehand."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+import moe_local
+from moe_local.cli.server.app import Limits, Server
+from moe_local.cli.server.web import Web
+from moe_local.offload.batcher import Ended, Listener, Ticket
+from moe_local.offload.engine.sequence import FinishReason
+from moe_local.offload.records import Token
+
+PATIENCE = 60.0
+
+
+class Running:
+    """A server that answers; leave `serving` to stop it."""
+
+    def __init__(self, model: Any, *, queue: int, grace_s: float = 30.0, **limits: Any) -> None:
+        self.batcher = model.batcher(queue=queue)
+        self.server = Server(model, self.batcher, Limits(**limits))
+        self.web = Web(self.server, "127.0.0.1", 0, grace_s=grace_s)
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.web.serve()))
+        self.thread.start()
+        self.until(lambda: self.web.started)
+        self.host, self.port = self.web.addresses[0]
+        self.url = f"http://{self.host}:{self.port}"
+
+    def until(self, what: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not what():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def health(self) -> dict[str, Any]:
+        state: dict[str, Any] = httpx.get(f"{self.url}/health", timeout=PATIENCE).json()
+        return state
+
+    def until_idle(self) -> None:
+        self.until(lambda: self.health() == {"status": "ok", "running": 0, "waiting": 0})
+
+    def stop(self) -> None:
+        self.web.stop()
+        self.web.stop()
+        self.thread.join(PATIENCE)
+        assert not self.thread.is_alive()
+        self.batcher.close()
+
+
+class Scripted:
+    """Says `text` in pieces of `size` characters, `times` times, `pause_s` seconds apart; then ends."""
+
+    def __init__(
+        self, model: moe_local.Model, text: str, *, size: int = 3, times: int = 1, pause_s: float = 0.0
+    ) -> None:
+        self._model = model
+        self.text = text
+        self.size = size
+        self.times = times
+        self.pause_s = pause_s
+        self.said = 0
+        """Pieces so far."""
+        self.tickets: list[Ticket] = []
+        self.prompts: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def submit(self, batcher: Any, prompt: list[int], listener: Listener, **options: Any) -> Ticket:
+        ticket = Ticket(list(prompt), None, None, listener, None, time.perf_counter())  # type: ignore[arg-type]
+        self.tickets.append(ticket)
+        self.prompts.append(self._model.tokenizer.decode(prompt))
+        threading.Thread(target=self._say, args=(ticket,)).start()
+        return ticket
+
+    def _say(self, ticket: Ticket) -> None:
+        pieces = [self.text[at : at + self.size] for at in range(0, len(self.text), self.size)] * self.times
+        for piece in pieces:
+            if ticket.cancelled:
+                ticket.listener(Ended(None))
+                return
+            ticket.listener(Token(piece, 1, 1.0, 0.0, 1, 0, 0, 0, None))
+            self.said += 1
+            time.sleep(self.pause_s)
+        ticket.listener(Ended(FinishReason.STOP))
+
+
+Serving = Callable[..., AbstractContextManager[Running]]
+
+
+@pytest.fixture(scope="session")
+def model() -> Iterator[moe_local.Model]:
+    # in fp32, since answers are compared whose prompts are computed in other portions
+    with moe_local.load("demo", slots=8, parallel=3, device="cpu", dense="fp32") as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="session")
+def serving(model: moe_local.Model) -> Serving:
+    """serving(model=..., queue=..., **limits): a running server."""
+
+    @contextmanager
+    def serve(of: Any = model, queue: int = 16, **options: Any) -> Iterator[Running]:
+        running = Running(of, queue=queue, **options)
+        try:
+            yield running
+        finally:
+            running.stop()
+
+    return serve
+
+
+@pytest.fixture(scope="module")
+def server(serving: Serving, model: moe_local.Model) -> Iterator[Running]:
+    with serving(origins=("https://page.example",)) as running:
+        yield running
+    model.check_integrity()
+
+
+@pytest.fixture(scope="session")
+def scripted(model: moe_local.Model) -> Callable[..., Scripted]:
+    """scripted(text, size=3, times=1, pause_s=0.0)"""
+    return lambda text, **options: Scripted(model, text, **options)
