@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 from moe_local.offload.checkpoint.spec import ModelSpec
+from moe_local.offload.native.library import FORMATS, library_without_map
 from moe_local.offload.quantize.codec import NATIVE, codec_for
 from moe_local.offload.quantize.layout import TensorSpec
 
@@ -93,11 +94,14 @@ def kv_bytes(spec: ModelSpec, context: int, dtype: torch.dtype) -> int:
     return spec.kv_numel_per_token * context * dtype.itemsize
 
 
-def workspace_bytes(spec: ModelSpec, chunk: int, context: int, dtype: torch.dtype) -> int:
+def workspace_bytes(
+    spec: ModelSpec, chunk: int, context: int, dtype: torch.dtype, *, in_place: bool = False
+) -> int:
     """Bytes that a forward of T = `chunk` prompt tokens needs at its widest point, beside weights and KV.
 
-    Attention and experts follow each other, so the larger counts. Letters: D hidden, K top-k, S context,
-    V vocabulary, X keys and values of one layer spread over all heads (per token), c bytes of the dtype.
+    `in_place`: experts are multiplied with as they lie (`reads_in_place`), so none is ever dequantized.
+    Attention and experts follow each other, so the larger counts. Letters: D hidden, K top-k, S context, V
+    vocabulary, X keys and values of one layer spread over all heads (per token), c bytes of the dtype.
 
         both       4 T D c                 residual, normed input, block output, their sum
                    V (c + 2 * 4)           logits of one position, in fp32 for sampling, and sampled from
@@ -105,7 +109,7 @@ def workspace_bytes(spec: ModelSpec, chunk: int, context: int, dtype: torch.dtyp
                    S X c                   keys and values repeated or projected to every head
                    T S (1 + c)             mask as booleans and as the kernel's addend
         experts    T K D (c + 4)           outputs by rank, and weighted in fp32
-                   expert_numel c          one expert dequantized
+                   expert_numel c          one expert dequantized, if it is
                    T sum(in + out) c       inputs and outputs of its matrices, were all tokens its own
     """
     tokens = min(chunk, context)
@@ -114,12 +118,20 @@ def workspace_bytes(spec: ModelSpec, chunk: int, context: int, dtype: torch.dtyp
     attention += tokens * context * (1 + width)
     experts = max(
         tokens * layer.top_k * spec.hidden_size * (width + 4)
-        + layer.expert_numel * width
+        + (0 if in_place else layer.expert_numel * width)
         + tokens * sum(sum(tensor.shape) for tensor in layer.tensors if len(tensor.shape) == 2) * width
         for layer in spec.layers
     )
     both = 4 * tokens * spec.hidden_size * width + spec.vocab_size * (width + 8)
     return both + max(attention, experts)
+
+
+def reads_in_place(spec: ModelSpec, experts: str) -> bool:
+    """Whether this machine's CPU multiplies with experts in format `experts` without dequantizing them."""
+    formats = {experts}
+    if experts == NATIVE:
+        formats = {spec.stored.layout(layer.tensors).format for layer in spec.layers}
+    return formats <= FORMATS.keys() and library_without_map() is not None
 
 
 def longest_chunk(spec: ModelSpec, context: int, dtype: torch.dtype, experts_total: int) -> int:

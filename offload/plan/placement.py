@@ -120,9 +120,12 @@ def _chunk(request: Request, sizes: Sequence[int], room: int, slots: Sequence[in
     chunk = footprint.longest_chunk(spec, request.context, dtype, experts_total)
     fixed = footprint.dense_bytes(spec, request.dense, cuda=request.vram is not None)
     kv = request.parallel * footprint.kv_bytes(spec, request.context, dtype)
+    in_place = request.vram is None and footprint.reads_in_place(spec, request.experts)
 
     def parts(chunk: int) -> Bytes:
-        workspace = footprint.workspace_bytes(spec, chunk, request.context, dtype) + overhead
+        workspace = (
+            footprint.workspace_bytes(spec, chunk, request.context, dtype, in_place=in_place) + overhead
+        )
         return Bytes(fixed, kv, workspace, max(sizes), experts_total)
 
     while parts(chunk).fixed > room and chunk // 2 >= footprint.MIN_CHUNK:

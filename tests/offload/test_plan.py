@@ -244,6 +244,23 @@ class TestStaging:
         assert longest(MIXTRAL, 3000, torch.bfloat16, 20 * total) == 3000
         assert longest(MIXTRAL, 100, torch.bfloat16, total) == 100
 
+    def test_an_expert_that_the_cpu_reads_in_place_takes_no_workspace(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(footprint, "library_without_map", lambda: object())
+        inside = place(request(vram=None)).bytes
+        monkeypatch.setattr(footprint, "library_without_map", lambda: None)
+        without = place(request(vram=None)).bytes
+        dequantized = 2 * MIXTRAL.layers[0].expert_numel
+        assert without.workspace - inside.workspace == dequantized
+        assert place(request()).bytes.workspace >= dequantized
+
+    def test_what_no_kernel_reads_in_place_is_dequantized(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(footprint, "library_without_map", lambda: object())
+        assert footprint.reads_in_place(MIXTRAL, "native")  # bf16
+        fp8 = model_spec(config_of("deepseek-v3"))
+        assert not footprint.reads_in_place(fp8, "native")
+
 
 class TestNearest:
     def test_a_little_too_little_shortens_the_context(self) -> None:
