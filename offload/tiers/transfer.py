@@ -15,15 +15,15 @@ import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import xxhash
-
 from moe_local.cache.errors import TransferError
 from moe_local.cache.keys import ExpertKey
 from moe_local.offload.direct_io import PAGE
+from moe_local.offload.tiers.checksum import RunningChecksum
 from moe_local.offload.tiers.device import Copied
 from moe_local.offload.tiers.location import FileRange as FileRange
 from moe_local.offload.tiers.location import Location as Location
@@ -120,25 +120,35 @@ class Source(Protocol):
         """Raise RuntimeError if the source's tables disagree."""
 
 
-class _Job(NamedTuple):
+@dataclass(slots=True)
+class _Job:
     """A load under way from a file into a slot."""
 
     load: Load
     location: Location | ScatteredLocation
     buffer: memoryview
+    checksum: RunningChecksum | None
+    """None if nothing is to be checked."""
+    arrived: bool = False
+    """Whether all of it was read before anybody gave it up."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody reads into the slot, or hashes what is there."""
+        return not self.load.in_flight and (self.checksum is None or not self.checksum.busy)
 
 
 class FileSource:
     """Reads experts from their files in threads, in pieces, most urgent first.
 
-    Threads share one heap under one condition. Each slot is written by the pieces of one load only, and
+    Threads share one heap under one lock. Each slot is written by the pieces of one load only, and
     the owner gives a slot away only after its load has turned up in `finished`, so no two loads ever
     write the same slot. A failed read fails its load and leaves the thread alive.
 
     `locate` says where an expert lies; `target(layer, slot)` gives the slot's memory, at least as long as
-    the expert. The first read of every expert is checked against its checksum, if it has one. `direct` reads
-    past the page cache where file, offset and memory allow it: for experts that would not find their like in
-    it again.
+    the expert. The first read of every expert is checked against its checksum, if it has one, while the rest
+    of it is still being read. `direct` reads past the page cache where file, offset and memory allow it: for
+    experts that would not find their like in it again.
     """
 
     def __init__(
@@ -163,7 +173,9 @@ class FileSource:
         self._verified: set[ExpertKey] = set()
         self._files: dict[Path, _File] = {}
         self._closed = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._queued = threading.Condition(self._lock)  # as many threads wake as there are pieces: a herd
+        self._ended = threading.Condition(self._lock)  # of them takes longer than a small expert's read
         self._threads = [
             threading.Thread(target=self._work, name=f"moe-local-read-{i}", daemon=True)
             for i in range(threads)
@@ -174,7 +186,7 @@ class FileSource:
     def start(self, key: ExpertKey, slot: int, priority: int) -> Load:
         location = self._locate(key)
         load = Load(key, location.nbytes, priority)
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise RuntimeError(f"expert {key} was asked for after the source was closed")
             for path in {part.path for part in location.ranges} - self._files.keys():
@@ -184,16 +196,19 @@ class FileSource:
                     load.error = _failure(key, path, f"cannot be opened: {error.strerror}")
                     self._finish(load, LoadState.FAILED)
                     return load
-            self._jobs[key] = _Job(load, location, self._target(key.layer, slot))
+            buffer, check = self._target(key.layer, slot), None
+            if location.checksum is not None and key not in self._verified:
+                check = RunningChecksum(buffer[: load.nbytes])
+            self._jobs[key] = _Job(load, location, buffer, check)
             pieces = [piece for part in location.ranges for piece in self._cut(part)]
             load.left = len(pieces)
             for piece in pieces:
                 heapq.heappush(self._heap, (priority, next(self._sequence), load, piece))
-            self._changed.notify_all()
+            self._queued.notify(len(pieces))
         return load
 
     def promote(self, load: Load, priority: int) -> None:
-        with self._changed:
+        with self._lock:
             if priority >= load.priority:
                 return
             load.priority = priority
@@ -203,31 +218,31 @@ class FileSource:
             heapq.heapify(self._heap)
 
     def cancel(self, load: Load) -> None:
-        with self._changed:
+        with self._lock:
             if load.finished or load.cancelled:
                 return
             load.cancelled = True
-            if not load.in_flight:
+            if self._jobs[load.key].idle:
                 self._finish(load, LoadState.CANCELLED)
 
     def poll(self) -> None:
         """Nothing to do here: the threads advance by themselves."""
 
     def wait(self, seconds: float) -> None:
-        with self._changed:
+        with self._lock:
             if not self.finished:
-                self._changed.wait(seconds)
+                self._ended.wait(seconds)
 
     def close(self) -> None:
-        with self._changed:
+        with self._lock:
             self._closed = True
             for _, _, load, _ in self._heap:
                 load.cancelled = True
-            self._changed.notify_all()
+            self._queued.notify_all()
         for thread in self._threads:
             thread.join()
         self._threads.clear()
-        with self._changed:
+        with self._lock:
             for _, _, load, _ in self._heap:
                 if not load.finished:
                     self._finish(load, LoadState.CANCELLED)
@@ -241,9 +256,9 @@ class FileSource:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every unread piece of a load under way is queued or being read."""
-        with self._changed:
+        with self._lock:
             queued = Counter(entry[2] for entry in self._heap)
-            for load, _, _ in self._jobs.values():
+            for load in (job.load for job in self._jobs.values()):
                 unread = queued[load] + (load.in_flight if load.left else 0)
                 if load.finished or (unread != load.left and not load.cancelled):
                     raise RuntimeError(
@@ -252,9 +267,9 @@ class FileSource:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 while not self._closed and not self._heap:
-                    self._changed.wait()
+                    self._queued.wait()
                 if self._closed:
                     return
                 _, _, load, piece = heapq.heappop(self._heap)
@@ -265,38 +280,55 @@ class FileSource:
                 job = self._jobs[load.key]
                 file = self._files[piece.path]
             error = _read(file, job, piece)
-            self._piece_done(job, piece.nbytes, error)
+            self._piece_done(job, piece, error)
 
-    def _piece_done(self, job: _Job, size: int, error: TransferError | None) -> None:
-        load = job.load
-        with self._changed:
+    def _piece_done(self, job: _Job, piece: FileRange, error: TransferError | None) -> None:
+        load, check = job.load, job.checksum
+        with self._lock:
             load.in_flight -= 1
             load.left -= 1
             if error is None:
-                load.moved += size
-                self.bytes_read += size
+                load.moved += piece.nbytes
+                self.bytes_read += piece.nbytes
             else:
                 load.error = load.error or error
                 load.cancelled = True  # its other pieces are of no use
-            complete = load.left == 0 and not load.cancelled
-            unverified = job.location.checksum is not None and load.key not in self._verified
-            unchecked = complete and unverified
-            if unchecked:
-                load.in_flight += 1  # hashing reads the slot: a cancelled load must not free it yet
-            elif complete:
+            job.arrived = load.left == 0 and not load.cancelled
+            if check is not None and error is None:
+                check.arrived(piece.at, piece.nbytes)
+            part = self._next_part(job)
+        while check is not None and part is not None:
+            check.add(part)  # outside the lock, while other threads read
+            with self._lock:
+                check.added()
+                part = self._next_part(job)
+
+    def _next_part(self, job: _Job) -> memoryview | None:
+        """Under the lock: what this thread is to hash of a load; None: nothing, and the load may be over."""
+        if job.checksum is not None and (job.arrived or not job.load.cancelled):
+            part = job.checksum.claim()
+            if part is not None:
+                return part
+        self._conclude(job)
+        return None
+
+    def _conclude(self, job: _Job) -> None:
+        """Under the lock: finish a load if nothing is left to be done for it."""
+        load, check = job.load, job.checksum
+        if load.finished or not job.idle:
+            return
+        if load.cancelled and not job.arrived:
+            self._finish(load, LoadState.FAILED if load.error else LoadState.CANCELLED)
+        elif job.arrived and check is None:
+            self._finish(load, LoadState.DONE)
+        elif check is not None and check.complete:
+            if check.digest() == job.location.checksum:
+                self._verified.add(load.key)
                 self._finish(load, LoadState.DONE)
-            elif load.cancelled and not load.in_flight:
-                self._finish(load, LoadState.FAILED if load.error else LoadState.CANCELLED)
-        if unchecked:  # outside the lock: hashing takes milliseconds, and nobody else touches this load now
-            right = xxhash.xxh3_64_intdigest(job.buffer[: load.nbytes]) == job.location.checksum
-            with self._changed:
-                load.in_flight -= 1
-                if right:
-                    self._verified.add(load.key)
-                else:
-                    (whole,) = job.location.ranges
-                    load.error = _failure(load.key, whole.path, f"{DAMAGED}; {job.location.remedy}")
-                self._finish(load, LoadState.DONE if right else LoadState.FAILED)
+                return
+            (whole,) = job.location.ranges
+            load.error = _failure(load.key, whole.path, f"{DAMAGED}; {job.location.remedy}")
+            self._finish(load, LoadState.FAILED)
 
     def _cut(self, part: FileRange) -> Iterator[FileRange]:
         for start in range(0, part.nbytes, self._piece_bytes):
@@ -304,11 +336,11 @@ class FileSource:
             yield FileRange(part.path, part.offset + start, nbytes, part.at + start)
 
     def _finish(self, load: Load, state: LoadState) -> None:
-        """Under the condition. The last thing that happens to a load."""
+        """Under the lock. The last thing that happens to a load."""
         load.state = state
         self._jobs.pop(load.key, None)
         self.finished.append(load)
-        self._changed.notify_all()
+        self._ended.notify_all()
 
 
 class _File(NamedTuple):

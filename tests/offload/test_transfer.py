@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import mmap
 import os
 import random
@@ -18,6 +19,7 @@ import xxhash
 from moe_local.cache.errors import TransferError
 from moe_local.cache.keys import ExpertKey
 from moe_local.offload.direct_io import PAGE
+from moe_local.offload.tiers.checksum import RunningChecksum
 from moe_local.offload.tiers.transfer import DEMAND, FileSource, Load, LoadState, Location
 
 EXPERT = 10_000
@@ -165,23 +167,70 @@ def test_a_load_cancelled_while_it_is_checked_keeps_its_slot_until_then(
 ) -> None:
     disk = make_disk()
     hashing, go_on = threading.Event(), threading.Event()
-    digest = xxhash.xxh3_64_intdigest(disk.content[0])
+    add = RunningChecksum.add
 
-    def slow(data: memoryview) -> int:
+    def slow(self: RunningChecksum, part: memoryview) -> None:
         hashing.set()
         assert go_on.wait(10)
-        return int(digest)
+        add(self, part)
 
-    monkeypatch.setattr("moe_local.offload.tiers.transfer.xxhash.xxh3_64_intdigest", slow)
-    monkeypatch.setattr(disk, "locate", None)
-    disk.source._locate = lambda key: Location(disk.path, 0, EXPERT, digest)
+    monkeypatch.setattr(RunningChecksum, "add", slow)
     load = disk.start(0)
     assert hashing.wait(10)
+    deadline = time.monotonic() + 10
+    while load.left and time.monotonic() < deadline:
+        time.sleep(0.001)
     disk.source.cancel(load)
     disk.source.check_integrity()
     assert not load.finished
     go_on.set()
     assert disk.end(load) == [LoadState.DONE]  # all of it is there: nothing is gained by forgetting it
+
+
+def test_a_load_cancelled_half_way_waits_for_whoever_hashes_its_slot(
+    make_disk: Any, read_gate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = make_disk(threads=2)
+    hashing, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(RunningChecksum, "add", lambda self, part: hashing.set() or go_on.wait(10))
+    read_gate.shut()
+    load = disk.start(0)
+    read_gate.let(1)
+    assert hashing.wait(10)
+    disk.source.cancel(load)
+    read_gate.open()
+    disk.source.wait(0.05)
+    assert not load.finished
+    go_on.set()
+    assert disk.end(load) == [LoadState.CANCELLED]
+    disk.source.check_integrity()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_parts_in_any_order_have_the_checksum_of_the_whole(seed: int) -> None:
+    rng = random.Random(seed)
+    content = rng.randbytes(rng.randrange(1, 5000))
+    cuts = sorted({0, len(content), *(rng.randrange(len(content)) for _ in range(rng.randrange(8)))})
+    parts = list(itertools.pairwise(cuts))
+    rng.shuffle(parts)
+    check = RunningChecksum(memoryview(content))
+    claimed: memoryview | None = None
+    added = 0
+    while parts or claimed is not None or not check.complete:
+        if parts and rng.random() < 0.6:
+            start, end = parts.pop()
+            check.arrived(start, end - start)
+        if claimed is not None and rng.random() < 0.5:
+            check.add(claimed)
+            added += len(claimed)
+            check.added()
+            claimed = None
+        elif claimed is None:
+            claimed = check.claim()
+            assert claimed is None or bytes(claimed) == content[added : added + len(claimed)]
+        else:
+            assert check.claim() is None  # one at a time
+    assert check.digest() == xxhash.xxh3_64_intdigest(content)
 
 
 def test_a_read_error_fails_its_load_only(make_disk: Any, read_gate: Any) -> None:
@@ -242,17 +291,16 @@ def test_a_flipped_byte_fails_the_first_read(make_disk: Any) -> None:
 
 def test_an_expert_is_checked_once(make_disk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = make_disk()
-    digest, checked = xxhash.xxh3_64_intdigest, []
-    monkeypatch.setattr(
-        "moe_local.offload.tiers.transfer.xxhash.xxh3_64_intdigest",
-        lambda data: checked.append(1) or digest(data),
-    )
-    disk.source._locate = {
-        ExpertKey(0, e): Location(disk.path, e * EXPERT, EXPERT, digest(disk.content[e])) for e in range(2)
-    }.__getitem__
+    add, checked = RunningChecksum.add, []
+
+    def counted(self: RunningChecksum, part: memoryview) -> None:
+        checked.append(len(part))
+        add(self, part)
+
+    monkeypatch.setattr(RunningChecksum, "add", counted)
     for _ in range(3):
         disk.end(disk.start(0), disk.start(1))
-    assert len(checked) == 2
+    assert sum(checked) == 2 * EXPERT
 
 
 def test_a_missing_file_fails_the_load(make_disk: Any) -> None:
