@@ -62,6 +62,8 @@ def build_store(
     (`Tier.preload` does). Raises DoesNotFitError if RAM is refused.
     """
     layouts, strides = _layouts(file, spec), _strides(file, spec)
+    total = sum(layout.nbytes for layer in layouts for layout in layer)
+    free = free_ram(reserve=False)
 
     def size(layer: int, expert: int) -> int:
         return layouts[layer][expert].nbytes
@@ -83,9 +85,7 @@ def build_store(
     def target(layer: int, slot: int) -> memoryview:
         return host.view(layer, slot) if slot >= 0 else ring.view(0, ~slot)
 
-    total = sum(layout.nbytes for layer in layouts for layout in layer)
-    direct = total > free_ram(reserve=False)  # or the page cache would keep them for the next time
-    disk = FileSource(locate, target, threads=read_threads, direct=direct)
+    disk = FileSource(locate, target, threads=read_threads, direct=past_page_cache(total, host.nbytes, free))
     routed = RouterLoad([layer.num_experts for layer in spec.layers], [layer.top_k for layer in spec.layers])
     ram = Tier(ExpertCache(ram_slots, policy, size, ram_staging), StagedArena(host, ring), disk)
     try:
@@ -100,6 +100,15 @@ def build_store(
     except BaseException:
         ram.close()  # its reader threads are running
         raise
+
+
+def past_page_cache(total: int, arena: int, free: int) -> bool:
+    """Whether to read experts of `total` bytes past the page cache: it would not keep them for the next time.
+
+    It has what an `arena` leaves of the RAM that was `free` before. Where every expert has a slot in that,
+    each is read once only, and what the page cache may serve is the next load.
+    """
+    return total > (free if arena >= total else free - arena)
 
 
 def _ring(slots: int, stride: int, beside: DeviceArena) -> DeviceArena:
