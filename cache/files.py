@@ -1,17 +1,41 @@
-"""Writing a small file so that a reader sees the old one or the new one, whole."""
+"""Small files: written so that a reader sees the old one or the new one, whole; read whatever is in them."""
 
 from __future__ import annotations
 
+import glob
+import json
 import os
 import secrets
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+FRESH_S = 10.0
+"""A temporary file younger than this may be one that its writer has just made."""
+
+
+def parse_json(text: bytes | str, **options: Any) -> Any:
+    """As json.loads, but ValueError whatever is wrong, endless nesting and numbers beyond measure included."""
+    try:
+        return json.loads(text, **options)
+    except (RecursionError, OverflowError) as error:
+        raise ValueError(str(error)) from None
 
 
 def write_atomically(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
     """Write `lines` (each with its newline) as UTF-8: beside the target, to the disk, then into its place.
 
-    Whatever goes wrong, also in `lines` themselves, leaves the old file and nothing else. Raises OSError.
+    Whatever goes wrong, also in `lines` themselves, leaves the old file and nothing else; what a writer that
+    was killed left beside it goes with the next one. Raises OSError.
     """
     write_bytes_atomically(path, (line.encode() for line in lines))
 
@@ -21,8 +45,11 @@ def write_bytes_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes]
     target = Path(path)
     # Not tempfile: its files are for the owner alone, and a result should be as readable as any other.
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    _remove_leftovers(target)
     try:
         with open(temporary, "xb") as file:
+            with suppress(OSError):  # a file system without locks: then nobody removes what is left, either
+                _lock(file.fileno(), wait=True)
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
@@ -35,3 +62,25 @@ def write_bytes_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes]
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """What writers of this file left that were killed: a living one holds a lock on its own."""
+    if fcntl is None:
+        return
+    for found in target.parent.glob(f".{glob.escape(target.name)}.????????"):
+        with suppress(OSError):  # somebody is writing it, or another removed it
+            file = os.open(found, os.O_RDONLY)
+            try:
+                _lock(file)
+                # Its writer may not have come to lock it yet, in its first moments.
+                if time.time() - os.fstat(file).st_mtime > FRESH_S:
+                    os.unlink(found)
+            finally:
+                os.close(file)
+
+
+def _lock(file: int, wait: bool = False) -> None:
+    """Lock an open file for as long as it is open. Raises OSError if another has, unless it is to wait."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -97,6 +97,12 @@ def random_experts() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def kill_points() -> ModuleType:
+    """tests/kill_points.py: `killed_at(work, effect)`, `killed_after(work, seconds)`, in children."""
+    return load_module(Path(__file__).parent / "kill_points.py")
+
+
+@pytest.fixture(scope="session")
 def published() -> ModuleType:
     """tests/published.py: `fp8` and `mxfp4` checkpoints, each with a plain twin."""
     return load_module(Path(__file__).parent / "published.py")

@@ -134,6 +134,7 @@ class HubServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer waits 40 ms for the other side
     server_hub: HubServer
 
     def do_GET(self) -> None:

@@ -15,11 +15,11 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from moe_local.cache.errors import CheckpointError, DoesNotFitError
 from moe_local.cache.keys import format_bytes
@@ -29,6 +29,9 @@ WORKERS = 4
 
 RETRIES = 6
 """Attempts in a row that bring no byte before a download gives up, half a minute after the first."""
+
+PIECE = 2**20
+"""Bytes of an unfinished file that are read and hashed at once."""
 
 MARGIN_BYTES = 512 * 2**20
 """Disk space that a download leaves free."""
@@ -102,6 +105,15 @@ def download_blobs(repo_id: str, commit: str, files: Sequence[HubFile], progress
                 pool.shutdown(wait=True, cancel_futures=True)
         for job in done:
             job.result()
+    _remove_leftovers(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Parts of files that nobody writes, of an earlier revision or begun by the Hub library."""
+    for part in folder.glob("*.incomplete"):
+        lock = FileLock(_lock_path(folder, part.name.partition(".")[0]))
+        with suppress(Timeout, OSError), lock.acquire(timeout=0):
+            part.unlink()
 
 
 def network_error() -> type[Exception]:
@@ -117,13 +129,24 @@ class _Stopped(Exception):
 
 
 class _Sink(io.FileIO):
-    """The unfinished file, opened at its end: tells the bar what comes, refuses more once `stop` is set."""
+    """The unfinished file, opened at its end: tells the bar what comes, refuses more once `stop` is set.
+
+    Hashes what it has and what comes, which no connection is too fast for.
+    """
 
     def __init__(self, path: Path, advance: Callable[[int], None], stop: threading.Event) -> None:
         super().__init__(path, "r+b" if path.exists() else "w+b")
         self._advance = advance
         self._stop = stop
-        self._advance(self.seek(0, os.SEEK_END))
+        self._hash = hashlib.sha256()
+        while block := self.read(PIECE):
+            self._hash.update(block)
+        self._advance(self.tell())
+
+    @property
+    def sha256(self) -> str:
+        """Of all that was appended, and what the file had before."""
+        return self._hash.hexdigest()
 
     def append(self, block: bytes) -> None:
         if self._stop.is_set():
@@ -131,12 +154,14 @@ class _Sink(io.FileIO):
         view = memoryview(block)
         while view:
             view = view[self.write(view) :]
+        self._hash.update(block)
         self._advance(len(block))
 
     def restart(self) -> None:
         self._advance(-self.tell())
         self.seek(0)
         self.truncate()
+        self._hash = hashlib.sha256()
 
     def pause(self, seconds: float) -> None:
         if self._stop.wait(seconds):
@@ -155,15 +180,15 @@ def _fetch(
     target, partial = folder / file.blob, folder / f"{file.blob}.incomplete"
     if stop.is_set():
         return
-    with FileLock(_lock_path(folder, file)):
+    with FileLock(_lock_path(folder, file.blob)):
         if target.exists():
             advance(file.size)
             return
-        resumed = partial.exists()
         try:
             with _Sink(partial, advance, stop) as sink:
                 _get(repo_id, commit, file, sink)
                 os.fsync(sink.fileno())
+                found = sink.sha256
         except _Stopped:
             return
         except OSError as error:
@@ -172,7 +197,11 @@ def _fetch(
             raise DoesNotFitError(
                 f"the disk is full at {file.name} in {folder}; make room and run again, it continues"
             ) from error
-        _verify(partial, file, resumed)
+        if file.sha256 not in (None, found):
+            partial.unlink()
+            raise CheckpointError(
+                f"{file.name} arrived damaged (its sha256 differs); run again to fetch it anew"
+            )
         partial.replace(target)
 
 
@@ -229,22 +258,11 @@ def _append_rest(repo_id: str, commit: str, file: HubFile, sink: _Sink) -> None:
             sink.append(block)
 
 
-def _verify(partial: Path, file: HubFile, resumed: bool) -> None:
-    """Check the hash of what was put together from several attempts; one attempt is checked by its length."""
-    if not resumed or file.sha256 is None:
-        return
-    with open(partial, "rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if found != file.sha256:
-        partial.unlink()
-        raise CheckpointError(f"{file.name} arrived damaged (its sha256 differs); run again to fetch it anew")
-
-
-def _lock_path(folder: Path, file: HubFile) -> Path:
-    """The lock that huggingface_hub itself takes for this file."""
+def _lock_path(folder: Path, blob: str) -> Path:
+    """The lock that huggingface_hub itself takes for this file of the folder."""
     locks = folder.parent.parent / ".locks" / folder.parent.name
     locks.mkdir(parents=True, exist_ok=True)
-    return locks / f"{file.blob}.lock"
+    return locks / f"{blob}.lock"
 
 
 def _have(folder: Path, file: HubFile) -> int:

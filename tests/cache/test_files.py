@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from moe_local.cache import files
 from moe_local.cache.files import write_atomically, write_bytes_atomically
 
 
@@ -55,3 +57,35 @@ def test_bytes_that_fail_half_way_leave_the_old_file(tmp_path: Path) -> None:
         write_bytes_atomically(target, pieces())
     assert target.read_bytes() == b"\x00\r\n\xff"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not what a living one is writing, nor what belongs to another file."""
+    target, other = tmp_path / "usage.json", tmp_path / ".usage.json2.0123abcd"
+    other.write_text("another's")
+
+    def die() -> Iterator[str]:
+        yield "half of"
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = os.fork()
+    if pid == 0:
+        write_atomically(target, die())
+    os.waitpid(pid, 0)
+    (left,) = set(tmp_path.iterdir()) - {other}
+    write_atomically(target, ["whole"])
+    assert left.exists(), "its writer may have just begun"
+    monkeypatch.setattr(files, "FRESH_S", -1.0)
+
+    def lines() -> Iterator[str]:
+        yield "outer"
+        assert not left.exists()
+        assert len(list(tmp_path.iterdir())) == 3
+        write_atomically(target, ["inner"])
+        assert len(list(tmp_path.iterdir())) == 3, "a living writer's file was removed"
+
+    write_atomically(target, lines())
+    assert target.read_text() == "outer"
+    assert set(tmp_path.iterdir()) == {target, other}
