@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_local.cache.errors import ExpertFileError, ModelNotFoundError, MoeLocalError
+from moe_local.cache.files import parse_json
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import HubModel, cached_folder, locate
 from moe_local.offload.checkpoint.registry import ALIASES, DEMO, demo_folder
@@ -164,7 +165,7 @@ def _speaks_of_experts(folder: Path | None) -> bool:
     if folder is None:
         return False
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = parse_json((folder / "config.json").read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and "expert" in json.dumps([*config, config.get("text_config")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from moe_local.cache.files import write_atomically
+from moe_local.cache.files import parse_json, write_atomically
 from moe_local.cache.stats import RoutedTokens
 
 FILE_NAME = "usage.json"
@@ -17,7 +17,7 @@ def read_usage(folder: Path) -> RoutedTokens | None:
     A damaged file counts as none: the figures inform, nothing depends on them.
     """
     try:
-        fields = json.loads((folder / FILE_NAME).read_text())
+        fields = parse_json((folder / FILE_NAME).read_bytes())
         counts = tuple(tuple(int(n) for n in layer) for layer in fields["counts"])
         tokens = tuple(int(n) for n in fields["tokens"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError):

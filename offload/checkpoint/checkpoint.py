@@ -11,6 +11,8 @@ import torch
 import xxhash
 
 from moe_local.cache.errors import CheckpointError, ModelNotFoundError
+from moe_local.cache.files import parse_json
+from moe_local.offload.checkpoint.config_limits import check_config
 from moe_local.offload.checkpoint.dense_weights import DenseWeights
 from moe_local.offload.checkpoint.expert_sources import ExpertSources
 from moe_local.offload.checkpoint.gguf_file import GgufFile, find_gguf
@@ -146,7 +148,9 @@ def read_config(folder: Path) -> Any:
     if (path := find_gguf(folder)) is not None:
         if (path.parent / "config.json").is_file():
             return parse_config(path.parent / "config.json")
-        return _make_config(config_fields(GgufFile.open(path)), path)
+        fields = config_fields(GgufFile.open(path))
+        check_config(fields)
+        return _make_config(fields, path)
     if not folder.is_dir():
         raise ModelNotFoundError(f"{folder} is no folder; give the one that holds config.json")
     if not (folder / "config.json").is_file():
@@ -163,9 +167,9 @@ def parse_config(path: Path) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        fields = json.loads(path.read_bytes(), object_hook=_special_float)
-        model_type = fields["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
+        fields = parse_json(path.read_bytes(), object_hook=_special_float)
+        model_type = str(fields["model_type"])
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path} is corrupt or names no model_type ({type(error).__name__})") from error
     if model_type not in CONFIG_MAPPING:
         code = " and brings code of its own, which moe-local never runs" if "auto_map" in fields else ""
@@ -174,6 +178,7 @@ def parse_config(path: Path) -> Any:
             "a newer transformers may know it: pip install -U transformers"
         )
     try:
+        check_config(fields)
         Quantization.of(fields)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 from moe_local.cache.errors import CheckpointError
+from moe_local.cache.files import parse_json
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -17,14 +16,36 @@ PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 def read_index(path: Path, remedy: str) -> dict[str, str]:
     """Tensor key -> name of the shard that holds it. Raises CheckpointError, whose line `remedy` ends."""
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
+        weight_map = parse_json(path.read_bytes())["weight_map"]
         shards = {str(key): str(name) for key, name in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is corrupt ({type(error).__name__}); {remedy}") from error
-    # A name with folders in it could lead out of the checkpoint.
-    if not shards or any(name != os.path.basename(name) for name in shards.values()):
+    if not shards or not all(map(_is_file_name, set(shards.values()))):
         raise CheckpointError(f"{path} is corrupt (it names no files beside it); {remedy}")
     return shards
+
+
+def file_inside(folder: Path, name: str) -> Path:
+    """The file of this name in a folder that came from elsewhere. It may be absent.
+
+    Raises CheckpointError if it is a link that leads out of the folder: what is read must be what was got.
+    The Hub cache's own links stay within its folder of the model.
+    """
+    path = folder / name
+    if path.is_symlink():
+        target, home = path.resolve(), folder.resolve()
+        if home.parent.name == "snapshots":
+            home = home.parent.parent
+        if not target.is_relative_to(home):
+            raise CheckpointError(
+                f"{path} is a link that leads out of its folder, to {target}; put the file itself there"
+            )
+    return path
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether it names something directly in a folder, on every system, and can be shown in one line."""
+    return name not in ("", ".", "..") and name.isprintable() and not set(name) & set("/\\:")
 
 
 def first_pickle(names: list[str]) -> str | None:

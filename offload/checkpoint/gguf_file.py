@@ -22,6 +22,10 @@ VERSIONS = (2, 3)
 TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 6: "Q5_0", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16"}
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+MAX_HEADER = 256 << 20
+"""Bytes; ten times what the longest lists of tokens take."""
+MAX_DIMENSIONS = 4
+MAX_ALIGNMENT = 1 << 20
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -97,7 +101,8 @@ class _Described(tuple[str, tuple[int, ...], int, int]):
 
 def _header(path: Path, remedy: str) -> tuple[dict[str, Any], list[_Described], int]:
     """Metadata, tensors, and where the data starts. Raises CheckpointError."""
-    with open(path, "rb") as file:
+    with open(path, "rb") as opened:
+        file = _Header(opened, min(path.stat().st_size, MAX_HEADER))
         try:
             if file.read(4) != MAGIC:
                 raise CheckpointError(f"{path} is no GGUF file; {remedy}")
@@ -114,14 +119,16 @@ def _header(path: Path, remedy: str) -> tuple[dict[str, Any], list[_Described], 
             for _ in range(tensor_count):
                 name = _string(file)
                 (dimensions,) = _numbers(file, "I")
+                if not 1 <= dimensions <= MAX_DIMENSIONS:
+                    raise ValueError(f"{dimensions} dimensions")
                 shape = _numbers(file, f"{dimensions}Q")[::-1]
                 tensors.append(_Described((name, shape, *_numbers(file, "IQ"))))
-        except (struct.error, UnicodeDecodeError, MemoryError, OverflowError, KeyError) as error:
+            start = _aligned(file.tell(), metadata.get("general.alignment", 32))
+        except (struct.error, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{path} is cut short or corrupt inside its header ({type(error).__name__}); {remedy}"
             ) from error
-        alignment = metadata.get("general.alignment", 32)
-        return metadata, tensors, -(-file.tell() // alignment) * alignment
+        return metadata, tensors, start
 
 
 def _weights(shard: str, tensors: list[_Described], start: int) -> Iterator[Weight]:
@@ -141,27 +148,56 @@ def _weights(shard: str, tensors: list[_Described], start: int) -> Iterator[Weig
         yield Weight(name, shape, (raw,), format)
 
 
-def _numbers(file: io.BufferedReader, format: str) -> tuple[Any, ...]:
+class _Header:
+    """A file that is read up to `end`: whoever asks for more is told before memory is taken for it."""
+
+    def __init__(self, file: io.BufferedReader, end: int) -> None:
+        self._file = file
+        self._end = end
+
+    def read(self, nbytes: int) -> bytes:
+        self._reach(nbytes)
+        return self._file.read(nbytes)
+
+    def skip(self, nbytes: int) -> None:
+        self._reach(nbytes)
+        self._file.seek(nbytes, io.SEEK_CUR)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def _reach(self, nbytes: int) -> None:
+        if nbytes > self._end - self._file.tell():
+            raise struct.error(f"it ends at byte {self._end}")
+
+
+def _aligned(position: int, alignment: Any) -> int:
+    if type(alignment) is not int or not 1 <= alignment <= MAX_ALIGNMENT:
+        raise ValueError(f"an alignment of {alignment!r}")
+    return -(-position // alignment) * alignment
+
+
+def _numbers(file: _Header, format: str) -> tuple[Any, ...]:
     return struct.unpack(f"<{format}", file.read(struct.calcsize(f"<{format}")))
 
 
-def _string(file: io.BufferedReader) -> str:
+def _string(file: _Header) -> str:
     (length,) = _numbers(file, "Q")
-    raw = file.read(length)
-    if len(raw) < length:
-        raise struct.error("a text that ends too early")
-    return raw.decode()
+    return file.read(length).decode()
 
 
-def _value(file: io.BufferedReader, kind: int) -> Any:
+def _value(file: _Header, kind: int) -> Any:
     if kind == STRING:
         return _string(file)
     if kind != ARRAY:
         return _numbers(file, NUMBERS[kind])[0]
     element, count = _numbers(file, "IQ")
     if element in NUMBERS:
-        file.seek(count * struct.calcsize(f"<{NUMBERS[element]}"), io.SEEK_CUR)
-    else:
+        file.skip(count * struct.calcsize(f"<{NUMBERS[element]}"))
+    elif element == STRING:
         for _ in range(count):
-            _value(file, element)
+            (length,) = _numbers(file, "Q")
+            file.skip(length)
+    else:
+        raise ValueError(f"an array of type {element}")
     return count

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe_local.cache.errors import CheckpointError
+from moe_local.offload.checkpoint.config_limits import LARGEST
 from moe_local.offload.checkpoint.gguf_file import GgufFile
 from moe_local.offload.checkpoint.weights import Weight
 
@@ -93,6 +94,8 @@ def config_fields(file: GgufFile) -> Fields:
         value = metadata.get(f"{architecture}.{name}", default)
         if value is None:
             raise CheckpointError(f"{path} lacks {architecture}.{name} in its metadata; get another file")
+        if not isinstance(value, int | float) or not 0 < value < LARGEST:
+            raise CheckpointError(f"{path} says {architecture}.{name} is {value!r}; get another file")
         return value
 
     if metadata.get(f"{architecture}.rope.scaling.type", "none") != "none":

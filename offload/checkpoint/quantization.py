@@ -54,11 +54,18 @@ def _settings(config: Any) -> Mapping[str, Any] | None:
         text = config["text_config"]
         if text is not None and not isinstance(text, Mapping):
             config["text_config"] = {"quantization_config": getattr(text, "quantization_config", None)}
-    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    text = config.get("text_config") or {}
+    found = config.get("quantization_config")
+    found = found or (text.get("quantization_config") if isinstance(text, Mapping) else None)
     found = found or config.get("compression_config")
     if not found:
         return None
-    return cast("Mapping[str, Any]", found if isinstance(found, Mapping) else found.to_dict())
+    if not isinstance(found, Mapping):
+        to_dict = getattr(found, "to_dict", None)
+        if to_dict is None:
+            raise CheckpointError(f"what it says of quantization is {str(found)[:80]!r}, which has no fields")
+        found = to_dict()
+    return cast("Mapping[str, Any]", found)
 
 
 def _is_block(block: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +13,16 @@ import torch
 import xxhash
 
 from moe_local.cache.errors import CheckpointError
+from moe_local.cache.files import parse_json
 from moe_local.cache.keys import format_bytes
-from moe_local.offload.checkpoint.files import INDEX, SINGLE, first_pickle, read_index
+from moe_local.offload.checkpoint.files import INDEX, SINGLE, file_inside, first_pickle, read_index
 from moe_local.offload.direct_io import PAGE, Memory, Range, ReadError, page_memory, read_ranges
 
 MAX_HEADER = 100_000_000
 """Bytes; what the safetensors library itself accepts."""
+
+MAX_DIMENSIONS = 16
+"""Of a tensor; torch itself has hardly a use for eight."""
 
 SAMPLES = 64
 SAMPLE_BYTES = 4096
@@ -99,7 +102,7 @@ class Shards:
         """
         weight_map = _weight_map(folder, remedy)
         names = sorted(set(weight_map.values())) if weight_map else [SINGLE]
-        missing = [name for name in names if not (folder / name).is_file()]
+        missing = [name for name in names if not file_inside(folder, name).is_file()]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(
@@ -198,7 +201,7 @@ def read_header(path: Path, remedy: str = "get the file again") -> Iterator[Stor
             raise CheckpointError(f"{path} has a corrupt header (of {length} bytes, it says); {remedy}")
         raw = file.read(length)
     try:
-        header = json.loads(raw)
+        header = parse_json(raw)
         tensors = [
             _stored(key, path.name, 8 + length, e) for key, e in header.items() if key != "__metadata__"
         ]
@@ -220,14 +223,22 @@ def read_header(path: Path, remedy: str = "get the file again") -> Iterator[Stor
 
 
 def _stored(key: str, shard: str, data_start: int, entry: Mapping[str, object]) -> StoredTensor:
-    begin, end = cast("list[int]", entry["data_offsets"])
-    shape = tuple(int(n) for n in cast("list[int]", entry["shape"]))
-    tensor = StoredTensor(
-        key, shard, str(entry["dtype"]), shape, data_start + int(begin), int(end) - int(begin)
-    )
+    begin, end = _sizes(entry["data_offsets"])
+    shape = _sizes(entry["shape"])
+    tensor = StoredTensor(key, shard, str(entry["dtype"]), shape, data_start + begin, end - begin)
+    if begin > end:
+        raise ValueError(f"{key} ends before it begins")
     if tensor.dtype in DTYPES and tensor.nbytes != math.prod(shape) * DTYPES[tensor.dtype].itemsize:
         raise ValueError(f"{key}: {tensor.nbytes} bytes for shape {shape} of {tensor.dtype}")
     return tensor
+
+
+def _sizes(found: object) -> tuple[int, ...]:
+    """A few whole numbers that count bytes or numbers of a file."""
+    sizes = tuple(cast("list[int]", found))
+    if len(sizes) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in sizes):
+        raise ValueError(f"{str(found)[:80]} are no sizes")
+    return sizes
 
 
 def _weight_map(folder: Path, remedy: str) -> dict[str, str]:

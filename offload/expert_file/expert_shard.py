@@ -18,6 +18,7 @@ from types import TracebackType
 import xxhash
 
 from moe_local.cache.errors import DoesNotFitError, ExpertFileError
+from moe_local.cache.files import parse_json
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.direct_io import open_for_writing, page_memory, write_fully
 from moe_local.offload.quantize.layout import PAGE, Layout
@@ -99,7 +100,7 @@ class ShardPlan:
         try:
             with open(path, "rb") as file:
                 header = file.read(size)
-            words = json.loads(header[8:])["__metadata__"]["xxh3_64"].split()
+            words = parse_json(header[8:])["__metadata__"]["xxh3_64"].split()
             checksums = tuple(int(word, 16) for word in words)
             same = self.header(checksums) == header and path.stat().st_size == self.nbytes
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from moe_local.cache.files import write_atomically
+from moe_local.cache.files import parse_json, write_atomically
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.direct_io import page_memory
 from moe_local.offload.native.library import check, library_without_map
@@ -198,7 +198,7 @@ def _processor() -> str:
 def _read(folder: Path) -> dict[str, object]:
     """The kept file; an absent or damaged one counts as empty, since measuring again repairs it."""
     try:
-        machines = json.loads((folder / FILE_NAME).read_text())
+        machines = parse_json((folder / FILE_NAME).read_bytes())
     except (OSError, ValueError):
         return {}
     return machines if isinstance(machines, dict) else {}

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from moe_local.cache.errors import ExpertFileError
+from moe_local.cache.files import parse_json
 
 FILE_NAME = "predictor.safetensors"
 VERSION = "1"
@@ -126,7 +127,7 @@ def read_corrections(folder: Path, fingerprint: str) -> dict[tuple[int, int], Co
                 (layer, distance): Correction(
                     *(file.get_tensor(f"{layer}.{distance}.{name}") for name in ("down", "up", "bias"))
                 )
-                for layer, distance in json.loads(about["keys"])
+                for layer, distance in parse_json(about["keys"])
             }
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
