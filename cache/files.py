@@ -24,7 +24,7 @@ FRESH_S = 10.0
 
 
 def parse_json(text: bytes | str, **options: Any) -> Any:
-    """As json.loads, but ValueError whatever is wrong, endless nesting and numbers beyond measure included."""
+    """As json.loads, but ValueError whatever is wrong, endless nesting and endless numbers included."""
     try:
         return json.loads(text, **options)
     except (RecursionError, OverflowError) as error:
