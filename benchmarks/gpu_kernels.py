@@ -37,7 +37,7 @@ from moe_local.cache.files import write_atomically
 from moe_local.offload.kernels.contracts import LayerStep
 from moe_local.offload.kernels.expert import ExpertKernels
 from moe_local.offload.kernels.grouped import GroupedExperts, GroupedStep
-from moe_local.offload.kernels.grouped_nf4 import UNIT, GroupedNF4
+from moe_local.offload.kernels.launcher import UNIT, Launcher
 from moe_local.offload.kernels.layer import OneByOne
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.plan import bandwidth
@@ -99,7 +99,7 @@ class Bench:
         launcher = GroupedExperts().launcher(self._math, device, self.layout)
         if launcher is None:
             sys.exit("the grouped kernels do not run here: they need Triton and the C++ library")
-        self._launcher: GroupedNF4 = launcher
+        self._launcher: Launcher = launcher
         self._each = ExpertKernels()
         generator = torch.Generator().manual_seed(tokens)
         self._x = torch.randn(tokens, shape.hidden, generator=generator).to(device, torch.bfloat16)

@@ -9,7 +9,7 @@ import torch
 
 from moe_local.offload.kernels.contracts import ExpertMath
 from moe_local.offload.kernels.grouped import DTYPES, GroupedExperts, GroupedRun
-from moe_local.offload.kernels.grouped_nf4 import UNIT, GroupedNF4
+from moe_local.offload.kernels.launcher import UNIT, Launcher
 from moe_local.offload.store import ExpertStore
 
 
@@ -36,7 +36,7 @@ def uncounted(store: ExpertStore) -> Iterator[None]:
 class ResidentLayer:
     """The slots of one layer's experts as a table on the device, and how often each was chosen."""
 
-    def __init__(self, launcher: GroupedNF4, slots: torch.Tensor, counts: torch.Tensor) -> None:
+    def __init__(self, launcher: Launcher, slots: torch.Tensor, counts: torch.Tensor) -> None:
         """`slots` int64 [E]: where each expert starts, in UNITs from the layer's first slot.
         `counts` int64 [E], a view: how many tokens chose it."""
         self._launcher = launcher

@@ -8,7 +8,7 @@ import torch
 
 from moe_local.offload.kernels.contracts import ExpertMath, LayerStep, Readable
 from moe_local.offload.kernels.gates import recognize
-from moe_local.offload.kernels.grouped_nf4 import UNIT, GroupedNF4, triton_kernels
+from moe_local.offload.kernels.launcher import UNIT, Launcher, triton_kernels
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.quantize.layout import Layout
 
@@ -29,7 +29,7 @@ class GroupedExperts:
     """Starts steps for layers whose gate the Triton kernels know. One instance a store."""
 
     def __init__(self) -> None:
-        self._launchers: dict[tuple[ExpertMath, torch.device], GroupedNF4 | None] = {}
+        self._launchers: dict[tuple[ExpertMath, torch.device], list[tuple[Layout, Launcher | None]]] = {}
 
     def serves(self, math: ExpertMath, x: torch.Tensor, routing: Routing, layout: Layout) -> bool:
         """Whether `begin` can be asked for this layer and input, which lies on a GPU."""
@@ -50,37 +50,48 @@ class GroupedExperts:
         layout: Layout,
         rest: Rest,
     ) -> LayerStep:
-        """See LayerKernels.begin; `rest` computes experts with many tokens or of another layout."""
+        """See LayerKernels.begin; `rest` computes experts with many tokens or of a layout not served."""
         launcher = self.launcher(math, x.device, layout)
         assert launcher is not None
-        return GroupedStep(launcher, x, routing, weights, rest)
+        return GroupedStep(
+            launcher, x, routing, weights, rest, lambda other: self.launcher(math, x.device, other)
+        )
 
-    def launcher(self, math: ExpertMath, device: torch.device, layout: Layout) -> GroupedNF4 | None:
+    def launcher(self, math: ExpertMath, device: torch.device, layout: Layout) -> Launcher | None:
         """The kernels for this layer, or None. Found out once."""
-        key = (math, device)
-        if key not in self._launchers:
-            self._launchers[key] = _launcher(math, device, layout)
-        found = self._launchers[key]
-        return found if found is not None and _same(found.layout, layout) else None
+        known = self._launchers.setdefault((math, device), [])
+        for other, found in known:
+            if _same(other, layout):
+                return found
+        known.append((layout, _launcher(math, device, layout)))
+        return known[-1][1]
 
 
-def _launcher(math: ExpertMath, device: torch.device, layout: Layout) -> GroupedNF4 | None:
-    if not GroupedNF4.served(layout):
+def _launcher(math: ExpertMath, device: torch.device, layout: Layout) -> Launcher | None:
+    if not Launcher.served(layout):
         return None
     gate = recognize(math)
     kernels = triton_kernels(device) if gate is not None else None
     if gate is None or kernels is None:
         return None
-    return GroupedNF4(kernels, layout, gate, has_gate=math.has_gate, has_bias=math.has_bias)
+    return Launcher(kernels, layout, gate, has_gate=math.has_gate, has_bias=math.has_bias)
 
 
 class GroupedRun:
-    """The memory of one layer's step, and its launches."""
+    """The memory of one layer's step, and its launches for experts of one layout."""
 
-    def __init__(self, launcher: GroupedNF4, x: torch.Tensor, weights: torch.Tensor) -> None:
-        """x [T, D], weights [T, K]."""
+    def __init__(
+        self,
+        launcher: Launcher,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        outputs: torch.Tensor | None = None,
+    ) -> None:
+        """x [T, D], weights [T, K]; `outputs` fp32 [T * K, D]: for answers, if not memory of its own."""
         places, dtype, device = weights.numel(), torch.float32, x.device
-        self.outputs = torch.empty(places, launcher.width, dtype=dtype, device=device)
+        self.outputs = (
+            torch.empty(places, launcher.width, dtype=dtype, device=device) if outputs is None else outputs
+        )
         """[T * K, D]"""
         self._launcher = launcher
         self._weights = weights.contiguous()
@@ -89,7 +100,7 @@ class GroupedRun:
         self._combined = torch.empty(x.shape, dtype=x.dtype, device=device)
 
     def launch(self, base: torch.Tensor, table: torch.Tensor) -> None:
-        """Compute the experts of a GroupedNF4's table, whose slots count UNITs from `base`."""
+        """Compute the experts of a Launcher's table, whose slots count UNITs from `base`."""
         self._launcher.up(base, UNIT, table, self._planes, self._hidden, self._weights.shape[1])
         self._launcher.down(base, UNIT, table, self._hidden, self.outputs)
 
@@ -99,7 +110,7 @@ class GroupedRun:
         return self._combined
 
 
-def warm_up(launcher: GroupedNF4, x: torch.Tensor, top_k: int, base: torch.Tensor) -> None:
+def warm_up(launcher: Launcher, x: torch.Tensor, top_k: int, base: torch.Tensor) -> None:
     """Launch the kernels once for each number of tokens that they are compiled for. x [1, D] as in steps;
     `base`, a slot, may hold anything."""
     tokens = 1
@@ -113,7 +124,7 @@ def warm_up(launcher: GroupedNF4, x: torch.Tensor, top_k: int, base: torch.Tenso
 
 
 class GroupedStep:
-    """A LayerStep of two launches a group and one for the sum.
+    """A LayerStep of two launches a group, for each layout in it, and one for the sum.
 
     Slots and places of a group reach the device in one small copy from pinned memory, which nobody waits for;
     torch keeps both ends of it until it is over. As arguments of a launch they would save that copy, but
@@ -123,11 +134,21 @@ class GroupedStep:
     """
 
     def __init__(
-        self, launcher: GroupedNF4, x: torch.Tensor, routing: Routing, weights: torch.Tensor, rest: Rest
+        self,
+        launcher: Launcher,
+        x: torch.Tensor,
+        routing: Routing,
+        weights: torch.Tensor,
+        rest: Rest,
+        launcher_for: Callable[[Layout], Launcher | None] = lambda layout: None,
     ) -> None:
+        """`launcher_for` gives launchers for layouts other than `launcher`'s; None: `rest` has to."""
         self._launcher = launcher
+        self._launcher_for = launcher_for
         self._routing = routing
         self._run = GroupedRun(launcher, x, weights)
+        self._runs = {id(launcher): self._run}
+        self._x, self._weights = x, weights
         self._device = x.device
         self._rest = rest
         self._rest_step: LayerStep | None = None
@@ -138,16 +159,24 @@ class GroupedStep:
         if self._routing.tokens <= MOST_TOKENS and all(readable.layout is layout for readable in group):
             self._run.launch(group[0].buffer, self.table(group))
             return
-        few: list[Readable] = []
+        served: dict[int, list[Readable]] = {}
         others: list[Readable] = []
         for readable in group:
-            alike = _same(readable.layout, self._launcher.layout) and self._has_few(readable.expert)
-            (few if alike else others).append(readable)
+            run = self._run_for(readable.layout) if self._has_few(readable.expert) else None
+            (others if run is None else served.setdefault(run, [])).append(readable)
         if others:
             self._rest_step = self._rest_step or self._rest(self._run.outputs)
             self._rest_step.compute(others)
-        if few:
-            self._run.launch(few[0].buffer, self.table(few))
+        for run, few in served.items():
+            self._runs[run].launch(few[0].buffer, self.table(few))
+
+    def _run_for(self, layout: Layout) -> int | None:
+        """The key in `_runs` of what launches for this layout."""
+        same = _same(layout, self._launcher.layout)
+        launcher = self._launcher if same else self._launcher_for(layout)
+        if launcher is not None and id(launcher) not in self._runs:
+            self._runs[id(launcher)] = GroupedRun(launcher, self._x, self._weights, self._run.outputs)
+        return None if launcher is None else id(launcher)
 
     def accept(self, places: torch.Tensor, answers: torch.Tensor) -> None:
         self._run.outputs.index_copy_(0, places, answers)
@@ -159,7 +188,7 @@ class GroupedStep:
         return self._routing.tokens <= MOST_TOKENS or self._routing.counts[expert] <= MOST_TOKENS
 
     def table(self, group: Sequence[Readable]) -> torch.Tensor:
-        """A GroupedNF4's table. Slots count UNITs from the first expert: leases know addresses only."""
+        """A Launcher's table. Slots count UNITs from the first expert: leases know addresses only."""
         base = group[0].buffer.data_ptr()
         slots = [(readable.buffer.data_ptr() - base) // UNIT for readable in group]
         if self._routing.tokens == 1:

@@ -18,7 +18,7 @@ from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
 from moe_local.offload.kernels.grouped import GroupedStep
-from moe_local.offload.kernels.grouped_nf4 import GroupedNF4
+from moe_local.offload.kernels.launcher import Launcher
 from moe_local.offload.kernels.layer import LayerKernels, OneByOne
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.quantize import nf4_blocks
@@ -253,13 +253,13 @@ def test_nf4_ids_do_not_depend_on_the_cache(
     make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    launches, launch = [], GroupedNF4.up
+    launches, launch = [], Launcher.up
 
-    def counted(self: GroupedNF4, *arguments: Any) -> None:
+    def counted(self: Launcher, *arguments: Any) -> None:
         launches.append(arguments)
         launch(self, *arguments)
 
-    monkeypatch.setattr(GroupedNF4, "up", counted)
+    monkeypatch.setattr(Launcher, "up", counted)
     found = []
     for slots, prefetch in ((2, "off"), (3, "router"), (8, "off")):
         with moe_local.load(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from moe_local.offload.kernels import grouped
 from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
 from moe_local.offload.kernels.grouped import DECODE_TOKENS, MOST_TOKENS, GroupedExperts, GroupedStep
-from moe_local.offload.kernels.grouped_nf4 import UNIT, GroupedNF4, triton_kernels
+from moe_local.offload.kernels.launcher import UNIT, Launcher, triton_kernels
 from moe_local.offload.kernels.layer import LayerKernels, OneByOne
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.native.library import library_without_map
@@ -43,7 +43,7 @@ class Lease(NamedTuple):
 
 
 class Stand:
-    """As GroupedNF4: finds experts by base, stride and slot alone, and computes them in `down`."""
+    """As Launcher: finds experts by base, stride and slot alone, and computes them in `down`."""
 
     def __init__(self, arena: torch.Tensor, layout: Layout) -> None:
         self.arena, self.layout = arena, layout
@@ -94,13 +94,19 @@ class Rig:
         self.stand = Stand(arena, self.layout)
         self.rests = 0
 
-    def step(self, x: torch.Tensor, routing: Routing, weights: torch.Tensor) -> GroupedStep:
+    def step(
+        self,
+        x: torch.Tensor,
+        routing: Routing,
+        weights: torch.Tensor,
+        launcher_for: Any = lambda layout: None,
+    ) -> GroupedStep:
         def rest(outputs: torch.Tensor) -> OneByOne:
             self.rests += 1
             return OneByOne(ExpertKernels(), Math(), x, routing, weights, outputs)
 
         launcher: Any = self.stand
-        return GroupedStep(launcher, x, routing, weights, rest)
+        return GroupedStep(launcher, x, routing, weights, rest, launcher_for)
 
     def run(self, step: Any, groups: Sequence[Sequence[int]]) -> torch.Tensor:
         for group in groups:
@@ -148,6 +154,28 @@ def test_the_width_of_the_table_depends_on_the_routing_alone() -> None:
         assert [table.shape[1] - 1 for table in rig.stand.tables] == [width]
 
 
+def test_every_layout_of_a_group_has_a_launch_of_its_own() -> None:
+    """Into the same outputs; a layout without a launcher goes elsewhere."""
+    x, routing, weights = routed(2, 5)
+    rig, other, third = Rig(), Rig("int8"), Rig("bf16")
+    used = routing.experts
+    rig.leases[used[0]], rig.leases[used[2]] = other.leases[used[0]], other.leases[used[2]]
+    rig.leases[used[1]] = third.leases[used[1]]
+    wanted = rig.run(OneByOne(ExpertKernels(), Math(), x, routing, weights), [used])
+    asked: list[str] = []
+
+    def launcher_for(layout: Layout) -> Any:
+        asked.append(layout.format)
+        return other.stand if layout == other.layout else None
+
+    for groups in ([used], [[expert] for expert in reversed(used)]):
+        step = rig.step(x, routing, weights, launcher_for)
+        assert torch.allclose(rig.run(step, groups), wanted, rtol=1e-5, atol=1e-6)
+    assert set(asked) == {"int8", "bf16"}  # its own layout's launcher the step has
+    assert sorted(map(len, other.stand.tables)) == [1, 1, 2]
+    assert rig.rests == 2
+
+
 def test_experts_with_many_tokens_and_other_layouts_go_elsewhere() -> None:
     rig = Rig()
     many = MOST_TOKENS + 1
@@ -163,21 +191,24 @@ def test_experts_with_many_tokens_and_other_layouts_go_elsewhere() -> None:
     assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
-def test_only_whole_blocks_of_nf4_are_served() -> None:
+def test_only_rows_of_whole_pieces_and_blocks_are_served() -> None:
     def layout(format: str, *shapes: tuple[int, int]) -> Layout:
         return codec_for(format).layout([TensorSpec(f"w{i}", shape) for i, shape in enumerate(shapes)])
 
-    assert GroupedNF4.served(layout("nf4", (128, 64), (64, 64)))
-    assert not GroupedNF4.served(layout("nf4", (128, 64), (64, 96)))
-    assert not GroupedNF4.served(layout("nf4", (192, 96), (96, 64)))
-    assert not GroupedNF4.served(layout("int8", (128, 64), (64, 64)))
+    assert Launcher.served(layout("nf4", (128, 64), (64, 64)))
+    assert not Launcher.served(layout("nf4", (128, 64), (64, 96)))
+    assert not Launcher.served(layout("nf4", (192, 96), (96, 64)))
+    assert Launcher.served(layout("int8", (128, 64), (64, 64)))
+    assert Launcher.served(layout("int8", (96, 48), (48, 96)))
+    assert not Launcher.served(layout("int8", (128, 64), (64, 40)))
+    assert not Launcher.served(layout("bf16", (128, 64), (64, 64)))
 
 
 def test_without_triton_it_is_said_once_and_done_without(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "moe_local.offload.kernels.triton_nf4", raising=False)
+    monkeypatch.delitem(sys.modules, "moe_local.offload.kernels.triton_experts", raising=False)
     triton_kernels.cache_clear()
     caplog.set_level(logging.INFO, "moe_local")
     try:
@@ -206,12 +237,12 @@ def test_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "recognize", lambda math: None if math.has_bias else object())
     launched: list[Any] = []
 
-    class Launcher(GroupedNF4):
+    class Recorded(Launcher):
         def __init__(self, kernels: Any, layout: Layout, gate: Any, **options: bool) -> None:
             launched.append(options)
             self.layout = layout
 
-    monkeypatch.setattr(grouped, "GroupedNF4", Launcher)
+    monkeypatch.setattr(grouped, "Launcher", Recorded)
     experts, math, layout = GroupedExperts(), Math(), Rig().layout
 
     def served(tokens: int = 1, dtype: torch.dtype = torch.bfloat16, **other: Any) -> bool:
@@ -226,7 +257,9 @@ def test_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not served(0)
     assert not served(DECODE_TOKENS + 1)
     assert not served(dtype=torch.float64)
-    assert not served(layout=Rig("int8").layout)
+    assert served(layout=Rig("int8").layout)
+    assert len(launched) == 2
+    assert not served(layout=Rig("bf16").layout)
     unknown: Any = Math()
     unknown.has_bias = True
     assert not served(math=unknown)

@@ -29,7 +29,7 @@ PROMPT, NEW = list(range(3, 14)), 12
 
 
 class Launcher:
-    """As GroupedNF4, for fp32 experts, in torch's operations: finds their bytes by base, stride and table."""
+    """As kernels.launcher's, for fp32 experts, by torch: finds their bytes by base, stride and table."""
 
     def __init__(self, math: Any, layout: Layout) -> None:
         self.layout, self._math = layout, math

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from moe_local.offload.kernels.gates import CONCATENATED, FUNCTIONS
-from moe_local.offload.kernels.grouped_nf4 import GroupedNF4, rows_of_a_program
+from moe_local.offload.kernels.launcher import Launcher, rows_of_a_program
 from moe_local.offload.native.library import Gate
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import TensorSpec
@@ -46,26 +46,26 @@ def test_cases_in_the_interpreter() -> None:
     assert "skipped" not in run.stdout
 
 
-def compiled(name: str, capability: int, tokens: int, d: int, f: int) -> Any:
-    """up_kernel or down_kernel as GroupedNF4 would launch it, for a GPU of this capability."""
+def compiled(name: str, capability: int, tokens: int, d: int, f: int, format: str = "nf4") -> Any:
+    """up_kernel or down_kernel as Launcher would launch it, for a GPU of this capability."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from moe_local.offload.kernels import triton_nf4
+    from moe_local.offload.kernels import triton_experts
 
-    layout = codec_for("nf4").layout(
+    layout = codec_for(format).layout(
         [TensorSpec("gate_up_proj", (2 * f, d)), TensorSpec("down_proj", (d, f))]
     )
     silu = Gate(CONCATENATED, FUNCTIONS.index("silu"), 0.0, 0.0)
-    launcher = GroupedNF4(triton_nf4, layout, silu, has_gate=True, has_bias=False)
+    launcher = Launcher(triton_experts, layout, silu, has_gate=True, has_bias=False)
     rows = rows_of_a_program(tokens)
     constants, features = (
         (launcher._up | {"TOP_K": 2}, rows // 2) if name == "up_kernel" else (launcher._down, rows)
     )
     constants = constants | {"TOKENS": tokens, "FEATURES": features}
     warps = constants.pop("num_warps")
-    kernel = getattr(triton_nf4, name)
+    kernel = getattr(triton_experts, name)
     types = {"base": "*u8", "stride": "i32", "table": "*i64"}
     names = kernel.arg_names
     source = ASTSource(
@@ -82,17 +82,24 @@ def compiled(name: str, capability: int, tokens: int, d: int, f: int) -> Any:
 @pytest.mark.parametrize("name", ["up_kernel", "down_kernel"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    ("capability", "tokens"), [*((c, 1) for c in GPUS), (86, 2), (86, 4), (86, 8), (90, 8)]
+    ("capability", "tokens", "format"),
+    [
+        *((c, 1, "nf4") for c in GPUS),
+        *((86, tokens, "nf4") for tokens in (2, 4, 8)),
+        (90, 8, "nf4"),
+        *((capability, tokens, "int8") for capability, tokens in ((80, 1), (90, 1), (90, 8))),
+    ],
 )
 def test_weights_are_read_16_bytes_at_a_time_and_stay_in_registers(
-    capability: int, tokens: int, shape: str, name: str, tmp_path: Path
+    capability: int, tokens: int, format: str, shape: str, name: str, tmp_path: Path
 ) -> None:
     import triton
 
-    kernel = compiled(name, capability, tokens, *SHAPES[shape])
+    kernel = compiled(name, capability, tokens, *SHAPES[shape], format)
     ptx = kernel.asm["ptx"]
     wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx))
-    assert wide == rows_of_a_program(tokens) + 8 * tokens  # each row once, and eight planes of each vector
+    planes = {"nf4": 8, "int8": 4}[format]
+    assert wide == rows_of_a_program(tokens) + planes * tokens  # each row once, and all planes of each vector
     # Threads meet for the sums across them, after the loop: Triton exchanges nothing between them before.
     assert len(re.findall(r"bar\.sync", ptx)) <= 6
     assert kernel.metadata.shared <= 1024

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
 from moe_local.offload.kernels.gates import CONCATENATED, FUNCTIONS, INTERLEAVED, PLAIN
 from moe_local.offload.kernels.grouped import GroupedExperts, GroupedStep, warm_up
-from moe_local.offload.kernels.grouped_nf4 import UNIT, GroupedNF4, pieces_of_a_step, triton_kernels
+from moe_local.offload.kernels.launcher import UNIT, Launcher, pieces_of_a_step, triton_kernels
 from moe_local.offload.kernels.layer import OneByOne
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.native.library import Gate
@@ -38,12 +38,21 @@ class Lease(NamedTuple):
 class Experts:
     """Experts of one layer in slots of an arena, in an order that is not theirs."""
 
-    def __init__(self, count: int, d: int, f: int, *, has_gate: bool = True, has_bias: bool = False) -> None:
+    def __init__(
+        self,
+        count: int,
+        d: int,
+        f: int,
+        *,
+        has_gate: bool = True,
+        has_bias: bool = False,
+        format: str = "nf4",
+    ) -> None:
         self.first = "gate_up_proj" if has_gate else "up_proj"
         specs = [TensorSpec(self.first, (2 * f if has_gate else f, d)), TensorSpec("down_proj", (d, f))]
         if has_bias:
             specs += [TensorSpec(f"{spec.name}_bias", spec.shape[:1]) for spec in tuple(specs)]
-        codec = codec_for("nf4")
+        codec = codec_for(format)
         self.layout = codec.layout(specs)
         self.stride = self.layout.nbytes + 4096
         self.arena = torch.full((count * self.stride,), 0xA5, dtype=torch.uint8)
@@ -128,7 +137,7 @@ def gate_of(hidden: torch.Tensor, gate: Gate) -> torch.Tensor:
 
 
 def unplaned(hidden: torch.Tensor) -> torch.Tensor:
-    """The inverse of GroupedNF4.planes."""
+    """The inverse of Launcher.planes."""
     return hidden.view(len(hidden), 8, -1).transpose(1, 2).reshape(len(hidden), -1)
 
 
@@ -144,7 +153,7 @@ def test_every_gate(arrangement: int, name: str, has_bias: bool) -> None:
     gate = Gate(arrangement, FUNCTIONS.index(name), 1.702, 1.5)
     has_gate = arrangement != PLAIN
     experts = Experts(1, 64, 64, has_gate=has_gate, has_bias=has_bias)
-    launcher = GroupedNF4(kernels(), experts.layout, gate, has_gate=has_gate, has_bias=has_bias)
+    launcher = Launcher(kernels(), experts.layout, gate, has_gate=has_gate, has_bias=has_bias)
     x = 2 * normal(1, 64)
     hidden = torch.full((1, 64), torch.nan)
     launcher.up(experts.arena, 16, torch.tensor([[0, 0]]), launcher.planes(x), hidden, 1)
@@ -158,7 +167,7 @@ def test_every_gate(arrangement: int, name: str, has_bias: bool) -> None:
 def test_what_is_no_number_stays_none_and_with_its_token(name: str) -> None:
     gate = Gate(CONCATENATED, FUNCTIONS.index(name), 1.0, 1.0)
     experts = Experts(1, 64, 64)
-    launcher = GroupedNF4(kernels(), experts.layout, gate, has_gate=True, has_bias=False)
+    launcher = Launcher(kernels(), experts.layout, gate, has_gate=True, has_bias=False)
     x, hidden = normal(2, 64), torch.zeros(2, 64)
     x[1, 5] = torch.nan
     launcher.up(experts.arena, 16, torch.tensor([[0, 0, 1]]), launcher.planes(x), hidden, 1)
@@ -166,15 +175,16 @@ def test_what_is_no_number_stays_none_and_with_its_token(name: str) -> None:
     assert hidden[1].isnan().all()
 
 
-@pytest.mark.parametrize("cols", [64, 768, 2112, 3072])
-def test_rows_of_every_length(cols: int) -> None:
-    """Shorter than a step, and steps with and without a rest."""
-    assert pieces_of_a_step(cols) == 32
-    codec = codec_for("nf4")
+@pytest.mark.parametrize(
+    ("format", "cols"), [*(("nf4", cols) for cols in (64, 768, 2112, 3072)), ("int8", 48), ("int8", 1040)]
+)
+def test_rows_of_every_length(format: str, cols: int) -> None:
+    """Shorter than a step, and steps with and without a rest; blocks at a row's end that are not whole."""
+    codec = codec_for(format)
     layout = codec.layout([TensorSpec("up_proj", (cols, 64)), TensorSpec("down_proj", (64, cols))])
     buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
     codec.encode({"up_proj": normal(cols, 64), "down_proj": normal(64, cols, seed=1)}, layout, buffer)
-    launcher = GroupedNF4(kernels(), layout, Gate(PLAIN, 0, 0, 0), has_gate=False, has_bias=False)
+    launcher = Launcher(kernels(), layout, Gate(PLAIN, 0, 0, 0), has_gate=False, has_bias=False)
     hidden, outputs = normal(3, cols, seed=2), torch.full((3, 64), torch.nan)
     launcher.down(buffer, 16, torch.tensor([[0, 2, 0]]), launcher.planes(hidden), outputs)
     weight = codec.decode(buffer, layout, torch.float32)["down_proj"]
@@ -183,7 +193,8 @@ def test_rows_of_every_length(cols: int) -> None:
 
 
 def test_wide_rows_are_read_by_many_threads() -> None:
-    assert [pieces_of_a_step(cols) for cols in (4096, 14336, 2048, 2880, 7168)] == [128, 64, 64, 32, 32]
+    wanted = {4096: 128, 14336: 64, 2048: 64, 2880: 32, 7168: 32, 768: 32}
+    assert {cols: pieces_of_a_step(cols // 32) for cols in wanted} == wanted
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4, 8])
@@ -207,6 +218,33 @@ def test_slots_by_number(tokens: int) -> None:
         want = expert_forward(math, x[:count], experts.leases[expert].buffer, experts.layout)
         assert error_of(outputs[rank::top_k][:count], want) < 1e-6
     assert outputs[1::top_k][some:].isnan().all()
+
+
+@pytest.mark.parametrize("format", ["int8"])
+@pytest.mark.parametrize("kind", ["swiglu", "gpt-oss"])
+def test_other_formats(format: str, kind: str) -> None:
+    """Up and down, for one token and several, each answer as from the decoded weights."""
+    math = MATHS[kind]
+    experts = Experts(4, 64, 32, has_bias=math.has_bias, format=format)
+    for ids in ([[2, 0]], [[1, 0], [2, 1], [1, 2]]):
+        index, x = torch.tensor(ids), normal(len(ids), 64, seed=2)
+        weights = normal(*index.shape, seed=1).abs()
+        routing = Routing(index.flatten().tolist(), len(ids), 4)
+        got = in_groups(begin(math, experts, x, routing, weights), experts, [routing.experts])
+        assert error_of(got, plainly(math, experts, x, index, weights)) < 1e-6
+
+
+def test_formats_side_by_side() -> None:
+    """A layer whose experts have two layouts: the same bits as in launches of their own."""
+    math, experts, other = SwiGLU(), Experts(4, 64, 64), Experts(4, 64, 64, format="int8")
+    experts.leases[1], experts.weights[1] = other.leases[1], other.weights[1]
+    index, x = torch.tensor([[2, 1], [1, 0]]), normal(2, 64, seed=2)
+    weights = normal(2, 2, seed=1).abs()
+    routing = Routing(index.flatten().tolist(), 2, 4)
+    together = in_groups(begin(math, experts, x, routing, weights), experts, [[0, 1, 2]])
+    assert error_of(together, plainly(math, experts, x, index, weights)) < 1e-6
+    apart = in_groups(begin(math, experts, x, routing, weights), experts, [[1], [2, 0]])
+    assert torch.equal(apart, together)
 
 
 def in_groups(step: GroupedStep, experts: Experts, groups: Sequence[Sequence[int]]) -> torch.Tensor:

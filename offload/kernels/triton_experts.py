@@ -1,13 +1,15 @@
-"""NF4 experts of a layer in two grouped Triton kernels, read in place from their slots; and the weighted sum.
+"""Experts of a layer in two grouped Triton kernels, read in place from their slots; and the weighted sum.
 
-Imports Triton, so import this module only where it is there. `grouped.py` says which work comes here.
+Imports Triton, so import this module only where it is there. `grouped.py` says which work comes here, and
+`triton_formats.py` how each format is read.
 
 Letters: T tokens, K experts a token, D model width, F expert width. A *place* is token * K + rank. Vectors
-that a matrix is multiplied with lie in *planes*: number c of a vector of C at [c % 8, c // 8] of [8, C / 8],
-in float32. A thread takes the 32 weights of 16 bytes at a time; the eight weights of one word then meet eight
-planes, and both are read in pieces of 16 bytes that neighbouring threads continue.
+that a matrix is multiplied with lie in *planes*, as many as a word of 32 bits holds weights, P: number c of
+a vector of C at [c % P, c // P] of [P, C / P], in float32. A thread takes the weights of 16 bytes, a *piece*,
+at a time; the weights of one word then meet the planes, and both are read in pieces of 16 bytes that
+neighbouring threads continue.
 
-D and F are multiples of 64.
+D and F are multiples of the weights of a piece.
 
 Table of a launch, int64 [G, 1 + TOKENS], a row an expert: its slot, then the places of its tokens, at least
 one, then -1. Slot s starts `s * stride` bytes behind `base`, both multiples of 16.
@@ -20,6 +22,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from moe_local.offload.kernels.triton_formats import number, offset_of, packed, scale, weight
 
 PLAIN, CONCATENATED, INTERLEAVED = (tl.constexpr(number) for number in range(3))
 IDENTITY, RELU, RELU2, SILU, GELU, GELU_TANH, CLAMPED_SWIGLU, CLAMPED_SILU = (
@@ -74,57 +78,60 @@ def _products(
     levels,
     scale_map,
     COLS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SCALES: tl.constexpr,
+    PER_WORD: tl.constexpr,
     Q: tl.constexpr,
-    ABSMAX: tl.constexpr,
-    NESTED: tl.constexpr,
+    SCALE: tl.constexpr,
+    SCALE_OF_SCALE: tl.constexpr,
     OFFSET: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
     PIECES: tl.constexpr,
 ):
     """The rows of the matrix times the vectors of these numbers, both tuples of scalars: [rows, vectors].
 
-    A matrix' row is COLS / 32 pieces of 16 bytes; PIECES of them are read in a step, by a thread each.
+    PIECES of a row's pieces are read in a step, by a thread each.
     Everything of size is [PIECES, 4] words or [PIECES]: of tensors with more dimensions Triton's releases
     think differently about which one runs along threads, and then exchange them through shared memory.
     """
-    words = (expert + Q).to(tl.pointer_type(tl.int32))
-    nested = (expert + NESTED).to(tl.pointer_type(tl.float32))
-    offset = tl.load((expert + OFFSET).to(tl.pointer_type(tl.float32)))
     COUNT: tl.constexpr = len(rows) * len(numbers)
+    WORDS: tl.constexpr = COLS // PER_WORD
+    offset = offset_of(expert, SCALES, OFFSET)
     lane = tl.arange(0, PIECES)
     totals = ()
     for _ in tl.static_range(COUNT):
         totals = totals + (tl.zeros([PIECES], dtype=tl.float32),)
-    for first in range(0, COLS // 32, PIECES):
+    for first in range(0, WORDS // 4, PIECES):
         piece = first + lane
-        there = piece < COLS // 32
+        there = piece < WORDS // 4
         word = piece[:, None] * 4 + tl.arange(0, 4)[None, :]
-        packed = ()
+        read = ()
         parts = ()
         for r in tl.static_range(len(rows)):
-            packed = packed + (tl.load(words + rows[r] * (COLS // 8) + word, mask=there[:, None], other=0),)
+            read = read + (packed(expert, rows[r], word, there[:, None], FORMAT, COLS, Q, PER_WORD),)
             for _ in tl.static_range(len(numbers)):
                 parts = parts + (tl.zeros([PIECES, 4], dtype=tl.float32),)
-        for i in tl.static_range(8):
+        for i in tl.static_range(PER_WORD):
             x = ()
             for t in tl.static_range(len(numbers)):
-                plane = vectors + numbers[t] * COLS + i * (COLS // 8)
+                plane = vectors + numbers[t] * COLS + i * WORDS
                 x = x + (tl.load(plane + word, mask=there[:, None], other=0.0),)
             more = ()
             for r in tl.static_range(len(rows)):
-                # The earlier weight of a byte is its high half.
-                level = tl.load(levels + ((packed[r] >> ((4 * i) ^ 4)) & 15))
+                value = weight(read[r], i, levels, FORMAT)
                 for t in tl.static_range(len(numbers)):
-                    more = more + (tl.fma(level, x[t], parts[r * len(numbers) + t]),)
+                    more = more + (tl.fma(value, x[t], parts[r * len(numbers) + t]),)
             parts = more
         more = ()
         for r in tl.static_range(len(rows)):
-            block = rows[r] * (COLS // 64) + piece // 2
-            code = tl.load(expert + ABSMAX + block, mask=there, other=0).to(tl.int32)
-            factor = tl.load(nested + block // 256, mask=there, other=0.0)
-            scale = tl.fma(tl.load(scale_map + code), factor, offset)
+            factor = scale(
+                expert, rows[r], piece, there, offset, scale_map,
+                SCALES, COLS, SCALE, SCALE_OF_SCALE, BLOCK_ROWS, BLOCK_COLS, PER_WORD,
+            )  # fmt: skip
             for t in tl.static_range(len(numbers)):
                 part = tl.sum(parts[r * len(numbers) + t], axis=1)
-                more = more + (tl.fma(part, scale, totals[r * len(numbers) + t]),)
+                more = more + (tl.fma(part, factor, totals[r * len(numbers) + t]),)
         totals = more
     # All sums across threads at once, which costs one exchange instead of COUNT.
     stacked = tl.zeros([COUNT, PIECES], dtype=tl.float32)
@@ -156,11 +163,17 @@ def up_kernel(
     TOP_K: tl.constexpr,
     WIDTH: tl.constexpr,
     COLS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SCALES: tl.constexpr,
+    PER_WORD: tl.constexpr,
     Q: tl.constexpr,
-    ABSMAX: tl.constexpr,
-    NESTED: tl.constexpr,
+    SCALE: tl.constexpr,
+    SCALE_OF_SCALE: tl.constexpr,
     OFFSET: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
     BIAS: tl.constexpr,
+    BIAS_KIND: tl.constexpr,
     ARRANGEMENT: tl.constexpr,
     FUNCTION: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -171,7 +184,7 @@ def up_kernel(
 ):
     """hidden[place] = gate function of the up matrix times x[token], for the experts of `table`.
 
-    Grid (F / FEATURES, G). x float32 [T, 8, D / 8] and hidden float32 [T * K, 8, F / 8] in planes;
+    Grid (F / FEATURES, G). x float32 [T, P, D / P] and hidden float32 [T * K, P, F / P] in planes;
     WIDTH is F and COLS D.
     """
     entry = table + tl.program_id(1) * (1 + TOKENS)
@@ -188,24 +201,27 @@ def up_kernel(
             rows = rows + (2 * feature, 2 * feature + 1)
     y = _products(
         expert, rows, x, _numbers(entry, TOP_K, TOKENS), levels, scale_map,
-        COLS, Q, ABSMAX, NESTED, OFFSET, PIECES,
+        COLS, FORMAT, SCALES, PER_WORD, Q, SCALE, SCALE_OF_SCALE, OFFSET, BLOCK_ROWS, BLOCK_COLS, PIECES,
     )  # fmt: skip
     features = first + tl.arange(0, FEATURES)
-    bias = (expert + BIAS).to(tl.pointer_type(tl.float32))
     if ARRANGEMENT == PLAIN:
         if BIAS >= 0:
-            y += tl.load(bias + features)[:, None]
+            y += number(expert + BIAS, features, True, BIAS_KIND)[:, None]
         y = _activation(y, FUNCTION)
     else:
         gate, up = tl.split(tl.permute(tl.reshape(y, [FEATURES, 2, TOKENS]), [0, 2, 1]))
         if BIAS >= 0:
             own = features if ARRANGEMENT == CONCATENATED else 2 * features
-            gate += tl.load(bias + own)[:, None]
+            gate += number(expert + BIAS, own, True, BIAS_KIND)[:, None]
             other = own + WIDTH if ARRANGEMENT == CONCATENATED else own + 1
-            up += tl.load(bias + other)[:, None]
+            up += number(expert + BIAS, other, True, BIAS_KIND)[:, None]
         y = _gated(gate, up, FUNCTION, ALPHA, LIMIT)
     places = tl.load(entry + 1 + tl.arange(0, TOKENS))[None, :]
-    target = hidden + places * WIDTH + ((features % 8) * (WIDTH // 8) + features // 8)[:, None]
+    target = (
+        hidden
+        + places * WIDTH
+        + ((features % PER_WORD) * (WIDTH // PER_WORD) + features // PER_WORD)[:, None]
+    )
     tl.store(target, y, mask=places >= 0)
 
 
@@ -220,18 +236,24 @@ def down_kernel(
     scale_map,
     WIDTH: tl.constexpr,
     COLS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SCALES: tl.constexpr,
+    PER_WORD: tl.constexpr,
     Q: tl.constexpr,
-    ABSMAX: tl.constexpr,
-    NESTED: tl.constexpr,
+    SCALE: tl.constexpr,
+    SCALE_OF_SCALE: tl.constexpr,
     OFFSET: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
     BIAS: tl.constexpr,
+    BIAS_KIND: tl.constexpr,
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
     PIECES: tl.constexpr,
 ):
     """outputs[place] = the down matrix times hidden[place], for the experts of `table`.
 
-    Grid (D / FEATURES, G). hidden float32 [T * K, 8, F / 8] in planes, outputs float32 [T * K, D];
+    Grid (D / FEATURES, G). hidden float32 [T * K, P, F / P] in planes, outputs float32 [T * K, D];
     WIDTH is D and COLS F.
     """
     entry = table + tl.program_id(1) * (1 + TOKENS)
@@ -242,12 +264,11 @@ def down_kernel(
         rows = rows + (first + f,)
     y = _products(
         expert, rows, hidden, _numbers(entry, 1, TOKENS), levels, scale_map,
-        COLS, Q, ABSMAX, NESTED, OFFSET, PIECES,
+        COLS, FORMAT, SCALES, PER_WORD, Q, SCALE, SCALE_OF_SCALE, OFFSET, BLOCK_ROWS, BLOCK_COLS, PIECES,
     )  # fmt: skip
     features = first + tl.arange(0, FEATURES)
     if BIAS >= 0:
-        bias = (expert + BIAS).to(tl.pointer_type(tl.float32))
-        y += tl.load(bias + features)[:, None]
+        y += number(expert + BIAS, features, True, BIAS_KIND)[:, None]
     places = tl.load(entry + 1 + tl.arange(0, TOKENS))[None, :]
     tl.store(outputs + places * WIDTH + features[:, None], y, mask=places >= 0)
 

@@ -1,4 +1,4 @@
-"""Launching the grouped kernels, which `triton_nf4.py` explains, for experts of one layout and gate."""
+"""Launching the grouped kernels, which `triton_experts.py` explains, for experts of one layout and gate."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
+from moe_local.offload.kernels.grouped_formats import KINDS, GroupedFormat, grouped_format
 from moe_local.offload.native.library import Gate
-from moe_local.offload.quantize.bnb import dynamic_map, nf4_levels
 from moe_local.offload.quantize.layout import Layout
-from moe_local.offload.quantize.nf4 import BLOCK
 
 UNIT = 16
 """Bytes that every address and stride is a multiple of: what a thread loads at once."""
@@ -27,14 +26,14 @@ def triton_kernels(device: torch.device) -> Any:
     old. The first call waits for a tiny kernel to be compiled and run.
     """
     try:
-        from moe_local.offload.kernels import triton_nf4
+        from moe_local.offload.kernels import triton_experts
 
-        _try_out(triton_nf4, device)
+        _try_out(triton_experts, device)
     except Exception as error:  # each of these fails in its own way, and there is another path
         reason = (str(error).splitlines() or [""])[0]
-        logger.info("NF4 experts are computed one by one: Triton: %s: %s", type(error).__name__, reason)
+        logger.info("experts are computed one by one: Triton: %s: %s", type(error).__name__, reason)
         return None
-    return triton_nf4
+    return triton_experts
 
 
 def _try_out(kernels: Any, device: torch.device) -> None:
@@ -45,7 +44,7 @@ def _try_out(kernels: Any, device: torch.device) -> None:
         raise RuntimeError(f"1 * 3 + 2 * 4 was {combined.item()}")
 
 
-class GroupedNF4:
+class Launcher:
     """The three kernels for experts whose buffers have one layout, with one gate between their matrices.
 
     T tokens, K experts a token, D model width, F expert width. `table` is int64 [G, 1 + n], a row an expert:
@@ -56,30 +55,33 @@ class GroupedNF4:
 
     def __init__(self, kernels: Any, layout: Layout, gate: Gate, *, has_gate: bool, has_bias: bool) -> None:
         """`layout` must be `served`."""
+        form = grouped_format(layout)
+        assert form is not None
         self.layout = layout
+        self._format = form
         first = "gate_up_proj" if has_gate else "up_proj"
         shapes = {tensor.name: tensor.shape for tensor in layout.tensors}
         self.width, self.hidden = shapes["down_proj"]
         self._kernels = kernels
-        self._up = _constants(layout, first, self.hidden, shapes[first][1], has_bias) | {
+        self._up = _constants(form, layout, first, self.hidden, shapes[first][1], has_bias) | {
             "ARRANGEMENT": gate.arrangement,
             "FUNCTION": gate.function,
             "ALPHA": gate.alpha,
             "LIMIT": gate.limit,
         }
-        self._down = _constants(layout, "down_proj", self.width, self.hidden, has_bias)
+        self._down = _constants(form, layout, "down_proj", self.width, self.hidden, has_bias)
         self._rows_a_feature = 2 if has_gate else 1
 
     @staticmethod
     def served(layout: Layout) -> bool:
-        """Whether the kernels read matrices of this layout: in NF4, no row starting amid a block."""
-        matrices = [tensor.shape for tensor in layout.tensors if len(tensor.shape) == 2]
-        return layout.format == "nf4" and all(cols % BLOCK == 0 for _, cols in matrices)
+        """Whether the kernels read matrices of this layout."""
+        return grouped_format(layout) is not None
 
     def planes(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, D] as the kernels want it, float32 [T, 8, D / 8]: number c at [c % 8, c // 8]."""
-        planes = torch.empty(x.shape[0], 8, x.shape[1] // 8, dtype=torch.float32, device=x.device)
-        return planes.copy_(x.view(x.shape[0], -1, 8).transpose(1, 2))
+        """x [T, D] as the kernels want it, float32 [T, P, D / P]: number c at [c % P, c // P]."""
+        width = self._format.per_word
+        planes = torch.empty(x.shape[0], width, x.shape[1] // width, dtype=torch.float32, device=x.device)
+        return planes.copy_(x.view(x.shape[0], -1, width).transpose(1, 2))
 
     def up(
         self,
@@ -100,8 +102,7 @@ class GroupedNF4:
                 table,
                 planes,
                 hidden,
-                nf4_levels(base.device),
-                dynamic_map(base.device),
+                *self._format.tables(base.device),
                 TOP_K=top_k,
                 TOKENS=tokens,
                 FEATURES=features,
@@ -127,8 +128,7 @@ class GroupedNF4:
                 table,
                 hidden,
                 outputs,
-                nf4_levels(base.device),
-                dynamic_map(base.device),
+                *self._format.tables(base.device),
                 TOKENS=tokens,
                 FEATURES=features,
                 enable_fp_fusion=True,
@@ -145,24 +145,24 @@ def rows_of_a_program(tokens: int) -> int:
     return 4 if tokens <= 2 else 2
 
 
-def pieces_of_a_step(cols: int) -> int:
-    """Pieces of 32 weights read at a time, a thread each: few left idle by a row's end, then many."""
-    pieces = cols // 32
+def pieces_of_a_step(pieces: int) -> int:
+    """Of a row of so many, those read at a time, a thread each: few left idle by its end, then many."""
     return min((128, 64, 32), key=lambda threads: -(-pieces // threads) * threads)
 
 
-def _constants(layout: Layout, name: str, width: int, cols: int, has_bias: bool) -> dict[str, Any]:
-    """What a kernel is compiled for: two kernels a model, each for up to four numbers of tokens."""
-    parts = {segment.part: segment.offset for segment in layout.parts(name)}
-    pieces = pieces_of_a_step(cols)
-    return {
+def _constants(
+    form: GroupedFormat, layout: Layout, name: str, width: int, cols: int, has_bias: bool
+) -> dict[str, Any]:
+    """What a kernel is compiled for: two kernels a layout, each for up to four numbers of tokens."""
+    pieces = pieces_of_a_step(cols // form.piece)
+    bias = next(layout.parts(f"{name}_bias")) if has_bias else None
+    return form.constants(layout, name) | {
         "WIDTH": width,
         "COLS": cols,
-        "Q": parts["q"],
-        "ABSMAX": parts["absmax"],
-        "NESTED": parts["absmax_scale"],
-        "OFFSET": parts["offset"],
-        "BIAS": next(layout.parts(f"{name}_bias")).offset if has_bias else -1,
+        "FORMAT": form.number,
+        "PER_WORD": form.per_word,
+        "BIAS": -1 if bias is None else bias.offset,
+        "BIAS_KIND": KINDS["float32" if bias is None else bias.dtype],
         "PIECES": pieces,
         "num_warps": pieces // 32,
     }

@@ -1,0 +1,121 @@
+"""The formats that the grouped GPU kernels read: for which layouts, and what a kernel is compiled for.
+
+The host's half of the seam; the other is `triton_formats.py`, whose constants the numbers here repeat, since
+that module cannot be imported where Triton is not there. FORMATS is the list to add to.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+
+from moe_local.offload.quantize import int8, nf4
+from moe_local.offload.quantize.bnb import dynamic_map, nf4_levels
+from moe_local.offload.quantize.layout import Layout
+
+KINDS = {"nested": 0, "float32": 1, "bfloat16": 2, "float16": 3}
+"""What scales and biases are stored as; see triton_formats.SCALES."""
+
+WORDS = 4
+"""Words of 32 bits that a thread reads at once: a piece."""
+
+
+class GroupedFormat(Protocol):
+    """One way in which weights lie in a word."""
+
+    number: int
+    """triton_formats.FORMAT."""
+    per_word: int
+    """Weights in 32 bits."""
+
+    @property
+    def piece(self) -> int:
+        """Weights that a thread reads at once."""
+
+    def serves(self, layout: Layout) -> bool:
+        """Whether the kernels read all matrices of this layout. Rows are made of whole pieces, and no block
+        of weights that share a scale ends within one."""
+
+    def constants(self, layout: Layout, name: str) -> dict[str, Any]:
+        """Where the parts of matrix `name` lie, and how many rows and columns share a scale."""
+
+    def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Floats that `weight` and `scale` look up: the levels, and a map of 256 scales. Of any content where
+        they do not."""
+
+
+class _Words:
+    """What formats have in common."""
+
+    per_word: int
+
+    @property
+    def piece(self) -> int:
+        return WORDS * self.per_word
+
+    def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        return nf4_levels(device), dynamic_map(device)
+
+
+class NF4Words(_Words):
+    number, per_word = 0, 8
+
+    def serves(self, layout: Layout) -> bool:
+        return layout.format == "nf4" and _all_wide(layout, nf4.BLOCK)
+
+    def constants(self, layout: Layout, name: str) -> dict[str, Any]:
+        at = _offsets(layout, name)
+        return {
+            "Q": at["q"],
+            "SCALES": KINDS["nested"],
+            "SCALE": at["absmax"],
+            "SCALE_OF_SCALE": at["absmax_scale"],
+            "OFFSET": at["offset"],
+            "BLOCK_ROWS": 1,
+            "BLOCK_COLS": nf4.BLOCK,
+        }
+
+
+class Int8Words(_Words):
+    number, per_word = 1, 4
+
+    def serves(self, layout: Layout) -> bool:
+        return layout.format == "int8" and _all_wide(layout, self.piece)
+
+    def constants(self, layout: Layout, name: str) -> dict[str, Any]:
+        return plain_scales(layout, name, 1, int8.BLOCK)
+
+
+def plain_scales(layout: Layout, name: str, rows: int, cols: int) -> dict[str, Any]:
+    """Constants of a matrix with parts "q" and "scale", numbers for blocks of rows x cols."""
+    at = _offsets(layout, name)
+    kind = next(part.dtype for part in layout.parts(name) if part.part == "scale")
+    return {
+        "Q": at["q"],
+        "SCALES": KINDS[kind],
+        "SCALE": at["scale"],
+        "SCALE_OF_SCALE": -1,
+        "OFFSET": -1,
+        "BLOCK_ROWS": rows,
+        "BLOCK_COLS": cols,
+    }
+
+
+FORMATS: tuple[GroupedFormat, ...] = (NF4Words(), Int8Words())
+
+
+@cache
+def grouped_format(layout: Layout) -> GroupedFormat | None:
+    """What reads this layout, or None."""
+    return next((form for form in FORMATS if form.serves(layout)), None)
+
+
+def _offsets(layout: Layout, name: str) -> dict[str, int]:
+    return {segment.part: segment.offset for segment in layout.parts(name)}
+
+
+def _all_wide(layout: Layout, columns: int) -> bool:
+    """Whether every matrix' rows are made of whole `columns`."""
+    return all(tensor.shape[1] % columns == 0 for tensor in layout.tensors if len(tensor.shape) == 2)

@@ -1,0 +1,104 @@
+"""How the grouped kernels read each format's weights: what a word holds, and what the words' scales are.
+
+Imports Triton; `grouped_formats.py` is the same seam for the host. A matrix' row is made of *pieces* of 16
+bytes, four words of 32 bits, that one thread reads at once; a word holds PER_WORD weights, its columns w *
+PER_WORD + i of the row. A new format is
+
+* a constant beside NF4, and a branch each in `packed` and `weight`, which give the numbers without scales;
+* where its scales are of a new kind, a constant beside NESTED and a branch in `scale`;
+* a class in `grouped_formats.py`, which names both, says which layouts it is for and where their parts are.
+
+What these functions are given is constant for a kernel, so the other branches cost nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NF4, INT8 = (tl.constexpr(number) for number in range(2))
+"""FORMAT: what a word holds."""
+
+NESTED, FLOAT32, BFLOAT16, FLOAT16 = (tl.constexpr(number) for number in range(4))
+"""SCALES: a number of a kind for BLOCK_ROWS x BLOCK_COLS weights each, or NF4's double-quantized codes."""
+
+
+@triton.jit
+def packed(
+    expert,
+    row,
+    word,
+    there,
+    FORMAT: tl.constexpr,
+    COLS: tl.constexpr,
+    Q: tl.constexpr,
+    PER_WORD: tl.constexpr,
+):
+    """The words number `word`, [PIECES, 4], of a row: what `weight` needs of them, a tuple."""
+    words = (expert + Q).to(tl.pointer_type(tl.int32)) + row * (COLS // PER_WORD)
+    return (tl.load(words + word, mask=there, other=0),)
+
+
+@triton.jit
+def weight(packed, i: tl.constexpr, levels, FORMAT: tl.constexpr):
+    """Weight i of each word, float32 [PIECES, 4], without its scale. `levels`: a table of floats."""
+    if FORMAT == NF4:
+        # The earlier weight of a byte is its high half.
+        value = tl.load(levels + ((packed[0] >> ((4 * i) ^ 4)) & 15))
+    else:
+        value = ((packed[0] << (24 - 8 * i)) >> 24).to(tl.float32)
+    return value
+
+
+@triton.jit
+def offset_of(expert, SCALES: tl.constexpr, OFFSET: tl.constexpr):
+    """What is added to all scales of a matrix."""
+    value = 0.0
+    if SCALES == NESTED:
+        value = tl.load((expert + OFFSET).to(tl.pointer_type(tl.float32)))
+    return value
+
+
+@triton.jit
+def scale(
+    expert,
+    row,
+    piece,
+    there,
+    offset,
+    scale_map,
+    SCALES: tl.constexpr,
+    COLS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SCALE_OF_SCALE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    PER_WORD: tl.constexpr,
+):
+    """The scales of a row's pieces, float32 [PIECES]. No block ends within a piece.
+
+    `offset` is `offset_of`'s, `scale_map` 256 floats.
+    """
+    PIECES_A_BLOCK: tl.constexpr = BLOCK_COLS // (4 * PER_WORD)
+    block = (row // BLOCK_ROWS) * ((COLS + BLOCK_COLS - 1) // BLOCK_COLS) + piece // PIECES_A_BLOCK
+    if SCALES == NESTED:
+        nested = (expert + SCALE_OF_SCALE).to(tl.pointer_type(tl.float32))
+        code = tl.load(expert + SCALE + block, mask=there, other=0).to(tl.int32)
+        factor = tl.load(nested + block // 256, mask=there, other=0.0)
+        value = tl.fma(tl.load(scale_map + code), factor, offset)
+    else:
+        value = number(expert + SCALE, block, there, SCALES)
+    return value
+
+
+@triton.jit
+def number(start, index, there, KIND: tl.constexpr):
+    """Numbers of a kind that lie from `start` on, as float32."""
+    if KIND == FLOAT32:
+        value = tl.load(start.to(tl.pointer_type(tl.float32)) + index, mask=there, other=0.0)
+    elif KIND == BFLOAT16:
+        half = tl.load(start.to(tl.pointer_type(tl.int16)) + index, mask=there, other=0)
+        value = (half.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        value = tl.load(start.to(tl.pointer_type(tl.float16)) + index, mask=there, other=0.0).to(tl.float32)
+    return value
