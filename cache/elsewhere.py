@@ -28,11 +28,12 @@ class ServedElsewhere:
     def next_filled(self, layer: int, count: int) -> list[int]:
         """The slots that absent experts would be put into now, the first one first; at most `count`.
 
-        Empty ones, then those of the policy's best victims.
+        Empty ones, then those of the policy's best victims. For slots that are alike: where they have several
+        sizes (`ExpertCache.several_sizes`) it depends on the expert.
         """
         pool = self._pools[layer]
         free = pool.free[: -count - 1 : -1]
-        return free + [pool.table[expert] for expert in pool.victims((), count - len(free))]
+        return free + [pool.table[expert] for expert in pool.coldest((), count - len(free))]
 
     def follow(self, layer: int, experts: Sequence[int], filled: Sequence[int]) -> None:
         """A step needed these distinct experts, in the router's order.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from moe_local.cache.elsewhere import ServedElsewhere
 from moe_local.cache.errors import OptionError
 from moe_local.cache.policies import policy_for
 from moe_local.cache.policy import EvictionPolicy
+from moe_local.cache.sized_slots import SizedSlotPool
 from moe_local.cache.slots import CacheStateError, SlotPool, add_pins
 from moe_local.cache.staging import StagingRing
 from moe_local.cache.stats import CacheCounters
@@ -59,19 +61,27 @@ class ExpertCache:
         policy: str | Callable[[], EvictionPolicy] = "lru",
         sizes: Callable[[int, int], int] = lambda layer, expert: 0,
         staging: int = 0,
+        slot_sizes: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """`slots[layer]` slots for each layer; `policy` by name, or what makes one layer's policy, called
         once for each layer in ascending order; `staging` slots that belong to none.
 
         `sizes(layer, expert)` are an expert's bytes, for the account of what prefetching wasted (without
-        it that stays 0). Raises OptionError for an unknown policy or a negative number of slots.
+        it that stays 0). `slot_sizes[layer]`: bytes of the layer's slots, as many at least as it has, the
+        largest of them enough for any expert; None: every slot is enough for any. Raises OptionError for an
+        unknown policy or a negative number of slots.
         """
         for layer, count in enumerate(slots):
             if count < 0:
                 raise OptionError(f"layer {layer} has {count} slots; give 0 or more")
         make_policy = _maker(policy)
         # A dict, not a list: layer -1 must be an error, not the last layer.
-        self._pools = {layer: SlotPool(count, make_policy()) for layer, count in enumerate(slots)}
+        self._pools = {
+            layer: _pool(slot_sizes[layer][:count], make_policy(), partial(sizes, layer))
+            if slot_sizes is not None
+            else SlotPool(count, make_policy())
+            for layer, count in enumerate(slots)
+        }
         self._policy = policy
         self._sizes = sizes
         self.stats = CacheCounters(len(slots))
@@ -90,6 +100,14 @@ class ExpertCache:
     def free(self, layer: int) -> int:
         """Number of empty slots."""
         return len(self._pools[layer].free)
+
+    def several_sizes(self, layer: int) -> bool:
+        """Whether one expert may find no slot where another one does."""
+        return isinstance(self._pools[layer], SizedSlotPool)
+
+    def has_room(self, layer: int, expert: int) -> bool:
+        """Whether an absent expert finds an empty slot."""
+        return self._pools[layer].has_room(expert)
 
     def slot_of(self, layer: int, expert: int) -> int | None:
         """The slot of a loading or resident expert."""
@@ -131,8 +149,16 @@ class ExpertCache:
     def shortage(self, layer: int, experts: Sequence[int]) -> int:
         """How many slots `acquire(layer, experts)` would lack now; 0 when it would succeed."""
         pool = self._pools[layer]
-        absent = sum(expert not in pool.table for expert in experts)
-        return pool.lacking(experts, absent)
+        return pool.lacking(experts, [expert for expert in experts if expert not in pool.table])
+
+    def fits(self, layer: int, experts: Sequence[int]) -> bool:
+        """Whether all of these can have slots at once, were nothing pinned; those present stay in theirs."""
+        return self._pools[layer].fits(experts)
+
+    def at_once(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Those of these that can have slots at once, were all slots empty: the first ones, as far as sizes
+        allow."""
+        return self._pools[layer].at_once(experts)
 
     def acquire(self, layer: int, experts: Sequence[int]) -> Acquisition:
         """Pin the experts that one step needs of a layer; admit those that are absent.
@@ -171,7 +197,7 @@ class ExpertCache:
         """`acquire` when some expert is absent, loading, or prefetched and not yet used."""
         table, stats = pool.table, self.stats
         absent = tuple([expert for expert in experts if expert not in table])
-        lacking = pool.lacking(distinct, len(absent))
+        lacking = pool.lacking(distinct, absent)
         if lacking:
             raise ShortageError(
                 f"layer {layer} needs experts {list(experts)} at once and lacks {lacking} slots: of "
@@ -181,11 +207,9 @@ class ExpertCache:
         joined = tuple([expert for expert in present if expert in pool.loading])
         self.staging.count_use(layer, pool, present, joined)
         pool.policy.touch([expert for expert in experts if expert not in pool.staged], absent)
-        victims: list[int] = []
-        if len(absent) > len(pool.free):
-            victims = pool.victims(distinct, len(absent) - len(pool.free))
-            for victim in victims:
-                self._evict(layer, pool, victim)
+        victims = pool.victims(distinct, absent) if absent else []
+        for victim in victims:
+            self._evict(layer, pool, victim)
         for expert in absent:
             pool.place(expert)
         add_pins(pool, experts)
@@ -253,8 +277,8 @@ class ExpertCache:
         if expert in pool.table:
             return None
         victim = None
-        if not pool.free:
-            victims = pool.victims(keep, 1)
+        if not pool.has_room(expert):
+            victims = pool.victims(keep, [expert])
             if not victims:
                 return None
             victim = victims[0]
@@ -268,7 +292,7 @@ class ExpertCache:
             raise CacheStateError(
                 f"layer {layer}: expert {expert} to preload is already in slot {pool.table[expert]}"
             )
-        if not pool.free:
+        if not pool.has_room(expert):
             raise ShortageError(
                 f"layer {layer}: no free slot of {len(pool.expert_in)} to preload expert {expert}"
             )
@@ -341,7 +365,7 @@ class ExpertCache:
         self._policy = policy or self._policy
         self.staging.clear(-1, ())
         for layer, pool in self._pools.items():
-            self._pools[layer] = SlotPool(len(pool.expert_in), make_policy())
+            self._pools[layer] = pool.fresh(make_policy())
 
     def _evict(self, layer: int, pool: SlotPool, expert: int) -> None:
         self.stats.evictions += 1
@@ -359,6 +383,11 @@ class ExpertCache:
                 raise CacheStateError(f"layer {layer}: {error}") from None
             if self.stats.hits_by_layer[layer] < 0 or self.stats.misses_by_layer[layer] < 0:
                 raise CacheStateError(f"layer {layer}: a counter is negative")
+
+
+def _pool(sizes: Sequence[int], policy: EvictionPolicy, need: Callable[[int], int]) -> SlotPool:
+    """The slots of a layer, by their sizes."""
+    return SizedSlotPool(sizes, policy, need) if len(set(sizes)) > 1 else SlotPool(len(sizes), policy)
 
 
 def _maker(policy: str | Callable[[], EvictionPolicy]) -> Callable[[], EvictionPolicy]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import islice
 
 from moe_local.cache.policy import EvictionPolicy
@@ -40,9 +40,17 @@ class SlotPool:
         self.staged: set[int] = set()
         """Present experts that have no slot of the layer."""
 
+    def fresh(self, policy: EvictionPolicy) -> SlotPool:
+        """An empty one with as many slots."""
+        return SlotPool(len(self.expert_in), policy)
+
+    def take(self, expert: int) -> int:
+        """The free slot that an expert is to have; it is no longer free."""
+        return self.free.pop()
+
     def place(self, expert: int) -> int:
         """Give an absent expert a free slot, in state loading, known to the policy."""
-        slot = self.free.pop()
+        slot = self.take(expert)
         self.table[expert] = slot
         self.expert_in[slot] = expert
         self.loading[expert] = None
@@ -64,7 +72,7 @@ class SlotPool:
 
     def house(self, expert: int) -> int:
         """Move a staged expert to a free slot, known to the policy as used now."""
-        slot = self.table[expert] = self.free.pop()
+        slot = self.table[expert] = self.take(expert)
         self.expert_in[slot] = expert
         self.staged.remove(expert)
         self.policy.insert(expert)
@@ -89,16 +97,42 @@ class SlotPool:
         del self.expert_in[slots:]
         self.free = [slot for slot in self.free if slot < slots]
 
-    def lacking(self, experts: Container[int], absent: int) -> int:
-        """How many slots are lacking to admit `absent` experts without evicting any of `experts`."""
-        need = absent - len(self.free)
+    # Room. A layer may have slots of several sizes (SizedSlotPool): so all of these are asked for experts.
+
+    def has_room(self, expert: int) -> bool:
+        """Whether an absent expert finds a free slot."""
+        return bool(self.free)
+
+    def fits(self, experts: Sequence[int]) -> bool:
+        """Whether these can be in slots at once, were nothing else pinned; those present stay there."""
+        return len(experts) <= len(self.expert_in)
+
+    def at_once(self, experts: Sequence[int]) -> list[int]:
+        """Those of these that can be in slots at once, in this order, were there nothing else."""
+        return list(experts[: len(self.expert_in)])
+
+    def lacking(self, experts: Container[int], absent: Sequence[int]) -> int:
+        """How many slots are lacking to admit all of `absent` without evicting any of `experts`."""
+        need = len(absent) - len(self.free)
         if need <= 0:
             return 0
         return need - sum(1 for _ in islice(self._evictable(self.table, experts), need))
 
-    def victims(self, keep: Container[int], count: int) -> list[int]:
-        """The policy's `count` best victims, resident, unpinned, not in `keep`; fewer if that is all."""
-        return list(islice(self._evictable(self.policy.coldest(), keep), count))
+    def victims(self, keep: Container[int], absent: Sequence[int], *, pinned: bool = False) -> list[int]:
+        """Who has to leave for all of `absent`, by the policy's order: resident, unpinned, not in `keep`.
+
+        Fewer where that is not enough. `pinned`: whether pinned ones may be named, too.
+        """
+        return self.coldest(keep, max(0, len(absent) - len(self.free)), pinned=pinned)
+
+    def coldest(self, keep: Container[int], count: int, *, pinned: bool = False) -> list[int]:
+        """The policy's `count` best victims, whatever slots they have; as `victims`."""
+        order = self._coldest_but(keep) if pinned else self._evictable(self.policy.coldest(), keep)
+        return list(islice(order, count))
+
+    def _coldest_but(self, keep: Container[int]) -> Iterator[int]:
+        """Resident ones, the best victim first, pinned or not."""
+        return (e for e in self.policy.coldest() if e not in keep and e not in self.loading)
 
     def _evictable(self, order: Iterable[int], keep: Container[int]) -> Iterator[int]:
         pins, loading, staged = self.pins, self.loading, self.staged

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from itertools import islice
 from typing import NamedTuple
 
 from moe_local.cache.keys import ExpertKey
@@ -83,7 +82,7 @@ class StagingRing:
         pool = self._pools[layer]
         if expert in pool.table:
             raise CacheStateError(f"layer {layer}: expert {expert} to stage is in slot {pool.table[expert]}")
-        if pool.free:
+        if pool.has_room(expert):
             slot = pool.place(expert)
         elif self._free:
             slot = self._free.pop()
@@ -119,8 +118,8 @@ class StagingRing:
         pool = self._pools[layer]
         if expert not in pool.staged or expert in pool.loading:
             raise CacheStateError(f"layer {layer}: expert {expert} to be housed is not staged and resident")
-        if not pool.free:
-            victims = pool.victims(keep, 1)
+        if not pool.has_room(expert):
+            victims = pool.victims(keep, [expert])
             if not victims:
                 return None
             self._evict(layer, pool, victims[0])
@@ -134,11 +133,9 @@ class StagingRing:
         pool = self._pools[layer]
         pool.policy.touch([e for e in experts if e in pool.table and e not in pool.staged])
 
-    def next_victims(self, layer: int, keep: Container[int], count: int) -> list[int]:
-        """Residents that would have to leave next for `count` others, were they not pinned."""
-        pool = self._pools[layer]
-        coldest = (e for e in pool.policy.coldest() if e not in keep and e not in pool.loading)
-        return list(islice(coldest, max(0, count)))
+    def next_victims(self, layer: int, keep: Container[int], homeless: Sequence[int]) -> list[int]:
+        """Residents that would have to leave next for these others, were they not pinned."""
+        return self._pools[layer].victims(keep, homeless, pinned=True)
 
     def clear(self, layer: int, keep: Container[int]) -> list[ExpertKey]:
         """Give up what is staged without a pin, except `keep` of this layer.

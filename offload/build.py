@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from moe_local.cache.errors import DoesNotFitError
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
+from moe_local.cache.ladder import slot_ladder
 from moe_local.cache.stats import RouterLoad
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.plan.free_memory import free_ram
+from moe_local.offload.plan.plan import Ladders
 from moe_local.offload.quantize.layout import Layout
+from moe_local.offload.quantize.mix import is_mixed
 from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store import ExpertStore
 from moe_local.offload.tiers.arena import HostArena
@@ -31,14 +34,16 @@ def build_arena(
     device: Device | Sequence[Device],
     *,
     spare: int = 0,
+    ladders: Ladders | None = None,
 ) -> DeviceArena:
     """Memory for so many experts per MoE layer of `file` on a device, or each layer's on its own.
 
     Has fewer slots, down to top-k, where a device refuses some and `spare` bytes are to be left to others;
-    see DeviceArena. Raises DoesNotFitError. The caller closes it, or the store that it is given to.
+    see DeviceArena. `ladders[layer]`: bytes of the slots; None: as `file` has it, with nothing known of use.
+    Raises DoesNotFitError. The caller closes it, or the store that it is given to.
     """
     least = [min(layer.top_k, count) for layer, count in zip(spec.layers, slots, strict=True)]
-    return DeviceArena(slots, _strides(file, spec), device, least=least, spare=spare)
+    return DeviceArena(slots, ladders or ladders_of(file, spec), device, least=least, spare=spare)
 
 
 def build_store(
@@ -52,16 +57,18 @@ def build_store(
     scheduler: MissScheduler | None = None,
     vram_staging: int = 0,
     ram_staging: int = 0,
+    ladders: Ladders | None = None,
 ) -> ExpertStore:
     """A store over `file` with so many slots per MoE layer; the caller closes it.
 
     Without an arena on a device, RAM is the fastest tier and its misses are read from disk. With one, which
     the store owns from now on, that is the fastest, filled from RAM, which is filled from disk, and
     `scheduler` says what the CPU computes instead. Prompts stream through `vram_staging` and `ram_staging`
-    slots beside these, where there is one device and it has room for them. Nothing is loaded yet
-    (`Tier.preload` does). Raises DoesNotFitError if RAM is refused.
+    slots beside these, where there is one device and it has room for them. `ladders` as for the arena.
+    Nothing is loaded yet (`Tier.preload` does). Raises DoesNotFitError if RAM is refused.
     """
-    layouts, strides = _layouts(file, spec), _strides(file, spec)
+    layouts, ladders = _layouts(file, spec), ladders or ladders_of(file, spec)
+    largest = max(map(max, ladders))
     total = sum(layout.nbytes for layer in layouts for layout in layer)
     free = free_ram(reserve=False)
 
@@ -75,9 +82,9 @@ def build_store(
         return Location(path, offset, nbytes, file.checksum(*key))
 
     pin = arena is not None and arena.device.type == "cuda"
-    host = HostArena(ram_slots, strides, pin=pin)
+    host = HostArena(ram_slots, ladders, pin=pin)
     try:
-        ring = HostArena([ram_staging], [max(strides)], pin=pin)
+        ring = HostArena([ram_staging], [largest], pin=pin)
     except BaseException:
         host.close()  # memory that goes while it is pinned stays pinned for whoever gets its addresses
         raise
@@ -87,14 +94,14 @@ def build_store(
 
     disk = FileSource(locate, target, threads=read_threads, direct=past_page_cache(total, host.nbytes, free))
     routed = RouterLoad([layer.num_experts for layer in spec.layers], [layer.top_k for layer in spec.layers])
-    ram = Tier(ExpertCache(ram_slots, policy, size, ram_staging), StagedArena(host, ring), disk)
+    ram = Tier(ExpertCache(ram_slots, policy, size, ram_staging, ladders), StagedArena(host, ring), disk)
     try:
         if arena is None:
             return ExpertStore(ram, layouts, routed, disk=disk)
-        device_ring = _ring(vram_staging, max(strides), arena)
+        device_ring = _ring(vram_staging, largest, arena)
         staged = StagedArena(arena, device_ring)
         source = CopySource(ram, staged, arena.devices, lambda key: size(*key))
-        cache = ExpertCache(arena.slots, policy, size, device_ring.slots[0])
+        cache = ExpertCache(arena.slots, policy, size, device_ring.slots[0], ladders)
         vram = Tier(cache, staged, source, arena.devices)
         return ExpertStore(vram, layouts, routed, disk=disk, below=ram, scheduler=scheduler)
     except BaseException:
@@ -124,5 +131,12 @@ def _layouts(file: ExpertFile | NativeExperts, spec: ModelSpec) -> list[list[Lay
     return [[file.layout(layer.index, e) for e in range(layer.num_experts)] for layer in spec.layers]
 
 
-def _strides(file: ExpertFile | NativeExperts, spec: ModelSpec) -> list[int]:
-    return [max(layout.nbytes for layout in layer) for layer in _layouts(file, spec)]
+def ladders_of(file: ExpertFile | NativeExperts, spec: ModelSpec) -> Ladders:
+    """Bytes of the slots of each MoE layer, where it is not known which experts are used how often.
+
+    Of a mix each layer's ladder; of any other file all have the size of the layer's largest expert.
+    """
+    sizes = [[layout.nbytes for layout in layer] for layer in _layouts(file, spec)]
+    if is_mixed(file.format):
+        return tuple(slot_ladder(tuple(e), layer.top_k) for e, layer in zip(sizes, spec.layers, strict=True))
+    return tuple((max(each),) * len(each) for each in sizes)

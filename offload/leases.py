@@ -38,6 +38,8 @@ class Serving:
     """Those that a prefetch was bringing when they were needed."""
     host: list[int] = field(default_factory=list)
     """Pinned in RAM, for the host to compute, not handed out yet."""
+    waves: bool = False
+    """Whether there is no room for all at once, so that a slot is loaded again once its expert was used."""
     used: list[int] = field(default_factory=list)
     """Handed out and back, still pinned: a step that fits never evicts an expert of its own."""
 

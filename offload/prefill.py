@@ -140,7 +140,7 @@ class PrefillStream:
         last = min(length, max(1, RECENT // rows)) * (width // length)
         ends = [ids[end - last : end] for end in range(width, len(ids) + 1, width)]
         needed = dict.fromkeys(itertools.chain.from_iterable(zip(*map(reversed, ends), strict=True)))
-        return list(needed)[:slots][::-1]
+        return cache.at_once(layer, list(needed))[::-1]
 
     def guess(self, layer: int, experts: Sequence[int]) -> None:
         """A layer to come will probably need these, likeliest first."""
@@ -213,8 +213,8 @@ class PrefillStream:
         state.admitted.extend(expert for expert in recent if expert in wanted)
         for expert in held.joined:
             self._tier.promote(ExpertKey(layer, expert))
-        homeless = len(wanted) + sum(cache.staging.has(layer, expert) for expert in recent)
-        leaving = cache.staging.next_victims(layer, recent, homeless - cache.free(layer))
+        homeless = [e for e in recent if e in wanted or cache.staging.has(layer, e)]
+        leaving = cache.staging.next_victims(layer, recent, homeless)
         first = [expert for expert in leaving if expert in held.ready]
         state.victims = len(first)
         state.here.extend([*first, *(expert for expert in held.ready if expert not in first)])
@@ -223,12 +223,14 @@ class PrefillStream:
     def _ask(self, state: _Pass) -> None:
         """Start the loads that there is room for: this layer's, then the next one's."""
         cache, layer = self._tier.cache, state.layer
-        while state.admitted:
-            made = cache.promote(layer, state.admitted[0], state.recent)
-            if made is None:
+        for expert in tuple(state.admitted):
+            made = cache.promote(layer, expert, state.recent)
+            if made is not None:
+                state.admitted.remove(expert)
+                self._bring(state, expert, made.slot)
+                cache.staging.pin(layer, expert)
+            elif not cache.several_sizes(layer):
                 break
-            self._bring(state, state.admitted.popleft(), made.slot)
-            cache.staging.pin(layer, state.waiting[-1])
         while state.passing:
             slot = cache.staging.stage(layer, state.passing[0])
             if slot is None:

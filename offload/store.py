@@ -112,8 +112,8 @@ class ExpertStore:
         if recent is not None and self.prefill is not None:
             yield from self._serve_long(serving, recent, requested, tokens)
             return
-        waves = len(serving.todo) > cache.slots(layer)
-        if waves:
+        serving.waves = not cache.fits(layer, serving.todo)
+        if serving.waves:
             self._present_first(serving)
         try:
             while serving.todo or serving.waiting or serving.ready or serving.host:
@@ -142,7 +142,7 @@ class ExpertStore:
                     yield [self._lease(serving, expert) for expert in group]
                 finally:
                     self._end_leases(serving, group)
-                    if waves or not serving.todo:
+                    if serving.waves or not serving.todo:
                         cache.release(layer, group)
                     else:
                         serving.used += group
@@ -252,9 +252,10 @@ class ExpertStore:
             if left < 0:
                 return
             slot = cache.reserve(layer, expert, keep=experts)
-            if slot is None:
+            if slot is not None:
+                tier.bring(ExpertKey(layer, expert), slot, distance)
+            elif not cache.several_sizes(layer):
                 return
-            tier.bring(ExpertKey(layer, expert), slot, distance)
 
     def tally(self) -> Tally:
         """Counts since load, for the record of each token: cheaper than `snapshot`."""
@@ -361,6 +362,10 @@ class ExpertStore:
             first = serving.waiting[0]
             cause = cause if first in serving.late else self.tier.cause(ExpertKey(layer, first))
         elif not self.tier.cache.loading(layer):
+            if serving.used:  # one of them is where only the next one would fit
+                self.tier.cache.release(layer, serving.used)
+                serving.used, serving.waves = [], True
+                return
             raise RuntimeError(f"every slot of layer {layer} is leased to another iterator")
         start = time.perf_counter()
         self.tier.source.wait(WAIT_SECONDS)

@@ -8,7 +8,6 @@ from typing import Any
 from moe_local.cache.stats import BytesMoved
 from moe_local.offload.plan.bandwidth import Bandwidths
 from moe_local.offload.plan.estimate import read_per_token
-from moe_local.offload.plan.footprint import expert_bytes
 from moe_local.offload.plan.plan import Plan
 
 
@@ -40,10 +39,10 @@ def planned_weights(plan: Plan, top_k: int | None = None) -> Weights:
     spec, dense = plan.request.spec, plan.bytes.dense
     tables = [tensor for tensor in spec.dense if tensor.shape == (spec.vocab_size, spec.hidden_size)]
     looked_up = tables[0].numel if len(tables) > 1 else 0
-    sizes = expert_bytes(spec, plan.request.experts)
+    sizes = plan.request.expected_sizes
     used = [top_k or layer.top_k for layer in spec.layers]
     return Weights(
-        expert_bytes=sum(count * size for count, size in zip(used, sizes, strict=True)),
+        expert_bytes=round(sum(count * size for count, size in zip(used, sizes, strict=True))),
         expert_numel=sum(n * layer.expert_numel for n, layer in zip(used, spec.layers, strict=True)),
         dense_bytes=read_per_token(spec, dense, 0, plan.request.context, plan.request.dtype.itemsize),
         dense_numel=spec.dense_numel - looked_up,

@@ -22,15 +22,20 @@ STEPS = 64
 
 
 class _Layer(NamedTuple):
-    """A decoder layer: bytes of its dense part and KV cache, and its experts, if any."""
+    """A decoder layer: bytes of its dense part and KV cache, and of its slots for experts, if any."""
 
     fixed: int
-    expert: int
-    num_experts: int
+    ladder: tuple[int, ...] = ()
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.ladder)
 
     def needs(self, level: int) -> int:
         """Bytes with `level` / STEPS slots, at most all."""
-        return self.fixed + -(-min(level, STEPS * self.num_experts) * self.expert // STEPS)
+        slots, part = divmod(min(level, STEPS * self.num_experts), STEPS)
+        cut = -(-part * self.ladder[slots] // STEPS) if part else 0
+        return self.fixed + sum(self.ladder[:slots]) + cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +57,10 @@ class Cards:
         spec = request.spec
         dense, before, behind = _dense_by_layer(spec, request.dense)
         kv = kv_of_a_layer(request)
-        sizes = footprint.expert_bytes(spec, request.experts)
+        ladders = request.ladders
         moe = {layer.decoder_layer: layer for layer in spec.layers}
         layers = tuple(
-            _Layer(fixed + kv, sizes[moe[at].index], moe[at].num_experts)
-            if at in moe
-            else _Layer(fixed + kv, 0, 0)
+            _Layer(fixed + kv, ladders[moe[at].index]) if at in moe else _Layer(fixed + kv)
             for at, fixed in enumerate(dense)
         )
         workspace = footprint.workspace_bytes(spec, chunk, request.context, request.dtype)

@@ -11,6 +11,7 @@ from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.native.library import FORMATS, library_without_map
 from moe_local.offload.quantize.codec import NATIVE, codec_for
 from moe_local.offload.quantize.layout import TensorSpec
+from moe_local.offload.quantize.mix import Mix, even_mix, is_mixed
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -48,8 +49,18 @@ def compute_dtype(spec: ModelSpec, dense: str) -> torch.dtype:
     return DTYPES.get(dense, torch.bfloat16)
 
 
+def expert_sizes(spec: ModelSpec, experts: str, mix: Mix | None = None) -> tuple[tuple[int, ...], ...]:
+    """Bytes of every expert of each MoE layer. Of "mixed:BITS" without its mix: as if bits were dealt out
+    evenly. Raises OptionError for bits that no formats give."""
+    if not is_mixed(experts):
+        sizes = expert_bytes(spec, experts)
+        return tuple((size,) * layer.num_experts for size, layer in zip(sizes, spec.layers, strict=True))
+    layouts = (mix or even_mix(experts, spec)).layouts(spec)
+    return tuple(tuple(layout.nbytes for layout in layer) for layer in layouts)
+
+
 def expert_bytes(spec: ModelSpec, experts: str) -> tuple[int, ...]:
-    """Bytes of one expert of each MoE layer in format `experts`: the stride of that layer's slots."""
+    """Bytes of one expert of each MoE layer where all have format `experts`."""
     if experts == NATIVE:
         return tuple(spec.stored.layout(layer.tensors).nbytes for layer in spec.layers)
     return tuple(_expert_bytes(experts, layer.tensors) for layer in spec.layers)
@@ -126,9 +137,11 @@ def workspace_bytes(
     return both + max(attention, experts)
 
 
-def reads_in_place(spec: ModelSpec, experts: str) -> bool:
+def reads_in_place(spec: ModelSpec, experts: str, mix: Mix | None = None) -> bool:
     """Whether this machine's CPU multiplies with experts in format `experts` without dequantizing them."""
     formats = {experts}
+    if is_mixed(experts):
+        formats = {*(mix or even_mix(experts, spec)).counts()}
     if experts == NATIVE:
         formats = {spec.stored.layout(layer.tensors).format for layer in spec.layers}
     return formats <= FORMATS.keys() and library_without_map() is not None

@@ -15,7 +15,7 @@ from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.plan import footprint
 from moe_local.offload.plan.cards import Cards, kv_of_a_layer, layers_by_card, refusal
-from moe_local.offload.plan.plan import Bytes, Mode, Plan, Request, arena_bytes
+from moe_local.offload.plan.plan import Bytes, Ladders, Mode, Plan, Request, arena_bytes, largest
 
 
 def place(request: Request) -> Plan:
@@ -23,23 +23,23 @@ def place(request: Request) -> Plan:
     if request.cards:
         return _place_on_cards(request)
     spec, cuda = request.spec, request.vram is not None
-    sizes = footprint.expert_bytes(spec, request.experts)
+    ladders = request.ladders
     budget = request.ram if request.vram is None else request.vram
     fastest = _slots(spec, spec.top_k if request.slots is None else request.slots)
-    chunk, staging, parts = _chunk(request, sizes, budget - arena_bytes(fastest, sizes), fastest)
-    if parts.fixed + arena_bytes(fastest, sizes) > budget:
+    chunk, staging, parts = _chunk(request, ladders, budget - arena_bytes(fastest, ladders), fastest)
+    if parts.fixed + arena_bytes(fastest, ladders) > budget:
         overhead = footprint.cuda_overhead(budget) if cuda else 0
-        needed = parts.fixed - overhead + arena_bytes(fastest, sizes)
+        needed = parts.fixed - overhead + arena_bytes(fastest, ladders)
         if cuda:
             needed = footprint.with_cuda_overhead(needed)
         return _refusal(request, parts, chunk, in_vram=cuda, needed=needed)
     if request.slots is None and chunk == _full_chunk(request, parts.experts_total):
-        fastest, staging = _with_ring(spec, sizes, budget - parts.fixed)
+        fastest, staging = _with_ring(spec, ladders, budget - parts.fixed)
     if not cuda:
         mode: Mode = "resident" if fastest == _all_slots(spec) else "disk"
         none = (0,) * len(spec.layers)
         return Plan(request, True, mode, parts, chunk, none, fastest, ram_staging=staging)
-    needed = arena_bytes(_slots(spec, spec.top_k), sizes)
+    needed = arena_bytes(_slots(spec, spec.top_k), ladders)
     if needed > request.ram:
         return _refusal(request, parts, chunk, in_vram=False, needed=needed)
     return _over_ram(Plan(request, True, None, parts, chunk, fastest, fastest, vram_staging=staging))
@@ -47,9 +47,9 @@ def place(request: Request) -> Plan:
 
 def _place_on_cards(request: Request) -> Plan:
     """`place` where there are several cards. No ring for prompts: it would have to be on one of them."""
-    spec, sizes = request.spec, footprint.expert_bytes(request.spec, request.experts)
+    spec, ladders = request.spec, request.ladders
     least = spec.top_k if request.slots is None else min(request.slots, spec.num_experts)
-    total = arena_bytes(_all_slots(spec), sizes)
+    total = arena_bytes(_all_slots(spec), ladders)
     full = chunk = _full_chunk(request, total)
     while (
         found := (on := Cards.of(request, chunk)).cut(least)
@@ -61,7 +61,7 @@ def _place_on_cards(request: Request) -> Plan:
         dense=footprint.dense_bytes(spec, request.dense, cuda=True),
         kv=spec.num_layers * kv_of_a_layer(request),
         workspace=count * on.workspace + overheads,
-        expert=max(sizes),
+        expert=largest(ladders),
         experts_total=total,
     )
     none = (0,) * len(spec.layers)
@@ -69,7 +69,7 @@ def _place_on_cards(request: Request) -> Plan:
         lacking = on.shortfall(least)
         reason = refusal(request, lacking, least)
         return Plan(request, False, None, parts, chunk, none, none, shortfall_bytes=lacking, reason=reason)
-    needed = arena_bytes(_slots(spec, spec.top_k), sizes)
+    needed = arena_bytes(_slots(spec, spec.top_k), ladders)
     if needed > request.ram:
         return _refusal(request, parts, chunk, in_vram=False, needed=needed)
     slots = list(_slots(spec, least))
@@ -77,7 +77,7 @@ def _place_on_cards(request: Request) -> Plan:
         for card, mine in zip(found, layers_by_card(found, spec), strict=True):
             if mine:
                 part = replace(spec, layers=tuple(spec.layers[index] for index in mine))
-                most = _most_slots(part, [sizes[index] for index in mine], card.vram - card.fixed)
+                most = _most_slots(part, tuple(ladders[index] for index in mine), card.vram - card.fixed)
                 for index, each in zip(mine, most, strict=True):
                     slots[index] = each
     return _over_ram(Plan(request, True, None, parts, chunk, tuple(slots), none, cards=found))
@@ -86,13 +86,13 @@ def _place_on_cards(request: Request) -> Plan:
 def _over_ram(plan: Plan) -> Plan:
     """A plan of what VRAM holds, completed by what RAM does."""
     request, spec = plan.request, plan.request.spec
-    sizes, everything = footprint.expert_bytes(spec, request.experts), _all_slots(spec)
+    ladders, everything = request.ladders, _all_slots(spec)
     if plan.vram_slots == everything:  # RAM is only the way there
         return replace(plan, mode="resident", ram_slots=_slots(spec, spec.top_k), ram_staging=0)
     if plan.cards:
-        below, staging = _most_slots(spec, sizes, request.ram), 0
+        below, staging = _most_slots(spec, ladders, request.ram), 0
     else:
-        below, staging = _with_ring(spec, sizes, request.ram)
+        below, staging = _with_ring(spec, ladders, request.ram)
     mode: Mode = "offload" if below == everything else "disk"
     return replace(plan, mode=mode, ram_slots=below, ram_staging=staging)
 
@@ -106,7 +106,7 @@ def _full_chunk(request: Request, experts_total: int) -> int:
     return footprint.longest_chunk(request.spec, request.context, request.dtype, experts_total)
 
 
-def _chunk(request: Request, sizes: Sequence[int], room: int, slots: Sequence[int]) -> tuple[int, int, Bytes]:
+def _chunk(request: Request, ladders: Ladders, room: int, slots: Sequence[int]) -> tuple[int, int, Bytes]:
     """The longest prefill chunk whose workspace leaves the least slots their place, the staging slots that
     find room beside it, and the bytes with it.
 
@@ -116,45 +116,45 @@ def _chunk(request: Request, sizes: Sequence[int], room: int, slots: Sequence[in
     """
     spec, dtype = request.spec, request.dtype
     overhead = 0 if request.vram is None else footprint.cuda_overhead(request.vram)
-    experts_total = arena_bytes(_all_slots(spec), sizes)
+    experts_total = arena_bytes(_all_slots(spec), ladders)
     chunk = footprint.longest_chunk(spec, request.context, dtype, experts_total)
     fixed = footprint.dense_bytes(spec, request.dense, cuda=request.vram is not None)
     kv = request.parallel * footprint.kv_bytes(spec, request.context, dtype)
-    in_place = request.vram is None and footprint.reads_in_place(spec, request.experts)
+    in_place = request.vram is None and footprint.reads_in_place(spec, request.experts, request.mix)
 
     def parts(chunk: int) -> Bytes:
         workspace = (
             footprint.workspace_bytes(spec, chunk, request.context, dtype, in_place=in_place) + overhead
         )
-        return Bytes(fixed, kv, workspace, max(sizes), experts_total)
+        return Bytes(fixed, kv, workspace, largest(ladders), experts_total)
 
     while parts(chunk).fixed > room and chunk // 2 >= footprint.MIN_CHUNK:
         chunk //= 2
     if tuple(slots) == _all_slots(spec):
         return chunk, 0, parts(chunk)
-    staging = _ring(spec, sizes, room - parts(chunk).fixed)
+    staging = _ring(spec, ladders, room - parts(chunk).fixed)
     if not staging and chunk // 2 >= footprint.MIN_CHUNK:
-        staging = _ring(spec, sizes, room - parts(chunk // 2).fixed)
+        staging = _ring(spec, ladders, room - parts(chunk // 2).fixed)
         chunk = chunk // 2 if staging else chunk
     return chunk, staging, parts(chunk)
 
 
-def _ring(spec: ModelSpec, sizes: Sequence[int], room: int) -> int:
+def _ring(spec: ModelSpec, ladders: Ladders, room: int) -> int:
     """Staging slots within `room` bytes: one is read while another loads, or there is no ring."""
-    slots = min(footprint.staging_slots(spec, max(sizes)), max(0, room) // max(sizes))
+    slots = min(footprint.staging_slots(spec, largest(ladders)), max(0, room) // largest(ladders))
     return slots if slots >= 2 else 0
 
 
-def _with_ring(spec: ModelSpec, sizes: Sequence[int], room: int) -> tuple[tuple[int, ...], int]:
+def _with_ring(spec: ModelSpec, ladders: Ladders, room: int) -> tuple[tuple[int, ...], int]:
     """The most slots within `room` bytes and the ring beside them, which comes before all but the least
     slots; none where every expert has a slot."""
     everything, least = _all_slots(spec), _slots(spec, spec.top_k)
-    if arena_bytes(everything, sizes) <= room:
+    if arena_bytes(everything, ladders) <= room:
         return everything, 0
-    staging = _ring(spec, sizes, room - arena_bytes(least, sizes))
-    if staging < footprint.staging_slots(spec, max(sizes)):
+    staging = _ring(spec, ladders, room - arena_bytes(least, ladders))
+    if staging < footprint.staging_slots(spec, largest(ladders)):
         return least, staging
-    return _most_slots(spec, sizes, room - staging * max(sizes)), staging
+    return _most_slots(spec, ladders, room - staging * largest(ladders)), staging
 
 
 def _slots(spec: ModelSpec, count: int) -> tuple[int, ...]:
@@ -165,25 +165,26 @@ def _all_slots(spec: ModelSpec) -> tuple[int, ...]:
     return _slots(spec, spec.num_experts)
 
 
-def _most_slots(spec: ModelSpec, sizes: Sequence[int], room: int) -> tuple[int, ...]:
+def _most_slots(spec: ModelSpec, ladders: Ladders, room: int) -> tuple[int, ...]:
     """The most slots within `room` bytes: equally many for each layer that has so many experts, then one more
     in the first layers, since prefetch knows least about those, up to the first that does not fit: with more
     room, no layer ever has less."""
     low, high = 0, spec.num_experts
     while low < high:
         middle = (low + high + 1) // 2
-        if arena_bytes(_slots(spec, middle), sizes) <= room:
+        if arena_bytes(_slots(spec, middle), ladders) <= room:
             low = middle
         else:
             high = middle - 1
     slots = list(_slots(spec, low))
-    room -= arena_bytes(slots, sizes)
+    room -= arena_bytes(slots, ladders)
     for index, layer in enumerate(spec.layers):
         if slots[index] < layer.num_experts:
-            if sizes[index] > room:
+            size = ladders[index][slots[index]]
+            if size > room:
                 break
             slots[index] += 1
-            room -= sizes[index]
+            room -= size
     return tuple(slots)
 
 

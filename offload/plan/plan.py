@@ -9,9 +9,13 @@ from typing import Any, Literal
 import torch
 
 from moe_local.cache.errors import DoesNotFitError, OptionError
+from moe_local.cache.ladder import slot_ladder
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.plan import estimate, footprint
 from moe_local.offload.plan.bandwidth import Bandwidths
+from moe_local.offload.quantize.mix import Mix
+
+Ladders = tuple[tuple[int, ...], ...]
 
 Mode = Literal["resident", "offload", "disk"]
 
@@ -43,6 +47,10 @@ class Request:
     """Sequences at a time, each with a context of its own."""
     cards: tuple[int, ...] = ()
     """The share of `vram` on each card where there are several."""
+    mix: Mix | None = field(default=None, repr=False)
+    """Of experts "mixed:BITS": the format of each, once that is known."""
+    use: tuple[tuple[int, ...], ...] | None = field(default=None, repr=False)
+    """`use[layer][expert]`: how often each expert was chosen, as far as that is known."""
 
     def __post_init__(self) -> None:
         if self.context > self.spec.max_context:
@@ -61,6 +69,32 @@ class Request:
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
         return footprint.compute_dtype(self.spec, self.dense)
+
+    @property
+    def ladders(self) -> Ladders:
+        """Bytes of the slots of each MoE layer; a tier with n slots a layer has the first n of them."""
+        sizes = footprint.expert_sizes(self.spec, self.experts, self.mix)
+        return tuple(
+            slot_ladder(each, layer.top_k, None if self.use is None else self.use[layer.index])
+            for each, layer in zip(sizes, self.spec.layers, strict=True)
+        )
+
+    @property
+    def expected_sizes(self) -> tuple[float, ...]:
+        """Bytes of the expert that a token needs, on average, of each MoE layer."""
+        expected = []
+        for layer, sizes in enumerate(footprint.expert_sizes(self.spec, self.experts, self.mix)):
+            use = self.use[layer] if self.use is not None and any(self.use[layer]) else [1] * len(sizes)
+            needed = (size * count for size, count in zip(sizes, use, strict=True))
+            expected.append(sum(needed) / sum(use))
+        return tuple(expected)
+
+    @property
+    def active_bytes(self) -> int:
+        """Bytes of the experts that a token needs, on average."""
+        return round(
+            sum(layer.top_k * size for layer, size in zip(self.spec.layers, self.expected_sizes, strict=True))
+        )
 
     def with_vram(self, size: int) -> Request:
         """The same with a card of `size` bytes, or as many such cards as there are several."""
@@ -128,12 +162,12 @@ class Plan:
 
     def on_card(self, number: int) -> dict[str, Any]:
         """Of one card: its budget, planned bytes, first and last decoder layer, least and most slots."""
-        card, sizes = self.cards[number], footprint.expert_bytes(self.request.spec, self.request.experts)
-        mine = [layer for layer in range(len(sizes)) if self.card_of(layer) == number]
+        card, ladders = self.cards[number], self.request.ladders
+        mine = [layer for layer in range(len(ladders)) if self.card_of(layer) == number]
         slots = [self.vram_slots[layer] for layer in mine]
         return {
             "vram": card.vram,
-            "used": card.fixed + arena_bytes(slots, [sizes[layer] for layer in mine]),
+            "used": card.fixed + arena_bytes(slots, tuple(ladders[layer] for layer in mine)),
             "layers": [card.layers.start, card.layers.stop - 1],
             "slots": [min(slots, default=0), max(slots, default=0)],
         }
@@ -176,7 +210,6 @@ class Plan:
 
     def _traffic(self, fastest_share: float) -> estimate.Traffic:
         request, spec = self.request, self.request.spec
-        sizes = footprint.expert_bytes(spec, request.experts)
         return estimate.Traffic(
             dense=estimate.read_per_token(
                 spec,
@@ -185,7 +218,7 @@ class Plan:
                 request.context,
                 request.dtype.itemsize,
             ),
-            experts=sum(layer.top_k * size for layer, size in zip(spec.layers, sizes, strict=True)),
+            experts=request.active_bytes,
             fastest_share=fastest_share,
             ram_share=0.0 if request.vram is None else _share(self.ram_slots, spec),
         )
@@ -198,9 +231,9 @@ class Plan:
 
     def used(self) -> dict[str, int]:
         """Planned bytes by tier."""
-        sizes = footprint.expert_bytes(self.request.spec, self.request.experts)
-        vram = arena_bytes(self.vram_slots, sizes) + self.vram_staging * max(sizes)
-        ram = arena_bytes(self.ram_slots, sizes) + self.ram_staging * max(sizes)
+        ladders = self.request.ladders
+        vram = arena_bytes(self.vram_slots, ladders) + self.vram_staging * largest(ladders)
+        ram = arena_bytes(self.ram_slots, ladders) + self.ram_staging * largest(ladders)
         if self.request.vram is None:
             return {"vram": 0, "ram": ram + self.bytes.fixed}
         return {"vram": vram + self.bytes.fixed, "ram": ram}
@@ -257,9 +290,14 @@ class Plan:
         }
 
 
-def arena_bytes(slots: Sequence[int], sizes: Sequence[int]) -> int:
-    """Bytes of an arena with so many slots of such size per MoE layer."""
-    return sum(count * size for count, size in zip(slots, sizes, strict=True))
+def arena_bytes(slots: Sequence[int], ladders: Ladders) -> int:
+    """Bytes of an arena with so many slots per MoE layer, the first of each layer's ladder."""
+    return sum(sum(ladder[:count]) for count, ladder in zip(slots, ladders, strict=True))
+
+
+def largest(ladders: Ladders) -> int:
+    """Bytes of the largest slot, which are those of the largest expert."""
+    return max(map(max, ladders))
 
 
 def _share(slots: Sequence[int], spec: ModelSpec) -> float:

@@ -113,7 +113,7 @@ class HostShare:
         if expert is None:
             return
         work = Work(self._layouts[layer][expert].nbytes, tokens(expert))
-        if not self._tier.cache.free(layer) and not self.scheduler.wants_promotion(work):
+        if not self._tier.cache.has_room(layer, expert) and not self.scheduler.wants_promotion(work):
             return
         made = self._tier.cache.promote(layer, expert, keep)
         if made is not None:

@@ -13,18 +13,22 @@ PIN_BYTES = 256 << 20
 """Memory is pinned in ranges of about this size, so that a refusal half-way leaves the first ones pinned."""
 
 
-class Arena:
-    """Slots of fixed stride for every MoE layer.
+Strides = Sequence[int | Sequence[int]]
+"""Bytes of the slots of each layer: of every one, or of each, as many at least as the layer has."""
 
-    Slots of layer l are `strides[l]` bytes each (its largest expert). Buffers are views, made once: nothing
-    is allocated afterwards. The arena owns the memory until `close`.
+
+class Arena:
+    """Slots of fixed sizes for every MoE layer.
+
+    Buffers are views, made once: nothing is allocated afterwards. The arena owns the memory until `close`.
     """
 
     def __init__(
-        self, strides: Sequence[int], buffers: Sequence[Sequence[torch.Tensor]], device: torch.device
+        self, strides: Strides, buffers: Sequence[Sequence[torch.Tensor]], device: torch.device
     ) -> None:
-        """`buffers[layer][slot]`, uint8 [strides[layer]]; `device`: where the first layer's are."""
-        self.strides = tuple(strides)
+        """`buffers[layer][slot]`, uint8, as long as `strides` say; `device`: where the first layer's are."""
+        self.strides = tuple(stride if isinstance(stride, int) else max(stride) for stride in strides)
+        """Bytes of each layer's largest slot."""
         self.device = device
         self._buffers = [list(layer) for layer in buffers]
 
@@ -34,7 +38,7 @@ class Arena:
         return tuple(len(layer) for layer in self._buffers)
 
     def buffer(self, layer: int, slot: int) -> torch.Tensor:
-        """uint8 [strides[layer]], a view of the slot."""
+        """uint8 [bytes of the slot], a view of it."""
         return self._buffers[layer][slot]
 
     def close(self) -> None:
@@ -46,10 +50,11 @@ class HostArena(Arena):
     """An arena in RAM, one allocation of the exact size, page-aligned; pinned for copies to a CUDA device if
     asked."""
 
-    def __init__(self, slots: Sequence[int], strides: Sequence[int], *, pin: bool = False) -> None:
-        self.nbytes = arena_bytes(slots, strides)
+    def __init__(self, slots: Sequence[int], strides: Strides, *, pin: bool = False) -> None:
+        sizes = sizes_of(slots, strides)
+        each = [size for layer in sizes for size in layer]
+        self.nbytes = sum(each)
         self.memory = HostMemory(self.nbytes)
-        each = [stride for count, stride in zip(slots, strides, strict=True) for _ in range(count)]
         starts = iter([0, *itertools.accumulate(each)])
         views = iter(views_of(self.memory.tensor, each))
         self._offsets = [[next(starts) for _ in range(count)] for count in slots]
@@ -72,7 +77,7 @@ class HostArena(Arena):
 
     def view(self, layer: int, slot: int) -> memoryview:
         """The slot's bytes, writable, for reading a file straight into it."""
-        return self.memory.view(self.offset(layer, slot), self.strides[layer])
+        return self.memory.view(self.offset(layer, slot), self.buffer(layer, slot).numel())
 
     def close(self) -> None:
         super().close()
@@ -87,6 +92,17 @@ def views_of(memory: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
     return [memory[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
-def arena_bytes(slots: Sequence[int], strides: Sequence[int]) -> int:
+def sizes_of(slots: Sequence[int], strides: Strides) -> list[list[int]]:
+    """Bytes of each slot of each layer. Raises ValueError if some slot has none."""
+    sizes = [
+        [stride] * count if isinstance(stride, int) else list(stride[:count])
+        for count, stride in zip(slots, strides, strict=True)
+    ]
+    if [len(layer) for layer in sizes] != list(slots):
+        raise ValueError(f"{list(slots)} slots, of which {[len(layer) for layer in sizes]} have a size")
+    return sizes
+
+
+def arena_bytes(slots: Sequence[int], strides: Strides) -> int:
     """What an arena of these slots takes."""
-    return sum(count * stride for count, stride in zip(slots, strides, strict=True))
+    return sum(map(sum, sizes_of(slots, strides)))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_local.cache.errors import DoesNotFitError
-from moe_local.offload.tiers.arena import Arena, arena_bytes, views_of
+from moe_local.offload.tiers.arena import Arena, Strides, arena_bytes, sizes_of, views_of
 from moe_local.offload.tiers.device import Device
 
 SEGMENT_BYTES = 256 << 20
@@ -40,7 +40,7 @@ class DeviceArena(Arena):
     def __init__(
         self,
         slots: Sequence[int],
-        strides: Sequence[int],
+        strides: Strides,
         device: Device | Sequence[Device],
         *,
         least: Sequence[int] | None = None,
@@ -55,6 +55,8 @@ class DeviceArena(Arena):
         self.devices = per_layer(device, len(strides))
         self.generation = 0
         self._least = tuple(slots if least is None else least)
+        self._sizes = sizes_of(slots, strides)
+        """Bytes of each slot that was asked for."""
         super().__init__(strides, [[] for _ in strides], self.devices[0].torch_device)
         self._segments: dict[Device, list[_Segment]] = {device: [] for device in self.devices}
         try:
@@ -67,7 +69,7 @@ class DeviceArena(Arena):
     @property
     def nbytes(self) -> int:
         """What all slots take now."""
-        return arena_bytes(self.slots, self.strides)
+        return arena_bytes(self.slots, self._sizes)
 
     def next_to_go(self, device: Device) -> Mapping[int, int] | None:
         """Slots left, by layer, once the device's last segment has been given back.
@@ -107,7 +109,7 @@ class DeviceArena(Arena):
     def _fill(self, device: Device, slots: Sequence[int], spare: int) -> None:
         """Allocate the device's segments, as many as it has memory for."""
         mine = [count if self.devices[layer] is device else 0 for layer, count in enumerate(slots)]
-        size = min(SEGMENT_BYTES, arena_bytes(mine, self.strides) // SEGMENTS)
+        size = min(SEGMENT_BYTES, arena_bytes(mine, self._sizes) // SEGMENTS)
         refused: DoesNotFitError | None = None
         for segment in self._cut(mine, size):
             try:
@@ -130,7 +132,7 @@ class DeviceArena(Arena):
 
     def _add(self, device: Device, segment: _Segment) -> None:
         memory = device.allocate(segment.nbytes)
-        views = views_of(memory, [self.strides[layer] for layer, _ in segment.slots])
+        views = views_of(memory, [self._sizes[layer][slot] for layer, slot in segment.slots])
         for (layer, _), view in zip(segment.slots, views, strict=True):
             self._buffers[layer].append(view)
         self._segments[device].append(segment)
@@ -140,7 +142,7 @@ class DeviceArena(Arena):
         segment = _Segment([], 0)
         for layer, slot in _turns(slots):
             segment.slots.append((layer, slot))
-            segment.nbytes += self.strides[layer]
+            segment.nbytes += self._sizes[layer][slot]
             if segment.nbytes >= size:
                 yield segment
                 segment = _Segment([], 0)

@@ -22,7 +22,7 @@ class Slots(Protocol):
         """What all slots take now."""
 
     def buffer(self, layer: int, slot: int) -> torch.Tensor:
-        """uint8, the slot, as long as the layer's largest expert at least."""
+        """uint8, the slot, as long at least as any expert that the cache puts there."""
 
     def close(self) -> None:
         """Give the memory up. Idempotent."""

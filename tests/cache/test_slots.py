@@ -104,11 +104,13 @@ def test_removal_clears_every_trace(pool: SlotPool) -> None:
 
 
 def test_victims_are_resident_unpinned_and_not_kept(pool: SlotPool) -> None:
-    assert pool.victims((), 3) == [9]
-    assert pool.victims({9}, 3) == []
+    assert pool.victims((), [1, 2, 3, 4]) == [9]
+    assert pool.victims({9}, [1, 2, 3, 4]) == []
+    assert pool.victims((), [1]) == []
+    assert pool.victims({9}, [1, 2, 3, 4], pinned=True) == [7]
 
 
 def test_lacking_counts_free_slots_and_victims(pool: SlotPool) -> None:
-    assert pool.lacking((), absent=2) == 0
-    assert pool.lacking((), absent=4) == 2
-    assert pool.lacking({9}, absent=4) == 3
+    assert pool.lacking((), absent=[1, 2]) == 0
+    assert pool.lacking((), absent=[1, 2, 3, 4]) == 2
+    assert pool.lacking({9}, absent=[1, 2, 3, 4]) == 3

@@ -115,7 +115,7 @@ def test_released_while_it_loads(cache: ExpertCache) -> None:
 def test_a_staged_expert_moves_in(cache: ExpertCache) -> None:
     cache.staging.stage(0, 5)
     cache.complete(0, 5)
-    assert cache.staging.next_victims(0, [1], 2) == [0]
+    assert cache.staging.next_victims(0, [1], [3, 4]) == [0]
     assert cache.staging.house(0, 5, [1]) == 0
     cache.check_integrity()
     assert (coldest(cache), cache.staging.used, cache.pins(0, 5)) == ([1, 5], 0, 1)

@@ -78,7 +78,7 @@ def test_the_cpu_gets_every_miss_that_is_in_ram(make_rig: Make, any_scheduler: M
     scheduler = any_scheduler(mode="cpu")
     scheduler.wants_promotion = lambda work: False
     rig = make_rig("ram", slots=2, scheduler=scheduler)
-    rig.tier.cache.free = lambda layer: 0
+    rig.tier.cache.has_room = lambda layer, expert: False
     for _ in range(5):
         assert rig.step(1, [4, 5, 6]) == [[4, 5, 6]]
     stats = rig.store.snapshot()

@@ -1,0 +1,115 @@
+"""One layer's slots where experts, and so slots, have several sizes."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Container, Iterator, Sequence
+
+from moe_local.cache.policy import EvictionPolicy
+from moe_local.cache.slots import SlotPool
+
+
+class SizedSlotPool(SlotPool):
+    """A SlotPool whose slots have sizes: an expert may be in any that is at least as large as it is.
+
+    An expert gets the smallest empty slot that it fits in. Where there is none, the policy's best victim
+    among the slots of the least such size leaves; only where all of those are taken, the best one in a larger
+    slot. So an expert of few bytes seldom takes the place of one with many: on recorded routes that finds up
+    to 5 points more of the needed bytes than the best victim of all does, and 0 to 2 points less than a cache
+    would that packs experts without any gap (docs/log.md).
+
+    Which experts can be present together depends on which slots those lie in that are pinned. Any one expert
+    alone always finds a slot once nothing is pinned, if the largest slot holds the largest expert.
+    """
+
+    __slots__ = ("_distinct", "_need", "_sizes")
+
+    def __init__(self, sizes: Sequence[int], policy: EvictionPolicy, need: Callable[[int], int]) -> None:
+        """`sizes`: bytes of each slot; `need(expert)`: bytes of an expert."""
+        super().__init__(len(sizes), policy)
+        self._sizes = list(sizes)
+        self._distinct = sorted(set(sizes))
+        self._need = need
+
+    def fresh(self, policy: EvictionPolicy) -> SizedSlotPool:
+        return SizedSlotPool(self._sizes, policy, self._need)
+
+    def take(self, expert: int) -> int:
+        sizes, need = self._sizes, self._need(expert)
+        slot = min((slot for slot in self.free if sizes[slot] >= need), key=lambda slot: (sizes[slot], slot))
+        self.free.remove(slot)
+        return slot
+
+    def keep(self, slots: int) -> None:
+        super().keep(slots)
+        del self._sizes[slots:]
+        self._distinct = sorted(set(self._sizes))
+
+    def has_room(self, expert: int) -> bool:
+        need = self._need(expert)
+        return any(self._sizes[slot] >= need for slot in self.free)
+
+    def fits(self, experts: Sequence[int]) -> bool:
+        present = self.table.keys() - self.staged
+        taken = {self.table[expert] for expert in present.intersection(experts)}
+        there = [size for slot, size in enumerate(self._sizes) if slot not in taken]
+        return not _deficiency(there, [self._need(e) for e in experts if e not in present])
+
+    def at_once(self, experts: Sequence[int]) -> list[int]:
+        chosen: list[int] = []
+        for expert in experts:
+            if not _deficiency(self._sizes, [self._need(e) for e in (*chosen, expert)]):
+                chosen.append(expert)
+        return chosen
+
+    def lacking(self, experts: Container[int], absent: Sequence[int]) -> int:
+        usable = [*self.free, *(self.table[e] for e in self._evictable(self.table, experts))]
+        return _deficiency([self._sizes[slot] for slot in usable], [self._need(e) for e in absent])
+
+    def victims(self, keep: Container[int], absent: Sequence[int], *, pinned: bool = False) -> list[int]:
+        candidates = list(self._coldest_but(keep) if pinned else self._evictable(self.policy.coldest(), keep))
+        left = sorted(self._sizes[slot] for slot in self.free)
+        victims = []
+        for need in sorted(map(self._need, absent), reverse=True):  # the largest have the fewest places
+            best = bisect_left(left, need)
+            if best < len(left):
+                del left[best]
+                continue
+            victim = self._victim(candidates, need)
+            if victim is not None:
+                candidates.remove(victim)
+                victims.append(victim)
+        return victims
+
+    def _victim(self, candidates: Sequence[int], need: int) -> int | None:
+        """Whose slot an expert of so many bytes takes."""
+        own = bisect_left(self._distinct, need)
+        if own == len(self._distinct):
+            return None
+        best, sizes, table = None, self._sizes, self.table
+        for expert in candidates:
+            size = sizes[table[expert]]
+            if size == self._distinct[own]:
+                return expert
+            if best is None and size >= need:
+                best = expert
+        return best
+
+    def _faults(self) -> Iterator[str]:
+        yield from super()._faults()
+        if len(self._sizes) != len(self.expert_in):
+            yield f"{len(self._sizes)} slots have a size, there are {len(self.expert_in)}"
+        for slot, expert in enumerate(self.expert_in):
+            if expert is not None and self._sizes[slot] < self._need(expert):
+                yield f"expert {expert} is in slot {slot} of {self._sizes[slot]} bytes, which is too small"
+
+
+def _deficiency(slots: Sequence[int], experts: Sequence[int]) -> int:
+    """How many of these experts at least find no slot, by the sizes of both.
+
+    Whatever takes an expert takes all smaller ones, so it is enough to count from the largest (Hall).
+    """
+    most, sizes = 0, sorted(slots)
+    for number, need in enumerate(sorted(experts, reverse=True), 1):
+        most = max(most, number - (len(sizes) - bisect_left(sizes, need)))
+    return most
