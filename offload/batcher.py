@@ -82,6 +82,8 @@ class Batcher:
         """Of all prompts whose answers have begun."""
         self.reused_tokens = 0
         """Those of them that an earlier answer had computed."""
+        self.step_s = 0.0
+        """Seconds spent in steps."""
         self._running: list[Ticket] = []
         self._looks: deque[Callable[[], None]] = deque()
         self._closed: str | None = None
@@ -242,6 +244,7 @@ class Batcher:
             self._looks.popleft()()
 
     def _step(self) -> None:
+        began = time.perf_counter()
         try:
             steps = self._engine.step()
         except Exception as error:
@@ -251,6 +254,7 @@ class Batcher:
                 waiting=False,
             )
             return
+        self.step_s += time.perf_counter() - began
         self._store.tokens += len(steps)
         before, self._tally = self._tally, self._store.tally()
         mine = {id(ticket.sequence): ticket for ticket in self._running}

@@ -73,6 +73,7 @@ class Metrics:
             return
         stats = self._picture.stats
         yield _counter("tokens", "New tokens.", stats.tokens)
+        yield _counter("step_seconds", "Time in which answers were computed.", self._picture.step_s)
         yield _counter("expert_hits", "Experts needed and resident in the fastest tier.", stats.hits)
         yield _counter("expert_misses", "Experts needed and absent.", stats.misses)
         yield _counter("expert_evictions", "Experts that had to leave.", stats.evictions)

@@ -27,6 +27,8 @@ class Picture:
 
     at_s: float
     """Seconds since the server started."""
+    step_s: float
+    """Seconds spent in steps since the batcher was made."""
     stats: Stats
     experts: CacheMap
     """Of the fastest tier: absent, resident or loading."""
@@ -75,7 +77,7 @@ class Watch:
         self._view = self._view or self._model.cache_view()
         experts = self._view.look()
         slots = tuple(store.slots(layer) for layer in range(len(experts.cells)))
-        return Picture(self._now(), store.snapshot(), experts, slots)
+        return Picture(self._now(), self._batcher.step_s, store.snapshot(), experts, slots)
 
     async def report(self) -> dict[str, Any]:
         """What GET /v1/cache answers: see docs/server.md."""
@@ -87,6 +89,7 @@ class Watch:
             "mode": plan.mode,
             "tier": "ram" if plan.request.vram is None else "vram",
             "time": round(picture.at_s, 4),
+            "step_s": round(picture.step_s, 6),
             "slots": picture.slots,
             "states": ["".join(str(int(cell)) for cell in row) for row in picture.experts.cells],
             "uses": picture.stats.routed.counts,
