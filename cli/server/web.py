@@ -82,7 +82,8 @@ class Web(uvicorn.Server):
         await super().startup(sockets)
         for host, port in self.addresses:
             name = f"[{host}]" if ":" in host else host
-            print(f"{self._server.name} at http://{name}:{port}/v1", file=sys.stderr, flush=True)
+            url = f"http://{name}:{port}/"
+            print(f"{self._server.name} at {url}v1, with a page at {url}", file=sys.stderr, flush=True)
 
     async def on_tick(self, counter: int) -> bool:
         if self._cut_at is not None and not self.should_exit:
