@@ -51,10 +51,13 @@ class Watch:
         self._last: Picture | None = None
         self._coming: asyncio.Future[Picture] | None = None
 
-    async def picture(self) -> Picture:
-        """The newest one. In the event loop. Raises Failure where none can be had."""
+    async def picture(self, fresh_s: float = 0.0) -> Picture:
+        """One that is not older than that, if the model lets one be taken, else the last.
+
+        In the event loop. Raises Failure where there is none yet.
+        """
         last = self._last
-        if last is not None and self._now() - last.at_s < FRESH_SECONDS:
+        if last is not None and self._now() - last.at_s < fresh_s:
             return last
         if self._coming is None:
             self._coming = asyncio.wrap_future(self._batcher.look(self._take))
@@ -86,7 +89,7 @@ class Watch:
     async def report(self) -> Response:
         """What GET /v1/cache answers: see docs/server.md."""
         # Made here, not by FastAPI, which would look at each of thousands of numbers.
-        body = json.dumps(self._describe(await self.picture()), separators=(",", ":"))
+        body = json.dumps(self._describe(await self.picture(FRESH_SECONDS)), separators=(",", ":"))
         return Response(body, media_type="application/json", headers={"Cache-Control": "no-store"})
 
     def _describe(self, picture: Picture) -> dict[str, Any]:
