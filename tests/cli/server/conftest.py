@@ -105,12 +105,12 @@ def model() -> Iterator[moe_local.Model]:
 
 
 @pytest.fixture(scope="session")
-def serving(model: moe_local.Model) -> Serving:
-    """serving(model=..., queue=..., **limits): a running server."""
+def serving(request: pytest.FixtureRequest) -> Serving:
+    """serving(model, queue=..., **limits): a running server, over `model` if none is given."""
 
     @contextmanager
-    def serve(of: Any = model, queue: int = 16, **options: Any) -> Iterator[Running]:
-        running = Running(of, queue=queue, **options)
+    def serve(of: Any = None, queue: int = 16, **options: Any) -> Iterator[Running]:
+        running = Running(of or request.getfixturevalue("model"), queue=queue, **options)
         try:
             yield running
         finally:

@@ -1,0 +1,60 @@
+"""serve.py as a command: the same answers however many ask at a time, figures that add up, bad arguments."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def test_together_and_one_at_a_time(
+    import_benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "demo",
+        "--slots",
+        "3",
+        "--device",
+        "cpu",
+        "--dense",
+        "fp32",
+        "--clients",
+        "3",
+        "--rounds",
+        "1",
+    ]
+    arguments += ["--tokens", "4", "--prompt-tokens", "8", "--json", str(tmp_path / "result.json")]
+    import_benchmark("serve").main(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    one, three = result["rows"]
+    assert (one["clients"], three["clients"], result["requests"]) == (1, 3, 3)
+    assert one["ratio"]["median"] == 1
+    expected = three["tokens_per_s"]["median"] / one["tokens_per_s"]["median"]
+    assert three["ratio"]["median"] == pytest.approx(expected)
+    for row in (one, three):
+        assert 0 < row["ttft_s"]["median"] <= row["ttft_s"]["p95"]
+        assert row["tpot_s"]["median"] > 0
+        assert row["misses_per_token"] > 0
+        assert row["bytes_per_token"] > 0
+    assert three["misses_per_token"] < one["misses_per_token"], "an expert is brought once for all"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "give either MODEL or --synthetic"),
+        (["demo", "--rounds", "0"], "measure nothing"),
+        (["demo", "--clients", "4", "--requests", "3"], "--requests 3 leave some of 4 clients idle"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    arguments: list[str], words: str, import_benchmark: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        import_benchmark("serve").main(arguments)
+    assert refused.value.code == 2
+    assert words in capsys.readouterr().err
