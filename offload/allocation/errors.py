@@ -1,0 +1,55 @@
+"""What each format does to one expert's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from moe_local.offload.experts import OffloadedExperts
+from moe_local.offload.kernels.reference import reference_linear
+from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.quantize.layout import TensorSpec
+
+
+class Errors(NamedTuple):
+    """Of one expert, for one use of it on average."""
+
+    energy: float
+    """Squared norm of its answer."""
+    by_format: dict[str, float]
+    """Squared norm of what a format changes about it."""
+
+
+def expert_errors(
+    math: OffloadedExperts,
+    specs: Sequence[TensorSpec],
+    tensors: Mapping[str, torch.Tensor],
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    formats: Sequence[str],
+    device: torch.device,
+) -> Errors:
+    """Of an expert with these tensors, in the checkpoint's precision, on inputs x [N, D] whose answers are
+    multiplied with weights [N]. Computed in fp32 on `device`. Raises CheckpointError as codecs do.
+    """
+    x, weights = x.to(device, torch.float32), weights.to(device, torch.float32)
+    exact = _answers(math, {name: tensor.to(device).float() for name, tensor in tensors.items()}, x)
+    scale = weights.square() / max(1, len(x))
+    found = {}
+    for name in formats:
+        codec = codec_for(name)
+        layout = codec.layout(specs)
+        buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
+        codec.encode({key: tensor.to(device) for key, tensor in tensors.items()}, layout, buffer)
+        decoded = codec.decode(buffer.to(device), layout, torch.float32)
+        changed = _answers(math, decoded, x) - exact
+        found[name] = float((changed.square().sum(-1) * scale).sum())
+    return Errors(float((exact.square().sum(-1) * scale).sum()), found)
+
+
+def _answers(math: OffloadedExperts, weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """[N, D] -> [N, D]: the expert alone, without what some models do to the sum afterwards."""
+    linear = reference_linear(weights, math.has_bias)
+    return linear(math.activate(linear(x, "gate_up_proj" if math.has_gate else "up_proj")), "down_proj")

@@ -1,0 +1,134 @@
+"""What the experts of a model are asked while it reads a text: how often each is used, and some of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from moe_local.offload.experts import OffloadedExperts, Runner
+
+WINDOW = 256
+"""Tokens of text in one row of a forward."""
+MOST_BYTES = 1 << 30
+"""Of inputs kept in RAM, over all experts."""
+MOST_INPUTS, FEWEST_INPUTS = 96, 8
+"""Kept for each expert: more would hardly make the mean error more certain; fewer would say little."""
+
+
+class LayerSamples:
+    """One layer: counts of all its tokens, and for each expert a random few of the inputs that it was given.
+
+    A reservoir: every input draws a number, and those with the smallest are kept.
+    """
+
+    def __init__(self, num_experts: int, most: int, generator: torch.Generator) -> None:
+        self.tokens = 0
+        self.uses = [0] * num_experts
+        self.energy = 0.0
+        """Squared norm of the layer's routed output, summed over tokens."""
+        self._most = most
+        self._generator = generator
+        self._kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] = [None] * num_experts
+
+    def see(
+        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        """hidden and output [T, D], index and weights [T, K]: what OffloadedExperts.forward takes and gives."""
+        hidden, index = hidden.detach().cpu(), index.cpu()
+        weights = weights.detach().float().cpu()
+        self.tokens += hidden.shape[0]
+        self.energy += float(output.detach().float().square().sum())
+        drawn = torch.rand(index.shape, generator=self._generator)
+        for expert in range(len(self.uses)):
+            rows, ranks = (index == expert).nonzero(as_tuple=True)
+            self.uses[expert] += len(rows)
+            if len(rows):
+                self._keep(expert, drawn[rows, ranks], hidden[rows], weights[rows, ranks])
+
+    def inputs(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs that the expert was given, [N, D], and the weights of its answers, [N] fp32; N may be 0."""
+        kept = self._kept[expert]
+        if kept is None:
+            return torch.empty(0, 0), torch.empty(0)
+        return kept[1], kept[2]
+
+    def others(self, expert: int, count: int) -> torch.Tensor:
+        """Some `count` inputs of the layer's other experts, [N, D], as many as are kept; evenly from all."""
+        found = [kept[1] for e, kept in enumerate(self._kept) if kept is not None and e != expert]
+        if not found:
+            return torch.empty(0, 0)
+        every = torch.cat([inputs[: -(-count // len(found))] for inputs in found])
+        return every[:count]
+
+    def _keep(self, expert: int, drawn: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> None:
+        kept = self._kept[expert]
+        if kept is not None:
+            drawn, x, weights = (torch.cat(pair) for pair in zip(kept, (drawn, x, weights), strict=True))
+        if len(drawn) > self._most:
+            order = drawn.argsort()[: self._most]
+            drawn, x, weights = drawn[order], x[order], weights[order]
+        self._kept[expert] = drawn, x.clone(), weights
+
+
+class Watch:
+    """A context in which the forwards of a model's experts are watched, each layer into its LayerSamples.
+
+    Memory: MOST_BYTES at most, however long the text, unless FEWEST_INPUTS of every expert take more.
+    """
+
+    def __init__(self, modules: Sequence[OffloadedExperts], *, seed: int = 0) -> None:
+        self.layers: list[LayerSamples] = []
+        self._modules = modules
+        self._generator = torch.Generator().manual_seed(seed)
+        self._runners: list[Runner | None] = []
+
+    def __enter__(self) -> Watch:
+        self._runners = [module.runner for module in self._modules]
+        for module, runner in zip(self._modules, self._runners, strict=True):
+            assert runner is not None
+            module.attach(_Watching(runner, self))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for module, runner in zip(self._modules, self._runners, strict=True):
+            module.attach(runner)
+
+    def see(self, module: OffloadedExperts, hidden: torch.Tensor, *rest: torch.Tensor) -> None:
+        if not self.layers:
+            counts = [each.num_experts for each in self._modules]
+            room = MOST_BYTES // (sum(counts) * hidden.shape[-1] * hidden.element_size())
+            most = min(MOST_INPUTS, max(FEWEST_INPUTS, room))
+            self.layers = [LayerSamples(count, most, self._generator) for count in counts]
+        self.layers[module.index].see(hidden, *rest)
+
+
+class _Watching:
+    """A Runner that lets another run, and looks on."""
+
+    def __init__(self, runner: Runner, watch: Watch) -> None:
+        self._runner = runner
+        self._watch = watch
+
+    def run(
+        self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        output = self._runner.run(experts, hidden, index, weights)
+        self._watch.see(experts, hidden, index, weights, output)
+        return output
+
+
+def experts_of(hf: Any) -> list[OffloadedExperts]:
+    """The experts modules of a loaded model (Model.hf), by layer."""
+    found = [module for module in hf.modules() if isinstance(module, OffloadedExperts)]
+    return sorted(found, key=lambda module: module.index)
+
+
+def windows_of(ids: Sequence[int], most: int, window: int = WINDOW) -> torch.Tensor:
+    """The first `most` of one text's ids in rows of `window`, int64 [N, window]; a shorter rest is left out."""
+    count = min(len(ids), most) // window
+    return torch.tensor(list(ids[: count * window])).view(count, window)
