@@ -1,1 +1,1 @@
-"""How many bits each expert gets: what each format costs in error, measured, and the best assignment of it."""
+"""How many bits each expert gets: what each format costs in error, and which assignment errs least."""

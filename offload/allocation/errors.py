@@ -17,9 +17,9 @@ class Errors(NamedTuple):
     """Of one expert, for one use of it on average."""
 
     energy: float
-    """Squared norm of its answer."""
+    """Squared norm of its weighted answer."""
     by_format: dict[str, float]
-    """Squared norm of what a format changes about it."""
+    """Squared norm of what a format changes about that."""
 
 
 def expert_errors(

@@ -1,9 +1,9 @@
 """How much an error in a layer's output harms the model's predictions, measured.
 
-Noise of a known size is added to one layer's routed output, and the predictions are compared with those without.
-Rows of one batch are given noise in different layers, so that a model that streams through memory is read a few
-times in all, not once a layer. The harm of small errors grows with their squared size, so one figure a layer is
-enough.
+Noise of a known size is added to one layer's routed output, and the predictions are compared with those
+without. Rows of one batch are given noise in different layers, so that a model that streams through memory is
+read a few times in all, not once a layer. The harm of small errors grows with their squared size, so one
+figure a layer is enough.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ ROWS = 32
 def layer_gains(
     hf: Any, texts: torch.Tensor, *, seed: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> list[float]:
-    """For each MoE layer: KL divergence, in nats a token, for each unit of squared error in its routed output.
+    """For each MoE layer: KL divergence, in nats a token, for each unit of squared error in its output.
 
-    `texts`: int64 [N, TOKENS], each read by itself. Squared error: of a token's output [D], summed over D.
+    `texts`: int64 [N, TOKENS], each read by itself. Squared error: relative to the output, of every token: a
+    few tokens have outputs a hundred times as large as the others', and would outweigh all of them.
     `progress` gets forwards done and in all.
     """
     modules = experts_of(hf)
     generator = torch.Generator(device=hf.device).manual_seed(seed)
-    harm, squared = torch.zeros(len(modules)), torch.zeros(len(modules))
+    harm = [0.0] * len(modules)
     groups = [range(i, min(i + ROWS - 1, len(modules))) for i in range(0, len(modules), ROWS - 1)]
     for number, text in enumerate(texts):
         for at, group in enumerate(groups):
@@ -43,20 +44,17 @@ def layer_gains(
             for noise in noises:
                 noise.begin()
             try:
-                logits = hf(
-                    input_ids=text.to(hf.device).expand(1 + len(group), -1), use_cache=False
-                ).logits
+                logits = hf(input_ids=text.to(hf.device).expand(1 + len(group), -1), use_cache=False).logits
             finally:
                 for noise in noises:
                     noise.end()
             clean = logits[0].float().log_softmax(-1)
             for noise, layer in zip(noises, group, strict=True):
                 changed = logits[noise.row].float().log_softmax(-1)
-                harm[layer] += float((clean.exp() * (clean - changed)).sum())
-                squared[layer] += noise.squared
+                harm[layer] += float((clean.exp() * (clean - changed)).sum(-1).mean())
             if progress is not None:
                 progress(number * len(groups) + at + 1, len(texts) * len(groups))
-    return [float(h) / float(s) if s > 0 else 0.0 for h, s in zip(harm, squared, strict=True)]
+    return [max(0.0, each) / NOISE**2 / len(texts) for each in harm]
 
 
 class _Noise:
@@ -64,7 +62,6 @@ class _Noise:
 
     def __init__(self, module: OffloadedExperts, row: int, generator: torch.Generator) -> None:
         self.row = row
-        self.squared = 0.0
         self._module = module
         self._runner: Runner | None = module.runner
         self._generator = generator
@@ -83,9 +80,7 @@ class _Noise:
         mine = output[self.row * TOKENS : (self.row + 1) * TOKENS]
         noise = torch.randn(mine.shape, generator=self._generator, device=mine.device)
         noise *= NOISE * torch.linalg.vector_norm(mine.float(), dim=-1, keepdim=True) / mine.shape[-1] ** 0.5
-        changed = (mine.float() + noise).to(mine.dtype)
-        self.squared += float((changed.float() - mine.float()).square().sum())
-        mine.copy_(changed)
+        mine.copy_((mine.float() + noise).to(mine.dtype))
         return output
 
 

@@ -2,12 +2,13 @@
 
 Exact by dynamic programming where that is small enough. Else each item's options are reduced to their lower
 convex hull and the steps along the hulls are taken in the order of what they gain per byte: that solves the
-relaxed problem, in which an option may be taken in part, and so says how far from the best possible the answer
-can be at most. With steps that are small beside the whole, that is next to nothing.
+relaxed problem, in which an option may be taken in part, and so says how far from the best possible the
+answer can be at most. With steps that are small beside the whole, that is next to nothing.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 MOST_CELLS = 1 << 25
-"""Items x sizes x options up to which the exact solution is computed: below a second, and 32 MiB of choices."""
+"""Items x sizes x options up to which the exact solution is computed: below a second, 32 MiB of choices."""
 
 
 class Option(NamedTuple):
@@ -79,9 +80,7 @@ def hull(options: Sequence[Option]) -> list[int]:
 
 def _gain(options: Sequence[Option], smaller: int, larger: int) -> float:
     """What a byte more saves on the way from one option to a larger, cheaper one."""
-    return (options[smaller].cost - options[larger].cost) / (
-        options[larger].nbytes - options[smaller].nbytes
-    )
+    return (options[smaller].cost - options[larger].cost) / (options[larger].nbytes - options[smaller].nbytes)
 
 
 def _unit(items: Sequence[Sequence[Option]]) -> int:
@@ -134,11 +133,9 @@ class _Step(NamedTuple):
 def _along_hulls(items: Sequence[Sequence[Option]], spare: int) -> Choice:
     hulls = [hull(options) for options in items]
     steps = sorted(
-        _Step(
-            -_gain(items[i], smaller, larger), i, place, items[i][larger].nbytes - items[i][smaller].nbytes
-        )
+        _Step(-_gain(items[i], smaller, larger), i, place, items[i][larger].nbytes - items[i][smaller].nbytes)
         for i, kept in enumerate(hulls)
-        for place, (smaller, larger) in enumerate(zip(kept, kept[1:], strict=False), 1)
+        for place, (smaller, larger) in enumerate(itertools.pairwise(kept), 1)
     )
     reached = [0] * len(items)
     bound = sum(options[kept[0]].cost for options, kept in zip(items, hulls, strict=True))

@@ -1,4 +1,4 @@
-"""What the experts of a model are asked while it reads a text: how often each is used, and some of its inputs."""
+"""What the experts of a model are asked while it reads a text: how often, and some of its inputs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ WINDOW = 256
 """Tokens of text in one row of a forward."""
 MOST_BYTES = 1 << 30
 """Of inputs kept in RAM, over all experts."""
+TINY = 1e-30
 MOST_INPUTS, FEWEST_INPUTS = 96, 8
 """Kept for each expert: more would hardly make the mean error more certain; fewer would say little."""
 
@@ -27,8 +28,6 @@ class LayerSamples:
     def __init__(self, num_experts: int, most: int, generator: torch.Generator) -> None:
         self.tokens = 0
         self.uses = [0] * num_experts
-        self.energy = 0.0
-        """Squared norm of the layer's routed output, summed over tokens."""
         self._most = most
         self._generator = generator
         self._kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] = [None] * num_experts
@@ -36,11 +35,11 @@ class LayerSamples:
     def see(
         self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, output: torch.Tensor
     ) -> None:
-        """hidden and output [T, D], index and weights [T, K]: what OffloadedExperts.forward takes and gives."""
+        """hidden and output [T, D], index and weights [T, K]: what a layer's experts take and give."""
+        norms = torch.linalg.vector_norm(output.detach().float(), dim=-1, keepdim=True)
+        weights = (weights.detach().float() / norms.clamp_min(TINY)).cpu()
         hidden, index = hidden.detach().cpu(), index.cpu()
-        weights = weights.detach().float().cpu()
         self.tokens += hidden.shape[0]
-        self.energy += float(output.detach().float().square().sum())
         drawn = torch.rand(index.shape, generator=self._generator)
         for expert in range(len(self.uses)):
             rows, ranks = (index == expert).nonzero(as_tuple=True)
@@ -49,7 +48,9 @@ class LayerSamples:
                 self._keep(expert, drawn[rows, ranks], hidden[rows], weights[rows, ranks])
 
     def inputs(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs that the expert was given, [N, D], and the weights of its answers, [N] fp32; N may be 0."""
+        """Inputs that the expert was given, [N, D], and what its answers are multiplied with, [N] fp32, so
+        that they are shares of their layer's output: the router's weight over that output's norm. N may be
+        0."""
         kept = self._kept[expert]
         if kept is None:
             return torch.empty(0, 0), torch.empty(0)
@@ -62,6 +63,11 @@ class LayerSamples:
             return torch.empty(0, 0)
         every = torch.cat([inputs[: -(-count // len(found))] for inputs in found])
         return every[:count]
+
+    def usual_weight(self) -> float:
+        """The root of the mean square of all kept weights."""
+        found = [kept[2] for kept in self._kept if kept is not None]
+        return float(torch.cat(found).square().mean().sqrt()) if found else 0.0
 
     def _keep(self, expert: int, drawn: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> None:
         kept = self._kept[expert]
@@ -129,6 +135,6 @@ def experts_of(hf: Any) -> list[OffloadedExperts]:
 
 
 def windows_of(ids: Sequence[int], most: int, window: int = WINDOW) -> torch.Tensor:
-    """The first `most` of one text's ids in rows of `window`, int64 [N, window]; a shorter rest is left out."""
+    """The first `most` of one text's ids in rows, int64 [N, window]; a shorter rest is left out."""
     count = min(len(ids), most) // window
     return torch.tensor(list(ids[: count * window])).view(count, window)

@@ -1,0 +1,191 @@
+"""Measuring a checkpoint's Sensitivity: a text is read, then every expert is encoded in every format."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from moe_local.cache.errors import OptionError
+from moe_local.offload.allocation.errors import Errors, expert_errors
+from moe_local.offload.allocation.gains import layer_gains, texts_of
+from moe_local.offload.allocation.samples import (
+    FEWEST_INPUTS,
+    WINDOW,
+    LayerSamples,
+    Watch,
+    experts_of,
+    windows_of,
+)
+from moe_local.offload.allocation.sensitivity import LayerSensitivity, Sensitivity
+from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.checkpoint.spec import MoELayer, experts_modules, meta_model
+from moe_local.offload.direct_io import PageArena
+from moe_local.offload.experts import OffloadedExperts
+
+Progress = Callable[[str, int, int], None]
+"""What is being done, how much of it is done, and how much there is."""
+
+TOKENS = 8192
+"""Read of a text by default."""
+FEWEST_TOKENS = 2 * WINDOW
+AT_ONCE = 8
+"""Windows in one forward: 2048 tokens, for which every expert is read once."""
+GAIN_TEXTS = 8
+"""Rows of text on which noise is tried in every layer."""
+MADE_INPUTS = 32
+"""Random inputs of each expert where there is no text."""
+SAVE_SECONDS = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a text showed."""
+
+    text: str
+    """Names it."""
+    tokens: int
+    samples: Sequence[LayerSamples]
+    gains: Sequence[float]
+
+
+def text_name(ids: Sequence[int]) -> str:
+    """Names what is read of a text: equal for equal ids."""
+    return xxhash.xxh3_64_hexdigest(",".join(map(str, ids)).encode())
+
+
+def check_text(ids: Sequence[int]) -> None:
+    """Raises OptionError for too little text."""
+    if not ids:
+        raise OptionError("the text to calibrate on is empty; give one like what the model will read")
+    if len(ids) < FEWEST_TOKENS:
+        raise OptionError(
+            f"the text to calibrate on has {len(ids)} tokens, of which {FEWEST_TOKENS} are the least; "
+            "give a longer one, or none (then the weights alone decide)"
+        )
+
+
+def read_text(hf: Any, ids: Sequence[int], progress: Progress | None = None) -> Reading:
+    """Let a loaded model (Model.hf) read a text, and see what its experts are asked and what noise does.
+
+    Raises OptionError for too little text.
+    """
+    check_text(ids)
+    batches = windows_of(ids, len(ids)).split(AT_ONCE)
+    with Watch(experts_of(hf)) as watch, torch.inference_mode():
+        for done, batch in enumerate(batches, 1):
+            hf(input_ids=batch.to(hf.device), use_cache=False)
+            if progress is not None:
+                progress("reading text with", done, len(batches))
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress("trying noise in", done, total)
+
+    gains = layer_gains(hf, texts_of(ids, GAIN_TEXTS), progress=report)
+    return Reading(text_name(ids), watch.layers[0].tokens, watch.layers, gains)
+
+
+class Measurement:
+    """The Sensitivity of one checkpoint in the making, layer by layer; kept at `partial` from time to time.
+
+    What was killed goes on behind the last layer kept, if it is called again with the same reading. Memory:
+    one expert as it is stored, and a few times in fp32.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        formats: Sequence[str],
+        reading: Reading | None,
+        partial: Path,
+        device: torch.device,
+        progress: Progress | None = None,
+    ) -> None:
+        """`device`: where to compute."""
+        self._checkpoint = checkpoint
+        self._formats = tuple(formats)
+        self._reading = reading
+        self._partial = partial
+        self._device = device
+        self._progress = progress
+        model = meta_model(checkpoint.config)
+        self._maths = [
+            OffloadedExperts(module, index) for index, (_, module) in enumerate(experts_modules(model))
+        ]
+        self._memory = PageArena()
+
+    def run(self) -> Sensitivity:
+        """Measure every expert. Raises CheckpointError for weights that cannot be read or encoded."""
+        spec, reading = self._checkpoint.spec, self._reading
+        found = self._kept()
+        total = sum(layer.num_experts for layer in spec.layers)
+        done = sum(len(layer.uses) for layer in found.layers)
+        saved = time.monotonic()
+        for layer in spec.layers[len(found.layers) :]:
+            measured = []
+            for expert in range(layer.num_experts):
+                measured.append(self._measure(layer, expert))
+                done += 1
+                if self._progress is not None:
+                    self._progress("measuring", done, total)
+            found = replace(found, layers=(*found.layers, self._layer(layer, measured)))
+            if time.monotonic() - saved > SAVE_SECONDS:
+                found.save(self._partial)
+                saved = time.monotonic()
+        assert reading is None or reading.text == found.text
+        self._partial.unlink(missing_ok=True)
+        return found
+
+    def _kept(self) -> Sensitivity:
+        """What an earlier run left of the same measurement, or nothing of it yet."""
+        text = self._reading.text if self._reading is not None else None
+        tokens = self._reading.tokens if self._reading is not None else 0
+        nothing = Sensitivity(self._checkpoint.name, self._checkpoint.fingerprint, text, tokens, ())
+        kept = Sensitivity.read(self._partial, self._checkpoint.fingerprint)
+        if kept is None or (kept.text, kept.tokens) != (text, tokens):
+            return nothing
+        same = all(tuple(layer.errors) == self._formats for layer in kept.layers)
+        return kept if same else nothing
+
+    def _measure(self, layer: MoELayer, expert: int) -> Errors:
+        self._memory.reset()
+        tensors = self._checkpoint.read_expert(layer, expert, self._memory)
+        x, weights = self._inputs(layer, expert)
+        with torch.inference_mode():
+            return expert_errors(
+                self._maths[layer.index], layer.tensors, tensors, x, weights, self._formats, self._device
+            )
+
+    def _inputs(self, layer: MoELayer, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the expert was asked; where that was little, what others of the layer were, too."""
+        if self._reading is None:
+            generator = torch.Generator().manual_seed(layer.index)
+            width = self._checkpoint.spec.hidden_size
+            x = torch.randn(MADE_INPUTS, width, generator=generator)
+            return x, torch.full((MADE_INPUTS,), 1 / layer.top_k)
+        samples = self._reading.samples[layer.index]
+        x, weights = samples.inputs(expert)
+        if len(x) < FEWEST_INPUTS:
+            more = samples.others(expert, FEWEST_INPUTS - len(x))
+            usual = torch.full((len(more),), samples.usual_weight())
+            x, weights = (torch.cat([x, more]), torch.cat([weights, usual])) if len(x) else (more, usual)
+        return x, weights
+
+    def _layer(self, layer: MoELayer, measured: Sequence[Errors]) -> LayerSensitivity:
+        errors = {name: tuple(each.by_format[name] for each in measured) for name in self._formats}
+        if self._reading is not None:
+            samples = self._reading.samples[layer.index]
+            uses = tuple(count / samples.tokens for count in samples.uses)
+            return LayerSensitivity(self._reading.gains[layer.index], uses, errors)
+        share = layer.top_k / layer.num_experts
+        output = share * math.fsum(each.energy for each in measured)  # answers to random inputs are at angles
+        errors = {name: tuple(e / output if output else 0.0 for e in found) for name, found in errors.items()}
+        layers = len(self._checkpoint.spec.layers)
+        return LayerSensitivity(1 / layers, (share,) * layer.num_experts, errors)

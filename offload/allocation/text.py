@@ -1,0 +1,79 @@
+"""From a text to a checkpoint's Sensitivity: the model runs, offloaded as ever, and reads it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_local.cache.errors import CheckpointError, DoesNotFitError, OptionError
+from moe_local.offload.allocation.expected import candidates
+from moe_local.offload.allocation.measure import TOKENS, Measurement, check_text, read_text, text_name
+from moe_local.offload.allocation.sensitivity import Sensitivity
+from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.checkpoint.hub import resolve
+from moe_local.offload.checkpoint.tokenizer import load_tokenizer
+from moe_local.offload.quantize.allocate import compute_device, measured, partial_path, sensitivity_path
+from moe_local.offload.quantize.codec import NATIVE
+
+if TYPE_CHECKING:
+    from moe_local.offload.model import Model
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+RUN_IN = (NATIVE, "int8", "nf4")
+"""Formats to read the text in, the first that the machine has room for: the checkpoint's own needs no
+conversion and is what the others are compared with."""
+
+
+def calibrate(
+    model: str | Path,
+    text: str,
+    *,
+    tokens: int = TOKENS,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Sensitivity:
+    """Measure `model` on the first `tokens` of a text, and keep what was found for all later mixes of it.
+
+    What is kept of the same text is taken as it is. `options` are load()'s, without `experts` and `prefetch`.
+    Raises OptionError for too little text and for models that cannot read one: without a tokenizer, or with
+    an encoder; and as `load`.
+    """
+    checkpoint = Checkpoint.open(resolve(model), str(model))
+    if getattr(checkpoint.config, "is_encoder_decoder", False):
+        raise OptionError(
+            f"{checkpoint.name} translates texts, which is not calibrated on; leave the text out"
+        )
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.gguf)
+    if tokenizer is None:
+        raise OptionError(f"the checkpoint of {checkpoint.name} has no tokenizer, so no text can be read")
+    ids = tokenizer(text[: 16 * tokens], add_special_tokens=False, verbose=False)["input_ids"][:tokens]
+    check_text(ids)
+    formats, path = candidates(checkpoint.spec.dtype), sensitivity_path(checkpoint)
+    kept = Sensitivity.read(path, checkpoint.fingerprint)
+    if kept is not None and kept.text == text_name(ids) and kept.measured(formats):
+        return kept
+    with _running(model, progress, options) as loaded:
+        reading = read_text(loaded.hf, ids, progress)
+    return measured(
+        checkpoint,
+        Measurement(checkpoint, formats, reading, partial_path(path), compute_device(), progress),
+    )
+
+
+def _running(model: str | Path, progress: Progress | None, options: dict[str, Any]) -> Model:
+    """The model, loaded in the best of RUN_IN. Raises as `load` does for the last of them."""
+    from moe_local.offload.load import load
+
+    for number, experts in enumerate(RUN_IN):
+        try:
+            return load(model, experts=experts, prefetch="off", progress=progress, **options)
+        except (DoesNotFitError, CheckpointError) as error:
+            if number == len(RUN_IN) - 1:
+                raise
+            logger.info("%s: experts=%r: %s", model, experts, error)
+    raise AssertionError("no format to run in")

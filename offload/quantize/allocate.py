@@ -1,0 +1,155 @@
+"""A format for each expert of a model: the one entry point to choosing a Mix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_local.offload.allocation.expected import candidates
+from moe_local.offload.allocation.knapsack import Choice, Option, solve
+from moe_local.offload.allocation.measure import Measurement
+from moe_local.offload.allocation.misses import MissCost
+from moe_local.offload.allocation.sensitivity import Sensitivity
+from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.checkpoint.spec import ModelSpec
+from moe_local.offload.expert_file.convert import expert_file_folder, moe_local_home
+from moe_local.offload.options import LoadOptions
+from moe_local.offload.quantize.mix import Mix, check_bits, even_mix, layout_of
+
+Progress = Callable[[str, int, int], None]
+"""What is being done, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """A Mix, and what is known of it."""
+
+    mix: Mix
+    bits: float
+    """Average bits a weight, all bytes counted; at most what was asked for."""
+    harm: float
+    """Expected, in the unit of its Sensitivity."""
+    even_harm: float
+    """That of as many bytes given out evenly: the two formats nearest to these bits, in turn."""
+    gap: float
+    """By which share of `harm` (and of what misses cost, if that was weighed) another could be better."""
+    text: bool
+    """Whether a text was read, so that harm is in nats a token."""
+
+
+def allocate(
+    checkpoint: Checkpoint,
+    experts: str,
+    *,
+    misses: MissCost | None = None,
+    progress: Progress | None = None,
+) -> Mix:
+    """The Mix that a canonical `experts="mixed:BITS"` asks for of this checkpoint.
+
+    By what was measured on a text, if it was (see allocation.text), else by the weights alone, which are
+    measured now; either is kept below MOE_LOCAL_HOME. The same files give the same mix. With `misses` the
+    time of experts that are not resident is weighed, too. Raises OptionError for bits that no formats
+    give, CheckpointError for weights that cannot be read or encoded.
+    """
+    check_bits(experts, checkpoint.spec, checkpoint.name)
+    return best_mix(
+        experts, checkpoint.spec, sensitivity_of(checkpoint, progress=progress), misses, checkpoint.name
+    ).mix
+
+
+def best_mix(
+    experts: str,
+    spec: ModelSpec,
+    sensitivity: Sensitivity,
+    misses: MissCost | None = None,
+    model: str = "this model",
+) -> Allocation:
+    """The assignment of least expected harm within the bits that `experts`, "mixed:BITS", asks for.
+
+    Raises OptionError for bits that the measured formats do not give.
+    """
+    formats = list(sensitivity.layers[0].errors)
+    bits = check_bits(experts, spec, model, formats)
+    room = int(bits * spec.expert_numel / 8)
+    bytes_cost = [misses.costs(sensitivity, layer.index) if misses else None for layer in spec.layers]
+    places = [(layer, expert) for layer in spec.layers for expert in range(layer.num_experts)]
+    items = [
+        [
+            Option(
+                nbytes := layout_of(name, layer.tensors).nbytes,
+                sensitivity.harm(layer.index, expert, name)
+                + (nbytes * per_byte[expert] if (per_byte := bytes_cost[layer.index]) else 0.0),
+            )
+            for name in formats
+        ]
+        for layer, expert in places
+    ]
+    choice = min((solve(items, room), *_uniform(items, room)), key=lambda found: (found.cost, found.nbytes))
+    rows: list[list[str]] = [[] for _ in spec.layers]
+    for (layer, _), picked in zip(places, choice.picked, strict=True):
+        rows[layer.index].append(formats[picked])
+    mix = Mix(experts, tuple(map(tuple, rows)))
+    even = even_mix(experts, spec, formats)
+    return Allocation(
+        mix,
+        mix.bits(spec),
+        sensitivity.expected(mix.formats),
+        sensitivity.expected(even.formats),
+        choice.gap,
+        sensitivity.text is not None,
+    )
+
+
+def _uniform(items: Sequence[Sequence[Option]], room: int) -> list[Choice]:
+    """All experts in one format, as far as that has room: no better than the best, but better than a bad
+    bound could be."""
+    found = []
+    for number in range(len(items[0])):
+        picked = [options[number] for options in items]
+        nbytes = sum(option.nbytes for option in picked)
+        if nbytes <= room:
+            cost = math.fsum(option.cost for option in picked)
+            found.append(Choice((number,) * len(items), nbytes, cost, -math.inf))
+    return found
+
+
+def sensitivity_of(checkpoint: Checkpoint, *, progress: Progress | None = None) -> Sensitivity:
+    """What is kept of this checkpoint, or what its weights alone say, measured now and kept.
+
+    Raises CheckpointError for weights that cannot be read or encoded.
+    """
+    path = sensitivity_path(checkpoint)
+    formats = candidates(checkpoint.spec.dtype)
+    kept = Sensitivity.read(path, checkpoint.fingerprint)
+    if kept is not None and (kept.text is not None or kept.measured(formats)):
+        return kept
+    return measured(
+        checkpoint, Measurement(checkpoint, formats, None, partial_path(path), compute_device(), progress)
+    )
+
+
+def measured(checkpoint: Checkpoint, measurement: Measurement) -> Sensitivity:
+    """The measurement's result, kept for later."""
+    found = measurement.run()
+    found.save(sensitivity_path(checkpoint))
+    return found
+
+
+def sensitivity_path(checkpoint: Checkpoint) -> Path:
+    """Where the Sensitivity of a checkpoint is kept: beside its expert files."""
+    folder = expert_file_folder(moe_local_home(), checkpoint.name, "", checkpoint.fingerprint)
+    return folder.with_name(f"sensitivity-{checkpoint.fingerprint[:16]}.json")
+
+
+def partial_path(path: Path) -> Path:
+    """Where one in the making is kept."""
+    return path.with_suffix(".partial.json")
+
+
+def compute_device() -> torch.device:
+    """Where formats are tried: the GPU if there is one."""
+    return LoadOptions().torch_device()
