@@ -38,7 +38,7 @@ class LayerSensitivity:
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
     """Of one checkpoint. Measured on a text, harm is KL divergence in nats a token; without one, the share of
-    the routed output's energy that is wrong, on average over layers."""
+    the routed output's energy that is wrong, on average over layers, the first weighing more."""
 
     model: str
     fingerprint: str

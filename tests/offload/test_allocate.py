@@ -145,7 +145,7 @@ def test_harm_grows_with_the_square_of_the_noise(
     assert found == layer_gains(model.hf, texts)
     assert all(gain > 0 for gain in found)
     monkeypatch.setattr(gains, "ROWS", 2)  # one layer at a time
-    monkeypatch.setattr(gains, "NOISE", 0.03)
+    monkeypatch.setattr(gains, "NOISE", 0.1)
     smaller = layer_gains(model.hf, texts)
     assert smaller == pytest.approx(found, rel=0.5)
 
@@ -218,7 +218,7 @@ def test_impossible_bits(checkpoint: Checkpoint, sensitivity: Sensitivity) -> No
 def test_from_the_weights_alone(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[str, int, int]] = []
     mix = allocate(checkpoint, "mixed:6", progress=lambda *figures: told.append(figures))
-    assert mix.check(checkpoint.spec).bits(checkpoint.spec) <= 5.5
+    assert mix.check(checkpoint.spec).bits(checkpoint.spec) <= 6
     assert told[-1] == ("measuring", 24, 24)
     path = sensitivity_path(checkpoint)
     kept = Sensitivity.read(path, checkpoint.fingerprint)
