@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 import moe_local
+from moe_local.cache.errors import OptionError
 from moe_local.cache.keys import format_bytes
 from moe_local.cli.options import debug_flag, json_flag, load_flags
 from moe_local.cli.render import ProgressBar, print_json
+
+if TYPE_CHECKING:
+    from moe_local.offload.allocation.figures import MixFigures
+    from moe_local.offload.expert_file.expert_file import ExpertFile
 
 
 @click.command()
@@ -19,11 +25,23 @@ from moe_local.cli.render import ProgressBar, print_json
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of the expert file; by default where chat and the others look for it.",
 )
+@click.option(
+    "--calibrate",
+    "text",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+    metavar="TEXT",
+    envvar="MOE_LOCAL_CALIBRATE",
+    show_envvar=True,
+    help="For mixed:BITS: a text file like what the model will read and write, - for stdin. MODEL reads it, "
+    "and bits go where they are missed most; without it, the weights alone say where.",
+)
 @click.option("--check", is_flag=True, help="Compare what is there already with its checksums, and mend it.")
 @json_flag
 @load_flags("experts")
 @debug_flag
-def convert(model: str, out: Path | None, check: bool, as_json: bool, options: dict[str, str]) -> None:
+def convert(
+    model: str, out: Path | None, text: Path | None, check: bool, as_json: bool, options: dict[str, str]
+) -> None:
     """Convert the experts of MODEL, one by one, to the format they are run in.
 
     Downloads the model first if need be. Goes on where an interrupted conversion stopped.
@@ -31,8 +49,11 @@ def convert(model: str, out: Path | None, check: bool, as_json: bool, options: d
     from moe_local.offload.expert_file.expert_file import ExpertFile
 
     with ProgressBar() as progress:
+        if text is not None:
+            _calibrate(model, text, options.get("experts"), progress)
         folder = moe_local.convert(model, out, **options, progress=progress, check=check)
     file = ExpertFile.open(folder)
+    found = _mix_figures(model, file)
     if as_json:
         print_json(
             {
@@ -41,11 +62,45 @@ def convert(model: str, out: Path | None, check: bool, as_json: bool, options: d
                 "experts": file.format,
                 "num_experts": file.total_experts,
                 "bytes": file.total_bytes,
+                **({} if found is None else {"mix": found.to_dict()}),
             }
         )
     else:
         size = format_bytes(file.total_bytes)
         click.echo(f"{file.total_experts} experts of {model} in {file.format}, {size}: {folder}")
+        if found is not None:
+            click.echo("\n".join(found.lines()))
+
+
+def _calibrate(model: str, path: Path, experts: str | None, progress: ProgressBar) -> None:
+    """Let the model read a text before its mix is chosen. Raises OptionError if no mix is asked for."""
+    from moe_local.offload.allocation.text import calibrate
+    from moe_local.offload.checkpoint.hub import config_of
+    from moe_local.offload.checkpoint.spec import model_spec
+    from moe_local.offload.options import LoadOptions
+    from moe_local.offload.quantize.allocate import check_mixed
+    from moe_local.offload.quantize.mix import is_mixed
+
+    chosen = LoadOptions().experts if experts is None else LoadOptions(experts=experts).experts
+    if not is_mixed(chosen):
+        raise OptionError(f"--calibrate is for --experts mixed:BITS; {chosen} is the same for all experts")
+    check_mixed(chosen, model_spec(config_of(model)), model)
+    try:
+        with click.open_file(str(path), encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{path} cannot be read as text: {error}") from None
+    calibrate(model, text, progress=progress)
+
+
+def _mix_figures(model: str, file: ExpertFile) -> MixFigures | None:
+    """What is known of a mix; None for one format."""
+    from moe_local.offload.allocation.figures import mix_figures
+    from moe_local.offload.checkpoint.hub import config_of
+    from moe_local.offload.checkpoint.spec import model_spec
+    from moe_local.offload.quantize.mix import is_mixed
+
+    return mix_figures(model_spec(config_of(model)), file) if is_mixed(file.format) else None
 
 
 @click.command()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,8 @@ class Conversion:
     nbytes: int
     """On disk, all files together."""
     complete: bool
+    formats: Mapping[str, int]
+    """How many experts have each format; empty of an unfinished one."""
 
     @property
     def format(self) -> str:
@@ -40,13 +44,14 @@ class Conversion:
         """Whether one of these names, in lower case, is its model's."""
         return bool({self.name.lower(), self.folder.parent.name.lower()} & names)
 
-    def to_dict(self) -> dict[str, str | int | bool]:
+    def to_dict(self) -> dict[str, str | int | bool | dict[str, int]]:
         """Plain JSON types."""
         return {
             "folder": str(self.folder),
             "format": self.format,
             "bytes": self.nbytes,
             "complete": self.complete,
+            "formats": dict(self.formats),
         }
 
 
@@ -71,10 +76,11 @@ def conversions() -> list[Conversion]:
 
 def _conversion(folder: Path) -> Conversion:
     try:
-        name, complete = ExpertFile.open(folder).name, True
+        file = ExpertFile.open(folder)
     except ExpertFileError:
-        name, complete = folder.parent.name, False
-    return Conversion(folder, name, nbytes(folder), complete)
+        return Conversion(folder, folder.parent.name, nbytes(folder), False, {})
+    formats = Counter(layout.format for layer in file.layers for layout in layer.layouts)
+    return Conversion(folder, file.name, nbytes(folder), True, formats)
 
 
 def nbytes(folder: Path) -> int:

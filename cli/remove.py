@@ -61,6 +61,9 @@ def _remove(folder: Path) -> None:
         raise MoeLocalError(
             f"{folder} is being converted by another process; wait for it or stop it"
         ) from None
+    if not any(path.is_dir() for path in folder.parent.iterdir()):
+        for path in folder.parent.glob("sensitivity-*.json"):  # what mixes were chosen by
+            path.unlink(missing_ok=True)
     if not any(folder.parent.iterdir()):
         folder.parent.rmdir()
 

@@ -55,8 +55,10 @@ def list_models(everything: bool, as_json: bool) -> None:
 
 
 def _brief(conversion: Conversion) -> str:
-    unfinished = "" if conversion.complete else " unfinished"
-    return f"{conversion.format}{unfinished} {format_bytes(conversion.nbytes)}"
+    note = "" if conversion.complete else " unfinished"
+    if len(conversion.formats) > 1:
+        note = f" ({', '.join(f'{count} {name}' for name, count in conversion.formats.items())})"
+    return f"{conversion.format}{note} {format_bytes(conversion.nbytes)}"
 
 
 @click.command()

@@ -39,8 +39,9 @@ from moe_local.offload.plan.plan import Plan
 from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.make import make_prefetcher
 from moe_local.offload.prefill import PrefillStream
+from moe_local.offload.quantize.allocate import form_of
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
-from moe_local.offload.quantize.codec import NATIVE, codec_for
+from moe_local.offload.quantize.codec import NATIVE
 from moe_local.offload.quantize.stored import QUANTIZED
 from moe_local.offload.relief import Relief
 from moe_local.offload.residents import can_reside, uncounted
@@ -151,7 +152,7 @@ def convert(
     """
     if experts == NATIVE:
         raise OptionError('experts="native" reads the checkpoint itself, so there is nothing to convert')
-    codec_for(experts)
+    experts = LoadOptions(experts=experts).experts
     checkpoint = Checkpoint.open(resolve(model), str(model))
     device = LoadOptions().torch_device()
     gpu = device if device.type == "cuda" else None
@@ -187,7 +188,8 @@ def open_experts(
         if progress is not None:
             progress("converting", done, total)
 
-    return convert_experts(checkpoint, codec_for(experts), folder, report, check=check, gpu=gpu)
+    form = form_of(checkpoint, experts, folder, progress=progress)
+    return convert_experts(checkpoint, form, folder, report, check=check, gpu=gpu)
 
 
 def _home_folder(checkpoint: Checkpoint, experts: str) -> Path:

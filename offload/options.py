@@ -55,7 +55,10 @@ class LoadOptions:
     )
     experts: str = field(
         default="nf4",
-        metadata={"help": "Format of the routed experts: nf4, int8, bf16, fp16, fp32 or native (as stored)."},
+        metadata={
+            "help": "Format of the routed experts: nf4, int8, bf16, fp16, fp32 or native (as stored); or one "
+            "for each, by what it harms: mixed:BITS, such as mixed:3.5, on average."
+        },
     )
     activations: str = field(
         default="native",
@@ -105,12 +108,20 @@ class LoadOptions:
             _check_count(name, getattr(self, name))
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise OptionError(f"unknown device {self.device!r}; use auto, cpu, cuda or cuda:N")
-        _check_name("experts", self.experts, _expert_formats())
+        self._check_experts()
         _check_name("activations", self.activations, ACTIVATIONS)
         _check_name("dense", self.dense, DENSE_FORMATS)
         _check_name("policy", self.policy, _policies())
         _check_name("prefetch", self.prefetch, PREFETCH)
         _check_name("miss", self.miss, MISS)
+
+    def _check_experts(self) -> None:
+        from moe_local.offload.quantize.mix import canonical, is_mixed
+
+        if isinstance(self.experts, str):
+            object.__setattr__(self, "experts", canonical(self.experts))
+        if not (isinstance(self.experts, str) and is_mixed(self.experts)):
+            _check_name("experts", self.experts, [*_expert_formats(), "mixed:BITS"])
 
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, object]) -> LoadOptions:

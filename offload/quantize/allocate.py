@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from moe_local.cache.errors import ExpertFileError
 from moe_local.offload.allocation.expected import candidates
 from moe_local.offload.allocation.knapsack import Choice, Option, solve
 from moe_local.offload.allocation.measure import Measurement
@@ -17,8 +18,10 @@ from moe_local.offload.allocation.sensitivity import Sensitivity
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.expert_file.convert import expert_file_folder, moe_local_home
+from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.options import LoadOptions
-from moe_local.offload.quantize.mix import Mix, check_bits, even_mix, layout_of
+from moe_local.offload.quantize.codec import Codec, codec_for
+from moe_local.offload.quantize.mix import Mix, check_bits, even_mix, is_mixed, layout_of
 
 Progress = Callable[[str, int, int], None]
 """What is being done, how much of it is done, and how much there is."""
@@ -55,10 +58,30 @@ def allocate(
     time of experts that are not resident is weighed, too. Raises OptionError for bits that no formats
     give, CheckpointError for weights that cannot be read or encoded.
     """
-    check_bits(experts, checkpoint.spec, checkpoint.name)
+    check_mixed(experts, checkpoint.spec, checkpoint.name)
     return best_mix(
         experts, checkpoint.spec, sensitivity_of(checkpoint, progress=progress), misses, checkpoint.name
     ).mix
+
+
+def check_mixed(experts: str, spec: ModelSpec, model: str) -> None:
+    """Raises OptionError unless the formats that are chosen from can give what "mixed:BITS" asks for."""
+    check_bits(experts, spec, model, candidates(spec.dtype))
+
+
+def form_of(
+    checkpoint: Checkpoint, experts: str, folder: Path, *, progress: Progress | None = None
+) -> Codec | Mix:
+    """What `convert_experts` is to make of `experts`: of a finished mix in `folder` the same again, else a
+    new one. Raises as `allocate`."""
+    if not is_mixed(experts):
+        return codec_for(experts)
+    from moe_local.offload.allocation.figures import mix_of
+
+    try:
+        return mix_of(ExpertFile.open(folder, checkpoint.fingerprint, experts))
+    except ExpertFileError:
+        return allocate(checkpoint, experts, progress=progress)
 
 
 def best_mix(
@@ -141,8 +164,13 @@ def measured(checkpoint: Checkpoint, measurement: Measurement) -> Sensitivity:
 
 def sensitivity_path(checkpoint: Checkpoint) -> Path:
     """Where the Sensitivity of a checkpoint is kept: beside its expert files."""
-    folder = expert_file_folder(moe_local_home(), checkpoint.name, "", checkpoint.fingerprint)
-    return folder.with_name(f"sensitivity-{checkpoint.fingerprint[:16]}.json")
+    return kept_path(checkpoint.name, checkpoint.fingerprint)
+
+
+def kept_path(model: str, fingerprint: str) -> Path:
+    """The same by what identifies the checkpoint."""
+    folder = expert_file_folder(moe_local_home(), model, "", fingerprint)
+    return folder.with_name(f"sensitivity-{fingerprint[:16]}.json")
 
 
 def partial_path(path: Path) -> Path:
