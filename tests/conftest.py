@@ -103,6 +103,12 @@ def kill_points() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def hostile() -> ModuleType:
+    """tests/hostile.py: `damaged_bytes(honest)`, `damaged_json(honest)` and the like, for hypothesis."""
+    return load_module(Path(__file__).parent / "hostile.py")
+
+
+@pytest.fixture(scope="session")
 def published() -> ModuleType:
     """tests/published.py: `fp8` and `mxfp4` checkpoints, each with a plain twin."""
     return load_module(Path(__file__).parent / "published.py")

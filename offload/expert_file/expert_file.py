@@ -12,8 +12,9 @@ import torch
 import xxhash
 
 from moe_local.cache.errors import ExpertFileError
+from moe_local.cache.files import parse_json
 from moe_local.offload.expert_file.expert_shard import VERSION, ShardPlan, write_durably
-from moe_local.offload.quantize.layout import Layout
+from moe_local.offload.quantize.layout import PAGE, Layout
 
 MANIFEST = "manifest.json"
 
@@ -244,32 +245,56 @@ def read_manifest(folder: Path) -> ExpertFile:
             f"{folder} has no {MANIFEST}, so it holds no finished conversion; "
             "start or continue it: moe-local convert MODEL"
         )
+    damaged = ""
     try:
-        fields = json.loads(path.read_bytes())
+        fields = parse_json(path.read_bytes())
         version = fields["version"]
-        if version == VERSION and fields.pop("checksum") != _checksum(fields):
-            raise ValueError("wrong checksum")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if version == VERSION:
+            if fields.pop("checksum") != _checksum(fields):
+                raise ValueError("wrong checksum")
+            return _file(folder, fields)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        damaged = f"{type(error).__name__}: {error}"
+    if damaged:
         raise ExpertFileError(
-            f"{path} is damaged ({type(error).__name__}: {error}); convert it again: moe-local convert MODEL"
-        ) from error
-    if version != VERSION:
-        raise ExpertFileError(
-            f"{path} has version {version!r}, this moe-local reads version {VERSION}; "
-            "use the moe-local that wrote it, or convert it again: moe-local convert MODEL"
+            f"{path} is damaged ({' '.join(damaged.split())[:200]}); "
+            "convert it again: moe-local convert MODEL"
         )
+    raise ExpertFileError(
+        f"{path} has version {repr(version)[:40]}, this moe-local reads version {VERSION}; "
+        "use the moe-local that wrote it, or convert it again: moe-local convert MODEL"
+    )
+
+
+def _file(folder: Path, fields: dict[str, Any]) -> ExpertFile:
+    """From a manifest's fields. Its checksum tells of damage, not of malice: nothing may lie out of place."""
     layouts = [Layout.from_dict(layout) for layout in fields["layouts"]]
-    layers = [
-        StoredLayer(
-            layer["name"],
+    layers = []
+    for layer in fields["layers"]:
+        stored = StoredLayer(
+            str(layer["name"]),
             folder / Path(layer["file"]).name,
             layer["nbytes"],
             tuple(layouts[expert["layout"]] for expert in layer["experts"]),
             tuple(expert["offset"] for expert in layer["experts"]),
             tuple(int(expert["xxh3_64"], 16) for expert in layer["experts"]),
         )
-        for layer in fields["layers"]
-    ]
-    return ExpertFile(
-        folder, fields["fingerprint"], fields["name"], fields["model_type"], fields["format"], layers
+        _check_places(stored)
+        layers.append(stored)
+    if not layers:
+        raise ValueError("no layers")
+    fingerprint, name, model_type, format = (
+        str(fields[name]) for name in ("fingerprint", "name", "model_type", "format")
     )
+    return ExpertFile(folder, fingerprint, name, model_type, format, layers)
+
+
+def _check_places(layer: StoredLayer) -> None:
+    """Raise ValueError unless every expert lies on pages of its own within the shard."""
+    end = 0
+    for layout, offset, checksum in zip(layer.layouts, layer.offsets, layer.checksums, strict=True):
+        if type(offset) is not int or offset < max(end, PAGE) or offset % PAGE or not 0 <= checksum < 2**64:
+            raise ValueError(f"an expert at {offset!r} in {layer.path.name}")
+        end = offset + layout.nbytes
+    if type(layer.nbytes) is not int or end != layer.nbytes:
+        raise ValueError(f"{layer.path.name} of {layer.nbytes!r} bytes for experts up to {end}")

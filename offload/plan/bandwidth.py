@@ -161,12 +161,15 @@ def saved(folder: Path) -> Bandwidths:
     if not isinstance(kept, dict):
         return Bandwidths()
     try:
+        rates = {name: float(kept[name]) for name in ("vram", "ram", "h2d", "disk")}
+        if not all(0 < rate < float("inf") for rate in rates.values()):
+            return Bandwidths()
         return Bandwidths(
-            **{name: float(kept[name]) for name in ("vram", "ram", "h2d", "disk")},
+            **rates,
             measured=frozenset(str(name) for name in kept["measured"]),
             disk_cached=bool(kept["disk_cached"]),
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return Bandwidths()
 
 

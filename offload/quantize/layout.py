@@ -60,10 +60,29 @@ class Layout:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Layout:
-        """The inverse of `to_dict`, also after a way through JSON. Raises KeyError or TypeError."""
+        """The inverse of `to_dict`, also after a way through JSON.
+
+        Raises KeyError, TypeError or ValueError for what is no layout.
+        """
         tensors = (TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in fields["tensors"])
         segments = (Segment(**{**part, "shape": tuple(part["shape"])}) for part in fields["segments"])
-        return cls(fields["format"], tuple(tensors), tuple(segments), fields["nbytes"])
+        layout = cls(str(fields["format"]), tuple(tensors), tuple(segments), fields["nbytes"])
+        layout.check_integrity()
+        return layout
+
+    def check_integrity(self) -> None:
+        """Raise ValueError unless the segments lie in the buffer one behind the other, each of its size."""
+        end = 0
+        for segment in self.segments:
+            sizes = (*segment.shape, segment.offset, segment.nbytes)
+            if not all(type(n) is int and 0 <= n < 2**63 for n in sizes) or len(sizes) > 16:
+                raise ValueError(f"segment {segment.name}.{segment.part} of sizes {sizes}")
+            right = math.prod(segment.shape) * DTYPE_BYTES.get(segment.dtype, 0)
+            if segment.offset < end or right not in (0, segment.nbytes):
+                raise ValueError(f"segment {segment.name}.{segment.part} is out of place")
+            end = segment.offset + segment.nbytes
+        if type(self.nbytes) is not int or self.nbytes < max(end, 1) or self.nbytes % PAGE:
+            raise ValueError(f"a buffer of {self.nbytes} bytes for {end}")
 
 
 DTYPE_BYTES = {
