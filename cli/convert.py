@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--calibrate",
-    "text",
     type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
     metavar="TEXT",
     envvar="MOE_LOCAL_CALIBRATE",
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 @load_flags("experts")
 @debug_flag
 def convert(
-    model: str, out: Path | None, text: Path | None, check: bool, as_json: bool, options: dict[str, str]
+    model: str, out: Path | None, calibrate: Path | None, check: bool, as_json: bool, options: dict[str, str]
 ) -> None:
     """Convert the experts of MODEL, one by one, to the format they are run in.
 
@@ -49,8 +48,8 @@ def convert(
     from moe_local.offload.expert_file.expert_file import ExpertFile
 
     with ProgressBar() as progress:
-        if text is not None:
-            _calibrate(model, text, options.get("experts"), progress)
+        if calibrate is not None:
+            _calibrate(model, calibrate, options.get("experts"), progress)
         folder = moe_local.convert(model, out, **options, progress=progress, check=check)
     file = ExpertFile.open(folder)
     found = _mix_figures(model, file)

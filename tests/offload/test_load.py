@@ -258,7 +258,7 @@ def test_convert_writes_where_it_is_told(tiny_mixtral: Path, tmp_path: Path) -> 
     assert [path.read_bytes() for path in sorted(out.glob("*.safetensors"))] == [
         path.read_bytes() for path in sorted(at_home.glob("*.safetensors"))
     ]
-    with pytest.raises(OptionError, match="unknown expert format 'int3'"):
+    with pytest.raises(OptionError, match="unknown experts 'int3'"):
         moe_local.convert(tiny_mixtral, experts="int3")
 
 
