@@ -30,6 +30,9 @@ from moe_local.cli.server.watch import Watch
 from moe_local.offload.batcher import Batcher, Ended
 from moe_local.offload.engine.text import encode_prompt
 
+LONG_PROMPT = 1 << 16
+"""Characters of a prompt that others need not wait for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -62,11 +65,13 @@ class Server:
         self.watch = Watch(model, batcher)
         self.page = Page()
         self.traffic = Traffic()
-        self._encoding = asyncio.Lock()
+        self._encoding = {False: asyncio.Lock(), True: asyncio.Lock()}
+        """By whether the prompt is a long one."""
 
     def app(self) -> FastAPI:
         app = FastAPI(title="moe-local", version=moe_local.__version__, docs_url=None, redoc_url=None)
         app.add_exception_handler(Failure, _failed)
+        app.add_exception_handler(MoeLocalError, self._failed)
         app.add_exception_handler(HTTPException, _refused)
         app.add_exception_handler(RequestValidationError, _not_understood)
         app.add_exception_handler(Exception, _broken)
@@ -151,8 +156,9 @@ class Server:
         return await self._answer(request, asked, answer, prompts, TextShape(answer, echo, asked.n))
 
     async def _encoded(self, prompt: Any, **options: Any) -> list[int]:
-        """Token ids, made beside the event loop and one prompt at a time: a long one takes a second."""
-        async with self._encoding:
+        """Token ids, made beside the event loop: a megabyte takes a second, in which short ones pass by."""
+        texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt if isinstance(m, dict)]
+        async with self._encoding[sum(map(len, texts)) > LONG_PROMPT]:
             try:
                 return await asyncio.to_thread(encode_prompt, self.model.tokenizer, prompt, **options)
             except MoeLocalError:
@@ -253,6 +259,9 @@ class Server:
             yield
         except MoeLocalError as error:
             raise self._failure(error) from error
+
+    async def _failed(self, request: Request, error: Any) -> JSONResponse:
+        return await _failed(request, self._failure(error))
 
     def _check_tools(self, tools: list[dict[str, Any]]) -> None:
         """Raises OptionError where the model would never hear of them."""

@@ -221,6 +221,10 @@ HOSTILE = """<img src=x onerror="window.hacked = 1"><script>window.hacked = 2</s
 <script>window.hacked = 4</script>
 ```
 > quoted & <i>done</i>
+
+| a | **b** |
+| --- | ---: |
+| <u>1</u> | 2 |
 """
 
 
@@ -240,24 +244,8 @@ class TestWrittenAnswers:
         visit.answered()
         assert browser.text(".user") == "<b>hello</b>"
         inside = "return [...document.querySelectorAll('.text *')].map(e => e.tagName.toLowerCase())"
-        assert set(browser.run(inside)) <= {
-            *(
-                "p",
-                "h3",
-                "a",
-                "strong",
-                "em",
-                "code",
-                "ol",
-                "ul",
-                "li",
-                "div",
-                "span",
-                "button",
-                "pre",
-                "blockquote",
-            )
-        }
+        allowed = "p h3 a strong em code ol ul li div span button pre blockquote table tr th td"
+        assert set(browser.run(inside)) <= set(allowed.split())
         assert browser.run("return window.hacked ?? null") is None
         assert browser.run("return [...document.querySelectorAll('.text a')].map(a => a.href)") == [
             "https://example.org/a"
@@ -267,6 +255,9 @@ class TestWrittenAnswers:
         assert browser.text(".text strong em") == "and"
         assert browser.text(".text pre") == "<script>window.hacked = 4</script>"
         assert browser.text(".text ol li ul li") == "under two"
+        assert browser.run("return [...document.querySelectorAll('th, td')].map(c => c.innerText)") == [
+            *("a", "b", "<u>1</u>", "2")
+        ]
         assert browser.text(".text blockquote") == "quoted & <i>done</i>"
         assert "[none](javascript:" in browser.text(".text")
         assert browser.log() == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -401,6 +403,43 @@ def test_fields_that_change_nothing(client: openai.OpenAI, expected: str) -> Non
         extra_body={"top_k": None, "stop": None},
     )
     assert answer.choices[0].message.content == expected
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl(server: Any, expected: str) -> None:
+    body = {"messages": QUESTION, "max_tokens": 40, "temperature": 0, "stream": True}
+    command = ["curl", "-sN", f"{server.url}/v1/chat/completions", "-H", "Content-Type: application/json"]
+    command += ["-d", json.dumps(body)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert events.pop() == "[DONE]"
+    assert "".join(json.loads(e)["choices"][0]["delta"].get("content", "") for e in events) == expected
+
+
+def test_nobody_waits_for_a_long_prompt(server: Any) -> None:
+    body = {"messages": QUESTION, "max_tokens": 1}
+    with ThreadPoolExecutor() as pool:
+        long = pool.submit(
+            httpx.post, f"{server.url}/v1/completions", json={"prompt": "word " * 200_000}, timeout=60
+        )
+        server.until(lambda: server.server.traffic.answering > 0)
+        short = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+        assert short.status_code == 200
+        assert httpx.get(f"{server.url}/v1/cache").status_code == 200
+        assert not long.done()
+        assert "the context holds 2048" in long.result().json()["error"]["message"]
+
+
+def test_when_the_batcher_is_gone(serving: Any) -> None:
+    with serving() as server:
+        server.batcher.close("the model is closed")
+        for reply in (
+            httpx.get(f"{server.url}/v1/cache"),
+            httpx.get(f"{server.url}/metrics"),
+            httpx.post(f"{server.url}/v1/chat/completions", json={"messages": QUESTION}),
+        ):
+            assert reply.status_code == 500
+            assert reply.json()["error"]["message"] == "the model is closed"
 
 
 def test_parts_of_text_and_developers(client: openai.OpenAI, expected: str) -> None:
