@@ -7,8 +7,8 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,6 +62,24 @@ def write_bytes_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes]
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Alone among processes that do the same, where the system can lock a folder; leaves no lock file.
+
+    For moments only: it waits for the others. The system frees it when its holder dies. Raises OSError if
+    there is no such folder.
+    """
+    file = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    try:
+        if file is not None:
+            with suppress(OSError):  # a file system without locks
+                _lock(file, wait=True)
+        yield
+    finally:
+        if file is not None:
+            os.close(file)
 
 
 def _remove_leftovers(target: Path) -> None:

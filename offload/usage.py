@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
-from moe_local.cache.files import parse_json, write_atomically
+from moe_local.cache.files import locked, parse_json, write_atomically
 from moe_local.cache.stats import RoutedTokens
 
 FILE_NAME = "usage.json"
@@ -26,21 +27,25 @@ def read_usage(folder: Path) -> RoutedTokens | None:
 
 
 def add_usage(folder: Path, routed: RoutedTokens) -> None:
-    """Add one run's counts to those in `folder`, atomically. A read-only folder keeps what it has."""
+    """Add one run's counts to those in `folder`, atomically, one process at a time.
+
+    A folder that is read-only or gone keeps what it has.
+    """
     if not any(routed.tokens):
         return
-    before = read_usage(folder)
-    if before is not None and [len(c) for c in before.counts] == [len(c) for c in routed.counts]:
-        routed = RoutedTokens(
-            tuple(
-                tuple(a + b for a, b in zip(new, old, strict=True))
-                for new, old in zip(routed.counts, before.counts, strict=True)
-            ),
-            tuple(a + b for a, b in zip(routed.tokens, before.tokens, strict=True)),
-        )
-    try:
+    with suppress(OSError), locked(folder):
+        total = _sum(read_usage(folder), routed)
         write_atomically(
-            folder / FILE_NAME, [json.dumps({"counts": routed.counts, "tokens": routed.tokens}), "\n"]
+            folder / FILE_NAME, [json.dumps({"counts": total.counts, "tokens": total.tokens}), "\n"]
         )
-    except OSError:
-        return
+
+
+def _sum(before: RoutedTokens | None, new: RoutedTokens) -> RoutedTokens:
+    """`new` alone where the earlier ones are of another shape."""
+    if before is None or [len(c) for c in before.counts] != [len(c) for c in new.counts]:
+        return new
+    counts = tuple(
+        tuple(a + b for a, b in zip(layer, old, strict=True))
+        for layer, old in zip(new.counts, before.counts, strict=True)
+    )
+    return RoutedTokens(counts, tuple(a + b for a, b in zip(new.tokens, before.tokens, strict=True)))
