@@ -37,11 +37,13 @@ class Peer(Contender):
             self.hello = self._receive()
             self._open = undo.pop_all()
         super().__init__(self.hello["name"], Weights(**self.hello["weights"]))
+        self.last: dict[str, Any] = {}
+        """What it said last of an answer, figures included (serve.py)."""
 
     def answer(self, prompt: Sequence[int], tokens: int, *, keep: bool) -> None:
         assert self._process.stdin is not None
         print(json.dumps({"prompt": list(prompt), "tokens": tokens}), file=self._process.stdin, flush=True)
-        record = self._receive()
+        record = self.last = self._receive()
         if keep:
             ids = tuple(record["ids"])
             self.answers.append(Answer(len(prompt), record["prefill_s"], record["decode_s"], ids))
@@ -95,12 +97,25 @@ def start(name: str, folder: Path, fingerprint: str, setup: Setup) -> Peer:
         vram = [] if setup.vram is None else ["--vram", str(setup.vram)]
         return Peer([sys.executable, str(HERE / "transformers_peer.py"), str(folder), *vram, *random])
     python = str(install.install(install.default_folder()))
-    file = moe_local_home() / "benchmarks" / f"{folder.name}-{fingerprint[:16]}-q4_0.gguf"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        command = [python, str(HERE / "gguf_file.py"), str(folder), str(file), *random]
-        if subprocess.run(command, check=False).returncode != 0:
-            raise SystemExit(f"{folder} could not be written as {file}; see above")
+    file = gguf_of(folder, fingerprint, random=setup.random)
     on_gpu = [] if setup.vram is None else ["--n-cpu-moe", str(setup.n_cpu_moe)]
     peer = str(HERE / "llama_cpp_peer.py")
     return Peer([python, peer, str(file), "--context", str(setup.context), *on_gpu])
+
+
+def gguf_of(folder: Path, fingerprint: str, *, random: bool = False) -> Path:
+    """The checkpoint in `folder` as a GGUF file, written first if need be. Raises SystemExit."""
+    file = moe_local_home() / "benchmarks" / f"{folder.name}-{fingerprint[:16]}-q4_0.gguf"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        python = str(install.install(install.default_folder()))
+        command = [
+            python,
+            str(HERE / "gguf_file.py"),
+            str(folder),
+            str(file),
+            *(["--random"] if random else []),
+        ]
+        if subprocess.run(command, check=False).returncode != 0:
+            raise SystemExit(f"{folder} could not be written as {file}; see above")
+    return file

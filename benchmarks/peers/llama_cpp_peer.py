@@ -3,9 +3,11 @@
 Its defaults throughout, which are its best: weights repacked for this processor as they are loaded, fused
 attention, 512 prompt tokens in one forward; but every core, in prefill and decoding. With --n-cpu-moe N the
 model is on the GPU but for the experts of the first N layers, as llama.cpp's own option of this name has it
-(which is made of the overrides used here). Runs in the environment that install.py makes.
+(which is made of the overrides used here). With --mapped the file is used where it lies in the page cache,
+not repacked: repacked weights are a copy in memory, which a file larger than that has no room for. Runs in
+the environment that install.py makes.
 
-    python llama_cpp_peer.py FILE.gguf --context 1024 [--n-cpu-moe 12]
+    python llama_cpp_peer.py FILE.gguf --context 1024 [--n-cpu-moe 12] [--mapped]
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def experts_on_cpu(layers: int) -> ctypes.Array[Override]:
 class LlamaCpp:
     """One model and one sequence."""
 
-    def __init__(self, path: str, context: int, threads: int, n_cpu_moe: int | None) -> None:
+    def __init__(
+        self, path: str, context: int, threads: int, n_cpu_moe: int | None, mapped: bool = False
+    ) -> None:
         """`n_cpu_moe`: layers whose experts stay in RAM, all else on the GPU; None: no GPU is used."""
         c.llama_backend_init()
         load = c.llama_model_default_params()
@@ -49,6 +53,9 @@ class LlamaCpp:
         load.tensor_buft_overrides = ctypes.cast(self._overrides, ctypes.c_void_p)
         if n_cpu_moe:
             load.load_mode = c.LLAMA_LOAD_MODE_NONE  # as it recommends with overrides: pinned, not mapped
+        if mapped:
+            load.load_mode = c.LLAMA_LOAD_MODE_MMAP
+            load.use_extra_bufts = False
         self._model = c.llama_model_load_from_file(path.encode(), load)
         if not self._model:
             raise SystemExit(f"llama.cpp cannot load {path}")
@@ -96,17 +103,24 @@ def weights(path: str) -> dict[str, int]:
     return read
 
 
+def name(n_cpu_moe: int | None, mapped: bool) -> str:
+    if n_cpu_moe is not None:
+        return f"llama.cpp, n-cpu-moe {n_cpu_moe}"
+    return "llama.cpp, mapped" if mapped else "llama.cpp"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Answer prompts with llama.cpp over stdin and stdout.")
     parser.add_argument("model", metavar="FILE.gguf")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--n-cpu-moe", type=int, help="on the GPU, but for the experts of so many layers")
+    parser.add_argument("--mapped", action="store_true", help="do not copy weights into memory")
     options = parser.parse_args()
     pipe = Pipe()
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    model = LlamaCpp(options.model, options.context, threads, options.n_cpu_moe)
+    model = LlamaCpp(options.model, options.context, threads, options.n_cpu_moe, options.mapped)
     hello = {
-        "name": "llama.cpp" if options.n_cpu_moe is None else f"llama.cpp, n-cpu-moe {options.n_cpu_moe}",
+        "name": name(options.n_cpu_moe, options.mapped),
         "version": f"llama-cpp-python {c.__version__}",
         "detail": c.llama_print_system_info().decode().strip(),
         "threads": threads,

@@ -5,7 +5,7 @@ A peer runs in a process and an environment of its own, so this knows the standa
     out   {"name", "version", "detail", "threads", "weights": {"expert_bytes", "expert_numel", "dense_bytes",
           "dense_numel"}}, once, when the model is loaded (see `Weights` in benchmarks/contenders.py)
     in    {"prompt": [id, ...], "tokens": N}
-    out   {"prefill_s", "decode_s", "ids": [N ids]}
+    out   {"prefill_s", "decode_s", "ids": [N ids], "figures": {name: counted since the first id}}
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ First = Callable[[list[int]], int]
 """Forgets what came before, computes a prompt, and returns the likeliest next id."""
 Next = Callable[[int], int]
 """Computes one id after what came before, and returns the likeliest next one."""
+Figures = Callable[[], dict[str, float]]
+"""Counts since the start of the process."""
 
 
 class Pipe:
@@ -30,22 +32,42 @@ class Pipe:
         self._out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-    def serve(self, hello: dict[str, Any], first: First, following: Next) -> None:
-        """Answer until the other end closes."""
+    def serve(
+        self, hello: dict[str, Any], first: First, following: Next, figures: Figures | None = None
+    ) -> None:
+        """Answer until the other end closes. Counted are the bytes that were read, where nothing else is."""
         self._send(hello)
         for line in sys.stdin:
             request = json.loads(line)
-            self._send(measure(request["prompt"], request["tokens"], first, following))
+            self._send(measure(request["prompt"], request["tokens"], first, following, figures or of_process))
 
     def _send(self, record: dict[str, Any]) -> None:
         print(json.dumps(record), file=self._out, flush=True)
 
 
-def measure(prompt: list[int], tokens: int, first: First, following: Next) -> dict[str, Any]:
+def measure(
+    prompt: list[int], tokens: int, first: First, following: Next, figures: Figures
+) -> dict[str, Any]:
     """Seconds from the prompt to the first new id, and from the first to the last of `tokens` new ids."""
     began = time.perf_counter()
     ids = [first(prompt)]
+    before = figures()
     answered = time.perf_counter()
     while len(ids) < tokens:
         ids.append(following(ids[-1]))
-    return {"prefill_s": answered - began, "decode_s": time.perf_counter() - answered, "ids": ids}
+    ended = time.perf_counter()
+    counted = {name: value - before[name] for name, value in figures().items()}
+    return {"prefill_s": answered - began, "decode_s": ended - answered, "ids": ids, "figures": counted}
+
+
+def of_process() -> dict[str, float]:
+    return {"read_bytes": read_bytes()}
+
+
+def read_bytes() -> int:
+    """Bytes that this process made the system fetch from disk, mapped files included; 0 where unknown."""
+    try:
+        with open("/proc/self/io") as file:
+            return int(dict(line.split(": ") for line in file)["read_bytes"])
+    except (OSError, KeyError):
+        return 0

@@ -1,12 +1,13 @@
 """transformers as a peer: the checkpoint in bfloat16, all of it in RAM, by its own forward and cache.
 
 With --vram, on the GPU as far as so many bytes go; accelerate brings the rest from RAM when it is needed, as
-`device_map="auto"` has it. With --random, the weights are made here in the checkpoint's shapes.
+`device_map="auto"` has it. With --ram, so many bytes stay in RAM and accelerate reads the rest from the
+folder --offload, which it writes first. With --random, the weights are made here in the checkpoint's shapes.
 
 Greedy decoding is written out here rather than left to `generate`, whose own milliseconds a token would count
 against it.
 
-    python transformers_peer.py CHECKPOINT [--vram BYTES] [--random]
+    python transformers_peer.py CHECKPOINT [--vram BYTES] [--ram BYTES --offload FOLDER] [--random]
 """
 
 from __future__ import annotations
@@ -23,13 +24,24 @@ from serve import Pipe
 class Transformers:
     """One model and one sequence."""
 
-    def __init__(self, folder: str, *, vram: int | None = None, random: bool = False) -> None:
-        """`vram`: bytes of the GPU that weights may take; None: no GPU is used."""
+    def __init__(
+        self,
+        folder: str,
+        *,
+        vram: int | None = None,
+        ram: int | None = None,
+        offload: str | None = None,
+        random: bool = False,
+    ) -> None:
+        """`vram`: bytes of the GPU that weights may take, None: no GPU is used; `ram`: bytes of RAM that they
+        may take, None: all there are."""
         transformers.utils.logging.disable_progress_bar()
-        memory = None if vram is None else {0: vram, "cpu": 1 << 50}
-        self.model: Any = made(folder, memory) if random else loaded(folder, memory)
+        memory: Memory = None if vram is None else {0: vram, "cpu": 1 << 50}
+        if ram is not None:
+            memory = {"cpu": ram}
+        self.model: Any = made(folder, memory) if random else loaded(folder, memory, offload)
         self.model.eval()
-        self._device = self.model.get_input_embeddings().weight.device if vram is None else "cuda:0"
+        self._device = "cpu" if vram is None else "cuda:0"
         self._past: Any = None
 
     def first(self, prompt: list[int]) -> int:
@@ -52,8 +64,8 @@ Memory = dict[int | str, int] | None
 """Bytes of each device that weights may take; None: all of them are in RAM."""
 
 
-def loaded(folder: str, memory: Memory) -> Any:
-    where = {} if memory is None else {"device_map": "auto", "max_memory": memory}
+def loaded(folder: str, memory: Memory, offload: str | None = None) -> Any:
+    where = {} if memory is None else {"device_map": "auto", "max_memory": memory, "offload_folder": offload}
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, local_files_only=True, **where
     )
@@ -105,12 +117,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Answer prompts with transformers over stdin and stdout.")
     parser.add_argument("model", metavar="CHECKPOINT")
     parser.add_argument("--vram", type=int, help="bytes of the GPU that weights may take")
+    parser.add_argument("--ram", type=int, help="bytes of RAM that weights may take")
+    parser.add_argument("--offload", help="folder for what finds no place there")
     parser.add_argument("--random", action="store_true", help="make weights, read only the shapes")
     options = parser.parse_args()
     pipe = Pipe()
-    peer = Transformers(options.model, vram=options.vram, random=options.random)
+    peer = Transformers(
+        options.model, vram=options.vram, ram=options.ram, offload=options.offload, random=options.random
+    )
     hello = {
-        "name": "transformers" if options.vram is None else "transformers, accelerate",
+        "name": "transformers" if options.vram is options.ram is None else "transformers, accelerate",
         "version": f"transformers {transformers.__version__}, torch {torch.__version__}",
         "detail": f"bfloat16, experts {peer.model.config._experts_implementation}",
         "threads": torch.get_num_threads(),
