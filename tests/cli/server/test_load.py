@@ -117,11 +117,11 @@ class Load:
 @pytest.mark.parametrize(
     "seconds",
     [
-        pytest.param(3, id="seconds"),
+        pytest.param(2.5, id="seconds"),
         pytest.param(300, id="five minutes", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
     ],
 )
-def test_many_clients(serving: Any, crowded: moe_local.Model, seconds: int) -> None:
+def test_many_clients(serving: Any, crowded: moe_local.Model, seconds: float) -> None:
     expected = {
         question: crowded.generate(
             [{"role": "user", "content": question}], max_new_tokens=TOKENS, do_sample=False
