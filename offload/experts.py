@@ -184,12 +184,12 @@ class ExpertRunner:
         """Have the kernels of decode steps compiled now, which takes seconds, and not by the first token."""
         arena, seen = self.store.tier.arena, list[Layout]()
         for module in modules:
-            layout = self.store.layouts[module.index][0]
-            launcher = self._kernels.grouped.launcher(module, arena.device, layout)
-            if launcher is not None and layout not in seen:
-                seen.append(layout)
-                x = torch.zeros(1, hidden_size, dtype=dtype, device=arena.device)
-                warm_up(launcher, x, self.store.routed.top_k(module.index), arena.buffer(module.index, 0))
+            for layout in self.store.kinds[module.index]:
+                launcher = self._kernels.grouped.launcher(module, arena.device, layout)
+                if launcher is not None and layout not in seen:
+                    seen.append(layout)
+                    x = torch.zeros(1, hidden_size, dtype=dtype, device=arena.device)
+                    warm_up(launcher, x, self.store.routed.top_k(module.index), arena.buffer(module.index, 0))
 
     def is_resident(self, layer: int) -> bool:
         """Whether single tokens go through the layer without the host."""
@@ -283,7 +283,8 @@ class ExpertRunner:
             return False  # a norm's weights are on the device, and autocast has its own ideas of dtypes
         if not index.numel() or self.store.slots(layer) >= experts.num_experts:
             return False
-        average = Work(self.store.layouts[layer][0].nbytes, max(1, index.numel() // experts.num_experts))
+        kind = self.store.kinds[layer][0]
+        average = Work(kind.nbytes, max(1, index.numel() // experts.num_experts), kind.format)
         return share.scheduler.wants_input(hidden.nbytes, average)
 
     def _begin(
@@ -295,13 +296,14 @@ class ExpertRunner:
         weights: torch.Tensor,
     ) -> LayerStep:
         """The step on hidden [T, D]; shared with the host where `here`, hidden on the host, is given."""
-        layout, device = self.store.layouts[experts.index][0], self.store.tier.device_of(experts.index)
+        kinds, device = self.store.kinds[experts.index], self.store.tier.device_of(experts.index)
+        layout = self._kernels.lead(experts, hidden, kinds)
         step = self._kernels.begin(experts, hidden, routing, weights, layout)
         if here is None or device is None:
             return step
         return SharedStep(
             step,
-            self._kernels.answers(experts, here, routing, layout),
+            self._kernels.answers(experts, here, routing, self._kernels.lead(experts, here, kinds)),
             hidden,
             routing,
             device=device,

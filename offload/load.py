@@ -42,6 +42,7 @@ from moe_local.offload.prefill import PrefillStream
 from moe_local.offload.quantize.allocate import form_of
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.codec import NATIVE
+from moe_local.offload.quantize.mix import is_mixed
 from moe_local.offload.quantize.stored import QUANTIZED
 from moe_local.offload.relief import Relief
 from moe_local.offload.residents import can_reside, uncounted
@@ -109,6 +110,8 @@ def load(
     plan = plan_load(name, checkpoint.spec, options, targets, speeds)
     gpu = target if target.type == "cuda" else None
     file = open_experts(checkpoint, options.experts, progress=progress, gpu=gpu)
+    if isinstance(file, ExpertFile) and is_mixed(file.format):  # whose experts' sizes are known by now
+        plan = plan_load(name, checkpoint.spec, options, targets, speeds, file)
     targets = targets[: len(plan.cards) or 1]
     cards = [cuda_device(card) for card in targets if card.type == "cuda"]
     return assemble(checkpoint, file, plan, options, targets, cards, progress)
@@ -272,7 +275,10 @@ def _assemble(
         if cards:  # last of all that is allocated there, since it can do with less
             by_layer = [cards[plan.card_of(layer.index)] for layer in checkpoint.spec.layers]
             spare = plan.bytes.workspace // len(cards)
-            arena = build_arena(file, checkpoint.spec, plan.vram_slots, by_layer, spare=spare)
+            ladders = plan.request.ladders
+            arena = build_arena(
+                file, checkpoint.spec, plan.vram_slots, by_layer, spare=spare, ladders=ladders
+            )
             undo.callback(arena.close)
             plan = _as_allocated(plan, arena.slots)
         store = build_store(
@@ -284,6 +290,7 @@ def _assemble(
             scheduler=_scheduler(options, plan),
             vram_staging=plan.vram_staging,
             ram_staging=plan.ram_staging,
+            ladders=plan.request.ladders,
         )
         undo.callback(store.close)
         engine = Engine(as_decoder(hf), kv, chunk=plan.chunk)

@@ -51,6 +51,8 @@ class ExpertStore:
                 raise ValueError("a layer without any slot cannot be served")
         self.tier = tier
         self.layouts = layouts
+        self.kinds = [list({id(layout): layout for layout in layer}.values()) for layer in layouts]
+        """The different layouts of each layer."""
         self.routed = routed
         self.tokens = 0
         """Tokens generated, counted by whoever generates."""

@@ -15,6 +15,7 @@ from moe_local.cache.errors import ExpertFileError
 from moe_local.cache.files import parse_json
 from moe_local.offload.expert_file.expert_shard import VERSION, ShardPlan, write_durably
 from moe_local.offload.quantize.layout import PAGE, Layout
+from moe_local.offload.quantize.mix import Mix
 
 MANIFEST = "manifest.json"
 
@@ -118,6 +119,11 @@ class ExpertFile:
 
     def num_experts(self, layer: int) -> int:
         return len(self.layers[layer].layouts)
+
+    @property
+    def mix(self) -> Mix:
+        """The format of each expert. Raises ExpertFileError if all were converted to one."""
+        return Mix(self.format, tuple(tuple(each.format for each in layer.layouts) for layer in self.layers))
 
     @property
     def total_experts(self) -> int:

@@ -61,6 +61,10 @@ class LayerStep(Protocol):
         """The weighted sum, [T, D] in the dtype of x, after every expert has been computed."""
 
 
+Rest = Callable[[torch.Tensor], LayerStep]
+"""outputs, float32 [T * K, D] -> a step that puts experts' answers there."""
+
+
 class Answers(Protocol):
     """Computes experts of one forward of a layer on the CPU, without summing them up."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moe_local.offload.kernels.contracts import ExpertMath, Readable
+from moe_local.offload.kernels.contracts import Answers, ExpertMath, LayerStep, Readable, Rest
 from moe_local.offload.kernels.gates import recognize
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.native.library import (
@@ -133,15 +133,28 @@ class CpuExperts:
             self._gates[math] = recognize(math)
         return self._gates[math] is not None
 
-    def begin(self, math: ExpertMath, x: torch.Tensor, routing: Routing, weights: torch.Tensor) -> CpuStep:
-        """A LayerStep; see LayerKernels.begin."""
-        return CpuStep(self.answers(math, x, routing), weights)
+    def begin(
+        self,
+        math: ExpertMath,
+        x: torch.Tensor,
+        routing: Routing,
+        weights: torch.Tensor,
+        layout: Layout,
+        rest: Rest,
+    ) -> CpuStep:
+        """A LayerStep; see LayerKernels.begin. `rest` computes experts of layouts that are not served."""
+        return CpuStep(self._calls(math, x, routing, layout), weights, rest)
 
-    def answers(self, math: ExpertMath, x: torch.Tensor, routing: Routing) -> CpuAnswers:
-        """Answers; see LayerKernels.answers."""
+    def answers(
+        self, math: ExpertMath, x: torch.Tensor, routing: Routing, layout: Layout, rest: Answers
+    ) -> CpuAnswers:
+        """Answers; see LayerKernels.answers and `begin`."""
+        return CpuAnswers(self._calls(math, x, routing, layout), rest)
+
+    def _calls(self, math: ExpertMath, x: torch.Tensor, routing: Routing, layout: Layout) -> CpuCalls:
         gate = self._gates[math]
         assert gate is not None
-        return CpuAnswers(self, math, gate, x, routing, rounding(self._activations, x.dtype))
+        return CpuCalls(self, math, gate, x, routing, layout, rounding(self._activations, x.dtype))
 
     def expert(self, buffer: torch.Tensor, layout: Layout, math: ExpertMath) -> Expert:
         """The expert in a slot. It is remembered by the slot's address, so one instance serves one store."""
@@ -155,8 +168,8 @@ class CpuExperts:
         return expert
 
 
-class CpuAnswers:
-    """Computes the answers of some experts to one input, in one call of the library a group."""
+class CpuCalls:
+    """Calls of the library for one input, each with experts of one layout."""
 
     def __init__(
         self,
@@ -165,20 +178,26 @@ class CpuAnswers:
         gate: Gate,
         x: torch.Tensor,
         routing: Routing,
+        layout: Layout,
         activations: int,
     ) -> None:
+        """`layout` is one that the library serves."""
         self._experts = experts
+        self._layout = layout
         self._math = math
         self._gate = gate
         self.x = x if x.is_contiguous() else x.contiguous()
         self.routing = routing
         self._activations = activations
 
-    def compute(self, group: Sequence[Readable], out: torch.Tensor) -> torch.Tensor:
-        starts, places = self.routing.places_of(readable.expert for readable in group)
-        tokens, rows = places.div(self.routing.top_k, rounding_mode="floor"), torch.arange(len(places))
-        self.run(group, starts, tokens.data_ptr(), rows.data_ptr(), out)
-        return places
+    def split(self, group: Sequence[Readable]) -> list[tuple[Sequence[Readable], bool]]:
+        """The group by layouts, and whether the library has kernels for that layout."""
+        if all(readable.layout is self._layout for readable in group):
+            return [(group, True)]
+        parts: dict[int, list[Readable]] = {}
+        for readable in group:
+            parts.setdefault(id(readable.layout), []).append(readable)
+        return [(part, serves(part[0].layout, self.x)) for part in parts.values()]
 
     def run(
         self,
@@ -218,12 +237,37 @@ class CpuAnswers:
         check(status)
 
 
-class CpuStep:
-    """A LayerStep in one call of the library a group; the last group's call sums up, too."""
+class CpuAnswers:
+    """Computes the answers of some experts to one input, in one call of the library for each layout."""
 
-    def __init__(self, answers: CpuAnswers, weights: torch.Tensor) -> None:
-        x, routing = answers.x, answers.routing
-        self._answers = answers
+    def __init__(self, calls: CpuCalls, rest: Answers) -> None:
+        self._calls = calls
+        self._rest = rest
+
+    def compute(self, group: Sequence[Readable], out: torch.Tensor) -> torch.Tensor:
+        found, start = [], 0
+        for part, served in self._calls.split(group):
+            places = self._served(part, out[start:]) if served else self._rest.compute(part, out[start:])
+            found.append(places)
+            start += len(places)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _served(self, group: Sequence[Readable], out: torch.Tensor) -> torch.Tensor:
+        routing = self._calls.routing
+        starts, places = routing.places_of(readable.expert for readable in group)
+        tokens, rows = places.div(routing.top_k, rounding_mode="floor"), torch.arange(len(places))
+        self._calls.run(group, starts, tokens.data_ptr(), rows.data_ptr(), out)
+        return places
+
+
+class CpuStep:
+    """A LayerStep in one call of the library for each layout in a group; the last call sums up, too."""
+
+    def __init__(self, calls: CpuCalls, weights: torch.Tensor, rest: Rest) -> None:
+        x, routing = calls.x, calls.routing
+        self._calls = calls
+        self._rest = rest
+        self._rest_step: LayerStep | None = None
         self._routing = routing
         self._weights = weights if weights.dtype is torch.float32 else weights.float()
         if not self._weights.is_contiguous():
@@ -234,6 +278,15 @@ class CpuStep:
         self._summed = False
 
     def compute(self, group: Sequence[Readable]) -> None:
+        for part, served in self._calls.split(group):
+            if served:
+                self._compute(part)
+            else:
+                self._rest_step = self._rest_step or self._rest(self._outputs)
+                self._rest_step.compute(part)
+                self._left -= sum(self._routing.tokens_of(readable.expert) for readable in part)
+
+    def _compute(self, group: Sequence[Readable]) -> None:
         experts, routing = [readable.expert for readable in group], self._routing
         if routing.tokens == 1:
             numbers = ctypes.c_int64 * len(experts)
@@ -248,7 +301,7 @@ class CpuStep:
         self._left -= starts[-1]
         self._summed = self._left == 0
         weights, combined = (self._weights, self._combined) if self._summed else (None, None)
-        self._answers.run(group, starts, tokens, places, self._outputs, weights, combined)
+        self._calls.run(group, starts, tokens, places, self._outputs, weights, combined)
 
     def accept(self, places: torch.Tensor, answers: torch.Tensor) -> None:
         self._outputs.index_copy_(0, places, answers)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from moe_local.offload.kernels.contracts import ExpertMath, LayerStep, Readable
+from moe_local.offload.kernels.contracts import ExpertMath, LayerStep, Readable, Rest
 from moe_local.offload.kernels.gates import recognize
 from moe_local.offload.kernels.launcher import UNIT, Launcher, triton_kernels
 from moe_local.offload.kernels.routing import Routing
@@ -20,9 +20,6 @@ DECODE_TOKENS = 64
 nobody planned for, and most of its experts have more than MOST_TOKENS anyway."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-Rest = Callable[[torch.Tensor], LayerStep]
-"""outputs, float32 [T * K, D] -> a step that puts experts' answers there."""
 
 
 class GroupedExperts:

@@ -31,25 +31,34 @@ class LayerKernels:
         weights: torch.Tensor,
         layout: Layout,
     ) -> LayerStep:
-        """`weights` [T, K] of the routing; `layout` is that of the layer's experts."""
+        """`weights` [T, K] of the routing; `layout` is its experts', or the `lead` of several."""
+
+        def rest(outputs: torch.Tensor) -> LayerStep:
+            return OneByOne(self._each, math, x, routing, weights, outputs)
+
         if self._together.serves(math, x, layout):
-            return self._together.begin(math, x, routing, weights)
+            return self._together.begin(math, x, routing, weights, layout, rest)
         if self.grouped.serves(math, x, routing, layout):
-            return self.grouped.begin(
-                math,
-                x,
-                routing,
-                weights,
-                layout,
-                lambda outputs: OneByOne(self._each, math, x, routing, weights, outputs),
-            )
+            return self.grouped.begin(math, x, routing, weights, layout, rest)
         return OneByOne(self._each, math, x, routing, weights)
+
+    def lead(self, math: ExpertMath, x: torch.Tensor, layouts: Sequence[Layout]) -> Layout:
+        """Of the layouts that a layer's experts have, one that the fastest kernels serve, if there is one."""
+        if len(layouts) == 1:
+            return layouts[0]
+        return next((layout for layout in layouts if self._has_kernels(math, x, layout)), layouts[0])
+
+    def _has_kernels(self, math: ExpertMath, x: torch.Tensor, layout: Layout) -> bool:
+        if x.is_cuda:
+            return self.grouped.launcher(math, x.device, layout) is not None
+        return self._together.serves(math, x, layout)
 
     def answers(self, math: ExpertMath, x: torch.Tensor, routing: Routing, layout: Layout) -> Answers:
         """What computes single answers from x [T, D] on the CPU, with the fastest kernels there are."""
+        rest = AnswersOneByOne(self._each, math, x, routing)
         if self._together.serves(math, x, layout):
-            return self._together.answers(math, x, routing)
-        return AnswersOneByOne(self._each, math, x, routing)
+            return self._together.answers(math, x, routing, layout, rest)
+        return rest
 
 
 class AnswersOneByOne:

@@ -10,12 +10,14 @@ import torch
 
 from moe_local.cache.errors import OptionError
 from moe_local.offload.checkpoint.spec import ModelSpec, model_spec
+from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan import bandwidth
 from moe_local.offload.plan.free_memory import free_ram, free_vram
 from moe_local.offload.plan.nearest import nearest
 from moe_local.offload.plan.placement import place
 from moe_local.offload.plan.plan import DEFAULT_CONTEXT, Plan, Request
+from moe_local.offload.usage import read_usage
 
 
 def fit(
@@ -77,8 +79,11 @@ def plan_load(
     options: LoadOptions,
     devices: Sequence[torch.device],
     bandwidths: bandwidth.Bandwidths,
+    file: ExpertFile | None = None,
 ) -> Plan:
     """The plan that a load on `devices` follows: a budget bounds, but cannot make free what is not.
+
+    Of a converted mix `file` says which expert has which format and, by its folder, how often it was chosen.
 
     Raises DoesNotFitError, in the words of `fit`, before anything is allocated.
     """
@@ -99,9 +104,19 @@ def plan_load(
             parallel=options.parallel,
             slots=options.slots,
             bandwidths=bandwidths,
+            mix=None if file is None else file.mix,
+            use=None if file is None else _use(file),
         ),
         cards,
     ).check()
+
+
+def _use(file: ExpertFile) -> tuple[tuple[int, ...], ...] | None:
+    """How often each expert was chosen in earlier runs; None if that is not known of all layers."""
+    usage = read_usage(file.folder)
+    if usage is None or [len(layer.layouts) for layer in file.layers] != [len(c) for c in usage.counts]:
+        return None
+    return usage.counts
 
 
 def _context(options: LoadOptions, spec: ModelSpec) -> int:

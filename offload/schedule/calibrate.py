@@ -65,27 +65,44 @@ def measure_cpu(
 ) -> None:
     """Compute experts of a layer that are in RAM on the CPU, for some numbers of tokens, and keep how long.
 
-    Changes nothing where none is there. Blocks for some tenths of a second with large experts.
+    Each format by itself; changes nothing for one of which none is there. Blocks for some tenths of a second
+    with large experts.
     """
+    for layout in store.kinds[layer]:
+        _measure(costs, store, math, kernels, layout, layer=layer, hidden_size=hidden_size, dtype=dtype)
+
+
+def _measure(
+    costs: Costs,
+    store: ExpertStore,
+    math: ExpertMath,
+    kernels: LayerKernels,
+    layout: Layout,
+    *,
+    layer: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+) -> None:
+    """`measure_cpu` for the layer's experts of one layout."""
     assert store.below is not None
     cache, arena, layouts = store.below.cache, store.below.arena, store.layouts[layer]
-    most = max(LEAST_EXPERTS, READ_BYTES // layouts[0].nbytes)
+    most = max(LEAST_EXPERTS, READ_BYTES // layout.nbytes)
     experts = []
-    for expert in cache.residents(layer)[:most]:
+    for expert in [expert for expert in cache.residents(layer) if layouts[expert] is layout][:most]:
         slot = cache.slot_of(layer, expert)
         assert slot is not None
-        experts.append(_Resident(expert, arena.buffer(layer, slot), layouts[expert]))
+        experts.append(_Resident(expert, arena.buffer(layer, slot), layout))
     if not experts:
         return
     nbytes = sum(resident.layout.nbytes for resident in experts)
     for tokens in TOKENS:
         x = torch.randn(tokens, hidden_size, dtype=torch.float32).to(dtype)
         ids = [resident.expert for resident in experts] * tokens
-        answers = kernels.answers(math, x, Routing(ids, tokens, len(layouts)), layouts[0])
+        answers = kernels.answers(math, x, Routing(ids, tokens, len(layouts)), layout)
         out = torch.empty(len(ids), hidden_size, dtype=torch.float32)
         times = []
         for _ in range(2):
             start = time.perf_counter()
             answers.compute(experts, out)
             times.append(time.perf_counter() - start)
-        costs.set_cpu(Work(nbytes, tokens), min(times))
+        costs.set_cpu(Work(nbytes, tokens, layout.format), min(times))

@@ -23,6 +23,8 @@ class Work(NamedTuple):
 
     nbytes: int
     tokens: int
+    format: str = ""
+    """What the bytes are, since kernels read some formats more slowly than others."""
 
 
 class Estimate:
@@ -66,12 +68,14 @@ class Costs:
         memory: float,
         gpu: float,
     ) -> None:
-        """`cpu`: bytes/s of experts by their number of tokens, for one number at least; `link`, `memory`
+        """`cpu`: bytes/s of experts by their number of tokens, for one number at least, of formats that have
+        not been seen; `link`, `memory`
         (the host's) and `gpu` (reading its own memory): bytes/s."""
         self.cpu_latency_s = cpu_latency_s
         self.link_latency_s = link_latency_s
         self._gpu = gpu
-        self._cpu = {_bucket(tokens): Estimate(1 / rate) for tokens, rate in sorted(cpu.items())}
+        self._cpu = {("", _bucket(tokens)): Estimate(1 / rate) for tokens, rate in sorted(cpu.items())}
+        """Seconds a byte, by format and tokens."""
         self._link = Estimate(1 / link)
         self._memory_of_cpu = Estimate(memory)
         self._memory_of_link = Estimate(memory)
@@ -79,11 +83,11 @@ class Costs:
     def set_cpu(self, work: Work, seconds: float) -> None:
         """A call with so many bytes of experts, each with so many tokens, was measured on its own."""
         reading = max(seconds - self.cpu_latency_s, seconds / 2)
-        self._cpu[_bucket(work.tokens)] = Estimate(reading / work.nbytes)
+        self._cpu[work.format, _bucket(work.tokens)] = Estimate(reading / work.nbytes)
 
     def cpu_seconds(self, work: Work) -> float:
         """One expert on the CPU beside others, without the call's latency and with the memory to itself."""
-        return work.nbytes * self._cpu_estimate(work.tokens).value
+        return work.nbytes * self._cpu_estimate(work).value
 
     def link_seconds(self, nbytes: int) -> float:
         """One copy with the memory to itself."""
@@ -105,8 +109,8 @@ class Costs:
         own = self._own(seconds, alone, beside_s, self._memory_of_cpu, rate)
         if own is None:
             return
-        for bucket in {_bucket(part.tokens) for part in work}:
-            estimate = self._cpu_estimate(1 << bucket)
+        for part in {(part.format, _bucket(part.tokens)): part for part in work}.values():
+            estimate = self._cpu_estimate(part)
             estimate.saw(estimate.value * own / alone)
 
     def saw_copy(self, nbytes: int, seconds: float, beside_s: float, cpu_rate: float) -> None:
@@ -133,14 +137,21 @@ class Costs:
             memory.saw(both / slowdown)
         return seconds if seconds < alone else None
 
-    def _cpu_estimate(self, tokens: int) -> Estimate:
-        """Seconds a byte for so many tokens, derived from a neighbour where they were never seen."""
-        bucket = _bucket(tokens)
-        if bucket not in self._cpu:
-            near = min(self._cpu, key=lambda known: (abs(known - bucket), known))
-            scale = max(1 << bucket, FLAT_TOKENS) / max(1 << near, FLAT_TOKENS)
-            self._cpu[bucket] = Estimate(self._cpu[near].value * scale)
-        return self._cpu[bucket]
+    def _cpu_estimate(self, work: Work) -> Estimate:
+        """Seconds a byte for so many tokens, derived from a neighbour where they were never seen, of the same
+        format if that was."""
+        key = work.format, _bucket(work.tokens)
+        if key not in self._cpu:
+            near = min(
+                self._cpu, key=lambda known: (known[0] != work.format, known[0] != "", *_far(known, key))
+            )
+            scale = max(1 << key[1], FLAT_TOKENS) / max(1 << near[1], FLAT_TOKENS)
+            self._cpu[key] = Estimate(self._cpu[near].value * scale)
+        return self._cpu[key]
+
+
+def _far(known: tuple[str, int], wanted: tuple[str, int]) -> tuple[int, int]:
+    return abs(known[1] - wanted[1]), known[1]
 
 
 def _bucket(tokens: int) -> int:

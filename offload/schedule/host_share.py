@@ -60,7 +60,7 @@ class HostShare:
         resident = [expert for expert in experts if cache.is_resident(layer, expert)]
         if len(resident) == len(experts):
             return Share([], resident)
-        works = {e: Work(self._layouts[layer][e].nbytes, tokens(e)) for e in experts}
+        works = {e: self._work(layer, e, tokens) for e in experts}
         movable = [e for e in experts if e not in resident and self._in_reach(layer, e)]
         if not movable:
             return Share([], list(experts))
@@ -91,7 +91,7 @@ class HostShare:
         self, layer: int, experts: Sequence[int], tokens: Callable[[int], int], start: float
     ) -> None:
         """The CPU computed these experts from `start`, in the scheduler's clock, until now."""
-        work = [Work(self._layouts[layer][expert].nbytes, tokens(expert)) for expert in experts]
+        work = [self._work(layer, expert, tokens) for expert in experts]
         self.scheduler.computed(work, start, self.scheduler.timeline.clock())
 
     def release(self, layer: int, experts: Sequence[int]) -> None:
@@ -112,7 +112,7 @@ class HostShare:
         )
         if expert is None:
             return
-        work = Work(self._layouts[layer][expert].nbytes, tokens(expert))
+        work = self._work(layer, expert, tokens)
         if not self._tier.cache.has_room(layer, expert) and not self.scheduler.wants_promotion(work):
             return
         made = self._tier.cache.promote(layer, expert, keep)
@@ -120,6 +120,10 @@ class HostShare:
             if made.victim is not None:
                 self.scheduler.worth.admitted(layer, expert, made.victim)
             self._tier.bring(ExpertKey(layer, expert), made.slot, PROMOTION)
+
+    def _work(self, layer: int, expert: int, tokens: Callable[[int], int]) -> Work:
+        layout = self._layouts[layer][expert]
+        return Work(layout.nbytes, tokens(expert), layout.format)
 
     def _in_reach(self, layer: int, expert: int) -> bool:
         """Whether the CPU could read a missing expert now and for as long as it likes."""

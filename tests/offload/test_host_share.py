@@ -199,7 +199,7 @@ def test_ctrl_c_before_the_cpu_begins(make_rig: Make, given: Make, monkeypatch: 
 def test_what_ran_reaches_the_costs(make_rig: Make, make_device: Make, given: Make) -> None:
     scheduler = given([1, 2])
     rig = make_rig("ram", slots=4, device=make_device(), scheduler=scheduler)
-    costs, work = scheduler.costs, Work(4096, 1)
+    costs, work = scheduler.costs, Work(4096, 1, "raw")
     cpu, link = (costs.cpu_seconds(work), costs.slowdowns(1e9)), costs.link_seconds(4096)
     for _ in range(30):
         for start in (0, 4):
