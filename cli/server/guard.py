@@ -91,7 +91,16 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._body_bytes:
             return 413, BodyTooLong(int(length), self._body_bytes).detail, "invalid_request_error"
-        if self._traffic.stopping and scope["method"] == "POST":
+        if scope["method"] != "POST":
+            return None
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if kind != b"application/json":  # what pages of other hosts can send without asking is not
+            return (
+                415,
+                f"the body is {kind.decode('latin-1') or 'of no type'}; send Content-Type: application/json",
+                "invalid_request_error",
+            )
+        if self._traffic.stopping:
             return 503, "the server is stopping", "server_error"
         return None
 

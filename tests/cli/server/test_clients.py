@@ -209,14 +209,15 @@ class TestNames:
 
 
 class TestStopping:
-    def test_answers_under_way_come_to_their_end(self, serving: Any) -> None:
-        with serving() as server, httpx.Client(timeout=60) as client:
-            alone = ask(server, max_tokens=150)
-            body = {"messages": QUESTION, "max_tokens": 150, "temperature": 0, "stream": True}
+    def test_answers_under_way_come_to_their_end(self, serving: Any, scripted: Any) -> None:
+        says = scripted("word ", size=5, times=80, pause_s=0.01)
+        with serving(says) as server, httpx.Client(timeout=60) as client:
+            body = {"messages": QUESTION, "stream": True}
             with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as stream:
                 lines = stream.iter_lines()
                 got = [next(lines)]
                 server.web.stop()
+                server.until(lambda: says.said > 10)
                 refused = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
                 assert refused.status_code == 503
                 assert refused.json()["error"]["message"] == "the server is stopping"
@@ -226,7 +227,7 @@ class TestStopping:
                 assert health.json()["status"] == "stopping"
                 got += lines
             chunks = [json.loads(line[6:]) for line in got if line.startswith("data: {")]
-            assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == alone
+            assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == 80 * "word "
             assert got[-2:] == ["data: [DONE]", ""]
             server.thread.join(60)
             assert not server.thread.is_alive()
@@ -300,7 +301,8 @@ def test_bodies_that_nobody_would_write(server: Any) -> None:
     assert seen.count(400) > 50
     deep = b'{"messages": ' + b"[" * 100_000
     for content in (deep, b'{"seed": ' + b"9" * 10_000 + b"}", b'{"messages": "' + b"x" * 300_000):
-        reply = httpx.post(f"{server.url}/v1/chat/completions", content=content)
+        headers = {"content-type": "application/json"}
+        reply = httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers)
         assert reply.status_code == 400
         assert reply.json()["error"]["message"]
     server.until_idle()

@@ -102,7 +102,8 @@ class Load:
 
     async def _nonsense(self, client: httpx.AsyncClient, chance: random.Random) -> None:
         content = chance.choice((b"{", b"[]", b'{"messages": 3}', b'{"messages": []}', b"x" * 5000))
-        reply = await client.post("/v1/chat/completions", content=content)
+        headers = {"content-type": "application/json"}
+        reply = await client.post("/v1/chat/completions", content=content, headers=headers)
         self.done["nonsense"] += 1
         if reply.status_code != 400:
             self.wrong.append(f"{reply.status_code} for {content!r}")

@@ -381,6 +381,10 @@ def test_bodies_that_are_no_requests(server: Any) -> None:
         answer = httpx.post(url, content=content, headers={"content-type": "application/json"})
         assert answer.status_code == 400, content
         assert answer.json()["error"]["message"]
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        answer = httpx.post(url, content=json.dumps({"messages": QUESTION}), headers={"content-type": kind})
+        assert answer.status_code == 415
+        assert "send Content-Type: application/json" in answer.json()["error"]["message"]
     for method, path, status in (("GET", "/nowhere", 404), ("GET", "/v1/chat/completions", 405)):
         answer = httpx.request(method, server.url + path)
         assert answer.status_code == status
