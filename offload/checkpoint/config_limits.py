@@ -32,4 +32,5 @@ def check_config(fields: Mapping[str, Any], depth: int = 0) -> None:
             elif isinstance(found, int) and not isinstance(found, bool):
                 limit = next((most for names, most in LIMITS if names.search(name)), LARGEST)
                 if abs(found) > limit:
-                    raise CheckpointError(f"{name} is {found:.4g}, and no model has more than {limit:.4g}")
+                    shown = f"{found:.4g}" if abs(found) < 10**300 else f"of {len(str(found))} digits"
+                    raise CheckpointError(f"{name} is {shown}, and no model has more than {limit:.4g}")

@@ -1,8 +1,7 @@
 """Experts on their way from the disk to host memory: reader threads, priorities, cancellation.
 
 The engine's thread starts, joins and cancels loads; reader threads only read. A load is cut into pieces
-so that a demand read overtakes queued prefetches within a few megabytes (splitting without priority, or
-priority without splitting, gains nothing: measured).
+so that demand overtakes queued prefetches within a few megabytes (either alone gains nothing: measured).
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from moe_local.offload.tiers.device import Copied
 from moe_local.offload.tiers.location import FileRange as FileRange
 from moe_local.offload.tiers.location import Location as Location
 from moe_local.offload.tiers.location import ScatteredLocation as ScatteredLocation
+from moe_local.offload.tiers.patience import SLOW, Patience
 
 DEMAND = 0
 """Priority of a load that a kernel waits for; prefetches are 1 and up, farther layers higher."""
@@ -161,6 +161,7 @@ class FileSource:
         direct: bool = False,
     ) -> None:
         self.finished: deque[Load] = deque()
+        self.patience = Patience()
         self.bytes_read = 0
         self._locate = locate
         self._target = target
@@ -229,9 +230,14 @@ class FileSource:
         """Nothing to do here: the threads advance by themselves."""
 
     def wait(self, seconds: float) -> None:
+        """As Source. Raises TransferError if that many waits in a row brought nothing; reads go on."""
         with self._lock:
             if not self.finished:
                 self._ended.wait(seconds)
+            reading = [job for job in self._jobs.values() if job.load.in_flight and not self.finished]
+            if reading and self.patience.is_over():
+                job = min(reading, key=lambda job: job.load.priority)
+                raise _failure(job.load.key, job.location.ranges[0].path, SLOW.format(self.patience.seconds))
 
     def close(self) -> None:
         with self._lock:
@@ -287,6 +293,7 @@ class FileSource:
         with self._lock:
             load.in_flight -= 1
             load.left -= 1
+            self.patience.moved()
             if error is None:
                 load.moved += piece.nbytes
                 self.bytes_read += piece.nbytes

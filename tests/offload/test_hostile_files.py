@@ -238,7 +238,7 @@ def test_damaged_in_many_ways(name: str, make_reader: Any, hostile: ModuleType, 
     reader = make_reader(name)
     (tmp_path / reader.name).write_bytes(reader.honest)
     reader.read(tmp_path / reader.name)
-    fuzz(reader, hostile, tmp_path, 1000, fixed=False)
+    fuzz(reader, hostile, tmp_path, 500, fixed=False)
 
 
 @pytest.mark.parametrize("name", [name for name in READERS if name not in ("gguf", "routes")])
@@ -263,10 +263,13 @@ def test_sizes_beyond_measure_in_a_config(make_checkpoint: Callable[..., Path], 
         {"num_hidden_layers": 10**9},
         {"num_local_experts": 10**9},
         {"vocab_size": 10**30},
+        {"vocab_size": -(10**400)},
         {"text_config": {"num_hidden_layers": 10**9}},
     ):
         (tmp_path / "config.json").write_text(json.dumps(fields | change))
-        with pytest.raises(CheckpointError, match=r"^.*config\.json: .* is 1e\+.*, and no model has more"):
+        with pytest.raises(
+            CheckpointError, match=r"^.*config\.json: .* is (1e\+|of ).*, and no model has more"
+        ):
             moe_local.fit(tmp_path)
 
 

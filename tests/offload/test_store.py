@@ -653,6 +653,43 @@ def test_close_is_quick_and_leaves_no_thread_with_a_disk_that_hangs(make_rig: Ma
     assert not [t for t in threading.enumerate() if t.name.startswith("moe-local-read")]
 
 
+@pytest.mark.parametrize("mode", ["disk", "ram+disk"])
+def test_a_disk_that_gives_nothing_is_named_and_serves_again_when_it_comes_back(
+    make_rig: Make, read_gate: Any, mode: str
+) -> None:
+    rig = make_rig(mode, slots=3)
+    rig.step(0, [0])
+    rig.store._disk.patience.seconds = 0.3
+    read_gate.shut()
+    for _ in range(2):  # it waits as long again
+        began = time.perf_counter()
+        with pytest.raises(
+            TransferError, match=r"^expert [14] of MoE layer 0 in .* given nothing for 0 s; check the disk"
+        ):
+            list(rig.store.serve(0, [1, 4]))
+        assert time.perf_counter() - began > 0.25
+        rig.check()
+    read_gate.open()
+    rig.step(0, [1, 4])
+    rig.settle()
+
+
+def test_a_slow_disk_is_no_dead_one(make_rig: Make, read_gate: Any) -> None:
+    """Whatever moves, be it for another layer, starts the time anew."""
+    rig = make_rig("disk", slots=3, threads=1)
+    rig.store._disk.patience.seconds = 0.4
+    read_gate.shut()
+    rig.store.prefetch(0, [1, 2], distance=1, budget_bytes=BUDGET)
+    timers = [threading.Timer(0.25 * n, read_gate.let) for n in range(1, 4)]
+    for timer in timers:
+        timer.start()
+    assert len([lease for group in rig.store.serve(1, [5]) for lease in group]) == 1
+    for timer in timers:
+        timer.join()
+    read_gate.open()
+    rig.settle()
+
+
 # Starting over
 
 
