@@ -59,7 +59,8 @@ def matrix_at(address: int, layout: Layout, name: str, has_bias: bool) -> Matrix
     matrix = Matrix(format=FORMATS[layout.format], rows=rows, cols=cols)
     matrix.q = parts["q"] if "q" in parts else parts["values"]
     matrix.scales = parts["absmax"] if layout.format == "nf4" else parts.get("scale")
-    matrix.nested, matrix.offset = parts.get("absmax_scale"), parts.get("offset")
+    matrix.nested = parts.get("absmax_scale", parts.get("row_scale"))
+    matrix.offset = parts.get("offset")
     if has_bias:
         bias = next(layout.parts(f"{name}_bias"))
         matrix.bias, matrix.bias_dtype = address + bias.offset, DTYPES[TORCH_DTYPES[bias.dtype]]

@@ -13,7 +13,7 @@ import torch
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.quantize.bnb import dynamic_map
 
-FORMATS = {"nf4": 0, "int8": 1, "fp32": 2, "bf16": 3, "fp16": 4}
+FORMATS = {"nf4": 0, "int8": 1, "q3": 2, "q2": 3, "fp32": 4, "bf16": 5, "fp16": 6}
 PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """The formats of numbers as they are."""
 
@@ -145,5 +145,8 @@ _ARGUMENTS: dict[str, list[type]] = {
     "moe_gate": [POINTER(Gate), c_void_p, c_int64, c_int64, c_void_p],
     "moe_nf4_encode": [c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int32],
     "moe_scales_encode": [c_void_p, c_int64, c_float, c_void_p, c_void_p, c_void_p, c_int32],
+    "moe_low_encode": [
+        *(c_void_p, c_int32, c_int64, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_int32),
+    ],
     "moe_read": [c_void_p, c_int64, c_void_p, c_int32],
 }

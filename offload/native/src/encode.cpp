@@ -1,4 +1,4 @@
-// NF4 quantization by all threads: of the weights, and of their scales.
+// Quantization by all threads: NF4, of the weights and of their scales; Q3 and Q2.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -83,6 +83,27 @@ class ScalesCall {
   uint8_t first_[CELLS + 1];  // the number of steps in the cells before
 };
 
+struct LowCall {
+  const void* weights;
+  int32_t dtype;
+  int64_t rows;
+  int64_t cols;
+  int32_t format;
+  uint8_t* q;
+  uint8_t* scales;
+  float* row_scales;
+
+  static constexpr int64_t WEIGHTS = 1 << 14;  // a chunk, in whole rows
+
+  int64_t rows_a_chunk() const { return std::max<int64_t>(1, WEIGHTS / cols); }
+
+  static void work(void* context, int, int64_t chunk, int) {
+    const LowCall& c = *static_cast<LowCall*>(context);
+    const int64_t first = chunk * c.rows_a_chunk(), last = std::min(c.rows, first + c.rows_a_chunk());
+    kernels().encode_low(c.format, c.weights, c.dtype, c.cols, first, last, c.q, c.scales, c.row_scales);
+  }
+};
+
 }  // namespace
 
 int32_t moe_nf4_encode(const void* weights, int32_t dtype, int64_t numel, uint8_t* q, float* absmax,
@@ -107,5 +128,17 @@ int32_t moe_scales_encode(const float* scales, int64_t count, float offset, cons
   const int64_t chunk = ScalesCall::BLOCKS * NESTED_BLOCK;
   const int64_t chunks[] = {(count + chunk - 1) / chunk};
   run_phases(threads_for(count * 8, 1, threads), 1, chunks, ScalesCall::work, &call);
+  return OK;
+}
+
+int32_t moe_low_encode(const void* weights, int32_t dtype, int64_t rows, int64_t cols, int32_t format,
+                       uint8_t* q, uint8_t* scales, float* row_scales, int32_t threads) {
+  if (rows < 0 || cols < 0 || threads < 1 || !valid_dtype(dtype) || !is_low(format)) return BAD_ARGUMENT;
+  if (rows == 0 || cols == 0) return OK;
+  if (rows > (int64_t{1} << 40) / cols) return BAD_ARGUMENT;
+  if (weights == nullptr || q == nullptr || scales == nullptr || row_scales == nullptr) return BAD_ARGUMENT;
+  LowCall call{weights, dtype, rows, cols, format, q, scales, row_scales};
+  const int64_t chunks[] = {(rows + call.rows_a_chunk() - 1) / call.rows_a_chunk()};
+  run_phases(threads_for(rows * cols * 64, 1, threads), 1, chunks, LowCall::work, &call);
   return OK;
 }

@@ -17,11 +17,19 @@
 
 // Bits of one weight, without its part of scales.
 static inline int64_t bits_of_weight(int32_t format) {
-  return format == NF4 ? 4 : format == INT8 ? 8 : format == FP32 ? 32 : 16;
+  switch (format) {
+    case NF4: return 4;
+    case INT8: return 8;
+    case Q3: return 3;
+    case Q2: return 2;
+    default: return format == FP32 ? 32 : 16;
+  }
 }
 
 // Whether weights are numbers as they are, without scales.
 static inline bool is_plain(int32_t format) { return format >= FP32; }
+
+static inline bool is_low(int32_t format) { return format == Q3 || format == Q2; }
 
 constexpr int64_t BLOCK = 64;  // weights that share one scale, and activations where they are quantized
 constexpr int64_t NESTED_BLOCK = 256;  // NF4 scales that share one of their own
@@ -35,7 +43,7 @@ struct Prepared {
   float* values = nullptr;  // [padded columns], rounded to eight bits as the numbers they stand for
   void* q = nullptr;        // int8, int16 or bf16 [padded columns]
   float* scales = nullptr;  // [padded blocks]
-  float* sums = nullptr;    // [padded blocks], of a block's q
+  float* sums = nullptr;    // [padded blocks], of a block's q, or of its values
 };
 
 // How many columns and blocks a prepared input has, zeros at the end: whole groups of the widest kernel.
@@ -43,6 +51,10 @@ static inline int64_t padded(int64_t columns) { return (columns + 127) / 128 * 1
 static inline int64_t padded_blocks(int64_t columns) {
   return (columns + BLOCK * 16 - 1) / (BLOCK * 16) * 16;
 }
+
+// How many there is room for: kernels of Q3 and Q2 take sixteen blocks of 32 or 16 columns at a time.
+static inline int64_t most_columns(int64_t columns) { return (columns + 511) / 512 * 512; }
+static inline int64_t most_blocks(int64_t columns) { return most_columns(columns) / 16; }
 
 constexpr int64_t MOST_POSITIONS = 256;  // that one look takes in
 constexpr int64_t HEAD_STEP = 16;        // a head's width is a multiple of it
@@ -99,6 +111,10 @@ struct Kernels {
   // Blocks [first, last) of weights [numel] -> their part of q and absmax; see moe_nf4_encode.
   void (*encode)(const void* weights, int32_t dtype, int64_t numel, int64_t first, int64_t last, uint8_t* q,
                  float* absmax);
+
+  // Rows [first, last) of weights [*, cols] -> their parts of a matrix; see moe_low_encode.
+  void (*encode_low)(int32_t format, const void* weights, int32_t dtype, int64_t cols, int64_t first,
+                     int64_t last, uint8_t* q, uint8_t* scales, float* row_scales);
 };
 
 // Tables of the units; null where the compiler could not build one.

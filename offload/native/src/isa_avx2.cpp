@@ -25,13 +25,17 @@ constexpr int64_t TILE_T = 3;
 #include "gate.h"
 #include "attend.h"
 #include "prepare.h"
+#include "low.h"
 #include "tile.h"
 #include "dot.h"
 #include "plain.h"
 #include "avx2_nf4.h"
 #include "avx2_int8.h"
+#include "low_dot.h"
+#include "avx2_low.h"
 #include "encode.h"
 #include "avx2_encode.h"
+#include "low_encode.h"
 
 constexpr int64_t GROUP = BLOCK;
 
@@ -42,7 +46,8 @@ constexpr auto rows_tiled_bf16 = rows_tiled;
 
 #include "rows.h"
 
-constexpr Kernels TABLE = {AVX2, "avx2", prepare, rows, gate, combine, widen, narrow, norm, attend, encode};
+constexpr Kernels TABLE = {AVX2,  "avx2", prepare, rows,   gate,   combine,
+                           widen, narrow, norm,    attend, encode, encode_low};
 
 }  // namespace
 

@@ -31,19 +31,23 @@ constexpr int64_t TILE_T = 6;
 #include "gate.h"
 #include "attend.h"
 #include "prepare.h"
+#include "low.h"
 #include "tile.h"
 #include "dot.h"
 #include "plain.h"
 #include "avx512_scales.h"
 #include "avx512_nf4.h"
 #include "avx512_int8.h"
+#include "low_dot.h"
+#include "avx512_low.h"
 #include "avx512_bf16.h"
 #include "encode.h"
 #include "avx512_encode.h"
+#include "low_encode.h"
 #include "rows.h"
 
-constexpr Kernels TABLE = {AVX512, "avx512", prepare, rows,   gate,  combine,
-                           widen,  narrow,   norm,    attend, encode};
+constexpr Kernels TABLE = {AVX512, "avx512", prepare, rows,   gate,   combine,
+                           widen,  narrow,   norm,    attend, encode, encode_low};
 
 }  // namespace
 

@@ -16,9 +16,11 @@ constexpr int64_t TILE_T = 2;
 #include "gate.h"
 #include "attend.h"
 #include "prepare.h"
+#include "low.h"
 #include "tile.h"
 #include "encode.h"
 #include "portable_encode.h"
+#include "low_encode.h"
 
 void prepare(int32_t, int32_t activations, bool, const float* x, int64_t columns, const Prepared& out) {
   if (activations == INT8_BLOCKS)
@@ -32,8 +34,8 @@ void rows(const Matrix& m, const float* map, int32_t, bool, const Prepared* x, i
   rows_tiled(decode_any, m, map, x, count, first, last, y);
 }
 
-constexpr Kernels TABLE = {PORTABLE, "portable", prepare, rows,   gate,  combine,
-                           widen,    narrow,     norm,    attend, encode};
+constexpr Kernels TABLE = {PORTABLE, "portable", prepare, rows,   gate,   combine,
+                           widen,    narrow,     norm,    attend, encode, encode_low};
 
 }  // namespace
 

@@ -18,7 +18,7 @@ enum Error : int32_t { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED_
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
 
 // The last three are numbers as they are.
-enum Format : int32_t { NF4 = 0, INT8 = 1, FP32 = 2, BF16 = 3, FP16 = 4 };
+enum Format : int32_t { NF4 = 0, INT8 = 1, Q3 = 2, Q2 = 3, FP32 = 4, BF16 = 5, FP16 = 6 };
 
 // How the activations enter a product: as they are, or rounded to whole numbers times one scale for 64
 // columns. Sixteen bits keep 2^-16 of a block's largest activation, more than bf16 and fp16 do of it, and
@@ -60,7 +60,10 @@ struct Gate {
 // its high half; scale(b) = map[scales[b]] * nested[b / 256] + *offset, with the map given to moe_set_map.
 // INT8: weight [r, c] is q[r * cols + c] * scale, one fp16 scale for 64 columns of a row, at
 // scales[r * ceil(cols / 64) + c / 64]; nested and offset are null.
-// FP32, BF16, FP16: weight [r, c] is q[r * cols + c]; what else there is to NF4 is null.
+// Q3, Q2: a row has blocks of 32 or 16 columns, the last one filled up. Weight [r, c] is nested[r] *
+// step(scale) * (level(code) - zero(scale)), scale being the byte scales[r * blocks + c / 32 or 16], and
+// codes as low.h says; offset is null. FP32, BF16, FP16: weight [r, c] is q[r * cols + c]; what else there is
+// to NF4 is null.
 struct Matrix {
   int32_t format;
   int32_t bias_dtype;
@@ -168,6 +171,12 @@ MOE_API int32_t moe_nf4_encode(const void* weights, int32_t dtype, int64_t numel
 // reached.
 MOE_API int32_t moe_scales_encode(const float* scales, int64_t count, float offset, const float* steps,
                                   uint8_t* q, float* nested, int32_t threads);
+
+// weights [rows, cols] of a dtype -> the parts of a matrix in `format`, Q3 or Q2: q [rows, blocks * 12 or 4
+// bytes], scales [rows, blocks], row_scales [rows]. A row with NaN or infinity gets a scale that is NaN, one
+// with weights beyond what the format reaches an infinite one.
+MOE_API int32_t moe_low_encode(const void* weights, int32_t dtype, int64_t rows, int64_t cols, int32_t format,
+                               uint8_t* q, uint8_t* scales, float* row_scales, int32_t threads);
 
 // Reads memory [bytes] as fast as loads can; *total is the sum, modulo 2^64, of its 64-bit words, the last
 // one filled up with zeros. For measuring what the kernels are held against.

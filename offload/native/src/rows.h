@@ -4,6 +4,12 @@
 
 void prepare(int32_t format, int32_t activations, bool tiled, const float* x, int64_t columns,
              const Prepared& out) {
+  if (is_low(format)) {
+    (format == Q3 ? prepare_low<ThreeBit, WIDTH> : prepare_low<TwoBit, WIDTH>)(activations, tiled, x, columns,
+                                                                               out);
+    if (in_bf16(activations, tiled)) to_bf16(out.values, padded(columns), out.q);
+    return;
+  }
   const bool reordered = format == NF4 && columns % BLOCK == 0;
   if (activations == INT8_BLOCKS) {
     round_to_int8(x, columns, out);
@@ -22,6 +28,23 @@ void prepare(int32_t format, int32_t activations, bool tiled, const float* x, in
   if (in_bf16(activations, tiled)) to_bf16(out.values, padded(columns), out.q);
 }
 
+inline Decode decode_of(const Matrix& m, bool blocks) {
+  if (m.format == Q3) return decode_low<ThreeBit>;
+  if (m.format == Q2) return decode_low<TwoBit>;
+  return !blocks ? decode_any : m.format == NF4 ? decode_nf4 : decode_int8;
+}
+
+template <class F>
+void rows_of_low(const Matrix& m, int32_t activations, const Prepared* x, int64_t count, int64_t first,
+                 int64_t last, float* const* y) {
+  if (activations == INT8_BLOCKS)
+    low_rows_by_count<LowRounded8<F>>(m, x, count, first, last, y);
+  else if (activations != FLOATS)
+    low_rows_by_count<LowRounded16<F>>(m, x, count, first, last, y);
+  else
+    low_rows_by_count<LowFloats<F>>(m, x, count, first, last, y);
+}
+
 void rows(const Matrix& m, const float* map, int32_t activations, bool tiled, const Prepared* x,
           int64_t count, int64_t first, int64_t last, float* const* y) {
   const bool blocks = m.cols % BLOCK == 0 && !is_plain(m.format);
@@ -31,8 +54,12 @@ void rows(const Matrix& m, const float* map, int32_t activations, bool tiled, co
     plain_by_count<BFloat16>(m, x, count, first, last, y);
   } else if (!tiled && m.format == FP16) {
     plain_by_count<Float16>(m, x, count, first, last, y);
+  } else if (!tiled && m.format == Q3) {
+    rows_of_low<ThreeBit>(m, activations, x, count, first, last, y);
+  } else if (!tiled && m.format == Q2) {
+    rows_of_low<TwoBit>(m, activations, x, count, first, last, y);
   } else if (tiled || !blocks) {
-    const Decode decode = !blocks ? decode_any : m.format == NF4 ? decode_nf4 : decode_int8;
+    const Decode decode = decode_of(m, blocks);
     if (in_bf16(activations, tiled))
       rows_tiled_bf16(decode, m, map, x, count, first, last, y);
     else

@@ -48,21 +48,18 @@ inline thread_local Scratch scratch;
 
 // A prepared input for a matrix of `columns`, and the bytes that it takes.
 inline int64_t prepared_bytes(int64_t columns, int32_t activations) {
-  const int64_t width = padded(columns);
-  int64_t bytes = Scratch::bytes_of<float>(width);
-  if (activations != FLOATS)
-    bytes += Scratch::bytes_of<int8_t>(2 * width) + 2 * Scratch::bytes_of<float>(padded_blocks(columns));
+  const int64_t width = most_columns(columns);
+  int64_t bytes = Scratch::bytes_of<float>(width) + 2 * Scratch::bytes_of<float>(most_blocks(columns));
+  if (activations != FLOATS) bytes += Scratch::bytes_of<int8_t>(2 * width);
   return bytes;
 }
 
 inline Prepared take_prepared(int64_t columns, int32_t activations) {
-  const int64_t width = padded(columns);
+  const int64_t width = most_columns(columns);
   Prepared piece;
   piece.values = scratch.take<float>(width);
-  if (activations != FLOATS) {
-    piece.q = scratch.take<int8_t>(2 * width);
-    piece.scales = scratch.take<float>(padded_blocks(columns));
-    piece.sums = scratch.take<float>(padded_blocks(columns));
-  }
+  piece.scales = scratch.take<float>(most_blocks(columns));
+  piece.sums = scratch.take<float>(most_blocks(columns));
+  if (activations != FLOATS) piece.q = scratch.take<int8_t>(2 * width);
   return piece;
 }

@@ -68,6 +68,7 @@ bool valid(const Matrix& m) {
   if (m.q == nullptr || m.format < NF4 || m.format > FP16 || !valid_dtype(m.bias_dtype)) return false;
   if (is_plain(m.format)) return true;
   if (m.scales == nullptr) return false;
+  if (is_low(m.format)) return m.nested != nullptr;
   return m.format == INT8 || (m.nested != nullptr && m.offset != nullptr && map_is_set.load());
 }
 
