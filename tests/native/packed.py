@@ -69,7 +69,7 @@ def pack(
     """A matrix [rows, cols] of random codes, its parts `shift` elements past an aligned address."""
     generator = torch.Generator().manual_seed(seed)
     added = (torch.randn(rows, generator=generator) if bias else torch.zeros(rows)).to(bias_dtype)
-    make = {"nf4": _nf4, "int8": _int8}.get(format, partial(_plain, format))
+    make = {"nf4": _nf4, "int8": _int8, "q3": _q3, "q2": _q2}.get(format, partial(_plain, format))
     struct, weights, memory = make(rows, cols, generator, shift)
     kept = at_odd_address(added, shift)
     struct.bias, struct.bias_dtype = kept.data_ptr() if bias else None, DTYPES[bias_dtype]
@@ -107,6 +107,59 @@ def _int8(
     weights = numbers.double() * halves.double().repeat_interleave(BLOCK, dim=1)[:, :cols]
     struct = Matrix(FORMATS["int8"], 0, rows, cols, q.data_ptr(), scales.data_ptr(), None, None, None)
     return struct, weights, (q, scales)
+
+
+def _q3(
+    rows: int, cols: int, generator: torch.Generator, shift: int
+) -> tuple[Matrix, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Blocks of 32 codes: words of the lower two bits of the first and second 16, and one of third bits."""
+    blocks = -(-cols // 32)
+    codes = torch.randint(8, (rows, blocks, 32), generator=generator)
+    code = torch.arange(32)
+    places = 8 * (code % 16 // 4) + 4 * (code // 16) + code % 4
+    thirds = (codes >> 2 << places).sum(2, keepdim=True)
+    words = torch.cat([two_bits(codes[..., :16]), two_bits(codes[..., 16:]), thirds], dim=2)
+    levels = torch.tensor([0, 3, 5, 7, 9, 11, 13, 16]).double()[codes]
+    return _low("q3", words, levels, 2.375, 0.75, cols, generator, shift)
+
+
+def _q2(
+    rows: int, cols: int, generator: torch.Generator, shift: int
+) -> tuple[Matrix, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Blocks of 16 codes in a word."""
+    codes = torch.randint(4, (rows, -(-cols // 16), 16), generator=generator)
+    return _low("q2", two_bits(codes), codes.double(), -3 / 128, 13 / 64, cols, generator, shift)
+
+
+def two_bits(codes: torch.Tensor) -> torch.Tensor:
+    """[..., 16] -> words, int64 [..., 1]."""
+    return ((codes & 3) << 2 * torch.arange(16)).sum(-1, keepdim=True)
+
+
+def _low(
+    format: str,
+    words: torch.Tensor,
+    levels: torch.Tensor,
+    zero: float,
+    zero_step: float,
+    cols: int,
+    generator: torch.Generator,
+    shift: int,
+) -> tuple[Matrix, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """`words` [rows, blocks, planes] and their levels [rows, blocks, n], with random scales."""
+    rows, blocks, _ = words.shape
+    # Little-endian bytes, plane by plane of a row.
+    octets = (words.transpose(1, 2).unsqueeze(-1) >> 8 * torch.arange(4)) & 255
+    q = at_odd_address(octets.to(torch.uint8), shift)
+    codes = torch.randint(256, (rows, blocks), generator=generator, dtype=torch.uint8)
+    scales = at_odd_address(codes, shift)
+    row_scales = at_odd_address(torch.rand(rows, generator=generator) / 50 + 0.01, shift)
+    octaves = torch.tensor([8.0, 10.0, 13.0]) / 256
+    steps = torch.tensor([float(octaves[i % 3]) * 2 ** (i // 3) for i in range(16)]).double()
+    weights = steps[(codes & 15).long()].unsqueeze(2) * (levels - zero - zero_step * (codes >> 4).unsqueeze(2))
+    weights = (weights.flatten(1) * row_scales.double().unsqueeze(1))[:, :cols]
+    addresses = (q.data_ptr(), scales.data_ptr(), row_scales.data_ptr(), None, None)
+    return Matrix(FORMATS[format], 0, rows, cols, *addresses), weights, (q, scales, row_scales)
 
 
 def _plain(

@@ -56,7 +56,7 @@ def test_equals_the_product_of_the_decoded_weights(
 
 
 @pytest.mark.parametrize("activations", BOUNDS)
-@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("format", ["nf4", "int8", "q3", "q2"])
 def test_no_address_needs_more_than_an_elements_alignment(
     packed: Any, isa: str, format: str, activations: int
 ) -> None:

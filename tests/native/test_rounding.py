@@ -27,7 +27,7 @@ def off_by_token(got: torch.Tensor, want: torch.Tensor) -> float:
     return float(((got.double() - want).norm(dim=1) / want.norm(dim=1)).max())
 
 
-@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("format", ["nf4", "int8", "q3", "q2"])
 @pytest.mark.parametrize("channels", [1, 4, 16])
 def test_outliers_leave_results_right(packed: Any, isa: str, format: str, channels: int) -> None:
     """Eight bits lose an outlier's neighbours, which are at most 63 and small beside it."""
@@ -38,7 +38,7 @@ def test_outliers_leave_results_right(packed: Any, isa: str, format: str, channe
         assert off_by_token(packed.linear(m, x, activations), want) < bound
 
 
-@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("format", ["nf4", "int8"])  # all blocks of about one size
 def test_outliers_blur_their_own_block_only(packed: Any, isa: str, format: str) -> None:
     """What the other channels contribute: unharmed but for those that share a scale with an outlier."""
     channels = 4
@@ -59,7 +59,7 @@ def test_outliers_blur_their_own_block_only(packed: Any, isa: str, format: str) 
 
 
 @pytest.mark.parametrize("activations", WAYS)
-@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("format", ["nf4", "int8", "q3", "q2"])
 @pytest.mark.parametrize("cols", [256, 250])
 def test_a_number_that_is_none_spoils_its_token_and_no_other(
     packed: Any, isa: str, format: str, activations: int, cols: int
@@ -79,7 +79,7 @@ def test_a_number_that_is_none_spoils_its_token_and_no_other(
 
 
 @pytest.mark.parametrize("activations", WAYS)
-@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("format", ["nf4", "int8", "q3", "q2"])
 def test_zeros_give_the_bias(packed: Any, isa: str, format: str, activations: int) -> None:
     for cols in (64, 100, 1024):
         m = packed.pack(format, 33, cols)
@@ -89,7 +89,7 @@ def test_zeros_give_the_bias(packed: Any, isa: str, format: str, activations: in
 
 
 @pytest.mark.parametrize("activations", WAYS)
-@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("format", ["nf4", "int8", "q3", "q2"])
 def test_any_size_is_right_or_too_small_to_matter(
     packed: Any, isa: str, format: str, activations: int
 ) -> None:

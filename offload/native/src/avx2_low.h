@@ -69,118 +69,157 @@ void decode_low(const Matrix& m, const float*, int64_t row, int64_t first, int64
   decode_low_slowly<F>(m, row, first + whole, count - whole, out + whole);
 }
 
+// The words of eight blocks of R rows, step by step.
+template <class F, int R>
+class LowWords {
+ public:
+  LowWords(const uint8_t* q, int64_t stride, int64_t blocks, int64_t left) {
+    for (int r = 0; r < R; ++r) {
+      for (int p = 0; p < F::PLANES; ++p) {
+        const uint8_t* words = q + r * stride + 4 * p * blocks;
+        ask_ahead(words, AHEAD);
+        word_[r][p] = low_words(words, left);
+      }
+    }
+  }
+
+  // Codes 4 b + i of each word j in its bytes b.
+  template <int j, int i>
+  __m256i bytes(int r) const {
+    const __m256i two = _mm256_set1_epi32(0x03030303), four = _mm256_set1_epi32(0x04040404);
+    const __m256i codes = _mm256_and_si256(_mm256_srli_epi32(word_[r][j], 2 * i), two);
+    if constexpr (F::PLANES == 1)
+      return codes;
+    else
+      return _mm256_or_si256(codes, _mm256_and_si256(third_bits(word_[r][2], third_bit(16 * j + i)), four));
+  }
+
+  // The first words, and those by a code to the right.
+  __m256i word(int r) const { return word_[r][0]; }
+  void shift(int r) { word_[r][0] = _mm256_srli_epi32(word_[r][0], 2); }
+
+ private:
+  __m256i word_[R][F::PLANES];
+};
+
+// Calls use(Step) for each step of a word's bytes.
+template <int j_, int i_>
+struct Step {
+  static constexpr int j = j_, i = i_;
+};
+
+template <class F, class Use>
+inline void each_step(const Use& use) {
+  use(Step<0, 0>()), use(Step<0, 1>()), use(Step<0, 2>()), use(Step<0, 3>());
+  if constexpr (F::SIZE == 32) use(Step<1, 0>()), use(Step<1, 1>()), use(Step<1, 2>()), use(Step<1, 3>());
+}
+
 template <class F>
 struct LowFloats {
   using Form = F;
+  static constexpr int ROWS = 2;
   const __m256 table = low_levels<F>();
 
   LowFloats() {}  // written out, since a compiler's own would lack the unit's instructions
 
-  template <int T>
-  void add(const uint8_t* q, const uint8_t* scales, int64_t blocks, int64_t b, const Prepared* x,
-           Vec* total) const {
-    const int64_t left = blocks - b;
-    const __m256i two = _mm256_set1_epi32(3), four = _mm256_set1_epi32(4);
-    Vec one[T], other[T];
-    for (int t = 0; t < T; ++t) one[t] = other[t] = zero();
-    __m256i third = _mm256_setzero_si256();
-    if constexpr (F::PLANES == 3) third = low_words(q + 8 * blocks, left);
+  template <int R, int T>
+  void add(const uint8_t* q, int64_t stride, const uint8_t* scales, int64_t blocks, int64_t b,
+           const Prepared* x, Vec (*total)[T]) const {
+    LowWords<F, R> words(q, stride, blocks, blocks - b);
     const int64_t start = b * F::SIZE;
-    for (int64_t j = 0; j < F::SIZE / 16; ++j) {
-      ask_ahead(q + 4 * j * blocks, AHEAD);
-      __m256i word = low_words(q + 4 * j * blocks, left);
-      for (int64_t k = 0; k < 16; k += 2) {
-        for (int64_t odd = 0; odd < 2; ++odd) {
-          __m256i codes = word;
-          if constexpr (F::PLANES == 3) {
-            const __m256i bits = third_bits(third, third_bit(16 * j + k + odd));
-            codes = _mm256_or_si256(_mm256_and_si256(word, two), _mm256_and_si256(bits, four));
-          }
-          const Vec w = _mm256_permutevar8x32_ps(table, codes);
-          word = _mm256_srli_epi32(word, 2);
-          for (int t = 0; t < T; ++t) {
-            Vec& sum = odd ? other[t] : one[t];
-            sum = fma(w, load(x[t].values + start + 8 * (16 * j + k + odd)), sum);
-          }
+    Vec sums[R][T][2];
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) sums[r][t][0] = sums[r][t][1] = zero();
+    if constexpr (F::PLANES == 1) {
+      for (int k = 0; k < 16; ++k) {
+        for (int r = 0; r < R; ++r) {
+          const Vec w = _mm256_permutevar8x32_ps(table, words.word(r));  // heeds the lowest three bits
+          words.shift(r);
+          for (int t = 0; t < T; ++t)
+            sums[r][t][k % 2] = fma(w, load(x[t].values + start + 8 * k), sums[r][t][k % 2]);
         }
       }
+    } else {
+      each_step<F>([&](auto step) {
+        __m256i codes[R];
+        for (int r = 0; r < R; ++r) codes[r] = words.template bytes<step.j, step.i>(r);
+        for (int byte = 0; byte < 4; ++byte) {
+          for (int r = 0; r < R; ++r) {
+            const Vec w = _mm256_permutevar8x32_ps(table, codes[r]);
+            codes[r] = _mm256_srli_epi32(codes[r], 8);
+            for (int t = 0; t < T; ++t) {
+              const Vec in = load(x[t].values + start + 8 * (16 * step.j + 4 * byte + step.i));
+              sums[r][t][byte % 2] = fma(w, in, sums[r][t][byte % 2]);
+            }
+          }
+        }
+      });
     }
-    if constexpr (F::PLANES == 3) ask_ahead(q + 8 * blocks, AHEAD);
-    const LowScales<F> scale(scales, left);
-    for (int t = 0; t < T; ++t) {
-      const Vec dot = _mm256_fnmadd_ps(scale.zero, load(x[t].sums + b), _mm256_add_ps(one[t], other[t]));
-      total[t] = fma(scale.step, dot, total[t]);
+    for (int r = 0; r < R; ++r) {
+      const LowScales<F> scale(scales + r * blocks, blocks - b);
+      for (int t = 0; t < T; ++t) {
+        const Vec both = _mm256_add_ps(sums[r][t][0], sums[r][t][1]);
+        total[r][t] = fma(scale.step, _mm256_fnmadd_ps(scale.zero, load(x[t].sums + b), both), total[r][t]);
+      }
     }
   }
 };
 
-// Levels of three-bit codes in bytes, zero for zero.
-inline __m256i low_byte_levels() {
-  alignas(16) uint8_t bytes[16] = {};
-  for (int i = 0; i < 8; ++i) bytes[i] = static_cast<uint8_t>(ThreeBit::LEVELS[i]);
-  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
-}
+// Levels of codes in bytes.
+template <class F>
+struct LowBytes {
+  __m256i table;
 
-// The whole numbers of a group's products, dot, become part of a token's sum.
+  LowBytes() {
+    alignas(16) uint8_t bytes[16] = {};
+    for (int i = 0; i < F::COUNT; ++i) bytes[i] = static_cast<uint8_t>(F::LEVELS[i]);
+    table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+  }
+
+  __m256i levels(__m256i codes) const {
+    return F::PLANES == 1 ? codes : _mm256_shuffle_epi8(table, codes);  // two bits are their own levels
+  }
+};
+
+// The whole numbers of products of eight blocks, dot, become part of a token's sum.
 template <class F>
 inline Vec add_low(__m256i dot, const LowScales<F>& scale, const Prepared& x, int64_t b, Vec total) {
   const Vec whole = _mm256_fnmadd_ps(scale.zero, load(x.sums + b), _mm256_cvtepi32_ps(dot));
   return fma(_mm256_mul_ps(scale.step, load(x.scales + b)), whole, total);
 }
 
-// Codes in numbers of sixteen bits (PER 8 a word) or eight (PER 4), masked by ONES * 3, or * 4 for third
-// bits.
-template <class F, int PER>
-struct LowCodes {
-  static constexpr int ONES = PER == 8 ? 0x00010001 : 0x01010101;
-  static constexpr int COUNT = PER * static_cast<int>(F::SIZE / 16);
-  __m256i level[COUNT];
-
-  LowCodes(const uint8_t* q, int64_t blocks, int64_t left, __m256i table) {
-    const __m256i two = _mm256_set1_epi32(3 * ONES), four = _mm256_set1_epi32(4 * ONES);
-    __m256i third = _mm256_setzero_si256();
-    if constexpr (F::PLANES == 3) {
-      ask_ahead(q + 8 * blocks, AHEAD);
-      third = low_words(q + 8 * blocks, left);
-    }
-    for (int j = 0; j < COUNT / PER; ++j) {
-      ask_ahead(q + 4 * j * blocks, AHEAD);
-      __m256i word = low_words(q + 4 * j * blocks, left);
-      for (int i = 0; i < PER; ++i) {
-        __m256i codes = _mm256_and_si256(word, two);
-        word = _mm256_srli_epi32(word, 2);
-        if constexpr (F::PLANES == 3) {
-          const __m256i bits = third_bits(third, third_bit(16 * j + i));
-          codes = _mm256_shuffle_epi8(table, _mm256_or_si256(codes, _mm256_and_si256(bits, four)));
-        }
-        level[PER * j + i] = codes;
-      }
-    }
-  }
-};
-
 template <class F>
 struct LowRounded16 {
   using Form = F;
-  const __m256i table = low_byte_levels();
+  static constexpr int ROWS = 1;
+  const LowBytes<F> bytes;
 
-  LowRounded16() {}  // written out, since a compiler's own would lack the unit's instructions
+  LowRounded16() {}
 
-  template <int T>
-  void add(const uint8_t* q, const uint8_t* scales, int64_t blocks, int64_t b, const Prepared* x,
-           Vec* total) const {
-    using Codes = LowCodes<F, 8>;
-    const Codes codes(q, blocks, blocks - b, table);
-    const LowScales<F> scale(scales, blocks - b);
-    for (int t = 0; t < T; ++t) {
-      const __m256i* in = reinterpret_cast<const __m256i*>(static_cast<const int16_t*>(x[t].q) + b * F::SIZE);
-      __m256i dot = _mm256_setzero_si256(), other = dot;
-      for (int i = 0; i < Codes::COUNT; i += 2) {
-        dot = _mm256_add_epi32(dot, _mm256_madd_epi16(codes.level[i], _mm256_loadu_si256(in + i)));
-        other =
-            _mm256_add_epi32(other, _mm256_madd_epi16(codes.level[i + 1], _mm256_loadu_si256(in + i + 1)));
+  template <int R, int T>
+  void add(const uint8_t* q, int64_t stride, const uint8_t* scales, int64_t blocks, int64_t b,
+           const Prepared* x, Vec (*total)[T]) const {
+    const LowWords<F, R> words(q, stride, blocks, blocks - b);
+    __m256i dot[R][T][2];
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) dot[r][t][0] = dot[r][t][1] = _mm256_setzero_si256();
+    each_step<F>([&](auto step) {
+      for (int r = 0; r < R; ++r) {
+        const __m256i level = bytes.levels(words.template bytes<step.j, step.i>(r));
+        const __m256i even = _mm256_and_si256(level, _mm256_set1_epi32(0x00ff00ff));
+        const __m256i odd = _mm256_srli_epi16(level, 8);
+        for (int t = 0; t < T; ++t) {
+          const int16_t* in = static_cast<const int16_t*>(x[t].q) + b * F::SIZE;
+          const auto* at = reinterpret_cast<const __m256i*>(in) + 8 * step.j + step.i;
+          dot[r][t][0] = _mm256_add_epi32(dot[r][t][0], _mm256_madd_epi16(even, _mm256_loadu_si256(at)));
+          dot[r][t][1] = _mm256_add_epi32(dot[r][t][1], _mm256_madd_epi16(odd, _mm256_loadu_si256(at + 4)));
+        }
       }
-      total[t] = add_low<F>(_mm256_add_epi32(dot, other), scale, x[t], b, total[t]);
+    });
+    for (int r = 0; r < R; ++r) {
+      const LowScales<F> scale(scales + r * blocks, blocks - b);
+      for (int t = 0; t < T; ++t)
+        total[r][t] = add_low<F>(_mm256_add_epi32(dot[r][t][0], dot[r][t][1]), scale, x[t], b, total[r][t]);
     }
   }
 };
@@ -188,23 +227,33 @@ struct LowRounded16 {
 template <class F>
 struct LowRounded8 {
   using Form = F;
-  const __m256i table = low_byte_levels();
+  static constexpr int ROWS = 1;
+  const LowBytes<F> bytes;
 
-  LowRounded8() {}  // written out, since a compiler's own would lack the unit's instructions
+  LowRounded8() {}
 
-  template <int T>
-  void add(const uint8_t* q, const uint8_t* scales, int64_t blocks, int64_t b, const Prepared* x,
-           Vec* total) const {
-    using Codes = LowCodes<F, 4>;
-    const Codes codes(q, blocks, blocks - b, table);
-    const LowScales<F> scale(scales, blocks - b);
-    for (int t = 0; t < T; ++t) {
-      const __m256i* in = reinterpret_cast<const __m256i*>(static_cast<const int8_t*>(x[t].q) + b * F::SIZE);
-      __m256i dot = _mm256_setzero_si256();
-      for (int i = 0; i < Codes::COUNT; ++i)
-        dot = _mm256_add_epi16(dot, _mm256_maddubs_epi16(codes.level[i], _mm256_loadu_si256(in + i)));
-      dot = _mm256_madd_epi16(dot, _mm256_set1_epi16(1));
-      total[t] = add_low<F>(dot, scale, x[t], b, total[t]);
+  template <int R, int T>
+  void add(const uint8_t* q, int64_t stride, const uint8_t* scales, int64_t blocks, int64_t b,
+           const Prepared* x, Vec (*total)[T]) const {
+    const LowWords<F, R> words(q, stride, blocks, blocks - b);
+    __m256i dot[R][T];
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) dot[r][t] = _mm256_setzero_si256();
+    each_step<F>([&](auto step) {
+      for (int r = 0; r < R; ++r) {
+        const __m256i level = bytes.levels(words.template bytes<step.j, step.i>(r));
+        for (int t = 0; t < T; ++t) {
+          const int8_t* in = static_cast<const int8_t*>(x[t].q) + b * F::SIZE;
+          const auto* at = reinterpret_cast<const __m256i*>(in) + 4 * step.j + step.i;
+          dot[r][t] = _mm256_add_epi16(dot[r][t], _mm256_maddubs_epi16(level, _mm256_loadu_si256(at)));
+        }
+      }
+    });
+    for (int r = 0; r < R; ++r) {
+      const LowScales<F> scale(scales + r * blocks, blocks - b);
+      for (int t = 0; t < T; ++t)
+        total[r][t] =
+            add_low<F>(_mm256_madd_epi16(dot[r][t], _mm256_set1_epi16(1)), scale, x[t], b, total[r][t]);
     }
   }
 };

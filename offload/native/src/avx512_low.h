@@ -61,81 +61,125 @@ void decode_low(const Matrix& m, const float*, int64_t row, int64_t first, int64
   decode_low_slowly<F>(m, row, first + whole, count - whole, out + whole);
 }
 
+// The words of sixteen blocks of R rows, step by step.
+template <class F, int R>
+class LowWords {
+ public:
+  LowWords(const uint8_t* q, int64_t stride, int64_t blocks, __mmask16 there) {
+    for (int r = 0; r < R; ++r) {
+      for (int p = 0; p < F::PLANES; ++p) {
+        const uint8_t* words = q + r * stride + 4 * p * blocks;
+        ask_ahead(words, AHEAD);
+        word_[r][p] = _mm512_maskz_loadu_epi32(there, words);
+      }
+    }
+  }
+
+  // Codes 4 b + i of each word j in its bytes b; of third bits the bits above them are any.
+  template <int j, int i>
+  __m512i bytes(int r) const {
+    const __m512i codes = _mm512_srli_epi32(word_[r][j], 2 * i), low = _mm512_set1_epi32(0x03030303);
+    if constexpr (F::PLANES == 1)
+      return _mm512_and_si512(codes, low);
+    else
+      return with_third(codes, word_[r][2], third_bit(16 * j + i), low);
+  }
+
+  // The first words; and they are shifted by two codes.
+  __m512i word(int r) const { return word_[r][0]; }
+  void shift(int r) { word_[r][0] = _mm512_srli_epi32(word_[r][0], 4); }
+
+ private:
+  __m512i word_[R][F::PLANES];
+};
+
+// Calls use(Step) for each step of a word's bytes.
+template <int j_, int i_>
+struct Step {
+  static constexpr int j = j_, i = i_;
+};
+
+template <class F, class Use>
+inline void each_step(const Use& use) {
+  use(Step<0, 0>()), use(Step<0, 1>()), use(Step<0, 2>()), use(Step<0, 3>());
+  if constexpr (F::SIZE == 32) use(Step<1, 0>()), use(Step<1, 1>()), use(Step<1, 2>()), use(Step<1, 3>());
+}
+
+// For lookups of two-bit codes by four bits: the level of the upper two.
+inline __m512 upper_levels() {
+  alignas(64) float table[16];
+  for (int i = 0; i < 16; ++i) table[i] = TwoBit::LEVELS[i / 4];
+  return _mm512_load_ps(table);
+}
+
 template <class F>
 struct LowFloats {
   using Form = F;
+  static constexpr int ROWS = 4;
   const __m512 table = _mm512_castsi512_ps(low_table<F, float>());
+  const __m512 upper = upper_levels();
 
   LowFloats() {}  // written out, since a compiler's own would lack the unit's instructions
 
-  template <int T>
-  void add(const uint8_t* q, const uint8_t* scales, int64_t blocks, int64_t b, const Prepared* x,
-           Vec* total) const {
+  template <int R, int T>
+  void add(const uint8_t* q, int64_t stride, const uint8_t* scales, int64_t blocks, int64_t b,
+           const Prepared* x, Vec (*total)[T]) const {
     const __mmask16 there = low_lanes(blocks - b);
-    const __m512i low = _mm512_set1_epi32(3);
-    Vec one[T], other[T];
-    for (int t = 0; t < T; ++t) one[t] = other[t] = zero();
-    __m512i third = _mm512_setzero_si512();
-    if constexpr (F::PLANES == 3) {
-      ask_ahead(q + 8 * blocks, AHEAD);
-      third = _mm512_maskz_loadu_epi32(there, q + 8 * blocks);
-    }
+    LowWords<F, R> words(q, stride, blocks, there);
     const int64_t start = b * F::SIZE;
-    for (int64_t j = 0; j < F::SIZE / 16; ++j) {
-      ask_ahead(q + 4 * j * blocks, AHEAD);
-      __m512i word = _mm512_maskz_loadu_epi32(there, q + 4 * j * blocks);
-      for (int64_t k = 0; k < 16; k += 2) {
-        for (int64_t odd = 0; odd < 2; ++odd) {
-          const int bit = third_bit(16 * j + k + odd);
-          const Vec w =
-              _mm512_permutexvar_ps(F::PLANES == 3 ? with_third(word, third, bit, low) : word, table);
-          word = _mm512_srli_epi32(word, 2);
-          for (int t = 0; t < T; ++t) {
-            Vec& sum = odd ? other[t] : one[t];
-            sum = fma(w, load(x[t].values + start + 16 * (16 * j + k + odd)), sum);
+    Vec sums[R][T][2];
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) sums[r][t][0] = sums[r][t][1] = zero();
+    if constexpr (F::PLANES == 1) {
+      for (int k = 0; k < 16; k += 2) {
+        for (int r = 0; r < R; ++r) {
+          const Vec w[] = {_mm512_permutexvar_ps(words.word(r), table),
+                           _mm512_permutexvar_ps(words.word(r), upper)};
+          words.shift(r);
+          for (int t = 0; t < T; ++t)
+            for (int i = 0; i < 2; ++i)
+              sums[r][t][i] = fma(w[i], load(x[t].values + start + 16 * (k + i)), sums[r][t][i]);
+        }
+      }
+    } else {
+      each_step<F>([&](auto step) {
+        __m512i codes[R];
+        for (int r = 0; r < R; ++r) codes[r] = words.template bytes<step.j, step.i>(r);
+        for (int byte = 0; byte < 4; ++byte) {
+          for (int r = 0; r < R; ++r) {
+            const Vec w = _mm512_permutexvar_ps(codes[r], table);
+            codes[r] = _mm512_srli_epi32(codes[r], 8);
+            for (int t = 0; t < T; ++t) {
+              const Vec in = load(x[t].values + start + 16 * (16 * step.j + 4 * byte + step.i));
+              sums[r][t][byte % 2] = fma(w, in, sums[r][t][byte % 2]);
+            }
           }
         }
-      }
+      });
     }
-    const LowScales<F> scale(scales, there);
-    for (int t = 0; t < T; ++t) {
-      const Vec both = _mm512_add_ps(one[t], other[t]);
-      total[t] = fma(scale.step, _mm512_fnmadd_ps(scale.zero, load(x[t].sums + b), both), total[t]);
-    }
-  }
-};
-
-// Levels of a group as numbers of sixteen bits (PER 8 a word) or eight (PER 4).
-template <class F, int PER>
-struct LowCodes {
-  static constexpr int ONES = PER == 8 ? 0x00010001 : 0x01010101;
-  static constexpr int COUNT = PER * static_cast<int>(F::SIZE / 16);
-  __m512i level[COUNT];
-
-  LowCodes(const uint8_t* q, int64_t blocks, __mmask16 there, __m512i table) {
-    const __m512i low = _mm512_set1_epi32(3 * ONES);
-    __m512i third = _mm512_setzero_si512();
-    if constexpr (F::PLANES == 3) {
-      ask_ahead(q + 8 * blocks, AHEAD);
-      third = _mm512_maskz_loadu_epi32(there, q + 8 * blocks);
-    }
-    for (int j = 0; j < COUNT / PER; ++j) {
-      ask_ahead(q + 4 * j * blocks, AHEAD);
-      __m512i word = _mm512_maskz_loadu_epi32(there, q + 4 * j * blocks);
-      for (int i = 0; i < PER; ++i) {
-        if constexpr (F::PLANES == 1) {
-          level[PER * j + i] = _mm512_and_si512(word, low);
-        } else {
-          const __m512i codes = with_third(word, third, third_bit(16 * j + i), low);
-          level[PER * j + i] =
-              PER == 8 ? _mm512_permutexvar_epi16(codes, table) : _mm512_permutexvar_epi8(codes, table);
-        }
-        word = _mm512_srli_epi32(word, 2);
+    for (int r = 0; r < R; ++r) {
+      const LowScales<F> scale(scales + r * blocks, there);
+      for (int t = 0; t < T; ++t) {
+        const Vec both = _mm512_add_ps(sums[r][t][0], sums[r][t][1]);
+        total[r][t] = fma(scale.step, _mm512_fnmadd_ps(scale.zero, load(x[t].sums + b), both), total[r][t]);
       }
     }
   }
 };
 
+// Levels of codes in bytes.
+template <class F>
+struct LowBytes {
+  const __m512i table = low_table<F, uint8_t>();
+
+  LowBytes() {}
+
+  __m512i levels(__m512i codes) const {
+    return F::PLANES == 1 ? codes : _mm512_permutexvar_epi8(codes, table);  // two bits are their own levels
+  }
+};
+
+// The whole numbers of products of sixteen blocks, dot, become part of a token's sum.
 template <class F>
 inline Vec add_low(__m512i dot, const LowScales<F>& scale, const Prepared& x, int64_t b, Vec total) {
   const Vec whole = _mm512_fnmadd_ps(scale.zero, load(x.sums + b), _mm512_cvtepi32_ps(dot));
@@ -145,23 +189,36 @@ inline Vec add_low(__m512i dot, const LowScales<F>& scale, const Prepared& x, in
 template <class F>
 struct LowRounded16 {
   using Form = F;
-  const __m512i table = low_table<F, int16_t>();
+  static constexpr int ROWS = 1;
+  const LowBytes<F> bytes;
 
-  LowRounded16() {}  // written out, since a compiler's own would lack the unit's instructions
+  LowRounded16() {}
 
-  template <int T>
-  void add(const uint8_t* q, const uint8_t* scales, int64_t blocks, int64_t b, const Prepared* x,
-           Vec* total) const {
-    using Codes = LowCodes<F, 8>;
+  template <int R, int T>
+  void add(const uint8_t* q, int64_t stride, const uint8_t* scales, int64_t blocks, int64_t b,
+           const Prepared* x, Vec (*total)[T]) const {
     const __mmask16 there = low_lanes(blocks - b);
-    const Codes codes(q, blocks, there, table);
-    const LowScales<F> scale(scales, there);
-    for (int t = 0; t < T; ++t) {
-      const int16_t* in = static_cast<const int16_t*>(x[t].q) + b * F::SIZE;
-      __m512i dot = _mm512_setzero_si512();
-      for (int i = 0; i < Codes::COUNT; ++i)
-        dot = _mm512_dpwssd_epi32(dot, codes.level[i], _mm512_loadu_si512(in + 32 * i));
-      total[t] = add_low<F>(dot, scale, x[t], b, total[t]);
+    const LowWords<F, R> words(q, stride, blocks, there);
+    __m512i dot[R][T][2];
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) dot[r][t][0] = dot[r][t][1] = _mm512_setzero_si512();
+    each_step<F>([&](auto step) {
+      for (int r = 0; r < R; ++r) {
+        const __m512i level = bytes.levels(words.template bytes<step.j, step.i>(r));
+        const __m512i even = _mm512_and_si512(level, _mm512_set1_epi32(0x00ff00ff));
+        const __m512i odd = _mm512_srli_epi16(level, 8);
+        for (int t = 0; t < T; ++t) {
+          const int16_t* in = static_cast<const int16_t*>(x[t].q) + b * F::SIZE;
+          const auto* at = reinterpret_cast<const __m512i*>(in) + 8 * step.j + step.i;
+          dot[r][t][0] = _mm512_dpwssd_epi32(dot[r][t][0], even, _mm512_loadu_si512(at));
+          dot[r][t][1] = _mm512_dpwssd_epi32(dot[r][t][1], odd, _mm512_loadu_si512(at + 4));
+        }
+      }
+    });
+    for (int r = 0; r < R; ++r) {
+      const LowScales<F> scale(scales + r * blocks, there);
+      for (int t = 0; t < T; ++t)
+        total[r][t] = add_low<F>(_mm512_add_epi32(dot[r][t][0], dot[r][t][1]), scale, x[t], b, total[r][t]);
     }
   }
 };
@@ -169,23 +226,32 @@ struct LowRounded16 {
 template <class F>
 struct LowRounded8 {
   using Form = F;
-  const __m512i table = low_table<F, uint8_t>();
+  static constexpr int ROWS = 1;
+  const LowBytes<F> bytes;
 
-  LowRounded8() {}  // written out, since a compiler's own would lack the unit's instructions
+  LowRounded8() {}
 
-  template <int T>
-  void add(const uint8_t* q, const uint8_t* scales, int64_t blocks, int64_t b, const Prepared* x,
-           Vec* total) const {
-    using Codes = LowCodes<F, 4>;
+  template <int R, int T>
+  void add(const uint8_t* q, int64_t stride, const uint8_t* scales, int64_t blocks, int64_t b,
+           const Prepared* x, Vec (*total)[T]) const {
     const __mmask16 there = low_lanes(blocks - b);
-    const Codes codes(q, blocks, there, table);
-    const LowScales<F> scale(scales, there);
-    for (int t = 0; t < T; ++t) {
-      const int8_t* in = static_cast<const int8_t*>(x[t].q) + b * F::SIZE;
-      __m512i dot = _mm512_setzero_si512();
-      for (int i = 0; i < Codes::COUNT; ++i)
-        dot = _mm512_dpbusd_epi32(dot, codes.level[i], _mm512_loadu_si512(in + 64 * i));
-      total[t] = add_low<F>(dot, scale, x[t], b, total[t]);
+    const LowWords<F, R> words(q, stride, blocks, there);
+    __m512i dot[R][T];
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) dot[r][t] = _mm512_setzero_si512();
+    each_step<F>([&](auto step) {
+      for (int r = 0; r < R; ++r) {
+        const __m512i level = bytes.levels(words.template bytes<step.j, step.i>(r));
+        for (int t = 0; t < T; ++t) {
+          const int8_t* in = static_cast<const int8_t*>(x[t].q) + b * F::SIZE;
+          const auto* at = reinterpret_cast<const __m512i*>(in) + 4 * step.j + step.i;
+          dot[r][t] = _mm512_dpbusd_epi32(dot[r][t], level, _mm512_loadu_si512(at));
+        }
+      }
+    });
+    for (int r = 0; r < R; ++r) {
+      const LowScales<F> scale(scales + r * blocks, there);
+      for (int t = 0; t < T; ++t) total[r][t] = add_low<F>(dot[r][t], scale, x[t], b, total[r][t]);
     }
   }
 };
