@@ -6,7 +6,7 @@ that module cannot be imported where Triton is not there. FORMATS is the list to
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from moe_local.offload.quantize import int8, nf4
 from moe_local.offload.quantize.bnb import dynamic_map, nf4_levels
 from moe_local.offload.quantize.layout import Layout
+from moe_local.offload.quantize.low_blocks import Q2, Q3, STEPS, LowFormat
 
 KINDS = {"nested": 0, "float32": 1, "bfloat16": 2, "float16": 3}
 """What scales and biases are stored as; see triton_formats.SCALES."""
@@ -42,8 +43,8 @@ class GroupedFormat(Protocol):
         """Where the parts of matrix `name` lie, and how many rows and columns share a scale."""
 
     def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Floats that `weight` and `scale` look up: the levels, and a map of 256 scales. Of any content where
-        they do not."""
+        """Floats that `packed` and `weight`, and `scale`, look up: the levels, and a map of 256 scales. Of
+        any content where they do not."""
 
 
 class _Words:
@@ -88,6 +89,41 @@ class Int8Words(_Words):
         return plain_scales(layout, name, 1, int8.BLOCK)
 
 
+class LowWords(_Words):
+    """Q3 and Q2: a block is a word, or three in as many planes of a row; pieces have their row's scale."""
+
+    def __init__(self, number: int, format: LowFormat) -> None:
+        self.number, self.per_word = number, format.block
+        self._format = format
+
+    def serves(self, layout: Layout) -> bool:
+        return layout.format == self._format.name and _all_wide(layout, self.piece)
+
+    def constants(self, layout: Layout, name: str) -> dict[str, Any]:
+        at = _offsets(layout, name)
+        cols = next(tensor.shape[1] for tensor in layout.tensors if tensor.name == name)
+        return {
+            "Q": at["q"],
+            "SCALES": KINDS["float32"],
+            "SCALE": at["row_scale"],
+            "SCALE_OF_SCALE": at["scale"],
+            "OFFSET": -1,
+            "BLOCK_ROWS": 1,
+            "BLOCK_COLS": cols,
+        }
+
+    def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        return _low_table(self._format, device), dynamic_map(device)
+
+
+@lru_cache(maxsize=8)
+def _low_table(format: LowFormat, device: torch.device) -> torch.Tensor:
+    """Levels, of which there is room for eight, then steps and zeros, sixteen each."""
+    levels = [float(level) for level in format.levels]
+    table = [*levels, *[0.0] * (8 - len(levels)), *STEPS, *format.zeros]
+    return torch.tensor(table, dtype=torch.float32, device=device)
+
+
 def plain_scales(layout: Layout, name: str, rows: int, cols: int) -> dict[str, Any]:
     """Constants of a matrix with parts "q" and "scale", numbers for blocks of rows x cols."""
     at = _offsets(layout, name)
@@ -103,7 +139,7 @@ def plain_scales(layout: Layout, name: str, rows: int, cols: int) -> dict[str, A
     }
 
 
-FORMATS: tuple[GroupedFormat, ...] = (NF4Words(), Int8Words())
+FORMATS: tuple[GroupedFormat, ...] = (NF4Words(), Int8Words(), LowWords(2, Q3), LowWords(3, Q2))
 
 
 @cache

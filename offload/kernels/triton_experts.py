@@ -109,7 +109,12 @@ def _products(
         read = ()
         parts = ()
         for r in tl.static_range(len(rows)):
-            read = read + (packed(expert, rows[r], word, there[:, None], FORMAT, COLS, Q, PER_WORD),)
+            read = read + (
+                packed(
+                    expert, rows[r], word, there[:, None], levels,
+                    FORMAT, COLS, Q, SCALE_OF_SCALE, PER_WORD,
+                ),
+            )  # fmt: skip
             for _ in tl.static_range(len(numbers)):
                 parts = parts + (tl.zeros([PIECES, 4], dtype=tl.float32),)
         for i in tl.static_range(PER_WORD):

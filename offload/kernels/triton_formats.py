@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NF4, INT8 = (tl.constexpr(number) for number in range(2))
+NF4, INT8, Q3, Q2 = (tl.constexpr(number) for number in range(4))
 """FORMAT: what a word holds."""
 
 NESTED, FLOAT32, BFLOAT16, FLOAT16 = (tl.constexpr(number) for number in range(4))
@@ -29,22 +29,43 @@ def packed(
     row,
     word,
     there,
+    levels,
     FORMAT: tl.constexpr,
     COLS: tl.constexpr,
     Q: tl.constexpr,
+    SCALE_OF_SCALE: tl.constexpr,
     PER_WORD: tl.constexpr,
 ):
-    """The words number `word`, [PIECES, 4], of a row: what `weight` needs of them, a tuple."""
-    words = (expert + Q).to(tl.pointer_type(tl.int32)) + row * (COLS // PER_WORD)
-    return (tl.load(words + word, mask=there, other=0),)
+    """The words number `word`, [PIECES, 4], of a row: what `weight` needs of them, a tuple.
+
+    Those of Q3 and Q2 come with the step of each, and with what is added to level times step.
+    """
+    WORDS: tl.constexpr = COLS // PER_WORD
+    PLANES: tl.constexpr = 3 if FORMAT == Q3 else 1
+    words = (expert + Q).to(tl.pointer_type(tl.int32)) + row * (WORDS * PLANES)
+    found = (tl.load(words + word, mask=there, other=0),)
+    if FORMAT == Q3:
+        found = found + (tl.load(words + WORDS + word, mask=there, other=0),)
+        found = found + (tl.load(words + 2 * WORDS + word, mask=there, other=0),)
+    if FORMAT == Q3 or FORMAT == Q2:
+        code = tl.load(expert + SCALE_OF_SCALE + row * WORDS + word, mask=there, other=0).to(tl.int32)
+        step = tl.load(levels + 8 + (code & 15))
+        found = found + (step, -step * tl.load(levels + 24 + (code >> 4)))
+    return found
 
 
 @triton.jit
 def weight(packed, i: tl.constexpr, levels, FORMAT: tl.constexpr):
-    """Weight i of each word, float32 [PIECES, 4], without its scale. `levels`: a table of floats."""
+    """Weight i of each word, float32 [PIECES, 4], without its piece's scale. `levels`: a table of floats."""
     if FORMAT == NF4:
         # The earlier weight of a byte is its high half.
         value = tl.load(levels + ((packed[0] >> ((4 * i) ^ 4)) & 15))
+    elif FORMAT == Q2:
+        value = tl.fma(((packed[0] >> (2 * i)) & 3).to(tl.float32), packed[1], packed[2])
+    elif FORMAT == Q3:
+        THIRD: tl.constexpr = 8 * (i % 16 // 4) + 4 * (i // 16) + i % 4  # where the code's third bit lies
+        code = ((packed[i // 16] >> (2 * (i % 16))) & 3) | (((packed[2] >> THIRD) & 1) << 2)
+        value = tl.fma(tl.load(levels + code), packed[3], packed[4])
     else:
         value = ((packed[0] << (24 - 8 * i)) >> 24).to(tl.float32)
     return value

@@ -1,9 +1,9 @@
 """Three and two bits a weight, and a little for scales that are searched: q3 and q2.
 
-Each block of a row has a step, a sixteenth's choice of the row's scale, and a zero, which moves the few levels
-to where the block's weights are: a block with one outlier puts it on the last level and the others around
-zero. That is worth more than the same bits in finer levels; docs/formats.md has figures, docs/log.md what else
-was tried. For weights with heavy tails the gain is largest.
+Each block of a row has a step, one of sixteen in its row's scale, and a zero, which moves the few levels to
+where the block's weights are: a block with an outlier puts that on the last level and the others around zero.
+That is worth more than the same bits in finer levels, most with heavy tails; docs/formats.md has figures,
+docs/log.md what else was tried.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ class LowCodec:
 
 
 def dequantize(matrix: LowParts, format: LowFormat, cols: int, dtype: torch.dtype) -> torch.Tensor:
-    """The matrix in `dtype`, [M, cols]. Step times (level - zero) is exact; times the row's scale, rounded."""
+    """The matrix in `dtype`, [M, cols]. Step times (level - zero) is exact, and rounded once
+    it is multiplied by the row's scale."""
     rows, device = len(matrix.row_scale), matrix.q.device
     values = torch.empty(rows, cols, dtype=dtype, device=device)
     steps, zeros, levels, places = _tables(format, device)

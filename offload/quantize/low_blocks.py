@@ -1,8 +1,8 @@
 """Quantizing blocks to three or two bits: for each the scale and zero with the least squared error.
 
-On the CPU the C++ library does it (`native/src/low_encode.h`), a thousand times as fast as torch, which does it
-where that was not compiled and on a GPU, to the same bytes: every operation is rounded by itself, and a block's
-errors are added in the columns' order.
+On the CPU the C++ library does it (`native/src/low_encode.h`); torch does where that was not compiled and on
+a GPU, to the same bytes: every operation is rounded by itself, and a block's errors are added in the
+columns' order.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ Q2 = LowFormat("q2", 16, (0, 1, 2, 3), -3 / 128, 13 / 64)
 Q3 = LowFormat("q3", 32, (0, 3, 5, 7, 9, 11, 13, 16), 2.375, 0.75)
 """Near Lloyd and Max's levels for normal weights, in multiples of half their inner distance."""
 
-STEPS = tuple(
-    number / 256 for number in (8, 10, 13, 16, 20, 26, 32, 40, 52, 64, 80, 104, 128, 160, 208, 256)
-)
+STEPS = tuple(number / 256 for number in (8, 10, 13, 16, 20, 26, 32, 40, 52, 64, 80, 104, 128, 160, 208, 256))
 """Of the byte's lower half: three an octave."""
 
 TRIES = 5

@@ -114,8 +114,24 @@ int64_t q_bytes(int32_t format, int64_t numbers) {
   switch (format) {
     case NF4: return (numbers + 1) / 2;
     case INT8: return numbers;
+    case Q3:
+    case Q2: return 0;  // by rows; see codes_bytes
     default: return numbers * (format == FP32 ? 4 : 2);
   }
+}
+
+int64_t low_blocks(int32_t format, int64_t cols) { return format == Q3 ? (cols + 31) / 32 : (cols + 15) / 16; }
+
+bool is_low(int32_t format) { return format == Q3 || format == Q2; }
+
+int64_t codes_bytes(int32_t format, int64_t rows, int64_t cols) {
+  if (is_low(format)) return rows * low_blocks(format, cols) * (format == Q3 ? 12 : 4);
+  return q_bytes(format, rows * cols);
+}
+
+int64_t scale_bytes(int32_t format, int64_t rows, int64_t cols) {
+  if (is_low(format)) return rows * low_blocks(format, cols);
+  return format == NF4 ? blocks_of(rows * cols) : 2 * rows * blocks_of(cols);
 }
 
 // A matrix of random codes, or of numbers.
@@ -126,9 +142,9 @@ struct Weights {
   Matrix m;
 
   Weights(Random& random, int32_t format, int64_t rows, int64_t cols)
-      : q(random, q_bytes(format, rows * cols)),
-        scales(random, format == NF4 ? blocks_of(rows * cols) : 2 * rows * blocks_of(cols)),
-        nested(random, 4 * ((blocks_of(rows * cols) + 255) / 256)),
+      : q(random, codes_bytes(format, rows, cols)),
+        scales(random, scale_bytes(format, rows, cols)),
+        nested(random, 4 * (is_low(format) ? rows : (blocks_of(rows * cols) + 255) / 256)),
         offset(random, 4),
         bias_dtype(a_dtype(random)),
         bias(random, bias_dtype, rows, 1.0f),
@@ -144,6 +160,7 @@ struct Weights {
       for (int64_t i = 1; i < 2 * rows * blocks_of(cols); i += 2) scales.bytes()[i] &= 0x3f;
     nested.fill_floats(random, 0.0f, 0.1f);
     offset.fill_floats(random, 0.1f, 0.2f);
+    if (is_low(format)) m.nested = nested.floats();
     if (format == NF4) m.nested = nested.floats(), m.offset = offset.floats();
     if (random() % 2) m.bias = bias.bytes();
   }

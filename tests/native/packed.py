@@ -156,7 +156,9 @@ def _low(
     row_scales = at_odd_address(torch.rand(rows, generator=generator) / 50 + 0.01, shift)
     octaves = torch.tensor([8.0, 10.0, 13.0]) / 256
     steps = torch.tensor([float(octaves[i % 3]) * 2 ** (i // 3) for i in range(16)]).double()
-    weights = steps[(codes & 15).long()].unsqueeze(2) * (levels - zero - zero_step * (codes >> 4).unsqueeze(2))
+    weights = steps[(codes & 15).long()].unsqueeze(2) * (
+        levels - zero - zero_step * (codes >> 4).unsqueeze(2)
+    )
     weights = (weights.flatten(1) * row_scales.double().unsqueeze(1))[:, :cols]
     addresses = (q.data_ptr(), scales.data_ptr(), row_scales.data_ptr(), None, None)
     return Matrix(FORMATS[format], 0, rows, cols, *addresses), weights, (q, scales, row_scales)

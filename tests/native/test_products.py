@@ -21,6 +21,8 @@ SHAPES = [
     (2, 33344),  # more than one stretch of decoded scales a row
 ]
 TOKENS = (1, 2, 3, 4, 5, 7, 16, 33, 128, 129, 300)
+FEW_TOKENS = (1, 2, 3, 4, 5, 33, 129)
+"""Enough for formats whose tiles are those of others."""
 
 
 def activations_of(tokens: int, cols: int, activations: int, seed: int = 0) -> torch.Tensor:
@@ -47,7 +49,7 @@ def test_equals_the_product_of_the_decoded_weights(
         m = packed.pack(format, rows, cols, seed=rows + cols, bias=rows % 2 == 1)
         x = activations_of(max(TOKENS), cols, activations)
         want = m.product(x)
-        for tokens in TOKENS:
+        for tokens in TOKENS if format not in ("q3", "q2") else FEW_TOKENS:
             if tokens * rows * cols > 30_000_000:
                 continue
             got = packed.linear(m, x[:tokens], activations)

@@ -88,6 +88,7 @@ def compiled(name: str, capability: int, tokens: int, d: int, f: int, format: st
         *((86, tokens, "nf4") for tokens in (2, 4, 8)),
         (90, 8, "nf4"),
         *((capability, tokens, "int8") for capability, tokens in ((80, 1), (90, 1), (90, 8))),
+        *((90, tokens, format) for tokens in (1, 8) for format in ("q3", "q2")),
     ],
 )
 def test_weights_are_read_16_bytes_at_a_time_and_stay_in_registers(

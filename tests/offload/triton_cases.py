@@ -176,16 +176,26 @@ def test_what_is_no_number_stays_none_and_with_its_token(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "cols"), [*(("nf4", cols) for cols in (64, 768, 2112, 3072)), ("int8", 48), ("int8", 1040)]
+    ("format", "cols"),
+    [
+        *(("nf4", cols) for cols in (64, 768, 2112, 3072)),
+        ("int8", 48),
+        ("int8", 1040),
+        ("q3", 128),
+        ("q3", 1152),
+        ("q2", 64),
+        ("q2", 1088),
+    ],
 )
 def test_rows_of_every_length(format: str, cols: int) -> None:
     """Shorter than a step, and steps with and without a rest; blocks at a row's end that are not whole."""
     codec = codec_for(format)
-    layout = codec.layout([TensorSpec("up_proj", (cols, 64)), TensorSpec("down_proj", (64, cols))])
+    width = 128 if format == "q3" else 64
+    layout = codec.layout([TensorSpec("up_proj", (cols, width)), TensorSpec("down_proj", (width, cols))])
     buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
-    codec.encode({"up_proj": normal(cols, 64), "down_proj": normal(64, cols, seed=1)}, layout, buffer)
+    codec.encode({"up_proj": normal(cols, width), "down_proj": normal(width, cols, seed=1)}, layout, buffer)
     launcher = Launcher(kernels(), layout, Gate(PLAIN, 0, 0, 0), has_gate=False, has_bias=False)
-    hidden, outputs = normal(3, cols, seed=2), torch.full((3, 64), torch.nan)
+    hidden, outputs = normal(3, cols, seed=2), torch.full((3, width), torch.nan)
     launcher.down(buffer, 16, torch.tensor([[0, 2, 0]]), launcher.planes(hidden), outputs)
     weight = codec.decode(buffer, layout, torch.float32)["down_proj"]
     assert error_of(outputs[[2, 0]], hidden[[2, 0]].double() @ weight.double().T) < 1e-6
@@ -220,14 +230,15 @@ def test_slots_by_number(tokens: int) -> None:
     assert outputs[1::top_k][some:].isnan().all()
 
 
-@pytest.mark.parametrize("format", ["int8"])
+@pytest.mark.parametrize("format", ["int8", "q3", "q2"])
 @pytest.mark.parametrize("kind", ["swiglu", "gpt-oss"])
 def test_other_formats(format: str, kind: str) -> None:
     """Up and down, for one token and several, each answer as from the decoded weights."""
     math = MATHS[kind]
-    experts = Experts(4, 64, 32, has_bias=math.has_bias, format=format)
+    d, f = {"q3": (256, 128), "q2": (128, 64)}.get(format, (64, 32))
+    experts = Experts(4, d, f, has_bias=math.has_bias, format=format)
     for ids in ([[2, 0]], [[1, 0], [2, 1], [1, 2]]):
-        index, x = torch.tensor(ids), normal(len(ids), 64, seed=2)
+        index, x = torch.tensor(ids), normal(len(ids), d, seed=2)
         weights = normal(*index.shape, seed=1).abs()
         routing = Routing(index.flatten().tolist(), len(ids), 4)
         got = in_groups(begin(math, experts, x, routing, weights), experts, [routing.experts])
