@@ -42,7 +42,7 @@ LINEAR: dict[str, Callable[[Linear], Any]] = {
     "activations below": lambda call: setattr(call, "activations", -1),
     "activations above": lambda call: setattr(call, "activations", 7),
     "format below": lambda call: setattr(call.m, "format", -1),
-    "format above": lambda call: setattr(call.m, "format", 5),
+    "format above": lambda call: setattr(call.m, "format", max(FORMATS.values()) + 1),
     "bias of no dtype": lambda call: setattr(call.m, "bias_dtype", 3),
     "dtype below": lambda call: setattr(call, "dtype", -1),
     "dtype above": lambda call: setattr(call, "dtype", 3),

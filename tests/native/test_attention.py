@@ -290,7 +290,7 @@ def argument(name: str, value: Any) -> Callable[[Call], Any]:
 WRONG: dict[str, Callable[[Call], Any]] = {
     **{f"no {name}": argument(name, None) for name in ("attention", "x", "cos", "sin", "sequence", "y")},
     **{f"{name} without bytes": of_matrix(name, "q", None) for name in "qkvo"},
-    **{f"{name} of no format": of_matrix(name, "format", 5) for name in "qkvo"},
+    **{f"{name} of no format": of_matrix(name, "format", max(FORMATS.values()) + 1) for name in "qkvo"},
     **{f"{name} of another format": of_matrix(name, "format", FORMATS["bf16"]) for name in "qkv"},
     **{f"{name} with fewer rows": of_matrix(name, "rows", 16) for name in "qkvo"},
     **{f"{name} with fewer columns": of_matrix(name, "cols", 32) for name in "qkvo"},

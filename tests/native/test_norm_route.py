@@ -229,7 +229,7 @@ def test_wrong_routes_are_refused(packed: Any, lib: Any) -> None:
             refused(Route(packed, format, 8, 64, torch.float32), top_k)
         for dtype in (-1, 3):
             refused(Route(packed, format, 8, 64, torch.float32), dtype=dtype)
-        for field, value in (("q", None), ("rows", 0), ("cols", -1), ("format", 5), ("bias_dtype", -1)):
+        for field, value in (("q", None), ("rows", 0), ("cols", -1), ("format", 99), ("bias_dtype", -1)):
             route = Route(packed, format, 8, 64, torch.float32)
             setattr(route.matrix.struct, field, value)
             refused(route)
