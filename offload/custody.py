@@ -8,7 +8,7 @@ from typing import Protocol
 class Custody(Protocol):
     """The host's side of it: called by the ExpertStore before it looks or acts."""
 
-    def count(self) -> None:
+    def settle_counts(self) -> None:
         """Bring the counts of hits, misses, bytes and stalls up to the last token. Waits for the device."""
 
     def catch_up(self) -> None:
@@ -17,15 +17,29 @@ class Custody(Protocol):
     def release(self) -> None:
         """Leave the slots to the host: it knows all, and the device reads and writes none of them."""
 
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless both agree on who is where. Waits for the device."""
+
+
+class Switch(Protocol):
+    """Turns a model from the host's way of misses to the device's and back. Between two steps only."""
+
+    on_device: bool
+
+    def turn(self, *, to_device: bool) -> None: ...
+
 
 class HostAlone:
     """The null twin: nobody but the host decides."""
 
-    def count(self) -> None:
+    def settle_counts(self) -> None:
         pass
 
     def catch_up(self) -> None:
         pass
 
     def release(self) -> None:
+        pass
+
+    def check_integrity(self) -> None:
         pass

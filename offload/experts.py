@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import MoeLocalError
+from moe_local.offload.custody import Switch
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.interrupt import deferred, is_deferred
-from moe_local.offload.kernels.contracts import LayerStep
-from moe_local.offload.kernels.grouped import warm_up
+from moe_local.offload.kernels.contracts import ExpertMath, LayerStep
+from moe_local.offload.kernels.grouped import GroupedExperts, warm_up
 from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.kernels.shared import SharedStep, Staging, pack, unpack
@@ -34,6 +35,22 @@ class Runner(Protocol):
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """As OffloadedExperts.forward."""
+
+
+class OnDevice(Protocol):
+    """What serves single tokens without the host: Residents, or DeviceMisses."""
+
+    def layer(self, number: int, math: ExpertMath, x: torch.Tensor, tokens: int) -> object | None:
+        """Not None if it serves so many tokens x [T, D] of a layer."""
+
+    def serves(self, number: int) -> bool:
+        """Whether what a capture has recorded of the layer still holds."""
+
+    def run(self, number: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """One token x [1, D] through a layer, index and weights [1, K] -> [1, D]."""
+
+    def count(self, number: int, top_k: int | None = None) -> None:
+        """A token went through the layer, to so many experts; None: to as many as the one before."""
 
 
 class Seam(Protocol):
@@ -174,11 +191,19 @@ class ExpertRunner:
         device = store.tier.arena.device
         self._several = len(store.tier.devices) > 1
         self._inputs, self._answers = Staging(device), Staging(device)
-        self._residents: Residents | None = None
+        self.on_device: OnDevice | None = None
+        """What serves single tokens as far as it can; None: the host does."""
+        self.switch: Switch | None = None
+        """Turns that on and off where some experts are missing; None: it cannot be turned."""
+
+    @property
+    def grouped(self) -> GroupedExperts:
+        """The kernels that compute a layer's experts together."""
+        return self._kernels.grouped
 
     def keep_to_device(self) -> None:
         """All experts are in slots on a device: compute single tokens without a wait of the host."""
-        self._residents = Residents(self.store, self._kernels.grouped)
+        self.on_device = Residents(self.store, self.grouped)
 
     def warm_up(self, modules: Sequence[OffloadedExperts], hidden_size: int, dtype: torch.dtype) -> None:
         """Have the kernels of decode steps compiled now, which takes seconds, and not by the first token."""
@@ -193,21 +218,21 @@ class ExpertRunner:
 
     def is_resident(self, layer: int) -> bool:
         """Whether single tokens go through the layer without the host."""
-        return self._residents is not None and self._residents.serves(layer)
+        return self.on_device is not None and self.on_device.serves(layer)
 
     def count_resident(self, layer: int) -> None:
         """A token went through the layer, which `resident` gave."""
-        assert self._residents is not None
-        self._residents.count(layer)
+        assert self.on_device is not None
+        self.on_device.count(layer)
 
     def resident(
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor
-    ) -> Residents | None:
+    ) -> OnDevice | None:
         """What computes this without the host, or None."""
-        if self._residents is None:
+        if self.on_device is None:
             return None
-        layer = self._residents.layer(experts.index, experts, hidden, index.shape[0])
-        return self._residents if layer is not None else None
+        layer = self.on_device.layer(experts.index, experts, hidden, index.shape[0])
+        return self.on_device if layer is not None else None
 
     def measure(self, experts: OffloadedExperts, hidden_size: int, dtype: torch.dtype) -> None:
         """Tell the store's scheduler what the CPU takes for a layer's experts; see calibrate.measure_cpu."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from moe_local.cache.errors import DoesNotFitError, OptionError
 from moe_local.offload.build import build_arena, build_store
@@ -25,6 +24,7 @@ from moe_local.offload.engine.graph_trial import graph_mode, use_graphs
 from moe_local.offload.engine.graphs import CudaGraphs, Graphs
 from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.engine.memory import make_kv
+from moe_local.offload.engine.miss_trial import leave_misses_to_device, miss_mode
 from moe_local.offload.expert_file.convert import convert_experts, expert_file_folder, moe_local_home
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.expert_file.native import NativeExperts
@@ -38,19 +38,20 @@ from moe_local.offload.plan.placement import with_vram_slots
 from moe_local.offload.plan.plan import Plan
 from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.make import make_prefetcher
-from moe_local.offload.prefill import PrefillStream
+from moe_local.offload.prefill import announcer
 from moe_local.offload.quantize.allocate import form_of
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.codec import NATIVE
 from moe_local.offload.quantize.mix import is_mixed
 from moe_local.offload.quantize.stored import QUANTIZED
 from moe_local.offload.relief import Relief
-from moe_local.offload.residents import can_reside, uncounted
+from moe_local.offload.residents import can_reside
 from moe_local.offload.schedule.calibrate import first_costs
 from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store import ExpertStore
 from moe_local.offload.tiers.device import Device
 from moe_local.offload.tiers.slow_link import cuda_device, held
+from moe_local.offload.uncounted import uncounted
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def load(
             "miss": miss,
         }
     )
-    graph_mode()  # refused before anything is downloaded
+    graph_mode(), miss_mode()  # refused before anything is downloaded
     targets = options.torch_devices()
     target = targets[0]
     name = str(model)
@@ -295,13 +296,14 @@ def _assemble(
         undo.callback(store.close)
         engine = Engine(as_decoder(hf), kv, chunk=plan.chunk)
         if arena is not None:
-            engine.relief = Relief(store.tier, arena)
+            engine.relief = Relief(store.tier, arena, lambda: store.custody.release())
         prefetcher = make_prefetcher(options.prefetch, plan, store, probe.sites, file)
         runner = ExpertRunner(store, prefetcher, options.activations)
         if store.prefill is not None:
             store.prefill.chunk = plan.chunk
             store.prefill.ahead = options.prefetch != "off"
-            hf.base_model.register_forward_pre_hook(_announce(store.prefill), with_kwargs=True)
+            announce = announcer(store.prefill, lambda: store.custody.release())
+            hf.base_model.register_forward_pre_hook(announce, with_kwargs=True)
         _fill(store, plan, progress)
         modules = [module for module in hf.modules() if isinstance(module, OffloadedExperts)]
         hidden_size, dtype = checkpoint.spec.hidden_size, plan.request.dtype
@@ -328,6 +330,15 @@ def _assemble(
                         mode=graph_mode(),
                         stand_in=not resident,
                     )
+                runner.switch = leave_misses_to_device(
+                    engine,
+                    runner,
+                    graphs,
+                    sites=probe.sites,
+                    saw=prefetcher.saw,
+                    mode=miss_mode(),
+                    prefetch=options.prefetch,
+                )
         model = Model(
             checkpoint.name,
             hf,
@@ -340,18 +351,6 @@ def _assemble(
         )
         undo.pop_all()
     return model
-
-
-def _announce(prefill: PrefillStream) -> Callable[..., None]:
-    """A hook that tells what a forward of the model, [rows, length] ids or embeddings, is about to
-    compute."""
-
-    def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = args[0] if args else kwargs.get("input_ids")
-        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
-        prefill.begin(inputs.shape[0], inputs.shape[1]) if inputs is not None else prefill.begin(1, 1)
-
-    return announce
 
 
 def _device_map(checkpoint: Loadable, plan: Plan, targets: Sequence[torch.device]) -> dict[str, str] | None:

@@ -210,6 +210,7 @@ class Model:
     def cache_view(self) -> CacheView:
         """For looking at which expert is where; between two tokens, in the thread that generates."""
         store = self._open().store
+        store.custody.catch_up()
         return CacheView(store.tier.cache, [len(experts) for experts in store.layouts])
 
     def close(self) -> None:

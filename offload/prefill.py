@@ -7,6 +7,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
 
 from moe_local.cache.keys import ExpertKey
 from moe_local.offload.interrupt import check as check_interrupt
@@ -357,3 +360,20 @@ class PrefillStream:
         tier.source.wait(WAIT_SECONDS)
         tier.poll()
         self._account.add_stall(cause, time.perf_counter() - start)
+
+
+def announcer(prefill: PrefillStream, before: Callable[[], None]) -> Callable[..., None]:
+    """A hook that tells what a forward of the model, [rows, length] ids or embeddings, is about to compute.
+
+    `before` is called first where that is several tokens of a row: what is read ahead then takes slots.
+    """
+
+    def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = args[0] if args else kwargs.get("input_ids")
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        rows, length = (1, 1) if inputs is None else inputs.shape[:2]
+        if length > 1:
+            before()
+        prefill.begin(rows, length)
+
+    return announce

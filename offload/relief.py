@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -54,14 +54,17 @@ class Relief:
     cache that grows and shrinks under an answer is worse than a small one.
     """
 
-    def __init__(self, tier: Tier, arena: DeviceArena) -> None:
-        """`arena`: the tier's, as far as its memory is on devices."""
+    def __init__(self, tier: Tier, arena: DeviceArena, before: Callable[[], None] | None = None) -> None:
+        """`arena`: the tier's, as far as its memory is on devices. `before` is called first, each time."""
         self._tier = tier
         self._arena = arena
+        self._before = before
 
     def __call__(self, lacking: Shortage) -> bool:
         """Whether anything was given back. Call between steps, when nothing of the tier is leased."""
         given = False
+        if self._before is not None:
+            self._before()
         for device in self._tier.devices:
             if lacking.card is None or device.torch_device.index in (None, lacking.card):
                 given |= self._shrink(device, lacking.nbytes + MARGIN)

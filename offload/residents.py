@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 from moe_local.offload.kernels.contracts import ExpertMath
@@ -18,19 +15,6 @@ def can_reside(store: ExpertStore) -> bool:
     tier, layers = store.tier, range(len(store.layouts))
     there = all(tier.cache.has_all(layer, range(store.num_experts(layer))) for layer in layers)
     return there and len({tier.arena.buffer(layer, 0).device for layer in layers}) == 1
-
-
-@contextmanager
-def uncounted(store: ExpertStore) -> Iterator[None]:
-    """Residents that are used meanwhile count nowhere: a trial."""
-    hits, routed = store.tier.cache.stats.hits_by_layer, store.routed
-    before, store.routed = hits[:], routed.empty_twin()
-    try:
-        yield
-    finally:
-        if routed.settle is not None:
-            routed.settle()
-        hits[:], store.routed = before, routed
 
 
 class ResidentLayer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from moe_local.cache.stats import StallSeconds
 from moe_local.offload.tiers.device import Waited
 
@@ -35,6 +37,11 @@ class StallAccount:
         """As `total`."""
         self._settle()
         return StallSeconds(**self._seconds)
+
+    def reset(self, seconds: StallSeconds) -> None:
+        """Begin again from these."""
+        self._settle()
+        self._seconds = asdict(seconds)
 
     def _settle(self, keep: int = 0) -> None:
         """Charge the waits of the device's stream, which are over once a token has come back from it."""

@@ -261,7 +261,7 @@ class ExpertStore:
 
     def tally(self) -> Tally:
         """Counts since load, for the record of each token: cheaper than `snapshot`."""
-        self.custody.count()
+        self.custody.settle_counts()
         counters = self.tier.cache.stats
         copied = self._copies.bytes_copied if self._copies else 0
         return Tally(self.stalls.total(), counters.hits, counters.misses, copied, self._disk.bytes_read)
@@ -304,7 +304,7 @@ class ExpertStore:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless no lease is left over and the tier agrees with its loads."""
-        self.custody.catch_up()
+        self.custody.check_integrity()
         self.tier.check_integrity()
         if self.prefill is not None:
             self.prefill.check_integrity()

@@ -151,6 +151,12 @@ def fake_graphs() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def torch_kernels() -> ModuleType:
+    """tests/torch_kernels.py: `Launcher`, `TorchFetch`; `use(monkeypatch)`, `in_one_piece(device)`."""
+    return load_module(Path(__file__).parent / "torch_kernels.py")
+
+
+@pytest.fixture(scope="session")
 def hub_servers() -> Iterator[Callable[[], Any]]:
     """hub_servers() -> a Hub as `hub_server`; any number of them, for as long as the session."""
     module = load_module(Path(__file__).parent / "hub_server.py")

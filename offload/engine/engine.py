@@ -28,7 +28,7 @@ from moe_local.offload.engine.prefix import row_to_go_on
 from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.engine.sequence import FinishReason, Sequence, Step, Work
-from moe_local.offload.engine.token_step import TokenStep
+from moe_local.offload.engine.token_step import TokenStep, TokenWatch
 from moe_local.offload.kernels.linear import NativeLinear
 from moe_local.offload.plan.footprint import MIN_CHUNK
 from moe_local.offload.prefetch.routers import RouterSite
@@ -82,7 +82,11 @@ class Engine:
         """Whether the last step computed a part of a prompt."""
 
     def make_token_step(
-        self, graphs: Graphs | None, sites: Ids[RouterSite | None] = (), saw: Saw | None = None
+        self,
+        graphs: Graphs | None,
+        sites: Ids[RouterSite | None] = (),
+        saw: Saw | None = None,
+        watch: TokenWatch | None = None,
     ) -> TokenStep:
         """A TokenStep for this model and its memory, which is a KVSlab."""
         assert isinstance(self.kv, KVSlab)
@@ -94,6 +98,7 @@ class Engine:
             options=self._forward_options,
             sites=sites,
             saw=saw,
+            watch=watch,
         )
 
     @property

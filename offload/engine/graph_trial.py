@@ -135,14 +135,14 @@ def _as_they_are() -> Iterator[None]:
 
 
 @contextmanager
-def _row(engine: Engine) -> Iterator[int]:
+def row_to_try(engine: Engine) -> Iterator[int]:
     """A row of the key-value memory with HISTORY tokens in it."""
     kv = engine.kv
     row = kv.join()
     try:
         with torch.inference_mode():
             for number in range(HISTORY):
-                engine.plain_logits(row, [_token(engine, number)])
+                engine.plain_logits(row, [token_to_try(engine, number)])
                 kv.advance(row, 1)
             yield row
     finally:
@@ -150,7 +150,8 @@ def _row(engine: Engine) -> Iterator[int]:
         kv.leave(row)
 
 
-def _token(engine: Engine, number: int) -> int:
+def token_to_try(engine: Engine, number: int) -> int:
+    """The id of a trial's token."""
     return (7919 * (number + 1)) % engine.vocab_size
 
 
@@ -158,10 +159,10 @@ def _difference(engine: Engine, step: TokenStep) -> str | None:
     """What of `step` is not as it should be: its logits are those of the plain forward, but for rounding,
     and those that are replayed have the very bits of those that are computed."""
     off = []
-    with _row(engine) as row:
+    with row_to_try(engine) as row:
         _go_beyond_windows(engine, row)
         for number in range(HISTORY, HISTORY + TOKENS):
-            token = _token(engine, number)
+            token = token_to_try(engine, number)
             got = step.logits(row, token).clone()  # first: the others write the token's column, too
             if step.failure is not None:
                 return step.failure
@@ -192,16 +193,17 @@ def _go_beyond_windows(engine: Engine, row: int) -> None:
 
 def _is_slower(engine: Engine, step: TokenStep) -> bool:
     """Whether replaying one and the same token takes longer than the plain forward, in the median."""
-    with _row(engine) as row:
-        token = _token(engine, HISTORY)
+    with row_to_try(engine) as row:
+        token = token_to_try(engine, HISTORY)
         replayed, plain = [], []
         for _ in range(ROUNDS):
-            replayed.append(_seconds(lambda: step.logits(row, token)))
-            plain.append(_seconds(lambda: engine.plain_logits(row, [token])))
+            replayed.append(seconds(lambda: step.logits(row, token)))
+            plain.append(seconds(lambda: engine.plain_logits(row, [token])))
     return statistics.median(replayed) > statistics.median(plain)
 
 
-def _seconds(compute: Callable[[], torch.Tensor]) -> float:
+def seconds(compute: Callable[[], torch.Tensor]) -> float:
+    """What it takes until the device has computed these logits."""
     start = time.perf_counter()
     float(compute()[0, 0])  # waits for the device
     return time.perf_counter() - start

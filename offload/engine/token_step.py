@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -15,6 +15,16 @@ from moe_local.offload.engine.static_row import static_columns
 from moe_local.offload.prefetch.routers import RouterSite
 
 logger = logging.getLogger(__name__)
+
+
+class TokenWatch(Protocol):
+    """Told of every token that a TokenStep computes. Neither call is part of a capture."""
+
+    def begin(self) -> None:
+        """The token is about to be given to the device."""
+
+    def end(self) -> None:
+        """All of it has been. Not called where something was raised in its midst."""
 
 
 class TokenStep:
@@ -36,6 +46,7 @@ class TokenStep:
         options: dict[str, Any],
         sites: Sequence[RouterSite | None] = (),
         saw: Saw | None = None,
+        watch: TokenWatch | None = None,
     ) -> None:
         """`options`: further arguments of the model's forward. `sites` and `saw` as for a Recording.
 
@@ -49,6 +60,7 @@ class TokenStep:
         self._cache_argument = cache_argument
         self._options = options
         self._sites, self._saw = sites, saw
+        self._watch = watch
         device = hf.get_input_embeddings().weight.device
         with torch.inference_mode(False):
             self._ids = torch.zeros((1, 1), dtype=torch.long, device=device)
@@ -62,7 +74,33 @@ class TokenStep:
 
         Raises what the experts raise, having changed no length.
         """
-        place = self._prepare(row, token)
+        return self._watched(self._logits, self._prepare(row, token))
+
+    def computed(self, row: int, token: int) -> torch.Tensor:
+        """The same logits, without a graph."""
+        return self._watched(self._forward, self._prepare(row, token))
+
+    def stop_capturing(self) -> None:
+        """Compute from now on, without graphs."""
+        self._graphs = None
+        self.captured.clear()
+
+    @property
+    def captures(self) -> bool:
+        """Whether tokens are captured, as far as that works."""
+        return self._graphs is not None
+
+    def _watched(
+        self, compute: Callable[[tuple[int, int]], torch.Tensor], place: tuple[int, int]
+    ) -> torch.Tensor:
+        if self._watch is None:
+            return compute(place)
+        self._watch.begin()
+        logits = compute(place)
+        self._watch.end()
+        return logits
+
+    def _logits(self, place: tuple[int, int]) -> torch.Tensor:
         captured = self.captured.get(place)
         if captured is not None and not captured.is_valid:
             captured = None
@@ -77,15 +115,6 @@ class TokenStep:
                 return self._forward(place)
         captured = self._capture(place)
         return self._forward(place) if captured is None else captured.logits
-
-    def computed(self, row: int, token: int) -> torch.Tensor:
-        """The same logits, without a graph."""
-        return self._forward(self._prepare(row, token))
-
-    def stop_capturing(self) -> None:
-        """Compute from now on, without graphs."""
-        self._graphs = None
-        self.captured.clear()
 
     def _prepare(self, row: int, token: int) -> tuple[int, int]:
         """Put the token where the forward reads it; the row and its number of columns."""

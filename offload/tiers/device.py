@@ -215,6 +215,11 @@ class HostMemory:
                 f"the system refused {format_bytes(nbytes)} of memory for expert slots; set a smaller --ram"
             ) from error
 
+    @property
+    def registered(self) -> tuple[int, ...]:
+        """Addresses at which the pinned ranges start."""
+        return tuple(self._registered)
+
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Bytes [offset, offset + nbytes) for `os.preadv` and the like; valid until `close`."""
         return self.tensor.numpy().data[offset : offset + nbytes]

@@ -67,7 +67,7 @@ def test_the_clock_decides_about_replaying_but_not_about_bits(
         compute()
         return 1.0 if (graphs.replays > before) == faster else 2.0
 
-    monkeypatch.setattr(graph_trial, "_seconds", seconds)
+    monkeypatch.setattr(graph_trial, "seconds", seconds)
     engine = tried(hf, graphs, "auto")
     assert engine.token_step is not None
     assert bool(engine.token_step.captured) == faster

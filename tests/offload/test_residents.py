@@ -11,16 +11,12 @@ import pytest
 import torch
 
 import moe_local
-from moe_local.offload.checkpoint import skeleton
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
-from moe_local.offload.kernels.cpu import CpuExperts
-from moe_local.offload.kernels.grouped import GroupedExperts
 from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan.fit import plan_memory
 from moe_local.offload.plan.footprint import expert_bytes
 from moe_local.offload.plan.plan import Request
-from moe_local.offload.quantize.layout import Layout
 
 torch.set_num_threads(1)
 
@@ -28,64 +24,12 @@ CPU = torch.device("cpu")
 PROMPT, NEW = list(range(3, 14)), 12
 
 
-class Launcher:
-    """As kernels.launcher's, for fp32 experts, by torch: finds their bytes by base, stride and table."""
-
-    def __init__(self, math: Any, layout: Layout) -> None:
-        self.layout, self._math = layout, math
-        shapes = {tensor.name: tensor.shape for tensor in layout.tensors}
-        self.width, self.hidden = shapes["down_proj"]
-        self._first = next(name for name in ("gate_up_proj", "up_proj") if name in shapes)
-
-    def planes(self, x: torch.Tensor) -> torch.Tensor:
-        return x.float()
-
-    def up(self, base: Any, stride: int, table: Any, planes: Any, hidden: Any, top_k: int) -> None:
-        x = planes.index_select(0, table[:, 1] // top_k)
-        hidden.index_copy_(
-            0, table[:, 1], self._math.activate(self._linear(base, stride, table, x, self._first))
-        )
-
-    def down(self, base: Any, stride: int, table: Any, hidden: Any, outputs: Any) -> None:
-        x = hidden.index_select(0, table[:, 1])
-        outputs.index_copy_(0, table[:, 1], self._linear(base, stride, table, x, "down_proj"))
-
-    def combine(self, outputs: Any, weights: Any, combined: Any) -> None:
-        combined.copy_((outputs.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1))
-
-    def _linear(self, base: Any, stride: int, table: Any, x: torch.Tensor, name: str) -> torch.Tensor:
-        """x [G, in] -> [G, out]"""
-        y = (self._weights(base, stride, table, name) @ x.unsqueeze(-1)).squeeze(-1)
-        return y + self._weights(base, stride, table, f"{name}_bias") if self._math.has_bias else y
-
-    def _weights(self, base: Any, stride: int, table: Any, name: str) -> torch.Tensor:
-        """fp32 [G, out, in], or [G, out] for a bias."""
-        (segment,) = self.layout.parts(name)
-        memory = base.as_strided((base.untyped_storage().nbytes(),), (1,), 0)
-        starts = base.storage_offset() + table[:, 0] * stride + segment.offset
-        places = starts.unsqueeze(1) + torch.arange(segment.nbytes)
-        packed = memory.index_select(0, places.flatten()).view(len(table), segment.nbytes)
-        return packed.view(torch.float32).view(len(table), *segment.shape)
-
-
 @pytest.fixture
-def make_device(make_device: Callable[..., Any]) -> Callable[..., Any]:
-    """Devices whose allocations are parts of one, since a Launcher can't reach from one into another."""
+def make_device(torch_kernels: ModuleType, make_device: Callable[..., Any]) -> Callable[..., Any]:
+    """Devices whose slots a Launcher finds."""
 
     def make(*arguments: Any, **options: Any) -> Any:
-        device = make_device(*arguments, **options)
-        allocate, memory, taken = device.allocate, torch.zeros(1 << 25, dtype=torch.uint8), 0
-
-        def carve(nbytes: int) -> torch.Tensor:
-            nonlocal taken
-            allocate(nbytes)
-            part = memory[taken : taken + nbytes]
-            taken += -(-nbytes // 512) * 512
-            assert taken <= memory.numel()
-            return part
-
-        device.allocate = carve
-        return device
+        return torch_kernels.in_one_piece(make_device(*arguments, **options))
 
     return make
 
@@ -99,23 +43,8 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def grouped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Single tokens are computed by Launchers; nothing runs in the library, whose work nobody records."""
-    for name in ("use_native_linears", "use_native_norms", "use_native_routers", "use_token_attention"):
-        monkeypatch.setattr(skeleton, name, lambda model: None)
-    monkeypatch.setattr(CpuExperts, "serves", lambda self, *arguments: False)
-    monkeypatch.setattr(
-        GroupedExperts,
-        "serves",
-        lambda self, math, x, routing, layout: routing.tokens == 1,
-    )
-    launchers: dict[Any, Launcher] = {}
-
-    def launcher(self: GroupedExperts, math: Any, device: torch.device, layout: Layout) -> Any:
-        return launchers.setdefault(math, Launcher(math, layout))
-
-    monkeypatch.setattr(GroupedExperts, "launcher", launcher)
-    monkeypatch.setattr("moe_local.offload.experts.warm_up", lambda *arguments: None)
+def grouped(torch_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_kernels.use(monkeypatch)
 
 
 def load(folder: Path, device: Any, graphs: Any = None, *, slots: int = 8, **options: Any) -> moe_local.Model:

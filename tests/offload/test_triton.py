@@ -32,11 +32,11 @@ SHAPES = {"mixtral": (4096, 14336), "qwen3": (2048, 768), "gpt-oss": (2880, 2880
 
 @pytest.mark.timeout(1800)
 def test_cases_in_the_interpreter() -> None:
-    """The cases of triton_cases.py, in a process that has imported nothing of Triton before."""
-    cases = Path(__file__).with_name("triton_cases.py")
+    """Those of triton_cases.py and of fetch_cases.py, in a process that has not imported Triton before."""
+    cases = [Path(__file__).with_name(name) for name in ("triton_cases.py", "fetch_cases.py")]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "slow", "-p", "no:cacheprovider", str(cases)],
-        cwd=cases.parent.parent.parent,
+        [sys.executable, "-m", "pytest", "-q", "-m", "slow", "-p", "no:cacheprovider", *map(str, cases)],
+        cwd=cases[0].parent.parent.parent,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -111,3 +111,51 @@ def test_weights_are_read_16_bytes_at_a_time_and_stay_in_registers(
     spilled = re.search(r"STACK:(\d+)", usage)
     assert spilled is not None
     assert int(spilled[1]) <= (128 if tokens == 8 else 0)  # bytes a thread
+
+
+def compiled_fetch(name: str, capability: int) -> Any:
+    """look_up_kernel or fetch_kernel as TritonFetch would launch it for 8 of 128 experts."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from moe_local.offload.kernels import fetch, triton_fetch
+
+    if name == "look_up_kernel":
+        constants = {"TOP_K": 8, "LISTED": 24, "RANKS": 8, "PLACES": 32, "BEGINS": True, "TIMED": True}
+    else:
+        constants = {"TOP_K": 8, "UNIT": 16, "WORDS": 2437120 // 4, "BLOCK": fetch.BLOCK, "TIMED": True}
+        constants["PROGRAMS"] = fetch.PROGRAMS
+    kernel = getattr(triton_fetch, name)
+    names = kernel.arg_names
+    types = {"memory": "*u8", "base": "*u8"}
+    source = ASTSource(
+        kernel,
+        {n: "constexpr" if n in constants else types.get(n, "*i64") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants},
+    )
+    options = {"num_warps": 1 if name == "look_up_kernel" else fetch.WARPS, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 compiles nothing")
+@pytest.mark.parametrize("capability", GPUS)
+def test_experts_are_brought_16_bytes_at_a_time(capability: int) -> None:
+    """Four loads are under way in each thread before the first is stored; the GPU's clock is read."""
+    ptx = compiled_fetch("fetch_kernel", capability).asm["ptx"]
+    loads = [found.start() for found in re.finditer(r"ld\.global[\w.:]*\.v4\.b32", ptx)]
+    stores = [found.start() for found in re.finditer(r"st\.global[\w.:]*\.v4\.b32", ptx)]
+    assert len(loads) == len(stores) == 4
+    assert max(loads) < min(stores)
+    assert "globaltimer" in ptx
+    assert re.search(r"atom\.global[\w.:]*\.max\.[us]64", ptx)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 compiles nothing")
+@pytest.mark.parametrize("capability", GPUS)
+def test_tables_are_read_before_they_are_written(capability: int) -> None:
+    ptx = compiled_fetch("look_up_kernel", capability).asm["ptx"]
+    assert "globaltimer" in ptx
+    barrier = ptx.rindex("bar.", 0, ptx.index("st.global"))
+    assert len(re.findall(r"ld\.global", ptx[:barrier])) >= 7

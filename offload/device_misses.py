@@ -1,0 +1,279 @@
+"""Single tokens through layers whose experts do not all have slots, without a wait of the host.
+
+The kernels look a token's experts up and bring the absent ones from RAM by themselves, into the slots that
+the host has listed before; what they did they write down. The host reads that while the next token is
+computed: counts, tells the cache, and with it every policy, and lists the slots to fill next.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from moe_local.cache.keys import ExpertKey
+from moe_local.offload.device_tables import DeviceTables
+from moe_local.offload.interrupt import check as check_interrupt
+from moe_local.offload.kernels.contracts import ExpertMath
+from moe_local.offload.kernels.fetch import LOG_HEAD, Fetch, LayerTables
+from moe_local.offload.kernels.grouped import DTYPES, GroupedExperts, GroupedRun
+from moe_local.offload.kernels.launcher import Launcher
+from moe_local.offload.store import ExpertStore
+from moe_local.offload.tiers.arena import HostArena
+from moe_local.offload.tiers.copies import CopySource
+from moe_local.offload.tiers.device import Event
+from moe_local.offload.tiers.staging import StagedArena
+
+WAIT_SECONDS = 0.1
+"""Longest wait between two looks at pending interrupts."""
+
+OLD = 16
+"""Tokens after which a layer's list is made again though nobody on it was used: a policy may follow another
+order by then."""
+
+
+class DeviceLayer(NamedTuple):
+    """What serves one layer's tokens."""
+
+    launcher: Launcher
+    tables: LayerTables
+    nbytes: int
+    """Of an expert."""
+
+
+class _Log:
+    """What the device has written down about a token, on its way to the host."""
+
+    def __init__(self, token: int, memory: torch.Tensor, event: Event) -> None:
+        self.token = token
+        self._numbers = memory
+        self._event = event
+        self.counted = False
+
+    def read(self) -> np.ndarray:
+        """int64 [layers, 4 + 2 K or more]. Waits for the device."""
+        self._event.synchronize()
+        numbers: np.ndarray = self._numbers.numpy()
+        return numbers
+
+
+class DeviceMisses:
+    """Has the custody of a tier's slots from a token's `begin` on, until the host takes it back (`release`).
+
+    For a tier on one device over RAM that holds every expert, pinned, where the grouped kernels serve all
+    layers. The same bits as with the host; the same hits, too, but for which experts leave: a token's list is
+    in the policy's order as it was one token earlier, less the experts used since.
+
+    Used by the engine's thread alone.
+    """
+
+    def __init__(self, store: ExpertStore, grouped: GroupedExperts, fetch: Fetch) -> None:
+        """`store` is one that `hindrance` has nothing against."""
+        assert store.below is not None
+        assert isinstance(store.tier.source, CopySource)
+        assert isinstance(store.below.arena, StagedArena)
+        assert isinstance(store.below.arena.own, HostArena)
+        self._store = store
+        self._tier = store.tier
+        self._copies = store.tier.source
+        self._grouped = grouped
+        self._fetch = fetch
+        self._memory = store.below.arena.own
+        (self._device,) = store.tier.devices
+        layers = range(len(store.layouts))
+        experts = [store.num_experts(layer) for layer in layers]
+        self._top_k = [store.routed.top_k(layer) for layer in layers]
+        self.tables = DeviceTables(store.tier.cache, experts, self._top_k, self._device.torch_device)
+        self.tables.place(store.tier.arena, [self._in_ram(layer) for layer in layers])
+        self._layers: dict[int, DeviceLayer] = {}
+        pinned = self._device.torch_device.type == "cuda"
+        with torch.inference_mode(False):
+            self._logs = [
+                torch.zeros(self.tables.log.shape, dtype=torch.int64, pin_memory=pinned) for _ in range(2)
+            ]
+        self._nbytes = np.array([store.layouts[layer][0].nbytes for layer in layers])
+        self._has_custody = False
+        self._in_token = False
+        self._token = 0
+        """Tokens since the device took over."""
+        self._log: _Log | None = None
+        """The last token's, not told to the cache yet."""
+        self._lists: list[list[int]] = [[] for _ in layers]
+        self._listed: list[set[int]] = [set() for _ in layers]
+        """The experts in the slots of a list."""
+        self._known = [0 for _ in layers]
+        """The token up to which a list knows."""
+        self._sent: Event = self._device.record()
+
+    # A token
+
+    def begin(self) -> None:
+        """A token is about to be given to the device."""
+        if self._in_token:  # the one before came to no end
+            self.release()
+        if not self._has_custody:
+            self._take_over()
+        self._in_token = True
+
+    def end(self) -> None:
+        """All of the token has been given to the device. Tells the cache of the one before meanwhile."""
+        if not self._in_token:  # the host took over in its midst
+            return
+        before, self._log = self._log, self._ship()
+        if before is not None:
+            self._follow(before)
+
+    def layer(self, number: int, math: ExpertMath, x: torch.Tensor, tokens: int) -> DeviceLayer | None:
+        """What serves so many tokens x [T, D] of a layer; None where the host has to."""
+        if not self._in_token or tokens != 1:
+            return None
+        if x.dtype not in DTYPES or torch.is_autocast_enabled(x.device.type):
+            return None
+        if number not in self._layers:
+            layout = self._store.layouts[number][0]
+            launcher = self._grouped.launcher(math, x.device, layout)
+            if launcher is None:
+                return None
+            self._layers[number] = DeviceLayer(launcher, self.tables.of[number], layout.nbytes)
+        return self._layers[number]
+
+    def serves(self, number: int) -> bool:
+        """Whether what was captured of a layer may be replayed: no address that it reads ever changes."""
+        return number in self._layers
+
+    def run(self, number: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """One token x [1, D] through a layer that `layer` gives, index and weights [1, K] -> [1, D].
+
+        Launches kernels, nothing else.
+        """
+        layer, base = self._layers[number], self._tier.arena.buffer(number, 0)
+        assert index.shape[1] == self._top_k[number]
+        table = self._fetch.look_up(layer.tables, index.flatten(), begins=number == 0)
+        run = GroupedRun(layer.launcher, x, weights)
+        self._fetch.bring(layer.tables, self._memory.memory.tensor, base, layer.nbytes)
+        run.launch(base, table)
+        return run.result()
+
+    def count(self, number: int, top_k: int | None = None) -> None:
+        """Nothing: the device counts."""
+
+    # Custody
+
+    def settle_counts(self) -> None:
+        if self._log is not None:
+            self._count(self._log)
+
+    def catch_up(self) -> None:
+        if self._in_token:  # something was raised in its midst: how far it came is not known
+            self.release()
+        elif self._log is not None:
+            log, self._log = self._log, None
+            self._follow(log)
+
+    def release(self) -> None:
+        if self._has_custody:
+            self.end()
+            self.catch_up()
+            self._has_custody = False
+
+    def check_integrity(self) -> None:
+        self.catch_up()
+        if self._has_custody:
+            self.tables.check_integrity()
+
+    # Inside
+
+    def _in_ram(self, layer: int) -> list[int]:
+        """Where in RAM each expert is, for good."""
+        assert self._store.below is not None
+        cache = self._store.below.cache
+        slots = [cache.slot_of(layer, expert) for expert in range(self._store.num_experts(layer))]
+        return [self._memory.offset(layer, slot) for slot in slots if slot is not None]
+
+    def _take_over(self) -> None:
+        """Wait for what is still on its way, and tell the device who is where."""
+        tier, cache = self._tier, self._tier.cache
+        tier.poll()
+        unwanted = cache.staging.clear(-1, ())
+        unwanted += [ExpertKey(layer, e) for layer in range(cache.layers) for e in cache.prefetching(layer)]
+        for key in dict.fromkeys(unwanted):
+            tier.cancel(key)
+        while tier.loading:
+            start = time.perf_counter()
+            tier.source.wait(WAIT_SECONDS)
+            self._store.stalls.add_stall("late_prefetch", time.perf_counter() - start)
+            check_interrupt()
+            tier.poll()
+        for layer in range(cache.layers):
+            self._list(layer)
+            self._known[layer] = 0
+        self._sent.synchronize()
+        self.tables.fill(self._lists)
+        self._sent = self._device.record()
+        self._token = 0
+        self._has_custody = True
+
+    def _ship(self) -> _Log:
+        """Let the log follow the token, which has been given to the device."""
+        self._in_token = False
+        self._token += 1
+        memory = self._logs[self._token % 2]
+        memory.copy_(self.tables.log, non_blocking=True)
+        return _Log(self._token, memory, self._device.record())
+
+    def _count(self, log: _Log) -> None:
+        if log.counted:
+            return
+        log.counted = True
+        rows = log.read()
+        done = rows[:, 0] == log.token
+        counters, top_k = self._tier.cache.stats, self._top_k
+        if rows.shape[1] == LOG_HEAD + 2 * min(top_k):
+            missed = (rows[:, LOG_HEAD + top_k[0] :] >= 0).sum(axis=1)
+        else:
+            missed = np.array(
+                [
+                    (row[LOG_HEAD + k : LOG_HEAD + 2 * k] >= 0).sum()
+                    for row, k in zip(rows, top_k, strict=True)
+                ]
+            )
+        missed *= done
+        for layer, (misses, there) in enumerate(zip(missed.tolist(), done.tolist(), strict=True)):
+            counters.misses_by_layer[layer] += misses
+            counters.hits_by_layer[layer] += top_k[layer] - misses if there else 0
+        self._copies.bytes_copied += int(missed @ self._nbytes)
+        waited = (rows[:, 2] - rows[:, 1])[missed > 0]
+        self._store.stalls.add_stall("demand", 1e-9 * float(waited.sum()))
+
+    def _follow(self, log: _Log) -> None:
+        """Count a token, tell the cache of it, and send lists that know of it."""
+        self._count(log)
+        cache, routed = self._tier.cache, self._store.routed
+        changed = []
+        for layer, row in enumerate(log.read().tolist()):
+            if row[0] != log.token:
+                continue  # the token did not come that far
+            k = self._top_k[layer]
+            experts, filled = row[LOG_HEAD : LOG_HEAD + k], row[LOG_HEAD + k : LOG_HEAD + 2 * k]
+            cache.elsewhere.follow(layer, experts, filled)
+            routed.count_all(layer, experts)
+            if (
+                max(filled) >= 0
+                or not self._listed[layer].isdisjoint(experts)
+                or log.token - self._known[layer] >= OLD
+            ):
+                self._list(layer)
+                self._known[layer] = log.token
+                changed.append(layer)
+        if changed:
+            self._sent.synchronize()
+            self.tables.send(self._lists, self._known, changed)
+            self._sent = self._device.record()
+
+    def _list(self, layer: int) -> None:
+        cache = self._tier.cache
+        slots = cache.elsewhere.next_filled(layer, self.tables.listed[layer])
+        self._lists[layer] = slots
+        self._listed[layer] = {e for slot in slots if (e := cache.expert_in(layer, slot)) is not None}

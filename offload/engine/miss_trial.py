@@ -1,0 +1,197 @@
+"""Whether a model's misses are left to the device, found out by trying when it is loaded.
+
+The host's way and the device's compute the same tokens, from an empty cache each; the logits are compared,
+and the seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+from moe_local.cache.errors import OptionError
+from moe_local.cache.keys import format_bytes
+from moe_local.offload.custody import HostAlone
+from moe_local.offload.device_misses import DeviceMisses
+from moe_local.offload.engine.engine import Engine
+from moe_local.offload.engine.graph_trial import EXACT, HISTORY, ROUGH, row_to_try, seconds, token_to_try
+from moe_local.offload.engine.graphs import Graphs
+from moe_local.offload.engine.recording import Saw
+from moe_local.offload.engine.token_step import TokenStep
+from moe_local.offload.experts import ExpertRunner, OffloadedExperts
+from moe_local.offload.kernels import fetch
+from moe_local.offload.prefetch.routers import RouterSite
+from moe_local.offload.store import ExpertStore
+from moe_local.offload.tiers.arena import HostArena
+from moe_local.offload.tiers.mapped import is_mapped
+from moe_local.offload.tiers.slow_link import link_limit
+from moe_local.offload.tiers.staging import StagedArena
+from moe_local.offload.uncounted import uncounted
+
+VARIABLE = "MOE_LOCAL_DEVICE_MISSES"
+MODES = ("auto", "on", "off")
+
+LARGEST = 16 << 20
+"""Bytes of an expert beyond which nothing is tried unless asked for: copying it takes half a millisecond or
+more, beside which what the host costs, some 0.05 ms a layer, does not count; and the CPU may compute it."""
+
+PATTERN, ROUNDS = (0, 1, 0, 2, 1, 2), 2
+"""Tokens of a round, most of them for the second time, and rounds of each way, the first one not timed."""
+
+logger = logging.getLogger(__name__)
+
+
+def miss_mode() -> str:
+    """What MOE_LOCAL_DEVICE_MISSES says: "auto", "on" (also where that is slower) or "off"."""
+    mode = os.environ.get(VARIABLE) or "auto"
+    if mode not in MODES:
+        raise OptionError(f"{VARIABLE} is {mode!r}; it may be {', '.join(MODES)}")
+    return mode
+
+
+class MissSwitch:
+    """Turns a model from the host's way of misses to the device's and back. Between two steps only."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        runner: ExpertRunner,
+        misses: DeviceMisses,
+        by_host: TokenStep,
+        by_device: TokenStep,
+    ) -> None:
+        self._engine = engine
+        self._runner = runner
+        self._misses = misses
+        self._steps = {False: by_host, True: by_device}
+        self.on_device = False
+
+    def turn(self, *, to_device: bool) -> None:
+        store, self.on_device = self._runner.store, to_device
+        store.custody.release()
+        store.custody = self._misses if to_device else HostAlone()
+        self._runner.on_device = self._misses if to_device else None
+        self._engine.token_step = self._steps[to_device]
+
+
+def leave_misses_to_device(
+    engine: Engine,
+    runner: ExpertRunner,
+    graphs: Graphs | None,
+    *,
+    sites: Sequence[RouterSite | None] = (),
+    saw: Saw | None = None,
+    mode: str = "auto",
+    prefetch: str = "auto",
+) -> MissSwitch | None:
+    """Let the device look single tokens' experts up and bring them, if that works here and is faster.
+
+    For an engine whose tokens are computed at fixed addresses (`use_graphs`); `sites` and `saw` as there. The
+    store's fastest tier is empty afterwards. Returns what turns it off and on again; None where it cannot be,
+    which is logged with the reason.
+    """
+    if mode == "off":
+        return None
+    store = runner.store
+    reason = hindrance(engine, runner, mode, prefetch)
+    kernels = fetch.fetch_kernels(store.tier.arena.device) if reason is None else None
+    if kernels is None:
+        logger.info("misses are the host's to schedule: %s", reason or "Triton does not run here")
+        return None
+    by_host = engine.token_step
+    assert by_host is not None
+    misses = DeviceMisses(store, runner.grouped, kernels)
+    by_device = engine.make_token_step(graphs if by_host.captures else None, sites, saw, misses)
+    switch = MissSwitch(engine, runner, misses, by_host, by_device)
+    slower = False
+    try:
+        with uncounted(store):
+            reason, slower = _try(engine, store, switch)
+    except Exception as error:  # a kernel that does not compile, an address that is not seen
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    reason = reason or by_device.failure
+    switch.turn(to_device=reason is None and (mode == "on" or not slower))
+    (by_host if switch.on_device else by_device).captured.clear()
+    if reason is not None:
+        logger.info("misses are the host's to schedule: %s", reason)
+        return None
+    if not switch.on_device:
+        logger.info("misses are the host's to schedule: left to the device, they took longer")
+    return switch
+
+
+def hindrance(engine: Engine, runner: ExpertRunner, mode: str, prefetch: str) -> str | None:
+    """Why the device's way is not even tried."""
+    store, below = runner.store, runner.store.below
+    layers = range(len(store.layouts))
+    if below is None or len(store.tier.devices) != 1:
+        return "experts are not cached on one device"
+    if all(store.slots(layer) >= store.num_experts(layer) for layer in layers):
+        return "no expert will ever be missing"
+    if engine.token_step is None:
+        return "tokens are not computed at fixed addresses"
+    if prefetch not in ("auto", "off"):
+        return f"prefetch is {prefetch!r}, which is the host's"
+    if not all(below.cache.has_all(layer, range(store.num_experts(layer))) for layer in layers):
+        return "RAM does not hold every expert"
+    if any(store.slots(layer) < store.routed.top_k(layer) for layer in layers):
+        return "a layer has fewer slots than a token needs"
+    if any(layout != layer[0] for layer in store.layouts for layout in layer):
+        return "experts of a layer have several formats"
+    largest = max(layer[0].nbytes for layer in store.layouts)
+    if largest > LARGEST and mode != "on":
+        return f"an expert has {format_bytes(largest)}, beside which the host's part does not count"
+    for module in engine.hf.modules():
+        if isinstance(module, OffloadedExperts):
+            layout = store.layouts[module.index][0]
+            if runner.grouped.launcher(module, store.tier.arena.device, layout) is None:
+                return "the grouped kernels do not serve its experts"
+    if link_limit() is not None:
+        return "copies are held to a slower link's speed, which kernels would not keep to"
+    memory = (
+        below.arena.own.memory
+        if isinstance(below.arena, StagedArena) and isinstance(below.arena.own, HostArena)
+        else None
+    )
+    if memory is None or (store.tier.arena.device.type == "cuda" and not is_mapped(memory)):
+        return "the device does not see all of the RAM that holds experts"
+    return None
+
+
+def _try(engine: Engine, store: ExpertStore, switch: MissSwitch) -> tuple[str | None, bool]:
+    """What is wrong with the device's way, if anything, and whether it is slower."""
+    times: dict[bool, list[float]] = {False: [], True: []}
+    found: dict[bool, list[torch.Tensor]] = {}
+    with row_to_try(engine) as row, torch.inference_mode():
+        for number in range(ROUNDS + 1):
+            for to_device in (False, True) if number % 2 else (True, False):
+                switch.turn(to_device=to_device)
+                store.empty()
+                step, logits = engine.token_step, list[torch.Tensor]()
+                assert step is not None
+
+                def compute(
+                    token: int, step: TokenStep = step, logits: list[torch.Tensor] = logits
+                ) -> torch.Tensor:
+                    logits.append(step.logits(row, token_to_try(engine, HISTORY + token)).clone())
+                    return logits[-1]
+
+                took = [seconds(lambda token=token: compute(token)) for token in PATTERN]  # type: ignore[misc]
+                store.check_integrity()
+                found[to_device] = logits
+                if number:
+                    times[to_device].append(sum(took))
+    store.custody.release()
+    store.empty()
+    off = [float((a - b).norm() / b.norm()) for a, b in zip(found[True], found[False], strict=True)]
+    if store.host is None:
+        most, allowed = max(off), 0.0
+    else:  # some of what the host served, the CPU has computed
+        most, allowed = statistics.median(off), EXACT if engine.hf.dtype == torch.float32 else ROUGH
+    if not most <= allowed:
+        return f"logits were off by {most:.2g} of their norm, where {allowed} is allowed", False
+    return None, min(times[True]) > min(times[False])

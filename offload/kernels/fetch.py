@@ -1,0 +1,114 @@
+"""Launching the kernels that look experts up and bring them, which `triton_fetch.py` explains."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from moe_local.offload.kernels.launcher import UNIT, triton_kernels
+
+LOG_HEAD = 4
+"""Numbers of a layer's log before the ids."""
+
+BLOCK, WARPS = 2048, 4
+"""Words of 4 bytes that a program of so many warps reads at a time: 64 bytes a thread, in four loads."""
+
+PROGRAMS = 32
+"""For each expert: with one alone, 256 KiB are under way, several times what a link carries in the time that
+an answer takes (25 to 60 GB/s, one or two microseconds)."""
+
+
+class LayerTables(NamedTuple):
+    """One layer's part of the tables on the device, named as in `triton_fetch`; views, int64, contiguous."""
+
+    slot_of: torch.Tensor
+    expert_in: torch.Tensor
+    used: torch.Tensor
+    offsets: torch.Tensor
+    sources: torch.Tensor
+    order: torch.Tensor
+    clock: torch.Tensor
+    log: torch.Tensor
+
+
+class Fetch(Protocol):
+    """Looks experts up and brings them. Launches go to the device's current stream; nothing waits."""
+
+    def look_up(self, tables: LayerTables, ids: torch.Tensor, *, begins: bool) -> torch.Tensor:
+        """ids int64 [K] -> a Launcher's table for them, int64 [K, 2]; tables and log say who is where now.
+
+        `begins`: it is the token's first layer. The bytes of those that were absent are not there yet.
+        """
+
+    def bring(self, tables: LayerTables, memory: torch.Tensor, base: torch.Tensor, nbytes: int) -> None:
+        """Bring those that `look_up` found absent: `nbytes` each, from `memory` in RAM, uint8, to slots.
+
+        `base` is the layer's first slot; others are found from there."""
+
+
+class TritonFetch:
+    """The two Triton kernels."""
+
+    def __init__(self, kernels: Any, *, timed: bool) -> None:
+        """`timed`: the log gets the times of the GPU's clock, which Triton's interpreter has not."""
+        self._kernels = kernels
+        self._timed = timed
+
+    def look_up(self, tables: LayerTables, ids: torch.Tensor, *, begins: bool) -> torch.Tensor:
+        top_k, listed = len(ids), len(tables.order) - 1
+        found = torch.empty(top_k, 2, dtype=torch.int64, device=ids.device)
+        with torch.cuda.device_of(ids):
+            self._kernels.look_up_kernel[(1,)](
+                ids,
+                tables.slot_of,
+                tables.expert_in,
+                tables.used,
+                tables.offsets,
+                tables.order,
+                tables.clock,
+                tables.log,
+                found,
+                TOP_K=top_k,
+                LISTED=listed,
+                RANKS=_power_of_two(top_k),
+                PLACES=_power_of_two(listed),
+                BEGINS=begins,
+                TIMED=self._timed,
+                enable_fp_fusion=True,
+                num_warps=1,
+            )
+        return found
+
+    def bring(self, tables: LayerTables, memory: torch.Tensor, base: torch.Tensor, nbytes: int) -> None:
+        top_k = (len(tables.log) - LOG_HEAD) // 2
+        with torch.cuda.device_of(base):
+            self._kernels.fetch_kernel[(PROGRAMS, top_k)](
+                memory,
+                base,
+                tables.offsets,
+                tables.sources,
+                tables.log,
+                TOP_K=top_k,
+                UNIT=UNIT,
+                WORDS=nbytes // 4,
+                BLOCK=BLOCK,
+                PROGRAMS=PROGRAMS,
+                TIMED=self._timed,
+                enable_fp_fusion=True,
+                num_warps=WARPS,
+            )
+
+
+def fetch_kernels(device: torch.device) -> Fetch | None:
+    """What looks up and brings on this device; None where Triton does not run."""
+    if triton_kernels(device) is None:
+        return None
+    from moe_local.offload.kernels import triton_fetch
+
+    return TritonFetch(triton_fetch, timed=os.environ.get("TRITON_INTERPRET") != "1")
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()

@@ -1,0 +1,38 @@
+"""Whether a GPU's kernels can read host memory where it lies."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import cache
+from typing import Any
+
+from moe_local.offload.tiers.device import HostMemory
+
+
+def is_mapped(memory: HostMemory) -> bool:
+    """Whether kernels of the current CUDA device see all of it at the addresses that the host has.
+
+    What CUDA has registered is mapped as well where host and device share one space of addresses, as on all
+    64-bit systems; whether under the same address is up to the system. False where CUDA's driver cannot be
+    asked.
+    """
+    driver = _driver()
+    if driver is None or memory.pinned_bytes < memory.nbytes or not memory.registered:
+        return False
+    for address in memory.registered:
+        seen = ctypes.c_uint64()
+        if driver.cuMemHostGetDevicePointer_v2(ctypes.byref(seen), ctypes.c_void_p(address), 0) != 0:
+            return False
+        if seen.value != address:
+            return False
+    return True
+
+
+@cache
+def _driver() -> Any:
+    """CUDA's driver library, which is there wherever its devices are; None: it is not."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None

@@ -1,0 +1,38 @@
+"""Using a store without a trace in its counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from moe_local.cache.stats import CacheCounters
+from moe_local.offload.store import ExpertStore
+from moe_local.offload.tiers.copies import CopySource
+
+
+@contextmanager
+def uncounted(store: ExpertStore) -> Iterator[None]:
+    """What goes through the store meanwhile counts nowhere: a trial."""
+    tiers = [store.tier, *([store.below] if store.below is not None else [])]
+    kept = [_numbers(tier.cache.stats) for tier in tiers]
+    source, stalls = store.tier.source, store.stalls.by_cause()
+    copied = source.bytes_copied if isinstance(source, CopySource) else 0
+    before, store.routed = store.routed, store.routed.empty_twin()
+    try:
+        yield
+    finally:
+        store.custody.catch_up()
+        if before.settle is not None:
+            before.settle()
+        store.routed = before
+        store.stalls.reset(stalls)
+        for tier, numbers in zip(tiers, kept, strict=True):
+            for name, value in numbers.items():
+                setattr(tier.cache.stats, name, value)
+        if isinstance(source, CopySource):
+            source.bytes_copied = copied
+
+
+def _numbers(counters: CacheCounters) -> dict[str, object]:
+    found = {name: getattr(counters, name) for name in CacheCounters.__slots__}
+    return {name: value[:] if isinstance(value, list) else value for name, value in found.items()}
