@@ -24,7 +24,7 @@ from moe_local.offload import interrupt
 from moe_local.offload.engine.batch_view import BatchMasks
 from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.kv_slab import KVRows, KVSlab, cache_argument
-from moe_local.offload.engine.prefix import row_to_go_on
+from moe_local.offload.engine.prefix import copy_prefix, row_to_go_on
 from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.engine.sequence import FinishReason, Sequence, Step, Work
@@ -135,6 +135,7 @@ class Engine:
                 self._give_up(self._parked[0])
             sequence = Sequence(ids, len(ids), settings, self.kv.join())
             self._members.append(sequence)
+        sequence.shares = reuse and self.kv.can_copy
         if settings.max_time is not None:
             sequence.deadline = time.monotonic() + settings.max_time
         return sequence
@@ -242,6 +243,8 @@ class Engine:
         sequence = next((s for s in running if s.row >= self._turn), running[0])
         self._turn = sequence.row + 1
         self._had_prompt = True
+        if sequence.shares and self._todo(sequence) > 1:
+            copy_prefix(self.kv, self._members, sequence)
         return [self._work(sequence)]
 
     def _todo(self, sequence: Sequence) -> int:

@@ -43,6 +43,8 @@ class KVRows(Protocol):
     lens: list[int]
     can_batch: bool
     """Whether several rows can take part in one forward, one new token each."""
+    can_copy: bool
+    """Whether the first tokens of a row can be copied to another."""
     places: BatchPlaces
     """Where the tokens of the last `batch` go."""
     windows: list[int | None]
@@ -80,6 +82,9 @@ class KVRows(Protocol):
 
     def shorten(self, row: int, length: int) -> None:
         """Forget the tokens from `length` on. Call only when `can_shorten`."""
+
+    def copy(self, one: int, other: int, length: int) -> None:
+        """Give row `other` the first `length` tokens of `one`, more than it has. Call only if `can_copy`."""
 
     @property
     def nbytes(self) -> int:
@@ -163,6 +168,7 @@ class KVSlab:
     """
 
     can_batch = True
+    can_copy = True
 
     def __init__(self, probe: Any, rows: int, capacity: int) -> None:
         """`probe`: a cache that has seen one token, whose layers tell every shape, type and device."""
@@ -280,6 +286,13 @@ class KVSlab:
     def shorten(self, row: int, length: int) -> None:
         assert self.can_shorten(row, length), f"row {row} has {self.lens[row]} tokens, not {length}"
         self.lens[row] = length
+
+    def copy(self, one: int, other: int, length: int) -> None:
+        begin = self.lens[other]
+        assert begin <= length <= self.lens[one], f"row {one} has {self.lens[one]} tokens, not {length}"
+        for tensor in self._tensors():
+            tensor[other, ..., begin:length, :].copy_(tensor[one, ..., begin:length, :])
+        self.advance(other, length - begin)
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         for store in self.layers:

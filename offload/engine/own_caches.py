@@ -21,7 +21,7 @@ class OwnCaches:
     the sequence is computed again from its ids; nothing can be cut off, as a state cannot be rolled back.
     """
 
-    can_batch = False
+    can_batch = can_copy = False
 
     def __init__(self, config: Any, rows: int, capacity: int) -> None:
         self._config = config.get_text_config(decoder=True)
@@ -71,6 +71,9 @@ class OwnCaches:
 
     def can_shorten(self, row: int, length: int) -> bool:
         return length == 0 or (length == self.lens[row] and not self._whole_prompt_only)
+
+    def copy(self, one: int, other: int, length: int) -> None:
+        raise AssertionError("caches of this model's layers are not copied")
 
     def shorten(self, row: int, length: int) -> None:
         assert self.can_shorten(row, length), f"row {row} has {self.lens[row]} tokens, not {length}"

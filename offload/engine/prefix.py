@@ -7,6 +7,9 @@ from collections.abc import Sequence as Ids
 from moe_local.offload.engine.kv_slab import KVRows
 from moe_local.offload.engine.sequence import Sequence
 
+WORTH_COPYING = 16
+"""Tokens; a few of a template are computed in the same forward as the rest anyway."""
+
 
 def row_to_go_on(
     kv: KVRows, parked: Ids[Sequence], ids: Ids[int], *, spare: bool
@@ -29,6 +32,27 @@ def row_to_go_on(
     oldest = parked[0]
     shared = shared_prefix(kv, oldest, ids)
     return (shared, oldest) if shared else (0, None)
+
+
+def copy_prefix(kv: KVRows, others: Ids[Sequence], sequence: Sequence) -> None:
+    """Give a row what another one has of its prompt beyond its own, if that is enough to be worth it.
+
+    So several answers to one prompt, and many with one system prompt, compute it once: who comes first
+    computes a chunk, the next one copies it and computes the next. Called for each before its turn.
+    """
+    ids, own = sequence.ids, kv.lens[sequence.row]
+    best, found = own + WORTH_COPYING - 1, None
+    for other in others:
+        limit = min(kv.lens[other.row], sequence.prompt_len - 1)
+        if other is sequence or limit <= best:
+            continue
+        if other.ids[:limit] != ids[:limit]:
+            limit = next(i for i in range(limit) if other.ids[i] != ids[i])
+        if limit > best:
+            best, found = limit, other
+    if found is not None:
+        kv.copy(found.row, sequence.row, best)
+        sequence.reused_tokens += best - own
 
 
 def shared_prefix(kv: KVRows, parked: Sequence, ids: Ids[int]) -> int:

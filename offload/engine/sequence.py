@@ -32,7 +32,9 @@ class Sequence:
     """Its row of the key-value memory. Changes when another sequence leaves."""
     finish_reason: FinishReason | None = None
     reused_tokens: int = 0
-    """Prompt tokens whose keys and values were taken over from the sequence before."""
+    """Prompt tokens whose keys and values were taken over from other sequences."""
+    shares: bool = False
+    """Whether they may be."""
     deadline: float | None = None
     seen: torch.Tensor | None = field(default=None, repr=False)
     """`ids` on the model's device with room to grow, [1, capacity + 1], where processors want them."""

@@ -19,6 +19,8 @@ class StateSlab(KVSlab):
     spoiled the states of its rows, so these are computed again from their ids.
     """
 
+    can_copy = False
+
     def __init__(self, probe: Any, rows: int, capacity: int, model_type: str) -> None:
         """`probe` as for a KVSlab; see `can_state_slab`."""
         super().__init__(_without_states(probe), rows, capacity)

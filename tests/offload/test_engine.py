@@ -376,3 +376,39 @@ def test_conversations_in_turn_keep_their_rows(mixtral: Any) -> None:
     three = turn([*template, *random_ids(20, seed=5)], 3)  # no row is spare: that of the one left longest ago
     turn([*two, 9], len(two) - 1)
     turn([*three, 9], len(three) - 1)
+
+
+@pytest.mark.parametrize("chunk", [100, 16])
+def test_a_prompt_in_common_is_computed_once(model: Any, chunk: int) -> None:
+    """By whoever comes first, chunk by chunk; the others copy it, and get what they would alone."""
+    engine = Engine(model, make_kv(model, 4, 120), chunk=chunk)
+    common = random_ids(50, seed=1)
+    prompts = [common, common, [*common, *random_ids(9, seed=2)], [*common[:30], *random_ids(9, seed=3)]]
+    counts: list[int] = []
+
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        counts.append(kwargs["input_ids"].numel())
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    sequences = [engine.join(prompt, greedy(model, 6), reuse=True) for prompt in prompts]
+    while any(sequence.finish_reason is None for sequence in sequences):
+        engine.step()
+        engine.check_integrity()
+    hook.remove()
+    for prompt, sequence in zip(prompts, sequences, strict=True):
+        assert sequence.new_ids == hf_ids(model, prompt, max_new_tokens=6, eos_token_id=None)
+    if engine.kv.can_copy:
+        assert sum(sequence.reused_tokens for sequence in sequences) >= 49 + 48 + 28
+        alone = sum(map(len, prompts)) + 4 * 5
+        assert sum(counts) == alone - sum(sequence.reused_tokens for sequence in sequences)
+    else:
+        assert [sequence.reused_tokens for sequence in sequences] == [0] * 4
+
+
+def test_prompts_are_shared_only_when_asked(mixtral: Any) -> None:
+    engine = Engine(mixtral, make_kv(mixtral, 2, 100), chunk=100)
+    ids = random_ids(40)
+    sequences = [engine.join(ids, greedy(mixtral, 3)) for _ in range(2)]
+    while any(sequence.finish_reason is None for sequence in sequences):
+        engine.step()
+    assert [sequence.reused_tokens for sequence in sequences] == [0, 0]
