@@ -104,15 +104,18 @@ def verify(model: str, out: Path | None, repair: bool, as_json: bool, options: d
 def _reports(model: str, out: Path | None, format: str | None, progress: ProgressBar) -> list[Report]:
     from moe_local.cli.library import known
     from moe_local.offload.quantize.codec import codec_for
+    from moe_local.offload.quantize.mix import canonical, is_mixed
 
     if out is not None:
-        return [_verify(out, progress)]
-    if format not in (None, NATIVE):
-        codec_for(format)  # refuses unknown names in its own words
+        return [_verify(out, "", progress)]
+    if format is not None:
+        format = canonical(format)
+        if format != NATIVE and not is_mixed(format):
+            codec_for(format)  # refuses unknown names in its own words
     entry = known(model)
-    folders = [conversion.folder for conversion in entry.conversions if format in (None, conversion.format)]
-    if format != NATIVE and folders:
-        return [_verify(folder, progress) for folder in folders]
+    found = [conversion for conversion in entry.conversions if format in (None, conversion.format)]
+    if format != NATIVE and found:
+        return [_verify(conversion.folder, conversion.format, progress) for conversion in found]
     if format not in (None, NATIVE):
         raise ModelNotFoundError(
             f"there are no experts of {model} in {format} on this machine; "
@@ -123,11 +126,11 @@ def _reports(model: str, out: Path | None, format: str | None, progress: Progres
     return [_verify_checkpoint(model, entry.checkpoint, progress)]
 
 
-def _verify(folder: Path, progress: ProgressBar) -> Report:
+def _verify(folder: Path, format: str, progress: ProgressBar) -> Report:
+    """`format`: what to call it where the file itself does not say."""
     from moe_local.offload.expert_file.expert_file import MANIFEST, read_manifest
     from moe_local.offload.expert_file.verify import find_damage
 
-    format = folder.name.rpartition("-")[0]
     if folder.is_dir() and not (folder / MANIFEST).exists():
         return Report(
             folder, format, 0, 0, (), "not finished; its parts are checked when convert goes on with it"
@@ -191,9 +194,8 @@ def _repair(model: str, report: Report, progress: ProgressBar) -> Report:
     """The report after repairing. Raises MoeLocalError if that was not possible."""
     from moe_local.offload.checkpoint.checkpoint import Checkpoint
     from moe_local.offload.checkpoint.hub import resolve
-    from moe_local.offload.expert_file.convert import convert_experts
     from moe_local.offload.expert_file.repair import repair_experts
-    from moe_local.offload.quantize.codec import codec_for
+    from moe_local.offload.load import open_experts
 
     def told(done: int, total: int, nbytes: int) -> None:
         progress("repairing", done, total)
@@ -206,9 +208,11 @@ def _repair(model: str, report: Report, progress: ProgressBar) -> Report:
         checkpoint = Checkpoint.open(resolve(model, download=False), model)
         if report.total:
             repair_experts(report.folder, checkpoint, told)
-        else:  # the manifest is gone, and with it the name of the checkpoint
-            convert_experts(checkpoint, codec_for(report.format), report.folder, told)
-        again = _verify(report.folder, progress)
+        elif report.format:  # the manifest is damaged; shards say themselves what they are
+            open_experts(checkpoint, report.format, report.folder, progress=progress)
+        else:
+            raise ExpertFileError(report.damage[0]["text"])
+        again = _verify(report.folder, report.format, progress)
     if again.damage:
         raise MoeLocalError(
             f"{again.folder} is damaged again after it was mended ({again.damage[0]['text']}); "
@@ -220,7 +224,7 @@ def _repair(model: str, report: Report, progress: ProgressBar) -> Report:
 
 
 def _show(model: str, report: Report) -> None:
-    what = f"{model} in {report.format}"
+    what = f"{model} in {report.format}" if report.format else model
     if report.format == NATIVE:
         what = f"{model}, the checkpoint"
     size = f", {format_bytes(report.nbytes)}" if report.nbytes else ""

@@ -100,6 +100,9 @@ def test_a_damaged_manifest(invoke, model):
     assert result.exit_code == 1
     assert "the manifest is damaged" in result.stderr
     result = invoke("verify", str(model), "--out", str(folder), "--repair")
+    assert result.exit_code == 1, "nobody knows in which format"
+    assert "manifest.json is damaged" in result.stderr
+    result = invoke("verify", str(model), "--repair")
     assert result.exit_code == 0, result.stderr
     assert contents(folder) == whole
 
