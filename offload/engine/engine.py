@@ -123,8 +123,7 @@ class Engine:
             raise MoeLocalError(
                 f"all {self.kv.rows} sequences are in use; one has to leave before another joins"
             )
-        spare = len(self._members) < self.kv.rows
-        shared, parked = row_to_go_on(self.kv, self._parked, ids, spare=spare) if reuse else (0, None)
+        shared, parked = row_to_go_on(self.kv, self._parked, ids) if reuse else (0, None)
         if parked is not None:
             row = parked.row
             self.kv.shorten(row, shared)
@@ -135,7 +134,7 @@ class Engine:
                 self._give_up(self._parked[0])
             sequence = Sequence(ids, len(ids), settings, self.kv.join())
             self._members.append(sequence)
-        sequence.shares = reuse and self.kv.can_copy
+        sequence.shares = reuse
         if settings.max_time is not None:
             sequence.deadline = time.monotonic() + settings.max_time
         return sequence
@@ -243,8 +242,7 @@ class Engine:
         sequence = next((s for s in running if s.row >= self._turn), running[0])
         self._turn = sequence.row + 1
         self._had_prompt = True
-        if sequence.shares and self._todo(sequence) > 1:
-            copy_prefix(self.kv, self._members, sequence)
+        copy_prefix(self.kv, self._members, sequence)
         return [self._work(sequence)]
 
     def _todo(self, sequence: Sequence) -> int:

@@ -11,14 +11,12 @@ WORTH_COPYING = 16
 """Tokens; a few of a template are computed in the same forward as the rest anyway."""
 
 
-def row_to_go_on(
-    kv: KVRows, parked: Ids[Sequence], ids: Ids[int], *, spare: bool
-) -> tuple[int, Sequence | None]:
+def row_to_go_on(kv: KVRows, parked: Ids[Sequence], ids: Ids[int]) -> tuple[int, Sequence | None]:
     """The parked sequence whose row a prompt takes over, and how many tokens of it; None: no tokens of any.
 
     The one that most can be taken over from, the last of several, if that is half of it or more. Another
     conversation has a few tokens of the template in common, too, and would lose all the rest: one that
-    begins anew takes a row that nobody has used, if there is a `spare` one, or the row left longest ago.
+    begins anew takes a row that nobody has used, or, without one, the row left longest ago.
     """
     best, found = 0, None
     for sequence in parked:
@@ -27,7 +25,7 @@ def row_to_go_on(
             best, found = shared, sequence
     if found is None or 2 * best >= kv.lens[found.row]:
         return best, found
-    if spare:
+    if len(kv.lens) < kv.rows:
         return 0, None
     oldest = parked[0]
     shared = shared_prefix(kv, oldest, ids)
@@ -41,6 +39,8 @@ def copy_prefix(kv: KVRows, others: Ids[Sequence], sequence: Sequence) -> None:
     computes a chunk, the next one copies it and computes the next. Called for each before its turn.
     """
     ids, own = sequence.ids, kv.lens[sequence.row]
+    if not (sequence.shares and kv.can_copy) or own >= sequence.prompt_len - 1:
+        return
     best, found = own + WORTH_COPYING - 1, None
     for other in others:
         limit = min(kv.lens[other.row], sequence.prompt_len - 1)
