@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import NamedTuple
 
 import torch
-from kernel_weights import Copies, copies_beyond_cache, fill_int8, fill_nf4, int8_layout, int8_weights
+from kernel_weights import (
+    Copies,
+    copies_beyond_cache,
+    fill_int8,
+    fill_low,
+    fill_nf4,
+    int8_layout,
+    int8_weights,
+)
 from torch.nn import functional as F
 
 from moe_local.offload.kernels.bnb import nf4_linear
@@ -21,7 +29,10 @@ from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 
 EXPERT, NF4_MATRIX, INT8_MATRIX = "expert", "nf4 matrix", "int8 matrix"
-KERNELS = (EXPERT, NF4_MATRIX, INT8_MATRIX)
+EXPERTS = {EXPERT: "nf4", "q3 expert": "q3", "q2 expert": "q2"}
+"""Kernels that compute whole experts, and the format of each."""
+
+KERNELS = (*EXPERTS, NF4_MATRIX, INT8_MATRIX)
 TORCH, BITSANDBYTES, REFERENCE = "torch fp32", "bitsandbytes", "reference"
 PEERS = (TORCH, BITSANDBYTES, REFERENCE)
 ACTIVATIONS = ("fp32", "bf16", "int8")
@@ -103,6 +114,10 @@ class Bench:
         nf4, int8 = codec_for("nf4").layout(specs), int8_layout(specs[0])
         self._nf4 = Copies(nf4, nbytes_of(nf4, UP), fill_nf4)
         self._int8 = Copies(int8, nbytes_of(int8, UP), fill_int8)
+        self._experts = {EXPERT: self._nf4}
+        for kernel in EXPERTS.keys() - {EXPERT}:
+            layout = codec_for(EXPERTS[kernel]).layout(specs)
+            self._experts[kernel] = Copies(layout, nbytes_of(layout, UP), fill_low)
         count = min(len(self._nf4.buffers), copies_beyond_cache(4 * self._numel[UP], least=2))
         decode = codec_for("nf4").decode
         self._fp32 = [decode(buffer, self._nf4.layout, torch.float32) for buffer in self._nf4.buffers[:count]]
@@ -117,7 +132,7 @@ class Bench:
             for isa, activations in product(isas, ACTIVATIONS):
                 if not (kernel == INT8_MATRIX and activations == "bf16"):  # as fp32 there
                     yield self._ours(kernel, isa, activations, tokens)
-            if TORCH in peers and kernel != INT8_MATRIX:
+            if TORCH in peers and kernel in (EXPERT, NF4_MATRIX):
                 yield self._torch(kernel, tokens)
             if tokens in (1, 16) and kernel == NF4_MATRIX and BITSANDBYTES in peers:
                 yield self._bitsandbytes(tokens)
@@ -131,22 +146,23 @@ class Bench:
     def _ours(self, kernel: str, isa: str, activations: str, tokens: int) -> Case:
         x = self._input(activations, tokens)
         mode = "int8" if activations == "int8" else "native"
-        if kernel == EXPERT:
-            return self._case(kernel, isa, activations, tokens, self._nf4, self._together(x, mode))
+        if kernel in EXPERTS:
+            experts = self._experts[kernel]
+            return self._case(kernel, isa, activations, tokens, experts, self._together(x, mode, experts))
         copies = self._nf4 if kernel == NF4_MATRIX else self._int8
         linears = [cpu_linear(buffer, copies.layout, False, mode) for buffer in copies.buffers]
         return self._case(kernel, isa, activations, tokens, copies, lambda turn: linears[turn[0]](x, UP))
 
-    def _together(self, x: torch.Tensor, mode: str) -> Call:
+    def _together(self, x: torch.Tensor, mode: str, experts: Copies) -> Call:
         """A layer's experts in one call: two for one token, all tokens to one otherwise."""
-        tokens, layout, kernels = x.shape[0], self._nf4.layout, LayerKernels(mode)
+        tokens, layout, kernels = x.shape[0], experts.layout, LayerKernels(mode)
         taken = experts_for(tokens)
         weights = torch.full((tokens, taken), 1 / taken)
 
         def call(turn: Sequence[int]) -> torch.Tensor:
-            routing = Routing(list(turn) * tokens, tokens, len(self._nf4.buffers))
+            routing = Routing(list(turn) * tokens, tokens, len(experts.buffers))
             step = kernels.begin(self._math, x, routing, weights, layout)
-            step.compute([Lent(number, self._nf4.buffers[number], layout) for number in turn])
+            step.compute([Lent(number, experts.buffers[number], layout) for number in turn])
             return step.result()
 
         return call
@@ -189,8 +205,8 @@ class Bench:
         self, kernel: str, by: str, activations: str, tokens: int, source: Copies | None, call: Call
     ) -> Case:
         """`source`: the quantized copies that are read; None: the dequantized ones."""
-        taken = experts_for(tokens) if kernel == EXPERT else 1
-        names = (UP, DOWN) if kernel == EXPERT else (UP,)
+        taken = experts_for(tokens) if kernel in EXPERTS else 1
+        names = (UP, DOWN) if kernel in EXPERTS else (UP,)
         numel = sum(self._numel[name] for name in names)
         if source is None:
             nbytes, copies = 4 * numel, len(self._fp32)
@@ -210,7 +226,18 @@ class Bench:
             found[NF4_MATRIX, tokens], found[INT8_MATRIX, tokens] = up[:tokens], int8[:tokens]
             turn = range(experts_for(tokens))
             found[EXPERT, tokens] = self._torch(EXPERT, tokens).call(turn)
+        for kernel, experts in self._experts.items():
+            if kernel != EXPERT:
+                decode, layout = codec_for(EXPERTS[kernel]).decode, experts.layout
+                each = [decode(buffer, layout, torch.float32) for buffer in experts.buffers[:2]]
+                for tokens in self._tokens:
+                    answers = [self._plainly(one, tokens) for one in each[: experts_for(tokens)]]
+                    found[kernel, tokens] = torch.stack(answers).mean(0)
         return found
+
+    def _plainly(self, weights: Mapping[str, torch.Tensor], tokens: int) -> torch.Tensor:
+        linear = reference_linear(weights, False)
+        return linear(self._math.activate(linear(self._x[:tokens], UP)), DOWN)
 
 
 def experts_for(tokens: int) -> int:

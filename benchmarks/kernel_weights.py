@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
+from moe_local.offload.quantize.low import low_matrix
 from moe_local.offload.quantize.nf4 import nf4_matrix
 from moe_local.offload.quantize.views import segment_view
 from moe_local.offload.tiers.arena import HostArena
@@ -51,6 +52,13 @@ def fill_nf4(buffer: torch.Tensor, layout: Layout) -> None:
         matrix = nf4_matrix(buffer, layout, spec.name)
         matrix.absmax_scale.fill_(0.01)
         matrix.offset.fill_(0.04)
+
+
+def fill_low(buffer: torch.Tensor, layout: Layout) -> None:
+    """Random weights of q3 or q2, of about 0.02 as well."""
+    fill_randomly(buffer)
+    for spec in layout.tensors:
+        low_matrix(buffer, layout, spec.name).row_scale.fill_(0.02 if layout.format == "q3" else 0.08)
 
 
 def int8_layout(spec: TensorSpec) -> Layout:

@@ -7,6 +7,7 @@ case that takes long is timed in every 2nd, 4th ... round (n: in how many). Each
 is checked against fp32, and does not count.
   expert       gate, up, activation, down, weighted sum through the product's own path: one token and its two
                experts, or more tokens of one expert
+  q3 expert, q2 expert   the same in these formats
   nf4 matrix, int8 matrix   the expert's gate and up alone, as attention and lm_head are multiplied with
   activations  the dtype of the input, fp32 or bf16, or int8 for rounding by the kernel
   torch fp32   the same products with weights dequantized beforehand
@@ -15,6 +16,7 @@ is checked against fp32, and does not count.
   GB/s         of weights and scales, at the median
   of read      GB/s over those of the read just before: the median, and the interval that holds the true
                median with 95 % confidence (ratio.py); best: the fastest call's over the best read of the run
+  of NF4       below the table: GB/s over those of the NF4 expert with the same activations in the same round
   x torch      ms over torch fp32's of the same round, likewise; best: of the fastest calls
   error        relative, in the Frobenius norm, against fp32
 
@@ -41,7 +43,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from kernel_cases import KERNELS, PEERS, TORCH, Bench, Case, use
+from kernel_cases import EXPERT, EXPERTS, KERNELS, PEERS, TORCH, Bench, Case, use
 from kernel_targets import verdicts
 from kernel_weights import copies_beyond_cache, last_cache_bytes
 from ratio import Ratio
@@ -158,10 +160,38 @@ def summary(case: Case, cases: Sequence[Case], best_rate: float) -> dict[str, An
         "gflop_per_s": 2e-9 * case.tokens * case.numel / statistics.median(seconds),
         "share_of_read": Ratio.of(rates, [sample[2] for sample in case.samples]).to_dict(),
         "best_share_of_read": max(rates) / best_rate,
+        "share_of_nf4": share_of_nf4(case, cases),
+        "best_share_of_nf4": best_share_of_nf4(case, cases),
         "times_torch": None if rival is None else times(case, rival).to_dict(),
         "best_times_torch": None if rival is None else min(seconds) / min(s for _, s, _ in rival.samples),
         "error": case.error,
     }
+
+
+def nf4_of(case: Case, cases: Sequence[Case]) -> Case | None:
+    """The NF4 expert that a case of another format is compared with."""
+    if case.kernel not in EXPERTS or case.kernel == EXPERT:
+        return None
+    key = (EXPERT, case.by, case.activations, case.tokens)
+    return next((c for c in cases if (c.kernel, c.by, c.activations, c.tokens) == key), None)
+
+
+def share_of_nf4(case: Case, cases: Sequence[Case]) -> dict[str, Any] | None:
+    nf4 = nf4_of(case, cases)
+    if nf4 is None:
+        return None
+    ours, theirs = ({number: c.nbytes / s for number, s, _ in c.samples} for c in (case, nf4))
+    both = sorted(ours.keys() & theirs.keys())
+    return Ratio.of([ours[number] for number in both], [theirs[number] for number in both]).to_dict()
+
+
+def best_share_of_nf4(case: Case, cases: Sequence[Case]) -> float | None:
+    """Of the fastest calls."""
+    nf4 = nf4_of(case, cases)
+    if nf4 is None:
+        return None
+    ours, theirs = (c.nbytes / min(s for _, s, _ in c.samples) for c in (case, nf4))
+    return ours / theirs
 
 
 def times(ours: Case, theirs: Case) -> Ratio:
@@ -220,11 +250,15 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 def print_verdicts(found: Sequence[dict[str, Any]]) -> None:
     for verdict in found:
-        of = {"share_of_read": "of the read bandwidth", "times_torch": "of torch's time"}[verdict["figure"]]
+        of = {
+            "share_of_read": "of the read bandwidth",
+            "share_of_nf4": "of NF4's bandwidth",
+            "times_torch": "of torch's time",
+        }[verdict["figure"]]
         bound = f"at {'least' if verdict['at_least'] else 'most'} {verdict['target']}"
         outcome = ("holds" if verdict["holds"] else "missed") + ("" if verdict["certain"] else ", uncertain")
         print(
-            f"{verdict['isa']}, {verdict['activations']}, {verdict['tokens']} tok: "
+            f"{verdict['kernel']}, {verdict['isa']}, {verdict['activations']}, {verdict['tokens']} tok: "
             f"{brief(verdict['paired'])} {of}, best {verdict['best']:.2f}; target {bound}: {outcome}"
         )
 
