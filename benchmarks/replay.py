@@ -7,11 +7,14 @@ the absent ones admitted, never at the cost of one of their own.
   steady    the second half of them
   belady    the optimum of such caches: who is needed latest goes first. What is needed has to be admitted.
   gap       share of the way from LRU to that optimum
+With --below N, the same over a second tier of N slots a layer (VRAM over RAM over a disk): what of the second
+half of the steps is copied from it, and read into it, in hundredths of the experts needed; `every copy kept`
+is a lower tier that does not mind what the upper one holds (cache/beside.py).
 With a cache that may use an expert without keeping it the optimum is higher; a note says how much.
 A hit rate is not a time: what it saves is misses times what one costs, less the policy's own time
 (cache_overhead.py), and decode.py --policy measures it.
 
-Run: python benchmarks/replay.py --routes FILE --slots N[,N...] [--policy NAME[,NAME...]] [--json]
+Run: python benchmarks/replay.py --routes FILE --slots N[,N...] [--policy NAME[,NAME...]] [--below N] [--json]
 Prints a table; with --json that goes to stderr, and to stdout goes one array of
 {"slots_per_layer", "policy", "hit_rate": {"cold", "steady"}}.
 """
@@ -27,6 +30,7 @@ from typing import TextIO
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cache.policies import POLICIES
 from moe_local.cache.replay import HitRates, optimum_with_bypass, replay
+from moe_local.cache.replay_tiers import replay_tiers
 from moe_local.cache.routes import Routes, read_routes
 
 OPTIMUM = "belady"
@@ -39,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--policy", default="all", metavar="NAME[,NAME...]", help=f"of {', '.join([*POLICIES, OPTIMUM])}; all"
     )
+    parser.add_argument("--below", type=int, metavar="N", help="experts kept a layer by a tier below")
     parser.add_argument("--json", action="store_true", help="exactly one JSON array on stdout")
     options = parser.parse_args(arguments)
     try:
@@ -50,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     print_table(routes, table, bypass, sys.stderr if options.json else sys.stdout)
+    if options.below is not None:
+        over = {key: options.below for key in table if key[1] != OPTIMUM}
+        print_tiers(routes, over, sys.stderr if options.json else sys.stdout)
     if options.json:
         print(json.dumps(list(entries(table))))
     return 0
@@ -109,6 +117,22 @@ def print_table(
     for slots, best in bypass.items():
         print(
             f"{slots} slots, were experts used without being kept: at most {best.cold:.3f} {best.steady:.3f}",
+            file=file,
+        )
+
+
+def print_tiers(routes: Routes, over: dict[tuple[int, str], int], file: TextIO) -> None:
+    print(
+        f"{'slots':>6} {'below':>6} {'policy':10} {'copied':>7} {'read':>6} {'every copy kept':>16}",
+        file=file,
+    )
+    for (slots, policy), below in over.items():
+        minding, plain = (
+            replay_tiers(routes, slots, below, policy, beside=beside) for beside in (True, False)
+        )
+        print(
+            f"{slots:6} {below:6} {policy:10} {100 * minding.copies:7.1f} {100 * minding.reads:6.1f} "
+            f"{100 * plain.reads:16.1f}",
             file=file,
         )
 

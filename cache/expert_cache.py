@@ -140,6 +140,11 @@ class ExpertCache:
         pool = self._pools[layer]
         return tuple(e for e in pool.table if e not in pool.loading and e not in pool.staged)
 
+    def coldest(self, layer: int) -> list[int]:
+        """The residents in slots of the layer, pinned or not, the policy's best victim first."""
+        pool = self._pools[layer]
+        return pool.coldest((), len(pool.table), pinned=True)
+
     def pins(self, layer: int, expert: int) -> int:
         """How many leases of this expert are out."""
         return self._pools[layer].pins.get(expert, 0)

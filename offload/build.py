@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moe_local.cache.beside import Beside
 from moe_local.cache.errors import DoesNotFitError
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
@@ -94,7 +95,9 @@ def build_store(
 
     disk = FileSource(locate, target, threads=read_threads, direct=past_page_cache(total, host.nbytes, free))
     routed = RouterLoad([layer.num_experts for layer in spec.layers], [layer.top_k for layer in spec.layers])
-    ram = Tier(ExpertCache(ram_slots, policy, size, ram_staging, ladders), StagedArena(host, ring), disk)
+    beside = Beside(policy, len(ram_slots))
+    ram_policy = policy if arena is None else beside
+    ram = Tier(ExpertCache(ram_slots, ram_policy, size, ram_staging, ladders), StagedArena(host, ring), disk)
     try:
         if arena is None:
             return ExpertStore(ram, layouts, routed, disk=disk)
@@ -102,6 +105,7 @@ def build_store(
         staged = StagedArena(arena, device_ring)
         source = CopySource(ram, staged, arena.devices, lambda key: size(*key))
         cache = ExpertCache(arena.slots, policy, size, device_ring.slots[0], ladders)
+        beside.above = cache
         vram = Tier(cache, staged, source, arena.devices)
         return ExpertStore(vram, layouts, routed, disk=disk, below=ram, scheduler=scheduler)
     except BaseException:

@@ -11,6 +11,7 @@ from typing import Any
 
 import xxhash
 
+from moe_local.cache.beside import Beside
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
 from moe_local.cache.stats import RouterLoad
@@ -89,7 +90,9 @@ class Rig:
             piece_bytes=piece_bytes,
         )
         routed = RouterLoad([experts] * layers, [top_k] * layers)
-        self.ram = Tier(ExpertCache(ram, "lru", self.size, in_ram), StagedArena(host, ring), self.disk)
+        self.beside = Beside("lru", layers)
+        below = ExpertCache(ram, "lru" if mode == "disk" else self.beside, self.size, in_ram)
+        self.ram = Tier(below, StagedArena(host, ring), self.disk)
         self.device, self.scheduler = device, scheduler
         self.tokens: Callable[[int], int] = lambda expert: 1
         self.on_host = 0
@@ -111,6 +114,7 @@ class Rig:
         staged = StagedArena(arena, DeviceArena([staging], [max(strides)], first))
         self.copies = CopySource(self.ram, staged, arena.devices, lambda key: self.size(*key))
         cache = ExpertCache(arena.slots, "lru", self.size, staging)
+        self.beside.above = cache
         self.tier = Tier(cache, staged, self.copies, arena.devices)
         self.store = ExpertStore(
             self.tier, self.layouts, routed, disk=self.disk, below=self.ram, scheduler=self.scheduler

@@ -11,6 +11,7 @@ import pytest
 
 from moe_local.cache.policies import POLICIES
 from moe_local.cache.replay import replay
+from moe_local.cache.replay_tiers import replay_tiers
 from moe_local.cache.routes import LayerBytes, LayerRoute, Phase, Routes, RouteStep, write_routes
 
 
@@ -100,3 +101,17 @@ def test_a_truncated_recording_is_one_line(
     assert shown.out == ""
     assert len(shown.err.splitlines()) == 1
     assert "ends with 1 experts of 2" in shown.err
+
+
+def test_a_second_tier_below(
+    benchmark: ModuleType, routes: tuple[Path, Routes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, recording = routes
+    command = ["--routes", str(path), "--slots", "2", "--policy", "lru,belady", "--below", "4"]
+    assert benchmark.main(command) == 0
+    (row,) = [
+        line.split() for line in capsys.readouterr().out.splitlines() if line.split()[1:3] == ["4", "lru"]
+    ]
+    rates = replay_tiers(recording, 2, 4, "lru")
+    assert 0 < rates.reads < rates.copies
+    assert row[3:5] == [f"{100 * rates.copies:.1f}", f"{100 * rates.reads:.1f}"]

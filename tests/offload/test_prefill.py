@@ -23,8 +23,9 @@ ALL = list(range(EXPERTS))
 
 
 def order(rig: Any, layer: int, tier: Any = None) -> list[int]:
-    """The eviction order of a layer."""
-    return list((tier or rig.tier).cache._pools[layer].policy.coldest())
+    """The eviction order of a layer, whatever another tier holds."""
+    policy = (tier or rig.tier).cache._pools[layer].policy
+    return list(getattr(policy, "_policy", policy).coldest())
 
 
 def prompt(rig: Any, recent: list[int] | None = None, length: int = 500) -> None:
