@@ -43,7 +43,6 @@ from moe_local.offload.quantize.allocate import form_of
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.codec import NATIVE
 from moe_local.offload.quantize.mix import is_mixed
-from moe_local.offload.quantize.stored import QUANTIZED
 from moe_local.offload.relief import Relief
 from moe_local.offload.residents import can_reside
 from moe_local.offload.schedule.calibrate import first_costs
@@ -179,14 +178,7 @@ def open_experts(
     """
     folder = Path(out) if out is not None else _home_folder(checkpoint, experts)
     if experts == NATIVE:
-        native = NativeExperts(checkpoint, folder)
-        if slow := [format for format in native.formats if format in QUANTIZED]:
-            logger.warning(
-                "%s: experts in %s are decoded by torch whenever they are used: slow (the reference path)",
-                checkpoint.name,
-                " and ".join(slow),
-            )
-        return native
+        return NativeExperts(checkpoint, folder)
 
     def report(done: int, total: int, nbytes: int) -> None:
         if progress is not None:

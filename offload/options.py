@@ -56,8 +56,8 @@ class LoadOptions:
     experts: str = field(
         default="nf4",
         metadata={
-            "help": "Format of the routed experts: nf4, int8, q3, q2, bf16, fp16, fp32 or native (as stored);"
-            " or one for each, by what it harms: mixed:BITS, such as mixed:3.5, on average."
+            "help": "Format of the routed experts: nf4, int8, q3, q2, mxfp4, fp8, bf16, fp16, fp32 or native "
+            "(as stored); or one for each, by what it harms: mixed:BITS, such as mixed:3.5, on average."
         },
     )
     activations: str = field(

@@ -19,12 +19,14 @@ from moe_local.offload.native.library import (
     INT8,
     INT16,
     PLAIN,
+    SCALES,
     Expert,
     Gate,
     Matrix,
     check,
     library,
 )
+from moe_local.offload.quantize.fp8 import block_size
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.quantize.views import TORCH_DTYPES
 from moe_local.offload.threads import kernel_threads
@@ -33,12 +35,39 @@ from moe_local.offload.threads import kernel_threads
 def serves(layout: Layout, x: torch.Tensor) -> bool:
     """Whether the library multiplies x with matrices of this layout. Autocast has its own ideas of dtypes."""
     return (
-        layout.format in FORMATS
+        reads(layout)
         and x.device.type == "cpu"
         and x.dtype in DTYPES
         and not torch.is_autocast_enabled("cpu")
         and library() is not None
     )
+
+
+def reads(layout: Layout) -> bool:
+    """Whether the library, were it there, has code for every matrix of this layout."""
+    if layout.format in ("nf4", "int8") or layout.format in PLAIN.values():
+        return True
+    key = id(layout)  # looking at the parts takes longer than a tiny expert; the layout is kept, so its id is
+    if key not in _read or _read[key][0] is not layout:
+        names = [tensor.name for tensor in layout.tensors if len(tensor.shape) == 2]
+        _read[key] = (layout, all(matrix_format(layout, name) is not None for name in names))
+    return _read[key][1]
+
+
+_read: dict[int, tuple[Layout, bool]] = {}
+
+
+def matrix_format(layout: Layout, name: str) -> str | None:
+    """The library's name for how matrix `name` lies, or None. What is native may differ between matrices."""
+    parts = {segment.part: segment.dtype for segment in layout.parts(name)}
+    if "values" in parts:
+        return PLAIN.get(TORCH_DTYPES[parts["values"]])
+    if layout.format == "fp8":
+        served = parts.get("q") == "float8_e4m3fn" and parts.get("scale") in SCALES
+        return "fp8" if served else None
+    if layout.format == "mxfp4":
+        return "mxfp4" if parts.get("q") == parts.get("scale") == "uint8" else None
+    return layout.format if layout.format in FORMATS else None
 
 
 def rounding(activations: str, dtype: torch.dtype) -> int:
@@ -56,11 +85,17 @@ def matrix_at(address: int, layout: Layout, name: str, has_bias: bool) -> Matrix
     """Matrix `name` of the expert whose flat buffer starts at `address`."""
     rows, cols = next(tensor.shape for tensor in layout.tensors if tensor.name == name)
     parts = {segment.part: address + segment.offset for segment in layout.parts(name)}
-    matrix = Matrix(format=FORMATS[layout.format], rows=rows, cols=cols)
+    format = matrix_format(layout, name)
+    assert format is not None
+    matrix = Matrix(format=FORMATS[format], rows=rows, cols=cols)
     matrix.q = parts["q"] if "q" in parts else parts["values"]
     matrix.scales = parts["absmax"] if layout.format == "nf4" else parts.get("scale")
     matrix.nested = parts.get("absmax_scale", parts.get("row_scale"))
     matrix.offset = parts.get("offset")
+    if format == "fp8":
+        scale = next(segment for segment in layout.parts(name) if segment.part == "scale")
+        matrix.scale_dtype = SCALES[scale.dtype]
+        matrix.block_rows, matrix.block_cols = map(block_size, (rows, cols), scale.shape)
     if has_bias:
         bias = next(layout.parts(f"{name}_bias"))
         matrix.bias, matrix.bias_dtype = address + bias.offset, DTYPES[TORCH_DTYPES[bias.dtype]]

@@ -6,18 +6,19 @@ that module cannot be imported where Triton is not there. FORMATS is the list to
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import torch
 
-from moe_local.offload.quantize import int8, nf4
+from moe_local.offload.quantize import fp8, int8, mxfp4, nf4
 from moe_local.offload.quantize.bnb import dynamic_map, nf4_levels
-from moe_local.offload.quantize.layout import Layout
+from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.low_blocks import Q2, Q3, STEPS, LowFormat
 
-KINDS = {"nested": 0, "float32": 1, "bfloat16": 2, "float16": 3}
-"""What scales and biases are stored as; see triton_formats.SCALES."""
+KINDS = {"nested": 0, "float32": 1, "bfloat16": 2, "float16": 3, "uint8": 4}
+"""What scales and biases are stored as; see triton_formats.SCALES. Bytes are exponents."""
 
 WORDS = 4
 """Words of 32 bits that a thread reads at once: a piece."""
@@ -124,6 +125,49 @@ def _low_table(format: LowFormat, device: torch.device) -> torch.Tensor:
     return torch.tensor(table, dtype=torch.float32, device=device)
 
 
+class MXFP4Words(_Words):
+    """The codec's, and gpt-oss' as published."""
+
+    number, per_word = 4, 8
+
+    def serves(self, layout: Layout) -> bool:
+        return (
+            layout.format == "mxfp4"
+            and _all_wide(layout, mxfp4.BLOCK)
+            and _all_have(layout, "uint8", ("uint8",))
+        )
+
+    def constants(self, layout: Layout, name: str) -> dict[str, Any]:
+        return plain_scales(layout, name, 1, mxfp4.BLOCK)
+
+    def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        return mxfp4.numbers(device), dynamic_map(device)
+
+
+class FP8Words(_Words):
+    """The codec's, and those of DeepSeek and its like, with scales of any dtype for blocks of any size."""
+
+    number, per_word = 5, 4
+
+    def serves(self, layout: Layout) -> bool:
+        return (
+            layout.format == "fp8"
+            and _all_wide(layout, self.piece)
+            and _all_have(layout, "float8_e4m3fn", [*KINDS][1:])
+            and all(self._block(layout, tensor)[1] % self.piece == 0 for tensor in _matrices(layout))
+        )
+
+    def constants(self, layout: Layout, name: str) -> dict[str, Any]:
+        tensor = next(tensor for tensor in layout.tensors if tensor.name == name)
+        return plain_scales(layout, name, *self._block(layout, tensor))
+
+    def _block(self, layout: Layout, tensor: TensorSpec) -> tuple[int, int]:
+        """Rows and columns that share a scale."""
+        scale = next(part for part in layout.parts(tensor.name) if part.part == "scale")
+        rows, cols = map(fp8.block_size, tensor.shape, scale.shape)
+        return rows, cols
+
+
 def plain_scales(layout: Layout, name: str, rows: int, cols: int) -> dict[str, Any]:
     """Constants of a matrix with parts "q" and "scale", numbers for blocks of rows x cols."""
     at = _offsets(layout, name)
@@ -139,7 +183,10 @@ def plain_scales(layout: Layout, name: str, rows: int, cols: int) -> dict[str, A
     }
 
 
-FORMATS: tuple[GroupedFormat, ...] = (NF4Words(), Int8Words(), LowWords(2, Q3), LowWords(3, Q2))
+FORMATS: tuple[GroupedFormat, ...] = (
+    *(NF4Words(), Int8Words(), LowWords(2, Q3), LowWords(3, Q2)),
+    *(MXFP4Words(), FP8Words()),
+)
 
 
 @cache
@@ -152,6 +199,19 @@ def _offsets(layout: Layout, name: str) -> dict[str, int]:
     return {segment.part: segment.offset for segment in layout.parts(name)}
 
 
+def _matrices(layout: Layout) -> list[TensorSpec]:
+    return [tensor for tensor in layout.tensors if len(tensor.shape) == 2]
+
+
 def _all_wide(layout: Layout, columns: int) -> bool:
     """Whether every matrix' rows are made of whole `columns`."""
-    return all(tensor.shape[1] % columns == 0 for tensor in layout.tensors if len(tensor.shape) == 2)
+    return all(tensor.shape[1] % columns == 0 for tensor in _matrices(layout))
+
+
+def _all_have(layout: Layout, numbers: str, scales: Collection[str]) -> bool:
+    """Whether every matrix has parts "q" and "scale" of these dtypes: what is native may differ in that."""
+    for tensor in _matrices(layout):
+        parts = {segment.part: segment.dtype for segment in layout.parts(tensor.name)}
+        if parts.get("q") != numbers or parts.get("scale") not in scales:
+            return False
+    return True

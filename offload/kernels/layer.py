@@ -9,6 +9,7 @@ import torch
 from moe_local.offload.kernels.contracts import Answers, ExpertMath, LayerStep, Readable
 from moe_local.offload.kernels.cpu import CpuExperts
 from moe_local.offload.kernels.expert import ExpertKernels
+from moe_local.offload.kernels.fallback import Fallback
 from moe_local.offload.kernels.grouped import GroupedExperts
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.quantize.layout import Layout
@@ -22,6 +23,7 @@ class LayerKernels:
         self._each = ExpertKernels(activations)
         self._together = CpuExperts(activations)
         self.grouped = GroupedExperts()
+        self._fallback = Fallback()
 
     def begin(
         self,
@@ -40,6 +42,7 @@ class LayerKernels:
             return self._together.begin(math, x, routing, weights, layout, rest)
         if self.grouped.serves(math, x, routing, layout):
             return self.grouped.begin(math, x, routing, weights, layout, rest)
+        self._fallback.tell(math, x, layout, self.grouped)
         return OneByOne(self._each, math, x, routing, weights)
 
     def lead(self, math: ExpertMath, x: torch.Tensor, layouts: Sequence[Layout]) -> Layout:

@@ -132,7 +132,7 @@ def _products(
         for r in tl.static_range(len(rows)):
             factor = scale(
                 expert, rows[r], piece, there, offset, scale_map,
-                SCALES, COLS, SCALE, SCALE_OF_SCALE, BLOCK_ROWS, BLOCK_COLS, PER_WORD,
+                FORMAT, SCALES, COLS, SCALE, SCALE_OF_SCALE, BLOCK_ROWS, BLOCK_COLS, PER_WORD,
             )  # fmt: skip
             for t in tl.static_range(len(numbers)):
                 part = tl.sum(parts[r * len(numbers) + t], axis=1)

@@ -16,10 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NF4, INT8, Q3, Q2 = (tl.constexpr(number) for number in range(4))
+NF4, INT8, Q3, Q2, E2M1, E4M3 = (tl.constexpr(number) for number in range(6))
 """FORMAT: what a word holds."""
 
-NESTED, FLOAT32, BFLOAT16, FLOAT16 = (tl.constexpr(number) for number in range(4))
+NESTED, FLOAT32, BFLOAT16, FLOAT16, EXPONENT8 = (tl.constexpr(number) for number in range(5))
 """SCALES: a number of a kind for BLOCK_ROWS x BLOCK_COLS weights each, or NF4's double-quantized codes."""
 
 
@@ -66,6 +66,12 @@ def weight(packed, i: tl.constexpr, levels, FORMAT: tl.constexpr):
         THIRD: tl.constexpr = 8 * (i % 16 // 4) + 4 * (i // 16) + i % 4  # where the code's third bit lies
         code = ((packed[i // 16] >> (2 * (i % 16))) & 3) | (((packed[2] >> THIRD) & 1) << 2)
         value = tl.fma(tl.load(levels + code), packed[3], packed[4])
+    elif FORMAT == E2M1:
+        value = tl.load(levels + ((packed[0] >> (4 * i)) & 15))
+    elif FORMAT == E4M3:
+        # In fp16 the same bits are 256 times less, which `scale` makes good: no GPU need know the format.
+        byte = (packed[0] << (24 - 8 * i)) >> 24
+        value = ((byte << 7) & 0xBF80).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
         value = ((packed[0] << (24 - 8 * i)) >> 24).to(tl.float32)
     return value
@@ -88,6 +94,7 @@ def scale(
     there,
     offset,
     scale_map,
+    FORMAT: tl.constexpr,
     SCALES: tl.constexpr,
     COLS: tl.constexpr,
     SCALE: tl.constexpr,
@@ -109,6 +116,8 @@ def scale(
         value = tl.fma(tl.load(scale_map + code), factor, offset)
     else:
         value = number(expert + SCALE, block, there, SCALES)
+    if FORMAT == E4M3:
+        value = value * 256.0
     return value
 
 
@@ -120,6 +129,9 @@ def number(start, index, there, KIND: tl.constexpr):
     elif KIND == BFLOAT16:
         half = tl.load(start.to(tl.pointer_type(tl.int16)) + index, mask=there, other=0)
         value = (half.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif KIND == EXPONENT8:
+        byte = tl.load(start + index, mask=there, other=0).to(tl.int32)
+        value = tl.where(byte == 0, 1 << 22, byte << 23).to(tl.float32, bitcast=True)
     else:
         value = tl.load(start.to(tl.pointer_type(tl.float16)) + index, mask=there, other=0.0).to(tl.float32)
     return value

@@ -13,7 +13,7 @@ import torch
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.quantize.bnb import dynamic_map
 
-FORMATS = {"nf4": 0, "int8": 1, "q3": 2, "q2": 3, "fp32": 4, "bf16": 5, "fp16": 6}
+FORMATS = {"nf4": 0, "int8": 1, "q3": 2, "q2": 3, "mxfp4": 4, "fp8": 5, "fp32": 6, "bf16": 7, "fp16": 8}
 PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """The formats of numbers as they are."""
 
@@ -23,6 +23,9 @@ FLOATS, INT16, INT8, BF16 = range(4)
 ISAS = ("portable", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of numbers that go in and out."""
+
+SCALES = {"float32": 0, "bfloat16": 1, "float16": 2, "uint8": 3}
+"""Dtypes of FP8's scales; bytes are exponents."""
 
 HALVES, NEIGHBOURS = range(2)
 """How a head's numbers are paired to be rotated: i with i + rotated / 2, or 2i with 2i + 1."""
@@ -46,6 +49,9 @@ class Matrix(Structure):
         ("nested", c_void_p),
         ("offset", c_void_p),
         ("bias", c_void_p),
+        ("block_rows", c_int64),
+        ("block_cols", c_int64),
+        ("scale_dtype", c_int32),
     )
 
 

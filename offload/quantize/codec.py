@@ -42,13 +42,16 @@ class Codec(Protocol):
 def codecs() -> dict[str, Codec]:
     """Every format by name, best known first."""
     from moe_local.offload.quantize.exact import ExactCodec
+    from moe_local.offload.quantize.fp8 import FP8Codec
     from moe_local.offload.quantize.int8 import Int8Codec
     from moe_local.offload.quantize.low import LowCodec
     from moe_local.offload.quantize.low_blocks import Q2, Q3
+    from moe_local.offload.quantize.mxfp4 import MXFP4Codec
     from moe_local.offload.quantize.nf4 import NF4Codec
 
     exact = [ExactCodec(name) for name in ("bf16", "fp16", "fp32")]
-    found: list[Codec] = [NF4Codec(), Int8Codec(), LowCodec(Q3), LowCodec(Q2), *exact]
+    low = [LowCodec(Q3), LowCodec(Q2)]
+    found: list[Codec] = [NF4Codec(), Int8Codec(), *low, MXFP4Codec(), FP8Codec(), *exact]
     return {codec.name: codec for codec in found}
 
 

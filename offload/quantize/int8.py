@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
-from moe_local.offload.quantize.parallel import for_each
+from moe_local.offload.quantize.parallel import for_rows
 from moe_local.offload.quantize.views import check_finite, copy_exactly, segment_view, zero_padding
 
 BLOCK = 64
@@ -17,12 +17,6 @@ BLOCK = 64
 
 LIMIT = 127
 """Largest whole number. -128 is never written, so that kernels may take magnitudes."""
-
-CHUNK = 1 << 17
-"""Weights worked on at a time on the CPU, in whole rows: what its cache holds."""
-
-DEVICE_CHUNK = 1 << 24
-"""The same elsewhere, where an operation costs more to start."""
 
 
 class Int8Matrix(NamedTuple):
@@ -99,7 +93,7 @@ def dequantize(matrix: Int8Matrix, dtype: torch.dtype) -> torch.Tensor:
             q, out = (_in_blocks(whole[rows, columns]) for whole in (matrix.q, values))
             torch.mul(q, scales[:, blocks].unsqueeze(2), out=out)
 
-    _by_rows(matrix.q, work)
+    for_rows(matrix.q, work)
     return values
 
 
@@ -114,7 +108,7 @@ def _quantize(name: str, weights: torch.Tensor, out: Int8Matrix) -> None:
             _in_blocks(out.q[rows, columns]).copy_(torch.mul(values, inverse.unsqueeze(2)).round_())
             out.scale[rows, blocks].copy_(scales)
 
-    _by_rows(weights, work)
+    for_rows(weights, work)
     if bool(torch.isfinite(out.scale).all()):
         return
     check_finite(name, weights)
@@ -150,16 +144,3 @@ def _columns(count: int) -> Iterator[tuple[slice, slice]]:
 def _in_blocks(columns: torch.Tensor) -> torch.Tensor:
     """[M, C] of one of `_columns` -> [M, blocks, columns of a block], a view."""
     return columns.view(columns.shape[0], -1, min(BLOCK, columns.shape[1]))
-
-
-def _by_rows(matrix: torch.Tensor, work: Callable[[slice], None]) -> None:
-    """Do `work` on all rows of `matrix`, some at a time."""
-    rows, columns = matrix.shape
-    on_cpu = matrix.device.type == "cpu"
-    step = max(1, (CHUNK if on_cpu else DEVICE_CHUNK) // columns)
-    parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-    if on_cpu:
-        for_each(parts, work)
-    else:
-        for part in parts:
-            work(part)

@@ -2,30 +2,163 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
+from moe_local.cache.errors import CheckpointError
 from moe_local.offload.quantize.fp8 import exponents
+from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
+from moe_local.offload.quantize.parallel import for_rows
+from moe_local.offload.quantize.views import check_finite, copy_exactly, segment_view, zero_padding
 
 BLOCK = 32
+"""Columns of a row that share a scale; the last ones of a row may be fewer."""
+
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Of the lower three bits; the fourth is the sign."""
 
+BIAS = 127
+"""Of a scale's byte over its exponent."""
 
-def dequantize_mxfp4(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """q uint8 [..., N / 2], scale uint8 [..., N / 32] -> new [..., N] in `dtype`.
 
-    Byte j of a row holds number 2j in its low and 2j + 1 in its high half; scales are biased exponents.
+class MXFP4Matrix(NamedTuple):
+    """The parts of one matrix [M, N], views of an expert's buffer."""
+
+    q: torch.Tensor
+    """uint8 [M, ceil(N / 2)]; byte j of a row has weight 2j in its low and weight 2j + 1 in its high half."""
+    scale: torch.Tensor
+    """uint8 [M, ceil(N / 32)], biased exponents (E8M0)."""
+
+
+class MXFP4Codec:
+    """4.25 bits a weight, laid out as gpt-oss is published. Biases stay float32.
+
+    The specification (section 6.3) lets a block's largest weight decide its exponent, so that it lands in 4
+    to 8, and what is above 6 becomes 6; where the next exponent, which cuts nothing off, errs less (in the
+    sum of squares), that one is taken. Weights go to the nearest number, of two to the one with an even
+    mantissa. No weight is off by more than a quarter of its block's largest (from 2^-125 on).
     """
-    numbers = _pairs(q.device).index_select(0, q.flatten().int())
-    blocks = numbers.view(*scale.shape, BLOCK).mul_(exponents(scale).unsqueeze(-1))
-    return blocks.view(*q.shape[:-1], 2 * q.shape[-1]).to(dtype)
+
+    name = "mxfp4"
+    exact = False
+
+    def layout(self, tensors: Sequence[TensorSpec]) -> Layout:
+        """Segments q and scale for a matrix, "values" for a bias."""
+        parts: list[tuple[str, str, str, tuple[int, ...]]] = []
+        for tensor in tensors:
+            if len(tensor.shape) < 2:
+                parts.append((tensor.name, "values", "float32", tensor.shape))
+                continue
+            rows, cols = tensor.shape
+            parts.append((tensor.name, "q", "uint8", (rows, -(-cols // 2))))
+            parts.append((tensor.name, "scale", "uint8", (rows, -(-cols // BLOCK))))
+        return make_layout(self.name, tensors, parts)
+
+    def encode(self, tensors: Mapping[str, torch.Tensor], layout: Layout, out: torch.Tensor) -> None:
+        """Write the expert into `out`, uint8 [layout.nbytes] on the CPU.
+
+        Raises CheckpointError for NaN and infinity, and weights of 3.5 * 2^126 and more.
+        """
+        for tensor in layout.tensors:
+            if len(tensor.shape) < 2:
+                (segment,) = layout.parts(tensor.name)
+                copy_exactly(tensor.name, tensors[tensor.name], segment_view(out, segment), "fp32")
+            else:
+                parts = {part.part: segment_view(out, part) for part in layout.parts(tensor.name)}
+                _quantize(tensor.name, tensors[tensor.name], MXFP4Matrix(parts["q"], parts["scale"]))
+        zero_padding(out, layout)
+
+    def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """New tensors in `dtype` on the buffer's device and current stream."""
+        from moe_local.offload.quantize.stored import StoredDecoder
+
+        return StoredDecoder().decode(buffer, layout, dtype)
+
+
+def dequantize_mxfp4(
+    q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, columns: int | None = None
+) -> torch.Tensor:
+    """q uint8 [..., ceil(N / 2)], scale uint8 [..., ceil(N / 32)] -> new [..., N] in `dtype`.
+
+    `columns`: N, if it is not twice what a row of q has. See MXFP4Matrix.
+    """
+    pairs = _pairs(q.device).index_select(0, q.flatten().int()).view(*q.shape[:-1], -1)
+    columns = pairs.shape[-1] if columns is None else columns
+    if columns % BLOCK == 0:
+        blocks = pairs.view(*scale.shape, BLOCK).mul_(exponents(scale).unsqueeze(-1))
+        return blocks.view(*q.shape[:-1], columns).to(dtype)
+    factors = exponents(scale).repeat_interleave(BLOCK, -1)[..., :columns]
+    return pairs[..., :columns].mul(factors).to(dtype)
+
+
+@lru_cache(maxsize=4)
+def numbers(device: torch.device) -> torch.Tensor:
+    """What the codes stand for, float32 [16]; kept once a device."""
+    with torch.inference_mode(False):
+        return torch.tensor([*MAGNITUDES, *(-value for value in MAGNITUDES)], device=device)
 
 
 @lru_cache(maxsize=4)
 def _pairs(device: torch.device) -> torch.Tensor:
     """The two numbers of every byte, float32 [256, 2]."""
-    values = torch.tensor([*MAGNITUDES, *(-value for value in MAGNITUDES)])
-    byte = torch.arange(256)
-    return torch.stack([values[byte & 15], values[byte >> 4]], dim=1).to(device)
+    values, byte = numbers(device), torch.arange(256, device=device)
+    return torch.stack([values[byte & 15], values[byte >> 4]], dim=1)
+
+
+def _quantize(name: str, weights: torch.Tensor, out: MXFP4Matrix) -> None:
+    """Fill `out`, which lies on the CPU. Raises CheckpointError for what cannot be held."""
+    weights = weights.detach()
+    columns = weights.shape[1]
+
+    def work(rows: slice) -> None:
+        values = weights[rows].float()
+        if columns % BLOCK:
+            values = torch.nn.functional.pad(values, (0, -columns % BLOCK))
+        codes, scales = quantize_blocks(values.view(len(values), -1, BLOCK))
+        packed = codes[..., ::2] | codes[..., 1::2] << 4
+        out.q[rows].copy_(packed.view(len(values), -1)[:, : out.q.shape[1]])
+        out.scale[rows].copy_(scales)
+
+    for_rows(weights, work)
+    if bool((out.scale < 255).all()):
+        return
+    check_finite(name, weights)
+    raise CheckpointError(
+        f"{name} has weights up to {float(weights.abs().max()):.4g}, above the largest mxfp4 takes, "
+        f"{3.5 * 2**126:.4g}; use bf16 or fp32"
+    )
+
+
+def quantize_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [..., 32] -> codes, uint8 [..., 32], and scales, uint8 [...]; 255 where none would do."""
+    sizes = blocks.abs()
+    bits = sizes.amax(-1).view(torch.int32)
+    # Of a normal number: its exponent less 2, biased; smaller ones have the smallest scale there is.
+    first = ((bits >> 23) - 2).clamp_(min=0)
+    sizes.mul_(exponents(2 * BIAS - first).unsqueeze(-1))
+    near, halves = _rounded(sizes), sizes / 2
+    far = _rounded(halves)
+    errors, far_errors = (a.sub_(b).square_().sum(-1) for a, b in ((sizes, near), (halves, far)))
+    better = 4 * far_errors < errors  # in units of their scales, of which one is twice the other
+    chosen = torch.where(better.unsqueeze(-1), far, near)
+    codes = torch.where(chosen < 1, (2 * chosen).int(), (chosen.view(torch.int32) >> 22) - CODE_OF_ONE)
+    codes |= (blocks.view(torch.int32) >> 31) & 8
+    return codes.to(torch.uint8), (first + better).masked_fill_(bits >= LIMIT_BITS, 255).to(torch.uint8)
+
+
+LIMIT_BITS = (BIAS + 127) << 23 | 3 << 21
+"""Of 3.5 * 2^126, the least size that might round to more than float32 has."""
+
+CODE_OF_ONE = (BIAS << 1) - 2
+"""What the upper bits of a float32 from 1 on, its exponent and one more, are above its code."""
+
+
+def _rounded(sizes: torch.Tensor) -> torch.Tensor:
+    """The nearest of MAGNITUDES, of two the one with an even code: floats with one bit behind the first, and
+    below 1 halves."""
+    bits = sizes.view(torch.int32)
+    cut = ((bits >> 22) & 1).add_(bits).add_((1 << 21) - 1).bitwise_and_(-1 << 22)
+    return torch.where(sizes < 1, sizes.mul(2).round_().mul_(0.5), cut.view(torch.float32)).clamp_(max=6)

@@ -9,6 +9,25 @@ import torch
 
 from moe_local.offload.threads import kernel_threads, one_torch_thread
 
+CHUNK = 1 << 17
+"""Weights worked on at a time on the CPU, in whole rows: what its cache holds."""
+
+DEVICE_CHUNK = 1 << 24
+"""The same elsewhere, where an operation costs more to start."""
+
+
+def for_rows(matrix: torch.Tensor, work: Callable[[slice], None], together: int = 1) -> None:
+    """Do `work` on all rows of `matrix`, some at a time; so many `together` are never cut apart."""
+    rows, columns = matrix.shape
+    on_cpu = matrix.device.type == "cpu"
+    step = max(1, (CHUNK if on_cpu else DEVICE_CHUNK) // (columns * together)) * together
+    parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    if on_cpu:
+        for_each(parts, work)
+    else:
+        for part in parts:
+            work(part)
+
 
 def for_each(parts: Sequence[slice], work: Callable[[slice], None]) -> None:
     """Call `work` with every part, in as many threads as torch is set to; an error of one is raised.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_local.offload.quantize import fp8, mxfp4
-from moe_local.offload.quantize.codec import codecs
+from moe_local.offload.quantize.exact import STORAGE, ExactCodec
 from moe_local.offload.quantize.layout import Layout, Segment, TensorSpec, make_layout
 from moe_local.offload.quantize.views import segment_view
 
@@ -31,8 +31,8 @@ class StoredFormat:
     def layout(self, tensors: Sequence[TensorSpec]) -> Layout:
         """Of an expert with these tensors, to plan with. At least as large as the real one, which knows how
         the stored tensors are cut; as large in all published checkpoints."""
-        if self.name in codecs():
-            return codecs()[self.name].layout(tensors)
+        if self.name in STORAGE:
+            return ExactCodec(self.name).layout(tensors)
         parts = []
         for tensor in tensors:
             if len(tensor.shape) < 2:
@@ -64,17 +64,21 @@ class StoredDecoder:
     def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """As Codec.decode; what is stored plainly in `dtype` comes as views of `buffer`."""
         return {
-            tensor.name: _decode(buffer, {part.part: part for part in layout.parts(tensor.name)}, dtype)
+            tensor.name: _decode(
+                buffer, tensor, {part.part: part for part in layout.parts(tensor.name)}, dtype
+            )
             for tensor in layout.tensors
         }
 
 
-def _decode(buffer: torch.Tensor, parts: dict[str, Segment], dtype: torch.dtype) -> torch.Tensor:
+def _decode(
+    buffer: torch.Tensor, tensor: TensorSpec, parts: dict[str, Segment], dtype: torch.dtype
+) -> torch.Tensor:
     if "values" in parts:
         return segment_view(buffer, parts["values"]).to(dtype)
     if "transposed" in parts:
         return segment_view(buffer, parts["transposed"]).T.to(dtype)
     q, scale = segment_view(buffer, parts["q"]), segment_view(buffer, parts["scale"])
     if q.dtype == torch.uint8:
-        return mxfp4.dequantize_mxfp4(q, scale, dtype)
+        return mxfp4.dequantize_mxfp4(q, scale, dtype, tensor.shape[1])
     return fp8.dequantize_fp8(q, scale, dtype)

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from moe_local.offload.native.library import DTYPES, FORMATS, PLAIN, Gate, Matrix, library
+from moe_local.offload.native.library import DTYPES, FORMATS, PLAIN, SCALES, Gate, Matrix, library
 from moe_local.offload.native.library import Expert as ExpertStruct
 from moe_local.offload.quantize.bnb import dynamic_map
+from moe_local.offload.quantize.views import TORCH_DTYPES
 
 BLOCK, NESTED_BLOCK = 64, 256
 
@@ -69,7 +70,8 @@ def pack(
     """A matrix [rows, cols] of random codes, its parts `shift` elements past an aligned address."""
     generator = torch.Generator().manual_seed(seed)
     added = (torch.randn(rows, generator=generator) if bias else torch.zeros(rows)).to(bias_dtype)
-    make = {"nf4": _nf4, "int8": _int8, "q3": _q3, "q2": _q2}.get(format, partial(_plain, format))
+    makers = {"nf4": _nf4, "int8": _int8, "q3": _q3, "q2": _q2, "mxfp4": _mxfp4, "fp8": _fp8}
+    make = makers.get(format, partial(_plain, format))
     struct, weights, memory = make(rows, cols, generator, shift)
     kept = at_odd_address(added, shift)
     struct.bias, struct.bias_dtype = kept.data_ptr() if bias else None, DTYPES[bias_dtype]
@@ -162,6 +164,48 @@ def _low(
     weights = (weights.flatten(1) * row_scales.double().unsqueeze(1))[:, :cols]
     addresses = (q.data_ptr(), scales.data_ptr(), row_scales.data_ptr(), None, None)
     return Matrix(FORMATS[format], 0, rows, cols, *addresses), weights, (q, scales, row_scales)
+
+
+def _mxfp4(
+    rows: int, cols: int, generator: torch.Generator, shift: int
+) -> tuple[Matrix, torch.Tensor, tuple[torch.Tensor, ...]]:
+    nibbles = torch.randint(16, (rows, cols + cols % 2), generator=generator)
+    exponents = torch.randint(121, 127, (rows, -(-cols // 32)), generator=generator, dtype=torch.uint8)
+    q = at_odd_address((nibbles[:, ::2] + 16 * nibbles[:, 1::2]).to(torch.uint8), shift)
+    scales = at_odd_address(exponents, shift)
+    factors = torch.exp2(exponents.double() - 127).repeat_interleave(32, dim=1)[:, :cols]
+    sizes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
+    numbers = sizes[nibbles[:, :cols] % 8] * (1 - nibbles[:, :cols] // 8 * 2)
+    struct = Matrix(FORMATS["mxfp4"], 0, rows, cols, q.data_ptr(), scales.data_ptr(), None, None, None)
+    return struct, numbers * factors, (q, scales)
+
+
+def _fp8(
+    rows: int, cols: int, generator: torch.Generator, shift: int
+) -> tuple[Matrix, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Blocks of many shapes, and scales of all dtypes."""
+    numbers = 60 * torch.randn(rows, cols, generator=generator).clamp(-7, 7)
+    small = torch.rand(rows, cols, generator=generator) < 1 / 16
+    codes = torch.where(small, numbers / 2**14, numbers).to(torch.float8_e4m3fn)  # some of them subnormal
+    codes[0, 0] = 16.0  # beside which a bias is not too large
+    height, width = [(128, 128), (1, 64), (rows, cols), (3, 40)][(rows + cols) % 4]
+    grid = -(-rows // height), -(-cols // width)
+    name, dtype = list(SCALES.items())[(rows + shift) % 4]
+    if name == "uint8":
+        stored = torch.randint(118, 123, grid, generator=generator, dtype=torch.uint8)
+        values = torch.exp2(stored.double() - 127)
+    else:
+        stored = (torch.rand(grid, generator=generator) / 500 + 1e-3).to(TORCH_DTYPES[name])
+        values = stored.double()
+    q, scales = (
+        at_odd_address(codes.view(torch.uint8), shift),
+        at_odd_address(stored.view(torch.uint8), shift),
+    )
+    factors = values.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :cols]
+    struct = Matrix(FORMATS["fp8"], 0, rows, cols, q.data_ptr(), scales.data_ptr(), None, None, None)
+    struct.bias = None
+    struct.block_rows, struct.block_cols, struct.scale_dtype = height, width, dtype
+    return struct, codes.double() * factors, (q, scales)
 
 
 def _plain(

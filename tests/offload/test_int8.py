@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.kernels.cpu import cpu_linear
 from moe_local.offload.native.library import ISAS, check, library
-from moe_local.offload.quantize import int8
+from moe_local.offload.quantize import parallel
 from moe_local.offload.quantize.int8 import Int8Codec, int8_matrix
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 
@@ -118,7 +118,7 @@ def test_the_layout_is_that_of_the_header() -> None:
 def test_chunks_and_threads_change_no_byte(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     weights = random_weights((37, 100))
     whole, _ = encode(w=weights)
-    monkeypatch.setattr(int8, "CHUNK", 256)
+    monkeypatch.setattr(parallel, "CHUNK", 256)
     torch.set_num_threads(threads)
     chunked, layout = encode(w=weights.requires_grad_())
     assert torch.equal(whole, chunked)

@@ -34,7 +34,7 @@ def test_frozen_and_comparable():
         ("context", -5, "context -5"),
         ("device", "tpu", "use auto, cpu, cuda or cuda:N"),
         ("device", None, "unknown device None"),
-        ("experts", "q4_0", "use one of nf4, int8, q3, q2, bf16, fp16, fp32"),
+        ("experts", "q4_0", "use one of nf4, int8, q3, q2, mxfp4, fp8, bf16, fp16, fp32"),
         ("dense", "int3", "use one of auto, nf4, int8, bf16, fp16, fp32"),
         ("policy", "random", "lru"),
         ("prefetch", "on", "use one of auto, off, router, learned"),

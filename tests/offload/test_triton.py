@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ def compiled(name: str, capability: int, tokens: int, d: int, f: int, format: st
         (90, 8, "nf4"),
         *((capability, tokens, "int8") for capability, tokens in ((80, 1), (90, 1), (90, 8))),
         *((90, tokens, format) for tokens in (1, 8) for format in ("q3", "q2")),
+        *((90, tokens, format) for tokens, format in product((1, 8), ("mxfp4", "fp8"))),
+        *((75, 1, format) for format in ("mxfp4", "fp8")),
     ],
 )
 def test_weights_are_read_16_bytes_at_a_time_and_stay_in_registers(
@@ -99,8 +102,11 @@ def test_weights_are_read_16_bytes_at_a_time_and_stay_in_registers(
     kernel = compiled(name, capability, tokens, *SHAPES[shape], format)
     ptx = kernel.asm["ptx"]
     wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx))
-    planes = {"nf4": 8, "int8": 4}[format]
-    assert wide == rows_of_a_program(tokens) + planes * tokens  # each row once, and all planes of each vector
+    planes = {"nf4": 8, "int8": 4, "mxfp4": 8, "fp8": 4, "q3": 32, "q2": 16}[format]
+    words = 3 if format == "q3" else 1
+    assert (
+        wide == words * rows_of_a_program(tokens) + planes * tokens
+    )  # each row once, and all planes of each vector
     # Threads meet for the sums across them, after the loop: Triton exchanges nothing between them before.
     assert len(re.findall(r"bar\.sync", ptx)) <= 6
     assert kernel.metadata.shared <= 1024

@@ -20,8 +20,9 @@ from moe_local.offload.kernels.launcher import UNIT, Launcher, pieces_of_a_step,
 from moe_local.offload.kernels.layer import OneByOne
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.native.library import Gate
-from moe_local.offload.quantize.codec import codec_for
-from moe_local.offload.quantize.layout import Layout, TensorSpec
+from moe_local.offload.quantize.codec import codec_for, decoder_for
+from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
+from moe_local.offload.quantize.views import segment_view
 from moe_local.offload.residents import ResidentLayer
 
 pytestmark = pytest.mark.slow
@@ -230,7 +231,7 @@ def test_slots_by_number(tokens: int) -> None:
     assert outputs[1::top_k][some:].isnan().all()
 
 
-@pytest.mark.parametrize("format", ["int8", "q3", "q2"])
+@pytest.mark.parametrize("format", ["int8", "q3", "q2", "mxfp4", "fp8"])
 @pytest.mark.parametrize("kind", ["swiglu", "gpt-oss"])
 def test_other_formats(format: str, kind: str) -> None:
     """Up and down, for one token and several, each answer as from the decoded weights."""
@@ -243,6 +244,36 @@ def test_other_formats(format: str, kind: str) -> None:
         routing = Routing(index.flatten().tolist(), len(ids), 4)
         got = in_groups(begin(math, experts, x, routing, weights), experts, [routing.experts])
         assert error_of(got, plainly(math, experts, x, index, weights)) < 1e-6
+
+
+@pytest.mark.parametrize("scale", ["float32", "bfloat16", "uint8"])
+@pytest.mark.parametrize("grid", [(1, 1), (2, 4), (4, 1)])
+def test_scales_as_publishers_store_them(scale: str, grid: tuple[int, int]) -> None:
+    """One for a tensor, for halves stored apart, for blocks; biases of another dtype."""
+    rows, cols = 8, 64
+    spec = [TensorSpec("up_proj", (64, 16)), TensorSpec("down_proj", (rows, cols))]
+    spec += [TensorSpec(f"{tensor.name}_bias", tensor.shape[:1]) for tensor in tuple(spec)]
+    parts = [
+        ("up_proj", "q", "float8_e4m3fn", (64, 16)),
+        ("up_proj", "scale", scale, (1, 1)),
+        ("down_proj", "q", "float8_e4m3fn", (rows, cols)),
+        ("down_proj", "scale", scale, grid),
+        ("up_proj_bias", "values", "bfloat16", (64,)),
+        ("down_proj_bias", "values", "bfloat16", (rows,)),
+    ]
+    layout = make_layout("fp8", spec, parts)
+    buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    for part in layout.segments:
+        values = normal(*part.shape, seed=part.offset)
+        if part.part == "scale":
+            values = values.abs() + 0.1 if scale != "uint8" else (values + 126).round()
+        segment_view(buffer, part).copy_(values)
+    launcher = Launcher(kernels(), layout, Gate(PLAIN, 0, 0, 0), has_gate=False, has_bias=True)
+    hidden, outputs = normal(1, cols, seed=2), torch.full((1, rows), torch.nan)
+    launcher.down(buffer, 16, torch.tensor([[0, 0]]), launcher.planes(hidden), outputs)
+    decoded = decoder_for("fp8").decode(buffer, layout, torch.float32)
+    want = hidden.double() @ decoded["down_proj"].double().T + decoded["down_proj_bias"].double()
+    assert error_of(outputs, want) < 1e-6
 
 
 def test_formats_side_by_side() -> None:

@@ -6,11 +6,11 @@ struct Planes {
   __m256i plane[4];
 };
 
-inline Planes level_planes() {
+inline Planes level_planes(const float* table = LEVELS) {
   Planes planes;
   for (int p = 0; p < 4; ++p) {
     alignas(16) uint8_t bytes[16];
-    for (int i = 0; i < 16; ++i) std::memcpy(bytes + i, reinterpret_cast<const char*>(LEVELS + i) + p, 1);
+    for (int i = 0; i < 16; ++i) std::memcpy(bytes + i, reinterpret_cast<const char*>(table + i) + p, 1);
     planes.plane[p] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
   }
   return planes;

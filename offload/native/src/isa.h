@@ -18,8 +18,10 @@
 // Bits of one weight, without its part of scales.
 static inline int64_t bits_of_weight(int32_t format) {
   switch (format) {
-    case NF4: return 4;
-    case INT8: return 8;
+    case NF4:
+    case MXFP4: return 4;
+    case INT8:
+    case FP8: return 8;
     case Q3: return 3;
     case Q2: return 2;
     default: return format == FP32 ? 32 : 16;

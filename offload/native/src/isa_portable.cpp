@@ -17,6 +17,7 @@ constexpr int64_t TILE_T = 2;
 #include "attend.h"
 #include "prepare.h"
 #include "low.h"
+#include "micro.h"
 #include "tile.h"
 #include "encode.h"
 #include "portable_encode.h"

@@ -18,7 +18,7 @@ enum Error : int32_t { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED_
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
 
 // The last three are numbers as they are.
-enum Format : int32_t { NF4 = 0, INT8 = 1, Q3 = 2, Q2 = 3, FP32 = 4, BF16 = 5, FP16 = 6 };
+enum Format : int32_t { NF4 = 0, INT8 = 1, Q3 = 2, Q2 = 3, MXFP4 = 4, FP8 = 5, FP32 = 6, BF16 = 7, FP16 = 8 };
 
 // How the activations enter a product: as they are, or rounded to whole numbers times one scale for 64
 // columns. Sixteen bits keep 2^-16 of a block's largest activation, more than bf16 and fp16 do of it, and
@@ -27,8 +27,8 @@ enum Format : int32_t { NF4 = 0, INT8 = 1, Q3 = 2, Q2 = 3, FP32 = 4, BF16 = 5, F
 // where the processor can. So are INT8_BLOCKS.
 enum Activations : int32_t { FLOATS = 0, INT16_BLOCKS = 1, INT8_BLOCKS = 2, BFLOAT16S = 3 };
 
-// Of numbers that come from outside.
-enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+// Of numbers that come from outside. EXPONENT8 is for scales alone: bytes b that stand for 2^(b - 127).
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, EXPONENT8 = 3 };
 
 // What stands between the up and the down projection. CONCATENATED and INTERLEAVED have a gate: the up matrix
 // gives 2F numbers a token, gate and up as halves or in turns; PLAIN has none and gives F.
@@ -62,8 +62,12 @@ struct Gate {
 // scales[r * ceil(cols / 64) + c / 64]; nested and offset are null.
 // Q3, Q2: a row has blocks of 32 or 16 columns, the last one filled up. Weight [r, c] is nested[r] *
 // step(scale) * (level(code) - zero(scale)), scale being the byte scales[r * blocks + c / 32 or 16], and
-// codes as low.h says; offset is null. FP32, BF16, FP16: weight [r, c] is q[r * cols + c]; what else there is
-// to NF4 is null.
+// codes as low.h says; offset is null.
+// MXFP4: code c of row r is the low half of byte c / 2 of the row's ceil(cols / 2), for odd c the high half,
+// and stands for a number of E2M1, to be multiplied with 2^(s - 127), s being the byte scales[r * ceil(cols /
+// 32) + c / 32]. FP8: weight [r, c] is the number of E4M3 at q[r * cols + c], times scales[r / block_rows *
+// ceil(cols / block_cols) + c / block_cols], which are of scale_dtype. FP32, BF16, FP16: weight [r, c] is q[r
+// * cols + c]; what else there is to NF4 is null.
 struct Matrix {
   int32_t format;
   int32_t bias_dtype;
@@ -73,7 +77,10 @@ struct Matrix {
   const void* scales;
   const float* nested;
   const float* offset;
-  const void* bias;  // [rows], or null
+  const void* bias;    // [rows], or null
+  int64_t block_rows;  // the last three are FP8's
+  int64_t block_cols;
+  int32_t scale_dtype;
 };
 
 struct Expert {

@@ -10,7 +10,7 @@ void prepare(int32_t format, int32_t activations, bool tiled, const float* x, in
     if (in_bf16(activations, tiled)) to_bf16(out.values, padded(columns), out.q);
     return;
   }
-  const bool reordered = format == NF4 && columns % BLOCK == 0;
+  const bool reordered = (format == NF4 || format == MXFP4) && columns % BLOCK == 0;
   if (activations == INT8_BLOCKS) {
     round_to_int8(x, columns, out);
     if (reordered) {
@@ -31,7 +31,8 @@ void prepare(int32_t format, int32_t activations, bool tiled, const float* x, in
 inline Decode decode_of(const Matrix& m, bool blocks) {
   if (m.format == Q3) return decode_low<ThreeBit>;
   if (m.format == Q2) return decode_low<TwoBit>;
-  return !blocks ? decode_any : m.format == NF4 ? decode_nf4 : decode_int8;
+  if (!blocks) return decode_any;
+  return m.format == NF4 ? decode_nf4 : m.format == MXFP4 ? decode_mxfp4 : decode_int8;
 }
 
 template <class F>
@@ -47,7 +48,7 @@ void rows_of_low(const Matrix& m, int32_t activations, const Prepared* x, int64_
 
 void rows(const Matrix& m, const float* map, int32_t activations, bool tiled, const Prepared* x,
           int64_t count, int64_t first, int64_t last, float* const* y) {
-  const bool blocks = m.cols % BLOCK == 0 && !is_plain(m.format);
+  const bool blocks = m.cols % BLOCK == 0 && !is_plain(m.format) && m.format != FP8;
   if (!tiled && m.format == FP32) {
     plain_by_count<Float32>(m, x, count, first, last, y);
   } else if (!tiled && m.format == BF16) {
@@ -58,12 +59,20 @@ void rows(const Matrix& m, const float* map, int32_t activations, bool tiled, co
     rows_of_low<ThreeBit>(m, activations, x, count, first, last, y);
   } else if (!tiled && m.format == Q2) {
     rows_of_low<TwoBit>(m, activations, x, count, first, last, y);
+  } else if (!tiled && m.format == FP8) {
+    fp8_by_count(m, x, count, first, last, y);
   } else if (tiled || !blocks) {
     const Decode decode = decode_of(m, blocks);
     if (in_bf16(activations, tiled))
       rows_tiled_bf16(decode, m, map, x, count, first, last, y);
     else
       rows_tiled(decode, m, map, x, count, first, last, y);
+  } else if (m.format == MXFP4 && activations == INT8_BLOCKS) {
+    rows_by_count<MXFP4Rounded8>(m, map, x, count, first, last, y);
+  } else if (m.format == MXFP4 && activations != FLOATS) {
+    rows_by_count<MXFP4Rounded16>(m, map, x, count, first, last, y);
+  } else if (m.format == MXFP4) {
+    rows_by_count<MXFP4Floats>(m, map, x, count, first, last, y);
   } else if (m.format == INT8 && activations == INT8_BLOCKS) {
     rows_by_count<Int8Rounded>(m, map, x, count, first, last, y);
   } else if (m.format == INT8) {

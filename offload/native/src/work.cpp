@@ -69,6 +69,9 @@ bool valid(const Matrix& m) {
   if (is_plain(m.format)) return true;
   if (m.scales == nullptr) return false;
   if (is_low(m.format)) return m.nested != nullptr;
+  if (m.format == MXFP4) return true;
+  if (m.format == FP8)
+    return m.block_rows > 0 && m.block_cols > 0 && m.scale_dtype >= FLOAT32 && m.scale_dtype <= EXPONENT8;
   return m.format == INT8 || (m.nested != nullptr && m.offset != nullptr && map_is_set.load());
 }
 

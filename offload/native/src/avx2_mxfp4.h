@@ -1,0 +1,174 @@
+// MXFP4 rows of whole blocks of 64. As NF4's, but for the halves of a byte, which have their weights the
+// other way round, and for a scale of its own in each half of a vector. Included in the AVX2 unit, after
+// avx2_nf4.h.
+
+// Scales of `count` blocks of 64 columns, two each, from `block` on.
+inline void micro_scales(const Matrix& m, int64_t block, int64_t count, float* out) {
+  const uint8_t* codes = static_cast<const uint8_t*>(m.scales) + 2 * block;
+  int64_t i = 0;
+  for (; i + 8 <= 2 * count; i += 8) {
+    const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i)));
+    const __m256i bits = _mm256_max_epu32(_mm256_slli_epi32(code, 23), _mm256_set1_epi32(0x400000));
+    _mm256_storeu_ps(out + i, _mm256_castsi256_ps(bits));
+  }
+  for (; i < 2 * count; ++i) out[i] = power_of_two(codes[i]);
+}
+
+// Two numbers, each on a half.
+inline __m256 on_halves(const float* two) {
+  return _mm256_set_m128(_mm_broadcast_ss(two + 1), _mm_broadcast_ss(two));
+}
+
+inline Planes micro_planes() {
+  float table[16];
+  for (int i = 0; i < 16; ++i) table[i] = E2M1[i] / E2M1_UNIT;
+  return level_planes(table);
+}
+
+// A block's 64 numbers in ORDER.
+inline void block_numbers(const uint8_t* q, const Planes& planes, __m256* out) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)), low = _mm256_set1_epi8(15);
+  levels(_mm256_and_si256(bytes, low), planes, out);
+  levels(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low), planes, out + 4);
+}
+
+void decode_mxfp4(const Matrix& m, const float*, int64_t row, int64_t first, int64_t count, float* out) {
+  for (int64_t i = count; i < padded(count); ++i) out[i] = 0.0f;
+  const Planes planes = micro_planes();
+  const int64_t start = row * m.cols + first;
+  const uint8_t* q = static_cast<const uint8_t*>(m.q) + start / 2;
+  float scales[2 * DEPTH / BLOCK];
+  micro_scales(m, start / BLOCK, count / BLOCK, scales);
+  for (int64_t b = 0; b < count / BLOCK; ++b) {
+    __m256 w[8];
+    block_numbers(q + 32 * b, planes, w);
+    const __m256 scale = on_halves(scales + 2 * b);
+    for (int i = 0; i < 8; ++i) _mm256_store_ps(out + BLOCK * b + 8 * i, _mm256_mul_ps(w[i], scale));
+  }
+}
+
+template <int T>
+struct MXFP4Floats {
+  static constexpr int64_t INPUT_BYTES = 4;
+  const Planes planes = micro_planes();
+
+  explicit MXFP4Floats(const float*) {}
+
+  template <int R>
+  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
+    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
+  }
+
+  void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
+    const uint8_t* q = static_cast<const uint8_t*>(m.q) + (s.row * m.cols + s.done * BLOCK) / 2;
+    float scales[2 * STRETCH];
+    micro_scales(m, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
+    for (int64_t b = 0; b < s.count; ++b, q += BLOCK / 2) {
+      ask_ahead(q, s.ahead);
+      __m256 w[8];
+      block_numbers(q, planes, w);
+      const __m256 scale = on_halves(scales + 2 * b);
+      for (int t = 0; t < T; ++t) {
+        const float* in = x[t].values + (s.done + b) * BLOCK;
+        __m256 one = _mm256_mul_ps(w[0], _mm256_loadu_ps(in)),
+               two = _mm256_mul_ps(w[1], _mm256_loadu_ps(in + 8));
+        for (int i = 2; i < 8; i += 2) {
+          one = _mm256_fmadd_ps(w[i], _mm256_loadu_ps(in + 8 * i), one);
+          two = _mm256_fmadd_ps(w[i + 1], _mm256_loadu_ps(in + 8 * i + 8), two);
+        }
+        sums.total[t] = _mm256_fmadd_ps(_mm256_add_ps(one, two), scale, sums.total[t]);
+      }
+    }
+  }
+
+  float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]); }
+};
+
+// A table of E2M1's whole numbers, by bytes.
+inline __m256i whole_numbers() {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(E2M1)));
+}
+
+// Activations of sixteen bits; 8 products of 12 and 32767 are far below 31 bits.
+template <int T>
+struct MXFP4Rounded16 {
+  static constexpr int64_t INPUT_BYTES = 2;
+  const __m256i table = whole_numbers();
+
+  explicit MXFP4Rounded16(const float*) {}
+
+  template <int R>
+  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
+    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
+  }
+
+  void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
+    const __m256i nibble = _mm256_set1_epi8(15), none = _mm256_setzero_si256();
+    const uint8_t* q = static_cast<const uint8_t*>(m.q) + (s.row * m.cols + s.done * BLOCK) / 2;
+    float scales[2 * STRETCH];
+    micro_scales(m, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
+    for (int64_t b = 0; b < s.count; ++b, q += BLOCK / 2) {
+      ask_ahead(q, s.ahead);
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
+      const __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, nibble));
+      const __m256i odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
+      const __m256i even_sign = _mm256_cmpgt_epi8(none, even), odd_sign = _mm256_cmpgt_epi8(none, odd);
+      const __m256i w[] = {_mm256_unpacklo_epi8(even, even_sign), _mm256_unpackhi_epi8(even, even_sign),
+                           _mm256_unpacklo_epi8(odd, odd_sign), _mm256_unpackhi_epi8(odd, odd_sign)};
+      const __m256 scale = on_halves(scales + 2 * b);
+      for (int t = 0; t < T; ++t) {
+        const __m256i* in = static_cast<const __m256i*>(x[t].q) + 4 * (s.done + b);
+        const __m256i one = _mm256_add_epi32(_mm256_madd_epi16(w[0], _mm256_loadu_si256(in)),
+                                             _mm256_madd_epi16(w[1], _mm256_loadu_si256(in + 1)));
+        const __m256i two = _mm256_add_epi32(_mm256_madd_epi16(w[2], _mm256_loadu_si256(in + 2)),
+                                             _mm256_madd_epi16(w[3], _mm256_loadu_si256(in + 3)));
+        const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(x[t].scales[s.done + b]));
+        sums.total[t] =
+            _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(one, two)), factor, sums.total[t]);
+      }
+    }
+  }
+
+  float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]) / E2M1_UNIT; }
+};
+
+// Activations of eight bits; 4 products of 12 and 127 fit fifteen.
+template <int T>
+struct MXFP4Rounded8 {
+  static constexpr int64_t INPUT_BYTES = 1;
+  const __m256i table = whole_numbers();
+
+  explicit MXFP4Rounded8(const float*) {}
+
+  template <int R>
+  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
+    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
+  }
+
+  void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
+    const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    const uint8_t* q = static_cast<const uint8_t*>(m.q) + (s.row * m.cols + s.done * BLOCK) / 2;
+    float scales[2 * STRETCH];
+    micro_scales(m, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
+    for (int64_t b = 0; b < s.count; ++b, q += BLOCK / 2) {
+      ask_ahead(q, s.ahead);
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
+      const __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, nibble));
+      const __m256i odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
+      const __m256i even_size = _mm256_abs_epi8(even), odd_size = _mm256_abs_epi8(odd);
+      const __m256 scale = on_halves(scales + 2 * b);
+      for (int t = 0; t < T; ++t) {
+        const __m256i* in = static_cast<const __m256i*>(x[t].q) + 2 * (s.done + b);
+        // Signs move from the weights to the activations: the instruction takes unsigned times signed.
+        const __m256i pairs = _mm256_add_epi16(
+            _mm256_maddubs_epi16(even_size, _mm256_sign_epi8(_mm256_loadu_si256(in), even)),
+            _mm256_maddubs_epi16(odd_size, _mm256_sign_epi8(_mm256_loadu_si256(in + 1), odd)));
+        const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(x[t].scales[s.done + b]));
+        sums.total[t] =
+            _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones)), factor, sums.total[t]);
+      }
+    }
+  }
+
+  float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]) / E2M1_UNIT; }
+};

@@ -1,0 +1,196 @@
+// MXFP4 rows of whole blocks of 64, two at a time. As NF4's, but for the halves of a byte, which have their
+// weights the other way round (nibble k of a lane is weight k of its eight or four), and for a scale of its
+// own in each quarter of a vector. Included in the AVX-512 unit, after avx512_nf4.h.
+
+// Scales of `count` blocks of 64 columns, two each, from `block` on into out, of which whole 16 are written.
+inline void micro_scales(const Matrix& m, int64_t block, int64_t count, float* out) {
+  const uint8_t* codes = static_cast<const uint8_t*>(m.scales) + 2 * block;
+  for (int64_t i = 0; i < 2 * count; i += 16) {
+    const int64_t left = 2 * count - i;
+    const __mmask16 there = left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
+    const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, codes + i));
+    const __m512i bits =
+        _mm512_maskz_max_epu32(there, _mm512_slli_epi32(code, 23), _mm512_set1_epi32(0x400000));
+    _mm512_store_ps(out + i, _mm512_castsi512_ps(bits));
+  }
+}
+
+// Four numbers, each on the lanes of its block.
+inline __m512 on_quarters(const float* four) {
+  const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_permutexvar_ps(lane, _mm512_castps128_ps512(_mm_loadu_ps(four)));
+}
+
+inline __m512 number_table() {
+  alignas(64) float table[16];
+  for (int i = 0; i < 16; ++i) table[i] = E2M1[i] / E2M1_UNIT;
+  return _mm512_load_ps(table);
+}
+
+// A group's numbers in ORDER.
+inline void group_numbers(__m512i bytes, __m512 table, __m512* out) {
+  out[0] = levels_at<1>(bytes, table);
+  out[1] = levels_at<0>(bytes, table);
+  out[2] = levels_at<3>(bytes, table);
+  out[3] = levels_at<2>(bytes, table);
+  out[4] = levels_at<5>(bytes, table);
+  out[5] = levels_at<4>(bytes, table);
+  out[6] = levels_at<7>(bytes, table);
+  out[7] = levels_at<6>(bytes, table);
+}
+
+void decode_mxfp4(const Matrix& m, const float*, int64_t row, int64_t first, int64_t count, float* out) {
+  const __m512 table = number_table();
+  const int64_t start = row * m.cols + first;
+  const uint8_t* q = static_cast<const uint8_t*>(m.q) + start / 2;
+  alignas(64) float scales[2 * DEPTH / BLOCK + 16] = {};
+  micro_scales(m, start / BLOCK, count / BLOCK, scales);
+  for (int64_t i = 0; i < count; i += GROUP, q += GROUP / 2) {
+    __m512 w[8];
+    group_numbers(group_bytes(q, i + GROUP <= count), table, w);
+    const __m512 scale = on_quarters(scales + i / MICRO_BLOCK);
+    for (int k = 0; k < 8; ++k) _mm512_store_ps(out + i + 16 * k, _mm512_mul_ps(w[k], scale));
+  }
+}
+
+template <int T>
+struct MXFP4Floats {
+  static constexpr int64_t INPUT_BYTES = 4;
+  const __m512 table = number_table();
+
+  explicit MXFP4Floats(const float*) {}
+
+  template <int R>
+  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
+    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
+  }
+
+  void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
+    const uint8_t* q = static_cast<const uint8_t*>(m.q) + (s.row * m.cols + s.done * BLOCK) / 2;
+    alignas(64) float scales[2 * STRETCH + 16];
+    micro_scales(m, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
+    scales[2 * s.count] = scales[2 * s.count + 1] = 0.0f;
+    for (int64_t b = 0; b < s.count; b += 2, q += BLOCK) {
+      ask_ahead(q, s.ahead);
+      __m512 w[8];
+      group_numbers(group_bytes(q, b + 2 <= s.count), table, w);
+      const __m512 scale = on_quarters(scales + 2 * b);
+      for (int t = 0; t < T; ++t) {
+        const float* in = x[t].values + (s.done + b) * BLOCK;
+        __m512 one = _mm512_mul_ps(w[0], _mm512_loadu_ps(in)),
+               two = _mm512_mul_ps(w[1], _mm512_loadu_ps(in + 16));
+        for (int i = 2; i < 8; i += 2) {
+          one = _mm512_fmadd_ps(w[i], _mm512_loadu_ps(in + 16 * i), one);
+          two = _mm512_fmadd_ps(w[i + 1], _mm512_loadu_ps(in + 16 * i + 16), two);
+        }
+        sums.total[t] = _mm512_fmadd_ps(_mm512_add_ps(one, two), scale, sums.total[t]);
+      }
+    }
+  }
+
+  float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]); }
+};
+
+// E2M1's whole numbers and `zero` more, repeated: see `repeated`.
+template <class Number>
+inline __m512i whole_numbers(int zero) {
+  constexpr int COUNT = 64 / sizeof(Number);
+  alignas(64) Number table[COUNT];
+  for (int i = 0; i < COUNT; ++i) table[i] = static_cast<Number>(E2M1[i % 16] + zero);
+  return _mm512_load_si512(table);
+}
+
+// Two blocks' scales, two each, times those of an input's blocks.
+inline __m512 micro_factors(const float* four, const float* two) {
+  return _mm512_mul_ps(on_quarters(four), on_lanes(two));
+}
+
+template <int T>
+struct MXFP4Rounded16 {
+  static constexpr int64_t INPUT_BYTES = 2;
+  const __m512i table = whole_numbers<int16_t>(0);
+
+  explicit MXFP4Rounded16(const float*) {}
+
+  template <int R>
+  void add(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>* sums) const {
+    const uint8_t* q = static_cast<const uint8_t*>(m.q) + (s.row * m.cols + s.done * BLOCK) / 2;
+    const int64_t stride = m.cols / 2;
+    alignas(64) float scales[R][2 * STRETCH + 16];
+    for (int r = 0; r < R; ++r) {
+      micro_scales(m, (s.row + r) * (m.cols / BLOCK) + s.done, s.count, scales[r]);
+      scales[r][2 * s.count] = scales[r][2 * s.count + 1] = 0.0f;
+    }
+    for (int64_t b = 0; b < s.count; b += 2, q += BLOCK) {
+      __m512i bytes[R];
+      for (int r = 0; r < R; ++r) {
+        ask_ahead(q + r * stride, s.ahead);
+        bytes[r] = group_bytes(q + r * stride, b + 2 <= s.count);
+      }
+      for (int t = 0; t < T; ++t) {
+        const __m512i* in = static_cast<const __m512i*>(x[t].q) + 2 * (s.done + b);
+        const __m512i x0 = _mm512_loadu_si512(in), x1 = _mm512_loadu_si512(in + 1),
+                      x2 = _mm512_loadu_si512(in + 2), x3 = _mm512_loadu_si512(in + 3);
+        for (int r = 0; r < R; ++r) {
+          __m512i dot = _mm512_setzero_si512();
+          dot = _mm512_dpwssd_epi32(dot, whole_levels_at<1>(bytes[r], table), x0);
+          dot = _mm512_dpwssd_epi32(dot, _mm512_permutexvar_epi16(bytes[r], table), x1);
+          dot = _mm512_dpwssd_epi32(dot, whole_levels_at<3>(bytes[r], table), x2);
+          dot = _mm512_dpwssd_epi32(dot, whole_levels_at<2>(bytes[r], table), x3);
+          sums[r].total[t] =
+              _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot),
+                              micro_factors(scales[r] + 2 * b, x[t].scales + s.done + b), sums[r].total[t]);
+        }
+      }
+    }
+  }
+
+  float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]) / E2M1_UNIT; }
+};
+
+// The instruction takes unsigned times signed, so the numbers are moved to 0 .. 24, and what that adds is
+// taken off again block by block.
+template <int T>
+struct MXFP4Rounded8 {
+  static constexpr int64_t INPUT_BYTES = 1;
+  static constexpr int ZERO = 12;
+  const __m512i table = whole_numbers<uint8_t>(ZERO);
+
+  explicit MXFP4Rounded8(const float*) {}
+
+  template <int R>
+  void add(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>* sums) const {
+    const uint8_t* q = static_cast<const uint8_t*>(m.q) + (s.row * m.cols + s.done * BLOCK) / 2;
+    const int64_t stride = m.cols / 2;
+    const __m512i moved = _mm512_set1_epi8(ZERO);
+    alignas(64) float scales[R][2 * STRETCH + 16];
+    for (int r = 0; r < R; ++r) {
+      micro_scales(m, (s.row + r) * (m.cols / BLOCK) + s.done, s.count, scales[r]);
+      scales[r][2 * s.count] = scales[r][2 * s.count + 1] = 0.0f;
+    }
+    for (int64_t b = 0; b < s.count; b += 2, q += BLOCK) {
+      __m512i even[R], odd[R];
+      for (int r = 0; r < R; ++r) {
+        ask_ahead(q + r * stride, s.ahead);
+        const __m512i bytes = group_bytes(q + r * stride, b + 2 <= s.count);
+        even[r] = _mm512_permutexvar_epi8(bytes, table);
+        odd[r] = _mm512_permutexvar_epi8(_mm512_srli_epi16(bytes, 4), table);
+      }
+      for (int t = 0; t < T; ++t) {
+        const int8_t* in = static_cast<const int8_t*>(x[t].q) + (s.done + b) * BLOCK;
+        const __m512i x_even = _mm512_loadu_si512(in), x_odd = _mm512_loadu_si512(in + 64);
+        const __m512i off =
+            _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), moved, x_even), moved, x_odd);
+        for (int r = 0; r < R; ++r) {
+          const __m512i dot = _mm512_dpbusd_epi32(
+              _mm512_dpbusd_epi32(_mm512_setzero_si512(), even[r], x_even), odd[r], x_odd);
+          sums[r].total[t] =
+              _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(dot, off)),
+                              micro_factors(scales[r] + 2 * b, x[t].scales + s.done + b), sums[r].total[t]);
+        }
+      }
+    }
+  }
+
+  float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]) / E2M1_UNIT; }
+};

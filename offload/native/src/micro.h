@@ -1,0 +1,58 @@
+// MXFP4 and FP8: small floating-point numbers, the scales of their blocks, and rows of any shape. Included in
+// every instruction set's unit, before tile.h.
+
+// E2M1's numbers by their codes, doubled, which makes them whole (OCP Microscaling Formats 1.0).
+constexpr int8_t E2M1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+constexpr float E2M1_UNIT = 2.0f;
+
+constexpr int64_t MICRO_BLOCK = 32;  // columns that share a scale in MXFP4
+
+constexpr float E4M3_UNIT = 256.0f;  // of what loading E4M3 gives
+
+// 2 to the power that a byte stands for (E8M0). 255, which stands for none, is infinite.
+inline float power_of_two(uint8_t biased) {
+  return float_of(biased == 0 ? 0x400000 : static_cast<uint32_t>(biased) << 23);
+}
+
+inline float micro_scale(const Matrix& m, int64_t index) {
+  const uint8_t* scales = static_cast<const uint8_t*>(m.scales);
+  switch (m.scale_dtype) {
+    case FLOAT32: return Float32::load(scales + index * Float32::BYTES);
+    case BFLOAT16: return BFloat16::load(scales + index * BFloat16::BYTES);
+    case FLOAT16: return Float16::load(scales + index * Float16::BYTES);
+    default: return power_of_two(scales[index]);
+  }
+}
+
+// The first scale of an FP8 row.
+inline int64_t first_scale(const Matrix& m, int64_t row) {
+  return row / m.block_rows * ((m.cols + m.block_cols - 1) / m.block_cols);
+}
+
+// Where the scale ends that column `c` has, at most at `end`.
+inline int64_t scale_end(const Matrix& m, int64_t c, int64_t end) {
+  return least(end, (c / m.block_cols + 1) * m.block_cols);
+}
+
+// Columns [first, first + count) of an FP8 row.
+inline void decode_fp8(const Matrix& m, int64_t row, int64_t first, int64_t count, float* out) {
+  const uint8_t* q = static_cast<const uint8_t*>(m.q) + row * m.cols;
+  const int64_t scales = first_scale(m, row);
+  for (int64_t c = first; c < first + count;) {
+    const int64_t end = scale_end(m, c, first + count);
+    const float scale = micro_scale(m, scales + c / m.block_cols) * E4M3_UNIT;
+    for (; c + WIDTH <= end; c += WIDTH) store(out + c - first, mul(load(E4M3(), q + c), broadcast(scale)));
+    for (; c < end; ++c) out[c - first] = E4M3::load(q + c) * scale;
+  }
+}
+
+// The same of an MXFP4 row of any length.
+inline void decode_mxfp4_slowly(const Matrix& m, int64_t row, int64_t first, int64_t count, float* out) {
+  const uint8_t* q = static_cast<const uint8_t*>(m.q) + row * ((m.cols + 1) / 2);
+  const uint8_t* scales =
+      static_cast<const uint8_t*>(m.scales) + row * ((m.cols + MICRO_BLOCK - 1) / MICRO_BLOCK);
+  for (int64_t c = first; c < first + count; ++c) {
+    const int code = c % 2 == 0 ? q[c / 2] & 15 : q[c / 2] >> 4;
+    out[c - first] = E2M1[code] / E2M1_UNIT * power_of_two(scales[c / MICRO_BLOCK]);
+  }
+}
