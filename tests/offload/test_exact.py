@@ -84,12 +84,13 @@ def test_bad_weights_are_refused(name, value, word):
 
 
 def test_codecs_by_name():
-    assert list(codecs()) == ["nf4", "int8", "mxfp4", "fp8", "bf16", "fp16", "fp32"]
+    assert list(codecs()) == ["nf4", "int8", "q3", "q2", "mxfp4", "fp8", "bf16", "fp16", "fp32"]
     for name, codec in codecs().items():
         assert codec.name == codec_for(name).name == codec.layout(SPECS).format == name
-    assert [codec.exact for codec in codecs().values()] == [False] * 4 + [True] * 3
+    assert [codec.exact for codec in codecs().values()] == [False] * 6 + [True] * 3
     with pytest.raises(
-        OptionError, match="unknown expert format 'int3'; use one of nf4, int8, mxfp4, fp8, bf16, fp16"
+        OptionError,
+        match="unknown expert format 'int3'; use one of nf4, int8, q3, q2, mxfp4, fp8, bf16, fp16",
     ):
         codec_for("int3")
     with pytest.raises(OptionError, match="'nf4'; use one of fp32, bf16, fp16"):
