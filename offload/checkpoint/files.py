@@ -20,7 +20,7 @@ def read_index(path: Path, remedy: str) -> dict[str, str]:
         shards = {str(key): str(name) for key, name in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is corrupt ({type(error).__name__}); {remedy}") from error
-    if not shards or not all(map(_is_file_name, set(shards.values()))):
+    if not shards or not all(map(is_file_name, set(shards.values()))):
         raise CheckpointError(f"{path} is corrupt (it names no files beside it); {remedy}")
     return shards
 
@@ -43,7 +43,7 @@ def file_inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _is_file_name(name: str) -> bool:
+def is_file_name(name: str) -> bool:
     """Whether it names something directly in a folder, on every system, and can be shown in one line."""
     return name not in ("", ".", "..") and name.isprintable() and not set(name) & set("/\\:")
 

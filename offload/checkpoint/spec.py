@@ -157,15 +157,7 @@ def meta_model(config: Any) -> Any:
     try:
         with torch.device("meta"):
             model = kind._from_config(class_config(config))
-    except (
-        ArithmeticError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except Exception as error:  # sizes that contradict each other meet asserts, divisions and more
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"transformers cannot build {kind.__name__} from the config: {reason}"

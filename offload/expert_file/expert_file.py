@@ -13,6 +13,7 @@ import xxhash
 
 from moe_local.cache.errors import ExpertFileError
 from moe_local.cache.files import parse_json
+from moe_local.offload.checkpoint.files import is_file_name
 from moe_local.offload.expert_file.expert_shard import VERSION, ShardPlan, write_durably
 from moe_local.offload.quantize.layout import PAGE, Layout
 from moe_local.offload.quantize.mix import Mix
@@ -277,9 +278,11 @@ def _file(folder: Path, fields: dict[str, Any]) -> ExpertFile:
     layouts = [Layout.from_dict(layout) for layout in fields["layouts"]]
     layers = []
     for layer in fields["layers"]:
+        if not is_file_name(layer["file"]):
+            raise ValueError(f"a shard called {layer['file']!r}")
         stored = StoredLayer(
             str(layer["name"]),
-            folder / Path(layer["file"]).name,
+            folder / layer["file"],
             layer["nbytes"],
             tuple(layouts[expert["layout"]] for expert in layer["experts"]),
             tuple(expert["offset"] for expert in layer["experts"]),

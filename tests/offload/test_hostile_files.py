@@ -238,7 +238,7 @@ def test_damaged_in_many_ways(name: str, make_reader: Any, hostile: ModuleType, 
     reader = make_reader(name)
     (tmp_path / reader.name).write_bytes(reader.honest)
     reader.read(tmp_path / reader.name)
-    fuzz(reader, hostile, tmp_path, 500, fixed=False)
+    fuzz(reader, hostile, tmp_path, 2500, fixed=False)
 
 
 @pytest.mark.parametrize("name", [name for name in READERS if name not in ("gguf", "routes")])
@@ -281,7 +281,7 @@ def test_any_config_beside_weights(
     folder = Path(shutil.copytree(make_checkpoint("mixtral"), tmp_path / "model"))
     honest = json.loads((folder / "config.json").read_text())
 
-    @settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=1500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(hostile.damaged_json(honest))
     def run(fields: Any) -> None:
         (folder / "config.json").write_bytes(json.dumps(fields).encode())
@@ -297,6 +297,16 @@ def test_any_config_beside_weights(
 
 
 # --- links and names
+
+
+@pytest.mark.parametrize("name", ["..", "../layer-00000.safetensors", "/etc/passwd", ""])
+def test_shards_in_a_manifest_lie_beside_it(name: str, make_reader: Any, tmp_path: Path) -> None:
+    reader = make_reader("manifest")
+    fields = json.loads(reader.honest)
+    fields["layers"][1]["file"] = name
+    (tmp_path / MANIFEST).write_bytes(_with_checksum(fields))
+    with pytest.raises(ExpertFileError, match=r"is damaged \(ValueError: a shard called"):
+        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize(
