@@ -63,7 +63,9 @@ fi
 if [[ $which == all || $which == qwen3 ]]; then
   part qwen3_resident 100 bash -c 'qwen --tokens 64 --repeats 4'
   part qwen3_resident_no_graphs 80 env MOE_LOCAL_GRAPHS=off bash -c 'qwen --tokens 64 --repeats 3'
-  part qwen3_half 120 bash -c 'qwen --slots 64 --tokens 48 --repeats 3 --compare'
+  part device_misses 60 python benchmarks/device_misses.py
+  part qwen3_half 120 env MOE_LOCAL_DEVICE_MISSES=on bash -c 'qwen --slots 64 --tokens 48 --repeats 3 --compare'
+  part qwen3_half_by_host 60 env MOE_LOCAL_DEVICE_MISSES=off bash -c 'qwen --slots 64 --tokens 48 --repeats 3'
   if [ -n "$routes" ]; then
     part qwen3_half_recorded 80 bash -c "qwen --slots 64 --tokens 48 --repeats 4 --routes $routes/qwen3-30b-a3b_top6.csv"
   fi

@@ -127,9 +127,9 @@ class _Measurement:
             self.say(line)
         with ExitStack() as stack:
             stack.enter_context(timed_syncs(model))
-            switches = Switches(model, options)
             recorder = None if request.record_routes is None else RouteRecorder(model, expert_runner(model))
             player = None if recording is None else stack.enter_context(playing(model, recording))
+            switches = Switches(model, options)
             bench = Bench(
                 model,
                 switches,

@@ -7,6 +7,7 @@ computed: counts, tells the cache, and with it every policy, and lists the slots
 
 from __future__ import annotations
 
+import operator
 import time
 from typing import NamedTuple
 
@@ -93,7 +94,9 @@ class DeviceMisses:
             self._logs = [
                 torch.zeros(self.tables.log.shape, dtype=torch.int64, pin_memory=pinned) for _ in range(2)
             ]
-        self._nbytes = np.array([store.layouts[layer][0].nbytes for layer in layers])
+        self._nbytes = [store.layouts[layer][0].nbytes for layer in layers]
+        self._alike = self._top_k[0] if len(set(self._top_k)) == 1 else None
+        """Experts that a token uses in every layer, if these are equally many."""
         self._has_custody = False
         self._in_token = False
         self._token = 0
@@ -227,25 +230,23 @@ class DeviceMisses:
         if log.counted:
             return
         log.counted = True
-        rows = log.read()
-        done = rows[:, 0] == log.token
-        counters, top_k = self._tier.cache.stats, self._top_k
-        if rows.shape[1] == LOG_HEAD + 2 * min(top_k):
-            missed = (rows[:, LOG_HEAD + top_k[0] :] >= 0).sum(axis=1)
+        rows, head = log.read(), LOG_HEAD
+        fills = rows[:, head:] >= 0
+        if self._alike is not None:
+            missed = fills[:, self._alike :].sum(axis=1)
         else:
-            missed = np.array(
-                [
-                    (row[LOG_HEAD + k : LOG_HEAD + 2 * k] >= 0).sum()
-                    for row, k in zip(rows, top_k, strict=True)
-                ]
-            )
-        missed *= done
-        for layer, (misses, there) in enumerate(zip(missed.tolist(), done.tolist(), strict=True)):
-            counters.misses_by_layer[layer] += misses
-            counters.hits_by_layer[layer] += top_k[layer] - misses if there else 0
-        self._copies.bytes_copied += int(missed @ self._nbytes)
-        waited = (rows[:, 2] - rows[:, 1])[missed > 0]
-        self._store.stalls.add_stall("demand", 1e-9 * float(waited.sum()))
+            missed = np.array([row[k : 2 * k].sum() for row, k in zip(fills, self._top_k, strict=True)])
+        used, waited = self._top_k, rows[:, 2] - rows[:, 1]
+        there = rows[:, 0] == log.token
+        if not there.all():  # the token did not come that far
+            missed, waited = missed * there, waited * there
+            used = [k * came for k, came in zip(used, there.tolist(), strict=True)]
+        misses, counters = missed.tolist(), self._tier.cache.stats
+        counters.misses_by_layer[:] = map(operator.add, counters.misses_by_layer, misses)
+        hits = map(operator.sub, used, misses)
+        counters.hits_by_layer[:] = map(operator.add, counters.hits_by_layer, hits)
+        self._copies.bytes_copied += sum(map(operator.mul, misses, self._nbytes))
+        self._store.stalls.add_stall("demand", 1e-9 * int(waited.sum()))
 
     def _follow(self, log: _Log) -> None:
         """Count a token, tell the cache of it, and send lists that know of it."""

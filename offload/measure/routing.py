@@ -13,12 +13,20 @@ from moe_local.cache.routes import LayerBytes, LayerRoute, Phase, Routes, RouteS
 from moe_local.cache.stats import RouterLoad
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.experts import OffloadedExperts, Runner
+from moe_local.offload.measure.variants import expert_runner
 from moe_local.offload.model import Model
 
 
 @contextmanager
 def running(model: Model, runner: Runner) -> Iterator[None]:
-    """Let `runner` serve the forwards of all layers; afterwards whoever did before."""
+    """Let `runner` serve the forwards of all layers; afterwards whoever did before.
+
+    Misses are the host's meanwhile: a device would not ask anybody what the router chose.
+    """
+    switch = expert_runner(model).switch
+    to_device = switch is not None and switch.on_device
+    if switch is not None:
+        switch.turn(to_device=False)
     modules = [m for m in model.hf.modules() if isinstance(m, OffloadedExperts)]
     before = [(module, module.runner) for module in modules]
     try:
@@ -29,6 +37,8 @@ def running(model: Model, runner: Runner) -> Iterator[None]:
         for module, earlier in before:
             if earlier is not None:
                 module.attach(earlier)
+        if switch is not None:
+            switch.turn(to_device=to_device)
 
 
 class RouteRecorder:

@@ -28,6 +28,8 @@ class Variant:
     prefetch: bool = True
     policy: str | None = None
     miss: str | None = None
+    device: bool = True
+    """False: misses of single tokens are the host's, where they were left to the device."""
 
 
 AS_LOADED = Variant("as loaded")
@@ -44,6 +46,8 @@ class Switches:
         self._options = options
         self._resident = model.plan.mode == "resident"
         self._host = self._store.host
+        self._switch = self._runner.switch
+        self._left_to_device = self._switch is not None and self._switch.on_device
 
     def variants(self) -> list[Variant]:
         """All that make sense for it: the null twin of each part, every other policy and way of misses.
@@ -55,6 +59,8 @@ class Switches:
         found = [Variant("no cache", cache=False, prefetch=False)]
         if not isinstance(self._prefetcher, NoPrefetch):
             found.append(Variant("no prefetch", prefetch=False))
+        if self._left_to_device:
+            found.append(Variant("misses by the host", device=False))
         found += [Variant(f"policy {name}", policy=name) for name in POLICIES if name != self._options.policy]
         if self._host is not None:
             found += [
@@ -64,6 +70,8 @@ class Switches:
 
     def begin(self, variant: Variant) -> None:
         """Be this variant, with an empty cache."""
+        if self._switch is not None and self._left_to_device:
+            self._switch.turn(to_device=variant.device and variant.miss is None)
         self._runner.prefetcher = self._prefetcher if variant.prefetch else NoPrefetch()
         if self._store.prefill is not None:
             self._store.prefill.ahead = variant.prefetch and self._options.prefetch != "off"

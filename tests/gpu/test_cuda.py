@@ -38,6 +38,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("MOE_LOCAL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MOE_LOCAL_DEVICE_MISSES", "off")  # test_device_misses.py has it on
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.cuda.empty_cache()

@@ -165,19 +165,17 @@ def test_each_token_is_counted_when_it_comes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
 def test_the_host_may_come_between_at_any_time(
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
     fake_graphs: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
-    seed: int,
 ) -> None:
     """Prompts, steps of several rows, transformers' own generate, an empty cache, fewer slots, an error amid
     a token: the ids stay those of a model that is all resident."""
-    folder, rng = make_checkpoint("qwen3_moe"), random.Random(seed)
+    folder, rng = make_checkpoint("qwen3_moe"), random.Random(0)
     with load(folder, make_device(5), None, "off", slots=EXPERTS) as model:
-        want = [answer(model, length, 20, length) for length in (5, 40, 12, 33)]
+        want = [answer(model, length, 10, length) for length in (5, 40, 12)]
     graphs = fake_graphs.FakeGraphs()
     with load(folder, make_device(6), graphs, slots=5) as model:
         parts, failures = model.parts, 0
@@ -192,9 +190,9 @@ def test_the_host_may_come_between_at_any_time(
 
         monkeypatch.setattr(DeviceMisses, "run", failing)
         for _ in range(2):
-            for length, ids in zip((5, 40, 12, 33), want, strict=True):
+            for length, ids in zip((5, 40, 12), want, strict=True):
                 got: list[int] = []
-                for token in model.stream(prompt(length, length), max_new_tokens=20, eos_token_id=None):
+                for token in model.stream(prompt(length, length), max_new_tokens=10, eos_token_id=None):
                     got.append(token.id)
                     event = rng.random()
                     if event < 0.1:
@@ -205,9 +203,9 @@ def test_the_host_may_come_between_at_any_time(
                         model.check_integrity()
                 assert got == ids
             given = torch.tensor([prompt(5, 5), prompt(5, 5)])
-            both = model.generate(given, max_new_tokens=20, eos_token_id=None)
+            both = model.generate(given, max_new_tokens=10, eos_token_id=None)
             assert both[:, 5:].tolist() == [want[0]] * 2
-            alone = model.hf.generate(given[:1], max_new_tokens=20, eos_token_id=None, do_sample=False)
+            alone = model.hf.generate(given[:1], max_new_tokens=10, eos_token_id=None, do_sample=False)
             assert alone[0, 5:].tolist() == want[0]
             # an error while a token is computed without a graph, and the next answer
             step = parts.engine.token_step
@@ -216,7 +214,7 @@ def test_the_host_may_come_between_at_any_time(
             step._caches.clear()
             failures = 1
             with pytest.raises(MoeLocalError, match="in the middle"):
-                answer(model, 5, 20, 5)
+                answer(model, 5, 10, 5)
             model.check_integrity()
             # memory runs out: the experts give way
             assert parts.engine.relief is not None
@@ -225,15 +223,14 @@ def test_the_host_may_come_between_at_any_time(
             parts.engine.relief(Shortage(1, None))
             assert parts.store.slots(0) <= before
             model.check_integrity()
-        assert answer(model, 5, 20, 5) == want[0]
+        assert answer(model, 5, 10, 5) == want[0]
         assert isinstance(parts.store.custody, DeviceMisses)
     with pytest.raises(MoeLocalError, match="closed"):
         answer(model)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["lru", "lfu", "adaptive"])
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(("model_type", "policy"), [("qwen3_moe", "adaptive"), ("gpt_oss", "lru")])
 def test_hundreds_of_tokens(
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
@@ -246,7 +243,7 @@ def test_hundreds_of_tokens(
     found = []
     for mode in ("off", "on"):
         with load(folder, make_device(7), fake_graphs.FakeGraphs(), mode, policy=policy) as model:
-            ids = [answer(model, 20 + seed, 90, seed) for seed in range(4)]
+            ids = [answer(model, 20 + seed, 70, seed) for seed in range(3)]
             found.append((ids, model.stats()))
     (want, by_host), (ids, stats) = found
     assert ids == want
