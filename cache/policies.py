@@ -20,6 +20,24 @@ POLICIES: dict[str, Callable[[], Callable[[], EvictionPolicy]]] = {
 """What makes, for one cache, what makes its layers' policies: these may know of each other."""
 
 
+def register_policy(name: str, make: Callable[[], EvictionPolicy]) -> None:
+    """Let users choose a policy of their own by this name, as `load(policy=name)` and in benchmarks.
+
+    `make` is called for each layer of each tier. Lasts as long as the process. Raises OptionError for a name
+    that is taken, except by the same `make`.
+    """
+    known = _own.get(name)
+    if known is make:
+        return
+    if known is not None or name in POLICIES:
+        raise OptionError(f"eviction policy {name!r} is there already; choose another name")
+    _own[name] = make
+    POLICIES[name] = lambda: make
+
+
+_own: dict[str, Callable[[], EvictionPolicy]] = {}
+
+
 def policy_for(name: str) -> Callable[[], EvictionPolicy]:
     """What makes the policies of one cache's layers. Raises OptionError for unknown names."""
     if name not in POLICIES:

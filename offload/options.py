@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from moe_local.cache.errors import OptionError
 from moe_local.cache.keys import parse_bytes
+from moe_local.offload.prefetch.names import prefetchers
 
 if TYPE_CHECKING:
     import torch
 
 DENSE_FORMATS = ("auto", "nf4", "int8", "bf16", "fp16", "fp32")
 ACTIVATIONS = ("native", "int8")
-PREFETCH = ("auto", "off", "router", "learned")
 MISS = ("auto", "fetch", "cpu")
 
 MOST_CARDS = 64
@@ -112,7 +112,7 @@ class LoadOptions:
         _check_name("activations", self.activations, ACTIVATIONS)
         _check_name("dense", self.dense, DENSE_FORMATS)
         _check_name("policy", self.policy, _policies())
-        _check_name("prefetch", self.prefetch, PREFETCH)
+        _check_name("prefetch", self.prefetch, prefetchers())
         _check_name("miss", self.miss, MISS)
 
     def _check_experts(self) -> None:

@@ -12,6 +12,7 @@ from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.plan.plan import Plan
 from moe_local.offload.prefetch.auto import AutoPrefetcher
 from moe_local.offload.prefetch.correction import Correction, read_corrections
+from moe_local.offload.prefetch.names import OWN
 from moe_local.offload.prefetch.predictor import RouterPredictor
 from moe_local.offload.prefetch.prefetch import NoPrefetch, Prefetcher
 from moe_local.offload.prefetch.router_prefetcher import RouterPrefetcher
@@ -28,13 +29,15 @@ def make_prefetcher(
     sites: Sequence[RouterSite | None],
     file: ExpertFile | NativeExperts,
 ) -> Prefetcher:
-    """What `prefetch=name` asks for, a value of options.PREFETCH.
+    """What `prefetch=name` asks for, one of names.prefetchers().
 
     "learned" needs what `moe-local calibrate` keeps beside the expert file, and raises OptionError without
     and ExpertFileError where it is of no use; "auto" takes it where it can.
     """
     if name == "off" or plan.mode == "resident":
         return NoPrefetch()
+    if name in OWN:
+        return OWN[name](store, sites)
     experts = plan.request.experts
     corrections = None if name == "router" else _corrections(file, sites, experts, name == "learned")
     predictor = RouterPredictor(store, sites, corrections)

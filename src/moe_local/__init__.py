@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any
 from moe_local.cache.errors import MoeLocalError
 
 if TYPE_CHECKING:
+    from moe_local.cache.policies import register_policy
+    from moe_local.cache.policy import EvictionPolicy
     from moe_local.offload.load import convert, load
     from moe_local.offload.model import Model
     from moe_local.offload.plan.fit import fit
+    from moe_local.offload.prefetch.names import register_prefetcher
+    from moe_local.offload.prefetch.prefetch import Guess, Prefetcher
 
 try:
     __version__ = version("moe-local")
@@ -25,13 +29,30 @@ except PackageNotFoundError:  # run from a checkout that was never installed
 if "torch" not in sys.modules:  # it reads this once, when it is imported; see offload/threads.py
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-__all__ = ["Model", "MoeLocalError", "__version__", "convert", "fit", "load"]
+__all__ = [
+    "EvictionPolicy",
+    "Guess",
+    "Model",
+    "MoeLocalError",
+    "Prefetcher",
+    "__version__",
+    "convert",
+    "fit",
+    "load",
+    "register_policy",
+    "register_prefetcher",
+]
 
 _HOMES = {
+    "EvictionPolicy": "moe_local.cache.policy",
+    "Guess": "moe_local.offload.prefetch.prefetch",
     "Model": "moe_local.offload.model",
+    "Prefetcher": "moe_local.offload.prefetch.prefetch",
     "convert": "moe_local.offload.load",
     "fit": "moe_local.offload.plan.fit",
     "load": "moe_local.offload.load",
+    "register_policy": "moe_local.cache.policies",
+    "register_prefetcher": "moe_local.offload.prefetch.names",
 }
 
 

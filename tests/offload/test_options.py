@@ -8,6 +8,7 @@ import torch
 from moe_local.cache.errors import OptionError
 from moe_local.offload import options
 from moe_local.offload.options import LoadOptions
+from moe_local.offload.prefetch.names import prefetchers
 from moe_local.offload.quantize.codec import codecs
 
 
@@ -85,7 +86,7 @@ def test_each_option_says_what_it_is_and_names_every_choice():
         "experts": [*codecs(), "native"],
         "policy": list(options._policies()),
         "dense": options.DENSE_FORMATS,
-        "prefetch": options.PREFETCH,
+        "prefetch": prefetchers(),
         "miss": options.MISS,
         "activations": options.ACTIVATIONS,
     }
