@@ -238,7 +238,7 @@ def test_damaged_in_many_ways(name: str, make_reader: Any, hostile: ModuleType, 
     reader = make_reader(name)
     (tmp_path / reader.name).write_bytes(reader.honest)
     reader.read(tmp_path / reader.name)
-    fuzz(reader, hostile, tmp_path, 2500, fixed=False)
+    fuzz(reader, hostile, tmp_path, 1500, fixed=False)
 
 
 @pytest.mark.parametrize("name", [name for name in READERS if name not in ("gguf", "routes")])
@@ -281,7 +281,7 @@ def test_any_config_beside_weights(
     folder = Path(shutil.copytree(make_checkpoint("mixtral"), tmp_path / "model"))
     honest = json.loads((folder / "config.json").read_text())
 
-    @settings(max_examples=1500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=600, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(hostile.damaged_json(honest))
     def run(fields: Any) -> None:
         (folder / "config.json").write_bytes(json.dumps(fields).encode())
