@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ def fit(model: str, as_json: bool, options: dict[str, Any]) -> None:
 
 
 def _show(plan: Plan) -> None:
+    from moe_local.offload.quantize.mix import is_mixed
+
     request, spec, sizes = plan.request, plan.request.spec, plan.bytes
     click.echo(
         f"{request.model}: {spec.architecture}, {count(spec.total_numel)} parameters "
@@ -53,6 +56,8 @@ def _show(plan: Plan) -> None:
             f"{format_bytes(sizes.experts_total)} ({request.experts}, {format_bytes(sizes.expert)} each)",
         ),
     ]
+    if is_mixed(request.experts):
+        rows.append(("mix", _mix(plan)))
     if plan.fits:
         rows += [(f"card {number}", _card(plan, number)) for number in range(len(plan.cards))]
         rows += [("slots", _slots(plan)), ("mode", _mode(plan)), ("speed", _speed(plan))]
@@ -61,6 +66,19 @@ def _show(plan: Plan) -> None:
         if plan.nearest:
             rows += [("nearest", plan.nearest)]
     print_fields(rows)
+
+
+def _mix(plan: Plan) -> str:
+    """Its formats as far as they are known without the weights, and what they are expected to cost."""
+    from moe_local.offload.plan.auto import expected_nats
+    from moe_local.offload.quantize.mix import even_mix
+
+    spec = plan.request.spec
+    mix = plan.request.mix or even_mix(plan.request.experts, spec)
+    counts, experts = mix.counts(), sum(mix.counts().values())
+    shares = ", ".join(f"{100 * count / experts:.0f} % {name}" for name, count in counts.items())
+    percent = 100 * math.expm1(expected_nats(spec, mix.bits(spec)))
+    return f"{mix.bits(spec):.2f} bits a weight: {shares} (perplexity up some {percent:.2g} %)"
 
 
 def _budget(plan: Plan) -> str:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from moe_local.offload.allocation.sensitivity import Sensitivity
 from moe_local.offload.plan.estimate import hit_rate
+
+if TYPE_CHECKING:
+    from moe_local.offload.plan.plan import Plan
 
 TIME_FOR_HARM = 5.0
 """How much slower, as a natural logarithm, one nat of harm is worth: for 1 % of perplexity, 5 % of time."""
@@ -26,6 +30,15 @@ class MissCost:
     def of(cls, token_seconds: float, bytes_per_second: float, resident_share: float) -> MissCost:
         """Where a token takes so long and what it misses comes over a link of such speed."""
         return cls(1 / (bytes_per_second * token_seconds * TIME_FOR_HARM), resident_share)
+
+    @classmethod
+    def of_plan(cls, plan: Plan) -> MissCost | None:
+        """As planned; None where nothing is missed."""
+        if plan.mode in (None, "resident") or plan.tokens_per_s is None:
+            return None
+        speeds = plan.request.bandwidths
+        link = speeds.disk if plan.request.vram is None else speeds.h2d
+        return cls.of(1 / plan.tokens_per_s, link, plan.resident_fraction)
 
     def costs(self, sensitivity: Sensitivity, layer: int) -> list[float]:
         """Of each of a layer's experts, for every byte that it takes."""

@@ -13,10 +13,12 @@ from moe_local.offload.checkpoint.spec import ModelSpec, model_spec
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan import bandwidth
+from moe_local.offload.plan.auto import choose
 from moe_local.offload.plan.free_memory import free_ram, free_vram
 from moe_local.offload.plan.nearest import nearest
 from moe_local.offload.plan.placement import place
 from moe_local.offload.plan.plan import DEFAULT_CONTEXT, Plan, Request
+from moe_local.offload.quantize.mix import AUTO
 from moe_local.offload.usage import read_usage
 
 
@@ -80,10 +82,12 @@ def plan_load(
     devices: Sequence[torch.device],
     bandwidths: bandwidth.Bandwidths,
     file: ExpertFile | None = None,
+    have: Sequence[str] = (),
 ) -> Plan:
     """The plan that a load on `devices` follows: a budget bounds, but cannot make free what is not.
 
     Of a converted mix `file` says which expert has which format and, by its folder, how often it was chosen.
+    `have` are mixes that experts "auto" may come to without being converted.
 
     Raises DoesNotFitError, in the words of `fit`, before anything is allocated.
     """
@@ -98,7 +102,7 @@ def plan_load(
             model=model,
             spec=spec,
             ram=ram,
-            experts=options.experts,
+            experts=options.experts if file is None else file.format,
             dense=options.dense,
             context=_context(options, spec),
             parallel=options.parallel,
@@ -108,6 +112,7 @@ def plan_load(
             use=None if file is None else _use(file),
         ),
         cards,
+        have,
     ).check()
 
 
@@ -123,20 +128,23 @@ def _context(options: LoadOptions, spec: ModelSpec) -> int:
     return min(spec.max_context, DEFAULT_CONTEXT) if options.context is None else options.context
 
 
-def plan_cards(request: Request, cards: Sequence[int]) -> Plan:
-    """Plan a request on cards of so many bytes: on the first if that holds everything, else on all."""
+def plan_cards(request: Request, cards: Sequence[int], have: Sequence[str] = ()) -> Plan:
+    """Plan a request on cards of so many bytes: on the first if that holds everything, else on all. If
+    it does not fit, say also which nearest setting does.
+
+    Experts "auto" become what they come to, which the plan's request names; `have` are mixes that are there.
+    """
+    if request.experts == AUTO:
+        chosen = choose(lambda name: _place(replace(request, experts=name), cards), request.spec, have)
+        request = replace(request, experts=chosen)
+    plan = _place(request, cards)
+    return plan if plan.fits else replace(plan, nearest=nearest(plan.request))
+
+
+def _place(request: Request, cards: Sequence[int]) -> Plan:
     if not cards:
-        return plan_memory(request)
-    alone = replace(request, vram=cards[0])
-    if len(cards) == 1:
-        return plan_memory(alone)
-    plan = place(alone)
-    if plan.mode == "resident":
+        return place(request)
+    plan = place(replace(request, vram=cards[0]))
+    if len(cards) == 1 or plan.mode == "resident":
         return plan
-    return plan_memory(replace(request, vram=sum(cards), cards=tuple(cards)))
-
-
-def plan_memory(request: Request) -> Plan:
-    """Place the model or, if it does not fit, say also which nearest setting does."""
-    plan = place(request)
-    return plan if plan.fits else replace(plan, nearest=nearest(request))
+    return place(replace(request, vram=sum(cards), cards=tuple(cards)))
