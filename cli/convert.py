@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -36,21 +37,26 @@ if TYPE_CHECKING:
 )
 @click.option("--check", is_flag=True, help="Compare what is there already with its checksums, and mend it.")
 @json_flag
-@load_flags("experts")
+@load_flags("experts", "vram", "ram", "dense", "context", "device")
 @debug_flag
 def convert(
-    model: str, out: Path | None, calibrate: Path | None, check: bool, as_json: bool, options: dict[str, str]
+    model: str, out: Path | None, calibrate: Path | None, check: bool, as_json: bool, options: dict[str, Any]
 ) -> None:
     """Convert the experts of MODEL, one by one, to the format they are run in.
 
-    Downloads the model first if need be. Goes on where an interrupted conversion stopped.
+    Downloads the model first if need be. Goes on where an interrupted conversion stopped. With auto, and to
+    calibrate, the budgets, --dense, --context and --device say what the model is to run in.
     """
     from moe_local.offload.expert_file.expert_file import ExpertFile
 
+    experts, plan = options.pop("experts", "nf4"), None
+    if experts == "auto":
+        plan = moe_local.fit(model, experts=experts, **options).check()
     with ProgressBar() as progress:
         if calibrate is not None:
-            _calibrate(model, calibrate, options.get("experts"), progress)
-        folder = moe_local.convert(model, out, **options, progress=progress, check=check)
+            chosen = experts if plan is None else plan.request.experts
+            _calibrate(model, calibrate, chosen, progress, options)
+        folder = moe_local.convert(model, out, experts, plan=plan, progress=progress, check=check)
     file = ExpertFile.open(folder)
     found = _mix_figures(model, file)
     if as_json:
@@ -71,7 +77,9 @@ def convert(
             click.echo("\n".join(found.lines()))
 
 
-def _calibrate(model: str, path: Path, experts: str | None, progress: ProgressBar) -> None:
+def _calibrate(
+    model: str, path: Path, experts: str, progress: ProgressBar, options: Mapping[str, Any]
+) -> None:
     """Let the model read a text before its mix is chosen. Raises OptionError if no mix is asked for."""
     from moe_local.offload.allocation.text import calibrate
     from moe_local.offload.checkpoint.hub import config_of
@@ -80,7 +88,7 @@ def _calibrate(model: str, path: Path, experts: str | None, progress: ProgressBa
     from moe_local.offload.quantize.allocate import check_mixed
     from moe_local.offload.quantize.mix import is_mixed
 
-    chosen = LoadOptions().experts if experts is None else LoadOptions(experts=experts).experts
+    chosen = LoadOptions(experts=experts).experts
     if not is_mixed(chosen):
         raise OptionError(f"--calibrate is for --experts mixed:BITS; {chosen} is the same for all experts")
     check_mixed(chosen, model_spec(config_of(model)), model)
@@ -89,7 +97,7 @@ def _calibrate(model: str, path: Path, experts: str | None, progress: ProgressBa
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{path} cannot be read as text: {error}") from None
-    calibrate(model, text, progress=progress)
+    calibrate(model, text, progress=progress, **options)
 
 
 def _mix_figures(model: str, file: ExpertFile) -> MixFigures | None:

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from moe_local.cache.errors import DoesNotFitError, OptionError
+from moe_local.cache.errors import DoesNotFitError
+from moe_local.offload.allocation.misses import MissCost
 from moe_local.offload.build import build_arena, build_store
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.device_map import device_map
@@ -18,6 +19,7 @@ from moe_local.offload.checkpoint.hub import config_of, resolve
 from moe_local.offload.checkpoint.skeleton import load_skeleton
 from moe_local.offload.checkpoint.spec import ModelSpec, meta_model, model_spec
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
+from moe_local.offload.conversion import Progress, converted_mixes, open_experts
 from moe_local.offload.engine.encoder_decoder import as_decoder
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.graph_trial import graph_mode, use_graphs
@@ -25,7 +27,7 @@ from moe_local.offload.engine.graphs import CudaGraphs, Graphs
 from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.miss_trial import leave_misses_to_device, miss_mode
-from moe_local.offload.expert_file.convert import convert_experts, expert_file_folder, moe_local_home
+from moe_local.offload.expert_file.convert import moe_local_home
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
@@ -39,10 +41,8 @@ from moe_local.offload.plan.plan import Plan
 from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.make import make_prefetcher
 from moe_local.offload.prefill import announcer
-from moe_local.offload.quantize.allocate import form_of
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
-from moe_local.offload.quantize.codec import NATIVE
-from moe_local.offload.quantize.mix import is_mixed
+from moe_local.offload.quantize.mix import AUTO, is_mixed
 from moe_local.offload.relief import Relief
 from moe_local.offload.residents import can_reside
 from moe_local.offload.schedule.calibrate import first_costs
@@ -53,9 +53,6 @@ from moe_local.offload.tiers.slow_link import cuda_device, held
 from moe_local.offload.uncounted import uncounted
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done ("converting", "loading"), how much of it is done, and how much there is."""
 
 
 def load(
@@ -107,9 +104,11 @@ def load(
     plan_load(name, model_spec(config_of(model, carried=False)), options, targets, speeds)
     speeds = _measured_links(speeds, options, target)
     checkpoint = Checkpoint.open(resolve(model), name)
-    plan = plan_load(name, checkpoint.spec, options, targets, speeds)
+    have = converted_mixes(checkpoint)
+    plan = plan_load(name, checkpoint.spec, options, targets, speeds, have=have)
     gpu = target if target.type == "cuda" else None
-    file = open_experts(checkpoint, options.experts, progress=progress, gpu=gpu)
+    misses = MissCost.of_plan(plan) if options.experts == AUTO else None
+    file = open_experts(checkpoint, plan.request.experts, progress=progress, gpu=gpu, misses=misses)
     if isinstance(file, ExpertFile) and is_mixed(file.format):  # whose experts' sizes are known by now
         plan = plan_load(name, checkpoint.spec, options, targets, speeds, file)
     targets = targets[: len(plan.cards) or 1]
@@ -138,58 +137,6 @@ def _measured_links(speeds: Bandwidths, options: LoadOptions, target: torch.devi
         speeds = bandwidth.measure_links(speeds, target)
         bandwidth.save(speeds, moe_local_home())
     return held(speeds)
-
-
-def convert(
-    model: str | Path,
-    out: str | Path | None = None,
-    experts: str = "nf4",
-    *,
-    progress: Progress | None = None,
-    check: bool = False,
-) -> Path:
-    """Convert the routed experts of `model` to an expert file and return its folder.
-
-    `out`: where to; default below MOE_LOCAL_HOME, where `load` looks. Finished parts of an earlier run are
-    kept; with `check`, those of a finished one are compared with their checksums, too. Raises as `load`.
-    """
-    if experts == NATIVE:
-        raise OptionError('experts="native" reads the checkpoint itself, so there is nothing to convert')
-    experts = LoadOptions(experts=experts).experts
-    checkpoint = Checkpoint.open(resolve(model), str(model))
-    device = LoadOptions().torch_device()
-    gpu = device if device.type == "cuda" else None
-    open_experts(checkpoint, experts, out, progress=progress, check=check, gpu=gpu)
-    return Path(out) if out is not None else _home_folder(checkpoint, experts)
-
-
-def open_experts(
-    checkpoint: Checkpoint,
-    experts: str,
-    out: str | Path | None = None,
-    *,
-    progress: Progress | None = None,
-    check: bool = False,
-    gpu: torch.device | None = None,
-) -> ExpertFile | NativeExperts:
-    """The expert file of a checkpoint in format `experts`, converted first if need be, on `gpu` if faster.
-
-    With "native" that is the checkpoint itself.
-    """
-    folder = Path(out) if out is not None else _home_folder(checkpoint, experts)
-    if experts == NATIVE:
-        return NativeExperts(checkpoint, folder)
-
-    def report(done: int, total: int, nbytes: int) -> None:
-        if progress is not None:
-            progress("converting", done, total)
-
-    form = form_of(checkpoint, experts, folder, progress=progress)
-    return convert_experts(checkpoint, form, folder, report, check=check, gpu=gpu)
-
-
-def _home_folder(checkpoint: Checkpoint, experts: str) -> Path:
-    return expert_file_folder(moe_local_home(), checkpoint.name, experts, checkpoint.fingerprint)
 
 
 class Loadable(Protocol):

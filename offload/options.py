@@ -57,7 +57,8 @@ class LoadOptions:
         default="nf4",
         metadata={
             "help": "Format of the routed experts: nf4, int8, q3, q2, mxfp4, fp8, bf16, fp16, fp32 or native "
-            "(as stored); or one for each, by what it harms: mixed:BITS, such as mixed:3.5, on average."
+            "(as stored); or one for each, by what it harms: mixed:BITS, such as mixed:3.5, on average, or "
+            "auto, as many bits as the budget holds."
         },
     )
     activations: str = field(
@@ -116,12 +117,12 @@ class LoadOptions:
         _check_name("miss", self.miss, MISS)
 
     def _check_experts(self) -> None:
-        from moe_local.offload.quantize.mix import canonical, is_mixed
+        from moe_local.offload.quantize.mix import AUTO, canonical, is_mixed
 
         if isinstance(self.experts, str):
             object.__setattr__(self, "experts", canonical(self.experts))
         if not (isinstance(self.experts, str) and is_mixed(self.experts)):
-            _check_name("experts", self.experts, [*_expert_formats(), "mixed:BITS"])
+            _check_name("experts", self.experts, [*_expert_formats(), "mixed:BITS", AUTO])
 
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, object]) -> LoadOptions:

@@ -10,7 +10,6 @@ from moe_local.offload.allocation.sensitivity import Sensitivity
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.quantize.allocate import best_mix, kept_path
-from moe_local.offload.quantize.mix import Mix
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +47,9 @@ class MixFigures:
         return found
 
 
-def mix_of(file: ExpertFile) -> Mix:
-    """The mix that a file of experts "mixed:BITS" holds."""
-    return Mix(file.format, tuple(tuple(each.format for each in layer.layouts) for layer in file.layers))
-
-
 def mix_figures(spec: ModelSpec, file: ExpertFile) -> MixFigures:
     """The figures of a converted mix of a model of this shape."""
-    mix = mix_of(file)
+    mix = file.mix
     bits, counts = mix.bits(spec), mix.counts()
     sensitivity = Sensitivity.read(kept_path(file.name, file.fingerprint), file.fingerprint)
     if sensitivity is None or not sensitivity.measured(list(counts)):

@@ -1,8 +1,8 @@
 """experts="auto": as many bits a weight as the budget holds all experts with.
 
 Where not even the fewest bits hold all of them, every bit costs time as well, since what is absent is brought
-over a slow link: then bits are weighed against time, by what is known of formats' errors and of hit rates. Bits
-beyond int8 are never chosen, since its error cannot be seen.
+over a slow link: then bits are weighed against time, by what is known of formats' errors and of hit rates.
+Bits beyond int8 are never chosen, since its error cannot be seen.
 """
 
 from __future__ import annotations

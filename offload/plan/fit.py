@@ -137,7 +137,15 @@ def plan_cards(request: Request, cards: Sequence[int], have: Sequence[str] = ())
     if request.experts == AUTO:
         chosen = choose(lambda name: _place(replace(request, experts=name), cards), request.spec, have)
         request = replace(request, experts=chosen)
-    plan = _place(request, cards)
+    return _with_nearest(_place(request, cards))
+
+
+def plan_memory(request: Request) -> Plan:
+    """Place the model as the request says or, if it does not fit, say also which nearest setting does."""
+    return _with_nearest(place(request))
+
+
+def _with_nearest(plan: Plan) -> Plan:
     return plan if plan.fits else replace(plan, nearest=nearest(plan.request))
 
 

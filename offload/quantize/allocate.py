@@ -70,18 +70,21 @@ def check_mixed(experts: str, spec: ModelSpec, model: str) -> None:
 
 
 def form_of(
-    checkpoint: Checkpoint, experts: str, folder: Path, *, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    experts: str,
+    folder: Path,
+    *,
+    misses: MissCost | None = None,
+    progress: Progress | None = None,
 ) -> Codec | Mix:
     """What `convert_experts` is to make of `experts`: of a finished mix in `folder` the same again, else a
     new one. Raises as `allocate`."""
     if not is_mixed(experts):
         return codec_for(experts)
-    from moe_local.offload.allocation.figures import mix_of
-
     try:
-        return mix_of(ExpertFile.open(folder, checkpoint.fingerprint, experts))
+        return ExpertFile.open(folder, checkpoint.fingerprint, experts).mix
     except ExpertFileError:
-        return allocate(checkpoint, experts, progress=progress)
+        return allocate(checkpoint, experts, misses=misses, progress=progress)
 
 
 def best_mix(

@@ -15,7 +15,8 @@ from moe_local.cache.errors import MoeLocalError
 if TYPE_CHECKING:
     from moe_local.cache.policies import register_policy
     from moe_local.cache.policy import EvictionPolicy
-    from moe_local.offload.load import convert, load
+    from moe_local.offload.conversion import convert
+    from moe_local.offload.load import load
     from moe_local.offload.model import Model
     from moe_local.offload.plan.fit import fit
     from moe_local.offload.prefetch.names import register_prefetcher
@@ -48,7 +49,7 @@ _HOMES = {
     "Guess": "moe_local.offload.prefetch.prefetch",
     "Model": "moe_local.offload.model",
     "Prefetcher": "moe_local.offload.prefetch.prefetch",
-    "convert": "moe_local.offload.load",
+    "convert": "moe_local.offload.conversion",
     "fit": "moe_local.offload.plan.fit",
     "load": "moe_local.offload.load",
     "register_policy": "moe_local.cache.policies",
