@@ -194,8 +194,8 @@ def _repair(model: str, report: Report, progress: ProgressBar) -> Report:
     """The report after repairing. Raises MoeLocalError if that was not possible."""
     from moe_local.offload.checkpoint.checkpoint import Checkpoint
     from moe_local.offload.checkpoint.hub import resolve
+    from moe_local.offload.conversion import open_experts
     from moe_local.offload.expert_file.repair import repair_experts
-    from moe_local.offload.load import open_experts
 
     def told(done: int, total: int, nbytes: int) -> None:
         progress("repairing", done, total)
