@@ -13,6 +13,7 @@ from kernel_weights import (
     copies_beyond_cache,
     fill_int8,
     fill_low,
+    fill_micro,
     fill_nf4,
     int8_layout,
     int8_weights,
@@ -29,8 +30,10 @@ from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 
 EXPERT, NF4_MATRIX, INT8_MATRIX = "expert", "nf4 matrix", "int8 matrix"
-EXPERTS = {EXPERT: "nf4", "q3 expert": "q3", "q2 expert": "q2"}
+EXPERTS = {EXPERT: "nf4"} | {f"{name} expert": name for name in ("q3", "q2", "int8", "mxfp4", "fp8")}
 """Kernels that compute whole experts, and the format of each."""
+
+FILL = {"q3": fill_low, "q2": fill_low, "int8": fill_int8, "mxfp4": fill_micro, "fp8": fill_micro}
 
 KERNELS = (*EXPERTS, NF4_MATRIX, INT8_MATRIX)
 TORCH, BITSANDBYTES, REFERENCE = "torch fp32", "bitsandbytes", "reference"
@@ -117,7 +120,7 @@ class Bench:
         self._experts = {EXPERT: self._nf4}
         for kernel in EXPERTS.keys() - {EXPERT}:
             layout = codec_for(EXPERTS[kernel]).layout(specs)
-            self._experts[kernel] = Copies(layout, nbytes_of(layout, UP), fill_low)
+            self._experts[kernel] = Copies(layout, nbytes_of(layout, UP), FILL[EXPERTS[kernel]])
         count = min(len(self._nf4.buffers), copies_beyond_cache(4 * self._numel[UP], least=2))
         decode = codec_for("nf4").decode
         self._fp32 = [decode(buffer, self._nf4.layout, torch.float32) for buffer in self._nf4.buffers[:count]]

@@ -70,15 +70,26 @@ def int8_layout(spec: TensorSpec) -> Layout:
 
 def fill_int8(buffer: torch.Tensor, layout: Layout) -> None:
     fill_randomly(buffer)
-    q, scale = layout.segments
-    segment_view(buffer, q).clamp_(min=-127)
-    segment_view(buffer, scale).fill_(0.0003)
+    for segment in layout.segments:
+        view = segment_view(buffer, segment)
+        view.clamp_(min=-127) if segment.part == "q" else view.fill_(0.0003)
 
 
 def int8_weights(buffer: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The matrix in fp32."""
     q, scale = (segment_view(buffer, segment) for segment in layout.segments)
     return q.float().mul_(scale.float().repeat_interleave(64, dim=1)[:, : q.shape[1]])
+
+
+def fill_micro(buffer: torch.Tensor, layout: Layout) -> None:
+    """Random weights of MXFP4 or FP8, of about 0.02; no code of NaN."""
+    fill_randomly(buffer)
+    for segment in layout.segments:
+        view = segment_view(buffer, segment)
+        if segment.dtype == "float8_e4m3fn":
+            view.view(torch.uint8).bitwise_and_(0xBF)
+        elif segment.part == "scale":
+            view.fill_(120 if segment.dtype == "uint8" else 0.05)
 
 
 def fill_randomly(buffer: torch.Tensor) -> None:

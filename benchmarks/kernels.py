@@ -7,7 +7,7 @@ case that takes long is timed in every 2nd, 4th ... round (n: in how many). Each
 is checked against fp32, and does not count.
   expert       gate, up, activation, down, weighted sum through the product's own path: one token and its two
                experts, or more tokens of one expert
-  q3 expert, q2 expert   the same in these formats
+  q3 expert, q2 expert, int8 expert, mxfp4 expert, fp8 expert   the same in these formats
   nf4 matrix, int8 matrix   the expert's gate and up alone, as attention and lm_head are multiplied with
   activations  the dtype of the input, fp32 or bf16, or int8 for rounding by the kernel
   torch fp32   the same products with weights dequantized beforehand
