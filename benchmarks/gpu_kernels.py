@@ -13,7 +13,7 @@ between two events; a round does this for all of them and for reading a buffer, 
   floor      milliseconds that reading a layer's bytes takes at the best rate read
 A step's result is checked against one by one's first.
 
-Run: python benchmarks/gpu_kernels.py [--models mixtral-8x7b qwen3-30b-a3b] [--tokens 1 4] [--rounds 12]
+Run: python benchmarks/gpu_kernels.py [--models mixtral-8x7b] [--formats nf4 fp8] [--tokens 1 4] [--rounds 12]
 The last line printed is one JSON object; --json also writes it to FILE.
 """
 
@@ -25,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ from moe_local.offload.kernels.launcher import UNIT, Launcher
 from moe_local.offload.kernels.layer import OneByOne
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.plan import bandwidth
-from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.quantize.codec import codec_for, codecs
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.views import segment_view
 
@@ -49,8 +50,13 @@ ARENA_BYTES = 1 << 30
 """Of experts, or all of a layer's if they are fewer: far beyond any last cache."""
 LAUNCHES = 24
 """Of a kernel in a graph, and of steps in a row."""
+SCALES = {"int8": 3e-4, "fp8": 0.05}
+"""Where 0.02 would not give weights of about that."""
 ERROR_LIMIT = 2e-2
 """Against bitsandbytes in bf16, which rounds weights to it."""
+
+
+FORMATS = [name for name, codec in codecs().items() if not codec.exact]
 
 
 class Shape(NamedTuple):
@@ -85,15 +91,15 @@ class SwiGLU:
 class Bench:
     """Steps of one shape and number of tokens, and their kernels by themselves."""
 
-    def __init__(self, name: str, tokens: int, device: torch.device) -> None:
-        self.name, self.tokens, self.shape = name, tokens, SHAPES[name]
+    def __init__(self, name: str, tokens: int, device: torch.device, format: str = "nf4") -> None:
+        self.name, self.tokens, self.shape, self.format = name, tokens, SHAPES[name], format
         self._math = SwiGLU()
         shape = self.shape
         specs = [
             TensorSpec("gate_up_proj", (2 * shape.width, shape.hidden)),
             TensorSpec("down_proj", (shape.hidden, shape.width)),
         ]
-        self.layout = codec_for("nf4").layout(specs)
+        self.layout = codec_for(format).layout(specs)
         count = min(shape.experts, max(2 * shape.top_k, ARENA_BYTES // self.layout.nbytes))
         self._leases = random_experts(self.layout, count, device)
         launcher = GroupedExperts().launcher(self._math, device, self.layout)
@@ -177,8 +183,13 @@ def random_experts(layout: Layout, count: int, device: torch.device) -> list[Lea
     arena = torch.randint(0, 256, (count, layout.nbytes), dtype=torch.uint8, device=device)
     for buffer in arena:
         for segment in layout.segments:
-            if segment.dtype == "float32":
-                segment_view(buffer, segment).fill_(0.02)
+            view = segment_view(buffer, segment)
+            if segment.dtype in ("float32", "float16"):
+                view.fill_(SCALES.get(layout.format, 0.02))
+            elif segment.dtype == "float8_e4m3fn":
+                view.view(torch.uint8).bitwise_and_(0xBF)  # no code of NaN
+            elif layout.format == "mxfp4" and segment.part == "scale":
+                view.fill_(120)
     return [Lease(expert, buffer, layout) for expert, buffer in enumerate(arena)]
 
 
@@ -232,6 +243,7 @@ def measure(bench: Bench, rounds: int) -> dict[str, Any]:
     rows = {name: row(times, nbytes.get(name, total), rates) for name, times in seconds.items()}
     return {
         "model": bench.name,
+        "format": bench.format,
         "tokens": bench.tokens,
         "bytes": total,
         "read_gb_per_s": max(rates) / 1e9,
@@ -257,7 +269,8 @@ def row(times: Sequence[float], nbytes: int, reads: Sequence[float]) -> dict[str
 
 def print_case(case: dict[str, Any]) -> None:
     floor, read = case["floor_ms"], case["read_gb_per_s"]
-    print(f"{case['model']}, {case['tokens']} tokens: floor {floor:.3f} ms a layer at {read:.0f} GB/s read")
+    what = f"{case['model']}, {case['format']}, {case['tokens']} tokens"
+    print(f"{what}: floor {floor:.3f} ms a layer at {read:.0f} GB/s read")
     for name, found in case["kernels"].items():
         us = found["us"]
         line = f"  {name:11}{us['median']:9.1f} us ({us['low']:.1f} to {us['high']:.1f})"
@@ -276,11 +289,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     cases = []
     with torch.inference_mode():
-        for name in options.models:
-            for tokens in options.tokens:
-                cases.append(measure(Bench(name, tokens, device), options.rounds))
-                print_case(cases[-1])
-                torch.cuda.empty_cache()
+        for name, format, tokens in product(options.models, options.formats, options.tokens):
+            cases.append(measure(Bench(name, tokens, device, format), options.rounds))
+            print_case(cases[-1])
+            torch.cuda.empty_cache()
     import triton
 
     result = {
@@ -305,6 +317,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=[*SHAPES])
     parser.add_argument("--tokens", nargs="+", type=int, choices=range(1, 9), default=[1, 4], metavar="1..8")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["nf4"])
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(arguments)

@@ -52,7 +52,7 @@ def test_every_kernel_is_timed_beside_its_peers(
     assert lib is not None
     isas = ISAS[: lib.moe_best_isa() + 1]
     rows = {(r["kernel"], r["by"], r["activations"], r["tokens"]): r for r in result["cases"]}
-    assert len(rows) == len(result["cases"]) == 3 * (3 * 3 + 3 + 2) * len(isas) + 2 * 3 + 2 + 2
+    assert len(rows) == len(result["cases"]) == 3 * (6 * 3 + 3 + 2) * len(isas) + 2 * 3 + 2 + 2
     for (kernel, _, activations, tokens), row in rows.items():
         assert 0 < row["ms"]["min"] <= row["ms"]["median"] <= row["ms"]["max"]
         assert row["copies"] * row["read_bytes"] >= 4 * 2**16, "the cache holds its weights"
