@@ -3,9 +3,9 @@
 Method. The same model is loaded once for each way of prefetching (off, router, auto), on the CPU, with fewer
 slots than experts, so that misses are read from the expert file: the link. Its speed is either set (--link
 2GB: all reads share so many bytes a second, from the page cache), the page cache's (--link cache) or the
-disk's own (--link disk: each read's pages are dropped behind it; slow_reads.py). A round gives every model
-the same prompt, one after the other, who begins changes, and so does the seed. Tokens are sampled, so that
-text and routing vary; ids must agree.
+disk's own (--link disk: read past the page cache, or with the pages dropped behind each read; slow_reads.py).
+A round gives every model the same prompt, one after the other, who begins changes, and so does the seed.
+Tokens are sampled, so that text and routing vary; ids must agree.
   --weak-layers F  multiplies the embeddings by F: layers then change the residual less, and routers of later
                    layers agree better with what they see early. Random weights have no other good predictor;
                    the accuracy that results is printed.
@@ -42,6 +42,7 @@ import moe_local
 from moe_local.cache.files import write_atomically
 from moe_local.cache.keys import parse_bytes
 from moe_local.offload.plan import bandwidth
+from moe_local.offload.tiers.transfer import FileSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,9 @@ def loaded(options: argparse.Namespace, prefetch: str) -> moe_local.Model:
     model = moe_local.load(
         options.model, device="cpu", slots=options.slots, prefetch=prefetch, dense=options.dense, context=512
     )
+    source = model._parts.store.tier.source  # type: ignore[union-attr]
+    assert isinstance(source, FileSource)
+    source.direct = source.direct or options.link == "disk"
     if options.weak_layers != 1:
         model.hf.get_input_embeddings().weight.data.mul_(options.weak_layers)
     return model
