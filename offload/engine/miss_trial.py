@@ -162,6 +162,13 @@ def hindrance(engine: Engine, runner: ExpertRunner, mode: str, prefetch: str) ->
     return None
 
 
+def _clear(store: ExpertStore) -> None:
+    """Leave nothing in the slots: the host's way would have brought the same experts to the same ones."""
+    for layer in range(len(store.layouts)):
+        for slot in range(store.slots(layer)):
+            store.tier.arena.buffer(layer, slot).zero_()
+
+
 def _try(engine: Engine, store: ExpertStore, switch: MissSwitch) -> tuple[str | None, bool]:
     """What is wrong with the device's way, if anything, and whether it is slower."""
     times: dict[bool, list[float]] = {False: [], True: []}
@@ -171,6 +178,8 @@ def _try(engine: Engine, store: ExpertStore, switch: MissSwitch) -> tuple[str | 
             for to_device in (False, True) if number % 2 else (True, False):
                 switch.turn(to_device=to_device)
                 store.empty()
+                if to_device:
+                    _clear(store)
                 step, logits = engine.token_step, list[torch.Tensor]()
                 assert step is not None
 
