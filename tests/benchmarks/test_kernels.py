@@ -63,11 +63,12 @@ def test_every_kernel_is_timed_beside_its_peers(
     bits = {kernel: 8 * r["read_bytes"] / r["weights"] for (kernel, by, *_), r in rows.items() if by in isas}
     assert bits == pytest.approx(
         {"expert": 4.127, "nf4 matrix": 4.127, "int8 matrix": 8.25}
-        | {"q3 expert": 3.472, "q2 expert": 2.723},
+        | {"q3 expert": 3.472, "q2 expert": 2.723}
+        | {"int8 expert": 8.25, "mxfp4 expert": 4.25, "fp8 expert": 8.002},
         rel=2e-3,
     )  # and 32 bits for each short row
     assert rows["expert", "portable", "int8", 3]["error"] > 1e-4  # rounded, as asked
-    kernels = ("expert ", "nf4 ", "int8 ", "q3 expert ", "q2 expert ")
+    kernels = ("expert ", "nf4 ", "int8 ", "q3 expert ", "q2 expert ", "mxfp4 expert", "fp8 expert ")
     assert len([line for line in table if line.startswith(kernels)]) == len(rows)
 
 
