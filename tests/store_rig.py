@@ -14,6 +14,7 @@ import xxhash
 from moe_local.cache.beside import Beside
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
+from moe_local.cache.ladder import slot_ladder
 from moe_local.cache.stats import RouterLoad
 from moe_local.offload.quantize.layout import Layout, make_layout
 from moe_local.offload.schedule.costs import Costs, Work
@@ -68,8 +69,10 @@ class Rig:
         scheduler: Any = None,
         staging: int = 0,
         least: int | None = None,
+        sized: bool = False,
     ) -> None:
-        """`device`: one, or one for each layer. `least`: slots that no layer of a device can do without."""
+        """`device`: one, or one for each layer. `least`: slots that no layer of a device can do without.
+        `sized`: slots have the sizes of a ladder; else each is as large as its layer's largest expert."""
         self.least = least
         self.mode, self.num_layers, self.num_experts = mode, layers, experts
         rng = random.Random(seed)
@@ -78,9 +81,13 @@ class Rig:
         self.content: dict[ExpertKey, bytes] = {}
         self.locations: dict[ExpertKey, Location] = {}
         self._write(rng, pages)
-        strides = [max(layout.nbytes for layout in layer) for layer in self.layouts]
+        sizes = [tuple(layout.nbytes for layout in layer) for layer in self.layouts]
+        ladders = [slot_ladder(each, top_k) if sized else (max(each),) * experts for each in sizes]
+        self.ladders = ladders
+        strides = [max(each) for each in sizes]
         ram = [slots if mode == "disk" else experts if mode == "ram" else ram_slots] * layers
-        host = HostArena(ram, strides)
+        ram = [min(count, experts) for count in ram]
+        host = HostArena(ram, ladders)
         in_ram = 0 if mode == "ram" else staging
         ring = HostArena([in_ram], [max(strides)])
         self.disk = ReadCounter(
@@ -91,7 +98,8 @@ class Rig:
         )
         routed = RouterLoad([experts] * layers, [top_k] * layers)
         self.beside = Beside("lru", layers)
-        below = ExpertCache(ram, "lru" if mode == "disk" else self.beside, self.size, in_ram)
+        policy = "lru" if mode == "disk" else self.beside
+        below = ExpertCache(ram, policy, self.size, in_ram, ladders)
         self.ram = Tier(below, StagedArena(host, ring), self.disk)
         self.device, self.scheduler = device, scheduler
         self.tokens: Callable[[int], int] = lambda expert: 1
@@ -109,11 +117,11 @@ class Rig:
             self.store = ExpertStore(self.ram, self.layouts, routed, disk=self.disk)
             return
         least = None if self.least is None else [self.least] * self.num_layers
-        arena = self.arena = DeviceArena([slots] * self.num_layers, strides, self.device, least=least)
+        arena = self.arena = DeviceArena([slots] * self.num_layers, self.ladders, self.device, least=least)
         first = arena.devices[0]
         staged = StagedArena(arena, DeviceArena([staging], [max(strides)], first))
         self.copies = CopySource(self.ram, staged, arena.devices, lambda key: self.size(*key))
-        cache = ExpertCache(arena.slots, "lru", self.size, staging)
+        cache = ExpertCache(arena.slots, "lru", self.size, staging, self.ladders)
         self.beside.above = cache
         self.tier = Tier(cache, staged, self.copies, arena.devices)
         self.store = ExpertStore(

@@ -117,11 +117,22 @@ def plan_load(
 
 
 def _use(file: ExpertFile) -> tuple[tuple[int, ...], ...] | None:
-    """How often each expert was chosen in earlier runs; None if that is not known of all layers."""
+    """How often each expert was chosen in earlier runs, and in the text that its format was chosen by; None
+    if neither is known."""
+    from moe_local.offload.allocation.sensitivity import Sensitivity
+    from moe_local.offload.quantize.allocate import kept_path
+
+    counts = [[0] * len(layer.layouts) for layer in file.layers]
     usage = read_usage(file.folder)
-    if usage is None or [len(layer.layouts) for layer in file.layers] != [len(c) for c in usage.counts]:
-        return None
-    return usage.counts
+    found: list[Sequence[Sequence[int]]] = [] if usage is None else [usage.counts]
+    measured = Sensitivity.read(kept_path(file.name, file.fingerprint), file.fingerprint)
+    if measured is not None and measured.text is not None:
+        found.append([[round(measured.tokens * use) for use in layer.uses] for layer in measured.layers])
+    for each in found:
+        if [len(layer) for layer in each] == [len(layer) for layer in counts]:
+            pairs = zip(counts, each, strict=True)
+            counts = [[a + b for a, b in zip(old, new, strict=True)] for old, new in pairs]
+    return tuple(map(tuple, counts)) if any(map(any, counts)) else None
 
 
 def _context(options: LoadOptions, spec: ModelSpec) -> int:

@@ -415,6 +415,7 @@ def perform(rig: Any, faults: Faults, operation: tuple[Any, ...]) -> None:
     staging=st.integers(2, 6),
     seed=st.integers(0, 1 << 16),
     luck=st.sampled_from([0.0, 0.2, 0.7]),
+    sized=st.booleans(),
     steps=st.lists(operations, min_size=5, max_size=40),
 )
 def test_any_sequence_of_events(
@@ -430,6 +431,7 @@ def test_any_sequence_of_events(
     staging: int,
     seed: int,
     luck: float,
+    sized: bool,
     steps: list[tuple[Any, ...]],
 ) -> None:
     device = None if mode == "disk" else make_device(seed, luck, lazy=lazy)
@@ -440,6 +442,7 @@ def test_any_sequence_of_events(
         staging=staging,
         device=device,
         scheduler=any_scheduler(seed, shared) if shared else None,
+        sized=sized,
     )
     for operation in steps:
         perform(rig, faults, operation)

@@ -168,7 +168,13 @@ def test_any_sequence_of_events_and_shrinks(
     scheduler = any_scheduler(seed) if seed % 3 == 0 else None
     slots_below = rng.choice((2, 4))
     rig = make_rig(
-        mode, slots=rng.randint(3, 7), ram_slots=slots_below, least=2, device=device, scheduler=scheduler
+        mode,
+        slots=rng.randint(3, 7),
+        ram_slots=slots_below,
+        least=2,
+        device=device,
+        scheduler=scheduler,
+        sized=seed % 5 < 2,
     )
     held: list[ExpertKey] = []
     for _ in range(60):

@@ -550,6 +550,7 @@ def perform(rig: Any, faults: Faults, operation: tuple[Any, ...]) -> None:
     ram_slots=st.integers(1, 5),
     seed=st.integers(0, 1 << 16),
     luck=st.sampled_from([0.0, 0.2, 0.7]),
+    sized=st.booleans(),
     steps=st.lists(operations, min_size=5, max_size=60),
 )
 def test_any_sequence_of_events(
@@ -564,11 +565,12 @@ def test_any_sequence_of_events(
     ram_slots: int,
     seed: int,
     luck: float,
+    sized: bool,
     steps: list[tuple[Any, ...]],
 ) -> None:
     device = None if mode == "disk" else make_device(seed, luck, lazy=lazy)
     scheduler = any_scheduler(seed, shared) if shared else None
-    rig = make_rig(mode, slots=slots, ram_slots=ram_slots, device=device, scheduler=scheduler)
+    rig = make_rig(mode, slots=slots, ram_slots=ram_slots, device=device, scheduler=scheduler, sized=sized)
     rig.tokens = lambda expert: 1 + expert % 3
     account = Account(rig)
     for operation in steps:
