@@ -91,10 +91,10 @@ class Int8Words(_Words):
 
 
 class LowWords(_Words):
-    """Q3 and Q2: a block is a word, or three in as many planes of a row; pieces have their row's scale."""
+    """Q3 and Q2: a word is half a block or all of it; pieces have their row's scale."""
 
     def __init__(self, number: int, format: LowFormat) -> None:
-        self.number, self.per_word = number, format.block
+        self.number, self.per_word = number, 16
         self._format = format
 
     def serves(self, layout: Layout) -> bool:

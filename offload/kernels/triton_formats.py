@@ -24,6 +24,14 @@ NESTED, FLOAT32, BFLOAT16, FLOAT16, EXPONENT8 = (tl.constexpr(number) for number
 
 
 @triton.jit
+def stepped(scales, block, there, levels):
+    """Of blocks of Q3 or Q2 the step, and minus step times zero; `levels` has both behind the levels."""
+    code = tl.load(scales + block, mask=there, other=0).to(tl.int32)
+    step = tl.load(levels + 8 + (code & 15))
+    return step, -step * tl.load(levels + 24 + (code >> 4))
+
+
+@triton.jit
 def packed(
     expert,
     row,
@@ -38,19 +46,23 @@ def packed(
 ):
     """The words number `word`, [PIECES, 4], of a row: what `weight` needs of them, a tuple.
 
-    Those of Q3 and Q2 come with the step of each, and with what is added to level times step.
+    Those of Q3 and Q2 come with the step of each, and with what is added to level times step. Of Q3 a word is
+    half a block, whose other words lie in planes of their own.
     """
     WORDS: tl.constexpr = COLS // PER_WORD
-    PLANES: tl.constexpr = 3 if FORMAT == Q3 else 1
-    words = (expert + Q).to(tl.pointer_type(tl.int32)) + row * (WORDS * PLANES)
-    found = (tl.load(words + word, mask=there, other=0),)
+    words = (expert + Q).to(tl.pointer_type(tl.int32))
     if FORMAT == Q3:
-        found = found + (tl.load(words + WORDS + word, mask=there, other=0),)
-        found = found + (tl.load(words + 2 * WORDS + word, mask=there, other=0),)
-    if FORMAT == Q3 or FORMAT == Q2:
-        code = tl.load(expert + SCALE_OF_SCALE + row * WORDS + word, mask=there, other=0).to(tl.int32)
-        step = tl.load(levels + 8 + (code & 15))
-        found = found + (step, -step * tl.load(levels + 24 + (code >> 4)))
+        BLOCKS: tl.constexpr = WORDS // 2
+        block = word >> 1
+        half = word & 1
+        words += row * (3 * BLOCKS) + block
+        thirds = tl.load(words + 2 * BLOCKS, mask=there, other=0) >> (4 * half)
+        found = (tl.load(words + half * BLOCKS, mask=there, other=0), thirds)
+        found = found + stepped(expert + SCALE_OF_SCALE, row * BLOCKS + block, there, levels)
+    else:
+        found = (tl.load(words + row * WORDS + word, mask=there, other=0),)
+        if FORMAT == Q2:
+            found = found + stepped(expert + SCALE_OF_SCALE, row * WORDS + word, there, levels)
     return found
 
 
@@ -63,9 +75,9 @@ def weight(packed, i: tl.constexpr, levels, FORMAT: tl.constexpr):
     elif FORMAT == Q2:
         value = tl.fma(((packed[0] >> (2 * i)) & 3).to(tl.float32), packed[1], packed[2])
     elif FORMAT == Q3:
-        THIRD: tl.constexpr = 8 * (i % 16 // 4) + 4 * (i // 16) + i % 4  # where the code's third bit lies
-        code = ((packed[i // 16] >> (2 * (i % 16))) & 3) | (((packed[2] >> THIRD) & 1) << 2)
-        value = tl.fma(tl.load(levels + code), packed[3], packed[4])
+        third = packed[1] >> (8 * (i // 4) + i % 4)
+        code = ((packed[0] >> (2 * i)) & 3) | ((third & 1) << 2)
+        value = tl.fma(tl.load(levels + code), packed[2], packed[3])
     elif FORMAT == E2M1:
         value = tl.load(levels + ((packed[0] >> (4 * i)) & 15))
     elif FORMAT == E4M3:

@@ -327,6 +327,14 @@ void use_the_rest(Random& random) {
   require(moe_scales_encode(scales.floats(), numbers, 0.5f, steps.floats(), codes.bytes(), nested.floats(),
                             threads) == OK,
           "moe_scales_encode failed");
+  const int32_t format = random() % 2 ? Q3 : Q2;
+  const int64_t rows = between(random, 1, 4), cols = (numbers + rows - 1) / rows;
+  Buffer matrix(random, rows * cols * bytes_of(dtype)), low(random, codes_bytes(format, rows, cols));
+  Buffer low_scales(random, scale_bytes(format, rows, cols)), row_scales(random, 4 * rows);
+  matrix.fill(random);  // any numbers, and none
+  require(moe_low_encode(matrix.bytes(), dtype, rows, cols, format, low.bytes(), low_scales.bytes(),
+                         row_scales.floats(), threads) == OK,
+          "moe_low_encode failed");
   const int64_t bytes = between(random, 0, 3000);
   Buffer read(random, bytes);
   read.fill(random);

@@ -102,11 +102,9 @@ def test_weights_are_read_16_bytes_at_a_time_and_stay_in_registers(
     kernel = compiled(name, capability, tokens, *SHAPES[shape], format)
     ptx = kernel.asm["ptx"]
     wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx))
-    planes = {"nf4": 8, "int8": 4, "mxfp4": 8, "fp8": 4, "q3": 32, "q2": 16}[format]
-    words = 3 if format == "q3" else 1
-    assert (
-        wide == words * rows_of_a_program(tokens) + planes * tokens
-    )  # each row once, and all planes of each vector
+    planes = {"nf4": 8, "int8": 4, "mxfp4": 8, "fp8": 4, "q3": 16, "q2": 16}[format]
+    rows = 0 if format == "q3" else rows_of_a_program(tokens)  # which reads its planes by words
+    assert wide == rows + planes * tokens  # each row once, and all planes of each vector
     # Threads meet for the sums across them, after the loop: Triton exchanges nothing between them before.
     assert len(re.findall(r"bar\.sync", ptx)) <= 6
     assert kernel.metadata.shared <= 1024
@@ -116,7 +114,8 @@ def test_weights_are_read_16_bytes_at_a_time_and_stay_in_registers(
     usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     spilled = re.search(r"STACK:(\d+)", usage)
     assert spilled is not None
-    assert int(spilled[1]) <= (128 if tokens == 8 else 0)  # bytes a thread
+    few = 256 if format == "q3" else 128
+    assert int(spilled[1]) <= (few if tokens == 8 else 0)  # bytes a thread
 
 
 def compiled_fetch(name: str, capability: int) -> Any:
