@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from moe_local.offload.kernels.contracts import ExpertMath
@@ -18,12 +20,25 @@ def can_reside(store: ExpertStore) -> bool:
 
 
 class ResidentLayer:
-    """The slots of one layer's experts as a table on the device, and how often each was chosen."""
+    """The slots of one layer's experts as a table on the device, and how often each was chosen.
 
-    def __init__(self, launcher: Launcher, slots: torch.Tensor, counts: torch.Tensor) -> None:
+    Experts of several layouts are launched for each layout, with a table of all that the token needs: rows of
+    other layouts have no place, and their programs end at once.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        slots: torch.Tensor,
+        counts: torch.Tensor,
+        others: Sequence[Launcher] = (),
+        kinds: torch.Tensor | None = None,
+    ) -> None:
         """`slots` int64 [E]: where each expert starts, in UNITs from the layer's first slot.
-        `counts` int64 [E], a view: how many tokens chose it."""
-        self._launcher = launcher
+        `counts` int64 [E], a view: how many tokens chose it. With `others`, `kinds` int64 [E]: which launcher
+        each expert has, 0 for the first."""
+        self._launchers = (launcher, *others)
+        self._kinds = kinds
         self._slots = slots
         self._counts = counts
         self._ranks = self._ones = slots[:0]
@@ -40,9 +55,16 @@ class ResidentLayer:
             self._ranks = torch.arange(len(ids), device=x.device)
             self._ones = torch.ones_like(self._ranks)
         self._counts.index_add_(0, ids, self._ones)
-        run = GroupedRun(self._launcher, x, weights)
-        run.launch(base, torch.stack([self._slots.index_select(0, ids), self._ranks], dim=1))
-        return run.result()
+        first = GroupedRun(self._launchers[0], x, weights)
+        slots = self._slots.index_select(0, ids)
+        if self._kinds is None:
+            first.launch(base, torch.stack([slots, self._ranks], dim=1))
+            return first.result()
+        kinds = self._kinds.index_select(0, ids)
+        for number, launcher in enumerate(self._launchers):
+            run = GroupedRun(launcher, x, weights, first.outputs) if number else first
+            run.launch(base, torch.stack([slots, torch.where(kinds == number, self._ranks, -1)], dim=1))
+        return first.result()
 
 
 class Residents:
@@ -91,8 +113,9 @@ class Residents:
     def _make(self, number: int, math: ExpertMath) -> ResidentLayer | None:
         store, arena = self._store, self._store.tier.arena
         layouts, base = store.layouts[number], arena.buffer(number, 0)
-        launcher = self._grouped.launcher(math, base.device, layouts[0])
-        if launcher is None or any(layout != layouts[0] for layout in layouts):
+        found = [self._grouped.launcher(math, base.device, layout) for layout in store.kinds[number]]
+        launchers = [launcher for launcher in found if launcher is not None]
+        if len(launchers) < len(found):
             return None
         starts = []
         for expert in range(len(layouts)):
@@ -103,7 +126,11 @@ class Residents:
             starts.append(start)
         with torch.inference_mode(False):
             slots = torch.tensor(starts, dtype=torch.int64, device=base.device)
-        return ResidentLayer(launcher, slots, self._counts_of[number])
+            kinds = None
+            if len(launchers) > 1:
+                order = {id(layout): kind for kind, layout in enumerate(store.kinds[number])}
+                kinds = torch.tensor([order[id(layout)] for layout in layouts], device=base.device)
+        return ResidentLayer(launchers[0], slots, self._counts_of[number], launchers[1:], kinds)
 
     def count(self, number: int, top_k: int | None = None) -> None:
         """A token went through the layer, to so many experts; None: to as many as the one before."""

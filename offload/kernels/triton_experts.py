@@ -11,8 +11,9 @@ neighbouring threads continue.
 
 D and F are multiples of the weights of a piece.
 
-Table of a launch, int64 [G, 1 + TOKENS], a row an expert: its slot, then the places of its tokens, at least
-one, then -1. Slot s starts `s * stride` bytes behind `base`, both multiples of 16.
+Table of a launch, int64 [G, 1 + TOKENS], a row an expert: its slot, then the places of its tokens, then -1;
+for a row without any nothing is computed. Slot s starts `s * stride` bytes behind `base`; both are multiples
+of 16.
 
 The same bits. A program computes some rows for one expert and sees nothing of the others; what it does is
 fixed by the shapes, so an answer does not depend on which experts share a launch, nor on their order.
@@ -193,6 +194,8 @@ def up_kernel(
     WIDTH is F and COLS D.
     """
     entry = table + tl.program_id(1) * (1 + TOKENS)
+    if tl.load(entry + 1) < 0:  # another launch's expert
+        return
     expert = base + tl.load(entry) * stride
     first = tl.program_id(0) * FEATURES
     rows = ()
@@ -262,6 +265,8 @@ def down_kernel(
     WIDTH is D and COLS F.
     """
     entry = table + tl.program_id(1) * (1 + TOKENS)
+    if tl.load(entry + 1) < 0:  # another launch's expert
+        return
     expert = base + tl.load(entry) * stride
     first = tl.program_id(0) * FEATURES
     rows = ()

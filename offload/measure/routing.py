@@ -83,7 +83,8 @@ class RouteRecorder:
         for layer in spec.layers:
             block = ".".join(layer.name.split(".")[: _block_depth(layer.name)])
             dense = sum(t.numel for t in spec.dense if t.name.startswith(block + ".")) * width
-            sizes.append(LayerBytes(self._layouts[layer.index][0].nbytes, dense))
+            experts = [layout.nbytes for layout in self._layouts[layer.index]]
+            sizes.append(LayerBytes(sum(experts) // len(experts), dense))  # on average, where they differ
         steps = tuple(
             RouteStep(turn, phase, step, tuple(layers))
             for (turn, step), (phase, layers) in sorted(self._steps.items())

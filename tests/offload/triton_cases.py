@@ -381,6 +381,31 @@ def test_residents_are_found_by_a_table_on_the_device() -> None:
     assert counts.tolist() == [1, 1, 2, 1, 2]
 
 
+def test_residents_of_several_formats() -> None:
+    """To the bit as the host names them, each found by its own kernels in one arena."""
+    math, parts = SwiGLU(), [Experts(3, 64, 64), Experts(3, 64, 64, format="int8")]
+    arena, kinds = torch.cat([part.arena for part in parts]), torch.tensor([0, 1, 0, 1, 1])
+    slots, leases = [], []
+    for expert, kind in enumerate(kinds.tolist()):
+        part, number = parts[kind], expert % 3
+        start = kind * parts[0].arena.numel() + part.slots[number] * part.stride
+        slots.append(start // UNIT)
+        leases.append(Lease(expert, arena[start : start + part.stride], part.layout))
+    grouped = GroupedExperts()
+    first, second = (grouped.launcher(math, CPU, part.layout) for part in parts)
+    assert first is not None
+    assert second is not None
+    counts = torch.zeros(5, dtype=torch.int64)
+    layer = ResidentLayer(first, torch.tensor(slots), counts, [second], kinds)
+    for number, ids in enumerate(([4, 0, 3], [1, 2, 4], [2], [3, 1])):
+        index, x = torch.tensor([ids]), normal(1, 64, seed=number)
+        weights = normal(1, len(ids), seed=number).abs()
+        step = begin(math, parts[0], x, Routing(ids, 1, 5), weights)
+        step.compute([leases[expert] for expert in ids])
+        assert torch.equal(layer.run(arena, x, index, weights), step.result())
+    assert counts.tolist() == [1, 2, 2, 2, 2]
+
+
 def test_warming_up_launches_every_kernel_of_a_decode_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the steps of up to 8 tokens launch has been launched before; the slot's bytes do not matter."""
     math, experts = SwiGLU(), Experts(2, 64, 64)
