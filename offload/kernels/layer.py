@@ -49,6 +49,8 @@ class LayerKernels:
         """Of the layouts that a layer's experts have, one that the fastest kernels serve, if there is one."""
         if len(layouts) == 1:
             return layouts[0]
+        for layout in layouts:  # `begin` sees the lead only
+            self._fallback.tell(math, x, layout, self.grouped)
         return next((layout for layout in layouts if self._has_kernels(math, x, layout)), layouts[0])
 
     def _has_kernels(self, math: ExpertMath, x: torch.Tensor, layout: Layout) -> bool:

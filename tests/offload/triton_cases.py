@@ -383,11 +383,11 @@ def test_residents_are_found_by_a_table_on_the_device() -> None:
 
 def test_residents_of_several_formats() -> None:
     """To the bit as the host names them, each found by its own kernels in one arena."""
-    math, parts = SwiGLU(), [Experts(3, 64, 64), Experts(3, 64, 64, format="int8")]
+    math, parts = SwiGLU(), [Experts(4, 64, 64), Experts(4, 64, 64, format="int8")]
     arena, kinds = torch.cat([part.arena for part in parts]), torch.tensor([0, 1, 0, 1, 1])
     slots, leases = [], []
     for expert, kind in enumerate(kinds.tolist()):
-        part, number = parts[kind], expert % 3
+        part, number = parts[kind], expert % 4
         start = kind * parts[0].arena.numel() + part.slots[number] * part.stride
         slots.append(start // UNIT)
         leases.append(Lease(expert, arena[start : start + part.stride], part.layout))
