@@ -15,6 +15,7 @@ import moe_local
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cache.keys import format_bytes
 from moe_local.cli.bench_options import Request, bench_flags
+from moe_local.cli.completion import model_argument
 from moe_local.cli.live import LivePicture
 from moe_local.cli.options import LOAD_FLAGS, debug_flag, json_flag, load_flags
 from moe_local.cli.plot import draw_png
@@ -34,7 +35,7 @@ INTERRUPTED = 130
 
 
 @click.command()
-@click.argument("model", required=False)
+@model_argument(required=False)
 @bench_flags
 @json_flag
 @load_flags("parallel", *LOAD_FLAGS)
@@ -46,6 +47,11 @@ def bench(model: str | None, request: Request, as_json: bool, options: dict[str,
     first token, time per output token and its parts, hit rates from an empty cache, what prefetch was worth,
     and the bytes that moved. --slots N measures a model that would fit as if it did not. Ctrl-C ends with
     what there is by then.
+
+    \b
+    Examples:
+      moe-local bench demo --slots 4 --compare
+      moe-local bench --synthetic mixtral-8x7b --json > bench.json
     """
     from moe_local.offload.measure.workloads import choose
 

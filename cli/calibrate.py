@@ -11,6 +11,7 @@ import click
 
 import moe_local
 from moe_local.cache.errors import MoeLocalError, OptionError
+from moe_local.cli.completion import model_argument
 from moe_local.cli.options import debug_flag, json_flag, load_flags
 from moe_local.cli.render import ProgressBar, print_json, print_table
 
@@ -21,7 +22,7 @@ DEMO_SEED = 11
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @click.option(
     "--text",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -58,6 +59,10 @@ def calibrate(
     A later layer's router, asked early, does not see what the layers between will add; a small matrix learns
     part of that. It is kept beside the converted experts, and prefetch takes it from then on. Recall is the
     share of a layer's experts that are guessed, on text that was held back.
+
+    \b
+    Example:
+      moe-local calibrate mixtral-8x7b --text notes.txt
     """
     if options.get("experts") == "native":
         raise OptionError(

@@ -13,6 +13,7 @@ import click
 import moe_local
 from moe_local.cache.errors import MoeLocalError
 from moe_local.cache.keys import format_bytes
+from moe_local.cli.completion import model_argument
 from moe_local.cli.live import LiveAnswer, draw
 from moe_local.cli.options import Sampling, debug_flag, load_flags, sampling_flags
 from moe_local.cli.prompt import QUOTES, Messages
@@ -40,7 +41,7 @@ HELP = (
 
 
 @click.command()
-@click.argument("model", default="demo")
+@model_argument(default="demo")
 @load_flags()
 @sampling_flags
 @debug_flag
@@ -49,6 +50,12 @@ def chat(model: str, options: dict[str, Any], sampling: Sampling) -> None:
 
     Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands. Where stdin is no terminal, each line is
     a message.
+
+    \b
+    Examples:
+      moe-local chat
+      moe-local chat mixtral-8x7b --vram 20GiB
+      echo 'Why is the sky blue?' | moe-local chat demo
     """
     with ProgressBar() as progress:
         loaded = moe_local.load(model, **options, progress=progress)

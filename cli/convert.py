@@ -11,6 +11,7 @@ import click
 import moe_local
 from moe_local.cache.errors import OptionError
 from moe_local.cache.keys import format_bytes
+from moe_local.cli.completion import model_argument
 from moe_local.cli.options import debug_flag, json_flag, load_flags
 from moe_local.cli.render import ProgressBar, print_json
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -46,6 +47,11 @@ def convert(
 
     Downloads the model first if need be. Goes on where an interrupted conversion stopped. With auto, and to
     calibrate, the budgets, --dense, --context and --device say what the model is to run in.
+
+    \b
+    Examples:
+      moe-local convert mixtral-8x7b --experts int8
+      moe-local convert demo --experts mixed:3.5 --calibrate notes.txt
     """
     from moe_local.offload.expert_file.expert_file import ExpertFile
 
@@ -111,13 +117,17 @@ def _mix_figures(model: str, file: ExpertFile) -> MixFigures | None:
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @json_flag
 @debug_flag
 def pull(model: str, as_json: bool) -> None:
     """Download MODEL into the Hugging Face cache, safetensors only.
 
     Goes on where an interrupted download stopped, and asks the Hub for a newer version of what is there.
+
+    \b
+    Example:
+      moe-local pull mixtral-8x7b
     """
     from moe_local.offload.checkpoint.hub import resolve
 

@@ -25,7 +25,8 @@ def reference() -> str:
     context = _context(main, "moe-local", None)
     parts = [INTRODUCTION, _exit_codes(), _section("moe-local", main, context)]
     for name in main.list_commands(context):
-        command = main.commands[name]
+        command = main.get_command(context, name)
+        assert command is not None
         parts.append(_section(f"moe-local {name}", command, _context(command, name, context)))
     return "\n".join(parts)
 

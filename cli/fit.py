@@ -10,6 +10,7 @@ import click
 
 import moe_local
 from moe_local.cache.keys import format_bytes
+from moe_local.cli.completion import model_argument
 from moe_local.cli.options import debug_flag, json_flag, load_flags
 from moe_local.cli.render import count, print_fields, print_json
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @json_flag
 @load_flags("vram", "ram", "slots", "experts", "dense", "context", "device")
 @debug_flag
@@ -28,6 +29,11 @@ def fit(model: str, as_json: bool, options: dict[str, Any]) -> None:
     --vram 24GiB plans a CUDA card of that size, wherever this runs, and 2x24GiB two of them; without it, this
     machine is planned. Exit code 3 means that it does not fit; then it says by how much, and the nearest
     setting that does.
+
+    \b
+    Examples:
+      moe-local fit mixtral-8x7b
+      moe-local fit qwen3-30b-a3b --vram 8GiB --ram 32GiB --json
     """
     plan = moe_local.fit(model, **options)
     if as_json:

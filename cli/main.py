@@ -10,19 +10,9 @@ from typing import Any, NoReturn
 
 import click
 
-import moe_local
 from moe_local.cache.errors import MoeLocalError
-from moe_local.cli.bench import bench
-from moe_local.cli.calibrate import calibrate
-from moe_local.cli.chat import chat
-from moe_local.cli.convert import convert, pull
-from moe_local.cli.fit import fit
+from moe_local.cli.lazy import LazyGroup
 from moe_local.cli.options import debug_flag
-from moe_local.cli.remove import rm
-from moe_local.cli.run import run
-from moe_local.cli.serve import serve
-from moe_local.cli.show import list_models, show
-from moe_local.cli.verify import verify
 
 USAGE = 2
 INTERRUPTED = 130
@@ -36,8 +26,53 @@ EXIT_CODES = (
     (INTERRUPTED, "interrupted by Ctrl-C"),
 )
 
+COMMANDS = {
+    "bench": (
+        "bench:bench",
+        "Measure MODEL: latency, throughput, and where each millisecond of a token goes.",
+    ),
+    "calibrate": (
+        "calibrate:calibrate",
+        "Fit a correction to the guesses of prefetch, from what MODEL computes on some text.",
+    ),
+    "chat": ("chat:chat", "Talk with MODEL; without one, with the demo in the package."),
+    "completion": (
+        "completion:completion",
+        "Print the script that completes commands, flags and models in SHELL.",
+    ),
+    "convert": (
+        "convert:convert",
+        "Convert the experts of MODEL, one by one, to the format they are run in.",
+    ),
+    "fit": (
+        "fit:fit",
+        "Say whether MODEL fits, where its parts go and how fast it may be, without its weights.",
+    ),
+    "list": (
+        "show:list_models",
+        "List the models on this machine: checkpoints, and experts converted from them.",
+    ),
+    "pull": ("convert:pull", "Download MODEL into the Hugging Face cache, safetensors only."),
+    "rm": ("remove:rm", "Remove the converted experts of MODEL, and say what disk that freed."),
+    "run": ("run:run", "Answer PROMPT with MODEL and leave."),
+    "serve": (
+        "serve:serve",
+        "Serve MODEL to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models, /health, "
+        "/metrics.",
+    ),
+    "show": (
+        "show:show",
+        "Show the shape of MODEL, its sizes by format, and how its router spreads the load.",
+    ),
+    "verify": (
+        "verify:verify",
+        "Compare the converted experts of MODEL, in every format, with their checksums.",
+    ),
+}
+"""By name, where each command is below moe_local.cli, and the first sentence of its help."""
 
-class MoeLocal(click.Group):
+
+class MoeLocal(LazyGroup):
     """A group whose errors are one line on stderr, `moe-local: ...`, and an exit code of their own."""
 
     debug = False
@@ -86,16 +121,36 @@ class MoeLocal(click.Group):
         return code
 
 
-@click.group(cls=MoeLocal, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(moe_local.__version__, message="moe-local %(version)s")
+def _print_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        import moe_local  # its version is looked up where it is asked for: that takes as long as all the rest
+
+        click.echo(f"moe-local {moe_local.__version__}")
+        context.exit()
+
+
+@click.group(
+    cls=MoeLocal,
+    places={name: (f"moe_local.cli.{place}", summary) for name, (place, summary) in COMMANDS.items()},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
 @debug_flag
 def main() -> None:
     """Run Mixture-of-Experts language models on a GPU, or a CPU, that cannot hold them.
 
     MODEL is an alias (mixtral-8x7b; `moe-local list --all` names all), a Hugging Face id, a folder with a
     checkpoint, or demo, the small model in the package.
+
+    \b
+    Examples:
+      moe-local chat
+      moe-local fit mixtral-8x7b --vram 24GiB
     """
-
-
-for command in (chat, run, serve, fit, bench, convert, pull, verify, calibrate, list_models, show, rm):
-    main.add_command(command)

@@ -12,12 +12,13 @@ import filelock
 
 from moe_local.cache.errors import ModelNotFoundError, MoeLocalError, OptionError
 from moe_local.cache.keys import format_bytes
+from moe_local.cli.completion import model_argument
 from moe_local.cli.options import debug_flag, json_flag
 from moe_local.cli.render import print_json
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @click.option("--weights", is_flag=True, help="Remove also the download in the Hugging Face cache.")
 @json_flag
@@ -27,6 +28,11 @@ def rm(model: str, yes: bool, weights: bool, as_json: bool) -> None:
 
     The checkpoint stays, so the next run converts again, unless --weights removes it, too. Folders that
     moe-local did not make are never touched.
+
+    \b
+    Examples:
+      moe-local rm mixtral-8x7b
+      moe-local rm mixtral-8x7b --weights --yes
     """
     from moe_local.cli.library import known
 

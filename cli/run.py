@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import moe_local
+from moe_local.cli.completion import model_argument
 from moe_local.cli.options import Sampling, debug_flag, json_flag, load_flags, sampling_flags
 from moe_local.cli.render import ProgressBar, print_json, print_status, status_line
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @click.argument("prompt", required=False)
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text: no chat template.")
 @json_flag
@@ -32,6 +33,11 @@ def run(
     The prompt is read from stdin where it is - or where it is left out and something is piped in. The answer
     appears on stdout as it is made; with --json, as one document with text, token_ids, finish_reason and
     stats.
+
+    \b
+    Examples:
+      moe-local run demo 'What is an expert?'
+      moe-local run mixtral-8x7b - --max-tokens 128 --json < question.txt
     """
     text = _prompt(prompt)
     with ProgressBar() as progress:

@@ -9,6 +9,7 @@ import click
 
 import moe_local
 from moe_local.cache.errors import OptionError
+from moe_local.cli.completion import model_argument
 from moe_local.cli.options import LOAD_FLAGS, debug_flag, load_flags
 from moe_local.cli.render import ProgressBar
 
@@ -16,7 +17,7 @@ OWN_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @click.option(
     "--host",
     default="127.0.0.1",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moe_local.cache.keys import format_bytes
+from moe_local.cli.completion import model_argument
 from moe_local.cli.options import debug_flag, json_flag
 from moe_local.cli.render import count, print_fields, print_json, print_table
 
@@ -24,7 +25,13 @@ MOST_STARVED = 8
 @json_flag
 @debug_flag
 def list_models(everything: bool, as_json: bool) -> None:
-    """List the models on this machine: checkpoints, and experts converted from them."""
+    """List the models on this machine: checkpoints, and experts converted from them.
+
+    \b
+    Examples:
+      moe-local list
+      moe-local list --all --json
+    """
     from moe_local.cli.library import all_known, nbytes
 
     entries = [entry for entry in all_known() if everything or entry.here]
@@ -62,7 +69,7 @@ def _brief(conversion: Conversion) -> str:
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @json_flag
 @debug_flag
 def show(model: str, as_json: bool) -> None:
@@ -70,6 +77,11 @@ def show(model: str, as_json: bool) -> None:
 
     Needs no weights. The load is known after runs, which keep their counts beside the expert file. Experts
     that less than 1 % of their layer's tokens chose are named.
+
+    \b
+    Examples:
+      moe-local show qwen3-30b-a3b
+      moe-local show demo --json
     """
     from moe_local.cli.library import known, nbytes
     from moe_local.offload.checkpoint.hub import config_of

@@ -12,6 +12,7 @@ import click
 
 from moe_local.cache.errors import CheckpointError, ExpertFileError, ModelNotFoundError, MoeLocalError
 from moe_local.cache.keys import format_bytes
+from moe_local.cli.completion import model_argument
 from moe_local.cli.options import debug_flag, json_flag, load_flags
 from moe_local.cli.render import ProgressBar, print_json
 
@@ -63,7 +64,7 @@ class Report:
 
 
 @click.command()
-@click.argument("model")
+@model_argument()
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -79,6 +80,11 @@ def verify(model: str, out: Path | None, repair: bool, as_json: bool, options: d
     Names every damaged expert and, with --repair, converts those again and no others. With --experts native,
     or where nothing is converted, the checkpoint itself: downloads have a hash each, of other files only
     headers and sizes can be checked. Fails if something is damaged and was not mended.
+
+    \b
+    Examples:
+      moe-local verify mixtral-8x7b
+      moe-local verify mixtral-8x7b --repair
     """
     with ProgressBar() as progress:
         reports = _reports(model, out, options.get("experts"), progress)

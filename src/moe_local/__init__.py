@@ -7,12 +7,12 @@ for token in model.stream("Why is the sky blue?"):
 
 import os
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from moe_local.cache.errors import MoeLocalError
 
 if TYPE_CHECKING:
+    __version__: str
     from moe_local.cache.policies import register_policy
     from moe_local.cache.policy import EvictionPolicy
     from moe_local.offload.conversion import convert
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from moe_local.offload.plan.fit import fit
     from moe_local.offload.prefetch.names import register_prefetcher
     from moe_local.offload.prefetch.prefetch import Guess, Prefetcher
-
-try:
-    __version__ = version("moe-local")
-except PackageNotFoundError:  # run from a checkout that was never installed
-    __version__ = "0+unknown"
 
 if "torch" not in sys.modules:  # it reads this once, when it is imported; see offload/threads.py
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -63,7 +58,19 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return getattr(import_module(_HOMES[name]), name)
+    if name == "__version__":
+        return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    """That of the installed package, as pyproject.toml has it."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("moe-local")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

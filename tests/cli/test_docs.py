@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import re
 
+import click
+
 from moe_local.cli.docs import reference
 from moe_local.cli.main import main
 
@@ -17,5 +19,5 @@ def test_docs_cli_md_is_what_help_says(repository):
 
 
 def test_every_command_is_there():
-    for name in main.commands:
+    for name in main.list_commands(click.Context(main)):
         assert f"## moe-local {name}\n" in reference()
