@@ -8,6 +8,9 @@ from typing import Any
 
 from moe_local.cache.errors import CheckpointError
 
+WIDTHS = re.compile(r"(^|_)(sizes?|dims?)($|_)")
+"""Fields that name a width, whatever of: "vocab_size_per_layer_input" counts no layers."""
+
 LIMITS = (
     (re.compile(r"(^|_)(n_layers?|layers?|blocks?|depth|stages)($|_)"), 2_000),
     (re.compile(r"(^|_)(experts?|heads?|groups?)($|_)"), 65_536),
@@ -30,7 +33,8 @@ def check_config(fields: Mapping[str, Any], depth: int = 0) -> None:
             if isinstance(found, Mapping):
                 check_config(found, depth + 1)
             elif isinstance(found, int) and not isinstance(found, bool):
-                limit = next((most for names, most in LIMITS if names.search(name)), LARGEST)
+                counts = [] if WIDTHS.search(name) else LIMITS
+                limit = next((most for names, most in counts if names.search(name)), LARGEST)
                 if abs(found) > limit:
                     shown = f"{found:.4g}" if abs(found) < 10**300 else f"of {len(str(found))} digits"
                     raise CheckpointError(f"{name} is {shown}, and no model has more than {limit:.4g}")

@@ -26,6 +26,7 @@ from moe_local.offload.native.library import (
     check,
     library,
 )
+from moe_local.offload.quantize import stored
 from moe_local.offload.quantize.fp8 import block_size
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.quantize.views import TORCH_DTYPES
@@ -50,7 +51,8 @@ def reads(layout: Layout) -> bool:
     key = id(layout)  # looking at the parts takes longer than a tiny expert; the layout is kept, so its id is
     if key not in _read or _read[key][0] is not layout:
         names = [tensor.name for tensor in layout.tensors if len(tensor.shape) == 2]
-        _read[key] = (layout, all(matrix_format(layout, name) is not None for name in names))
+        known = layout.format in FORMATS or layout.format in stored.FORMATS
+        _read[key] = (layout, known and all(matrix_format(layout, name) is not None for name in names))
     return _read[key][1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 PATIENCE_S = 120.0
@@ -9,8 +10,8 @@ PATIENCE_S = 120.0
 
 SLOW = "is being read, and its disk has given nothing for {:.0f} s; check the disk, or what connects it"
 
-LONGEST_STEP_S = 1.0
-"""Most that one look adds, so that a process that was stopped meanwhile does not take that for waiting."""
+LONGEST_WAIT_S = 1.0
+"""Most that one wait adds, so that a process that was stopped meanwhile does not take that for waiting."""
 
 
 class Patience:
@@ -19,17 +20,19 @@ class Patience:
     def __init__(self, seconds: float = PATIENCE_S) -> None:
         self.seconds = seconds
         self._waited = 0.0
-        self._looked = time.monotonic()
 
     def moved(self) -> None:
         """Something came."""
         self._waited = 0.0
 
+    def wait(self, changed: threading.Condition, seconds: float) -> None:
+        """Wait for the condition, which is held, at most so long."""
+        start = time.monotonic()
+        changed.wait(seconds)
+        self._waited += min(time.monotonic() - start, LONGEST_WAIT_S)
+
     def is_over(self) -> bool:
-        """Whether nothing has come for `seconds` of waiting; asked again and again. Then it begins anew."""
-        now = time.monotonic()
-        self._waited += min(now - self._looked, LONGEST_STEP_S)
-        self._looked = now
+        """Whether nothing has come for `seconds` of waiting. Then it begins anew."""
         if self._waited < self.seconds:
             return False
         self._waited = 0.0

@@ -233,7 +233,7 @@ class FileSource:
         """As Source. Raises TransferError if that many waits in a row brought nothing; reads go on."""
         with self._lock:
             if not self.finished:
-                self._ended.wait(seconds)
+                self.patience.wait(self._ended, seconds)
             reading = [job for job in self._jobs.values() if job.load.in_flight and not self.finished]
             if reading and self.patience.is_over():
                 job = min(reading, key=lambda job: job.load.priority)

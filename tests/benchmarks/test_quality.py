@@ -22,10 +22,11 @@ def test_a_mix_is_judged(quality, tiny_mixtral, tmp_path):
     )
     document = quality.measure(options)
     rows = {row["name"]: row for row in document["rows"]}
-    assert rows["mixed:6 text"]["bits"] == rows["mixed:6 weights"]["bits"] <= 6
+    for basis in ("text", "weights"):  # what harms least need not take every byte
+        assert 5.5 < rows[f"mixed:6 {basis}"]["bits"] <= 6
     assert rows["int8"]["kl"]["mean"] < rows["mixed:6 text"]["kl"]["mean"] < rows["nf4"]["kl"]["mean"]
     assert rows["nf4"]["formats"]["nf4"] == 24
-    same = next(pair for pair in document["pairs"] if pair["bits"] == rows["nf4"]["bits"])
+    same = next(pair for pair in document["pairs"] if pair["bits"] == rows["q2"]["bits"])
     assert same["low"] == same["ratio"] == same["high"] == 1
     assert rows["int8"]["top1"] > 0.9
     quality.draw(document, tmp_path / "quality.png")

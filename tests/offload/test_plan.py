@@ -258,8 +258,13 @@ class TestStaging:
     def test_what_no_kernel_reads_in_place_is_dequantized(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(footprint, "library_without_map", lambda: object())
         assert footprint.reads_in_place(MIXTRAL, "native")  # bf16
-        fp8 = model_spec(config_of("deepseek-v3"))
-        assert not footprint.reads_in_place(fp8, "native")
+        assert footprint.reads_in_place(model_spec(config_of("deepseek-v3")), "native")  # FP8
+        assert footprint.reads_in_place(MIXTRAL, "nf4")
+        monkeypatch.setattr(footprint, "FORMATS", {"nf4": 0})
+        assert not footprint.reads_in_place(MIXTRAL, "native")
+        assert not footprint.reads_in_place(MIXTRAL, "mixed:6")  # int8 among them
+        monkeypatch.setattr(footprint, "library_without_map", lambda: None)
+        assert not footprint.reads_in_place(MIXTRAL, "nf4")
 
 
 class TestNearest:

@@ -679,10 +679,10 @@ def test_a_disk_that_gives_nothing_is_named_and_serves_again_when_it_comes_back(
 def test_a_slow_disk_is_no_dead_one(make_rig: Make, read_gate: Any) -> None:
     """Whatever moves, be it for another layer, starts the time anew."""
     rig = make_rig("disk", slots=3, threads=1)
-    rig.store._disk.patience.seconds = 0.4
+    rig.store._disk.patience.seconds = 1.0
     read_gate.shut()
     rig.store.prefetch(0, [1, 2], distance=1, budget_bytes=BUDGET)
-    timers = [threading.Timer(0.25 * n, read_gate.let) for n in range(1, 4)]
+    timers = [threading.Timer(0.4 * n, read_gate.let) for n in range(1, 6)]
     for timer in timers:
         timer.start()
     assert len([lease for group in rig.store.serve(1, [5]) for lease in group]) == 1
