@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import moe_local
 from moe_local.cache.errors import MoeLocalError
-from moe_local.cache.keys import format_bytes
+from moe_local.cli.answer import AnswerView
+from moe_local.cli.chat_commands import Commands
 from moe_local.cli.completion import model_argument
-from moe_local.cli.live import LiveAnswer, draw
+from moe_local.cli.live import LiveAnswer
 from moe_local.cli.options import Sampling, debug_flag, load_flags, sampling_flags
-from moe_local.cli.prompt import QUOTES, Messages
-from moe_local.cli.render import (
-    ProgressBar,
-    on_stdout,
-    prefetch_worth,
-    print_fields,
-    print_status,
-    status_line,
-)
+from moe_local.cli.prompt import Messages, can_edit
+from moe_local.cli.render import ProgressBar, print_status, status_line
+from moe_local.cli.server.text import OPEN_THOUGHT, AnswerParser, Piece
+from moe_local.offload.expert_file.convert import moe_local_home
 
 if TYPE_CHECKING:
     from moe_local import Model
+    from moe_local.cli.editor import Editor
     from moe_local.offload.records import Token
-
-HELP = (
-    ("/help", "this list"),
-    ("/clear", "forget the conversation"),
-    ("/stats", "what the cache has done and holds; /stats live: while tokens come"),
-    ("/exit", "leave, as do /bye, /quit and Ctrl-D"),
-    (QUOTES, "begins and ends a message of several lines"),
-    ("Ctrl-C", "stops an answer"),
-)
 
 
 @click.command()
@@ -49,7 +38,7 @@ def chat(model: str, options: dict[str, Any], sampling: Sampling) -> None:
     """Talk with MODEL; without one, with the demo in the package.
 
     Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands. Where stdin is no terminal, each line is
-    a message.
+    a message; where stdout is none, answers are plain text there and all else is on stderr.
 
     \b
     Examples:
@@ -57,115 +46,181 @@ def chat(model: str, options: dict[str, Any], sampling: Sampling) -> None:
       moe-local chat mixtral-8x7b --vram 20GiB
       echo 'Why is the sky blue?' | moe-local chat demo
     """
-    with ProgressBar() as progress:
-        loaded = moe_local.load(model, **options, progress=progress)
-    with loaded:
-        Chat(loaded, sampling).run()
+
+    def load(name: str) -> Model:
+        with ProgressBar() as progress:
+            return moe_local.load(name, **options, progress=progress)
+
+    talk = Chat(load(model), sampling, load)
+    with contextlib.closing(talk):
+        talk.run()
 
 
 class Chat:
-    """A conversation with a model: reads messages, streams answers, and keeps both."""
+    """A conversation with a model: reads messages, streams answers, and keeps both. Owns the model."""
 
-    def __init__(self, model: Model, sampling: Sampling) -> None:
-        self._model = model
-        self._sampling = sampling
-        self.messages = sampling.conversation()
-        """What was said, as the chat template takes it."""
+    def __init__(self, model: Model, sampling: Sampling, load: Callable[[str], Model]) -> None:
+        """`load` makes the model that takes the place of `model`, given its name."""
+        self.model = model
+        self.sampling = sampling
+        self.turns: list[dict[str, str]] = []
+        """What was said, as the chat template takes it, but for the system prompt."""
+        self.asked: str | None = None
+        """The last message, for another answer."""
+        self.answered = False
+        """Whether the last two turns are that message and an answer."""
+        self.keeps = True
+        """Whether a message is answered with what was said before in mind."""
         self.live = False
         """Whether the cache is shown while an answer comes."""
+        self.markdown = True
+        """Whether a terminal that can shows answers formatted."""
+        self.verbose = True
+        """Whether the figures of an answer are shown below it."""
+        self.editor: Editor | None = None
+        self._load = load
+        self._retries = 0
+        self._commands = Commands(self)
+        self._interactive = False
 
     def run(self) -> None:
-        """Until the input ends or /exit. Raises KeyboardInterrupt for a Ctrl-C away from a terminal."""
-        interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        if interactive:
-            print_status(f"{self._model.name}: /help lists the commands, Ctrl-D leaves.")
-        for message in Messages(interactive):
+        """Until the input ends or /bye. Raises KeyboardInterrupt for a Ctrl-C away from a terminal."""
+        self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        if self._interactive:
+            if can_edit():
+                from moe_local.cli.editor import Editor
+
+                self.editor = Editor(moe_local_home(), self._commands.words)
+            print_status(f"{self.model.name}: /help lists the commands, Ctrl-D leaves.")
+        for message in Messages(self._interactive, self.editor):
             if message.is_command:
-                if not self._command(message.text):
+                if not self.do(message.text):
                     return
             elif message.text:
-                self._answer(message.text, stoppable=interactive)
+                self.answer(message.text)
 
-    def _command(self, command: str) -> bool:
-        """Do what it says; False if that is to leave."""
-        match command.split()[0]:
-            case "/exit" | "/bye" | "/quit":
-                return False
-            case "/help" | "/?":
-                print_fields(HELP)
-            case "/clear":
-                self.messages = self._sampling.conversation()
-                click.echo("Forgotten.")
-            case "/stats" if command.split()[1:] == ["live"]:
-                self._toggle_live()
-            case "/stats":
-                self._stats()
-            case unknown:
-                click.echo(f"unknown command {unknown}; /help lists the commands")
+    def do(self, command: str) -> bool:
+        """Do what it says; False if that is to leave. What goes wrong is said, and the chat lives on."""
+        try:
+            return self._commands.do(command)
+        except KeyboardInterrupt:
+            if not self._interactive:
+                raise
+            click.echo("\nstopped")
+        except Exception as error:
+            _say(error)
         return True
 
-    def _answer(self, message: str, *, stoppable: bool) -> None:
+    def answer(self, message: str) -> None:
         """Stream the answer. One that was refused, or stopped before its first word, is as if never asked."""
-        question = {"role": "user", "content": message}
-        try:
-            stream = self._model.stream([*self.messages, question], **self._sampling.generation())
-        except MoeLocalError as error:
-            click.echo(f"moe-local: {error}", err=True)
-            return
-        try:
-            with contextlib.closing(stream), self._shown() as show:
-                for token in stream:
-                    show(token)
-        except KeyboardInterrupt:
-            if not stoppable:
-                raise
-        except MoeLocalError as error:
-            click.echo(err=True)
-            click.echo(f"moe-local: {error}", err=True)
-        click.echo()
-        if stream.text:
-            self.messages += [question, {"role": "assistant", "content": stream.text}]
-        cut = {None: " | stopped", "length": " | cut off"}.get(stream.finish_reason, "")
-        print_status(status_line(stream.stats) + cut)
+        self._retries = 0
+        self._answer(message, self.sampling)
 
-    def _toggle_live(self) -> None:
-        if not self.live and not sys.stdout.isatty():
-            click.echo("/stats live draws on a terminal, and stdout is none")
+    def retry(self) -> bool:
+        """Answer the last message once more, by another seed where one is set; False if there is none."""
+        if self.asked is None:
+            return False
+        before = self.turns[-2:] if self.answered else []
+        del self.turns[len(self.turns) - len(before) :]
+        self._retries += 1
+        seed = self.sampling.seed
+        self._answer(
+            self.asked, self.sampling if seed is None else replace(self.sampling, seed=seed + self._retries)
+        )
+        if before and not self.answered:
+            self.turns, self.answered = self.turns + before, True
+        return True
+
+    def _answer(self, message: str, sampling: Sampling) -> None:
+        self.asked, self.answered = message, False
+        question = {"role": "user", "content": message}
+        said = [*self.sampling.conversation(), *(self.turns if self.keeps else []), question]
+        try:
+            stream = self.model.stream(said, **sampling.generation())
+        except Exception as error:
+            _say(error)
             return
-        self.live = not self.live
-        click.echo(f"The cache is {'' if self.live else 'not '}shown while tokens come.")
+        parser = AnswerParser(thinking=self._opens_thought(stream.prompt_ids))
+        text = ""
+
+        def shown(pieces: Iterable[Piece], view: AnswerView) -> None:
+            nonlocal text
+            for piece in pieces:
+                text += piece.content
+                if piece.reasoning:
+                    view.thought(piece.reasoning)
+                else:
+                    view.content(piece.content)
+
+        failure: Exception | None = None
+        with AnswerView(markdown=self.markdown) as view:
+            try:
+                with contextlib.closing(stream), self._shown() as pass_on:
+                    for token in stream:
+                        if (piece := pass_on(token)) is not None:
+                            shown(parser.add(piece), view)
+            except KeyboardInterrupt:
+                if not self._interactive:
+                    raise
+            except Exception as error:
+                failure = error
+            if self.live:
+                shown(parser.add(stream.text), view)
+            shown(parser.flush(), view)
+        if failure is not None:
+            _say(failure)
+        if text:
+            self.turns += [question, {"role": "assistant", "content": text}]
+            self.answered = True
+        cut = {None: " | stopped", "length": " | cut off"}.get(stream.finish_reason, "")
+        if self.verbose:
+            print_status(status_line(stream.stats) + cut)
+
+    def _opens_thought(self, ids: list[int]) -> bool:
+        """Whether the prompt ends inside a thought, as some templates do."""
+        tokenizer = self.model.tokenizer
+        return tokenizer is not None and tokenizer.decode(ids[-8:]).rstrip().endswith(OPEN_THOUGHT)
 
     @contextlib.contextmanager
-    def _shown(self) -> Iterator[Callable[[Token], None]]:
-        """How tokens get to the screen: as they come, or above a picture of the cache."""
+    def _shown(self) -> Iterator[Callable[[Token], str | None]]:
+        """What of a token is to be shown at once: its text, or None below a picture of the cache."""
         if self.live:
-            with LiveAnswer(self._model) as answer:
-                yield answer.show
-            click.echo(answer.text, nl=False)
-        else:
-            yield lambda token: click.echo(token.text, nl=False)
+            with LiveAnswer(self.model) as answer:
 
-    def _stats(self) -> None:
-        stats = self._model.stats()
-        prefetch, moved = stats.prefetch, stats.bytes
-        rate = "-" if stats.hit_rate is None else f"{100 * stats.hit_rate:.1f} %"
-        print_fields(
-            [
-                ("tokens", str(stats.tokens)),
-                ("hits", f"{rate} ({stats.hits} of {stats.hits + stats.misses} experts needed)"),
-                ("evictions", str(stats.evictions)),
-                (
-                    "prefetch",
-                    f"{prefetch.issued} issued, {prefetch.used} used, {prefetch.late} late, "
-                    f"{format_bytes(prefetch.wasted_bytes)} wasted; {prefetch_worth(prefetch)}",
-                ),
-                (
-                    "read",
-                    f"{format_bytes(moved.disk)} from disk, {format_bytes(moved.h2d)} to the GPU",
-                ),
-                ("stall", f"{stats.stall.total:.2f} s"),
-                ("starved", f"{len(stats.starved)} experts under 1 % of their layer's tokens"),
-            ]
-        )
-        stalls = {cause: 1000 * s / max(1, stats.tokens) for cause, s in asdict(stats.stall).items()}
-        on_stdout().print(draw(self._model.cache_view().look(), stalls, None))
+                def draw(token: Token) -> None:
+                    answer.show(token)
+
+                yield draw
+        else:
+            yield lambda token: token.text
+
+    def switch(self, name: str) -> None:
+        """Go on with another model, of which memory need not hold both. Raises MoeLocalError.
+
+        One that is not known, or cannot be loaded, leaves the one there was - loaded anew if it had to go.
+        """
+        moe_local.fit(name)  # whether there is such a model, before this one goes
+        before = self.model.name
+        self.model.close()
+        try:
+            self.model = self._load(name)
+        except BaseException as error:
+            print_status(f"going on with {before}")
+            try:
+                self.model = self._load(before)
+            except MoeLocalError as again:
+                raise MoeLocalError(f"{error}; and {before} cannot be loaded again: {again}") from error
+            raise
+
+    def close(self) -> None:
+        """Free the model. Idempotent."""
+        self.model.close()
+
+
+def _say(error: Exception) -> None:
+    """An error in one line, as the command's own edge does; with --debug after its trace."""
+    context = click.get_current_context(silent=True)
+    if context is not None and getattr(context.find_root().command, "debug", False):
+        traceback.print_exception(error)
+    text = str(error) if isinstance(error, MoeLocalError) else f"{type(error).__name__}: {error}"
+    click.echo(f"moe-local: {' '.join(text.split())}", err=True)

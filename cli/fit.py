@@ -39,11 +39,12 @@ def fit(model: str, as_json: bool, options: dict[str, Any]) -> None:
     if as_json:
         print_json(plan.to_dict())
     else:
-        _show(plan)
+        show_plan(plan)
     plan.check()
 
 
-def _show(plan: Plan) -> None:
+def show_plan(plan: Plan) -> None:
+    """What a plan says, as text on stdout."""
     from moe_local.offload.quantize.mix import is_mixed
 
     request, spec, sizes = plan.request, plan.request.spec, plan.bytes

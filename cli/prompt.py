@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
+
+if TYPE_CHECKING:
+    from moe_local.cli.editor import Editor
 
 PROMPT = ">>> "
 CONTINUED = "... "
@@ -22,23 +26,51 @@ class Message(NamedTuple):
 
     @property
     def is_command(self) -> bool:
-        return self.text.startswith("/") and not self.quoted
+        return self.text.startswith("/") and not self.quoted and "\n" not in self.text
+
+
+def can_edit() -> bool:
+    """Whether the terminal can move its cursor, as an editor must."""
+    return os.environ.get("TERM", "dumb" if sys.platform != "win32" else "").lower() not in (
+        "dumb",
+        "unknown",
+    )
 
 
 class Messages(Iterator[Message]):
     """What the user types: a line, or several between triple quotes.
 
-    On a terminal it prompts, edits and remembers lines, and a Ctrl-C clears the line. Elsewhere it just
+    On a terminal it prompts, remembers lines, and a Ctrl-C clears what was typed; a second one in a row ends
+    it, as Ctrl-D does. Lines are edited by `editor`, or without one by what the system has. Elsewhere it just
     reads.
     """
 
-    def __init__(self, interactive: bool) -> None:
+    def __init__(self, interactive: bool, editor: Editor | None = None) -> None:
         self.interactive = interactive
-        if interactive:
+        self.editor = editor
+        if interactive and editor is None:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 - importing it is what makes input() edit lines
 
     def __next__(self) -> Message:
+        interrupted = False
+        while True:
+            try:
+                return self._message()
+            except EOFError:
+                if self.interactive:
+                    click.echo()
+                raise StopIteration from None
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                if interrupted:
+                    click.echo()
+                    raise StopIteration from None
+                interrupted = True
+                click.echo("\nCtrl-D or /bye leaves, and so does Ctrl-C once more.")
+
+    def _message(self) -> Message:
         text = self._line(PROMPT).strip()
         if text.startswith(QUOTES):
             return Message(self._quoted(text.removeprefix(QUOTES)), quoted=True)
@@ -47,23 +79,18 @@ class Messages(Iterator[Message]):
     def _quoted(self, text: str) -> str:
         """The rest of a message after its opening quotes, to the closing ones or the end of the input."""
         parts = [text]
-        with contextlib.suppress(StopIteration):
+        with contextlib.suppress(EOFError):
             while not parts[-1].rstrip().endswith(QUOTES):
                 parts.append(self._line(CONTINUED))
         return "\n".join(parts).rstrip().removesuffix(QUOTES).strip()
 
     def _line(self, prompt: str) -> str:
-        """The next line, without its end. Raises StopIteration when there is none."""
-        if not self.interactive:
-            line = sys.stdin.readline()
-            if not line:
-                raise StopIteration
-            return line.rstrip("\n")
-        while True:
-            try:
-                return input(prompt)
-            except EOFError:
-                click.echo()
-                raise StopIteration from None
-            except KeyboardInterrupt:
-                click.echo("\nCtrl-D or /exit leaves.")
+        """The next line, without its end; from an editor, all lines. Raises EOFError when there is none."""
+        if self.editor is not None:
+            return self.editor.read(prompt, CONTINUED)
+        if self.interactive:
+            return input(prompt)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\r\n")

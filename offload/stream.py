@@ -53,6 +53,11 @@ class TokenStream(Iterator[Token]):
         self._before: Stats | None = None
         self._began = self._first = self._last = 0.0
 
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Token ids of the prompt, special ones included."""
+        return self._prompt_ids
+
     def __next__(self) -> Token:
         if self._retired is not None:
             raise MoeLocalError(self._retired)

@@ -33,6 +33,7 @@ class FakeStream:
         self._model = model
         self._words = words
         self.text = ""
+        self.prompt_ids: list[int] = []
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.closed = False
@@ -68,6 +69,7 @@ class FakeModel:
     """Answers every message with its number in the conversation and its words in capitals."""
 
     name = "fake"
+    tokenizer: Any = None
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds

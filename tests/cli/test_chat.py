@@ -7,7 +7,10 @@ import time
 import pexpect
 import pytest
 
+import moe_local
 from moe_local.cache.errors import MoeLocalError, OptionError
+from moe_local.cli.chat import Chat
+from moe_local.cli.options import Sampling
 
 
 def test_a_conversation_from_a_pipe(invoke, fake):
@@ -43,16 +46,10 @@ def test_ways_to_leave(invoke, fake, leave):
     assert fake.asked == []
 
 
-def test_help_stats_and_unknown_commands(invoke, fake):
-    result = invoke("chat", input="/help\n/stats\n/foo bar\n")
+def test_stats_cache_and_unknown_commands(invoke, fake):
+    result = invoke("chat", input="/stats\n/foo bar\n/cach\n/cache\n")
     assert result.exit_code == 0
     assert result.stdout == (
-        "  /help   this list\n"
-        "  /clear  forget the conversation\n"
-        "  /stats  what the cache has done and holds; /stats live: while tokens come\n"
-        "  /exit   leave, as do /bye, /quit and Ctrl-D\n"
-        '  """     begins and ends a message of several lines\n'
-        "  Ctrl-C  stops an answer\n"
         "  tokens     10\n"
         "  hits       87.5 % (14 of 16 experts needed)\n"
         "  evictions  3\n"
@@ -61,13 +58,24 @@ def test_help_stats_and_unknown_commands(invoke, fake):
         "  read       0 B from disk, 0 B to the GPU\n"
         "  stall      0.50 s\n"
         "  starved    0 experts under 1 % of their layer's tokens\n"
+        f"         disk {40 * '█'}    50.00 ms\n"
+        "unknown command /foo; /help lists the commands\n"
+        "unknown command /cach; did you mean /cache? /help lists the commands\n"
         "   0 ·□··\n"
         "   1 ···▒\n"
         "     · absent □ resident ▒ loading ■ used × missed\n"
         f"         disk {40 * '█'}    50.00 ms\n"
-        "unknown command /foo; /help lists the commands\n"
     )
     assert fake.asked == []
+
+
+def test_help_names_every_command_and_key(invoke, fake):
+    lines = invoke("chat", input="/?\n").stdout.splitlines()
+    assert all(line.startswith("  ") for line in lines)
+    named = {line.split()[0] for line in lines}
+    commands = ("retry", "clear", "history", "system", "set", "show", "save", "load", "model", "cache")
+    commands += ("stats", "multiline", "help", "bye")
+    assert named == {*(f"/{name}" for name in commands), '"""', "Ctrl-C", "Ctrl-D", "Ctrl-R"}
 
 
 @pytest.mark.parametrize(
@@ -116,9 +124,203 @@ def test_ctrl_c_in_a_pipe_ends_everything(invoke, fake):
     fake.failure, fake.fails_at = KeyboardInterrupt(), 1
     result = invoke("chat", input="hello there\nagain\n")
     assert result.exit_code == 130
-    assert result.stdout == "1:"
+    assert result.stdout == "1:\n"
     assert len(fake.asked) == 1
     assert not fake.open
+
+
+def test_retry_asks_the_same_again_in_place_of_the_answer(invoke, fake):
+    result = invoke("chat", "--seed", "7", input="/retry\none\ntwo\n/retry\n/retry\n")
+    assert result.stdout == "nothing was asked yet\n1: ONE\n2: TWO\n2: TWO\n2: TWO\n"
+    assert [options["seed"] for _, options in fake.asked] == [7, 7, 8, 9]
+    assert len({str(messages) for messages, _ in fake.asked[1:]}) == 1
+
+
+def test_a_retry_that_fails_leaves_the_answer_there_was(fake, capsys):
+    chat = a_chat(fake)
+    chat.answer("one")
+    fake.failure = MoeLocalError("the disk is gone")
+    assert chat.retry()
+    assert [turn["content"] for turn in chat.turns] == ["one", "1: ONE"]
+    fake.failure = None
+    assert chat.retry()
+    assert [turn["content"] for turn in chat.turns] == ["one", "1: ONE"]
+
+
+def test_a_message_refused_before_is_what_retry_asks(invoke, fake):
+    fake.failure = MoeLocalError("the disk is gone")
+    result = invoke("chat", input="one\n/retry\n")
+    assert result.stderr.count("the disk is gone") == 2
+    assert fake.asked[0] == fake.asked[1]
+
+
+def test_settings(invoke, fake):
+    typed = "/set temperature 0.5\n/set parameter num_predict 9\n/set seed default\nhi\n"
+    invoke("chat", "--seed", "1", input=typed)
+    assert fake.asked[-1][1] == {"temperature": 0.5, "max_new_tokens": 9}
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("/set temperature hot", "temperature is 'hot'; give a number, or default"),
+        ("/set seed 1.5", "seed is '1.5'; give a whole number, or default"),
+        ("/set temprature 1", "unknown parameter 'temprature'; did you mean temperature?"),
+        ("/set seed", "/set seed needs a value; default leaves it to the model"),
+        ("/save", "/save needs a name"),
+        ("/save ../up", "'../up' is no name for a conversation"),
+        ("/load nothing", "no conversation is saved as 'nothing'; /save NAME saves one"),
+        ("/cache fast", "/cache fast is unknown; there are /cache and /cache live"),
+        ("/cache live", "/cache live draws on a terminal, and stdout is none"),
+        ("/multiline", "/multiline needs a terminal that can edit"),
+        ("/model nosuch", "nosuch"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(invoke, fake, home, typed, said):
+    result = invoke("chat", input=f"{typed}\nstill there\n")
+    assert result.exit_code == 0
+    first = result.stderr.splitlines()[0]
+    assert first.startswith("moe-local: ")
+    assert said in first
+    assert result.stdout.endswith("1: STILL THERE\n")
+    assert fake.asked[-1][1] == {}
+
+
+def test_a_setting_that_the_model_refuses_is_not_kept(fake, capsys):
+    chat = a_chat(fake)
+    fake.refusal = OptionError("temperature is -1.0; use 0 or more")
+    chat.do("/set temperature -1")
+    assert capsys.readouterr().err == "moe-local: temperature is -1.0; use 0 or more\n"
+    assert chat.sampling.temperature is None
+
+
+def test_the_system_prompt_can_be_changed_and_removed(invoke, fake):
+    result = invoke(
+        "chat", input='/system\n/system "Be brief."\none\n/set system Be long.\ntwo\n/system ""\nx\n'
+    )
+    assert result.stdout.startswith("no system prompt; /system TEXT sets one\nSystem prompt set.\n1: ONE\n")
+    systems = [messages[0] for messages, _ in fake.asked]
+    assert [message["content"] for message in systems] == ["Be brief.", "Be long.", "one"]
+
+
+def test_switches(invoke, fake):
+    result = invoke(
+        "chat", input="/set quiet\none\n/set nohistory\ntwo\n/set history\nthree\n/set verbose\nx\n"
+    )
+    assert result.stderr.count("tok/s") == 1
+    assert [len(messages) for messages, _ in fake.asked] == [1, 1, 5, 7]
+
+
+def test_show_says_what_lies_where(invoke, fake):
+    fake.plan = moe_local.fit("demo", ram="4GiB", device="cpu")
+    result = invoke("chat", "--temperature", "0.5", input="/show\n")
+    assert "MoE layers" in result.stdout
+    assert "temperature  0.5\n" in result.stdout
+
+
+def test_saved_conversations_go_on(invoke, fake, home):
+    invoke("chat", "--system", "Be brief.", "--top-k", "5", input="one\n/save mine\n/save other\n")
+    result = invoke("chat", input="/load\n/load mine\n/history\n/retry\ntwo\n")
+    assert result.stdout == (
+        "mine\nother\nLoaded 2 messages.\nsystem: Be brief.\nuser: one\nassistant: 1: ONE\n1: ONE\n2: TWO\n"
+    )
+    messages, options = fake.asked[-1]
+    assert [message["content"] for message in messages] == ["Be brief.", "one", "1: ONE", "two"]
+    assert options == {"top_k": 5}
+
+
+class TestSwitchingModels:
+    def test_frees_the_old_one_first(self, fake, fake_module, home):
+        new = fake_module.FakeModel()
+        chat = Chat(fake, Sampling(), lambda name: new if not fake.open else pytest.fail("both at once"))
+        chat.answer("one")
+        chat.do("/model demo")
+        chat.answer("two")
+        assert [message["content"] for message in new.asked[0][0]] == ["one", "1: ONE", "two"]
+
+    def test_an_unknown_one_leaves_it(self, fake, home, capsys):
+        chat = a_chat(fake)
+        chat.do("/model no-such-model")
+        assert fake.open
+        assert "no-such-model" in capsys.readouterr().err
+
+    def test_one_that_cannot_be_loaded_brings_the_old_one_back(self, fake, fake_module, home, capsys):
+        again = fake_module.FakeModel()
+
+        def load(name):
+            if name == "demo":
+                raise MoeLocalError("no room for demo")
+            assert name == "fake"
+            return again
+
+        chat = Chat(fake, Sampling(), load)
+        chat.do("/model demo")
+        assert chat.model is again
+        assert "moe-local: no room for demo" in capsys.readouterr().err
+
+    def test_even_if_neither_can_be_loaded_the_chat_lives_on(self, fake, home, capsys):
+        def load(name):
+            raise MoeLocalError(f"no room for {name}")
+
+        chat = Chat(fake, Sampling(), load)
+        assert chat.do("/model demo")
+        said = capsys.readouterr().err
+        assert "no room for demo; and fake cannot be loaded again: no room for fake" in said
+
+
+def test_thoughts_are_kept_from_the_answer(invoke, fake, fake_module, monkeypatch):
+    monkeypatch.setattr(fake_module.FakeStream, "text", "", raising=False)
+    words = ["<thi", "nk>\nlet me", " see</th", "ink>\n\n", "forty", " two"]
+    plain = fake.stream
+
+    def stream(prompt, **options):
+        made = plain(prompt, **options)
+        made._words = words
+        return made
+
+    fake.stream = stream
+    result = invoke("chat", input="what?\nagain?\n")
+    assert result.stdout == "forty two\nforty two\n"
+    assert "Thinking...\nlet me see\n...done thinking.\n" in result.stderr
+    assert fake.asked[1][0][1] == {"role": "assistant", "content": "forty two"}
+
+
+def test_an_unforeseen_error_is_a_line_too(invoke, fake):
+    fake.failure = RuntimeError("CUDA error:\n  out of memory")
+    result = invoke("chat", input="one\ntwo\n")
+    assert result.exit_code == 0
+    assert result.stderr.count("moe-local: RuntimeError: CUDA error: out of memory\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("/hi", {"/history"}),
+        ("/set te", {"temperature"}),
+        ("/load m", {"mine"}),
+        ("/model dem", {"demo"}),
+        ("/cache ", {"live"}),
+        ("no /hi", set()),
+        ("/hi\nthere", set()),
+        ("/system b", set()),
+    ],
+)
+def test_commands_and_what_follows_them_are_completed(fake, home, capsys, typed, offered):
+    from prompt_toolkit.completion import CompleteEvent
+    from prompt_toolkit.document import Document
+
+    from moe_local.cli.chat_commands import Commands
+    from moe_local.cli.editor import CommandCompleter
+
+    chat = a_chat(fake)
+    chat.do("/save mine")
+    found = CommandCompleter(Commands(chat).words).get_completions(Document(typed), CompleteEvent())
+    assert {completion.text for completion in found} == offered
+
+
+def a_chat(model):
+    """A conversation with a model that cannot be had a second time."""
+    return Chat(model, Sampling(), lambda name: pytest.fail(f"loads {name}"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -131,14 +333,14 @@ class TestOnATerminal:
         children = []
         environment = {**os.environ, "MOE_LOCAL_HOME": str(tmp_path / "home"), "TERM": "dumb"}
 
-        def start(*arguments: str) -> pexpect.spawn:
+        def start(*arguments: str, **variables: str) -> pexpect.spawn:
             child = pexpect.spawn(
                 sys.executable,
                 list(arguments),
                 timeout=100,
                 encoding="utf-8",
                 codec_errors="replace",
-                env=environment,
+                env={**environment, **variables},
                 dimensions=(24, 200),
             )
             children.append(child)
@@ -161,7 +363,7 @@ class TestOnATerminal:
         terminal.expect_exact("2: MORE")  # the stopped answer was kept
         terminal.expect_exact(">>> ")
         terminal.sendintr()
-        terminal.expect_exact("Ctrl-D or /exit leaves.")
+        terminal.expect_exact("Ctrl-D or /bye leaves, and so does Ctrl-C once more.")
         terminal.sendline('"""a')
         terminal.expect_exact("... ")
         terminal.sendline('b"""')
@@ -171,6 +373,31 @@ class TestOnATerminal:
         terminal.expect(pexpect.EOF)
         terminal.close()
         assert terminal.exitstatus == 0
+
+    def test_a_real_terminal_edits_and_remembers(self, spawn, fake_model_file, tmp_path):
+        terminal = spawn(str(fake_model_file), "chat", TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")
+        terminal.expect_exact(">>>")
+        terminal.send("on\x1b[Do\x1b[F two\x1b\rthree\r")  # o-on, then to the end; Alt-Enter
+        terminal.expect_exact("1: OON TWO THREE")
+        terminal.expect_exact(">>>")
+        terminal.send("/history\r")
+        terminal.expect_exact("assistant: 1: OON TWO THREE")
+        terminal.expect_exact(">>>")
+        terminal.send("one two three four five six seven\r")
+        terminal.expect_exact("2: ONE TWO")
+        terminal.sendintr()
+        terminal.expect_exact("stopped")
+        terminal.expect_exact(">>>")
+        terminal.sendintr()
+        terminal.expect_exact("Ctrl-C once more")
+        terminal.expect_exact(">>>")
+        terminal.sendintr()
+        terminal.expect(pexpect.EOF)
+        terminal.close()
+        assert terminal.exitstatus == 0
+        history = tmp_path / "home" / "chat" / "history"
+        assert history.stat().st_mode & 0o777 == 0o600
+        assert "+oon two\n+three\n" in history.read_text()
 
     def test_ctrl_c_in_the_middle_of_a_token_of_a_real_model(self, spawn, tiny_mixtral):
         """Misses, prefetches and reads from disk are under way when it comes; the model stays usable."""

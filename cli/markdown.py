@@ -1,0 +1,154 @@
+"""Markdown in a terminal while it is written: what is finished is printed once, only the rest is redrawn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from markdown_it import MarkdownIt
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
+from rich.live import Live
+from rich.markdown import Heading, Markdown, MarkdownElement
+from rich.segment import Segment
+
+LEAST_SECONDS = 0.06
+"""Between two drawings; the eye does not see more."""
+SHARE = 20
+"""Drawing waits this many times as long as the last one took: tokens wait for it, so it gets 5 % at most."""
+MARGIN = 2
+"""Lines of the terminal that what is redrawn leaves free: what has scrolled away cannot be redrawn."""
+
+_PARSER = MarkdownIt().enable("strikethrough").enable("table")
+"""As rich's."""
+
+
+def split_blocks(text: str) -> tuple[list[str], str]:
+    """Markdown's top-level blocks that no further text can change, and the rest, which it can.
+
+    A block ends where the next begins, and only whole lines say so: "1" may become "1. one", an item of the
+    list before.
+    """
+    whole, newline, partial = text.rpartition("\n")
+    lines = (whole + newline).splitlines(keepends=True)
+    starts = [token.map[0] for token in _PARSER.parse(whole + newline) if token.level == 0 and token.map]
+    starts = sorted(set(starts))
+    if len(starts) < 2:
+        return [], text
+    ends = [*starts[1:]]
+    blocks = ["".join(lines[start:end]) for start, end in zip([0, *starts[1:-1]], ends, strict=True)]
+    return blocks, "".join(lines[starts[-1] :]) + partial
+
+
+class _LeftHeading(Heading):
+    """A heading where the text begins; rich centres those of the first level."""
+
+    LEVEL_ALIGN: ClassVar[dict[str, JustifyMethod]] = dict.fromkeys(Heading.LEVEL_ALIGN, "left")
+
+
+class _Markdown(Markdown):
+    elements: ClassVar[dict[str, type[MarkdownElement]]] = {
+        **Markdown.elements,
+        "heading_open": _LeftHeading,
+    }
+
+
+class _Lines:
+    """Rendered lines as a renderable."""
+
+    def __init__(self, lines: Sequence[Sequence[Segment]]) -> None:
+        self._lines = lines
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in self._lines:
+            yield from line
+            yield Segment.line()
+
+
+class MarkdownStream:
+    """Draws Markdown that comes in pieces on a terminal; a context manager, whose end prints the rest.
+
+    Lines of an unfinished block that reach beyond the terminal's height are printed as they are: a list or a
+    code block may be longer than the screen.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._tail = ""
+        self._printed = 0
+        """Lines of the tail, as rendered, that have been printed already."""
+        self._any = False
+        self._next = 0.0
+        self._live: Live | None = None
+
+    def add(self, text: str) -> None:
+        """The next piece."""
+        self._tail += text
+        started = time.monotonic()
+        if started >= self._next:
+            self._draw()
+            ended = time.monotonic()
+            self._next = ended + max(LEAST_SECONDS, SHARE * (ended - started))
+
+    def __enter__(self) -> MarkdownStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Print what is left and give the terminal back, whatever has happened."""
+        try:
+            blocks, tail = split_blocks(self._tail)
+            for block in [*blocks, tail]:
+                self._finish(block)
+            self._tail = ""
+            if self._live is not None:
+                self._live.update(_Lines([]), refresh=True)
+        finally:
+            if self._live is not None:
+                self._live.stop()
+                self._live = None
+
+    def _draw(self) -> None:
+        blocks, self._tail = split_blocks(self._tail)
+        if self._live is None:
+            self._live = Live(
+                console=self._console, transient=True, auto_refresh=False, vertical_overflow="crop"
+            )
+            self._live.start()
+        for block in blocks:
+            self._finish(block)
+        lines = self._render(self._tail)
+        room = max(1, self._console.height - MARGIN)
+        beyond = len(lines) - self._printed - room
+        if beyond > 0:
+            self._print(lines[self._printed : self._printed + beyond])
+            self._printed += beyond
+        self._live.update(_Lines(lines[self._printed :]), refresh=True)
+
+    def _finish(self, block: str) -> None:
+        """Print what of a block has not been."""
+        lines = self._render(block)
+        if self._live is not None:
+            self._live.update(_Lines([]))  # or it would be drawn once more below what is printed
+        self._print(lines[self._printed :])
+        self._printed = 0
+        self._any = self._any or bool(lines)
+
+    def _print(self, lines: Sequence[Sequence[Segment]]) -> None:
+        if lines:
+            self._console.print(_Lines(lines), end="")
+
+    def _render(self, block: str) -> list[list[Segment]]:
+        """Lines of a block, with one above it that keeps it from the block before."""
+        if not block.strip():
+            return []
+        options = self._console.options.update(height=None)
+        markdown = _Markdown(block, code_theme="ansi_dark", hyperlinks=False)
+        lines = list(_stripped(self._console.render_lines(markdown, options, pad=False)))
+        return [[], *lines] if self._any and lines else lines
+
+
+def _stripped(lines: list[list[Segment]]) -> Iterator[list[Segment]]:
+    """Without empty lines at both ends."""
+    full = [number for number, line in enumerate(lines) if any(part.text.strip() for part in line)]
+    if full:
+        yield from lines[full[0] : full[-1] + 1]
