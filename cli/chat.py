@@ -14,14 +14,12 @@ import click
 import moe_local
 from moe_local.cache.errors import MoeLocalError
 from moe_local.cli.answer import AnswerView
-from moe_local.cli.chat_commands import Commands
 from moe_local.cli.completion import model_argument
 from moe_local.cli.live import LiveAnswer
 from moe_local.cli.options import Sampling, debug_flag, load_flags, sampling_flags
 from moe_local.cli.prompt import Messages, can_edit
 from moe_local.cli.render import ProgressBar, print_status, status_line
 from moe_local.cli.server.text import OPEN_THOUGHT, AnswerParser, Piece
-from moe_local.offload.expert_file.convert import moe_local_home
 
 if TYPE_CHECKING:
     from moe_local import Model
@@ -61,6 +59,8 @@ class Chat:
 
     def __init__(self, model: Model, sampling: Sampling, load: Callable[[str], Model]) -> None:
         """`load` makes the model that takes the place of `model`, given its name."""
+        from moe_local.cli.chat_commands import Commands  # brings torch, which --help has no need of
+
         self.model = model
         self.sampling = sampling
         self.turns: list[dict[str, str]] = []
@@ -89,6 +89,7 @@ class Chat:
         if self._interactive:
             if can_edit():
                 from moe_local.cli.editor import Editor
+                from moe_local.offload.expert_file.convert import moe_local_home
 
                 self.editor = Editor(moe_local_home(), self._commands.words)
             print_status(f"{self.model.name}: /help lists the commands, Ctrl-D leaves.")
