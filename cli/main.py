@@ -44,6 +44,10 @@ COMMANDS = {
         "convert:convert",
         "Convert the experts of MODEL, one by one, to the format they are run in.",
     ),
+    "doctor": (
+        "doctor:doctor",
+        "Examine this machine: software, GPU and its link, CPU, memory, disk, kernels, bandwidths.",
+    ),
     "fit": (
         "fit:fit",
         "Say whether MODEL fits, where its parts go and how fast it may be, without its weights.",

@@ -173,10 +173,17 @@ def saved(folder: Path) -> Bandwidths:
         return Bandwidths()
 
 
+def saved_at(folder: Path) -> float | None:
+    """When that was measured, in seconds since the epoch; None if nothing was, or it is not known."""
+    kept = _read(folder).get(machine())
+    when = kept.get("saved_at") if isinstance(kept, dict) else None
+    return float(when) if isinstance(when, int | float) else None
+
+
 def save(bandwidths: Bandwidths, folder: Path) -> Path:
     """Keep the figures of this machine in `folder`, beside those of others that share it. Atomic."""
     folder.mkdir(parents=True, exist_ok=True)
-    machines = {**_read(folder), machine(): bandwidths.to_dict()}
+    machines = {**_read(folder), machine(): {**bandwidths.to_dict(), "saved_at": time.time()}}
     path = folder / FILE_NAME
     write_atomically(path, [json.dumps(machines, indent=1), "\n"])
     return path
