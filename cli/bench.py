@@ -20,6 +20,7 @@ from moe_local.cli.live import LivePicture
 from moe_local.cli.options import LOAD_FLAGS, debug_flag, json_flag, load_flags
 from moe_local.cli.plot import draw_png
 from moe_local.cli.render import ProgressBar, on_stderr, print_json
+from moe_local.offload.interrupt import INTERRUPTED
 from moe_local.offload.options import LoadOptions
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from moe_local.offload.measure.sample import Step
     from moe_local.offload.measure.workloads import Workload
     from moe_local.offload.plan.bandwidth import Bandwidths
-
-INTERRUPTED = 130
 
 
 @click.command()

@@ -13,9 +13,9 @@ import click
 from moe_local.cache.errors import MoeLocalError
 from moe_local.cli.lazy import LazyGroup
 from moe_local.cli.options import debug_flag
+from moe_local.offload.interrupt import INTERRUPTED, TERMINATED, broken_import
 
 USAGE = 2
-INTERRUPTED = 130
 
 EXIT_CODES = (
     (0, "done"),
@@ -24,6 +24,7 @@ EXIT_CODES = (
     (3, "the model does not fit the memory or the disk"),
     (4, "model not found"),
     (INTERRUPTED, "interrupted by Ctrl-C"),
+    (TERMINATED, "ended by SIGTERM; a server that was serving ends with 0"),
 )
 
 COMMANDS = {
@@ -108,6 +109,8 @@ class MoeLocal(LazyGroup):
         """Say what happened; the exit code."""
         if isinstance(error, click.Abort):
             return INTERRUPTED if isinstance(error.__context__, KeyboardInterrupt) else 1
+        if (code := broken_import()) is not None and not isinstance(error, MoeLocalError):
+            return code
         if self.debug:
             traceback.print_exception(error)
         if isinstance(error, click.UsageError):

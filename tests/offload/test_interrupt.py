@@ -102,3 +102,43 @@ def test_other_threads_are_left_alone() -> None:
         thread.start()
         thread.join()
     assert result == ["done"]
+
+
+@pytest.fixture
+def taken() -> Iterator[None]:
+    """Both signals are ours, as in the command."""
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    interrupt.take_signals()
+    yield
+    for kind, handler in before.items():
+        signal.signal(kind, handler)
+
+
+@pytest.mark.usefixtures("taken")
+def test_sigterm_waits_as_ctrl_c_does() -> None:
+    reached = []
+    with pytest.raises(interrupt.Terminated) as caught, interrupt.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached.append("after the signal")
+        interrupt.check()
+        reached.append("after the check")
+    assert reached == ["after the signal"]
+    assert caught.value.code == 143
+    with pytest.raises(KeyboardInterrupt), interrupt.deferred():
+        press()
+    with pytest.raises(interrupt.Terminated):
+        os.kill(os.getpid(), signal.SIGTERM)
+    with interrupt.deferred():
+        interrupt.check()
+
+
+@pytest.mark.usefixtures("taken")
+def test_sigterm_waits_where_ctrl_c_is_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupt.take_signals()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    reached = False
+    with pytest.raises(interrupt.Terminated), interrupt.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached = True
+    assert reached

@@ -1,0 +1,150 @@
+"""Ctrl-C and SIGTERM to real commands at any moment: exit codes, no trace, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+COMMAND = """
+import sys
+from moe_local.cli.entry import main
+print("begun", file=sys.stderr, flush=True)
+main()
+"""
+LONG = {
+    "run": ("run", "MODEL", "hi", "-n", "4000"),
+    "chat": ("chat", "MODEL", "-n", "4000"),
+    "bench": ("bench", "MODEL", "--tokens", "64"),
+    "convert": ("convert", "MODEL"),
+    "serve": ("serve", "MODEL", "--port", "0"),
+}
+
+
+class Child:
+    """A command of its own process, which has got as far as its first line."""
+
+    def __init__(self, home: Path, *arguments: str, code: str = COMMAND) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            env={**os.environ, "MOE_LOCAL_HOME": str(home)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stderr is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        while self._process.stderr.readline() != "begun\n":
+            assert self._process.poll() is None
+        self._process.stdin.write("hi\n" * 50)
+        self._process.stdin.flush()
+        self.stdout = self._process.stdout
+
+    def end(self, kind: signal.Signals) -> tuple[int, str]:
+        """Exit code and what is on stderr."""
+        self._process.send_signal(kind)
+        try:
+            _, errors = self._process.communicate(timeout=60)
+        finally:
+            self._process.kill()
+        return self._process.returncode, errors
+
+
+def check(home: Path, kind: signal.Signals, code: int, errors: str) -> None:
+    assert "Traceback" not in errors
+    assert "Error" not in errors
+    assert code == CODES[kind], errors
+    assert [path for path in home.rglob("*") if path.suffix in (".tmp", ".partial", ".incomplete")] == []
+
+
+def test_sigterm_in_an_answer_is_143(tiny_mixtral: Path, tmp_path: Path) -> None:
+    child = Child(tmp_path, "run", str(tiny_mixtral), "hi", "-n", "4000")
+    child.stdout.read(1)
+    check(tmp_path, signal.SIGTERM, *child.end(signal.SIGTERM))
+
+
+def test_sigint_in_the_first_imports_is_130(tmp_path: Path) -> None:
+    check(tmp_path, signal.SIGINT, *Child(tmp_path, "run", "demo", "hi").end(signal.SIGINT))
+
+
+def test_a_signal_in_a_destructor_is_not_lost(tmp_path: Path) -> None:
+    """Python tells such an exception as unraisable and goes on."""
+    code = """
+import os, signal, sys, time
+import moe_local.cli.main
+from moe_local.cli.entry import main
+class Dying:
+    def __del__(self):
+        print("begun", file=sys.stderr, flush=True)
+        time.sleep(30)
+def command():
+    Dying()
+    time.sleep(30)
+moe_local.cli.main.main = command
+main()
+"""
+    began = time.monotonic()
+    for kind in CODES:
+        check(tmp_path, kind, *Child(tmp_path, code=code).end(kind))
+    assert time.monotonic() - began < 25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("command", LONG)
+def test_signals_at_any_moment(
+    command: str, kind: signal.Signals, tiny_mixtral: Path, tmp_path: Path
+) -> None:
+    """Six moments from the first import on; what converts is begun anew each time."""
+    choose = random.Random(command)
+    for number in range(6):
+        home = tmp_path / str(number)
+        home.mkdir()
+        arguments = [str(tiny_mixtral) if word == "MODEL" else word for word in LONG[command]]
+        child = Child(home, *arguments)
+        time.sleep(choose.uniform(0, 1 + number))
+        code, errors = child.end(kind)
+        if code == 0 and (command == "convert" or (command, kind) == ("serve", signal.SIGTERM)):
+            assert "Traceback" not in errors  # it was done, or served and stopped in order
+            continue
+        check(home, kind, code, errors)
+
+
+def test_what_a_broken_import_leads_to_is_no_error(
+    invoke: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """As libraries do: catch all around an optional import, and fail for want of it."""
+    import moe_local
+    from moe_local.offload import interrupt
+
+    (tmp_path / "signalled.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    kept = {kind: signal.getsignal(kind) for kind in CODES}
+
+    def restore() -> None:
+        for kind, handler in kept.items():
+            signal.signal(kind, handler)
+        interrupt._deferral.broke_import = None
+
+    request.addfinalizer(restore)
+    interrupt.take_signals()
+
+    def load(*_: object, **__: object) -> None:
+        try:
+            import signalled  # type: ignore[import-not-found] # noqa: F401
+        except BaseException:
+            raise ImportError("cannot load module more than once per process") from None
+
+    monkeypatch.setattr(moe_local, "load", load, raising=False)
+    result = invoke("run", "demo", "hi")
+    assert (result.exit_code, result.stderr.strip()) == (130, "")
