@@ -128,6 +128,10 @@ class StagingRing:
         self._forget(layer, expert, ring_slot)
         return slot
 
+    def evict(self, layer: int, expert: int) -> None:
+        """Make a resident expert without pins absent, wherever it is; its bytes could not be copied."""
+        self._evict(layer, self._pools[layer], expert)
+
     def touch(self, layer: int, experts: Sequence[int]) -> None:
         """These were needed, the last one most recently; those without a slot of the layer are left out."""
         pool = self._pools[layer]

@@ -308,16 +308,21 @@ class PrefillStream:
             slots.append(slot)
             leases.append(Lease(expert, arena.buffer(layer, slot), self._layouts[layer][expert]))
         self._leased += len(group)
+        moving: int | None = None
         try:
             yield leases
             for expert in group:
                 if expert in recent and cache.staging.has(layer, expert):
+                    moving = expert
                     slots.extend(self._house(layer, expert, recent))
+                    moving = None
         finally:
-            if self._copies is not None:
-                self._copies.read_by(layer, slots)
             self._leased -= len(group)
             self._release(layer, group)
+            if moving is not None:
+                cache.staging.evict(layer, moving)  # who knows what is in its slot
+            if self._copies is not None:  # last of all: a device may refuse to say where its kernels are
+                self._copies.read_by(layer, slots)
         self._tier.poll()
 
     def _house(self, layer: int, expert: int, recent: Sequence[int]) -> list[int]:

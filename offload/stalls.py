@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import asdict
 
 from moe_local.cache.stats import StallSeconds
@@ -16,7 +17,7 @@ class StallAccount:
 
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(("demand", "late_prefetch", "disk", "cpu", "sync"), 0.0)
-        self._waits: list[tuple[str, Waited]] = []
+        self._waits: deque[tuple[str, Waited]] = deque()
 
     def add_stall(self, cause: str, seconds: float) -> None:
         """Charge a wait to a cause, a field of StallSeconds."""
@@ -45,7 +46,6 @@ class StallAccount:
 
     def _settle(self, keep: int = 0) -> None:
         """Charge the waits of the device's stream, which are over once a token has come back from it."""
-        settled = self._waits[: len(self._waits) - keep]
-        for cause, waited in settled:
+        while len(self._waits) > keep:
+            cause, waited = self._waits.popleft()  # first: one that a device cannot tell is not asked again
             self._seconds[cause] += waited.seconds()
-        del self._waits[: len(settled)]

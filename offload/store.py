@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Generator, Sequence
 
@@ -143,11 +144,11 @@ class ExpertStore:
                 try:
                     yield [self._lease(serving, expert) for expert in group]
                 finally:
-                    self._end_leases(serving, group)
                     if serving.waves or not serving.todo:
                         cache.release(layer, group)
                     else:
                         serving.used += group
+                    self._end_leases(layer, [serving.slots[expert] for expert in group])
         finally:
             held = [*serving.used, *serving.ready, *serving.waiting]
             if held:
@@ -194,10 +195,8 @@ class ExpertStore:
                 for e, slot in zip(experts, slots, strict=True)
             ]
         finally:
-            if self._copies is not None:
-                self._copies.read_by(layer, slots)
-            self._leased -= len(slots)
             cache.release(layer, experts)
+            self._end_leases(layer, slots)
 
     def _promote(self, serving: Serving, experts: Sequence[int], tokens: Callable[[int], int]) -> None:
         """The link may be idle, now that the step's own loads and the prefetches have been asked for."""
@@ -292,15 +291,18 @@ class ExpertStore:
                 tier.empty(policy if tier is self.tier else None)
 
     def close(self) -> None:
-        """Stop loads and free the slots. Idempotent."""
-        self.custody.release()
-        self.custody = HostAlone()
+        """Stop loads and free the slots, even where the device answers no more. Idempotent."""
         settle, self.routed.settle = self.routed.settle, None  # it may hold memory of the device
-        if settle is not None:
-            settle()
-        self.tier.close()
-        if self.below is not None:
-            self.below.close()
+        with contextlib.suppress(RuntimeError):
+            self.custody.release()
+            if settle is not None:
+                settle()
+        self.custody = HostAlone()
+        try:
+            self.tier.close()
+        finally:
+            if self.below is not None:
+                self.below.close()
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless no lease is left over and the tier agrees with its loads."""
@@ -387,7 +389,8 @@ class ExpertStore:
             expert, self.tier.arena.buffer(layer, serving.slots[expert]), self.layouts[layer][expert]
         )
 
-    def _end_leases(self, serving: Serving, group: Sequence[int]) -> None:
+    def _end_leases(self, layer: int, slots: Sequence[int]) -> None:
+        """Last of all, since a device may refuse to say where its kernels are."""
+        self._leased -= len(slots)
         if self._copies is not None:
-            self._copies.read_by(serving.layer, [serving.slots[expert] for expert in group])
-        self._leased -= len(group)
+            self._copies.read_by(layer, slots)

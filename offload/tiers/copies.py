@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -68,12 +69,19 @@ class CopySource:
         self._waiting: list[CopyLoad] = []
         self._copying: list[CopyLoad] = []
         self._readers: dict[tuple[int, int], Event] = {}
+        self._unmarked: set[tuple[int, int]] = set()
+        """Slots whose last readers the device did not mark when it was asked to."""
 
     def read_by(self, layer: int, slots: Sequence[int]) -> None:
         """All kernels that read these slots have been given to the device by now."""
-        event = self._devices[layer].record()
-        for slot in slots:
-            self._readers[_place(layer, slot)] = event
+        places = [_place(layer, slot) for slot in slots]
+        try:
+            event = self._devices[layer].record()
+        except BaseException:
+            self._unmarked.update(places)
+            raise
+        for place in places:
+            self._readers[place] = event
 
     def forget(self, layer: int, first: int) -> None:
         """Block until nobody reads or writes the layer's slots from `first` on; no load goes there now."""
@@ -81,8 +89,10 @@ class CopySource:
             if load.key.layer == layer and load.slot >= first and load.event is not None:
                 load.event.synchronize()
         self.poll()
+        self._mark(layer)
         for place in [place for place in self._readers if place[0] == layer and place[1] >= first]:
-            self._readers.pop(place).synchronize()
+            self._readers[place].synchronize()
+            del self._readers[place]
 
     @property
     def busy(self) -> bool:
@@ -92,7 +102,11 @@ class CopySource:
     def start(self, key: ExpertKey, slot: int, priority: int) -> Load:
         load = CopyLoad(key, self._nbytes(key), priority, slot)
         self._waiting.append(load)
-        self._advance(load)
+        try:
+            self._advance(load)
+        except (RuntimeError, MemoryError) as error:
+            self._release_lower(load)
+            self._fail(load, _failure(load.key, error))
         return load
 
     def promote(self, load: Load, priority: int) -> None:
@@ -114,10 +128,10 @@ class CopySource:
         for load in sorted(self._waiting, key=lambda load: load.priority):
             self._advance(load)
         for load in [load for load in self._copying if load.event is not None and load.event.query()]:
-            self._copying.remove(load)
-            load.moved = load.nbytes
             if self.watch is not None and load.event is not None:
                 self.watch.copied(load.key, load.nbytes, load.event.seconds())
+            self._copying.remove(load)
+            load.moved = load.nbytes
             self._release_lower(load)
             self._finish(load, LoadState.DONE)
 
@@ -138,10 +152,13 @@ class CopySource:
             self.cancel(load)
         for copying in self._copying:
             if copying.event is not None:
-                copying.event.synchronize()
-        while self._copying:
-            self.poll()
+                with contextlib.suppress(RuntimeError):  # a device that is gone does not write either
+                    copying.event.synchronize()
+            self._release_lower(copying)
+            self._finish(copying, LoadState.DONE)
+        self._copying.clear()
         self._readers.clear()
+        self._unmarked.clear()
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every load that needs its expert below has it pinned there."""
@@ -201,16 +218,12 @@ class CopySource:
         source = self._lower.arena.buffer(layer, lower_slot)[: load.nbytes]
         destination = self._arena.buffer(layer, load.slot)[: load.nbytes]
         try:
+            self._mark(layer)
             reader = self._readers.get(_place(layer, load.slot))
             load.event = self._devices[layer].copy(destination, source, reader)
-        except RuntimeError as error:  # torch's errors of a device are RuntimeErrors
+        except (RuntimeError, MemoryError) as error:  # torch's errors of a device are RuntimeErrors
             self._release_lower(load)
-            self._fail(
-                load,
-                TransferError(
-                    f"expert {expert} of MoE layer {layer} could not be copied: {str(error).splitlines()[0]}"
-                ),
-            )
+            self._fail(load, _failure(load.key, error))
             return
         self._readers.pop(_place(layer, load.slot), None)
         load.state = LoadState.RUNNING
@@ -220,6 +233,14 @@ class CopySource:
         self.bytes_copied += load.nbytes
         if self.watch is not None:
             self.watch.issued(load.key, load.nbytes)
+
+    def _mark(self, layer: int) -> None:
+        """Mark readers that could not be marked before: what the device was given by now includes them."""
+        if self._unmarked:
+            event = self._devices[layer].record()
+            for place in [place for place in self._unmarked if place[0] in (-1, layer)]:
+                self._readers[place] = event
+                self._unmarked.discard(place)
 
     def _release_lower(self, load: CopyLoad) -> None:
         if load.lower_held:
@@ -234,6 +255,11 @@ class CopySource:
     def _finish(self, load: CopyLoad, state: LoadState) -> None:
         load.state = state
         self.finished.append(load)
+
+
+def _failure(key: ExpertKey, error: Exception) -> TransferError:
+    why = (str(error) or type(error).__name__).splitlines()[0]
+    return TransferError(f"expert {key.expert} of MoE layer {key.layer} could not be copied: {why}")
 
 
 def _place(layer: int, slot: int) -> tuple[int, int]:

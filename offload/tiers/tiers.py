@@ -160,12 +160,14 @@ class Tier:
 
     def close(self) -> None:
         """Stop loads, then free the memory. Idempotent; leases that are still out lose their buffers."""
-        self.source.close()
-        self.source.finished.clear()
-        for key, load in self._loads.items():
-            self.cache.abandon(*key, load.moved)
-        self._loads.clear()
-        self.arena.close()
+        try:
+            self.source.close()
+        finally:
+            self.source.finished.clear()
+            for key, load in self._loads.items():
+                self.cache.abandon(*key, load.moved)
+            self._loads.clear()
+            self.arena.close()
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless loads and cache agree."""
