@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
+from moe_local.cache.errors import OptionError
+
 PATIENCE_S = 120.0
 """A disk that has to spin up takes 15 seconds; four pieces of 4 MiB from the slowest link, a minute."""
+
+VARIABLE = "MOE_LOCAL_DISK_TIMEOUT"
+"""Environment variable with other seconds."""
 
 SLOW = "is being read, and its disk has given nothing for {:.0f} s; check the disk, or what connects it"
 
@@ -17,8 +23,9 @@ LONGEST_WAIT_S = 1.0
 class Patience:
     """Adds up the time that is waited since something last came. Used under its owner's lock."""
 
-    def __init__(self, seconds: float = PATIENCE_S) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float | None = None) -> None:
+        """None: as the environment says, or else PATIENCE_S. Raises OptionError for what is no time."""
+        self.seconds = _from_environment() if seconds is None else seconds
         self._waited = 0.0
 
     def moved(self) -> None:
@@ -37,3 +44,14 @@ class Patience:
             return False
         self._waited = 0.0
         return True
+
+
+def _from_environment() -> float:
+    text = os.environ.get(VARIABLE, "")
+    try:
+        seconds = float(text or PATIENCE_S)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise OptionError(f"{VARIABLE}={text} is no number of seconds above 0, such as {PATIENCE_S:.0f}")
+    return seconds

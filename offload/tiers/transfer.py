@@ -6,33 +6,40 @@ so that demand overtakes queued prefetches within a few megabytes (either alone 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import heapq
 import itertools
+import logging
 import os
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from moe_local.cache.errors import TransferError
 from moe_local.cache.keys import ExpertKey
-from moe_local.offload.direct_io import PAGE
 from moe_local.offload.tiers.checksum import RunningChecksum
 from moe_local.offload.tiers.device import Copied
 from moe_local.offload.tiers.location import FileRange as FileRange
 from moe_local.offload.tiers.location import Location as Location
 from moe_local.offload.tiers.location import ScatteredLocation as ScatteredLocation
+from moe_local.offload.tiers.open_file import OpenFile
 from moe_local.offload.tiers.patience import SLOW, Patience
+
+logger = logging.getLogger(__name__)
 
 DEMAND = 0
 """Priority of a load that a kernel waits for; prefetches are 1 and up, farther layers higher."""
 
 DAMAGED = "has a wrong checksum: the file is damaged"
+CLOSING_S = 10.0
+"""How long `close` waits for reads under way; the disk that one hangs at may never give it back."""
+STUCK = (
+    "is still being read {:.0f} s after the model was closed; its memory stays taken until the disk answers"
+)
 CUT_OFF = "is cut off: the file became shorter after it was opened"
 
 
@@ -172,11 +179,12 @@ class FileSource:
         self._sequence = itertools.count()
         self._jobs: dict[ExpertKey, _Job] = {}
         self._verified: set[ExpertKey] = set()
-        self._files: dict[Path, _File] = {}
+        self._files: dict[Path, OpenFile] = {}
         self._closed = False
         self._lock = threading.Lock()
         self._queued = threading.Condition(self._lock)  # as many threads wake as there are pieces: a herd
         self._ended = threading.Condition(self._lock)  # of them takes longer than a small expert's read
+        self._working = threads
         self._threads = [
             threading.Thread(target=self._work, name=f"moe-local-read-{i}", daemon=True)
             for i in range(threads)
@@ -192,7 +200,7 @@ class FileSource:
                 raise RuntimeError(f"expert {key} was asked for after the source was closed")
             for path in {part.path for part in location.ranges} - self._files.keys():
                 try:
-                    self._files[path] = _open(path, self.direct)
+                    self._files[path] = OpenFile.open(path, self.direct)
                 except OSError as error:
                     load.error = _failure(key, path, f"cannot be opened: {error.strerror}")
                     self._finish(load, LoadState.FAILED)
@@ -240,25 +248,28 @@ class FileSource:
                 raise _failure(job.load.key, job.location.ranges[0].path, SLOW.format(self.patience.seconds))
 
     def close(self) -> None:
+        """As Source, but leaves a thread behind whose read does not come back, and says so.
+
+        The memory that it reads into lives until then.
+        """
         with self._lock:
             self._closed = True
             for _, _, load, _ in self._heap:
                 load.cancelled = True
             self._queued.notify_all()
+        until = time.monotonic() + CLOSING_S
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))
         self._threads.clear()
         with self._lock:
+            for job in [job for job in self._jobs.values() if job.load.in_flight]:
+                path = job.location.ranges[0].path
+                logger.warning("%s", _failure(job.load.key, path, STUCK.format(CLOSING_S)))
             for _, _, load, _ in self._heap:
                 if not load.finished:
                     self._finish(load, LoadState.CANCELLED)
-        self._heap.clear()
-        self._jobs.clear()
-        for file in self._files.values():
-            os.close(file.plain)
-            if file.direct is not None:
-                os.close(file.direct)
-        self._files.clear()
+            self._heap.clear()
+            self._jobs.clear()
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every unread piece of a load under way is queued or being read."""
@@ -277,6 +288,11 @@ class FileSource:
                 while not self._closed and not self._heap:
                     self._queued.wait()
                 if self._closed:
+                    self._working -= 1
+                    if not self._working:  # files are open for as long as anybody may read them
+                        for file in self._files.values():
+                            file.close()
+                        self._files.clear()
                     return
                 _, _, load, piece = heapq.heappop(self._heap)
                 if load.finished or load.cancelled:
@@ -350,39 +366,11 @@ class FileSource:
         self._ended.notify_all()
 
 
-class _File(NamedTuple):
-    """Descriptors of an open file."""
-
-    plain: int
-    direct: int | None
-    """Past the page cache; None where that is refused or was not asked for."""
-
-
-def _open(path: Path, direct: bool) -> _File:
-    """Raises OSError if the file cannot be opened at all."""
-    plain = os.open(path, os.O_RDONLY)
-    flag = getattr(os, "O_DIRECT", None)
-    if direct and flag is not None:
-        with contextlib.suppress(OSError):
-            return _File(plain, os.open(path, os.O_RDONLY | flag))
-    return _File(plain, None)
-
-
-def _read_directly(file: _File, buffer: memoryview, start: int) -> int:
-    """Bytes read from the file's byte `start` on: none where that is not for direct access, or fails."""
-    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if len(buffer) else 0
-    if file.direct is None or (start | len(buffer) | address) % PAGE:
-        return 0
-    with contextlib.suppress(OSError):  # what the ordinary read will find as well, and tell
-        return os.preadv(file.direct, [buffer], start)
-    return 0
-
-
-def _read(file: _File, job: _Job, piece: FileRange) -> TransferError | None:
+def _read(file: OpenFile, job: _Job, piece: FileRange) -> TransferError | None:
     """Fill the piece's place in the buffer; the error, if any, is for the load."""
     key = job.load.key
     buffer = job.buffer[piece.at : piece.at + piece.nbytes]
-    done = _read_directly(file, buffer, piece.offset)
+    done = file.read_directly(buffer, piece.offset)
     try:
         while done < len(buffer):
             count = os.preadv(file.plain, [buffer[done:]], piece.offset + done)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -49,6 +50,17 @@ class Child:
         self._process.stdin.write("hi\n" * 50)
         self._process.stdin.flush()
         self.stdout = self._process.stdout
+
+    @property
+    def code(self) -> int | None:
+        return self._process.returncode
+
+    def wait(self) -> tuple[str, str]:
+        """Until it ends by itself; stdout and stderr."""
+        try:
+            return self._process.communicate(timeout=60)
+        finally:
+            self._process.kill()
 
     def end(self, kind: signal.Signals) -> tuple[int, str]:
         """Exit code and what is on stderr."""
@@ -148,3 +160,42 @@ def test_what_a_broken_import_leads_to_is_no_error(
     monkeypatch.setattr(moe_local, "load", load, raising=False)
     result = invoke("run", "demo", "hi")
     assert (result.exit_code, result.stderr.strip()) == (130, "")
+
+
+HUNG = """
+import os, sys, threading
+import moe_local.offload.tiers.transfer as transfer
+from moe_local.cli.entry import main
+transfer.CLOSING_S = 0.5
+read, left = os.preadv, [60]
+def preadv(*arguments):
+    left[0] -= 1
+    if left[0] < 0:
+        print("hung", flush=True)
+        threading.Event().wait()
+    return read(*arguments)
+os.preadv = preadv
+print("begun", file=sys.stderr, flush=True)
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_hangs_for_good_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself with a line that names the file and the seconds, and sooner at SIGTERM."""
+    monkeypatch.setenv("MOE_LOCAL_DISK_TIMEOUT", "3")
+    command = ("run", "demo", "hi", "-n", "400", "--slots", "2", "--device", "cpu")
+    child = Child(tmp_path, *command, code=HUNG)
+    out, errors = child.wait()
+    assert child.code == 1, errors
+    assert "hung" in out
+    lines = errors.splitlines()
+    assert re.match(
+        r"moe-local: expert \d of MoE layer \d in .*layer-0000\d.* given nothing for 3 s", lines[-1]
+    )
+    assert "is still being read 0 s after the model was closed" in errors
+    assert "Traceback" not in errors
+    child = Child(tmp_path, *command, code=HUNG)
+    while not (line := child.stdout.readline()).endswith("hung\n"):
+        assert line
+    assert child.end(signal.SIGTERM)[0] == 143

@@ -7,21 +7,26 @@ import itertools
 import mmap
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import xxhash
 
-from moe_local.cache.errors import TransferError
+from moe_local.cache.errors import OptionError, TransferError
 from moe_local.cache.keys import ExpertKey
 from moe_local.offload.direct_io import PAGE
+from moe_local.offload.tiers import transfer
 from moe_local.offload.tiers.checksum import RunningChecksum
+from moe_local.offload.tiers.patience import PATIENCE_S, Patience
 from moe_local.offload.tiers.transfer import DEMAND, FileSource, Load, LoadState, Location
 
+Make = Callable[..., Any]
 EXPERT = 10_000
 
 
@@ -457,3 +462,42 @@ def test_reads_past_the_page_cache_where_it_can(
     disk.read_all()
     disk.source.close()
     assert len(reads) == (8 if refused == "no" and flag else 0)
+
+
+def test_close_leaves_a_read_behind_that_does_not_come_back(
+    make_rig: Make, read_gate: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its memory and its file live on until it does."""
+    monkeypatch.setattr(transfer, "CLOSING_S", 0.2)
+    rig = make_rig("disk", threads=2)
+    files = psutil.Process().num_fds()
+    read_gate.shut()
+    rig.store.prefetch(0, [1], distance=1, budget_bytes=1 << 20)
+    read_gate.wait_for(1)
+    (job,) = rig.disk._jobs.values()
+    began = time.perf_counter()
+    rig.store.close()
+    assert time.perf_counter() - began < 5
+    (record,) = caplog.records
+    assert re.match(
+        r"expert 1 of MoE layer 0 in .* is still being read 0 s after the model", record.getMessage()
+    )
+    assert psutil.Process().num_fds() > files
+    rig.store.close()
+    read_gate.open()
+    for thread in [t for t in threading.enumerate() if t.name.startswith("moe-local-read")]:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert psutil.Process().num_fds() <= files
+    assert bytes(job.buffer[:3000]) == rig.content[job.load.key][:3000]
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "nan"])
+def test_a_timeout_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("MOE_LOCAL_DISK_TIMEOUT", text)
+    with pytest.raises(OptionError, match=f"MOE_LOCAL_DISK_TIMEOUT={text} is no number of seconds above 0"):
+        Patience()
+    monkeypatch.setenv("MOE_LOCAL_DISK_TIMEOUT", "2.5")
+    assert Patience().seconds == 2.5
+    monkeypatch.setenv("MOE_LOCAL_DISK_TIMEOUT", "")
+    assert Patience().seconds == PATIENCE_S
