@@ -16,6 +16,7 @@ from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cache.keys import format_bytes
 from moe_local.cli.bench_options import Request, bench_flags
 from moe_local.cli.completion import model_argument
+from moe_local.cli.first_use import ready, yes_flag
 from moe_local.cli.live import LivePicture
 from moe_local.cli.options import LOAD_FLAGS, debug_flag, json_flag, load_flags
 from moe_local.cli.plot import draw_png
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 @model_argument(required=False)
 @bench_flags
 @json_flag
+@yes_flag
 @load_flags("parallel", *LOAD_FLAGS)
 @debug_flag
 def bench(model: str | None, request: Request, as_json: bool, options: dict[str, Any]) -> int:
@@ -62,6 +64,8 @@ def bench(model: str | None, request: Request, as_json: bool, options: dict[str,
     )
     recording = None if request.routes is None else measurement.read(request.routes, options)
     wanted = LoadOptions.from_keywords(options)
+    if request.synthetic is None:
+        ready(str(model), options)
     measurement.measure_bandwidths(wanted.torch_device())
     with ProgressBar() as progress:
         if request.synthetic is None:

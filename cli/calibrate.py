@@ -12,6 +12,7 @@ import click
 import moe_local
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cli.completion import model_argument
+from moe_local.cli.first_use import ready, yes_flag
 from moe_local.cli.options import debug_flag, json_flag, load_flags
 from moe_local.cli.render import ProgressBar, print_json, print_table
 
@@ -49,6 +50,7 @@ DEMO_SEED = 11
     help="Fit guesses up to so many layers ahead.",
 )
 @json_flag
+@yes_flag
 @load_flags("vram", "ram", "slots", "experts", "dense", "miss", "device")
 @debug_flag
 def calibrate(
@@ -73,6 +75,7 @@ def calibrate(
     from moe_local.offload.prefetch.calibrate import calibrate as run
     from moe_local.offload.prefetch.correction import write_corrections
 
+    ready(model, options)
     with (
         ProgressBar() as progress,
         moe_local.load(model, prefetch="off", progress=progress, **options) as loaded,

@@ -15,6 +15,7 @@ import moe_local
 from moe_local.cache.errors import MoeLocalError
 from moe_local.cli.answer import AnswerView
 from moe_local.cli.completion import model_argument
+from moe_local.cli.first_use import ready, yes_flag
 from moe_local.cli.live import LiveAnswer
 from moe_local.cli.options import Sampling, debug_flag, load_flags, sampling_flags
 from moe_local.cli.prompt import Messages, can_edit
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_argument(default="demo")
+@yes_flag
 @load_flags()
 @sampling_flags
 @debug_flag
@@ -46,6 +48,7 @@ def chat(model: str, options: dict[str, Any], sampling: Sampling) -> None:
     """
 
     def load(name: str) -> Model:
+        ready(name, options)
         with ProgressBar() as progress:
             return moe_local.load(name, **options, progress=progress)
 

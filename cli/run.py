@@ -10,6 +10,7 @@ import click
 
 import moe_local
 from moe_local.cli.completion import model_argument
+from moe_local.cli.first_use import ready, yes_flag
 from moe_local.cli.options import Sampling, debug_flag, json_flag, load_flags, sampling_flags
 from moe_local.cli.render import ProgressBar, print_json, print_status, status_line
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 @click.argument("prompt", required=False)
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text: no chat template.")
 @json_flag
+@yes_flag
 @load_flags()
 @sampling_flags
 @debug_flag
@@ -40,6 +42,7 @@ def run(
       moe-local run mixtral-8x7b - --max-tokens 128 --json < question.txt
     """
     text = _prompt(prompt)
+    ready(model, options)
     with ProgressBar() as progress:
         loaded = moe_local.load(model, **options, progress=progress)
     asked: Prompt = text

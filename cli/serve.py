@@ -10,6 +10,7 @@ import click
 import moe_local
 from moe_local.cache.errors import OptionError
 from moe_local.cli.completion import model_argument
+from moe_local.cli.first_use import ready, yes_flag
 from moe_local.cli.options import LOAD_FLAGS, debug_flag, load_flags
 from moe_local.cli.render import ProgressBar
 
@@ -72,6 +73,7 @@ OWN_NAMES = ("localhost", "127.0.0.1", "::1")
     show_envvar=True,
     help="Web pages from this origin may ask, * for all; repeatable.",
 )
+@yes_flag
 @load_flags("parallel", *LOAD_FLAGS)
 @debug_flag
 def serve(
@@ -109,6 +111,7 @@ def serve(
     hosts = (*OWN_NAMES, host) if api_key is None else None
     limits = Limits(api_key=api_key, origins=cors, hosts=hosts, max_tokens=max_tokens, seconds=timeout)
     _check_port(host, port)
+    ready(model, options)
     with ProgressBar() as progress:
         loaded = moe_local.load(model, **options, progress=progress)
     with loaded:

@@ -11,7 +11,13 @@ from typing import Any
 
 from moe_local.cache.errors import CheckpointError, ModelNotFoundError, MoeLocalError
 from moe_local.offload.checkpoint.files import CONFIG, INDEX, SINGLE, first_pickle, read_index
-from moe_local.offload.checkpoint.hub_download import HubFile, download_blobs, network_error, require_space
+from moe_local.offload.checkpoint.hub_download import (
+    HubFile,
+    download_blobs,
+    missing_bytes,
+    network_error,
+    require_space,
+)
 from moe_local.offload.checkpoint.registry import DEMO, demo_folder, find_alias, hub_id, not_found, short_name
 
 SMALL_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
@@ -120,9 +126,22 @@ def _cached_file(repo_id: str, name: str) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
-def _download(model: HubModel, progress: bool) -> Path:
-    """Small files first, so that a snapshot with all its weights is a whole one; then the weights."""
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+def to_download(model: str | Path) -> int:
+    """Bytes that `resolve` would bring of what the Hub has now: what its cache has in part is less.
+
+    Asks the Hub for names and sizes, and for the index of the shards. Raises as `resolve`, but for the disk.
+    """
+    found = locate(model)
+    if isinstance(found, Path):
+        return 0
+    with _hub_errors(found):
+        _, small, shards = _listing(found)
+        return missing_bytes(found.repo_id, [*small, *shards])
+
+
+def _listing(model: HubModel) -> tuple[str, list[HubFile], list[HubFile]]:
+    """The newest commit, its small files, and the shards of its weights."""
+    from huggingface_hub import HfApi, hf_hub_download
 
     info = HfApi().model_info(model.repo_id, files_metadata=True)
     files = {
@@ -146,11 +165,20 @@ def _download(model: HubModel, progress: bool) -> Path:
             f"{model.name}: the Hub repository lacks {absent[0]} ({len(absent)} of {len(shards)} shards); "
             "its owner has to complete it"
         )
-    require_space(model.name, model.repo_id, [files[name] for name in [*small, *shards]])
+    return str(info.sha), [files[name] for name in small], [files[name] for name in shards]
+
+
+def _download(model: HubModel, progress: bool) -> Path:
+    """Small files first, so that a snapshot with all its weights is a whole one; then the weights."""
+    from huggingface_hub import snapshot_download
+
+    commit, small, shards = _listing(model)
+    require_space(model.name, model.repo_id, [*small, *shards])
+    names = [file.name for file in small]
     with _quiet_hub():
-        snapshot_download(model.repo_id, allow_patterns=small)
-        download_blobs(model.repo_id, str(info.sha), [files[name] for name in shards], progress)
-        return Path(snapshot_download(model.repo_id, allow_patterns=[*small, *shards]))
+        snapshot_download(model.repo_id, allow_patterns=names)
+        download_blobs(model.repo_id, commit, shards, progress)
+        return Path(snapshot_download(model.repo_id, allow_patterns=[*names, *(f.name for f in shards)]))
 
 
 def _is_small(name: str) -> bool:

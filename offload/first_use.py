@@ -1,0 +1,80 @@
+"""What the first use of a model takes from network and disk, known before anything is downloaded."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_local.cache.errors import DoesNotFitError
+from moe_local.cache.keys import format_bytes
+from moe_local.offload.checkpoint.hub import cached_folder, config_of, locate, to_download
+from moe_local.offload.checkpoint.hub_download import MARGIN_BYTES, blobs_folder
+from moe_local.offload.checkpoint.spec import model_spec
+from moe_local.offload.expert_file.convert import expert_file_folder, moe_local_home
+from moe_local.offload.options import LoadOptions
+from moe_local.offload.plan import bandwidth
+from moe_local.offload.plan.fit import plan_load
+from moe_local.offload.quantize.codec import NATIVE
+
+
+@dataclass(frozen=True, slots=True)
+class FirstUse:
+    """What `load` is about to bring and to write."""
+
+    model: str
+    download_bytes: int
+    """That the Hub cache does not have yet."""
+    cache: Path
+    """The Hub cache."""
+    convert_bytes: int
+    """Of experts to be written below `home`; 0 if they are read as they are stored."""
+    home: Path
+
+    def check(self) -> None:
+        """Raise DoesNotFitError if the disk, or one of the two, cannot take it all."""
+        needs = [(self.cache, self.download_bytes, "HF_HUB_CACHE")]
+        needs += [(self.home, self.convert_bytes, "MOE_LOCAL_HOME")]
+        if _there(self.cache).stat().st_dev == _there(self.home).stat().st_dev:
+            needs = [(self.cache, self.download_bytes + self.convert_bytes, "HF_HUB_CACHE or MOE_LOCAL_HOME")]
+        for folder, nbytes, variable in needs:
+            free = shutil.disk_usage(_there(folder)).free
+            if nbytes and nbytes + MARGIN_BYTES > free:
+                raise DoesNotFitError(
+                    f"{self.model} needs {format_bytes(nbytes + MARGIN_BYTES)} of disk for {self}, and "
+                    f"{format_bytes(free)} are free in {folder}; make room or set {variable} to a "
+                    "folder on a larger disk"
+                )
+
+    def __str__(self) -> str:
+        text = f"{format_bytes(self.download_bytes)} of download"
+        if self.convert_bytes:
+            text += f" and {format_bytes(self.convert_bytes)} of converted experts"
+        return text
+
+
+def first_use(model: str, options: LoadOptions) -> FirstUse | None:
+    """What loading `model` with these options will download and write; None if its checkpoint is here.
+
+    Asks the Hub for the config and the names and sizes of the files. Raises as `load`, so DoesNotFitError
+    where VRAM, RAM or disk are too small.
+    """
+    found = locate(model)
+    if isinstance(found, Path) or cached_folder(found.repo_id) is not None:
+        return None
+    home = moe_local_home()
+    spec = model_spec(config_of(model, carried=False))
+    plan = plan_load(model, spec, options, options.torch_devices(), bandwidth.saved(home))
+    converted = 0
+    if options.experts != NATIVE:
+        place = expert_file_folder(home, model, options.experts, "*")
+        here = [path for folder in place.parent.glob(place.name) for path in folder.rglob("*.safetensors")]
+        converted = max(0, plan.bytes.experts_total - sum(path.stat().st_size for path in here))
+    use = FirstUse(model, to_download(model), blobs_folder(found.repo_id).parent.parent, converted, home)
+    use.check()
+    return use
+
+
+def _there(folder: Path) -> Path:
+    """The nearest folder around it that exists already."""
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
