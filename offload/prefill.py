@@ -357,9 +357,11 @@ class PrefillStream:
         elif not tier.loading:
             if not state.admitted:
                 raise RuntimeError("every staging slot is leased to another iterator")
-            # Every slot of the layer is somebody else's: then these pass, too.
+            # No slot of the layer is for them, by its size or since somebody else has it: then these pass,
+            # too, and what was read ahead makes room.
             state.passing.extend(state.admitted)
             state.admitted.clear()
+            self.clear(layer, state.passing)
             return
         start = time.perf_counter()
         tier.source.wait(WAIT_SECONDS)

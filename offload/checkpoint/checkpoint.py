@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ def parse_config(path: Path) -> Any:
     if model_type not in CONFIG_MAPPING:
         code = " and brings code of its own, which moe-local never runs" if "auto_map" in fields else ""
         raise CheckpointError(
-            f"{path}: model type {model_type!r} is unknown to this transformers{code}; "
+            f"{path}: model type {reprlib.repr(model_type)} is unknown to this transformers{code}; "
             "a newer transformers may know it: pip install -U transformers"
         )
     try:
