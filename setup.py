@@ -4,6 +4,7 @@ import sys
 from glob import glob
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = "offload/native/src"
@@ -23,6 +24,13 @@ class BuildLibrary(build_ext):
         return []  # not a module: there is no PyInit function
 
 
+class BuildWheel(bdist_wheel):
+    """One wheel a platform: the library is no Python's in particular."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 # The instruction sets' units ask for their own instructions in the source, so one set of flags serves all.
 # Nothing is contracted or reordered behind the source's back: the encoder is bit-equal to bitsandbytes'. What
 # Python's own flags add for debuggers, the builder's folders among it, is left out.
@@ -38,4 +46,4 @@ library = Extension(
     optional=True,
 )
 
-setup(ext_modules=[library], cmdclass={"build_ext": BuildLibrary})
+setup(ext_modules=[library], cmdclass={"build_ext": BuildLibrary, "bdist_wheel": BuildWheel})

@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -64,6 +66,9 @@ def wheel(folder: Path, **environment: str) -> zipfile.ZipFile:
     call = ("-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", out)
     run(folder, *call, **environment)
     (built,) = out.glob("moe_local-*.whl")
+    python, abi, platform = built.stem.split("-")[2:]
+    assert (python, abi) == ("py3", "none")  # one for every Python
+    assert platform.endswith(sysconfig.get_platform().rpartition("-")[2].replace("-", "_"))
     return zipfile.ZipFile(built)
 
 
@@ -107,3 +112,22 @@ def test_in_place_it_lies_beside_its_python(compiler: str, checkout: Path) -> No
     run(checkout, "setup.py", "-q", "build_ext", "--inplace")
     assert (checkout / "offload" / "native" / "_native.so").is_file()
     assert not list((checkout / "src").rglob("*.so"))
+
+
+def test_a_users_project_passes_mypy_strict(checkout: Path, repository: Path, tmp_path: Path) -> None:
+    """The examples, in an environment that the wheel is installed in, beside all that is installed here."""
+    pytest.importorskip("mypy")
+    built = wheel(checkout, CC="/bin/false", CXX="/bin/false")
+    environment, project = tmp_path / "environment", tmp_path / "project"
+    venv.create(environment, symlinks=True)
+    python = environment / "bin" / "python"
+    (site,) = environment.glob("lib/python*/site-packages")
+    built.extractall(site)
+    (site / "others.pth").write_text("\n".join(folder for folder in sys.path if folder.endswith("-packages")))
+    shutil.copytree(repository / "examples", project)
+    scripts = sorted(path.name for path in project.glob("*.py"))
+    check = ("-m", "mypy", "--strict", "--python-executable", python, "--cache-dir", tmp_path / "mypy")
+    assert f"no issues found in {len(scripts)} source files" in run(project, *check, *scripts)
+    (project / "wrong.py").write_text("import moe_local\n\nmoe_local.load(3, slots='many')\n")
+    with pytest.raises(AssertionError, match="incompatible type"):
+        run(project, *check, "wrong.py")
