@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import torch
 
+from moe_local.offload.read_at import read_at
+
 PAGE = 4096
 """Offsets, sizes and addresses of direct access are multiples of this; no disk asks for more."""
 
@@ -175,8 +177,8 @@ def _read_directly(file: int, piece: Range, buffer: torch.Tensor) -> int:
     done = 0
     with suppress(OSError):  # refused, or what the ordinary read will find as well and tell
         if pages == size and address % PAGE == 0:
-            return os.preadv(file, [piece.out.numpy().data], piece.start)
-        count = os.preadv(file, [buffer.numpy().data[:pages]], piece.start - skip)
+            return read_at(file, piece.out.numpy().data, piece.start)
+        count = read_at(file, buffer.numpy().data[:pages], piece.start - skip)
         done = max(0, min(count - skip, size))
         ctypes.memmove(address, buffer.data_ptr() + skip, done)  # other threads run meanwhile
     return done
@@ -206,9 +208,9 @@ def _aligned(data: memoryview) -> bool:
 
 def _be_ordinary(file: int) -> bool:
     """Take direct access from an open file; whether it had it."""
-    if not _DIRECT:
+    if not hasattr(os, "O_DIRECT"):
         return False
-    import fcntl  # not on Windows, which has no _DIRECT either
+    import fcntl  # not on Windows, which has no O_DIRECT either
 
     flags = fcntl.fcntl(file, fcntl.F_GETFL)
     if not flags & _DIRECT:

@@ -29,8 +29,6 @@ NAMES = {
     },
     "mmap": {"MAP_PRIVATE", "MAP_ANONYMOUS", "MADV_HUGEPAGE", "PROT_READ"},
 }
-READERS = {"offload/direct_io.py", "offload/plan/bandwidth.py", "offload/tiers/transfer.py"}
-"""Readers of expert files by `os.preadv`, which have not been ported to Windows, as README says."""
 
 
 def unguarded(path: Path) -> Iterator[str]:
@@ -76,11 +74,7 @@ def unguarded(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("room", ["cache", "offload", "cli", "demo", "src"])
 def test_posix_only_calls_are_guarded(room: str) -> None:
     found = [use for path in sorted((ROOT / room).rglob("*.py")) for use in unguarded(path)]
-    assert [use for use in found if use.split(":")[0] not in READERS] == []
-
-
-def test_the_readers_are_as_few_as_said() -> None:
-    assert {path for path in READERS if [*unguarded(ROOT / path)]} == READERS
+    assert found == []
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from moe_local.cache.files import parse_json, write_atomically
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.direct_io import page_memory
 from moe_local.offload.native.library import check, library_without_map
+from moe_local.offload.read_at import open_for_reading, read_at
 
 DEFAULT_VRAM = 936e9
 """Bytes/s, an RTX 3090's data sheet; a 4090 has 1008e9, the 16 GB cards 290e9 to 740e9."""
@@ -131,7 +132,7 @@ def disk_bandwidth(folder: Path, nbytes: int = DISK_FILE) -> tuple[float, bool]:
             os.fsync(file.fileno())
         direct = _open_direct(name)
         cached = direct is None
-        source = os.open(name, os.O_RDONLY) if direct is None else direct
+        source = open_for_reading(name) if direct is None else direct
         try:
             if cached and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(source, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -267,7 +268,7 @@ def _read_for(descriptor: int, length: int, seconds: float) -> float:
     def read(worker: int) -> int:
         count = 0
         for offset in range(worker * DISK_PIECE, length, DISK_THREADS * DISK_PIECE):
-            count += os.preadv(descriptor, [buffers[worker]], offset)
+            count += read_at(descriptor, buffers[worker], offset)
             if time.perf_counter() - start > seconds:
                 break
         return count

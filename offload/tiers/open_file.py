@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_local.offload.direct_io import PAGE
+from moe_local.offload.read_at import open_for_reading, read_at
 
 
 class OpenFile(NamedTuple):
@@ -21,11 +22,11 @@ class OpenFile(NamedTuple):
     @classmethod
     def open(cls, path: Path, direct: bool) -> OpenFile:
         """Raises OSError if the file cannot be opened at all."""
-        plain = os.open(path, os.O_RDONLY)
+        plain = open_for_reading(path)
         flag = getattr(os, "O_DIRECT", None)
         if direct and flag is not None:
             with contextlib.suppress(OSError):
-                return cls(plain, os.open(path, os.O_RDONLY | flag))
+                return cls(plain, open_for_reading(path, flag))
         return cls(plain, None)
 
     def read_directly(self, buffer: memoryview, start: int) -> int:
@@ -34,7 +35,7 @@ class OpenFile(NamedTuple):
         if self.direct is None or (start | len(buffer) | address) % PAGE:
             return 0
         with contextlib.suppress(OSError):  # what the ordinary read will find as well, and tell
-            return os.preadv(self.direct, [buffer], start)
+            return read_at(self.direct, buffer, start)
         return 0
 
     def close(self) -> None:

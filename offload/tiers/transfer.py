@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
-import os
 import threading
 import time
 from collections import Counter, deque
@@ -21,6 +20,7 @@ from typing import Protocol
 
 from moe_local.cache.errors import TransferError
 from moe_local.cache.keys import ExpertKey
+from moe_local.offload.read_at import read_at
 from moe_local.offload.tiers.checksum import RunningChecksum
 from moe_local.offload.tiers.device import Copied
 from moe_local.offload.tiers.location import FileRange as FileRange
@@ -373,7 +373,7 @@ def _read(file: OpenFile, job: _Job, piece: FileRange) -> TransferError | None:
     done = file.read_directly(buffer, piece.offset)
     try:
         while done < len(buffer):
-            count = os.preadv(file.plain, [buffer[done:]], piece.offset + done)
+            count = read_at(file.plain, buffer[done:], piece.offset + done)
             if count == 0:
                 return _failure(key, piece.path, f"{CUT_OFF}; {job.location.remedy}")
             done += count

@@ -1,0 +1,24 @@
+"""Reading a file at a place, by threads that share its descriptor, on every system."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+_seeking = threading.Lock()
+
+
+def open_for_reading(path: str | os.PathLike[str], flags: int = 0) -> int:
+    """A descriptor for `read_at`, with these flags beside. Raises OSError."""
+    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | flags)
+
+
+def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer`, bytes, from the file's byte `offset` on; how many came, 0 at the end. Raises OSError."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    with _seeking:  # Windows: a descriptor has one position, so one thread reads at a time
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        found = os.read(descriptor, len(buffer))
+    buffer[: len(found)] = found
+    return len(found)
