@@ -1,5 +1,5 @@
-// Calls the library with random shapes, for sanitizers to watch: every buffer is as large as it has to be and no
-// larger, at any address, beside a page that must not be touched or memory that AddressSanitizer guards.
+// Calls the library with random shapes, for sanitizers to watch: every buffer is as large as it has to be and
+// no larger, at any address, beside a page that must not be touched or memory that AddressSanitizer guards.
 //
 // driver SEED ROUNDS CALLERS: that many rounds in each of so many threads. Aborts where an answer is wrong.
 #include <sys/mman.h>
@@ -110,59 +110,113 @@ class Numbers : public Buffer {
   int32_t dtype_;
 };
 
-int64_t q_bytes(int32_t format, int64_t numbers) {
+int64_t low_blocks(int32_t format, int64_t cols) {
+  return format == Q3 ? (cols + 31) / 32 : (cols + 15) / 16;
+}
+
+int64_t codes_bytes(int32_t format, int64_t rows, int64_t cols) {
   switch (format) {
-    case NF4: return (numbers + 1) / 2;
-    case INT8: return numbers;
-    case Q3:
-    case Q2: return 0;  // by rows; see codes_bytes
-    default: return numbers * (format == FP32 ? 4 : 2);
+    case NF4: return (rows * cols + 1) / 2;
+    case MXFP4: return rows * ((cols + 1) / 2);
+    case INT8:
+    case FP8: return rows * cols;
+    case Q3: return rows * low_blocks(format, cols) * 12;
+    case Q2: return rows * low_blocks(format, cols) * 4;
+    default: return rows * cols * bytes_of(format - FP32);
   }
 }
 
-int64_t low_blocks(int32_t format, int64_t cols) { return format == Q3 ? (cols + 31) / 32 : (cols + 15) / 16; }
+// FP8's blocks of any shape, and the dtype of their scales.
+struct Blocks {
+  int64_t rows, cols;
+  int32_t dtype;
 
-bool is_low(int32_t format) { return format == Q3 || format == Q2; }
+  Blocks(Random& random, int64_t matrix_rows, int64_t matrix_cols)
+      : rows(a_side(random, matrix_rows)),
+        cols(a_side(random, matrix_cols)),
+        dtype(static_cast<int32_t>(between(random, FLOAT32, EXPONENT8))) {}
 
-int64_t codes_bytes(int32_t format, int64_t rows, int64_t cols) {
-  if (is_low(format)) return rows * low_blocks(format, cols) * (format == Q3 ? 12 : 4);
-  return q_bytes(format, rows * cols);
+  int64_t count(int64_t matrix_rows, int64_t matrix_cols) const {
+    return ((matrix_rows - 1) / rows + 1) * ((matrix_cols - 1) / cols + 1);
+  }
+
+ private:
+  static int64_t a_side(Random& random, int64_t whole) {
+    switch (between(random, 0, 4)) {
+      case 0: return 1;
+      case 1: return 128;
+      case 2: return whole;
+      case 3: return INT64_MAX;
+      default: return between(random, 1, 200);
+    }
+  }
+};
+
+int64_t scale_bytes(int32_t format, int64_t rows, int64_t cols, const Blocks& blocks) {
+  switch (format) {
+    case NF4: return blocks_of(rows * cols);
+    case INT8: return 2 * rows * blocks_of(cols);
+    case Q3:
+    case Q2: return rows * low_blocks(format, cols);
+    case MXFP4: return rows * ((cols + 31) / 32);
+    case FP8: return blocks.count(rows, cols) * (blocks.dtype == EXPONENT8 ? 1 : bytes_of(blocks.dtype));
+    default: return 0;
+  }
 }
 
-int64_t scale_bytes(int32_t format, int64_t rows, int64_t cols) {
-  if (is_low(format)) return rows * low_blocks(format, cols);
-  return format == NF4 ? blocks_of(rows * cols) : 2 * rows * blocks_of(cols);
+int64_t nested_count(int32_t format, int64_t rows, int64_t cols) {
+  if (format == Q3 || format == Q2) return rows;
+  return format == NF4 ? (blocks_of(rows * cols) + 255) / 256 : 0;
 }
 
 // A matrix of random codes, or of numbers.
 struct Weights {
+  Blocks blocks;
   Buffer q, scales, nested, offset;
   int32_t bias_dtype;
   Numbers bias;
   Matrix m;
 
   Weights(Random& random, int32_t format, int64_t rows, int64_t cols)
-      : q(random, codes_bytes(format, rows, cols)),
-        scales(random, scale_bytes(format, rows, cols)),
-        nested(random, 4 * (is_low(format) ? rows : (blocks_of(rows * cols) + 255) / 256)),
+      : blocks(random, rows, cols),
+        q(random, codes_bytes(format, rows, cols)),
+        scales(random, scale_bytes(format, rows, cols, blocks)),
+        nested(random, 4 * nested_count(format, rows, cols)),
         offset(random, 4),
         bias_dtype(a_dtype(random)),
         bias(random, bias_dtype, rows, 1.0f),
-        m{format, bias_dtype, rows, cols, q.bytes(), scales.bytes(), nullptr, nullptr, nullptr} {
+        m{format, bias_dtype, rows, cols, q.bytes(), scales.bytes(), nullptr, nullptr, nullptr, 0, 0, 0} {
     q.fill(random);
-    scales.fill(random);
-    if (format >= FP32) {
-      Numbers numbers(random, format - FP32, rows * cols, 0.5f);
-      std::memcpy(q.bytes(), numbers.bytes(), static_cast<size_t>(q_bytes(format, rows * cols)));
-      m.scales = nullptr;
-    }
-    if (format == INT8)  // fp16 of at most 2, never infinite
-      for (int64_t i = 1; i < 2 * rows * blocks_of(cols); i += 2) scales.bytes()[i] &= 0x3f;
+    fill_scales(random);
     nested.fill_floats(random, 0.0f, 0.1f);
     offset.fill_floats(random, 0.1f, 0.2f);
-    if (is_low(format)) m.nested = nested.floats();
-    if (format == NF4) m.nested = nested.floats(), m.offset = offset.floats();
+    if (format >= FP32) {
+      Numbers numbers(random, format - FP32, rows * cols, 0.5f);
+      std::memcpy(q.bytes(), numbers.bytes(), static_cast<size_t>(codes_bytes(format, rows, cols)));
+      m.scales = nullptr;
+    }
+    if (nested_count(format, rows, cols) > 0) m.nested = nested.floats();
+    if (format == NF4) m.offset = offset.floats();
+    if (format == FP8) m.block_rows = blocks.rows, m.block_cols = blocks.cols, m.scale_dtype = blocks.dtype;
     if (random() % 2) m.bias = bias.bytes();
+  }
+
+ private:
+  // Any bytes where all of them are numbers; of powers of two mostly such that sums stay finite.
+  void fill_scales(Random& random) {
+    const int64_t bytes = scale_bytes(m.format, m.rows, m.cols, blocks);
+    if (m.format == FP8 && blocks.dtype != EXPONENT8) {
+      const int64_t count = blocks.count(m.rows, m.cols);
+      Numbers numbers(random, blocks.dtype, count, 0.01f);
+      std::memcpy(scales.bytes(), numbers.bytes(), static_cast<size_t>(bytes));
+      return;
+    }
+    scales.fill(random);
+    if (m.format == INT8)  // fp16 of at most 2, never infinite
+      for (int64_t i = 1; i < bytes; i += 2) scales.bytes()[i] &= 0x3f;
+    if ((m.format == MXFP4 || m.format == FP8) && random() % 4 != 0)
+      for (int64_t i = 0; i < bytes; ++i)
+        scales.bytes()[i] = static_cast<uint8_t>(112 + scales.bytes()[i] % 16);
   }
 };
 
@@ -186,7 +240,9 @@ void same_bytes(Buffer& a, Buffer& b, int64_t bytes, const char* what) {
 }
 
 void use_linear(Random& random) {
-  const int64_t rows = a_size(random), cols = a_size(random);
+  const bool wide = random() % 8 == 0;  // inputs beyond FIRST_CACHE and STRETCH
+  const int64_t rows = wide ? between(random, 1, 5) : a_size(random);
+  const int64_t cols = wide ? 64 * between(random, 65, 600) + (random() % 4 ? 0 : 1) : a_size(random);
   const int64_t tokens = random() % 10 == 0 ? 130 : between(random, 1, 9);
   Weights w(random, a_format(random), rows, cols);
   const int32_t dtype = a_dtype(random), activations = an_activation(random);
@@ -330,7 +386,7 @@ void use_the_rest(Random& random) {
   const int32_t format = random() % 2 ? Q3 : Q2;
   const int64_t rows = between(random, 1, 4), cols = (numbers + rows - 1) / rows;
   Buffer matrix(random, rows * cols * bytes_of(dtype)), low(random, codes_bytes(format, rows, cols));
-  Buffer low_scales(random, scale_bytes(format, rows, cols)), row_scales(random, 4 * rows);
+  Buffer low_scales(random, rows * low_blocks(format, cols)), row_scales(random, 4 * rows);
   matrix.fill(random);  // any numbers, and none
   require(moe_low_encode(matrix.bytes(), dtype, rows, cols, format, low.bytes(), low_scales.bytes(),
                          row_scales.floats(), threads) == OK,

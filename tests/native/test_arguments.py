@@ -67,10 +67,32 @@ def test_a_wrong_product_is_refused(packed: Any, lib: Any, format: str, wrong: s
     assert (call.y.take() == 3.0).all()
 
 
-@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("format", ["nf4", "int8", "q3", "q2", "mxfp4", "fp8"])
 def test_a_product_without_scales_is_refused(packed: Any, lib: Any, format: str) -> None:
     call = Linear(packed, format)
     call.m.scales = None
+    assert call(lib) == BAD_ARGUMENT
+
+
+@pytest.mark.parametrize("format", ["q3", "q2"])
+def test_q3_and_q2_need_the_scales_of_their_rows(packed: Any, lib: Any, format: str) -> None:
+    call = Linear(packed, format)
+    call.m.nested = None
+    assert call(lib) == BAD_ARGUMENT
+
+
+@pytest.mark.parametrize("size", [0, -128])
+@pytest.mark.parametrize("part", ["block_rows", "block_cols"])
+def test_fp8_needs_blocks(packed: Any, lib: Any, part: str, size: int) -> None:
+    call = Linear(packed, "fp8")
+    setattr(call.m, part, size)
+    assert call(lib) == BAD_ARGUMENT
+
+
+@pytest.mark.parametrize("dtype", [-1, 4])
+def test_fp8_scales_of_no_dtype_are_refused(packed: Any, lib: Any, dtype: int) -> None:
+    call = Linear(packed, "fp8")
+    call.m.scale_dtype = dtype
     assert call(lib) == BAD_ARGUMENT
 
 

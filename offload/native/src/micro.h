@@ -26,7 +26,7 @@ inline float micro_scale(const Matrix& m, int64_t index) {
 
 // The first scale of an FP8 row.
 inline int64_t first_scale(const Matrix& m, int64_t row) {
-  return row / m.block_rows * ((m.cols + m.block_cols - 1) / m.block_cols);
+  return row / m.block_rows * ((m.cols - 1) / m.block_cols + 1);  // blocks may be larger than any matrix
 }
 
 // Where the scale ends that column `c` has, at most at `end`.
