@@ -1,4 +1,4 @@
-"""The clients of serve.py, in a process of their own, which knows no more of moe-local than its address.
+"""The clients of serving.py, in a process of their own, which knows no more of moe-local than its address.
 
 Lines in: {"clients", "prompts": [ids, ...], "tokens"}. Lines out: {"seconds", "tokens", "ttft_s": [...],
 "tpot_s": [...], "answers": [text, ...]}, a time for each request, a text for each prompt.

@@ -12,8 +12,8 @@ answers must be the same. The first round warms up and does not count. Every cas
            the tokens between: medians and 95th percentiles over all requests
   brought  experts that had to be brought (misses), and bytes read or copied, by new tokens: prompts included
 
-Run: python benchmarks/serve.py MODEL [--clients 1 2 4 8] [--slots 4] [--tokens 32] [--rounds 7]
-     python benchmarks/serve.py --synthetic mixtral-8x7b --layers 4 --device cpu --dense nf4 --slots 4
+Run: python benchmarks/serving.py MODEL [--clients 1 2 4 8] [--slots 4] [--tokens 32] [--rounds 7]
+     python benchmarks/serving.py --synthetic mixtral-8x7b --layers 4 --device cpu --dense nf4 --slots 4
 The last line printed is one JSON object; --json also writes it to FILE.
 """
 

@@ -1,4 +1,4 @@
-"""serve.py as a command: the same answers however many ask at a time, figures that add up, bad arguments."""
+"""serving.py as a command: the same answers however many ask at a time, figures that add up, bad input."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_together_and_one_at_a_time(
         "1",
     ]
     arguments += ["--tokens", "4", "--prompt-tokens", "8", "--json", str(tmp_path / "result.json")]
-    import_benchmark("serve").main(arguments)
+    import_benchmark("serving").main(arguments)
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
     assert json.loads((tmp_path / "result.json").read_text()) == result
@@ -55,6 +55,6 @@ def test_what_cannot_be_measured_is_refused(
     arguments: list[str], words: str, import_benchmark: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as refused:
-        import_benchmark("serve").main(arguments)
+        import_benchmark("serving").main(arguments)
     assert refused.value.code == 2
     assert words in capsys.readouterr().err
