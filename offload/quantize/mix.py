@@ -177,11 +177,16 @@ class Mix:
 
 def even_mix(experts: str, spec: ModelSpec, formats: Sequence[str] | None = None) -> Mix:
     """The mix that knows nothing of the weights: the two formats nearest to the bits asked for, the larger
-    one given out evenly over the experts. Never more bytes than asked for. For plans; raises as `check_bits`.
+    one given out evenly over the experts. Never more bytes than asked for. `formats`: None for those worth
+    choosing from. For plans; raises as `check_bits`.
     """
+    if formats is None:
+        from moe_local.offload.allocation.expected import candidates  # which measures codecs, once
+
+        formats = candidates(spec.dtype)
     bits = check_bits(experts, spec, formats=formats)
     budget = int(bits * spec.expert_numel / 8)
-    total = {name: uniform_bytes(spec, name) for name in (codecs() if formats is None else formats)}
+    total = {name: uniform_bytes(spec, name) for name in formats}
     low = max((name for name in total if total[name] <= budget), key=total.__getitem__)
     high = min((name for name in total if total[name] >= budget), key=total.__getitem__)
     share = (budget - total[low]) / max(1, total[high] - total[low])
