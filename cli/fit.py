@@ -48,6 +48,7 @@ def show_plan(plan: Plan) -> None:
     from moe_local.offload.quantize.mix import is_mixed
 
     request, spec, sizes = plan.request, plan.request.spec, plan.bytes
+    each = ("up to " if is_mixed(request.experts) else "") + format_bytes(sizes.expert)
     click.echo(
         f"{request.model}: {spec.architecture}, {count(spec.total_numel)} parameters "
         f"({count(spec.active_numel)} active), {len(spec.layers)} MoE layers of {spec.num_experts} experts, "
@@ -58,10 +59,7 @@ def show_plan(plan: Plan) -> None:
         ("dense part", f"{format_bytes(sizes.dense)} ({request.dense})"),
         ("KV cache", f"{format_bytes(sizes.kv)} ({request.context} tokens)"),
         ("workspace", f"{format_bytes(sizes.workspace)} (prompts in chunks of {plan.chunk} tokens)"),
-        (
-            "experts",
-            f"{format_bytes(sizes.experts_total)} ({request.experts}, {format_bytes(sizes.expert)} each)",
-        ),
+        ("experts", f"{format_bytes(sizes.experts_total)} ({request.experts}, {each} each)"),
     ]
     if is_mixed(request.experts):
         rows.append(("mix", _mix(plan)))

@@ -27,6 +27,16 @@ def test_the_whole_text(invoke, home):
     )
 
 
+def test_a_mix_says_what_it_is_of(invoke, home):
+    result = invoke(*MIXTRAL, "--dense", "int8", "--experts", "auto")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert "  experts     20.0 GiB (mixed:3.82, up to 86.7 MiB each)" in lines
+    (mix,) = (line for line in lines if line.startswith("  mix  "))
+    assert mix.startswith("  mix         3.82 bits a weight: 64 % nf4, 36 % q3 (perplexity up some ")
+    assert "  mode        resident: all experts stay in VRAM" in lines
+
+
 def test_json(invoke, home):
     result = invoke(*MIXTRAL, "--json")
     assert result.exit_code == 0
