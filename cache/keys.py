@@ -1,9 +1,8 @@
-"""Names of the smallest things: an expert, a tier, a number of bytes."""
+"""Names of the smallest things: an expert, a number of bytes."""
 
 from __future__ import annotations
 
 import re
-from enum import StrEnum
 from typing import NamedTuple
 
 from moe_local.cache.errors import OptionError
@@ -18,14 +17,6 @@ class ExpertKey(NamedTuple):
 
     layer: int
     expert: int
-
-
-class Tier(StrEnum):
-    """Where an expert can be, fastest first."""
-
-    VRAM = "vram"
-    RAM = "ram"
-    DISK = "disk"
 
 
 def parse_bytes(text: str | int | float, what: str = "size") -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
+from moe_local.offload.quantize.layout import Layout, TensorSpec
+from moe_local.offload.quantize.matrix_codec import MatrixCodec, Part
 from moe_local.offload.quantize.parallel import for_rows
-from moe_local.offload.quantize.views import check_finite, copy_exactly, segment_view, zero_padding
+from moe_local.offload.quantize.views import check_finite, segment_view
 
 BLOCK = 128
 """Rows and columns of a block where a checkpoint does not say otherwise."""
@@ -55,7 +56,7 @@ def exponents(scale: torch.Tensor) -> torch.Tensor:
     return bits.masked_fill_(scale == 0, 1 << 22).view(torch.float32)  # 2^-127 is below the normal numbers
 
 
-class FP8Codec:
+class FP8Codec(MatrixCodec):
     """8.002 bits a weight: E4M3 with a float32 scale for 128 x 128 weights, laid out as DeepSeek-V3 is.
 
     E4M3 keeps a share of each weight, 1/16 at worst, over more than four orders of magnitude, so that smaller
@@ -63,39 +64,23 @@ class FP8Codec:
     """
 
     name = "fp8"
-    exact = False
 
-    def layout(self, tensors: Sequence[TensorSpec]) -> Layout:
-        """Segments q and scale for a matrix, "values" for a bias."""
-        parts: list[tuple[str, str, str, tuple[int, ...]]] = []
-        for tensor in tensors:
-            if len(tensor.shape) < 2:
-                parts.append((tensor.name, "values", "float32", tensor.shape))
-                continue
-            rows, cols = tensor.shape
-            parts.append((tensor.name, "q", "float8_e4m3fn", (rows, cols)))
-            parts.append((tensor.name, "scale", "float32", (-(-rows // BLOCK), -(-cols // BLOCK))))
-        return make_layout(self.name, tensors, parts)
+    def matrix_parts(self, rows: int, cols: int) -> Sequence[Part]:
+        return [
+            ("q", "float8_e4m3fn", (rows, cols)),
+            ("scale", "float32", (-(-rows // BLOCK), -(-cols // BLOCK))),
+        ]
 
-    def encode(self, tensors: Mapping[str, torch.Tensor], layout: Layout, out: torch.Tensor) -> None:
-        """Write the expert into `out`, uint8 [layout.nbytes] on the CPU.
+    def encode_matrix(self, name: str, weights: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
+        """Raises CheckpointError for NaN and infinity. No number of q is NaN."""
+        q, scale = (segment_view(out, part) for part in layout.parts(name))
+        _quantize(name, weights, q, scale)
 
-        Raises CheckpointError for NaN and infinity. No number of q is NaN.
-        """
-        for tensor in layout.tensors:
-            if len(tensor.shape) < 2:
-                (segment,) = layout.parts(tensor.name)
-                copy_exactly(tensor.name, tensors[tensor.name], segment_view(out, segment), "fp32")
-            else:
-                parts = {part.part: segment_view(out, part) for part in layout.parts(tensor.name)}
-                _quantize(tensor.name, tensors[tensor.name], parts["q"], parts["scale"])
-        zero_padding(out, layout)
-
-    def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """New tensors in `dtype` on the buffer's device and current stream."""
-        from moe_local.offload.quantize.stored import StoredDecoder
-
-        return StoredDecoder().decode(buffer, layout, dtype)
+    def decode_matrix(
+        self, buffer: torch.Tensor, layout: Layout, tensor: TensorSpec, dtype: torch.dtype
+    ) -> torch.Tensor:
+        q, scale = (segment_view(buffer, part) for part in layout.parts(tensor.name))
+        return dequantize_fp8(q, scale, dtype)
 
 
 def _quantize(name: str, weights: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
+from moe_local.offload.quantize.layout import Layout, TensorSpec
+from moe_local.offload.quantize.matrix_codec import MatrixCodec, Part
 from moe_local.offload.quantize.parallel import for_rows
-from moe_local.offload.quantize.views import check_finite, copy_exactly, segment_view, zero_padding
+from moe_local.offload.quantize.views import check_finite, segment_view
 
 BLOCK = 64
 """Columns of a row that share one scale; the last ones of a row may be fewer."""
@@ -37,50 +38,23 @@ def int8_matrix(buffer: torch.Tensor, layout: Layout, name: str) -> Int8Matrix:
     return Int8Matrix(parts["q"], parts["scale"])
 
 
-class Int8Codec:
+class Int8Codec(MatrixCodec):
     """8.25 bits a weight. Matrices are quantized to the nearest, symmetrically; biases stay float32."""
 
     name = "int8"
-    exact = False
 
-    def layout(self, tensors: Sequence[TensorSpec]) -> Layout:
-        """Segments q and scale for a matrix, "values" for a bias."""
-        parts: list[tuple[str, str, str, tuple[int, ...]]] = []
-        for tensor in tensors:
-            if len(tensor.shape) < 2:
-                parts.append((tensor.name, "values", "float32", tensor.shape))
-                continue
-            rows, cols = tensor.shape
-            parts += [
-                (tensor.name, "q", "int8", (rows, cols)),
-                (tensor.name, "scale", "float16", (rows, -(-cols // BLOCK))),
-            ]
-        return make_layout(self.name, tensors, parts)
+    def matrix_parts(self, rows: int, cols: int) -> Sequence[Part]:
+        return [("q", "int8", (rows, cols)), ("scale", "float16", (rows, -(-cols // BLOCK)))]
 
-    def encode(self, tensors: Mapping[str, torch.Tensor], layout: Layout, out: torch.Tensor) -> None:
-        """Write the expert into `out`, uint8 [layout.nbytes] on the CPU.
+    def encode_matrix(self, name: str, weights: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
+        """Computed where the weights are, to the same bits. Raises CheckpointError for NaN, infinity, and
+        weights beyond 127 times the largest fp16 number."""
+        _quantize(name, weights, int8_matrix(out, layout, name))
 
-        Computed where the tensors are, to the same bits. Raises CheckpointError for NaN, infinity, and
-        weights beyond 127 times the largest fp16 number.
-        """
-        for tensor in layout.tensors:
-            if len(tensor.shape) < 2:
-                (segment,) = layout.parts(tensor.name)
-                copy_exactly(tensor.name, tensors[tensor.name], segment_view(out, segment), "fp32")
-            else:
-                _quantize(tensor.name, tensors[tensor.name], int8_matrix(out, layout, tensor.name))
-        zero_padding(out, layout)
-
-    def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """New tensors in `dtype` (float32, bfloat16 or float16) on the buffer's device and current stream."""
-        decoded = {}
-        for tensor in layout.tensors:
-            if len(tensor.shape) < 2:
-                (segment,) = layout.parts(tensor.name)
-                decoded[tensor.name] = segment_view(buffer, segment).to(dtype)
-            else:
-                decoded[tensor.name] = dequantize(int8_matrix(buffer, layout, tensor.name), dtype)
-        return decoded
+    def decode_matrix(
+        self, buffer: torch.Tensor, layout: Layout, tensor: TensorSpec, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return dequantize(int8_matrix(buffer, layout, tensor.name), dtype)
 
 
 def dequantize(matrix: Int8Matrix, dtype: torch.dtype) -> torch.Tensor:

@@ -8,24 +8,23 @@ docs/log.md what else was tried.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
+from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.low_blocks import (
-    CHUNK,
-    DEVICE_CHUNK,
     STEPS,
     THIRD_BITS,
     LowFormat,
     LowParts,
     quantize_rows,
 )
-from moe_local.offload.quantize.parallel import for_each
-from moe_local.offload.quantize.views import check_finite, copy_exactly, segment_view, zero_padding
+from moe_local.offload.quantize.matrix_codec import MatrixCodec, Part
+from moe_local.offload.quantize.parallel import for_rows
+from moe_local.offload.quantize.views import check_finite, segment_view
 
 
 def low_matrix(buffer: torch.Tensor, layout: Layout, name: str) -> LowParts:
@@ -34,70 +33,41 @@ def low_matrix(buffer: torch.Tensor, layout: Layout, name: str) -> LowParts:
     return LowParts(parts["q"], parts["scale"], parts["row_scale"])
 
 
-class LowCodec:
+class LowCodec(MatrixCodec):
     """q3: 3.25 bits a weight, blocks of 32; q2: 2.5 bits, blocks of 16; and 32 bits a row.
 
     Matrices are quantized by rows, each block with the scale byte that has the least squared error; biases
     stay float32.
     """
 
-    exact = False
-
     def __init__(self, format: LowFormat) -> None:
         self.name = format.name
         self.format = format
 
-    def layout(self, tensors: Sequence[TensorSpec]) -> Layout:
-        """Segments q, scale and row_scale for a matrix, "values" for a bias."""
-        parts: list[tuple[str, str, str, tuple[int, ...]]] = []
-        for tensor in tensors:
-            if len(tensor.shape) < 2:
-                parts.append((tensor.name, "values", "float32", tensor.shape))
-                continue
-            rows, cols = tensor.shape
-            blocks = self.format.blocks(cols)
-            parts += [
-                (tensor.name, "q", "uint8", (rows, self.format.planes, 4 * blocks)),
-                (tensor.name, "scale", "uint8", (rows, blocks)),
-                (tensor.name, "row_scale", "float32", (rows,)),
-            ]
-        return make_layout(self.name, tensors, parts)
+    def matrix_parts(self, rows: int, cols: int) -> Sequence[Part]:
+        blocks = self.format.blocks(cols)
+        return [
+            ("q", "uint8", (rows, self.format.planes, 4 * blocks)),
+            ("scale", "uint8", (rows, blocks)),
+            ("row_scale", "float32", (rows,)),
+        ]
 
-    def encode(self, tensors: Mapping[str, torch.Tensor], layout: Layout, out: torch.Tensor) -> None:
-        """Write the expert into `out`, uint8 [layout.nbytes] on the CPU.
-
-        Computed where the tensors are, to the same bits. Raises CheckpointError for NaN, infinity, and rows
-        whose weights are further apart than float32 can say.
-        """
-        for tensor in layout.tensors:
-            if len(tensor.shape) < 2:
-                (segment,) = layout.parts(tensor.name)
-                copy_exactly(tensor.name, tensors[tensor.name], segment_view(out, segment), "fp32")
-            else:
-                self._quantize(tensor.name, tensors[tensor.name], low_matrix(out, layout, tensor.name))
-        zero_padding(out, layout)
-
-    def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """New tensors in `dtype` (float32, bfloat16 or float16) on the buffer's device and current stream."""
-        decoded = {}
-        for tensor in layout.tensors:
-            if len(tensor.shape) < 2:
-                (segment,) = layout.parts(tensor.name)
-                decoded[tensor.name] = segment_view(buffer, segment).to(dtype)
-            else:
-                matrix = low_matrix(buffer, layout, tensor.name)
-                decoded[tensor.name] = dequantize(matrix, self.format, tensor.shape[1], dtype)
-        return decoded
-
-    def _quantize(self, name: str, weights: torch.Tensor, out: LowParts) -> None:
-        """Fill `out`, which lies on the CPU."""
-        quantize_rows(weights, self.format, out)
-        if not bool(torch.isfinite(out.row_scale).all()):
+    def encode_matrix(self, name: str, weights: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
+        """Computed where the weights are, to the same bits. Raises CheckpointError for NaN, infinity, and
+        rows whose weights are further apart than float32 can say."""
+        matrix = low_matrix(out, layout, name)
+        quantize_rows(weights, self.format, matrix)
+        if not bool(torch.isfinite(matrix.row_scale).all()):
             check_finite(name, weights)
             raise CheckpointError(
                 f"{name} has weights up to {float(weights.abs().max()):.4g}, too large for {self.name}; "
                 "use bf16 or fp32"
             )
+
+    def decode_matrix(
+        self, buffer: torch.Tensor, layout: Layout, tensor: TensorSpec, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return dequantize(low_matrix(buffer, layout, tensor.name), self.format, tensor.shape[1], dtype)
 
 
 def dequantize(matrix: LowParts, format: LowFormat, cols: int, dtype: torch.dtype) -> torch.Tensor:
@@ -118,14 +88,7 @@ def dequantize(matrix: LowParts, format: LowFormat, cols: int, dtype: torch.dtyp
         scaled = (level * steps[scale & 15].unsqueeze(2)).flatten(1)[:, :cols]
         values[part] = (scaled * matrix.row_scale[part, None]).to(dtype)
 
-    on_cpu = device.type == "cpu"
-    step = max(1, (CHUNK if on_cpu else DEVICE_CHUNK) // max(1, cols))
-    parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-    if on_cpu:
-        for_each(parts, work)
-    else:
-        for part in parts:
-            work(part)
+    for_rows(values, work)
     return values
 
 

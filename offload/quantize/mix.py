@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_local.cache.errors import ExpertFileError, OptionError
 from moe_local.offload.quantize.codec import codec_for, codecs
@@ -150,29 +149,6 @@ class Mix:
         """How many experts have each format, the least known first, as `codecs` has them."""
         every = [format for layer in self.formats for format in layer]
         return {name: every.count(name) for name in codecs() if name in every}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return {"name": self.name, "formats": [list(layer) for layer in self.formats]}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Mix:
-        """The inverse of `to_dict`. Raises ExpertFileError for what is no mix."""
-        try:
-            return cls(fields["name"], tuple(tuple(map(str, layer)) for layer in fields["formats"]))
-        except (KeyError, TypeError) as error:
-            raise ExpertFileError(f"this is no mix of formats ({error!r}); {_REMEDY}") from error
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict())
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Mix:
-        """Raises ExpertFileError for what is no mix."""
-        try:
-            return cls.from_dict(json.loads(text))
-        except ValueError as error:
-            raise ExpertFileError(f"this is no mix of formats ({error}); {_REMEDY}") from error
 
 
 def even_mix(experts: str, spec: ModelSpec, formats: Sequence[str] | None = None) -> Mix:

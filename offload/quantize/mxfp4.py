@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,9 +10,10 @@ import torch
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.quantize.fp8 import exponents
-from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
+from moe_local.offload.quantize.layout import Layout, TensorSpec
+from moe_local.offload.quantize.matrix_codec import MatrixCodec, Part
 from moe_local.offload.quantize.parallel import for_rows
-from moe_local.offload.quantize.views import check_finite, copy_exactly, segment_view, zero_padding
+from moe_local.offload.quantize.views import check_finite, segment_view
 
 BLOCK = 32
 """Columns of a row that share a scale; the last ones of a row may be fewer."""
@@ -33,7 +34,13 @@ class MXFP4Matrix(NamedTuple):
     """uint8 [M, ceil(N / 32)], biased exponents (E8M0)."""
 
 
-class MXFP4Codec:
+def mxfp4_matrix(buffer: torch.Tensor, layout: Layout, name: str) -> MXFP4Matrix:
+    """Matrix `name` of the expert in `buffer` (uint8, any device), without copying."""
+    parts = {segment.part: segment_view(buffer, segment) for segment in layout.parts(name)}
+    return MXFP4Matrix(parts["q"], parts["scale"])
+
+
+class MXFP4Codec(MatrixCodec):
     """4.25 bits a weight, laid out as gpt-oss is published. Biases stay float32.
 
     The specification (section 6.3) lets a block's largest weight decide its exponent, so that it lands in 4
@@ -43,39 +50,18 @@ class MXFP4Codec:
     """
 
     name = "mxfp4"
-    exact = False
 
-    def layout(self, tensors: Sequence[TensorSpec]) -> Layout:
-        """Segments q and scale for a matrix, "values" for a bias."""
-        parts: list[tuple[str, str, str, tuple[int, ...]]] = []
-        for tensor in tensors:
-            if len(tensor.shape) < 2:
-                parts.append((tensor.name, "values", "float32", tensor.shape))
-                continue
-            rows, cols = tensor.shape
-            parts.append((tensor.name, "q", "uint8", (rows, -(-cols // 2))))
-            parts.append((tensor.name, "scale", "uint8", (rows, -(-cols // BLOCK))))
-        return make_layout(self.name, tensors, parts)
+    def matrix_parts(self, rows: int, cols: int) -> Sequence[Part]:
+        return [("q", "uint8", (rows, -(-cols // 2))), ("scale", "uint8", (rows, -(-cols // BLOCK)))]
 
-    def encode(self, tensors: Mapping[str, torch.Tensor], layout: Layout, out: torch.Tensor) -> None:
-        """Write the expert into `out`, uint8 [layout.nbytes] on the CPU.
+    def encode_matrix(self, name: str, weights: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
+        """Raises CheckpointError for NaN and infinity, and weights of 3.5 * 2^126 and more."""
+        _quantize(name, weights, mxfp4_matrix(out, layout, name))
 
-        Raises CheckpointError for NaN and infinity, and weights of 3.5 * 2^126 and more.
-        """
-        for tensor in layout.tensors:
-            if len(tensor.shape) < 2:
-                (segment,) = layout.parts(tensor.name)
-                copy_exactly(tensor.name, tensors[tensor.name], segment_view(out, segment), "fp32")
-            else:
-                parts = {part.part: segment_view(out, part) for part in layout.parts(tensor.name)}
-                _quantize(tensor.name, tensors[tensor.name], MXFP4Matrix(parts["q"], parts["scale"]))
-        zero_padding(out, layout)
-
-    def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """New tensors in `dtype` on the buffer's device and current stream."""
-        from moe_local.offload.quantize.stored import StoredDecoder
-
-        return StoredDecoder().decode(buffer, layout, dtype)
+    def decode_matrix(
+        self, buffer: torch.Tensor, layout: Layout, tensor: TensorSpec, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return dequantize_mxfp4(*mxfp4_matrix(buffer, layout, tensor.name), dtype, tensor.shape[1])
 
 
 def dequantize_mxfp4(

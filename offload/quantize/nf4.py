@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.quantize.bnb import bitsandbytes_ops, dynamic_map
-from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
+from moe_local.offload.quantize.layout import Layout, TensorSpec
+from moe_local.offload.quantize.matrix_codec import MatrixCodec, Part
 from moe_local.offload.quantize.nf4_blocks import BLOCK as BLOCK
 from moe_local.offload.quantize.nf4_blocks import quantize_blocks
 from moe_local.offload.quantize.nf4_scales import NESTED_BLOCK as NESTED_BLOCK
 from moe_local.offload.quantize.nf4_scales import quantize_scales
-from moe_local.offload.quantize.views import check_finite, copy_exactly, segment_view, zero_padding
+from moe_local.offload.quantize.views import check_finite, segment_view
 
 
 class NF4Matrix(NamedTuple):
@@ -42,7 +43,7 @@ def nf4_matrix(buffer: torch.Tensor, layout: Layout, name: str) -> NF4Matrix:
     return NF4Matrix(shape, parts["q"], parts["absmax"], parts["absmax_scale"], parts["offset"])
 
 
-class NF4Codec:
+class NF4Codec(MatrixCodec):
     """4.127 bits a weight. Matrices are quantized, each as a whole; biases stay float32.
 
     Source: QLoRA (arXiv 2305.14314) as in bitsandbytes.functional.quantize_4bit(quant_type="nf4",
@@ -50,48 +51,25 @@ class NF4Codec:
     """
 
     name = "nf4"
-    exact = False
 
-    def layout(self, tensors: Sequence[TensorSpec]) -> Layout:
-        """Segments q, absmax, absmax_scale and offset for a matrix, "values" for a bias."""
-        parts: list[tuple[str, str, str, tuple[int, ...]]] = []
-        for tensor in tensors:
-            if len(tensor.shape) < 2:
-                parts.append((tensor.name, "values", "float32", tensor.shape))
-                continue
-            blocks = -(-tensor.numel // BLOCK)
-            parts += [
-                (tensor.name, "q", "uint8", (-(-tensor.numel // 2),)),
-                (tensor.name, "absmax", "uint8", (blocks,)),
-                (tensor.name, "absmax_scale", "float32", (-(-blocks // NESTED_BLOCK),)),
-                (tensor.name, "offset", "float32", ()),
-            ]
-        return make_layout(self.name, tensors, parts)
+    def matrix_parts(self, rows: int, cols: int) -> Sequence[Part]:
+        blocks = -(-rows * cols // BLOCK)
+        return [
+            ("q", "uint8", (-(-rows * cols // 2),)),
+            ("absmax", "uint8", (blocks,)),
+            ("absmax_scale", "float32", (-(-blocks // NESTED_BLOCK),)),
+            ("offset", "float32", ()),
+        ]
 
-    def encode(self, tensors: Mapping[str, torch.Tensor], layout: Layout, out: torch.Tensor) -> None:
-        """Write the expert into `out`, uint8 [layout.nbytes] on the CPU.
+    def encode_matrix(self, name: str, weights: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
+        """Computed where the weights are, to the same bits, save the scales' own quantization, which is the
+        CPU's. Raises CheckpointError for NaN and infinity."""
+        _quantize(name, weights, nf4_matrix(out, layout, name))
 
-        Computed where the tensors are, to the same bits, save the scales' own quantization, which is the
-        CPU's. Raises CheckpointError for NaN and infinity.
-        """
-        for tensor in layout.tensors:
-            if len(tensor.shape) < 2:
-                (segment,) = layout.parts(tensor.name)
-                copy_exactly(tensor.name, tensors[tensor.name], segment_view(out, segment), "fp32")
-            else:
-                _quantize(tensor.name, tensors[tensor.name], nf4_matrix(out, layout, tensor.name))
-        zero_padding(out, layout)
-
-    def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """New tensors in `dtype` (float32, bfloat16 or float16) on the buffer's device and current stream."""
-        decoded = {}
-        for tensor in layout.tensors:
-            if len(tensor.shape) < 2:
-                (segment,) = layout.parts(tensor.name)
-                decoded[tensor.name] = segment_view(buffer, segment).to(dtype)
-            else:
-                decoded[tensor.name] = dequantize(nf4_matrix(buffer, layout, tensor.name), dtype)
-        return decoded
+    def decode_matrix(
+        self, buffer: torch.Tensor, layout: Layout, tensor: TensorSpec, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return dequantize(nf4_matrix(buffer, layout, tensor.name), dtype)
 
 
 def dequantize(matrix: NF4Matrix, dtype: torch.dtype) -> torch.Tensor:

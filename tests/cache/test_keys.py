@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from moe_local.cache.errors import OptionError
-from moe_local.cache.keys import ExpertKey, Tier, format_bytes, parse_bytes
+from moe_local.cache.keys import ExpertKey, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -42,4 +42,3 @@ def test_sizes_are_written(count: int, text: str) -> None:
 
 def test_names() -> None:
     assert ExpertKey(layer=1, expert=2) == (1, 2)
-    assert Tier("vram") is Tier.VRAM
