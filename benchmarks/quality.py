@@ -114,7 +114,6 @@ class Judge:
         """`groups` names the text of each window; `exact` the format that keeps the weights."""
         self.windows, self.groups = windows, groups
         self._hf, self._decoded = hf, decoded
-        self._reference: list[torch.Tensor] = []
         self.exact = [[exact] * layer.num_experts for layer in decoded._checkpoint.spec.layers]
         self._reference = list(self._logs(self.exact))
 

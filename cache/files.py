@@ -57,11 +57,23 @@ def write_bytes_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes]
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(target.parent, os.O_RDONLY)
+    sync_folder(target.parent)
+
+
+def nearest_folder(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring renames and removals in `folder` to the disk. Windows cannot open a folder and needs none."""
+    if os.name == "nt":
+        return
+    file = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(file)
     finally:
-        os.close(folder)
+        os.close(file)
 
 
 @contextmanager
@@ -86,7 +98,7 @@ def _remove_leftovers(target: Path) -> None:
     """What writers of this file left that were killed: a living one holds a lock on its own."""
     if fcntl is None:
         return
-    for found in target.parent.glob(f".{glob.escape(target.name)}.????????"):
+    for found in target.parent.glob(f".{glob.escape(target.name)}." + 8 * "[0-9a-f]"):
         with suppress(OSError):  # somebody is writing it, or another removed it
             file = os.open(found, os.O_RDONLY)
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 from moe_local.cache.policy import EvictionPolicy
 from moe_local.cache.slots import SlotPool
@@ -50,21 +50,27 @@ class SizedSlotPool(SlotPool):
         return any(self._sizes[slot] >= need for slot in self.free)
 
     def fits(self, experts: Sequence[int]) -> bool:
-        present = self.table.keys() - self.staged
-        taken = {self.table[expert] for expert in present.intersection(experts)}
+        absent = [e for e in experts if e not in self.table or e in self.staged]
+        if not absent:
+            return True
+        taken = {self.table[e] for e in experts if e in self.table and e not in self.staged}
         there = [size for slot, size in enumerate(self._sizes) if slot not in taken]
-        return not _deficiency(there, [self._need(e) for e in experts if e not in present])
+        return not _deficiency(there, map(self._need, absent))
 
     def at_once(self, experts: Sequence[int]) -> list[int]:
-        chosen: list[int] = []
+        left, chosen = sorted(self._sizes), []
         for expert in experts:
-            if not _deficiency(self._sizes, [self._need(e) for e in (*chosen, expert)]):
+            best = bisect_left(left, self._need(expert))
+            if best < len(left):
+                del left[best]
                 chosen.append(expert)
         return chosen
 
     def lacking(self, experts: Container[int], absent: Sequence[int]) -> int:
+        if not absent:
+            return 0
         usable = [*self.free, *(self.table[e] for e in self._evictable(self.table, experts))]
-        return _deficiency([self._sizes[slot] for slot in usable], [self._need(e) for e in absent])
+        return _deficiency([self._sizes[slot] for slot in usable], map(self._need, absent))
 
     def victims(self, keep: Container[int], absent: Sequence[int], *, pinned: bool = False) -> list[int]:
         candidates = list(self._coldest_but(keep) if pinned else self._evictable(self.policy.coldest(), keep))
@@ -104,7 +110,7 @@ class SizedSlotPool(SlotPool):
                 yield f"expert {expert} is in slot {slot} of {self._sizes[slot]} bytes, which is too small"
 
 
-def _deficiency(slots: Sequence[int], experts: Sequence[int]) -> int:
+def _deficiency(slots: Sequence[int], experts: Iterable[int]) -> int:
     """How many of these experts at least find no slot, by the sizes of both.
 
     Whatever takes an expert takes all smaller ones, so it is enough to count from the largest (Hall).

@@ -20,7 +20,7 @@ from moe_local.cli.live import LiveAnswer
 from moe_local.cli.options import Sampling, debug_flag, load_flags, sampling_flags
 from moe_local.cli.prompt import Messages, can_edit
 from moe_local.cli.render import ProgressBar, print_status, status_line
-from moe_local.cli.server.text import OPEN_THOUGHT, AnswerParser, Piece
+from moe_local.cli.server.text import AnswerParser, Piece, opens_thought
 
 if TYPE_CHECKING:
     from moe_local import Model
@@ -111,6 +111,8 @@ class Chat:
             if not self._interactive:
                 raise
             click.echo("\nstopped")
+        except click.Abort:
+            click.echo("not loaded")
         except Exception as error:
             _say(error)
         return True
@@ -144,7 +146,9 @@ class Chat:
         except Exception as error:
             _say(error)
             return
-        parser = AnswerParser(thinking=self._opens_thought(stream.prompt_ids))
+        tokenizer = self.model.tokenizer
+        thinking = tokenizer is not None and opens_thought(tokenizer, stream.prompt_ids)
+        parser = AnswerParser(thinking=thinking)
         text = ""
 
         def shown(pieces: Iterable[Piece], view: AnswerView) -> None:
@@ -179,11 +183,6 @@ class Chat:
         cut = {None: " | stopped", "length": " | cut off"}.get(stream.finish_reason, "")
         if self.verbose:
             print_status(status_line(stream.stats) + cut)
-
-    def _opens_thought(self, ids: list[int]) -> bool:
-        """Whether the prompt ends inside a thought, as some templates do."""
-        tokenizer = self.model.tokenizer
-        return tokenizer is not None and tokenizer.decode(ids[-8:]).rstrip().endswith(OPEN_THOUGHT)
 
     @contextlib.contextmanager
     def _shown(self) -> Iterator[Callable[[Token], str | None]]:

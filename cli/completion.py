@@ -13,6 +13,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
+from moe_local.cache.files import parse_json
+
 PROGRAM = "moe-local"
 VARIABLE = "_MOE_LOCAL_COMPLETE"
 """What click reads to know that a shell asks; made from the program's name."""
@@ -62,15 +64,21 @@ def model_names() -> Iterator[str]:
 
 
 def _downloaded() -> list[str]:
-    """Hub ids in the Hub cache with a config that speaks of experts. Reads file names and configs only."""
+    """Hub ids in the Hub cache, downloads that were begun among them, with a config that speaks of experts.
+    Reads file names and configs only."""
     from huggingface_hub import constants
 
     found = []
     for config in Path(constants.HF_HUB_CACHE).glob("models--*--*/snapshots/*/config.json"):
-        try:
-            fields = json.loads(config.read_bytes())
-        except (OSError, ValueError):
-            continue
-        if isinstance(fields, dict) and "expert" in json.dumps([*fields, fields.get("text_config")]):
+        if speaks_of_experts(config):
             found.append(config.parents[2].name.removeprefix("models--").replace("--", "/", 1))
     return sorted({*found})
+
+
+def speaks_of_experts(config: Path) -> bool:
+    """Whether a config.json is that of a Mixture-of-Experts model, as far as its fields' names tell."""
+    try:
+        fields = parse_json(config.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(fields, dict) and "expert" in json.dumps([*fields, fields.get("text_config")])

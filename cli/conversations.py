@@ -13,6 +13,7 @@ from typing import Any
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cache.files import parse_json, write_atomically
 from moe_local.cli.options import Sampling
+from moe_local.cli.parameters import KINDS
 
 VERSION = 1
 ROLES = ("user", "assistant")
@@ -103,8 +104,10 @@ def _path(home: Path, name: str) -> Path:
 
 def _sampling(settings: Any) -> Sampling:
     """The settings that this version knows, each of its own type or None."""
-    kinds: dict[str, tuple[type, ...]] = dict.fromkeys(("temperature", "top_p", "min_p"), (int, float))
-    kinds |= dict.fromkeys(("top_k", "seed", "max_tokens"), (int,)) | {"system": (str,)}
+    kinds: dict[str, tuple[type, ...]] = {
+        name: (int, float) if kind is float else (int,) for name, kind in KINDS.items()
+    }
+    kinds["system"] = (str,)
     known = {field.name: settings[field.name] for field in fields(Sampling) if field.name in settings}
     for name, value in known.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, kinds[name])):

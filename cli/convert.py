@@ -13,11 +13,15 @@ from moe_local.cache.errors import OptionError
 from moe_local.cache.keys import format_bytes
 from moe_local.cli.completion import model_argument
 from moe_local.cli.options import debug_flag, json_flag, load_flags
-from moe_local.cli.render import ProgressBar, print_json
+from moe_local.cli.render import ProgressBar, print_json, print_status
 
 if TYPE_CHECKING:
     from moe_local.offload.allocation.figures import MixFigures
     from moe_local.offload.expert_file.expert_file import ExpertFile
+
+
+WORSE = 0.02
+"""By how much a mix may be worse than the best by a text before that is said to have been read too late."""
 
 
 @click.command()
@@ -81,6 +85,11 @@ def convert(
         click.echo(f"{file.total_experts} experts of {model} in {file.format}, {size}: {folder}")
         if found is not None:
             click.echo("\n".join(found.lines()))
+    if calibrate is not None and found is not None and (found.gap or 0) > WORSE:
+        print_status(
+            f"this mix was not chosen by that text alone, and the best one by it would harm "
+            f"{found.gap:.0%} less; to choose anew: moe-local rm {model}, or --out FOLDER"
+        )
 
 
 def _calibrate(

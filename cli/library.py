@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from moe_local.cache.errors import ExpertFileError, ModelNotFoundError, MoeLocalError
-from moe_local.cache.files import parse_json
+from moe_local.cli.completion import speaks_of_experts
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import HubModel, cached_folder, locate
 from moe_local.offload.checkpoint.registry import ALIASES, DEMO, demo_folder
@@ -163,15 +162,6 @@ def _other_repositories() -> list[str]:
         for repository in repositories
         if repository.repo_type == "model"
         and repository.repo_id.lower() not in aliased
-        and _speaks_of_experts(cached_folder(repository.repo_id))
+        and (folder := cached_folder(repository.repo_id)) is not None
+        and speaks_of_experts(folder / "config.json")
     )
-
-
-def _speaks_of_experts(folder: Path | None) -> bool:
-    if folder is None:
-        return False
-    try:
-        config = parse_json((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "expert" in json.dumps([*config, config.get("text_config")])

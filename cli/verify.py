@@ -207,9 +207,7 @@ def _repair(model: str, report: Report, progress: ProgressBar) -> Report:
         progress("repairing", done, total)
 
     if report.format == NATIVE:
-        for damage in report.damage:
-            Path(damage["file"]).resolve().unlink(missing_ok=True)  # in the Hub cache, or it had no hash
-        again = _verify_checkpoint(model, resolve(model, update=True), progress)
+        again = _fetch_again(model, [Path(damage["file"]).resolve() for damage in report.damage], progress)
     else:
         checkpoint = Checkpoint.open(resolve(model, download=False), model)
         if report.total:
@@ -227,6 +225,32 @@ def _repair(model: str, report: Report, progress: ProgressBar) -> Report:
     return Report(
         again.folder, again.format, again.total, again.nbytes, report.damage, report.note, repaired=True
     )
+
+
+def _fetch_again(model: str, files: list[Path], progress: ProgressBar) -> Report:
+    """The report after files of the Hub cache were downloaded anew; they stay if that is not possible."""
+    from moe_local.offload.checkpoint.hub import locate, resolve
+
+    if isinstance(locate(model), Path):
+        raise MoeLocalError(
+            f"{model} is a folder, and where its files come from is not known; mend it by its Hub name: "
+            f"moe-local verify ORG/NAME --experts {NATIVE} --repair"
+        )
+    aside = [(file, file.with_name(f"{file.name}.damaged")) for file in files if file.exists()]
+    try:
+        for file, kept in aside:
+            file.rename(kept)
+        folder = resolve(model, update=True)
+    except BaseException:
+        for file, kept in aside:
+            if not file.exists():
+                kept.rename(file)
+        raise
+    finally:
+        for file, kept in aside:
+            if file.exists():
+                kept.unlink(missing_ok=True)
+    return _verify_checkpoint(model, folder, progress)
 
 
 def _show(model: str, report: Report) -> None:

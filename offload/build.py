@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from moe_local.cache.beside import Beside
@@ -83,34 +84,37 @@ def build_store(
         return Location(path, offset, nbytes, file.checksum(*key))
 
     pin = arena is not None and arena.device.type == "cuda"
-    host = HostArena(ram_slots, ladders, pin=pin)
-    try:
+    # Memory that goes while it is pinned stays pinned for whoever gets its addresses; threads wait for ever.
+    with contextlib.ExitStack() as undo:
+        host = HostArena(ram_slots, ladders, pin=pin)
+        undo.callback(host.close)
         ring = HostArena([ram_staging], [largest], pin=pin)
-    except BaseException:
-        host.close()  # memory that goes while it is pinned stays pinned for whoever gets its addresses
-        raise
+        undo.callback(ring.close)
 
-    def target(layer: int, slot: int) -> memoryview:
-        return host.view(layer, slot) if slot >= 0 else ring.view(0, ~slot)
+        def target(layer: int, slot: int) -> memoryview:
+            return host.view(layer, slot) if slot >= 0 else ring.view(0, ~slot)
 
-    disk = FileSource(locate, target, threads=read_threads, direct=past_page_cache(total, host.nbytes, free))
-    routed = RouterLoad([layer.num_experts for layer in spec.layers], [layer.top_k for layer in spec.layers])
-    beside = Beside(policy, len(ram_slots))
-    ram_policy = policy if arena is None else beside
-    ram = Tier(ExpertCache(ram_slots, ram_policy, size, ram_staging, ladders), StagedArena(host, ring), disk)
-    try:
+        direct = past_page_cache(total, host.nbytes, free)
+        disk = FileSource(locate, target, threads=read_threads, direct=direct)
+        undo.callback(disk.close)
+        routed = RouterLoad(
+            [layer.num_experts for layer in spec.layers], [layer.top_k for layer in spec.layers]
+        )
+        beside = Beside(policy, len(ram_slots))
+        ram_policy = policy if arena is None else beside
+        cache = ExpertCache(ram_slots, ram_policy, size, ram_staging, ladders)
+        ram = Tier(cache, StagedArena(host, ring), disk)
         if arena is None:
-            return ExpertStore(ram, layouts, routed, disk=disk)
-        device_ring = _ring(vram_staging, largest, arena)
-        staged = StagedArena(arena, device_ring)
-        source = CopySource(ram, staged, arena.devices, lambda key: size(*key))
-        cache = ExpertCache(arena.slots, policy, size, device_ring.slots[0], ladders)
-        beside.above = cache
-        vram = Tier(cache, staged, source, arena.devices)
-        return ExpertStore(vram, layouts, routed, disk=disk, below=ram, scheduler=scheduler)
-    except BaseException:
-        ram.close()  # its reader threads are running
-        raise
+            store = ExpertStore(ram, layouts, routed, disk=disk)
+        else:
+            device_ring = _ring(vram_staging, largest, arena)
+            staged = StagedArena(arena, device_ring)
+            source = CopySource(ram, staged, arena.devices, lambda key: size(*key))
+            beside.above = ExpertCache(arena.slots, policy, size, device_ring.slots[0], ladders)
+            vram = Tier(beside.above, staged, source, arena.devices)
+            store = ExpertStore(vram, layouts, routed, disk=disk, below=ram, scheduler=scheduler)
+        undo.pop_all()
+        return store
 
 
 def past_page_cache(total: int, arena: int, free: int) -> bool:

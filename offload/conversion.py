@@ -11,7 +11,12 @@ from moe_local.cache.errors import OptionError
 from moe_local.offload.allocation.misses import MissCost
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import resolve
-from moe_local.offload.expert_file.convert import convert_experts, expert_file_folder, moe_local_home
+from moe_local.offload.expert_file.convert import (
+    OtherMixError,
+    convert_experts,
+    expert_file_folder,
+    moe_local_home,
+)
 from moe_local.offload.expert_file.expert_file import MANIFEST, ExpertFile
 from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.options import LoadOptions
@@ -50,8 +55,8 @@ def convert(
     checkpoint = Checkpoint.open(resolve(model), str(model))
     device = LoadOptions().torch_device()
     gpu = device if device.type == "cuda" else None
-    open_experts(checkpoint, experts, out, progress=progress, check=check, gpu=gpu, misses=misses)
-    return Path(out) if out is not None else _home_folder(checkpoint, experts)
+    file = open_experts(checkpoint, experts, out, progress=progress, check=check, gpu=gpu, misses=misses)
+    return file.folder
 
 
 def open_experts(
@@ -77,7 +82,11 @@ def open_experts(
             progress("converting", done, total)
 
     form = form_of(checkpoint, experts, folder, misses=misses, progress=progress)
-    return convert_experts(checkpoint, form, folder, report, check=check, gpu=gpu)
+    try:
+        return convert_experts(checkpoint, form, folder, report, check=check, gpu=gpu)
+    except OtherMixError:  # another process made its own of this name meanwhile: that is as good
+        form = form_of(checkpoint, experts, folder, misses=misses, progress=progress)
+        return convert_experts(checkpoint, form, folder, report, check=check, gpu=gpu)
 
 
 def _home_folder(checkpoint: Checkpoint, experts: str) -> Path:

@@ -40,8 +40,6 @@ class DeviceLayer(NamedTuple):
 
     launcher: Launcher
     tables: LayerTables
-    nbytes: int
-    """Of an expert."""
 
 
 class _Log:
@@ -139,7 +137,7 @@ class DeviceMisses:
             launcher = self._grouped.launcher(math, x.device, layout)
             if launcher is None:
                 return None
-            self._layers[number] = DeviceLayer(launcher, self.tables.of[number], layout.nbytes)
+            self._layers[number] = DeviceLayer(launcher, self.tables.of[number])
         return self._layers[number]
 
     def serves(self, number: int) -> bool:
@@ -155,7 +153,7 @@ class DeviceMisses:
         assert index.shape[1] == self._top_k[number]
         table = self._fetch.look_up(layer.tables, index.flatten(), begins=number == 0)
         run = GroupedRun(layer.launcher, x, weights)
-        self._fetch.bring(layer.tables, self._memory.memory.tensor, base, layer.nbytes)
+        self._fetch.bring(layer.tables, self._memory.memory.tensor, base, self._nbytes[number])
         run.launch(base, table)
         return run.result()
 

@@ -34,7 +34,6 @@ class DeviceTables:
         self._cache = cache
         self._layers = range(len(num_experts))
         self._num_experts = tuple(num_experts)
-        self._top_k = tuple(top_k)
         slots = [cache.slots(layer) for layer in self._layers]
         self.listed = [min(count, 3 * k) for count, k in zip(slots, top_k, strict=True)]
         """Slots of a layer's list."""
@@ -85,6 +84,7 @@ class DeviceTables:
 
     def fill(self, lists: Sequence[Sequence[int]]) -> None:
         """Everything as the cache has it, with token 0. The mirror must not be on its way to the device."""
+        self.log.zero_()  # rows of an earlier time have tokens' numbers, too, which begin anew
         numbers = self._mirror.numpy()
         numbers[:] = 0
         for layer in self._layers:

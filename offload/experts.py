@@ -353,16 +353,18 @@ def to_host(
     """The router's choice, the guesses and hidden, if given, in one transfer: one wait for the device."""
     if hidden is None and not guesses and index.shape[0] == 1:
         return OnHost(index.tolist()[0], [], None)
-    # a guess was made where the layer is that it is about
-    numbers = (
-        torch.cat([index.flatten(), *(g.to(index.device) for g in guesses)]) if guesses else index.flatten()
-    )
+    # A guess was made where the layer is that it is about, or by the host.
+    asked = [g.to(index.device) for g in guesses if g.device.type != "cpu" or index.device.type == "cpu"]
+    numbers = torch.cat([index.flatten(), *asked]) if asked else index.flatten()
     if hidden is None or hidden.device.type == "cpu":
         flat = numbers.tolist()
     else:
         flat, hidden = unpack(staging.bring(pack(numbers, hidden)), numbers.numel(), hidden)
     lists, start = [], index.numel()
     for guess in guesses:
+        if guess.device.type == "cpu" and index.device.type != "cpu":
+            lists.append(guess.tolist())
+            continue
         lists.append(flat[start : start + guess.numel()])
         start += guess.numel()
     return OnHost(flat[: index.numel()], lists, hidden)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_local.cache.errors import DoesNotFitError
+from moe_local.cache.files import nearest_folder
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.hub import cached_folder, config_of, locate, to_download
 from moe_local.offload.checkpoint.hub_download import MARGIN_BYTES, blobs_folder
@@ -35,10 +36,10 @@ class FirstUse:
         """Raise DoesNotFitError if the disk, or one of the two, cannot take it all."""
         needs = [(self.cache, self.download_bytes, "HF_HUB_CACHE")]
         needs += [(self.home, self.convert_bytes, "MOE_LOCAL_HOME")]
-        if _there(self.cache).stat().st_dev == _there(self.home).stat().st_dev:
+        if nearest_folder(self.cache).stat().st_dev == nearest_folder(self.home).stat().st_dev:
             needs = [(self.cache, self.download_bytes + self.convert_bytes, "HF_HUB_CACHE or MOE_LOCAL_HOME")]
         for folder, nbytes, variable in needs:
-            free = shutil.disk_usage(_there(folder)).free
+            free = shutil.disk_usage(nearest_folder(folder)).free
             if nbytes and nbytes + MARGIN_BYTES > free:
                 raise DoesNotFitError(
                     f"{self.model} needs {format_bytes(nbytes + MARGIN_BYTES)} of disk for {self}, and "
@@ -67,14 +68,12 @@ def first_use(model: str, options: LoadOptions) -> FirstUse | None:
     plan = plan_load(model, spec, options, options.torch_devices(), bandwidth.saved(home))
     converted = 0
     if options.experts != NATIVE:
-        place = expert_file_folder(home, model, options.experts, "*")
-        here = [path for folder in place.parent.glob(place.name) for path in folder.rglob("*.safetensors")]
+        # Of "auto", what it comes to; a mix of other bits, which loading might take, is not looked for.
+        place = expert_file_folder(home, model, plan.request.experts, "*")
+        here = [
+            path for folder in place.parent.glob(place.name) for path in folder.glob("layer-*.safetensors")
+        ]
         converted = max(0, plan.bytes.experts_total - sum(path.stat().st_size for path in here))
     use = FirstUse(model, to_download(model), blobs_folder(found.repo_id).parent.parent, converted, home)
     use.check()
     return use
-
-
-def _there(folder: Path) -> Path:
-    """The nearest folder around it that exists already."""
-    return next(path for path in (folder, *folder.parents) if path.is_dir())

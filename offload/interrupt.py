@@ -115,9 +115,11 @@ def deferred() -> Iterator[None]:
         _deferral.active = True
         yield
     finally:
-        _deferral.active = False
-        if python:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            if python:  # while it is still held back: setting a handler runs the one before for what came
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+        finally:
+            _deferral.active = False
         _deferral.raise_pending()
 
 

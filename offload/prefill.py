@@ -319,7 +319,7 @@ class PrefillStream:
         finally:
             self._leased -= len(group)
             self._release(layer, group)
-            if moving is not None:
+            if moving is not None and cache.slot_of(layer, moving) is not None:
                 cache.staging.evict(layer, moving)  # who knows what is in its slot
             if self._copies is not None:  # last of all: a device may refuse to say where its kernels are
                 self._copies.read_by(layer, slots)

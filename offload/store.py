@@ -249,11 +249,12 @@ class ExpertStore:
         for expert in experts:
             if cache.slot_of(layer, expert) is not None:
                 continue
-            left -= self.layouts[layer][expert].nbytes
-            if left < 0:
+            nbytes = self.layouts[layer][expert].nbytes
+            if nbytes > left:
                 return
             slot = cache.reserve(layer, expert, keep=experts)
             if slot is not None:
+                left -= nbytes
                 tier.bring(ExpertKey(layer, expert), slot, distance)
             elif not cache.several_sizes(layer):
                 return

@@ -25,7 +25,7 @@ from moe_local.cli.server.metrics import Metrics
 from moe_local.cli.server.page import Page
 from moe_local.cli.server.protocol import ChatRequest, CompletionRequest, Sampling
 from moe_local.cli.server.shapes import ChatShape, Shape, TextShape
-from moe_local.cli.server.text import OPEN_THOUGHT, AnswerParser, StopFilter
+from moe_local.cli.server.text import AnswerParser, StopFilter, opens_thought
 from moe_local.cli.server.watch import Watch
 from moe_local.offload.batcher import Batcher, Ended
 from moe_local.offload.engine.text import encode_prompt
@@ -137,7 +137,7 @@ class Server:
                 self._check_tools(tools)
             messages = asked.conversation()
             ids = await self._encoded(messages, tools=tools, variables=asked.template_variables)
-        thinking = self.model.tokenizer.decode(ids[-8:]).rstrip().endswith(OPEN_THOUGHT)
+        thinking = opens_thought(self.model.tokenizer, ids)
         answer = Answer("chatcmpl", self.name)
         for index in range(asked.n):
             parser = AnswerParser(thinking=thinking, tools=tools is not None)

@@ -97,13 +97,13 @@ class Metrics:
             prefetch.add_metric([what], getattr(stats.prefetch, what))
         yield prefetch
         yield _counter("prefetch_wasted_bytes", "Prefetched, and never needed.", stats.prefetch.wasted_bytes)
-        reused = self._batcher.reused_tokens
+        reused = self._picture.reused_tokens
         prompts = CounterMetricFamily(
             "moe_local_prompt_tokens",
             "Of prompts, computed or taken over from an earlier turn.",
             labels=["how"],
         )
-        prompts.add_metric(["computed"], self._batcher.prompt_tokens - reused)
+        prompts.add_metric(["computed"], self._picture.prompt_tokens - reused)
         prompts.add_metric(["reused"], reused)
         yield prompts
         yield _gauge("requests_running", "Answers under way.", self._batcher.running)

@@ -9,6 +9,13 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 OPEN_THOUGHT, CLOSE_THOUGHT = "<think>", "</think>"
+
+
+def opens_thought(tokenizer: Any, ids: Sequence[int]) -> bool:
+    """Whether a prompt of these ids ends inside a thought, as some templates do."""
+    return bool(tokenizer.decode(ids[-8:]).rstrip().endswith(OPEN_THOUGHT))
+
+
 OPEN_CALL, CLOSE_CALL = "<tool_call>", "</tool_call>"
 """As templates of Qwen, DeepSeek, GLM and many others have them; what a model marks otherwise is content."""
 

@@ -34,6 +34,9 @@ class Picture:
     step_s: float
     """Seconds spent in steps since the batcher was made."""
     stats: Stats
+    prompt_tokens: int
+    """Of all prompts, those that were taken over among them."""
+    reused_tokens: int
     experts: CacheMap
     """Of the fastest tier: absent, resident or loading."""
     slots: tuple[int, ...]
@@ -81,10 +84,13 @@ class Watch:
     def _take(self) -> Picture:
         """In the batcher's thread."""
         store = self._model.parts.store
+        stats = store.snapshot()  # first: it brings the tables up to date where a device serves misses
         self._view = self._view or self._model.cache_view()
         experts = self._view.look()
         slots = tuple(store.slots(layer) for layer in range(len(experts.cells)))
-        return Picture(self._now(), self._batcher.step_s, store.snapshot(), experts, slots)
+        batcher = self._batcher
+        tokens = batcher.prompt_tokens, batcher.reused_tokens
+        return Picture(self._now(), batcher.step_s, stats, *tokens, experts, slots)
 
     async def report(self) -> Response:
         """What GET /v1/cache answers: see docs/server.md."""

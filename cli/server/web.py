@@ -15,6 +15,7 @@ import uvicorn
 
 from moe_local.cli.server.app import Server
 from moe_local.cli.server.connection import Connection
+from moe_local.offload.interrupt import IMPATIENCE
 
 GRACE_SECONDS = 30.0
 """How long answers under way may go on after the server was told to stop."""
@@ -46,6 +47,8 @@ class Web(uvicorn.Server):
         """Whether Ctrl-C was the reason to stop."""
         self._server = server
         self._grace_s = grace_s
+        self._told = 0
+        """How many signals have asked to stop."""
         self._cut_at: float | None = None
 
     @property
@@ -74,6 +77,10 @@ class Web(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.interrupted = self.interrupted or sig == signal.SIGINT
+        self._told += 1
+        if self._told >= IMPATIENCE:  # a step that hangs holds the batcher, which all else waits for
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
         if self.should_exit:
             self.force_exit = True
         self.stop()

@@ -35,14 +35,15 @@ def expert_errors(
     multiplied with weights [N]. Computed in fp32 on `device`. Raises CheckpointError as codecs do.
     """
     x, weights = x.to(device, torch.float32), weights.to(device, torch.float32)
-    exact = _answers(math, {name: tensor.to(device).float() for name, tensor in tensors.items()}, x)
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    exact = _answers(math, {name: tensor.float() for name, tensor in tensors.items()}, x)
     scale = weights.square() / max(1, len(x))
     found = {}
     for name in formats:
         codec = codec_for(name)
         layout = codec.layout(specs)
         buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
-        codec.encode({key: tensor.to(device) for key, tensor in tensors.items()}, layout, buffer)
+        codec.encode(tensors, layout, buffer)
         decoded = codec.decode(buffer.to(device), layout, torch.float32)
         changed = _answers(math, decoded, x) - exact
         found[name] = float((changed.square().sum(-1) * scale).sum())

@@ -84,7 +84,7 @@ def read_text(hf: Any, ids: Sequence[int], progress: Progress | None = None) -> 
     batches = windows_of(ids, len(ids)).split(AT_ONCE)
     with Watch(experts_of(hf)) as watch, torch.inference_mode():
         for done, batch in enumerate(batches, 1):
-            hf(input_ids=batch.to(hf.device), use_cache=False)
+            hf.base_model(input_ids=batch.to(hf.device), use_cache=False)  # its logits would go to waste
             if progress is not None:
                 progress("reading text with", done, len(batches))
 

@@ -36,9 +36,7 @@ class MissCost:
         """As planned; None where nothing is missed."""
         if plan.mode in (None, "resident") or plan.tokens_per_s is None:
             return None
-        speeds = plan.request.bandwidths
-        link = speeds.disk if plan.request.vram is None else speeds.h2d
-        return cls.of(1 / plan.tokens_per_s, link, plan.resident_fraction)
+        return cls.of(1 / plan.tokens_per_s, plan.missed_bytes_per_s, plan.resident_fraction)
 
     def costs(self, sensitivity: Sensitivity, layer: int) -> list[float]:
         """Of each of a layer's experts, for every byte that it takes."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_local.cache.errors import ExpertFileError
-from moe_local.cache.files import write_atomically
+from moe_local.cache.files import parse_json, write_atomically
 from moe_local.offload.allocation.expected import NATS_PER_ERROR
 
 VERSION = 1
@@ -108,7 +108,7 @@ class Sensitivity:
         """What is kept at `path`, of the checkpoint with this fingerprint; None if there is none, or it is
         damaged, of another version or another checkpoint: it is measured again then."""
         try:
-            found = cls.from_dict(json.loads(path.read_text()))
+            found = cls.from_dict(parse_json(path.read_bytes()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return found if found.fingerprint == fingerprint else None

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from moe_local.cache.errors import CheckpointError, DoesNotFitError, OptionError
 from moe_local.offload.allocation.expected import candidates
 from moe_local.offload.allocation.measure import TOKENS, Measurement, check_text, read_text, text_name
@@ -58,7 +60,13 @@ def calibrate(
     if kept is not None and kept.text == text_name(ids) and kept.measured(formats):
         return kept
     with _running(model, progress, options) as loaded:
-        reading = read_text(loaded.hf, ids, progress)
+        try:
+            reading = read_text(loaded.hf, ids, progress)
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFitError(
+                f"reading the text with {checkpoint.name} takes more VRAM than there is; give it less for "
+                "experts (--vram), or leave the text out"
+            ) from error
     return measured(
         checkpoint,
         Measurement(checkpoint, formats, reading, partial_path(path), compute_device(), progress),

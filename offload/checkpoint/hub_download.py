@@ -22,6 +22,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from moe_local.cache.errors import CheckpointError, DoesNotFitError
+from moe_local.cache.files import nearest_folder
 from moe_local.cache.keys import format_bytes
 
 WORKERS = 4
@@ -71,8 +72,7 @@ def require_space(name: str, repo_id: str, files: Sequence[HubFile]) -> None:
     """Raise DoesNotFitError if the disk of the Hub cache cannot take what is missing of `files`."""
     need = missing_bytes(repo_id, files)
     folder = blobs_folder(repo_id)
-    place = next(path for path in (folder, *folder.parents) if path.is_dir())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(nearest_folder(folder)).free
     if need and need + MARGIN_BYTES > free:
         raise DoesNotFitError(
             f"{name} needs {format_bytes(need + MARGIN_BYTES)} of disk in {folder.parent.parent}, where "
@@ -140,8 +140,11 @@ class _Sink(io.FileIO):
         self._stop = stop
         self._hash = hashlib.sha256()
         while block := self.read(PIECE):
+            if stop.is_set():
+                self.close()
+                raise _Stopped
             self._hash.update(block)
-        self._advance(self.tell())
+            advance(len(block))
 
     @property
     def sha256(self) -> str:

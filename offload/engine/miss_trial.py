@@ -40,7 +40,8 @@ LARGEST = 16 << 20
 more, beside which what the host costs, some 0.05 ms a layer, does not count; and the CPU may compute it."""
 
 PATTERN, ROUNDS = (0, 1, 0, 2, 1, 2), 2
-"""Tokens of a round, most of them for the second time, and rounds of each way, the first one not timed."""
+"""Tokens of a round, most of them for the second time, and rounds of each way that are timed, behind one
+that is not."""
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def leave_misses_to_device(
     try:
         with uncounted(store):
             reason, slower = _try(engine, store, switch)
-    except Exception as error:  # a kernel that does not compile, an address that is not seen
+    except Exception as error:  # a kernel that does not compile or launch
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     reason = reason or by_device.failure
     switch.turn(to_device=reason is None and (mode == "on" or not slower))

@@ -17,6 +17,7 @@ import platformdirs
 import torch
 
 from moe_local.cache.errors import DoesNotFitError, ExpertFileError
+from moe_local.cache.files import sync_folder
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer
 from moe_local.offload.direct_io import Memory, page_memory
@@ -28,7 +29,7 @@ from moe_local.offload.expert_file.expert_file import (
     StoredLayer,
     read_manifest,
 )
-from moe_local.offload.expert_file.expert_shard import TEMPORARY, ShardPlan, disk_errors, sync_folder
+from moe_local.offload.expert_file.expert_shard import TEMPORARY, ShardPlan, disk_errors
 from moe_local.offload.expert_file.mend import mend_shard
 from moe_local.offload.expert_file.pipeline import write_shards
 from moe_local.offload.expert_file.verify import damaged_experts, damaged_frame
@@ -72,6 +73,10 @@ def expert_file_folder(home: Path, name: str, format: str, fingerprint: str) -> 
     return home / "experts" / slug / f"{format.replace(':', '-')}-{fingerprint[:16]}"
 
 
+class OtherMixError(ExpertFileError):
+    """A folder holds another mix of the name that was to be converted."""
+
+
 def convert_experts(
     checkpoint: ExpertSource,
     codec: Codec | FormatChoice | Mix,
@@ -104,6 +109,7 @@ def convert_experts(
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder):
+        _refuse_namesake(folder, plans)  # of another process, while this one waited
         if not check and (complete := _complete(folder, plans)):
             return complete
         try:
@@ -266,7 +272,7 @@ def _complete(folder: Path, plans: Sequence[ShardPlan]) -> ExpertFile | None:
 
 
 def _refuse_namesake(folder: Path, plans: Sequence[ShardPlan]) -> None:
-    """Raises ExpertFileError if `folder` holds a finished mix of this name whose experts have other formats:
+    """Raises OtherMixError if `folder` holds a finished mix of this name whose experts have other formats:
     which of the two is wanted, a name cannot say."""
     if not is_mixed(plans[0].format):
         return
@@ -280,7 +286,7 @@ def _refuse_namesake(folder: Path, plans: Sequence[ShardPlan]) -> None:
         for there, planned in zip(layer.layouts, plan.layouts, strict=False)
     ]
     if differ := sum(there != planned for there, planned in pairs):
-        raise ExpertFileError(
+        raise OtherMixError(
             f"{folder} holds another {file.format}: {differ} of {len(pairs)} experts have other formats; "
             "remove that folder first, or convert to another one: moe-local convert MODEL --out FOLDER"
         )

@@ -18,7 +18,7 @@ from types import TracebackType
 import xxhash
 
 from moe_local.cache.errors import DoesNotFitError, ExpertFileError
-from moe_local.cache.files import parse_json
+from moe_local.cache.files import parse_json, sync_folder
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.direct_io import open_for_writing, page_memory, write_fully
 from moe_local.offload.quantize.layout import PAGE, Layout
@@ -194,17 +194,6 @@ def write_durably(path: Path, data: bytes) -> None:
             sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring renames and removals in `folder` to the disk. Windows cannot open a folder and needs none."""
-    if os.name == "nt":
-        return
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 @contextmanager

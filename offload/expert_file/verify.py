@@ -51,7 +51,7 @@ class _Expert(NamedTuple):
 def find_damage(file: ExpertFile, progress: Progress | None = None) -> list[Damage]:
     """Everything in the shards of `file` that is not as it was written, by layer and expert.
 
-    Reads past the page cache where the system allows it. Memory: twice BATCH, or twice the largest expert.
+    Reads past the page cache where the system allows it. Memory: twice BATCH and the largest expert.
     Shards may be missing or of a wrong size (`read_manifest` opens such a file). Raises nothing.
     """
     done = done_bytes = 0

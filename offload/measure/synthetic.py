@@ -19,7 +19,7 @@ import torch
 import xxhash
 
 from moe_local.cache.errors import DoesNotFitError, OptionError
-from moe_local.cache.files import write_bytes_atomically
+from moe_local.cache.files import nearest_folder, write_bytes_atomically
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.registry import demo_folder
 from moe_local.offload.checkpoint.spec import ModelSpec, experts_modules, meta_model, model_spec
@@ -93,7 +93,7 @@ def describe(name: str, layers: int) -> Synthetic:
 def most_layers(name: str, ram: int) -> int:
     """As many layers as the disk has room for and, but for their experts, `ram` bytes; at least 1."""
     lowest, highest = 1, published_layers(name)
-    root = _existing(moe_local_home())
+    root = nearest_folder(moe_local_home())
     while lowest < highest:
         middle = (lowest + highest + 1) // 2
         model = describe(name, middle)
@@ -232,11 +232,6 @@ def _write_small_files(model: Synthetic) -> None:
     with disk_errors(model.folder):
         for name, content in files.items():
             write_bytes_atomically(model.folder / name, [content])
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def _used(folder: Path) -> int:

@@ -178,7 +178,7 @@ def saved_at(folder: Path) -> float | None:
     """When that was measured, in seconds since the epoch; None if nothing was, or it is not known."""
     kept = _read(folder).get(machine())
     when = kept.get("saved_at") if isinstance(kept, dict) else None
-    return float(when) if isinstance(when, int | float) else None
+    return float(when) if isinstance(when, int | float) and 0 <= when < 1e11 else None
 
 
 def save(bandwidths: Bandwidths, folder: Path) -> Path:

@@ -80,11 +80,19 @@ def tokens_per_second(
     seconds = (traffic.dense + traffic.experts) / (READ_EFFICIENCY * fastest)
     if dispatch:
         seconds += LAYER_SECONDS * spec.num_layers
+    missed = traffic.experts * (1 - hit_rate(traffic.fastest_share, spec.num_experts))
+    return 1 / (seconds + missed / missed_bytes_per_second(traffic, spec, bandwidths, cuda=cuda))
+
+
+def missed_bytes_per_second(
+    traffic: Traffic, spec: ModelSpec, bandwidths: Bandwidths, *, cuda: bool
+) -> float:
+    """How fast what the fastest tier misses comes: over the link and, as far as RAM misses it, from disk."""
+    if not cuda:
+        return bandwidths.disk
     missed = 1 - hit_rate(traffic.fastest_share, spec.num_experts)
-    if cuda:
-        seconds += missed * traffic.experts / bandwidths.h2d
-        missed = min(missed, 1 - hit_rate(traffic.ram_share, spec.num_experts))
-    return 1 / (seconds + missed * traffic.experts / bandwidths.disk)
+    below = min(missed, 1 - hit_rate(traffic.ram_share, spec.num_experts))
+    return 1 / (1 / bandwidths.h2d + (below / missed / bandwidths.disk if missed else 0.0))
 
 
 def read_per_token(spec: ModelSpec, dense: int, kv: int, context: int, width: int) -> int:

@@ -49,6 +49,7 @@ def compute_dtype(spec: ModelSpec, dense: str) -> torch.dtype:
     return DTYPES.get(dense, torch.bfloat16)
 
 
+@lru_cache(maxsize=128)
 def expert_sizes(spec: ModelSpec, experts: str, mix: Mix | None = None) -> tuple[tuple[int, ...], ...]:
     """Bytes of every expert of each MoE layer. Of "mixed:BITS" without its mix: as if bits were dealt out
     evenly. Raises OptionError for bits that no formats give."""

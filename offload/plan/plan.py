@@ -189,6 +189,17 @@ class Plan:
         )
 
     @property
+    def missed_bytes_per_s(self) -> float:
+        """How fast what is missed comes, on average: over the link, and from disk where RAM lacks it."""
+        request = self.request
+        return estimate.missed_bytes_per_second(
+            self._traffic(self.resident_fraction),
+            request.spec,
+            request.bandwidths,
+            cuda=request.vram is not None,
+        )
+
+    @property
     def roofline(self) -> float:
         """Tokens a second that the bytes would allow, were all experts in the fastest tier."""
         request = self.request

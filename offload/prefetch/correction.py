@@ -9,8 +9,6 @@ a router does with its logits (groups, sigmoids, biases, normalizing) stays its 
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from moe_local.cache.errors import ExpertFileError
-from moe_local.cache.files import parse_json
+from moe_local.cache.files import parse_json, write_bytes_atomically
 
 FILE_NAME = "predictor.safetensors"
 VERSION = "1"
@@ -96,15 +94,7 @@ def write_corrections(folder: Path, corrections: Corrections, fingerprint: str) 
     keys = json.dumps(sorted(corrections))
     content = save(tensors, {"version": VERSION, "fingerprint": fingerprint, "keys": keys})
     target = folder / FILE_NAME
-    temporary = target.with_name(f".{FILE_NAME}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes_atomically(target, [content])
     return target
 
 

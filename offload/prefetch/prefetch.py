@@ -15,7 +15,8 @@ class Guess(NamedTuple):
     distance: int
     """How many MoE layers ahead."""
     ranked: torch.Tensor
-    """int64 [<= E experts of the layer], likeliest first, on the model's device; E where there is no more."""
+    """int64 [<= E experts of the layer], likeliest first; E where there is no more. On the model's device, so
+    that nobody waits for it, or on the CPU, if it was made there."""
 
 
 class Prefetcher(Protocol):

@@ -97,11 +97,14 @@ def _quantize(name: str, weights: torch.Tensor, q: torch.Tensor, scale: torch.Te
         # Above the subnormal numbers, so that both it and its inverse are precise.
         found = (blocks.amax((1, 3)) / LARGEST).clamp_(min=SMALLEST_SCALE)
         inverse = (1 / found).repeat_interleave(BLOCK, 0)[: len(values)]
+        target = q[rows] if values.device == q.device else torch.empty_like(values, dtype=q.dtype)
         for block in range(found.shape[1]):
             part = slice(BLOCK * block, BLOCK * block + BLOCK)
             # Rounding may bring the largest a hair above what is there, never more.
             scaled = (values[:, part] * inverse[:, block : block + 1]).clamp_(-LARGEST, LARGEST)
-            q[rows, part].copy_(scaled)
+            target[:, part].copy_(scaled)
+        if values.device != q.device:
+            q[rows].copy_(target)
         scale[rows.start // BLOCK : -(-rows.stop // BLOCK)].copy_(found)
 
     for_rows(weights, work, BLOCK)

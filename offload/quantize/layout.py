@@ -77,8 +77,10 @@ class Layout:
             sizes = (*segment.shape, segment.offset, segment.nbytes)
             if not all(type(n) is int and 0 <= n < 2**63 for n in sizes) or len(sizes) > 16:
                 raise ValueError(f"segment {segment.name}.{segment.part} of sizes {sizes}")
-            right = math.prod(segment.shape) * DTYPE_BYTES.get(segment.dtype, 0)
-            if segment.offset < end or right not in (0, segment.nbytes):
+            if segment.dtype not in DTYPE_BYTES:
+                raise ValueError(f"segment {segment.name}.{segment.part} of unknown dtype {segment.dtype!r}")
+            right = math.prod(segment.shape) * DTYPE_BYTES[segment.dtype]
+            if segment.offset < end or right != segment.nbytes:
                 raise ValueError(f"segment {segment.name}.{segment.part} is out of place")
             end = segment.offset + segment.nbytes
         if type(self.nbytes) is not int or self.nbytes < max(end, 1) or self.nbytes % PAGE:

@@ -16,6 +16,8 @@ import torch
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.low_blocks import (
+    LOW_CHUNK,
+    LOW_DEVICE_CHUNK,
     STEPS,
     THIRD_BITS,
     LowFormat,
@@ -88,7 +90,7 @@ def dequantize(matrix: LowParts, format: LowFormat, cols: int, dtype: torch.dtyp
         scaled = (level * steps[scale & 15].unsqueeze(2)).flatten(1)[:, :cols]
         values[part] = (scaled * matrix.row_scale[part, None]).to(dtype)
 
-    for_rows(values, work)
+    for_rows(values, work, chunk=LOW_CHUNK, device_chunk=LOW_DEVICE_CHUNK)
     return values
 
 

@@ -53,10 +53,10 @@ TRIES = 5
 SMALLEST = 1e-37
 """Row scales below it are zero, and so are the row's weights."""
 
-CHUNK = 1 << 16
+LOW_CHUNK = 1 << 16
 """Weights that torch works on at a time; it needs some 60 bytes a weight."""
 
-DEVICE_CHUNK = 1 << 22
+LOW_DEVICE_CHUNK = 1 << 22
 """The same on a GPU."""
 
 THIRD_BITS = tuple(8 * (k % 16 // 4) + 4 * (k // 16) + k % 4 for k in range(32))
@@ -103,7 +103,7 @@ def quantize_rows_in_torch(weights: torch.Tensor, format: LowFormat, out: LowPar
     """`quantize_rows` without the library."""
     rows, cols = weights.shape
     device = weights.device
-    step = max(1, (CHUNK if device.type == "cpu" else DEVICE_CHUNK) // max(1, cols))
+    step = max(1, (LOW_CHUNK if device.type == "cpu" else LOW_DEVICE_CHUNK) // max(1, cols))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         _quantize(weights[part].float(), format, LowParts(*(tensor[part] for tensor in out)))

@@ -16,11 +16,18 @@ DEVICE_CHUNK = 1 << 24
 """The same elsewhere, where an operation costs more to start."""
 
 
-def for_rows(matrix: torch.Tensor, work: Callable[[slice], None], together: int = 1) -> None:
+def for_rows(
+    matrix: torch.Tensor,
+    work: Callable[[slice], None],
+    together: int = 1,
+    *,
+    chunk: int = CHUNK,
+    device_chunk: int = DEVICE_CHUNK,
+) -> None:
     """Do `work` on all rows of `matrix`, some at a time; so many `together` are never cut apart."""
     rows, columns = matrix.shape
     on_cpu = matrix.device.type == "cpu"
-    step = max(1, (CHUNK if on_cpu else DEVICE_CHUNK) // (columns * together)) * together
+    step = max(1, (chunk if on_cpu else device_chunk) // max(1, columns * together)) * together
     parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     if on_cpu:
         for_each(parts, work)

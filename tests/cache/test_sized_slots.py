@@ -82,6 +82,10 @@ def test_room_is_what_the_best_placement_finds(data: st.DataObject) -> None:
     assert pool.fits(asked) == (most_placed(others, [need[e] for e in absent]) == len(absent))
     chosen = pool.at_once(asked)
     assert most_placed(slots, [need[e] for e in chosen]) == len(chosen)
+    for number, expert in enumerate(asked):
+        if expert not in chosen:  # there was no room left beside those before it
+            before = [e for e in asked[:number] if e in chosen]
+            assert most_placed(slots, [need[e] for e in (*before, expert)]) == len(before)
     for victim in pool.victims(set(asked), absent):
         pool.remove(victim)
     if not lacking:

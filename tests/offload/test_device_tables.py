@@ -201,6 +201,34 @@ def test_a_token_that_came_to_no_end_is_counted_as_far_as_it_came(
     assert tally.evictions == 0
 
 
+@pytest.mark.parametrize("between", [False, True])
+def test_what_an_earlier_time_wrote_down_is_not_taken_for_this_one(
+    make_machine: Callable[..., Machine], between: bool
+) -> None:
+    """Each time counts its tokens from 1, and the first may come to no end as well."""
+    machine = make_machine(5)
+    store, chosen = machine.store, [[0, 1, 2]] * LAYERS
+    machine.token(chosen)
+    store.custody.release()
+    if between:
+        for layer in range(LAYERS):
+            machine.rig.step(layer, [3, 4, 5, 6, 7])  # no slot is what it was
+    before = store.snapshot()
+    machine.token(chosen, layers=1)
+    after = store.snapshot()
+    hits, misses = (3, 0, 0), (0, 0, 0)
+    if between:
+        hits, misses = misses, hits
+    for got, old, new in (
+        (after.hits_by_layer, before.hits_by_layer, hits),
+        (after.misses_by_layer, before.misses_by_layer, misses),
+    ):
+        assert tuple(now - then for now, then in zip(got, old, strict=True)) == new
+    store.check_integrity()
+    machine.token(chosen)
+    store.check_integrity()
+
+
 def test_what_the_last_token_used_stays(make_machine: Callable[..., Machine]) -> None:
     """The lists of the next token do not know of it yet, but the device does."""
     machine = make_machine(6)

@@ -200,6 +200,7 @@ def test_packages():
 
 
 def test_files_of_before_tell_no_time(tmp_path):
-    (tmp_path / bandwidth.FILE_NAME).write_text(json.dumps({bandwidth.machine(): {"saved_at": "x"}}))
-    assert bandwidth.saved_at(tmp_path) is None
+    for when in ("x", 10**400, float("-inf"), float("nan")):
+        (tmp_path / bandwidth.FILE_NAME).write_text(json.dumps({bandwidth.machine(): {"saved_at": when}}))
+        assert bandwidth.saved_at(tmp_path) is None
     assert bandwidth.saved_at(tmp_path / "nowhere") is None

@@ -51,7 +51,7 @@ def unlocked(*roots: Path) -> None:
             filelock.FileLock(path).acquire(timeout=0).lock.release()
 
 
-def sound(folder: Path, plans: list[ShardPlan]) -> None:
+def sound(folder: Path, plans: list[ShardPlan], calm: dict[str, bytes]) -> None:
     """What a killed conversion leaves: finished shards without a wrong byte, one begun at most."""
     if not folder.exists():
         return
@@ -63,6 +63,7 @@ def sound(folder: Path, plans: list[ShardPlan]) -> None:
         if plan.file in found:
             checksums = plan.stored_checksums(folder)
             assert checksums is not None, f"{plan.file} has its name and is not whole"
+            assert found[plan.file] == calm[plan.file]
     if MANIFEST in found:
         ExpertFile.open(folder).verify()
     unlocked(folder.parent)
@@ -85,7 +86,7 @@ class Conversion:
 
     def die(self, folder: Path, effect: int) -> bool:
         died = self.kills.killed_at(lambda: convert_experts(self.source, BF16, folder), effect)
-        sound(folder, self.plans)
+        sound(folder, self.plans, self.calm)
         return died
 
     def finish(self, folder: Path) -> None:

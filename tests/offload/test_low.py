@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.kernels.cpu import cpu_linear
 from moe_local.offload.native.library import ISAS, check, library
-from moe_local.offload.quantize import low_blocks, parallel
+from moe_local.offload.quantize import low, low_blocks
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.low import low_matrix
@@ -202,8 +202,8 @@ def test_chunks_and_threads_change_no_byte(
     decoded = codec_for(format).decode(whole, layout, torch.float32)["w"]
     torch.set_num_threads(threads)
     assert torch.equal(encode(format, w=weights.T.contiguous().T.requires_grad_())[0], whole)
-    for module in (low_blocks, parallel):
-        monkeypatch.setattr(module, "CHUNK", 4000)
+    for module in (low_blocks, low):
+        monkeypatch.setattr(module, "LOW_CHUNK", 4000)
     assert torch.equal(encode_by("torch", format, weights)[0], whole)
     with torch.inference_mode():
         assert torch.equal(codec_for(format).decode(whole, layout, torch.float32)["w"], decoded)
