@@ -314,7 +314,7 @@ def test_errors_in_words(browser: Any, serving: Any, small: moe_local.Model) -> 
         browser.run("send('word '.repeat(5000))")
         visit.wait_for(".error", r"the prompt has \d+ tokens, the context holds 2048")
         visit.ask("hello")  # the message that was refused is not sent again
-        visit.wait_for(".assistant .foot", r"\d+ tokens?")
+        browser.until(lambda: visit.answered())
         browser.click("#new")
     visit.ask("hello")
     visit.wait_for(".error", "The server cannot be reached. Is moe-local serve still running?")
