@@ -8,7 +8,7 @@ Tokens of recorded routes, or of routes drawn with Zipf popularity, pass through
              device, and reading the counts of the one before. `meanwhile` is done while the device computes:
              telling the cache and its policies, and making new lists of slots to fill.
 The graphs' launches and the model around the experts are in neither. Times are CPU time of the thread, in
-which this never waits; medians over tokens, both ways in turns.
+which this never waits; medians over the second half of the tokens, one way after the other.
   tenth      of the least time of such a token at NF4: 2.4 GB of dense weights in bf16 and the experts from
              memory, or what is missing over the link, whichever takes longer
 

@@ -37,6 +37,7 @@ from torch.nn import functional
 
 import moe_local
 from moe_local.cache.files import write_atomically
+from moe_local.offload.allocation.allocate import best_mix
 from moe_local.offload.allocation.expected import candidates
 from moe_local.offload.allocation.measure import Measurement, read_text
 from moe_local.offload.allocation.samples import WINDOW, experts_of, windows_of
@@ -45,7 +46,6 @@ from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import resolve
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.kernels.reference import reference_linear
-from moe_local.offload.quantize.allocate import best_mix
 from moe_local.offload.quantize.codec import codec_for, codecs
 from moe_local.offload.quantize.mix import Mix, bits_range, even_mix, name_of, uniform_bytes
 

@@ -26,13 +26,13 @@ from typing import Any
 import torch
 
 from moe_local.cache.files import write_atomically
+from moe_local.offload.allocation.allocate import best_mix
 from moe_local.offload.allocation.errors import expert_errors
 from moe_local.offload.allocation.expected import candidates
 from moe_local.offload.allocation.sensitivity import LayerSensitivity, Sensitivity
 from moe_local.offload.checkpoint.hub import config_of
 from moe_local.offload.checkpoint.spec import ModelSpec, experts_modules, meta_model, model_spec
 from moe_local.offload.experts import OffloadedExperts
-from moe_local.offload.quantize.allocate import best_mix
 from moe_local.offload.quantize.codec import codecs
 from moe_local.offload.quantize.mix import bits_range, even_mix, name_of
 

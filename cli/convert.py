@@ -96,11 +96,11 @@ def _calibrate(
     model: str, path: Path, experts: str, progress: ProgressBar, options: Mapping[str, Any]
 ) -> None:
     """Let the model read a text before its mix is chosen. Raises OptionError if no mix is asked for."""
+    from moe_local.offload.allocation.allocate import check_mixed
     from moe_local.offload.allocation.text import calibrate
     from moe_local.offload.checkpoint.hub import config_of
     from moe_local.offload.checkpoint.spec import model_spec
     from moe_local.offload.options import LoadOptions
-    from moe_local.offload.quantize.allocate import check_mixed
     from moe_local.offload.quantize.mix import is_mixed
 
     chosen = LoadOptions(experts=experts).experts

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from moe_local.cache.errors import OptionError
+from moe_local.offload.allocation.allocate import form_of
 from moe_local.offload.allocation.misses import MissCost
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import resolve
@@ -22,7 +23,6 @@ from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan.fit import fit
 from moe_local.offload.plan.plan import Plan
-from moe_local.offload.quantize.allocate import form_of
 from moe_local.offload.quantize.codec import NATIVE
 from moe_local.offload.quantize.mix import AUTO, MIXED
 

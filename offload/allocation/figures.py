@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moe_local.cache.errors import OptionError
+from moe_local.offload.allocation.allocate import best_mix, kept_path
 from moe_local.offload.allocation.sensitivity import Sensitivity
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.expert_file.expert_file import ExpertFile
-from moe_local.offload.quantize.allocate import best_mix, kept_path
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_local.cache.errors import CheckpointError, DoesNotFitError, OptionError
+from moe_local.offload.allocation.allocate import compute_device, measured, partial_path, sensitivity_path
 from moe_local.offload.allocation.expected import candidates
 from moe_local.offload.allocation.measure import TOKENS, Measurement, check_text, read_text, text_name
 from moe_local.offload.allocation.sensitivity import Sensitivity
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import resolve
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
-from moe_local.offload.quantize.allocate import compute_device, measured, partial_path, sensitivity_path
 from moe_local.offload.quantize.codec import NATIVE
 
 if TYPE_CHECKING:

@@ -94,7 +94,7 @@ class GroupedRun:
         self._weights = weights.contiguous()
         self._planes = launcher.planes(x.contiguous())
         self._hidden = torch.empty(places, launcher.hidden, dtype=dtype, device=device)
-        self._combined = torch.empty(x.shape, dtype=x.dtype, device=device)
+        self._x = x
 
     def launch(self, base: torch.Tensor, table: torch.Tensor) -> None:
         """Compute the experts of a Launcher's table, whose slots count UNITs from `base`."""
@@ -103,8 +103,9 @@ class GroupedRun:
 
     def result(self) -> torch.Tensor:
         """The weighted sum, [T, D] in the dtype of x."""
-        self._launcher.combine(self.outputs, self._weights, self._combined)
-        return self._combined
+        combined = torch.empty(self._x.shape, dtype=self._x.dtype, device=self._x.device)
+        self._launcher.combine(self.outputs, self._weights, combined)
+        return combined
 
 
 def warm_up(launcher: Launcher, x: torch.Tensor, top_k: int, base: torch.Tensor) -> None:

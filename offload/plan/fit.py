@@ -119,8 +119,8 @@ def plan_load(
 def _use(file: ExpertFile) -> tuple[tuple[int, ...], ...] | None:
     """How often each expert was chosen in earlier runs, and in the text that its format was chosen by; None
     if neither is known."""
+    from moe_local.offload.allocation.allocate import kept_path
     from moe_local.offload.allocation.sensitivity import Sensitivity
-    from moe_local.offload.quantize.allocate import kept_path
 
     counts = [[0] * len(layer.layouts) for layer in file.layers]
     usage = read_usage(file.folder)

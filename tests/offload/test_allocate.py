@@ -12,6 +12,7 @@ import torch
 import moe_local
 from moe_local.cache.errors import OptionError
 from moe_local.offload.allocation import gains, measure, samples
+from moe_local.offload.allocation.allocate import allocate, best_mix, partial_path, sensitivity_path
 from moe_local.offload.allocation.expected import candidates, format_error
 from moe_local.offload.allocation.gains import layer_gains, texts_of
 from moe_local.offload.allocation.measure import Measurement, Reading, read_text
@@ -21,7 +22,6 @@ from moe_local.offload.allocation.sensitivity import EVEN, LayerSensitivity, Sen
 from moe_local.offload.allocation.text import calibrate
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.plan.estimate import hit_rate
-from moe_local.offload.quantize.allocate import allocate, best_mix, partial_path, sensitivity_path
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.mix import bits_range
 

@@ -6,9 +6,8 @@
 //   range of a block   (largest - least) / TOP, both of them and zero counted, and at least what an end needs
 //                      with the outermost zero;
 //   a row's scale      the largest range of its blocks; zero for less than SMALLEST;
-//   tried              the first step that reaches the block's range and TRIES - 1 below it, with all zeros;
-//   of
-//                      equal errors the earlier, larger steps first.
+//   tried              the first step that reaches the block's range and TRIES - 1 below it, with all zeros,
+//                      the larger steps first: of equal errors the earlier one is taken.
 
 namespace low {
 
