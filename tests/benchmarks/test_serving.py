@@ -40,7 +40,6 @@ def test_together_and_one_at_a_time(
         assert row["tpot_s"]["median"] > 0
         assert row["misses_per_token"] > 0
         assert row["bytes_per_token"] > 0
-    assert three["misses_per_token"] < one["misses_per_token"], "an expert is brought once for all"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import moe_local
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.sampling import Settings, make_settings
@@ -234,3 +236,23 @@ def test_columns_that_nobody_wrote_do_not_matter(mixtral: Any) -> None:
     while any(sequence.finish_reason is None for sequence in sequences):
         engine.step()  # raises for NaN
     engine.check_integrity()
+
+
+def test_an_expert_is_brought_once_for_all_that_step_together(tiny_mixtral: Path) -> None:
+    """Four of one mind, a token apart from each other, bring fewer than four times what one of them does."""
+    missed: list[int] = []
+    for rows in (1, 4):
+        with moe_local.load(str(tiny_mixtral), slots=2, device="cpu", dense="fp32", parallel=4) as loaded:
+            engine, store = loaded.parts.engine, loaded.parts.store
+            same = [engine.join(random_ids(5, seed=1), greedy(loaded.hf, 30)) for _ in range(rows)]
+            while any(not sequence.new_ids for sequence in same):
+                engine.step()
+            while len(same[-1].new_ids) < 2:
+                engine.step()
+            before = store.tally().misses
+            for _ in range(20):
+                assert len(engine.step()) == rows
+            missed.append(store.tally().misses - before)
+            store.check_integrity()
+    one, four = missed
+    assert one < four < 0.8 * 4 * one
