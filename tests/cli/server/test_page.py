@@ -127,9 +127,10 @@ class TestInABrowser:
             "return [...seen]"
         )
         assert {"159,182,216", "228,231,234"} <= set(shades), "resident and absent"
-        browser.until(lambda: browser.run("return map.report.running === 0 && map.at.some(at => at > 0)"))
-        # where the map says that an expert is, there it is
+        # where the map says that an expert is, there it is, once it has seen what `generate` did, too
         report = httpx.get(f"{live.url}/v1/cache").json()
+        browser.until(lambda: browser.run("return map.report.uses") == report["uses"])
+        browser.until(lambda: browser.run("return map.report.running === 0 && map.at.some(at => at > 0)"))
         for layer, expert in ((0, 0), (4, 7), (2, 3)):
             w, h = browser.run("return [map.place.w, map.place.h]")
             browser.point("#map", round((expert + 0.5) * w), round((layer + 0.5) * h))
