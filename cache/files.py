@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
 import secrets
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedWriter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import filelock
 
 fcntl: ModuleType | None
 try:
@@ -19,8 +22,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-FRESH_S = 10.0
-"""A temporary file younger than this may be one that its writer has just made."""
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def parse_json(text: bytes | str, **options: Any) -> Any:
@@ -43,21 +45,39 @@ def write_atomically(path: str | os.PathLike[str], lines: Iterable[str]) -> None
 def write_bytes_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes]) -> None:
     """As `write_atomically`, for bytes."""
     target = Path(path)
-    # Not tempfile: its files are for the owner alone, and a result should be as readable as any other.
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     _remove_leftovers(target)
+    temporary, file = _begin(target)
     try:
-        with open(temporary, "xb") as file:
-            with suppress(OSError):  # a file system without locks: then nobody removes what is left, either
-                _lock(file.fileno(), wait=True)
+        with file:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+            if fcntl is not None:  # while it is locked, or another writer could take it for a leftover
+                os.replace(temporary, target)
+        if fcntl is None:  # Windows renames no open file
+            os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+
+
+def _begin(target: Path) -> tuple[Path, BufferedWriter]:
+    """A new file beside the target, open and locked: as long as that lasts, it is no leftover."""
+    while True:
+        # Not tempfile: its files are for the owner alone, and a result should be as readable as any other.
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        file = open(temporary, "xb")  # noqa: SIM115 - handed to whoever asked
+        try:
+            with suppress(OSError):  # a file system without locks: then nobody removes what is left, either
+                _lock(file.fileno(), wait=True)
+        except BaseException:
+            file.close()
+            temporary.unlink(missing_ok=True)
+            raise
+        if temporary.exists():
+            return temporary, file
+        file.close()  # removed before it was locked
 
 
 def nearest_folder(folder: Path) -> Path:
@@ -76,22 +96,48 @@ def sync_folder(folder: Path) -> None:
         os.close(file)
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Alone among processes that do the same, where the system can lock a folder; leaves no lock file.
+def lock_file(path: Path) -> Path:
+    """The file that is locked in the place of `path`."""
+    return path.with_name(path.name + ".lock")
 
-    For moments only: it waits for the others. The system frees it when its holder dies. Raises OSError if
-    there is no such folder.
+
+@contextmanager
+def locked(
+    path: Path, *, timeout_s: float | None = None, waiting: Callable[[], object] | None = None
+) -> Iterator[None]:
+    """Alone among all processes and threads that do the same for `path`, which need not be there.
+
+    Waits for the others, calling `waiting` once if there are any; raises TimeoutError when that took longer
+    than `timeout_s`, and OSError where its folder is missing or read-only. On a file system that knows no
+    locks it goes on without.
+
+    The one kind of lock on what is kept. It is the system's, on an empty file beside `path`, which stays: a
+    killed holder gives it back. Locking the folder itself would leave no file, but Windows cannot do that,
+    nor can network file systems, and what is locked here is replaced or removed meanwhile. Not of this kind
+    are downloads, which take huggingface_hub's own locks, and files that are being written, which are locked
+    themselves (`write_bytes_atomically`).
     """
-    file = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    if not path.parent.is_dir():  # which filelock would make
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+    lock = filelock.FileLock(lock_file(path))
     try:
-        if file is not None:
-            with suppress(OSError):  # a file system without locks
-                _lock(file, wait=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            if timeout_s == 0:
+                raise
+            if waiting is not None:
+                waiting()
+            lock.acquire(timeout=-1 if timeout_s is None else timeout_s)
+    except NotImplementedError:  # how older versions of filelock say so
+        pass
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    try:
         yield
     finally:
-        if file is not None:
-            os.close(file)
+        lock.release()
 
 
 def _remove_leftovers(target: Path) -> None:
@@ -100,12 +146,10 @@ def _remove_leftovers(target: Path) -> None:
         return
     for found in target.parent.glob(f".{glob.escape(target.name)}." + 8 * "[0-9a-f]"):
         with suppress(OSError):  # somebody is writing it, or another removed it
-            file = os.open(found, os.O_RDONLY)
+            file = os.open(found, os.O_RDWR)  # which network file systems want for a lock
             try:
                 _lock(file)
-                # Its writer may not have come to lock it yet, in its first moments.
-                if time.time() - os.fstat(file).st_mtime > FRESH_S:
-                    os.unlink(found)
+                os.unlink(found)
             finally:
                 os.close(file)
 

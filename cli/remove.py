@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
-import filelock
 
 from moe_local.cache.errors import ModelNotFoundError, MoeLocalError, OptionError
+from moe_local.cache.files import lock_file, locked
 from moe_local.cache.keys import format_bytes
 from moe_local.cli.completion import model_argument
 from moe_local.cli.options import debug_flag, json_flag
@@ -58,20 +59,26 @@ def rm(model: str, yes: bool, weights: bool, as_json: bool) -> None:
 
 def _remove(folder: Path) -> None:
     """Remove a conversion and what is left empty around it. Raises MoeLocalError while one is being made."""
-    lock = filelock.FileLock(folder.with_name(folder.name + ".lock"))
     try:
-        with lock.acquire(timeout=0):
+        with locked(folder, timeout_s=0):
             shutil.rmtree(folder)
-            Path(lock.lock_file).unlink(missing_ok=True)
-    except filelock.Timeout:
+            lock_file(folder).unlink(missing_ok=True)
+    except TimeoutError:
         raise MoeLocalError(
             f"{folder} is being converted by another process; wait for it or stop it"
         ) from None
     if not any(path.is_dir() for path in folder.parent.iterdir()):
-        for path in folder.parent.glob("sensitivity-*.json"):  # what mixes were chosen by
-            path.unlink(missing_ok=True)
+        _forget(folder.parent)
     if not any(folder.parent.iterdir()):
         folder.parent.rmdir()
+
+
+def _forget(folder: Path) -> None:
+    """Remove what mixes were chosen by, unless somebody is measuring it."""
+    for name in {path.name.partition(".")[0] for path in folder.glob("sensitivity-*")}:
+        with suppress(TimeoutError), locked(folder / f"{name}.json", timeout_s=0):
+            for path in folder.glob(f"{name}.*"):
+                path.unlink(missing_ok=True)
 
 
 def _confirm(question: str, yes: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
@@ -35,6 +37,8 @@ from moe_local.offload.usage import add_usage
 
 if TYPE_CHECKING:
     from moe_local.offload.plan.plan import Plan
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,12 +249,20 @@ class Model:
             stream.retire(self._closed_message)
 
     def _free(self, parts: Parts) -> None:
-        add_usage(self.expert_folder, parts.store.routed.snapshot())
-        parts.prefetcher.close()
-        for module in parts.hf.modules():
+        with contextlib.ExitStack() as undo:  # whatever fails, the rest is freed all the same
+            undo.callback(parts.store.close)
+            undo.callback(self._retire_modules, parts.hf)
+            undo.callback(parts.prefetcher.close)
+            try:
+                add_usage(self.expert_folder, parts.store.routed.snapshot())
+            except RuntimeError as error:  # a device that is gone has taken its counts along
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                logger.warning("which experts %s chose in this run is not kept: %s", self.name, reason)
+
+    def _retire_modules(self, hf: Any) -> None:
+        for module in hf.modules():
             if isinstance(module, OffloadedExperts):
                 module.retire(self._closed_message)
-        parts.store.close()
 
     def check_integrity(self) -> None:
         """Raise if the bookkeeping of engine, store and cache contradicts itself."""

@@ -11,6 +11,9 @@ from moe_local.cache.stats import RoutedTokens
 
 FILE_NAME = "usage.json"
 
+PATIENCE_S = 10.0
+"""Adding takes a moment; who holds the lock for longer was stopped in it, and a model is to be closed."""
+
 
 def read_usage(folder: Path) -> RoutedTokens | None:
     """The counts of all earlier runs with the expert file in `folder`; None if there are none yet.
@@ -29,11 +32,11 @@ def read_usage(folder: Path) -> RoutedTokens | None:
 def add_usage(folder: Path, routed: RoutedTokens) -> None:
     """Add one run's counts to those in `folder`, atomically, one process at a time.
 
-    A folder that is read-only or gone keeps what it has.
+    A folder that is read-only, gone, or locked for PATIENCE_S by another process keeps what it has.
     """
     if not any(routed.tokens):
         return
-    with suppress(OSError), locked(folder):
+    with suppress(OSError), locked(folder / FILE_NAME, timeout_s=PATIENCE_S):
         total = _sum(read_usage(folder), routed)
         write_atomically(
             folder / FILE_NAME, [json.dumps({"counts": total.counts, "tokens": total.tokens}), "\n"]

@@ -7,17 +7,16 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-import filelock
 import platformdirs
 import torch
 
 from moe_local.cache.errors import DoesNotFitError, ExpertFileError
-from moe_local.cache.files import sync_folder
+from moe_local.cache.files import locked, sync_folder
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer
 from moe_local.offload.direct_io import Memory, page_memory
@@ -298,15 +297,12 @@ def _is_planned(layer: StoredLayer, plan: ShardPlan) -> bool:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Hold the lock file beside `folder`, saying once if it waits. It is freed when its holder dies."""
-    lock = filelock.FileLock(folder.with_name(folder.name + ".lock"))
-    with disk_errors(folder):
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            logger.warning("waiting for another process that converts to %s", folder)
-            lock.acquire()
-    try:
+    """One conversion into `folder` at a time; says once if it waits."""
+
+    def waiting() -> None:
+        logger.warning("waiting for another process that converts to %s", folder)
+
+    with ExitStack() as held:
+        with disk_errors(folder):
+            held.enter_context(locked(folder, waiting=waiting))
         yield
-    finally:
-        lock.release()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_local.cache import files
-from moe_local.cache.files import write_atomically, write_bytes_atomically
+from moe_local.cache.files import locked, write_atomically, write_bytes_atomically
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -59,9 +60,7 @@ def test_bytes_that_fail_half_way_leave_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_what_a_killed_writer_left_goes_with_the_next_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_killed_writer_left_goes_with_the_next_one(tmp_path: Path) -> None:
     """But not what a living one is writing, nor what belongs to another file."""
     target, other = tmp_path / "usage.json", tmp_path / ".usage.json2.0123abcd"
     other.write_text("another's")
@@ -76,12 +75,10 @@ def test_what_a_killed_writer_left_goes_with_the_next_one(
     os.waitpid(pid, 0)
     (left,) = set(tmp_path.iterdir()) - {other}
     write_atomically(target, ["whole"])
-    assert left.exists(), "its writer may have just begun"
-    monkeypatch.setattr(files, "FRESH_S", -1.0)
+    assert not left.exists()
 
     def lines() -> Iterator[str]:
         yield "outer"
-        assert not left.exists()
         assert len(list(tmp_path.iterdir())) == 3
         write_atomically(target, ["inner"])
         assert len(list(tmp_path.iterdir())) == 3, "a living writer's file was removed"
@@ -89,3 +86,73 @@ def test_what_a_killed_writer_left_goes_with_the_next_one(
     write_atomically(target, lines())
     assert target.read_text() == "outer"
     assert set(tmp_path.iterdir()) == {target, other}
+
+
+@pytest.mark.parametrize("moment", ["before it is locked", "before it is renamed"])
+def test_a_writer_that_was_held_up_is_no_leftover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Another writes the same file meanwhile; the later one wins, and neither fails."""
+    target, met = tmp_path / "usage.json", []
+    module, name = (files, "_lock") if moment == "before it is locked" else (os, "replace")
+    real = getattr(module, name)
+
+    def held_up(*args: object, **options: object) -> object:
+        if not met and (name == "replace" or options.get("wait")):
+            met.append(True)
+            write_atomically(target, ["other"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, name, held_up)
+    write_atomically(target, ["held up"])
+    assert met
+    assert target.read_text() == "held up"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_one_at_a_time(tmp_path: Path) -> None:
+    """Also for what is not there; who waits is told once, or gives up."""
+    path, told = tmp_path / "a", []
+    with locked(path):
+        assert not path.exists()
+        with pytest.raises(TimeoutError), locked(path, timeout_s=0, waiting=lambda: told.append("no")):
+            pass
+        with pytest.raises(TimeoutError), locked(path, timeout_s=0.1, waiting=lambda: told.append("yes")):
+            pass
+        with locked(tmp_path / "b"):
+            pass
+    with locked(path, timeout_s=0):
+        pass
+    assert told == ["yes"]
+    with pytest.raises(FileNotFoundError), locked(tmp_path / "nowhere" / "a"):
+        pass
+
+
+def test_a_killed_holder_gives_its_lock_back(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with locked(tmp_path / "a"):
+            os.write(writing, b"!")
+            signal.pause()
+    os.read(reading, 1)
+    with pytest.raises(TimeoutError), locked(tmp_path / "a", timeout_s=0):
+        pass
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with locked(tmp_path / "a", timeout_s=0):
+        pass
+
+
+@pytest.mark.parametrize("refusal", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()])
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Exception
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise refusal
+
+    monkeypatch.setattr(files.filelock.FileLock, "acquire", refuse)
+    with locked(tmp_path / "a"):
+        pass
+    with pytest.raises(KeyError), locked(tmp_path / "a"):
+        raise KeyError

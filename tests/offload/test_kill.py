@@ -18,7 +18,6 @@ import pytest
 import torch
 
 import moe_local
-from moe_local.cache import files
 from moe_local.offload.checkpoint.hub import cached_folder, resolve
 from moe_local.offload.checkpoint.sha256 import known_sha256
 from moe_local.offload.expert_file.convert import convert_experts
@@ -328,7 +327,6 @@ class Generations:
         unlocked(home)
 
     def finish(self, home: Path) -> None:
-        self.patch.setattr(files, "FRESH_S", -1.0)
         assert self.ids() == self.calm
         left = [path for path in home.rglob("*") if path.suffix == TEMPORARY or path.name.startswith(".")]
         assert not left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -478,6 +479,35 @@ def test_close_frees_everything(make_checkpoint: Callable[..., Path]) -> None:
         with pytest.raises(MoeLocalError, match="is closed; load\\(\\) it again"):
             use()
     assert "closed" in repr(model)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: unspecified launch failure\nmore"), KeyError("x")]
+)
+def test_close_frees_everything_where_the_counts_are_lost(
+    tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    """A device that is gone has some of them, and closing frees; what else fails is told after it."""
+    threads, files = reader_threads(), open_expert_files()
+    model = moe_local.load(tiny_mixtral, slots=2, context=64, **EXACT)
+    assert answer(model, "hello", 2).token_ids
+    routed, hf = model.parts.store.routed, model.hf
+
+    def fails(self: object) -> None:
+        raise error
+
+    monkeypatch.setattr(type(routed), "snapshot", fails)
+    expected = pytest.raises(KeyError) if isinstance(error, KeyError) else contextlib.nullcontext()
+    with expected:
+        model.close()
+    model.close()
+    assert reader_threads() == threads
+    assert open_expert_files() == files
+    with pytest.raises(MoeLocalError, match="is closed; load\\(\\) it again"):
+        hf(torch.tensor([[1, 2]]))
+    lines = [record.getMessage() for record in caplog.records]
+    kept = "in this run is not kept: CUDA error: unspecified launch failure"
+    assert any(line.endswith(kept) for line in lines) == isinstance(error, RuntimeError)
 
 
 def test_close_in_the_middle_of_an_answer(tiny_mixtral: Path) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from moe_local.cache.files import locked
 from moe_local.cache.stats import RoutedTokens
+from moe_local.offload import usage
 from moe_local.offload.usage import FILE_NAME, add_usage, read_usage
 
 FIRST = RoutedTokens(((3, 1, 0), (2, 2, 0)), (2, 2))
@@ -21,7 +23,7 @@ def test_runs_add_up(tmp_path: Path) -> None:
     assert read_usage(tmp_path) == FIRST
     add_usage(tmp_path, SECOND)
     assert read_usage(tmp_path) == RoutedTokens(((4, 1, 1), (2, 2, 2)), (3, 3))
-    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE_NAME, f"{FILE_NAME}.lock"]
 
 
 def test_a_run_that_routed_nothing_writes_nothing(tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_a_folder_that_cannot_be_written_keeps_what_it_has(
     monkeypatch.setattr(os, "replace", refuse)
     add_usage(tmp_path, SECOND)
     assert read_usage(tmp_path) == FIRST
-    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE_NAME, f"{FILE_NAME}.lock"]
     add_usage(tmp_path / "gone", SECOND)
 
 
@@ -75,3 +77,13 @@ def test_the_file_is_plain_json(tmp_path: Path) -> None:
     add_usage(tmp_path, FIRST)
     fields = json.loads((tmp_path / FILE_NAME).read_text())
     assert fields == {"counts": [[3, 1, 0], [2, 2, 0]], "tokens": [2, 2]}
+
+
+def test_a_lock_that_is_never_given_back_costs_the_counts_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_usage(tmp_path, FIRST)
+    monkeypatch.setattr(usage, "PATIENCE_S", 0.05)
+    with locked(tmp_path / FILE_NAME):
+        add_usage(tmp_path, SECOND)
+    assert read_usage(tmp_path) == FIRST
