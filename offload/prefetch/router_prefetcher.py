@@ -26,7 +26,7 @@ class RouterPrefetcher:
         lookahead: int = 1,
         budget_experts: int = 0,
     ) -> None:
-        """`budget_experts`: most experts under way at a time; 0: as many as a layer has slots."""
+        """`budget_experts`: most guesses under way at a time; 0: as many as a layer has slots."""
         self._store = store
         self._predictor = predictor
         self._lookahead = lookahead
@@ -43,6 +43,10 @@ class RouterPrefetcher:
         guesses: Sequence[Guess],
         experts: Sequence[Sequence[int]],
     ) -> None:
+        # What this layer waits for is no guess: counted as one, it would leave no room for any where layers
+        # miss as many experts as they have slots, although the link is free as soon as those are there.
+        cache, layouts = self._store.tier.cache, self._store.layouts[layer]
+        demand = sum(layouts[expert].nbytes for expert in needed if not cache.is_resident(layer, expert))
         for guess, ranked in zip(guesses, experts, strict=True):
             slots, num_experts = self._store.slots(guess.layer), self._store.num_experts(guess.layer)
             wanted = [expert for expert in ranked if expert < num_experts][:slots]
@@ -50,7 +54,7 @@ class RouterPrefetcher:
                 continue
             count = self._budget_experts or slots
             budget = count * max(self._store.layouts[guess.layer][expert].nbytes for expert in wanted)
-            self._store.prefetch(guess.layer, wanted, distance=guess.distance, budget_bytes=budget)
+            self._store.prefetch(guess.layer, wanted, distance=guess.distance, budget_bytes=demand + budget)
 
     def saw(self, layer: int, residual: torch.Tensor) -> None:
         self._predictor.saw(layer, residual)

@@ -169,7 +169,7 @@ def test_nobody_asks_for_experts_that_no_token_chose(make_loaded: Callable[..., 
         assert 2 <= len(experts) <= 4
         assert len(set(experts)) == len(experts)
         assert set(experts) <= set(range(8))
-        assert budget == 8 * loaded.nbytes
+        assert 8 <= budget / loaded.nbytes <= 8 + 4, "and what the layer itself waits for"
         assert layer in (1, 2)
 
 
