@@ -102,11 +102,7 @@ class CopySource:
     def start(self, key: ExpertKey, slot: int, priority: int) -> Load:
         load = CopyLoad(key, self._nbytes(key), priority, slot)
         self._waiting.append(load)
-        try:
-            self._advance(load)
-        except (RuntimeError, MemoryError) as error:
-            self._release_lower(load)
-            self._fail(load, _failure(load.key, error))
+        self._advance(load)
         return load
 
     def promote(self, load: Load, priority: int) -> None:
