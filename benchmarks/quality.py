@@ -40,7 +40,7 @@ from moe_local.cache.files import write_atomically
 from moe_local.offload.allocation.allocate import best_mix
 from moe_local.offload.allocation.expected import candidates
 from moe_local.offload.allocation.measure import Measurement, read_text
-from moe_local.offload.allocation.samples import WINDOW, experts_of, windows_of
+from moe_local.offload.allocation.samples import WINDOW, experts_of, rows_of
 from moe_local.offload.allocation.sensitivity import Sensitivity
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import resolve
@@ -208,7 +208,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         decoded = Decoded(checkpoint)
         for module in experts_of(model.hf):
             module.attach(decoded)
-        rows = {name: windows_of(ids, len(ids)) for name, ids in judged.items()}
+        rows = {name: rows_of(ids, len(ids)) for name, ids in judged.items()}
         groups = [name for name, windows in rows.items() for _ in windows]
         kept = candidates(spec.dtype)[-1]
         judge = Judge(model.hf, decoded, torch.cat(list(rows.values())), groups, kept)

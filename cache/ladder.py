@@ -37,6 +37,11 @@ def slot_ladder(sizes: tuple[int, ...], top_k: int, use: tuple[float, ...] | Non
     return tuple(ladder)
 
 
+def arena_bytes(slots: Sequence[int], ladders: Sequence[Sequence[int]]) -> int:
+    """Bytes of an arena with so many slots per MoE layer, the first of each layer's ladder."""
+    return sum(sum(ladder[:count]) for count, ladder in zip(slots, ladders, strict=True))
+
+
 def _use_by_size(sizes: Sequence[int], use: Sequence[float] | None) -> dict[int, float]:
     """Share of a token's needs that falls on experts of each size."""
     if use is None or not sum(use):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,11 +22,9 @@ from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan.fit import fit
 from moe_local.offload.plan.plan import Plan
+from moe_local.offload.progress import Progress
 from moe_local.offload.quantize.codec import NATIVE
 from moe_local.offload.quantize.mix import AUTO, MIXED
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done ("converting", "loading"), how much of it is done, and how much there is."""
 
 
 def convert(

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe_local.offload.read_at import read_at
+from moe_local.offload.read_at import open_directly, read_at
 
 PAGE = 4096
 """Offsets, sizes and addresses of direct access are multiples of this; no disk asks for more."""
@@ -31,7 +31,6 @@ THREADS = 4
 """Four reads of 4 MiB in flight reach a disk's sequential speed, at any size of what is read."""
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
-_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
@@ -135,7 +134,7 @@ def write_fully(file: int, data: memoryview) -> None:
 
 def open_for_writing(path: Path) -> int:
     """A descriptor of the new, empty file, for direct writing where there is such a thing. Raises OSError."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0) | _CLOEXEC
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
     try:
         return os.open(path, flags | _DIRECT, 0o666)
     except OSError as error:
@@ -149,10 +148,10 @@ def _opened_directly(paths: set[Path]) -> Iterator[dict[Path, int]]:
     """Descriptors of those files that can be read directly."""
     with ExitStack() as opened:
         files = {}
-        for path in paths if _DIRECT else ():
-            with suppress(OSError):
-                files[path] = os.open(path, os.O_RDONLY | _DIRECT | _CLOEXEC)
-                opened.callback(os.close, files[path])
+        for path in paths:
+            if (file := open_directly(path)) is not None:
+                files[path] = file
+                opened.callback(os.close, file)
         yield files
 
 

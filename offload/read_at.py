@@ -13,6 +13,17 @@ def open_for_reading(path: str | os.PathLike[str], flags: int = 0) -> int:
     return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | flags)
 
 
+def open_directly(path: str | os.PathLike[str]) -> int | None:
+    """A descriptor whose reads pass the page cache by, or None where system or file system have none."""
+    flag = getattr(os, "O_DIRECT", None)
+    if flag is None:
+        return None
+    try:
+        return open_for_reading(path, flag)
+    except OSError:
+        return None
+
+
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
     """Fill `buffer`, bytes, from the file's byte `offset` on; how many came, 0 at the end. Raises OSError."""
     if hasattr(os, "preadv"):

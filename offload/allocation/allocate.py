@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +20,9 @@ from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.expert_file.convert import expert_file_folder, moe_local_home
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.options import LoadOptions
+from moe_local.offload.progress import Progress
 from moe_local.offload.quantize.codec import Codec, codec_for
 from moe_local.offload.quantize.mix import Mix, check_bits, even_mix, is_mixed, layout_of
-
-Progress = Callable[[str, int, int], None]
-"""What is being done, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,14 @@ from moe_local.offload.allocation.samples import (
     LayerSamples,
     Watch,
     experts_of,
-    windows_of,
+    rows_of,
 )
 from moe_local.offload.allocation.sensitivity import LayerSensitivity, Sensitivity
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.spec import MoELayer, experts_modules, meta_model
 from moe_local.offload.direct_io import PageArena
 from moe_local.offload.experts import OffloadedExperts
-
-Progress = Callable[[str, int, int], None]
-"""What is being done, how much of it is done, and how much there is."""
+from moe_local.offload.progress import Progress
 
 TOKENS = 8192
 """Read of a text by default."""
@@ -81,7 +79,7 @@ def read_text(hf: Any, ids: Sequence[int], progress: Progress | None = None) -> 
     Raises OptionError for too little text.
     """
     check_text(ids)
-    batches = windows_of(ids, len(ids)).split(AT_ONCE)
+    batches = rows_of(ids, len(ids)).split(AT_ONCE)
     with Watch(experts_of(hf)) as watch, torch.inference_mode():
         for done, batch in enumerate(batches, 1):
             hf.base_model(input_ids=batch.to(hf.device), use_cache=False)  # its logits would go to waste

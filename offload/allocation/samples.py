@@ -134,7 +134,7 @@ def experts_of(hf: Any) -> list[OffloadedExperts]:
     return sorted(found, key=lambda module: module.index)
 
 
-def windows_of(ids: Sequence[int], most: int, window: int = WINDOW) -> torch.Tensor:
+def rows_of(ids: Sequence[int], most: int, window: int = WINDOW) -> torch.Tensor:
     """The first `most` of one text's ids in rows, int64 [N, window]; a shorter rest is left out."""
     count = min(len(ids), most) // window
     return torch.tensor(list(ids[: count * window])).view(count, window)

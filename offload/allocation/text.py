@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +16,13 @@ from moe_local.offload.allocation.sensitivity import Sensitivity
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import resolve
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
+from moe_local.offload.progress import Progress
 from moe_local.offload.quantize.codec import NATIVE
 
 if TYPE_CHECKING:
     from moe_local.offload.model import Model
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
 
 RUN_IN = (NATIVE, "int8", "nf4")
 """Formats to read the text in, the first that the machine has room for: the checkpoint's own needs no

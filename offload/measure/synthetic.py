@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from moe_local.offload.expert_file.convert import moe_local_home
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.expert_file.expert_shard import ShardPlan, ShardWriter, disk_errors
 from moe_local.offload.measure.shapes import config_fields, published_layers
+from moe_local.offload.progress import Progress
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.quantize.nf4 import nf4_matrix
@@ -41,8 +42,6 @@ TABLE = (1 << 24) - 3
 LEVELS_STD = 0.55
 """Standard deviation of NF4's levels when all are equally frequent."""
 DENSE = "model.safetensors"
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from moe_local.cache.files import parse_json, write_atomically
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.direct_io import page_memory
 from moe_local.offload.native.library import check, library_without_map
-from moe_local.offload.read_at import open_for_reading, read_at
+from moe_local.offload.read_at import open_directly, open_for_reading, read_at
 
 DEFAULT_VRAM = 936e9
 """Bytes/s, an RTX 3090's data sheet; a 4090 has 1008e9, the 16 GB cards 290e9 to 740e9."""
@@ -130,7 +130,7 @@ def disk_bandwidth(folder: Path, nbytes: int = DISK_FILE) -> tuple[float, bool]:
         with os.fdopen(descriptor, "wb", buffering=0) as file:
             length = _write_for(file.fileno(), nbytes, seconds=0.5)
             os.fsync(file.fileno())
-        direct = _open_direct(name)
+        direct = open_directly(name)
         cached = direct is None
         source = open_for_reading(name) if direct is None else direct
         try:
@@ -244,17 +244,6 @@ def _write_for(descriptor: int, nbytes: int, seconds: float) -> int:
     while written < nbytes and (written == 0 or time.perf_counter() < deadline):
         written += os.write(descriptor, piece)
     return written
-
-
-def _open_direct(name: str) -> int | None:
-    """A descriptor that bypasses the page cache, or None where system or file system have none."""
-    flag = getattr(os, "O_DIRECT", None)
-    if flag is None:
-        return None
-    try:
-        return os.open(name, os.O_RDONLY | flag)
-    except OSError:
-        return None
 
 
 def _read_for(descriptor: int, length: int, seconds: float) -> float:

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from moe_local.cache.keys import format_bytes
+from moe_local.cache.ladder import arena_bytes
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.plan import footprint
 from moe_local.offload.plan.cards import Cards, kv_of_a_layer, layers_by_card, refusal
-from moe_local.offload.plan.plan import Bytes, Ladders, Mode, Plan, Request, arena_bytes, largest
+from moe_local.offload.plan.plan import Bytes, Ladders, Mode, Plan, Request, largest
 
 
 def place(request: Request) -> Plan:

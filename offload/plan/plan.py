@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from moe_local.cache.errors import DoesNotFitError, OptionError
-from moe_local.cache.ladder import slot_ladder
+from moe_local.cache.ladder import arena_bytes, slot_ladder
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.plan import estimate, footprint
 from moe_local.offload.plan.bandwidth import Bandwidths
@@ -299,11 +299,6 @@ class Plan:
             "reason": self.reason,
             "nearest": self.nearest,
         }
-
-
-def arena_bytes(slots: Sequence[int], ladders: Ladders) -> int:
-    """Bytes of an arena with so many slots per MoE layer, the first of each layer's ladder."""
-    return sum(sum(ladder[:count]) for count, ladder in zip(slots, ladders, strict=True))
 
 
 def largest(ladders: Ladders) -> int:

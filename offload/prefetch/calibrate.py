@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from moe_local.offload.prefetch.correction import Correction, fit
 from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.recorder import Recorder
 from moe_local.offload.prefetch.routers import RouterSite
+from moe_local.offload.progress import Progress
 
 WINDOW = 256
 """Tokens in one forward."""
@@ -21,8 +22,6 @@ MOST_RANK = 64
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 JUDGED, CHOSEN_BY = 5, 10
 """One window in so many is held back to judge by, and one in so many to choose ridges by."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

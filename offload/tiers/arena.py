@@ -101,8 +101,3 @@ def sizes_of(slots: Sequence[int], strides: Strides) -> list[list[int]]:
     if [len(layer) for layer in sizes] != list(slots):
         raise ValueError(f"{list(slots)} slots, of which {[len(layer) for layer in sizes]} have a size")
     return sizes
-
-
-def arena_bytes(slots: Sequence[int], strides: Strides) -> int:
-    """What an arena of these slots takes."""
-    return sum(map(sum, sizes_of(slots, strides)))

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_local.cache.errors import DoesNotFitError
-from moe_local.offload.tiers.arena import Arena, Strides, arena_bytes, sizes_of, views_of
+from moe_local.cache.ladder import arena_bytes
+from moe_local.offload.tiers.arena import Arena, Strides, sizes_of, views_of
 from moe_local.offload.tiers.device import Device
 
 SEGMENT_BYTES = 256 << 20

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_local.offload.direct_io import PAGE
-from moe_local.offload.read_at import open_for_reading, read_at
+from moe_local.offload.read_at import open_directly, open_for_reading, read_at
 
 
 class OpenFile(NamedTuple):
@@ -22,12 +22,7 @@ class OpenFile(NamedTuple):
     @classmethod
     def open(cls, path: Path, direct: bool) -> OpenFile:
         """Raises OSError if the file cannot be opened at all."""
-        plain = open_for_reading(path)
-        flag = getattr(os, "O_DIRECT", None)
-        if direct and flag is not None:
-            with contextlib.suppress(OSError):
-                return cls(plain, open_for_reading(path, flag))
-        return cls(plain, None)
+        return cls(open_for_reading(path), open_directly(path) if direct else None)
 
     def read_directly(self, buffer: memoryview, start: int) -> int:
         """Bytes read from the file's byte `start` on: none where that is not for direct access, or fails."""

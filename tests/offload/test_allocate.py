@@ -17,7 +17,7 @@ from moe_local.offload.allocation.expected import candidates, format_error
 from moe_local.offload.allocation.gains import layer_gains, texts_of
 from moe_local.offload.allocation.measure import Measurement, Reading, read_text
 from moe_local.offload.allocation.misses import MissCost, hits
-from moe_local.offload.allocation.samples import LayerSamples, Watch, experts_of, windows_of
+from moe_local.offload.allocation.samples import LayerSamples, Watch, experts_of, rows_of
 from moe_local.offload.allocation.sensitivity import EVEN, LayerSensitivity, Sensitivity
 from moe_local.offload.allocation.text import calibrate
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
@@ -86,7 +86,7 @@ def test_errors_are_those_of_the_layers_output(
     module = experts_of(model.hf)[1]
     with torch.inference_mode():
         hook = module.register_forward_hook(lambda m, args, out: seen.append((*args, out)))
-        for row in windows_of(ids, 512):
+        for row in rows_of(ids, 512):
             model.hf(input_ids=row[None], use_cache=False)
         hook.remove()
     codec = codec_for("nf4")
@@ -131,7 +131,7 @@ def test_memory_is_bounded(model: moe_local.Model, ids: list[int], monkeypatch: 
     width = 64 * 4
     monkeypatch.setattr(samples, "MOST_BYTES", 24 * 10 * width)
     with Watch(experts_of(model.hf)) as watch, torch.inference_mode():
-        model.hf(input_ids=windows_of(ids, 512), use_cache=False)
+        model.hf(input_ids=rows_of(ids, 512), use_cache=False)
     kept = [len(layer.inputs(e)[0]) for layer in watch.layers for e in range(8)]
     assert max(kept) == 10
 

@@ -76,7 +76,7 @@ def test_a_disk_that_cannot_be_written_keeps_the_default(tmp_path, monkeypatch):
 
 
 def test_without_direct_reads_the_disk_figure_says_cached(tmp_path, monkeypatch):
-    monkeypatch.setattr(bandwidth, "_open_direct", lambda name: None)
+    monkeypatch.setattr(bandwidth, "open_directly", lambda name: None)
     rate, cached = bandwidth.disk_bandwidth(tmp_path, nbytes=8 * 2**20)
     assert rate > 0
     assert cached

@@ -53,6 +53,7 @@ def access(request, monkeypatch):
 
     if request.param == "unknown to the system":
         monkeypatch.setattr(direct_io, "_DIRECT", 0)
+        monkeypatch.setattr(direct_io, "open_directly", lambda path: None)
     monkeypatch.setattr(direct_io, "PIECE", 3 * PAGE)
     monkeypatch.setattr(os, "open", opens)
     monkeypatch.setattr(os, "preadv", reads)

@@ -1,0 +1,8 @@
+"""Telling how far long work is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done ("converting", "loading"), how much of it is done, and how much there is."""
