@@ -9,15 +9,12 @@ from moe_local.cache.beside import Beside
 from moe_local.cache.errors import DoesNotFitError
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
-from moe_local.cache.ladder import slot_ladder
 from moe_local.cache.stats import RouterLoad
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.plan.free_memory import free_ram
 from moe_local.offload.plan.plan import Ladders
-from moe_local.offload.quantize.layout import Layout
-from moe_local.offload.quantize.mix import is_mixed
 from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store import ExpertStore
 from moe_local.offload.tiers.arena import HostArena
@@ -30,28 +27,28 @@ from moe_local.offload.tiers.transfer import FileSource, Location, ScatteredLoca
 
 
 def build_arena(
-    file: ExpertFile | NativeExperts,
     spec: ModelSpec,
     slots: Sequence[int],
+    ladders: Ladders,
     device: Device | Sequence[Device],
     *,
     spare: int = 0,
-    ladders: Ladders | None = None,
 ) -> DeviceArena:
-    """Memory for so many experts per MoE layer of `file` on a device, or each layer's on its own.
+    """Memory for so many experts per MoE layer on a device, or each layer's on its own.
 
     Has fewer slots, down to top-k, where a device refuses some and `spare` bytes are to be left to others;
-    see DeviceArena. `ladders[layer]`: bytes of the slots; None: as `file` has it, with nothing known of use.
-    Raises DoesNotFitError. The caller closes it, or the store that it is given to.
+    see DeviceArena. `ladders[layer]`: bytes of the slots, as the plan's request has them. Raises
+    DoesNotFitError. The caller closes it, or the store that it is given to.
     """
     least = [min(layer.top_k, count) for layer, count in zip(spec.layers, slots, strict=True)]
-    return DeviceArena(slots, ladders or ladders_of(file, spec), device, least=least, spare=spare)
+    return DeviceArena(slots, ladders, device, least=least, spare=spare)
 
 
 def build_store(
     file: ExpertFile | NativeExperts,
     spec: ModelSpec,
     *,
+    ladders: Ladders,
     ram_slots: Sequence[int],
     arena: DeviceArena | None = None,
     policy: str = "adaptive",
@@ -59,7 +56,6 @@ def build_store(
     scheduler: MissScheduler | None = None,
     vram_staging: int = 0,
     ram_staging: int = 0,
-    ladders: Ladders | None = None,
 ) -> ExpertStore:
     """A store over `file` with so many slots per MoE layer; the caller closes it.
 
@@ -69,7 +65,7 @@ def build_store(
     slots beside these, where there is one device and it has room for them. `ladders` as for the arena.
     Nothing is loaded yet (`Tier.preload` does). Raises DoesNotFitError if RAM is refused.
     """
-    layouts, ladders = _layouts(file, spec), ladders or ladders_of(file, spec)
+    layouts = [[file.layout(layer.index, e) for e in range(layer.num_experts)] for layer in spec.layers]
     largest = max(map(max, ladders))
     total = sum(layout.nbytes for layer in layouts for layout in layer)
     free = free_ram(reserve=False)
@@ -133,18 +129,3 @@ def _ring(slots: int, stride: int, beside: DeviceArena) -> DeviceArena:
         return DeviceArena([0 if others else slots], [stride], device)
     except DoesNotFitError:  # prompts go through the layers' own slots then
         return DeviceArena([0], [stride], device)
-
-
-def _layouts(file: ExpertFile | NativeExperts, spec: ModelSpec) -> list[list[Layout]]:
-    return [[file.layout(layer.index, e) for e in range(layer.num_experts)] for layer in spec.layers]
-
-
-def ladders_of(file: ExpertFile | NativeExperts, spec: ModelSpec) -> Ladders:
-    """Bytes of the slots of each MoE layer, where it is not known which experts are used how often.
-
-    Of a mix each layer's ladder; of any other file all have the size of the layer's largest expert.
-    """
-    sizes = [[layout.nbytes for layout in layer] for layer in _layouts(file, spec)]
-    if is_mixed(file.format):
-        return tuple(slot_ladder(tuple(e), layer.top_k) for e, layer in zip(sizes, spec.layers, strict=True))
-    return tuple((max(each),) * len(each) for each in sizes)

@@ -19,7 +19,7 @@ from moe_local.offload.checkpoint.hub import config_of, resolve
 from moe_local.offload.checkpoint.skeleton import load_skeleton
 from moe_local.offload.checkpoint.spec import ModelSpec, meta_model, model_spec
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
-from moe_local.offload.conversion import Progress, converted_mixes, open_experts
+from moe_local.offload.conversion import converted_mixes, open_experts
 from moe_local.offload.engine.encoder_decoder import as_decoder
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.graph_trial import graph_mode, use_graphs
@@ -41,6 +41,7 @@ from moe_local.offload.plan.plan import Plan
 from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.make import make_prefetcher
 from moe_local.offload.prefill import announcer
+from moe_local.offload.progress import Progress
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.mix import AUTO, is_mixed
 from moe_local.offload.relief import Relief
@@ -216,21 +217,19 @@ def _assemble(
             by_layer = [cards[plan.card_of(layer.index)] for layer in checkpoint.spec.layers]
             spare = plan.bytes.workspace // len(cards)
             ladders = plan.request.ladders
-            arena = build_arena(
-                file, checkpoint.spec, plan.vram_slots, by_layer, spare=spare, ladders=ladders
-            )
+            arena = build_arena(checkpoint.spec, plan.vram_slots, ladders, by_layer, spare=spare)
             undo.callback(arena.close)
             plan = _as_allocated(plan, arena.slots)
         store = build_store(
             file,
             checkpoint.spec,
+            ladders=plan.request.ladders,
             ram_slots=plan.ram_slots,
             arena=arena,
             policy=options.policy,
             scheduler=_scheduler(options, plan),
             vram_staging=plan.vram_staging,
             ram_staging=plan.ram_staging,
-            ladders=plan.request.ladders,
         )
         undo.callback(store.close)
         engine = Engine(as_decoder(hf), kv, chunk=plan.chunk)

@@ -54,7 +54,7 @@ class Relief:
     cache that grows and shrinks under an answer is worse than a small one.
     """
 
-    def __init__(self, tier: Tier, arena: DeviceArena, before: Callable[[], None] | None = None) -> None:
+    def __init__(self, tier: Tier, arena: DeviceArena, before: Callable[[], None]) -> None:
         """`arena`: the tier's, as far as its memory is on devices. `before` is called first, each time."""
         self._tier = tier
         self._arena = arena
@@ -63,8 +63,7 @@ class Relief:
     def __call__(self, lacking: Shortage) -> bool:
         """Whether anything was given back. Call between steps, when nothing of the tier is leased."""
         given = False
-        if self._before is not None:
-            self._before()
+        self._before()
         for device in self._tier.devices:
             if lacking.card is None or device.torch_device.index in (None, lacking.card):
                 given |= self._shrink(device, lacking.nbytes + MARGIN)

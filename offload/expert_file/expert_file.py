@@ -155,21 +155,19 @@ class ExpertFile:
 
         Raises ExpertFileError if they cannot be read or are damaged.
         """
-        buffer = torch.empty(self.nbytes(layer, expert), dtype=torch.uint8)
-        self._read_into(layer, expert, buffer.numpy().data)
-        return buffer
-
-    def verify(self, progress: Progress | None = None) -> None:
-        """Read everything and compare checksums. Raises ExpertFileError naming the first damaged expert."""
-        largest = max(layout.nbytes for layer in self.layers for layout in layer.layouts)
-        buffer = memoryview(bytearray(largest))
-        done = done_bytes = 0
-        for layer in range(self.num_layers):
-            for expert in range(self.num_experts(layer)):
-                self._read_into(layer, expert, buffer[: self.nbytes(layer, expert)])
-                done, done_bytes = done + 1, done_bytes + self.nbytes(layer, expert)
-                if progress is not None:
-                    progress(done, self.total_experts, done_bytes)
+        path, offset, nbytes = self.location(layer, expert)
+        try:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                found = bytearray(file.read(nbytes))
+        except OSError as error:
+            raise ExpertFileError(f"cannot read {path}: {error.strerror}; check the disk") from error
+        if len(found) < nbytes or xxhash.xxh3_64_intdigest(found) != self.checksum(layer, expert):
+            raise ExpertFileError(
+                f"expert {expert} of MoE layer {layer} ({self.layers[layer].name}) in {path} is damaged "
+                "(wrong checksum); check the disk, then mend it: moe-local verify MODEL --repair"
+            )
+        return torch.frombuffer(found, dtype=torch.uint8)
 
     def check_integrity(self) -> None:
         """Raises ExpertFileError if a shard is missing or has another size than when it was written."""
@@ -178,33 +176,6 @@ class ExpertFile:
             if size != layer.nbytes:
                 found = "is missing" if size is None else f"has {size} bytes instead of {layer.nbytes}"
                 raise ExpertFileError(f"{layer.path} {found}; convert it again: moe-local convert MODEL")
-
-    def _read_into(self, layer: int, expert: int, buffer: memoryview) -> None:
-        location = self.location(layer, expert)
-        if not read_checked(location, self.checksum(layer, expert), buffer):
-            raise ExpertFileError(
-                f"expert {expert} of MoE layer {layer} ({self.layers[layer].name}) in {location.path} is "
-                "damaged (wrong checksum); check the disk, then mend it: moe-local verify MODEL --repair"
-            )
-
-
-def read_checked(location: ExpertLocation, checksum: int, buffer: memoryview) -> bool:
-    """Read one expert into `buffer` of its size; whether all its bytes came and match `checksum`.
-
-    Raises ExpertFileError if the file cannot be read.
-    """
-    try:
-        with open(location.path, "rb", buffering=0) as file:
-            file.seek(location.offset)
-            done = 0
-            while done < len(buffer):
-                count = file.readinto(buffer[done:])
-                if not count:
-                    return False
-                done += count
-    except OSError as error:
-        raise ExpertFileError(f"cannot read {location.path}: {error.strerror}; check the disk") from error
-    return xxhash.xxh3_64_intdigest(buffer) == checksum
 
 
 def _manifest(file: ExpertFile) -> bytes:

@@ -10,12 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from moe_local.cache.stats import StallSeconds, Stats
+from moe_local.cache.stats import Stats
 from moe_local.offload.measure.ratio import median_interval
 from moe_local.offload.measure.sample import Sample, Step
-
-CAUSES = tuple(asdict(StallSeconds()))
-"""Of stalls, by the names of StallSeconds."""
 
 
 def percentile(values: Sequence[float], share: float) -> float:

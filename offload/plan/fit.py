@@ -59,7 +59,7 @@ def fit(
     else:
         cards = tuple(free_vram(card) for card in options.torch_devices() if card.type == "cuda")
     spec = model_spec(config_of(model))
-    return plan_cards(
+    return plan_request(
         Request(
             model=str(model),
             spec=spec,
@@ -97,7 +97,7 @@ def plan_load(
         asked = options.card_vram(number)
         free = free_vram(device, reserve=asked is None)
         cards.append(free if asked is None else min(asked, free))
-    return plan_cards(
+    return plan_request(
         Request(
             model=model,
             spec=spec,
@@ -139,24 +139,16 @@ def _context(options: LoadOptions, spec: ModelSpec) -> int:
     return min(spec.max_context, DEFAULT_CONTEXT) if options.context is None else options.context
 
 
-def plan_cards(request: Request, cards: Sequence[int], have: Sequence[str] = ()) -> Plan:
-    """Plan a request on cards of so many bytes: on the first if that holds everything, else on all. If
-    it does not fit, say also which nearest setting does.
+def plan_request(request: Request, cards: Sequence[int] = (), have: Sequence[str] = ()) -> Plan:
+    """Plan a request on cards of so many bytes: on the first if that holds everything, else on all; without
+    any, in the memory that the request names. If it does not fit, say also which nearest setting does.
 
     Experts "auto" become what they come to, which the plan's request names; `have` are mixes that are there.
     """
     if request.experts == AUTO:
         chosen = choose(lambda name: _place(replace(request, experts=name), cards), request.spec, have)
         request = replace(request, experts=chosen)
-    return _with_nearest(_place(request, cards))
-
-
-def plan_memory(request: Request) -> Plan:
-    """Place the model as the request says or, if it does not fit, say also which nearest setting does."""
-    return _with_nearest(place(request))
-
-
-def _with_nearest(plan: Plan) -> Plan:
+    plan = _place(request, cards)
     return plan if plan.fits else replace(plan, nearest=nearest(plan.request))
 
 

@@ -22,7 +22,7 @@ from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan import footprint
 from moe_local.offload.plan.bandwidth import Bandwidths
-from moe_local.offload.plan.fit import fit, plan_cards, plan_load
+from moe_local.offload.plan.fit import fit, plan_load, plan_request
 from moe_local.offload.plan.placement import place
 from moe_local.offload.plan.plan import Plan, Request
 
@@ -97,10 +97,10 @@ class TestPlan:
         assert abs(plan.on_card(0)["used"] - plan.on_card(1)["used"]) < 2 * 8 * plan.bytes.expert
 
     def test_one_card_that_holds_everything_is_enough(self) -> None:
-        plan = plan_cards(request(spec=QWEN, vram=None), [24 * GIB, 24 * GIB])
+        plan = plan_request(request(spec=QWEN, vram=None), [24 * GIB, 24 * GIB])
         assert (plan.mode, plan.cards, plan.request.vram) == ("resident", (), 24 * GIB)
-        assert plan_cards(request(vram=None), [24 * GIB, 24 * GIB]).request.cards == (24 * GIB, 24 * GIB)
-        assert plan_cards(request(vram=None), []).request.vram is None
+        assert plan_request(request(vram=None), [24 * GIB, 24 * GIB]).request.cards == (24 * GIB, 24 * GIB)
+        assert plan_request(request(vram=None), []).request.vram is None
 
     def test_slots_that_are_asked_for(self) -> None:
         plan = place(request(10 * GIB, 16 * GIB, slots=4))
@@ -115,7 +115,7 @@ class TestPlan:
         assert set(plan.vram_slots) == {8}
 
     def test_what_does_not_fit_says_how_much_each_card_lacks(self) -> None:
-        plan = plan_cards(request(vram=None), [3 * GIB, 4 * GIB])
+        plan = plan_request(request(vram=None), [3 * GIB, 4 * GIB])
         assert not plan.fits
         assert plan.nearest is not None
         assert plan.nearest.startswith("--vram 2x")

@@ -23,6 +23,7 @@ from moe_local.offload.checkpoint.spec import model_spec
 from moe_local.offload.expert_file import convert
 from moe_local.offload.expert_file.convert import convert_experts, expert_file_folder, moe_local_home
 from moe_local.offload.expert_file.expert_file import MANIFEST, ExpertFile
+from moe_local.offload.expert_file.verify import find_damage
 from moe_local.offload.quantize.codec import codec_for
 
 BF16 = codec_for("bf16")
@@ -138,7 +139,7 @@ def test_another_file_in_the_folder_is_replaced(source, random_experts, tmp_path
     codec = codec_for("fp16") if changed == "format" else BF16
     file = convert_experts(other, codec, tmp_path / "f")
     assert len(other.reads) == other.spec.layers[-1].index * 4 + 4
-    file.verify()
+    assert not find_damage(file)
     assert (file.fingerprint, file.format) == (other.fingerprint, codec.name)
 
 
@@ -152,7 +153,7 @@ def test_ctrl_c_keeps_finished_shards(source, random_experts, tmp_path):
     file = convert_experts(again, BF16, tmp_path / "f", lambda done, total, nbytes: seen.append(done))
     assert again.reads == [(2, expert) for expert in range(4)]
     assert seen == list(range(1, 13))
-    file.verify()
+    assert not find_damage(file)
 
 
 @pytest.mark.parametrize("with_manifest", [True, False])
@@ -206,8 +207,8 @@ def test_another_encoding_is_never_mixed_in(source, tmp_path, caplog):
     source.reads.clear()
     file = convert_experts(source, BF16, tmp_path / "f", check=True)
     assert source.reads == [(1, 2), *((1, expert) for expert in range(4))]
-    file.verify()
-    ExpertFile.open(tmp_path / "f").verify()
+    assert not find_damage(file)
+    assert not find_damage(ExpertFile.open(tmp_path / "f"))
     decoded = codec_for("bf16").decode(file.read(1, 0), file.layout(1, 0), torch.bfloat16)
     assert torch.equal(decoded["down_proj"], plain(source.spec.layers[1], 0)["down_proj"] + 1)
 
@@ -231,7 +232,7 @@ def test_killed_at_random_moments(random_experts, tmp_path):
         found = names(folder) if folder.exists() else []
         stages.add((len(found), any(name.endswith(".tmp") for name in found)))
         if MANIFEST in found:
-            ExpertFile.open(folder).verify()
+            assert not find_damage(ExpertFile.open(folder))
     assert len(stages) > 2, stages  # the kills met conversions at different stages
     for attempt in range(3):
         convert_experts(experts, BF16, tmp_path / f"killed{attempt}")
@@ -318,7 +319,7 @@ def test_a_disk_that_fills_up(source, random_experts, tmp_path, monkeypatch, cal
     assert "\n" not in str(caught.value)
     assert names(tmp_path / "f") == shards(0)
     again = random_experts.RandomExperts(layers=3, experts=4)
-    convert_experts(again, BF16, tmp_path / "f").verify()
+    assert not find_damage(convert_experts(again, BF16, tmp_path / "f"))
     assert len(again.reads) == 8
 
 
@@ -337,7 +338,7 @@ def test_a_limit_on_file_sizes(source, tmp_path):
 def test_short_writes_are_completed(source, tmp_path, monkeypatch):
     real = os.write
     monkeypatch.setattr(os, "write", lambda file, data: real(file, data[: max(1, len(data) // 2)]))
-    convert_experts(source, BF16, tmp_path / "f").verify()
+    assert not find_damage(convert_experts(source, BF16, tmp_path / "f"))
 
 
 def test_a_folder_that_cannot_be(source, tmp_path):
@@ -392,7 +393,7 @@ def test_four_processes_at_once(random_experts, tmp_path):
 
     def work(number: int) -> None:
         experts.reads.clear()
-        convert_experts(experts, BF16, tmp_path / "f").verify()
+        assert not find_damage(convert_experts(experts, BF16, tmp_path / "f"))
         (tmp_path / f"reads{number}").write_text(str(len(experts.reads)))
 
     children = [in_child(lambda number=number: work(number)) for number in range(4)]

@@ -21,7 +21,7 @@ from moe_local.offload.engine.miss_trial import VARIABLE, miss_mode
 from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.measure.variants import expert_runner
 from moe_local.offload.options import LoadOptions
-from moe_local.offload.plan.fit import plan_memory
+from moe_local.offload.plan.fit import plan_request
 from moe_local.offload.plan.footprint import expert_bytes
 from moe_local.offload.plan.plan import Request
 from moe_local.offload.relief import Shortage
@@ -73,7 +73,7 @@ def load(
     """As `load` on a card with so many slots a layer over RAM that holds all."""
     checkpoint = Checkpoint.open(folder)
     given = {"slots": slots, "context": 128, "experts": "fp32", "dense": "fp32"}
-    plan = plan_memory(
+    plan = plan_request(
         Request(
             model=checkpoint.name,
             spec=checkpoint.spec,

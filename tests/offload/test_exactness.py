@@ -21,7 +21,7 @@ from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.native.library import library
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan import footprint
-from moe_local.offload.plan.fit import plan_memory
+from moe_local.offload.plan.fit import plan_request
 from moe_local.offload.plan.footprint import expert_bytes
 from moe_local.offload.plan.plan import Request
 from moe_local.offload.quantize.codec import codec_for
@@ -167,7 +167,7 @@ def load_on_device(
     """As `load` on a card: `vram_slots` experts a layer there, `ram_slots` in RAM, the rest on disk."""
     checkpoint = Checkpoint.open(folder)
     options = LoadOptions(slots=vram_slots, prefetch=prefetch, policy=policy, context=64, miss=miss, **EXACT)
-    plan = plan_memory(
+    plan = plan_request(
         Request(
             model=checkpoint.name,
             spec=checkpoint.spec,

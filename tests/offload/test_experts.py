@@ -18,6 +18,7 @@ from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts, to_host
 from moe_local.offload.kernels.shared import Staging, pack, unpack
+from moe_local.offload.plan.plan import Request
 from moe_local.offload.prefetch.prefetch import Guess, NoPrefetch
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.store import ExpertStore
@@ -117,18 +118,19 @@ def make_store() -> Iterator[Callable[..., ExpertStore]]:
     def make(
         made: Converted, slots: int, device: Any = None, ram_slots: int = 3, scheduler: Any = None
     ) -> ExpertStore:
-        layers = len(made.checkpoint.spec.layers)
-        if device is None:
-            store = build_store(made.file, made.checkpoint.spec, ram_slots=[slots] * layers)
-        else:
-            arena = build_arena(made.file, made.checkpoint.spec, [slots] * layers, device)
-            store = build_store(
-                made.file,
-                made.checkpoint.spec,
-                ram_slots=[ram_slots] * layers,
-                arena=arena,
-                scheduler=scheduler,
-            )
+        spec = made.checkpoint.spec
+        layers, arena = len(spec.layers), None
+        ladders = Request(model="tiny", spec=spec, ram=0, experts=made.file.format, context=64).ladders
+        if device is not None:
+            arena = build_arena(spec, [slots] * layers, ladders, device)
+        store = build_store(
+            made.file,
+            spec,
+            ladders=ladders,
+            ram_slots=[slots if arena is None else ram_slots] * layers,
+            arena=arena,
+            scheduler=scheduler,
+        )
         stores.append(store)
         return store
 

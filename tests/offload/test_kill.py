@@ -64,7 +64,7 @@ def sound(folder: Path, plans: list[ShardPlan], calm: dict[str, bytes]) -> None:
             assert checksums is not None, f"{plan.file} has its name and is not whole"
             assert found[plan.file] == calm[plan.file]
     if MANIFEST in found:
-        ExpertFile.open(folder).verify()
+        assert not find_damage(ExpertFile.open(folder))
     unlocked(folder.parent)
 
 
@@ -321,7 +321,7 @@ class Generations:
                 assert path.suffix == TEMPORARY or path.name.startswith(f".{FILE_NAME}."), path
                 assert path.stat().st_size <= shard
             if path.name == MANIFEST:
-                ExpertFile.open(path.parent).verify()
+                assert not find_damage(ExpertFile.open(path.parent))
             if path.name == FILE_NAME:
                 assert read_usage(path.parent) is not None
         unlocked(home)

@@ -23,7 +23,7 @@ from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.options import LoadOptions
-from moe_local.offload.plan.fit import plan_memory
+from moe_local.offload.plan.fit import plan_request
 from moe_local.offload.plan.plan import Request
 from moe_local.offload.prefetch.auto import AutoPrefetcher
 from moe_local.offload.prefetch.prefetch import NoPrefetch
@@ -112,7 +112,7 @@ def test_planned_bytes_with_a_device(tiny_mixtral: Path, fake_device: ModuleType
     request = Request(
         model="tiny", spec=checkpoint.spec, ram=GIB, vram=GIB, slots=3, context=256, experts="bf16"
     )
-    plan = plan_memory(request).check()
+    plan = plan_request(request).check()
     options = LoadOptions(slots=3, context=256, experts="bf16")
     file = open_experts(checkpoint, "bf16")
     with assemble(checkpoint, file, plan, options, torch.device("cpu"), fake_device.FakeDevice()) as model:
@@ -135,7 +135,7 @@ def test_the_cpu_is_measured_where_it_may_have_to_compute(
     request = Request(
         model="tiny", spec=checkpoint.spec, ram=GIB, vram=GIB, slots=3, context=256, experts=experts
     )
-    plan = plan_memory(request).check()
+    plan = plan_request(request).check()
     options = LoadOptions(slots=3, context=256, experts=experts, miss=miss)
     file = open_experts(checkpoint, experts)
     device = fake_device.FakeDevice()
@@ -359,7 +359,7 @@ def test_memory_that_a_device_refuses(tiny_mixtral: Path, fake_device: ModuleTyp
             raise DoesNotFitError("cuda:0 refused 1 GiB for expert slots")
 
     checkpoint = Checkpoint.open(tiny_mixtral)
-    plan = plan_memory(Request(model="tiny", spec=checkpoint.spec, ram=GIB, vram=GIB, slots=2, context=64))
+    plan = plan_request(Request(model="tiny", spec=checkpoint.spec, ram=GIB, vram=GIB, slots=2, context=64))
     file = open_experts(checkpoint, "nf4")
     before = left_over()
     with pytest.raises(DoesNotFitError, match="cuda:0 refused"):

@@ -22,7 +22,7 @@ from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.load import assemble
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan.bandwidth import Bandwidths
-from moe_local.offload.plan.fit import plan_load, plan_memory
+from moe_local.offload.plan.fit import plan_load, plan_request
 from moe_local.offload.plan.plan import Request
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.mix import Mix
@@ -88,7 +88,7 @@ class Mixed:
             **given,
         )
         settings = LoadOptions(**{"miss": "fetch", **given, **options})
-        return assemble(self.checkpoint, self.file, plan_memory(request).check(), settings, CPU, device)
+        return assemble(self.checkpoint, self.file, plan_request(request).check(), settings, CPU, device)
 
     def check(self, model: moe_local.Model) -> None:
         for prompt, expected in zip((self.prompt, self.long), self.expected, strict=True):

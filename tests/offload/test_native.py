@@ -21,7 +21,7 @@ from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.native.library import library
 from moe_local.offload.options import LoadOptions
-from moe_local.offload.plan.fit import plan_memory
+from moe_local.offload.plan.fit import plan_request
 from moe_local.offload.plan.footprint import expert_bytes
 from moe_local.offload.plan.plan import Request
 from moe_local.offload.quantize.codec import codec_for, decoder_for
@@ -137,7 +137,7 @@ def test_through_a_device_over_ram_over_disk(
     hf = AutoModelForCausalLM.from_pretrained(twin, dtype=torch.float32).eval()
     with torch.inference_mode():
         expected = hf.generate(PROMPT, do_sample=False, **GREEDY)
-    plan = plan_memory(
+    plan = plan_request(
         Request(
             model=checkpoint.name,
             spec=checkpoint.spec,

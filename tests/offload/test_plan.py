@@ -15,7 +15,7 @@ from moe_local.offload.checkpoint.spec import ModelSpec, meta_model, model_spec
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan import estimate, footprint, placement
 from moe_local.offload.plan.bandwidth import Bandwidths
-from moe_local.offload.plan.fit import fit, plan_load, plan_memory
+from moe_local.offload.plan.fit import fit, plan_load, plan_request
 from moe_local.offload.plan.placement import place
 from moe_local.offload.plan.plan import Plan, Request
 
@@ -177,7 +177,7 @@ class TestAnyRequest:
     @settings(max_examples=60, deadline=None)
     @given(asked=requests)
     def test_the_nearest_setting_really_fits(self, asked: Request) -> None:
-        plan = plan_memory(asked)
+        plan = plan_request(asked)
         assert (plan.nearest is None) == plan.fits
         if plan.nearest is not None:
             assert place(with_flags(asked, plan.nearest)).fits
@@ -271,27 +271,27 @@ class TestNearest:
     def test_a_little_too_little_shortens_the_context(self) -> None:
         enough = request(context=32768)
         needed = place(dataclasses.replace(enough, vram=1)).shortfall_bytes
-        plan = plan_memory(dataclasses.replace(enough, vram=needed - 64 * 2**20))
+        plan = plan_request(dataclasses.replace(enough, vram=needed - 64 * 2**20))
         assert plan.nearest is not None
         assert plan.nearest.startswith("--context ")
         assert int(plan.nearest.split()[1]) >= 16384
 
     def test_slots_first(self) -> None:
-        plan = plan_memory(request(vram=12 * GIB, slots=8))
+        plan = plan_request(request(vram=12 * GIB, slots=8))
         assert plan.nearest is not None
         assert plan.nearest.startswith("--slots ")
 
     def test_quantized_experts(self) -> None:
-        assert plan_memory(request(experts="bf16", vram=12 * GIB)).nearest == "--experts nf4"
+        assert plan_request(request(experts="bf16", vram=12 * GIB)).nearest == "--experts nf4"
 
     def test_both_budgets(self) -> None:
-        plan = plan_memory(request(vram=3 * GIB, ram=3 * GIB, dense="nf4", context=256))
+        plan = plan_request(request(vram=3 * GIB, ram=3 * GIB, dense="nf4", context=256))
         assert plan.nearest is not None
         assert "--vram" in plan.nearest
         assert "--ram" in plan.nearest
 
     def test_the_error_says_what_by_how_much_and_what_would_do(self) -> None:
-        plan = plan_memory(request(vram=6 * GIB))
+        plan = plan_request(request(vram=6 * GIB))
         with pytest.raises(DoesNotFitError) as caught:
             plan.check()
         message = str(caught.value)

@@ -17,6 +17,7 @@ from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.skeleton import load_skeleton
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
+from moe_local.offload.plan.plan import Request
 from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.predictor import RouterPredictor
 from moe_local.offload.prefetch.prefetch import Guess, NoPrefetch, Prefetcher
@@ -37,7 +38,8 @@ class Loaded:
             self.hf(IDS[:, :1])
         self.sites = probe.sites
         file = convert_experts(checkpoint, codec_for("fp32"), out)
-        self.store = build_store(file, checkpoint.spec, ram_slots=[slots] * len(checkpoint.spec.layers))
+        ladders = Request(model="tiny", spec=checkpoint.spec, ram=0, experts="fp32", context=64).ladders
+        self.store = build_store(file, checkpoint.spec, ladders=ladders, ram_slots=[slots] * len(ladders))
         self.nbytes = file.nbytes(0, 0)
         self.chosen: list[list[int]] = []
         self.guesses: list[list[Guess]] = []

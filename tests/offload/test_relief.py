@@ -25,7 +25,7 @@ from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.options import LoadOptions
-from moe_local.offload.plan.fit import plan_memory
+from moe_local.offload.plan.fit import plan_request
 from moe_local.offload.plan.plan import Request
 from moe_local.offload.relief import Shortage, shortage
 from moe_local.offload.tiers import device_arena
@@ -91,7 +91,7 @@ class Made:
             context=context,
             experts="fp32",
         )
-        self.plan = plan_memory(request).check()
+        self.plan = plan_request(request).check()
         self.file = open_experts(self.checkpoint, "fp32")
 
     def model(self, device: Any) -> moe_local.Model:

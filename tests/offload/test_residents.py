@@ -14,7 +14,7 @@ import moe_local
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.options import LoadOptions
-from moe_local.offload.plan.fit import plan_memory
+from moe_local.offload.plan.fit import plan_request
 from moe_local.offload.plan.footprint import expert_bytes
 from moe_local.offload.plan.plan import Request
 
@@ -51,7 +51,7 @@ def load(folder: Path, device: Any, graphs: Any = None, *, slots: int = 8, **opt
     """As `load` on a card with so many slots a layer over RAM that holds all."""
     checkpoint = Checkpoint.open(folder)
     given = {"slots": slots, "context": 64, "experts": "fp32", "dense": "fp32"}
-    plan = plan_memory(
+    plan = plan_request(
         Request(
             model=checkpoint.name,
             spec=checkpoint.spec,

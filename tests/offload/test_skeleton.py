@@ -24,6 +24,7 @@ from moe_local.offload.checkpoint.spec import meta_model, model_class, model_spe
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
 from moe_local.offload.kernels.linear import QuantizedLinear
+from moe_local.offload.plan.plan import Request
 from moe_local.offload.prefetch.prefetch import NoPrefetch
 from moe_local.offload.quantize.codec import codec_for
 
@@ -48,7 +49,9 @@ def attach_all(hf: Any, folder: Path, out: Path) -> Any:
     """Serve all experts, fp32 and resident; the store."""
     checkpoint = Checkpoint.open(folder)
     file = convert_experts(checkpoint, codec_for("fp32"), out)
-    store = build_store(file, checkpoint.spec, ram_slots=[8] * len(checkpoint.spec.layers))
+    slots = [8] * len(checkpoint.spec.layers)
+    ladders = Request(model="tiny", spec=checkpoint.spec, ram=0, experts="fp32", context=64).ladders
+    store = build_store(file, checkpoint.spec, ladders=ladders, ram_slots=slots)
     runner = ExpertRunner(store, NoPrefetch())
     for module in hf.modules():
         if isinstance(module, OffloadedExperts):

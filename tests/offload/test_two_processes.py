@@ -16,6 +16,7 @@ import torch
 import moe_local
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.expert_file.expert_file import MANIFEST, ExpertFile
+from moe_local.offload.expert_file.verify import find_damage
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.usage import read_usage
 
@@ -74,7 +75,7 @@ def test_two_load_a_model_for_the_first_time(
     shards = sorted(name for names in written for name in names if name.startswith("layer-"))
     assert shards == [f"layer-{layer:05d}.safetensors" for layer in range(3)]
     (manifest,) = (tmp_path / "home").rglob(MANIFEST)
-    ExpertFile.open(manifest.parent).verify()
+    assert not find_damage(ExpertFile.open(manifest.parent))
     usage = read_usage(manifest.parent)
     assert usage is not None
     assert alone is not None

@@ -16,7 +16,7 @@ from moe_local.offload.measure.bench import Bench, comparison
 from moe_local.offload.measure.variants import Switches, expert_runner, timed_syncs
 from moe_local.offload.measure.workloads import choose
 from moe_local.offload.options import LoadOptions
-from moe_local.offload.plan.fit import plan_memory
+from moe_local.offload.plan.fit import plan_request
 from moe_local.offload.plan.plan import Request
 
 OPTIONS = LoadOptions(slots=3, device="cpu", miss="auto", prefetch="off")
@@ -27,7 +27,7 @@ def model(tiny_mixtral: Path, make_device: Callable[..., Any], _home: None) -> I
     """3 of 8 experts a layer on a device that isn't there, all of them in RAM."""
     checkpoint = Checkpoint.open(tiny_mixtral, "tiny")
     request = Request(model="tiny", spec=checkpoint.spec, ram=1 << 30, vram=1 << 30, context=128, slots=3)
-    plan = plan_memory(request).check()
+    plan = plan_request(request).check()
     file = open_experts(checkpoint, "nf4")
     with assemble(checkpoint, file, plan, OPTIONS, torch.device("cpu"), make_device(1)) as loaded:
         yield loaded
