@@ -1,0 +1,98 @@
+"""gpu_parts.py: one time for all parts, nothing lost that was measured, the next call runs the rest."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def parts(import_benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    module = import_benchmark("gpu_parts")
+    monkeypatch.setattr(module, "LEAST_S", 0)
+    monkeypatch.setattr(module, "GRACE_S", 1)
+    return module
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def told(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(out.read_text())["parts"]
+    return found
+
+
+def test_what_each_part_said_is_kept(parts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "gpu.json"
+    asked = tmp_path / "asked"
+    count = f"open({str(asked)!r}, 'a').write('.'); "
+    given = [
+        parts.Part("good", 60, python(count + "print('words'); print('{\"a\": 1}')")),
+        parts.Part(
+            "bad", 60, python(count + "import os; raise SystemExit(os.environ['WHY'])"), {"WHY": "no luck"}
+        ),
+        parts.Part("plain", 60, python("print('3 passed')")),
+    ]
+    parts.main([str(out)], given)
+    found = told(out)
+    assert found["good"] == {"status": 0, "seconds": found["good"]["seconds"], "result": {"a": 1}}
+    assert (found["bad"]["status"], found["bad"]["errors"]) == (1, ["no luck"])
+    assert found["plain"]["result"] == {"output": ["3 passed"]}
+    said = capsys.readouterr().out
+    assert "status 0" in said
+    assert "status 1" in said
+    # a second call runs what failed, a third with --again everything
+    parts.main([str(out)], given)
+    assert asked.read_text() == "..."
+    assert told(out)["good"] == found["good"]
+    parts.main([str(out), "--again"], given)
+    assert asked.read_text() == "....."
+    parts.main([str(out), "--again", "--only", "good"], given)
+    assert asked.read_text() == "......"
+    assert set(told(out)) == {"good", "bad", "plain"}
+
+
+def test_there_is_one_time_for_all(parts: Any, tmp_path: Path) -> None:
+    """A part that hangs, and lets nobody end its own children, is killed; later ones are named."""
+    out = tmp_path / "gpu.json"
+    hanging = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); time.sleep(600)"
+    )
+    given = [
+        parts.Part("quick", 60, python("print(1)")),
+        parts.Part("hanging", 600, python(hanging)),
+        parts.Part("late", 60, python("print(2)")),
+    ]
+    began = time.monotonic()
+    parts.main([str(out), "--limit", "3"], given)
+    assert time.monotonic() - began < 60
+    found = told(out)
+    assert [found[name]["status"] for name in ("quick", "hanging", "late")] == [0, 124, None]
+    parts.main([str(out), "--limit", "60", "--only", "late"], given)
+    assert told(out)["late"] == {"status": 0, "seconds": told(out)["late"]["seconds"], "result": 2}
+
+
+def test_the_parts_are_what_they_say(parts: Any, repository: Path, tmp_path: Path) -> None:
+    """Their scripts exist, and their bench commands are taken by the command's own parser."""
+    bench = importlib.import_module("moe_local.cli.bench").bench
+    every = parts.parts_of(4, tmp_path)
+    assert len({part.name for part in every}) == len(every)
+    assert any("--routes" in part.command for part in every)
+    for part in every:
+        if "bench" in part.command:
+            bench.make_context("bench", list(part.command[part.command.index("bench") + 1 :]))
+        else:
+            assert any(Path(repository / word).exists() for word in part.command[1:])
+
+
+def test_an_unknown_part_is_refused(parts: Any, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"--only nothing is no part; there are tests, kernels"):
+        parts.main([str(tmp_path / "gpu.json"), "--only", "nothing"])
