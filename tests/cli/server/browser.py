@@ -20,6 +20,7 @@ FLAGS = (
 )
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 ESCAPE, ENTER, SHIFT, RIGHT, DOWN = "\ue00c", "\ue007", "\ue008", "\ue014", "\ue015"
+CONTROL = "\ue009"
 PATIENCE = 30.0
 
 
@@ -86,6 +87,10 @@ class Browser:
 
     def _cdp(self, command: str, **parameters: Any) -> Any:
         return self._do("POST", "goog/cdp/execute", cmd=command, params=parameters)
+
+    def grant(self, permission: str) -> None:
+        """What the user of a window allows by using it, and nobody does of a headless one."""
+        self._cdp("Browser.grantPermissions", permissions=[permission])
 
     def run(self, script: str, *arguments: Any) -> Any:
         """What the body of a function returns."""

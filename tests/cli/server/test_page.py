@@ -262,6 +262,18 @@ class TestWrittenAnswers:
         assert browser.text(".text blockquote") == "quoted & <i>done</i>"
         assert "[none](javascript:" in browser.text(".text")
         assert browser.log() == []
+        for only_by_selection in (False, True):  # as where the page came over http from another machine
+            browser.run("document.querySelector('#prompt').value = ''")
+            if only_by_selection:
+                browser.run("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+            else:
+                browser.grant("clipboardSanitizedWrite")
+            browser.click(".text .top button")
+            visit.wait_for(".text .top button", "Copied")
+            browser.type("#prompt", chromium.CONTROL + "v" + chromium.CONTROL)
+            copied = browser.until(lambda: browser.run("return document.querySelector('#prompt').value"))
+            assert copied == "<script>window.hacked = 4</script>"
+            visit.wait_for(".text .top button", "^Copy$")
 
     @pytest.mark.parametrize("visit", [("<think>Hm, let me see.</think>Yes.", {})], indirect=True)
     def test_thoughts(self, visit: Visit) -> None:
