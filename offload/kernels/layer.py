@@ -24,6 +24,7 @@ class LayerKernels:
         self._together = CpuExperts(activations)
         self.grouped = GroupedExperts()
         self._fallback = Fallback()
+        self._leads: dict[tuple[ExpertMath, torch.device, torch.dtype, bool], Layout] = {}
 
     def begin(
         self,
@@ -46,12 +47,20 @@ class LayerKernels:
         return OneByOne(self._each, math, x, routing, weights)
 
     def lead(self, math: ExpertMath, x: torch.Tensor, layouts: Sequence[Layout]) -> Layout:
-        """Of the layouts that a layer's experts have, one that the fastest kernels serve, if there is one."""
+        """Of the layouts that a layer's experts have, one that the fastest kernels serve, if there is one.
+
+        `math` is the layer's, and always has the same layouts: it is found out once.
+        """
         if len(layouts) == 1:
             return layouts[0]
-        for layout in layouts:  # `begin` sees the lead only
-            self._fallback.tell(math, x, layout, self.grouped)
-        return next((layout for layout in layouts if self._has_kernels(math, x, layout)), layouts[0])
+        key = (math, x.device, x.dtype, torch.is_autocast_enabled(x.device.type))
+        lead = self._leads.get(key)
+        if lead is None:
+            for layout in layouts:  # `begin` sees the lead only
+                self._fallback.tell(math, x, layout, self.grouped)
+            served = (layout for layout in layouts if self._has_kernels(math, x, layout))
+            lead = self._leads[key] = next(served, layouts[0])
+        return lead
 
     def _has_kernels(self, math: ExpertMath, x: torch.Tensor, layout: Layout) -> bool:
         if x.is_cuda:
