@@ -48,11 +48,14 @@ def chat(model: str, options: dict[str, Any], sampling: Sampling) -> None:
     """
 
     def load(name: str) -> Model:
-        ready(name, options)
         with ProgressBar() as progress:
             return moe_local.load(name, **options, progress=progress)
 
-    talk = Chat(load(model), sampling, load)
+    def ask(name: str) -> None:
+        ready(name, options, replacing=True)
+
+    ready(model, options)
+    talk = Chat(load(model), sampling, load, ask)
     with contextlib.closing(talk):
         talk.run()
 
@@ -60,8 +63,15 @@ def chat(model: str, options: dict[str, Any], sampling: Sampling) -> None:
 class Chat:
     """A conversation with a model: reads messages, streams answers, and keeps both. Owns the model."""
 
-    def __init__(self, model: Model, sampling: Sampling, load: Callable[[str], Model]) -> None:
-        """`load` makes the model that takes the place of `model`, given its name."""
+    def __init__(
+        self,
+        model: Model,
+        sampling: Sampling,
+        load: Callable[[str], Model],
+        ask: Callable[[str], None],
+    ) -> None:
+        """`load` makes the model that takes the place of `model`, given its name; `ask` raises before that
+        if it cannot be had or is not wanted."""
         from moe_local.cli.chat_commands import Commands  # brings torch, which --help has no need of
 
         self.model = model
@@ -82,6 +92,7 @@ class Chat:
         """Whether the figures of an answer are shown below it."""
         self.editor: Editor | None = None
         self._load = load
+        self._ask = ask
         self._retries = 0
         self._commands = Commands(self)
         self._interactive = False
@@ -198,11 +209,14 @@ class Chat:
             yield lambda token: token.text
 
     def switch(self, name: str) -> None:
-        """Go on with another model, of which memory need not hold both. Raises MoeLocalError.
+        """Go on with another model, of which memory need not hold both. Raises MoeLocalError, or click's
+        Abort for a no.
 
-        One that is not known, or cannot be loaded, leaves the one there was - loaded anew if it had to go.
+        One that is not known or not wanted leaves the one there was; one that cannot be loaded, too, which
+        then is loaded anew, since it had to go.
         """
-        moe_local.fit(name)  # whether there is such a model, before this one goes
+        moe_local.fit(name)  # whether there is such a model
+        self._ask(name)
         before = self.model.name
         self.model.close()
         try:

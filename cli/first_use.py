@@ -32,16 +32,17 @@ def yes_flag(command: Command) -> Command:
     )(command)
 
 
-def ready(model: str, options: dict[str, Any]) -> None:
+def ready(model: str, options: dict[str, Any], *, replacing: bool = False) -> None:
     """Ask before `load(model, **options)` would download something; nothing happens if it would not.
 
-    Raises DoesNotFitError if VRAM, RAM or disk are too small, OptionError where nobody can be asked, and
-    click's Abort for a no.
+    `replacing`: another model goes first, so that more memory will be free than is now. Raises
+    DoesNotFitError if VRAM, RAM or disk are too small, OptionError where nobody can be asked, and click's
+    Abort for a no.
     """
     from moe_local.offload.first_use import first_use
     from moe_local.offload.options import LoadOptions
 
-    use = first_use(model, LoadOptions.from_keywords(options))
+    use = first_use(model, LoadOptions.from_keywords(options), memory=not replacing)
     if use is None:
         return
     if click.get_current_context().meta.get(_YES):

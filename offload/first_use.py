@@ -54,11 +54,11 @@ class FirstUse:
         return text
 
 
-def first_use(model: str, options: LoadOptions) -> FirstUse | None:
+def first_use(model: str, options: LoadOptions, *, memory: bool = True) -> FirstUse | None:
     """What loading `model` with these options will download and write; None if its checkpoint is here.
 
     Asks the Hub for the config and the names and sizes of the files. Raises as `load`, so DoesNotFitError
-    where VRAM, RAM or disk are too small.
+    where disk or, unless `memory` is False, VRAM or RAM are too small.
     """
     found = locate(model)
     if isinstance(found, Path) or cached_folder(found.repo_id) is not None:
@@ -66,6 +66,8 @@ def first_use(model: str, options: LoadOptions) -> FirstUse | None:
     home = moe_local_home()
     spec = model_spec(config_of(model, carried=False))
     plan = plan_load(model, spec, options, options.torch_devices(), bandwidth.saved(home))
+    if memory:
+        plan.check()
     converted = 0
     if options.experts != NATIVE:
         # Of "auto", what it comes to; a mix of other bits, which loading might take, is not looked for.

@@ -102,16 +102,16 @@ def load(
     target = targets[0]
     name = str(model)
     speeds = bandwidth.saved(moe_local_home())
-    plan_load(name, model_spec(config_of(model, carried=False)), options, targets, speeds)
+    plan_load(name, model_spec(config_of(model, carried=False)), options, targets, speeds).check()
     speeds = _measured_links(speeds, options, target)
     checkpoint = Checkpoint.open(resolve(model), name)
     have = converted_mixes(checkpoint)
-    plan = plan_load(name, checkpoint.spec, options, targets, speeds, have=have)
+    plan = plan_load(name, checkpoint.spec, options, targets, speeds, have=have).check()
     gpu = target if target.type == "cuda" else None
     misses = MissCost.of_plan(plan) if options.experts == AUTO else None
     file = open_experts(checkpoint, plan.request.experts, progress=progress, gpu=gpu, misses=misses)
     if isinstance(file, ExpertFile) and is_mixed(file.format):  # whose experts' sizes are known by now
-        plan = plan_load(name, checkpoint.spec, options, targets, speeds, file)
+        plan = plan_load(name, checkpoint.spec, options, targets, speeds, file).check()
     targets = targets[: len(plan.cards) or 1]
     cards = [cuda_device(card) for card in targets if card.type == "cuda"]
     return assemble(checkpoint, file, plan, options, targets, cards, progress)
@@ -126,7 +126,7 @@ def load_made(
     """As `load`, for what is made on this machine: `make` does that, once it is known to fit."""
     targets = options.torch_devices()
     speeds = _measured_links(bandwidth.saved(moe_local_home()), options, targets[0])
-    plan = plan_load(made.name, made.spec, options, targets, speeds)
+    plan = plan_load(made.name, made.spec, options, targets, speeds).check()
     targets = targets[: len(plan.cards) or 1]
     cards = [cuda_device(card) for card in targets if card.type == "cuda"]
     return assemble(made, make(), plan, options, targets, cards, progress)

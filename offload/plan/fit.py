@@ -87,9 +87,7 @@ def plan_load(
     """The plan that a load on `devices` follows: a budget bounds, but cannot make free what is not.
 
     Of a converted mix `file` says which expert has which format and, by its folder, how often it was chosen.
-    `have` are mixes that experts "auto" may come to without being converted.
-
-    Raises DoesNotFitError, in the words of `fit`, before anything is allocated.
+    `have` are mixes that experts "auto" may come to without being converted. Whether it fits, the plan says.
     """
     ram = free_ram() if options.ram is None else min(options.ram, free_ram(reserve=False))
     cards = []
@@ -113,7 +111,7 @@ def plan_load(
         ),
         cards,
         have,
-    ).check()
+    )
 
 
 def _use(file: ExpertFile) -> tuple[tuple[int, ...], ...] | None:

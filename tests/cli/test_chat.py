@@ -4,6 +4,7 @@ import os
 import sys
 import time
 
+import click
 import pexpect
 import pytest
 
@@ -229,10 +230,16 @@ def test_saved_conversations_go_on(invoke, fake, home):
     assert options == {"top_k": 5}
 
 
+def wanted(name):
+    """A model that is here, so that nobody is asked."""
+
+
 class TestSwitchingModels:
     def test_frees_the_old_one_first(self, fake, fake_module, home):
         new = fake_module.FakeModel()
-        chat = Chat(fake, Sampling(), lambda name: new if not fake.open else pytest.fail("both at once"))
+        chat = Chat(
+            fake, Sampling(), lambda name: new if not fake.open else pytest.fail("both at once"), wanted
+        )
         chat.answer("one")
         chat.do("/model demo")
         chat.answer("two")
@@ -244,6 +251,17 @@ class TestSwitchingModels:
         assert fake.open
         assert "no-such-model" in capsys.readouterr().err
 
+    def test_one_that_is_not_wanted_after_all_leaves_it(self, fake, home, capsys):
+        def no(name):
+            assert name == "demo"
+            raise click.Abort
+
+        chat = Chat(fake, Sampling(), lambda name: pytest.fail(f"loads {name}"), no)
+        assert chat.do("/model demo")
+        assert chat.model is fake
+        assert fake.open
+        assert capsys.readouterr().out == "not loaded\n"
+
     def test_one_that_cannot_be_loaded_brings_the_old_one_back(self, fake, fake_module, home, capsys):
         again = fake_module.FakeModel()
 
@@ -253,7 +271,7 @@ class TestSwitchingModels:
             assert name == "fake"
             return again
 
-        chat = Chat(fake, Sampling(), load)
+        chat = Chat(fake, Sampling(), load, wanted)
         chat.do("/model demo")
         assert chat.model is again
         assert "moe-local: no room for demo" in capsys.readouterr().err
@@ -262,7 +280,7 @@ class TestSwitchingModels:
         def load(name):
             raise MoeLocalError(f"no room for {name}")
 
-        chat = Chat(fake, Sampling(), load)
+        chat = Chat(fake, Sampling(), load, wanted)
         assert chat.do("/model demo")
         said = capsys.readouterr().err
         assert "no room for demo; and fake cannot be loaded again: no room for fake" in said
@@ -320,7 +338,7 @@ def test_commands_and_what_follows_them_are_completed(fake, home, capsys, typed,
 
 def a_chat(model):
     """A conversation with a model that cannot be had a second time."""
-    return Chat(model, Sampling(), lambda name: pytest.fail(f"loads {name}"))
+    return Chat(model, Sampling(), lambda name: pytest.fail(f"loads {name}"), wanted)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

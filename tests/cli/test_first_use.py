@@ -108,6 +108,12 @@ def test_too_little_memory_is_said_before_anything_comes(invoke: Any, served: An
     assert weights_sent(served) == 0
 
 
+def test_memory_that_another_model_has_may_be_left_out(served: Any) -> None:
+    with pytest.raises(module.DoesNotFitError, match="RAM"):
+        first_use(REPO, LoadOptions(ram="1MiB"))
+    assert first_use(REPO, LoadOptions(ram="1MiB"), memory=False) == first_use(REPO, LoadOptions(ram="2GiB"))
+
+
 def test_no_more_than_what_is_missing_is_told(served: Any) -> None:
     options = LoadOptions(ram="2GiB")
     use = first_use(REPO, options)

@@ -408,7 +408,9 @@ class TestFit:
         planned = fit("mixtral-8x7b", ram="4GiB", device="cpu")
         assert planned.reason is not None
         with pytest.raises(DoesNotFitError) as caught:
-            plan_load("mixtral-8x7b", MIXTRAL, LoadOptions(ram=4 * GIB), [torch.device("cpu")], Bandwidths())
+            plan_load(
+                "mixtral-8x7b", MIXTRAL, LoadOptions(ram=4 * GIB), [torch.device("cpu")], Bandwidths()
+            ).check()
         assert str(caught.value).startswith(planned.reason)
 
     def test_a_load_takes_no_memory_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
