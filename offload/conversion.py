@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from moe_local.cache.errors import OptionError
-from moe_local.offload.allocation.allocate import form_of
+from moe_local.offload.allocation.allocate import check_mixed
+from moe_local.offload.allocation.intend import begun_for, finished_mix, intend
 from moe_local.offload.allocation.misses import MissCost
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import resolve
 from moe_local.offload.expert_file.convert import (
-    OtherMixError,
+    convert_chosen,
     convert_experts,
     expert_file_folder,
     moe_local_home,
 )
 from moe_local.offload.expert_file.expert_file import MANIFEST, ExpertFile
+from moe_local.offload.expert_file.intent import Intent
 from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.options import LoadOptions
+from moe_local.offload.plan.auto import go_on
 from moe_local.offload.plan.fit import fit
+from moe_local.offload.plan.placement import place
 from moe_local.offload.plan.plan import Plan
 from moe_local.offload.progress import Progress
-from moe_local.offload.quantize.codec import NATIVE
-from moe_local.offload.quantize.mix import AUTO, MIXED
+from moe_local.offload.quantize.codec import NATIVE, Codec, codec_for
+from moe_local.offload.quantize.mix import AUTO, MIXED, Mix, is_mixed
 
 
 def convert(
@@ -45,14 +50,19 @@ def convert(
     if experts == NATIVE:
         raise OptionError('experts="native" reads the checkpoint itself, so there is nothing to convert')
     experts = LoadOptions(experts=experts).experts
-    misses = None
     if experts == AUTO:
-        plan = fit(model, experts=AUTO) if plan is None else plan
-        experts, misses = plan.check().request.experts, MissCost.of_plan(plan)
+        plan = (fit(model, experts=AUTO) if plan is None else plan).check()
     checkpoint = Checkpoint.open(resolve(model), str(model))
+    misses = budget = None
+    if experts == AUTO and plan is not None:
+        request, misses, budget = plan.request, MissCost.of_plan(plan), plan.request.budget
+        begun = begun_conversions(checkpoint, budget, out)
+        experts = go_on(lambda name: place(replace(request, experts=name)), begun) or request.experts
     device = LoadOptions().torch_device()
     gpu = device if device.type == "cuda" else None
-    file = open_experts(checkpoint, experts, out, progress=progress, check=check, gpu=gpu, misses=misses)
+    file = open_experts(
+        checkpoint, experts, out, progress=progress, check=check, gpu=gpu, misses=misses, budget=budget
+    )
     return file.folder
 
 
@@ -65,10 +75,13 @@ def open_experts(
     check: bool = False,
     gpu: torch.device | None = None,
     misses: MissCost | None = None,
+    budget: str | None = None,
 ) -> ExpertFile | NativeExperts:
     """The expert file of a checkpoint in format `experts`, converted first if need be, on `gpu` if faster.
 
-    With "native" that is the checkpoint itself. `misses`: what a new mix is to weigh beside errors.
+    With "native" that is the checkpoint itself. `misses`: what a new mix is to weigh beside errors. `budget`:
+    what "auto" was to fit when it came to `experts`. What was chosen is kept, so that a conversion that is
+    interrupted goes on with it.
     """
     folder = Path(out) if out is not None else _home_folder(checkpoint, experts)
     if experts == NATIVE:
@@ -78,25 +91,50 @@ def open_experts(
         if progress is not None:
             progress("converting", done, total)
 
-    form = form_of(checkpoint, experts, folder, misses=misses, progress=progress)
-    try:
+    form = _certain(checkpoint, experts, folder, budget)
+    if form is not None:
         return convert_experts(checkpoint, form, folder, report, check=check, gpu=gpu)
-    except OtherMixError:  # another process made its own of this name meanwhile: that is as good
-        form = form_of(checkpoint, experts, folder, misses=misses, progress=progress)
-        return convert_experts(checkpoint, form, folder, report, check=check, gpu=gpu)
+
+    def choose() -> Intent:
+        return intend(checkpoint, experts, folder, budget=budget, misses=misses, progress=progress)
+
+    return convert_chosen(checkpoint, choose, folder, report, check=check, gpu=gpu)
+
+
+def _certain(checkpoint: Checkpoint, experts: str, folder: Path, budget: str | None) -> Codec | Mix | None:
+    """What `experts` are where nothing is left to choose: one format, or a mix that is there. Else None."""
+    if is_mixed(experts):
+        found = finished_mix(checkpoint, experts, folder)
+        if found is None:
+            check_mixed(experts, checkpoint.spec, checkpoint.name)  # before anything is waited for
+        return found
+    return codec_for(experts) if budget is None or (folder / MANIFEST).is_file() else None
 
 
 def _home_folder(checkpoint: Checkpoint, experts: str) -> Path:
     return expert_file_folder(moe_local_home(), checkpoint.name, experts, checkpoint.fingerprint)
 
 
+def _home_folders(checkpoint: Checkpoint) -> list[Path]:
+    """Those of all formats of this checkpoint, whole or not."""
+    ending = f"-{checkpoint.fingerprint[:16]}"
+    folders = _home_folder(checkpoint, MIXED).parent.glob(f"*{ending}")
+    return sorted(folder for folder in folders if folder.is_dir())
+
+
 def converted_mixes(checkpoint: Checkpoint) -> list[str]:
     """The "mixed:BITS" that are there of this checkpoint, whole."""
-    pattern = _home_folder(checkpoint, f"{MIXED}:*").name
-    folders = _home_folder(checkpoint, MIXED).parent.glob(pattern)
     ending = f"-{checkpoint.fingerprint[:16]}"
-    return sorted(
+    return [
         f"{MIXED}:{folder.name.removeprefix(f'{MIXED}-').removesuffix(ending)}"
-        for folder in folders
-        if (folder / MANIFEST).is_file()
-    )
+        for folder in _home_folders(checkpoint)
+        if folder.name.startswith(f"{MIXED}-") and (folder / MANIFEST).is_file()
+    ]
+
+
+def begun_conversions(checkpoint: Checkpoint, budget: str | None, out: str | Path | None = None) -> list[str]:
+    """What experts "auto" came to when conversions of this checkpoint began that were interrupted, and that
+    were asked to fit the same; into `out`, or else below MOE_LOCAL_HOME."""
+    if budget is None:
+        return []
+    return begun_for(checkpoint, budget, _home_folders(checkpoint) if out is None else [Path(out)])

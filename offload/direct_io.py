@@ -11,9 +11,10 @@ import ctypes
 import errno
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from moe_local.offload.hung import Job, work_off
 from moe_local.offload.read_at import open_directly, read_at
 
 PAGE = 4096
@@ -95,29 +97,31 @@ class PageArena:
 def read_ranges(ranges: Sequence[Range]) -> None:
     """Read all ranges, several pieces of them at a time. Raises ReadError, also if a file ends too early.
 
-    Without a copy where memory is as far into a page as the file is.
+    Without a copy where memory is as far into a page as the file is. Raises HungError, as `work_off`, if the
+    disk does not answer.
     """
     if sum(found.out.numel() for found in ranges) < PIECE:
-        for found in ranges:
-            _read(found)
+        work_off([Job(found.path, partial(_read, found)) for found in ranges])
         return
     buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
     for _ in range(THREADS):
         buffers.put(page_memory(PIECE + PAGE))
-    with _opened_directly({found.path for found in ranges}) as files:
+    files = _DirectFiles()
 
-        def read(piece: Range) -> None:
-            buffer = buffers.get()
-            try:
-                done = _read_directly(files[piece.path], piece, buffer) if piece.path in files else 0
-            finally:
-                buffers.put(buffer)
-            if done < piece.out.numel():  # refused, or near the file's end
-                _read(Range(piece.path, piece.start + done, piece.out[done:]))
+    def read(piece: Range) -> None:
+        file, buffer = files.open(piece.path), buffers.get()
+        try:
+            done = 0 if file is None else _read_directly(file, piece, buffer)
+        finally:
+            buffers.put(buffer)
+        if done < piece.out.numel():  # refused, or near the file's end
+            _read(Range(piece.path, piece.start + done, piece.out[done:]))
 
-        with ThreadPoolExecutor(THREADS, "read") as pool:
-            for _ in pool.map(read, [piece for found in ranges for piece in _pieces(found)]):
-                pass
+    pieces = [piece for found in ranges for piece in _pieces(found)]
+    try:
+        work_off([Job(piece.path, partial(read, piece)) for piece in pieces], THREADS)
+    finally:
+        files.close()
 
 
 def write_fully(file: int, data: memoryview) -> None:
@@ -143,16 +147,34 @@ def open_for_writing(path: Path) -> int:
     return os.open(path, flags, 0o666)
 
 
-@contextmanager
-def _opened_directly(paths: set[Path]) -> Iterator[dict[Path, int]]:
-    """Descriptors of those files that can be read directly."""
-    with ExitStack() as opened:
-        files = {}
-        for path in paths:
-            if (file := open_directly(path)) is not None:
-                files[path] = file
-                opened.callback(os.close, file)
-        yield files
+class _DirectFiles:
+    """Descriptors of the files that can be read directly, for threads of which some may hang."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._files: dict[Path, int | None] = {}
+        self._closed = False
+
+    def open(self, path: Path) -> int | None:
+        """None for a file that has to be read otherwise."""
+        with self._lock:
+            if path in self._files:
+                return self._files[path]
+        file = open_directly(path)  # which may hang, and others go on
+        with self._lock:
+            if path not in self._files and not self._closed:
+                self._files[path] = file
+            elif file is not None:  # another thread was first, or this one too late
+                os.close(file)
+            return self._files.get(path)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for file in self._files.values():
+                if file is not None:
+                    os.close(file)
+            self._files.clear()
 
 
 def _pieces(whole: Range) -> Iterator[Range]:

@@ -19,7 +19,7 @@ from moe_local.offload.checkpoint.hub import config_of, resolve
 from moe_local.offload.checkpoint.skeleton import load_skeleton
 from moe_local.offload.checkpoint.spec import ModelSpec, meta_model, model_spec
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
-from moe_local.offload.conversion import converted_mixes, open_experts
+from moe_local.offload.conversion import begun_conversions, converted_mixes, open_experts
 from moe_local.offload.engine.encoder_decoder import as_decoder
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.graph_trial import graph_mode, use_graphs
@@ -105,11 +105,13 @@ def load(
     plan_load(name, model_spec(config_of(model, carried=False)), options, targets, speeds).check()
     speeds = _measured_links(speeds, options, target)
     checkpoint = Checkpoint.open(resolve(model), name)
-    have = converted_mixes(checkpoint)
-    plan = plan_load(name, checkpoint.spec, options, targets, speeds, have=have).check()
+    budget = options.budget if options.experts == AUTO else None
+    have, begun = converted_mixes(checkpoint), begun_conversions(checkpoint, budget)
+    plan = plan_load(name, checkpoint.spec, options, targets, speeds, have=have, begun=begun).check()
     gpu = target if target.type == "cuda" else None
     misses = MissCost.of_plan(plan) if options.experts == AUTO else None
-    file = open_experts(checkpoint, plan.request.experts, progress=progress, gpu=gpu, misses=misses)
+    experts = plan.request.experts
+    file = open_experts(checkpoint, experts, progress=progress, gpu=gpu, misses=misses, budget=budget)
     if isinstance(file, ExpertFile) and is_mixed(file.format):  # whose experts' sizes are known by now
         plan = plan_load(name, checkpoint.spec, options, targets, speeds, file).check()
     targets = targets[: len(plan.cards) or 1]

@@ -19,6 +19,9 @@ DENSE_FORMATS = ("auto", "nf4", "int8", "bf16", "fp16", "fp32")
 ACTIVATIONS = ("native", "int8")
 MISS = ("auto", "fetch", "cpu")
 
+BUDGET = ("device", "vram", "ram", "slots", "dense", "context", "parallel")
+"""Options that say how much room there is for experts."""
+
 MOST_CARDS = 64
 """More than any machine has."""
 
@@ -123,6 +126,19 @@ class LoadOptions:
             object.__setattr__(self, "experts", canonical(self.experts))
         if not (isinstance(self.experts, str) and is_mixed(self.experts)):
             _check_name("experts", self.experts, [*_expert_formats(), "mixed:BITS", AUTO])
+
+    @property
+    def budget(self) -> str:
+        """What experts "auto" is to fit, in words, as far as it was asked for: equal for equal wishes.
+
+        What is free is none of them: who asks for nothing asks for the same again when other memory is free.
+        """
+        asked = (
+            f"{option.name}={getattr(self, option.name)}"
+            for option in fields(self)
+            if option.name in BUDGET and getattr(self, option.name) != option.default
+        )
+        return ", ".join(asked) or "what is free"
 
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, object]) -> LoadOptions:

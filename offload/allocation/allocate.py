@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from moe_local.cache.errors import ExpertFileError
+from moe_local.cache.files import locked
 from moe_local.offload.allocation.expected import candidates
 from moe_local.offload.allocation.knapsack import Choice, Option, solve
 from moe_local.offload.allocation.measure import Measurement
 from moe_local.offload.allocation.misses import MissCost
-from moe_local.offload.allocation.sensitivity import Sensitivity
+from moe_local.offload.allocation.sensitivity import Sensitivity, unwritable
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.expert_file.convert import expert_file_folder, moe_local_home
-from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.progress import Progress
-from moe_local.offload.quantize.codec import Codec, codec_for
-from moe_local.offload.quantize.mix import Mix, check_bits, even_mix, is_mixed, layout_of
+from moe_local.offload.quantize.mix import Mix, check_bits, even_mix, layout_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,8 @@ class Allocation:
     """That of as many bytes given out evenly: the two formats nearest to these bits, in turn."""
     gap: float
     """By which share of `harm` (and of what misses cost, if that was weighed) another could be better."""
-    text: bool
-    """Whether a text was read, so that harm is in nats a token."""
+    text: str | None
+    """Names the text that was read, so that harm is in nats a token; None: there was none."""
 
 
 def allocate(
@@ -48,8 +50,8 @@ def allocate(
     *,
     misses: MissCost | None = None,
     progress: Progress | None = None,
-) -> Mix:
-    """The Mix that a canonical `experts="mixed:BITS"` asks for of this checkpoint.
+) -> Allocation:
+    """The best mix that a canonical `experts="mixed:BITS"` asks for of this checkpoint.
 
     By what was measured on a text, if it was (see allocation.text), else by the weights alone, which are
     measured now; either is kept below MOE_LOCAL_HOME. The same files give the same mix. With `misses` the
@@ -57,32 +59,13 @@ def allocate(
     give, CheckpointError for weights that cannot be read or encoded.
     """
     check_mixed(experts, checkpoint.spec, checkpoint.name)
-    return best_mix(
-        experts, checkpoint.spec, sensitivity_of(checkpoint, progress=progress), misses, checkpoint.name
-    ).mix
+    sensitivity = sensitivity_of(checkpoint, progress=progress)
+    return best_mix(experts, checkpoint.spec, sensitivity, misses, checkpoint.name)
 
 
 def check_mixed(experts: str, spec: ModelSpec, model: str) -> None:
     """Raises OptionError unless the formats that are chosen from can give what "mixed:BITS" asks for."""
     check_bits(experts, spec, model, candidates(spec.dtype))
-
-
-def form_of(
-    checkpoint: Checkpoint,
-    experts: str,
-    folder: Path,
-    *,
-    misses: MissCost | None = None,
-    progress: Progress | None = None,
-) -> Codec | Mix:
-    """What `convert_experts` is to make of `experts`: of a finished mix in `folder` the same again, else a
-    new one. Raises as `allocate`."""
-    if not is_mixed(experts):
-        return codec_for(experts)
-    try:
-        return ExpertFile.open(folder, checkpoint.fingerprint, experts).mix
-    except ExpertFileError:
-        return allocate(checkpoint, experts, misses=misses, progress=progress)
 
 
 def best_mix(
@@ -124,7 +107,7 @@ def best_mix(
         sensitivity.expected(mix.formats),
         sensitivity.expected(even.formats),
         choice.gap,
-        sensitivity.text is not None,
+        sensitivity.text,
     )
 
 
@@ -144,16 +127,44 @@ def _uniform(items: Sequence[Sequence[Option]], room: int) -> list[Choice]:
 def sensitivity_of(checkpoint: Checkpoint, *, progress: Progress | None = None) -> Sensitivity:
     """What is kept of this checkpoint, or what its weights alone say, measured now and kept.
 
-    Raises CheckpointError for weights that cannot be read or encoded.
+    Waits for another process that measures it. Raises CheckpointError for weights that cannot be read or
+    encoded, ExpertFileError if nothing can be kept.
     """
     path = sensitivity_path(checkpoint)
     formats = candidates(checkpoint.spec.dtype)
-    kept = Sensitivity.read(path, checkpoint.fingerprint)
-    if kept is not None and (kept.text is not None or kept.measured(formats)):
-        return kept
-    return measured(
-        checkpoint, Measurement(checkpoint, formats, None, partial_path(path), compute_device(), progress)
-    )
+
+    def kept() -> Sensitivity | None:
+        found = Sensitivity.read(path, checkpoint.fingerprint)
+        if found is None or not found.is_of(checkpoint.spec):
+            return None
+        return found if found.text is not None or found.measured(formats) else None
+
+    if (found := kept()) is not None:
+        return found
+    with measuring(checkpoint):
+        if (found := kept()) is not None:  # by the process that was waited for
+            return found
+        measurement = Measurement(checkpoint, formats, None, partial_path(path), compute_device(), progress)
+        return measured(checkpoint, measurement)
+
+
+@contextmanager
+def measuring(checkpoint: Checkpoint) -> Iterator[None]:
+    """One process at a time, saying once if it waits; what is kept may be another after that.
+
+    Raises ExpertFileError if nothing can be kept below MOE_LOCAL_HOME. Whoever holds this may convert to one
+    format, never to a mix: a mix is chosen by what is measured here, while its folder is locked.
+    """
+
+    def waiting() -> None:
+        logger.warning("waiting for another process that measures %s", checkpoint.name)
+
+    path = sensitivity_path(checkpoint)
+    with ExitStack() as held:
+        with unwritable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(path, waiting=waiting))
+        yield
 
 
 def measured(checkpoint: Checkpoint, measurement: Measurement) -> Sensitivity:

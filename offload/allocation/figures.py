@@ -52,7 +52,7 @@ def mix_figures(spec: ModelSpec, file: ExpertFile) -> MixFigures:
     mix = file.mix
     bits, counts = mix.bits(spec), mix.counts()
     sensitivity = Sensitivity.read(kept_path(file.name, file.fingerprint), file.fingerprint)
-    if sensitivity is None or not sensitivity.measured(list(counts)):
+    if sensitivity is None or not (sensitivity.is_of(spec) and sensitivity.measured(list(counts))):
         return MixFigures(bits, counts)
     try:
         best = best_mix(mix.name, spec, sensitivity)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_local.cache.errors import ExpertFileError
 from moe_local.cache.files import parse_json, write_atomically
 from moe_local.offload.allocation.expected import NATS_PER_ERROR
 
+if TYPE_CHECKING:
+    from moe_local.offload.checkpoint.spec import ModelSpec
+
 VERSION = 1
+
+MOST = 1e100
+"""Figures beyond this are of no model."""
 
 EVEN = 0.1
 """Share of each layer's uses that is taken to be spread evenly: what a text hardly uses, another may."""
@@ -71,6 +78,10 @@ class Sensitivity:
         """Whether all of these formats have been measured, in every layer."""
         return all(set(formats) <= set(layer.errors) for layer in self.layers)
 
+    def is_of(self, spec: ModelSpec) -> bool:
+        """Whether it has every layer and expert of a model of this shape, as it has unless it is damaged."""
+        return [len(layer.uses) for layer in self.layers] == [layer.num_experts for layer in spec.layers]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {"version": VERSION, **asdict(self)}
@@ -89,19 +100,19 @@ class Sensitivity:
             for layer in fields["layers"]
         )
         for layer in layers:
-            if any(len(errors) != len(layer.uses) for errors in layer.errors.values()):
+            if not layer.uses or any(len(errors) != len(layer.uses) for errors in layer.errors.values()):
                 raise ValueError("a layer with errors of more or fewer experts than it has")
-        return cls(fields["model"], fields["fingerprint"], fields["text"], int(fields["tokens"]), layers)
+            figures = (layer.gain, *layer.uses, *(error for row in layer.errors.values() for error in row))
+            if not all(0 <= figure < MOST for figure in figures):
+                raise ValueError("a figure below 0 or beyond measure")
+        text = None if fields["text"] is None else str(fields["text"])
+        return cls(str(fields["model"]), str(fields["fingerprint"]), text, int(fields["tokens"]), layers)
 
     def save(self, path: Path) -> None:
         """Replace the file at `path`, whole. Raises ExpertFileError if it cannot be written."""
-        try:
+        with unwritable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, [json.dumps(self.to_dict()), "\n"])
-        except OSError as error:
-            raise ExpertFileError(
-                f"{path} cannot be written ({error.strerror}); free the disk, or set MOE_LOCAL_HOME"
-            ) from error
 
     @classmethod
     def read(cls, path: Path, fingerprint: str) -> Sensitivity | None:
@@ -109,6 +120,17 @@ class Sensitivity:
         damaged, of another version or another checkpoint: it is measured again then."""
         try:
             found = cls.from_dict(parse_json(path.read_bytes()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
             return None
         return found if found.fingerprint == fingerprint else None
+
+
+@contextmanager
+def unwritable(path: Path) -> Iterator[None]:
+    """Turn OSError in the block, which writes `path`, into one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise ExpertFileError(
+            f"{path} cannot be written ({error.strerror}); free the disk, or set MOE_LOCAL_HOME"
+        ) from error

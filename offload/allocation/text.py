@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_local.cache.errors import CheckpointError, DoesNotFitError, OptionError
-from moe_local.offload.allocation.allocate import compute_device, measured, partial_path, sensitivity_path
+from moe_local.offload.allocation.allocate import (
+    compute_device,
+    measured,
+    measuring,
+    partial_path,
+    sensitivity_path,
+)
 from moe_local.offload.allocation.expected import candidates
 from moe_local.offload.allocation.measure import TOKENS, Measurement, check_text, read_text, text_name
 from moe_local.offload.allocation.sensitivity import Sensitivity
@@ -39,7 +45,8 @@ def calibrate(
 ) -> Sensitivity:
     """Measure `model` on the first `tokens` of a text, and keep what was found for all later mixes of it.
 
-    What is kept of the same text is taken as it is. `options` are load()'s, without `experts` and `prefetch`.
+    What is kept of the same text is taken as it is, also what another process keeps meanwhile, which is
+    waited for. `options` are load()'s, without `experts` and `prefetch`.
     Raises OptionError for too little text and for models that cannot read one: without a tokenizer, or with
     an encoder; and as `load`.
     """
@@ -53,22 +60,31 @@ def calibrate(
         raise OptionError(f"the checkpoint of {checkpoint.name} has no tokenizer, so no text can be read")
     ids = tokenizer(text[: 16 * tokens], add_special_tokens=False, verbose=False)["input_ids"][:tokens]
     check_text(ids)
-    formats, path = candidates(checkpoint.spec.dtype), sensitivity_path(checkpoint)
-    kept = Sensitivity.read(path, checkpoint.fingerprint)
-    if kept is not None and kept.text == text_name(ids) and kept.measured(formats):
-        return kept
-    with _running(model, progress, options) as loaded:
-        try:
-            reading = read_text(loaded.hf, ids, progress)
-        except torch.OutOfMemoryError as error:
-            raise DoesNotFitError(
-                f"reading the text with {checkpoint.name} takes more VRAM than there is; give it less for "
-                "experts (--vram), or leave the text out"
-            ) from error
-    return measured(
-        checkpoint,
-        Measurement(checkpoint, formats, reading, partial_path(path), compute_device(), progress),
-    )
+    formats, path, name = candidates(checkpoint.spec.dtype), sensitivity_path(checkpoint), text_name(ids)
+
+    def kept() -> Sensitivity | None:
+        found = Sensitivity.read(path, checkpoint.fingerprint)
+        if found is None or not found.is_of(checkpoint.spec):
+            return None
+        return found if found.text == name and found.measured(formats) else None
+
+    if (found := kept()) is not None:
+        return found
+    with measuring(checkpoint):
+        if (found := kept()) is not None:  # by the process that was waited for
+            return found
+        with _running(model, progress, options) as loaded:
+            try:
+                reading = read_text(loaded.hf, ids, progress)
+            except torch.OutOfMemoryError as error:
+                raise DoesNotFitError(
+                    f"reading the text with {checkpoint.name} takes more VRAM than there is; "
+                    "give it less for experts (--vram), or leave the text out"
+                ) from error
+        measurement = Measurement(
+            checkpoint, formats, reading, partial_path(path), compute_device(), progress
+        )
+        return measured(checkpoint, measurement)
 
 
 def _running(model: str | Path, progress: Progress | None, options: dict[str, Any]) -> Model:

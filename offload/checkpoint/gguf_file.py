@@ -8,12 +8,14 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moe_local.cache.errors import CheckpointError, ModelNotFoundError
 from moe_local.offload.checkpoint.shards import DTYPES, Shards, StoredTensor
 from moe_local.offload.checkpoint.weights import Weight
+from moe_local.offload.hung import HungError, patiently
 from moe_local.offload.quantize.gguf import FORMATS
 
 SUFFIX = ".gguf"
@@ -51,7 +53,10 @@ class GgufFile:
         weights: dict[str, Weight] = {}
         sizes, headers = {}, {}
         for number, part in enumerate(_parts(path)):
-            found, described, start = _header(part, remedy)
+            try:
+                found, described, start = patiently(part, partial(_header, part, remedy))
+            except HungError as error:
+                raise CheckpointError(f"{part} {error}") from error
             metadata = metadata or found
             sizes[part.name], headers[part.name] = part.stat().st_size, start
             for weight in _weights(part.name, described, start):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from moe_local.cache.files import parse_json
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.files import INDEX, SINGLE, file_inside, first_pickle, read_index
 from moe_local.offload.direct_io import PAGE, Memory, Range, ReadError, page_memory, read_ranges
+from moe_local.offload.hung import HungError, patiently
 
 MAX_HEADER = 100_000_000
 """Bytes; what the safetensors library itself accepts."""
@@ -127,15 +128,21 @@ class Shards:
         """The tensors of each group, each group in one piece of `memory`, one tensor right behind the other.
 
         (Up to the next multiple of eight bytes.) Blocks on the disk, and is as fast as that if asked for much
-        at once. Raises CheckpointError when a file has changed or cannot be read.
+        at once. Raises CheckpointError when a file has changed or cannot be read, and when its disk does not
+        answer.
         """
         ranges: list[Range] = []
         tensors = [self._place(group, memory, ranges) for group in groups]
+        self._read(ranges)
+        return tensors
+
+    def _read(self, ranges: Sequence[Range]) -> None:
         try:
             read_ranges(ranges)
         except ReadError as error:
             raise CheckpointError(f"{error.path} cannot be read ({error}); {self.remedy}") from error
-        return tensors
+        except HungError as error:
+            raise CheckpointError(f"{error.path} {error}") from error
 
     def _place(
         self, group: Sequence[StoredTensor], memory: Memory, ranges: list[Range]
@@ -165,15 +172,20 @@ class Shards:
         which any training changes; a deliberate edit of a few weights may stay unseen.
         """
         digest = xxhash.xxh3_128()
-        for name in sorted(self.sizes):
+        names = sorted(self.sizes)
+        lengths = [torch.zeros(8, dtype=torch.uint8) for _ in names]
+        self._read([Range(self.folder / name, 0, out) for name, out in zip(names, lengths, strict=True)])
+        for name, length in zip(names, lengths, strict=True):
             size = self.sizes[name]
             digest.update(f"{name}\n{size}\n".encode())
-            with open(self.folder / name, "rb", buffering=0) as file:
-                header = self._headers.get(name) or 8 + int.from_bytes(file.read(8), "little")
-                for start, stop in _sampled_ranges(header, size):
-                    buffer = bytearray(stop - start)
-                    _read_into(file, start, memoryview(buffer))
-                    digest.update(buffer)
+            header = self._headers.get(name) or 8 + int.from_bytes(length.numpy().tobytes(), "little")
+            samples = [
+                Range(self.folder / name, start, torch.empty(stop - start, dtype=torch.uint8))
+                for start, stop in _sampled_ranges(header, size)
+            ]
+            self._read(samples)
+            for sample in samples:
+                digest.update(sample.out.numpy().data)
         return digest.hexdigest()
 
     def check_integrity(self) -> None:
@@ -192,14 +204,14 @@ def read_header(path: Path, remedy: str = "get the file again") -> Iterator[Stor
     Format: 8 bytes little-endian length, that many bytes of JSON, then the data, which the tensors' offsets
     must tile without gaps (https://github.com/huggingface/safetensors#format).
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or (length <= MAX_HEADER and size < 8 + length):
-            raise CheckpointError(f"{path} is cut short at {size} bytes, inside its header; {remedy}")
-        if length > MAX_HEADER:
-            raise CheckpointError(f"{path} has a corrupt header (of {length} bytes, it says); {remedy}")
-        raw = file.read(length)
+    try:
+        size, length, raw = patiently(path, lambda: _raw_header(path))
+    except HungError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    if size < 8 or (length <= MAX_HEADER and size < 8 + length):
+        raise CheckpointError(f"{path} is cut short at {size} bytes, inside its header; {remedy}")
+    if length > MAX_HEADER:
+        raise CheckpointError(f"{path} has a corrupt header (of {length} bytes, it says); {remedy}")
     try:
         header = parse_json(raw)
         tensors = [
@@ -220,6 +232,14 @@ def read_header(path: Path, remedy: str = "get the file again") -> Iterator[Stor
     if size > end:
         raise CheckpointError(f"{path} has {size - end} bytes after its last tensor; {remedy}")
     return iter(tensors)
+
+
+def _raw_header(path: Path) -> tuple[int, int, bytes]:
+    """The file's size, the length that its header is said to have, and the header if it may have that."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        return size, length, file.read(length) if length <= min(size, MAX_HEADER) else b""
 
 
 def _stored(key: str, shard: str, data_start: int, entry: Mapping[str, object]) -> StoredTensor:
@@ -266,14 +286,3 @@ def _sampled_ranges(header: int, size: int) -> Iterator[tuple[int, int]]:
     for i in range(SAMPLES):
         start = header + (last - header) * i // (SAMPLES - 1)
         yield start, start + SAMPLE_BYTES
-
-
-def _read_into(file: io.FileIO, start: int, view: memoryview) -> None:
-    file.seek(start)
-    done = 0
-    while done < len(view):
-        # One read call takes at most 2 GiB on Linux.
-        count = file.readinto(view[done : done + 2**30])
-        if not count:
-            raise EOFError(f"it ends at byte {start + done}")
-        done += count

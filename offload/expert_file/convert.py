@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -29,10 +29,11 @@ from moe_local.offload.expert_file.expert_file import (
     read_manifest,
 )
 from moe_local.offload.expert_file.expert_shard import TEMPORARY, ShardPlan, disk_errors
+from moe_local.offload.expert_file.intent import Intent
 from moe_local.offload.expert_file.mend import mend_shard
 from moe_local.offload.expert_file.pipeline import write_shards
 from moe_local.offload.expert_file.verify import damaged_experts, damaged_frame
-from moe_local.offload.quantize.codec import Codec
+from moe_local.offload.quantize.codec import Codec, codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.mix import Mix, is_mixed
 
@@ -72,10 +73,6 @@ def expert_file_folder(home: Path, name: str, format: str, fingerprint: str) -> 
     return home / "experts" / slug / f"{format.replace(':', '-')}-{fingerprint[:16]}"
 
 
-class OtherMixError(ExpertFileError):
-    """A folder holds another mix of the name that was to be converted."""
-
-
 def convert_experts(
     checkpoint: ExpertSource,
     codec: Codec | FormatChoice | Mix,
@@ -98,23 +95,64 @@ def convert_experts(
     formats that has the same name, or if the mix is for another model.
     """
     folder = Path(folder)
-    if isinstance(codec, Mix):
-        codec = FormatChoice.of(codec.check(checkpoint.spec, checkpoint.name))
-    encoder = ExpertEncoder(checkpoint.name, codec, gpu)
-    plans = _plan(checkpoint, encoder)
+    encoder, plans = _planned(checkpoint, codec, gpu)
     _refuse_namesake(folder, plans)
     if not check and (complete := _complete(folder, plans)):
         return complete
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder):
-        _refuse_namesake(folder, plans)  # of another process, while this one waited
-        if not check and (complete := _complete(folder, plans)):
-            return complete
-        try:
-            return _Conversion(checkpoint, encoder, folder, plans, progress).run()
-        finally:
-            encoder.close()
+        return _convert(checkpoint, encoder, folder, plans, progress, check)
+
+
+def convert_chosen(
+    checkpoint: ExpertSource,
+    choose: Callable[[], Intent],
+    folder: Path,
+    progress: Progress | None = None,
+    *,
+    check: bool = False,
+    gpu: torch.device | None = None,
+) -> ExpertFile:
+    """As `convert_experts`, of what `choose` says while the folder is locked, so that one process chooses.
+
+    That is kept in the folder before anything else happens there.
+    """
+    with _lock(folder):
+        intent = choose()
+        encoder, plans = _planned(checkpoint, intent.mix or codec_for(intent.experts), gpu)
+        with disk_errors(folder):
+            folder.mkdir(exist_ok=True)
+        if intent != Intent.read(folder, intent.fingerprint):
+            intent.keep(folder)
+        return _convert(checkpoint, encoder, folder, plans, progress, check)
+
+
+def _planned(
+    checkpoint: ExpertSource, codec: Codec | FormatChoice | Mix, gpu: torch.device | None
+) -> tuple[ExpertEncoder, list[ShardPlan]]:
+    if isinstance(codec, Mix):
+        codec = FormatChoice.of(codec.check(checkpoint.spec, checkpoint.name))
+    encoder = ExpertEncoder(checkpoint.name, codec, gpu)
+    return encoder, _plan(checkpoint, encoder)
+
+
+def _convert(
+    checkpoint: ExpertSource,
+    encoder: ExpertEncoder,
+    folder: Path,
+    plans: Sequence[ShardPlan],
+    progress: Progress | None,
+    check: bool,
+) -> ExpertFile:
+    """Under the lock: what is still to be done."""
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+    _refuse_namesake(folder, plans)  # of another process, while this one waited
+    if not check and (complete := _complete(folder, plans)):
+        return complete
+    try:
+        return _Conversion(checkpoint, encoder, folder, plans, progress).run()
+    finally:
+        encoder.close()
 
 
 class _Conversion:
@@ -147,6 +185,8 @@ class _Conversion:
             checksums = {layer: stored.checksums for layer, stored in enumerate(complete.layers)}
             if checksums == self.checksums:
                 return complete
+        if is_mixed(self.plans[0].format):
+            self._keep_mix()
         self._clear(missing)
         written = write_shards(
             missing, self.folder, self._read, self._encode, lambda layout: self._count(layout.nbytes)
@@ -210,6 +250,15 @@ class _Conversion:
         view: memoryview = out.numpy().data
         return view
 
+    def _keep_mix(self) -> None:
+        """Note which formats were chosen, if that is not noted: soon no manifest may tell."""
+        first = self.plans[0]
+        formats = tuple(tuple(layout.format for layout in plan.layouts) for plan in self.plans)
+        known = Intent.read(self.folder, first.fingerprint)
+        if known is None or known.mix is None or known.mix.formats != formats:
+            mix = Mix(first.format, formats)
+            Intent(self.checkpoint.name, first.fingerprint, first.format, mix).keep(self.folder)
+
     def _clear(self, missing: Sequence[ShardPlan]) -> None:
         """Remove what is not to stay, manifest first, and see that the disk has room for the rest."""
         with disk_errors(self.folder):
@@ -271,7 +320,7 @@ def _complete(folder: Path, plans: Sequence[ShardPlan]) -> ExpertFile | None:
 
 
 def _refuse_namesake(folder: Path, plans: Sequence[ShardPlan]) -> None:
-    """Raises OtherMixError if `folder` holds a finished mix of this name whose experts have other formats:
+    """Raises ExpertFileError if `folder` holds a finished mix of this name whose experts have other formats:
     which of the two is wanted, a name cannot say."""
     if not is_mixed(plans[0].format):
         return
@@ -285,7 +334,7 @@ def _refuse_namesake(folder: Path, plans: Sequence[ShardPlan]) -> None:
         for there, planned in zip(layer.layouts, plan.layouts, strict=False)
     ]
     if differ := sum(there != planned for there, planned in pairs):
-        raise OtherMixError(
+        raise ExpertFileError(
             f"{folder} holds another {file.format}: {differ} of {len(pairs)} experts have other formats; "
             "remove that folder first, or convert to another one: moe-local convert MODEL --out FOLDER"
         )
@@ -304,5 +353,6 @@ def _lock(folder: Path) -> Iterator[None]:
 
     with ExitStack() as held:
         with disk_errors(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(folder, waiting=waiting))
         yield

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import xxhash
 
+from moe_local.cache.errors import ExpertFileError
 from moe_local.offload.direct_io import Range, ReadError, page_memory, read_ranges
 from moe_local.offload.expert_file.expert_file import ExpertFile, Progress, StoredLayer
 from moe_local.offload.expert_file.expert_shard import ShardPlan
+from moe_local.offload.hung import HungError
 
 BATCH = 64 << 20
 """Bytes read at a time, so that small experts, too, keep the disk busy."""
@@ -52,7 +55,8 @@ def find_damage(file: ExpertFile, progress: Progress | None = None) -> list[Dama
     """Everything in the shards of `file` that is not as it was written, by layer and expert.
 
     Reads past the page cache where the system allows it. Memory: twice BATCH and the largest expert.
-    Shards may be missing or of a wrong size (`read_manifest` opens such a file). Raises nothing.
+    Shards may be missing or of a wrong size (`read_manifest` opens such a file). Raises ExpertFileError for a
+    disk that does not answer, and nothing else.
     """
     done = done_bytes = 0
 
@@ -76,6 +80,7 @@ def damaged_experts(
     """The experts of these shards that cannot be read or have another checksum, in order.
 
     `first` is the number of the first layer; `told` hears each expert's bytes once it has been compared.
+    Raises as `find_damage`.
     """
     found: list[Damage] = []
     for batch, buffer, unread in _read_ahead(list(_batches(layers, first))):
@@ -146,16 +151,17 @@ def _fill(batch: Sequence[_Expert], buffer: torch.Tensor) -> dict[int, str]:
         start = expert.stored.offsets[expert.expert]
         ranges.append(Range(expert.stored.path, start, buffer[at : at + expert.nbytes]))
         at += expert.nbytes
-    try:
-        read_ranges(ranges)
-        return {}
-    except ReadError:
-        pass
     unread = {}
-    for expert, found in zip(batch, ranges, strict=True):
-        try:
-            read_ranges([found])
-        except ReadError as error:
-            cause = error.__cause__
-            unread[expert.expert] = str(cause.strerror if isinstance(cause, OSError) else error)
+    try:
+        with suppress(ReadError):
+            read_ranges(ranges)
+            return {}
+        for expert, found in zip(batch, ranges, strict=True):
+            try:
+                read_ranges([found])
+            except ReadError as error:
+                cause = error.__cause__
+                unread[expert.expert] = str(cause.strerror if isinstance(cause, OSError) else error)
+    except HungError as error:
+        raise ExpertFileError(f"{error.path} {error}") from error
     return unread

@@ -45,6 +45,15 @@ def choose(plan_of: Callable[[str], Plan], spec: ModelSpec, have: Iterable[str] 
     return name_of(max(near)) if near else _name(low)
 
 
+def go_on(plan_of: Callable[[str], Plan], begun: Iterable[str]) -> str | None:
+    """The first of the conversions that "auto" has begun before, with the same budget, that fits; else None.
+
+    Memory that is free changes from start to start: what is more or less of it by now does not count against
+    the hours that may be in what was begun.
+    """
+    return next((experts for experts in begun if plan_of(experts).fits), None)
+
+
 def _name(step: int) -> str:
     return name_of(step / STEPS)
 

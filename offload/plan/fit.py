@@ -13,7 +13,7 @@ from moe_local.offload.checkpoint.spec import ModelSpec, model_spec
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan import bandwidth
-from moe_local.offload.plan.auto import choose
+from moe_local.offload.plan.auto import choose, go_on
 from moe_local.offload.plan.free_memory import free_ram, free_vram
 from moe_local.offload.plan.nearest import nearest
 from moe_local.offload.plan.placement import place
@@ -70,6 +70,7 @@ def fit(
             parallel=options.parallel,
             slots=options.slots,
             bandwidths=bandwidth.saved(moe_local_home()),
+            budget=options.budget if options.experts == AUTO else None,
         ),
         cards,
     )
@@ -83,11 +84,13 @@ def plan_load(
     bandwidths: bandwidth.Bandwidths,
     file: ExpertFile | None = None,
     have: Sequence[str] = (),
+    begun: Sequence[str] = (),
 ) -> Plan:
     """The plan that a load on `devices` follows: a budget bounds, but cannot make free what is not.
 
     Of a converted mix `file` says which expert has which format and, by its folder, how often it was chosen.
-    `have` are mixes that experts "auto" may come to without being converted. Whether it fits, the plan says.
+    `have` are mixes that experts "auto" may come to without being converted, `begun` what it has come to
+    before, with the same options, and whose conversion was interrupted. Whether it fits, the plan says.
     """
     ram = free_ram() if options.ram is None else min(options.ram, free_ram(reserve=False))
     cards = []
@@ -107,10 +110,12 @@ def plan_load(
             slots=options.slots,
             bandwidths=bandwidths,
             mix=None if file is None else file.mix,
+            budget=options.budget if options.experts == AUTO else None,
             use=None if file is None else _use(file),
         ),
         cards,
         have,
+        begun,
     )
 
 
@@ -137,14 +142,21 @@ def _context(options: LoadOptions, spec: ModelSpec) -> int:
     return min(spec.max_context, DEFAULT_CONTEXT) if options.context is None else options.context
 
 
-def plan_request(request: Request, cards: Sequence[int] = (), have: Sequence[str] = ()) -> Plan:
+def plan_request(
+    request: Request, cards: Sequence[int] = (), have: Sequence[str] = (), begun: Sequence[str] = ()
+) -> Plan:
     """Plan a request on cards of so many bytes: on the first if that holds everything, else on all; without
     any, in the memory that the request names. If it does not fit, say also which nearest setting does.
 
-    Experts "auto" become what they come to, which the plan's request names; `have` are mixes that are there.
+    Experts "auto" become what they come to, which the plan's request names; `have` are mixes that are there,
+    `begun` conversions to go on with.
     """
     if request.experts == AUTO:
-        chosen = choose(lambda name: _place(replace(request, experts=name), cards), request.spec, have)
+
+        def plan_of(experts: str) -> Plan:
+            return _place(replace(request, experts=experts), cards)
+
+        chosen = go_on(plan_of, begun) or choose(plan_of, request.spec, have)
         request = replace(request, experts=chosen)
     plan = _place(request, cards)
     return plan if plan.fits else replace(plan, nearest=nearest(plan.request))

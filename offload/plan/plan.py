@@ -49,6 +49,8 @@ class Request:
     """The share of `vram` on each card where there are several."""
     mix: Mix | None = field(default=None, repr=False)
     """Of experts "mixed:BITS": the format of each, once that is known."""
+    budget: str | None = None
+    """Of experts "auto": what was asked for them to fit, as LoadOptions.budget has it."""
     use: tuple[tuple[int, ...], ...] | None = field(default=None, repr=False)
     """`use[layer][expert]`: how often each expert was chosen, as far as that is known."""
 

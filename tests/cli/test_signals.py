@@ -205,3 +205,43 @@ def test_a_disk_that_hangs_for_good_ends_the_command(tmp_path: Path, monkeypatch
     while not (line := child.stdout.readline()).endswith("hung\n"):
         assert line
     assert child.end(signal.SIGTERM)[0] == 143
+
+
+HUNG_SOURCE = """
+import sys, threading
+import moe_local.offload.direct_io as direct_io
+from moe_local.cli.entry import main
+read, left = direct_io._read, [120]
+def hangs(found):
+    left[0] -= 1
+    if left[0] < 0:
+        threading.Event().wait()
+    read(found)
+direct_io._read = hangs
+print("begun", file=sys.stderr, flush=True)
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_conversion_whose_source_hangs_for_good_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a line, and goes on in the next run."""
+    monkeypatch.setenv("MOE_LOCAL_DISK_TIMEOUT", "2")
+    command = ("convert", "demo", "--experts", "bf16")
+    child = Child(tmp_path, *command, code=HUNG_SOURCE)
+    _, errors = child.wait()
+    assert child.code == 1, errors
+    assert re.match(
+        r"moe-local: .*\.safetensors is being read, and its disk has given nothing for 2 s; check the disk",
+        errors.splitlines()[-1],
+    )
+    assert "Traceback" not in errors
+    left = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert all(name.endswith(".lock") or name.startswith("layer-") for name in left), left
+    assert not any(name.endswith(".tmp") for name in left)
+    assert any(name.startswith("layer-") for name in left)
+    child = Child(tmp_path, *command)
+    child.wait()
+    assert child.code == 0

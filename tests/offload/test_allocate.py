@@ -217,7 +217,7 @@ def test_impossible_bits(checkpoint: Checkpoint, sensitivity: Sensitivity) -> No
 
 def test_from_the_weights_alone(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[str, int, int]] = []
-    mix = allocate(checkpoint, "mixed:6", progress=lambda *figures: told.append(figures))
+    mix = allocate(checkpoint, "mixed:6", progress=lambda *figures: told.append(figures)).mix
     assert mix.check(checkpoint.spec).bits(checkpoint.spec) <= 6
     assert told[-1] == ("measuring", 24, 24)
     path = sensitivity_path(checkpoint)
@@ -227,7 +227,7 @@ def test_from_the_weights_alone(checkpoint: Checkpoint, monkeypatch: pytest.Monk
     assert kept.measured(candidates(checkpoint.spec.dtype))
     assert not partial_path(path).exists()
     monkeypatch.setattr(measure, "expert_errors", None)  # kept, so not measured again
-    assert allocate(checkpoint, "mixed:6") == mix
+    assert allocate(checkpoint, "mixed:6").mix == mix
 
 
 def test_from_a_text(tiny_mixtral: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ def test_from_a_text(tiny_mixtral: Path, checkpoint: Checkpoint, monkeypatch: py
     monkeypatch.setattr(measure, "expert_errors", None)
     assert calibrate(tiny_mixtral, text, tokens=600, **options) == found
     name = "mixed:6"
-    assert allocate(checkpoint, name) == best_mix(name, checkpoint.spec, found).mix
+    assert allocate(checkpoint, name) == best_mix(name, checkpoint.spec, found)
 
 
 @pytest.mark.parametrize(("text", "message"), [("", "is empty"), ("too short", "tokens, of which 512 are")])

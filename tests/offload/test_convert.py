@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from moe_local.cache.errors import CheckpointError, DoesNotFitError, ExpertFileError
+from moe_local.cache.files import locked
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.checkpoint.shards import read_header
 from moe_local.offload.checkpoint.spec import model_spec
 from moe_local.offload.expert_file import convert
 from moe_local.offload.expert_file.convert import convert_experts, expert_file_folder, moe_local_home
@@ -400,6 +402,77 @@ def test_four_processes_at_once(random_experts, tmp_path):
     assert [exit_status(pid) for pid in children] == [0] * 4
     assert sorted(int((tmp_path / f"reads{number}").read_text()) for number in range(4)) == [0, 0, 0, 12]
     assert contents(tmp_path / "f") == contents(tmp_path / "alone")
+
+
+# --- a source that does not answer
+
+
+@pytest.fixture
+def share(make_checkpoint, tmp_path, monkeypatch):
+    """A checkpoint on a share whose server can go, for good: `share.gone(name)`, `share.back()`."""
+
+    class Share:
+        folder = Path(shutil.copytree(make_checkpoint("mixtral", shards=3), tmp_path / "model"))
+        aside: tuple[Path, Path] | None = None
+
+        def gone(self, name: str) -> Path:
+            path = self.folder / name
+            self.aside = path, path.rename(tmp_path / "aside")
+            os.mkfifo(path)
+            return path
+
+        def back(self) -> None:
+            path, kept = self.aside
+            while any(thread.name.startswith("read-") for thread in threading.enumerate()):
+                try:
+                    os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+                except OSError:  # nobody opens it at this moment
+                    time.sleep(0.01)
+            path.unlink()
+            kept.rename(path)
+            self.aside = None
+
+    monkeypatch.setenv("MOE_LOCAL_DISK_TIMEOUT", "0.3")
+    share = Share()
+    yield share
+    if share.aside:
+        share.back()
+
+
+def test_a_source_that_hangs_is_named_and_gone_on_with(share, tmp_path):
+    checkpoint = Checkpoint.open(share.folder)
+    convert_experts(checkpoint, BF16, tmp_path / "calm")
+    holds = {tensor.shard for key, tensor in checkpoint.shards.tensors.items() if "layers.2" in key}
+    path = share.gone(max(holds))
+    began = time.monotonic()
+    with pytest.raises(CheckpointError) as caught:
+        convert_experts(checkpoint, BF16, tmp_path / "f")
+    assert time.monotonic() - began < 10
+    assert str(caught.value) == (
+        f"{path} is being read, and its disk has given nothing for 0 s; check the disk, or what connects it"
+    )
+    kept = names(tmp_path / "f")
+    assert kept == shards(*range(len(kept)))
+    assert kept
+    with locked(tmp_path / "f", timeout_s=0):
+        pass
+    share.back()
+    convert_experts(checkpoint, BF16, tmp_path / "f")
+    assert contents(tmp_path / "f") == contents(tmp_path / "calm")
+
+
+def test_a_source_that_hangs_before_it_begins(share):
+    """In its headers, and in what its fingerprint is made of."""
+    fingerprint = Checkpoint.open(share.folder).fingerprint
+    opened = Checkpoint.open(share.folder)
+    path = share.gone(min(opened.shards.sizes))
+    with pytest.raises(CheckpointError, match="given nothing for 0 s; check the disk") as caught:
+        assert opened.fingerprint
+    assert str(caught.value).startswith(f"{path} is being read")
+    with pytest.raises(CheckpointError, match="given nothing for 0 s; check the disk"):
+        read_header(path)
+    share.back()
+    assert opened.fingerprint == fingerprint
 
 
 # --- where it lies

@@ -5,6 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +26,7 @@ from moe_local.offload.direct_io import (
     read_ranges,
     write_fully,
 )
+from moe_local.offload.hung import HungError
 
 needs_direct = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has no direct access")
 
@@ -178,3 +184,93 @@ def test_aligned_writes_stay_direct(tmp_path):
     write_fully(file, page_memory(3 * PAGE)[1:].numpy().data)
     assert not fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT
     os.close(file)
+
+
+# --- a disk that does not answer
+
+
+def reading_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("read-")]
+
+
+@pytest.fixture
+def pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file that nothing comes from, as from a share whose server is gone; in the end something does."""
+    monkeypatch.setenv("MOE_LOCAL_DISK_TIMEOUT", "0.3")
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    yield path
+    while reading_threads():
+        with suppress(OSError):  # nobody opens it at this moment
+            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("size", [100, 10 * PAGE])
+def test_what_hangs_is_named_and_left_behind(files, pipe, monkeypatch, size):
+    monkeypatch.setattr(direct_io, "PIECE", 3 * PAGE)
+    outs = [torch.zeros(size, dtype=torch.uint8) for _ in range(2)]
+    began = time.monotonic()
+    with pytest.raises(
+        HungError, match=r"^is being read, and its disk has given nothing for 0 s; check"
+    ) as caught:
+        read_ranges([Range(files[0], 0, outs[0]), Range(pipe, 0, outs[1])])
+    assert 0.25 < time.monotonic() - began < 10
+    assert caught.value.path == pipe
+    assert outs[0].numpy().tobytes() == files[0].read_bytes()[:size]
+    assert all(thread.daemon for thread in reading_threads())
+    read_ranges([Range(files[1], 0, outs[1])])  # others are served
+    assert outs[1].numpy().tobytes() == files[1].read_bytes()[:size]
+
+
+def test_what_is_slow_is_not_given_up(files, monkeypatch):
+    monkeypatch.setenv("MOE_LOCAL_DISK_TIMEOUT", "0.5")
+    monkeypatch.setattr(direct_io, "PIECE", PAGE)
+    monkeypatch.setattr(direct_io, "THREADS", 1)
+    monkeypatch.setattr(direct_io._DirectFiles, "open", lambda self, path: 0)
+    real = direct_io._read
+
+    def slow(file, piece, buffer):
+        time.sleep(0.15)
+        real(piece)
+        return piece.out.numel()
+
+    monkeypatch.setattr(direct_io, "_read_directly", slow)
+    out = torch.zeros(6 * PAGE, dtype=torch.uint8)
+    read_ranges([Range(files[0], 0, out)])
+    assert out.numpy().tobytes() == files[0].read_bytes()[: 6 * PAGE]
+    assert not reading_threads()
+
+
+def test_ctrl_c_waits_for_what_is_under_way(files, monkeypatch):
+    """Its memory is the caller's again after it; what was not begun is not."""
+    read, ended = [], threading.Event()
+
+    def slow(found):
+        read.append(found.start)
+        if len(read) == 1:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.2)
+        ended.set()
+
+    monkeypatch.setattr(direct_io, "_read", slow)
+    out = torch.zeros(10, dtype=torch.uint8)
+    with pytest.raises(KeyboardInterrupt):
+        read_ranges([Range(files[0], start, out) for start in range(5)])
+    assert ended.is_set()
+    assert read == [0]
+
+
+def test_the_first_error_ends_the_others(files, monkeypatch):
+    read = []
+
+    def fails(found):
+        read.append(found.start)
+        raise MemoryError
+
+    monkeypatch.setattr(direct_io, "_read", fails)
+    out = torch.zeros(10, dtype=torch.uint8)
+    with pytest.raises(MemoryError):
+        read_ranges([Range(files[0], start, out) for start in range(5)])
+    assert read == [0]
+    assert not reading_threads()

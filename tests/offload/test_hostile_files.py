@@ -27,6 +27,7 @@ import moe_local
 from moe_local.cache.errors import CheckpointError, ExpertFileError, MoeLocalError, OptionError, RoutesError
 from moe_local.cache.files import parse_json
 from moe_local.cache.routes import LayerBytes, LayerRoute, Phase, Routes, RouteStep, read_routes, write_routes
+from moe_local.offload.allocation.sensitivity import LayerSensitivity, Sensitivity
 from moe_local.offload.checkpoint.checkpoint import Checkpoint, parse_config
 from moe_local.offload.checkpoint.files import file_inside, read_index
 from moe_local.offload.checkpoint.gguf_file import GgufFile
@@ -36,8 +37,10 @@ from moe_local.offload.checkpoint.tokenizer import load_tokenizer
 from moe_local.offload.expert_file import expert_file
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.expert_file.expert_file import MANIFEST, read_manifest
+from moe_local.offload.expert_file.intent import INTENT, Intent
 from moe_local.offload.plan import bandwidth
 from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.quantize.mix import Mix, is_mixed
 from moe_local.offload.usage import FILE_NAME, read_usage
 
 SECONDS = 5.0
@@ -105,11 +108,38 @@ def bandwidths(path: Path) -> None:
     assert all(0 < rate < float("inf") for rate in (found.disk, found.ram, found.h2d, found.vram))
 
 
+def intent(path: Path) -> None:
+    found = Intent.read(path.parent, PRINT)
+    if found is not None:
+        assert is_mixed(found.experts) == (found.mix is not None)
+        assert found.mix is None or found.mix.counts()
+
+
+def sensitivity(path: Path) -> None:
+    found = Sensitivity.read(path, PRINT)
+    if found is not None:
+        shape = [["nf4"] * len(layer.uses) for layer in found.layers]
+        assert not found.measured(["nf4"]) or 0 <= found.expected(shape) < float("inf")
+
+
 def config(path: Path) -> None:
     parse_config(path)
 
 
-READERS = ["safetensors", "index", "manifest", "gguf", "routes", "usage", "bandwidths", "config"]
+READERS = [
+    "safetensors",
+    "index",
+    "manifest",
+    "gguf",
+    "routes",
+    "usage",
+    "bandwidths",
+    "intent",
+    "sensitivity",
+    "config",
+]
+
+PRINT = "0" * 32
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +192,13 @@ def make_reader(
             bandwidth.save(bandwidth.Bandwidths(), folder)
             honest = (folder / bandwidth.FILE_NAME).read_bytes()
             return Reader(bandwidth.FILE_NAME, honest, bandwidths, None, _plain)
+        if name == "intent":
+            Intent("m", PRINT, "mixed:6", Mix("mixed:6", (("nf4", "int8"), ("q2",))), "ram=1").keep(folder)
+            return Reader(INTENT, (folder / INTENT).read_bytes(), intent, None, _with_checksum)
+        if name == "sensitivity":
+            layer = LayerSensitivity(0.5, (0.1, 1.9), {"nf4": (0.01, 0.02), "int8": (0.001, 0.002)})
+            Sensitivity("m", PRINT, "abc", 512, (layer, layer)).save(folder / "s.json")
+            return Reader("s.json", (folder / "s.json").read_bytes(), sensitivity, None, _plain)
         honest = (checkpoint / "config.json").read_bytes()
         return Reader("config.json", honest, config, CheckpointError, _plain)
 

@@ -14,6 +14,9 @@ import pytest
 import torch
 
 import moe_local
+from moe_local.offload.allocation import measure
+from moe_local.offload.allocation.allocate import sensitivity_of, sensitivity_path
+from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.expert_file.expert_file import MANIFEST, ExpertFile
 from moe_local.offload.expert_file.verify import find_damage
@@ -104,6 +107,45 @@ def test_who_waits_takes_over_from_one_that_is_killed(
     assert len(list(folder.iterdir())) == len(list(calm.folder.iterdir()))
     with filelock.FileLock(f"{folder}.lock").acquire(timeout=0):
         pass
+
+
+def test_two_measure_a_model_for_the_first_time(
+    kill_points: Any, tiny_mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is killed at it; of the two that wait one goes on behind what it kept, and both have the same."""
+    monkeypatch.setenv("MOE_LOCAL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(measure, "SAVE_SECONDS", -1.0)
+    checkpoint = Checkpoint.open(tiny_mixtral)
+    total = sum(layer.num_experts for layer in checkpoint.spec.layers)
+    real = measure.expert_errors
+
+    def work(number: int, stop_at: int = 0) -> None:
+        def counted(*args: Any) -> Any:
+            with open(tmp_path / f"measured{number}", "a") as file:
+                file.write("x")
+            if stop_at and count(number) == stop_at:
+                signal.pause()
+            return real(*args)
+
+        measure.expert_errors = counted
+        (tmp_path / f"found{number}").write_text(repr(sensitivity_of(checkpoint)))
+
+    def count(number: int) -> int:
+        path = tmp_path / f"measured{number}"
+        return path.stat().st_size if path.exists() else 0
+
+    first = kill_points.fork(lambda: work(0, stop_at=12))
+    wait_for(lambda: count(0) == 12)
+    others = [kill_points.fork(lambda number=number: work(number)) for number in (1, 2)]
+    time.sleep(0.1)
+    assert count(1) == count(2) == 0
+    os.kill(first, signal.SIGKILL)
+    assert kill_points.exit_status(first) == -signal.SIGKILL
+    assert [kill_points.exit_status(pid) for pid in others] == [0, 0]
+    assert sorted([count(1), count(2)]) == [0, total - 8]  # a layer of 8 was kept
+    assert (tmp_path / "found1").read_text() == (tmp_path / "found2").read_text()
+    path = sensitivity_path(checkpoint)
+    assert sorted(found.name for found in path.parent.iterdir()) == [path.name, f"{path.name}.lock"]
 
 
 def test_a_model_is_read_while_it_is_checked_and_mended(

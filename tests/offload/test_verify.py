@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
+import time
 
 import pytest
 
+from moe_local.cache.errors import ExpertFileError
+from moe_local.offload import direct_io
 from moe_local.offload.expert_file import verify
 from moe_local.offload.expert_file.convert import FormatChoice, convert_experts
 from moe_local.offload.expert_file.expert_file import read_manifest
@@ -131,3 +135,24 @@ def test_each_damage_is_a_line_that_says_where(file):
         "MoE layer 1 (model.layers.1.mlp.experts): its header is damaged in layer-00001.safetensors",
         "expert 4 of MoE layer 1 (model.layers.1.mlp.experts): wrong checksum in layer-00001.safetensors",
     ]
+
+
+def test_a_disk_that_hangs_is_no_damage(file, monkeypatch):
+    """It is told once, for the file, and not waited for expert by expert."""
+    monkeypatch.setenv("MOE_LOCAL_DISK_TIMEOUT", "0.2")
+    path, answer = file.layers[1].path, threading.Event()
+    real = direct_io._read
+
+    def read(found):
+        if found.path == path:
+            answer.wait()
+        real(found)
+
+    monkeypatch.setattr(direct_io, "_read", read)
+    began = time.monotonic()
+    with pytest.raises(
+        ExpertFileError, match=f"^{path} is being read, and its disk has given nothing for 0 s"
+    ):
+        find_damage(file)
+    assert time.monotonic() - began < 5
+    answer.set()

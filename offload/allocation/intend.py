@@ -1,0 +1,103 @@
+"""What a conversion to chosen formats is to make: what was begun, while that holds, else a new choice."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from moe_local.cache.errors import ExpertFileError
+from moe_local.offload.allocation.allocate import allocate, sensitivity_path
+from moe_local.offload.allocation.misses import MissCost
+from moe_local.offload.allocation.sensitivity import Sensitivity
+from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.expert_file.expert_file import MANIFEST, ExpertFile
+from moe_local.offload.expert_file.intent import Intent
+from moe_local.offload.progress import Progress
+from moe_local.offload.quantize.mix import Mix, is_mixed
+
+logger = logging.getLogger(__name__)
+
+GOING_ON = (
+    "going on with the %s that was chosen when this conversion began; to choose anew: moe-local rm MODEL"
+)
+OUTDATED = "a text was read since the conversion to %s began, so its formats are chosen anew"
+
+
+def intend(
+    checkpoint: Checkpoint,
+    experts: str,
+    folder: Path,
+    *,
+    budget: str | None = None,
+    misses: MissCost | None = None,
+    progress: Progress | None = None,
+) -> Intent:
+    """What `folder` is to hold of canonical `experts`: a finished or a begun mix again, else a new one.
+
+    `budget`: what "auto" was to fit when it came to these experts. Under the lock of the folder, so that of
+    two processes one chooses. Raises as `allocate`.
+    """
+    finished = finished_mix(checkpoint, experts, folder)
+    begun = Intent.read(folder, checkpoint.fingerprint, say=budget is None and finished is None)
+    if begun is not None and begun.experts != experts:  # the folder is the user's own, and was for others
+        begun = None
+    if finished is not None and (begun is None or begun.mix != finished):
+        return _intent(checkpoint, experts, finished, budget)
+    if begun is not None and (finished is not None or _holds(checkpoint, begun)):
+        if finished is None:
+            logger.warning(GOING_ON, experts)
+        return begun if budget is None else replace(begun, budget=budget)
+    if begun is not None:
+        logger.warning(OUTDATED, experts)
+    if not is_mixed(experts):
+        return _intent(checkpoint, experts, None, budget)
+    found = allocate(checkpoint, experts, misses=misses, progress=progress)
+    return _intent(checkpoint, experts, found.mix, budget, found.text)
+
+
+def begun_for(checkpoint: Checkpoint, budget: str, folders: Iterable[Path]) -> list[str]:
+    """The experts that "auto" with this budget has come to before, in those of the folders whose conversion
+    was interrupted and holds: what has most bytes comes first."""
+    found = []
+    for folder in folders:
+        if (folder / MANIFEST).is_file():
+            continue
+        intent = Intent.read(folder, checkpoint.fingerprint, say=True)
+        if intent is not None and intent.budget == budget and _holds(checkpoint, intent):
+            nbytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+            found.append((nbytes, intent.experts))
+    return [experts for _, experts in sorted(found, reverse=True)]
+
+
+def finished_mix(checkpoint: Checkpoint, experts: str, folder: Path) -> Mix | None:
+    """The mix that `folder` holds, if it is a finished "mixed:BITS" of this name."""
+    if not is_mixed(experts):
+        return None
+    try:
+        return ExpertFile.open(folder, checkpoint.fingerprint, experts).mix
+    except ExpertFileError:
+        return None
+
+
+def _holds(checkpoint: Checkpoint, begun: Intent) -> bool:
+    """Whether nothing has been asked for since that the choice does not answer: a text to be chosen by.
+
+    Other bits, and another budget of "auto", are found in the folder's name or in `begun_for`. What is free,
+    and what another version would choose, is not asked for.
+    """
+    if begun.mix is None:
+        return True
+    try:
+        begun.mix.check(checkpoint.spec, checkpoint.name)
+    except ExpertFileError:
+        return False
+    kept = Sensitivity.read(sensitivity_path(checkpoint), checkpoint.fingerprint)
+    return kept is None or kept.text in (None, begun.text)
+
+
+def _intent(
+    checkpoint: Checkpoint, experts: str, mix: Mix | None, budget: str | None, text: str | None = None
+) -> Intent:
+    return Intent(checkpoint.name, checkpoint.fingerprint, experts, mix, budget, text)
