@@ -74,6 +74,8 @@ class HubServer:
         """So many requests for files are answered 503 before the rest is served."""
         self._cut: set[str] = set()
         self._lock = threading.Lock()
+        self._connections = 0
+        self._closed = threading.Condition(self._lock)
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
@@ -118,6 +120,24 @@ class HubServer:
             self.unavailable -= 1
             return self.unavailable >= 0
 
+    @contextmanager
+    def connection(self) -> Iterator[None]:
+        """For as long as one is open."""
+        with self._lock:
+            self._connections += 1
+        try:
+            yield
+        finally:
+            with self._closed:
+                self._connections -= 1
+                self._closed.notify_all()
+
+    def settle(self) -> None:
+        """Block until every connection is closed: what goes to one whose client died is sent, too, for a
+        while."""
+        with self._closed:
+            assert self._closed.wait_for(lambda: self._connections == 0, 60)
+
     def close(self) -> None:
         self._http.shutdown()
         self._http.server_close()
@@ -136,6 +156,10 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # or every answer waits 40 ms for the other side
     server_hub: HubServer
+
+    def handle(self) -> None:
+        with self.server_hub.connection(), suppress(ConnectionError):
+            super().handle()
 
     def do_GET(self) -> None:
         with suppress(ConnectionError):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
+import io
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -10,12 +15,37 @@ from typing import Any
 
 import pytest
 
+from moe_local.offload.plan import bandwidth
+
 
 @pytest.fixture
 def import_benchmark(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """import_benchmark("peers.client") -> that module of benchmarks/, found as by a script there."""
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
     return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def run_benchmark(repository: Path) -> Callable[..., list[str]]:
+    """run_benchmark("decode", home, *arguments) -> the lines it prints, with its home below MOE_LOCAL_HOME.
+
+    The script as a command, but in this process, which has torch already, and measuring bandwidths briefly.
+    """
+
+    def run(name: str, home: Path, *arguments: str) -> list[str]:
+        script = repository / "benchmarks" / f"{name}.py"
+        printed = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            patch.setattr(sys, "argv", [str(script), *arguments])
+            patch.syspath_prepend(str(script.parent))
+            patch.setenv("MOE_LOCAL_HOME", str(home))
+            patch.setattr(bandwidth, "SECONDS", 0.02)
+            brief = functools.partial(bandwidth.disk_bandwidth, nbytes=bandwidth.DISK_PIECE)
+            patch.setattr(bandwidth, "disk_bandwidth", brief)
+            runpy.run_path(str(script), run_name="__main__")
+        return printed.getvalue().splitlines()
+
+    return run
 
 
 @pytest.fixture(scope="module")

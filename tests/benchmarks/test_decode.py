@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 
-def decode(repository: Path, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(repository / "benchmarks" / "decode.py"), *arguments]
-    env = {**os.environ, "MOE_LOCAL_HOME": str(home)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-
-
 @pytest.fixture(scope="module")
-def result(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def result(run_benchmark: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run with two cache sizes and transformers beside them; the table is under "table"."""
     home = tmp_path_factory.mktemp("home")
     synthetic = ("--synthetic", "mixtral-tiny", "--layers", "2", "--device", "cpu", "--peer", "transformers")
     short = ("--rounds", "2", "--tokens", "4", "--prompt-tokens", "16", "--json", str(home / "result.json"))
-    done = decode(repository, home, *synthetic, "--slots", "2", "8", "--activations", "native", *short)
-    assert done.returncode == 0, done.stderr
-    *table, last = done.stdout.splitlines()
+    *table, last = run_benchmark(
+        "decode", home, *synthetic, "--slots", "2", "8", "--activations", "native", *short
+    )
     document: dict[str, Any] = json.loads(last)
     assert json.loads((home / "result.json").read_text()) == document
     return {**document, "table": table}
@@ -72,10 +63,9 @@ def test_ratios_are_of_tokens_per_second(result: dict[str, Any]) -> None:
     assert any("/ transformers: decode" in line for line in result["table"])
 
 
-def test_a_model_by_its_folder(repository: Path, tiny_mixtral: Path, tmp_path: Path) -> None:
-    done = decode(repository, tmp_path, str(tiny_mixtral), "--slots", "4", "--rounds", "1", "--tokens", "4")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])["configurations"]
+def test_a_model_by_its_folder(run_benchmark: Any, tiny_mixtral: Path, tmp_path: Path) -> None:
+    short = ("--slots", "4", "--rounds", "1", "--tokens", "4")
+    rows = json.loads(run_benchmark("decode", tmp_path, str(tiny_mixtral), *short)[-1])["configurations"]
     assert [row["name"] for row in rows] == [
         "4 slots, prefetch off, native",
         "4 slots, prefetch router, native",

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 
 @pytest.fixture(scope="module")
-def result(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def result(run_benchmark: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     home = tmp_path_factory.mktemp("home")
-    command = [sys.executable, str(repository / "benchmarks" / "prefill.py"), "--synthetic", "mixtral-tiny"]
-    command += ["--layers", "2", "--device", "cpu", "--slots", "2", "--prompt-tokens", "40", "--rounds", "2"]
-    env = {**os.environ, "MOE_LOCAL_HOME": str(home)}
-    done = subprocess.run(
-        [*command, "--json", str(home / "result.json")], capture_output=True, text=True, check=False, env=env
-    )
-    assert done.returncode == 0, done.stderr
-    document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    synthetic = ("--synthetic", "mixtral-tiny", "--layers", "2", "--device", "cpu", "--slots", "2")
+    short = ("--prompt-tokens", "40", "--rounds", "2", "--json", str(home / "result.json"))
+    document: dict[str, Any] = json.loads(run_benchmark("prefill", home, *synthetic, *short)[-1])
     assert json.loads((home / "result.json").read_text()) == document
     return document
 
