@@ -170,33 +170,36 @@ def test_planned_bytes_above_a_gibibyte(synthetic: ModuleType, tmp_path: Path, d
 
 
 def test_conversion_holds_a_few_experts_only(make_checkpoint: Callable[..., Path], home: Path) -> None:
-    """Peak memory of a process that converts 240 MiB of experts, over that of one that did nothing."""
+    """Peak memory of a process that converts 144 MiB of experts, over that of one that did nothing."""
     folder = make_checkpoint(
         "mixtral",
         dtype=torch.bfloat16,
         shards=5,
         hidden_size=512,
         intermediate_size=2048,
-        num_hidden_layers=5,
     )
     script = (
-        "import resource, torch, moe_local\n"
+        "import re, torch\n"
+        "from pathlib import Path\n"
         "from moe_local.offload.checkpoint.checkpoint import Checkpoint\n"
         "from moe_local.offload.load import open_experts\n"
+        "def peak():\n"
+        "    return 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "torch.set_num_threads(1)\n"
         f"checkpoint = Checkpoint.open({str(folder)!r})\n"
         "torch.nn.functional.silu(torch.ones(1 << 20))\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "Path('/proc/self/clear_refs').write_text('5')\n"  # the peak is what there is now
+        "before = peak()\n"
         "file = open_experts(checkpoint, 'bf16')\n"
-        "print(file.total_bytes, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))\n"
+        "print(file.total_bytes, peak() - before)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=True
     )
     experts, peak = map(int, done.stdout.split())
     shard = max(path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert experts >= 240 * 2**20
-    assert peak < shard + 4 * experts // 40
+    assert experts >= 144 * 2**20
+    assert 0 < peak < shard + 4 * experts // 24
 
 
 # --- options
