@@ -102,17 +102,15 @@ from moe_local.cli.entry import main
 class Dying:
     def __del__(self):
         print("begun", file=sys.stderr, flush=True)
-        time.sleep(30)
+        time.sleep(600)
 def command():
     Dying()
-    time.sleep(30)
+    time.sleep(600)
 moe_local.cli.main.main = command
 main()
 """
-    began = time.monotonic()
     for kind in CODES:
         check(tmp_path, kind, *Child(tmp_path, code=code).end(kind))
-    assert time.monotonic() - began < 25
 
 
 @pytest.mark.slow

@@ -120,7 +120,7 @@ def test_signals_are_handled_and_change_nothing(wide: Any) -> None:
     before = signal.signal(signal.SIGALRM, lambda *_: seen.append(threading.current_thread()))
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 200
         while len(seen) < 50 and time.monotonic() < deadline:
             assert torch.equal(compute(4), want)
     finally:

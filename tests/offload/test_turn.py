@@ -86,7 +86,7 @@ def test_retired_it_refuses_those_who_wait_and_those_who_come() -> None:
     turn.retire("the model is closed")
     turn.end()
     for thread in threads:
-        thread.join(10)
+        thread.join(100)
     assert refused == ["the model is closed"] * 3
     with pytest.raises(MoeLocalError, match="the model is closed"):
         turn.begin()
@@ -110,7 +110,7 @@ def test_ctrl_c_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_local.offload.turn.check_interrupt", interrupted)
     thread = threading.Thread(target=wait)
     thread.start()
-    thread.join(10)
+    thread.join(100)
     assert raised == ["Ctrl-C"]
     turn.end()
     turn.begin()

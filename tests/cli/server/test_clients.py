@@ -79,7 +79,7 @@ class TestSlow:
             status, body = answer(slow)
         assert status == 408
         assert body["error"]["message"] == "the request was not there within 0.6 s"
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
         server.until_idle()
 
     def test_a_connection_that_says_nothing(self, server: Any) -> None:

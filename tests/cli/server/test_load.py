@@ -44,16 +44,15 @@ class Load:
         self._ends = time.monotonic() + seconds
         self.done: Counter[str] = Counter()
         self.wrong: list[str] = []
-        self.memory: list[tuple[float, int]] = []
+        self.memory: list[int] = []
 
     async def run(self) -> None:
-        began = time.monotonic()
         limits = httpx.Limits(max_connections=CLIENTS + 4, max_keepalive_connections=CLIENTS)
         async with httpx.AsyncClient(base_url=self._url, timeout=120, limits=limits) as client:
             clients = [asyncio.create_task(self._client(client, number)) for number in range(CLIENTS)]
             process = psutil.Process()
             while not all(task.done() for task in clients):
-                self.memory.append((time.monotonic() - began, process.memory_info().rss))
+                self.memory.append(process.memory_info().rss)
                 await asyncio.sleep(0.25)
             await asyncio.gather(*clients)
 
@@ -146,8 +145,8 @@ def test_many_clients(serving: Any, crowded: moe_local.Model, seconds: float) ->
     crowded.check_integrity()
     assert load.wrong == []
     assert all(load.done[kind] > 0 for kind in ("whole", "streamed", "hung up", "nonsense", "looked"))
-    settled = [rss for at, rss in load.memory if seconds / 3 <= at <= seconds / 2]
-    last = [rss for at, rss in load.memory if at >= 0.9 * seconds]
+    count = len(load.memory)
+    settled, last = load.memory[count // 3 : count // 2 + 1], load.memory[-(count // 10) - 1 :]
     growth = statistics.median(last) - statistics.median(settled)
     print(f"{dict(load.done)} in {seconds} s, {growth / 1e6:+.1f} MB, {max(last) / 1e6:.0f} MB in all")
     assert growth < GROWTH
