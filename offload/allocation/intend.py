@@ -19,9 +19,7 @@ from moe_local.offload.quantize.mix import Mix, is_mixed
 
 logger = logging.getLogger(__name__)
 
-GOING_ON = (
-    "going on with the %s that was chosen when this conversion began; to choose anew: moe-local rm MODEL"
-)
+GOING_ON = "going on with the %s that was chosen when this conversion began; to choose anew, remove %s"
 OUTDATED = "a text was read since the conversion to %s began, so its formats are chosen anew"
 
 
@@ -47,7 +45,7 @@ def intend(
         return _intent(checkpoint, experts, finished, budget)
     if begun is not None and (finished is not None or _holds(checkpoint, begun)):
         if finished is None:
-            logger.warning(GOING_ON, experts)
+            logger.warning(GOING_ON, experts, folder)
         return begun if budget is None else replace(begun, budget=budget)
     if begun is not None:
         logger.warning(OUTDATED, experts)

@@ -7,6 +7,7 @@ from pathlib import Path
 import filelock
 import pytest
 
+from moe_local.cache.files import locked
 from moe_local.cache.stats import RoutedTokens
 from moe_local.offload.checkpoint.registry import ALIASES
 from moe_local.offload.usage import add_usage
@@ -145,6 +146,19 @@ class TestRemove:
         assert result.exit_code == 1
         assert "is being converted by another process" in result.stderr
         assert converted.is_dir()
+
+    def test_what_is_being_measured_stays(self, invoke, converted, tiny_mixtral):
+        """And goes with the next conversion that is removed."""
+        kept = converted.parent / "sensitivity-0123456789abcdef.json"
+        for name in (kept.name, kept.with_suffix(".partial.json").name):
+            (converted.parent / name).write_text("{}")
+        with locked(kept):
+            assert invoke("rm", str(tiny_mixtral), "--yes").exit_code == 0
+        assert not converted.exists()
+        assert len(list(converted.parent.glob("sensitivity-*.json"))) == 2
+        assert invoke("convert", str(tiny_mixtral)).exit_code == 0
+        assert invoke("rm", str(tiny_mixtral), "--yes").exit_code == 0
+        assert not converted.parent.exists()
 
     def test_an_unfinished_conversion_goes_too(self, invoke, converted, tiny_mixtral):
         (converted / "manifest.json").unlink()
