@@ -649,6 +649,7 @@ def test_close_is_quick_and_leaves_no_thread_with_a_disk_that_hangs(
 ) -> None:
     monkeypatch.setattr(transfer, "CLOSING_S", 600)
     rig = make_rig("disk", threads=2)
+    threads = [*rig.disk._threads]
     read_gate.shut()
     rig.store.prefetch(0, [1, 2, 3], distance=1, budget_bytes=BUDGET)
     read_gate.wait_for(2)
@@ -656,7 +657,7 @@ def test_close_is_quick_and_leaves_no_thread_with_a_disk_that_hangs(
     began = time.perf_counter()
     rig.store.close()
     assert time.perf_counter() - began < 200
-    assert not [t for t in threading.enumerate() if t.name.startswith("moe-local-read")]
+    assert not any(thread.is_alive() for thread in threads)
 
 
 @pytest.mark.parametrize("mode", ["disk", "ram+disk"])

@@ -318,10 +318,6 @@ def test_a_missing_file_fails_the_load(make_disk: Any) -> None:
     assert disk.end(disk.start(0)) == [LoadState.DONE]
 
 
-def threads_of_ours() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("moe-local-read")]
-
-
 def open_files(path: Path) -> int:
     return sum(os.path.realpath(f"/proc/self/fd/{fd}") == str(path) for fd in os.listdir("/proc/self/fd"))
 
@@ -331,6 +327,7 @@ def test_close_joins_threads_and_closes_files_also_with_loads_under_way(
     make_disk: Callable[..., Disk], read_gate: Any
 ) -> None:
     disk = make_disk(threads=2)
+    threads = [*disk.source._threads]
     done = disk.start(0)
     disk.end(done)
     assert open_files(disk.path) == 1
@@ -342,7 +339,7 @@ def test_close_joins_threads_and_closes_files_also_with_loads_under_way(
     read_gate.let(2)
     closing.join(100)
     assert not closing.is_alive()
-    assert threads_of_ours() == []
+    assert not any(thread.is_alive() for thread in threads)
     assert open_files(disk.path) == 0
     assert all(load.finished for load in loads)
     assert {load.state for load in loads[1:]} == {LoadState.CANCELLED}
@@ -470,6 +467,7 @@ def test_close_leaves_a_read_behind_that_does_not_come_back(
     """Its memory and its file live on until it does."""
     monkeypatch.setattr(transfer, "CLOSING_S", 0.2)
     rig = make_rig("disk", threads=2)
+    threads = [*rig.disk._threads]
     files = psutil.Process().num_fds()
     read_gate.shut()
     rig.store.prefetch(0, [1], distance=1, budget_bytes=1 << 20)
@@ -483,7 +481,7 @@ def test_close_leaves_a_read_behind_that_does_not_come_back(
     assert psutil.Process().num_fds() > files
     rig.store.close()
     read_gate.open()
-    for thread in [t for t in threading.enumerate() if t.name.startswith("moe-local-read")]:
+    for thread in threads:
         thread.join(100)
         assert not thread.is_alive()
     assert psutil.Process().num_fds() <= files
