@@ -36,6 +36,17 @@ def repository() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disks are given up after 0.3 seconds, of which pauses of a busy machine are hardly any."""
+    from moe_local.offload import hung
+    from moe_local.offload.tiers import patience
+
+    monkeypatch.setenv(patience.VARIABLE, "0.3")
+    for module in (hung, patience):
+        monkeypatch.setattr(module, "LONGEST_WAIT_S", 0.02)
+
+
 @pytest.fixture(scope="session")
 def tiny_models() -> ModuleType:
     """tests/tiny_models.py: `tiny_config`, `tiny_model`, `write_checkpoint`, `tiny_tokenizer`."""

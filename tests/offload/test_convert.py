@@ -408,7 +408,7 @@ def test_four_processes_at_once(random_experts, tmp_path):
 
 
 @pytest.fixture
-def share(make_checkpoint, tmp_path, monkeypatch):
+def share(make_checkpoint, tmp_path, impatient):
     """A checkpoint on a share whose server can go, for good: `share.gone(name)`, `share.back()`."""
 
     class Share:
@@ -432,7 +432,6 @@ def share(make_checkpoint, tmp_path, monkeypatch):
             kept.rename(path)
             self.aside = None
 
-    monkeypatch.setenv("MOE_LOCAL_DISK_TIMEOUT", "0.3")
     share = Share()
     yield share
     if share.aside:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_local.offload import direct_io
+from moe_local.offload import direct_io, hung
 from moe_local.offload.direct_io import (
     PAGE,
     PageArena,
@@ -27,6 +27,7 @@ from moe_local.offload.direct_io import (
     write_fully,
 )
 from moe_local.offload.hung import HungError
+from moe_local.offload.tiers.patience import Patience
 
 needs_direct = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has no direct access")
 
@@ -194,9 +195,8 @@ def reading_threads() -> list[threading.Thread]:
 
 
 @pytest.fixture
-def pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def pipe(tmp_path: Path, impatient: None) -> Iterator[Path]:
     """A file that nothing comes from, as from a share whose server is gone; in the end something does."""
-    monkeypatch.setenv("MOE_LOCAL_DISK_TIMEOUT", "0.3")
     path = tmp_path / "pipe"
     os.mkfifo(path)
     yield path
@@ -224,21 +224,29 @@ def test_what_hangs_is_named_and_left_behind(files, pipe, monkeypatch, size):
 
 
 def test_what_is_slow_is_not_given_up(files, monkeypatch):
-    monkeypatch.setenv("MOE_LOCAL_DISK_TIMEOUT", "0.5")
-    monkeypatch.setattr(direct_io, "PIECE", PAGE)
-    monkeypatch.setattr(direct_io, "THREADS", 1)
-    monkeypatch.setattr(direct_io._DirectFiles, "open", lambda self, path: 0)
+    """However often is waited in all: whatever comes makes patience begin anew."""
+    piece, waits = threading.Semaphore(0), 0
+
+    class Counted(Patience):
+        def wait(self, changed, seconds):
+            nonlocal waits
+            waits += 1
+            self._waited += 1.0
+            if waits % 2 == 0:
+                piece.release()
+                assert changed.wait(30)
+
+    def slow(found):
+        piece.acquire()
+        real(found)
+
     real = direct_io._read
-
-    def slow(file, piece, buffer):
-        time.sleep(0.15)
-        real(piece)
-        return piece.out.numel()
-
-    monkeypatch.setattr(direct_io, "_read_directly", slow)
-    out = torch.zeros(6 * PAGE, dtype=torch.uint8)
-    read_ranges([Range(files[0], 0, out)])
-    assert out.numpy().tobytes() == files[0].read_bytes()[: 6 * PAGE]
+    monkeypatch.setattr(hung, "Patience", lambda: Counted(2.5))
+    monkeypatch.setattr(direct_io, "_read", slow)
+    outs = [torch.zeros(PAGE, dtype=torch.uint8) for _ in range(4)]
+    read_ranges([Range(files[0], PAGE * number, out) for number, out in enumerate(outs)])
+    assert b"".join(out.numpy().tobytes() for out in outs) == files[0].read_bytes()[: 4 * PAGE]
+    assert waits == 8
     assert not reading_threads()
 
 

@@ -137,9 +137,8 @@ def test_each_damage_is_a_line_that_says_where(file):
     ]
 
 
-def test_a_disk_that_hangs_is_no_damage(file, monkeypatch):
+def test_a_disk_that_hangs_is_no_damage(file, impatient, monkeypatch):
     """It is told once, for the file, and not waited for expert by expert."""
-    monkeypatch.setenv("MOE_LOCAL_DISK_TIMEOUT", "0.2")
     path, answer = file.layers[1].path, threading.Event()
     real = direct_io._read
 
