@@ -262,26 +262,11 @@ class Batcher:
             self._hand_out(mine[id(step.sequence)], step, before)
 
     def _hand_out(self, ticket: Ticket, step: Step, before: Tally) -> None:
-        now, after = time.perf_counter(), self._tally
+        now = time.perf_counter()
         if len(step.sequence.ids) == step.sequence.prompt_len + 1:
             self.prompt_tokens += step.sequence.prompt_len
             self.reused_tokens += step.sequence.reused_tokens
-        text = ""
-        if ticket.detokenizer is not None:
-            text = ticket.detokenizer.add(step.token)
-            if step.finish_reason is not None:
-                text += ticket.detokenizer.flush()
-        token = Token(
-            text=text,
-            id=step.token,
-            ms=1000 * (now - ticket.last),
-            stall_ms=1000 * (after.stall_s - before.stall_s),
-            hits=after.hits - before.hits,
-            misses=after.misses - before.misses,
-            bytes_h2d=after.bytes_h2d - before.bytes_h2d,
-            bytes_disk=after.bytes_disk - before.bytes_disk,
-            finish_reason=step.finish_reason,
-        )
+        token = Token.of(step, ticket.detokenizer, now - ticket.last, before, self._tally)
         ticket.last = now
         self._tell(ticket, token)
         if step.finish_reason is not None:

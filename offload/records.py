@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_local.cache.stats import Stats
 from moe_local.offload.engine.sequence import FinishReason
+
+if TYPE_CHECKING:
+    from moe_local.offload.engine.sequence import Step
+    from moe_local.offload.engine.text import Detokenizer
+    from moe_local.offload.leases import Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,28 @@ class Token:
     bytes_disk: int
     finish_reason: FinishReason | None
     """None until the last token."""
+
+    @classmethod
+    def of(
+        cls, step: Step, detokenizer: Detokenizer | None, seconds: float, before: Tally, after: Tally
+    ) -> Token:
+        """What a step has made for its sequence, whose `detokenizer` hears of it."""
+        text = ""
+        if detokenizer is not None:
+            text = detokenizer.add(step.token)
+            if step.finish_reason is not None:
+                text += detokenizer.flush()
+        return cls(
+            text=text,
+            id=step.token,
+            ms=1000 * seconds,
+            stall_ms=1000 * (after.stall_s - before.stall_s),
+            hits=after.hits - before.hits,
+            misses=after.misses - before.misses,
+            bytes_h2d=after.bytes_h2d - before.bytes_h2d,
+            bytes_disk=after.bytes_disk - before.bytes_disk,
+            finish_reason=step.finish_reason,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,25 +150,9 @@ class TokenStream(Iterator[Token]):
         self._store.tokens += 1
         self.token_ids.append(step.token)
         self.finish_reason = step.finish_reason
-        text = ""
-        if self._detokenizer is not None:
-            text = self._detokenizer.add(step.token)
-            if step.finish_reason is not None:
-                text += self._detokenizer.flush()
-            self.text += text
-        before, after = self._tally, self._store.tally()
-        self._tally = after
-        token = Token(
-            text=text,
-            id=step.token,
-            ms=1000 * (now - since),
-            stall_ms=1000 * (after.stall_s - before.stall_s),
-            hits=after.hits - before.hits,
-            misses=after.misses - before.misses,
-            bytes_h2d=after.bytes_h2d - before.bytes_h2d,
-            bytes_disk=after.bytes_disk - before.bytes_disk,
-            finish_reason=step.finish_reason,
-        )
+        before, self._tally = self._tally, self._store.tally()
+        token = Token.of(step, self._detokenizer, now - since, before, self._tally)
+        self.text += token.text
         if step.finish_reason is not None:
             self.close()
         return token

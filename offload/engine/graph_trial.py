@@ -41,10 +41,15 @@ logger = logging.getLogger(__name__)
 
 
 def graph_mode() -> str:
-    """What MOE_LOCAL_GRAPHS says: "auto", "on" (also where that is slower) or "off"."""
-    mode = os.environ.get(VARIABLE) or "auto"
+    """What MOE_LOCAL_GRAPHS says; see `mode_of`."""
+    return mode_of(VARIABLE)
+
+
+def mode_of(variable: str) -> str:
+    """What the variable says: "auto", "on" (also where that is slower) or "off". Raises OptionError."""
+    mode = os.environ.get(variable) or "auto"
     if mode not in MODES:
-        raise OptionError(f"{VARIABLE} is {mode!r}; it may be {', '.join(MODES)}")
+        raise OptionError(f"{variable} is {mode!r}; it may be {', '.join(MODES)}")
     return mode
 
 

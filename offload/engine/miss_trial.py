@@ -7,18 +7,24 @@ and the seconds.
 from __future__ import annotations
 
 import logging
-import os
 import statistics
 from collections.abc import Sequence
 
 import torch
 
-from moe_local.cache.errors import OptionError
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.custody import HostAlone
 from moe_local.offload.device_misses import DeviceMisses
 from moe_local.offload.engine.engine import Engine
-from moe_local.offload.engine.graph_trial import EXACT, HISTORY, ROUGH, row_to_try, seconds, token_to_try
+from moe_local.offload.engine.graph_trial import (
+    EXACT,
+    HISTORY,
+    ROUGH,
+    mode_of,
+    row_to_try,
+    seconds,
+    token_to_try,
+)
 from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.token_step import TokenStep
@@ -33,7 +39,6 @@ from moe_local.offload.tiers.staging import StagedArena
 from moe_local.offload.uncounted import uncounted
 
 VARIABLE = "MOE_LOCAL_DEVICE_MISSES"
-MODES = ("auto", "on", "off")
 
 LARGEST = 16 << 20
 """Bytes of an expert beyond which nothing is tried unless asked for: copying it takes half a millisecond or
@@ -47,11 +52,8 @@ logger = logging.getLogger(__name__)
 
 
 def miss_mode() -> str:
-    """What MOE_LOCAL_DEVICE_MISSES says: "auto", "on" (also where that is slower) or "off"."""
-    mode = os.environ.get(VARIABLE) or "auto"
-    if mode not in MODES:
-        raise OptionError(f"{VARIABLE} is {mode!r}; it may be {', '.join(MODES)}")
-    return mode
+    """What MOE_LOCAL_DEVICE_MISSES says; see `mode_of`."""
+    return mode_of(VARIABLE)
 
 
 class MissSwitch:

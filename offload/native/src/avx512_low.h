@@ -93,18 +93,6 @@ class LowWords {
   __m512i word_[R][F::PLANES];
 };
 
-// Calls use(Step) for each step of a word's bytes.
-template <int j_, int i_>
-struct Step {
-  static constexpr int j = j_, i = i_;
-};
-
-template <class F, class Use>
-inline void each_step(const Use& use) {
-  use(Step<0, 0>()), use(Step<0, 1>()), use(Step<0, 2>()), use(Step<0, 3>());
-  if constexpr (F::SIZE == 32) use(Step<1, 0>()), use(Step<1, 1>()), use(Step<1, 2>()), use(Step<1, 3>());
-}
-
 // For lookups of two-bit codes by four bits: the level of the upper two.
 inline __m512 upper_levels() {
   alignas(64) float table[16];

@@ -1,5 +1,17 @@
 // Rows of Q3 and Q2, a few tokens at once. Included in every vector instruction set's unit.
 
+// Calls use(Step) for each step of a word's bytes.
+template <int j_, int i_>
+struct Step {
+  static constexpr int j = j_, i = i_;
+};
+
+template <class F, class Use>
+inline void each_step(const Use& use) {
+  use(Step<0, 0>()), use(Step<0, 1>()), use(Step<0, 2>()), use(Step<0, 3>());
+  if constexpr (F::SIZE == 32) use(Step<1, 0>()), use(Step<1, 1>()), use(Step<1, 2>()), use(Step<1, 3>());
+}
+
 // Rows [first, last), R at a time, by a kernel: `add` adds the products of WIDTH blocks of each row to the
 // sums of its T tokens.
 template <class Dot, int R, int T>
