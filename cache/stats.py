@@ -261,10 +261,6 @@ class RouterLoad:
         """Experts that each token uses."""
         return self._top_k[layer]
 
-    def count(self, layer: int, expert: int, n: int = 1) -> None:
-        """`n` tokens chose this expert."""
-        self._counts[layer][expert] += n
-
     def count_all(self, layer: int, experts: Sequence[int]) -> None:
         """Each of `experts` was chosen by one token; repeats count, as in a flattened [tokens, top-k]."""
         counts = self._counts[layer]

@@ -53,7 +53,7 @@ def draw_map(cache: CacheMap, rows: int, columns: int) -> Text:
     return text
 
 
-def draw_stalls(stall_ms: Mapping[str, float], ms: float | None = None, width: int = BAR) -> Text:
+def draw_stalls(stall_ms: Mapping[str, float], ms: float | None = None) -> Text:
     """A bar for each cause that there is, in milliseconds a token; with `ms`, a token's, also the rest."""
     parts = {cause: value for cause, value in stall_ms.items() if value > 0}
     longest = ms if ms is not None else max(parts.values(), default=0.0)
@@ -61,10 +61,10 @@ def draw_stalls(stall_ms: Mapping[str, float], ms: float | None = None, width: i
         parts["other"] = max(0.0, ms - sum(parts.values()))
     text = Text()
     for cause, value in parts.items():
-        length = round(width * value / longest) if longest else 0
+        length = round(BAR * value / longest) if longest else 0
         text.append(f"{cause.replace('_', ' '):>13} ")
         text.append("█" * length, STALLS.get(cause, "green"))
-        text.append(" " * (width - length) + f" {value:8.2f} ms\n")
+        text.append(" " * (BAR - length) + f" {value:8.2f} ms\n")
     if not parts:
         text.append("no stalls\n", "dim")
     text.rstrip()

@@ -117,12 +117,12 @@ def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterat
         yield line.rstrip()
 
 
-def print_fields(fields: Iterable[tuple[str, str]], indent: str = "  ") -> None:
+def print_fields(fields: Iterable[tuple[str, str]]) -> None:
     """Names and values in two columns on stdout."""
     rows = list(fields)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        click.echo(f"{indent}{name:<{width}}  {value}")
+        click.echo(f"  {name:<{width}}  {value}")
 
 
 def count(number: int) -> str:

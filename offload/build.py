@@ -52,7 +52,6 @@ def build_store(
     ram_slots: Sequence[int],
     arena: DeviceArena | None = None,
     policy: str = "adaptive",
-    read_threads: int = 4,
     scheduler: MissScheduler | None = None,
     vram_staging: int = 0,
     ram_staging: int = 0,
@@ -91,7 +90,7 @@ def build_store(
             return host.view(layer, slot) if slot >= 0 else ring.view(0, ~slot)
 
         direct = past_page_cache(total, host.nbytes, free)
-        disk = FileSource(locate, target, threads=read_threads, direct=direct)
+        disk = FileSource(locate, target, direct=direct)
         undo.callback(disk.close)
         routed = RouterLoad(
             [layer.num_experts for layer in spec.layers], [layer.top_k for layer in spec.layers]

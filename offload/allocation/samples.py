@@ -134,7 +134,7 @@ def experts_of(hf: Any) -> list[OffloadedExperts]:
     return sorted(found, key=lambda module: module.index)
 
 
-def rows_of(ids: Sequence[int], most: int, window: int = WINDOW) -> torch.Tensor:
-    """The first `most` of one text's ids in rows, int64 [N, window]; a shorter rest is left out."""
-    count = min(len(ids), most) // window
-    return torch.tensor(list(ids[: count * window])).view(count, window)
+def rows_of(ids: Sequence[int], most: int) -> torch.Tensor:
+    """The first `most` of one text's ids in rows, int64 [N, WINDOW]; a shorter rest is left out."""
+    count = min(len(ids), most) // WINDOW
+    return torch.tensor(list(ids[: count * WINDOW])).view(count, WINDOW)

@@ -31,17 +31,15 @@ def encode_prompt(
     prompt: Prompt,
     *,
     template: bool = True,
-    system: str | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
     variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a prompt, special tokens included.
 
     A string is one user turn where the tokenizer has a chat template; with `template=False`, or without one,
-    it is text to be continued. A conversation that ends with the assistant is continued there. `system` goes
-    in front, in place of a system message the conversation starts with. `tools` (JSON schemas) and further
-    `variables` are for the template, in conversations only. Ids pass unchanged, and need no tokenizer.
-    Raises OptionError when the prompt can not be encoded.
+    it is text to be continued. A conversation that ends with the assistant is continued there. `tools` (JSON
+    schemas) and further `variables` are for the template, in conversations only. Ids pass unchanged, and need
+    no tokenizer. Raises OptionError when the prompt can not be encoded.
     """
     if isinstance(prompt, torch.Tensor):
         prompt = _flat_ids(prompt)
@@ -49,31 +47,19 @@ def encode_prompt(
         raise OptionError(f"the prompt is {_shown(prompt)}; give text, a list of messages or token ids")
     items: list[Any] = [] if isinstance(prompt, str) else list(prompt)
     if not isinstance(prompt, str) and all(_is_id(item) for item in items):
-        return _check_ids([int(item) for item in items], system)
+        return [int(item) for item in items]
     if tokenizer is None:
         raise OptionError("this model's folder has no tokenizer; give the prompt as a list of token ids")
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if isinstance(prompt, str):
         if template and has_template:
-            return _encode_chat(tokenizer, with_system([{"role": "user", "content": prompt}], system))
-        if system:
-            raise OptionError(
-                f"a system prompt needs a chat template, and {_why_raw(template)}; leave it out"
-            )
+            return _encode_chat(tokenizer, [{"role": "user", "content": prompt}])
         ids: list[int] = tokenizer(prompt)["input_ids"]
         return ids
     messages = _check_messages(items)
     if not (template and has_template):
         raise OptionError(f"a conversation needs a chat template, and {_why_raw(template)}; give plain text")
-    return _encode_chat(tokenizer, with_system(messages, system), tools, variables or {})
-
-
-def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
-    """The conversation with `system` as its system message; unchanged when `system` is None."""
-    if system is None:
-        return list(messages)
-    rest = messages[1:] if messages and messages[0].get("role") == "system" else messages
-    return [{"role": "system", "content": system}, *rest]
+    return _encode_chat(tokenizer, messages, tools, variables or {})
 
 
 def _shown(value: object) -> str:
@@ -97,14 +83,6 @@ def _flat_ids(prompt: torch.Tensor) -> list[int]:
             f"the prompt is {prompt.dtype} of shape {list(prompt.shape)}; one prompt is integers of shape [n]"
         )
     ids: list[int] = prompt.flatten().tolist()
-    return ids
-
-
-def _check_ids(ids: list[int], system: str | None) -> list[int]:
-    if system:
-        raise OptionError(
-            "a system prompt can not be added to token ids; encode it with the rest of the prompt"
-        )
     return ids
 
 
@@ -159,9 +137,8 @@ class Detokenizer:
     of the piece before, for context, and those since. A token costs the same wherever it stands.
     """
 
-    def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
         self._window: list[int] = []
         self._context = 0
         """Tokens at the start of the window whose text has been given out before."""
@@ -191,9 +168,7 @@ class Detokenizer:
         return piece
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(
-            ids, skip_special_tokens=self._skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def _continues_byte_run(self, token: int) -> bool:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from moe_local.cache.errors import ExpertFileError
 from moe_local.cache.keys import ExpertKey
 from moe_local.offload.expert_file.convert import ExpertSource, convert_experts
@@ -14,9 +12,7 @@ from moe_local.offload.expert_file.expert_file import ExpertFile, Progress, read
 from moe_local.offload.quantize.codec import Codec, codec_for
 
 
-def repair_experts(
-    folder: Path, checkpoint: ExpertSource, progress: Progress | None = None, gpu: torch.device | None = None
-) -> ExpertFile:
+def repair_experts(folder: Path, checkpoint: ExpertSource, progress: Progress | None = None) -> ExpertFile:
     """Make the expert file in `folder` whole again, every expert in the format that it has.
 
     Reads and compares all experts; only damaged ones are read from the checkpoint. A process that has the
@@ -35,4 +31,4 @@ def repair_experts(
         return codec_for(file.layout(*key).format)
 
     choice = FormatChoice(file.format, codec_of)
-    return convert_experts(checkpoint, choice, folder, progress, check=True, gpu=gpu)
+    return convert_experts(checkpoint, choice, folder, progress, check=True)

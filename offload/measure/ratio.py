@@ -37,7 +37,7 @@ class Ratio:
         return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """An interval that holds the median of what `values` come from; None if they are too few (6 do for 95 %).
 
     The k-th smallest to the k-th largest value miss it only if fewer than k of n values fall on one side of
@@ -49,7 +49,7 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     tail, rank = 0.0, 0
     while rank <= count // 2:
         tail += math.comb(count, rank) / 2**count
-        if 2 * tail > 1 - confidence:
+        if 2 * tail > 1 - CONFIDENCE:
             break
         rank += 1
     return (ranked[rank - 1], ranked[count - rank]) if rank else None

@@ -102,8 +102,8 @@ def test_counters_freeze_with_what_others_keep() -> None:
 
 def test_router_load_counts_one_by_one_in_bulk_and_by_table() -> None:
     load = RouterLoad(num_experts=[4, 2], top_k=[2, 1])
-    load.count(0, 1)
-    load.count(0, 3, n=4)
+    load.count_all(0, [1])
+    load.count_all(0, [3] * 4)
     load.count_all(0, [1, 3, 3])
     load.add(1, [5, 2])
     assert load.snapshot() == RoutedTokens(counts=((0, 2, 0, 6), (5, 2)), tokens=(4, 7))
@@ -136,7 +136,7 @@ def test_few_tokens_starve_nobody() -> None:
     load = RouterLoad(num_experts=[4], top_k=[1])
     load.add(0, [STARVED_MIN_TOKENS - 1, 0, 0, 0])
     assert load.snapshot().starved == ()
-    load.count(0, 0)
+    load.count_all(0, [0])
     assert [expert for _, expert, _ in load.snapshot().starved] == [1, 2, 3]
 
 

@@ -209,8 +209,8 @@ def test_a_map_of_the_cache() -> None:
 
 
 def test_bars_are_as_long_as_their_share() -> None:
-    lines = draw_stalls({"disk": 2.0, "demand": 0.0, "cpu": 1.0}, 8.0, width=8).plain.splitlines()
-    assert [(line.split()[0], line.count("█")) for line in lines] == [("disk", 2), ("cpu", 1), ("other", 5)]
+    lines = draw_stalls({"disk": 2.0, "demand": 0.0, "cpu": 1.0}, 8.0).plain.splitlines()
+    assert [(line.split()[0], line.count("█")) for line in lines] == [("disk", 10), ("cpu", 5), ("other", 25)]
     assert lines[2].endswith("5.00 ms")
     assert draw_stalls({"disk": 0.0}).plain == "no stalls"
 

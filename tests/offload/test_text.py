@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_local.cache.errors import OptionError
-from moe_local.offload.engine.text import Detokenizer, encode_prompt, with_system
+from moe_local.offload.engine.text import Detokenizer, encode_prompt
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 PIECES = ["▁", "▁the", "▁expert", "s", "e", "router", "▁▁", "你好", "é", "😀", "▁.", ".", "\ufffd"]
@@ -139,24 +139,23 @@ def test_the_window_does_not_grow(byte_level: Any) -> None:
         assert len(detokenizer._window) <= 8
 
 
-def test_special_tokens_can_be_shown(byte_level: Any) -> None:
-    detokenizer = Detokenizer(byte_level, skip_special_tokens=False)
-    eos = byte_level.eos_token_id
-    assert detokenizer.add(eos) + detokenizer.flush() == "</s>"
-    assert Detokenizer(byte_level).add(eos) == ""
+def test_special_tokens_are_not_shown(byte_level: Any) -> None:
+    detokenizer = Detokenizer(byte_level)
+    assert detokenizer.add(byte_level.eos_token_id) + detokenizer.flush() == ""
 
 
 def test_a_string_is_one_user_turn(byte_level: Any) -> None:
     text = "<|user|>hi<|end|><|assistant|>"
     assert byte_level.decode(encode_prompt(byte_level, "hi")) == text
-    assert byte_level.decode(encode_prompt(byte_level, "hi", system="be brief")) == (
-        "<|system|>be brief<|end|>" + text
-    )
     assert byte_level.decode(encode_prompt(byte_level, "hi", template=False)) == "hi"
 
 
 def test_conversations(byte_level: Any) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    brief = {"role": "system", "content": "be brief"}
+    assert byte_level.decode(encode_prompt(byte_level, [brief, *messages])) == (
+        "<|system|>be brief<|end|><|user|>a<|end|><|assistant|>b"
+    )
     assert byte_level.decode(encode_prompt(byte_level, [*messages, {"role": "user", "content": "c"}])) == (
         "<|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>"
     )
@@ -176,8 +175,6 @@ def test_a_tokenizer_without_a_template_continues_text() -> None:
         OptionError, match="a conversation needs a chat template, and this tokenizer has none"
     ):
         encode_prompt(plain, [{"role": "user", "content": "hi"}])
-    with pytest.raises(OptionError, match="a system prompt needs a chat template"):
-        encode_prompt(plain, "hi", system="be brief")
 
 
 MIXTRAL_TEMPLATE = (
@@ -195,7 +192,7 @@ def test_what_a_template_refuses_is_one_line(tiny_models: ModuleType) -> None:
     with pytest.raises(
         OptionError, match=r"refuses a conversation of system, user: .*must alternate"
     ) as caught:
-        encode_prompt(tokenizer, "hi", system="be brief")
+        encode_prompt(tokenizer, [{"role": "system", "content": "b"}, {"role": "user", "content": "hi"}])
     assert "\n" not in str(caught.value)
 
 
@@ -206,7 +203,6 @@ def test_what_a_template_refuses_is_one_line(tiny_models: ModuleType) -> None:
         (["hi"], {}, "0 of the prompt is 'hi'"),
         ([{"role": "user", "content": "a"}, 5], {}, "1 of the prompt is 5"),
         ([{"role": "user", "content": "a"}], {"template": False}, "template=False turns it off"),
-        ([5, 6], {"system": "be brief"}, "can not be added to token ids"),
         (torch.tensor([[1], [2]]), {}, r"shape \[2, 1\]"),
         (torch.tensor([0.5]), {}, "float32"),
     ],
@@ -220,11 +216,3 @@ def test_bad_prompts(byte_level: Any, prompt: Any, options: dict[str, Any], mess
 def test_text_needs_a_tokenizer(prompt: Any) -> None:
     with pytest.raises(OptionError, match="has no tokenizer; give the prompt as a list of token ids"):
         encode_prompt(None, prompt)
-
-
-def test_with_system_replaces_the_first_message() -> None:
-    user = {"role": "user", "content": "hi"}
-    new = {"role": "system", "content": "new"}
-    assert with_system([user], None) == [user]
-    assert with_system([user], "new") == [new, user]
-    assert with_system([{"role": "system", "content": "old"}, user], "new") == [new, user]
