@@ -21,7 +21,10 @@ from moe_local.offload.quantize.mix import bits_asked, is_mixed, name_of, unifor
 STEPS = 100
 """A bit is given out in so many parts."""
 NEAR = 0.25
-"""Bits a weight by which a mix that is there already may have fewer than the best, and is taken."""
+"""Bits a weight by which a mix that is there already may miss the best, and is taken."""
+FAST_ENOUGH = 0.8
+"""Of the best one's tokens a second: what a mix with more bits, not all of whose experts fit, must reach
+to be taken. Free memory changes from day to day, and each conversion takes long and as much disk again."""
 
 
 def choose(plan_of: Callable[[str], Plan], spec: ModelSpec, have: Iterable[str] = ()) -> str:
@@ -40,9 +43,22 @@ def choose(plan_of: Callable[[str], Plan], spec: ModelSpec, have: Iterable[str] 
             low, high = (middle, high) if plan_of(_name(middle)).mode == "resident" else (low, middle - 1)
     else:
         low = min(range(low, high + 1, STEPS // 10), key=lambda step: _cost(plan_of, spec, step), default=low)
-    made = [bits_asked(name) for name in have if is_mixed(name) and name != "auto"]
-    near = [bits for bits in made if low / STEPS - NEAR <= bits <= low / STEPS]
-    return name_of(max(near)) if near else _name(low)
+    return _name(low) if (near := _near(plan_of, low / STEPS, have)) is None else near
+
+
+def _near(plan_of: Callable[[str], Plan], best: float, have: Iterable[str]) -> str | None:
+    """Of the mixes that are there the one to take in place of the best: most bits of those with fewer, else
+    fewest of those with more that are fast enough."""
+    made = {bits_asked(name): name for name in have if is_mixed(name) and name != "auto"}
+    if fewer := [bits for bits in made if best - NEAR <= bits <= best]:
+        return made[max(fewer)]
+    target = plan_of(name_of(best)).tokens_per_s
+    if more := [bits for bits in made if best < bits <= best + NEAR]:
+        name = made[min(more)]
+        speed = plan_of(name).tokens_per_s
+        if speed is not None and target is not None and speed >= FAST_ENOUGH * target:
+            return name
+    return None
 
 
 def go_on(plan_of: Callable[[str], Plan], begun: Iterable[str]) -> str | None:

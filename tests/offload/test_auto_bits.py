@@ -14,7 +14,7 @@ from moe_local.offload.allocation.expected import NATS_PER_ERROR, format_error
 from moe_local.offload.allocation.misses import TIME_FOR_HARM, MissCost
 from moe_local.offload.checkpoint.hub import config_of
 from moe_local.offload.checkpoint.spec import ModelSpec, model_spec
-from moe_local.offload.plan.auto import choose, expected_nats, format_bits
+from moe_local.offload.plan.auto import FAST_ENOUGH, choose, expected_nats, format_bits
 from moe_local.offload.plan.placement import place
 from moe_local.offload.plan.plan import Plan, Request
 from moe_local.offload.quantize.mix import bits_asked, name_of
@@ -71,7 +71,23 @@ def test_what_is_there_is_taken_if_it_is_near(spec: ModelSpec) -> None:
     best = bits_asked(choose(plan_of, spec))
     near, far, more = (name_of(round(best + d, 2)) for d in (-0.1, -0.6, 0.1))
     assert choose(plan_of, spec, ["nf4", near, far, more]) == near
-    assert choose(plan_of, spec, ["nf4", far, more]) == name_of(best)
+    assert choose(plan_of, spec, ["nf4", far]) == name_of(best)
+
+
+def test_a_little_more_than_there_is_room_for_is_taken_where_it_costs_little_time(spec: ModelSpec) -> None:
+    plan_of = planner(spec, middling(spec))
+    best = bits_asked(choose(plan_of, spec))
+    hair, bit, far = (name_of(round(best + d, 2)) for d in (0.02, 0.2, 0.5))
+
+    def share(name: str) -> float:
+        speed, target = plan_of(name).tokens_per_s, plan_of(name_of(best)).tokens_per_s
+        assert speed is not None
+        assert target is not None
+        return speed / target
+
+    assert share(bit) < FAST_ENOUGH <= share(hair) < 1
+    assert choose(plan_of, spec, [far, bit, hair]) == hair
+    assert choose(plan_of, spec, [far, bit]) == name_of(best)
 
 
 def test_expected_harm_lies_between_formats(spec: ModelSpec) -> None:
