@@ -320,7 +320,7 @@ class ReadGate:
     def wait_for(self, count: int) -> None:
         """Until so many reads have come to the gate, from its making on."""
         with self._changed:
-            assert self._changed.wait_for(lambda: len(self.arrived) >= count, timeout=10), self.arrived
+            assert self._changed.wait_for(lambda: len(self.arrived) >= count, timeout=100), self.arrived
 
     def __call__(self, file: int, buffers: list[memoryview], offset: int) -> int:
         with self._changed:

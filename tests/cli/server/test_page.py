@@ -184,10 +184,14 @@ class TestInABrowser:
                     Array.from({ length: experts }, (_, e) => used * ((l * 7 + e) % 5 === 0))),
             });
             map.set(report(1));
-            const began = performance.now();
-            map.set(report(2));
-            figures(map.report);
-            return performance.now() - began;
+            let least = Infinity;  // of some times: a busy machine is not the page's fault
+            for (let used = 2; used < 7; used++) {
+                const now = report(used), began = performance.now();
+                map.set(now);
+                figures(map.report);
+                least = Math.min(least, performance.now() - began);
+            }
+            return least;
             """,
             layers,
             experts,
@@ -262,18 +266,22 @@ class TestWrittenAnswers:
         assert browser.text(".text blockquote") == "quoted & <i>done</i>"
         assert "[none](javascript:" in browser.text(".text")
         assert browser.log() == []
-        for only_by_selection in (False, True):  # as where the page came over http from another machine
-            browser.run("document.querySelector('#prompt').value = ''")
-            if only_by_selection:
-                browser.run("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
-            else:
-                browser.grant("clipboardSanitizedWrite")
-            browser.click(".text .top button")
-            visit.wait_for(".text .top button", "Copied")
-            browser.type("#prompt", chromium.CONTROL + "v" + chromium.CONTROL)
-            copied = browser.until(lambda: browser.run("return document.querySelector('#prompt').value"))
-            assert copied == "<script>window.hacked = 4</script>"
-            visit.wait_for(".text .top button", "^Copy$")
+        # by selection, as where the page came over http from another machine; then into the clipboard itself
+        browser.run("Object.defineProperty(navigator, 'clipboard', { value: null, configurable: true })")
+        assert self.copied(visit, ".text .top button") == "<script>window.hacked = 4</script>"
+        browser.run("delete navigator.clipboard; document.querySelector('#prompt').value = ''")
+        browser.grant("clipboardSanitizedWrite")
+        assert self.copied(visit, ".foot button") == HOSTILE
+
+    def copied(self, visit: Visit, button: str) -> str:
+        """What can be pasted once the button says that it has copied."""
+        visit.browser.click(button)
+        visit.wait_for(button, "Copied")
+        visit.browser.type("#prompt", chromium.CONTROL + "v" + chromium.CONTROL)
+        pasted: str = visit.browser.until(
+            lambda: visit.browser.run("return document.querySelector('#prompt').value")
+        )
+        return pasted
 
     @pytest.mark.parametrize("visit", [("<think>Hm, let me see.</think>Yes.", {})], indirect=True)
     def test_thoughts(self, visit: Visit) -> None:
