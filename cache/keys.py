@@ -35,7 +35,8 @@ def parse_bytes(text: str | int | float, what: str = "size") -> int:
     if UNITS[unit] == 1 and count % 1:
         raise OptionError(f"{what} {text!r} is not a size: it has no unit; write for example {text}GiB")
     if not 0 < count < 2**63:
-        raise OptionError(f"{what} {text!r} is not a size; it must be above 0")
+        limit = "it must be above 0" if count <= 0 else f"it must be below {format_bytes(2**63)}"
+        raise OptionError(f"{what} {text!r} is not a size; {limit}")
     return int(count)
 
 

@@ -81,9 +81,17 @@ def _mix(plan: Plan) -> str:
     spec = plan.request.spec
     mix = plan.request.mix or even_mix(plan.request.experts, spec)
     counts, experts = mix.counts(), sum(mix.counts().values())
-    shares = ", ".join(f"{100 * count / experts:.0f} % {name}" for name, count in counts.items())
+    shares = ", ".join(f"{_percent(count / experts)} {name}" for name, count in counts.items())
     percent = 100 * math.expm1(expected_nats(spec, mix.bits(spec)))
     return f"{mix.bits(spec):.2f} bits a weight: {shares} (perplexity up some {percent:.2g} %)"
+
+
+def _percent(share: float) -> str:
+    """Of something that there is, but not only that: neither 0 nor 100 %."""
+    whole = round(100 * share)
+    if share < 1 and whole in (0, 100):
+        return "< 1 %" if whole == 0 else "> 99 %"
+    return f"{whole} %"
 
 
 def _budget(plan: Plan) -> str:
@@ -105,6 +113,8 @@ def _slots(plan: Plan) -> str:
     tiers = [("RAM", plan.ram_slots)]
     if plan.request.vram is not None:
         tiers.insert(0, ("VRAM", plan.vram_slots))
+    if plan.mode == "resident":  # what is below is only the way there
+        tiers = tiers[:1]
     held = ", ".join(f"{_count(plan, slots)} in {tier}" for tier, slots in tiers)
     return f"{held}, of {plan.request.spec.num_experts} experts per MoE layer"
 
@@ -125,8 +135,7 @@ def _mode(plan: Plan) -> str:
 
 
 def _speed(plan: Plan) -> str:
-    source = "assumed bandwidths" if plan.assumed else "bandwidths measured here"
-    return (
-        f"about {plan.tokens_per_s:.3g} tokens/s ({source}; "
-        f"{plan.roofline:.3g} if all experts were in the fastest memory)"
-    )
+    said = ["assumed bandwidths" if plan.assumed else "bandwidths measured here"]
+    if plan.mode != "resident":
+        said.append(f"{plan.resident_tokens_per_s:.3g} if all experts were in the fastest memory")
+    return f"about {plan.tokens_per_s:.3g} tokens/s ({'; '.join(said)})"

@@ -99,7 +99,7 @@ class LoadOptions:
         default="auto",
         metadata={
             "help": "Experts absent from VRAM: fetch brings them, cpu computes them on the CPU, "
-            "auto does what ends first."
+            "auto does what ends first. With fetch, runs on a GPU are equal bit by bit."
         },
     )
 
@@ -107,7 +107,7 @@ class LoadOptions:
         if self.vram is not None:
             object.__setattr__(self, "vram", _parse_cards(self.vram))
         if self.ram is not None:
-            object.__setattr__(self, "ram", parse_bytes(self.ram, "ram"))
+            object.__setattr__(self, "ram", _memory(self.ram, "ram"))
         for name in ("slots", "context", "parallel"):
             _check_count(name, getattr(self, name))
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
@@ -208,7 +208,7 @@ class LoadOptions:
 def _parse_cards(value: object) -> int | tuple[int, ...]:
     """Bytes, of several cards if several are named: "20GiB", "24GiB,12GiB", "2x24GiB" or a list of sizes."""
     if isinstance(value, int | float):
-        return parse_bytes(value, "vram")
+        return _memory(value, "vram")
     parts = list(value) if isinstance(value, list | tuple) else str(value).split(",")
     sizes: list[int] = []
     for part in parts:
@@ -216,10 +216,18 @@ def _parse_cards(value: object) -> int | tuple[int, ...]:
         count = int(times[1]) if times else 1
         if not 1 <= count <= MOST_CARDS:
             raise OptionError(f"vram {value!r} names {count} cards; write for example 2x24GiB")
-        sizes += [parse_bytes(times[2] if times else part, "vram")] * count
+        sizes += [_memory(times[2] if times else part, "vram")] * count
     if not 1 <= len(sizes) <= MOST_CARDS:
         raise OptionError(f"vram {value!r} names {len(sizes)} cards; name 1 to {MOST_CARDS}")
     return sizes[0] if len(sizes) == 1 else tuple(sizes)
+
+
+def _memory(value: str | int | float, what: str) -> int:
+    """Bytes; a 24 that nobody can mean so is refused."""
+    size = parse_bytes(value, what)
+    if size < 1 << 20 and re.fullmatch(r"[\d.]+", str(value).strip()):
+        raise OptionError(f"{what} {value} would be {value} bytes; write for example {value}GiB")
+    return size
 
 
 def _check_count(name: str, value: object) -> None:

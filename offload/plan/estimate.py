@@ -24,9 +24,9 @@ LAYER_SECONDS = 0.3e-3
 """Host time to launch one decoder layer's ~60 operations from Python; half of what a slow core needs."""
 
 # Steady hit rates of an LRU cache for each layer by the share of experts it holds (first column).
-# Many experts: Qwen3-30B-A3B, 128 experts, top-6, replayed from a recorded decode of 128 tokens
-# (github.com/Helldez/BigMoeOnEdge, docs/bench-data/2026-07-15-route-trace); an engine's own counters at
-# top-8 agree within 2 points.
+# Many experts: Qwen3-30B-A3B, 128 experts, run at 6 a token, not its 8, replayed from a recorded decode
+# of 128 tokens (github.com/Helldez/BigMoeOnEdge, docs/bench-data/2026-07-15-route-trace); an engine's own
+# counters at 8 a token agree within 2 points.
 MANY_EXPERTS = (
     (0.0, 0.0),
     (0.047, 0.27),
@@ -72,9 +72,10 @@ def hit_rate(share: float, num_experts: int) -> float:
 def tokens_per_second(
     traffic: Traffic, spec: ModelSpec, bandwidths: Bandwidths, *, cuda: bool, dispatch: bool = True
 ) -> float:
-    """Tokens a second of one sequence; with every expert in the fastest tier this is the roofline.
+    """Tokens a second of one sequence.
 
-    `dispatch=False` leaves the host's time out: what the bytes alone would allow.
+    `dispatch=False` leaves the host's time out: what the bytes alone would allow, which is the roofline where
+    the fastest tier has every expert.
     """
     fastest = bandwidths.vram if cuda else bandwidths.ram
     seconds = (traffic.dense + traffic.experts) / (READ_EFFICIENCY * fastest)

@@ -182,12 +182,17 @@ class Plan:
     @property
     def tokens_per_s(self) -> float | None:
         """See offload/plan/estimate.py; None without a fit."""
-        if not self.fits:
-            return None
-        request = self.request
-        traffic = self._traffic(self.resident_fraction)
+        return self._speed(self.resident_fraction) if self.fits else None
+
+    @property
+    def resident_tokens_per_s(self) -> float:
+        """The same estimate, were all experts in the fastest tier."""
+        return self._speed(1.0)
+
+    def _speed(self, share: float, *, dispatch: bool = True) -> float:
+        request, cuda = self.request, self.request.vram is not None
         return estimate.tokens_per_second(
-            traffic, request.spec, request.bandwidths, cuda=request.vram is not None
+            self._traffic(share), request.spec, request.bandwidths, cuda=cuda, dispatch=dispatch
         )
 
     @property
@@ -203,15 +208,8 @@ class Plan:
 
     @property
     def roofline(self) -> float:
-        """Tokens a second that the bytes would allow, were all experts in the fastest tier."""
-        request = self.request
-        return estimate.tokens_per_second(
-            self._traffic(1.0),
-            request.spec,
-            request.bandwidths,
-            cuda=request.vram is not None,
-            dispatch=False,
-        )
+        """Tokens a second that the bytes alone would allow, were all experts in the fastest tier."""
+        return self._speed(1.0, dispatch=False)
 
     @property
     def assumed(self) -> bool:
@@ -294,6 +292,7 @@ class Plan:
             "staging": {"vram": self.vram_staging, "ram": self.ram_staging},
             "experts_resident_fraction": self.resident_fraction,
             "tokens_per_s_estimate": self.tokens_per_s,
+            "tokens_per_s_if_resident": self.resident_tokens_per_s,
             "tokens_per_s_roofline": self.roofline,
             "assumed": self.assumed,
             "bandwidths": {name: figures[name] for name in sorted(self._links())},

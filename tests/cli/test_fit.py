@@ -23,7 +23,7 @@ def test_the_whole_text(invoke, home):
         "  slots       6 or 7 in VRAM, 8 in RAM, of 8 experts per MoE layer\n"
         "  mode        offload: 86 % of the experts in VRAM, all of them in RAM\n"
         "  speed       about 22.5 tokens/s (assumed bandwidths; "
-        "88.1 if all experts were in the fastest memory)\n"
+        "47.7 if all experts were in the fastest memory)\n"
     )
 
 
@@ -35,6 +35,8 @@ def test_a_mix_says_what_it_is_of(invoke, home):
     (mix,) = (line for line in lines if line.startswith("  mix  "))
     assert mix.startswith("  mix         3.82 bits a weight: 64 % nf4, 36 % q3 (perplexity up some ")
     assert "  mode        resident: all experts stay in VRAM" in lines
+    assert "  slots       8 in VRAM, of 8 experts per MoE layer" in lines
+    assert lines[-1].endswith(" tokens/s (assumed bandwidths)")
 
 
 def test_json(invoke, home):
@@ -46,7 +48,8 @@ def test_json(invoke, home):
     assert set(document["bytes"]) == {"dense", "kv", "workspace", "expert", "experts_total"}
     assert document["slots"] == {"vram": 6, "ram": 8}
     assert document["experts_resident_fraction"] == 220 / 256
-    assert document["tokens_per_s_estimate"] > 0
+    assert 0 < document["tokens_per_s_estimate"] < document["tokens_per_s_if_resident"]
+    assert document["tokens_per_s_if_resident"] < document["tokens_per_s_roofline"]
     assert document["assumed"] is True
 
 

@@ -27,6 +27,10 @@ def test_frozen_and_comparable():
     ("keyword", "value", "said"),
     [
         ("vram", "lots", "vram 'lots' is not a size"),
+        ("vram", 24, "vram 24 would be 24 bytes; write for example 24GiB"),
+        ("vram", "2x24", "vram 24 would be 24 bytes; write for example 24GiB"),
+        ("ram", "64", "ram 64 would be 64 bytes; write for example 64GiB"),
+        ("ram", "99999999TiB", "ram '99999999TiB' is not a size; it must be below 8388608 TiB"),
         ("ram", "0GiB", "above 0"),
         ("ram", "-1GiB", "not a size"),
         ("slots", 0, "slots 0 is not a number from 1 up"),

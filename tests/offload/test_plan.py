@@ -158,7 +158,8 @@ class TestAnyRequest:
             assert min(plan.ram_slots) >= asked.spec.top_k
         assert (plan.mode == "resident") == (plan.resident_fraction == 1.0)
         assert plan.tokens_per_s is not None
-        assert 0 < plan.tokens_per_s <= plan.roofline
+        assert 0 < plan.tokens_per_s <= plan.resident_tokens_per_s <= plan.roofline
+        assert (plan.tokens_per_s == plan.resident_tokens_per_s) == (plan.mode == "resident")
 
     @settings(max_examples=150, deadline=None)
     @given(asked=requests, more=st.integers(0, 8 * GIB))
