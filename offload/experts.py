@@ -207,14 +207,17 @@ class ExpertRunner:
 
     def warm_up(self, modules: Sequence[OffloadedExperts], hidden_size: int, dtype: torch.dtype) -> None:
         """Have the kernels of decode steps compiled now, which takes seconds, and not by the first token."""
-        arena, seen = self.store.tier.arena, list[Layout]()
+        seen: list[tuple[torch.device, int, bool, Layout]] = []
         for module in modules:
+            base, top_k = self.store.tier.arena.buffer(module.index, 0), self.store.routed.top_k(module.index)
+            device = base.device
             for layout in self.store.kinds[module.index]:
-                launcher = self._kernels.grouped.launcher(module, arena.device, layout)
-                if launcher is not None and layout not in seen:
-                    seen.append(layout)
-                    x = torch.zeros(1, hidden_size, dtype=dtype, device=arena.device)
-                    warm_up(launcher, x, self.store.routed.top_k(module.index), arena.buffer(module.index, 0))
+                launcher = self._kernels.grouped.launcher(module, device, layout)
+                case = (device, top_k, module.has_gate, layout)
+                if launcher is not None and case not in seen:
+                    seen.append(case)
+                    x = torch.zeros(1, hidden_size, dtype=dtype, device=device)
+                    warm_up(launcher, x, top_k, base)
 
     def is_resident(self, layer: int) -> bool:
         """Whether single tokens go through the layer without the host."""

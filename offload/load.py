@@ -253,11 +253,12 @@ def _assemble(
             bitsandbytes_ops()  # its import takes a second, which is not the first token's to wait for
         for module in modules:
             module.attach(runner)
+        if cards:
+            runner.warm_up(modules, hidden_size, dtype)
         if len(cards) == 1:  # a token that goes from card to card is neither captured nor kept to one
             resident = can_reside(store)
             if resident:
                 runner.keep_to_device()
-            runner.warm_up(modules, hidden_size, dtype)
             if graphs is None and targets[0].type == "cuda":
                 graphs = CudaGraphs(targets[0])
             if graphs is not None:

@@ -109,16 +109,17 @@ class GroupedRun:
 
 
 def warm_up(launcher: Launcher, x: torch.Tensor, top_k: int, base: torch.Tensor) -> None:
-    """Launch the kernels once for each number of tokens that they are compiled for. x [1, D] as in steps;
-    `base`, a slot, may hold anything."""
+    """Launch the kernels once for each number of tokens that they are compiled for, and for both dtypes that
+    routers' weights have, x's and float32. x [1, D] as in steps; `base`, a slot, may hold anything."""
     tokens = 1
     while tokens <= MOST_TOKENS:
         weights = torch.zeros(tokens, top_k, dtype=x.dtype, device=x.device)
         run = GroupedRun(launcher, x.expand(tokens, -1), weights)
         places = [top_k * token for token in range(tokens)]
         run.launch(base, torch.tensor([[0, *places]], device=x.device))
-        run.result()
         tokens *= 2
+    for dtype in {x.dtype, torch.float32}:
+        GroupedRun(launcher, x, torch.zeros(1, top_k, dtype=dtype, device=x.device)).result()
 
 
 class GroupedStep:

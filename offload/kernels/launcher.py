@@ -103,9 +103,11 @@ class Launcher:
                 planes,
                 hidden,
                 *self._format.tables(base.device),
+                self._format.per_word,
                 TOP_K=top_k,
                 TOKENS=tokens,
                 FEATURES=features,
+                PLANES=planes_of_a_step(self._format.per_word, tokens),
                 enable_fp_fusion=True,
                 **self._up,
             )
@@ -129,8 +131,10 @@ class Launcher:
                 hidden,
                 outputs,
                 *self._format.tables(base.device),
+                self._format.per_word,
                 TOKENS=tokens,
                 FEATURES=features,
+                PLANES=planes_of_a_step(self._format.per_word, tokens),
                 enable_fp_fusion=True,
                 **self._down,
             )
@@ -143,6 +147,15 @@ class Launcher:
 def rows_of_a_program(tokens: int) -> int:
     """Rows that a program multiplies with so many vectors: as many as stay in registers, on every GPU."""
     return 4 if tokens <= 2 else 2
+
+
+def planes_of_a_step(planes: int, tokens: int) -> int:
+    """Of so many planes, those that a program reads of so many vectors before it multiplies.
+
+    16 pieces of 16 bytes in all: ptxas begins with as many loads as it sees, and with 32 of them, or 128, it
+    may run out of registers (docs/log.md). Formats of four planes never did.
+    """
+    return planes if planes <= 4 else min(planes, 16 // tokens)
 
 
 def pieces_of_a_step(pieces: int) -> int:

@@ -78,6 +78,7 @@ def _products(
     numbers,
     levels,
     scale_map,
+    planes,
     COLS: tl.constexpr,
     FORMAT: tl.constexpr,
     SCALES: tl.constexpr,
@@ -89,10 +90,11 @@ def _products(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     PIECES: tl.constexpr,
+    PLANES: tl.constexpr,
 ):
     """The rows of the matrix times the vectors of these numbers, both tuples of scalars: [rows, vectors].
 
-    PIECES of a row's pieces are read in a step, by a thread each.
+    PIECES of a row's pieces are read in a step, by a thread each, and meet PLANES planes at a time.
     Everything of size is [PIECES, 4] words or [PIECES]: of tensors with more dimensions Triton's releases
     think differently about which one runs along threads, and then exchange them through shared memory.
     """
@@ -118,17 +120,19 @@ def _products(
             )  # fmt: skip
             for _ in tl.static_range(len(numbers)):
                 parts = parts + (tl.zeros([PIECES, 4], dtype=tl.float32),)
-        for i in tl.static_range(PER_WORD):
-            x = ()
-            for t in tl.static_range(len(numbers)):
-                plane = vectors + numbers[t] * COLS + i * WORDS
-                x = x + (tl.load(plane + word, mask=there[:, None], other=0.0),)
-            more = ()
-            for r in tl.static_range(len(rows)):
-                value = weight(read[r], i, levels, FORMAT)
+        # `planes` is PER_WORD, which ptxas must not know: it would make one long block of this loop again.
+        for plane in range(0, PER_WORD if PLANES == PER_WORD else planes, PLANES):
+            for i in tl.static_range(PLANES):
+                x = ()
                 for t in tl.static_range(len(numbers)):
-                    more = more + (tl.fma(value, x[t], parts[r * len(numbers) + t]),)
-            parts = more
+                    start = vectors + numbers[t] * COLS + (plane + i) * WORDS
+                    x = x + (tl.load(start + word, mask=there[:, None], other=0.0),)
+                more = ()
+                for r in tl.static_range(len(rows)):
+                    value = weight(read[r], plane + i, levels, FORMAT)
+                    for t in tl.static_range(len(numbers)):
+                        more = more + (tl.fma(value, x[t], parts[r * len(numbers) + t]),)
+                parts = more
         more = ()
         for r in tl.static_range(len(rows)):
             factor = scale(
@@ -166,6 +170,7 @@ def up_kernel(
     hidden,
     levels,
     scale_map,
+    planes,
     TOP_K: tl.constexpr,
     WIDTH: tl.constexpr,
     COLS: tl.constexpr,
@@ -187,11 +192,12 @@ def up_kernel(
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
     PIECES: tl.constexpr,
+    PLANES: tl.constexpr,
 ):
     """hidden[place] = gate function of the up matrix times x[token], for the experts of `table`.
 
     Grid (F / FEATURES, G). x float32 [T, P, D / P] and hidden float32 [T * K, P, F / P] in planes;
-    WIDTH is F and COLS D.
+    WIDTH is F and COLS D. `planes`: P.
     """
     entry = table + tl.program_id(1) * (1 + TOKENS)
     if tl.load(entry + 1) < 0:  # another launch's expert
@@ -208,8 +214,9 @@ def up_kernel(
         else:
             rows = rows + (2 * feature, 2 * feature + 1)
     y = _products(
-        expert, rows, x, _numbers(entry, TOP_K, TOKENS), levels, scale_map,
-        COLS, FORMAT, SCALES, PER_WORD, Q, SCALE, SCALE_OF_SCALE, OFFSET, BLOCK_ROWS, BLOCK_COLS, PIECES,
+        expert, rows, x, _numbers(entry, TOP_K, TOKENS), levels, scale_map, planes,
+        COLS, FORMAT, SCALES, PER_WORD, Q, SCALE, SCALE_OF_SCALE, OFFSET, BLOCK_ROWS, BLOCK_COLS,
+        PIECES, PLANES,
     )  # fmt: skip
     features = first + tl.arange(0, FEATURES)
     if ARRANGEMENT == PLAIN:
@@ -242,6 +249,7 @@ def down_kernel(
     outputs,
     levels,
     scale_map,
+    planes,
     WIDTH: tl.constexpr,
     COLS: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -258,11 +266,12 @@ def down_kernel(
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
     PIECES: tl.constexpr,
+    PLANES: tl.constexpr,
 ):
     """outputs[place] = the down matrix times hidden[place], for the experts of `table`.
 
     Grid (D / FEATURES, G). hidden float32 [T * K, P, F / P] in planes, outputs float32 [T * K, D];
-    WIDTH is D and COLS F.
+    WIDTH is D and COLS F. `planes`: P.
     """
     entry = table + tl.program_id(1) * (1 + TOKENS)
     if tl.load(entry + 1) < 0:  # another launch's expert
@@ -273,8 +282,9 @@ def down_kernel(
     for f in tl.static_range(FEATURES):
         rows = rows + (first + f,)
     y = _products(
-        expert, rows, hidden, _numbers(entry, 1, TOKENS), levels, scale_map,
-        COLS, FORMAT, SCALES, PER_WORD, Q, SCALE, SCALE_OF_SCALE, OFFSET, BLOCK_ROWS, BLOCK_COLS, PIECES,
+        expert, rows, hidden, _numbers(entry, 1, TOKENS), levels, scale_map, planes,
+        COLS, FORMAT, SCALES, PER_WORD, Q, SCALE, SCALE_OF_SCALE, OFFSET, BLOCK_ROWS, BLOCK_COLS,
+        PIECES, PLANES,
     )  # fmt: skip
     features = first + tl.arange(0, FEATURES)
     if BIAS >= 0:
@@ -283,7 +293,8 @@ def down_kernel(
     tl.store(outputs + places * WIDTH + features[:, None], y, mask=places >= 0)
 
 
-@triton.jit
+# A step's weights may start anywhere, and are read one by one: no reason to compile for each alignment.
+@triton.jit(do_not_specialize_on_alignment=["weights"])
 def combine_kernel(
     outputs, weights, combined, TOP_K: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
 ):

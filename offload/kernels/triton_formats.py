@@ -67,8 +67,11 @@ def packed(
 
 
 @triton.jit
-def weight(packed, i: tl.constexpr, levels, FORMAT: tl.constexpr):
-    """Weight i of each word, float32 [PIECES, 4], without its piece's scale. `levels`: a table of floats."""
+def weight(packed, i, levels, FORMAT: tl.constexpr):
+    """Weight i of each word, float32 [PIECES, 4], without its piece's scale. `levels`: a table of floats.
+
+    `i` is a constant of the kernel, or what a loop counts.
+    """
     if FORMAT == NF4:
         # The earlier weight of a byte is its high half.
         value = tl.load(levels + ((packed[0] >> ((4 * i) ^ 4)) & 15))

@@ -93,3 +93,17 @@ def test_absent_experts_are_brought_and_nothing_else_is_touched(nbytes: int) -> 
     want[:nbytes] = ram[2 * nbytes : 3 * nbytes]
     want[nbytes : 2 * nbytes] = ram[3 * nbytes :]
     assert torch.equal(arena, want)
+
+
+def test_experts_far_beyond_what_32_bits_count() -> None:
+    """In RAM and in the arena."""
+    fetch, far, nbytes = fetch_kernels(torch.device("cpu")), 5 << 30, 4096
+    assert fetch is not None
+    ram = torch.empty(far + nbytes, dtype=torch.uint8)  # of which little is ever touched
+    arena = torch.empty(far + nbytes, dtype=torch.uint8)
+    ram[far:] = torch.randint(256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    offsets, sources = torch.tensor([far // UNIT]), torch.tensor([far])
+    log, nothing = torch.tensor([7, 0, 0, 0, 0, 0]), torch.zeros(1, dtype=torch.int64)
+    tables = LayerTables(nothing, nothing, nothing, offsets, sources, nothing, nothing, log)
+    fetch.bring(tables, ram, arena, nbytes)
+    assert torch.equal(arena[far:], ram[far:])

@@ -231,6 +231,36 @@ def test_slots_by_number(tokens: int) -> None:
     assert outputs[1::top_k][some:].isnan().all()
 
 
+def test_slots_far_beyond_what_32_bits_count() -> None:
+    """Behind the base and before it."""
+    experts = Experts(1, 64, 64)
+    math: Any = SwiGLU()
+    launcher = GroupedExperts().launcher(math, CPU, experts.layout)
+    assert launcher is not None
+    buffer, far = experts.leases[0].buffer, 5 << 30
+    arena = torch.empty(far + len(buffer), dtype=torch.uint8)  # of which both ends are ever touched
+    arena[: len(buffer)] = arena[far:] = buffer
+    x, hidden, outputs = normal(1, 64), torch.empty(1, 64), torch.empty(1, 64)
+    want = expert_forward(math, x, buffer, experts.layout)
+    for base, start in ((0, far), (far, -far)):
+        outputs.fill_(torch.nan)
+        table = torch.tensor([[start // UNIT, 0]])
+        launcher.up(arena[base:], UNIT, table, launcher.planes(x), hidden, 1)
+        launcher.down(arena[base:], UNIT, table, hidden, outputs)
+        assert error_of(outputs, want) < 1e-6
+
+
+@pytest.mark.parametrize("format", ["nf4", "q3", "q2"])
+def test_planes_in_several_steps(format: str) -> None:
+    """As eight tokens meet them: to the bit as one token does, for which they are one step."""
+    experts = Experts(1, 64, 64, format=format)
+    launcher = Launcher(kernels(), experts.layout, Gate(PLAIN, 0, 0, 0), has_gate=True, has_bias=False)
+    hidden, outputs, alone = normal(8, 64), torch.empty(8, 64), torch.empty(1, 64)
+    launcher.down(experts.arena, UNIT, torch.tensor([[0, *range(8)]]), launcher.planes(hidden), outputs)
+    launcher.down(experts.arena, UNIT, torch.tensor([[0, 0]]), launcher.planes(hidden[5:6]), alone)
+    assert torch.equal(outputs[5], alone[0])
+
+
 @pytest.mark.parametrize("format", ["int8", "q3", "q2", "mxfp4", "fp8"])
 @pytest.mark.parametrize("kind", ["swiglu", "gpt-oss"])
 def test_other_formats(format: str, kind: str) -> None:
