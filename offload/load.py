@@ -32,6 +32,7 @@ from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
 from moe_local.offload.model import Model
+from moe_local.offload.native.library import library
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan import bandwidth
 from moe_local.offload.plan.bandwidth import Bandwidths
@@ -249,7 +250,7 @@ def _assemble(
         hidden_size, dtype = checkpoint.spec.hidden_size, plan.request.dtype
         if store.host is not None:
             runner.measure(modules[0], hidden_size, dtype)
-        if any(layout.format == "nf4" for layer in store.layouts for layout in layer):
+        if (cards or library() is None) and any(a.format == "nf4" for layer in store.layouts for a in layer):
             bitsandbytes_ops()  # its import takes a second, which is not the first token's to wait for
         for module in modules:
             module.attach(runner)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from moe_local.offload.quantize.bnb import bitsandbytes_ops, dynamic_map
+from moe_local.offload.quantize.bnb import bitsandbytes_ops
+from moe_local.offload.quantize.code_tables import dynamic_map
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.quantize.nf4 import BLOCK, nf4_matrix
 from moe_local.offload.quantize.views import segment_view

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from moe_local.offload.quantize import fp8, int8, mxfp4, nf4
-from moe_local.offload.quantize.bnb import dynamic_map, nf4_levels
+from moe_local.offload.quantize.code_tables import dynamic_map, nf4_levels
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.low_blocks import Q2, Q3, STEPS, LowFormat
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from moe_local.cache.errors import MoeLocalError
-from moe_local.offload.quantize.bnb import dynamic_map
+from moe_local.offload.quantize.code_tables import dynamic_map
 
 FORMATS = {"nf4": 0, "int8": 1, "q3": 2, "q2": 3, "mxfp4": 4, "fp8": 5, "fp32": 6, "bf16": 7, "fp16": 8}
 PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -92,16 +92,7 @@ class Sequence(Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where it was not compiled, which is said once. Imports bitsandbytes."""
-    lib = library_without_map()
-    if lib is not None:
-        check(lib.moe_set_map(dynamic_map(torch.device("cpu")).data_ptr()))
-    return lib
-
-
-@cache
-def library_without_map() -> ctypes.CDLL | None:
-    """As `library`, at once, for functions that need no map: what multiplies with NF4 matrices refuses."""
+    """The library, or None where it was not compiled, which is said once."""
     found = sorted(_FOLDER.glob("_native.*"))
     path = next((file for file in found if file.suffix in (".so", ".dll")), None)
     if path is None:
@@ -114,6 +105,7 @@ def library_without_map() -> ctypes.CDLL | None:
         for name, arguments in _ARGUMENTS.items():
             function = getattr(lib, name)
             function.argtypes, function.restype = arguments, c_int32
+        check(lib.moe_set_map(dynamic_map(torch.device("cpu")).data_ptr()))
     except (OSError, AttributeError) as error:  # damaged, of another machine, or of another version
         _do_without(f"the C++ kernels cannot be loaded ({str(error).strip()})", "install moe-local again")
         return None

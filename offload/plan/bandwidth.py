@@ -25,7 +25,7 @@ import torch
 from moe_local.cache.files import parse_json, write_atomically
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.direct_io import page_memory
-from moe_local.offload.native.library import check, library_without_map
+from moe_local.offload.native.library import check, library
 from moe_local.offload.read_at import open_directly, open_for_reading, read_at
 
 DEFAULT_VRAM = 936e9
@@ -111,7 +111,7 @@ def ram_bandwidth(nbytes: int = RAM_BUFFER) -> float:
 
 def read_sum(buffer: torch.Tensor) -> int:
     """The sum of a contiguous int64 buffer on the CPU, modulo 2^64, by the C++ library or else by torch."""
-    lib = library_without_map()
+    lib = library()
     if lib is None:
         return int(buffer.sum()) % 2**64
     total = ctypes.c_uint64()

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from moe_local.offload.checkpoint.spec import ModelSpec
-from moe_local.offload.native.library import FORMATS, library_without_map
+from moe_local.offload.native.library import FORMATS, library
 from moe_local.offload.quantize.codec import NATIVE, codec_for
 from moe_local.offload.quantize.layout import TensorSpec
 from moe_local.offload.quantize.mix import Mix, even_mix, is_mixed
@@ -145,7 +145,7 @@ def reads_in_place(spec: ModelSpec, experts: str, mix: Mix | None = None) -> boo
         formats = {*(mix or even_mix(experts, spec)).counts()}
     if experts == NATIVE:
         formats = {spec.stored.layout(layer.tensors).format for layer in spec.layers}
-    return formats <= FORMATS.keys() and library_without_map() is not None
+    return formats <= FORMATS.keys() and library() is not None
 
 
 def longest_chunk(spec: ModelSpec, context: int, dtype: torch.dtype, experts_total: int) -> int:

@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -28,31 +27,6 @@ def bitsandbytes_ops() -> Any:
             with _quiet(), _without_module("kernels"):
                 import_module("bitsandbytes")  # registers the operators
     return torch.ops.bitsandbytes
-
-
-@cache
-def dynamic_map(device: torch.device) -> torch.Tensor:
-    """bitsandbytes' signed 8-bit dynamic map, float32 [256], kept once per device; read only.
-
-    Source: bitsandbytes.functional.create_dynamic_map, "8-Bit Approximations for Parallelism in Deep
-    Learning" (arXiv 1511.04561).
-    """
-    bitsandbytes_ops()
-    functional: Any = import_module("bitsandbytes.functional")
-    values: torch.Tensor = functional.create_dynamic_map()
-    return values.to(device)
-
-
-@cache
-def nf4_levels(device: torch.device) -> torch.Tensor:
-    """The sixteen levels of NF4, ascending, float32 [16], kept once per device; read only.
-
-    Source: bitsandbytes.functional.get_4bit_type("nf4"), QLoRA (arXiv 2305.14314).
-    """
-    bitsandbytes_ops()
-    functional: Any = import_module("bitsandbytes.functional")
-    levels: torch.Tensor = functional.get_4bit_type("nf4", device="cpu")
-    return levels.to(device)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.quantize.bnb import bitsandbytes_ops, dynamic_map
+from moe_local.offload.quantize.bnb import bitsandbytes_ops
+from moe_local.offload.quantize.code_tables import dynamic_map
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.matrix_codec import MatrixCodec, Part
 from moe_local.offload.quantize.nf4_blocks import BLOCK as BLOCK

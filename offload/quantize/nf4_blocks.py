@@ -13,7 +13,8 @@ from functools import cache
 import torch
 
 from moe_local.offload.native.library import DTYPES, check, library
-from moe_local.offload.quantize.bnb import bitsandbytes_ops, nf4_levels
+from moe_local.offload.quantize.bnb import bitsandbytes_ops
+from moe_local.offload.quantize.code_tables import nf4_levels
 from moe_local.offload.quantize.parallel import for_each
 from moe_local.offload.threads import kernel_threads
 

@@ -12,7 +12,8 @@ from functools import cache
 import torch
 
 from moe_local.offload.native.library import check, library
-from moe_local.offload.quantize.bnb import bitsandbytes_ops, dynamic_map
+from moe_local.offload.quantize.bnb import bitsandbytes_ops
+from moe_local.offload.quantize.code_tables import dynamic_map
 from moe_local.offload.threads import kernel_threads
 
 NESTED_BLOCK = 256

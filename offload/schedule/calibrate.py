@@ -10,7 +10,7 @@ import torch
 from moe_local.offload.kernels.contracts import ExpertMath
 from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.kernels.routing import Routing
-from moe_local.offload.native.library import library_without_map
+from moe_local.offload.native.library import library
 from moe_local.offload.plan.bandwidth import Bandwidths
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.schedule.costs import Costs, Work
@@ -42,7 +42,7 @@ class _Resident(NamedTuple):
 
 def first_costs(bandwidths: Bandwidths) -> Costs:
     """Costs from a machine's bandwidths, before anything of a model was computed."""
-    efficiency = CPU_EFFICIENCY if library_without_map() is not None else CPU_EFFICIENCY_TORCH
+    efficiency = CPU_EFFICIENCY if library() is not None else CPU_EFFICIENCY_TORCH
     return Costs(
         cpu={1: efficiency * bandwidths.ram},
         cpu_latency_s=CPU_LATENCY_S,

@@ -11,7 +11,7 @@ import torch
 
 from moe_local.offload.native.library import DTYPES, FORMATS, PLAIN, SCALES, Gate, Matrix, library
 from moe_local.offload.native.library import Expert as ExpertStruct
-from moe_local.offload.quantize.bnb import dynamic_map
+from moe_local.offload.quantize.code_tables import dynamic_map
 from moe_local.offload.quantize.views import TORCH_DTYPES
 
 BLOCK, NESTED_BLOCK = 64, 256

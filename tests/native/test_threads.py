@@ -132,12 +132,12 @@ def test_signals_are_handled_and_change_nothing(wide: Any) -> None:
 
 CHILD = """
 import ctypes, os, time, torch
-from moe_local.offload.native.library import Matrix, library_without_map
+from moe_local.offload.native.library import Matrix, library
 q = torch.zeros(4096 * 512, dtype=torch.int8)
 scales = torch.ones(4096 * 8, dtype=torch.float16)
 m = Matrix(1, 0, 4096, 512, q.data_ptr(), scales.data_ptr())
 x, y = torch.ones(1, 512), torch.empty(1, 4096)
-lib = library_without_map()
+lib = library()
 def run():
     assert lib.moe_linear(ctypes.byref(m), x.data_ptr(), 1, y.data_ptr(), 0, 0, 4) == 0
 for _ in range(3):

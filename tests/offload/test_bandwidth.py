@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from moe_local.offload.native.library import library_without_map
+from moe_local.offload.native.library import library
 from moe_local.offload.plan import bandwidth
 from moe_local.offload.plan.bandwidth import Bandwidths
 
@@ -44,16 +44,16 @@ def test_ram_is_never_slower_than_a_plain_copy_would_allow():
 @pytest.mark.parametrize("compiled", [True, False])
 def test_every_word_is_read_once(words, compiled, monkeypatch):
     """Sizes around the reader's vectors and chunks; sums beyond 2^63; with and without the C++ library."""
-    if compiled and library_without_map() is None:
+    if compiled and library() is None:
         pytest.skip("the C++ library was not compiled")
     if not compiled:
-        monkeypatch.setattr(bandwidth, "library_without_map", lambda: None)
+        monkeypatch.setattr(bandwidth, "library", lambda: None)
     buffer = torch.randint(-(2**63), 2**63 - 1, (words,), generator=torch.Generator().manual_seed(words))
     assert bandwidth.read_sum(buffer) == sum(buffer.tolist()) % 2**64
 
 
 def test_bytes_beyond_the_last_word_are_read():
-    lib = library_without_map()
+    lib = library()
     if lib is None:
         pytest.skip("the C++ library was not compiled")
     memory = torch.arange(1, 2**20 + 31, dtype=torch.int64).to(torch.uint8)[1:]  # misaligned, 29 left over

@@ -17,7 +17,7 @@ from moe_local.offload.kernels.grouped import DECODE_TOKENS, MOST_TOKENS, Groupe
 from moe_local.offload.kernels.launcher import UNIT, Launcher, triton_kernels
 from moe_local.offload.kernels.layer import LayerKernels, OneByOne
 from moe_local.offload.kernels.routing import Routing
-from moe_local.offload.native.library import library_without_map
+from moe_local.offload.native.library import library
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 
@@ -218,7 +218,7 @@ def test_without_triton_it_is_said_once_and_done_without(
     finally:
         triton_kernels.cache_clear()
     said = [record for record in caplog.records if "Triton" in record.message]
-    if library_without_map() is not None:  # without it no gate is known, and Triton not asked for
+    if library() is not None:  # without it no gate is known, and Triton not asked for
         assert [record.levelno for record in said] == [logging.INFO]
         assert len(said[0].message.splitlines()) == 1
 

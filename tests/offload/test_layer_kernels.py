@@ -13,7 +13,7 @@ from moe_local.offload.kernels.cpu import CpuStep
 from moe_local.offload.kernels.expert import ExpertKernels
 from moe_local.offload.kernels.layer import LayerKernels, OneByOne
 from moe_local.offload.kernels.routing import Routing
-from moe_local.offload.native.library import library_without_map
+from moe_local.offload.native.library import library
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 
@@ -129,9 +129,7 @@ def by_groups(step: Any, slots: list[Slot], used: list[int], size: int) -> torch
     return result
 
 
-needs_the_library = pytest.mark.skipif(
-    library_without_map() is None, reason="the C++ library was not compiled"
-)
+needs_the_library = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
 
 
 @needs_the_library

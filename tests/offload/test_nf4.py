@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.quantize.bnb import bitsandbytes_ops, dynamic_map
+from moe_local.offload.quantize.bnb import bitsandbytes_ops
+from moe_local.offload.quantize.code_tables import dynamic_map, nf4_levels
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.nf4 import NF4Codec, nf4_matrix
 
@@ -190,3 +192,11 @@ def test_decode_on_cuda(shape, dtype):
     decoded = NF4Codec().decode(buffer.cuda(), layout, dtype)["w"]
     assert decoded.is_cuda
     assert torch.equal(decoded.cpu(), by_definition(buffer, layout, "w").to(dtype))
+
+
+def test_tables_are_those_of_bitsandbytes() -> None:
+    bitsandbytes_ops()
+    functional = import_module("bitsandbytes.functional")
+    cpu = torch.device("cpu")
+    assert torch.equal(dynamic_map(cpu), functional.create_dynamic_map())
+    assert torch.equal(nf4_levels(cpu), functional.get_4bit_type("nf4", device="cpu"))

@@ -9,7 +9,8 @@ import torch
 
 from moe_local.offload.native.library import library
 from moe_local.offload.quantize import nf4_scales
-from moe_local.offload.quantize.bnb import bitsandbytes_ops, dynamic_map
+from moe_local.offload.quantize.bnb import bitsandbytes_ops
+from moe_local.offload.quantize.code_tables import dynamic_map
 from moe_local.offload.quantize.nf4_scales import quantize_scales, steps
 
 

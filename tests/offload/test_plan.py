@@ -248,23 +248,23 @@ class TestStaging:
     def test_an_expert_that_the_cpu_reads_in_place_takes_no_workspace(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(footprint, "library_without_map", lambda: object())
+        monkeypatch.setattr(footprint, "library", lambda: object())
         inside = place(request(vram=None)).bytes
-        monkeypatch.setattr(footprint, "library_without_map", lambda: None)
+        monkeypatch.setattr(footprint, "library", lambda: None)
         without = place(request(vram=None)).bytes
         dequantized = 2 * MIXTRAL.layers[0].expert_numel
         assert without.workspace - inside.workspace == dequantized
         assert place(request()).bytes.workspace >= dequantized
 
     def test_what_no_kernel_reads_in_place_is_dequantized(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(footprint, "library_without_map", lambda: object())
+        monkeypatch.setattr(footprint, "library", lambda: object())
         assert footprint.reads_in_place(MIXTRAL, "native")  # bf16
         assert footprint.reads_in_place(model_spec(config_of("deepseek-v3")), "native")  # FP8
         assert footprint.reads_in_place(MIXTRAL, "nf4")
         monkeypatch.setattr(footprint, "FORMATS", {"nf4": 0})
         assert not footprint.reads_in_place(MIXTRAL, "native")
         assert not footprint.reads_in_place(MIXTRAL, "mixed:6")  # int8 among them
-        monkeypatch.setattr(footprint, "library_without_map", lambda: None)
+        monkeypatch.setattr(footprint, "library", lambda: None)
         assert not footprint.reads_in_place(MIXTRAL, "nf4")
 
 
