@@ -77,6 +77,12 @@ COMMANDS = {
 """By name, where each command is below moe_local.cli, and the first sentence of its help."""
 
 
+_NO_ARGUMENTS: tuple[type[click.UsageError], ...] = tuple(
+    filter(None, [getattr(click.exceptions, "NoArgsIsHelpError", None)])
+)
+"""The help, as an error; older releases of click print it and leave."""
+
+
 class MoeLocal(LazyGroup):
     """A group whose errors are one line on stderr, `moe-local: ...`, and an exit code of their own."""
 
@@ -113,6 +119,9 @@ class MoeLocal(LazyGroup):
             return code
         if self.debug:
             traceback.print_exception(error)
+        if isinstance(error, _NO_ARGUMENTS):
+            error.show()
+            return error.exit_code
         if isinstance(error, click.UsageError):
             where = f"; see {error.ctx.command_path} --help" if error.ctx is not None else ""
             return self._line(error.format_message().rstrip(".") + where, USAGE)

@@ -8,11 +8,18 @@ import pytest
 
 import moe_local
 from moe_local.cache.errors import MoeLocalError
-from moe_local.cli.main import EXIT_CODES, main
+from moe_local.cli.main import COMMANDS, EXIT_CODES, main
 
 
 def test_version(invoke):
     assert invoke("--version").stdout == f"moe-local {moe_local.__version__}\n"
+
+
+def test_without_arguments_it_is_the_help(invoke):
+    result, help = invoke(), invoke("--help").stdout
+    assert result.output == help
+    assert help.count("\n") > len(COMMANDS)
+    assert result.exit_code in (0, 2)  # by the release of click
 
 
 def test_an_unknown_command_offers_the_nearest(invoke):
