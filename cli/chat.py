@@ -21,6 +21,7 @@ from moe_local.cli.options import Sampling, debug_flag, load_flags, sampling_fla
 from moe_local.cli.prompt import Messages, can_edit
 from moe_local.cli.render import ProgressBar, print_status, status_line
 from moe_local.cli.server.text import AnswerParser, Piece, opens_thought
+from moe_local.offload.ranges import nth_seed
 
 if TYPE_CHECKING:
     from moe_local import Model
@@ -141,9 +142,10 @@ class Chat:
         del self.turns[len(self.turns) - len(before) :]
         self._retries += 1
         seed = self.sampling.seed
-        self._answer(
-            self.asked, self.sampling if seed is None else replace(self.sampling, seed=seed + self._retries)
+        sampling = (
+            self.sampling if seed is None else replace(self.sampling, seed=nth_seed(seed, self._retries))
         )
+        self._answer(self.asked, sampling)
         if before and not self.answered:
             self.turns, self.answered = self.turns + before, True
         return True

@@ -143,10 +143,7 @@ class Commands:
         elif not value:
             raise OptionError(f"/set {name} needs a value; {DEFAULT} leaves it to the model")
         else:
-            changed = with_setting(chat.sampling, name, value)
-            # The model knows the ranges, and computes nothing until a token is asked for.
-            chat.model.stream("?", **changed.generation()).close()
-            chat.sampling = changed
+            chat.sampling = with_setting(chat.sampling, name, value)
             click.echo(f"{name} is {value}.")
 
     def _show(self, rest: str) -> None:

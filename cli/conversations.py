@@ -112,4 +112,6 @@ def _sampling(settings: Any) -> Sampling:
     for name, value in known.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, kinds[name])):
             raise ValueError(f"{name} is {value!r}")
-    return Sampling(**known)
+    sampling = Sampling(**known)
+    sampling.check()
+    return sampling

@@ -1,7 +1,7 @@
 """The flags that commands share: made from LoadOptions' fields, and those of sampling.
 
-Every flag has a MOE_LOCAL_* variable. Values are checked where they are used, by the same code that checks
-them for Python, so a bad one says the same in both places.
+Every flag has a MOE_LOCAL_* variable. Values are checked by the same code that checks them for Python, so a
+bad one says the same in both places: those of sampling at once, others where they are used.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from moe_local.offload.options import LoadOptions
+from moe_local.offload.ranges import RANGES, check_range
 
 Command = Callable[..., Any]
 
@@ -31,6 +32,8 @@ METAVARS = {
     "device": "NAME",
 }
 SHORT = {"context": "-c"}
+RANGED = {"max_tokens": "max_new_tokens"}
+"""What the library calls a setting that has another name here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,14 @@ class Sampling:
     max_tokens: int | None = None
     system: str | None = None
 
+    def check(self, *, flags: bool = False) -> None:
+        """Raises OptionError for a value that no model takes. `flags`: whether flags gave the values."""
+        for field in fields(self):
+            name = RANGED.get(field.name, field.name)
+            if name in RANGES:
+                called = f"--{field.name.replace('_', '-')}" if flags else field.name
+                check_range(name, getattr(self, field.name), called=called)
+
     def generation(self) -> dict[str, Any]:
         """The keyword arguments for Model.stream and Model.generate."""
         given = {
@@ -53,7 +64,7 @@ class Sampling:
             "top_k": self.top_k,
             "min_p": self.min_p,
             "seed": self.seed,
-            "max_new_tokens": self.max_tokens,
+            RANGED["max_tokens"]: self.max_tokens,
         }
         return {name: value for name, value in given.items() if value is not None}
 
@@ -99,6 +110,7 @@ def sampling_flags(command: Command) -> Command:
     @functools.wraps(command)
     def collect(*args: Any, **kwargs: Any) -> Any:
         sampling = Sampling(**{field.name: kwargs.pop(field.name) for field in fields(Sampling)})
+        sampling.check(flags=True)
         return command(*args, sampling=sampling, **kwargs)
 
     for flags, kind, text in reversed(_SAMPLING):

@@ -24,10 +24,7 @@ DEFAULT = "default"
 
 
 def with_setting(sampling: Sampling, name: str, value: str) -> Sampling:
-    """`sampling` with one setting changed. Raises OptionError for a name or a value that is none.
-
-    Ranges are not checked here: the model does, for Python and the flags, too.
-    """
+    """`sampling` with one setting changed. Raises OptionError for a name or a value that is none."""
     known = name.lower().replace("-", "_")
     known = ALSO.get(known, known)
     if known not in KINDS:
@@ -38,10 +35,12 @@ def with_setting(sampling: Sampling, name: str, value: str) -> Sampling:
         return replace(sampling, **{known: None})
     kind = KINDS[known]
     try:
-        return replace(sampling, **{known: kind(value)})  # type: ignore[arg-type]
+        changed = replace(sampling, **{known: kind(value)})  # type: ignore[arg-type]
     except ValueError:
         kinds = "a whole number" if kind is int else "a number"
         raise OptionError(f"{known} is {value!r}; give {kinds}, or {DEFAULT}") from None
+    changed.check()
+    return changed
 
 
 def settings(sampling: Sampling) -> Iterator[tuple[str, str]]:

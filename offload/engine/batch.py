@@ -14,7 +14,6 @@ from moe_local.offload import interrupt
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.sampling import (
     Settings,
-    check_seed,
     generation_config,
     input_device,
     make_settings,
@@ -23,6 +22,7 @@ from moe_local.offload.engine.sampling import (
     with_default_length,
 )
 from moe_local.offload.engine.sequence import Sequence
+from moe_local.offload.ranges import check_range, nth_seed
 from moe_local.offload.relief import shortage
 
 
@@ -38,14 +38,15 @@ def generate_ids(
     """transformers' generate: ids [B, n] in, [B * num_return_sequences, n + new] out, padded behind the end.
 
     Without a mask it is guessed from the pad token as transformers does. Row i of the result draws from a
-    generator seeded with `seed + i`, without a seed from torch's global one. What our loop does not do, masks
-    with holes or padding on the right included, transformers' own generate does over the same model; its
-    result is returned as it is. Raises OptionError; MoeLocalError while other sequences are in the engine.
+    generator with the i-th seed from `seed` on, without a seed from torch's global one. What our loop does
+    not do, masks with holes or padding on the right included, transformers' own generate does over the same
+    model; its result is returned as it is. Raises OptionError; MoeLocalError while other sequences are in the
+    engine.
     """
     hf = engine.hf
     _check_tensors(input_ids, attention_mask)
     engine.check_ids(input_ids.flatten().tolist())
-    check_seed(seed)
+    check_range("seed", seed)
     if needs_hf_generate(hf, options) or hf.config.is_encoder_decoder:  # whose result has no prompt in it
         return _hand_over(engine, input_ids, attention_mask, tokenizer, seed, options)
     width, masked = input_ids.shape[1], attention_mask is not None
@@ -64,7 +65,7 @@ def generate_ids(
             hf,
             prompt,
             tokenizer=tokenizer,
-            seed=None if seed is None else seed + index,
+            seed=None if seed is None else nth_seed(seed, index),
             padding=width - len(prompt),
             **options,
         )

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Ids
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from moe_local.cache.errors import OptionError
+from moe_local.offload.ranges import RANGES, check_range
 
 DEFAULTS = GenerationConfig()
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -33,19 +33,6 @@ BEYOND_OUR_LOOP = frozenset(
     {"token_healing", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"}
     | {"output_hidden_states", "is_assistant", "low_memory"}
 )
-RANGES: Mapping[str, tuple[float, float]] = {
-    "temperature": (0, inf),
-    "top_k": (0, inf),
-    "top_p": (0, 1),
-    "min_p": (0, 1),
-    "typical_p": (0, 1),
-    "repetition_penalty": (0, inf),
-    "max_new_tokens": (1, inf),
-    "max_length": (1, inf),
-    "num_beams": (1, inf),
-    "num_return_sequences": (1, inf),
-}
-"""Allowed values, ends included; transformers quietly ignores some that lie outside."""
 REFUSED_OPTIONS = frozenset({"trust_remote_code", "inputs", "input_ids", "self", "kwargs"})
 
 
@@ -90,22 +77,8 @@ def check_options(hf: Any, options: Mapping[str, Any]) -> None:
                 f"did you mean {' or '.join(near)}?" if near else "see transformers' GenerationConfig for all"
             )
             raise OptionError(f"unknown generation option {name!r}; {hint}")
-        low, high = RANGES.get(name, (-inf, inf))
-        value = options[name]
-        if name in RANGES and value is not None and not (_is_number(value) and low <= value <= high):
-            limit = f"from {low} to {high}" if high < inf else f"{low} or more"
-            raise OptionError(f"{name} is {value!r}; it must be a number, {limit}")
-
-
-def check_seed(seed: object) -> None:
-    """Raises OptionError for a seed that torch's generators do not take."""
-    if seed is None or (isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63):
-        return
-    raise OptionError(f"seed is {seed!r}; it must be an integer below 2**63")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        if name in RANGES:
+            check_range(name, options[name])
 
 
 def imply_sampling(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +164,7 @@ def make_settings(
     `tokenizer` is needed for stop_strings only. Raises OptionError for unknown options and bad values.
     """
     check_options(hf, options)
-    check_seed(seed)
+    check_range("seed", seed)
     width = len(prompt_ids) + padding
     config = generation_config(hf, options, width=width, rows=1, masked=True)
     max_new_tokens = _check_length(config, width)

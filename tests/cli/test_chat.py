@@ -137,6 +137,11 @@ def test_retry_asks_the_same_again_in_place_of_the_answer(invoke, fake):
     assert len({str(messages) for messages, _ in fake.asked[1:]}) == 1
 
 
+def test_the_lowest_seed_follows_the_highest(invoke, fake):
+    invoke("chat", "--seed", str(2**63 - 1), input="one\n/retry\n")
+    assert [options["seed"] for _, options in fake.asked] == [2**63 - 1, -(2**63)]
+
+
 def test_a_retry_that_fails_leaves_the_answer_there_was(fake, capsys):
     chat = a_chat(fake)
     chat.answer("one")
@@ -187,12 +192,11 @@ def test_what_cannot_be_done_is_said_in_a_line(invoke, fake, home, typed, said):
     assert fake.asked[-1][1] == {}
 
 
-def test_a_setting_that_the_model_refuses_is_not_kept(fake, capsys):
+def test_a_setting_out_of_range_is_not_kept(fake, capsys):
     chat = a_chat(fake)
-    fake.refusal = OptionError("temperature is -1.0; use 0 or more")
-    chat.do("/set temperature -1")
-    assert capsys.readouterr().err == "moe-local: temperature is -1.0; use 0 or more\n"
-    assert chat.sampling.temperature is None
+    chat.do("/set num_predict 0")
+    assert capsys.readouterr().err == "moe-local: max_tokens is 0; it must be a whole number, 1 or more\n"
+    assert chat.sampling.max_tokens is None
 
 
 def test_the_system_prompt_can_be_changed_and_removed(invoke, fake):

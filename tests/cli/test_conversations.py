@@ -49,6 +49,7 @@ def test_names_are_names(tmp_path, name):
         {"settings": {"temperature": "hot"}},
         {"settings": {"seed": True}},
         {"settings": {"seed": 1.5}},
+        {"settings": {"max_tokens": 0}},
     ],
 )
 def test_damaged_files_are_refused_in_a_line(tmp_path, change):

@@ -69,6 +69,28 @@ def test_sampling_flags_reach_the_model(invoke, fake):
     ]
 
 
+@pytest.mark.parametrize("command", [["run", "no-such-model", "hi"], ["chat", "no-such-model"]])
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--temperature", "-1", "--temperature is -1.0; it must be a number, 0 or more"),
+        ("--temperature", "nan", "--temperature is nan; it must be a number, 0 or more"),
+        ("--top-p", "1.5", "--top-p is 1.5; it must be a number, from 0 to 1"),
+        ("--top-k", "-1", "--top-k is -1; it must be a whole number, 0 or more"),
+        ("--min-p", "2", "--min-p is 2.0; it must be a number, from 0 to 1"),
+        ("--max-tokens", "0", "--max-tokens is 0; it must be a whole number, 1 or more"),
+        (
+            "--seed",
+            str(10**23),
+            f"--seed is {10**23}; it must be a whole number, from {-(2**63)} to {2**63 - 1}",
+        ),
+    ],
+)
+def test_sampling_is_checked_before_the_model_is_looked_for(invoke, command, flag, value, said):
+    result = invoke(*command, flag, value)
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"moe-local: {said}\n")
+
+
 def test_what_is_not_given_is_left_to_the_model(invoke, fake, loads):
     invoke("run", "demo", "hi")
     assert fake.asked == [("hi", {"template": True})]
@@ -113,7 +135,6 @@ def test_an_unknown_model_offers_near_ones(invoke, home):
         (["--ram", "lots"], 2, "ram 'lots' is not a size"),
         (["--slots", "1"], 2, "slots 1 is below the 2 experts"),
         (["--policy", "best"], 2, "use one of lru"),
-        (["--temperature", "-1"], 2, "temperature is -1.0"),
         (["--ram", "200KiB"], 3, "does not fit"),
     ],
 )
