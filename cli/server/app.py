@@ -23,7 +23,7 @@ from moe_local.cli.server.failures import Failure, error_body
 from moe_local.cli.server.guard import Guard, Traffic
 from moe_local.cli.server.metrics import Metrics
 from moe_local.cli.server.page import Page
-from moe_local.cli.server.protocol import ChatRequest, CompletionRequest, Sampling
+from moe_local.cli.server.protocol import ChatRequest, CompletionRequest, Sampling, StreamOptions
 from moe_local.cli.server.shapes import ChatShape, Shape, TextShape
 from moe_local.cli.server.text import AnswerParser, StopFilter, opens_thought
 from moe_local.cli.server.watch import Watch
@@ -265,7 +265,10 @@ class Server:
 
     def _check_tools(self, tools: list[dict[str, Any]]) -> None:
         """Raises OptionError where the model would never hear of them."""
-        template = self.model.tokenizer.get_chat_template(None, tools)
+        try:
+            template = self.model.tokenizer.get_chat_template(None, tools)
+        except ValueError:  # there is none, and so no conversation, which is what encoding it will say
+            return
         if "tools" not in template:
             raise OptionError(
                 f"{self.name} knows no tools: its chat template has no place for them; leave them out"
@@ -319,10 +322,17 @@ async def _not_understood(request: Request, error: Any) -> JSONResponse:
     errors = error.errors()
     # a misspelt field explains why another is missing
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    where = ".".join(part for part in first["loc"] if isinstance(part, str) and part != "body")
+    unknown = first["type"] == "extra_forbidden"
+    # of a field that takes several types, the types are parts, too
+    names = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
+    known = {*names, *StreamOptions.model_fields}
+    where = ".".join(
+        part for part in first["loc"][1:] if isinstance(part, str) and (unknown or part in known)
+    )
     message = f"{where or 'body'}: {first['msg']}"
-    if first["type"] == "extra_forbidden":
-        names = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
+    if first["type"] == "value_error":  # raised by us
+        message = str(first["ctx"]["error"])
+    if unknown:
         near = difflib.get_close_matches(where, names, 1)
         message = f"unknown field {where!r}" + (f"; did you mean {near[0]!r}?" if near else "; leave it out")
     body = error_body(message, "invalid_request_error", param=where or None)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from moe_local.cache.errors import OptionError
+from moe_local.offload.ranges import check_range, nth_seed
 
 MOST_CHOICES = 16
 
@@ -42,14 +43,14 @@ class Sampling(Ignored):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     model: str | None = None
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0)
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     logprobs: bool | int | None = None
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    seed: int | None = None
     n: int = Field(default=1, ge=1, le=MOST_CHOICES)
     stop: str | list[str] | None = None
     stream: bool = False
@@ -79,8 +80,20 @@ class Sampling(Ignored):
     def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
         strings = [stop] if isinstance(stop, str) else stop or []
         if any(not string for string in strings):
-            raise ValueError("a stop string is empty")
+            raise OptionError("a stop string is empty; leave it out")
         return stop
+
+    @field_validator("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+    @classmethod
+    def _check_range(cls, value: float | None, field: ValidationInfo) -> float | None:
+        check_range(str(field.field_name), value)
+        return value
+
+    @field_validator("max_tokens", "max_completion_tokens", check_fields=False)
+    @classmethod
+    def _check_tokens(cls, value: int | None, field: ValidationInfo) -> int | None:
+        check_range("max_new_tokens", value, called=field.field_name)
+        return value
 
     @property
     def stops(self) -> list[str]:
@@ -104,7 +117,7 @@ class Sampling(Ignored):
             "top_k": self.top_k,
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
-            "seed": None if self.seed is None else self.seed + choice,
+            "seed": None if self.seed is None else nth_seed(self.seed, choice),
         }
         return {name: value for name, value in wanted.items() if value is not None}
 
@@ -140,7 +153,7 @@ class ChatRequest(Sampling):
     """`POST /v1/chat/completions`: a conversation, and tools that its template may know."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None

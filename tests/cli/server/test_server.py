@@ -91,6 +91,13 @@ def test_choices_and_seeds(client: openai.OpenAI) -> None:
     assert ask(seed=8) == [three[1]], "each choice draws from the next seed"
 
 
+def test_the_lowest_seed_follows_the_highest(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="demo", messages=QUESTION, max_tokens=1, temperature=1, n=2, seed=2**63 - 1
+    )
+    assert len(answer.choices) == 2
+
+
 def test_stop_strings_are_not_shown(client: openai.OpenAI, expected: str) -> None:
     word = expected.split()[4]
     for stream in (False, True):
@@ -304,6 +311,11 @@ def test_tools(serving: Any, scripted: Any, model: moe_local.Model, monkeypatch:
     says = scripted(f"Let me look. {CALL}")
     with serving(says) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+        with monkeypatch.context() as without:
+            without.setattr(model.tokenizer, "chat_template", None)
+            for tools in (TOOLS, []):
+                with pytest.raises(openai.BadRequestError, match="needs a chat template"):
+                    client.chat.completions.create(model="demo", messages=QUESTION, tools=tools)
         with pytest.raises(openai.BadRequestError, match="demo knows no tools"):
             client.chat.completions.create(model="demo", messages=QUESTION, tools=TOOLS)
         monkeypatch.setattr(model.tokenizer, "chat_template", template)
@@ -364,8 +376,21 @@ def test_metrics(client: openai.OpenAI, server: Any) -> None:
         ({"messages": []}, "at least 1 item"),
         ({"messages": [{"content": "x"}]}, "message 0 has no role"),
         ({"messages": [{"role": "user"}]}, "message 0 has no content"),
-        ({"messages": QUESTION, "temperature": -1}, "temperature"),
-        ({"messages": QUESTION, "max_tokens": 0}, "max_tokens"),
+        ({"messages": QUESTION, "temperature": -1}, "temperature is -1.0; it must be a number, 0 or more"),
+        ({"messages": QUESTION, "top_p": 1.5}, "top_p is 1.5; it must be a number, from 0 to 1"),
+        (
+            {"messages": QUESTION, "repetition_penalty": 0},
+            "repetition_penalty is 0.0; it must be a number above",
+        ),
+        ({"messages": QUESTION, "max_tokens": 0}, "max_tokens is 0; it must be a whole number, 1 or more"),
+        (
+            {"messages": QUESTION, "max_completion_tokens": 0},
+            "max_completion_tokens is 0; it must be a whole",
+        ),
+        (
+            {"messages": QUESTION, "seed": 2**63},
+            "seed is 9223372036854775808; it must be a whole number, from",
+        ),
         ({"messages": QUESTION, "n": 100}, "n: "),
         ({"messages": QUESTION, "stop": [""]}, "a stop string is empty"),
         ({"messages": QUESTION, "logprobs": True}, "logprobs are not supported"),
@@ -387,6 +412,25 @@ def test_bad_requests_are_one_line(server: Any, body: dict[str, Any], message: s
     assert message in error["message"]
     assert "\n" not in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+def test_the_field_at_fault_is_named_as_clients_know_it(server: Any) -> None:
+    bodies: list[tuple[Any, str | None]] = [
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": "x", "stop": [3]}, "stop"),
+        ({"prompt": "x", "logit_bias": {"5": "much"}}, "logit_bias"),
+        ({"prompt": "x", "stream_options": {"include_usage": 3}}, "stream_options.include_usage"),
+        ({"prompt": "x", "stream_options": {"usage": True}}, "stream_options.usage"),
+        ({"prompt": "x", "min_p": -1}, "min_p"),
+        ([], None),
+    ]
+    with httpx.Client() as client:
+        for body, at_fault in bodies:
+            answer = client.post(f"{server.url}/v1/completions", json=body)
+            assert answer.status_code == 400
+            error = answer.json()["error"]
+            assert error["param"] == at_fault
+            assert error["message"].startswith((at_fault or "body", "unknown field"))
 
 
 def test_bodies_that_are_no_requests(server: Any) -> None:
