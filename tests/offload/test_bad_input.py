@@ -200,7 +200,7 @@ def test_a_missing_dense_weight(copy: Path) -> None:
         ({"ram": 0}, OptionError, ["ram"]),
         ({"ram": True}, OptionError, ["ram"]),
         ({"ram": 1.5}, OptionError, ["ram"]),
-        ({"ram": "1"}, DoesNotFitError, ["does not fit", "more than the 1 B"]),
+        ({"ram": "1B"}, DoesNotFitError, ["does not fit", "more than the 1 B"]),
         ({"ram": "1MiB"}, DoesNotFitError, ["does not fit", "RAM", "fits"]),
         ({"ram": "nan"}, OptionError, ["ram"]),
         ({"ram": "99999999999999999999GiB"}, OptionError, ["ram"]),
