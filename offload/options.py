@@ -225,7 +225,7 @@ def _parse_cards(value: object) -> int | tuple[int, ...]:
 def _memory(value: str | int | float, what: str) -> int:
     """Bytes; a 24 that nobody can mean so is refused."""
     size = parse_bytes(value, what)
-    if size < 1 << 20 and re.fullmatch(r"[\d.]+", str(value).strip()):
+    if size < 1 << 16 and re.fullmatch(r"[\d.]+", str(value).strip()):
         raise OptionError(f"{what} {value} would be {value} bytes; write for example {value}GiB")
     return size
 
