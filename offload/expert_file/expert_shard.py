@@ -208,4 +208,9 @@ def disk_errors(path: Path, nbytes: int = 0) -> Iterator[None]:
                 f"cannot write {path}{size}: {error.strerror}; "
                 "free some disk space and run it again, finished layers are kept"
             ) from error
-        raise ExpertFileError(f"cannot write {path}: {error.strerror or error}") from error
+        from moe_local.offload.expert_file.convert import moe_local_home  # which builds on this module
+
+        remedy = "choose another folder"
+        if path.is_relative_to(moe_local_home()):
+            remedy = "set MOE_LOCAL_HOME to a folder that can be written to"
+        raise ExpertFileError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error

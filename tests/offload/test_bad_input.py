@@ -358,7 +358,10 @@ def test_a_disk_that_fills_up_in_mid_conversion(
 
 def test_a_home_that_is_a_file(tiny_mixtral: Path, home: Path) -> None:
     home.write_text("mine")
-    refused(lambda: moe_local.load(tiny_mixtral), ExpertFileError, str(home), "Not a directory")
+    said = "Not a directory; set MOE_LOCAL_HOME to a folder that can be written to"
+    refused(lambda: moe_local.load(tiny_mixtral), ExpertFileError, str(home), said)
+    out = tiny_mixtral / "config.json" / "out"
+    refused(lambda: moe_local.convert(tiny_mixtral, out), ExpertFileError, "choose another folder")
     assert home.read_text() == "mine"
 
 
