@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 from typing import Any
 
@@ -137,7 +138,7 @@ def _is_own(host: str) -> bool:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Raises OptionError where the port is taken: better now than after loading 25 GB."""
+    """Raises OptionError where the port is taken, or not ours: better now than after loading 25 GB."""
     import socket
 
     if port == 0:
@@ -149,4 +150,6 @@ def _check_port(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OptionError(f"cannot listen on {host} port {port}: {reason}; choose another --port") from error
+        of_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        flag = "--host" if of_host else "--port"
+        raise OptionError(f"cannot listen on {host} port {port}: {reason}; choose another {flag}") from error

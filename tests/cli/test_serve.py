@@ -26,7 +26,11 @@ from moe_local.cli.main import main
         (["--port", "70000"], "70000 is not in the range"),
         (["--parallel", "0"], "parallel 0 is not a number from 1 up"),
         (["--timeout", "0"], "0.0 is not in the range"),
-        (["--host", "203.0.113.7", "--api-key", "k"], "cannot listen on 203.0.113.7"),
+        (
+            ["--host", "203.0.113.7", "--api-key", "k"],
+            "Cannot assign requested address; choose another --host",
+        ),
+        (["--host", "256.1.1.1", "--api-key", "k"], "; choose another --host"),
     ],
 )
 def test_what_is_refused(arguments: list[str], message: str) -> None:
@@ -43,7 +47,10 @@ def test_a_port_that_is_taken() -> None:
         port = taken.getsockname()[1]
         result = CliRunner().invoke(main, ["serve", "demo", "--port", str(port)])
     assert result.exit_code == 2
-    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in result.stderr
+    assert (
+        f"cannot listen on 127.0.0.1 port {port}: Address already in use; choose another --port"
+        in result.stderr
+    )
 
 
 @pytest.mark.parametrize("stop", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
