@@ -66,10 +66,11 @@ def run(
 def _prompt(given: str | None) -> str:
     """The prompt, from stdin if it is "-" or absent and piped in."""
     if given is not None and given != "-":
-        return given
-    if given is None and sys.stdin.isatty():
+        text, where = given, "PROMPT"
+    elif given is None and sys.stdin.isatty():
         raise click.UsageError("there is no PROMPT; give one, or pipe it in")
-    text = sys.stdin.read().strip()
-    if not text:
-        raise click.UsageError("the prompt on stdin is empty")
+    else:
+        text, where = sys.stdin.read().strip(), "the prompt on stdin"
+    if not text.strip():
+        raise click.UsageError(f"{where} is empty; write something to be answered")
     return text

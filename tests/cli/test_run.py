@@ -41,11 +41,22 @@ def test_the_prompt_from_stdin(invoke, fake, arguments):
     assert fake.asked[0][0] == "two\nlines"
 
 
-def test_no_prompt(invoke, fake):
-    result = invoke("run", "demo", input="")
-    assert result.exit_code == 2
-    assert "the prompt on stdin is empty" in result.stderr
-    assert result.stdout == ""
+@pytest.mark.parametrize(
+    ("prompt", "piped", "what"),
+    [
+        ([], "", "the prompt on stdin"),
+        ([], " \n", "the prompt on stdin"),
+        (["-"], "", "the prompt on stdin"),
+        ([""], "piped", "PROMPT"),
+        (["  "], "piped", "PROMPT"),
+        (["\n", "--raw"], "piped", "PROMPT"),
+    ],
+)
+def test_no_prompt(invoke, fake, prompt, piped, what):
+    result = invoke("run", "demo", *prompt, input=piped)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"moe-local: {what} is empty" in result.stderr
+    assert not fake.asked
 
 
 def test_sampling_flags_reach_the_model(invoke, fake):
