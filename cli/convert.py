@@ -34,7 +34,7 @@ WORSE = 0.02
 @click.option(
     "--calibrate",
     type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
-    metavar="TEXT",
+    metavar="FILE",
     envvar="MOE_LOCAL_CALIBRATE",
     show_envvar=True,
     help="For mixed:BITS: a text file like what the model will read and write, - for stdin. MODEL reads it, "

@@ -163,7 +163,7 @@ def main() -> None:
     """Run Mixture-of-Experts language models on a GPU, or a CPU, that cannot hold them.
 
     MODEL is an alias (mixtral-8x7b; `moe-local list --all` names all), a Hugging Face id, a folder with a
-    checkpoint, or demo, the small model in the package.
+    checkpoint, a GGUF file, or demo, the small model in the package.
 
     \b
     Examples:

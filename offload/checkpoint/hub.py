@@ -1,4 +1,4 @@
-"""From what a user calls a model to the folder that holds it: alias, Hub id, folder or demo."""
+"""From what a user calls a model to where it lies: alias, Hub id, folder, GGUF file or demo."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from moe_local.cache.errors import CheckpointError, ModelNotFoundError, MoeLocal
 from moe_local.offload.checkpoint.files import CONFIG, INDEX, SINGLE, first_pickle, read_index
 from moe_local.offload.checkpoint.hub_download import (
     HubFile,
+    begun,
     download_blobs,
     missing_bytes,
     network_error,
@@ -87,7 +88,7 @@ def config_of(model: str | Path, *, carried: bool = True) -> Any:
 
 
 def locate(model: str | Path) -> Path | HubModel:
-    """What `model` names, without looking into it: a folder on this machine or a Hub repository.
+    """What `model` names, without looking into it: a folder or GGUF file here, or a Hub repository.
 
     Raises ModelNotFoundError for what is neither.
     """
@@ -103,7 +104,12 @@ def locate(model: str | Path) -> Path | HubModel:
     repo_id = hub_id(name)
     if repo_id is not None:
         return HubModel(repo_id, short_name(repo_id))
-    raise not_found(name, "no alias, Hub id (org/name) or folder")
+    if name and folder.is_file():
+        raise ModelNotFoundError(
+            f"{name} is a file, but its name does not end in .gguf; a model is an alias, a Hub id, a folder "
+            "or a GGUF file"
+        )
+    raise not_found(name, "no alias, Hub id (org/name), folder or GGUF file")
 
 
 def cached_folder(repo_id: str) -> Path | None:
@@ -225,6 +231,9 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{model.repo_id}"
+    here, again = "on this machine", "run again"
+    if begun(model.repo_id):
+        here, again = "whole on this machine", "run again, it continues"
     try:
         yield
     except errors.GatedRepoError as error:
@@ -241,16 +250,12 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
         offline = "HF_HUB_OFFLINE is set"
         if not constants.is_offline_mode():
             offline = f"there is no connection to {constants.ENDPOINT}"
-        raise MoeLocalError(
-            f"{model.name} is not whole on this machine and {offline}; go online and run again, it continues"
-        ) from error
+        raise MoeLocalError(f"{model.name} is not {here} and {offline}; go online and {again}") from error
     except errors.HfHubHTTPError as error:
         reason = str(error).partition("\n")[0]
-        raise MoeLocalError(
-            f"{constants.ENDPOINT} refused {model.name} ({reason}); run again, it continues"
-        ) from error
+        raise MoeLocalError(f"{constants.ENDPOINT} refused {model.name} ({reason}); {again}") from error
     except network_error() as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise MoeLocalError(
-            f"no connection to {constants.ENDPOINT} for {model.name} ({reason}); run again, it continues"
+            f"no connection to {constants.ENDPOINT} for {model.name} ({reason}); go online and {again}"
         ) from error

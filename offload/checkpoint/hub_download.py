@@ -62,6 +62,11 @@ def blobs_folder(repo_id: str) -> Path:
     return Path(constants.HF_HUB_CACHE) / folder / "blobs"
 
 
+def begun(repo_id: str) -> bool:
+    """Whether some of its weights came, be it a part of a file: the names of their blobs are of sha256."""
+    return any(blobs_folder(repo_id).glob(64 * "?" + "*"))
+
+
 def missing_bytes(repo_id: str, files: Sequence[HubFile]) -> int:
     """Bytes of `files` that the Hub cache does not have yet."""
     folder = blobs_folder(repo_id)

@@ -74,6 +74,14 @@ class TestLocate:
             locate(name)
         one_line(error)
 
+    def test_a_file_that_is_no_gguf(self, tmp_path: Path) -> None:
+        notes = tmp_path / "notes.txt"
+        notes.write_text("a file")
+        with pytest.raises(
+            ModelNotFoundError, match=r"notes\.txt is a file, but its name does not end in \.gguf"
+        ):
+            locate(notes)
+
     def test_near_matches_are_offered(self) -> None:
         with pytest.raises(ModelNotFoundError, match="did you mean mixtral-8x7b") as error:
             resolve("mixtral-8x7")
@@ -239,16 +247,21 @@ class TestRefusals:
         hub.close()
         with pytest.raises(MoeLocalError, match="no connection to http://127") as error:
             resolve("org/model", progress=False)
-        one_line(error)
+        assert one_line(error).endswith("; go online and run again")
+        part = hub_download.blobs_folder("org/model") / f"{64 * 'a'}.incomplete"
+        part.parent.mkdir(parents=True)
+        part.write_bytes(b"begun")
+        with pytest.raises(MoeLocalError, match="go online and run again, it continues"):
+            resolve("org/model", progress=False)
 
     def test_offline_mode(self, hub: Any, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from huggingface_hub import constants
 
         hub.add_repo("org/model", repo)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(MoeLocalError, match="HF_HUB_OFFLINE is set") as error:
+        with pytest.raises(MoeLocalError, match="is not on this machine and HF_HUB_OFFLINE is set") as error:
             resolve("org/model", progress=False)
-        one_line(error)
+        assert one_line(error).endswith("; go online and run again")
         assert not hub.requests
 
     def test_no_space(self, hub: Any, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
