@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 if TYPE_CHECKING:
     from moe_local.cache.stats import PrefetchStats
     from moe_local.offload.records import GenerationStats
+
+LEAST_COLUMNS = 20
+"""Fewer are no place to wrap a text in."""
 
 
 def on_stderr() -> Console:
@@ -122,7 +127,18 @@ def print_fields(fields: Iterable[tuple[str, str]]) -> None:
     rows = list(fields)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        click.echo(f"  {name:<{width}}  {value}")
+        for line in _wrapped(value, width + 4):
+            click.echo(f"  {name:<{width}}  {line}")
+            name = ""
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    """Lines between words that fit a terminal behind `indent` columns; elsewhere, or where that leaves too
+    few columns to read, the text as it is."""
+    room = shutil.get_terminal_size().columns - indent
+    if not sys.stdout.isatty() or room < LEAST_COLUMNS:
+        return [text]
+    return textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [text]
 
 
 def count(number: int) -> str:

@@ -47,3 +47,23 @@ def test_counts(number, text):
 def test_tables_line_up(capsys):
     render.print_table(["a", "long name"], [("one", "1"), ("twenty", "")])
     assert capsys.readouterr().out == "A        LONG NAME\none      1\ntwenty\n"
+
+
+def test_fields_wrap_between_words_on_a_terminal_only(monkeypatch, capsys):
+    fields = [("one", "some words that are longer than the line"), ("two", "2")]
+    monkeypatch.setenv("COLUMNS", "28")
+    render.print_fields(fields)
+    assert capsys.readouterr().out == "  one  some words that are longer than the line\n  two  2\n"
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    render.print_fields(fields)
+    lines = ["  one  some words that are", "       longer than the line", "  two  2"]
+    assert out.getvalue().splitlines() == lines
+
+
+def test_fields_are_left_alone_on_a_terminal_of_few_columns(monkeypatch):
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("COLUMNS", "26")
+    render.print_fields([("one", "some words that are longer than the line")])
+    assert out.getvalue() == "  one  some words that are longer than the line\n"
