@@ -164,6 +164,16 @@ class TestInABrowser:
         browser.click("#ideas button")
         assert visit.answered()
         assert browser.run(wide) == 360
+        visit.wait_for("#causes", "computing")  # what grows above takes nothing away below
+        below = (
+            "return document.querySelector('#main').scrollHeight - document.querySelector('#main').scrollTop"
+        )
+        shown = "return document.querySelector('#main').clientHeight"
+        browser.size(360, 400)
+        browser.until(lambda: browser.run(below) - browser.run(shown) < 2)
+        browser.run("document.querySelector('#main').scrollTop = 0")
+        browser.size(360, 380)
+        assert browser.run("return document.querySelector('#main').scrollTop") == 0
         browser.click("#new")
         assert browser.count("#empty") == 1
         assert browser.count(".turn") == 0
