@@ -17,6 +17,10 @@ class OptionError(MoeLocalError, ValueError):
     exit_code = 2
 
 
+class ContextLengthError(OptionError):
+    """A prompt has more tokens than the context holds."""
+
+
 class DoesNotFitError(MoeLocalError):
     """The model does not fit the memory or disk budget."""
 

@@ -115,7 +115,7 @@ def _windows(model: moe_local.Model, text: Path | None, tokens: int) -> list[lis
         from moe_local.demo.documents import documents
 
         content = "\n\n".join(documents()[0])
-    ids = model.tokenizer(content[: 16 * tokens], add_special_tokens=False)["input_ids"]
+    ids = model.tokenizer(content[: 16 * tokens], add_special_tokens=False, verbose=False)["input_ids"]
     return windows_of(ids, tokens)
 
 

@@ -281,6 +281,7 @@ class Server:
                 f"no model {name!r} here; this server has {self.name!r}",
                 "invalid_request_error",
                 param="model",
+                code="model_not_found",
             )
 
 

@@ -7,29 +7,38 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from moe_local.cache.errors import BusyError, MoeLocalError, OptionError
+from moe_local.cache.errors import BusyError, ContextLengthError, MoeLocalError, OptionError
 
 RETRY_SECONDS = 5
 """When it is worth trying again, for who is told that there is no room or no more."""
 Headers = list[tuple[bytes, bytes]]
 
 
-def error_body(message: str, kind: str, *, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+def error_body(
+    message: str, kind: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Failure(Exception):
-    """An error for the client. `kind` is OpenAI's word for it, `param` the field that is at fault."""
+    """An error for the client. `kind` and `code` are OpenAI's words for it, `param` the field at fault.
 
-    def __init__(self, status: int, message: str, kind: str, *, param: str | None = None) -> None:
+    Clients look at the code where they can do something about an error: shorten a conversation, say.
+    """
+
+    def __init__(
+        self, status: int, message: str, kind: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
-        self.body = error_body(message, kind, param=param)
+        self.body = error_body(message, kind, param=param, code=code)
 
     @classmethod
     def of(cls, error: MoeLocalError) -> Failure:
         if isinstance(error, BusyError):
             return cls(429, str(error), "rate_limit_error")
+        if isinstance(error, ContextLengthError):
+            return cls(400, str(error), "invalid_request_error", code="context_length_exceeded")
         if isinstance(error, OptionError):
             return cls(400, str(error), "invalid_request_error")
         return cls(500, str(error), "server_error")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_local.cache.errors import MoeLocalError, OptionError
+from moe_local.cache.errors import ContextLengthError, MoeLocalError, OptionError
 from moe_local.cache.keys import format_bytes
 from moe_local.offload import interrupt
 from moe_local.offload.engine.batch_view import BatchMasks
@@ -144,7 +144,7 @@ class Engine:
         if not ids:
             raise OptionError("the prompt is empty; it needs at least one token")
         if len(ids) > self.kv.capacity:
-            raise OptionError(
+            raise ContextLengthError(
                 f"the prompt has {len(ids)} tokens, the context holds {self.kv.capacity}; "
                 "shorten it or raise --context"
             )

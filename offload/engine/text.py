@@ -49,12 +49,15 @@ def encode_prompt(
     if not isinstance(prompt, str) and all(_is_id(item) for item in items):
         return [int(item) for item in items]
     if tokenizer is None:
-        raise OptionError("this model's folder has no tokenizer; give the prompt as a list of token ids")
+        raise OptionError(
+            "this model's folder has no tokenizer; give the prompt as a list of token ids, "
+            "in Python or to /v1/completions"
+        )
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if isinstance(prompt, str):
         if template and has_template:
             return _encode_chat(tokenizer, [{"role": "user", "content": prompt}])
-        ids: list[int] = tokenizer(prompt)["input_ids"]
+        ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
         return ids
     messages = _check_messages(items)
     if not (template and has_template):
@@ -114,6 +117,7 @@ def _encode_chat(
             tools=None if tools is None else [dict(tool) for tool in tools],
             tokenize=True,
             return_dict=False,
+            tokenizer_kwargs={"verbose": False},  # too long a prompt is refused in better words
             **variables,
         )
     except Exception as error:  # a template is a program, and raises what it likes

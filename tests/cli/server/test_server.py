@@ -414,6 +414,21 @@ def test_bad_requests_are_one_line(server: Any, body: dict[str, Any], message: s
     assert error["type"] == "invalid_request_error"
 
 
+def test_errors_that_clients_act_upon_have_openais_codes(server: Any, capfd: Any) -> None:
+    """And the tokenizer says nothing of its own about a conversation that is too long."""
+    long: list[dict[str, str]] = [{"role": "user", "content": "word " * 5000}]
+    bodies: list[tuple[dict[str, Any], int, str | None]] = [
+        ({"messages": long}, 400, "context_length_exceeded"),
+        ({"messages": QUESTION, "model": "gpt-5"}, 404, "model_not_found"),
+        ({"messages": QUESTION, "top_p": 2.0}, 400, None),
+    ]
+    for body, status, code in bodies:
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+        assert answer.status_code == status
+        assert answer.json()["error"]["code"] == code
+    assert "longer than" not in capfd.readouterr().err
+
+
 def test_the_field_at_fault_is_named_as_clients_know_it(server: Any) -> None:
     bodies: list[tuple[Any, str | None]] = [
         ({"prompt": [True]}, "prompt"),
