@@ -67,6 +67,8 @@ def _remove(folder: Path) -> None:
         raise MoeLocalError(
             f"{folder} is being converted by another process; wait for it or stop it"
         ) from None
+    except OSError as error:
+        raise MoeLocalError(f"{folder} cannot be removed: {error.strerror or error}") from error
     if not any(path.is_dir() for path in folder.parent.iterdir()):
         _forget(folder.parent)
     if not any(folder.parent.iterdir()):

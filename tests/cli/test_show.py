@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -139,6 +140,15 @@ class TestRemove:
         again = invoke("rm", str(tiny_mixtral), "--yes")
         assert again.exit_code == 4
         assert "nothing to remove" in again.stderr
+
+    def test_a_disk_that_lets_nothing_go(self, invoke, converted, tiny_mixtral, monkeypatch):
+        def refuse(folder):
+            raise OSError(errno.EROFS, "Read-only file system", str(folder))
+
+        monkeypatch.setattr(shutil, "rmtree", refuse)
+        result = invoke("rm", str(tiny_mixtral), "--yes")
+        assert result.exit_code == 1
+        assert result.stderr == f"moe-local: {converted} cannot be removed: Read-only file system\n"
 
     def test_waits_for_no_conversion(self, invoke, converted, tiny_mixtral):
         with filelock.FileLock(f"{converted}.lock"):
