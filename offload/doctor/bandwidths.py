@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from moe_local.cache.keys import format_bytes
 from moe_local.offload.doctor.finding import Finding, warn
-from moe_local.offload.plan.bandwidth import Bandwidths
+from moe_local.offload.plan.bandwidth import DISK_FILE, Bandwidths
 
 OLD_S = 180 * 86400.0
 """Machines and drives change; figures older than this are worth two seconds."""
@@ -43,7 +44,11 @@ def _one(key: str, known: Bandwidths, when: float | None, link: float | None) ->
     text = f"{rate / 1e9:.3g} GB/s, {what}"
     facts = {"bytes_per_s": rate, "measured": key in known.measured, "measured_at": when}
     if key not in known.measured:
-        remedy = "moe-local doctor, without --no-measure, measures it"
+        remedy = (
+            "moe-local doctor, without --no-measure, measures it"
+            if when is None or key != "disk"
+            else f"make room: a file of {format_bytes(DISK_FILE)} is written and read in MOE_LOCAL_HOME for it"
+        )
         return warn(name, f"{text}: assumed, not measured", remedy, **facts)
     if when is not None:
         text += f", measured {age(time.time() - when)}"

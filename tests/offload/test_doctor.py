@@ -58,6 +58,13 @@ def test_without_measuring_it_says_what_is_assumed_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_could_not_be_measured_needs_room():
+    [ram, disk] = bandwidths(Bandwidths(ram=5e10, measured=frozenset({"ram"})), time.time(), cuda=False)
+    assert ram.level is Level.OK
+    assert disk.level is Level.WARN
+    assert disk.remedy.startswith("make room: a file of 256 MiB")
+
+
 def only(findings) -> Finding:
     (finding,) = findings
     return finding
