@@ -157,7 +157,12 @@ class _Measurement:
                 self.measure_bandwidths(model.hf.device)
         except KeyboardInterrupt:  # the figures are there already
             bench.interrupted = True
-        floor = Floor.of(model.plan, self.bandwidths, top_k)
+        said, floor = floor, Floor.of(model.plan, self.bandwidths, top_k)
+        if floor.ms_per_token < 0.99 * said.ms_per_token:
+            self.notes.append(
+                f"{floor.tier.upper()} was faster behind the runs: the floor is {floor.ms_per_token:.3g} "
+                f"ms/token, at {floor.bytes_per_s / 1e9:.1f} GB/s"
+            )
         self.recorded = None if recorder is None else recorder.routes()
         document = documents.document(bench, floor, options, self.notes)
         for line in report(document):
