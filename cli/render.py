@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moe_local.cache.stats import PrefetchStats
     from moe_local.offload.records import GenerationStats
 
-LEAST_COLUMNS = 20
+LEAST_COLUMNS = 16
 """Fewer are no place to wrap a text in."""
 
 
@@ -103,8 +103,9 @@ def prefetch_worth(prefetch: PrefetchStats) -> str:
 
 
 def print_status(text: str) -> None:
-    """A dim line on stderr."""
-    on_stderr().print(text, style="dim", markup=False)
+    """A dim line on stderr; on a terminal it wraps between words."""
+    console = on_stderr()
+    console.print(text, style="dim", markup=False, soft_wrap=not console.is_terminal)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -47,7 +47,7 @@ def _one(key: str, known: Bandwidths, when: float | None, link: float | None) ->
         remedy = (
             "moe-local doctor, without --no-measure, measures it"
             if when is None or key != "disk"
-            else f"make room: a file of {format_bytes(DISK_FILE)} is written and read in MOE_LOCAL_HOME for it"
+            else f"make room: it writes and reads a file of {format_bytes(DISK_FILE)} in MOE_LOCAL_HOME"
         )
         return warn(name, f"{text}: assumed, not measured", remedy, **facts)
     if when is not None:

@@ -64,6 +64,16 @@ def test_fields_wrap_between_words_on_a_terminal_only(monkeypatch, capsys):
 def test_fields_are_left_alone_on_a_terminal_of_few_columns(monkeypatch):
     out = Terminal()
     monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setenv("COLUMNS", "26")
+    monkeypatch.setenv("COLUMNS", "22")
     render.print_fields([("one", "some words that are longer than the line")])
     assert out.getvalue() == "  one  some words that are longer than the line\n"
+
+
+@pytest.mark.parametrize(("out", "lines"), [(Terminal(), 2), (io.StringIO(), 1)])
+def test_a_status_wraps_between_words_on_a_terminal_only(monkeypatch, out, lines):
+    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("COLUMNS", "40")
+    render.print_status("242.0 tok/s | first token 0.25 s | stall 4.1 ms/token")
+    assert len(out.getvalue().splitlines()) == lines
+    assert "0.25 s" in out.getvalue()
