@@ -72,7 +72,7 @@ def test_fields_are_left_alone_on_a_terminal_of_few_columns(monkeypatch):
 @pytest.mark.parametrize(("out", "lines"), [(Terminal(), 2), (io.StringIO(), 1)])
 def test_a_status_wraps_between_words_on_a_terminal_only(monkeypatch, out, lines):
     monkeypatch.setattr(sys, "stderr", out)
-    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "40")
     render.print_status("242.0 tok/s | first token 0.25 s | stall 4.1 ms/token")
     assert len(out.getvalue().splitlines()) == lines
