@@ -15,6 +15,7 @@ from moe_local.cli.completion import model_argument
 from moe_local.cli.first_use import ready, yes_flag
 from moe_local.cli.options import debug_flag, json_flag, load_flags
 from moe_local.cli.render import ProgressBar, print_json, print_table
+from moe_local.cli.text_file import read_text_file
 
 if TYPE_CHECKING:
     from moe_local.offload.prefetch.calibrate import Calibration
@@ -71,6 +72,7 @@ def calibrate(
             "a calibration lies beside converted experts, and with --experts native there are none; "
             "leave it out"
         )
+    content = None if text is None else read_text_file(text)
     from moe_local.offload.expert_file.expert_file import ExpertFile
     from moe_local.offload.prefetch.calibrate import calibrate as run
     from moe_local.offload.prefetch.correction import write_corrections
@@ -80,7 +82,7 @@ def calibrate(
         ProgressBar() as progress,
         moe_local.load(model, prefetch="off", progress=progress, **options) as loaded,
     ):
-        windows = _windows(loaded, text, tokens)
+        windows = _windows(loaded, content, tokens)
         found = run(loaded.hf, windows, lookahead=lookahead, progress=progress)
         file = ExpertFile.open(loaded.expert_folder)
         try:
@@ -94,7 +96,7 @@ def calibrate(
         click.echo(f"fitted on {found.fitted_tokens} tokens, judged on {found.judged_tokens}: {path}")
 
 
-def _windows(model: moe_local.Model, text: Path | None, tokens: int) -> list[list[int]]:
+def _windows(model: moe_local.Model, text: str | None, tokens: int) -> list[list[int]]:
     from moe_local.offload.prefetch.calibrate import windows_of
 
     if model.tokenizer is None:
@@ -106,16 +108,11 @@ def _windows(model: moe_local.Model, text: Path | None, tokens: int) -> list[lis
             windows.append(list(ids))
             if sum(map(len, windows)) >= tokens:
                 return windows
-    if text is not None:
-        try:
-            content = text.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(f"{text} cannot be read as text: {error}") from None
-    else:
+    if text is None:
         from moe_local.demo.documents import documents
 
-        content = "\n\n".join(documents()[0])
-    ids = model.tokenizer(content[: 16 * tokens], add_special_tokens=False, verbose=False)["input_ids"]
+        text = "\n\n".join(documents()[0])
+    ids = model.tokenizer(text[: 16 * tokens], add_special_tokens=False, verbose=False)["input_ids"]
     return windows_of(ids, tokens)
 
 

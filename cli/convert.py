@@ -14,6 +14,7 @@ from moe_local.cache.keys import format_bytes
 from moe_local.cli.completion import model_argument
 from moe_local.cli.options import debug_flag, json_flag, load_flags
 from moe_local.cli.render import ProgressBar, print_json, print_status
+from moe_local.cli.text_file import read_text_file
 
 if TYPE_CHECKING:
     from moe_local.offload.allocation.figures import MixFigures
@@ -59,13 +60,14 @@ def convert(
     """
     from moe_local.offload.expert_file.expert_file import ExpertFile
 
+    text = None if calibrate is None else read_text_file(calibrate)
     experts, plan = options.pop("experts", "nf4"), None
     if experts == "auto":
         plan = moe_local.fit(model, experts=experts, **options).check()
     with ProgressBar() as progress:
-        if calibrate is not None:
+        if text is not None:
             chosen = experts if plan is None else plan.request.experts
-            _calibrate(model, calibrate, chosen, progress, options)
+            _calibrate(model, text, chosen, progress, options)
         folder = moe_local.convert(model, out, experts, plan=plan, progress=progress, check=check)
     file = ExpertFile.open(folder)
     found = _mix_figures(model, file)
@@ -85,7 +87,7 @@ def convert(
         click.echo(f"{file.total_experts} experts of {model} in {file.format}, {size}: {folder}")
         if found is not None:
             click.echo("\n".join(found.lines()))
-    if calibrate is not None and found is not None and (found.gap or 0) > WORSE:
+    if text is not None and found is not None and (found.gap or 0) > WORSE:
         print_status(
             f"this mix was not chosen by that text alone, and the best one by it would harm "
             f"{found.gap:.0%} less; to choose anew: moe-local rm {model}, or --out FOLDER"
@@ -93,7 +95,7 @@ def convert(
 
 
 def _calibrate(
-    model: str, path: Path, experts: str, progress: ProgressBar, options: Mapping[str, Any]
+    model: str, text: str, experts: str, progress: ProgressBar, options: Mapping[str, Any]
 ) -> None:
     """Let the model read a text before its mix is chosen. Raises OptionError if no mix is asked for."""
     from moe_local.offload.allocation.allocate import check_mixed
@@ -107,11 +109,6 @@ def _calibrate(
     if not is_mixed(chosen):
         raise OptionError(f"--calibrate is for --experts mixed:BITS; {chosen} is the same for all experts")
     check_mixed(chosen, model_spec(config_of(model)), model)
-    try:
-        with click.open_file(str(path), encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"{path} cannot be read as text: {error}") from None
     calibrate(model, text, progress=progress, **options)
 
 

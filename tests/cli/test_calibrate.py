@@ -32,6 +32,9 @@ def test_too_little_text_is_one_line(invoke, home, tiny_mixtral, tmp_path):
     assert result.exit_code == 2
     assert result.stderr.startswith("moe-local: ")
     assert "too few to calibrate on" in result.stderr
-    text.write_bytes(b"\xff\xfe\xfa")
-    assert "cannot be read as text" in invoke("calibrate", str(tiny_mixtral), "--text", str(text)).stderr
+    for content, said in ((b"\xff\xfe\xfa", "cannot be read as text"), (b"\n", "to calibrate on is empty")):
+        text.write_bytes(content)
+        result = invoke("calibrate", "no-such-model-anywhere", "--text", str(text))
+        assert result.exit_code == 2
+        assert said in result.stderr
     assert invoke("calibrate", "no-such-model-anywhere").exit_code == 4

@@ -51,10 +51,11 @@ def test_bad_input_is_one_line(invoke, home, tiny_mixtral, tmp_path):
     mixed = ("convert", str(tiny_mixtral), "--experts", "mixed:6")
     for arguments, words in (
         ((*mixed, "--calibrate", str(text)), "the text to calibrate on is empty"),
-        ((*mixed, "--calibrate", "-"), "the text to calibrate on is empty"),
-        ((*mixed[:3], "nf4", "--calibrate", str(text)), "--calibrate is for --experts mixed:BITS; nf4 is"),
+        ((*mixed, "--calibrate", "-"), "the text to calibrate on is empty: what came on stdin"),
+        (("convert", "no-such-model", "--calibrate", str(text)), "the text to calibrate on is empty"),
+        ((*mixed[:3], "nf4", "--calibrate", __file__), "--calibrate is for --experts mixed:BITS; nf4 is"),
         (
-            (*mixed[:3], "mixed:1.2", "--calibrate", str(text)),
+            (*mixed[:3], "mixed:1.2", "--calibrate", __file__),
             "bits a weight on average, which no formats give",
         ),
         ((*mixed[:3], "mixed:40"), "bits a weight on average, which no formats give"),
