@@ -32,13 +32,18 @@ def make_prefetcher(
     """What `prefetch=name` asks for, one of names.prefetchers().
 
     "learned" needs what `moe-local calibrate` keeps beside the expert file, and raises OptionError without
-    and ExpertFileError where it is of no use; "auto" takes it where it can.
+    and ExpertFileError where it is of no use, also where all experts are resident, so that the same words say
+    the same on a smaller machine; "auto" takes it where it can.
     """
-    if name == "off" or plan.mode == "resident":
+    experts = plan.request.experts
+    if plan.mode == "resident":
+        if name == "learned":
+            _corrections(file, sites, experts, required=True)
+        return NoPrefetch()
+    if name == "off":
         return NoPrefetch()
     if name in OWN:
         return OWN[name](store, sites)
-    experts = plan.request.experts
     corrections = None if name == "router" else _corrections(file, sites, experts, name == "learned")
     predictor = RouterPredictor(store, sites, corrections)
     if name == "auto":

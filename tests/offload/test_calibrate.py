@@ -173,8 +173,9 @@ def test_load_takes_them_and_goes_on_without(
     monkeypatch.setenv("MOE_LOCAL_HOME", str(tmp_path))  # where no earlier run has left a calibration
     folder = make_checkpoint("mixtral", seed=5)
     options: dict[str, Any] = {"slots": 3, "context": 64, **EXACT}
-    with pytest.raises(OptionError, match=r"'learned' needs a calibration.*moe-local calibrate MODEL"):
-        moe_local.load(folder, prefetch="learned", **options)
+    for fewer in (options, {**options, "slots": None}):  # resident in the end
+        with pytest.raises(OptionError, match=r"'learned' needs a calibration.*moe-local calibrate MODEL"):
+            moe_local.load(folder, prefetch="learned", **fewer)
     ids = torch.tensor([[5, 77, 130]])
     with moe_local.load(folder, prefetch="off", **options) as plain:
         want = plain.generate(ids, max_new_tokens=12, do_sample=False)
