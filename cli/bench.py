@@ -19,7 +19,7 @@ from moe_local.cli.completion import model_argument
 from moe_local.cli.first_use import ready, yes_flag
 from moe_local.cli.live import LivePicture
 from moe_local.cli.options import LOAD_FLAGS, debug_flag, json_flag, load_flags
-from moe_local.cli.plot import draw_png
+from moe_local.cli.plot import draw_picture
 from moe_local.cli.render import ProgressBar, on_stderr, print_json
 from moe_local.offload.interrupt import INTERRUPTED
 from moe_local.offload.options import LoadOptions
@@ -64,6 +64,7 @@ def bench(model: str | None, request: Request, as_json: bool, options: dict[str,
     )
     recording = None if request.routes is None else measurement.read(request.routes, options)
     wanted = LoadOptions.from_keywords(options)
+    measurement.check_context(wanted.context or _default_context(model, request.synthetic))
     if request.synthetic is None:
         ready(str(model), options)
     measurement.measure_bandwidths(wanted.torch_device())
@@ -129,7 +130,7 @@ class _Measurement:
 
         request = self.request
         assert self.bandwidths is not None
-        self._check_context(model)
+        self.check_context(model.plan.request.context)
         top_k = None if recording is None else recording.top_k
         floor = Floor.of(model.plan, self.bandwidths, top_k)
         for line in heading(model, floor):
@@ -169,14 +170,25 @@ class _Measurement:
             self.say(line)
         return document
 
-    def _check_context(self, model: Model) -> None:
-        context = model.plan.request.context
+    def check_context(self, context: int) -> None:
+        """Raises OptionError for a long prompt that does not fit into so many tokens."""
         longest = self.request.prompt_tokens + self.request.tokens
         if any(workload.name == "long" for workload in self.chosen) and longest > context:
             raise OptionError(
                 f"--prompt-tokens and --tokens are {longest} together, the context holds {context}; "
                 "lower them or raise --context"
             )
+
+
+def _default_context(model: str | None, synthetic: str | None) -> int:
+    """What the context will be where none is asked for. Raises as `load` for a model that is not known."""
+    from moe_local.offload.checkpoint.hub import config_of
+    from moe_local.offload.checkpoint.spec import model_spec
+    from moe_local.offload.measure.synthetic import describe
+    from moe_local.offload.plan.plan import DEFAULT_CONTEXT
+
+    spec = model_spec(config_of(str(model))) if synthetic is None else describe(synthetic, 1).spec
+    return min(spec.max_context, DEFAULT_CONTEXT)
 
 
 def _load(name: str, options: dict[str, Any], recording: Routes | None, progress: ProgressBar) -> Model:
@@ -226,7 +238,7 @@ def _write_files(request: Request, document: dict[str, Any], recorded: Routes | 
         if (path := request.record_routes) is not None and recorded is not None:
             write_routes(path, recorded)
         if (path := request.plot) is not None:
-            draw_png(document, path)
+            draw_picture(document, path)
     except OSError as error:
         raise MoeLocalError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -51,7 +51,7 @@ class Request:
         for path in filter(None, (self.record_routes, self.plot)):
             _check_writable(path)
         if self.plot is not None:
-            check_plotting()
+            check_plotting(self.plot)
         if self.watch and not sys.stderr.isatty():
             raise OptionError("--watch draws on a terminal, and stderr is none; leave it out")
         if self.routes is not None and self.record_routes is not None:

@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_local.cache.errors import MoeLocalError
+from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cache.files import write_bytes_atomically
+
+KINDS = ("png", "svg", "pdf", "jpg", "jpeg", "webp", "tif", "tiff", "eps", "ps", "svgz")
+"""Endings of what matplotlib draws with nothing else installed; asking it takes seconds."""
 
 # Paul Tol's "bright" scheme, which colour-blind readers can tell apart.
 COLOURS = {
@@ -22,14 +25,22 @@ COLOURS = {
 }
 
 
-def check_plotting() -> None:
-    """Raises MoeLocalError if matplotlib is not installed."""
+def check_plotting(path: Path) -> None:
+    """Raises MoeLocalError if matplotlib is not installed, OptionError if it draws no such file."""
     if importlib.util.find_spec("matplotlib") is None:
         raise MoeLocalError("--plot needs matplotlib, which is not installed: pip install 'moe-local[plot]'")
+    if _kind(path) not in KINDS:
+        raise OptionError(
+            f"--plot {path} is no picture that can be drawn; end its name in .{', .'.join(KINDS)}"
+        )
 
 
-def draw_png(document: Mapping[str, Any], path: Path) -> None:
-    """Draw what `bench` measured into a PNG; the file is the old one or the new one, whole.
+def _kind(path: Path) -> str:
+    return path.suffix.lower().removeprefix(".")
+
+
+def draw_picture(document: Mapping[str, Any], path: Path) -> None:
+    """Draw what `bench` measured, as its name's ending says; the file is the old one or the new one, whole.
 
     Raises OSError if it cannot be written.
     """
@@ -44,9 +55,9 @@ def draw_png(document: Mapping[str, Any], path: Path) -> None:
     if "hit_rate" in document:  # or a Ctrl-C came before
         _draw_hits(hits, document["hit_rate"])
     _draw_use(figure, use, document["experts_used"])
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=100)
-    write_bytes_atomically(path, [png.getvalue()])
+    picture = io.BytesIO()
+    figure.savefig(picture, format=_kind(path), dpi=100)
+    write_bytes_atomically(path, [picture.getvalue()])
 
 
 def _draw_time(axes: Any, document: Mapping[str, Any]) -> None:

@@ -64,9 +64,16 @@ def test_json_is_one_document_with_the_keys_that_others_rely_on(bench: Any, tmp_
 @pytest.mark.slow
 def test_a_picture(bench: Any, tmp_path: Path) -> None:
     """matplotlib's first import builds a cache of fonts."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
     png = tmp_path / "figures.png"
-    assert bench("--workload", "single", "--plot", str(png)).exit_code == 0
+    shown = bench("--workload", "single", "--plot", str(png), "--json")
+    assert shown.exit_code == 0
     assert png.read_bytes().startswith(b"\x89PNG")
+    svg = tmp_path / "figures.SVG"
+    plots.draw_picture(json.loads(shown.stdout), svg)
+    assert b"<svg" in svg.read_bytes()
+    assert FigureCanvasBase.get_supported_filetypes().keys() >= {*plots.KINDS}
 
 
 def test_tables_for_people(bench: Any) -> None:
@@ -143,6 +150,12 @@ turn,phase,step,layer,slot,expert,weight,residency,expert_bytes
         (["--routes", "cut.csv"], 1, "cut.csv, line 6: 5 columns instead of 9"),
         (["--routes", "absent.csv"], 1, "cannot read routes from absent.csv: No such file"),
         (["--record-routes", "nowhere/r.csv"], 2, "there is no folder nowhere; make it first"),
+        (
+            ["--plot", "x.bmpx"],
+            2,
+            "--plot x.bmpx is no picture that can be drawn; end its name in .png, .svg, ",
+        ),
+        (["--plot", "x"], 2, "--plot x is no picture that can be drawn"),
         (["--plot", "."], 2, ". is a folder; name a file to write"),
         (["--routes", "foreign.csv", "--record-routes", "r.csv"], 2, "leave one of them out"),
         (["--workload", "chats"], 2, "unknown workload 'chats'"),
@@ -169,6 +182,24 @@ def test_one_line_for_what_is_wrong(
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("of", "holds"),
+    [
+        (["mixtral-8x7b"], 8192),
+        (["demo"], 2048),
+        (["demo", "-c", "64"], 64),
+        (["--synthetic", "deepseek-v3"], 8192),
+    ],
+)
+def test_a_prompt_beyond_the_context_is_refused_before_anything_is_read(
+    invoke: Any, home: Path, monkeypatch: pytest.MonkeyPatch, of: list[str], holds: int
+) -> None:
+    monkeypatch.setattr(bandwidth, "measure", None)
+    result = invoke("bench", *of, "--prompt-tokens", "999999")
+    assert result.exit_code == 2
+    assert f"are 1000031 together, the context holds {holds}; lower them or raise --context" in result.stderr
 
 
 def test_without_matplotlib(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
