@@ -194,6 +194,8 @@ class Chat:
             self.turns += [question, {"role": "assistant", "content": text}]
             self.answered = True
         cut = {None: " | stopped", "length": " | cut off"}.get(stream.finish_reason, "")
+        if stream.filled_context:
+            cut += ": the context is full; /clear empties it"
         if self.verbose:
             print_status(status_line(stream.stats) + cut)
 

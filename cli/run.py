@@ -16,6 +16,7 @@ from moe_local.cli.render import ProgressBar, print_json, print_status, status_l
 
 if TYPE_CHECKING:
     from moe_local.offload.engine.text import Prompt
+    from moe_local.offload.records import GenerationStats
 
 
 @click.command()
@@ -52,15 +53,28 @@ def run(
         stream = loaded.stream(asked, template=not raw, **sampling.generation())
         if as_json:
             print_json({"model": model, **stream.output().to_dict()})
-            return
-        try:
-            with contextlib.closing(stream):
-                for token in stream:
-                    click.echo(token.text, nl=False)
-        finally:
-            click.echo()
-    if sys.stderr.isatty():
+        else:
+            try:
+                with contextlib.closing(stream):
+                    for token in stream:
+                        click.echo(token.text, nl=False)
+            finally:
+                click.echo()
+        if stream.filled_context:
+            click.echo(_cut(loaded, stream.stats), err=True)
+    if sys.stderr.isatty() and not as_json:
         print_status(status_line(stream.stats))
+
+
+def _cut(model: moe_local.Model, stats: GenerationStats) -> str:
+    """That an answer has no end, and what to do about it."""
+    request = model.plan.request
+    most = request.spec.max_context
+    remedy = f"raise --context, {most} at most" if request.context < most else "ask for less"
+    return (
+        f"the answer is cut off: {stats.prompt_tokens} tokens of prompt and {stats.new_tokens} of answer "
+        f"fill the context of {request.context}; {remedy}"
+    )
 
 
 def _prompt(given: str | None) -> str:

@@ -22,8 +22,8 @@ class TokenStream(Iterator[Token]):
     """Generates one token per `next()`. Nothing is computed, and no turn taken, before the first.
 
     Closed by its end, by `close()`, by an error or Ctrl-C in a step, and when it is dropped; what was
-    generated until then stays readable. `text`, `token_ids`, `finish_reason` and `stats` are always those
-    of the tokens handed out so far.
+    generated until then stays readable. `text`, `token_ids`, `finish_reason`, `filled_context` and `stats`
+    are always those of the tokens handed out so far.
     """
 
     def __init__(
@@ -38,6 +38,8 @@ class TokenStream(Iterator[Token]):
         self.text = ""
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
+        self.filled_context = False
+        """Whether it ended because the context did, before any limit that was asked for."""
         self._engine = engine
         self._store = store
         self._turn = turn
@@ -151,6 +153,9 @@ class TokenStream(Iterator[Token]):
         self.token_ids.append(step.token)
         self.finish_reason = step.finish_reason
         before, self._tally = self._tally, self._store.tally()
+        new, ids = len(self.token_ids), len(step.sequence.ids)
+        if step.finish_reason is FinishReason.LENGTH and new < self._settings.max_new_tokens:
+            self.filled_context = ids > self._engine.kv.capacity
         token = Token.of(step, self._detokenizer, now - since, before, self._tally)
         self.text += token.text
         if step.finish_reason is not None:

@@ -36,6 +36,7 @@ class FakeStream:
         self.prompt_ids: list[int] = []
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
+        self.filled_context = model.fills_context
         self.closed = False
 
     def __iter__(self) -> Iterator[Token]:
@@ -78,6 +79,7 @@ class FakeModel:
         """Prompt and generation options of every call."""
         self.streams: list[FakeStream] = []
         self.finish_reason = FinishReason.STOP
+        self.fills_context = False
         self.failure: BaseException | None = None
         self.fails_at = 0
         self.refusal: Exception | None = None

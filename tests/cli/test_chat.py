@@ -98,6 +98,9 @@ def test_an_answer_that_ran_out_of_tokens_says_so(invoke, fake, fake_module):
     fake.finish_reason = fake_module.FinishReason.LENGTH
     result = invoke("chat", "-n", "3", input="hello there\n")
     assert result.stderr.endswith("| 3 tokens | cut off\n")
+    fake.fills_context = True
+    result = invoke("chat", input="hello there\n")
+    assert "cut off: the context is full; /clear empties it" in " ".join(result.stderr.split())
     assert fake.asked[0][1] == {"max_new_tokens": 3}
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -165,6 +166,30 @@ def test_a_real_model_from_conversion_to_answer(invoke, home, tiny_mixtral):
     assert few["token_ids"] == whole["token_ids"]
     assert few["stats"]["misses"] > 0
     assert few["stats"]["bytes"]["disk"] > 0
+
+
+def test_an_answer_that_the_context_cuts_off_says_so(invoke, home, tiny_mixtral):
+    arguments = ["run", str(tiny_mixtral), "a b c d", "--raw", "--temperature", "0", "--context", "16"]
+    for flags in ([], ["--json"], ["-n", "100"]):
+        result = invoke(*arguments, *flags)
+        assert result.exit_code == 0
+        assert len(result.stderr.splitlines()) == 1
+        assert re.fullmatch(
+            r"the answer is cut off: \d+ tokens of prompt and \d+ of answer fill the context of 16; "
+            r"raise --context, \d+ at most\n",
+            result.stderr,
+        )
+    assert invoke(*arguments, "-n", "1").stderr == ""
+
+
+def test_a_prompt_longer_than_the_tokenizer_knows_is_one_line(invoke, home, tiny_mixtral, tmp_path, caplog):
+    folder = shutil.copytree(tiny_mixtral, tmp_path / "short")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 32}))
+    result = invoke("run", str(folder), "word " * 500, "--context", "64")
+    assert result.exit_code == 2
+    assert "the context holds 64" in result.stderr
+    assert "sequence length" not in result.stderr + caplog.text
 
 
 def test_a_damaged_checkpoint_is_one_line(invoke, home, tiny_mixtral, tmp_path):
