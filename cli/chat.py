@@ -14,13 +14,13 @@ import click
 import moe_local
 from moe_local.cache.errors import MoeLocalError
 from moe_local.cli.answer import AnswerView
+from moe_local.cli.answer_parser import AnswerParser, Piece, opens_thought
 from moe_local.cli.completion import model_argument
 from moe_local.cli.first_use import ready, yes_flag
 from moe_local.cli.live import LiveAnswer
 from moe_local.cli.options import Sampling, debug_flag, load_flags, sampling_flags
 from moe_local.cli.prompt import Messages, can_edit
 from moe_local.cli.render import ProgressBar, print_status, status_line
-from moe_local.cli.server.text import AnswerParser, Piece, opens_thought
 from moe_local.offload.ranges import nth_seed
 
 if TYPE_CHECKING:

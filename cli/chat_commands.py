@@ -77,9 +77,10 @@ class Commands:
             return False
         command = self._table.get("/help" if name == "/?" else name)
         if command is None:
-            near = difflib.get_close_matches(name, self._table, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            click.echo(f"unknown command {name}; {hint}/help lists the commands")
+            # without the slash, which makes all look alike
+            near = difflib.get_close_matches(name[1:], [known[1:] for known in self._table], n=2, cutoff=0.5)
+            hint = f"did you mean /{' or /'.join(near)}?" if near else f"there are {', '.join(self._table)}"
+            click.echo(f"unknown command {name}; {hint}")
         else:
             command.do(rest)
         return True

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_local.cli.server.text import AnswerParser, Piece, StopFilter, call_id
+from moe_local.cli.answer_parser import AnswerParser, Piece
+from moe_local.cli.server.text import StopFilter, call_id
 from moe_local.offload.batcher import Ended, Ticket
 from moe_local.offload.records import Token
 

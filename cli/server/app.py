@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 import moe_local
 from moe_local.cache.errors import MoeLocalError, OptionError
+from moe_local.cli.answer_parser import AnswerParser, opens_thought
 from moe_local.cli.server.answers import Answer, Choice
 from moe_local.cli.server.failures import Failure, error_body
 from moe_local.cli.server.guard import Guard, Traffic
@@ -25,7 +26,7 @@ from moe_local.cli.server.metrics import Metrics
 from moe_local.cli.server.page import Page
 from moe_local.cli.server.protocol import ChatRequest, CompletionRequest, Sampling, StreamOptions
 from moe_local.cli.server.shapes import ChatShape, Shape, TextShape
-from moe_local.cli.server.text import AnswerParser, StopFilter, opens_thought
+from moe_local.cli.server.text import StopFilter
 from moe_local.cli.server.watch import Watch
 from moe_local.offload.batcher import Batcher, Ended
 from moe_local.offload.engine.text import encode_prompt

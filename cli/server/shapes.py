@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+from moe_local.cli.answer_parser import Piece
 from moe_local.cli.server.answers import Answer, Choice, tool_call
-from moe_local.cli.server.text import Piece
 
 
 class Shape(Protocol):
