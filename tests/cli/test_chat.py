@@ -383,7 +383,7 @@ class TestOnATerminal:
         terminal.sendline("one two three four five six seven eight nine ten")
         terminal.expect_exact("1: ONE TWO")
         terminal.sendintr()
-        terminal.expect(r"\d+ tokens \|\s+stopped")
+        terminal.expect(r"\d+\s+tokens\s+\|\s+stopped")
         terminal.expect_exact(">>> ")
         terminal.sendline("more")
         terminal.expect_exact("2: MORE")  # the stopped answer was kept
@@ -436,7 +436,7 @@ class TestOnATerminal:
             terminal.expect(r"[^\s]")  # the answer has begun
             time.sleep(wait)
             terminal.sendintr()
-            terminal.expect(r"(\d+) tokens? \|\s+stopped")
+            terminal.expect(r"(\d+)\s+tokens?\s+\|\s+stopped")
             assert int(terminal.match[1]) < 3000
         terminal.expect_exact(">>> ")
         terminal.sendline("/stats")
