@@ -12,7 +12,7 @@ import moe_local
 from moe_local.cache.keys import format_bytes
 from moe_local.cli.completion import model_argument
 from moe_local.cli.options import debug_flag, json_flag, load_flags
-from moe_local.cli.render import count, print_fields, print_json
+from moe_local.cli.render import count, print_fields, print_json, rate
 
 if TYPE_CHECKING:
     from moe_local.offload.plan.plan import Plan
@@ -137,5 +137,5 @@ def _mode(plan: Plan) -> str:
 def _speed(plan: Plan) -> str:
     said = ["assumed bandwidths" if plan.assumed else "bandwidths measured here"]
     if plan.mode != "resident":
-        said.append(f"{plan.resident_tokens_per_s:.3g} if all experts were in the fastest memory")
-    return f"about {plan.tokens_per_s:.3g} tokens/s ({'; '.join(said)})"
+        said.append(f"{rate(plan.resident_tokens_per_s)} if all experts were in the fastest memory")
+    return f"about {rate(plan.tokens_per_s or 0.0)} tokens/s ({'; '.join(said)})"

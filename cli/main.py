@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 import traceback
 from collections.abc import Sequence
@@ -129,6 +130,9 @@ class MoeLocal(LazyGroup):
             return self._line(error.format_message(), error.exit_code)
         if isinstance(error, MoeLocalError):
             return self._line(str(error), error.exit_code)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            # What writes files says which one; nobody asks print for its stream's name.
+            return self._line("the output cannot be written: its disk is full; free some of it", 1)
         hint = "" if self.debug else " (--debug shows where)"
         return self._line(f"{type(error).__name__}: {error}{hint}", 1)
 

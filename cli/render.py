@@ -142,6 +142,11 @@ def _wrapped(text: str, indent: int) -> list[str]:
     return textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [text]
 
 
+def rate(number: float) -> str:
+    """Tokens a second: three digits, or all before the point."""
+    return f"{number:.3g}" if number < 1000 else f"{number:.0f}"
+
+
 def count(number: int) -> str:
     """46702792704 -> "46.7 B"."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):

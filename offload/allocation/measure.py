@@ -62,14 +62,19 @@ def text_name(ids: Sequence[int]) -> str:
     return xxhash.xxh3_64_hexdigest(",".join(map(str, ids)).encode())
 
 
-def check_text(ids: Sequence[int]) -> None:
-    """Raises OptionError for too little text."""
+def check_text(ids: Sequence[int], vocab_size: int) -> None:
+    """Raises OptionError for too little text, and for ids of another model's tokenizer."""
     if not ids:
         raise OptionError("the text to calibrate on is empty; give one like what the model will read")
     if len(ids) < FEWEST_TOKENS:
         raise OptionError(
             f"the text to calibrate on has {len(ids)} tokens, of which {FEWEST_TOKENS} are the least; "
             "give a longer one, or none (then the weights alone decide)"
+        )
+    if max(ids) >= vocab_size:
+        raise OptionError(
+            f"the tokenizer gives token {max(ids)}, and the model knows 0 to {vocab_size - 1}: it is another "
+            "model's; put the right one into the checkpoint's folder"
         )
 
 
@@ -78,7 +83,7 @@ def read_text(hf: Any, ids: Sequence[int], progress: Progress | None = None) -> 
 
     Raises OptionError for too little text.
     """
-    check_text(ids)
+    check_text(ids, hf.get_input_embeddings().num_embeddings)
     batches = rows_of(ids, len(ids)).split(AT_ONCE)
     with Watch(experts_of(hf)) as watch, torch.inference_mode():
         for done, batch in enumerate(batches, 1):

@@ -59,7 +59,7 @@ def calibrate(
     if tokenizer is None:
         raise OptionError(f"the checkpoint of {checkpoint.name} has no tokenizer, so no text can be read")
     ids = tokenizer(text[: 16 * tokens], add_special_tokens=False, verbose=False)["input_ids"][:tokens]
-    check_text(ids)
+    check_text(ids, checkpoint.spec.vocab_size)
     formats, path, name = candidates(checkpoint.spec.dtype), sensitivity_path(checkpoint), text_name(ids)
 
     def kept() -> Sensitivity | None:

@@ -50,10 +50,11 @@ def test_wrong_usage_is_one_line_and_2(invoke, arguments):
     [
         (MoeLocalError("it broke\nbadly"), 1, "moe-local: it broke badly\n"),
         (RuntimeError("a bug"), 1, "moe-local: RuntimeError: a bug (--debug shows where)\n"),
+        (OSError(5, "I/O error"), 1, "moe-local: OSError: [Errno 5] I/O error (--debug shows where)\n"),
         (
             OSError(28, "No space left"),
             1,
-            "moe-local: OSError: [Errno 28] No space left (--debug shows where)\n",
+            "moe-local: the output cannot be written: its disk is full; free some of it\n",
         ),
     ],
 )

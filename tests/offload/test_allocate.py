@@ -249,6 +249,17 @@ def test_too_little_text(tiny_mixtral: Path, text: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_tokenizer_of_another_model(tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ids would be looked up beyond the embeddings."""
+
+    def tokenizer(text: str, **options: object) -> dict[str, list[int]]:
+        return {"input_ids": [5] * 600 + [320]}
+
+    monkeypatch.setattr("moe_local.offload.allocation.text.load_tokenizer", lambda *places: tokenizer)
+    with pytest.raises(OptionError, match="gives token 320, and the model knows 0 to 319: it is another"):
+        calibrate(tiny_mixtral, "word " * 1000)
+
+
 def test_models_that_read_no_text(make_checkpoint) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(OptionError, match="has no tokenizer"):
         calibrate(make_checkpoint("mixtral"), "text " * 1000)
