@@ -68,9 +68,10 @@ class Known:
 
 
 def conversions() -> list[Conversion]:
-    """Every conversion below MOE_LOCAL_HOME, by name and format."""
+    """Every conversion below MOE_LOCAL_HOME that has begun, by name and format."""
     folders = sorted(path for path in (moe_local_home() / "experts").glob("*/*") if path.is_dir())
-    return [_conversion(folder) for folder in folders]
+    found = map(_conversion, folders)
+    return [conversion for conversion in found if conversion.complete or conversion.nbytes]
 
 
 def _conversion(folder: Path) -> Conversion:

@@ -117,6 +117,12 @@ class TestList:
         assert result.stdout.splitlines()[0].split() == ["MODEL", "CHECKPOINT", "EXPERTS"]
         assert ["mixtral-8x7b", "-", "-"] in [line.split() for line in result.stdout.splitlines()]
 
+    def test_a_conversion_that_was_refused_is_none(self, invoke, converted):
+        """What it leaves is an empty folder."""
+        before = invoke("list").stdout
+        (converted.parent / "q3-0123456789abcdef").mkdir()
+        assert invoke("list").stdout == before
+
     def test_an_unfinished_conversion_says_so(self, invoke, converted, tiny_mixtral):
         (converted / "manifest.json").unlink()
         assert "nf4 unfinished" in invoke("list").stdout
