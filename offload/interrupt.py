@@ -9,7 +9,9 @@ nothing, since whoever installed that handler has decided what Ctrl-C means. SIG
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +46,8 @@ class _Deferral:
         self.presses += 1
         self.terminated |= signum == signal.SIGTERM
         if not self.active and _is_importing(frame):
+            if _is_importing_torch():
+                os._exit(128 + signum)
             self.broke_import = 128 + signum
         if self.presses >= IMPATIENCE or not self.active:
             self.raise_pending()
@@ -72,6 +76,13 @@ def _is_importing(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _is_importing_torch() -> bool:
+    """Whether C++ may stand above us on the stack that an exception would abort the process in: torch's
+    import registers what it is made of with calls back into Python. Nothing of ours is under way then."""
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
 
 
 def take_signals() -> None:

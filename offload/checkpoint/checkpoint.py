@@ -186,6 +186,10 @@ def parse_config(path: Path) -> Any:
     return _make_config(fields, path)
 
 
+MOST_OF_A_REASON = 300
+"""Characters of what transformers says of a config."""
+
+
 def _make_config(fields: dict[str, Any], path: Path) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -194,6 +198,8 @@ def _make_config(fields: dict[str, Any], path: Path) -> Any:
         return CONFIG_MAPPING[model_type].from_dict(fields)
     except Exception as error:  # transformers validates with several unrelated exception types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if len(reason) > MOST_OF_A_REASON:  # it quotes what the file has, however long that is
+            reason = reason[:MOST_OF_A_REASON] + "..."
         raise CheckpointError(f"{path} is not a valid {model_type} config: {reason}") from error
 
 

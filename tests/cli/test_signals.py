@@ -93,6 +93,25 @@ def test_sigint_in_the_first_imports_is_130(tmp_path: Path) -> None:
     check(tmp_path, signal.SIGINT, *Child(tmp_path, "run", "demo", "hi").end(signal.SIGINT))
 
 
+@pytest.mark.parametrize("kind", CODES)
+def test_a_signal_in_torchs_import_ends_the_process_at_once(kind: signal.Signals, tmp_path: Path) -> None:
+    """An exception would have to go through C++, which aborts."""
+    code = """
+import sys
+class Told:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.distributed":
+            print("begun", file=sys.stderr, flush=True)
+            import time
+            time.sleep(30)
+sys.meta_path.insert(0, Told())
+sys.argv = ["moe-local", "run", "demo", "hi"]
+from moe_local.cli.entry import main
+main()
+"""
+    check(tmp_path, kind, *Child(tmp_path, code=code).end(kind))
+
+
 def test_a_signal_in_a_destructor_is_not_lost(tmp_path: Path) -> None:
     """Python tells such an exception as unraisable and goes on."""
     code = """
