@@ -272,10 +272,11 @@ def test_damaged(name: str, make_reader: Any, hostile: ModuleType, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_in_many_ways(name: str, make_reader: Any, hostile: ModuleType, tmp_path: Path) -> None:
+    """The same each time, since no change is to fail for what it did not touch; FUZZ=anew tries others."""
     reader = make_reader(name)
     (tmp_path / reader.name).write_bytes(reader.honest)
     reader.read(tmp_path / reader.name)
-    fuzz(reader, hostile, tmp_path, 1500, fixed=False)
+    fuzz(reader, hostile, tmp_path, 1500, fixed=os.environ.get("FUZZ") != "anew")
 
 
 @pytest.mark.parametrize("name", [name for name in READERS if name not in ("gguf", "routes")])
