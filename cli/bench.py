@@ -185,10 +185,10 @@ def _default_context(model: str | None, synthetic: str | None) -> int:
     from moe_local.offload.checkpoint.hub import config_of
     from moe_local.offload.checkpoint.spec import model_spec
     from moe_local.offload.measure.synthetic import describe
-    from moe_local.offload.plan.plan import DEFAULT_CONTEXT
+    from moe_local.offload.plan.plan import default_context
 
     spec = model_spec(config_of(str(model))) if synthetic is None else describe(synthetic, 1).spec
-    return min(spec.max_context, DEFAULT_CONTEXT)
+    return default_context(spec)
 
 
 def _load(name: str, options: dict[str, Any], recording: Routes | None, progress: ProgressBar) -> Model:

@@ -254,3 +254,15 @@ def read_gate(make_rig: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(os, "preadv", gate)
     yield gate
     gate.open()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch computes in one thread: small tensors gain nothing by more, and forked children must not wait for
+    threads that they do not have."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

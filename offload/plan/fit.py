@@ -17,7 +17,7 @@ from moe_local.offload.plan.auto import choose, go_on
 from moe_local.offload.plan.free_memory import free_ram, free_vram
 from moe_local.offload.plan.nearest import nearest
 from moe_local.offload.plan.placement import place
-from moe_local.offload.plan.plan import DEFAULT_CONTEXT, Plan, Request
+from moe_local.offload.plan.plan import Plan, Request, default_context
 from moe_local.offload.quantize.mix import AUTO
 from moe_local.offload.usage import read_usage
 
@@ -139,7 +139,7 @@ def _use(file: ExpertFile) -> tuple[tuple[int, ...], ...] | None:
 
 
 def _context(options: LoadOptions, spec: ModelSpec) -> int:
-    return min(spec.max_context, DEFAULT_CONTEXT) if options.context is None else options.context
+    return default_context(spec) if options.context is None else options.context
 
 
 def plan_request(

@@ -23,6 +23,11 @@ DEFAULT_CONTEXT = 8192
 """Tokens of context planned for when none are asked for; less where the model has less."""
 
 
+def default_context(spec: ModelSpec) -> int:
+    """Tokens of context where none are asked for."""
+    return min(spec.max_context, DEFAULT_CONTEXT)
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What is to be placed, and how much room there is.

@@ -31,12 +31,7 @@ from moe_local.offload.quantize.codec import codec_for
 BF16 = codec_for("bf16")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # forked children must not wait for threads that they do not have
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

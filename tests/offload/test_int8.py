@@ -22,12 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALF = torch.finfo(torch.float16)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_weights(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:

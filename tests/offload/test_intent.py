@@ -6,12 +6,11 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import moe_local
 from moe_local.cache.errors import ExpertFileError, MoeLocalError
@@ -38,12 +37,7 @@ OTHERWISE = MissCost(1e-5, 0.5)
 PRINT = "0" * 32
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # children must not wait for threads that they do not have
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from typing import Any
 
 import filelock
 import pytest
-import torch
 
 import moe_local
 from moe_local.offload.checkpoint.hub import cached_folder, resolve
@@ -31,12 +30,7 @@ BF16 = codec_for("bf16")
 PROMPT = [5, 6, 7, 9, 4]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # children must not wait for threads that they do not have
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -23,12 +23,7 @@ WHOLE_ROWS = [(1, 64), (2, 64), (7, 192), (96, 256), (300, 128)]
 ODD_ROWS = [(3, 5), (7, 6), (10, 100), (33, 48), (64, 96), (5, 130), (31, 33), (64, 1), (1, 1)]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_weights(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -39,12 +39,7 @@ def same(ours: Parts, theirs: Parts) -> bool:
     return torch.equal(ours[0], theirs[0]) and torch.equal(*scales)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

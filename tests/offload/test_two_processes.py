@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,7 @@ PROMPT = [5, 6, 7, 9, 4]
 OPTIONS: dict[str, Any] = {"experts": "fp32", "dense": "fp32", "slots": 2, "context": 64}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # children must not wait for threads that they do not have
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
