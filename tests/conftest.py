@@ -12,10 +12,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 # Before anything imports torch, and for the commands that tests start: tiny models gain nothing from a second
 # thread, and threads that spin for each other on a busy machine make them ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples each time, since no change is to fail for what it did not touch; FUZZ=anew tries others.
+settings.register_profile("moe_local", derandomize=os.environ.get("FUZZ") != "anew")
+settings.load_profile("moe_local")
 
 
 def load_module(path: Path) -> ModuleType:

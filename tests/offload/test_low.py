@@ -135,7 +135,8 @@ def check_bound(format: str, weights: torch.Tensor) -> None:
     step = torch.minimum(torch.maximum(1.31 * ranges, row_scale * STEPS[0]), row_scale)
     gap = max(upper - lower for lower, upper in pairwise(levels))
     each = step * (gap + zeros[1] - zeros[0]) / 2 * 1.0001
-    bound = block**0.5 * each + block**0.5 * 1e-37  # rows of no size are zeros
+    least = 1e-37 * max(top, top - zeros[0])  # rows whose scale is below 1e-37 are zeros
+    bound = block**0.5 * each + block**0.5 * least
     assert (off.view(len(weights), -1, block).sum(2).sqrt() <= bound).all()
 
 
