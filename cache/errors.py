@@ -5,6 +5,11 @@ A message is one line: what failed, the actual value, the limit, and what to do 
 """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or the name of its class if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class MoeLocalError(Exception):
     """Base of all errors a user of moe-local can cause or meet."""
 

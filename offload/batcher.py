@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from moe_local.cache.errors import BusyError, MoeLocalError
+from moe_local.cache.errors import BusyError, MoeLocalError, first_line
 from moe_local.cache.stats import Stats
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.sampling import Settings
@@ -65,10 +65,11 @@ class Ticket:
 
 
 class Batcher:
-    """Answers up to `engine.kv.rows` prompts at a time, others wait in a queue of limited length.
+    """Answers up to `engine.kv.rows` prompts at a time; others wait in a queue of limited length.
 
     First come, first served. It takes the model's turn when there is something to do and gives it back when
     there is nothing, so plain calls of the model go on between. `submit` and `cancel` are for any thread.
+    Whatever fails ends the answers that it concerns, with an error, and nothing else: nobody waits for ever.
     """
 
     def __init__(self, engine: Engine, store: ExpertStore, turn: Turn, *, queue: int) -> None:
@@ -88,7 +89,8 @@ class Batcher:
         self._looks: deque[Callable[[], None]] = deque()
         self._closed: str | None = None
         self._changed = threading.Condition()
-        self._tally = store.tally()
+        self._tally: Tally | None = None
+        """As of the last step; None before the first step of a turn."""
         self._thread = threading.Thread(target=self._work, name="moe-local-batcher", daemon=True)
         self._thread.start()
 
@@ -203,7 +205,7 @@ class Batcher:
                 self._closed = str(error)
                 continue
             try:
-                self._tally = self._store.tally()
+                self._tally = None
                 while self._closed is None:
                     self._answer_looks()
                     if not self._admit():
@@ -215,7 +217,7 @@ class Batcher:
                 self._turn.end()
 
     def _admit(self) -> bool:
-        """Let those join that there is room for, and those leave that were cancelled; whether any run."""
+        """Remove what was cancelled or waited too long, start what there is room for; whether any run."""
         for ticket in [ticket for ticket in self._running if ticket.cancelled]:
             self._end(ticket, Ended(None))
         now = time.monotonic()
@@ -231,13 +233,20 @@ class Batcher:
                         Ended(None, BusyError(f"no turn came within {seconds:.0f} s; try again later")),
                     )
                 elif self._engine.free_rows:
-                    ticket.sequence = self._engine.join(ticket.prompt_ids, ticket.settings, reuse=True)
-                    ticket.last = ticket.submitted
-                    self._running.append(ticket)
+                    self._start(ticket)
                 else:
                     self._waiting.append(ticket)
             self._changed.notify_all()
         return bool(self._running)
+
+    def _start(self, ticket: Ticket) -> None:
+        try:
+            ticket.sequence = self._engine.join(ticket.prompt_ids, ticket.settings, reuse=True)
+        except Exception as error:
+            self._tell(ticket, Ended(None, _as_ours(error, "an answer could not begin")))
+            return
+        ticket.last = ticket.submitted
+        self._running.append(ticket)
 
     def _answer_looks(self) -> None:
         for _ in range(len(self._looks)):  # those that come meanwhile wait for the next step
@@ -246,27 +255,29 @@ class Batcher:
     def _step(self) -> None:
         began = time.perf_counter()
         try:
+            before = self._store.tally() if self._tally is None else self._tally
             steps = self._engine.step()
-        except Exception as error:
-            # Whose fault it was is not known; nobody else waits for ever.
-            self._end_all(
-                error if isinstance(error, MoeLocalError) else MoeLocalError(f"a step failed: {error}"),
-                waiting=False,
-            )
+            after = self._tally = self._store.tally()
+        except Exception as error:  # whose fault it was is not known
+            self._tally = None
+            self._end_all(_as_ours(error, "a step failed"), waiting=False)
             return
         self.step_s += time.perf_counter() - began
         self._store.tokens += len(steps)
-        before, self._tally = self._tally, self._store.tally()
         mine = {id(ticket.sequence): ticket for ticket in self._running}
         for step in steps:
-            self._hand_out(mine[id(step.sequence)], step, before)
+            ticket = mine[id(step.sequence)]
+            try:
+                self._hand_out(ticket, step, before, after)
+            except Exception as error:  # of a tokenizer, for one
+                self._end(ticket, Ended(None, _as_ours(error, "a token could not be made text")))
 
-    def _hand_out(self, ticket: Ticket, step: Step, before: Tally) -> None:
+    def _hand_out(self, ticket: Ticket, step: Step, before: Tally, after: Tally) -> None:
         now = time.perf_counter()
         if len(step.sequence.ids) == step.sequence.prompt_len + 1:
             self.prompt_tokens += step.sequence.prompt_len
             self.reused_tokens += step.sequence.reused_tokens
-        token = Token.of(step, ticket.detokenizer, now - ticket.last, before, self._tally)
+        token = Token.of(step, ticket.detokenizer, now - ticket.last, before, after)
         ticket.last = now
         self._tell(ticket, token)
         if step.finish_reason is not None:
@@ -295,3 +306,8 @@ class Batcher:
             ticket.listener(event)
         except Exception:  # the other end is gone
             ticket.cancel()
+
+
+def _as_ours(error: Exception, what: str) -> MoeLocalError:
+    """The error as a listener is told it, in one line."""
+    return error if isinstance(error, MoeLocalError) else MoeLocalError(f"{what}: {first_line(error)}")

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from moe_local.cache.errors import DoesNotFitError
+from moe_local.cache.errors import DoesNotFitError, first_line
 from moe_local.offload.allocation.misses import MissCost
 from moe_local.offload.build import build_arena, build_store
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
@@ -185,7 +185,7 @@ def assemble(
         return _assemble(checkpoint, file, plan, options, targets, cards, progress, graphs)
     except torch.OutOfMemoryError as error:
         raise DoesNotFitError(
-            f"there is less memory free than was planned with: {str(error).splitlines()[0].rstrip('.')}; "
+            f"there is less memory free than was planned with: {first_line(error).rstrip('.')}; "
             "close other programs on the card or set a smaller --vram"
         ) from error
 

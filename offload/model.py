@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from moe_local.cache.cache_map import CacheView
-from moe_local.cache.errors import MoeLocalError, OptionError
+from moe_local.cache.errors import MoeLocalError, OptionError, first_line
 from moe_local.cache.stats import Stats
 from moe_local.offload import interrupt
 from moe_local.offload.batcher import Batcher, Listener, Ticket
@@ -256,8 +256,9 @@ class Model:
             try:
                 add_usage(self.expert_folder, parts.store.routed.snapshot())
             except RuntimeError as error:  # a device that is gone has taken its counts along
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                logger.warning("which experts %s chose in this run is not kept: %s", self.name, reason)
+                logger.warning(
+                    "which experts %s chose in this run is not kept: %s", self.name, first_line(error)
+                )
 
     def _retire_modules(self, hf: Any) -> None:
         for module in hf.modules():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import xxhash
 
-from moe_local.cache.errors import CheckpointError, ModelNotFoundError
+from moe_local.cache.errors import CheckpointError, ModelNotFoundError, first_line
 from moe_local.cache.files import parse_json
 from moe_local.offload.checkpoint.config_limits import check_config
 from moe_local.offload.checkpoint.dense_weights import DenseWeights
@@ -197,7 +197,7 @@ def _make_config(fields: dict[str, Any], path: Path) -> Any:
     try:
         return CONFIG_MAPPING[model_type].from_dict(fields)
     except Exception as error:  # transformers validates with several unrelated exception types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if len(reason) > MOST_OF_A_REASON:  # it quotes what the file has, however long that is
             reason = reason[:MOST_OF_A_REASON] + "..."
         raise CheckpointError(f"{path} is not a valid {model_type} config: {reason}") from error

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from moe_local.cache.errors import CheckpointError
+from moe_local.cache.errors import CheckpointError, first_line
 from moe_local.offload.checkpoint.quantization import Quantization
 from moe_local.offload.class_source import class_source
 from moe_local.offload.quantize.layout import TensorSpec
@@ -158,9 +158,8 @@ def meta_model(config: Any) -> Any:
         with torch.device("meta"):
             model = kind._from_config(class_config(config))
     except Exception as error:  # sizes that contradict each other meet asserts, divisions and more
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"transformers cannot build {kind.__name__} from the config: {reason}"
+            f"transformers cannot build {kind.__name__} from the config: {first_line(error)}"
         ) from error
     decorate(model)
     return model

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from moe_local.cache.errors import first_line
 from moe_local.offload.doctor.bandwidths import bandwidths
 from moe_local.offload.doctor.finding import Finding, fail, warn
 from moe_local.offload.doctor.graphics import graphics
@@ -52,8 +53,8 @@ def _bandwidths(home: Path, cuda: bool, link: float | None, measure: bool) -> It
     try:
         found = bandwidth.measure(home, torch.device("cuda") if cuda else None)
     except RuntimeError as error:  # CUDA is out of memory, for one
-        reason = (str(error).splitlines() or ["it fails"])[0]
-        yield fail("bandwidths", f"cannot be measured: {reason}", "end what else uses the GPU and run again")
+        remedy = "end what else uses the GPU and run again"
+        yield fail("bandwidths", f"cannot be measured: {first_line(error)}", remedy)
         return
     try:
         bandwidth.save(found, home)

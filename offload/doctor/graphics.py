@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from moe_local.cache.errors import first_line
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.doctor.finding import Finding, fail, warn
 
@@ -131,8 +132,8 @@ def _card(index: int) -> Finding:
             raise RuntimeError("1 + 1 is not 2")
         free, _ = torch.cuda.mem_get_info(device)
     except RuntimeError as error:
-        reason = (str(error).splitlines() or ["it fails"])[0]
-        return fail(str(device), f"{text}: {reason}", "update the driver, or install a PyTorch for this GPU")
+        remedy = "update the driver, or install a PyTorch for this GPU"
+        return fail(str(device), f"{text}: {first_line(error)}", remedy)
     text += f", {format_bytes(free)} free"
     facts["free"] = free
     if free < properties.total_memory // 2:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
-from moe_local.cache.errors import OptionError
+from moe_local.cache.errors import OptionError, first_line
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.kv_slab import KVSlab
@@ -80,7 +80,7 @@ def use_graphs(
                 reason = _difference(engine, step)
                 slower = reason is None and mode == "auto" and _is_slower(engine, step)
         except Exception as error:  # whatever a model's code makes of a cache that it does not know
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
     if reason is not None:
         logger.info("decoding goes without CUDA graphs: %s", reason)
         return

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moe_local.cache.errors import first_line
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.custody import HostAlone
 from moe_local.offload.device_misses import DeviceMisses
@@ -115,7 +116,7 @@ def leave_misses_to_device(
         with uncounted(store):
             reason, slower = _try(engine, store, switch)
     except Exception as error:  # a kernel that does not compile or launch
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
     reason = reason or by_device.failure
     switch.turn(to_device=reason is None and (mode == "on" or not slower))
     (by_host if switch.on_device else by_device).captured.clear()

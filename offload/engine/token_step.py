@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from moe_local.cache.errors import first_line
 from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.kv_slab import KVSlab
 from moe_local.offload.engine.recording import CapturedStep, Recording, Saw
@@ -159,6 +160,6 @@ class TokenStep:
     def _give_up(self, error: Exception) -> None:
         """Capture no more. What has been captured goes on being replayed."""
         self._graphs = None
-        self.failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        self.failure = f"{type(error).__name__}: {first_line(error)}"
         if self.captured:  # else this is a trial, and who tries says so
             logger.info("no more CUDA graphs are captured: %s", self.failure)

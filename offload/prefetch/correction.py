@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from moe_local.cache.errors import ExpertFileError
+from moe_local.cache.errors import ExpertFileError, first_line
 from moe_local.cache.files import parse_json, write_bytes_atomically
 
 FILE_NAME = "predictor.safetensors"
@@ -120,5 +120,4 @@ def read_corrections(folder: Path, fingerprint: str) -> dict[tuple[int, int], Co
                 for layer, distance in parse_json(about["keys"])
             }
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ExpertFileError(f"{path} cannot be read ({reason}); {REMEDY}") from None
+        raise ExpertFileError(f"{path} cannot be read ({first_line(error)}); {REMEDY}") from None

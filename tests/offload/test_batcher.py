@@ -189,6 +189,54 @@ def test_a_failed_step_ends_those_in_it_and_nothing_else(rig: Rig) -> None:
     assert after.ids == rig.alone([5, 6, 7])
 
 
+def test_a_failing_tokenizer_ends_its_own_answer_alone(rig: Rig) -> None:
+    class Broken:
+        def add(self, token: int) -> str:
+            raise OverflowError("no such token")
+
+    settings = make_settings(rig.hf, [5], max_new_tokens=20, eos_token_id=None)
+    broken, detokenizer = Heard(), Broken()
+    with rig.paused():
+        rig.batcher.submit([5], settings, detokenizer, broken.listen)  # type: ignore[arg-type]
+        other = rig.ask([7, 7], count=6)
+    assert str(broken.end().error) == "a token could not be made text: no such token"
+    assert other.end() == Ended(FinishReason.LENGTH)
+    assert other.ids == rig.alone([7, 7], 6)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_figures_that_cannot_be_had_end_a_step_like_any_failure(rig: Rig, calls: int) -> None:
+    """A device that is gone fails where stalls are read, before the first step or behind it."""
+    tally, left = rig.store.tally, [calls]
+
+    def fail() -> Tally:
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("device lost\nand more lines")
+        return tally()  # type: ignore[no-any-return]
+
+    rig.store.tally = fail
+    assert str(rig.ask([5, 6, 7]).end().error) == "a step failed: device lost"
+    assert rig.ask([5, 6, 7]).end() == Ended(FinishReason.LENGTH)
+
+
+def test_a_prompt_that_cannot_begin_is_told_and_the_rest_goes_on(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join = rig.engine.join
+
+    def picky(ids: list[int], *args: Any, **kwargs: Any) -> Any:
+        if ids == [9, 9]:
+            raise RuntimeError("no room")
+        return join(ids, *args, **kwargs)
+
+    monkeypatch.setattr(rig.engine, "join", picky)
+    with rig.paused():
+        bad, good = rig.ask([9, 9]), rig.ask([7, 7], count=4)
+    assert str(bad.end().error) == "an answer could not begin: no room"
+    assert good.end() == Ended(FinishReason.LENGTH)
+
+
 def test_a_conversation_goes_on_where_it_was(rig: Rig) -> None:
     """Though others were answered meanwhile: each row is kept until it is needed."""
     first = rig.ask([5, 6, 7, 8, 9], count=6)
