@@ -1,4 +1,4 @@
-"""Names of the smallest things: an expert, a number of bytes."""
+"""The smallest things and how they are written: an expert, a number of bytes, a number."""
 
 from __future__ import annotations
 
@@ -24,31 +24,38 @@ def parse_bytes(text: str | int | float, what: str = "size") -> int:
 
     GiB, MiB (and G, M) are powers of two, GB and MB powers of ten. Raises OptionError.
     """
+    number: int | float
     if isinstance(text, int | float) and not isinstance(text, bool):
-        number, unit = float(text), ""
+        number, unit = text, ""
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(text))
         if match is None or match[2].upper() not in UNITS:
             raise OptionError(f"{what} {text!r} is not a size; write for example 20GiB, 512MiB or 1.5GB")
         number, unit = float(match[1]), match[2].upper()
     count = number * UNITS[unit]
+    if not 0 < count < 2**63:
+        limit = f"it must be below {format_bytes(2**63)}" if count > 0 else "it must be above 0"
+        raise OptionError(f"{what} {text!r} is not a size; {limit}")
     if UNITS[unit] == 1 and count % 1:
         raise OptionError(f"{what} {text!r} is not a size: it has no unit; write for example {text}GiB")
-    if not 0 < count < 2**63:
-        limit = "it must be above 0" if count <= 0 else f"it must be below {format_bytes(2**63)}"
-        raise OptionError(f"{what} {text!r} is not a size; {limit}")
     return int(count)
 
 
 def format_bytes(count: int | float) -> str:
-    """1536 -> "1.5 KiB"; three significant digits, powers of two, as `parse_bytes` reads them back."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):  # noqa: B007 - used after the loop
-        if abs(value) < 1024:
+    """1536 -> "1.50 KiB": powers of two, three significant digits and all that stand before the point."""
+    if abs(count) < 1024:
+        return f"{int(count)} B"
+    value = count / 1024
+    for unit in ("KiB", "MiB", "GiB"):  # noqa: B007 - used after the loop
+        if abs(value) < 1023.5:  # what rounds to 1024 is one of the next unit
             break
         value /= 1024
     else:
         unit = "TiB"
-    if unit == "B":
-        return f"{int(value)} B"
-    return f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f} {unit}"
+    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{digits}f} {unit}"
+
+
+def three_digits(number: float) -> str:
+    """3350.4 -> "3350", 12.345 -> "12.3": three significant digits and all that stand before the point."""
+    return f"{number:.3g}" if abs(number) < 999.5 else f"{number:.0f}"

@@ -13,7 +13,7 @@ import click
 
 import moe_local
 from moe_local.cache.errors import MoeLocalError, OptionError
-from moe_local.cache.keys import format_bytes
+from moe_local.cache.keys import format_bytes, three_digits
 from moe_local.cli.bench_options import Request, bench_flags
 from moe_local.cli.completion import model_argument
 from moe_local.cli.first_use import ready, yes_flag
@@ -161,8 +161,8 @@ class _Measurement:
         said, floor = floor, Floor.of(model.plan, self.bandwidths, top_k)
         if floor.ms_per_token < 0.99 * said.ms_per_token:
             self.notes.append(
-                f"{floor.tier.upper()} was faster behind the runs: the floor is {floor.ms_per_token:.3g} "
-                f"ms/token, at {floor.bytes_per_s / 1e9:.1f} GB/s"
+                f"{floor.tier.upper()} was faster behind the runs: the floor is "
+                f"{three_digits(floor.ms_per_token)} ms/token, at {floor.bytes_per_s / 1e9:.1f} GB/s"
             )
         self.recorded = None if recorder is None else recorder.routes()
         document = documents.document(bench, floor, options, self.notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moe_local.cache.keys import format_bytes
+from moe_local.cache.keys import format_bytes, three_digits
 from moe_local.cli.render import table_lines
 from moe_local.offload.measure.floor import Floor
 from moe_local.offload.measure.ratio import Ratio
@@ -19,7 +19,7 @@ def heading(model: Model, floor: Floor) -> Iterator[str]:
     held, experts = plan.slots_per_layer(slots), plan.request.spec.num_experts
     yield f"{model.name}: {plan.mode}, {held} of {experts} experts a layer in {floor.tier.upper()}"
     yield (
-        f"floor  {floor.ms_per_token:.3g} ms/token: {_size(weights.expert_bytes)} of experts and "
+        f"floor  {three_digits(floor.ms_per_token)} ms/token: {_size(weights.expert_bytes)} of experts and "
         f"{_size(weights.dense_bytes)} of other weights, once from {floor.tier.upper()} "
         f"at {floor.bytes_per_s / 1e9:.1f} GB/s"
     )

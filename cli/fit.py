@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import moe_local
-from moe_local.cache.keys import format_bytes
+from moe_local.cache.keys import format_bytes, three_digits
 from moe_local.cli.completion import model_argument
 from moe_local.cli.options import debug_flag, json_flag, load_flags
-from moe_local.cli.render import count, print_fields, print_json, rate
+from moe_local.cli.render import count, print_fields, print_json
 
 if TYPE_CHECKING:
     from moe_local.offload.plan.plan import Plan
@@ -137,5 +137,5 @@ def _mode(plan: Plan) -> str:
 def _speed(plan: Plan) -> str:
     said = ["assumed bandwidths" if plan.assumed else "bandwidths measured here"]
     if plan.mode != "resident":
-        said.append(f"{rate(plan.resident_tokens_per_s)} if all experts were in the fastest memory")
-    return f"about {rate(plan.tokens_per_s or 0.0)} tokens/s ({'; '.join(said)})"
+        said.append(f"{three_digits(plan.resident_tokens_per_s)} if all experts were in the fastest memory")
+    return f"about {three_digits(plan.tokens_per_s or 0.0)} tokens/s ({'; '.join(said)})"

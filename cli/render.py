@@ -14,6 +14,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from moe_local.cache.keys import three_digits
+
 if TYPE_CHECKING:
     from moe_local.cache.stats import PrefetchStats
     from moe_local.offload.records import GenerationStats
@@ -142,14 +144,9 @@ def _wrapped(text: str, indent: int) -> list[str]:
     return textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [text]
 
 
-def rate(number: float) -> str:
-    """Tokens a second: three digits, or all before the point."""
-    return f"{number:.3g}" if number < 1000 else f"{number:.0f}"
-
-
 def count(number: int) -> str:
     """46702792704 -> "46.7 B"."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
+        if number >= 0.9995 * size:  # from here on it rounds to one of these, not to 1000 of the next
+            return f"{three_digits(number / size)} {unit}"
     return str(number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from moe_local.cache.keys import format_bytes
+from moe_local.cache.keys import format_bytes, three_digits
 from moe_local.offload.doctor.finding import Finding, warn
 from moe_local.offload.plan.bandwidth import DISK_FILE, Bandwidths
 
@@ -41,7 +41,7 @@ def bandwidths(
 def _one(key: str, known: Bandwidths, when: float | None, link: float | None) -> Finding:
     name, what = WHAT[key]
     rate: float = getattr(known, key)
-    text = f"{rate / 1e9:.3g} GB/s, {what}"
+    text = f"{three_digits(rate / 1e9)} GB/s, {what}"
     facts = {"bytes_per_s": rate, "measured": key in known.measured, "measured_at": when}
     if key not in known.measured:
         remedy = (
@@ -62,7 +62,7 @@ def _one(key: str, known: Bandwidths, when: float | None, link: float | None) ->
     if key in LEAST and rate < LEAST[key][0]:
         return warn(name, text, LEAST[key][1], **facts)
     if key == "h2d" and link is not None and rate < LINK_SHARE * link:
-        text += f", of {link / 1e9:.3g} that the link should do"
+        text += f", of {three_digits(link / 1e9)} that the link should do"
         return warn(
             name, text, "see that nothing else uses the GPU, and its slot and power settings", **facts
         )

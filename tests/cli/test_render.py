@@ -38,7 +38,14 @@ def test_a_bar_on_a_terminal(monkeypatch):
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "0"), (999, "999"), (1000, "1 k"), (46_702_792_704, "46.7 B"), (1_200_000_000_000, "1.2 T")],
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1 k"),
+        (999_999_999, "1 B"),
+        (46_702_792_704, "46.7 B"),
+        (1_200_000_000_000, "1.2 T"),
+    ],
 )
 def test_counts(number, text):
     assert render.count(number) == text
