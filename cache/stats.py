@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple, Self
@@ -12,31 +13,35 @@ STARVED_MIN_TOKENS = 1000
 """A layer that routed fewer tokens than this is not judged."""
 
 
-class _Difference:
-    """Dataclasses whose numbers since some moment are `later - earlier`; those of two stretches add up."""
+class _Counts:
+    """Dataclasses of counts: those since some moment are `later - earlier`, those of two stretches add up."""
 
     __slots__ = ()
 
     def __add__(self, other: Self) -> Self:
-        return self - ((other - other) - other)
+        return self._with(other, operator.add)
 
     def __sub__(self, earlier: Self) -> Self:
-        values = {f.name: _minus(getattr(self, f.name), getattr(earlier, f.name)) for f in fields(self)}  # type: ignore[arg-type]
-        return type(self)(**values)
+        return self._with(earlier, operator.sub)
 
-
-def _minus(later: Any, earlier: Any) -> Any:
-    if not isinstance(later, tuple):
-        return later - earlier
-    if len(later) != len(earlier):
-        raise ValueError(
-            f"statistics of {len(later)} and {len(earlier)} layers or experts cannot be subtracted"
+    def _with(self, other: Self, combine: Callable[[Any, Any], Any]) -> Self:
+        names = [f.name for f in fields(self)]  # type: ignore[arg-type]
+        return type(self)(
+            **{name: _each(getattr(self, name), getattr(other, name), combine) for name in names}
         )
-    return tuple(_minus(a, b) for a, b in zip(later, earlier, strict=True))
+
+
+def _each(first: Any, second: Any, combine: Callable[[Any, Any], Any]) -> Any:
+    """Two numbers combined, or two tuples of the same shape, number by number."""
+    if not isinstance(first, tuple):
+        return combine(first, second)
+    if len(first) != len(second):
+        raise ValueError(f"statistics of {len(first)} and {len(second)} layers or experts cannot be combined")
+    return tuple(_each(a, b, combine) for a, b in zip(first, second, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
-class PrefetchStats:
+class PrefetchStats(_Counts):
     """Prefetch, counted in experts but for the bytes, and what it is worth.
 
     `used` were resident when first needed, `late` still under way. `wasted_bytes` were moved for experts
@@ -55,13 +60,13 @@ class PrefetchStats:
     gain_ms_low: float | None = None
     gain_ms_high: float | None = None
 
-    def __sub__(self, earlier: PrefetchStats) -> PrefetchStats:
+    def _with(self, other: PrefetchStats, combine: Callable[[Any, Any], Any]) -> PrefetchStats:
         counts = ("issued", "used", "late", "wasted_bytes")
-        return replace(self, **{name: getattr(self, name) - getattr(earlier, name) for name in counts})
+        return replace(self, **{name: combine(getattr(self, name), getattr(other, name)) for name in counts})
 
 
 @dataclass(frozen=True, slots=True)
-class BytesMoved(_Difference):
+class BytesMoved(_Counts):
     """Bytes by link: `h2d` host to device, `disk` from disk to RAM."""
 
     h2d: int = 0
@@ -69,7 +74,7 @@ class BytesMoved(_Difference):
 
 
 @dataclass(frozen=True, slots=True)
-class StallSeconds(_Difference):
+class StallSeconds(_Counts):
     """Seconds in which the layer could not go on, by what it waited for.
 
     `demand`: a copy of a needed expert; `late_prefetch`: a copy that a prefetch had begun; `disk`: a read
@@ -96,7 +101,7 @@ class StarvedExpert(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class RoutedTokens(_Difference):
+class RoutedTokens(_Counts):
     """How often each expert was chosen: `counts[layer][expert]`; `tokens[layer]` were routed."""
 
     counts: tuple[tuple[int, ...], ...] = ()
@@ -115,7 +120,7 @@ class RoutedTokens(_Difference):
 
 
 @dataclass(frozen=True, slots=True)
-class Stats(_Difference):
+class Stats(_Counts):
     """Counts since load, or of one generation: the difference of two snapshots.
 
     A hit is an expert that was needed and resident, a prefetch that arrived in time included; a miss one

@@ -29,10 +29,10 @@ _TAKEN_OVER = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "conf
 
 
 class Runner(Protocol):
-    """What runs the experts of a layer: the ExpertRunner, or something that watches or directs one."""
+    """What runs the experts of a layer: the ExpertRunner, or something that watches, directs or captures."""
 
     def run(
-        self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+        self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, /
     ) -> torch.Tensor:
         """As OffloadedExperts.forward."""
 
@@ -51,19 +51,6 @@ class OnDevice(Protocol):
 
     def count(self, number: int, top_k: int | None = None) -> None:
         """A token went through the layer, to so many experts; None: to as many as the one before."""
-
-
-class Seam(Protocol):
-    """What runs a layer's experts while the forward around them is captured."""
-
-    def run(
-        self,
-        module: OffloadedExperts,
-        hidden: torch.Tensor,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """As OffloadedExperts.forward."""
 
 
 class OffloadedExperts(nn.Module):
@@ -99,7 +86,7 @@ class OffloadedExperts(nn.Module):
         self._is_hf_initialized = True
         self._runner: Runner | None = None
         self._retired: str | None = None
-        self.seam: Seam | None = None
+        self.seam: Runner | None = None
         """Where forwards go instead of `answer`; set by whoever captures one, for as long as it lasts."""
 
     def attach(self, runner: Runner | None) -> None:
@@ -255,9 +242,8 @@ class ExpertRunner:
     ) -> torch.Tensor:
         """As OffloadedExperts.forward. Raises KeyboardInterrupt if a deferred Ctrl-C is pending."""
         check_interrupt()
-        if (
-            self._several and hidden.is_cuda
-        ):  # Triton launches on the current device, wherever its tensors are
+        if self._several and hidden.is_cuda:
+            # Triton launches on the current device, wherever its tensors are.
             with torch.cuda.device(hidden.device):
                 return self._run(experts, hidden, index, weights)
         return self._run(experts, hidden, index, weights)

@@ -17,6 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+LOOK_SECONDS = 0.1
+"""Longest wait before `check` is called again, wherever somebody waits."""
+
 IMPATIENCE = 3
 """So many Ctrl-C with no safe point between them raise at once: somebody waits at a hung device."""
 

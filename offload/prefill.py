@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from moe_local.cache.keys import ExpertKey
+from moe_local.offload.interrupt import LOOK_SECONDS
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.leases import Lease
 from moe_local.offload.quantize.layout import Layout
@@ -34,9 +35,6 @@ prompts of 28 and 92 tokens used what 1 in 2.4 and 1 in 5.4 of them would at ran
 
 AHEAD = 1
 """Priority of what is read for the next layer."""
-
-WAIT_SECONDS = 0.1
-"""Longest wait between two looks at pending interrupts."""
 
 
 @dataclass(slots=True)
@@ -349,7 +347,7 @@ class PrefillStream:
             self._tier.cache.release(layer, experts)
 
     def _wait(self, state: _Pass) -> None:
-        """Block until something moves, at most WAIT_SECONDS; charge the time to what is waited for."""
+        """Block until something moves, at most LOOK_SECONDS; charge the time to what is waited for."""
         tier, layer, cause = self._tier, state.layer, "late_prefetch"
         if state.waiting:
             first = state.waiting[0]
@@ -364,7 +362,7 @@ class PrefillStream:
             self.clear(layer, state.passing)
             return
         start = time.perf_counter()
-        tier.source.wait(WAIT_SECONDS)
+        tier.source.wait(LOOK_SECONDS)
         tier.poll()
         self._account.add_stall(cause, time.perf_counter() - start)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from moe_local.cache.keys import ExpertKey
 from moe_local.cache.stats import BytesMoved, RouterLoad, Stats
 from moe_local.offload.custody import Custody, HostAlone
+from moe_local.offload.interrupt import LOOK_SECONDS
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.leases import Lease, Serving, Tally
 from moe_local.offload.prefill import PrefillStream
@@ -19,9 +20,6 @@ from moe_local.offload.stalls import StallAccount
 from moe_local.offload.tiers.copies import CopySource
 from moe_local.offload.tiers.tiers import Tier
 from moe_local.offload.tiers.transfer import DEMAND, FileSource
-
-WAIT_SECONDS = 0.1
-"""Longest wait between two looks at pending interrupts."""
 
 
 class ExpertStore:
@@ -360,7 +358,7 @@ class ExpertStore:
                 self.stalls.add_wait("late_prefetch" if expert in serving.late else "demand", waited)
 
     def _wait(self, serving: Serving) -> None:
-        """Block until something moves, at most WAIT_SECONDS; charge the time to what is waited for."""
+        """Block until something moves, at most LOOK_SECONDS; charge the time to what is waited for."""
         check_interrupt()
         layer, cause = serving.layer, "late_prefetch"
         if serving.waiting:
@@ -373,7 +371,7 @@ class ExpertStore:
                 return
             raise RuntimeError(f"every slot of layer {layer} is leased to another iterator")
         start = time.perf_counter()
-        self.tier.source.wait(WAIT_SECONDS)
+        self.tier.source.wait(LOOK_SECONDS)
         self.tier.poll()
         self.stalls.add_stall(cause, time.perf_counter() - start)
 

@@ -6,10 +6,8 @@ import threading
 from collections.abc import Callable
 
 from moe_local.cache.errors import MoeLocalError
+from moe_local.offload.interrupt import LOOK_SECONDS
 from moe_local.offload.interrupt import check as check_interrupt
-
-WAIT_SECONDS = 0.1
-"""Longest wait between two looks at pending interrupts."""
 
 
 class Turn:
@@ -38,7 +36,7 @@ class Turn:
             raise MoeLocalError(
                 "the model is in the middle of another answer; finish its stream or close() it first"
             )
-        while not self._lock.acquire(timeout=WAIT_SECONDS):
+        while not self._lock.acquire(timeout=LOOK_SECONDS):
             check_interrupt()
             if given_up():
                 return False

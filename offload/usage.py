@@ -37,18 +37,13 @@ def add_usage(folder: Path, routed: RoutedTokens) -> None:
     if not any(routed.tokens):
         return
     with suppress(OSError), locked(folder / FILE_NAME, timeout_s=PATIENCE_S):
-        total = _sum(read_usage(folder), routed)
+        before = read_usage(folder)
+        total = routed if before is None or _shape(before) != _shape(routed) else before + routed
         write_atomically(
             folder / FILE_NAME, [json.dumps({"counts": total.counts, "tokens": total.tokens}), "\n"]
         )
 
 
-def _sum(before: RoutedTokens | None, new: RoutedTokens) -> RoutedTokens:
-    """`new` alone where the earlier ones are of another shape."""
-    if before is None or [len(c) for c in before.counts] != [len(c) for c in new.counts]:
-        return new
-    counts = tuple(
-        tuple(a + b for a, b in zip(layer, old, strict=True))
-        for layer, old in zip(new.counts, before.counts, strict=True)
-    )
-    return RoutedTokens(counts, tuple(a + b for a, b in zip(new.tokens, before.tokens, strict=True)))
+def _shape(routed: RoutedTokens) -> list[int]:
+    """How many experts each layer has."""
+    return [len(counts) for counts in routed.counts]

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moe_local.cache.keys import ExpertKey
+from moe_local.offload.interrupt import LOOK_SECONDS
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.tiers.copies import CopySource
 from moe_local.offload.tiers.device import Device
 from moe_local.offload.tiers.device_arena import DeviceArena
 from moe_local.offload.tiers.tiers import Tier
-
-WAIT_SECONDS = 0.1
-"""Longest wait between two looks at pending interrupts."""
 
 
 def shrink(tier: Tier, arena: DeviceArena, nbytes: int, device: Device) -> int:
@@ -48,7 +46,7 @@ def _clear(tier: Tier, source: CopySource, left: Mapping[int, int]) -> bool:
             tier.cancel(key)
         tier.poll()
         if any(key.expert in cache.loading(key.layer) for key in held):
-            source.wait(WAIT_SECONDS)
+            source.wait(LOOK_SECONDS)
             check_interrupt()
             tier.poll()
     for layer, count in left.items():

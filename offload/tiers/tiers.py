@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from moe_local.cache.errors import TransferError
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
+from moe_local.offload.interrupt import LOOK_SECONDS
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.tiers.device import Device, Waited
 from moe_local.offload.tiers.device_arena import DeviceArena, per_layer
@@ -135,7 +136,7 @@ class Tier:
             while keys and len(self._loads) < PRELOAD_WINDOW:
                 key = keys.popleft()
                 self.bring(key, cache.preload(*key), DEMAND)
-            self.source.wait(0.1)
+            self.source.wait(LOOK_SECONDS)
             check_interrupt()
             self.poll()
             if self._failures:
@@ -151,7 +152,7 @@ class Tier:
         for key in list(self._loads):
             self.cancel(key)
         while self._loads:
-            self.source.wait(0.1)
+            self.source.wait(LOOK_SECONDS)
             check_interrupt()
             self.poll()
         self._failures.clear()
