@@ -86,10 +86,10 @@ class PrefillStream:
         self,
         tier: Tier,
         layouts: Sequence[Sequence[Layout]],
-        top_k: Sequence[int],
+        top_k: int,
         account: StallAccount,
     ) -> None:
-        """`tier` has a ring of two slots at least. `top_k[layer]` experts are needed by each token."""
+        """`tier` has a ring of two slots at least. Each token needs `top_k` experts of the first layer."""
         if tier.cache.staging.slots < 2:
             raise ValueError(f"{tier.cache.staging.slots} staging slots; one loads while another is read")
         self.chunk = 0
@@ -119,7 +119,7 @@ class PrefillStream:
         self._rows, self._length = rows, length
         self._guesses.clear()
         if length > 1:
-            tokens, used = rows * length / SKEW, self._top_k[0] / len(self._layouts[0])
+            tokens, used = rows * length / SKEW, self._top_k / len(self._layouts[0])
             self._share = 1 - (1 - used) ** tokens
             self._tier.poll()
             self._read_ahead(0)
@@ -196,8 +196,8 @@ class PrefillStream:
             self._read_on(layer)
         finally:
             self._serving = False
-            held = [*state.here, *state.ready, *state.waiting]
-            self._release(layer, [expert for expert in held if self._tier.cache.pins(layer, expert)])
+            cache, held = self._tier.cache, (*state.here, *state.ready, *state.waiting)
+            cache.release(layer, [expert for expert in held if cache.pins(layer, expert)])
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless no lease is left over."""
@@ -316,7 +316,7 @@ class PrefillStream:
                     moving = None
         finally:
             self._leased -= len(group)
-            self._release(layer, group)
+            cache.release(layer, group)
             if moving is not None and cache.slot_of(layer, moving) is not None:
                 cache.staging.evict(layer, moving)  # who knows what is in its slot
             if self._copies is not None:  # last of all: a device may refuse to say where its kernels are
@@ -341,10 +341,6 @@ class PrefillStream:
         else:
             device.move(destination, source)
         return [housed]
-
-    def _release(self, layer: int, experts: Sequence[int]) -> None:
-        if experts:
-            self._tier.cache.release(layer, experts)
 
     def _wait(self, state: _Pass) -> None:
         """Block until something moves, at most LOOK_SECONDS; charge the time to what is waited for."""

@@ -45,9 +45,10 @@ class ExpertStore:
 
         Every layer needs a slot at least, in each tier.
         """
-        for cache in (tier.cache, below.cache if below is not None else tier.cache):
-            if not all(cache.slots(layer) for layer in range(len(layouts))):
-                raise ValueError("a layer without any slot cannot be served")
+        self.tiers = (tier,) if below is None else (tier, below)
+        """The fastest one first."""
+        if not all(each.cache.slots(layer) for each in self.tiers for layer in range(len(layouts))):
+            raise ValueError("a layer without any slot cannot be served")
         self.tier = tier
         self.layouts = layouts
         self.kinds = [list({id(layout): layout for layout in layer}.values()) for layer in layouts]
@@ -65,8 +66,7 @@ class ExpertStore:
         self.prefill: PrefillStream | None = None
         """What serves steps of many tokens; None: they are served like others, in waves."""
         if tier.cache.staging.slots >= 2:
-            top_k = [routed.top_k(i) for i in range(len(layouts))]
-            self.prefill = PrefillStream(tier, layouts, top_k, self.stalls)
+            self.prefill = PrefillStream(tier, layouts, routed.top_k(0), self.stalls)
         if scheduler is not None and below is not None and self._copies is not None:
             self.host = HostShare(tier, below, self._copies, layouts, scheduler)
         self._disk = disk
@@ -94,38 +94,43 @@ class ExpertStore:
 
         With `recent`, as `prefill` answers, the step is a long one: see PrefillStream.
         """
-        tier, cache = self.tier, self.tier.cache
         self.custody.release()
-        tier.poll()
-        if cache.staging.used and recent is None and self.prefill is not None:
-            self.prefill.clear(layer, experts)
-        if recent is not None:
-            pass
-        elif cache.loading(layer):
+        self.tier.poll()
+        if recent is None:
             self._drop_unneeded(layer, experts)
-        elif self.host is None and cache.has_all(layer, experts):
-            yield from self._serve_residents(layer, experts, requested)
-            return
+            if self.host is None and self.tier.cache.has_all(layer, experts):
+                yield from self._serve_residents(layer, experts, requested)
+                return
         serving = Serving(layer, list(experts))
         if self.host is not None and tokens is not None:
             serving.host, serving.todo = self.host.divide(layer, experts, tokens)
-        promote = tokens
         if recent is not None and self.prefill is not None:
             yield from self._serve_long(serving, recent, requested, tokens)
-            return
+        else:
+            yield from self._serve_step(serving, experts, requested, tokens)
+
+    def _serve_step(
+        self,
+        serving: Serving,
+        experts: Sequence[int],
+        requested: Callable[[], None] | None,
+        tokens: Callable[[int], int] | None,
+    ) -> Generator[list[Lease], None, None]:
+        """`serve` where something has to be brought, or is computed by the host."""
+        cache, layer = self.tier.cache, serving.layer
         serving.waves = not cache.fits(layer, serving.todo)
         if serving.waves:
             self._present_first(serving)
+        first = True
         try:
             while serving.todo or serving.waiting or serving.ready or serving.host:
                 if serving.todo:
                     self._admit(serving)
-                if requested is not None:
-                    requested()
-                    requested = None
-                if promote:
-                    self._promote(serving, experts, promote)
-                    promote = None
+                if first:
+                    first = False
+                    if requested is not None:
+                        requested()
+                    self._promote(serving, experts, tokens)
                 # A device is given what it has before it is told to wait for more.
                 if serving.waiting and not (serving.ready and self._copies is not None):
                     self._collect(serving)
@@ -138,22 +143,25 @@ class ExpertStore:
                 # With more to come, one at a time: the slot that it frees loads while the next computes.
                 group = serving.ready[:1] if serving.todo else serving.ready
                 serving.ready = serving.ready[len(group) :]
-                self._leased += len(group)
-                try:
-                    yield [self._lease(serving, expert) for expert in group]
-                finally:
-                    if serving.waves or not serving.todo:
-                        cache.release(layer, group)
-                    else:
-                        serving.used += group
-                    self._end_leases(layer, [serving.slots[expert] for expert in group])
+                yield from self._hand_out(serving, group)
         finally:
-            held = [*serving.used, *serving.ready, *serving.waiting]
-            if held:
-                cache.release(layer, [expert for expert in held if cache.pins(layer, expert)])
+            held = (*serving.used, *serving.ready, *serving.waiting)
+            cache.release(layer, [expert for expert in held if cache.pins(layer, expert)])
             if self.host is not None:
                 self.host.began()
                 self.host.release(layer, serving.host)
+
+    def _hand_out(self, serving: Serving, group: list[int]) -> Generator[list[Lease], None, None]:
+        """Yield these experts, which are readable; where all fit, they stay pinned while others come."""
+        layer, slots = serving.layer, [serving.slots[expert] for expert in group]
+        try:
+            yield self._begin_leases(layer, group, slots)
+        finally:
+            if serving.waves or not serving.todo:
+                self.tier.cache.release(layer, group)
+            else:
+                serving.used += group
+            self._end_leases(layer, slots)
 
     def _serve_long(
         self,
@@ -182,23 +190,19 @@ class ExpertStore:
         self, layer: int, experts: Sequence[int], requested: Callable[[], None] | None
     ) -> Generator[list[Lease], None, None]:
         """`serve` where nothing has to be brought: most steps of most models."""
-        cache, arena, layouts = self.tier.cache, self.tier.arena, self.layouts[layer]
-        slots = cache.acquire(layer, experts).slots
-        self._leased += len(slots)
+        slots = self.tier.cache.acquire(layer, experts).slots
+        leases = self._begin_leases(layer, experts, slots)
         try:
             if requested is not None:
                 requested()
-            yield [
-                Lease(e, arena.buffer(layer, slot), layouts[e])
-                for e, slot in zip(experts, slots, strict=True)
-            ]
+            yield leases
         finally:
-            cache.release(layer, experts)
+            self.tier.cache.release(layer, experts)
             self._end_leases(layer, slots)
 
-    def _promote(self, serving: Serving, experts: Sequence[int], tokens: Callable[[int], int]) -> None:
+    def _promote(self, serving: Serving, experts: Sequence[int], tokens: Callable[[int], int] | None) -> None:
         """The link may be idle, now that the step's own loads and the prefetches have been asked for."""
-        if self.host is not None and serving.host:
+        if self.host is not None and serving.host and tokens is not None:
             self.host.promote(serving.layer, serving.host, tokens, keep=experts)
 
     def _lend(self, serving: Serving, tokens: Callable[[int], int]) -> Generator[list[Lease], None, None]:
@@ -285,7 +289,7 @@ class ExpertStore:
         now on, in the fastest tier. Blocks; nothing may be leased.
         """
         self.custody.release()
-        for tier in (self.tier, *([self.below] if self.below is not None else [])):
+        for tier in self.tiers:
             if any(tier.cache.slots(layer) < len(experts) for layer, experts in enumerate(self.layouts)):
                 tier.empty(policy if tier is self.tier else None)
 
@@ -297,20 +301,17 @@ class ExpertStore:
             if settle is not None:
                 settle()
         self.custody = HostAlone()
-        try:
-            self.tier.close()
-        finally:
-            if self.below is not None:
-                self.below.close()
+        with contextlib.ExitStack() as undo:  # the fastest first, and the other whatever becomes of that
+            for tier in reversed(self.tiers):
+                undo.callback(tier.close)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless no lease is left over and the tier agrees with its loads."""
         self.custody.check_integrity()
-        self.tier.check_integrity()
+        for tier in self.tiers:
+            tier.check_integrity()
         if self.prefill is not None:
             self.prefill.check_integrity()
-        if self.below is not None:
-            self.below.check_integrity()
         if self._leased:
             raise RuntimeError(f"{self._leased} leases were not given back")
 
@@ -376,17 +377,21 @@ class ExpertStore:
         self.stalls.add_stall(cause, time.perf_counter() - start)
 
     def _drop_unneeded(self, layer: int, experts: Sequence[int]) -> None:
-        """Cancel prefetches for this layer that guessed wrong: the layer is being served now."""
-        for expert in self.tier.cache.loading(layer):
-            if expert not in experts:
-                self.tier.cancel(ExpertKey(layer, expert))
-        self.tier.poll()
+        """Give up what a long step has left in the ring, and wrong guesses for this layer, served now."""
+        if self.tier.cache.staging.used and self.prefill is not None:
+            self.prefill.clear(layer, experts)
+        if loading := self.tier.cache.loading(layer):
+            for expert in loading:
+                if expert not in experts:
+                    self.tier.cancel(ExpertKey(layer, expert))
+            self.tier.poll()
 
-    def _lease(self, serving: Serving, expert: int) -> Lease:
-        layer = serving.layer
-        return Lease(
-            expert, self.tier.arena.buffer(layer, serving.slots[expert]), self.layouts[layer][expert]
-        )
+    def _begin_leases(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> list[Lease]:
+        arena, layouts = self.tier.arena, self.layouts[layer]
+        self._leased += len(slots)
+        return [
+            Lease(e, arena.buffer(layer, slot), layouts[e]) for e, slot in zip(experts, slots, strict=True)
+        ]
 
     def _end_leases(self, layer: int, slots: Sequence[int]) -> None:
         """Last of all, since a device may refuse to say where its kernels are."""

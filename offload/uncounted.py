@@ -13,8 +13,7 @@ from moe_local.offload.tiers.copies import CopySource
 @contextmanager
 def uncounted(store: ExpertStore) -> Iterator[None]:
     """What goes through the store meanwhile counts nowhere: a trial."""
-    tiers = [store.tier, *([store.below] if store.below is not None else [])]
-    kept = [_numbers(tier.cache.stats) for tier in tiers]
+    kept = [_numbers(tier.cache.stats) for tier in store.tiers]
     source, stalls = store.tier.source, store.stalls.by_cause()
     copied = source.bytes_copied if isinstance(source, CopySource) else 0
     before, store.routed = store.routed, store.routed.empty_twin()
@@ -26,7 +25,7 @@ def uncounted(store: ExpertStore) -> Iterator[None]:
             before.settle()
         store.routed = before
         store.stalls.reset(stalls)
-        for tier, numbers in zip(tiers, kept, strict=True):
+        for tier, numbers in zip(store.tiers, kept, strict=True):
             for name, value in numbers.items():
                 setattr(tier.cache.stats, name, value)
         if isinstance(source, CopySource):
