@@ -41,6 +41,7 @@ from moe_local.offload.plan.placement import with_vram_slots
 from moe_local.offload.plan.plan import Plan
 from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.make import make_prefetcher
+from moe_local.offload.prefetch.routers import RouterSite
 from moe_local.offload.prefill import announcer
 from moe_local.offload.progress import Progress
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
@@ -51,6 +52,7 @@ from moe_local.offload.schedule.calibrate import first_costs
 from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store import ExpertStore
 from moe_local.offload.tiers.device import Device
+from moe_local.offload.tiers.device_arena import DeviceArena
 from moe_local.offload.tiers.slow_link import cuda_device, held
 from moe_local.offload.uncounted import uncounted
 
@@ -98,7 +100,8 @@ def load(
             "miss": miss,
         }
     )
-    graph_mode(), miss_mode()  # refused before anything is downloaded
+    graph_mode()  # raises for what is no mode, before anything is downloaded
+    miss_mode()
     targets = options.torch_devices()
     target = targets[0]
     name = str(model)
@@ -200,27 +203,14 @@ def _assemble(
     progress: Progress | None,
     graphs: Graphs | None,
 ) -> Model:
-    stored = checkpoint if isinstance(checkpoint, Checkpoint) else None
-    hf = load_skeleton(
-        checkpoint.folder,
-        checkpoint.config,
-        dense=options.dense,
-        dtype=plan.request.dtype,
-        device=targets[0],
-        activations=options.activations,
-        device_map=_device_map(checkpoint, plan, targets),
-        weights=stored.dense_weights() if stored is not None else None,
-    )
+    hf = _load_dense(checkpoint, plan, options, targets)
     with contextlib.ExitStack() as undo:
         with Probe(hf) as probe:
             cache = probe_cache(as_decoder(hf))
         kv = make_kv(as_decoder(hf), plan.request.parallel, plan.request.context, cache)
         arena = None
         if cards:  # last of all that is allocated there, since it can do with less
-            by_layer = [cards[plan.card_of(layer.index)] for layer in checkpoint.spec.layers]
-            spare = plan.bytes.workspace // len(cards)
-            ladders = plan.request.ladders
-            arena = build_arena(checkpoint.spec, plan.vram_slots, ladders, by_layer, spare=spare)
+            arena = _allocate(checkpoint.spec, plan, cards)
             undo.callback(arena.close)
             plan = _as_allocated(plan, arena.slots)
         store = build_store(
@@ -240,51 +230,19 @@ def _assemble(
             engine.relief = Relief(store.tier, arena, lambda: store.custody.release())
         prefetcher = make_prefetcher(options.prefetch, plan, store, probe.sites, file)
         runner = ExpertRunner(store, prefetcher, options.activations)
-        if store.prefill is not None:
-            store.prefill.chunk = plan.chunk
-            store.prefill.ahead = options.prefetch != "off"
-            announce = announcer(store.prefill, lambda: store.custody.release())
-            hf.base_model.register_forward_pre_hook(announce, with_kwargs=True)
+        _announce_prompts(hf, store, plan.chunk, ahead=options.prefetch != "off")
         _fill(store, plan, progress)
-        modules = [module for module in hf.modules() if isinstance(module, OffloadedExperts)]
-        hidden_size, dtype = checkpoint.spec.hidden_size, plan.request.dtype
-        if store.host is not None:
-            runner.measure(modules[0], hidden_size, dtype)
-        if (cards or library() is None) and any(a.format == "nf4" for layer in store.layouts for a in layer):
-            bitsandbytes_ops()  # its import takes a second, which is not the first token's to wait for
-        for module in modules:
-            module.attach(runner)
-        if cards:
-            runner.warm_up(modules, hidden_size, dtype)
+        _attach(hf, runner, checkpoint.spec.hidden_size, plan.request.dtype, on_cards=bool(cards))
         if len(cards) == 1:  # a token that goes from card to card is neither captured nor kept to one
-            resident = can_reside(store)
-            if resident:
-                runner.keep_to_device()
             if graphs is None and targets[0].type == "cuda":
                 graphs = CudaGraphs(targets[0])
-            if graphs is not None:
-                with uncounted(store):
-                    use_graphs(
-                        engine,
-                        graphs,
-                        sites=probe.sites,
-                        saw=prefetcher.saw,
-                        mode=graph_mode(),
-                        stand_in=not resident,
-                    )
-                runner.switch = leave_misses_to_device(
-                    engine,
-                    runner,
-                    graphs,
-                    sites=probe.sites,
-                    saw=prefetcher.saw,
-                    mode=miss_mode(),
-                    prefetch=options.prefetch,
-                )
+            _keep_tokens_to_device(engine, runner, graphs, probe.sites, options.prefetch)
         model = Model(
             checkpoint.name,
             hf,
-            load_tokenizer(checkpoint.folder, stored.gguf if stored is not None else None),
+            load_tokenizer(
+                checkpoint.folder, checkpoint.gguf if isinstance(checkpoint, Checkpoint) else None
+            ),
             engine=engine,
             store=store,
             prefetcher=prefetcher,
@@ -293,6 +251,72 @@ def _assemble(
         )
         undo.pop_all()
     return model
+
+
+def _load_dense(
+    checkpoint: Loadable, plan: Plan, options: LoadOptions, targets: Sequence[torch.device]
+) -> Any:
+    """The transformers model without its routed experts."""
+    return load_skeleton(
+        checkpoint.folder,
+        checkpoint.config,
+        dense=options.dense,
+        dtype=plan.request.dtype,
+        device=targets[0],
+        activations=options.activations,
+        device_map=_device_map(checkpoint, plan, targets),
+        weights=checkpoint.dense_weights() if isinstance(checkpoint, Checkpoint) else None,
+    )
+
+
+def _allocate(spec: ModelSpec, plan: Plan, cards: Sequence[Device]) -> DeviceArena:
+    """The experts' memory on the cards, as planned or, where that is refused, with fewer slots."""
+    by_layer = [cards[plan.card_of(layer.index)] for layer in spec.layers]
+    spare = plan.bytes.workspace // len(cards)
+    return build_arena(spec, plan.vram_slots, plan.request.ladders, by_layer, spare=spare)
+
+
+def _announce_prompts(hf: Any, store: ExpertStore, chunk: int, *, ahead: bool) -> None:
+    """Let prompts stream through the store's ring, if it has one, which forwards tell of what they bring."""
+    if store.prefill is not None:
+        store.prefill.chunk, store.prefill.ahead = chunk, ahead
+        announce = announcer(store.prefill, lambda: store.custody.release())
+        hf.base_model.register_forward_pre_hook(announce, with_kwargs=True)
+
+
+def _attach(hf: Any, runner: ExpertRunner, hidden_size: int, dtype: torch.dtype, *, on_cards: bool) -> None:
+    """Let the runner serve the model's experts; what takes seconds at the first use is done now."""
+    store = runner.store
+    modules = [module for module in hf.modules() if isinstance(module, OffloadedExperts)]
+    if store.host is not None:
+        runner.measure(modules[0], hidden_size, dtype)
+    if (on_cards or library() is None) and any(a.format == "nf4" for layer in store.layouts for a in layer):
+        bitsandbytes_ops()  # its import takes a second, which is not the first token's to wait for
+    for module in modules:
+        module.attach(runner)
+    if on_cards:
+        runner.warm_up(modules, hidden_size, dtype)
+
+
+def _keep_tokens_to_device(
+    engine: Engine,
+    runner: ExpertRunner,
+    graphs: Graphs | None,
+    sites: Sequence[RouterSite | None],
+    prefetch: str,
+) -> None:
+    """Spare single tokens the host's part, as far as trials show that this works here and is faster."""
+    store, saw = runner.store, runner.prefetcher.saw
+    resident = can_reside(store)
+    if resident:
+        runner.keep_to_device()
+    if graphs is None:
+        return
+    with uncounted(store):
+        use_graphs(engine, graphs, sites=sites, saw=saw, mode=graph_mode(), stand_in=not resident)
+    runner.switch = leave_misses_to_device(
+        engine, runner, graphs, sites=sites, saw=saw, mode=miss_mode(), prefetch=prefetch
+    )
 
 
 def _device_map(checkpoint: Loadable, plan: Plan, targets: Sequence[torch.device]) -> dict[str, str] | None:
