@@ -43,8 +43,8 @@ def replay(
     of published simulations, 0 to 10 points worse. Raises OptionError for an unknown policy and when a token
     needs more slots than there are, RoutesError without decode steps.
     """
-    steps = _decode_steps(routes)
-    counts = _slots(routes, slots, least=1 if one_by_one else routes.top_k)
+    steps = decode_steps(routes)
+    counts = slots_by_layer(routes, slots, least=1 if one_by_one else routes.top_k)
     if policy == "belady":
         policy = iter([BeladyPolicy(needs) for needs in _needs(routes, steps, one_by_one)]).__next__
     cache = ExpertCache(counts, policy, sizes=lambda layer, expert: routes.layers[layer].expert)
@@ -61,8 +61,8 @@ def optimum_with_bypass(routes: Routes, slots: int | Sequence[int]) -> HitRates:
 
     No eviction order gets there: admission is not theirs to decide.
     """
-    steps = _decode_steps(routes)
-    counts = _slots(routes, slots, least=routes.top_k)
+    steps = decode_steps(routes)
+    counts = slots_by_layer(routes, slots, least=routes.top_k)
     half, hits, needed = len(steps) // 2, [0, 0], [0, 0]
     for layer, needs in enumerate(_needs(routes, steps, one_by_one=False)):
         # A layer may be missing from some steps, and the halves are those of the recording.
@@ -74,14 +74,16 @@ def optimum_with_bypass(routes: Routes, slots: int | Sequence[int]) -> HitRates:
     return HitRates(hits[0] / needed[0], hits[1] / needed[1])
 
 
-def _decode_steps(routes: Routes) -> list[RouteStep]:
+def decode_steps(routes: Routes) -> list[RouteStep]:
+    """Raises RoutesError if there are none."""
     steps = list(routes.phase(Phase.DECODE))
     if not steps:
         raise RoutesError(f"the recording of {routes.model} has no decode steps to replay")
     return steps
 
 
-def _slots(routes: Routes, slots: int | Sequence[int], least: int) -> list[int]:
+def slots_by_layer(routes: Routes, slots: int | Sequence[int], least: int) -> list[int]:
+    """The slots of each layer, where one number stands for all. Raises OptionError for fewer than `least`."""
     counts = [slots] * len(routes.layers) if isinstance(slots, int) else list(slots)
     if len(counts) != len(routes.layers):
         raise OptionError(f"slots for {len(counts)} layers; the recording has {len(routes.layers)}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from moe_local.cache.beside import Beside
-from moe_local.cache.errors import RoutesError
 from moe_local.cache.expert_cache import ExpertCache
-from moe_local.cache.routes import Phase, Routes
+from moe_local.cache.replay import decode_steps, slots_by_layer
+from moe_local.cache.routes import Routes
 
 
 class TierRates(NamedTuple):
@@ -25,15 +25,13 @@ def replay_tiers(
     """Drive two caches with the decode steps of a recording; every load ends at once.
 
     `above` slots a layer over `below`. `beside=False`: the lower tier does not mind what the upper one has.
-    Raises OptionError for an unknown policy, RoutesError without decode steps.
+    Raises OptionError for an unknown policy and where a token needs more slots than `above`, RoutesError
+    without decode steps.
     """
-    steps = list(routes.phase(Phase.DECODE))
-    if not steps:
-        raise RoutesError(f"the recording of {routes.model} has no decode steps to replay")
-    layers = len(routes.layers)
-    made = Beside(policy, layers)
-    upper = ExpertCache([above] * layers, policy)
-    lower = ExpertCache([below] * layers, made if beside else policy)
+    steps = decode_steps(routes)
+    made = Beside(policy, len(routes.layers))
+    upper = ExpertCache(slots_by_layer(routes, above, least=routes.top_k), policy)
+    lower = ExpertCache(slots_by_layer(routes, below, least=1), made if beside else policy)
     made.above = upper
     copies = reads = needed = 0
     for number, step in enumerate(steps):

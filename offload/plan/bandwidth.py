@@ -143,17 +143,17 @@ def disk_bandwidth(folder: Path, nbytes: int = DISK_FILE) -> tuple[float, bool]:
         os.unlink(name)
 
 
-def h2d_bandwidth(device: torch.device, nbytes: int = COPY_BUFFER) -> float:
+def h2d_bandwidth(device: torch.device) -> float:
     """Bytes/s of copying pinned memory to a CUDA device."""
-    source = torch.ones(nbytes, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    return nbytes / _fastest(lambda: target.copy_(source, non_blocking=True), device)
+    source = torch.ones(COPY_BUFFER, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(COPY_BUFFER, dtype=torch.uint8, device=device)
+    return COPY_BUFFER / _fastest(lambda: target.copy_(source, non_blocking=True), device)
 
 
-def vram_bandwidth(device: torch.device, nbytes: int = RAM_BUFFER) -> float:
+def vram_bandwidth(device: torch.device) -> float:
     """Bytes/s of summing a buffer in a CUDA device's memory, beyond its last cache."""
-    buffer = torch.ones(nbytes // 8, dtype=torch.int64, device=device)
-    return nbytes / _fastest(lambda: buffer.sum(), device)
+    buffer = torch.ones(RAM_BUFFER // 8, dtype=torch.int64, device=device)
+    return RAM_BUFFER / _fastest(lambda: buffer.sum(), device)
 
 
 def saved(folder: Path) -> Bandwidths:

@@ -15,22 +15,14 @@ class RouterPrefetcher:
     """Requests what the routers of the next layers choose from the hidden state at hand; always on.
 
     The residual stream changes little from layer to layer, so a later router's choice on today's state is
-    mostly its choice on its own (measured by others: 70 to 90 % of the experts one layer ahead).
+    mostly its choice on its own (measured by others: 70 to 90 % of the experts one layer ahead). At most as
+    many guesses are under way at a time as a layer has slots.
     """
 
-    def __init__(
-        self,
-        store: ExpertStore,
-        predictor: RouterPredictor,
-        *,
-        lookahead: int = 1,
-        budget_experts: int = 0,
-    ) -> None:
-        """`budget_experts`: most guesses under way at a time; 0: as many as a layer has slots."""
+    def __init__(self, store: ExpertStore, predictor: RouterPredictor, *, lookahead: int = 1) -> None:
         self._store = store
         self._predictor = predictor
         self._lookahead = lookahead
-        self._budget_experts = budget_experts
         predictor.watch()
 
     def predict(self, layer: int, tokens: int) -> list[Guess]:
@@ -52,8 +44,7 @@ class RouterPrefetcher:
             wanted = [expert for expert in ranked if expert < num_experts][:slots]
             if not wanted:
                 continue
-            count = self._budget_experts or slots
-            budget = count * max(self._store.layouts[guess.layer][expert].nbytes for expert in wanted)
+            budget = slots * max(self._store.layouts[guess.layer][expert].nbytes for expert in wanted)
             self._store.prefetch(guess.layer, wanted, distance=guess.distance, budget_bytes=demand + budget)
 
     def saw(self, layer: int, residual: torch.Tensor) -> None:

@@ -23,9 +23,10 @@ LONGEST_WAIT_S = 1.0
 class Patience:
     """Adds up the time that is waited since something last came. Used under its owner's lock."""
 
-    def __init__(self, seconds: float | None = None) -> None:
-        """None: as the environment says, or else PATIENCE_S. Raises OptionError for what is no time."""
-        self.seconds = _from_environment() if seconds is None else seconds
+    def __init__(self) -> None:
+        """Raises OptionError where the environment names what is no time."""
+        self.seconds = _from_environment()
+        """As the environment says, or else PATIENCE_S."""
         self._waited = 0.0
 
     def moved(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moe_local.cache.errors import OptionError
 from moe_local.cache.policies import POLICIES
 from moe_local.cache.replay import replay
 from moe_local.cache.replay_tiers import replay_tiers
@@ -113,5 +114,7 @@ def test_a_second_tier_below(
         line.split() for line in capsys.readouterr().out.splitlines() if line.split()[1:3] == ["4", "lru"]
     ]
     rates = replay_tiers(recording, 2, 4, "lru")
+    with pytest.raises(OptionError, match="1 slots per layer are too few"):
+        replay_tiers(recording, 1, 4, "lru")
     assert 0 < rates.reads < rates.copies
     assert row[3:5] == [f"{100 * rates.copies:.1f}", f"{100 * rates.reads:.1f}"]

@@ -60,9 +60,8 @@ class Loaded:
                 module.attach(runner)
                 module.register_forward_pre_hook(lambda module, args: self.chosen.append(args[1].tolist()))
 
-    def prefetch(self, lookahead: int = 1, budget_experts: int = 0) -> RouterPrefetcher:
-        predictor = RouterPredictor(self.store, self.sites)
-        made = RouterPrefetcher(self.store, predictor, lookahead=lookahead, budget_experts=budget_experts)
+    def prefetch(self, lookahead: int = 1) -> RouterPrefetcher:
+        made = RouterPrefetcher(self.store, RouterPredictor(self.store, self.sites), lookahead=lookahead)
         self.run_with(made)
         return made
 
@@ -175,17 +174,17 @@ def test_nobody_asks_for_experts_that_no_token_chose(make_loaded: Callable[..., 
         assert layer in (1, 2)
 
 
-@pytest.mark.parametrize("budget", [1, 2, 3, 0])
-def test_no_more_than_the_budget_is_ever_under_way(
-    make_loaded: Callable[..., Loaded], read_gate: Any, budget: int
+@pytest.mark.parametrize("slots", [2, 4])
+def test_no_more_guesses_than_slots_are_ever_under_way(
+    make_loaded: Callable[..., Loaded], read_gate: Any, slots: int
 ) -> None:
-    loaded = make_loaded(slots=4)
-    prefetcher = loaded.prefetch(budget_experts=budget)
+    loaded = make_loaded(slots=slots)
+    prefetcher = loaded.prefetch()
     read_gate.shut()
     for layer, ranked in ((1, [0, 1, 2, 3, 4, 5]), (2, [6, 7]), (1, [7, 6])):
         prefetcher.request(layer - 1, [], [Guess(layer, 1, torch.tensor(ranked))], [ranked])
-        assert loaded.store.tier.bytes_in_flight == (budget or 4) * loaded.nbytes
-    assert loaded.store.tier.cache.loading(1) == tuple(range(budget or 4))
+        assert loaded.store.tier.bytes_in_flight == slots * loaded.nbytes
+    assert loaded.store.tier.cache.loading(1) == tuple(range(slots))
     read_gate.open()
 
 
