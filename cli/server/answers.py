@@ -124,10 +124,14 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
+    def cancel(self) -> None:
+        """Stop computing whatever is still under way. Idempotent."""
+        for choice in self.choices:
+            if choice.ticket is not None:
+                choice.ticket.cancel()
+
     def __enter__(self) -> Answer:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for choice in self.choices:
-            if choice.ticket is not None:
-                choice.ticket.cancel()
+        self.cancel()

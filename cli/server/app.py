@@ -188,7 +188,7 @@ class Server:
                         asked, answer, choice, prompts[choice.index // asked.n], choice.index % asked.n
                     )
             except BaseException:
-                answer.__exit__()
+                answer.cancel()
                 raise
         if asked.stream:
             return _Stream(answer, self._stream(answer, shape, asked.include_usage))

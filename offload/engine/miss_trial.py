@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -184,20 +185,10 @@ def _try(engine: Engine, store: ExpertStore, switch: MissSwitch) -> tuple[str | 
                 store.empty()
                 if to_device:
                     _clear(store)
-                step, logits = engine.token_step, list[torch.Tensor]()
-                assert step is not None
-
-                def compute(
-                    token: int, step: TokenStep = step, logits: list[torch.Tensor] = logits
-                ) -> torch.Tensor:
-                    logits.append(step.logits(row, token_to_try(engine, HISTORY + token)).clone())
-                    return logits[-1]
-
-                took = [seconds(lambda token=token: compute(token)) for token in PATTERN]  # type: ignore[misc]
+                found[to_device], took = _one_round(engine, row)
                 store.check_integrity()
-                found[to_device] = logits
                 if number:
-                    times[to_device].append(sum(took))
+                    times[to_device].append(took)
     store.custody.release()
     store.empty()
     off = [float((a - b).norm() / b.norm()) for a, b in zip(found[True], found[False], strict=True)]
@@ -208,3 +199,17 @@ def _try(engine: Engine, store: ExpertStore, switch: MissSwitch) -> tuple[str | 
     if not most <= allowed:
         return f"logits were off by {most:.2g} of their norm, where {allowed} is allowed", False
     return None, min(times[True]) > min(times[False])
+
+
+def _one_round(engine: Engine, row: int) -> tuple[list[torch.Tensor], float]:
+    """The logits of PATTERN's tokens, computed the way that is turned on, and the seconds that took."""
+    step = engine.token_step
+    assert step is not None
+    logits: list[torch.Tensor] = []
+
+    def compute(token: int) -> torch.Tensor:
+        logits.append(step.logits(row, token_to_try(engine, HISTORY + token)).clone())
+        return logits[-1]
+
+    took = sum(seconds(partial(compute, token)) for token in PATTERN)
+    return logits, took
