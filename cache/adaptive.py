@@ -18,8 +18,8 @@ class AdaptivePolicy:
     caches of numbers only, of the same size, that follow one order each whatever the real one does. While
     frequency is followed the real cache stands for its shadow, less what only a prefetch let it hit.
 
-    The shadows take the experts that a step lacked at once and give way when the next one comes: only then
-    is it known how many slots there are, and none of a step's own is ever in the way of another.
+    A shadow takes in at once the experts that a step lacked, and evicts only when the next step comes: only
+    then is the number of slots known, and no expert of a step ever evicts another one of the same step.
     """
 
     __slots__ = ("_ahead", "_duel", "_frequency", "_last", "_lfu", "_lru", "_recency")
@@ -34,7 +34,7 @@ class AdaptivePolicy:
         self._frequency: set[int] | None = None
         """LFU's shadow while recency is followed."""
         self._last: Sequence[int] = ()
-        """The last step's experts, which its shadow must not lose."""
+        """The last step's experts, which frequency's shadow must not evict."""
         self._ahead: set[int] = set()
         """Known experts that were not needed since they were inserted."""
 
@@ -89,7 +89,7 @@ class AdaptivePolicy:
         return used
 
     def pass_over(self, experts: Sequence[int]) -> None:
-        """Counts as use. The shadows, which would have made room, are not told: nor was the cache."""
+        """Counts as use. The shadows, which would make room for them, are not told: the cache made none."""
         self._lfu.pass_over(experts)
 
     def insert(self, expert: int) -> None:

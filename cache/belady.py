@@ -11,7 +11,7 @@ class BeladyPolicy:
     """Eviction order by next use, farthest first: MIN (Belady, IBM Systems J. 5(2), 1966) for whole steps.
 
     It is the optimum of caches that have to admit what a step needs, as `ExpertCache` does, before the step
-    runs. Who may compute an expert without giving it a slot can do better (`hits_with_bypass`). For recorded
+    runs. A cache that may use an expert without keeping it can do better (`hits_with_bypass`). For recorded
     needs only: each `touch` is the next of `steps`, the experts of one layer.
     """
 

@@ -1,4 +1,4 @@
-"""What a tier keeps beside the tier above it: rather what is not there as well."""
+"""What a tier keeps below another one: preferably what the tier above does not hold."""
 
 from __future__ import annotations
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 FADE_STEPS = 8
-"""What the shadows hit counts half as much after so many later steps."""
+"""Half-life of the shadows' hits, in steps of each layer."""
 LOSES = 1.3
-"""Frequency is left when its shadow has hit so many experts a layer less, lately."""
+"""Frequency is abandoned when its shadow has lately hit this many experts per layer less than recency's."""
 WINS = 1.0
-"""It is taken up again when its shadow has hit so many more; a lead above this is not remembered."""
+"""It is resumed when its shadow has hit this many more; a lead above this is not remembered."""
 MEMORY_STEPS = 512
-"""What the cache itself hit, beside LRU's shadow, counts half as much after so many later steps."""
+"""Half-life of the comparison of the cache's own hits with those of LRU's shadow, in steps of each layer."""
 ALLOWED_SHARE = 0.003
-"""Of all experts needed lately: so many more misses than LRU's are put up with."""
+"""Misses beyond LRU's that are tolerated, as a share of all experts needed lately."""
 ALLOWED_AT_ONCE = 56
-"""Steps whose needs are added to those seen, or the first steps would allow nothing."""
+"""Steps whose needs are added to those seen, since otherwise the first steps would tolerate nothing."""
 CREDIT = 0.5
-"""What was gained is worth at most this part of what is allowed: old merits are no reason to lose now."""
+"""Past gains count for at most this part of what is tolerated: they are no reason to lose now."""
 
 
 class Duel:
@@ -26,9 +26,9 @@ class Duel:
     needed and are judged by that, whichever order the cache follows. Beside it what the cache hit is weighed
     against LRU's shadow. When it has fallen behind by more than `ALLOWED_SHARE` of what was needed, it is in
     debt: then frequency is followed only while it leads, and taken up only for a lead above the debt. So the
-    oftener it fails the more evidence it needs. What remains is what it takes to see the first failure and to
-    bring back what LRU would have kept: less than a miss for every two slots where a topic that just fits
-    is followed by another one, once.
+    more often it fails, the more evidence it needs. What remains is what it takes to see the first failure
+    and to bring back what LRU would have kept: less than a miss for every two slots where a topic that just
+    fits is followed by another one, once.
     """
 
     __slots__ = ("_balance", "_fade", "_layers", "_lead", "_memory", "_needed", "_steps", "recency")

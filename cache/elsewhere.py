@@ -1,4 +1,4 @@
-"""Steps that somebody else has served from a cache's slots, of which it is told afterwards."""
+"""Steps that a device has served from a cache's slots by itself, told to the cache afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ class ServedElsewhere:
     """A part of an ExpertCache, for a device that looks experts up and brings them by itself.
 
     It is told which slots to fill next, in the policy's order, and tells which it has filled, and for whom.
-    Meanwhile nothing may be loading, staged or pinned. Hits and misses are whoever served's to count.
+    Meanwhile nothing may be loading, staged or pinned. Hits and misses are counted by whoever served the
+    step.
     """
 
     def __init__(

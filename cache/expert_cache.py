@@ -102,7 +102,7 @@ class ExpertCache:
         return len(self._pools[layer].free)
 
     def several_sizes(self, layer: int) -> bool:
-        """Whether one expert may find no slot where another one does."""
+        """Whether the layer's slots differ in size, so that some experts do not fit in some of them."""
         return isinstance(self._pools[layer], SizedSlotPool)
 
     def has_room(self, layer: int, expert: int) -> bool:
@@ -157,12 +157,11 @@ class ExpertCache:
         return pool.lacking(experts, [expert for expert in experts if expert not in pool.table])
 
     def fits(self, layer: int, experts: Sequence[int]) -> bool:
-        """Whether all of these can have slots at once, were nothing pinned; those present stay in theirs."""
+        """Whether these could all have slots if nothing else were pinned; those present do not move."""
         return self._pools[layer].fits(experts)
 
     def at_once(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """Those of these that can have slots at once, were all slots empty: the first ones, as far as sizes
-        allow."""
+        """Those of these, taken in this order, that could have slots together if the layer were empty."""
         return self._pools[layer].at_once(experts)
 
     def acquire(self, layer: int, experts: Sequence[int]) -> Acquisition:
@@ -245,7 +244,7 @@ class ExpertCache:
                     self.staging.give_up(layer, pool, expert)
 
     def pass_over(self, layer: int, experts: Sequence[int]) -> None:
-        """Count a step's need of experts that are not resident and that are computed from elsewhere.
+        """Count that a step needs experts which are not resident and are computed elsewhere, by the CPU say.
 
         Each is a miss (and `prefetch.late` when a prefetch is bringing it, which goes on). Nothing is
         admitted or pinned. Raises CacheStateError for a resident expert.
@@ -310,7 +309,7 @@ class ExpertCache:
         return tuple(e for e in self._pools[layer].expert_in[first:] if e is not None)
 
     def keep_slots(self, layer: int, slots: int) -> int:
-        """Take all but the first `slots` slots of a layer away and evict what is in them; how many that were.
+        """Remove all but the first `slots` slots of a layer; returns how many experts were evicted for that.
 
         Counted as evictions. Raises CacheStateError, having changed nothing, if one of the experts there is
         pinned or loading.

@@ -26,7 +26,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def parse_json(text: bytes | str, **options: Any) -> Any:
-    """As json.loads, but ValueError whatever is wrong, endless nesting and endless numbers included."""
+    """As json.loads, but whatever is wrong raises ValueError, too deep nesting and large numbers included."""
     try:
         return json.loads(text, **options)
     except (RecursionError, OverflowError) as error:
@@ -105,7 +105,7 @@ def lock_file(path: Path) -> Path:
 def locked(
     path: Path, *, timeout_s: float | None = None, waiting: Callable[[], object] | None = None
 ) -> Iterator[None]:
-    """Alone among all processes and threads that do the same for `path`, which need not be there.
+    """Exclude all other processes and threads that do the same for `path`, which need not exist.
 
     Waits for the others, calling `waiting` once if there are any; raises TimeoutError when that took longer
     than `timeout_s`, and OSError where its folder is missing or read-only. On a file system that knows no
@@ -155,6 +155,6 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _lock(file: int, wait: bool = False) -> None:
-    """Lock an open file for as long as it is open. Raises OSError if another has, unless it is to wait."""
+    """Lock an open file for as long as it is open. Without `wait`, raises OSError if somebody else has."""
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -8,7 +8,7 @@ from functools import lru_cache
 from math import ceil
 
 SMOOTHING = 0.1
-"""Every expert is taken to be used by so much of an average expert's use more than it was."""
+"""Every expert counts as used a little more than it was, by this share of an average expert's use."""
 
 
 @lru_cache(maxsize=4096)
@@ -17,7 +17,7 @@ def slot_ladder(sizes: tuple[int, ...], top_k: int, use: tuple[float, ...] | Non
 
     All of them together are one slot for each expert, of its own size. The first `top_k` begin with the
     largest size and have of each as many as tokens use on average and one more, so that few tokens need more
-    at once (those are computed in two goes). Of the others each size has its share of `use`, how often each
+    at once (those are served in waves). Of the others each size has its share of `use`, how often each
     expert is needed; None: all are alike. Where the experts with more bits are those that are used more,
     slots in proportion to the number of experts would miss two to three times the bytes (docs/log.md).
     """

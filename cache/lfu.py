@@ -9,13 +9,14 @@ HALF_LIFE_USES = 144
 """A use counts half as much after this many later uses in the layer (72 tokens at top-2, 18 at top-8)."""
 
 _NEXT_CHOICE = 0.94
-"""Within a step each of the router's choices counts so much of the one before, as its weight suggests."""
+"""Within a step each of the router's choices counts this fraction of the one before it, as its weight is
+smaller."""
 
 _LARGEST_WEIGHT = 2.0**500
 
 
 class LFUPolicy:
-    """Eviction order by faded number of uses; among equally many the later uses count more.
+    """Eviction order by number of uses, where old ones fade; of equally many, later ones count more.
 
     Counts outlive eviction, or an expert that comes and goes would start from nothing each time (1 to 4
     points of hit rate on recorded routes). But popularity belongs to a request, not to a model, so uses

@@ -17,7 +17,8 @@ POLICIES: dict[str, Callable[[], Callable[[], EvictionPolicy]]] = {
     "adaptive": AdaptivePolicy.family,
     "fifo": lambda: FIFOPolicy,
 }
-"""What makes, for one cache, what makes its layers' policies: these may know of each other."""
+"""By name, a function that is called once for each cache and returns the factory of its layers' policies, so
+that these can share what they learn."""
 
 
 def register_policy(name: str, make: Callable[[], EvictionPolicy]) -> None:
@@ -39,7 +40,7 @@ _own: dict[str, Callable[[], EvictionPolicy]] = {}
 
 
 def policy_for(name: str) -> Callable[[], EvictionPolicy]:
-    """What makes the policies of one cache's layers. Raises OptionError for unknown names."""
+    """A factory of one cache's policies, one for each layer. Raises OptionError for unknown names."""
     if name not in POLICIES:
         raise OptionError(f"eviction policy {name!r} is not known; choose one of {', '.join(POLICIES)}")
     return POLICIES[name]()

@@ -13,18 +13,18 @@ class EvictionPolicy(Protocol):
     happened and walks `coldest()` until it meets an expert that may go. Every expert in the cache
     (loading or resident) is known to the policy between `insert` and `remove`.
 
-    To be needed and to be given a slot are two things: prefetched experts have a slot and were not needed
-    yet, and what a CPU computes in place was needed and has none.
+    Being needed and having a slot are two different things: a prefetched expert has a slot before it is
+    needed, and one that the CPU computes in place is needed without ever having one.
     """
 
     def touch(self, experts: Sequence[int], absent: Sequence[int] = ()) -> None:
         """One step needs these experts, in the router's order; `absent` are those of them that are unknown.
 
-        The absent ones are inserted afterwards, when the step's victims were removed.
+        The absent ones are inserted afterwards, once the step's victims have been removed.
         """
 
     def pass_over(self, experts: Sequence[int]) -> None:
-        """A step needs these experts and computes them elsewhere; those unknown are not inserted for it."""
+        """A step needs these experts and computes them elsewhere; unknown ones are not inserted."""
 
     def insert(self, expert: int) -> None:
         """An unknown expert was given a slot; it becomes known."""

@@ -45,7 +45,7 @@ class SlotPool:
         return SlotPool(len(self.expert_in), policy)
 
     def take(self, expert: int) -> int:
-        """The free slot that an expert is to have; it is no longer free."""
+        """Choose a free slot for an expert, which then is no longer free."""
         return self.free.pop()
 
     def place(self, expert: int) -> int:
@@ -97,22 +97,22 @@ class SlotPool:
         del self.expert_in[slots:]
         self.free = [slot for slot in self.free if slot < slots]
 
-    # Room. A layer may have slots of several sizes (SizedSlotPool): so all of these are asked for experts.
+    # Room. Slots may have several sizes (SizedSlotPool), so all of these take experts rather than counts.
 
     def has_room(self, expert: int) -> bool:
         """Whether an absent expert finds a free slot."""
         return bool(self.free)
 
     def fits(self, experts: Sequence[int]) -> bool:
-        """Whether these can be in slots at once, were nothing else pinned; those present stay there."""
+        """Whether these could all be in slots if nothing else were pinned; those present do not move."""
         return len(experts) <= len(self.expert_in)
 
     def at_once(self, experts: Sequence[int]) -> list[int]:
-        """Those of these that can be in slots at once, in this order, were there nothing else."""
+        """Those of these, taken in this order, that could be in slots together if the layer were empty."""
         return list(experts[: len(self.expert_in)])
 
     def lacking(self, experts: Container[int], absent: Sequence[int]) -> int:
-        """How many slots are lacking to admit all of `absent` without evicting any of `experts`."""
+        """How many slots too few there are to admit all of `absent` without evicting any of `experts`."""
         need = len(absent) - len(self.free)
         if need <= 0:
             return 0
@@ -121,7 +121,7 @@ class SlotPool:
     def victims(self, keep: Container[int], absent: Sequence[int], *, pinned: bool = False) -> list[int]:
         """Who has to leave for all of `absent`, by the policy's order: resident, unpinned, not in `keep`.
 
-        Fewer where that is not enough. `pinned`: whether pinned ones may be named, too.
+        May be too few. `pinned`: pinned ones may be named, too.
         """
         return self.coldest(keep, max(0, len(absent) - len(self.free)), pinned=pinned)
 

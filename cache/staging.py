@@ -129,16 +129,16 @@ class StagingRing:
         return slot
 
     def evict(self, layer: int, expert: int) -> None:
-        """Make a resident expert without pins absent, wherever it is; its bytes could not be copied."""
+        """Make a resident, unpinned expert absent, wherever it is: its bytes could not be copied."""
         self._evict(layer, self._pools[layer], expert)
 
     def touch(self, layer: int, experts: Sequence[int]) -> None:
-        """These were needed, the last one most recently; those without a slot of the layer are left out."""
+        """Tell the policy that these were needed, the last one most recently; staged ones are left out."""
         pool = self._pools[layer]
         pool.policy.touch([e for e in experts if e in pool.table and e not in pool.staged])
 
     def next_victims(self, layer: int, keep: Container[int], homeless: Sequence[int]) -> list[int]:
-        """Residents that would have to leave next for these others, were they not pinned."""
+        """The residents that would be evicted next to make room for these others, pinned or not."""
         return self._pools[layer].victims(keep, homeless, pinned=True)
 
     def clear(self, layer: int, keep: Container[int]) -> list[ExpertKey]:
@@ -159,7 +159,7 @@ class StagingRing:
     # What the cache tells
 
     def count_use(self, layer: int, pool: SlotPool, present: Sequence[int], joined: Sequence[int]) -> None:
-        """These are needed: prefetched ones for the first time."""
+        """Count the first needs of what was prefetched; `joined` are those of `present` still loading."""
         first_needs = pool.unused.intersection(present)
         if first_needs:
             late = len(first_needs.intersection(joined))

@@ -256,7 +256,7 @@ class RouterLoad:
         self._counts = [[0] * experts for experts in num_experts]
         self._top_k = tuple(top_k)
         self.settle: Callable[[], None] | None = None
-        """Called before the counts are read, for whoever counts elsewhere to `add` that."""
+        """Called before the counts are read, so that whoever counts elsewhere can `add` to them first."""
 
     def empty_twin(self) -> RouterLoad:
         """One for the same layers that has counted nothing."""
