@@ -213,11 +213,10 @@ class Chat:
             yield lambda token: token.text
 
     def switch(self, name: str) -> None:
-        """Go on with another model, of which memory need not hold both. Raises MoeLocalError, or click's
-        Abort for a no.
+        """Go on with another model; memory need not hold both.
 
-        One that is not known or not wanted leaves the one there was; one that cannot be loaded, too, which
-        then is loaded anew, since it had to go.
+        If the other one is not known or not wanted, nothing changes. If it cannot be loaded, the one before
+        is loaded again, since it had to be freed first. Raises MoeLocalError, or click's Abort for a no.
         """
         moe_local.fit(name)  # whether there is such a model
         self._ask(name)

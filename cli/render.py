@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moe_local.offload.records import GenerationStats
 
 LEAST_COLUMNS = 16
-"""Fewer are no place to wrap a text in."""
+"""Text is not wrapped into fewer."""
 
 
 def on_stderr() -> Console:

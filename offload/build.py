@@ -79,7 +79,8 @@ def build_store(
         return Location(path, offset, nbytes, file.checksum(*key))
 
     pin = arena is not None and arena.device.type == "cuda"
-    # Memory that goes while it is pinned stays pinned for whoever gets its addresses; threads wait for ever.
+    # On an error all is closed in order: memory freed while pinned would stay pinned for whoever gets its
+    # addresses next, and reader threads would wait for ever.
     with contextlib.ExitStack() as undo:
         host = HostArena(ram_slots, ladders, pin=pin)
         undo.callback(host.close)
@@ -113,10 +114,10 @@ def build_store(
 
 
 def past_page_cache(total: int, arena: int, free: int) -> bool:
-    """Whether to read experts of `total` bytes past the page cache: it would not keep them for the next time.
+    """Whether to read experts of `total` bytes past the page cache, which would not keep them for long.
 
-    It has what an `arena` leaves of the RAM that was `free` before. Where every expert has a slot in that,
-    each is read once only, and what the page cache may serve is the next load.
+    It has what an arena of so many bytes leaves of the RAM that was `free` before. Where the arena has a slot
+    for every expert, each is read only once, and what the page cache may serve is the next load.
     """
     return total > (free if arena >= total else free - arena)
 

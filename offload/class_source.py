@@ -1,4 +1,4 @@
-"""What a class of transformers says of itself, where no attribute tells what its forward asks for."""
+"""The source text of transformers' classes, for what no attribute tells about their forward."""
 
 from __future__ import annotations
 

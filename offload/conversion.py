@@ -116,14 +116,14 @@ def _home_folder(checkpoint: Checkpoint, experts: str) -> Path:
 
 
 def _home_folders(checkpoint: Checkpoint) -> list[Path]:
-    """Those of all formats of this checkpoint, whole or not."""
+    """Where this checkpoint was converted to, in any format, whole or not."""
     ending = f"-{checkpoint.fingerprint[:16]}"
     folders = _home_folder(checkpoint, MIXED).parent.glob(f"*{ending}")
     return sorted(folder for folder in folders if folder.is_dir())
 
 
 def converted_mixes(checkpoint: Checkpoint) -> list[str]:
-    """The "mixed:BITS" that are there of this checkpoint, whole."""
+    """The "mixed:BITS" that this checkpoint has been converted to, completely."""
     ending = f"-{checkpoint.fingerprint[:16]}"
     return [
         f"{MIXED}:{folder.name.removeprefix(f'{MIXED}-').removesuffix(ending)}"
@@ -133,8 +133,8 @@ def converted_mixes(checkpoint: Checkpoint) -> list[str]:
 
 
 def begun_conversions(checkpoint: Checkpoint, budget: str | None, out: str | Path | None = None) -> list[str]:
-    """What experts "auto" came to when conversions of this checkpoint began that were interrupted, and that
-    were asked to fit the same; into `out`, or else below MOE_LOCAL_HOME."""
+    """What experts "auto" came to in interrupted conversions of this checkpoint that had to fit the same
+    `budget`: the one into `out`, or those below MOE_LOCAL_HOME."""
     if budget is None:
         return []
     return begun_for(checkpoint, budget, _home_folders(checkpoint) if out is None else [Path(out)])

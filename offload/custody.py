@@ -15,7 +15,7 @@ class Custody(Protocol):
         """Bring the cache's tables, too, up to what the device has done. Waits for the device."""
 
     def release(self) -> None:
-        """Leave the slots to the host: it knows all, and the device reads and writes none of them."""
+        """Hand the slots back: the host's tables are up to date, and the device reads and writes no slot."""
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless both agree on who is where. Waits for the device."""

@@ -56,9 +56,9 @@ class OnDevice(Protocol):
 class OffloadedExperts(nn.Module):
     """Parameter-free twin of a transformers experts module: same call, weights from the ExpertStore.
 
-    It takes the original's numbers, activation and gate function over, so that clamps, interleaved gates
-    and the like stay transformers' own. Before `attach` it answers zeros, which is enough to find out the
-    shapes and the wiring of a model without touching an expert. It has no backward pass.
+    It takes over the original's sizes, activation and gate function, so that clamps, interleaved gates and
+    the like stay transformers' own. Before `attach` it answers zeros, which is enough to find out the shapes
+    and the wiring of a model without touching an expert. It has no backward pass.
     """
 
     num_experts: int

@@ -25,11 +25,11 @@ class FirstUse:
 
     model: str
     download_bytes: int
-    """That the Hub cache does not have yet."""
+    """To be downloaded: what the Hub cache does not have yet."""
     cache: Path
     """The Hub cache."""
     convert_bytes: int
-    """Of experts to be written below `home`; 0 if they are read as they are stored."""
+    """Of converted experts, to be written below `home`; 0 if experts are read as they are stored."""
     home: Path
 
     def check(self) -> None:

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class HungError(Exception):
-    """The disk gives nothing of `path`; the text is what is to be said behind its name."""
+    """The disk does not answer for `path`; the text is what to say behind its name."""
 
     def __init__(self, path: Path, seconds: float) -> None:
         super().__init__(SLOW.format(seconds))

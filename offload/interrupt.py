@@ -21,7 +21,7 @@ LOOK_SECONDS = 0.1
 """Longest wait before `check` is called again, wherever somebody waits."""
 
 IMPATIENCE = 3
-"""So many Ctrl-C with no safe point between them raise at once: somebody waits at a hung device."""
+"""This many Ctrl-C with no safe point between them raise at once: the device may have hung."""
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 """Exit codes of a process that ended because of Ctrl-C or SIGTERM, as shells have it."""

@@ -129,9 +129,9 @@ class LoadOptions:
 
     @property
     def budget(self) -> str:
-        """What experts "auto" is to fit, in words, as far as it was asked for: equal for equal wishes.
+        """The given options that say what experts "auto" has to fit, in words: equal for equal requests.
 
-        What is free is none of them: who asks for nothing asks for the same again when other memory is free.
+        What memory happens to be free is not part of it: who asks for nothing asks for the same again later.
         """
         asked = (
             f"{option.name}={getattr(self, option.name)}"
@@ -223,7 +223,7 @@ def _parse_cards(value: object) -> int | tuple[int, ...]:
 
 
 def _memory(value: str | int | float, what: str) -> int:
-    """Bytes; a 24 that nobody can mean so is refused."""
+    """Bytes; refuses a bare number like 24, which nobody means as bytes."""
     size = parse_bytes(value, what)
     if size < 1 << 16 and re.fullmatch(r"[\d.]+", str(value).strip()):
         raise OptionError(f"{what} {value} would be {value} bytes; write for example {value}GiB")

@@ -30,8 +30,8 @@ WHOLE = 0.75
 fills time in which the link has nothing else to do, and what is not needed is given up half-way."""
 
 SKEW = 8
-"""Before a step's first layer has run, so many of its tokens count as one: routers have favourites. Recorded
-prompts of 28 and 92 tokens used what 1 in 2.4 and 1 in 5.4 of them would at random."""
+"""Before a step's first layer has run, this many of its tokens count as one: routers have favourites.
+Recorded prompts of 28 and 92 tokens used what 1 in 2.4 and 1 in 5.4 of them would at random."""
 
 AHEAD = 1
 """Priority of what is read for the next layer."""
@@ -75,7 +75,7 @@ class PrefillStream:
     Such a step needs most experts of a layer, each once. Those that are resident are computed where they
     lie; the others pass through the ring, loading while others are computed, and behind them, as slots come
     free, the next layer's: all of them where this layer's tokens use nearly all, else those that the
-    prefetcher names. Neither is anybody evicted for what only passes, nor does the eviction order notice.
+    prefetcher names. What only passes evicts nobody, and the eviction order does not notice it.
     But what the step's last tokens needed is what decoding starts with: these are admitted, as many as the
     layer has slots, and touched in the order of their last need, as if the tokens had been decoded.
 
@@ -252,7 +252,7 @@ class PrefillStream:
             self._read_ahead(0)
 
     def _read_ahead(self, layer: int) -> None:
-        """Load absent experts of a layer to come, as far as there is room that nobody has to leave."""
+        """Load absent experts of a later layer, as far as there are free slots."""
         if not self.ahead:
             return
         cache = self._tier.cache

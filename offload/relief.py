@@ -18,7 +18,7 @@ from moe_local.offload.tiers.tiers import Tier
 logger = logging.getLogger(__name__)
 
 MARGIN = 256 << 20
-"""Given back beyond what was asked for: the same step asks again, for what it did not come to this time."""
+"""Given back beyond what was asked for: past the point where it failed, the same step will ask for more."""
 
 _ALSO = ("CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory")
 """How libraries say that their own request for a device's memory was refused. Plain "CUDA error: out of

@@ -9,7 +9,7 @@ from moe_local.cache.stats import StallSeconds
 from moe_local.offload.tiers.device import Waited
 
 MOST_WAITS = 1024
-"""Device waits whose seconds are not read yet; more are read at once, though nobody asked for figures."""
+"""Most waits of a device whose seconds have not been read; with more, the older half is read unasked."""
 
 
 class StallAccount:
@@ -40,7 +40,7 @@ class StallAccount:
         return StallSeconds(**self._seconds)
 
     def reset(self, seconds: StallSeconds) -> None:
-        """Begin again from these."""
+        """Set the seconds of all causes to these."""
         self._settle()
         self._seconds = asdict(seconds)
 

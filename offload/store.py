@@ -43,7 +43,7 @@ class ExpertStore:
         """`tier` is the fastest, `below` what it loads from, if any, `disk` the last source of all.
         `scheduler` decides what the CPU computes instead; without one every miss is brought to `tier`.
 
-        Every layer needs a slot at least, in each tier.
+        Every layer needs at least one slot in each tier.
         """
         self.tiers = (tier,) if below is None else (tier, below)
         """The fastest one first."""
@@ -89,10 +89,10 @@ class ExpertStore:
         brought.
 
         With `tokens`, how many each expert has, some groups may be for the host (Lease.on_host; never mixed
-        with others): their experts stay in RAM. These come when all has been handed out that the device
-        can be given, so that it computes and copies run meanwhile.
+        with others): their experts stay in RAM. These come once the device has been given all that it can be,
+        so that it computes, and copies run, meanwhile.
 
-        With `recent`, as `prefill` answers, the step is a long one: see PrefillStream.
+        With `recent`, the answer of PrefillStream.recent, the step is a long one, which that serves.
         """
         self.custody.release()
         self.tier.poll()

@@ -11,7 +11,7 @@ from moe_local.offload.interrupt import check as check_interrupt
 
 
 class Turn:
-    """A lock that waits for other threads, but tells a thread that would wait for itself.
+    """A lock that waits for other threads, but raises where a thread would wait for itself.
 
     After `retire` nobody gets it any more, those who wait for it included.
     """
@@ -47,7 +47,7 @@ class Turn:
         return True
 
     def carry_on(self) -> None:
-        """Whoever has the turn goes on in this thread, as streams do that a thread pool drives."""
+        """The turn is this thread's from now on: a pool may drive a stream, each token in another thread."""
         self._owner = threading.get_ident()
 
     def end(self) -> None:

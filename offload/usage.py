@@ -12,7 +12,7 @@ from moe_local.cache.stats import RoutedTokens
 FILE_NAME = "usage.json"
 
 PATIENCE_S = 10.0
-"""Adding takes a moment; who holds the lock for longer was stopped in it, and a model is to be closed."""
+"""Adding takes a moment: whoever holds the lock for longer is stuck, and closing a model must not be."""
 
 
 def read_usage(folder: Path) -> RoutedTokens | None:

@@ -26,8 +26,8 @@ class Traffic:
 class Guard:
     """ASGI middleware. `hosts`: names under which it may be asked, None for any.
 
-    Without a key those are this machine's own names: a page of the Web whose own name has come to mean
-    127.0.0.1 could ask otherwise, and read the answers, as if it came from here.
+    Without a key those are this machine's own names. Otherwise a web page whose host name was made to resolve
+    to 127.0.0.1 (DNS rebinding) could ask, and read the answers, as if it came from here.
     """
 
     def __init__(

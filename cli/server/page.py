@@ -13,7 +13,7 @@ PARTS = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
 class Page:
-    """Allowed is what the file itself says, to the byte, and to ask this server; everything else is not."""
+    """Its policy allows the file's own scripts and styles, to the byte, and requests to this server only."""
 
     def __init__(self) -> None:
         self._html = resources.files("moe_local.cli.server").joinpath("page.html").read_bytes()

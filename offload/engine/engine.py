@@ -38,7 +38,8 @@ from moe_local.offload.threads import one_torch_thread
 logger = logging.getLogger(__name__)
 
 FEW_TOKENS, SHORT_CONTEXT, SMALL_MATRIX = 4, 2048, 1 << 20
-"""Up to so many tokens, behind so many, with matrices of so many weights, torch's work fits one thread."""
+"""Up to this many new tokens, this many before them, and this many weights a matrix, torch's part of the work
+fits one thread."""
 
 
 class Engine:

@@ -47,8 +47,8 @@ def choose(plan_of: Callable[[str], Plan], spec: ModelSpec, have: Iterable[str] 
 
 
 def _near(plan_of: Callable[[str], Plan], best: float, have: Iterable[str]) -> str | None:
-    """Of the mixes that are there the one to take in place of the best: most bits of those with fewer, else
-    fewest of those with more that are fast enough."""
+    """The converted mix to take in place of the best one: of those with fewer bits the one with most, else of
+    those with more the one with fewest, if it is fast enough."""
     made = {bits_asked(name): name for name in have if is_mixed(name) and name != "auto"}
     if fewer := [bits for bits in made if best - NEAR <= bits <= best]:
         return made[max(fewer)]

@@ -18,7 +18,7 @@ MOST_LOOKAHEAD = 4
 MOST_TOKENS = 8
 """Steps of more tokens are not prefetched for: they need most experts anyway, and know which."""
 ASKING = 2.0
-"""What guessing costs the host with all that follows from it, in times of the routers' part alone."""
+"""What guessing costs the host in all, as a multiple of what asking the routers costs."""
 LOOK = 16
 """Tokens between two looks at how long a layer takes and how often it misses."""
 

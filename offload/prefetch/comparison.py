@@ -15,7 +15,8 @@ MOST_PAIRS = 12
 CLIP = 2.0
 """A token counts as this many times the median at most: pauses of the process, or of who reads the answer."""
 HOPELESS = ((1, 1.5), (2, 1.2))
-"""After so many pairs a challenger gives up whose every block took so many times as long as all others."""
+"""(pairs, factor): after so many pairs a challenger gives up whose fastest block took that many times as long
+as the incumbent's slowest."""
 NOT_WORTH = 0.005
 """A gain below this share of a token's time is none."""
 

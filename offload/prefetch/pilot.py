@@ -17,7 +17,7 @@ SHORTEST_REST, LONGEST_REST = 64, 4096
 LEAST_LOSS = 0.02
 """Share of a token's time that a trial is thought to have cost at least, for each token of it."""
 PATIENCE = 8
-"""Most times that the rest is prolonged by trials which changed nothing."""
+"""Largest factor by which trials that changed nothing prolong the rest."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 FADE = 1 - 1 / 128
-"""What each guess leaves of the weight of earlier ones."""
+"""Factor by which each guess fades the weight of earlier ones."""
 PRIOR = 8.0
-"""As many guesses as the first expectation stands for."""
+"""How many guesses the first expectation counts as."""
 EXPECTED = 0.6
 """How often a guess of an absent expert is right before any was seen."""
 

@@ -68,9 +68,8 @@ class Costs:
         memory: float,
         gpu: float,
     ) -> None:
-        """`cpu`: bytes/s of experts by their number of tokens, for one number at least, of formats that have
-        not been seen; `link`, `memory`
-        (the host's) and `gpu` (reading its own memory): bytes/s."""
+        """`cpu`: bytes/s of experts by their number of tokens, for one number at least; where a format starts
+        from. `link`, `memory` (the host's) and `gpu` (reading its own memory): bytes/s."""
         self.cpu_latency_s = cpu_latency_s
         self.link_latency_s = link_latency_s
         self._gpu = gpu

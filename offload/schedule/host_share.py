@@ -95,7 +95,7 @@ class HostShare:
         self.scheduler.computed(work, start, self.scheduler.timeline.clock())
 
     def release(self, layer: int, experts: Sequence[int]) -> None:
-        """The CPU reads these no more."""
+        """The CPU no longer reads these."""
         self._below.cache.release(layer, experts)
 
     def promote(

@@ -17,7 +17,7 @@ PROBE = 16
 EXPLORE_SHARE = 0.005
 """Share of the time that may go into splits which are not the best, to measure what the best leaves out."""
 EXPLORE_FADE = 1 - 1 / 256
-"""What each split leaves of the time that earlier ones took, in that account."""
+"""Factor by which each split fades the time of earlier ones in that account."""
 INPUT_SHARE = 1 / 16
 """The tokens' hidden states go to the host if that costs at most this share of one expert's copy."""
 
@@ -38,8 +38,8 @@ class MissScheduler:
     miss, if the expert will be needed again before its victim: were it needed more often, it would be a
     miss, and could be fetched, the next time. So a slot is worth AdmissionWorth's hits, at most one, times
     what a miss costs on average. The CPU's experts can also be promoted, copied to a slot while it
-    computes them. That costs what the CPU loses of the memory meanwhile, and what a fetch of the next
-    layer has to wait; it is done where it saves more than that, for as many hits as it has been gaining.
+    computes them. That costs the bandwidth that the CPU loses meanwhile, and the time that a fetch of the
+    next layer has to wait; it is done where the hits that promotions have been gaining save more than that.
 
     Used by the engine's thread alone; no torch, and the clock is given.
     """
@@ -56,9 +56,9 @@ class MissScheduler:
         self._lead = Estimate(1e-4)
         """Seconds from a decision until the CPU begins, and its answers' way."""
         self._fetching = 0.0
-        """Share of the late splits that used the link."""
+        """Share of recent splits that used the link."""
         self._miss_s = 0.0
-        """What a miss has been costing."""
+        """Seconds that a miss has lately cost on average."""
         self._decided = 0.0
         self._cpu_rate = 1 / costs.cpu_seconds(Work(1, 1))
         self._declined = 0
@@ -66,9 +66,9 @@ class MissScheduler:
         """What the CPU computed since the last split."""
         self._turn = 0
         self._spent = 0.0
-        """Seconds lost to splits that were not the best, the late ones."""
+        """Seconds lately lost to splits that were not the best."""
         self._time = 0.0
-        """Seconds that the best ones would have taken."""
+        """Seconds that the best splits would have taken meanwhile."""
 
     # Decisions
 

@@ -101,9 +101,9 @@ def seconds(cpu: Sequence[Missing], link: Sequence[Missing], machine: Machine) -
 
 
 def _later(on_cpu: int, copies: bool, machine: Machine) -> float:
-    """What later steps lose by it that so many experts are computed by the CPU, beside copies or not.
+    """What later steps lose because so many experts are computed by the CPU and have no slot afterwards.
 
-    One of them can be promoted where the link is idle otherwise.
+    One of them can be promoted where the link is idle otherwise: without `copies` of this layer.
     """
     if not on_cpu:
         return 0.0

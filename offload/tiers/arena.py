@@ -14,7 +14,7 @@ PIN_BYTES = 256 << 20
 
 
 Strides = Sequence[int | Sequence[int]]
-"""Bytes of the slots of each layer: of every one, or of each, as many at least as the layer has."""
+"""Bytes of each layer's slots: one number for all of them, or one for each, at least as many as it has."""
 
 
 class Arena:

@@ -1,4 +1,4 @@
-"""How long somebody waits for a disk that gives nothing."""
+"""How long to wait for a disk that does not answer."""
 
 from __future__ import annotations
 
