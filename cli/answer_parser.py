@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
+from moe_local.cache.files import parse_json
+
 OPEN_THOUGHT, CLOSE_THOUGHT = "<think>", "</think>"
 OPEN_CALL, CLOSE_CALL = "<tool_call>", "</tool_call>"
 """As templates of Qwen, DeepSeek, GLM and many others have them; what a model marks otherwise is content."""
@@ -116,7 +118,7 @@ class AnswerParser:
 def parse_call(text: str) -> dict[str, Any] | None:
     """{"name", "arguments"} of a call in JSON; None if it is none."""
     try:
-        call = json.loads(text)
+        call = parse_json(text)
     except ValueError:
         return None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):

@@ -7,12 +7,12 @@ misspelt max_token would else be an answer without end.
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from moe_local.cache.errors import OptionError
+from moe_local.cache.files import parse_json
 from moe_local.offload.ranges import check_range, nth_seed
 
 MOST_CHOICES = 16
@@ -229,7 +229,7 @@ def _calls(index: int, calls: Any) -> list[Any]:
 
 def _arguments(function: dict[str, Any]) -> dict[str, Any]:
     try:
-        return {"arguments": json.loads(function["arguments"])}
+        return {"arguments": parse_json(function["arguments"])}
     except (KeyError, TypeError, ValueError):
         return {}
 

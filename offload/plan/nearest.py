@@ -14,8 +14,8 @@ CONTEXT_STEP = 256
 UNBOUNDED = 2**62
 
 
-def nearest(request: Request) -> str:
-    """Flags that make a request fit which does not, the mildest change first.
+def nearest(request: Request) -> str | None:
+    """Flags that make a request fit which does not, the mildest change first; None if there are none.
 
     Fewer slots than asked for; half the context or more; quantized experts; a quantized dense part; a short
     context; all of them; in the end, larger budgets.
@@ -74,24 +74,29 @@ def _largest(low: int, high: int, step: int, fits: Callable[[int], bool]) -> int
     return low + first * step
 
 
-def _enough_memory(request: Request) -> str:
-    """The smallest budgets that hold the request; a budget that is large enough is not named."""
+def _enough_memory(request: Request) -> str | None:
+    """The smallest budgets that hold the request; one that is large enough is not named. None: none do."""
     flags = []
     if request.vram is not None:
         roomy = replace(request, ram=UNBOUNDED)
         if not place(roomy).fits:
             vram = _least_size(lambda size: place(roomy.with_vram(size)).fits)
+            if vram is None:
+                return None
             times = f"{len(request.cards)}x" if request.cards else ""
             flags.append(f"--vram {times}{vram}")
             request = request.with_vram(parse_bytes(vram))
     ram = _least_size(lambda size: place(replace(request, ram=size)).fits)
+    if ram is None:
+        return None
     if parse_bytes(ram) > request.ram:
         flags.append(f"--ram {ram}")
     return " ".join(flags)
 
 
-def _least_size(fits: Callable[[int], bool]) -> str:
-    """The least size that fits, in tenths of a GiB or, below one, in MiB, as a user would write it."""
+def _least_size(fits: Callable[[int], bool]) -> str | None:
+    """The least size that fits, in tenths of a GiB or, below one, in MiB, as a user would write it; None if
+    even UNBOUNDED does not: of an absurd number of sequences, say."""
     for unit, step in (("MiB", 1.0), ("GiB", 0.1)):
         last = 1024 if unit == "MiB" else math.ceil(UNBOUNDED / 2**30 / step)
         if not fits(parse_bytes(_size(last, step, unit))):
@@ -101,7 +106,7 @@ def _least_size(fits: Callable[[int], bool]) -> str:
             middle = (low + high) // 2
             low, high = (low, middle) if fits(parse_bytes(_size(middle, step, unit))) else (middle, high)
         return _size(high, step, unit)
-    raise AssertionError("a model that no memory holds")
+    return None
 
 
 def _size(count: int, step: float, unit: str) -> str:

@@ -95,5 +95,5 @@ def test_calls() -> None:
         "name": "f",
         "arguments": '{"a": 1}',
     }
-    for none in ("", "[1]", '{"name": 3}', '{"arguments": {}}', "{"):
+    for none in ("", "[1]", '{"name": 3}', '{"arguments": {}}', "{", "[" * 100_000):
         assert parse_call(none) is None

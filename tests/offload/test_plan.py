@@ -285,6 +285,13 @@ class TestNearest:
     def test_quantized_experts(self) -> None:
         assert plan_request(request(experts="bf16", vram=12 * GIB)).nearest == "--experts nf4"
 
+    @pytest.mark.parametrize("vram", [None, 24 * GIB])
+    def test_of_what_no_memory_holds_nothing_is_near(self, vram: int | None) -> None:
+        plan = plan_request(request(vram=vram, parallel=10**12))
+        assert plan.nearest is None
+        with pytest.raises(DoesNotFitError, match=r"does not fit.* there are$"):
+            plan.check()
+
     def test_both_budgets(self) -> None:
         plan = plan_request(request(vram=3 * GIB, ram=3 * GIB, dense="nf4", context=256))
         assert plan.nearest is not None

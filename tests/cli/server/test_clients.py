@@ -258,6 +258,7 @@ NASTY: list[Any] = [
     [{"role": "user", "content": "hi"}] * 3,
     [{"role": "assistant", "content": None, "tool_calls": [{"function": "f"}]}],
 ]
+DEEP_CALL = {"function": {"name": "f", "arguments": "[" * 100_000}}
 
 
 def mutated(body: dict[str, Any], chance: random.Random) -> bytes:
@@ -306,5 +307,7 @@ def test_bodies_that_nobody_would_write(server: Any) -> None:
         reply = httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers)
         assert reply.status_code == 400
         assert reply.json()["error"]["message"]
+    messages = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [DEEP_CALL]}, *QUESTION]
+    assert ask(server, messages=messages, max_tokens=1)
     server.until_idle()
     ask(server)
