@@ -7,6 +7,7 @@ are tested against.
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -22,14 +23,15 @@ class ExpertKernels:
     """Computes experts in the slots of one store, remembering how each slot's bytes are read.
 
     Looking a tiny expert's matrices up in its buffer takes longer than multiplying with them. What is
-    remembered are views of the slot, which show whatever expert is there; weights that had to be
-    converted are not kept. One instance a store, since a slot is known by its address.
+    remembered are views of the slot, which show whatever expert is there, for as long as somebody has the
+    slot: they would keep memory that an arena gives back. Weights that had to be converted are not kept. One
+    instance a store, since a slot is known by its address.
     """
 
     def __init__(self, activations: str = "native") -> None:
         """`activations`: "native", or "int8" to round them where the kernel can."""
         self._activations = activations
-        self._linears: dict[int, tuple[Layout, torch.dtype, Linear]] = {}
+        self._linears: dict[int, _Known] = {}
 
     def forward(
         self, math: ExpertMath, x: torch.Tensor, buffer: torch.Tensor, layout: Layout
@@ -37,12 +39,26 @@ class ExpertKernels:
         """As `expert_forward`."""
         address = buffer.data_ptr()
         known = self._linears.get(address)
-        if known is not None and known[0] is layout and known[1] is x.dtype:
-            return _feed_forward(math, x, known[2])
+        if known is not None and known.layout is layout and known.dtype is x.dtype:
+            return _feed_forward(math, x, known.linear)
         made = _prepare(x, buffer, layout, math.has_bias, self._activations)
         if made.in_place:
-            self._linears[address] = (layout, x.dtype, made.linear)
+            slot = weakref.ref(buffer, lambda slot: self._forget(address, slot))
+            self._linears[address] = _Known(slot, layout, x.dtype, made.linear)
         return _feed_forward(math, x, made.linear)
+
+    def _forget(self, address: int, slot: weakref.ref[torch.Tensor]) -> None:
+        if address in self._linears and self._linears[address].slot is slot:
+            del self._linears[address]
+
+
+class _Known(NamedTuple):
+    """How the bytes of a slot are read that is still there."""
+
+    slot: weakref.ref[torch.Tensor]
+    layout: Layout
+    dtype: torch.dtype
+    linear: Linear
 
 
 def expert_forward(

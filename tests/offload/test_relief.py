@@ -22,6 +22,8 @@ from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.own_caches import OwnCaches
 from moe_local.offload.engine.sampling import make_settings
+from moe_local.offload.kernels import cpu
+from moe_local.offload.kernels.cpu import CpuExperts
 from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.options import LoadOptions
@@ -259,6 +261,23 @@ def test_experts_give_way_and_the_ids_stay_the_same(
     message = caplog.records[0].getMessage()
     assert f"kept {slots - 1} to {slots} of {slots} experts a layer" in message
     assert "\n" not in message
+    assert device.allocated == 0
+
+
+def test_memory_comes_back_that_was_computed_from_one_by_one(
+    tiny_mixtral: Path, make_device: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Views of a slot that kernels keep for the next time must not keep its segment."""
+    monkeypatch.setattr(CpuExperts, "serves", lambda *args: False)
+    monkeypatch.setattr(cpu, "serves", lambda *args: False)
+    made, device = Made(tiny_mixtral, 5), make_device()
+    with made.model(device) as model:
+        expected, stride = ids(model), strides(model)[0]
+        with hungry(model.hf) as memory:
+            memory.left = 3
+            assert ids(model) == expected
+        assert model.plan.vram_slots == (4, 4, 4)
+        assert device.allocated == (3 * 4 + model.plan.vram_staging) * stride
     assert device.allocated == 0
 
 
