@@ -26,7 +26,7 @@ from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.kv_slab import KVRows, KVSlab, cache_argument
 from moe_local.offload.engine.prefix import copy_prefix, row_to_go_on
 from moe_local.offload.engine.recording import Saw
-from moe_local.offload.engine.sampling import Settings
+from moe_local.offload.engine.sampling import Settings, draw
 from moe_local.offload.engine.sequence import FinishReason, Sequence, Step, Work
 from moe_local.offload.engine.token_step import TokenStep, TokenWatch
 from moe_local.offload.kernels.linear import NativeLinear
@@ -345,10 +345,7 @@ class Engine:
         if settings.processors:
             scores = settings.processors(self._seen(sequence), logits)
         if settings.do_sample:
-            probabilities = torch.softmax(scores, dim=-1)
-            # multinomial on NaN would kill the CUDA context before `broken` can be read
-            probabilities = probabilities.masked_fill(probabilities.isnan(), 1.0)
-            token = torch.multinomial(probabilities, num_samples=1, generator=settings.generator)[0, 0]
+            token = draw(torch.softmax(scores, dim=-1), settings.generator)
         else:
             token = scores[0].argmax()
         return torch.stack([token, broken.to(token.dtype)])

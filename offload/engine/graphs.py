@@ -15,6 +15,8 @@ from typing import Protocol
 
 import torch
 
+from moe_local.offload.capturing import alone
+
 
 class Graph(Protocol):
     """What was captured between `begin` and `end`: reads and writes the same memory at every replay."""
@@ -45,11 +47,23 @@ class Graphs(Protocol):
         """Throw a capture away, if one has begun. Raises nothing."""
 
 
+class CudaGraph:
+    """A graph of torch's, replayed while nobody captures another."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._graph = graph
+
+    def replay(self) -> None:
+        with alone:
+            self._graph.replay()
+
+
 class CudaGraphs:
     """Graphs of one CUDA device. Sessions run on a stream of their own: the default one cannot be captured.
 
     Calls that a capture forbids (allocating, waiting for events) are forbidden to this thread only, so other
-    models may go on in other threads.
+    models may go on in other threads. Their sessions wait for one another (`alone`), or each would find what
+    the other does on the stream in its graphs.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -61,13 +75,14 @@ class CudaGraphs:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        outer = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(outer)
-        try:
-            with torch.cuda.stream(self._stream):
-                yield
-        finally:
-            outer.wait_stream(self._stream)
+        with alone:
+            outer = torch.cuda.current_stream(self._device)
+            self._stream.wait_stream(outer)
+            try:
+                with torch.cuda.stream(self._stream):
+                    yield
+            finally:
+                outer.wait_stream(self._stream)
 
     def begin(self) -> None:
         torch.cuda.current_blas_handle()  # this thread's handle and workspace, which a capture can't make
@@ -90,7 +105,7 @@ class CudaGraphs:
             self._recover()
             raise
         self._alive.add(graph)
-        return graph
+        return CudaGraph(graph)
 
     def abort(self) -> None:
         graph, self._capturing = self._capturing, None

@@ -10,7 +10,7 @@ import difflib
 import inspect
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Ids
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from moe_local.cache.errors import OptionError
+from moe_local.offload.capturing import alone
 from moe_local.offload.ranges import RANGES, check_range
 
 DEFAULTS = GenerationConfig()
@@ -52,6 +53,17 @@ class Settings:
     """On the model's device. None: torch's global one."""
     max_time: float | None
     """Seconds."""
+
+
+def draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """A token of [1, vocabulary], int64 [], without waiting for it; NaN is taken for 1.
+
+    `generator`: on their device; None: torch's global one.
+    """
+    # multinomial on NaN would kill the CUDA context before anybody could read that there was one
+    probabilities = probabilities.masked_fill(probabilities.isnan(), 1.0)
+    with alone if generator is None else nullcontext():
+        return torch.multinomial(probabilities, num_samples=1, generator=generator)[0, 0]
 
 
 def option_names(hf: Any) -> set[str]:

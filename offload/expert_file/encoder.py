@@ -10,6 +10,7 @@ import torch
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.cache.keys import ExpertKey
+from moe_local.offload.capturing import alone
 from moe_local.offload.checkpoint.spec import MoELayer
 from moe_local.offload.quantize.codec import Codec, codec_for
 from moe_local.offload.quantize.layout import Layout
@@ -50,7 +51,8 @@ class ExpertEncoder:
     def close(self) -> None:
         """Give back the GPU memory that torch keeps, for whoever has planned with it."""
         if self._gpu is not None and self._gpu.type == "cuda":
-            torch.cuda.empty_cache()
+            with alone:
+                torch.cuda.empty_cache()
 
     def codec_of(self, layer: MoELayer, expert: int) -> Codec:
         if isinstance(self.codec, FormatChoice):

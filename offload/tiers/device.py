@@ -17,6 +17,7 @@ import torch
 
 from moe_local.cache.errors import DoesNotFitError
 from moe_local.cache.keys import format_bytes
+from moe_local.offload.capturing import alone
 from moe_local.offload.direct_io import page_memory
 from moe_local.offload.quantize.layout import PAGE
 
@@ -67,7 +68,10 @@ class Device(Protocol):
     torch_device: torch.device
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """uint8 [nbytes] in device memory, uninitialized. Raises DoesNotFitError."""
+        """uint8 [nbytes] in device memory, uninitialized. Raises DoesNotFitError.
+
+        Whatever used these bytes before is over when a copy begins or work of the compute stream does.
+        """
 
     def trim(self) -> None:
         """Give memory that this process holds and does not use back to the driver, for other programs."""
@@ -106,16 +110,19 @@ class CudaDevice:
         # it, where torch would put other tensors there, which keep the driver from having any of it back.
         whole = nbytes if nbytes < LARGE else -(-nbytes // PIECE) * PIECE
         try:
-            return torch.empty(whole, dtype=torch.uint8, device=self.torch_device)[:nbytes]
+            memory = torch.empty(whole, dtype=torch.uint8, device=self.torch_device)[:nbytes]
         except torch.OutOfMemoryError as error:
             free, _ = torch.cuda.mem_get_info(self.torch_device)
             raise DoesNotFitError(
                 f"{self.torch_device} refused {format_bytes(nbytes)} for expert slots, "
                 f"{format_bytes(free)} are free; close other programs on the card or set a smaller --vram"
             ) from error
+        # torch keeps memory for its stream: kernels that were given it before it came free may still run.
+        self._copy_stream.wait_stream(torch.cuda.current_stream(self.torch_device))
+        return memory
 
     def trim(self) -> None:
-        with torch.cuda.device(self.torch_device):
+        with alone, torch.cuda.device(self.torch_device):
             torch.cuda.empty_cache()
 
     def taken_by_others(self) -> int | None:

@@ -46,7 +46,7 @@ class SlowLink(CudaDevice):
         """Measures the card's own link and clock, which takes some milliseconds."""
         super().__init__(torch_device)
         here = torch.empty(SAMPLE_BYTES, dtype=torch.uint8, pin_memory=True)
-        there = torch.empty(SAMPLE_BYTES, dtype=torch.uint8, device=torch_device)
+        there = self.allocate(SAMPLE_BYTES)
         copy_s = min(self._seconds(lambda: there.copy_(here, non_blocking=True)) for _ in range(5))
         cycle_s = min(self._seconds(lambda: torch.cuda._sleep(SAMPLE_CYCLES)) for _ in range(3))
         self._cycles_per_byte = spin_cycles(1 / bytes_per_s, copy_s / SAMPLE_BYTES, cycle_s / SAMPLE_CYCLES)

@@ -1,0 +1,14 @@
+"""What must not meet a CUDA graph that is being captured in another thread, where several models are loaded.
+
+CUDA forbids most of it to the capturing thread alone. But torch captures one graph at a time in a process,
+and until that is complete nobody else may draw from its global generator or replay a graph, for which it
+looks at that generator (both raise), nor have its allocator give memory back to the driver. All that takes
+`alone`, which whoever captures holds, and is waited for some milliseconds, or for a token that is captured.
+"""
+
+from __future__ import annotations
+
+import threading
+
+alone = threading.RLock()
+"""Held by one thread at a time, for as long as it captures, or does one of these."""
