@@ -163,6 +163,7 @@ def plan_request(
 
 
 def _place(request: Request, cards: Sequence[int]) -> Plan:
+    cards = cards[: request.spec.num_layers]  # each card that is used has a decoder layer at least
     if not cards:
         return place(request)
     plan = place(replace(request, vram=cards[0]))

@@ -64,6 +64,8 @@ class Request:
             raise OptionError(
                 f"context {self.context} is beyond the {self.spec.max_context} tokens that {self.model} takes"
             )
+        if len(self.cards) > self.spec.num_layers:
+            raise ValueError(f"{len(self.cards)} cards for {self.spec.num_layers} decoder layers")
         if self.cards and sum(self.cards) != self.vram:
             raise ValueError(f"cards of {self.cards} bytes do not have {self.vram} together")
         if self.slots is not None and self.slots < self.spec.top_k:

@@ -68,6 +68,14 @@ cards_of_any_size = st.lists(st.integers(2**24, 60 * GIB), min_size=2, max_size=
 
 
 class TestPlan:
+    def test_no_more_cards_are_used_than_there_are_layers(self) -> None:
+        """The demo has 5: where it does not fit, what lacks is that of 5 cards, and it is found."""
+        plan = fit("demo", vram="8x1MiB")
+        assert not plan.fits
+        assert "more on each of 5 cards" in str(plan.reason)
+        assert str(plan.nearest).startswith("--vram 5x")
+        check(fit("demo", vram="8x8MiB"))
+
     def test_equal_cards_get_equal_parts(self) -> None:
         plan = place(request(12 * GIB, 12 * GIB))
         check(plan)
