@@ -61,6 +61,11 @@ def page_memory(nbytes: int) -> torch.Tensor:
 
     To touch each of the small pages of a matrix for the first time takes longer than to read it.
     """
+    return torch.frombuffer(page_mapping(nbytes), dtype=torch.uint8)[:nbytes]
+
+
+def page_mapping(nbytes: int) -> mmap.mmap:
+    """The mapping of `page_memory`, which lives as long as anybody has it or a view of it."""
     if os.name == "nt":
         mapping = mmap.mmap(-1, max(nbytes, 1))
     else:  # private, for shared memory has no huge pages
@@ -68,7 +73,7 @@ def page_memory(nbytes: int) -> torch.Tensor:
     if nbytes >= PIECE and hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             mapping.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
+    return mapping
 
 
 class PageArena:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import mmap
 import time
 from collections.abc import Sequence
 from typing import Protocol, cast
@@ -18,7 +19,7 @@ import torch
 from moe_local.cache.errors import DoesNotFitError
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.capturing import alone
-from moe_local.offload.direct_io import page_memory
+from moe_local.offload.direct_io import page_mapping
 from moe_local.offload.quantize.layout import PAGE
 
 logger = logging.getLogger(__name__)
@@ -216,11 +217,12 @@ class HostMemory:
         self.pinned_bytes = 0
         self._registered: list[int] = []
         try:
-            self.tensor = page_memory(self.nbytes)
+            self._mapping: mmap.mmap | None = page_mapping(self.nbytes)
         except OSError as error:
             raise DoesNotFitError(
                 f"the system refused {format_bytes(nbytes)} of memory for expert slots; set a smaller --ram"
             ) from error
+        self.tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)
 
     @property
     def registered(self) -> tuple[int, ...]:
@@ -239,6 +241,7 @@ class HostMemory:
         cost. The last range that was pinned is given back then: whatever else is pinned, a little for every
         token, would be refused, too, and that is an error.
         """
+        self._keep_from_children()
         base, ends = self.tensor.data_ptr(), [cuts[0]]
         for start, end in itertools.pairwise(cuts):
             if int(torch.cuda.cudart().cudaHostRegister(base + start, end - start, 0)) != 0:
@@ -252,6 +255,17 @@ class HostMemory:
             self._registered.append(base + start)
             ends.append(end)
             self.pinned_bytes = end - cuts[0]
+
+    def _keep_from_children(self) -> None:
+        """Let no process that is forked have a part in the memory.
+
+        After a fork the first to write to a page gets a copy of it. Where that is this process, the device
+        would go on reading the page as it was, on kernels that do not look for pins (before 5.9, and WSL's);
+        others copy all that is pinned while they fork.
+        """
+        if self._mapping is not None and hasattr(mmap, "MADV_DONTFORK"):
+            with contextlib.suppress(OSError):
+                self._mapping.madvise(mmap.MADV_DONTFORK)
 
     def _tell_refusal(self, start: int, pinned: int, end: int) -> None:
         """Bytes [start, pinned) are pinned, [pinned, end) are not."""
@@ -274,7 +288,7 @@ class HostMemory:
         for pointer in self._registered:
             torch.cuda.cudart().cudaHostUnregister(pointer)
         self._registered.clear()
-        self.tensor = torch.empty(0, dtype=torch.uint8)
+        self.tensor, self._mapping = torch.empty(0, dtype=torch.uint8), None
 
 
 def copy_rate(memory: torch.Tensor) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -152,6 +153,29 @@ def test_pinning_covers_the_arena_exactly(
     assert runtime.ranges == {}
     assert forgotten == []
     assert not caplog.records
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads /proc")
+def test_no_forked_process_has_a_part_in_what_is_pinned(
+    cudart: Callable[[int], Cudart], forgotten: list[None]
+) -> None:
+    """Or a slot that is written after a fork would be another page than the one that the device reads."""
+    cudart(1 << 40)
+
+    def flags(arena: HostArena) -> set[str]:
+        """Of the mapping that its memory is in."""
+        address, inside = arena.buffer(0, 0).data_ptr(), False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(found[1], 16) <= address < int(found[2], 16)
+            elif inside and line.startswith("VmFlags:"):
+                return set(line.split()[1:])
+        raise AssertionError("no mapping")
+
+    plain, pinned = HostArena([2], [4096]), HostArena([2], [4096], pin=True)
+    assert ("dc" in flags(plain), "dc" in flags(pinned)) == (False, True)  # "do not copy area on fork"
+    plain.close()
+    pinned.close()
 
 
 @pytest.mark.parametrize("room", [0, 20_479, 24_576, 40_000, 81_919])
