@@ -241,7 +241,8 @@ def test_what_is_slow_is_not_given_up(files, monkeypatch):
         real(found)
 
     real = direct_io._read
-    monkeypatch.setattr(hung, "Patience", lambda: Counted(2.5))
+    monkeypatch.setattr(hung, "Patience", Counted)
+    monkeypatch.setenv("MOE_LOCAL_DISK_TIMEOUT", "2.5")
     monkeypatch.setattr(direct_io, "_read", slow)
     outs = [torch.zeros(PAGE, dtype=torch.uint8) for _ in range(4)]
     read_ranges([Range(files[0], PAGE * number, out) for number, out in enumerate(outs)])
