@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import torch
 
 from moe_local.cache.errors import OptionError, first_line
+from moe_local.offload.engine.eager_mask import use_capturable_mask
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.kv_slab import KVSlab
@@ -74,6 +75,7 @@ def use_graphs(
         return
     reason, slower = _hindrance(engine), False
     if reason is None:
+        use_capturable_mask()
         step = engine.make_token_step(graphs, sites, saw)
         try:
             with _stood_in(engine) if stand_in else _as_they_are():

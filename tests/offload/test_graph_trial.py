@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AttentionMaskInterface
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
 
 import moe_local
 from moe_local.cache.errors import OptionError
 from moe_local.offload.checkpoint.spec import experts_modules
 from moe_local.offload.engine import graph_trial
+from moe_local.offload.engine.eager_mask import use_capturable_mask
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.graph_trial import VARIABLE, graph_mode, use_graphs
 from moe_local.offload.engine.graphs import CudaGraphs
@@ -27,7 +30,10 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def hf(tiny_models: ModuleType) -> Any:
-    model = tiny_models.tiny_model("mixtral", num_hidden_layers=2)
+    return offloaded(tiny_models.tiny_model("mixtral", num_hidden_layers=2))
+
+
+def offloaded(model: Any) -> Any:
     for index, (name, module) in enumerate(list(experts_modules(model))):
         model.set_submodule(name, OffloadedExperts(module, index))
     return model
@@ -49,6 +55,48 @@ def test_a_model_that_can_be_captured_is(hf: Any, fake_graphs: ModuleType) -> No
     assert engine.token_step.failure is None
     assert [step.segments for step in engine.token_step.captured.values()] == [3]
     assert tried(hf, graphs, "off").token_step is None
+
+
+def eager_mask_with_a_copy(dtype: torch.dtype, **options: Any) -> torch.Tensor:
+    """As transformers 5.17 to 5.20 make it."""
+    seen = sdpa_mask(**options | {"allow_is_causal_skip": False})
+    zero = torch.tensor(0.0, device=seen.device, dtype=dtype)
+    return torch.where(seen, zero, torch.finfo(dtype).min)
+
+
+@pytest.fixture
+def eager_copies(monkeypatch: pytest.MonkeyPatch) -> Any:
+    known = AttentionMaskInterface._global_mapping
+    monkeypatch.setattr(AttentionMaskInterface, "_global_mapping", {**known, "eager": eager_mask_with_a_copy})
+    return eager_mask_with_a_copy
+
+
+def test_eager_attention_is_captured_where_its_mask_brings_numbers_from_the_host(
+    tiny_models: ModuleType, fake_graphs: ModuleType, eager_copies: Any
+) -> None:
+    model = offloaded(tiny_models.tiny_model("gpt_oss"))
+    assert model.config._attn_implementation == "eager"
+    engine = tried(model, fake_graphs.FakeGraphs())
+    assert engine.token_step is not None
+    assert engine.token_step.failure is None
+
+
+@pytest.mark.parametrize("make", [create_causal_mask, create_sliding_window_causal_mask])
+def test_the_mask_is_that_of_transformers(tiny_models: ModuleType, make: Any, eager_copies: Any) -> None:
+    config = tiny_models.tiny_config("gpt_oss", sliding_window=3)
+    config._attn_implementation = "eager"
+    embeds = torch.zeros(2, 5, 4, dtype=torch.bfloat16)
+    padding = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+
+    def masks() -> list[torch.Tensor]:
+        return [make(config, embeds, given, None) for given in (None, padding)]
+
+    theirs = masks()
+    use_capturable_mask()
+    ours = masks()
+    for want, got in zip(theirs, ours, strict=True):
+        assert got.dtype == want.dtype == torch.bfloat16
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("faster", [True, False])

@@ -1,0 +1,31 @@
+"""The mask of eager attention, made without a copy from the host, which no CUDA graph can capture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def use_capturable_mask() -> None:
+    """Let transformers make masks for eager attention by `eager_mask`, the same numbers in every model.
+
+    Its releases up to 5.20 copy a zero to the device for them; later ones need no help.
+    """
+    from transformers import AttentionMaskInterface
+
+    AttentionMaskInterface.register("eager", eager_mask)
+
+
+def eager_mask(*, dtype: torch.dtype = torch.float32, **options: Any) -> torch.Tensor | None:
+    """What is added to scores [batch, 1, queries, keys]: 0 where a key is seen, the least number elsewhere.
+
+    `options` are those of transformers' `sdpa_mask`, which says what is seen. None: everything is.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    seen = sdpa_mask(**options | {"allow_is_causal_skip": False})
+    if seen is None:
+        return None
+    zero = torch.zeros((), dtype=dtype, device=seen.device)
+    return torch.where(seen, zero, torch.finfo(dtype).min)
