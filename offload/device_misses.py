@@ -8,6 +8,7 @@ computed: counts, tells the cache, and with it every policy, and lists the slots
 from __future__ import annotations
 
 import operator
+import threading
 import time
 from typing import NamedTuple
 
@@ -65,7 +66,8 @@ class DeviceMisses:
     layers. The same bits as with the host; the same hits, too, but for which experts leave: a token's list is
     in the policy's order as it was one token earlier, less the experts used since.
 
-    Used by the engine's thread alone.
+    Used by the engine's thread alone, but for those who only look (`settle_counts`, `catch_up`): another
+    thread may do that at any time, and sees no token that is being computed.
     """
 
     def __init__(self, store: ExpertStore, grouped: GroupedExperts, fetch: Fetch) -> None:
@@ -97,6 +99,10 @@ class DeviceMisses:
         """Experts that a token uses in every layer, if these are equally many."""
         self._has_custody = False
         self._in_token = False
+        self._thread = threading.get_ident()
+        """Whose the last token is."""
+        self._lock = threading.RLock()
+        """Held whenever a token begins or ends, or its log is read."""
         self._token = 0
         """Tokens since the device took over."""
         self._log: _Log | None = None
@@ -112,19 +118,21 @@ class DeviceMisses:
 
     def begin(self) -> None:
         """A token is about to be given to the device."""
-        if self._in_token:  # the one before came to no end
-            self.release()
-        if not self._has_custody:
-            self._take_over()
-        self._in_token = True
+        with self._lock:
+            if self._in_token:  # the one before came to no end
+                self.release()
+            if not self._has_custody:
+                self._take_over()
+            self._in_token, self._thread = True, threading.get_ident()
 
     def end(self) -> None:
         """All of the token has been given to the device. Tells the cache of the one before meanwhile."""
-        if not self._in_token:  # the host took over in its midst
-            return
-        before, self._log = self._log, self._ship()
-        if before is not None:
-            self._follow(before)
+        with self._lock:
+            if not self._in_token:  # the host took over in its midst
+                return
+            before, self._log = self._log, self._ship()
+            if before is not None:
+                self._follow(before)
 
     def layer(self, number: int, math: ExpertMath, x: torch.Tensor, tokens: int) -> DeviceLayer | None:
         """What serves so many tokens x [T, D] of a layer; None where the host has to."""
@@ -163,21 +171,26 @@ class DeviceMisses:
     # Custody
 
     def settle_counts(self) -> None:
-        if self._log is not None:
-            self._count(self._log)
+        with self._lock:
+            if self._log is not None:
+                self._count(self._log)
 
     def catch_up(self) -> None:
-        if self._in_token:  # something was raised in its midst: how far it came is not known
-            self.release()
-        elif self._log is not None:
-            log, self._log = self._log, None
-            self._follow(log)
+        with self._lock:
+            if self._in_token and self._thread != threading.get_ident():
+                return  # the slots are the device's: it may be given more of the token at this moment
+            if self._in_token:  # something was raised in its midst: how far it came is not known
+                self.release()
+            elif self._log is not None:
+                log, self._log = self._log, None
+                self._follow(log)
 
     def release(self) -> None:
-        if self._has_custody:
-            self.end()
-            self.catch_up()
-            self._has_custody = False
+        with self._lock:
+            if self._has_custody:
+                self.end()
+                self.catch_up()
+                self._has_custody = False
 
     def check_integrity(self) -> None:
         self.catch_up()

@@ -208,7 +208,7 @@ class Model:
         return self._open()
 
     def stats(self) -> Stats:
-        """Counts since load."""
+        """Counts since load. Any thread; while another one computes a token, as of the tokens before."""
         return self._open().store.snapshot()
 
     def cache_view(self) -> CacheView:

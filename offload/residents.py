@@ -141,8 +141,9 @@ class Residents:
     def settle(self) -> None:
         """Bring the router's choices to the store's RouterLoad. Waits for the device."""
         with torch.inference_mode():
-            counts = self._counts.tolist()
-            self._counts.zero_()
+            found = self._counts.clone()
+            self._counts.sub_(found)  # another thread may have the device count on meanwhile
+            counts = found.tolist()
         start = 0
         for number, part in enumerate(self._counts_of):
             self._store.routed.add(number, counts[start : start + len(part)])

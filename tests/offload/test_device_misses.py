@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -162,6 +163,34 @@ def test_each_token_is_counted_when_it_comes(
         view = model.cache_view()
         model.check_integrity()
         view.look(model.stats().routed.counts)
+
+
+@pytest.mark.slow
+def test_another_thread_may_look_while_a_token_is_computed(
+    make_checkpoint: Callable[..., Path],
+    make_device: Callable[..., Any],
+    fake_graphs: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The slots stay the device's, which goes on to fill them; what the other sees is the token before."""
+    with load(make_checkpoint("qwen3_moe"), make_device(8), fake_graphs.FakeGraphs()) as model:
+        want = answer(model)
+        step, stats = model.parts.engine.token_step, list[Any]()
+        assert step is not None
+        compute = step._logits
+
+        def watched(place: tuple[int, int]) -> torch.Tensor:
+            thread = threading.Thread(target=lambda: stats.append(model.stats()))
+            thread.start()
+            thread.join(10)
+            return compute(place)
+
+        monkeypatch.setattr(step, "_logits", watched)
+        assert answer(model) == want
+        seen = [one.hits + one.misses for one in stats]
+        assert len(seen) == 12  # the last token of the prompt, too: the row has the others
+        assert seen == sorted(seen)
+        assert seen[-1] < model.stats().hits + model.stats().misses
 
 
 @pytest.mark.slow
