@@ -274,20 +274,13 @@ def _show(model: str, report: Report) -> None:
 
 
 def _count(report: Report) -> str:
-    """ "2 of 256 experts are"; where no expert is, what else."""
-    count = len(report.damage)
-    if report.format != NATIVE:
-        experts = [damage for damage in report.damage if damage.get("expert") is not None]
-        if not experts:
-            return (
-                "the manifest is"
-                if not report.total
-                else f"{count} shard headers are"
-                if count > 1
-                else "a shard is"
-            )
-        count = len(experts)
-    return f"{count} of {report.total} {_unit(report)}s {'is' if count == 1 else 'are'}"
+    """ "2 of 256 experts are"; where no expert is damaged, what else."""
+    damaged = [each for each in report.damage if report.format == NATIVE or each.get("expert") is not None]
+    if damaged:
+        return f"{len(damaged)} of {report.total} {_unit(report)}s {'is' if len(damaged) == 1 else 'are'}"
+    if not report.total:
+        return "the manifest is"
+    return "a shard is" if len(report.damage) == 1 else f"{len(report.damage)} shard headers are"
 
 
 def _unit(report: Report) -> str:
