@@ -115,8 +115,7 @@ class Engine:
         """Let a prompt take part in the steps to come; nothing is computed yet.
 
         With `reuse`, the keys and values of a sequence that left serve as far as both prompts agree: see
-        `row_to_go_on` for which.
-        Raises OptionError for an empty prompt, an id beyond the vocabulary, a prompt beyond the context.
+        `row_to_go_on` for which. Raises OptionError as `check_prompt`, MoeLocalError where no row is free.
         """
         ids = list(prompt_ids)
         self.check_prompt(ids)
@@ -124,6 +123,7 @@ class Engine:
             raise MoeLocalError(
                 f"all {self.kv.rows} sequences are in use; one has to leave before another joins"
             )
+        deadline = None if settings.max_time is None else time.monotonic() + settings.max_time
         shared, parked = row_to_go_on(self.kv, self._parked, ids) if reuse else (0, None)
         if parked is not None:
             row = parked.row
@@ -136,12 +136,11 @@ class Engine:
             sequence = Sequence(ids, len(ids), settings, self.kv.join())
             self._members.append(sequence)
         sequence.shares = reuse
-        if settings.max_time is not None:
-            sequence.deadline = time.monotonic() + settings.max_time
+        sequence.deadline = deadline
         return sequence
 
     def check_prompt(self, ids: Ids[int]) -> None:
-        """Raises OptionError for a prompt that `join` would refuse."""
+        """Raises OptionError for an empty prompt, too long a one, or an id beyond the vocabulary."""
         if not ids:
             raise OptionError("the prompt is empty; it needs at least one token")
         if len(ids) > self.kv.capacity:

@@ -144,10 +144,10 @@ def generation_config(hf: Any, options: Mapping[str, Any], *, width: int, rows: 
 
 @contextmanager
 def _as_option_error() -> Iterator[None]:
-    """transformers' complaints about values, on one line."""
+    """transformers' complaints about values, on one line; what it does not check fails in some other way."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise option_error(error) from error
 
 
@@ -195,17 +195,16 @@ def make_settings(
             model_kwargs={},
             logits_processor=LogitsProcessorList(),
         )
-        stop_strings = _stop_strings(hf, config, tokenizer)
-    return Settings(
-        max_new_tokens=max_new_tokens,
-        eos_ids=frozenset() if eos is None else frozenset(eos.tolist()),
-        pad_id=None if pad is None else int(pad),
-        do_sample=bool(config.do_sample),
-        processors=processors,
-        stop_strings=stop_strings,
-        generator=None if seed is None else torch.Generator(device).manual_seed(seed),
-        max_time=config.max_time,
-    )
+        return Settings(
+            max_new_tokens=max_new_tokens,
+            eos_ids=frozenset() if eos is None else frozenset(eos.tolist()),
+            pad_id=None if pad is None else int(pad),
+            do_sample=bool(config.do_sample),
+            processors=processors,
+            stop_strings=_stop_strings(hf, config, tokenizer),
+            generator=None if seed is None else torch.Generator(device).manual_seed(seed),
+            max_time=config.max_time,
+        )
 
 
 def _check_length(config: Any, width: int) -> int:

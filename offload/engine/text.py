@@ -55,6 +55,7 @@ def encode_prompt(
         )
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if isinstance(prompt, str):
+        _check_text(prompt)
         if template and has_template:
             return _encode_chat(tokenizer, [{"role": "user", "content": prompt}])
         ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
@@ -63,6 +64,13 @@ def encode_prompt(
     if not (template and has_template):
         raise OptionError(f"a conversation needs a chat template, and {_why_raw(template)}; give plain text")
     return _encode_chat(tokenizer, messages, tools, variables or {})
+
+
+def _check_text(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise OptionError(f"the prompt has half a character, at {error.start}; give whole ones") from error
 
 
 def _shown(value: object) -> str:
