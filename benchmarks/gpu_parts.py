@@ -82,7 +82,7 @@ def parts_of(layers: int, routes: Path | None) -> list[Part]:
         Part("mixtral_no_graphs", 100, mixtral("--workload", "single", "--repeats", "3"), no_graphs),
         Part("qwen3_resident_no_graphs", 80, qwen("--tokens", "64", "--repeats", "3"), no_graphs),
         Part("encode", 30, script("encode.py", "--dtypes", "bf16", "--rounds", "6")),
-        Part("prefill", 100, ["bash", str(HERE / "gpu_prefill.sh")]),
+        Part("prefill", 150, ["bash", str(HERE / "gpu_prefill.sh")]),
     ]
     if routes is not None:
         recorded = str(routes / "qwen3-30b-a3b_top6.csv")

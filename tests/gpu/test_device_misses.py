@@ -77,7 +77,7 @@ def test_the_same_ids_as_with_the_host_and_all_resident(
         assert step is not None
         assert {captured.segments for captured in step.captured.values()} == {1}
     assert stats.routed == by_host.routed
-    assert stats.misses == pytest.approx(by_host.misses, rel=0.1)
+    assert stats.misses == pytest.approx(by_host.misses, rel=0.2)  # whose lists know all but the last token
     assert stats.stall.demand > 0
 
 
