@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moe_local import Model
     from moe_local.cli.editor import Editor
     from moe_local.offload.records import Token
+    from moe_local.offload.stream import TokenStream
 
 
 @click.command()
@@ -159,6 +160,20 @@ class Chat:
         except Exception as error:
             _say(error)
             return
+        text, failure = self._stream(stream)
+        if failure is not None:
+            _say(failure)
+        if text:
+            self.turns += [question, {"role": "assistant", "content": text}]
+            self.answered = True
+        cut = {None: " | stopped", "length": " | cut off"}.get(stream.finish_reason, "")
+        if stream.filled_context:
+            cut += ": the context is full; /clear empties it"
+        if self.verbose:
+            print_status(status_line(stream.stats) + cut)
+
+    def _stream(self, stream: TokenStream) -> tuple[str, Exception | None]:
+        """Show an answer as it comes; its text, thoughts left out, and the error that ended it, if any."""
         tokenizer = self.model.tokenizer
         thinking = tokenizer is not None and opens_thought(tokenizer, stream.prompt_ids)
         parser = AnswerParser(thinking=thinking)
@@ -188,16 +203,7 @@ class Chat:
             if self.live:
                 shown(parser.add(stream.text), view)
             shown(parser.flush(), view)
-        if failure is not None:
-            _say(failure)
-        if text:
-            self.turns += [question, {"role": "assistant", "content": text}]
-            self.answered = True
-        cut = {None: " | stopped", "length": " | cut off"}.get(stream.finish_reason, "")
-        if stream.filled_context:
-            cut += ": the context is full; /clear empties it"
-        if self.verbose:
-            print_status(status_line(stream.stats) + cut)
+        return text, failure
 
     @contextlib.contextmanager
     def _shown(self) -> Iterator[Callable[[Token], str | None]]:
