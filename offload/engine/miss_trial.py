@@ -141,6 +141,8 @@ def hindrance(engine: Engine, runner: ExpertRunner, mode: str, prefetch: str) ->
         return "tokens are not computed at fixed addresses"
     if prefetch not in ("auto", "off"):
         return f"prefetch is {prefetch!r}, which is the host's"
+    if store.host is not None and store.host.scheduler.mode == "cpu":
+        return "miss is 'cpu': the CPU is to compute them"
     if not all(below.cache.has_all(layer, range(store.num_experts(layer))) for layer in layers):
         return "RAM does not hold every expert"
     if any(store.slots(layer) < store.routed.top_k(layer) for layer in layers):

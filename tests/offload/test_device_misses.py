@@ -348,6 +348,7 @@ def test_where_the_device_is_not_left_with_misses(
         patch.setenv("MOE_LOCAL_GRAPHS", "off")
         refused("fixed addresses")
     refused("prefetch is 'router'", prefetch="router")
+    refused("miss is 'cpu'", miss="cpu")
     with monkeypatch.context() as patch:
         patch.setattr(miss_trial, "LARGEST", 4096)
         refused("beside which the host's part does not count")
