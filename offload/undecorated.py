@@ -148,11 +148,20 @@ def _decorate_switch(block: Any) -> None:
     block._is_hf_initialized = True  # or the loader would fill the modules that were there
 
 
+def _choice(routed: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of what a router returns: one-hot expert, zeros beyond the capacity, and its weight.
+
+    transformers 5.17 has them in the last two places, and leaves nobody out.
+    """
+    first, second, third = routed
+    return (second, third) if first.is_floating_point() else (first, second)
+
+
 @cache
 def _switch_block(cls: Any) -> Any:
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]; zeros for tokens beyond the capacity of their expert."""
-        chosen, weights, _ = self.router(hidden_states)
+        chosen, weights = _choice(self.router(hidden_states))
         x, weights = hidden_states.reshape(-1, hidden_states.shape[-1]), weights.reshape(-1, 1)
         chosen = chosen.reshape(x.shape[0], -1)
         index = chosen.argmax(dim=-1, keepdim=True)

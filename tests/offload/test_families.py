@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,10 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+OLD_ROUTER = version("transformers").startswith("5.17.")
+"""Switch's router as transformers had it before: its results in another order, and no token left out."""
+
+
 @pytest.fixture(scope="module")
 def greedy(make_checkpoint: Callable[..., Path]) -> Callable[..., list[int]]:
     """greedy(model_type, ids, new) -> what transformers' own model of that checkpoint goes on with."""
@@ -91,7 +96,7 @@ def test_greedy_ids_are_those_of_transformers(
         stats = model.stats()
         assert stats.misses > 0
         assert stats.evictions > 0
-        assert stats.prefetch.issued > 0
+        assert stats.prefetch.issued > 0 or (OLD_ROUTER and model_type == "switch_transformers")
         model.check_integrity()
         # all that is resident is no routed expert's
         spec = model.plan.request.spec
@@ -142,6 +147,8 @@ def test_routers_of_other_forms_are_asked_as_the_model_asks_them(
     make_checkpoint: Callable[..., Path], model_type: str
 ) -> None:
     """Asked about the residual of their own layer, they choose what the layer was given."""
+    if OLD_ROUTER and model_type == "switch_transformers":
+        pytest.skip("this transformers' router has a form that is not asked")
     folder = make_checkpoint(model_type)
     hf = load_skeleton(
         folder, read_config(folder), dense="fp32", dtype=torch.float32, device=torch.device("cpu")
@@ -199,6 +206,27 @@ def test_experts_that_nobody_would_offload_are_refused(tiny_models: Any) -> None
     assert "\n" not in str(info.value)
 
 
+def test_switch_routers_of_an_older_transformers_are_understood(make_checkpoint: Callable[..., Path]) -> None:
+    with moe_local.load(make_checkpoint("switch_transformers"), prefetch="off", **EXACT) as model:
+        encoder = model.hf.get_encoder()
+        for block in [module for module in model.hf.modules() if hasattr(module, "router")]:
+            block.router.expert_capacity = IDS.shape[1]
+        with torch.inference_mode():
+            want = encoder(IDS).last_hidden_state
+            for block in [module for module in encoder.modules() if hasattr(module, "router")]:
+                route = block.router.forward
+                block.router.forward = lambda hidden, route=route: _in_the_other_order(route(hidden))
+            assert torch.equal(encoder(IDS).last_hidden_state, want)
+
+
+def _in_the_other_order(routed: Any) -> Any:
+    first, second, third = routed
+    if first.is_floating_point():  # as of 5.17: the probabilities of all experts, one-hot, the chosen one's
+        return second, third, first
+    return third, first, second
+
+
+@pytest.mark.skipif(OLD_ROUTER, reason="this transformers leaves nobody out")
 def test_switch_leaves_out_tokens_beyond_the_capacity(
     make_checkpoint: Callable[..., Path], greedy: Callable[..., list[int]]
 ) -> None:
