@@ -154,8 +154,9 @@ class ExpertStore:
     def _hand_out(self, serving: Serving, group: list[int]) -> Generator[list[Lease], None, None]:
         """Yield these experts, which are readable; where all fit, they stay pinned while others come."""
         layer, slots = serving.layer, [serving.slots[expert] for expert in group]
+        self._leased += len(slots)
         try:
-            yield self._begin_leases(layer, group, slots)
+            yield [self._lease(layer, expert, slot) for expert, slot in zip(group, slots, strict=True)]
         finally:
             if serving.waves or not serving.todo:
                 self.tier.cache.release(layer, group)
@@ -191,8 +192,9 @@ class ExpertStore:
     ) -> Generator[list[Lease], None, None]:
         """`serve` where nothing has to be brought: most steps of most models."""
         slots = self.tier.cache.acquire(layer, experts).slots
-        leases = self._begin_leases(layer, experts, slots)
+        self._leased += len(slots)
         try:
+            leases = [self._lease(layer, expert, slot) for expert, slot in zip(experts, slots, strict=True)]
             if requested is not None:
                 requested()
             yield leases
@@ -386,12 +388,8 @@ class ExpertStore:
                     self.tier.cancel(ExpertKey(layer, expert))
             self.tier.poll()
 
-    def _begin_leases(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> list[Lease]:
-        arena, layouts = self.tier.arena, self.layouts[layer]
-        self._leased += len(slots)
-        return [
-            Lease(e, arena.buffer(layer, slot), layouts[e]) for e, slot in zip(experts, slots, strict=True)
-        ]
+    def _lease(self, layer: int, expert: int, slot: int) -> Lease:
+        return Lease(expert, self.tier.arena.buffer(layer, slot), self.layouts[layer][expert])
 
     def _end_leases(self, layer: int, slots: Sequence[int]) -> None:
         """Last of all, since a device may refuse to say where its kernels are."""

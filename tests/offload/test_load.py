@@ -349,7 +349,7 @@ def test_memory_that_the_system_refuses(tiny_mixtral: Path, monkeypatch: pytest.
         raise OSError(12, "Cannot allocate memory")
 
     before = left_over()
-    monkeypatch.setattr(device_module, "page_memory", refuse)
+    monkeypatch.setattr(device_module, "page_mapping", refuse)
     with pytest.raises(DoesNotFitError, match=r"the system refused .* of memory for expert slots") as caught:
         moe_local.load(tiny_mixtral)
     assert caught.value.exit_code == 3
