@@ -47,10 +47,8 @@ class StallAccount:
     def _settle(self, keep: int = 0) -> None:
         """Charge the waits of the device's stream, which are over once a token has come back from it."""
         while len(self._waits) > keep:
-            try:
-                cause, waited = (
-                    self._waits.popleft()
-                )  # first: one that a device cannot tell is not asked again
+            try:  # taken out first: one that a device cannot tell is not asked again
+                cause, waited = self._waits.popleft()
             except IndexError:  # another thread, which looks at the figures, has asked for the last one
                 return
             self._seconds[cause] += waited.seconds()

@@ -191,13 +191,14 @@ class ExpertStore:
         self, layer: int, experts: Sequence[int], requested: Callable[[], None] | None
     ) -> Generator[list[Lease], None, None]:
         """`serve` where nothing has to be brought: most steps of most models."""
+        arena, layouts = self.tier.arena, self.layouts[layer]
         slots = self.tier.cache.acquire(layer, experts).slots
         self._leased += len(slots)
         try:
-            leases = [self._lease(layer, expert, slot) for expert, slot in zip(experts, slots, strict=True)]
             if requested is not None:
                 requested()
-            yield leases
+            pairs = zip(experts, slots, strict=True)
+            yield [Lease(expert, arena.buffer(layer, slot), layouts[expert]) for expert, slot in pairs]
         finally:
             self.tier.cache.release(layer, experts)
             self._end_leases(layer, slots)

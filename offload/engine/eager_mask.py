@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 
-def use_capturable_mask() -> None:
-    """Let transformers make masks for eager attention by `eager_mask`, the same numbers in every model.
+def use_capturable_mask(hf: Any) -> None:
+    """Let transformers make the masks of a model with eager attention by `eager_mask`: the same numbers.
 
-    Its releases up to 5.20 copy a zero to the device for them; later ones need no help.
+    Its releases up to 5.20 copy a zero to the device for them. Registered for the whole process, since models
+    look masks up by the name of their attention, which some of them compare with "eager".
     """
-    from transformers import AttentionMaskInterface
-
-    AttentionMaskInterface.register("eager", eager_mask)
+    if hf.config.get_text_config(decoder=True)._attn_implementation == "eager":
+        AttentionMaskInterface.register("eager", eager_mask)
 
 
 def eager_mask(*, dtype: torch.dtype = torch.float32, **options: Any) -> torch.Tensor | None:
@@ -22,8 +24,6 @@ def eager_mask(*, dtype: torch.dtype = torch.float32, **options: Any) -> torch.T
 
     `options` are those of transformers' `sdpa_mask`, which says what is seen. None: everything is.
     """
-    from transformers.masking_utils import sdpa_mask
-
     seen = sdpa_mask(**options | {"allow_is_causal_skip": False})
     if seen is None:
         return None

@@ -75,7 +75,7 @@ def use_graphs(
         return
     reason, slower = _hindrance(engine), False
     if reason is None:
-        use_capturable_mask()
+        use_capturable_mask(engine.hf)
         step = engine.make_token_step(graphs, sites, saw)
         try:
             with _stood_in(engine) if stand_in else _as_they_are():

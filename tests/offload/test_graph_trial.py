@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ import moe_local
 from moe_local.cache.errors import OptionError
 from moe_local.offload.checkpoint.spec import experts_modules
 from moe_local.offload.engine import graph_trial
-from moe_local.offload.engine.eager_mask import use_capturable_mask
+from moe_local.offload.engine.eager_mask import eager_mask, use_capturable_mask
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.graph_trial import VARIABLE, graph_mode, use_graphs
 from moe_local.offload.engine.graphs import CudaGraphs
@@ -92,7 +92,8 @@ def test_the_mask_is_that_of_transformers(tiny_models: ModuleType, make: Any, ea
         return [make(config, embeds, given, None) for given in (None, padding)]
 
     theirs = masks()
-    use_capturable_mask()
+    use_capturable_mask(SimpleNamespace(config=config))
+    assert AttentionMaskInterface._global_mapping["eager"] is eager_mask
     ours = masks()
     for want, got in zip(theirs, ours, strict=True):
         assert got.dtype == want.dtype == torch.bfloat16
