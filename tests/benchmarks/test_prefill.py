@@ -26,11 +26,10 @@ def test_the_three_ways_are_measured_side_by_side(result: dict[str, Any]) -> Non
     assert result["staging"] == {"vram": 0, "ram": 2}
     for row in (ring, old):
         assert row["moved_bytes"] >= 2 * 6 * 0.5 * result["expert_bytes"]
-        assert (
-            0
-            < row["link_s"]
-            == pytest.approx(row["moved_bytes"] / row["bytes_per_s"]["disk"]["median"], rel=1)
-        )
+        # The median of two rounds is their mean, which lies between these however the rates vary.
+        rates = row["bytes_per_s"]["disk"]
+        fastest, slowest = row["moved_bytes"] / rates["max"], row["moved_bytes"] / rates["min"]
+        assert fastest * 0.999 <= row["link_s"] <= slowest * 1.001
         assert row["floor_s"] <= row["sum_s"]
         assert row["seconds"]["min"] <= row["seconds"]["median"] <= row["seconds"]["max"]
     (gain,) = result["old_over_ring"]
