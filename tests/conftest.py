@@ -12,14 +12,20 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Before anything imports torch, and for the commands that tests start: tiny models gain nothing from a second
 # thread, and threads that spin for each other on a busy machine make them ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The same examples each time, since no change is to fail for what it did not touch; FUZZ=anew tries others.
-settings.register_profile("moe_local", derandomize=os.environ.get("FUZZ") != "anew")
+# Nor for how long one takes, on a machine that may stand still: hypothesis by itself allows 0.2 s.
+settings.register_profile(
+    "moe_local",
+    derandomize=os.environ.get("FUZZ") != "anew",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("moe_local")
 
 
@@ -207,6 +213,8 @@ def hub(hub_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        monkeypatch.setattr(constants, name, int(os.environ[name]))
     return hub_server
 
 

@@ -96,6 +96,9 @@ class HubServer:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
             "HF_HUB_OFFLINE": "0",
+            # of waiting for this server, which may stand still with the whole machine; 10 s by default
+            "HF_HUB_ETAG_TIMEOUT": "120",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "120",
         }
 
     def count(self, name: str, sent: int) -> None:

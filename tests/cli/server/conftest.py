@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 import moe_local
+from moe_local.cli.server import watch
 from moe_local.cli.server.app import Limits, Server
 from moe_local.cli.server.web import Web
 from moe_local.offload.batcher import Ended, Listener, Ticket
@@ -22,13 +23,25 @@ from moe_local.offload.records import Token
 PATIENCE = 60.0
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _pictures_are_waited_for() -> Iterator[None]:
+    """Not for 2 s only, after which an older one is given: a machine may stand still for that long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch, "PATIENCE_SECONDS", PATIENCE)
+        yield
+
+
 class Running:
     """A server that answers; leave `serving` to stop it."""
+
+    http = httpx.Client(timeout=PATIENCE, limits=httpx.Limits(max_keepalive_connections=0), trust_env=False)
+    """Waits longer than httpx by itself, and keeps no connection open: servers are asked whether any is."""
 
     def __init__(self, model: Any, *, queue: int, grace_s: float = 30.0, **limits: Any) -> None:
         self.batcher = model.batcher(queue=queue)
         self.server = Server(model, self.batcher, Limits(**limits))
         self.web = Web(self.server, "127.0.0.1", 0, grace_s=grace_s)
+        self.web.config.timeout_graceful_shutdown = int(PATIENCE)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.web.serve()))
         self.thread.start()
         self.until(lambda: self.web.started)
@@ -42,7 +55,7 @@ class Running:
             time.sleep(0.01)
 
     def health(self) -> dict[str, Any]:
-        state: dict[str, Any] = httpx.get(f"{self.url}/health", timeout=PATIENCE).json()
+        state: dict[str, Any] = self.http.get(f"{self.url}/health").json()
         return state
 
     def until_idle(self) -> None:
@@ -57,16 +70,28 @@ class Running:
 
 
 class Scripted:
-    """Says `text` in pieces of `size` characters, `times` times, `pause_s` seconds apart; then ends."""
+    """Says `text` in pieces of `size` characters, `times` times, `pause_s` seconds apart; then ends.
+
+    With `hold`, the rest waits behind so many pieces until `go` is set.
+    """
 
     def __init__(
-        self, model: moe_local.Model, text: str, *, size: int = 3, times: int = 1, pause_s: float = 0.0
+        self,
+        model: moe_local.Model,
+        text: str,
+        *,
+        size: int = 3,
+        times: int = 1,
+        pause_s: float = 0.0,
+        hold: int | None = None,
     ) -> None:
         self._model = model
         self.text = text
         self.size = size
         self.times = times
         self.pause_s = pause_s
+        self.hold = hold
+        self.go = threading.Event()
         self.said = 0
         """Pieces so far."""
         self.tickets: list[Ticket] = []
@@ -91,6 +116,8 @@ class Scripted:
             ticket.listener(Token(piece, 1, 1.0, 0.0, 1, 0, 0, 0, None))
             self.said += 1
             time.sleep(self.pause_s)
+            if self.said == self.hold:
+                self.go.wait(PATIENCE)
         ticket.listener(Ended(FinishReason.STOP))
 
 
@@ -128,5 +155,5 @@ def server(serving: Serving, model: moe_local.Model) -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def scripted(model: moe_local.Model) -> Callable[..., Scripted]:
-    """scripted(text, size=3, times=1, pause_s=0.0)"""
+    """scripted(text, size=3, times=1, pause_s=0.0, hold=None)"""
     return lambda text, **options: Scripted(model, text, **options)

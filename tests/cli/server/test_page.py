@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import httpx
 import pytest
 
 import moe_local
@@ -85,7 +84,7 @@ class Visit:
 
 def test_what_the_page_may(server: Any) -> None:
     """Its own script and style, to the byte, and this server: nothing else."""
-    reply = httpx.get(server.url)
+    reply = server.http.get(server.url)
     assert reply.headers["content-type"] == "text/html; charset=utf-8"
     policy = dict(part.split(" ", 1) for part in reply.headers["content-security-policy"].split("; "))
     assert policy["default-src"] == "'none'"
@@ -128,7 +127,7 @@ class TestInABrowser:
         )
         assert {"159,182,216", "228,231,234"} <= set(shades), "resident and absent"
         # where the map says that an expert is, there it is, once it has seen what `generate` did, too
-        report = httpx.get(f"{live.url}/v1/cache").json()
+        report = live.http.get(f"{live.url}/v1/cache").json()
         browser.until(lambda: browser.run("return map.report.uses") == report["uses"])
         browser.until(lambda: browser.run("return map.report.running === 0 && map.at.some(at => at > 0)"))
         for layer, expert in ((0, 0), (4, 7), (2, 3)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,8 @@ import openai
 import pytest
 
 import moe_local
-from moe_local.cli.server import watch
+from moe_local.cli.server import app, watch
+from moe_local.offload.engine.text import encode_prompt
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is a router?"}]
 
@@ -213,7 +215,7 @@ def test_the_map_of_the_cache(serving: Any) -> None:
     with moe_local.load("demo", slots=3, parallel=2, device="cpu") as model, serving(model) as server:
 
         def get() -> dict[str, Any]:
-            report: dict[str, Any] = httpx.get(f"{server.url}/v1/cache", timeout=60).json()
+            report: dict[str, Any] = server.http.get(f"{server.url}/v1/cache").json()
             return report
 
         first = get()
@@ -222,7 +224,7 @@ def test_the_map_of_the_cache(serving: Any) -> None:
         assert (first["running"], first["waiting"], first["parallel"]) == (0, 0, 2)
         body = {"messages": QUESTION, "max_tokens": 60, "temperature": 0, "stream": True}
         times = []
-        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as stream:
+        with server.http.stream("POST", f"{server.url}/v1/chat/completions", json=body) as stream:
             for line in stream.iter_lines():
                 if line.startswith("data: {") and len(times) < 3:
                     time.sleep(0.11)
@@ -237,7 +239,7 @@ def test_the_map_of_the_cache(serving: Any) -> None:
         counts = model.stats()
         assert last["counts"]["misses"] > 0
         assert [sum(row) // 2 for row in last["uses"]] == list(counts.routed.tokens)
-        metrics = httpx.get(f"{server.url}/metrics").text
+        metrics = server.http.get(f"{server.url}/metrics").text
         assert "moe_local_expert_slots 15.0" in metrics
         assert f"moe_local_experts_resident {sum(map(len, residents)):.1f}" in metrics
         model.check_integrity()
@@ -251,16 +253,16 @@ def test_a_map_when_no_step_ends(
     with serving() as server:
         model._turn.begin()
         try:
-            none_yet = httpx.get(f"{server.url}/v1/cache")
+            none_yet = server.http.get(f"{server.url}/v1/cache")
             assert none_yet.status_code == 503
             assert "busy with one long step" in none_yet.json()["error"]["message"]
         finally:
             model._turn.end()
-        server.until(lambda: httpx.get(f"{server.url}/v1/cache").status_code == 200)
+        server.until(lambda: server.http.get(f"{server.url}/v1/cache").status_code == 200)
         time.sleep(0.15)
         model._turn.begin()
         try:
-            old = [httpx.get(f"{server.url}/v1/cache").json()["time"] for _ in range(2)]
+            old = [server.http.get(f"{server.url}/v1/cache").json()["time"] for _ in range(2)]
         finally:
             model._turn.end()
         assert old[0] == old[1]
@@ -275,13 +277,13 @@ def test_reasoning(serving: Any, scripted: Any) -> None:
     with serving(scripted(THOUGHT)) as server:
         body = {"messages": QUESTION}
         url = f"{server.url}/v1/chat/completions"
-        message = httpx.post(url, json=body).json()["choices"][0]["message"]
+        message = server.http.post(url, json=body).json()["choices"][0]["message"]
         assert message == {
             "role": "assistant",
             "content": "It routes.",
             "reasoning_content": "\nLet me see.\n",
         }
-        lines = httpx.post(url, json={**body, "stream": True}).text.splitlines()
+        lines = server.http.post(url, json={**body, "stream": True}).text.splitlines()
         deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines if line.startswith("data: {")]
         assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "\nLet me see.\n"
         assert "".join(delta.get("content", "") for delta in deltas) == "It routes."
@@ -337,13 +339,13 @@ def test_models_and_health(client: openai.OpenAI, server: Any) -> None:
     assert client.models.retrieve("demo").id == "demo"
     with pytest.raises(openai.NotFoundError, match="no model 'gpt-5' here; this server has 'demo'"):
         client.chat.completions.create(model="gpt-5", messages=QUESTION)
-    health = httpx.get(f"{server.url}/health").json()
+    health = server.http.get(f"{server.url}/health").json()
     assert health["status"] == "ok"
 
 
 def test_metrics(client: openai.OpenAI, server: Any) -> None:
     def read() -> dict[str, float]:
-        text = httpx.get(f"{server.url}/metrics").text
+        text = server.http.get(f"{server.url}/metrics").text
         lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, value in lines}
 
@@ -406,7 +408,7 @@ def test_metrics(client: openai.OpenAI, server: Any) -> None:
 )
 def test_bad_requests_are_one_line(server: Any, body: dict[str, Any], message: str) -> None:
     headers = {"content-type": "application/json"}
-    answer = httpx.post(f"{server.url}/v1/chat/completions", content=json.dumps(body), headers=headers)
+    answer = server.http.post(f"{server.url}/v1/chat/completions", content=json.dumps(body), headers=headers)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert message in error["message"]
@@ -423,7 +425,7 @@ def test_errors_that_clients_act_upon_have_openais_codes(server: Any, capfd: Any
         ({"messages": QUESTION, "top_p": 2.0}, 400, None),
     ]
     for body, status, code in bodies:
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+        answer = server.http.post(f"{server.url}/v1/chat/completions", json=body)
         assert answer.status_code == status
         assert answer.json()["error"]["code"] == code
     assert "longer than" not in capfd.readouterr().err
@@ -439,27 +441,28 @@ def test_the_field_at_fault_is_named_as_clients_know_it(server: Any) -> None:
         ({"prompt": "x", "min_p": -1}, "min_p"),
         ([], None),
     ]
-    with httpx.Client() as client:
-        for body, at_fault in bodies:
-            answer = client.post(f"{server.url}/v1/completions", json=body)
-            assert answer.status_code == 400
-            error = answer.json()["error"]
-            assert error["param"] == at_fault
-            assert error["message"].startswith((at_fault or "body", "unknown field"))
+    for body, at_fault in bodies:
+        answer = server.http.post(f"{server.url}/v1/completions", json=body)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["param"] == at_fault
+        assert error["message"].startswith((at_fault or "body", "unknown field"))
 
 
 def test_bodies_that_are_no_requests(server: Any) -> None:
     url = f"{server.url}/v1/chat/completions"
     for content in (b"", b"{", b"[1, 2]", b'"text"', b"\xff\xfe"):
-        answer = httpx.post(url, content=content, headers={"content-type": "application/json"})
+        answer = server.http.post(url, content=content, headers={"content-type": "application/json"})
         assert answer.status_code == 400, content
         assert answer.json()["error"]["message"]
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
-        answer = httpx.post(url, content=json.dumps({"messages": QUESTION}), headers={"content-type": kind})
+        answer = server.http.post(
+            url, content=json.dumps({"messages": QUESTION}), headers={"content-type": kind}
+        )
         assert answer.status_code == 415
         assert "send Content-Type: application/json" in answer.json()["error"]["message"]
     for method, path, status in (("GET", "/nowhere", 404), ("GET", "/v1/chat/completions", 405)):
-        answer = httpx.request(method, server.url + path)
+        answer = server.http.request(method, server.url + path)
         assert answer.status_code == status
         assert path in answer.json()["error"]["message"]
 
@@ -493,17 +496,27 @@ def test_curl(server: Any, expected: str) -> None:
     assert "".join(json.loads(e)["choices"][0]["delta"].get("content", "") for e in events) == expected
 
 
-def test_nobody_waits_for_a_long_prompt(server: Any) -> None:
+def test_nobody_waits_for_a_long_prompt(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is encoded, here, until others have been served."""
+    begun, others = threading.Event(), threading.Event()
+
+    def encode(tokenizer: Any, prompt: Any, **options: Any) -> list[int]:
+        if len(prompt) > app.LONG_PROMPT:
+            begun.set()
+            assert others.wait(60)
+        return encode_prompt(tokenizer, prompt, **options)
+
+    monkeypatch.setattr(app, "encode_prompt", encode)
     body = {"messages": QUESTION, "max_tokens": 1}
     with ThreadPoolExecutor() as pool:
-        long = pool.submit(
-            httpx.post, f"{server.url}/v1/completions", json={"prompt": "word " * 200_000}, timeout=60
-        )
-        server.until(lambda: server.server.traffic.answering > 0)
-        short = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+        prompt = {"prompt": "word " * 50_000}
+        long = pool.submit(server.http.post, f"{server.url}/v1/completions", json=prompt)
+        assert begun.wait(60)
+        short = server.http.post(f"{server.url}/v1/chat/completions", json=body)
         assert short.status_code == 200
-        assert httpx.get(f"{server.url}/v1/cache").status_code == 200
+        assert server.http.get(f"{server.url}/v1/cache").status_code == 200
         assert not long.done()
+        others.set()
         assert "the context holds 2048" in long.result().json()["error"]["message"]
 
 
@@ -511,9 +524,9 @@ def test_when_the_batcher_is_gone(serving: Any) -> None:
     with serving() as server:
         server.batcher.close("the model is closed")
         for reply in (
-            httpx.get(f"{server.url}/v1/cache"),
-            httpx.get(f"{server.url}/metrics"),
-            httpx.post(f"{server.url}/v1/chat/completions", json={"messages": QUESTION}),
+            server.http.get(f"{server.url}/v1/cache"),
+            server.http.get(f"{server.url}/metrics"),
+            server.http.post(f"{server.url}/v1/chat/completions", json={"messages": QUESTION}),
         ):
             assert reply.status_code == 500
             assert reply.json()["error"]["message"] == "the model is closed"
@@ -527,23 +540,29 @@ def test_parts_of_text_and_developers(client: openai.OpenAI, expected: str) -> N
     assert answer.choices[0].message.content == expected
 
 
-def test_a_client_that_goes_away_frees_its_row(server: Any) -> None:
+def test_a_client_that_goes_away_frees_its_row(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long before its answer, whose tokens take 50 ms each, would have come to its end."""
+    engine = server.batcher._engine
+    step = engine.step
+
+    def slow() -> Any:
+        time.sleep(0.05)
+        return step()
+
+    monkeypatch.setattr(engine, "step", slow)
     url = f"{server.url}/v1/chat/completions"
     body = {"messages": QUESTION, "max_tokens": 1500, "temperature": 2.0, "n": 3}
-    with httpx.stream("POST", url, json={**body, "stream": True}) as stream:
+    with server.http.stream("POST", url, json={**body, "stream": True}) as stream:
         next(stream.iter_lines())
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(url, json=body, timeout=httpx.Timeout(60, read=0.05))
-    deadline = time.monotonic() + 30
-    while httpx.get(f"{server.url}/health").json() != {"status": "ok", "running": 0, "waiting": 0}:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        server.http.post(url, json=body, timeout=httpx.Timeout(60, read=0.05))
+    server.until_idle()
 
 
 def test_other_pages_may_ask_only_if_allowed(server: Any) -> None:
     def allowed(origin: str) -> str | None:
         headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
-        answer = httpx.options(f"{server.url}/v1/chat/completions", headers=headers)
+        answer = server.http.options(f"{server.url}/v1/chat/completions", headers=headers)
         return answer.headers.get("access-control-allow-origin")
 
     assert allowed("https://page.example") == "https://page.example"
@@ -563,10 +582,10 @@ class TestGuarded:
     )
     def test_the_key(self, guarded: Any, given: str | None) -> None:
         headers = {} if given is None else {"Authorization": given}
-        answer = httpx.get(f"{guarded.url}/v1/models", headers=headers)
+        answer = guarded.http.get(f"{guarded.url}/v1/models", headers=headers)
         assert answer.status_code == 401
         assert "Authorization: Bearer KEY" in answer.json()["error"]["message"]
-        assert httpx.get(f"{guarded.url}/health").status_code == 200
+        assert guarded.http.get(f"{guarded.url}/health").status_code == 200
 
     def test_with_the_key(self, guarded: Any) -> None:
         client = openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="s3cret", max_retries=0)
@@ -575,7 +594,7 @@ class TestGuarded:
     def test_more_than_there_will_ever_be_room_for(self, guarded: Any) -> None:
         headers = {"Authorization": "Bearer s3cret"}
         body = {"messages": QUESTION, "n": 4}
-        answer = httpx.post(f"{guarded.url}/v1/chat/completions", json=body, headers=headers)
+        answer = guarded.http.post(f"{guarded.url}/v1/chat/completions", json=body, headers=headers)
         assert answer.status_code == 400
         assert "4 answers are asked for at once, 3 can be" in answer.json()["error"]["message"]
 
@@ -584,7 +603,7 @@ class TestGuarded:
         body = json.dumps({"messages": [{"role": "user", "content": "x" * 3000}]}).encode()
         content: Any = iter([body[:1500], body[1500:]]) if chunked else body
         headers = {"Authorization": "Bearer s3cret", "content-type": "application/json"}
-        answer = httpx.post(f"{guarded.url}/v1/chat/completions", content=content, headers=headers)
+        answer = guarded.http.post(f"{guarded.url}/v1/chat/completions", content=content, headers=headers)
         assert answer.status_code == 413
         assert "2000 are allowed" in answer.json()["error"]["message"]
 
@@ -597,12 +616,9 @@ class TestGuarded:
         model._turn.begin()  # nothing is answered for now
         try:
             with ThreadPoolExecutor() as pool:
-                first = pool.submit(httpx.post, url, json={**body, "n": 3}, headers=headers, timeout=60)
-                deadline = time.monotonic() + 30
-                while httpx.get(f"{guarded.url}/health").json()["waiting"] < 3:
-                    assert time.monotonic() < deadline
-                    time.sleep(0.01)
-                answer = httpx.post(url, json=body, headers=headers, timeout=60)
+                first = pool.submit(guarded.http.post, url, json={**body, "n": 3}, headers=headers)
+                guarded.until(lambda: guarded.health()["waiting"] == 3)
+                answer = guarded.http.post(url, json=body, headers=headers)
                 model._turn.end()
                 assert first.result().status_code == 200
         finally:
