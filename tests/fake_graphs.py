@@ -177,13 +177,23 @@ class _Recorder(TorchDispatchMode):
 
 
 class FakeGraphs:
-    """The Graphs protocol on the CPU. `fail_at`: so many captures work, the next one is refused."""
+    """The Graphs protocol on the CPU. `fail_at`: so many captures work, the next one is refused with `error`.
 
-    def __init__(self, fail_at: int | None = None) -> None:
+    `room`: so many captures find memory; None: all.
+    """
+
+    def __init__(
+        self,
+        fail_at: int | None = None,
+        error: str = "CUDA error: operation failed due to a previous error during capture",
+        room: int | None = None,
+    ) -> None:
         self.pool = Pool()
         self.recorder: _Recorder | None = None
         self.captures = self.replays = 0
-        self.fail_at = fail_at
+        self.fail_at, self.error = fail_at, error
+        self.room = room
+        self.refusals = 0
         self._no_waits = _NoWaits()
         self._in_session = False
 
@@ -201,7 +211,7 @@ class FakeGraphs:
         assert self._in_session, "the default stream cannot be captured"
         assert self.recorder is None, "a capture had begun"
         if self.captures == self.fail_at:
-            raise RuntimeError("CUDA error: out of memory")
+            raise RuntimeError(self.error)
         self.recorder = _Recorder(self.pool)
         self._no_waits.__enter__()
         self.recorder.__enter__()
@@ -209,12 +219,18 @@ class FakeGraphs:
     def end(self) -> FakeGraph:
         assert self.recorder is not None, "no capture has begun"
         recorder = self._stop()
+        if self.captures == self.room:
+            self.refusals += 1
+            raise torch.OutOfMemoryError("CUDA error: out of memory")
         self.captures += 1
         return FakeGraph(recorder.operations, self)
 
     def abort(self) -> None:
         if self.recorder is not None:
             self._stop()
+
+    def make_room(self) -> None:
+        assert self.recorder is None, "nothing is given back during a capture"
 
     def _stop(self) -> _Recorder:
         recorder, self.recorder = self.recorder, None

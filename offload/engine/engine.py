@@ -206,14 +206,17 @@ class Engine:
                 self._make_room(lacking, work)
 
     def _make_room(self, lacking: Shortage, work: list[Work]) -> None:
-        """Do something about the memory that a step lacked: fewer experts in the cache, then shorter chunks.
+        """Do something about the memory that a step lacked: fewer experts in the cache, then shorter chunks,
+        then no graphs.
 
-        Raises MoeLocalError where neither is left.
+        Raises MoeLocalError where none of it is left.
         """
         if self.relief is not None and self.relief(lacking):
             return
         shorter = min(self.chunk, max(len(item.ids) for item in work)) // 2
         if shorter < MIN_CHUNK:
+            if self.token_step is not None and self.token_step.make_room():
+                return
             asked = f" ({format_bytes(lacking.nbytes)} more were asked for)" if lacking.nbytes else ""
             raise MoeLocalError(
                 f"VRAM ran out{asked} and no expert is left that could give way; close other programs on the "

@@ -38,13 +38,20 @@ class Graphs(Protocol):
         """Around all captures that belong together, with what runs between them."""
 
     def begin(self) -> None:
-        """Capture from here on. What the device cannot capture, a wait of the host above all, raises."""
+        """Capture from here on. What the device cannot capture, a wait of the host above all, raises.
+
+        A lack of the device's memory raises torch.OutOfMemoryError, here, until the capture ends, in `end`
+        and at a graph's first replay.
+        """
 
     def end(self) -> Graph:
         """The capture is complete. Raises if it was spoiled meanwhile."""
 
     def abort(self) -> None:
         """Throw a capture away, if one has begun. Raises nothing."""
+
+    def make_room(self) -> None:
+        """Give memory that is kept for later use back to the driver, which a capture cannot have done."""
 
 
 class CudaGraph:
@@ -54,8 +61,21 @@ class CudaGraph:
         self._graph = graph
 
     def replay(self) -> None:
-        with alone:
-            self._graph.replay()
+        try:
+            with alone:
+                self._graph.replay()
+        except RuntimeError as error:
+            _name_lack(error)
+            raise
+
+
+def _name_lack(error: BaseException) -> None:
+    """Raise torch's error for a lack of VRAM if `error` is CUDA's own.
+
+    Which is only known here: elsewhere CUDA says so of RAM that it was to pin, too.
+    """
+    if not isinstance(error, torch.OutOfMemoryError) and "out of memory" in str(error):
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
 class CudaGraphs:
@@ -70,6 +90,8 @@ class CudaGraphs:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = _session_stream(device)
+        self._number = torch.zeros(1, device=device)
+        """Something to write to, without asking for memory."""
         self._capturing: torch.cuda.CUDAGraph | None = None
         self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
@@ -86,13 +108,16 @@ class CudaGraphs:
 
     def begin(self) -> None:
         torch.cuda.current_blas_handle()  # this thread's handle and workspace, which a capture can't make
+        # torch 2.11 puts two numbers of its generator there, and ends the process where it finds no room.
+        [torch.empty_like(self._number, dtype=torch.long) for _ in range(2)]
         if not self._alive:  # a pool ends with its last graph
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        except BaseException:
+        except BaseException as error:
             self._recover()
+            _name_lack(error)
             raise
         self._capturing = graph
 
@@ -101,8 +126,9 @@ class CudaGraphs:
         assert graph is not None, "no capture has begun"
         try:
             graph.capture_end()
-        except BaseException:
+        except BaseException as error:
             self._recover()
+            _name_lack(error)
             raise
         self._alive.add(graph)
         return CudaGraph(graph)
@@ -115,6 +141,10 @@ class CudaGraphs:
             graph.capture_end()
         except RuntimeError:  # a spoiled capture says so again when it is ended
             self._recover()
+
+    def make_room(self) -> None:
+        with alone, torch.cuda.device(self._device):
+            torch.cuda.empty_cache()
 
     def _recover(self) -> None:
         """Do what torch leaves undone where a spoiled capture has ended; within the session.
@@ -131,7 +161,7 @@ class CudaGraphs:
         with contextlib.suppress(RuntimeError):
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
-            torch.zeros(1, device=self._device)
+            self._number.zero_()
             graph.capture_end()
 
 

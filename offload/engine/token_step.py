@@ -34,7 +34,7 @@ class TokenStep:
     What is computed depends on the row's length alone (`static_columns`), so a token has the same bits from
     a graph and without one. The first token of each number of columns of a row is computed without (libraries
     set themselves up), the second is captured, later ones are replayed. Where capturing fails, this is logged
-    once and all further ones are computed without.
+    once and all further ones are computed without; not where memory lacks, which may be had (`logits`).
     """
 
     def __init__(
@@ -73,7 +73,8 @@ class TokenStep:
     def logits(self, row: int, token: int) -> torch.Tensor:
         """[1, vocabulary] fp32 of `token`, put behind the row's tokens; valid until the next call.
 
-        Raises what the experts raise, having changed no length.
+        Raises what the experts raise, and torch.OutOfMemoryError where the device's memory does not suffice
+        for a capture, having changed no length.
         """
         return self._watched(self._logits, self._prepare(row, token))
 
@@ -85,6 +86,14 @@ class TokenStep:
         """Compute from now on, without graphs."""
         self._graphs = None
         self.captured.clear()
+
+    def make_room(self) -> bool:
+        """Do without graphs from now on, to have their memory back; whether there were any."""
+        if self._graphs is None:
+            return False
+        self.stop_capturing()
+        logger.warning("VRAM ran out: tokens are computed without CUDA graphs from now on")
+        return True
 
     @property
     def captures(self) -> bool:
@@ -142,20 +151,23 @@ class TokenStep:
         assert self._graphs is not None
         recording = Recording(self._graphs, self._hf, self._sites, self._saw)
         try:
-            with self._graphs.session(), recording.attached():
-                try:
-                    recording.begin()
-                    captured = recording.finish(self._forward(place))
-                except BaseException:
-                    self._graphs.abort()
-                    raise
+            self.captured[place] = self._record(place, recording)
         except Exception as error:
-            if recording.in_experts:
+            if recording.in_experts or isinstance(error, torch.OutOfMemoryError):
                 raise
             self._give_up(error)
-            return None
-        self.captured[place] = captured
-        return captured
+        return self.captured.get(place)
+
+    def _record(self, place: tuple[int, int], recording: Recording) -> CapturedStep:
+        assert self._graphs is not None
+        self._graphs.make_room()
+        with self._graphs.session(), recording.attached():
+            try:
+                recording.begin()
+                return recording.finish(self._forward(place))
+            except BaseException:
+                self._graphs.abort()
+                raise
 
     def _give_up(self, error: Exception) -> None:
         """Capture no more. What has been captured goes on being replayed."""

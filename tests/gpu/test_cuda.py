@@ -14,6 +14,7 @@ import torch
 
 import moe_local
 from moe_local.offload import relief
+from moe_local.offload.engine.graphs import CudaGraphs
 from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
@@ -482,6 +483,17 @@ def test_segments_that_are_given_back_reach_the_driver() -> None:
     arena.close()
 
 
+def all_that_is_free() -> list[torch.Tensor]:
+    """Tensors that leave no room on the card for another one."""
+    hog, size = [], 1 << 36
+    while size >= 1 << 20:
+        try:
+            hog.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            size //= 2
+    return hog
+
+
 def test_experts_give_way_when_vram_runs_out(
     make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -496,12 +508,7 @@ def test_experts_give_way_when_vram_runs_out(
         assert model.plan.mode == "resident"
         expected = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None).token_ids
         torch.cuda.empty_cache()
-        hog, size = [], 1 << 36
-        while size >= 1 << 20:
-            try:
-                hog.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
-            except torch.OutOfMemoryError:
-                size //= 2
+        hog = all_that_is_free()
         other = [7, *prompt]  # nothing of it is in the key-value memory
         model.generate(other, max_new_tokens=2)
         assert "VRAM ran out on cuda" in caplog.text
@@ -509,6 +516,41 @@ def test_experts_give_way_when_vram_runs_out(
         found = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None).token_ids
         del hog
         assert found == expected
+        model.check_integrity()
+
+
+def test_experts_give_way_to_graphs(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another program takes all that is free at the last moment before a capture."""
+    monkeypatch.setattr(relief, "MARGIN", 16 << 20)
+    monkeypatch.setattr(device_arena, "SEGMENT_BYTES", 12 << 20)
+    monkeypatch.setenv("MOE_LOCAL_GRAPHS", "on")
+    folder = make_checkpoint(
+        "mixtral", dtype=torch.bfloat16, hidden_size=512, intermediate_size=2048, num_hidden_layers=5
+    )
+    hog: list[torch.Tensor] = []
+    with moe_local.load(folder, device="cuda", experts="bf16", miss="fetch", slots=7) as model:
+        expected = model.generate([5, 6, 7], max_new_tokens=8, do_sample=False, eos_token_id=None).token_ids
+        step = model._open().engine.token_step
+        assert step is not None
+        assert step.captured
+        step.captured.clear()  # and with them the pool
+        make_room = CudaGraphs.make_room
+
+        def robbed(self: CudaGraphs) -> None:
+            make_room(self)
+            hog.extend(all_that_is_free() if not hog else [])
+
+        monkeypatch.setattr(CudaGraphs, "make_room", robbed)
+        found = model.generate([5, 6, 7], max_new_tokens=8, do_sample=False, eos_token_id=None).token_ids
+        assert found == expected
+        assert hog
+        assert "VRAM ran out on cuda" in caplog.text
+        assert "without CUDA graphs" not in caplog.text
+        assert step.failure is None
+        assert step.captured
+        hog.clear()
         model.check_integrity()
 
 
@@ -544,22 +586,20 @@ def test_copies_behind_a_slower_link() -> None:
 
 def test_a_spoiled_capture_leaves_torch_well() -> None:
     """And a capture begun after all graphs are gone has a pool again."""
-    from moe_local.offload.engine.graphs import CudaGraphs
-
     device = torch.device("cuda", torch.cuda.current_device())
-    graphs, x = CudaGraphs(device), torch.ones(4, device=device)
-    with graphs.session():
-        graphs.begin()
+    capture, x = CudaGraphs(device), torch.ones(4, device=device)
+    with capture.session():
+        capture.begin()
         with pytest.raises(RuntimeError):
             x.sum().item()
-        graphs.abort()
+        capture.abort()
     torch.cuda.empty_cache()
     assert 0 <= float(torch.rand(1, device=device)) < 1
     for _ in range(2):
-        with graphs.session():
-            graphs.begin()
+        with capture.session():
+            capture.begin()
             y = x * 3
-            graph = graphs.end()
+            graph = capture.end()
         graph.replay()
         assert y.tolist() == [3.0] * 4
         del graph, y

@@ -21,6 +21,7 @@ from moe_local.offload.engine.sampling import Settings, make_settings
 from moe_local.offload.engine.sequence import Sequence
 from moe_local.offload.engine.static_row import static_columns
 from moe_local.offload.experts import OffloadedExperts
+from moe_local.offload.relief import Shortage
 
 torch.set_num_threads(1)
 
@@ -246,9 +247,55 @@ def test_a_capture_that_is_refused_costs_no_token(
         assert got == want
         assert torch.equal(seen, logits)
         assert engine.token_step is not None
-        assert engine.token_step.failure == "RuntimeError: CUDA error: out of memory"
+        assert (engine.token_step.failure or "").startswith("RuntimeError: CUDA error: operation failed")
         assert len(engine.token_step.captured) == fail_at // 3
         assert len(caplog.records) == (fail_at >= 3)
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 4])
+def test_a_capture_without_memory_goes_on_once_something_gave_way(
+    mixtral: Any, fake_graphs: ModuleType, room: int
+) -> None:
+    want, logits = decoded(Watched(mixtral, make_kv(mixtral, 1, 64)), random_ids(5), 24)
+    graphs = fake_graphs.FakeGraphs(room=room)
+    engine = Watched(mixtral, make_kv(mixtral, 1, 64), graphs=graphs)
+
+    def relief(lacking: Shortage) -> bool:
+        graphs.room = None if graphs.refusals == 2 else graphs.captures  # the first does not suffice
+        return True
+
+    engine.relief = relief
+    got, seen = decoded(engine, random_ids(5), 24)
+    assert got == want
+    assert torch.equal(seen, logits)
+    assert graphs.refusals == 2
+    assert engine.token_step is not None
+    assert engine.token_step.failure is None
+    assert engine.token_step.captures
+    assert len(engine.token_step.captured) == 3
+
+
+@pytest.mark.parametrize("relief", [None, lambda lacking: False])
+def test_without_memory_for_graphs_tokens_are_computed(
+    mixtral: Any, fake_graphs: ModuleType, relief: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whichever segment lacks it, and what had been captured goes, too."""
+    want, logits = decoded(Watched(mixtral, make_kv(mixtral, 1, 64)), random_ids(5), 24)
+    for room in (0, 1, 5):
+        caplog.clear()
+        graphs = fake_graphs.FakeGraphs(room=room)
+        engine = Watched(mixtral, make_kv(mixtral, 1, 64), graphs=graphs)
+        engine.relief = relief
+        got, seen = decoded(engine, random_ids(5), 24)
+        assert got == want
+        assert torch.equal(seen, logits)
+        assert graphs.refusals == 1
+        assert engine.token_step is not None
+        assert not engine.token_step.captures
+        assert not engine.token_step.captured
+        assert [record.message for record in caplog.records] == [
+            "VRAM ran out: tokens are computed without CUDA graphs from now on"
+        ]
 
 
 def test_a_forward_that_waits_for_the_device_is_not_captured(mixtral: Any, fake_graphs: ModuleType) -> None:
