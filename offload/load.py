@@ -184,8 +184,13 @@ def assemble(
     """
     targets = [target] if isinstance(target, torch.device) else list(target)
     cards = list(device) if isinstance(device, Sequence) else [] if device is None else [device]
+    first = targets[0]
+    # What names no card, pinning above all, is done on the current one, and would take hundreds of MB of
+    # another card for that.
+    current = torch.cuda.device(first) if first.type == "cuda" else contextlib.nullcontext()
     try:
-        return _assemble(checkpoint, file, plan, options, targets, cards, progress, graphs)
+        with current:
+            return _assemble(checkpoint, file, plan, options, targets, cards, progress, graphs)
     except torch.OutOfMemoryError as error:
         raise DoesNotFitError(
             f"there is less memory free than was planned with: {first_line(error).rstrip('.')}; "

@@ -28,6 +28,9 @@ PIECE = 2 << 20
 LARGE = 10 << 20
 """torch's CUDA allocator asks the driver for whole PIECEs when a tensor has LARGE bytes or more."""
 
+PORTABLE = 1
+"""cudaHostRegisterPortable: pinned for copies to every card, not to the current one alone."""
+
 TRIAL = 32 << 20
 """Bytes of a copy that is timed."""
 
@@ -244,7 +247,7 @@ class HostMemory:
         self._keep_from_children()
         base, ends = self.tensor.data_ptr(), [cuts[0]]
         for start, end in itertools.pairwise(cuts):
-            if int(torch.cuda.cudart().cudaHostRegister(base + start, end - start, 0)) != 0:
+            if int(torch.cuda.cudart().cudaHostRegister(base + start, end - start, PORTABLE)) != 0:
                 _forget_cuda_error()
                 if self._registered:
                     torch.cuda.cudart().cudaHostUnregister(self._registered.pop())
