@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from markdown_it import MarkdownIt
-from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.markdown import Heading, Markdown, MarkdownElement
 from rich.segment import Segment
@@ -41,9 +41,12 @@ def split_blocks(text: str) -> tuple[list[str], str]:
 
 
 class _LeftHeading(Heading):
-    """A heading where the text begins; rich centres those of the first level."""
+    """A heading where the text begins; rich centres those of the first level, and before 14.3 all."""
 
-    LEVEL_ALIGN: ClassVar[dict[str, JustifyMethod]] = dict.fromkeys(Heading.LEVEL_ALIGN, "left")
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        text = self.text.copy()
+        text.justify = "left"
+        yield text
 
 
 class _Markdown(Markdown):

@@ -48,6 +48,7 @@ class ProgressBar:
     def __init__(self, unit: str = "experts") -> None:
         """`unit`: what is counted."""
         self._unit = unit
+        self._visible = sys.stderr.isatty()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -55,12 +56,13 @@ class ProgressBar:
             TimeRemainingColumn(),
             console=on_stderr(),
             transient=True,
-            disable=not sys.stderr.isatty(),
         )
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """`done` of `total` of `what` are finished."""
+        if not self._visible:
+            return
         if what not in self._tasks:
             for task in self._tasks.values():
                 self._progress.remove_task(task)
@@ -74,7 +76,8 @@ class ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._visible:  # before 14.3 rich ends a disabled bar, too, with an empty line
+            self._progress.stop()
 
 
 def status_line(stats: GenerationStats) -> str:

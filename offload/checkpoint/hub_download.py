@@ -283,6 +283,9 @@ def _have(folder: Path, file: HubFile) -> int:
 @contextmanager
 def _bar(label: str, total: int, visible: bool) -> Iterator[Callable[[int], None]]:
     """One bar over all bytes; yields a function, callable from any thread, that moves it on."""
+    if not visible:  # no disabled bar: before 14.3 rich ends it with an empty line
+        yield lambda count: None
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -295,6 +298,6 @@ def _bar(label: str, total: int, visible: bool) -> Iterator[Callable[[int], None
 
     columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True)]
     columns += [TransferSpeedColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=Console(stderr=True), disable=not visible) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=total)
         yield lambda count: bar.update(task, advance=count)
