@@ -55,14 +55,40 @@ def repository() -> Path:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Disks are given up after 0.3 seconds, of which pauses of a busy machine are hardly any."""
+def impatient(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
+    """Files whose disks are given up after 0.3 seconds, for tests to fill in.
+
+    That is time in which nothing else is being read, which may take long on a busy machine; of the machine's
+    pauses hardly anything counts.
+    """
     from moe_local.offload import hung
     from moe_local.offload.tiers import patience
 
+    gone: set[Path] = set()
+
+    class Impatient(patience.Patience):
+        def __init__(self, crew: Any) -> None:
+            super().__init__()
+            self._crew = crew
+
+        def wait(self, changed: Any, seconds: float) -> None:
+            before = self._waited
+            super().wait(changed, seconds)
+            doing = set(self._crew._doing.values())
+            if not doing or doing - gone:
+                self._waited = before
+
+    make = hung._Crew.__init__
+
+    def made(crew: Any, *jobs: Any) -> None:
+        make(crew, *jobs)
+        crew._patience = Impatient(crew)
+
+    monkeypatch.setattr(hung._Crew, "__init__", made)
     monkeypatch.setenv(patience.VARIABLE, "0.3")
     for module in (hung, patience):
         monkeypatch.setattr(module, "LONGEST_WAIT_S", 0.02)
+    return gone
 
 
 @pytest.fixture(scope="session")

@@ -68,6 +68,8 @@ class HubServer:
         """Of each connection; None: as fast as it goes."""
         self.cut_after: int | None = None
         """Bytes of a file after which a connection is closed, once for each file."""
+        self.held_at: int | None = None
+        """The byte of each file behind which nothing more of it is sent, until this is None again."""
         self.ranges = True
         """Whether a byte range is answered with that range, or with the whole file."""
         self.unavailable = 0
@@ -219,14 +221,16 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         self._head(status, len(content) - start, headers)
         if self.command == "GET":
-            self._send(name, content[start:])
+            self._send(name, content[start:], start)
 
-    def _send(self, name: str, content: bytes) -> None:
+    def _send(self, name: str, content: bytes, start: int) -> None:
         hub, sent = self.server_hub, 0
         while sent < len(content):
             if hub.cut_here(name, sent):
                 self.close_connection = True
                 return
+            while hub.held_at is not None and start + sent >= hub.held_at:
+                time.sleep(0.005)
             block = content[sent : sent + BLOCK]
             self.wfile.write(block)
             sent += len(block)

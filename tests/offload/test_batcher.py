@@ -43,6 +43,22 @@ class Rig:
         self.store = store
         self.batcher = Batcher(self.engine, store, self.turn, queue=limit)
 
+    def hold(self, *answers: Heard) -> threading.Event:
+        """From when each of these has a token on nobody gets another one, until the event is set.
+
+        Steps come to nothing meanwhile; all else goes on. To be called before the answers can have begun.
+        """
+        step, go_on = self.engine.step, threading.Event()
+
+        def held() -> Any:
+            if go_on.is_set() or not all(one.tokens for one in answers):
+                return step()
+            time.sleep(0.001)
+            return []
+
+        self.engine.step = held  # type: ignore[method-assign]
+        return go_on
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """While somebody else has the model's turn."""
@@ -74,8 +90,11 @@ class Heard:
     def __init__(self) -> None:
         self.events: queue.Queue[Token | Ended] = queue.Queue()
         self.ids: list[int] = []
+        self.tokens = 0
+        """That have come, looked at or not."""
 
     def listen(self, event: Token | Ended) -> None:
+        self.tokens += isinstance(event, Token)
         self.events.put(event)
 
     def token(self) -> Token:
@@ -136,23 +155,27 @@ def test_a_full_queue_refuses_and_recovers(rig: Rig) -> None:
 
 
 def test_what_waits_too_long_is_told(rig: Rig) -> None:
-    busy = [rig.ask([5, 6, 7 + i], count=80) for i in range(2)]
-    for one in busy:
-        one.token()
+    with rig.paused():
+        busy = [rig.ask([5, 6, 7 + i], count=20) for i in range(2)]
+        go_on = rig.hold(*busy)
     late = rig.ask([9, 9], patience_s=0.0)
     ended = late.end()
     assert isinstance(ended.error, BusyError)
     assert "no turn came within" in str(ended.error)
+    go_on.set()
     for one in busy:
         assert one.end().reason is FinishReason.LENGTH
 
 
 def test_cancelling_frees_the_row_for_who_waits(rig: Rig) -> None:
-    long = [rig.ask([5, 6, 7 + i], count=90) for i in range(2)]
+    with rig.paused():
+        long = [rig.ask([5, 6, 7 + i], count=90) for i in range(2)]
+        go_on = rig.hold(*long)
     waiting = rig.ask([9, 9], count=3)
     for one in long:
         one.token()
     long[0].ticket.cancel()
+    go_on.set()
     assert waiting.end() == Ended(FinishReason.LENGTH)
     assert waiting.ids == rig.alone([9, 9], 3)
     assert long[0].end() == Ended(None)
@@ -267,7 +290,9 @@ def test_bad_prompts_are_refused_at_once(rig: Rig) -> None:
 
 
 def test_closing_ends_everybody(rig: Rig) -> None:
-    heard = [rig.ask([5, 6, 7 + i], count=90) for i in range(4)]
+    with rig.paused():
+        heard = [rig.ask([5, 6, 7 + i], count=90) for i in range(4)]
+        rig.hold(*heard[:2])
     heard[0].token()
     rig.batcher.close("the model is closed")
     for one in heard:
@@ -312,12 +337,15 @@ def test_looks_are_between_steps_of_others_and_when_idle(rig: Rig) -> None:
     rig.engine.step = noted  # type: ignore[method-assign]
     assert rig.batcher.look(lambda: threading.current_thread().name).result(PATIENCE) == "moe-local-batcher"
     assert stepping == []
-    heard = rig.ask([5, 6, 7], count=30)
+    with rig.paused():
+        heard = rig.ask([5, 6, 7], count=30)
+        go_on = rig.hold(heard)
     seen = []
     for _ in range(5):
         heard.token()
         seen.append(rig.batcher.look(lambda: (stepping[-1], rig.batcher.running)).result(PATIENCE))
-    assert (False, 1) in seen
+        go_on.set()
+    assert seen[0] == (False, 1)
     assert all(not within for within, _ in seen)
     assert heard.end().reason is FinishReason.LENGTH
 

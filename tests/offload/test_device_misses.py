@@ -182,7 +182,7 @@ def test_another_thread_may_look_while_a_token_is_computed(
         def watched(place: tuple[int, int]) -> torch.Tensor:
             thread = threading.Thread(target=lambda: stats.append(model.stats()))
             thread.start()
-            thread.join(10)
+            thread.join(100)
             return compute(place)
 
         monkeypatch.setattr(step, "_logits", watched)

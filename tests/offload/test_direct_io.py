@@ -27,7 +27,7 @@ from moe_local.offload.direct_io import (
     write_fully,
 )
 from moe_local.offload.hung import HungError
-from moe_local.offload.tiers.patience import Patience
+from moe_local.offload.tiers.patience import PATIENCE_S, Patience
 
 needs_direct = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has no direct access")
 
@@ -195,10 +195,11 @@ def reading_threads() -> list[threading.Thread]:
 
 
 @pytest.fixture
-def pipe(tmp_path: Path, impatient: None) -> Iterator[Path]:
+def pipe(tmp_path: Path, impatient: set[Path]) -> Iterator[Path]:
     """A file that nothing comes from, as from a share whose server is gone; in the end something does."""
     path = tmp_path / "pipe"
     os.mkfifo(path)
+    impatient.add(path)
     yield path
     while reading_threads():
         with suppress(OSError):  # nobody opens it at this moment
@@ -215,7 +216,7 @@ def test_what_hangs_is_named_and_left_behind(files, pipe, monkeypatch, size):
         HungError, match=r"^is being read, and its disk has given nothing for 0 s; check"
     ) as caught:
         read_ranges([Range(files[0], 0, outs[0]), Range(pipe, 0, outs[1])])
-    assert 0.25 < time.monotonic() - began < 10
+    assert 0.25 < time.monotonic() - began < PATIENCE_S
     assert caught.value.path == pipe
     assert outs[0].numpy().tobytes() == files[0].read_bytes()[:size]
     assert all(thread.daemon for thread in reading_threads())
@@ -234,7 +235,7 @@ def test_what_is_slow_is_not_given_up(files, monkeypatch):
             self._waited += 1.0
             if waits % 2 == 0:
                 piece.release()
-                assert changed.wait(30)
+                assert changed.wait(100)
 
     def slow(found):
         piece.acquire()
@@ -253,15 +254,18 @@ def test_what_is_slow_is_not_given_up(files, monkeypatch):
 
 def test_ctrl_c_waits_for_what_is_under_way(files, monkeypatch):
     """Its memory is the caller's again after it; what was not begun is not."""
-    read, ended = [], threading.Event()
+    read, given_up, ended = [], threading.Event(), threading.Event()
+    give_up = hung._Crew._give_up
 
     def slow(found):
         read.append(found.start)
         if len(read) == 1:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        assert given_up.wait(100)
         time.sleep(0.2)
         ended.set()
 
+    monkeypatch.setattr(hung._Crew, "_give_up", lambda crew: (give_up(crew), given_up.set()))
     monkeypatch.setattr(direct_io, "_read", slow)
     out = torch.zeros(10, dtype=torch.uint8)
     with pytest.raises(KeyboardInterrupt):

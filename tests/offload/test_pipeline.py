@@ -16,7 +16,7 @@ from moe_local.offload.quantize.layout import TensorSpec
 LAYOUTS = [codec_for("bf16").layout([TensorSpec("w", (rows, 64))]) for rows in (64, 8, 100)]
 PLANS = [ShardPlan("f" * 32, "bf16", layer, f"layers.{layer}", tuple(LAYOUTS)) for layer in range(2)]
 ALL = [(layer, expert) for layer in range(2) for expert in range(3)]
-WAIT = 30
+WAIT = 100
 """Seconds after which a thread that should have come by is given up."""
 
 

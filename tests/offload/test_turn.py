@@ -29,7 +29,7 @@ def test_threads_have_it_one_after_another() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(100)
     assert len(most) == 100
     assert set(most) == {1}
 
