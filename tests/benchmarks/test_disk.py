@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,7 +85,10 @@ def test_files_leave_the_page_cache(groups: ModuleType, tmp_path: Path) -> None:
         pytest.skip("no fincore here, or files that are nowhere else")
     path.read_bytes()
     assert groups.in_page_cache([path]) == MIB
-    groups.forget([path])
+    for _ in range(100):  # a page that the system moves about at this moment stays
+        groups.forget([path])
+        if not groups.in_page_cache([path]):
+            break
     assert groups.in_page_cache([path]) == 0
 
 
@@ -144,7 +147,11 @@ def test_ids_of_ours_must_agree(disk: ModuleType) -> None:
         disk.check_equal({disk.Run("8GiB", 0, "ours"): same, disk.Run("2GiB", 0, "ours"): other})
 
 
-def test_sequential_bandwidth_of_a_small_file(disk: ModuleType, tmp_path: Path) -> None:
+def test_sequential_bandwidth_of_a_small_file(
+    disk: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which reading takes two seconds."""
+    monkeypatch.setattr(disk, "time", SimpleNamespace(perf_counter=iter((5.0, 7.0)).__next__))
     path = tmp_path / "file"
     path.write_bytes(os.urandom(3 * MIB + 5))
-    assert 1e6 < disk.sequential_bandwidth([path]) < 1e12
+    assert disk.sequential_bandwidth([path]) == 3 * MIB / 2

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,8 +42,33 @@ def test_answers_are_kept_and_words_are_not_mistaken_for_them(client: ModuleType
     (answer,) = peer.answers
     assert answer.ids == (5, 6, 7)
     assert answer.prompt_tokens == 1
-    assert 0 < answer.prefill_s < 10
     assert answer.ms_per_token == pytest.approx(1000 * answer.decode_s / 2)
+
+
+def test_times_are_from_the_prompt_to_the_first_id_and_to_the_last(
+    import_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which a prompt takes 10 s, and each id after it one."""
+    serve, now = import_benchmark("peers.serve"), 0.0
+    monkeypatch.setattr(serve, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    def first(prompt: list[int]) -> int:
+        nonlocal now
+        now += 10
+        return sum(prompt)
+
+    def following(token: int) -> int:
+        nonlocal now
+        now += 1
+        return token + 1
+
+    found = serve.measure([2, 3], 4, first, following, lambda: {"read_bytes": 7 * now})
+    assert found == {
+        "prefill_s": 10.0,
+        "decode_s": 3.0,
+        "ids": [5, 6, 7, 8],
+        "figures": {"read_bytes": 21.0},
+    }
 
 
 def test_summary(client: ModuleType, counting: Any, import_benchmark: Callable[[str], ModuleType]) -> None:

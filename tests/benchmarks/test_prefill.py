@@ -34,7 +34,7 @@ def test_the_three_ways_are_measured_side_by_side(result: dict[str, Any]) -> Non
         assert row["seconds"]["min"] <= row["seconds"]["median"] <= row["seconds"]["max"]
     (gain,) = result["old_over_ring"]
     assert gain["rounds"] == 2
-    assert old["seconds"]["min"] / ring["seconds"]["max"] <= gain["median"]
+    assert old["seconds"]["min"] / ring["seconds"]["max"] <= gain["median"] * 1.001
 
 
 @pytest.mark.parametrize(

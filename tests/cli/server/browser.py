@@ -21,7 +21,7 @@ FLAGS = (
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 ESCAPE, ENTER, SHIFT, RIGHT, DOWN = "\ue00c", "\ue007", "\ue008", "\ue014", "\ue015"
 CONTROL = "\ue009"
-PATIENCE = 30.0
+PATIENCE = 120.0
 
 
 def installed() -> bool:
@@ -127,6 +127,16 @@ class Browser:
         move = {"type": "pointerMove", "duration": 0, "x": round(left + x), "y": round(top + y)}
         mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": [move]}
         self._do("POST", "actions", actions=[mouse])
+
+    def remember(self, css: str) -> Callable[[], str]:
+        """A function that gives all that the element has said since now, however shortly."""
+        self.run(
+            "const node = document.querySelector(arguments[0]); window.said = '';"
+            "const watch = new MutationObserver(() => window.said += node.textContent + ' ');"
+            "watch.observe(node, {childList: true})",
+            css,
+        )
+        return lambda: str(self.run("return window.said"))
 
     def until(self, what: Callable[[], Any]) -> Any:
         """What it gives, once that is true."""

@@ -126,9 +126,14 @@ class TestInABrowser:
             "return [...seen]"
         )
         assert {"159,182,216", "228,231,234"} <= set(shades), "resident and absent"
+
         # where the map says that an expert is, there it is, once it has seen what `generate` did, too
-        report = live.http.get(f"{live.url}/v1/cache").json()
-        browser.until(lambda: browser.run("return map.report.uses") == report["uses"])
+        def seen() -> Any:
+            report = live.http.get(f"{live.url}/v1/cache").json()
+            mapped = browser.run("return [map.report.uses, map.report.states]")
+            return report if mapped == [report["uses"], report["states"]] else None
+
+        report = browser.until(seen)
         browser.until(lambda: browser.run("return map.report.running === 0 && map.at.some(at => at > 0)"))
         for layer, expert in ((0, 0), (4, 7), (2, 3)):
             w, h = browser.run("return [map.place.w, map.place.h]")
@@ -284,8 +289,9 @@ class TestWrittenAnswers:
 
     def copied(self, visit: Visit, button: str) -> str:
         """What can be pasted once the button says that it has copied."""
+        said = visit.browser.remember(button)
         visit.browser.click(button)
-        visit.wait_for(button, "Copied")
+        visit.browser.until(lambda: "Copied" in said())
         visit.browser.type("#prompt", chromium.CONTROL + "v" + chromium.CONTROL)
         pasted: str = visit.browser.until(
             lambda: visit.browser.run("return document.querySelector('#prompt').value")
