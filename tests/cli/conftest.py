@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,18 @@ import moe_local
 @pytest.fixture(scope="session")
 def fake_model_file() -> Path:
     return Path(__file__).parent / "fake_model.py"
+
+
+@pytest.fixture(scope="session")
+def long_mixtral(make_checkpoint: Callable[..., Path]) -> Path:
+    """As tiny_mixtral, with a context for answers that take minutes (see `endless`)."""
+    return make_checkpoint("mixtral", tokenizer=True, max_position_embeddings=1 << 16)
+
+
+@pytest.fixture(scope="session")
+def endless() -> tuple[str, ...]:
+    """Flags for an answer of `long_mixtral` that nobody sees the end of."""
+    return ("-n", "60000", "--context", "65000")
 
 
 @pytest.fixture(scope="session")

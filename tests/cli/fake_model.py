@@ -67,7 +67,10 @@ class FakeStream:
 
 
 class FakeModel:
-    """Answers every message with its number in the conversation and its words in capitals."""
+    """Answers every message with its number in the conversation and its words in capitals.
+
+    A last word of "endlessly" comes again and again.
+    """
 
     name = "fake"
     tokenizer: Any = None
@@ -92,6 +95,8 @@ class FakeModel:
         last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         number = 1 if isinstance(prompt, str) else sum(message["role"] == "user" for message in prompt)
         words = [f"{number}:"] + [f" {word.upper()}" for word in last.split()]
+        if words[-1] == " ENDLESSLY":
+            words += 10_000 * words[-1:]
         self.streams.append(FakeStream(self, words))
         return self.streams[-1]
 

@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from moe_local.cache.cache_map import CacheMap, Cell
 from moe_local.cache.routes import Phase, read_routes
 from moe_local.cache.stats import StallSeconds, Stats
+from moe_local.cli import live
 from moe_local.cli import plot as plots
 from moe_local.cli.live import LivePicture, draw_map, draw_stalls
 from moe_local.offload.measure.sample import Taker
@@ -248,9 +250,14 @@ def test_bars_are_as_long_as_their_share() -> None:
     assert draw_stalls({"disk": 0.0}).plain == "no stalls"
 
 
-def test_the_picture_shows_the_last_step(fake: Any) -> None:
+def test_the_picture_shows_the_last_step(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 5.0
+    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: now))
     picture = LivePicture(fake)
     counts = Stats(stall=StallSeconds(disk=0.004))
     assert picture.after(10.0, counts) is None, "the first look is to compare with"
     assert picture.after(10.0, counts) is not None
     assert picture.after(10.0, counts) is None, "so soon"
+    now += live.LOOK_SECONDS
+    assert picture.after(10.0, counts) is None, "to compare with"
+    assert picture.after(10.0, counts) is not None

@@ -203,15 +203,15 @@ def test_a_damaged_checkpoint_is_one_line(invoke, home, tiny_mixtral, tmp_path):
     assert result.stderr.count("\n") == 1
 
 
-def test_sigint_to_the_real_command(tiny_mixtral, tmp_path):
+def test_sigint_to_the_real_command(long_mixtral, endless, tmp_path):
     """Exit code 130 and no trace, wherever in start-up or answer it comes."""
     environment = {**os.environ, "MOE_LOCAL_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "moe_local.cli", "run", str(tiny_mixtral), "hi", "-n", "4000"]
+    command = [sys.executable, "-m", "moe_local.cli", "run", str(long_mixtral), "hi", *endless]
     child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout is not None
     child.stdout.read(1)
     time.sleep(0.2)
     child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=60)
+    _, errors = child.communicate(timeout=200)
     assert child.returncode == 130
     assert b"Traceback" not in errors

@@ -26,7 +26,7 @@ sys.meta_path.insert(0, Told())
 main()
 """
 LONG = {
-    "run": ("run", "MODEL", "hi", "-n", "4000"),
+    "run": ("run", "MODEL", "hi", "-n", "60000", "--context", "65000"),
     "chat": ("chat", "MODEL", "-n", "4000"),
     "bench": ("bench", "MODEL", "--tokens", "512"),
     "convert": ("convert", "MODEL"),
@@ -62,7 +62,7 @@ class Child:
     def wait(self) -> tuple[str, str]:
         """Until it ends by itself; stdout and stderr."""
         try:
-            return self._process.communicate(timeout=60)
+            return self._process.communicate(timeout=200)
         finally:
             self._process.kill()
 
@@ -70,7 +70,7 @@ class Child:
         """Exit code and what is on stderr."""
         self._process.send_signal(kind)
         try:
-            _, errors = self._process.communicate(timeout=60)
+            _, errors = self._process.communicate(timeout=200)
         finally:
             self._process.kill()
         return self._process.returncode, errors
@@ -83,8 +83,8 @@ def check(home: Path, kind: signal.Signals, code: int, errors: str) -> None:
     assert [path for path in home.rglob("*") if path.suffix in (".tmp", ".partial", ".incomplete")] == []
 
 
-def test_sigterm_in_an_answer_is_143(tiny_mixtral: Path, tmp_path: Path) -> None:
-    child = Child(tmp_path, "run", str(tiny_mixtral), "hi", "-n", "4000")
+def test_sigterm_in_an_answer_is_143(long_mixtral: Path, endless: tuple[str, ...], tmp_path: Path) -> None:
+    child = Child(tmp_path, "run", str(long_mixtral), "hi", *endless)
     child.stdout.read(1)
     check(tmp_path, signal.SIGTERM, *child.end(signal.SIGTERM))
 
@@ -103,7 +103,7 @@ class Told:
         if name == "torch.distributed":
             print("begun", file=sys.stderr, flush=True)
             import time
-            time.sleep(30)
+            time.sleep(600)
 sys.meta_path.insert(0, Told())
 sys.argv = ["moe-local", "run", "demo", "hi"]
 from moe_local.cli.entry import main
@@ -136,14 +136,14 @@ main()
 @pytest.mark.parametrize("kind", CODES)
 @pytest.mark.parametrize("command", LONG)
 def test_signals_at_any_moment(
-    command: str, kind: signal.Signals, tiny_mixtral: Path, tmp_path: Path
+    command: str, kind: signal.Signals, long_mixtral: Path, tmp_path: Path
 ) -> None:
     """Six moments from the first import on; what converts is begun anew each time."""
     choose = random.Random(command)
     for number in range(6):
         home = tmp_path / str(number)
         home.mkdir()
-        arguments = [str(tiny_mixtral) if word == "MODEL" else word for word in LONG[command]]
+        arguments = [str(long_mixtral) if word == "MODEL" else word for word in LONG[command]]
         child = Child(home, *arguments)
         time.sleep(choose.uniform(0, 1 + number))
         code, errors = child.end(kind)
@@ -218,6 +218,7 @@ def test_a_disk_that_hangs_for_good_ends_the_command(tmp_path: Path, monkeypatch
     )
     assert "is still being read 0 s after the model was closed" in errors
     assert "Traceback" not in errors
+    monkeypatch.setenv("MOE_LOCAL_DISK_TIMEOUT", "300")
     child = Child(tmp_path, *command, code=HUNG)
     while not (line := child.stdout.readline()).endswith("hung\n"):
         assert line
@@ -259,6 +260,7 @@ def test_a_conversion_whose_source_hangs_for_good_ends(
     assert all(name.endswith(".lock") or name.startswith("layer-") for name in left), left
     assert not any(name.endswith(".tmp") for name in left)
     assert any(name.startswith("layer-") for name in left)
+    monkeypatch.delenv("MOE_LOCAL_DISK_TIMEOUT")
     child = Child(tmp_path, *command)
     child.wait()
     assert child.code == 0
