@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import io
 import os
+import random
 import signal
 import sys
 import threading
@@ -170,6 +171,24 @@ def killed_after(work: Work, delay_s: float) -> bool:
     status = exit_status(pid)
     assert status in (0, -signal.SIGKILL)
     return status != 0
+
+
+class Moments:
+    """Kills at random moments of a work that takes about so long, as far as can be told.
+
+    A busy machine takes many times as long at one time as at another, so what has ended before it was killed
+    makes later kills come sooner, and what has not makes them come later: half of them are in time.
+    """
+
+    def __init__(self, seed: int, length_s: float) -> None:
+        self.random = random.Random(seed)
+        self._length_s = length_s
+
+    def kill(self, work: Work) -> bool:
+        """Run `work` in a child that is killed at some moment; False if it had ended by then."""
+        killed = killed_after(work, self.random.uniform(0, self._length_s))
+        self._length_s *= 1.25 if killed else 0.8
+        return killed
 
 
 def duration(work: Work) -> float:

@@ -120,7 +120,9 @@ def test_a_text_is_cut_into_windows() -> None:
 
 
 def some(width: int = 64) -> dict[tuple[int, int], Correction]:
-    return {(0, 1): Correction(torch.randn(width, 2), torch.randn(2, width), torch.randn(width))}
+    generator = torch.Generator().manual_seed(width)
+    shapes = (width, 2), (2, width), (width,)
+    return {(0, 1): Correction(*(torch.randn(shape, generator=generator) for shape in shapes))}
 
 
 def test_corrections_are_kept_whole(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_killed_at_random_moments(random_experts, tmp_path):
         pid = in_child(lambda folder=folder: convert_experts(experts, BF16, folder))
         time.sleep(moments.uniform(0, duration / 2))
         os.kill(pid, signal.SIGKILL)
-        exit_status(pid)
+        duration *= 0.8 if exit_status(pid) == 0 else 1.1  # a busy machine takes now so long, now so
         found = names(folder) if folder.exists() else []
         stages.add((len(found), any(name.endswith(".tmp") for name in found)))
         if MANIFEST in found:

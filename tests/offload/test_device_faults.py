@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -210,7 +209,7 @@ def test_for_good(make_rig: Make, any_scheduler: Make, mode: str, moment: str) -
     """A device that is gone: an error, and a close that ends, gives the memory back and leaves no thread."""
     for call in CALLS:
         rig, device = make(make_rig, any_scheduler, mode, False)
-        threads = threading.active_count()
+        threads = [*rig.disk._threads]
         device.order(call, FAULTS["a lost device"], 1, for_good=True)
         error = run(MOMENTS[moment], rig)
         if device.happened:
@@ -222,4 +221,4 @@ def test_for_good(make_rig: Make, any_scheduler: Make, mode: str, moment: str) -
             assert error is None
         rig.store.close()
         assert rig.arena.slots == (0,) * LAYERS
-        assert threading.active_count() == threads - 3
+        assert not any(thread.is_alive() for thread in threads)

@@ -135,6 +135,6 @@ def test_a_limit_of_this_very_system_is_seen() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
         free, reserved = map(int, done.stdout.split())
         assert GIB // 2 < free < GIB
-        assert reserved == free - GIB // 8
+        assert abs(reserved - (free - GIB // 8)) < 16 * MIB  # some may have been taken between the two
     finally:
         group.rmdir()

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -47,6 +47,17 @@ SECONDS = 5.0
 """Of the processor, for one small file; the slowest honest one takes a fiftieth."""
 
 Read = Callable[[Path], None]
+Found = TypeVar("Found")
+
+
+def in_time(work: Callable[[], Found]) -> Found:
+    """What `work` returns. Done again if it took long, for a machine that stands still may count that, too."""
+    for _ in range(3):
+        start = time.thread_time()
+        found = work()
+        if time.thread_time() - start < SECONDS:
+            return found
+    raise AssertionError(f"three times it took more than {SECONDS} seconds of the processor")
 
 
 @dataclass
@@ -222,18 +233,22 @@ def refused_or_sane(reader: Reader, folder: Path, data: bytes) -> None:
     """Read it as a user's command would."""
     path = folder / reader.name
     path.write_bytes(data)
-    line, expected = "", reader.error or ()
-    start = time.thread_time()
-    tracemalloc.start()
-    try:
-        reader.read(path)
-    except expected as error:
-        line = str(error)
-    finally:
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
+
+    def read() -> tuple[str, int]:
+        """The error's line, and the most memory that was taken."""
+        line, expected = "", reader.error or ()
+        tracemalloc.start()
+        try:
+            reader.read(path)
+        except expected as error:
+            line = str(error)
+        finally:
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        return line, peak
+
+    line, peak = in_time(read)
     assert len(line) < 1500
-    assert time.thread_time() - start < SECONDS
     assert peak < 64 * len(data) + 2**21, f"{peak} bytes for a file of {len(data)}"
 
 
@@ -321,13 +336,15 @@ def test_any_config_beside_weights(
     @given(hostile.damaged_json(honest))
     def run(fields: Any) -> None:
         (folder / "config.json").write_bytes(json.dumps(fields).encode())
-        start, line = time.thread_time(), ""
-        try:
-            Checkpoint.open(folder)
-        except MoeLocalError as error:
-            line = str(error)
-        assert "\n" not in line
-        assert time.thread_time() - start < SECONDS
+
+        def line() -> str:
+            try:
+                Checkpoint.open(folder)
+            except MoeLocalError as error:
+                return str(error)
+            return ""
+
+        assert "\n" not in in_time(line)
 
     run()
 

@@ -440,16 +440,15 @@ def test_auto_is_killed_at_many_moments(
     checkpoint: Checkpoint, machine: Machine, kill_points: Any, home: Path
 ) -> None:
     """With other memory free each time: what is made in the end is what was chosen first, and that alone."""
-    moments = random.Random(5)
     bits = [6.2, 5.8, 7.0, 6.5, 7.4]
-    length = kill_points.duration(lambda: convert(machine, 6.2, home / "timed"))
+    moments = kill_points.Moments(5, kill_points.duration(lambda: convert(machine, 6.2, home / "timed")))
     experts = sensitivity_path(checkpoint).parent
     killed = 0
     while killed < 12:
         first, finished = None, False
         while not finished:
-            free, delay = moments.choice(bits), moments.uniform(0, 1.2 * length)
-            killed += kill_points.killed_after(lambda free=free: convert(machine, free), delay)
+            free = moments.random.choice(bits)
+            killed += moments.kill(lambda free=free: convert(machine, free))
             made = [path.parent for path in experts.glob(f"*/{INTENT}")]
             finished = bool(made) and (made[0] / MANIFEST).exists()
             first = first or (made[0] if made else None)
