@@ -51,7 +51,7 @@ Found = TypeVar("Found")
 
 
 def in_time(work: Callable[[], Found]) -> Found:
-    """What `work` returns. Done again if it took long, for a machine that stands still may count that, too."""
+    """What `work` returns. Tried again if it took long: a machine that stands still may count that, too."""
     for _ in range(3):
         start = time.thread_time()
         found = work()
