@@ -124,6 +124,9 @@ class BatchMasks:
 
 def _mask_types(hf: Any, config: Any) -> list[str] | None:
     """The layer types for which the model wants a mask each; None if it wants one for all layers."""
+    types = set(getattr(config, "layer_types", None) or ())
+    if "chunked_attention" in types:  # transformers 5.17 cannot make masks for these when asked as below
+        return sorted(types)
     make = getattr(hf, "create_masks_for_generate", create_masks_for_generate)
     asked = make(
         config=hf.config,
@@ -134,6 +137,4 @@ def _mask_types(hf: Any, config: Any) -> list[str] | None:
     )
     if isinstance(asked, dict):
         return list(asked)
-    if STATE_LAYERS & set(getattr(config, "layer_types", None) or ()):
-        return sorted(set(config.layer_types))
-    return None
+    return sorted(types) if STATE_LAYERS & types else None

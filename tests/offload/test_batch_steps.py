@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +12,8 @@ import torch
 from transformers import DynamicCache
 
 import moe_local
+from moe_local.offload.engine import batch_view
+from moe_local.offload.engine.batch_view import BatchMasks, BatchPlaces
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.sampling import Settings, make_settings
@@ -257,3 +259,29 @@ def test_an_expert_is_brought_once_for_all_that_step_together(tiny_mixtral: Path
             store.check_integrity()
     one, four = missed
     assert one < four < 0.8 * 4 * one
+
+
+def test_masks_of_chunks_do_not_ask_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose function fails for Llama 4 in 5.17."""
+
+    def fails(**_: Any) -> None:
+        raise TypeError("unexpected keyword argument 'block_sequence_ids'")
+
+    monkeypatch.setattr(batch_view, "create_masks_for_generate", fails)
+    config = SimpleNamespace(
+        layer_types=["chunked_attention", "full_attention"],
+        attention_chunk_size=4,
+        _attn_implementation="sdpa",
+    )
+    hf = SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda decoder: config),
+        get_input_embeddings=lambda: torch.nn.Embedding(1, 1),
+    )
+    places = BatchPlaces()
+    places.set([5, 2], torch.device("cpu"))
+    masks = BatchMasks(hf, [4, None]).make(places)
+    seen = {name: [row.nonzero().flatten().tolist() for row in mask[:, 0, 0]] for name, mask in masks.items()}
+    assert seen == {
+        "chunked_attention": [[4, 5], [0, 1, 2]],
+        "full_attention": [[0, 1, 2, 3, 4, 5], [0, 1, 2]],
+    }
