@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on 127.0.0.1, for tests: enough of its API for huggingface_hub 1 and 2.
 
 It serves folders as model repositories, with sizes, hashes, redirect-free files and byte ranges, counts what
-it sends, and can be told to be gated, slow, or to cut connections.
+it sends, and can be told to be gated or slow, to hold what it sends, or to cut connections.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ class HubServer:
         self.sent: Counter[str] = Counter()
         self.bytes_per_second: float | None = None
         """Of each connection; None: as fast as it goes."""
+        self.hold_after: int | None = None
+        """Bytes of all files together after which nothing more is sent, until this is changed by `hold`."""
         self.cut_after: int | None = None
         """Bytes of a file after which a connection is closed, once for each file."""
         self.held_at: int | None = None
@@ -77,7 +79,7 @@ class HubServer:
         self._cut: set[str] = set()
         self._lock = threading.Lock()
         self._connections = 0
-        self._closed = threading.Condition(self._lock)
+        self._changed = threading.Condition(self._lock)
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
@@ -107,6 +109,16 @@ class HubServer:
         with self._lock:
             self.sent[name] += sent
 
+    def hold(self, after: int | None) -> None:
+        """Send so many bytes in all, and then nothing; None: send on."""
+        with self._changed:
+            self.hold_after = after
+            self._changed.notify_all()
+
+    def wait_while_held(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self.hold_after is None or self.sent.total() < self.hold_after)
+
     def note(self, request: str) -> None:
         with self._lock:
             self.requests[request] += 1
@@ -133,15 +145,15 @@ class HubServer:
         try:
             yield
         finally:
-            with self._closed:
+            with self._changed:
                 self._connections -= 1
-                self._closed.notify_all()
+                self._changed.notify_all()
 
     def settle(self) -> None:
         """Block until every connection is closed: what goes to one whose client died is sent, too, for a
         while."""
-        with self._closed:
-            assert self._closed.wait_for(lambda: self._connections == 0, 60)
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._connections == 0, 60)
 
     def close(self) -> None:
         self._http.shutdown()
@@ -231,6 +243,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             while hub.held_at is not None and start + sent >= hub.held_at:
                 time.sleep(0.005)
+            hub.wait_while_held()
             block = content[sent : sent + BLOCK]
             self.wfile.write(block)
             sent += len(block)

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,21 @@ import moe_local
 REPO = "mistralai/Mixtral-8x7B-Instruct-v0.1"
 PROMPT = "the experts of the text"
 CONVERTED_AT_KILL = "layer-00002.safetensors"
+HELD = """
+import os, sys, time
+from moe_local.cli.entry import main
+behind, until = sys.argv[1:3]
+del sys.argv[1:3]
+replace = os.replace
+def held(source, target):
+    replace(source, target)
+    while os.path.basename(target) == behind and not os.path.exists(until):
+        time.sleep(0.01)
+os.replace = held
+main()
+"""
+"""The command, which goes no further once a file of this name is there, until there is another: whoever is to
+end it at that moment may be late."""
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +63,7 @@ class Machine:
         self.hub = hub
         self.home = folder / "moe-local"
         self.cache = folder / "hf" / "hub"
+        self.go_on = folder / "go on"
         self.env = {
             **{
                 name: value
@@ -59,9 +76,11 @@ class Machine:
             "MOE_LOCAL_YES": "1",
         }
 
-    def start(self, model: str = "mixtral-8x7b", *flags: str) -> subprocess.Popen[str]:
+    def start(
+        self, model: str = "mixtral-8x7b", *flags: str, code: Sequence[str] = ("-m", "moe_local.cli")
+    ) -> subprocess.Popen[str]:
         """`moe-local run`, with less memory than the published model needs."""
-        command = [sys.executable, "-m", "moe_local.cli", "run", model, PROMPT, "--max-tokens", "8", "--json"]
+        command = [sys.executable, *code, "run", model, PROMPT, "--max-tokens", "8", "--json"]
         return subprocess.Popen(
             [*command, "--ram", "512MiB", "--context", "256", *flags],
             env=self.env,
@@ -80,15 +99,18 @@ class Machine:
     def end_when(
         self, condition: Callable[[], bool], how: signal.Signals = signal.SIGKILL
     ) -> tuple[int, str]:
-        """Start a run and end it as soon as the condition holds; its exit code and stderr."""
-        process = self.start()
-        deadline = time.monotonic() + 120
+        """Start a run and end it where the condition holds, and it is held; its exit code and stderr."""
+        self.go_on.unlink(missing_ok=True)
+        process = self.start(code=("-c", HELD, CONVERTED_AT_KILL, str(self.go_on)))
+        deadline = time.monotonic() + 200
         while not condition():
             assert process.poll() is None, f"it ended by itself: {process.communicate()}"
             assert time.monotonic() < deadline
-            time.sleep(0.0005)
+            time.sleep(0.005)
         process.send_signal(how)
-        out, err = process.communicate(timeout=60)
+        self.hub.hold(None)
+        self.go_on.touch()
+        out, err = process.communicate(timeout=200)
         assert out == ""
         return process.returncode, err
 
@@ -97,7 +119,11 @@ class Machine:
 
     def blobs(self) -> dict[str, int]:
         """Sizes of what the Hub cache holds, finished or not, by name."""
-        return {path.name: path.stat().st_size for path in self.cache.glob("models--*/blobs/*")}
+        found = {}
+        for path in self.cache.glob("models--*/blobs/*"):
+            with suppress(FileNotFoundError):  # it has come to its end, under its final name
+                found[path.name] = path.stat().st_size
+        return found
 
     def layers(self) -> dict[str, int]:
         """Converted layers and when they were written."""
@@ -136,11 +162,16 @@ def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return {"text": answer.text, "token_ids": answer.token_ids, "finish_reason": answer.finish_reason}
 
 
-def interrupted_download(machine: Machine, how: signal.Signals) -> tuple[int, str]:
-    """End a run when some shards are there and others half-way."""
+def interrupted_download(machine: Machine, sizes: Collection[int], how: signal.Signals) -> tuple[int, str]:
+    """End a run when some shards, of these sizes, are there and others half-way."""
     machine.hub.bytes_per_second = 8_000_000
-    total = 50 * 2**20
-    ended = machine.end_when(lambda: sum(machine.weights_sent().values()) > total // 3, how)
+    machine.hub.hold(sum(sizes) * 2 // 3)
+
+    def some() -> bool:
+        there = [size for name, size in machine.blobs().items() if "." not in name]
+        return max(there, default=0) >= min(sizes) and sum(machine.weights_sent().values()) > sum(sizes) // 3
+
+    ended = machine.end_when(some, how)
     machine.hub.bytes_per_second = None
     return ended
 
@@ -158,7 +189,7 @@ def test_first_use_through_two_kills(
     sizes = {path.name: path.stat().st_size for path in checkpoint.glob("*.safetensors")}
     blob_of = {name: repo.etag(name) for name in sizes}
 
-    interrupted_download(machine, signal.SIGKILL)
+    interrupted_download(machine, sizes.values(), signal.SIGKILL)
     hub.settle()  # before that, what is written to dead connections counts
     sent, blobs = machine.weights_sent(), machine.blobs()
     finished = {name for name in sizes if blobs.get(blob_of[name]) == sizes[name]}
@@ -194,8 +225,9 @@ def test_first_use_through_two_interrupts(
     hub = hub_servers()
     hub.add_repo(REPO, checkpoint)
     machine = Machine(tmp_path, hub)
+    sizes = [path.stat().st_size for path in checkpoint.glob("*.safetensors")]
     for code, err in (
-        interrupted_download(machine, how),
+        interrupted_download(machine, sizes, how),
         machine.end_when(lambda: converting(machine), how),
     ):
         assert code == (130 if how == signal.SIGINT else 143)
