@@ -1,38 +1,27 @@
 """Start `moe-local serve` and talk to it with the openai package: pip install openai."""
 
-import socket
 import subprocess
 import sys
-import time
 
-from openai import APIConnectionError, OpenAI
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+from openai import OpenAI
 
 
-def wait_until_up(client: OpenAI, server: "subprocess.Popen[bytes]") -> None:
-    while server.poll() is None:
-        try:
-            client.models.list()
-        except APIConnectionError:
-            time.sleep(0.2)
-        else:
-            return
+def start_server() -> "tuple[subprocess.Popen[str], str]":
+    """A server on a free port, and the address that it says it has."""
+    command = [sys.executable, "-m", "moe_local.cli", "serve", "demo", "--port", "0", "--parallel", "2"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    for line in server.stderr:
+        print(line, end="", file=sys.stderr)
+        if " at http://" in line:  # demo at http://127.0.0.1:41213/v1, with a page at ...
+            return server, line.partition(" at ")[2].partition(",")[0]
     raise SystemExit("the server ended before it was up")
 
 
 def main() -> None:
-    port = free_port()
-    command = [sys.executable, "-m", "moe_local.cli", "serve", "demo", "--port", str(port), "--parallel", "2"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    server, url = start_server()
     try:
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0)
-        wait_until_up(client, server)
+        client = OpenAI(base_url=url, api_key="unused", max_retries=0)
         stream = client.chat.completions.create(
             model="demo",
             messages=[{"role": "user", "content": "What does the router do?"}],

@@ -12,7 +12,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -126,23 +125,24 @@ def test_python() -> None:
     out = io.StringIO()
     with redirect_stdout(out):
         exec(compile(block("import moe_local"), "README.md", "exec"), {"__name__": "__main__"})
-    assert any_number(out.getvalue()).replace("trying", "off") == any_number(block("An expert is a small"))
+    said, shown = (any_number(text).splitlines() for text in (out.getvalue(), block("An expert is a small")))
+    assert said[-2] in ("off", "trying", "on"), "what prefetch has found out by then is the machine's"
+    said[-2] = shown[-2]
+    assert said == shown
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60)
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_server(tmp_path: Path) -> None:
     (serve, shown), (ask, _) = sessions(block("$ moe-local serve"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "moe_local.cli", *shlex.split(serve)[1:], "--port", port]
+    command = [sys.executable, "-m", "moe_local.cli", *shlex.split(serve)[1:], "--port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
         try:
             assert server.stderr is not None
-            assert server.stderr.readline() == shown.replace("8000", port)
+            line = server.stderr.readline()
+            port = re.findall(r":(\d+)/", line)[0]
+            assert line == shown.replace("8000", port)
             words = shlex.split(ask.replace("8000", port))
             done = subprocess.run([*words, "-sS"], capture_output=True, text=True, check=True)
             assert "The router" in done.stdout
