@@ -68,11 +68,11 @@ def test_a_real_one_answers_and_ends_clean(stop: signal.Signals, tmp_path: Any) 
                     break
             assert url is not None
             body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
-            answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+            answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=200, trust_env=False)
             assert answer.json()["usage"]["completion_tokens"] == 5
             process.send_signal(stop)
             rest = process.stderr.read()
-            code = process.wait(timeout=60)
+            code = process.wait(timeout=200)
         finally:
             process.kill()
     assert "Traceback" not in rest

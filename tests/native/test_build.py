@@ -16,7 +16,11 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="made for Unix compilers")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(sys.platform == "win32", reason="made for Unix compilers"),
+]
 
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 FOLDERS = ("src", "cache", "offload", "cli", "demo")
@@ -54,7 +58,7 @@ def run(folder: Path, *arguments: str | Path, **environment: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=280,
+        timeout=600,
     )
     assert ended.returncode == 0, ended.stdout
     return ended.stdout

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 FLAGS = ("-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-w")
 
 
@@ -20,11 +22,19 @@ def call(*command: str | Path, **environment: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=280,
+        timeout=600,
         env={**os.environ, **environment},
     )
     assert ended.returncode == 0, ended.stdout
     return ended.stdout
+
+
+def run(program: Path, *arguments: str, **environment: str) -> str:
+    """As `call`, and where that can be had with all memory in its usual places: sanitizers keep what they
+    know at addresses of their own, and some kernels give those away, by chance."""
+    fixed = ("setarch", "-R")
+    can = shutil.which(fixed[0]) and subprocess.run([*fixed, "true"], capture_output=True).returncode == 0
+    return call(*(fixed if can else ()), program, *arguments, **environment)
 
 
 def build(compiler: str, sources: Path, to: Path, *sanitizers: str) -> Path:
@@ -40,7 +50,6 @@ def build(compiler: str, sources: Path, to: Path, *sanitizers: str) -> Path:
     return to
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("callers", [1, 3])
 def test_no_address_and_no_undefined_behaviour(
     compiler: str, sources: Path, tmp_path_factory: pytest.TempPathFactory, callers: int
@@ -50,18 +59,16 @@ def test_no_address_and_no_undefined_behaviour(
         watched = "-fsanitize=address,undefined,float-cast-overflow"
         build(compiler, sources, program, watched, "-fno-sanitize-recover=all")
     for seed in range(3):
-        said = call(program, str(seed), "40", str(callers), UBSAN_OPTIONS="print_stacktrace=1")
+        said = run(program, str(seed), "40", str(callers), UBSAN_OPTIONS="print_stacktrace=1")
         assert "instruction set 0: done" in said
 
 
-@pytest.mark.slow
 def test_no_data_race(compiler: str, sources: Path, tmp_path: Path) -> None:
     program = build(compiler, sources, tmp_path / "driver_thread", "-fsanitize=thread")
     for seed in range(2):
-        assert "instruction set 0: done" in call(program, str(seed), "20", "4")
+        assert "instruction set 0: done" in run(program, str(seed), "20", "4")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("level", ["-O0", "-O3"])
 def test_no_unit_can_be_linked_with_wider_instructions_than_its_own(
     compiler: str, sources: Path, tmp_path: Path, level: str
@@ -81,7 +88,6 @@ def test_no_unit_can_be_linked_with_wider_instructions_than_its_own(
         assert defined == {tables[unit]}, (unit, symbols)
 
 
-@pytest.mark.slow
 def test_no_instruction_of_a_wider_set_outside_of_its_unit(
     compiler: str, sources: Path, tmp_path: Path
 ) -> None:

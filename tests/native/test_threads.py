@@ -58,7 +58,7 @@ def test_callers_do_not_disturb_one_another(packed: Any, lib: Any) -> None:
 
 @pytest.fixture
 def children() -> Callable[[Callable[[], bool]], int]:
-    """run(work) -> exit status of a forked child: 0 if work() is true. It is killed if it takes 30 s."""
+    """run(work) -> exit status of a forked child: 0 if work() is true. It is killed if it hangs."""
 
     def run(work: Callable[[], bool]) -> int:
         pid = os.fork()
@@ -68,7 +68,7 @@ def children() -> Callable[[Callable[[], bool]], int]:
                 status = 0 if work() else 3
             finally:
                 os._exit(status)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
