@@ -72,15 +72,16 @@ def test_gate_tables_do_not_repeat_a_question() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_minute_of_training_lowers_the_loss_and_can_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A minute by a clock on which every step takes a second, on any machine."""
+    """By a clock on which every step takes a second, on any machine."""
     monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=itertools.count().__next__))
     options = {"tokens": 100_000, "batch_tokens": 1024}
-    half = train(Options(tmp_path / "run", minutes=1.0, **options))
+    half = train(Options(tmp_path / "run", minutes=0.4, **options))
     whole = train(Options(tmp_path / "run", resume=True, **options))
-    assert half.step == 61
+    assert half.step == 25
     assert half.tokens < 100_000 <= whole.tokens
     assert whole.opening < min(half.opening, 5.0)  # nats; log(2048) = 7.6 before the first step
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
