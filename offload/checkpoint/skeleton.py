@@ -30,6 +30,7 @@ from moe_local.offload.kernels.attention_trial import use_token_attention
 from moe_local.offload.kernels.linear import use_native_linears
 from moe_local.offload.kernels.norm import use_native_norms
 from moe_local.offload.kernels.router import use_native_routers
+from moe_local.offload.kernels.sink_attention import use_sink_attention
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.undecorated import decorate
 
@@ -110,6 +111,7 @@ def load_skeleton(
         _take_into_memory(model)
     model.eval().requires_grad_(False)
     use_single_query_attention(model)
+    use_sink_attention(model)
     if device.type == "cpu":
         use_native_linears(model)
         use_native_norms(model)

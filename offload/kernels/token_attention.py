@@ -25,6 +25,9 @@ from moe_local.offload.native.library import (
 from moe_local.offload.threads import kernel_threads
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+FUSED = ("sdpa", "fused_with_sinks")
+"""How names begin of what attends like the library: it gives no scores."""
+
 PARTS = {*PROJECTIONS, "q_norm", "k_norm"}
 """Modules that an attention may consist of; one with others does more than the library."""
 
@@ -176,7 +179,7 @@ def _place(module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Place | None
         return None
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or module.training:
         return None
-    if not module.config._attn_implementation.startswith("sdpa"):  # asked for to see what others see
+    if not module.config._attn_implementation.startswith(FUSED):  # asked for to see what others see
         return None
     layers = getattr(kwargs.get("cache", kwargs.get("past_key_values")), "layers", ())
     layer: Any = layers[module.layer_idx] if module.layer_idx < len(layers) else None

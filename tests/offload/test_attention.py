@@ -41,6 +41,32 @@ def test_equals_transformers_sdpa(
     assert torch.allclose(got, want, atol=1e-6 if dtype == torch.float32 else 2e-2)
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_a_masked_query_copies_no_keys(added: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a mask of booleans or of numbers, one for all heads; not with one for each."""
+    given: list[tuple[int, ...]] = []
+    plain: Callable[..., torch.Tensor] = attention.F.scaled_dot_product_attention
+
+    def noted(query: torch.Tensor, key: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        given.append((*query.shape[1:3], key.shape[1]))
+        return plain(query, key, *args, **options)
+
+    generator = torch.Generator().manual_seed(5)
+    query, key, value = (torch.randn(2, h, n, 16, generator=generator) for h, n in ((8, 1), (2, 77), (2, 77)))
+    mask: torch.Tensor = torch.rand(2, 1, 1, 77, generator=generator) < 0.5
+    if added:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    module: Any = SimpleNamespace(num_key_value_groups=4, is_causal=True)
+    repeated = [x.repeat_interleave(4, dim=1) for x in (key, value)]
+    want = plain(query, *repeated, attn_mask=mask).transpose(1, 2)
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", noted)
+    got, _ = single_query_attention(module, query, key, value, mask)
+    assert torch.allclose(got, want, atol=1e-6)
+    assert given == [(2, 4, 2)]
+    got, _ = single_query_attention(module, query, key, value, mask.expand(2, 8, 1, 77))
+    assert torch.allclose(got, want, atol=1e-6)
+
+
 def test_a_loaded_model_attends_by_it(tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[tuple[int, ...]] = []
     plain: Callable[..., torch.Tensor] = attention.F.scaled_dot_product_attention

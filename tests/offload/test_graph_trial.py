@@ -306,7 +306,7 @@ def test_cuda_is_asked_in_the_right_order(monkeypatch: pytest.MonkeyPatch) -> No
 
         def capture_end(self) -> None:
             calls.append("end")
-            if len(calls) > 14:
+            if len(calls) > 18:
                 raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
         def replay(self) -> None:
@@ -318,7 +318,9 @@ def test_cuda_is_asked_in_the_right_order(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("outer"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: calls.append("handle"))
-    monkeypatch.setattr(torch, "zeros", lambda *size, device: calls.append("work"))
+    number = SimpleNamespace(zero_=lambda: calls.append("work"))
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: number)
+    monkeypatch.setattr(torch, "empty_like", lambda like, dtype: calls.append("room"))
     for name in ("endAllocateToPool", "releasePool"):
         note = lambda device, pool, name=name: calls.append(f"{name} {pool}")  # noqa: E731
         monkeypatch.setattr(torch._C, f"_cuda_{name}", note, raising=False)
@@ -328,7 +330,7 @@ def test_cuda_is_asked_in_the_right_order(monkeypatch: pytest.MonkeyPatch) -> No
         for _ in range(2):
             graphs.begin()
             graphs.end().replay()
-    capture = ["handle", "begin in the pool, thread_local", "end", "replay"]
+    capture = ["handle", "room", "room", "begin in the pool, thread_local", "end", "replay"]
     frame = ["own waits for outer", "on own"], ["off own", "outer waits for own"]
     assert calls == [*frame[0], *capture, *capture, *frame[1]]
     with pytest.raises(ValueError, match="in the model"), graphs.session():
@@ -336,5 +338,5 @@ def test_cuda_is_asked_in_the_right_order(monkeypatch: pytest.MonkeyPatch) -> No
         graphs.abort()
         graphs.abort()
         raise ValueError("in the model")
-    mended = ["endAllocateToPool the pool", "releasePool the pool", capture[1], "work", "end"]
-    assert calls[12:] == [*frame[0], *capture[:3], *mended, *frame[1]]
+    mended = ["endAllocateToPool the pool", "releasePool the pool", capture[3], "work", "end"]
+    assert calls[16:] == [*frame[0], *capture[:5], *mended, *frame[1]]

@@ -36,8 +36,6 @@ TAKEN = {
     "gpt_oss": True,
     "deepseek_v3": False,  # compressed keys and values
 }
-EAGER = {"gpt_oss"}
-"""Of these transformers has no other attention than the one that shows its weights, which stays."""
 
 IDS = [5, 17, 300, 42, 7, 99, 260, 31, 8, 120, 77, 64]
 
@@ -132,7 +130,7 @@ def test_a_loaded_model_answers_as_transformers_own(
         calls.clear()
         got = model.generate(prompt, max_new_tokens=12, eos_token_id=None)
         assert torch.equal(got, ids)
-        assert len(calls) == (3 * 11 if TAKEN[family] and family not in EAGER else 0)
+        assert len(calls) == (3 * 11 if TAKEN[family] else 0)
         assert torch.allclose(one_by_one(hf), want, rtol=0, atol=2e-4)
 
 

@@ -1,0 +1,147 @@
+"""Attention with sinks against transformers' own, and in a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+import moe_local
+from moe_local.offload.engine.sampling import make_settings
+from moe_local.offload.kernels import sink_attention as module_under_test
+from moe_local.offload.kernels.sink_attention import NAME, sink_attention, use_sink_attention
+
+PROMPT = list(range(3, 45))
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most numbers that one operation gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not any(returned.alias_info for returned in function._schema.returns):
+            new = [x.numel() for x in tree_flatten(result)[0] if torch.is_tensor(x)]
+            self.numel = max([self.numel, *new])
+        return result
+
+
+def inputs(
+    heads: int, groups: int, queries: int, keys: int, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    generator = torch.Generator().manual_seed(keys)
+    shapes = [(2, heads, queries, 16), *[(2, heads // groups, keys, 16)] * 2]
+    drawn = [2 * torch.randn(shape, generator=generator) for shape in shapes]
+    return [x.to(dtype) for x in drawn], torch.randn(heads, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "groups"), [(8, 4), (4, 1), (6, 3), (4, 4)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "masked"),
+    [(1, 1, False), (1, 77, False), (1, 77, True), (5, 5, False), (5, 5, True), (3, 40, True)],
+)
+def test_equals_transformers_eager_attention(
+    queries: int, keys: int, masked: bool, heads: int, groups: int, dtype: torch.dtype
+) -> None:
+    (query, key, value), sinks = inputs(heads, groups, queries, keys, dtype)
+    module: Any = SimpleNamespace(num_key_value_groups=groups, sinks=sinks, training=False)
+    seen = torch.ones(2, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
+    if masked:  # each of the batch sees other keys, as in a window
+        seen &= torch.ones_like(seen).triu(torch.tensor(keys - queries - 20))
+        seen[1, :, :, : keys // 3] &= torch.eye(queries, keys // 3, dtype=torch.bool)
+    added = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+    want, _ = eager_attention_forward(module, *(x.double() for x in (query, key, value)), added.double(), 0.3)
+    got, scores = sink_attention(
+        module, query, key, value, seen if masked else None, scaling=0.3, s_aux=sinks, sliding_window=None
+    )
+    assert scores is None
+    assert got.dtype == dtype
+    assert got.shape == want.shape
+    assert got.is_contiguous()
+    assert (got - want).norm() <= (1e-6 if dtype == torch.float32 else 6e-3) * want.norm()
+
+
+def test_no_scores_are_kept() -> None:
+    (query, key, value), sinks = inputs(8, 4, 64, 512, torch.float32)
+    seen = torch.ones(1, 1, 64, 512, dtype=torch.bool).tril(448)
+    module: Any = SimpleNamespace(num_key_value_groups=4)
+    with Largest() as largest:
+        sink_attention(module, query, key, value, seen, scaling=0.3, s_aux=sinks)
+    assert largest.numel == 2 * 8 * 512 * 16  # keys for every head
+    with Largest() as largest:
+        sink_attention(module, query[:, :, :1], key, value, seen[:, :, -1:], scaling=0.3, s_aux=sinks)
+    assert largest.numel <= 1024  # the mask, the answers
+
+
+def test_layers_without_sinks_are_as_with_sdpa() -> None:
+    (query, key, value), _ = inputs(4, 2, 5, 5, torch.float32)
+    module: Any = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    got, _ = sink_attention(module, query, key, value, None, scaling=0.3, s_aux=None)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=0.3, enable_gqa=True
+    )
+    assert torch.allclose(got, want.transpose(1, 2), atol=1e-6)
+
+
+def test_a_loaded_model_attends_by_it(make_checkpoint: Callable[..., Path], tiny_models: ModuleType) -> None:
+    """Past a window of 16, in chunks of a prompt, single tokens, and rows of a batch of several lengths."""
+    folder = make_checkpoint("gpt_oss", sliding_window=16)
+    plain = tiny_models.tiny_model("gpt_oss", sliding_window=16)
+    with moe_local.load(folder, device="cpu", experts="fp32", context=128, parallel=2) as model:
+        assert plain.config._attn_implementation == "eager"
+        assert model.hf.config._attn_implementation == NAME
+        engine = model._open().engine
+        for prompts in ([PROMPT], [PROMPT, PROMPT[5:20]]):
+            settings = make_settings(model.hf, [1], max_new_tokens=20, do_sample=False, eos_token_id=None)
+            sequences = [engine.join(prompt, settings) for prompt in prompts]
+            while any(sequence.finish_reason is None for sequence in sequences):
+                engine.step()
+            for prompt, sequence in zip(prompts, sequences, strict=True):
+                ids = torch.tensor([prompt])
+                want = plain.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)
+                assert sequence.new_ids == want[0, len(prompt) :].tolist()
+                engine.leave(sequence)
+
+
+@pytest.mark.parametrize("broken", ["raises", "differs"])
+def test_a_model_that_comes_out_different_stays_eager(
+    tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    def attend(*args: Any) -> Any:
+        if broken == "raises":
+            raise RuntimeError("no kernel for this card\nand more")
+        output, logsumexp = attended(*args)
+        return output, logsumexp + 1
+
+    attended = module_under_test._attend
+    monkeypatch.setattr(module_under_test, "_attend", attend)
+    caplog.set_level("INFO", "moe_local")
+    hf = tiny_models.tiny_model("gpt_oss")
+    use_sink_attention(hf)
+    assert hf.config._attn_implementation == "eager"
+    assert (
+        "attention stays eager: " + {"raises": "RuntimeError: no kernel", "differs": "logits"}[broken]
+        in caplog.text
+    )
+    monkeypatch.undo()
+    use_sink_attention(hf)
+    assert hf.config._attn_implementation == NAME
+
+
+def test_models_without_sinks_are_left_alone(tiny_models: ModuleType) -> None:
+    for name in ("mixtral", "deepseek_v32"):
+        hf = tiny_models.tiny_model(name)
+        before = hf.config._attn_implementation
+        use_sink_attention(hf)
+        assert hf.config._attn_implementation == before
