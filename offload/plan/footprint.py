@@ -39,7 +39,7 @@ MIN_CHUNK = 32
 
 CUDA_OVERHEAD = 512 * 2**20
 """What a CUDA process takes beside its tensors: the context, loaded kernels, cuBLAS workspaces, slack of
-torch's allocator. Of small budgets a sixteenth."""
+torch's allocator, graphs. Of small budgets a sixteenth."""
 
 
 def compute_dtype(spec: ModelSpec, dense: str) -> torch.dtype:
