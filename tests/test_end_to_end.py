@@ -152,11 +152,13 @@ def same_answer(one: dict[str, Any], other: dict[str, Any]) -> bool:
 @pytest.fixture(scope="module")
 def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The answer of the same model from a folder, in one go and in this process."""
-    assert torch.get_num_threads() == 1, "as in the commands, whose sums are to be the same"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the commands, whose sums are to be the same
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOE_LOCAL_HOME", str(tmp_path_factory.mktemp("undisturbed")))
         with moe_local.load(checkpoint, ram="512MiB", context=256) as model:
             answer = model.generate(PROMPT, max_new_tokens=8)
+    torch.set_num_threads(threads)
     assert answer.finish_reason == "length"
     assert len(answer.token_ids) == 8
     return {"text": answer.text, "token_ids": answer.token_ids, "finish_reason": answer.finish_reason}
