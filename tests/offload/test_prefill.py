@@ -407,7 +407,10 @@ def perform(rig: Any, faults: Faults, operation: tuple[Any, ...]) -> None:
     [("disk", False, None), ("ram", True, None), ("ram+disk", True, None), ("ram+disk", False, "auto")],
 )
 @settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+    max_examples=10,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    database=None,
 )
 @given(
     slots=st.integers(1, 5),

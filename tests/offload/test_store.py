@@ -558,7 +558,10 @@ def perform(rig: Any, faults: Faults, operation: tuple[Any, ...]) -> None:
     [("disk", False, None), *itertools.product(MODES[1:], (False, True), (None, "auto", "cpu"))],
 )
 @settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    database=None,
 )
 @given(
     slots=st.integers(1, 5),

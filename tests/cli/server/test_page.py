@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -103,16 +104,23 @@ class TestInABrowser:
         yield Visit(browser, live.url)
         assert browser.log() == []
 
-    def test_a_talk_and_what_the_cache_does(self, visit: Visit, small: moe_local.Model, live: Any) -> None:
+    def test_a_talk_and_what_the_cache_does(
+        self, visit: Visit, small: moe_local.Model, live: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         browser = visit.browser
+        step = live.batcher._engine.step
         visit.wait_for("#about", r"demo · 4 of 8 experts a layer in RAM")
         assert browser.count("#ideas button") == 3
         browser.click("#settings")
         browser.type("#temperature", "0")
         browser.click("#set .main")
-        visit.ask("What is an expert?")
+        with monkeypatch.context() as slowly:
+            # an answer that came all at once, to a browser that stood still meanwhile, would have no speed
+            slowly.setattr(live.batcher._engine, "step", lambda: (time.sleep(0.01), step())[1])
+            visit.ask("What is an expert?")
+            answer = visit.answered()
         first = [{"role": "user", "content": "What is an expert?"}]
-        assert visit.answered() == small.generate(first, do_sample=False).text
+        assert answer == small.generate(first, do_sample=False).text
         assert browser.count("#empty") == 0
         visit.wait_for(".foot", r"\d+ tokens · [\d.]+ tok/s")
         assert float(visit.wait_for("#speed", r"\d")) > 0
