@@ -58,21 +58,61 @@ def single_query_attention(
     One query whose G heads share keys is given to torch as G queries of one head: its kernel reads each key
     once then, and multiplies matrices instead of vectors. With 32 heads, 8 of keys, 1024 positions in bf16
     that took 0.7 instead of 8 ms on a CPU. Where there is a mask, transformers (5.17, later ones not) would
-    copy the keys for every head; where there is none, a GPU has kernels for that.
+    copy the keys for every head.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    attended: tuple[torch.Tensor, None]
     groups = getattr(module, "num_key_value_groups", 1)
     special = any(options.get(name) is not None for name in ("position_bias", "cache", "softcap"))
-    known = query.is_cpu if attention_mask is None else attention_mask.shape[1] == 1
-    if groups == 1 or query.shape[2] != 1 or not known or special:
-        attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
-        )
-        return attended
-    batch, heads, _, width = query.shape
-    packed = query.reshape(batch, heads // groups, groups, width)
-    output = F.scaled_dot_product_attention(
-        packed, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+    one_mask = attention_mask is None or attention_mask.shape[1] == 1
+    if groups > 1 and not special and one_mask:
+        shares = attention_mask is None and _shares_keys(query, key, value)
+        if query.shape[2] == 1 and not shares:
+            return _packed(query, key, value, attention_mask, dropout, scaling), None
+        if attention_mask is None and not shares:
+            module = _Ungrouped(module)
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    attended = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
     )
-    return output.reshape(batch, 1, heads, value.shape[-1]), None
+    return attended
+
+
+def _shares_keys(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch has a kernel of use for heads that share keys, where there is no mask.
+
+    On a GPU that is flash attention, so none in fp32 or before compute capability 8.0; else the scores of all
+    heads would be kept. The CPU's is slow for one query.
+    """
+    if not query.is_cuda:
+        return query.shape[2] > 1
+    parameters = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, query.shape[2] > 1, True)
+    return torch.backends.cuda.can_use_flash_attention(parameters)
+
+
+def _packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attention of one query [B, H, 1, D] with a mask that is the same for all heads -> [B, 1, H, D]."""
+    batch, heads, _, width = query.shape
+    packed = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
+    output = F.scaled_dot_product_attention(
+        packed, key, value, attn_mask=mask, dropout_p=dropout, scale=scale
+    )
+    return output.reshape(batch, 1, heads, value.shape[-1])
+
+
+class _Ungrouped(nn.Module):
+    """Stands for an attention module whose keys have been copied for every head."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.is_causal = getattr(module, "is_causal", True)

@@ -67,6 +67,29 @@ def test_a_masked_query_copies_no_keys(added: bool, monkeypatch: pytest.MonkeyPa
     assert torch.allclose(got, want, atol=1e-6)
 
 
+@pytest.mark.parametrize("queries", [1, 5])
+def test_keys_are_copied_where_no_kernel_shares_them(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU without flash attention: but for one query, which is packed."""
+    given: list[tuple[int, ...]] = []
+    plain: Callable[..., torch.Tensor] = attention.F.scaled_dot_product_attention
+
+    def noted(query: torch.Tensor, key: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        given.append((*query.shape[1:3], key.shape[1]))
+        assert not options.get("enable_gqa")
+        return plain(query, key, *args, **options)
+
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(2, 8, queries, 16), (2, 2, 5, 16), (2, 2, 5, 16)]
+    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
+    module: Any = SimpleNamespace(num_key_value_groups=4, is_causal=True)
+    want, _ = sdpa_attention_forward(module, query, key, value, None)
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(attention, "_shares_keys", lambda *tensors: False)
+    got, _ = single_query_attention(module, query, key, value, None)
+    assert torch.allclose(got, want, atol=1e-6)
+    assert given == [(2, 4, 2) if queries == 1 else (8, 5, 8)]
+
+
 def test_a_loaded_model_attends_by_it(tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[tuple[int, ...]] = []
     plain: Callable[..., torch.Tensor] = attention.F.scaled_dot_product_attention

@@ -1,0 +1,102 @@
+"""Attention on a CUDA device: right, and without the scores of all heads in memory."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from moe_local.offload.kernels.attention import single_query_attention
+from moe_local.offload.kernels.sink_attention import sink_attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+HEADS, GROUPS, WIDTH = 16, 4, 64
+MODULE: Any = SimpleNamespace(num_key_value_groups=GROUPS, is_causal=True)
+
+
+def inputs(queries: int, keys: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Query, key, value, sinks and a causal mask."""
+    generator = torch.Generator().manual_seed(keys)
+    shapes = [(1, HEADS, queries, WIDTH), *[(1, HEADS // GROUPS, keys, WIDTH)] * 2, (HEADS,)]
+    drawn = [torch.randn(shape, generator=generator).to("cuda", dtype) for shape in shapes]
+    return [*drawn, torch.ones(1, 1, queries, keys, dtype=torch.bool, device="cuda").tril(keys - queries)]
+
+
+def plainly(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    seen: torch.Tensor,
+) -> torch.Tensor:
+    key, value = (x.double().repeat_interleave(GROUPS, dim=1) for x in (key, value))
+    scores = (query.double() @ key.transpose(-1, -2) * 0.125).masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        column = sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    shares = scores.softmax(dim=-1)[..., : key.shape[2]]
+    return (shares @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("queries", "keys", "masked"),
+    [
+        (1, 77, False),
+        (1, 77, True),
+        (1, 4096, False),
+        (1, 4096, True),
+        (77, 77, False),
+        (77, 77, True),
+        (100, 1001, True),
+    ],
+)
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_attention_agrees_with_plain_numbers(
+    queries: int, keys: int, masked: bool, with_sinks: bool, dtype: torch.dtype
+) -> None:
+    query, key, value, sinks, seen = inputs(queries, keys, dtype)
+    mask = seen if masked else None
+    if with_sinks:
+        got, _ = sink_attention(MODULE, query, key, value, mask, scaling=0.125, s_aux=sinks)
+    else:
+        got, _ = single_query_attention(MODULE, query, key, value, mask, scaling=0.125)
+    want = plainly(query, key, value, sinks if with_sinks else None, seen)
+    assert got.shape == want.shape
+    assert got.dtype == dtype
+    assert (got - want).norm() <= (
+        1e-3 if dtype == torch.float32 else 1e-2
+    )  # fp32 may be multiplied as TF32 * want.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_a_prompt_keeps_no_scores(with_sinks: bool, dtype: torch.dtype) -> None:
+    query, key, value, sinks, _ = inputs(1024, 1024, dtype)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    if with_sinks:
+        sink_attention(MODULE, query, key, value, None, scaling=0.125, s_aux=sinks)
+    else:
+        single_query_attention(MODULE, query, key, value, None, scaling=0.125)
+    tensor = query.numel() * max(4, query.element_size())
+    scores = HEADS * 1024 * 1024 * query.element_size()
+    assert torch.cuda.max_memory_allocated() - before <= 6 * tensor < scores
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_a_masked_query_copies_no_keys(with_sinks: bool) -> None:
+    query, key, value, sinks, seen = inputs(1, 8192, torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    if with_sinks:
+        sink_attention(MODULE, query, key, value, seen, scaling=0.125, s_aux=sinks)
+    else:
+        single_query_attention(MODULE, query, key, value, seen, scaling=0.125)
+    assert torch.cuda.max_memory_allocated() - before < key.numel() * key.element_size() / 4
