@@ -16,6 +16,8 @@ GPU_TOKENS = 64
 """Up to so many tokens a GPU's time is that of reading the weights."""
 GPU_EFFICIENCY = 0.85
 """Share of its memory's bandwidth that a GPU's kernels reach."""
+FASTEST_CPU = 1e12
+"""Bytes/s that no CPU reads experts at, whatever a clock says that has not moved between two looks at it."""
 
 
 class Work(NamedTuple):
@@ -81,7 +83,7 @@ class Costs:
 
     def set_cpu(self, work: Work, seconds: float) -> None:
         """A call with so many bytes of experts, each with so many tokens, was measured on its own."""
-        reading = max(seconds - self.cpu_latency_s, seconds / 2)
+        reading = max(seconds - self.cpu_latency_s, seconds / 2, work.nbytes / FASTEST_CPU)
         self._cpu[work.format, _bucket(work.tokens)] = Estimate(reading / work.nbytes)
 
     def cpu_seconds(self, work: Work) -> float:

@@ -50,6 +50,8 @@ def test_more_tokens_take_longer_once_the_weights_are_no_longer_the_most() -> No
     costs.set_cpu(Work(100 * MIB, 16), 200 * one)
     assert costs.cpu_seconds(Work(MIB, 16)) == pytest.approx(2 * one, rel=0.01)
     assert costs.cpu_seconds(Work(MIB, 1)) == one
+    costs.set_cpu(Work(100 * MIB, 16), 0.0)  # by a clock that stood still
+    assert 0 < costs.cpu_seconds(Work(MIB, 16)) < one / 10
 
 
 @pytest.mark.parametrize("wrong", [0.6, 1.7])

@@ -328,6 +328,8 @@ def test_an_expert_of_the_step_is_not_evicted_for_another_while_a_wrong_guess_ho
     rig.step(0, [1])
     rig.settle()
     rig.store.prefetch(0, [7], distance=1, budget_bytes=BUDGET)  # a copy that was issued cannot be cancelled
+    wait = rig.copies.wait
+    rig.copies.wait = lambda seconds: (time.sleep(0.001), wait(seconds))  # long enough for any clock to see
     rig.step(0, [0, 1])
     stats = rig.store.snapshot()
     assert (stats.hits, stats.misses) == (1, 2)
