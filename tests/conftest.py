@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,14 @@ from hypothesis import HealthCheck, settings
 # Before anything imports torch, and for the commands that tests start: tiny models gain nothing from a second
 # thread, and threads that spin for each other on a busy machine make them ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What is printed does not depend on how those who run the tests like their terminal. And a suite that a
+# script has put in its background is told to ignore Ctrl-C, which is not for the commands that it starts.
+for _name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(_name, None)
+os.environ["TERM"] = "xterm"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples each time, since no change is to fail for what it did not touch; FUZZ=anew tries others.
 # Nor for how long one takes, on a machine that may stand still: hypothesis by itself allows 0.2 s.
