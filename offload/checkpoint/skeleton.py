@@ -27,6 +27,7 @@ from moe_local.offload.checkpoint.spec import (
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.kernels.attention import use_single_query_attention
 from moe_local.offload.kernels.attention_trial import use_token_attention
+from moe_local.offload.kernels.latent_attention import use_latent_attention
 from moe_local.offload.kernels.linear import use_native_linears
 from moe_local.offload.kernels.norm import use_native_norms
 from moe_local.offload.kernels.router import use_native_routers
@@ -112,6 +113,7 @@ def load_skeleton(
     model.eval().requires_grad_(False)
     use_single_query_attention(model)
     use_sink_attention(model)
+    use_latent_attention(model)
     if device.type == "cpu":
         use_native_linears(model)
         use_native_norms(model)

@@ -25,6 +25,7 @@ from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.token_step import TokenStep
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.kernels.attention import NAME as SINGLE_QUERY
+from moe_local.offload.kernels.latent_attention import NAME as LATENT
 from moe_local.offload.kernels.sink_attention import NAME as WITH_SINKS
 from moe_local.offload.prefetch.routers import RouterSite
 
@@ -101,7 +102,7 @@ def _hindrance(engine: Engine) -> str | None:
     if kv.has_indexer:
         return "its attention chooses its tokens"
     attention = hf.config.get_text_config(decoder=True)._attn_implementation
-    if attention not in ("sdpa", "eager", SINGLE_QUERY, WITH_SINKS):
+    if attention not in ("sdpa", "eager", SINGLE_QUERY, WITH_SINKS, LATENT):
         return f"its attention, {attention}, takes no mask"
     if len({parameter.device for parameter in hf.parameters()}) > 1:
         return "it lies on several devices"

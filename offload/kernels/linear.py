@@ -103,10 +103,14 @@ class QuantizedLinear(nn.Module):
             self._matrix = where, matrix
         return self._matrix[1]
 
+    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight, [out_features, in_features], in a new tensor."""
+        read = dtype if dtype in DTYPES else torch.float32
+        return codec_for(self.layout.format).decode(self.weight, self.layout, read)["weight"].to(dtype)
+
     def _decoded(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = x.dtype if x.dtype in DTYPES else torch.float32
-        weight = codec_for(self.layout.format).decode(self.weight, self.layout, dtype)["weight"]
-        return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.decoded(x.dtype), bias)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"

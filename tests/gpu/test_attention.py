@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import moe_local
+from moe_local.offload.kernels import latent_attention
 from moe_local.offload.kernels.attention import single_query_attention
 from moe_local.offload.kernels.sink_attention import sink_attention
 
@@ -99,3 +103,33 @@ def test_a_masked_query_copies_no_keys(with_sinks: bool) -> None:
     else:
         single_query_attention(MODULE, query, key, value, seen, scaling=0.125)
     assert torch.cuda.max_memory_allocated() - before < key.numel() * key.element_size() / 4
+
+
+@pytest.mark.parametrize("dense", ["fp32", "bf16", "nf4"])
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "glm4_moe_lite"])
+def test_latents_are_not_expanded_for_single_tokens(
+    make_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    family: str,
+    dense: str,
+) -> None:
+    """Loading has compared the logits; here are the ids, from graphs, with those of the CPU."""
+    monkeypatch.setenv("MOE_LOCAL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MOE_LOCAL_GRAPHS", "on")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    folder, found = make_checkpoint(family), []
+    for device in ("cpu", "cuda"):
+        with moe_local.load(
+            folder, device=device, experts="fp32", dense=dense, miss="fetch", slots=4
+        ) as model:
+            assert model.hf.config._attn_implementation == latent_attention.NAME
+            assert latent_attention._is_known(model.hf.model.layers[0].self_attn.kv_b_proj)
+            out = model.generate(list(range(3, 40)), max_new_tokens=24, do_sample=False, eos_token_id=None)
+            found.append(out.token_ids)
+            model.check_integrity()
+            if device == "cuda":
+                step = model._open().engine.token_step
+                assert step is not None
+                assert step.captured
+    assert dense != "fp32" or found[0] == found[1]

@@ -1,0 +1,167 @@
+"""Attention over compressed keys and values (MLA), which a single query need not expand for every head.
+
+transformers keeps one latent vector a token and makes the keys and values of all heads from all of them at
+each step: for a token of DeepSeek-V3 behind 4000 others 134 GFLOP a layer, 1.2 s on two cores. Multiplied
+into the query and out of the answer instead, the same matrices are used once (DeepSeek-V2, arXiv 2405.04434,
+section 2.1.2): 19 ms.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_local.cache.errors import first_line
+from moe_local.offload.engine.names import cache_name
+from moe_local.offload.kernels.attention import NAME as SINGLE_QUERY
+from moe_local.offload.kernels.attention import single_query_attention
+from moe_local.offload.kernels.linear import QuantizedLinear
+from moe_local.offload.kernels.stand_in import stand_in
+
+NAME = "sdpa_latent"
+"""As which transformers knows `latent_attention`."""
+
+TOKENS = 6
+"""Of the prompt that a model is tried with."""
+
+logger = logging.getLogger(__name__)
+
+
+def use_latent_attention(model: Any) -> None:
+    """Let single tokens through a transformers model's latent attention without expanding the latents.
+
+    For modules that expand them as DeepSeek-V3's does, in a model that uses `single_query_attention`. Whether
+    that changes nothing is found out by trying: runs three forwards of a few tokens, and needs experts that
+    answer something.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    modules = [module for module in model.modules() if _is_latent(module)]
+    if not modules or model.config._attn_implementation != SINGLE_QUERY:
+        return
+    AttentionInterface.register(NAME, latent_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    classes: list[Any] = [type(module) for module in modules]
+    ids = torch.arange(TOKENS, device=model.device)[None] + 1
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits[:, -1].float()
+        try:
+            model.set_attn_implementation(NAME)
+            for module, cls in zip(modules, classes, strict=True):
+                module.__class__ = latent(cls)
+            off = float((_last_logits(model, ids) - wanted).norm() / wanted.norm())
+            allowed = 1e-4 if model.dtype == torch.float32 else 0.03
+            reason = None if off <= allowed else f"logits were off by {off:.2g}"
+        except Exception as error:  # whatever a model makes of it
+            reason = f"{type(error).__name__}: {first_line(error)}"
+    if reason is not None:
+        model.set_attn_implementation(SINGLE_QUERY)
+        for module, cls in zip(modules, classes, strict=True):
+            module.__class__ = cls
+        logger.info("keys and values of all heads are made for every token: %s", reason)
+
+
+def _is_latent(module: Any) -> bool:
+    sizes = (getattr(module, name, None) for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"))
+    return hasattr(module, "expand_kv") and all(isinstance(size, int) for size in sizes)
+
+
+def _last_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Of the last token, computed alone behind the others."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    memory = {cache_name(model.forward): cache, "use_cache": True}
+    model(input_ids=ids[:, :-1], **memory)
+    places = torch.full((1, 1), ids.shape[1] - 1, device=ids.device)
+    logits: torch.Tensor = model(input_ids=ids[:, -1:], position_ids=places, **memory).logits
+    return logits[:, -1].float()
+
+
+@cache
+def latent(cls: Any) -> Any:
+    """A subclass of an attention class that leaves the latents of single tokens to `latent_attention`."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._absorbs = (
+            hidden_states.shape[1] == 1
+            and not torch.is_grad_enabled()
+            and self.config._attn_implementation == NAME
+            and _is_known(self.kv_b_proj)
+        )
+        try:
+            return cls.forward(self, hidden_states, *args, **kwargs)
+        finally:
+            self._absorbs = False
+
+    def expand_kv(self: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not getattr(self, "_absorbs", False):
+            expanded: tuple[torch.Tensor, torch.Tensor] = cls.expand_kv(self, kv_nope, k_rot)
+            return expanded
+        return torch.cat([kv_nope, k_rot], dim=-1), kv_nope
+
+    return stand_in(cls, latent, forward, expand_kv=expand_kv)
+
+
+def latent_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """As `single_query_attention`, which it is but for a module that `absorbs`.
+
+    That gives it query [B, H, 1, N + R] (N numbers of a head without positions, R with) and, as key, latents
+    and positions of all tokens, [B, 1, S, L + R]. With the module's matrices k [H, N, L] and v [H, V, L] the
+    scores are (query k) . latent, and the answer is v times the sum of the latents, [B, 1, H, V]. Scores and
+    sums are in fp32.
+    """
+    if not getattr(module, "_absorbs", False):
+        return single_query_attention(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    width, plain = query.shape[-1], module.qk_nope_head_dim
+    matrix = _matrix(module.kv_b_proj, query.dtype).view(query.shape[1], -1, module.kv_lora_rank)
+    query = query[:, :, 0]
+    into = torch.bmm(query[..., :plain].transpose(0, 1), matrix[:, :plain]).transpose(0, 1)
+    packed = torch.cat([into, query[..., plain:]], dim=-1)[:, None].float()
+    latents = key.float()
+    scores = packed @ latents.transpose(-1, -2) * (width**-0.5 if scaling is None else scaling)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    answer = scores.softmax(dim=-1) @ latents[..., : module.kv_lora_rank]
+    out = torch.bmm(answer[:, 0].transpose(0, 1).to(matrix.dtype), matrix[:, plain:].transpose(1, 2))
+    return out.transpose(0, 1)[:, None].contiguous(), None
+
+
+def _is_known(linear: Any) -> bool:
+    """Whether `_matrix` can tell a layer's weight, and that is all there is to the layer."""
+    quantized = isinstance(linear, QuantizedLinear) or getattr(linear.weight, "quant_state", None) is not None
+    return linear.bias is None and (
+        quantized or (isinstance(linear, nn.Linear) and linear.weight.is_floating_point())
+    )
+
+
+def _matrix(linear: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The weight of a layer, [out, in]; decoded anew where it is quantized."""
+    if isinstance(linear, QuantizedLinear):
+        return linear.decoded(dtype)
+    state = getattr(linear.weight, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        values: torch.Tensor = dequantize_4bit(linear.weight.data, state)
+        return values.to(dtype)
+    weight: torch.Tensor = linear.weight
+    return weight

@@ -1,0 +1,199 @@
+"""Latent attention of single tokens against transformers' own, and in a loaded model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from transformers import DynamicCache
+
+import moe_local
+from moe_local.offload.engine.names import cache_name
+from moe_local.offload.engine.sampling import make_settings
+from moe_local.offload.kernels import latent_attention as module_under_test
+from moe_local.offload.kernels.attention import NAME as SINGLE_QUERY
+from moe_local.offload.kernels.attention import use_single_query_attention
+from moe_local.offload.kernels.latent_attention import NAME, latent, use_latent_attention
+from moe_local.offload.kernels.linear import QuantizedLinear
+
+FAMILIES = ["deepseek_v2", "deepseek_v3", "glm4_moe_lite"]
+PROMPT = list(range(3, 45))
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most numbers that one operation gave."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not any(returned.alias_info for returned in function._schema.returns):
+            new = [x.numel() for x in tree_flatten(result)[0] if torch.is_tensor(x)]
+            self.numel = max([self.numel, *new])
+        return result
+
+
+@pytest.fixture(params=FAMILIES)
+def hf(request: pytest.FixtureRequest, tiny_models: ModuleType) -> Any:
+    model = tiny_models.tiny_model(request.param)
+    use_single_query_attention(model)
+    use_latent_attention(model)
+    assert model.config._attn_implementation == NAME
+    return model
+
+
+def answers(hf: Any, mask: torch.Tensor | None, *, absorbed: bool) -> torch.Tensor:
+    """Of the first layer's attention to one token of two sequences, behind 40 others."""
+    hf.set_attn_implementation(NAME if absorbed else SINGLE_QUERY)
+    module = hf.model.layers[0].self_attn
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(hf.dtype)
+
+    cache = DynamicCache()
+    cache.update(draw(2, 1, 40, module.kv_lora_rank), draw(2, 1, 40, module.qk_rope_head_dim), 0)
+    hidden = draw(2, 1, hf.config.hidden_size)
+    with torch.no_grad():
+        angles = hf.model.rotary_emb(hidden, torch.tensor([[40], [40]]))
+        options = {"position_embeddings": angles, "attention_mask": mask, cache_name(hf.forward): cache}
+        output: torch.Tensor = module(hidden_states=hidden, **options)[0]
+    assert output.shape == hidden.shape
+    assert output.dtype == hf.dtype
+    assert cache.layers[0].keys.shape[2] == 41
+    return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", ["none", "seen", "added"])
+def test_a_single_token_is_answered_as_by_transformers(hf: Any, mask: str, dtype: torch.dtype) -> None:
+    hf.to(dtype)
+    seen = torch.rand(2, 1, 1, 41, generator=torch.Generator().manual_seed(1)) < 0.4
+    seen[..., -1] = True
+    added = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    given = {"none": None, "seen": seen, "added": added}[mask]
+    want, got = (answers(hf, given, absorbed=absorbed) for absorbed in (False, True))
+    assert not torch.equal(got, want)  # another way, indeed
+    assert (got - want).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * want.norm()
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_quantized_matrices_are_decoded(hf: Any, format: str) -> None:
+    for layer in hf.model.layers:
+        original = layer.self_attn.kv_b_proj
+        linear = layer.self_attn.kv_b_proj = QuantizedLinear(original, format)
+        linear.weight = linear.quantized("weight", original.weight)
+    want, got = (answers(hf, None, absorbed=absorbed) for absorbed in (False, True))
+    assert not torch.equal(got, want)
+    assert (got - want).norm() <= 1e-4 * want.norm()
+
+
+def test_a_matrix_of_another_kind_is_left_to_transformers(hf: Any) -> None:
+    module = hf.model.layers[0].self_attn
+    want = answers(hf, None, absorbed=False)
+    module.kv_b_proj.bias = torch.nn.Parameter(torch.zeros(module.kv_b_proj.out_features))
+    assert torch.equal(answers(hf, None, absorbed=True), want)
+
+
+def test_nothing_is_made_for_every_head(hf: Any) -> None:
+    module = hf.model.layers[0].self_attn
+    heads = hf.config.num_attention_heads
+    found = {}
+    for absorbed in (False, True):
+        with Largest() as largest:
+            answers(hf, None, absorbed=absorbed)
+        found[absorbed] = largest.numel
+    assert found[False] >= 2 * heads * 41 * module.v_head_dim
+    assert found[True] < found[False]
+
+
+def test_prompts_and_gradients_go_transformers_way(hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    hf.set_attn_implementation(NAME)
+    cls = type(hf.model.layers[0].self_attn).__mro__[1]
+    original = cls.expand_kv
+
+    def noted(self: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> Any:
+        calls.append(kv_nope.shape[2])
+        return original(self, kv_nope, k_rot)
+
+    monkeypatch.setattr(cls, "expand_kv", noted)
+    with torch.no_grad():
+        hf(input_ids=torch.tensor([[5]]))
+        assert not calls
+        hf(input_ids=torch.tensor([[5, 6, 7]]))
+    hf(input_ids=torch.tensor([[5]]))
+    layers = hf.config.num_hidden_layers
+    assert calls == [3] * layers + [1] * layers
+
+
+def test_copies_and_pickles_stay_what_they_are(hf: Any) -> None:
+    module = hf.model.layers[0].self_attn
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(other) is type(module) is latent(type(module).__mro__[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loaded_model_answers_as_transformers_own(
+    make_checkpoint: Callable[..., Path], tiny_models: ModuleType, family: str
+) -> None:
+    """Single tokens, and rows of a batch of several lengths."""
+    plain = tiny_models.tiny_model(family)
+    with moe_local.load(
+        make_checkpoint(family), device="cpu", experts="fp32", context=128, parallel=2
+    ) as model:
+        assert model.hf.config._attn_implementation == NAME
+        engine = model._open().engine
+        for prompts in ([PROMPT], [PROMPT, PROMPT[5:20]]):
+            settings = make_settings(model.hf, [1], max_new_tokens=20, do_sample=False, eos_token_id=None)
+            sequences = [engine.join(prompt, settings) for prompt in prompts]
+            while any(sequence.finish_reason is None for sequence in sequences):
+                engine.step()
+            for prompt, sequence in zip(prompts, sequences, strict=True):
+                ids = torch.tensor([prompt])
+                want = plain.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)
+                assert sequence.new_ids == want[0, len(prompt) :].tolist()
+                engine.leave(sequence)
+
+
+@pytest.mark.parametrize("broken", ["raises", "differs"])
+def test_a_model_that_comes_out_different_is_left_alone(
+    tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    def matrix(*args: Any) -> torch.Tensor:
+        if broken == "raises":
+            raise RuntimeError("no such kernel\nand more")
+        return true_matrix(*args).flip(0)
+
+    true_matrix = module_under_test._matrix
+    monkeypatch.setattr(module_under_test, "_matrix", matrix)
+    caplog.set_level("INFO", "moe_local")
+    hf = tiny_models.tiny_model("deepseek_v3")
+    use_single_query_attention(hf)
+    before = [type(layer.self_attn) for layer in hf.model.layers]
+    use_latent_attention(hf)
+    assert hf.config._attn_implementation == SINGLE_QUERY
+    assert [type(layer.self_attn) for layer in hf.model.layers] == before
+    reason = {"raises": "RuntimeError: no such kernel", "differs": "logits were off by"}[broken]
+    assert f"made for every token: {reason}" in caplog.text
+    monkeypatch.undo()
+    use_latent_attention(hf)
+    assert hf.config._attn_implementation == NAME
+
+
+def test_other_models_are_left_alone(tiny_models: ModuleType) -> None:
+    """Those with other attention, and those that choose their tokens, which look at its name."""
+    for name in ("mixtral", "deepseek_v32"):
+        hf = tiny_models.tiny_model(name)
+        use_single_query_attention(hf)
+        before = hf.config._attn_implementation, type(hf.model.layers[0].self_attn)
+        use_latent_attention(hf)
+        assert before == (hf.config._attn_implementation, type(hf.model.layers[0].self_attn))
