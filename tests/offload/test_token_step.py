@@ -14,6 +14,7 @@ import torch
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.checkpoint.spec import experts_modules
 from moe_local.offload.engine import static_row
+from moe_local.offload.engine.eager_mask import use_capturable_mask
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.kv_slab import KVSlab
 from moe_local.offload.engine.memory import make_kv
@@ -73,6 +74,7 @@ def offloaded(hf: Any) -> Plain:
 @pytest.fixture(scope="module", params=list(CASES))
 def model(request: pytest.FixtureRequest, tiny_models: ModuleType) -> Any:
     hf = tiny_models.tiny_model(request.param.split("-")[0], **CASES[request.param])
+    use_capturable_mask(hf)  # as a trial of graphs does
     hf.runner = offloaded(hf)
     return hf
 
