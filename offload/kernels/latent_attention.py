@@ -34,15 +34,16 @@ logger = logging.getLogger(__name__)
 def use_latent_attention(model: Any) -> None:
     """Let single tokens through a transformers model's latent attention without expanding the latents.
 
-    For modules that expand them as DeepSeek-V3's does, in a model that uses `single_query_attention`. Whether
-    that changes nothing is found out by trying: runs three forwards of a few tokens, and needs experts that
-    answer something.
+    For modules that expand them as DeepSeek-V3's does, in a model that attends by `single_query_attention` or
+    by torch's sdpa. Whether that changes nothing is found out by trying: runs three forwards of a few tokens,
+    and needs experts that answer something.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     modules = [module for module in model.modules() if _is_latent(module)]
-    if not modules or model.config._attn_implementation != SINGLE_QUERY:
+    before = model.config._attn_implementation
+    if not modules or before not in (SINGLE_QUERY, "sdpa"):
         return
     AttentionInterface.register(NAME, latent_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -60,7 +61,7 @@ def use_latent_attention(model: Any) -> None:
         except Exception as error:  # whatever a model makes of it
             reason = f"{type(error).__name__}: {first_line(error)}"
     if reason is not None:
-        model.set_attn_implementation(SINGLE_QUERY)
+        model.set_attn_implementation(before)
         for module, cls in zip(modules, classes, strict=True):
             module.__class__ = cls
         logger.info("keys and values of all heads are made for every token: %s", reason)
@@ -116,6 +117,7 @@ def latent_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    indices: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """As `single_query_attention`, which it is but for a module that `absorbs`.
@@ -124,7 +126,12 @@ def latent_attention(
     and positions of all tokens, [B, 1, S, L + R]. With the module's matrices k [H, N, L] and v [H, V, L] the
     scores are (query k) . latent, and the answer is v times the sum of the latents, [B, 1, H, V]. Scores and
     sums are in fp32.
+
+    `indices` [B, T, I], of a module that chooses the tokens that a query sees (DeepSeek-V3.2), are those: for
+    attention of transformers' own names such a module has them in its mask.
     """
+    if indices is not None and attention_mask is not None:
+        attention_mask = _chosen(attention_mask, indices)
     if not getattr(module, "_absorbs", False):
         return single_query_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
@@ -143,6 +150,14 @@ def latent_attention(
     answer = scores.softmax(dim=-1) @ latents[..., : module.kv_lora_rank]
     out = torch.bmm(answer[:, 0].transpose(0, 1).to(matrix.dtype), matrix[:, plain:].transpose(1, 2))
     return out.transpose(0, 1)[:, None].contiguous(), None
+
+
+def _chosen(mask: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """A mask [B, 1, T, S], of booleans or of what is added to scores, without all that was not chosen."""
+    left_out = torch.ones_like(mask, dtype=torch.bool).scatter(-1, indices[:, None].long(), False)
+    if mask.dtype == torch.bool:
+        return mask & ~left_out
+    return mask.masked_fill(left_out, torch.finfo(mask.dtype).min)
 
 
 def _is_known(linear: Any) -> bool:

@@ -25,6 +25,9 @@ from moe_local.offload.kernels.latent_attention import NAME, latent, use_latent_
 from moe_local.offload.kernels.linear import QuantizedLinear
 
 FAMILIES = ["deepseek_v2", "deepseek_v3", "glm4_moe_lite"]
+CHOOSING = ["deepseek_v32", "glm_moe_dsa"]
+"""Families that choose some tokens and see these only."""
+
 PROMPT = list(range(3, 45))
 
 
@@ -135,22 +138,38 @@ def test_prompts_and_gradients_go_transformers_way(hf: Any, monkeypatch: pytest.
     assert calls == [3] * layers + [1] * layers
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_what_was_not_chosen_is_not_seen(added: bool) -> None:
+    mask = torch.tensor([True, True, False, True, True]).view(1, 1, 1, 5)
+    if added:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -7.0)
+    got = module_under_test._chosen(mask, torch.tensor([[[0, 2, 4]]]))
+    least = torch.finfo(torch.float32).min
+    assert got.flatten().tolist() == (
+        [0, least, -7, least, 0] if added else [True, False, False, False, True]
+    )
+
+
 def test_copies_and_pickles_stay_what_they_are(hf: Any) -> None:
     module = hf.model.layers[0].self_attn
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert type(other) is type(module) is latent(type(module).__mro__[1])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *CHOOSING])
 def test_a_loaded_model_answers_as_transformers_own(
     make_checkpoint: Callable[..., Path], tiny_models: ModuleType, family: str
 ) -> None:
     """Single tokens, and rows of a batch of several lengths."""
     plain = tiny_models.tiny_model(family)
+    memory = DynamicCache(config=plain.config)
+    plain(input_ids=torch.tensor([[5]]), **{cache_name(plain.forward): memory})
+    kept = memory.layers[0].keys.shape[-1]  # transformers 5.17 keeps the keys of those that choose expanded
     with moe_local.load(
         make_checkpoint(family), device="cpu", experts="fp32", context=128, parallel=2
     ) as model:
-        assert model.hf.config._attn_implementation == NAME
+        uses = model.hf.config._attn_implementation == NAME
+        assert uses == (kept == plain.config.kv_lora_rank)
         engine = model._open().engine
         for prompts in ([PROMPT], [PROMPT, PROMPT[5:20]]):
             settings = make_settings(model.hf, [1], max_new_tokens=20, do_sample=False, eos_token_id=None)
@@ -190,8 +209,7 @@ def test_a_model_that_comes_out_different_is_left_alone(
 
 
 def test_other_models_are_left_alone(tiny_models: ModuleType) -> None:
-    """Those with other attention, and those that choose their tokens, which look at its name."""
-    for name in ("mixtral", "deepseek_v32"):
+    for name in ("mixtral", "gpt_oss"):
         hf = tiny_models.tiny_model(name)
         use_single_query_attention(hf)
         before = hf.config._attn_implementation, type(hf.model.layers[0].self_attn)
