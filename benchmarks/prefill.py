@@ -41,6 +41,7 @@ from ratio import Ratio
 from synthetic import NAMED_SHAPES
 
 import moe_local
+from moe_local.cache.errors import MoeLocalError
 from moe_local.cache.files import write_atomically
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
@@ -101,7 +102,13 @@ class Way:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
+    try:
+        run(parse(arguments))
+    except MoeLocalError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run(options: argparse.Namespace) -> None:
     if options.synthetic:
         options.model = str(write_synthetic(options.synthetic, options.layers))
     checkpoint = Checkpoint.open(resolve(options.model), options.model)
@@ -136,7 +143,7 @@ def loaded(
         keywords["vram"] = options.vram
     wanted = LoadOptions.from_keywords(keywords)
     target = wanted.torch_device()
-    plan = plan_load(checkpoint.name, checkpoint.spec, wanted, [target], Bandwidths())
+    plan = plan_load(checkpoint.name, checkpoint.spec, wanted, [target], Bandwidths()).check()
     if not ring:
         plan = dataclasses.replace(plan, vram_staging=0, ram_staging=0)
     elif options.staging is not None and plan.mode != "resident":

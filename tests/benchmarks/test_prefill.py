@@ -48,3 +48,12 @@ def test_what_cannot_be_measured_is_refused(
         import_benchmark("prefill").main(arguments)
     assert refused.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_models_that_do_not_fit_are_refused_in_one_line(import_benchmark: Any, make_checkpoint: Any) -> None:
+    with pytest.raises(
+        SystemExit, match=r"^error: .* does not fit: .*more than the 64.0 KiB there are[^\n]*$"
+    ):
+        import_benchmark("prefill").main(
+            [str(make_checkpoint("mixtral")), "--ram", "64KiB", "--device", "cpu"]
+        )
