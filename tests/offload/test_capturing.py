@@ -65,6 +65,8 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
         "empty_cache": lambda: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **options: zeros(*size, **options))
     return found
 
 
