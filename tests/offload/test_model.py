@@ -447,26 +447,29 @@ def test_close_frees_everything(make_checkpoint: Callable[..., Path]) -> None:
     process = psutil.Process()
     threads, files = reader_threads(), open_expert_files()
     moe_local.load(folder, experts="bf16", context=64).close()  # what libraries keep, they keep from here on
-    gc.collect()
-    start = process.memory_info().rss
-    model = moe_local.load(folder, experts="bf16", context=4096)
-    stream = model.stream([5, 6, 7], max_new_tokens=4, **ENDLESS)
-    unbegun = model.stream([5, 6, 7])
-    out = stream.output()
-    held = process.memory_info().rss - start
-    assert held > 90 * 2**20
-    assert len(reader_threads()) > len(threads)
-    assert len(open_expert_files()) > len(files)
-    embeddings = weakref.ref(model.hf.get_input_embeddings().weight)
-    hf = model.hf
-    model.close()
-    model.close()
-    with pytest.raises(MoeLocalError, match="is closed; load\\(\\) it again"):
-        hf(torch.tensor([[1, 2]]))  # not silently without its experts
-    del hf
-    gc.collect()
-    assert embeddings() is None
-    assert process.memory_info().rss - start < held // 8
+    for attempt in range(3):  # the system may take pages back that others in this process had, at any time
+        gc.collect()
+        start = process.memory_info().rss
+        model = moe_local.load(folder, experts="bf16", context=4096)
+        stream = model.stream([5, 6, 7], max_new_tokens=4, **ENDLESS)
+        unbegun = model.stream([5, 6, 7])
+        out = stream.output()
+        held = process.memory_info().rss - start
+        assert len(reader_threads()) > len(threads)
+        assert len(open_expert_files()) > len(files)
+        embeddings = weakref.ref(model.hf.get_input_embeddings().weight)
+        hf = model.hf
+        model.close()
+        model.close()
+        with pytest.raises(MoeLocalError, match="is closed; load\\(\\) it again"):
+            hf(torch.tensor([[1, 2]]))  # not silently without its experts
+        del hf
+        gc.collect()
+        assert embeddings() is None
+        kept = process.memory_info().rss - start
+        if held > 90 * 2**20 and kept < held // 8:
+            break
+        assert attempt < 2, (held, kept)
     assert reader_threads() == threads
     assert open_expert_files() == files
     assert out.token_ids == stream.token_ids
