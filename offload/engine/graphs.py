@@ -108,7 +108,7 @@ class CudaGraphs:
 
     def begin(self) -> None:
         torch.cuda.current_blas_handle()  # this thread's handle and workspace, which a capture can't make
-        # torch 2.11 puts two numbers of its generator there, and ends the process where it finds no room.
+        # torch 2.11 puts two numbers of its generator into VRAM, and ends the process where it finds no room.
         [torch.empty_like(self._number, dtype=torch.long) for _ in range(2)]
         if not self._alive:  # a pool ends with its last graph
             self._pool = torch.cuda.graph_pool_handle()

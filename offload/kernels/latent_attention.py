@@ -1,4 +1,4 @@
-"""Attention over compressed keys and values (MLA), which a single query need not expand for every head.
+"""Attention over compressed keys and values (MLA), which few queries need not expand for every head.
 
 transformers keeps one latent vector a token and makes the keys and values of all heads from all of them at
 each step: for a token of DeepSeek-V3 behind 4000 others 134 GFLOP a layer, 1.2 s on two cores. Multiplied
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def use_latent_attention(model: Any) -> None:
-    """Let single tokens through a transformers model's latent attention without expanding the latents.
+    """Let few tokens at a time through a transformers model's latent attention without expanding the latents.
 
     For modules that expand them as DeepSeek-V3's does, in a model that attends by `single_query_attention` or
     by torch's sdpa. Whether that changes nothing is found out by trying: runs three forwards of a few tokens,
@@ -86,11 +86,11 @@ def _last_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @cache
 def latent(cls: Any) -> Any:
-    """A subclass of an attention class that leaves the latents of single tokens to `latent_attention`."""
+    """A subclass of an attention class that leaves the latents of few tokens to `latent_attention`."""
 
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self._absorbs = (
-            hidden_states.shape[1] == 1
+            hidden_states.shape[1] <= _few(self)
             and not torch.is_grad_enabled()
             and self.config._attn_implementation == NAME
             and _is_known(self.kv_b_proj)
@@ -122,9 +122,9 @@ def latent_attention(
 ) -> tuple[torch.Tensor, None]:
     """As `single_query_attention`, which it is but for a module that `absorbs`.
 
-    That gives it query [B, H, 1, N + R] (N numbers of a head without positions, R with) and, as key, latents
+    That gives it query [B, H, T, N + R] (N numbers of a head without positions, R with) and, as key, latents
     and positions of all tokens, [B, 1, S, L + R]. With the module's matrices k [H, N, L] and v [H, V, L] the
-    scores are (query k) . latent, and the answer is v times the sum of the latents, [B, 1, H, V]. Scores and
+    scores are (query k) . latent, and the answer is v times the sum of the latents, [B, T, H, V]. Scores and
     sums are in fp32.
 
     `indices` [B, T, I], of a module that chooses the tokens that a query sees (DeepSeek-V3.2), are those: for
@@ -136,20 +136,39 @@ def latent_attention(
         return single_query_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
-    width, plain = query.shape[-1], module.qk_nope_head_dim
-    matrix = _matrix(module.kv_b_proj, query.dtype).view(query.shape[1], -1, module.kv_lora_rank)
-    query = query[:, :, 0]
-    into = torch.bmm(query[..., :plain].transpose(0, 1), matrix[:, :plain]).transpose(0, 1)
-    packed = torch.cat([into, query[..., plain:]], dim=-1)[:, None].float()
-    latents = key.float()
-    scores = packed @ latents.transpose(-1, -2) * (width**-0.5 if scaling is None else scaling)
+    (batch, heads, queries, width), plain = query.shape, module.qk_nope_head_dim
+    matrix = _matrix(module.kv_b_proj, query.dtype).view(heads, -1, module.kv_lora_rank)
+    into = _by_head(query[..., :plain], matrix[:, :plain])
+    packed = torch.cat([into, query[..., plain:]], dim=-1).float().flatten(1, 2)
+    latents = key[:, 0].float()
+    scores = (packed @ latents.transpose(1, 2)).view(batch, heads, queries, -1)
+    scores *= width**-0.5 if scaling is None else scaling
+    if attention_mask is None and queries > 1:
+        attention_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, -torch.inf)
+        scores.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)  # padding may see nothing at all
     elif attention_mask is not None:
-        scores = scores + attention_mask
-    answer = scores.softmax(dim=-1) @ latents[..., : module.kv_lora_rank]
-    out = torch.bmm(answer[:, 0].transpose(0, 1).to(matrix.dtype), matrix[:, plain:].transpose(1, 2))
-    return out.transpose(0, 1)[:, None].contiguous(), None
+        scores += attention_mask
+    answer = scores.softmax(dim=-1).flatten(1, 2) @ latents[..., : module.kv_lora_rank]
+    answer = answer.view(batch, heads, queries, -1).to(matrix.dtype)
+    return _by_head(answer, matrix[:, plain:].transpose(1, 2)).transpose(1, 2).contiguous(), None
+
+
+def _by_head(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """x [B, H, T, in] times [H, in, out], each head by its own matrix -> [B, H, T, out]."""
+    batch, heads, tokens, _ = x.shape
+    rows = x.transpose(0, 1).reshape(heads, batch * tokens, -1)
+    return torch.bmm(rows, matrices).view(heads, batch, tokens, -1).transpose(0, 1)
+
+
+def _few(module: Any) -> int:
+    """Tokens up to which scores of latents, which are longer than keys, cost less than to expand all latents.
+
+    By numbers multiplied, a quarter of what would be even, since they are multiplied in fp32.
+    """
+    latent, head = module.kv_lora_rank, module.qk_nope_head_dim + module.v_head_dim
+    even: int = latent * head // max(1, 2 * latent - head)
+    return max(1, even // 4)
 
 
 def _chosen(mask: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -107,7 +107,7 @@ def _bias(seen: torch.Tensor, query: torch.Tensor, keys: int) -> torch.Tensor:
     """What is added to scores, [B, H, T, keys], of which heads and, where it says the same to all, queries
     share the memory: rows of it begin at multiples of 16 numbers, as CUDA's kernel asks for."""
     rows = seen.new_zeros((*seen.shape[:-1], -(-keys // 16) * 16), dtype=query.dtype)[..., :keys]
-    rows.masked_fill_(~seen, -torch.inf)
+    rows.masked_fill_(~seen, torch.finfo(query.dtype).min)  # padding may see nothing at all
     return rows.expand(*query.shape[:3], keys)
 
 

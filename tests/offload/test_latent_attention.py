@@ -53,8 +53,10 @@ def hf(request: pytest.FixtureRequest, tiny_models: ModuleType) -> Any:
     return model
 
 
-def answers(hf: Any, mask: torch.Tensor | None, *, absorbed: bool) -> torch.Tensor:
-    """Of the first layer's attention to one token of two sequences, behind 40 others."""
+def answers(
+    hf: Any, mask: torch.Tensor | None, *, absorbed: bool, tokens: int = 1, behind: int = 40
+) -> torch.Tensor:
+    """Of the first layer's attention to `tokens` of two sequences, `behind` others."""
     hf.set_attn_implementation(NAME if absorbed else SINGLE_QUERY)
     module = hf.model.layers[0].self_attn
     generator = torch.Generator().manual_seed(3)
@@ -63,29 +65,47 @@ def answers(hf: Any, mask: torch.Tensor | None, *, absorbed: bool) -> torch.Tens
         return torch.randn(*shape, generator=generator).to(hf.dtype)
 
     cache = DynamicCache()
-    cache.update(draw(2, 1, 40, module.kv_lora_rank), draw(2, 1, 40, module.qk_rope_head_dim), 0)
-    hidden = draw(2, 1, hf.config.hidden_size)
+    if behind:
+        before = draw(2, 1, behind, module.kv_lora_rank), draw(2, 1, behind, module.qk_rope_head_dim)
+        cache.update(*before, 0)
+    hidden = draw(2, tokens, hf.config.hidden_size)
     with torch.no_grad():
-        angles = hf.model.rotary_emb(hidden, torch.tensor([[40], [40]]))
+        angles = hf.model.rotary_emb(hidden, torch.arange(behind, behind + tokens).expand(2, -1))
         options = {"position_embeddings": angles, "attention_mask": mask, cache_name(hf.forward): cache}
         output: torch.Tensor = module(hidden_states=hidden, **options)[0]
     assert output.shape == hidden.shape
     assert output.dtype == hf.dtype
-    assert cache.layers[0].keys.shape[2] == 41
+    assert cache.layers[0].keys.shape[2] == behind + tokens
     return output
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask", ["none", "seen", "added"])
-def test_a_single_token_is_answered_as_by_transformers(hf: Any, mask: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_few_tokens_are_answered_as_by_transformers(
+    hf: Any, tokens: int, mask: str, dtype: torch.dtype
+) -> None:
+    """Without a mask several tokens are all that there are."""
     hf.to(dtype)
-    seen = torch.rand(2, 1, 1, 41, generator=torch.Generator().manual_seed(1)) < 0.4
-    seen[..., -1] = True
+    behind = 0 if mask == "none" and tokens > 1 else 40
+    seen = torch.rand(2, 1, tokens, 40 + tokens, generator=torch.Generator().manual_seed(1)) < 0.4
+    seen[..., -tokens:] = torch.ones(tokens, tokens, dtype=torch.bool).tril()
     added = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
     given = {"none": None, "seen": seen, "added": added}[mask]
-    want, got = (answers(hf, given, absorbed=absorbed) for absorbed in (False, True))
+    want, got = (
+        answers(hf, given, absorbed=absorbed, tokens=tokens, behind=behind) for absorbed in (False, True)
+    )
     assert not torch.equal(got, want)  # another way, indeed
     assert (got - want).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * want.norm()
+
+
+def test_who_sees_nothing_spoils_nothing(hf: Any) -> None:
+    """Padding before a prompt: its answers matter to nobody, but come back as keys."""
+    seen = torch.zeros(2, 1, 1, 41, dtype=torch.bool)
+    seen[1] = True
+    want, got = (answers(hf, seen, absorbed=absorbed) for absorbed in (False, True))
+    assert got.isfinite().all()
+    assert torch.allclose(got[1], want[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
@@ -118,7 +138,7 @@ def test_nothing_is_made_for_every_head(hf: Any) -> None:
     assert found[True] < found[False]
 
 
-def test_prompts_and_gradients_go_transformers_way(hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_and_gradients_go_transformers_way(hf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     hf.set_attn_implementation(NAME)
     cls = type(hf.model.layers[0].self_attn).__mro__[1]
@@ -130,12 +150,15 @@ def test_prompts_and_gradients_go_transformers_way(hf: Any, monkeypatch: pytest.
 
     monkeypatch.setattr(cls, "expand_kv", noted)
     with torch.no_grad():
-        hf(input_ids=torch.tensor([[5]]))
+        few = module_under_test._few(hf.model.layers[0].self_attn)
+        for tokens in (1, few):
+            hf(input_ids=torch.arange(tokens)[None] + 5)
         assert not calls
-        hf(input_ids=torch.tensor([[5, 6, 7]]))
+        hf(input_ids=torch.arange(few + 1)[None] + 5)
     hf(input_ids=torch.tensor([[5]]))
     layers = hf.config.num_hidden_layers
-    assert calls == [3] * layers + [1] * layers
+    assert few > 1
+    assert calls == [few + 1] * layers + [1] * layers
 
 
 @pytest.mark.parametrize("added", [False, True])

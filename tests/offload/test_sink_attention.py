@@ -72,6 +72,20 @@ def test_equals_transformers_eager_attention(
     assert (got - want).norm() <= (1e-6 if dtype == torch.float32 else 6e-3) * want.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_who_sees_nothing_spoils_nothing(queries: int, dtype: torch.dtype) -> None:
+    """Padding before a prompt: its answers matter to nobody, but come back as keys."""
+    (query, key, value), sinks = inputs(8, 4, queries, 40, dtype)
+    seen = torch.ones(2, 1, queries, 40, dtype=torch.bool)
+    seen[0] = False
+    module: Any = SimpleNamespace(num_key_value_groups=4)
+    got, _ = sink_attention(module, query, key, value, seen, scaling=0.3, s_aux=sinks)
+    want, _ = sink_attention(module, query, key, value, seen | True, scaling=0.3, s_aux=sinks)
+    assert got.isfinite().all()
+    assert torch.equal(got[1], want[1])
+
+
 def test_no_scores_are_kept() -> None:
     (query, key, value), sinks = inputs(8, 4, 64, 512, torch.float32)
     seen = torch.ones(1, 1, 64, 512, dtype=torch.bool).tril(448)
