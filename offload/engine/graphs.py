@@ -65,11 +65,11 @@ class CudaGraph:
             with alone:
                 self._graph.replay()
         except RuntimeError as error:
-            _name_lack(error)
+            _raise_lack(error)
             raise
 
 
-def _name_lack(error: BaseException) -> None:
+def _raise_lack(error: BaseException) -> None:
     """Raise torch's error for a lack of VRAM if `error` is CUDA's own.
 
     Which is only known here: elsewhere CUDA says so of RAM that it was to pin, too.
@@ -91,7 +91,7 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = _session_stream(device)
         self._number = torch.zeros(1, device=device)
-        """Something to write to, without asking for memory."""
+        """Something to write to in `_recover`, without asking for memory."""
         self._capturing: torch.cuda.CUDAGraph | None = None
         self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
@@ -109,7 +109,8 @@ class CudaGraphs:
     def begin(self) -> None:
         torch.cuda.current_blas_handle()  # this thread's handle and workspace, which a capture can't make
         # torch 2.11 puts two numbers of its generator into VRAM, and ends the process where it finds no room.
-        [torch.empty_like(self._number, dtype=torch.long) for _ in range(2)]
+        room = [torch.empty_like(self._number, dtype=torch.long) for _ in range(2)]
+        del room
         if not self._alive:  # a pool ends with its last graph
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
@@ -117,7 +118,7 @@ class CudaGraphs:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         except BaseException as error:
             self._recover()
-            _name_lack(error)
+            _raise_lack(error)
             raise
         self._capturing = graph
 
@@ -128,7 +129,7 @@ class CudaGraphs:
             graph.capture_end()
         except BaseException as error:
             self._recover()
-            _name_lack(error)
+            _raise_lack(error)
             raise
         self._alive.add(graph)
         return CudaGraph(graph)
@@ -161,8 +162,10 @@ class CudaGraphs:
         with contextlib.suppress(RuntimeError):
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
-            self._number.zero_()
-            graph.capture_end()
+            try:
+                self._number.zero_()
+            finally:
+                graph.capture_end()
 
 
 @functools.cache

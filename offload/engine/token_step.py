@@ -14,6 +14,7 @@ from moe_local.offload.engine.kv_slab import KVSlab
 from moe_local.offload.engine.recording import CapturedStep, Recording, Saw
 from moe_local.offload.engine.static_row import static_columns
 from moe_local.offload.prefetch.routers import RouterSite
+from moe_local.offload.relief import shortage
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class TokenStep:
 
     def make_room(self) -> bool:
         """Do without graphs from now on, to have their memory back; whether there were any."""
-        if self._graphs is None:
+        if self._graphs is None and not self.captured:
             return False
         self.stop_capturing()
         logger.warning("VRAM ran out: tokens are computed without CUDA graphs from now on")
@@ -153,7 +154,7 @@ class TokenStep:
         try:
             self.captured[place] = self._record(place, recording)
         except Exception as error:
-            if recording.in_experts or isinstance(error, torch.OutOfMemoryError):
+            if recording.in_experts or shortage(error) is not None:
                 raise
             self._give_up(error)
         return self.captured.get(place)

@@ -1,4 +1,4 @@
-"""Attention of a single query, where torch is slow, or needs much memory, as transformers asks for it."""
+"""Attention by torch's sdpa, where that is slow, or needs much memory, as transformers asks for it."""
 
 from __future__ import annotations
 

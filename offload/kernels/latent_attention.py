@@ -10,23 +10,24 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from moe_local.cache.errors import first_line
-from moe_local.offload.engine.names import cache_name
 from moe_local.offload.kernels.attention import NAME as SINGLE_QUERY
 from moe_local.offload.kernels.attention import single_query_attention
 from moe_local.offload.kernels.linear import QuantizedLinear
+from moe_local.offload.kernels.logits_trial import difference
 from moe_local.offload.kernels.stand_in import stand_in
 
 NAME = "sdpa_latent"
 """As which transformers knows `latent_attention`."""
 
-TOKENS = 6
-"""Of the prompt that a model is tried with."""
+FROM = 256
+"""Tokens from which on a quantized matrix is decoded for the sake of not expanding them: to expand few takes
+less."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,7 @@ def use_latent_attention(model: Any) -> None:
     """Let few tokens at a time through a transformers model's latent attention without expanding the latents.
 
     For modules that expand them as DeepSeek-V3's does, in a model that attends by `single_query_attention` or
-    by torch's sdpa. Whether that changes nothing is found out by trying: runs three forwards of a few tokens,
-    and needs experts that answer something.
+    by torch's sdpa. Whether that changes nothing is found out by trying: see `difference`.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -48,22 +48,20 @@ def use_latent_attention(model: Any) -> None:
     AttentionInterface.register(NAME, latent_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     classes: list[Any] = [type(module) for module in modules]
-    ids = torch.arange(TOKENS, device=model.device)[None] + 1
-    with torch.no_grad():
-        wanted = model(input_ids=ids).logits[:, -1].float()
-        try:
-            model.set_attn_implementation(NAME)
-            for module, cls in zip(modules, classes, strict=True):
-                module.__class__ = latent(cls)
-            off = float((_last_logits(model, ids) - wanted).norm() / wanted.norm())
-            allowed = 1e-4 if model.dtype == torch.float32 else 0.03
-            reason = None if off <= allowed else f"logits were off by {off:.2g}"
-        except Exception as error:  # whatever a model makes of it
-            reason = f"{type(error).__name__}: {first_line(error)}"
+
+    def change() -> None:
+        model.set_attn_implementation(NAME)
+        for module, cls in zip(modules, classes, strict=True):
+            _set_class(module, latent(cls))
+            module.decodes_from = 0
+
+    reason = difference(model, change)
+    for module in modules:
+        module.decodes_from = FROM
     if reason is not None:
         model.set_attn_implementation(before)
         for module, cls in zip(modules, classes, strict=True):
-            module.__class__ = cls
+            _set_class(module, cls)
         logger.info("keys and values of all heads are made for every token: %s", reason)
 
 
@@ -72,16 +70,10 @@ def _is_latent(module: Any) -> bool:
     return hasattr(module, "expand_kv") and all(isinstance(size, int) for size in sizes)
 
 
-def _last_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Of the last token, computed alone behind the others."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    memory = {cache_name(model.forward): cache, "use_cache": True}
-    model(input_ids=ids[:, :-1], **memory)
-    places = torch.full((1, 1), ids.shape[1] - 1, device=ids.device)
-    logits: torch.Tensor = model(input_ids=ids[:, -1:], position_ids=places, **memory).logits
-    return logits[:, -1].float()
+def _set_class(module: Any, cls: Any) -> None:
+    module.__class__ = cls
+    if hasattr(module, "_old_forward"):  # what accelerate's hooks, which move tensors from card to card, call
+        module._old_forward = MethodType(cls.forward, module)
 
 
 @cache
@@ -101,7 +93,9 @@ def latent(cls: Any) -> Any:
             self._absorbs = False
 
     def expand_kv(self: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not getattr(self, "_absorbs", False):
+        decodes = not self.kv_b_proj.weight.is_floating_point()
+        if not getattr(self, "_absorbs", False) or (decodes and kv_nope.shape[2] < self.decodes_from):
+            self._absorbs = False
             expanded: tuple[torch.Tensor, torch.Tensor] = cls.expand_kv(self, kv_nope, k_rot)
             return expanded
         return torch.cat([kv_nope, k_rot], dim=-1), kv_nope
@@ -130,7 +124,9 @@ def latent_attention(
     `indices` [B, T, I], of a module that chooses the tokens that a query sees (DeepSeek-V3.2), are those: for
     attention of transformers' own names such a module has them in its mask.
     """
-    if indices is not None and attention_mask is not None:
+    if indices is not None:
+        if attention_mask is None:
+            raise ValueError("tokens were chosen, and there is no mask to leave the others out of")
         attention_mask = _chosen(attention_mask, indices)
     if not getattr(module, "_absorbs", False):
         return single_query_attention(
@@ -181,10 +177,11 @@ def _chosen(mask: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 def _is_known(linear: Any) -> bool:
     """Whether `_matrix` can tell a layer's weight, and that is all there is to the layer."""
-    quantized = isinstance(linear, QuantizedLinear) or getattr(linear.weight, "quant_state", None) is not None
-    return linear.bias is None and (
-        quantized or (isinstance(linear, nn.Linear) and linear.weight.is_floating_point())
-    )
+    if isinstance(linear, nn.Linear):
+        known = linear.weight.is_floating_point() or getattr(linear.weight, "quant_state", None) is not None
+    else:
+        known = isinstance(linear, QuantizedLinear)
+    return known and linear.bias is None and not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
 def _matrix(linear: Any, dtype: torch.dtype) -> torch.Tensor:

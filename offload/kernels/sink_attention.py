@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_local.cache.errors import first_line
+from moe_local.offload.class_source import class_source
 from moe_local.offload.kernels.attention import asks_for_its_name, single_query_attention
+from moe_local.offload.kernels.logits_trial import difference
 
 NAME = "fused_with_sinks"
 """As which transformers knows `sink_attention`."""
-
-TOKENS = 5
-"""Length of the prompt that a model is tried with."""
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +26,7 @@ logger = logging.getLogger(__name__)
 def use_sink_attention(model: Any) -> None:
     """Let a transformers model of eager attention with sinks use `sink_attention`, if that changes nothing.
 
-    Which is found out by trying: runs two forwards of a few tokens, and needs experts that answer something.
+    Which is found out by trying: see `difference`.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -39,31 +37,20 @@ def use_sink_attention(model: Any) -> None:
     if not any(isinstance(getattr(module, "sinks", None), nn.Parameter) for module in modules):
         return
     kinds: set[Any] = set(map(type, modules))
-    if any(map(asks_for_its_name, kinds)):
+    if any(map(asks_for_its_name, kinds)) or any(map(_changes_its_mask, kinds)):
         return
     AttentionInterface.register(NAME, sink_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    wanted = _logits(model)
-    try:
-        model.set_attn_implementation(NAME)
-        off = float((_logits(model) - wanted).norm() / wanted.norm())
-        reason = (
-            None
-            if off <= (1e-4 if model.dtype == torch.float32 else 0.03)
-            else f"logits were off by {off:.2g}"
-        )
-    except Exception as error:  # whatever a model or a card makes of it
-        reason = f"{type(error).__name__}: {first_line(error)}"
+    reason = difference(model, lambda: model.set_attn_implementation(NAME))
     if reason is not None:
         model.set_attn_implementation("eager")
         logger.info("attention stays eager: %s", reason)
 
 
-def _logits(model: Any) -> torch.Tensor:
-    ids = torch.arange(TOKENS, device=model.device)[None] + 1
-    with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=ids).logits.float()
-    return logits
+def _changes_its_mask(cls: Any) -> bool:
+    """Whether an attention class makes a mask of its own from the one that it is given, which it takes for
+    numbers to be added to scores (DeepSeek-V4)."""
+    return cls.__name__.endswith("Attention") and "attention_mask = " in class_source(cls)
 
 
 def sink_attention(
@@ -89,7 +76,14 @@ def sink_attention(
         return single_query_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        raise TypeError(f"the mask has {attention_mask.dtype} where bool says what is seen")
     batch, heads, queries, width = query.shape
+    if attention_mask is None and queries not in (1, key.shape[2]):
+        raise ValueError(f"{queries} queries of {key.shape[2]} keys have no mask")
+    if torch.is_autocast_enabled(query.device.type):  # which knows torch's sdpa, but not what it is made of
+        query = query.to(torch.get_autocast_dtype(query.device.type))
+    key, value = key.to(query.dtype), value.to(query.dtype)
     groups = heads // key.shape[1]
     if queries == 1:  # G heads that share keys are as good as G queries of one head
         query = query.reshape(batch, heads // groups, groups, width)
@@ -106,8 +100,10 @@ def sink_attention(
 def _bias(seen: torch.Tensor, query: torch.Tensor, keys: int) -> torch.Tensor:
     """What is added to scores, [B, H, T, keys], of which heads and, where it says the same to all, queries
     share the memory: rows of it begin at multiples of 16 numbers, as CUDA's kernel asks for."""
-    rows = seen.new_zeros((*seen.shape[:-1], -(-keys // 16) * 16), dtype=query.dtype)[..., :keys]
-    rows.masked_fill_(~seen, torch.finfo(query.dtype).min)  # padding may see nothing at all
+    shape = (*seen.shape[:-1], -(-keys // 16) * 16)
+    least = torch.finfo(query.dtype).min  # not -inf: padding may see nothing at all
+    rows = torch.full(shape, least, dtype=query.dtype, device=query.device)[..., :keys]
+    rows.masked_fill_(seen, 0)
     return rows.expand(*query.shape[:3], keys)
 
 

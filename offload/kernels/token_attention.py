@@ -11,6 +11,7 @@ from torch import nn
 
 from moe_local.offload.kernels.cpu import plain_matrix, rounding
 from moe_local.offload.kernels.linear import NativeLinear, QuantizedLinear
+from moe_local.offload.kernels.sink_attention import NAME as WITH_SINKS
 from moe_local.offload.kernels.stand_in import stand_in
 from moe_local.offload.native.library import (
     DTYPES,
@@ -25,7 +26,7 @@ from moe_local.offload.native.library import (
 from moe_local.offload.threads import kernel_threads
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-FUSED = ("sdpa", "fused_with_sinks")
+FUSED = ("sdpa", WITH_SINKS)
 """How names begin of what attends like the library: it gives no scores."""
 
 PARTS = {*PROJECTIONS, "q_norm", "k_norm"}

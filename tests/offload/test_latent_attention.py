@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import attach_execution_device_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from transformers import DynamicCache
@@ -21,7 +22,7 @@ from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.kernels import latent_attention as module_under_test
 from moe_local.offload.kernels.attention import NAME as SINGLE_QUERY
 from moe_local.offload.kernels.attention import use_single_query_attention
-from moe_local.offload.kernels.latent_attention import NAME, latent, use_latent_attention
+from moe_local.offload.kernels.latent_attention import FROM, NAME, latent, use_latent_attention
 from moe_local.offload.kernels.linear import QuantizedLinear
 
 FAMILIES = ["deepseek_v2", "deepseek_v3", "glm4_moe_lite"]
@@ -109,14 +110,35 @@ def test_who_sees_nothing_spoils_nothing(hf: Any) -> None:
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_quantized_matrices_are_decoded(hf: Any, format: str) -> None:
+def test_quantized_matrices_are_decoded_where_that_takes_less(hf: Any, format: str) -> None:
     for layer in hf.model.layers:
         original = layer.self_attn.kv_b_proj
         linear = layer.self_attn.kv_b_proj = QuantizedLinear(original, format)
         linear.weight = linear.quantized("weight", original.weight)
-    want, got = (answers(hf, None, absorbed=absorbed) for absorbed in (False, True))
-    assert not torch.equal(got, want)
-    assert (got - want).norm() <= 1e-4 * want.norm()
+    for behind in (FROM - 2, FROM - 1):
+        want, got = (answers(hf, None, absorbed=absorbed, behind=behind) for absorbed in (False, True))
+        assert torch.equal(got, want) == (behind < FROM - 1)
+        assert (got - want).norm() <= 1e-4 * want.norm()
+
+
+def test_hooks_that_move_tensors_from_card_to_card_are_no_hindrance(
+    tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of accelerate call the forward that a module had."""
+    calls: list[Any] = []
+    true_matrix = module_under_test._matrix
+    monkeypatch.setattr(
+        module_under_test, "_matrix", lambda *args: calls.append(args[0]) or true_matrix(*args)
+    )
+    hf = tiny_models.tiny_model("deepseek_v3")
+    attach_execution_device_hook(hf, "cpu")
+    use_single_query_attention(hf)
+    use_latent_attention(hf)
+    assert hf.config._attn_implementation == NAME
+    calls.clear()
+    with torch.no_grad():
+        hf(input_ids=torch.tensor([[5]]))
+    assert len(calls) == hf.config.num_hidden_layers
 
 
 def test_a_matrix_of_another_kind_is_left_to_transformers(hf: Any) -> None:

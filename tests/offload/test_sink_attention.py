@@ -153,8 +153,29 @@ def test_a_model_that_comes_out_different_stays_eager(
     assert hf.config._attn_implementation == NAME
 
 
-def test_models_without_sinks_are_left_alone(tiny_models: ModuleType) -> None:
-    for name in ("mixtral", "deepseek_v32"):
+def test_autocast_is_followed(tiny_models: ModuleType) -> None:
+    hf = tiny_models.tiny_model("gpt_oss")
+    found = []
+    for _ in range(2):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found.append(hf(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.float())
+        use_sink_attention(hf)
+    assert hf.config._attn_implementation == NAME
+    assert (found[0] - found[1]).norm() <= 0.03 * found[0].norm()
+
+
+def test_masks_that_it_would_misread_are_refused() -> None:
+    (query, key, value), sinks = inputs(8, 4, 3, 40, torch.float32)
+    module: Any = SimpleNamespace(num_key_value_groups=4)
+    with pytest.raises(TypeError, match=r"the mask has torch\.float32"):
+        sink_attention(module, query, key, value, torch.zeros(2, 1, 3, 40), s_aux=sinks)
+    with pytest.raises(ValueError, match="3 queries of 40 keys have no mask"):
+        sink_attention(module, query, key, value, None, s_aux=sinks)
+
+
+def test_models_of_other_attention_are_left_alone(tiny_models: ModuleType) -> None:
+    """Without sinks, or with masks that attention itself adds to."""
+    for name in ("mixtral", "deepseek_v32", "deepseek_v4"):
         hf = tiny_models.tiny_model(name)
         before = hf.config._attn_implementation
         use_sink_attention(hf)
