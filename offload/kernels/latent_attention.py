@@ -53,11 +53,12 @@ def use_latent_attention(model: Any) -> None:
         model.set_attn_implementation(NAME)
         for module, cls in zip(modules, classes, strict=True):
             _set_class(module, latent(cls))
-            module.decodes_from = 0
+            # A prompt is expanded, so that what a module keeps of it has to go with what it keeps of a token.
+            module.few, module.decodes_from = 1, 0
 
     reason = difference(model, change)
     for module in modules:
-        module.decodes_from = FROM
+        module.few, module.decodes_from = _few(module), FROM
     if reason is not None:
         model.set_attn_implementation(before)
         for module, cls in zip(modules, classes, strict=True):
@@ -82,7 +83,7 @@ def latent(cls: Any) -> Any:
 
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self._absorbs = (
-            hidden_states.shape[1] <= _few(self)
+            hidden_states.shape[1] <= self.few
             and not torch.is_grad_enabled()
             and self.config._attn_implementation == NAME
             and _is_known(self.kv_b_proj)
