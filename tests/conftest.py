@@ -107,6 +107,12 @@ def tiny_models() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def attention_checks() -> ModuleType:
+    """tests/attention_checks.py: `Largest`, `check_ids(model, plain)`."""
+    return load_module(Path(__file__).parent / "attention_checks.py")
+
+
+@pytest.fixture(scope="session")
 def make_checkpoint(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """make_checkpoint("mixtral", shards=1, dtype=torch.float32, tokenizer=False, seed=0, **config) -> folder.
 

@@ -115,7 +115,7 @@ def latent_attention(
     indices: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As `single_query_attention`, which it is but for a module that `absorbs`.
+    """As `single_query_attention`, which it is but for a module that leaves its latents.
 
     That gives it query [B, H, T, N + R] (N numbers of a head without positions, R with) and, as key, latents
     and positions of all tokens, [B, 1, S, L + R]. With the module's matrices k [H, N, L] and v [H, V, L] the

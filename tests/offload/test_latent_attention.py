@@ -12,13 +12,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import attach_execution_device_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 from transformers import DynamicCache
 
 import moe_local
 from moe_local.offload.engine.names import cache_name
-from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.kernels import latent_attention as module_under_test
 from moe_local.offload.kernels.attention import NAME as SINGLE_QUERY
 from moe_local.offload.kernels.attention import use_single_query_attention
@@ -28,21 +25,6 @@ from moe_local.offload.kernels.linear import QuantizedLinear
 FAMILIES = ["deepseek_v2", "deepseek_v3", "glm4_moe_lite"]
 CHOOSING = ["deepseek_v32", "glm_moe_dsa"]
 """Families that choose some tokens and see these only."""
-
-PROMPT = list(range(3, 45))
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the most numbers that one operation gave."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if not any(returned.alias_info for returned in function._schema.returns):
-            new = [x.numel() for x in tree_flatten(result)[0] if torch.is_tensor(x)]
-            self.numel = max([self.numel, *new])
-        return result
 
 
 @pytest.fixture(params=FAMILIES)
@@ -148,12 +130,12 @@ def test_a_matrix_of_another_kind_is_left_to_transformers(hf: Any) -> None:
     assert torch.equal(answers(hf, None, absorbed=True), want)
 
 
-def test_nothing_is_made_for_every_head(hf: Any) -> None:
+def test_nothing_is_made_for_every_head(hf: Any, attention_checks: ModuleType) -> None:
     module = hf.model.layers[0].self_attn
     heads = hf.config.num_attention_heads
     found = {}
     for absorbed in (False, True):
-        with Largest() as largest:
+        with attention_checks.Largest() as largest:
             answers(hf, None, absorbed=absorbed)
         found[absorbed] = largest.numel
     assert found[False] >= 2 * heads * 41 * module.v_head_dim
@@ -203,7 +185,10 @@ def test_copies_and_pickles_stay_what_they_are(hf: Any) -> None:
 
 @pytest.mark.parametrize("family", [*FAMILIES, *CHOOSING])
 def test_a_loaded_model_answers_as_transformers_own(
-    make_checkpoint: Callable[..., Path], tiny_models: ModuleType, family: str
+    make_checkpoint: Callable[..., Path],
+    tiny_models: ModuleType,
+    attention_checks: ModuleType,
+    family: str,
 ) -> None:
     """Single tokens, and rows of a batch of several lengths."""
     plain = tiny_models.tiny_model(family)
@@ -215,17 +200,7 @@ def test_a_loaded_model_answers_as_transformers_own(
     ) as model:
         uses = model.hf.config._attn_implementation == NAME
         assert uses == (kept == 1)
-        engine = model._open().engine
-        for prompts in ([PROMPT], [PROMPT, PROMPT[5:20]]):
-            settings = make_settings(model.hf, [1], max_new_tokens=20, do_sample=False, eos_token_id=None)
-            sequences = [engine.join(prompt, settings) for prompt in prompts]
-            while any(sequence.finish_reason is None for sequence in sequences):
-                engine.step()
-            for prompt, sequence in zip(prompts, sequences, strict=True):
-                ids = torch.tensor([prompt])
-                want = plain.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)
-                assert sequence.new_ids == want[0, len(prompt) :].tolist()
-                engine.leave(sequence)
+        attention_checks.check_ids(model, plain)
 
 
 @pytest.mark.parametrize("broken", ["raises", "differs"])

@@ -9,31 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 import moe_local
-from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.kernels import sink_attention as module_under_test
 from moe_local.offload.kernels.sink_attention import NAME, sink_attention, use_sink_attention
-
-PROMPT = list(range(3, 45))
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the most numbers that one operation gave."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if not any(returned.alias_info for returned in function._schema.returns):
-            new = [x.numel() for x in tree_flatten(result)[0] if torch.is_tensor(x)]
-            self.numel = max([self.numel, *new])
-        return result
 
 
 def inputs(
@@ -86,14 +66,14 @@ def test_who_sees_nothing_spoils_nothing(queries: int, dtype: torch.dtype) -> No
     assert torch.equal(got[1], want[1])
 
 
-def test_no_scores_are_kept() -> None:
+def test_no_scores_are_kept(attention_checks: ModuleType) -> None:
     (query, key, value), sinks = inputs(8, 4, 64, 512, torch.float32)
     seen = torch.ones(1, 1, 64, 512, dtype=torch.bool).tril(448)
     module: Any = SimpleNamespace(num_key_value_groups=4)
-    with Largest() as largest:
+    with attention_checks.Largest() as largest:
         sink_attention(module, query, key, value, seen, scaling=0.3, s_aux=sinks)
     assert largest.numel == 2 * 8 * 512 * 16  # keys for every head
-    with Largest() as largest:
+    with attention_checks.Largest() as largest:
         sink_attention(module, query[:, :, :1], key, value, seen[:, :, -1:], scaling=0.3, s_aux=sinks)
     assert largest.numel <= 1024  # the mask, the answers
 
@@ -108,24 +88,16 @@ def test_layers_without_sinks_are_as_with_sdpa() -> None:
     assert torch.allclose(got, want.transpose(1, 2), atol=1e-6)
 
 
-def test_a_loaded_model_attends_by_it(make_checkpoint: Callable[..., Path], tiny_models: ModuleType) -> None:
+def test_a_loaded_model_attends_by_it(
+    make_checkpoint: Callable[..., Path], tiny_models: ModuleType, attention_checks: ModuleType
+) -> None:
     """Past a window of 16, in chunks of a prompt, single tokens, and rows of a batch of several lengths."""
     folder = make_checkpoint("gpt_oss", sliding_window=16)
     plain = tiny_models.tiny_model("gpt_oss", sliding_window=16)
     with moe_local.load(folder, device="cpu", experts="fp32", context=128, parallel=2) as model:
         assert plain.config._attn_implementation == "eager"
         assert model.hf.config._attn_implementation == NAME
-        engine = model._open().engine
-        for prompts in ([PROMPT], [PROMPT, PROMPT[5:20]]):
-            settings = make_settings(model.hf, [1], max_new_tokens=20, do_sample=False, eos_token_id=None)
-            sequences = [engine.join(prompt, settings) for prompt in prompts]
-            while any(sequence.finish_reason is None for sequence in sequences):
-                engine.step()
-            for prompt, sequence in zip(prompts, sequences, strict=True):
-                ids = torch.tensor([prompt])
-                want = plain.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)
-                assert sequence.new_ids == want[0, len(prompt) :].tolist()
-                engine.leave(sequence)
+        attention_checks.check_ids(model, plain)
 
 
 @pytest.mark.parametrize("broken", ["raises", "differs"])
