@@ -68,6 +68,7 @@ def parts_of(layers: int, routes: Path | None) -> list[Part]:
     parts = [
         Part("tests", 240, [*tests, "-p", "no:cacheprovider"]),
         Part("kernels", 60, script("gpu_kernels.py")),
+        Part("attention", 30, script("gpu_attention.py")),
         Part("mixtral", 240, mixtral("--workload", "single,long", "--repeats", "3", "--compare")),
         Part("device_misses", 60, script("device_misses.py")),
         Part("qwen3_resident", 100, qwen("--tokens", "64", "--repeats", "4")),

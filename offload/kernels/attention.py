@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_local.offload.class_source import class_source
+from moe_local.offload.kernels.split_attention import attend_in_parts, parts_of
 
 NAME = "sdpa_single_query"
 """As which transformers knows `single_query_attention`."""
@@ -66,11 +67,11 @@ def single_query_attention(
     groups = getattr(module, "num_key_value_groups", 1)
     special = any(options.get(name) is not None for name in ("position_bias", "cache", "softcap"))
     one_mask = attention_mask is None or attention_mask.shape[1] == 1
-    if groups > 1 and not special and one_mask:
+    if (groups > 1 or query.is_cuda) and not special and one_mask:
         shares = attention_mask is None and _shares_keys(query, key, value)
         if query.shape[2] == 1 and not shares:
             return _packed(query, key, value, attention_mask, dropout, scaling), None
-        if attention_mask is None and not shares:
+        if groups > 1 and attention_mask is None and not shares:
             module = _Ungrouped(module)
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     attended = sdpa_attention_forward(
@@ -99,9 +100,16 @@ def _packed(
     dropout: float,
     scale: float | None,
 ) -> torch.Tensor:
-    """Attention of one query [B, H, 1, D] with a mask that is the same for all heads -> [B, 1, H, D]."""
+    """Attention of one query [B, H, 1, D] with a mask that is the same for all heads -> [B, 1, H, D].
+
+    In parts where rows are long: see split_attention.
+    """
     batch, heads, _, width = query.shape
     packed = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
+    parts = parts_of(packed, key, value)
+    if parts > 1 and dropout == 0 and (mask is None or mask.dtype == torch.bool):
+        output, _ = attend_in_parts(packed, key, value, mask, scale, parts)
+        return output.to(value.dtype).reshape(batch, 1, heads, value.shape[-1])
     output = F.scaled_dot_product_attention(
         packed, key, value, attn_mask=mask, dropout_p=dropout, scale=scale
     )

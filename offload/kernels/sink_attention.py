@@ -16,6 +16,7 @@ from torch import nn
 from moe_local.offload.class_source import class_source
 from moe_local.offload.kernels.attention import asks_for_its_name, single_query_attention
 from moe_local.offload.kernels.logits_trial import difference
+from moe_local.offload.kernels.split_attention import attend, attend_in_parts, bias_of, parts_of
 
 NAME = "fused_with_sinks"
 """As which transformers knows `sink_attention`."""
@@ -87,41 +88,13 @@ def sink_attention(
     groups = heads // key.shape[1]
     if queries == 1:  # G heads that share keys are as good as G queries of one head
         query = query.reshape(batch, heads // groups, groups, width)
-    elif groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    causal = queries > 1 and attention_mask is None
-    bias = None if attention_mask is None else _bias(attention_mask, query, key.shape[2])
-    output, logsumexp = _attend(query, key, value, bias, causal, scaling)
+        parts = parts_of(query, key, value)
+        output, logsumexp = attend_in_parts(query, key, value, attention_mask, scaling, parts)
+    else:
+        if groups > 1:
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        bias = None if attention_mask is None else bias_of(attention_mask, query, key.shape[2])
+        output, logsumexp = attend(query, key, value, bias, attention_mask is None, scaling)
     share = torch.sigmoid(logsumexp - s_aux.float().view(1, query.shape[1], -1))
     output = (output * share[..., None]).to(query.dtype)
     return output.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
-
-
-def _bias(seen: torch.Tensor, query: torch.Tensor, keys: int) -> torch.Tensor:
-    """What is added to scores, [B, H, T, keys], of which heads and, where it says the same to all, queries
-    share the memory: rows of it begin at multiples of 16 numbers, as CUDA's kernel asks for."""
-    shape = (*seen.shape[:-1], -(-keys // 16) * 16)
-    least = torch.finfo(query.dtype).min  # not -inf: padding may see nothing at all
-    rows = torch.full(shape, least, dtype=query.dtype, device=query.device)[..., :keys]
-    rows.masked_fill_(seen, 0)
-    return rows.expand(*query.shape[:3], keys)
-
-
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    causal: bool,
-    scale: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What torch's sdpa gives, [B, H, T, D], and the logarithms of its sums, fp32 [B, H, T]."""
-    if query.device.type == "cpu":
-        output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, attn_mask=bias, scale=scale
-        )
-        return output, logsumexp
-    output, logsumexp, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, True, 0.0, causal, scale=scale
-    )
-    return output, logsumexp[..., : query.shape[2]]

@@ -110,8 +110,8 @@ def test_a_model_that_comes_out_different_stays_eager(
         output, logsumexp = attended(*args)
         return output, logsumexp + 1
 
-    attended = module_under_test._attend
-    monkeypatch.setattr(module_under_test, "_attend", attend)
+    attended = module_under_test.attend
+    monkeypatch.setattr(module_under_test, "attend", attend)
     caplog.set_level("INFO", "moe_local")
     hf = tiny_models.tiny_model("gpt_oss")
     use_sink_attention(hf)

@@ -1,0 +1,96 @@
+"""Attention of few queries to long rows of keys, by torch's fused kernels, a row cut into parts.
+
+CUDA's kernel that takes a mask gives each head of keys one thread block, which reads the whole row: 8 blocks
+for Mixtral, on GPUs of a hundred and more processors, each of which gets a small share of the memory's
+bandwidth. Parts of a row are as good as more heads; what they give is put together by the logarithms of
+their sums (as in Flash-Decoding, Dao et al. 2023).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+FEWEST_KEYS = 256
+"""Of a part: to put parts together takes some ten small operations."""
+
+
+def parts_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
+    """Into how many parts to cut key and value, [B, H, S, D], for `query`, [B, H, T, D].
+
+    So many that each processor of a GPU has one to read, as far as they divide S; 1 on a CPU, whose kernels
+    share long rows among threads. A matter of shapes and of the device, so each token is computed one way.
+    """
+    batch, heads, keys, _ = key.shape
+    if not query.is_cuda or not query.dtype == key.dtype == value.dtype:
+        return 1
+    if key.shape[3] % 8 or value.shape[3] % 8:  # which not every type has a kernel for
+        return 1
+    wanted = min(-(-_processors(query.device) // (batch * heads)), keys // FEWEST_KEYS)
+    return max((n for n in range(2, wanted + 1) if keys % n == 0), default=1)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def attend_in_parts(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor | None,
+    scale: float | None,
+    parts: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of query [B, H, T, D] to key and value [B, H, S, D], `parts` a divisor of S.
+
+    `seen`: bool [B, 1, 1, S], the same for all T queries (as of heads that share keys), or None. Returns fp32
+    [B, H, T, D], and the logarithms of the sums of the scores' exponentials, [B, H, T]. Who sees nothing
+    gets numbers.
+    """
+    batch, heads = query.shape[:2]
+    if parts == 1:
+        bias = None if seen is None else bias_of(seen, query, key.shape[2])
+        return attend(query, key, value, bias, False, scale)
+    key, value = (x.unflatten(2, (parts, -1)).flatten(0, 1) for x in (key, value))  # [B * H, parts, ., D]
+    query = query.flatten(0, 1)[:, None].expand(-1, parts, -1, -1)
+    bias = None
+    if seen is not None:
+        seen = seen.view(len(seen), parts, 1, -1)
+        bias = bias_of(seen if len(seen) == 1 else seen.repeat_interleave(heads, dim=0), query, seen.shape[3])
+    output, logsumexp = attend(query, key, value, bias, False, scale)
+    logsumexp = logsumexp.clamp_min(torch.finfo(logsumexp.dtype).min)  # -inf where a part is all hidden
+    output = (output * logsumexp.softmax(1)[..., None]).sum(1)
+    return output.unflatten(0, (batch, heads)), logsumexp.logsumexp(1).unflatten(0, (batch, heads))
+
+
+def bias_of(seen: torch.Tensor, query: torch.Tensor, keys: int) -> torch.Tensor:
+    """What is added to scores, [B, H, T, keys], of which heads and, where it says the same to all, queries
+    share the memory: rows of it begin at multiples of 16 numbers, as CUDA's kernel asks for."""
+    shape = (*seen.shape[:-1], -(-keys // 16) * 16)
+    least = torch.finfo(query.dtype).min  # not -inf: padding may see nothing at all
+    rows = torch.full(shape, least, dtype=query.dtype, device=query.device)[..., :keys]
+    rows.masked_fill_(seen, 0)
+    return rows.expand(*query.shape[:3], keys)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What torch's sdpa gives, [B, H, T, D], and the logarithms of its sums, fp32 [B, H, T]."""
+    if query.device.type == "cpu":
+        output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=bias, scale=scale
+        )
+        return output, logsumexp
+    output, logsumexp, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, True, 0.0, causal, scale=scale
+    )
+    return output, logsumexp[..., : query.shape[2]]

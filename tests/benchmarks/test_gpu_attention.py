@@ -1,0 +1,44 @@
+"""gpu_attention.py where there is no GPU: it says so, and compares what is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def gpu_attention(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    import_benchmark("ratio")
+    import_benchmark("gpu_kernels")
+    return import_benchmark("gpu_attention")
+
+
+def test_help(gpu_attention: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        gpu_attention.main(["--help"])
+    assert exit.value.code == 0
+    assert "gpt-oss-120b" in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_says_so(gpu_attention: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"^gpu_attention\.py needs a CUDA device, and torch finds none$"):
+        gpu_attention.main([])
+
+
+def test_contenders_attend_to_the_same_keys(
+    gpu_attention: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_attention, "SLAB_BYTES", 1 << 20)
+    bench = gpu_attention.Bench("qwen3-30b-a3b", 64, torch.device("cpu"))
+    assert bench.nbytes == 2 * 4 * 64 * 128 * 2
+    bench.parts = 4
+    assert 0 < bench.check() < gpu_attention.ERROR_LIMIT
+    calls = bench.contenders()
+    assert {name: len(call()) for name, call in calls.items()} == dict.fromkeys(calls, gpu_attention.LAUNCHES)
+    bench._seen.fill_(True)
+    row = bench._rows[1]
+    assert torch.allclose(bench._plain(*row).flatten(), bench._whole(*row).flatten(), atol=2e-2)

@@ -1,0 +1,125 @@
+"""Attention to rows cut into parts, against plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from moe_local.offload.kernels import attention, sink_attention, split_attention
+from moe_local.offload.kernels.split_attention import attend_in_parts, parts_of
+
+
+def inputs(batch: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Query, key and value; these as a slab has them, of which a row's first columns are seen."""
+    generator = torch.Generator().manual_seed(batch)
+    shapes = (batch, 3, 4, 16), (batch, 3, 100, 16), (batch, 3, 100, 16)
+    query, *slab = (2 * torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return [query, *(x[:, :, :84] for x in slab)]
+
+
+def plainly(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = query.double() @ key.double().transpose(-1, -2) * 0.3
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1) @ value.double(), scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parts", [1, 2, 7, 84])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("window", [None, 100, 5])
+def test_parts_make_the_whole(window: int | None, batch: int, parts: int, dtype: torch.dtype) -> None:
+    query, key, value = inputs(batch, dtype)
+    seen = None
+    if window is not None:  # with most parts behind a row's end or before its window
+        ends = torch.tensor([61, 30])[:batch, None, None, None]
+        column = torch.arange(84)
+        seen = (column < ends) & (column >= ends - window)
+    want, want_sum = plainly(query, key, value, seen)
+    got, logsumexp = attend_in_parts(query, key, value, seen, 0.3, parts)
+    allowed = 1e-6 if dtype == torch.float32 else 6e-3
+    assert (got - want).norm() <= allowed * want.norm()
+    assert torch.allclose(logsumexp.double(), want_sum, atol=1e-5 if dtype == torch.float32 else 3e-2)
+
+
+def test_a_mask_for_all_rows_is_one_for_each() -> None:
+    query, key, value = inputs(2, torch.float32)
+    seen = (torch.arange(84) < 50)[None, None, None]
+    for parts in (1, 4):
+        got, _ = attend_in_parts(query, key, value, seen, 0.3, parts)
+        assert torch.allclose(got.double(), plainly(query, key, value, seen)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_who_sees_nothing_gets_numbers(dtype: torch.dtype, parts: int) -> None:
+    query, key, value = inputs(2, dtype)
+    seen = torch.ones(2, 1, 1, 84, dtype=torch.bool)
+    seen[0] = False
+    got, _ = attend_in_parts(query, key, value, seen, 0.3, parts)
+    assert got.isfinite().all()
+    assert torch.allclose(got[1].double(), plainly(query, key, value, None)[0][1], atol=2e-2)
+
+
+def on_gpu(batch: int, heads: int, keys: int, *, width: int = 64, dtype: str = "bf16") -> list[Any]:
+    """Query, key and value as far as `parts_of` looks at them."""
+    shapes = (batch, heads, 4, width), (batch, heads, keys, width), (batch, heads, keys, 2 * width)
+    dtypes = dtype, "bf16", "bf16"
+    return [
+        SimpleNamespace(shape=shape, dtype=dtype, is_cuda=True, device="gpu")
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+
+
+def test_each_processor_reads_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_attention, "_processors", lambda device: 128)
+    assert parts_of(*on_gpu(1, 8, 8192)) == 16
+    assert parts_of(*on_gpu(1, 8, 65536)) == 16
+    assert parts_of(*on_gpu(4, 8, 8192)) == 4
+    assert parts_of(*on_gpu(1, 4, 6144)) == 24  # not shorter than 256
+    assert parts_of(*on_gpu(1, 8, 5000)) == 10  # equal parts
+    assert parts_of(*on_gpu(1, 8, 511)) == parts_of(*on_gpu(1, 8, 5003)) == 1
+    assert parts_of(*on_gpu(1, 128, 8192)) == parts_of(*on_gpu(32, 8, 8192)) == 1
+    assert parts_of(*on_gpu(1, 8, 8192, width=20)) == parts_of(*on_gpu(1, 8, 8192, dtype="fp32")) == 1
+    query = torch.zeros(1, 2, 4, 16)
+    assert parts_of(query, torch.zeros(1, 2, 8192, 16), torch.zeros(1, 2, 8192, 16)) == 1
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_single_queries_are_answered_in_parts(
+    masked: bool, with_sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What transformers is given is the same, however many parts there are."""
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(2, h, n, 16, generator=generator) for h, n in ((8, 1), (2, 80), (2, 80)))
+    seen = torch.arange(80) < torch.tensor([70, 33])[:, None, None, None] if masked else None
+    module: Any = SimpleNamespace(num_key_value_groups=4, is_causal=True)
+    sinks = torch.randn(8, generator=generator)
+
+    def attend() -> torch.Tensor:
+        if with_sinks:
+            return sink_attention.sink_attention(module, query, key, value, seen, scaling=0.3, s_aux=sinks)[0]
+        return attention.single_query_attention(module, query, key, value, seen, scaling=0.3)[0]
+
+    want, asked = attend(), []
+    plain: Callable[..., Any] = split_attention.attend
+
+    def noted(query: torch.Tensor, *args: Any) -> Any:
+        asked.append(query.shape[1])
+        return plain(query, *args)
+
+    for place in (attention, sink_attention):
+        monkeypatch.setattr(place, "parts_of", lambda *tensors: 5)
+    monkeypatch.setattr(split_attention, "attend", noted)
+    got = attend()
+    assert asked == [5]
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype
+    assert torch.allclose(got, want, atol=1e-5)
