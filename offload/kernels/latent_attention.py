@@ -99,7 +99,7 @@ def latent(cls: Any) -> Any:
             self._absorbs = False
             expanded: tuple[torch.Tensor, torch.Tensor] = cls.expand_kv(self, kv_nope, k_rot)
             return expanded
-        return torch.cat([kv_nope, k_rot], dim=-1), kv_nope
+        return k_rot, kv_nope
 
     return stand_in(cls, latent, forward, expand_kv=expand_kv)
 
@@ -117,10 +117,10 @@ def latent_attention(
 ) -> tuple[torch.Tensor, None]:
     """As `single_query_attention`, which it is but for a module that leaves its latents.
 
-    That gives it query [B, H, T, N + R] (N numbers of a head without positions, R with) and, as key, latents
-    and positions of all tokens, [B, 1, S, L + R]. With the module's matrices k [H, N, L] and v [H, V, L] the
-    scores are (query k) . latent, and the answer is v times the sum of the latents, [B, T, H, V]. Scores and
-    sums are in fp32.
+    That gives it query [B, H, T, N + R] (N numbers of a head without positions, R with), as key the positions
+    of all tokens, [B, 1, S, R], and as value their latents, [B, 1, S, L]. With the module's matrices
+    k [H, N, L] and v [H, V, L] the scores are (query k) . latent, and the answer is v times the sum of the
+    latents, [B, T, H, V]. Scores and sums are in fp32.
 
     `indices` [B, T, I], of a module that chooses the tokens that a query sees (DeepSeek-V3.2), are those: for
     attention of transformers' own names such a module has them in its mask.
@@ -136,19 +136,27 @@ def latent_attention(
     (batch, heads, queries, width), plain = query.shape, module.qk_nope_head_dim
     matrix = _matrix(module.kv_b_proj, query.dtype).view(heads, -1, module.kv_lora_rank)
     into = _by_head(query[..., :plain], matrix[:, :plain])
-    packed = torch.cat([into, query[..., plain:]], dim=-1).float().flatten(1, 2)
-    latents = key[:, 0].float()
-    scores = (packed @ latents.transpose(1, 2)).view(batch, heads, queries, -1)
+    positions, latents = key[:, 0], value[:, 0]
+    scores = _products(into.flatten(1, 2), latents.transpose(1, 2))
+    scores += _products(query[..., plain:].flatten(1, 2), positions.transpose(1, 2))
     scores *= width**-0.5 if scaling is None else scaling
+    scores = scores.view(batch, heads, queries, -1)
     if attention_mask is None and queries > 1:
         attention_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)  # padding may see nothing at all
     elif attention_mask is not None:
         scores += attention_mask
-    answer = scores.softmax(dim=-1).flatten(1, 2) @ latents[..., : module.kv_lora_rank]
+    answer = _products(scores.softmax(dim=-1).flatten(1, 2), latents)
     answer = answer.view(batch, heads, queries, -1).to(matrix.dtype)
     return _by_head(answer, matrix[:, plain:].transpose(1, 2)).transpose(1, 2).contiguous(), None
+
+
+def _products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x [B, M, K] times y [B, K, N], in y's type, added up and returned in fp32."""
+    if not y.is_cuda or y.dtype == torch.float32:
+        return x.float() @ y.float()
+    return torch.bmm(x.to(y.dtype), y, out_dtype=torch.float32)  # without a copy of y
 
 
 def _by_head(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
