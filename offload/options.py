@@ -158,18 +158,20 @@ class LoadOptions:
         """
         import torch
 
+        from moe_local.offload.usable import usable_cards
+
         first = self.torch_device()
         named = len(self.vram) if isinstance(self.vram, tuple) else 0
         if first.type != "cuda" or ":" in self.device:
             if named:
                 raise OptionError(f"vram names {named} cards, but the device is {first}; give one size")
             return (first,)
-        count = torch.cuda.device_count()
-        if named > count:
+        usable = usable_cards()
+        if named > (count := len(usable)):
             raise OptionError(
                 f"vram names {named} cards, but there are {count} CUDA devices; give {count} sizes at most"
             )
-        cards = [torch.device("cuda", index) for index in range(named or count)]
+        cards = [torch.device("cuda", index) for index in usable[: named or count]]
         return tuple(cards if named else sorted(cards, key=lambda card: card != first))
 
     def card_vram(self, card: int) -> int | None:
@@ -179,25 +181,36 @@ class LoadOptions:
     def torch_device(self) -> torch.device:
         """The device to load on, or the first of them.
 
-        Raises OptionError if it is not there, or for `vram` without CUDA.
+        Raises OptionError if it is not there, or torch cannot compute on it, or for `vram` without CUDA. Says
+        once through logging where the CPU is taken though there is an NVIDIA GPU.
         """
         import torch  # here, so that the command line can show its help without it
 
+        from moe_local.offload.usable import REMEDY, tell_unused, unusable, usable_cards
+
         device = self.device
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = "cuda" if usable_cards() else "cpu"
+            if device == "cpu":
+                tell_unused()
         found = torch.device(device)
         if found.type == "cuda":
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
             if (found.index or 0) >= count:
                 raise OptionError(
-                    f"device {self.device!r} is not there: {count} CUDA devices found; use device='cpu'"
+                    f"device {self.device!r} is not there: {count} CUDA devices found; use device='cpu', or "
+                    "ask moe-local doctor"
                 )
             if self.activations != "native":
                 raise OptionError(
                     f"activations {self.activations!r} is for the CPU kernel only; use native on {found}"
                 )
-            return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+            index = torch.cuda.current_device() if found.index is None else found.index
+            if found.index is None and unusable(index) is not None:
+                index = next(iter(usable_cards()), index)
+            if (reason := unusable(index)) is not None:
+                raise OptionError(f"device {self.device!r} cannot be used: {reason}; {REMEDY}, or use 'cpu'")
+            return torch.device("cuda", index)
         if self.vram is not None:
             raise OptionError(
                 f"vram is given but the device is {found}, which has none; leave it out and set ram"

@@ -105,19 +105,21 @@ def _none() -> Finding:
     if not has_nvidia_hardware():
         remedy = "none is needed; with a GPU it is faster: NVIDIA's with CUDA 12 or later are supported"
         return warn("GPU", "no CUDA device; experts are computed on the CPU", remedy, devices=0)
+    return fail("GPU", *absence(), devices=0)
+
+
+def absence() -> tuple[str, str]:
+    """Why torch has no CUDA device though an NVIDIA GPU is there, and the remedy."""
     if torch.version.cuda is None:
-        return fail(
-            "GPU",
+        return (
             "an NVIDIA GPU is there, but this PyTorch is built for CPUs",
             "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128",
-            devices=0,
         )
-    return fail(
-        "GPU",
+    return (
         f"an NVIDIA GPU is there, but CUDA {torch.version.cuda} finds none",
-        "update the driver until nvidia-smi works and shows this CUDA version or a later one; look at "
-        "CUDA_VISIBLE_DEVICES; in a container, pass the GPU in (--gpus all)",
-        devices=0,
+        "update the driver until nvidia-smi works and shows this CUDA version or a later one, or install a "
+        "PyTorch for an earlier one; look at CUDA_VISIBLE_DEVICES; in a container, pass the GPU in (--gpus "
+        "all)",
     )
 
 
