@@ -28,8 +28,9 @@ PIECE = 2 << 20
 LARGE = 10 << 20
 """torch's CUDA allocator asks the driver for whole PIECEs when a tensor has LARGE bytes or more."""
 
-PORTABLE = 1
-"""cudaHostRegisterPortable: pinned for copies to every card, not to the current one alone."""
+PORTABLE, MAPPED = 1, 2
+"""cudaHostRegister's: pinned for copies to every card, not to the current one alone; and readable by kernels.
+Without any flag both are understood where host and device share addresses; with one of them, who knows."""
 
 TRIAL = 32 << 20
 """Bytes of a copy that is timed."""
@@ -247,7 +248,7 @@ class HostMemory:
         self._keep_from_children()
         base, ends = self.tensor.data_ptr(), [cuts[0]]
         for start, end in itertools.pairwise(cuts):
-            if int(torch.cuda.cudart().cudaHostRegister(base + start, end - start, PORTABLE)) != 0:
+            if int(torch.cuda.cudart().cudaHostRegister(base + start, end - start, PORTABLE | MAPPED)) != 0:
                 _forget_cuda_error()
                 if self._registered:
                     torch.cuda.cudart().cudaHostUnregister(self._registered.pop())

@@ -106,7 +106,7 @@ class Cudart:
         self.ranges: dict[int, int] = {}
 
     def cudaHostRegister(self, pointer: int, nbytes: int, flags: int) -> int:
-        assert flags == 1  # for every card
+        assert flags == 1 | 2  # for every card, and for kernels
         assert pointer % 4096 == 0
         assert nbytes > 0
         assert not any(a < pointer + nbytes and pointer < a + n for a, n in self.ranges.items())
