@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Callable, Iterable
@@ -21,8 +22,15 @@ MARGIN = 256 << 20
 """Given back beyond what was asked for: past the point where it failed, the same step will ask for more."""
 
 _ALSO = ("CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory")
-"""How libraries say that their own request for a device's memory was refused. Plain "CUDA error: out of
-memory" is not among them: a refusal to pin RAM says that, while gigabytes of VRAM are free."""
+"""How libraries say that their own request for a device's memory was refused."""
+
+_EITHER = ("CUDA error: out of memory", "CUBLAS_STATUS_NOT_INITIALIZED")
+"""What is also said for other reasons: the first by CUDA of its own requests, as for the code of a kernel,
+which it loads when that is first launched, and of a refusal to pin RAM while gigabytes of VRAM are free; the
+second by cuBLAS, which sets itself up in each thread that first multiplies."""
+
+FULL = 128 << 20
+"""With less than that free, VRAM is taken for what lacks."""
 
 
 class Shortage(NamedTuple):
@@ -38,13 +46,22 @@ def shortage(error: BaseException) -> Shortage | None:
     """What lacked, if `error` says that a device's memory ran out; None for all other errors."""
     text = str(error)
     if not isinstance(error, torch.OutOfMemoryError) and not any(words in text for words in _ALSO):
-        return None
+        unclear = any(words in text for words in _EITHER)
+        return Shortage(0, None) if unclear and _some_card_is_full() else None
     size = re.search(r"Tried to allocate ([\d.]+) (bytes|[KMGT]iB)", text)
     card = re.search(r"GPU (\d+)", text)
     nbytes = 0
     if size is not None:
         nbytes = parse_bytes(size[1] + ("B" if size[2] == "bytes" else size[2]))
     return Shortage(nbytes, None if card is None else int(card[1]))
+
+
+def _some_card_is_full() -> bool:
+    """Of those that this process uses: to ask another one takes some of its memory."""
+    with contextlib.suppress(RuntimeError):
+        cards = [card for card in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(card)]
+        return any(torch.cuda.mem_get_info(card)[0] < FULL for card in cards)
+    return False
 
 
 class Relief:

@@ -126,6 +126,20 @@ def test_what_lacked_is_read_from_the_error() -> None:
     assert shortage(RuntimeError("Triton Error [CUDA]: out of memory")) == Shortage(0, None)
 
 
+@pytest.mark.parametrize(
+    "text", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling"]
+)
+@pytest.mark.parametrize(("free", "reserved", "lacks"), [(1 << 20, 1, True), (GIB, 1, False), (0, 0, False)])
+def test_what_may_mean_two_things_is_a_lack_of_vram_where_a_card_is_full(
+    monkeypatch: pytest.MonkeyPatch, text: str, free: int, reserved: int, lacks: bool
+) -> None:
+    """A kernel's code finds no room when it is loaded. A card that is not used is not asked."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda card: reserved * card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card: [(GIB, GIB), (free, GIB)][card])
+    assert shortage(RuntimeError(text)) == (Shortage(0, None) if lacks else None)
+
+
 def test_other_errors_are_no_lack_of_vram() -> None:
     """Above all not a refusal to pin RAM, which CUDA calls out of memory, too."""
     for error in (
