@@ -31,6 +31,7 @@ from moe_local.offload.expert_file.convert import moe_local_home
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
+from moe_local.offload.lost_device import raise_as_one_line
 from moe_local.offload.model import Model
 from moe_local.offload.native.library import library
 from moe_local.offload.options import LoadOptions
@@ -196,6 +197,8 @@ def assemble(
             f"there is less memory free than was planned with: {first_line(error).rstrip('.')}; "
             "close other programs on the card or set a smaller --vram"
         ) from error
+    except RuntimeError as error:
+        raise_as_one_line(error)
 
 
 def _assemble(

@@ -16,7 +16,6 @@ from moe_local.offload.doctor.finding import Finding, fail, warn
 from moe_local.offload.native.library import ISAS, library
 
 COMPILERS = ("c++", "g++", "clang++", "cl")
-C_COMPILERS = ("cc", "gcc", "clang")
 X86 = ("x86_64", "amd64")
 
 
@@ -95,11 +94,9 @@ def kernels(devices: Iterable[torch.device]) -> Iterator[Finding]:
 def gpu_kernels(device: torch.device) -> Finding:
     """Which kernels a CUDA device computes experts with; compiles a tiny one."""
     from moe_local.offload.kernels.launcher import triton_kernels
+    from moe_local.offload.kernels.triton_needs import remedy
 
     name = f"kernels of {device}"
     if triton_kernels(device) is not None:
         return Finding(name, "Triton, all experts of a layer at once", facts={"triton": True})
-    remedy = "pip install triton (triton-windows on Windows)"
-    if not os.environ.get("CC") and not any(map(shutil.which, C_COMPILERS)):
-        remedy = "install a C compiler (gcc), which Triton compiles with, and " + remedy
-    return warn(name, "bitsandbytes, one expert after the other: Triton does not run", remedy, triton=False)
+    return warn(name, "bitsandbytes, one expert after the other: Triton does not run", remedy(), triton=False)

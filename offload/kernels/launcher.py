@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
 from typing import Any
 
 import torch
 
 from moe_local.offload.kernels.grouped_formats import KINDS, GroupedFormat, grouped_format
+from moe_local.offload.kernels.triton_needs import remedy
 from moe_local.offload.native.library import Gate
 from moe_local.offload.quantize.layout import Layout
 
 UNIT = 16
 """Bytes that every address and stride is a multiple of: what a thread loads at once."""
 
+VARIABLE = "MOE_LOCAL_TRITON"
+
 logger = logging.getLogger(__name__)
 
 
 @cache
 def triton_kernels(device: torch.device) -> Any:
-    """The module of kernels, or None where they do not run on this device, which is logged once.
+    """The module of kernels, or None where they do not run on this device, of which is warned once.
 
     Triton may be absent, or lack what it compiles with (a C compiler, Python's headers), or find the GPU too
-    old. The first call waits for a tiny kernel to be compiled and run.
+    old. The first call waits for a tiny kernel to be compiled and run. MOE_LOCAL_TRITON=off does without.
     """
+    if os.environ.get(VARIABLE) == "off":
+        return None
     try:
         from moe_local.offload.kernels import triton_experts
 
         _try_out(triton_experts, device)
     except Exception as error:  # each of these fails in its own way, and there is another path
         reason = (str(error).splitlines() or [""])[0]
-        logger.info("experts are computed one by one: Triton: %s: %s", type(error).__name__, reason)
+        logger.warning(
+            "experts are computed one by one on %s, which is slower, since Triton does not run: %s: %s; %s",
+            device,
+            type(error).__name__,
+            reason,
+            remedy(),
+        )
         return None
     return triton_experts
 

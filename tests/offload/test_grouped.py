@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from moe_local.offload.kernels import grouped
+from moe_local.offload.kernels import grouped, triton_needs
 from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
 from moe_local.offload.kernels.grouped import DECODE_TOKENS, MOST_TOKENS, GroupedExperts, GroupedStep
 from moe_local.offload.kernels.launcher import UNIT, Launcher, triton_kernels
@@ -219,8 +220,43 @@ def test_without_triton_it_is_said_once_and_done_without(
         triton_kernels.cache_clear()
     said = [record for record in caplog.records if "Triton" in record.message]
     if library() is not None:  # without it no gate is known, and Triton not asked for
-        assert [record.levelno for record in said] == [logging.INFO]
+        assert [record.levelno for record in said] == [logging.WARNING]
         assert len(said[0].message.splitlines()) == 1
+        assert "; pip install triton" in said[0].message
+
+
+def test_triton_can_be_done_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MOE_LOCAL_TRITON", "off")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    triton_kernels.cache_clear()
+    try:
+        assert triton_kernels(CPU) is None
+    finally:
+        triton_kernels.cache_clear()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("lacks", "said"),
+    [
+        ("compiler", "install a C compiler"),
+        ("headers", "python3-dev"),
+        ("nothing", "--force-reinstall torch"),
+    ],
+)
+def test_what_triton_needs_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lacks: str, said: str
+) -> None:
+    monkeypatch.setattr(triton_needs.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(triton_needs.sys, "platform", "linux")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(triton_needs.shutil, "which", lambda name: None if lacks == "compiler" else "/gcc")
+    (tmp_path / "Python.h").touch()
+    there = tmp_path / ("nothing" if lacks == "headers" else "Python.h")
+    monkeypatch.setattr(triton_needs, "headers", lambda: there)
+    assert said in triton_needs.remedy()
 
 
 class OnGpu:

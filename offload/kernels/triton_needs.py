@@ -1,0 +1,41 @@
+"""What Triton needs to compile a kernel, and what to do about what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+C_COMPILERS = ("gcc", "clang")
+"""Those that it looks for."""
+
+
+def remedy() -> str:
+    """What most likely lets Triton run, after it did not.
+
+    Beside ptxas, which it brings, it calls a C compiler and needs Python's headers, for what launches its
+    kernels. Slim images have neither, and distributions keep the headers in a package of their own.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "pip install triton-windows" if sys.platform == "win32" else "pip install triton"
+    if sys.platform == "win32":  # triton-windows brings its compiler
+        return "pip install --upgrade triton-windows"
+    if not os.environ.get("CC") and not any(map(shutil.which, C_COMPILERS)):
+        return "install a C compiler (gcc), which Triton compiles with"
+    if not headers().exists():
+        return (
+            f"install Python's headers ({headers()} is missing; on Debian and Ubuntu, python3-dev), "
+            "which Triton compiles with"
+        )
+    return "pip install --force-reinstall torch, which brings the Triton that goes with it"
+
+
+def headers() -> Path:
+    """Where Triton looks for Python's header."""
+    scheme = sysconfig.get_default_scheme()
+    if scheme == "posix_local":  # Debian's own, whose headers are where all others are
+        scheme = "posix_prefix"
+    return Path(sysconfig.get_path("include", scheme)) / "Python.h"
