@@ -27,6 +27,7 @@ class GroupedExperts:
 
     def __init__(self) -> None:
         self._launchers: dict[tuple[ExpertMath, torch.device], list[tuple[Layout, Launcher | None]]] = {}
+        self._refused: list[tuple[torch.device, Layout]] = []
 
     def serves(self, math: ExpertMath, x: torch.Tensor, routing: Routing, layout: Layout) -> bool:
         """Whether `begin` can be asked for this layer and input, which lies on a GPU."""
@@ -60,8 +61,14 @@ class GroupedExperts:
         for other, found in known:
             if _same(other, layout):
                 return found
-        known.append((layout, _launcher(math, device, layout)))
+        refused = any(device == at and _same(other, layout) for at, other in self._refused)
+        known.append((layout, None if refused else _launcher(math, device, layout)))
         return known[-1][1]
+
+    def refuse(self, device: torch.device, layout: Layout) -> None:
+        """Serve this layout on this device no more."""
+        self._refused.append((device, layout))
+        self._launchers.clear()
 
 
 def _launcher(math: ExpertMath, device: torch.device, layout: Layout) -> Launcher | None:
@@ -108,18 +115,22 @@ class GroupedRun:
         return combined
 
 
-def warm_up(launcher: Launcher, x: torch.Tensor, top_k: int, base: torch.Tensor) -> None:
+def warm_up(launcher: Launcher, x: torch.Tensor, top_k: int, base: torch.Tensor) -> list[torch.Tensor]:
     """Launch the kernels once for each number of tokens that they are compiled for, and for both dtypes that
-    routers' weights have, x's and float32. x [1, D] as in steps; `base`, a slot, may hold anything."""
-    tokens = 1
+    routers' weights have, x's and float32. x [MOST_TOKENS, D]; `base`, a slot, may hold anything.
+
+    Returns what its expert answers to the first 1, 2, 4 ... tokens, float32 [tokens, D] each."""
+    tokens, answers = 1, []
     while tokens <= MOST_TOKENS:
         weights = torch.zeros(tokens, top_k, dtype=x.dtype, device=x.device)
-        run = GroupedRun(launcher, x.expand(tokens, -1), weights)
+        run = GroupedRun(launcher, x[:tokens], weights)
         places = [top_k * token for token in range(tokens)]
         run.launch(base, torch.tensor([[0, *places]], device=x.device))
+        answers.append(run.outputs[::top_k])
         tokens *= 2
     for dtype in {x.dtype, torch.float32}:
-        GroupedRun(launcher, x, torch.zeros(1, top_k, dtype=dtype, device=x.device)).result()
+        GroupedRun(launcher, x[:1], torch.zeros(1, top_k, dtype=dtype, device=x.device)).result()
+    return answers
 
 
 class GroupedStep:

@@ -450,6 +450,6 @@ def test_warming_up_launches_every_kernel_of_a_decode_step(monkeypatch: pytest.M
 
     monkeypatch.setattr(launcher, "up", counted)
     warm_up(
-        launcher, torch.zeros(1, 64, dtype=torch.float16), 2, torch.full_like(experts.leases[0].buffer, 255)
+        launcher, torch.zeros(8, 64, dtype=torch.float16), 2, torch.full_like(experts.leases[0].buffer, 255)
     )
     assert seen == [1, 2, 4, 8]

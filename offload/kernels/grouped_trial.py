@@ -1,0 +1,105 @@
+"""Whether the grouped GPU kernels compute what the CPU's do, found out by trying when a model is loaded.
+
+They are compiled on the user's machine, by the Triton that is there for the GPU that is there, and no later
+trial would notice wrong numbers: graphs are tried with stand-ins for experts, and a device that brings misses
+by itself computes them with these same kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from moe_local.cache.errors import first_line
+from moe_local.offload.kernels.contracts import Answers, ExpertMath
+from moe_local.offload.kernels.grouped import MOST_TOKENS, warm_up
+from moe_local.offload.kernels.launcher import Launcher
+from moe_local.offload.kernels.routing import Routing
+from moe_local.offload.quantize.layout import Layout
+from moe_local.offload.quantize.views import segment_view
+from moe_local.offload.relief import shortage
+
+EXACT, ROUGH = 1e-3, 0.05
+"""How far answers may be off, as a part of their norm, in fp32 and in 16-bit dtypes, in which the CPU rounds
+between the matrices and a GPU does not. What is wrong is off by a good part of it."""
+
+SIZES = {"int8": 3e-4, "fp8": 0.05}
+"""Scales with which weights are about as large as a model's; 0.02 for all other formats."""
+
+MakeAnswers = Callable[[ExpertMath, torch.Tensor, Routing, Layout], Answers]
+
+
+class _OnHost(NamedTuple):
+    """A Readable."""
+
+    buffer: torch.Tensor
+    layout: Layout
+    expert: int = 0
+    on_host: bool = True
+
+
+def fault(
+    launcher: Launcher,
+    math: ExpertMath,
+    base: torch.Tensor,
+    *,
+    hidden_size: int,
+    dtype: torch.dtype,
+    top_k: int,
+    answers: MakeAnswers,
+) -> str | None:
+    """What is wrong with the kernels, compared on an expert that is made up, if anything.
+
+    All that decode steps launch has been compiled then, which takes seconds. `base`: a slot of `launcher`'s
+    layout, which nobody else may use meanwhile; it is as it was afterwards. `answers` as
+    LayerKernels.answers. Raises what says that memory lacks.
+    """
+    layout = launcher.layout
+    made = made_expert(layout)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(MOST_TOKENS, hidden_size, generator=generator).to(dtype)
+    slot = base[: layout.nbytes]
+    kept = slot.to("cpu", copy=True)
+    slot.copy_(made)
+    try:
+        found = warm_up(launcher, x.to(base.device), top_k, base)
+        wanted = torch.empty(MOST_TOKENS, hidden_size)
+        routing = Routing([0] * MOST_TOKENS, MOST_TOKENS, 1)
+        answers(math, x, routing, layout).compute([_OnHost(made, layout)], wanted)
+        off = difference([each.cpu() for each in found], wanted)
+    except Exception as error:  # a compiler, a launch: each fails in its own way
+        if shortage(error) is not None:
+            raise
+        return f"{type(error).__name__}: {first_line(error)}"
+    finally:
+        slot.copy_(kept)
+    allowed = EXACT if dtype == torch.float32 else ROUGH
+    if not off <= allowed:
+        return f"their answers were off by {off:.2g} of their norm, where {allowed} is allowed"
+    return None
+
+
+def difference(found: Sequence[torch.Tensor], wanted: torch.Tensor) -> float:
+    """The largest part of its norm that an answer is off by, or NaN. Each of `found`, [n, D], are the answers
+    to `wanted`'s first n tokens."""
+    off = [(each - wanted[: len(each)]).norm(dim=1) / wanted[: len(each)].norm(dim=1) for each in found]
+    return float(torch.cat(off).max())
+
+
+def made_expert(layout: Layout) -> torch.Tensor:
+    """uint8, an expert with random weights about as large as a model's, in RAM: numbers are any bytes, and no
+    two scales alike, so that the wrong one would be noticed."""
+    generator = torch.Generator().manual_seed(0)
+    made = torch.randint(0, 256, (layout.nbytes,), dtype=torch.uint8, generator=generator)
+    size = SIZES.get(layout.format, 0.02)
+    for segment in layout.segments:
+        view = segment_view(made, segment)
+        if segment.dtype in ("float32", "bfloat16", "float16"):
+            view.copy_(size * (0.5 + torch.rand(view.shape, generator=generator)))
+        elif segment.dtype == "float8_e4m3fn":
+            view.view(torch.uint8).bitwise_and_(0xBF)  # no code of NaN
+        elif segment.part == "scale" and layout.format in ("mxfp4", "fp8"):  # exponents
+            view.remainder_(4).add_(118)
+    return made
