@@ -4,6 +4,7 @@ Method. Random NF4 experts of a model's true widths fill an arena larger than th
 in turn, so that none is cached when its turn comes. Kernels are timed alone, many launches in a CUDA graph,
 between two events; a round does this for all of them and for reading a buffer, in turns.
   up, down   one launch for all experts of a step: bytes of weights and scales / time
+  up, loads  up with levels looked up in memory rather than shuffled (triton_formats.level)
   combine    the weighted sum: microseconds, since its bytes are few
   step       what a layer really does, begin to result, launched from Python: wall time a step of many steps
              with one wait at the end, so that it shows the host where the host is slower
@@ -25,6 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,10 +104,14 @@ class Bench:
         self.layout = codec_for(format).layout(specs)
         count = min(shape.experts, max(2 * shape.top_k, ARENA_BYTES // self.layout.nbytes))
         self._leases = random_experts(self.layout, count, device)
-        launcher = GroupedExperts().launcher(self._math, device, self.layout)
-        if launcher is None:
+        experts = GroupedExperts()
+        launcher = experts.launcher(self._math, device, self.layout)
+        experts.stop_shuffling(device)
+        loading = experts.launcher(self._math, device, self.layout)
+        if launcher is None or loading is None:
             sys.exit("the grouped kernels do not run here: they need Triton and the C++ library")
         self._launcher: Launcher = launcher
+        self._loading: Launcher = loading
         self._each = ExpertKernels()
         generator = torch.Generator().manual_seed(tokens)
         self._x = torch.randn(tokens, shape.hidden, generator=generator).to(device, torch.bfloat16)
@@ -143,7 +149,7 @@ class Bench:
             group = [self._leases[expert] for expert in routing.experts]
             launches.append((group[0].buffer, step.table(group)))
 
-        def up() -> None:
+        def up(launcher: Launcher) -> None:
             for base, table in launches:
                 launcher.up(base, UNIT, table, planes, hidden, top_k)
 
@@ -155,7 +161,9 @@ class Bench:
             for _ in launches:
                 launcher.combine(outputs, self._weights, combined)
 
-        return {work.__name__: graph_of(work) for work in (up, down, combine)}
+        works = {"up": partial(up, launcher), "up, loads": partial(up, self._loading)}
+        works |= {"down": down, "combine": combine}
+        return {name: graph_of(work) for name, work in works.items()}
 
     def whole(self) -> dict[str, Callable[[], object]]:
         """Runs of LAUNCHES steps each, from Python."""
@@ -239,6 +247,7 @@ def measure(bench: Bench, rounds: int) -> dict[str, Any]:
             for name, value in found.items():
                 seconds[name].append(value)
     nbytes = {"up": bench.nbytes("gate_up_proj"), "down": bench.nbytes("down_proj"), "combine": 0}
+    nbytes["up, loads"] = nbytes["up"]
     total = nbytes["up"] + nbytes["down"]
     rows = {name: row(times, nbytes.get(name, total), rates) for name, times in seconds.items()}
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -15,9 +14,8 @@ from moe_local.offload.custody import Switch
 from moe_local.offload.interrupt import check as check_interrupt
 from moe_local.offload.interrupt import deferred, is_deferred
 from moe_local.offload.kernels.contracts import ExpertMath, LayerStep
-from moe_local.offload.kernels.fallback import described
 from moe_local.offload.kernels.grouped import GroupedExperts
-from moe_local.offload.kernels.grouped_trial import fault
+from moe_local.offload.kernels.grouped_trial import try_out
 from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.kernels.shared import SharedStep, Staging, pack, unpack
@@ -27,8 +25,6 @@ from moe_local.offload.residents import Residents
 from moe_local.offload.schedule.calibrate import measure_cpu
 from moe_local.offload.schedule.costs import Work
 from moe_local.offload.store import ExpertStore
-
-logger = logging.getLogger(__name__)
 
 _TAKEN_OVER = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "config")
 
@@ -199,7 +195,7 @@ class ExpertRunner:
 
     def warm_up(self, modules: Sequence[OffloadedExperts], hidden_size: int, dtype: torch.dtype) -> None:
         """Have the kernels of decode steps compiled now, which takes seconds, and not by the first token; and
-        tried. Those that are wrong are not used, of which is warned."""
+        tried. Those that are wrong are not used."""
         seen: list[tuple[torch.device, int, bool, Layout]] = []
         for module in modules:
             base, top_k = self.store.tier.arena.buffer(module.index, 0), self.store.routed.top_k(module.index)
@@ -207,26 +203,16 @@ class ExpertRunner:
             for layout in self.store.kinds[module.index]:
                 launcher = self.grouped.launcher(module, device, layout)
                 case = (device, top_k, module.has_gate, layout)
-                if launcher is None or case in seen:
-                    continue
-                seen.append(case)
-                reason = fault(
-                    launcher,
-                    module,
-                    base,
-                    hidden_size=hidden_size,
-                    dtype=dtype,
-                    top_k=top_k,
-                    answers=LayerKernels().answers,  # which remembers slots by their addresses
-                )
-                if reason is not None:
-                    self.grouped.refuse(device, layout)
-                    logger.warning(
-                        "experts in %s are computed one by one on %s, which is slower, since their grouped "
-                        "kernels do not do: %s",
-                        described(layout),
-                        device,
-                        reason,
+                if launcher is not None and case not in seen:
+                    seen.append(case)
+                    try_out(
+                        self.grouped,
+                        layout,
+                        math=module,
+                        base=base,
+                        top_k=top_k,
+                        width=hidden_size,
+                        dtype=dtype,
                     )
 
     def is_resident(self, layer: int) -> bool:

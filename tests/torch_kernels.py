@@ -147,7 +147,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> None:
         return launchers.setdefault(math, Launcher(math, layout))
 
     monkeypatch.setattr(GroupedExperts, "launcher", launcher)
-    monkeypatch.setattr("moe_local.offload.experts.fault", lambda *arguments, **options: None)
+    monkeypatch.setattr("moe_local.offload.experts.try_out", lambda *arguments, **options: None)
 
 
 def _words(memory: torch.Tensor) -> torch.Tensor:

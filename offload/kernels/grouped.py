@@ -8,7 +8,7 @@ import torch
 
 from moe_local.offload.kernels.contracts import ExpertMath, LayerStep, Readable, Rest
 from moe_local.offload.kernels.gates import recognize
-from moe_local.offload.kernels.launcher import UNIT, Launcher, triton_kernels
+from moe_local.offload.kernels.launcher import UNIT, Launcher, can_shuffle, triton_kernels
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.quantize.layout import Layout
 
@@ -28,6 +28,8 @@ class GroupedExperts:
     def __init__(self) -> None:
         self._launchers: dict[tuple[ExpertMath, torch.device], list[tuple[Layout, Launcher | None]]] = {}
         self._refused: list[tuple[torch.device, Layout]] = []
+        self._still: set[torch.device] = set()
+        """Where kernels do not shuffle though they might."""
 
     def serves(self, math: ExpertMath, x: torch.Tensor, routing: Routing, layout: Layout) -> bool:
         """Whether `begin` can be asked for this layer and input, which lies on a GPU."""
@@ -62,8 +64,17 @@ class GroupedExperts:
             if _same(other, layout):
                 return found
         refused = any(device == at and _same(other, layout) for at, other in self._refused)
-        known.append((layout, None if refused else _launcher(math, device, layout)))
+        known.append((layout, None if refused else _launcher(math, device, layout, self.shuffles(device))))
         return known[-1][1]
+
+    def shuffles(self, device: torch.device) -> bool:
+        """Whether kernels on this device look levels up by shuffling them."""
+        return can_shuffle(device) and device not in self._still
+
+    def stop_shuffling(self, device: torch.device) -> None:
+        """Have kernels on this device look levels up in memory from now on."""
+        self._still.add(device)
+        self._launchers.clear()
 
     def refuse(self, device: torch.device, layout: Layout) -> None:
         """Serve this layout on this device no more."""
@@ -71,14 +82,14 @@ class GroupedExperts:
         self._launchers.clear()
 
 
-def _launcher(math: ExpertMath, device: torch.device, layout: Layout) -> Launcher | None:
+def _launcher(math: ExpertMath, device: torch.device, layout: Layout, shuffles: bool) -> Launcher | None:
     if not Launcher.served(layout):
         return None
     gate = recognize(math)
     kernels = triton_kernels(device) if gate is not None else None
     if gate is None or kernels is None:
         return None
-    return Launcher(kernels, layout, gate, has_gate=math.has_gate, has_bias=math.has_bias)
+    return Launcher(kernels, layout, gate, has_gate=math.has_gate, has_bias=math.has_bias, shuffles=shuffles)
 
 
 class GroupedRun:

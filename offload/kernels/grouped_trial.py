@@ -7,6 +7,7 @@ by itself computes them with these same kernels.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,8 +15,10 @@ import torch
 
 from moe_local.cache.errors import first_line
 from moe_local.offload.kernels.contracts import Answers, ExpertMath
-from moe_local.offload.kernels.grouped import MOST_TOKENS, warm_up
+from moe_local.offload.kernels.fallback import described
+from moe_local.offload.kernels.grouped import MOST_TOKENS, GroupedExperts, warm_up
 from moe_local.offload.kernels.launcher import Launcher
+from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.quantize.views import segment_view
@@ -30,6 +33,46 @@ SIZES = {"int8": 3e-4, "fp8": 0.05}
 
 MakeAnswers = Callable[[ExpertMath, torch.Tensor, Routing, Layout], Answers]
 
+logger = logging.getLogger(__name__)
+
+
+def try_out(
+    grouped: GroupedExperts,
+    layout: Layout,
+    *,
+    math: ExpertMath,
+    base: torch.Tensor,
+    top_k: int,
+    width: int,
+    dtype: torch.dtype,
+) -> None:
+    """Have the kernels for a layout that `grouped` serves compiled, and used further only if they are right.
+
+    Arguments as for `fault`. Says so through logging if they are not.
+    """
+    device = base.device
+    answers = LayerKernels().answers  # of its own: it remembers slots by their addresses
+
+    def reason() -> str | None:
+        launcher = grouped.launcher(math, device, layout)
+        assert launcher is not None
+        return fault(launcher, math=math, base=base, top_k=top_k, width=width, dtype=dtype, answers=answers)
+
+    wrong = reason()
+    if wrong is not None and grouped.shuffles(device):
+        logger.info("kernels on %s do without shuffles: %s", device, wrong)
+        grouped.stop_shuffling(device)
+        wrong = reason()
+    if wrong is not None:
+        grouped.refuse(device, layout)
+        logger.warning(
+            "experts in %s are computed one by one on %s, which is slower, since their grouped kernels do "
+            "not do: %s",
+            described(layout),
+            device,
+            wrong,
+        )
+
 
 class _OnHost(NamedTuple):
     """A Readable."""
@@ -42,30 +85,30 @@ class _OnHost(NamedTuple):
 
 def fault(
     launcher: Launcher,
+    *,
     math: ExpertMath,
     base: torch.Tensor,
-    *,
-    hidden_size: int,
-    dtype: torch.dtype,
     top_k: int,
+    width: int,
+    dtype: torch.dtype,
     answers: MakeAnswers,
 ) -> str | None:
     """What is wrong with the kernels, compared on an expert that is made up, if anything.
 
     All that decode steps launch has been compiled then, which takes seconds. `base`: a slot of `launcher`'s
-    layout, which nobody else may use meanwhile; it is as it was afterwards. `answers` as
-    LayerKernels.answers. Raises what says that memory lacks.
+    layout, which nobody else may use meanwhile; it is as it was afterwards. `width`: the model's. `answers`
+    as LayerKernels.answers. Raises what says that memory lacks.
     """
     layout = launcher.layout
     made = made_expert(layout)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(MOST_TOKENS, hidden_size, generator=generator).to(dtype)
+    x = torch.randn(MOST_TOKENS, width, generator=generator).to(dtype)
     slot = base[: layout.nbytes]
     kept = slot.to("cpu", copy=True)
     slot.copy_(made)
     try:
         found = warm_up(launcher, x.to(base.device), top_k, base)
-        wanted = torch.empty(MOST_TOKENS, hidden_size)
+        wanted = torch.empty(MOST_TOKENS, width)
         routing = Routing([0] * MOST_TOKENS, MOST_TOKENS, 1)
         answers(math, x, routing, layout).compute([_OnHost(made, layout)], wanted)
         off = difference([each.cpu() for each in found], wanted)

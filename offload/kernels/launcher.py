@@ -48,6 +48,12 @@ def triton_kernels(device: torch.device) -> Any:
     return triton_experts
 
 
+def can_shuffle(device: torch.device) -> bool:
+    """Whether kernels may be told to shuffle: it is written in NVIDIA's assembly language."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return device.type == "cuda" and torch.version.cuda is not None and not interpreted
+
+
 def _try_out(kernels: Any, device: torch.device) -> None:
     outputs = torch.tensor([[1.0], [2.0]], device=device)
     combined = torch.empty(1, 1, device=device)
@@ -65,8 +71,17 @@ class Launcher:
     current stream, and nothing waits.
     """
 
-    def __init__(self, kernels: Any, layout: Layout, gate: Gate, *, has_gate: bool, has_bias: bool) -> None:
-        """`layout` must be `served`."""
+    def __init__(
+        self,
+        kernels: Any,
+        layout: Layout,
+        gate: Gate,
+        *,
+        has_gate: bool,
+        has_bias: bool,
+        shuffles: bool = False,
+    ) -> None:
+        """`layout` must be `served`. `shuffles`: as triton_formats.level; on NVIDIA's GPUs only."""
         form = grouped_format(layout)
         assert form is not None
         self.layout = layout
@@ -80,8 +95,11 @@ class Launcher:
             "FUNCTION": gate.function,
             "ALPHA": gate.alpha,
             "LIMIT": gate.limit,
+            "SHUFFLES": shuffles,
         }
-        self._down = _constants(form, layout, "down_proj", self.width, self.hidden, has_bias)
+        self._down = _constants(form, layout, "down_proj", self.width, self.hidden, has_bias) | {
+            "SHUFFLES": shuffles
+        }
         self._rows_a_feature = 2 if has_gate else 1
 
     @staticmethod

@@ -91,6 +91,7 @@ def _products(
     BLOCK_COLS: tl.constexpr,
     PIECES: tl.constexpr,
     PLANES: tl.constexpr,
+    SHUFFLES: tl.constexpr,
 ):
     """The rows of the matrix times the vectors of these numbers, both tuples of scalars: [rows, vectors].
 
@@ -129,7 +130,7 @@ def _products(
                     x = x + (tl.load(start + word, mask=there[:, None], other=0.0),)
                 more = ()
                 for r in tl.static_range(len(rows)):
-                    value = weight(read[r], plane + i, levels, FORMAT)
+                    value = weight(read[r], plane + i, levels, FORMAT, SHUFFLES)
                     for t in tl.static_range(len(numbers)):
                         more = more + (tl.fma(value, x[t], parts[r * len(numbers) + t]),)
                 parts = more
@@ -193,6 +194,7 @@ def up_kernel(
     FEATURES: tl.constexpr,
     PIECES: tl.constexpr,
     PLANES: tl.constexpr,
+    SHUFFLES: tl.constexpr,
 ):
     """hidden[place] = gate function of the up matrix times x[token], for the experts of `table`.
 
@@ -216,7 +218,7 @@ def up_kernel(
     y = _products(
         expert, rows, x, _numbers(entry, TOP_K, TOKENS), levels, scale_map, planes,
         COLS, FORMAT, SCALES, PER_WORD, Q, SCALE, SCALE_OF_SCALE, OFFSET, BLOCK_ROWS, BLOCK_COLS,
-        PIECES, PLANES,
+        PIECES, PLANES, SHUFFLES,
     )  # fmt: skip
     features = first + tl.arange(0, FEATURES)
     if ARRANGEMENT == PLAIN:
@@ -267,6 +269,7 @@ def down_kernel(
     FEATURES: tl.constexpr,
     PIECES: tl.constexpr,
     PLANES: tl.constexpr,
+    SHUFFLES: tl.constexpr,
 ):
     """outputs[place] = the down matrix times hidden[place], for the experts of `table`.
 
@@ -284,7 +287,7 @@ def down_kernel(
     y = _products(
         expert, rows, hidden, _numbers(entry, 1, TOKENS), levels, scale_map, planes,
         COLS, FORMAT, SCALES, PER_WORD, Q, SCALE, SCALE_OF_SCALE, OFFSET, BLOCK_ROWS, BLOCK_COLS,
-        PIECES, PLANES,
+        PIECES, PLANES, SHUFFLES,
     )  # fmt: skip
     features = first + tl.arange(0, FEATURES)
     if BIAS >= 0:

@@ -18,7 +18,8 @@ from moe_local.offload.engine.graphs import CudaGraphs
 from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
-from moe_local.offload.kernels.grouped import GroupedStep
+from moe_local.offload.kernels.grouped import MOST_TOKENS, GroupedExperts, GroupedStep, warm_up
+from moe_local.offload.kernels.grouped_trial import made_expert
 from moe_local.offload.kernels.launcher import Launcher
 from moe_local.offload.kernels.layer import LayerKernels, OneByOne
 from moe_local.offload.kernels.routing import Routing
@@ -213,6 +214,45 @@ def test_grouped_kernels_agree_with_one_by_one(math: SwiGLU, d: int, f: int, dty
         ours, theirs = ((y.float() - exact).norm() for y in (results[0], single))
         assert ours <= theirs + 1e-3 * exact.norm()
         assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("format", ["nf4", "mxfp4", "q3"])
+def test_levels_that_are_shuffled_are_those_that_are_loaded(format: str) -> None:
+    """Bit by bit, for all numbers of tokens and rows of one step, of several, and of one that is not full."""
+    pytest.importorskip("triton")
+    card = torch.device("cuda", torch.cuda.current_device())
+    for d, f in ((2048, 768), (2880, 2880), (4096, 128)):
+        specs = [TensorSpec("gate_up_proj", (2 * f, d)), TensorSpec("down_proj", (d, f))]
+        layout, experts, found = codec_for(format).layout(specs), GroupedExperts(), []
+        base, x = made_expert(layout).to(card), torch.randn(MOST_TOKENS, d, device=card).bfloat16()
+        for shuffles in (True, False):
+            assert experts.shuffles(card) == shuffles
+            launcher = experts.launcher(SwiGLU(), card, layout)
+            assert launcher is not None
+            found.append(torch.cat(warm_up(launcher, x, 2, base)))
+            experts.stop_shuffling(card)
+        assert found[0].isfinite().all()
+        assert torch.equal(*found)
+
+
+def test_kernels_that_are_wrong_are_done_without(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton")
+    folder, prompt = make_checkpoint("qwen3_moe"), list(range(3, 40))
+    with moe_local.load(folder, device="cuda", slots=8, miss="fetch", dense="fp32") as model:
+        want = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None).token_ids
+    assert "one by one" not in caplog.text
+    up = Launcher.up
+
+    def wrong(self: Launcher, base: Any, stride: int, table: Any, planes: Any, *rest: Any) -> None:
+        up(self, base, stride, table, 2 * planes, *rest)
+
+    monkeypatch.setattr(Launcher, "up", wrong)
+    with moe_local.load(folder, device="cuda", slots=8, miss="fetch", dense="fp32") as model:
+        got = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None).token_ids
+    assert "computed one by one on cuda" in caplog.text
+    assert got == want
 
 
 def test_a_grouped_step_never_waits_for_the_gpu() -> None:

@@ -289,7 +289,7 @@ def test_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     assert served()
     assert served(DECODE_TOKENS, torch.float16)
     assert served(layout=Rig().layout)  # equal, yet another
-    assert launched == [{"has_gate": True, "has_bias": False}]
+    assert launched == [{"has_gate": True, "has_bias": False, "shuffles": False}]
     assert not served(0)
     assert not served(DECODE_TOKENS + 1)
     assert not served(dtype=torch.float64)

@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moe_local.offload import experts as experts_module
 from moe_local.offload.experts import ExpertRunner
-from moe_local.offload.kernels import grouped
+from moe_local.offload.kernels import grouped, grouped_trial
 from moe_local.offload.kernels.grouped_trial import fault, made_expert
 from moe_local.offload.kernels.launcher import Launcher
 from moe_local.offload.kernels.layer import LayerKernels
@@ -94,7 +93,7 @@ def found(
     launcher = grouped.GroupedExperts().launcher(math, torch.device("cpu"), layout)
     assert launcher is not None
     answers = LayerKernels().answers
-    return fault(launcher, math, base, hidden_size=D, dtype=dtype, top_k=TOP_K, answers=answers)
+    return fault(launcher, math=math, base=base, top_k=TOP_K, width=D, dtype=dtype, answers=answers)
 
 
 @pytest.mark.parametrize(
@@ -168,13 +167,13 @@ def test_what_does_not_compile_is_not_used_and_warned_of_once(
     broken = Broken(RuntimeError("Internal Triton PTX codegen error\nand more"))
     monkeypatch.setattr(grouped, "triton_kernels", lambda device: broken)
     served: list[Any] = []
-    real = experts_module.fault
+    real = grouped_trial.fault
 
     def only_nf4(launcher: Launcher, *arguments: Any, **options: Any) -> str | None:
         served.append(launcher.layout.format)
         return real(launcher, *arguments, **options) if launcher.layout is nf4 else None
 
-    monkeypatch.setattr(experts_module, "fault", only_nf4)
+    monkeypatch.setattr(grouped_trial, "fault", only_nf4)
     slot = torch.zeros(max(nf4.nbytes, int8.nbytes), dtype=torch.uint8)
     arena = SimpleNamespace(buffer=lambda layer, number: slot, device=torch.device("cpu"))
     store: Any = SimpleNamespace(
@@ -196,6 +195,33 @@ def test_what_does_not_compile_is_not_used_and_warned_of_once(
         True,
         False,
     ]
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_kernels_that_are_wrong_with_shuffles_are_tried_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, helps: bool
+) -> None:
+    layout, device, tried = layout_of("nf4"), torch.device("cpu"), []
+
+    class Kernels(TorchKernels):
+        def _up(self, *arguments: Any, **options: Any) -> None:
+            tried.append(options["SHUFFLES"])
+            super()._up(*arguments, **options)
+            if options["SHUFFLES"] or not helps:
+                arguments[4].zero_()
+
+    monkeypatch.setattr(grouped, "triton_kernels", lambda device: Kernels(layout))
+    monkeypatch.setattr(grouped, "can_shuffle", lambda device: True)
+    experts, math = grouped.GroupedExperts(), Math()
+    base = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    for _ in range(2):
+        if experts.launcher(math, device, layout) is not None:
+            grouped_trial.try_out(
+                experts, layout, math=math, base=base, top_k=TOP_K, width=D, dtype=torch.float32
+            )
+    assert tried == [True] * 4 + [False] * (8 if helps else 4)
+    assert (experts.launcher(math, device, layout) is not None) == helps
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == (not helps)
 
 
 def test_a_lack_of_memory_is_no_fault_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
 ]
 
-GPUS = {75: "RTX 2080", 80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100"}
+GPUS = {75: "RTX 2080", 80: "A100", 86: "RTX 3090", 89: "RTX 4090", 90: "H100", 120: "RTX 5090"}
 """By compute capability, times ten."""
 
 SHAPES = {"mixtral": (4096, 14336), "qwen3": (2048, 768), "gpt-oss": (2880, 2880)}
@@ -59,7 +59,7 @@ def compiled(name: str, capability: int, tokens: int, d: int, f: int, format: st
         [TensorSpec("gate_up_proj", (2 * f, d)), TensorSpec("down_proj", (d, f))]
     )
     silu = Gate(CONCATENATED, FUNCTIONS.index("silu"), 0.0, 0.0)
-    launcher = Launcher(triton_experts, layout, silu, has_gate=True, has_bias=False)
+    launcher = Launcher(triton_experts, layout, silu, has_gate=True, has_bias=False, shuffles=True)
     rows = rows_of_a_program(tokens)
     constants, features = (
         (launcher._up | {"TOP_K": 2}, rows // 2) if name == "up_kernel" else (launcher._down, rows)
@@ -118,6 +118,13 @@ def test_weights_are_read_16_bytes_at_a_time_and_stay_in_registers(
     spilled = re.search(r"STACK:(\d+)", usage)
     assert spilled is not None
     assert int(spilled[1]) <= (8 if tokens == 8 else 0)  # bytes a thread: an address kept for after the loop
+    if format in ("nf4", "mxfp4", "q3"):
+        code = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+        # Each thread loads one level, once, and shuffles it, in which all of a warp take part.
+        assert len(re.findall(r"\bLDG\.E\.CONSTANT\b", code)) == 1
+        shuffles = re.findall(r"(@!?U?P\d+ +)?SHFL\.IDX", code)
+        assert len(shuffles) >= planes_of_a_step(planes, tokens) * 4 * rows_of_a_program(tokens)
+        assert not any(shuffles)
 
 
 def test_the_alignment_of_routers_weights_is_nothing_to_compile_for() -> None:

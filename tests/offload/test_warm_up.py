@@ -151,9 +151,9 @@ def test_each_card_and_each_number_of_experts_is_warmed_up(
     warmed: list[tuple[str, int, str]] = []
     monkeypatch.setattr(
         experts_module,
-        "fault",
-        lambda launcher, math, base, *, top_k, **rest: warmed.append(
-            (base.device.type, top_k, launcher.layout.format)
+        "try_out",
+        lambda grouped, layout, *, base, top_k, **rest: warmed.append(
+            (base.device.type, top_k, layout.format)
         ),
     )
     nf4, int8 = layout_of("nf4"), layout_of("int8")

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
 from moe_local.offload.kernels.gates import CONCATENATED, FUNCTIONS, INTERLEAVED, PLAIN
 from moe_local.offload.kernels.grouped import GroupedExperts, GroupedStep, warm_up
+from moe_local.offload.kernels.grouped_trial import fault
 from moe_local.offload.kernels.launcher import UNIT, Launcher, pieces_of_a_step, triton_kernels
-from moe_local.offload.kernels.layer import OneByOne
+from moe_local.offload.kernels.layer import LayerKernels, OneByOne
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.native.library import Gate
 from moe_local.offload.quantize.codec import codec_for, decoder_for
@@ -453,3 +454,12 @@ def test_warming_up_launches_every_kernel_of_a_decode_step(monkeypatch: pytest.M
         launcher, torch.zeros(8, 64, dtype=torch.float16), 2, torch.full_like(experts.leases[0].buffer, 255)
     )
     assert seen == [1, 2, 4, 8]
+
+
+def test_the_kernels_pass_their_own_trial() -> None:
+    """What is compared when a model is loaded."""
+    math, experts = SwiGLU(), Experts(2, 64, 64)
+    launcher = GroupedExperts().launcher(math, CPU, experts.layout)
+    assert launcher is not None
+    options: Any = {"math": math, "top_k": 2, "width": 64, "dtype": torch.float32}
+    assert fault(launcher, base=experts.leases[0].buffer, answers=LayerKernels().answers, **options) is None
