@@ -31,6 +31,7 @@ from moe_local.offload.expert_file.convert import moe_local_home
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
+from moe_local.offload.kernels import bnb
 from moe_local.offload.lost_device import raise_as_one_line
 from moe_local.offload.model import Model
 from moe_local.offload.native.library import library
@@ -300,6 +301,8 @@ def _attach(hf: Any, runner: ExpertRunner, hidden_size: int, dtype: torch.dtype,
         runner.measure(modules[0], hidden_size, dtype)
     if (on_cards or library() is None) and any(a.format == "nf4" for layer in store.layouts for a in layer):
         bitsandbytes_ops()  # its import takes a second, which is not the first token's to wait for
+        for device in store.tier.devices:
+            bnb.check(device.torch_device, dtype)
     for module in modules:
         module.attach(runner)
     if on_cards:

@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import torch
 
+from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.code_tables import dynamic_map
-from moe_local.offload.quantize.layout import Layout
+from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.nf4 import BLOCK, nf4_matrix
 from moe_local.offload.quantize.views import segment_view
+from moe_local.offload.relief import shortage
 
 
 def nf4_linear(
@@ -44,3 +47,25 @@ def nf4_linear(
         )
 
     return linear
+
+
+def check(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise MoeLocalError where bitsandbytes does not multiply, as with a CUDA that it has no library for.
+
+    The first prompt would say so otherwise, in pages.
+    """
+    layout = codec_for("nf4").layout([TensorSpec("w", (BLOCK, BLOCK))])
+    buffer = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
+    segment_view(buffer, next(part for part in layout.segments if part.part == "offset")).fill_(1)
+    try:  # every weight is the first level, -1, times a scale of 1
+        sums = nf4_linear(buffer, layout, dtype, False)(torch.ones(1, BLOCK, dtype=dtype, device=device), "w")
+        wrong = None if bool((sums == -BLOCK).all()) else f"{BLOCK} times -1 is {float(sums[0, 0])}"
+    except Exception as error:
+        if shortage(error) is not None:
+            raise
+        wrong = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+    if wrong is not None:
+        raise MoeLocalError(
+            f"bitsandbytes, which computes prompts, does not run on {device}: {wrong}; pip install --upgrade "
+            'bitsandbytes, see what python -m bitsandbytes says, or use experts="int8"'
+        )

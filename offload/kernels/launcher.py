@@ -42,7 +42,7 @@ def triton_kernels(device: torch.device) -> Any:
             device,
             type(error).__name__,
             reason,
-            remedy(),
+            remedy(error),
         )
         return None
     return triton_experts

@@ -13,12 +13,17 @@ C_COMPILERS = ("gcc", "clang")
 """Those that it looks for."""
 
 
-def remedy() -> str:
-    """What most likely lets Triton run, after it did not.
+def remedy(error: Exception | None = None) -> str:
+    """What most likely lets Triton run, after it did not, with this error.
 
     Beside ptxas, which it brings, it calls a C compiler and needs Python's headers, for what launches its
-    kernels. Slim images have neither, and distributions keep the headers in a package of their own.
+    kernels. Slim images have neither, and distributions keep the headers in a package of their own. It asks
+    ldconfig where CUDA's driver is, which containers and some distributions do not know, and it writes files.
     """
+    if error is not None and any(word in str(error) for word in ("ldconfig", "libcuda")):
+        return "set TRITON_LIBCUDA_PATH to the folder that libcuda.so.1 is in"
+    if isinstance(error, OSError):
+        return "set TRITON_CACHE_DIR to a folder that can be written and has room"
     if importlib.util.find_spec("triton") is None:
         return "pip install triton-windows" if sys.platform == "win32" else "pip install triton"
     if sys.platform == "win32":  # triton-windows brings its compiler

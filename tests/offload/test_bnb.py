@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from moe_local.cache.errors import MoeLocalError
+from moe_local.offload.kernels import bnb
 
 FIRST_USE = """
 from concurrent.futures import ThreadPoolExecutor
@@ -17,3 +25,29 @@ assert len(found) == 1
 def test_first_use_from_several_threads_is_safe_and_silent() -> None:
     done = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bitsandbytes_passes_its_check(dtype: torch.dtype) -> None:
+    bnb.check(torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (RuntimeError("\n  VERSION MISMATCH \nand pages"), "on cpu: VERSION MISMATCH; pip install"),
+        (torch.ones(1, 64), r"on cpu: 64 times -1 is 1\.0; pip"),
+        (torch.full((1, 64), torch.nan), "is nan"),
+    ],
+)
+def test_one_that_does_not_compute_is_a_line(monkeypatch: pytest.MonkeyPatch, answer: Any, said: str) -> None:
+    def multiply(*arguments: Any) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    ops = SimpleNamespace(gemm_4bit=SimpleNamespace(default=multiply))
+    monkeypatch.setattr(bnb, "bitsandbytes_ops", lambda: ops)
+    with pytest.raises(MoeLocalError, match=said) as raised:
+        bnb.check(torch.device("cpu"), torch.float32)
+    assert "\n" not in str(raised.value)

@@ -257,6 +257,20 @@ def test_what_triton_needs_is_named(
     there = tmp_path / ("nothing" if lacks == "headers" else "Python.h")
     monkeypatch.setattr(triton_needs, "headers", lambda: there)
     assert said in triton_needs.remedy()
+    assert said in triton_needs.remedy(RuntimeError("whatever"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/.triton"), "TRITON_CACHE_DIR"),
+        (OSError(28, "No space left on device"), "TRITON_CACHE_DIR"),
+        (AssertionError("libcuda.so cannot found!\nPlease make sure"), "TRITON_LIBCUDA_PATH"),
+        (FileNotFoundError(2, "No such file or directory", "/sbin/ldconfig"), "TRITON_LIBCUDA_PATH"),
+    ],
+)
+def test_what_keeps_triton_from_running_is_told_from_its_error(error: Exception, said: str) -> None:
+    assert said in triton_needs.remedy(error)
 
 
 class OnGpu:
