@@ -97,8 +97,8 @@ def use_graphs(
 def _hindrance(engine: Engine) -> str | None:
     """Why a model is not even tried."""
     hf, kv = engine.hf, engine.kv
-    if type(kv) is not KVSlab:
-        return "its cache keeps more than keys and values"
+    if not isinstance(kv, KVSlab):
+        return "its cache is not kept at fixed addresses"
     if kv.has_indexer:
         return "its attention chooses its tokens"
     attention = hf.config.get_text_config(decoder=True)._attn_implementation
@@ -167,19 +167,28 @@ def token_to_try(engine: Engine, number: int) -> int:
 def _difference(engine: Engine, step: TokenStep) -> str | None:
     """What of `step` is not as it should be: its logits are those of the plain forward, but for rounding,
     and those that are replayed have the very bits of those that are computed."""
-    off = []
+    off, kv = [], engine.kv
+    assert isinstance(kv, KVSlab)
     with row_to_try(engine) as row:
         _go_beyond_windows(engine, row)
+        replayed = plain = kv.mark(
+            row
+        )  # each way goes on from its own states: a graph has to write them, too
         for number in range(HISTORY, HISTORY + TOKENS):
-            token = token_to_try(engine, number)
+            token, before = token_to_try(engine, number), replayed
+            before()
             got = step.logits(row, token).clone()  # first: the others write the token's column, too
             if step.failure is not None:
                 return step.failure
+            replayed = kv.mark(row)
+            before()
             if not torch.equal(got, step.computed(row, token)):
                 return "replayed logits were not those that were computed"
-            plain = engine.plain_logits(row, [token])
-            off.append(float((got - plain).norm() / plain.norm()))
-            engine.kv.advance(row, 1)
+            plain()
+            want = engine.plain_logits(row, [token])
+            plain = kv.mark(row)
+            off.append(float((got - want).norm() / want.norm()))
+            kv.advance(row, 1)
     allowed = EXACT if engine.hf.dtype == torch.float32 else ROUGH
     typical = statistics.median(off)
     if not typical <= allowed:

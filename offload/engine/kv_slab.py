@@ -12,7 +12,7 @@ Letters: R rows, H key-value heads, C capacity, D width of a head, W sliding win
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -254,6 +254,13 @@ class KVSlab:
             for store in self.layers
         ]
         return Cache(layers=layers)
+
+    def mark(self, row: int) -> Callable[[], None]:
+        """What puts the row back, as often as it is called, after a forward that is not to count.
+
+        Nothing: such a forward has written behind the row's length.
+        """
+        return lambda: None
 
     @property
     def has_indexer(self) -> bool:

@@ -28,6 +28,7 @@ from moe_local.offload.engine.graph_trial import (
     token_to_try,
 )
 from moe_local.offload.engine.graphs import Graphs
+from moe_local.offload.engine.kv_slab import KVSlab
 from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.token_step import TokenStep
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
@@ -180,13 +181,16 @@ def _try(engine: Engine, store: ExpertStore, switch: MissSwitch) -> tuple[str | 
     """What is wrong with the device's way, if anything, and whether it is slower."""
     times: dict[bool, list[float]] = {False: [], True: []}
     found: dict[bool, list[torch.Tensor]] = {}
+    assert isinstance(engine.kv, KVSlab)
     with row_to_try(engine) as row, torch.inference_mode():
+        put_back = engine.kv.mark(row)
         for number in range(ROUNDS + 1):
             for to_device in (False, True) if number % 2 else (True, False):
                 switch.turn(to_device=to_device)
                 store.empty()
                 if to_device:
                     _clear(store)
+                put_back()
                 found[to_device], took = _one_round(engine, row)
                 store.check_integrity()
                 if number:

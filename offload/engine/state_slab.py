@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,6 +55,19 @@ class StateSlab(KVSlab):
     def batch(self, count: int) -> Any:
         # a row without tokens has zeros for a state, which is as good as none
         return self._with_states(super().batch(count), 0, count, begun=True)
+
+    def static_row(self, row: int, columns: int, position: torch.Tensor) -> Any:
+        return self._with_states(super().static_row(row, columns, position), row, 1, begun=True)
+
+    def mark(self, row: int) -> Callable[[], None]:
+        states = [tensor[row] for store in self.states.values() for tensor in store.tensors()]
+        kept = [state.clone() for state in states]
+
+        def put_back() -> None:
+            for state, before in zip(states, kept, strict=True):
+                state.copy_(before)
+
+        return put_back
 
     def abort(self, row: int) -> None:
         super().abort(row)

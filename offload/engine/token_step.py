@@ -151,12 +151,14 @@ class TokenStep:
         """Do the forward, captured on its way; None if that failed, with nothing left of it."""
         assert self._graphs is not None
         recording = Recording(self._graphs, self._hf, self._sites, self._saw)
+        put_back = self._kv.mark(place[0])
         try:
             self.captured[place] = self._record(place, recording)
         except Exception as error:
             if recording.in_experts or shortage(error) is not None:
                 raise
             self._give_up(error)
+            put_back()
         return self.captured.get(place)
 
     def _record(self, place: tuple[int, int], recording: Recording) -> CapturedStep:

@@ -22,6 +22,7 @@ from moe_local.offload.engine.graphs import CudaGraphs
 from moe_local.offload.engine.kv_slab import KVSlab
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.own_caches import OwnCaches
+from moe_local.offload.engine.state_slab import StateSlab
 from moe_local.offload.engine.static_row import StaticLayer
 from moe_local.offload.experts import OffloadedExperts
 
@@ -170,7 +171,7 @@ def test_models_that_cannot_be_captured_stay_plain_and_say_why(
     refused("operation failed due to", fake_graphs.FakeGraphs(fail_at=1))
     refused("out of memory", fake_graphs.FakeGraphs(room=1))
     refused("no room", kv=make_kv(hf, 1, 8))
-    refused("more than keys and values", kv=OwnCaches(hf.config, 1, 64))
+    refused("not kept at fixed addresses", kv=OwnCaches(hf.config, 1, 64))
     for name, value, reason in (
         ("get_mask_sizes", lambda self, q: (self._keys.shape[2] - 1, 1), "Error"),
         ("get_seq_length", lambda self: self._length - 2, "logits were off by"),
@@ -185,6 +186,31 @@ def test_models_that_cannot_be_captured_stay_plain_and_say_why(
     kv = make_kv(hf, 1, 64)
     hf.config._attn_implementation = "flash_attention_2"
     refused("flash_attention_2", kv=kv)
+
+
+def test_states_have_to_be_written_by_graphs(
+    tiny_models: ModuleType,
+    fake_graphs: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "moe_local")
+    model = offloaded(tiny_models.tiny_model("qwen3_next"))
+    engine = tried(model, fake_graphs.FakeGraphs())
+    assert engine.token_step is not None
+    assert isinstance(engine.kv, StateSlab)
+    assert not any(tensor.any() for store in engine.kv.states.values() for tensor in store.tensors())
+    static_row = StateSlab.static_row
+
+    def stale(self: StateSlab, *args: Any) -> Any:
+        cache = static_row(self, *args)
+        for index in self.states:
+            cache.layers[index].update_recurrent_state = lambda states, *args, **options: states
+        return cache
+
+    monkeypatch.setattr(StateSlab, "static_row", stale)
+    assert tried(model, fake_graphs.FakeGraphs()).token_step is None
+    assert "logits were off by" in caplog.text
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
