@@ -27,11 +27,13 @@ from moe_local.offload.checkpoint.spec import (
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.kernels.attention import use_single_query_attention
 from moe_local.offload.kernels.attention_trial import use_token_attention
+from moe_local.offload.kernels.index_pieces import use_index_pieces
 from moe_local.offload.kernels.latent_attention import use_latent_attention
 from moe_local.offload.kernels.linear import use_native_linears
 from moe_local.offload.kernels.norm import use_native_norms
 from moe_local.offload.kernels.router import use_native_routers
 from moe_local.offload.kernels.sink_attention import use_sink_attention
+from moe_local.offload.kernels.state_pieces import use_state_pieces
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.undecorated import decorate
 
@@ -114,6 +116,8 @@ def load_skeleton(
     use_single_query_attention(model)
     use_sink_attention(model)
     use_latent_attention(model)
+    use_index_pieces(model)
+    use_state_pieces(model)
     if device.type == "cpu":
         use_native_linears(model)
         use_native_norms(model)

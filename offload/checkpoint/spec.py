@@ -13,6 +13,7 @@ from torch import nn
 from moe_local.cache.errors import CheckpointError, first_line
 from moe_local.offload.checkpoint.quantization import Quantization
 from moe_local.offload.class_source import class_source
+from moe_local.offload.kernels.state_pieces import kept_numel
 from moe_local.offload.quantize.layout import TensorSpec
 from moe_local.offload.quantize.stored import StoredFormat
 from moe_local.offload.undecorated import decorate, is_experts_module
@@ -63,6 +64,8 @@ class ModelSpec:
     """Every parameter that is not a routed expert's, tied ones once."""
     kv_numel_per_token: int
     """Numbers kept per token of context over all layers, keys and values together."""
+    state_numel: int
+    """Numbers that layers keep for a sequence however long it is: recurrent states, ends of convolutions."""
     expanded_kv_numel_per_token: int
     """Keys and values of one layer as its attention reads them: repeated for, or projected to, every head."""
     quantizable: frozenset[str]
@@ -207,7 +210,8 @@ def model_spec(config: Any, model: Any = None) -> ModelSpec:
         stored=_stored(config),
         layers=tuple(layers),
         dense=dense,
-        kv_numel_per_token=_kv_numel_per_token(text),
+        kv_numel_per_token=_kv_numel_per_token(text, model),
+        state_numel=kept_numel(model),
         expanded_kv_numel_per_token=_expanded_kv_numel_per_token(text),
         quantizable=frozenset(quantized_weights(model, cuda=True)),
         quantizable_on_cpu=frozenset(quantized_weights(model, cuda=False)),
@@ -241,18 +245,22 @@ def _stored(config: Any) -> StoredFormat:
     return StoredFormat(quantization.experts, dtype, quantization.block)
 
 
-def _kv_numel_per_token(text: Any) -> int:
+def _kv_numel_per_token(text: Any, model: nn.Module) -> int:
     """Keys and values of one token. MLA keeps a latent and a rope key a layer, and an indexer key where there
     is an indexer; others 2 x heads x width."""
     layers: int = text.num_hidden_layers
     if getattr(text, "kv_lora_rank", None):
         indexer = getattr(text, "index_head_dim", None) or 0
-        return layers * int(text.kv_lora_rank + text.qk_rope_head_dim + indexer)
+        kept = text.kv_lora_rank + text.qk_rope_head_dim
+        kinds: set[Any] = {type(module) for module in model.modules() if hasattr(module, "kv_lora_rank")}
+        if any(".update(key_states, value_states" in class_source(kind) for kind in kinds):
+            kept = _expanded_kv_numel_per_token(text)  # DeepSeek V3.2's and GLM-5's in transformers 5.17
+        return layers * int(kept + indexer)
     types = getattr(text, "layer_types", None)
     attending = [
         index
         for index in range(layers)
-        if not types or ("linear" not in types[index] and "mamba" not in types[index])
+        if not types or not any(kind in types[index] for kind in ("linear", "mamba", "conv"))
     ]
     return sum(2 * heads * width for heads, width in (_heads(text, index) for index in attending))
 

@@ -8,6 +8,7 @@ from moe_local.offload.engine.encoder_decoder import EncoderDecoder, Translation
 from moe_local.offload.engine.kv_slab import KVRows, KVSlab, can_slab, probe_cache
 from moe_local.offload.engine.own_caches import OwnCaches
 from moe_local.offload.engine.state_slab import StateSlab, can_state_slab
+from moe_local.offload.kernels.state_pieces import forgets_states
 
 
 def make_kv(model: Any, rows: int, capacity: int, probe: Any = None) -> KVRows:
@@ -18,6 +19,5 @@ def make_kv(model: Any, rows: int, capacity: int, probe: Any = None) -> KVRows:
     if can_slab(probe):
         return KVSlab(probe, rows, capacity)
     if can_state_slab(probe):
-        model_type = model.config.get_text_config(decoder=True).model_type
-        return StateSlab(probe, rows, capacity, model_type)
+        return StateSlab(probe, rows, capacity, whole_prompt_only=forgets_states(model))
     return OwnCaches(model.config, rows, capacity)

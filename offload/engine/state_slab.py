@@ -9,7 +9,6 @@ import torch
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from moe_local.offload.engine.kv_slab import KVSlab, empty_layer, slabbed
-from moe_local.offload.engine.own_caches import WHOLE_PROMPT_ONLY
 from moe_local.offload.engine.state_rows import StateStore
 
 
@@ -22,10 +21,10 @@ class StateSlab(KVSlab):
 
     can_copy = False
 
-    def __init__(self, probe: Any, rows: int, capacity: int, model_type: str) -> None:
-        """`probe` as for a KVSlab; see `can_state_slab`."""
+    def __init__(self, probe: Any, rows: int, capacity: int, *, whole_prompt_only: bool = False) -> None:
+        """`probe` as for a KVSlab; see `can_state_slab`. `whole_prompt_only`: see `forgets_states`."""
         super().__init__(_without_states(probe), rows, capacity)
-        self._whole_prompt_only = model_type in WHOLE_PROMPT_ONLY
+        self._whole_prompt_only = whole_prompt_only
         with torch.inference_mode(False):
             self.states = {
                 index: StateStore(layer, rows) for index, layer in enumerate(probe.layers) if is_state(layer)

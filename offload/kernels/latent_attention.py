@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from types import MethodType
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from moe_local.offload.kernels.attention import NAME as SINGLE_QUERY
 from moe_local.offload.kernels.attention import single_query_attention
 from moe_local.offload.kernels.linear import QuantizedLinear
 from moe_local.offload.kernels.logits_trial import difference
-from moe_local.offload.kernels.stand_in import stand_in
+from moe_local.offload.kernels.stand_in import set_class, stand_in
 
 NAME = "sdpa_latent"
 """As which transformers knows `latent_attention`."""
@@ -52,7 +51,7 @@ def use_latent_attention(model: Any) -> None:
     def change() -> None:
         model.set_attn_implementation(NAME)
         for module, cls in zip(modules, classes, strict=True):
-            _set_class(module, latent(cls))
+            set_class(module, latent(cls))
             # A prompt is expanded, so that what a module keeps of it has to go with what it keeps of a token.
             module.few, module.decodes_from = 1, 0
 
@@ -62,19 +61,13 @@ def use_latent_attention(model: Any) -> None:
     if reason is not None:
         model.set_attn_implementation(before)
         for module, cls in zip(modules, classes, strict=True):
-            _set_class(module, cls)
+            set_class(module, cls)
         logger.info("keys and values of all heads are made for every token: %s", reason)
 
 
 def _is_latent(module: Any) -> bool:
     sizes = (getattr(module, name, None) for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"))
     return hasattr(module, "expand_kv") and all(isinstance(size, int) for size in sizes)
-
-
-def _set_class(module: Any, cls: Any) -> None:
-    module.__class__ = cls
-    if hasattr(module, "_old_forward"):  # what accelerate's hooks, which move tensors from card to card, call
-        module._old_forward = MethodType(cls.forward, module)
 
 
 @cache

@@ -102,8 +102,8 @@ def _bitsandbytes_bytes(tensor: TensorSpec, dense: str) -> int:
 
 
 def kv_bytes(spec: ModelSpec, context: int, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one sequence of `context` tokens."""
-    return spec.kv_numel_per_token * context * dtype.itemsize
+    """Bytes of the keys and values of one sequence of `context` tokens, and of states, in fp32."""
+    return spec.kv_numel_per_token * context * dtype.itemsize + 4 * spec.state_numel
 
 
 def workspace_bytes(

@@ -1,0 +1,208 @@
+"""Prompts through layers that keep a state in place of keys and values, a piece at a time.
+
+transformers' own scans of such layers hold, in fp32, some numbers or the whole state for every token: of 2048
+tokens 0.5 GiB in Qwen3-Next, 4 in Jamba, and in Granite's Mamba-2 more than 10. All that a layer needs to go
+on is the last state, so that memory need not grow with the prompt.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+import math
+from collections.abc import Callable
+from functools import cache, partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_local.offload.class_source import class_source
+from moe_local.offload.kernels.logits_trial import difference
+from moe_local.offload.kernels.stand_in import set_class, stand_in
+
+LONGEST = 512
+"""Tokens in a piece: enough to keep a GPU busy, and multiples of the blocks in which deltas are computed."""
+SHORTEST = 16
+PIECE_BYTES = 64 * 2**20
+"""What a scan that holds the state behind each token may take for that."""
+
+SCAN = "mamba_selective_scan"
+"""transformers' scan (Jamba), which begins at zero whatever the state: `selective_scan` takes its place."""
+
+logger = logging.getLogger(__name__)
+
+
+def use_state_pieces(model: Any) -> None:
+    """Let prompts through the layers of a transformers model that keep a state in pieces.
+
+    Whether that changes nothing is found out by trying: see `difference`.
+    """
+    modules = [m for m in model.modules() if _keeps_state(m) and not hasattr(m, "piece")]
+    if not modules:
+        return
+    classes: list[Any] = [type(module) for module in modules]
+    blocks = [getattr(module, "chunk_size", None) for module in modules]
+
+    def change() -> None:
+        for module, cls in zip(modules, classes, strict=True):
+            set_class(module, in_pieces(cls))
+            module.piece = 2
+
+    reason = difference(model, change)
+    for module, cls, block in zip(modules, classes, blocks, strict=True):
+        if reason is not None:
+            set_class(module, cls)
+            del module.piece
+            continue
+        module.piece = piece_tokens(module)
+        if isinstance(block, int):  # of Mamba-2, whose blocks are padded, and need memory by their square
+            module.chunk_size = min(block, module.piece)
+    if reason is not None:
+        logger.info("prompts go through layers with a state in one piece: %s", reason)
+
+
+def forgets_states(model: nn.Module) -> bool:
+    """Whether a layer of the model begins at zero whenever it gets several tokens, so that a prompt has to be
+    one forward."""
+    return any(f"{SCAN}(" in _source(module) and not hasattr(module, "piece") for module in model.modules())
+
+
+def piece_tokens(module: Any) -> int:
+    """Tokens that go through a layer at a time."""
+    state = state_numel(module) if hasattr(module, "ssm_state_size") else 0
+    if not state:
+        return LONGEST
+    fit = PIECE_BYTES // (4 * state)
+    return min(LONGEST, max(SHORTEST, fit - fit % SHORTEST))
+
+
+def state_numel(module: Any) -> int:
+    """Numbers of the recurrent state that a layer keeps for a sequence; 0 for one that only convolves."""
+    if hasattr(module, "ssm_state_size"):
+        return int(module.intermediate_size * module.ssm_state_size)
+    sizes = [getattr(module, name, 0) for name in ("num_v_heads", "head_k_dim", "head_v_dim")]
+    return math.prod(sizes)
+
+
+def kept_numel(model: nn.Module) -> int:
+    """Numbers that layers of a model, which may be on the meta device, keep for a sequence of any length."""
+    kept = 0
+    for module in model.modules():
+        if _keeps_state(module):
+            convolutions = (part for part in module.children() if isinstance(part, nn.Conv1d))
+            kept += state_numel(module) + sum(
+                part.out_channels * part.kernel_size[0] for part in convolutions
+            )
+    return kept
+
+
+def _keeps_state(module: Any) -> bool:
+    source = _source(module)
+    return ".update_conv_state(" in source or ".update_recurrent_state(" in source
+
+
+def _source(module: Any) -> str:
+    cls: Any = type(module)
+    return class_source(cls)
+
+
+@cache
+def in_pieces(cls: Any) -> Any:
+    """A subclass of a class of layers with a state that takes `piece` tokens at a time.
+
+    Without a cache nothing is kept between pieces, so then, for training and for whoever wants all states of
+    the past, everything is as ever.
+    """
+    name = _cache_name(cls.forward)
+    go_on = _remembering(cls, name) or cls.forward
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        memory, mask, tokens = kwargs.get(name), kwargs.get("attention_mask"), hidden_states.shape[1]
+        if memory is None or args or torch.is_grad_enabled() or memory.layers[self.layer_idx].record_past:
+            whole: torch.Tensor = cls.forward(self, hidden_states, *args, **kwargs)
+            return whole
+        if tokens <= self.piece or (mask is not None and mask.shape != hidden_states.shape[:2]):
+            answer: torch.Tensor = go_on(self, hidden_states, **kwargs)
+            return answer
+        answers = torch.empty_like(hidden_states)
+        for first in range(0, tokens, self.piece):
+            part = slice(first, first + self.piece)
+            if mask is not None:
+                kwargs["attention_mask"] = mask[:, part]
+            answers[:, part] = go_on(self, hidden_states[:, part], **kwargs)
+        return answers
+
+    return stand_in(cls, in_pieces, forward)
+
+
+def _cache_name(function: Callable[..., Any]) -> str:
+    """What a layer calls the cache it is given."""
+    names = [name for name in inspect.signature(function).parameters if name in ("cache", "cache_params")]
+    return names[0] if names else "past_key_values"
+
+
+def _remembering(cls: Any, name: str) -> Callable[..., Any] | None:
+    """The forward of a class, with `selective_scan` in place of the scan that begins at zero, if it has that.
+
+    Not where mamba_ssm's kernel is that scan, which needs little memory.
+    """
+    whole: Any = inspect.unwrap(cls.forward)
+    if SCAN not in whole.__code__.co_names or importlib.util.find_spec("mamba_ssm") is not None:
+        return None
+
+    def forward(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        memory, state = kwargs[name], None
+        if memory.has_previous_state(self.layer_idx):
+            state = memory.layers[self.layer_idx].recurrent_states[0]
+        known = whole.__globals__ | {SCAN: partial(selective_scan, state)}
+        function = FunctionType(whole.__code__, known, whole.__name__, whole.__defaults__, whole.__closure__)
+        function.__kwdefaults__ = whole.__kwdefaults__
+        return function(self, hidden_states, **kwargs)
+
+    return forward
+
+
+def selective_scan(
+    state: torch.Tensor | None,
+    hidden_states: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **options: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Mamba's selective scan (arXiv 2312.00752, section 3), beginning at `state` [batch, I, N], or at zero.
+
+    `hidden_states`, `dt` and the gate `z` [batch, I, T], `A` [I, N], `B` and `C` [batch, N, T], `D` and
+    `delta_bias` [I] -> [batch, I, T], with `return_last_state` and the state behind the last token, in fp32.
+
+        state_t = exp(dt_t A) state_(t - 1) + dt_t B_t x_t        y_t = C_t state_t + D x_t
+    """
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(dt.dtype)[..., None]
+    if delta_softplus:
+        dt = nn.functional.softplus(dt)
+    steps = dt.float().permute(2, 0, 1)[..., None]
+    decays = (steps * A).exp_()
+    states = steps * B.float().permute(2, 0, 1)[:, :, None]  # [T, batch, I, N], as the decays
+    states *= hidden_states.float().permute(2, 0, 1)[..., None]
+    last = torch.zeros_like(states[0]) if state is None else state.float()
+    for decay, now in zip(decays, states, strict=True):
+        torch.addcmul(now, decay, last, out=now)
+        last = now
+    last = last.clone()
+    del decays
+    output = (states.to(C.dtype) @ C.permute(2, 0, 1)[..., None]).squeeze(-1).permute(1, 2, 0)
+    if D is not None:
+        output = output + hidden_states * D[None, :, None]
+    if z is not None:
+        output = output * nn.functional.silu(z)
+    return (output, last) if return_last_state else output
