@@ -22,6 +22,8 @@ class Choice:
     index: int
     stops: StopFilter
     parser: AnswerParser
+    again: bool = False
+    """Whether its prompt is one that an earlier choice has, too: usage counts a prompt once."""
     ticket: Ticket | None = None
     tokens: int = 0
     calls: int = 0
@@ -103,7 +105,8 @@ class Answer:
 
     def started(self, choice: Choice, ticket: Ticket) -> None:
         choice.ticket = ticket
-        self.prompt_tokens += len(ticket.prompt_ids)
+        if not choice.again:
+            self.prompt_tokens += len(ticket.prompt_ids)
 
     async def events(self) -> AsyncIterator[tuple[Choice, list[Piece], Token | Ended]]:
         """Each choice's pieces as they come, until all have ended. Raises what ended one with an error."""
@@ -112,7 +115,8 @@ class Answer:
             choice, event = await self._events.get()
             if isinstance(event, Ended):
                 open_choices -= 1
-                self.cached_tokens += choice.ticket.reused_tokens if choice.ticket else 0
+                if choice.ticket is not None and not choice.again:
+                    self.cached_tokens += choice.ticket.reused_tokens
             yield choice, choice.take(event), event
 
     def usage(self) -> dict[str, Any]:

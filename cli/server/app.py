@@ -142,7 +142,7 @@ class Server:
         answer = Answer("chatcmpl", self.name)
         for index in range(asked.n):
             parser = AnswerParser(thinking=thinking, tools=tools is not None)
-            answer.add(Choice(index, StopFilter(asked.stops), parser))
+            answer.add(Choice(index, StopFilter(asked.stops), parser, again=index > 0))
         return await self._answer(request, asked, answer, [ids], ChatShape(answer))
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
@@ -152,7 +152,8 @@ class Server:
             prompts = [await self._encoded(prompt, template=False) for prompt in asked.prompts()]
         answer = Answer("cmpl", self.name)
         for index in range(asked.n * len(prompts)):
-            answer.add(Choice(index, StopFilter(asked.stops), AnswerParser(plain=True)))
+            parser = AnswerParser(plain=True)
+            answer.add(Choice(index, StopFilter(asked.stops), parser, again=index % asked.n > 0))
         echo = [self._text(prompt) for prompt in prompts] if asked.echo else []
         return await self._answer(request, asked, answer, prompts, TextShape(answer, echo, asked.n))
 

@@ -72,7 +72,7 @@ class Sampling(Ignored):
                 raise OptionError(f"{name} is not supported; repetition_penalty is (1 changes nothing)")
         if self.logit_bias:
             raise OptionError("logit_bias is not supported; leave it out")
-        if self.logprobs:
+        if self.logprobs is not None and self.logprobs is not False:  # of a completion 0 asks for some, too
             raise OptionError("logprobs are not supported; leave them out")
 
     @field_validator("stop")

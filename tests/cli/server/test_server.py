@@ -157,19 +157,33 @@ def test_a_conversation_is_not_computed_twice(client: openai.OpenAI) -> None:
     assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens
 
 
-def test_one_prompt_of_several_answers_is_computed_once(client: openai.OpenAI) -> None:
+def test_one_prompt_of_several_answers_is_computed_and_counted_once(
+    client: openai.OpenAI, server: Any
+) -> None:
     question: list[Any] = [
         {
             "role": "user",
             "content": "Say something new about memory, about disks, and about the links between them.",
         }
     ]
+    before = server.batcher.reused_tokens
     answer = client.chat.completions.create(model="demo", messages=question, n=3, max_tokens=2, seed=1)
     assert answer.usage is not None
     assert answer.usage.prompt_tokens_details is not None
-    each = answer.usage.prompt_tokens // 3
-    assert each > 20
-    assert (answer.usage.prompt_tokens_details.cached_tokens or 0) >= 2 * (each - 1)
+    each = answer.usage.prompt_tokens
+    assert 20 < each < 60
+    assert answer.usage.completion_tokens == 6
+    assert (answer.usage.prompt_tokens_details.cached_tokens or 0) < each
+    assert server.batcher.reused_tokens - before >= 2 * (each - 1)
+
+
+def test_each_prompt_of_a_completion_is_counted_once(client: openai.OpenAI) -> None:
+    prompts = ["An expert", "The router is"]
+    apart = [client.completions.create(model="demo", prompt=prompt, max_tokens=1) for prompt in prompts]
+    together = client.completions.create(model="demo", prompt=prompts, n=2, max_tokens=1)
+    assert together.usage is not None
+    assert together.usage.completion_tokens == 4
+    assert together.usage.prompt_tokens == sum(one.usage.prompt_tokens for one in apart if one.usage)
 
 
 def test_two_conversations_in_turn_compute_only_what_is_new(
@@ -439,6 +453,7 @@ def test_the_field_at_fault_is_named_as_clients_know_it(server: Any) -> None:
         ({"prompt": "x", "stream_options": {"include_usage": 3}}, "stream_options.include_usage"),
         ({"prompt": "x", "stream_options": {"usage": True}}, "stream_options.usage"),
         ({"prompt": "x", "min_p": -1}, "min_p"),
+        ({"prompt": "x", "logprobs": 0}, None),
         ([], None),
     ]
     for body, at_fault in bodies:
@@ -446,7 +461,14 @@ def test_the_field_at_fault_is_named_as_clients_know_it(server: Any) -> None:
         assert answer.status_code == 400
         error = answer.json()["error"]
         assert error["param"] == at_fault
-        assert error["message"].startswith((at_fault or "body", "unknown field"))
+        assert error["message"].startswith((at_fault or "body", "unknown field", "logprobs are not"))
+
+
+def test_what_looks_whether_it_lives_may_ask_for_no_body(server: Any) -> None:
+    for path in ("/", "/health", "/metrics", "/v1/models"):
+        answer = server.http.head(f"{server.url}{path}")
+        assert (answer.status_code, answer.content) == (200, b"")
+        assert int(answer.headers["content-length"]) > 0
 
 
 def test_bodies_that_are_no_requests(server: Any) -> None:
