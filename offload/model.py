@@ -29,6 +29,7 @@ from moe_local.offload.engine.sampling import (
 from moe_local.offload.engine.text import Detokenizer, Prompt, encode_prompt
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.prefetch.prefetch import Prefetcher
+from moe_local.offload.ranges import plain, plain_number
 from moe_local.offload.records import Output
 from moe_local.offload.store import ExpertStore
 from moe_local.offload.stream import TokenStream
@@ -141,9 +142,9 @@ class Model:
         ids = encode_prompt(self.tokenizer, prompt, template=template)
         if stop is not None:
             options["stop_strings"] = _stop_strings(stop)
-        options = imply_sampling(options)
+        options = imply_sampling(plain(options))
         _refuse_beyond_loop(hf, options)
-        settings = make_settings(hf, ids, tokenizer=self.tokenizer, seed=seed, **options)
+        settings = make_settings(hf, ids, tokenizer=self.tokenizer, seed=plain_number(seed), **options)
         return ids, settings, None if self.tokenizer is None else Detokenizer(self.tokenizer)
 
     def batcher(self, *, queue: int = 64) -> Batcher:
@@ -180,18 +181,24 @@ class Model:
     def generate(self, prompt: torch.Tensor, **options: Any) -> torch.Tensor: ...
 
     @overload
+    def generate(self, *, input_ids: torch.Tensor, **options: Any) -> torch.Tensor: ...
+
+    @overload
     def generate(self, prompt: Prompt, **options: Any) -> Output: ...
 
-    def generate(self, prompt: Prompt | torch.Tensor, **options: Any) -> Output | torch.Tensor:
+    def generate(self, prompt: Prompt | torch.Tensor | None = None, **options: Any) -> Output | torch.Tensor:
         """The whole answer to `prompt`; arguments as for `stream`.
 
         Ids in, ids out: a tensor [B, n] (left-padded rows of different length with `attention_mask`) gives
-        [B, n + new] exactly as transformers' generate does, whose arguments all pass through.
+        [B, n + new] exactly as transformers' generate does, whose arguments all pass through. A tokenizer's
+        result can be given as there: `generate(**tokenizer(texts, return_tensors="pt", padding=True))`.
         """
+        if prompt is None:
+            prompt = options.pop("input_ids", None)
         if not isinstance(prompt, torch.Tensor):
             return self.stream(prompt, **options).output()
         parts = self._open()
-        options.setdefault("tokenizer", self.tokenizer)
+        options = {"tokenizer": self.tokenizer, **plain(options)}
         with interrupt.deferred():
             self._turn.begin()
             try:
@@ -223,6 +230,8 @@ class Model:
         Waits for an answer in another thread; a stream of this one is closed half-way, and so are the answers
         of batchers.
         """
+        if self._turn.lost:  # a fork's copy, without the threads that would have to end
+            return
         with interrupt.deferred():
             for batcher in list(self._batchers):
                 batcher.close(self._closed_message)
@@ -277,6 +286,11 @@ class Model:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise MoeLocalError(
+            f"the loaded model {self.name} cannot be copied or pickled; load() it where it is needed"
+        )
 
     def __repr__(self) -> str:
         state = "closed" if self._parts is None else self.plan.mode

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from moe_local.cache.errors import OptionError
 from moe_local.cache.keys import parse_bytes
 from moe_local.offload.prefetch.names import prefetchers
+from moe_local.offload.ranges import plain_number
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +110,7 @@ class LoadOptions:
         if self.ram is not None:
             object.__setattr__(self, "ram", _memory(self.ram, "ram"))
         for name in ("slots", "context", "parallel"):
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
             _check_count(name, getattr(self, name))
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise OptionError(f"unknown device {self.device!r}; use auto, cpu, cuda or cuda:N")

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
+from numbers import Integral, Real
 from sys import float_info
+from typing import Any
 
 from moe_local.cache.errors import OptionError
 
@@ -68,6 +70,18 @@ def check_range(name: str, value: object, *, called: str | None = None) -> None:
     """
     if value is not None and not RANGES[name].holds(value):
         raise OptionError(f"{called or name} is {value!r}; it must be {RANGES[name]}")
+
+
+def plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same options, numbers of other libraries (numpy's) as Python's own, which is what is checked."""
+    return {name: plain_number(value) for name, value in options.items()}
+
+
+def plain_number(value: Any) -> Any:
+    """A number as Python's own int or float; anything else as it is."""
+    if isinstance(value, int | float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def nth_seed(seed: int, n: int) -> int:

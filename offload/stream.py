@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 from moe_local.cache.errors import MoeLocalError
 from moe_local.cache.stats import Stats
@@ -21,9 +23,9 @@ from moe_local.offload.turn import Turn
 class TokenStream(Iterator[Token]):
     """Generates one token per `next()`. Nothing is computed, and no turn taken, before the first.
 
-    Closed by its end, by `close()`, by an error or Ctrl-C in a step, and when it is dropped; what was
-    generated until then stays readable. `text`, `token_ids`, `finish_reason`, `filled_context` and `stats`
-    are always those of the tokens handed out so far.
+    Closed by its end, by `close()` in any thread, by an error or Ctrl-C in a step, and when it is dropped;
+    what was generated until then stays readable. `text`, `token_ids`, `finish_reason`, `filled_context` and
+    `stats` are always those of the tokens handed out so far.
     """
 
     def __init__(
@@ -48,6 +50,10 @@ class TokenStream(Iterator[Token]):
         self._detokenizer = detokenizer
         self._sequence: Sequence | None = None
         self._closed = False
+        self._closing = False
+        """Whoever waits for its turn gives up."""
+        self._using = threading.RLock()
+        """Held while a token is made, and while it is closed."""
         self._retired: str | None = None
         self._has_turn = False
         self._tally = Tally(0.0, 0, 0, 0, 0)
@@ -61,25 +67,50 @@ class TokenStream(Iterator[Token]):
         return self._prompt_ids
 
     def __next__(self) -> Token:
+        mine = False
+        try:
+            with interrupt.deferred():
+                mine = self._using.acquire(blocking=False)
+                if not mine:
+                    self._refuse()
+                try:
+                    return self._next()
+                finally:
+                    self._using.release()
+        except BaseException:
+            if mine:
+                self.close()
+            raise
+
+    def _refuse(self) -> NoReturn:
+        """To a thread that asks for a token while another one makes it, or closes the stream."""
+        if self._closing and self._retired is None:
+            raise StopIteration
+        raise MoeLocalError(
+            self._retired
+            or "another thread is waiting for the next token of this stream; give each thread its own"
+        )
+
+    def _next(self) -> Token:
         if self._retired is not None:
             raise MoeLocalError(self._retired)
         if self._closed:
             raise StopIteration
-        try:
-            with interrupt.deferred():
-                if self._sequence is None:
-                    self._begin()
-                else:
-                    self._turn.carry_on()
-                step = self._step()
-                interrupt.check()
-                return self._token(step)
-        except BaseException:
-            self.close()
-            raise
+        if self._sequence is not None:
+            self._turn.carry_on()
+        elif not self._begin():
+            raise StopIteration
+        step = self._step()
+        interrupt.check()
+        return self._token(step)
 
     def close(self) -> None:
-        """Stop generating; the model is free for others. Idempotent."""
+        """Stop generating, after the step under way; the model is free for others. Idempotent. Any thread."""
+        self._closing = True
+        with self._using:
+            self._close()
+
+    def _close(self) -> None:
         if self._closed:
             return
         with interrupt.deferred():
@@ -98,7 +129,12 @@ class TokenStream(Iterator[Token]):
         """Close it for good: a stream that was not at its end raises MoeLocalError(reason) from now on."""
         if not self._closed:
             self._retired = reason
-            self.close()
+            # else a thread waits in it for a turn that it will not get, which closes it, too
+            if self._using.acquire(blocking=False):
+                try:
+                    self._close()
+                finally:
+                    self._using.release()
 
     def __enter__(self) -> TokenStream:
         return self
@@ -129,13 +165,16 @@ class TokenStream(Iterator[Token]):
             pass
         return Output(self.text, self.token_ids, self.finish_reason or FinishReason.LENGTH, self.stats)
 
-    def _begin(self) -> None:
-        self._turn.begin()
+    def _begin(self) -> bool:
+        """Take the turn and join; False if it was closed while it waited."""
+        if not self._turn.begin(lambda: self._closing):
+            return False
         self._has_turn = True
         self._began = time.perf_counter()
         self._before = self._store.snapshot()
         self._tally = self._store.tally()
         self._sequence = self._engine.join(self._prompt_ids, self._settings, reuse=True)
+        return True
 
     def _step(self) -> Step:
         """The next token of this sequence, after as many forwards as the prompt needs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 
@@ -20,6 +21,12 @@ class Turn:
         self._lock = threading.Lock()
         self._owner: int | None = None
         self._retired: str | None = None
+        self._process = os.getpid()
+
+    @property
+    def lost(self) -> bool:
+        """Whether this is a fork's copy: locks that other threads held, and those threads, are gone."""
+        return os.getpid() != self._process
 
     @property
     def mine(self) -> bool:
@@ -30,8 +37,9 @@ class Turn:
         """Take the turn; blocks while another thread has it, until `given_up` says so. Whether it was taken.
 
         Raises MoeLocalError if this thread has it already (an earlier stream was neither finished nor
-        closed) or nobody can have it, KeyboardInterrupt for a Ctrl-C while waiting.
+        closed), nobody can have it or this is a fork's copy, KeyboardInterrupt for a Ctrl-C while waiting.
         """
+        self._check_process()
         if self.mine:
             raise MoeLocalError(
                 "the model is in the middle of another answer; finish its stream or close() it first"
@@ -48,12 +56,20 @@ class Turn:
 
     def carry_on(self) -> None:
         """The turn is this thread's from now on: a pool may drive a stream, each token in another thread."""
+        self._check_process()
         self._owner = threading.get_ident()
 
     def end(self) -> None:
         """Give the turn back."""
         self._owner = None
         self._lock.release()
+
+    def _check_process(self) -> None:
+        if self.lost:
+            raise MoeLocalError(
+                f"the model was loaded in process {self._process}, and a fork has no threads to run it; "
+                f"load() it in process {os.getpid()}, too"
+            )
 
     def retire(self, reason: str) -> None:
         """Refuse all that begin from now on with MoeLocalError(reason). Call with the turn."""

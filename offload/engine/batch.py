@@ -76,9 +76,11 @@ def generate_ids(
 
 
 def _check_tensors(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-    if input_ids.dim() != 2 or input_ids.is_floating_point() or not input_ids.numel():
+    kind = input_ids.dtype
+    integers = not (kind.is_floating_point or kind.is_complex or kind is torch.bool)
+    if input_ids.dim() != 2 or not integers or not input_ids.numel():
         raise OptionError(
-            f"input ids are {input_ids.dtype} of shape {list(input_ids.shape)}; "
+            f"input ids are {kind} of shape {list(input_ids.shape)}; "
             "they must be integers of shape [sequences, tokens], at least one of each"
         )
     if attention_mask is not None and attention_mask.shape != input_ids.shape:

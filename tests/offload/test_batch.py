@@ -238,6 +238,7 @@ def test_a_generation_config_object(mixtral: Any) -> None:
         (torch.tensor([1, 2]), None, r"shape \[2\]"),
         (torch.zeros((1, 0), dtype=torch.long), None, r"shape \[1, 0\]"),
         (torch.tensor([[0.5]]), None, "float32"),
+        (torch.tensor([[True]]), None, "bool"),
         (torch.tensor([[5, 6]]), torch.tensor([[1]]), r"attention_mask has shape \[1, 1\]"),
         (torch.tensor([[5, 999]]), None, "token id 999"),
     ],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import gc
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -19,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy
 import psutil
 import pytest
 import torch
@@ -298,6 +301,102 @@ def test_a_stream_may_move_from_thread_to_thread(model: moe_local.Model) -> None
         ids += [second.submit(next, stream).result().id for _ in range(3)]
         assert waiting.result() == other
     assert ids == expected
+
+
+def test_a_stream_may_be_closed_while_another_thread_makes_its_token(model: moe_local.Model) -> None:
+    """As by a button that stops an answer: the reader's stream just ends, where a whole step has."""
+    expected = answer(model, "hello").token_ids
+    engine = model.parts.engine
+    stream = model.stream("the token", max_new_tokens=200, **ENDLESS)
+    inside, go_on, step = threading.Event(), threading.Event(), engine.step
+
+    def slowly() -> Any:
+        inside.set()
+        assert go_on.wait(20)
+        return step()
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(engine, "step", slowly)
+        reading = pool.submit(list, stream)
+        assert inside.wait(20)
+        with pytest.raises(MoeLocalError, match="another thread is waiting for the next token"):
+            next(stream)
+        closing = pool.submit(stream.close)
+        assert not closing.done()
+        go_on.set()
+        closing.result(20)
+        assert len(reading.result(20)) == len(stream.token_ids) < 200
+    model.check_integrity()
+    assert answer(model, "hello").token_ids == expected
+
+
+def test_a_stream_that_waits_for_its_turn_may_be_closed(model: moe_local.Model) -> None:
+    first, second = (model.stream(prompt, max_new_tokens=9, **ENDLESS) for prompt in ("hello", "the token"))
+    next(first)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(list, second)
+        time.sleep(0.01)
+        second.close()
+        assert waiting.result(20) == []
+    assert len(list(first)) == 8
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_forks_copy_says_what_it_is(model: moe_local.Model) -> None:
+    """It would wait for threads that it has not; and its end takes nothing from the model."""
+    stream = model.stream("the token", max_new_tokens=5, **ENDLESS)
+    expected = [next(stream).id]
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = []
+        for ask in (
+            lambda: next(stream),
+            lambda: answer(model, "b"),
+            lambda: answer(model, torch.tensor([[1]])),
+        ):
+            try:
+                ask()
+            except MoeLocalError as error:
+                said.append(str(error))
+        model.close()
+        os.write(write, "\n".join(said).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        said = pipe.read().splitlines()
+    os.waitpid(child, 0)
+    assert len(said) == 3
+    assert set(said) == {
+        f"the model was loaded in process {os.getpid()}, and a fork has no threads to run it; "
+        f"load() it in process {child}, too"
+    }
+    expected += [token.id for token in stream]
+    assert answer(model, "the token", 5).token_ids == expected
+
+
+def test_a_model_is_not_copied(model: moe_local.Model) -> None:
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(MoeLocalError, match="cannot be copied or pickled; load"):
+            copied(model)
+
+
+def test_numbers_and_ids_as_other_libraries_give_them(model: moe_local.Model) -> None:
+    expected = answer(model, "the token", 5).token_ids
+    assert answer(model, "the token", numpy.int64(5)).token_ids == expected
+    sampled = [
+        model.generate("the token", max_new_tokens=5, temperature=temperature, seed=seed).token_ids
+        for temperature, seed in ((0.5, 3), (numpy.float32(0.5), numpy.int32(3)))
+    ]
+    assert sampled[0] == sampled[1]
+    inputs = model.tokenizer(["the token"], return_tensors="pt")
+    ids = inputs["input_ids"]
+    plain = model.generate(ids, max_new_tokens=3)
+    assert torch.equal(
+        model.generate(input_ids=ids, attention_mask=inputs["attention_mask"], max_new_tokens=numpy.int8(3)),
+        plain,
+    )
 
 
 def test_a_conversation_computes_only_what_is_new(model: moe_local.Model) -> None:
