@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -21,8 +22,8 @@ def use_native_norms(model: nn.Module) -> None:
         return
     for module in model.modules():
         if "RMSNorm" in type(module).__name__:
-            epsilon = _epsilon(module)
-            if epsilon is not None and _agrees(module, epsilon):
+            epsilon = epsilon_of(module)
+            if epsilon is not None and _is_served(module) and agrees(module, epsilon, native_norm):
                 cls: Any = type(module)
                 module._native_epsilon = epsilon  # type: ignore[assignment]
                 module.__class__ = _native(cls)
@@ -66,7 +67,17 @@ def _native(cls: Any) -> Any:
     return stand_in(cls, _native, forward)
 
 
-def _epsilon(module: nn.Module) -> float | None:
+def _is_served(module: nn.Module) -> bool:
+    """Whether the library can read its weight."""
+    weight = module.weight
+    return isinstance(weight, torch.Tensor) and weight.device.type == "cpu" and weight.is_contiguous()
+
+
+def epsilon_of(module: nn.Module) -> float | None:
+    """What a norm adds to the mean of squares, by any of the names that it has; None for a norm without
+    weights of its own."""
+    if not isinstance(getattr(module, "weight", None), torch.Tensor):
+        return None
     for name in ("variance_epsilon", "eps", "epsilon"):
         value = getattr(module, name, None)
         if isinstance(value, float):
@@ -74,18 +85,19 @@ def _epsilon(module: nn.Module) -> float | None:
     return None
 
 
-def _agrees(module: nn.Module, epsilon: float) -> bool:
-    """Whether a norm, on vectors from tiny to huge, gives what ours does, but for the order of a sum."""
-    weight = getattr(module, "weight", None)
+def agrees(
+    module: nn.Module, epsilon: float, norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+) -> bool:
+    """Whether a module, on vectors from tiny to huge, gives what `norm`, called as `native_norm`, does, but
+    for the order of a sum. The module is one that `epsilon_of` answers for."""
+    weight = module.weight
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.dtype not in DTYPES:
-        return False
-    if weight.device.type != "cpu" or not weight.is_contiguous():
         return False
     generator = torch.Generator().manual_seed(3)
     sizes = torch.tensor([1e-4, 1e-2, 1.0, 1e2], dtype=torch.float32).repeat(FEW_TOKENS // 4)
     x = torch.randn(FEW_TOKENS, weight.shape[0], generator=generator, dtype=torch.float32) * sizes[:, None]
     x[FEW_TOKENS // 2 :, 0] *= 100  # stands out, as in language models
-    x = x.to(weight.dtype)
+    x = x.to(weight.device, weight.dtype)
     with torch.no_grad():
         try:
             wanted = module(x)
@@ -93,7 +105,7 @@ def _agrees(module: nn.Module, epsilon: float) -> bool:
             return False
         if not isinstance(wanted, torch.Tensor) or wanted.shape != x.shape or wanted.dtype is not x.dtype:
             return False
-        got = native_norm(x, weight, epsilon)
+        got = norm(x, weight, epsilon)
     # Of 16 bits, one number is rounded twice; of 32, sums in another order are off by more than a step.
     info = torch.finfo(x.dtype)
     step = info.eps * (16 if x.dtype is torch.float32 else 2)
