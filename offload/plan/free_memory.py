@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 
+from moe_local.cache.errors import MoeLocalError, first_line
+
 if TYPE_CHECKING:
     import torch
 
@@ -35,10 +37,19 @@ def free_ram(*, reserve: bool = True) -> int:
 
 
 def free_vram(device: torch.device, *, reserve: bool = True) -> int:
-    """Bytes of a CUDA device's memory that can be had; less a reserve of a 32nd of it, 256 MiB at least."""
+    """Bytes of a CUDA device's memory that can be had; less a reserve of a 32nd of it, 256 MiB at least.
+
+    Raises MoeLocalError where the device is not to be had at all, as when another process has it for itself.
+    """
     import torch  # takes seconds, and RAM has no need of it
 
-    free, total = torch.cuda.mem_get_info(device)
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError as error:
+        raise MoeLocalError(
+            f"{device} cannot be used: {first_line(error)}; end what else uses it, ask moe-local doctor, or "
+            "use device='cpu'"
+        ) from error
     return max(free // 2, free - max(GIB // 4, total // 32)) if reserve else free
 
 

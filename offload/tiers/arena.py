@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 from collections.abc import Sequence
 
 import torch
@@ -68,10 +69,14 @@ class HostArena(Arena):
         return self._offsets[layer][slot]
 
     def cuts(self, nbytes: int) -> list[int]:
-        """0, the arena's end, and slot starts between, about `nbytes` apart: no slot crosses a cut."""
+        """0, the arena's end, and slot starts between, about `nbytes` apart: no slot crosses a cut.
+
+        Nor does a page of the system's, which may be larger than what slots are made of (64 KiB on some ARM
+        machines): CUDA would refuse the second of two ranges that share one.
+        """
         cuts = [0]
         for offset in itertools.chain.from_iterable(self._offsets):
-            if offset - cuts[-1] >= nbytes:
+            if offset - cuts[-1] >= nbytes and offset % mmap.PAGESIZE == 0:
                 cuts.append(offset)
         return [*cuts, self.nbytes] if self.nbytes else cuts
 

@@ -98,6 +98,16 @@ def test_no_slot_crosses_a_cut() -> None:
     arena.close()
 
 
+def test_no_page_of_a_system_with_large_ones_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena_module.mmap, "PAGESIZE", 65536)
+    arena = HostArena([80, 7, 12], [3 * 4096, 5 * 4096, 16 * 4096])
+    cuts = arena.cuts(100_000)
+    assert len(cuts) > 3
+    assert all(cut % 65536 == 0 for cut in cuts[:-1])
+    assert cuts[-1] == arena.nbytes
+    arena.close()
+
+
 class Cudart:
     """CUDA's registration of host memory, which has room for so many bytes."""
 

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
+from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.plan import free_memory
 from moe_local.offload.plan.free_memory import Limit, free_ram, group_limits
 
@@ -138,3 +140,15 @@ def test_a_limit_of_this_very_system_is_seen() -> None:
         assert abs(reserved - (free - GIB // 8)) < 16 * MIB  # some may have been taken between the two
     finally:
         group.rmdir()
+
+
+def test_a_card_that_is_not_to_be_had_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(device: torch.device) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nSearch for it")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", busy)
+    with pytest.raises(
+        MoeLocalError, match=r"^cuda:1 cannot be used: CUDA error: .* unavailable; end"
+    ) as raised:
+        free_memory.free_vram(torch.device("cuda:1"))
+    assert "\n" not in str(raised.value)
