@@ -20,7 +20,7 @@ from moe_local.cli.first_use import ready, yes_flag
 from moe_local.cli.live import LivePicture
 from moe_local.cli.options import LOAD_FLAGS, debug_flag, json_flag, load_flags
 from moe_local.cli.plot import draw_picture
-from moe_local.cli.render import ProgressBar, on_stderr, print_json
+from moe_local.cli.render import ProgressBar, on_stderr, print_json, show_cursor
 from moe_local.offload.interrupt import INTERRUPTED
 from moe_local.offload.options import LoadOptions
 
@@ -249,6 +249,7 @@ def _watching(model: Model) -> Iterator[Callable[[Step], None]]:
     from rich.live import Live
 
     with Live(console=on_stderr(), transient=True, auto_refresh=False) as live:
+        show_cursor(live.console)
         picture = LivePicture(model)
 
         def show(step: Step) -> None:

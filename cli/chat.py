@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import moe_local
-from moe_local.cache.errors import MoeLocalError
+from moe_local.cache.errors import ContextLengthError, MoeLocalError
 from moe_local.cli.answer import AnswerView
 from moe_local.cli.answer_parser import AnswerParser, Piece, opens_thought
 from moe_local.cli.completion import model_argument
@@ -158,7 +158,7 @@ class Chat:
         try:
             stream = self.model.stream(said, **sampling.generation())
         except Exception as error:
-            _say(error)
+            _say(self._with_remedy(error))
             return
         text, failure = self._stream(stream)
         if failure is not None:
@@ -171,6 +171,15 @@ class Chat:
             cut += ": the context is full; /clear empties it"
         if self.verbose:
             print_status(status_line(stream.stats) + cut)
+
+    def _with_remedy(self, error: Exception) -> Exception:
+        """Of a conversation that has outgrown the context, what can be done about it here."""
+        if not isinstance(error, ContextLengthError) or not (self.keeps and self.turns):
+            return error
+        request = self.model.plan.request
+        most = request.spec.max_context
+        larger = f", --context up to {most} holds more" if request.context < most else ""
+        return ContextLengthError(f"{str(error).partition(';')[0]}; /clear begins anew{larger}")
 
     def _stream(self, stream: TokenStream) -> tuple[str, Exception | None]:
         """Show an answer as it comes; its text, thoughts left out, and the error that ended it, if any."""

@@ -88,6 +88,7 @@ class Editor:
             key_bindings=self._keys(),
             multiline=True,
             enable_open_in_editor=True,
+            enable_suspend=True,
             reserve_space_for_menu=6,
             input=input,
             output=output,

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
 from moe_local.cache.cache_map import CacheMap, Cell
 from moe_local.cache.stats import Stats
+from moe_local.cli.answer import printable
+from moe_local.cli.render import on_stdout, show_cursor
 
 if TYPE_CHECKING:
     from moe_local import Model
@@ -122,12 +124,14 @@ class LiveAnswer:
     uses it has still to print.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, console: Console | None = None) -> None:
+        """`console`: where to draw, if not on stdout."""
         self.text = ""
         self._model = model
         self._picture = LivePicture(model)
         self._counts = model.stats()
-        self._live = Live(transient=True, auto_refresh=False, vertical_overflow="crop")
+        self._console = console or on_stdout()
+        self._live = Live(console=self._console, transient=True, auto_refresh=False, vertical_overflow="crop")
 
     def show(self, token: Token) -> None:
         """The next token."""
@@ -136,12 +140,15 @@ class LiveAnswer:
         drawn = self._picture.after(token.ms, counts - self._counts)
         self._counts = counts
         if drawn is not None:
-            height = self._live.console.height
-            lines = self.text.splitlines()[-max(1, height // 3) :]
-            self._live.update(Group(Text("\n".join(lines)), drawn), refresh=True)
+            width, height = self._console.size
+            lines = Text(printable(self.text[-width * height :])).wrap(self._console, width)
+            # a third of the screen, unless the picture leaves less
+            room = min(height // 3, height - 1 - len(self._console.render_lines(drawn)))
+            self._live.update(Group(*lines[-max(1, room) :], drawn), refresh=True)
 
     def __enter__(self) -> LiveAnswer:
         self._live.start()
+        show_cursor(self._console)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -12,6 +12,8 @@ from rich.live import Live
 from rich.markdown import Heading, Markdown, MarkdownElement
 from rich.segment import Segment
 
+from moe_local.cli.render import show_cursor
+
 LEAST_SECONDS = 0.06
 """Between two drawings; the eye does not see more."""
 SHARE = 20
@@ -117,6 +119,7 @@ class MarkdownStream:
                 console=self._console, transient=True, auto_refresh=False, vertical_overflow="crop"
             )
             self._live.start()
+            show_cursor(self._console)
         for block in blocks:
             self._finish(block)
         lines = self._render(self._tail)

@@ -34,6 +34,11 @@ def on_stdout() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
+def show_cursor(console: Console) -> None:
+    """Show the cursor that rich hides while it draws: Ctrl-Z or a kill would leave the shell without one."""
+    console.show_cursor(True)
+
+
 def print_json(document: Any) -> None:
     """The one JSON document of a command with --json."""
     click.echo(json.dumps(document, indent=2))
@@ -68,6 +73,7 @@ class ProgressBar:
                 self._progress.remove_task(task)
             self._tasks = {what: self._progress.add_task(f"{what} {self._unit}", total=total)}
             self._progress.start()
+            show_cursor(self._progress.console)
         self._progress.update(self._tasks[what], completed=done, total=total)
 
     def __enter__(self) -> ProgressBar:

@@ -123,6 +123,7 @@ class Model:
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
         asked = self._prepare(parts.hf, prompt, seed=seed, stop=stop, template=template, **options)
+        parts.engine.check_prompt(asked[0])
         stream = TokenStream(parts.engine, parts.store, self._turn, *asked)
         with self._streams_lock:
             self._streams.add(stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import runpy
 import sys
@@ -10,13 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from moe_local.cache.cache_map import CacheMap, Cell
 from moe_local.cache.routes import Phase, read_routes
 from moe_local.cache.stats import StallSeconds, Stats
 from moe_local.cli import live
 from moe_local.cli import plot as plots
-from moe_local.cli.live import LivePicture, draw_map, draw_stalls
+from moe_local.cli.live import LiveAnswer, LivePicture, draw_map, draw_stalls
 from moe_local.offload.measure.sample import Taker
 from moe_local.offload.plan import bandwidth
 from moe_local.offload.plan.bandwidth import Bandwidths
@@ -261,3 +263,25 @@ def test_the_picture_shows_the_last_step(fake: Any, monkeypatch: pytest.MonkeyPa
     now += live.LOOK_SECONDS
     assert picture.after(10.0, counts) is None, "to compare with"
     assert picture.after(10.0, counts) is not None
+
+
+def test_an_answer_leaves_the_picture_its_room(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line of text may be more than a screen."""
+    now = 5.0
+    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: now))
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=40, height=15)
+    with LiveAnswer(fake, console) as answer:
+        for number in range(400):
+            answer.show(SimpleNamespace(text=f"{number} ", ms=1.0))  # type: ignore[arg-type]
+            now += live.LOOK_SECONDS
+        shown = [
+            "".join(part.text for part in line).rstrip()
+            for line in console.render_lines(answer._live.get_renderable())
+        ]
+    assert len(shown) < console.height
+    assert {"   0 ·□··", "   1 ···▒"} <= set(shown)
+    written = [number for line in shown for number in line.split() if number.isdigit()]
+    assert "398" in written or "399" in written
+    hides, shows = (out.getvalue().rindex(f"\x1b[?25{letter}") for letter in "lh")
+    assert hides < shows, "the cursor is there for the shell, whatever ends this"

@@ -3,13 +3,14 @@ from __future__ import annotations
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 import click
 import pexpect
 import pytest
 
 import moe_local
-from moe_local.cache.errors import MoeLocalError, OptionError
+from moe_local.cache.errors import ContextLengthError, MoeLocalError, OptionError
 from moe_local.cli.chat import Chat
 from moe_local.cli.options import Sampling
 
@@ -111,6 +112,23 @@ def test_a_refused_message_is_not_kept(invoke, fake):
     assert result.exit_code == 0
     assert result.stdout == ""
     assert result.stderr == "moe-local: the prompt has 9000 tokens, the context holds 8192\n"
+
+
+def test_a_conversation_beyond_the_context_is_told_what_helps(fake, capsys):
+    chat = a_chat(fake)
+    chat.answer("one")
+    capsys.readouterr()
+    fake.refusal = ContextLengthError("the prompt has 99 tokens, the context holds 64; shorten it")
+    for most, larger in ((64, ""), (128, ", --context up to 128 holds more")):
+        fake.plan = SimpleNamespace(
+            request=SimpleNamespace(context=64, spec=SimpleNamespace(max_context=most))
+        )
+        chat.answer("two")
+        said = f"moe-local: the prompt has 99 tokens, the context holds 64; /clear begins anew{larger}\n"
+        assert capsys.readouterr().err == said
+    chat.turns = []
+    chat.answer("three")
+    assert capsys.readouterr().err == f"moe-local: {fake.refusal}\n"
 
 
 def test_an_error_in_an_answer_ends_the_answer_only(invoke, fake):
@@ -414,6 +432,9 @@ class TestOnATerminal:
         terminal.sendintr()
         terminal.expect_exact("stopped")
         terminal.expect_exact(">>>")
+        terminal.send("three\x1a\r")  # Ctrl-Z stops the process, where a shell is there to do it
+        terminal.expect_exact("3: THREE")
+        terminal.expect_exact(">>>")
         terminal.sendintr()
         terminal.expect_exact("Ctrl-C once more")
         terminal.expect_exact(">>>")
@@ -424,6 +445,7 @@ class TestOnATerminal:
         history = tmp_path / "home" / "chat" / "history"
         assert history.stat().st_mode & 0o777 == 0o600
         assert "+oon two\n+three\n" in history.read_text()
+        assert "\x1a" not in history.read_text()
 
     def test_ctrl_c_in_the_middle_of_a_token_of_a_real_model(self, spawn, long_mixtral, endless):
         """Misses, prefetches and reads from disk are under way when it comes; the model stays usable."""

@@ -183,7 +183,10 @@ def test_bad_calls_are_one_line_and_cost_nothing(
     model: moe_local.Model, prompt: Any, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(OptionError) as caught:
-        model.generate(prompt, **{"max_new_tokens": 2, **options})
+        if isinstance(prompt, torch.Tensor):
+            model.generate(prompt, **{"max_new_tokens": 2, **options})
+        else:
+            model.stream(prompt, **{"max_new_tokens": 2, **options})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
