@@ -20,11 +20,15 @@ from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.kernels.shared import SharedStep, Staging, pack, unpack
 from moe_local.offload.prefetch.prefetch import Prefetcher
+from moe_local.offload.progress import Progress
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.residents import Residents
 from moe_local.offload.schedule.calibrate import measure_cpu
 from moe_local.offload.schedule.costs import Work
 from moe_local.offload.store import ExpertStore
+
+COMPILING = "compiling kernels for"
+"""What a load reports of: seconds of work where a model, or a release of Triton, is used first."""
 
 _TAKEN_OVER = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "config")
 
@@ -193,27 +197,31 @@ class ExpertRunner:
         """All experts are in slots on a device: compute single tokens without a wait of the host."""
         self.on_device = Residents(self.store, self.grouped)
 
-    def warm_up(self, modules: Sequence[OffloadedExperts], hidden_size: int, dtype: torch.dtype) -> None:
+    def warm_up(
+        self,
+        modules: Sequence[OffloadedExperts],
+        hidden_size: int,
+        dtype: torch.dtype,
+        progress: Progress | None = None,
+    ) -> None:
         """Have the kernels of decode steps compiled now, which takes seconds, and not by the first token; and
         tried. Those that are wrong are not used."""
-        seen: list[tuple[torch.device, int, bool, Layout]] = []
+        cases: list[tuple[torch.device, int, bool, Layout]] = []
+        firsts: list[OffloadedExperts] = []
         for module in modules:
-            base, top_k = self.store.tier.arena.buffer(module.index, 0), self.store.routed.top_k(module.index)
-            device = base.device
+            device = self.store.tier.arena.buffer(module.index, 0).device
             for layout in self.store.kinds[module.index]:
-                launcher = self.grouped.launcher(module, device, layout)
-                case = (device, top_k, module.has_gate, layout)
-                if launcher is not None and case not in seen:
-                    seen.append(case)
-                    try_out(
-                        self.grouped,
-                        layout,
-                        math=module,
-                        base=base,
-                        top_k=top_k,
-                        width=hidden_size,
-                        dtype=dtype,
-                    )
+                case = (device, self.store.routed.top_k(module.index), module.has_gate, layout)
+                if self.grouped.launcher(module, device, layout) is not None and case not in cases:
+                    cases.append(case)
+                    firsts.append(module)
+        for number, (module, (_, top_k, _, layout)) in enumerate(zip(firsts, cases, strict=True)):
+            if progress is not None:
+                progress(COMPILING, number, len(cases))
+            base = self.store.tier.arena.buffer(module.index, 0)
+            try_out(self.grouped, layout, math=module, base=base, top_k=top_k, width=hidden_size, dtype=dtype)
+        if progress is not None and cases:
+            progress(COMPILING, len(cases), len(cases))
 
     def is_resident(self, layer: int) -> bool:
         """Whether single tokens go through the layer without the host."""

@@ -241,7 +241,7 @@ def _assemble(
         runner = ExpertRunner(store, prefetcher, options.activations)
         _announce_prompts(hf, store, plan.chunk, ahead=options.prefetch != "off")
         _fill(store, plan, progress)
-        _attach(hf, runner, checkpoint.spec.hidden_size, plan.request.dtype, on_cards=bool(cards))
+        _attach(hf, runner, checkpoint.spec, plan.request.dtype, progress, on_cards=bool(cards))
         if len(cards) == 1:  # a token that goes from card to card is neither captured nor kept to one
             if graphs is None and targets[0].type == "cuda":
                 graphs = CudaGraphs(targets[0])
@@ -293,12 +293,20 @@ def _announce_prompts(hf: Any, store: ExpertStore, chunk: int, *, ahead: bool) -
         hf.base_model.register_forward_pre_hook(announce, with_kwargs=True)
 
 
-def _attach(hf: Any, runner: ExpertRunner, hidden_size: int, dtype: torch.dtype, *, on_cards: bool) -> None:
+def _attach(
+    hf: Any,
+    runner: ExpertRunner,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    progress: Progress | None,
+    *,
+    on_cards: bool,
+) -> None:
     """Let the runner serve the model's experts; what takes seconds at the first use is done now."""
     store = runner.store
     modules = [module for module in hf.modules() if isinstance(module, OffloadedExperts)]
     if store.host is not None:
-        runner.measure(modules[0], hidden_size, dtype)
+        runner.measure(modules[0], spec.hidden_size, dtype)
     if (on_cards or library() is None) and any(a.format == "nf4" for layer in store.layouts for a in layer):
         bitsandbytes_ops()  # its import takes a second, which is not the first token's to wait for
         for device in store.tier.devices:
@@ -306,7 +314,7 @@ def _attach(hf: Any, runner: ExpertRunner, hidden_size: int, dtype: torch.dtype,
     for module in modules:
         module.attach(runner)
     if on_cards:
-        runner.warm_up(modules, hidden_size, dtype)
+        runner.warm_up(modules, spec.hidden_size, dtype, progress)
 
 
 def _keep_tokens_to_device(

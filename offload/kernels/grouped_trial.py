@@ -48,9 +48,11 @@ def try_out(
 ) -> None:
     """Have the kernels for a layout that `grouped` serves compiled, and used further only if they are right.
 
-    Arguments as for `fault`. Says so through logging if they are not.
+    Arguments as for `fault`. Says so through logging if they are not. Does nothing where they were refused.
     """
     device = base.device
+    if grouped.launcher(math, device, layout) is None:
+        return
     answers = LayerKernels().answers  # of its own: it remembers slots by their addresses
 
     def reason() -> str | None:

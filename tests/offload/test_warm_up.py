@@ -160,5 +160,7 @@ def test_each_card_and_each_number_of_experts_is_warmed_up(
     here, there = torch.zeros(16, dtype=torch.uint8), torch.zeros(16, dtype=torch.uint8, device="meta")
     runner = runner_of([[nf4], [nf4, int8], [nf4], [nf4]], [2, 2, 4, 2], [here, here, here, there])
     modules: Any = [Math(index) for index in range(4)]
-    runner.warm_up(modules, D, torch.float32)
+    reports: list[tuple[str, int, int]] = []
+    runner.warm_up(modules, D, torch.float32, lambda *report: reports.append(report))
+    assert reports == [(experts_module.COMPILING, done, 4) for done in range(5)]
     assert warmed == [("cpu", 2, "nf4"), ("cpu", 2, "int8"), ("cpu", 4, "nf4"), ("meta", 2, "nf4")]
