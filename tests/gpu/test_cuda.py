@@ -18,7 +18,8 @@ from moe_local.offload.engine.graphs import CudaGraphs
 from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
-from moe_local.offload.kernels.grouped import MOST_TOKENS, GroupedExperts, GroupedStep, warm_up
+from moe_local.offload.kernels.fused_norm import use_fused_norms
+from moe_local.offload.kernels.grouped import GroupedExperts, GroupedRun, GroupedStep
 from moe_local.offload.kernels.grouped_trial import made_expert
 from moe_local.offload.kernels.launcher import Launcher
 from moe_local.offload.kernels.layer import LayerKernels, OneByOne
@@ -216,23 +217,43 @@ def test_grouped_kernels_agree_with_one_by_one(math: SwiGLU, d: int, f: int, dty
         assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("format", ["nf4", "mxfp4", "q3"])
-def test_levels_that_are_shuffled_are_those_that_are_loaded(format: str) -> None:
-    """Bit by bit, for all numbers of tokens and rows of one step, of several, and of one that is not full."""
+@pytest.mark.parametrize(("format", "d", "f"), [("nf4", 2880, 2880), ("mxfp4", 2048, 768), ("q3", 4096, 128)])
+def test_levels_that_are_shuffled_are_those_that_are_loaded(format: str, d: int, f: int) -> None:
+    """Bit by bit, where a row is several steps, or one that is not full."""
     pytest.importorskip("triton")
     card = torch.device("cuda", torch.cuda.current_device())
-    for d, f in ((2048, 768), (2880, 2880), (4096, 128)):
-        specs = [TensorSpec("gate_up_proj", (2 * f, d)), TensorSpec("down_proj", (d, f))]
-        layout, experts, found = codec_for(format).layout(specs), GroupedExperts(), []
-        base, x = made_expert(layout).to(card), torch.randn(MOST_TOKENS, d, device=card).bfloat16()
-        for shuffles in (True, False):
-            assert experts.shuffles(card) == shuffles
-            launcher = experts.launcher(SwiGLU(), card, layout)
-            assert launcher is not None
-            found.append(torch.cat(warm_up(launcher, x, 2, base)))
-            experts.stop_shuffling(card)
-        assert found[0].isfinite().all()
-        assert torch.equal(*found)
+    specs = [TensorSpec("gate_up_proj", (2 * f, d)), TensorSpec("down_proj", (d, f))]
+    layout, experts, found = codec_for(format).layout(specs), GroupedExperts(), []
+    base, x = made_expert(layout).to(card), torch.randn(8, d, device=card).bfloat16()
+    for shuffles in (True, False):
+        assert experts.shuffles(card) == shuffles
+        launcher = experts.launcher(SwiGLU(), card, layout)
+        assert launcher is not None
+        for tokens in (1, 8):
+            run = GroupedRun(launcher, x[:tokens], torch.ones(tokens, 1, device=card))
+            run.launch(base, torch.tensor([[0, *range(tokens)]], device=card))
+            found.append(run.outputs)
+        experts.stop_shuffling(card)
+    assert all(each.isfinite().all() for each in found)
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norms_are_torchs_one_kernel(dtype: torch.dtype) -> None:
+    from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
+
+    for width in (128, 2880, 7168):
+        model = torch.nn.ModuleList([MixtralRMSNorm(width, 1e-5)]).to("cuda", dtype).requires_grad_(False)
+        model[0].weight.add_(0.3 * torch.randn(width, device="cuda"))
+        use_fused_norms(model)
+        assert "_fused_epsilon" in vars(model[0])
+        x = torch.randn(1, 1, width, device="cuda").to(dtype)
+        with torch.inference_mode(), torch.profiler.profile() as profile:
+            model[0](x)
+            torch.cuda.synchronize()
+        kernels = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
+        assert len([name for name in kernels if "Memcpy" not in name]) <= 1, kernels
 
 
 def test_kernels_that_are_wrong_are_done_without(
