@@ -27,6 +27,7 @@ from moe_local.offload.checkpoint.spec import (
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.kernels.attention import use_single_query_attention
 from moe_local.offload.kernels.attention_trial import use_token_attention
+from moe_local.offload.kernels.delta_rule import use_native_delta_rule
 from moe_local.offload.kernels.fused_norm import use_fused_norms
 from moe_local.offload.kernels.index_pieces import use_index_pieces
 from moe_local.offload.kernels.latent_attention import use_latent_attention
@@ -123,6 +124,7 @@ def load_skeleton(
         use_native_linears(model)
         use_native_norms(model)
         use_native_routers(model)
+        use_native_delta_rule(model)
         use_token_attention(model)
     elif device.type == "cuda":
         use_fused_norms(model)

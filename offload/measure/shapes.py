@@ -7,7 +7,7 @@ from typing import Any
 from moe_local.cache.errors import OptionError
 from moe_local.offload.checkpoint.registry import find_alias
 
-PUBLISHED = ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-120b", "deepseek-v3")
+PUBLISHED = ("mixtral-8x7b", "qwen3-30b-a3b", "qwen3.6-35b-a3b", "gpt-oss-120b", "deepseek-v3")
 
 # config.json of openai/gpt-oss-120b and deepseek-ai/DeepSeek-V3, without what says nothing of the shape.
 _GPT_OSS_120B: dict[str, Any] = {
@@ -84,5 +84,5 @@ def _fields(name: str) -> dict[str, Any]:
     alias = find_alias(name) if name in PUBLISHED else None
     if alias is None:
         raise OptionError(f"no shape {name!r} is known; use one of {', '.join(PUBLISHED)}")
-    fields: dict[str, Any] = alias.config().to_dict()
+    fields: dict[str, Any] = alias.config().get_text_config(decoder=True).to_dict()
     return {k: v for k, v in fields.items() if not k.startswith("_") and k != "transformers_version"}

@@ -90,6 +90,40 @@ class Sequence(Structure):
     )
 
 
+class DeltaRule(Structure):
+    _fields_ = (
+        ("q", c_void_p),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("beta", c_void_p),
+        ("decay", c_void_p),
+        ("state", c_void_p),
+        ("y", c_void_p),
+        ("rows", c_int64),
+        ("key_heads", c_int64),
+        ("value_heads", c_int64),
+        ("key_width", c_int64),
+        ("value_width", c_int64),
+        ("dtype", c_int32),
+        ("normalized", c_int32),
+    )
+
+
+class Convolution(Structure):
+    _fields_ = (
+        ("x", c_void_p),
+        ("state", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+        ("rows", c_int64),
+        ("channels", c_int64),
+        ("taps", c_int64),
+        ("dtype", c_int32),
+        ("silu", c_int32),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The library, or None where it was not compiled, which is said once."""
@@ -138,6 +172,8 @@ _ARGUMENTS: dict[str, list[type]] = {
         *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p, POINTER(Gate), c_void_p, c_int64, c_void_p),
         *(c_void_p, c_int64, c_void_p, c_int32, c_int32, c_int32),
     ],
+    "moe_delta_rule": [POINTER(DeltaRule), c_int32],
+    "moe_convolve": [POINTER(Convolution), c_int32],
     "moe_route": [POINTER(Matrix), c_void_p, c_int32, c_int64, c_int32, c_void_p, c_void_p, c_void_p],
     "moe_combine": [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p],
     "moe_gate": [POINTER(Gate), c_void_p, c_int64, c_int64, c_void_p],

@@ -322,6 +322,45 @@ void use_norm_and_route(Random& random) {
   }
 }
 
+void use_linear_attention(Random& random) {
+  const int32_t dtype = a_dtype(random);
+  DeltaRule r{};
+  r.rows = between(random, 1, 3), r.key_heads = between(random, 1, 3);
+  r.value_heads = r.key_heads * between(random, 1, 3);
+  r.key_width = a_size(random) % 70 + 1, r.value_width = 16 * between(random, 1, 9);
+  r.dtype = dtype, r.normalized = static_cast<int32_t>(random() % 2);
+  const int64_t keys = r.rows * r.key_heads * r.key_width, values = r.rows * r.value_heads * r.value_width;
+  const int64_t heads = r.rows * r.value_heads, state_bytes = 4 * values * r.key_width;
+  Numbers q(random, dtype, keys, 2.0f), k(random, dtype, keys, 0.3f), v(random, dtype, values, 2.0f);
+  Numbers beta(random, dtype, heads, 1.0f);
+  Buffer decay(random, 4 * heads), state(random, state_bytes), other(random, state_bytes);
+  decay.fill_floats(random, -3.0f, 0.0f);
+  state.fill_floats(random, -1.0f, 1.0f);
+  std::memcpy(other.bytes(), state.bytes(), static_cast<size_t>(state_bytes));
+  Buffer y(random, bytes_of(dtype) * values), again(random, bytes_of(dtype) * values);
+  r.q = q.bytes(), r.k = k.bytes(), r.v = v.bytes(), r.beta = beta.bytes(), r.decay = decay.floats();
+  for (Buffer* out : {&y, &again}) {
+    r.state = (out == &y ? state : other).floats(), r.y = out->bytes();
+    require(moe_delta_rule(&r, out == &y ? some_threads(random) : 1) == OK, "moe_delta_rule failed");
+  }
+  same_bytes(y, again, bytes_of(dtype) * values, "threads change moe_delta_rule");
+  same_bytes(state, other, state_bytes, "threads change a state of moe_delta_rule");
+  const int64_t rows = between(random, 1, 3), channels = a_size(random), taps = between(random, 1, 6);
+  Numbers x(random, dtype, rows * channels, 2.0f), inputs(random, dtype, rows * channels * taps, 2.0f);
+  Numbers weight(random, dtype, channels * taps, 1.0f), bias(random, dtype, channels, 1.0f);
+  const int64_t bytes = bytes_of(dtype) * rows * channels;
+  Buffer last(random, bytes * taps), moved(random, bytes), moved_again(random, bytes);
+  std::memcpy(last.bytes(), inputs.bytes(), static_cast<size_t>(bytes * taps));
+  Convolution c{x.bytes(), nullptr, weight.bytes(), random() % 2 ? bias.bytes() : nullptr, nullptr, rows,
+                channels,  taps,    dtype,          static_cast<int32_t>(random() % 2)};
+  for (Buffer* out : {&moved, &moved_again}) {
+    c.state = out == &moved ? static_cast<Buffer&>(inputs).bytes() : last.bytes(), c.y = out->bytes();
+    require(moe_convolve(&c, out == &moved ? some_threads(random) : 1) == OK, "moe_convolve failed");
+  }
+  same_bytes(moved, moved_again, bytes, "threads change moe_convolve");
+  same_bytes(inputs, last, bytes * taps, "threads change a state of moe_convolve");
+}
+
 void use_experts(Random& random) {
   const int64_t width = a_size(random), hidden = a_size(random) % 200 + 1;
   const int64_t count = between(random, 1, 6), tokens = random() % 8 == 0 ? 90 : between(random, 1, 12);
@@ -406,6 +445,7 @@ void rounds(unsigned seed, int count) {
     use_linear(random);
     use_attention(random);
     use_norm_and_route(random);
+    use_linear_attention(random);
     use_experts(random);
     use_the_rest(random);
   }

@@ -78,6 +78,18 @@ struct Looked {
   float* sums;     // [queries, width]
 };
 
+// One head of linear attention that takes a token; its widths as in moe_native.h's DeltaRule.
+struct Delta {
+  const float* q;  // [key_width], scaled
+  const float* k;  // [key_width]
+  const float* v;  // [value_width]
+  float beta;
+  float factor;  // what is left of the state
+  int64_t key_width;
+  int64_t value_width;  // a multiple of HEAD_STEP
+  float* state;         // [key_width, value_width]
+};
+
 struct Kernels {
   int32_t isa;
   const char* name;
@@ -109,6 +121,9 @@ struct Kernels {
 
   // Keys and values are of the dtype.
   void (*attend)(int32_t dtype, const Look& look, const Looked& out);
+
+  // The head's state takes the token in; out [value_width] is what it answers.
+  void (*delta)(const Delta& head, float* out);
 
   // Blocks [first, last) of weights [numel] -> their part of q and absmax; see moe_nf4_encode.
   void (*encode)(const void* weights, int32_t dtype, int64_t numel, int64_t first, int64_t last, uint8_t* q,

@@ -24,6 +24,7 @@ constexpr int64_t TILE_T = 3;
 
 #include "gate.h"
 #include "attend.h"
+#include "delta.h"
 #include "prepare.h"
 #include "low.h"
 #include "micro.h"
@@ -49,8 +50,8 @@ constexpr auto rows_tiled_bf16 = rows_tiled;
 
 #include "rows.h"
 
-constexpr Kernels TABLE = {AVX2,  "avx2", prepare, rows,   gate,   combine,
-                           widen, narrow, norm,    attend, encode, encode_low};
+constexpr Kernels TABLE = {AVX2,   "avx2", prepare, rows,  gate,   combine,   widen,
+                           narrow, norm,   attend,  delta, encode, encode_low};
 
 }  // namespace
 

@@ -30,6 +30,7 @@ constexpr int64_t TILE_T = 6;
 
 #include "gate.h"
 #include "attend.h"
+#include "delta.h"
 #include "prepare.h"
 #include "low.h"
 #include "micro.h"
@@ -49,8 +50,8 @@ constexpr int64_t TILE_T = 6;
 #include "low_encode.h"
 #include "rows.h"
 
-constexpr Kernels TABLE = {AVX512, "avx512", prepare, rows,   gate,   combine,
-                           widen,  narrow,   norm,    attend, encode, encode_low};
+constexpr Kernels TABLE = {AVX512, "avx512", prepare, rows,  gate,   combine,   widen,
+                           narrow, norm,     attend,  delta, encode, encode_low};
 
 }  // namespace
 

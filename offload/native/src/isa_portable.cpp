@@ -15,6 +15,7 @@ constexpr int64_t TILE_T = 2;
 
 #include "gate.h"
 #include "attend.h"
+#include "delta.h"
 #include "prepare.h"
 #include "low.h"
 #include "micro.h"
@@ -35,8 +36,8 @@ void rows(const Matrix& m, const float* map, int32_t, bool, const Prepared* x, i
   rows_tiled(decode_any, m, map, x, count, first, last, y);
 }
 
-constexpr Kernels TABLE = {PORTABLE, "portable", prepare, rows,   gate,   combine,
-                           widen,    narrow,     norm,    attend, encode, encode_low};
+constexpr Kernels TABLE = {PORTABLE, "portable", prepare, rows,  gate,   combine,   widen,
+                           narrow,   norm,       attend,  delta, encode, encode_low};
 
 }  // namespace
 

@@ -153,6 +153,47 @@ MOE_API int32_t moe_experts(const Expert* const* experts, int64_t count, const i
                             int64_t tokens_in_x, float* outputs, const float* weights, int64_t top_k,
                             void* combined, int32_t dtype, int32_t activations, int32_t threads);
 
+// A token of each of `rows` sequences through linear attention by the gated delta rule (Gated DeltaNet, arXiv
+// 2412.06464). A head has a state S [key_width, value_width], which becomes e^decay * S + k d, where d = beta
+// * (v - k (e^decay * S)); its answer is q S / sqrt(key_width). Each head of keys has value_heads / key_heads
+// heads of values; value_width is a multiple of 16. `normalized`: q and k are divided by their lengths first.
+struct DeltaRule {
+  const void* q;       // [rows, key_heads, key_width], of the dtype, as k, v, beta and y
+  const void* k;       // [rows, key_heads, key_width]
+  const void* v;       // [rows, value_heads, value_width]
+  const void* beta;    // [rows, value_heads]
+  const float* decay;  // [rows, value_heads]
+  float* state;        // [rows, value_heads, key_width, value_width]
+  void* y;             // [rows, value_heads, value_width]
+  int64_t rows;
+  int64_t key_heads;
+  int64_t value_heads;
+  int64_t key_width;
+  int64_t value_width;
+  int32_t dtype;
+  int32_t normalized;
+};
+
+MOE_API int32_t moe_delta_rule(const DeltaRule* rule, int32_t threads);
+
+// A token of each of `rows` sequences through a convolution along tokens, each channel by itself: x becomes
+// the last of the channel's `taps` inputs in `state`, whose sum, weighed, is y, rounded to the dtype; with
+// `silu` then y * sigmoid(y). All of the dtype.
+struct Convolution {
+  const void* x;       // [rows, channels]
+  void* state;         // [rows, channels, taps]
+  const void* weight;  // [channels, taps]
+  const void* bias;    // [channels], or null
+  void* y;             // [rows, channels]
+  int64_t rows;
+  int64_t channels;
+  int64_t taps;
+  int32_t dtype;
+  int32_t silu;
+};
+
+MOE_API int32_t moe_convolve(const Convolution* convolution, int32_t threads);
+
 // One token's choice of experts: logits [rows] of the dtype = x [cols] times the matrix, transposed, plus its
 // bias; probabilities = softmax of the rounded logits; ids [top_k] of the largest, largest first, and their
 // weights [top_k], which are divided by their sum if `normalized`.

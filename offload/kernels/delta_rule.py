@@ -1,0 +1,217 @@
+"""A token through what linear attention keeps, in two calls of the library.
+
+Gated DeltaNet layers (Qwen3-Next, Qwen3.5) have a state of some megabytes in place of keys and values.
+transformers' own code, in some fifty operations, goes through it eight times a token; the library once. The
+layer's forward is transformers' own: of what it calls, two functions are the library's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_local.offload.kernels.stand_in import stand_in
+from moe_local.offload.native.library import DTYPES, Convolution, DeltaRule, check, library
+from moe_local.offload.threads import kernel_threads
+
+RULE, CONVOLUTION = "torch_recurrent_gated_delta_rule", "causal_conv1d_update"
+"""What transformers' forwards call the two functions."""
+
+Function = Callable[..., Any]
+
+
+def use_native_delta_rule(model: nn.Module) -> None:
+    """Let single tokens of `model`, in CPU memory, go through its linear attention by the library.
+
+    For classes whose forward calls transformers' two functions by name, where the library's give the same.
+    """
+    if library() is None:
+        return
+    agreed: dict[Any, bool] = {}
+    for module in model.modules():
+        cls: Any = type(module)
+        if cls not in agreed:
+            functions = _functions(cls)
+            agreed[cls] = functions is not None and _agrees(*functions)
+        if agreed[cls]:
+            module.__class__ = _native(cls)
+
+
+def _functions(cls: Any) -> tuple[Function, Function] | None:
+    """The two functions that a class's forward calls; None if it is not such a class."""
+    plain = inspect.unwrap(cls.forward)
+    code = getattr(plain, "__code__", None)
+    if code is None or not {RULE, CONVOLUTION} <= set(code.co_names):
+        return None
+    functions = (plain.__globals__.get(name) for name in (RULE, CONVOLUTION))
+    rule, convolution = functions
+    return (rule, convolution) if callable(rule) and callable(convolution) else None
+
+
+@cache
+def _native(cls: Any) -> Any:
+    functions = _functions(cls)
+    assert functions is not None
+    rule, convolution = functions
+    plain = inspect.unwrap(cls.forward)
+    names = plain.__globals__ | {
+        RULE: partial(delta_rule, rule),
+        CONVOLUTION: partial(convolve, convolution),
+    }
+    direct = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
+    direct.__kwdefaults__ = plain.__kwdefaults__
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if (
+            hidden_states.shape[1] != 1
+            or hidden_states.device.type != "cpu"
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return cls.forward(self, hidden_states, *args, **kwargs)
+        return direct(self, hidden_states, *args, **kwargs)
+
+    return stand_in(cls, _native, forward)
+
+
+def delta_rule(
+    other: Function,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As transformers' torch_recurrent_gated_delta_rule, `other`, which gets what the library does not do.
+
+    query, key [B, 1, Hk, Dk], value [B, 1, Hv, Dv], g (fp32) and beta [B, 1, Hv]; the state, fp32
+    [B, Hv, Dk, Dv], is overwritten and returned beside the answers, [B, 1, Hv, Dv].
+    """
+    rows, tokens, key_heads, key_width = key.shape
+    value_heads, value_width = value.shape[2:]
+    state = initial_state
+    if (
+        tokens != 1
+        or state is None
+        or not output_final_state
+        or options.get("cu_seqlens") is not None
+        or not query.dtype is key.dtype is value.dtype is beta.dtype
+        or value.dtype not in DTYPES
+        or not g.dtype is state.dtype is torch.float32
+        or state.shape != (rows, value_heads, key_width, value_width)
+        or not state.is_contiguous()
+        or value_width % 16
+        or query.shape != key.shape
+    ):
+        answer: tuple[torch.Tensor, torch.Tensor | None] = other(
+            query,
+            key,
+            value,
+            g=g,
+            beta=beta,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            **options,
+        )
+        return answer
+    lib = library()
+    assert lib is not None
+    held = query, key, value, beta, g = tuple(x.contiguous() for x in (query, key, value, beta, g))
+    output = torch.empty_like(value)
+    rule = DeltaRule(
+        *(x.data_ptr() for x in (*held, state, output)),
+        *(rows, key_heads, value_heads, key_width, value_width),
+        *(DTYPES[value.dtype], use_qk_l2norm_in_kernel),
+    )
+    check(lib.moe_delta_rule(ctypes.byref(rule), kernel_threads()))
+    return output, state
+
+
+def convolve(
+    other: Function,
+    hidden_states: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """As transformers' causal_conv1d_update, `other`, which gets what the library does not do.
+
+    hidden_states [B, C, 1], weight [C, K], bias [C] or None; the last inputs, conv_state [B, C, K], are
+    moved on. Returns [B, C, 1].
+    """
+    rows, channels, tokens = hidden_states.shape
+    tensors = [hidden_states, conv_state, weight, *([] if bias is None else [bias])]
+    if (
+        tokens != 1
+        or activation not in (None, "silu", "swish")
+        or len({x.dtype for x in tensors}) > 1
+        or weight.dtype not in DTYPES
+        or conv_state.shape != (rows, *weight.shape)
+        or not conv_state.is_contiguous()
+    ):
+        output: torch.Tensor = other(hidden_states, conv_state, weight, bias, activation)
+        return output
+    lib = library()
+    assert lib is not None
+    x, weight = hidden_states.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty_like(x)
+    convolution = Convolution(
+        *(x.data_ptr(), conv_state.data_ptr(), weight.data_ptr()),
+        *(None if bias is None else bias.data_ptr(), y.data_ptr()),
+        *(rows, channels, weight.shape[1], DTYPES[x.dtype], activation is not None),
+    )
+    check(lib.moe_convolve(ctypes.byref(convolution), kernel_threads()))
+    return y
+
+
+def _agrees(rule: Function, convolution: Function) -> bool:
+    """Whether these functions do what the library's do, but for rounding."""
+    try:
+        wanted = _two_tokens(rule, convolution)
+        found = _two_tokens(partial(delta_rule, _never), partial(convolve, _never))
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+    pairs = zip(found, wanted, strict=True)
+    return all(got.shape == want.shape and torch.allclose(got, want, atol=1e-4) for got, want in pairs)
+
+
+@torch.inference_mode()
+def _two_tokens(rule: Function, convolution: Function) -> list[torch.Tensor]:
+    """What the functions give for two tokens of two sequences, and leave behind."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float32)
+
+    state, inputs, weight, bias = draw(2, 4, 32, 16), draw(2, 6, 4), draw(6, 4), draw(6)
+    found: list[torch.Tensor] = []
+    for normalized in (True, False):
+        answer, state = rule(
+            *(draw(2, 1, 2, 32), draw(2, 1, 2, 32), draw(2, 1, 4, 16)),
+            g=-draw(2, 1, 4).abs(),
+            beta=draw(2, 1, 4).sigmoid(),
+            initial_state=state,
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=normalized,
+        )
+        moved = convolution(draw(2, 6, 1), inputs, weight, *((bias, "silu") if normalized else ()))
+        found += [answer, state.clone(), moved, inputs.clone()]
+    return found
+
+
+def _never(*args: Any, **options: Any) -> Any:
+    raise RuntimeError("the library does not do this")
