@@ -119,12 +119,13 @@ def load_skeleton(
     use_sink_attention(model)
     use_latent_attention(model)
     use_index_pieces(model)
+    if device.type == "cpu":
+        use_native_delta_rule(model)
     use_state_pieces(model)
     if device.type == "cpu":
         use_native_linears(model)
         use_native_norms(model)
         use_native_routers(model)
-        use_native_delta_rule(model)
         use_token_attention(model)
     elif device.type == "cuda":
         use_fused_norms(model)

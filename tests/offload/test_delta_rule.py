@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache
 
 import moe_local
+from moe_local.offload.checkpoint import skeleton
 from moe_local.offload.engine.names import cache_name
 from moe_local.offload.kernels import delta_rule as module_under_test
 from moe_local.offload.kernels.delta_rule import convolve, delta_rule, use_native_delta_rule
@@ -150,8 +151,19 @@ def test_gradients_go_transformers_way(tiny_models: ModuleType, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_loaded_model_uses_it(make_checkpoint: Callable[..., Path], family: str) -> None:
-    with moe_local.load(make_checkpoint(family), device="cpu", experts="fp32") as model:
-        layers = layers_of(model.hf)
-        assert layers
-        assert all(type(layer).__mro__[1].__name__ == type(layer).__name__ for layer in layers)
+def test_a_loaded_model_uses_it(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """With the ids that transformers' own functions give."""
+    calls: list[int] = []
+    found = []
+    for native in (True, False):
+        if not native:
+            monkeypatch.setattr(skeleton, "use_native_delta_rule", lambda model: None)
+        with moe_local.load(make_checkpoint(family), device="cpu", experts="fp32") as model:
+            with monkeypatch.context() as patch:
+                patch.setattr(module_under_test, "library", lambda: calls.append(1) or library())
+                out = model.generate([5, 6, 7], max_new_tokens=8, do_sample=False, eos_token_id=None)
+            assert len(calls) == 2 * 7 * len(layers_of(model.hf))
+            found.append(out.token_ids)
+    assert found[0] == found[1]
