@@ -132,7 +132,7 @@ def _conversations() -> Iterator[list[dict[str, str]]]:
 def _show(found: Calibration) -> None:
     print_table(
         ("layers ahead", "recall of the router", "corrected"),
-        [(str(r.distance), f"{r.plain:.1%}", f"{r.corrected:.1%}") for r in found.recalls],
+        [(str(r.distance), f"{100 * r.plain:.1f} %", f"{100 * r.corrected:.1f} %") for r in found.recalls],
     )
 
 

@@ -90,7 +90,7 @@ def convert(
     if text is not None and found is not None and (found.gap or 0) > WORSE:
         print_status(
             f"this mix was not chosen by that text alone, and the best one by it would harm "
-            f"{found.gap:.0%} less; to choose anew: moe-local rm {model}, or --out FOLDER"
+            f"{100 * (found.gap or 0):.0f} % less; to choose anew: moe-local rm {model}, or --out FOLDER"
         )
 
 

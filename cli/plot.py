@@ -28,7 +28,7 @@ COLOURS = {
 def check_plotting(path: Path) -> None:
     """Raises MoeLocalError if matplotlib is not installed, OptionError if it draws no such file."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise MoeLocalError("--plot needs matplotlib, which is not installed: pip install 'moe-local[plot]'")
+        raise MoeLocalError("--plot needs matplotlib, which is not installed: pip install matplotlib")
     if _kind(path) not in KINDS:
         raise OptionError(
             f"--plot {path} is no picture that can be drawn; end its name in .{', .'.join(KINDS)}"

@@ -39,10 +39,10 @@ class MixFigures:
         if self.harm is not None and self.even_harm and self.gap is not None:
             what = f"KL divergence {self.harm:.4f} nats a token"
             if not self.text:
-                what = f"error {self.harm:.2%} of the experts' output, by the weights alone"
+                what = f"error {100 * self.harm:.2f} % of the experts' output, by the weights alone"
             found.append(
-                f"expected {what}: {self.harm / self.even_harm:.0%} of what as many bytes dealt out evenly "
-                f"cost, and within {self.gap:.1%} of the least possible"
+                f"expected {what}: {100 * self.harm / self.even_harm:.0f} % of what as many bytes dealt out "
+                f"evenly cost, and within {100 * self.gap:.1f} % of the least possible"
             )
         return found
 

@@ -26,7 +26,7 @@ def software() -> Iterator[Finding]:
         needed = metadata.requires("moe-local") or []
         yield Finding("moe-local", metadata.version("moe-local"))
     except metadata.PackageNotFoundError:
-        yield warn("moe-local", "is imported from a folder, not installed", "pip install moe-local")
+        yield warn("moe-local", "is imported from a folder, not installed", "pip install . in that folder")
         needed = []
     cuda = torch.version.cuda or torch.version.hip
     yield Finding(
@@ -39,7 +39,7 @@ def software() -> Iterator[Finding]:
 
 def packages(requirements: Iterable[str]) -> Finding:
     """Whether all that is needed is installed, in a version that is known to do."""
-    missing, others, count = [], [], 0
+    missing, others, wanted, count = [], [], [], 0
     for text in requirements:
         try:
             requirement = Requirement(text)
@@ -55,10 +55,11 @@ def packages(requirements: Iterable[str]) -> Finding:
             continue
         if not requirement.specifier.contains(version, prereleases=True):
             others.append(f"{requirement.name} {version} (needs {requirement.specifier})")
+            wanted.append(f"'{requirement.name}{requirement.specifier}'")
     if missing:
         return fail("packages", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
     if others:
-        return warn("packages", ", ".join(others), "pip install --upgrade moe-local")
+        return warn("packages", ", ".join(others), f"pip install {' '.join(wanted)}")
     return Finding("packages", f"all {count} that moe-local needs")
 
 
@@ -68,7 +69,7 @@ def kernels(devices: Iterable[torch.device]) -> Iterator[Finding]:
     found = next((path for name in COMPILERS if (path := shutil.which(name))), None)
     compiler = os.environ.get("CXX") or found
     if lib is None:
-        remedy = "pip install --force-reinstall --no-deps moe-local"
+        remedy = "install moe-local again as before, with pip's --force-reinstall --no-deps"
         if compiler is None:
             remedy = f"install a C++17 compiler (g++ or clang++), then {remedy}"
         yield warn("CPU kernels", "PyTorch: tens of times slower than the C++ ones", remedy, isa=None)

@@ -211,7 +211,7 @@ def test_without_matplotlib(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
     result = bench("--plot", str(tmp_path / "p.png"))
     assert result.exit_code == 1
     assert result.stderr == (
-        "moe-local: --plot needs matplotlib, which is not installed: pip install 'moe-local[plot]'\n"
+        "moe-local: --plot needs matplotlib, which is not installed: pip install matplotlib\n"
     )
 
 

@@ -21,7 +21,7 @@ def test_by_a_text(invoke, home, tiny_mixtral, tmp_path):
     assert " in nf4" in words
     assert third.startswith("expected KL divergence 0.")
     assert third.endswith(
-        " of what as many bytes dealt out evenly cost, and within 0.0% of the least possible"
+        " of what as many bytes dealt out evenly cost, and within 0.0 % of the least possible"
     )
     again = json.loads(invoke(*command, "-", "--json", input=TEXT).stdout)
     assert again["experts"] == "mixed:6"
