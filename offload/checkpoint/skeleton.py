@@ -67,6 +67,8 @@ def load_skeleton(
     with hooks that move hidden states along. Loads one model at a time; other threads wait. Raises
     CheckpointError if weights are missing or cannot be quantized, or without experts modules to replace.
     """
+    if device.type == "cpu":
+        logging.getLogger("transformers.integrations.hub_kernels").addFilter(_is_of_use)
     cls = model_class(config)
     swapping = _swapping(cls, weights)
     config = _unquantized(config)
@@ -130,6 +132,11 @@ def load_skeleton(
     elif device.type == "cuda":
         use_fused_norms(model)
     return model
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """False for transformers' advice to install kernels, of which a CPU has none."""
+    return "falling back to its reference" not in record.getMessage()
 
 
 def _unquantized(config: Any) -> Any:
