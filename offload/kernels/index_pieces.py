@@ -1,4 +1,4 @@
-"""Choosing tokens for sparse attention (DeepSeek V3.2) a few queries at a time.
+"""Choosing tokens for sparse attention (DeepSeek V3.2 and V4) a few queries at a time.
 
 Its indexer scores every token for every query by each of its heads, in fp32: 2048 tokens behind 2048 others
 take 4 GiB, twice 64 heads x 2048 x 4096 numbers, and all that is used is their sum over heads.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -23,6 +24,8 @@ SCORES_BYTES = 128 * 2**20
 SHORTEST = 16
 """Queries in a piece at least: 16 behind 128 thousand tokens take 512 MiB for each of two results."""
 
+SCORED = ["self", "q", "compressed_kv", "hidden_states"]
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,14 +34,16 @@ def use_index_pieces(model: Any) -> None:
 
     Whether that changes nothing is found out by trying: see `difference`.
     """
-    modules = [module for module in model.modules() if _is_indexer(module) and not hasattr(module, "numbers")]
-    if not modules:
+    left = [module for module in model.modules() if not hasattr(module, "numbers")]
+    makers = [(module, make) for module in left if (make := _maker(module)) is not None]
+    if not makers:
         return
+    modules = [module for module, _ in makers]
     classes: list[Any] = [type(module) for module in modules]
 
     def change() -> None:
-        for module, cls in zip(modules, classes, strict=True):
-            set_class(module, in_pieces(cls))
+        for (module, make), cls in zip(makers, classes, strict=True):
+            set_class(module, make(cls))
             module.numbers, module.least = 0, 2
 
     reason = difference(model, change)
@@ -52,9 +57,14 @@ def use_index_pieces(model: Any) -> None:
         logger.info("tokens are chosen for all queries of a prompt at once: %s", reason)
 
 
-def _is_indexer(module: Any) -> bool:
+def _maker(module: Any) -> Callable[[Any], Any] | None:
+    """What makes a class that scores in pieces of the module's, if it scores."""
     cls: Any = type(module)
-    return cls.__name__.endswith("Indexer") and ".update_indexer(" in class_source(cls)
+    if cls.__name__.endswith("Indexer") and ".update_indexer(" in class_source(cls):
+        return in_pieces
+    if cls.__name__.endswith("IndexerScorer") and [*inspect.signature(cls.forward).parameters] == SCORED:
+        return scores_in_pieces
+    return None
 
 
 @cache
@@ -83,6 +93,24 @@ def in_pieces(cls: Any) -> Any:
         return torch.cat(chosen, dim=1)
 
     return stand_in(cls, in_pieces, forward)
+
+
+@cache
+def scores_in_pieces(cls: Any) -> Any:
+    """The same for the part of DeepSeek-V4's indexer that scores, without a memory of its own: queries q
+    [B, S, H, D], compressed keys [B, T, D] and hidden states [B, S, .] -> [B, S, T]."""
+
+    def forward(
+        self: Any, q: torch.Tensor, compressed_kv: torch.Tensor, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        piece = max(self.least, self.numbers // (q.shape[2] * max(1, compressed_kv.shape[1])))
+        if q.shape[1] <= piece or torch.is_grad_enabled():
+            whole: torch.Tensor = cls.forward(self, q, compressed_kv, hidden_states)
+            return whole
+        pairs = zip(q.split(piece, dim=1), hidden_states.split(piece, dim=1), strict=True)
+        return torch.cat([cls.forward(self, few, compressed_kv, hidden) for few, hidden in pairs], dim=1)
+
+    return stand_in(cls, scores_in_pieces, forward)
 
 
 def _cut(value: Any, first: int, piece: int, tokens: int) -> Any:

@@ -14,12 +14,16 @@ import torch
 from torch import nn
 
 from moe_local.offload.class_source import class_source
+from moe_local.offload.engine.eager_mask import eager_mask
 from moe_local.offload.kernels.attention import asks_for_its_name, single_query_attention
 from moe_local.offload.kernels.logits_trial import difference
 from moe_local.offload.kernels.split_attention import attend, attend_in_parts, bias_of, parts_of
 
 NAME = "fused_with_sinks"
 """As which transformers knows `sink_attention`."""
+
+WITH_ADDED_MASK = "added_mask_with_sinks"
+"""The same for models whose attention takes its mask for numbers that are added to scores."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +42,13 @@ def use_sink_attention(model: Any) -> None:
     if not any(isinstance(getattr(module, "sinks", None), nn.Parameter) for module in modules):
         return
     kinds: set[Any] = set(map(type, modules))
-    if any(map(asks_for_its_name, kinds)) or any(map(_changes_its_mask, kinds)):
+    if any(map(asks_for_its_name, kinds)):
         return
-    AttentionInterface.register(NAME, sink_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    reason = difference(model, lambda: model.set_attn_implementation(NAME))
+    adds = any(map(_changes_its_mask, kinds))
+    name = WITH_ADDED_MASK if adds else NAME
+    AttentionInterface.register(name, sink_attention)
+    AttentionMaskInterface.register(name, eager_mask if adds else sdpa_mask)
+    reason = difference(model, lambda: model.set_attn_implementation(name))
     if reason is not None:
         model.set_attn_implementation("eager")
         logger.info("attention stays eager: %s", reason)
@@ -65,8 +71,9 @@ def sink_attention(
     s_aux: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers' attention functions: query [B, H, T, D], key and value [B, H / G, S, D], the mask bool
-    [B, 1, T, S] (True: seen) or None, sinks `s_aux` [H], or None for a layer without. Not for training.
+    """As transformers' attention functions: query [B, H, T, D], key and value [B, H / G, S, D], the mask
+    [B, 1, T, S], bool (True: seen) or added to scores, or None, sinks `s_aux` [H], or None for a layer
+    without. Not for training.
 
     Returns [B, T, H, D].
 
@@ -77,8 +84,6 @@ def sink_attention(
         return single_query_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
-        raise TypeError(f"the mask has {attention_mask.dtype} where bool says what is seen")
     batch, heads, queries, width = query.shape
     if attention_mask is None and queries not in (1, key.shape[2]):
         raise ValueError(f"{queries} queries of {key.shape[2]} keys have no mask")
@@ -91,7 +96,9 @@ def sink_attention(
         parts = parts_of(query, key, value)
         output, logsumexp = attend_in_parts(query, key, value, attention_mask, scaling, parts)
     else:
-        if groups > 1:
+        if key.shape[1] == 1:
+            key, value = (x.expand(-1, heads, -1, -1) for x in (key, value))
+        elif groups > 1:
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         bias = None if attention_mask is None else bias_of(attention_mask, query, key.shape[2])
         output, logsumexp = attend(query, key, value, bias, attention_mask is None, scaling)

@@ -46,7 +46,7 @@ def attend_in_parts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of query [B, H, T, D] to key and value [B, H, S, D], `parts` a divisor of S.
 
-    `seen`: bool [B, 1, 1, S], the same for all T queries (as of heads that share keys), or None. Returns fp32
+    `seen`: [B, 1, 1, S], the same for all T queries (as of heads that share keys), or None. Returns fp32
     [B, H, T, D], and the logarithms of the sums of the scores' exponentials, [B, H, T]. Who sees nothing
     gets numbers.
     """
@@ -68,11 +68,15 @@ def attend_in_parts(
 
 def bias_of(seen: torch.Tensor, query: torch.Tensor, keys: int) -> torch.Tensor:
     """What is added to scores, [B, H, T, keys], of which heads and, where it says the same to all, queries
-    share the memory: rows of it begin at multiples of 16 numbers, as CUDA's kernel asks for."""
+    share the memory: rows of it begin at multiples of 16 numbers, as CUDA's kernel asks for. `seen`: bool,
+    or what is added."""
     shape = (*seen.shape[:-1], -(-keys // 16) * 16)
     least = torch.finfo(query.dtype).min  # not -inf: padding may see nothing at all
     rows = torch.full(shape, least, dtype=query.dtype, device=query.device)[..., :keys]
-    rows.masked_fill_(seen, 0)
+    if seen.dtype == torch.bool:
+        rows.masked_fill_(seen, 0)
+    else:
+        rows.copy_(seen).clamp_(min=least)
     return rows.expand(*query.shape[:3], keys)
 
 

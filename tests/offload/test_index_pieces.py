@@ -22,10 +22,10 @@ from moe_local.offload.plan.footprint import kv_bytes
 TOKENS = 60
 
 
-@pytest.fixture(scope="module", params=["deepseek_v32", "glm_moe_dsa"])
+@pytest.fixture(scope="module", params=["deepseek_v32", "glm_moe_dsa", "deepseek_v4"])
 def plain(request: pytest.FixtureRequest, tiny_models: ModuleType) -> Any:
     """As transformers makes it; a query sees 16 tokens."""
-    return tiny_models.tiny_model(request.param, num_hidden_layers=2)
+    return tiny_models.tiny_model(request.param)
 
 
 @pytest.fixture
@@ -59,6 +59,7 @@ def test_pieces_change_nothing(plain: Any, hf: Any, piece: int, cuts: list[int])
     assert torch.equal(logits(hf, cuts), logits(plain, cuts))
 
 
+@pytest.mark.parametrize("plain", ["deepseek_v32", "glm_moe_dsa"], indirect=True)
 def test_the_engines_memory_gets_every_key(plain: Any, hf: Any) -> None:
     for layer in indexers(hf):
         layer.numbers, layer.least = 0, 7
@@ -84,6 +85,7 @@ class Largest(TorchDispatchMode):
         return found
 
 
+@pytest.mark.parametrize("plain", ["deepseek_v32", "glm_moe_dsa"], indirect=True)
 def test_scores_of_a_few_queries_are_there_at_a_time(plain: Any, hf: Any) -> None:
     """With 32 heads of an indexer they are the largest of all there is."""
     found, name = [], cache_name(plain.forward)
@@ -131,6 +133,7 @@ def test_what_comes_out_differently_stays(plain: Any, monkeypatch: pytest.Monkey
     assert list(map(type, model.modules())) == list(map(type, plain.modules()))
 
 
+@pytest.mark.parametrize("plain", ["deepseek_v32", "glm_moe_dsa"], indirect=True)
 def test_what_memory_is_planned_for_keys(plain: Any) -> None:
     """Up to transformers 5.17 these models keep the keys and values of all heads."""
     assert make_kv(plain, 2, 50).nbytes == 2 * kv_bytes(model_spec(plain.config), 50, torch.float32)
