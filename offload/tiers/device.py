@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import mmap
+import sys
 import time
 from collections.abc import Sequence
 from typing import Protocol, cast
@@ -31,6 +32,13 @@ LARGE = 10 << 20
 PORTABLE, MAPPED = 1, 2
 """cudaHostRegister's: pinned for copies to every card, not to the current one alone; and readable by kernels.
 Without any flag both are understood where host and device share addresses; with one of them, who knows."""
+
+WINDOWS_REMEDY = (
+    "set a smaller --vram, since Windows counts what is pinned as the card's, too, in WSL raise memory= in "
+    ".wslconfig,"
+)
+"""On an RTX 3090 under WDDM tensors and pinned RAM together came to little more than the card's 24 GiB,
+whatever the split (ashalliants/ninfer-3090, pull request 45)."""
 
 TRIAL = 32 << 20
 """Bytes of a copy that is timed."""
@@ -278,13 +286,14 @@ class HostMemory:
         if rates[0] and rates[1]:
             cost = f"{rates[1] / 1e9:.3g} instead of {rates[0] / 1e9:.3g} GB/s"
         logger.warning(
-            "the system pinned %s of %s for experts in RAM (VRAM is not what lacks); copies of the other "
-            "%.0f %% are %s and hold the host up: raise the locked-memory limit (ulimit -l; in WSL, memory= "
-            "in .wslconfig) or set a smaller --ram",
+            "the system pinned %s of %s for experts in RAM%s; copies of the other %.0f %% are %s and hold "
+            "the host up: %s or set a smaller --ram",
             format_bytes(self.pinned_bytes),
             format_bytes(end - start),
+            "" if _is_windows() else " (VRAM is not what lacks)",
             100 * (end - pinned) / (end - start),
             cost,
+            WINDOWS_REMEDY if _is_windows() else "raise the locked-memory limit (ulimit -l)",
         )
 
     def close(self) -> None:
@@ -293,6 +302,13 @@ class HostMemory:
             torch.cuda.cudart().cudaHostUnregister(pointer)
         self._registered.clear()
         self.tensor, self._mapping = torch.empty(0, dtype=torch.uint8), None
+
+
+def _is_windows() -> bool:
+    """Whether Windows manages the card's memory: there, and in WSL."""
+    from moe_local.offload.doctor.host import is_wsl
+
+    return sys.platform == "win32" or is_wsl()
 
 
 def copy_rate(memory: torch.Tensor) -> float | None:

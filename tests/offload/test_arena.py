@@ -230,6 +230,21 @@ def test_the_cost_of_pageable_copies_is_measured_where_it_can_be(
     arena.close()
 
 
+def test_where_windows_has_the_card_less_vram_is_the_remedy(
+    cudart: Callable[[int], Cudart],
+    forgotten: list[None],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It counts pinned memory as the card's."""
+    monkeypatch.setattr(device_module, "_is_windows", lambda: True)
+    cudart(40_000)
+    HostArena([3, 1, 5], [4096, 8192, 12288], pin=True).close()
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "set a smaller --vram" in line
+    assert "not what lacks" not in line
+
+
 def test_without_a_gpu_no_copy_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_module.copy_rate(torch.ones(4096, dtype=torch.uint8)) is None
