@@ -20,6 +20,7 @@ from moe_local.offload.checkpoint.skeleton import load_skeleton
 from moe_local.offload.checkpoint.spec import ModelSpec, meta_model, model_spec
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
 from moe_local.offload.conversion import begun_conversions, converted_mixes, open_experts
+from moe_local.offload.engine.card_graphs import CardGraphs
 from moe_local.offload.engine.encoder_decoder import as_decoder
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.graph_trial import graph_mode, use_graphs
@@ -181,8 +182,8 @@ def assemble(
     computed in RAM. Both are one for each card of a plan that has several.
 
     Where a device refuses part of what was planned for experts, the model goes on with fewer of them, and its
-    plan says so. Raises DoesNotFitError if even the rest does not fit. `graphs` are those of the device;
-    None: CUDA's, where there is one card.
+    plan says so. Raises DoesNotFitError if even the rest does not fit. `graphs` are those of the devices;
+    None: CUDA's, where these are CUDA's.
     """
     targets = [target] if isinstance(target, torch.device) else list(target)
     cards = list(device) if isinstance(device, Sequence) else [] if device is None else [device]
@@ -242,10 +243,8 @@ def _assemble(
         _announce_prompts(hf, store, plan.chunk, ahead=options.prefetch != "off")
         _fill(store, plan, progress)
         _attach(hf, runner, checkpoint.spec, plan.request.dtype, progress, on_cards=bool(cards))
-        if len(cards) == 1:  # a token that goes from card to card is neither captured nor kept to one
-            if graphs is None and targets[0].type == "cuda":
-                graphs = CudaGraphs(targets[0])
-            _keep_tokens_to_device(engine, runner, graphs, probe.sites, options.prefetch)
+        if cards:
+            _keep_tokens_to_device(engine, runner, graphs or _graphs(targets), probe.sites, options.prefetch)
         model = Model(
             checkpoint.name,
             hf,
@@ -315,6 +314,13 @@ def _attach(
         module.attach(runner)
     if on_cards:
         runner.warm_up(modules, spec.hidden_size, dtype, progress)
+
+
+def _graphs(targets: Sequence[torch.device]) -> Graphs | None:
+    """CUDA's graphs, where all of the model is on CUDA devices."""
+    if targets[0].type != "cuda":
+        return None
+    return CardGraphs({target: CudaGraphs(target) for target in targets})
 
 
 def _keep_tokens_to_device(

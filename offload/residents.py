@@ -13,10 +13,9 @@ from moe_local.offload.store import ExpertStore
 
 
 def can_reside(store: ExpertStore) -> bool:
-    """Whether Residents may serve a store: every expert is in a slot now, and all slots are on one device."""
+    """Whether Residents may serve a store: every expert is in a slot now."""
     tier, layers = store.tier, range(len(store.layouts))
-    there = all(tier.cache.has_all(layer, range(store.num_experts(layer))) for layer in layers)
-    return there and len({tier.arena.buffer(layer, 0).device for layer in layers}) == 1
+    return all(tier.cache.has_all(layer, range(store.num_experts(layer))) for layer in layers)
 
 
 class ResidentLayer:
@@ -81,11 +80,18 @@ class Residents:
         self._grouped = grouped
         self._layers: dict[int, ResidentLayer | None] = {}
         self._top_k: dict[int, int] = {}
-        device = store.tier.arena.buffer(0, 0).device
-        sizes = [store.num_experts(layer) for layer in range(len(store.layouts))]
-        with torch.inference_mode(False):
-            self._counts = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-        self._counts_of = self._counts.split(sizes)
+        on: dict[torch.device, list[int]] = {}
+        for number in range(len(store.layouts)):
+            on.setdefault(store.tier.arena.buffer(number, 0).device, []).append(number)
+        self._counts: list[tuple[list[int], torch.Tensor]] = []
+        """Of each device, its layers and how often each of their experts was chosen."""
+        self._counts_of: dict[int, torch.Tensor] = {}
+        for device, numbers in on.items():
+            sizes = [store.num_experts(number) for number in numbers]
+            with torch.inference_mode(False):
+                counts = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+            self._counts.append((numbers, counts))
+            self._counts_of |= zip(numbers, counts.split(sizes), strict=True)
         self._emptied = store.tier.emptied
         store.routed.settle = self.settle
 
@@ -140,11 +146,13 @@ class Residents:
 
     def settle(self) -> None:
         """Bring the router's choices to the store's RouterLoad. Waits for the device."""
-        with torch.inference_mode():
-            found = self._counts.clone()
-            self._counts.sub_(found)  # another thread may have the device count on meanwhile
-            counts = found.tolist()
-        start = 0
-        for number, part in enumerate(self._counts_of):
-            self._store.routed.add(number, counts[start : start + len(part)])
-            start += len(part)
+        for numbers, kept in self._counts:
+            with torch.inference_mode():
+                found = kept.clone()
+                kept.sub_(found)  # another thread may have the device count on meanwhile
+                counts = found.tolist()
+            start = 0
+            for number in numbers:
+                size = self._store.num_experts(number)
+                self._store.routed.add(number, counts[start : start + size])
+                start += size

@@ -215,6 +215,12 @@ def fake_device() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def fake_cards() -> ModuleType:
+    """tests/fake_cards.py: `FakeCards`, which refuse operations across them, and `FakeCardMoves`."""
+    return load_module(Path(__file__).parent / "fake_cards.py")
+
+
+@pytest.fixture(scope="session")
 def fake_graphs() -> ModuleType:
     """tests/fake_graphs.py: `FakeGraphs`, which records what torch is asked for and does it when replayed."""
     return load_module(Path(__file__).parent / "fake_graphs.py")

@@ -89,6 +89,10 @@ class Pool:
         block = self._blocks.get(tensor.untyped_storage().data_ptr())
         return tensor if block is None else block.tensor(tensor)
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor lies in the pool."""
+        return tensor.untyped_storage().data_ptr() in self._blocks
+
     @property
     def nbytes(self) -> int:
         return sum(block.memory.numel() for block in self._blocks.values())
@@ -207,7 +211,7 @@ class FakeGraphs:
             self._in_session = False
             assert self.recorder is None, "a capture outlived its session"
 
-    def begin(self) -> None:
+    def begin(self, device: torch.device | None = None) -> None:
         assert self._in_session, "the default stream cannot be captured"
         assert self.recorder is None, "a capture had begun"
         if self.captures == self.fail_at:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import CheckpointError
+from moe_local.offload.card_moves import move_between_cards
 from moe_local.offload.checkpoint.dense_weights import DenseWeights
 from moe_local.offload.checkpoint.spec import (
     class_config,
@@ -64,7 +65,7 @@ def load_skeleton(
     QuantizedLinear, with these `activations`. `weights` are read in place of the folder's safetensors, where
     transformers would need a GPU for these. Only tensors that are not experts' are read, and none of them
     asks for gradients. All goes to `device`, or where accelerate's `device_map` (module path -> device) says,
-    with hooks that move hidden states along. Loads one model at a time; other threads wait. Raises
+    with CardMoves that take hidden states along. Loads one model at a time; other threads wait. Raises
     CheckpointError if weights are missing or cannot be quantized, or without experts modules to replace.
     """
     if device.type == "cpu":
@@ -112,6 +113,8 @@ def load_skeleton(
             f"{folder} lacks {len(missing)} weights that {cls.__name__} needs, such as {missing[0]}; "
             "download it again"
         )
+    if device_map is not None and len(set(device_map.values())) > 1:
+        move_between_cards(model, device_map)
     if dense == "int8":
         _flatten_inputs(model)
     if device.type == "cpu":

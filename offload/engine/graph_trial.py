@@ -104,8 +104,6 @@ def _hindrance(engine: Engine) -> str | None:
     attention = hf.config.get_text_config(decoder=True)._attn_implementation
     if attention not in ("sdpa", "eager", SINGLE_QUERY, WITH_SINKS, LATENT):
         return f"its attention, {attention}, takes no mask"
-    if len({parameter.device for parameter in hf.parameters()}) > 1:
-        return "it lies on several devices"
     if any(type(module).__name__ == "Linear8bitLt" for module in hf.modules()):
         return "its int8 layers wait for the device"
     if kv.lens or kv.capacity <= HISTORY + TOKENS:

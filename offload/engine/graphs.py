@@ -37,8 +37,9 @@ class Graphs(Protocol):
     def session(self) -> contextlib.AbstractContextManager[None]:
         """Around all captures that belong together, with what runs between them."""
 
-    def begin(self) -> None:
-        """Capture from here on. What the device cannot capture, a wait of the host above all, raises.
+    def begin(self, device: torch.device | None = None) -> None:
+        """Capture from here on what `device` is given, where there are several; None: the last one, and the
+        first one when a session begins. What it cannot capture, a wait of the host above all, raises.
 
         A lack of the device's memory raises torch.OutOfMemoryError, here, until the capture ends, in `end`
         and at a graph's first replay.
@@ -57,25 +58,26 @@ class Graphs(Protocol):
 class CudaGraph:
     """A graph of torch's, replayed while nobody captures another."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
         self._graph = graph
+        self._device = device
 
     def replay(self) -> None:
         try:
             with alone:
                 self._graph.replay()
         except RuntimeError as error:
-            _raise_lack(error)
+            _raise_lack(error, self._device)
             raise
 
 
-def _raise_lack(error: BaseException) -> None:
-    """Raise torch's error for a lack of VRAM if `error` is CUDA's own.
+def _raise_lack(error: BaseException, device: torch.device) -> None:
+    """Raise torch's error for a lack of the device's memory if `error` is CUDA's own, which names no card.
 
     Which is only known here: elsewhere CUDA says so of RAM that it was to pin, too.
     """
     if not isinstance(error, torch.OutOfMemoryError) and "out of memory" in str(error):
-        raise torch.OutOfMemoryError(str(error)) from error
+        raise torch.OutOfMemoryError(f"GPU {device.index}: {error}") from error
 
 
 class CudaGraphs:
@@ -106,7 +108,8 @@ class CudaGraphs:
             finally:
                 outer.wait_stream(self._stream)
 
-    def begin(self) -> None:
+    def begin(self, device: torch.device | None = None) -> None:
+        torch.cuda.set_device(self._device)  # else, on several cards, another's: the session sets it back
         torch.cuda.current_blas_handle()  # this thread's handle and workspace, which a capture can't make
         # torch 2.11 puts two numbers of its generator into VRAM, and ends the process where it finds no room.
         room = [torch.empty_like(self._number, dtype=torch.long) for _ in range(2)]
@@ -118,7 +121,7 @@ class CudaGraphs:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         except BaseException as error:
             self._recover()
-            _raise_lack(error)
+            _raise_lack(error, self._device)
             raise
         self._capturing = graph
 
@@ -129,10 +132,10 @@ class CudaGraphs:
             graph.capture_end()
         except BaseException as error:
             self._recover()
-            _raise_lack(error)
+            _raise_lack(error, self._device)
             raise
         self._alive.add(graph)
-        return CudaGraph(graph)
+        return CudaGraph(graph, self._device)
 
     def abort(self) -> None:
         graph, self._capturing = self._capturing, None

@@ -12,7 +12,7 @@ Letters: R rows, H key-value heads, C capacity, D width of a head, W sliding win
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -242,15 +242,19 @@ class KVSlab:
         self.places.set(self.lens[:count], next(self._tensors()).device)
         return self._all_rows
 
-    def static_row(self, row: int, columns: int, position: torch.Tensor) -> Any:
+    def static_row(
+        self, row: int, columns: int, positions: Mapping[torch.device, torch.Tensor], length: torch.Tensor
+    ) -> Any:
         """A Cache of one sequence, for forwards of one token each, of `columns` columns at fixed addresses.
 
-        `position`: int64 [1] on the device, read by every forward: the column of its token. Before each,
-        `clear`. Layers with an indexer have none.
+        `positions`: int64 [1] on each of `devices`, read by every forward: the column of its token. `length`:
+        the same, where masks are made. Before each forward, `clear`. Layers with an indexer have none.
         """
         assert not self.has_indexer
         layers = [
-            empty_layer() if store is None else StaticLayer(store, row, columns, position)
+            empty_layer()
+            if store is None
+            else StaticLayer(store, row, columns, positions[store.keys.device], length)
             for store in self.layers
         ]
         return Cache(layers=layers)
@@ -261,6 +265,11 @@ class KVSlab:
         Nothing: such a forward has written behind the row's length.
         """
         return lambda: None
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where layers lie: one, or several cards."""
+        return list(dict.fromkeys(tensor.device for tensor in self._tensors()))
 
     @property
     def has_indexer(self) -> bool:

@@ -5,16 +5,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from moe_local.offload.card_moves import moves_of
 from moe_local.offload.engine.graphs import Graph, Graphs
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.prefetch.routers import RouterSite
 
 Saw = Callable[[int, torch.Tensor], None]
 """Told of a layer and of the residual that the norm before its router is given: a Prefetcher's `saw`."""
+
+
+class Between(Protocol):
+    """What is done between two segments, from and into tensors that stay where they are."""
+
+    def run(self) -> None:
+        """Do it, behind what the devices were given before."""
 
 
 class Pause:
@@ -45,18 +53,31 @@ class Pause:
         self.output.copy_(self._module.answer(*self._arguments))
 
 
+class Crossing:
+    """Tensors on their way to another card. Holds both ends, as a Pause does."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], card: torch.device) -> None:
+        self._tensors = list(tensors)
+        self.outputs = [torch.empty_like(tensor, device=card) for tensor in tensors]
+        """The same on the card, as of the last `run`."""
+
+    def run(self) -> None:
+        for tensor, output in zip(self._tensors, self.outputs, strict=True):
+            output.copy_(tensor)  # between cards torch has each one's current stream wait for the other's
+
+
 class CapturedStep:
     """A forward that can be repeated for other contents of the tensors that it read."""
 
     def __init__(
         self,
         segments: Sequence[Graph],
-        pauses: Sequence[Pause],
+        between: Sequence[Between],
         counted: Sequence[OffloadedExperts],
         logits: torch.Tensor,
     ) -> None:
         """`counted`: modules whose experts are captured, too, and which are told of every replay."""
-        self._parts = list(zip_longest(segments, pauses))
+        self._parts = list(zip_longest(segments, between))
         self._counted = tuple(counted)
         self.segments = len(segments)
         self.logits = logits
@@ -69,10 +90,10 @@ class CapturedStep:
 
     def replay(self) -> None:
         """Only while it `is_valid`. Raises what the experts of a layer raise; a later replay begins anew."""
-        for segment, pause in self._parts:
+        for segment, between in self._parts:
             segment.replay()
-            if pause is not None:
-                pause.run()
+            if between is not None:
+                between.run()
         for module in self._counted:
             module.count_replay()
 
@@ -80,7 +101,8 @@ class CapturedStep:
 class Recording:
     """The capture of one forward. Each segment is replayed as soon as it is complete, so the forward counts.
 
-    The modules that hold experts find it in their `seam` while it is `attached`, and let it run them.
+    The modules that hold experts find it in their `seam` while it is `attached`, and let it run them; so do
+    the CardMoves of a model on several cards, each of which has segments of its own.
     """
 
     def __init__(
@@ -89,11 +111,12 @@ class Recording:
         """`sites`: the routers by layer; the residuals before their norms are what `saw` is told of."""
         self._graphs = graphs
         self._modules = [module for module in hf.modules() if isinstance(module, OffloadedExperts)]
+        self._moves = moves_of(hf)
         self._sites = sites if saw is not None else ()
         self._saw = saw
         self._residuals: dict[int, torch.Tensor] = {}
         self._segments: list[Graph] = []
-        self._pauses: list[Pause] = []
+        self._between: list[Between] = []
         self._counted: list[OffloadedExperts] = []
         self.in_experts = False
         """Whether what was raised came from a layer's experts, not from capturing."""
@@ -107,9 +130,13 @@ class Recording:
         ]
         for module in self._modules:
             module.seam = self
+        if self._moves is not None:
+            self._moves.seam = self
         try:
             yield
         finally:
+            if self._moves is not None:
+                self._moves.seam = None
             for module in self._modules:
                 module.seam = None
             for hook in hooks:
@@ -131,14 +158,23 @@ class Recording:
         self.in_experts = True
         pause.run()
         self.in_experts = False
-        self._pauses.append(pause)
+        self._between.append(pause)
         self._graphs.begin()
         return pause.output
+
+    def move(self, tensors: Sequence[torch.Tensor], card: torch.device) -> list[torch.Tensor]:
+        """As a Mover: between two segments, the second of which is captured on `card`."""
+        self._end_segment()
+        crossing = Crossing(tensors, card)
+        crossing.run()
+        self._between.append(crossing)
+        self._graphs.begin(card)
+        return crossing.outputs
 
     def finish(self, logits: torch.Tensor) -> CapturedStep:
         """The forward is over, and `logits` are what it gave."""
         self._end_segment()
-        return CapturedStep(self._segments, self._pauses, self._counted, logits)
+        return CapturedStep(self._segments, self._between, self._counted, logits)
 
     def _end_segment(self) -> None:
         segment = self._graphs.end()

@@ -67,6 +67,10 @@ class TokenStep:
         with torch.inference_mode(False):
             self._ids = torch.zeros((1, 1), dtype=torch.long, device=device)
             self._positions = torch.zeros((1, 1), dtype=torch.long, device=device)
+            self._columns = {
+                card: torch.zeros(1, dtype=torch.long, device=card) for card in kv.devices if card != device
+            }
+            """The position once more on every other card, for the layers there."""
         self._caches: dict[tuple[int, int], Any] = {}
         self.captured: dict[tuple[int, int], CapturedStep] = {}
         """By row and number of columns."""
@@ -132,19 +136,22 @@ class TokenStep:
         position = self._kv.lens[row]
         self._kv.clear(row)
         self._ids.fill_(token)
-        self._positions.fill_(position)
+        for number in (self._positions, *self._columns.values()):
+            number.fill_(position)
         return row, static_columns(position + 1, self._kv.capacity)
 
     def _forward(self, place: tuple[int, int]) -> torch.Tensor:
         if place not in self._caches:
-            self._caches[place] = self._kv.static_row(*place, self._positions.view(1))
+            first = self._positions.view(1)
+            self._caches[place] = self._kv.static_row(*place, {first.device: first, **self._columns}, first)
         output = self._hf(
             input_ids=self._ids,
             position_ids=self._positions,
             **{self._cache_argument: self._caches[place]},
             **self._options,
         )
-        logits: torch.Tensor = output.logits[:, -1].float()
+        # A copy in any case: behind the way from another card this may be all that a segment has to do.
+        logits: torch.Tensor = output.logits[:, -1].to(torch.float32, copy=True)
         return logits
 
     def _capture(self, place: tuple[int, int]) -> CapturedStep | None:

@@ -332,7 +332,7 @@ def test_cuda_is_asked_in_the_right_order(monkeypatch: pytest.MonkeyPatch) -> No
 
         def capture_end(self) -> None:
             calls.append("end")
-            if len(calls) > 18:
+            if len(calls) > 20:
                 raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
         def replay(self) -> None:
@@ -343,6 +343,7 @@ def test_cuda_is_asked_in_the_right_order(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("outer"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(str(device)))
     monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: calls.append("handle"))
     number = SimpleNamespace(zero_=lambda: calls.append("work"))
     monkeypatch.setattr(torch, "zeros", lambda *size, device: number)
@@ -356,7 +357,8 @@ def test_cuda_is_asked_in_the_right_order(monkeypatch: pytest.MonkeyPatch) -> No
         for _ in range(2):
             graphs.begin()
             graphs.end().replay()
-    capture = ["handle", "room", "room", "begin in the pool, thread_local", "end", "replay"]
+    begun = "begin in the pool, thread_local"
+    capture = ["cuda:0", "handle", "room", "room", begun, "end", "replay"]
     frame = ["own waits for outer", "on own"], ["off own", "outer waits for own"]
     assert calls == [*frame[0], *capture, *capture, *frame[1]]
     with pytest.raises(ValueError, match="in the model"), graphs.session():
@@ -364,5 +366,5 @@ def test_cuda_is_asked_in_the_right_order(monkeypatch: pytest.MonkeyPatch) -> No
         graphs.abort()
         graphs.abort()
         raise ValueError("in the model")
-    mended = ["endAllocateToPool the pool", "releasePool the pool", capture[3], "work", "end"]
-    assert calls[16:] == [*frame[0], *capture[:5], *mended, *frame[1]]
+    mended = ["endAllocateToPool the pool", "releasePool the pool", begun, "work", "end"]
+    assert calls[18:] == [*frame[0], *capture[:6], *mended, *frame[1]]

@@ -15,6 +15,7 @@ from accelerate.hooks import attach_execution_device_hook
 from transformers import DynamicCache
 
 import moe_local
+from moe_local.offload.card_moves import move_between_cards
 from moe_local.offload.engine.names import cache_name
 from moe_local.offload.kernels import latent_attention as module_under_test
 from moe_local.offload.kernels.attention import NAME as SINGLE_QUERY
@@ -106,7 +107,7 @@ def test_quantized_matrices_are_decoded_where_that_takes_less(hf: Any, format: s
 def test_hooks_that_move_tensors_from_card_to_card_are_no_hindrance(
     tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of accelerate call the forward that a module had."""
+    """Those of accelerate put a forward into each module, which would hide that of its new class."""
     calls: list[Any] = []
     true_matrix = module_under_test._matrix
     monkeypatch.setattr(
@@ -114,6 +115,7 @@ def test_hooks_that_move_tensors_from_card_to_card_are_no_hindrance(
     )
     hf = tiny_models.tiny_model("deepseek_v3")
     attach_execution_device_hook(hf, "cpu")
+    move_between_cards(hf, {"model": "cpu", "lm_head": "cpu"})
     use_single_query_attention(hf)
     use_latent_attention(hf)
     assert hf.config._attn_implementation == NAME
