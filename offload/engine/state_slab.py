@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -55,8 +55,11 @@ class StateSlab(KVSlab):
         # a row without tokens has zeros for a state, which is as good as none
         return self._with_states(super().batch(count), 0, count, begun=True)
 
-    def static_row(self, row: int, columns: int, position: torch.Tensor) -> Any:
-        return self._with_states(super().static_row(row, columns, position), row, 1, begun=True)
+    def static_row(
+        self, row: int, columns: int, positions: Mapping[torch.device, torch.Tensor], length: torch.Tensor
+    ) -> Any:
+        fixed = super().static_row(row, columns, positions, length)
+        return self._with_states(fixed, row, 1, begun=True)
 
     def mark(self, row: int) -> Callable[[], None]:
         states = [tensor[row] for store in self.states.values() for tensor in store.tensors()]

@@ -348,7 +348,7 @@ def decoded(
         prompt = list(range(3, 40))
         out = model.generate(prompt, max_new_tokens=280, do_sample=False, eos_token_id=None)
         model.check_integrity()
-        step = model._open().engine.token_step
+        step = model.parts.engine.token_step
         return out.token_ids, model.stats(), step
 
 
@@ -593,7 +593,7 @@ def test_experts_give_way_to_graphs(
     hog: list[torch.Tensor] = []
     with moe_local.load(folder, device="cuda", experts="bf16", miss="fetch", slots=7) as model:
         expected = model.generate([5, 6, 7], max_new_tokens=8, do_sample=False, eos_token_id=None).token_ids
-        step = model._open().engine.token_step
+        step = model.parts.engine.token_step
         assert step is not None
         assert step.captured
         step.captured.clear()  # and with them the pool
@@ -617,7 +617,11 @@ def test_experts_give_way_to_graphs(
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
-def test_two_cards_give_the_ids_of_one(make_checkpoint: Callable[..., Path], model_type: str) -> None:
+def test_two_cards_give_the_ids_of_one(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    """From graphs of both; nothing that was captured names another card's memory, or the ids would differ."""
+    monkeypatch.setenv("MOE_LOCAL_GRAPHS", "on")
     folder, found = make_checkpoint(model_type), []
     for device, vram in (("cuda:0", "2GiB"), ("cuda", "2x2GiB")):
         with moe_local.load(
@@ -629,6 +633,36 @@ def test_two_cards_give_the_ids_of_one(make_checkpoint: Callable[..., Path], mod
             model.check_integrity()
             devices = {str(parameter.device) for parameter in model.hf.parameters()}
             assert len(devices) == (1 if device == "cuda:0" else 2)
+            step = model.parts.engine.token_step
+            assert step is not None
+            assert step.captures
+            segments = {captured.segments for captured in step.captured.values()}
+            moe_layers = len(model.plan.vram_slots)
+            assert min(segments) == moe_layers + (1 if device == "cuda:0" else 3)
+    assert found[0] == found[1]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_experts_that_all_lie_on_two_cards_are_captured_with_the_rest(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three graphs a token: the first card's, the second's, and what becomes of the logits on the first."""
+    monkeypatch.setenv("MOE_LOCAL_GRAPHS", "on")
+    folder, found = make_checkpoint("qwen3_moe"), []
+    options: dict[str, Any] = {"slots": 8, "experts": "nf4", "dense": "bf16", "context": 512}
+    lacking = moe_local.fit(folder, vram=[1 << 16] * 2, **options).shortfall_bytes
+    for device, vram in (("cuda:0", "2GiB"), ("cuda", [lacking + (1 << 17)] * 2)):
+        with moe_local.load(folder, device=device, vram=vram, miss="fetch", **options) as model:  # type: ignore[arg-type]
+            assert len(model.plan.cards) == (0 if device == "cuda:0" else 2)
+            assert model.plan.mode == "resident"
+            out = model.generate(list(range(3, 60)), max_new_tokens=32, do_sample=False, eos_token_id=None)
+            found.append(out.token_ids)
+            assert model.stats().misses == 0
+            step = model.parts.engine.token_step
+            assert step is not None
+            segments = {captured.segments for captured in step.captured.values()}
+            assert segments == {1 if device == "cuda:0" else 3}
+            model.check_integrity()
     assert found[0] == found[1]
 
 
