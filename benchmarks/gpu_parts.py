@@ -59,6 +59,9 @@ def parts_of(layers: int, routes: Path | None) -> list[Part]:
     def half(*arguments: str) -> list[str]:
         return qwen("--slots", "64", "--tokens", "48", *arguments)
 
+    def states(*arguments: str) -> list[str]:
+        return bench("--synthetic", "qwen3.6-35b-a3b", "--layers", "12", *arguments)
+
     def script(name: str, *arguments: str) -> list[str]:
         return [PYTHON, str(HERE / name), *arguments]
 
@@ -82,6 +85,7 @@ def parts_of(layers: int, routes: Path | None) -> list[Part]:
         ),
         Part("mixtral_no_graphs", 100, mixtral("--workload", "single", "--repeats", "3"), no_graphs),
         Part("qwen3_resident_no_graphs", 80, qwen("--tokens", "64", "--repeats", "3"), no_graphs),
+        Part("states", 60, states("--tokens", "64", "--repeats", "3", "--workload", "single")),
         Part("encode", 30, script("encode.py", "--dtypes", "bf16", "--rounds", "6")),
         Part("prefill", 150, ["bash", str(HERE / "gpu_prefill.sh")]),
     ]
