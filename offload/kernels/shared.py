@@ -10,6 +10,7 @@ import torch
 from moe_local.offload.kernels.contracts import Answers, LayerStep, Readable
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.tiers.device import Device, Waited
+from moe_local.offload.tiers.small_pins import pinned
 
 FLOAT = 4
 INDEX = 8
@@ -29,7 +30,8 @@ class Staging:
         """uint8 [nbytes], the first `keep` bytes as they were the last time."""
         if nbytes > self._memory.numel():
             with torch.inference_mode(False):  # or it could be written in inference mode only
-                grown = torch.empty(2 * nbytes, dtype=torch.uint8, pin_memory=self._pin)
+                grown = torch.empty(2 * nbytes, dtype=torch.uint8)
+                grown = pinned(grown) if self._pin else grown
             grown[:keep] = self._memory[:keep]
             self._memory = grown
         return self._memory[:nbytes]
