@@ -19,7 +19,7 @@ from moe_local.offload.engine.names import cache_name
 from moe_local.offload.kernels.logits_trial import difference
 from moe_local.offload.kernels.stand_in import set_class, stand_in
 
-SCORES_BYTES = 128 * 2**20
+SCORES_BYTES = 32 * 2**20
 """What the scores of all heads may take for the queries of one piece."""
 SHORTEST = 16
 """Queries in a piece at least: 16 behind 128 thousand tokens take 512 MiB for each of two results."""
