@@ -251,12 +251,16 @@ class KVSlab:
         the same, where masks are made. Before each forward, `clear`. Layers with an indexer have none.
         """
         assert not self.has_indexer
-        layers = [
-            empty_layer()
-            if store is None
-            else StaticLayer(store, row, columns, positions[store.keys.device], length)
-            for store in self.layers
-        ]
+        layers, kinds = [], set()
+        for store in self.layers:
+            if store is None:
+                layers.append(empty_layer())
+                continue
+            # Masks are made of what the first layer of their kind says; others are asked by their attention.
+            position, windowed = positions[store.keys.device], store.window is not None
+            says = position if windowed in kinds else length
+            kinds.add(windowed)
+            layers.append(StaticLayer(store, row, columns, position, says))
         return Cache(layers=layers)
 
     def mark(self, row: int) -> Callable[[], None]:

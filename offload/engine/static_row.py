@@ -42,8 +42,8 @@ class StaticLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(
         self, store: LayerStore, row: int, columns: int, position: torch.Tensor, length: torch.Tensor
     ) -> None:
-        """`position`: int64 [1] on the layer's device, the column of the new token; `length`: the same, where
-        masks are made. Held, not copied."""
+        """`position`: int64 [1] on the layer's device, the column of the new token; `length`: the same, on
+        the device of whoever asks for it. Held, not copied."""
         super().__init__()
         self._keys = store.keys[row : row + 1].narrow(2, 0, columns)
         self._values = store.values[row : row + 1].narrow(2, 0, columns)
@@ -61,7 +61,7 @@ class StaticLayer(DynamicLayer):  # type: ignore[misc]
         return self._keys, self._values
 
     def get_seq_length(self) -> Any:
-        """Tokens before the new one, on the device that makes masks: int64 []."""
+        """Tokens before the new one, on a device: int64 []."""
         return self._length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
