@@ -61,6 +61,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
         "current_stream": Stream,
         "stream": lambda stream: stream,
         "device": lambda device: Stream(),
+        "set_device": lambda device: None,
         "current_blas_handle": lambda: None,
         "empty_cache": lambda: None,
     }.items():
