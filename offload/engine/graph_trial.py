@@ -169,9 +169,8 @@ def _difference(engine: Engine, step: TokenStep) -> str | None:
     assert isinstance(kv, KVSlab)
     with row_to_try(engine) as row:
         _go_beyond_windows(engine, row)
-        replayed = plain = kv.mark(
-            row
-        )  # each way goes on from its own states: a graph has to write them, too
+        # Each way goes on from states of its own, or a graph that writes none would pass.
+        replayed = plain = kv.mark(row)
         for number in range(HISTORY, HISTORY + TOKENS):
             token, before = token_to_try(engine, number), replayed
             before()
