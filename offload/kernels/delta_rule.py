@@ -8,16 +8,18 @@ layer's forward is transformers' own: of what it calls, two functions are the li
 from __future__ import annotations
 
 import ctypes
+import functools
 import inspect
+import logging
 from collections.abc import Callable
 from functools import cache, partial
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
-from moe_local.offload.kernels.stand_in import stand_in
+from moe_local.cache.errors import first_line
+from moe_local.offload.kernels.stand_in import calling, stand_in
 from moe_local.offload.native.library import DTYPES, Convolution, DeltaRule, check, library
 from moe_local.offload.threads import kernel_threads
 
@@ -25,6 +27,8 @@ RULE, CONVOLUTION = "torch_recurrent_gated_delta_rule", "causal_conv1d_update"
 """What transformers' forwards call the two functions."""
 
 Function = Callable[..., Any]
+
+logger = logging.getLogger(__name__)
 
 
 def use_native_delta_rule(model: nn.Module) -> None:
@@ -60,25 +64,29 @@ def _native(cls: Any) -> Any:
     functions = _functions(cls)
     assert functions is not None
     rule, convolution = functions
-    plain = inspect.unwrap(cls.forward)
-    names = plain.__globals__ | {
-        RULE: partial(delta_rule, rule),
-        CONVOLUTION: partial(convolve, convolution),
-    }
-    direct = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
-    direct.__kwdefaults__ = plain.__kwdefaults__
+    names = {RULE: partial(delta_rule, rule), CONVOLUTION: partial(convolve, convolution)}
+    direct = calling(inspect.unwrap(cls.forward), names)
 
+    @functools.wraps(cls.forward)
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if (
             hidden_states.shape[1] != 1
             or hidden_states.device.type != "cpu"
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
+            or _keeps_past(self, kwargs)
         ):
             return cls.forward(self, hidden_states, *args, **kwargs)
         return direct(self, hidden_states, *args, **kwargs)
 
     return stand_in(cls, _native, forward)
+
+
+def _keeps_past(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the cache that a layer is given wants its earlier states, which are overwritten here."""
+    caches = (kwargs.get(name) for name in ("cache", "cache_params", "past_key_values"))
+    layers = (cache.layers[module.layer_idx] for cache in caches if cache is not None)
+    return any(getattr(layer, "record_past", False) for layer in layers)
 
 
 def delta_rule(
@@ -180,13 +188,16 @@ def convolve(
 
 def _agrees(rule: Function, convolution: Function) -> bool:
     """Whether these functions do what the library's do, but for rounding."""
+    reason = "it differs"
     try:
         wanted = _two_tokens(rule, convolution)
         found = _two_tokens(partial(delta_rule, _never), partial(convolve, _never))
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return False
-    pairs = zip(found, wanted, strict=True)
-    return all(got.shape == want.shape and torch.allclose(got, want, atol=1e-4) for got, want in pairs)
+        agree = all(torch.allclose(*pair, atol=1e-4) for pair in zip(found, wanted, strict=True))
+    except Exception as error:  # whatever another release's functions make of these arguments
+        agree, reason = False, f"{type(error).__name__}: {first_line(error)}"
+    if not agree:
+        logger.info("linear attention is computed by transformers: %s", reason)
+    return agree
 
 
 @torch.inference_mode()

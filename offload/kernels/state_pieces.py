@@ -13,7 +13,6 @@ import logging
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import nn
 
 from moe_local.offload.class_source import class_source
 from moe_local.offload.kernels.logits_trial import difference
-from moe_local.offload.kernels.stand_in import set_class, stand_in
+from moe_local.offload.kernels.stand_in import calling, set_class, stand_in
 
 LONGEST = 512
 """Tokens in a piece: enough to keep a GPU busy, and multiples of the blocks in which deltas are computed."""
@@ -157,10 +156,8 @@ def _remembering(cls: Any, name: str) -> Callable[..., Any] | None:
         memory, state = kwargs[name], None
         if memory.has_previous_state(self.layer_idx):
             state = memory.layers[self.layer_idx].recurrent_states[0]
-        known = whole.__globals__ | {SCAN: partial(selective_scan, state)}
-        function = FunctionType(whole.__code__, known, whole.__name__, whole.__defaults__, whole.__closure__)
-        function.__kwdefaults__ = whole.__kwdefaults__
-        return function(self, hidden_states, **kwargs)
+        going_on = calling(whole, {SCAN: partial(selective_scan, state)})
+        return going_on(self, hidden_states, **kwargs)
 
     return forward
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import moe_local
 from moe_local.offload.checkpoint import skeleton
 from moe_local.offload.engine.names import cache_name
 from moe_local.offload.kernels import delta_rule as module_under_test
+from moe_local.offload.kernels import state_pieces
 from moe_local.offload.kernels.delta_rule import convolve, delta_rule, use_native_delta_rule
 from moe_local.offload.native.library import library
 
@@ -141,6 +143,43 @@ def test_copies_and_pickles_stay_what_they_are(tiny_models: ModuleType) -> None:
     module = layers_of(model)[0]
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert type(other) is type(module)
+
+
+def test_a_cache_that_keeps_the_past_gets_it(
+    tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_models.tiny_model("qwen3_next")
+    use_native_delta_rule(model)
+    cache: Any = DynamicCache(config=model.config)
+    name, ids = cache_name(model.forward), torch.arange(6)[None]
+    with torch.no_grad():
+        model(input_ids=ids, **{name: cache}, use_cache=True)
+        for layer in layers_of(model):
+            cache.layers[layer.layer_idx].record_past = True
+        monkeypatch.setattr(module_under_test, "library", never)
+        model(input_ids=ids[:, :1], **{name: cache}, use_cache=True)
+
+
+def test_prompts_go_in_pieces_all_the_same(tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_models.tiny_model("qwen3_next")
+    use_native_delta_rule(model)
+    native = type(layers_of(model)[0])
+    lengths: list[int] = []
+
+    def noted(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        lengths.append(hidden_states.shape[1])
+        return forward(self, hidden_states, **kwargs)
+
+    forward = native.forward
+    monkeypatch.setattr(state_pieces, "in_pieces", state_pieces.in_pieces.__wrapped__)
+    monkeypatch.setattr(native, "forward", functools.wraps(forward)(noted))
+    for module in layers_of(model):
+        module.__class__ = state_pieces.in_pieces(native)
+        module.piece = 4
+    with torch.no_grad():
+        cache: Any = DynamicCache(config=model.config)
+        model(input_ids=torch.arange(10)[None], **{cache_name(model.forward): cache}, use_cache=True)
+    assert lengths == [4, 4, 2] * len(layers_of(model))
 
 
 def test_gradients_go_transformers_way(tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
