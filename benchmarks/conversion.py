@@ -45,7 +45,6 @@ from synthetic import NAMED_SHAPES
 from moe_local.cache.files import write_atomically
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
-from moe_local.offload.direct_io import PAGE, Range, open_for_writing, page_memory, read_ranges, write_fully
 from moe_local.offload.expert_file import expert_shard
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.expert_file.expert_shard import ShardWriter
@@ -53,6 +52,14 @@ from moe_local.offload.plan.bandwidth import machine
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.nf4 import NF4Codec
+from moe_local.offload.system.direct_io import (
+    PAGE,
+    Range,
+    open_for_writing,
+    page_memory,
+    read_ranges,
+    write_fully,
+)
 
 AT_ONCE = 256 << 20
 """Bytes of a shard that the floor reads in one go, about an expert's matrix of the largest kind."""

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 import moe_local
 from moe_local.cache.files import write_atomically
-from moe_local.offload.kernels.split_attention import attend_in_parts, parts_of
+from moe_local.offload.dense.split_attention import attend_in_parts, parts_of
 from moe_local.offload.plan import bandwidth
 
 SLAB_BYTES = 1 << 29

@@ -37,8 +37,8 @@ from moe_local.cache.keys import ExpertKey
 from moe_local.cache.policies import POLICIES
 from moe_local.cache.routes import Phase, read_routes
 from moe_local.cache.stats import RouterLoad
-from moe_local.offload.device_misses import DeviceMisses
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
+from moe_local.offload.gpu.device_misses import DeviceMisses
 from moe_local.offload.kernels.fetch import LOG_HEAD
 from moe_local.offload.prefetch.prefetch import NoPrefetch
 from moe_local.offload.quantize.layout import make_layout

@@ -46,12 +46,12 @@ from moe_local.cache.files import write_atomically
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import resolve
-from moe_local.offload.direct_io import Range, page_memory, read_ranges
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan.bandwidth import Bandwidths, h2d_bandwidth
 from moe_local.offload.plan.fit import plan_load
+from moe_local.offload.system.direct_io import Range, page_memory, read_ranges
 from moe_local.offload.tiers.slow_link import cuda_device
 from moe_local.offload.tiers.transfer import FileSource
 

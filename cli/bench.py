@@ -21,8 +21,8 @@ from moe_local.cli.live import LivePicture
 from moe_local.cli.options import LOAD_FLAGS, debug_flag, json_flag, load_flags
 from moe_local.cli.plot import draw_picture
 from moe_local.cli.render import ProgressBar, on_stderr, print_json, show_cursor
-from moe_local.offload.interrupt import INTERRUPTED
 from moe_local.offload.options import LoadOptions
+from moe_local.offload.system.interrupt import INTERRUPTED
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ import sys
 import threading
 from typing import NoReturn
 
-from moe_local.offload.interrupt import INTERRUPTED, TERMINATED, Terminated, take_signals
+from moe_local.offload.system.interrupt import INTERRUPTED, TERMINATED, Terminated, take_signals
 
 
 def main() -> NoReturn:

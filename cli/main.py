@@ -14,7 +14,7 @@ import click
 from moe_local.cache.errors import MoeLocalError
 from moe_local.cli.lazy import LazyGroup
 from moe_local.cli.options import debug_flag
-from moe_local.offload.interrupt import INTERRUPTED, TERMINATED, broken_import
+from moe_local.offload.system.interrupt import INTERRUPTED, TERMINATED, broken_import
 
 USAGE = 2
 

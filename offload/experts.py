@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import MoeLocalError
-from moe_local.offload.custody import Switch
-from moe_local.offload.interrupt import check as check_interrupt
-from moe_local.offload.interrupt import deferred, is_deferred
+from moe_local.offload.gpu.custody import Switch
+from moe_local.offload.gpu.residents import Residents
 from moe_local.offload.kernels.contracts import ExpertMath, LayerStep
 from moe_local.offload.kernels.grouped import GroupedExperts
 from moe_local.offload.kernels.grouped_trial import try_out
@@ -22,10 +21,11 @@ from moe_local.offload.kernels.shared import SharedStep, Staging, pack, unpack
 from moe_local.offload.prefetch.prefetch import Prefetcher
 from moe_local.offload.progress import Progress
 from moe_local.offload.quantize.layout import Layout
-from moe_local.offload.residents import Residents
 from moe_local.offload.schedule.calibrate import measure_cpu
 from moe_local.offload.schedule.costs import Work
 from moe_local.offload.store import ExpertStore
+from moe_local.offload.system.interrupt import check as check_interrupt
+from moe_local.offload.system.interrupt import deferred, is_deferred
 
 COMPILING = "compiling kernels for"
 """What a load reports of: seconds of work where a model, or a release of Triton, is used first."""

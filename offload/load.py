@@ -32,8 +32,10 @@ from moe_local.offload.expert_file.convert import moe_local_home
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
+from moe_local.offload.gpu.lost_device import raise_as_one_line
+from moe_local.offload.gpu.relief import Relief
+from moe_local.offload.gpu.residents import can_reside
 from moe_local.offload.kernels import bnb
-from moe_local.offload.lost_device import raise_as_one_line
 from moe_local.offload.model import Model
 from moe_local.offload.native.library import library
 from moe_local.offload.options import LoadOptions
@@ -49,8 +51,6 @@ from moe_local.offload.prefill import announcer
 from moe_local.offload.progress import Progress
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.mix import AUTO, is_mixed
-from moe_local.offload.relief import Relief
-from moe_local.offload.residents import can_reside
 from moe_local.offload.schedule.calibrate import first_costs
 from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store import ExpertStore

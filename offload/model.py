@@ -16,7 +16,6 @@ import torch
 from moe_local.cache.cache_map import CacheView
 from moe_local.cache.errors import MoeLocalError, OptionError, first_line
 from moe_local.cache.stats import Stats
-from moe_local.offload import interrupt
 from moe_local.offload.batcher import Batcher, Listener, Ticket
 from moe_local.offload.engine.batch import generate_ids
 from moe_local.offload.engine.engine import Engine
@@ -33,6 +32,7 @@ from moe_local.offload.ranges import plain, plain_number
 from moe_local.offload.records import Output
 from moe_local.offload.store import ExpertStore
 from moe_local.offload.stream import TokenStream
+from moe_local.offload.system import interrupt
 from moe_local.offload.turn import Turn
 from moe_local.offload.usage import add_usage
 

@@ -160,7 +160,7 @@ class LoadOptions:
         """
         import torch
 
-        from moe_local.offload.usable import usable_cards
+        from moe_local.offload.gpu.usable import usable_cards
 
         first = self.torch_device()
         named = len(self.vram) if isinstance(self.vram, tuple) else 0
@@ -188,7 +188,7 @@ class LoadOptions:
         """
         import torch  # here, so that the command line can show its help without it
 
-        from moe_local.offload.usable import REMEDY, tell_unused, unusable, usable_cards
+        from moe_local.offload.gpu.usable import REMEDY, tell_unused, unusable, usable_cards
 
         device = self.device
         if device == "auto":

@@ -9,7 +9,6 @@ from typing import NoReturn
 
 from moe_local.cache.errors import MoeLocalError
 from moe_local.cache.stats import Stats
-from moe_local.offload import interrupt
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.engine.sequence import FinishReason, Sequence, Step
@@ -17,6 +16,7 @@ from moe_local.offload.engine.text import Detokenizer
 from moe_local.offload.leases import Tally
 from moe_local.offload.records import GenerationStats, Output, Token
 from moe_local.offload.store import ExpertStore
+from moe_local.offload.system import interrupt
 from moe_local.offload.turn import Turn
 
 

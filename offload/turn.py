@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable
 
 from moe_local.cache.errors import MoeLocalError
-from moe_local.offload.interrupt import LOOK_SECONDS
-from moe_local.offload.interrupt import check as check_interrupt
+from moe_local.offload.system.interrupt import LOOK_SECONDS
+from moe_local.offload.system.interrupt import check as check_interrupt
 
 
 class Turn:

@@ -70,8 +70,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
     That is time in which nothing else is being read, which may take long on a busy machine; of the machine's
     pauses hardly anything counts.
     """
-    from moe_local.offload import hung
-    from moe_local.offload.tiers import patience
+    from moe_local.offload.system import hung, patience
 
     gone: set[Path] = set()
 

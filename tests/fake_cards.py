@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moe_local.offload.card_moves import CardMoves
+from moe_local.offload.gpu.card_moves import CardMoves
 
 
 class FakeCards(TorchDispatchMode):

@@ -24,6 +24,14 @@ FORBIDDEN = {
     "demo": ("moe_local.cli", "moe_local.offload", "moe_local.cache"),
 }
 
+# Rooms of offload/ that others stand on: what each may import of the others.
+LOW_ROOMS = {
+    "modeling": set(),
+    "system": set(),
+    "native": {"quantize"},
+    "dense": {"kernels", "modeling", "native", "quantize", "system"},
+}
+
 
 def modules(room: str) -> Iterator[Path]:
     return (ROOT / room).rglob("*.py")
@@ -47,6 +55,17 @@ def test_imports_go_one_way(room: str) -> None:
         for path in modules(room)
         for name in imports(path)
         if any(name == banned or name.startswith(banned + ".") for banned in FORBIDDEN[room])
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("room", LOW_ROOMS)
+def test_low_rooms_of_offload_know_no_higher_ones(room: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in modules(f"offload/{room}")
+        for name in imports(path)
+        if name.startswith("moe_local.offload.") and name.split(".")[2] not in LOW_ROOMS[room] | {room}
     ]
     assert not wrong
 

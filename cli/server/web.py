@@ -15,7 +15,7 @@ import uvicorn
 
 from moe_local.cli.server.app import Server
 from moe_local.cli.server.connection import Connection
-from moe_local.offload.interrupt import IMPATIENCE
+from moe_local.offload.system.interrupt import IMPATIENCE
 
 GRACE_SECONDS = 30.0
 """How long answers under way may go on after the server was told to stop."""

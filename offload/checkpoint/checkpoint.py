@@ -23,7 +23,7 @@ from moe_local.offload.checkpoint.registry import DEMO, find_alias, hub_id, shor
 from moe_local.offload.checkpoint.shards import Shards
 from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer, meta_model, model_spec
 from moe_local.offload.checkpoint.weights import Weight, find_weights
-from moe_local.offload.direct_io import Memory, page_memory
+from moe_local.offload.system.direct_io import Memory, page_memory
 
 
 class Checkpoint:

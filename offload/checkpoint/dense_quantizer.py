@@ -15,7 +15,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.kernels.linear import QuantizedLinear
+from moe_local.offload.dense.linear import QuantizedLinear
 
 METHOD = "moe_local"
 

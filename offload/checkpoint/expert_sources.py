@@ -15,8 +15,8 @@ from moe_local.offload.checkpoint.gguf_model import expert_parameter, expert_par
 from moe_local.offload.checkpoint.shards import Shards
 from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer
 from moe_local.offload.checkpoint.weights import Weight
-from moe_local.offload.direct_io import Memory, page_memory
-from moe_local.offload.undecorated import conversion_rules
+from moe_local.offload.modeling.undecorated import conversion_rules
+from moe_local.offload.system.direct_io import Memory, page_memory
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter, WeightRenaming

@@ -15,8 +15,8 @@ from typing import Any
 from moe_local.cache.errors import CheckpointError, ModelNotFoundError
 from moe_local.offload.checkpoint.shards import DTYPES, Shards, StoredTensor
 from moe_local.offload.checkpoint.weights import Weight
-from moe_local.offload.hung import HungError, patiently
 from moe_local.offload.quantize.gguf import FORMATS
+from moe_local.offload.system.hung import HungError, patiently
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"

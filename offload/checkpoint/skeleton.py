@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.card_moves import move_between_cards
 from moe_local.offload.checkpoint.dense_weights import DenseWeights
 from moe_local.offload.checkpoint.spec import (
     class_config,
@@ -25,20 +24,21 @@ from moe_local.offload.checkpoint.spec import (
     model_class,
     quantized_weights,
 )
+from moe_local.offload.dense.attention import use_single_query_attention
+from moe_local.offload.dense.attention_trial import use_token_attention
+from moe_local.offload.dense.delta_rule import use_native_delta_rule
+from moe_local.offload.dense.fused_norm import use_fused_norms
+from moe_local.offload.dense.index_pieces import use_index_pieces
+from moe_local.offload.dense.latent_attention import use_latent_attention
+from moe_local.offload.dense.linear import use_native_linears
+from moe_local.offload.dense.norm import use_native_norms
+from moe_local.offload.dense.router import use_native_routers
+from moe_local.offload.dense.sink_attention import use_sink_attention
+from moe_local.offload.dense.state_pieces import use_state_pieces
 from moe_local.offload.experts import OffloadedExperts
-from moe_local.offload.kernels.attention import use_single_query_attention
-from moe_local.offload.kernels.attention_trial import use_token_attention
-from moe_local.offload.kernels.delta_rule import use_native_delta_rule
-from moe_local.offload.kernels.fused_norm import use_fused_norms
-from moe_local.offload.kernels.index_pieces import use_index_pieces
-from moe_local.offload.kernels.latent_attention import use_latent_attention
-from moe_local.offload.kernels.linear import use_native_linears
-from moe_local.offload.kernels.norm import use_native_norms
-from moe_local.offload.kernels.router import use_native_routers
-from moe_local.offload.kernels.sink_attention import use_sink_attention
-from moe_local.offload.kernels.state_pieces import use_state_pieces
+from moe_local.offload.gpu.card_moves import move_between_cards
+from moe_local.offload.modeling.undecorated import decorate
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
-from moe_local.offload.undecorated import decorate
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

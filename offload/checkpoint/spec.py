@@ -12,11 +12,11 @@ from torch import nn
 
 from moe_local.cache.errors import CheckpointError, first_line
 from moe_local.offload.checkpoint.quantization import Quantization
-from moe_local.offload.class_source import class_source
-from moe_local.offload.kernels.state_pieces import kept_numel
+from moe_local.offload.dense.state_pieces import kept_numel
+from moe_local.offload.modeling.class_source import class_source
+from moe_local.offload.modeling.undecorated import decorate, is_experts_module
 from moe_local.offload.quantize.layout import TensorSpec
 from moe_local.offload.quantize.stored import StoredFormat
-from moe_local.offload.undecorated import decorate, is_experts_module
 
 WITHOUT_TOWERS = frozenset({"gemma4"})
 """Model types whose class takes None for the configs of images and sound."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from moe_local.cache.errors import MoeLocalError, OptionError
-from moe_local.offload import interrupt
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.sampling import (
     Settings,
@@ -22,8 +21,9 @@ from moe_local.offload.engine.sampling import (
     with_default_length,
 )
 from moe_local.offload.engine.sequence import Sequence
+from moe_local.offload.gpu.relief import shortage
 from moe_local.offload.ranges import check_range, nth_seed
-from moe_local.offload.relief import shortage
+from moe_local.offload.system import interrupt
 
 
 def generate_ids(

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_masks_for_generate
 
-from moe_local.offload.engine.names import cache_name
+from moe_local.offload.modeling.names import cache_name
 
 if TYPE_CHECKING:
     from moe_local.offload.engine.kv_slab import LayerStore

@@ -20,7 +20,7 @@ from torch import nn
 
 from moe_local.cache.errors import ContextLengthError, MoeLocalError, OptionError
 from moe_local.cache.keys import format_bytes
-from moe_local.offload import interrupt
+from moe_local.offload.dense.linear import NativeLinear
 from moe_local.offload.engine.batch_view import BatchMasks
 from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.kv_slab import KVRows, KVSlab, cache_argument
@@ -29,11 +29,11 @@ from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.sampling import Settings, draw
 from moe_local.offload.engine.sequence import FinishReason, Sequence, Step, Work
 from moe_local.offload.engine.token_step import TokenStep, TokenWatch
-from moe_local.offload.kernels.linear import NativeLinear
+from moe_local.offload.gpu.relief import Shortage, shortage
 from moe_local.offload.plan.footprint import MIN_CHUNK
 from moe_local.offload.prefetch.routers import RouterSite
-from moe_local.offload.relief import Shortage, shortage
-from moe_local.offload.threads import one_torch_thread
+from moe_local.offload.system import interrupt
+from moe_local.offload.system.threads import one_torch_thread
 
 logger = logging.getLogger(__name__)
 

@@ -17,16 +17,16 @@ from contextlib import contextmanager
 import torch
 
 from moe_local.cache.errors import OptionError, first_line
-from moe_local.offload.engine.eager_mask import use_capturable_mask
+from moe_local.offload.dense.attention import NAME as SINGLE_QUERY
+from moe_local.offload.dense.latent_attention import NAME as LATENT
+from moe_local.offload.dense.sink_attention import NAME as WITH_SINKS
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.kv_slab import KVSlab
 from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.token_step import TokenStep
 from moe_local.offload.experts import OffloadedExperts
-from moe_local.offload.kernels.attention import NAME as SINGLE_QUERY
-from moe_local.offload.kernels.latent_attention import NAME as LATENT
-from moe_local.offload.kernels.sink_attention import NAME as WITH_SINKS
+from moe_local.offload.modeling.eager_mask import use_capturable_mask
 from moe_local.offload.prefetch.routers import RouterSite
 
 VARIABLE = "MOE_LOCAL_GRAPHS"

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from moe_local.offload.capturing import alone
+from moe_local.offload.gpu.capturing import alone
 
 
 class Graph(Protocol):

@@ -20,11 +20,11 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from moe_local.offload.dense.token_attention import Place
 from moe_local.offload.engine.batch_view import BatchLayer, BatchPlaces
 from moe_local.offload.engine.encoder_decoder import EncoderDecoder, Translation
-from moe_local.offload.engine.names import cache_name
 from moe_local.offload.engine.static_row import StaticLayer
-from moe_local.offload.kernels.token_attention import Place
+from moe_local.offload.modeling.names import cache_name
 
 # transformers 5.17 and 5.18 leave out the layers that later releases fill with this class.
 DUMMY_LAYER: type | None = getattr(cache_utils, "DummyLayer", None)

@@ -15,8 +15,6 @@ import torch
 
 from moe_local.cache.errors import first_line
 from moe_local.cache.keys import format_bytes
-from moe_local.offload.custody import HostAlone
-from moe_local.offload.device_misses import DeviceMisses
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.graph_trial import (
     EXACT,
@@ -32,6 +30,8 @@ from moe_local.offload.engine.kv_slab import KVSlab
 from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.token_step import TokenStep
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
+from moe_local.offload.gpu.custody import HostAlone
+from moe_local.offload.gpu.device_misses import DeviceMisses
 from moe_local.offload.kernels import fetch
 from moe_local.offload.prefetch.routers import RouterSite
 from moe_local.offload.store import ExpertStore

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import torch
 
-from moe_local.offload.card_moves import moves_of
 from moe_local.offload.engine.graphs import Graph, Graphs
 from moe_local.offload.experts import OffloadedExperts
+from moe_local.offload.gpu.card_moves import moves_of
 from moe_local.offload.prefetch.routers import RouterSite
 
 Saw = Callable[[int, torch.Tensor], None]

@@ -21,7 +21,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from moe_local.cache.errors import OptionError
-from moe_local.offload.capturing import alone
+from moe_local.offload.gpu.capturing import alone
 from moe_local.offload.ranges import RANGES, check_range
 
 DEFAULTS = GenerationConfig()

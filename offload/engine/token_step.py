@@ -13,8 +13,8 @@ from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.kv_slab import KVSlab
 from moe_local.offload.engine.recording import CapturedStep, Recording, Saw
 from moe_local.offload.engine.static_row import static_columns
+from moe_local.offload.gpu.relief import shortage
 from moe_local.offload.prefetch.routers import RouterSite
-from moe_local.offload.relief import shortage
 
 logger = logging.getLogger(__name__)
 

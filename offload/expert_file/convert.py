@@ -19,7 +19,6 @@ from moe_local.cache.errors import DoesNotFitError, ExpertFileError
 from moe_local.cache.files import locked, sync_folder
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer
-from moe_local.offload.direct_io import Memory, page_memory
 from moe_local.offload.expert_file.encoder import ExpertEncoder, FormatChoice
 from moe_local.offload.expert_file.expert_file import (
     MANIFEST,
@@ -36,6 +35,7 @@ from moe_local.offload.expert_file.verify import damaged_experts, damaged_frame
 from moe_local.offload.quantize.codec import Codec, codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.mix import Mix, is_mixed
+from moe_local.offload.system.direct_io import Memory, page_memory
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import torch
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.cache.keys import ExpertKey
-from moe_local.offload.capturing import alone
 from moe_local.offload.checkpoint.spec import MoELayer
+from moe_local.offload.gpu.capturing import alone
 from moe_local.offload.quantize.codec import Codec, codec_for
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.quantize.mix import Mix

@@ -20,8 +20,8 @@ import xxhash
 from moe_local.cache.errors import DoesNotFitError, ExpertFileError
 from moe_local.cache.files import parse_json, sync_folder
 from moe_local.cache.keys import format_bytes
-from moe_local.offload.direct_io import open_for_writing, page_memory, write_fully
 from moe_local.offload.quantize.layout import PAGE, Layout
+from moe_local.offload.system.direct_io import open_for_writing, page_memory, write_fully
 
 VERSION = 1
 """Of shards and manifest together; raised when an older moe-local could not read what a newer one writes."""

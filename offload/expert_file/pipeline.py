@@ -13,9 +13,9 @@ from queue import SimpleQueue
 
 import torch
 
-from moe_local.offload.direct_io import Memory, PageArena, page_memory
 from moe_local.offload.expert_file.expert_shard import ShardPlan, ShardWriter
 from moe_local.offload.quantize.layout import Layout
+from moe_local.offload.system.direct_io import Memory, PageArena, page_memory
 
 Tensors = Mapping[str, torch.Tensor]
 

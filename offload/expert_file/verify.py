@@ -12,10 +12,10 @@ import torch
 import xxhash
 
 from moe_local.cache.errors import ExpertFileError
-from moe_local.offload.direct_io import Range, ReadError, page_memory, read_ranges
 from moe_local.offload.expert_file.expert_file import ExpertFile, Progress, StoredLayer
 from moe_local.offload.expert_file.expert_shard import ShardPlan
-from moe_local.offload.hung import HungError
+from moe_local.offload.system.direct_io import Range, ReadError, page_memory, read_ranges
+from moe_local.offload.system.hung import HungError
 
 BATCH = 64 << 20
 """Bytes read at a time, so that small experts, too, keep the disk busy."""

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 
 from moe_local.cache.errors import MoeLocalError
+from moe_local.offload.gpu.relief import shortage
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.code_tables import dynamic_map
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.nf4 import BLOCK, nf4_matrix
 from moe_local.offload.quantize.views import segment_view
-from moe_local.offload.relief import shortage
 
 
 def nf4_linear(

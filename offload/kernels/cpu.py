@@ -30,7 +30,7 @@ from moe_local.offload.quantize import stored
 from moe_local.offload.quantize.fp8 import block_size
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.quantize.views import TORCH_DTYPES
-from moe_local.offload.threads import kernel_threads
+from moe_local.offload.system.threads import kernel_threads
 
 
 def serves(layout: Layout, x: torch.Tensor) -> bool:

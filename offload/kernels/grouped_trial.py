@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from moe_local.cache.errors import first_line
+from moe_local.offload.gpu.relief import shortage
 from moe_local.offload.kernels.contracts import Answers, ExpertMath
 from moe_local.offload.kernels.fallback import described
 from moe_local.offload.kernels.grouped import MOST_TOKENS, GroupedExperts, warm_up
@@ -22,7 +23,6 @@ from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.quantize.views import segment_view
-from moe_local.offload.relief import shortage
 
 EXACT, ROUGH = 1e-3, 0.05
 """How far answers may be off, as a part of their norm, in fp32 and in 16-bit dtypes, in which the CPU rounds

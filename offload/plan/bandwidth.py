@@ -24,9 +24,9 @@ import torch
 
 from moe_local.cache.files import parse_json, write_atomically
 from moe_local.cache.keys import format_bytes
-from moe_local.offload.direct_io import page_memory
 from moe_local.offload.native.library import check, library
-from moe_local.offload.read_at import open_directly, open_for_reading, read_at
+from moe_local.offload.system.direct_io import page_memory
+from moe_local.offload.system.read_at import open_directly, open_for_reading, read_at
 
 DEFAULT_VRAM = 936e9
 """Bytes/s, an RTX 3090's data sheet; a 4090 has 1008e9, the 16 GB cards 290e9 to 740e9."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from moe_local.offload.native.library import DTYPES, FORMATS, check, library
-from moe_local.offload.threads import kernel_threads
+from moe_local.offload.system.threads import kernel_threads
 
 
 class LowFormat(NamedTuple):

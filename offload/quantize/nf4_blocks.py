@@ -16,7 +16,7 @@ from moe_local.offload.native.library import DTYPES, check, library
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.code_tables import nf4_levels
 from moe_local.offload.quantize.parallel import for_each
-from moe_local.offload.threads import kernel_threads
+from moe_local.offload.system.threads import kernel_threads
 
 BLOCK = 64
 """Weights that share one scale."""

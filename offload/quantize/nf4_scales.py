@@ -14,7 +14,7 @@ import torch
 from moe_local.offload.native.library import check, library
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.code_tables import dynamic_map
-from moe_local.offload.threads import kernel_threads
+from moe_local.offload.system.threads import kernel_threads
 
 NESTED_BLOCK = 256
 """Scales that share one scale of their own."""

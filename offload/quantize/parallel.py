@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from moe_local.offload.threads import kernel_threads, one_torch_thread
+from moe_local.offload.system.threads import kernel_threads, one_torch_thread
 
 CHUNK = 1 << 17
 """Weights worked on at a time on the CPU, in whole rows: what its cache holds."""

@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_local.offload.direct_io import PAGE
-from moe_local.offload.read_at import open_directly, open_for_reading, read_at
+from moe_local.offload.system.direct_io import PAGE
+from moe_local.offload.system.read_at import open_directly, open_for_reading, read_at
 
 
 class OpenFile(NamedTuple):

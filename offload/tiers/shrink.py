@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moe_local.cache.keys import ExpertKey
-from moe_local.offload.interrupt import LOOK_SECONDS
-from moe_local.offload.interrupt import check as check_interrupt
+from moe_local.offload.system.interrupt import LOOK_SECONDS
+from moe_local.offload.system.interrupt import check as check_interrupt
 from moe_local.offload.tiers.copies import CopySource
 from moe_local.offload.tiers.device import Device
 from moe_local.offload.tiers.device_arena import DeviceArena

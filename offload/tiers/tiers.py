@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from moe_local.cache.errors import TransferError
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
-from moe_local.offload.interrupt import LOOK_SECONDS
-from moe_local.offload.interrupt import check as check_interrupt
+from moe_local.offload.system.interrupt import LOOK_SECONDS
+from moe_local.offload.system.interrupt import check as check_interrupt
 from moe_local.offload.tiers.device import Device, Waited
 from moe_local.offload.tiers.device_arena import DeviceArena, per_layer
 from moe_local.offload.tiers.staging import Slots, StagedArena

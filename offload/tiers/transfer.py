@@ -20,14 +20,14 @@ from typing import Protocol
 
 from moe_local.cache.errors import TransferError
 from moe_local.cache.keys import ExpertKey
-from moe_local.offload.read_at import read_at
+from moe_local.offload.system.patience import SLOW, Patience
+from moe_local.offload.system.read_at import read_at
 from moe_local.offload.tiers.checksum import RunningChecksum
 from moe_local.offload.tiers.device import Copied
 from moe_local.offload.tiers.location import FileRange as FileRange
 from moe_local.offload.tiers.location import Location as Location
 from moe_local.offload.tiers.location import ScatteredLocation as ScatteredLocation
 from moe_local.offload.tiers.open_file import OpenFile
-from moe_local.offload.tiers.patience import SLOW, Patience
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moe_local.offload.prefetch.names import register_prefetcher
     from moe_local.offload.prefetch.prefetch import Guess, Prefetcher
 
-if "torch" not in sys.modules:  # it reads this once, when it is imported; see offload/threads.py
+if "torch" not in sys.modules:  # it reads this once, when it is imported; see offload/system/threads.py
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __all__ = [

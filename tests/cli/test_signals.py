@@ -160,7 +160,7 @@ def test_what_a_broken_import_leads_to_is_no_error(
 ) -> None:
     """As libraries do: catch all around an optional import, and fail for want of it."""
     import moe_local
-    from moe_local.offload import interrupt
+    from moe_local.offload.system import interrupt
 
     (tmp_path / "signalled.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -227,7 +227,7 @@ def test_a_disk_that_hangs_for_good_ends_the_command(tmp_path: Path, monkeypatch
 
 HUNG_SOURCE = """
 import sys, threading
-import moe_local.offload.direct_io as direct_io
+import moe_local.offload.system.direct_io as direct_io
 from moe_local.cli.entry import main
 read, left = direct_io._read, [120]
 def hangs(found):

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import moe_local
-from moe_local.offload.kernels import latent_attention
-from moe_local.offload.kernels.attention import single_query_attention
-from moe_local.offload.kernels.sink_attention import sink_attention
-from moe_local.offload.kernels.split_attention import parts_of
+from moe_local.offload.dense import latent_attention
+from moe_local.offload.dense.attention import single_query_attention
+from moe_local.offload.dense.sink_attention import sink_attention
+from moe_local.offload.dense.split_attention import parts_of
 
 pytestmark = [
     pytest.mark.gpu,

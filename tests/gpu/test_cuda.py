@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import moe_local
-from moe_local.offload import relief
+from moe_local.offload.dense.fused_norm import use_fused_norms
 from moe_local.offload.engine.graphs import CudaGraphs
 from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.expert_file.convert import convert_experts
+from moe_local.offload.gpu import relief
 from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
-from moe_local.offload.kernels.fused_norm import use_fused_norms
 from moe_local.offload.kernels.grouped import GroupedExperts, GroupedRun, GroupedStep
 from moe_local.offload.kernels.grouped_trial import made_expert
 from moe_local.offload.kernels.launcher import Launcher

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import moe_local
-from moe_local.offload.device_misses import DeviceMisses
 from moe_local.offload.engine.miss_trial import VARIABLE
 from moe_local.offload.engine.sampling import make_settings
+from moe_local.offload.gpu.device_misses import DeviceMisses
 from moe_local.offload.kernels.fetch import LayerTables, fetch_kernels
 from moe_local.offload.kernels.launcher import UNIT
 from moe_local.offload.tiers.arena import HostArena

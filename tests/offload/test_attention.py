@@ -12,8 +12,8 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import moe_local
-from moe_local.offload.kernels import attention
-from moe_local.offload.kernels.attention import NAME, single_query_attention
+from moe_local.offload.dense import attention
+from moe_local.offload.dense.attention import NAME, single_query_attention
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

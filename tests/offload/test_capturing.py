@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from moe_local.offload.capturing import alone
 from moe_local.offload.engine.graphs import CudaGraphs
 from moe_local.offload.engine.sampling import draw
 from moe_local.offload.expert_file.encoder import ExpertEncoder
+from moe_local.offload.gpu.capturing import alone
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.tiers.device import CudaDevice
 

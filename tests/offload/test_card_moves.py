@@ -12,16 +12,16 @@ import torch
 from accelerate import dispatch_model
 from torch import nn
 
-from moe_local.offload.card_moves import CardMoves, move_between_cards, moves_of
 from moe_local.offload.checkpoint.spec import experts_modules
 from moe_local.offload.engine import static_row
 from moe_local.offload.engine.card_graphs import CardGraphs
-from moe_local.offload.engine.eager_mask import use_capturable_mask
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.experts import OffloadedExperts
-from moe_local.offload.relief import Shortage
+from moe_local.offload.gpu.card_moves import CardMoves, move_between_cards, moves_of
+from moe_local.offload.gpu.relief import Shortage
+from moe_local.offload.modeling.eager_mask import use_capturable_mask
 
 torch.set_num_threads(1)
 

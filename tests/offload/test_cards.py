@@ -306,7 +306,7 @@ def test_the_card_that_is_short_gives_way(
     make_checkpoint: Callable[..., Path], make_device: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moe_local.offload.tiers.device_arena.SEGMENT_BYTES", 1)
-    monkeypatch.setattr("moe_local.offload.relief.MARGIN", 0)
+    monkeypatch.setattr("moe_local.offload.gpu.relief.MARGIN", 0)
     checkpoint = Checkpoint.open(make_checkpoint("mixtral"))
     plan, options = two_cards(checkpoint, 4, 1 << 20)
     devices = [make_device(1), make_device(2)]

@@ -27,7 +27,7 @@ from moe_local.offload.expert_file.convert import convert_experts, expert_file_f
 from moe_local.offload.expert_file.expert_file import MANIFEST, ExpertFile
 from moe_local.offload.expert_file.verify import find_damage
 from moe_local.offload.quantize.codec import codec_for
-from moe_local.offload.tiers.patience import PATIENCE_S
+from moe_local.offload.system.patience import PATIENCE_S
 
 BF16 = codec_for("bf16")
 

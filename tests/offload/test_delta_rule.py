@@ -17,10 +17,10 @@ from transformers import DynamicCache
 
 import moe_local
 from moe_local.offload.checkpoint import skeleton
-from moe_local.offload.engine.names import cache_name
-from moe_local.offload.kernels import delta_rule as module_under_test
-from moe_local.offload.kernels import state_pieces
-from moe_local.offload.kernels.delta_rule import convolve, delta_rule, use_native_delta_rule
+from moe_local.offload.dense import delta_rule as module_under_test
+from moe_local.offload.dense import state_pieces
+from moe_local.offload.dense.delta_rule import convolve, delta_rule, use_native_delta_rule
+from moe_local.offload.modeling.names import cache_name
 from moe_local.offload.native.library import library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")

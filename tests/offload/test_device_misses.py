@@ -16,16 +16,16 @@ import torch
 import moe_local
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
-from moe_local.offload.device_misses import DeviceMisses
 from moe_local.offload.engine import miss_trial
 from moe_local.offload.engine.miss_trial import VARIABLE, miss_mode
+from moe_local.offload.gpu.device_misses import DeviceMisses
+from moe_local.offload.gpu.relief import Shortage
 from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.measure.variants import expert_runner
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan.fit import plan_request
 from moe_local.offload.plan.footprint import expert_bytes
 from moe_local.offload.plan.plan import Request
-from moe_local.offload.relief import Shortage
 
 torch.set_num_threads(1)
 
@@ -248,7 +248,7 @@ def test_the_host_may_come_between_at_any_time(
             # memory runs out: the experts give way
             assert parts.engine.relief is not None
             before = parts.store.slots(0)
-            monkeypatch.setattr("moe_local.offload.relief.MARGIN", 1)
+            monkeypatch.setattr("moe_local.offload.gpu.relief.MARGIN", 1)
             parts.engine.relief(Shortage(1, None))
             assert parts.store.slots(0) <= before
             model.check_integrity()

@@ -12,7 +12,7 @@ import torch
 
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
-from moe_local.offload.device_misses import DeviceMisses
+from moe_local.offload.gpu.device_misses import DeviceMisses
 from moe_local.offload.tiers.shrink import shrink
 
 LAYERS, EXPERTS, TOP_K = 3, 12, 3

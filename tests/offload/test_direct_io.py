@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_local.offload import direct_io, hung
-from moe_local.offload.direct_io import (
+from moe_local.offload.system import direct_io, hung
+from moe_local.offload.system.direct_io import (
     PAGE,
     PageArena,
     Range,
@@ -26,8 +26,8 @@ from moe_local.offload.direct_io import (
     read_ranges,
     write_fully,
 )
-from moe_local.offload.hung import HungError
-from moe_local.offload.tiers.patience import PATIENCE_S, Patience
+from moe_local.offload.system.hung import HungError
+from moe_local.offload.system.patience import PATIENCE_S, Patience
 
 needs_direct = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has no direct access")
 

@@ -17,12 +17,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from moe_local.cache.errors import MoeLocalError, OptionError
-from moe_local.offload import interrupt
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.own_caches import OwnCaches
 from moe_local.offload.engine.sampling import Settings, make_settings
 from moe_local.offload.engine.sequence import FinishReason, Sequence
+from moe_local.offload.system import interrupt
 
 torch.set_num_threads(1)
 TOLERANCE = 2e-4

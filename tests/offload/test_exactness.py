@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import moe_local
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.spec import experts_modules
-from moe_local.offload.kernels.linear import QuantizedLinear
+from moe_local.offload.dense.linear import QuantizedLinear
 from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.native.library import library
 from moe_local.offload.options import LoadOptions

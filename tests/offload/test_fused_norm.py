@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
-from moe_local.offload.kernels.fused_norm import use_fused_norms
+from moe_local.offload.dense.fused_norm import use_fused_norms
 from tests.offload.test_norm import OTHER, SAME, filled, numbers
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

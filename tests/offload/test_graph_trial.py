@@ -15,7 +15,6 @@ import moe_local
 from moe_local.cache.errors import OptionError
 from moe_local.offload.checkpoint.spec import experts_modules
 from moe_local.offload.engine import graph_trial
-from moe_local.offload.engine.eager_mask import eager_mask, use_capturable_mask
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.graph_trial import VARIABLE, graph_mode, use_graphs
 from moe_local.offload.engine.graphs import CudaGraphs
@@ -25,6 +24,7 @@ from moe_local.offload.engine.own_caches import OwnCaches
 from moe_local.offload.engine.state_slab import StateSlab
 from moe_local.offload.engine.static_row import StaticLayer
 from moe_local.offload.experts import OffloadedExperts
+from moe_local.offload.modeling.eager_mask import eager_mask, use_capturable_mask
 
 torch.set_num_threads(1)
 

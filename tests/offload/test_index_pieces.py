@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from moe_local.offload.checkpoint.spec import model_spec
+from moe_local.offload.dense import index_pieces as module_under_test
+from moe_local.offload.dense.index_pieces import SCORES_BYTES, SHORTEST, use_index_pieces
 from moe_local.offload.engine.memory import make_kv
-from moe_local.offload.engine.names import cache_name
-from moe_local.offload.kernels import index_pieces as module_under_test
-from moe_local.offload.kernels.index_pieces import SCORES_BYTES, SHORTEST, use_index_pieces
+from moe_local.offload.modeling.names import cache_name
 from moe_local.offload.plan.footprint import kv_bytes
 
 TOKENS = 60

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from moe_local.offload import interrupt
+from moe_local.offload.system import interrupt
 
 
 @pytest.fixture(autouse=True)

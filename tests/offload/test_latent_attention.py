@@ -15,13 +15,13 @@ from accelerate.hooks import attach_execution_device_hook
 from transformers import DynamicCache
 
 import moe_local
-from moe_local.offload.card_moves import move_between_cards
-from moe_local.offload.engine.names import cache_name
-from moe_local.offload.kernels import latent_attention as module_under_test
-from moe_local.offload.kernels.attention import NAME as SINGLE_QUERY
-from moe_local.offload.kernels.attention import use_single_query_attention
-from moe_local.offload.kernels.latent_attention import FROM, NAME, latent, use_latent_attention
-from moe_local.offload.kernels.linear import QuantizedLinear
+from moe_local.offload.dense import latent_attention as module_under_test
+from moe_local.offload.dense.attention import NAME as SINGLE_QUERY
+from moe_local.offload.dense.attention import use_single_query_attention
+from moe_local.offload.dense.latent_attention import FROM, NAME, latent, use_latent_attention
+from moe_local.offload.dense.linear import QuantizedLinear
+from moe_local.offload.gpu.card_moves import move_between_cards
+from moe_local.offload.modeling.names import cache_name
 
 FAMILIES = ["deepseek_v2", "deepseek_v3", "glm4_moe_lite"]
 CHOOSING = ["deepseek_v32", "glm_moe_dsa"]

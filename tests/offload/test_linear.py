@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.kernels import cpu, linear
+from moe_local.offload.dense import linear
+from moe_local.offload.dense.linear import NativeLinear, QuantizedLinear, use_native_linears
+from moe_local.offload.kernels import cpu
 from moe_local.offload.kernels.cpu import multiply
-from moe_local.offload.kernels.linear import NativeLinear, QuantizedLinear, use_native_linears
 from moe_local.offload.quantize.codec import codec_for
 
 torch.set_num_threads(1)

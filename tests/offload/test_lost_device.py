@@ -7,7 +7,7 @@ import torch
 
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload import load as load_module
-from moe_local.offload.lost_device import raise_as_one_line
+from moe_local.offload.gpu.lost_device import raise_as_one_line
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
-from moe_local.offload.kernels import norm as norms
-from moe_local.offload.kernels.norm import FEW_TOKENS, use_native_norms
+from moe_local.offload.dense import norm as norms
+from moe_local.offload.dense.norm import FEW_TOKENS, use_native_norms
 from moe_local.offload.native.library import DTYPES, library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")

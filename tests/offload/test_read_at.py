@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_local.offload.read_at import open_for_reading, read_at
+from moe_local.offload.system.read_at import open_for_reading, read_at
 
 
 @pytest.mark.parametrize("system", ["posix", "windows"])

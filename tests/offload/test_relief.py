@@ -16,12 +16,13 @@ import torch
 
 import moe_local
 from moe_local.cache.errors import DoesNotFitError, MoeLocalError
-from moe_local.offload import relief
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.own_caches import OwnCaches
 from moe_local.offload.engine.sampling import make_settings
+from moe_local.offload.gpu import relief
+from moe_local.offload.gpu.relief import Shortage, shortage
 from moe_local.offload.kernels import cpu
 from moe_local.offload.kernels.cpu import CpuExperts
 from moe_local.offload.kernels.layer import LayerKernels
@@ -29,7 +30,6 @@ from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan.fit import plan_request
 from moe_local.offload.plan.plan import Request
-from moe_local.offload.relief import Shortage, shortage
 from moe_local.offload.tiers import device_arena
 
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moe_local.offload.kernels.router import NativeRouter, use_native_routers
+from moe_local.offload.dense.router import NativeRouter, use_native_routers
 from moe_local.offload.native.library import DTYPES, library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")

@@ -13,14 +13,14 @@ from transformers import DynamicCache
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 import moe_local
-from moe_local.offload.engine.names import cache_name
-from moe_local.offload.kernels import sink_attention as module_under_test
-from moe_local.offload.kernels.sink_attention import (
+from moe_local.offload.dense import sink_attention as module_under_test
+from moe_local.offload.dense.sink_attention import (
     NAME,
     WITH_ADDED_MASK,
     sink_attention,
     use_sink_attention,
 )
+from moe_local.offload.modeling.names import cache_name
 
 
 def inputs(

@@ -21,9 +21,9 @@ from moe_local.offload.checkpoint import skeleton
 from moe_local.offload.checkpoint.checkpoint import Checkpoint, read_config
 from moe_local.offload.checkpoint.skeleton import load_skeleton
 from moe_local.offload.checkpoint.spec import meta_model, model_class, model_spec
+from moe_local.offload.dense.linear import QuantizedLinear
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
-from moe_local.offload.kernels.linear import QuantizedLinear
 from moe_local.offload.plan.plan import Request
 from moe_local.offload.prefetch.prefetch import NoPrefetch
 from moe_local.offload.quantize.codec import codec_for

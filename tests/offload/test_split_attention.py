@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_local.offload.kernels import attention, sink_attention, split_attention
-from moe_local.offload.kernels.split_attention import attend_in_parts, parts_of
+from moe_local.offload.dense import attention, sink_attention, split_attention
+from moe_local.offload.dense.split_attention import attend_in_parts, parts_of
 
 
 def inputs(batch: int, dtype: torch.dtype) -> list[torch.Tensor]:

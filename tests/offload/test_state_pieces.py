@@ -14,10 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from moe_local.offload.checkpoint.spec import model_spec
-from moe_local.offload.engine.memory import make_kv
-from moe_local.offload.engine.names import cache_name
-from moe_local.offload.kernels import state_pieces as module_under_test
-from moe_local.offload.kernels.state_pieces import (
+from moe_local.offload.dense import state_pieces as module_under_test
+from moe_local.offload.dense.state_pieces import (
     LONGEST,
     SHORTEST,
     forgets_states,
@@ -25,6 +23,8 @@ from moe_local.offload.kernels.state_pieces import (
     selective_scan,
     use_state_pieces,
 )
+from moe_local.offload.engine.memory import make_kv
+from moe_local.offload.modeling.names import cache_name
 from moe_local.offload.plan.footprint import kv_bytes
 
 SCANNED = ["jamba", "granitemoehybrid"]

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from moe_local.cache.errors import TransferError
 from moe_local.cache.keys import ExpertKey
+from moe_local.offload.system.patience import PATIENCE_S, Patience
 from moe_local.offload.tiers import transfer
-from moe_local.offload.tiers.patience import PATIENCE_S, Patience
 
 Make = Callable[..., Any]
 MODES = ("disk", "ram", "ram+disk")

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention, apply_rotary_pos_emb, repeat_kv
 
 import moe_local
+from moe_local.offload.dense.attention_trial import use_token_attention
+from moe_local.offload.dense.token_attention import TokenAttention
 from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.engine.memory import make_kv
-from moe_local.offload.kernels.attention_trial import use_token_attention
-from moe_local.offload.kernels.token_attention import TokenAttention
 from moe_local.offload.native.library import library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")

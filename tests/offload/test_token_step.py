@@ -14,7 +14,6 @@ import torch
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.checkpoint.spec import experts_modules
 from moe_local.offload.engine import static_row
-from moe_local.offload.engine.eager_mask import use_capturable_mask
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.kv_slab import KVSlab
 from moe_local.offload.engine.memory import make_kv
@@ -22,7 +21,8 @@ from moe_local.offload.engine.sampling import Settings, make_settings
 from moe_local.offload.engine.sequence import Sequence
 from moe_local.offload.engine.static_row import static_columns
 from moe_local.offload.experts import OffloadedExperts
-from moe_local.offload.relief import Shortage
+from moe_local.offload.gpu.relief import Shortage
+from moe_local.offload.modeling.eager_mask import use_capturable_mask
 
 torch.set_num_threads(1)
 

@@ -19,10 +19,10 @@ import xxhash
 
 from moe_local.cache.errors import OptionError, TransferError
 from moe_local.cache.keys import ExpertKey
-from moe_local.offload.direct_io import PAGE
+from moe_local.offload.system.direct_io import PAGE
+from moe_local.offload.system.patience import PATIENCE_S, Patience
 from moe_local.offload.tiers import transfer
 from moe_local.offload.tiers.checksum import RunningChecksum
-from moe_local.offload.tiers.patience import PATIENCE_S, Patience
 from moe_local.offload.tiers.transfer import DEMAND, FileSource, Load, LoadState, Location
 
 Make = Callable[..., Any]

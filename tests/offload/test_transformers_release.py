@@ -11,8 +11,8 @@ import pytest
 import transformers.core_model_loading
 
 from moe_local.cache.errors import MoeLocalError
-from moe_local.offload import transformers_release
-from moe_local.offload.transformers_release import REMEDY, WORKS, check_release
+from moe_local.offload.modeling import transformers_release
+from moe_local.offload.modeling.transformers_release import REMEDY, WORKS, check_release
 
 
 def test_the_installed_one_is_in_the_range() -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from moe_local.cache.errors import OptionError
-from moe_local.offload import usable
 from moe_local.offload.doctor import graphics
+from moe_local.offload.gpu import usable
+from moe_local.offload.gpu.usable import runs_on
 from moe_local.offload.options import LoadOptions
-from moe_local.offload.usable import runs_on
 
 PYPI = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 """What torch 2.11's build for CUDA 13.0 says it is for."""

@@ -11,13 +11,13 @@ import time
 import pytest
 
 from moe_local.cache.errors import ExpertFileError
-from moe_local.offload import direct_io
 from moe_local.offload.expert_file import verify
 from moe_local.offload.expert_file.convert import FormatChoice, convert_experts
 from moe_local.offload.expert_file.expert_file import read_manifest
 from moe_local.offload.expert_file.verify import HEADER, WRONG, find_damage
 from moe_local.offload.quantize.codec import codec_for
-from moe_local.offload.tiers.patience import PATIENCE_S
+from moe_local.offload.system import direct_io
+from moe_local.offload.system.patience import PATIENCE_S
 
 
 @pytest.fixture(params=["one size", "two sizes"])
@@ -122,7 +122,7 @@ def test_a_bad_sector(file, monkeypatch):
     open_ = open
     monkeypatch.setattr(os, "preadv", preadv)
     monkeypatch.setattr(
-        "moe_local.offload.direct_io.open",
+        "moe_local.offload.system.direct_io.open",
         lambda name, *arguments, **options: (Bad if name in ours else open_)(name, *arguments, **options),
         raising=False,
     )

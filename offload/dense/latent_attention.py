@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_local.offload.kernels.attention import NAME as SINGLE_QUERY
-from moe_local.offload.kernels.attention import single_query_attention
-from moe_local.offload.kernels.linear import QuantizedLinear
-from moe_local.offload.kernels.logits_trial import difference
-from moe_local.offload.kernels.stand_in import set_class, stand_in
+from moe_local.offload.dense.attention import NAME as SINGLE_QUERY
+from moe_local.offload.dense.attention import single_query_attention
+from moe_local.offload.dense.linear import QuantizedLinear
+from moe_local.offload.dense.logits_trial import difference
+from moe_local.offload.modeling.stand_in import set_class, stand_in
 
 NAME = "sdpa_latent"
 """As which transformers knows `latent_attention`."""

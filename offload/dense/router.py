@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moe_local.offload.kernels.cpu import plain_matrix
-from moe_local.offload.kernels.stand_in import stand_in
+from moe_local.offload.modeling.stand_in import stand_in
 from moe_local.offload.native.library import DTYPES, Matrix, check, library
 
 TRIALS = 32

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.kernels.stand_in import stand_in
+from moe_local.offload.modeling.stand_in import stand_in
 
 
 def is_experts_module(module: nn.Module) -> bool:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_local.offload.class_source import class_source
-from moe_local.offload.engine.eager_mask import eager_mask
-from moe_local.offload.kernels.attention import asks_for_its_name, single_query_attention
-from moe_local.offload.kernels.logits_trial import difference
-from moe_local.offload.kernels.split_attention import attend, attend_in_parts, bias_of, parts_of
+from moe_local.offload.dense.attention import asks_for_its_name, single_query_attention
+from moe_local.offload.dense.logits_trial import difference
+from moe_local.offload.dense.split_attention import attend, attend_in_parts, bias_of, parts_of
+from moe_local.offload.modeling.class_source import class_source
+from moe_local.offload.modeling.eager_mask import eager_mask
 
 NAME = "fused_with_sinks"
 """As which transformers knows `sink_attention`."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from moe_local.offload.tiers.patience import LONGEST_WAIT_S, SLOW, Patience
+from moe_local.offload.system.patience import LONGEST_WAIT_S, SLOW, Patience
 
 T = TypeVar("T")
 

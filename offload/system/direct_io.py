@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import torch
 
-from moe_local.offload.hung import Job, work_off
-from moe_local.offload.read_at import open_directly, read_at
+from moe_local.offload.system.hung import Job, work_off
+from moe_local.offload.system.read_at import open_directly, read_at
 
 PAGE = 4096
 """Offsets, sizes and addresses of direct access are multiples of this; no disk asks for more."""

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_local.offload.class_source import class_source
-from moe_local.offload.kernels.logits_trial import difference
-from moe_local.offload.kernels.stand_in import calling, set_class, stand_in
+from moe_local.offload.dense.logits_trial import difference
+from moe_local.offload.modeling.class_source import class_source
+from moe_local.offload.modeling.stand_in import calling, set_class, stand_in
 
 LONGEST = 512
 """Tokens in a piece: enough to keep a GPU busy, and multiples of the blocks in which deltas are computed."""

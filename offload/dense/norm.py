@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_local.offload.kernels.stand_in import stand_in
+from moe_local.offload.modeling.stand_in import stand_in
 from moe_local.offload.native.library import DTYPES, check, library
 
 FEW_TOKENS = 16

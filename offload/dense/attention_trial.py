@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_local.offload.kernels.token_attention import PROJECTIONS, Place, TokenAttention, Way, direct
+from moe_local.offload.dense.token_attention import PROJECTIONS, Place, TokenAttention, Way, direct
 from moe_local.offload.native.library import HALVES, NEIGHBOURS, library
 
 HISTORY = 5

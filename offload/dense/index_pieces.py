@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from moe_local.offload.class_source import class_source
-from moe_local.offload.engine.names import cache_name
-from moe_local.offload.kernels.logits_trial import difference
-from moe_local.offload.kernels.stand_in import set_class, stand_in
+from moe_local.offload.dense.logits_trial import difference
+from moe_local.offload.modeling.class_source import class_source
+from moe_local.offload.modeling.names import cache_name
+from moe_local.offload.modeling.stand_in import set_class, stand_in
 
 SCORES_BYTES = 32 * 2**20
 """What the scores of all heads may take for the queries of one piece."""

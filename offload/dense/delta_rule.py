@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import first_line
-from moe_local.offload.kernels.stand_in import calling, stand_in
+from moe_local.offload.modeling.stand_in import calling, stand_in
 from moe_local.offload.native.library import DTYPES, Convolution, DeltaRule, check, library
-from moe_local.offload.threads import kernel_threads
+from moe_local.offload.system.threads import kernel_threads
 
 RULE, CONVOLUTION = "torch_recurrent_gated_delta_rule", "causal_conv1d_update"
 """What transformers' forwards call the two functions."""

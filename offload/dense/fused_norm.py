@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moe_local.offload.kernels.norm import agrees, epsilon_of
-from moe_local.offload.kernels.stand_in import stand_in
+from moe_local.offload.dense.norm import agrees, epsilon_of
+from moe_local.offload.modeling.stand_in import stand_in
 
 
 def use_fused_norms(model: nn.Module) -> None:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from moe_local.offload.dense.linear import NativeLinear, QuantizedLinear
+from moe_local.offload.dense.sink_attention import NAME as WITH_SINKS
 from moe_local.offload.kernels.cpu import plain_matrix, rounding
-from moe_local.offload.kernels.linear import NativeLinear, QuantizedLinear
-from moe_local.offload.kernels.sink_attention import NAME as WITH_SINKS
-from moe_local.offload.kernels.stand_in import stand_in
+from moe_local.offload.modeling.stand_in import stand_in
 from moe_local.offload.native.library import (
     DTYPES,
     HALVES,
@@ -23,7 +23,7 @@ from moe_local.offload.native.library import (
     check,
     library,
 )
-from moe_local.offload.threads import kernel_threads
+from moe_local.offload.system.threads import kernel_threads
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FUSED = ("sdpa", WITH_SINKS)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moe_local.offload.class_source import class_source
-from moe_local.offload.kernels.split_attention import attend_in_parts, parts_of
+from moe_local.offload.dense.split_attention import attend_in_parts, parts_of
+from moe_local.offload.modeling.class_source import class_source
 
 NAME = "sdpa_single_query"
 """As which transformers knows `single_query_attention`."""

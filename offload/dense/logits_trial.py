@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moe_local.cache.errors import first_line
-from moe_local.offload.engine.names import cache_name
+from moe_local.offload.modeling.names import cache_name
 
 TOKENS = 6
 """Of the prompt that a model is tried with."""
