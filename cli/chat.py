@@ -7,6 +7,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +18,7 @@ from moe_local.cache.errors import ContextLengthError, MoeLocalError
 from moe_local.cli.answer import AnswerView
 from moe_local.cli.answer_parser import AnswerParser, Piece, opens_thought
 from moe_local.cli.completion import model_argument
+from moe_local.cli.exchanges import answer_room, exchanges, least_left_out
 from moe_local.cli.first_use import ready, yes_flag
 from moe_local.cli.live import LiveAnswer
 from moe_local.cli.options import Sampling, debug_flag, load_flags, sampling_flags
@@ -41,6 +44,10 @@ def chat(model: str, options: dict[str, Any], sampling: Sampling) -> None:
 
     Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands. Where stdin is no terminal, each line is
     a message; where stdout is none, answers are plain text there and all else is on stderr.
+
+    A conversation that outgrows the context goes on: the model is shown as many of the latest exchanges as
+    leave an answer room, and a line says how many it is not. What is left is then read anew, which takes a
+    while after each message; a larger --context spares it.
 
     \b
     Examples:
@@ -154,11 +161,10 @@ class Chat:
     def _answer(self, message: str, sampling: Sampling) -> None:
         self.asked, self.answered = message, False
         question = {"role": "user", "content": message}
-        said = [*self.sampling.conversation(), *(self.turns if self.keeps else []), question]
         try:
-            stream = self.model.stream(said, **sampling.generation())
+            stream = self._ask_model(question, sampling)
         except Exception as error:
-            _say(self._with_remedy(error))
+            _say(error)
             return
         text, failure = self._stream(stream)
         if failure is not None:
@@ -168,18 +174,37 @@ class Chat:
             self.answered = True
         cut = {None: " | stopped", "length": " | cut off"}.get(stream.finish_reason, "")
         if stream.filled_context:
-            cut += ": the context is full; /clear empties it"
+            cut += ": the context is full"
         if self.verbose:
             print_status(status_line(stream.stats) + cut)
 
-    def _with_remedy(self, error: Exception) -> Exception:
-        """Of a conversation that has outgrown the context, what can be done about it here."""
-        if not isinstance(error, ContextLengthError) or not (self.keeps and self.turns):
-            return error
-        request = self.model.plan.request
-        most = request.spec.max_context
-        larger = f", --context up to {most} holds more" if request.context < most else ""
-        return ContextLengthError(f"{str(error).partition(';')[0]}; /clear begins anew{larger}")
+    def _ask_model(self, question: dict[str, str], sampling: Sampling) -> TokenStream:
+        """The answer to come, to as much of the conversation as leaves it room. Says what is left out."""
+        earlier = exchanges(self.turns) if self.keeps else []
+
+        @cache
+        def without(oldest: int) -> TokenStream:
+            turns = chain.from_iterable(earlier[oldest:])
+            said = [*self.sampling.conversation(), *turns, question]
+            return self.model.stream(said, **sampling.generation())
+
+        def fits(oldest: int) -> bool:
+            try:
+                stream = without(oldest)
+            except ContextLengthError:
+                return False
+            room = answer_room(context, stream.max_new_tokens)
+            return len(stream.prompt_ids) + room <= context
+
+        context = self.model.plan.request.context
+        oldest = least_left_out(len(earlier), fits)
+        stream = without(oldest)
+        if oldest:
+            print_status(
+                f"left out the oldest exchanges, {oldest} of {len(earlier)}: "
+                f"the context holds {context} tokens"
+            )
+        return stream
 
     def _stream(self, stream: TokenStream) -> tuple[str, Exception | None]:
         """Show an answer as it comes; its text, thoughts left out, and the error that ended it, if any."""

@@ -66,6 +66,11 @@ class TokenStream(Iterator[Token]):
         """Token ids of the prompt, special ones included."""
         return self._prompt_ids
 
+    @property
+    def max_new_tokens(self) -> int:
+        """Most tokens of the answer, as was asked for or the checkpoint's generation_config has it."""
+        return self._settings.max_new_tokens
+
     def __next__(self) -> Token:
         mine = False
         try:

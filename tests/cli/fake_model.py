@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from moe_local.cache.cache_map import CacheView
+from moe_local.cache.errors import ContextLengthError
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.stats import PrefetchStats, RoutedTokens, StallSeconds, Stats
 from moe_local.offload.engine.sequence import FinishReason
@@ -29,17 +31,22 @@ COUNTS = Stats(
 class FakeStream:
     """As TokenStream: words of the answer, one token each."""
 
-    def __init__(self, model: FakeModel, words: list[str]) -> None:
+    def __init__(
+        self, model: FakeModel, asked: tuple[Any, dict[str, Any]], prompt_tokens: int, words: list[str]
+    ) -> None:
         self._model = model
+        self._asked = asked
         self._words = words
         self.text = ""
-        self.prompt_ids: list[int] = []
+        self.prompt_ids = list(range(prompt_tokens))
+        self.max_new_tokens: int = asked[1].get("max_new_tokens", 512)
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.filled_context = model.fills_context
         self.closed = False
 
     def __iter__(self) -> Iterator[Token]:
+        self._model.asked.append(self._asked)
         for index, word in enumerate(self._words):
             if isinstance(self._model.failure, BaseException) and index == self._model.fails_at:
                 self.close()
@@ -67,9 +74,9 @@ class FakeStream:
 
 
 class FakeModel:
-    """Answers every message with its number in the conversation and its words in capitals.
+    """Answers every message with its number in what it was shown and its words in capitals.
 
-    A last word of "endlessly" comes again and again.
+    A last word of "endlessly" comes again and again. Each word of a prompt is a token.
     """
 
     name = "fake"
@@ -79,25 +86,29 @@ class FakeModel:
         self.seconds = seconds
         """That each token takes."""
         self.asked: list[tuple[Any, dict[str, Any]]] = []
-        """Prompt and generation options of every call."""
+        """Prompt and generation options of every answer."""
         self.streams: list[FakeStream] = []
         self.finish_reason = FinishReason.STOP
         self.fills_context = False
         self.failure: BaseException | None = None
         self.fails_at = 0
         self.refusal: Exception | None = None
+        self.plan: Any = SimpleNamespace(request=SimpleNamespace(context=1000))
         self.open = True
 
     def stream(self, prompt: Any, **options: Any) -> FakeStream:
         if self.refusal is not None:
             raise self.refusal
-        self.asked.append((prompt, options))
+        texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+        tokens, context = len(" ".join(texts).split()), self.plan.request.context
+        if tokens > context:
+            raise ContextLengthError(f"the prompt has {tokens} tokens, the context holds {context}")
         last = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         number = 1 if isinstance(prompt, str) else sum(message["role"] == "user" for message in prompt)
         words = [f"{number}:"] + [f" {word.upper()}" for word in last.split()]
         if words[-1] == " ENDLESSLY":
             words += 10_000 * words[-1:]
-        self.streams.append(FakeStream(self, words))
+        self.streams.append(FakeStream(self, (prompt, options), tokens, words))
         return self.streams[-1]
 
     def stats(self) -> Stats:

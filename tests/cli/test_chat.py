@@ -3,14 +3,13 @@ from __future__ import annotations
 import os
 import sys
 import time
-from types import SimpleNamespace
 
 import click
 import pexpect
 import pytest
 
 import moe_local
-from moe_local.cache.errors import ContextLengthError, MoeLocalError, OptionError
+from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cli.chat import Chat
 from moe_local.cli.options import Sampling
 
@@ -102,7 +101,7 @@ def test_an_answer_that_ran_out_of_tokens_says_so(invoke, fake, fake_module):
     assert result.stderr.endswith("| 3 tokens | cut off\n")
     fake.fills_context = True
     result = invoke("chat", input="hello there\n")
-    assert "cut off: the context is full; /clear empties it" in " ".join(result.stderr.split())
+    assert "cut off: the context is full" in " ".join(result.stderr.split())
     assert fake.asked[0][1] == {"max_new_tokens": 3}
 
 
@@ -114,21 +113,64 @@ def test_a_refused_message_is_not_kept(invoke, fake):
     assert result.stderr == "moe-local: the prompt has 9000 tokens, the context holds 8192\n"
 
 
-def test_a_conversation_beyond_the_context_is_told_what_helps(fake, capsys):
+def shown(fake) -> list[str]:
+    """What was said in the last prompt."""
+    return [message["content"] for message in fake.asked[-1][0]]
+
+
+def test_a_conversation_beyond_the_context_goes_on_without_its_oldest_exchanges(fake, capsys):
+    chat = a_chat(fake, system="Be brief.")
+    chat.verbose = False
+    fake.plan.request.context = 20  # 5 of them for the answer
+    for message in ("one", "two"):  # each is one word, and its answer two
+        chat.answer(message)
+    assert shown(fake) == ["Be brief.", "one", "1: ONE", "two"]
+    chat.answer("a message of nine words, which fills the rest")
+    assert shown(fake)[:2] == ["Be brief.", "two"]
+    left_out = "left out the oldest exchanges, {}: the context holds 20 tokens\n"
+    assert capsys.readouterr().err == left_out.format("1 of 2")
+    chat.retry()
+    assert shown(fake)[:2] == ["Be brief.", "two"]
+    assert capsys.readouterr().err == left_out.format("1 of 2")
+    chat.answer("on")
+    assert shown(fake) == ["Be brief.", "on"]
+    assert capsys.readouterr().err == left_out.format("3 of 3")
+    assert [turn["content"] for turn in chat.turns if turn["role"] == "user"] == [
+        *("one", "two", "a message of nine words, which fills the rest", "on")
+    ]
+
+
+def test_as_few_exchanges_as_needed_are_left_out(fake):
     chat = a_chat(fake)
+    fake.plan.request.context = 60  # 15 of them for the answer
+    for number in range(30):
+        chat.answer(f"{number}")
+        exchanges = min(number, (60 - 15 - 1) // 3)
+        assert len(shown(fake)) == 2 * exchanges + 1
+    chat.sampling = Sampling(max_tokens=3)  # an answer of which no more is asked for needs no more room
+    chat.answer("last")
+    assert len(shown(fake)) == 2 * ((60 - 3 - 1) // 3) + 1
+
+
+def test_a_message_that_does_not_fit_by_itself_is_an_error(fake, capsys):
+    chat = a_chat(fake)
+    chat.verbose = False
     chat.answer("one")
+    fake.plan.request.context = 4
     capsys.readouterr()
-    fake.refusal = ContextLengthError("the prompt has 99 tokens, the context holds 64; shorten it")
-    for most, larger in ((64, ""), (128, ", --context up to 128 holds more")):
-        fake.plan = SimpleNamespace(
-            request=SimpleNamespace(context=64, spec=SimpleNamespace(max_context=most))
-        )
-        chat.answer("two")
-        said = f"moe-local: the prompt has 99 tokens, the context holds 64; /clear begins anew{larger}\n"
-        assert capsys.readouterr().err == said
-    chat.turns = []
-    chat.answer("three")
-    assert capsys.readouterr().err == f"moe-local: {fake.refusal}\n"
+    chat.answer("five words are too many")
+    assert capsys.readouterr().err == "moe-local: the prompt has 5 tokens, the context holds 4\n"
+    assert [turn["content"] for turn in chat.turns] == ["one", "1: ONE"]
+    chat.answer("four words just fit")  # with less room than there should be
+    assert shown(fake) == ["four words just fit"]
+
+
+def test_a_saved_conversation_beyond_the_context_is_kept_whole(invoke, fake, home):
+    fake.plan.request.context = 8
+    invoke("chat", input="one\ntwo\nthree\n/save long\n")
+    result = invoke("chat", input="/load long\n/history\nfour\n")
+    assert result.stdout.startswith("Loaded 6 messages.\nuser: one\nassistant: 1: ONE\nuser: two\n")
+    assert shown(fake) == ["three", "2: THREE", "four"]
 
 
 def test_an_error_in_an_answer_ends_the_answer_only(invoke, fake):
@@ -362,9 +404,9 @@ def test_commands_and_what_follows_them_are_completed(fake, home, capsys, typed,
     assert {completion.text for completion in found} == offered
 
 
-def a_chat(model):
+def a_chat(model, **settings):
     """A conversation with a model that cannot be had a second time."""
-    return Chat(model, Sampling(), lambda name: pytest.fail(f"loads {name}"), wanted)
+    return Chat(model, Sampling(**settings), lambda name: pytest.fail(f"loads {name}"), wanted)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
