@@ -92,7 +92,7 @@ class Bench:
         return float((got - want).norm() / want.norm())
 
     def _in_parts(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return attend_in_parts(self._packed, key, value, self._seen, None, self.parts)[0]
+        return attend_in_parts(self._packed, key, value, self._seen, None, self.parts)
 
     def _whole(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(self._packed, key, value, attn_mask=self._seen)

@@ -108,7 +108,7 @@ def _packed(
     packed = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
     parts = parts_of(packed, key, value)
     if parts > 1 and dropout == 0 and (mask is None or mask.dtype == torch.bool):
-        output, _ = attend_in_parts(packed, key, value, mask, scale, parts)
+        output = attend_in_parts(packed, key, value, mask, scale, parts)
         return output.to(value.dtype).reshape(batch, 1, heads, value.shape[-1])
     output = F.scaled_dot_product_attention(
         packed, key, value, attn_mask=mask, dropout_p=dropout, scale=scale

@@ -15,7 +15,7 @@ from torch import nn
 
 from moe_local.offload.dense.attention import asks_for_its_name, single_query_attention
 from moe_local.offload.dense.logits_trial import difference
-from moe_local.offload.dense.split_attention import attend, attend_in_parts, bias_of, parts_of
+from moe_local.offload.dense.split_attention import attend, attend_in_parts, beside_sinks, bias_of, parts_of
 from moe_local.offload.modeling.class_source import class_source
 from moe_local.offload.modeling.eager_mask import eager_mask
 
@@ -76,9 +76,6 @@ def sink_attention(
     without. Not for training.
 
     Returns [B, T, H, D].
-
-    With L = log sum exp of a query's scores, which the kernels give beside their answer, a sink s makes that
-    answer exp(L) / (exp(L) + exp(s)) of what it was.
     """
     if s_aux is None:
         return single_query_attention(
@@ -91,10 +88,11 @@ def sink_attention(
         query = query.to(torch.get_autocast_dtype(query.device.type))
     key, value = key.to(query.dtype), value.to(query.dtype)
     groups = heads // key.shape[1]
+    sinks = s_aux.float()
     if queries == 1:  # G heads that share keys are as good as G queries of one head
         query = query.reshape(batch, heads // groups, groups, width)
         parts = parts_of(query, key, value)
-        output, logsumexp = attend_in_parts(query, key, value, attention_mask, scaling, parts)
+        output = attend_in_parts(query, key, value, attention_mask, scaling, parts, sinks.view(-1, groups))
     else:
         if key.shape[1] == 1:
             key, value = (x.expand(-1, heads, -1, -1) for x in (key, value))
@@ -102,6 +100,6 @@ def sink_attention(
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         bias = None if attention_mask is None else bias_of(attention_mask, query, key.shape[2])
         output, logsumexp = attend(query, key, value, bias, attention_mask is None, scaling)
-    share = torch.sigmoid(logsumexp - s_aux.float().view(1, query.shape[1], -1))
-    output = (output * share[..., None]).to(query.dtype)
+        output = beside_sinks(output, logsumexp, sinks[:, None])
+    output = output.to(query.dtype)
     return output.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), None

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 
 FEWEST_KEYS = 256
-"""Of a part: to put parts together takes some ten small operations."""
+"""Of a part: to put parts together takes some five small operations."""
 
 
 def parts_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
@@ -23,12 +23,22 @@ def parts_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int
     share long rows among threads. A matter of shapes and of the device, so each token is computed one way.
     """
     batch, heads, keys, _ = key.shape
-    if not query.is_cuda or not query.dtype == key.dtype == value.dtype:
-        return 1
-    if key.shape[3] % 8 or value.shape[3] % 8:  # which not every type has a kernel for
+    if not query.is_cuda:
         return 1
     wanted = min(-(-_processors(query.device) // (batch * heads)), keys // FEWEST_KEYS)
+    if wanted < 2 or not _has_kernel(query, key, value):
+        return 1
     return max((n for n in range(2, wanted + 1) if keys % n == 0), default=1)
+
+
+def _has_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `attend` takes these on a GPU.
+
+    There is no kernel for bf16 before compute capability 8.0, where torch's sdpa multiplies matrices instead,
+    nor for some widths of heads.
+    """
+    parameters = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, False)
+    return torch.backends.cuda.can_use_efficient_attention(parameters)
 
 
 @cache
@@ -43,17 +53,19 @@ def attend_in_parts(
     seen: torch.Tensor | None,
     scale: float | None,
     parts: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Attention of query [B, H, T, D] to key and value [B, H, S, D], `parts` a divisor of S.
 
-    `seen`: [B, 1, 1, S], the same for all T queries (as of heads that share keys), or None. Returns fp32
-    [B, H, T, D], and the logarithms of the sums of the scores' exponentials, [B, H, T]. Who sees nothing
-    gets numbers.
+    `seen`: [B, 1, 1, S], the same for all T queries (as of heads that share keys), or None. `sinks`: fp32
+    [H, T], as for `beside_sinks`, or None. Returns [B, H, T, D], fp32 but for one part without sinks. Who
+    sees nothing gets numbers.
     """
     batch, heads = query.shape[:2]
     if parts == 1:
         bias = None if seen is None else bias_of(seen, query, key.shape[2])
-        return attend(query, key, value, bias, False, scale)
+        output, logsumexp = attend(query, key, value, bias, False, scale)
+        return output if sinks is None else beside_sinks(output, logsumexp, sinks)
     key, value = (x.unflatten(2, (parts, -1)).flatten(0, 1) for x in (key, value))  # [B * H, parts, ., D]
     query = query.flatten(0, 1)[:, None].expand(-1, parts, -1, -1)
     bias = None
@@ -62,8 +74,19 @@ def attend_in_parts(
         bias = bias_of(seen if len(seen) == 1 else seen.repeat_interleave(heads, dim=0), query, seen.shape[3])
     output, logsumexp = attend(query, key, value, bias, False, scale)
     logsumexp = logsumexp.clamp_min(torch.finfo(logsumexp.dtype).min)  # -inf where a part is all hidden
-    output = (output * logsumexp.softmax(1)[..., None]).sum(1)
-    return output.unflatten(0, (batch, heads)), logsumexp.logsumexp(1).unflatten(0, (batch, heads))
+    if sinks is not None:  # one more part, whose answer is zero
+        logsumexp = torch.cat([logsumexp, sinks.expand(batch, -1, -1).flatten(0, 1)[:, None]], dim=1)
+    shares = logsumexp.softmax(1)[:, :parts]
+    return (output * shares[..., None]).sum(1).unflatten(0, (batch, heads))
+
+
+def beside_sinks(output: torch.Tensor, logsumexp: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """What `attend` gave, [B, H, T, D], had a number without a value taken part in each softmax: `sinks`,
+    fp32 [H, T], or [H, 1] where a head's queries have the same. Returns fp32.
+
+    With L the logarithm of a query's sum and a sink s, that is exp(L) / (exp(L) + exp(s)) of what it was.
+    """
+    return output * torch.sigmoid(logsumexp - sinks)[..., None]
 
 
 def bias_of(seen: torch.Tensor, query: torch.Tensor, keys: int) -> torch.Tensor:
