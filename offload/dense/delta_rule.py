@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import first_line
+from moe_local.offload.modeling.names import cache_name
 from moe_local.offload.modeling.stand_in import calling, stand_in
 from moe_local.offload.native.library import DTYPES, Convolution, DeltaRule, check, library
 from moe_local.offload.system.threads import kernel_threads
@@ -67,27 +68,23 @@ def _native(cls: Any) -> Any:
     rule, convolution = functions
     names = {RULE: partial(delta_rule, rule), CONVOLUTION: partial(convolve, convolution)}
     direct = calling(inspect.unwrap(cls.forward), names)
+    name = cache_name(cls.forward)
 
     @functools.wraps(cls.forward)
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        memory = kwargs.get(name)
         if (
-            hidden_states.shape[1] != 1
+            memory is None
+            or hidden_states.shape[1] != 1
             or hidden_states.device.type != "cpu"
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
-            or _keeps_past(self, kwargs)
+            or memory.layers[self.layer_idx].record_past  # earlier states, which are overwritten here
         ):
             return cls.forward(self, hidden_states, *args, **kwargs)
         return direct(self, hidden_states, *args, **kwargs)
 
     return stand_in(cls, _native, forward)
-
-
-def _keeps_past(module: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the cache that a layer is given wants its earlier states, which are overwritten here."""
-    caches = (kwargs.get(name) for name in ("cache", "cache_params", "past_key_values"))
-    layers = (cache.layers[module.layer_idx] for cache in caches if cache is not None)
-    return any(getattr(layer, "record_past", False) for layer in layers)
 
 
 def delta_rule(
@@ -219,8 +216,9 @@ def _two_tokens(rule: Function, convolution: Function, key_heads: int) -> list[t
     state, inputs, weight, bias = draw(2, 4, 32, 16), draw(2, 6, 4), draw(6, 4), draw(6)
     found: list[torch.Tensor] = []
     for normalized in (True, False):
+        size = 1e-3 if normalized else 1.0  # so small that it shows what is added to lengths
         answer, state = rule(
-            *(draw(2, 1, key_heads, 32), draw(2, 1, key_heads, 32), draw(2, 1, 4, 16)),
+            *(size * draw(2, 1, key_heads, 32), size * draw(2, 1, key_heads, 32), draw(2, 1, 4, 16)),
             g=-draw(2, 1, 4).abs(),
             beta=draw(2, 1, 4).sigmoid(),
             initial_state=state,

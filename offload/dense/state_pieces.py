@@ -12,7 +12,8 @@ import inspect
 import logging
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 
 from moe_local.offload.dense.logits_trial import difference
 from moe_local.offload.modeling.class_source import class_source
+from moe_local.offload.modeling.names import cache_name
 from moe_local.offload.modeling.stand_in import calling, set_class, stand_in
 
 LONGEST = 512
@@ -115,7 +117,7 @@ def in_pieces(cls: Any) -> Any:
     Without a cache nothing is kept between pieces, so then, for training and for whoever wants all states of
     the past, everything is as ever.
     """
-    name = _cache_name(cls.forward)
+    name = cache_name(cls.forward)
     go_on = _remembering(cls, name) or cls.forward
 
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -137,12 +139,6 @@ def in_pieces(cls: Any) -> Any:
     return stand_in(cls, in_pieces, forward)
 
 
-def _cache_name(function: Callable[..., Any]) -> str:
-    """What a layer calls the cache it is given."""
-    names = [name for name in inspect.signature(function).parameters if name in ("cache", "cache_params")]
-    return names[0] if names else "past_key_values"
-
-
 def _remembering(cls: Any, name: str) -> Callable[..., Any] | None:
     """The forward of a class, with `selective_scan` in place of the scan that begins at zero, if it has that.
 
@@ -151,13 +147,22 @@ def _remembering(cls: Any, name: str) -> Callable[..., Any] | None:
     whole: Any = inspect.unwrap(cls.forward)
     if SCAN not in whole.__code__.co_names or importlib.util.find_spec("mamba_ssm") is not None:
         return None
+    begin: ContextVar[torch.Tensor | None] = ContextVar("begin")  # of the layer that this thread is in
+
+    def scan(*args: Any, **options: Any) -> Any:
+        return selective_scan(begin.get(), *args, **options)
+
+    going_on = calling(whole, {SCAN: scan})
 
     def forward(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
         memory, state = kwargs[name], None
         if memory.has_previous_state(self.layer_idx):
             state = memory.layers[self.layer_idx].recurrent_states[0]
-        going_on = calling(whole, {SCAN: partial(selective_scan, state)})
-        return going_on(self, hidden_states, **kwargs)
+        before = begin.set(state)
+        try:
+            return going_on(self, hidden_states, **kwargs)
+        finally:
+            begin.reset(before)
 
     return forward
 

@@ -9,4 +9,5 @@ from typing import Any
 
 def cache_name(function: Callable[..., Any]) -> str:
     """What a function of transformers calls the cache it is given; 5.24 began to rename it."""
-    return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
+    names = inspect.signature(function).parameters
+    return next((name for name in ("cache", "cache_params") if name in names), "past_key_values")

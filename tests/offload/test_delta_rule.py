@@ -115,17 +115,20 @@ def test_what_the_library_does_not_do_is_transformers() -> None:
         assert convolve(passed, *arguments) == "passed on"  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("broken", ["rule", "convolution"])
+@pytest.mark.parametrize("broken", ["rule", "lengths", "convolution"])
 def test_functions_that_do_something_else_are_left_alone(
     tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     model = tiny_models.tiny_model("qwen3_next")
     before = [type(module) for module in layers_of(model)]
     rule, convolution = module_under_test._functions(before[0]) or (None, None)
-    name = {"rule": module_under_test.RULE, "convolution": module_under_test.CONVOLUTION}[broken]
-    plain: Any = rule if broken == "rule" else convolution
+    name = module_under_test.CONVOLUTION if broken == "convolution" else module_under_test.RULE
+    plain: Any = convolution if broken == "convolution" else rule
 
     def another(*args: Any, **options: Any) -> Any:
+        if broken == "lengths" and options.get("use_qk_l2norm_in_kernel"):
+            q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-5).rsqrt() for x in args[:2])
+            return plain(q, k, *args[2:], **options | {"use_qk_l2norm_in_kernel": False})
         answer = plain(*args, **options)
         return (1.01 * answer[0], answer[1]) if broken == "rule" else 1.01 * answer
 
@@ -158,6 +161,20 @@ def test_a_cache_that_keeps_the_past_gets_it(
             cache.layers[layer.layer_idx].record_past = True
         monkeypatch.setattr(module_under_test, "library", never)
         model(input_ids=ids[:, :1], **{name: cache}, use_cache=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*cache_params:FutureWarning")
+def test_a_cache_by_its_earlier_name_is_used(tiny_models: ModuleType) -> None:
+    """transformers' decorators hand it on."""
+    model = tiny_models.tiny_model("qwen3_next")
+    use_native_delta_rule(model)
+    layer, x = layers_of(model)[0], torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(2))
+    cache: Any = DynamicCache(config=model.config)
+    with torch.no_grad():
+        layer(x[:1], cache_params=cache)
+        before = cache.layers[layer.layer_idx].conv_states[0].clone()
+        layer(x[1:], cache_params=cache)
+    assert not torch.equal(cache.layers[layer.layer_idx].conv_states[0], before)
 
 
 def test_prompts_go_in_pieces_all_the_same(tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
