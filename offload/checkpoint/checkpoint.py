@@ -23,6 +23,7 @@ from moe_local.offload.checkpoint.registry import DEMO, find_alias, hub_id, shor
 from moe_local.offload.checkpoint.shards import Shards
 from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer, meta_model, model_spec
 from moe_local.offload.checkpoint.weights import Weight, find_weights
+from moe_local.offload.modeling.configs import make_config
 from moe_local.offload.system.direct_io import Memory, page_memory
 
 
@@ -191,16 +192,13 @@ MOST_OF_A_REASON = 300
 
 
 def _make_config(fields: dict[str, Any], path: Path) -> Any:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    model_type = fields["model_type"]
     try:
-        return CONFIG_MAPPING[model_type].from_dict(fields)
+        return make_config(fields)
     except Exception as error:  # transformers validates with several unrelated exception types
         reason = first_line(error)
         if len(reason) > MOST_OF_A_REASON:  # it quotes what the file has, however long that is
             reason = reason[:MOST_OF_A_REASON] + "..."
-        raise CheckpointError(f"{path} is not a valid {model_type} config: {reason}") from error
+        raise CheckpointError(f"{path} is not a valid {fields['model_type']} config: {reason}") from error
 
 
 def _special_float(value: dict[str, Any]) -> Any:

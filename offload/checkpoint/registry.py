@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_local.cache.errors import CheckpointError, ModelNotFoundError
+from moe_local.offload.modeling.configs import make_config
 
 DEMO = "demo"
 """The small model in the package."""
@@ -35,10 +36,7 @@ class ModelAlias:
 
     def config(self) -> Any:
         """transformers' config of the published model, without network."""
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-        fields = json.loads((_carried_configs() / f"{self.alias}.json").read_text())
-        return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+        return make_config(json.loads((_carried_configs() / f"{self.alias}.json").read_text()))
 
 
 ALIASES: dict[str, ModelAlias] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.resources import files
 from pathlib import Path
 
@@ -59,12 +60,16 @@ def test_no_config_is_left_over() -> None:
 
 
 @pytest.mark.parametrize("alias", PUBLISHED)
-def test_carried_config_has_the_published_size(alias: str) -> None:
+def test_carried_config_has_the_published_size(
+    alias: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Cards round, and some count the layers that predict further tokens, or towers for images, too. Active
     parameters are told with the embeddings and the head, with one of them, or with none."""
     total, active, layers, experts, top_k, context = PUBLISHED[alias]
     entry = ALIASES[alias]
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     spec = model_spec(entry.config())
+    assert not caplog.messages, "what was published is in order"
     assert spec.total_numel == entry.parameters
     assert spec.total_numel / 1e9 == pytest.approx(total, rel=0.02)
     vocabulary = spec.vocab_size * spec.hidden_size / 1e9
