@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -23,8 +24,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from moe_local.cli.main import main
+from moe_local.offload.checkpoint.registry import ALIASES
+from moe_local.offload.modeling.transformers_release import WORKS
+from moe_local.offload.quantize.codec import NATIVE, codecs
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PROSE = re.sub(r"^```.*?^```$", "", README.read_text(), flags=re.M | re.S)
 
 
 class Block(NamedTuple):
@@ -160,3 +166,35 @@ def test_bench() -> None:
     for word in words:
         start = any_number(word)
         assert any(any_number(line).startswith(start) for line in output.splitlines()), word
+
+
+def test_models_and_formats_are_those_of_the_package() -> None:
+    count, families = map(int, re.findall(r"(\d+) by name, of (\d+) families", PROSE)[0])
+    rows = re.findall(r"^\| ([^|]+) \| `", (ROOT / "docs" / "models.md").read_text(), re.M)
+    assert (count, families) == (len(ALIASES), len(set(rows)))
+    (formats,) = re.findall(r"^\| Expert formats \| (.*)$", PROSE, re.M)
+    assert set(re.findall(r"`(\w+)`", formats)) == {*codecs(), NATIVE}
+
+
+def test_versions_are_those_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    torch, transformers = (d for d in project["dependencies"] if re.match(r"torch\b|transformers\b", d))
+    lowest, highest = re.fullmatch(r"torch>=([\d.]+),<=([\d.]+)", torch).groups()  # type: ignore[union-attr]
+    least = re.match(r"transformers>=([\d.]+)", transformers).group(1)  # type: ignore[union-attr]
+    newest = WORKS.split()[-1]
+    assert f"(PyTorch {highest} and {lowest}, transformers {newest} and {least})" in PROSE.replace("\n", " ")
+    assert f"Python {project['requires-python'].removeprefix('>=')} or newer" in PROSE
+
+
+def test_what_was_measured_is_in_the_page_of_benchmarks() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text().replace("**", "")
+    found = re.findall(r"(\d+\.\d+) (\(\d+\.\d+ to \d+\.\d+)", PROSE)
+    assert found
+    for ratio, interval in found:
+        assert f"{ratio} {interval}" in page, ratio
+
+
+def test_no_gpu_has_a_figure_without_a_committed_run() -> None:
+    runs = [path.name for path in (ROOT / "benchmarks" / "results").glob("*.json")]
+    unmeasured = "| on any GPU | not measured | not measured |" in PROSE
+    assert unmeasured == (not any(name.startswith("gpu") for name in runs))
