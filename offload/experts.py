@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import MoeLocalError
-from moe_local.offload.gpu.custody import Switch
 from moe_local.offload.gpu.residents import Residents
 from moe_local.offload.kernels.contracts import ExpertMath, LayerStep
 from moe_local.offload.kernels.grouped import GroupedExperts
@@ -185,8 +184,6 @@ class ExpertRunner:
         self._inputs, self._answers = Staging(device), Staging(device)
         self.on_device: OnDevice | None = None
         """What serves single tokens as far as it can; None: the host does."""
-        self.switch: Switch | None = None
-        """Turns that on and off where some experts are missing; None: it cannot be turned."""
 
     @property
     def grouped(self) -> GroupedExperts:

@@ -32,6 +32,7 @@ from moe_local.offload.expert_file.convert import moe_local_home
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
+from moe_local.offload.gpu.custody import Switch
 from moe_local.offload.gpu.lost_device import raise_as_one_line
 from moe_local.offload.gpu.relief import Relief
 from moe_local.offload.gpu.residents import can_reside
@@ -243,8 +244,10 @@ def _assemble(
         _announce_prompts(hf, store, plan.chunk, ahead=options.prefetch != "off")
         _fill(store, plan, progress)
         _attach(hf, runner, checkpoint.spec, plan.request.dtype, progress, on_cards=bool(cards))
+        switch = None
         if cards:
-            _keep_tokens_to_device(engine, runner, graphs or _graphs(targets), probe.sites, options.prefetch)
+            graphs = graphs or _graphs(targets)
+            switch = _keep_tokens_to_device(engine, runner, graphs, probe.sites, options.prefetch)
         model = Model(
             checkpoint.name,
             hf,
@@ -256,6 +259,7 @@ def _assemble(
             prefetcher=prefetcher,
             plan=plan,
             expert_folder=file.folder,
+            switch=switch,
         )
         undo.pop_all()
     return model
@@ -329,17 +333,20 @@ def _keep_tokens_to_device(
     graphs: Graphs | None,
     sites: Sequence[RouterSite | None],
     prefetch: str,
-) -> None:
-    """Spare single tokens the host's part, as far as trials show that this works here and is faster."""
+) -> Switch | None:
+    """Spare single tokens the host's part, as far as trials show that this works here and is faster.
+
+    What turns misses that are left to the device to the host and back; None where they are not.
+    """
     store, saw = runner.store, runner.prefetcher.saw
     resident = can_reside(store)
     if resident:
         runner.keep_to_device()
     if graphs is None:
-        return
+        return None
     with uncounted(store):
         use_graphs(engine, graphs, sites=sites, saw=saw, mode=graph_mode(), stand_in=not resident)
-    runner.switch = leave_misses_to_device(
+    return leave_misses_to_device(
         engine, runner, graphs, sites=sites, saw=saw, mode=miss_mode(), prefetch=prefetch
     )
 

@@ -27,6 +27,7 @@ from moe_local.offload.engine.sampling import (
 )
 from moe_local.offload.engine.text import Detokenizer, Prompt, encode_prompt
 from moe_local.offload.experts import OffloadedExperts
+from moe_local.offload.gpu.custody import Switch
 from moe_local.offload.prefetch.prefetch import Prefetcher
 from moe_local.offload.ranges import plain, plain_number
 from moe_local.offload.records import Output
@@ -50,6 +51,8 @@ class Parts:
     engine: Engine
     store: ExpertStore
     prefetcher: Prefetcher
+    switch: Switch | None
+    """Turns a model whose misses were left to the device to the host's way and back; None: it cannot be."""
 
 
 class Model:
@@ -70,13 +73,14 @@ class Model:
         prefetcher: Prefetcher,
         plan: Plan,
         expert_folder: Path,
+        switch: Switch | None = None,
     ) -> None:
         """`load` is the way to make one; this takes ownership of everything it is given."""
         self.name = name
         self._plan = plan
         self.tokenizer = tokenizer
         """transformers' tokenizer; None for a folder without one."""
-        self._parts: Parts | None = Parts(hf, engine, store, prefetcher)
+        self._parts: Parts | None = Parts(hf, engine, store, prefetcher, switch)
         """None once the model is closed. Methods look once, so that a close meanwhile cannot hurt them."""
         self.expert_folder = expert_folder
         """Where its expert file is."""

@@ -13,7 +13,6 @@ from moe_local.cache.routes import LayerBytes, LayerRoute, Phase, Routes, RouteS
 from moe_local.cache.stats import RouterLoad
 from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.experts import OffloadedExperts, Runner
-from moe_local.offload.measure.variants import expert_runner
 from moe_local.offload.model import Model
 
 
@@ -23,7 +22,7 @@ def running(model: Model, runner: Runner) -> Iterator[None]:
 
     Misses are the host's meanwhile: a device would not ask anybody what the router chose.
     """
-    switch = expert_runner(model).switch
+    switch = model.parts.switch
     to_device = switch is not None and switch.on_device
     if switch is not None:
         switch.turn(to_device=False)

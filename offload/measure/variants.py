@@ -46,7 +46,7 @@ class Switches:
         self._options = options
         self._resident = model.plan.mode == "resident"
         self._host = self._store.host
-        self._switch = self._runner.switch
+        self._switch = model.parts.switch
         self._left_to_device = self._switch is not None and self._switch.on_device
 
     def variants(self) -> list[Variant]:

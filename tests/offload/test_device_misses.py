@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -280,6 +282,25 @@ def test_hundreds_of_tokens(
     assert stats.misses <= 1.05 * by_host.misses
 
 
+def test_a_closed_model_is_gone_at_once(
+    make_checkpoint: Callable[..., Path], make_device: Callable[..., Any], fake_graphs: ModuleType
+) -> None:
+    """No cycle keeps weights, keys and values and graphs in VRAM, where the next model is to go."""
+    model = load(make_checkpoint("qwen3_moe"), make_device(11), fake_graphs.FakeGraphs())
+    assert isinstance(model.parts.store.custody, DeviceMisses)
+    answer(model)
+    parts = model.parts
+    watched = [weakref.ref(part) for part in (parts.hf, parts.engine, parts.engine.kv, parts.store)]
+    gc.collect()
+    gc.disable()
+    try:
+        del parts
+        model.close()
+        assert [part() for part in watched] == [None] * 4
+    finally:
+        gc.enable()
+
+
 # --- What is tried at load
 
 
@@ -312,7 +333,7 @@ def test_the_faster_way_is_taken(
         if not faster:
             assert reason(caplog) == "left to the device, they took longer"
         ids = answer(model)
-        switch = expert_runner(model).switch
+        switch = model.parts.switch
         assert switch is not None
         assert switch.on_device == faster
         for to_device in (not faster, faster):
@@ -373,7 +394,7 @@ def test_where_the_device_is_not_left_with_misses(
             refused(words, "on")
     with load(folder, make_device(9), graphs, "off") as model:
         assert not [r for r in caplog.records if "misses are" in r.getMessage()]
-        assert expert_runner(model).switch is None
+        assert model.parts.switch is None
 
 
 @pytest.mark.slow
