@@ -7,7 +7,7 @@ that module cannot be imported where Triton is not there. FORMATS is the list to
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -117,9 +117,10 @@ class LowWords(_Words):
         return _low_table(self._format, device), dynamic_map(device)
 
 
-@lru_cache(maxsize=8)
+@cache
 def _low_table(format: LowFormat, device: torch.device) -> torch.Tensor:
-    """Levels, of which there is room for eight, then steps and zeros, sixteen each."""
+    """Levels, of which there is room for eight, then steps and zeros, sixteen each. Kept for good, since CUDA
+    graphs read it."""
     levels = [float(level) for level in format.levels]
     table = [*levels, *[0.0] * (8 - len(levels)), *STEPS, *format.zeros]
     return torch.tensor(table, dtype=torch.float32, device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -80,9 +80,9 @@ def dequantize_mxfp4(
     return pairs[..., :columns].mul(factors).to(dtype)
 
 
-@lru_cache(maxsize=4)
+@cache
 def numbers(device: torch.device) -> torch.Tensor:
-    """What the codes stand for, float32 [16]; kept once a device."""
+    """What the codes stand for, float32 [16]; kept for good once a device, since CUDA graphs read it."""
     with torch.inference_mode(False):
         return torch.tensor([*MAGNITUDES, *(-value for value in MAGNITUDES)], device=device)
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from moe_local.offload.kernels import grouped, triton_needs
 from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
 from moe_local.offload.kernels.grouped import DECODE_TOKENS, MOST_TOKENS, GroupedExperts, GroupedStep
+from moe_local.offload.kernels.grouped_formats import FORMATS
 from moe_local.offload.kernels.launcher import UNIT, Launcher, triton_kernels
 from moe_local.offload.kernels.layer import LayerKernels, OneByOne
 from moe_local.offload.kernels.routing import Routing
@@ -203,6 +204,16 @@ def test_only_rows_of_whole_pieces_and_blocks_are_served() -> None:
     assert Launcher.served(layout("int8", (96, 48), (48, 96)))
     assert not Launcher.served(layout("int8", (128, 64), (64, 40)))
     assert not Launcher.served(layout("bf16", (128, 64), (64, 64)))
+
+
+def test_what_kernels_look_up_stays_where_it_is_on_every_card() -> None:
+    """A graph goes on reading the tables that it was captured with."""
+    cards = [torch.device("cpu", number) for number in range(8)]
+    first = [form.tables(card) for form in FORMATS for card in cards]
+    again = [form.tables(card) for form in FORMATS for card in cards]
+    assert all(
+        a is b for one, other in zip(first, again, strict=True) for a, b in zip(one, other, strict=True)
+    )
 
 
 def test_without_triton_it_is_said_once_and_done_without(
