@@ -72,6 +72,7 @@ class TokenStep:
             }
             """The position once more on every other card, for the layers there."""
         self._caches: dict[tuple[int, int], Any] = {}
+        """By row and number of columns, of those that a token has been computed with."""
         self.captured: dict[tuple[int, int], CapturedStep] = {}
         """By row and number of columns."""
 
@@ -141,15 +142,17 @@ class TokenStep:
         return row, static_columns(position + 1, self._kv.capacity)
 
     def _forward(self, place: tuple[int, int]) -> torch.Tensor:
-        if place not in self._caches:
+        cache = self._caches.get(place)
+        if cache is None:
             first = self._positions.view(1)
-            self._caches[place] = self._kv.static_row(*place, {first.device: first, **self._columns}, first)
+            cache = self._kv.static_row(*place, {first.device: first, **self._columns}, first)
         output = self._hf(
             input_ids=self._ids,
             position_ids=self._positions,
-            **{self._cache_argument: self._caches[place]},
+            **{self._cache_argument: cache},
             **self._options,
         )
+        self._caches[place] = cache  # only now: what failed half-way has not set all of itself up
         # A copy in any case: behind the way from another card this may be all that a segment has to do.
         logits: torch.Tensor = output.logits[:, -1].to(torch.float32, copy=True)
         return logits
