@@ -26,6 +26,7 @@ from moe_local.offload.system.interrupt import check as check_interrupt
 from moe_local.offload.tiers.arena import HostArena
 from moe_local.offload.tiers.copies import CopySource
 from moe_local.offload.tiers.device import Event
+from moe_local.offload.tiers.small_pins import pinned_for
 from moe_local.offload.tiers.staging import StagedArena
 
 WAIT_SECONDS = 0.1
@@ -89,11 +90,9 @@ class DeviceMisses:
         self.tables = DeviceTables(store.tier.cache, experts, self._top_k, self._device.torch_device)
         self.tables.place(store.tier.arena, [self._in_ram(layer) for layer in layers])
         self._layers: dict[int, DeviceLayer] = {}
-        pinned = self._device.torch_device.type == "cuda"
+        shape, place = self.tables.log.shape, self._device.torch_device
         with torch.inference_mode(False):
-            self._logs = [
-                torch.zeros(self.tables.log.shape, dtype=torch.int64, pin_memory=pinned) for _ in range(2)
-            ]
+            self._logs = [pinned_for(place, torch.zeros(shape, dtype=torch.int64)) for _ in range(2)]
         self._nbytes = [store.layouts[layer][0].nbytes for layer in layers]
         self._alike = self._top_k[0] if len(set(self._top_k)) == 1 else None
         """Experts that a token uses in every layer, if these are equally many."""

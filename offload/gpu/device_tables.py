@@ -10,6 +10,7 @@ import torch
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.offload.kernels.fetch import LOG_HEAD, LayerTables
 from moe_local.offload.kernels.launcher import UNIT
+from moe_local.offload.tiers.small_pins import pinned_for
 from moe_local.offload.tiers.staging import Slots
 
 NOBODY = -1
@@ -20,7 +21,8 @@ class DeviceTables:
 
     Views of it are what kernels are given; `triton_fetch` says what is in them. The host fills all of it at
     once when the device takes over (`fill`), and the lists of slots to fill next after each token (`send`).
-    Both are copies from pinned memory, behind what the device was given before; nothing waits.
+    Both are copies from pinned memory, behind what the device was given before; nothing waits, unless the
+    system refused to pin it.
     """
 
     def __init__(
@@ -48,10 +50,9 @@ class DeviceTables:
         used = parts[1 + 3 * layers :]
         self._lists = slice(self._order[0].start, self._slot_of[0].start)
         log = _even(LOG_HEAD + 2 * max(top_k))
-        pinned = device.type == "cuda"
         with torch.inference_mode(False):
             self._state = torch.zeros(places[-1], dtype=torch.int64, device=device)
-            self._mirror = torch.zeros(places[-1], dtype=torch.int64, pin_memory=pinned)
+            self._mirror = pinned_for(device, torch.zeros(places[-1], dtype=torch.int64))
             self.log = torch.zeros(layers, log, dtype=torch.int64, device=device)
             """[layers, numbers of a layer's log, or more]"""
             self._offsets = [torch.zeros(_even(count), dtype=torch.int64, device=device) for count in slots]

@@ -11,7 +11,7 @@ from moe_local.offload.kernels.gates import recognize
 from moe_local.offload.kernels.launcher import UNIT, Launcher, can_shuffle, triton_kernels
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.quantize.layout import Layout
-from moe_local.offload.tiers.small_pins import pinned
+from moe_local.offload.tiers.small_pins import pinned_for
 
 MOST_TOKENS = 8
 """Tokens of an expert up to which its weights' bytes, read once, are what takes the time."""
@@ -222,9 +222,8 @@ class GroupedStep:
             for index, slot in enumerate(slots):
                 mine = flat[starts[index] : starts[index + 1]]
                 rows.append([slot, *mine, *[-1] * (self._tokens - len(mine))])
-        device = self._device
         table = torch.tensor(rows, dtype=torch.int64, device="cpu")
-        return (pinned(table) if device.type == "cuda" else table).to(device, non_blocking=True)
+        return pinned_for(self._device, table).to(self._device, non_blocking=True)
 
 
 def _tokens_of_a_program(routing: Routing) -> int:

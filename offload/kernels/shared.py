@@ -10,7 +10,7 @@ import torch
 from moe_local.offload.kernels.contracts import Answers, LayerStep, Readable
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.tiers.device import Device, Waited
-from moe_local.offload.tiers.small_pins import pinned
+from moe_local.offload.tiers.small_pins import pinned_for
 
 FLOAT = 4
 INDEX = 8
@@ -23,15 +23,14 @@ class Staging:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._pin = device.type == "cuda"
+        self._device = device
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, nbytes: int, keep: int = 0) -> torch.Tensor:
         """uint8 [nbytes], the first `keep` bytes as they were the last time."""
         if nbytes > self._memory.numel():
             with torch.inference_mode(False):  # or it could be written in inference mode only
-                grown = torch.empty(2 * nbytes, dtype=torch.uint8)
-                grown = pinned(grown) if self._pin else grown
+                grown = pinned_for(self._device, torch.empty(2 * nbytes, dtype=torch.uint8))
             grown[:keep] = self._memory[:keep]
             self._memory = grown
         return self._memory[:nbytes]

@@ -14,6 +14,11 @@ _refused = False
 """Whether the system has refused once: it is not asked again, since each refusal takes time."""
 
 
+def pinned_for(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU, for copies to or from this device: as `pinned` for CUDA's, itself for others."""
+    return pinned(tensor) if device.type == "cuda" else tensor
+
+
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of a tensor on the CPU in pinned memory; itself where that is refused, which is said once.
 
