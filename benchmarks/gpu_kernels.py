@@ -106,7 +106,7 @@ class Bench:
         self._leases = random_experts(self.layout, count, device)
         experts = GroupedExperts()
         launcher = experts.launcher(self._math, device, self.layout)
-        experts.stop_shuffling(device)
+        experts.stop_shuffling(device, self.layout)
         loading = experts.launcher(self._math, device, self.layout)
         if launcher is None or loading is None:
             sys.exit("the grouped kernels do not run here: they need Triton and the C++ library")

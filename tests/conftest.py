@@ -160,6 +160,12 @@ def mixtral_19(
 
 
 @pytest.fixture(scope="session")
+def swiglu_experts() -> ModuleType:
+    """tests/swiglu_experts.py: `Math`, `layout_of(format)`, `runner_of(kinds, top_k, slots)`."""
+    return load_module(Path(__file__).parent / "swiglu_experts.py")
+
+
+@pytest.fixture(scope="session")
 def random_experts() -> ModuleType:
     """tests/random_experts.py: `RandomExperts`, `random_spec`."""
     return load_module(Path(__file__).parent / "random_experts.py")

@@ -77,7 +77,8 @@ def attend_in_parts(
     if sinks is not None:  # one more part, whose answer is zero
         logsumexp = torch.cat([logsumexp, sinks.expand(batch, -1, -1).flatten(0, 1)[:, None]], dim=1)
     shares = logsumexp.softmax(1)[:, :parts]
-    return (output * shares[..., None]).sum(1).unflatten(0, (batch, heads))
+    joined: torch.Tensor = (output * shares[..., None]).sum(1).unflatten(0, (batch, heads))
+    return joined
 
 
 def beside_sinks(output: torch.Tensor, logsumexp: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:

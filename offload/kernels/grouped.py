@@ -29,8 +29,8 @@ class GroupedExperts:
     def __init__(self) -> None:
         self._launchers: dict[tuple[ExpertMath, torch.device], list[tuple[Layout, Launcher | None]]] = {}
         self._refused: list[tuple[torch.device, Layout]] = []
-        self._still: set[torch.device] = set()
-        """Where kernels do not shuffle though they might."""
+        self._still: list[tuple[torch.device, Layout]] = []
+        """Whose kernels do not shuffle though they might."""
 
     def serves(self, math: ExpertMath, x: torch.Tensor, routing: Routing, layout: Layout) -> bool:
         """Whether `begin` can be asked for this layer and input, which lies on a GPU."""
@@ -64,17 +64,19 @@ class GroupedExperts:
         for other, found in known:
             if _same(other, layout):
                 return found
-        refused = any(device == at and _same(other, layout) for at, other in self._refused)
-        known.append((layout, None if refused else _launcher(math, device, layout, self.shuffles(device))))
-        return known[-1][1]
+        found = None
+        if not _has(self._refused, device, layout):
+            found = _launcher(math, device, layout, self.shuffles(device, layout))
+        known.append((layout, found))
+        return found
 
-    def shuffles(self, device: torch.device) -> bool:
-        """Whether kernels on this device look levels up by shuffling them."""
-        return can_shuffle(device) and device not in self._still
+    def shuffles(self, device: torch.device, layout: Layout) -> bool:
+        """Whether kernels on this device look this layout's levels up by shuffling them."""
+        return can_shuffle(device) and not _has(self._still, device, layout)
 
-    def stop_shuffling(self, device: torch.device) -> None:
-        """Have kernels on this device look levels up in memory from now on."""
-        self._still.add(device)
+    def stop_shuffling(self, device: torch.device, layout: Layout) -> None:
+        """Have kernels for this layout on this device look levels up in memory from now on."""
+        self._still.append((device, layout))
         self._launchers.clear()
 
     def refuse(self, device: torch.device, layout: Layout) -> None:
@@ -236,3 +238,7 @@ def _tokens_of_a_program(routing: Routing) -> int:
 
 def _same(one: Layout, other: Layout) -> bool:
     return one is other or one == other
+
+
+def _has(pairs: Sequence[tuple[torch.device, Layout]], device: torch.device, layout: Layout) -> bool:
+    return any(device == at and _same(layout, other) for at, other in pairs)

@@ -61,9 +61,9 @@ def try_out(
         return fault(launcher, math=math, base=base, top_k=top_k, width=width, dtype=dtype, answers=answers)
 
     wrong = reason()
-    if wrong is not None and grouped.shuffles(device):
-        logger.info("kernels on %s do without shuffles: %s", device, wrong)
-        grouped.stop_shuffling(device)
+    if wrong is not None and grouped.shuffles(device, layout):
+        logger.info("kernels for %s on %s do without shuffles: %s", described(layout), device, wrong)
+        grouped.stop_shuffling(device, layout)
         wrong = reason()
     if wrong is not None:
         grouped.refuse(device, layout)

@@ -226,14 +226,14 @@ def test_levels_that_are_shuffled_are_those_that_are_loaded(format: str, d: int,
     layout, experts, found = codec_for(format).layout(specs), GroupedExperts(), []
     base, x = made_expert(layout).to(card), torch.randn(8, d, device=card).bfloat16()
     for shuffles in (True, False):
-        assert experts.shuffles(card) == shuffles
+        assert experts.shuffles(card, layout) == shuffles
         launcher = experts.launcher(SwiGLU(), card, layout)
         assert launcher is not None
         for tokens in (1, 8):
             run = GroupedRun(launcher, x[:tokens], torch.ones(tokens, 1, device=card))
             run.launch(base, torch.tensor([[0, *range(tokens)]], device=card))
             found.append(run.outputs)
-        experts.stop_shuffling(card)
+        experts.stop_shuffling(card, layout)
     assert all(each.isfinite().all() for each in found)
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[3])

@@ -295,6 +295,7 @@ class OnGpu:
 
 def test_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "triton_kernels", lambda device: object())
+    monkeypatch.setattr(grouped, "can_shuffle", lambda device: False)
     monkeypatch.setattr(grouped, "recognize", lambda math: None if math.has_bias else object())
     launched: list[Any] = []
 

@@ -4,43 +4,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from moe_local.offload.experts import ExpertRunner
 from moe_local.offload.kernels import grouped, grouped_trial
 from moe_local.offload.kernels.grouped_trial import fault, made_expert
 from moe_local.offload.kernels.launcher import Launcher
 from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.native.library import library
-from moe_local.offload.quantize.codec import codec_for, decoder_for
-from moe_local.offload.quantize.layout import Layout, TensorSpec
+from moe_local.offload.quantize.codec import decoder_for
+from moe_local.offload.quantize.layout import Layout
 
-D, FF, TOP_K = 256, 128, 3
+TOP_K = 3
 FORMATS = ("nf4", "int8", "q3", "q2", "mxfp4", "fp8")
+
+LayoutOf = Callable[[str], Layout]
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the grouped kernels ask the library for gates")
 
 
-class Math:
-    has_gate, has_bias, index = True, False, 0
-
-    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = hidden.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    def finish(self, output: torch.Tensor) -> torch.Tensor:
-        return output
-
-
-def layout_of(format: str) -> Layout:
-    return codec_for(format).layout(
-        [TensorSpec("gate_up_proj", (2 * FF, D)), TensorSpec("down_proj", (D, FF))]
-    )
+@pytest.fixture
+def layout_of(swiglu_experts: ModuleType) -> LayoutOf:
+    made: LayoutOf = swiglu_experts.layout_of
+    return made
 
 
 class TorchKernels:
@@ -85,15 +75,19 @@ class _Kernel:
         return self._run
 
 
-def found(
-    monkeypatch: pytest.MonkeyPatch, kernels: Any, layout: Layout, dtype: torch.dtype, base: torch.Tensor
-) -> str | None:
-    monkeypatch.setattr(grouped, "triton_kernels", lambda device: kernels)
-    math: Any = Math()
-    launcher = grouped.GroupedExperts().launcher(math, torch.device("cpu"), layout)
-    assert launcher is not None
-    answers = LayerKernels().answers
-    return fault(launcher, math=math, base=base, top_k=TOP_K, width=D, dtype=dtype, answers=answers)
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch, swiglu_experts: ModuleType) -> Callable[..., str | None]:
+    """found(kernels, layout, dtype, base) -> what is wrong with them."""
+
+    def find(kernels: Any, layout: Layout, dtype: torch.dtype, base: torch.Tensor) -> str | None:
+        monkeypatch.setattr(grouped, "triton_kernels", lambda device: kernels)
+        math, width = swiglu_experts.Math(), swiglu_experts.WIDTH
+        launcher = grouped.GroupedExperts().launcher(math, torch.device("cpu"), layout)
+        assert launcher is not None
+        answers = LayerKernels().answers
+        return fault(launcher, math=math, base=base, top_k=TOP_K, width=width, dtype=dtype, answers=answers)
+
+    return find
 
 
 @pytest.mark.parametrize(
@@ -101,12 +95,12 @@ def found(
     [*((format, torch.bfloat16) for format in FORMATS), ("nf4", torch.float32), ("int8", torch.float16)],
 )
 def test_right_kernels_of_every_format_pass_and_the_slot_is_as_it_was(
-    monkeypatch: pytest.MonkeyPatch, format: str, dtype: torch.dtype
+    found: Callable[..., str | None], layout_of: LayoutOf, format: str, dtype: torch.dtype
 ) -> None:
     layout = layout_of(format)
     base = torch.arange(layout.nbytes + 7).to(torch.uint8)
     before = base.clone()
-    assert found(monkeypatch, TorchKernels(layout), layout, dtype, base) is None
+    assert found(TorchKernels(layout), layout, dtype, base) is None
     assert torch.equal(base, before)
 
 
@@ -121,18 +115,20 @@ SPOILS: dict[str, Callable[[str, torch.Tensor], None]] = {
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
-def test_wrong_kernels_are_found_out(monkeypatch: pytest.MonkeyPatch, spoil: str) -> None:
+def test_wrong_kernels_are_found_out(
+    found: Callable[..., str | None], layout_of: LayoutOf, spoil: str
+) -> None:
     layout = layout_of("nf4")
     kernels = TorchKernels(layout, SPOILS[spoil])
-    reason = found(
-        monkeypatch, kernels, layout, torch.bfloat16, torch.zeros(layout.nbytes, dtype=torch.uint8)
-    )
+    reason = found(kernels, layout, torch.bfloat16, torch.zeros(layout.nbytes, dtype=torch.uint8))
     assert reason is not None
     assert "of their norm, where 0.05 is allowed" in reason
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_scale_taken_from_the_neighbour_is_noticed(monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+def test_a_scale_taken_from_the_neighbour_is_noticed(
+    found: Callable[..., str | None], layout_of: LayoutOf, format: str
+) -> None:
     """What is made up has no two scales alike."""
     layout = layout_of(format)
     shifted = TorchKernels(layout)
@@ -147,7 +143,7 @@ def test_a_scale_taken_from_the_neighbour_is_noticed(monkeypatch: pytest.MonkeyP
 
     shifted._weights = neighbour  # type: ignore[method-assign]
     base = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    assert "of their norm" in str(found(monkeypatch, shifted, layout, torch.float32, base))
+    assert "of their norm" in str(found(shifted, layout, torch.float32, base))
 
 
 class Broken:
@@ -160,10 +156,10 @@ class Broken:
 
 
 def test_what_does_not_compile_is_not_used_and_warned_of_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    swiglu_experts: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of two layers with experts in two formats; those in the other format are served."""
-    nf4, int8 = layout_of("nf4"), layout_of("int8")
+    nf4, int8 = map(swiglu_experts.layout_of, ("nf4", "int8"))
     broken = Broken(RuntimeError("Internal Triton PTX codegen error\nand more"))
     monkeypatch.setattr(grouped, "triton_kernels", lambda device: broken)
     served: list[Any] = []
@@ -175,18 +171,10 @@ def test_what_does_not_compile_is_not_used_and_warned_of_once(
 
     monkeypatch.setattr(grouped_trial, "fault", only_nf4)
     slot = torch.zeros(max(nf4.nbytes, int8.nbytes), dtype=torch.uint8)
-    arena = SimpleNamespace(buffer=lambda layer, number: slot, device=torch.device("cpu"))
-    store: Any = SimpleNamespace(
-        tier=SimpleNamespace(arena=arena, devices=()),
-        kinds=[[nf4, int8], [nf4]],
-        routed=SimpleNamespace(top_k=lambda layer: TOP_K),
-    )
-    prefetcher: Any = None
-    runner = ExpertRunner(store, prefetcher)
-    modules: Any = [Math(), Math()]
-    modules[1].index = 1
+    runner = swiglu_experts.runner_of([[nf4, int8], [nf4]], [TOP_K, TOP_K], [slot, slot])
+    modules: Any = [swiglu_experts.Math(0), swiglu_experts.Math(1)]
     with caplog.at_level(logging.WARNING):
-        runner.warm_up(modules, D, torch.bfloat16)
+        runner.warm_up(modules, swiglu_experts.WIDTH, torch.bfloat16)
     assert served == ["nf4", "int8"]
     (line,) = (record.getMessage() for record in caplog.records)
     assert line.endswith("do not do: RuntimeError: Internal Triton PTX codegen error")
@@ -199,9 +187,12 @@ def test_what_does_not_compile_is_not_used_and_warned_of_once(
 
 @pytest.mark.parametrize("helps", [True, False])
 def test_kernels_that_are_wrong_with_shuffles_are_tried_without(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, helps: bool
+    swiglu_experts: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    helps: bool,
 ) -> None:
-    layout, device, tried = layout_of("nf4"), torch.device("cpu"), []
+    layout, device, tried = swiglu_experts.layout_of("nf4"), torch.device("cpu"), []
 
     class Kernels(TorchKernels):
         def _up(self, *arguments: Any, **options: Any) -> None:
@@ -212,27 +203,52 @@ def test_kernels_that_are_wrong_with_shuffles_are_tried_without(
 
     monkeypatch.setattr(grouped, "triton_kernels", lambda device: Kernels(layout))
     monkeypatch.setattr(grouped, "can_shuffle", lambda device: True)
-    experts, math = grouped.GroupedExperts(), Math()
+    experts, math = grouped.GroupedExperts(), swiglu_experts.Math()
     base = torch.zeros(layout.nbytes, dtype=torch.uint8)
     for _ in range(2):
         if experts.launcher(math, device, layout) is not None:
-            grouped_trial.try_out(
-                experts, layout, math=math, base=base, top_k=TOP_K, width=D, dtype=torch.float32
-            )
+            options: Any = {"top_k": TOP_K, "width": swiglu_experts.WIDTH, "dtype": torch.float32}
+            grouped_trial.try_out(experts, layout, math=math, base=base, **options)
     assert tried == [True] * 4 + [False] * (8 if helps else 4)
     assert (experts.launcher(math, device, layout) is not None) == helps
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == (not helps)
 
 
-def test_a_lack_of_memory_is_no_fault_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layout_that_is_wrong_with_shuffles_leaves_them_to_others(
+    swiglu_experts: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose kernels without any were neither tried nor compiled."""
+    nf4, q3 = map(swiglu_experts.layout_of, ("nf4", "q3"))
+    tried: list[tuple[str, bool]] = []
+
+    def only_q3(launcher: Launcher, **options: Any) -> str | None:
+        shuffles = launcher._up["SHUFFLES"]
+        tried.append((launcher.layout.format, shuffles))
+        return "wrong" if shuffles and launcher.layout is q3 else None
+
+    monkeypatch.setattr(grouped_trial, "fault", only_q3)
+    monkeypatch.setattr(grouped, "triton_kernels", lambda device: object())
+    monkeypatch.setattr(grouped, "can_shuffle", lambda device: True)
+    slot = torch.zeros(nf4.nbytes, dtype=torch.uint8)
+    runner, math = swiglu_experts.runner_of([[nf4, q3]], [TOP_K], [slot]), swiglu_experts.Math()
+    runner.warm_up([math], swiglu_experts.WIDTH, torch.bfloat16)
+    assert tried == [("nf4", True), ("q3", True), ("q3", False)]
+    for layout, shuffles in ((nf4, True), (q3, False)):
+        launcher = runner.grouped.launcher(math, torch.device("cpu"), layout)
+        assert launcher._up["SHUFFLES"] == launcher._down["SHUFFLES"] == shuffles
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_kernels(
+    found: Callable[..., str | None], layout_of: LayoutOf
+) -> None:
     layout = layout_of("nf4")
     broken, base = Broken(torch.OutOfMemoryError("CUDA out of memory")), torch.zeros(layout.nbytes).byte()
     with pytest.raises(torch.OutOfMemoryError):
-        found(monkeypatch, broken, layout, torch.bfloat16, base)
+        found(broken, layout, torch.bfloat16, base)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_what_is_made_up_is_about_as_large_as_a_models_weights(format: str) -> None:
+def test_what_is_made_up_is_about_as_large_as_a_models_weights(layout_of: LayoutOf, format: str) -> None:
     layout = layout_of(format)
     for weight in decoder_for(format).decode(made_expert(layout), layout, torch.float32).values():
         assert 0.003 < float(weight.square().mean().sqrt()) < 0.3

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from moe_local.offload import experts as experts_module
-from moe_local.offload.experts import ExpertRunner
 from moe_local.offload.kernels import grouped, grouped_trial
 from moe_local.offload.kernels.gates import CONCATENATED, FUNCTIONS
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.native.library import Gate
-from moe_local.offload.quantize.codec import codec_for
-from moe_local.offload.quantize.layout import Layout, TensorSpec
+from moe_local.offload.quantize.layout import Layout
 
-D, FF, EXPERTS = 128, 64, 6
+EXPERTS = 6
 FORMATS = ("nf4", "int8", "q3", "q2", "mxfp4", "fp8")
 
 UNALIGNED = {"combine_kernel": {1}}
@@ -58,39 +54,6 @@ class Lease(NamedTuple):
     on_host: bool = False
 
 
-class Math:
-    has_gate, has_bias = True, False
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = hidden.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    def finish(self, output: torch.Tensor) -> torch.Tensor:
-        return output
-
-
-def layout_of(format: str) -> Layout:
-    return codec_for(format).layout(
-        [TensorSpec("gate_up_proj", (2 * FF, D)), TensorSpec("down_proj", (D, FF))]
-    )
-
-
-def runner_of(
-    kinds: Sequence[Sequence[Layout]], top_k: Sequence[int], buffers: Sequence[Any]
-) -> ExpertRunner:
-    arena = SimpleNamespace(buffer=lambda layer, slot: buffers[layer], device=torch.device("cpu"))
-    store: Any = SimpleNamespace(
-        tier=SimpleNamespace(arena=arena, devices=()),
-        kinds=kinds,
-        routed=SimpleNamespace(top_k=lambda layer: top_k[layer]),
-    )
-    prefetcher: Any = None
-    return ExpertRunner(store, prefetcher)
-
-
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
     """Variants of kernels that were launched."""
@@ -105,23 +68,24 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_variant_of_a_decode_step_is_compiled_at_load(
-    seen: set[Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    seen: set[Any], dtype: torch.dtype, swiglu_experts: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two layers, of which the first has experts of every format: all numbers of tokens, groups of any kind,
     routers whose weights have their model's dtype or not and start anywhere."""
+    layout_of, width = swiglu_experts.layout_of, swiglu_experts.WIDTH
     kinds = [[layout_of(format) for format in FORMATS], [layout_of("nf4")]]
     arena = torch.zeros(2 * EXPERTS, max(layout.nbytes for layout in kinds[0]) + 256, dtype=torch.uint8)
     start = -arena.data_ptr() % 16  # torch on a GPU aligns to 512
-    top_ks, maths = (2, 3), [Math(0), Math(1)]
+    top_ks, maths = (2, 3), [swiglu_experts.Math(0), swiglu_experts.Math(1)]
     slots = [
         arena.flatten()[start + slot * arena.shape[1] :][: arena.shape[1]] for slot in range(len(arena) - 1)
     ]
-    runner = runner_of(kinds, top_ks, slots)
+    runner = swiglu_experts.runner_of(kinds, top_ks, slots)
     modules: Any = maths
     monkeypatch.setattr(
         grouped_trial, "difference", lambda found, wanted: 0.0
     )  # these kernels compute nothing
-    runner.warm_up(modules, D, dtype)
+    runner.warm_up(modules, width, dtype)
     compiled = set(seen)
     # A pair of kernels for each layout of a layer and number of tokens; the sum for each dtype of weights.
     assert len(compiled) == 2 * 4 * len(FORMATS) + 4 + (1 if dtype == torch.float32 else 2) * len(set(top_ks))
@@ -135,7 +99,7 @@ def test_every_variant_of_a_decode_step_is_compiled_at_load(
             leases = {e: Lease(e, slots[e], layouts[e % len(layouts)]) for e in routing.experts}
             rest: Any = lambda outputs: SimpleNamespace(compute=lambda group: None)  # noqa: E731
             step = runner.grouped.begin(
-                maths[layer], torch.zeros(tokens, D, dtype=dtype), routing, weights, layouts[0], rest
+                maths[layer], torch.zeros(tokens, width, dtype=dtype), routing, weights, layouts[0], rest
             )
             cut = rng.randrange(len(leases))
             for group in ([*leases.values()][:cut], [*leases.values()][cut:]):
@@ -146,7 +110,7 @@ def test_every_variant_of_a_decode_step_is_compiled_at_load(
 
 
 def test_each_card_and_each_number_of_experts_is_warmed_up(
-    seen: set[Any], monkeypatch: pytest.MonkeyPatch
+    seen: set[Any], swiglu_experts: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warmed: list[tuple[str, int, str]] = []
     monkeypatch.setattr(
@@ -156,11 +120,13 @@ def test_each_card_and_each_number_of_experts_is_warmed_up(
             (base.device.type, top_k, layout.format)
         ),
     )
-    nf4, int8 = layout_of("nf4"), layout_of("int8")
+    nf4, int8 = map(swiglu_experts.layout_of, ("nf4", "int8"))
     here, there = torch.zeros(16, dtype=torch.uint8), torch.zeros(16, dtype=torch.uint8, device="meta")
-    runner = runner_of([[nf4], [nf4, int8], [nf4], [nf4]], [2, 2, 4, 2], [here, here, here, there])
-    modules: Any = [Math(index) for index in range(4)]
+    runner = swiglu_experts.runner_of(
+        [[nf4], [nf4, int8], [nf4], [nf4]], [2, 2, 4, 2], [here, here, here, there]
+    )
+    modules: Any = [swiglu_experts.Math(index) for index in range(4)]
     reports: list[tuple[str, int, int]] = []
-    runner.warm_up(modules, D, torch.float32, lambda *report: reports.append(report))
+    runner.warm_up(modules, swiglu_experts.WIDTH, torch.float32, lambda *report: reports.append(report))
     assert reports == [(experts_module.COMPILING, done, 4) for done in range(5)]
     assert warmed == [("cpu", 2, "nf4"), ("cpu", 2, "int8"), ("cpu", 4, "nf4"), ("meta", 2, "nf4")]

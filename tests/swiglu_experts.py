@@ -1,0 +1,52 @@
+"""Experts with a SwiGLU between their matrices, in any format, as far as warming kernels up looks at them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from moe_local.offload.experts import ExpertRunner
+from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.quantize.layout import Layout, TensorSpec
+
+WIDTH, HIDDEN = 256, 128
+
+
+class Math:
+    """A layer's OffloadedExperts."""
+
+    has_gate, has_bias = True, False
+
+    def __init__(self, index: int = 0) -> None:
+        self.index = index
+
+    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = hidden.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def finish(self, output: torch.Tensor) -> torch.Tensor:
+        return output
+
+
+def layout_of(format: str) -> Layout:
+    return codec_for(format).layout(
+        [TensorSpec("gate_up_proj", (2 * HIDDEN, WIDTH)), TensorSpec("down_proj", (WIDTH, HIDDEN))]
+    )
+
+
+def runner_of(
+    kinds: Sequence[Sequence[Layout]], top_k: Sequence[int], slots: Sequence[torch.Tensor]
+) -> ExpertRunner:
+    """Of layers whose experts have these layouts, with the first slot of each."""
+    arena = SimpleNamespace(buffer=lambda layer, slot: slots[layer], device=torch.device("cpu"))
+    store: Any = SimpleNamespace(
+        tier=SimpleNamespace(arena=arena, devices=()),
+        kinds=kinds,
+        routed=SimpleNamespace(top_k=lambda layer: top_k[layer]),
+    )
+    prefetcher: Any = None
+    return ExpertRunner(store, prefetcher)
