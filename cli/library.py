@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from moe_local.cli.completion import speaks_of_experts
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import HubModel, cached_folder, locate
 from moe_local.offload.checkpoint.registry import ALIASES, DEMO, demo_folder
-from moe_local.offload.expert_file.convert import moe_local_home
+from moe_local.offload.expert_file.convert import expert_file_folder, moe_local_home
 from moe_local.offload.expert_file.expert_file import ExpertFile
 
 
@@ -99,23 +98,27 @@ def known(model: str) -> Known:
             raise
         return Known(model, None, mine)
     if isinstance(found, HubModel):
-        checkpoint = cached_folder(found.repo_id)
         names = {found.name.lower(), found.repo_id.lower(), _slug(found.repo_id)}
-    else:
-        # Folders of the same name are different models; the demo is always the demo.
-        checkpoint, names = found, {DEMO} & {model.strip().lower()}
-    return Known(model, checkpoint, _conversions_of(model, checkpoint, names))
+        return Known(model, cached_folder(found.repo_id), _called(names))
+    if model.strip().lower() == DEMO:
+        return Known(model, found, _called({DEMO}))
+    return Known(model, found, _of_folder(found, model))
 
 
-def _conversions_of(model: str, checkpoint: Path | None, names: set[str]) -> tuple[Conversion, ...]:
-    """Those of a model with one of these names, and those made from a checkpoint with the same experts."""
-    found = conversions()
-    mine = {c.folder for c in found if c.is_called(names)}
-    if checkpoint is not None and len(mine) < len(found):
-        with contextlib.suppress(MoeLocalError):  # a damaged checkpoint still has its name
-            fingerprint = Checkpoint.open(checkpoint, model).fingerprint
-            mine |= {c.folder for c in found if c.of_checkpoint(fingerprint)}
-    return tuple(c for c in found if c.folder in mine)
+def _called(names: set[str]) -> tuple[Conversion, ...]:
+    return tuple(conversion for conversion in conversions() if conversion.is_called(names))
+
+
+def _of_folder(folder: Path, model: str) -> tuple[Conversion, ...]:
+    """Those that a load of this folder would use: a folder of the same name may hold another model, and a
+    copy by another name has conversions of its own."""
+    try:
+        checkpoint = Checkpoint.open(folder, model)
+        place = expert_file_folder(moe_local_home(), checkpoint.name, "", checkpoint.fingerprint)
+    except MoeLocalError:  # a damaged one
+        return ()
+    same_name = (found for found in conversions() if found.folder.parent == place.parent)
+    return tuple(found for found in same_name if found.of_checkpoint(checkpoint.fingerprint))
 
 
 def all_known() -> list[Known]:

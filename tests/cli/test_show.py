@@ -197,6 +197,17 @@ class TestRemove:
         assert invoke("rm", "moved-away", "--yes").exit_code == 0
         assert "moved-away" not in invoke("list").stdout
 
+    def test_a_copy_by_another_name_has_its_own(self, invoke, converted, tiny_mixtral, tmp_path):
+        copy = tmp_path / "a copy"
+        shutil.copytree(tiny_mixtral, copy)
+        refused = invoke("rm", str(copy), "--yes")
+        assert refused.exit_code == 4
+        assert "nothing to remove" in refused.stderr
+        assert invoke("convert", str(copy)).exit_code == 0
+        removed = json.loads(invoke("rm", str(copy), "--yes", "--json").stdout)["removed"]
+        assert [Path(folder).parent.name for folder in removed] == ["a--copy"]
+        assert converted.is_dir()
+
     def test_another_folder_of_the_same_name_is_another_model(
         self, invoke, converted, tiny_mixtral, tmp_path, make_checkpoint
     ):
