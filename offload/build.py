@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Sequence
 
 from moe_local.cache.beside import Beside
-from moe_local.cache.errors import DoesNotFitError
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
 from moe_local.cache.stats import RouterLoad
@@ -61,7 +60,7 @@ def build_store(
     Without an arena on a device, RAM is the fastest tier and its misses are read from disk. With one, which
     the store owns from now on, that is the fastest, filled from RAM, which is filled from disk, and
     `scheduler` says what the CPU computes instead. Prompts stream through `vram_staging` and `ram_staging`
-    slots beside these, where there is one device and it has room for them. `ladders` as for the arena.
+    slots beside these, the former on each device, where all of these have room. `ladders` as for the arena.
     Nothing is loaded yet (`Tier.preload` does). Raises DoesNotFitError if RAM is refused.
     """
     layouts = [[file.layout(layer.index, e) for e in range(layer.num_experts)] for layer in spec.layers]
@@ -103,10 +102,9 @@ def build_store(
         if arena is None:
             store = ExpertStore(ram, layouts, routed, disk=disk)
         else:
-            device_ring = _ring(vram_staging, largest, arena)
-            staged = StagedArena(arena, device_ring)
+            staged = StagedArena.beside(arena, vram_staging, largest)
             source = CopySource(ram, staged, arena.devices, lambda key: size(*key))
-            beside.above = ExpertCache(arena.slots, policy, size, device_ring.slots[0], ladders)
+            beside.above = ExpertCache(arena.slots, policy, size, staged.ring_slots, ladders)
             vram = Tier(beside.above, staged, source, arena.devices)
             store = ExpertStore(vram, layouts, routed, disk=disk, below=ram, scheduler=scheduler)
         undo.pop_all()
@@ -120,12 +118,3 @@ def past_page_cache(total: int, arena: int, free: int) -> bool:
     for every expert, each is read only once, and what the page cache may serve is the next load.
     """
     return total > (free if arena >= total else free - arena)
-
-
-def _ring(slots: int, stride: int, beside: DeviceArena) -> DeviceArena:
-    """Staging slots on the device of an arena; none where it has several, or refuses them."""
-    device, *others = dict.fromkeys(beside.devices)
-    try:
-        return DeviceArena([0 if others else slots], [stride], device)
-    except DoesNotFitError:  # prompts go through the layers' own slots then
-        return DeviceArena([0], [stride], device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -236,6 +237,8 @@ def _assemble(
             ram_staging=plan.ram_staging,
         )
         undo.callback(store.close)
+        if cards:
+            plan = replace(plan, vram_staging=store.tier.cache.staging.slots)
         engine = Engine(as_decoder(hf), kv, chunk=plan.chunk)
         if arena is not None:
             engine.relief = Relief(store.tier, arena, lambda: store.custody.release())

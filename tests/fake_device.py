@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ class FakeEvent:
     """The end of a piece of work. `query` lets a little time pass, or none."""
 
     def __init__(self, device: FakeDevice, work: _Work) -> None:
-        self._device = device
+        self.device = device
         self.work = work
         self.position = work.stream.issued
         """How much of its stream it stands for."""
@@ -76,7 +76,7 @@ class FakeEvent:
         return self.work.done
 
     def query(self) -> bool:
-        self._device.pass_time()
+        self.device.pass_time()
         return self.happened
 
     def synchronize(self) -> None:
@@ -130,8 +130,9 @@ class FakeDevice:
 
     Kernels are either torch's own, which read at once, so that `wait` makes its event happen then and there;
     or, with `lazy`, whatever is given to `launch`, which runs as late as it can. A copy into memory that
-    kernels were given raises AssertionError unless `after` stands for all of them. `faults` keeps what
-    went wrong, too, in case somebody swallowed the exception. `fail_copies` makes so many copies raise.
+    kernels were given raises AssertionError unless `after` stands for all of them. So does a copy into
+    another device's memory, a kernel that is given such, and a wait for another device's copy. `faults` keeps
+    what went wrong, too, in case somebody swallowed the exception. `fail_copies` makes so many copies raise.
     """
 
     torch_device = torch.device("cpu")
@@ -153,17 +154,26 @@ class FakeDevice:
         self._compute = _Stream()
         self._copy = _Stream()
         self._reads: list[_Read] = []
+        self._own: list[tuple[int, int]] = []
+        """Begin and end of its memory: each allocation that somebody still holds."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         if self.capacity is not None and self.allocated + nbytes > self.capacity:
             raise DoesNotFitError(f"the fake device refused {nbytes} bytes for expert slots")
         memory = np.full(nbytes, POISON, dtype=np.uint8)
         self.allocated += nbytes
-        weakref.finalize(memory, self._freed, nbytes)  # with the last view of it
-        return torch.from_numpy(memory)
+        tensor = torch.from_numpy(memory)
+        weakref.finalize(memory, self._freed, self.adopt(tensor))  # with the last view of it
+        return tensor
 
-    def _freed(self, nbytes: int) -> None:
-        self.allocated -= nbytes
+    def adopt(self, memory: torch.Tensor) -> tuple[int, int]:
+        """That is this device's, too, for good; where it begins and ends."""
+        self._own.append((memory.data_ptr(), memory.data_ptr() + memory.numel()))
+        return self._own[-1]
+
+    def _freed(self, place: tuple[int, int]) -> None:
+        self.allocated -= place[1] - place[0]
+        self._own.remove(place)
 
     def trim(self) -> None:
         self.trims += 1
@@ -175,6 +185,7 @@ class FakeDevice:
         if self.fail_copies:
             self.fail_copies -= 1
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        self._check_own(destination)
         self._check_readers(destination, after)
         self.copies += 1
         self._copy.add(lambda: destination.fill_(POISON), after)
@@ -183,6 +194,7 @@ class FakeDevice:
         return event
 
     def move(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        self._check_own(destination)
         self.launch(source, destination.copy_)
         start = destination.data_ptr()
         self._reads.append(_Read(start, start + destination.numel(), self._compute.issued))
@@ -193,6 +205,8 @@ class FakeDevice:
         return event
 
     def wait(self, event: FakeEvent) -> FakeWait:
+        if event.device is not self:
+            self._fail("a device was made to wait for another one's copy")
         blocked = not event.happened
         work = self._compute.add(lambda: None, event)
         if not self._lazy:
@@ -204,6 +218,7 @@ class FakeDevice:
 
     def launch(self, buffer: torch.Tensor, kernel: Callable[[torch.Tensor], None]) -> None:
         """Give `buffer` to a kernel, which reads it when the compute stream comes to it."""
+        self._check_own(buffer)
         start = buffer.data_ptr()
         work = self._compute.add(lambda: kernel(buffer))
         self._reads.append(_Read(start, start + buffer.numel(), self._compute.issued))
@@ -226,6 +241,15 @@ class FakeDevice:
         while self._random.random() < self._luck:
             self._random.choice((self._compute, self._copy)).advance()
 
+    def _fail(self, what: str) -> NoReturn:
+        self.faults.append(what)
+        raise AssertionError(what)
+
+    def _check_own(self, buffer: torch.Tensor) -> None:
+        start, end = buffer.data_ptr(), buffer.data_ptr() + buffer.numel()
+        if not any(first <= start and end <= last for first, last in self._own):
+            self._fail("memory of another device was given to this one")
+
     def _check_readers(self, destination: torch.Tensor, after: FakeEvent | None) -> None:
         start, end = destination.data_ptr(), destination.data_ptr() + destination.numel()
         over = [read for read in self._reads if read.start < end and start < read.end]
@@ -234,6 +258,5 @@ class FakeDevice:
             or after.work.stream is not self._compute
             or after.position < max(read.position for read in over)
         ):
-            self.faults.append(f"a copy into a slot did not wait for its {len(over)} kernels")
-            raise AssertionError(self.faults[-1])
+            self._fail(f"a copy into a slot did not wait for its {len(over)} kernels")
         self._reads = [read for read in self._reads if read not in over]

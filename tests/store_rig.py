@@ -118,8 +118,7 @@ class Rig:
             return
         least = None if self.least is None else [self.least] * self.num_layers
         arena = self.arena = DeviceArena([slots] * self.num_layers, self.ladders, self.device, least=least)
-        first = arena.devices[0]
-        staged = StagedArena(arena, DeviceArena([staging], [max(strides)], first))
+        staged = StagedArena.beside(arena, staging, max(strides))
         self.copies = CopySource(self.ram, staged, arena.devices, lambda key: self.size(*key))
         cache = ExpertCache(arena.slots, "lru", self.size, staging, self.ladders)
         self.beside.above = cache

@@ -127,6 +127,7 @@ def in_one_piece(device: Any, nbytes: int = 1 << 25) -> Any:
         assert taken <= memory.numel()
         return part
 
+    device.adopt(memory)
     device.allocate = carve
     return device
 

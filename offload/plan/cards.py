@@ -9,13 +9,13 @@ are expected to be as frequent everywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.spec import ModelSpec, layer_number
 from moe_local.offload.plan import footprint
-from moe_local.offload.plan.plan import Card, Request
+from moe_local.offload.plan.plan import Card, Request, largest
 
 STEPS = 64
 """Parts of a slot a layer that cuts are compared by."""
@@ -50,6 +50,10 @@ class Cards:
     """Dense bytes behind them: the last norm and the output head."""
     workspace: int
     """Of each card, without what CUDA itself takes."""
+    expert: int
+    """Bytes of a staging slot."""
+    staging: int = 0
+    """Staging slots on each card."""
 
     @classmethod
     def of(cls, request: Request, chunk: int) -> Cards:
@@ -64,12 +68,28 @@ class Cards:
             for at, fixed in enumerate(dense)
         )
         workspace = footprint.workspace_bytes(spec, chunk, request.context, request.dtype)
-        return cls(request, layers, before, behind, workspace)
+        return cls(request, layers, before, behind, workspace, largest(ladders))
+
+    def holds(self, slots: int) -> bool:
+        """Whether there is a cut with `slots` slots a layer."""
+        return self._ends(STEPS * slots) is not None
+
+    def with_ring(self, slots: int) -> Cards:
+        """The same with the longest ring that leaves `slots` slots a layer; without, if there is none of two.
+
+        Every card has all of the ring's slots, of which one card at a time uses each: what is read ahead for
+        the next card's first layer takes turns with what this card still computes.
+        """
+        for staging in range(footprint.staging_slots(self.request.spec, self.expert), 1, -1):
+            found = replace(self, staging=staging)
+            if found.holds(slots):
+                return found
+        return self
 
     def cut(self, slots: int) -> tuple[Card, ...] | None:
         """The most even cut with `slots` slots a layer at least; None: there is none."""
         low, high = STEPS * slots, STEPS * max(layer.num_experts for layer in self.layers)
-        if self._ends(low) is None:
+        if not self.holds(slots):
             return None
         high = max(low, high)
         while low < high:
@@ -80,11 +100,16 @@ class Cards:
         return tuple(
             Card(
                 vram,
-                self._own(number) + sum(layer.fixed for layer in self.layers[start:end]),
+                self._own(number) - self.ring + sum(layer.fixed for layer in self.layers[start:end]),
                 range(start, end),
             )
             for number, (vram, start, end) in enumerate(zip(self.request.cards, starts, ends, strict=True))
         )
+
+    @property
+    def ring(self) -> int:
+        """Bytes of each card's ring."""
+        return self.staging * self.expert
 
     def _margin(self, level: int) -> int:
         """The most bytes that every card can leave unused at this level, so that these are spread, too."""
@@ -131,7 +156,7 @@ class Cards:
         """Bytes of a card that do not depend on its layers."""
         last = len(self.request.cards) - 1
         ends = (self.before if number == 0 else 0) + (self.behind if number == last else 0)
-        return ends + self.workspace + footprint.cuda_overhead(self.request.cards[number] + more)
+        return ends + self.workspace + self.ring + footprint.cuda_overhead(self.request.cards[number] + more)
 
 
 def kv_of_a_layer(request: Request) -> int:

@@ -47,15 +47,13 @@ def place(request: Request) -> Plan:
 
 
 def _place_on_cards(request: Request) -> Plan:
-    """`place` where there are several cards. No ring for prompts: it would have to be on one of them."""
+    """`place` where there are several cards."""
     spec, ladders = request.spec, request.ladders
     least = spec.top_k if request.slots is None else min(request.slots, spec.num_experts)
     total = arena_bytes(_all_slots(spec), ladders)
-    full = chunk = _full_chunk(request, total)
-    while (
-        found := (on := Cards.of(request, chunk)).cut(least)
-    ) is None and chunk // 2 >= footprint.MIN_CHUNK:
-        chunk //= 2
+    full = _full_chunk(request, total)
+    chunk, on = _chunk_on_cards(request, least, full)
+    found = on.cut(least)
     count = len(request.cards)
     overheads = sum(footprint.cuda_overhead(card) for card in request.cards)
     parts = Bytes(
@@ -74,14 +72,33 @@ def _place_on_cards(request: Request) -> Plan:
     if needed > request.ram:
         return _refusal(request, parts, chunk, in_vram=False, needed=needed)
     slots = list(_slots(spec, least))
-    if request.slots is None and chunk == full:
+    room = on.staging == footprint.staging_slots(spec, largest(ladders)) or on.holds(spec.num_experts)
+    if request.slots is None and chunk == full and room:
         for card, mine in zip(found, layers_by_card(found, spec), strict=True):
             if mine:
                 part = replace(spec, layers=tuple(spec.layers[index] for index in mine))
-                most = _most_slots(part, tuple(ladders[index] for index in mine), card.vram - card.fixed)
+                left = card.vram - card.fixed - on.ring
+                most = _most_slots(part, tuple(ladders[index] for index in mine), left)
                 for index, each in zip(mine, most, strict=True):
                     slots[index] = each
-    return _over_ram(Plan(request, True, None, parts, chunk, tuple(slots), none, cards=found))
+    plan = Plan(request, True, None, parts, chunk, tuple(slots), none, vram_staging=on.staging, cards=found)
+    return _over_ram(plan)
+
+
+def _chunk_on_cards(request: Request, least: int, full: int) -> tuple[int, Cards]:
+    """`_chunk` where there are several cards, and the ring, by the same rules; `full`: the longest chunk."""
+    spec, chunk, shortest = request.spec, full, 2 * footprint.MIN_CHUNK
+    while not (on := Cards.of(request, chunk)).holds(least) and chunk >= shortest:
+        chunk //= 2
+    resident = request.slots is None and chunk == full and on.holds(spec.num_experts)
+    if resident or least == spec.num_experts or not on.holds(least):
+        return chunk, on
+    ringed = on.with_ring(least)
+    if not ringed.staging and chunk >= shortest:
+        shorter = Cards.of(request, chunk // 2).with_ring(least)
+        if shorter.staging:
+            return chunk // 2, shorter
+    return chunk, ringed
 
 
 def _over_ram(plan: Plan) -> Plan:
@@ -90,10 +107,7 @@ def _over_ram(plan: Plan) -> Plan:
     ladders, everything = request.ladders, _all_slots(spec)
     if plan.vram_slots == everything:  # RAM is only the way there
         return replace(plan, mode="resident", ram_slots=_slots(spec, spec.top_k), ram_staging=0)
-    if plan.cards:
-        below, staging = _most_slots(spec, ladders, request.ram), 0
-    else:
-        below, staging = _with_ring(spec, ladders, request.ram)
+    below, staging = _with_ring(spec, ladders, request.ram)
     mode: Mode = "offload" if below == everything else "disk"
     return replace(plan, mode=mode, ram_slots=below, ram_staging=staging)
 

@@ -153,8 +153,8 @@ class Plan:
     """Experts per MoE layer; all 0 without a GPU."""
     ram_slots: tuple[int, ...]
     vram_staging: int = 0
-    """Slots beside these, of the largest expert's size, through which prompts stream; 0 where all is
-    resident."""
+    """Slots beside these, of the largest expert's size, through which prompts stream, on each card with
+    experts; 0 where all is resident."""
     ram_staging: int = 0
     shortfall_bytes: int = 0
     """How far the tightest budget is exceeded."""
@@ -170,15 +170,18 @@ class Plan:
         return next((number for number, card in enumerate(self.cards) if at in card.layers), 0)
 
     def on_card(self, number: int) -> dict[str, Any]:
-        """Of one card: its budget, planned bytes, first and last decoder layer, least and most slots."""
+        """Of one card: budget, planned bytes, first and last decoder layer, least and most slots, staging."""
         card, ladders = self.cards[number], self.request.ladders
         mine = [layer for layer in range(len(ladders)) if self.card_of(layer) == number]
         slots = [self.vram_slots[layer] for layer in mine]
+        experts = arena_bytes(slots, tuple(ladders[layer] for layer in mine))
+        staging = self.vram_staging if mine else 0
         return {
             "vram": card.vram,
-            "used": card.fixed + arena_bytes(slots, tuple(ladders[layer] for layer in mine)),
+            "used": card.fixed + experts + staging * largest(ladders),
             "layers": [card.layers.start, card.layers.stop - 1],
             "slots": [min(slots, default=0), max(slots, default=0)],
+            "staging": staging,
         }
 
     @property
@@ -250,7 +253,8 @@ class Plan:
     def used(self) -> dict[str, int]:
         """Planned bytes by tier."""
         ladders = self.request.ladders
-        vram = arena_bytes(self.vram_slots, ladders) + self.vram_staging * largest(ladders)
+        cards = len({self.card_of(layer) for layer in range(len(ladders))})
+        vram = arena_bytes(self.vram_slots, ladders) + cards * self.vram_staging * largest(ladders)
         ram = arena_bytes(self.ram_slots, ladders) + self.ram_staging * largest(ladders)
         if self.request.vram is None:
             return {"vram": 0, "ram": ram + self.bytes.fixed}

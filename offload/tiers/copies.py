@@ -18,6 +18,9 @@ from moe_local.offload.tiers.transfer import Load, LoadState
 POLL_SECONDS = 0.0003
 """How often copies are looked at while a read from disk is waited for: nothing wakes a host for both."""
 
+_Place = tuple[int | Device, int]
+"""What tells slots apart: those of a layer, and those of the ring, which are of all layers of a device."""
+
 
 class Watch(Protocol):
     """Whoever wants to know what the link does."""
@@ -26,7 +29,7 @@ class Watch(Protocol):
         """A copy was given to the link."""
 
     def copied(self, key: ExpertKey, nbytes: int, seconds: float) -> None:
-        """A copy has ended, which ran for so long. In the order in which they were issued."""
+        """A copy has ended, which ran for so long. To one device in the order in which they were issued."""
 
 
 class CopyLoad(Load):
@@ -68,13 +71,13 @@ class CopySource:
         self._nbytes = nbytes
         self._waiting: list[CopyLoad] = []
         self._copying: list[CopyLoad] = []
-        self._readers: dict[tuple[int, int], Event] = {}
-        self._unmarked: set[tuple[int, int]] = set()
+        self._readers: dict[_Place, Event] = {}
+        self._unmarked: set[_Place] = set()
         """Slots whose last readers the device did not mark when it was asked to."""
 
     def read_by(self, layer: int, slots: Sequence[int]) -> None:
         """All kernels that read these slots have been given to the device by now."""
-        places = [_place(layer, slot) for slot in slots]
+        places = [self._place(layer, slot) for slot in slots]
         try:
             event = self._devices[layer].record()
         except BaseException:
@@ -215,13 +218,13 @@ class CopySource:
         destination = self._arena.buffer(layer, load.slot)[: load.nbytes]
         try:
             self._mark(layer)
-            reader = self._readers.get(_place(layer, load.slot))
+            reader = self._readers.get(self._place(layer, load.slot))
             load.event = self._devices[layer].copy(destination, source, reader)
         except (RuntimeError, MemoryError) as error:  # torch's errors of a device are RuntimeErrors
             self._release_lower(load)
             self._fail(load, _failure(load.key, error))
             return
-        self._readers.pop(_place(layer, load.slot), None)
+        self._readers.pop(self._place(layer, load.slot), None)
         load.state = LoadState.RUNNING
         load.cause = "demand"  # from here on it is the link that is waited for, not the disk
         self._waiting.remove(load)
@@ -234,9 +237,12 @@ class CopySource:
         """Mark readers that could not be marked before: what the device was given by now includes them."""
         if self._unmarked:
             event = self._devices[layer].record()
-            for place in [place for place in self._unmarked if place[0] in (-1, layer)]:
+            for place in [place for place in self._unmarked if place[0] in (layer, self._devices[layer])]:
                 self._readers[place] = event
                 self._unmarked.discard(place)
+
+    def _place(self, layer: int, slot: int) -> _Place:
+        return (layer if slot >= 0 else self._devices[layer], slot)
 
     def _release_lower(self, load: CopyLoad) -> None:
         if load.lower_held:
@@ -256,8 +262,3 @@ class CopySource:
 def _failure(key: ExpertKey, error: Exception) -> TransferError:
     why = (str(error) or type(error).__name__).splitlines()[0]
     return TransferError(f"expert {key.expert} of MoE layer {key.layer} could not be copied: {why}")
-
-
-def _place(layer: int, slot: int) -> tuple[int, int]:
-    """What tells slots apart: those of the ring are every layer's."""
-    return (layer, slot) if slot >= 0 else (-1, slot)

@@ -22,6 +22,7 @@ from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan import footprint
 from moe_local.offload.plan.bandwidth import Bandwidths
+from moe_local.offload.plan.cards import Cards
 from moe_local.offload.plan.fit import fit, plan_load, plan_request
 from moe_local.offload.plan.placement import place
 from moe_local.offload.plan.plan import Plan, Request
@@ -55,11 +56,14 @@ def check(plan: Plan) -> None:
     assert [card.layers.start for card in plan.cards] == starts
     assert plan.cards[-1].layers.stop == plan.request.spec.num_layers
     sizes = footprint.expert_bytes(plan.request.spec, plan.request.experts)
+    ring = plan.vram_staging * max(sizes)
     used = 0
     for number, card in enumerate(plan.cards):
         found = plan.on_card(number)
         assert found["used"] <= card.vram == plan.request.cards[number]
-        assert found["used"] == card.fixed + sum(plan.vram_slots[at] * sizes[at] for at in mine(plan, number))
+        slots = sum(plan.vram_slots[at] * sizes[at] for at in mine(plan, number))
+        assert found["used"] == card.fixed + slots + (ring if mine(plan, number) else 0)
+        assert found["staging"] == (plan.vram_staging if mine(plan, number) else 0)
         used += found["used"]
     assert used == plan.used()["vram"]
 
@@ -121,6 +125,38 @@ class TestPlan:
         check(plan)
         assert plan.chunk < footprint.PREFILL_CHUNK
         assert set(plan.vram_slots) == {8}
+
+    def test_prompts_have_a_ring_on_each_card(self) -> None:
+        """As large as one card's, after the least slots and the chunk."""
+        for spec in SPECS:
+            one, two = place(request(spec=spec, vram=12 * GIB)), place(request(10 * GIB, 6 * GIB, spec=spec))
+            check(two)
+            assert two.vram_staging == one.vram_staging >= 2
+            assert [card["staging"] for card in two.to_dict()["cards"]] == [two.vram_staging] * 2
+        asked = request(10 * GIB, 10 * GIB, ram=12 * GIB, slots=4)
+        two = place(asked)
+        check(two)
+        assert (two.vram_staging, two.ram_staging) == (2, 2)
+        assert two.used()["ram"] <= 12 * GIB
+        assert place(request(24 * GIB, 24 * GIB)).vram_staging == 0, "every expert has a slot"
+        assert (
+            place(dataclasses.replace(asked, slots=8, cards=(24 * GIB,) * 2, vram=48 * GIB)).vram_staging == 0
+        )
+
+    def test_rather_half_the_chunk_than_no_ring(self) -> None:
+        lacking = place(request(3 * GIB, 3 * GIB)).shortfall_bytes
+        low, high = 3 * GIB + lacking, 6 * GIB
+        seen = []
+        for card in range(low, high, (high - low) // 60):
+            plan = place(request(card, card))
+            check(plan)
+            seen.append((plan.vram_staging, plan.chunk))
+            if not plan.vram_staging and plan.chunk > footprint.MIN_CHUNK:
+                assert not Cards.of(plan.request, plan.chunk // 2).with_ring(2).staging
+        longest = max(chunk for _, chunk in seen)
+        assert seen[0][1] < longest
+        assert seen[-1] == (2, longest)
+        assert (2, longest // 2) in seen
 
     def test_what_does_not_fit_says_how_much_each_card_lacks(self) -> None:
         plan = plan_request(request(vram=None), [3 * GIB, 4 * GIB])
@@ -261,7 +297,8 @@ def test_ids_are_those_of_one_card(
     plan, options = two_cards(checkpoint, slots, 1 << 20)
     options = dataclasses.replace(options, prefetch=prefetch)
     single = place(Request("tiny", checkpoint.spec, GIB, GIB, "fp32", "auto", 256, slots)).check()
-    single = dataclasses.replace(single, vram_staging=0, ram_staging=0)  # several cards have no ring either
+    assert (single.vram_staging, single.ram_staging) == (plan.vram_staging, plan.ram_staging)
+    assert (plan.vram_staging >= 2) == (slots < checkpoint.spec.num_experts)
     for chosen, devices in ((single, [make_device(1)]), (plan, [make_device(2), make_device(3)])):
         with assemble(checkpoint, file, chosen, options, [CPU] * len(devices), devices) as model:
             out = model.generate(prompt, max_new_tokens=16, do_sample=False, eos_token_id=None)
@@ -272,7 +309,11 @@ def test_ids_are_those_of_one_card(
             strides = [arena.buffer(at, 0).numel() for at in range(len(chosen.vram_slots))]
             for number, device in enumerate(devices):
                 layers = mine(chosen, number)
-                assert device.allocated == sum(chosen.vram_slots[at] * strides[at] for at in layers)
+                ring = chosen.vram_staging * max(strides)
+                assert device.allocated == ring + sum(chosen.vram_slots[at] * strides[at] for at in layers)
+                if len(devices) > 1:
+                    planned = chosen.on_card(number)["used"] - chosen.cards[number].fixed
+                    assert device.allocated == planned
                 assert device.copies > 0
     assert len(plan.cards) == 2
     if prefetch == "off":
@@ -302,8 +343,12 @@ def test_a_model_is_loaded_by_its_device_map(make_checkpoint: Callable[..., Path
     assert len(seen[0]) == 3 + 1 + 3
 
 
+@pytest.mark.parametrize("short", [0, 1])
 def test_the_card_that_is_short_gives_way(
-    make_checkpoint: Callable[..., Path], make_device: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    make_checkpoint: Callable[..., Path],
+    make_device: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    short: int,
 ) -> None:
     monkeypatch.setattr("moe_local.offload.tiers.device_arena.SEGMENT_BYTES", 1)
     monkeypatch.setattr("moe_local.offload.gpu.relief.MARGIN", 0)
@@ -313,22 +358,47 @@ def test_the_card_that_is_short_gives_way(
     for number, device in enumerate(devices):
         device.torch_device = torch.device("cpu", number)
     with assemble(checkpoint, open_experts(checkpoint, "fp32"), plan, options, [CPU, CPU], devices) as model:
-        prompt, settings = list(range(3, 30)), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+        prompt, settings = list(range(3, 60)), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
         expected = model.generate(prompt, **settings).token_ids
-        hook = model.hf.model.layers[-1].register_forward_pre_hook(out_of_memory_once())
+        layer = model.hf.model.layers[-1]  # what was read ahead for it is on its way
+        hook = layer.register_forward_pre_hook(out_of_memory_once(short))
         assert model.generate(prompt, **settings).token_ids == expected
         hook.remove()
+        model.check_integrity()
         after = model.plan.vram_slots
-        assert all(after[at] == 4 for at in mine(plan, 0))
-        assert sum(after[at] for at in mine(plan, 1)) == 4 * len(mine(plan, 1)) - 1
+        assert all(after[at] == 4 for at in mine(plan, 1 - short))
+        assert sum(after[at] for at in mine(plan, short)) == 4 * len(mine(plan, short)) - 1
+        for number, device in enumerate(devices):
+            assert device.allocated == model.plan.on_card(number)["used"] - plan.cards[number].fixed
+        assert model.generate(prompt, **settings).token_ids == expected
+        model.check_integrity()
+        assert all(device.faults == [] for device in devices)
 
 
-def out_of_memory_once() -> Callable[..., None]:
+@pytest.mark.parametrize("refusing", [0, 1])
+def test_a_card_that_refuses_the_ring_leaves_prompts_to_waves(
+    make_checkpoint: Callable[..., Path], make_device: Callable[..., Any], refusing: int
+) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint("mixtral"))
+    plan, options = two_cards(checkpoint, 4, 1 << 20)
+    ring = plan.vram_staging * plan.bytes.expert
+    devices = [make_device(1), make_device(2)]
+    devices[refusing].capacity = plan.on_card(refusing)["used"] - plan.cards[refusing].fixed - 1
+    with assemble(checkpoint, open_experts(checkpoint, "fp32"), plan, options, [CPU, CPU], devices) as model:
+        assert (model.plan.vram_staging, model.plan.vram_slots) == (0, plan.vram_slots)
+        assert plan.used()["vram"] - model.plan.used()["vram"] == 2 * ring
+        for number, device in enumerate(devices):
+            assert device.allocated == model.plan.on_card(number)["used"] - plan.cards[number].fixed
+        model.generate(list(range(3, 60)), max_new_tokens=4, eos_token_id=None)
+        model.check_integrity()
+
+
+def out_of_memory_once(card: int) -> Callable[..., None]:
     left = [1]
 
     def run(*_: Any) -> None:
         if left:
             left.pop()
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 bytes. GPU 1 has a total")
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate 1 bytes. GPU {card} has ...")
 
     return run

@@ -249,6 +249,100 @@ def test_without_a_ring_there_is_no_stream(make_rig: Make) -> None:
         rig.step(0, ALL)
 
 
+# Two cards
+
+
+@pytest.mark.parametrize("mode", ["ram", "ram+disk"])
+@pytest.mark.parametrize("staging", [2, 3, 8])
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_prompt_passes_over_two_cards_as_over_one(
+    make_rig: Make, make_device: Make, mode: str, staging: int, lazy: bool, first: int
+) -> None:
+    """`first` layers are on the first card."""
+    cards = [make_device(staging, 0.2, lazy=lazy), make_device(staging + 1, 0.2, lazy=lazy)]
+    both = [cards[0]] * first + [cards[1]] * (LAYERS - first)
+    found = []
+    for device in (make_device(staging, 0.2, lazy=lazy), both):
+        rig = make_rig(mode, slots=3, ram_slots=4, staging=staging, device=device)
+        for layer in range(LAYERS):
+            rig.step(layer, [5, 1, 2])
+        rig.settle()
+        orders = [order(rig, layer) for layer in range(LAYERS)]
+        before = rig.store.snapshot()
+        for _ in range(3):
+            prompt(rig)
+            rig.settle()
+            assert [order(rig, layer) for layer in range(LAYERS)] == orders
+        prompt(rig, [7, 0])
+        rig.settle()
+        assert rig.tier.cache.staging.used == 0
+        counts = rig.store.snapshot() - before
+        assert counts.prefetch.used + counts.prefetch.late == counts.prefetch.issued > 0
+        found.append(
+            (counts.hits + counts.misses, counts.evictions, counts.bytes, counts.prefetch.wasted_bytes)
+        )
+    assert found[0] == found[1]
+    assert all(card.copies > 0 for card in cards)
+
+
+def test_the_next_card_is_given_its_experts_while_this_one_computes(
+    make_rig: Make, make_device: Make
+) -> None:
+    """Nothing ends by itself: what is read ahead over the boundary waits for nothing on the card before."""
+    first, second = make_device(luck=0.0, lazy=True), make_device(1, luck=0.0, lazy=True)
+    rig = make_rig("ram", slots=2, staging=4, device=[first, first, second])
+    for layer in range(LAYERS):
+        rig.step(layer, [0, 1])
+    rig.store.prefill.begin(1, 500)
+    rig.step(0, ALL, None, [])
+    copies = second.copies
+    serving = rig.store.serve(1, ALL, None, None, [])
+    for group in serving:
+        for lease in group:
+            rig.check_lease(1, lease)
+        if not any(key.layer == 1 for key in rig.tier.cache.staging._keys):
+            break
+    assert first.faults == second.faults == []
+    serving.close()
+    ahead = [key for key in rig.tier.cache.staging._keys if key.layer == 2]
+    assert len(ahead) == rig.tier.cache.staging.slots
+    assert second.copies == copies + len(ahead)
+    second.synchronize()
+    rig.tier.poll()
+    assert all(rig.tier.cache.is_resident(*key) for key in ahead), "the other card has not moved"
+    before = rig.store.snapshot()
+    rig.step(2, ALL, None, [])
+    assert (rig.store.snapshot() - before).prefetch.used == len(ahead)
+    rig.settle()
+
+
+def test_a_slot_is_loaded_again_after_what_its_own_card_read_from_it(
+    make_rig: Make, make_device: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One card does not say where its kernels are; the other's answer is not taken for that."""
+    first, second = make_device(luck=0.0, lazy=True), make_device(1, luck=0.0, lazy=True)
+    rig = make_rig("ram", slots=2, staging=2, device=[first, second, first])
+    rig.store.prefill.begin(1, 500)
+    for layer in range(LAYERS):
+        rig.step(layer, [0, 1])
+    with pytest.raises(RuntimeError, match="no answer"):
+        for group in rig.store.serve(0, ALL, None, None, []):
+            for lease in group:
+                rig.check_lease(0, lease)
+                if lease.expert not in (0, 1):
+                    monkeypatch.setattr(first, "record", refuse)
+    rig.store.prefill.clear(0, [])
+    rig.step(1, ALL, None, [])
+    monkeypatch.undo()
+    prompt(rig)
+    rig.settle()
+
+
+def refuse() -> None:
+    raise RuntimeError("no answer")
+
+
 # The host's share
 
 
@@ -282,9 +376,12 @@ def test_a_failed_read_in_mid_prompt_is_raised_once(make_rig: Make, read_gate: A
     rig.settle()
 
 
-def test_a_failed_copy_in_mid_prompt_is_raised_once(make_rig: Make, make_device: Make) -> None:
+@pytest.mark.parametrize("several", [False, True])
+def test_a_failed_copy_in_mid_prompt_is_raised_once(make_rig: Make, make_device: Make, several: bool) -> None:
     device = make_device(luck=0.1)
-    rig = make_rig("ram", slots=2, staging=3, device=device)
+    rig = make_rig(
+        "ram", slots=2, staging=3, device=[make_device(1, 0.1), device, device] if several else device
+    )
     prompt(rig, [1, 2])
     rig.store.prefill.begin(1, 500)
     rig.step(0, ALL, None, [3])
@@ -438,6 +535,8 @@ def test_any_sequence_of_events(
     steps: list[tuple[Any, ...]],
 ) -> None:
     device = None if mode == "disk" else make_device(seed, luck, lazy=lazy)
+    if device is not None and seed % 2:
+        device = [device, make_device(seed + 1, luck, lazy=lazy), device]
     rig = make_rig(
         mode,
         slots=slots,

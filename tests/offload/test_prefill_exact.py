@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,12 +31,14 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def load(
-    folder: Path, *, staging: int | None, slots: int, device: Any = None, miss: str = "fetch"
+    folder: Path, *, staging: int | None, slots: int, devices: Sequence[Any] = (), miss: str = "fetch"
 ) -> moe_local.Model:
-    """With so many staging slots in each tier that is no whole; None: as planned. On a device RAM has 4."""
+    """With so many staging slots in each tier that is no whole; None: as planned. With devices RAM has 4."""
     checkpoint = Checkpoint.open(folder)
     options = LoadOptions(slots=slots, context=256, experts="fp32", dense="fp32", miss=miss)
-    on_card = {"vram": 2**30} if device is not None else {}
+    on_card: dict[str, Any] = {"vram": len(devices) * 2**30} if devices else {}
+    if len(devices) > 1:
+        on_card["cards"] = (2**30,) * len(devices)
     request = Request(
         "tiny",
         checkpoint.spec,
@@ -45,14 +47,15 @@ def load(
         dense="fp32",
         context=256,
         slots=slots,
-        **on_card,  # type: ignore[arg-type]
+        **on_card,
     )
     plan = dataclasses.replace(place(request).check(), chunk=CHUNK)
-    if device is not None:
+    if devices:
         plan = dataclasses.replace(plan, ram_slots=(4,) * len(plan.ram_slots), mode="disk", ram_staging=4)
     if staging is not None:
         plan = dataclasses.replace(plan, vram_staging=staging, ram_staging=staging)
-    return assemble(checkpoint, open_experts(checkpoint, "fp32"), plan, options, CPU, device)
+    targets = [CPU] * max(1, len(devices))
+    return assemble(checkpoint, open_experts(checkpoint, "fp32"), plan, options, targets, devices)
 
 
 def answers(model: moe_local.Model) -> list[torch.Tensor]:
@@ -69,21 +72,22 @@ def answers(model: moe_local.Model) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("cards", [0, 1, 2])
 def test_the_ring_changes_no_bit(
-    make_checkpoint: Callable[..., Path], fake_device: ModuleType, family: str, on_device: bool
+    make_checkpoint: Callable[..., Path], fake_device: ModuleType, family: str, cards: int
 ) -> None:
     folder = make_checkpoint(family, tokenizer=True)
 
     def run(staging: int | None, slots: int) -> list[torch.Tensor]:
-        device = fake_device.FakeDevice(seed=slots, luck=0.3) if on_device else None
-        with load(folder, staging=staging, slots=slots, device=device) as model:
+        devices = [fake_device.FakeDevice(seed=slots + card, luck=0.3) for card in range(cards)]
+        with load(folder, staging=staging, slots=slots, devices=devices) as model:
             prefill = model._parts.store.prefill
             assert (prefill is None) == (staging == 0)
             assert prefill is None or prefill.chunk == CHUNK
             found = answers(model)
             counts = model.stats()
         assert counts.misses > 0
+        assert all(device.copies > 0 and device.faults == [] for device in devices)
         return found
 
     expected = run(0, 2)
