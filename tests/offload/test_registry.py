@@ -123,10 +123,10 @@ def test_the_documented_table_is_that_of_the_package(repository: Path) -> None:
     rows = {}
     for line in (repository / "docs" / "models.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 7 and cells[1].startswith("`"):
+        if len(cells) == 6 and cells[1].startswith("`"):
             rows[cells[1].strip("`")] = cells
     assert set(rows) == set(ALIASES)
-    for alias, (family, _, hub, size, stored, prefetch, _) in rows.items():
+    for alias, (family, _, hub, size, stored, _) in rows.items():
         entry = ALIASES[alias]
         total, active = PUBLISHED[alias][:2]
         assert family
@@ -136,4 +136,3 @@ def test_the_documented_table_is_that_of_the_package(repository: Path) -> None:
         assert found[0] == pytest.approx(total, rel=0.02)
         assert found[1] >= 0.99 * active
         assert stored == entry.stored
-        assert prefetch.startswith("yes")
