@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import platform
@@ -38,6 +39,7 @@ from typing import Any
 
 import torch
 from contenders import Configuration, Contender
+from made import Made
 from peers.client import PEERS, Peer, Setup, start
 from ratio import Ratio
 from synthetic import NAMED_SHAPES, mixtral_19_shards
@@ -59,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     if options.synthetic:
         options.model = str(write_synthetic(options.synthetic, options.layers))
+    if options.made:
+        options.made = Made(options.made, options.layers)
+        options.model = options.made.checkpoint.name
     with contextlib.ExitStack() as stack:
         configurations = [stack.enter_context(loaded(options, *choice)) for choice in choices(options)]
         peers = [stack.enter_context(peer) for peer in started_peers(options, configurations)]
@@ -88,8 +93,8 @@ def loaded(
     options: argparse.Namespace, slots: int | None, prefetch: str, activations: str, miss: str, policy: str
 ) -> Iterator[Configuration]:
     extra = {"vram": options.vram} if options.vram else {}
-    with moe_local.load(
-        options.model,
+    load = options.made.load if options.made else functools.partial(moe_local.load, options.model)
+    with load(
         device=options.device,
         slots=slots,
         prefetch=prefetch,
@@ -108,7 +113,8 @@ def loaded(
 
 def started_peers(options: argparse.Namespace, configurations: Sequence[Configuration]) -> Iterator[Peer]:
     """Each peer, llama.cpp once for each --n-cpu-moe. transformers gets of a GPU what our plan takes."""
-    checkpoint = Checkpoint.open(resolve(options.model), options.model)
+    made = options.made and options.made.checkpoint
+    checkpoint = made or Checkpoint.open(resolve(options.model), options.model)
     plan = configurations[0].model.plan
     gpu = plan.request.vram is not None
     setup = Setup(options.context, vram=plan.used()["vram"] if gpu else None, random=options.random_peers)
@@ -248,11 +254,25 @@ def machine(model: moe_local.Model) -> dict[str, Any]:
     }
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def model_flags(parser: argparse.ArgumentParser) -> None:
+    """The model to be measured, one way or another."""
     parser.add_argument("model", nargs="?", help="an alias, a Hub id or a folder")
     parser.add_argument("--synthetic", choices=NAMED_SHAPES, help="random weights of this shape instead")
-    parser.add_argument("--layers", type=int, help="of the synthetic model")
+    parser.add_argument("--made", metavar="NAME", help="as --synthetic of `moe-local bench`: experts in NF4")
+    parser.add_argument("--layers", type=int, help="of the synthetic or made model")
+
+
+def choose_model(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse none, two, or layers of what has its own."""
+    if sum(given is not None for given in (options.model, options.synthetic, options.made)) != 1:
+        parser.error("give either MODEL or --synthetic NAME or --made NAME")
+    if options.layers is not None and (options.model is not None or options.layers < 1):
+        parser.error(f"--layers {options.layers} needs --synthetic or --made and is at least 1")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    model_flags(parser)
     parser.add_argument("--peer", nargs="+", choices=PEERS, default=[])
     parser.add_argument(
         "--random-peers", action="store_true", help="peers make weights of their own in the model's shapes"
@@ -281,15 +301,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(arguments)
-    if (options.model is None) == (options.synthetic is None):
-        parser.error("give either MODEL or --synthetic NAME")
-    if options.layers is not None and (options.synthetic is None or options.layers < 1):
-        parser.error(f"--layers {options.layers} needs --synthetic and is at least 1")
+    choose_model(parser, options)
+    if options.made and options.peer and not options.random_peers:
+        parser.error("--made makes experts in NF4 only, which no peer reads; add --random-peers")
     if options.rounds < 1 or options.tokens < 2:
         parser.error(
             f"--rounds {options.rounds} --tokens {options.tokens} measures nothing; use 1 and 2 at least"
         )
-    made = options.synthetic is not None
+    made = options.model is None
     options.prefetch = options.prefetch or (["off"] if made else ["off", "router"])
     options.activations = options.activations or (list(ACTIVATIONS) if made else ["native"])
     options.dense = options.dense or ("nf4" if made else "auto")

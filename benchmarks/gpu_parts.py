@@ -1,15 +1,16 @@
 """Run the parts of gpu.sh within one time and keep what each of them said, whatever becomes of the others.
 
 Each part is a command whose output, or its last line, is a JSON document. A part has a time-out of its own,
-and all together have --limit seconds: one that no time is left for is named, and a later call with the same
-OUT runs it. Parts that ended well are not run again unless --again. OUT is written after every part, so
-that a call that is killed leaves what was measured. A part that fails is recorded with the end of its
-errors and stops nothing.
+and all together have --limit seconds: one for whose estimate no time is left is named, and a later call with
+the same OUT runs it. Parts that ended well are not run again unless --again, and those that failed come last.
+OUT is written after every part, so that a call that is killed leaves what was measured. A part that fails is
+recorded with the end of its errors and stops nothing. The figures are printed as they come (gpu_figures.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -23,23 +24,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpu_figures import print_part, print_targets
+
 import moe_local
 from moe_local.cache.files import write_atomically
+from moe_local.offload.expert_file.convert import moe_local_home
 
 HERE = Path(__file__).resolve().parent
-LEAST_S = 20
-"""A part is not begun with less left: it would only load."""
 GRACE_S = 20
 """What a part has after its SIGINT before it is killed."""
+LINES = 60
+"""Kept of what a part printed, where that is no JSON, and of its errors."""
 PYTHON = sys.executable
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
+    """`estimate_s` is what it takes on an H200, and what has to be left for it to begin."""
+
     name: str
+    estimate_s: int
     limit_s: int
     command: Sequence[str]
     env: dict[str, str] = field(default_factory=dict)
+
+
+def script(name: str, *arguments: str) -> list[str]:
+    return [PYTHON, str(HERE / name), *arguments]
 
 
 def bench(*arguments: str) -> list[str]:
@@ -48,101 +59,161 @@ def bench(*arguments: str) -> list[str]:
 
 def parts_of(layers: int, routes: Path | None) -> list[Part]:
     """The most telling ones first. Mixtral has `layers` layers; `routes`: a folder with recorded routes."""
+    demo = str(moe_local_home() / "benchmarks" / "demo_routes.csv")
+    made = [f"mixtral-8x7b:{layers}", "qwen3-30b-a3b:48", "qwen3.6-35b-a3b:12"]
 
     def mixtral(*arguments: str) -> list[str]:
         shape = ("--synthetic", "mixtral-8x7b", "--layers", str(layers))
         return bench(*shape, "--tokens", "32", *arguments)
 
+    def recorded(*arguments: str) -> list[str]:
+        return mixtral("--workload", "single", "--routes", demo, *arguments)
+
     def qwen(*arguments: str) -> list[str]:
-        return bench("--synthetic", "qwen3-30b-a3b", "--workload", "single", *arguments)
+        shape = ("--synthetic", "qwen3-30b-a3b", "--layers", "48")
+        return bench(*shape, "--workload", "single", *arguments)
 
     def half(*arguments: str) -> list[str]:
         return qwen("--slots", "64", "--tokens", "48", *arguments)
 
     def states(*arguments: str) -> list[str]:
-        return bench("--synthetic", "qwen3.6-35b-a3b", "--layers", "12", *arguments)
+        return bench("--synthetic", "qwen3.6-35b-a3b", "--layers", "12", "--workload", "single", *arguments)
 
-    def script(name: str, *arguments: str) -> list[str]:
-        return [PYTHON, str(HERE / name), *arguments]
-
+    slow_link = {"MOE_LOCAL_LINK_LIMIT": "25GB"}
     no_graphs = {"MOE_LOCAL_GRAPHS": "off"}
     by_device, by_host = {"MOE_LOCAL_DEVICE_MISSES": "on"}, {"MOE_LOCAL_DEVICE_MISSES": "off"}
-    tests = [PYTHON, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib", "-m", "gpu", "tests/gpu"]
+    tests = ["-o", "addopts=--import-mode=importlib", "-o", "timeout=90", "-p", "no:cacheprovider"]
+    three, six = ("--repeats", "3"), ("--repeats", "6")
+    resident = ("--tokens", "64")
     parts = [
-        Part("tests", 240, [*tests, "-p", "no:cacheprovider"]),
-        Part("kernels", 60, script("gpu_kernels.py")),
-        Part("attention", 30, script("gpu_attention.py")),
-        Part("mixtral", 240, mixtral("--workload", "single,long", "--repeats", "3", "--compare")),
-        Part("device_misses", 60, script("device_misses.py")),
-        Part("qwen3_resident", 100, qwen("--tokens", "64", "--repeats", "4")),
-        Part("qwen3_half", 120, half("--repeats", "3", "--compare"), by_device),
-        Part("qwen3_half_by_host", 60, half("--repeats", "3"), by_host),
+        Part("kernels", 40, 90, script("gpu_kernels.py")),
+        Part("weights", 50, 200, script("gpu_weights.py", *made, "--routes", demo)),
+        Part("mixtral_recorded", 75, 150, recorded(*three, "--compare")),
+        Part("mixtral_recorded_25GBs", 75, 150, recorded(*three, "--compare"), slow_link),
+        Part("resident", 45, 90, script("resident.py", "--vram", "24GiB", "--tokens", "64")),
+        Part("qwen3_half_by_host", 40, 90, half(*six), by_host),
+        Part("qwen3_half", 70, 140, half(*three, "--compare"), by_device),
+        Part("mixtral", 100, 200, mixtral("--workload", "single,long", *three, "--compare")),
         Part(
-            "mixtral_25GBs",
-            120,
-            mixtral("--workload", "single", "--repeats", "6"),
-            {"MOE_LOCAL_LINK_LIMIT": "25GB"},
+            "tests", 150, 300, [PYTHON, "-m", "pytest", "-q", "--tb=short", *tests, "-m", "gpu", "tests/gpu"]
         ),
-        Part("mixtral_no_graphs", 100, mixtral("--workload", "single", "--repeats", "3"), no_graphs),
-        Part("qwen3_resident_no_graphs", 80, qwen("--tokens", "64", "--repeats", "3"), no_graphs),
-        Part("states", 60, states("--tokens", "64", "--repeats", "3", "--workload", "single")),
-        Part("encode", 30, script("encode.py", "--dtypes", "bf16", "--rounds", "6")),
-        Part("prefill", 150, ["bash", str(HERE / "gpu_prefill.sh")]),
+        Part("mixtral_no_graphs", 45, 100, recorded(*three), no_graphs),
+        Part("qwen3_resident", 30, 90, qwen(*resident, "--repeats", "6")),
+        Part("qwen3_resident_no_graphs", 30, 90, qwen(*resident, *three), no_graphs),
+        Part("attention", 20, 60, script("gpu_attention.py")),
+        Part("device_misses", 20, 60, script("device_misses.py")),
+        Part("mixtral_25GBs", 50, 120, mixtral("--workload", "single", *six), slow_link),
+        Part("states", 30, 90, states("--tokens", "64", *three)),
+        Part("prefill", 60, 150, prefill()),
+        Part("encode", 15, 60, script("encode.py", "--dtypes", "bf16", "--rounds", "6")),
     ]
     if routes is not None:
-        recorded = str(routes / "qwen3-30b-a3b_top6.csv")
-        parts.insert(
-            7, Part("qwen3_half_recorded", 80, half("--repeats", "4", "--routes", recorded), by_host)
-        )
+        csv = str(routes / "qwen3-30b-a3b_top6.csv")
+        parts.insert(7, Part("qwen3_half_recorded", 40, 90, half("--routes", csv, *six), by_host))
     return parts
+
+
+def prefill() -> list[str]:
+    """Few layers, since five models are held at the same time."""
+    shape = ("--made", "mixtral-8x7b", "--layers", "4", "--vram", "24GiB", "--slots", "2", "4")
+    return script("prefill.py", *shape, "--prompt-tokens", "512", "2048", "--rounds", "6")
+
+
+def peer_parts(layers: int) -> list[Part]:
+    """Others on the same GPU, with `layers` of Mixtral, and VRAM as 24 GiB are to all of its 32."""
+    vram = f"{24 * 1024 * layers // 32}MiB"
+    shape = ("--made", "mixtral-8x7b", "--layers", str(layers), "--vram", vram, "--random-peers")
+    decode = script("decode.py", *shape, "--activations", "native", "--prefetch", "auto")
+    # The cap does not bind llama.cpp: of 8 layers, one on the CPU is the least that keeps it to 6 GiB.
+    on_cpu = [str(max(1, layers * eighths // 8)) for eighths in (1, 2, 3)]
+    return [
+        Part("install", 300, 500, script("peers/install.py")),
+        Part("transformers", 110, 240, [*decode, "--peer", "transformers", "--tokens", "4", "--rounds", "6"]),
+        Part(
+            "llama.cpp",
+            90,
+            240,
+            [*decode, "--peer", "llama.cpp", "--n-cpu-moe", *on_cpu, "--tokens", "48", "--rounds", "7"],
+        ),
+    ]
 
 
 def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] | None = None) -> None:
     options = parse(arguments)
-    parts = parts_of(options.layers, options.routes) if parts is None else parts
+    if parts is None:
+        parts = peer_parts(options.layers) if options.peers else parts_of(options.layers, options.routes)
     if unknown := set(options.only) - {part.name for part in parts}:
         names = ", ".join(part.name for part in parts)
         raise SystemExit(f"--only {min(unknown)} is no part; there are {names}")
     found = kept(options.out)
-    done = set() if options.again else {name for name, entry in found.items() if entry["status"] == 0}
+    wanted = to_run(parts, found, options.only, again=options.again)
+    announce(wanted, options.limit)
     deadline = time.monotonic() + options.limit
-    for part in parts:
-        if part.name in done or (options.only and part.name not in options.only):
-            continue
+    for part in wanted:
         left = deadline - time.monotonic() - GRACE_S
-        if left < LEAST_S:
+        if left < part.estimate_s:
             if part.name not in found:
                 found[part.name] = {"status": None, "seconds": 0, "errors": ["no time was left for it"]}
             continue
-        print(f"== {part.name}, {min(part.limit_s, left):.0f} s at most", file=sys.stderr, flush=True)
+        print(f"== {part.name}, {min(part.limit_s, left):.0f} s at most", flush=True)
         found[part.name] = run(part, min(part.limit_s, left))
         write(options.out, found)
+        print_part(found[part.name])
     write(options.out, found)
     for part in parts:
         if entry := found.get(part.name):
             state = "not run" if entry["status"] is None else f"status {entry['status']}"
             print(f"{part.name:26} {state:12} {entry['seconds']:4} s")
+    print_targets(found)
     print(options.out)
 
 
+def to_run(parts: Sequence[Part], found: dict[str, Any], only: Sequence[str], *, again: bool) -> list[Part]:
+    """Those that are asked for and have not ended well, what failed by itself at the end."""
+    status = {name: entry["status"] for name, entry in found.items()}
+    wanted = [part for part in parts if not only or part.name in only]
+    if not again:
+        wanted = [part for part in wanted if status.get(part.name) != 0]
+    return sorted(wanted, key=lambda part: status.get(part.name) not in (None, 0, 124))
+
+
+def announce(parts: Sequence[Part], limit_s: float) -> None:
+    """Say what there is to run, for how long, and what will probably have to wait for the next call."""
+    left, later = limit_s - GRACE_S, []
+    for part in parts:
+        if part.estimate_s > left:
+            later.append(part.name)
+            continue
+        left -= part.estimate_s
+        print(f"{part.name:26} about {part.estimate_s:4} s, {part.limit_s:4} at most")
+    print(f"{'all':26} about {limit_s - GRACE_S - left:4.0f} s, {limit_s:4.0f} at most")
+    if later:
+        print(f"for the next call with the same OUT: {', '.join(later)}")
+    sys.stdout.flush()
+
+
 def run(part: Part, limit_s: float) -> dict[str, Any]:
-    """Its exit status (124: the time-out), seconds, result, and the end of its errors where it failed."""
+    """Its exit status (124: the time-out, 127: no such command), seconds, result, and the end of its errors
+    where it failed."""
     began = time.monotonic()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        # a group of its own: what a part has started ends with it
-        process = subprocess.Popen(
-            part.command,
-            env={**os.environ, **part.env},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=errors,
-            start_new_session=True,
-        )
-        status = wait(process, limit_s)
+        try:
+            # a group of its own: what a part has started ends with it
+            process = subprocess.Popen(
+                part.command,
+                env={**os.environ, **part.env},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=errors,
+                start_new_session=True,
+            )
+            status = wait(process, limit_s)
+        except OSError as error:
+            print(error, file=errors)
+            status = 127
         out.seek(0)
         errors.seek(0)
-        said, wrong = out.read(), errors.read().splitlines()[-20:]
-    print("\n".join(wrong[-6:]), file=sys.stderr, flush=True)
+        said, wrong = out.read(), errors.read().splitlines()[-LINES:]
     entry = {"status": status, "seconds": round(time.monotonic() - began), "result": document(said)}
     if part.env:
         entry["env"] = part.env
@@ -152,18 +223,26 @@ def run(part: Part, limit_s: float) -> dict[str, Any]:
 
 
 def wait(process: subprocess.Popen[bytes], limit_s: float) -> int:
+    """Its exit status; 124 where it had to be ended. It ends with us, too."""
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
-        pass
-    for kind in (signal.SIGINT, signal.SIGKILL):
-        try:
+        end(process, signal.SIGINT)
+        return 124
+    except BaseException:
+        end(process, signal.SIGKILL)
+        raise
+
+
+def end(process: subprocess.Popen[bytes], first: signal.Signals) -> None:
+    for kind in dict.fromkeys((first, signal.SIGKILL)):
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, kind)
+        try:
             process.wait(GRACE_S)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
+            return
+        except subprocess.TimeoutExpired:  # after SIGKILL: in a driver that does not let go
             continue
-        break
-    return 124
 
 
 def document(said: str) -> Any:
@@ -173,13 +252,16 @@ def document(said: str) -> Any:
             return json.loads(text)
         except ValueError:
             continue
-    return {"output": said.splitlines()[-20:]}
+    return {"output": said.splitlines()[-LINES:]}
 
 
 def kept(out: Path) -> dict[str, Any]:
     if not out.exists():
         return {}
-    parts: dict[str, Any] = json.loads(out.read_text())["parts"]
+    try:
+        parts: dict[str, Any] = json.loads(out.read_text())["parts"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{out} holds no parts ({error!r}); name another file") from error
     return parts
 
 
@@ -191,13 +273,19 @@ def write(out: Path, found: dict[str, Any]) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("out", nargs="?", type=Path, default=HERE / "results" / "gpu.json")
+    parser.add_argument("out", nargs="?", type=Path, help="default: results/gpu.json; peers: gpu_peers.json")
     parser.add_argument("--limit", type=float, default=530, help="seconds for all parts; default 530")
     parser.add_argument("--only", nargs="+", default=[], metavar="PART")
     parser.add_argument("--again", action="store_true", help="what OUT has, too")
-    parser.add_argument("--layers", type=int, default=32, help="of Mixtral; default 32")
+    parser.add_argument("--peers", action="store_true", help="the parts of gpu_peers.sh")
+    parser.add_argument("--layers", type=int, help="of Mixtral; default 32, beside peers 8")
     parser.add_argument("--routes", type=Path, metavar="FOLDER", help="recorded routes")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.out is None:
+        options.out = HERE / "results" / ("gpu_peers.json" if options.peers else "gpu.json")
+    if options.layers is None:
+        options.layers = 8 if options.peers else 32
+    return options
 
 
 if __name__ == "__main__":

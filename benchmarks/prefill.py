@@ -36,9 +36,9 @@ from typing import Any
 
 import torch
 from contenders import spread
-from decode import machine, prompt_ids, write_synthetic
+from decode import choose_model, machine, model_flags, prompt_ids, write_synthetic
+from made import Made
 from ratio import Ratio
-from synthetic import NAMED_SHAPES
 
 import moe_local
 from moe_local.cache.errors import MoeLocalError
@@ -47,7 +47,7 @@ from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import resolve
 from moe_local.offload.expert_file.expert_file import ExpertFile
-from moe_local.offload.load import assemble, open_experts
+from moe_local.offload.load import Loadable, assemble, open_experts
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan.bandwidth import Bandwidths, h2d_bandwidth
 from moe_local.offload.plan.fit import plan_load
@@ -109,10 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    if options.synthetic:
-        options.model = str(write_synthetic(options.synthetic, options.layers))
-    checkpoint = Checkpoint.open(resolve(options.model), options.model)
-    file = open_experts(checkpoint, options.experts)
+    checkpoint, file = opened(options)
     with contextlib.ExitStack() as stack:
         ways = [Way("all resident", stack.enter_context(loaded(options, checkpoint, file, None, ring=True)))]
         if ways[0].model.plan.mode != "resident":
@@ -125,8 +122,20 @@ def run(options: argparse.Namespace) -> None:
         report(options, ways)
 
 
+def opened(options: argparse.Namespace) -> tuple[Loadable, ExpertFile]:
+    """What is asked for; weights are made first, if need be. `options.model` names it from here on."""
+    if options.made:
+        made = Made(options.made, options.layers)
+        options.model = made.checkpoint.name
+        return made.checkpoint, made.make()
+    if options.synthetic:
+        options.model = str(write_synthetic(options.synthetic, options.layers))
+    checkpoint = Checkpoint.open(resolve(options.model), options.model)
+    return checkpoint, open_experts(checkpoint, options.experts)
+
+
 def loaded(
-    options: argparse.Namespace, checkpoint: Checkpoint, file: ExpertFile, slots: int | None, *, ring: bool
+    options: argparse.Namespace, checkpoint: Loadable, file: ExpertFile, slots: int | None, *, ring: bool
 ) -> moe_local.Model:
     """With so many slots a layer, all experts for None; without a ring, if asked."""
     keywords = {
@@ -263,9 +272,7 @@ def over(old: Way, ring: Way, tokens: int) -> Ratio:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", nargs="?", help="an alias, a Hub id or a folder")
-    parser.add_argument("--synthetic", choices=NAMED_SHAPES, help="random weights of this shape instead")
-    parser.add_argument("--layers", type=int, help="of the synthetic model")
+    model_flags(parser)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--slots", type=int, nargs="+", default=[2])
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[128])
@@ -281,8 +288,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(arguments)
-    if (options.model is None) == (options.synthetic is None):
-        parser.error("give either MODEL or --synthetic NAME")
+    choose_model(parser, options)
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds} measures nothing; use 1 at least")
     return options

@@ -10,6 +10,8 @@ moe-local is installed in.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +19,8 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+
+from packaging.version import Version
 
 from moe_local.offload.expert_file.convert import moe_local_home
 
@@ -45,8 +49,7 @@ def install(folder: Path) -> Path:
     if python := interpreter(folder):
         return python
     print(f"installing {' '.join(REQUIREMENTS)} into {folder}; compiling takes minutes", file=sys.stderr)
-    venv.create(folder, with_pip=True)
-    pip = [str(_python(folder)), "-m", "pip", "install", "--quiet"]
+    pip = [*_pip(folder), "install", "--quiet"]
     # Compiled here and now: pip's cache does not know what options, or what processor, a wheel was built for.
     fresh = ["--no-binary", "llama-cpp-python", "--no-cache-dir"]
     env = {**os.environ, "CMAKE_ARGS": cmake_args()}
@@ -55,6 +58,14 @@ def install(folder: Path) -> Path:
         raise SystemExit(f"pip could not install {' '.join(REQUIREMENTS)} into {folder}; see its words above")
     (folder / COMPLETE).write_text(json.dumps(_contents()))
     return _python(folder)
+
+
+def _pip(folder: Path) -> list[str]:
+    """pip for a new environment in `folder`: ours if it can, since some systems' Python brings none."""
+    able = importlib.util.find_spec("pip") and Version(importlib.metadata.version("pip")) >= Version("22.3")
+    venv.create(folder, with_pip=not able)
+    python = str(_python(folder))
+    return [sys.executable, "-m", "pip", "--python", python] if able else [python, "-m", "pip"]
 
 
 def cmake_args() -> str:

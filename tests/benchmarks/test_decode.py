@@ -78,7 +78,9 @@ def test_a_model_by_its_folder(run_benchmark: Any, tiny_mixtral: Path, tmp_path:
     [
         ([], "give either MODEL or --synthetic"),
         (["demo", "--synthetic", "mixtral-tiny"], "give either MODEL or --synthetic"),
-        (["demo", "--layers", "2"], "--layers 2 needs --synthetic"),
+        (["demo", "--layers", "2"], "--layers 2 needs --synthetic or --made"),
+        (["demo", "--made", "mixtral-8x7b"], "give either MODEL or --synthetic"),
+        (["--made", "mixtral-8x7b", "--peer", "llama.cpp"], "which no peer reads; add --random-peers"),
         (["demo", "--rounds", "0"], "--rounds 0 --tokens 24 measures nothing"),
         (["demo", "--tokens", "1"], "--rounds 9 --tokens 1 measures nothing"),
         (["demo", "--peer", "vllm"], "invalid choice: 'vllm'"),

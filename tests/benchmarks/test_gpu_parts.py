@@ -15,7 +15,6 @@ import pytest
 @pytest.fixture
 def parts(import_benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     module = import_benchmark("gpu_parts")
-    monkeypatch.setattr(module, "LEAST_S", 0)
     monkeypatch.setattr(module, "GRACE_S", 1)
     return module
 
@@ -34,11 +33,11 @@ def test_what_each_part_said_is_kept(parts: Any, tmp_path: Path, capsys: pytest.
     asked = tmp_path / "asked"
     count = f"open({str(asked)!r}, 'a').write('.'); "
     given = [
-        parts.Part("good", 60, python(count + "print('words'); print('{\"a\": 1}')")),
+        parts.Part("good", 0, 60, python(count + "print('words'); print('{\"a\": 1}')")),
         parts.Part(
-            "bad", 60, python(count + "import os; raise SystemExit(os.environ['WHY'])"), {"WHY": "no luck"}
+            "bad", 0, 60, python(count + "import os; raise SystemExit(os.environ['WHY'])"), {"WHY": "no luck"}
         ),
-        parts.Part("plain", 60, python("print('3 passed')")),
+        parts.Part("plain", 0, 60, python("print('3 passed')")),
     ]
     parts.main([str(out)], given)
     found = told(out)
@@ -82,9 +81,9 @@ def test_there_is_one_time_for_all(parts: Any, tmp_path: Path, monkeypatch: pyte
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); time.sleep(600)"
     )
     given = [
-        parts.Part("quick", 60, python("print(1)")),
-        parts.Part("hanging", 600, python(hanging)),
-        parts.Part("late", 60, python("print(2)")),
+        parts.Part("quick", 0, 60, python("print(1)")),
+        parts.Part("hanging", 0, 600, python(hanging)),
+        parts.Part("late", 0, 60, python("print(2)")),
     ]
     parts.main([str(out), "--limit", "2"], given)
     assert limits == {"quick": 1, "hanging": 1}
@@ -95,19 +94,81 @@ def test_there_is_one_time_for_all(parts: Any, tmp_path: Path, monkeypatch: pyte
     assert told(out)["late"] == {"status": 0, "seconds": 0, "result": 2}
 
 
-def test_the_parts_are_what_they_say(parts: Any, repository: Path, tmp_path: Path) -> None:
-    """Their scripts exist, and their bench commands are taken by the command's own parser."""
+def test_a_part_that_does_not_fit_gives_way_to_one_that_does(
+    parts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "gpu.json"
+    given = [parts.Part("long", 90, 100, python("print(1)")), parts.Part("short", 9, 60, python("print(2)"))]
+    parts.main([str(out), "--limit", "60"], given)
+    assert [told(out)[name]["status"] for name in ("long", "short")] == [None, 0]
+    said = capsys.readouterr().out
+    assert said.index("for the next call with the same OUT: long\n") < said.index("== short")
+    parts.main([str(out), "--limit", "200"], given)
+    assert told(out)["long"]["status"] == 0
+
+
+def test_what_failed_comes_after_what_has_not_run(parts: Any, tmp_path: Path) -> None:
+    given = [parts.Part(name, 0, 60, python("print(1)")) for name in ("failed", "ended", "cut", "new")]
+    found = {name: {"status": status} for name, status in (("failed", 1), ("ended", 0), ("cut", 124))}
+    names = [part.name for part in parts.to_run(given, found, [], again=False)]
+    assert names == ["cut", "new", "failed"]
+    assert [part.name for part in parts.to_run(given, found, ["ended"], again=True)] == ["ended"]
+
+
+def test_a_command_that_is_not_there_stops_nothing(parts: Any, tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    given = [
+        parts.Part("absent", 0, 60, [str(tmp_path / "nothing")]),
+        parts.Part("next", 0, 60, python("print(1)")),
+    ]
+    parts.main([str(out)], given)
+    found = told(out)
+    assert (found["absent"]["status"], found["next"]["status"]) == (127, 0)
+    assert "No such file" in found["absent"]["errors"][-1]
+
+
+def test_what_holds_no_parts_is_refused(parts: Any, tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    out.write_text("[]")
+    with pytest.raises(SystemExit, match=r"holds no parts .*; name another file"):
+        parts.main([str(out)], [])
+    assert out.read_text() == "[]"
+
+
+@pytest.mark.parametrize("name", ["parts_of", "peer_parts"])
+def test_the_parts_are_what_they_say(
+    parts: Any,
+    repository: Path,
+    tmp_path: Path,
+    import_benchmark: Any,
+    name: str,
+) -> None:
+    """Each script takes its arguments, and `moe-local bench` its own."""
     bench = importlib.import_module("moe_local.cli.bench").bench
-    every = parts.parts_of(4, tmp_path)
+    every = parts.parts_of(4, tmp_path) if name == "parts_of" else parts.peer_parts(8)
     assert len({part.name for part in every}) == len(every)
-    assert any("--routes" in part.command for part in every)
+    assert all(part.estimate_s < part.limit_s for part in every)
     for part in every:
         if "bench" in part.command:
             bench.make_context("bench", list(part.command[part.command.index("bench") + 1 :]))
+        elif "pytest" in part.command:
+            assert (repository / part.command[-1]).is_dir()
         else:
-            assert any(Path(repository / word).exists() for word in part.command[1:])
+            path = Path(part.command[1]).relative_to(repository / "benchmarks")
+            module = import_benchmark(".".join(path.with_suffix("").parts))
+            if hasattr(module, "parse"):
+                module.parse(list(part.command[2:]))
+
+
+def test_one_call_has_time_for_the_targets_and_two_for_all(parts: Any, tmp_path: Path) -> None:
+    every = parts.parts_of(32, tmp_path)
+    targets = ("weights", "mixtral_recorded", "mixtral_recorded_25GBs", "resident", "qwen3_half_by_host")
+    last = max(number for number, part in enumerate(every) if part.name in targets)
+    assert sum(part.estimate_s for part in every[: last + 1]) < 530 - parts.GRACE_S
+    assert sum(part.estimate_s for part in every) < 2 * (530 - parts.GRACE_S)
+    assert sum(part.estimate_s for part in parts.peer_parts(8)) < 530 - parts.GRACE_S
 
 
 def test_an_unknown_part_is_refused(parts: Any, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"--only nothing is no part; there are tests, kernels"):
+    with pytest.raises(SystemExit, match=r"--only nothing is no part; there are kernels, weights"):
         parts.main([str(tmp_path / "gpu.json"), "--only", "nothing"])
