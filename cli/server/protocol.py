@@ -16,6 +16,9 @@ from moe_local.cache.files import parse_json
 from moe_local.offload.ranges import check_range, nth_seed
 
 MOST_CHOICES = 16
+COMPLETION_TOKENS = 16
+"""New tokens of a completion that asks for no number, as OpenAI and vLLM have it. A text that is continued
+seldom comes to an end by itself: without a limit it would run until the context is full."""
 
 
 class StreamOptions(BaseModel):
@@ -129,6 +132,10 @@ class CompletionRequest(Sampling):
     echo: bool = False
     suffix: str | None = None
     best_of: int | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
     def prompts(self) -> list[str | list[int]]:
         """One or several. Raises OptionError for what is none."""

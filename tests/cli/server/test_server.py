@@ -80,6 +80,13 @@ def test_completions(client: openai.OpenAI, model: moe_local.Model) -> None:
     assert "".join(chunk.choices[0].text for chunk in stream) == answer.choices[0].text
 
 
+def test_a_completion_that_names_no_limit_has_openais(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="demo", prompt="The", temperature=2, seed=1)
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (16, "length")
+    longer = client.completions.create(model="demo", prompt="The", temperature=2, seed=1, max_tokens=30)
+    assert longer.usage.completion_tokens > 16
+
+
 def test_choices_and_seeds(client: openai.OpenAI) -> None:
     def ask(**options: Any) -> list[str | None]:
         answer = client.chat.completions.create(
