@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import cache
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import moe_local
-from moe_local.cache.errors import ContextLengthError, MoeLocalError
+from moe_local.cache.errors import MoeLocalError
 from moe_local.cli.answer import AnswerView
 from moe_local.cli.answer_parser import AnswerParser, Piece, opens_thought
 from moe_local.cli.completion import model_argument
-from moe_local.cli.exchanges import answer_room, exchanges, least_left_out
+from moe_local.cli.exchanges import answer_room, shorten
 from moe_local.cli.first_use import ready, yes_flag
 from moe_local.cli.live import LiveAnswer
 from moe_local.cli.options import Sampling, debug_flag, load_flags, sampling_flags
@@ -180,31 +178,22 @@ class Chat:
 
     def _ask_model(self, question: dict[str, str], sampling: Sampling) -> TokenStream:
         """The answer to come, to as much of the conversation as leaves it room. Says what is left out."""
-        earlier = exchanges(self.turns) if self.keeps else []
-
-        @cache
-        def without(oldest: int) -> TokenStream:
-            turns = chain.from_iterable(earlier[oldest:])
-            said = [*self.sampling.conversation(), *turns, question]
-            return self.model.stream(said, **sampling.generation())
-
-        def fits(oldest: int) -> bool:
-            try:
-                stream = without(oldest)
-            except ContextLengthError:
-                return False
-            room = answer_room(context, stream.max_new_tokens)
-            return len(stream.prompt_ids) + room <= context
-
         context = self.model.plan.request.context
-        oldest = least_left_out(len(earlier), fits)
-        stream = without(oldest)
-        if oldest:
+
+        def stream(messages: list[Mapping[str, str]]) -> TokenStream:
+            return self.model.stream(messages, **sampling.generation())
+
+        def fits(stream: TokenStream) -> bool:
+            return len(stream.prompt_ids) + answer_room(context, stream.max_new_tokens) <= context
+
+        said = [*self.sampling.conversation(), *(self.turns if self.keeps else []), question]
+        shown = shorten(said, stream, fits)
+        if shown.left_out:
             print_status(
-                f"left out the oldest exchanges, {oldest} of {len(earlier)}: "
+                f"left out the oldest exchanges, {shown.left_out} of {shown.earlier}: "
                 f"the context holds {context} tokens"
             )
-        return stream
+        return shown.prompt
 
     def _stream(self, stream: TokenStream) -> tuple[str, Exception | None]:
         """Show an answer as it comes; its text, thoughts left out, and the error that ended it, if any."""

@@ -88,6 +88,8 @@ class Answer:
         self.choices: list[Choice] = []
         self.prompt_tokens = 0
         self.cached_tokens = 0
+        self.left_out = 0
+        """Oldest exchanges that are not in the prompt."""
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[Choice, Token | Ended]] = asyncio.Queue()
 
@@ -121,11 +123,12 @@ class Answer:
 
     def usage(self) -> dict[str, Any]:
         new = sum(choice.tokens for choice in self.choices)
+        left_out = {"left_out_exchanges": self.left_out} if self.left_out else {}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": new,
             "total_tokens": self.prompt_tokens + new,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens, **left_out},
         }
 
     def cancel(self) -> None:

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import difflib
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 import moe_local
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cli.answer_parser import AnswerParser, opens_thought
+from moe_local.cli.exchanges import Shown, answer_room, shorten
 from moe_local.cli.server.answers import Answer, Choice
 from moe_local.cli.server.failures import Failure, error_body
 from moe_local.cli.server.guard import Guard, Traffic
@@ -33,6 +34,7 @@ from moe_local.offload.engine.text import encode_prompt
 
 LONG_PROMPT = 1 << 16
 """Characters of a prompt that others need not wait for."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,19 +139,20 @@ class Server:
             if tools is not None:
                 self._check_tools(tools)
             messages = asked.conversation()
-            ids = await self._encoded(messages, tools=tools, variables=asked.template_variables)
-        thinking = opens_thought(self.model.tokenizer, ids)
+            shown = await self._shown(asked, messages, tools)
+        thinking = opens_thought(self.model.tokenizer, shown.prompt)
         answer = Answer("chatcmpl", self.name)
+        answer.left_out = shown.left_out
         for index in range(asked.n):
             parser = AnswerParser(thinking=thinking, tools=tools is not None)
             answer.add(Choice(index, StopFilter(asked.stops), parser, again=index > 0))
-        return await self._answer(request, asked, answer, [ids], ChatShape(answer))
+        return await self._answer(request, asked, answer, [shown.prompt], ChatShape(answer))
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
         with self._as_failures():
             self._check_model(asked.model)
             asked.check()
-            prompts = [await self._encoded(prompt, template=False) for prompt in asked.prompts()]
+            prompts = [await self._encoded(prompt) for prompt in asked.prompts()]
         answer = Answer("cmpl", self.name)
         for index in range(asked.n * len(prompts)):
             parser = AnswerParser(plain=True)
@@ -157,12 +160,35 @@ class Server:
         echo = [self._text(prompt) for prompt in prompts] if asked.echo else []
         return await self._answer(request, asked, answer, prompts, TextShape(answer, echo, asked.n))
 
-    async def _encoded(self, prompt: Any, **options: Any) -> list[int]:
-        """Token ids, made beside the event loop: a megabyte takes a second, in which short ones pass by."""
-        texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt if isinstance(m, dict)]
-        async with self._encoding[sum(map(len, texts)) > LONG_PROMPT]:
+    async def _shown(
+        self, asked: ChatRequest, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+    ) -> Shown[list[int]]:
+        """Token ids of a conversation, and what of it was left out."""
+        context = self.model.plan.request.context
+        room = answer_room(context, asked.most_tokens or self.limits.max_tokens or context)
+
+        def encode(shown: Sequence[Mapping[str, Any]]) -> list[int]:
+            return encode_prompt(self.model.tokenizer, shown, tools=tools, variables=asked.template_variables)
+
+        def make() -> Shown[list[int]]:
+            if asked.truncation == "auto":
+                return shorten(messages, encode, lambda ids: len(ids) + room <= context)
+            return Shown(encode(messages), 0, 0)
+
+        return await self._beside(make, sum(len(message["content"]) for message in messages))
+
+    async def _encoded(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of a text to be continued."""
+        return await self._beside(
+            lambda: encode_prompt(self.model.tokenizer, prompt, template=False),
+            len(prompt) if isinstance(prompt, str) else 0,
+        )
+
+    async def _beside(self, make: Callable[[], T], characters: int) -> T:
+        """Make a prompt beside the event loop: a megabyte takes a second, in which short ones pass by."""
+        async with self._encoding[characters > LONG_PROMPT]:
             try:
-                return await asyncio.to_thread(encode_prompt, self.model.tokenizer, prompt, **options)
+                return await asyncio.to_thread(make)
             except MoeLocalError:
                 raise
             except Exception as error:  # of a template or a tokenizer that was given what it never expected

@@ -171,6 +171,9 @@ class ChatRequest(Sampling):
     verbosity: str | None = None
     reasoning_effort: str | None = None
     """For templates that know it."""
+    truncation: Literal["auto", "disabled"] = "disabled"
+    """Whether the oldest of a conversation beyond the context is left out, or all of it refused; as OpenAI's
+    Responses have it."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further variables of the template, such as enable_thinking; not OpenAI's, but what others have."""
 

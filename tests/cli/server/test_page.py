@@ -359,6 +359,10 @@ def test_errors_in_words(browser: Any, serving: Any, small: moe_local.Model) -> 
         visit.wait_for(".error", r"the prompt has \d+ tokens, the context holds 2048")
         visit.ask("hello")  # the message that was refused is not sent again
         browser.until(lambda: visit.answered())
+        long = [{"role": "user", "content": "word " * 700}, {"role": "assistant", "content": "Yes."}]
+        browser.run(f"kept.messages.unshift(...{json.dumps(2 * long)})")
+        visit.ask("hello")
+        visit.wait_for(".assistant:last-child .foot", "the context is full: answered without the oldest")
         browser.click("#new")
     visit.ask("hello")
     visit.wait_for(".error", "The server cannot be reached. Is moe-local serve still running?")

@@ -80,6 +80,31 @@ def test_completions(client: openai.OpenAI, model: moe_local.Model) -> None:
     assert "".join(chunk.choices[0].text for chunk in stream) == answer.choices[0].text
 
 
+def test_a_long_conversation_is_refused_or_shortened(client: openai.OpenAI) -> None:
+    turns = [{"role": "user", "content": "word " * 60}, {"role": "assistant", "content": "Yes."}]
+    talk = [{"role": "system", "content": "Be brief."}, *turns * 40, *QUESTION]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="demo", messages=talk, max_tokens=40)
+    assert refused.value.code == "context_length_exceeded"
+
+    def ask(messages: Any) -> Any:
+        shorten = {"truncation": "auto"}
+        return client.chat.completions.create(
+            model="demo", messages=messages, max_tokens=40, temperature=0, extra_body=shorten
+        )
+
+    answer = ask(talk)
+    left_out = answer.usage.prompt_tokens_details.left_out_exchanges
+    assert 0 < left_out < 40
+    assert answer.usage.prompt_tokens <= 2048 - 40
+    by_hand = ask([talk[0], *turns * (40 - left_out), *QUESTION])
+    assert by_hand.choices[0].message.content == answer.choices[0].message.content
+    assert by_hand.usage.prompt_tokens == answer.usage.prompt_tokens
+    assert not hasattr(by_hand.usage.prompt_tokens_details, "left_out_exchanges")
+    with pytest.raises(openai.BadRequestError, match="the context holds 2048"):
+        ask([{"role": "user", "content": "word " * 5000}])
+
+
 def test_a_completion_that_names_no_limit_has_openais(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="demo", prompt="The", temperature=2, seed=1)
     assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (16, "length")
