@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_local.offload.engine.kv_slab import KVSlab, can_slab, probe_cache
 from moe_local.offload.engine.memory import make_kv
@@ -242,3 +243,39 @@ def test_jamba_takes_its_prompt_whole() -> None:
     assert not kv.can_shorten(row, 70)
     plain = OwnCaches(AutoConfig.for_model("qwen3_next"), 1, 100)
     assert plain.chunk(plain.join(), 70, 16) == 16
+
+
+class Allocations(TorchDispatchMode):
+    """Where each operation that does not give a view was told to put its result; None: where its input is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[Any] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if all(returned.alias_info is None for returned in function._schema.returns):
+            self.places.append((kwargs or {}).get("device"))
+        return function(*args, **(kwargs or {}))
+
+
+def test_states_are_put_back_from_ram(stateful: Any) -> None:
+    """As often as asked, and of no other row; a card has no room for a second copy."""
+    kv = make_kv(stateful, 2, 40)
+    assert isinstance(kv, StateSlab)
+    for ids in ([5, 6, 7], [8, 9]):
+        row = kv.join()
+        forward(stateful, kv, row, ids)
+        kv.advance(row, len(ids))
+    tensors = [tensor for store in kv.states.values() for tensor in store.tensors()]
+    before = [tensor.clone() for tensor in tensors]
+    with Allocations() as made:
+        put_back = kv.mark(1)
+    assert made.places == [torch.device("cpu")] * len(tensors)
+    for token in (11, 12):
+        for row in (0, 1):
+            forward(stateful, kv, row, [token])
+        assert not any(torch.equal(new[1], old[1]) for new, old in zip(tensors, before, strict=True))
+        put_back()
+        for new, old in zip(tensors, before, strict=True):
+            assert torch.equal(new[1], old[1])
+            assert not torch.equal(new[0], old[0])
