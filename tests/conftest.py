@@ -232,6 +232,12 @@ def fake_graphs() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def plain_experts() -> ModuleType:
+    """tests/plain_experts.py: `offloaded(hf)`, a model whose OffloadedExperts are run by `hf.runner`."""
+    return load_module(Path(__file__).parent / "plain_experts.py")
+
+
+@pytest.fixture(scope="session")
 def torch_kernels() -> ModuleType:
     """tests/torch_kernels.py: `Launcher`, `TorchFetch`; `use(monkeypatch)`, `in_one_piece(device)`."""
     return load_module(Path(__file__).parent / "torch_kernels.py")

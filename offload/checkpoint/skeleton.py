@@ -164,6 +164,14 @@ def _told_by(weights: DenseWeights | None) -> Iterator[None]:
         raise weights.failures[0]
 
 
+def replace_experts(model: Any) -> list[Any]:
+    """Put OffloadedExperts in the place of a model's routed experts, whose modules are returned by layer."""
+    found = list(experts_modules(model))
+    for index, (name, module) in enumerate(found):
+        model.set_submodule(name, OffloadedExperts(module, index))
+    return [module for _, module in found]
+
+
 def _swapping(cls: type[Any], weights: DenseWeights | None = None) -> type[Any]:
     """A subclass of `cls` whose `from_pretrained` replaces experts modules just before it reads weights.
 
@@ -175,8 +183,7 @@ def _swapping(cls: type[Any], weights: DenseWeights | None = None) -> type[Any]:
 
     def load(model: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         decorate(model)
-        for index, (name, module) in enumerate(list(experts_modules(model))):
-            model.set_submodule(name, OffloadedExperts(module, index))
+        replace_experts(model)
         ignored = model._keys_to_ignore_on_load_unexpected
         # Their weights are in the file and have no place in the model any more: that is meant.
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), r"(^|\.)experts\.", r"block_sparse_moe"}

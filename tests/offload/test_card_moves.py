@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -12,13 +13,11 @@ import torch
 from accelerate import dispatch_model
 from torch import nn
 
-from moe_local.offload.checkpoint.spec import experts_modules
 from moe_local.offload.engine import static_row
 from moe_local.offload.engine.card_graphs import CardGraphs
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.sampling import make_settings
-from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.gpu.card_moves import CardMoves, move_between_cards, moves_of
 from moe_local.offload.gpu.relief import Shortage
 from moe_local.offload.modeling.eager_mask import use_capturable_mask
@@ -36,35 +35,25 @@ FAMILIES = [
 ]
 
 
-class Plain:
-    """A runner of transformers' own experts, which waits for their numbers."""
-
-    def __init__(self, originals: list[Any]) -> None:
-        self._originals = originals
-
-    def run(self, experts: OffloadedExperts, hidden: Any, index: Any, weights: Any) -> torch.Tensor:
-        index.tolist()
-        answer: torch.Tensor = self._originals[experts.index](hidden, index, weights)
-        return answer
-
-
 class Spread:
     """A tiny model with its first layer on one fake card and the others on another."""
 
-    def __init__(self, hf: Any, fake_cards: ModuleType, fake_graphs: ModuleType, **limits: Any) -> None:
+    def __init__(
+        self,
+        hf: Any,
+        plain_experts: ModuleType,
+        fake_cards: ModuleType,
+        fake_graphs: ModuleType,
+        **limits: Any,
+    ) -> None:
         self.graphs = {ONE: fake_graphs.FakeGraphs(), TWO: fake_graphs.FakeGraphs(**limits)}
         self.cards = fake_cards.FakeCards(self.graphs)
         places = {f"model.layers.{at}": TWO if at else ONE for at in range(len(hf.model.layers))}
         places |= {"model.embed_tokens": ONE, "model.rotary_emb": ONE, "model.norm": TWO, "lm_head": TWO}
         self.moves = fake_cards.FakeCardMoves(self.cards, hf, places)
         hf._card_moves = self.moves
-        found = list(experts_modules(hf))
-        runner = Plain([module for _, module in found])
-        for index, (name, module) in enumerate(found):
-            stand_in = OffloadedExperts(module, index)
-            stand_in.attach(runner)
-            hf.set_submodule(name, stand_in)
-        self.hf, self.layers = hf, len(found)
+        self.hf = plain_experts.offloaded(hf)
+        self.layers = len(hf.runner.originals)
         self.kv: Any = make_kv(hf, 1, 64)
         for at, store in enumerate(self.kv.layers):
             self.cards.put(TWO if at else ONE, store.tensors())
@@ -97,10 +86,18 @@ def few_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static_row, "FEWEST_COLUMNS", 16)
 
 
-def spread(tiny_models: ModuleType, *fakes: ModuleType, family: str = "mixtral", **limits: Any) -> Spread:
-    hf = tiny_models.tiny_model(family)
-    use_capturable_mask(hf)
-    return Spread(hf, *fakes, **limits)
+@pytest.fixture
+def spread(
+    tiny_models: ModuleType, plain_experts: ModuleType, fake_cards: ModuleType, fake_graphs: ModuleType
+) -> Callable[..., Spread]:
+    """spread(family, ...) -> a tiny model; `limits` are those of the second card's FakeGraphs."""
+
+    def make(family: str = "mixtral", **limits: Any) -> Spread:
+        hf = tiny_models.tiny_model(family)
+        use_capturable_mask(hf)
+        return Spread(hf, plain_experts, fake_cards, fake_graphs, **limits)
+
+    return make
 
 
 @functools.cache
@@ -116,10 +113,10 @@ def whole(tiny_models: ModuleType, family: str = "mixtral") -> list[int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_card_has_graphs_of_its_own(
-    tiny_models: ModuleType, fake_cards: ModuleType, fake_graphs: ModuleType, family: str
+    tiny_models: ModuleType, spread: Callable[..., Spread], family: str
 ) -> None:
     """Computed, captured and replayed tokens: those of one device; nothing is captured across cards."""
-    model = spread(tiny_models, fake_cards, fake_graphs, family=family)
+    model = spread(family)
     got, engine = model.decoded(CardGraphs(model.graphs))
     assert got == whole(tiny_models, family)
     step = engine.token_step
@@ -137,11 +134,9 @@ def test_each_card_has_graphs_of_its_own(
         assert graphs.replays > graphs.captures
 
 
-def test_what_every_layer_is_given_goes_along_once(
-    tiny_models: ModuleType, fake_cards: ModuleType, fake_graphs: ModuleType
-) -> None:
+def test_what_every_layer_is_given_goes_along_once(spread: Callable[..., Spread]) -> None:
     """The hidden state, cosines and sines to two layers, and the logits back; anew in each forward."""
-    model = spread(tiny_models, fake_cards, fake_graphs)
+    model = spread()
     ids = torch.tensor([random_ids(5)])
     with model.cards, torch.inference_mode():
         for forwards in (1, 2):
@@ -161,10 +156,10 @@ def failing(module: nn.Module, args: Any) -> None:
 
 
 def test_cards_do_not_see_what_another_has(
-    tiny_models: ModuleType, fake_cards: ModuleType, fake_graphs: ModuleType, monkeypatch: pytest.MonkeyPatch
+    spread: Callable[..., Spread], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fake cards are unkind enough to tell."""
-    model = spread(tiny_models, fake_cards, fake_graphs)
+    model = spread()
     monkeypatch.setattr(type(model.moves), "is_elsewhere", lambda *given: False)
     with model.cards, torch.inference_mode(), pytest.raises(RuntimeError, match="on the same device"):
         model.hf(input_ids=torch.tensor([[5]]))
@@ -173,11 +168,11 @@ def test_cards_do_not_see_what_another_has(
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [0, 1, 3])
 def test_memory_that_the_second_card_lacks(
-    tiny_models: ModuleType, fake_cards: ModuleType, fake_graphs: ModuleType, room: int
+    tiny_models: ModuleType, spread: Callable[..., Spread], room: int
 ) -> None:
     """The token is captured once something gave way there, else computed; the ids are the same."""
     for gives_way in (True, False):
-        model = spread(tiny_models, fake_cards, fake_graphs, room=room)
+        model = spread(room=room)
         second, asked = model.graphs[TWO], []
 
         def relief(lacking: Shortage, second: Any = second, asked: Any = asked) -> bool:
@@ -196,9 +191,9 @@ def test_memory_that_the_second_card_lacks(
 @pytest.mark.slow
 @pytest.mark.parametrize("fail_at", [0, 2])
 def test_a_capture_that_the_second_card_refuses(
-    tiny_models: ModuleType, fake_cards: ModuleType, fake_graphs: ModuleType, fail_at: int
+    tiny_models: ModuleType, spread: Callable[..., Spread], fail_at: int
 ) -> None:
-    model = spread(tiny_models, fake_cards, fake_graphs, fail_at=fail_at)
+    model = spread(fail_at=fail_at)
     got, engine = model.decoded(CardGraphs(model.graphs))
     assert got == whole(tiny_models)
     assert engine.token_step is not None

@@ -13,7 +13,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 import moe_local
 from moe_local.cache.errors import OptionError
-from moe_local.offload.checkpoint.spec import experts_modules
+from moe_local.offload.checkpoint.skeleton import replace_experts
 from moe_local.offload.engine import graph_trial
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.graph_trial import VARIABLE, graph_mode, use_graphs
@@ -35,8 +35,7 @@ def hf(tiny_models: ModuleType) -> Any:
 
 
 def offloaded(model: Any) -> Any:
-    for index, (name, module) in enumerate(list(experts_modules(model))):
-        model.set_submodule(name, OffloadedExperts(module, index))
+    replace_experts(model)
     return model
 
 
@@ -217,9 +216,7 @@ def test_states_have_to_be_written_by_graphs(
 def test_windows_are_tried_where_they_hide_something(
     tiny_models: ModuleType, fake_graphs: ModuleType, monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
-    model = tiny_models.tiny_model(model_type, sliding_window=20)
-    for index, (name, module) in enumerate(list(experts_modules(model))):
-        model.set_submodule(name, OffloadedExperts(module, index))
+    model = offloaded(tiny_models.tiny_model(model_type, sliding_window=20))
     assert tried(model, fake_graphs.FakeGraphs()).token_step is not None
     kv = make_kv(model, 1, 64)
     model.config.sliding_window = (

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from moe_local.cache.errors import MoeLocalError
-from moe_local.offload.checkpoint.spec import experts_modules
 from moe_local.offload.engine import static_row
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.kv_slab import KVSlab
@@ -20,7 +19,6 @@ from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.sampling import Settings, make_settings
 from moe_local.offload.engine.sequence import Sequence
 from moe_local.offload.engine.static_row import static_columns
-from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.gpu.relief import Shortage
 from moe_local.offload.modeling.eager_mask import use_capturable_mask
 
@@ -40,66 +38,27 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-class Plain:
-    """A runner of transformers' own experts, which waits for their numbers, and fails when told to."""
-
-    def __init__(self, originals: list[Any]) -> None:
-        self._originals = originals
-        self.calls: list[int] = []
-        self.fail_in: int | None = None
-        """So many calls work, the next one raises `error`."""
-        self.error: type[BaseException] = MoeLocalError
-
-    def run(self, experts: OffloadedExperts, hidden: Any, index: Any, weights: Any) -> torch.Tensor:
-        assert not torch.is_grad_enabled()
-        if self.fail_in is not None:
-            self.fail_in -= 1
-            if self.fail_in < 0:
-                self.fail_in = None
-                raise self.error("in the middle")
-        self.calls.append(experts.index)
-        index.tolist()
-        answer: torch.Tensor = self._originals[experts.index](hidden, index, weights)
-        return answer
-
-
-def offloaded(hf: Any) -> Plain:
-    """Put OffloadedExperts into a model of transformers."""
-    found = list(experts_modules(hf))
-    runner = Plain([module for _, module in found])
-    for index, (name, module) in enumerate(found):
-        stand_in = OffloadedExperts(module, index)
-        stand_in.attach(runner)
-        hf.set_submodule(name, stand_in)
-    return runner
-
-
 SLOW = {"granitemoehybrid", "lfm2_moe"}
 
 
 @pytest.fixture(
     scope="module", params=[pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES]
 )
-def model(request: pytest.FixtureRequest, tiny_models: ModuleType) -> Any:
+def model(request: pytest.FixtureRequest, tiny_models: ModuleType, plain_experts: ModuleType) -> Any:
     hf = tiny_models.tiny_model(request.param.split("-")[0], **CASES[request.param])
     use_capturable_mask(hf)  # as a trial of graphs does
-    hf.runner = offloaded(hf)
-    return hf
+    return plain_experts.offloaded(hf)
 
 
 @pytest.fixture
-def mixtral(tiny_models: ModuleType) -> Any:
-    hf = tiny_models.tiny_model("mixtral", num_hidden_layers=2)
-    hf.runner = offloaded(hf)
-    return hf
+def mixtral(tiny_models: ModuleType, plain_experts: ModuleType) -> Any:
+    return plain_experts.offloaded(tiny_models.tiny_model("mixtral", num_hidden_layers=2))
 
 
 @pytest.fixture(params=["mixtral", pytest.param("qwen3_next", id="with states", marks=pytest.mark.slow)])
-def either(request: pytest.FixtureRequest, tiny_models: ModuleType) -> Any:
+def either(request: pytest.FixtureRequest, tiny_models: ModuleType, plain_experts: ModuleType) -> Any:
     options = {"num_hidden_layers": 2} if request.param == "mixtral" else {}
-    hf = tiny_models.tiny_model(request.param, **options)
-    hf.runner = offloaded(hf)
-    return hf
+    return plain_experts.offloaded(tiny_models.tiny_model(request.param, **options))
 
 
 @pytest.fixture(autouse=True)
@@ -173,10 +132,9 @@ def test_hundreds_of_tokens(model: Any, fake_graphs: ModuleType) -> None:
     check_three_ways(model, fake_graphs.FakeGraphs(), 150 if takes_long else 600)
 
 
-def test_bf16(tiny_models: ModuleType, fake_graphs: ModuleType) -> None:
+def test_bf16(tiny_models: ModuleType, plain_experts: ModuleType, fake_graphs: ModuleType) -> None:
     """Replayed tokens keep the bits of computed ones; plain ones differ by bf16's rounding."""
-    hf = tiny_models.tiny_model("qwen3_moe").to(torch.bfloat16)
-    hf.runner = offloaded(hf)
+    hf = plain_experts.offloaded(tiny_models.tiny_model("qwen3_moe").to(torch.bfloat16))
     ids = random_ids(24)
     found = []
     for graphs, static in ((None, False), (None, True), (fake_graphs.FakeGraphs(), True)):
@@ -269,11 +227,10 @@ def test_what_has_never_been_computed_whole_is_not_captured(mixtral: Any, fake_g
 
 
 def test_a_token_that_failed_has_spoiled_states_which_are_computed_again(
-    tiny_models: ModuleType, fake_graphs: ModuleType
+    tiny_models: ModuleType, plain_experts: ModuleType, fake_graphs: ModuleType
 ) -> None:
     """In whichever layer, of tokens that are computed, captured and replayed."""
-    hf = tiny_models.tiny_model("qwen3_next")
-    hf.runner = offloaded(hf)
+    hf = plain_experts.offloaded(tiny_models.tiny_model("qwen3_next"))
     want, _ = decoded(Watched(hf, make_kv(hf, 1, 64), static=False), random_ids(5), 8)
     engine = Watched(hf, make_kv(hf, 1, 64), graphs=fake_graphs.FakeGraphs())
     sequence = engine.join(random_ids(5), greedy(hf, 8))
