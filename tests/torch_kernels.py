@@ -3,14 +3,23 @@ that record, and as oracles."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import moe_local
 from moe_local.offload.checkpoint import skeleton
+from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.kernels.cpu import CpuExperts
 from moe_local.offload.kernels.grouped import GroupedExperts
+from moe_local.offload.load import assemble, open_experts
+from moe_local.offload.options import LoadOptions
+from moe_local.offload.plan.fit import plan_request
+from moe_local.offload.plan.footprint import expert_bytes
+from moe_local.offload.plan.plan import Request
 from moe_local.offload.quantize.layout import Layout
 
 NS_PER_EXPERT = 1000
@@ -130,6 +139,29 @@ def in_one_piece(device: Any, nbytes: int = 1 << 25) -> Any:
     device.adopt(memory)
     device.allocate = carve
     return device
+
+
+def devices(make_device: Callable[..., Any]) -> Callable[..., Any]:
+    """`make_device`, for devices whose slots a Launcher finds."""
+    return lambda *arguments, **options: in_one_piece(make_device(*arguments, **options))
+
+
+def load(
+    folder: Path, device: Any, graphs: Any = None, *, slots: int, context: int, **options: Any
+) -> moe_local.Model:
+    """As `moe_local.load` on a card with so many slots a layer over RAM that holds all, in fp32."""
+    checkpoint = Checkpoint.open(folder)
+    given = {"slots": slots, "context": context, "experts": "fp32", "dense": "fp32"}
+    request = Request(
+        model=checkpoint.name,
+        spec=checkpoint.spec,
+        ram=8 * sum(expert_bytes(checkpoint.spec, "fp32")),
+        vram=2**30,
+        **given,
+    )
+    settings = LoadOptions(**{"miss": "fetch"} | given | options)
+    file, cpu = open_experts(checkpoint, "fp32"), torch.device("cpu")
+    return assemble(checkpoint, file, plan_request(request).check(), settings, cpu, device, graphs=graphs)
 
 
 def use(monkeypatch: pytest.MonkeyPatch) -> None:

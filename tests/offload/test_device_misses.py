@@ -17,32 +17,21 @@ import torch
 
 import moe_local
 from moe_local.cache.errors import MoeLocalError, OptionError
-from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.engine import miss_trial
 from moe_local.offload.engine.miss_trial import VARIABLE, miss_mode
 from moe_local.offload.gpu.device_misses import DeviceMisses
 from moe_local.offload.gpu.relief import Shortage
-from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.measure.variants import expert_runner
-from moe_local.offload.options import LoadOptions
-from moe_local.offload.plan.fit import plan_request
-from moe_local.offload.plan.footprint import expert_bytes
-from moe_local.offload.plan.plan import Request
 
 torch.set_num_threads(1)
 
-CPU = torch.device("cpu")
 EXPERTS, SLOTS = 8, 3
 
 
 @pytest.fixture
 def make_device(torch_kernels: ModuleType, make_device: Callable[..., Any]) -> Callable[..., Any]:
-    """Devices whose slots a Launcher finds."""
-
-    def make(*arguments: Any, **options: Any) -> Any:
-        return torch_kernels.in_one_piece(make_device(*arguments, **options))
-
-    return make
+    made: Callable[..., Any] = torch_kernels.devices(make_device)
+    return made
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,33 +52,18 @@ def kernels(torch_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def load(
-    folder: Path,
-    device: Any,
-    graphs: Any,
-    mode: str = "on",
-    *,
-    slots: int = SLOTS,
-    miss: str = "fetch",
-    **options: Any,
-) -> moe_local.Model:
-    """As `load` on a card with so many slots a layer over RAM that holds all."""
-    checkpoint = Checkpoint.open(folder)
-    given = {"slots": slots, "context": 128, "experts": "fp32", "dense": "fp32"}
-    plan = plan_request(
-        Request(
-            model=checkpoint.name,
-            spec=checkpoint.spec,
-            ram=8 * sum(expert_bytes(checkpoint.spec, "fp32")),
-            vram=2**30,
-            **given,
-        )
-    ).check()
-    settings = LoadOptions(miss=miss, **given, **{"prefetch": "off"} | options)
-    file = open_experts(checkpoint, "fp32")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, mode)
-        return assemble(checkpoint, file, plan, settings, CPU, device, graphs=graphs)
+@pytest.fixture
+def load(torch_kernels: ModuleType) -> Callable[..., moe_local.Model]:
+    """load(folder, device, graphs, mode="on", slots=3, ...) -> a model; `mode` is for VARIABLE."""
+
+    def loaded(folder: Path, device: Any, graphs: Any, mode: str = "on", **options: Any) -> moe_local.Model:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(VARIABLE, mode)
+            given = {"slots": SLOTS, "context": 128, "prefetch": "off"} | options
+            model: moe_local.Model = torch_kernels.load(folder, device, graphs, **given)
+            return model
+
+    return loaded
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -111,6 +85,7 @@ FAMILIES = [
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_same_ids_and_counts_as_with_the_host(
+    load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
     fake_graphs: ModuleType,
@@ -146,7 +121,10 @@ def test_the_same_ids_and_counts_as_with_the_host(
 
 
 def test_each_token_is_counted_when_it_comes(
-    make_checkpoint: Callable[..., Path], make_device: Callable[..., Any], fake_graphs: ModuleType
+    load: Callable[..., moe_local.Model],
+    make_checkpoint: Callable[..., Path],
+    make_device: Callable[..., Any],
+    fake_graphs: ModuleType,
 ) -> None:
     """What a stream says of a token is that token's, though the cache hears of it one token later."""
     device = make_device(4)
@@ -169,6 +147,7 @@ def test_each_token_is_counted_when_it_comes(
 
 @pytest.mark.slow
 def test_another_thread_may_look_while_a_token_is_computed(
+    load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
     fake_graphs: ModuleType,
@@ -197,6 +176,7 @@ def test_another_thread_may_look_while_a_token_is_computed(
 
 @pytest.mark.slow
 def test_the_host_may_come_between_at_any_time(
+    load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
     fake_graphs: ModuleType,
@@ -263,6 +243,7 @@ def test_the_host_may_come_between_at_any_time(
 @pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "policy"), [("qwen3_moe", "adaptive"), ("gpt_oss", "lru")])
 def test_hundreds_of_tokens(
+    load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
     fake_graphs: ModuleType,
@@ -283,7 +264,10 @@ def test_hundreds_of_tokens(
 
 
 def test_a_closed_model_is_gone_at_once(
-    make_checkpoint: Callable[..., Path], make_device: Callable[..., Any], fake_graphs: ModuleType
+    load: Callable[..., moe_local.Model],
+    make_checkpoint: Callable[..., Path],
+    make_device: Callable[..., Any],
+    fake_graphs: ModuleType,
 ) -> None:
     """No cycle keeps weights, keys and values and graphs in VRAM, where the next model is to go."""
     model = load(make_checkpoint("qwen3_moe"), make_device(11), fake_graphs.FakeGraphs())
@@ -312,6 +296,7 @@ def reason(caplog: pytest.LogCaptureFixture) -> str:
 
 @pytest.mark.parametrize("faster", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_faster_way_is_taken(
+    load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
     fake_graphs: ModuleType,
@@ -347,6 +332,7 @@ def test_the_faster_way_is_taken(
 
 @pytest.mark.slow
 def test_where_the_device_is_not_left_with_misses(
+    load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
     fake_graphs: ModuleType,
@@ -399,7 +385,10 @@ def test_where_the_device_is_not_left_with_misses(
 
 @pytest.mark.slow
 def test_the_cpu_may_take_part_otherwise(
-    make_checkpoint: Callable[..., Path], make_device: Callable[..., Any], fake_graphs: ModuleType
+    load: Callable[..., moe_local.Model],
+    make_checkpoint: Callable[..., Path],
+    make_device: Callable[..., Any],
+    fake_graphs: ModuleType,
 ) -> None:
     """With miss="auto" prompts may still be shared with the CPU; single tokens are not."""
     folder = make_checkpoint("qwen3_moe")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,27 +12,16 @@ import pytest
 import torch
 
 import moe_local
-from moe_local.offload.checkpoint.checkpoint import Checkpoint
-from moe_local.offload.load import assemble, open_experts
-from moe_local.offload.options import LoadOptions
-from moe_local.offload.plan.fit import plan_request
-from moe_local.offload.plan.footprint import expert_bytes
-from moe_local.offload.plan.plan import Request
 
 torch.set_num_threads(1)
 
-CPU = torch.device("cpu")
 PROMPT, NEW = list(range(3, 14)), 12
 
 
 @pytest.fixture
 def make_device(torch_kernels: ModuleType, make_device: Callable[..., Any]) -> Callable[..., Any]:
-    """Devices whose slots a Launcher finds."""
-
-    def make(*arguments: Any, **options: Any) -> Any:
-        return torch_kernels.in_one_piece(make_device(*arguments, **options))
-
-    return make
+    made: Callable[..., Any] = torch_kernels.devices(make_device)
+    return made
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,22 +37,11 @@ def grouped(torch_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     torch_kernels.use(monkeypatch)
 
 
-def load(folder: Path, device: Any, graphs: Any = None, *, slots: int = 8, **options: Any) -> moe_local.Model:
-    """As `load` on a card with so many slots a layer over RAM that holds all."""
-    checkpoint = Checkpoint.open(folder)
-    given = {"slots": slots, "context": 64, "experts": "fp32", "dense": "fp32"}
-    plan = plan_request(
-        Request(
-            model=checkpoint.name,
-            spec=checkpoint.spec,
-            ram=8 * sum(expert_bytes(checkpoint.spec, "fp32")),
-            vram=2**30,
-            **given,
-        )
-    ).check()
-    settings = LoadOptions(miss="fetch", **given, **options)
-    file = open_experts(checkpoint, "fp32")
-    return assemble(checkpoint, file, plan, settings, CPU, device, graphs=graphs)
+@pytest.fixture
+def load(torch_kernels: ModuleType) -> Callable[..., moe_local.Model]:
+    """load(folder, device, graphs=None, slots=8, ...) -> a model on that device."""
+    loaded: Callable[..., moe_local.Model] = functools.partial(torch_kernels.load, slots=8, context=64)
+    return loaded
 
 
 def answer(model: moe_local.Model) -> list[int]:
@@ -82,6 +61,7 @@ def run(model: moe_local.Model) -> tuple[list[int], Any]:
     ["gpt_oss", *(pytest.param(t, marks=pytest.mark.slow) for t in ("mixtral", "qwen3_moe", "deepseek_v3"))],
 )
 def test_the_device_finds_what_the_host_would_name(
+    load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
     fake_graphs: ModuleType,
@@ -126,6 +106,7 @@ def test_the_device_finds_what_the_host_would_name(
 
 @pytest.mark.parametrize("prefetch", [pytest.param("off", marks=pytest.mark.slow), "router"])
 def test_offloaded_experts_between_segments(
+    load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
     fake_graphs: ModuleType,
