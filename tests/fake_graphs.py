@@ -114,10 +114,14 @@ class FakeGraph:
     def __init__(self, operations: list[_Operation], owner: FakeGraphs) -> None:
         self.operations = operations
         self._owner = owner
+        self._was_replayed = False
 
     @torch.inference_mode()
     def replay(self) -> None:
         assert self._owner.recorder is None, "CUDA replays no graph while it captures one"
+        if not self._was_replayed:
+            self._owner.refuse("replay")
+        self._was_replayed = True
         self._owner.replays += 1
         for function, args, kwargs, outputs in self.operations:
             results = tree_flatten(function(*args, **kwargs))[0]
@@ -134,10 +138,12 @@ class _NoWaits(TorchFunctionMode):
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, allocating: Callable[[], None]) -> None:
+        """`allocating` is called before each result is placed."""
         super().__init__()
         self.operations: list[_Operation] = []
         self._pool = pool
+        self._allocating = allocating
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -170,6 +176,7 @@ class _Recorder(TorchDispatchMode):
             if not torch.is_tensor(x) or (x.numel() and x.untyped_storage().data_ptr() in inputs):
                 outputs.append(None)
                 return x
+            self._allocating()
             garbage, memory = self._pool.place(x)
             outputs.append(memory)
             return garbage
@@ -183,7 +190,9 @@ class _Recorder(TorchDispatchMode):
 class FakeGraphs:
     """The Graphs protocol on the CPU. `fail_at`: so many captures work, the next one is refused with `error`.
 
-    `room`: so many captures find memory; None: all.
+    `room`: so many captures find memory; None: all. The next one lacks it where `lacks` says: in "begin", for
+    a result ("result"), in "end", at its graph's first replay ("replay") or for the "experts" behind that,
+    which have to ask.
     """
 
     def __init__(
@@ -191,12 +200,13 @@ class FakeGraphs:
         fail_at: int | None = None,
         error: str = "CUDA error: operation failed due to a previous error during capture",
         room: int | None = None,
+        lacks: str = "end",
     ) -> None:
         self.pool = Pool()
         self.recorder: _Recorder | None = None
         self.captures = self.replays = 0
         self.fail_at, self.error = fail_at, error
-        self.room = room
+        self.room, self.lacks = room, lacks
         self.refusals = 0
         self._no_waits = _NoWaits()
         self._in_session = False
@@ -216,16 +226,15 @@ class FakeGraphs:
         assert self.recorder is None, "a capture had begun"
         if self.captures == self.fail_at:
             raise RuntimeError(self.error)
-        self.recorder = _Recorder(self.pool)
+        self.refuse("begin")
+        self.recorder = _Recorder(self.pool, lambda: self.refuse("result"))
         self._no_waits.__enter__()
         self.recorder.__enter__()
 
     def end(self) -> FakeGraph:
         assert self.recorder is not None, "no capture has begun"
         recorder = self._stop()
-        if self.captures == self.room:
-            self.refusals += 1
-            raise torch.OutOfMemoryError("CUDA error: out of memory")
+        self.refuse("end")
         self.captures += 1
         return FakeGraph(recorder.operations, self)
 
@@ -235,6 +244,13 @@ class FakeGraphs:
 
     def make_room(self) -> None:
         assert self.recorder is None, "nothing is given back during a capture"
+
+    def refuse(self, place: str) -> None:
+        """Raise CUDA's error if this is where memory lacks now."""
+        begun = self.captures - (place in ("replay", "experts"))  # which come behind the capture
+        if begun == self.room and self.lacks == place:
+            self.refusals += 1
+            raise torch.OutOfMemoryError("CUDA error: out of memory")
 
     def _stop(self) -> _Recorder:
         recorder, self.recorder = self.recorder, None

@@ -26,6 +26,7 @@ from moe_local.offload.engine.kv_slab import KVSlab
 from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.token_step import TokenStep
 from moe_local.offload.experts import OffloadedExperts
+from moe_local.offload.gpu.relief import shortage
 from moe_local.offload.modeling.eager_mask import use_capturable_mask
 from moe_local.offload.prefetch.routers import RouterSite
 
@@ -79,12 +80,8 @@ def use_graphs(
     if reason is None:
         use_capturable_mask(engine.hf)
         step = engine.make_token_step(graphs, sites, saw)
-        try:
-            with _stood_in(engine) if stand_in else _as_they_are():
-                reason = _difference(engine, step)
-                slower = reason is None and mode == "auto" and _is_slower(engine, step)
-        except Exception as error:  # whatever a model's code makes of a cache that it does not know
-            reason = f"{type(error).__name__}: {first_line(error)}"
+        with _stood_in(engine) if stand_in else _as_they_are():
+            reason, slower = _try(engine, step, mode)
     if reason is not None:
         logger.info("decoding goes without CUDA graphs: %s", reason)
         return
@@ -109,6 +106,21 @@ def _hindrance(engine: Engine) -> str | None:
     if kv.lens or kv.capacity <= HISTORY + TOKENS:
         return "there is no room to try"
     return None
+
+
+def _try(engine: Engine, step: TokenStep, mode: str) -> tuple[str | None, bool]:
+    """Why the model cannot do with `step`, if so, and whether it is slower.
+
+    Where the device's memory lacks, experts give way, as in any other step: bits are not to depend on it.
+    """
+    while True:
+        try:
+            reason = _difference(engine, step)
+            return reason, reason is None and mode == "auto" and _is_slower(engine, step)
+        except Exception as error:  # whatever a model's code makes of a cache that it does not know
+            reason, lacking = f"{type(error).__name__}: {first_line(error)}", shortage(error)
+        if lacking is None or engine.relief is None or not engine.relief(lacking):
+            return reason, False
 
 
 class _StandIn:

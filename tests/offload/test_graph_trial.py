@@ -24,6 +24,7 @@ from moe_local.offload.engine.own_caches import OwnCaches
 from moe_local.offload.engine.state_slab import StateSlab
 from moe_local.offload.engine.static_row import StaticLayer
 from moe_local.offload.experts import OffloadedExperts
+from moe_local.offload.gpu.relief import Shortage
 from moe_local.offload.modeling.eager_mask import eager_mask, use_capturable_mask
 
 torch.set_num_threads(1)
@@ -55,6 +56,28 @@ def test_a_model_that_can_be_captured_is(hf: Any, fake_graphs: ModuleType) -> No
     assert engine.token_step.failure is None
     assert [step.segments for step in engine.token_step.captured.values()] == [3]
     assert tried(hf, graphs, "off").token_step is None
+
+
+@pytest.mark.parametrize("lacks", ["result", "end"])
+def test_memory_that_a_trial_lacks_is_given_back_by_experts(
+    hf: Any, fake_graphs: ModuleType, lacks: str
+) -> None:
+    """Or the bits of tokens would depend on what was free when the model was loaded."""
+    graphs = fake_graphs.FakeGraphs(room=1, lacks=lacks)
+    engine = Engine(hf, make_kv(hf, 1, 64), chunk=8)
+    given: list[Shortage] = []
+
+    def relief(lacking: Shortage) -> bool:
+        given.append(lacking)
+        graphs.room = None if len(given) == 2 else graphs.captures
+        return len(given) <= 2
+
+    engine.relief = relief
+    use_graphs(engine, graphs, mode="on")
+    assert engine.token_step is not None
+    assert engine.token_step.captured
+    assert len(given) == graphs.refusals == 2
+    assert engine.kv.lens == []
 
 
 def eager_mask_with_a_copy(dtype: torch.dtype, **options: Any) -> torch.Tensor:

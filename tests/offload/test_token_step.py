@@ -267,12 +267,26 @@ def test_a_capture_that_is_refused_costs_no_token(
         assert len(caplog.records) == (fail_at >= segments)
 
 
-@pytest.mark.parametrize("room", [0, 1, 2, 4])
+@pytest.mark.parametrize(
+    ("room", "lacks"),
+    [
+        *((room, "end") for room in (0, 1, 2, 4)),
+        *((1, lacks) for lacks in ("begin", "result", "replay", "experts")),
+    ],
+)
 def test_a_capture_without_memory_goes_on_once_something_gave_way(
-    mixtral: Any, fake_graphs: ModuleType, room: int
+    mixtral: Any, fake_graphs: ModuleType, monkeypatch: pytest.MonkeyPatch, room: int, lacks: str
 ) -> None:
+    """Wherever it lacks, also for experts between two captures."""
     want, logits = decoded(Watched(mixtral, make_kv(mixtral, 1, 64)), random_ids(5), 24)
-    graphs = fake_graphs.FakeGraphs(room=room)
+    graphs = fake_graphs.FakeGraphs(room=room, lacks=lacks)
+    run = mixtral.runner.run
+
+    def watched(*arguments: Any) -> Any:
+        graphs.refuse("experts")
+        return run(*arguments)
+
+    monkeypatch.setattr(mixtral.runner, "run", watched)
     engine = Watched(mixtral, make_kv(mixtral, 1, 64), graphs=graphs)
 
     def relief(lacking: Shortage) -> bool:
