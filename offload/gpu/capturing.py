@@ -4,6 +4,7 @@ CUDA forbids most of it to the capturing thread alone. But torch captures one gr
 and until that is complete nobody else may draw from its global generator or replay a graph, for which it
 looks at that generator (both raise), nor have its allocator give memory back to the driver. All that takes
 `alone`, which whoever captures holds, and is waited for some milliseconds, or for a token that is captured.
+So does what is not to run beside a session, which has a stream of its own.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moe_local.offload.gpu.capturing import alone
 from moe_local.offload.kernels.contracts import ExpertMath
 from moe_local.offload.kernels.grouped import DTYPES, GroupedExperts, GroupedRun
 from moe_local.offload.kernels.launcher import UNIT, Launcher
@@ -147,10 +148,11 @@ class Residents:
     def settle(self) -> None:
         """Bring the router's choices to the store's RouterLoad. Waits for the device."""
         for numbers, kept in self._counts:
-            with torch.inference_mode():
+            # Another thread may have the device count on: between the two, but on no other stream meanwhile.
+            with alone, torch.inference_mode():
                 found = kept.clone()
-                kept.sub_(found)  # another thread may have the device count on meanwhile
-                counts = found.tolist()
+                kept.sub_(found)
+            counts = found.tolist()
             start = 0
             for number in numbers:
                 size = self._store.num_experts(number)

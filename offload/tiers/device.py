@@ -116,7 +116,9 @@ class CudaDevice:
 
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device
-        self._copy_stream = torch.cuda.Stream(torch_device)
+        # torch has 32 streams of a priority, which it hands out in turn: of the usual one, this might be that
+        # on which another model's graph is being captured. To copies a priority makes no difference.
+        self._copy_stream = torch.cuda.Stream(torch_device, priority=-1)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         # A large allocation gets whole pieces from the driver. Asked for, the rest of the last one is part of

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from moe_local.offload.engine.graphs import CudaGraphs
+from moe_local.offload.engine.graphs import CudaGraphs, _session_stream
 from moe_local.offload.engine.sampling import draw
 from moe_local.offload.expert_file.encoder import ExpertEncoder
 from moe_local.offload.gpu.capturing import alone
+from moe_local.offload.gpu.residents import Residents
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.tiers.device import CudaDevice
 
@@ -25,7 +28,7 @@ class Stream:
     device_index = 0
     users = 0
 
-    def __init__(self, device: Any = None) -> None:
+    def __init__(self, device: Any = None, priority: int = 0) -> None:
         pass
 
     def wait_stream(self, other: Stream) -> None:
@@ -105,7 +108,11 @@ def test_what_a_capture_elsewhere_forbids_waits_for_its_end(stream: Stream) -> N
         graph = graphs.end()
     encoder = ExpertEncoder("m", codec_for("nf4"), CARD)
     even = torch.ones(1, 8)
-    for what in (graph.replay, device.trim, encoder.close, lambda: draw(even, None)):
+    residents: Any = SimpleNamespace(_counts=[([], torch.zeros(3))])
+    for what in (
+        *(graph.replay, device.trim, encoder.close, lambda: draw(even, None)),
+        lambda: Residents.settle(residents),
+    ):
         with alone:
             done = elsewhere(what)
             assert not done.wait(0.02), what
@@ -113,6 +120,19 @@ def test_what_a_capture_elsewhere_forbids_waits_for_its_end(stream: Stream) -> N
     own = torch.Generator().manual_seed(1)
     with alone:  # no capture knows of that generator
         assert elsewhere(lambda: draw(even, own)).wait(100)
+
+
+def test_no_copy_is_on_the_stream_of_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many models have been loaded: it would be captured, and not happen."""
+    made = Counter[int]()
+
+    def stream(device: torch.device, priority: int = 0) -> tuple[int, int]:
+        made[priority] += 1
+        return priority, made[priority] % 32  # as torch hands them out
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    session = _session_stream.__wrapped__(CARD)
+    assert session not in [CudaDevice(CARD)._copy_stream for _ in range(40)]
 
 
 def test_a_copy_begins_behind_what_its_memory_was_used_for(
