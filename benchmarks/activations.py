@@ -9,12 +9,11 @@ table and one JSON object: perplexity of each, and the change in per cent.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import random
 
 import torch
+from report import finish, parser_of
 from torch.nn import functional
 
 import moe_local
@@ -50,7 +49,7 @@ def losses(model: moe_local.Model, ids: list[int], *, by_token: bool) -> torch.T
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--dense", default="nf4")
     parser.add_argument("--chats", type=int, default=200)
     parser.add_argument("--windows", type=int, default=60)
@@ -73,7 +72,8 @@ def main() -> None:
     for kind, percent in change.items():
         before, after = perplexity["native"][kind], perplexity["int8"][kind]
         print(f"{kind:8} native {before:.4f}  int8 {after:.4f}  {percent:+.3f} %")
-    print(json.dumps({"benchmark": "activations", "perplexity": perplexity, "change_percent": change}))
+    result = {"benchmark": "activations", "perplexity": perplexity, "change_percent": change}
+    finish(result, options.json)
 
 
 def mean_perplexity(parts: list[torch.Tensor]) -> float:

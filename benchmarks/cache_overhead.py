@@ -20,8 +20,6 @@ The last line printed is one JSON object; --json also writes it to FILE.
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
 import random
 import statistics
@@ -33,8 +31,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import thread_time
 
+from report import finish, parser_of
+
 from moe_local.cache.expert_cache import ExpertCache
-from moe_local.cache.files import write_atomically
 from moe_local.cache.policies import POLICIES
 from moe_local.cache.routes import Phase, read_routes
 
@@ -177,11 +176,9 @@ def row(case: Case) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Time the cache's bookkeeping of a token.")
+    parser = parser_of(__doc__, rounds=20)
     parser.add_argument("--policy", default="adaptive", choices=list(POLICIES))
-    parser.add_argument("--rounds", type=int, default=20, help="timed passes over each case")
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic routes")
-    parser.add_argument("--json", type=Path, help="write the result here as well")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds} measures nothing; give 1 or more")
@@ -205,10 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seed": options.seed,
         "cases": {case.name: case.summary() for case in measured},
     }
-    document = json.dumps(result)
-    if options.json:
-        write_atomically(options.json, [document + "\n"])
-    print(document)
+    finish(result, options.json)
     return 0
 
 

@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -40,9 +38,9 @@ from unittest import mock
 import torch
 from decode import write_synthetic
 from ratio import Ratio
+from report import finish, parser_of, versions
 from synthetic import NAMED_SHAPES
 
-from moe_local.cache.files import write_atomically
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.expert_file import expert_shard
@@ -213,8 +211,7 @@ def report(options: argparse.Namespace, checkpoint: Checkpoint, rounds: Sequence
     print(f"CPU time {median(lambda r: r['cpu_seconds']):.2f} s on {os.cpu_count()} cores")
     document = {
         "machine": machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **versions(),
         "threads": torch.get_num_threads(),
         "model": options.synthetic,
         "layers": len(checkpoint.spec.layers),
@@ -222,20 +219,13 @@ def report(options: argparse.Namespace, checkpoint: Checkpoint, rounds: Sequence
         "conversion_over_floor": ratio.to_dict(),
         "rounds": list(rounds),
     }
-    text = json.dumps(document)
-    print(text)
-    if options.json:
-        write_atomically(options.json, [text, "\n"])
+    finish(document, options.json)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = parser_of(__doc__, rounds=6)
     parser.add_argument("--synthetic", choices=NAMED_SHAPES, default="mixtral-8x7b")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(arguments)
 
 

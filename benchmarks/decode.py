@@ -29,8 +29,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
-import platform
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -42,10 +40,10 @@ from contenders import Configuration, Contender
 from made import Made
 from peers.client import PEERS, Peer, Setup, start
 from ratio import Ratio
+from report import finish, parser_of, versions
 from synthetic import NAMED_SHAPES, mixtral_19_shards
 
 import moe_local
-from moe_local.cache.files import write_atomically
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import resolve
@@ -202,9 +200,7 @@ def report(
         "ratios": ratios,
         "machine": machine(configurations[0].model),
     }
-    if options.json:
-        write_atomically(options.json, [json.dumps(result, indent=1), "\n"])
-    print(json.dumps(result))
+    finish(result, options.json)
 
 
 def ratio(ours: Configuration, peer: Contender) -> dict[str, Any]:
@@ -248,9 +244,7 @@ def machine(model: moe_local.Model) -> dict[str, Any]:
         "machine": bandwidth.machine(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "moe_local": moe_local.__version__,
+        **versions(),
     }
 
 
@@ -271,7 +265,7 @@ def choose_model(parser: argparse.ArgumentParser, options: argparse.Namespace) -
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__, rounds=9)
     model_flags(parser)
     parser.add_argument("--peer", nargs="+", choices=PEERS, default=[])
     parser.add_argument(
@@ -298,8 +292,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vram")
     parser.add_argument("--prompt-tokens", type=int, help="default: 64; 128 for a synthetic model")
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(arguments)
     choose_model(parser, options)
     if options.made and options.peer and not options.random_peers:

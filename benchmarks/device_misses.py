@@ -14,18 +14,16 @@ The last line printed is one JSON object; --json also writes it to FILE.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from ratio import Ratio
+from report import cuda_device, finish, in_rounds, parser_of
 
-from moe_local.cache.files import write_atomically
 from moe_local.offload.kernels.fetch import LOG_HEAD, LayerTables, fetch_kernels
 from moe_local.offload.kernels.launcher import UNIT
 from moe_local.offload.tiers.arena import HostArena
@@ -118,23 +116,15 @@ class Bench:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser = parser_of(__doc__, rounds=12)
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        sys.exit("this needs a CUDA device")
-    bench = Bench(torch.device("cuda"))
+    bench = Bench(cuda_device("device_misses.py"))
     bench.check()
     result: dict[str, Any] = {"benchmark": "device_misses", "device": torch.cuda.get_device_name(), "by": {}}
     for missing in (1, 2, 4, 8):
         ways = {"kernel": bench.kernel(missing), "engine": bench.engine(missing)}
-        rates: dict[str, list[float]] = {name: [] for name in ways}
-        for number in range(options.rounds + 1):
-            for name, run in ways.items():
-                rate = missing * NBYTES / bench.seconds(run) / 1e9
-                if number:
-                    rates[name].append(rate)
+        seconds = in_rounds({name: partial(bench.seconds, run) for name, run in ways.items()}, options.rounds)
+        rates = {name: [missing * NBYTES / s / 1e9 for s in each] for name, each in seconds.items()}
         entry: dict[str, Any] = {name: statistics.median(values) for name, values in rates.items()}
         entry["ratio"] = Ratio.of(rates["kernel"], rates["engine"]).to_dict()
         result["by"][missing] = entry
@@ -143,10 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result[name] = 1e6 * statistics.median(bench.seconds(run) for _ in range(options.rounds))
         print(f"{name} {result[name]:.2f}")
     bench.host.close()
-    text = json.dumps(result)
-    if options.json:
-        write_atomically(options.json, [text, "\n"])
-    print(text)
+    finish(result, options.json)
     return 0
 
 

@@ -40,6 +40,7 @@ from memory_group import forget, in_page_cache, memory_group
 from peers import client, install
 from peers.client import Peer
 from ratio import Ratio
+from report import finish, parser_of
 
 from moe_local.cache.files import write_atomically
 from moe_local.cache.keys import format_bytes, parse_bytes
@@ -329,9 +330,7 @@ def report(options: argparse.Namespace, runs: dict[Run, dict[str, Any]]) -> None
         "ratios": compared,
         "machine": bandwidth.machine(),
     }
-    if options.json:
-        write_atomically(Path(options.json), [json.dumps(result, indent=1), "\n"])
-    print(json.dumps(result))
+    finish(result, options.json)
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -349,7 +348,7 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__, rounds=3)
     parser.add_argument("--synthetic", default="mixtral-8x7b", help="shape of the model of random weights")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument(
@@ -360,7 +359,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--accelerate-tokens", type=int, default=3, help="its tokens take many seconds each")
     parser.add_argument("--accelerate-rounds", type=int, default=1)
     parser.add_argument("--spare", default="1GiB", help="of the limit, what accelerate's weights leave free")
@@ -368,7 +366,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--runs", metavar="FILE", help="keeps finished runs; an interrupted benchmark goes on"
     )
     parser.add_argument("--once", action="store_true", help="make one run that is missing and stop")
-    parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(arguments)
     for limit in options.limit:
         if limit != "none":

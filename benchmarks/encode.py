@@ -21,20 +21,17 @@ The last line printed is one JSON object; --json also writes it to FILE.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from ratio import Ratio
+from report import finish, parser_of, versions
 
-from moe_local.cache.files import write_atomically
 from moe_local.offload.native.library import ISAS, check, library
 from moe_local.offload.plan.bandwidth import machine
 from moe_local.offload.quantize import nf4_blocks
@@ -59,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check(compiled.moe_set_isa(compiled.moe_best_isa()))
     document = {
         "machine": machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **versions(),
         "threads": torch.get_num_threads(),
         "rows": options.rows,
         "cols": options.cols,
@@ -70,10 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, table in tables.items():
         print(f"\n{options.rows} x {options.cols} {name}, {torch.get_num_threads()} threads")
         print_table(table)
-    text = json.dumps(document)
-    print(text)
-    if options.json:
-        write_atomically(options.json, [text, "\n"])
+    finish(document, options.json)
 
 
 def measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
@@ -192,15 +185,11 @@ def print_table(table: dict[str, Any]) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = parser_of(__doc__, rounds=9)
     parser.add_argument("--rows", type=int, default=14336)
     parser.add_argument("--cols", type=int, default=4096)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(arguments)
 
 

@@ -18,19 +18,17 @@ The last line printed is one JSON object; --json also writes it to FILE.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from gpu_kernels import LAUNCHES, device_seconds, graph_of, row
+from report import cuda_device, finish, in_rounds, parser_of, versions
 from torch.nn import functional as F
 
-import moe_local
-from moe_local.cache.files import write_atomically
 from moe_local.offload.dense.split_attention import attend_in_parts, parts_of
 from moe_local.offload.plan import bandwidth
 
@@ -108,16 +106,10 @@ def measure(bench: Bench, rounds: int) -> dict[str, Any]:
         sys.exit(f"{bench.name}, {bench.columns} columns: error {error:.2g}, above {ERROR_LIMIT}")
     buffer = torch.ones(1 << 27, dtype=torch.int64, device="cuda")
     read = graph_of(buffer.sum)
-    works = {name: graph_of(work) for name, work in bench.contenders().items()}
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    rates = []
-    for number in range(rounds + 1):
-        rate = buffer.nbytes / device_seconds(read)
-        found = {name: device_seconds(work) / LAUNCHES for name, work in works.items()}
-        if number:  # the first warms up
-            rates.append(rate)
-            for name, value in found.items():
-                seconds[name].append(value)
+    works = {"read": read, **{name: graph_of(work) for name, work in bench.contenders().items()}}
+    found = in_rounds({name: partial(device_seconds, work) for name, work in works.items()}, rounds)
+    rates = [buffer.nbytes / s for s in found.pop("read")]
+    seconds = {name: [s / LAUNCHES for s in each] for name, each in found.items()}
     return {
         "model": bench.name,
         "columns": bench.columns,
@@ -139,9 +131,7 @@ def print_case(case: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    if not torch.cuda.is_available():
-        sys.exit("gpu_attention.py needs a CUDA device, and torch finds none")
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = cuda_device("gpu_attention.py")
     cases = []
     with torch.inference_mode():
         for name, columns in product(options.models, options.columns):
@@ -155,22 +145,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "calls": LAUNCHES,
         "cases": cases,
         "machine": bandwidth.machine(),
-        "torch": torch.__version__,
-        "moe_local": moe_local.__version__,
+        **versions(),
     }
-    if options.json:
-        write_atomically(options.json, [json.dumps(result, indent=1), "\n"])
-    print(json.dumps(result))
+    finish(result, options.json)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = parser_of(__doc__, rounds=12)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
     parser.add_argument("--columns", nargs="+", type=int, default=[1024, 4096, 16384], metavar="N")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(arguments)
 
 

@@ -21,22 +21,19 @@ The last line printed is one JSON object; --json also writes it to FILE.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from kernel_cases import Lent, Swiglu
 from ratio import Ratio
-from torch.nn import functional as F
+from report import cuda_device, finish, in_rounds, parser_of, versions
 
-import moe_local
-from moe_local.cache.files import write_atomically
 from moe_local.offload.kernels.contracts import LayerStep
 from moe_local.offload.kernels.expert import ExpertKernels
 from moe_local.offload.kernels.grouped import GroupedExperts, GroupedStep
@@ -73,29 +70,12 @@ class Shape(NamedTuple):
 SHAPES = {"mixtral-8x7b": Shape(4096, 14336, 8, 2), "qwen3-30b-a3b": Shape(2048, 768, 128, 8)}
 
 
-class Lease(NamedTuple):
-    expert: int
-    buffer: torch.Tensor
-    layout: Layout
-
-
-class SwiGLU:
-    has_gate, has_bias = True, False
-
-    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = hidden.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    def finish(self, output: torch.Tensor) -> torch.Tensor:
-        return output
-
-
 class Bench:
     """Steps of one shape and number of tokens, and their kernels by themselves."""
 
     def __init__(self, name: str, tokens: int, device: torch.device, format: str = "nf4") -> None:
         self.name, self.tokens, self.shape, self.format = name, tokens, SHAPES[name], format
-        self._math = SwiGLU()
+        self._math = Swiglu()
         shape = self.shape
         specs = [
             TensorSpec("gate_up_proj", (2 * shape.width, shape.hidden)),
@@ -186,7 +166,7 @@ class Bench:
         return OneByOne(self._each, self._math, self._x, routing, self._weights)
 
 
-def random_experts(layout: Layout, count: int, device: torch.device) -> list[Lease]:
+def random_experts(layout: Layout, count: int, device: torch.device) -> list[Lent]:
     """In one arena, weights about as large as a model's; the bytes are random, their sizes are not."""
     arena = torch.randint(0, 256, (count, layout.nbytes), dtype=torch.uint8, device=device)
     for buffer in arena:
@@ -198,7 +178,7 @@ def random_experts(layout: Layout, count: int, device: torch.device) -> list[Lea
                 view.view(torch.uint8).bitwise_and_(0xBF)  # no code of NaN
             elif layout.format == "mxfp4" and segment.part == "scale":
                 view.fill_(120)
-    return [Lease(expert, buffer, layout) for expert, buffer in enumerate(arena)]
+    return [Lent(expert, buffer, layout) for expert, buffer in enumerate(arena)]
 
 
 def graph_of(work: Callable[[], object]) -> Callable[[], object]:
@@ -235,17 +215,12 @@ def measure(bench: Bench, rounds: int) -> dict[str, Any]:
         sys.exit(f"{case}: error {error:.2g}, above {ERROR_LIMIT}; run the gpu tests")
     buffer = torch.ones(1 << 27, dtype=torch.int64, device="cuda")
     read = graph_of(buffer.sum)
-    kernels, whole = bench.kernels(), bench.whole()
-    seconds: dict[str, list[float]] = {name: [] for name in (*kernels, *whole)}
-    rates = []
-    for number in range(rounds + 1):
-        rate = buffer.nbytes / device_seconds(read)
-        found = {name: device_seconds(work) / LAUNCHES for name, work in kernels.items()}
-        found |= {name: wall_seconds(work) / LAUNCHES for name, work in whole.items()}
-        if number:  # the first warms up
-            rates.append(rate)
-            for name, value in found.items():
-                seconds[name].append(value)
+    works = {"read": partial(device_seconds, read)}
+    works |= {name: partial(device_seconds, work) for name, work in bench.kernels().items()}
+    works |= {name: partial(wall_seconds, work) for name, work in bench.whole().items()}
+    found = in_rounds(works, rounds)
+    rates = [buffer.nbytes / s for s in found.pop("read")]
+    seconds = {name: [s / LAUNCHES for s in each] for name, each in found.items()}
     nbytes = {"up": bench.nbytes("gate_up_proj"), "down": bench.nbytes("down_proj"), "combine": 0}
     nbytes["up, loads"] = nbytes["up"]
     total = nbytes["up"] + nbytes["down"]
@@ -293,9 +268,7 @@ def print_case(case: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    if not torch.cuda.is_available():
-        sys.exit("gpu_kernels.py needs a CUDA device, and torch finds none")
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = cuda_device("gpu_kernels.py")
     cases = []
     with torch.inference_mode():
         for name, format, tokens in product(options.models, options.formats, options.tokens):
@@ -311,24 +284,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "launches": LAUNCHES,
         "cases": cases,
         "machine": bandwidth.machine(),
-        "torch": torch.__version__,
         "triton": triton.__version__,
-        "moe_local": moe_local.__version__,
+        **versions(),
     }
-    if options.json:
-        write_atomically(options.json, [json.dumps(result, indent=1), "\n"])
-    print(json.dumps(result))
+    finish(result, options.json)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = parser_of(__doc__, rounds=12)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=[*SHAPES])
     parser.add_argument("--tokens", nargs="+", type=int, choices=range(1, 9), default=[1, 4], metavar="1..8")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["nf4"])
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(arguments)
 
 

@@ -89,10 +89,10 @@ def parts_of(layers: int, routes: Path | None) -> list[Part]:
         Part("kernels", 40, 90, script("gpu_kernels.py")),
         Part("weights", 50, 200, script("gpu_weights.py", *made, "--routes", demo)),
         Part("mixtral_recorded", 75, 150, recorded(*three, "--compare")),
-        Part("mixtral_recorded_25GBs", 75, 150, recorded(*three, "--compare"), slow_link),
+        Part("mixtral_recorded_25GBs", 115, 200, recorded(*three, "--compare"), slow_link),
         Part("resident", 45, 90, script("resident.py", "--vram", "24GiB", "--tokens", "64")),
         Part("qwen3_half_by_host", 40, 90, half(*six), by_host),
-        Part("qwen3_half", 70, 140, half(*three, "--compare"), by_device),
+        Part("qwen3_half", 80, 150, half(*three, "--compare"), by_device),
         Part("mixtral", 100, 200, mixtral("--workload", "single,long", *three, "--compare")),
         Part(
             "tests", 150, 300, [PYTHON, "-m", "pytest", "-q", "--tb=short", *tests, "-m", "gpu", "tests/gpu"]
@@ -105,7 +105,7 @@ def parts_of(layers: int, routes: Path | None) -> list[Part]:
         Part("mixtral_25GBs", 50, 120, mixtral("--workload", "single", *six), slow_link),
         Part("states", 30, 90, states("--tokens", "64", *three)),
         Part("prefill", 60, 150, prefill()),
-        Part("encode", 15, 60, script("encode.py", "--dtypes", "bf16", "--rounds", "6")),
+        Part("encode", 25, 60, script("encode.py", "--dtypes", "bf16", "--rounds", "4")),
     ]
     if routes is not None:
         csv = str(routes / "qwen3-30b-a3b_top6.csv")
@@ -127,8 +127,8 @@ def peer_parts(layers: int) -> list[Part]:
     # The cap does not bind llama.cpp: of 8 layers, one on the CPU is the least that keeps it to 6 GiB.
     on_cpu = [str(max(1, layers * eighths // 8)) for eighths in (1, 2, 3)]
     return [
-        Part("install", 300, 500, script("peers/install.py")),
-        Part("transformers", 110, 240, [*decode, "--peer", "transformers", "--tokens", "4", "--rounds", "6"]),
+        Part("install", 270, 480, script("peers/install.py")),
+        Part("transformers", 140, 240, [*decode, "--peer", "transformers", "--tokens", "4", "--rounds", "6"]),
         Part(
             "llama.cpp",
             90,

@@ -18,21 +18,18 @@ The last line printed is one JSON object; --json also writes it to FILE.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import statistics
 import sys
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from time import thread_time
 from typing import Any, cast
 
 import torch
+from report import finish, parser_of
 
 from moe_local.cache.expert_cache import ExpertCache
-from moe_local.cache.files import write_atomically
 from moe_local.cache.keys import ExpertKey
 from moe_local.cache.policies import POLICIES
 from moe_local.cache.routes import Phase, read_routes
@@ -224,14 +221,13 @@ def recorded(path: str, tokens: int) -> list[list[list[int]]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--routes", metavar="FILE", help="a recording of 48 layers")
     parser.add_argument("--policy", choices=list(POLICIES), default="adaptive")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     routes = options.routes
     tokens = (
@@ -263,10 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"by device  {1000 * before:.3f} + {1000 * counts:.3f} ms, and {1000 * meanwhile:.3f} meanwhile")
     for name, tenth in result["tenth_ms"].items():
         print(f"a tenth of a token on {name}: {tenth:.3f} ms")
-    text = json.dumps(result)
-    if options.json:
-        write_atomically(options.json, [text, "\n"])
-    print(text)
+    finish(result, options.json)
     return 0
 
 

@@ -30,10 +30,8 @@ The last line printed is one JSON object; --json also writes it to FILE.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import platform
 import random
 import statistics
 import sys
@@ -47,9 +45,8 @@ from kernel_cases import EXPERT, EXPERTS, KERNELS, PEERS, TORCH, Bench, Case, us
 from kernel_targets import verdicts
 from kernel_weights import copies_beyond_cache, last_cache_bytes
 from ratio import Ratio
+from report import finish, parser_of, versions
 
-import moe_local
-from moe_local.cache.files import write_atomically
 from moe_local.offload.native.library import ISAS, library
 from moe_local.offload.plan import bandwidth
 from moe_local.offload.plan.bandwidth import read_sum
@@ -223,13 +220,9 @@ def report(options: argparse.Namespace, cases: Sequence[Case], reader: Reader, l
         "targets": found,
         "load": list(load),
         "machine": bandwidth.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "moe_local": moe_local.__version__,
+        **versions(),
     }
-    if options.json:
-        write_atomically(options.json, [json.dumps(result, indent=1), "\n"])
-    print(json.dumps(result))
+    finish(result, options.json)
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
@@ -269,18 +262,16 @@ def brief(ratio: dict[str, Any]) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__, rounds=32)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--isas", nargs="+", choices=ISAS, help="default: all that this processor has")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 16, 128])
     parser.add_argument("--width", type=int, default=4096, help="of the model")
     parser.add_argument("--hidden", type=int, default=14336, help="of an expert")
-    parser.add_argument("--rounds", type=int, default=32)
     parser.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores"
     )
-    parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(arguments)
     for name in ("rounds", "threads"):
         if getattr(options, name) < 1:

@@ -21,9 +21,7 @@ The last line printed is one JSON object; --json also writes it to FILE.
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report import finish, parser_of
 
 import moe_local
 from moe_local.cache.expert_cache import ExpertCache
-from moe_local.cache.files import write_atomically
 from moe_local.cache.routes import Phase, read_routes
 from moe_local.demo.corpus import Corpus
 from moe_local.offload.prefetch.calibrate import calibrate
@@ -253,17 +251,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "scores": [{name: getattr(s, name) for name in Score.__slots__} for s in scores],
         "moe_local": moe_local.__version__,
     }
-    if options.json:
-        write_atomically(options.json, [json.dumps(result, indent=1), "\n"])
-    print(json.dumps(result), file=sys.stdout)
+    finish(result, options.json)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--routes", type=Path, help="a recording (route_trace v1) instead of the demo model")
     parser.add_argument("--slots", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--tokens", type=int, default=4000, help="of the demo model")
-    parser.add_argument("--json", metavar="FILE")
     return parser.parse_args(arguments)
 
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import statistics
 import sys
@@ -36,10 +35,10 @@ from pathlib import Path
 from typing import Any
 
 from ratio import Ratio, median_interval
+from report import finish, parser_of
 from slow_reads import SlowReads, slow_reads
 
 import moe_local
-from moe_local.cache.files import write_atomically
 from moe_local.cache.keys import parse_bytes
 from moe_local.offload.plan import bandwidth
 from moe_local.offload.tiers.transfer import FileSource
@@ -182,9 +181,7 @@ def report(options: argparse.Namespace, ways: Sequence[Way], link: SlowReads) ->
         "machine": bandwidth.machine(),
         "moe_local": moe_local.__version__,
     }
-    if options.json:
-        write_atomically(options.json, [json.dumps(result, indent=1), "\n"])
-    print(json.dumps(result))
+    finish(result, options.json)
 
 
 SHARES = (("accuracy", 9), ("covered", 8))
@@ -198,7 +195,7 @@ def worth(stats: dict[str, Any]) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__, rounds=9)
     parser.add_argument("model", help="an alias, a Hub id or a folder")
     parser.add_argument("--link", default="2GB", help="bytes a second, cache or disk; default 2GB")
     parser.add_argument("--slots", type=int, default=4)
@@ -207,8 +204,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--settle", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(arguments)
     if options.tokens < 2 or options.rounds < 1 or options.settle < 0:
         parser.error("use --tokens 2 and --rounds 1 at least, and --settle 0 or more")

@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -39,10 +38,10 @@ from contenders import spread
 from decode import choose_model, machine, model_flags, prompt_ids, write_synthetic
 from made import Made
 from ratio import Ratio
+from report import finish, parser_of
 
 import moe_local
 from moe_local.cache.errors import MoeLocalError
-from moe_local.cache.files import write_atomically
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import resolve
@@ -239,9 +238,7 @@ def report(options: argparse.Namespace, ways: Sequence[Way]) -> None:
         "old_over_ring": gains,
         "machine": machine(ways[0].model),
     }
-    if options.json:
-        write_atomically(options.json, [json.dumps(result, indent=1), "\n"])
-    print(json.dumps(result))
+    finish(result, options.json)
 
 
 def row(way: Way, resident: Way, tokens: int) -> dict[str, Any]:
@@ -271,7 +268,7 @@ def over(old: Way, ring: Way, tokens: int) -> Ratio:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__, rounds=7)
     model_flags(parser)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--slots", type=int, nargs="+", default=[2])
@@ -285,8 +282,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vram")
     parser.add_argument("--ram")
     parser.add_argument("--cached", action="store_true", help="read through the page cache")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(arguments)
     choose_model(parser, options)
     if options.rounds < 1:

@@ -23,7 +23,6 @@ The last line printed is one JSON object; --json also writes it to FILE.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import tempfile
@@ -33,10 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report import finish, parser_of
 from torch.nn import functional
 
 import moe_local
-from moe_local.cache.files import write_atomically
 from moe_local.offload.allocation.allocate import best_mix
 from moe_local.offload.allocation.expected import candidates
 from moe_local.offload.allocation.measure import Measurement, read_text
@@ -330,7 +329,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("model")
     parser.add_argument("--text", type=Path, help="a text to judge by")
     parser.add_argument("--calibrate", type=Path, help="a text to choose by")
@@ -339,18 +338,14 @@ def main() -> None:
     parser.add_argument(
         "--bits", type=float, nargs="*", default=[2.75, 3.0, 3.25, 3.5, 3.75, 4.5, 5.0, 6.0, 7.0]
     )
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     document = measure(options)
     for pair in document["pairs"]:
         print(f"{pair['mix']:22s} KL {pair['ratio']:.2f} ({pair['low']:.2f} to {pair['high']:.2f}) of even")
-    text = json.dumps(document)
-    if options.json:
-        write_atomically(options.json, [text, "\n"])
     if options.plot:
         draw(document, options.plot)
-    print(text)
+    finish(document, options.json)
 
 
 if __name__ == "__main__":

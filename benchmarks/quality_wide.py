@@ -17,15 +17,12 @@ The last line printed is one JSON object; --json also writes it to FILE.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-from pathlib import Path
 from typing import Any
 
 import torch
+from report import finish, parser_of
 
-from moe_local.cache.files import write_atomically
 from moe_local.offload.allocation.allocate import best_mix
 from moe_local.offload.allocation.errors import expert_errors
 from moe_local.offload.allocation.expected import candidates
@@ -119,9 +116,8 @@ def compare(spec: ModelSpec, sensitivity: Sensitivity, formats: list[str]) -> li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="mixtral-8x7b", help="whose shape")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     config = config_of(options.model)
     spec = model_spec(config)
@@ -134,10 +130,7 @@ def main() -> None:
     for name, skew in (("even use", None), ("skewed use", 0.65)):
         print(name)
         document[name] = compare(spec, made_model(spec, few, skew), chosen)
-    text = json.dumps(document)
-    if options.json:
-        write_atomically(options.json, [text, "\n"])
-    print(text)
+    finish(document, options.json)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ The last line printed is one JSON object; --json also writes it to FILE.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from contenders import spread
 from decode import prompt_ids
 from made import Made
 from ratio import Ratio
-from report import finish, parser_of, with_rounds
+from report import cuda_device, finish, parser_of
 
 import moe_local
 from moe_local.cache.errors import MoeLocalError
@@ -136,8 +135,7 @@ def measure(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    if not torch.cuda.is_available():
-        sys.exit("resident.py needs a CUDA device, and torch finds none")
+    cuda_device("resident.py")
     try:
         made = Made(options.made, options.layers)
         vram = {"vram": options.vram} if options.vram else {}
@@ -160,13 +158,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, rounds=12)
     parser.add_argument("--made", default="qwen3-30b-a3b", metavar="NAME", help="as bench's --synthetic")
     parser.add_argument("--layers", type=int, help="default: all")
     parser.add_argument("--vram", help="of the card; default: what is free")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
-    return with_rounds(parser, 12).parse_args(arguments)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

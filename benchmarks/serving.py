@@ -36,9 +36,9 @@ from typing import Any
 
 from decode import write_synthetic
 from ratio import Ratio
+from report import finish, parser_of
 
 import moe_local
-from moe_local.cache.files import write_atomically
 from moe_local.cache.stats import Stats
 from moe_local.cli.server.app import Limits, Server
 from moe_local.cli.server.web import Web
@@ -218,13 +218,11 @@ def report(options: argparse.Namespace, model: moe_local.Model, cases: list[Case
         "machine": platform.platform(),
         "processor": platform.processor() or platform.machine(),
     }
-    if options.json:
-        write_atomically(options.json, [json.dumps(result, indent=1), "\n"])
-    print(json.dumps(result))
+    finish(result, options.json)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = parser_of(__doc__, rounds=7)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--synthetic", help="a model of random weights instead, by the name of its shape")
     parser.add_argument("--layers", type=int, help="of the synthetic model")
@@ -232,12 +230,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, help="in a round; default: as many as the most clients")
     parser.add_argument("--prompt-tokens", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--slots", type=int)
     parser.add_argument("--vram")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dense", default="auto")
-    parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(arguments)
     if (options.model is None) == (options.synthetic is None):
         parser.error("give either MODEL or --synthetic")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,32 +13,12 @@ import torch
 from moe_local.offload.native.library import ISAS, library
 
 
-@pytest.fixture
-def run(
-    import_benchmark: Callable[[str], ModuleType],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> Callable[..., dict[str, Any]]:
-    """run("encode", *arguments) -> what it printed last, which it has written to a file as well."""
-    monkeypatch.setenv("MOE_LOCAL_HOME", str(tmp_path))
-
-    def run(name: str, *arguments: str) -> dict[str, Any]:
-        file = tmp_path / "result.json"
-        import_benchmark(name).main([*arguments, "--json", str(file)])
-        document: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert json.loads(file.read_text()) == document
-        return document
-
-    return run
-
-
-def test_everybody_encodes_the_same_bytes(run: Callable[..., dict[str, Any]]) -> None:
+def test_everybody_encodes_the_same_bytes(finished: Callable[..., dict[str, Any]]) -> None:
     compiled = library()
     isas = set() if compiled is None else {*ISAS[: compiled.moe_best_isa() + 1]}
     gpu = {"cuda"} if torch.cuda.is_available() else set()
     size = ("--rows", "70", "--cols", "192", "--rounds", "2")
-    document = run("encode", *size, "--dtypes", "bf16", "fp16", "fp32")
+    document = finished("encode", *size, "--dtypes", "bf16", "fp16", "fp32")
     assert set(document["dtypes"]) == {"bf16", "fp16", "fp32"}
     for table in document["dtypes"].values():
         assert set(table) == {*isas, *gpu, "torch", "bitsandbytes", "read", *(["blocks"] if isas else [])}
@@ -49,7 +28,7 @@ def test_everybody_encodes_the_same_bytes(run: Callable[..., dict[str, Any]]) ->
 
 
 def test_other_bytes_end_it(
-    run: Callable[..., dict[str, Any]],
+    finished: Callable[..., dict[str, Any]],
     import_benchmark: Callable[[str], ModuleType],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -62,12 +41,12 @@ def test_other_bytes_end_it(
 
     monkeypatch.setattr(encode, "by_bitsandbytes", other)
     with pytest.raises(SystemExit, match="does not encode to the bytes of bitsandbytes"):
-        run("encode", "--rows", "2", "--cols", "64", "--rounds", "1")
+        finished("encode", "--rows", "2", "--cols", "64", "--rounds", "1")
 
 
-def test_a_conversion_and_its_floor(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_a_conversion_and_its_floor(finished: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """They move the same bytes, and nothing but the checkpoint is left."""
-    document = run("conversion", "--synthetic", "mixtral-tiny", "--layers", "2", "--rounds", "2")
+    document = finished("conversion", "--synthetic", "mixtral-tiny", "--layers", "2", "--rounds", "2")
     assert (document["layers"], document["experts"], len(document["rounds"])) == (2, 16, 2)
     for found in document["rounds"]:
         assert found["bytes_read"] == 16 * 3 * 64 * 128 * 2

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 
-def test_together_and_one_at_a_time(
-    import_benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [
-        "demo",
-        "--slots",
-        "3",
-        "--device",
-        "cpu",
-        "--dense",
-        "fp32",
-        "--clients",
-        "3",
-        "--rounds",
-        "1",
-    ]
-    arguments += ["--tokens", "4", "--prompt-tokens", "8", "--json", str(tmp_path / "result.json")]
-    import_benchmark("serving").main(arguments)
-    lines = capsys.readouterr().out.splitlines()
-    result = json.loads(lines[-1])
-    assert json.loads((tmp_path / "result.json").read_text()) == result
+def test_together_and_one_at_a_time(finished: Any) -> None:
+    model = ("demo", "--slots", "3", "--device", "cpu", "--dense", "fp32")
+    short = ("--clients", "3", "--rounds", "1", "--tokens", "4", "--prompt-tokens", "8")
+    result = finished("serving", *model, *short)
     one, three = result["rows"]
     assert (one["clients"], three["clients"], result["requests"]) == (1, 3, 3)
     assert one["ratio"]["median"] == 1
