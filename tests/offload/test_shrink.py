@@ -160,7 +160,7 @@ def test_only_the_card_that_is_short_gives_way(make_rig: Make, make_device: Make
 def test_any_sequence_of_events_and_shrinks(
     make_rig: Make, make_device: Make, any_scheduler: Make, mode: str, lazy: bool, seed: int
 ) -> None:
-    """Needs, prefetches, leases over several steps and shrinks, in any order, on one card or two."""
+    """Needs, prompts, prefetches, leases over several steps and shrinks, in any order, on one card or two."""
     rng = random.Random(seed)
     two = [make_device(seed, lazy=lazy), make_device(seed + 1, lazy=lazy)]
     cards = [two[0], two[rng.randrange(2)], two[1]]
@@ -175,12 +175,17 @@ def test_any_sequence_of_events_and_shrinks(
         device=device,
         scheduler=scheduler,
         sized=seed % 5 < 2,
+        staging=rng.choice((0, 2, 3)),
     )
     held: list[ExpertKey] = []
     for _ in range(60):
         layer, expert = rng.randrange(3), rng.randrange(8)
         what = rng.random()
-        if what < 0.35 and not held:
+        if what < 0.1 and not held and rig.store.prefill is not None:
+            rig.store.prefill.begin(1, rng.choice((40, 3000)))
+            needed = rng.sample(range(8), rng.randint(1, 8))
+            rig.step(layer, needed, None, needed[: rng.randrange(3)])
+        elif what < 0.35 and not held:
             rig.step(layer, rng.sample(range(8), rng.randint(1, 5)))
         elif what < 0.45 and len(held) < 2 and not rig.tier.cache.shortage(layer, [expert]):
             acquired = rig.tier.cache.acquire(layer, [expert])
