@@ -7,6 +7,7 @@ import torch
 
 from moe_local.cache.errors import OptionError
 from moe_local.offload import options
+from moe_local.offload.gpu import usable
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.prefetch.names import prefetchers
 from moe_local.offload.quantize.codec import codecs
@@ -72,6 +73,7 @@ def test_vram_without_a_gpu(monkeypatch):
 
 def test_the_device_must_be_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(usable, "unusable", lambda index: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert LoadOptions().torch_device() == torch.device("cuda:1")
@@ -138,6 +140,7 @@ def test_vram_of_cards_that_cannot_be(given: object, message: str) -> None:
 
 def test_all_cards_may_be_used_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(usable, "unusable", lambda index: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     one, two, three = (torch.device("cuda", index) for index in range(3))

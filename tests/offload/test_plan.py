@@ -12,6 +12,7 @@ from moe_local.cache.errors import DoesNotFitError, OptionError
 from moe_local.cache.keys import parse_bytes
 from moe_local.offload.checkpoint.hub import config_of
 from moe_local.offload.checkpoint.spec import ModelSpec, meta_model, model_spec
+from moe_local.offload.gpu import usable
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan import estimate, footprint, placement
 from moe_local.offload.plan.bandwidth import Bandwidths
@@ -372,6 +373,7 @@ class TestFit:
 
     def test_a_gpu_is_planned_as_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(usable, "unusable", lambda index: None)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A card")

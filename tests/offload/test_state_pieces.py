@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -32,23 +33,34 @@ FAMILIES = ["qwen3_next", "qwen3_5_moe", "lfm2_moe", *SCANNED]
 TOKENS = 90
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def plain(family: str, tiny_models: ModuleType) -> Any:
-    """As transformers makes it."""
-    return tiny_models.tiny_model(family)
+def made(tiny_models: ModuleType) -> Callable[[str], tuple[Any, Any]]:
+    """Of a family: the model as transformers makes it, and in pieces. Each is made once."""
+
+    @functools.cache
+    def pair(family: str) -> tuple[Any, Any]:
+        plain = tiny_models.tiny_model(family)
+        hf = copy.deepcopy(plain)
+        use_state_pieces(hf)
+        assert layers(hf)
+        return plain, hf
+
+    return pair
 
 
-@pytest.fixture(scope="module")
-def hf(plain: Any) -> Any:
-    model = copy.deepcopy(plain)
-    use_state_pieces(model)
-    assert layers(model)
-    return model
+@pytest.fixture
+def plain(family: str, made: Callable[[str], tuple[Any, Any]]) -> Any:
+    return made(family)[0]
+
+
+@pytest.fixture
+def hf(family: str, made: Callable[[str], tuple[Any, Any]]) -> Any:
+    return made(family)[1]
 
 
 def layers(model: Any) -> list[Any]:
@@ -114,7 +126,7 @@ class Largest(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize("family", SCANNED, scope="module")
+@pytest.mark.parametrize("family", SCANNED)
 def test_no_state_is_kept_for_every_token(plain: Any, hf: Any) -> None:
     cut(hf, SHORTEST)
     states = 512 * min(map(module_under_test.state_numel, layers(hf)))
@@ -128,7 +140,7 @@ def test_no_state_is_kept_for_every_token(plain: Any, hf: Any) -> None:
     assert pieces.numel < min(states, 250_000) < whole.numel
 
 
-@pytest.mark.parametrize("family", ["jamba"], scope="module")
+@pytest.mark.parametrize("family", ["jamba"])
 def test_a_scan_that_forgets_is_replaced(plain: Any, hf: Any) -> None:
     """transformers' begins at zero when it gets several tokens after a state: a prompt was one forward."""
     assert forgets_states(plain)
