@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from moe_local.cache.errors import MoeLocalError
@@ -57,8 +57,8 @@ class TokenStream(Iterator[Token]):
         self._retired: str | None = None
         self._has_turn = False
         self._tally = Tally(0.0, 0, 0, 0, 0)
-        self._counts: Stats | None = None
-        self._before: Stats | None = None
+        self._count: Callable[[], Stats] = Stats
+        """Since its first step, until it was closed."""
         self._began = self._first = self._last = 0.0
 
     @property
@@ -89,6 +89,7 @@ class TokenStream(Iterator[Token]):
 
     def _refuse(self) -> NoReturn:
         """To a thread that asks for a token while another one makes it, or closes the stream."""
+        self._turn.check_process()
         if self._closing and self._retired is None:
             raise StopIteration
         raise MoeLocalError(
@@ -111,6 +112,8 @@ class TokenStream(Iterator[Token]):
 
     def close(self) -> None:
         """Stop generating, after the step under way; the model is free for others. Idempotent. Any thread."""
+        if self._turn.lost:  # a fork's copy: whoever made a token there is gone, and never lets go of it
+            return
         self._closing = True
         with self._using:
             self._close()
@@ -120,12 +123,13 @@ class TokenStream(Iterator[Token]):
             return
         with interrupt.deferred():
             self._closed = True
+            counts = Stats()
             try:
                 if self._sequence is not None:
                     self._engine.leave(self._sequence)
-                if self._before is not None:
-                    self._counts = self._store.snapshot() - self._before
+                counts = self._count()
             finally:
+                self._count = lambda: counts
                 if self._has_turn:
                     self._turn.end()
                 del self._engine, self._store  # a record that is kept keeps no model
@@ -152,16 +156,13 @@ class TokenStream(Iterator[Token]):
 
     @property
     def stats(self) -> GenerationStats:
-        """Figures of the tokens so far."""
-        counts = self._counts
-        if counts is None:
-            counts = self._store.snapshot() - self._before if self._before and not self._closed else Stats()
+        """Figures of the tokens so far. Any thread."""
         return GenerationStats(
             prompt_tokens=len(self._prompt_ids),
             new_tokens=len(self.token_ids),
             ttft_s=max(0.0, self._first - self._began),
             decode_s=max(0.0, self._last - self._first),
-            counts=counts,
+            counts=self._count(),
         )
 
     def output(self) -> Output:
@@ -176,7 +177,8 @@ class TokenStream(Iterator[Token]):
             return False
         self._has_turn = True
         self._began = time.perf_counter()
-        self._before = self._store.snapshot()
+        store, before = self._store, self._store.snapshot()
+        self._count = lambda: store.snapshot() - before
         self._tally = self._store.tally()
         self._sequence = self._engine.join(self._prompt_ids, self._settings, reuse=True)
         return True

@@ -39,7 +39,7 @@ class Turn:
         Raises MoeLocalError if this thread has it already (an earlier stream was neither finished nor
         closed), nobody can have it or this is a fork's copy, KeyboardInterrupt for a Ctrl-C while waiting.
         """
-        self._check_process()
+        self.check_process()
         if self.mine:
             raise MoeLocalError(
                 "the model is in the middle of another answer; finish its stream or close() it first"
@@ -56,7 +56,7 @@ class Turn:
 
     def carry_on(self) -> None:
         """The turn is this thread's from now on: a pool may drive a stream, each token in another thread."""
-        self._check_process()
+        self.check_process()
         self._owner = threading.get_ident()
 
     def end(self) -> None:
@@ -64,7 +64,8 @@ class Turn:
         self._owner = None
         self._lock.release()
 
-    def _check_process(self) -> None:
+    def check_process(self) -> None:
+        """Raises MoeLocalError in a fork."""
         if self.lost:
             raise MoeLocalError(
                 f"the model was loaded in process {self._process}, and a fork has no threads to run it; "

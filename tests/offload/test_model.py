@@ -379,6 +379,48 @@ def test_a_forks_copy_says_what_it_is(model: moe_local.Model) -> None:
     assert answer(model, "the token", 5).token_ids == expected
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_forks_copy_waits_for_no_token_of_a_thread_that_it_has_not(model: moe_local.Model) -> None:
+    engine = model.parts.engine
+    inside, go_on, step = threading.Event(), threading.Event(), engine.step
+
+    def slowly() -> Any:
+        inside.set()
+        assert go_on.wait(60)
+        return step()
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(engine, "step", slowly)
+        stream = model.stream("the token", max_new_tokens=5, **ENDLESS)
+        reading = pool.submit(list, stream)
+        assert inside.wait(20)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            try:
+                next(stream)
+            except MoeLocalError as error:
+                stream.close()
+                os._exit(7 if "a fork has no threads" in str(error) else 1)
+            os._exit(2)
+        _, status = os.waitpid(child, 0)
+        go_on.set()
+        assert len(reading.result(20)) == 5
+    assert os.waitstatus_to_exitcode(status) == 7
+
+
+def test_figures_can_be_looked_at_while_a_stream_is_closed(model: moe_local.Model) -> None:
+    stream = model.stream("the token", max_new_tokens=5, **ENDLESS)
+    next(stream)
+    engine, leave, seen = model.parts.engine, model.parts.engine.leave, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "leave", lambda sequence: (seen.append(stream.stats), leave(sequence)))
+        stream.close()
+    assert seen == [stream.stats]
+    assert stream.stats.counts.hits + stream.stats.counts.misses > 0
+
+
 def test_a_model_is_not_copied(model: moe_local.Model) -> None:
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(MoeLocalError, match="cannot be copied or pickled; load"):
