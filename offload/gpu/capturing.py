@@ -5,6 +5,9 @@ and until that is complete nobody else may draw from its global generator or rep
 looks at that generator (both raise), nor have its allocator give memory back to the driver. All that takes
 `alone`, which whoever captures holds, and is waited for some milliseconds, or for a token that is captured.
 So does what is not to run beside a session, which has a stream of its own.
+
+And nobody waits for a whole device (`torch.cuda.synchronize`), which spoils a capture in any thread, but for
+streams.
 """
 
 from __future__ import annotations

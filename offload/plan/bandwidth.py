@@ -233,7 +233,7 @@ def _fastest(work: Callable[[], object], device: torch.device | None = None) -> 
 
 def _synchronize(device: torch.device | None) -> None:
     if device is not None:
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _write_for(descriptor: int, nbytes: int, seconds: float) -> int:

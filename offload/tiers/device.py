@@ -324,10 +324,10 @@ def copy_rate(memory: torch.Tensor) -> float | None:
     try:
         target = torch.empty_like(source, device="cuda")
         target.copy_(source.zero_())
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
         start = time.perf_counter()
         target.copy_(source)
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
     except RuntimeError:  # torch's errors of a device are RuntimeErrors, lack of memory among them
         return None
     return source.numel() / (time.perf_counter() - start)

@@ -11,8 +11,9 @@ import torch
 
 from moe_local.offload.engine.graphs import CudaGraphs
 from moe_local.offload.engine.sampling import draw
+from moe_local.offload.plan.bandwidth import h2d_bandwidth
 from moe_local.offload.tiers.arena import HostArena
-from moe_local.offload.tiers.device import CudaDevice
+from moe_local.offload.tiers.device import CudaDevice, HostMemory, copy_rate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,6 +95,29 @@ def test_models_in_two_threads_capture_and_draw(device: CudaDevice) -> None:
     for thread in threads:
         thread.join(60)
     assert errors == []
+
+
+def test_a_link_is_measured_while_another_thread_captures(device: CudaDevice) -> None:
+    card, rates = device.torch_device, list[float]()
+    graphs, x = CudaGraphs(card), torch.ones(1000, device=card)
+    memory = HostMemory(NBYTES)
+    with graphs.session():
+        graphs.begin()
+        y = x * 3
+
+        def measure() -> None:
+            rates.append(h2d_bandwidth(card))
+            rates.append(copy_rate(memory.tensor) or 0)
+
+        other = threading.Thread(target=measure)
+        other.start()
+        other.join(60)
+        graph = graphs.end()
+    graph.replay()
+    assert y.unique().tolist() == [3]
+    assert len(rates) == 2
+    assert all(rates)
+    memory.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")

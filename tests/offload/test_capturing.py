@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,6 +121,13 @@ def test_what_a_capture_elsewhere_forbids_waits_for_its_end(stream: Stream) -> N
     own = torch.Generator().manual_seed(1)
     with alone:  # no capture knows of that generator
         assert elsewhere(lambda: draw(even, own)).wait(100)
+
+
+def test_nobody_waits_for_a_whole_device(repository: Path) -> None:
+    """CUDA takes that for a wait for what is being captured, whatever the thread."""
+    sources = [path for room in ("offload", "cli") for path in (repository / room).rglob("*.py")]
+    assert len(sources) > 100
+    assert [path for path in sources if "cuda.synchronize(" in path.read_text(encoding="utf-8")] == []
 
 
 def test_no_copy_is_on_the_stream_of_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
