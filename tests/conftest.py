@@ -232,6 +232,12 @@ def fake_graphs() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def engine_runs() -> ModuleType:
+    """tests/engine_runs.py: `answered_at_random(engine, prompts, ...)`, `check_alone(hf, sequences)`."""
+    return load_module(Path(__file__).parent / "engine_runs.py")
+
+
+@pytest.fixture(scope="session")
 def plain_experts() -> ModuleType:
     """tests/plain_experts.py: `offloaded(hf)`, a model whose OffloadedExperts are run by `hf.runner`."""
     return load_module(Path(__file__).parent / "plain_experts.py")

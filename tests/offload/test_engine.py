@@ -112,29 +112,12 @@ def test_a_prompt_of_thousands_in_chunks(mixtral: Any, tiny_models: ModuleType) 
 
 @hypothesis_settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 10**6))
-def test_joining_and_leaving_changes_nobody(mixtral: Any, seed: int) -> None:
+def test_joining_and_leaving_changes_nobody(mixtral: Any, engine_runs: ModuleType, seed: int) -> None:
     chance = random.Random(seed)
     engine = Engine(mixtral, make_kv(mixtral, 3, 40), chunk=5)
     waiting = [random_ids(chance.randint(1, 20), seed=seed + index) for index in range(6)]
-    running: list[Sequence] = []
-    done: list[Sequence] = []
-    while waiting or running:
-        if waiting and engine.free_rows and chance.random() < 0.5:
-            settings = greedy(mixtral, chance.randint(1, 8))
-            running.append(engine.join(waiting.pop(), settings, reuse=chance.random() < 0.5))
-        engine.step()
-        engine.check_integrity()
-        for sequence in list(running):
-            if sequence.finish_reason or chance.random() < 0.03:
-                engine.leave(sequence)
-                running.remove(sequence)
-                done.append(sequence)
-    for sequence in done:
-        alone = sequence.ids[: sequence.prompt_len]
-        for token in sequence.new_ids:
-            with torch.inference_mode():
-                assert token == int(mixtral(input_ids=torch.tensor([alone])).logits[0, -1].argmax())
-            alone.append(token)
+    done = engine_runs.answered_at_random(engine, waiting, chance, most=8)
+    engine_runs.check_alone(mixtral, done)
 
 
 def test_rows_are_served_in_turn(mixtral: Any) -> None:

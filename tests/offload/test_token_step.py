@@ -154,7 +154,9 @@ def test_bf16(tiny_models: ModuleType, plain_experts: ModuleType, fake_graphs: M
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 6))])
-def test_joining_leaving_and_reuse_change_nobody(either: Any, fake_graphs: ModuleType, seed: int) -> None:
+def test_joining_leaving_and_reuse_change_nobody(
+    either: Any, engine_runs: ModuleType, fake_graphs: ModuleType, seed: int
+) -> None:
     """Rows move into holes, are shortened and taken over; each has graphs of its own."""
     chance = random.Random(seed)
     graphs = fake_graphs.FakeGraphs()
@@ -164,25 +166,9 @@ def test_joining_leaving_and_reuse_change_nobody(either: Any, fake_graphs: Modul
     waiting = [
         [*common[: chance.randrange(9)], *random_ids(chance.randint(1, 9), seed + n)] for n in range(6)
     ]
-    running: list[Sequence] = []
-    done: list[Sequence] = []
-    while waiting or running:
-        if waiting and engine.free_rows and chance.random() < 0.4:
-            settings = greedy(either, chance.randint(1, 16))
-            running.append(engine.join(waiting.pop(), settings, reuse=chance.random() < 0.7))
-        engine.step()
-        engine.check_integrity()
-        for sequence in list(running):
-            if sequence.finish_reason or chance.random() < 0.03:
-                engine.leave(sequence)
-                running.remove(sequence)
-                done.append(sequence)
+    done = engine_runs.answered_at_random(engine, waiting, chance, most=16)
     assert graphs.replays > graphs.captures > 0
-    for sequence in done:
-        with torch.inference_mode():
-            logits = either(input_ids=torch.tensor([sequence.ids[:-1] or sequence.ids])).logits[0]
-        want = logits[sequence.prompt_len - 1 :].argmax(-1).tolist()
-        assert sequence.new_ids == want[: len(sequence.new_ids)]
+    engine_runs.check_alone(either, done)
 
 
 @pytest.mark.parametrize("error", [MoeLocalError, KeyboardInterrupt])

@@ -1,0 +1,46 @@
+"""Sequences that come and go, against the model alone."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+
+from moe_local.offload.engine.engine import Engine
+from moe_local.offload.engine.sampling import make_settings
+from moe_local.offload.engine.sequence import Sequence
+
+
+def answered_at_random(
+    engine: Engine, waiting: list[list[int]], chance: random.Random, *, most: int
+) -> list[Sequence]:
+    """All `waiting` prompts, which joined, sometimes where another had left, and left, sometimes half-way.
+
+    Each was to have 1 to `most` tokens; `waiting` is empty afterwards.
+    """
+    running: list[Sequence] = []
+    done: list[Sequence] = []
+    while waiting or running:
+        if waiting and engine.free_rows and chance.random() < 0.4:
+            settings = make_settings(
+                engine.hf, [1], max_new_tokens=chance.randint(1, most), eos_token_id=None
+            )
+            running.append(engine.join(waiting.pop(), settings, reuse=chance.random() < 0.7))
+        engine.step()
+        engine.check_integrity()
+        for sequence in list(running):
+            if sequence.finish_reason or chance.random() < 0.03:
+                engine.leave(sequence)
+                running.remove(sequence)
+                done.append(sequence)
+    return done
+
+
+def check_alone(hf: Any, sequences: list[Sequence]) -> None:
+    """Their tokens are those that the model itself finds the likeliest."""
+    for sequence in sequences:
+        with torch.inference_mode():
+            logits = hf(input_ids=torch.tensor([sequence.ids[:-1] or sequence.ids])).logits[0]
+        want = logits[sequence.prompt_len - 1 :].argmax(-1).tolist()
+        assert sequence.new_ids == want[: len(sequence.new_ids)]
