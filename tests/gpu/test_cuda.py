@@ -620,7 +620,8 @@ def test_experts_give_way_to_graphs(
 def test_two_cards_give_the_ids_of_one(
     make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
-    """From graphs of both; nothing that was captured names another card's memory, or the ids would differ."""
+    """The prompt through a ring on both, tokens from graphs of both: were anything that is read or captured
+    another card's memory, the ids would differ."""
     monkeypatch.setenv("MOE_LOCAL_GRAPHS", "on")
     folder, found = make_checkpoint(model_type), []
     for device, vram in (("cuda:0", "2GiB"), ("cuda", "2x2GiB")):
@@ -628,6 +629,7 @@ def test_two_cards_give_the_ids_of_one(
             folder, device=device, vram=vram, slots=3, experts="fp32", dense="fp32", miss="fetch"
         ) as model:
             assert len(model.plan.cards) == (0 if device == "cuda:0" else 2)
+            assert model.plan.vram_staging >= 2
             out = model.generate(list(range(3, 60)), max_new_tokens=32, do_sample=False, eos_token_id=None)
             found.append(out.token_ids)
             model.check_integrity()
