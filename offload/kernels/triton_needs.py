@@ -22,13 +22,16 @@ def remedy(error: Exception | None = None) -> str:
     """
     if error is not None and any(word in str(error) for word in ("ldconfig", "libcuda")):
         return "set TRITON_LIBCUDA_PATH to the folder that libcuda.so.1 is in"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         return "set TRITON_CACHE_DIR to a folder that can be written and has room"
     if importlib.util.find_spec("triton") is None:
         return "pip install triton-windows" if sys.platform == "win32" else "pip install triton"
     if sys.platform == "win32":  # triton-windows brings its compiler
         return "pip install --upgrade triton-windows"
-    if not os.environ.get("CC") and not any(map(shutil.which, C_COMPILERS)):
+    named = os.environ.get("CC")
+    if named and shutil.which(named) is None:
+        return f"set CC to a C compiler, or unset it: there is no {named}, with which Triton compiles"
+    if not named and not any(map(shutil.which, C_COMPILERS)):
         return "install a C compiler (gcc), which Triton compiles with"
     if not headers().exists():
         return (

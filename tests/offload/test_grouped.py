@@ -284,6 +284,14 @@ def test_what_keeps_triton_from_running_is_told_from_its_error(error: Exception,
     assert said in triton_needs.remedy(error)
 
 
+def test_a_compiler_that_is_named_and_not_there_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_needs.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(triton_needs.sys, "platform", "linux")
+    monkeypatch.setenv("CC", "/nowhere/gcc-99")
+    error = FileNotFoundError(2, "No such file or directory", "/nowhere/gcc-99")
+    assert "set CC to a C compiler, or unset it: there is no /nowhere/gcc-99" in triton_needs.remedy(error)
+
+
 class OnGpu:
     """What `serves` looks at of a tensor."""
 
