@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from moe_local.offload.dense.split_attention import attend_in_parts, parts_of
 from moe_local.offload.modeling.class_source import class_source
+from moe_local.offload.modeling.masks import single_query_mask
 
 NAME = "sdpa_single_query"
 """As which transformers knows `single_query_attention`."""
@@ -19,7 +20,6 @@ NAME = "sdpa_single_query"
 def use_single_query_attention(model: Any) -> None:
     """Let a transformers model that attends by torch's sdpa use `single_query_attention`."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     if model.device.type not in ("cpu", "cuda") or model.config._attn_implementation != "sdpa":
         return
@@ -27,7 +27,7 @@ def use_single_query_attention(model: Any) -> None:
     if any(map(asks_for_its_name, kinds)):
         return
     AttentionInterface.register(NAME, single_query_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, single_query_mask)
     model.set_attn_implementation(NAME)
 
 
@@ -107,7 +107,7 @@ def _packed(
     batch, heads, _, width = query.shape
     packed = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
     parts = parts_of(packed, key, value)
-    if parts > 1 and dropout == 0 and (mask is None or mask.dtype == torch.bool):
+    if parts > 1 and dropout == 0:
         output = attend_in_parts(packed, key, value, mask, scale, parts)
         return output.to(value.dtype).reshape(batch, 1, heads, value.shape[-1])
     output = F.scaled_dot_product_attention(

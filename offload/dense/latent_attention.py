@@ -19,6 +19,7 @@ from moe_local.offload.dense.attention import NAME as SINGLE_QUERY
 from moe_local.offload.dense.attention import single_query_attention
 from moe_local.offload.dense.linear import QuantizedLinear
 from moe_local.offload.dense.logits_trial import difference
+from moe_local.offload.modeling.masks import single_query_mask
 from moe_local.offload.modeling.stand_in import set_class, stand_in
 
 NAME = "sdpa_latent"
@@ -38,14 +39,13 @@ def use_latent_attention(model: Any) -> None:
     by torch's sdpa. Whether that changes nothing is found out by trying: see `difference`.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     modules = [module for module in model.modules() if _is_latent(module)]
     before = model.config._attn_implementation
     if not modules or before not in (SINGLE_QUERY, "sdpa"):
         return
     AttentionInterface.register(NAME, latent_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, single_query_mask)
     classes: list[Any] = [type(module) for module in modules]
 
     def change() -> None:

@@ -17,7 +17,7 @@ from moe_local.offload.dense.attention import asks_for_its_name, single_query_at
 from moe_local.offload.dense.logits_trial import difference
 from moe_local.offload.dense.split_attention import attend, attend_in_parts, beside_sinks, bias_of, parts_of
 from moe_local.offload.modeling.class_source import class_source
-from moe_local.offload.modeling.eager_mask import eager_mask
+from moe_local.offload.modeling.masks import eager_mask, single_query_mask
 
 NAME = "fused_with_sinks"
 """As which transformers knows `sink_attention`."""
@@ -34,7 +34,6 @@ def use_sink_attention(model: Any) -> None:
     Which is found out by trying: see `difference`.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     if model.device.type not in ("cpu", "cuda") or model.config._attn_implementation != "eager":
         return
@@ -47,7 +46,7 @@ def use_sink_attention(model: Any) -> None:
     adds = any(map(_changes_its_mask, kinds))
     name = WITH_ADDED_MASK if adds else NAME
     AttentionInterface.register(name, sink_attention)
-    AttentionMaskInterface.register(name, eager_mask if adds else sdpa_mask)
+    AttentionMaskInterface.register(name, eager_mask if adds else single_query_mask)
     reason = difference(model, lambda: model.set_attn_implementation(name))
     if reason is not None:
         model.set_attn_implementation("eager")

@@ -93,7 +93,10 @@ def beside_sinks(output: torch.Tensor, logsumexp: torch.Tensor, sinks: torch.Ten
 def bias_of(seen: torch.Tensor, query: torch.Tensor, keys: int) -> torch.Tensor:
     """What is added to scores, [B, H, T, keys], of which heads and, where it says the same to all, queries
     share the memory: rows of it begin at multiples of 16 numbers, as CUDA's kernel asks for. `seen`: bool,
-    or what is added."""
+    or what is added, which on a GPU is taken as it is if its rows do so (the CPU's kernel errs where a whole
+    row is -inf)."""
+    if query.is_cuda and seen.dtype == query.dtype and keys % 16 == 0 and seen.is_contiguous():
+        return seen.expand(*query.shape[:3], keys)
     shape = (*seen.shape[:-1], -(-keys // 16) * 16)
     least = torch.finfo(query.dtype).min  # not -inf: padding may see nothing at all
     rows = torch.full(shape, least, dtype=query.dtype, device=query.device)[..., :keys]

@@ -27,7 +27,7 @@ from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.token_step import TokenStep
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.gpu.relief import shortage
-from moe_local.offload.modeling.eager_mask import use_capturable_mask
+from moe_local.offload.modeling.masks import use_capturable_mask
 from moe_local.offload.prefetch.routers import RouterSite
 
 VARIABLE = "MOE_LOCAL_GRAPHS"

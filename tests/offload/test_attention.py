@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import moe_local
 from moe_local.offload.dense import attention
 from moe_local.offload.dense.attention import NAME, single_query_attention
+from moe_local.offload.modeling.masks import single_query_mask
+from moe_local.offload.modeling.names import cache_name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -110,3 +113,58 @@ def test_a_loaded_model_attends_by_it(tiny_mixtral: Path, monkeypatch: pytest.Mo
     assert groups > 1
     single = (1, kv_heads, groups, packed[-1][-1])
     assert packed[config.num_hidden_layers :] == [single] * (2 * config.num_hidden_layers)
+
+
+def hidden_keys(mask: torch.Tensor) -> list[bool]:
+    """Of the last query of the first sequence."""
+    assert mask.dtype == torch.bfloat16
+    assert set(mask.unique().tolist()) == {0, torch.finfo(torch.bfloat16).min}
+    return (mask[0, 0, -1] != 0).tolist()
+
+
+def test_a_single_query_is_told_what_is_added_to_its_scores() -> None:
+    """Only where transformers makes a mask at all."""
+    options = {"batch_size": 1, "kv_length": 6, "dtype": torch.bfloat16}
+    padded = torch.tensor([[False, True, True, True, True, True]])
+    several = single_query_mask(q_length=2, q_offset=4, attention_mask=padded, **options)
+    assert several is not None
+    assert several.dtype == torch.bool
+    assert single_query_mask(q_length=1, q_offset=5, **options) is None
+    one = single_query_mask(q_length=1, q_offset=5, attention_mask=padded, **options)
+    assert one is not None
+    assert one.shape == (1, 1, 1, 6)
+    assert hidden_keys(one) == [True, False, False, False, False, False]
+    static = single_query_mask(q_length=1, q_offset=torch.tensor(2), allow_is_causal_skip=False, **options)
+    assert static is not None
+    assert hidden_keys(static) == [False] * 3 + [True] * 3
+
+
+def test_a_models_single_tokens_get_one_mask_for_all_layers(
+    tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As numbers, whichever layer attends to them, and with transformers' own logits."""
+    ids = torch.arange(3, 20).view(1, -1)
+    seen = torch.ones_like(ids)
+    seen[:, :4] = 0
+    masks: list[Any] = []
+    plain: Callable[..., torch.Tensor] = attention.F.scaled_dot_product_attention
+
+    def noted(*args: Any, **options: Any) -> torch.Tensor:
+        masks.append(options["attn_mask"])
+        return plain(*args, **options)
+
+    found = []
+    for own in (False, True):
+        hf = tiny_models.tiny_model("mixtral")
+        memory = {cache_name(hf.forward): DynamicCache(config=hf.config), "use_cache": True}
+        if own:
+            attention.use_single_query_attention(hf)
+            monkeypatch.setattr(attention.F, "scaled_dot_product_attention", noted)
+        with torch.no_grad():
+            hf(input_ids=ids[:, :-1], attention_mask=seen[:, :-1], **memory)
+            masks.clear()
+            found.append(hf(input_ids=ids[:, -1:], attention_mask=seen, **memory).logits)
+    assert torch.allclose(*found, atol=1e-5)
+    assert len(masks) == hf.config.num_hidden_layers
+    assert all(mask is masks[0] for mask in masks)
+    assert masks[0].dtype == torch.float32

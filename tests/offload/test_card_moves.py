@@ -20,7 +20,7 @@ from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.gpu.card_moves import CardMoves, move_between_cards, moves_of
 from moe_local.offload.gpu.relief import Shortage
-from moe_local.offload.modeling.eager_mask import use_capturable_mask
+from moe_local.offload.modeling.masks import use_capturable_mask
 
 torch.set_num_threads(1)
 

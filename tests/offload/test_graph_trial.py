@@ -25,7 +25,7 @@ from moe_local.offload.engine.state_slab import StateSlab
 from moe_local.offload.engine.static_row import StaticLayer
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.gpu.relief import Shortage
-from moe_local.offload.modeling.eager_mask import eager_mask, use_capturable_mask
+from moe_local.offload.modeling.masks import eager_mask, use_capturable_mask
 
 torch.set_num_threads(1)
 

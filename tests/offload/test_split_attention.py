@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_local.offload.dense import attention, sink_attention, split_attention
-from moe_local.offload.dense.split_attention import attend_in_parts, parts_of
+from moe_local.offload.dense.split_attention import attend_in_parts, bias_of, parts_of
 
 
 def inputs(batch: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -66,6 +66,33 @@ def test_scores_may_be_large(with_sinks: bool) -> None:
     want = plainly(query, key, value, None, sinks)
     got = attend_in_parts(query, key, value, None, 0.3, 7, sinks)
     assert (got - want).norm() <= 1e-3 * want.norm()
+
+
+@pytest.mark.parametrize("keys", [96, 84])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_added_to_scores_is_used_where_it_lies(dtype: torch.dtype, keys: int) -> None:
+    """Of the query's type, and if CUDA's kernel can read its rows; else it is copied to where it can."""
+    query: Any = SimpleNamespace(shape=(2, 3, 4, 16), dtype=torch.float32, device="cpu", is_cuda=True)
+    added = torch.zeros(2, 1, 1, keys, dtype=dtype)
+    added[1, ..., 30:] = -torch.inf
+    bias = bias_of(added, query, keys)
+    assert bias.shape == (2, 3, 4, keys)
+    assert bias.dtype == query.dtype
+    assert (bias.data_ptr() == added.data_ptr()) == (dtype == query.dtype and keys % 16 == 0)
+    assert all(stride % 16 == 0 for stride in bias.stride()[:3])
+    assert torch.equal(bias[:, 0, 0] < -1e38, added[:, 0, 0] < 0)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 6])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("least", [torch.finfo(torch.float32).min, -torch.inf])
+def test_a_mask_of_numbers_is_as_one_of_booleans(least: float, batch: int, parts: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    query, key = (torch.randn(batch, 3, n, 16, generator=generator) for n in (4, 96))
+    seen = torch.arange(96) < torch.tensor([61, 20])[:batch, None, None, None]
+    added = torch.zeros(seen.shape).masked_fill(~seen, least)
+    want, got = (attend_in_parts(query, key, key, mask, 0.3, parts) for mask in (seen, added))
+    assert torch.allclose(got, want, atol=1e-6)
 
 
 def test_a_mask_for_all_rows_is_one_for_each() -> None:

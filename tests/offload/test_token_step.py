@@ -20,7 +20,7 @@ from moe_local.offload.engine.sampling import Settings, make_settings
 from moe_local.offload.engine.sequence import Sequence
 from moe_local.offload.engine.static_row import static_columns
 from moe_local.offload.gpu.relief import Shortage
-from moe_local.offload.modeling.eager_mask import use_capturable_mask
+from moe_local.offload.modeling.masks import use_capturable_mask
 
 torch.set_num_threads(1)
 
