@@ -3,7 +3,7 @@
 Method. One query in bf16 against keys and values of a model's heads, in a slab larger than the last cache,
 whose rows calls take in turn. Calls are timed alone, many in a CUDA graph, between two events; a round does
 this for all contenders and for reading a buffer, in turns.
-  parts  what replayed tokens do: a mask, the row cut so that every processor has a part
+  parts  what replayed tokens do: a mask of numbers, the row cut so that every processor has a part
   whole  the same mask in one piece: a thread block for each head of keys
   plain  no mask, heads that share keys: what the plain forward does (torch's flash attention)
 The mask shows three quarters of the columns; all of them are read, and counted as bytes.
@@ -68,7 +68,8 @@ class Bench:
         ]
         self._query = torch.randn(1, heads.heads, 1, heads.width, dtype=torch.bfloat16, device=device)
         self._packed = self._query.view(1, heads.of_keys, -1, heads.width)
-        self._seen = (torch.arange(columns, device=device) < columns * 3 // 4).view(1, 1, 1, -1)
+        self._mask = torch.zeros(1, 1, 1, columns, dtype=torch.bfloat16, device=device)
+        self._mask[..., columns * 3 // 4 :] = torch.finfo(torch.bfloat16).min
         self.parts = parts_of(self._packed, *self._rows[0])
 
     def contenders(self) -> dict[str, Callable[[], object]]:
@@ -90,10 +91,10 @@ class Bench:
         return float((got - want).norm() / want.norm())
 
     def _in_parts(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return attend_in_parts(self._packed, key, value, self._seen, None, self.parts)
+        return attend_in_parts(self._packed, key, value, self._mask, None, self.parts)
 
     def _whole(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(self._packed, key, value, attn_mask=self._seen)
+        return F.scaled_dot_product_attention(self._packed, key, value, attn_mask=self._mask)
 
     def _plain(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(self._query, key, value, enable_gqa=True)
