@@ -322,6 +322,27 @@ def test_ids_are_those_of_one_card(
         assert found[0][0] == found[1][0]
 
 
+def test_a_card_of_dense_layers_alone_has_no_ring(
+    make_checkpoint: Callable[..., Path], make_device: Callable[..., Any]
+) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint("deepseek_v3"))  # its first layer has no experts
+    base = Request("tiny", checkpoint.spec, GIB, 2, "fp32", "auto", 256, 3, cards=(1, 1))
+    least = place(base).shortfall_bytes + 1
+    cards = (least, least + (1 << 20))
+    plan = place(dataclasses.replace(base, vram=sum(cards), cards=cards)).check()
+    rings = [card["staging"] for card in plan.to_dict()["cards"]]
+    assert (mine(plan, 0), rings) == ([], [0, 2])
+    options = LoadOptions(experts="fp32", context=256, slots=3, miss="fetch")
+    devices = [make_device(1), make_device(2)]
+    with assemble(checkpoint, open_experts(checkpoint, "fp32"), plan, options, [CPU, CPU], devices) as model:
+        model.generate(list(range(3, 60)), max_new_tokens=4, eos_token_id=None)
+        model.check_integrity()
+        assert model.plan.vram_staging == 2
+        for number, device in enumerate(devices):
+            assert device.allocated == plan.on_card(number)["used"] - plan.cards[number].fixed
+    assert plan.used()["vram"] == sum(plan.on_card(number)["used"] for number in (0, 1))
+
+
 def test_a_model_is_loaded_by_its_device_map(make_checkpoint: Callable[..., Path], monkeypatch: Any) -> None:
     """transformers takes the map as it is made; here both cards are the CPU."""
     from moe_local.offload import load as load_module
