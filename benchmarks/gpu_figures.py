@@ -84,8 +84,7 @@ def latency(document: Document) -> Iterator[str]:
     for row in document["compare"]:
         decode, of_floor = row["decode"]["median"], share(document, row["figures"])
         yield f"{row['name']}: {decode:.2f} of that speed, {of_floor:.2f} of the floor's"
-    for note in document["notes"]:
-        yield f"note: {note}"
+    yield from (note for note in document["notes"] if note.startswith(("interrupted", "other tokens")))
 
 
 def others(result: Document) -> Iterator[str]:

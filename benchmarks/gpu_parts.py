@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,15 @@ PYTHON = sys.executable
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`estimate_s` is what it takes on an H200, and what has to be left for it to begin."""
+    """`estimate_s` is what it takes on an H200, and what has to be left for it to begin; `after`, the part
+    that each call runs before it: what that makes may be gone since another."""
 
     name: str
     estimate_s: int
     limit_s: int
     command: Sequence[str]
     env: dict[str, str] = field(default_factory=dict)
+    after: str | None = None
 
 
 def script(name: str, *arguments: str) -> list[str]:
@@ -110,7 +112,8 @@ def parts_of(layers: int, routes: Path | None) -> list[Part]:
     if routes is not None:
         csv = str(routes / "qwen3-30b-a3b_top6.csv")
         parts.insert(7, Part("qwen3_half_recorded", 40, 90, half("--routes", csv, *six), by_host))
-    return parts
+    weights = [part.name for part in parts if "bench" in part.command or part.name == "resident"]
+    return [replace(part, after="weights") if part.name in weights else part for part in parts]
 
 
 def prefill() -> list[str]:
@@ -169,11 +172,13 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] | None = 
 
 
 def to_run(parts: Sequence[Part], found: dict[str, Any], only: Sequence[str], *, again: bool) -> list[Part]:
-    """Those that are asked for and have not ended well, what failed by itself at the end."""
+    """Those that are asked for and have not ended well, with what these need; what failed by itself last."""
     status = {name: entry["status"] for name, entry in found.items()}
     wanted = [part for part in parts if not only or part.name in only]
     if not again:
         wanted = [part for part in wanted if status.get(part.name) != 0]
+    needed = {part.after for part in wanted}
+    wanted = [part for part in parts if part in wanted or part.name in needed]
     return sorted(wanted, key=lambda part: status.get(part.name) not in (None, 0, 124))
 
 

@@ -22,13 +22,16 @@ from pathlib import Path
 from moe_local.offload.expert_file.convert import moe_local_home
 from moe_local.offload.measure import synthetic
 
+TOKENS = 64
+"""Of each answer whose routes are recorded."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     options.routes = options.routes and options.routes.resolve()
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         making = [pool.submit(make, *model) for model in options.models]
-        if options.routes is not None:
+        if options.routes is not None and not options.routes.exists():
             record(options.routes)
         made = [each.result() for each in making]
     print(json.dumps({"benchmark": "gpu_weights", "home": str(moe_local_home()), "models": made}))
@@ -45,8 +48,9 @@ def make(name: str, layers: int) -> dict[str, object]:
 def record(routes: Path) -> None:
     """Let the demo answer four questions of a conversation, on the CPU."""
     routes.parent.mkdir(parents=True, exist_ok=True)
-    conversation = ["--workload", "chat", "--tokens", "64", "--repeats", "1", "--record-routes", str(routes)]
-    command = [sys.executable, "-m", "moe_local", "bench", "demo", "--device", "cpu", "--json", *conversation]
+    command = [sys.executable, "-m", "moe_local", "bench", "demo", "--device", "cpu", "--json"]
+    command += ["--workload", "chat", "--tokens", str(TOKENS), "--repeats", "1"]
+    command += ["--record-routes", str(routes)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 

@@ -37,7 +37,7 @@ def document(**changes: Any) -> dict[str, Any]:
         "compare": [
             {"name": "miss cpu", "decode": {"median": 0.5}, "figures": {**row, "misses_per_token": 9.0}}
         ],
-        "notes": ["made"],
+        "notes": ["made", "other tokens than as loaded: miss cpu"],
         **row,
         **changes,
     }
@@ -61,7 +61,10 @@ def test_the_lines_of_a_measurement(figures: Any, capsys: pytest.CaptureFixture[
         "single: 100.0 tok/s, 10.00 ms, 0.80 of the floor's, TTFT 0.250 s, hits 75%, "
         "stalls demand 3.00, sync 0.50"
     )
-    assert "   miss cpu: 0.50 of that speed, 1.80 of the floor's" in lines
+    assert lines[-2:] == [
+        "   miss cpu: 0.50 of that speed, 1.80 of the floor's",
+        "   other tokens than as loaded: miss cpu",
+    ]
 
 
 def test_what_failed_shows_its_end(figures: Any, capsys: pytest.CaptureFixture[str]) -> None:

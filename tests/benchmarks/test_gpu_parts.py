@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -115,6 +118,19 @@ def test_what_failed_comes_after_what_has_not_run(parts: Any, tmp_path: Path) ->
     assert [part.name for part in parts.to_run(given, found, ["ended"], again=True)] == ["ended"]
 
 
+def test_what_a_part_needs_is_run_in_each_call(parts: Any) -> None:
+    every = [
+        parts.Part("first", 0, 60, []),
+        parts.Part("made", 0, 60, []),
+        parts.Part("measured", 0, 60, [], after="made"),
+    ]
+    ended = {name: {"status": 0} for name in ("first", "made")}
+    assert [part.name for part in parts.to_run(every, ended, [], again=False)] == ["made", "measured"]
+    assert [part.name for part in parts.to_run(every, {}, ["measured"], again=False)] == ["made", "measured"]
+    ended["measured"] = {"status": 0}
+    assert parts.to_run(every, ended, [], again=False) == []
+
+
 def test_a_command_that_is_not_there_stops_nothing(parts: Any, tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     given = [
@@ -148,6 +164,8 @@ def test_the_parts_are_what_they_say(
     every = parts.parts_of(4, tmp_path) if name == "parts_of" else parts.peer_parts(8)
     assert len({part.name for part in every}) == len(every)
     assert all(part.estimate_s < part.limit_s for part in every)
+    assert {part.after for part in every} <= {None, "weights"}
+    assert all(part.after for part in every if "--synthetic" in part.command)
     for part in every:
         if "bench" in part.command:
             bench.make_context("bench", list(part.command[part.command.index("bench") + 1 :]))
@@ -172,3 +190,36 @@ def test_one_call_has_time_for_the_targets_and_two_for_all(parts: Any, tmp_path:
 def test_an_unknown_part_is_refused(parts: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"--only nothing is no part; there are kernels, weights"):
         parts.main([str(tmp_path / "gpu.json"), "--only", "nothing"])
+
+
+ONLY = """
+import runpy, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name in {absent}:
+            raise ModuleNotFoundError("not on this machine: " + name)
+sys.meta_path.insert(0, Blocked())
+sys.argv = ["moe-local", "bench", "demo", "--device", "cpu", "--slots", "4", "--workload", "single",
+            "--tokens", "2", "--repeats", "1", "--json"]
+runpy.run_module("moe_local", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_measurement_needs_no_more_than_the_readme_says(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what the package depends on, the rest is not to be had."""
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    needs = {re.split(r"[<>=]", text)[0] for text in project["dependencies"]}
+    text = " ".join((repository / "benchmarks" / "README.md").read_text().split())
+    listed = (
+        text.partition("and moe-local itself (`pip wheel --no-deps .`): ")[2].partition(";")[0].split(", ")
+    )
+    assert {"xxhash", "bitsandbytes"} < set(listed) < needs
+    rest = sorted(needs - {*listed, "torch", "transformers", "h11"})  # h11: also what the Hub's client uses
+    assert "fastapi" in rest
+    absent = {name.replace("-", "_") for name in rest}
+    monkeypatch.setenv("MOE_LOCAL_HOME", str(tmp_path))
+    ran = subprocess.run(python(ONLY.replace("{absent}", repr(absent))), capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert json.loads(ran.stdout)["benchmark"] == "latency"
