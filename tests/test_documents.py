@@ -78,11 +78,25 @@ def test_modules_in_a_room_of_architecture_are_there() -> None:
             assert (ROOT / "offload" / room / f"{module}.py").exists(), f"{room}/{module}"
 
 
+def sources() -> str:
+    houses = ("cache", "offload", "cli")
+    return "".join(path.read_text() for house in houses for path in (ROOT / house).rglob("*.py"))
+
+
+def test_classes_that_architecture_names_are_there() -> None:
+    code = sources()
+    named = re.findall(r"`([A-Z]\w*[a-z]\w*)(?:\.(\w+))?`", ARCHITECTURE)
+    assert named
+    for kind, attribute in named:
+        assert re.search(rf"^class {kind}\b", code, re.M), kind
+        assert not attribute or re.search(rf"^    def {attribute}\b|self\.{attribute} = ", code, re.M), (
+            attribute
+        )
+
+
 def test_variables_that_are_named_exist() -> None:
     """Those of flags are click's, and in docs/cli.md, which is made from the commands."""
-    houses = ("cache", "offload", "cli")
-    sources = "".join(path.read_text() for house in houses for path in (ROOT / house).rglob("*.py"))
-    known = set(re.findall(r"MOE_LOCAL_\w+", sources + (ROOT / "docs" / "cli.md").read_text()))
+    known = set(re.findall(r"MOE_LOCAL_\w+", sources() + (ROOT / "docs" / "cli.md").read_text()))
     for document in DOCUMENTS:
         if document.name not in (*HISTORY, "cli.md"):
             assert set(re.findall(r"MOE_LOCAL_\w+", document.read_text())) <= known, document
