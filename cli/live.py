@@ -32,6 +32,9 @@ LOOKS = {
 STALLS = {"demand": "red", "late_prefetch": "yellow", "disk": "magenta", "cpu": "cyan", "sync": "blue"}
 """Colours of the causes of stalls, here and in plots."""
 BAR = 40
+"""Characters of the longest bar, where the terminal has the room."""
+BESIDE = 26
+"""Characters of its cause and its figure."""
 AROUND = (12, 6)
 """Lines and columns of a terminal that a map leaves to others."""
 LOOK_SECONDS = 0.1
@@ -62,11 +65,12 @@ def draw_stalls(stall_ms: Mapping[str, float], ms: float | None = None) -> Text:
     if ms is not None:
         parts["other"] = max(0.0, ms - sum(parts.values()))
     text = Text()
+    bar = max(1, min(BAR, shutil.get_terminal_size().columns - BESIDE))
     for cause, value in parts.items():
-        length = round(BAR * value / longest) if longest else 0
+        length = round(bar * value / longest) if longest else 0
         text.append(f"{cause.replace('_', ' '):>13} ")
         text.append("█" * length, STALLS.get(cause, "green"))
-        text.append(" " * (BAR - length) + f" {value:8.2f} ms\n")
+        text.append(" " * (bar - length) + f" {value:8.2f} ms\n")
     if not parts:
         text.append("no stalls\n", "dim")
     text.rstrip()

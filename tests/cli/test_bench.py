@@ -245,11 +245,20 @@ def test_a_map_of_the_cache() -> None:
     assert [line[5:] for line in draw_map(CacheMap(cells), 1, 2).plain.splitlines()[:1]] == ["×▒"]
 
 
-def test_bars_are_as_long_as_their_share() -> None:
+def test_bars_are_as_long_as_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     lines = draw_stalls({"disk": 2.0, "demand": 0.0, "cpu": 1.0}, 8.0).plain.splitlines()
     assert [(line.split()[0], line.count("█")) for line in lines] == [("disk", 10), ("cpu", 5), ("other", 25)]
     assert lines[2].endswith("5.00 ms")
     assert draw_stalls({"disk": 0.0}).plain == "no stalls"
+
+
+def test_bars_fit_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns, bar in (("50", 24), ("66", 40), ("10", 1)):
+        monkeypatch.setenv("COLUMNS", columns)
+        (line,) = draw_stalls({"late_prefetch": 12345.678}).plain.splitlines()
+        assert line.count("█") == bar
+        assert len(line) <= max(int(columns), 27)
 
 
 def test_the_picture_shows_the_last_step(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:

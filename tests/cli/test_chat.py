@@ -47,7 +47,8 @@ def test_ways_to_leave(invoke, fake, leave):
     assert fake.asked == []
 
 
-def test_stats_cache_and_unknown_commands(invoke, fake):
+def test_stats_cache_and_unknown_commands(invoke, fake, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     result = invoke("chat", input="/stats\n/foo bar\n/cach\n/cache\n")
     assert result.exit_code == 0
     assert result.stdout == (
