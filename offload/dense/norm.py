@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,21 +16,33 @@ FEW_TOKENS = 16
 """For more, torch's threads are worth their while."""
 
 
+class Kind(NamedTuple):
+    """What a norm computes: its factor [D] times x [..., D] / sqrt(mean of x^2 + epsilon)."""
+
+    epsilon: float
+    shifted: bool
+    """Whether the factor is 1 + weight, as in Gemma and Qwen3-Next, instead of the weight."""
+
+
+Norm = Callable[[torch.Tensor, torch.Tensor, Kind], torch.Tensor]
+"""As `native_norm`."""
+
+
 def use_native_norms(model: nn.Module) -> None:
     """Let the norms of `model`, in CPU memory, that are recognized as such run in the library."""
     if library() is None:
         return
     for module in model.modules():
-        if "RMSNorm" in type(module).__name__:
-            epsilon = epsilon_of(module)
-            if epsilon is not None and _is_served(module) and agrees(module, epsilon, native_norm):
+        if "RMSNorm" in type(module).__name__ and _is_served(module):
+            kind = kind_of(module, native_norm)
+            if kind is not None:
                 cls: Any = type(module)
-                module._native_epsilon = epsilon  # type: ignore[assignment]
+                module._native_kind = kind  # type: ignore[assignment]
                 module.__class__ = _native(cls)
 
 
-def native_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """weight [D] * x [..., D] / sqrt(mean of x^2 + epsilon), rounded where transformers round it.
+def native_norm(x: torch.Tensor, weight: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """x [..., D] by a norm with this weight [D], rounded where transformers round it.
 
     Both in CPU memory, of one dtype of the library's; the result is a new tensor.
     """
@@ -39,10 +51,8 @@ def native_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.
     x = x.contiguous()
     y = torch.empty_like(x)
     width = weight.shape[0]
-    dtype = DTYPES[x.dtype]
-    check(
-        lib.moe_norm(x.data_ptr(), weight.data_ptr(), epsilon, x.numel() // width, width, dtype, y.data_ptr())
-    )
+    sizes = x.numel() // width, width, DTYPES[x.dtype]
+    check(lib.moe_norm(x.data_ptr(), weight.data_ptr(), kind.shifted, kind.epsilon, *sizes, y.data_ptr()))
     return y
 
 
@@ -53,31 +63,47 @@ def _native(cls: Any) -> Any:
         if (
             args
             or kwargs
-            or x.dtype is not weight.dtype
-            or x.shape[-1:] != weight.shape
+            or not fits(x, weight)
             or x.numel() > FEW_TOKENS * weight.shape[0]
             or not (x.is_cpu and weight.is_cpu and weight.is_contiguous())
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
         ):
             other: torch.Tensor = cls.forward(self, hidden_states, *args, **kwargs)
             return other
-        return native_norm(x, weight, self._native_epsilon)
+        return native_norm(x, weight, self._native_kind)
 
     return stand_in(cls, _native, forward)
 
 
+def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a norm with this weight may be computed in another way than the module's own: of one dtype and
+    width, and nobody asks for gradients or another dtype."""
+    return (
+        x.dtype is weight.dtype
+        and x.shape[-1:] == weight.shape
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def kind_of(module: nn.Module, norm: Norm) -> Kind | None:
+    """What a module computes, if it is what `norm` computes, too; found out by trying."""
+    weight, epsilon = getattr(module, "weight", None), _epsilon_of(module)
+    if epsilon is None or not isinstance(weight, torch.Tensor) or weight.dim() != 1:
+        return None
+    if weight.dtype not in DTYPES:
+        return None
+    kinds = (Kind(epsilon, shifted) for shifted in (False, True))
+    return next((kind for kind in kinds if _agrees(module, weight, kind, norm)), None)
+
+
 def _is_served(module: nn.Module) -> bool:
     """Whether the library can read its weight."""
-    weight = module.weight
+    weight = getattr(module, "weight", None)
     return isinstance(weight, torch.Tensor) and weight.device.type == "cpu" and weight.is_contiguous()
 
 
-def epsilon_of(module: nn.Module) -> float | None:
-    """What a norm adds to the mean of squares, by any of the names that it has; None for a norm without
-    weights of its own."""
-    if not isinstance(getattr(module, "weight", None), torch.Tensor):
-        return None
+def _epsilon_of(module: nn.Module) -> float | None:
+    """What a norm adds to the mean of squares, by any of the names that it has."""
     for name in ("variance_epsilon", "eps", "epsilon"):
         value = getattr(module, name, None)
         if isinstance(value, float):
@@ -85,14 +111,8 @@ def epsilon_of(module: nn.Module) -> float | None:
     return None
 
 
-def agrees(
-    module: nn.Module, epsilon: float, norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
-) -> bool:
-    """Whether a module, on vectors from tiny to huge, gives what `norm`, called as `native_norm`, does, but
-    for the order of a sum. The module is one that `epsilon_of` answers for."""
-    weight = module.weight
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.dtype not in DTYPES:
-        return False
+def _agrees(module: nn.Module, weight: torch.Tensor, kind: Kind, norm: Norm) -> bool:
+    """Whether a module, on vectors from tiny to huge, gives what `norm` does, but for the order of a sum."""
     generator = torch.Generator().manual_seed(3)
     sizes = torch.tensor([1e-4, 1e-2, 1.0, 1e2], dtype=torch.float32).repeat(FEW_TOKENS // 4)
     x = torch.randn(FEW_TOKENS, weight.shape[0], generator=generator, dtype=torch.float32) * sizes[:, None]
@@ -105,7 +125,7 @@ def agrees(
             return False
         if not isinstance(wanted, torch.Tensor) or wanted.shape != x.shape or wanted.dtype is not x.dtype:
             return False
-        got = norm(x, weight, epsilon)
+        got = norm(x, weight, kind)
     # Of 16 bits, one number is rounded twice; of 32, sums in another order are off by more than a step.
     info = torch.finfo(x.dtype)
     step = info.eps * (16 if x.dtype is torch.float32 else 2)

@@ -164,7 +164,7 @@ _ARGUMENTS: dict[str, list[type]] = {
     "moe_isa": [],
     "moe_set_map": [c_void_p],
     "moe_linear": [POINTER(Matrix), c_void_p, c_int64, c_void_p, c_int32, c_int32, c_int32],
-    "moe_norm": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_int32, c_void_p],
+    "moe_norm": [c_void_p, c_void_p, c_int32, c_float, c_int64, c_int64, c_int32, c_void_p],
     "moe_attention": [
         *(POINTER(Attention), c_void_p, c_void_p, c_void_p, POINTER(Sequence), c_void_p, c_int32, c_int32),
     ],

@@ -240,20 +240,26 @@ def test_levels_that_are_shuffled_are_those_that_are_loaded(format: str, d: int,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_norms_are_torchs_one_kernel(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shifted", [False, True])
+def test_norms_are_a_kernel_of_torchs_or_two(shifted: bool, dtype: torch.dtype) -> None:
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
     for width in (128, 2880, 7168):
-        model = torch.nn.ModuleList([MixtralRMSNorm(width, 1e-5)]).to("cuda", dtype).requires_grad_(False)
+        model = (
+            torch.nn.ModuleList([(GemmaRMSNorm if shifted else MixtralRMSNorm)(width, 1e-5)])
+            .to("cuda", dtype)
+            .requires_grad_(False)
+        )
         model[0].weight.add_(0.3 * torch.randn(width, device="cuda"))
         use_fused_norms(model)
-        assert "_fused_epsilon" in vars(model[0])
+        assert "_fused_kind" in vars(model[0])
         x = torch.randn(1, 1, width, device="cuda").to(dtype)
         with torch.inference_mode(), torch.profiler.profile() as profile:
             model[0](x)
             torch.cuda.synchronize()
         kernels = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
-        assert len([name for name in kernels if "Memcpy" not in name]) <= 1, kernels
+        assert len([name for name in kernels if "Memcpy" not in name]) <= 1 + shifted, kernels
 
 
 def test_kernels_that_are_wrong_are_done_without(

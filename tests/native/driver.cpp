@@ -299,9 +299,10 @@ void use_norm_and_route(Random& random) {
   const int32_t dtype = a_dtype(random);
   const int64_t bytes = bytes_of(dtype) * tokens * width;
   Numbers x(random, dtype, tokens * width, 2.0f), weight(random, dtype, width, 1.0f);
+  const int32_t shifted = static_cast<int32_t>(random() % 2);
   Buffer y(random, bytes);
   for (Buffer* out : {&y, static_cast<Buffer*>(&x)})
-    require(moe_norm(x.bytes(), weight.bytes(), 1e-5f, tokens, width, dtype, out->bytes()) == OK,
+    require(moe_norm(x.bytes(), weight.bytes(), shifted, 1e-5f, tokens, width, dtype, out->bytes()) == OK,
             "moe_norm failed");
   same_bytes(x, y, bytes, "moe_norm in place is another");
   Weights router(random, a_format(random), experts, width);

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm, Qwen3NextRMSNormGated
 
 from moe_local.offload.dense import norm as norms
 from moe_local.offload.dense.norm import FEW_TOKENS, use_native_norms
@@ -49,7 +50,7 @@ def taken(norm: Any) -> bool:
     """Whether it is taken, as a part of a model."""
     model = nn.ModuleList([norm])
     use_native_norms(model)
-    return "_native_epsilon" in vars(model[0])
+    return "_native_kind" in vars(model[0])
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -108,10 +109,16 @@ class BiasedRMSNorm(DetailRMSNorm):
         return super().forward(hidden_states) + 0.01
 
 
-SAME = (MixtralRMSNorm, GptOssRMSNorm, DetailRMSNorm)
+class HalfShiftedRMSNorm(GemmaRMSNorm):  # type: ignore[misc]
+    def forward(self, x: Any) -> Any:
+        return (self._norm(x.float()) * (0.5 + self.weight.float())).type_as(x)
+
+
+SHIFTED = (GemmaRMSNorm, Qwen3NextRMSNorm)
+SAME = (MixtralRMSNorm, GptOssRMSNorm, DetailRMSNorm, *SHIFTED)
 OTHER = (
     *(EpsilonOutsideRMSNorm, LargestEpsilonRMSNorm, CenteredRMSNorm, HalfRMSNorm, BoundedRMSNorm),
-    *(ScaledRMSNorm, PairRMSNorm, BiasedRMSNorm, GemmaRMSNorm),
+    *(ScaledRMSNorm, PairRMSNorm, BiasedRMSNorm, HalfShiftedRMSNorm, Qwen3NextRMSNormGated),
 )
 
 
@@ -134,11 +141,13 @@ def test_what_the_library_cannot_read_is_not_taken() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_answers_as_the_original(calls: list[Any], dtype: torch.dtype) -> None:
-    plain = filled(MixtralRMSNorm(64, 1e-5)).to(dtype)
+@pytest.mark.parametrize("cls", [MixtralRMSNorm, *SHIFTED])
+def test_answers_as_the_original(calls: list[Any], cls: Any, dtype: torch.dtype) -> None:
+    plain = filled(cls(64, 1e-5)).to(dtype)
     norm = copy.deepcopy(plain)
     assert taken(norm)
-    assert isinstance(norm, MixtralRMSNorm)
+    assert isinstance(norm, cls)
+    assert norm._native_kind.shifted == (cls in SHIFTED)
     assert list(norm.state_dict()) == ["weight"]
     calls.clear()
     shapes = ((64,), (1, 64), (1, 1, 64), (2, 3, 64), (FEW_TOKENS, 64), (1, 4, 1, 64))

@@ -29,7 +29,15 @@ void narrow(int32_t dtype, const float* x, int64_t count, void* numbers) {
 }
 
 template <class Number>
-inline void norm_all(const uint8_t* weight, float factor, int64_t count, float* x) {
+inline void norm_all(const uint8_t* weight, bool shifted, float factor, int64_t count, float* x) {
+  if (shifted) {
+    const Vec one = broadcast(1.0f), all = broadcast(factor);
+    int64_t i = 0;
+    for (; i + WIDTH <= count; i += WIDTH)
+      store(x + i, mul(mul(load(x + i), all), add(one, load(Number(), weight + i * Number::BYTES))));
+    for (; i < count; ++i) x[i] = x[i] * factor * (1.0f + Number::load(weight + i * Number::BYTES));
+    return;
+  }
   for (int64_t i = 0; i < count; ++i) {
     uint8_t rounded[Number::BYTES];
     Number::store(rounded, x[i] * factor);
@@ -37,7 +45,7 @@ inline void norm_all(const uint8_t* weight, float factor, int64_t count, float* 
   }
 }
 
-void norm(int32_t dtype, const void* weight, float epsilon, int64_t count, float* x) {
+void norm(int32_t dtype, const void* weight, bool shifted, float epsilon, int64_t count, float* x) {
   Vec squares = zero();
   int64_t i = 0;
   for (; i + WIDTH <= count; i += WIDTH) squares = fma(load(x + i), load(x + i), squares);
@@ -45,9 +53,9 @@ void norm(int32_t dtype, const void* weight, float epsilon, int64_t count, float
   for (; i < count; ++i) total += x[i] * x[i];
   const float factor = 1.0f / ::sqrtf(total / static_cast<float>(count) + epsilon);
   const uint8_t* w = static_cast<const uint8_t*>(weight);
-  if (dtype == FLOAT32) return norm_all<Float32>(w, factor, count, x);
-  if (dtype == BFLOAT16) return norm_all<BFloat16>(w, factor, count, x);
-  return norm_all<Float16>(w, factor, count, x);
+  if (dtype == FLOAT32) return norm_all<Float32>(w, shifted, factor, count, x);
+  if (dtype == BFLOAT16) return norm_all<BFloat16>(w, shifted, factor, count, x);
+  return norm_all<Float16>(w, shifted, factor, count, x);
 }
 
 constexpr int64_t QUERIES = 4;  // that share one reading of keys and values

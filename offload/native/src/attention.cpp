@@ -64,11 +64,11 @@ struct AttentionCall {
   void rotate_head(int64_t head) {
     const int64_t width = a->width;
     for (int64_t g = head * group(); g < (head + 1) * group(); ++g) {
-      if (a->q_norm != nullptr) kernels().norm(a->dtype, a->q_norm, a->epsilon, width, q + g * width);
+      if (a->q_norm != nullptr) kernels().norm(a->dtype, a->q_norm, false, a->epsilon, width, q + g * width);
       rotate(q + g * width);
       for (int64_t i = 0; i < width; ++i) q[g * width + i] *= a->scaling;
     }
-    if (a->k_norm != nullptr) kernels().norm(a->dtype, a->k_norm, a->epsilon, width, k + head * width);
+    if (a->k_norm != nullptr) kernels().norm(a->dtype, a->k_norm, false, a->epsilon, width, k + head * width);
     rotate(k + head * width);
     const int64_t place = head * sequence->head_stride + sequence->last * width;
     kernels().narrow(a->dtype, k + head * width, width, at(a->dtype, sequence->keys, place));
@@ -192,15 +192,15 @@ int32_t moe_attention(const Attention* a, const void* x, const void* cos, const 
   return OUT_OF_MEMORY;
 }
 
-int32_t moe_norm(const void* x, const void* weight, float epsilon, int64_t tokens, int64_t width,
-                 int32_t dtype, void* y) try {
+int32_t moe_norm(const void* x, const void* weight, int32_t shifted, float epsilon, int64_t tokens,
+                 int64_t width, int32_t dtype, void* y) try {
   if (tokens < 0 || width < 1 || width > (int64_t{1} << 40) || !valid_dtype(dtype)) return BAD_ARGUMENT;
   if (tokens > 0 && (x == nullptr || weight == nullptr || y == nullptr)) return BAD_ARGUMENT;
   scratch.reserve(Scratch::bytes_of<float>(width));
   float* floats = scratch.take<float>(width);
   for (int64_t t = 0; t < tokens; ++t) {
     kernels().widen(dtype, at(dtype, x, t * width), width, floats);
-    kernels().norm(dtype, weight, epsilon, width, floats);
+    kernels().norm(dtype, weight, shifted != 0, epsilon, width, floats);
     kernels().narrow(dtype, floats, width, at(dtype, y, t * width));
   }
   return OK;

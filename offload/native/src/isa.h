@@ -116,8 +116,9 @@ struct Kernels {
   void (*narrow)(int32_t dtype, const float* x, int64_t count, void* numbers);
 
   // x [count] -> weight * (x / sqrt(mean of x^2 + epsilon)), in place; the quotient is rounded to the dtype,
-  // which is that of `weight`, as transformers do.
-  void (*norm)(int32_t dtype, const void* weight, float epsilon, int64_t count, float* x);
+  // which is that of `weight`, as transformers do. `shifted`: 1 + weight times a quotient that is not
+  // rounded.
+  void (*norm)(int32_t dtype, const void* weight, bool shifted, float epsilon, int64_t count, float* x);
 
   // Keys and values are of the dtype.
   void (*attend)(int32_t dtype, const Look& look, const Looked& out);

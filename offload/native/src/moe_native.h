@@ -135,9 +135,10 @@ MOE_API int32_t moe_linear(const Matrix* matrix, const void* x, int64_t tokens, 
                            int32_t activations, int32_t threads);
 
 // y [tokens, width] = weight [width] * (x / sqrt(mean of its squares + epsilon)), all of the dtype, to which
-// the quotient is rounded, too. x and y may be the same.
-MOE_API int32_t moe_norm(const void* x, const void* weight, float epsilon, int64_t tokens, int64_t width,
-                         int32_t dtype, void* y);
+// the quotient is rounded, too. `shifted`: 1 + weight times the quotient, which is not rounded. x and y may
+// be the same.
+MOE_API int32_t moe_norm(const void* x, const void* weight, int32_t shifted, float epsilon, int64_t tokens,
+                         int64_t width, int32_t dtype, void* y);
 
 // One token through attention: y [D] is its answer to x [D], with the cos and sin [rotated, or half] of its
 // position. Writes its keys and values at sequence->last, and reads those from sequence->first on.
