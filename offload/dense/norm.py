@@ -96,6 +96,12 @@ def kind_of(module: nn.Module, norm: Norm) -> Kind | None:
     return next((kind for kind in kinds if _agrees(module, weight, kind, norm)), None)
 
 
+def is_shifted(module: nn.Module) -> bool:
+    """Whether it is one of the norms with 1 + weight that run in the library."""
+    kind = getattr(module, "_native_kind", None)
+    return isinstance(kind, Kind) and kind.shifted
+
+
 def _is_served(module: nn.Module) -> bool:
     """Whether the library can read its weight."""
     weight = getattr(module, "weight", None)

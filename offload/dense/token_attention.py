@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from moe_local.offload.dense.linear import NativeLinear, QuantizedLinear
+from moe_local.offload.dense.norm import is_shifted
 from moe_local.offload.dense.sink_attention import NAME as WITH_SINKS
 from moe_local.offload.kernels.cpu import plain_matrix, rounding
 from moe_local.offload.modeling.stand_in import stand_in
@@ -65,7 +66,11 @@ class _Shape(NamedTuple):
     heads: int
     kv_heads: int
     width: int
+    gated: bool
+    """Whether queries come with gates, by whose sigmoids a head's answer is multiplied."""
     epsilon: float
+    shifted: bool
+    """Whether norms multiply with 1 + weight."""
 
 
 class TokenAttention:
@@ -148,7 +153,7 @@ class TokenAttention:
     def _read(self, module: Any, dtype: torch.dtype) -> Attention:
         struct = Attention()
         struct.q, struct.k, struct.v, struct.o = (_matrix(getattr(module, name)) for name in PROJECTIONS)
-        struct.heads, struct.kv_heads, struct.width, struct.epsilon = self.shape
+        struct.heads, struct.kv_heads, struct.width, struct.gated, struct.epsilon, struct.shifted = self.shape
         struct.rotated, struct.rotation, struct.shared = self._way
         struct.scaling, struct.dtype = self._scaling, DTYPES[dtype]
         norms = (getattr(module, name, None) for name in ("q_norm", "k_norm"))
@@ -216,21 +221,27 @@ def _shape(module: Any, dtype: torch.dtype) -> _Shape | None:
         return None
     q, k, v, o = linears
     width = getattr(module, "head_dim", None)
-    if not isinstance(width, int) or width < 1 or q.out_features % width or k.out_features % width:
+    if not isinstance(width, int) or width < 1 or o.in_features % width or k.out_features % width:
         return None
-    heads, kv_heads = q.out_features // width, k.out_features // width
-    if width % 16 or heads % kv_heads or v.out_features != k.out_features or o.in_features != q.out_features:
+    heads, kv_heads = o.in_features // width, k.out_features // width
+    if width % 16 or heads % kv_heads or v.out_features != k.out_features:
+        return None
+    if q.out_features not in (o.in_features, 2 * o.in_features):
         return None
     if not q.in_features == k.in_features == v.in_features == o.out_features:
         return None
     norms = [norm for norm in (getattr(module, name, None) for name in ("q_norm", "k_norm")) if norm]
     epsilons = {_epsilon(norm) for norm in norms}
+    shifted = {is_shifted(norm) for norm in norms}
     weights = [getattr(norm, "weight", None) for norm in norms]
-    if len(epsilons) > 1 or None in epsilons or not all(_are_numbers(w, width, dtype) for w in weights):
+    if len(epsilons) > 1 or len(shifted) > 1 or None in epsilons:
+        return None
+    if not all(_are_numbers(w, width, dtype) for w in weights):
         return None
     if not all(_are_numbers(sinks, heads, dtype) for sinks in parameters.values()):
         return None
-    return _Shape(heads, kv_heads, width, epsilons.pop() if epsilons else 0.0)
+    gated, epsilon = q.out_features > o.in_features, epsilons.pop() if epsilons else 0.0
+    return _Shape(heads, kv_heads, width, gated, epsilon, True in shifted)
 
 
 def _is_readable(linear: Any) -> bool:

@@ -77,6 +77,8 @@ class Attention(Structure):
         ("q_norm", c_void_p),
         ("k_norm", c_void_p),
         ("sinks", c_void_p),
+        ("gated", c_int32),
+        ("shifted", c_int32),
     )
 
 

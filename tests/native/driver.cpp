@@ -264,7 +264,8 @@ void use_attention(Random& random) {
   const int64_t kv_heads = between(random, 1, 3), heads = kv_heads * between(random, 1, 6);
   const int64_t width = 16 * between(random, 1, 5), hidden = a_size(random);
   const int32_t format = a_format(random), dtype = a_dtype(random), activations = an_activation(random);
-  Weights q(random, format, heads * width, hidden), k(random, format, kv_heads * width, hidden);
+  const int32_t gated = static_cast<int32_t>(random() % 2);
+  Weights q(random, format, (1 + gated) * heads * width, hidden), k(random, format, kv_heads * width, hidden);
   Weights v(random, format, kv_heads * width, hidden), o(random, a_format(random), hidden, heads * width);
   const int64_t rotated = 2 * between(random, 0, width / 2);
   const int32_t shared = static_cast<int32_t>(random() % 2);
@@ -279,8 +280,9 @@ void use_attention(Random& random) {
   Numbers keys(random, dtype, room, 1.0f), values(random, dtype, room, 1.0f);
   Buffer y(random, bytes_of(dtype) * hidden), again(random, bytes_of(dtype) * hidden);
   const int32_t rotation = static_cast<int32_t>(between(random, HALVES, NEIGHBOURS));
-  Attention a{q.m,      k.m,    v.m,  o.m,   heads, kv_heads, width,   rotated,
-              rotation, shared, 0.2f, 1e-5f, dtype, nullptr,  nullptr, nullptr};
+  Attention a{q.m,   k.m,     v.m,      o.m,     heads, kv_heads,
+              width, rotated, rotation, shared,  0.2f,  1e-5f,
+              dtype, nullptr, nullptr,  nullptr, gated, static_cast<int32_t>(random() % 2)};
   if (random() % 2) a.q_norm = q_norm.bytes();
   if (random() % 2) a.k_norm = k_norm.bytes();
   if (random() % 2) a.sinks = sinks.bytes();

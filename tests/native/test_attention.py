@@ -44,6 +44,8 @@ class Case(NamedTuple):
     shared: bool = False
     norms: bool = False
     sinks: bool = False
+    gated: bool = False
+    shifted: bool = False
     bias: torch.dtype | None = None
     format: str = "fp32"
     dtype: torch.dtype = torch.float32
@@ -64,7 +66,8 @@ class Call:
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator).to(dtype)
 
-        shapes = {"q": (queries, case.hidden), "k": (keys, case.hidden), "v": (keys, case.hidden)}
+        asked = queries * (2 if case.gated else 1)
+        shapes = {"q": (asked, case.hidden), "k": (keys, case.hidden), "v": (keys, case.hidden)}
         shapes["o"] = case.hidden, queries
         options = {"bias": case.bias is not None, "bias_dtype": case.bias or torch.float32}
         self.matrices = {
@@ -86,6 +89,7 @@ class Call:
         struct.scaling, struct.epsilon, struct.dtype = case.width**-0.5, 1e-5, DTYPES[dtype]
         struct.q_norm, struct.k_norm = (None if norm is None else norm.data_ptr() for norm in self.norms)
         struct.sinks = None if self.sinks is None else self.sinks.data_ptr()
+        struct.gated, struct.shifted = case.gated, case.shifted
         addresses = self.keys.data_ptr(), self.values.data_ptr()
         self.sequence = Sequence(*addresses, self.keys.stride(0), case.first, case.last)
         self.arguments: dict[str, Any] = {
@@ -120,9 +124,11 @@ class Call:
         """y [D], and the token's key and value [kv_heads, width], in float64."""
         case, x = self.case, self.x.double()
         q, k, v = (self.matrices[name].product(x[None]).view(-1, case.width) for name in "qkv")
+        q, gates = (q[::2], q[1::2].sigmoid()) if case.gated else (q, 1)
         for heads, norm in zip((q, k), self.norms, strict=True):
             if norm is not None:
-                heads *= (heads.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.double()
+                factor = norm.double() + case.shifted
+                heads *= (heads.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * factor
         q, k = self._rotate(q), self._rotate(k)
         seen = slice(case.first, case.last)
         keys = torch.cat([self.keys[:, seen].double(), k[:, None]], 1)
@@ -133,7 +139,8 @@ class Call:
         if self.sinks is not None:
             scores = torch.cat([scores, self.sinks.double()[:, None]], 1)
         shares = scores.softmax(-1)[:, None, : keys.shape[1]]
-        return self.matrices["o"].product((shares @ values).view(1, -1))[0], k, v
+        answers = (shares @ values)[:, 0] * gates
+        return self.matrices["o"].product(answers.view(1, -1))[0], k, v
 
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:
         """As transformers' apply_rotary_pos_emb, or its interleaved relative."""
@@ -187,6 +194,14 @@ def test_heads_of_any_width(
         check(packed, lib, Case(*heads, width=width, rotated=width, dtype=dtype, norms=width == 48))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_gates_and_shifted_norms(packed: Any, lib: Any, isa: str, format: str, dtype: torch.dtype) -> None:
+    case = Case(format=format, dtype=dtype, norms=True, gated=True, shifted=True)
+    check(packed, lib, case)
+    check(packed, lib, case._replace(heads=6, width=48, rotated=12, last=300, hidden=200, bias=torch.float32))
+
+
 @pytest.mark.parametrize("rotation", [HALVES, NEIGHBOURS])
 @pytest.mark.parametrize("shared", [False, True])
 def test_rotations(packed: Any, lib: Any, isa: str, rotation: int, shared: bool) -> None:
@@ -224,7 +239,7 @@ def test_scores_far_apart_and_far_from_zero(packed: Any, lib: Any, isa: str) -> 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_number_of_threads_changes_no_bit(packed: Any, lib: Any, isa: str, format: str) -> None:
-    case = Case(heads=8, kv_heads=4, width=64, rotated=64, hidden=576, format=format, last=700)
+    case = Case(heads=8, kv_heads=4, width=64, rotated=64, hidden=576, format=format, last=700, gated=True)
     alone = Call(packed, case)
     want = alone.answer(lib)
     for threads in (2, 3, 64, 1000):
@@ -297,6 +312,7 @@ WRONG: dict[str, Callable[[Call], Any]] = {
     **{f"{name} with a bias of no dtype": of_matrix(name, "bias_dtype", 3) for name in "qkvo"},
     **{f"{name} of zero": of_struct(name, 0) for name in ("heads", "kv_heads", "width")},
     **{f"negative {name}": of_struct(name, -2) for name in ("heads", "kv_heads", "width", "rotated")},
+    "gates that q has no rows for": of_struct("gated", 1),
     "heads that share no keys": of_struct("kv_heads", 3),
     "more heads than rows": of_struct("heads", 8),
     "heads beyond all numbers": of_struct("heads", 2**62),

@@ -17,6 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralAttention, apply
 
 import moe_local
 from moe_local.offload.dense.attention_trial import use_token_attention
+from moe_local.offload.dense.norm import use_native_norms
 from moe_local.offload.dense.token_attention import TokenAttention
 from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.engine.memory import make_kv
@@ -34,6 +35,8 @@ TAKEN = {
     "granitemoe": True,
     "phimoe": True,
     "gpt_oss": True,
+    "qwen3_next": True,  # with gates, and norms with 1 + weight
+    "qwen3_5_moe": True,
     "deepseek_v3": False,  # compressed keys and values
 }
 
@@ -62,7 +65,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def attentions(hf: Any) -> list[Any]:
-    return [layer.self_attn for layer in hf.model.layers]
+    return [module for name, module in hf.named_modules() if name.endswith(".self_attn")]
 
 
 def are_taken(hf: Any) -> list[bool]:
@@ -122,7 +125,8 @@ def test_a_loaded_model_answers_as_transformers_own(
         ids = reference.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
     with moe_local.load(folder, device="cpu", experts="fp32", dense="fp32", context=64) as model:
         hf = model.hf
-        assert are_taken(hf) == [TAKEN[family]] * 3
+        layers = len(attentions(reference))
+        assert are_taken(hf) == [TAKEN[family]] * layers
         for module, original in zip(attentions(hf), attentions(reference), strict=True):
             assert isinstance(module, type(original))
             assert type(module).__name__ == type(original).__name__
@@ -130,7 +134,7 @@ def test_a_loaded_model_answers_as_transformers_own(
         calls.clear()
         got = model.generate(prompt, max_new_tokens=12, eos_token_id=None)
         assert torch.equal(got, ids)
-        assert len(calls) == (3 * 11 if TAKEN[family] else 0)
+        assert len(calls) == (layers * 11 if TAKEN[family] else 0)
         assert torch.allclose(one_by_one(hf), want, rtol=0, atol=2e-4)
 
 
@@ -293,6 +297,19 @@ def test_what_is_built_otherwise_is_not_taken(tiny_models: ModuleType, change: C
     assert TokenAttention.of(module, torch.float64) is None
     change(module)
     assert TokenAttention.of(module, torch.float32) is None
+
+
+def test_gates_of_another_kind_are_not_taken(
+    tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf = tiny_models.tiny_model("qwen3_next").requires_grad_(False)
+    use_native_norms(hf)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "sigmoid", torch.tanh)
+        use_token_attention(hf)
+        assert are_taken(hf) == [False]
+    use_token_attention(hf)
+    assert are_taken(hf) == [True]
 
 
 @contextlib.contextmanager

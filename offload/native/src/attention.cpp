@@ -19,6 +19,7 @@ struct AttentionCall {
   const float* cos;  // [rotated, or half]
   const float* sin;
   float* floats;  // [max(D, heads * width)], x, then the attended heads
+  float* asked;   // [heads, width or, where gated, twice that], what q's matrix gives
   float* q;       // [heads, width]
   float* k;       // [kv_heads, width]
   float* v;       // [kv_heads, width]
@@ -53,7 +54,7 @@ struct AttentionCall {
 
   void project(int64_t chunk) {
     if (chunk < q_chunks)
-      multiply(a->q, activations, &in, 1, chunk, &q);
+      multiply(a->q, activations, &in, 1, chunk, &asked);
     else if (chunk < q_chunks + k_chunks)
       multiply(a->k, activations, &in, 1, chunk - q_chunks, &k);
     else
@@ -64,11 +65,14 @@ struct AttentionCall {
   void rotate_head(int64_t head) {
     const int64_t width = a->width;
     for (int64_t g = head * group(); g < (head + 1) * group(); ++g) {
-      if (a->q_norm != nullptr) kernels().norm(a->dtype, a->q_norm, false, a->epsilon, width, q + g * width);
+      if (a->gated) std::copy_n(asked + 2 * g * width, width, q + g * width);
+      if (a->q_norm != nullptr)
+        kernels().norm(a->dtype, a->q_norm, a->shifted != 0, a->epsilon, width, q + g * width);
       rotate(q + g * width);
       for (int64_t i = 0; i < width; ++i) q[g * width + i] *= a->scaling;
     }
-    if (a->k_norm != nullptr) kernels().norm(a->dtype, a->k_norm, false, a->epsilon, width, k + head * width);
+    if (a->k_norm != nullptr)
+      kernels().norm(a->dtype, a->k_norm, a->shifted != 0, a->epsilon, width, k + head * width);
     rotate(k + head * width);
     const int64_t place = head * sequence->head_stride + sequence->last * width;
     kernels().narrow(a->dtype, k + head * width, width, at(a->dtype, sequence->keys, place));
@@ -123,17 +127,19 @@ struct AttentionCall {
         for (int64_t i = 0; i < width; ++i) answer[i] += share * sums[result * width + i];
       }
       for (int64_t i = 0; i < width; ++i) answer[i] /= all;
+      if (a->gated) kernels().open_gate(asked + (2 * head + 1) * width, width, answer);
     }
     kernels().prepare(a->o.format, activations, tiled(1), floats, a->o.cols, attended);
   }
 };
 
 bool valid_shapes(const Attention& a) {
-  if (a.heads < 1 || a.kv_heads < 1 || a.heads % a.kv_heads != 0) return false;
+  if (a.heads < 1 || a.kv_heads < 1 || a.heads % a.kv_heads != 0 || a.heads > a.o.cols) return false;
   if (a.width < HEAD_STEP || a.width % HEAD_STEP != 0 || a.width > (1 << 16)) return false;
   if (a.rotated < 0 || a.rotated > a.width || a.rotated % 2 != 0) return false;
-  return a.q.rows == a.heads * a.width && a.k.rows == a.kv_heads * a.width && a.v.rows == a.k.rows &&
-         a.o.cols == a.q.rows && a.k.cols == a.q.cols && a.v.cols == a.q.cols && a.o.rows == a.q.cols;
+  const int64_t all = a.heads * a.width;
+  return a.q.rows == (a.gated ? 2 * all : all) && a.k.rows == a.kv_heads * a.width && a.v.rows == a.k.rows &&
+         a.o.cols == all && a.k.cols == a.q.cols && a.v.cols == a.q.cols && a.o.rows == a.q.cols;
 }
 
 bool valid(const Attention& a) {
@@ -151,14 +157,14 @@ bool valid(const Sequence& s, const Attention& a) {
 
 void attention(const Attention& a, const void* x, const void* cos, const void* sin, const Sequence& sequence,
                void* y, int32_t activations, int32_t threads) {
-  const int64_t width = a.q.cols, all = a.q.rows, kv = a.k.rows, room = std::max(width, all);
+  const int64_t width = a.q.cols, all = a.o.cols, kv = a.k.rows, room = std::max(width, all);
   const int64_t looks = (sequence.last + 1 - sequence.first + MOST_POSITIONS - 1) / MOST_POSITIONS;
   const int64_t results = looks * a.heads, angles = a.shared ? a.rotated / 2 : a.rotated;
   scratch.reserve(prepared_bytes(width, activations) + prepared_bytes(all, activations) +
                   2 * Scratch::bytes_of<float>(angles) + Scratch::bytes_of<float>(room) +
-                  Scratch::bytes_of<float>(all) + 2 * Scratch::bytes_of<float>(kv) +
-                  Scratch::bytes_of<float>(width) + 2 * Scratch::bytes_of<float>(results) +
-                  Scratch::bytes_of<float>(results * a.width));
+                  Scratch::bytes_of<float>(all) + Scratch::bytes_of<float>(a.q.rows) +
+                  2 * Scratch::bytes_of<float>(kv) + Scratch::bytes_of<float>(width) +
+                  2 * Scratch::bytes_of<float>(results) + Scratch::bytes_of<float>(results * a.width));
   float *cosines = scratch.take<float>(angles), *sines = scratch.take<float>(angles);
   kernels().widen(a.dtype, cos, angles, cosines);
   kernels().widen(a.dtype, sin, angles, sines);
@@ -166,7 +172,9 @@ void attention(const Attention& a, const void* x, const void* cos, const void* s
   call.a = &a, call.x = x, call.sequence = &sequence, call.y = y, call.activations = activations;
   call.cos = cosines, call.sin = sines;
   call.floats = scratch.take<float>(room);
-  call.q = scratch.take<float>(all), call.k = scratch.take<float>(kv), call.v = scratch.take<float>(kv);
+  call.asked = scratch.take<float>(a.q.rows);
+  call.q = a.gated ? scratch.take<float>(all) : call.asked;
+  call.k = scratch.take<float>(kv), call.v = scratch.take<float>(kv);
   call.out = scratch.take<float>(width);
   call.in = take_prepared(width, activations), call.attended = take_prepared(all, activations);
   call.q_chunks = chunks_of(a.q, 1), call.k_chunks = chunks_of(a.k, 1);

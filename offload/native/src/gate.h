@@ -89,6 +89,11 @@ void gate(const Gate& g, const float* hidden, int64_t width, float* out) {
   }
 }
 
+// x [count] -> x * sigmoid(gate), in place; `count` is a multiple of WIDTH.
+void open_gate(const float* gate, int64_t count, float* x) {
+  for (int64_t i = 0; i < count; i += WIDTH) store(x + i, mul(load(x + i), sigmoid(load(gate + i))));
+}
+
 void combine(const float* rows, const float* weights, int64_t ranks, int64_t width, float* out) {
   int64_t i = 0;
   for (; i + WIDTH <= width; i += WIDTH) {

@@ -123,6 +123,9 @@ struct Kernels {
   // Keys and values are of the dtype.
   void (*attend)(int32_t dtype, const Look& look, const Looked& out);
 
+  // What a head answers [count, a multiple of HEAD_STEP] is multiplied by the sigmoids of its gate.
+  void (*open_gate)(const float* gate, int64_t count, float* answer);
+
   // The head's state takes the token in; out [value_width] is what it answers.
   void (*delta)(const Delta& head, float* out);
 

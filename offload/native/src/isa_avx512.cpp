@@ -50,8 +50,8 @@ constexpr int64_t TILE_T = 6;
 #include "low_encode.h"
 #include "rows.h"
 
-constexpr Kernels TABLE = {AVX512, "avx512", prepare, rows,  gate,   combine,   widen,
-                           narrow, norm,     attend,  delta, encode, encode_low};
+constexpr Kernels TABLE = {AVX512, "avx512", prepare, rows,      gate,  combine, widen,
+                           narrow, norm,     attend,  open_gate, delta, encode,  encode_low};
 
 }  // namespace
 

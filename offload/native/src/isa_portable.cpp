@@ -36,8 +36,8 @@ void rows(const Matrix& m, const float* map, int32_t, bool, const Prepared* x, i
   rows_tiled(decode_any, m, map, x, count, first, last, y);
 }
 
-constexpr Kernels TABLE = {PORTABLE, "portable", prepare, rows,  gate,   combine,   widen,
-                           narrow,   norm,       attend,  delta, encode, encode_low};
+constexpr Kernels TABLE = {PORTABLE, "portable", prepare, rows,      gate,  combine, widen,
+                           narrow,   norm,       attend,  open_gate, delta, encode,  encode_low};
 
 }  // namespace
 

@@ -93,7 +93,7 @@ enum Rotation : int32_t { HALVES = 0, NEIGHBOURS = 1 };
 
 // Attention with grouped heads, from the layer's (normalized) input to what is added to its residual.
 struct Attention {
-  Matrix q;       // [heads * width, D]
+  Matrix q;       // [heads * width, D]; where `gated`, each head's queries and then as many numbers, its gate
   Matrix k;       // [kv_heads * width, D]
   Matrix v;       // as k
   Matrix o;       // [D, heads * width]
@@ -109,6 +109,8 @@ struct Attention {
   const void* q_norm;  // [width], root mean square norms of each head before it is rotated, or null
   const void* k_norm;
   const void* sinks;  // [heads], scores that take part in the softmax and have no value, or null
+  int32_t gated;      // whether what heads answer is multiplied by the sigmoids of their gates
+  int32_t shifted;    // whether the norms are, as moe_norm says
 };
 
 // A sequence's keys and values: key of head h and position p is keys[h * head_stride + p * width ...].
