@@ -2,7 +2,7 @@
 # Disks may take minutes to write 50 GB; memory takes seconds, where there are as many again for what is measured.
 python="$(command -v python3 || command -v python)"
 if [ -z "${MOE_LOCAL_HOME:-}" ]; then
-  in_memory="$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 {print int($4 / 1024 / 1024)}')"
+  in_memory="$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 {print int($4 / 1024 / 1024)}' || true)"
   free="$(awk '/^MemAvailable/ {print int($2 / 1024 / 1024)}' /proc/meminfo 2>/dev/null || true)"
   base="${TMPDIR:-/tmp}"
   if [ "${in_memory:-0}" -ge 56 ] && [ "${free:-0}" -ge 110 ]; then base=/dev/shm; fi

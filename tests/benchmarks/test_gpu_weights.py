@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,15 +12,25 @@ from typing import Any
 import pytest
 
 from moe_local.cache.routes import Phase, read_routes
+from moe_local.offload.plan import bandwidth
 
 
 def test_what_is_made_and_recorded(
     import_benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Routes of the demo as it is; models and the pool of processes are stood in for."""
+    """Routes of the demo as it is, in this process; models and the pool of processes are stood in for."""
     weights = import_benchmark("gpu_weights")
     monkeypatch.setenv("MOE_LOCAL_HOME", str(tmp_path))
     monkeypatch.setattr(weights, "TOKENS", 4)
+    command = importlib.import_module("moe_local.cli.main").main
+
+    def run(words: list[str], **options: Any) -> None:
+        with pytest.raises(SystemExit) as left:
+            command(words[3:])
+        assert left.value.code == 0
+
+    monkeypatch.setattr(bandwidth, "SECONDS", 0.02)
+    monkeypatch.setattr(weights, "subprocess", SimpleNamespace(run=run, DEVNULL=None))
     made: list[Any] = []
     describe = lambda name, layers: SimpleNamespace(  # noqa: E731
         name=name, experts_nbytes=10 * layers, dense_nbytes=1
@@ -29,7 +40,8 @@ def test_what_is_made_and_recorded(
     routes = tmp_path / "below" / "routes.csv"
     for _ in range(2):  # the second finds the routes
         weights.main(["mixtral-8x7b:4", "qwen3-30b-a3b:2", "--routes", str(routes)])
-    first, second = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith('{"benchmark": "gpu_w')]
+    first, second = map(json.loads, said)
     assert [(model["name"], model["bytes"]) for model in first["models"]] == [
         ("mixtral-8x7b", 41),
         ("qwen3-30b-a3b", 21),
