@@ -125,8 +125,9 @@ class Batcher:
     ) -> Ticket:
         """Queue a prompt. `patience_s`: how long it may wait for its first step.
 
-        Raises BusyError where the queue is full, MoeLocalError once closed.
+        Raises BusyError where the queue is full, MoeLocalError once closed and in a fork.
         """
+        self._turn.check_process()
         self._engine.check_prompt(prompt_ids)
         now = time.monotonic()
         until = None if patience_s is None else now + patience_s
@@ -147,8 +148,10 @@ class Batcher:
         """Call `what` in the batcher's thread, between two steps, for what it returns or raises.
 
         It is how others read the model's figures and its cache, which belong to whoever steps; it delays
-        the next step, so it must be quick. Any thread. Here or in the future, MoeLocalError once closed.
+        the next step, so it must be quick. Any thread. Here or in the future, MoeLocalError once closed; here
+        in a fork.
         """
+        self._turn.check_process()
         future: Future[T] = Future()
 
         def call() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -287,6 +288,23 @@ def test_bad_prompts_are_refused_at_once(rig: Rig) -> None:
         rig.batcher.submit([], make_settings(rig.hf, [1]), None, lambda event: None)
     with pytest.raises(OptionError, match="outside the vocabulary"):
         rig.ask([5, 320])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_forks_copy_which_nobody_steps_takes_nothing(rig: Rig) -> None:
+    child = os.fork()
+    if child == 0:
+        refused = 0
+        for ask in (lambda: rig.ask([5]), lambda: rig.batcher.look(int)):
+            try:
+                ask()
+            except Exception as error:  # none may get out of the fork
+                refused += isinstance(error, MoeLocalError) and "a fork has no threads" in str(error)
+        os._exit(refused)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 2
+    assert rig.ask([5]).end() == Ended(FinishReason.LENGTH)
 
 
 def test_closing_ends_everybody(rig: Rig) -> None:
