@@ -85,14 +85,14 @@ class BatchLayer(DynamicLayer):  # type: ignore[misc]
 class BatchMasks:
     """Makes the attention masks of a batch in the form that a model's forward takes.
 
-    That is one tensor, or one a layer type, each [n, 1, 1, width]: bool (True: seen) for sdpa, for eager
-    attention numbers to add.
+    That is one tensor, or one a layer type, each [n, 1, 1, width]: bool (True: seen) for transformers' sdpa,
+    for its eager attention, and for ours, numbers to add.
     """
 
     def __init__(self, hf: Any, windows: Sequence[int | None]) -> None:
         """`windows`: of each cache layer, None where a token sees all before it."""
         config = hf.config.get_text_config(decoder=True)
-        self._added = config._attn_implementation == "eager"
+        self._added = config._attn_implementation != "sdpa"
         self._chunk = getattr(config, "attention_chunk_size", None)
         self._dtype = hf.get_input_embeddings().weight.dtype
         self._types = _mask_types(hf, config)
