@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache
 
 import moe_local
+from moe_local.offload.dense.attention import NAME
 from moe_local.offload.engine import batch_view
 from moe_local.offload.engine.batch_view import BatchMasks, BatchPlaces
 from moe_local.offload.engine.engine import Engine
@@ -285,3 +286,7 @@ def test_masks_of_chunks_do_not_ask_transformers(monkeypatch: pytest.MonkeyPatch
         "chunked_attention": [[4, 5], [0, 1, 2]],
         "full_attention": [[0, 1, 2, 3, 4, 5], [0, 1, 2]],
     }
+    config._attn_implementation = NAME
+    for name, added in BatchMasks(hf, [4, None]).make(places).items():
+        assert torch.equal(added == 0, masks[name])
+        assert torch.equal(added < -1e38, ~masks[name])
