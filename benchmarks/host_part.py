@@ -39,7 +39,7 @@ from moe_local.offload.gpu.device_misses import DeviceMisses
 from moe_local.offload.kernels.fetch import LOG_HEAD
 from moe_local.offload.prefetch.prefetch import NoPrefetch
 from moe_local.offload.quantize.layout import make_layout
-from moe_local.offload.store import ExpertStore
+from moe_local.offload.store.store import ExpertStore
 from moe_local.offload.tiers.arena import HostArena
 from moe_local.offload.tiers.copies import CopySource
 from moe_local.offload.tiers.device_arena import DeviceArena

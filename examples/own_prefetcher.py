@@ -13,7 +13,7 @@ import moe_local
 from moe_local import Guess
 
 if TYPE_CHECKING:
-    from moe_local.offload.store import ExpertStore
+    from moe_local.offload.store.store import ExpertStore
 
 
 class LastTime:

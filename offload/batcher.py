@@ -16,9 +16,9 @@ from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.engine.sequence import FinishReason, Sequence, Step
 from moe_local.offload.engine.text import Detokenizer
-from moe_local.offload.leases import Tally
 from moe_local.offload.records import Token
-from moe_local.offload.store import ExpertStore
+from moe_local.offload.store.leases import Tally
+from moe_local.offload.store.store import ExpertStore
 from moe_local.offload.turn import Turn
 
 

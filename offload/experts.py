@@ -22,7 +22,7 @@ from moe_local.offload.progress import Progress
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.schedule.calibrate import measure_cpu
 from moe_local.offload.schedule.costs import Work
-from moe_local.offload.store import ExpertStore
+from moe_local.offload.store.store import ExpertStore
 from moe_local.offload.system.interrupt import check as check_interrupt
 from moe_local.offload.system.interrupt import deferred, is_deferred
 

@@ -13,7 +13,6 @@ import torch
 
 from moe_local.cache.errors import DoesNotFitError, first_line
 from moe_local.offload.allocation.misses import MissCost
-from moe_local.offload.build import build_arena, build_store
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.device_map import device_map
 from moe_local.offload.checkpoint.hub import config_of, resolve
@@ -49,17 +48,18 @@ from moe_local.offload.plan.plan import Plan
 from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.make import make_prefetcher
 from moe_local.offload.prefetch.routers import RouterSite
-from moe_local.offload.prefill import announcer
 from moe_local.offload.progress import Progress
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.mix import AUTO, is_mixed
 from moe_local.offload.schedule.calibrate import first_costs
 from moe_local.offload.schedule.scheduler import MissScheduler
-from moe_local.offload.store import ExpertStore
+from moe_local.offload.store.build import build_arena, build_store
+from moe_local.offload.store.prefill import announcer
+from moe_local.offload.store.store import ExpertStore
+from moe_local.offload.store.uncounted import uncounted
 from moe_local.offload.tiers.device import Device
 from moe_local.offload.tiers.device_arena import DeviceArena
 from moe_local.offload.tiers.slow_link import cuda_device, held
-from moe_local.offload.uncounted import uncounted
 
 logger = logging.getLogger(__name__)
 

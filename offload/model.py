@@ -31,7 +31,7 @@ from moe_local.offload.gpu.custody import Switch
 from moe_local.offload.prefetch.prefetch import Prefetcher
 from moe_local.offload.ranges import plain, plain_number
 from moe_local.offload.records import Output
-from moe_local.offload.store import ExpertStore
+from moe_local.offload.store.store import ExpertStore
 from moe_local.offload.stream import TokenStream
 from moe_local.offload.system import interrupt
 from moe_local.offload.turn import Turn

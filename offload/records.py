@@ -11,7 +11,7 @@ from moe_local.offload.engine.sequence import FinishReason
 if TYPE_CHECKING:
     from moe_local.offload.engine.sequence import Step
     from moe_local.offload.engine.text import Detokenizer
-    from moe_local.offload.leases import Tally
+    from moe_local.offload.store.leases import Tally
 
 
 @dataclass(frozen=True, slots=True)

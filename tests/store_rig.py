@@ -20,7 +20,7 @@ from moe_local.offload.quantize.layout import Layout, make_layout
 from moe_local.offload.schedule.costs import Costs, Work
 from moe_local.offload.schedule.scheduler import MissScheduler, Needed
 from moe_local.offload.schedule.split import Split
-from moe_local.offload.store import ExpertStore, Lease
+from moe_local.offload.store.store import ExpertStore, Lease
 from moe_local.offload.tiers.arena import HostArena
 from moe_local.offload.tiers.copies import CopySource
 from moe_local.offload.tiers.device_arena import DeviceArena

@@ -34,12 +34,12 @@ from moe_local.offload.gpu.custody import HostAlone
 from moe_local.offload.gpu.device_misses import DeviceMisses
 from moe_local.offload.kernels import fetch
 from moe_local.offload.prefetch.routers import RouterSite
-from moe_local.offload.store import ExpertStore
+from moe_local.offload.store.store import ExpertStore
+from moe_local.offload.store.uncounted import uncounted
 from moe_local.offload.tiers.arena import HostArena
 from moe_local.offload.tiers.mapped import is_mapped
 from moe_local.offload.tiers.slow_link import link_limit
 from moe_local.offload.tiers.staging import StagedArena
-from moe_local.offload.uncounted import uncounted
 
 VARIABLE = "MOE_LOCAL_DEVICE_MISSES"
 

@@ -21,7 +21,7 @@ from moe_local.offload.kernels.contracts import ExpertMath
 from moe_local.offload.kernels.fetch import LOG_HEAD, Fetch, LayerTables
 from moe_local.offload.kernels.grouped import DTYPES, GroupedExperts, GroupedRun
 from moe_local.offload.kernels.launcher import Launcher
-from moe_local.offload.store import ExpertStore
+from moe_local.offload.store.store import ExpertStore
 from moe_local.offload.system.interrupt import check as check_interrupt
 from moe_local.offload.tiers.arena import HostArena
 from moe_local.offload.tiers.copies import CopySource

@@ -10,7 +10,7 @@ from moe_local.offload.gpu.capturing import alone
 from moe_local.offload.kernels.contracts import ExpertMath
 from moe_local.offload.kernels.grouped import DTYPES, GroupedExperts, GroupedRun
 from moe_local.offload.kernels.launcher import UNIT, Launcher
-from moe_local.offload.store import ExpertStore
+from moe_local.offload.store.store import ExpertStore
 
 
 def can_reside(store: ExpertStore) -> bool:

@@ -12,7 +12,7 @@ from moe_local.offload.prefetch.pilot import Pilot
 from moe_local.offload.prefetch.predictor import RouterPredictor
 from moe_local.offload.prefetch.prefetch import Guess
 from moe_local.offload.prefetch.spare_link import EXPECTED, Accuracy, SpareLink
-from moe_local.offload.store import ExpertStore
+from moe_local.offload.store.store import ExpertStore
 
 MOST_LOOKAHEAD = 4
 MOST_TOKENS = 8

@@ -17,7 +17,7 @@ from moe_local.offload.prefetch.predictor import RouterPredictor
 from moe_local.offload.prefetch.prefetch import NoPrefetch, Prefetcher
 from moe_local.offload.prefetch.router_prefetcher import RouterPrefetcher
 from moe_local.offload.prefetch.routers import RouterSite
-from moe_local.offload.store import ExpertStore
+from moe_local.offload.store.store import ExpertStore
 
 logger = logging.getLogger(__name__)
 

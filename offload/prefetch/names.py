@@ -10,7 +10,7 @@ from moe_local.cache.errors import OptionError
 if TYPE_CHECKING:
     from moe_local.offload.prefetch.prefetch import Prefetcher
     from moe_local.offload.prefetch.routers import RouterSite
-    from moe_local.offload.store import ExpertStore
+    from moe_local.offload.store.store import ExpertStore
 
     MakePrefetcher = Callable[[ExpertStore, Sequence[RouterSite | None]], Prefetcher]
 

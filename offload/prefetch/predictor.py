@@ -9,7 +9,7 @@ import torch
 from moe_local.offload.prefetch.correction import Correction
 from moe_local.offload.prefetch.prefetch import Guess
 from moe_local.offload.prefetch.routers import RouterSite
-from moe_local.offload.store import ExpertStore
+from moe_local.offload.store.store import ExpertStore
 
 
 class RouterPredictor:

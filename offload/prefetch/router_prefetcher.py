@@ -8,7 +8,7 @@ import torch
 
 from moe_local.offload.prefetch.predictor import RouterPredictor
 from moe_local.offload.prefetch.prefetch import Guess
-from moe_local.offload.store import ExpertStore
+from moe_local.offload.store.store import ExpertStore
 
 
 class RouterPrefetcher:

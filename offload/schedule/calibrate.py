@@ -14,7 +14,7 @@ from moe_local.offload.native.library import library
 from moe_local.offload.plan.bandwidth import Bandwidths
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.schedule.costs import Costs, Work
-from moe_local.offload.store import ExpertStore
+from moe_local.offload.store.store import ExpertStore
 
 CPU_LATENCY_S = 30e-6
 """A call of the C++ kernel without any work."""

@@ -20,8 +20,8 @@ from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.engine.sequence import FinishReason
-from moe_local.offload.leases import Tally
 from moe_local.offload.records import Token
+from moe_local.offload.store.leases import Tally
 from moe_local.offload.turn import Turn
 
 torch.set_num_threads(1)

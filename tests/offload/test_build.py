@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_local.offload.build import past_page_cache
+from moe_local.offload.store.build import past_page_cache
 
 GIB = 2**30
 

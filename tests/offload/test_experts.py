@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from moe_local.cache.errors import MoeLocalError
-from moe_local.offload.build import build_arena, build_store
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.spec import experts_modules
 from moe_local.offload.expert_file.convert import convert_experts
@@ -21,7 +20,8 @@ from moe_local.offload.kernels.shared import Staging, pack, unpack
 from moe_local.offload.plan.plan import Request
 from moe_local.offload.prefetch.prefetch import Guess, NoPrefetch
 from moe_local.offload.quantize.codec import codec_for
-from moe_local.offload.store import ExpertStore
+from moe_local.offload.store.build import build_arena, build_store
+from moe_local.offload.store.store import ExpertStore
 
 TYPES = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "qwen2_moe", "deepseek_v3")
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.float32}

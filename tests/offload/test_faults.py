@@ -16,7 +16,7 @@ import torch
 
 import moe_local
 from moe_local.cache.errors import MoeLocalError, TransferError
-from moe_local.offload.store import ExpertStore
+from moe_local.offload.store.store import ExpertStore
 
 torch.set_num_threads(1)
 

@@ -188,7 +188,7 @@ def test_ctrl_c_before_the_cpu_begins(make_rig: Make, given: Make, monkeypatch: 
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moe_local.offload.store.check_interrupt", interrupted)
+    monkeypatch.setattr("moe_local.offload.store.store.check_interrupt", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(rig.serve(0, [1, 2, 3]))
     monkeypatch.undo()

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from moe_local.cache.keys import ExpertKey
-from moe_local.offload.build import build_store
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.skeleton import load_skeleton
 from moe_local.offload.expert_file.convert import convert_experts
@@ -23,6 +22,7 @@ from moe_local.offload.prefetch.predictor import RouterPredictor
 from moe_local.offload.prefetch.prefetch import Guess, NoPrefetch, Prefetcher
 from moe_local.offload.prefetch.router_prefetcher import RouterPrefetcher
 from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.store.build import build_store
 
 IDS = torch.tensor([[5, 77, 130, 9, 201, 33, 8]])
 

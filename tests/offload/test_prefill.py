@@ -436,7 +436,7 @@ class Faults:
         self._preadv = os.preadv
         monkeypatch.setattr(os, "preadv", self.read)
         for module in ("store", "prefill"):
-            monkeypatch.setattr(f"moe_local.offload.{module}.check_interrupt", self.look)
+            monkeypatch.setattr(f"moe_local.offload.store.{module}.check_interrupt", self.look)
 
     def read(self, file: int, buffers: list[memoryview], offset: int, *flags: int) -> int:
         if self.reads > 0:

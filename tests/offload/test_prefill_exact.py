@@ -120,7 +120,7 @@ def test_every_expert_resident_needs_no_ring(tiny_mixtral: Path) -> None:
 def test_ctrl_c_in_mid_prompt_leaves_the_model_usable(
     tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moe_local.offload import prefill
+    from moe_local.offload.store import prefill
 
     looks = iter(range(10_000))
     stop = 7

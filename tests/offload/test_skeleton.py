@@ -16,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.build import build_store
 from moe_local.offload.checkpoint import skeleton
 from moe_local.offload.checkpoint.checkpoint import Checkpoint, read_config
 from moe_local.offload.checkpoint.skeleton import load_skeleton
@@ -27,6 +26,7 @@ from moe_local.offload.experts import ExpertRunner, OffloadedExperts
 from moe_local.offload.plan.plan import Request
 from moe_local.offload.prefetch.prefetch import NoPrefetch
 from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.store.build import build_store
 
 TYPES = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "qwen2_moe", "olmoe", "deepseek_v3")
 CPU = torch.device("cpu")

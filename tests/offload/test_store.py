@@ -44,7 +44,7 @@ class Faults:
         """So many of the next reads fail."""
         self._preadv = os.preadv
         monkeypatch.setattr(os, "preadv", self.read)
-        monkeypatch.setattr("moe_local.offload.store.check_interrupt", self.check)
+        monkeypatch.setattr("moe_local.offload.store.store.check_interrupt", self.check)
 
     def read(self, file: int, buffers: list[memoryview], offset: int) -> int:
         if self.reads > 0:

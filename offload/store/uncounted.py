@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from moe_local.cache.stats import CacheCounters
-from moe_local.offload.store import ExpertStore
+from moe_local.offload.store.store import ExpertStore
 from moe_local.offload.tiers.copies import CopySource
 
 

@@ -15,7 +15,7 @@ from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.plan.free_memory import free_ram
 from moe_local.offload.plan.plan import Ladders
 from moe_local.offload.schedule.scheduler import MissScheduler
-from moe_local.offload.store import ExpertStore
+from moe_local.offload.store.store import ExpertStore
 from moe_local.offload.tiers.arena import HostArena
 from moe_local.offload.tiers.copies import CopySource
 from moe_local.offload.tiers.device import Device

@@ -9,12 +9,12 @@ from collections.abc import Callable, Generator, Sequence
 from moe_local.cache.keys import ExpertKey
 from moe_local.cache.stats import BytesMoved, RouterLoad, Stats
 from moe_local.offload.gpu.custody import Custody, HostAlone
-from moe_local.offload.leases import Lease, Serving, Tally
-from moe_local.offload.prefill import PrefillStream
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.schedule.host_share import HostShare
 from moe_local.offload.schedule.scheduler import MissScheduler
-from moe_local.offload.stalls import StallAccount
+from moe_local.offload.store.leases import Lease, Serving, Tally
+from moe_local.offload.store.prefill import PrefillStream
+from moe_local.offload.store.stalls import StallAccount
 from moe_local.offload.system.interrupt import LOOK_SECONDS
 from moe_local.offload.system.interrupt import check as check_interrupt
 from moe_local.offload.tiers.copies import CopySource

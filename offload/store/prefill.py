@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from moe_local.cache.keys import ExpertKey
-from moe_local.offload.leases import Lease
 from moe_local.offload.quantize.layout import Layout
-from moe_local.offload.stalls import StallAccount
+from moe_local.offload.store.leases import Lease
+from moe_local.offload.store.stalls import StallAccount
 from moe_local.offload.system.interrupt import LOOK_SECONDS
 from moe_local.offload.system.interrupt import check as check_interrupt
 from moe_local.offload.tiers.copies import CopySource
