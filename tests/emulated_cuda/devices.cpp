@@ -193,8 +193,11 @@ cudaError_t cudaFreeHost(void* pointer) {
 cudaError_t cudaHostRegister(void* pointer, size_t bytes, unsigned) {
   if (cudaError_t error = unsafe()) return error;
   std::lock_guard lock(guard);
-  if (memory_at(pointer)) return fail(cudaErrorHostMemoryAlreadyRegistered);
-  memories[static_cast<char*>(pointer)] = {bytes, -1, false};
+  auto* start = static_cast<char*>(pointer);
+  auto next = memories.lower_bound(start);
+  if (memory_at(pointer) || (next != memories.end() && next->first < start + bytes))
+    return fail(cudaErrorHostMemoryAlreadyRegistered);
+  memories[start] = {bytes, -1, false};
   return cudaSuccess;
 }
 
@@ -232,7 +235,7 @@ cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t byt
   return copy(to, from, bytes, stream);
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-  if (cudaError_t error = emulated::wait()) return error;
+  if (cudaError_t error = emulated::wait(nullptr)) return error;
   return copy(to, from, bytes, nullptr);
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {

@@ -93,8 +93,8 @@ void keep(cudaStream_t stream, const Tensor& tensor) {
   emulated::keep(stream, const_cast<void*>(storage.data()), storage.nbytes());
 }
 
-void forbid_wait(const char* name) {
-  TORCH_CHECK(emulated::wait() == cudaSuccess,
+void forbid_wait(cudaStream_t stream, const char* name) {
+  TORCH_CHECK(emulated::wait(stream) == cudaSuccess,
               "CUDA error: operation not permitted when stream is capturing (", name, ")");
 }
 
@@ -127,7 +127,7 @@ void compute(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
       of_gpu.empty() ? c10::Device(c10::kCUDA, c10::cuda::current_device()) : of_gpu.front().device();
   const cudaStream_t stream = stream_of(device);
   const bool captured = emulated::is_captured(stream);
-  if (waits(schema, op)) forbid_wait(schema.name().c_str());
+  if (waits(schema, op)) forbid_wait(stream, schema.name().c_str());
 
   Stack shown_arguments, trial;
   for (size_t i = 0; i < count; i++) {
@@ -190,10 +190,9 @@ void compute(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
 // Copies between devices: one that the host waits for cannot be captured.
 Tensor& copy_(Tensor& self, const Tensor& from, bool non_blocking) {
   const c10::Device device = self.is_cuda() ? self.device() : from.device();
-  if (self.device() != from.device() && !non_blocking && !(self.is_cuda() && from.is_cuda()))
-    forbid_wait("copy_");
   const Tensor to = on_cpu(self), source = on_cpu(from);
   const cudaStream_t stream = stream_of(device);
+  if (!non_blocking && self.is_cuda() != from.is_cuda()) forbid_wait(stream, "copy_");
   if (emulated::is_captured(stream)) {
     keep(stream, self);
     to.copy_(source);

@@ -26,7 +26,7 @@ cudaError_t fail(cudaError_t error);
 // What a capture in global mode forbids to every thread that has not asked for less.
 cudaError_t unsafe();
 
-// A wait of the host for the device: an error, which invalidates the capture, while one is under way.
-cudaError_t wait();
+// A wait of the host for a stream: an error while that is captured, which invalidates the capture.
+cudaError_t wait(cudaStream_t stream);
 
 }  // namespace emulated

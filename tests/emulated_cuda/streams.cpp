@@ -94,10 +94,11 @@ void keep(cudaStream_t stream, void* memory, size_t bytes) {
   if (Graph* graph = graph_of(stream)) graph->kept.try_emplace(start, start, start + bytes);
 }
 
-cudaError_t wait() {
+cudaError_t wait(cudaStream_t stream) {
   std::lock_guard lock(guard);
-  if (captured.empty()) return cudaSuccess;
-  invalidate_all();
+  Graph* graph = graph_of(stream);
+  if (!graph) return unsafe();
+  graph->invalid = true;
   return fail(cudaErrorStreamCaptureUnsupported);
 }
 
@@ -120,11 +121,15 @@ cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* priority) {
   *priority = stream ? reinterpret_cast<Stream*>(stream)->priority : 0;
   return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  return emulated::is_captured(stream) ? emulated::wait() : unsafe();
-}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return emulated::wait(stream); }
 cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
-cudaError_t cudaDeviceSynchronize() { return emulated::wait(); }
+// What waits for all streams spoils a capture in any thread and mode.
+cudaError_t cudaDeviceSynchronize() {
+  std::lock_guard lock(guard);
+  if (captured.empty()) return cudaSuccess;
+  invalidate_all();
+  return fail(cudaErrorStreamCaptureUnsupported);
+}
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   *event = reinterpret_cast<cudaEvent_t>(new Event{});
@@ -149,7 +154,7 @@ cudaError_t cudaEventQuery(cudaEvent_t handle) {
   std::lock_guard lock(guard);
   Graph* graph = reinterpret_cast<Event*>(handle)->captured_in;
   for (auto& [stream, capture] : captured)
-    if (capture == graph) return emulated::wait();
+    if (capture == graph) return emulated::wait(stream);
   return unsafe();
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) { return cudaEventQuery(event); }
