@@ -360,7 +360,7 @@ def test_errors_in_words(browser: Any, serving: Any, small: moe_local.Model) -> 
         visit.ask("hello")  # the message that was refused is not sent again
         browser.until(lambda: visit.answered())
         long = [{"role": "user", "content": "word " * 700}, {"role": "assistant", "content": "Yes."}]
-        browser.run(f"kept.messages.unshift(...{json.dumps(2 * long)})")
+        browser.run(f"kept.messages.unshift(...{json.dumps(3 * long)}); kept.max_tokens = '8'")
         visit.ask("hello")
         visit.wait_for(".assistant:last-child .foot", "the context is full: answered without the oldest")
         browser.click("#new")
