@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple, Self
@@ -245,15 +246,17 @@ class CacheCounters:
 
 
 class RouterLoad:
-    """How often the router of each layer chose each expert. One per model: tiers share it."""
+    """How often the router of each layer chose each expert. One per model: tiers share it. Any thread."""
 
-    __slots__ = ("_counts", "_top_k", "settle")
+    __slots__ = ("_counts", "_lock", "_top_k", "settle")
 
     def __init__(self, num_experts: Sequence[int], top_k: Sequence[int]) -> None:
         """`num_experts[layer]` experts, of which each token uses `top_k[layer]`."""
         if len(num_experts) != len(top_k):
             raise ValueError(f"experts of {len(num_experts)} layers but top-k of {len(top_k)}")
         self._counts = [[0] * experts for experts in num_experts]
+        self._lock = threading.Lock()
+        """Held while counts change: who looks at them brings those of a device, beside who generates."""
         self._top_k = tuple(top_k)
         self.settle: Callable[[], None] | None = None
         """Called before the counts are read, so that whoever counts elsewhere can `add` to them first."""
@@ -269,16 +272,20 @@ class RouterLoad:
     def count_all(self, layer: int, experts: Sequence[int]) -> None:
         """Each of `experts` was chosen by one token; repeats count, as in a flattened [tokens, top-k]."""
         counts = self._counts[layer]
-        for expert in experts:
-            counts[expert] += 1
+        with self._lock:
+            for expert in experts:
+                counts[expert] += 1
 
     def add(self, layer: int, counts: Sequence[int]) -> None:
         """`counts[expert]` tokens chose each expert of the layer, as torch.bincount gives them."""
-        self._counts[layer] = [a + b for a, b in zip(self._counts[layer], counts, strict=True)]
+        with self._lock:
+            mine = self._counts[layer]
+            mine[:] = [a + b for a, b in zip(mine, counts, strict=True)]
 
     def snapshot(self) -> RoutedTokens:
         """The counts so far. A layer's tokens are its choices divided by its top-k."""
         if self.settle is not None:
             self.settle()
-        counts = tuple(map(tuple, self._counts))
+        with self._lock:
+            counts = tuple(map(tuple, self._counts))
         return RoutedTokens(counts, tuple(sum(c) // k for c, k in zip(counts, self._top_k, strict=True)))

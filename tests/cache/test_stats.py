@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -107,6 +109,25 @@ def test_router_load_counts_one_by_one_in_bulk_and_by_table() -> None:
     load.count_all(0, [1, 3, 3])
     load.add(1, [5, 2])
     assert load.snapshot() == RoutedTokens(counts=((0, 2, 0, 6), (5, 2)), tokens=(4, 7))
+
+
+def test_router_load_loses_nothing_that_another_thread_counts_meanwhile() -> None:
+    load = RouterLoad(num_experts=[2], top_k=[1])
+    other = threading.Thread(target=load.count_all, args=(0, [0]))
+
+    class Table(list[int]):
+        """Whose numbers are read while somebody else counts, or wants to."""
+
+        def __iter__(self) -> Iterator[int]:
+            numbers = super().__iter__()
+            yield next(numbers)
+            other.start()
+            other.join(0.2)
+            yield from numbers
+
+    load.add(0, Table([5, 7]))
+    other.join()
+    assert load.snapshot().counts == ((6, 7),)
 
 
 def test_router_load_refuses_another_models_shape() -> None:
