@@ -44,7 +44,7 @@ from moe_local.offload.plan import bandwidth
 from moe_local.offload.plan.bandwidth import Bandwidths
 from moe_local.offload.plan.fit import plan_load
 from moe_local.offload.plan.placement import with_vram_slots
-from moe_local.offload.plan.plan import Plan
+from moe_local.offload.plan.plan import Plan, largest
 from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.make import make_prefetcher
 from moe_local.offload.prefetch.routers import RouterSite
@@ -222,9 +222,8 @@ def _assemble(
         kv = make_kv(as_decoder(hf), plan.request.parallel, plan.request.context, cache)
         arena = None
         if cards:  # last of all that is allocated there, since it can do with less
-            arena = _allocate(checkpoint.spec, plan, cards)
+            arena, plan = _allocate(checkpoint.spec, plan, cards)
             undo.callback(arena.close)
-            plan = _as_allocated(plan, arena.slots)
         store = build_store(
             file,
             checkpoint.spec,
@@ -284,11 +283,20 @@ def _load_dense(
     )
 
 
-def _allocate(spec: ModelSpec, plan: Plan, cards: Sequence[Device]) -> DeviceArena:
-    """The experts' memory on the cards, as planned or, where that is refused, with fewer slots."""
+def _allocate(spec: ModelSpec, plan: Plan, cards: Sequence[Device]) -> tuple[DeviceArena, Plan]:
+    """The experts' memory on the cards, as planned or, where that is refused, with fewer slots; and the plan
+    with those. Memory is left to a prompt's workspace, and to the ring unless the least slots need that."""
     by_layer = [cards[plan.card_of(layer.index)] for layer in spec.layers]
-    spare = plan.bytes.workspace // len(cards)
-    return build_arena(spec, plan.vram_slots, plan.request.ladders, by_layer, spare=spare)
+    ladders, workspace = plan.request.ladders, plan.bytes.workspace // len(cards)
+    ring = plan.vram_staging * largest(ladders)
+    try:
+        arena = build_arena(spec, plan.vram_slots, ladders, by_layer, spare=workspace + ring)
+    except DoesNotFitError:
+        if not ring:
+            raise
+        plan = replace(plan, vram_staging=0)
+        arena = build_arena(spec, plan.vram_slots, ladders, by_layer, spare=workspace)
+    return arena, _as_allocated(plan, arena.slots)
 
 
 def _announce_prompts(hf: Any, store: ExpertStore, chunk: int, *, ahead: bool) -> None:

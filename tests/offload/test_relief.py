@@ -382,6 +382,28 @@ def test_a_load_that_is_refused_half_way_goes_on_with_fewer(
         assert device.allocated == 0
 
 
+def test_a_load_that_is_refused_half_way_leaves_the_workspace_its_memory_beside_the_ring(
+    tiny_mixtral: Path, make_device: Callable[..., Any]
+) -> None:
+    made = Made(tiny_mixtral, 5)
+    with made.model(make_device()) as model:
+        expected, stride, ring = ids(model), strides(model)[0], model.plan.vram_staging
+        assert ring == 2
+    spare = 3 * stride
+    made.plan = replace(made.plan, bytes=replace(made.plan.bytes, workspace=spare))
+    least = 3 * made.checkpoint.spec.top_k
+    for room in range(least, 3 * 5 - 3):  # slots that can be had beside the workspace
+        device = make_device(capacity=room * stride + spare)
+        with made.model(device) as model:
+            has_ring = room - ring >= least
+            assert model.plan.vram_staging == (ring if has_ring else 0)
+            assert sum(model.plan.vram_slots) == (room - ring if has_ring else room)
+            assert device.allocated == room * stride
+            assert ids(model) == expected
+    with pytest.raises(DoesNotFitError, match="refused"):
+        made.model(make_device(capacity=(least - 1) * stride + spare))
+
+
 def test_a_dense_part_that_does_not_fit_is_one_line(
     tiny_mixtral: Path, make_device: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
