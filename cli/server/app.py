@@ -261,15 +261,16 @@ class Server:
         return shape.whole()
 
     async def _stream(self, answer: Answer, shape: Shape, include_usage: bool) -> AsyncIterator[str]:
+        usage = {"usage": None} if include_usage else {}  # so in all chunks before the one that counts
         try:
             for chunk in shape.opening():
-                yield _event(chunk)
+                yield _event({**chunk, **usage})
             async for choice, pieces, event in answer.events():
                 for piece in pieces:
-                    yield _event(shape.delta(choice, piece))
+                    yield _event({**shape.delta(choice, piece), **usage})
                     choice.calls += piece.call is not None
                 if isinstance(event, Ended):
-                    yield _event(shape.closing(choice))
+                    yield _event({**shape.closing(choice), **usage})
             if include_usage:
                 yield _event(shape.usage())
         except MoeLocalError as error:

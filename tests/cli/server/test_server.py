@@ -53,6 +53,7 @@ def test_a_chat_as_a_stream(client: openai.OpenAI, expected: str) -> None:
         stream_options={"include_usage": True},
     )
     chunks = list(stream)
+    assert all("usage" in chunk.model_fields_set and chunk.usage is None for chunk in chunks[:-1])
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected
     assert len(chunks) > 10
