@@ -1,4 +1,4 @@
-"""Root mean square norms on a GPU in one or two kernels of torch, where models of transformers launch seven.
+"""Root mean square norms on a GPU in one to three kernels, where models of transformers launch seven.
 
 A token's norms are two kernels in five of those that it launches (docs/log.md), and what each takes, a
 microsecond or two even in a CUDA graph, is what small models' tokens are made of.
@@ -13,35 +13,29 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moe_local.offload.dense.norm import Kind, fits, kind_of
+from moe_local.offload.dense.norm import Kind, fits, replace_norms
 from moe_local.offload.modeling.stand_in import stand_in
 
 
 def use_fused_norms(model: nn.Module) -> None:
     """Let the norms of `model` that are recognized as such, wherever it lies, be computed by torch's.
 
-    In 16 bits those with a weight round once, as gpt-oss' own do, where most models' round twice; those with
-    1 + weight round twice, where models' own round once.
+    In 16 bits all round once: those with 1 + weight as models' own do, those with a weight as gpt-oss' own,
+    where most models' round twice.
     """
-    for module in model.modules():
-        if "RMSNorm" not in type(module).__name__ or "forward" in vars(module):  # which hooks have replaced
-            continue
-        kind = kind_of(module, fused_norm)
-        if kind is not None:
-            cls: Any = type(module)
-            module._fused_kind = kind  # type: ignore[assignment]
-            module.__class__ = _fused(cls)
+    replace_norms(model.modules(), fused_norm, _fused)
 
 
 def fused_norm(x: torch.Tensor, weight: torch.Tensor, kind: Kind) -> torch.Tensor:
     """x [..., D] by a norm with this weight [D], both of one dtype.
 
-    1 + weight is never rounded to it: torch adds the quotient's product to the quotient in fp32.
+    With 1 + weight the quotients are kept in fp32, and torch adds their product with the weight to them in
+    fp32, so that neither they nor the factor are rounded to 16 bits, and reads and writes 16 bits itself.
     """
     if not kind.shifted:
         return F.rms_norm(x, weight.shape, weight, kind.epsilon)
-    quotient = F.rms_norm(x, weight.shape, None, kind.epsilon)
-    return torch.addcmul(quotient, quotient, weight)
+    quotient = F.rms_norm(x.float(), weight.shape, None, kind.epsilon)
+    return torch.addcmul(quotient, quotient, weight, out=torch.empty_like(quotient, dtype=x.dtype))
 
 
 @cache
@@ -51,6 +45,6 @@ def _fused(cls: Any) -> Any:
         if args or kwargs or not fits(x, weight):
             other: torch.Tensor = cls.forward(self, hidden_states, *args, **kwargs)
             return other
-        return fused_norm(x, weight, self._fused_kind)
+        return fused_norm(x, weight, self._norm_kind)
 
     return stand_in(cls, _fused, forward)

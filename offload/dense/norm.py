@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -32,13 +32,7 @@ def use_native_norms(model: nn.Module) -> None:
     """Let the norms of `model`, in CPU memory, that are recognized as such run in the library."""
     if library() is None:
         return
-    for module in model.modules():
-        if "RMSNorm" in type(module).__name__ and _is_served(module):
-            kind = kind_of(module, native_norm)
-            if kind is not None:
-                cls: Any = type(module)
-                module._native_kind = kind  # type: ignore[assignment]
-                module.__class__ = _native(cls)
+    replace_norms([module for module in model.modules() if _is_served(module)], native_norm, _native)
 
 
 def native_norm(x: torch.Tensor, weight: torch.Tensor, kind: Kind) -> torch.Tensor:
@@ -69,7 +63,7 @@ def _native(cls: Any) -> Any:
         ):
             other: torch.Tensor = cls.forward(self, hidden_states, *args, **kwargs)
             return other
-        return native_norm(x, weight, self._native_kind)
+        return native_norm(x, weight, self._norm_kind)
 
     return stand_in(cls, _native, forward)
 
@@ -85,7 +79,19 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def kind_of(module: nn.Module, norm: Norm) -> Kind | None:
+def replace_norms(modules: Iterable[nn.Module], norm: Norm, stand_in_for: Callable[[Any], Any]) -> None:
+    """Let those of the modules that are found to compute what `norm` does be of the class that takes their
+    class' place; as `_norm_kind` they have the Kind."""
+    for module in modules:
+        if "RMSNorm" not in type(module).__name__ or "forward" in vars(module):  # which hooks have replaced
+            continue
+        kind = _kind_of(module, norm)
+        if kind is not None:
+            module._norm_kind = kind  # type: ignore[assignment]
+            module.__class__ = stand_in_for(type(module))
+
+
+def _kind_of(module: nn.Module, norm: Norm) -> Kind | None:
     """What a module computes, if it is what `norm` computes, too; found out by trying."""
     weight, epsilon = getattr(module, "weight", None), _epsilon_of(module)
     if epsilon is None or not isinstance(weight, torch.Tensor) or weight.dim() != 1:
@@ -98,7 +104,7 @@ def kind_of(module: nn.Module, norm: Norm) -> Kind | None:
 
 def is_shifted(module: nn.Module) -> bool:
     """Whether it is one of the norms with 1 + weight that run in the library."""
-    kind = getattr(module, "_native_kind", None)
+    kind = getattr(module, "_norm_kind", None)
     return isinstance(kind, Kind) and kind.shifted
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
 from collections.abc import Callable, Iterator
@@ -241,25 +242,31 @@ def test_levels_that_are_shuffled_are_those_that_are_loaded(format: str, d: int,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_norms_are_a_kernel_of_torchs_or_two(shifted: bool, dtype: torch.dtype) -> None:
+def test_norms_are_a_kernel_of_torchs_or_three(shifted: bool, dtype: torch.dtype) -> None:
+    """With the original's numbers. Those that round once as it does are off where its sum is another."""
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
     for width in (128, 2880, 7168):
-        model = (
-            torch.nn.ModuleList([(GemmaRMSNorm if shifted else MixtralRMSNorm)(width, 1e-5)])
-            .to("cuda", dtype)
-            .requires_grad_(False)
-        )
-        model[0].weight.add_(0.3 * torch.randn(width, device="cuda"))
+        plain = (GemmaRMSNorm if shifted else MixtralRMSNorm)(width, 1e-5).to("cuda", dtype)
+        plain.requires_grad_(False).weight.add_(0.3 * torch.randn(width, device="cuda"))
+        model = torch.nn.ModuleList([copy.deepcopy(plain)])
         use_fused_norms(model)
-        assert "_fused_kind" in vars(model[0])
+        assert "_norm_kind" in vars(model[0])
         x = torch.randn(1, 1, width, device="cuda").to(dtype)
         with torch.inference_mode(), torch.profiler.profile() as profile:
             model[0](x)
             torch.cuda.synchronize()
         kernels = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
-        assert len([name for name in kernels if "Memcpy" not in name]) <= 1 + shifted, kernels
+        most = 1 if not shifted else 2 if dtype is torch.float32 else 3
+        assert len([name for name in kernels if "Memcpy" not in name]) <= most, kernels
+        x = torch.randn(300, width, device="cuda").to(dtype)
+        with torch.inference_mode():
+            got, want = model[0](x).float(), plain(x).float()
+        step = torch.finfo(dtype).eps * (16 if dtype is torch.float32 else 2)
+        assert ((got - want).abs() <= step * want.abs() + 1e-6).all()
+        if shifted and dtype is not torch.float32:
+            assert (got != want).float().mean() < 5e-3
 
 
 def test_kernels_that_are_wrong_are_done_without(

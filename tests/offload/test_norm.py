@@ -50,7 +50,7 @@ def taken(norm: Any) -> bool:
     """Whether it is taken, as a part of a model."""
     model = nn.ModuleList([norm])
     use_native_norms(model)
-    return "_native_kind" in vars(model[0])
+    return "_norm_kind" in vars(model[0])
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -147,7 +147,7 @@ def test_answers_as_the_original(calls: list[Any], cls: Any, dtype: torch.dtype)
     norm = copy.deepcopy(plain)
     assert taken(norm)
     assert isinstance(norm, cls)
-    assert norm._native_kind.shifted == (cls in SHIFTED)
+    assert norm._norm_kind.shifted == (cls in SHIFTED)
     assert list(norm.state_dict()) == ["weight"]
     calls.clear()
     shapes = ((64,), (1, 64), (1, 1, 64), (2, 3, 64), (FEW_TOKENS, 64), (1, 4, 1, 64))
