@@ -43,8 +43,7 @@ from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan import bandwidth
 from moe_local.offload.plan.bandwidth import Bandwidths
 from moe_local.offload.plan.fit import plan_load
-from moe_local.offload.plan.placement import with_vram_slots
-from moe_local.offload.plan.plan import Plan, largest
+from moe_local.offload.plan.plan import Plan
 from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.make import make_prefetcher
 from moe_local.offload.prefetch.routers import RouterSite
@@ -58,7 +57,6 @@ from moe_local.offload.store.prefill import announcer
 from moe_local.offload.store.store import ExpertStore
 from moe_local.offload.store.uncounted import uncounted
 from moe_local.offload.tiers.device import Device
-from moe_local.offload.tiers.device_arena import DeviceArena
 from moe_local.offload.tiers.slow_link import cuda_device, held
 
 logger = logging.getLogger(__name__)
@@ -222,7 +220,7 @@ def _assemble(
         kv = make_kv(as_decoder(hf), plan.request.parallel, plan.request.context, cache)
         arena = None
         if cards:  # last of all that is allocated there, since it can do with less
-            arena, plan = _allocate(checkpoint.spec, plan, cards)
+            arena, plan = build_arena(plan, cards)
             undo.callback(arena.close)
         store = build_store(
             file,
@@ -281,22 +279,6 @@ def _load_dense(
         device_map=_device_map(checkpoint, plan, targets),
         weights=checkpoint.dense_weights() if isinstance(checkpoint, Checkpoint) else None,
     )
-
-
-def _allocate(spec: ModelSpec, plan: Plan, cards: Sequence[Device]) -> tuple[DeviceArena, Plan]:
-    """The experts' memory on the cards, as planned or, where that is refused, with fewer slots; and the plan
-    with those. Memory is left to a prompt's workspace, and to the ring unless the least slots need that."""
-    by_layer = [cards[plan.card_of(layer.index)] for layer in spec.layers]
-    ladders, workspace = plan.request.ladders, plan.bytes.workspace // len(cards)
-    ring = plan.vram_staging * largest(ladders)
-    try:
-        arena = build_arena(spec, plan.vram_slots, ladders, by_layer, spare=workspace + ring)
-    except DoesNotFitError:
-        if not ring:
-            raise
-        plan = replace(plan, vram_staging=0)
-        arena = build_arena(spec, plan.vram_slots, ladders, by_layer, spare=workspace)
-    return arena, _as_allocated(plan, arena.slots)
 
 
 def _announce_prompts(hf: Any, store: ExpertStore, chunk: int, *, ahead: bool) -> None:
@@ -367,20 +349,6 @@ def _device_map(checkpoint: Loadable, plan: Plan, targets: Sequence[torch.device
     if len(plan.cards) < 2:
         return None
     return device_map(meta_model(checkpoint.config), [card.layers.stop for card in plan.cards], targets)
-
-
-def _as_allocated(plan: Plan, slots: tuple[int, ...]) -> Plan:
-    """The plan with the slots that there really are on the device; says so if those are fewer."""
-    found = with_vram_slots(plan, slots)
-    if found is not plan:
-        logger.warning(
-            "VRAM was refused half-way: room for %d of the %d experts that were planned for (mode %s); "
-            "close other programs on the card and load again to have them all",
-            sum(slots),
-            sum(plan.vram_slots),
-            found.mode,
-        )
-    return found
 
 
 def _scheduler(options: LoadOptions, plan: Plan) -> MissScheduler | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from moe_local.cache.beside import Beside
+from moe_local.cache.errors import DoesNotFitError
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
 from moe_local.cache.stats import RouterLoad
@@ -13,7 +16,8 @@ from moe_local.offload.checkpoint.spec import ModelSpec
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.plan.free_memory import free_ram
-from moe_local.offload.plan.plan import Ladders
+from moe_local.offload.plan.placement import with_vram_slots
+from moe_local.offload.plan.plan import Ladders, Plan, largest
 from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store.store import ExpertStore
 from moe_local.offload.tiers.arena import HostArena
@@ -24,23 +28,43 @@ from moe_local.offload.tiers.staging import StagedArena
 from moe_local.offload.tiers.tiers import Tier
 from moe_local.offload.tiers.transfer import FileSource, Location, ScatteredLocation
 
+logger = logging.getLogger(__name__)
 
-def build_arena(
-    spec: ModelSpec,
-    slots: Sequence[int],
-    ladders: Ladders,
-    device: Device | Sequence[Device],
-    *,
-    spare: int = 0,
-) -> DeviceArena:
-    """Memory for so many experts per MoE layer on a device, or each layer's on its own.
 
-    Has fewer slots, down to top-k, where a device refuses some and `spare` bytes are to be left to others;
-    see DeviceArena. `ladders[layer]`: bytes of the slots, as the plan's request has them. Raises
-    DoesNotFitError. The caller closes it, or the store that it is given to.
+def build_arena(plan: Plan, cards: Sequence[Device]) -> tuple[DeviceArena, Plan]:
+    """Memory for a plan's experts on its cards, which the caller closes, or the store that it is given to;
+    and the plan of that.
+
+    Where a card refuses some, there are fewer slots, down to top-k a layer, so that a prompt's workspace and
+    the ring have memory, or the workspace alone if the least slots need the ring's. Raises DoesNotFitError.
     """
-    least = [min(layer.top_k, count) for layer, count in zip(spec.layers, slots, strict=True)]
-    return DeviceArena(slots, ladders, device, least=least, spare=spare)
+    ring = plan.vram_staging * largest(plan.request.ladders)
+    try:
+        arena = _arena(plan, cards, spare=ring)
+    except DoesNotFitError:
+        if not ring:
+            raise
+        plan = replace(plan, vram_staging=0)
+        arena = _arena(plan, cards)
+    found = with_vram_slots(plan, arena.slots)
+    if found is not plan:
+        logger.warning(
+            "VRAM was refused half-way: room for %d of the %d experts that were planned for (mode %s); "
+            "close other programs on the card and load again to have them all",
+            sum(found.vram_slots),
+            sum(plan.vram_slots),
+            found.mode,
+        )
+    return arena, found
+
+
+def _arena(plan: Plan, cards: Sequence[Device], spare: int = 0) -> DeviceArena:
+    """`spare`: bytes to be left on each card beside those of the workspace."""
+    layers, slots = plan.request.spec.layers, plan.vram_slots
+    device = [cards[plan.card_of(layer.index)] for layer in layers]
+    least = [min(layer.top_k, count) for layer, count in zip(layers, slots, strict=True)]
+    spare += plan.bytes.workspace // len(cards)
+    return DeviceArena(slots, plan.request.ladders, device, least=least, spare=spare)
 
 
 def build_store(

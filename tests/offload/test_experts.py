@@ -20,8 +20,9 @@ from moe_local.offload.kernels.shared import Staging, pack, unpack
 from moe_local.offload.plan.plan import Request
 from moe_local.offload.prefetch.prefetch import Guess, NoPrefetch
 from moe_local.offload.quantize.codec import codec_for
-from moe_local.offload.store.build import build_arena, build_store
+from moe_local.offload.store.build import build_store
 from moe_local.offload.store.store import ExpertStore
+from moe_local.offload.tiers.device_arena import DeviceArena
 
 TYPES = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "qwen2_moe", "deepseek_v3")
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.float32}
@@ -122,7 +123,7 @@ def make_store() -> Iterator[Callable[..., ExpertStore]]:
         layers, arena = len(spec.layers), None
         ladders = Request(model="tiny", spec=spec, ram=0, experts=made.file.format, context=64).ladders
         if device is not None:
-            arena = build_arena(spec, [slots] * layers, ladders, device)
+            arena = DeviceArena([slots] * layers, ladders, device)
         store = build_store(
             made.file,
             spec,
