@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +12,8 @@ from torch import nn
 
 from moe_local.cache.keys import ExpertKey
 from moe_local.offload.quantize.layout import Layout
+from moe_local.offload.store.arrivals import Arrivals
 from moe_local.offload.store.leases import Lease
-from moe_local.offload.store.stalls import StallAccount
-from moe_local.offload.system.interrupt import LOOK_SECONDS
 from moe_local.offload.system.interrupt import check as check_interrupt
 from moe_local.offload.tiers.copies import CopySource
 from moe_local.offload.tiers.tiers import Tier
@@ -87,7 +85,7 @@ class PrefillStream:
         tier: Tier,
         layouts: Sequence[Sequence[Layout]],
         top_k: int,
-        account: StallAccount,
+        arrivals: Arrivals,
     ) -> None:
         """`tier` has a ring of two slots at least. Each token needs `top_k` experts of the first layer."""
         if tier.cache.staging.slots < 2:
@@ -99,7 +97,7 @@ class PrefillStream:
         self._tier = tier
         self._layouts = layouts
         self._top_k = top_k
-        self._account = account
+        self._arrivals = arrivals
         self._copies = tier.source if isinstance(tier.source, CopySource) else None
         self._most = tier.cache.staging.slots // 2
         self._rows, self._length = 1, 1
@@ -182,7 +180,7 @@ class PrefillStream:
                     requested = None
                     self._ask(state)  # for what was guessed, too
                 if state.waiting and not (self._copies is not None and (state.here or state.ready)):
-                    self._collect(state)
+                    self._arrivals.collect(state, None if self._copies is None else self._most)
                 group = self._next_group(state)
                 if group:
                     yield from self._lend(layer, group, recent)
@@ -265,22 +263,6 @@ class PrefillStream:
                     return
                 self._tier.bring(ExpertKey(layer, expert), slot, AHEAD)
 
-    def _collect(self, state: _Pass) -> None:
-        """Move experts that became readable from `waiting` to `ready`.
-
-        A device waits for what it is told of before it goes on: so only of a few at a time.
-        """
-        most = len(state.waiting) if self._copies is None else self._most
-        for expert in tuple(state.waiting):
-            if len(state.ready) >= most:
-                return
-            there, waited = self._tier.claim(ExpertKey(state.layer, expert))
-            if there:
-                state.waiting.remove(expert)
-                state.ready.append(expert)
-            if waited is not None:
-                self._account.add_wait("late_prefetch" if expert in state.late else "demand", waited)
-
     def _next_group(self, state: _Pass) -> list[int]:
         """What to compute next: a few, so that their slots load again while others are computed.
 
@@ -343,24 +325,17 @@ class PrefillStream:
         return [housed]
 
     def _wait(self, state: _Pass) -> None:
-        """Block until something moves, at most LOOK_SECONDS; charge the time to what is waited for."""
-        tier, layer, cause = self._tier, state.layer, "late_prefetch"
-        if state.waiting:
-            first = state.waiting[0]
-            cause = cause if first in state.late else tier.cause(ExpertKey(layer, first))
-        elif not tier.loading:
-            if not state.admitted:
-                raise RuntimeError("every staging slot is leased to another iterator")
-            # No slot of the layer is for them, by its size or since somebody else has it: then these pass,
-            # too, and what was read ahead makes room.
-            state.passing.extend(state.admitted)
-            state.admitted.clear()
-            self.clear(layer, state.passing)
+        """Block until something moves, at most LOOK_SECONDS."""
+        if state.waiting or self._tier.loading:
+            self._arrivals.wait(state)
             return
-        start = time.perf_counter()
-        tier.source.wait(LOOK_SECONDS)
-        tier.poll()
-        self._account.add_stall(cause, time.perf_counter() - start)
+        if not state.admitted:
+            raise RuntimeError("every staging slot is leased to another iterator")
+        # No slot of the layer is for them, by its size or since somebody else has it: then these pass, too,
+        # and what was read ahead makes room.
+        state.passing.extend(state.admitted)
+        state.admitted.clear()
+        self.clear(state.layer, state.passing)
 
 
 def announcer(prefill: PrefillStream, before: Callable[[], None]) -> Callable[..., None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Generator, Sequence
 
 from moe_local.cache.keys import ExpertKey
@@ -12,10 +11,10 @@ from moe_local.offload.gpu.custody import Custody, HostAlone
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.schedule.host_share import HostShare
 from moe_local.offload.schedule.scheduler import MissScheduler
+from moe_local.offload.store.arrivals import Arrivals
 from moe_local.offload.store.leases import Lease, Serving, Tally
 from moe_local.offload.store.prefill import PrefillStream
 from moe_local.offload.store.stalls import StallAccount
-from moe_local.offload.system.interrupt import LOOK_SECONDS
 from moe_local.offload.system.interrupt import check as check_interrupt
 from moe_local.offload.tiers.copies import CopySource
 from moe_local.offload.tiers.tiers import Tier
@@ -63,10 +62,11 @@ class ExpertStore:
         self.custody: Custody = HostAlone()
         """Who else decides what is in the slots of `tier`."""
         self.stalls = StallAccount()
+        self._arrivals = Arrivals(tier, self.stalls)
         self.prefill: PrefillStream | None = None
         """What serves steps of many tokens; None: they are served like others, in waves."""
         if tier.cache.staging.slots >= 2:
-            self.prefill = PrefillStream(tier, layouts, routed.top_k(0), self.stalls)
+            self.prefill = PrefillStream(tier, layouts, routed.top_k(0), self._arrivals)
         if scheduler is not None and below is not None and self._copies is not None:
             self.host = HostShare(tier, below, self._copies, layouts, scheduler)
         self._disk = disk
@@ -133,7 +133,7 @@ class ExpertStore:
                     self._promote(serving, experts, tokens)
                 # A device is given what it has before it is told to wait for more.
                 if serving.waiting and not (serving.ready and self._copies is not None):
-                    self._collect(serving)
+                    self._arrivals.collect(serving)
                 if not serving.ready:
                     if serving.host and tokens is not None:
                         yield from self._lend(serving, tokens)
@@ -351,33 +351,17 @@ class ExpertStore:
         serving.waiting += [expert for expert in wave if expert in absent]
         serving.ready += [expert for expert in wave if expert not in absent]
 
-    def _collect(self, serving: Serving) -> None:
-        """Move experts that became readable from `waiting` to `ready`."""
-        for expert in tuple(serving.waiting):
-            there, waited = self.tier.claim(ExpertKey(serving.layer, expert))
-            if there:
-                serving.waiting.remove(expert)
-                serving.ready.append(expert)
-            if waited is not None:
-                self.stalls.add_wait("late_prefetch" if expert in serving.late else "demand", waited)
-
     def _wait(self, serving: Serving) -> None:
-        """Block until something moves, at most LOOK_SECONDS; charge the time to what is waited for."""
+        """Block until something moves, at most LOOK_SECONDS."""
         check_interrupt()
-        layer, cause = serving.layer, "late_prefetch"
-        if serving.waiting:
-            first = serving.waiting[0]
-            cause = cause if first in serving.late else self.tier.cause(ExpertKey(layer, first))
-        elif not self.tier.cache.loading(layer):
-            if serving.used:  # one of them is where only the next one would fit
-                self.tier.cache.release(layer, serving.used)
-                serving.used, serving.waves = [], True
-                return
+        layer, cache = serving.layer, self.tier.cache
+        if serving.waiting or cache.loading(layer):
+            self._arrivals.wait(serving)
+        elif serving.used:  # one of them is where only the next one would fit
+            cache.release(layer, serving.used)
+            serving.used, serving.waves = [], True
+        else:
             raise RuntimeError(f"every slot of layer {layer} is leased to another iterator")
-        start = time.perf_counter()
-        self.tier.source.wait(LOOK_SECONDS)
-        self.tier.poll()
-        self.stalls.add_stall(cause, time.perf_counter() - start)
 
     def _drop_unneeded(self, layer: int, experts: Sequence[int]) -> None:
         """Give up what a long step has left in the ring, and wrong guesses for this layer, served now."""
