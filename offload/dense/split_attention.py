@@ -71,9 +71,10 @@ def attend_in_parts(
     bias = None
     if seen is not None:
         seen = seen.view(len(seen), parts, 1, -1)
+        if seen.dtype != torch.bool:  # what a model adds may be -inf
+            seen = seen.clamp(min=_least(seen.dtype))
         bias = bias_of(seen if len(seen) == 1 else seen.repeat_interleave(heads, dim=0), query, seen.shape[3])
     output, logsumexp = attend(query, key, value, bias, False, scale)
-    logsumexp = logsumexp.clamp_min(torch.finfo(logsumexp.dtype).min)  # -inf where a part is all hidden
     if sinks is not None:  # one more part, whose answer is zero
         logsumexp = torch.cat([logsumexp, sinks.expand(batch, -1, -1).flatten(0, 1)[:, None]], dim=1)
     shares = logsumexp.softmax(1)[:, :parts]
@@ -98,13 +99,22 @@ def bias_of(seen: torch.Tensor, query: torch.Tensor, keys: int) -> torch.Tensor:
     if query.is_cuda and seen.dtype == query.dtype and keys % 16 == 0 and seen.is_contiguous():
         return seen.expand(*query.shape[:3], keys)
     shape = (*seen.shape[:-1], -(-keys // 16) * 16)
-    least = torch.finfo(query.dtype).min  # not -inf: padding may see nothing at all
+    least = _least(query.dtype)
     rows = torch.full(shape, least, dtype=query.dtype, device=query.device)[..., :keys]
     if seen.dtype == torch.bool:
         rows.masked_fill_(seen, 0)
     else:
         rows.copy_(seen).clamp_(min=least)
     return rows.expand(*query.shape[:3], keys)
+
+
+def _least(dtype: torch.dtype) -> float:
+    """What is added to the score of a key that is not seen.
+
+    Not -inf: padding may see nothing at all. And no number that CUDA's kernel makes -inf of, by multiplying
+    with log2(e): of a part that is all hidden it gives 0 then for the logarithm of its sum.
+    """
+    return torch.finfo(dtype).min / 2
 
 
 def attend(

@@ -32,7 +32,11 @@ def _on(device: torch.device, work: Callable[..., None], *tensors: Tensor | None
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of [B, H, S, D] and the logarithm of its weights' sum [B, H, S], in fp32."""
+    """Attention of [B, H, S, D] and the logarithm of its weights' sum [B, H, S], in fp32.
+
+    As CUDA's kernel, which counts in powers of two: of a query whose scores are then all -inf, as the least
+    numbers of bf16 and fp32 are, both are 0.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = (part.float().repeat_interleave(groups, 1) for part in (key, value))
     scores = query.float() @ key.mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
@@ -41,7 +45,9 @@ def _attend(
     if causal:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
         scores = scores.masked_fill(~seen, -math.inf)
-    return scores.softmax(-1).nan_to_num(0) @ value, scores.logsumexp(-1)
+    hidden = (scores.amax(-1) * math.log2(math.e)).isneginf()
+    output = scores.softmax(-1).masked_fill(hidden[..., None], 0) @ value
+    return output, scores.logsumexp(-1).masked_fill(hidden, 0)
 
 
 def _attention(

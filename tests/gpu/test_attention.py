@@ -82,9 +82,9 @@ def test_attention_agrees_with_plain_numbers(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("columns", [(0, 700), (3000, 3128), (0, 4096)])
 @pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("added", [None, "least", "inf"])
 def test_a_long_row_is_read_in_parts(
-    added: bool, with_sinks: bool, columns: tuple[int, int], dtype: torch.dtype
+    added: str | None, with_sinks: bool, columns: tuple[int, int], dtype: torch.dtype
 ) -> None:
     """Of a row in a slab, with parts that are all hidden behind its end or before its window."""
     if dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
@@ -93,7 +93,10 @@ def test_a_long_row_is_read_in_parts(
     key, value = key[:, :, :4096], value[:, :, :4096]
     column = torch.arange(4096, device="cuda")
     seen = ((column >= columns[0]) & (column < columns[1])).view(1, 1, 1, -1)
-    mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min) if added else seen
+    mask = seen
+    if added is not None:
+        least = torch.finfo(dtype).min if added == "least" else -torch.inf
+        mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, least)
     packed = query.view(1, HEADS // GROUPS, GROUPS, WIDTH)
     assert parts_of(packed, key, value) > 1
     if with_sinks:

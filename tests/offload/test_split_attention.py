@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -55,6 +56,34 @@ def test_parts_make_the_whole(
     got = attend_in_parts(query, key, value, seen, 0.3, parts, sinks)
     allowed = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
     assert (got - want).norm() <= allowed * want.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("added", [None, "least", "inf"])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_parts_that_are_hidden_have_no_share_on_a_gpu(
+    with_sinks: bool, added: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's kernel multiplies scores by log2(e). Where all are -inf then, it gives 0 for the logarithm of their
+    sum."""
+    plain = split_attention.attend
+
+    def as_by_cuda(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        output, logsumexp = plain(*args)
+        hidden = (args[3].float().amax(-1) / math.log(2)).isneginf()
+        return output.masked_fill(hidden[..., None], 0), logsumexp.masked_fill(hidden, 0)
+
+    monkeypatch.setattr(split_attention, "attend", as_by_cuda)
+    query, key, value = inputs(1, dtype)
+    query, seen = query / 8, (torch.arange(84) < 30)[None, None, None]
+    mask = seen
+    if added is not None:
+        least = torch.finfo(dtype).min if added == "least" else -torch.inf
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, least)
+    sinks = torch.linspace(-3, 6, 12).view(3, 4) if with_sinks else None
+    want = plainly(query, key, value, seen, sinks)
+    got = attend_in_parts(query, key, value, mask, 0.3, 7, sinks)
+    assert (got - want).norm() <= 6e-3 * want.norm()
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
