@@ -132,7 +132,8 @@ class FakeDevice:
     or, with `lazy`, whatever is given to `launch`, which runs as late as it can. A copy into memory that
     kernels were given raises AssertionError unless `after` stands for all of them. So does a copy into
     another device's memory, a kernel that is given such, and a wait for another device's copy. `faults` keeps
-    what went wrong, too, in case somebody swallowed the exception. `fail_copies` makes so many copies raise.
+    what went wrong, too, in case somebody swallowed the exception. `fail_copies`, `fail_moves` and `fail_records`
+    make so many of these raise.
     """
 
     torch_device = torch.device("cpu")
@@ -146,7 +147,7 @@ class FakeDevice:
         """Bytes of allocations that somebody still holds."""
         self.trims = 0
         self.copies = 0
-        self.fail_copies = 0
+        self.fail_copies = self.fail_moves = self.fail_records = 0
         self.faults: list[str] = []
         self._lazy = lazy
         self._luck = luck
@@ -182,9 +183,7 @@ class FakeDevice:
         return None
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor, after: FakeEvent | None) -> FakeEvent:
-        if self.fail_copies:
-            self.fail_copies -= 1
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        self._may_fail("fail_copies")
         self._check_own(destination)
         self._check_readers(destination, after)
         self.copies += 1
@@ -194,12 +193,14 @@ class FakeDevice:
         return event
 
     def move(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        self._may_fail("fail_moves")
         self._check_own(destination)
         self.launch(source, destination.copy_)
         start = destination.data_ptr()
         self._reads.append(_Read(start, start + destination.numel(), self._compute.issued))
 
     def record(self) -> FakeEvent:
+        self._may_fail("fail_records")
         event = FakeEvent(self, self._compute.add(lambda: None))
         self.pass_time()
         return event
@@ -240,6 +241,11 @@ class FakeDevice:
         """Either stream gets some way, or no way."""
         while self._random.random() < self._luck:
             self._random.choice((self._compute, self._copy)).advance()
+
+    def _may_fail(self, what: str) -> None:
+        if left := getattr(self, what):
+            setattr(self, what, left - 1)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def _fail(self, what: str) -> NoReturn:
         self.faults.append(what)

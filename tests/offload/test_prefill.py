@@ -422,6 +422,14 @@ operations = st.one_of(
     st.tuples(st.just("stop"), layers_, experts_, recent_, st.integers(0, 3)),
     st.tuples(st.just("interrupt"), layers_, experts_, recent_, st.integers(0, 4)),
     st.tuples(st.just("fail"), layers_, experts_, recent_, st.integers(1, 3)),
+    st.tuples(
+        st.sampled_from(["fail_copies", "fail_moves", "fail_records"]),
+        layers_,
+        experts_,
+        recent_,
+        st.integers(1, 5),
+        layers_,
+    ),
     st.tuples(st.just("guess"), layers_, experts_, st.integers(0, 12)),
     st.tuples(st.just("settle")),
 )
@@ -492,6 +500,14 @@ def perform(rig: Any, faults: Faults, operation: tuple[Any, ...]) -> None:
             rig.step(layer, experts, None, recent_of(rig, recent, experts))
         rig.settle()
         faults.reads = 0
+    elif what.startswith("fail_"):
+        layer, experts, recent, count, on = rest
+        if rig.devices:
+            card = rig.device_of(on)  # perhaps not the one that the layer is on, but of one that is read ahead
+            setattr(card, what, count)
+            with contextlib.suppress(TransferError, RuntimeError):
+                rig.step(layer, experts, None, recent_of(rig, recent, experts))
+            setattr(card, what, 0)
     elif what == "guess":
         layer, experts, pages = rest
         rig.store.prefetch(layer, experts, distance=1, budget_bytes=4096 * pages)
