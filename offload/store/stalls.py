@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from dataclasses import asdict
 
@@ -13,15 +14,20 @@ MOST_WAITS = 1024
 
 
 class StallAccount:
-    """Stall seconds since load. A device's waits are charged once it is known how long they were."""
+    """Stall seconds since load. A device's waits are charged once it is known how long they were.
+
+    Any thread may look, and so settles waits, while another one charges more.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._seconds = dict.fromkeys(("demand", "late_prefetch", "disk", "cpu", "sync"), 0.0)
         self._waits: deque[tuple[str, Waited]] = deque()
 
     def add_stall(self, cause: str, seconds: float) -> None:
         """Charge a wait to a cause, a field of StallSeconds."""
-        self._seconds[cause] += seconds
+        with self._lock:
+            self._seconds[cause] += seconds
 
     def add_wait(self, cause: str, waited: Waited) -> None:
         """Charge a wait of the device's stream to a cause, once it is known how long it was."""
@@ -51,4 +57,4 @@ class StallAccount:
                 cause, waited = self._waits.popleft()
             except IndexError:  # another thread, which looks at the figures, has asked for the last one
                 return
-            self._seconds[cause] += waited.seconds()
+            self.add_stall(cause, waited.seconds())
