@@ -132,8 +132,8 @@ class FakeDevice:
     or, with `lazy`, whatever is given to `launch`, which runs as late as it can. A copy into memory that
     kernels were given raises AssertionError unless `after` stands for all of them. So does a copy into
     another device's memory, a kernel that is given such, and a wait for another device's copy. `faults` keeps
-    what went wrong, too, in case somebody swallowed the exception. `fail_copies`, `fail_moves` and `fail_records`
-    make so many of these raise.
+    what went wrong, too, in case somebody swallowed the exception. `fail_copies`, `fail_moves` and
+    `fail_records` make so many of these raise.
     """
 
     torch_device = torch.device("cpu")

@@ -503,7 +503,7 @@ def perform(rig: Any, faults: Faults, operation: tuple[Any, ...]) -> None:
     elif what.startswith("fail_"):
         layer, experts, recent, count, on = rest
         if rig.devices:
-            card = rig.device_of(on)  # perhaps not the one that the layer is on, but of one that is read ahead
+            card = rig.device_of(on)  # perhaps that of another layer, which is read ahead
             setattr(card, what, count)
             with contextlib.suppress(TransferError, RuntimeError):
                 rig.step(layer, experts, None, recent_of(rig, recent, experts))
