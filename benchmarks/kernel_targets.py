@@ -8,7 +8,7 @@ from typing import Any
 
 from kernel_cases import EXPERT
 
-ISAS = ("avx2", "avx512")
+ISAS = ("avx2", "avx512_vnni", "avx512")
 """Held against the targets. The portable kernels are there to be right, not fast."""
 
 

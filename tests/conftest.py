@@ -45,6 +45,21 @@ if "mix_stderr" in inspect.signature(CliRunner).parameters:
     CliRunner.__init__ = functools.partialmethod(CliRunner.__init__, mix_stderr=False)  # type: ignore[assignment]
 
 
+LOOKED_UP = {"nf4", "q3", "mxfp4"}
+"""Formats whose kernels for AVX-512 without VBMI are others than those with it."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A machine with VBMI tests the kernels for those without only where they are others."""
+    from moe_local.offload.native.library import ISAS, library
+
+    callspec = getattr(item, "callspec", None)
+    given = {value for value in callspec.params.values() if isinstance(value, str)} if callspec else set()
+    lib = library() if "avx512_vnni" in given and not given & LOOKED_UP else None
+    if lib is not None and ISAS[lib.moe_best_isa()] == "avx512":
+        pytest.skip("as avx512")
+
+
 def load_module(path: Path) -> ModuleType:
     """Import a helper file of the tests (or of benchmarks/) by its path, once."""
     name = f"moe_local_{path.parent.name}_{path.stem}"

@@ -20,7 +20,7 @@ PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 FLOATS, INT16, INT8, BF16 = range(4)
 """How activations enter a product: as they are, rounded in blocks of 64, or as what was bf16 before."""
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512_vnni", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Of numbers that go in and out."""
 

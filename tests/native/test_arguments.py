@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_local.cache.errors import MoeLocalError
-from moe_local.offload.native.library import FLOATS, FORMATS, Expert, Gate, Matrix, check
+from moe_local.offload.native.library import FLOATS, FORMATS, ISAS, Expert, Gate, Matrix, check
 
 OK, BAD_ARGUMENT, OUT_OF_MEMORY, UNSUPPORTED = range(4)
 
@@ -216,7 +216,7 @@ def test_the_rest_refuses_too(lib: Any) -> None:
     gate = ctypes.byref(Gate(1, 3, 0.0, 0.0))
     memory = torch.ones(64)
     at = memory.data_ptr()
-    for isa in (-1, 3, 2**31 - 1, -(2**31)):
+    for isa in (-1, len(ISAS), 2**31 - 1, -(2**31)):
         assert lib.moe_set_isa(isa) == UNSUPPORTED
     assert lib.moe_set_map(None) == BAD_ARGUMENT
     for call in (

@@ -122,7 +122,7 @@ def decoded_scales(packed: Any, m: Any) -> torch.Tensor:
 @settings(max_examples=60, deadline=None)
 @given(
     format=st.sampled_from(list(FORMATS)),
-    isa=st.integers(0, 2),
+    isa=st.integers(0, len(ISAS) - 1),
     activations=st.sampled_from(list(BOUNDS)),
     rows=st.integers(1, 80),
     cols=st.one_of(st.integers(1, 300), st.integers(1, 12).map(lambda blocks: 64 * blocks)),

@@ -1,6 +1,6 @@
 // Tiles of bf16 numbers, summed in floats, where the processor multiplies them: twice as fast as floats.
 // Weights times their scales are rounded to bf16, as they are where a library decodes them for a bf16 model.
-// Included in the AVX-512 unit.
+// Included in the AVX-512 units.
 
 inline bool has_bf16() {
   static const bool there = detect_bf16();
@@ -10,10 +10,7 @@ inline bool has_bf16() {
 #if defined(__clang__)
 #define BF16_TARGET __attribute__((target("avx512bf16")))
 #else
-#define BF16_TARGET                                                                    \
-  __attribute__((                                                                      \
-      target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni," \
-             "avx512bf16")))
+#define BF16_TARGET __attribute__((target(UNIT_SETS ",avx512bf16")))
 #endif
 
 // Floats -> bf16, nearest even; `count` is a multiple of 32.

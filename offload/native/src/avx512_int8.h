@@ -1,5 +1,5 @@
 // INT8 rows of whole blocks of 64 columns.
-// Included in the AVX-512 unit.
+// Included in the AVX-512 units.
 
 inline __m512 sixteen_floats(const int8_t* q) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))));

@@ -1,4 +1,4 @@
-// Q3 and Q2, sixteen blocks at a time. Included in the AVX-512 unit.
+// Q3 and Q2, sixteen blocks at a time. Included in the AVX-512 units.
 
 inline __mmask16 low_lanes(int64_t left) {
   return left >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>((1 << left) - 1);
@@ -163,7 +163,7 @@ struct LowBytes {
   LowBytes() {}
 
   __m512i levels(__m512i codes) const {
-    return F::PLANES == 1 ? codes : _mm512_permutexvar_epi8(codes, table);  // two bits are their own levels
+    return F::PLANES == 1 ? codes : by_nibble(codes, table);  // two bits are their own levels
   }
 };
 

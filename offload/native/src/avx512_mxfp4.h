@@ -1,6 +1,6 @@
 // MXFP4 rows of whole blocks of 64, two at a time. As NF4's, but for the halves of a byte, which have their
 // weights the other way round (nibble k of a lane is weight k of its eight or four), and for a scale of its
-// own in each quarter of a vector. Included in the AVX-512 unit, after avx512_nf4.h.
+// own in each quarter of a vector. Included in the AVX-512 units, after avx512_nf4.h.
 
 // Scales of `count` blocks of 64 columns, two each, from `block` on into out, of which whole 16 are written.
 inline void micro_scales(const Matrix& m, int64_t block, int64_t count, float* out) {
@@ -173,8 +173,8 @@ struct MXFP4Rounded8 {
       for (int r = 0; r < R; ++r) {
         ask_ahead(q + r * stride, s.ahead);
         const __m512i bytes = group_bytes(q + r * stride, b + 2 <= s.count);
-        even[r] = _mm512_permutexvar_epi8(bytes, table);
-        odd[r] = _mm512_permutexvar_epi8(_mm512_srli_epi16(bytes, 4), table);
+        even[r] = by_nibble(bytes, table);
+        odd[r] = by_nibble(_mm512_srli_epi16(bytes, 4), table);
       }
       for (int t = 0; t < T; ++t) {
         const int8_t* in = static_cast<const int8_t*>(x[t].q) + (s.done + b) * BLOCK;

@@ -1,6 +1,6 @@
 // NF4 rows of whole blocks, two blocks (64 bytes, a group) at a time. Weight 2j is the high half of byte j,
 // weight 2j + 1 its low half; so nibble k of 32-bit lane d, counted from its low end, is weight 8d + (k ^ 1).
-// Included in the AVX-512 unit.
+// Included in the AVX-512 units.
 
 constexpr int64_t GROUP = 2 * BLOCK;
 
@@ -217,8 +217,8 @@ struct NF4Rounded8 {
       for (int r = 0; r < R; ++r) {
         ask_ahead(q + r * stride, s.ahead);
         const __m512i bytes = group_bytes(q + r * stride, b + 2 <= s.count);
-        const __m512i even = _mm512_permutexvar_epi8(_mm512_srli_epi16(bytes, 4), table);
-        const __m512i odd = _mm512_permutexvar_epi8(bytes, table);
+        const __m512i even = by_nibble(_mm512_srli_epi16(bytes, 4), table);
+        const __m512i odd = by_nibble(bytes, table);
         for (int t = 0; t < T; ++t) {
           const int8_t* in = static_cast<const int8_t*>(x[t].q) + (s.done + b) * BLOCK;
           const __m512i dot =

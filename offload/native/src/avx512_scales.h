@@ -1,6 +1,8 @@
-// The scales of NF4 blocks, 64 at a time: bitsandbytes' 256 floats as four planes of bytes, looked up by
-// vpermi2b. Included in the AVX-512 unit.
+// The scales of NF4 blocks. Included in the AVX-512 units.
 
+#if UNIT_VBMI
+
+// Of 64 blocks at a time: bitsandbytes' 256 floats as four planes of bytes, looked up by vpermi2b.
 class ScaleMap {
  public:
   explicit ScaleMap(const float* map) {
@@ -54,3 +56,23 @@ class ScaleMap {
 
   __m512i plane_[4][4];
 };
+
+#else
+
+// Of one block after the other, which memory is slower than. Gathering them would not be on processors whose
+// gathers a microcode slows down against Downfall.
+class ScaleMap {
+ public:
+  explicit ScaleMap(const float* map) : map_(map) {}
+
+  // Scales of `count` blocks from `block` on into out, and a zero to make their number even.
+  void scales(const Matrix& m, int64_t block, int64_t count, float* out) const {
+    block_scales(m, map_, block, count, out);
+    if (count % 2 != 0) out[count] = 0.0f;
+  }
+
+ private:
+  const float* map_;
+};
+
+#endif

@@ -53,10 +53,11 @@ int32_t detect_isa() {
   const bool f = has(seven.ebx, 16), dq = has(seven.ebx, 17), bw = has(seven.ebx, 30),
              vl = has(seven.ebx, 31);
   const bool vbmi = has(seven.ecx, 1), vnni = has(seven.ecx, 11);
-  return (state & ZMM) == ZMM && f && dq && bw && vl && vbmi && vnni ? AVX512 : AVX2;
+  if ((state & ZMM) != ZMM || !f || !dq || !bw || !vl || !vnni) return AVX2;
+  return vbmi ? AVX512 : AVX512_VNNI;
 }
 
-bool detect_bf16() { return detect_isa() == AVX512 && has(cpuid(7, 1).eax, 5); }
+bool detect_bf16() { return detect_isa() >= AVX512_VNNI && has(cpuid(7, 1).eax, 5); }
 
 #else
 

@@ -141,6 +141,7 @@ struct Kernels {
 // Tables of the units; null where the compiler could not build one.
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
+const Kernels* avx512_vnni_kernels();
 const Kernels* avx512_kernels();
 
 // The best Isa that this machine runs, whether or not its table was built.

@@ -15,7 +15,8 @@
 
 enum Error : int32_t { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED_CPU = 3 };
 
-enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+// In order: each has all that those before it have. AVX512_VNNI lacks AVX512's VBMI.
+enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512_VNNI = 2, AVX512 = 3 };
 
 // The last three are numbers as they are.
 enum Format : int32_t { NF4 = 0, INT8 = 1, Q3 = 2, Q2 = 3, MXFP4 = 4, FP8 = 5, FP32 = 6, BF16 = 7, FP16 = 8 };

@@ -16,7 +16,7 @@ std::atomic<bool> map_is_set{false};
 std::atomic<const Kernels*> chosen{nullptr};
 
 const Kernels* table(int32_t isa) {
-  const Kernels* built[] = {portable_kernels(), avx2_kernels(), avx512_kernels()};
+  const Kernels* built[] = {portable_kernels(), avx2_kernels(), avx512_vnni_kernels(), avx512_kernels()};
   return isa >= PORTABLE && isa <= AVX512 && isa <= detect_isa() ? built[isa] : nullptr;
 }
 
