@@ -99,7 +99,6 @@ class CopySource:
 
     @property
     def busy(self) -> bool:
-        """Whether anything is on its way, as far as was seen when it was last polled."""
         return bool(self._waiting or self._copying)
 
     def start(self, key: ExpertKey, slot: int, priority: int) -> Load:

@@ -151,7 +151,7 @@ class Tier:
         """
         for key in list(self._loads):
             self.cancel(key)
-        while self._loads:
+        while self._loads or self.source.busy:  # a copy that was claimed has its expert pinned below
             self.source.wait(LOOK_SECONDS)
             check_interrupt()
             self.poll()

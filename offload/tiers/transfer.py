@@ -102,6 +102,10 @@ class Source(Protocol):
     finished: deque[Load]
     """Loads that came to their end since the owner last looked; the owner pops them."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything is on its way, as far as was seen when it was last polled."""
+
     def start(self, key: ExpertKey, slot: int, priority: int) -> Load:
         """Begin to bring `key` into the slot. Returns at once; what goes wrong fails the load."""
 
@@ -191,6 +195,10 @@ class FileSource:
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs)
 
     def start(self, key: ExpertKey, slot: int, priority: int) -> Load:
         location = self._locate(key)

@@ -431,7 +431,7 @@ operations = st.one_of(
         layers_,
     ),
     st.tuples(st.just("guess"), layers_, experts_, st.integers(0, 12)),
-    st.tuples(st.just("settle")),
+    st.tuples(st.sampled_from(["settle", "empty"])),
 )
 
 
@@ -511,6 +511,8 @@ def perform(rig: Any, faults: Faults, operation: tuple[Any, ...]) -> None:
     elif what == "guess":
         layer, experts, pages = rest
         rig.store.prefetch(layer, experts, distance=1, budget_bytes=4096 * pages)
+    elif what == "empty":
+        rig.store.empty()
     else:
         rig.settle()
 

@@ -764,6 +764,21 @@ def test_an_emptied_store_misses_everything_it_had_to_bring(make_rig: Make, mode
     rig.settle()
 
 
+def test_a_store_is_emptied_while_a_copy_runs_that_kernels_wait_for(
+    make_rig: Make, make_device: Make
+) -> None:
+    """Until its end the expert stays pinned in RAM, which is emptied, too."""
+    device = make_device(luck=0.0, lazy=True)  # nothing ends by itself
+    rig = make_rig("ram+disk", slots=2, ram_slots=2, device=device)
+    rig.step(0, [0, 1])
+    assert device.copying
+    rig.store.empty()
+    assert [tier.cache.residents(0) for tier in (rig.tier, rig.ram)] == [(), ()]
+    rig.step(0, [1, 0])
+    assert rig.store.snapshot().misses == 4
+    rig.settle()
+
+
 def test_a_store_that_holds_everything_is_not_emptied(make_rig: Make) -> None:
     rig = make_rig("disk", slots=5, experts=5)
     rig.step(0, [0, 1])
