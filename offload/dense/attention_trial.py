@@ -19,8 +19,8 @@ FAR = 1_000_000
 """The position that it is told, behind all that models were trained on first and scale what lies beyond."""
 
 DRAWS = 4
-"""Numbers of one size that a module is tried with at most. Large scores leave a head to one position; of two that
-are near each other in 16 bits, either may be the one. What differs in more than that never agrees."""
+"""Numbers of one size that a module is tried with at most. Large scores leave a head to one position; of two
+that are near each other in 16 bits, either may be the one. What differs in more than that never agrees."""
 
 
 def use_token_attention(model: Any) -> None:

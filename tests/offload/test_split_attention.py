@@ -64,8 +64,8 @@ def test_parts_make_the_whole(
 def test_parts_that_are_hidden_have_no_share_on_a_gpu(
     with_sinks: bool, added: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CUDA's kernel multiplies scores by log2(e). Where all are -inf then, it gives 0 for the logarithm of their
-    sum."""
+    """CUDA's kernel multiplies scores by log2(e). Where all are -inf then, it gives 0 for the logarithm of
+    their sum."""
     plain = split_attention.attend
 
     def as_by_cuda(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
