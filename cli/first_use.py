@@ -39,8 +39,8 @@ def ready(model: str, options: dict[str, Any], *, replacing: bool = False) -> No
     DoesNotFitError if VRAM, RAM or disk are too small, OptionError where nobody can be asked, and click's
     Abort for a no.
     """
-    from moe_local.offload.first_use import first_use
     from moe_local.offload.options import LoadOptions
+    from moe_local.offload.plan.first_use import first_use
 
     use = first_use(model, LoadOptions.from_keywords(options), memory=not replacing)
     if use is None:

@@ -134,7 +134,7 @@ def _sizes(spec: ModelSpec) -> dict[str, dict[str, int]]:
 
 def _routed(entry: Known) -> RoutedTokens | None:
     """The router's counts of all runs with the model's expert files, the longest of them."""
-    from moe_local.offload.usage import read_usage
+    from moe_local.offload.expert_file.usage import read_usage
 
     found = [usage for usage in (read_usage(c.folder) for c in entry.conversions) if usage is not None]
     return max(found, key=lambda usage: sum(usage.tokens), default=None)

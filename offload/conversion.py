@@ -27,9 +27,9 @@ from moe_local.offload.plan.auto import go_on
 from moe_local.offload.plan.fit import fit
 from moe_local.offload.plan.placement import place
 from moe_local.offload.plan.plan import Plan
-from moe_local.offload.progress import Progress
 from moe_local.offload.quantize.codec import NATIVE, Codec, codec_for
 from moe_local.offload.quantize.mix import AUTO, MIXED, Mix, is_mixed
+from moe_local.offload.system.progress import Progress
 
 
 def convert(

@@ -18,13 +18,13 @@ from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.kernels.shared import SharedStep, Staging, pack, unpack
 from moe_local.offload.prefetch.prefetch import Prefetcher
-from moe_local.offload.progress import Progress
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.schedule.calibrate import measure_cpu
 from moe_local.offload.schedule.costs import Work
 from moe_local.offload.store.store import ExpertStore
 from moe_local.offload.system.interrupt import check as check_interrupt
 from moe_local.offload.system.interrupt import deferred, is_deferred
+from moe_local.offload.system.progress import Progress
 
 COMPILING = "compiling kernels for"
 """What a load reports of: seconds of work where a model, or a release of Triton, is used first."""

@@ -47,7 +47,6 @@ from moe_local.offload.plan.plan import Plan
 from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.make import make_prefetcher
 from moe_local.offload.prefetch.routers import RouterSite
-from moe_local.offload.progress import Progress
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.mix import AUTO, is_mixed
 from moe_local.offload.schedule.calibrate import first_costs
@@ -56,6 +55,7 @@ from moe_local.offload.store.build import build_arena, build_store
 from moe_local.offload.store.prefill import announcer
 from moe_local.offload.store.store import ExpertStore
 from moe_local.offload.store.uncounted import uncounted
+from moe_local.offload.system.progress import Progress
 from moe_local.offload.tiers.device import Device
 from moe_local.offload.tiers.slow_link import cuda_device, held
 

@@ -26,6 +26,7 @@ from moe_local.offload.engine.sampling import (
     needs_hf_generate,
 )
 from moe_local.offload.engine.text import Detokenizer, Prompt, encode_prompt
+from moe_local.offload.expert_file.usage import add_usage
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.gpu.custody import Switch
 from moe_local.offload.prefetch.prefetch import Prefetcher
@@ -35,7 +36,6 @@ from moe_local.offload.store.store import ExpertStore
 from moe_local.offload.stream import TokenStream
 from moe_local.offload.system import interrupt
 from moe_local.offload.turn import Turn
-from moe_local.offload.usage import add_usage
 
 if TYPE_CHECKING:
     from moe_local.offload.plan.plan import Plan

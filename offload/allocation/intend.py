@@ -14,8 +14,8 @@ from moe_local.offload.allocation.sensitivity import Sensitivity
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.expert_file.expert_file import MANIFEST, ExpertFile
 from moe_local.offload.expert_file.intent import Intent
-from moe_local.offload.progress import Progress
 from moe_local.offload.quantize.mix import Mix, is_mixed
+from moe_local.offload.system.progress import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -27,8 +27,8 @@ from moe_local.offload.allocation.sensitivity import LayerSensitivity, Sensitivi
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.spec import MoELayer, experts_modules, meta_model
 from moe_local.offload.experts import OffloadedExperts
-from moe_local.offload.progress import Progress
 from moe_local.offload.system.direct_io import PageArena
+from moe_local.offload.system.progress import Progress
 
 TOKENS = 8192
 """Read of a text by default."""

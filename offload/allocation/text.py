@@ -22,8 +22,8 @@ from moe_local.offload.allocation.sensitivity import Sensitivity
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import resolve
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
-from moe_local.offload.progress import Progress
 from moe_local.offload.quantize.codec import NATIVE
+from moe_local.offload.system.progress import Progress
 
 if TYPE_CHECKING:
     from moe_local.offload.model import Model

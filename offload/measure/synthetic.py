@@ -27,12 +27,12 @@ from moe_local.offload.expert_file.convert import moe_local_home
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.expert_file.expert_shard import ShardPlan, ShardWriter, disk_errors
 from moe_local.offload.measure.shapes import config_fields, published_layers
-from moe_local.offload.progress import Progress
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.quantize.nf4 import nf4_matrix
 from moe_local.offload.quantize.views import segment_view
 from moe_local.offload.system.direct_io import page_memory
+from moe_local.offload.system.progress import Progress
 
 REVISION = "1"
 """Raised when other weights are made: older files are then made again."""

@@ -11,6 +11,7 @@ import torch
 from moe_local.cache.errors import OptionError
 from moe_local.offload.checkpoint.spec import ModelSpec, model_spec
 from moe_local.offload.expert_file.expert_file import ExpertFile
+from moe_local.offload.expert_file.usage import read_usage
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan import bandwidth
 from moe_local.offload.plan.auto import choose, go_on
@@ -19,7 +20,6 @@ from moe_local.offload.plan.nearest import nearest
 from moe_local.offload.plan.placement import place
 from moe_local.offload.plan.plan import Plan, Request, default_context
 from moe_local.offload.quantize.mix import AUTO
-from moe_local.offload.usage import read_usage
 
 
 def fit(

@@ -13,7 +13,7 @@ from moe_local.offload.prefetch.correction import Correction, fit
 from moe_local.offload.prefetch.discover import Probe
 from moe_local.offload.prefetch.recorder import Recorder
 from moe_local.offload.prefetch.routers import RouterSite
-from moe_local.offload.progress import Progress
+from moe_local.offload.system.progress import Progress
 
 WINDOW = 256
 """Tokens in one forward."""

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from moe_local.offload import first_use as module
 from moe_local.offload.checkpoint.hub import cached_folder
-from moe_local.offload.first_use import first_use
 from moe_local.offload.options import LoadOptions
+from moe_local.offload.plan import first_use as module
+from moe_local.offload.plan.first_use import first_use
 
 REPO = "someone/tiny-moe"
 CHAT = ("chat", REPO, "--ram", "2GiB", "-n", "4", "--temperature", "0")

@@ -11,7 +11,7 @@ import pytest
 from moe_local.cache.files import locked
 from moe_local.cache.stats import RoutedTokens
 from moe_local.offload.checkpoint.registry import ALIASES
-from moe_local.offload.usage import add_usage
+from moe_local.offload.expert_file.usage import add_usage
 
 
 @pytest.fixture

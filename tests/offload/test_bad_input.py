@@ -27,7 +27,7 @@ from moe_local.cache.errors import (
 )
 from moe_local.offload.expert_file import expert_shard
 from moe_local.offload.expert_file.expert_file import MANIFEST
-from moe_local.offload.usage import read_usage
+from moe_local.offload.expert_file.usage import read_usage
 
 torch.set_num_threads(1)
 

@@ -38,10 +38,10 @@ from moe_local.offload.expert_file import expert_file
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.expert_file.expert_file import MANIFEST, read_manifest
 from moe_local.offload.expert_file.intent import INTENT, Intent
+from moe_local.offload.expert_file.usage import FILE_NAME, read_usage
 from moe_local.offload.plan import bandwidth
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.mix import Mix, is_mixed
-from moe_local.offload.usage import FILE_NAME, read_usage
 
 SECONDS = 5.0
 """Of the processor, for one small file; the slowest honest one takes a fiftieth."""

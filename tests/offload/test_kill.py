@@ -22,9 +22,9 @@ from moe_local.offload.checkpoint.sha256 import known_sha256
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.expert_file.expert_file import MANIFEST, ExpertFile, read_manifest
 from moe_local.offload.expert_file.expert_shard import TEMPORARY, ShardPlan
+from moe_local.offload.expert_file.usage import FILE_NAME, read_usage
 from moe_local.offload.expert_file.verify import damaged_frame, find_damage
 from moe_local.offload.quantize.codec import codec_for
-from moe_local.offload.usage import FILE_NAME, read_usage
 
 BF16 = codec_for("bf16")
 PROMPT = [5, 6, 7, 9, 4]

@@ -19,6 +19,7 @@ from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.spec import experts_modules
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.expert_file.expert_file import ExpertFile
+from moe_local.offload.expert_file.usage import add_usage
 from moe_local.offload.load import assemble
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan.bandwidth import Bandwidths
@@ -26,7 +27,6 @@ from moe_local.offload.plan.fit import plan_load, plan_request
 from moe_local.offload.plan.plan import Request
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.mix import Mix
-from moe_local.offload.usage import add_usage
 
 torch.set_num_threads(1)
 

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 import moe_local
-from moe_local.offload import usage
 from moe_local.offload.allocation import measure
 from moe_local.offload.allocation.allocate import sensitivity_of, sensitivity_path
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.expert_file import usage
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.expert_file.expert_file import MANIFEST, ExpertFile
+from moe_local.offload.expert_file.usage import read_usage
 from moe_local.offload.expert_file.verify import find_damage
 from moe_local.offload.quantize.codec import codec_for
-from moe_local.offload.usage import read_usage
 
 PROMPT = [5, 6, 7, 9, 4]
 OPTIONS: dict[str, Any] = {"experts": "fp32", "dense": "fp32", "slots": 2, "context": 64}

@@ -10,8 +10,8 @@ import pytest
 
 from moe_local.cache.files import locked
 from moe_local.cache.stats import RoutedTokens
-from moe_local.offload import usage
-from moe_local.offload.usage import FILE_NAME, add_usage, read_usage
+from moe_local.offload.expert_file import usage
+from moe_local.offload.expert_file.usage import FILE_NAME, add_usage, read_usage
 
 FIRST = RoutedTokens(((3, 1, 0), (2, 2, 0)), (2, 2))
 SECOND = RoutedTokens(((1, 0, 1), (0, 0, 2)), (1, 1))
