@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -38,33 +39,64 @@ def activate(gate: Gate, hidden: torch.Tensor) -> torch.Tensor:
     return (second + 1) * first * torch.sigmoid(first * gate.alpha)
 
 
-def plainly(
-    experts: Any, ids: torch.Tensor, weights: torch.Tensor, x: torch.Tensor, gate: Gate
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """outputs [T * K, D] and combined [T, D] in float64, pair by pair."""
-    rows = []
-    for token, chosen in enumerate(ids.tolist()):
-        for expert in chosen:
-            hidden = experts[expert].up.product(x[token : token + 1])
-            rows.append(experts[expert].down.product(activate(gate, hidden)))
-    outputs = torch.cat(rows)
-    return outputs, (outputs.view(*ids.shape, -1) * weights.double().unsqueeze(-1)).sum(dim=1)
+class Case(NamedTuple):
+    """Experts, what they are asked, and what is to come out."""
+
+    experts: list[Any]
+    ids: torch.Tensor
+    weights: torch.Tensor
+    x: torch.Tensor
+    outputs: torch.Tensor
+    """float64 [T * K, D]."""
+    combined: torch.Tensor
+    """float64 [T, D]."""
+
+
+def experts_of(packed: Any, format: str, width: int, hidden: int, gate: Gate, count: int) -> list[Any]:
+    return [packed.pack_expert(format, width, hidden, gate, seed=e) for e in range(count)]
+
+
+def without_weights(experts: list[Any]) -> list[Any]:
+    """As the library needs them: what is kept all session long has no more."""
+    return [
+        expert._replace(up=expert.up._replace(weights=None), down=expert.down._replace(weights=None))
+        for expert in experts
+    ]
+
+
+@functools.cache
+def cases_of(packed: Any, format: str, kind: str) -> list[Case]:
+    """Computed in float64, expert by expert; once for all instruction sets and ways."""
+    gate, cases = GATES[kind], []
+    for width, hidden in ((128, 192), (65, 33), (64, 1)):
+        experts = experts_of(packed, format, width, hidden, gate, 8)
+        kept = without_weights(experts)
+        for tokens, top_k in ((1, 1), (1, 8), (2, 3), (7, 2), (40, 4)):
+            ids, weights = packed.routing(tokens, 8, top_k, seed=tokens)
+            x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens)) / 4
+            outputs = torch.empty(tokens * top_k, width, dtype=torch.float64)
+            for e in ids.unique().tolist():
+                pairs = (ids.flatten() == e).nonzero().flatten()
+                hidden_of = activate(gate, experts[e].up.product(x[pairs // top_k]))
+                outputs[pairs] = experts[e].down.product(hidden_of)
+            combined = (outputs.view(tokens, top_k, width) * weights.double().unsqueeze(-1)).sum(dim=1)
+            cases.append(Case(kept, ids, weights, x, outputs, combined))
+    return cases
 
 
 @pytest.mark.parametrize("activations", BOUNDS)
 @pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("format", FORMATS)
 def test_equals_the_plain_products(packed: Any, isa: str, format: str, kind: str, activations: int) -> None:
-    gate = GATES[kind]
-    for width, hidden in ((128, 192), (65, 33), (64, 1)):
-        experts = [packed.pack_expert(format, width, hidden, gate, seed=e) for e in range(8)]
-        for tokens, top_k in ((1, 1), (1, 8), (2, 3), (7, 2), (40, 4)):
-            ids, weights = packed.routing(tokens, 8, top_k, seed=tokens)
-            x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens)) / 4
-            got = packed.run_experts(experts, ids, weights, x, gate, activations)
-            outputs, combined = plainly(experts, ids, weights, x, gate)
-            assert packed.error_of(got.outputs, outputs) < BOUNDS[activations]
-            assert packed.error_of(got.combined, combined) < BOUNDS[activations]
+    for case in cases_of(packed, format, kind):
+        got = packed.run_experts(case.experts, case.ids, case.weights, case.x, GATES[kind], activations)
+        assert packed.error_of(got.outputs, case.outputs) < BOUNDS[activations]
+        assert packed.error_of(got.combined, case.combined) < BOUNDS[activations]
+
+
+@functools.cache
+def sixteen(packed: Any, format: str) -> list[Any]:
+    return without_weights(experts_of(packed, format, 192, 128, GATES["concatenated"], 16))
 
 
 @pytest.mark.parametrize("activations", BOUNDS)
@@ -73,12 +105,11 @@ def test_neither_groups_nor_their_order_nor_threads_change_a_bit(
     packed: Any, isa: str, format: str, activations: int
 ) -> None:
     """Also where there are more pairs than make a batch, and batches would end elsewhere in other groups."""
-    gate = GATES["concatenated"]
-    experts = [packed.pack_expert(format, 192, 128, gate, seed=e) for e in range(16)]
-    for tokens, top_k in ((1, 4), (3, 4), (150, 4), (400, 1), (90, 12)):
+    gate, experts = GATES["concatenated"], sixteen(packed, format)
+    for tokens, top_k in ((1, 4), (3, 4), (80, 4), (300, 1), (35, 12)):
         ids, weights = packed.routing(tokens, 16, top_k, seed=tokens)
-        if tokens == 400:
-            ids = torch.where(torch.arange(400) < 253, 0, 3).unsqueeze(
+        if tokens == 300:
+            ids = torch.where(torch.arange(300) < 253, 0, 3).unsqueeze(
                 1
             )  # 256 pairs end 3 tokens into expert 3
         x = torch.randn(tokens, 192, generator=torch.Generator().manual_seed(tokens))
@@ -89,14 +120,13 @@ def test_neither_groups_nor_their_order_nor_threads_change_a_bit(
         once = run()
         backwards = list(range(15, -1, -1))
         for groups in (
-            [[e] for e in range(16)],
             [[e] for e in backwards],
             [backwards],
             [[*range(1, 16, 2)], [*range(0, 16, 2)]],
             [[3, 0, 15], [*range(4, 15)], [2, 1]],
         ):
             assert all(map(torch.equal, run(groups=groups), once))
-        for threads in (2, 3, 64):
+        for threads in (2, 64):
             assert all(map(torch.equal, run(threads=threads), once))
 
 

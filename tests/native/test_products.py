@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,21 +24,46 @@ SHAPES = [
 TOKENS = (1, 2, 3, 4, 5, 7, 16, 33, 128, 129, 300)
 FEW_TOKENS = (1, 2, 3, 4, 5, 33, 129)
 """Enough for formats whose tiles are those of others."""
+LARGEST_INPUT = 300 * (4096 + 64)
+"""Numbers of activations: what is wider has fewer tokens, of which a few and a batch are enough."""
 
 
-def activations_of(tokens: int, cols: int, activations: int, seed: int = 0) -> torch.Tensor:
-    """x [T, cols], normal; what is said to come from bf16 does."""
+@functools.cache
+def activations_of(tokens: int, cols: int, rounded: bool, seed: int = 0) -> torch.Tensor:
+    """x [T, cols], normal; what is said to come from bf16, and so is `rounded`, does."""
     x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(seed + cols))
-    return x.bfloat16().float() if activations == BF16 else x
+    return x.bfloat16().float() if rounded else x
 
 
-def error(got: torch.Tensor, want: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> float:
-    """What is off in a product, relative to |x| * |w| of each token and row: how large random ones are.
+class Product(NamedTuple):
+    """A matrix, activations, and what is to come out."""
 
-    Relative to the product itself, a sum that happens to cancel would count as an error.
-    """
-    sizes = x.double().norm(dim=1).unsqueeze(1) * weights.norm(dim=1)
-    return float((got.double() - want).norm() / sizes.norm())
+    matrix: Any
+    x: torch.Tensor
+    want: torch.Tensor
+    """float64 [T, rows]."""
+    sizes: torch.Tensor
+    """|x| * |w| of each token and row, [T, rows]: how large random products are. Relative to the product
+    itself, a sum that happens to cancel would count as an error."""
+
+    @classmethod
+    def of(cls, m: Any, x: torch.Tensor) -> Product:
+        double = x.double()
+        return cls(m, x, m.product(x), double.norm(dim=1).unsqueeze(1) * m.weights.norm(dim=1))
+
+    def error(self, got: torch.Tensor) -> float:
+        """What is off in the product of the first tokens, relative to their sizes."""
+        tokens = got.shape[0]
+        return float((got.double() - self.want[:tokens]).norm() / self.sizes[:tokens].norm())
+
+
+@functools.cache
+def product_of(packed: Any, format: str, rows: int, cols: int, rounded: bool) -> Product:
+    """With as many tokens as are tried; made once for all instruction sets."""
+    m = packed.pack(format, rows, cols, seed=rows + cols, bias=rows % 2 == 1)
+    most = max(tokens for tokens in TOKENS if tokens * cols <= LARGEST_INPUT)
+    made = Product.of(m, activations_of(most, cols, rounded))
+    return made._replace(matrix=m._replace(weights=None))
 
 
 @pytest.mark.parametrize("activations", BOUNDS)
@@ -46,15 +72,11 @@ def test_equals_the_product_of_the_decoded_weights(
     packed: Any, isa: str, format: str, activations: int
 ) -> None:
     for rows, cols in SHAPES:
-        m = packed.pack(format, rows, cols, seed=rows + cols, bias=rows % 2 == 1)
-        x = activations_of(max(TOKENS), cols, activations)
-        want = m.product(x)
+        product = product_of(packed, format, rows, cols, activations == BF16)
         for tokens in TOKENS if format not in ("q3", "q2") else FEW_TOKENS:
-            if tokens * rows * cols > 30_000_000:
-                continue
-            got = packed.linear(m, x[:tokens], activations)
-            off = error(got, want[:tokens], x[:tokens], m.weights)
-            assert off < BOUNDS[activations], (rows, cols, tokens, off)
+            if tokens <= product.x.shape[0]:
+                off = product.error(packed.linear(product.matrix, product.x[:tokens], activations))
+                assert off < BOUNDS[activations], (rows, cols, tokens, off)
 
 
 @pytest.mark.parametrize("activations", BOUNDS)
@@ -64,20 +86,25 @@ def test_no_address_needs_more_than_an_elements_alignment(
 ) -> None:
     for cols in (64, 192, 256, 65, 1000):
         x = torch.randn(7, cols, generator=torch.Generator().manual_seed(cols))
-        for tokens in (1, 4, 7):
-            aligned = packed.linear(packed.pack(format, 37, cols), x[:tokens], activations)
-            for shift in (1, 3):
-                m = packed.pack(format, 37, cols, shift=shift)
-                assert m.struct.q % 2 == 1
-                assert torch.equal(packed.linear(m, x[:tokens], activations, shift=shift), aligned)
+        m = packed.pack(format, 37, cols)
+        aligned = {tokens: packed.linear(m, x[:tokens], activations) for tokens in (1, 4, 7)}
+        for shift in (1, 3):
+            m = packed.pack(format, 37, cols, shift=shift)
+            assert m.struct.q % 2 == 1
+            for tokens, want in aligned.items():
+                assert torch.equal(packed.linear(m, x[:tokens], activations, shift=shift), want)
+
+
+@functools.cache
+def woken(packed: Any, format: str) -> Any:
+    """Enough bytes that threads are woken, and a last chunk that is not whole."""
+    return packed.pack(format, 2100, 320)._replace(weights=None)
 
 
 @pytest.mark.parametrize("activations", BOUNDS)
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_number_of_threads_changes_no_bit(packed: Any, isa: str, format: str, activations: int) -> None:
-    m = packed.pack(
-        format, 2100, 320
-    )  # enough bytes that threads are woken, and a last chunk that is not whole
+    m = woken(packed, format)
     x = torch.randn(9, 320, generator=torch.Generator().manual_seed(0))
     for tokens in (1, 4, 9):
         alone = packed.linear(m, x[:tokens], activations)
@@ -142,11 +169,11 @@ def test_any_shape_anywhere(packed: Any, isa: int, format: str, activations: int
         m = packed.pack(
             format, case["rows"], case["cols"], seed=case["seed"], bias=case["bias"], shift=case["shift"]
         )
-        x = activations_of(case["tokens"], case["cols"], activations, case["seed"])
+        x = activations_of(case["tokens"], case["cols"], activations == BF16, case["seed"])
         got = packed.linear(m, x, activations, case["threads"], case["shift"])
         if case["tokens"]:
             # Few numbers average less out: a single product is off by what its two factors are.
-            assert error(got, m.product(x), x, m.weights) < 2 * BOUNDS[activations]
+            assert Product.of(m, x).error(got) < 2 * BOUNDS[activations]
     finally:
         lib.moe_set_isa(lib.moe_best_isa())
 
