@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_local.cache.stats import Stats
-from moe_local.offload.engine.sequence import FinishReason
 
 if TYPE_CHECKING:
-    from moe_local.offload.engine.sequence import Step
+    from moe_local.offload.engine.sequence import FinishReason, Step
     from moe_local.offload.engine.text import Detokenizer
     from moe_local.offload.store.leases import Tally
 

@@ -18,7 +18,7 @@ def test_a_mix_is_judged(quality, tiny_mixtral, tmp_path):
     text = tmp_path / "text"
     text.write_text("the expert router sends each token of the text to the experts it trusts " * 80)
     options = argparse.Namespace(
-        model=str(tiny_mixtral), text=text, calibrate=text, windows=3, tokens=512, bits=[6.0]
+        model=str(tiny_mixtral), text=text, calibrate=text, windows=2, tokens=512, bits=[6.0]
     )
     document = quality.measure(options)
     rows = {row["name"]: row for row in document["rows"]}

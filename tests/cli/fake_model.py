@@ -1,6 +1,7 @@
 """A model that answers at once and always the same, for tests of the command line.
 
-As a script it is the `moe-local` command with that model behind `load`, for tests that need a terminal.
+As a script it is the `moe-local` command with that model behind `load`, for tests that need a terminal; so
+it imports nothing that brings transformers, which takes seconds.
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_local.cache.cache_map import CacheView
 from moe_local.cache.errors import ContextLengthError
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.stats import PrefetchStats, RoutedTokens, StallSeconds, Stats
-from moe_local.offload.engine.sequence import FinishReason
 from moe_local.offload.records import GenerationStats, Output, Token
+
+if TYPE_CHECKING:
+    from moe_local.offload.engine.sequence import FinishReason
 
 COUNTS = Stats(
     hits_by_layer=(7, 7),
@@ -41,7 +44,7 @@ class FakeStream:
         self.prompt_ids = list(range(prompt_tokens))
         self.max_new_tokens: int = asked[1].get("max_new_tokens", 512)
         self.token_ids: list[int] = []
-        self.finish_reason: FinishReason | None = None
+        self.finish_reason: FinishReason | str | None = None
         self.filled_context = model.fills_context
         self.closed = False
 
@@ -70,7 +73,7 @@ class FakeStream:
     def output(self) -> Output:
         for _ in self:
             pass
-        return Output(self.text, self.token_ids, self.finish_reason or FinishReason.LENGTH, self.stats)
+        return Output(self.text, self.token_ids, self.finish_reason or "length", self.stats)
 
 
 class FakeModel:
@@ -88,7 +91,7 @@ class FakeModel:
         self.asked: list[tuple[Any, dict[str, Any]]] = []
         """Prompt and generation options of every answer."""
         self.streams: list[FakeStream] = []
-        self.finish_reason = FinishReason.STOP
+        self.finish_reason: FinishReason | str = "stop"
         self.fills_context = False
         self.failure: BaseException | None = None
         self.fails_at = 0

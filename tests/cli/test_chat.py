@@ -96,8 +96,8 @@ def test_messages_of_several_lines(invoke, fake, typed, content):
     assert fake.asked[0][0][-1]["content"] == content
 
 
-def test_an_answer_that_ran_out_of_tokens_says_so(invoke, fake, fake_module):
-    fake.finish_reason = fake_module.FinishReason.LENGTH
+def test_an_answer_that_ran_out_of_tokens_says_so(invoke, fake):
+    fake.finish_reason = "length"
     result = invoke("chat", "-n", "3", input="hello there\n")
     assert result.stderr.endswith("| 3 tokens | cut off\n")
     fake.fills_context = True

@@ -53,7 +53,8 @@ def test_a_port_that_is_taken() -> None:
     )
 
 
-@pytest.mark.parametrize("stop", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow  # among the quick ones, examples/client.py starts one, talks with it and ends it
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_real_one_answers_and_ends_clean(stop: signal.Signals, tmp_path: Any) -> None:
     command = [sys.executable, "-m", "moe_local.cli", "serve", "demo", "--port", "0", "--device", "cpu"]
     environment = {**os.environ, "MOE_LOCAL_HOME": str(tmp_path)}

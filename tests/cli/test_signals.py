@@ -83,6 +83,7 @@ def check(home: Path, kind: signal.Signals, code: int, errors: str) -> None:
     assert [path for path in home.rglob("*") if path.suffix in (".tmp", ".partial", ".incomplete")] == []
 
 
+@pytest.mark.slow
 def test_sigterm_in_an_answer_is_143(long_mixtral: Path, endless: tuple[str, ...], tmp_path: Path) -> None:
     child = Child(tmp_path, "run", str(long_mixtral), "hi", *endless)
     child.stdout.read(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,16 +15,25 @@ from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.kernels import bnb
 
 FIRST_USE = """
+import logging, sys
 from concurrent.futures import ThreadPoolExecutor
+import moe_local.offload.quantize.nf4
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
+assert "bitsandbytes" not in sys.modules
 with ThreadPoolExecutor(8) as pool:
     found = {id(ops) for ops in pool.map(lambda _: bitsandbytes_ops(), range(8))}
 assert len(found) == 1
+assert "bitsandbytes" in sys.modules and "kernels" not in sys.modules
+assert logging.getLogger("bitsandbytes.backends.cpu.ops").level == logging.NOTSET
 """
 
 
 def test_first_use_from_several_threads_is_safe_and_silent() -> None:
-    done = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True, check=False)
+    """In a process of its own: nothing on stderr, nothing imported before use, no code from the Hub."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_USE], capture_output=True, text=True, env=environment, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -654,11 +654,11 @@ def soak(make_rig: Make, mode: str, steps: int, scheduler: Any = None, *, sized:
 @pytest.mark.skipif(not Path("/proc").exists(), reason="counts open files")
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_leaks(make_rig: Make, mode: str) -> None:
-    soak(make_rig, mode, 4_000 if mode == "ram+disk" else 8_000, sized=mode != "ram+disk")
+    soak(make_rig, mode, 2_000 if mode == "ram+disk" else 3_000, sized=mode != "ram+disk")
 
 
 def test_nothing_leaks_where_the_host_computes(make_rig: Make, any_scheduler: Make) -> None:
-    soak(make_rig, "ram+disk", 4_000, any_scheduler())
+    soak(make_rig, "ram+disk", 2_000, any_scheduler())
 
 
 @pytest.mark.slow
