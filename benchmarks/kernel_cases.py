@@ -108,20 +108,23 @@ class Case:
 class Bench:
     """Weights of a Mixtral expert and all cases over them. Owns the memory, a few GB at full width."""
 
-    def __init__(self, width: int, hidden: int, tokens: Sequence[int]) -> None:
-        """`width` D and `hidden` F of an expert, multiples of 64: matrices [2F, D] and [D, F]."""
-        self._math = Swiglu()
+    def __init__(self, width: int, hidden: int, tokens: Sequence[int], experts: int) -> None:
+        """`width` D and `hidden` F of an expert, multiples of 64: matrices [2F, D] and [D, F].
+
+        One token goes to so many `experts`; more are the part of a batch that one expert has.
+        """
+        self._math, self._top_k = Swiglu(), experts
         self._tokens = tokens
         specs = [TensorSpec(UP, (2 * hidden, width)), TensorSpec(DOWN, (width, hidden))]
         self._numel = {spec.name: spec.numel for spec in specs}
         nf4, int8 = codec_for("nf4").layout(specs), int8_layout(specs[0])
-        self._nf4 = Copies(nf4, nbytes_of(nf4, UP), fill_nf4)
+        self._nf4 = Copies(nf4, nbytes_of(nf4, UP), fill_nf4, experts)
         self._int8 = Copies(int8, nbytes_of(int8, UP), fill_int8)
         self._experts = {EXPERT: self._nf4}
         for kernel in EXPERTS.keys() - {EXPERT}:
             layout = codec_for(EXPERTS[kernel]).layout(specs)
-            self._experts[kernel] = Copies(layout, nbytes_of(layout, UP), FILL[EXPERTS[kernel]])
-        count = min(len(self._nf4.buffers), copies_beyond_cache(4 * self._numel[UP], least=2))
+            self._experts[kernel] = Copies(layout, nbytes_of(layout, UP), FILL[EXPERTS[kernel]], experts)
+        count = min(len(self._nf4.buffers), copies_beyond_cache(4 * self._numel[UP], least=experts))
         decode = codec_for("nf4").decode
         self._fp32 = [decode(buffer, self._nf4.layout, torch.float32) for buffer in self._nf4.buffers[:count]]
         # Of numbers that bf16 has, so that all cases are given the same.
@@ -157,9 +160,9 @@ class Bench:
         return self._case(kernel, isa, activations, tokens, copies, lambda turn: linears[turn[0]](x, UP))
 
     def _together(self, x: torch.Tensor, mode: str, experts: Copies) -> Call:
-        """A layer's experts in one call: two for one token, all tokens to one otherwise."""
+        """A layer's experts in one call: all that a token has, or all tokens to one."""
         tokens, layout, kernels = x.shape[0], experts.layout, LayerKernels(mode)
-        taken = experts_for(tokens)
+        taken = self._taken(tokens)
         weights = torch.full((tokens, taken), 1 / taken)
 
         def call(turn: Sequence[int]) -> torch.Tensor:
@@ -208,7 +211,7 @@ class Bench:
         self, kernel: str, by: str, activations: str, tokens: int, source: Copies | None, call: Call
     ) -> Case:
         """`source`: the quantized copies that are read; None: the dequantized ones."""
-        taken = experts_for(tokens) if kernel in EXPERTS else 1
+        taken = self._taken(tokens) if kernel in EXPERTS else 1
         names = (UP, DOWN) if kernel in EXPERTS else (UP,)
         numel = sum(self._numel[name] for name in names)
         if source is None:
@@ -227,14 +230,14 @@ class Bench:
         found = {}
         for tokens in self._tokens:
             found[NF4_MATRIX, tokens], found[INT8_MATRIX, tokens] = up[:tokens], int8[:tokens]
-            turn = range(experts_for(tokens))
+            turn = range(self._taken(tokens))
             found[EXPERT, tokens] = self._torch(EXPERT, tokens).call(turn)
         for kernel, experts in self._experts.items():
             if kernel != EXPERT:
                 decode, layout = codec_for(EXPERTS[kernel]).decode, experts.layout
-                each = [decode(buffer, layout, torch.float32) for buffer in experts.buffers[:2]]
+                each = [decode(buffer, layout, torch.float32) for buffer in experts.buffers[: self._top_k]]
                 for tokens in self._tokens:
-                    answers = [self._plainly(one, tokens) for one in each[: experts_for(tokens)]]
+                    answers = [self._plainly(one, tokens) for one in each[: self._taken(tokens)]]
                     found[kernel, tokens] = torch.stack(answers).mean(0)
         return found
 
@@ -242,10 +245,9 @@ class Bench:
         linear = reference_linear(weights, False)
         return linear(self._math.activate(linear(self._x[:tokens], UP)), DOWN)
 
-
-def experts_for(tokens: int) -> int:
-    """One token goes to two experts, as in Mixtral; more are the part of a batch that one expert has."""
-    return 2 if tokens == 1 else 1
+    def _taken(self, tokens: int) -> int:
+        """Experts that so many tokens go to."""
+        return self._top_k if tokens == 1 else 1
 
 
 def nbytes_of(layout: Layout, name: str) -> int:

@@ -19,14 +19,16 @@ CACHES = 4
 
 
 class Copies:
-    """Buffers of one layout, as the tiers allocate them, filled differently and used in turn.
+    """Buffers of one layout, `least` at least, as the tiers allocate them, filled differently, used in turn.
 
     By its next turn, a buffer of which `nbytes` are read has left the last cache.
     """
 
-    def __init__(self, layout: Layout, nbytes: int, fill: Callable[[torch.Tensor, Layout], None]) -> None:
+    def __init__(
+        self, layout: Layout, nbytes: int, fill: Callable[[torch.Tensor, Layout], None], least: int = 1
+    ) -> None:
         self.layout = layout
-        count = copies_beyond_cache(nbytes)
+        count = max(least, copies_beyond_cache(nbytes))
         self._arena = HostArena([count], [layout.nbytes])  # keeps the memory
         self.buffers = [self._arena.buffer(0, slot) for slot in range(count)]
         for buffer in self.buffers:

@@ -5,7 +5,7 @@ cache when its turn comes. A round times all cases, shuffled, those of one kerne
 sequence; just before each, memory is read as fast as it goes, with the same threads and kind of pages. A
 case that takes long is timed in every 2nd, 4th ... round (n: in how many). Each case's first call warms up,
 is checked against fp32, and does not count.
-  expert       gate, up, activation, down, weighted sum through the product's own path: one token and its two
+  expert       gate, up, activation, down, weighted sum through the product's own path: one token and its
                experts, or more tokens of one expert
   q3 expert, q2 expert, int8 expert, mxfp4 expert, fp8 expert   the same in these formats
   nf4 matrix, int8 matrix   the expert's gate and up alone, as attention and lm_head are multiplied with
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     load = [os.getloadavg()[0]]
     with torch.inference_mode():
-        bench = Bench(options.width, options.hidden, options.tokens)
+        bench = Bench(options.width, options.hidden, options.tokens, options.experts)
         cases = list(bench.cases(options.kernels, options.isas, options.peers))
         reader = Reader()
         for case in cases:
@@ -212,6 +212,7 @@ def report(options: argparse.Namespace, cases: Sequence[Case], reader: Reader, l
         "benchmark": "kernels",
         "width": options.width,
         "hidden": options.hidden,
+        "experts": options.experts,
         "threads": options.threads,
         "rounds": options.rounds,
         "last_cache_bytes": last_cache_bytes(),
@@ -269,11 +270,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 16, 128])
     parser.add_argument("--width", type=int, default=4096, help="of the model")
     parser.add_argument("--hidden", type=int, default=14336, help="of an expert")
+    parser.add_argument("--experts", type=int, default=2, help="that one token goes to")
     parser.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores"
     )
     options = parser.parse_args(arguments)
-    for name in ("rounds", "threads"):
+    for name in ("rounds", "threads", "experts"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)} measures nothing; use 1 at least")
     if min(options.tokens) < 1:

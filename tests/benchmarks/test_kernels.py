@@ -72,6 +72,16 @@ def test_every_kernel_is_timed_beside_its_peers(
     assert len([line for line in table if line.startswith(kernels)]) == len(rows)
 
 
+def test_a_token_goes_to_as_many_experts_as_wanted(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = ("--experts", "6", "--tokens", "1", "2", "--kernels", "q3 expert", "--peers")
+    rows = run(benchmark, capsys, *wanted, "--isas", "portable")["cases"]
+    one = 3 * WIDTH * HIDDEN
+    assert {(row["tokens"], row["weights"]) for row in rows} == {(1, 6 * one), (2, one)}
+    assert all(row["copies"] >= 6 for row in rows)
+
+
 def test_targets_are_judged_by_the_rows(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     result = run(benchmark, capsys, "--tokens", "1", "16", "--kernels", "expert", "--peers", "torch fp32")
     rows = {(r["by"], r["activations"], r["tokens"]): r for r in result["cases"]}

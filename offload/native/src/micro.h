@@ -24,23 +24,19 @@ inline float micro_scale(const Matrix& m, int64_t index) {
   }
 }
 
-// The first scale of an FP8 row.
-inline int64_t first_scale(const Matrix& m, int64_t row) {
-  return row / m.block_rows * ((m.cols - 1) / m.block_cols + 1);  // blocks may be larger than any matrix
-}
+// Scales of an FP8 row; blocks may be larger than any matrix.
+inline int64_t scales_of_row(const Matrix& m) { return (m.cols - 1) / m.block_cols + 1; }
 
-// Where the scale ends that column `c` has, at most at `end`.
-inline int64_t scale_end(const Matrix& m, int64_t c, int64_t end) {
-  return least(end, (c / m.block_cols + 1) * m.block_cols);
-}
-
-// Columns [first, first + count) of an FP8 row.
+// Columns [first, first + count) of an FP8 row. Some processors take as long for a division as for the
+// weights of a block, so there is none a block.
 inline void decode_fp8(const Matrix& m, int64_t row, int64_t first, int64_t count, float* out) {
   const uint8_t* q = static_cast<const uint8_t*>(m.q) + row * m.cols;
-  const int64_t scales = first_scale(m, row);
-  for (int64_t c = first; c < first + count;) {
-    const int64_t end = scale_end(m, c, first + count);
-    const float scale = micro_scale(m, scales + c / m.block_cols) * E4M3_UNIT;
+  const int64_t last = first + count;
+  int64_t index = row / m.block_rows * scales_of_row(m) + first / m.block_cols;
+  int64_t left = m.block_cols - first % m.block_cols;
+  for (int64_t c = first; c < last; ++index, left = m.block_cols) {
+    const int64_t end = c + least(last - c, left);
+    const float scale = micro_scale(m, index) * E4M3_UNIT;
     for (; c + WIDTH <= end; c += WIDTH) store(out + c - first, mul(load(E4M3(), q + c), broadcast(scale)));
     for (; c < end; ++c) out[c - first] = E4M3::load(q + c) * scale;
   }

@@ -4,13 +4,14 @@ template <int T>
 inline void fp8_rows(const Matrix& m, const Prepared* x, int64_t first, int64_t last, float* const* y) {
   constexpr int64_t SIDE_BY_SIDE = 4, STEP = SIDE_BY_SIDE * WIDTH;  // sums that need not wait for another
   const uint8_t* w = static_cast<const uint8_t*>(m.q) + first * m.cols;
+  const int64_t across = scales_of_row(m);
   for (int64_t row = first; row < last; ++row, w += m.cols) {
     Vec total[T];
     float rest[T];
     for (int t = 0; t < T; ++t) total[t] = zero(), rest[t] = 0.0f;
-    int64_t scale = first_scale(m, row);
+    int64_t scale = row / m.block_rows * across;
     for (int64_t c = 0; c < m.cols; ++scale) {
-      const int64_t end = scale_end(m, c, m.cols);
+      const int64_t end = c + least(m.cols - c, m.block_cols);
       const float factor = micro_scale(m, scale) * E4M3_UNIT;
       Vec part[T][SIDE_BY_SIDE];
       for (int t = 0; t < T; ++t)
