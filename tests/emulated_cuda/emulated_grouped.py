@@ -7,6 +7,7 @@ memory. EMULATED_CUDA_KERNELS=triton runs the kernels themselves, in the interpr
 from __future__ import annotations
 
 import ctypes
+import time
 from typing import Any
 
 import emulated_operators as emulated
@@ -106,10 +107,12 @@ def _combine(self: Launcher, outputs: Tensor, weights: Tensor, combined: Tensor)
 def _bring(self: TritonFetch, tables: Any, memory: Tensor, base: Tensor, nbytes: int) -> None:
     def work(offsets: Tensor, sources: Tensor, log: Tensor, memory: Tensor, base: Tensor) -> None:
         top_k = (len(log) - LOG_HEAD) // 2
+        log[1] = log[2] = time.perf_counter_ns()
         for expert, slot in zip(*log[LOG_HEAD:].view(2, top_k).tolist(), strict=True):
             if slot >= 0:
                 to, source = int(offsets[slot]) * UNIT, int(sources[expert])
                 _bytes_at(base.data_ptr() + to, nbytes).copy_(_bytes_at(memory.data_ptr() + source, nbytes))
+                log[2] = time.perf_counter_ns()
 
     _put(work, tables.offsets, tables.sources, tables.log, memory, base)
 

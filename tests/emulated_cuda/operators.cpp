@@ -7,6 +7,7 @@
 // when the capture ends.
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/extension.h>
 
@@ -88,14 +89,18 @@ cudaStream_t stream_of(c10::Device device) {
   return c10::cuda::getCurrentCUDAStream(device.index()).stream();
 }
 
+// From the tensor's first number to its last one: of a slab, not the rows that others have.
 void keep(cudaStream_t stream, const Tensor& tensor) {
-  const auto& storage = tensor.storage();
-  emulated::keep(stream, const_cast<void*>(storage.data()), storage.nbytes());
+  if (!tensor.defined() || tensor.numel() == 0) return;
+  size_t last = 0;
+  for (int64_t at = 0; at < tensor.dim(); at++) last += (tensor.size(at) - 1) * tensor.stride(at);
+  emulated::keep(stream, tensor.data_ptr(), (last + 1) * tensor.element_size());
 }
 
 void forbid_wait(cudaStream_t stream, const char* name) {
-  TORCH_CHECK(emulated::wait(stream) == cudaSuccess,
-              "CUDA error: operation not permitted when stream is capturing (", name, ")");
+  if (emulated::wait(stream) == cudaSuccess) return;
+  (void)cudaGetLastError();
+  TORCH_CHECK(false, "CUDA error: operation not permitted when stream is capturing (", name, ")");
 }
 
 bool waits(const c10::FunctionSchema& schema, const c10::OperatorHandle& op) {
@@ -128,6 +133,7 @@ void compute(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
   const cudaStream_t stream = stream_of(device);
   const bool captured = emulated::is_captured(stream);
   if (waits(schema, op)) forbid_wait(stream, schema.name().c_str());
+  C10_CUDA_CHECK(cudaGetLastError());  // what is left over, as a launch would
 
   Stack shown_arguments, trial;
   for (size_t i = 0; i < count; i++) {

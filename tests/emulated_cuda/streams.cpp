@@ -10,6 +10,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <vector>
 
 #include "runtime.h"
@@ -26,11 +27,18 @@ struct Graph {
   cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
   bool invalid = false;
   cudaStream_t origin = nullptr;
-  std::map<char*, std::vector<char>> kept;
+  std::vector<std::pair<char*, std::vector<char>>> kept;
+  std::set<std::pair<char*, size_t>> known;  // what of it is kept
 
-  void put_back() {
-    for (auto& [memory, bytes] : kept) std::memcpy(memory, bytes.data(), bytes.size());
+  void keep(char* start, size_t bytes) {
+    if (known.emplace(start, bytes).second) kept.emplace_back(start, std::vector<char>(start, start + bytes));
+  }
+
+  void put_back() {  // last first: where they overlap, the first was kept before anything was overwritten
+    for (auto at = kept.rbegin(); at != kept.rend(); ++at)
+      std::memcpy(at->first, at->second.data(), at->second.size());
     kept.clear();
+    known.clear();
   }
 };
 
@@ -90,8 +98,7 @@ void put(cudaStream_t stream, Work work) {
 
 void keep(cudaStream_t stream, void* memory, size_t bytes) {
   std::lock_guard lock(guard);
-  auto* start = static_cast<char*>(memory);
-  if (Graph* graph = graph_of(stream)) graph->kept.try_emplace(start, start, start + bytes);
+  if (Graph* graph = graph_of(stream)) graph->keep(static_cast<char*>(memory), bytes);
 }
 
 cudaError_t wait(cudaStream_t stream) {
