@@ -81,7 +81,7 @@ def use_graphs(
         use_capturable_mask(engine.hf)
         step = engine.make_token_step(graphs, sites, saw)
         with _stood_in(engine) if stand_in else _as_they_are():
-            reason, slower = _try(engine, step, mode)
+            reason, slower = with_room(engine, lambda: _try(engine, step, mode))
     if reason is not None:
         logger.info("decoding goes without CUDA graphs: %s", reason)
         return
@@ -109,14 +109,20 @@ def _hindrance(engine: Engine) -> str | None:
 
 
 def _try(engine: Engine, step: TokenStep, mode: str) -> tuple[str | None, bool]:
-    """Why the model cannot do with `step`, if so, and whether it is slower.
+    """Why the model cannot do with `step`, if so, and whether it is slower."""
+    reason = _difference(engine, step)
+    return reason, reason is None and mode == "auto" and _is_slower(engine, step)
 
-    Where the device's memory lacks, experts give way, as in any other step: bits are not to depend on it.
+
+def with_room(engine: Engine, trial: Callable[[], tuple[str | None, bool]]) -> tuple[str | None, bool]:
+    """What a trial finds, or, as the first of the two, what it raised.
+
+    Where the device's memory lacks, experts give way, as in any other step, and it begins anew: what becomes
+    of a model is not to depend on what was free for a moment.
     """
     while True:
         try:
-            reason = _difference(engine, step)
-            return reason, reason is None and mode == "auto" and _is_slower(engine, step)
+            return trial()
         except Exception as error:  # whatever a model's code makes of a cache that it does not know
             reason, lacking = f"{type(error).__name__}: {first_line(error)}", shortage(error)
         if lacking is None or engine.relief is None or not engine.relief(lacking):

@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 
-from moe_local.cache.errors import first_line
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.graph_trial import (
@@ -24,6 +23,7 @@ from moe_local.offload.engine.graph_trial import (
     row_to_try,
     seconds,
     token_to_try,
+    with_room,
 )
 from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.kv_slab import KVSlab
@@ -113,12 +113,8 @@ def leave_misses_to_device(
     misses = DeviceMisses(store, runner.grouped, kernels)
     by_device = engine.make_token_step(graphs if by_host.captures else None, sites, saw, misses)
     switch = MissSwitch(engine, runner, misses, by_host, by_device)
-    slower = False
-    try:
-        with uncounted(store):
-            reason, slower = _try(engine, store, switch)
-    except Exception as error:  # a kernel that does not compile or launch
-        reason = f"{type(error).__name__}: {first_line(error)}"
+    with uncounted(store):
+        reason, slower = with_room(engine, lambda: _try(engine, store, switch))
     reason = reason or by_device.failure
     switch.turn(to_device=reason is None and (mode == "on" or not slower))
     (by_host if switch.on_device else by_device).captured.clear()

@@ -330,6 +330,40 @@ def test_the_faster_way_is_taken(
         assert isinstance(model.parts.store.custody, DeviceMisses)
 
 
+@pytest.mark.parametrize("slots", [SLOTS, 2])
+def test_experts_give_way_to_the_trial(
+    load: Callable[..., moe_local.Model],
+    make_checkpoint: Callable[..., Path],
+    make_device: Callable[..., Any],
+    fake_graphs: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    torch_kernels: ModuleType,
+    slots: int,
+) -> None:
+    """It begins anew then, as long as there are slots that no token needs."""
+    caplog.set_level(logging.INFO, "moe_local")
+    monkeypatch.setattr("moe_local.offload.tiers.device_arena.SEGMENT_BYTES", 1)
+    monkeypatch.setattr("moe_local.offload.gpu.relief.MARGIN", 0)
+    lacking = iter([False, False, True])
+
+    class Lacking(torch_kernels.TorchFetch):  # type: ignore[misc, name-defined]
+        def bring(self, *arguments: Any) -> None:
+            if next(lacking, False):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 bytes.")
+            super().bring(*arguments)
+
+    monkeypatch.setattr("moe_local.offload.kernels.fetch.fetch_kernels", lambda device: Lacking())
+    with load(make_checkpoint("qwen3_moe"), make_device(8), fake_graphs.FakeGraphs(), slots=slots) as model:
+        gave_way = slots == SLOTS
+        assert ("VRAM ran out" in caplog.text) == gave_way
+        assert isinstance(model.parts.store.custody, DeviceMisses) == gave_way
+        if not gave_way:
+            assert reason(caplog).startswith("OutOfMemoryError")
+        assert model.stats().hits == model.stats().misses == 0
+        assert answer(model)
+
+
 @pytest.mark.slow
 def test_where_the_device_is_not_left_with_misses(
     load: Callable[..., moe_local.Model],
