@@ -55,6 +55,10 @@ class Graphs(Protocol):
         """Give memory that is kept for later use back to the driver, which a capture cannot have done."""
 
 
+_SPOILED: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose end torch has not noticed. There are few, and they hold no memory."""
+
+
 class CudaGraph:
     """A graph of torch's, replayed while nobody captures another."""
 
@@ -120,7 +124,7 @@ class CudaGraphs:
         try:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         except BaseException as error:
-            self._recover()
+            self._recover(graph)
             _raise_lack(error, self._device)
             raise
         self._capturing = graph
@@ -131,7 +135,7 @@ class CudaGraphs:
         try:
             graph.capture_end()
         except BaseException as error:
-            self._recover()
+            self._recover(graph)
             _raise_lack(error, self._device)
             raise
         self._alive.add(graph)
@@ -144,21 +148,23 @@ class CudaGraphs:
         try:
             graph.capture_end()
         except RuntimeError:  # a spoiled capture says so again when it is ended
-            self._recover()
+            self._recover(graph)
 
     def make_room(self) -> None:
         with alone, torch.cuda.device(self._device):
             torch.cuda.empty_cache()
 
-    def _recover(self) -> None:
+    def _recover(self, spoiled: torch.cuda.CUDAGraph) -> None:
         """Do what torch leaves undone where a spoiled capture has ended; within the session.
 
         Its allocator would take the capture for still under way, in which it frees nothing and refuses to
         empty its cache; and some releases would leave the random generator in the capture's mode, which a
-        good capture takes it out of.
+        good capture takes it out of. That of pinned memory cannot be told from here: it goes on asking the
+        graph whose captures it serves, which has to stay.
         """
-        with contextlib.suppress(RuntimeError):  # the second only if there was something for the first
+        with contextlib.suppress(RuntimeError):  # what follows only if there was something for the first
             torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
+            _SPOILED.append(spoiled)
             torch._C._cuda_releasePool(self._stream.device_index, self._pool)
         self._pool = torch.cuda.graph_pool_handle()
         self._alive.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -695,14 +696,21 @@ def test_copies_behind_a_slower_link() -> None:
 
 
 def test_a_spoiled_capture_leaves_torch_well() -> None:
-    """And a capture begun after all graphs are gone has a pool again."""
+    """And a capture begun after all graphs are gone has a pool again.
+
+    The allocator of pinned memory, which has not heard of the end, finds the graph that it asks.
+    """
     device = torch.device("cuda", torch.cuda.current_device())
     capture, x = CudaGraphs(device), torch.ones(4, device=device)
     with capture.session():
         capture.begin()
+        assert capture._capturing is not None
+        spoiled = weakref.ref(capture._capturing)
         with pytest.raises(RuntimeError):
             x.sum().item()
         capture.abort()
+    gc.collect()
+    assert spoiled() is not None
     torch.cuda.empty_cache()
     assert 0 <= float(torch.rand(1, device=device)) < 1
     for _ in range(2):
