@@ -42,6 +42,8 @@ class ResidentLayer:
         self._slots = slots
         self._counts = counts
         self._ranks = self._ones = slots[:0]
+        self._table = torch.stack([self._ranks, self._ranks], dim=1)
+        """[K, 2]: a Launcher's, whose ranks never change."""
 
     def run(
         self, base: torch.Tensor, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -52,13 +54,15 @@ class ResidentLayer:
         """
         ids = index.flatten()
         if len(self._ranks) != len(ids):
-            self._ranks = torch.arange(len(ids), device=x.device)
-            self._ones = torch.ones_like(self._ranks)
+            with torch.inference_mode(False):
+                self._ranks = torch.arange(len(ids), device=x.device)
+                self._ones = torch.ones_like(self._ranks)
+                self._table = torch.stack([self._ranks, self._ranks], dim=1)
         self._counts.index_add_(0, ids, self._ones)
         first = GroupedRun(self._launchers[0], x, weights)
-        slots = self._slots.index_select(0, ids)
+        slots = torch.index_select(self._slots, 0, ids, out=self._table[:, 0])
         if self._kinds is None:
-            first.launch(base, torch.stack([slots, self._ranks], dim=1))
+            first.launch(base, self._table)
             return first.result()
         kinds = self._kinds.index_select(0, ids)
         for number, launcher in enumerate(self._launchers):

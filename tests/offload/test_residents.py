@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_local
+from moe_local.offload.gpu.residents import ResidentLayer
 
 torch.set_num_threads(1)
 
@@ -128,3 +130,57 @@ def test_offloaded_experts_between_segments(
         with pytest.raises(moe_local.MoeLocalError, match="closed"):
             model.generate(PROMPT)
     assert found[0] == found[1]
+
+
+class Idle:
+    """A launcher whose kernels do nothing, and which keeps the tables that it is given."""
+
+    width = hidden = 8
+
+    def __init__(self) -> None:
+        self.tables: list[list[list[int]]] = []
+
+    def planes(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def up(self, base: Any, stride: int, table: torch.Tensor, *rest: Any) -> None:
+        self.tables.append(table.tolist())
+
+    def down(self, *arguments: Any) -> None:
+        pass
+
+    combine = down
+
+
+class Operations(TorchDispatchMode):
+    """Names of what is given to a device, beside memory and views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_token_is_counted_and_found_in_two_operations() -> None:
+    launcher: Any = Idle()
+    counts = torch.zeros(5, dtype=torch.int64)
+    layer = ResidentLayer(launcher, torch.tensor([40, 30, 0, 10, 20]), counts)
+    base, x = torch.zeros(1, dtype=torch.uint8), torch.zeros(1, 8)
+    with torch.inference_mode():
+        layer.run(base, x, torch.tensor([[3, 0]]), torch.ones(1, 2))
+    index, weights = torch.tensor([[1, 3]]), torch.ones(1, 2)
+    with (
+        torch.no_grad(),
+        Operations() as done,
+    ):  # where nothing that was made in inference mode can be written
+        layer.run(base, x, index, weights)
+    assert [name for name in done.names if name.startswith("index") or name in ("stack", "cat")] == [
+        "index_add_",
+        "index_select",
+    ]
+    layer.run(base, x, torch.tensor([[4]]), torch.ones(1, 1))
+    assert launcher.tables == [[[10, 0], [40, 1]], [[30, 0], [10, 1]], [[20, 0]]]
+    assert counts.tolist() == [1, 1, 0, 2, 1]
