@@ -145,6 +145,11 @@ def pull(model: str, as_json: bool) -> None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the safetensors, or else GGUF files, in a checkpoint's folder, or of one file."""
-    files = [folder] if folder.is_file() else [*folder.glob("*.safetensors")] or [*folder.glob("*.gguf")]
+    """Bytes of the safetensors, or else GGUF files, in a checkpoint's folder, or of one model's file."""
+    from moe_local.offload.checkpoint.gguf_file import parts_of
+
+    if folder.is_file():
+        files = parts_of(folder)
+    else:
+        files = [*folder.glob("*.safetensors")] or [*folder.glob("*.gguf")]
     return sum(path.stat().st_size for path in files)

@@ -10,6 +10,7 @@ from pathlib import Path
 from moe_local.cache.errors import ExpertFileError, ModelNotFoundError, MoeLocalError
 from moe_local.cli.completion import speaks_of_experts
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.checkpoint.gguf_file import parts_of
 from moe_local.offload.checkpoint.hub import HubModel, cached_folder, locate
 from moe_local.offload.checkpoint.registry import ALIASES, DEMO, demo_folder
 from moe_local.offload.expert_file.convert import expert_file_folder, moe_local_home
@@ -82,9 +83,10 @@ def _conversion(folder: Path) -> Conversion:
     return Conversion(folder, file.name, nbytes(folder), True, formats)
 
 
-def nbytes(folder: Path) -> int:
-    """Bytes of all files below a folder, what links point at included."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def nbytes(checkpoint: Path) -> int:
+    """Bytes of all files below a folder, what links point at included, or of a GGUF file in all its parts."""
+    files = parts_of(checkpoint) if checkpoint.is_file() else checkpoint.rglob("*")
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def known(model: str) -> Known:

@@ -52,7 +52,7 @@ class GgufFile:
         metadata: dict[str, Any] = {}
         weights: dict[str, Weight] = {}
         sizes, headers = {}, {}
-        for number, part in enumerate(_parts(path)):
+        for number, part in enumerate(parts_of(path)):
             try:
                 found, described, start = patiently(part, partial(_header, part, remedy))
             except HungError as error:
@@ -86,7 +86,11 @@ def find_gguf(path: Path) -> Path | None:
     return first[0] if first else files[0] if files else None
 
 
-def _parts(path: Path) -> list[Path]:
+def parts_of(path: Path) -> list[Path]:
+    """The files that a model was split into, given one of them; itself where it is whole.
+
+    Raises CheckpointError where one is missing.
+    """
     match = PART.fullmatch(path.name)
     if match is None:
         return [path]

@@ -10,6 +10,8 @@ import pytest
 
 from moe_local.cache.files import locked
 from moe_local.cache.stats import RoutedTokens
+from moe_local.cli.convert import weight_bytes
+from moe_local.cli.library import nbytes
 from moe_local.offload.checkpoint.registry import ALIASES
 from moe_local.offload.expert_file.usage import add_usage
 
@@ -43,6 +45,16 @@ class TestConvert:
         result = invoke("convert", str(tiny_mixtral), "--experts", "q4")
         assert result.exit_code == 2
         assert "use one of nf4" in result.stderr
+
+
+def test_a_gguf_file_is_as_large_as_all_its_parts(tmp_path):
+    for number in (1, 2):
+        (tmp_path / f"m-0000{number}-of-00002.gguf").write_bytes(b"x" * 100 * number)
+    (tmp_path / "other.gguf").write_bytes(b"x" * 7)
+    for measure in (nbytes, weight_bytes):
+        assert measure(tmp_path / "m-00001-of-00002.gguf") == 300
+        assert measure(tmp_path / "other.gguf") == 7
+        assert measure(tmp_path) == 307
 
 
 class TestShow:
