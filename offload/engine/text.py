@@ -50,8 +50,8 @@ def encode_prompt(
         return [int(item) for item in items]
     if tokenizer is None:
         raise OptionError(
-            "this model's folder has no tokenizer; give the prompt as a list of token ids, "
-            "in Python or to /v1/completions"
+            "this model's folder has no tokenizer; put its tokenizer.json there, or give the prompt as a "
+            "list of token ids, in Python or to /v1/completions"
         )
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if isinstance(prompt, str):

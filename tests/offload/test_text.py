@@ -215,6 +215,6 @@ def test_bad_prompts(byte_level: Any, prompt: Any, options: dict[str, Any], mess
 @pytest.mark.parametrize("prompt", ["hi", [{"role": "user", "content": "hi"}]])
 def test_text_needs_a_tokenizer(prompt: Any) -> None:
     with pytest.raises(
-        OptionError, match="has no tokenizer; give the prompt as a list of token ids, in Python or"
+        OptionError, match=r"has no tokenizer; put its tokenizer\.json there, or give the prompt as"
     ):
         encode_prompt(None, prompt)
