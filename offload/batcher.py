@@ -77,6 +77,8 @@ class Batcher:
         self._engine = engine
         self._store = store
         self._turn = turn
+        self.rows = engine.kv.rows
+        """Most answers under way at a time."""
         self._limit = queue
         self._waiting: deque[Ticket] = deque()
         self.prompt_tokens = 0
@@ -98,11 +100,6 @@ class Batcher:
     def running(self) -> int:
         """Answers under way."""
         return len(self._running)
-
-    @property
-    def rows(self) -> int:
-        """Most answers under way at a time."""
-        return self._engine.kv.rows
 
     @property
     def capacity(self) -> int:
@@ -128,7 +125,11 @@ class Batcher:
         Raises BusyError where the queue is full, MoeLocalError once closed and in a fork.
         """
         self._turn.check_process()
-        self._engine.check_prompt(prompt_ids)
+        with self._changed:
+            if self._closed is not None:
+                raise MoeLocalError(self._closed)
+            engine = self._engine
+        engine.check_prompt(prompt_ids)
         now = time.monotonic()
         until = None if patience_s is None else now + patience_s
         ticket = Ticket(prompt_ids, settings, detokenizer, listener, until, time.perf_counter())
@@ -173,7 +174,7 @@ class Batcher:
 
     def stats(self) -> Stats:
         """Counts since load. Any thread but the batcher's; waits for the end of a step."""
-        return self.look(self._store.snapshot).result()
+        return self.look(lambda: self._store.snapshot()).result()
 
     def close(self, reason: str = "the model answers no more") -> None:
         """Cancel everything and end the thread. Later calls of `submit` raise MoeLocalError(reason)."""
@@ -184,7 +185,8 @@ class Batcher:
             self._thread.join()
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless what runs is in the engine and nothing else is. While nothing steps."""
+        """Raise RuntimeError unless what runs is in the engine and nothing else is. While nothing steps, and
+        before `close`."""
         inside = [ticket.sequence for ticket in self._running]
         if any(sequence is None for sequence in inside) or {id(s) for s in inside} != {
             id(s) for s in self._engine.active
@@ -199,6 +201,8 @@ class Batcher:
             if self._closed is not None:
                 self._end_all(MoeLocalError(self._closed))
                 self._answer_looks()
+                with self._changed:  # whoever keeps a closed batcher need not keep the model's memory
+                    del self._engine, self._store
                 return
             try:
                 # Whoever closes this may have the turn, and wait here for us.

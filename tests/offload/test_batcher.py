@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -118,7 +120,7 @@ def rig(mixtral: Any) -> Iterator[Rig]:
     made.batcher.close()
     assert made.engine.active == []
     made.engine.check_integrity()
-    made.batcher.check_integrity()
+    assert made.batcher.running == made.batcher.waiting == 0
 
 
 def test_each_answer_is_the_one_it_would_be_alone(rig: Rig) -> None:
@@ -315,9 +317,22 @@ def test_closing_ends_everybody(rig: Rig) -> None:
     rig.batcher.close("the model is closed")
     for one in heard:
         assert str(one.end().error) == "the model is closed"
-    with pytest.raises(MoeLocalError, match="the model is closed"):
-        rig.ask([5])
+    for ask in (lambda: rig.ask([5]), rig.batcher.stats):
+        with pytest.raises(MoeLocalError, match="the model is closed"):
+            ask()
     rig.batcher.close()
+
+
+def test_whoever_keeps_a_closed_batcher_does_not_keep_the_model(mixtral: Any) -> None:
+    rig = Rig(mixtral)
+    engine, batcher = weakref.ref(rig.engine), rig.batcher
+    assert rig.ask([5]).end() == Ended(FinishReason.LENGTH)
+    batcher.check_integrity()
+    batcher.close()
+    del rig
+    gc.collect()
+    assert engine() is None
+    assert batcher.rows == 2
 
 
 @pytest.mark.parametrize("waiting", [0, 1])
