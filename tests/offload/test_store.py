@@ -485,6 +485,9 @@ operations = st.one_of(
     st.tuples(st.just("throw"), layers_, experts_, st.integers(1, 3)),
     st.tuples(st.just("interrupt"), layers_, experts_),
     st.tuples(st.just("fail"), layers_, experts_, st.integers(1, 3)),
+    st.tuples(
+        st.sampled_from(["fail_copies", "fail_records"]), layers_, experts_, st.integers(1, 4), layers_
+    ),
     guess_,
     st.tuples(st.just("poll")),
     st.tuples(st.just("settle")),
@@ -549,6 +552,14 @@ def perform(rig: Any, faults: Faults, operation: tuple[Any, ...]) -> None:
             rig.step(layer, experts)
         rig.settle()  # or a read that is failing now would fail a step that is to succeed
         faults.reads = 0
+    elif what.startswith("fail_"):
+        layer, experts, count, on = rest
+        if rig.devices:
+            card = rig.device_of(on)
+            setattr(card, what, count)
+            with contextlib.suppress(TransferError, RuntimeError):
+                rig.step(layer, experts)
+            setattr(card, what, 0)
     elif what == "poll":
         rig.tier.poll()
     else:
@@ -589,6 +600,8 @@ def test_any_sequence_of_events(
     steps: list[tuple[Any, ...]],
 ) -> None:
     device = None if mode == "disk" else make_device(seed, luck, lazy=lazy)
+    if device is not None and seed % 2:
+        device = [device, make_device(seed + 1, luck, lazy=lazy), device]
     scheduler = any_scheduler(seed, shared) if shared else None
     rig = make_rig(mode, slots=slots, ram_slots=ram_slots, device=device, scheduler=scheduler, sized=sized)
     rig.tokens = lambda expert: 1 + expert % 3
