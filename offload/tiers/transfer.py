@@ -40,6 +40,7 @@ CLOSING_S = 10.0
 STUCK = (
     "is still being read {:.0f} s after the model was closed; its memory stays taken until the disk answers"
 )
+GONE = "is not there any more; load the model again, which makes or asks for what is missing"
 CUT_OFF = "is cut off: the file became shorter after it was opened"
 
 
@@ -210,7 +211,8 @@ class FileSource:
                 try:
                     self._files[path] = OpenFile.open(path, self.direct)
                 except OSError as error:
-                    load.error = _failure(key, path, f"cannot be opened: {error.strerror}")
+                    gone = isinstance(error, FileNotFoundError)
+                    load.error = _failure(key, path, GONE if gone else f"cannot be opened: {error.strerror}")
                     self._finish(load, LoadState.FAILED)
                     return load
             buffer, check = self._target(key.layer, slot), None

@@ -312,7 +312,7 @@ def test_a_missing_file_fails_the_load(make_disk: Any) -> None:
     disk.path.rename(disk.path.with_name("elsewhere"))
     load = disk.start(0)
     assert disk.end(load) == [LoadState.FAILED]
-    assert "cannot be opened: No such file" in str(load.error)
+    assert "is not there any more; load the model again" in str(load.error)
     disk.path.with_name("elsewhere").rename(disk.path)
     assert disk.end(disk.start(0)) == [LoadState.DONE]
 
