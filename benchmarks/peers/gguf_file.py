@@ -1,4 +1,4 @@
-"""Write a Mixtral checkpoint (safetensors, transformers' names) as one GGUF file, as llama.cpp reads it.
+"""Write a Mixtral or Qwen3-MoE checkpoint (safetensors, transformers' names) as a GGUF file of llama.cpp.
 
 Every matrix is stored in one type, input embedding and output head included; norms and routers are float32.
 A layer's experts are stacked, [E, out, in]. The file has no tokenizer: prompts are token ids.
@@ -8,7 +8,7 @@ model that is measured on, not talked to, need not be written in bf16 first.
 
 Runs in the peer's environment, which has numpy and the `gguf` package and neither torch nor moe_local.
 Sources: the GGUF specification (github.com/ggml-org/ggml, docs/gguf.md), the tensor names that llama.cpp's
-architecture "llama" expects.
+architectures "llama" and "qwen3moe" expect.
 
     python gguf_file.py CHECKPOINT OUT.gguf [--type Q4_0] [--random]
 """
@@ -90,11 +90,59 @@ class Safetensors:
         return raw.astype(np.float32)
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """How a model type is named on either side."""
+
+    name: str
+    """llama.cpp's."""
+    block: str
+    """The MoE block of a decoder layer, in transformers' checkpoints."""
+    matrices: dict[str, str]
+    """Of an expert: transformers' name by llama.cpp's."""
+    inner: str
+    """What config.json calls the width of experts."""
+    paired: bool
+    """Whether a head's numbers are turned two neighbours at a time."""
+    norms: bool
+    """Whether queries and keys have norms."""
+
+
+ARCHITECTURES = {
+    "mixtral": Architecture(
+        "llama",
+        block="block_sparse_moe",
+        matrices={"gate": "w1", "down": "w2", "up": "w3"},
+        inner="intermediate_size",
+        paired=True,
+        norms=False,
+    ),
+    "qwen3_moe": Architecture(
+        "qwen3moe",
+        block="mlp",
+        matrices={"gate": "gate_proj", "down": "down_proj", "up": "up_proj"},
+        inner="moe_intermediate_size",
+        paired=False,
+        norms=True,
+    ),
+}
+
+
+def expert_count(config: dict[str, Any]) -> int:
+    """Later releases of transformers write every model's under Mixtral's name."""
+    return int(config["num_local_experts" if "num_local_experts" in config else "num_experts"])
+
+
+def head_width(config: dict[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
 def tensors(config: dict[str, Any], matrices: gguf.GGMLQuantizationType) -> Iterator[Tensor]:
     """All tensors of the file, in its order."""
-    hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    kind = ARCHITECTURES[config["model_type"]]
+    hidden, inner, vocab = config["hidden_size"], config[kind.inner], config["vocab_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    experts, width = config["num_local_experts"], hidden // heads
+    experts, width = expert_count(config), head_width(config)
     yield Tensor("token_embd.weight", (vocab, hidden), matrices, ("model.embed_tokens.weight",))
     for i in range(config["num_hidden_layers"]):
         layer, block = f"model.layers.{i}", f"blk.{i}"
@@ -105,16 +153,17 @@ def tensors(config: dict[str, Any], matrices: gguf.GGMLQuantizationType) -> Iter
             ("output", hidden, heads * width, 0),
         ):
             source = f"{layer}.self_attn.{name[0]}_proj.weight"
-            yield Tensor(f"{block}.attn_{name}.weight", (out, columns), matrices, (source,), rotated)
-        router = f"{layer}.block_sparse_moe.gate.weight"
+            paired = rotated if kind.paired else 0
+            yield Tensor(f"{block}.attn_{name}.weight", (out, columns), matrices, (source,), paired)
+        for name in "qk" if kind.norms else "":
+            source = f"{layer}.self_attn.{name}_norm.weight"
+            yield Tensor(f"{block}.attn_{name}_norm.weight", (width,), FLOAT32, (source,))
+        router = f"{layer}.{kind.block}.gate.weight"
         yield Tensor(f"{block}.ffn_gate_inp.weight", (experts, hidden), FLOAT32, (router,))
-        for name, source, out, columns in (
-            ("gate", "w1", inner, hidden),
-            ("down", "w2", hidden, inner),
-            ("up", "w3", inner, hidden),
-        ):
-            parts = tuple(f"{layer}.block_sparse_moe.experts.{e}.{source}.weight" for e in range(experts))
-            yield Tensor(f"{block}.ffn_{name}_exps.weight", (experts, out, columns), matrices, parts)
+        for name, source in kind.matrices.items():
+            shape = (experts, hidden, inner) if name == "down" else (experts, inner, hidden)
+            parts = tuple(f"{layer}.{kind.block}.experts.{e}.{source}.weight" for e in range(experts))
+            yield Tensor(f"{block}.ffn_{name}_exps.weight", shape, matrices, parts)
         yield Tensor(f"{block}.attn_norm.weight", (hidden,), FLOAT32, (f"{layer}.input_layernorm.weight",))
         after = f"{layer}.post_attention_layernorm.weight"
         yield Tensor(f"{block}.ffn_norm.weight", (hidden,), FLOAT32, (after,))
@@ -169,15 +218,16 @@ def write(
     """Write `out` from the checkpoint in `folder`, or with `random` from its config.json alone.
 
     Memory: one stacked tensor and its quantized form. `out` appears when it is whole. Raises ValueError for
-    a model that is not a Mixtral.
+    a model of another type than ARCHITECTURES has.
     """
     config = json.loads((folder / "config.json").read_text())
-    if config["model_type"] != "mixtral":
-        raise ValueError(f"{folder} holds a {config['model_type']!r}; only mixtral is written as GGUF")
+    if config["model_type"] not in ARCHITECTURES:
+        known = " and ".join(ARCHITECTURES)
+        raise ValueError(f"{folder} holds a {config['model_type']!r}; only {known} are written as GGUF")
     source, rng = Safetensors(folder), np.random.default_rng(0)
     all_tensors = list(tensors(config, matrices))
     partial = out.with_suffix(".partial")
-    writer = gguf.GGUFWriter(partial, "llama")
+    writer = gguf.GGUFWriter(partial, ARCHITECTURES[config["model_type"]].name)
     _describe(writer, config, matrices)
     for tensor in all_tensors:
         raw = None if tensor.type == FLOAT32 else tensor.type
@@ -199,7 +249,8 @@ def write(
 
 
 def _describe(writer: gguf.GGUFWriter, config: dict[str, Any], matrices: gguf.GGMLQuantizationType) -> None:
-    writer.add_name("synthetic mixtral")
+    kind = ARCHITECTURES[config["model_type"]]
+    writer.add_name(f"synthetic {config['model_type']}")
     writer.add_file_type(
         int(gguf.LlamaFileType[f"MOSTLY_{matrices.name}" if matrices != FLOAT32 else "ALL_F32"])
     )
@@ -213,9 +264,13 @@ def _describe(writer: gguf.GGUFWriter, config: dict[str, Any], matrices: gguf.GG
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
+    width = head_width(config)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_dimension_count(width)
     writer.add_rope_freq_base(rope_theta(config))
-    writer.add_expert_count(config["num_local_experts"])
+    writer.add_expert_feed_forward_length(config[kind.inner])
+    writer.add_expert_count(expert_count(config))
     writer.add_expert_used_count(config["num_experts_per_tok"])
 
 
@@ -225,7 +280,7 @@ def rope_theta(config: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a Mixtral checkpoint as GGUF.")
+    parser = argparse.ArgumentParser(description="Write a checkpoint as GGUF.")
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--type", default="Q4_0", choices=["Q4_0", "Q8_0", "F32"])

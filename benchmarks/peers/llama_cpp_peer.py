@@ -93,7 +93,10 @@ class LlamaCpp:
 def weights(path: str) -> dict[str, int]:
     """What one decoded token reads of the file: its experts, and all else but the input embedding."""
     reader = gguf.GGUFReader(path)
-    used, count = (reader.fields[f"llama.{key}"].contents() for key in ("expert_used_count", "expert_count"))
+    family = reader.fields["general.architecture"].contents()
+    used, count = (
+        reader.fields[f"{family}.{key}"].contents() for key in ("expert_used_count", "expert_count")
+    )
     read = {"expert_bytes": 0, "expert_numel": 0, "dense_bytes": 0, "dense_numel": 0}
     for tensor in reader.tensors:
         kind, share = ("expert", used / count) if "_exps." in tensor.name else ("dense", 1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 
@@ -24,6 +25,10 @@ def written(gguf_file: ModuleType, checkpoint: Path, out: Path, kind: str) -> di
     gguf_file.write(checkpoint, out, gguf.GGMLQuantizationType[kind])
     assert not out.with_suffix(".partial").exists()
     return {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
+
+
+def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {k: v.float() for file in checkpoint.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def values(tensor: Any) -> torch.Tensor:
@@ -128,7 +133,33 @@ def test_describes_the_model(gguf_file: ModuleType, tiny_checkpoint: Path, tmp_p
     assert fields["llama.vocab_size"].contents() == 512
 
 
+def test_qwen3_moe(gguf_file: ModuleType, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("qwen3_moe")
+    weights = load_weights(checkpoint)
+    tensors = written(gguf_file, checkpoint, tmp_path / "m.gguf", "F32")
+    assert sum(t.n_elements for t in tensors.values()) == sum(w.numel() for w in weights.values())
+    source = "model.layers.1"
+    for name, theirs in (
+        ("attn_q", "self_attn.q_proj"),  # turned by halves on either side: as it is
+        ("attn_k", "self_attn.k_proj"),
+        ("attn_q_norm", "self_attn.q_norm"),
+        ("attn_k_norm", "self_attn.k_norm"),
+        ("ffn_gate_inp", "mlp.gate"),
+    ):
+        assert torch.equal(values(tensors[f"blk.1.{name}.weight"]), weights[f"{source}.{theirs}.weight"])
+    for name in ("gate", "up", "down"):
+        stack = values(tensors[f"blk.1.ffn_{name}_exps.weight"])
+        for e, expert in enumerate(stack):
+            assert torch.equal(expert, weights[f"{source}.mlp.experts.{e}.{name}_proj.weight"])
+    config = json.loads((checkpoint / "config.json").read_text())
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["general.architecture"].contents() == "qwen3moe"
+    assert fields["qwen3moe.attention.key_length"].contents() == config["head_dim"]
+    assert fields["qwen3moe.expert_feed_forward_length"].contents() == config["moe_intermediate_size"]
+    assert fields["qwen3moe.expert_count"].contents() == len(stack)
+
+
 def test_other_architectures_are_refused(gguf_file: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="only mixtral"):
+    with pytest.raises(ValueError, match="only mixtral and qwen3_moe"):
         gguf_file.write(tmp_path, tmp_path / "m.gguf", gguf.GGMLQuantizationType.Q4_0)
