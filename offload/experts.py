@@ -191,8 +191,8 @@ class ExpertRunner:
         return self._kernels.grouped
 
     def keep_to_device(self) -> None:
-        """All experts are in slots on a device: compute single tokens without a wait of the host."""
-        self.on_device = Residents(self.store, self.grouped)
+        """All experts are in slots for good: compute single tokens without asking the store."""
+        self.on_device = Residents(self.store, self._kernels)
 
     def warm_up(
         self,

@@ -248,6 +248,8 @@ def _assemble(
         if cards:
             graphs = graphs or _graphs(targets)
             switch = _keep_tokens_to_device(engine, runner, graphs, probe.sites, options.prefetch)
+        elif can_reside(store):
+            runner.keep_to_device()
         model = Model(
             checkpoint.name,
             hf,

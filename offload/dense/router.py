@@ -58,6 +58,12 @@ class NativeRouter:
         router = cls(top_k) if 1 <= top_k <= weight.shape[0] else None
         return router if router is not None and router.ready(module) else None
 
+    @property
+    def matrix(self) -> Matrix:
+        """Once `ready`; another one where the weight has moved."""
+        assert self._matrix is not None
+        return self._matrix
+
     def ready(self, module: Any) -> bool:
         """Take note of where the weight and bias of the module are now.
 

@@ -45,6 +45,11 @@ class Place(NamedTuple):
     last: int
     """The column of the token."""
 
+    def sequence(self) -> Sequence:
+        """For the library; the tensors have to outlive it."""
+        keys, values, first, last = self
+        return Sequence(keys.data_ptr(), values.data_ptr(), keys.stride(1), first, last)
+
 
 class DirectLayer(Protocol):
     """A cache layer whose memory may be written and read in place."""
@@ -94,6 +99,11 @@ class TokenAttention:
         shape = _shape(module, dtype)
         return None if shape is None else cls(module, shape)
 
+    @property
+    def struct(self) -> Attention:
+        """Once `ready`; another one where the weights have moved."""
+        return self._struct
+
     def take(self, way: Way) -> None:
         """Turn heads in this way from now on."""
         self._way, self._where = way, None
@@ -124,9 +134,7 @@ class TokenAttention:
         """
         lib = library()
         assert lib is not None
-        sequence = Sequence(
-            place.keys.data_ptr(), place.values.data_ptr(), place.keys.stride(1), place.first, place.last
-        )
+        sequence = place.sequence()
         y = torch.empty_like(x)
         check(
             lib.moe_attention(
@@ -170,7 +178,7 @@ class TokenAttention:
 @cache
 def direct(cls: Any) -> Any:
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        place = None if args else _place(self, hidden_states, kwargs)
+        place = None if args else place_of(self, hidden_states, kwargs)
         if place is None:
             return cls.forward(self, hidden_states, *args, **kwargs)
         cos, sin = kwargs["position_embeddings"]
@@ -179,8 +187,8 @@ def direct(cls: Any) -> Any:
     return stand_in(cls, direct, forward)
 
 
-def _place(module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Place | None:
-    """Where the token's keys and values go, if this is a call for the library."""
+def place_of(module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Place | None:
+    """Where the token's keys and values go, if this is a call for the library: which is `ready` then."""
     if x.numel() != x.shape[-1] or kwargs.get("attention_mask") is not None or torch.is_grad_enabled():
         return None
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or module.training:

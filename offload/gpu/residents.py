@@ -1,15 +1,18 @@
-"""Where every expert has a slot for good, a token goes through a layer without the host knowing which."""
+"""Where every expert has a slot for good, a token goes through a layer without the store being asked."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
 
 from moe_local.offload.gpu.capturing import alone
 from moe_local.offload.kernels.contracts import ExpertMath
-from moe_local.offload.kernels.grouped import DTYPES, GroupedExperts, GroupedRun
+from moe_local.offload.kernels.cpu_table import CpuTable
+from moe_local.offload.kernels.grouped import DTYPES, GroupedRun
 from moe_local.offload.kernels.launcher import UNIT, Launcher
+from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.store.store import ExpertStore
 
 
@@ -72,18 +75,19 @@ class ResidentLayer:
 
 
 class Residents:
-    """The layers of a store that are served on the device alone, for as long as every expert has a slot.
+    """The layers of a store that serve single tokens by themselves, as long as every expert has a slot.
 
-    The host-driven way gives the same bits.
+    On a device the host need not know the router's choice; without one the CPU's library finds the experts.
+    The store's own way gives the same bits.
 
-    Counts what the store and its RouterLoad would have counted: hits at once, the router's choices on the
-    device until they are asked for.
+    Counts what the store and its RouterLoad would have counted: hits at once, the router's choices where they
+    are made until they are asked for.
     """
 
-    def __init__(self, store: ExpertStore, grouped: GroupedExperts) -> None:
+    def __init__(self, store: ExpertStore, kernels: LayerKernels) -> None:
         self._store = store
-        self._grouped = grouped
-        self._layers: dict[int, ResidentLayer | None] = {}
+        self._kernels = kernels
+        self._layers: dict[int, ResidentLayer | CpuTable | None] = {}
         self._top_k: dict[int, int] = {}
         on: dict[torch.device, list[int]] = {}
         for number in range(len(store.layouts)):
@@ -91,23 +95,27 @@ class Residents:
         self._counts: list[tuple[list[int], torch.Tensor]] = []
         """Of each device, its layers and how often each of their experts was chosen."""
         self._counts_of: dict[int, torch.Tensor] = {}
+        self._settled: list[list[int]] = []
+        """What of the counts the RouterLoad has, in the same order."""
+        self._settling = threading.Lock()
         for device, numbers in on.items():
             sizes = [store.num_experts(number) for number in numbers]
             with torch.inference_mode(False):
                 counts = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
             self._counts.append((numbers, counts))
+            self._settled.append([0] * len(counts))
             self._counts_of |= zip(numbers, counts.split(sizes), strict=True)
         self._emptied = store.tier.emptied
         store.routed.settle = self.settle
 
-    def layer(self, number: int, math: ExpertMath, x: torch.Tensor, tokens: int) -> ResidentLayer | None:
+    def layer(self, number: int, math: ExpertMath, x: torch.Tensor, tokens: int) -> object | None:
         """What serves so many tokens x [T, D] of a layer; None where the host has to."""
         if tokens != 1 or x.dtype not in DTYPES or torch.is_autocast_enabled(x.device.type):
             return None
         if not self.serves(number):
             return None
         if number not in self._layers:
-            self._layers[number] = self._make(number, math)
+            self._layers[number] = self._make(number, math, x)
         return self._layers[number]
 
     def serves(self, number: int) -> bool:
@@ -119,12 +127,28 @@ class Residents:
         """One token x [1, D] through a layer that `layer` gives, index and weights [1, K] -> [1, D]."""
         layer = self._layers[number]
         assert layer is not None
+        if isinstance(layer, CpuTable):
+            return layer.run(x, index, weights)
         return layer.run(self._store.tier.arena.buffer(number, 0), x, index, weights)
 
-    def _make(self, number: int, math: ExpertMath) -> ResidentLayer | None:
+    def _make(self, number: int, math: ExpertMath, x: torch.Tensor) -> ResidentLayer | CpuTable | None:
+        on_cpu = self._store.tier.device_of(number) is None
+        return self._table(number, math, x) if on_cpu else self._on_device(number, math)
+
+    def _table(self, number: int, math: ExpertMath, x: torch.Tensor) -> CpuTable | None:
+        """Experts of several layouts are left to the store."""
+        store, kinds = self._store, self._store.kinds[number]
+        if len(kinds) > 1:
+            return None
+        slots = [store.tier.cache.slot_of(number, expert) for expert in range(store.num_experts(number))]
+        buffers = [store.tier.arena.buffer(number, slot) for slot in slots if slot is not None]
+        assert len(buffers) == len(slots)
+        return self._kernels.table(math, x, buffers, kinds[0], self._counts_of[number])
+
+    def _on_device(self, number: int, math: ExpertMath) -> ResidentLayer | None:
         store, arena = self._store, self._store.tier.arena
         layouts, base = store.layouts[number], arena.buffer(number, 0)
-        found = [self._grouped.launcher(math, base.device, layout) for layout in store.kinds[number]]
+        found = [self._kernels.grouped.launcher(math, base.device, layout) for layout in store.kinds[number]]
         launchers = [launcher for launcher in found if launcher is not None]
         if len(launchers) < len(found):
             return None
@@ -151,14 +175,15 @@ class Residents:
 
     def settle(self) -> None:
         """Bring the router's choices to the store's RouterLoad. Waits for the device."""
-        for numbers, kept in self._counts:
-            # Another thread may have the device count on: between the two, but on no other stream meanwhile.
-            with alone, torch.inference_mode():
-                found = kept.clone()
-                kept.sub_(found)
-            counts = found.tolist()
-            start = 0
-            for number in numbers:
-                size = self._store.num_experts(number)
-                self._store.routed.add(number, counts[start : start + size])
-                start += size
+        with self._settling:
+            for place, (numbers, kept) in enumerate(self._counts):
+                with alone, torch.inference_mode():
+                    found = kept.clone()
+                counts: list[int] = found.tolist()
+                before, self._settled[place] = self._settled[place], counts
+                new = [count - known for count, known in zip(counts, before, strict=True)]
+                start = 0
+                for number in numbers:
+                    size = self._store.num_experts(number)
+                    self._store.routed.add(number, new[start : start + size])
+                    start += size

@@ -117,7 +117,7 @@ def multiply(matrix: Matrix, x: torch.Tensor, activations: int) -> torch.Tensor:
     """x [T, cols] times the matrix, transposed, plus its bias: [T, rows], in the dtype of x."""
     lib = library()
     assert lib is not None
-    _check_width(x, matrix)
+    check_width(x, matrix)
     x = x.contiguous()
     out = x.new_empty(x.shape[0], matrix.rows)
     status = lib.moe_linear(
@@ -133,7 +133,7 @@ def multiply(matrix: Matrix, x: torch.Tensor, activations: int) -> torch.Tensor:
     return out
 
 
-def _check_width(x: torch.Tensor, matrix: Matrix) -> None:
+def check_width(x: torch.Tensor, matrix: Matrix) -> None:
     """The library reads as many numbers as the matrix has columns. Raises RuntimeError, as torch does."""
     if x.shape[-1] != matrix.cols:
         raise RuntimeError(f"inputs have {x.shape[-1]} numbers where the weights take {matrix.cols}")
@@ -190,9 +190,7 @@ class CpuExperts:
         return CpuAnswers(self._calls(math, x, routing, layout), rest)
 
     def _calls(self, math: ExpertMath, x: torch.Tensor, routing: Routing, layout: Layout) -> CpuCalls:
-        gate = self._gates[math]
-        assert gate is not None
-        return CpuCalls(self, math, gate, x, routing, layout, rounding(self._activations, x.dtype))
+        return CpuCalls(self, math, self.gate(math), x, routing, layout, rounding(self._activations, x.dtype))
 
     def expert(self, buffer: torch.Tensor, layout: Layout, math: ExpertMath) -> Expert:
         """The expert in a slot. It is remembered by the slot's address, so one instance serves one store."""
@@ -204,6 +202,12 @@ class CpuExperts:
         expert = Expert(up, matrix_at(address, layout, "down_proj", math.has_bias))
         self._experts[address] = (layout, expert)
         return expert
+
+    def gate(self, math: ExpertMath) -> Gate:
+        """The library's, of a layer that is served."""
+        gate = self._gates[math]
+        assert gate is not None
+        return gate
 
 
 class CpuCalls:
@@ -254,7 +258,7 @@ class CpuCalls:
         """
         lib: Any = library()
         structs = [self._experts.expert(r.buffer, r.layout, self._math) for r in group]
-        _check_width(self.x, structs[0].up)
+        check_width(self.x, structs[0].up)
         status = lib.moe_experts(
             (ctypes.c_void_p * len(group))(*map(ctypes.addressof, structs)),
             len(group),

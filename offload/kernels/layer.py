@@ -8,6 +8,7 @@ import torch
 
 from moe_local.offload.kernels.contracts import Answers, ExpertMath, LayerStep, Readable
 from moe_local.offload.kernels.cpu import CpuExperts
+from moe_local.offload.kernels.cpu_table import CpuTable
 from moe_local.offload.kernels.expert import ExpertKernels
 from moe_local.offload.kernels.fallback import Fallback
 from moe_local.offload.kernels.grouped import GroupedExperts
@@ -20,6 +21,7 @@ class LayerKernels:
 
     def __init__(self, activations: str = "native") -> None:
         """`activations`: "native", or "int8" to round them to eight bits where the kernel can."""
+        self._activations = activations
         self._each = ExpertKernels(activations)
         self._together = CpuExperts(activations)
         self.grouped = GroupedExperts()
@@ -45,6 +47,20 @@ class LayerKernels:
             return self.grouped.begin(math, x, routing, weights, layout, rest)
         self._fallback.tell(math, x, layout, self.grouped)
         return OneByOne(self._each, math, x, routing, weights)
+
+    def table(
+        self,
+        math: ExpertMath,
+        x: torch.Tensor,
+        buffers: Sequence[torch.Tensor],
+        layout: Layout,
+        counts: torch.Tensor,
+    ) -> CpuTable | None:
+        """For tokens such as x [1, D] and experts in CPU memory; None: the library does not serve them."""
+        if not self._together.serves(math, x, layout):
+            return None
+        experts = [self._together.expert(buffer, layout, math) for buffer in buffers]
+        return CpuTable(experts, self._together.gate(math), self._activations, counts)
 
     def lead(self, math: ExpertMath, x: torch.Tensor, layouts: Sequence[Layout]) -> Layout:
         """Of the layouts that a layer's experts have, one that the fastest kernels serve, if there is one.

@@ -82,6 +82,23 @@ class Attention(Structure):
     )
 
 
+class Norm(Structure):
+    _fields_ = (("weight", c_void_p), ("epsilon", c_float), ("shifted", c_int32))
+
+
+class Router(Structure):
+    _fields_ = (
+        ("matrix", POINTER(Matrix)),
+        ("top_k", c_int64),
+        ("normalized", c_int32),
+        ("dtype", c_int32),
+    )
+
+
+class Layer(Structure):
+    _fields_ = (("attention", POINTER(Attention)), ("before_attention", Norm), ("before_feed_forward", Norm))
+
+
 class Sequence(Structure):
     _fields_ = (
         ("keys", c_void_p),
@@ -170,9 +187,17 @@ _ARGUMENTS: dict[str, list[type]] = {
     "moe_attention": [
         *(POINTER(Attention), c_void_p, c_void_p, c_void_p, POINTER(Sequence), c_void_p, c_int32, c_int32),
     ],
+    "moe_layer": [
+        *(POINTER(Layer), POINTER(Router), c_void_p, c_void_p, c_void_p, POINTER(Sequence), c_void_p),
+        *(c_void_p, c_void_p, c_void_p, c_int32, c_int32),
+    ],
     "moe_experts": [
         *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p, POINTER(Gate), c_void_p, c_int64, c_void_p),
         *(c_void_p, c_int64, c_void_p, c_int32, c_int32, c_int32),
+    ],
+    "moe_chosen_experts": [
+        *(c_void_p, c_int64, c_void_p, c_void_p, c_int64, POINTER(Gate), c_void_p, c_void_p, c_void_p),
+        *(c_int32, c_int32, c_int32),
     ],
     "moe_delta_rule": [POINTER(DeltaRule), c_int32],
     "moe_convolve": [POINTER(Convolution), c_int32],

@@ -1,4 +1,5 @@
-"""moe_attention against float64: every instruction set, dtype, format, rotation, length, layout of heads."""
+"""moe_attention against float64: every instruction set, dtype, format, rotation, length, layout of heads; and
+moe_layer against the calls that it is made of."""
 
 from __future__ import annotations
 
@@ -19,6 +20,10 @@ from moe_local.offload.native.library import (
     INT16,
     NEIGHBOURS,
     Attention,
+    Layer,
+    Matrix,
+    Norm,
+    Router,
     Sequence,
 )
 
@@ -361,3 +366,102 @@ def test_what_is_not_used_may_be_left_out(packed: Any, lib: Any) -> None:
     want = single.answer(lib)
     single.sequence.head_stride = 0  # there is no second head
     assert torch.equal(single.answer(lib), want)
+
+
+class LayerCall:
+    """A call of moe_layer around a Call, 8 experts to choose 2 of."""
+
+    def __init__(self, call: Call, shifted: bool, router_dtype: torch.dtype, normalized: bool) -> None:
+        self.call, dtype, hidden = call, call.case.dtype, call.case.hidden
+        generator = torch.Generator().manual_seed(9)
+        self.norms = [torch.randn(hidden, generator=generator).to(dtype) for _ in range(2)]
+        self.router = torch.randn(8, hidden, generator=generator).to(dtype)
+        before, after = (Norm(norm.data_ptr(), 1e-5, shifted) for norm in self.norms)
+        self.layer = Layer(ctypes.pointer(call.struct), before, after)
+        plain = FORMATS[{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]]
+        self.matrix = Matrix(format=plain, rows=8, cols=hidden, q=self.router.data_ptr())
+        self.chooser = Router(ctypes.pointer(self.matrix), 2, normalized, DTYPES[router_dtype])
+        self.y, self.inner = torch.empty(hidden, dtype=dtype), torch.empty(hidden, dtype=dtype)
+        self.weights, self.ids = torch.empty(2, dtype=torch.float32), torch.empty(2, dtype=torch.int64)
+
+    def __call__(self, lib: Any, routed: bool = True, **changed: Any) -> int:
+        given = self.call.arguments
+        arguments: dict[str, Any] = {
+            "layer": ctypes.byref(self.layer),
+            "router": ctypes.byref(self.chooser) if routed else None,
+            **{name: given[name] for name in ("x", "cos", "sin", "sequence")},
+            "y": self.y.data_ptr(),
+            "inner": self.inner.data_ptr(),
+            "weights": self.weights.data_ptr(),
+            "ids": self.ids.data_ptr(),
+            "activations": given["activations"],
+            "threads": given["threads"],
+        }
+        status: int = lib.moe_layer(*(arguments | changed).values())
+        return status
+
+    def parts(self, lib: Any) -> tuple[torch.Tensor, ...]:
+        """y, inner, weights and ids by moe_norm, moe_attention, a sum of torch's, and moe_route."""
+        call, layer, dtype = self.call, self.layer, DTYPES[self.call.case.dtype]
+
+        def norm(x: torch.Tensor, of: Norm) -> torch.Tensor:
+            out = torch.empty_like(x)
+            sizes = (1, x.numel(), dtype)
+            assert lib.moe_norm(x.data_ptr(), of.weight, of.shifted, of.epsilon, *sizes, out.data_ptr()) == 0
+            return out
+
+        normed = norm(call.x, layer.before_attention)
+        y = call.x + call.answer(lib, x=normed.data_ptr())
+        inner = norm(y, layer.before_feed_forward)
+        logits, weights, ids = torch.empty_like(inner), torch.empty(2), torch.empty(2, dtype=torch.int64)
+        chooser = self.chooser
+        status = lib.moe_route(
+            *(ctypes.byref(self.matrix), inner.data_ptr(), dtype, 2, chooser.normalized, logits.data_ptr()),
+            *(weights.data_ptr(), ids.data_ptr()),
+        )
+        assert status == 0
+        rounded = {number: name for name, number in DTYPES.items()}[chooser.dtype]
+        return y, inner, weights.to(rounded).float(), ids
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_layer_is_its_parts_one_after_the_other(
+    packed: Any, lib: Any, isa: str, dtype: torch.dtype, shifted: bool
+) -> None:
+    for router_dtype, normalized in ((dtype, True), (torch.float32, False)):
+        call = Call(packed, Case(format="nf4", dtype=dtype, norms=True, hidden=192, heads=6))
+        layer = LayerCall(call, shifted, router_dtype, normalized)
+        want = layer.parts(lib)
+        keys, values = call.keys.clone(), call.values.clone()
+        for threads in (1, 3):
+            call.keys[:, call.case.last] = call.values[:, call.case.last] = OUTSIDE
+            assert layer(lib, threads=threads) == 0
+            got = layer.y, layer.inner, layer.weights, layer.ids
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+            for mine, theirs in ((call.keys, keys), (call.values, values)):
+                assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
+        layer.ids.fill_(-7)
+        assert layer(lib, routed=False, weights=None, ids=None) == 0
+        assert torch.equal(layer.inner, want[1])
+        assert (layer.ids == -7).all()
+
+
+LAYERS_WRONG: dict[str, Callable[[LayerCall], dict[str, Any] | None]] = {
+    **{f"no {name}": lambda _, name=name: {name: None} for name in ("layer", "x", "y", "inner", "ids")},
+    "no attention": lambda call: setattr(call.layer, "attention", None),
+    "a norm without weight": lambda call: setattr(call.layer.before_attention, "weight", None),
+    "another without": lambda call: setattr(call.layer.before_feed_forward, "weight", None),
+    "a router without matrix": lambda call: setattr(call.chooser, "matrix", None),
+    "a router of another width": lambda call: setattr(call.matrix, "cols", 32),
+    "a router without rows": lambda call: setattr(call.matrix, "rows", 0),
+    "more experts than there are": lambda call: setattr(call.chooser, "top_k", 9),
+    "weights of no dtype": lambda call: setattr(call.chooser, "dtype", 3),
+}
+
+
+@pytest.mark.parametrize("wrong", LAYERS_WRONG)
+def test_wrong_layers_are_refused(packed: Any, lib: Any, wrong: str) -> None:
+    call = LayerCall(Call(packed, Case()), False, torch.float32, True)
+    assert call(lib) == 0
+    assert call(lib, **(LAYERS_WRONG[wrong](call) or {})) == BAD_ARGUMENT

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moe_local.offload.native.library import BF16, FLOATS, FORMATS, INT8, INT16, Gate
+from moe_local.offload.native.library import BF16, DTYPES, FLOATS, FORMATS, INT8, INT16, Gate
 
 PLAIN, CONCATENATED, INTERLEAVED = range(3)
 RELU, SILU, CLAMPED = 1, 3, 6
@@ -21,6 +21,7 @@ GATES = {
     "interleaved": Gate(INTERLEAVED, SILU, 0, 0),
     "clamped": Gate(INTERLEAVED, CLAMPED, 1.702, 7.0),
 }
+BAD_ARGUMENT = 1
 BOUNDS = {FLOATS: 5e-6, INT16: 2e-4, INT8: 3e-2, BF16: 1e-2}
 """Rounding happens twice, and a gate multiplies what two numbers are off by."""
 
@@ -128,6 +129,63 @@ def test_neither_groups_nor_their_order_nor_threads_change_a_bit(
             assert all(map(torch.equal, run(groups=groups), once))
         for threads in (2, 64):
             assert all(map(torch.equal, run(threads=threads), once))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_finds_and_counts_its_experts(packed: Any, lib: Any, isa: str, dtype: torch.dtype) -> None:
+    gate = GATES["concatenated"]
+    experts = [packed.pack_expert("nf4", 128, 64, gate, seed=seed) for seed in range(5)]
+    x = torch.randn(1, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ids, weights = torch.tensor([3, 0, 4]), torch.tensor([0.5, 0.375, 0.125])
+    table = (ctypes.c_void_p * 5)(*(ctypes.addressof(expert.struct) for expert in experts))
+    chosen, combined = torch.tensor([7, 0, 0, 0, 1]), torch.empty_like(x)
+
+    def call(**changed: Any) -> int:
+        arguments: dict[str, Any] = {
+            "experts": table,
+            "count": 5,
+            "ids": ids.data_ptr(),
+            "weights": weights.data_ptr(),
+            "top_k": 3,
+            "gate": ctypes.byref(gate),
+            "x": x.data_ptr(),
+            "chosen": chosen.data_ptr(),
+            "combined": combined.data_ptr(),
+            "dtype": DTYPES[dtype],
+            "activations": INT16,
+            "threads": 2,
+        }
+        status: int = lib.moe_chosen_experts(*(arguments | changed).values())
+        return status
+
+    assert call() == 0
+    assert chosen.tolist() == [8, 0, 0, 1, 2]
+    outputs, want = torch.empty(3, 128), torch.empty_like(x)
+    pointers = (ctypes.c_void_p * 3)(*(ctypes.addressof(experts[e].struct) for e in ids.tolist()))
+    numbers = ctypes.c_int64 * 3
+    status = lib.moe_experts(
+        *(pointers, 3, (ctypes.c_int64 * 4)(*range(4)), numbers(), numbers(*range(3)), ctypes.byref(gate)),
+        *(
+            x.data_ptr(),
+            1,
+            outputs.data_ptr(),
+            weights.data_ptr(),
+            3,
+            want.data_ptr(),
+            DTYPES[dtype],
+            INT16,
+            1,
+        ),
+    )
+    assert status == 0
+    assert torch.equal(combined, want)
+
+    for wrong in ([3, 0, 5], [3, -1, 4], [3, 0, 3]):
+        assert call(ids=torch.tensor(wrong).data_ptr()) == BAD_ARGUMENT
+    for name in ("experts", "ids", "weights", "gate", "x", "chosen", "combined"):
+        assert call(**{name: None}) == BAD_ARGUMENT
+    assert call(top_k=0) == call(top_k=6) == call(threads=0) == call(dtype=3) == BAD_ARGUMENT
+    assert chosen.tolist() == [8, 0, 0, 1, 2]
 
 
 def test_experts_and_tokens_that_are_not_there(packed: Any, lib: Any) -> None:

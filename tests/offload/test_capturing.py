@@ -109,7 +109,9 @@ def test_what_a_capture_elsewhere_forbids_waits_for_its_end(stream: Stream) -> N
         graph = graphs.end()
     encoder = ExpertEncoder("m", codec_for("nf4"), CARD)
     even = torch.ones(1, 8)
-    residents: Any = SimpleNamespace(_counts=[([], torch.zeros(3))])
+    residents: Any = SimpleNamespace(
+        _counts=[([], torch.zeros(3))], _settled=[[0, 0, 0]], _settling=threading.Lock()
+    )
     for what in (
         *(graph.replay, device.trim, encoder.close, lambda: draw(even, None)),
         lambda: Residents.settle(residents),

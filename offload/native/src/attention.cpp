@@ -1,6 +1,7 @@
-// One token through attention in one call, and the norms around it.
+// One token through attention in one call, alone or with the norms and the sum around it.
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "moe_native.h"
 #include "scratch.h"
@@ -12,9 +13,11 @@ namespace {
 // One token on its way through the phases.
 struct AttentionCall {
   const Attention* a;
+  const Layer* layer;  // whose attention it is, or null
   const void* x;
   const Sequence* sequence;
   void* y;
+  void* inner;  // [D], where there is a layer
   int32_t activations;
   const float* cos;  // [rotated, or half]
   const float* sin;
@@ -41,7 +44,7 @@ struct AttentionCall {
       case 3: return call.look(chunk);
       case 4: return call.gather_looks();
       case 5: return multiply(call.a->o, call.activations, &call.attended, 1, chunk, &call.out);
-      default: return kernels().narrow(call.a->dtype, call.out, call.a->o.rows, call.y);
+      default: return call.finish();
     }
   }
 
@@ -49,7 +52,29 @@ struct AttentionCall {
 
   void prepare_input() {
     kernels().widen(a->dtype, x, a->q.cols, floats);
+    if (layer != nullptr) {
+      norm(layer->before_attention, floats);
+      kernels().widen(a->dtype, inner, a->q.cols, floats);
+    }
     kernels().prepare(a->q.format, activations, tiled(1), floats, a->q.cols, in);
+  }
+
+  // values [D] become their norm, which is rounded into inner.
+  void norm(const Norm& norm, float* values) const {
+    kernels().norm(a->dtype, norm.weight, norm.shifted != 0, norm.epsilon, a->q.cols, values);
+    kernels().narrow(a->dtype, values, a->q.cols, inner);
+  }
+
+  void finish() {
+    const int64_t width = a->o.rows;
+    kernels().narrow(a->dtype, out, width, y);
+    if (layer == nullptr) return;
+    kernels().widen(a->dtype, y, width, out);
+    kernels().widen(a->dtype, x, width, floats);
+    for (int64_t i = 0; i < width; ++i) out[i] += floats[i];
+    kernels().narrow(a->dtype, out, width, y);
+    kernels().widen(a->dtype, y, width, out);
+    norm(layer->before_feed_forward, out);
   }
 
   void project(int64_t chunk) {
@@ -155,8 +180,17 @@ bool valid(const Sequence& s, const Attention& a) {
          (s.head_stride >= (s.last + 1) * a.width && s.head_stride <= (int64_t{1} << 50) / a.kv_heads);
 }
 
-void attention(const Attention& a, const void* x, const void* cos, const void* sin, const Sequence& sequence,
-               void* y, int32_t activations, int32_t threads) {
+bool valid(const Norm& norm) { return norm.weight != nullptr; }
+
+bool valid(const Attention* a, const void* x, const void* cos, const void* sin, const Sequence* sequence,
+           const void* y, int32_t activations, int32_t threads) {
+  if (a == nullptr || sequence == nullptr || !valid(*a) || !valid(*sequence, *a)) return false;
+  if (x == nullptr || y == nullptr || threads < 1 || !valid_activations(activations)) return false;
+  return a->rotated == 0 || (cos != nullptr && sin != nullptr);
+}
+
+void attention(const Attention& a, const Layer* layer, const void* x, const void* cos, const void* sin,
+               const Sequence& sequence, void* y, void* inner, int32_t activations, int32_t threads) {
   const int64_t width = a.q.cols, all = a.o.cols, kv = a.k.rows, room = std::max(width, all);
   const int64_t looks = (sequence.last + 1 - sequence.first + MOST_POSITIONS - 1) / MOST_POSITIONS;
   const int64_t results = looks * a.heads, angles = a.shared ? a.rotated / 2 : a.rotated;
@@ -169,7 +203,8 @@ void attention(const Attention& a, const void* x, const void* cos, const void* s
   kernels().widen(a.dtype, cos, angles, cosines);
   kernels().widen(a.dtype, sin, angles, sines);
   AttentionCall call{};
-  call.a = &a, call.x = x, call.sequence = &sequence, call.y = y, call.activations = activations;
+  call.a = &a, call.layer = layer, call.x = x, call.sequence = &sequence;
+  call.y = y, call.inner = inner, call.activations = activations;
   call.cos = cosines, call.sin = sines;
   call.floats = scratch.take<float>(room);
   call.asked = scratch.take<float>(a.q.rows);
@@ -191,10 +226,31 @@ void attention(const Attention& a, const void* x, const void* cos, const void* s
 
 int32_t moe_attention(const Attention* a, const void* x, const void* cos, const void* sin,
                       const Sequence* sequence, void* y, int32_t activations, int32_t threads) try {
-  if (a == nullptr || sequence == nullptr || !valid(*a) || !valid(*sequence, *a)) return BAD_ARGUMENT;
-  if (x == nullptr || y == nullptr || threads < 1 || !valid_activations(activations)) return BAD_ARGUMENT;
-  if (a->rotated > 0 && (cos == nullptr || sin == nullptr)) return BAD_ARGUMENT;
-  attention(*a, x, cos, sin, *sequence, y, activations, threads);
+  if (!valid(a, x, cos, sin, sequence, y, activations, threads)) return BAD_ARGUMENT;
+  attention(*a, nullptr, x, cos, sin, *sequence, y, nullptr, activations, threads);
+  return OK;
+} catch (const std::bad_alloc&) {
+  return OUT_OF_MEMORY;
+}
+
+int32_t moe_layer(const Layer* layer, const Router* router, const void* x, const void* cos, const void* sin,
+                  const Sequence* sequence, void* y, void* inner, float* weights, int64_t* ids,
+                  int32_t activations, int32_t threads) try {
+  if (layer == nullptr || !valid(layer->before_attention) || !valid(layer->before_feed_forward))
+    return BAD_ARGUMENT;
+  const Attention* a = layer->attention;
+  if (inner == nullptr || !valid(a, x, cos, sin, sequence, y, activations, threads)) return BAD_ARGUMENT;
+  if (router != nullptr && (router->matrix == nullptr || router->matrix->cols != a->q.cols ||
+                            router->matrix->rows < 1 || !valid_dtype(router->dtype)))
+    return BAD_ARGUMENT;
+  attention(*a, layer, x, cos, sin, *sequence, y, inner, activations, threads);
+  if (router == nullptr) return OK;
+  std::vector<float> logits(router->matrix->rows);
+  const int32_t status = moe_route(router->matrix, inner, a->dtype, router->top_k, router->normalized,
+                                   logits.data(), weights, ids);
+  if (status != OK || router->dtype == FLOAT32) return status;
+  kernels().narrow(router->dtype, weights, router->top_k, logits.data());  // top_k is at most the rows
+  kernels().widen(router->dtype, logits.data(), router->top_k, weights);
   return OK;
 } catch (const std::bad_alloc&) {
   return OUT_OF_MEMORY;

@@ -1,6 +1,7 @@
 // All experts of a layer in one call: their tokens in batches of bounded memory, each batch through five
 // phases.
 #include <algorithm>
+#include <vector>
 
 #include "moe_native.h"
 #include "scratch.h"
@@ -203,6 +204,30 @@ int32_t moe_experts(const Expert* const* experts, int64_t count, const int64_t* 
     first = last;
   } while (first < pairs);
   return OK;
+} catch (const std::bad_alloc&) {
+  return OUT_OF_MEMORY;
+}
+
+int32_t moe_chosen_experts(const Expert* const* experts, int64_t count, const int64_t* ids,
+                           const float* weights, int64_t top_k, const Gate* gate, const void* x,
+                           int64_t* chosen, void* combined, int32_t dtype, int32_t activations,
+                           int32_t threads) try {
+  if (experts == nullptr || ids == nullptr || weights == nullptr || chosen == nullptr) return BAD_ARGUMENT;
+  if (top_k < 1 || top_k > count) return BAD_ARGUMENT;
+  std::vector<const Expert*> picked(top_k);
+  std::vector<int64_t> starts(top_k + 1), tokens(top_k);
+  for (int64_t k = 0; k < top_k; ++k) {
+    if (ids[k] < 0 || ids[k] >= count || std::find(ids, ids + k, ids[k]) != ids + k) return BAD_ARGUMENT;
+    picked[k] = experts[ids[k]];
+    starts[k + 1] = k + 1;
+  }
+  if (picked[0] == nullptr || !valid(picked[0]->down)) return BAD_ARGUMENT;
+  std::vector<float> outputs(top_k * picked[0]->down.rows);
+  const int32_t status =
+      moe_experts(picked.data(), top_k, starts.data(), tokens.data(), starts.data(), gate, x, 1,
+                  outputs.data(), weights, top_k, combined, dtype, activations, threads);
+  for (int64_t k = 0; status == OK && k < top_k; ++k) ++chosen[ids[k]];
+  return status;
 } catch (const std::bad_alloc&) {
   return OUT_OF_MEMORY;
 }

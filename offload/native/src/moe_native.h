@@ -114,6 +114,28 @@ struct Attention {
   int32_t shifted;    // whether the norms are, as moe_norm says
 };
 
+// A root mean square norm, as moe_norm says; of the dtype of what it is given.
+struct Norm {
+  const void* weight;
+  float epsilon;
+  int32_t shifted;
+};
+
+// What chooses a token's experts.
+struct Router {
+  const Matrix* matrix;
+  int64_t top_k;
+  int32_t normalized;
+  int32_t dtype;  // to which weights are rounded
+};
+
+// A decoder layer as far as its feed-forward part, with a norm before each part.
+struct Layer {
+  const Attention* attention;
+  Norm before_attention;
+  Norm before_feed_forward;
+};
+
 // A sequence's keys and values: key of head h and position p is keys[h * head_stride + p * width ...].
 struct Sequence {
   void* keys;
@@ -148,6 +170,13 @@ MOE_API int32_t moe_norm(const void* x, const void* weight, int32_t shifted, flo
 MOE_API int32_t moe_attention(const Attention* attention, const void* x, const void* cos, const void* sin,
                               const Sequence* sequence, void* y, int32_t activations, int32_t threads);
 
+// The same token through a layer: y [D] = x + attention of the first norm of x, inner [D] = the second norm
+// of y, all rounded to the dtype where moe_norm, moe_attention and a sum would round them. No two may be the
+// same. `router`, or null: inner's experts, ids [top_k] and weights [top_k], as moe_route chooses them.
+MOE_API int32_t moe_layer(const Layer* layer, const Router* router, const void* x, const void* cos,
+                          const void* sin, const Sequence* sequence, void* y, void* inner, float* weights,
+                          int64_t* ids, int32_t activations, int32_t threads);
+
 // For each of `count` experts e, for each p in [starts[e], starts[e + 1]): row places[p] of outputs, [*, D],
 // becomes the expert's answer to row tokens[p] of x, [tokens_in_x, D]. Where `weights`, [tokens_in_x, top_k],
 // is given, outputs has tokens_in_x * top_k rows, places are token * top_k + rank, and after the last expert
@@ -156,6 +185,14 @@ MOE_API int32_t moe_experts(const Expert* const* experts, int64_t count, const i
                             const int64_t* tokens, const int64_t* places, const Gate* gate, const void* x,
                             int64_t tokens_in_x, float* outputs, const float* weights, int64_t top_k,
                             void* combined, int32_t dtype, int32_t activations, int32_t threads);
+
+// The same for one token x [D], of all whose experts there is a table [count]: combined [D] = sum over rank,
+// in order, of weights [top_k] * the answers of experts[ids [top_k]], which are distinct. Adds one to chosen
+// [count] for each of them.
+MOE_API int32_t moe_chosen_experts(const Expert* const* experts, int64_t count, const int64_t* ids,
+                                   const float* weights, int64_t top_k, const Gate* gate, const void* x,
+                                   int64_t* chosen, void* combined, int32_t dtype, int32_t activations,
+                                   int32_t threads);
 
 // A token of each of `rows` sequences through linear attention by the gated delta rule (Gated DeltaNet, arXiv
 // 2412.06464). A head has a state S [key_width, value_width], which becomes e^decay * S + k d, where d = beta

@@ -1,0 +1,83 @@
+"""MoE blocks that are a router and experts and nothing else: the router may run with what is before it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_local.offload.dense.router import NativeRouter
+from moe_local.offload.native.library import DTYPES, Router
+
+
+class TokenBlock:
+    """One MoE block whose router runs in the library. Holds its address, checked at each call."""
+
+    def __init__(self, router: str, experts: str) -> None:
+        """Names of the block's parts."""
+        self.router, self.experts = router, experts
+        self._struct: Router | None = None
+        self._made_of: Any = None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> TokenBlock | None:
+        """For a module that has these parts; whether it does no more with them is not said."""
+        parts = dict(module.named_children())
+        routers = [name for name, part in parts.items() if hasattr(part, "_native_router")]
+        if len(parts) != 2 or len(routers) != 1:
+            return None
+        if any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(False)):
+            return None
+        router = routers[0]
+        return cls(router, next(name for name in parts if name != router))
+
+    def agrees(self, module: Any, x: torch.Tensor) -> bool:
+        """Whether the block gives x [1, 1, D] to its router, that and the router's choice to its experts, and
+        answers what these do; bit by bit, on numbers that are made up here."""
+        generator = torch.Generator().manual_seed(17)
+        x, answer = (torch.randn(x.shape, generator=generator).to(x.dtype) for _ in range(2))
+        given: dict[str, tuple[Any, ...]] = {}
+
+        def note(name: str) -> Any:
+            def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+                given[name] = (*args, *kwargs.values(), output)
+                return output if name == self.router else answer.view(1, -1)
+
+            return getattr(module, name).register_forward_hook(hook, with_kwargs=True).remove
+
+        with contextlib.ExitStack() as hooks, torch.no_grad():
+            hooks.callback(note(self.router))
+            hooks.callback(note(self.experts))
+            try:
+                output = module(x)
+            except (RuntimeError, TypeError, ValueError, AttributeError):
+                return False
+        asked, told = given.get(self.router, ()), given.get(self.experts, ())
+        if len(asked) != 2 or len(told) != 4:
+            return False
+        _logits, weights, ids = asked[1]
+        pairs = [(asked[0], x), (told[0], x), (told[1], ids), (told[2], weights)]
+        pairs.append((output[0] if isinstance(output, tuple) else output, answer))
+        return all(a.dtype is b.dtype and torch.equal(a.reshape(-1), b.reshape(-1)) for a, b in pairs)
+
+    def struct(self, module: Any, dtype: torch.dtype) -> Router | None:
+        """The router as the library wants it, for numbers of `dtype`; None: the module is to be called."""
+        router = module._modules[self.router]
+        for part in (module, router):
+            if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+                return None
+        native: NativeRouter = router._native_router
+        if router.weight.dtype is not dtype or not native.ready(router):
+            return None
+        if self._made_of is not native.matrix:
+            self._made_of = native.matrix
+            size = native.top_k, native.normalized, DTYPES[native.dtype]
+            self._struct = Router(ctypes.pointer(native.matrix), *size)
+        return self._struct
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without addresses, which a copy does not share."""
+        return {**self.__dict__, "_struct": None, "_made_of": None}

@@ -1,0 +1,196 @@
+"""A token through a decoder layer as far as its experts, or feed-forward part, in one call of the library."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_local.offload.dense.norm import Kind
+from moe_local.offload.dense.token_attention import Place, TokenAttention, place_of
+from moe_local.offload.dense.token_block import TokenBlock
+from moe_local.offload.kernels.cpu import rounding
+from moe_local.offload.modeling.stand_in import stand_in
+from moe_local.offload.native.library import Layer, Norm, check, library
+from moe_local.offload.system.threads import kernel_threads
+
+
+def use_token_layers(model: Any) -> None:
+    """Let the decoder layers of `model` whose attention and norms run in the library run in one call of it.
+
+    For the same calls as their attention, and with the same bits. A layer has these, a feed-forward part and
+    nothing else; how it puts them together is found out by trying. Runs a forward of one token, and needs
+    experts that answer something.
+    """
+    found = [(module, layer) for module in model.modules() if (layer := TokenLayer.of(module)) is not None]
+    calls = _calls(model, [module for module, _ in found]) if found else {}
+    for module, layer in found:
+        if module in calls and layer.agrees(module, *calls[module]):
+            rest = getattr(module, layer.feed_forward)
+            block = TokenBlock.of(rest)
+            layer.block = block if block is not None and block.agrees(rest, calls[module][0]) else None
+            cls: Any = type(module)
+            module._token_layer = layer
+            module.__class__ = _direct(cls)
+
+
+def _calls(model: Any, modules: list[nn.Module]) -> dict[nn.Module, tuple[torch.Tensor, dict[str, Any]]]:
+    """What each of these is called with for one token: hidden states, and arguments by name."""
+    calls: dict[nn.Module, tuple[torch.Tensor, dict[str, Any]]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(args) == 1:
+            calls[module] = args[0], kwargs
+
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True)
+    return calls
+
+
+class TokenLayer:
+    """The library's call for one decoder layer: its norms around what TokenAttention calls.
+
+    Holds addresses of the norms' weights, checked anew at each call.
+    """
+
+    def __init__(self, attention: str, norms: tuple[str, str], feed_forward: str) -> None:
+        """Names of the layer's parts; of the norms, the one before attention comes first."""
+        self.attention, self.norms, self.feed_forward = attention, norms, feed_forward
+        self.block: TokenBlock | None = None
+        """Of a feed-forward part that is a router and experts."""
+        self._where: tuple[Any, ...] | None = None
+        self._struct = Layer()
+
+    @classmethod
+    def of(cls, module: nn.Module) -> TokenLayer | None:
+        """For a module that has the parts; whether it puts them together so is not said."""
+        kinds: dict[str, list[str]] = {"attention": [], "norm": [], "other": []}
+        for name, part in module.named_children():
+            is_norm = isinstance(getattr(part, "_norm_kind", None), Kind)
+            kind = "norm" if is_norm else "attention" if hasattr(part, "_token_attention") else "other"
+            kinds[kind].append(name)
+        if [len(names) for names in kinds.values()] != [1, 2, 1]:
+            return None
+        if any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(False)):
+            return None
+        first, second = kinds["norm"]
+        return cls(kinds["attention"][0], (first, second), kinds["other"][0])
+
+    def agrees(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether the layer, called so, adds its parts up as the library does; bit by bit, on answers of its
+        parts that are made up here."""
+        generator = torch.Generator().manual_seed(13)
+        x, attended, fed = (torch.randn(x.shape, generator=generator).to(x.dtype) for _ in range(3))
+        given: dict[str, Any] = {}
+
+        def answering(name: str, answer: torch.Tensor) -> Any:
+            def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+                given[name] = args[0] if args else kwargs.get("hidden_states")
+                return (answer, *output[1:]) if isinstance(output, tuple) else answer
+
+            return getattr(module, name).register_forward_hook(hook, with_kwargs=True).remove
+
+        with contextlib.ExitStack() as hooks, torch.no_grad():
+            hooks.callback(answering(self.attention, attended))
+            hooks.callback(answering(self.feed_forward, fed))
+            try:
+                output = module(x, **kwargs)
+            except (RuntimeError, TypeError, ValueError, AttributeError):
+                return False
+            first, second = (getattr(module, name) for name in self.norms)
+            wanted = [first(x), second(x + attended), x + attended + fed]
+        got = [given.get(self.attention), given.get(self.feed_forward), output]
+        return all(
+            torch.is_tensor(a) and a.dtype is b.dtype and torch.equal(a, b)
+            for a, b in zip(got, wanted, strict=True)
+        )
+
+    def place(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Place | None:
+        """Where the keys and values of a token x [1, 1, D] go, if this is a call for the library.
+
+        Takes note of where the layer's weights are now.
+        """
+        parts = module._modules
+        attention, norms = parts[self.attention], [parts[name] for name in self.norms]
+        for part in (attention, *norms):
+            if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+                return None
+        place = place_of(attention, x, kwargs)
+        if place is None:
+            return None
+        calls: TokenAttention = attention._token_attention
+        where: list[Any] = [calls.struct]
+        for norm in norms:
+            weight = norm._parameters["weight"]
+            if weight.dtype is not x.dtype or weight.shape != x.shape[-1:]:
+                return None
+            where += weight.data_ptr(), norm._norm_kind
+        if self._where is None or any(a is not b and a != b for a, b in zip(where, self._where, strict=True)):
+            if not all(norm.weight.is_cpu and norm.weight.is_contiguous() for norm in norms):
+                return None
+            self._where = tuple(where)
+            self._struct = Layer(ctypes.pointer(calls.struct), *(_struct_of(norm) for norm in norms))
+        return place
+
+    def __call__(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any], place: Place) -> torch.Tensor:
+        """x [1, 1, D] -> what the layer makes of it, as x. Once there is a `place`. Writes key and value."""
+        lib = library()
+        assert lib is not None
+        parts = module._modules
+        rest = parts[self.feed_forward]
+        router = None if self.block is None else self.block.struct(rest, x.dtype)
+        cos, sin = kwargs["position_embeddings"]
+        sequence, stream, inner = place.sequence(), torch.empty_like(x), torch.empty_like(x)
+        top_k = 0 if router is None else router.top_k
+        weights = torch.empty(1, top_k, dtype=torch.float32)
+        ids = torch.empty(1, top_k, dtype=torch.int64)
+        check(
+            lib.moe_layer(
+                ctypes.byref(self._struct),
+                None if router is None else ctypes.byref(router),
+                x.data_ptr(),
+                cos.data_ptr(),
+                sin.data_ptr(),
+                ctypes.byref(sequence),
+                stream.data_ptr(),
+                inner.data_ptr(),
+                weights.data_ptr(),
+                ids.data_ptr(),
+                rounding(parts[self.attention]._token_attention.activations, x.dtype),
+                kernel_threads(),
+            )
+        )
+        answer: Any
+        if router is None or self.block is None:
+            answer = rest(inner)
+            answer = answer[0] if isinstance(answer, tuple) else answer
+        else:
+            answer = rest._modules[self.block.experts](inner.view(1, -1), ids, weights)
+        output: torch.Tensor = stream + answer.view(stream.shape)
+        return output
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without addresses, which a copy does not share."""
+        return {**self.__dict__, "_struct": None, "_where": None}
+
+
+def _struct_of(norm: Any) -> Norm:
+    return Norm(norm.weight.data_ptr(), norm._norm_kind.epsilon, norm._norm_kind.shifted)
+
+
+@cache
+def _direct(cls: Any) -> Any:
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer: TokenLayer = self._token_layer
+        place = None if args else layer.place(self, hidden_states, kwargs)
+        if place is None:
+            return cls.forward(self, hidden_states, *args, **kwargs)
+        return layer(self, hidden_states, kwargs, place)
+
+    return stand_in(cls, _direct, forward)

@@ -1,0 +1,57 @@
+"""Single tokens through a layer whose experts all lie in CPU memory for good."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moe_local.offload.kernels.cpu import check_width, rounding
+from moe_local.offload.kernels.routing import Routing
+from moe_local.offload.native.library import DTYPES, Expert, Gate, check, library
+from moe_local.offload.system.threads import kernel_threads
+
+
+class CpuTable:
+    """All experts of a layer, of one layout, where they lie: the library finds and counts a token's.
+
+    Holds addresses in the buffers, not the buffers.
+    """
+
+    def __init__(self, experts: Sequence[Expert], gate: Gate, activations: str, counts: torch.Tensor) -> None:
+        """`counts` int64 [E] in CPU memory: how many tokens chose each."""
+        self._experts = list(experts)
+        self._table = (ctypes.c_void_p * len(experts))(*map(ctypes.addressof, self._experts))
+        self._gate = gate
+        self._activations = activations
+        self._counts = counts
+
+    def run(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """x [1, D], index [1, K] int64 and weights [1, K] -> [1, D]; the bits of a CpuStep with all of them.
+
+        Raises MoeLocalError for an expert that is chosen twice.
+        """
+        lib: Any = library()
+        check_width(x, self._experts[0].up)
+        x, index, weights = x.contiguous(), index.contiguous(), weights.float().contiguous()
+        combined = torch.empty_like(x)
+        status = lib.moe_chosen_experts(
+            self._table,
+            len(self._experts),
+            index.data_ptr(),
+            weights.data_ptr(),
+            index.shape[1],
+            ctypes.byref(self._gate),
+            x.data_ptr(),
+            self._counts.data_ptr(),
+            combined.data_ptr(),
+            DTYPES[x.dtype],
+            rounding(self._activations, x.dtype),
+            kernel_threads(),
+        )
+        if status:
+            Routing(index[0].tolist(), 1, len(self._experts))  # says so where a choice is at fault
+        check(status)
+        return combined

@@ -1,0 +1,271 @@
+"""Decoder layers that run in one call of the C++ library, and experts that lie in RAM for good: which are
+taken, and that nothing but the time tells."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralSparseMoeBlock
+
+import moe_local
+from moe_local.offload.dense.attention_trial import use_token_attention
+from moe_local.offload.dense.norm import use_native_norms
+from moe_local.offload.dense.router import use_native_routers
+from moe_local.offload.dense.token_layer import TokenLayer, use_token_layers
+from moe_local.offload.engine.kv_slab import probe_cache
+from moe_local.offload.engine.memory import make_kv
+from moe_local.offload.gpu.residents import Residents
+from moe_local.offload.kernels.cpu_table import CpuTable
+from moe_local.offload.native.library import library
+
+pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
+
+torch.set_num_threads(1)
+
+TAKEN = {
+    "mixtral": "block",
+    "qwen3_moe": "block",
+    "gpt_oss": "block",
+    "qwen2_moe": "layer",  # a shared expert beside the block's
+    "qwen3_5_moe": "layer",
+    "phimoe": None,  # other norms
+    "olmoe": None,
+    "deepseek_v3": None,
+}
+"""By model type: whether layers run in one call, and their routers with them."""
+
+IDS = [5, 17, 300, 42, 7, 99, 260, 31]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_LOCAL_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """An entry for each token through a layer, or through the experts of one, by the new ways."""
+    made: list[str] = []
+    for cls, name in ((TokenLayer, "__call__"), (CpuTable, "run")):
+        monkeypatch.setattr(cls, name, noting(made, cls.__name__, getattr(cls, name)))
+    return made
+
+
+def noting(made: list[str], of: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(self: Any, *args: Any) -> Any:
+        made.append(of)
+        return plain(self, *args)
+
+    return noted
+
+
+def layers_of(hf: Any) -> list[Any]:
+    return list(hf.model.layers)
+
+
+def prepared(hf: Any) -> Any:
+    """A copy of a model with all that the library does before layers."""
+    hf = copy.deepcopy(hf)
+    use_native_norms(hf)
+    use_native_routers(hf)
+    use_token_attention(hf)
+    return hf
+
+
+def one_by_one(hf: Any, ids: list[int] = IDS) -> torch.Tensor:
+    """Logits [T, V] of tokens that come one at a time."""
+    kv = make_kv(hf, 1, 32, probe_cache(hf))
+    kv.join()
+    rows = []
+    with torch.no_grad():
+        for place, token in enumerate(ids):
+            positions = torch.tensor([[place]])
+            rows.append(hf(torch.tensor([[token]]), position_ids=positions, past_key_values=kv.row(0)).logits)
+            kv.advance(0, 1)
+    return torch.cat(rows)[:, 0]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", TAKEN)
+def test_no_bit_changes(
+    make_checkpoint: Callable[..., Path],
+    family: str,
+    dtype: str,
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = make_checkpoint(family)
+
+    def load() -> Any:
+        return moe_local.load(folder, device="cpu", experts="nf4", dense=dtype, context=64)
+
+    with load() as model:
+        assert all(isinstance(layer, nn.Module) for layer in layers_of(model.hf))
+        taken = [vars(layer).get("_token_layer") for layer in layers_of(model.hf)]
+        attending = [layer for layer in layers_of(model.hf) if hasattr(layer, "self_attn")]
+        found = {None if layer is None else "layer" if layer.block is None else "block" for layer in taken}
+        assert TAKEN[family] in found
+        if TAKEN[family] is not None:
+            assert sum(layer is not None for layer in taken) == len(attending)
+        got = one_by_one(model.hf)
+        counts = model.stats().routed, model.stats().hits, model.stats().misses
+    assert calls.count("TokenLayer") == len(IDS) * sum(layer is not None for layer in taken)
+    assert "CpuTable" in calls
+    calls.clear()
+    monkeypatch.setattr(TokenLayer, "of", lambda module: None)
+    monkeypatch.setattr(Residents, "serves", lambda self, number: False)
+    with load() as model:
+        assert torch.equal(one_by_one(model.hf), got)
+        assert (model.stats().routed, model.stats().hits, model.stats().misses) == counts
+    assert calls == []
+
+
+class Scaled(MixtralDecoderLayer):
+    """As Granite: what is added is multiplied."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        x = hidden_states
+        x = x + 1.01 * self.self_attn(hidden_states=self.input_layernorm(x), **kwargs)[0]
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Parallel(MixtralDecoderLayer):
+    """As Cohere's: both parts are given the same."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        x, normed = hidden_states, self.input_layernorm(hidden_states)
+        x = x + self.self_attn(hidden_states=normed, **kwargs)[0]
+        return x + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class Plain(MixtralDecoderLayer):
+    """As it is, written otherwise."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        x = hidden_states
+        x = x + self.self_attn(hidden_states=self.input_layernorm(x), **kwargs)[0]
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+@pytest.mark.parametrize(("cls", "taken"), [(Plain, True), (Scaled, False), (Parallel, False)])
+def test_layers_that_add_up_otherwise_are_not_taken(tiny_models: ModuleType, cls: Any, taken: bool) -> None:
+    hf = prepared(tiny_models.tiny_model("mixtral", num_hidden_layers=1).requires_grad_(False))
+    layers_of(hf)[0].__class__ = cls
+    use_token_layers(hf)
+    assert ("_token_layer" in vars(layers_of(hf)[0])) == taken
+
+
+class Weighed(MixtralSparseMoeBlock):
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        _, weights, ids = self.gate(x)
+        return self.experts(x, ids, 2 * weights).view(hidden_states.shape)
+
+
+class Doubled(MixtralSparseMoeBlock):
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        return 2 * super().forward(hidden_states)
+
+
+class Clipped(MixtralSparseMoeBlock):
+    """Experts are given something else than the router."""
+
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        _, weights, ids = self.gate(x)
+        return self.experts(x.clamp(-0.5, 0.5), ids, weights).view(hidden_states.shape)
+
+
+@pytest.mark.parametrize("cls", [Weighed, Doubled, Clipped])
+def test_blocks_that_do_more_are_called(tiny_models: ModuleType, cls: Any) -> None:
+    plain = prepared(tiny_models.tiny_model("mixtral").requires_grad_(False))
+    for layer in layers_of(plain):
+        layer.mlp.__class__ = cls
+    hf = copy.deepcopy(plain)
+    use_token_layers(hf)
+    assert all(layer._token_layer.block is None for layer in layers_of(hf))
+    assert torch.equal(one_by_one(hf), one_by_one(plain))
+
+
+@pytest.fixture
+def taken(tiny_models: ModuleType) -> tuple[Any, Any]:
+    """A model as it was, and its copy whose layers run in the library."""
+    plain = prepared(tiny_models.tiny_model("mixtral").requires_grad_(False))
+    hf = copy.deepcopy(plain)
+    use_token_layers(hf)
+    assert all(layer._token_layer.block is not None for layer in layers_of(hf))
+    return plain, hf
+
+
+PARTS = ["", "self_attn", "mlp", "mlp.gate", "mlp.experts", "input_layernorm", "post_attention_layernorm"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("before", [False, True])
+def test_hooks_see_what_they_always_saw(taken: tuple[Any, Any], part: str, before: bool) -> None:
+    seen: list[list[torch.Tensor]] = []
+    for hf in taken:
+        found: list[torch.Tensor] = []
+
+        def look(_: Any, args: Any, kwargs: Any, *output: Any, found: Any = found) -> None:
+            everything = (*args, *kwargs.values(), *output)
+            tensors = [a for item in everything for a in (item if isinstance(item, tuple) else [item])]
+            found += [t.clone().float().flatten() for t in tensors if torch.is_tensor(t)]
+
+        module = layers_of(hf)[1].get_submodule(part)
+        register = module.register_forward_pre_hook if before else module.register_forward_hook
+        hook = register(look, with_kwargs=True)
+        one_by_one(hf)
+        hook.remove()
+        seen.append(found)
+    assert len(seen[0]) == len(seen[1]) > 0
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_weights_that_move_are_found(taken: tuple[Any, Any], calls: list[str]) -> None:
+    for hf in taken:
+        for layer in layers_of(hf):
+            layer.input_layernorm.weight = nn.Parameter(layer.input_layernorm.weight * 2, requires_grad=False)
+            layer.mlp.gate.weight = nn.Parameter(-layer.mlp.gate.weight, requires_grad=False)
+    assert torch.equal(one_by_one(taken[1]), one_by_one(taken[0]))
+    assert len(calls) == len(IDS) * len(layers_of(taken[1]))
+
+
+def test_copies_are_whole(taken: tuple[Any, Any], calls: list[str]) -> None:
+    want = one_by_one(taken[0])
+    for made in (copy.deepcopy(taken[1]), pickle.loads(pickle.dumps(taken[1]))):
+        calls.clear()
+        assert torch.equal(one_by_one(made), want)
+        assert len(calls) == len(IDS) * len(layers_of(made))
+
+
+def test_experts_that_leave_are_left_to_the_store(
+    make_checkpoint: Callable[..., Path], calls: list[str]
+) -> None:
+    with moe_local.load(make_checkpoint("mixtral"), device="cpu", experts="nf4", context=64) as model:
+        want = one_by_one(model.hf)
+        assert "CpuTable" in calls
+        calls.clear()
+        model.parts.store.tier.empty()
+        assert torch.equal(one_by_one(model.hf), want)
+        assert "CpuTable" not in calls
+        model.check_integrity()
+
+
+def test_an_expert_chosen_twice_is_an_error(make_checkpoint: Callable[..., Path]) -> None:
+    with moe_local.load(make_checkpoint("mixtral"), device="cpu", experts="nf4", context=64) as model:
+        experts = layers_of(model.hf)[0].mlp.experts
+        x, weights = torch.zeros(1, 64, dtype=torch.bfloat16), torch.full((1, 2), 0.5)
+        with torch.no_grad(), pytest.raises(moe_local.MoeLocalError, match=r"expert twice.*\[3, 3\]"):
+            experts(x, torch.tensor([[3, 3]]), weights)
+        assert sum(map(sum, model.stats().routed.counts)) == 0
