@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in calls of under nine minutes with nothing to download: the first measures what has a
-# target, a second with the same OUT the rest. Leaves one JSON.
+# target, two more with the same OUT the rest. Leaves one JSON.
 #
 #   bash benchmarks/gpu.sh [OUT.json] [--limit SECONDS] [--only PART...] [--again]
 #   ROUTES=folder-with-recorded-routes LAYERS=32 bash benchmarks/gpu.sh     default: benchmarks/results/gpu.json

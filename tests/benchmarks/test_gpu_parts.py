@@ -178,12 +178,13 @@ def test_the_parts_are_what_they_say(
                 module.parse(list(part.command[2:]))
 
 
-def test_one_call_has_time_for_the_targets_and_two_for_all(parts: Any, tmp_path: Path) -> None:
+def test_one_call_has_time_for_the_targets_and_three_for_all(parts: Any, tmp_path: Path) -> None:
     every = parts.parts_of(32, tmp_path)
     targets = ("weights", "mixtral_recorded", "mixtral_recorded_25GBs", "resident", "qwen3_half_by_host")
     last = max(number for number, part in enumerate(every) if part.name in targets)
     assert sum(part.estimate_s for part in every[: last + 1]) < 530 - parts.GRACE_S
-    assert sum(part.estimate_s for part in every) < 2 * (530 - parts.GRACE_S)
+    again = next(part.estimate_s for part in every if part.name == "weights")
+    assert sum(part.estimate_s for part in every) + 2 * again < 3 * (530 - parts.GRACE_S)
     assert sum(part.estimate_s for part in parts.peer_parts(8)) < 530 - parts.GRACE_S
 
 
