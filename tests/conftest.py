@@ -265,6 +265,14 @@ def torch_kernels() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter does not look through all of its language at every call (quick_interpreter.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        load_module(Path(__file__).parent / "quick_interpreter.py").quicken(patch)
+        yield
+
+
+@pytest.fixture(scope="session")
 def hub_servers() -> Iterator[Callable[[], Any]]:
     """hub_servers() -> a Hub as `hub_server`; any number of them, for as long as the session."""
     module = load_module(Path(__file__).parent / "hub_server.py")

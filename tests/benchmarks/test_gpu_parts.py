@@ -206,6 +206,7 @@ runpy.run_module("moe_local", run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.slow
 def test_a_measurement_needs_no_more_than_the_readme_says(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from moe_local.offload.kernels.fetch import LOG_HEAD, LayerTables, TritonFetch, fetch_kernels
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_interpreter")]
 
 UNIT = 16
 
