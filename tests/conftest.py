@@ -60,6 +60,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("as avx512")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Files are dealt out in the order of `pytest_collection_modifyitems`, not by their number of tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files of this folder first: the last would be one test that takes long, beside an idle worker."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 def load_module(path: Path) -> ModuleType:
     """Import a helper file of the tests (or of benchmarks/) by its path, once."""
     name = f"moe_local_{path.parent.name}_{path.stem}"
