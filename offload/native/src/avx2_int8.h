@@ -5,11 +5,11 @@ inline __m256 eight_floats(const int8_t* q) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q))));
 }
 
-void decode_int8(const Matrix& m, const float* map, int64_t row, int64_t first, int64_t count, float* out) {
+void decode_int8(const Matrix& m, const float*, int64_t row, int64_t first, int64_t count, float* out) {
   for (int64_t i = count; i < padded(count); ++i) out[i] = 0.0f;
   const int8_t* q = static_cast<const int8_t*>(m.q) + row * m.cols + first;
   float scales[DEPTH / BLOCK];
-  block_scales(m, map, (row * m.cols + first) / BLOCK, count / BLOCK, scales);
+  int8_scales(m, (row * m.cols + first) / BLOCK, count / BLOCK, scales);
   for (int64_t i = 0; i < count; i += 8)
     _mm256_store_ps(out + i, _mm256_mul_ps(eight_floats(q + i), _mm256_set1_ps(scales[i / BLOCK])));
 }
@@ -27,7 +27,7 @@ struct Int8Floats {
   void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
     const int8_t* q = static_cast<const int8_t*>(m.q) + s.row * m.cols + s.done * BLOCK;
     float scales[STRETCH];
-    block_scales(m, nullptr, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
+    int8_scales(m, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
     for (int64_t b = 0; b < s.count; ++b, q += BLOCK) {
       ask_ahead(q, s.ahead);
       __m256 w[8];
@@ -62,7 +62,7 @@ struct Int8Rounded {
     const __m256i ones = _mm256_set1_epi16(1);
     const int8_t* q = static_cast<const int8_t*>(m.q) + s.row * m.cols + s.done * BLOCK;
     float scales[STRETCH];
-    block_scales(m, nullptr, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
+    int8_scales(m, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
     for (int64_t b = 0; b < s.count; ++b, q += BLOCK) {
       ask_ahead(q, s.ahead);
       const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));

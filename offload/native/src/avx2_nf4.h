@@ -65,7 +65,7 @@ void decode_nf4(const Matrix& m, const float* map, int64_t row, int64_t first, i
   const int64_t start = row * m.cols + first;
   const uint8_t* q = static_cast<const uint8_t*>(m.q) + start / 2;
   float scales[DEPTH / BLOCK];
-  block_scales(m, map, start / BLOCK, count / BLOCK, scales);
+  nf4_scales(m, map, start / BLOCK, count / BLOCK, scales);
   for (int64_t b = 0; b < count / BLOCK; ++b) {
     __m256 w[8];
     block_levels(q + 32 * b, planes, w);
@@ -90,7 +90,7 @@ struct NF4Floats {
   void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
     const uint8_t* q = static_cast<const uint8_t*>(m.q) + (s.row * m.cols + s.done * BLOCK) / 2;
     float scales[STRETCH];
-    block_scales(m, map, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
+    nf4_scales(m, map, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
     for (int64_t b = 0; b < s.count; ++b, q += BLOCK / 2) {
       ask_ahead(q, s.ahead);
       __m256 w[8];
@@ -144,7 +144,7 @@ struct NF4Rounded16 {
     const __m256i nibble = _mm256_set1_epi8(15);
     const uint8_t* q = static_cast<const uint8_t*>(m.q) + (s.row * m.cols + s.done * BLOCK) / 2;
     float scales[STRETCH];
-    block_scales(m, map, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
+    nf4_scales(m, map, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
     for (int64_t b = 0; b < s.count; ++b, q += BLOCK / 2) {
       ask_ahead(q, s.ahead);
       const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
@@ -210,7 +210,7 @@ struct NF4Rounded8 {
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), by64 = _mm256_set1_epi16(64);
     const uint8_t* q = static_cast<const uint8_t*>(m.q) + (s.row * m.cols + s.done * BLOCK) / 2;
     float scales[STRETCH], factors[T][STRETCH];
-    block_scales(m, map, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
+    nf4_scales(m, map, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
     for (int64_t b = s.count; b % 8 != 0; ++b) scales[b] = 0.0f;
     for (int t = 0; t < T; ++t) {
       for (int64_t b = 0; b < s.count; b += 8) {

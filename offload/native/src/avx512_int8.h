@@ -5,11 +5,22 @@ inline __m512 sixteen_floats(const int8_t* q) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))));
 }
 
-void decode_int8(const Matrix& m, const float* map, int64_t row, int64_t first, int64_t count, float* out) {
+// Scales of `count` blocks from `block` on into out, and zeros up to whole 16.
+inline void padded_int8_scales(const Matrix& m, int64_t block, int64_t count, float* out) {
+  const uint8_t* halves = static_cast<const uint8_t*>(m.scales) + 2 * block;
+  for (int64_t b = 0; b < count; b += 16) {
+    const int64_t left = count - b;
+    const __mmask16 there = left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
+    _mm512_store_ps(out + b, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, halves + 2 * b)));
+  }
+}
+
+void decode_int8(const Matrix& m, const float*, int64_t row, int64_t first, int64_t count, float* out) {
   for (int64_t i = count; i < padded(count); ++i) out[i] = 0.0f;
   const int8_t* q = static_cast<const int8_t*>(m.q) + row * m.cols + first;
-  float scales[DEPTH / BLOCK];
-  block_scales(m, map, (row * m.cols + first) / BLOCK, count / BLOCK, scales);
+  alignas(64) float scales[16];
+  static_assert(DEPTH / BLOCK <= 16);
+  padded_int8_scales(m, (row * m.cols + first) / BLOCK, count / BLOCK, scales);
   for (int64_t i = 0; i < count; i += 16)
     _mm512_store_ps(out + i, _mm512_mul_ps(sixteen_floats(q + i), _mm512_set1_ps(scales[i / BLOCK])));
 }
@@ -26,8 +37,8 @@ struct Int8Floats {
 
   void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
     const int8_t* q = static_cast<const int8_t*>(m.q) + s.row * m.cols + s.done * BLOCK;
-    float scales[STRETCH];
-    block_scales(m, nullptr, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
+    alignas(64) float scales[STRETCH];
+    padded_int8_scales(m, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
     for (int64_t b = 0; b < s.count; ++b, q += BLOCK) {
       ask_ahead(q, s.ahead);
       __m512 w[4];
@@ -62,8 +73,7 @@ struct Int8Rounded {
     const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
     const int8_t* q = static_cast<const int8_t*>(m.q) + s.row * m.cols + s.done * BLOCK;
     alignas(64) float scales[STRETCH], factors[T][STRETCH];
-    block_scales(m, nullptr, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
-    for (int64_t b = s.count; b % 16 != 0; ++b) scales[b] = 0.0f;
+    padded_int8_scales(m, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
     for (int t = 0; t < T; ++t) {
       for (int64_t b = 0; b < s.count; b += 16) {
         const __m512 f = factors_of(scales + b, x[t].scales + s.done + b, factors[t] + b);

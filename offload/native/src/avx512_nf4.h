@@ -61,7 +61,7 @@ void decode_nf4(const Matrix& m, const float* map, int64_t row, int64_t first, i
   const int64_t start = row * m.cols + first;
   const uint8_t* q = static_cast<const uint8_t*>(m.q) + start / 2;
   alignas(64) float scales[DEPTH / BLOCK] = {};
-  block_scales(m, map, start / BLOCK, count / BLOCK, scales);
+  nf4_scales(m, map, start / BLOCK, count / BLOCK, scales);
   for (int64_t i = 0; i < count; i += GROUP, q += GROUP / 2) {
     __m512 w[8];
     group_levels(group_bytes(q, i + GROUP <= count), table, w);

@@ -67,7 +67,7 @@ class ScaleMap {
 
   // Scales of `count` blocks from `block` on into out, and a zero to make their number even.
   void scales(const Matrix& m, int64_t block, int64_t count, float* out) const {
-    block_scales(m, map_, block, count, out);
+    nf4_scales(m, map_, block, count, out);
     if (count % 2 != 0) out[count] = 0.0f;
   }
 

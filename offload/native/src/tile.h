@@ -18,13 +18,16 @@ inline float nf4_scale(const Matrix& m, const float* map, int64_t block) {
   return map[static_cast<const uint8_t*>(m.scales)[block]] * m.nested[block / NESTED_BLOCK] + *m.offset;
 }
 
-// Scales of `count` blocks from `block` on, which are those of a row whose columns are whole blocks.
-inline void block_scales(const Matrix& m, const float* map, int64_t block, int64_t count, float* out) {
-  if (m.format == INT8) {
-    const uint8_t* halves = static_cast<const uint8_t*>(m.scales) + 2 * block;
-    for (int64_t b = 0; b < count; ++b) out[b] = Float16::load(halves + 2 * b);
-    return;
-  }
+// INT8's scales of `count` blocks from `block` on, which are those of a row whose columns are whole blocks.
+inline void int8_scales(const Matrix& m, int64_t block, int64_t count, float* out) {
+  const uint8_t* halves = static_cast<const uint8_t*>(m.scales) + 2 * block;
+  int64_t b = 0;
+  for (; b + WIDTH <= count; b += WIDTH) store(out + b, load(Float16(), halves + 2 * b));
+  for (; b < count; ++b) out[b] = Float16::load(halves + 2 * b);
+}
+
+// NF4's likewise.
+inline void nf4_scales(const Matrix& m, const float* map, int64_t block, int64_t count, float* out) {
   const uint8_t* codes = static_cast<const uint8_t*>(m.scales) + block;
   const float offset = *m.offset;
   for (int64_t b = 0; b < count;) {
