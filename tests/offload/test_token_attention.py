@@ -19,6 +19,7 @@ import moe_local
 from moe_local.offload.dense.attention_trial import use_token_attention
 from moe_local.offload.dense.norm import use_native_norms
 from moe_local.offload.dense.token_attention import TokenAttention
+from moe_local.offload.dense.token_layer import TokenLayer
 from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.native.library import library
@@ -52,16 +53,19 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """An entry for each call of the library."""
+    """An entry for each call of the library, for attention alone or with the rest of a layer."""
     made: list[Any] = []
-    plain = TokenAttention.__call__
+    for cls in (TokenAttention, TokenLayer):
+        monkeypatch.setattr(cls, "__call__", noting(made, cls.__call__))
+    return made
 
-    def noted(self: TokenAttention, *args: Any) -> torch.Tensor:
+
+def noting(made: list[Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(self: Any, *args: Any) -> Any:
         made.append(self)
         return plain(self, *args)
 
-    monkeypatch.setattr(TokenAttention, "__call__", noted)
-    return made
+    return noted
 
 
 def attentions(hf: Any) -> list[Any]:
