@@ -139,6 +139,7 @@ def test_weights_made_for_a_peer_keep_its_numbers_in_bounds(
 ) -> None:
     """In the shapes of the checkpoint, though there is none: only its config.json is read."""
     import torch
+    from transformers.utils import logging
 
     import_benchmark("peers.client")  # finds the peers' own modules, which run elsewhere
     sys.path.insert(0, str(repository / "benchmarks" / "peers"))
@@ -148,6 +149,7 @@ def test_weights_made_for_a_peer_keep_its_numbers_in_bounds(
         sys.path.pop(0)
     (tmp_path / "config.json").write_text((tiny_checkpoint / "config.json").read_text())
     peer = module.Transformers(str(tmp_path), random=True)
+    logging.enable_progress_bar()  # which a process of its own does without
     read = module.weights(peer.model)
     assert read["expert_numel"] == 3 * 2 * 3 * 64 * 128
     assert all(parameter.device.type == "cpu" for parameter in peer.model.parameters())
