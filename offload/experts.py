@@ -190,7 +190,7 @@ class ExpertRunner:
         """The kernels that compute a layer's experts together."""
         return self._kernels.grouped
 
-    def keep_to_device(self) -> None:
+    def keep_residents(self) -> None:
         """All experts are in slots for good: compute single tokens without asking the store."""
         self.on_device = Residents(self.store, self._kernels)
 

@@ -249,7 +249,7 @@ def _assemble(
             graphs = graphs or _graphs(targets)
             switch = _keep_tokens_to_device(engine, runner, graphs, probe.sites, options.prefetch)
         elif can_reside(store):
-            runner.keep_to_device()
+            runner.keep_residents()
         model = Model(
             checkpoint.name,
             hf,
@@ -336,7 +336,7 @@ def _keep_tokens_to_device(
     store, saw = runner.store, runner.prefetcher.saw
     resident = can_reside(store)
     if resident:
-        runner.keep_to_device()
+        runner.keep_residents()
     if graphs is None:
         return None
     with uncounted(store):

@@ -73,7 +73,7 @@ def test_the_device_finds_what_the_host_would_name(
     """The same ids and counts, and with graphs the whole step in one of them."""
     folder = make_checkpoint(model_type)
     with monkeypatch.context() as patch:
-        patch.setattr("moe_local.offload.experts.ExpertRunner.keep_to_device", lambda self: None)
+        patch.setattr("moe_local.offload.experts.ExpertRunner.keep_residents", lambda self: None)
         with load(folder, make_device(1)) as model:
             want, counts = run(model)
     with load(folder, make_device(2)) as model:
