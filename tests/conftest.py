@@ -65,8 +65,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False
 
 
+SLOW_S = 900
+"""Time limit of a slow test that names none: several times what any takes, since machines differ."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files of this folder first: the last would be one test that takes long, beside an idle worker."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_S))
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
 
 
