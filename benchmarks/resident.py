@@ -30,10 +30,10 @@ import moe_local
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.engine.graphs import CudaGraphs, Graphs
 from moe_local.offload.experts import OffloadedExperts
-from moe_local.offload.gpu.residents import Residents
 from moe_local.offload.kernels.grouped import GroupedRun
 from moe_local.offload.measure.machine import describe
 from moe_local.offload.measure.variants import expert_runner
+from moe_local.offload.store.residents import Residents
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
 
@@ -42,7 +42,7 @@ class Plain:
     """Answers with a resident model's own weights and kernels, and nothing around them. Borrows the model."""
 
     def __init__(self, model: moe_local.Model, graphs: Graphs) -> None:
-        residents = expert_runner(model).on_device
+        residents = expert_runner(model).token_path
         if not isinstance(residents, Residents):
             raise SystemExit("the experts are not resident on one device, or its kernels do not run here")
         self._residents = residents

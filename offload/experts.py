@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from moe_local.cache.errors import MoeLocalError
-from moe_local.offload.gpu.residents import Residents
 from moe_local.offload.kernels.contracts import ExpertMath, LayerStep
 from moe_local.offload.kernels.grouped import GroupedExperts
 from moe_local.offload.kernels.grouped_trial import try_out
@@ -21,6 +20,7 @@ from moe_local.offload.prefetch.prefetch import Prefetcher
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.schedule.calibrate import measure_cpu
 from moe_local.offload.schedule.costs import Work
+from moe_local.offload.store.residents import Residents
 from moe_local.offload.store.store import ExpertStore
 from moe_local.offload.system.interrupt import check as check_interrupt
 from moe_local.offload.system.interrupt import deferred, is_deferred
@@ -41,8 +41,8 @@ class Runner(Protocol):
         """As OffloadedExperts.forward."""
 
 
-class OnDevice(Protocol):
-    """What serves single tokens without the host: Residents, or DeviceMisses."""
+class TokenPath(Protocol):
+    """What serves single tokens without the store being asked: Residents, or DeviceMisses."""
 
     def layer(self, number: int, math: ExpertMath, x: torch.Tensor, tokens: int) -> object | None:
         """Not None if it serves so many tokens x [T, D] of a layer."""
@@ -109,17 +109,17 @@ class OffloadedExperts(nn.Module):
     def can_be_captured(self, hidden: torch.Tensor, index: torch.Tensor) -> bool:
         """Whether `answer` does nothing on this input but launch kernels, the same ones each time."""
         runner = self._runner
-        return isinstance(runner, ExpertRunner) and runner.resident(self, hidden, index) is not None
+        return isinstance(runner, ExpertRunner) and runner.path_for(self, hidden, index) is not None
 
     @property
     def stays_captured(self) -> bool:
         """Whether what `answer` did when it could be captured is what it would do now."""
-        return isinstance(self._runner, ExpertRunner) and self._runner.is_resident(self.index)
+        return isinstance(self._runner, ExpertRunner) and self._runner.has_path(self.index)
 
     def count_replay(self) -> None:
         """An `answer` that was captured has been replayed: count what it would have counted."""
         assert isinstance(self._runner, ExpertRunner)
-        self._runner.count_resident(self.index)
+        self._runner.count_token(self.index)
 
     def activate(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, 2F] -> [T, F] with a gate, [T, F] -> [T, F] without."""
@@ -182,8 +182,8 @@ class ExpertRunner:
         device = store.tier.arena.device
         self._several = len(store.tier.devices) > 1
         self._inputs, self._answers = Staging(device), Staging(device)
-        self.on_device: OnDevice | None = None
-        """What serves single tokens as far as it can; None: the host does."""
+        self.token_path: TokenPath | None = None
+        """What serves single tokens as far as it can; None: the store does."""
 
     @property
     def grouped(self) -> GroupedExperts:
@@ -192,7 +192,7 @@ class ExpertRunner:
 
     def keep_residents(self) -> None:
         """All experts are in slots for good: compute single tokens without asking the store."""
-        self.on_device = Residents(self.store, self._kernels)
+        self.token_path = Residents(self.store, self._kernels)
 
     def warm_up(
         self,
@@ -220,23 +220,23 @@ class ExpertRunner:
         if progress is not None and cases:
             progress(COMPILING, len(cases), len(cases))
 
-    def is_resident(self, layer: int) -> bool:
-        """Whether single tokens go through the layer without the host."""
-        return self.on_device is not None and self.on_device.serves(layer)
+    def has_path(self, layer: int) -> bool:
+        """Whether single tokens still go through the layer without the store."""
+        return self.token_path is not None and self.token_path.serves(layer)
 
-    def count_resident(self, layer: int) -> None:
-        """A token went through the layer, which `resident` gave."""
-        assert self.on_device is not None
-        self.on_device.count(layer)
+    def count_token(self, layer: int) -> None:
+        """A token went through the layer by a path that `path_for` gave."""
+        assert self.token_path is not None
+        self.token_path.count(layer)
 
-    def resident(
+    def path_for(
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor
-    ) -> OnDevice | None:
-        """What computes this without the host, or None."""
-        if self.on_device is None:
+    ) -> TokenPath | None:
+        """What computes this without the store, or None."""
+        if self.token_path is None:
             return None
-        layer = self.on_device.layer(experts.index, experts, hidden, index.shape[0])
-        return self.on_device if layer is not None else None
+        layer = self.token_path.layer(experts.index, experts, hidden, index.shape[0])
+        return self.token_path if layer is not None else None
 
     def measure(self, experts: OffloadedExperts, hidden_size: int, dtype: torch.dtype) -> None:
         """Tell the store's scheduler what the CPU takes for a layer's experts; see calibrate.measure_cpu."""
@@ -266,10 +266,10 @@ class ExpertRunner:
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         layer = experts.index
-        residents = self.resident(experts, hidden, index)
-        if residents is not None:
-            residents.count(layer, index.shape[1])
-            return residents.run(layer, hidden, index, weights)
+        path = self.path_for(experts, hidden, index)
+        if path is not None:
+            path.count(layer, index.shape[1])
+            return path.run(layer, hidden, index, weights)
         guesses = self.prefetcher.predict(layer, index.shape[0])
         shared = self._may_share(experts, hidden, index)
         device = self.store.tier.device_of(layer)

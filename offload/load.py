@@ -35,7 +35,6 @@ from moe_local.offload.experts import ExpertRunner, OffloadedExperts
 from moe_local.offload.gpu.custody import Switch
 from moe_local.offload.gpu.lost_device import raise_as_one_line
 from moe_local.offload.gpu.relief import Relief
-from moe_local.offload.gpu.residents import can_reside
 from moe_local.offload.kernels import bnb
 from moe_local.offload.model import Model
 from moe_local.offload.native.library import library
@@ -53,6 +52,7 @@ from moe_local.offload.schedule.calibrate import first_costs
 from moe_local.offload.schedule.scheduler import MissScheduler
 from moe_local.offload.store.build import build_arena, build_store
 from moe_local.offload.store.prefill import announcer
+from moe_local.offload.store.residents import can_reside
 from moe_local.offload.store.store import ExpertStore
 from moe_local.offload.store.uncounted import uncounted
 from moe_local.offload.system.progress import Progress

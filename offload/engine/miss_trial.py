@@ -80,7 +80,7 @@ class MissSwitch:
         store, self.on_device = self._runner.store, to_device
         store.custody.release()
         store.custody = self._misses if to_device else HostAlone()
-        self._runner.on_device = self._misses if to_device else None
+        self._runner.token_path = self._misses if to_device else None
         self._engine.token_step = self._steps[to_device]
 
 

@@ -16,8 +16,8 @@ from moe_local.offload.engine.graphs import CudaGraphs, _session_stream
 from moe_local.offload.engine.sampling import draw
 from moe_local.offload.expert_file.encoder import ExpertEncoder
 from moe_local.offload.gpu.capturing import alone
-from moe_local.offload.gpu.residents import Residents
 from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.store.residents import Residents
 from moe_local.offload.tiers.device import CudaDevice
 
 CARD = torch.device("cuda:0")

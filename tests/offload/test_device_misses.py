@@ -382,7 +382,7 @@ def test_where_the_device_is_not_left_with_misses(
         with load(folder, make_device(9), graphs, mode, **options) as model:
             assert words in reason(caplog)
             assert not isinstance(model.parts.store.custody, DeviceMisses)
-            assert expert_runner(model).on_device is None or options.get("slots") == EXPERTS
+            assert expert_runner(model).token_path is None or options.get("slots") == EXPERTS
 
     refused("no expert will ever be missing", slots=EXPERTS)
     with monkeypatch.context() as patch:

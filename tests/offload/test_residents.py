@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_local
-from moe_local.offload.gpu.residents import ResidentLayer
+from moe_local.offload.store.residents import ResidentLayer
 
 torch.set_num_threads(1)
 

@@ -22,9 +22,9 @@ from moe_local.offload.dense.router import use_native_routers
 from moe_local.offload.dense.token_layer import TokenLayer, use_token_layers
 from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.engine.memory import make_kv
-from moe_local.offload.gpu.residents import Residents
 from moe_local.offload.kernels.cpu_table import CpuTable
 from moe_local.offload.native.library import library
+from moe_local.offload.store.residents import Residents
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moe_local.offload.gpu.residents import ResidentLayer
 from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
 from moe_local.offload.kernels.gates import CONCATENATED, FUNCTIONS, INTERLEAVED, PLAIN
 from moe_local.offload.kernels.grouped import GroupedExperts, GroupedStep, warm_up
@@ -25,6 +24,7 @@ from moe_local.offload.native.library import Gate
 from moe_local.offload.quantize.codec import codec_for, decoder_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
 from moe_local.offload.quantize.views import segment_view
+from moe_local.offload.store.residents import ResidentLayer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_interpreter")]
 
