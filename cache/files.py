@@ -140,6 +140,53 @@ def locked(
         lock.release()
 
 
+class Use:
+    """Says until `close` that this process reads what lies in a folder, so that nobody should remove it.
+
+    A shared lock of the system's on the folder itself, which leaves no file and ends with the process. No
+    lock for those who write: what they replace, readers go on with. Where the folder is missing or the file
+    system locks no folders, nobody is told; Windows removes no open file anyway.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = _lock_folder(folder, shared=True)
+
+    def close(self) -> None:
+        """Idempotent."""
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a `Use` of the folder is open, in this process or another."""
+    try:
+        file = _lock_folder(folder, shared=False)
+    except BlockingIOError:
+        return True
+    if file is not None:
+        os.close(file)
+    return False
+
+
+def _lock_folder(folder: Path, *, shared: bool) -> int | None:
+    """The folder, open and locked; None where that cannot be. Raises BlockingIOError if others hinder it."""
+    if fcntl is None:
+        return None
+    try:
+        file = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
+    except OSError as error:
+        os.close(file)
+        if isinstance(error, BlockingIOError) and not shared:
+            raise
+        return None  # or somebody is about to remove it: reading will tell
+    return file
+
+
 def _remove_leftovers(target: Path) -> None:
     """What writers of this file left that were killed: a living one holds a lock on its own."""
     if fcntl is None:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from moe_local.cache.errors import ModelNotFoundError, MoeLocalError, OptionError
-from moe_local.cache.files import lock_file, locked
+from moe_local.cache.files import in_use, lock_file, locked
 from moe_local.cache.keys import format_bytes
 from moe_local.cli.completion import model_argument
 from moe_local.cli.options import debug_flag, json_flag
@@ -28,7 +28,7 @@ def rm(model: str, yes: bool, weights: bool, as_json: bool) -> None:
     """Remove the converted experts of MODEL, and say what disk that freed.
 
     The checkpoint stays, so the next run converts again, unless --weights removes it, too. Folders that
-    moe-local did not make are never touched.
+    moe-local did not make are never touched, nor is what a running process has loaded.
 
     \b
     Examples:
@@ -47,6 +47,12 @@ def rm(model: str, yes: bool, weights: bool, as_json: bool) -> None:
         raise ModelNotFoundError(f"there is nothing to remove: no converted experts of {model} are here")
     what = " and ".join(["the converted experts"] * bool(folders) + ["the download"] * (download is not None))
     _confirm(f"Remove {what} of {model}, {format_bytes(freed)}?", yes)
+    snapshots = [] if download is None else [at for repo in download.repos for at in repo.glob("snapshots/*")]
+    for folder in [*folders, *snapshots]:
+        if in_use(folder):
+            raise MoeLocalError(
+                f"{folder} is in use by a process that has {model} loaded; end that first, then remove it"
+            )
     for folder in folders:
         _remove(folder)
     if download is not None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from moe_local.cache.errors import DoesNotFitError, first_line
+from moe_local.cache.files import Use
 from moe_local.offload.allocation.misses import MissCost
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.device_map import device_map
@@ -213,8 +214,10 @@ def _assemble(
     progress: Progress | None,
     graphs: Graphs | None,
 ) -> Model:
-    hf = _load_dense(checkpoint, plan, options, targets)
     with contextlib.ExitStack() as undo:
+        use = Use(checkpoint.folder if isinstance(file, NativeExperts) else file.folder)
+        undo.callback(use.close)
+        hf = _load_dense(checkpoint, plan, options, targets)
         with Probe(hf) as probe:
             cache = probe_cache(as_decoder(hf))
         kv = make_kv(as_decoder(hf), plan.request.parallel, plan.request.context, cache)
@@ -261,6 +264,7 @@ def _assemble(
             prefetcher=prefetcher,
             plan=plan,
             expert_folder=file.folder,
+            use=use,
             switch=switch,
         )
         undo.pop_all()

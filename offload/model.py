@@ -15,6 +15,7 @@ import torch
 
 from moe_local.cache.cache_map import CacheView
 from moe_local.cache.errors import MoeLocalError, OptionError, first_line
+from moe_local.cache.files import Use
 from moe_local.cache.stats import Stats
 from moe_local.offload.batcher import Batcher, Listener, Ticket
 from moe_local.offload.engine.batch import generate_ids
@@ -73,6 +74,7 @@ class Model:
         prefetcher: Prefetcher,
         plan: Plan,
         expert_folder: Path,
+        use: Use,
         switch: Switch | None = None,
     ) -> None:
         """`load` is the way to make one; this takes ownership of everything it is given."""
@@ -84,6 +86,7 @@ class Model:
         """None once the model is closed. Methods look once, so that a close meanwhile cannot hurt them."""
         self.expert_folder = expert_folder
         """Where its expert file is."""
+        self._use = use
         self._turn = Turn()
         self._streams: weakref.WeakSet[TokenStream] = weakref.WeakSet()
         self._batchers: weakref.WeakSet[Batcher] = weakref.WeakSet()
@@ -264,6 +267,7 @@ class Model:
 
     def _free(self, parts: Parts) -> None:
         with contextlib.ExitStack() as undo:  # whatever fails, the rest is freed all the same
+            undo.callback(self._use.close)
             undo.callback(parts.store.close)
             undo.callback(self._retire_modules, parts.hf)
             undo.callback(parts.prefetcher.close)

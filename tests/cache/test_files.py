@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_local.cache import files
-from moe_local.cache.files import locked, write_atomically, write_bytes_atomically
+from moe_local.cache.files import Use, in_use, locked, write_atomically, write_bytes_atomically
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -156,3 +156,40 @@ def test_a_file_system_without_locks(
         pass
     with pytest.raises(KeyError), locked(tmp_path / "a"):
         raise KeyError
+
+
+def test_a_folder_is_in_use_while_any_reader_is_there(tmp_path: Path) -> None:
+    """Killed ones are not; nothing is left in the folder, nor is one that is missing anybody's."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        use = Use(tmp_path)
+        os.write(writing, b"!")
+        signal.pause()
+        use.close()
+    os.read(reading, 1)
+    first = Use(tmp_path)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert in_use(tmp_path)
+    second = Use(tmp_path)
+    first.close()
+    first.close()
+    assert in_use(tmp_path)
+    second.close()
+    assert not in_use(tmp_path)
+    assert not list(tmp_path.iterdir())
+    missing = Use(tmp_path / "missing")
+    assert not in_use(tmp_path / "missing")
+    missing.close()
+
+
+def test_what_cannot_be_locked_is_not_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: int, what: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    before = len(os.listdir("/dev/fd"))
+    monkeypatch.setattr("moe_local.cache.files.fcntl.flock", refuse)
+    Use(tmp_path).close()
+    assert not in_use(tmp_path)
+    assert len(os.listdir("/dev/fd")) == before

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import filelock
@@ -14,6 +15,7 @@ from moe_local.cli.convert import weight_bytes
 from moe_local.cli.library import nbytes
 from moe_local.offload.checkpoint.registry import ALIASES
 from moe_local.offload.expert_file.usage import add_usage
+from moe_local.offload.load import load
 
 
 @pytest.fixture
@@ -168,6 +170,19 @@ class TestRemove:
         assert result.exit_code == 1
         assert result.stderr == f"moe-local: {converted} cannot be removed: Read-only file system\n"
 
+    @pytest.mark.skipif(sys.platform == "win32", reason="Windows removes no open file")
+    def test_what_is_loaded_stays(self, invoke, converted, tiny_mixtral):
+        """Its shards are opened as they are needed, so that an answer would find them gone."""
+        with load(str(tiny_mixtral)):
+            refused = invoke("rm", str(tiny_mixtral), "--yes")
+        assert refused.exit_code == 1
+        assert refused.stderr == (
+            f"moe-local: {converted} is in use by a process that has {tiny_mixtral} loaded; "
+            "end that first, then remove it\n"
+        )
+        assert converted.is_dir()
+        assert invoke("rm", str(tiny_mixtral), "--yes").exit_code == 0
+
     def test_waits_for_no_conversion(self, invoke, converted, tiny_mixtral):
         with filelock.FileLock(f"{converted}.lock"):
             result = invoke("rm", str(tiny_mixtral), "--yes")
@@ -238,6 +253,10 @@ def test_pull_list_and_rm_of_a_download(invoke, hub, mixtral_19, monkeypatch, tm
     assert document["bytes"] == sum(path.stat().st_size for path in mixtral_19.glob("*.safetensors"))
     listed = {entry["model"]: entry for entry in json.loads(invoke("list", "--json").stdout)}
     assert listed["mixtral-8x7b"]["checkpoint"]["folder"] == document["folder"]
+    with load("mixtral-8x7b", experts="native"):
+        refused = invoke("rm", "mixtral-8x7b", "--weights", "--yes")
+    assert f"{document['folder']} is in use by a process" in refused.stderr
+    assert Path(document["folder"], "config.json").is_file()
     removed = invoke("rm", "mixtral-8x7b", "--weights", "--yes")
     assert removed.exit_code == 0, removed.stderr
     assert "freed" in removed.stdout
