@@ -177,7 +177,12 @@ class Batcher:
         return self.look(lambda: self._store.snapshot()).result()
 
     def close(self, reason: str = "the model answers no more") -> None:
-        """Cancel everything and end the thread. Later calls of `submit` raise MoeLocalError(reason)."""
+        """Cancel everything and end the thread. Later calls of `submit` raise MoeLocalError(reason).
+
+        In a fork, which has no such thread, it does nothing.
+        """
+        if self._turn.lost:  # and so may be whoever held `_changed`
+            return
         with self._changed:
             self._closed = self._closed or reason
             self._changed.notify_all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import queue
+import signal
 import threading
 import time
 import weakref
@@ -306,6 +307,23 @@ def test_a_forks_copy_which_nobody_steps_takes_nothing(rig: Rig) -> None:
         os._exit(refused)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 2
+    assert rig.ask([5]).end() == Ended(FinishReason.LENGTH)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_forks_copy_closes_though_another_thread_had_the_lock(rig: Rig) -> None:
+    with rig.batcher._changed:
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(PATIENCE)
+            thread = threading.Thread(target=rig.batcher.close)  # whose lock it is not
+            thread.start()
+            thread.join()
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
     assert rig.ask([5]).end() == Ended(FinishReason.LENGTH)
 
 
