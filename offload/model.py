@@ -116,19 +116,24 @@ class Model:
         seed: int | None = None,
         stop: str | list[str] | None = None,
         template: bool = True,
+        logprobs: int | None = None,
         **options: Any,
     ) -> TokenStream:
         """The answer to `prompt`, token by token.
 
         `prompt`: text (one user turn where there is a chat template, unless `template=False`), a list of
         messages, or token ids. `stop` ends the answer after any of these strings, `seed` makes sampling
-        repeatable; `options` are transformers' generation options, and temperature, top_p and the like ask
-        for sampling. Defaults are the checkpoint's generation_config and 512 new tokens. Raises OptionError
-        for options and prompts that cannot be served. Computes nothing before a token is asked for.
+        repeatable. `logprobs` (0 to 20) has each Token say how likely the model held it to be, and this many
+        of the likeliest ones, in its own distribution, which no option of sampling changes. `options` are
+        transformers' generation options, and temperature, top_p and the like ask for sampling. Defaults are
+        the checkpoint's generation_config and 512 new tokens. Raises OptionError for options and prompts that
+        cannot be served. Computes nothing before a token is asked for.
         """
         parts = self._open()
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
+        if logprobs is not None:
+            options["logprobs"] = logprobs
         asked = self._prepare(parts.hf, prompt, seed=seed, stop=stop, template=template, **options)
         parts.engine.check_prompt(asked[0])
         stream = TokenStream(parts.engine, parts.store, self._turn, *asked)
@@ -198,8 +203,9 @@ class Model:
         """The whole answer to `prompt`; arguments as for `stream`.
 
         Ids in, ids out: a tensor [B, n] (left-padded rows of different length with `attention_mask`) gives
-        [B, n + new] exactly as transformers' generate does, whose arguments all pass through. A tokenizer's
-        result can be given as there: `generate(**tokenizer(texts, return_tensors="pt", padding=True))`.
+        [B, n + new] exactly as transformers' generate does, whose arguments all pass through; `logprobs`, for
+        which a tensor has no place, are refused. A tokenizer's result can be given as there:
+        `generate(**tokenizer(texts, return_tensors="pt", padding=True))`.
         """
         if prompt is None:
             prompt = options.pop("input_ids", None)

@@ -58,6 +58,7 @@ RANGES: Mapping[str, Range] = {
     "max_time": Range(0),
     "num_beams": Range(1, whole=True),
     "num_return_sequences": Range(1, whole=True),
+    "logprobs": Range(0, 20, whole=True),
     "seed": Range(-SEEDS // 2, SEEDS // 2 - 1, whole=True),
 }
 """By transformers' names for them; transformers quietly ignores some values that lie outside."""

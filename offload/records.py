@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moe_local.cache.stats import Stats
 
 if TYPE_CHECKING:
+    from moe_local.offload.engine.logprobs import LogProbs
     from moe_local.offload.engine.sequence import FinishReason, Step
     from moe_local.offload.engine.text import Detokenizer
     from moe_local.offload.store.leases import Tally
@@ -29,6 +30,11 @@ class Token:
     bytes_disk: int
     finish_reason: FinishReason | None
     """None until the last token."""
+    logprob: float | None = None
+    """Natural logarithm of its probability in the model's own distribution, before temperature, penalties and
+    the like: what the model thinks, not how it was sampled. None unless `logprobs` was given."""
+    top_logprobs: tuple[tuple[int, float], ...] | None = None
+    """The likeliest ids there with theirs, best first, as many as `logprobs` says; None as above."""
 
     @classmethod
     def of(
@@ -50,6 +56,8 @@ class Token:
             bytes_h2d=after.bytes_h2d - before.bytes_h2d,
             bytes_disk=after.bytes_disk - before.bytes_disk,
             finish_reason=step.finish_reason,
+            logprob=None if step.logprobs is None else step.logprobs.logprob,
+            top_logprobs=None if step.logprobs is None else step.logprobs.top_logprobs,
         )
 
 
@@ -103,12 +111,16 @@ class Output:
     token_ids: list[int]
     finish_reason: FinishReason
     stats: GenerationStats
+    logprobs: list[LogProbs] | None = None
+    """`logprob` and `top_logprobs` of each of `token_ids`, as a Token has them; None unless asked for."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
+        scores = {} if self.logprobs is None else {"logprobs": [s._asdict() for s in self.logprobs]}
         return {
             "text": self.text,
             "token_ids": self.token_ids,
             "finish_reason": str(self.finish_reason),
+            **scores,
             "stats": self.stats.to_dict(),
         }

@@ -10,6 +10,7 @@ from typing import NoReturn
 from moe_local.cache.errors import MoeLocalError
 from moe_local.cache.stats import Stats
 from moe_local.offload.engine.engine import Engine
+from moe_local.offload.engine.logprobs import LogProbs
 from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.engine.sequence import FinishReason, Sequence, Step
 from moe_local.offload.engine.text import Detokenizer
@@ -39,6 +40,7 @@ class TokenStream(Iterator[Token]):
     ) -> None:
         self.text = ""
         self.token_ids: list[int] = []
+        self.logprobs: list[LogProbs] | None = None if settings.logprobs is None else []
         self.finish_reason: FinishReason | None = None
         self.filled_context = False
         """Whether it ended because the context did, before any limit that was asked for."""
@@ -169,7 +171,8 @@ class TokenStream(Iterator[Token]):
         """Run to the end and return the whole answer."""
         for _ in self:
             pass
-        return Output(self.text, self.token_ids, self.finish_reason or FinishReason.LENGTH, self.stats)
+        reason = self.finish_reason or FinishReason.LENGTH
+        return Output(self.text, self.token_ids, reason, self.stats, self.logprobs)
 
     def _begin(self) -> bool:
         """Take the turn and join; False if it was closed while it waited."""
@@ -197,6 +200,8 @@ class TokenStream(Iterator[Token]):
         self._first = self._first or now
         self._store.tokens += 1
         self.token_ids.append(step.token)
+        if self.logprobs is not None and step.logprobs is not None:
+            self.logprobs.append(step.logprobs)
         self.finish_reason = step.finish_reason
         before, self._tally = self._tally, self._store.tally()
         new, ids = len(self.token_ids), len(step.sequence.ids)

@@ -33,6 +33,7 @@ def generate_ids(
     *,
     tokenizer: Any = None,
     seed: int | None = None,
+    logprobs: int | None = None,
     **options: Any,
 ) -> Any:
     """transformers' generate: ids [B, n] in, [B * num_return_sequences, n + new] out, padded behind the end.
@@ -40,9 +41,14 @@ def generate_ids(
     Without a mask it is guessed from the pad token as transformers does. Row i of the result draws from a
     generator with the i-th seed from `seed` on, without a seed from torch's global one. What our loop does
     not do, masks with holes or padding on the right included, transformers' own generate does over the same
-    model; its result is returned as it is. Raises OptionError; MoeLocalError while other sequences are in the
-    engine.
+    model; its result is returned as it is. Raises OptionError, also for any `logprobs`, which a tensor has no
+    place for; MoeLocalError while other sequences are in the engine.
     """
+    if logprobs is not None:
+        raise OptionError(
+            "logprobs cannot be given with a tensor of ids; give one prompt as a list: "
+            "model.generate(ids[0].tolist(), logprobs=...)"
+        )
     hf = engine.hf
     _check_tensors(input_ids, attention_mask)
     engine.check_ids(input_ids.flatten().tolist())

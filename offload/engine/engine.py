@@ -24,9 +24,10 @@ from moe_local.offload.dense.linear import NativeLinear
 from moe_local.offload.engine.batch_view import BatchMasks
 from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.kv_slab import KVRows, KVSlab, cache_argument
+from moe_local.offload.engine.picking import Pick, pick_tokens
 from moe_local.offload.engine.prefix import copy_prefix, row_to_go_on
 from moe_local.offload.engine.recording import Saw
-from moe_local.offload.engine.sampling import Settings, draw
+from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.engine.sequence import FinishReason, Sequence, Step, Work
 from moe_local.offload.engine.token_step import TokenStep, TokenWatch
 from moe_local.offload.gpu.relief import Shortage, shortage
@@ -192,7 +193,7 @@ class Engine:
                     return []
                 try:
                     logits = self._forward(work)
-                    tokens = self._sample(work, logits)
+                    picks = self._sample(work, logits)
                 except BaseException as error:
                     for item in work:
                         self.kv.abort(item.sequence.row)
@@ -200,7 +201,7 @@ class Engine:
                     if lacking is None:
                         raise
                 else:
-                    return self._emit(work, tokens)
+                    return self._emit(work, picks)
                 # Only here has the error let go of its trace, and so of all that the forward had allocated.
                 self._turn, self._had_prompt = turn, had_prompt
                 self._make_room(lacking, work)
@@ -320,37 +321,11 @@ class Engine:
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits
 
-    def _sample(self, work: list[Work], logits: torch.Tensor) -> list[int | None]:
-        """The next token of each row, None in mid-prompt; here alone the host waits for the device."""
-        picks = [
-            self._pick(item.sequence, logits[row : row + 1]) for row, item in enumerate(work) if item.samples
-        ]
-        if not picks:
-            return [None] * len(work)
-        picked = iter(torch.stack(picks).tolist())
-        tokens: list[int | None] = []
-        for item in work:
-            token, broken = next(picked) if item.samples else (None, False)
-            if broken:
-                raise MoeLocalError(
-                    f"the model computed NaN at position {len(item.sequence.ids) - 1}: a weight is damaged "
-                    "or too large for its dtype; convert the checkpoint again, or try --dense bf16"
-                )
-            tokens.append(token)
-        return tokens
-
-    def _pick(self, sequence: Sequence, logits: torch.Tensor) -> torch.Tensor:
-        """From [1, vocabulary] to [2]: the token, and whether there was a NaN, without waiting for either."""
-        settings = sequence.settings
-        broken = logits.isnan().any()
-        scores = logits
-        if settings.processors:
-            scores = settings.processors(self._seen(sequence), logits)
-        if settings.do_sample:
-            token = draw(torch.softmax(scores, dim=-1), settings.generator)
-        else:
-            token = scores[0].argmax()
-        return torch.stack([token, broken.to(token.dtype)])
+    def _sample(self, work: list[Work], logits: torch.Tensor) -> list[Pick | None]:
+        """The next token of each row, None in mid-prompt."""
+        rows = [(item.sequence, logits[row : row + 1]) for row, item in enumerate(work) if item.samples]
+        picks = iter(pick_tokens(rows, self._seen))
+        return [next(picks) if item.samples else None for item in work]
 
     def _seen(self, sequence: Sequence) -> torch.Tensor:
         """The ids of a sequence on the device, [1, length], with only the new ones sent there."""
@@ -360,17 +335,17 @@ class Engine:
         sequence.seen[0, len(sequence.ids) - 1] = sequence.ids[-1]
         return sequence.seen[:, : len(sequence.ids)]
 
-    def _emit(self, work: list[Work], tokens: list[int | None]) -> list[Step]:
+    def _emit(self, work: list[Work], picks: list[Pick | None]) -> list[Step]:
         """Make the step count: lengths first, then the new tokens."""
         steps = []
-        for item, token in zip(work, tokens, strict=True):
+        for item, pick in zip(work, picks, strict=True):
             sequence = item.sequence
             self.kv.advance(sequence.row, len(item.ids))
-            if token is not None:
-                sequence.ids.append(token)
+            if pick is not None:
+                sequence.ids.append(pick.token)
                 self.tokens += 1
-                sequence.finish_reason = self._finish_reason(sequence, token)
-                steps.append(Step(sequence, token, sequence.finish_reason))
+                sequence.finish_reason = self._finish_reason(sequence, pick.token)
+                steps.append(Step(sequence, pick.token, sequence.finish_reason, pick.logprobs))
         return steps
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:

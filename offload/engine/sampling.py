@@ -29,7 +29,7 @@ DEFAULT_MAX_NEW_TOKENS = 512
 LIMITS = frozenset({"max_new_tokens", "max_length"})
 SAMPLING_OPTIONS = frozenset({"temperature", "top_k", "top_p", "min_p", "typical_p"})
 FLOAT_OPTIONS = SAMPLING_OPTIONS - {"top_k"} | {"repetition_penalty", "encoder_repetition_penalty"}
-OWN_OPTIONS = frozenset({"seed", "tokenizer", "generation_config", "attention_mask"})
+OWN_OPTIONS = frozenset({"seed", "tokenizer", "generation_config", "attention_mask", "logprobs"})
 BEYOND_OUR_LOOP = frozenset(
     {"token_healing", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"}
     | {"output_hidden_states", "is_assistant", "low_memory"}
@@ -53,6 +53,9 @@ class Settings:
     """On the model's device. None: torch's global one."""
     max_time: float | None
     """Seconds."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens each one is handed out with, besides its own log probability; None:
+    nothing of it."""
 
 
 def draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
@@ -169,6 +172,7 @@ def make_settings(
     tokenizer: Any = None,
     seed: int | None = None,
     padding: int = 0,
+    logprobs: int | None = None,
     **options: Any,
 ) -> Settings:
     """Settings of one sequence. `padding`: tokens that stood before it in a batch and count for max_length.
@@ -177,6 +181,7 @@ def make_settings(
     """
     check_options(hf, options)
     check_range("seed", seed)
+    check_range("logprobs", logprobs)
     width = len(prompt_ids) + padding
     config = generation_config(hf, options, width=width, rows=1, masked=True)
     max_new_tokens = _check_length(config, width)
@@ -204,6 +209,7 @@ def make_settings(
             stop_strings=_stop_strings(hf, config, tokenizer),
             generator=None if seed is None else torch.Generator(device).manual_seed(seed),
             max_time=config.max_time,
+            logprobs=logprobs,
         )
 
 

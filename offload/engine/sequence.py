@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from moe_local.offload.engine.logprobs import LogProbs
 from moe_local.offload.engine.sampling import Settings
 
 
@@ -50,6 +51,8 @@ class Step(NamedTuple):
     sequence: Sequence
     token: int
     finish_reason: FinishReason | None
+    logprobs: LogProbs | None = None
+    """Where `settings.logprobs` asks for them."""
 
 
 class Work(NamedTuple):

@@ -1,0 +1,39 @@
+"""How likely the model itself held a token to be, whatever it was then picked by."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class LogProbs(NamedTuple):
+    """Natural logarithms of probabilities in the model's own distribution, for one place of a text."""
+
+    logprob: float
+    """Of the token that stands there."""
+    top_logprobs: tuple[tuple[int, float], ...]
+    """The likeliest ids with theirs, best first, of equals the lower id: as many as were asked for."""
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Of every id, fp32, in a tensor of its own, from logits [..., vocabulary] as the model computed them.
+
+    To be called before processors see the logits: some change them in place.
+    """
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def look_up(table: torch.Tensor, token: int, count: int) -> LogProbs:
+    """Those of `token` and of the `count` likeliest, from log probabilities [vocabulary].
+
+    Waits for the device. Rounded logits are often equal. Which of equals topk takes is its own choice; argmax
+    takes the lowest, and so must this, or the greedy token would not be the likeliest one.
+    """
+    top: list[tuple[int, float]] = []
+    if count:
+        least = table.topk(min(count, len(table))).values[-1]
+        ids = (table >= least).nonzero()[:, 0]
+        pairs = zip(ids.tolist(), table[ids].tolist(), strict=True)
+        top = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:count]
+    return LogProbs(float(table[token]), tuple(top))

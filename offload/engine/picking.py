@@ -1,0 +1,61 @@
+"""The next token of each sequence, picked from its logits as its settings say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Ids
+from typing import NamedTuple
+
+import torch
+
+from moe_local.cache.errors import MoeLocalError
+from moe_local.offload.engine.logprobs import LogProbs, log_probabilities, look_up
+from moe_local.offload.engine.sampling import draw
+from moe_local.offload.engine.sequence import Sequence
+
+
+class Pick(NamedTuple):
+    """A token, and what the model thought of it where that was asked for."""
+
+    token: int
+    logprobs: LogProbs | None
+
+
+def pick_tokens(
+    rows: Ids[tuple[Sequence, torch.Tensor]], seen: Callable[[Sequence], torch.Tensor]
+) -> list[Pick]:
+    """One for each sequence, from its logits [1, vocabulary] fp32; here alone the host waits for the device.
+
+    `seen`: the ids of a sequence on the device, [1, length], for processors. Raises MoeLocalError for NaN.
+    """
+    if not rows:
+        return []
+    picked, tables = [], []
+    for sequence, logits in rows:
+        asked = sequence.settings.logprobs is not None
+        tables.append(log_probabilities(logits[0]) if asked else None)
+        picked.append(_pick(sequence, logits, seen))
+    picks = []
+    for (sequence, _), table, (token, broken) in zip(rows, tables, torch.stack(picked).tolist(), strict=True):
+        if broken:
+            raise MoeLocalError(
+                f"the model computed NaN at position {len(sequence.ids) - 1}: a weight is damaged "
+                "or too large for its dtype; convert the checkpoint again, or try --dense bf16"
+            )
+        count = sequence.settings.logprobs or 0
+        picks.append(Pick(token, None if table is None else look_up(table, token, count)))
+    return picks
+
+
+def _pick(sequence: Sequence, logits: torch.Tensor, seen: Callable[[Sequence], torch.Tensor]) -> torch.Tensor:
+    """From [1, vocabulary] to [2]: the token, and whether there was a NaN, without waiting for either."""
+    settings = sequence.settings
+    broken = logits.isnan().any()
+    scores = logits
+    if settings.processors:
+        scores = settings.processors(seen(sequence), logits)
+    if settings.do_sample:
+        token = draw(torch.softmax(scores, dim=-1), settings.generator)
+    else:
+        token = scores[0].argmax()
+    return torch.stack([token, broken.to(token.dtype)])
