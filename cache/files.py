@@ -122,6 +122,8 @@ def locked(
     lock = filelock.FileLock(lock_file(path))
     try:
         try:
+            # Where no file can be made, filelock takes it for one that somebody has just removed, and waits.
+            os.close(os.open(lock_file(path), os.O_RDWR | os.O_CREAT, 0o666))
             lock.acquire(timeout=0)
         except filelock.Timeout:
             if timeout_s == 0:

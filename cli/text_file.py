@@ -14,8 +14,10 @@ def read_text_file(path: Path) -> str:
     try:
         with click.open_file(str(path), encoding="utf-8") as file:
             text: str = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"{path} cannot be read as text: {error}") from None
+    except UnicodeDecodeError:
+        raise OptionError(f"{path} cannot be read as text: it is no UTF-8; save it as that") from None
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read: {error.strerror or error}") from None
     if not text.strip():
         name = "what came on stdin" if str(path) == "-" else path
         raise OptionError(f"the text to calibrate on is empty: {name}; give some thousand words")

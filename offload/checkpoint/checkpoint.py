@@ -170,9 +170,11 @@ def parse_config(path: Path) -> Any:
 
     try:
         fields = parse_json(path.read_bytes(), object_hook=_special_float)
-        model_type = str(fields["model_type"])
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{path} is corrupt or names no model_type ({type(error).__name__})") from error
+    except (ValueError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{path} is no JSON; get the checkpoint again") from error
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise CheckpointError(f"{path} names no model_type; give the folder of a Hugging Face checkpoint")
+    model_type = str(fields["model_type"])
     if model_type not in CONFIG_MAPPING:
         code = " and brings code of its own, which moe-local never runs" if "auto_map" in fields else ""
         raise CheckpointError(

@@ -134,9 +134,7 @@ def _header(path: Path, remedy: str) -> tuple[dict[str, Any], list[_Described], 
                 tensors.append(_Described((name, shape, *_numbers(file, "IQ"))))
             start = _aligned(file.tell(), metadata.get("general.alignment", 32))
         except (struct.error, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{path} is cut short or corrupt inside its header ({type(error).__name__}); {remedy}"
-            ) from error
+            raise CheckpointError(f"{path} is cut short or corrupt inside its header; {remedy}") from error
         return metadata, tensors, start
 
 

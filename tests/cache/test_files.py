@@ -128,6 +128,13 @@ def test_one_at_a_time(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder like this")
+def test_where_no_file_can_be_made_nobody_waits() -> None:
+    """In such a folder the system says that the file is missing, which is no reason to try again."""
+    with pytest.raises(FileNotFoundError), locked(Path("/proc/self/a"), timeout_s=1):
+        pass
+
+
 def test_a_killed_holder_gives_its_lock_back(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     pid = os.fork()

@@ -249,10 +249,18 @@ class TestBadFolders:
         with pytest.raises(CheckpointError, match=r"has no config\.json"):
             Checkpoint.open(copy)
 
-    @pytest.mark.parametrize("text", ["{", "[]", "{}", ""])
-    def test_broken_config(self, copy: Path, text: str) -> None:
+    @pytest.mark.parametrize(
+        ("text", "wrong"),
+        [
+            ("{", "is no JSON"),
+            ("", "is no JSON"),
+            ("[]", "names no model_type"),
+            ("{}", "names no model_type"),
+        ],
+    )
+    def test_broken_config(self, copy: Path, text: str, wrong: str) -> None:
         (copy / "config.json").write_text(text)
-        with pytest.raises(CheckpointError, match=r"config\.json is corrupt") as error:
+        with pytest.raises(CheckpointError, match=rf"config\.json {wrong}; g") as error:
             Checkpoint.open(copy)
         assert_one_line(error)
 

@@ -184,7 +184,7 @@ def test_damaged_files(made: Callable[[str], tuple[Path, Path]], tmp_path: Path)
     path = tmp_path / "x.gguf"
     for content, message in (
         (raw[:-100], r"is cut short, inside tensor .*; get the file again"),
-        (raw[:300], r"is cut short or corrupt inside its header \(error\)"),
+        (raw[:300], r"is cut short or corrupt inside its header; get the file again"),
         (raw[:20], r"is cut short or corrupt inside its header"),
         (b"GGML" + raw[4:], "is no GGUF file"),
         (raw[:4] + struct.pack("<I", 1) + raw[8:], "is GGUF version 1, only 2 and 3 are read"),
