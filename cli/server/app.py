@@ -338,6 +338,8 @@ async def _failed(request: Request, error: Any) -> JSONResponse:
 async def _refused(request: Request, error: Any) -> JSONResponse:
     """What FastAPI refuses by itself: unknown paths and methods, bodies that are too long."""
     message = f"{request.method} {request.url.path}: {error.detail}"
+    if error.status_code == 404:
+        message += "; there are /v1/chat/completions, /v1/completions and /v1/models: base URLs end in /v1"
     body = error_body(message, "invalid_request_error")
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
@@ -363,7 +365,8 @@ async def _not_understood(request: Request, error: Any) -> JSONResponse:
     if first["type"] == "value_error":  # raised by us
         message = str(first["ctx"]["error"])
     if unknown:
-        near = difflib.get_close_matches(where, names, 1)
+        mine = ChatRequest if request.url.path.endswith("/chat/completions") else CompletionRequest
+        near = difflib.get_close_matches(where, mine.model_fields, 1, cutoff=0.75)
         message = f"unknown field {where!r}" + (f"; did you mean {near[0]!r}?" if near else "; leave it out")
     body = error_body(message, "invalid_request_error", param=where or None)
     return JSONResponse(body, status_code=400)

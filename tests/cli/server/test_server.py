@@ -417,6 +417,7 @@ def test_metrics(client: openai.OpenAI, server: Any) -> None:
         ({"messages": QUESTION, "max_token": 5}, "unknown field 'max_token'; did you mean 'max_tokens'?"),
         ({"massages": QUESTION}, "unknown field 'massages'; did you mean 'messages'?"),
         ({"messages": QUESTION, "zebra": 5}, "unknown field 'zebra'; leave it out"),
+        ({"messages": QUESTION, "cache_prompt": True}, "unknown field 'cache_prompt'; leave it out"),
         ({"messages": QUESTION, "max_tokens": "5"}, "max_tokens: Input should be a valid integer"),
         ({"messages": QUESTION, "n": True}, "n: Input should be a valid integer"),
         ({"messages": QUESTION, "frequency_penalty": 0.5}, "frequency_penalty is not supported"),
@@ -519,7 +520,9 @@ def test_bodies_that_are_no_requests(server: Any) -> None:
     for method, path, status in (("GET", "/nowhere", 404), ("GET", "/v1/chat/completions", 405)):
         answer = server.http.request(method, server.url + path)
         assert answer.status_code == status
-        assert path in answer.json()["error"]["message"]
+        message = answer.json()["error"]["message"]
+        assert path in message
+        assert ("base URLs end in /v1" in message) == (status == 404)
 
 
 def test_fields_that_change_nothing(client: openai.OpenAI, expected: str) -> None:
