@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_local.cli.answer_parser import AnswerParser, Piece
+from moe_local.cli.server.logprobs import Entries
 from moe_local.cli.server.text import StopFilter, call_id
 from moe_local.offload.batcher import Ended, Ticket
 from moe_local.offload.records import Token
@@ -31,13 +32,17 @@ class Choice:
     content: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    entries: Entries = field(default_factory=Entries)
+    """Log probabilities that have not been sent; without any where none were asked for."""
 
     def take(self, event: Token | Ended) -> list[Piece]:
         """What a token, or the end, adds. Raises the error that ended it."""
         pieces: list[Piece] = []
         if isinstance(event, Token):
             self.tokens += 1
-            pieces += self.parser.add(self.stops.add(event.text))
+            shown = self.stops.add(event.text)
+            self.entries.add(event, shown)
+            pieces += self.parser.add(shown)
             if self.stops.stopped and self.finish_reason is None:
                 self._finish("stop", pieces)
                 if self.ticket is not None:
@@ -61,6 +66,7 @@ class Choice:
 
     def _finish(self, reason: str, pieces: list[Piece]) -> None:
         pieces += self.parser.flush()
+        self.entries.end(cut=self.stops.stopped)
         self.finish_reason = reason
 
     def reason(self) -> str:

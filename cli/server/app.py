@@ -23,6 +23,7 @@ from moe_local.cli.exchanges import Shown, answer_room, shorten
 from moe_local.cli.server.answers import Answer, Choice
 from moe_local.cli.server.failures import Failure, error_body
 from moe_local.cli.server.guard import Guard, Traffic
+from moe_local.cli.server.logprobs import TokenNames
 from moe_local.cli.server.metrics import Metrics
 from moe_local.cli.server.page import Page
 from moe_local.cli.server.protocol import ChatRequest, CompletionRequest, Sampling, StreamOptions
@@ -67,6 +68,7 @@ class Server:
         self.metrics = Metrics(batcher)
         self.watch = Watch(model, batcher)
         self.page = Page()
+        self.names = TokenNames(model.tokenizer)
         self.traffic = Traffic()
         self._encoding = {False: asyncio.Lock(), True: asyncio.Lock()}
         """By whether the prompt is a long one."""
@@ -146,7 +148,9 @@ class Server:
         for index in range(asked.n):
             parser = AnswerParser(thinking=thinking, tools=tools is not None)
             answer.add(Choice(index, StopFilter(asked.stops), parser, again=index > 0))
-        return await self._answer(request, asked, answer, [shown.prompt], ChatShape(answer))
+        return await self._answer(
+            request, asked, answer, [shown.prompt], ChatShape(answer, self._names(asked))
+        )
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
         with self._as_failures():
@@ -158,7 +162,8 @@ class Server:
             parser = AnswerParser(plain=True)
             answer.add(Choice(index, StopFilter(asked.stops), parser, again=index % asked.n > 0))
         echo = [self._text(prompt) for prompt in prompts] if asked.echo else []
-        return await self._answer(request, asked, answer, prompts, TextShape(answer, echo, asked.n))
+        shape = TextShape(answer, echo, asked.n, self._names(asked))
+        return await self._answer(request, asked, answer, prompts, shape)
 
     async def _shown(
         self, asked: ChatRequest, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
@@ -195,6 +200,10 @@ class Server:
                 raise OptionError(
                     f"no prompt can be made of this: {type(error).__name__}: {error}"
                 ) from error
+
+    def _names(self, asked: Sampling) -> TokenNames | None:
+        """For log probabilities, where they are asked for."""
+        return None if asked.likeliest is None else self.names
 
     def _text(self, ids: list[int]) -> str:
         text: str = self.model.tokenizer.decode(ids, skip_special_tokens=True)

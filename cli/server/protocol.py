@@ -52,7 +52,6 @@ class Sampling(Ignored):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    logprobs: bool | int | None = None
     seed: int | None = None
     n: int = Field(default=1, ge=1, le=MOST_CHOICES)
     stop: str | list[str] | None = None
@@ -75,8 +74,6 @@ class Sampling(Ignored):
                 raise OptionError(f"{name} is not supported; repetition_penalty is (1 changes nothing)")
         if self.logit_bias:
             raise OptionError("logit_bias is not supported; leave it out")
-        if self.logprobs is not None and self.logprobs is not False:  # of a completion 0 asks for some, too
-            raise OptionError("logprobs are not supported; leave them out")
 
     @field_validator("stop")
     @classmethod
@@ -90,6 +87,13 @@ class Sampling(Ignored):
     @classmethod
     def _check_range(cls, value: float | None, field: ValidationInfo) -> float | None:
         check_range(str(field.field_name), value)
+        return value
+
+    @field_validator("logprobs", "top_logprobs", check_fields=False)
+    @classmethod
+    def _check_logprobs(cls, value: int | None, field: ValidationInfo) -> int | None:
+        if not isinstance(value, bool):  # as a chat has them
+            check_range("logprobs", value, called=field.field_name)
         return value
 
     @field_validator("max_tokens", "max_completion_tokens", check_fields=False)
@@ -108,6 +112,11 @@ class Sampling(Ignored):
         return self.max_tokens
 
     @property
+    def likeliest(self) -> int | None:
+        """How many of the likeliest tokens each one comes with; None: no log probabilities are wanted."""
+        return None
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk that counts tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -120,6 +129,7 @@ class Sampling(Ignored):
             "top_k": self.top_k,
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
+            "logprobs": self.likeliest,
             "seed": None if self.seed is None else nth_seed(self.seed, choice),
         }
         return {name: value for name, value in wanted.items() if value is not None}
@@ -130,12 +140,17 @@ class CompletionRequest(Sampling):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool = False
+    logprobs: int | None = None
     suffix: str | None = None
     best_of: int | None = None
 
     @property
     def most_tokens(self) -> int:
         return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def likeliest(self) -> int | None:
+        return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
         """One or several. Raises OptionError for what is none."""
@@ -152,6 +167,8 @@ class CompletionRequest(Sampling):
             raise OptionError("suffix is not supported; put the text in front into prompt")
         if self.best_of not in (None, 1, self.n):
             raise OptionError(f"best_of {self.best_of} is not supported; use n")
+        if self.echo and self.logprobs is not None:
+            raise OptionError("logprobs of an echoed prompt are not supported; leave echo or logprobs out")
         if not self.prompts():
             raise OptionError("prompt is an empty list; give a text, or token ids")
 
@@ -165,6 +182,7 @@ class ChatRequest(Sampling):
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     """Calls may come one by one or several at a time, as the model likes."""
+    logprobs: bool | None = None
     top_logprobs: int | None = None
     response_format: dict[str, Any] | None = None
     modalities: list[str] | None = None
@@ -183,8 +201,8 @@ class ChatRequest(Sampling):
 
     def check(self) -> None:
         super().check()
-        if self.top_logprobs:
-            raise OptionError("top_logprobs are not supported; leave them out")
+        if self.top_logprobs and not self.logprobs:
+            raise OptionError("top_logprobs need logprobs: true beside them")
         if self.modalities not in (None, [], ["text"]):
             raise OptionError(f"modalities {self.modalities} are not supported; text is")
         kind = (self.response_format or {}).get("type", "text")
@@ -192,6 +210,10 @@ class ChatRequest(Sampling):
             raise OptionError(f"response_format {kind!r} is not supported; ask for JSON in the prompt")
         if self.tool_choice == "required" or isinstance(self.tool_choice, dict):
             raise OptionError("tool_choice can be auto or none; a call cannot be forced")
+
+    @property
+    def likeliest(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from moe_local.cli.answer_parser import Piece
 from moe_local.cli.server.answers import Answer, Choice, tool_call
+from moe_local.cli.server.logprobs import TokenNames
 
 
 class Shape(Protocol):
@@ -31,8 +32,10 @@ class Shape(Protocol):
 class ChatShape:
     """chat.completion and chat.completion.chunk."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, names: TokenNames | None = None) -> None:
+        """`names`: for log probabilities; None: none are wanted."""
         self._answer = answer
+        self._names = names
 
     def whole(self) -> dict[str, Any]:
         return {
@@ -61,7 +64,12 @@ class ChatShape:
         return {**head, "choices": [], "usage": self._answer.usage()}
 
     def _chunk(self, choice: Choice, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        part = {"index": choice.index, "delta": delta, "finish_reason": reason, "logprobs": None}
+        part = {
+            "index": choice.index,
+            "delta": delta,
+            "finish_reason": reason,
+            "logprobs": self._logprobs(choice),
+        }
         return {**_head(self._answer, "chat.completion.chunk"), "choices": [part]}
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
@@ -76,16 +84,24 @@ class ChatShape:
             "index": choice.index,
             "message": message,
             "finish_reason": choice.reason(),
-            "logprobs": None,
+            "logprobs": self._logprobs(choice),
         }
+
+    def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        """Of the tokens that have become text since the last time."""
+        return None if self._names is None else self._names.chat(choice.entries.take())
 
 
 class TextShape:
     """text_completion, whole and in chunks."""
 
-    def __init__(self, answer: Answer, echo: Sequence[str], n: int) -> None:
-        """`echo`: texts of the prompts, to begin with; empty: none is wanted. `n` choices for each prompt."""
+    def __init__(self, answer: Answer, echo: Sequence[str], n: int, names: TokenNames | None = None) -> None:
+        """`echo`: texts of the prompts, to begin with; empty: none is wanted. `n` choices for each prompt.
+
+        `names`: for log probabilities; None: none are wanted.
+        """
         self._answer = answer
+        self._names = names
         self._echo = echo
         self._n = n
 
@@ -119,7 +135,17 @@ class TextShape:
         return {**_head(self._answer, "text_completion"), "choices": [self._part(choice, text, reason)]}
 
     def _part(self, choice: Choice, text: str, reason: str | None) -> dict[str, Any]:
-        return {"index": choice.index, "text": text, "finish_reason": reason, "logprobs": None}
+        return {
+            "index": choice.index,
+            "text": text,
+            "finish_reason": reason,
+            "logprobs": self._logprobs(choice),
+        }
+
+    def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        if self._names is None:
+            return None
+        return self._names.completion(choice.entries.take(), len(self._prefix(choice)))
 
 
 def _head(answer: Answer, kind: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moe_local.cache.errors import OptionError
 from moe_local.offload.engine.text import Detokenizer, encode_prompt
+from moe_local.offload.engine.token_bytes import TokenBytes
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 PIECES = ["▁", "▁the", "▁expert", "s", "e", "router", "▁▁", "你好", "é", "😀", "▁.", ".", "\ufffd"]
@@ -122,6 +123,46 @@ def test_an_unfinished_character_comes_with_the_flush(byte_level: Any) -> None:
     assert "".join(pieces) == "ok "
     assert rest == byte_level.decode(ids)[3:]
     assert set(rest) == {"\ufffd"}
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_bytes_of_tokens_add_up_to_the_whole(tokenizer: Any, data: st.DataObject) -> None:
+    """Of any tokens that are whole characters together, special ones and halves of characters among them."""
+    known = TokenBytes(tokenizer)
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=25))
+    try:
+        joined = b"".join(known.of(token) for token in ids).decode()
+    except UnicodeDecodeError:
+        return
+    decoded = tokenizer.decode(ids, skip_special_tokens=False)
+    assert joined in (decoded, f" {decoded}")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_byte_of_a_text_is_some_tokens(tokenizer: Any, text: str) -> None:
+    known = TokenBytes(tokenizer)
+    ids = (
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        if BYTES[0] not in tokenizer.get_vocab()
+        else (byte_ids(tokenizer, text))
+    )
+    assert b"".join(known.of(token) for token in ids) == text.encode()
+
+
+def test_bytes_of_one_token(byte_level: Any) -> None:
+    llama = TokenBytes(sentencepiece_like(False))
+    named = llama._tokenizer.convert_tokens_to_ids
+    for name, expected in {"▁the": " the", "s": "s", "▁": " ", "▁▁": "  ", "</s>": "</s>", "é": "é"}.items():
+        assert llama.of(named(name)) == expected.encode()
+    assert llama.of(named("<0xE4>")) == b"\xe4"
+    assert llama.of(named("\ufffd")) == "\ufffd".encode()
+    half = TokenBytes(byte_level)
+    assert [half.of(token) for token in byte_level("😀")["input_ids"]] == [b"\xf0", b"\x9f", b"\x98", b"\x80"]
+    assert half.of(byte_level.convert_tokens_to_ids("<|end|>")) == b"<|end|>"
+    assert (
+        half.of(len(byte_level) + 3) == llama.of(9999) == b""
+    )  # a matrix has more rows than there are names
 
 
 def test_a_flushed_detokenizer_starts_anew(byte_level: Any) -> None:

@@ -72,7 +72,8 @@ class Running:
 class Scripted:
     """Says `text` in pieces of `size` characters, `times` times, `pause_s` seconds apart; then ends.
 
-    With `hold`, the rest waits behind so many pieces until `go` is set.
+    With `hold`, the rest waits behind so many pieces until `go` is set. Where they are asked for, the log
+    probability of a piece is minus its number.
     """
 
     def __init__(
@@ -84,13 +85,16 @@ class Scripted:
         times: int = 1,
         pause_s: float = 0.0,
         hold: int | None = None,
+        silent: int = 0,
     ) -> None:
+        """`silent`: tokens without a text, at the end."""
         self._model = model
         self.text = text
         self.size = size
         self.times = times
         self.pause_s = pause_s
         self.hold = hold
+        self.silent = silent
         self.go = threading.Event()
         self.said = 0
         """Pieces so far."""
@@ -104,16 +108,18 @@ class Scripted:
         ticket = Ticket(list(prompt), None, None, listener, None, time.perf_counter())  # type: ignore[arg-type]
         self.tickets.append(ticket)
         self.prompts.append(self._model.tokenizer.decode(prompt))
-        threading.Thread(target=self._say, args=(ticket,)).start()
+        threading.Thread(target=self._say, args=(ticket, options.get("logprobs"))).start()
         return ticket
 
-    def _say(self, ticket: Ticket) -> None:
+    def _say(self, ticket: Ticket, logprobs: int | None) -> None:
         pieces = [self.text[at : at + self.size] for at in range(0, len(self.text), self.size)] * self.times
-        for piece in pieces:
+        pieces += [""] * self.silent
+        for number, piece in enumerate(pieces):
             if ticket.cancelled:
                 ticket.listener(Ended(None))
                 return
-            ticket.listener(Token(piece, 1, 1.0, 0.0, 1, 0, 0, 0, None))
+            scores = () if logprobs is None else (-float(number), ())
+            ticket.listener(Token(piece, 1, 1.0, 0.0, 1, 0, 0, 0, None, *scores))
             self.said += 1
             time.sleep(self.pause_s)
             if self.said == self.hold:
@@ -155,5 +161,5 @@ def server(serving: Serving, model: moe_local.Model) -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def scripted(model: moe_local.Model) -> Callable[..., Scripted]:
-    """scripted(text, size=3, times=1, pause_s=0.0, hold=None)"""
+    """scripted(text, size=3, times=1, pause_s=0.0, hold=None, silent=0)"""
     return lambda text, **options: Scripted(model, text, **options)

@@ -1,0 +1,54 @@
+"""What bytes single tokens stand for: a token may be half a character, which no text can show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_local.offload.engine.text import BYTE_TOKEN, REPLACEMENT
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letters that byte-level vocabularies write bytes as, after GPT-2: printable ones as they are, the
+    others as what follows U+00FF."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_LETTERS = _byte_letters()
+
+
+class TokenBytes:
+    """The bytes of every token as it stands within a text, special tokens by their names.
+
+    Those of a text's tokens, joined, are the text, but for a space that some tokenizers drop at its start.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """`tokenizer`: of transformers, fast or slow."""
+        self._tokenizer = tokenizer
+        self._known: dict[int, bytes] = {}
+
+    def of(self, token: int) -> bytes:
+        """Empty for an id that the vocabulary has no name for, as models have whose matrices are padded."""
+        if token not in self._known:
+            self._known[token] = self._find(token)
+        return self._known[token]
+
+    def _find(self, token: int) -> bytes:
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if not isinstance(name, str):
+            return b""
+        if BYTE_TOKEN.fullmatch(name):
+            return bytes([int(name[3:5], 16)])
+        alone = self._decode(token)
+        if REPLACEMENT in alone and all(letter in BYTE_LETTERS for letter in name):
+            return bytes(BYTE_LETTERS[letter] for letter in name)
+        # Decoders drop the space of a text's first word, so it is the second one that shows what a token is.
+        return self._decode(token, token)[len(alone) :].encode()
+
+    def _decode(self, *ids: int) -> str:
+        text: str = self._tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
