@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from enum import Enum
 from typing import Any, NamedTuple
 
 from moe_local.cache.files import parse_json
+from moe_local.offload.thoughts import CLOSE_THOUGHT, OPEN_THOUGHT
 
-OPEN_THOUGHT, CLOSE_THOUGHT = "<think>", "</think>"
 OPEN_CALL, CLOSE_CALL = "<tool_call>", "</tool_call>"
 """As templates of Qwen, DeepSeek, GLM and many others have them; what a model marks otherwise is content."""
-
-
-def opens_thought(tokenizer: Any, ids: Sequence[int]) -> bool:
-    """Whether a prompt of these ids ends inside a thought, as some templates do."""
-    return bool(tokenizer.decode(ids[-8:]).rstrip().endswith(OPEN_THOUGHT))
 
 
 def overlap(text: str, mark: str) -> int:

@@ -14,7 +14,7 @@ import click
 import moe_local
 from moe_local.cache.errors import MoeLocalError
 from moe_local.cli.answer import AnswerView
-from moe_local.cli.answer_parser import AnswerParser, Piece, opens_thought
+from moe_local.cli.answer_parser import AnswerParser, Piece
 from moe_local.cli.completion import model_argument
 from moe_local.cli.exchanges import answer_room, shorten
 from moe_local.cli.first_use import ready, yes_flag
@@ -23,6 +23,7 @@ from moe_local.cli.options import Sampling, debug_flag, load_flags, sampling_fla
 from moe_local.cli.prompt import Messages, can_edit
 from moe_local.cli.render import ProgressBar, print_status, status_line
 from moe_local.offload.ranges import nth_seed
+from moe_local.offload.thoughts import opens_thought
 
 if TYPE_CHECKING:
     from moe_local import Model

@@ -20,11 +20,13 @@ from moe_local.cache.stats import Stats
 from moe_local.offload.batcher import Batcher, Listener, Ticket
 from moe_local.offload.engine.batch import generate_ids
 from moe_local.offload.engine.engine import Engine
+from moe_local.offload.engine.grammar import json_matcher
 from moe_local.offload.engine.sampling import (
     Settings,
     imply_sampling,
     make_settings,
     needs_hf_generate,
+    vocabulary_size,
 )
 from moe_local.offload.engine.text import Detokenizer, Prompt, encode_prompt
 from moe_local.offload.expert_file.usage import add_usage
@@ -125,7 +127,9 @@ class Model:
         messages, or token ids. `stop` ends the answer after any of these strings, `seed` makes sampling
         repeatable. `logprobs` (0 to 20) has each Token say how likely the model held it to be, and this many
         of the likeliest ones, in its own distribution, which no option of sampling changes. `options` are
-        transformers' generation options, and temperature, top_p and the like ask for sampling. Defaults are
+        transformers' generation options, and temperature, top_p and the like ask for sampling. Further ones:
+        `json_schema`, a dict, of which the answer is JSON (behind a thought that the prompt begins);
+        `frequency_penalty`, `presence_penalty` and `logit_bias` as OpenAI has them. Defaults are
         the checkpoint's generation_config and 512 new tokens. Raises OptionError for options and prompts that
         cannot be served. Computes nothing before a token is asked for.
         """
@@ -159,6 +163,11 @@ class Model:
         _refuse_beyond_loop(hf, options)
         settings = make_settings(hf, ids, tokenizer=self.tokenizer, seed=plain_number(seed), **options)
         return ids, settings, None if self.tokenizer is None else Detokenizer(self.tokenizer)
+
+    def check_schema(self, schema: Any) -> None:
+        """Raises OptionError where `json_schema=schema` would. Compiles it, which may take a second; later
+        answers do without. Any thread."""
+        json_matcher(self.tokenizer, schema, vocabulary_size(self._open().hf))
 
     def batcher(self, *, queue: int = 64) -> Batcher:
         """Something to answer several prompts at once with, as many as `parallel` in `load`.

@@ -51,6 +51,8 @@ RANGES: Mapping[str, Range] = {
     "min_p": Range(0, 1),
     "typical_p": Range(0, 1, above=True),
     "repetition_penalty": Range(0, above=True),
+    "frequency_penalty": Range(-2, 2),
+    "presence_penalty": Range(-2, 2),
     "max_new_tokens": Range(1, whole=True),
     "max_length": Range(1, whole=True),
     "min_new_tokens": Range(0, whole=True),

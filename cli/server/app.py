@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 import moe_local
 from moe_local.cache.errors import MoeLocalError, OptionError
-from moe_local.cli.answer_parser import AnswerParser, opens_thought
+from moe_local.cli.answer_parser import AnswerParser
 from moe_local.cli.exchanges import Shown, answer_room, shorten
 from moe_local.cli.server.answers import Answer, Choice
 from moe_local.cli.server.failures import Failure, error_body
@@ -32,6 +32,7 @@ from moe_local.cli.server.text import StopFilter
 from moe_local.cli.server.watch import Watch
 from moe_local.offload.batcher import Batcher, Ended
 from moe_local.offload.engine.text import encode_prompt
+from moe_local.offload.thoughts import opens_thought
 
 LONG_PROMPT = 1 << 16
 """Characters of a prompt that others need not wait for."""
@@ -141,6 +142,8 @@ class Server:
             if tools is not None:
                 self._check_tools(tools)
             messages = asked.conversation()
+            if (schema := asked.json_schema) is not None:
+                await self._beside(lambda: self.model.check_schema(schema), 0)
             shown = await self._shown(asked, messages, tools)
         thinking = opens_thought(self.model.tokenizer, shown.prompt)
         answer = Answer("chatcmpl", self.name)

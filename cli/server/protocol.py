@@ -69,11 +69,6 @@ class Sampling(Ignored):
 
     def check(self) -> None:
         """Raises OptionError for what is asked for and cannot be had."""
-        for name in ("frequency_penalty", "presence_penalty"):
-            if getattr(self, name):
-                raise OptionError(f"{name} is not supported; repetition_penalty is (1 changes nothing)")
-        if self.logit_bias:
-            raise OptionError("logit_bias is not supported; leave it out")
 
     @field_validator("stop")
     @classmethod
@@ -83,7 +78,16 @@ class Sampling(Ignored):
             raise OptionError("a stop string is empty; leave it out")
         return stop
 
-    @field_validator("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+    @field_validator(
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "frequency_penalty",
+        "presence_penalty",
+        "seed",
+    )
     @classmethod
     def _check_range(cls, value: float | None, field: ValidationInfo) -> float | None:
         check_range(str(field.field_name), value)
@@ -117,6 +121,11 @@ class Sampling(Ignored):
         return None
 
     @property
+    def json_schema(self) -> Any:
+        """The schema of an answer that is to be JSON."""
+        return None
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk that counts tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -130,6 +139,10 @@ class Sampling(Ignored):
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
             "logprobs": self.likeliest,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "logit_bias": self.logit_bias,
+            "json_schema": self.json_schema,
             "seed": None if self.seed is None else nth_seed(self.seed, choice),
         }
         return {name: value for name, value in wanted.items() if value is not None}
@@ -205,15 +218,33 @@ class ChatRequest(Sampling):
             raise OptionError("top_logprobs need logprobs: true beside them")
         if self.modalities not in (None, [], ["text"]):
             raise OptionError(f"modalities {self.modalities} are not supported; text is")
-        kind = (self.response_format or {}).get("type", "text")
-        if kind != "text":
-            raise OptionError(f"response_format {kind!r} is not supported; ask for JSON in the prompt")
+        if self.json_schema is not None and self.offered_tools:
+            raise OptionError("an answer of a response_format calls no tools; leave one of them out")
         if self.tool_choice == "required" or isinstance(self.tool_choice, dict):
             raise OptionError("tool_choice can be auto or none; a call cannot be forced")
 
     @property
     def likeliest(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None
+
+    @property
+    def json_schema(self) -> Any:
+        """As OpenAI has it: any object, or what a schema says. Raises OptionError for other formats."""
+        form = self.response_format or {}
+        match form.get("type", "text"):
+            case "text":
+                return None
+            case "json_object":
+                return {"type": "object"}
+            case "json_schema":
+                given = form.get("json_schema")
+                if not isinstance(given, dict) or not isinstance(given.get("schema"), dict):
+                    raise OptionError("response_format has no json_schema.schema; give it, or json_object")
+                return given["schema"]
+            case kind:
+                raise OptionError(
+                    f"response_format {kind!r} is not supported; text, json_object and json_schema are"
+                )
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:

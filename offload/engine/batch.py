@@ -19,6 +19,7 @@ from moe_local.offload.engine.sampling import (
     needs_hf_generate,
     option_error,
     with_default_length,
+    without_shaping,
 )
 from moe_local.offload.engine.sequence import Sequence
 from moe_local.offload.gpu.relief import shortage
@@ -118,6 +119,7 @@ def _hand_over(
     Memory that runs out on the way is not made up for, since nobody can say where such a generate stood; but
     the experts give way all the same, so that it can be called again.
     """
+    options = without_shaping(options)
     hf = engine.hf
     device = input_device(hf)
     devices = [device] if device.type == "cuda" else []

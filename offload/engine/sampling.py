@@ -21,6 +21,8 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from moe_local.cache.errors import OptionError
+from moe_local.offload.engine.grammar import JsonMask
+from moe_local.offload.engine.penalties import Penalties, check_bias
 from moe_local.offload.gpu.capturing import alone
 from moe_local.offload.ranges import RANGES, check_range
 
@@ -29,7 +31,9 @@ DEFAULT_MAX_NEW_TOKENS = 512
 LIMITS = frozenset({"max_new_tokens", "max_length"})
 SAMPLING_OPTIONS = frozenset({"temperature", "top_k", "top_p", "min_p", "typical_p"})
 FLOAT_OPTIONS = SAMPLING_OPTIONS - {"top_k"} | {"repetition_penalty", "encoder_repetition_penalty"}
-OWN_OPTIONS = frozenset({"seed", "tokenizer", "generation_config", "attention_mask", "logprobs"})
+SHAPING = frozenset({"frequency_penalty", "presence_penalty", "logit_bias", "json_schema"})
+"""What our loop does and transformers' generate does not."""
+OWN_OPTIONS = frozenset({"seed", "tokenizer", "generation_config", "attention_mask", "logprobs"}) | SHAPING
 BEYOND_OUR_LOOP = frozenset(
     {"token_healing", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"}
     | {"output_hidden_states", "is_assistant", "low_memory"}
@@ -200,6 +204,8 @@ def make_settings(
             model_kwargs={},
             logits_processor=LogitsProcessorList(),
         )
+        # Before those that choose among what is likely: top_p of tokens that cannot follow would leave none.
+        processors[:0] = _shaping(hf, prompt_ids, tokenizer, config, options)
         return Settings(
             max_new_tokens=max_new_tokens,
             eos_ids=frozenset() if eos is None else frozenset(eos.tolist()),
@@ -211,6 +217,41 @@ def make_settings(
             max_time=config.max_time,
             logprobs=logprobs,
         )
+
+
+def vocabulary_size(hf: Any) -> int:
+    """How many scores a token has."""
+    size: int = hf.config.get_text_config(decoder=True).vocab_size
+    return size
+
+
+def _shaping(
+    hf: Any, prompt_ids: Ids[int], tokenizer: Any, config: Any, options: Mapping[str, Any]
+) -> list[Any]:
+    """The processors of what SHAPING names."""
+    vocabulary = vocabulary_size(hf)
+    shaping: list[Any] = []
+    frequency, presence = (options.get(f"{name}_penalty") or 0 for name in ("frequency", "presence"))
+    bias = check_bias(options.get("logit_bias") or {}, vocabulary)
+    if frequency or presence or bias:
+        shaping.append(Penalties(len(prompt_ids), frequency=frequency, presence=presence, bias=bias))
+    if (schema := options.get("json_schema")) is not None:
+        if config.min_length or config.min_new_tokens:
+            raise OptionError("min_length cannot be kept with a json_schema, which says when the answer ends")
+        eos = config._eos_token_tensor
+        ends = frozenset() if eos is None else frozenset(eos.tolist())
+        shaping.append(JsonMask(tokenizer, schema, prompt_ids, vocabulary=vocabulary, ends=ends))
+    return shaping
+
+
+def without_shaping(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for transformers' own generate. Raises OptionError where SHAPING is asked for."""
+    if names := [name for name in options if name in SHAPING and options[name] is not None]:
+        raise OptionError(
+            f"{', '.join(names)} cannot be kept with beams, scores, padding on the right or what else only "
+            "transformers' own generate does; leave one out"
+        )
+    return {name: value for name, value in options.items() if name not in SHAPING}
 
 
 def _check_length(config: Any, width: int) -> int:

@@ -420,8 +420,9 @@ def test_metrics(client: openai.OpenAI, server: Any) -> None:
         ({"messages": QUESTION, "cache_prompt": True}, "unknown field 'cache_prompt'; leave it out"),
         ({"messages": QUESTION, "max_tokens": "5"}, "max_tokens: Input should be a valid integer"),
         ({"messages": QUESTION, "n": True}, "n: Input should be a valid integer"),
-        ({"messages": QUESTION, "frequency_penalty": 0.5}, "frequency_penalty is not supported"),
-        ({"messages": QUESTION, "logit_bias": {"5": 1}}, "logit_bias is not supported"),
+        ({"messages": QUESTION, "frequency_penalty": 2.5}, "frequency_penalty is 2.5; it must be a number"),
+        ({"messages": QUESTION, "logit_bias": {"x": 1}}, "logit_bias has 'x'; it must be token ids"),
+        ({"messages": QUESTION, "logit_bias": {"9999": 1}}, "logit_bias has '9999'; it must be token ids"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "half a character, at 0"),
         ({"messages": []}, "at least 1 item"),
         ({"messages": [{"content": "x"}]}, "message 0 has no role"),
@@ -449,7 +450,15 @@ def test_metrics(client: openai.OpenAI, server: Any) -> None:
             {"messages": QUESTION, "logprobs": True, "top_logprobs": 21},
             "top_logprobs is 21; it must be a whole number, from 0 to 20",
         ),
-        ({"messages": QUESTION, "response_format": {"type": "json_object"}}, "json_object"),
+        ({"messages": QUESTION, "response_format": {"type": "grammar"}}, "text, json_object and json_schema"),
+        ({"messages": QUESTION, "response_format": {"type": "json_schema"}}, "has no json_schema.schema"),
+        (
+            {
+                "messages": QUESTION,
+                "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "objekt"}}},
+            },
+            "json_schema cannot be kept: Invalid type: objekt",
+        ),
         ({"messages": QUESTION, "tool_choice": "required"}, "tool_choice"),
         ({"messages": QUESTION, "chat_template_kwargs": {"tokenize": False}}, "tokenize"),
         (

@@ -1,0 +1,71 @@
+"""JSON of a schema, penalties and biases, as the openai package asks for them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import openai
+import pydantic
+import pytest
+
+import moe_local
+
+QUESTION: list[Any] = [{"role": "user", "content": "What is a router?"}]
+
+
+class Verdict(pydantic.BaseModel):
+    topic: Literal["cache", "router"]
+    sure: bool
+
+
+@pytest.fixture(scope="module")
+def client(server: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+
+
+def test_an_answer_that_is_parsed_into_a_class(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.parse(
+        model="demo", messages=QUESTION, response_format=Verdict, max_tokens=200, n=2, temperature=1, seed=0
+    )
+    assert [type(choice.message.parsed) for choice in answer.choices] == [Verdict, Verdict]
+    assert [choice.finish_reason for choice in answer.choices] == ["stop", "stop"]
+
+
+def test_any_object_as_a_stream(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="demo",
+        messages=QUESTION,
+        response_format={"type": "json_object"},
+        temperature=0,
+        max_tokens=60,
+        stream=True,
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text.lstrip().startswith("{")
+    with pytest.raises(json.JSONDecodeError):  # this little model never ends it
+        json.loads(text)
+
+
+def test_a_schema_beside_tools_is_refused(server: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    body = {"messages": QUESTION, "tools": tools, "response_format": {"type": "json_object"}}
+    answer = server.http.post(f"{server.url}/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert "calls no tools; leave one of them out" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "asked", [{"frequency_penalty": 2.0}, {"presence_penalty": 2.0}, {"logit_bias": {"9": 12.0, "10": -100}}]
+)
+def test_penalties_and_biases_do_as_in_python(
+    client: openai.OpenAI, model: moe_local.Model, asked: dict[str, Any]
+) -> None:
+    sampling = {"temperature": 2.0, "seed": 1}
+    answer = client.chat.completions.create(
+        model="demo", messages=QUESTION, max_tokens=60, **sampling, **asked
+    )
+    plain, expected = (
+        model.generate(QUESTION, max_new_tokens=60, **sampling, **more).text for more in ({}, asked)
+    )
+    assert answer.choices[0].message.content == expected != plain
