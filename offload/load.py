@@ -36,6 +36,7 @@ from moe_local.offload.experts import ExpertRunner, OffloadedExperts
 from moe_local.offload.gpu.custody import Switch
 from moe_local.offload.gpu.lost_device import raise_as_one_line
 from moe_local.offload.gpu.relief import Relief
+from moe_local.offload.gpu.usable import tell_slow
 from moe_local.offload.kernels import bnb
 from moe_local.offload.model import Model
 from moe_local.offload.native.library import library
@@ -214,6 +215,7 @@ def _assemble(
     progress: Progress | None,
     graphs: Graphs | None,
 ) -> Model:
+    tell_slow(targets, plan.request.dtype)
     with contextlib.ExitStack() as undo:
         use = Use(checkpoint.folder if isinstance(file, NativeExperts) else file.folder)
         undo.callback(use.close)

@@ -67,6 +67,26 @@ def usable_cards() -> list[int]:
 REMEDY = "install a PyTorch that is built for it (https://pytorch.org/get-started)"
 
 
+def tell_slow(devices: Iterable[torch.device], dtype: torch.dtype) -> None:
+    """Say once of each card among them that it has no units for the model's dtype, and which has some.
+
+    Turing knows bf16 only as fp32 that is rounded. It is not turned to fp16 unasked: large activations of
+    some models would become infinite.
+    """
+    if dtype != torch.bfloat16 or torch.version.cuda is None:
+        return
+    for card in devices:
+        if card.type != "cuda":
+            continue
+        capability = torch.cuda.get_device_capability(card)
+        if capability < (8, 0):
+            _warn(
+                f"{torch.cuda.get_device_name(card)} (compute capability {capability[0]}.{capability[1]}) "
+                "computes bf16 without its matrix units, which makes long prompts slow; --dense fp16 uses "
+                "them, and is right as long as no activation of the model exceeds 65504"
+            )
+
+
 def tell_unused() -> None:
     """Say once that the CPU computes though there is an NVIDIA GPU, which nobody has hidden on purpose."""
     if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from moe_local.cache.errors import OptionError
+from moe_local.offload import load as load_module
 from moe_local.offload.doctor import graphics
 from moe_local.offload.gpu import usable
 from moe_local.offload.gpu.usable import runs_on
@@ -51,8 +53,8 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
             "device_count": lambda: len(capabilities),
             "current_device": lambda: 0,
             "get_arch_list": lambda: PYPI,
-            "get_device_capability": lambda index: capabilities[index],
-            "get_device_name": lambda index: f"card {index}",
+            "get_device_capability": lambda card: capabilities[getattr(card, "index", card)],
+            "get_device_name": lambda card: f"card {getattr(card, 'index', card)}",
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -114,3 +116,29 @@ def test_that_the_cpu_computes_though_there_is_a_gpu_is_said_once(
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == lines
     assert all("CUDA 13.0 finds none; update the driver" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [(torch.bfloat16, ["card 0 (compute capability 7.5) computes bf16 without"]), (torch.float16, [])],
+)
+def test_a_card_without_units_for_bf16_is_named_once(
+    cards: Callable[..., None], caplog: pytest.LogCaptureFixture, dtype: torch.dtype, said: list[str]
+) -> None:
+    cards((7, 5), (8, 0))
+    devices = [torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")]
+    for _ in range(2):
+        usable.tell_slow(devices, dtype)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line[: len(start)] for line, start in zip(lines, said, strict=True)] == said
+    assert all("--dense fp16" in line for line in lines)
+
+
+def test_a_load_asks_for_its_own_dtype(
+    monkeypatch: pytest.MonkeyPatch, make_checkpoint: Callable[..., Path]
+) -> None:
+    asked = []
+    monkeypatch.setattr(load_module, "tell_slow", lambda *given: asked.append(given))
+    for dense, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        load_module.load(make_checkpoint("mixtral"), experts="native", dense=dense, device="cpu").close()
+        assert asked.pop() == ([torch.device("cpu")], dtype)
