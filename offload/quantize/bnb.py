@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial, wraps
 from importlib import import_module
 from typing import Any
 
@@ -24,7 +25,7 @@ def bitsandbytes_ops() -> Any:
         if "bitsandbytes" in sys.modules:
             import_module("bitsandbytes")  # waits for whoever else is importing it
         else:
-            with _quiet(), _without_module("kernels"):
+            with _quiet(), _without_module("kernels"), _compiling_later():
                 import_module("bitsandbytes")  # registers the operators
     return torch.ops.bitsandbytes
 
@@ -52,3 +53,34 @@ def _without_module(name: str) -> Iterator[None]:
         del sys.modules[name]
         if present:
             sys.modules[name] = module  # type: ignore[assignment]
+
+
+@contextmanager
+def _compiling_later() -> Iterator[None]:
+    """What bitsandbytes has `torch.compile` compile is compiled when it is first called.
+
+    Optimizers call it, and devices without kernels; but the compilers' import alone takes more than a second.
+    """
+    compile = torch.compile
+
+    def later(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+        if function is None:
+            return partial(later, **options)
+        if not str(getattr(function, "__module__", "")).startswith("bitsandbytes."):
+            return compile(function, **options)  # of another thread
+
+        @cache
+        def compiled() -> Callable[..., Any]:
+            return compile(function, **options)
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return compiled()(*args, **kwargs)
+
+        return call
+
+    torch.compile = later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile

@@ -13,6 +13,7 @@ import torch
 
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.kernels import bnb
+from moe_local.offload.quantize import bnb as importing
 
 FIRST_USE = """
 import logging, sys
@@ -24,6 +25,7 @@ with ThreadPoolExecutor(8) as pool:
     found = {id(ops) for ops in pool.map(lambda _: bitsandbytes_ops(), range(8))}
 assert len(found) == 1
 assert "bitsandbytes" in sys.modules and "kernels" not in sys.modules
+assert "torch._inductor.compile_fx" not in sys.modules, "compilers that nothing needs"
 assert logging.getLogger("bitsandbytes.backends.cpu.ops").level == logging.NOTSET
 """
 
@@ -35,6 +37,34 @@ def test_first_use_from_several_threads_is_safe_and_silent() -> None:
         [sys.executable, "-c", FIRST_USE], capture_output=True, text=True, env=environment, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic": False}])
+def test_what_it_wants_compiled_is_compiled_when_called(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    compiled: list[tuple[Any, dict[str, Any]]] = []
+
+    def compile(function: Any, **given: Any) -> Any:
+        compiled.append((function, given))
+        return lambda x, *, y: 10 * function(x, y=y)
+
+    def its_own(x: int, *, y: int) -> int:
+        return x + y
+
+    def ours(x: int, *, y: int) -> int:
+        return x - y
+
+    its_own.__module__ = "bitsandbytes.backends.default.ops"
+    monkeypatch.setattr(torch, "compile", compile)
+    with importing._compiling_later():
+        decorator = torch.compile(**options) if options else torch.compile
+        wanted, other = decorator(its_own), torch.compile(ours)
+    assert torch.compile is compile
+    assert compiled == [(ours, {})]
+    assert other(3, y=2) == 10
+    assert wanted(3, y=2) == wanted(3, y=2) == 50
+    assert compiled[1:] == [(its_own, options)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
