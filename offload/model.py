@@ -20,9 +20,10 @@ from moe_local.cache.stats import Stats
 from moe_local.offload.batcher import Batcher, Listener, Ticket
 from moe_local.offload.engine.batch import generate_ids
 from moe_local.offload.engine.engine import Engine
-from moe_local.offload.engine.grammar import json_matcher
+from moe_local.offload.engine.grammar import matcher
 from moe_local.offload.engine.sampling import (
     Settings,
+    form,
     imply_sampling,
     make_settings,
     needs_hf_generate,
@@ -128,10 +129,11 @@ class Model:
         repeatable. `logprobs` (0 to 20) has each Token say how likely the model held it to be, and this many
         of the likeliest ones, in its own distribution, which no option of sampling changes. `options` are
         transformers' generation options, and temperature, top_p and the like ask for sampling. Further ones:
-        `json_schema`, a dict, of which the answer is JSON (behind a thought that the prompt begins);
-        `frequency_penalty`, `presence_penalty` and `logit_bias` as OpenAI has them. Defaults are
-        the checkpoint's generation_config and 512 new tokens. Raises OptionError for options and prompts that
-        cannot be served. Computes nothing before a token is asked for.
+        `json_schema`, a dict, of which the answer is JSON (behind a thought that the prompt begins), or
+        `grammar`, text in llguidance's Lark, which it keeps to; `frequency_penalty`, `presence_penalty` and
+        `logit_bias` as OpenAI has them. Defaults are the checkpoint's generation_config and 512 new tokens.
+        Raises OptionError for options and prompts that cannot be served. Computes nothing before a token is
+        asked for.
         """
         parts = self._open()
         if max_new_tokens is not None:
@@ -164,10 +166,11 @@ class Model:
         settings = make_settings(hf, ids, tokenizer=self.tokenizer, seed=plain_number(seed), **options)
         return ids, settings, None if self.tokenizer is None else Detokenizer(self.tokenizer)
 
-    def check_schema(self, schema: Any) -> None:
-        """Raises OptionError where `json_schema=schema` would. Compiles it, which may take a second; later
-        answers do without. Any thread."""
-        json_matcher(self.tokenizer, schema, vocabulary_size(self._open().hf))
+    def check_form(self, options: Mapping[str, Any]) -> None:
+        """Raises OptionError where `json_schema` or `grammar` among them would. Compiles what they say, which
+        may take a second; later answers do without. Any thread."""
+        if (grammar := form(options)) is not None:
+            matcher(self.tokenizer, grammar, vocabulary_size(self._open().hf))
 
     def batcher(self, *, queue: int = 64) -> Batcher:
         """Something to answer several prompts at once with, as many as `parallel` in `load`.

@@ -142,8 +142,8 @@ class Server:
             if tools is not None:
                 self._check_tools(tools)
             messages = asked.conversation()
-            if (schema := asked.json_schema) is not None:
-                await self._beside(lambda: self.model.check_schema(schema), 0)
+            if form := asked.form:
+                await self._beside(lambda: self.model.check_form(form), 0)
             shown = await self._shown(asked, messages, tools)
         thinking = opens_thought(self.model.tokenizer, shown.prompt)
         answer = Answer("chatcmpl", self.name)

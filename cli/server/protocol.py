@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from moe_local.cache.errors import OptionError
 from moe_local.cache.files import parse_json
+from moe_local.cli.server.demanded import call_grammar
 from moe_local.offload.ranges import check_range, nth_seed
 
 MOST_CHOICES = 16
@@ -121,9 +122,9 @@ class Sampling(Ignored):
         return None
 
     @property
-    def json_schema(self) -> Any:
-        """The schema of an answer that is to be JSON."""
-        return None
+    def form(self) -> dict[str, Any]:
+        """Keyword arguments of Model.submit that say what an answer must look like."""
+        return {}
 
     @property
     def include_usage(self) -> bool:
@@ -142,7 +143,7 @@ class Sampling(Ignored):
             "frequency_penalty": self.frequency_penalty,
             "presence_penalty": self.presence_penalty,
             "logit_bias": self.logit_bias,
-            "json_schema": self.json_schema,
+            **self.form,
             "seed": None if self.seed is None else nth_seed(self.seed, choice),
         }
         return {name: value for name, value in wanted.items() if value is not None}
@@ -218,17 +219,23 @@ class ChatRequest(Sampling):
             raise OptionError("top_logprobs need logprobs: true beside them")
         if self.modalities not in (None, [], ["text"]):
             raise OptionError(f"modalities {self.modalities} are not supported; text is")
-        if self.json_schema is not None and self.offered_tools:
+        if self._json_schema is not None and self.offered_tools:
             raise OptionError("an answer of a response_format calls no tools; leave one of them out")
-        if self.tool_choice == "required" or isinstance(self.tool_choice, dict):
-            raise OptionError("tool_choice can be auto or none; a call cannot be forced")
 
     @property
     def likeliest(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None
 
     @property
-    def json_schema(self) -> Any:
+    def form(self) -> dict[str, Any]:
+        """A call of a tool where one is demanded, or JSON. Raises OptionError for what there is not."""
+        schema, choice = self._json_schema, self.tool_choice
+        if choice == "required" or isinstance(choice, dict):
+            return {"grammar": call_grammar(self.tools or [], None if choice == "required" else choice)}
+        return {} if schema is None else {"json_schema": schema}
+
+    @property
+    def _json_schema(self) -> Any:
         """As OpenAI has it: any object, or what a schema says. Raises OptionError for other formats."""
         form = self.response_format or {}
         match form.get("type", "text"):

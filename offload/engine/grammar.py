@@ -1,7 +1,7 @@
-"""Answers that are JSON of a given schema: before each token, those are ruled out that lead to none.
+"""Answers of a given form, such as JSON of a schema: what leads to none is ruled out before each token.
 
-What may follow is llguidance's to say, which compiles schemas; only an end of the answer is ours to allow,
-since checkpoints have several tokens for it.
+What may follow is llguidance's to say, which compiles schemas and grammars; only an end of the answer is ours
+to allow, since checkpoints have several tokens for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WHITE_SPACE = r"( |\n[ \t]{0,20})?"
 """Between any two signs. More is what a model falls into that would rather not write JSON. As llama.cpp's."""
 
 KEPT = 64
-"""Schemas that stay compiled, for each tokenizer."""
+"""Grammars that stay compiled, for each tokenizer."""
 
 LOOKED_BACK = 16
 """Tokens in which the end of a thought is looked for: no tokenizer makes more of the mark."""
@@ -33,8 +33,42 @@ LOOKED_BACK = 16
 logger = logging.getLogger(__name__)
 
 
+def json_grammar(schema: Any) -> str:
+    """JSON of a schema as llguidance's grammar. Raises OptionError for what is no JSON schema at all."""
+    from llguidance import LLMatcher
+
+    _check_schema(schema)
+    return LLMatcher.grammar_from_json_schema(dict(schema), overrides={"whitespace_pattern": WHITE_SPACE})
+
+
+def json_rule(schema: Any) -> str:
+    """The same for the right side of a rule of a Lark grammar."""
+    _check_schema(schema)
+    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
+
+
+def lark_grammar(lark: Any) -> str:
+    """A grammar in the kind of Lark that llguidance reads. Raises OptionError where it is no text."""
+    from llguidance import LLMatcher
+
+    if not isinstance(lark, str):
+        raise OptionError(f"grammar is of type {type(lark).__name__}; it must be text, in llguidance's Lark")
+    return LLMatcher.grammar_from_lark(lark)
+
+
+def _check_schema(schema: Any) -> None:
+    if not isinstance(schema, Mapping):
+        raise OptionError(f"json_schema is of type {type(schema).__name__}; it must be a dict, a JSON schema")
+    try:
+        json.dumps(schema)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"json_schema is no JSON: {first_line(error)}") from error
+    except RecursionError as error:
+        raise OptionError("json_schema is nested too deeply; give a flatter one") from error
+
+
 class _Vocabulary:
-    """A tokenizer's tokens as llguidance wants them, and the schemas that were compiled for them."""
+    """A tokenizer's tokens as llguidance wants them, and the grammars that were compiled for them."""
 
     def __init__(self, tokenizer: Any, size: int) -> None:
         from llguidance.hf import from_tokenizer
@@ -43,30 +77,29 @@ class _Vocabulary:
             self._tokens = from_tokenizer(tokenizer, n_vocab=size)
         except Exception as error:  # each kind of tokenizer fails in its own way
             raise OptionError(
-                f"json_schema cannot be kept with this model's tokenizer: {first_line(error)}"
+                f"no form of an answer can be kept with this model's tokenizer: {first_line(error)}"
             ) from error
         self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._compiling = Lock()
 
-    def matcher(self, schema: str) -> Any:
+    def matcher(self, grammar: str) -> Any:
         """An LLMatcher at its beginning, the caller's. One that is kept waits for none that is compiled."""
-        kept = self._compiled.get(schema)
+        kept = self._compiled.get(grammar)
         if kept is None:
             with self._compiling:
-                kept = self._compiled.get(schema) or self._compile(schema)
-                self._compiled[schema] = kept
+                kept = self._compiled.get(grammar) or self._compile(grammar)
+                self._compiled[grammar] = kept
                 if len(self._compiled) > KEPT:
                     self._compiled.popitem(last=False)
         return kept.deep_copy()
 
-    def _compile(self, schema: str) -> Any:
+    def _compile(self, grammar: str) -> Any:
         from llguidance import LLMatcher
 
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITE_SPACE})
         matcher = LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
             why = " ".join(matcher.get_error().split())
-            raise OptionError(f"json_schema cannot be kept: {why}")
+            raise OptionError(f"this form of an answer cannot be kept: {why}")
         return matcher
 
 
@@ -74,44 +107,45 @@ _vocabularies: WeakKeyDictionary[Any, dict[int, _Vocabulary]] = WeakKeyDictionar
 _making = Lock()
 
 
-def json_matcher(tokenizer: Any, schema: Any, vocabulary: int) -> Any:
+def matcher(tokenizer: Any, grammar: str, vocabulary: int) -> Any:
     """An llguidance LLMatcher, the caller's own. `vocabulary`: how many scores a token has.
 
-    The first for a tokenizer takes up to a second, and so may a schema, which is compiled once. Any thread.
-    Raises OptionError for what is no schema or asks for what llguidance cannot do, and for tokenizers that it
-    cannot read.
+    The first for a tokenizer takes up to a second, and so may a grammar, which is compiled once. Any thread.
+    Raises OptionError for what asks for more than llguidance can do, and for tokenizers that it cannot read.
     """
     if tokenizer is None:
-        raise OptionError("json_schema needs a tokenizer; put its tokenizer.json into the model's folder")
-    if not isinstance(schema, Mapping):
-        raise OptionError(f"json_schema is of type {type(schema).__name__}; it must be a dict, a JSON schema")
-    try:
-        text = json.dumps(schema)
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"json_schema is no JSON: {first_line(error)}") from error
-    except RecursionError as error:
-        raise OptionError("json_schema is nested too deeply; give a flatter one") from error
+        raise OptionError(
+            "the form of an answer needs a tokenizer; put its tokenizer.json into the model's folder"
+        )
     with _making:
         sizes = _vocabularies.setdefault(tokenizer, {})
         if vocabulary not in sizes:
             sizes[vocabulary] = _Vocabulary(tokenizer, vocabulary)
-    return sizes[vocabulary].matcher(text)
+    return sizes[vocabulary].matcher(grammar)
 
 
-class JsonMask(LogitsProcessor):  # type: ignore[misc]
-    """Rules out what the schema does not allow to follow; -inf is its score. Serves one sequence.
+class GrammarMask(LogitsProcessor):  # type: ignore[misc]
+    """Rules out what the grammar does not allow to follow; -inf is its score. Serves one sequence.
 
     Where the prompt ends inside a thought (`<think>`), the answer is free until that is closed. A token that
-    something else has forced against the schema ends the answer.
+    something else has forced against the grammar ends the answer.
     """
 
     def __init__(
-        self, tokenizer: Any, schema: Any, prompt_ids: Sequence[int], *, vocabulary: int, ends: frozenset[int]
+        self,
+        tokenizer: Any,
+        grammar: str,
+        prompt_ids: Sequence[int],
+        *,
+        vocabulary: int,
+        ends: frozenset[int],
     ) -> None:
-        """`ends`: the tokens that end an answer. Raises OptionError as json_matcher, and for none."""
+        """`ends`: the tokens that end an answer. Raises OptionError as `matcher`, and for none."""
         if not ends:
-            raise OptionError("json_schema needs a token that ends an answer, and this model has none")
-        self._matcher = json_matcher(tokenizer, schema, vocabulary)
+            raise OptionError(
+                "the form of an answer needs a token that ends it, and this model has none; give eos_token_id"
+            )
+        self._matcher = matcher(tokenizer, grammar, vocabulary)
         self._tokenizer = tokenizer
         self._ends = sorted(ends)
         self._prompt_len = self._seen = len(prompt_ids)
@@ -148,4 +182,4 @@ class JsonMask(LogitsProcessor):  # type: ignore[misc]
 
     def _lose(self, why: str) -> None:
         self._lost = True
-        logger.warning("an answer ends before it is JSON of its schema: %s", why)
+        logger.warning("an answer ends before it has its form: %s", why)

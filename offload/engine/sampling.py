@@ -21,7 +21,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from moe_local.cache.errors import OptionError
-from moe_local.offload.engine.grammar import JsonMask
+from moe_local.offload.engine.grammar import GrammarMask, json_grammar, lark_grammar
 from moe_local.offload.engine.penalties import Penalties, check_bias
 from moe_local.offload.gpu.capturing import alone
 from moe_local.offload.ranges import RANGES, check_range
@@ -31,7 +31,7 @@ DEFAULT_MAX_NEW_TOKENS = 512
 LIMITS = frozenset({"max_new_tokens", "max_length"})
 SAMPLING_OPTIONS = frozenset({"temperature", "top_k", "top_p", "min_p", "typical_p"})
 FLOAT_OPTIONS = SAMPLING_OPTIONS - {"top_k"} | {"repetition_penalty", "encoder_repetition_penalty"}
-SHAPING = frozenset({"frequency_penalty", "presence_penalty", "logit_bias", "json_schema"})
+SHAPING = frozenset({"frequency_penalty", "presence_penalty", "logit_bias", "json_schema", "grammar"})
 """What our loop does and transformers' generate does not."""
 OWN_OPTIONS = frozenset({"seed", "tokenizer", "generation_config", "attention_mask", "logprobs"}) | SHAPING
 BEYOND_OUR_LOOP = frozenset(
@@ -235,13 +235,23 @@ def _shaping(
     bias = check_bias(options.get("logit_bias") or {}, vocabulary)
     if frequency or presence or bias:
         shaping.append(Penalties(len(prompt_ids), frequency=frequency, presence=presence, bias=bias))
-    if (schema := options.get("json_schema")) is not None:
+    if (grammar := form(options)) is not None:
         if config.min_length or config.min_new_tokens:
-            raise OptionError("min_length cannot be kept with a json_schema, which says when the answer ends")
+            raise OptionError("min_length cannot be kept with a form of the answer, which says when it ends")
         eos = config._eos_token_tensor
         ends = frozenset() if eos is None else frozenset(eos.tolist())
-        shaping.append(JsonMask(tokenizer, schema, prompt_ids, vocabulary=vocabulary, ends=ends))
+        shaping.append(GrammarMask(tokenizer, grammar, prompt_ids, vocabulary=vocabulary, ends=ends))
     return shaping
+
+
+def form(options: Mapping[str, Any]) -> str | None:
+    """What `json_schema` or `grammar` say of an answer, as llguidance's grammar."""
+    schema, lark = options.get("json_schema"), options.get("grammar")
+    if schema is not None and lark is not None:
+        raise OptionError("json_schema and grammar cannot both be kept; leave one out")
+    if schema is not None:
+        return json_grammar(schema)
+    return None if lark is None else lark_grammar(lark)
 
 
 def without_shaping(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer
 import moe_local
 from moe_local.cache.errors import OptionError
 from moe_local.offload.engine import grammar
-from moe_local.offload.engine.grammar import KEPT, JsonMask, json_matcher
+from moe_local.offload.engine.grammar import KEPT, GrammarMask, json_grammar, matcher
 
 VOCABULARY = 2048
 SCHEMA = {
@@ -50,13 +51,13 @@ def check(text: str) -> None:
     assert answer["sure"] in (True, False)
 
 
-def mask_of(tokenizer: Any, schema: Any, prompt: str = "Say JSON:") -> tuple[JsonMask, list[int]]:
+def mask_of(tokenizer: Any, schema: Any, prompt: str = "Say JSON:") -> tuple[GrammarMask, list[int]]:
     ids = tokenizer(prompt)["input_ids"]
     ends = frozenset({tokenizer.eos_token_id, 0})
-    return JsonMask(tokenizer, schema, ids, vocabulary=VOCABULARY, ends=ends), ids
+    return GrammarMask(tokenizer, json_grammar(schema), ids, vocabulary=VOCABULARY, ends=ends), ids
 
 
-def allowed(mask: JsonMask, ids: list[int]) -> set[int]:
+def allowed(mask: GrammarMask, ids: list[int]) -> set[int]:
     scores = torch.zeros(1, VOCABULARY)
     found = mask(torch.tensor([ids]), scores)
     assert not scores.any()
@@ -149,7 +150,7 @@ def test_a_token_that_was_forced_against_it_ends_the_answer(tokenizer: Any, capl
     assert allowed(mask, ids + wrong) == {tokenizer.eos_token_id, 0}
     assert allowed(mask, ids + wrong + wrong) == {tokenizer.eos_token_id, 0}
     assert [record.getMessage() for record in caplog.records] == [
-        f"an answer ends before it is JSON of its schema: token {wrong[0]} was chosen all the same"
+        f"an answer ends before it has its form: token {wrong[0]} was chosen all the same"
     ]
 
 
@@ -162,31 +163,45 @@ def test_a_step_that_is_made_again_is_no_second_token(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ([], "is of type list; it must be a dict"),
-        ({"type": "objekt"}, "cannot be kept: Invalid type: objekt"),
-        ({"not": {}}, "cannot be kept: .*not"),
-        ({"$ref": "#/nowhere"}, "cannot be kept: "),
-        ({"pattern": "(?=x)", "type": "string"}, "cannot be kept: .*look"),
-        ({"enum": [{1, 2}]}, "is no JSON"),
+        ([], "^json_schema is of type list; it must be a dict"),
+        ({"type": "objekt"}, "^this form of an answer cannot be kept: Invalid type: objekt"),
+        ({"not": {}}, "^this form of an answer cannot be kept: .*not"),
+        ({"$ref": "#/nowhere"}, "^this form of an answer cannot be kept: "),
+        ({"pattern": "(?=x)", "type": "string"}, "^this form of an answer cannot be kept: .*look"),
+        ({"enum": [{1, 2}]}, "^json_schema is no JSON"),
     ],
 )
 def test_schemas_that_cannot_be_kept(tokenizer: Any, schema: Any, message: str) -> None:
-    with pytest.raises(OptionError, match=f"^json_schema {message}") as info:
-        json_matcher(tokenizer, schema, VOCABULARY)
+    with pytest.raises(OptionError, match=message) as info:
+        matcher(tokenizer, json_grammar(schema), VOCABULARY)
     assert "\n" not in str(info.value)
 
 
+def test_grammars(demo: Any) -> None:
+    lark = 'start: "Yes, " NUMBER " of them."\nNUMBER: /[1-9][0-9]{2}/'
+    for seed in range(3):
+        text = demo.generate("How many?", grammar=lark, temperature=1.5, seed=seed).text
+        assert re.fullmatch(r"Yes, [1-9]\d\d of them\.", text)
+    with pytest.raises(OptionError, match=r"^this form of an answer cannot be kept: .*unknown name") as info:
+        demo.generate("x", grammar="start: foo")
+    assert "\n" not in str(info.value)
+    with pytest.raises(OptionError, match=r"^grammar is of type int"):
+        demo.generate("x", grammar=3)
+    with pytest.raises(OptionError, match=r"^json_schema and grammar cannot both be kept"):
+        demo.generate("x", grammar=lark, json_schema=SCHEMA)
+
+
 def test_what_else_is_refused(demo: Any, tokenizer: Any) -> None:
-    with pytest.raises(OptionError, match=r"^min_length cannot be kept with a json_schema"):
+    with pytest.raises(OptionError, match=r"^min_length cannot be kept with a form"):
         demo.generate("x", json_schema=SCHEMA, min_new_tokens=3)
     with pytest.raises(OptionError, match=r"^json_schema cannot be kept with beams"):
         demo.generate(torch.tensor([[5]]), json_schema=SCHEMA, num_beams=2)
-    with pytest.raises(OptionError, match="needs a token that ends an answer"):
-        JsonMask(tokenizer, SCHEMA, [5], vocabulary=VOCABULARY, ends=frozenset())
+    with pytest.raises(OptionError, match="needs a token that ends it"):
+        GrammarMask(tokenizer, json_grammar(SCHEMA), [5], vocabulary=VOCABULARY, ends=frozenset())
     with pytest.raises(OptionError, match="needs a tokenizer"):
-        json_matcher(None, SCHEMA, VOCABULARY)
-    with pytest.raises(OptionError, match=r"^json_schema cannot be kept with this model's tokenizer: "):
-        json_matcher(Slow(), SCHEMA, VOCABULARY)
+        matcher(None, json_grammar(SCHEMA), VOCABULARY)
+    with pytest.raises(OptionError, match=r"^no form of an answer can be kept with this model's tokenizer: "):
+        matcher(Slow(), json_grammar(SCHEMA), VOCABULARY)
 
 
 class Slow:
@@ -200,14 +215,14 @@ def test_what_was_compiled_is_kept_as_long_as_its_tokenizer(
     compiled: list[str] = []
     compile = grammar._Vocabulary._compile
     monkeypatch.setattr(
-        grammar._Vocabulary, "_compile", lambda self, schema: compiled.append(schema) or compile(self, schema)
+        grammar._Vocabulary, "_compile", lambda self, text: compiled.append(text) or compile(self, text)
     )
     for schema in ({"const": 1}, {"const": 2}, {"const": 1}):
-        json_matcher(tokenizer, schema, VOCABULARY)
-    assert compiled == ['{"const": 1}', '{"const": 2}']
+        matcher(tokenizer, json_grammar(schema), VOCABULARY)
+    assert compiled == [json_grammar({"const": 1}), json_grammar({"const": 2})]
     for number in itertools.chain(range(3, 3 + KEPT), [1]):
-        json_matcher(tokenizer, {"const": number}, VOCABULARY)
-    assert compiled[-1] == '{"const": 1}'
+        matcher(tokenizer, json_grammar({"const": number}), VOCABULARY)
+    assert compiled[-1] == json_grammar({"const": 1})
     kept = weakref.ref(grammar._vocabularies[tokenizer][VOCABULARY])
     del tokenizer
     gc.collect()

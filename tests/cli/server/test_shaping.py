@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Literal
 
 import openai
@@ -12,6 +13,19 @@ import pytest
 import moe_local
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is a router?"}]
+
+
+TEMPLATE = (
+    "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+
+COLOUR = {"$defs": {"Colour": {"enum": ["red", "blue"]}}, "type": "object", "additionalProperties": False}
+COLOUR |= {"properties": {"colour": {"$ref": "#/$defs/Colour"}}, "required": ["colour"]}
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": "paint", "parameters": COLOUR}},
+    {"type": "function", "function": {"name": 'a "quoted" one'}},
+]
 
 
 class Verdict(pydantic.BaseModel):
@@ -53,6 +67,63 @@ def test_a_schema_beside_tools_is_refused(server: Any) -> None:
     answer = server.http.post(f"{server.url}/v1/chat/completions", json=body)
     assert answer.status_code == 400
     assert "calls no tools; leave one of them out" in answer.json()["error"]["message"]
+
+
+def check_call(call: Any) -> str:
+    arguments = json.loads(call.function.arguments)
+    if call.function.name == "paint":
+        assert arguments in ({"colour": "red"}, {"colour": "blue"})
+    else:
+        assert arguments == {}
+    return str(call.function.name)
+
+
+def test_a_call_that_is_demanded(
+    client: openai.OpenAI, model: moe_local.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE)
+    asked = {"model": "demo", "messages": QUESTION, "tools": TOOLS, "max_tokens": 200, "temperature": 2.0}
+    answer = client.chat.completions.create(**asked, tool_choice="required", n=8, seed=0)
+    assert {choice.finish_reason for choice in answer.choices} == {"tool_calls"}
+    names = [check_call(call) for choice in answer.choices for call in choice.message.tool_calls]
+    assert len(names) == 8
+    assert {choice.message.content for choice in answer.choices} == {None}
+    for tool in TOOLS:
+        name = tool["function"]["name"]
+        choice = {"type": "function", "function": {"name": name}}
+        stream = client.chat.completions.create(**asked, tool_choice=choice, seed=1, stream=True)
+        calls = [call for chunk in stream for call in chunk.choices[0].delta.tool_calls or ()]
+        assert [check_call(call) for call in calls] == [name]
+
+
+@pytest.mark.parametrize(
+    ("choice", "tools", "message"),
+    [
+        ({"type": "function", "function": {"name": "fly"}}, TOOLS, "demands 'fly'; the tools are paint, a"),
+        ({"type": "function"}, TOOLS, "demands None; the tools are paint"),
+        ("required", [], "demands a call, and there are no tools"),
+        (
+            "required",
+            [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}],
+            "this form of an answer cannot be kept: .*not",
+        ),
+    ],
+)
+def test_calls_that_cannot_be_demanded(
+    server: Any,
+    model: moe_local.Model,
+    monkeypatch: pytest.MonkeyPatch,
+    choice: Any,
+    tools: list[Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE)
+    body = {"messages": QUESTION, "tools": tools, "tool_choice": choice}
+    answer = server.http.post(f"{server.url}/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    said = answer.json()["error"]["message"]
+    assert re.search(message, said)
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize(

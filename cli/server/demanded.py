@@ -1,0 +1,43 @@
+"""Calls of tools that an answer has to make: `tool_choice` of "required", or of a function by its name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moe_local.cache.errors import OptionError
+from moe_local.cli.answer_parser import CLOSE_CALL, OPEN_CALL
+from moe_local.offload.engine.grammar import json_rule
+
+NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def call_grammar(tools: Sequence[Mapping[str, Any]], choice: Mapping[str, Any] | None) -> str:
+    """One call, marked as AnswerParser looks for it, in the Lark of `Model.generate(grammar=...)`.
+
+    `choice`: {"type": "function", "function": {"name": ...}}; None: any of the tools. Raises OptionError for
+    a tool that there is not.
+    """
+    functions = [tool.get("function") for tool in tools]
+    known = {f["name"]: f for f in functions if isinstance(f, Mapping) and isinstance(f.get("name"), str)}
+    if choice is not None:
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if name not in known:
+            raise OptionError(f"tool_choice demands {name!r}; the tools are {', '.join(known) or 'none'}")
+        known = {name: known[name]}
+    if not known:
+        raise OptionError("tool_choice demands a call, and there are no tools; give some")
+    rules = ["start: " + " | ".join(f"call_{number}" for number in range(len(known)))]
+    for number, (name, function) in enumerate(known.items()):
+        opening = f'{OPEN_CALL}\n{{"name": {json.dumps(name)}, "arguments": '
+        closing = "}\n" + CLOSE_CALL
+        rules.append(f"call_{number}: {_text(opening)} arguments_{number} {_text(closing)}")
+        rules.append(f"arguments_{number}: {json_rule(function.get('parameters') or NO_ARGUMENTS)}")
+    return "\n".join(rules)
+
+
+def _text(text: str) -> str:
+    """As a terminal of Lark."""
+    return json.dumps(text)
