@@ -24,7 +24,7 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], choice: Mapping[str, Any] |
     if choice is not None:
         function = choice.get("function")
         name = function.get("name") if isinstance(function, Mapping) else None
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise OptionError(f"tool_choice demands {name!r}; the tools are {', '.join(known) or 'none'}")
         known = {name: known[name]}
     if not known:

@@ -101,6 +101,8 @@ def test_a_call_that_is_demanded(
     [
         ({"type": "function", "function": {"name": "fly"}}, TOOLS, "demands 'fly'; the tools are paint, a"),
         ({"type": "function"}, TOOLS, "demands None; the tools are paint"),
+        ({"type": "function", "function": {"name": []}}, TOOLS, r"demands \[\]; the tools are paint"),
+        ("required", [{"function": {"name": "f", "parameters": "x"}}], "json_schema is of type str"),
         ("required", [], "demands a call, and there are no tools"),
         (
             "required",
