@@ -7,9 +7,9 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import nn
 
 from moe_local.offload.dense.token_attention import PROJECTIONS, Place, TokenAttention, Way, direct
+from moe_local.offload.dense.token_calls import token_calls
 from moe_local.offload.native.library import HALVES, NEIGHBOURS, library
 
 HISTORY = 5
@@ -33,7 +33,11 @@ def use_token_attention(model: Any) -> None:
     if library() is None or model.device.type != "cpu" or model.config.is_encoder_decoder:
         return
     ways: list[Way] = []
-    for module, arguments in _calls(model):
+    candidates = [module for module in model.modules() if all(hasattr(module, name) for name in PROJECTIONS)]
+    for called, (args, arguments) in token_calls(model, candidates).items():
+        if args or not isinstance(arguments.get("position_embeddings"), tuple):
+            continue
+        module: Any = called
         calls = TokenAttention.of(module, arguments["hidden_states"].dtype)
         if calls is None:
             continue
@@ -46,25 +50,6 @@ def use_token_attention(model: Any) -> None:
                 cls: Any = type(module)
                 module.__class__ = direct(cls)
                 break
-
-
-def _calls(model: Any) -> list[tuple[Any, dict[str, Any]]]:
-    """The attention modules of `model` that are given angles, with the arguments they are called with."""
-    calls: list[tuple[Any, dict[str, Any]]] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not args and isinstance(kwargs.get("position_embeddings"), tuple):
-            calls.append((module, kwargs))
-
-    candidates = [module for module in model.modules() if all(hasattr(module, name) for name in PROJECTIONS)]
-    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in candidates]
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
 
 
 def _ways(arguments: dict[str, Any]) -> Iterator[Way]:

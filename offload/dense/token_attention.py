@@ -9,10 +9,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from moe_local.offload.dense.guard import Guard
 from moe_local.offload.dense.linear import NativeLinear, QuantizedLinear
 from moe_local.offload.dense.norm import is_shifted
 from moe_local.offload.dense.sink_attention import NAME as WITH_SINKS
 from moe_local.offload.kernels.cpu import plain_matrix, rounding
+from moe_local.offload.modeling.configs import attention_of
 from moe_local.offload.modeling.stand_in import stand_in
 from moe_local.offload.native.library import (
     DTYPES,
@@ -88,7 +90,9 @@ class TokenAttention:
         self._scaling = module.scaling
         self._way = Way(0, HALVES, False)
         self._struct = Attention()
-        self._where: list[Any] | None = None
+        self._dtype: torch.dtype | None = None
+        """Of the numbers that it is ready for."""
+        self._guard: Guard | None = None
         linear = module.q_proj
         self.activations = linear.activations if isinstance(linear, QuantizedLinear) else "native"
 
@@ -106,7 +110,7 @@ class TokenAttention:
 
     def take(self, way: Way) -> None:
         """Turn heads in this way from now on."""
-        self._way, self._where = way, None
+        self._way, self._guard = way, None
 
     def ready(self, module: Any, dtype: torch.dtype) -> bool:
         """Take note of where the weights of the module are now, before a call for numbers of `dtype`.
@@ -114,17 +118,14 @@ class TokenAttention:
         False for a module that is not any more what it was: parts are replaced or have hooks, or their
         weights are such as the library cannot read.
         """
-        where: list[Any] = [dtype]
-        modules = module._modules
-        for name, part in self._parts:
-            if modules.get(name) is not part or part._forward_hooks or part._forward_pre_hooks:
-                return False
-            where += map(_address, part._parameters.values())
-        where += map(_address, module._parameters.values())
-        if where != self._where:
-            if _shape(module, dtype) != self.shape:
-                return False
-            self._struct, self._where = self._read(module, dtype), where
+        if self._guard is not None and dtype is self._dtype and self._guard.holds():
+            return True
+        if any(module._modules.get(name) is not part for name, part in self._parts):
+            return False
+        guard = Guard(module, [part for _, part in self._parts])
+        if not guard.holds() or _shape(module, dtype) != self.shape:
+            return False
+        self._struct, self._dtype, self._guard = self._read(module, dtype), dtype, guard
         return True
 
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, place: Place) -> torch.Tensor:
@@ -172,7 +173,7 @@ class TokenAttention:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without addresses, which a copy does not share."""
-        return {**self.__dict__, "_struct": None, "_where": None}
+        return {**self.__dict__, "_struct": None, "_guard": None}
 
 
 @cache
@@ -191,9 +192,9 @@ def place_of(module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Place | No
     """Where the token's keys and values go, if this is a call for the library: which is `ready` then."""
     if x.numel() != x.shape[-1] or kwargs.get("attention_mask") is not None or torch.is_grad_enabled():
         return None
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or module.training:
+    if not x.is_cpu or torch.is_autocast_enabled("cpu") or module.training:
         return None
-    if not module.config._attn_implementation.startswith(FUSED):  # asked for to see what others see
+    if not str(attention_of(module.config)).startswith(FUSED):  # asked for to see what others see
         return None
     layers = getattr(kwargs.get("cache", kwargs.get("past_key_values")), "layers", ())
     layer: Any = layers[module.layer_idx] if module.layer_idx < len(layers) else None
@@ -205,10 +206,6 @@ def place_of(module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Place | No
         return None
     calls: TokenAttention = module._token_attention
     return place if calls.takes(x, *angles) and calls.ready(module, x.dtype) else None
-
-
-def _address(weight: torch.Tensor | None) -> int | None:
-    return None if weight is None else weight.data_ptr()
 
 
 def _matrix(linear: Any) -> Matrix:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_local.offload.dense.guard import Guard
 from moe_local.offload.dense.router import NativeRouter
 from moe_local.offload.native.library import DTYPES, Router
 
@@ -20,7 +21,9 @@ class TokenBlock:
         """Names of the block's parts."""
         self.router, self.experts = router, experts
         self._struct: Router | None = None
-        self._made_of: Any = None
+        self._dtype: torch.dtype | None = None
+        """Of the numbers that it is made for."""
+        self._guard: Guard | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> TokenBlock | None:
@@ -65,19 +68,20 @@ class TokenBlock:
 
     def struct(self, module: Any, dtype: torch.dtype) -> Router | None:
         """The router as the library wants it, for numbers of `dtype`; None: the module is to be called."""
-        router = module._modules[self.router]
-        for part in (module, router):
-            if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
-                return None
-        native: NativeRouter = router._native_router
-        if router.weight.dtype is not dtype or not native.ready(router):
+        router = module._modules.get(self.router)
+        native: NativeRouter | None = getattr(router, "_native_router", None)
+        if native is None or router.top_k != native.top_k:
             return None
-        if self._made_of is not native.matrix:
-            self._made_of = native.matrix
-            size = native.top_k, native.normalized, DTYPES[native.dtype]
-            self._struct = Router(ctypes.pointer(native.matrix), *size)
+        if self._guard is not None and dtype is self._dtype and self._guard.holds():
+            return self._struct
+        guard = Guard(module, [module, router])
+        if not guard.holds() or router.weight.dtype is not dtype or not native.ready(router):
+            return None
+        size = native.top_k, native.normalized, DTYPES[native.dtype]
+        self._struct = Router(ctypes.pointer(native.matrix), *size)
+        self._dtype, self._guard = dtype, guard
         return self._struct
 
     def __getstate__(self) -> dict[str, Any]:
         """Without addresses, which a copy does not share."""
-        return {**self.__dict__, "_struct": None, "_made_of": None}
+        return {**self.__dict__, "_struct": None, "_guard": None}

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_local.offload.dense.guard import Guard
 from moe_local.offload.dense.norm import Kind
 from moe_local.offload.dense.token_attention import Place, TokenAttention, place_of
 from moe_local.offload.dense.token_block import TokenBlock
+from moe_local.offload.dense.token_calls import token_calls
 from moe_local.offload.kernels.cpu import rounding
 from moe_local.offload.modeling.stand_in import stand_in
 from moe_local.offload.native.library import Layer, Norm, check, library
@@ -27,30 +29,16 @@ def use_token_layers(model: Any) -> None:
     experts that answer something.
     """
     found = [(module, layer) for module in model.modules() if (layer := TokenLayer.of(module)) is not None]
-    calls = _calls(model, [module for module, _ in found]) if found else {}
+    calls = token_calls(model, [module for module, _ in found]) if found else {}
     for module, layer in found:
-        if module in calls and layer.agrees(module, *calls[module]):
+        args, kwargs = calls.get(module, ((), {}))
+        if len(args) == 1 and layer.agrees(module, *args, kwargs):
             rest = getattr(module, layer.feed_forward)
             block = TokenBlock.of(rest)
-            layer.block = block if block is not None and block.agrees(rest, calls[module][0]) else None
+            layer.block = block if block is not None and block.agrees(rest, *args) else None
             cls: Any = type(module)
             module._token_layer = layer
             module.__class__ = _direct(cls)
-
-
-def _calls(model: Any, modules: list[nn.Module]) -> dict[nn.Module, tuple[torch.Tensor, dict[str, Any]]]:
-    """What each of these is called with for one token: hidden states, and arguments by name."""
-    calls: dict[nn.Module, tuple[torch.Tensor, dict[str, Any]]] = {}
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(args) == 1:
-            calls[module] = args[0], kwargs
-
-    with contextlib.ExitStack() as hooks, torch.no_grad():
-        for module in modules:
-            hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True)
-    return calls
 
 
 class TokenLayer:
@@ -64,8 +52,10 @@ class TokenLayer:
         self.attention, self.norms, self.feed_forward = attention, norms, feed_forward
         self.block: TokenBlock | None = None
         """Of a feed-forward part that is a router and experts."""
-        self._where: tuple[Any, ...] | None = None
         self._struct = Layer()
+        self._made_of: tuple[Any, ...] | None = None
+        """What of the attention, and for which numbers."""
+        self._guard: Guard | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> TokenLayer | None:
@@ -116,26 +106,18 @@ class TokenLayer:
 
         Takes note of where the layer's weights are now.
         """
-        parts = module._modules
-        attention, norms = parts[self.attention], [parts[name] for name in self.norms]
-        for part in (attention, *norms):
-            if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
-                return None
-        place = place_of(attention, x, kwargs)
-        if place is None:
+        attention = module._modules[self.attention]
+        calls: TokenAttention | None = getattr(attention, "_token_attention", None)
+        place = None if calls is None else place_of(attention, x, kwargs)
+        if calls is None or place is None:
             return None
-        calls: TokenAttention = attention._token_attention
-        where: list[Any] = [calls.struct]
-        for norm in norms:
-            weight = norm._parameters["weight"]
-            if weight.dtype is not x.dtype or weight.shape != x.shape[-1:]:
+        if self._guard is None or self._made_of != (calls.struct, x.dtype) or not self._guard.holds():
+            norms = [module._modules[name] for name in self.norms]
+            guard = Guard(module, [attention, *norms])
+            if not guard.holds() or not all(_is_readable(norm, x) for norm in norms):
                 return None
-            where += weight.data_ptr(), norm._norm_kind
-        if self._where is None or any(a is not b and a != b for a, b in zip(where, self._where, strict=True)):
-            if not all(norm.weight.is_cpu and norm.weight.is_contiguous() for norm in norms):
-                return None
-            self._where = tuple(where)
-            self._struct = Layer(ctypes.pointer(calls.struct), *(_struct_of(norm) for norm in norms))
+            self._struct = Layer(ctypes.pointer(calls.struct), *map(_struct_of, norms))
+            self._made_of, self._guard = (calls.struct, x.dtype), guard
         return place
 
     def __call__(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any], place: Place) -> torch.Tensor:
@@ -147,9 +129,8 @@ class TokenLayer:
         router = None if self.block is None else self.block.struct(rest, x.dtype)
         cos, sin = kwargs["position_embeddings"]
         sequence, stream, inner = place.sequence(), torch.empty_like(x), torch.empty_like(x)
-        top_k = 0 if router is None else router.top_k
-        weights = torch.empty(1, top_k, dtype=torch.float32)
-        ids = torch.empty(1, top_k, dtype=torch.int64)
+        weights = None if router is None else torch.empty(1, router.top_k, dtype=torch.float32)
+        ids = None if router is None else torch.empty(1, router.top_k, dtype=torch.int64)
         check(
             lib.moe_layer(
                 ctypes.byref(self._struct),
@@ -160,8 +141,8 @@ class TokenLayer:
                 ctypes.byref(sequence),
                 stream.data_ptr(),
                 inner.data_ptr(),
-                weights.data_ptr(),
-                ids.data_ptr(),
+                None if weights is None else weights.data_ptr(),
+                None if ids is None else ids.data_ptr(),
                 rounding(parts[self.attention]._token_attention.activations, x.dtype),
                 kernel_threads(),
             )
@@ -177,7 +158,16 @@ class TokenLayer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without addresses, which a copy does not share."""
-        return {**self.__dict__, "_struct": None, "_where": None}
+        return {**self.__dict__, "_struct": None, "_made_of": None, "_guard": None}
+
+
+def _is_readable(norm: Any, x: torch.Tensor) -> bool:
+    """Whether the library can read the weight of a module in the norm's place, for x [..., D]."""
+    if not isinstance(getattr(norm, "_norm_kind", None), Kind):
+        return False
+    weight = norm.weight
+    fits = weight.dtype is x.dtype and weight.shape == x.shape[-1:]
+    return bool(fits and weight.is_cpu and weight.is_contiguous())
 
 
 def _struct_of(norm: Any) -> Norm:

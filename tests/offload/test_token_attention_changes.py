@@ -83,6 +83,11 @@ def parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(random(*shape), requires_grad=False)
 
 
+def doubled(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A forward of its own for a linear layer, as accelerate's hooks give it."""
+    return lambda x: 2 * nn.functional.linear(x, linear.weight)
+
+
 CHANGES: dict[str, tuple[str, Callable[[Any], Any], bool]] = {
     "a weight in place": ("mixtral", lambda m: m.k_proj.weight.mul_(2), True),
     "a new weight": ("mixtral", lambda m: setattr(m.v_proj, "weight", parameter(32, 64)), True),
@@ -102,6 +107,7 @@ CHANGES: dict[str, tuple[str, Callable[[Any], Any], bool]] = {
         lambda m: setattr(m.q_proj, "weight", nn.Parameter(random(64, 64).T, requires_grad=False)),
         False,
     ),
+    "another forward": ("mixtral", lambda m: setattr(m.q_proj, "forward", doubled(m.q_proj)), False),
     "another norm": ("qwen3_moe", lambda m: setattr(m, "k_norm", nn.LayerNorm(16)), False),
 }
 

@@ -82,13 +82,15 @@ def prepared(hf: Any) -> Any:
     return hf
 
 
-def one_by_one(hf: Any, ids: list[int] = IDS) -> torch.Tensor:
-    """Logits [T, V] of tokens that come one at a time."""
+def one_by_one(hf: Any, ids: list[int] = IDS, before: Callable[[int], None] | None = None) -> torch.Tensor:
+    """Logits [T, V] of tokens that come one at a time; `before` each is called with its place."""
     kv = make_kv(hf, 1, 32, probe_cache(hf))
     kv.join()
     rows = []
     with torch.no_grad():
         for place, token in enumerate(ids):
+            if before is not None:
+                before(place)
             positions = torch.tensor([[place]])
             rows.append(hf(torch.tensor([[token]]), position_ids=positions, past_key_values=kv.row(0)).logits)
             kv.advance(0, 1)
@@ -230,6 +232,98 @@ def test_hooks_see_what_they_always_saw(taken: tuple[Any, Any], part: str, befor
         seen.append(found)
     assert len(seen[0]) == len(seen[1]) > 0
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def moved(layer: Any, hf: Any) -> None:
+    for name, weight in layer.named_parameters():
+        if "experts" not in name:
+            weight.data = weight.data * 1.5
+
+
+def own_attention(layer: Any, hf: Any) -> None:
+    cls: Any = type(layer.self_attn).__mro__[1]  # transformers'
+    made = cls(hf.config, layer.self_attn.layer_idx).eval().requires_grad_(False)
+    layer.self_attn = made.to(layer.self_attn.q_proj.weight.dtype)
+
+
+def own_norm(layer: Any, hf: Any) -> None:
+    layer.post_attention_layernorm = nn.RMSNorm(64, dtype=layer.post_attention_layernorm.weight.dtype)
+
+
+def own_block(layer: Any, hf: Any) -> None:
+    cls: Any = type(layer.mlp.gate).__mro__[1]
+    made = cls(hf.config).requires_grad_(False)
+    made.weight.copy_(layer.mlp.gate.weight.flip(0))
+    layer.mlp.gate = made.to(layer.mlp.gate.weight.dtype)
+
+
+def own_forward(layer: Any, hf: Any) -> None:
+    norm = layer.input_layernorm
+    norm.forward = lambda x: 2 * type(norm).forward(norm, x)
+
+
+def other_numbers(layer: Any, hf: Any) -> None:
+    """Where they lie: as memory that is freed and given out again."""
+    layer.input_layernorm.weight.data = layer.input_layernorm.weight.data.view(torch.int32)
+
+
+BETWEEN: dict[str, tuple[Callable[[Any, Any], Any], int]] = {
+    "weights move": (moved, 3),
+    "another attention": (own_attention, 2),
+    "another norm": (own_norm, 2),
+    "another router": (own_block, 3),
+    "a norm's numbers": (other_numbers, 2),
+    "a forward in a norm's place": (own_forward, 2),
+    "a module that nobody calls": (lambda layer, hf: layer.add_module("extra", nn.Linear(2, 2)), 3),
+    "attention that gives scores": (lambda layer, hf: hf.set_attn_implementation("eager"), 0),
+}
+"""What is done to the second layer between two tokens, and how many layers are the library's afterwards."""
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_changes_between_two_tokens_is_noticed(
+    taken: tuple[Any, Any], calls: list[str], name: str
+) -> None:
+    change, stay = BETWEEN[name]
+    found = []
+    for hf in taken:
+        layers = layers_of(hf)
+
+        def before(place: int, hf: Any = hf, layers: Any = layers) -> None:
+            if place == 4:
+                torch.manual_seed(3)
+                change(layers[1], hf)
+
+        with torch.random.fork_rng():
+            calls.clear()
+            found.append(one_by_one(hf, before=before))
+    assert torch.equal(*found)
+    assert len(calls) == 4 * len(layers_of(taken[1])) + (len(IDS) - 4) * stay
+    assert name.startswith(("attention", "a module")) or not torch.allclose(found[0], one_by_one(taken[1]))
+
+
+def test_a_weight_that_becomes_shorter_where_it_lies_is_not_read_beyond(taken: tuple[Any, Any]) -> None:
+    _, hf = taken
+    norm = layers_of(hf)[1].input_layernorm
+
+    def cut(place: int) -> None:
+        if place == 2:
+            norm.weight.data = norm.weight.data[:32]
+
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        one_by_one(hf, before=cut)
+
+
+def test_a_model_that_is_closed_between_two_tokens_says_so(make_checkpoint: Callable[..., Path]) -> None:
+    with moe_local.load(make_checkpoint("mixtral"), device="cpu", experts="nf4", context=64) as model:
+        hf = model.hf
+
+        def close(place: int) -> None:
+            if place == 2:
+                model.close()
+
+        with pytest.raises(moe_local.MoeLocalError, match="closed"):
+            one_by_one(hf, before=close)
 
 
 def test_weights_that_move_are_found(taken: tuple[Any, Any], calls: list[str]) -> None:

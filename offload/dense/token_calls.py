@@ -1,0 +1,33 @@
+"""What modules of a model are called with for one token, for trials of other ways to compute it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class Call(NamedTuple):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def token_calls(model: Any, modules: Iterable[nn.Module]) -> dict[nn.Module, Call]:
+    """The calls of these modules in a forward of one token, in order; of one that is called again the last.
+
+    Those that are not called are left out. Needs experts that answer something. The tensors are the
+    forward's own, and its cache is among them, with the token in it.
+    """
+    calls: dict[nn.Module, Call] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[module] = Call(args, kwargs)
+
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True)
+    return calls
