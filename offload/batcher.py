@@ -13,6 +13,7 @@ from typing import TypeVar
 from moe_local.cache.errors import BusyError, MoeLocalError, first_line
 from moe_local.cache.stats import Stats
 from moe_local.offload.engine.engine import Engine
+from moe_local.offload.engine.logprobs import LogProbs
 from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.engine.sequence import FinishReason, Sequence, Step
 from moe_local.offload.engine.text import Detokenizer
@@ -53,6 +54,8 @@ class Ticket:
     """None while it waits."""
     last: float = 0.0
     """When its last token came, in time.perf_counter's clock."""
+    prompt_logprobs: list[LogProbs] = field(default_factory=list, repr=False)
+    """Of the prompt's tokens but the first, if the settings ask for them; there with the first new one."""
 
     @property
     def reused_tokens(self) -> int:
@@ -129,7 +132,7 @@ class Batcher:
             if self._closed is not None:
                 raise MoeLocalError(self._closed)
             engine = self._engine
-        engine.check_prompt(prompt_ids)
+        engine.check_prompt(prompt_ids, settings)
         now = time.monotonic()
         until = None if patience_s is None else now + patience_s
         ticket = Ticket(prompt_ids, settings, detokenizer, listener, until, time.perf_counter())
@@ -289,6 +292,7 @@ class Batcher:
         if len(step.sequence.ids) == step.sequence.prompt_len + 1:
             self.prompt_tokens += step.sequence.prompt_len
             self.reused_tokens += step.sequence.reused_tokens
+            ticket.prompt_logprobs = step.sequence.prompt_logprobs
         token = Token.of(step, ticket.detokenizer, now - ticket.last, before, after)
         ticket.last = now
         self._tell(ticket, token)

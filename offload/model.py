@@ -141,7 +141,7 @@ class Model:
         if logprobs is not None:
             options["logprobs"] = logprobs
         asked = self._prepare(parts.hf, prompt, seed=seed, stop=stop, template=template, **options)
-        parts.engine.check_prompt(asked[0])
+        parts.engine.check_prompt(*asked[:2])
         stream = TokenStream(parts.engine, parts.store, self._turn, *asked)
         with self._streams_lock:
             self._streams.add(stream)
@@ -155,6 +155,7 @@ class Model:
         seed: int | None,
         stop: str | list[str] | None,
         template: bool,
+        prompt_logprobs: bool = False,
         **options: Any,
     ) -> tuple[list[int], Settings, Detokenizer | None]:
         """What the engine is given for a prompt, and what makes text of its tokens."""
@@ -163,7 +164,14 @@ class Model:
             options["stop_strings"] = _stop_strings(stop)
         options = imply_sampling(plain(options))
         _refuse_beyond_loop(hf, options)
-        settings = make_settings(hf, ids, tokenizer=self.tokenizer, seed=plain_number(seed), **options)
+        settings = make_settings(
+            hf,
+            ids,
+            tokenizer=self.tokenizer,
+            seed=plain_number(seed),
+            prompt_logprobs=prompt_logprobs,
+            **options,
+        )
         return ids, settings, None if self.tokenizer is None else Detokenizer(self.tokenizer)
 
     def check_form(self, options: Mapping[str, Any]) -> None:
@@ -193,12 +201,23 @@ class Model:
         stop: str | list[str] | None = None,
         template: bool = True,
         patience_s: float | None = None,
+        prompt_logprobs: bool = False,
         **options: Any,
     ) -> Ticket:
-        """Let a batcher answer `prompt`; arguments as for `stream`, errors too. Any thread."""
+        """Let a batcher answer `prompt`; arguments as for `stream`, errors too. Any thread.
+
+        `prompt_logprobs`: the ticket says of the prompt's tokens, too, what `logprobs` asks for. All of the
+        prompt is computed then, whatever earlier ones had of it.
+        """
         hf = self._open().hf
         ids, settings, detokenizer = self._prepare(
-            hf, prompt, seed=seed, stop=stop, template=template, **options
+            hf,
+            prompt,
+            seed=seed,
+            stop=stop,
+            template=template,
+            prompt_logprobs=prompt_logprobs,
+            **options,
         )
         return batcher.submit(ids, settings, detokenizer, listener, patience_s=patience_s)
 

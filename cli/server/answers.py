@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_local.cli.answer_parser import AnswerParser, Piece
-from moe_local.cli.server.logprobs import Entries
+from moe_local.cli.server.logprobs import Echo, Entries
 from moe_local.cli.server.text import StopFilter, call_id
 from moe_local.offload.batcher import Ended, Ticket
 from moe_local.offload.records import Token
@@ -25,6 +25,10 @@ class Choice:
     parser: AnswerParser
     again: bool = False
     """Whether its prompt is one that an earlier choice has, too: usage counts a prompt once."""
+    echo: Echo | None = None
+    """The prompt that it begins with; None: with none."""
+    mute: bool = False
+    """Whether nothing is to follow that: the one token that is computed all the same is dropped."""
     ticket: Ticket | None = None
     tokens: int = 0
     calls: int = 0
@@ -39,6 +43,9 @@ class Choice:
         """What a token, or the end, adds. Raises the error that ended it."""
         pieces: list[Piece] = []
         if isinstance(event, Token):
+            self._begin(event)
+            if self.mute:
+                return pieces
             self.tokens += 1
             shown = self.stops.add(event.text)
             self.entries.add(event, shown)
@@ -52,8 +59,14 @@ class Choice:
             if event.error is not None:
                 raise event.error
             pieces += self.parser.add(self.stops.flush())
-            self._finish(str(event.reason or "stop"), pieces)
+            self._finish("length" if self.mute else str(event.reason or "stop"), pieces)
         return pieces
+
+    def _begin(self, token: Token) -> None:
+        """With the first token come the log probabilities of the prompt, where any were asked for."""
+        if self.tokens or token.logprob is None or self.echo is None or self.ticket is None:
+            return
+        self.entries.begin(self.echo, self.ticket.prompt_logprobs)
 
     def keep(self, piece: Piece) -> None:
         """Collect a piece for an answer that is given whole."""

@@ -23,7 +23,7 @@ from moe_local.cli.exchanges import Shown, answer_room, shorten
 from moe_local.cli.server.answers import Answer, Choice
 from moe_local.cli.server.failures import Failure, error_body
 from moe_local.cli.server.guard import Guard, Traffic
-from moe_local.cli.server.logprobs import TokenNames
+from moe_local.cli.server.logprobs import Echo, TokenNames
 from moe_local.cli.server.metrics import Metrics
 from moe_local.cli.server.page import Page
 from moe_local.cli.server.protocol import ChatRequest, CompletionRequest, Sampling, StreamOptions
@@ -160,13 +160,13 @@ class Server:
             self._check_model(asked.model)
             asked.check()
             prompts = [await self._encoded(prompt) for prompt in asked.prompts()]
+            echoes = [await self._echoed(prompt) if asked.echo else None for prompt in prompts]
         answer = Answer("cmpl", self.name)
         for index in range(asked.n * len(prompts)):
             parser = AnswerParser(plain=True)
-            answer.add(Choice(index, StopFilter(asked.stops), parser, again=index % asked.n > 0))
-        echo = [self._text(prompt) for prompt in prompts] if asked.echo else []
-        shape = TextShape(answer, echo, asked.n, self._names(asked))
-        return await self._answer(request, asked, answer, prompts, shape)
+            choice = answer.add(Choice(index, StopFilter(asked.stops), parser, again=index % asked.n > 0))
+            choice.echo, choice.mute = echoes[index // asked.n], asked.only_echo
+        return await self._answer(request, asked, answer, prompts, TextShape(answer, self._names(asked)))
 
     async def _shown(
         self, asked: ChatRequest, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
@@ -192,6 +192,9 @@ class Server:
             len(prompt) if isinstance(prompt, str) else 0,
         )
 
+    async def _echoed(self, prompt: list[int]) -> Echo:
+        return await self._beside(lambda: Echo.of(self.model.tokenizer, prompt), len(prompt))
+
     async def _beside(self, make: Callable[[], T], characters: int) -> T:
         """Make a prompt beside the event loop: a megabyte takes a second, in which short ones pass by."""
         async with self._encoding[characters > LONG_PROMPT]:
@@ -207,10 +210,6 @@ class Server:
     def _names(self, asked: Sampling) -> TokenNames | None:
         """For log probabilities, where they are asked for."""
         return None if asked.likeliest is None else self.names
-
-    def _text(self, ids: list[int]) -> str:
-        text: str = self.model.tokenizer.decode(ids, skip_special_tokens=True)
-        return text
 
     async def _answer(
         self, request: Request, asked: Sampling, answer: Answer, prompts: list[list[int]], shape: Shape

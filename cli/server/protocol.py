@@ -158,13 +158,27 @@ class CompletionRequest(Sampling):
     suffix: str | None = None
     best_of: int | None = None
 
+    @field_validator("max_tokens")
+    @classmethod
+    def _check_tokens(cls, value: int | None, field: ValidationInfo) -> int | None:
+        return value if value == 0 else super()._check_tokens(value, field)
+
     @property
     def most_tokens(self) -> int:
-        return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+        return COMPLETION_TOKENS if self.max_tokens is None else max(1, self.max_tokens)
+
+    @property
+    def only_echo(self) -> bool:
+        """Whether the prompt is all that is wanted: how evaluations ask how likely a text is."""
+        return self.max_tokens == 0
 
     @property
     def likeliest(self) -> int | None:
         return self.logprobs
+
+    def generation(self, choice: int) -> dict[str, Any]:
+        scored = {"prompt_logprobs": True} if self.echo and self.logprobs is not None else {}
+        return {**super().generation(choice), **scored}
 
     def prompts(self) -> list[str | list[int]]:
         """One or several. Raises OptionError for what is none."""
@@ -181,8 +195,8 @@ class CompletionRequest(Sampling):
             raise OptionError("suffix is not supported; put the text in front into prompt")
         if self.best_of not in (None, 1, self.n):
             raise OptionError(f"best_of {self.best_of} is not supported; use n")
-        if self.echo and self.logprobs is not None:
-            raise OptionError("logprobs of an echoed prompt are not supported; leave echo or logprobs out")
+        if self.max_tokens == 0 and not self.echo:
+            raise OptionError("max_tokens is 0; it must be a whole number, 1 or more, or come with an echo")
         if not self.prompts():
             raise OptionError("prompt is an empty list; give a text, or token ids")
 

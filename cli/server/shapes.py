@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from moe_local.cli.answer_parser import Piece
@@ -95,15 +95,10 @@ class ChatShape:
 class TextShape:
     """text_completion, whole and in chunks."""
 
-    def __init__(self, answer: Answer, echo: Sequence[str], n: int, names: TokenNames | None = None) -> None:
-        """`echo`: texts of the prompts, to begin with; empty: none is wanted. `n` choices for each prompt.
-
-        `names`: for log probabilities; None: none are wanted.
-        """
+    def __init__(self, answer: Answer, names: TokenNames | None = None) -> None:
+        """`names`: for log probabilities; None: none are wanted."""
         self._answer = answer
         self._names = names
-        self._echo = echo
-        self._n = n
 
     def whole(self) -> dict[str, Any]:
         choices = [
@@ -129,7 +124,7 @@ class TextShape:
         return {**head, "choices": [], "usage": self._answer.usage()}
 
     def _prefix(self, choice: Choice) -> str:
-        return self._echo[choice.index // self._n] if self._echo else ""
+        return "" if choice.echo is None else choice.echo.text
 
     def _chunk(self, choice: Choice, text: str, reason: str | None = None) -> dict[str, Any]:
         return {**_head(self._answer, "text_completion"), "choices": [self._part(choice, text, reason)]}
@@ -145,7 +140,7 @@ class TextShape:
     def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
         if self._names is None:
             return None
-        return self._names.completion(choice.entries.take(), len(self._prefix(choice)))
+        return self._names.completion(choice.entries.take())
 
 
 def _head(answer: Answer, kind: str) -> dict[str, Any]:

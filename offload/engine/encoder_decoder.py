@@ -71,6 +71,7 @@ class Translations(OwnCaches):
 
     def __init__(self, config: Any, rows: int, capacity: int) -> None:
         super().__init__(config, rows, capacity)
+        self.whole_prompt_only = True
         self._prompts: list[int] = []
 
     def _fresh(self) -> Translation:

@@ -24,7 +24,8 @@ from moe_local.offload.dense.linear import NativeLinear
 from moe_local.offload.engine.batch_view import BatchMasks
 from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.kv_slab import KVRows, KVSlab, cache_argument
-from moe_local.offload.engine.picking import Pick, pick_tokens
+from moe_local.offload.engine.logprobs import LogProbs, scored_chunk
+from moe_local.offload.engine.picking import Pick, pick_tokens, score_prompt
 from moe_local.offload.engine.prefix import copy_prefix, row_to_go_on
 from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.sampling import Settings
@@ -37,6 +38,9 @@ from moe_local.offload.system import interrupt
 from moe_local.offload.system.threads import one_torch_thread
 
 logger = logging.getLogger(__name__)
+
+KEEP = "logits_to_keep"
+"""What transformers calls the number of last tokens whose logits are computed."""
 
 FEW_TOKENS, SHORT_CONTEXT, SMALL_MATRIX = 4, 2048, 1 << 20
 """Up to this many new tokens, this many before them, and this many weights a matrix, torch's part of the work
@@ -60,8 +64,8 @@ class Engine:
         self.device: torch.device = embeddings.weight.device
         self.vocab_size = int(embeddings.weight.shape[0])
         self._forward_options: dict[str, Any] = {"use_cache": True}
-        if "logits_to_keep" in inspect.signature(hf.forward).parameters:
-            self._forward_options["logits_to_keep"] = 1
+        if KEEP in inspect.signature(hf.forward).parameters:
+            self._forward_options[KEEP] = 1
         self._cache_argument = cache_argument(hf)
         self.token_step: TokenStep | None = None
         """What computes forwards of one token, if not the model's plain forward."""
@@ -119,7 +123,8 @@ class Engine:
         `row_to_go_on` for which. Raises OptionError as `check_prompt`, MoeLocalError where no row is free.
         """
         ids = list(prompt_ids)
-        self.check_prompt(ids)
+        self.check_prompt(ids, settings)
+        reuse = reuse and not settings.prompt_logprobs  # what is taken over has no logits
         if self.free_rows == 0:
             raise MoeLocalError(
                 f"all {self.kv.rows} sequences are in use; one has to leave before another joins"
@@ -140,8 +145,11 @@ class Engine:
         sequence.deadline = deadline
         return sequence
 
-    def check_prompt(self, ids: Ids[int]) -> None:
-        """Raises OptionError for an empty prompt, too long a one, or an id beyond the vocabulary."""
+    def check_prompt(self, ids: Ids[int], settings: Settings) -> None:
+        """Raises OptionError for an empty prompt, too long a one, or an id beyond the vocabulary.
+
+        Also where `settings` ask for log probabilities of the prompt, and this model cannot give them.
+        """
         if not ids:
             raise OptionError("the prompt is empty; it needs at least one token")
         if len(ids) > self.kv.capacity:
@@ -150,6 +158,11 @@ class Engine:
                 "shorten it or raise --context"
             )
         self.check_ids(ids)
+        if settings.prompt_logprobs and self.kv.whole_prompt_only:
+            raise OptionError(
+                "logprobs of a prompt cannot be had of this model, which reads prompts in one piece; ask for "
+                "those of the answer alone"
+            )
 
     def check_ids(self, ids: Ids[int]) -> None:
         """Raises OptionError for an id beyond the vocabulary; `ids` are not empty."""
@@ -165,6 +178,7 @@ class Engine:
         assert sequence not in self._parked, "this sequence has left before"
         self._parked.append(sequence)
         sequence.seen = None
+        sequence.prompt_logprobs = []
 
     def forget(self) -> None:
         """Give up all parked rows."""
@@ -194,6 +208,7 @@ class Engine:
                 try:
                     logits = self._forward(work)
                     picks = self._sample(work, logits)
+                    scores = [score_prompt(item, self.kv.lens[item.sequence.row], logits) for item in work]
                 except BaseException as error:
                     for item in work:
                         self.kv.abort(item.sequence.row)
@@ -201,7 +216,7 @@ class Engine:
                     if lacking is None:
                         raise
                 else:
-                    return self._emit(work, picks)
+                    return self._emit(work, picks, scores)
                 # Only here has the error let go of its trace, and so of all that the forward had allocated.
                 self._turn, self._had_prompt = turn, had_prompt
                 self._make_room(lacking, work)
@@ -256,8 +271,10 @@ class Engine:
     def _work(self, sequence: Sequence) -> Work:
         done = self.kv.lens[sequence.row]
         todo = len(sequence.ids) - done
-        count = self.kv.chunk(sequence.row, todo, self.chunk)
-        return Work(sequence, sequence.ids[done : done + count], samples=count == todo)
+        scored = sequence.settings.prompt_logprobs and done < sequence.prompt_len - 1
+        wanted = min(self.chunk, scored_chunk(self.vocab_size)) if scored else self.chunk
+        count = self.kv.chunk(sequence.row, todo, wanted)
+        return Work(sequence, sequence.ids[done : done + count], samples=count == todo, scored=scored)
 
     def _to_front(self, sequences: list[Sequence]) -> list[Sequence]:
         """Give these, ordered by row, the first rows, in their order: a batch is a stretch of the slab.
@@ -274,7 +291,8 @@ class Engine:
         return self._members[: len(sequences)]
 
     def _forward(self, work: list[Work]) -> torch.Tensor:
-        """Logits of each row's last token, [len(work), vocabulary], fp32."""
+        """Logits of each row's last token, [len(work), vocabulary], fp32; of a scored one, which has its turn
+        alone, those of all its ids."""
         with one_torch_thread() if self._is_small(work) else contextlib.nullcontext():
             return self._forward_row(work[0]) if len(work) == 1 else self._forward_batch(work)
 
@@ -306,24 +324,25 @@ class Engine:
         """One sequence, any number of tokens: no mask, as generate drops one that hides nothing."""
         if self.token_step is not None and len(item.ids) == 1:
             return self.token_step.logits(item.sequence.row, item.ids[0])
-        return self.plain_logits(item.sequence.row, item.ids)
+        return self.plain_logits(item.sequence.row, item.ids, keep=len(item.ids) if item.scored else 1)
 
-    def plain_logits(self, row: int, ids: list[int]) -> torch.Tensor:
-        """The model's forward of the next `ids` of a row; logits of the last, [1, vocabulary] fp32."""
+    def plain_logits(self, row: int, ids: list[int], *, keep: int = 1) -> torch.Tensor:
+        """The model's forward of the next `ids` of a row; logits of its last, [keep, vocabulary] fp32."""
         start = self.kv.lens[row]
         positions = torch.arange(start, start + len(ids), device=self.device)[None]
         output = self.hf(
             input_ids=torch.tensor([ids], device=self.device),
             position_ids=positions,
             **{self._cache_argument: self.kv.row(row)},
-            **self._forward_options,
+            **{name: keep if name == KEEP else value for name, value in self._forward_options.items()},
         )
-        logits: torch.Tensor = output.logits[:, -1].float()
+        logits: torch.Tensor = output.logits[0, -keep:].float()
         return logits
 
     def _sample(self, work: list[Work], logits: torch.Tensor) -> list[Pick | None]:
         """The next token of each row, None in mid-prompt."""
-        rows = [(item.sequence, logits[row : row + 1]) for row, item in enumerate(work) if item.samples]
+        lasts = logits[-len(work) :].split(1)
+        rows = [(item.sequence, last) for item, last in zip(work, lasts, strict=True) if item.samples]
         picks = iter(pick_tokens(rows, self._seen))
         return [next(picks) if item.samples else None for item in work]
 
@@ -335,11 +354,13 @@ class Engine:
         sequence.seen[0, len(sequence.ids) - 1] = sequence.ids[-1]
         return sequence.seen[:, : len(sequence.ids)]
 
-    def _emit(self, work: list[Work], picks: list[Pick | None]) -> list[Step]:
+    def _emit(self, work: list[Work], picks: list[Pick | None], scores: list[list[LogProbs]]) -> list[Step]:
         """Make the step count: lengths first, then the new tokens."""
         steps = []
-        for item, pick in zip(work, picks, strict=True):
+        for item, pick, scored in zip(work, picks, scores, strict=True):
             sequence = item.sequence
+            done = self.kv.lens[sequence.row]
+            sequence.prompt_logprobs[done : done + len(scored)] = scored
             self.kv.advance(sequence.row, len(item.ids))
             if pick is not None:
                 sequence.ids.append(pick.token)

@@ -45,6 +45,8 @@ class KVRows(Protocol):
     """Whether several rows can take part in one forward, one new token each."""
     can_copy: bool
     """Whether the first tokens of a row can be copied to another."""
+    whole_prompt_only: bool
+    """Whether a prompt goes through in one forward, and what follows token by token."""
     places: BatchPlaces
     """Where the tokens of the last `batch` go."""
     windows: list[int | None]
@@ -169,6 +171,7 @@ class KVSlab:
 
     can_batch = True
     can_copy = True
+    whole_prompt_only = False
 
     def __init__(self, probe: Any, rows: int, capacity: int) -> None:
         """`probe`: a cache that has seen one token, whose layers tell every shape, type and device."""

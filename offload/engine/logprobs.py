@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+
+SCORED_BYTES = 64 << 20
+"""Most logits, in fp32, of one forward of a prompt whose own tokens are looked up."""
+PIECE = 32
+"""Places whose whole distributions are held at a time."""
 
 
 class LogProbs(NamedTuple):
@@ -37,3 +43,18 @@ def look_up(table: torch.Tensor, token: int, count: int) -> LogProbs:
         pairs = zip(ids.tolist(), table[ids].tolist(), strict=True)
         top = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:count]
     return LogProbs(float(table[token]), tuple(top))
+
+
+def look_up_each(logits: torch.Tensor, tokens: Sequence[int], count: int) -> list[LogProbs]:
+    """Those of each of `tokens`, which follow the places of the first logits of [n, vocabulary]."""
+    found: list[LogProbs] = []
+    for at in range(0, len(tokens), PIECE):
+        some = tokens[at : at + PIECE]
+        tables = log_probabilities(logits[at : at + len(some)])
+        found += [look_up(table, token, count) for table, token in zip(tables, some, strict=True)]
+    return found
+
+
+def scored_chunk(vocabulary: int) -> int:
+    """How many tokens of such a prompt go into one forward."""
+    return max(2, SCORED_BYTES // (4 * vocabulary))

@@ -25,7 +25,7 @@ class OwnCaches:
 
     def __init__(self, config: Any, rows: int, capacity: int) -> None:
         self._config = config.get_text_config(decoder=True)
-        self._whole_prompt_only = self._config.model_type in WHOLE_PROMPT_ONLY
+        self.whole_prompt_only = self._config.model_type in WHOLE_PROMPT_ONLY
         self.rows = rows
         self.capacity = capacity
         self.lens: list[int] = []
@@ -65,12 +65,12 @@ class OwnCaches:
         self.lens[row], self._caches[row] = 0, self._fresh()
 
     def chunk(self, row: int, todo: int, wanted: int) -> int:
-        if self._whole_prompt_only:
+        if self.whole_prompt_only:
             return todo if self.lens[row] == 0 else 1
         return min(todo, wanted)
 
     def can_shorten(self, row: int, length: int) -> bool:
-        return length == 0 or (length == self.lens[row] and not self._whole_prompt_only)
+        return length == 0 or (length == self.lens[row] and not self.whole_prompt_only)
 
     def copy(self, one: int, other: int, length: int) -> None:
         raise AssertionError("caches of this model's layers are not copied")

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 
 from moe_local.cache.errors import MoeLocalError
-from moe_local.offload.engine.logprobs import LogProbs, log_probabilities, look_up
+from moe_local.offload.engine.logprobs import LogProbs, log_probabilities, look_up, look_up_each
 from moe_local.offload.engine.sampling import draw
-from moe_local.offload.engine.sequence import Sequence
+from moe_local.offload.engine.sequence import Sequence, Work
 
 
 class Pick(NamedTuple):
@@ -45,6 +45,18 @@ def pick_tokens(
         count = sequence.settings.logprobs or 0
         picks.append(Pick(token, None if table is None else look_up(table, token, count)))
     return picks
+
+
+def score_prompt(item: Work, done: int, logits: torch.Tensor) -> list[LogProbs]:
+    """Of the prompt's tokens behind each of a scored row's ids, the first of which is number `done`.
+
+    logits [len(item.ids), vocabulary] fp32. Of a row that is not scored there are none.
+    """
+    if not item.scored:
+        return []
+    sequence = item.sequence
+    following = sequence.ids[done + 1 : min(done + 1 + len(item.ids), sequence.prompt_len)]
+    return look_up_each(logits, following, sequence.settings.logprobs or 0)
 
 
 def _pick(sequence: Sequence, logits: torch.Tensor, seen: Callable[[Sequence], torch.Tensor]) -> torch.Tensor:

@@ -60,6 +60,8 @@ class Settings:
     logprobs: int | None = None
     """How many of the likeliest tokens each one is handed out with, besides its own log probability; None:
     nothing of it."""
+    prompt_logprobs: bool = False
+    """Whether the prompt's own tokens are looked up, too."""
 
 
 def draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
@@ -177,6 +179,7 @@ def make_settings(
     seed: int | None = None,
     padding: int = 0,
     logprobs: int | None = None,
+    prompt_logprobs: bool = False,
     **options: Any,
 ) -> Settings:
     """Settings of one sequence. `padding`: tokens that stood before it in a batch and count for max_length.
@@ -216,6 +219,7 @@ def make_settings(
             generator=None if seed is None else torch.Generator(device).manual_seed(seed),
             max_time=config.max_time,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
 

@@ -39,6 +39,8 @@ class Sequence:
     deadline: float | None = None
     seen: torch.Tensor | None = field(default=None, repr=False)
     """`ids` on the model's device with room to grow, [1, capacity + 1], where processors want them."""
+    prompt_logprobs: list[LogProbs] = field(default_factory=list, repr=False)
+    """Of the prompt's tokens from the second on, as far as they are computed, where they are asked for."""
 
     @property
     def new_ids(self) -> list[int]:
@@ -61,3 +63,5 @@ class Work(NamedTuple):
     sequence: Sequence
     ids: list[int]
     samples: bool
+    scored: bool
+    """Whether logits of all of the ids are wanted, not only of the last."""

@@ -24,7 +24,7 @@ class StateSlab(KVSlab):
     def __init__(self, probe: Any, rows: int, capacity: int, *, whole_prompt_only: bool = False) -> None:
         """`probe` as for a KVSlab; see `can_state_slab`. `whole_prompt_only`: see `forgets_states`."""
         super().__init__(_without_states(probe), rows, capacity)
-        self._whole_prompt_only = whole_prompt_only
+        self.whole_prompt_only = whole_prompt_only
         with torch.inference_mode(False):
             self.states = {
                 index: StateStore(layer, rows) for index, layer in enumerate(probe.layers) if is_state(layer)
@@ -78,12 +78,12 @@ class StateSlab(KVSlab):
         self._begin_anew(row)
 
     def chunk(self, row: int, todo: int, wanted: int) -> int:
-        if self._whole_prompt_only:
+        if self.whole_prompt_only:
             return todo if self.lens[row] == 0 else 1
         return super().chunk(row, todo, wanted)
 
     def can_shorten(self, row: int, length: int) -> bool:
-        return length == 0 or (length == self.lens[row] and not self._whole_prompt_only)
+        return length == 0 or (length == self.lens[row] and not self.whole_prompt_only)
 
     def shorten(self, row: int, length: int) -> None:
         super().shorten(row, length)

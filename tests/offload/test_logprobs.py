@@ -14,7 +14,7 @@ import torch
 
 import moe_local
 from moe_local.cache.errors import OptionError
-from moe_local.offload.engine import picking
+from moe_local.offload.engine import logprobs, picking
 from moe_local.offload.engine.batch import generate_ids
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.logprobs import LogProbs, log_probabilities, look_up
@@ -150,6 +150,62 @@ def test_of_equals_the_lowest_ids() -> None:
     assert look_up(table, 4, 0) == LogProbs(float(table[4]), ())
     assert look_up(table, 7, 20).logprob == -math.inf
     assert [token for token, _ in look_up(table, 7, 20).top_logprobs] == [1, 3, 6, 2, 4, 5, 0, 7]
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 33])
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_those_of_a_prompt(hf: Any, monkeypatch: pytest.MonkeyPatch, length: int, chunk: int) -> None:
+    """In whatever pieces it is computed, beside others, and after one that had the same beginning."""
+    monkeypatch.setattr(logprobs, "SCORED_BYTES", 16 * 4 * hf.config.vocab_size)
+    monkeypatch.setattr(logprobs, "PIECE", 5)
+    engine = Engine(hf, make_kv(hf, 2, 64), chunk=chunk)
+    ids = prompt(40)[:length]
+    for _ in range(2):
+        settings = make_settings(
+            hf, ids, max_new_tokens=3, logprobs=4, prompt_logprobs=True, **ENDLESS, **SAMPLED
+        )
+        sequence = engine.join(ids, settings, reuse=True)
+        other = engine.join(ids, make_settings(hf, ids, max_new_tokens=9, **ENDLESS), reuse=True)
+        run(engine)
+        assert sequence.reused_tokens == 0
+        assert not other.prompt_logprobs
+        with torch.inference_mode():
+            logits = hf(input_ids=torch.tensor([sequence.ids])).logits[0]
+        want = torch.log_softmax(logits.float(), dim=-1)
+        assert len(sequence.prompt_logprobs) == length - 1
+        for place, one in enumerate(sequence.prompt_logprobs):
+            assert one.logprob == pytest.approx(float(want[place, ids[place + 1]]), abs=TOLERANCE)
+            best = want[place].topk(4).values.tolist()
+            assert [value for _, value in one.top_logprobs] == pytest.approx(best, abs=TOLERANCE)
+        for one_of_both in (sequence, other):
+            engine.leave(one_of_both)
+        assert not sequence.prompt_logprobs  # a parked row keeps none
+
+
+def test_a_prompt_that_is_computed_again_has_them_once(hf: Any) -> None:
+    engine = Engine(hf, make_kv(hf, 1, 64), chunk=4)
+    ids = prompt(11)
+    settings = make_settings(hf, ids, max_new_tokens=2, logprobs=1, prompt_logprobs=True, **ENDLESS)
+    sequence = engine.join(ids, settings)
+    engine.step()
+    first = list(sequence.prompt_logprobs)
+    assert len(first) == 4
+    engine.kv.shorten(sequence.row, 0)  # as memory of states has it after a step that failed
+    run(engine)
+    assert len(sequence.prompt_logprobs) == 10
+    for one, again in zip(first, sequence.prompt_logprobs, strict=False):
+        assert one.logprob == pytest.approx(again.logprob, abs=TOLERANCE)
+
+
+def test_models_that_read_prompts_in_one_piece_refuse_those_of_a_prompt(
+    mixtral: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(mixtral, make_kv(mixtral, 1, 64), chunk=4)
+    monkeypatch.setattr(engine.kv, "whole_prompt_only", True, raising=False)
+    settings = make_settings(mixtral, [5, 6], max_new_tokens=2, logprobs=1, prompt_logprobs=True)
+    with pytest.raises(OptionError, match="reads prompts in one piece"):
+        engine.join([5, 6], settings)
+    engine.join([5, 6], make_settings(mixtral, [5, 6], max_new_tokens=2, logprobs=1))
 
 
 def test_a_tensor_of_ids_has_no_place_for_them(mixtral: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 
 import moe_local
 from moe_local.cli.server.logprobs import LEAST, Entry, TokenNames
@@ -111,6 +112,77 @@ def test_of_a_completion(client: openai.OpenAI, model: moe_local.Model, count: i
     assert plain.logprobs is None
 
 
+PROMPTS = ["The router sends each token to two experts.", "An expert: 😀"]
+
+
+def check_prompt(scores: Any, text: str, ids: list[int], model: moe_local.Model, count: int) -> None:
+    """The first `len(ids)` places of a completion against a plain forward of the model."""
+    known = TokenBytes(model.tokenizer)
+    with torch.inference_mode():
+        logits = model.hf(input_ids=torch.tensor([ids])).logits[0]
+    want = torch.log_softmax(logits.float(), dim=-1)
+    names = [known.of(token).decode(errors="replace") for token in ids]
+    assert scores.tokens[: len(ids)] == names
+    assert scores.token_logprobs[0] is scores.top_logprobs[0] is None
+    special = set(model.tokenizer.all_special_ids)
+    for place in range(1, len(ids)):
+        logprob = float(want[place - 1, ids[place]])
+        assert scores.token_logprobs[place] == pytest.approx(logprob, abs=TOLERANCE)
+        top = scores.top_logprobs[place]
+        best = want[place - 1].topk(max(count, 1)).values.tolist()
+        assert max(top.values()) == pytest.approx(best[0] if count else logprob, abs=TOLERANCE)
+        if ids[place] not in special and "\ufffd" not in names[place]:
+            assert scores.token_logprobs[place] == top[names[place]]
+            assert text.startswith(names[place], scores.text_offset[place])
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_of_an_echoed_prompt(client: openai.OpenAI, model: moe_local.Model, count: int) -> None:
+    """As evaluations ask how likely texts are: prompts of ids, with no new token or one that they drop."""
+    prompts = [model.tokenizer(text)["input_ids"] for text in PROMPTS]
+    asked: Any = {"model": "demo", "prompt": prompts, "echo": True, "logprobs": count, "temperature": 0}
+    silent = client.completions.create(**asked, max_tokens=0)
+    assert silent.usage is not None
+    assert silent.usage.completion_tokens == 0
+    assert silent.usage.prompt_tokens == sum(map(len, prompts))
+    one = client.completions.create(**asked, max_tokens=1)
+    for answer, new in ((silent, 0), (one, 1)):
+        for choice, ids, text in zip(answer.choices, prompts, PROMPTS, strict=True):
+            assert choice.finish_reason == "length" or new
+            assert choice.text.startswith(text)
+            assert new or choice.text == text
+            scores = choice.logprobs
+            assert scores is not None
+            for field in (scores.tokens, scores.token_logprobs, scores.top_logprobs, scores.text_offset):
+                assert field is not None
+                assert len(field) == len(ids) + new
+            check_prompt(scores, choice.text, ids, model, count)
+    assert [c.logprobs.text_offset[-1] for c in one.choices] == [len(t) for t in PROMPTS]  # type: ignore[union-attr,index]
+
+
+def test_of_an_echoed_prompt_as_a_stream(client: openai.OpenAI, model: moe_local.Model) -> None:
+    """The text is there before its log probabilities are, which come with the next chunk."""
+    ids = model.tokenizer("The router")["input_ids"]
+    for new in (0, 4):
+        asked: Any = {"model": "demo", "prompt": "The router", "echo": True, "logprobs": 1, "temperature": 0}
+        whole = client.completions.create(**asked, max_tokens=new).choices[0]
+        chunks = [c.choices[0] for c in client.completions.create(**asked, max_tokens=new, stream=True)]
+        assert "".join(chunk.text for chunk in chunks) == whole.text
+        assert chunks[0].text == "The router"
+        assert whole.logprobs is not None
+        for field in ("tokens", "text_offset"):
+            joined = [item for chunk in chunks for item in getattr(chunk.logprobs, field)]
+            assert joined == getattr(whole.logprobs, field)
+            assert len(joined) == len(ids) + new
+
+
+def test_an_echo_alone(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="demo", prompt="The router", echo=True, max_tokens=0)
+    assert (answer.choices[0].text, answer.choices[0].logprobs) == ("The router", None)
+    with pytest.raises(openai.BadRequestError, match=r"max_tokens is 0; it must be .* or come with an echo"):
+        client.completions.create(model="demo", prompt="The router", max_tokens=0)
+
+
 def scored(server: Any, path: str, body: dict[str, Any]) -> tuple[list[float], list[tuple[str, list[float]]]]:
     """The log probabilities of a whole answer, and of each chunk of a streamed one with its text."""
 
@@ -179,29 +251,27 @@ def test_numbers_that_json_cannot_say(model: moe_local.Model) -> None:
     (written,) = names.chat([entry])["content"]
     assert written["logprob"] == LEAST
     assert [top["logprob"] for top in written["top_logprobs"]] == [-0.5, LEAST]
-    assert json.dumps(names.completion([entry], 7), allow_nan=False)
+    assert json.dumps(names.completion([entry]), allow_nan=False)
 
 
 def test_half_characters(model: moe_local.Model) -> None:
     """Tokens that read alike are told apart by their bytes; where texts are keys, the likelier one stays."""
     names, known = TokenNames(model.tokenizer), TokenBytes(model.tokenizer)
-    halves = [
-        token for token in encode_prompt(model.tokenizer, "😀", template=False) if known.of(token) != b"<s>"
-    ]
+    halves = encode_prompt(model.tokenizer, "😀", template=False)
     halves = [token for token in halves if "\ufffd" in known.of(token).decode(errors="replace")]
     assert len(halves) > 1
     entry = Entry(halves[1], -2.0, ((halves[0], -1.0), (halves[1], -2.0)), 0)
     (written,) = names.chat([entry])["content"]
     assert bytes(written["bytes"]) == known.of(halves[1])
     assert [bytes(top["bytes"]) for top in written["top_logprobs"]] == [known.of(half) for half in halves[:2]]
-    assert names.completion([entry], 0)["top_logprobs"] == [{"\ufffd": -1.0}]
+    assert names.completion([entry])["top_logprobs"] == [{"\ufffd": -1.0}]
 
 
 def test_without_a_tokenizer() -> None:
     names = TokenNames(None)
     entry = Entry(7, -1.0, ((3, -0.5),), 0)
     assert names.chat([entry])["content"][0]["bytes"] is None
-    assert names.completion([entry], 0) == {
+    assert names.completion([entry]) == {
         "tokens": ["token_id:7"],
         "token_logprobs": [-1.0],
         "top_logprobs": [{"token_id:3": -0.5, "token_id:7": -1.0}],
