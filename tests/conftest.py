@@ -79,6 +79,11 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Python's end frees it all again: Triton's bindings would print a page about leaks."""
+    gc.unfreeze()
+
+
 SLOW_S = 900
 """Time limit of a slow test that names none: several times what any takes, since machines differ."""
 
