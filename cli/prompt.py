@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from moe_local.cli.text_file import read_stdin
+
 if TYPE_CHECKING:
     from moe_local.cli.editor import Editor
 
@@ -90,7 +92,7 @@ class Messages(Iterator[Message]):
             return self.editor.read(prompt, CONTINUED)
         if self.interactive:
             return input(prompt)
-        line = sys.stdin.readline()
+        line = read_stdin(line=True)
         if not line:
             raise EOFError
         return line.rstrip("\r\n")

@@ -13,6 +13,7 @@ from moe_local.cli.completion import model_argument
 from moe_local.cli.first_use import ready, yes_flag
 from moe_local.cli.options import Sampling, debug_flag, json_flag, load_flags, sampling_flags
 from moe_local.cli.render import ProgressBar, print_json, print_status, status_line
+from moe_local.cli.text_file import read_stdin
 
 if TYPE_CHECKING:
     from moe_local.offload.engine.text import Prompt
@@ -84,7 +85,7 @@ def _prompt(given: str | None) -> str:
     elif given is None and sys.stdin.isatty():
         raise click.UsageError("there is no PROMPT; give one, or pipe it in")
     else:
-        text, where = sys.stdin.read().strip(), "the prompt on stdin"
+        text, where = read_stdin().strip(), "the prompt on stdin"
     if not text.strip():
         raise click.UsageError(f"{where} is empty; write something to be answered")
     return text

@@ -1,12 +1,16 @@
-"""Text files that a model is to read, looked at before the model is."""
+"""Text that a model is to read, from files and stdin, looked at before the model is."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 
 from moe_local.cache.errors import OptionError
+
+LONGEST = 64 << 20
+"""Characters of a prompt: more than the longest context holds."""
 
 
 def read_text_file(path: Path) -> str:
@@ -21,4 +25,19 @@ def read_text_file(path: Path) -> str:
     if not text.strip():
         name = "what came on stdin" if str(path) == "-" else path
         raise OptionError(f"the text to calibrate on is empty: {name}; give some thousand words")
+    return text
+
+
+def read_stdin(*, line: bool = False) -> str:
+    """All that is left of stdin, or its next line with the end; "" behind the last.
+
+    Raises OptionError for what is no UTF-8, and for more than any model reads, before it fills the memory.
+    """
+    try:
+        text = sys.stdin.readline(LONGEST) if line else sys.stdin.read(LONGEST)
+        text.encode()  # where the locale is C, Python takes other bytes for halves of characters
+    except UnicodeError:
+        raise OptionError("what came on stdin is no text in UTF-8; save it as that") from None
+    if len(text) == LONGEST:
+        raise OptionError(f"what came on stdin has {LONGEST >> 20} MiB or more; give a prompt")
     return text

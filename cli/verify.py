@@ -109,10 +109,16 @@ def verify(model: str, out: Path | None, repair: bool, as_json: bool, options: d
 
 def _reports(model: str, out: Path | None, format: str | None, progress: ProgressBar) -> list[Report]:
     from moe_local.cli.library import known
+    from moe_local.offload.expert_file.expert_file import MANIFEST
     from moe_local.offload.quantize.codec import codec_for
     from moe_local.offload.quantize.mix import canonical, is_mixed
 
     if out is not None:
+        if not (out / MANIFEST).exists() and not any(out.glob("layer-*.safetensors")):
+            raise ModelNotFoundError(
+                f"there are no converted experts in {out}; "
+                f"convert them: moe-local convert {model} --out {out}"
+            )
         return [_verify(out, "", progress)]
     if format is not None:
         format = canonical(format)

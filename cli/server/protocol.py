@@ -291,12 +291,6 @@ def _as_text(index: int, message: dict[str, Any]) -> dict[str, Any]:
         content = "".join(_part(index, part) for part in content)
     if not isinstance(content, str):
         raise OptionError(f"message {index} has no content; give text")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        raise OptionError(
-            f"message {index} has half a character, at {error.start}; give whole ones"
-        ) from error
     role = "system" if role == "developer" else role
     calls = {} if message.get("tool_calls") is None else {"tool_calls": _calls(index, message["tool_calls"])}
     return {**message, "role": role, "content": content, **calls}

@@ -66,11 +66,11 @@ def encode_prompt(
     return _encode_chat(tokenizer, messages, tools, variables or {})
 
 
-def _check_text(prompt: str) -> None:
+def _check_text(text: str, where: str = "the prompt") -> None:
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise OptionError(f"the prompt has half a character, at {error.start}; give whole ones") from error
+        raise OptionError(f"{where} has half a character, at {error.start}; give whole ones") from error
 
 
 def _shown(value: object) -> str:
@@ -104,6 +104,8 @@ def _check_messages(messages: Sequence[Any]) -> list[Message]:
                 f"item {index} of the prompt is {_shown(message)}; give token ids, or messages like "
                 '{"role": "user", "content": "..."}'
             )
+        if isinstance(message["content"], str):
+            _check_text(message["content"], f"message {index}")
     return list(messages)
 
 

@@ -85,7 +85,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("VRAM", "RAM", "SLOTS", "EXPERTS", "DENSE", "CONTEXT", "SEED", "DEBUG", "TEMPERATURE"):
         monkeypatch.delenv(f"MOE_LOCAL_{name}", raising=False)
 
-    def run(*arguments: str, input: str | None = None) -> Result:
+    def run(*arguments: str, input: str | bytes | None = None) -> Result:
         return CliRunner().invoke(main, list(arguments), input=input)
 
     return run

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -11,7 +12,8 @@ import time
 
 import pytest
 
-from moe_local.cache.errors import ModelNotFoundError
+from moe_local.cache.errors import ModelNotFoundError, OptionError
+from moe_local.cli import text_file
 
 
 def test_the_answer_is_all_of_stdout(invoke, fake, loads):
@@ -40,6 +42,31 @@ def test_json_is_one_document(invoke, fake):
 def test_the_prompt_from_stdin(invoke, fake, arguments):
     assert invoke(*arguments, input="two\nlines\n").stdout == "1: TWO LINES\n"
     assert fake.asked[0][0] == "two\nlines"
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_what_is_no_utf8_on_stdin_is_refused(invoke, fake, command):
+    result = invoke(command, "demo", input=b"caf\xe9\n")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.endswith("moe-local: what came on stdin is no text in UTF-8; save it as that\n")
+    assert not fake.asked
+
+
+def test_what_the_locale_takes_for_utf8_is_refused_too(monkeypatch):
+    for errors in ("strict", "surrogateescape"):
+        stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(OptionError, match="no text in UTF-8"):
+            text_file.read_stdin()
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_stdin_without_an_end_is_refused(invoke, fake, command, monkeypatch):
+    monkeypatch.setattr(text_file, "LONGEST", 2 << 20)
+    result = invoke(command, "demo", input="a" * (3 << 20))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "what came on stdin has 2 MiB or more" in result.stderr
+    assert not fake.asked
 
 
 @pytest.mark.parametrize(

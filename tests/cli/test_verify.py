@@ -134,7 +134,6 @@ def test_what_is_not_there(invoke, model):
     result = invoke("verify", str(model), "--experts", "int8")
     assert result.exit_code == 4
     assert "moe-local convert" in result.stderr
-    assert invoke("verify", str(model), "--out", str(model / "none")).exit_code == 1
 
 
 def test_of_a_folder_only_headers_are_known(invoke, model):
@@ -191,3 +190,10 @@ def test_a_file_in_use_is_mended_under_its_reader(invoke, model):
         assert invoke("verify", str(model), "--repair").exit_code == 0
         assert loaded.generate([5, 6, 7], max_new_tokens=8, eos_token_id=None).token_ids == whole
     assert not find_damage(file)
+
+
+def test_a_folder_that_holds_no_experts_is_not_called_damaged(invoke, model, tmp_path):
+    for folder in (tmp_path / "missing", tmp_path):
+        result = invoke("verify", str(model), "--out", str(folder))
+        assert result.exit_code == 4
+        assert f"there are no converted experts in {folder}; convert them" in result.stderr

@@ -145,6 +145,7 @@ BAD_CALLS: list[tuple[Any, dict[str, Any], str]] = [
     ("a", {"max_time": (1, 2)}, "max_time is (1, 2)"),
     ("a", {"exponential_decay_length_penalty": []}, "list index out of range"),
     ("\ud800", {"template": False}, "the prompt has half a character, at 0"),
+    ([{"role": "user", "content": "a\ud800"}], {}, "message 0 has half a character, at 1"),
     ("a", {"seed": "x"}, "seed is 'x'"),
     ("a", {"seed": 2**70}, "seed is 1180591620717411303424"),
     ("a", {"stop": ""}, "stop string '' is not"),
