@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +14,7 @@ from moe_local.cli.completion import model_argument
 from moe_local.cli.first_use import ready, yes_flag
 from moe_local.cli.options import Sampling, debug_flag, json_flag, load_flags, sampling_flags
 from moe_local.cli.render import ProgressBar, print_json, print_status, status_line
-from moe_local.cli.text_file import read_stdin
+from moe_local.cli.text_file import read_schema_file, read_stdin
 
 if TYPE_CHECKING:
     from moe_local.offload.engine.text import Prompt
@@ -24,13 +25,26 @@ if TYPE_CHECKING:
 @model_argument()
 @click.argument("prompt", required=False)
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text: no chat template.")
+@click.option(
+    "--json-schema",
+    "schema_file",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Answer with JSON of the schema in this file.",
+)
 @json_flag
 @yes_flag
 @load_flags()
 @sampling_flags
 @debug_flag
 def run(
-    model: str, prompt: str | None, raw: bool, as_json: bool, options: dict[str, Any], sampling: Sampling
+    model: str,
+    prompt: str | None,
+    raw: bool,
+    schema_file: Path | None,
+    as_json: bool,
+    options: dict[str, Any],
+    sampling: Sampling,
 ) -> None:
     """Answer PROMPT with MODEL and leave.
 
@@ -42,8 +56,10 @@ def run(
     Examples:
       moe-local run demo 'What is an expert?'
       moe-local run mixtral-8x7b - --max-tokens 128 --json < question.txt
+      moe-local run mixtral-8x7b 'Who wrote Faust?' --json-schema person.json
     """
     text = _prompt(prompt)
+    form: dict[str, Any] = {} if schema_file is None else {"json_schema": read_schema_file(schema_file)}
     ready(model, options)
     with ProgressBar() as progress:
         loaded = moe_local.load(model, **options, progress=progress)
@@ -51,7 +67,7 @@ def run(
     if sampling.system is not None:
         asked = [*sampling.conversation(), {"role": "user", "content": text}]
     with loaded:
-        stream = loaded.stream(asked, template=not raw, **sampling.generation())
+        stream = loaded.stream(asked, template=not raw, **sampling.generation(), **form)
         if as_json:
             print_json({"model": model, **stream.output().to_dict()})
         else:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from moe_local.cache.errors import OptionError
+from moe_local.cache.files import parse_json
 
 LONGEST = 64 << 20
 """Characters of a prompt: more than the longest context holds."""
 
 
-def read_text_file(path: Path) -> str:
+def read_text_file(
+    path: Path, what: str = "the text to calibrate on", remedy: str = "give some thousand words"
+) -> str:
     """What is in it; - is stdin. Raises OptionError where that is no UTF-8, or nothing but white space."""
     try:
         with click.open_file(str(path), encoding="utf-8") as file:
@@ -24,7 +28,7 @@ def read_text_file(path: Path) -> str:
         raise OptionError(f"{path} cannot be read: {error.strerror or error}") from None
     if not text.strip():
         name = "what came on stdin" if str(path) == "-" else path
-        raise OptionError(f"the text to calibrate on is empty: {name}; give some thousand words")
+        raise OptionError(f"{what} is empty: {name}; {remedy}")
     return text
 
 
@@ -41,3 +45,15 @@ def read_stdin(*, line: bool = False) -> str:
     if len(text) == LONGEST:
         raise OptionError(f"what came on stdin has {LONGEST >> 20} MiB or more; give a prompt")
     return text
+
+
+def read_schema_file(path: Path) -> dict[str, Any]:
+    """The JSON schema in it. Raises OptionError where there is none; what it says is looked at later."""
+    text = read_text_file(path, "the JSON schema", 'give one, such as {"type": "object"}')
+    try:
+        schema = parse_json(text)
+    except ValueError as error:
+        raise OptionError(f"{path} is no JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise OptionError(f'{path} holds no JSON schema; give an object, such as {{"type": "object"}}')
+    return schema

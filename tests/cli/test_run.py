@@ -242,3 +242,35 @@ def test_sigint_to_the_real_command(long_mixtral, endless, tmp_path):
     _, errors = child.communicate(timeout=200)
     assert child.returncode == 130
     assert b"Traceback" not in errors
+
+
+def test_json_of_a_schema(invoke, tmp_path):
+    file = tmp_path / "schema.json"
+    schema = {"type": "object", "properties": {"topic": {"enum": ["cache", "router"]}}, "required": ["topic"]}
+    file.write_text(json.dumps({**schema, "additionalProperties": False}))
+    result = invoke("run", "demo", "What is a router?", "--json-schema", str(file), "--device", "cpu")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["topic"] in ("cache", "router")
+    file.write_text('{"type": "objekt"}')
+    result = invoke("run", "demo", "What is a router?", "--json-schema", str(file), "--device", "cpu")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "moe-local: this form of an answer cannot be kept: Invalid type: objekt\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "schema.json is no JSON: "),
+        ("[]", 'schema.json holds no JSON schema; give an object, such as {"type": "object"}'),
+        (" \n", "the JSON schema is empty: "),
+        (b"\xff\xfe", "schema.json cannot be read as text: it is no UTF-8"),
+    ],
+)
+def test_files_that_hold_no_schema(invoke, fake, tmp_path, content, message):
+    file = tmp_path / "schema.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    result = invoke("run", "demo", "hello", "--json-schema", str(file))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not fake.asked
