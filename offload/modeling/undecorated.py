@@ -57,10 +57,10 @@ def conversion_rules(model: nn.Module) -> list[Any]:
 
 def _unknown_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that hold routed experts, by the name of their class, and are not marked."""
-    known: list[str] = []
+    known: set[str] = set()
     for name, module in model.named_modules():
-        if is_experts_module(module) or any(name.startswith(f"{outer}.") for outer in known):
-            known.append(name)
+        if is_experts_module(module) or name.rpartition(".")[0] in known:
+            known.add(name)  # and so, in turn, all that is within it
             continue
         kind = type(module).__name__
         routed = "Experts" in kind and "Shared" not in kind and kind != "OffloadedExperts"
