@@ -4,6 +4,7 @@ moe_layer against the calls that it is made of."""
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -60,6 +61,12 @@ class Case(NamedTuple):
     spare: int = 3
 
 
+@functools.cache
+def matrix_of(packed: Any, *shape: Any, **options: Any) -> Any:
+    """packed.pack, once for all calls, which only read it."""
+    return packed.pack(*shape, **options)
+
+
 class Call:
     """A call of moe_attention for one token of random numbers."""
 
@@ -76,7 +83,7 @@ class Call:
         shapes["o"] = case.hidden, queries
         options = {"bias": case.bias is not None, "bias_dtype": case.bias or torch.float32}
         self.matrices = {
-            name: packed.pack(case.format, *shape, seed=seed + place, **options)
+            name: matrix_of(packed, case.format, *shape, seed=seed + place, **options)
             for place, (name, shape) in enumerate(shapes.items())
         }
         size = float(self.matrices["q"].weights.std()) * case.hidden**0.5  # that queries are about one

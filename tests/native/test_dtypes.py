@@ -34,13 +34,13 @@ def linear(
 def test_products_are_those_of_floats_rounded(
     packed: Any, lib: Any, isa: str, format: str, activations: int
 ) -> None:
-    for dtype in HALVES:
-        for rows, cols in ((96, 128), (33, 65), (5, 1)):
-            for bias in (torch.float32, *HALVES):
-                m = packed.pack(format, rows, cols, bias_dtype=bias)
-                for tokens in (1, 2, 5, 300):
-                    generator = torch.Generator().manual_seed(tokens)
-                    x = torch.randn(tokens, cols, generator=generator).to(dtype)
+    for rows, cols in ((96, 128), (33, 65), (5, 1)):
+        for bias in (torch.float32, *HALVES):
+            m = packed.pack(format, rows, cols, bias_dtype=bias)
+            for tokens in (1, 2, 5, 300):
+                drawn = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(tokens))
+                for dtype in HALVES:
+                    x = drawn.to(dtype)
                     want = linear(lib, m, x.float(), activations).to(dtype)
                     assert torch.equal(linear(lib, m, x, activations), want), (dtype, rows, bias, tokens)
 

@@ -97,7 +97,7 @@ def test_equals_the_plain_products(packed: Any, isa: str, format: str, kind: str
 
 @functools.cache
 def sixteen(packed: Any, format: str) -> list[Any]:
-    return without_weights(experts_of(packed, format, 192, 128, GATES["concatenated"], 16))
+    return without_weights(experts_of(packed, format, 128, 64, GATES["concatenated"], 16))
 
 
 @pytest.mark.parametrize("activations", BOUNDS)
@@ -113,7 +113,7 @@ def test_neither_groups_nor_their_order_nor_threads_change_a_bit(
             ids = torch.where(torch.arange(300) < 253, 0, 3).unsqueeze(
                 1
             )  # 256 pairs end 3 tokens into expert 3
-        x = torch.randn(tokens, 192, generator=torch.Generator().manual_seed(tokens))
+        x = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(tokens))
 
         def run(threads: int = 1, groups: Any = None, of: Any = (ids, weights, x)) -> Any:
             return packed.run_experts(experts, *of, gate, activations, threads=threads, groups=groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import random
 from collections.abc import Callable, Iterator
 
@@ -93,11 +94,18 @@ def draw_weights(numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return weights.to(dtype)
 
 
+@functools.cache
+def of_all_sizes(dtype: torch.dtype) -> list[tuple[torch.Tensor, Parts]]:
+    """Weights and what is to come out; once for all ways."""
+    sizes = [*range(1, 501), 4096 + 63, 70_001]
+    drawn = [draw_weights(numel, dtype, numel) for numel in sizes]
+    return [(weights, expected(weights)) for weights in drawn]
+
+
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_all_sizes(quantize: Quantize, dtype: torch.dtype) -> None:
-    for numel in [*range(1, 501), 4096 + 63, 70_001]:
-        weights = draw_weights(numel, dtype, numel)
-        assert same(quantize(weights), expected(weights)), numel
+    for weights, wanted in of_all_sizes(dtype):
+        assert same(quantize(weights), wanted), weights.numel()
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
