@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 import re
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from types import ModuleType
 
 import click
 
 from moe_local.cli.markdown import MarkdownStream
 from moe_local.cli.render import on_stderr, on_stdout
+
+termios: ModuleType | None
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None
 
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -26,6 +34,27 @@ def printable(text: str) -> str:
 def is_rich() -> bool:
     """Whether stdout is a terminal that can redraw lines, and its user has not asked for plain text."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and not on_stdout().is_dumb_terminal
+
+
+@contextmanager
+def unheard_keys() -> Iterator[None]:
+    """What is typed meanwhile, a Ctrl-C included, is not shown: it would stand in the answer, and move the
+    cursor away from what is drawn anew. It waits for the next prompt.
+
+    A shell sets its terminal right itself after a process that was stopped or killed.
+    """
+    if termios is None or not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before]
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        with suppress(termios.error):  # the terminal is gone
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 class AnswerView:
@@ -63,6 +92,8 @@ class AnswerView:
             self._ends_line = False
 
     def __enter__(self) -> AnswerView:
+        if is_rich():
+            self._stack.enter_context(unheard_keys())
         if self._markdown is not None:
             self._stack.enter_context(self._markdown)
         return self

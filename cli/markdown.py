@@ -157,4 +157,15 @@ def _stripped(lines: list[list[Segment]]) -> Iterator[list[Segment]]:
     """Without empty lines at both ends."""
     full = [number for number, line in enumerate(lines) if any(part.text.strip() for part in line)]
     if full:
-        yield from lines[full[0] : full[-1] + 1]
+        yield from map(_trimmed, lines[full[0] : full[-1] + 1])
+
+
+def _trimmed(line: list[Segment]) -> list[Segment]:
+    """Without the spaces that fill it up: they would be copied, and wrap where a window is made narrower."""
+    line = [*line]
+    while line and not (line[-1].style and line[-1].style.bgcolor):
+        last = line.pop()
+        if text := last.text.rstrip(" "):
+            line.append(Segment(text, last.style))
+            break
+    return line

@@ -490,6 +490,23 @@ class TestOnATerminal:
         assert "+oon two\n+three\n" in history.read_text()
         assert "\x1a" not in history.read_text()
 
+    def test_what_is_typed_beside_an_answer_does_not_stand_in_it(self, spawn, fake_model_file):
+        """And is what the next prompt begins with. A Ctrl-C is not shown, either."""
+        terminal = spawn(str(fake_model_file), "chat", TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")
+        terminal.expect_exact(">>>")
+        terminal.send("one two three four\r")
+        terminal.expect_exact("1: ONE")
+        terminal.send("typed endlessly\r")
+        terminal.expect_exact("tokens")
+        assert "typed" not in terminal.before
+        terminal.expect_exact("2: TYPED")
+        terminal.sendintr()
+        terminal.expect_exact("stopped")
+        assert "^C" not in terminal.before
+        terminal.expect_exact(">>>")
+        terminal.send("/bye\r")
+        terminal.expect(pexpect.EOF)
+
     def test_ctrl_c_in_the_middle_of_a_token_of_a_real_model(self, spawn, long_mixtral, endless):
         """Misses, prefetches and reads from disk are under way when it comes; the model stays usable."""
         flags = ["--slots", "2", "--temperature", "0", "--ram", "200MiB", *endless]

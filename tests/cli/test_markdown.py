@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 
 import pytest
 from rich.console import Console
@@ -142,6 +143,16 @@ def test_a_code_block_longer_than_the_screen_is_there_once_and_whole():
     pieces = [code[at : at + 7] for at in range(0, len(code), 7)]
     lines = [line.strip() for line in streamed(pieces, height=10).splitlines()]
     assert lines == [f"line {number}" for number in range(40)]
+
+
+def test_no_line_is_filled_up_with_spaces():
+    """They would be copied with the text."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=60, height=30, color_system=None)
+    with MarkdownStream(console) as stream:
+        for at in range(0, len(TEXT), 50):
+            stream.add(TEXT[at : at + 50])
+    assert not [line for line in re.split(r"[\r\n]", out.getvalue()) if line.endswith(" ")]
 
 
 def test_an_error_in_between_leaves_what_was_said():
