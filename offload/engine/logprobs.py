@@ -1,4 +1,7 @@
-"""How likely the model itself held a token to be, whatever it was then picked by."""
+"""How likely the model itself held a token to be, whatever it was then picked by.
+
+In one thread: on two busy cores, of 151936 ids, a token's took 1.7 ms in one thread and 22 ms in two.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+
+from moe_local.offload.system.threads import one_torch_thread
 
 SCORED_BYTES = 64 << 20
 """Most logits, in fp32, of one forward of a prompt whose own tokens are looked up."""
@@ -22,6 +27,7 @@ class LogProbs(NamedTuple):
     """The likeliest ids with theirs, best first, of equals the lower id: as many as were asked for."""
 
 
+@one_torch_thread()
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     """Of every id, fp32, in a tensor of its own, from logits [..., vocabulary] as the model computed them.
 
@@ -30,6 +36,7 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits.float(), dim=-1)
 
 
+@one_torch_thread()
 def look_up(table: torch.Tensor, token: int, count: int) -> LogProbs:
     """Those of `token` and of the `count` likeliest, from log probabilities [vocabulary].
 

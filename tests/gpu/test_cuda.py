@@ -385,6 +385,35 @@ def test_ids_are_the_same_with_and_without_graphs(
             assert stats.prefetch.issued == counts.prefetch.issued > 0
 
 
+@pytest.mark.parametrize("graphs", ["on", "off"])
+def test_log_probabilities_of_replayed_tokens_are_the_models_own(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, graphs: str
+) -> None:
+    """Of the prompt and of tokens that a graph computes, whose logits the next token overwrites."""
+    monkeypatch.setenv("MOE_LOCAL_GRAPHS", graphs)
+    exact = {"experts": "fp32", "dense": "fp32", "miss": "fetch", "context": 512}
+    with moe_local.load(make_checkpoint("qwen3_moe"), device="cuda", slots=8, **exact) as model:
+        engine = model.parts.engine
+        ids = list(range(3, 40))
+        options: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": None, "do_sample": False}
+        settings = make_settings(model.hf, ids, logprobs=3, prompt_logprobs=True, **options)
+        sequence = engine.join(ids, settings)
+        steps: list[Any] = []
+        while sequence.finish_reason is None:
+            steps += engine.step()
+        with torch.inference_mode():
+            logits = model.hf(input_ids=torch.tensor([sequence.ids[:-1]], device="cuda")).logits[0]
+        want = torch.log_softmax(logits.float(), dim=-1).cpu()
+        told = [*sequence.prompt_logprobs, *(step.logprobs for step in steps)]
+        assert len(told) == len(ids) - 1 + 6
+        for place, (token, one) in enumerate(zip(sequence.ids[1:], told, strict=True)):
+            assert one.logprob == pytest.approx(float(want[place, token]), abs=1e-3)
+            values = [value for _, value in one.top_logprobs]
+            assert values == pytest.approx(want[place].topk(3).values.tolist(), abs=1e-3)
+        assert [step.logprobs.top_logprobs[0][0] for step in steps] == [step.token for step in steps]
+        engine.leave(sequence)
+
+
 @pytest.mark.parametrize("dense", ["bf16", "nf4"])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_resident_step_is_one_graph(
