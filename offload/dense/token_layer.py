@@ -128,7 +128,9 @@ class TokenLayer:
         rest = parts[self.feed_forward]
         router = None if self.block is None else self.block.struct(rest, x.dtype)
         cos, sin = kwargs["position_embeddings"]
-        sequence, stream, inner = place.sequence(), torch.empty_like(x), torch.empty_like(x)
+        sequence, stream = place.sequence(), torch.empty_like(x)
+        # Made as who comes next takes it: each look at a tensor in another shape costs what making one does.
+        inner = torch.empty_like(x) if router is None else torch.empty(1, x.shape[-1], dtype=x.dtype)
         weights = None if router is None else torch.empty(1, router.top_k, dtype=torch.float32)
         ids = None if router is None else torch.empty(1, router.top_k, dtype=torch.int64)
         check(
@@ -152,8 +154,8 @@ class TokenLayer:
             answer = rest(inner)
             answer = answer[0] if isinstance(answer, tuple) else answer
         else:
-            answer = rest._modules[self.block.experts](inner.view(1, -1), ids, weights)
-        output: torch.Tensor = stream + answer.view(stream.shape)
+            answer = rest._modules[self.block.experts](inner, ids, weights)
+        output: torch.Tensor = stream + answer  # [1, 1, D] and [1, D]
         return output
 
     def __getstate__(self) -> dict[str, Any]:
