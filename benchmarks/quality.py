@@ -185,9 +185,9 @@ def texts(model: moe_local.Model, options: argparse.Namespace) -> tuple[list[int
 
     if model.name == "demo" and options.text is None:
         return demo_texts(model.tokenizer, options.tokens, options.windows)
-    seen, held_out = ("\n\n".join(part) for part in documents())
-    calibration = options.calibrate.read_text() if options.calibrate else seen
-    text, count = options.text.read_text() if options.text else held_out, options.windows * WINDOW
+    calibration = options.calibrate.read_text() if options.calibrate else "\n\n".join(documents()[0])
+    text = options.text.read_text() if options.text else "\n\n".join(documents()[1])
+    count = options.windows * WINDOW
     assert model.tokenizer is not None
     ids = [
         model.tokenizer(part[: 16 * most], add_special_tokens=False)["input_ids"][:most]
