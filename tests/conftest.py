@@ -114,6 +114,16 @@ def repository() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="module", autouse=True)
+def home_of_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """MOE_LOCAL_HOME, a folder of its own for each file of tests, which find and leave nothing in the
+    user's. Those that need it empty set another."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_LOCAL_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
     """Files whose disks are given up after 0.3 seconds, for tests to fill in.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,13 +51,6 @@ SLOTS = 3
 NEW = 12
 EXACT = {"experts": "fp32", "dense": "fp32", "context": 64}
 IDS = torch.tensor([[5, 77, 130, 9, 201, 33, 8, 300, 4, 4, 91, 17, 260, 12, 41, 250, 99]])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_LOCAL_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
 
 
 OLD_ROUTER = version("transformers").startswith("5.17.")

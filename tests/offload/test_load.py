@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -37,14 +37,6 @@ torch.set_num_threads(1)
 
 EXACT = {"experts": "fp32", "dense": "fp32"}
 GIB = 2**30
-
-
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_LOCAL_HOME", str(folder))
-        yield folder
 
 
 # --- the promise about memory
@@ -170,7 +162,9 @@ def test_planned_bytes_above_a_gibibyte(synthetic: ModuleType, tmp_path: Path, d
     shutil.rmtree(folder)
 
 
-def test_conversion_holds_a_few_experts_only(make_checkpoint: Callable[..., Path], home: Path) -> None:
+def test_conversion_holds_a_few_experts_only(
+    make_checkpoint: Callable[..., Path], home_of_file: Path
+) -> None:
     """Peak memory of a process that converts 72 MiB of experts, over that of one that did nothing."""
     folder = make_checkpoint(
         "mixtral",

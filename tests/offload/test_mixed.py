@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,13 +33,6 @@ torch.set_num_threads(1)
 NEW = 8
 CPU = torch.device("cpu")
 FORMATS = ("nf4", "nf4", "int8", "bf16")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_LOCAL_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
 
 
 class Mixed:

@@ -39,15 +39,8 @@ ENDLESS = {"eos_token_id": None}
 """Tiny random models may end at any token."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_LOCAL_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
-
-
 @pytest.fixture(scope="module")
-def loaded(tiny_mixtral: Path, _home: None) -> Iterator[moe_local.Model]:
+def loaded(tiny_mixtral: Path, home_of_file: Path) -> Iterator[moe_local.Model]:
     with moe_local.load(tiny_mixtral, slots=3, context=256, prefetch="router", **EXACT) as model:
         yield model
 

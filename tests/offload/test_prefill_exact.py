@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,13 +21,6 @@ from moe_local.offload.plan.plan import Request
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 CHUNK = 48
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_LOCAL_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
 
 
 def load(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,6 @@ torch.set_num_threads(1)
 
 MODELS = {"deepseek_v3": "fp8", "qwen3_moe": "fp8", "mixtral": "fp8", "gpt_oss": "mxfp4"}
 """And how tests/published.py quantizes them."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_LOCAL_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
 
 
 def transformers_own(folder: Path, method: str) -> Any:

@@ -27,9 +27,8 @@ def make_device(torch_kernels: ModuleType, make_device: Callable[..., Any]) -> C
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _graphs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_LOCAL_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("MOE_LOCAL_GRAPHS", "on")
         yield
 

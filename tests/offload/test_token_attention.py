@@ -44,13 +44,6 @@ TAKEN = {
 IDS = [5, 17, 300, 42, 7, 99, 260, 31, 8, 120, 77, 64]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_LOCAL_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """An entry for each call of the library, for attention alone or with the rest of a layer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,13 +43,6 @@ TAKEN = {
 """By model type: whether layers run in one call, and their routers with them."""
 
 IDS = [5, 17, 300, 42, 7, 99, 260, 31]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_LOCAL_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
 
 
 @pytest.fixture

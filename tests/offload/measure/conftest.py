@@ -11,14 +11,16 @@ import moe_local
 
 
 @pytest.fixture(scope="package", autouse=True)
-def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def home_of_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Of all files of this folder, for a model that outlives each."""
+    folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_LOCAL_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
+        patch.setenv("MOE_LOCAL_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="package")
-def loaded(tiny_mixtral: Path, _home: None) -> Iterator[moe_local.Model]:
+def loaded(tiny_mixtral: Path, home_of_file: Path) -> Iterator[moe_local.Model]:
     with moe_local.load(tiny_mixtral, device="cpu", slots=3, context=640, prefetch="router") as model:
         yield model
 

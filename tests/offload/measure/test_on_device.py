@@ -23,7 +23,9 @@ OPTIONS = LoadOptions(slots=3, device="cpu", miss="auto", prefetch="off")
 
 
 @pytest.fixture(scope="module")
-def model(tiny_mixtral: Path, make_device: Callable[..., Any], _home: None) -> Iterator[moe_local.Model]:
+def model(
+    tiny_mixtral: Path, make_device: Callable[..., Any], home_of_file: Path
+) -> Iterator[moe_local.Model]:
     """3 of 8 experts a layer on a device that isn't there, all of them in RAM."""
     checkpoint = Checkpoint.open(tiny_mixtral, "tiny")
     request = Request(model="tiny", spec=checkpoint.spec, ram=1 << 30, vram=1 << 30, context=128, slots=3)
