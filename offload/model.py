@@ -155,7 +155,6 @@ class Model:
         seed: int | None,
         stop: str | list[str] | None,
         template: bool,
-        prompt_logprobs: bool = False,
         **options: Any,
     ) -> tuple[list[int], Settings, Detokenizer | None]:
         """What the engine is given for a prompt, and what makes text of its tokens."""
@@ -164,14 +163,7 @@ class Model:
             options["stop_strings"] = _stop_strings(stop)
         options = imply_sampling(plain(options))
         _refuse_beyond_loop(hf, options)
-        settings = make_settings(
-            hf,
-            ids,
-            tokenizer=self.tokenizer,
-            seed=plain_number(seed),
-            prompt_logprobs=prompt_logprobs,
-            **options,
-        )
+        settings = make_settings(hf, ids, tokenizer=self.tokenizer, seed=plain_number(seed), **options)
         return ids, settings, None if self.tokenizer is None else Detokenizer(self.tokenizer)
 
     def check_form(self, options: Mapping[str, Any]) -> None:
@@ -211,14 +203,9 @@ class Model:
         """
         hf = self._open().hf
         ids, settings, detokenizer = self._prepare(
-            hf,
-            prompt,
-            seed=seed,
-            stop=stop,
-            template=template,
-            prompt_logprobs=prompt_logprobs,
-            **options,
+            hf, prompt, seed=seed, stop=stop, template=template, **options
         )
+        settings.prompt_logprobs = prompt_logprobs
         return batcher.submit(ids, settings, detokenizer, listener, patience_s=patience_s)
 
     @overload

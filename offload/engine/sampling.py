@@ -179,7 +179,6 @@ def make_settings(
     seed: int | None = None,
     padding: int = 0,
     logprobs: int | None = None,
-    prompt_logprobs: bool = False,
     **options: Any,
 ) -> Settings:
     """Settings of one sequence. `padding`: tokens that stood before it in a batch and count for max_length.
@@ -219,7 +218,6 @@ def make_settings(
             generator=None if seed is None else torch.Generator(device).manual_seed(seed),
             max_time=config.max_time,
             logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
         )
 
 

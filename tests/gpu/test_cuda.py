@@ -396,7 +396,8 @@ def test_log_probabilities_of_replayed_tokens_are_the_models_own(
         engine = model.parts.engine
         ids = list(range(3, 40))
         options: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": None, "do_sample": False}
-        settings = make_settings(model.hf, ids, logprobs=3, prompt_logprobs=True, **options)
+        settings = make_settings(model.hf, ids, logprobs=3, **options)
+        settings.prompt_logprobs = True
         sequence = engine.join(ids, settings)
         steps: list[Any] = []
         while sequence.finish_reason is None:

@@ -161,9 +161,8 @@ def test_those_of_a_prompt(hf: Any, monkeypatch: pytest.MonkeyPatch, length: int
     engine = Engine(hf, make_kv(hf, 2, 64), chunk=chunk)
     ids = prompt(40)[:length]
     for _ in range(2):
-        settings = make_settings(
-            hf, ids, max_new_tokens=3, logprobs=4, prompt_logprobs=True, **ENDLESS, **SAMPLED
-        )
+        settings = make_settings(hf, ids, max_new_tokens=3, logprobs=4, **ENDLESS, **SAMPLED)
+        settings.prompt_logprobs = True
         sequence = engine.join(ids, settings, reuse=True)
         other = engine.join(ids, make_settings(hf, ids, max_new_tokens=9, **ENDLESS), reuse=True)
         run(engine)
@@ -185,7 +184,8 @@ def test_those_of_a_prompt(hf: Any, monkeypatch: pytest.MonkeyPatch, length: int
 def test_a_prompt_that_is_computed_again_has_them_once(hf: Any) -> None:
     engine = Engine(hf, make_kv(hf, 1, 64), chunk=4)
     ids = prompt(11)
-    settings = make_settings(hf, ids, max_new_tokens=2, logprobs=1, prompt_logprobs=True, **ENDLESS)
+    settings = make_settings(hf, ids, max_new_tokens=2, logprobs=1, **ENDLESS)
+    settings.prompt_logprobs = True
     sequence = engine.join(ids, settings)
     engine.step()
     first = list(sequence.prompt_logprobs)
@@ -202,7 +202,8 @@ def test_models_that_read_prompts_in_one_piece_refuse_those_of_a_prompt(
 ) -> None:
     engine = Engine(mixtral, make_kv(mixtral, 1, 64), chunk=4)
     monkeypatch.setattr(engine.kv, "whole_prompt_only", True, raising=False)
-    settings = make_settings(mixtral, [5, 6], max_new_tokens=2, logprobs=1, prompt_logprobs=True)
+    settings = make_settings(mixtral, [5, 6], max_new_tokens=2, logprobs=1)
+    settings.prompt_logprobs = True
     with pytest.raises(OptionError, match="reads prompts in one piece"):
         engine.join([5, 6], settings)
     engine.join([5, 6], make_settings(mixtral, [5, 6], max_new_tokens=2, logprobs=1))
@@ -247,3 +248,5 @@ def test_a_loaded_model_hands_them_out(
             model.generate("the experts", logprobs=1, num_beams=2)
         with pytest.raises(OptionError, match="did you mean logprobs"):
             model.generate("the experts", log_probs=1)
+        with pytest.raises(OptionError, match="unknown generation option 'prompt_logprobs'"):
+            model.generate("the experts", prompt_logprobs=True)

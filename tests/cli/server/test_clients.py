@@ -285,6 +285,7 @@ DEEP_CALL = {"function": {"name": "f", "arguments": "[" * 100_000}}
 def mutated(body: dict[str, Any], chance: random.Random) -> bytes:
     """A body with some values in its depth replaced, then perhaps with some bytes."""
     names = [*body, *body, "tools", "tool_choice", "stop", "seed", "n", "logit_bias", "user", "unknown"]
+    names += ["logprobs", "top_logprobs", "echo"]
     for _ in range(chance.randint(1, 2)):
         where: Any = body
         name: Any = chance.choice(names)

@@ -80,12 +80,17 @@ class Load:
             self.wrong.append(f"{kind}: {question} {text}")
 
     async def _whole(self, client: httpx.AsyncClient, chance: random.Random) -> None:
-        question, body = self._body(chance)
+        scored: dict[str, Any] = chance.choice(({}, {"logprobs": True, "top_logprobs": chance.randint(0, 3)}))
+        question, body = self._body(chance, **scored)
         reply = await client.post("/v1/chat/completions", json=body)
         if reply.status_code != 200:
             self.wrong.append(reply.text)
             return
-        self._check("whole", question, reply.json()["choices"][0]["message"]["content"])
+        answer = reply.json()
+        choice, count = answer["choices"][0], answer["usage"]["completion_tokens"]
+        if len((choice["logprobs"] or {}).get("content", ())) != (count if scored else 0):
+            self.wrong.append(reply.text)
+        self._check("whole", question, choice["message"]["content"])
 
     async def _streamed(self, client: httpx.AsyncClient, chance: random.Random) -> None:
         question, body = self._body(chance, stream=True)

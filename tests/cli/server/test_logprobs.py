@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import moe_local
-from moe_local.cli.server.logprobs import LEAST, Entry, TokenNames
+from moe_local.cli.server.logprobs import LEAST, Echo, Entry, TokenNames
 from moe_local.offload.engine.text import encode_prompt
 from moe_local.offload.engine.token_bytes import TokenBytes
 
@@ -268,6 +268,7 @@ def test_half_characters(model: moe_local.Model) -> None:
 
 
 def test_without_a_tokenizer() -> None:
+    assert Echo.of(None, [5, 6]) == Echo([5, 6], "", [0, 0])
     names = TokenNames(None)
     entry = Entry(7, -1.0, ((3, -0.5),), 0)
     assert names.chat([entry])["content"][0]["bytes"] is None
