@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text: no chat template.")
 @click.option(
     "--json-schema",
-    "schema_file",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Answer with JSON of the schema in this file.",
+    envvar="MOE_LOCAL_JSON_SCHEMA",
+    show_envvar=True,
 )
 @json_flag
 @yes_flag
@@ -41,7 +42,7 @@ def run(
     model: str,
     prompt: str | None,
     raw: bool,
-    schema_file: Path | None,
+    json_schema: Path | None,
     as_json: bool,
     options: dict[str, Any],
     sampling: Sampling,
@@ -59,7 +60,7 @@ def run(
       moe-local run mixtral-8x7b 'Who wrote Faust?' --json-schema person.json
     """
     text = _prompt(prompt)
-    form: dict[str, Any] = {} if schema_file is None else {"json_schema": read_schema_file(schema_file)}
+    form: dict[str, Any] = {} if json_schema is None else {"json_schema": read_schema_file(json_schema)}
     ready(model, options)
     with ProgressBar() as progress:
         loaded = moe_local.load(model, **options, progress=progress)

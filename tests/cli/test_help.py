@@ -38,6 +38,7 @@ def test_examples_can_be_typed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("A text file that examples name.")
+    (tmp_path / "person.json").write_text('{"type": "object"}')
     found = examples(command(name).help or "")
     assert found, f"add an example to the help of {name}"
     for words in found:
