@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from moe_local.cache.errors import OptionError
 from moe_local.cache.files import parse_json
-from moe_local.cli.server.demanded import call_grammar
+from moe_local.cli.server.tool_choice import call_grammar
 from moe_local.offload.ranges import check_range, nth_seed
 
 MOST_CHOICES = 16

@@ -35,8 +35,9 @@ class Penalties(LogitsProcessor):  # type: ignore[misc]
         """input_ids [1, length], scores [1, vocabulary], which are left as they are."""
         if self._biases is None or self._counts is None:
             self._biases, self._counts = torch.zeros_like(scores[0]), torch.zeros_like(scores[0])
-            for token, bias in self._bias.items():
-                self._biases[token] = bias
+            if self._bias:
+                tokens = torch.tensor(list(self._bias), device=scores.device)
+                self._biases[tokens] = torch.tensor(list(self._bias.values())).to(scores)
         new = input_ids[0, self._counted :]
         self._counts.scatter_add_(0, new, torch.ones_like(new, dtype=scores.dtype))
         self._counted = input_ids.shape[1]

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from moe_local.offload.engine.text import BYTE_TOKEN, REPLACEMENT
 
-
-def _byte_letters() -> dict[str, int]:
-    """The letters that byte-level vocabularies write bytes as, after GPT-2: printable ones as they are, the
-    others as what follows U+00FF."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-BYTE_LETTERS = _byte_letters()
+BYTE_LETTERS: dict[str, int] = {letter: byte for byte, letter in bytes_to_unicode().items()}
+"""The letters that byte-level vocabularies, after GPT-2's, write bytes as."""
 
 
 class TokenBytes:

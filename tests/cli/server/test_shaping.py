@@ -57,8 +57,6 @@ def test_any_object_as_a_stream(client: openai.OpenAI) -> None:
     )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     assert text.lstrip().startswith("{")
-    with pytest.raises(json.JSONDecodeError):  # this little model never ends it
-        json.loads(text)
 
 
 def test_a_schema_beside_tools_is_refused(server: Any) -> None:

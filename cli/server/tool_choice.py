@@ -31,13 +31,9 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], choice: Mapping[str, Any] |
         raise OptionError("tool_choice demands a call, and there are no tools; give some")
     rules = ["start: " + " | ".join(f"call_{number}" for number in range(len(known)))]
     for number, (name, function) in enumerate(known.items()):
-        opening = f'{OPEN_CALL}\n{{"name": {json.dumps(name)}, "arguments": '
-        closing = "}\n" + CLOSE_CALL
-        rules.append(f"call_{number}: {_text(opening)} arguments_{number} {_text(closing)}")
+        # As terminals of Lark, which are written as JSON's strings are.
+        opening = json.dumps(f'{OPEN_CALL}\n{{"name": {json.dumps(name)}, "arguments": ')
+        closing = json.dumps("}\n" + CLOSE_CALL)
+        rules.append(f"call_{number}: {opening} arguments_{number} {closing}")
         rules.append(f"arguments_{number}: {json_rule(function.get('parameters') or NO_ARGUMENTS)}")
     return "\n".join(rules)
-
-
-def _text(text: str) -> str:
-    """As a terminal of Lark."""
-    return json.dumps(text)
