@@ -113,7 +113,7 @@ class TokenLayer:
             return None
         if self._guard is None or self._made_of != (calls.struct, x.dtype) or not self._guard.holds():
             norms = [module._modules[name] for name in self.norms]
-            guard = Guard(module, [attention, *norms])
+            guard = Guard(module, [attention, *norms], shown=norms[1])
             if not guard.holds() or not all(_is_readable(norm, x) for norm in norms):
                 return None
             self._struct = Layer(ctypes.pointer(calls.struct), *map(_struct_of, norms))
@@ -121,7 +121,9 @@ class TokenLayer:
         return place
 
     def __call__(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any], place: Place) -> torch.Tensor:
-        """x [1, 1, D] -> what the layer makes of it, as x. Once there is a `place`. Writes key and value."""
+        """x [1, 1, D] -> what the layer makes of it, as x. Once there is a `place`. Writes key and value.
+
+        Onlookers of the second norm are shown what it would be given, before the experts run."""
         lib = library()
         assert lib is not None
         parts = module._modules
@@ -149,6 +151,9 @@ class TokenLayer:
                 kernel_threads(),
             )
         )
+        norm = parts[self.norms[1]]
+        for onlooker in norm._forward_pre_hooks.values():
+            onlooker(norm, (stream,))
         answer: Any
         if router is None or self.block is None:
             answer = rest(inner)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
+from moe_local.offload.modeling.onlooker import Onlooker
 from moe_local.offload.prefetch.correction import Correction
 from moe_local.offload.prefetch.prefetch import Guess
 from moe_local.offload.prefetch.routers import RouterSite
@@ -45,7 +47,7 @@ class RouterPredictor:
         """Keep residuals from now on. Idempotent."""
         if not self._hooks:
             self._hooks = [
-                site.norm.register_forward_pre_hook(self._keeper(layer))
+                site.norm.register_forward_pre_hook(Onlooker(partial(self.saw, layer)))
                 for layer, site in enumerate(self._sites)
                 if site is not None
             ]
@@ -101,9 +103,3 @@ class RouterPredictor:
         total.index_add_(0, index.flatten(), weights.flatten().float())
         total, order = total.topk(min(self._store.slots(layer), num_experts, index.numel()))
         return order.masked_fill(total <= 0, num_experts)
-
-    def _keeper(self, layer: int) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
-        def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            self.saw(layer, args[0])
-
-        return keep

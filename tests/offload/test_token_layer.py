@@ -22,8 +22,12 @@ from moe_local.offload.dense.router import use_native_routers
 from moe_local.offload.dense.token_layer import TokenLayer, use_token_layers
 from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.engine.memory import make_kv
+from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.kernels.cpu_table import CpuTable
+from moe_local.offload.modeling.onlooker import Onlooker
 from moe_local.offload.native.library import library
+from moe_local.offload.prefetch.predictor import RouterPredictor
+from moe_local.offload.prefetch.prefetch import Guess
 from moe_local.offload.store.residents import Residents
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
@@ -43,6 +47,8 @@ TAKEN = {
 """By model type: whether layers run in one call, and their routers with them."""
 
 IDS = [5, 17, 300, 42, 7, 99, 260, 31]
+FORWARDS = len(IDS) + 1
+"""Of `one_by_one`, which tries the model's cache out first."""
 
 
 @pytest.fixture
@@ -200,6 +206,70 @@ def taken(tiny_models: ModuleType) -> tuple[Any, Any]:
     use_token_layers(hf)
     assert all(layer._token_layer.block is not None for layer in layers_of(hf))
     return plain, hf
+
+
+@pytest.mark.parametrize("family", [family for family in TAKEN if TAKEN[family] is not None])
+def test_guesses_need_no_other_way(
+    make_checkpoint: Callable[..., Path], family: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guesses: list[tuple[int, list[int], list[int]]] = []
+    predict = RouterPredictor.predict
+
+    def noting(self: RouterPredictor, layer: int, lookahead: int) -> list[Guess]:
+        made = predict(self, layer, lookahead)
+        guesses.extend((layer, [guess.layer], guess.ranked.tolist()) for guess in made)
+        return made
+
+    monkeypatch.setattr(RouterPredictor, "predict", noting)
+    options: dict[str, Any] = {"experts": "nf4", "context": 64, "slots": 4, "prefetch": "router"}
+    with moe_local.load(make_checkpoint(family), device="cpu", **options) as model:
+        taken = sum("_token_layer" in vars(layer) for layer in layers_of(model.hf))
+        moe_layers = sum(isinstance(module, OffloadedExperts) for module in model.hf.modules())
+        got, found = one_by_one(model.hf), list(guesses)
+        assert calls.count("TokenLayer") == len(IDS) * taken > 0
+        assert len(found) == FORWARDS * (moe_layers - 1)
+        calls.clear()
+        guesses.clear()
+        monkeypatch.setattr(TokenLayer, "place", lambda *_: None)
+        assert torch.equal(one_by_one(model.hf), got)
+        assert (guesses, calls) == (found, [])
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_who_looks_on_beside_a_hook_still_does(
+    taken: tuple[Any, Any], calls: list[str], before: bool
+) -> None:
+    plain, hf = taken
+    want, norm = one_by_one(plain), layers_of(hf)[1].post_attention_layernorm
+    given: list[torch.Tensor] = []
+    looked = norm.register_forward_pre_hook(Onlooker(given.append))
+    assert torch.equal(one_by_one(hf), want)
+    assert len(calls) == len(IDS) * len(layers_of(hf)), "an onlooker alone changes no layer's way"
+    calls.clear()
+    alone, seen = list(given), []
+    given.clear()
+    register = norm.register_forward_pre_hook if before else norm.register_forward_hook
+    hook = register(lambda module, args, *output: seen.append(args[0]))
+    assert torch.equal(one_by_one(hf), want)
+    assert len(calls) == len(IDS) * (len(layers_of(hf)) - 1)
+    assert len(alone) == len(given) == len(seen) == FORWARDS
+    assert all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(alone, given, strict=True))
+    assert all(a is b for a, b in zip(given, seen, strict=True))
+    calls.clear()
+    hook.remove()
+    looked.remove()
+    one_by_one(hf)
+    assert len(calls) == len(IDS) * len(layers_of(hf))
+    assert len(given) == FORWARDS, "nothing is shown to who has left"
+
+
+def test_who_looks_at_another_part_sees_its_call(taken: tuple[Any, Any], calls: list[str]) -> None:
+    _, hf = taken
+    given: list[torch.Tensor] = []
+    layers_of(hf)[1].input_layernorm.register_forward_pre_hook(Onlooker(given.append))
+    one_by_one(hf)
+    assert len(given) == FORWARDS
+    assert len(calls) == len(IDS) * (len(layers_of(hf)) - 1)
 
 
 PARTS = ["", "self_attn", "mlp", "mlp.gate", "mlp.experts", "input_layernorm", "post_attention_layernorm"]
