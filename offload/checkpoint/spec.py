@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from moe_local.cache.errors import CheckpointError, first_line
 from moe_local.offload.checkpoint.quantization import Quantization
@@ -151,6 +152,19 @@ def class_config(config: Any) -> Any:
     return config
 
 
+class _Unfilled(TorchFunctionMode):
+    """Lets torch.nn.init leave tensors as they are: on the meta device it fills nothing, and takes a quarter
+    of the time that a model takes."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def meta_model(config: Any) -> Any:
     """The model with all its parameters on the meta device: shapes and names, no memory.
 
@@ -158,7 +172,7 @@ def meta_model(config: Any) -> Any:
     """
     kind = model_class(config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             model = kind._from_config(class_config(config))
     except Exception as error:  # sizes that contradict each other meet asserts, divisions and more
         raise CheckpointError(

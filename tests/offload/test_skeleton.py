@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,10 +20,11 @@ from moe_local.cache.errors import CheckpointError
 from moe_local.offload.checkpoint import skeleton
 from moe_local.offload.checkpoint.checkpoint import Checkpoint, read_config
 from moe_local.offload.checkpoint.skeleton import load_skeleton
-from moe_local.offload.checkpoint.spec import meta_model, model_class, model_spec
+from moe_local.offload.checkpoint.spec import class_config, meta_model, model_class, model_spec
 from moe_local.offload.dense.linear import QuantizedLinear
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
+from moe_local.offload.modeling.undecorated import decorate
 from moe_local.offload.plan.plan import Request
 from moe_local.offload.prefetch.prefetch import NoPrefetch
 from moe_local.offload.quantize.codec import codec_for
@@ -144,6 +146,22 @@ def test_never_allocates_an_expert(make_checkpoint: Callable[..., Path]) -> None
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
     load(folder)
     assert memory("VmHWM") - before < size // 8
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "gemma4", "jamba", "switch_transformers"])
+def test_a_model_without_numbers_is_the_one_transformers_makes(
+    tiny_models: ModuleType, model_type: str
+) -> None:
+    def described(model: Any) -> list[Any]:
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        return [str(model), [(name, t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors]]
+
+    config = tiny_models.tiny_config(model_type)
+    with torch.device("meta"):
+        filled = model_class(config)._from_config(class_config(config))
+    decorate(filled)
+    assert described(meta_model(config)) == described(filled)
+    assert torch.nn.init.constant_(torch.empty(2), 3).tolist() == [3, 3], "numbers are filled in again"
 
 
 @pytest.mark.parametrize("dense", ["nf4", "int8"])
