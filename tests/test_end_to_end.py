@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from huggingface_hub import constants
 
 import moe_local
 
@@ -149,19 +150,25 @@ def same_answer(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(one[key] == other[key] for key in ("text", "token_ids", "finish_reason"))
 
 
+def answer_of(name: str | Path, **options: Any) -> dict[str, Any]:
+    """What `Machine.answer` finds, in this process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the commands, whose sums are to be the same
+    with moe_local.load(name, context=256, **options) as model:
+        answer = model.generate(PROMPT, max_new_tokens=8)
+    torch.set_num_threads(threads)
+    return {"text": answer.text, "token_ids": answer.token_ids, "finish_reason": answer.finish_reason}
+
+
 @pytest.fixture(scope="module")
 def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The answer of the same model from a folder, in one go and in this process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the commands, whose sums are to be the same
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOE_LOCAL_HOME", str(tmp_path_factory.mktemp("undisturbed")))
-        with moe_local.load(checkpoint, ram="512MiB", context=256) as model:
-            answer = model.generate(PROMPT, max_new_tokens=8)
-    torch.set_num_threads(threads)
-    assert answer.finish_reason == "length"
-    assert len(answer.token_ids) == 8
-    return {"text": answer.text, "token_ids": answer.token_ids, "finish_reason": answer.finish_reason}
+        answer = answer_of(checkpoint, ram="512MiB")
+    assert answer["finish_reason"] == "length"
+    assert len(answer["token_ids"]) == 8
+    return answer
 
 
 def interrupted_download(machine: Machine, sizes: Collection[int], how: signal.Signals) -> tuple[int, str]:
@@ -183,9 +190,9 @@ def converting(machine: Machine) -> bool:
 
 
 def test_first_use_through_two_kills(
-    undisturbed: Any, checkpoint: Path, hub_servers: Callable[[], Any], tmp_path: Path
+    undisturbed: Any, checkpoint: Path, hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = hub_servers()
+    """The two that are killed are processes; what they left is taken up by this one."""
     repo = hub.add_repo(REPO, checkpoint)
     machine = Machine(tmp_path, hub)
     sizes = {path.name: path.stat().st_size for path in checkpoint.glob("*.safetensors")}
@@ -210,9 +217,10 @@ def test_first_use_through_two_kills(
     whole = {name for name in layers if name <= CONVERTED_AT_KILL}
 
     # from now on without the Hub, by any of its names, with another share of the experts in memory
-    machine.env |= {"HF_HUB_OFFLINE": "1"}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("MOE_LOCAL_HOME", str(machine.home))
     hub.requests.clear()
-    assert same_answer(machine.answer(REPO, "--slots", "2"), undisturbed)
+    assert answer_of(REPO, slots=2) == undisturbed
     assert not hub.requests
     assert {name: machine.layers()[name] for name in whole} == {name: layers[name] for name in whole}
     assert len(machine.layers()) == 8

@@ -151,7 +151,7 @@ def decode(
 
     `link_s`: seconds of a copy. `memory`: what it gives, of what CPU and link together could take.
     """
-    nbytes, layers, experts, top_k, tokens = 4096, 2, 16, 4, 200
+    nbytes, layers, experts, top_k, tokens = 4096, 2, 16, 4, 120
     cpu, link = nbytes / 1.0, nbytes / link_s
     truth = sim.Truth(cpu, link, max(cpu, memory * (cpu + link)), nbytes / 0.03, 0.05, 0.02, 0.2)
     machine = sim.SimulatedMachine(truth, sim.Noise(3, outliers=0.0))

@@ -127,7 +127,7 @@ class Load:
 @pytest.mark.parametrize(
     "seconds",
     [
-        pytest.param(2.5, id="seconds"),
+        pytest.param(1.2, id="seconds"),
         pytest.param(300, id="five minutes", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
     ],
 )
