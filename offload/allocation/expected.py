@@ -50,7 +50,7 @@ def format_bits(format: str) -> float:
 
 
 @lru_cache(maxsize=8)
-def candidates(dtype: torch.dtype = torch.bfloat16) -> tuple[str, ...]:
+def candidates(dtype: torch.dtype) -> tuple[str, ...]:
     """The formats worth choosing from for weights stored in `dtype`, fewest bits first.
 
     Those of quantizing codecs that no mix of two others beats in error at their size, and the one that keeps

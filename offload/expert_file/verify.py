@@ -75,7 +75,7 @@ def find_damage(file: ExpertFile, progress: Progress | None = None) -> list[Dama
 
 
 def damaged_experts(
-    layers: Sequence[StoredLayer], told: Callable[[int], None] | None = None, first: int = 0
+    layers: Sequence[StoredLayer], told: Callable[[int], None], first: int = 0
 ) -> list[Damage]:
     """The experts of these shards that cannot be read or have another checksum, in order.
 
@@ -95,8 +95,7 @@ def damaged_experts(
                 found.append(
                     Damage(expert.layer, expert.expert, expert.stored.name, expert.stored.path, what)
                 )
-            if told is not None:
-                told(expert.nbytes)
+            told(expert.nbytes)
     return found
 
 

@@ -1,8 +1,7 @@
 """One expert's feed-forward on some tokens, straight from its flat buffer.
 
-`expert_forward` is the one function there is to know, `ExpertKernels` the same with a memory. They take the
-fused path where there is one for the device and format, and `kernels.reference` otherwise, which all paths
-are tested against.
+It takes the fused path where there is one for the device and format, and `kernels.reference` otherwise, which
+all paths are tested against.
 """
 
 from __future__ import annotations
@@ -36,7 +35,10 @@ class ExpertKernels:
     def forward(
         self, math: ExpertMath, x: torch.Tensor, buffer: torch.Tensor, layout: Layout
     ) -> torch.Tensor:
-        """As `expert_forward`."""
+        """One expert on tokens x [T, D] -> [T, D], in the dtype and on the device of x.
+
+        `buffer` is the expert's slot, uint8 on the device of x, read in place while this runs.
+        """
         address = buffer.data_ptr()
         known = self._linears.get(address)
         if known is not None and known.layout is layout and known.dtype is x.dtype:
@@ -59,16 +61,6 @@ class _Known(NamedTuple):
     layout: Layout
     dtype: torch.dtype
     linear: Linear
-
-
-def expert_forward(
-    math: ExpertMath, x: torch.Tensor, buffer: torch.Tensor, layout: Layout, activations: str = "native"
-) -> torch.Tensor:
-    """One expert on tokens x [T, D] -> [T, D], in the dtype and on the device of x.
-
-    `buffer` is the expert's slot, uint8 on the device of x, read in place while this runs.
-    """
-    return _feed_forward(math, x, _prepare(x, buffer, layout, math.has_bias, activations).linear)
 
 
 def _feed_forward(math: ExpertMath, x: torch.Tensor, linear: Linear) -> torch.Tensor:

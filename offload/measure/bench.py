@@ -143,7 +143,7 @@ def summary(measured: Measured, floor: Floor) -> dict[str, Any]:
     document |= times(measured.samples)
     from_storage = sum(measured.storage) / len(measured.storage) if measured.storage else 1.0
     moved = document["bytes_per_token"]
-    bound = floor.with_misses(BytesMoved(int(moved["h2d"]), int(moved["disk"])), 1, from_storage)
+    bound = floor.with_misses(BytesMoved(int(moved["h2d"]), int(moved["disk"])), from_storage)
     document["floor_with_misses_ms_per_token"] = bound
     document["share_of_floor"] = floor.ms_per_token / document["tpot_ms"]["mean"]
     document["disk_share_from_storage"] = from_storage if measured.storage else None

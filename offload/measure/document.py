@@ -31,6 +31,7 @@ def document(bench: Bench, floor: Floor, options: LoadOptions, notes: list[str])
     top = dict(figures[main.workload.name])
     top.pop("workload")
     plan = model.plan.to_dict()
+    compared = comparison([measured for measured in bench.results if measured.workload is main.workload])
     return {
         "benchmark": "latency",
         "model": model.name,
@@ -40,7 +41,7 @@ def document(bench: Bench, floor: Floor, options: LoadOptions, notes: list[str])
         "peak_bytes": peak_bytes(device),
         "machine": describe(device),
         "interrupted": bench.interrupted,
-        "notes": notes + findings(bench),
+        "notes": notes + findings(bench, compared),
         "options": dataclasses.asdict(options),
         "plan": {
             name: plan[name]
@@ -49,14 +50,14 @@ def document(bench: Bench, floor: Floor, options: LoadOptions, notes: list[str])
         "tokens": bench.tokens,
         "bandwidths": floor.bandwidths.to_dict(),
         "workloads": figures,
-        "compare": comparison([m for m in bench.results if m.workload is main.workload]),
+        "compare": compared,
         "experts_used": [list(counts) for counts in bench.used.counts],
         "runs": timelines(main),
     }
 
 
-def findings(bench: Bench) -> list[str]:
-    """What a reader of the figures has to know."""
+def findings(bench: Bench, compared: list[dict[str, Any]]) -> list[str]:
+    """What a reader of the figures has to know; `compared` is of `comparison`."""
     found = []
     main = bench.results[0]
     if bench.interrupted:
@@ -71,11 +72,7 @@ def findings(bench: Bench) -> list[str]:
     rows = bench.model.parts.engine.kv.rows
     if rows == 1 and any(m.samples and m.workload.name == "batch" for m in bench.results):
         found.append("the batch was answered one after the other: the model was loaded for one sequence")
-    other = [
-        row["name"]
-        for row in comparison([m for m in bench.results if m.workload is main.workload])
-        if not row["same_ids"]
-    ]
+    other = [row["name"] for row in compared if not row["same_ids"]]
     if other:
         found.append(f"other tokens than as loaded: {', '.join(other)}")
     return found

@@ -74,16 +74,14 @@ class Floor:
     def ms_per_token(self) -> float:
         return 1000 * self.weights.nbytes / self.bytes_per_s
 
-    def with_misses(self, moved: BytesMoved, tokens: int, from_storage: float = 1.0) -> float:
-        """Milliseconds of a token when `tokens` of them also moved these bytes; the slowest link decides.
+    def with_misses(self, moved: BytesMoved, from_storage: float = 1.0) -> float:
+        """Milliseconds of a token that also moved these bytes; the slowest link decides.
 
         Links and tiers may all work at once, so that is a floor for any prefetch, too. `from_storage`: the
         share of `moved.disk` that came from the disk; the page cache's is read at RAM's speed.
         """
-        if not tokens:
-            return self.ms_per_token
-        h2d = moved.h2d / tokens / self.bandwidths.h2d
-        disk = moved.disk * from_storage / tokens / self.bandwidths.disk
+        h2d = moved.h2d / self.bandwidths.h2d
+        disk = moved.disk * from_storage / self.bandwidths.disk
         return max(self.ms_per_token, 1000 * h2d, 1000 * disk)
 
     def to_dict(self) -> dict[str, Any]:

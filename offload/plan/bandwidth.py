@@ -44,6 +44,8 @@ DISK_FILE = 256 * MIB
 DISK_PIECE = 4 * MIB
 DISK_THREADS = 4
 """Four reads of 4 MiB in flight reach a drive's sequential speed at every expert size that was tried."""
+DISK_SECONDS = 0.5
+"""Writing the file takes this long at most, and so does reading it."""
 COPY_BUFFER = 128 * MIB
 SECONDS = 0.35
 """How long each of the four is measured."""
@@ -128,7 +130,7 @@ def disk_bandwidth(folder: Path, nbytes: int = DISK_FILE) -> tuple[float, bool]:
     descriptor, name = tempfile.mkstemp(prefix="bandwidth-", dir=folder)
     try:
         with os.fdopen(descriptor, "wb", buffering=0) as file:
-            length = _write_for(file.fileno(), nbytes, seconds=0.5)
+            length = _write_for(file.fileno(), nbytes)
             os.fsync(file.fileno())
         direct = open_directly(name)
         cached = direct is None
@@ -136,7 +138,7 @@ def disk_bandwidth(folder: Path, nbytes: int = DISK_FILE) -> tuple[float, bool]:
         try:
             if cached and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(source, 0, 0, os.POSIX_FADV_DONTNEED)
-            return _read_for(source, length, seconds=0.5), cached
+            return _read_for(source, length), cached
         finally:
             os.close(source)
     finally:
@@ -236,18 +238,18 @@ def _synchronize(device: torch.device | None) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def _write_for(descriptor: int, nbytes: int, seconds: float) -> int:
-    """Write pieces of random bytes until `nbytes` or `seconds` are spent, at least one; the bytes written."""
+def _write_for(descriptor: int, nbytes: int) -> int:
+    """Write pieces of random bytes, at least one, until `nbytes` or DISK_SECONDS are spent; bytes written."""
     piece = os.urandom(DISK_PIECE)
-    deadline = time.perf_counter() + seconds
+    deadline = time.perf_counter() + DISK_SECONDS
     written = 0
     while written < nbytes and (written == 0 or time.perf_counter() < deadline):
         written += os.write(descriptor, piece)
     return written
 
 
-def _read_for(descriptor: int, length: int, seconds: float) -> float:
-    """Bytes/s of reading the file once, or as far as `seconds` go, several pieces in flight."""
+def _read_for(descriptor: int, length: int) -> float:
+    """Bytes/s of reading the file once, or as far as DISK_SECONDS go, several pieces in flight."""
     # As slots are: page-aligned for O_DIRECT, and in huge pages, for a request that is scattered over a
     # thousand small ones has been seen to take twice as long.
     memory = page_memory(DISK_THREADS * DISK_PIECE).zero_()
@@ -258,7 +260,7 @@ def _read_for(descriptor: int, length: int, seconds: float) -> float:
         count = 0
         for offset in range(worker * DISK_PIECE, length, DISK_THREADS * DISK_PIECE):
             count += read_at(descriptor, buffers[worker], offset)
-            if time.perf_counter() - start > seconds:
+            if time.perf_counter() - start > DISK_SECONDS:
                 break
         return count
 

@@ -20,7 +20,7 @@ from moe_local.offload.engine.graphs import CudaGraphs
 from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.gpu import relief
-from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
+from moe_local.offload.kernels.expert import ExpertKernels
 from moe_local.offload.kernels.grouped import GroupedExperts, GroupedRun, GroupedStep
 from moe_local.offload.kernels.grouped_trial import made_expert
 from moe_local.offload.kernels.launcher import Launcher
@@ -144,8 +144,8 @@ def test_fused_nf4_agrees_with_the_reference(tokens: int, dtype: torch.dtype) ->
     buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
     codec.encode(weights, layout, buffer)
     x = torch.randn(tokens, 512, generator=generator)
-    slow = expert_forward(SwiGLU(), x, buffer, layout)
-    fast = expert_forward(SwiGLU(), x.to("cuda", dtype), buffer.cuda(), layout).float().cpu()
+    slow = ExpertKernels().forward(SwiGLU(), x, buffer, layout)
+    fast = ExpertKernels().forward(SwiGLU(), x.to("cuda", dtype), buffer.cuda(), layout).float().cpu()
     assert (fast - slow).norm() / slow.norm() < (0.02 if dtype is torch.bfloat16 else 0.005)
 
 

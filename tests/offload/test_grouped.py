@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from moe_local.offload.kernels import grouped, triton_needs
-from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
+from moe_local.offload.kernels.expert import ExpertKernels
 from moe_local.offload.kernels.grouped import DECODE_TOKENS, MOST_TOKENS, GroupedExperts, GroupedStep
 from moe_local.offload.kernels.grouped_formats import FORMATS
 from moe_local.offload.kernels.launcher import UNIT, Launcher, triton_kernels
@@ -71,7 +71,9 @@ class Stand:
             for place in places:
                 if place >= 0:
                     token = place // self.top_k
-                    (outputs[place],) = expert_forward(Math(), self.x[token : token + 1], buffer, self.layout)
+                    (outputs[place],) = ExpertKernels().forward(
+                        Math(), self.x[token : token + 1], buffer, self.layout
+                    )
 
     def combine(self, outputs: torch.Tensor, weights: torch.Tensor, combined: torch.Tensor) -> None:
         combined.copy_((outputs.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1))

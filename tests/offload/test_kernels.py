@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from moe_local.cache.errors import OptionError
 from moe_local.offload.kernels.bnb import nf4_linear
-from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
+from moe_local.offload.kernels.expert import ExpertKernels
 from moe_local.offload.kernels.reference import reference_linear
 from moe_local.offload.native.library import library
 from moe_local.offload.quantize.codec import codec_for
@@ -74,7 +74,7 @@ def test_equals_the_plain_products(format: str, has_gate: bool, has_bias: bool, 
     x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(tokens))
     before = buffer.clone()
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
-        y = expert_forward(math, x.to(dtype), buffer, layout)
+        y = ExpertKernels().forward(math, x.to(dtype), buffer, layout)
         assert y.dtype == dtype
         assert y.shape == (tokens, D)
         assert error_of(y, plainly(math, x.to(dtype), weights)) < tolerance
@@ -85,8 +85,8 @@ def test_each_token_has_the_same_result_alone_and_among_others() -> None:
     math = Math(has_gate=True, has_bias=True)
     layout, buffer, _ = an_expert("fp32", has_bias=True)
     x = torch.randn(40, D, generator=torch.Generator().manual_seed(0))
-    together = expert_forward(math, x, buffer, layout)
-    alone = torch.cat([expert_forward(math, x[i : i + 1], buffer, layout) for i in range(40)])
+    together = ExpertKernels().forward(math, x, buffer, layout)
+    alone = torch.cat([ExpertKernels().forward(math, x[i : i + 1], buffer, layout) for i in range(40)])
     assert error_of(together, alone.double()) < 1e-6
 
 
@@ -110,7 +110,7 @@ def test_remembering_slots_changes_nothing_when_other_experts_come_into_them(
         slot = slots[step % 2]
         slot.copy_(contents[step % 3])
         x = torch.randn(1 + step % 2, D).to(dtype if step < 8 else torch.float32)
-        want = expert_forward(math, x, contents[step % 3], layout)
+        want = ExpertKernels().forward(math, x, contents[step % 3], layout)
         assert torch.equal(kernels.forward(math, x, slot, layout), want)
         other = Layout(layout.format, layout.tensors, layout.segments, layout.nbytes)  # equal, yet another
         assert torch.equal(kernels.forward(math, x, slot, other), want)
@@ -142,7 +142,7 @@ def test_an_unknown_format_is_refused() -> None:
     layout, buffer, _ = an_expert("fp32")
     unknown = Layout("zip", layout.tensors, layout.segments, layout.nbytes)
     with pytest.raises(OptionError, match="zip"):
-        expert_forward(Math(has_gate=True, has_bias=False), torch.randn(1, D), buffer, unknown)
+        ExpertKernels().forward(Math(has_gate=True, has_bias=False), torch.randn(1, D), buffer, unknown)
 
 
 def check_fused_nf4(device: str, dtypes: list[tuple[torch.dtype, float]], tokens: list[int]) -> None:
@@ -179,4 +179,4 @@ def test_gpu_and_cpu_agree(format: str, tokens: int) -> None:
     math: Any = Math(has_gate=True, has_bias=True)
     layout, buffer, weights = an_expert(format, has_bias=True, device="cuda")
     x = torch.randn(tokens, D, device="cuda").bfloat16()
-    assert error_of(expert_forward(math, x, buffer, layout), plainly(math, x, weights)) < 2e-2
+    assert error_of(ExpertKernels().forward(math, x, buffer, layout), plainly(math, x, weights)) < 2e-2

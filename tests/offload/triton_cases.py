@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moe_local.offload.kernels.expert import ExpertKernels, expert_forward
+from moe_local.offload.kernels.expert import ExpertKernels
 from moe_local.offload.kernels.gates import CONCATENATED, FUNCTIONS, INTERLEAVED, PLAIN
 from moe_local.offload.kernels.grouped import GroupedExperts, GroupedStep, warm_up
 from moe_local.offload.kernels.grouped_trial import fault
@@ -233,7 +233,7 @@ def test_slots_by_number(tokens: int) -> None:
     launcher.up(experts.arena, experts.stride, table, launcher.planes(x), hidden, top_k)
     launcher.down(experts.arena, experts.stride, table, hidden, outputs)
     for expert, count, rank in ((4, tokens, 0), (2, some, 1)):
-        want = expert_forward(math, x[:count], experts.leases[expert].buffer, experts.layout)
+        want = ExpertKernels().forward(math, x[:count], experts.leases[expert].buffer, experts.layout)
         assert error_of(outputs[rank::top_k][:count], want) < 1e-6
     assert outputs[1::top_k][some:].isnan().all()
 
@@ -248,7 +248,7 @@ def test_slots_far_beyond_what_32_bits_count() -> None:
     arena = torch.empty(far + len(buffer), dtype=torch.uint8)  # of which both ends are ever touched
     arena[: len(buffer)] = arena[far:] = buffer
     x, hidden, outputs = normal(1, WIDTH), torch.empty(1, HIDDEN), torch.empty(1, WIDTH)
-    want = expert_forward(math, x, buffer, experts.layout)
+    want = ExpertKernels().forward(math, x, buffer, experts.layout)
     for base, start in ((0, far), (far, -far)):
         outputs.fill_(torch.nan)
         table = torch.tensor([[start // UNIT, 0]])

@@ -75,9 +75,9 @@ def test_steady_is_the_second_half_of_cold() -> None:
 def test_the_slowest_tier_decides_the_floor() -> None:
     floor = Floor(Weights(6_000, 12_000, 4_000, 2_000), "ram", Bandwidths(ram=1e6, disk=1e5, h2d=5e5))
     assert floor.ms_per_token == pytest.approx(10)
-    assert floor.with_misses(BytesMoved(disk=2_000), 2) == pytest.approx(10)
-    assert floor.with_misses(BytesMoved(disk=4_000), 2) == pytest.approx(20)
-    assert floor.with_misses(BytesMoved(disk=4_000), 2, from_storage=0.25) == pytest.approx(10)
-    assert floor.with_misses(BytesMoved(h2d=20_000), 2) == pytest.approx(20)
+    assert floor.with_misses(BytesMoved(disk=1_000)) == pytest.approx(10)
+    assert floor.with_misses(BytesMoved(disk=2_000)) == pytest.approx(20)
+    assert floor.with_misses(BytesMoved(disk=2_000), from_storage=0.25) == pytest.approx(10)
+    assert floor.with_misses(BytesMoved(h2d=10_000)) == pytest.approx(20)
     document: dict[str, Any] = floor.to_dict()
     assert document["bytes_per_token"] == {"experts": 6_000, "dense": 4_000}
