@@ -22,6 +22,13 @@ from moe_local.offload.checkpoint.hub import HubModel, cached_folder, config_of,
 MIXTRAL = "mistralai/Mixtral-8x7B-Instruct-v0.1"
 
 
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two tries there are milliseconds, not seconds."""
+    pause = hub_download._Sink.pause
+    monkeypatch.setattr(hub_download._Sink, "pause", lambda self, seconds: pause(self, seconds / 100))
+
+
 @pytest.fixture
 def repo(mixtral_19: Path, tmp_path: Path) -> Path:
     """The folder of a Hub repository like Mixtral's: shards, and copies for other programs."""
