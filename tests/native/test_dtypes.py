@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import pytest
@@ -29,6 +30,18 @@ def linear(
     return y
 
 
+@functools.cache
+def matrix_of(packed: Any, format: str, rows: int, cols: int, bias: torch.dtype) -> Any:
+    """Made once for all instruction sets and ways."""
+    return packed.pack(format, rows, cols, bias_dtype=bias)
+
+
+@functools.cache
+def experts_of(packed: Any, format: str, width: int, hidden: int, gate: tuple[Any, ...]) -> list[Any]:
+    """Four of them, made once for all instruction sets and ways."""
+    return [packed.pack_expert(format, width, hidden, Gate(*gate), seed=seed) for seed in range(4)]
+
+
 @pytest.mark.parametrize("activations", WAYS)
 @pytest.mark.parametrize("format", FORMATS)
 def test_products_are_those_of_floats_rounded(
@@ -36,7 +49,7 @@ def test_products_are_those_of_floats_rounded(
 ) -> None:
     for rows, cols in ((96, 128), (33, 65), (5, 1)):
         for bias in (torch.float32, *HALVES):
-            m = packed.pack(format, rows, cols, bias_dtype=bias)
+            m = matrix_of(packed, format, rows, cols, bias)
             for tokens in (1, 2, 5, 300):
                 drawn = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(tokens))
                 for dtype in HALVES:
@@ -91,16 +104,16 @@ def experts(
 def test_experts_are_those_of_floats_rounded(
     packed: Any, lib: Any, isa: str, format: str, activations: int
 ) -> None:
-    gate = Gate(1, 3, 0.0, 0.0)
+    gate = (1, 3, 0.0, 0.0)
     for width, hidden in ((128, 64), (33, 20)):
-        pairs = [packed.pack_expert(format, width, hidden, gate, seed=seed) for seed in range(4)]
+        pairs = experts_of(packed, format, width, hidden, gate)
         for tokens in (1, 7, 70):
             ids, weights = packed.routing(tokens, 4, 2, seed=tokens)
             numbers = torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens)) / 8
             for dtype in HALVES:
                 x = numbers.to(dtype)
-                outputs, combined = experts(lib, pairs, ids, weights, x, gate, activations)
-                exact, floats = experts(lib, pairs, ids, weights, x.float(), gate, activations)
+                outputs, combined = experts(lib, pairs, ids, weights, x, Gate(*gate), activations)
+                exact, floats = experts(lib, pairs, ids, weights, x.float(), Gate(*gate), activations)
                 assert torch.equal(outputs, exact)
                 assert torch.equal(combined, floats.to(dtype))
 

@@ -73,7 +73,7 @@ def test_equals_the_product_of_the_decoded_weights(
 ) -> None:
     for rows, cols in SHAPES:
         product = product_of(packed, format, rows, cols, activations == BF16)
-        for tokens in TOKENS if format not in ("q3", "q2") else FEW_TOKENS:
+        for tokens in TOKENS if format in ("nf4", "int8", "bf16") else FEW_TOKENS:
             if tokens <= product.x.shape[0]:
                 off = product.error(packed.linear(product.matrix, product.x[:tokens], activations))
                 assert off < BOUNDS[activations], (rows, cols, tokens, off)
@@ -108,7 +108,7 @@ def test_the_number_of_threads_changes_no_bit(packed: Any, isa: str, format: str
     x = torch.randn(9, 320, generator=torch.Generator().manual_seed(0))
     for tokens in (1, 4, 9):
         alone = packed.linear(m, x[:tokens], activations)
-        for threads in (2, 3, 64, 1000):
+        for threads in (2, 3, 1000):
             assert torch.equal(packed.linear(m, x[:tokens], activations, threads), alone)
 
 

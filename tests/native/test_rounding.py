@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import product
 from typing import Any
 
@@ -27,11 +28,17 @@ def off_by_token(got: torch.Tensor, want: torch.Tensor) -> float:
     return float(((got.double() - want).norm(dim=1) / want.norm(dim=1)).max())
 
 
+@functools.cache
+def wide(packed: Any, format: str) -> Any:
+    """A matrix; made once for all instruction sets."""
+    return packed.pack(format, 256, COLS, bias=False)
+
+
 @pytest.mark.parametrize("format", ["nf4", "int8", "q3", "q2"])
 @pytest.mark.parametrize("channels", [1, 4, 16])
 def test_outliers_leave_results_right(packed: Any, isa: str, format: str, channels: int) -> None:
     """Eight bits lose an outlier's neighbours, which are at most 63 and small beside it."""
-    m = packed.pack(format, 256, COLS, bias=False)
+    m = wide(packed, format)
     x = with_outliers(4, COLS, channels, 1000.0)
     want = m.product(x)
     for activations, bound in ((FLOATS, 2e-6), (INT16, 1.2e-4), (INT8, 2.2e-2)):
@@ -42,7 +49,7 @@ def test_outliers_leave_results_right(packed: Any, isa: str, format: str, channe
 def test_outliers_blur_their_own_block_only(packed: Any, isa: str, format: str) -> None:
     """What the other channels contribute: unharmed but for those that share a scale with an outlier."""
     channels = 4
-    m = packed.pack(format, 256, COLS, bias=False)
+    m = wide(packed, format)
     x = with_outliers(4, COLS, channels, 1000.0)
     large = x[0].abs() > 20
     outliers, others = x * large, x * ~large

@@ -176,7 +176,7 @@ class TestAnyRequest:
             assert all(a >= b for a, b in zip(after.ram_slots, before.ram_slots, strict=True))
             assert (after.tokens_per_s or 0) >= (before.tokens_per_s or 0) * (1 - 1e-9)
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=20, deadline=None)
     @given(asked=requests)
     def test_the_nearest_setting_really_fits(self, asked: Request) -> None:
         plan = plan_request(asked)
