@@ -42,10 +42,10 @@ class Runner(Protocol):
 
 
 class TokenPath(Protocol):
-    """What serves single tokens without the store being asked: Residents, or DeviceMisses."""
+    """What serves single tokens without asking the store: Residents, or DeviceMisses."""
 
     def layer(self, number: int, math: ExpertMath, x: torch.Tensor, tokens: int) -> object | None:
-        """Not None if it serves so many tokens x [T, D] of a layer."""
+        """Not None if it serves x [T, D], `tokens` tokens, in this layer."""
 
     def serves(self, number: int) -> bool:
         """Whether what a capture has recorded of the layer still holds."""
@@ -54,15 +54,15 @@ class TokenPath(Protocol):
         """One token x [1, D] through a layer, index and weights [1, K] -> [1, D]."""
 
     def count(self, number: int, top_k: int | None = None) -> None:
-        """A token went through the layer, to so many experts; None: to as many as the one before."""
+        """Count a token that went to `top_k` experts of the layer; None: to as many as the token before."""
 
 
 class OffloadedExperts(nn.Module):
-    """Parameter-free twin of a transformers experts module: same call, weights from the ExpertStore.
+    """Takes the place of a transformers experts module: same call, but weights come from the ExpertStore.
 
-    It takes over the original's sizes, activation and gate function, so that clamps, interleaved gates and
-    the like stay transformers' own. Before `attach` it answers zeros, which is enough to find out the shapes
-    and the wiring of a model without touching an expert. It has no backward pass.
+    It has no parameters and no backward pass. It keeps the original's sizes, activation and gate function, so
+    clamps, interleaved gates and the like stay transformers' own. Before `attach` it answers zeros, which is
+    enough to find out a model's shapes and wiring without touching an expert.
     """
 
     num_experts: int
@@ -113,7 +113,7 @@ class OffloadedExperts(nn.Module):
 
     @property
     def stays_captured(self) -> bool:
-        """Whether what `answer` did when it could be captured is what it would do now."""
+        """Whether `answer` would still do what it did when it was captured."""
         return isinstance(self._runner, ExpertRunner) and self._runner.has_path(self.index)
 
     def count_replay(self) -> None:
@@ -140,7 +140,7 @@ class OffloadedExperts(nn.Module):
     def answer(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """As `forward`, whoever is capturing."""
+        """As `forward`, but never through `seam`."""
         if self._retired is not None:
             raise MoeLocalError(self._retired)
         if self._runner is None:
@@ -156,7 +156,7 @@ class OffloadedExperts(nn.Module):
 
 
 class _NoBackward(torch.autograd.Function):
-    """Passes its first argument through, and says so where somebody asks for gradients behind it."""
+    """Passes its first argument through, and raises if gradients are asked for."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
@@ -191,7 +191,7 @@ class ExpertRunner:
         return self._kernels.grouped
 
     def keep_residents(self) -> None:
-        """All experts are in slots for good: compute single tokens without asking the store."""
+        """Compute single tokens without asking the store, since all experts have slots for good."""
         self.token_path = Residents(self.store, self._kernels)
 
     def warm_up(
@@ -201,8 +201,8 @@ class ExpertRunner:
         dtype: torch.dtype,
         progress: Progress | None = None,
     ) -> None:
-        """Have the kernels of decode steps compiled now, which takes seconds, and not by the first token; and
-        tried. Those that are wrong are not used."""
+        """Compile the kernels of decode steps, which takes seconds that the first token would take otherwise,
+        and try them out. Those with wrong results are not used."""
         cases: list[tuple[torch.device, int, bool, Layout]] = []
         firsts: list[OffloadedExperts] = []
         for module in modules:
@@ -232,14 +232,14 @@ class ExpertRunner:
     def path_for(
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor
     ) -> TokenPath | None:
-        """What computes this without the store, or None."""
+        """What computes this forward without the store, or None."""
         if self.token_path is None:
             return None
         layer = self.token_path.layer(experts.index, experts, hidden, index.shape[0])
         return self.token_path if layer is not None else None
 
     def measure(self, experts: OffloadedExperts, hidden_size: int, dtype: torch.dtype) -> None:
-        """Tell the store's scheduler what the CPU takes for a layer's experts; see calibrate.measure_cpu."""
+        """Tell the store's scheduler how long the CPU takes for a layer's experts; see measure_cpu."""
         if self.store.host is not None and not experts.has_post_expert_norm:
             measure_cpu(
                 self.store.host.scheduler.costs,
@@ -308,7 +308,7 @@ class ExpertRunner:
         """Whether the host may get a part of this layer: then it needs hidden [T, D], too."""
         share, layer = self.store.host, experts.index
         if share is None or experts.has_post_expert_norm or torch.is_autocast_enabled(hidden.device.type):
-            return False  # a norm's weights are on the device, and autocast has its own ideas of dtypes
+            return False  # a norm's weights are on the device, and autocast would choose other dtypes
         if not index.numel() or self.store.slots(layer) >= experts.num_experts:
             return False
         kind = self.store.kinds[layer][0]
@@ -341,7 +341,7 @@ class ExpertRunner:
 
 
 class OnHost(NamedTuple):
-    """What the host has to know of a layer's input."""
+    """What the host gets of a layer's input."""
 
     ids: list[int]
     """T * K experts, token by token, in the router's order."""
@@ -356,7 +356,7 @@ def to_host(
     """The router's choice, the guesses and hidden, if given, in one transfer: one wait for the device."""
     if hidden is None and not guesses and index.shape[0] == 1:
         return OnHost(index.tolist()[0], [], None)
-    # A guess was made where the layer is that it is about, or by the host.
+    # A guess may lie on the card of the layer that it is for, or on the host.
     asked = [g.to(index.device) for g in guesses if g.device.type != "cpu" or index.device.type == "cpu"]
     numbers = torch.cat([index.flatten(), *asked]) if asked else index.flatten()
     if hidden is None or hidden.device.type == "cpu":

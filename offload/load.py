@@ -81,13 +81,13 @@ def load(
     miss: str = "auto",
     progress: Progress | None = None,
 ) -> Model:
-    """Load a model, ready to generate; a context manager, freed by `close()`.
+    """Load a model, ready to generate. It is a context manager; `close()` frees it.
 
-    `model`: an alias ("mixtral-8x7b"), a Hub id, a folder, or "demo". Downloaded and its experts converted
-    on first use. `vram` and `ram` bound all that is put there ("20GiB"; None: what is free, less a
-    reserve); `slots` fixes the experts kept per MoE layer in the fastest tier instead. `parallel` answers
-    can be computed together, each with a context of its own. Whether it fits is known, and refused, before
-    anything is downloaded or allocated. Raises MoeLocalError of all kinds.
+    `model`: an alias ("mixtral-8x7b"), a Hub id, a folder, or "demo". It is downloaded, and its experts are
+    converted, on first use. `vram` and `ram` limit everything that is put there ("20GiB"; None: what is free,
+    less a reserve); `slots` instead sets how many experts of each MoE layer the fastest tier keeps. Up to
+    `parallel` answers can be computed together, each with a context of its own. A model that does not fit is
+    refused before anything is downloaded or allocated. Raises MoeLocalError of all kinds.
     """
     options = LoadOptions.from_keywords(
         {
@@ -105,7 +105,7 @@ def load(
             "miss": miss,
         }
     )
-    graph_mode()  # raises for what is no mode, before anything is downloaded
+    graph_mode()  # raises for an unknown mode, before anything is downloaded
     miss_mode()
     targets = options.torch_devices()
     target = targets[0]
@@ -134,7 +134,7 @@ def load_made(
     options: LoadOptions,
     progress: Progress | None = None,
 ) -> Model:
-    """As `load`, for what is made on this machine: `make` does that, once it is known to fit."""
+    """As `load`, for a model that is made on this machine, by `make`, once it is known to fit."""
     targets = options.torch_devices()
     speeds = _measured_links(bandwidth.saved(moe_local_home()), options, targets[0])
     plan = plan_load(made.name, made.spec, options, targets, speeds).check()
@@ -144,7 +144,7 @@ def load_made(
 
 
 def _measured_links(speeds: Bandwidths, options: LoadOptions, target: torch.device) -> Bandwidths:
-    """`speeds`, with what the schedule of misses needs of them measured and kept, if it was not yet."""
+    """`speeds`, where those that the scheduler of misses needs have been measured, now if not earlier."""
     if target.type == "cuda" and options.miss != "fetch" and speeds.assumed(("ram", "h2d", "vram")):
         speeds = bandwidth.measure_links(speeds, target)
         bandwidth.save(speeds, moe_local_home())
@@ -152,7 +152,7 @@ def _measured_links(speeds: Bandwidths, options: LoadOptions, target: torch.devi
 
 
 class Loadable(Protocol):
-    """What is loaded: a Checkpoint, or something made for a measurement."""
+    """What a model is loaded from: a Checkpoint, or something made for a measurement."""
 
     @property
     def name(self) -> str: ...
@@ -180,18 +180,18 @@ def assemble(
 ) -> Model:
     """A Model as planned.
 
-    `target`: where the dense part goes; `device`: what experts are cached on beside RAM, none: they are
-    computed in RAM. Both are one for each card of a plan that has several.
+    `target` is where the dense part goes; `device` is what caches experts above RAM (none: they are computed
+    in RAM). Both are one for each card of a plan with several.
 
-    Where a device refuses part of what was planned for experts, the model goes on with fewer of them, and its
+    If a device refuses part of the memory planned for experts, the model is made with fewer slots, and its
     plan says so. Raises DoesNotFitError if even the rest does not fit. `graphs` are those of the devices;
-    None: CUDA's, where these are CUDA's.
+    None: CUDA's, if the devices are CUDA's.
     """
     targets = [target] if isinstance(target, torch.device) else list(target)
     cards = list(device) if isinstance(device, Sequence) else [] if device is None else [device]
     first = targets[0]
-    # What names no card, pinning above all, is done on the current one, and would take hundreds of MB of
-    # another card for that.
+    # Calls that name no card, pinning above all, use the current one. On a card that the model does not use,
+    # they would take hundreds of MB.
     current = torch.cuda.device(first) if first.type == "cuda" else contextlib.nullcontext()
     try:
         with current:

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """All that costs memory."""
+    """What a Model is made of: everything that takes memory."""
 
     hf: Any
     engine: Engine
@@ -62,8 +62,8 @@ class Parts:
 class Model:
     """A model whose routed experts are served by an ExpertStore; made by `load`, freed by `close`.
 
-    One answer at a time: other threads wait their turn. Owns the transformers model, the key-value memory
-    and all tiers. Usable after any error or Ctrl-C in a generation.
+    It computes one answer at a time; other threads wait their turn. It owns the transformers model, the
+    key-value memory and all tiers, and stays usable after any error or Ctrl-C during generation.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Model:
         use: Use,
         switch: Switch | None = None,
     ) -> None:
-        """`load` is the way to make one; this takes ownership of everything it is given."""
+        """Use `load` to make one. This takes ownership of everything it is given."""
         self.name = name
         self._plan = plan
         self.tokenizer = tokenizer
@@ -102,7 +102,7 @@ class Model:
 
     @property
     def plan(self) -> Plan:
-        """What lies where: as it was planned and allocated, less the experts that had to give way since."""
+        """What lies where: as planned and allocated, less the slots that were given up since."""
         parts = self._parts
         if parts is not None and parts.store.below is not None:
             slots = tuple(parts.store.slots(layer) for layer in range(len(self._plan.vram_slots)))
@@ -122,18 +122,20 @@ class Model:
         logprobs: int | None = None,
         **options: Any,
     ) -> TokenStream:
-        """The answer to `prompt`, token by token.
+        """The answer to `prompt`, token by token. Nothing is computed before the first token is asked for.
 
-        `prompt`: text (one user turn where there is a chat template, unless `template=False`), a list of
-        messages, or token ids. `stop` ends the answer after any of these strings, `seed` makes sampling
-        repeatable. `logprobs` (0 to 20) has each Token say how likely the model held it to be, and this many
-        of the likeliest ones, in its own distribution, which no option of sampling changes. `options` are
-        transformers' generation options, and temperature, top_p and the like ask for sampling. Further ones:
-        `json_schema`, a dict, of which the answer is JSON (behind a thought that the prompt begins), or
-        `grammar`, text in llguidance's Lark, which it keeps to; `frequency_penalty`, `presence_penalty` and
-        `logit_bias` as OpenAI has them. Defaults are the checkpoint's generation_config and 512 new tokens.
-        Raises OptionError for options and prompts that cannot be served. Computes nothing before a token is
-        asked for.
+        `prompt`: text (one user turn if there is a chat template, unless `template=False`), a list of
+        messages, or token ids. `stop` ends the answer after any of these strings; `seed` makes sampling
+        repeatable. With `logprobs` (0 to 20), each Token has its log probability and those of this many
+        likeliest tokens, in the model's own distribution, which sampling options do not change.
+
+        `options` are transformers' generation options; temperature, top_p and the like turn sampling on. In
+        addition there are: `json_schema`, a dict, for an answer in JSON that follows it (after the thought,
+        if the prompt begins one), or `grammar`, text in llguidance's Lark, for an answer that follows it; and
+        `frequency_penalty`, `presence_penalty` and `logit_bias` as in OpenAI's API. Defaults come from the
+        checkpoint's generation_config, with 512 new tokens.
+
+        Raises OptionError for options and prompts that cannot be served.
         """
         parts = self._open()
         if max_new_tokens is not None:
@@ -157,7 +159,7 @@ class Model:
         template: bool,
         **options: Any,
     ) -> tuple[list[int], Settings, Detokenizer | None]:
-        """What the engine is given for a prompt, and what makes text of its tokens."""
+        """The ids and settings that the engine takes for a prompt, and what turns its tokens into text."""
         ids = encode_prompt(self.tokenizer, prompt, template=template)
         if stop is not None:
             options["stop_strings"] = _stop_strings(stop)
@@ -167,15 +169,17 @@ class Model:
         return ids, settings, None if self.tokenizer is None else Detokenizer(self.tokenizer)
 
     def check_form(self, options: Mapping[str, Any]) -> None:
-        """Raises OptionError where `json_schema` or `grammar` among them would. Compiles what they say, which
-        may take a second; later answers do without. Any thread."""
+        """Raise OptionError if `json_schema` or `grammar` in `options` cannot be served. Any thread.
+
+        Compiles them, which may take a second, also for later answers.
+        """
         if (grammar := form(options)) is not None:
             matcher(self.tokenizer, grammar, vocabulary_size(self._open().hf))
 
     def batcher(self, *, queue: int = 64) -> Batcher:
-        """Something to answer several prompts at once with, as many as `parallel` in `load`.
+        """A Batcher, which answers several prompts at once: up to `parallel` of `load`.
 
-        `queue`: most prompts that wait beside those. It is the caller's to close, and ends with the model.
+        `queue`: how many more prompts may wait. The caller closes it; closing the model closes it, too.
         """
         parts = self._open()
         batcher = Batcher(parts.engine, parts.store, self._turn, queue=queue)
@@ -196,10 +200,10 @@ class Model:
         prompt_logprobs: bool = False,
         **options: Any,
     ) -> Ticket:
-        """Let a batcher answer `prompt`; arguments as for `stream`, errors too. Any thread.
+        """Have a batcher answer `prompt`; arguments and errors are those of `stream`. Any thread.
 
-        `prompt_logprobs`: the ticket says of the prompt's tokens, too, what `logprobs` asks for. All of the
-        prompt is computed then, whatever earlier ones had of it.
+        With `prompt_logprobs`, the ticket also has what `logprobs` asks for of the prompt's tokens. The whole
+        prompt is then computed, even if an earlier one began alike.
         """
         hf = self._open().hf
         ids, settings, detokenizer = self._prepare(
@@ -218,12 +222,12 @@ class Model:
     def generate(self, prompt: Prompt, **options: Any) -> Output: ...
 
     def generate(self, prompt: Prompt | torch.Tensor | None = None, **options: Any) -> Output | torch.Tensor:
-        """The whole answer to `prompt`; arguments as for `stream`.
+        """The whole answer to `prompt`; arguments are those of `stream`.
 
-        Ids in, ids out: a tensor [B, n] (left-padded rows of different length with `attention_mask`) gives
-        [B, n + new] exactly as transformers' generate does, whose arguments all pass through; `logprobs`, for
-        which a tensor has no place, are refused. A tokenizer's result can be given as there:
-        `generate(**tokenizer(texts, return_tensors="pt", padding=True))`.
+        Ids in, ids out: a tensor [B, n] (rows of different length are left-padded, with an `attention_mask`)
+        gives [B, n + new] exactly as transformers' generate does, and all of its arguments pass through.
+        `logprobs` is refused, as a tensor of ids has no place for them. A tokenizer's result can be passed as
+        in transformers: `generate(**tokenizer(texts, return_tensors="pt", padding=True))`.
         """
         if prompt is None:
             prompt = options.pop("input_ids", None)
@@ -243,24 +247,24 @@ class Model:
 
     @property
     def parts(self) -> Parts:
-        """What it is made of, for measurements. Answers are asked for with `stream` and `generate`."""
+        """What the model is made of, for measurements. For answers use `stream` and `generate`."""
         return self._open()
 
     def stats(self) -> Stats:
-        """Counts since load. Any thread; while another one computes a token, as of the tokens before."""
+        """Counts since load. Any thread; while another one computes a token, up to the token before."""
         return self._open().store.snapshot()
 
     def cache_view(self) -> CacheView:
-        """For looking at which expert is where; between two tokens, in the thread that generates."""
+        """Shows which expert is where. Call it between two tokens, in the thread that generates."""
         store = self._open().store
         store.custody.catch_up()
         return CacheView(store.tier.cache, [len(experts) for experts in store.layouts])
 
     def close(self) -> None:
-        """Free all memory, threads and files; the model answers no more. Idempotent.
+        """Free all memory, threads and files; the model then refuses to answer. Idempotent.
 
-        Waits for an answer in another thread; a stream of this one is closed half-way, and so are the answers
-        of batchers.
+        Waits for an answer in another thread to end. Unfinished streams of this thread are closed, and so are
+        the answers of batchers.
         """
         if self._turn.lost:  # a fork's copy, without the threads that would have to end
             return

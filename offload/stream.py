@@ -22,11 +22,11 @@ from moe_local.offload.turn import Turn
 
 
 class TokenStream(Iterator[Token]):
-    """Generates one token per `next()`. Nothing is computed, and no turn taken, before the first.
+    """Generates one token per `next()`. Before the first, nothing is computed and no turn is taken.
 
-    Closed by its end, by `close()` in any thread, by an error or Ctrl-C in a step, and when it is dropped;
-    what was generated until then stays readable. `text`, `token_ids`, `finish_reason`, `filled_context` and
-    `stats` are always those of the tokens handed out so far.
+    It is closed at its end, by `close()` in any thread, by an error or Ctrl-C in a step, and when the last
+    reference to it goes; what was generated until then stays readable. `text`, `token_ids`, `finish_reason`,
+    `filled_context` and `stats` are always those of the tokens handed out so far.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class TokenStream(Iterator[Token]):
         self.logprobs: list[LogProbs] | None = None if settings.logprobs is None else []
         self.finish_reason: FinishReason | None = None
         self.filled_context = False
-        """Whether it ended because the context did, before any limit that was asked for."""
+        """Whether it ended because the context was full, before `max_new_tokens`."""
         self._engine = engine
         self._store = store
         self._turn = turn
@@ -53,7 +53,7 @@ class TokenStream(Iterator[Token]):
         self._sequence: Sequence | None = None
         self._closed = False
         self._closing = False
-        """Whoever waits for its turn gives up."""
+        """Tells a thread that waits for its turn to give up."""
         self._using = threading.RLock()
         """Held while a token is made, and while it is closed."""
         self._retired: str | None = None
@@ -65,12 +65,12 @@ class TokenStream(Iterator[Token]):
 
     @property
     def prompt_ids(self) -> list[int]:
-        """Token ids of the prompt, special ones included."""
+        """Token ids of the prompt, including special ones."""
         return self._prompt_ids
 
     @property
     def max_new_tokens(self) -> int:
-        """Most tokens of the answer, as was asked for or the checkpoint's generation_config has it."""
+        """Most tokens that the answer may have, as asked for or from the checkpoint's generation_config."""
         return self._settings.max_new_tokens
 
     def __next__(self) -> Token:
@@ -113,7 +113,7 @@ class TokenStream(Iterator[Token]):
         return self._token(step)
 
     def close(self) -> None:
-        """Stop generating, after the step under way; the model is free for others. Idempotent. Any thread."""
+        """Stop generating after the step under way, and free the model for others. Idempotent. Any thread."""
         if self._turn.lost:  # a fork's copy: whoever made a token there is gone, and never lets go of it
             return
         self._closing = True
