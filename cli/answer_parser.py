@@ -52,6 +52,11 @@ class AnswerParser:
         self._tools = tools
         self._held = ""
 
+    @property
+    def thinking(self) -> bool:
+        """Whether nothing but a thought and the line breaks behind it has come."""
+        return self._mode in (_Mode.THOUGHT, _Mode.AFTER)
+
     def add(self, text: str) -> Iterator[Piece]:
         self._held += text
         before = None

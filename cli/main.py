@@ -63,8 +63,8 @@ COMMANDS = {
     "run": ("run:run", "Answer PROMPT with MODEL and leave."),
     "serve": (
         "serve:serve",
-        "Serve MODEL to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models, /health, "
-        "/metrics.",
+        "Serve MODEL to OpenAI clients: /v1/chat/completions, completions, responses, models; "
+        "/health, /metrics.",
     ),
     "show": (
         "show:show",

@@ -88,7 +88,7 @@ def serve(
     cors: tuple[str, ...],
     options: dict[str, Any],
 ) -> None:
-    """Serve MODEL to OpenAI clients: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics.
+    """Serve MODEL to OpenAI clients: /v1/chat/completions, completions, responses, models; /health, /metrics.
 
     Requests are answered --parallel at a time, stepped together, so that an expert is fetched once for all.
     The page at / is a chat beside a live map of the expert cache; /v1/cache has its figures.

@@ -31,6 +31,8 @@ class Choice:
     """Whether nothing is to follow that: the one token that is computed all the same is dropped."""
     ticket: Ticket | None = None
     tokens: int = 0
+    thoughts: int = 0
+    """How many of the tokens are thoughts, with the marks around them; they come first."""
     calls: int = 0
     finish_reason: str | None = None
     content: list[str] = field(default_factory=list)
@@ -50,6 +52,8 @@ class Choice:
             shown = self.stops.add(event.text)
             self.entries.add(event, shown)
             pieces += self.parser.add(shown)
+            if self.parser.thinking or any(piece.reasoning for piece in pieces):
+                self.thoughts = self.tokens
             if self.stops.stopped and self.finish_reason is None:
                 self._finish("stop", pieces)
                 if self.ticket is not None:
@@ -100,8 +104,8 @@ class Answer:
     """
 
     def __init__(self, kind: str, model: str) -> None:
-        """`kind`: the prefix of its id, "chatcmpl" or "cmpl"."""
-        self.id = f"{kind}-{uuid.uuid4().hex[:24]}"
+        """`kind`: the prefix of its id, "chatcmpl-", "cmpl-" or "resp_"."""
+        self.id = f"{kind}{uuid.uuid4().hex[:24]}"
         self.created = int(time.time())
         self.model = model
         self.choices: list[Choice] = []
@@ -139,6 +143,10 @@ class Answer:
                 if choice.ticket is not None and not choice.again:
                     self.cached_tokens += choice.ticket.reused_tokens
             yield choice, choice.take(event), event
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return sum(choice.thoughts for choice in self.choices)
 
     def usage(self) -> dict[str, Any]:
         new = sum(choice.tokens for choice in self.choices)

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
 
 import moe_local
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cli.answer_parser import AnswerParser
 from moe_local.cli.exchanges import Shown, answer_room, shorten
+from moe_local.cli.server import refusals
 from moe_local.cli.server.answers import Answer, Choice
-from moe_local.cli.server.failures import Failure, error_body
+from moe_local.cli.server.failures import Failure
 from moe_local.cli.server.guard import Guard, Traffic
+from moe_local.cli.server.kept import KeptResponses
 from moe_local.cli.server.logprobs import Echo, TokenNames
 from moe_local.cli.server.metrics import Metrics
 from moe_local.cli.server.page import Page
-from moe_local.cli.server.protocol import ChatRequest, CompletionRequest, Sampling, StreamOptions
+from moe_local.cli.server.protocol import ChatRequest, CompletionRequest, Sampling
+from moe_local.cli.server.response_request import ResponseRequest
+from moe_local.cli.server.response_shape import ResponseShape
 from moe_local.cli.server.shapes import ChatShape, Shape, TextShape
 from moe_local.cli.server.text import StopFilter
 from moe_local.cli.server.watch import Watch
@@ -70,17 +71,15 @@ class Server:
         self.watch = Watch(model, batcher)
         self.page = Page()
         self.names = TokenNames(model.tokenizer)
+        self.kept = KeptResponses()
         self.traffic = Traffic()
         self._encoding = {False: asyncio.Lock(), True: asyncio.Lock()}
         """By whether the prompt is a long one."""
 
     def app(self) -> FastAPI:
         app = FastAPI(title="moe-local", version=moe_local.__version__, docs_url=None, redoc_url=None)
-        app.add_exception_handler(Failure, _failed)
         app.add_exception_handler(MoeLocalError, self._failed)
-        app.add_exception_handler(HTTPException, _refused)
-        app.add_exception_handler(RequestValidationError, _not_understood)
-        app.add_exception_handler(Exception, _broken)
+        refusals.add_to(app)
         app.add_middleware(
             Guard,
             api_key=self.limits.api_key,
@@ -92,7 +91,7 @@ class Server:
             app.add_middleware(
                 CORSMiddleware,
                 allow_origins=list(self.limits.origins),
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["Authorization", "Content-Type"],
             )
         app.add_api_route("/", self.page.give, methods=["GET"])
@@ -103,6 +102,9 @@ class Server:
         app.add_api_route("/v1/models/{name:path}", self.one_model, methods=["GET"])
         app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         app.add_api_route("/v1/completions", self.complete, methods=["POST"])
+        app.add_api_route("/v1/responses", self.respond, methods=["POST"])
+        app.add_api_route("/v1/responses/{name}", self.one_response, methods=["GET"])
+        app.add_api_route("/v1/responses/{name}", self.forget, methods=["DELETE"])
         return app
 
     # What is there
@@ -135,6 +137,32 @@ class Server:
     # Answers
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
+        prompt, answer = await self._conversation(asked, "chatcmpl-")
+        shape = ChatShape(answer, self._names(asked), counted=asked.include_usage)
+        return await self._answer(request, asked, answer, [prompt], shape)
+
+    async def respond(self, given: ResponseRequest, request: Request) -> Response:
+        """A chat whose messages and whose answer are written otherwise."""
+        earlier = self.kept.before(given.previous_response_id)
+        asked = given.chat(earlier.items if earlier else ())
+        prompt, answer = await self._conversation(asked, "resp_")
+
+        def keep(response: dict[str, Any]) -> None:
+            if given.store:
+                self.kept.add(response, given.items, earlier)
+
+        shape = ResponseShape(answer, given.settings(), self._names(asked), keep)
+        return await self._answer(request, asked, answer, [prompt], shape)
+
+    async def one_response(self, name: str) -> dict[str, Any]:
+        return self.kept.get(name)
+
+    async def forget(self, name: str) -> dict[str, Any]:
+        self.kept.remove(name)
+        return {"id": name, "object": "response", "deleted": True}
+
+    async def _conversation(self, asked: ChatRequest, kind: str) -> tuple[list[int], Answer]:
+        """Token ids of the prompt, and the answer that is to follow. `kind`: the prefix of its id."""
         with self._as_failures():
             self._check_model(asked.model)
             asked.check()
@@ -146,14 +174,12 @@ class Server:
                 await self._beside(lambda: self.model.check_form(form), 0)
             shown = await self._shown(asked, messages, tools)
         thinking = opens_thought(self.model.tokenizer, shown.prompt)
-        answer = Answer("chatcmpl", self.name)
+        answer = Answer(kind, self.name)
         answer.left_out = shown.left_out
         for index in range(asked.n):
             parser = AnswerParser(thinking=thinking, tools=tools is not None)
             answer.add(Choice(index, StopFilter(asked.stops), parser, again=index > 0))
-        return await self._answer(
-            request, asked, answer, [shown.prompt], ChatShape(answer, self._names(asked))
-        )
+        return shown.prompt, answer
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
         with self._as_failures():
@@ -161,12 +187,13 @@ class Server:
             asked.check()
             prompts = [await self._encoded(prompt) for prompt in asked.prompts()]
             echoes = [await self._echoed(prompt) if asked.echo else None for prompt in prompts]
-        answer = Answer("cmpl", self.name)
+        answer = Answer("cmpl-", self.name)
         for index in range(asked.n * len(prompts)):
             parser = AnswerParser(plain=True)
             choice = answer.add(Choice(index, StopFilter(asked.stops), parser, again=index % asked.n > 0))
             choice.echo, choice.mute = echoes[index // asked.n], asked.only_echo
-        return await self._answer(request, asked, answer, prompts, TextShape(answer, self._names(asked)))
+        shape = TextShape(answer, self._names(asked), counted=asked.include_usage)
+        return await self._answer(request, asked, answer, prompts, shape)
 
     async def _shown(
         self, asked: ChatRequest, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
@@ -229,7 +256,7 @@ class Server:
                 answer.cancel()
                 raise
         if asked.stream:
-            return _Stream(answer, self._stream(answer, shape, asked.include_usage))
+            return _Stream(answer, self._stream(answer, shape))
         whole = asyncio.ensure_future(self._whole(answer, shape))
         with answer:
             try:
@@ -268,25 +295,27 @@ class Server:
         async for choice, pieces, _ in answer.events():
             for piece in pieces:
                 choice.calls += piece.call is not None
-                choice.keep(piece)
+                shape.keep(choice, piece)
         return shape.whole()
 
-    async def _stream(self, answer: Answer, shape: Shape, include_usage: bool) -> AsyncIterator[str]:
-        usage = {"usage": None} if include_usage else {}  # so in all chunks before the one that counts
+    async def _stream(self, answer: Answer, shape: Shape) -> AsyncIterator[str]:
         try:
             for chunk in shape.opening():
-                yield _event({**chunk, **usage})
+                yield _event(chunk)
             async for choice, pieces, event in answer.events():
                 for piece in pieces:
-                    yield _event({**shape.delta(choice, piece), **usage})
+                    for chunk in shape.delta(choice, piece):
+                        yield _event(chunk)
                     choice.calls += piece.call is not None
                 if isinstance(event, Ended):
-                    yield _event({**shape.closing(choice), **usage})
-            if include_usage:
-                yield _event(shape.usage())
+                    for chunk in shape.closing(choice):
+                        yield _event(chunk)
+            for chunk in shape.ending():
+                yield _event(chunk)
         except MoeLocalError as error:
-            yield _event(self._failure(error).body)
-        yield "data: [DONE]\n\n"
+            yield _event(shape.failed(self._failure(error)))
+        if shape.end is not None:
+            yield f"data: {shape.end}\n\n"
 
     def _failure(self, error: MoeLocalError) -> Failure:
         if self.traffic.stopping and not isinstance(error, OptionError):
@@ -301,7 +330,7 @@ class Server:
             raise self._failure(error) from error
 
     async def _failed(self, request: Request, error: Any) -> JSONResponse:
-        return await _failed(request, self._failure(error))
+        return await refusals.failed(request, self._failure(error))
 
     def _check_tools(self, tools: list[dict[str, Any]]) -> None:
         """Raises OptionError where the model would never hear of them."""
@@ -339,45 +368,6 @@ class _Stream(StreamingResponse):
 
 
 def _event(chunk: dict[str, Any]) -> str:
-    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-
-
-async def _failed(request: Request, error: Any) -> JSONResponse:
-    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
-
-
-async def _refused(request: Request, error: Any) -> JSONResponse:
-    """What FastAPI refuses by itself: unknown paths and methods, bodies that are too long."""
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    if error.status_code == 404:
-        message += "; there are /v1/chat/completions, /v1/completions and /v1/models: base URLs end in /v1"
-    body = error_body(message, "invalid_request_error")
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
-
-
-async def _broken(request: Request, error: Any) -> JSONResponse:
-    """An error of ours; uvicorn logs it."""
-    body = error_body(f"the server failed: {type(error).__name__}; its log says more", "server_error")
-    return JSONResponse(body, status_code=500)
-
-
-async def _not_understood(request: Request, error: Any) -> JSONResponse:
-    errors = error.errors()
-    # a misspelt field explains why another is missing
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    unknown = first["type"] == "extra_forbidden"
-    # of a field that takes several types, the types are parts, too
-    names = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
-    known = {*names, *StreamOptions.model_fields}
-    where = ".".join(
-        part for part in first["loc"][1:] if isinstance(part, str) and (unknown or part in known)
-    )
-    message = f"{where or 'body'}: {first['msg']}"
-    if first["type"] == "value_error":  # raised by us
-        message = str(first["ctx"]["error"])
-    if unknown:
-        mine = ChatRequest if request.url.path.endswith("/chat/completions") else CompletionRequest
-        near = difflib.get_close_matches(where, mine.model_fields, 1, cutoff=0.75)
-        message = f"unknown field {where!r}" + (f"; did you mean {near[0]!r}?" if near else "; leave it out")
-    body = error_body(message, "invalid_request_error", param=where or None)
-    return JSONResponse(body, status_code=400)
+    """As a server-sent event; one that has a type says it in a line of its own, too."""
+    kind = f"event: {chunk['type']}\n" if "type" in chunk else ""
+    return f"{kind}data: {json.dumps(chunk, ensure_ascii=False)}\n\n"

@@ -41,20 +41,18 @@ class Ignored(BaseModel):
     prompt_cache_retention: Any = None
 
 
-class Sampling(Ignored):
-    """What both kinds of request have in common."""
+class Drawing(Ignored):
+    """How an answer is drawn, which all kinds of request have in common."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     model: str | None = None
-    max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    n: int = Field(default=1, ge=1, le=MOST_CHOICES)
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -67,9 +65,6 @@ class Sampling(Ignored):
     def _leave_out_nulls(cls, given: Any) -> Any:
         """null means: as if it were not there."""
         return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
-
-    def check(self) -> None:
-        """Raises OptionError for what is asked for and cannot be had."""
 
     @field_validator("stop")
     @classmethod
@@ -101,11 +96,21 @@ class Sampling(Ignored):
             check_range("logprobs", value, called=field.field_name)
         return value
 
-    @field_validator("max_tokens", "max_completion_tokens", check_fields=False)
+    @field_validator("max_tokens", "max_completion_tokens", "max_output_tokens", check_fields=False)
     @classmethod
     def _check_tokens(cls, value: int | None, field: ValidationInfo) -> int | None:
         check_range("max_new_tokens", value, called=field.field_name)
         return value
+
+
+class Sampling(Drawing):
+    """What both kinds of completion have in common."""
+
+    max_tokens: int | None = None
+    n: int = Field(default=1, ge=1, le=MOST_CHOICES)
+
+    def check(self) -> None:
+        """Raises OptionError for what is asked for and cannot be had."""
 
     @property
     def stops(self) -> list[str]:
@@ -234,7 +239,7 @@ class ChatRequest(Sampling):
         if self.modalities not in (None, [], ["text"]):
             raise OptionError(f"modalities {self.modalities} are not supported; text is")
         if self._json_schema is not None and self.offered_tools:
-            raise OptionError("an answer of a response_format calls no tools; leave one of them out")
+            raise OptionError("an answer in a format of JSON calls no tools; leave one of them out")
 
     @property
     def likeliest(self) -> int | None:
@@ -288,7 +293,7 @@ def _as_text(index: int, message: dict[str, Any]) -> dict[str, Any]:
     if content is None and message.get("tool_calls"):
         content = ""
     if isinstance(content, list):
-        content = "".join(_part(index, part) for part in content)
+        content = "".join(part_text(f"message {index}", part) for part in content)
     if not isinstance(content, str):
         raise OptionError(f"message {index} has no content; give text")
     role = "system" if role == "developer" else role
@@ -312,8 +317,9 @@ def _arguments(function: dict[str, Any]) -> dict[str, Any]:
         return {}
 
 
-def _part(index: int, part: object) -> str:
+def part_text(where: str, part: object) -> str:
+    """Of one part of a message's content. Raises OptionError for pictures and the like."""
     if isinstance(part, dict) and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise OptionError(f"message {index} has a part of type {kind!r}; this model takes text only")
+    raise OptionError(f"{where} has a part of type {kind!r}; this model takes text only")

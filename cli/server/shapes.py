@@ -7,35 +7,72 @@ from typing import Any, Protocol
 
 from moe_local.cli.answer_parser import Piece
 from moe_local.cli.server.answers import Answer, Choice, tool_call
+from moe_local.cli.server.failures import Failure
 from moe_local.cli.server.logprobs import TokenNames
 
 
 class Shape(Protocol):
     """How one kind of answer is written."""
 
+    @property
+    def end(self) -> str | None:
+        """What stands behind the chunks of a stream."""
+
     def whole(self) -> dict[str, Any]:
         """The response, after everything has ended."""
+
+    def keep(self, choice: Choice, piece: Piece) -> None:
+        """A piece of an answer that is given whole."""
 
     def opening(self) -> Iterator[dict[str, Any]]:
         """Chunks before the first token."""
 
-    def delta(self, choice: Choice, piece: Piece) -> dict[str, Any]:
-        """The chunk of one piece."""
+    def delta(self, choice: Choice, piece: Piece) -> Iterator[dict[str, Any]]:
+        """The chunks of one piece."""
 
-    def closing(self, choice: Choice) -> dict[str, Any]:
-        """The last chunk of a choice, which says why it ended."""
+    def closing(self, choice: Choice) -> Iterator[dict[str, Any]]:
+        """The last chunks of a choice, which say why it ended."""
 
-    def usage(self) -> dict[str, Any]:
-        """The chunk that counts tokens, behind all others."""
+    def ending(self) -> Iterator[dict[str, Any]]:
+        """Chunks behind all others."""
+
+    def failed(self, failure: Failure) -> dict[str, Any]:
+        """The last chunk of an answer that an error has ended."""
 
 
-class ChatShape:
-    """chat.completion and chat.completion.chunk."""
+class CompletionShape:
+    """What OpenAI's chats and completions have in common."""
 
-    def __init__(self, answer: Answer, names: TokenNames | None = None) -> None:
-        """`names`: for log probabilities; None: none are wanted."""
+    end = "[DONE]"
+    kind: str
+    """Of the chunks' objects."""
+
+    def __init__(self, answer: Answer, names: TokenNames | None = None, *, counted: bool = False) -> None:
+        """`names`: for log probabilities; None: none are wanted. `counted`: a stream ends with the usage."""
         self._answer = answer
         self._names = names
+        self._counted = counted
+
+    def keep(self, choice: Choice, piece: Piece) -> None:
+        choice.keep(piece)
+
+    def ending(self) -> Iterator[dict[str, Any]]:
+        if self._counted:
+            head = _head(self._answer, self.kind)
+            yield {**head, "choices": [], "usage": self._answer.usage()}
+
+    def failed(self, failure: Failure) -> dict[str, Any]:
+        return failure.body
+
+    def _chunk(self, part: dict[str, Any]) -> dict[str, Any]:
+        usage = {"usage": None} if self._counted else {}  # so in all chunks before the one that counts
+        return {**_head(self._answer, self.kind), "choices": [part], **usage}
+
+
+class ChatShape(CompletionShape):
+    """chat.completion and chat.completion.chunk."""
+
+    kind = "chat.completion.chunk"
 
     def whole(self) -> dict[str, Any]:
         return {
@@ -46,31 +83,28 @@ class ChatShape:
 
     def opening(self) -> Iterator[dict[str, Any]]:
         for choice in self._answer.choices:
-            yield self._chunk(choice, {"role": "assistant", "content": ""})
+            yield self._delta(choice, {"role": "assistant", "content": ""})
 
-    def delta(self, choice: Choice, piece: Piece) -> dict[str, Any]:
+    def delta(self, choice: Choice, piece: Piece) -> Iterator[dict[str, Any]]:
         if piece.call is not None:
             call = {"index": choice.calls, **tool_call(piece.call)}
-            return self._chunk(choice, {"tool_calls": [call]})
-        if piece.reasoning:
-            return self._chunk(choice, {"reasoning_content": piece.reasoning})
-        return self._chunk(choice, {"content": piece.content})
+            yield self._delta(choice, {"tool_calls": [call]})
+        elif piece.reasoning:
+            yield self._delta(choice, {"reasoning_content": piece.reasoning})
+        else:
+            yield self._delta(choice, {"content": piece.content})
 
-    def closing(self, choice: Choice) -> dict[str, Any]:
-        return self._chunk(choice, {}, choice.reason())
+    def closing(self, choice: Choice) -> Iterator[dict[str, Any]]:
+        yield self._delta(choice, {}, choice.reason())
 
-    def usage(self) -> dict[str, Any]:
-        head = _head(self._answer, "chat.completion.chunk")
-        return {**head, "choices": [], "usage": self._answer.usage()}
-
-    def _chunk(self, choice: Choice, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+    def _delta(self, choice: Choice, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
         part = {
             "index": choice.index,
             "delta": delta,
             "finish_reason": reason,
             "logprobs": self._logprobs(choice),
         }
-        return {**_head(self._answer, "chat.completion.chunk"), "choices": [part]}
+        return self._chunk(part)
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         content = "".join(choice.content)
@@ -92,13 +126,10 @@ class ChatShape:
         return None if self._names is None else self._names.chat(choice.entries.take())
 
 
-class TextShape:
+class TextShape(CompletionShape):
     """text_completion, whole and in chunks."""
 
-    def __init__(self, answer: Answer, names: TokenNames | None = None) -> None:
-        """`names`: for log probabilities; None: none are wanted."""
-        self._answer = answer
-        self._names = names
+    kind = "text_completion"
 
     def whole(self) -> dict[str, Any]:
         choices = [
@@ -111,23 +142,16 @@ class TextShape:
     def opening(self) -> Iterator[dict[str, Any]]:
         for choice in self._answer.choices:
             if self._prefix(choice):
-                yield self._chunk(choice, self._prefix(choice))
+                yield self._chunk(self._part(choice, self._prefix(choice), None))
 
-    def delta(self, choice: Choice, piece: Piece) -> dict[str, Any]:
-        return self._chunk(choice, piece.content)
+    def delta(self, choice: Choice, piece: Piece) -> Iterator[dict[str, Any]]:
+        yield self._chunk(self._part(choice, piece.content, None))
 
-    def closing(self, choice: Choice) -> dict[str, Any]:
-        return self._chunk(choice, "", choice.reason())
-
-    def usage(self) -> dict[str, Any]:
-        head = _head(self._answer, "text_completion")
-        return {**head, "choices": [], "usage": self._answer.usage()}
+    def closing(self, choice: Choice) -> Iterator[dict[str, Any]]:
+        yield self._chunk(self._part(choice, "", choice.reason()))
 
     def _prefix(self, choice: Choice) -> str:
         return "" if choice.echo is None else choice.echo.text
-
-    def _chunk(self, choice: Choice, text: str, reason: str | None = None) -> dict[str, Any]:
-        return {**_head(self._answer, "text_completion"), "choices": [self._part(choice, text, reason)]}
 
     def _part(self, choice: Choice, text: str, reason: str | None) -> dict[str, Any]:
         return {

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 import moe_local
+from moe_local.cache.errors import MoeLocalError
 from moe_local.cli.server import watch
 from moe_local.cli.server.app import Limits, Server
 from moe_local.cli.server.web import Web
@@ -86,8 +87,9 @@ class Scripted:
         pause_s: float = 0.0,
         hold: int | None = None,
         silent: int = 0,
+        error: MoeLocalError | None = None,
     ) -> None:
-        """`silent`: tokens without a text, at the end."""
+        """`silent`: tokens without a text, at the end. `error`: how it ends."""
         self._model = model
         self.text = text
         self.size = size
@@ -95,6 +97,7 @@ class Scripted:
         self.pause_s = pause_s
         self.hold = hold
         self.silent = silent
+        self.error = error
         self.go = threading.Event()
         self.said = 0
         """Pieces so far."""
@@ -124,7 +127,7 @@ class Scripted:
             time.sleep(self.pause_s)
             if self.said == self.hold:
                 self.go.wait(PATIENCE)
-        ticket.listener(Ended(FinishReason.STOP))
+        ticket.listener(Ended(FinishReason.STOP if self.error is None else None, self.error))
 
 
 Serving = Callable[..., AbstractContextManager[Running]]
@@ -161,5 +164,5 @@ def server(serving: Serving, model: moe_local.Model) -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def scripted(model: moe_local.Model) -> Callable[..., Scripted]:
-    """scripted(text, size=3, times=1, pause_s=0.0, hold=None, silent=0)"""
+    """scripted(text, size=3, times=1, pause_s=0.0, hold=None, silent=0, error=None)"""
     return lambda text, **options: Scripted(model, text, **options)

@@ -282,10 +282,25 @@ NASTY: list[Any] = [
 DEEP_CALL = {"function": {"name": "f", "arguments": "[" * 100_000}}
 
 
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"max_tokens": 1, "messages": QUESTION},
+    "/v1/completions": {"max_tokens": 1, "prompt": "The router"},
+    "/v1/responses": {
+        "max_output_tokens": 1,
+        "input": [
+            *QUESTION,
+            {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "Which?"}]},
+            {"type": "function_call", "call_id": "a", "name": "look", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "a", "output": [{"type": "input_text", "text": "a"}]},
+        ],
+    },
+}
+
+
 def mutated(body: dict[str, Any], chance: random.Random) -> bytes:
     """A body with some values in its depth replaced, then perhaps with some bytes."""
     names = [*body, *body, "tools", "tool_choice", "stop", "seed", "n", "logit_bias", "user", "unknown"]
-    names += ["logprobs", "top_logprobs", "echo"]
+    names += ["logprobs", "top_logprobs", "echo", "text", "include", "reasoning"]
     for _ in range(chance.randint(1, 2)):
         where: Any = body
         name: Any = chance.choice(names)
@@ -306,12 +321,10 @@ def test_bodies_that_nobody_would_write(server: Any) -> None:
     chance = random.Random(1)
     seen = []
     with httpx.Client(timeout=60) as client:
-        for _ in range(200):
-            chat = chance.random() < 0.7
-            body: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "stream": chance.random() < 0.2}
-            body |= {"messages": json.loads(json.dumps(QUESTION))} if chat else {"prompt": "The router"}
+        for _ in range(300):
+            path = chance.choice(list(BODIES))
+            body = {**json.loads(json.dumps(BODIES[path])), "temperature": 0, "stream": chance.random() < 0.2}
             content = mutated(body, chance)
-            path = "/v1/chat/completions" if chat else "/v1/completions"
             reply = client.post(
                 server.url + path, content=content, headers={"content-type": "application/json"}
             )

@@ -1,0 +1,70 @@
+"""What the framework refuses, as OpenAI's clients know it: bodies not understood, paths not there."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from moe_local.cli.server.failures import Failure, error_body
+from moe_local.cli.server.protocol import ChatRequest, CompletionRequest, StreamOptions
+from moe_local.cli.server.response_request import ResponseRequest, TextOptions
+
+REQUESTS: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponseRequest,
+}
+PARTS: tuple[type[BaseModel], ...] = (StreamOptions, TextOptions)
+FIELDS = {name for kind in (*REQUESTS.values(), *PARTS) for name in kind.model_fields}
+
+
+def add_to(app: FastAPI) -> None:
+    app.add_exception_handler(Failure, failed)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(RequestValidationError, _not_understood)
+    app.add_exception_handler(Exception, _broken)
+
+
+async def failed(request: Request, error: Any) -> JSONResponse:
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+async def _refused(request: Request, error: Any) -> JSONResponse:
+    """What FastAPI refuses by itself: unknown paths and methods, bodies that are too long."""
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    if error.status_code == 404:
+        message += f"; there are {', '.join(REQUESTS)} and /v1/models: base URLs end in /v1"
+    body = error_body(message, "invalid_request_error")
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _broken(request: Request, error: Any) -> JSONResponse:
+    """An error of ours; uvicorn logs it."""
+    body = error_body(f"the server failed: {type(error).__name__}; its log says more", "server_error")
+    return JSONResponse(body, status_code=500)
+
+
+async def _not_understood(request: Request, error: Any) -> JSONResponse:
+    errors = error.errors()
+    # a misspelt field explains why another is missing
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    unknown = first["type"] == "extra_forbidden"
+    # of a field that takes several types, the types are parts, too
+    where = ".".join(
+        part for part in first["loc"][1:] if isinstance(part, str) and (unknown or part in FIELDS)
+    )
+    message = f"{where or 'body'}: {first['msg']}"
+    if first["type"] == "value_error":  # raised by us
+        message = str(first["ctx"]["error"])
+    if unknown:
+        mine = REQUESTS[request.url.path].model_fields
+        near = difflib.get_close_matches(where, mine, 1, cutoff=0.7)
+        message = f"unknown field {where!r}" + (f"; did you mean {near[0]!r}?" if near else "; leave it out")
+    body = error_body(message, "invalid_request_error", param=where or None)
+    return JSONResponse(body, status_code=400)

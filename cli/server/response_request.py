@@ -1,0 +1,197 @@
+"""What clients send to `/v1/responses`, OpenAI's newer interface, and the chat that it amounts to.
+
+As in protocol.py, types are taken at their word, and what cannot be honoured is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from moe_local.cache.errors import OptionError
+from moe_local.cli.server.items import Item, as_items, as_messages
+from moe_local.cli.server.protocol import ChatRequest, Drawing
+
+LOGPROBS = "message.output_text.logprobs"
+THOUGHTS = "reasoning.encrypted_content"
+"""Asked for by clients that keep conversations themselves. Thoughts are in the answer as they are."""
+
+
+REPEATED = (
+    *(
+        "instructions",
+        "max_output_tokens",
+        "metadata",
+        "parallel_tool_calls",
+        "previous_response_id",
+        "store",
+    ),
+    *("temperature", "tool_choice", "top_logprobs", "top_p", "truncation", "user"),
+)
+"""What a response says of its request as it stands there."""
+
+
+class TextOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: dict[str, Any] = Field(default_factory=lambda: {"type": "text"})
+    verbosity: str | None = None
+
+
+class ResponseRequest(Drawing):
+    """`POST /v1/responses`: the items of a conversation, or what is new in one that is kept here."""
+
+    input: str | list[Any]
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    store: bool = True
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] = "auto"
+    parallel_tool_calls: bool = True
+    """Calls may come one by one or several at a time, as the model likes."""
+    max_output_tokens: int | None = None
+    include: list[str] = Field(default_factory=list)
+    top_logprobs: int = 0
+    text: TextOptions = Field(default_factory=TextOptions)
+    reasoning: dict[str, Any] = Field(default_factory=dict)
+    """Its effort is for templates that know it; summaries are none, since thoughts are given whole."""
+    truncation: Literal["auto", "disabled"] = "disabled"
+    metadata: dict[str, str] = Field(default_factory=dict)
+    user: str | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    max_tool_calls: Any = None
+    """Of tools that the server would call; there are none."""
+    client_metadata: Any = None
+    background: Any = None
+    conversation: Any = None
+    prompt: Any = None
+
+    @field_validator("input")
+    @classmethod
+    def _check_input(cls, given: str | list[Item]) -> str | list[Item]:
+        if not given:
+            raise OptionError("input is empty; give a text, or a list of items")
+        as_messages(as_items(given))
+        return given
+
+    @field_validator("tools")
+    @classmethod
+    def _check_tools(cls, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for index, tool in enumerate(tools):
+            if tool.get("type") != "function":
+                raise OptionError(
+                    f"tools[{index}] is of type {tool.get('type')!r}, which nobody can call here; "
+                    "leave it out, or give a function"
+                )
+            if not isinstance(tool.get("name"), str):
+                raise OptionError(f"tools[{index}] has no name; give it beside type")
+            if not isinstance(tool.get("parameters") or {}, dict):
+                raise OptionError(f"tools[{index}].parameters is no object; give a JSON schema")
+        return tools
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _check_tool_choice(cls, choice: str | dict[str, Any]) -> str | dict[str, Any]:
+        if isinstance(choice, dict) and choice.get("type") != "function":
+            raise OptionError(
+                f"tool_choice of type {choice.get('type')!r} is not supported; "
+                "auto, none, required, and a function by its name are"
+            )
+        return choice
+
+    @field_validator("include")
+    @classmethod
+    def _check_include(cls, included: list[str]) -> list[str]:
+        for what in included:
+            if what not in (LOGPROBS, THOUGHTS):
+                raise OptionError(f"include of {what!r} is not supported; {LOGPROBS} is")
+        return included
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _check_top_logprobs(cls, value: int, field: ValidationInfo) -> int:
+        if value and LOGPROBS not in field.data.get("include", ()):
+            raise OptionError(f"top_logprobs need {LOGPROBS!r} in include")
+        return value
+
+    @field_validator("text")
+    @classmethod
+    def _check_text(cls, text: TextOptions) -> TextOptions:
+        match text.format.get("type"):
+            case "text" | "json_object":
+                pass
+            case "json_schema":
+                if not isinstance(text.format.get("schema"), dict):
+                    raise OptionError("text.format has no schema; give it, or json_object")
+            case kind:
+                raise OptionError(
+                    f"text.format of type {kind!r} is not supported; text, json_object and json_schema are"
+                )
+        return text
+
+    @field_validator("reasoning")
+    @classmethod
+    def _check_reasoning(cls, reasoning: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(reasoning.get("effort"), str | None):
+            raise OptionError(f"reasoning.effort is {reasoning['effort']!r}; give a word, such as low")
+        return reasoning
+
+    @field_validator("background")
+    @classmethod
+    def _check_background(cls, background: Any) -> Any:
+        if background is not False:
+            raise OptionError("background is not supported; leave it out, and wait or ask for a stream")
+        return background
+
+    @field_validator("conversation")
+    @classmethod
+    def _check_conversation(cls, conversation: Any) -> Any:
+        raise OptionError("conversation is not supported; give previous_response_id, or all of it as input")
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: Any) -> Any:
+        raise OptionError("prompt names a template that OpenAI keeps; give instructions and input")
+
+    @property
+    def items(self) -> list[Item]:
+        return as_items(self.input)
+
+    def chat(self, earlier: Sequence[Item]) -> ChatRequest:
+        """The chat that asks for the same, behind the items of `earlier`; checked as far as this is."""
+        functions = [{k: v for k, v in tool.items() if k != "type"} for tool in self.tools or ()]
+        choice = self.tool_choice
+        if isinstance(choice, dict):
+            choice = {"type": "function", "function": {"name": choice.get("name")}}
+        return ChatRequest.model_construct(
+            **{name: getattr(self, name) for name in Drawing.model_fields},
+            messages=as_messages([*earlier, *self.items], self.instructions),
+            max_tokens=self.max_output_tokens,
+            tools=[{"type": "function", "function": function} for function in functions] or None,
+            tool_choice=choice,
+            logprobs=LOGPROBS in self.include,
+            top_logprobs=self.top_logprobs,
+            response_format=self._response_format(),
+            reasoning_effort=self.reasoning.get("effort"),
+            truncation=self.truncation,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+    def _response_format(self) -> dict[str, Any]:
+        kind = self.text.format["type"]
+        if kind != "json_schema":
+            return {"type": kind}
+        return {"type": kind, "json_schema": {"schema": self.text.format["schema"]}}
+
+    def settings(self) -> dict[str, Any]:
+        """What a response repeats of its request."""
+        tools = [{"parameters": None, "strict": None, **tool} for tool in self.tools or ()]
+        return {
+            **{name: getattr(self, name) for name in REPEATED},
+            "background": False,
+            "reasoning": {"effort": None, "summary": None, **self.reasoning},
+            "text": self.text.model_dump(exclude_none=True),
+            "tools": tools,
+        }
