@@ -1,4 +1,4 @@
-"""First in, first out: the null twin of the policies that learn from use."""
+"""First in, first out: the policy that learns nothing from use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 
 class FIFOPolicy:
-    """Eviction order by admission; use changes nothing. What a policy is worth is measured against this."""
+    """Eviction order by admission; use changes nothing. Other policies are measured against this one."""
 
     __slots__ = ("_order",)
 

@@ -24,9 +24,10 @@ from moe_local.offload.store.store import ExpertStore, Lease
 from moe_local.offload.tiers.arena import HostArena
 from moe_local.offload.tiers.copies import CopySource
 from moe_local.offload.tiers.device_arena import DeviceArena
+from moe_local.offload.tiers.location import Location
 from moe_local.offload.tiers.staging import StagedArena
 from moe_local.offload.tiers.tiers import Tier
-from moe_local.offload.tiers.transfer import FileSource, Load, Location
+from moe_local.offload.tiers.transfer import FileSource, Load
 
 MODES = ("disk", "ram", "ram+disk")
 """RAM over disk, no device; a device over a RAM that holds everything; a device over some RAM over disk."""

@@ -15,7 +15,7 @@ WHOLE_PROMPT_ONLY = frozenset({"jamba"})
 
 
 class OwnCaches:
-    """The null twin of the slab, for layers it does not know: each sequence has a DynamicCache of its own.
+    """In place of a KVSlab, for layers that it does not know: each sequence has a DynamicCache of its own.
 
     Memory grows with the tokens. A failed forward leaves such a cache half written, so `abort` drops it and
     the sequence is computed again from its ids; nothing can be cut off, as a state cannot be rolled back.

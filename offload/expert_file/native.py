@@ -14,7 +14,7 @@ from moe_local.offload.checkpoint.spec import MoELayer
 from moe_local.offload.checkpoint.weights import Weight
 from moe_local.offload.quantize import fp8
 from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
-from moe_local.offload.tiers.transfer import FileRange, ScatteredLocation
+from moe_local.offload.tiers.location import FileRange, ScatteredLocation
 
 DTYPES = {
     "F32": "float32",

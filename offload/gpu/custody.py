@@ -30,7 +30,7 @@ class Switch(Protocol):
 
 
 class HostAlone:
-    """The null twin: nobody but the host decides."""
+    """The Custody where only the host decides: there is nothing to do."""
 
     def settle_counts(self) -> None:
         pass

@@ -50,9 +50,9 @@ class Switches:
         self._left_to_device = self._switch is not None and self._switch.on_device
 
     def variants(self) -> list[Variant]:
-        """All that make sense for it: the null twin of each part, every other policy and way of misses.
+        """All that make sense for the model: each part left out, every other policy and way of misses.
 
-        None where every expert has a slot for good: then there is nothing to leave out.
+        Empty where every expert has a slot for good: then there is nothing to leave out.
         """
         if self._resident:
             return []

@@ -45,7 +45,7 @@ class Prefetcher(Protocol):
 
 
 class NoPrefetch:
-    """The null twin: guesses nothing."""
+    """The Prefetcher that guesses nothing."""
 
     def predict(self, layer: int, tokens: int) -> list[Guess]:
         return []

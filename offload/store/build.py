@@ -24,9 +24,10 @@ from moe_local.offload.tiers.arena import HostArena
 from moe_local.offload.tiers.copies import CopySource
 from moe_local.offload.tiers.device import Device
 from moe_local.offload.tiers.device_arena import DeviceArena
+from moe_local.offload.tiers.location import Location, ScatteredLocation
 from moe_local.offload.tiers.staging import StagedArena
 from moe_local.offload.tiers.tiers import Tier
-from moe_local.offload.tiers.transfer import FileSource, Location, ScatteredLocation
+from moe_local.offload.tiers.transfer import FileSource
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,7 @@ from moe_local.offload.system.patience import SLOW, Patience
 from moe_local.offload.system.read_at import read_at
 from moe_local.offload.tiers.checksum import RunningChecksum
 from moe_local.offload.tiers.device import Copied
-from moe_local.offload.tiers.location import FileRange as FileRange
-from moe_local.offload.tiers.location import Location as Location
-from moe_local.offload.tiers.location import ScatteredLocation as ScatteredLocation
+from moe_local.offload.tiers.location import FileRange, Location, ScatteredLocation
 from moe_local.offload.tiers.open_file import OpenFile
 
 logger = logging.getLogger(__name__)

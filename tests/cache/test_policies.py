@@ -82,7 +82,7 @@ def test_a_removed_expert_can_come_back(make_policy: MakePolicy) -> None:
 
 
 def test_an_unused_newcomer_is_colder_than_one_in_constant_use(make_policy: MakePolicy) -> None:
-    """Holds for the null twin too, as long as the one in use came later."""
+    """Holds for FIFO, too, as long as the one in use came later."""
     policy = make_policy()
     policy.insert(1)
     policy.insert(2)

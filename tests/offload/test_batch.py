@@ -19,16 +19,6 @@ torch.set_num_threads(1)
 PAD = 0
 
 
-@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
-def model(request: pytest.FixtureRequest, tiny_models: ModuleType) -> Any:
-    return tiny_models.tiny_model(request.param, num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def mixtral(tiny_models: ModuleType) -> Any:
-    return tiny_models.tiny_model("mixtral", num_hidden_layers=1)
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tiny_models: ModuleType) -> Any:
     return tiny_models.tiny_tokenizer()
@@ -121,12 +111,12 @@ def test_a_seeded_call_leaves_the_global_generator_alone(mixtral: Any) -> None:
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_left_padded_batch(model: Any, given: bool) -> None:
+def test_left_padded_batch(hf: Any, given: bool) -> None:
     ids, mask = left_padded([9, 21, 3, 14, 21])
     options = {"max_new_tokens": 25, "do_sample": False, "eos_token_id": list(range(100, 130))}
-    engine = engine_for(model, rows=2)
+    engine = engine_for(hf, rows=2)
     out = generate_ids(engine, ids, mask if given else None, **options)
-    assert out.tolist() == hf_generate(model, ids, **options, attention_mask=mask).tolist()
+    assert out.tolist() == hf_generate(hf, ids, **options, attention_mask=mask).tolist()
     assert (out[:, -1] == PAD).any(), "rows of different lengths were meant"
     assert not engine.active
 

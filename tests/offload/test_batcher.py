@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,11 +29,6 @@ from moe_local.offload.turn import Turn
 
 torch.set_num_threads(1)
 PATIENCE = 60
-
-
-@pytest.fixture(scope="module")
-def mixtral(tiny_models: ModuleType) -> Any:
-    return tiny_models.tiny_model("mixtral", num_hidden_layers=2)
 
 
 class Rig:

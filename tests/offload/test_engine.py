@@ -39,11 +39,6 @@ def model(request: pytest.FixtureRequest, tiny_models: ModuleType) -> Any:
     return tiny_models.tiny_model(request.param.split("-")[0], **CASES[request.param])
 
 
-@pytest.fixture(scope="module")
-def mixtral(tiny_models: ModuleType) -> Any:
-    return tiny_models.tiny_model("mixtral", num_hidden_layers=2)
-
-
 def random_ids(length: int, seed: int = 0) -> list[int]:
     generator = random.Random(seed)
     return [generator.randrange(3, 320) for _ in range(length)]

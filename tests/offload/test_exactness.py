@@ -73,6 +73,16 @@ class Reference:
         assert [token.id for token in stream] == self.expected["single"][0, self.single.shape[1] :].tolist()
         model.check_integrity()
 
+    def check_logits(self, model: moe_local.Model) -> None:
+        """Logits of both prompts, and greedy ids, are those of the weights that `hf` has by now."""
+        for prompt in (self.single, self.batch):
+            with torch.inference_mode():
+                expected = self.hf(prompt).logits
+                found = model.hf(prompt).logits
+            assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+        ids = model.generate(self.single, max_new_tokens=NEW, eos_token_id=None)
+        assert torch.equal(ids, self.ids(self.single))
+
 
 @pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
 def reference(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path]) -> Reference:
@@ -309,14 +319,7 @@ def test_nf4_logits_are_those_of_bitsandbytes_weights(
     reference = Reference(folder)
     replace_by_nf4(reference.hf)
     with moe_local.load(folder, slots=3, context=64, experts="nf4", dense="fp32") as model:
-        for prompt in (reference.single, reference.batch):
-            with torch.inference_mode():
-                expected = reference.hf(prompt).logits
-                found = model.hf(prompt).logits
-            assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-        expected_ids = reference.ids(reference.single)
-        ids = model.generate(reference.single, max_new_tokens=NEW, eos_token_id=None)
-        assert torch.equal(ids, expected_ids)
+        reference.check_logits(model)
 
 
 # --- transformers' own ways of calling
@@ -391,16 +394,9 @@ def test_logits_are_those_of_the_decoded_weights(
     with moe_local.load(folder, slots=3, context=64, experts="int8", dense=dense) as model:
         assert model.hf.dtype == torch.float32
         replace_by_decoded(reference.hf, model.hf, dense)
-        for prompt in (reference.single, reference.batch):
-            with torch.inference_mode():
-                expected = reference.hf(prompt).logits
-                found = model.hf(prompt).logits
-            assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-        expected_ids = reference.ids(reference.single)
-        ids = model.generate(reference.single, max_new_tokens=NEW, eos_token_id=None)
-        assert torch.equal(ids, expected_ids)
+        reference.check_logits(model)
         through_hf = model.hf.generate(reference.single, max_new_tokens=NEW, eos_token_id=None)
-        assert torch.equal(through_hf, expected_ids)
+        assert torch.equal(through_hf, reference.ids(reference.single))
         expected_logits = model.hf(reference.single).logits
     with moe_local.load(
         folder, slots=3, context=64, experts="int8", dense=dense, activations="int8"

@@ -36,11 +36,6 @@ def model(request: pytest.FixtureRequest, tiny_models: ModuleType) -> Any:
 
 
 @pytest.fixture(scope="module")
-def mixtral(tiny_models: ModuleType) -> Any:
-    return tiny_models.tiny_model("mixtral", num_hidden_layers=1)
-
-
-@pytest.fixture(scope="module")
 def stateful(tiny_models: ModuleType) -> Any:
     """Three layers of linear attention, which keep a state, and one of full attention."""
     return tiny_models.tiny_model("qwen3_next")

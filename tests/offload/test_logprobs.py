@@ -6,7 +6,6 @@ import json
 import math
 import random
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,16 +26,6 @@ TOLERANCE = 2e-4
 ENDLESS = {"eos_token_id": None}
 SAMPLED = {"do_sample": True, "temperature": 1.7, "top_k": 9, "repetition_penalty": 1.9, "seed": 3}
 """What changes the scores that a token is drawn from, as far as there are options for it."""
-
-
-@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
-def hf(request: pytest.FixtureRequest, tiny_models: ModuleType) -> Any:
-    return tiny_models.tiny_model(request.param, num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def mixtral(tiny_models: ModuleType) -> Any:
-    return tiny_models.tiny_model("mixtral", num_hidden_layers=1)
 
 
 def prompt(length: int) -> list[int]:

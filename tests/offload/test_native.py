@@ -26,7 +26,8 @@ from moe_local.offload.plan.footprint import expert_bytes
 from moe_local.offload.plan.plan import Request
 from moe_local.offload.quantize.codec import codec_for, decoder_for
 from moe_local.offload.quantize.layout import ALIGNMENT
-from moe_local.offload.tiers.transfer import DEMAND, FileRange, FileSource, LoadState, ScatteredLocation
+from moe_local.offload.tiers.location import FileRange, ScatteredLocation
+from moe_local.offload.tiers.transfer import DEMAND, FileSource, LoadState
 
 torch.set_num_threads(1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,11 +11,6 @@ import torch
 from moe_local.cache.errors import OptionError
 from moe_local.offload.engine.penalties import Penalties
 from moe_local.offload.engine.sampling import make_settings, needs_hf_generate, without_shaping
-
-
-@pytest.fixture(scope="module")
-def mixtral(tiny_models: ModuleType) -> Any:
-    return tiny_models.tiny_model("mixtral", num_hidden_layers=1)
 
 
 def test_the_formula_and_only_the_answer_counts() -> None:

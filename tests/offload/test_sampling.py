@@ -19,11 +19,6 @@ from moe_local.offload.engine.sampling import (
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def mixtral(tiny_models: ModuleType) -> Any:
-    return tiny_models.tiny_model("mixtral", num_hidden_layers=1)
-
-
 def test_the_loop_keeps_what_it_can(tiny_models: ModuleType) -> None:
     kept = [
         {},

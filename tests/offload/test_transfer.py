@@ -23,7 +23,8 @@ from moe_local.offload.system.direct_io import PAGE
 from moe_local.offload.system.patience import PATIENCE_S, Patience
 from moe_local.offload.tiers import transfer
 from moe_local.offload.tiers.checksum import RunningChecksum
-from moe_local.offload.tiers.transfer import DEMAND, FileSource, Load, LoadState, Location
+from moe_local.offload.tiers.location import Location
+from moe_local.offload.tiers.transfer import DEMAND, FileSource, Load, LoadState
 
 Make = Callable[..., Any]
 EXPERT = 10_000
