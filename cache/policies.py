@@ -31,7 +31,7 @@ def register_policy(name: str, make: Callable[[], EvictionPolicy]) -> None:
     if known is make:
         return
     if known is not None or name in POLICIES:
-        raise OptionError(f"eviction policy {name!r} is there already; choose another name")
+        raise OptionError(f"eviction policy {name!r} already exists; choose another name")
     _own[name] = make
     POLICIES[name] = lambda: make
 

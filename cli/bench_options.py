@@ -53,7 +53,7 @@ class Request:
         if self.plot is not None:
             check_plotting(self.plot)
         if self.watch and not sys.stderr.isatty():
-            raise OptionError("--watch draws on a terminal, and stderr is none; leave it out")
+            raise OptionError("--watch draws on a terminal, and stderr is not one; leave it out")
         if self.routes is not None and self.record_routes is not None:
             raise OptionError(
                 "--record-routes has nothing to record where --routes chooses; leave one of them out"

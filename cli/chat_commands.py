@@ -187,7 +187,7 @@ class Commands:
         chat = self._chat
         if rest == "live":
             if not chat.live and not sys.stdout.isatty():
-                raise OptionError("/cache live draws on a terminal, and stdout is none")
+                raise OptionError("/cache live draws on a terminal, and stdout is not one")
             chat.live = not chat.live
             click.echo(f"The cache is {'' if chat.live else 'not '}shown while tokens come.")
         elif rest:

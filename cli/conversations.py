@@ -68,7 +68,7 @@ class Conversation:
         except OSError as error:
             raise MoeLocalError(f"{path} cannot be read: {error.strerror or error}") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise MoeLocalError(f"{path} is no saved conversation ({error}); remove it") from None
+            raise MoeLocalError(f"{path} is not a saved conversation ({error}); remove it") from None
 
     @classmethod
     def _from(cls, document: Any) -> Conversation:
@@ -76,12 +76,12 @@ class Conversation:
             raise ValueError(f"its version is not {VERSION}")
         turns = document["messages"]
         if not isinstance(turns, Sequence) or isinstance(turns, str):
-            raise ValueError("its messages are no list")
+            raise ValueError("its messages are not a list")
         for turn in turns:
             if not isinstance(turn, dict) or turn.get("role") not in ROLES:
                 raise ValueError("a message is neither the user's nor the assistant's")
             if not isinstance(turn.get("content"), str):
-                raise ValueError("a message is no text")
+                raise ValueError("a message is not text")
         return cls(
             str(document["model"]),
             _sampling(document["settings"]),
@@ -97,7 +97,7 @@ def saved_names(home: Path) -> list[str]:
 def _path(home: Path, name: str) -> Path:
     if not _NAME.fullmatch(name):
         raise OptionError(
-            f"{name!r} is no name for a conversation; use up to 64 letters, digits and any of . _ -"
+            f"{name!r} cannot name a conversation; use up to 64 letters, digits and any of . _ -"
         )
     return home / "chat" / "saved" / f"{name}.json"
 

@@ -41,7 +41,7 @@ WORSE = 0.02
     help="For mixed:BITS: a text file like what the model will read and write, - for stdin. MODEL reads it, "
     "and bits go where they are missed most; without it, the weights alone say where.",
 )
-@click.option("--check", is_flag=True, help="Compare what is there already with its checksums, and mend it.")
+@click.option("--check", is_flag=True, help="Compare what is there with its checksums, and repair it.")
 @json_flag
 @load_flags("experts", "vram", "ram", "dense", "context", "device")
 @debug_flag

@@ -30,9 +30,7 @@ def check_plotting(path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise MoeLocalError("--plot needs matplotlib, which is not installed: pip install matplotlib")
     if _kind(path) not in KINDS:
-        raise OptionError(
-            f"--plot {path} is no picture that can be drawn; end its name in .{', .'.join(KINDS)}"
-        )
+        raise OptionError(f"--plot cannot draw {path}; end its name in .{', .'.join(KINDS)}")
 
 
 def _kind(path: Path) -> str:

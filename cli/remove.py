@@ -93,7 +93,7 @@ def _confirm(question: str, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise OptionError("rm asks before it removes, and stdin is no terminal; add --yes")
+        raise OptionError("rm asks before it removes, and stdin is not a terminal; add --yes")
     click.confirm(question, abort=True, err=True)
 
 

@@ -23,11 +23,11 @@ def read_text_file(
         with click.open_file(str(path), encoding="utf-8") as file:
             text: str = file.read()
     except UnicodeDecodeError:
-        raise OptionError(f"{path} cannot be read as text: it is no UTF-8; save it as that") from None
+        raise OptionError(f"{path} cannot be read as text: it is not UTF-8; save it as UTF-8") from None
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror or error}") from None
     if not text.strip():
-        name = "what came on stdin" if str(path) == "-" else path
+        name = "stdin" if str(path) == "-" else path
         raise OptionError(f"{what} is empty: {name}; {remedy}")
     return text
 
@@ -41,9 +41,9 @@ def read_stdin(*, line: bool = False) -> str:
         text = sys.stdin.readline(LONGEST) if line else sys.stdin.read(LONGEST)
         text.encode()  # where the locale is C, Python takes other bytes for halves of characters
     except UnicodeError:
-        raise OptionError("what came on stdin is no text in UTF-8; save it as that") from None
+        raise OptionError("stdin is not text in UTF-8; encode it as UTF-8") from None
     if len(text) == LONGEST:
-        raise OptionError(f"what came on stdin has {LONGEST >> 20} MiB or more; give a prompt")
+        raise OptionError(f"stdin has {LONGEST >> 20} MiB or more; give a prompt")
     return text
 
 
@@ -53,7 +53,7 @@ def read_schema_file(path: Path) -> dict[str, Any]:
     try:
         schema = parse_json(text)
     except ValueError as error:
-        raise OptionError(f"{path} is no JSON: {error}") from None
+        raise OptionError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(schema, dict):
         raise OptionError(f'{path} holds no JSON schema; give an object, such as {{"type": "object"}}')
     return schema

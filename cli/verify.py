@@ -79,7 +79,7 @@ def verify(model: str, out: Path | None, repair: bool, as_json: bool, options: d
 
     Names every damaged expert and, with --repair, converts those again and no others. With --experts native,
     or where nothing is converted, the checkpoint itself: downloads have a hash each, of other files only
-    headers and sizes can be checked. Fails if something is damaged and was not mended.
+    headers and sizes can be checked. Fails if something is damaged and was not repaired.
 
     \b
     Examples:
@@ -102,7 +102,7 @@ def verify(model: str, out: Path | None, repair: bool, as_json: bool, options: d
             flags = f" --experts {NATIVE}" if report.format == NATIVE else f" --out {out}" if out else ""
             kind = CheckpointError if report.format == NATIVE else ExpertFileError
             raise kind(
-                f"{model}: {_count(report)} damaged in {report.folder}; check the disk, then mend it: "
+                f"{model}: {_count(report)} damaged in {report.folder}; check the disk, then repair it: "
                 f"moe-local verify {model}{flags} --repair"
             )
 
@@ -225,7 +225,7 @@ def _repair(model: str, report: Report, progress: ProgressBar) -> Report:
         again = _verify(report.folder, report.format, progress)
     if again.damage:
         raise MoeLocalError(
-            f"{again.folder} is damaged again after it was mended ({again.damage[0]['text']}); "
+            f"{again.folder} is damaged again after its repair ({again.damage[0]['text']}); "
             "the disk does not keep what is written to it: use another one"
         )
     return Report(
@@ -239,7 +239,7 @@ def _fetch_again(model: str, files: list[Path], progress: ProgressBar) -> Report
 
     if isinstance(locate(model), Path):
         raise MoeLocalError(
-            f"{model} is a folder, and where its files come from is not known; mend it by its Hub name: "
+            f"{model} is a folder, and where its files come from is not known; repair it by its Hub name: "
             f"moe-local verify ORG/NAME --experts {NATIVE} --repair"
         )
     aside = [(file, file.with_name(f"{file.name}.damaged")) for file in files if file.exists()]
@@ -265,7 +265,7 @@ def _show(model: str, report: Report) -> None:
         what = f"{model}, the checkpoint"
     size = f", {format_bytes(report.nbytes)}" if report.nbytes else ""
     if report.damage:
-        state = f"{_count(report)} damaged" + (", mended" if report.repaired else "")
+        state = f"{_count(report)} damaged" + (", repaired" if report.repaired else "")
     elif report.total:
         state = f"all {report.total} {_unit(report)}s are whole"
         state += f" ({report.note})" if report.note else ""

@@ -53,7 +53,7 @@ def calibrate(
     checkpoint = Checkpoint.open(resolve(model), str(model))
     if getattr(checkpoint.config, "is_encoder_decoder", False):
         raise OptionError(
-            f"{checkpoint.name} translates texts, which is not calibrated on; leave the text out"
+            f"{checkpoint.name} is an encoder-decoder, for which a text cannot be used; leave it out"
         )
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.gguf)
     if tokenizer is None:

@@ -154,7 +154,7 @@ def read_config(folder: Path) -> Any:
         check_config(fields)
         return _make_config(fields, path)
     if not folder.is_dir():
-        raise ModelNotFoundError(f"{folder} is no folder; give the one that holds config.json")
+        raise ModelNotFoundError(f"{folder} is not a folder; give the one that holds config.json")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
     return parse_config(folder / "config.json")
@@ -171,7 +171,7 @@ def parse_config(path: Path) -> Any:
     try:
         fields = parse_json(path.read_bytes(), object_hook=_special_float)
     except (ValueError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{path} is no JSON; get the checkpoint again") from error
+        raise CheckpointError(f"{path} is not valid JSON; get the checkpoint again") from error
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise CheckpointError(f"{path} names no model_type; give the folder of a Hugging Face checkpoint")
     model_type = str(fields["model_type"])

@@ -131,7 +131,7 @@ def model_class(config: Any) -> type[Any]:
         if type(config) in mapping:
             return cast("type[Any]", mapping[type(config)])
     raise CheckpointError(
-        f"model type {config.model_type!r} is no language model that transformers knows; "
+        f"model type {config.model_type!r} is not a language model that transformers knows; "
         "a newer transformers may know it: pip install -U transformers"
     )
 

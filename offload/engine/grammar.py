@@ -62,7 +62,7 @@ def _check_schema(schema: Any) -> None:
     try:
         json.dumps(schema)
     except (TypeError, ValueError) as error:
-        raise OptionError(f"json_schema is no JSON: {first_line(error)}") from error
+        raise OptionError(f"json_schema is not valid JSON: {first_line(error)}") from error
     except RecursionError as error:
         raise OptionError("json_schema is nested too deeply; give a flatter one") from error
 
@@ -77,7 +77,7 @@ class _Vocabulary:
             self._tokens = from_tokenizer(tokenizer, n_vocab=size)
         except Exception as error:  # each kind of tokenizer fails in its own way
             raise OptionError(
-                f"no form of an answer can be kept with this model's tokenizer: {first_line(error)}"
+                f"no schema or grammar can be enforced with this model's tokenizer: {first_line(error)}"
             ) from error
         self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._compiling = Lock()
@@ -99,7 +99,7 @@ class _Vocabulary:
         matcher = LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
             why = " ".join(matcher.get_error().split())
-            raise OptionError(f"this form of an answer cannot be kept: {why}")
+            raise OptionError(f"this schema or grammar cannot be enforced: {why}")
         return matcher
 
 
@@ -115,7 +115,7 @@ def matcher(tokenizer: Any, grammar: str, vocabulary: int) -> Any:
     """
     if tokenizer is None:
         raise OptionError(
-            "the form of an answer needs a tokenizer; put its tokenizer.json into the model's folder"
+            "a schema or grammar needs a tokenizer; put its tokenizer.json into the model's folder"
         )
     with _making:
         sizes = _vocabularies.setdefault(tokenizer, {})
@@ -143,7 +143,7 @@ class GrammarMask(LogitsProcessor):  # type: ignore[misc]
         """`ends`: the tokens that end an answer. Raises OptionError as `matcher`, and for none."""
         if not ends:
             raise OptionError(
-                "the form of an answer needs a token that ends it, and this model has none; give eos_token_id"
+                "a schema or grammar needs a token that ends the answer, and there is none; give eos_token_id"
             )
         self._matcher = matcher(tokenizer, grammar, vocabulary)
         self._tokenizer = tokenizer
@@ -182,4 +182,4 @@ class GrammarMask(LogitsProcessor):  # type: ignore[misc]
 
     def _lose(self, why: str) -> None:
         self._lost = True
-        logger.warning("an answer ends before it has its form: %s", why)
+        logger.warning("an answer ends before its JSON or grammar is complete: %s", why)

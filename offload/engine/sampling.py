@@ -192,7 +192,7 @@ def make_settings(
     config = generation_config(hf, options, width=width, rows=1, masked=True)
     max_new_tokens = _check_length(config, width)
     if config.do_sample and config.temperature == 0:
-        raise OptionError("temperature 0 can not be sampled with; for greedy decoding set do_sample=False")
+        raise OptionError("temperature 0 cannot be sampled with; for greedy decoding set do_sample=False")
     config.max_length -= padding
     config.min_length = max(0, config.min_length - padding) if config.min_length else config.min_length
     device = input_device(hf)
@@ -239,7 +239,7 @@ def _shaping(
         shaping.append(Penalties(len(prompt_ids), frequency=frequency, presence=presence, bias=bias))
     if (grammar := form(options)) is not None:
         if config.min_length or config.min_new_tokens:
-            raise OptionError("min_length cannot be kept with a form of the answer, which says when it ends")
+            raise OptionError("min_length cannot be combined with json_schema or grammar; leave one out")
         eos = config._eos_token_tensor
         ends = frozenset() if eos is None else frozenset(eos.tolist())
         shaping.append(GrammarMask(tokenizer, grammar, prompt_ids, vocabulary=vocabulary, ends=ends))
@@ -250,7 +250,7 @@ def form(options: Mapping[str, Any]) -> str | None:
     """What `json_schema` or `grammar` say of an answer, as llguidance's grammar."""
     schema, lark = options.get("json_schema"), options.get("grammar")
     if schema is not None and lark is not None:
-        raise OptionError("json_schema and grammar cannot both be kept; leave one out")
+        raise OptionError("json_schema and grammar cannot be combined; leave one out")
     if schema is not None:
         return json_grammar(schema)
     return None if lark is None else lark_grammar(lark)
@@ -260,8 +260,8 @@ def without_shaping(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options for transformers' own generate. Raises OptionError where SHAPING is asked for."""
     if names := [name for name in options if name in SHAPING and options[name] is not None]:
         raise OptionError(
-            f"{', '.join(names)} cannot be kept with beams, scores, padding on the right or what else only "
-            "transformers' own generate does; leave one out"
+            f"{', '.join(names)} cannot be combined with beams, scores, padding on the right or anything "
+            "else that only transformers' own generate does; leave one out"
         )
     return {name: value for name, value in options.items() if name not in SHAPING}
 

@@ -165,7 +165,7 @@ class ExpertFile:
         if len(found) < nbytes or xxhash.xxh3_64_intdigest(found) != self.checksum(layer, expert):
             raise ExpertFileError(
                 f"expert {expert} of MoE layer {layer} ({self.layers[layer].name}) in {path} is damaged "
-                "(wrong checksum); check the disk, then mend it: moe-local verify MODEL --repair"
+                "(wrong checksum); check the disk, then repair it: moe-local verify MODEL --repair"
             )
         return torch.frombuffer(found, dtype=torch.uint8)
 

@@ -23,7 +23,7 @@ def repair_experts(folder: Path, checkpoint: ExpertSource, progress: Progress | 
     if file.fingerprint != checkpoint.fingerprint:
         raise ExpertFileError(
             f"{folder} was converted from another checkpoint (fingerprint {file.fingerprint[:16]}, that of "
-            f"{checkpoint.name} is {checkpoint.fingerprint[:16]}), so nothing here can mend it; "
+            f"{checkpoint.name} is {checkpoint.fingerprint[:16]}), so nothing here can repair it; "
             "remove it: moe-local rm MODEL"
         )
 

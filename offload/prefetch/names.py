@@ -31,7 +31,7 @@ def register_prefetcher(name: str, make: MakePrefetcher) -> None:
     if OWN.get(name) is make:
         return
     if name in prefetchers():
-        raise OptionError(f"prefetch {name!r} is there already; choose another name")
+        raise OptionError(f"prefetch {name!r} already exists; choose another name")
     OWN[name] = make
 
 

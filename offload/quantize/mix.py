@@ -38,7 +38,7 @@ def canonical(experts: str) -> str:
     match = re.fullmatch(rf"{MIXED}:(\d{{1,3}}(?:\.\d*)?|\.\d+)", experts)
     if match is None or not float(match[1]):
         raise OptionError(
-            f"experts {experts!r} is no average number of bits; write for example {MIXED}:3.5, or {AUTO}"
+            f"experts {experts!r} is not an average number of bits; write for example {MIXED}:3.5, or {AUTO}"
         )
     return name_of(float(match[1]))
 

@@ -50,7 +50,7 @@ def build_arena(plan: Plan, cards: Sequence[Device]) -> tuple[DeviceArena, Plan]
     found = with_vram_slots(plan, arena.slots)
     if found is not plan:
         logger.warning(
-            "VRAM was refused half-way: room for %d of the %d experts that were planned for (mode %s); "
+            "part of the VRAM was refused: there is room for %d of the %d experts planned (mode %s); "
             "close other programs on the card and load again to have them all",
             sum(found.vram_slots),
             sum(plan.vram_slots),

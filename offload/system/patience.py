@@ -54,5 +54,5 @@ def _from_environment() -> float:
     except ValueError:
         seconds = 0.0
     if not seconds > 0:
-        raise OptionError(f"{VARIABLE}={text} is no number of seconds above 0, such as {PATIENCE_S:.0f}")
+        raise OptionError(f"{VARIABLE}={text} is not a number of seconds above 0, such as {PATIENCE_S:.0f}")
     return seconds

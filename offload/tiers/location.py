@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-REPAIR = "check the disk, then mend it: moe-local verify MODEL --repair"
+REPAIR = "check the disk, then repair it: moe-local verify MODEL --repair"
 
 
 class FileRange(NamedTuple):

@@ -31,9 +31,9 @@ def test_nobody_else_can_look(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "x" * 65, "a\n"])
 def test_names_are_names(tmp_path, name):
-    with pytest.raises(OptionError, match="is no name"):
+    with pytest.raises(OptionError, match="cannot name a conversation"):
         SAVED.save(tmp_path, name)
-    with pytest.raises(OptionError, match="is no name"):
+    with pytest.raises(OptionError, match="cannot name a conversation"):
         Conversation.load(tmp_path, name)
 
 
@@ -55,7 +55,7 @@ def test_names_are_names(tmp_path, name):
 def test_damaged_files_are_refused_in_a_line(tmp_path, change):
     path = SAVED.save(tmp_path, "mine")
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(MoeLocalError, match="is no saved conversation") as refused:
+    with pytest.raises(MoeLocalError, match="is not a saved conversation") as refused:
         Conversation.load(tmp_path, "mine")
     assert "\n" not in str(refused.value)
 
@@ -63,7 +63,7 @@ def test_damaged_files_are_refused_in_a_line(tmp_path, change):
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "\x00"])
 def test_files_that_are_no_json_are_refused(tmp_path, text):
     SAVED.save(tmp_path, "mine").write_text(text)
-    with pytest.raises(MoeLocalError, match="is no saved conversation"):
+    with pytest.raises(MoeLocalError, match="is not a saved conversation"):
         Conversation.load(tmp_path, "mine")
 
 

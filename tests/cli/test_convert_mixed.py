@@ -51,7 +51,7 @@ def test_bad_input_is_one_line(invoke, home, tiny_mixtral, tmp_path):
     mixed = ("convert", str(tiny_mixtral), "--experts", "mixed:6")
     for arguments, words in (
         ((*mixed, "--calibrate", str(text)), "the text to calibrate on is empty"),
-        ((*mixed, "--calibrate", "-"), "the text to calibrate on is empty: what came on stdin"),
+        ((*mixed, "--calibrate", "-"), "the text to calibrate on is empty: stdin"),
         (("convert", "no-such-model", "--calibrate", str(text)), "the text to calibrate on is empty"),
         ((*mixed[:3], "nf4", "--calibrate", __file__), "--calibrate is for --experts mixed:BITS; nf4 is"),
         (
@@ -59,7 +59,7 @@ def test_bad_input_is_one_line(invoke, home, tiny_mixtral, tmp_path):
             "bits a weight on average, which no formats give",
         ),
         ((*mixed[:3], "mixed:40"), "bits a weight on average, which no formats give"),
-        ((*mixed[:3], "mixed:x"), "is no average number of bits"),
+        ((*mixed[:3], "mixed:x"), "is not an average number of bits"),
     ):
         result = invoke(*arguments, input="")
         assert result.exit_code == 2, result.stderr

@@ -48,7 +48,7 @@ def test_the_prompt_from_stdin(invoke, fake, arguments):
 def test_what_is_no_utf8_on_stdin_is_refused(invoke, fake, command):
     result = invoke(command, "demo", input=b"caf\xe9\n")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.endswith("moe-local: what came on stdin is no text in UTF-8; save it as that\n")
+    assert result.stderr.endswith("moe-local: stdin is not text in UTF-8; encode it as UTF-8\n")
     assert not fake.asked
 
 
@@ -56,7 +56,7 @@ def test_what_the_locale_takes_for_utf8_is_refused_too(monkeypatch):
     for errors in ("strict", "surrogateescape"):
         stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors)
         monkeypatch.setattr(sys, "stdin", stdin)
-        with pytest.raises(OptionError, match="no text in UTF-8"):
+        with pytest.raises(OptionError, match="not text in UTF-8"):
             text_file.read_stdin()
 
 
@@ -65,7 +65,7 @@ def test_stdin_without_an_end_is_refused(invoke, fake, command, monkeypatch):
     monkeypatch.setattr(text_file, "LONGEST", 2 << 20)
     result = invoke(command, "demo", input="a" * (3 << 20))
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "what came on stdin has 2 MiB or more" in result.stderr
+    assert "stdin has 2 MiB or more" in result.stderr
     assert not fake.asked
 
 
@@ -254,16 +254,16 @@ def test_json_of_a_schema(invoke, tmp_path):
     file.write_text('{"type": "objekt"}')
     result = invoke("run", "demo", "What is a router?", "--json-schema", str(file), "--device", "cpu")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "moe-local: this form of an answer cannot be kept: Invalid type: objekt\n"
+    assert result.stderr == "moe-local: this schema or grammar cannot be enforced: Invalid type: objekt\n"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "schema.json is no JSON: "),
+        ("{", "schema.json is not valid JSON: "),
         ("[]", 'schema.json holds no JSON schema; give an object, such as {"type": "object"}'),
         (" \n", "the JSON schema is empty: "),
-        (b"\xff\xfe", "schema.json cannot be read as text: it is no UTF-8"),
+        (b"\xff\xfe", "schema.json cannot be read as text: it is not UTF-8"),
     ],
 )
 def test_files_that_hold_no_schema(invoke, fake, tmp_path, content, message):

@@ -69,7 +69,7 @@ def test_every_damaged_expert_of_every_file_is_named(invoke, model):
         f"  expert 3 of MoE layer 1 ({name.format(1)}"
     )
     assert result.stderr == (
-        f"moe-local: {model}: 2 of 24 experts are damaged in {folders[0]}; check the disk, then mend it: "
+        f"moe-local: {model}: 2 of 24 experts are damaged in {folders[0]}; check the disk, then repair it: "
         f"moe-local verify {model} --repair\n"
     )
     document = json.loads(invoke("verify", str(model), "--json").stdout)

@@ -149,7 +149,7 @@ def test_a_config_of_another_shape(copy: Path) -> None:
     (copy / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
     refused(lambda: moe_local.load(copy), CheckpointError)
     (copy / "config.json").write_text("not json")
-    refused(lambda: moe_local.load(copy), CheckpointError, "config.json", "is no JSON; get")
+    refused(lambda: moe_local.load(copy), CheckpointError, "config.json", "is not valid JSON; get")
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:

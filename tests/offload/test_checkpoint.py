@@ -240,7 +240,7 @@ class TestFingerprint:
 
 class TestBadFolders:
     def test_no_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(ModelNotFoundError, match="no folder") as error:
+        with pytest.raises(ModelNotFoundError, match="not a folder") as error:
             Checkpoint.open(tmp_path / "nowhere")
         assert_one_line(error)
 
@@ -252,8 +252,8 @@ class TestBadFolders:
     @pytest.mark.parametrize(
         ("text", "wrong"),
         [
-            ("{", "is no JSON"),
-            ("", "is no JSON"),
+            ("{", "is not valid JSON"),
+            ("", "is not valid JSON"),
             ("[]", "names no model_type"),
             ("{}", "names no model_type"),
         ],

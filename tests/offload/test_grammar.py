@@ -150,7 +150,7 @@ def test_a_token_that_was_forced_against_it_ends_the_answer(tokenizer: Any, capl
     assert allowed(mask, ids + wrong) == {tokenizer.eos_token_id, 0}
     assert allowed(mask, ids + wrong + wrong) == {tokenizer.eos_token_id, 0}
     assert [record.getMessage() for record in caplog.records] == [
-        f"an answer ends before it has its form: token {wrong[0]} was chosen all the same"
+        f"an answer ends before its JSON or grammar is complete: token {wrong[0]} was chosen all the same"
     ]
 
 
@@ -164,11 +164,11 @@ def test_a_step_that_is_made_again_is_no_second_token(tokenizer: Any) -> None:
     ("schema", "message"),
     [
         ([], "^json_schema is of type list; it must be a dict"),
-        ({"type": "objekt"}, "^this form of an answer cannot be kept: Invalid type: objekt"),
-        ({"not": {}}, "^this form of an answer cannot be kept: .*not"),
-        ({"$ref": "#/nowhere"}, "^this form of an answer cannot be kept: "),
-        ({"pattern": "(?=x)", "type": "string"}, "^this form of an answer cannot be kept: .*look"),
-        ({"enum": [{1, 2}]}, "^json_schema is no JSON"),
+        ({"type": "objekt"}, "^this schema or grammar cannot be enforced: Invalid type: objekt"),
+        ({"not": {}}, "^this schema or grammar cannot be enforced: .*not"),
+        ({"$ref": "#/nowhere"}, "^this schema or grammar cannot be enforced: "),
+        ({"pattern": "(?=x)", "type": "string"}, "^this schema or grammar cannot be enforced: .*look"),
+        ({"enum": [{1, 2}]}, "^json_schema is not valid JSON"),
     ],
 )
 def test_schemas_that_cannot_be_kept(tokenizer: Any, schema: Any, message: str) -> None:
@@ -182,25 +182,25 @@ def test_grammars(demo: Any) -> None:
     for seed in range(3):
         text = demo.generate("How many?", grammar=lark, temperature=1.5, seed=seed).text
         assert re.fullmatch(r"Yes, [1-9]\d\d of them\.", text)
-    with pytest.raises(OptionError, match=r"^this form of an answer cannot be kept: .*unknown name") as info:
+    with pytest.raises(OptionError, match=r"^this schema or grammar cannot .*: .*unknown name") as info:
         demo.generate("x", grammar="start: foo")
     assert "\n" not in str(info.value)
     with pytest.raises(OptionError, match=r"^grammar is of type int"):
         demo.generate("x", grammar=3)
-    with pytest.raises(OptionError, match=r"^json_schema and grammar cannot both be kept"):
+    with pytest.raises(OptionError, match=r"^json_schema and grammar cannot be combined"):
         demo.generate("x", grammar=lark, json_schema=SCHEMA)
 
 
 def test_what_else_is_refused(demo: Any, tokenizer: Any) -> None:
-    with pytest.raises(OptionError, match=r"^min_length cannot be kept with a form"):
+    with pytest.raises(OptionError, match=r"^min_length cannot be combined"):
         demo.generate("x", json_schema=SCHEMA, min_new_tokens=3)
-    with pytest.raises(OptionError, match=r"^json_schema cannot be kept with beams"):
+    with pytest.raises(OptionError, match=r"^json_schema cannot be combined with beams"):
         demo.generate(torch.tensor([[5]]), json_schema=SCHEMA, num_beams=2)
-    with pytest.raises(OptionError, match="needs a token that ends it"):
+    with pytest.raises(OptionError, match="needs a token that ends the answer"):
         GrammarMask(tokenizer, json_grammar(SCHEMA), [5], vocabulary=VOCABULARY, ends=frozenset())
     with pytest.raises(OptionError, match="needs a tokenizer"):
         matcher(None, json_grammar(SCHEMA), VOCABULARY)
-    with pytest.raises(OptionError, match=r"^no form of an answer can be kept with this model's tokenizer: "):
+    with pytest.raises(OptionError, match=r"^no schema or grammar can be .* this model's tokenizer: "):
         matcher(Slow(), json_grammar(SCHEMA), VOCABULARY)
 
 

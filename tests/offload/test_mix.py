@@ -52,7 +52,7 @@ def test_one_spelling(text, name):
     "text", ["mixed", "mixed:", "mixed:x", "mixed:-3", "mixed:0", "mixed:3.5.1", "mixed:nan", "mixed:1e3"]
 )
 def test_no_number_of_bits(text):
-    with pytest.raises(OptionError, match="is no average number of bits; write for example mixed") as error:
+    with pytest.raises(OptionError, match="is not an average number of bits; write for") as error:
         canonical(text)
     assert "\n" not in str(error.value)
 

@@ -70,6 +70,6 @@ def test_what_is_refused(mixtral: Any, options: dict[str, Any], message: str) ->
 def test_transformers_own_generate_is_not_asked_for_them(mixtral: Any) -> None:
     asked = {"num_beams": 2, "logit_bias": {5: 1}, "presence_penalty": None}
     assert needs_hf_generate(mixtral, asked)
-    with pytest.raises(OptionError, match=r"^logit_bias cannot be kept with beams"):
+    with pytest.raises(OptionError, match=r"^logit_bias cannot be combined with beams"):
         without_shaping(asked)
     assert without_shaping({"num_beams": 2, "presence_penalty": None}) == {"num_beams": 2}

@@ -35,7 +35,7 @@ def prefetcher(*_: object) -> Any:
 @pytest.mark.parametrize("name", ["lru", "adaptive", "mine"])
 def test_a_policy_name_that_is_taken(name: str) -> None:
     moe_local.register_policy("mine", LRUPolicy)
-    with pytest.raises(moe_local.MoeLocalError, match=f"eviction policy '{name}' is there already"):
+    with pytest.raises(moe_local.MoeLocalError, match=f"eviction policy '{name}' already exists"):
         moe_local.register_policy(name, Mine)
     moe_local.register_policy("mine", LRUPolicy)  # the same again, as when a notebook's cell is run twice
 
@@ -43,7 +43,7 @@ def test_a_policy_name_that_is_taken(name: str) -> None:
 @pytest.mark.parametrize("name", ["auto", "off", "router", "learned", "mine"])
 def test_a_prefetcher_name_that_is_taken(name: str) -> None:
     moe_local.register_prefetcher("mine", prefetcher)
-    with pytest.raises(moe_local.MoeLocalError, match=f"prefetch '{name}' is there already"):
+    with pytest.raises(moe_local.MoeLocalError, match=f"prefetch '{name}' already exists"):
         moe_local.register_prefetcher(name, lambda *_: prefetcher())
     moe_local.register_prefetcher("mine", prefetcher)
 

@@ -494,7 +494,7 @@ def test_close_leaves_a_read_behind_that_does_not_come_back(
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "nan"])
 def test_a_timeout_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("MOE_LOCAL_DISK_TIMEOUT", text)
-    with pytest.raises(OptionError, match=f"MOE_LOCAL_DISK_TIMEOUT={text} is no number of seconds above 0"):
+    with pytest.raises(OptionError, match=f"DISK_TIMEOUT={text} is not a number of seconds above 0"):
         Patience()
     monkeypatch.setenv("MOE_LOCAL_DISK_TIMEOUT", "2.5")
     assert Patience().seconds == 2.5

@@ -457,7 +457,7 @@ def test_metrics(client: openai.OpenAI, server: Any) -> None:
                 "messages": QUESTION,
                 "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "objekt"}}},
             },
-            "this form of an answer cannot be kept: Invalid type: objekt",
+            "this schema or grammar cannot be enforced: Invalid type: objekt",
         ),
         ({"messages": QUESTION, "tool_choice": "required"}, "tool_choice demands a call, and there are no"),
         ({"messages": QUESTION, "chat_template_kwargs": {"tokenize": False}}, "tokenize"),

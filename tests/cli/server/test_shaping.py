@@ -105,7 +105,7 @@ def test_a_call_that_is_demanded(
         (
             "required",
             [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}],
-            "this form of an answer cannot be kept: .*not",
+            "this schema or grammar cannot be enforced: .*not",
         ),
     ],
 )
