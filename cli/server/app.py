@@ -151,7 +151,7 @@ class Server:
             if given.store:
                 self.kept.add(response, given.items, earlier)
 
-        shape = ResponseShape(answer, given.settings(), self._names(asked), keep)
+        shape = ResponseShape(answer, given.settings(), given.spaced(), self._names(asked), keep)
         return await self._answer(request, asked, answer, [prompt], shape)
 
     async def one_response(self, name: str) -> dict[str, Any]:

@@ -17,6 +17,11 @@ def as_items(given: str | list[Item]) -> list[Item]:
     return [{"role": "user", "content": given}] if isinstance(given, str) else given
 
 
+def shown_name(name: str, namespace: Any = None) -> str:
+    """What the model knows a function by: templates have no place for namespaces."""
+    return f"{namespace}__{name}" if namespace else name
+
+
 def as_messages(items: Sequence[Item], instructions: str | None = None) -> list[dict[str, Any]]:
     """A chat's messages. What the model said between two others is one: its thought, its text, its calls.
 
@@ -43,7 +48,8 @@ def _add(messages: list[dict[str, Any]], where: str, item: Item) -> None:
             if thought:
                 _said(messages, "reasoning_content", "content", "tool_calls")["reasoning_content"] = thought
         case "function_call":
-            function = {name: _string(where, item, name) for name in ("name", "arguments")}
+            name = shown_name(_string(where, item, "name"), item.get("namespace"))
+            function = {"name": name, "arguments": _string(where, item, "arguments")}
             call = {"id": _string(where, item, "call_id"), "type": "function", "function": function}
             _said(messages).setdefault("tool_calls", []).append(call)
         case "function_call_output":

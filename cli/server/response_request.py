@@ -5,13 +5,13 @@ As in protocol.py, types are taken at their word, and what cannot be honoured is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from moe_local.cache.errors import OptionError
-from moe_local.cli.server.items import Item, as_items, as_messages
+from moe_local.cli.server.items import Item, as_items, as_messages, shown_name
 from moe_local.cli.server.protocol import ChatRequest, Drawing
 
 LOGPROBS = "message.output_text.logprobs"
@@ -80,15 +80,7 @@ class ResponseRequest(Drawing):
     @classmethod
     def _check_tools(cls, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for index, tool in enumerate(tools):
-            if tool.get("type") != "function":
-                raise OptionError(
-                    f"tools[{index}] is of type {tool.get('type')!r}, which nobody can call here; "
-                    "leave it out, or give a function"
-                )
-            if not isinstance(tool.get("name"), str):
-                raise OptionError(f"tools[{index}] has no name; give it beside type")
-            if not isinstance(tool.get("parameters") or {}, dict):
-                raise OptionError(f"tools[{index}].parameters is no object; give a JSON schema")
+            _check_tool(f"tools[{index}]", tool)
         return tools
 
     @field_validator("tool_choice")
@@ -161,7 +153,10 @@ class ResponseRequest(Drawing):
 
     def chat(self, earlier: Sequence[Item]) -> ChatRequest:
         """The chat that asks for the same, behind the items of `earlier`; checked as far as this is."""
-        functions = [{k: v for k, v in tool.items() if k != "type"} for tool in self.tools or ()]
+        functions = [
+            {**{k: v for k, v in tool.items() if k != "type"}, "name": shown_name(tool["name"], namespace)}
+            for namespace, tool in self._functions()
+        ]
         choice = self.tool_choice
         if isinstance(choice, dict):
             choice = {"type": "function", "function": {"name": choice.get("name")}}
@@ -179,6 +174,22 @@ class ResponseRequest(Drawing):
             chat_template_kwargs=self.chat_template_kwargs,
         )
 
+    def _functions(self) -> Iterator[tuple[str | None, dict[str, Any]]]:
+        """With the namespace that they are in."""
+        for tool in self.tools or ():
+            if tool["type"] == "namespace":
+                yield from ((tool["name"], inner) for inner in tool["tools"])
+            else:
+                yield None, tool
+
+    def spaced(self) -> dict[str, tuple[str, str]]:
+        """Namespace and name of the functions that are in one, by the names that the model knows them by."""
+        return {
+            shown_name(tool["name"], namespace): (namespace, tool["name"])
+            for namespace, tool in self._functions()
+            if namespace
+        }
+
     def _response_format(self) -> dict[str, Any]:
         kind = self.text.format["type"]
         if kind != "json_schema":
@@ -187,7 +198,11 @@ class ResponseRequest(Drawing):
 
     def settings(self) -> dict[str, Any]:
         """What a response repeats of its request."""
-        tools = [{"parameters": None, "strict": None, **tool} for tool in self.tools or ()]
+        unsaid: dict[str, dict[str, Any]] = {
+            "function": {"parameters": None, "strict": None},
+            "namespace": {"description": ""},
+        }
+        tools = [{**unsaid[tool["type"]], **tool} for tool in self.tools or ()]
         return {
             **{name: getattr(self, name) for name in REPEATED},
             "background": False,
@@ -195,3 +210,21 @@ class ResponseRequest(Drawing):
             "text": self.text.model_dump(exclude_none=True),
             "tools": tools,
         }
+
+
+def _check_tool(where: str, tool: Any, *kinds: str) -> None:
+    """Of a tool, a function or a namespace of functions. Raises OptionError."""
+    kind = tool.get("type") if isinstance(tool, dict) else type(tool).__name__
+    if kind not in (kinds or ("function", "namespace")):
+        raise OptionError(
+            f"{where} is of type {kind!r}, which nobody can call here; leave it out, or give a function"
+        )
+    if not isinstance(tool.get("name"), str):
+        raise OptionError(f"{where} has no name; give it beside type")
+    if not isinstance(tool.get("parameters") or {}, dict):
+        raise OptionError(f"{where}.parameters is no object; give a JSON schema")
+    if kind == "namespace":
+        if not isinstance(tool.get("tools"), list):
+            raise OptionError(f"{where} has no tools; give a list of functions")
+        for index, inner in enumerate(tool["tools"]):
+            _check_tool(f"{where}.tools[{index}]", inner, "function")

@@ -30,13 +30,16 @@ class ResponseShape:
         self,
         answer: Answer,
         settings: Mapping[str, Any],
+        spaced: Mapping[str, tuple[str, str]],
         names: TokenNames | None,
         keep: Callable[[dict[str, Any]], None],
     ) -> None:
-        """`answer`: with one choice. `settings`: what the response repeats of its request. `names`: for log
-        probabilities; None: none are wanted. `keep` is given the response when it is whole."""
+        """`answer`: with one choice. `settings`: what the response repeats of its request. `spaced`:
+        namespace and name of functions, by what the model calls them. `names`: for log probabilities; None:
+        none are wanted. `keep` is given the response when it is whole."""
         self._answer = answer
         self._settings = settings
+        self._spaced = spaced
         self._names = names
         self._keep = keep
         self._status = "in_progress"
@@ -147,12 +150,14 @@ class ResponseShape:
 
     def _call(self, call: Mapping[str, Any]) -> Iterator[Event]:
         """A call, which the parser gives whole."""
-        yield from self._begin("function_call", call_id=call_id(), name=call["name"], arguments="")
+        namespace, name = self._spaced.get(call["name"], (None, call["name"]))
+        space = {"namespace": namespace} if namespace else {}
+        yield from self._begin("function_call", call_id=call_id(), name=name, arguments="", **space)
         item = self._output[-1]
         item["arguments"] = call["arguments"]
         where = {"item_id": item["id"], "output_index": len(self._output) - 1}
         yield self._event("function_call_arguments.delta", **where, delta=call["arguments"])
-        done = {"name": call["name"], "arguments": call["arguments"]}
+        done = {"name": name, "arguments": call["arguments"]}
         yield self._event("function_call_arguments.done", **where, **done)
         yield from self._close("completed")
 

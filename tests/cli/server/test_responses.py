@@ -162,6 +162,23 @@ def test_thoughts_text_and_calls(
         assert says.prompts[-1] == shown
 
 
+def test_functions_in_a_namespace(
+    serving: Any, scripted: Any, model: moe_local.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE)
+    space = {"type": "namespace", "name": "alps", "description": "There.", "tools": [TOOL]}
+    says = scripted((CALL % "Graz").replace("weather", "alps__weather"))
+    with serving(says) as server:
+        asked: dict[str, Any] = {"input": "Rain?", "tools": [space, TOOL]}
+        whole = ask(server, **asked)
+        (call,) = whole["output"]
+        assert (call["namespace"], call["name"]) == ("alps", "weather")
+        assert nameless(events(server, **asked)[-1]["response"]) == nameless(whole)
+        assert says.prompts[-1] == "[alps__weather][weather]<user>|Rain?|"
+    message, _ = as_messages([{**call}, {"role": "user", "content": "So?"}])
+    assert message["tool_calls"][0]["function"]["name"] == "alps__weather"
+
+
 def test_white_space_alone_is_no_message_beside_a_call(serving: Any, scripted: Any) -> None:
     with serving(scripted("\n \n")) as server:
         (item,) = ask(server, input="x")["output"]
@@ -297,6 +314,12 @@ def test_how_much_is_kept() -> None:
         ({"input": "x", "background": True}, "background", "ask for a stream"),
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools", "'web_search', which nobody can call"),
         ({"input": "x", "tools": [{"type": "function", "function": {}}]}, "tools", "has no name; give it"),
+        ({"input": "x", "tools": [{"type": "namespace", "name": "a"}]}, "tools", r"tools\[0\] has no tools"),
+        (
+            {"input": "x", "tools": [{"type": "namespace", "name": "a", "tools": [3]}]},
+            "tools",
+            "of type 'int'",
+        ),
         ({"input": "x", "tool_choice": {"type": "mcp"}}, "tool_choice", "type 'mcp' is not supported"),
         ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text", "has no schema"),
         ({"input": "x", "text": {"format": {"type": "xml"}}}, "text", "'xml' is not supported"),
