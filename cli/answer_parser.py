@@ -126,4 +126,8 @@ def parse_call(text: str) -> dict[str, Any] | None:
     arguments = call.get("arguments", call.get("parameters", {}))
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
+    try:
+        (call["name"] + arguments).encode()
+    except UnicodeEncodeError:  # half a character, which cannot be sent
+        return None
     return {"name": call["name"], "arguments": arguments}

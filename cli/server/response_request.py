@@ -5,6 +5,7 @@ As in protocol.py, types are taken at their word, and what cannot be honoured is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -67,6 +68,18 @@ class ResponseRequest(Drawing):
     background: Any = None
     conversation: Any = None
     prompt: Any = None
+
+    @field_validator(*REPEATED, "reasoning", "text", "tools", mode="before")
+    @classmethod
+    def _check_repeated(cls, value: Any, field: ValidationInfo) -> Any:
+        try:
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, RecursionError):
+            raise OptionError(
+                f"{field.field_name} has half a character or a number such as NaN, which no answer could "
+                "repeat; leave them out"
+            ) from None
+        return value
 
     @field_validator("input")
     @classmethod
@@ -222,7 +235,7 @@ def _check_tool(where: str, tool: Any, *kinds: str) -> None:
     if not isinstance(tool.get("name"), str):
         raise OptionError(f"{where} has no name; give it beside type")
     if not isinstance(tool.get("parameters") or {}, dict):
-        raise OptionError(f"{where}.parameters is no object; give a JSON schema")
+        raise OptionError(f"{where}.parameters is not an object; give a JSON schema")
     if kind == "namespace":
         if not isinstance(tool.get("tools"), list):
             raise OptionError(f"{where} has no tools; give a list of functions")

@@ -97,3 +97,7 @@ def test_calls() -> None:
     }
     for none in ("", "[1]", '{"name": 3}', '{"arguments": {}}', "{", "[" * 100_000):
         assert parse_call(none) is None
+    for half in ({"name": "\ud800"}, {"name": "f", "arguments": {"a": "\ud800"}}):
+        assert parse_call(json.dumps(half)) is None, (
+            "half a character, which no answer could bring to a client"
+        )

@@ -330,6 +330,10 @@ def test_how_much_is_kept() -> None:
         ({"input": "x", "prompt": {"id": "p"}}, "prompt", "give instructions and input"),
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens", "1 or more"),
         ({"input": "x", "max_output_tokens": "5"}, "max_output_tokens", "valid integer"),
+        ({"input": "x", "user": "\ud800"}, "user", "has half a character or a number such as NaN"),
+        ({"input": "x", "reasoning": {"x": [float("nan")]}}, "reasoning", "or a number such as NaN"),
+        ({"input": "x", "text": {"format": {"type": "text", "x": float("inf")}}}, "text", "which no answer"),
+        ({"input": "x", "metadata": {"\ud800": ""}}, "metadata", "leave them out"),
         ({"input": "x", "max_tokens": 5}, "max_tokens", "did you mean 'max_output_tokens'"),
         ({"input": "x", "text": {"fromat": 1}}, "text.fromat", "unknown field"),
         ({"input": "word " * 5000}, None, "the context holds 2048"),
@@ -338,8 +342,9 @@ def test_how_much_is_kept() -> None:
 def test_what_is_refused(
     client: openai.OpenAI, asked: dict[str, Any], param: str | None, message: str
 ) -> None:
+    headers = {"Content-Type": "application/json"}
     with pytest.raises(openai.BadRequestError, match=message) as refused:
-        client.post("/responses", body=asked, cast_to=Response)
+        client.post("/responses", content=json.dumps(asked), options={"headers": headers}, cast_to=Response)
     assert refused.value.param == param
     assert refused.value.type == "invalid_request_error"
 
