@@ -267,9 +267,9 @@ class KVSlab:
         return Cache(layers=layers)
 
     def mark(self, row: int) -> Callable[[], None]:
-        """What puts the row back, as often as it is called, after a forward that is not to count.
+        """A function that undoes forwards of the row that are not to count; it can be called repeatedly.
 
-        Nothing: such a forward has written behind the row's length.
+        It has nothing to do here: such a forward has only written behind the row's length.
         """
         return lambda: None
 
@@ -297,7 +297,7 @@ class KVSlab:
         self._touched[row] = max(self._touched[row], self.lens[row])
 
     def abort(self, row: int) -> None:
-        """What was written lies behind `lens[row]` and is written again."""
+        """Nothing to do: what was written lies behind `lens[row]`, and will be overwritten."""
         self._touched[row] = self.capacity
 
     def chunk(self, row: int, todo: int, wanted: int) -> int:

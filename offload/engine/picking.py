@@ -15,7 +15,7 @@ from moe_local.offload.engine.sequence import Sequence, Work
 
 
 class Pick(NamedTuple):
-    """A token, and what the model thought of it where that was asked for."""
+    """A token, with its log probabilities if they were asked for."""
 
     token: int
     logprobs: LogProbs | None
@@ -48,9 +48,9 @@ def pick_tokens(
 
 
 def score_prompt(item: Work, done: int, logits: torch.Tensor) -> list[LogProbs]:
-    """Of the prompt's tokens behind each of a scored row's ids, the first of which is number `done`.
+    """Log probabilities of the prompt's tokens that follow a scored row's ids; the first id is number `done`.
 
-    logits [len(item.ids), vocabulary] fp32. Of a row that is not scored there are none.
+    logits [len(item.ids), vocabulary] fp32. Empty for a row that is not scored.
     """
     if not item.scored:
         return []

@@ -12,11 +12,12 @@ WORTH_COPYING = 16
 
 
 def row_to_go_on(kv: KVRows, parked: Ids[Sequence], ids: Ids[int]) -> tuple[int, Sequence | None]:
-    """The parked sequence whose row a prompt takes over, and how many tokens of it; None: no tokens of any.
+    """How many tokens a prompt takes over, and the parked sequence whose row it goes on in; or (0, None).
 
-    The one that most can be taken over from, the last of several, if that is half of it or more. Another
-    conversation has a few tokens of the template in common, too, and would lose all the rest: one that
-    begins anew takes a row that nobody has used, or, without one, the row left longest ago.
+    That is the sequence with the most tokens to take over, the last of several, if these are at least half
+    of what its row holds. With fewer, the two may share no more than the template's first tokens, and the
+    rest of the row would be lost: such a prompt takes a row that was never used or, if there is none, the
+    row left longest ago.
     """
     best, found = 0, None
     for sequence in parked:

@@ -103,7 +103,7 @@ def check_options(hf: Any, options: Mapping[str, Any]) -> None:
 
 
 def imply_sampling(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as people mean them: a temperature or top_p asks for sampling, temperature 0 for greedy.
+    """Options as people mean them: a temperature or top_p turns sampling on, temperature 0 turns it off.
 
     transformers ignores temperature and its kin unless do_sample is set, which this sets where it is absent.
     """
@@ -134,7 +134,7 @@ def _given(hf: Any, options: Mapping[str, Any], name: str) -> bool:
 
 
 def generation_config(hf: Any, options: Mapping[str, Any], *, width: int, rows: int, masked: bool) -> Any:
-    """The GenerationConfig of a call for `rows` prompts of `width` tokens, lengths and special tokens in.
+    """The GenerationConfig of a call for `rows` prompts of `width` tokens, lengths and special tokens set.
 
     `masked`: whether the caller gave an attention mask. Raises OptionError for values not allowed.
     """
@@ -166,7 +166,7 @@ def option_error(error: Exception) -> OptionError:
 
 
 def input_device(hf: Any) -> torch.device:
-    """Where ids go in."""
+    """Where the model takes its input ids."""
     device: torch.device = hf.get_input_embeddings().weight.device
     return device
 
@@ -247,7 +247,7 @@ def _shaping(
 
 
 def form(options: Mapping[str, Any]) -> str | None:
-    """What `json_schema` or `grammar` say of an answer, as llguidance's grammar."""
+    """What `json_schema` or `grammar` demand of an answer, as llguidance's grammar; None: nothing."""
     schema, lark = options.get("json_schema"), options.get("grammar")
     if schema is not None and lark is not None:
         raise OptionError("json_schema and grammar cannot be combined; leave one out")
@@ -286,7 +286,7 @@ def _stop_strings(hf: Any, config: Any, tokenizer: Any) -> Any:
 
 
 def needs_hf_generate(hf: Any, options: Mapping[str, Any]) -> bool:
-    """Whether the call asks for something our loop does not do: beams, assistants, guidance, scores, ..."""
+    """Whether the options ask for what our loop does not do: beams, assistants, guidance, scores, ..."""
     check_options(hf, options)
     if any(options.get(name) is not None for name in _generate_arguments(hf)):
         return True

@@ -20,7 +20,7 @@ FEWEST_COLUMNS = 256
 
 
 def static_columns(length: int, capacity: int) -> int:
-    """Columns that a step sees which makes a row `length` tokens long: 2^n or 1.5 * 2^n, or the capacity.
+    """Columns for the step after which a row has `length` tokens: 2^n or 1.5 * 2^n, or the capacity.
 
     A function of the length alone, so that a token is computed the same way in every run.
     """

@@ -39,7 +39,7 @@ def encode_prompt(
     A string is one user turn where the tokenizer has a chat template; with `template=False`, or without one,
     it is text to be continued. A conversation that ends with the assistant is continued there. `tools` (JSON
     schemas) and further `variables` are for the template, in conversations only. Ids pass unchanged, and need
-    no tokenizer. Raises OptionError when the prompt can not be encoded.
+    no tokenizer. Raises OptionError when the prompt cannot be encoded.
     """
     if isinstance(prompt, torch.Tensor):
         prompt = _flat_ids(prompt)
@@ -74,7 +74,7 @@ def _check_text(text: str, where: str = "the prompt") -> None:
 
 
 def _shown(value: object) -> str:
-    """A wrong value in a line of an error."""
+    """A wrong value, short enough for a line of an error."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:60]}..."
 

@@ -20,22 +20,22 @@ logger = logging.getLogger(__name__)
 
 
 class TokenWatch(Protocol):
-    """Told of every token that a TokenStep computes. Neither call is part of a capture."""
+    """Is told of every token that a TokenStep computes. Neither call is part of a capture."""
 
     def begin(self) -> None:
-        """The token is about to be given to the device."""
+        """The token's work is about to be given to the device."""
 
     def end(self) -> None:
-        """All of it has been. Not called where something was raised in its midst."""
+        """All of the token's work was given to the device. Not called where that raised."""
 
 
 class TokenStep:
-    """Computes the logits of one token of one row: each the same way, captured or not.
+    """Computes the logits of one token of one row, always in the same way, captured or not.
 
-    What is computed depends on the row's length alone (`static_columns`), so a token has the same bits from
-    a graph and without one. The first token of each number of columns of a row is computed without (libraries
-    set themselves up), the second is captured, later ones are replayed. Where capturing fails, this is logged
-    once and all further ones are computed without; not where memory lacks, which may be had (`logits`).
+    What is computed depends on the row's length alone (`static_columns`), so a token has the same bits with
+    and without a graph. For each number of columns of a row, the first token is computed without a graph
+    (libraries set themselves up), the second is captured, and later ones are replayed. If capturing fails,
+    that is logged once and no more is captured; a lack of memory does not count, as it may pass (`logits`).
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class TokenStep:
         self.captured.clear()
 
     def make_room(self) -> bool:
-        """Do without graphs from now on, to have their memory back; whether there were any."""
+        """Give up graphs for good, to have their memory back; whether there were any."""
         if self._graphs is None and not self.captured:
             return False
         self.stop_capturing()
