@@ -30,19 +30,18 @@ def as_messages(items: Sequence[Item], instructions: str | None = None) -> list[
     model here could be shown.
     """
     messages: list[dict[str, Any]] = []
-    if instructions:
-        messages.append({"role": "system", "content": instructions})
+    system = [instructions] if instructions else []
     for index, item in enumerate(items):
-        _add(messages, f"input[{index}]", item)
-    return messages
+        _add(messages, system, f"input[{index}]", item)
+    return [{"role": "system", "content": "\n\n".join(system)}, *messages] if system else messages
 
 
-def _add(messages: list[dict[str, Any]], where: str, item: Item) -> None:
+def _add(messages: list[dict[str, Any]], system: list[str], where: str, item: Item) -> None:
     if not isinstance(item, dict):
         raise OptionError(f"{where} is {type(item).__name__}; give an object with role and content, or type")
     match item.get("type", "message"):
         case "message":
-            _add_message(messages, where, item)
+            _add_message(messages, system, where, item)
         case "reasoning":
             thought = _text(f"{where}.content", item.get("content") or "")
             if thought:
@@ -64,7 +63,7 @@ def _add(messages: list[dict[str, Any]], where: str, item: Item) -> None:
             )
 
 
-def _add_message(messages: list[dict[str, Any]], where: str, item: Item) -> None:
+def _add_message(messages: list[dict[str, Any]], system: list[str], where: str, item: Item) -> None:
     role, content = item.get("role"), _text(f"{where}.content", item.get("content"))
     if role not in ROLES:
         raise OptionError(f"{where} has the role {role!r}; there are {', '.join(ROLES)}")
@@ -72,8 +71,8 @@ def _add_message(messages: list[dict[str, Any]], where: str, item: Item) -> None
         _said(messages, "content", "tool_calls")["content"] = content
         return
     role = "system" if role == "developer" else role
-    if role == "system" and [message["role"] for message in messages] == ["system"]:
-        messages[0]["content"] += "\n\n" + content
+    if role == "system" and not messages:
+        system.append(content)
     else:
         messages.append({"role": role, "content": content})
 

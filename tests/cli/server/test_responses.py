@@ -272,6 +272,18 @@ def test_going_on_from_a_response(client: openai.OpenAI, server: Any) -> None:
     assert client.responses.retrieve(streamed["id"]).to_dict() == streamed
 
 
+def test_a_long_conversation_is_shortened_if_that_is_asked_for(server: Any) -> None:
+    turns = [{"role": "user", "content": "word " * 60}, {"role": "assistant", "content": "Yes."}]
+    asked: dict[str, Any] = {"max_output_tokens": 4, "temperature": 0, "truncation": "auto"}
+    whole = ask(server, input=[*turns * 40, {"role": "user", "content": QUESTION}], **asked)
+    left_out = whole["usage"]["input_tokens_details"]["left_out_exchanges"]
+    assert 0 < left_out < 40
+    by_hand = ask(server, input=[*turns * (40 - left_out), {"role": "user", "content": QUESTION}], **asked)
+    assert nameless(by_hand) == nameless(whole)
+    more = ask(server, input="And?", previous_response_id=whole["id"], **asked)
+    assert more["usage"]["input_tokens_details"]["left_out_exchanges"] >= left_out
+
+
 def test_how_much_is_kept() -> None:
     def response(name: str) -> dict[str, Any]:
         return {"id": name, "output": [{"text": name * 50}]}
