@@ -118,15 +118,15 @@ _FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
             "type": int,
             "metavar": "N",
             "default": 6,
-            "help": "Timed runs of each workload, behind one that warms up; intervals need 6.",
+            "help": "Timed runs of each workload, after one that warms up; intervals need 6.",
         },
     ),
     (
         "--compare",
         {
             "is_flag": True,
-            "help": "Measure the main workload also without cache, without prefetch, with each policy and "
-            "each way of misses, all in turn.",
+            "help": "Also measure the main workload without cache, without prefetch, and with each policy "
+            "and each way to handle misses, all in turn.",
         },
     ),
     ("--routes", {"type": _FILE, "metavar": "FILE", "help": "Let this recording choose the experts."}),

@@ -48,7 +48,7 @@ DEMO_SEED = 11
     show_default=True,
     envvar="MOE_LOCAL_LOOKAHEAD",
     show_envvar=True,
-    help="Fit guesses up to so many layers ahead.",
+    help="Fit guesses up to this many layers ahead.",
 )
 @json_flag
 @yes_flag

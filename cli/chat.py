@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 @sampling_flags
 @debug_flag
 def chat(model: str, options: dict[str, Any], sampling: Sampling) -> None:
-    """Talk with MODEL; without one, with the demo in the package.
+    """Talk with MODEL, by default the demo in the package.
 
-    Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands. Where stdin is no terminal, each line is
-    a message; where stdout is none, answers are plain text there and all else is on stderr.
+    Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands. If stdin is not a terminal, each line is
+    a message; if stdout is not one, it gets the answers as plain text, and everything else goes to stderr.
 
     A conversation that outgrows the context goes on: the model is shown as many of the latest exchanges as
-    leave an answer room, and a line says how many it is not. What is left is then read anew, which takes a
-    while after each message; a larger --context spares it.
+    leave room for an answer, and a line says how many are left out. The rest is then read again after each
+    message, which takes a while; a larger --context avoids that.
 
     \b
     Examples:

@@ -39,7 +39,7 @@ WORSE = 0.02
     envvar="MOE_LOCAL_CALIBRATE",
     show_envvar=True,
     help="For mixed:BITS: a text file like what the model will read and write, - for stdin. MODEL reads it, "
-    "and bits go where they are missed most; without it, the weights alone say where.",
+    "and bits go where they matter most; without it, the weights alone decide.",
 )
 @click.option("--check", is_flag=True, help="Compare what is there with its checksums, and repair it.")
 @json_flag
@@ -50,8 +50,8 @@ def convert(
 ) -> None:
     """Convert the experts of MODEL, one by one, to the format they are run in.
 
-    Downloads the model first if need be. Goes on where an interrupted conversion stopped. With auto, and to
-    calibrate, the budgets, --dense, --context and --device say what the model is to run in.
+    Downloads the model first if need be, and continues where an interrupted conversion stopped. For auto, and
+    for calibrating, the budgets, --dense, --context and --device describe where the model will run.
 
     \b
     Examples:
@@ -129,7 +129,7 @@ def _mix_figures(model: str, file: ExpertFile) -> MixFigures | None:
 def pull(model: str, as_json: bool) -> None:
     """Download MODEL into the Hugging Face cache, safetensors only.
 
-    Goes on where an interrupted download stopped, and asks the Hub for a newer version of what is there.
+    Continues where an interrupted download stopped, and asks the Hub for a newer version of what is there.
 
     \b
     Example:

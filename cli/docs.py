@@ -14,7 +14,7 @@ INTRODUCTION = """\
 Made from `moe-local --help` by `python -m moe_local.cli.docs > docs/cli.md`; a test compares the two.
 
 Sizes are written `20GiB`, `512MiB` or `1.5GB`. Every flag that changes what a model does has a variable,
-shown behind it, and the flag wins over the variable. Models downloaded lie in the Hugging Face cache
+shown behind it, and the flag wins over the variable. Downloaded models are in the Hugging Face cache
 (`HF_HOME`), converted experts below `MOE_LOCAL_HOME` (default: the user's cache folder); gated models need
 `HF_TOKEN`. Errors are one line on stderr; `--debug` shows the trace.
 """

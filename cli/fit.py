@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 def fit(model: str, as_json: bool, options: dict[str, Any]) -> None:
     """Say whether MODEL fits, where its parts go and how fast it may be, without its weights.
 
-    --vram 24GiB plans a CUDA card of that size, wherever this runs, and 2x24GiB two of them; without it, this
-    machine is planned. Exit code 3 means that it does not fit; then it says by how much, and the nearest
-    setting that does.
+    --vram 24GiB plans for a CUDA card of that size, on any machine, and 2x24GiB for two of them; without it,
+    the plan is for this machine. Exit code 3 means that MODEL does not fit; the output then says by how much,
+    and names the nearest setting that does.
 
     \b
     Examples:

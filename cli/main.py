@@ -37,7 +37,7 @@ COMMANDS = {
         "calibrate:calibrate",
         "Fit a correction to the guesses of prefetch, from what MODEL computes on some text.",
     ),
-    "chat": ("chat:chat", "Talk with MODEL; without one, with the demo in the package."),
+    "chat": ("chat:chat", "Talk with MODEL, by default the demo in the package."),
     "completion": (
         "completion:completion",
         "Print the script that completes commands, flags and models in SHELL.",
@@ -59,8 +59,8 @@ COMMANDS = {
         "List the models on this machine: checkpoints, and experts converted from them.",
     ),
     "pull": ("convert:pull", "Download MODEL into the Hugging Face cache, safetensors only."),
-    "rm": ("remove:rm", "Remove the converted experts of MODEL, and say what disk that freed."),
-    "run": ("run:run", "Answer PROMPT with MODEL and leave."),
+    "rm": ("remove:rm", "Remove the converted experts of MODEL, and say how much disk space that freed."),
+    "run": ("run:run", "Answer PROMPT with MODEL and exit."),
     "serve": (
         "serve:serve",
         "Serve MODEL to OpenAI clients: /v1/chat/completions, completions, responses, models; "

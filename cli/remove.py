@@ -21,11 +21,11 @@ from moe_local.cli.render import print_json
 @click.command()
 @model_argument()
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
-@click.option("--weights", is_flag=True, help="Remove also the download in the Hugging Face cache.")
+@click.option("--weights", is_flag=True, help="Also remove the download in the Hugging Face cache.")
 @json_flag
 @debug_flag
 def rm(model: str, yes: bool, weights: bool, as_json: bool) -> None:
-    """Remove the converted experts of MODEL, and say what disk that freed.
+    """Remove the converted experts of MODEL, and say how much disk space that freed.
 
     The checkpoint stays, so the next run converts again, unless --weights removes it, too. Folders that
     moe-local did not make are never touched, nor is what a running process has loaded.

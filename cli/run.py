@@ -47,11 +47,11 @@ def run(
     options: dict[str, Any],
     sampling: Sampling,
 ) -> None:
-    """Answer PROMPT with MODEL and leave.
+    """Answer PROMPT with MODEL and exit.
 
-    The prompt is read from stdin where it is - or where it is left out and something is piped in. The answer
-    appears on stdout as it is made; with --json, as one document with text, token_ids, finish_reason and
-    stats.
+    The prompt is read from stdin if it is -, or if it is left out and something is piped in. The answer
+    appears on stdout as it is generated or, with --json, as one document with text, token_ids, finish_reason
+    and stats.
 
     \b
     Examples:

@@ -47,7 +47,7 @@ class LoadOptions:
         default=None,
         metadata={
             "help": "Most GPU memory to use, such as 20GiB, for everything: dense part, KV cache, experts. "
-            "Of several cards this is each one's; 24GiB,12GiB or 2x24GiB names them one by one."
+            "With several cards this is for each; 24GiB,12GiB or 2x24GiB lists them one by one."
         },
     )
     ram: int | None = field(
@@ -61,8 +61,8 @@ class LoadOptions:
         default="nf4",
         metadata={
             "help": "Format of the routed experts: nf4, int8, q3, q2, mxfp4, fp8, bf16, fp16, fp32 or native "
-            "(as stored); or one for each, by what it harms: mixed:BITS, such as mixed:3.5, on average, or "
-            "auto, as many bits as the budget holds."
+            "(as stored); or a format for each expert, chosen to harm the answers least: mixed:BITS, such as "
+            "mixed:3.5 bits a weight on average, or auto, as many bits as the budget holds."
         },
     )
     activations: str = field(
@@ -100,7 +100,7 @@ class LoadOptions:
         default="auto",
         metadata={
             "help": "Experts absent from VRAM: fetch brings them, cpu computes them on the CPU, "
-            "auto does what ends first. With fetch, runs on a GPU are equal bit by bit."
+            "auto does what is faster. With fetch, runs on a GPU are equal bit by bit."
         },
     )
 
