@@ -70,6 +70,200 @@ def mxfp4(source: Path, folder: Path) -> tuple[Path, Path]:
     return _write(source, folder, quantize, settings)
 
 
+def bitsandbytes(
+    source: Path, folder: Path, kind: str = "nf4", nested: bool = True, block: int = 64
+) -> tuple[Path, Path]:
+    """As transformers 4 saves load_in_4bit=True, packed and described by bitsandbytes itself; the twin has
+    what its dequantize_4bit makes of it. Attention's k_proj is left out, as llm_int8_skip_modules may say."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    def quantize(key: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
+        if not _is_linear(key, weight):
+            return None
+        q, state = quantize_4bit(weight.float(), blocksize=block, compress_statistics=nested, quant_type=kind)
+        described = {f"{key}.{name}": part.clone() for name, part in state.as_dict(packed=True).items()}
+        # bitsandbytes 0.50.2 misplaces scales on AVX512 CPUs when a row is no whole number of blocks.
+        state.shape = torch.Size([1, weight.numel()])
+        return {key: q, **described}, dequantize_4bit(q, state).view(weight.shape)
+
+    settings = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": nested,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head", "k_proj"],
+    }
+    return _write(source, folder, quantize, settings)
+
+
+def gptq(
+    source: Path,
+    folder: Path,
+    bits: int = 4,
+    group: int = 32,
+    act_order: bool = False,
+    v2: bool = False,
+    symmetric: bool = True,
+) -> tuple[Path, Path]:
+    """As AutoGPTQ and, with `v2`, GPTQModel write it; inputs of all groups mixed with `act_order`."""
+
+    def quantize(key: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
+        if not _is_linear(key, weight):
+            return None
+        out, inputs = weight.shape
+        index = torch.arange(inputs) // (inputs if group < 0 else group)
+        if act_order:
+            index = index[torch.randperm(inputs, generator=torch.Generator().manual_seed(0))]
+        q, zero, scale, twin = _grouped(weight.float(), index, bits, symmetric)
+        stem = key.removesuffix(".weight")
+        tensors = {
+            f"{stem}.qweight": _words(q.T, bits, 0),
+            f"{stem}.qzeros": _words(zero.T if v2 else (zero.T - 1) % 2**bits, bits, 1),
+            f"{stem}.scales": scale.T.contiguous(),
+            f"{stem}.g_idx": index.int(),
+        }
+        if ".experts." in key:  # AutoGPTQ writes one of zeros where the model has none
+            tensors[f"{stem}.bias"] = torch.zeros(out, dtype=torch.float16)
+        return tensors, twin
+
+    settings = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group,
+        "desc_act": act_order,
+        "sym": symmetric,
+        **({"checkpoint_format": "gptq_v2"} if v2 else {}),
+    }
+    return _write(source, folder, quantize, settings)
+
+
+def awq(source: Path, folder: Path, group: int = 32) -> tuple[Path, Path]:
+    """As AutoAWQ's "gemm": eight columns in a word, in the order 0, 2, 4, 6, 1, 3, 5, 7."""
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+
+    def quantize(key: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
+        if not _is_linear(key, weight):
+            return None
+        q, zero, scale, twin = _grouped(weight.float(), torch.arange(weight.shape[1]) // group, 4, False)
+        stem = key.removesuffix(".weight")
+        tensors = {
+            f"{stem}.qweight": _words(q.T.unflatten(1, (-1, 8))[..., order].flatten(1), 4, 1),
+            f"{stem}.qzeros": _words(zero.T.unflatten(1, (-1, 8))[..., order].flatten(1), 4, 1),
+            f"{stem}.scales": scale.T.contiguous(),
+        }
+        return tensors, twin
+
+    settings = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+    return _write(source, folder, quantize, settings)
+
+
+def pack_quantized(
+    source: Path,
+    folder: Path,
+    bits: int = 4,
+    strategy: str = "group",
+    symmetric: bool = True,
+    act_order: bool = False,
+) -> tuple[Path, Path]:
+    """As compressed-tensors' "pack-quantized", signed numbers in groups of 32 or one scale a row."""
+
+    def quantize(key: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
+        if not _is_linear(key, weight):
+            return None
+        inputs = weight.shape[1]
+        index = torch.arange(inputs) // (32 if strategy == "group" else inputs)
+        if act_order:
+            index = index[torch.randperm(inputs, generator=torch.Generator().manual_seed(0))]
+        q, zero, scale, twin = _grouped(weight.float(), index, bits, symmetric)
+        stem = key.removesuffix(".weight")
+        tensors = {
+            f"{stem}.weight_packed": _words(q, bits, 1),
+            f"{stem}.weight_scale": scale,
+            f"{stem}.weight_shape": torch.tensor(weight.shape),
+        }
+        if not symmetric:
+            tensors[f"{stem}.weight_zero_point"] = _words(zero, bits, 0)
+        if act_order:
+            tensors[f"{stem}.weight_g_idx"] = index.int()
+        return tensors, twin
+
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": strategy,
+        "group_size": 32 if strategy == "group" else None,
+    }
+    return _write(source, folder, quantize, _compressed("pack-quantized", weights))
+
+
+def float_quantized(source: Path, folder: Path, strategy: str = "channel") -> tuple[Path, Path]:
+    """As compressed-tensors' FP8: E4M3 with a scale for each row or for all."""
+
+    def quantize(key: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
+        if not _is_linear(key, weight):
+            return None
+        largest = (
+            weight.float().abs().amax(1, keepdim=True)
+            if strategy == "channel"
+            else weight.float().abs().max()
+        )
+        scale = (
+            (largest / 448).bfloat16().reshape(-1, 1) if strategy == "channel" else (largest / 448).reshape(1)
+        )
+        q = (weight.float() / scale.float()).to(torch.float8_e4m3fn)
+        return {key: q, f"{key}_scale": scale}, q.float() * scale.float()
+
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
+    return _write(source, folder, quantize, _compressed("float-quantized", weights))
+
+
+def _compressed(form: str, weights: dict[str, object]) -> dict[str, object]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
+
+
+def _is_linear(key: str, weight: torch.Tensor) -> bool:
+    chosen = key.endswith("_proj.weight") or ".experts." in key
+    return weight.dim() == 2 and chosen and not key.endswith("k_proj.weight")
+
+
+def _grouped(
+    weight: torch.Tensor, index: torch.Tensor, bits: int, symmetric: bool
+) -> tuple[torch.Tensor, ...]:
+    """(codes [out, in], zeros [out, G], fp16 scales [out, G], their numbers), input i in group index[i]."""
+    groups = int(index.max()) + 1
+    most, half = 2**bits - 1, 2 ** (bits - 1)
+    zero = torch.full((len(weight), groups), half)
+    scale = torch.empty(len(weight), groups, dtype=torch.float16)
+    q, twin = torch.empty(weight.shape, dtype=torch.long), torch.empty(weight.shape)
+    for group in range(groups):
+        part = weight[:, index == group]
+        if symmetric:
+            scale[:, group] = part.abs().amax(1) / (half - 1)
+        else:
+            scale[:, group] = (part.amax(1) - part.amin(1)) / most
+            zero[:, group] = (-part.amin(1) / scale[:, group].float()).round().clamp(0, most)
+    for column, group in enumerate(index.tolist()):
+        step, middle = scale[:, group].float(), zero[:, group]
+        q[:, column] = ((weight[:, column] / step).round() + middle).clamp(0, most)
+        twin[:, column] = (q[:, column] - middle) * step
+    return q, zero, scale, twin
+
+
+def _words(numbers: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """Packed along `dim` into int32, the first in the lowest bits, the last word filled with zeros."""
+    numbers = numbers.movedim(dim, -1)
+    each = 32 // bits
+    words = torch.zeros(*numbers.shape[:-1], -(-numbers.shape[-1] // each), dtype=torch.long)
+    for place in range(numbers.shape[-1]):
+        words[..., place // each] |= numbers[..., place] << (bits * (place % each))
+    words = torch.where(words >= 2**31, words - 2**32, words)
+    return words.int().movedim(-1, dim).contiguous()
+
+
 def _write(
     source: Path,
     folder: Path,

@@ -77,7 +77,7 @@ class Checkpoint:
         shards = Shards.open(folder, remedy)
         model = meta_model(config)
         spec = model_spec(config, model)
-        weights = find_weights(shards.tensors, Quantization.of(config), remedy)
+        weights = find_weights(shards, Quantization.of(config))
         sources = ExpertSources.find(model, spec, weights, remedy)
         return cls(folder, name, config, spec, shards, weights, sources)
 

@@ -39,10 +39,10 @@ class DenseWeights:
         try:
             weight.check(self._shards.remedy)
             (stored,) = self._shards.read([weight.parts])
+            return weight.decode(stored)
         except CheckpointError as error:
             self.failures.append(error)
             raise
-        return weight.decode(stored)
 
 
 class _Unread:

@@ -9,19 +9,35 @@ from typing import Any, cast
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.quantize import fp8
 
-METHODS = ("fp8", "mxfp4")
+METHODS = ("fp8", "mxfp4", "bitsandbytes", "gptq", "awq", "compressed-tensors")
 """transformers' names of what can be read."""
+
+PACKED = ("bitsandbytes", "gptq", "awq", "compressed-tensors")
+"""Methods whose weights are decoded and encoded again, experts and dense ones alike."""
+
+WHOLE = 2**30
+"""For the columns of a block: all that there are."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """`method` is "fp8" (DeepSeek's, in blocks) or "mxfp4" (gpt-oss's, experts only)."""
+    """`method` is "fp8" (in blocks, rows or whole tensors), "mxfp4" (gpt-oss's experts) or of PACKED."""
 
     method: str
     block: tuple[int, int] | None
     """Rows and columns that share a scale in FP8; None: each tensor has one scale."""
     experts: str
-    """Format of the routed experts: "fp8" or "mxfp4"."""
+    """Format of the routed experts: "fp8", "mxfp4", or the method where no kernel reads them in place."""
+    bits: int = 4
+    """Of a packed number."""
+    group: int = -1
+    """Inputs that share a scale, of GPTQ, AWQ and compressed-tensors; -1: all."""
+    less_one: bool = False
+    """Whether GPTQ's zeros are stored minus one."""
+    zeros: bool = False
+    """Whether compressed-tensors must have zero points."""
+    reordered: bool = False
+    """Whether GPTQ must say which group each input is of."""
 
     @classmethod
     def of(cls, config: Any) -> Quantization | None:
@@ -33,19 +49,114 @@ class Quantization:
         settings = _settings(config)
         if settings is None:
             return None
-        method = str(settings.get("quant_method", "unknown"))
+        bitsandbytes = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+        method = str(settings.get("quant_method", "bitsandbytes" if bitsandbytes else "unknown"))
         if method not in METHODS:
             raise CheckpointError(
-                f"the weights are already quantized ({method}), and of such formats only "
-                f"{' and '.join(METHODS)} are read; use the model's bf16 or fp16 checkpoint"
+                f"the weights are already quantized ({method[:80]}), and of such formats only "
+                f"{', '.join(METHODS[:-1])} and {METHODS[-1]} are read; "
+                "use the model's bf16 or fp16 checkpoint"
             )
         if method == "mxfp4":
             return cls(method, None, "mxfp4")
+        if method == "bitsandbytes":
+            return _bitsandbytes(settings)
+        if method == "gptq":
+            return _gptq(settings)
+        if method == "awq":
+            return _awq(settings)
+        if method == "compressed-tensors":
+            return _compressed_tensors(settings)
         block = settings.get("weight_block_size", (fp8.BLOCK, fp8.BLOCK))
         if block is not None and not _is_block(block):
             raise CheckpointError(f"weight_block_size {block!r} is not two numbers from 1 up")
         experts = "mxfp4" if settings.get("expert_dtype") == "fp4" else "fp8"
         return cls(method, None if block is None else (block[0], block[1]), experts)
+
+
+def _bitsandbytes(settings: Mapping[str, Any]) -> Quantization:
+    if not settings.get("load_in_4bit"):
+        raise _refused("bitsandbytes", "load_in_4bit", settings.get("load_in_4bit"), "true")
+    _one_of("bitsandbytes", settings, "bnb_4bit_quant_type", ("fp4", "nf4"), "fp4")
+    _one_of("bitsandbytes", settings, "bnb_4bit_quant_storage", ("uint8",), "uint8")
+    return Quantization("bitsandbytes", None, "bitsandbytes")
+
+
+def _gptq(settings: Mapping[str, Any]) -> Quantization:
+    bits = _one_of("gptq", settings, "bits", (4, 8))
+    form = _one_of("gptq", settings, "checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+    if settings.get("is_marlin_format"):
+        raise _refused("gptq", "is_marlin_format", True, "false")
+    overrides = settings.get("dynamic")
+    for name, changed in overrides.items() if isinstance(overrides, Mapping) else ():
+        if not str(name).startswith("-:") and changed:
+            raise _refused("gptq", "dynamic", name, "modules that are left out (-:)")
+    group, reordered = _group("gptq", settings), bool(settings.get("desc_act"))
+    return Quantization("gptq", None, "gptq", bits, group, form == "gptq", reordered=reordered)
+
+
+def _awq(settings: Mapping[str, Any]) -> Quantization:
+    form = str(settings.get("version", "gemm")).lower()
+    _one_of("awq", {"version": form}, "version", ("gemm",))
+    name = "w_bit" if "w_bit" in settings else "bits"
+    _one_of("awq", settings, name, (4,), 4)
+    _one_of("awq", settings, "zero_point", (True,), True)
+    name = "q_group_size" if "q_group_size" in settings else "group_size"
+    return Quantization("awq", None, "awq", group=_group("awq", settings, name))
+
+
+def _compressed_tensors(settings: Mapping[str, Any]) -> Quantization:
+    method = "compressed-tensors"
+    form = _one_of(method, settings, "format", ("pack-quantized", "float-quantized", "naive-quantized"))
+    groups = settings.get("config_groups")
+    weights = [
+        group["weights"]
+        for group in (groups.values() if isinstance(groups, Mapping) else ())
+        if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)
+    ]
+    if not weights:
+        raise CheckpointError(f"{method} says nothing of weights in config_groups; get the checkpoint again")
+    names = ("num_bits", "type", "strategy", "group_size", "symmetric", "block_structure")
+    first = weights[0]
+    if any(other.get(name) != first.get(name) for other in weights for name in names):
+        raise _refused(method, "config_groups", len(weights), "groups with the same bits and group_size")
+    if form == "pack-quantized":
+        _one_of(method, first, "type", ("int",), "int")
+        bits = _one_of(method, first, "num_bits", (4, 8))
+        strategy = _one_of(method, first, "strategy", ("group", "channel", "tensor"), "group")
+        group = _group(method, first) if strategy == "group" else -1
+        return Quantization(method, None, method, bits, group, zeros=first.get("symmetric") is False)
+    _one_of(method, first, "type", ("float",))
+    _one_of(method, first, "num_bits", (8,))
+    strategy = _one_of(method, first, "strategy", ("tensor", "channel", "block"))
+    block = first.get("block_structure") if strategy == "block" else (1, WHOLE)
+    if not _is_block(block):
+        raise CheckpointError(f"block_structure {block!r} is not two numbers from 1 up")
+    return Quantization("fp8", None if strategy == "tensor" else (block[0], block[1]), "fp8")
+
+
+def _one_of(
+    method: str, settings: Mapping[str, Any], name: str, known: tuple[Any, ...], default: Any = None
+) -> Any:
+    found = settings.get(name)
+    found = default if found is None else found
+    if isinstance(found, dict | list) or found not in known:
+        raise _refused(method, name, found, " or ".join(map(str, known)))
+    return found
+
+
+def _group(method: str, settings: Mapping[str, Any], name: str = "group_size") -> int:
+    found = settings.get(name)
+    if type(found) is not int or (found < 1 and found != -1):
+        raise _refused(method, name, found, "-1 or a number from 1 up")
+    return found
+
+
+def _refused(method: str, name: str, found: Any, known: str) -> CheckpointError:
+    return CheckpointError(
+        f"the weights are quantized by {method} with {name} {str(found)[:80]!r}, of which only "
+        f"{known} is read; use the model's bf16 or fp16 checkpoint"
+    )
 
 
 def _settings(config: Any) -> Mapping[str, Any] | None:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.checkpoint.quantization import Quantization
-from moe_local.offload.checkpoint.shards import StoredTensor
+from moe_local.offload.checkpoint.packed_weights import STATE, find_packed
+from moe_local.offload.checkpoint.quantization import PACKED, WHOLE, Quantization
+from moe_local.offload.checkpoint.shards import Shards, StoredTensor
 from moe_local.offload.quantize import fp8, gguf, mxfp4
+from moe_local.offload.quantize.packed import PackedDecoder
 
 PLAIN = ("F64", "F32", "F16", "BF16")
 FP8 = ("F8_E4M3", "F8_E5M2")
@@ -26,12 +28,14 @@ class Weight:
     parts: tuple[StoredTensor, ...]
     """The numbers and, if they are quantized, their scales."""
     format: str = "plain"
-    """Or "fp8", "mxfp4" or GGUF's. "mxfp4_transposed" is stored [..., out, in], where the model has
-    [..., in, out]."""
+    """Or "fp8", "mxfp4", GGUF's, or the method of a `decoder`. "mxfp4_transposed" is stored [..., out, in],
+    where the model has [..., in, out]."""
     block: tuple[int, int] = (fp8.BLOCK, fp8.BLOCK)
     """Rows and columns that share a scale of FP8."""
     heads: int = 0
     """Rotated heads whose rows lie in pairs (GGUF's llama); 0: they lie as in the model."""
+    decoder: PackedDecoder | None = None
+    """Of what is packed otherwise."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,7 +48,15 @@ class Weight:
         return replace(self, shape=(1, *self.shape[1:]), parts=parts)
 
     def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The weight from its parts as they were read: the same memory if it is plain, else new."""
+        """The weight from its parts as they were read: the same memory if it is plain, else new.
+
+        Raises CheckpointError for parts whose numbers make no sense.
+        """
+        if self.decoder is not None:
+            try:
+                return self.decoder.decode(parts)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.key} in {self.parts[0].shard}: {error}") from error
         if self.format == "plain" or self.format in gguf.FORMATS:
             numbers = parts[0]
             if self.format != "plain":
@@ -73,19 +85,26 @@ class Weight:
             )
 
 
-def find_weights(
-    tensors: Mapping[str, StoredTensor], quantization: Quantization | None, remedy: str
-) -> dict[str, Weight]:
+def find_weights(shards: Shards, quantization: Quantization | None) -> dict[str, Weight]:
     """The weights that stored tensors make, by key. Scales are part of their weight and not listed.
 
     Raises CheckpointError, naming both, for scales that do not go with their weight.
     """
+    tensors, remedy = shards.tensors, shards.remedy
     if quantization is None:
         return {key: _plain(tensor) for key, tensor in tensors.items()}
-    found = _fp8(tensors, quantization, remedy) if quantization.method == "fp8" else _mxfp4(tensors, remedy)
-    weights = dict(found)
+    if quantization.method in PACKED:
+        method = quantization.method
+        weights = {
+            packed.key: Weight(packed.key, packed.shape, packed.parts, method, decoder=packed.decoder)
+            for packed in find_packed(shards, quantization)
+        }
+    elif quantization.method == "fp8":
+        weights = dict(_fp8(tensors, quantization, remedy))
+    else:
+        weights = dict(_mxfp4(tensors, remedy))
     scales = {part.key for weight in weights.values() for part in weight.parts}
-    rest = (tensor for key, tensor in tensors.items() if key not in scales and not _is_of_activations(key))
+    rest = (tensor for key, tensor in tensors.items() if key not in scales and not _is_aside(key))
     return weights | {tensor.key: _plain(tensor) for tensor in rest}
 
 
@@ -107,6 +126,10 @@ def _fp8(
             yield key, Weight(key, shape, (tensor, scale), "mxfp4")
             continue
         block = quantization.block or (tensor.shape[-2], tensor.shape[-1])
+        if WHOLE in block:
+            block = (block[0], tensor.shape[-1])
+        if len(scale.shape) == 1 and scale.shape != (1,) and len(tensor.shape) == 2:
+            raise _mismatch(tensor, scale, remedy)
         grid = scale.shape if len(scale.shape) > 1 else (*tensor.shape[:-2], 1, 1)
         try:
             for size, count, length in zip(tensor.shape[-2:], grid[-2:], block, strict=True):
@@ -132,13 +155,16 @@ def _mxfp4(tensors: Mapping[str, StoredTensor], remedy: str) -> Iterator[tuple[s
 
 def _scale_names(key: str) -> Iterator[str]:
     yield f"{key}_scale_inv"
+    yield f"{key}_scale"  # compressed-tensors
     if key.endswith(".weight"):  # DeepSeek V4, Mistral
         stem = key.removesuffix("weight")
         yield from (f"{stem}scale", f"{stem}qscale_weight")
 
 
-def _is_of_activations(key: str) -> bool:
-    return key.endswith(("activation_scale", "input_scale", "qscale_act"))
+def _is_aside(key: str) -> bool:
+    """Whether it is of activations, or says of a packed weight what is known by then."""
+    aside = ("activation_scale", "input_scale", "qscale_act", ".weight_shape", ".g_idx")
+    return key.endswith(aside) or STATE in key
 
 
 def _matrix(scale: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_local.cache.errors import CheckpointError
 from moe_local.offload.quantize import fp8, mxfp4
 from moe_local.offload.quantize.exact import STORAGE, ExactCodec
 from moe_local.offload.quantize.layout import Layout, Segment, TensorSpec, make_layout
@@ -22,7 +23,7 @@ class StoredFormat:
     """What a checkpoint's experts are stored in, by its config."""
 
     name: str
-    """"bf16", "fp16", "fp32", "fp8" or "mxfp4"."""
+    """"bf16", "fp16", "fp32", "fp8", "mxfp4", or a method of which no kernel reads anything in place."""
     dtype: str
     """Of what is not quantized: "bfloat16", "float16" or "float32"."""
     block: tuple[int, int] | None = None
@@ -30,7 +31,13 @@ class StoredFormat:
 
     def layout(self, tensors: Sequence[TensorSpec]) -> Layout:
         """Of an expert with these tensors, to plan with. At least as large as the real one, which knows how
-        the stored tensors are cut; as large in all published checkpoints."""
+        the stored tensors are cut; as large in all published checkpoints. Raises CheckpointError for what
+        cannot be read in place."""
+        if self.name not in (*STORAGE, *QUANTIZED):
+            raise CheckpointError(
+                f"experts that {self.name} has packed cannot be read in place; "
+                'use another format than experts="native"'
+            )
         if self.name in STORAGE:
             return ExactCodec(self.name).layout(tensors)
         parts = []

@@ -294,9 +294,9 @@ class TestBadFolders:
         assert Checkpoint.open(copy).spec.model_type == "mixtral"
 
     def test_quantized_by_its_publisher(self, copy: Path) -> None:
-        change = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+        change = {"quantization_config": {"quant_method": "hqq", "nbits": 4}}
         edit_json(copy / "config.json", lambda fields: fields.update(change))
-        with pytest.raises(CheckpointError, match=r"already quantized \(gptq\)"):
+        with pytest.raises(CheckpointError, match=r"already quantized \(hqq\)"):
             Checkpoint.open(copy)
 
     def test_dense_model(self, make_checkpoint: MakeCheckpoint) -> None:

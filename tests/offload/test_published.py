@@ -198,8 +198,8 @@ def test_dense_weights_that_cannot_be_read(publish: Callable[..., tuple[Path, Pa
     ("settings", "message"),
     [
         (
-            {"quant_method": "awq"},
-            r"already quantized \(awq\), and of such formats only fp8 and mxfp4 are read",
+            {"quant_method": "hqq"},
+            r"already quantized \(hqq\), and of such formats only fp8, mxfp4, bitsandbytes, .* are read",
         ),
         ({"bits": 4}, r"already quantized \(unknown\)"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size .* is not two numbers"),

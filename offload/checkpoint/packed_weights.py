@@ -1,0 +1,191 @@
+"""Which stored tensors make a weight that its publisher packed: names and shapes, checked by the headers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from moe_local.cache.errors import CheckpointError
+from moe_local.cache.files import parse_json
+from moe_local.offload.checkpoint.quantization import Quantization
+from moe_local.offload.checkpoint.shards import Shards, StoredTensor
+from moe_local.offload.quantize.packed import Awq, BitsAndBytes4, Gptq, PackedDecoder, PackQuantized
+
+STATE = ".quant_state.bitsandbytes__"
+MOST_OF_A_STATE = 4096
+"""Bytes of bitsandbytes' JSON; a real one has two hundred."""
+FLOATS = ("F32", "F16", "BF16")
+WORDS = ("I32",)
+
+
+class Packed(NamedTuple):
+    """One weight [out, in] and what it is made of."""
+
+    key: str
+    shape: tuple[int, ...]
+    parts: tuple[StoredTensor, ...]
+    decoder: PackedDecoder
+
+
+def find_packed(shards: Shards, quantization: Quantization) -> Iterator[Packed]:
+    """Every packed weight of `shards`. Of bitsandbytes the small descriptions of them are read, else nothing.
+
+    Raises CheckpointError, naming the tensor, for parts that are missing or do not go together.
+    """
+    return FINDERS[quantization.method](shards, quantization)
+
+
+class _Parts:
+    """The tensors around one weight, asked for by the ends of their keys."""
+
+    def __init__(self, shards: Shards, main: StoredTensor, stem: str) -> None:
+        self._shards, self._main, self._stem = shards, main, stem
+
+    def find(self, end: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None = None) -> StoredTensor:
+        found = self.perhaps(end)
+        if found is None:
+            raise CheckpointError(
+                f"{self._main.key} in {self._main.shard} is packed and {self._stem}{end} is missing; "
+                f"{self._shards.remedy}"
+            )
+        if found.dtype not in dtypes or (shape is not None and found.shape != shape):
+            raise self.mismatch(
+                found, f"{' or '.join(dtypes)} {'' if shape is None else list(shape)}".strip()
+            )
+        return found
+
+    def perhaps(self, end: str) -> StoredTensor | None:
+        return self._shards.tensors.get(self._stem + end)
+
+    def mismatch(self, found: StoredTensor, wanted: str) -> CheckpointError:
+        main = self._main
+        return CheckpointError(
+            f"{main.key} {list(main.shape)} in {main.shard} and {found.key} {found.dtype} "
+            f"{list(found.shape)}, which should be {wanted}, do not go together; {self._shards.remedy}"
+        )
+
+
+def _bitsandbytes(shards: Shards, quantization: Quantization) -> Iterator[Packed]:
+    states = {key.partition(STATE)[0]: t for key, t in shards.tensors.items() if STATE in key}
+    for state in states.values():
+        if state.dtype != "U8" or state.nbytes > MOST_OF_A_STATE:
+            raise CheckpointError(f"{state.key} in {state.shard} is no description; {shards.remedy}")
+    read = shards.read([list(states.values())])[0] if states else []
+    for (key, state), text in zip(states.items(), read, strict=True):
+        q = shards.tensors.get(key)
+        if q is None:
+            raise CheckpointError(f"{state.key} is there and {key} is missing; {shards.remedy}")
+        try:
+            fields = parse_json(text.numpy().tobytes())
+            decoder = _state(fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{state.key} in {state.shard} makes no sense; {shards.remedy}") from error
+        parts = _Parts(shards, q, key)
+        numbers = math.prod(decoder.shape)
+        blocks = -(-numbers // decoder.block)
+        if q.dtype != "U8" or math.prod(q.shape) != -(-numbers // 2):
+            raise parts.mismatch(state, f"of {2 * math.prod(q.shape)} numbers")
+        made = [q, parts.find(".absmax", ("U8",) if decoder.nested else ("F32",), (blocks,))]
+        made.append(parts.find(".quant_map", ("F32",), (16,)))
+        if decoder.nested:
+            made.append(parts.find(".nested_absmax", ("F32",), (-(-blocks // decoder.nested),)))
+            made.append(parts.find(".nested_quant_map", ("F32",), (256,)))
+        yield Packed(key, decoder.shape, tuple(made), decoder)
+    for key, tensor in shards.tensors.items():
+        if key.endswith(".weight") and tensor.dtype == "U8" and key not in states:
+            raise CheckpointError(
+                f"{key} in {tensor.shard} is packed and {key}{STATE}* is missing; {shards.remedy}"
+            )
+
+
+def _state(fields: Any) -> BitsAndBytes4:
+    shape = tuple(_size(size) for size in fields["shape"])
+    if "nested_blocksize" not in fields:
+        return BitsAndBytes4(shape, _size(fields["blocksize"]))
+    nested, offset = _size(fields["nested_blocksize"]), float(fields["nested_offset"])
+    return BitsAndBytes4(shape, _size(fields["blocksize"]), nested, offset)
+
+
+def _size(found: Any) -> int:
+    if type(found) is not int or not 0 < found < 2**40:
+        raise ValueError(f"{found!r} is no size")
+    return found
+
+
+def _gptq(shards: Shards, quantization: Quantization) -> Iterator[Packed]:
+    bits = quantization.bits
+    for stem, words, parts in _each(shards, ".qweight"):
+        columns, rows = words.shape[0] * 32 // bits, words.shape[1]
+        groups = _groups(words, columns, quantization.group, shards.remedy)
+        made = [words, parts.find(".qzeros", WORDS, (groups, rows * bits // 32))]
+        made.append(parts.find(".scales", FLOATS, (groups, rows)))
+        if parts.perhaps(".g_idx") is not None or quantization.reordered:
+            made.append(parts.find(".g_idx", WORDS, (columns,)))
+        yield Packed(f"{stem}.weight", (rows, columns), tuple(made), Gptq(bits, quantization.less_one))
+
+
+def _awq(shards: Shards, quantization: Quantization) -> Iterator[Packed]:
+    for stem, words, parts in _each(shards, ".qweight"):
+        columns, rows = words.shape[0], words.shape[1] * 8
+        groups = _groups(words, columns, quantization.group, shards.remedy)
+        zeros = parts.find(".qzeros", WORDS, (groups, rows // 8))
+        scales = parts.find(".scales", FLOATS, (groups, rows))
+        yield Packed(f"{stem}.weight", (rows, columns), (words, zeros, scales), Awq())
+
+
+def _pack_quantized(shards: Shards, quantization: Quantization) -> Iterator[Packed]:
+    bits = quantization.bits
+    for stem, words, parts in _each(shards, ".weight_packed"):
+        rows, columns = words.shape[0], words.shape[1] * 32 // bits
+        groups = _groups(words, columns, quantization.group, shards.remedy)
+        scale = parts.find(".weight_scale", FLOATS)
+        if scale.shape not in ((rows, groups), (rows,) if groups == 1 else (), (1,), (1, 1)):
+            raise parts.mismatch(scale, str([rows, groups]))
+        if scale.shape == (rows,) and rows > 1:
+            raise parts.mismatch(scale, str([rows, 1]))
+        made = [words, scale]
+        zeros = parts.perhaps(".weight_zero_point")
+        if zeros is not None:
+            shape = (-(-rows * bits // 32), groups) if zeros.dtype == "I32" else scale.shape
+            made.append(parts.find(".weight_zero_point", ("I32", "I8"), shape))
+        elif quantization.zeros:
+            parts.find(".weight_zero_point", ("I32", "I8"))
+        order = parts.perhaps(".weight_g_idx")
+        if order is not None:
+            made.append(parts.find(".weight_g_idx", WORDS, (columns,)))
+        decoder = PackQuantized(bits, zeros is not None, order is not None)
+        yield Packed(f"{stem}.weight", (rows, columns), tuple(made), decoder)
+
+
+def _each(shards: Shards, end: str) -> Iterator[tuple[str, StoredTensor, _Parts]]:
+    """(module, its packed numbers, the tensors around) for each key with this end."""
+    for key, words in shards.tensors.items():
+        if key.endswith(end):
+            stem = key.removesuffix(end)
+            if words.dtype != "I32" or len(words.shape) != 2:
+                raise CheckpointError(
+                    f"{key} in {words.shard} is {words.dtype} {list(words.shape)} and should be "
+                    f"a matrix of I32; {shards.remedy}"
+                )
+            yield stem, words, _Parts(shards, words, stem)
+
+
+def _groups(words: StoredTensor, columns: int, group: int, remedy: str) -> int:
+    """How many groups the inputs have. Raises CheckpointError where they are not whole ones."""
+    if group < 0:
+        return 1
+    if columns % group:
+        raise CheckpointError(
+            f"{words.key} in {words.shard} has {columns} inputs, which group_size {group} "
+            f"does not divide; {remedy}"
+        )
+    return columns // group
+
+
+FINDERS: Mapping[str, Callable[[Shards, Quantization], Iterator[Packed]]] = {
+    "bitsandbytes": _bitsandbytes,
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": _pack_quantized,
+}

@@ -1,0 +1,249 @@
+"""bitsandbytes, GPTQ, AWQ and compressed-tensors: what is read equals what their definitions give."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import moe_local
+from moe_local.cache.errors import CheckpointError
+from moe_local.offload.checkpoint.checkpoint import Checkpoint, read_config
+from moe_local.offload.expert_file.convert import convert_experts
+from moe_local.offload.expert_file.native import NativeExperts
+from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.quantize.nf4 import nf4_matrix
+
+torch.set_num_threads(1)
+
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "nf4": ("mixtral", "bitsandbytes", {}),
+    "nf4_flat": ("mixtral", "bitsandbytes", {"nested": False}),
+    "fp4_128": ("qwen3_moe", "bitsandbytes", {"kind": "fp4", "block": 128}),
+    "gptq": ("qwen2_moe", "gptq", {}),
+    "gptq_order": ("mixtral", "gptq", {"act_order": True, "symmetric": False}),
+    "gptq_v2": ("mixtral", "gptq", {"v2": True, "symmetric": False, "group": -1}),
+    "gptq_8": ("mixtral", "gptq", {"bits": 8, "symmetric": False}),
+    "awq": ("mixtral", "awq", {}),
+    "packed": ("qwen3_moe", "pack_quantized", {}),
+    "packed_zeros": ("qwen3_moe", "pack_quantized", {"symmetric": False}),
+    "packed_8": ("mixtral", "pack_quantized", {"bits": 8, "strategy": "channel", "symmetric": False}),
+    "packed_order": ("mixtral", "pack_quantized", {"act_order": True}),
+    "float": ("qwen3_moe", "float_quantized", {}),
+    "float_tensor": ("mixtral", "float_quantized", {"strategy": "tensor"}),
+}
+
+Made = Callable[[str], tuple[Path, Path]]
+
+
+@pytest.fixture(scope="module")
+def made(
+    make_checkpoint: Callable[..., Path], published: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> Made:
+    """made("gptq") -> the quantized folder of a case and its twin, made once."""
+    found: dict[str, tuple[Path, Path]] = {}
+
+    def made(case: str) -> tuple[Path, Path]:
+        if case not in found:
+            model_type, method, options = CASES[case]
+            source = make_checkpoint(model_type, tokenizer=True)
+            found[case] = getattr(published, method)(source, tmp_path_factory.mktemp(case), **options)
+        return found[case]
+
+    return made
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_weight_is_that_of_the_twin(made: Made, case: str) -> None:
+    """Experts and dense ones, to the bit; and nothing else is left over to be taken for a weight."""
+    checkpoint, plain = (Checkpoint.open(folder) for folder in made(case))
+    assert checkpoint.fingerprint != plain.fingerprint
+    for layer in plain.spec.layers:
+        for expert in range(layer.num_experts):
+            found, expected = checkpoint.read_expert(layer, expert), plain.read_expert(layer, expert)
+            assert list(found) == list(expected)
+            for name, weight in found.items():
+                assert torch.equal(weight, expected[name].float()), (layer.name, expert, name)
+    dense = checkpoint.dense_weights()
+    assert dense is not None
+    biases = {key for key in checkpoint.weights if ".experts." in key and key.endswith(".bias")}
+    assert set(checkpoint.weights) - biases == set(plain.weights)
+    for key, weight in plain.weights.items():
+        (stored,) = plain.shards.read([weight.parts])
+        assert torch.equal(dense.read(checkpoint.weights[key]), stored[0]), key
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["nf4", "gptq_order", "awq", "packed_zeros", "float"]
+    + [pytest.param(case, marks=pytest.mark.slow) for case in ("fp4_128", "gptq", "gptq_v2", "packed_8")],
+)
+def test_greedy_ids_are_those_of_transformers(made: Made, case: str) -> None:
+    """On the twin, whose numbers others have decoded; fewer slots than experts."""
+    folder, twin = made(case)
+    hf = AutoModelForCausalLM.from_pretrained(twin, dtype=torch.float32).eval()
+    prompt = torch.randint(3, 320, (1, 11), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 8, "eos_token_id": None}
+    with torch.inference_mode():
+        expected = hf.generate(prompt, do_sample=False, **options)
+    with moe_local.load(folder, slots=3, experts="fp32", dense="fp32", context=64) as model:
+        assert torch.equal(model.generate(prompt, **options), expected)
+        assert model.stats().misses > 0
+        wanted = hf.state_dict()
+        for name, weight in model.hf.state_dict().items():
+            assert torch.equal(weight, wanted[name]), name
+        model.check_integrity()
+
+
+@pytest.mark.parametrize("case", ["nf4", "nf4_flat"])
+def test_codes_of_nf4_stay_what_they_are(made: Made, case: str, tmp_path: Path) -> None:
+    """Encoded again, each weight keeps its level; only scales are rounded, to 8 bits."""
+    checkpoint = Checkpoint.open(made(case)[0])
+    file = convert_experts(checkpoint, codec_for("nf4"), tmp_path / "nf4")
+    for layer in checkpoint.spec.layers:
+        for expert in range(layer.num_experts):
+            buffer, layout = file.read(layer.index, expert), file.layers[layer.index].layouts[expert]
+            for name, pieces in checkpoint.expert_pieces(layer, expert).items():
+                stored = checkpoint.shards.read([piece.parts for piece in pieces])
+                codes = torch.cat([parts[0].flatten() for parts in stored])
+                assert torch.equal(nf4_matrix(buffer, layout, name).q, codes), (layer.name, expert, name)
+
+
+def test_packed_experts_are_not_read_in_place(made: Made, tmp_path: Path) -> None:
+    for case in ("nf4", "gptq", "awq", "packed"):
+        folder, _ = made(case)
+        with pytest.raises(CheckpointError, match="cannot be read in place"):
+            NativeExperts(Checkpoint.open(folder), tmp_path)
+        with pytest.raises(CheckpointError, match="cannot be read in place") as caught:
+            moe_local.fit(folder, experts="native")
+        assert "\n" not in str(caught.value)
+        plans = [moe_local.fit(path, ram="4GiB", device="cpu") for path in made(case)]
+        assert plans[0].bytes.experts_total == plans[1].bytes.experts_total
+
+
+def test_scales_of_rows_are_read_in_place(made: Made) -> None:
+    """FP8 of compressed-tensors: the slots planned for are as large as what is read."""
+    folder, twin = made("float")
+    prompt = torch.randint(3, 320, (1, 9), generator=torch.Generator().manual_seed(2))
+    answers = []
+    for path, experts in ((folder, "native"), (twin, "fp32")):
+        with moe_local.load(path, slots=3, experts=experts, dense="fp32", context=64) as model:
+            answers.append(model.generate(prompt, max_new_tokens=4, eos_token_id=None))
+    assert torch.equal(*answers)
+
+
+# --- what is wrong with a checkpoint
+
+EXPERT = "model.layers.1.mlp.experts.2.up_proj"
+MIXTRAL = "model.layers.1.block_sparse_moe.experts.2.w1"
+
+
+@pytest.mark.parametrize(
+    ("case", "end", "replaced", "message"),
+    [
+        ("nf4", ".weight.absmax", None, r"is packed and .*w1.weight.absmax is missing; get the"),
+        ("nf4", ".weight.quant_state.bitsandbytes__nf4", None, r"packed and .*__\* is missing"),
+        ("nf4", ".weight.quant_state.bitsandbytes__nf4", torch.zeros(9, dtype=torch.uint8), "makes no sense"),
+        ("nf4", ".weight", torch.zeros(3, 1, dtype=torch.uint8), r"which should be of 6 numbers"),
+        ("gptq_8", ".scales", None, r"w1.scales is missing"),
+        ("gptq_8", ".qzeros", torch.zeros(2, 3, dtype=torch.int32), r"do not go together"),
+        ("gptq_order", ".g_idx", None, r"w1.g_idx is missing"),
+        ("awq", ".qweight", torch.zeros(3, dtype=torch.int32), r"should be a matrix of I32"),
+        (
+            "awq",
+            ".qweight",
+            torch.zeros(40, 8, dtype=torch.int32),
+            r"40 inputs, which group_size 32 does not",
+        ),
+        ("packed_8", ".weight_scale", None, r"w1.weight_scale is missing"),
+        ("packed_8", ".weight_zero_point", None, r"w1.weight_zero_point is missing"),
+    ],
+)
+def test_experts_that_cannot_be_read(
+    made: Made, tmp_path: Path, case: str, end: str, replaced: torch.Tensor | None, message: str
+) -> None:
+    folder = _changed(made(case)[0], tmp_path / "changed", _found(made(case)[0], end), replaced)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Checkpoint.open(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_inputs_of_no_group(made: Made, tmp_path: Path) -> None:
+    folder, _ = made("gptq_order")
+    key = _found(folder, ".g_idx")
+    wrong = torch.full_like(load_all(folder)[key], 7)
+    checkpoint = Checkpoint.open(_changed(folder, tmp_path / "changed", key, wrong))
+    with pytest.raises(CheckpointError, match="inputs are of groups up to 7, of ") as caught:
+        checkpoint.read_expert(checkpoint.spec.layers[1], 2)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"load_in_8bit": True}, "bitsandbytes with load_in_4bit"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"}, "of which only uint8 is read"),
+        ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "bits '3', of which only 4 or 8 is read"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "group_size '0'"),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 64, "checkpoint_format": "marlin"},
+            "checkpoint_format 'marlin', of which only gptq or gptq_v2",
+        ),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 64, "dynamic": {".*down.*": {"bits": 8}}},
+            "gptq with dynamic",
+        ),
+        ({"quant_method": "awq", "bits": 4, "group_size": 64, "version": "marlin"}, "version 'marlin'"),
+        ({"quant_method": "awq", "bits": 8, "group_size": 64}, "bits '8'"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "format 'nvfp4"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "nothing of weights"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}},
+            },
+            "of which only groups with the same bits",
+        ),
+    ],
+)
+def test_settings_that_are_not_read(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    folder = shutil.copytree(make_checkpoint("mixtral"), tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_config(folder)
+    assert "\n" not in str(caught.value)
+
+
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for path in folder.glob("*.safetensors") for key, tensor in load_file(path).items()}
+
+
+def _found(folder: Path, end: str) -> str:
+    """The key of one expert's part, by the name that the checkpoint has for experts."""
+    keys = load_all(folder)
+    return next(key for key in (EXPERT + end, MIXTRAL + end) if key in keys)
+
+
+def _changed(folder: Path, to: Path, key: str, tensor: torch.Tensor | None) -> Path:
+    """A copy of the folder in one file, without this tensor or with another in its place."""
+    shutil.copytree(folder, to)
+    tensors = load_all(to)
+    del tensors[key]
+    if tensor is not None:
+        tensors[key] = tensor
+    for path in to.glob("*.safetensors*"):
+        path.unlink()
+    save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    return to
