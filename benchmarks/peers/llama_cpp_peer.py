@@ -60,7 +60,7 @@ class LlamaCpp:
         if not self._model:
             raise SystemExit(f"llama.cpp cannot load {path}")
         params = c.llama_context_default_params()
-        params.n_ctx = context
+        params.n_ctx = params.n_batch = context  # a prompt in one call, 512 tokens (n_ubatch) in one forward
         params.n_threads = params.n_threads_batch = threads
         self._context = c.llama_init_from_model(self._model, params)
         if not self._context:

@@ -58,46 +58,84 @@ void norm(int32_t dtype, const void* weight, bool shifted, float epsilon, int64_
   return norm_all<Float16>(w, shifted, factor, count, x);
 }
 
-constexpr int64_t QUERIES = 4;  // that share one reading of keys and values
+constexpr int ACCUMULATORS =
+    WIDTH >= 16 ? 16 : 8;                  // vectors of sums; keys, values and queries want some, too
+constexpr int QUERIES = ACCUMULATORS / 2;  // most that share one reading of keys and values
 
-// scores[g][p] = q[g] . keys[p], for Q queries.
-template <class Number, int Q>
-inline void score(const float* q, int64_t width, const uint8_t* keys, int64_t positions, int64_t stride,
-                  float* scores) {
-  for (int64_t p = 0; p < positions; ++p, keys += width * Number::BYTES) {
-    Vec total[Q];
-    for (int g = 0; g < Q; ++g) total[g] = zero();
-    for (int64_t i = 0; i < width; i += WIDTH) {
-      const Vec key = load(Number(), keys + i * Number::BYTES);
-      for (int g = 0; g < Q; ++g) total[g] = fma(key, load(q + g * width + i), total[g]);
+// So many positions at a time, or stretches of a head: every query has a vector of sums for each.
+constexpr int side_by_side(int queries) { return queries > ACCUMULATORS / 4 ? ACCUMULATORS / queries : 4; }
+
+// scores[g][p] = q[g] . keys[p], for Q queries and P positions.
+template <class Number, int Q, int P>
+inline void score_positions(const float* q, int64_t width, const uint8_t* keys, int64_t stride,
+                            float* scores) {
+  Vec total[P][Q];
+  for (int p = 0; p < P; ++p)
+    for (int g = 0; g < Q; ++g) total[p][g] = zero();
+  for (int64_t i = 0; i < width; i += WIDTH) {
+    Vec asked[Q];
+    for (int g = 0; g < Q; ++g) asked[g] = load(q + g * width + i);
+    for (int p = 0; p < P; ++p) {
+      const Vec key = load(Number(), keys + (p * width + i) * Number::BYTES);
+      for (int g = 0; g < Q; ++g) total[p][g] = fma(key, asked[g], total[p][g]);
     }
-    for (int g = 0; g < Q; ++g) scores[g * stride + p] = sum(total[g]);
+  }
+  for (int p = 0; p < P; ++p) {
+    int g = 0;
+    for (; g + 4 <= Q; g += 4) {
+      float four[4];
+      sums(total[p][g], total[p][g + 1], total[p][g + 2], total[p][g + 3], four);
+      for (int i = 0; i < 4; ++i) scores[(g + i) * stride + p] = four[i];
+    }
+    for (; g < Q; ++g) scores[g * stride + p] = sum(total[p][g]);
   }
 }
 
-// out[g] = sum over p of scores[g][p] * values[p], for Q queries.
+// scores[g][p] = q[g] . keys[p] of all positions. Asks for their values on the way, row by row: weigh goes
+// through them in stretches of a row, which no processor foresees.
+template <class Number, int Q>
+inline void score(const Look& look, const float* q, int64_t stride, float* scores) {
+  constexpr int P = side_by_side(Q);
+  const int64_t row = look.width * Number::BYTES;
+  const uint8_t *keys = static_cast<const uint8_t*>(look.keys),
+                *values = static_cast<const uint8_t*>(look.values);
+  int64_t p = 0;
+  for (; p + P <= look.positions; p += P) {
+    for (int64_t i = 0; i < P * row; i += 64) PREFETCH(values + p * row + i, 2);
+    score_positions<Number, Q, P>(q, look.width, keys + p * row, stride, scores + p);
+  }
+  for (; p < look.positions; ++p)
+    score_positions<Number, Q, 1>(q, look.width, keys + p * row, stride, scores + p);
+}
+
+// out[g] = sum over p of scores[g][p] * values[p], for Q queries and S vectors of a head.
+template <class Number, int Q, int S>
+inline void weigh_vectors(const float* scores, int64_t stride, int64_t width, const uint8_t* values,
+                          int64_t positions, float* out) {
+  Vec total[Q][S];
+  for (int g = 0; g < Q; ++g)
+    for (int s = 0; s < S; ++s) total[g][s] = zero();
+  for (int64_t p = 0; p < positions; ++p, values += width * Number::BYTES) {
+    Vec value[S];
+    for (int s = 0; s < S; ++s) value[s] = load(Number(), values + s * WIDTH * Number::BYTES);
+    for (int g = 0; g < Q; ++g) {
+      const Vec weight = broadcast(scores[g * stride + p]);
+      for (int s = 0; s < S; ++s) total[g][s] = fma(weight, value[s], total[g][s]);
+    }
+  }
+  for (int g = 0; g < Q; ++g)
+    for (int s = 0; s < S; ++s) store(out + g * width + s * WIDTH, total[g][s]);
+}
+
 template <class Number, int Q>
 inline void weigh(const float* scores, int64_t stride, int64_t width, const uint8_t* values,
                   int64_t positions, float* out) {
-  constexpr int64_t SIDE = 2, STEP = SIDE * WIDTH;
-  for (int64_t i = 0; i < width; i += STEP) {
-    const int64_t side = width - i < STEP ? 1 : SIDE;
-    Vec total[Q][SIDE];
-    for (int g = 0; g < Q; ++g)
-      for (int64_t s = 0; s < SIDE; ++s) total[g][s] = zero();
-    const uint8_t* value = values + i * Number::BYTES;
-    for (int64_t p = 0; p < positions; ++p, value += width * Number::BYTES) {
-      Vec v[SIDE];
-      v[0] = load(Number(), value);
-      v[1] = side == SIDE ? load(Number(), value + WIDTH * Number::BYTES) : zero();
-      for (int g = 0; g < Q; ++g) {
-        const Vec weight = broadcast(scores[g * stride + p]);
-        for (int64_t s = 0; s < SIDE; ++s) total[g][s] = fma(weight, v[s], total[g][s]);
-      }
-    }
-    for (int g = 0; g < Q; ++g)
-      for (int64_t s = 0; s < side; ++s) store(out + g * width + i + s * WIDTH, total[g][s]);
-  }
+  constexpr int S = side_by_side(Q);
+  int64_t i = 0;
+  for (; i + S * WIDTH <= width; i += S * WIDTH)
+    weigh_vectors<Number, Q, S>(scores, stride, width, values + i * Number::BYTES, positions, out + i);
+  for (; i < width; i += WIDTH)
+    weigh_vectors<Number, Q, 1>(scores, stride, width, values + i * Number::BYTES, positions, out + i);
 }
 
 // scores[p] -> e to the (scores[p] - their largest); gives that and the sum. `scores` has room up to a
@@ -105,22 +143,24 @@ inline void weigh(const float* scores, int64_t stride, int64_t width, const uint
 inline void exponentials(float* scores, int64_t positions, float* largest, float* total) {
   int64_t end = positions;
   for (; end % WIDTH != 0; ++end) scores[end] = -INFINITY;
-  float most = scores[0];
-  for (int64_t p = 1; p < positions; ++p) most = scores[p] > most ? scores[p] : most;
+  Vec most = load(scores);
+  for (int64_t p = WIDTH; p < end; p += WIDTH) most = max(load(scores + p), most);
+  float each[WIDTH];
+  store(each, most);
+  *largest = each[0];
+  for (int64_t i = 1; i < WIDTH; ++i) *largest = each[i] > *largest ? each[i] : *largest;
   Vec all = zero();
   for (int64_t p = 0; p < end; p += WIDTH) {
-    const Vec e = exp(sub(load(scores + p), broadcast(most)));
+    const Vec e = exp(sub(load(scores + p), broadcast(*largest)));
     store(scores + p, e);
     all = add(all, e);
   }
-  *largest = most;
   *total = sum(all);
 }
 
 template <class Number, int Q>
 inline void attend_queries(const Look& look, int64_t g, float* scores, const Looked& out) {
-  score<Number, Q>(look.q + g * look.width, look.width, static_cast<const uint8_t*>(look.keys),
-                   look.positions, MOST_POSITIONS, scores);
+  score<Number, Q>(look, look.q + g * look.width, MOST_POSITIONS, scores);
   for (int i = 0; i < Q; ++i)
     exponentials(scores + i * MOST_POSITIONS, look.positions, out.largest + g + i, out.total + g + i);
   weigh<Number, Q>(scores, MOST_POSITIONS, look.width, static_cast<const uint8_t*>(look.values),
@@ -132,6 +172,8 @@ inline void attend_all(const Look& look, const Looked& out) {
   alignas(64) float scores[QUERIES * MOST_POSITIONS];
   int64_t g = 0;
   for (; g + QUERIES <= look.queries; g += QUERIES) attend_queries<Number, QUERIES>(look, g, scores, out);
+  for (; g + 4 <= look.queries; g += 4) attend_queries<Number, 4>(look, g, scores, out);
+  for (; g + 2 <= look.queries; g += 2) attend_queries<Number, 2>(look, g, scores, out);
   for (; g < look.queries; ++g) attend_queries<Number, 1>(look, g, scores, out);
 }
 

@@ -27,6 +27,17 @@ inline float sum(Vec a) {
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
 
+// out[0 .. 3] = sum of a, of b, of c, of d; each in the order of sum.
+inline void sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+  const Vec ab = add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  const Vec cd = add(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31));
+  // a and c in the lower half, b and d in the upper one
+  Vec all = add(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  all = add(all, _mm256_permute_ps(all, 0xb1));
+  const __m128 low = _mm256_castps256_ps128(all), high = _mm256_extractf128_ps(all, 1);
+  _mm_storeu_ps(out, _mm_permute_ps(_mm_shuffle_ps(low, high, 0x88), 0xd8));
+}
+
 inline Vec load(Float32, const uint8_t* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
 
 inline Vec load(BFloat16, const uint8_t* p) {

@@ -30,6 +30,16 @@ inline float sum(Vec a) {
   return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
 }
 
+// out[0 .. 3] = sum of a, of b, of c, of d; each in the order of sum.
+inline void sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+  const Vec ab = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  const Vec cd = add(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+  Vec all = add(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  all = add(all, _mm512_permute_ps(all, 0x4e));
+  all = add(all, _mm512_permute_ps(all, 0xb1));
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, all)));
+}
+
 inline Vec load(Float32, const uint8_t* p) { return _mm512_loadu_ps(p); }
 
 inline Vec load(BFloat16, const uint8_t* p) {

@@ -37,6 +37,11 @@ inline Vec exp2_whole(Vec a) { EACH(::ldexpf(1.0f, a.v[i] == a.v[i] ? static_cas
 
 inline float sum(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
 
+// out[0 .. 3] = sum of a, of b, of c, of d.
+inline void sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+  out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+}
+
 template <class T>
 inline Vec load(T, const uint8_t* p) {
   return {{T::load(p), T::load(p + T::BYTES), T::load(p + 2 * T::BYTES), T::load(p + 3 * T::BYTES)}};
