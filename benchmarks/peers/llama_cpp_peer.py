@@ -1,11 +1,12 @@
 """llama.cpp as a peer: loads a GGUF file and answers over the pipe (serve.py), by llama.cpp's C interface.
 
-Its defaults throughout, which are its best: weights repacked for this processor as they are loaded, fused
-attention, 512 prompt tokens in one forward; but every core, in prefill and decoding. With --n-cpu-moe N the
-model is on the GPU but for the experts of the first N layers, as llama.cpp's own option of this name has it
-(which is made of the overrides used here). With --mapped the file is used where it lies in the page cache,
-not repacked: repacked weights are a copy in memory, which a file larger than that has no room for. Runs in
-the environment that install.py makes.
+Its defaults throughout, which are its best behind some hundred tokens: weights repacked for this processor as
+they are loaded, fused attention, 512 prompt tokens in one forward; but every core, in prefill and decoding.
+Behind thousands it decodes faster on a CPU with fused attention switched off (docs/log.md). With --n-cpu-moe
+N the model is on the GPU but for the experts of the first N layers, as llama.cpp's own option of this name
+has it (which is made of the overrides used here). With --mapped the file is used where it lies in the page
+cache, not repacked: repacked weights are a copy in memory, which a file larger than that has no room for.
+Runs in the environment that install.py makes.
 
     python llama_cpp_peer.py FILE.gguf --context 1024 [--n-cpu-moe 12] [--mapped]
 """
