@@ -47,10 +47,10 @@ import moe_local
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import resolve
-from moe_local.offload.expert_file.convert import moe_local_home
 from moe_local.offload.options import ACTIVATIONS
 from moe_local.offload.plan import bandwidth
 from moe_local.offload.plan.bandwidth import Bandwidths, measure, ram_bandwidth
+from moe_local.offload.system.home import moe_local_home
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,16 +110,18 @@ def loaded(
 
 
 def started_peers(options: argparse.Namespace, configurations: Sequence[Configuration]) -> Iterator[Peer]:
-    """Each peer, llama.cpp once for each --n-cpu-moe. transformers gets of a GPU what our plan takes."""
+    """Each peer, llama.cpp once for each of its settings. transformers gets of a GPU what our plan takes."""
     made = options.made and options.made.checkpoint
     checkpoint = made or Checkpoint.open(resolve(options.model), options.model)
     plan = configurations[0].model.plan
     gpu = plan.request.vram is not None
     setup = Setup(options.context, vram=plan.used()["vram"] if gpu else None, random=options.random_peers)
     for name in options.peer:
-        for layers in options.n_cpu_moe if name == "llama.cpp" and gpu else [0]:
-            setup = dataclasses.replace(setup, n_cpu_moe=layers)
-            yield start(name, checkpoint.folder, checkpoint.fingerprint, setup)
+        llama_cpp = name == "llama.cpp"
+        for layers in options.n_cpu_moe if llama_cpp and gpu else [0]:
+            for attention in options.flash_attention if llama_cpp else ["auto"]:
+                setup = dataclasses.replace(setup, n_cpu_moe=layers, flash_attention=attention)
+                yield start(name, checkpoint.folder, checkpoint.fingerprint, setup)
 
 
 def measure_rounds(
@@ -277,6 +279,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[0],
         help="on a GPU, layers whose experts llama.cpp keeps in RAM; one peer each",
+    )
+    parser.add_argument(
+        "--flash-attention",
+        choices=("auto", "on", "off"),
+        nargs="+",
+        default=["auto"],
+        help="llama.cpp's attention, one peer each; default: auto",
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--slots", type=int, nargs="+", default=[None])

@@ -28,7 +28,7 @@ from gpu_figures import print_part, print_targets
 
 import moe_local
 from moe_local.cache.files import write_atomically
-from moe_local.offload.expert_file.convert import moe_local_home
+from moe_local.offload.system.home import moe_local_home
 
 HERE = Path(__file__).resolve().parent
 GRACE_S = 20

@@ -19,8 +19,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from moe_local.offload.expert_file.convert import moe_local_home
 from moe_local.offload.measure import synthetic
+from moe_local.offload.system.home import moe_local_home
 
 TOKENS = 64
 """Of each answer whose routes are recorded."""

@@ -22,6 +22,7 @@ from moe_local.cli.options import LOAD_FLAGS, debug_flag, json_flag, load_flags
 from moe_local.cli.plot import draw_picture
 from moe_local.cli.render import ProgressBar, on_stderr, print_json, show_cursor
 from moe_local.offload.options import LoadOptions
+from moe_local.offload.system.home import moe_local_home
 from moe_local.offload.system.interrupt import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -110,7 +111,6 @@ class _Measurement:
 
         The better one counts: the floor is what the hardware can, not what a busy moment left.
         """
-        from moe_local.offload.expert_file.convert import moe_local_home
         from moe_local.offload.measure.document import best
         from moe_local.offload.plan import bandwidth
         from moe_local.offload.tiers.slow_link import held

@@ -23,6 +23,7 @@ from moe_local.cli.options import Sampling, debug_flag, load_flags, sampling_fla
 from moe_local.cli.prompt import Messages, can_edit
 from moe_local.cli.render import ProgressBar, print_status, status_line
 from moe_local.offload.ranges import nth_seed
+from moe_local.offload.system.home import moe_local_home
 from moe_local.offload.thoughts import opens_thought
 
 if TYPE_CHECKING:
@@ -111,7 +112,6 @@ class Chat:
         if self._interactive:
             if can_edit():
                 from moe_local.cli.editor import Editor
-                from moe_local.offload.expert_file.convert import moe_local_home
 
                 self.editor = Editor(moe_local_home(), self._commands.words)
             print_status(f"{self.model.name}: /help lists the commands, Ctrl-D leaves.")

@@ -20,7 +20,7 @@ from moe_local.cli.parameters import DEFAULT, KINDS, settings, with_setting
 from moe_local.cli.prompt import QUOTES
 from moe_local.cli.render import on_stdout, prefetch_worth, print_fields
 from moe_local.offload.checkpoint.registry import ALIASES, DEMO
-from moe_local.offload.expert_file.convert import moe_local_home
+from moe_local.offload.system.home import moe_local_home
 
 if TYPE_CHECKING:
     from moe_local.cli.chat import Chat

@@ -10,6 +10,7 @@ import click
 
 from moe_local.cli.options import debug_flag, json_flag
 from moe_local.cli.render import on_stdout, print_json
+from moe_local.offload.system.home import moe_local_home
 
 if TYPE_CHECKING:
     from moe_local.offload.doctor.finding import Finding
@@ -40,7 +41,6 @@ def doctor(measure: bool, as_json: bool) -> None:
     from huggingface_hub import constants
 
     from moe_local.offload.doctor.check_up import check_up
-    from moe_local.offload.expert_file.convert import moe_local_home
 
     findings = []
     for finding in check_up(moe_local_home(), Path(constants.HF_HUB_CACHE), measure=measure):

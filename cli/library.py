@@ -13,8 +13,8 @@ from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.gguf_file import parts_of
 from moe_local.offload.checkpoint.hub import HubModel, cached_folder, locate
 from moe_local.offload.checkpoint.registry import ALIASES, DEMO, demo_folder
-from moe_local.offload.expert_file.convert import expert_file_folder, moe_local_home
 from moe_local.offload.expert_file.expert_file import ExpertFile
+from moe_local.offload.system.home import expert_file_folder, moe_local_home
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,7 @@ from moe_local.offload.allocation.intend import begun_for, finished_mix, intend
 from moe_local.offload.allocation.misses import MissCost
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.hub import resolve
-from moe_local.offload.expert_file.convert import (
-    convert_chosen,
-    convert_experts,
-    expert_file_folder,
-    moe_local_home,
-)
+from moe_local.offload.expert_file.convert import convert_chosen, convert_experts
 from moe_local.offload.expert_file.expert_file import MANIFEST, ExpertFile
 from moe_local.offload.expert_file.intent import Intent
 from moe_local.offload.expert_file.native import NativeExperts
@@ -29,6 +24,7 @@ from moe_local.offload.plan.placement import place
 from moe_local.offload.plan.plan import Plan
 from moe_local.offload.quantize.codec import NATIVE, Codec, codec_for
 from moe_local.offload.quantize.mix import AUTO, MIXED, Mix, is_mixed
+from moe_local.offload.system.home import expert_file_folder, moe_local_home
 from moe_local.offload.system.progress import Progress
 
 

@@ -29,7 +29,6 @@ from moe_local.offload.engine.graphs import CudaGraphs, Graphs
 from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.miss_trial import leave_misses_to_device, miss_mode
-from moe_local.offload.expert_file.convert import moe_local_home
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.experts import ExpertRunner, OffloadedExperts
@@ -57,6 +56,7 @@ from moe_local.offload.store.prefill import announcer
 from moe_local.offload.store.residents import can_reside
 from moe_local.offload.store.store import ExpertStore
 from moe_local.offload.store.uncounted import uncounted
+from moe_local.offload.system.home import moe_local_home
 from moe_local.offload.system.progress import Progress
 from moe_local.offload.tiers.device import Device
 from moe_local.offload.tiers.slow_link import cuda_device, held

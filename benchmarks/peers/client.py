@@ -16,7 +16,7 @@ from typing import Any
 from contenders import Answer, Contender, Weights
 from peers import install
 
-from moe_local.offload.expert_file.convert import moe_local_home
+from moe_local.offload.system.home import moe_local_home
 
 HERE = Path(__file__).resolve().parent
 PEERS = ("llama.cpp", "transformers")
@@ -83,6 +83,8 @@ class Setup:
     """Bytes of the GPU that transformers may fill; None: no peer uses a GPU."""
     n_cpu_moe: int = 0
     """On a GPU, layers whose experts llama.cpp keeps in RAM: what else there is must fit."""
+    flash_attention: str = "auto"
+    """As llama.cpp's own option: auto, on or off."""
     random: bool = False
     """Weights are made in the checkpoint's shapes, which need not have any."""
 
@@ -100,7 +102,8 @@ def start(name: str, folder: Path, fingerprint: str, setup: Setup) -> Peer:
     file = gguf_of(folder, fingerprint, random=setup.random)
     on_gpu = [] if setup.vram is None else ["--n-cpu-moe", str(setup.n_cpu_moe)]
     peer = str(HERE / "llama_cpp_peer.py")
-    return Peer([python, peer, str(file), "--context", str(setup.context), *on_gpu])
+    attention = ["--flash-attention", setup.flash_attention]
+    return Peer([python, peer, str(file), "--context", str(setup.context), *attention, *on_gpu])
 
 
 def gguf_of(folder: Path, fingerprint: str, *, random: bool = False) -> Path:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from moe_local.offload.expert_file.convert import moe_local_home
+from moe_local.offload.system.home import moe_local_home
 
 REQUIREMENTS = ("llama-cpp-python==0.3.36", "gguf==0.19.0")
 CMAKE_ARGS = "-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DMTMD_BUILD=OFF"

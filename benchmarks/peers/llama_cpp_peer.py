@@ -1,14 +1,14 @@
 """llama.cpp as a peer: loads a GGUF file and answers over the pipe (serve.py), by llama.cpp's C interface.
 
 Its defaults throughout, which are its best behind some hundred tokens: weights repacked for this processor as
-they are loaded, fused attention, 512 prompt tokens in one forward; but every core, in prefill and decoding.
-Behind thousands it decodes faster on a CPU with fused attention switched off (docs/log.md). With --n-cpu-moe
-N the model is on the GPU but for the experts of the first N layers, as llama.cpp's own option of this name
-has it (which is made of the overrides used here). With --mapped the file is used where it lies in the page
-cache, not repacked: repacked weights are a copy in memory, which a file larger than that has no room for.
-Runs in the environment that install.py makes.
+they are loaded, flash attention, 512 prompt tokens in one forward; but every core, in prefill and decoding.
+Behind thousands of tokens it decodes faster on a CPU with --flash-attention off (docs/log.md). With
+--n-cpu-moe N the model is on the GPU but for the experts of the first N layers, as llama.cpp's own option of
+this name has it (which is made of the overrides used here). With --mapped the file is used where it lies in
+the page cache, not repacked: repacked weights are a copy in memory, which a file larger than that has no room
+for. Runs in the environment that install.py makes.
 
-    python llama_cpp_peer.py FILE.gguf --context 1024 [--n-cpu-moe 12] [--mapped]
+    python llama_cpp_peer.py FILE.gguf --context 1024 [--flash-attention off] [--n-cpu-moe 12] [--mapped]
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ import gguf
 import llama_cpp as c
 from llama_cpp import _ggml
 from serve import Pipe
+
+FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
+"""llama_flash_attn_type, by the words of llama.cpp's own option."""
 
 
 class Override(ctypes.Structure):
@@ -44,7 +47,13 @@ class LlamaCpp:
     """One model and one sequence."""
 
     def __init__(
-        self, path: str, context: int, threads: int, n_cpu_moe: int | None, mapped: bool = False
+        self,
+        path: str,
+        context: int,
+        threads: int,
+        n_cpu_moe: int | None,
+        mapped: bool = False,
+        flash_attention: str = "auto",
     ) -> None:
         """`n_cpu_moe`: layers whose experts stay in RAM, all else on the GPU; None: no GPU is used."""
         c.llama_backend_init()
@@ -63,6 +72,7 @@ class LlamaCpp:
         params = c.llama_context_default_params()
         params.n_ctx = params.n_batch = context  # a prompt in one call, 512 tokens (n_ubatch) in one forward
         params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = FLASH_ATTENTION[flash_attention]
         self._context = c.llama_init_from_model(self._model, params)
         if not self._context:
             raise SystemExit(f"llama.cpp cannot make a context of {context} tokens")
@@ -107,10 +117,15 @@ def weights(path: str) -> dict[str, int]:
     return read
 
 
-def name(n_cpu_moe: int | None, mapped: bool) -> str:
-    if n_cpu_moe is not None:
-        return f"llama.cpp, n-cpu-moe {n_cpu_moe}"
-    return "llama.cpp, mapped" if mapped else "llama.cpp"
+def name(options: argparse.Namespace) -> str:
+    words = ["llama.cpp"]
+    if options.n_cpu_moe is not None:
+        words.append(f"n-cpu-moe {options.n_cpu_moe}")
+    if options.mapped:
+        words.append("mapped")
+    if options.flash_attention != "auto":
+        words.append(f"flash attention {options.flash_attention}")
+    return ", ".join(words)
 
 
 def main() -> None:
@@ -119,12 +134,15 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--n-cpu-moe", type=int, help="on the GPU, but for the experts of so many layers")
     parser.add_argument("--mapped", action="store_true", help="do not copy weights into memory")
+    parser.add_argument("--flash-attention", choices=FLASH_ATTENTION, default="auto")
     options = parser.parse_args()
     pipe = Pipe()
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    model = LlamaCpp(options.model, options.context, threads, options.n_cpu_moe, options.mapped)
+    model = LlamaCpp(
+        options.model, options.context, threads, options.n_cpu_moe, options.mapped, options.flash_attention
+    )
     hello = {
-        "name": name(options.n_cpu_moe, options.mapped),
+        "name": name(options),
         "version": f"llama-cpp-python {c.__version__}",
         "detail": c.llama_print_system_info().decode().strip(),
         "threads": threads,

@@ -19,9 +19,9 @@ from moe_local.offload.allocation.misses import MissCost
 from moe_local.offload.allocation.sensitivity import Sensitivity, unwritable
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.spec import ModelSpec
-from moe_local.offload.expert_file.convert import expert_file_folder, moe_local_home
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.quantize.mix import Mix, check_bits, even_mix, layout_of
+from moe_local.offload.system.home import expert_file_folder, moe_local_home
 from moe_local.offload.system.progress import Progress
 
 logger = logging.getLogger(__name__)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,7 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-import platformdirs
 import torch
 
 from moe_local.cache.errors import DoesNotFitError, ExpertFileError
@@ -59,18 +56,6 @@ class ExpertSource(Protocol):
 
         In `memory` as far as possible. Called in another thread than the rest.
         """
-
-
-def moe_local_home() -> Path:
-    """Where models and expert files are kept: the variable MOE_LOCAL_HOME, else the user's cache folder."""
-    home = os.environ.get("MOE_LOCAL_HOME")
-    return Path(home).expanduser() if home else platformdirs.user_cache_path("moe-local", appauthor=False)
-
-
-def expert_file_folder(home: Path, name: str, format: str, fingerprint: str) -> Path:
-    """Where the expert file of this model, format and checkpoint belongs below `home`."""
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "--", name)[-80:].strip("-.") or "model"
-    return home / "experts" / slug / f"{format.replace(':', '-')}-{fingerprint[:16]}"
 
 
 def convert_experts(

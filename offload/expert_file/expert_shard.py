@@ -22,6 +22,7 @@ from moe_local.cache.files import parse_json, sync_folder
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.quantize.layout import PAGE, Layout
 from moe_local.offload.system.direct_io import open_for_writing, page_memory, write_fully
+from moe_local.offload.system.home import moe_local_home
 
 VERSION = 1
 """Of shards and manifest together; raised when an older moe-local could not read what a newer one writes."""
@@ -208,7 +209,6 @@ def disk_errors(path: Path, nbytes: int = 0) -> Iterator[None]:
                 f"cannot write {path}{size}: {error.strerror}; "
                 "free some disk space and run it again, finished layers are kept"
             ) from error
-        from moe_local.offload.expert_file.convert import moe_local_home  # which builds on this module
 
         remedy = "choose another folder"
         if path.is_relative_to(moe_local_home()):

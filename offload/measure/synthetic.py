@@ -23,7 +23,6 @@ from moe_local.cache.files import nearest_folder, write_bytes_atomically
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.registry import demo_folder
 from moe_local.offload.checkpoint.spec import ModelSpec, experts_modules, meta_model, model_spec
-from moe_local.offload.expert_file.convert import moe_local_home
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.expert_file.expert_shard import ShardPlan, ShardWriter, disk_errors
 from moe_local.offload.measure.shapes import config_fields, published_layers
@@ -32,6 +31,7 @@ from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.quantize.nf4 import nf4_matrix
 from moe_local.offload.quantize.views import segment_view
 from moe_local.offload.system.direct_io import page_memory
+from moe_local.offload.system.home import moe_local_home
 from moe_local.offload.system.progress import Progress
 
 REVISION = "1"

@@ -12,11 +12,11 @@ from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.hub import cached_folder, config_of, locate, to_download
 from moe_local.offload.checkpoint.hub_download import MARGIN_BYTES, blobs_folder
 from moe_local.offload.checkpoint.spec import model_spec
-from moe_local.offload.expert_file.convert import expert_file_folder, moe_local_home
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan import bandwidth
 from moe_local.offload.plan.fit import plan_load
 from moe_local.offload.quantize.codec import NATIVE
+from moe_local.offload.system.home import expert_file_folder, moe_local_home
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from moe_local.offload.plan.nearest import nearest
 from moe_local.offload.plan.placement import place
 from moe_local.offload.plan.plan import Plan, Request, default_context
 from moe_local.offload.quantize.mix import AUTO
+from moe_local.offload.system.home import moe_local_home
 
 
 def fit(
@@ -41,7 +42,6 @@ def fit(
     whether it fits (`plan.fits`); raises OptionError and ModelNotFoundError.
     """
     from moe_local.offload.checkpoint.hub import config_of
-    from moe_local.offload.expert_file.convert import moe_local_home
 
     options = LoadOptions(
         vram=vram,  # type: ignore[arg-type]

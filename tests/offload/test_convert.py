@@ -22,8 +22,7 @@ from moe_local.cache.files import locked
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.shards import read_header
 from moe_local.offload.checkpoint.spec import model_spec
-from moe_local.offload.expert_file import convert
-from moe_local.offload.expert_file.convert import convert_experts, expert_file_folder, moe_local_home
+from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.expert_file.expert_file import MANIFEST, ExpertFile
 from moe_local.offload.expert_file.verify import find_damage
 from moe_local.offload.quantize.codec import codec_for
@@ -470,27 +469,3 @@ def test_a_source_that_hangs_before_it_begins(share):
         read_header(path)
     share.back()
     assert opened.fingerprint == fingerprint
-
-
-# --- where it lies
-
-
-def test_home(monkeypatch, tmp_path):
-    monkeypatch.setenv("MOE_LOCAL_HOME", str(tmp_path))
-    assert moe_local_home() == tmp_path
-    monkeypatch.setenv("MOE_LOCAL_HOME", "~/models")
-    assert moe_local_home() == Path.home() / "models"
-    monkeypatch.setenv("MOE_LOCAL_HOME", "")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert moe_local_home().name == "moe-local"
-    monkeypatch.delenv("MOE_LOCAL_HOME")
-    assert moe_local_home() == convert.platformdirs.user_cache_path("moe-local", appauthor=False)
-
-
-def test_folder_of_a_model():
-    home, fingerprint = Path("/home"), "0123456789abcdef0123456789abcdef"
-    folder = expert_file_folder(home, "mistralai/Mixtral-8x7B-Instruct-v0.1", "nf4", fingerprint)
-    assert folder == home / "experts" / "mistralai--Mixtral-8x7B-Instruct-v0.1" / "nf4-0123456789abcdef"
-    assert expert_file_folder(home, "../..", "nf4", fingerprint).parent == home / "experts" / "model"
-    assert expert_file_folder(home, "/data/my model/", "nf4", fingerprint).parent.name == "data--my--model"
-    assert len(expert_file_folder(home, "x" * 500, "nf4", fingerprint).parent.name) == 80

@@ -3,7 +3,7 @@ import random
 import pytest
 
 from moe_local.cache.errors import ExpertFileError, OptionError
-from moe_local.offload.expert_file.convert import convert_experts, expert_file_folder
+from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.expert_file.expert_file import ExpertFile
 from moe_local.offload.expert_file.verify import find_damage
 from moe_local.offload.quantize.codec import codecs
@@ -16,6 +16,7 @@ from moe_local.offload.quantize.mix import (
     is_mixed,
     uniform_bytes,
 )
+from moe_local.offload.system.home import expert_file_folder
 
 FORMATS = ("nf4", "int8", "bf16")
 
