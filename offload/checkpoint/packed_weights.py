@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.cache.files import parse_json
-from moe_local.offload.checkpoint.quantization import Quantization
+from moe_local.offload.checkpoint.quantization import (
+    AwqPacking,
+    CompressedTensorsPacking,
+    GptqPacking,
+    Packing,
+)
 from moe_local.offload.checkpoint.shards import Shards, StoredTensor
 from moe_local.offload.quantize.packed import Awq, BitsAndBytes4, Gptq, PackedDecoder, PackQuantized
 
@@ -28,12 +33,18 @@ class Packed(NamedTuple):
     decoder: PackedDecoder
 
 
-def find_packed(shards: Shards, quantization: Quantization) -> Iterator[Packed]:
+def find_packed(shards: Shards, packing: Packing) -> Iterator[Packed]:
     """Every packed weight of `shards`. Of bitsandbytes the small descriptions of them are read, else nothing.
 
     Raises CheckpointError, naming the tensor, for parts that are missing or do not go together.
     """
-    return FINDERS[quantization.method](shards, quantization)
+    if isinstance(packing, GptqPacking):
+        return _gptq(shards, packing)
+    if isinstance(packing, AwqPacking):
+        return _awq(shards, packing)
+    if isinstance(packing, CompressedTensorsPacking):
+        return _pack_quantized(shards, packing)
+    return _bitsandbytes(shards)
 
 
 class _Parts:
@@ -66,7 +77,7 @@ class _Parts:
         )
 
 
-def _bitsandbytes(shards: Shards, quantization: Quantization) -> Iterator[Packed]:
+def _bitsandbytes(shards: Shards) -> Iterator[Packed]:
     states = {key.partition(STATE)[0]: t for key, t in shards.tensors.items() if STATE in key}
     for state in states.values():
         if state.dtype != "U8" or state.nbytes > MOST_OF_A_STATE:
@@ -113,32 +124,32 @@ def _size(found: Any) -> int:
     return found
 
 
-def _gptq(shards: Shards, quantization: Quantization) -> Iterator[Packed]:
-    bits = quantization.bits
+def _gptq(shards: Shards, packing: GptqPacking) -> Iterator[Packed]:
+    bits = packing.bits
     for stem, words, parts in _each(shards, ".qweight"):
         columns, rows = words.shape[0] * 32 // bits, words.shape[1]
-        groups = _groups(words, columns, quantization.group, shards.remedy)
+        groups = _groups(words, columns, packing.group, shards.remedy)
         made = [words, parts.find(".qzeros", WORDS, (groups, rows * bits // 32))]
         made.append(parts.find(".scales", FLOATS, (groups, rows)))
-        if parts.perhaps(".g_idx") is not None or quantization.reordered:
+        if parts.perhaps(".g_idx") is not None or packing.reordered:
             made.append(parts.find(".g_idx", WORDS, (columns,)))
-        yield Packed(f"{stem}.weight", (rows, columns), tuple(made), Gptq(bits, quantization.less_one))
+        yield Packed(f"{stem}.weight", (rows, columns), tuple(made), Gptq(bits, packing.less_one))
 
 
-def _awq(shards: Shards, quantization: Quantization) -> Iterator[Packed]:
+def _awq(shards: Shards, packing: AwqPacking) -> Iterator[Packed]:
     for stem, words, parts in _each(shards, ".qweight"):
         columns, rows = words.shape[0], words.shape[1] * 8
-        groups = _groups(words, columns, quantization.group, shards.remedy)
+        groups = _groups(words, columns, packing.group, shards.remedy)
         zeros = parts.find(".qzeros", WORDS, (groups, rows // 8))
         scales = parts.find(".scales", FLOATS, (groups, rows))
         yield Packed(f"{stem}.weight", (rows, columns), (words, zeros, scales), Awq())
 
 
-def _pack_quantized(shards: Shards, quantization: Quantization) -> Iterator[Packed]:
-    bits = quantization.bits
+def _pack_quantized(shards: Shards, packing: CompressedTensorsPacking) -> Iterator[Packed]:
+    bits = packing.bits
     for stem, words, parts in _each(shards, ".weight_packed"):
         rows, columns = words.shape[0], words.shape[1] * 32 // bits
-        groups = _groups(words, columns, quantization.group, shards.remedy)
+        groups = _groups(words, columns, packing.group, shards.remedy)
         scale = parts.find(".weight_scale", FLOATS)
         if scale.shape not in ((rows, groups), (rows,) if groups == 1 else (), (1,), (1, 1)):
             raise parts.mismatch(scale, str([rows, groups]))
@@ -149,7 +160,7 @@ def _pack_quantized(shards: Shards, quantization: Quantization) -> Iterator[Pack
         if zeros is not None:
             shape = (-(-rows * bits // 32), groups) if zeros.dtype == "I32" else scale.shape
             made.append(parts.find(".weight_zero_point", ("I32", "I8"), shape))
-        elif quantization.zeros:
+        elif packing.zeros:
             parts.find(".weight_zero_point", ("I32", "I8"))
         order = parts.perhaps(".weight_g_idx")
         if order is not None:
@@ -181,11 +192,3 @@ def _groups(words: StoredTensor, columns: int, group: int, remedy: str) -> int:
             f"does not divide; {remedy}"
         )
     return columns // group
-
-
-FINDERS: Mapping[str, Callable[[Shards, Quantization], Iterator[Packed]]] = {
-    "bitsandbytes": _bitsandbytes,
-    "gptq": _gptq,
-    "awq": _awq,
-    "compressed-tensors": _pack_quantized,
-}

@@ -12,32 +12,59 @@ from moe_local.offload.quantize import fp8
 METHODS = ("fp8", "mxfp4", "bitsandbytes", "gptq", "awq", "compressed-tensors")
 """transformers' names of what can be read."""
 
-PACKED = ("bitsandbytes", "gptq", "awq", "compressed-tensors")
-"""Methods whose weights are decoded and encoded again, experts and dense ones alike."""
-
 WHOLE = 2**30
 """For the columns of a block: all that there are."""
 
 
 @dataclass(frozen=True, slots=True)
+class BitsAndBytesPacking:
+    """Everything else is said beside each weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class GptqPacking:
+    bits: int
+    """Of a number: 4 or 8."""
+    group: int
+    """Inputs that share a scale; -1: all."""
+    less_one: bool
+    """Whether zeros are stored minus one."""
+    reordered: bool
+    """Whether the file must say which group each input belongs to."""
+
+
+@dataclass(frozen=True, slots=True)
+class AwqPacking:
+    """Numbers of 4 bits."""
+
+    group: int
+    """Inputs that share a scale; -1: all."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedTensorsPacking:
+    bits: int
+    """Of a number: 4 or 8."""
+    group: int
+    """Inputs that share a scale; -1: all."""
+    zeros: bool
+    """Whether the file must have zero points."""
+
+
+Packing = BitsAndBytesPacking | GptqPacking | AwqPacking | CompressedTensorsPacking
+
+
+@dataclass(frozen=True, slots=True)
 class Quantization:
-    """`method` is "fp8" (in blocks, rows or whole tensors), "mxfp4" (gpt-oss's experts) or of PACKED."""
+    """What the publisher did to the weights: `method` is one of METHODS."""
 
     method: str
-    block: tuple[int, int] | None
-    """Rows and columns that share a scale in FP8; None: each tensor has one scale."""
     experts: str
     """Format of the routed experts: "fp8", "mxfp4", or the method where no kernel reads them in place."""
-    bits: int = 4
-    """Of a packed number."""
-    group: int = -1
-    """Inputs that share a scale, of GPTQ, AWQ and compressed-tensors; -1: all."""
-    less_one: bool = False
-    """Whether GPTQ's zeros are stored minus one."""
-    zeros: bool = False
-    """Whether compressed-tensors must have zero points."""
-    reordered: bool = False
-    """Whether GPTQ must say which group each input is of."""
+    block: tuple[int, int] | None = None
+    """Rows and columns that share a scale in FP8; None: each tensor has one scale."""
+    packing: Packing | None = None
+    """Of weights that are decoded and encoded again, experts and dense ones alike; None: FP8 and MXFP4."""
 
     @classmethod
     def of(cls, config: Any) -> Quantization | None:
@@ -58,7 +85,7 @@ class Quantization:
                 "use the model's bf16 or fp16 checkpoint"
             )
         if method == "mxfp4":
-            return cls(method, None, "mxfp4")
+            return cls(method, "mxfp4")
         if method == "bitsandbytes":
             return _bitsandbytes(settings)
         if method == "gptq":
@@ -71,7 +98,7 @@ class Quantization:
         if block is not None and not _is_block(block):
             raise CheckpointError(f"weight_block_size {block!r} is not two numbers from 1 up")
         experts = "mxfp4" if settings.get("expert_dtype") == "fp4" else "fp8"
-        return cls(method, None if block is None else (block[0], block[1]), experts)
+        return cls(method, experts, None if block is None else (block[0], block[1]))
 
 
 def _bitsandbytes(settings: Mapping[str, Any]) -> Quantization:
@@ -79,7 +106,7 @@ def _bitsandbytes(settings: Mapping[str, Any]) -> Quantization:
         raise _refused("bitsandbytes", "load_in_4bit", settings.get("load_in_4bit"), "true")
     _one_of("bitsandbytes", settings, "bnb_4bit_quant_type", ("fp4", "nf4"), "fp4")
     _one_of("bitsandbytes", settings, "bnb_4bit_quant_storage", ("uint8",), "uint8")
-    return Quantization("bitsandbytes", None, "bitsandbytes")
+    return Quantization("bitsandbytes", "bitsandbytes", packing=BitsAndBytesPacking())
 
 
 def _gptq(settings: Mapping[str, Any]) -> Quantization:
@@ -92,7 +119,8 @@ def _gptq(settings: Mapping[str, Any]) -> Quantization:
         if not str(name).startswith("-:") and changed:
             raise _refused("gptq", "dynamic", name, "modules that are left out (-:)")
     group, reordered = _group("gptq", settings), bool(settings.get("desc_act"))
-    return Quantization("gptq", None, "gptq", bits, group, form == "gptq", reordered=reordered)
+    packing = GptqPacking(bits, group, less_one=form == "gptq", reordered=reordered)
+    return Quantization("gptq", "gptq", packing=packing)
 
 
 def _awq(settings: Mapping[str, Any]) -> Quantization:
@@ -102,7 +130,7 @@ def _awq(settings: Mapping[str, Any]) -> Quantization:
     _one_of("awq", settings, name, (4,), 4)
     _one_of("awq", settings, "zero_point", (True,), True)
     name = "q_group_size" if "q_group_size" in settings else "group_size"
-    return Quantization("awq", None, "awq", group=_group("awq", settings, name))
+    return Quantization("awq", "awq", packing=AwqPacking(_group("awq", settings, name)))
 
 
 def _compressed_tensors(settings: Mapping[str, Any]) -> Quantization:
@@ -125,14 +153,15 @@ def _compressed_tensors(settings: Mapping[str, Any]) -> Quantization:
         bits = _one_of(method, first, "num_bits", (4, 8))
         strategy = _one_of(method, first, "strategy", ("group", "channel", "tensor"), "group")
         group = _group(method, first) if strategy == "group" else -1
-        return Quantization(method, None, method, bits, group, zeros=first.get("symmetric") is False)
+        packing = CompressedTensorsPacking(bits, group, zeros=first.get("symmetric") is False)
+        return Quantization(method, method, packing=packing)
     _one_of(method, first, "type", ("float",))
     _one_of(method, first, "num_bits", (8,))
     strategy = _one_of(method, first, "strategy", ("tensor", "channel", "block"))
     block = first.get("block_structure") if strategy == "block" else (1, WHOLE)
     if not _is_block(block):
         raise CheckpointError(f"block_structure {block!r} is not two numbers from 1 up")
-    return Quantization("fp8", None if strategy == "tensor" else (block[0], block[1]), "fp8")
+    return Quantization("fp8", "fp8", None if strategy == "tensor" else (block[0], block[1]))
 
 
 def _one_of(

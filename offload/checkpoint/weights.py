@@ -9,7 +9,7 @@ import torch
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.checkpoint.packed_weights import STATE, find_packed
-from moe_local.offload.checkpoint.quantization import PACKED, WHOLE, Quantization
+from moe_local.offload.checkpoint.quantization import WHOLE, Quantization
 from moe_local.offload.checkpoint.shards import Shards, StoredTensor
 from moe_local.offload.quantize import fp8, gguf, mxfp4
 from moe_local.offload.quantize.packed import PackedDecoder
@@ -93,11 +93,11 @@ def find_weights(shards: Shards, quantization: Quantization | None) -> dict[str,
     tensors, remedy = shards.tensors, shards.remedy
     if quantization is None:
         return {key: _plain(tensor) for key, tensor in tensors.items()}
-    if quantization.method in PACKED:
+    if quantization.packing is not None:
         method = quantization.method
         weights = {
             packed.key: Weight(packed.key, packed.shape, packed.parts, method, decoder=packed.decoder)
-            for packed in find_packed(shards, quantization)
+            for packed in find_packed(shards, quantization.packing)
         }
     elif quantization.method == "fp8":
         weights = dict(_fp8(tensors, quantization, remedy))

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 import moe_local
@@ -160,6 +161,11 @@ def server(serving: Serving, model: moe_local.Model) -> Iterator[Running]:
     with serving(origins=("https://page.example",)) as running:
         yield running
     model.check_integrity()
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
 
 
 @pytest.fixture(scope="session")

@@ -20,11 +20,6 @@ TOLERANCE = 1e-3
 """How far sums in another order may be apart, as of rows that are computed beside others."""
 
 
-@pytest.fixture(scope="module")
-def client(server: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
-
-
 def check(entries: Any, output: Any, known: TokenBytes, count: int) -> None:
     """What a client reads against what Python says of the same answer."""
     assert len(entries) == len(output.token_ids)

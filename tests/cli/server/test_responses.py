@@ -37,11 +37,6 @@ class Verdict(pydantic.BaseModel):
     sure: bool
 
 
-@pytest.fixture(scope="module")
-def client(server: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
-
-
 def ask(server: Any, **body: Any) -> dict[str, Any]:
     """A whole response; of the openai package's type to the last field."""
     reply = server.http.post(f"{server.url}/v1/responses", json=body)

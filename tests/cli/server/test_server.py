@@ -23,11 +23,6 @@ QUESTION: list[Any] = [{"role": "user", "content": "What is a router?"}]
 
 
 @pytest.fixture(scope="module")
-def client(server: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
-
-
-@pytest.fixture(scope="module")
 def expected(model: moe_local.Model, server: Any) -> str:
     """The greedy answer, as Python gives it."""
     return model.generate(QUESTION, max_new_tokens=40, do_sample=False).text

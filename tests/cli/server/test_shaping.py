@@ -33,11 +33,6 @@ class Verdict(pydantic.BaseModel):
     sure: bool
 
 
-@pytest.fixture(scope="module")
-def client(server: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
-
-
 def test_an_answer_that_is_parsed_into_a_class(client: openai.OpenAI) -> None:
     answer = client.chat.completions.parse(
         model="demo", messages=QUESTION, response_format=Verdict, max_tokens=200, n=2, temperature=1, seed=0
