@@ -267,7 +267,8 @@ def _show(model: str, report: Report) -> None:
     if report.damage:
         state = f"{_count(report)} damaged" + (", repaired" if report.repaired else "")
     elif report.total:
-        state = f"all {report.total} {_unit(report)}s are whole"
+        unit = _unit(report)
+        state = f"all {report.total} {unit}s are whole" if report.total > 1 else f"its {unit} is whole"
         state += f" ({report.note})" if report.note else ""
     else:
         state = report.note

@@ -129,7 +129,7 @@ def latent_attention(
     (batch, heads, queries, width), plain = query.shape, module.qk_nope_head_dim
     matrix = _matrix(module.kv_b_proj, query.dtype).view(heads, -1, module.kv_lora_rank)
     into = _by_head(query[..., :plain], matrix[:, :plain])
-    positions, latents = key[:, 0], value[:, 0]
+    positions, latents = _factor(key[:, 0]), _factor(value[:, 0])
     scores = _products(into.flatten(1, 2), latents.transpose(1, 2))
     scores += _products(query[..., plain:].flatten(1, 2), positions.transpose(1, 2))
     scores *= width**-0.5 if scaling is None else scaling
@@ -145,10 +145,15 @@ def latent_attention(
     return _by_head(answer, matrix[:, plain:].transpose(1, 2)).transpose(1, 2).contiguous(), None
 
 
+def _factor(y: torch.Tensor) -> torch.Tensor:
+    """`y` as `_products` multiplies with it: as it is on a GPU, in fp32 elsewhere."""
+    return y if y.is_cuda else y.float()
+
+
 def _products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """x [B, M, K] times y [B, K, N], in y's type, added up and returned in fp32."""
-    if not y.is_cuda or y.dtype == torch.float32:
-        return x.float() @ y.float()
+    if y.dtype == torch.float32:
+        return x.float() @ y
     return torch.bmm(x.to(y.dtype), y, out_dtype=torch.float32)  # without a copy of y
 
 
