@@ -1,1 +1,1 @@
-"""The C++ library: sources in src/, compiled at install where there is a compiler, and how it is called."""
+"""The C++ library: its sources (src/), compiled at install if there is a compiler, and its interface."""

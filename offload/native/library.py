@@ -1,4 +1,4 @@
-"""The C++ library by ctypes: its structures and functions as moe_native.h declares them."""
+"""The C++ library through ctypes: its structures and functions, as moe_native.h declares them."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class Convolution(Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None where it was not compiled, which is said once."""
+    """The library, or None if it was not compiled or cannot be loaded, which is logged once."""
     found = sorted(_FOLDER.glob("_native.*"))
     path = next((file for file in found if file.suffix in (".so", ".dll")), None)
     if path is None:
@@ -172,7 +172,7 @@ def _do_without(why: str, remedy: str) -> None:
 
 
 def check(status: int) -> None:
-    """Raises MoeLocalError for what a function of the library returned, unless it is zero."""
+    """Raises MoeLocalError unless `status`, which a function of the library returned, is zero."""
     if status:
         raise MoeLocalError(f"the C++ kernel failed: {_ERRORS.get(status, status)}")
 

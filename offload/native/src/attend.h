@@ -1,6 +1,6 @@
-// What stands around the matrices of attention, on the vectors of one instruction set: numbers to floats and
-// back, root mean square norms, and one token's look at earlier ones. Included in every instruction set's
-// unit.
+// The steps of attention between its matrix products, written with the vector type of one instruction set:
+// conversion between dtypes and floats, RMS norms, and the attention of one token's queries to keys and
+// values. Included in every instruction set's translation unit (isa_*.cpp).
 
 template <class Number>
 inline void widen_all(const uint8_t* numbers, int64_t count, float* out) {
@@ -59,10 +59,11 @@ void norm(int32_t dtype, const void* weight, bool shifted, float epsilon, int64_
 }
 
 constexpr int ACCUMULATORS =
-    WIDTH >= 16 ? 16 : 8;                  // vectors of sums; keys, values and queries want some, too
-constexpr int QUERIES = ACCUMULATORS / 2;  // most that share one reading of keys and values
+    WIDTH >= 16 ? 16 : 8;  // accumulator vectors; the other registers hold keys, values and queries
+constexpr int QUERIES = ACCUMULATORS / 2;  // most queries that share one pass over keys and values
 
-// So many positions at a time, or stretches of a head: every query has a vector of sums for each.
+// How many positions (in score) or vectors of a head's width (in weigh) are processed together: each of them
+// needs one accumulator per query.
 constexpr int side_by_side(int queries) { return queries > ACCUMULATORS / 4 ? ACCUMULATORS / queries : 4; }
 
 // scores[g][p] = q[g] . keys[p], for Q queries and P positions.
@@ -91,8 +92,8 @@ inline void score_positions(const float* q, int64_t width, const uint8_t* keys, 
   }
 }
 
-// scores[g][p] = q[g] . keys[p] of all positions. Asks for their values on the way, row by row: weigh goes
-// through them in stretches of a row, which no processor foresees.
+// scores[g][p] = q[g] . keys[p] for all positions. Also prefetches the values of these positions, row by row:
+// weigh reads them in pieces of a row, a pattern that no hardware prefetcher recognizes.
 template <class Number, int Q>
 inline void score(const Look& look, const float* q, int64_t stride, float* scores) {
   constexpr int P = side_by_side(Q);
@@ -108,7 +109,7 @@ inline void score(const Look& look, const float* q, int64_t stride, float* score
     score_positions<Number, Q, 1>(q, look.width, keys + p * row, stride, scores + p);
 }
 
-// out[g] = sum over p of scores[g][p] * values[p], for Q queries and S vectors of a head.
+// out[g] = sum over p of scores[g][p] * values[p], for Q queries and S vectors of a head's width.
 template <class Number, int Q, int S>
 inline void weigh_vectors(const float* scores, int64_t stride, int64_t width, const uint8_t* values,
                           int64_t positions, float* out) {
@@ -138,8 +139,8 @@ inline void weigh(const float* scores, int64_t stride, int64_t width, const uint
     weigh_vectors<Number, Q, 1>(scores, stride, width, values + i * Number::BYTES, positions, out + i);
 }
 
-// scores[p] -> e to the (scores[p] - their largest); gives that and the sum. `scores` has room up to a
-// multiple of WIDTH.
+// Replaces scores[p] by e^(scores[p] - largest) and returns the largest score and the sum of the
+// exponentials. `scores` must have room for `positions` rounded up to a multiple of WIDTH.
 inline void exponentials(float* scores, int64_t positions, float* largest, float* total) {
   int64_t end = positions;
   for (; end % WIDTH != 0; ++end) scores[end] = -INFINITY;

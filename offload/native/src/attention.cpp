@@ -1,4 +1,4 @@
-// One token through attention in one call, alone or with the norms and the sum around it.
+// Attention of one token in one call, either alone or with the layer's norms and the residual sum around it.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -10,27 +10,27 @@
 
 namespace {
 
-// One token on its way through the phases.
+// One call, as its phases share it.
 struct AttentionCall {
   const Attention* a;
-  const Layer* layer;  // whose attention it is, or null
+  const Layer* layer;  // the layer around the attention, or null
   const void* x;
   const Sequence* sequence;
   void* y;
-  void* inner;  // [D], where there is a layer
+  void* inner;  // [D], output of the layer's norms; null without a layer
   int32_t activations;
-  const float* cos;  // [rotated, or half]
+  const float* cos;  // [rotated, or rotated / 2 if a->shared]
   const float* sin;
-  float* floats;  // [max(D, heads * width)], x, then the attended heads
-  float* asked;   // [heads, width or, where gated, twice that], what q's matrix gives
+  float* floats;  // [max(D, heads * width)], x as floats, then the heads' outputs
+  float* asked;   // [heads, width, or 2 * width if gated], output of q's matrix
   float* q;       // [heads, width]
   float* k;       // [kv_heads, width]
   float* v;       // [kv_heads, width]
   float* out;     // [D]
-  Prepared in;    // x, as q, k and v want it
+  Prepared in;    // x, prepared for the matrices q, k and v
   Prepared attended;
   int64_t q_chunks, k_chunks;
-  int64_t looks;   // stretches of positions; each is looked at for each head of keys
+  int64_t looks;   // pieces of MOST_POSITIONS positions; each is one chunk of work per KV head
   float* largest;  // [looks, heads]
   float* total;    // [looks, heads]
   float* sums;     // [looks, heads, width]
@@ -59,7 +59,7 @@ struct AttentionCall {
     kernels().prepare(a->q.format, activations, tiled(1), floats, a->q.cols, in);
   }
 
-  // values [D] become their norm, which is rounded into inner.
+  // Normalizes values [D] in place and writes them to inner, rounded to the dtype.
   void norm(const Norm& norm, float* values) const {
     kernels().norm(a->dtype, norm.weight, norm.shifted != 0, norm.epsilon, a->q.cols, values);
     kernels().narrow(a->dtype, values, a->q.cols, inner);
@@ -86,7 +86,8 @@ struct AttentionCall {
       multiply(a->v, activations, &in, 1, chunk - q_chunks - k_chunks, &v);
   }
 
-  // Makes the queries of a head of keys ready and writes its key and value.
+  // Normalizes, rotates and scales the queries that share one KV head, and writes that head's key and value
+  // to the sequence.
   void rotate_head(int64_t head) {
     const int64_t width = a->width;
     for (int64_t g = head * group(); g < (head + 1) * group(); ++g) {
@@ -130,7 +131,8 @@ struct AttentionCall {
     kernels().attend(a->dtype, look, {largest + result, total + result, sums + result * width});
   }
 
-  // The looks of each head together, and all heads as o wants them.
+  // Merges the partial softmax results of each head over all pieces, and prepares the heads' outputs for the
+  // matrix o.
   void gather_looks() {
     const int64_t width = a->width;
     float sinks[1];
@@ -249,7 +251,7 @@ int32_t moe_layer(const Layer* layer, const Router* router, const void* x, const
   const int32_t status = moe_route(router->matrix, inner, a->dtype, router->top_k, router->normalized,
                                    logits.data(), weights, ids);
   if (status != OK || router->dtype == FLOAT32) return status;
-  kernels().narrow(router->dtype, weights, router->top_k, logits.data());  // top_k is at most the rows
+  kernels().narrow(router->dtype, weights, router->top_k, logits.data());  // logits has room: top_k <= rows
   kernels().widen(router->dtype, logits.data(), router->top_k, weights);
   return OK;
 } catch (const std::bad_alloc&) {

@@ -19,10 +19,10 @@ inline __m256i levels(__m256 x) {
   return _mm256_sub_epi32(level, _mm256_castps_si256(_mm256_cmp_ps(x, bound, _CMP_GT_OQ)));
 }
 
-// 32 levels -> 16 words, each 16 times the earlier of two levels plus the later.
+// 32 levels -> 16 words of 16 bits, one for each pair of levels: 16 * earlier + later.
 inline __m256i pairs(const __m256i* level) {
   const __m256i words = _mm256_packs_epi32(level[0], level[1]), more = _mm256_packs_epi32(level[2], level[3]);
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing took halves of each in turn
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undoes the packs' interleaving
   const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words, more), order);
   return _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(1 << 8 | 16));
 }

@@ -1,5 +1,4 @@
-// INT8 rows of whole blocks of 64 columns.
-// Included in the AVX2 unit.
+// Products with INT8 matrices whose rows are whole blocks of 64 columns. Included in isa_avx2.cpp.
 
 inline __m256 eight_floats(const int8_t* q) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q))));
@@ -70,7 +69,7 @@ struct Int8Rounded {
       const __m256i size_one = _mm256_abs_epi8(one), size_two = _mm256_abs_epi8(two);
       for (int t = 0; t < T; ++t) {
         const __m256i* in = static_cast<const __m256i*>(x[t].q) + 2 * (s.done + b);
-        // Signs move from the weights to the activations: the instruction takes unsigned times signed.
+        // maddubs multiplies unsigned by signed bytes, so the weights' signs are moved to the activations.
         const __m256i a = _mm256_maddubs_epi16(size_one, _mm256_sign_epi8(_mm256_loadu_si256(in), one));
         const __m256i c = _mm256_maddubs_epi16(size_two, _mm256_sign_epi8(_mm256_loadu_si256(in + 1), two));
         const __m256i dot = _mm256_add_epi32(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(c, ones));

@@ -1,6 +1,6 @@
-// Q3 and Q2, eight blocks at a time. Included in the AVX2 unit.
+// Products with Q3 and Q2 matrices, eight blocks at a time, one in each lane. Included in isa_avx2.cpp.
 
-// Eight blocks' words of a plane, zeros past the row's end.
+// The words of eight blocks in one plane, with zeros past the row's end.
 inline __m256i low_words(const uint8_t* p, int64_t left) {
   if (left >= 8) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -8,7 +8,7 @@ inline __m256i low_words(const uint8_t* p, int64_t left) {
   return _mm256_maskload_epi32(reinterpret_cast<const int*>(p), there);
 }
 
-// Eight blocks' steps and zeros.
+// The steps and zeros of eight blocks, decoded from their scale bytes.
 template <class F>
 struct LowScales {
   __m256 step, zero;
@@ -28,7 +28,8 @@ struct LowScales {
   }
 };
 
-// A table for lookups by the low three bits of a lane.
+// The levels as a table for vpermps, which looks up by the low three bits of a lane; Q2's four levels are
+// repeated.
 template <class F>
 inline __m256 low_levels() {
   alignas(32) float table[8];
@@ -36,7 +37,7 @@ inline __m256 low_levels() {
   return _mm256_load_ps(table);
 }
 
-// The third bits of step `bit` at bit 2 of their bytes.
+// Shifts the word of third bits so that bit `bit` of each byte comes to bit 2.
 inline __m256i third_bits(__m256i word, int bit) {
   return bit < 2 ? _mm256_slli_epi32(word, 2 - bit) : _mm256_srli_epi32(word, bit - 2);
 }
@@ -69,7 +70,7 @@ void decode_low(const Matrix& m, const float*, int64_t row, int64_t first, int64
   decode_low_slowly<F>(m, row, first + whole, count - whole, out + whole);
 }
 
-// The words of eight blocks of R rows, step by step.
+// The words of eight blocks in each of R rows, decoded in steps.
 template <class F, int R>
 class LowWords {
  public:
@@ -83,7 +84,7 @@ class LowWords {
     }
   }
 
-  // Codes 4 b + i of each word j in its bytes b.
+  // Byte b of each lane becomes code 4 b + i of that lane's word j.
   template <int j, int i>
   __m256i bytes(int r) const {
     const __m256i two = _mm256_set1_epi32(0x03030303), four = _mm256_set1_epi32(0x04040404);
@@ -94,7 +95,7 @@ class LowWords {
       return _mm256_or_si256(codes, _mm256_and_si256(third_bits(word_[r][2], third_bit(16 * j + i)), four));
   }
 
-  // The first words, and those by a code to the right.
+  // The first words; shift() moves them right by one code (two bits).
   __m256i word(int r) const { return word_[r][0]; }
   void shift(int r) { word_[r][0] = _mm256_srli_epi32(word_[r][0], 2); }
 
@@ -108,7 +109,7 @@ struct LowFloats {
   static constexpr int ROWS = 2;
   const __m256 table = low_levels<F>();
 
-  LowFloats() {}  // written out, since a compiler's own would lack the unit's instructions
+  LowFloats() {}  // written out: a compiler-generated one would not be compiled for this unit's instructions
 
   template <int R, int T>
   void add(const uint8_t* q, int64_t stride, const uint8_t* scales, int64_t blocks, int64_t b,
@@ -121,7 +122,7 @@ struct LowFloats {
     if constexpr (F::PLANES == 1) {
       for (int k = 0; k < 16; ++k) {
         for (int r = 0; r < R; ++r) {
-          const Vec w = _mm256_permutevar8x32_ps(table, words.word(r));  // heeds the lowest three bits
+          const Vec w = _mm256_permutevar8x32_ps(table, words.word(r));  // uses the lowest three bits
           words.shift(r);
           for (int t = 0; t < T; ++t)
             sums[r][t][k % 2] = fma(w, load(x[t].values + start + 8 * k), sums[r][t][k % 2]);
@@ -153,7 +154,7 @@ struct LowFloats {
   }
 };
 
-// Levels of codes in bytes.
+// Looks up the levels of codes that lie in bytes.
 template <class F>
 struct LowBytes {
   __m256i table;
@@ -165,18 +166,20 @@ struct LowBytes {
   }
 
   __m256i levels(__m256i codes) const {
-    return F::PLANES == 1 ? codes : _mm256_shuffle_epi8(table, codes);  // two bits are their own levels
+    return F::PLANES == 1 ? codes : _mm256_shuffle_epi8(table, codes);  // Q2's levels equal its codes
   }
 };
 
-// The whole numbers of products of eight blocks, dot, become part of a token's sum.
+// Adds the integer dot products of eight blocks, `dot`, to a token's sums, after applying the zeros and
+// scales.
 template <class F>
 inline Vec add_low(__m256i dot, const LowScales<F>& scale, const Prepared& x, int64_t b, Vec total) {
   const Vec whole = _mm256_fnmadd_ps(scale.zero, load(x.sums + b), _mm256_cvtepi32_ps(dot));
   return fma(_mm256_mul_ps(scale.step, load(x.scales + b)), whole, total);
 }
 
-// Odd bytes are multiplied where they stand, as 256 times themselves: 16 * 16 * 256 * 32767 < 2^31.
+// Odd bytes are not shifted down, so they count as 256 times themselves, and so does their sum. It fits a
+// lane: 16 * 16 * 256 * 32767 < 2^31.
 template <class F>
 struct LowRounded16 {
   using Form = F;

@@ -1,8 +1,8 @@
-// MXFP4 rows of whole blocks of 64. As NF4's, but for the halves of a byte, which have their weights the
-// other way round, and for a scale of its own in each half of a vector. Included in the AVX2 unit, after
-// avx2_nf4.h.
+// Products with MXFP4 matrices whose rows are whole blocks of 64 columns. They work like those in avx2_nf4.h,
+// with two differences: the low half of a byte is the earlier weight, and each half of a vector has a scale
+// of its own. Included in isa_avx2.cpp, after avx2_nf4.h.
 
-// Scales of `count` blocks of 64 columns, two each, from `block` on.
+// The scales of `count` blocks of 64 columns, two per block, starting with `block`.
 inline void micro_scales(const Matrix& m, int64_t block, int64_t count, float* out) {
   const uint8_t* codes = static_cast<const uint8_t*>(m.scales) + 2 * block;
   int64_t i = 0;
@@ -14,7 +14,7 @@ inline void micro_scales(const Matrix& m, int64_t block, int64_t count, float* o
   for (; i < 2 * count; ++i) out[i] = power_of_two(codes[i]);
 }
 
-// Two numbers, each on a half.
+// Broadcasts each of two numbers to one half of a vector.
 inline __m256 on_halves(const float* two) {
   return _mm256_set_m128(_mm_broadcast_ss(two + 1), _mm_broadcast_ss(two));
 }
@@ -25,7 +25,7 @@ inline Planes micro_planes() {
   return level_planes(table);
 }
 
-// A block's 64 numbers in ORDER.
+// A block's 64 numbers, in the order of ORDER.floats.
 inline void block_numbers(const uint8_t* q, const Planes& planes, __m256* out) {
   const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)), low = _mm256_set1_epi8(15);
   levels(_mm256_and_si256(bytes, low), planes, out);
@@ -84,12 +84,12 @@ struct MXFP4Floats {
   float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]); }
 };
 
-// A table of E2M1's whole numbers, by bytes.
+// The integers of E2M1 (see micro.h) as a table of bytes for pshufb.
 inline __m256i whole_numbers() {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(E2M1)));
 }
 
-// Activations of sixteen bits; 8 products of 12 and 32767 are far below 31 bits.
+// 16-bit activations. A lane adds up 8 products of at most 12 * 32767, far below 2^31.
 template <int T>
 struct MXFP4Rounded16 {
   static constexpr int64_t INPUT_BYTES = 2;
@@ -132,7 +132,7 @@ struct MXFP4Rounded16 {
   float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]) / E2M1_UNIT; }
 };
 
-// Activations of eight bits; 4 products of 12 and 127 fit fifteen.
+// 8-bit activations. A 16-bit lane adds up 4 products of at most 12 * 127, which fit.
 template <int T>
 struct MXFP4Rounded8 {
   static constexpr int64_t INPUT_BYTES = 1;
@@ -159,7 +159,7 @@ struct MXFP4Rounded8 {
       const __m256 scale = on_halves(scales + 2 * b);
       for (int t = 0; t < T; ++t) {
         const __m256i* in = static_cast<const __m256i*>(x[t].q) + 2 * (s.done + b);
-        // Signs move from the weights to the activations: the instruction takes unsigned times signed.
+        // maddubs multiplies unsigned by signed bytes, so the weights' signs are moved to the activations.
         const __m256i pairs = _mm256_add_epi16(
             _mm256_maddubs_epi16(even_size, _mm256_sign_epi8(_mm256_loadu_si256(in), even)),
             _mm256_maddubs_epi16(odd_size, _mm256_sign_epi8(_mm256_loadu_si256(in + 1), odd)));

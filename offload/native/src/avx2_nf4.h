@@ -1,7 +1,7 @@
-// NF4 rows of whole blocks. A block is 32 bytes: weight 2j in the high half of byte j, weight 2j + 1 in its
-// low half. Included in the AVX2 unit.
+// Products with NF4 matrices whose rows are whole blocks. A block is 32 bytes: weight 2j in the high half of
+// byte j, weight 2j + 1 in its low half. Included in isa_avx2.cpp.
 
-// The levels' floats byte by byte, as tables for pshufb: plane p has their bytes p.
+// The 16 levels as floats, split by bytes into tables for pshufb: plane p holds byte p of each float.
 struct Planes {
   __m256i plane[4];
 };
@@ -16,9 +16,9 @@ inline Planes level_planes(const float* table = LEVELS) {
   return planes;
 }
 
-// 32 nibbles -> the levels' floats in four vectors: the bytes of each float come together by interleaving
-// planes, and the four are the even and the odd numbers of bytes 0-7 | 16-23, then those of bytes 8-15 |
-// 24-31.
+// 32 nibbles, one per byte -> their levels as floats in four vectors. Interleaving the planes brings the
+// bytes of each float together. The first two vectors belong to the even- and the odd-numbered of bytes 0-7 |
+// 16-23, the other two to those of bytes 8-15 | 24-31.
 inline void levels(__m256i nibbles, const Planes& planes, __m256* out) {
   const __m256i b0 = _mm256_shuffle_epi8(planes.plane[0], nibbles),
                 b1 = _mm256_shuffle_epi8(planes.plane[1], nibbles),
@@ -34,15 +34,15 @@ inline void levels(__m256i nibbles, const Planes& planes, __m256* out) {
   }
 }
 
-// A block's 64 levels in ORDER.
+// A block's 64 levels, in the order of ORDER.floats.
 inline void block_levels(const uint8_t* q, const Planes& planes, __m256* out) {
   const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)), low = _mm256_set1_epi8(15);
   levels(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low), planes, out);
   levels(_mm256_and_si256(bytes, low), planes, out + 4);
 }
 
-// The weight that stands at each place: of the floats that block_levels gives, of the even and then the odd
-// bytes, and of those interleaved to sixteen bits.
+// Which weight is at each position: in the floats of block_levels (floats), in the bytes of all even and then
+// all odd weights (bytes), and in those bytes interleaved to 16-bit numbers (words).
 struct Order {
   uint8_t floats[BLOCK], bytes[BLOCK], words[BLOCK];
 
@@ -111,7 +111,7 @@ struct NF4Floats {
   float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]); }
 };
 
-// Levels as whole numbers, level = number / LEVEL_UNIT, in two bytes.
+// The levels as 16-bit integers, level = integer / LEVEL_UNIT, in one table of high and one of low bytes.
 struct WholePlanes {
   __m256i high, low;
 };
@@ -175,9 +175,9 @@ struct NF4Rounded16 {
   }
 };
 
-// Levels as whole numbers 0 .. 4095, level = number / 2047.5 - 1, in two planes of six bits: products of a
-// plane with -127 .. 127, two by two and for even and odd weights, then fit sixteen bits. Off by at
-// most 2.5e-4, a fifteenth of what rounding the activations is off by.
+// The levels as integers 0 .. 4095, level = integer / 2047.5 - 1, in two tables of six bits each: four
+// products of six bits with -127 .. 127 (two added by maddubs, for even and for odd weights) then fit 16
+// bits. The error is at most 2.5e-4, a fifteenth of the error of rounding the activations.
 struct NumberPlanes {
   __m256i high, low;
 };

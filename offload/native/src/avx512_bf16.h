@@ -1,6 +1,6 @@
-// Tiles of bf16 numbers, summed in floats, where the processor multiplies them: twice as fast as floats.
-// Weights times their scales are rounded to bf16, as they are where a library decodes them for a bf16 model.
-// Included in the AVX-512 units.
+// Tiled products in bf16, summed in floats, for processors with AVX512-BF16: twice as fast as in floats.
+// Weights are multiplied with their scales and rounded to bf16, as by libraries that dequantize them for a
+// bf16 model. Included in avx512_unit.h.
 
 inline bool has_bf16() {
   static const bool there = detect_bf16();
@@ -13,7 +13,7 @@ inline bool has_bf16() {
 #define BF16_TARGET __attribute__((target(UNIT_SETS ",avx512bf16")))
 #endif
 
-// Floats -> bf16, nearest even; `count` is a multiple of 32.
+// Floats -> bf16, rounded to nearest even; `count` is a multiple of 32.
 BF16_TARGET void to_bf16(const float* values, int64_t count, void* out) {
   for (int64_t i = 0; i < count; i += 32) {
     const __m512bh pair = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + i + 16), _mm512_loadu_ps(values + i));
@@ -21,7 +21,7 @@ BF16_TARGET void to_bf16(const float* values, int64_t count, void* out) {
   }
 }
 
-constexpr int64_t BF16_ROWS = 16;     // decoded at a time
+constexpr int64_t BF16_ROWS = 16;     // rows decoded at a time
 constexpr int64_t BF16_DEPTH = 1024;  // columns decoded at a time
 
 template <int T, int R>
@@ -92,7 +92,7 @@ BF16_TARGET void rows_tiled_bf16(Decode decode, const Matrix& m, const float* ma
   }
 }
 
-// Whether tiles of such inputs are multiplied in bf16.
+// Whether inputs with these activations are multiplied in bf16.
 inline bool in_bf16(int32_t activations, bool tiled) {
   return tiled && (activations == BFLOAT16S || activations == INT8_BLOCKS) && has_bf16();
 }

@@ -24,10 +24,10 @@ float encode_block(const uint8_t* weights, uint8_t* q) {
   const __m512 inverse = _mm512_set1_ps(1.0f / at_least_smallest(scale));
   for (int i = 0; i < 4; ++i) level[i] = levels(_mm512_mul_ps(x[i], inverse));
   const __m512i words = _mm512_packs_epi32(level[0], level[1]), more = _mm512_packs_epi32(level[2], level[3]);
-  // Packing took a quarter of each in turn.
+  // Undoes the interleaving of 128-bit lanes by the pack instructions.
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words, more));
-  // 16 times the earlier of two levels plus the later.
+  // For each pair of levels: 16 * earlier + later.
   const __m512i pairs = _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(1 << 8 | 16));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm512_cvtepi16_epi8(pairs));
   return scale;

@@ -1,11 +1,11 @@
-// INT8 rows of whole blocks of 64 columns.
-// Included in the AVX-512 units.
+// Products with INT8 matrices whose rows are whole blocks of 64 columns. Included in avx512_unit.h.
 
 inline __m512 sixteen_floats(const int8_t* q) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))));
 }
 
-// Scales of `count` blocks from `block` on into out, and zeros up to whole 16.
+// Writes the scales of `count` blocks, starting with `block`, to out, and zeros up to a multiple of 16
+// numbers.
 inline void padded_int8_scales(const Matrix& m, int64_t block, int64_t count, float* out) {
   const uint8_t* halves = static_cast<const uint8_t*>(m.scales) + 2 * block;
   for (int64_t b = 0; b < count; b += 16) {
@@ -57,8 +57,8 @@ struct Int8Floats {
   float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]); }
 };
 
-// The instruction takes unsigned times signed, so the weights are moved to 1 .. 255 and 128 times the sum of
-// a block's activations is taken off at the end.
+// vpdpbusd multiplies unsigned by signed bytes, so 128 is added to the weights, which makes them 1 .. 255,
+// and 128 times the sum of a block's activations is subtracted at the end.
 template <int T>
 struct Int8Rounded {
   static constexpr int64_t INPUT_BYTES = 1;

@@ -1,10 +1,10 @@
-// Q3 and Q2, sixteen blocks at a time. Included in the AVX-512 units.
+// Products with Q3 and Q2 matrices, sixteen blocks at a time, one in each lane. Included in avx512_unit.h.
 
 inline __mmask16 low_lanes(int64_t left) {
   return left >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>((1 << left) - 1);
 }
 
-// Sixteen blocks' steps and zeros.
+// The steps and zeros of sixteen blocks, decoded from their scale bytes.
 template <class F>
 struct LowScales {
   __m512 step, zero;
@@ -17,7 +17,8 @@ struct LowScales {
   }
 };
 
-// Levels in a vector of numbers, repeated, so that lookups heed only a code's bits and not what stands above.
+// The levels as a table that fills a vector, repeated, so that lookups depend only on a code's own bits and
+// not on the bits above it.
 template <class F, class Number>
 inline __m512i low_table() {
   constexpr int COUNT = 64 / sizeof(Number);
@@ -26,8 +27,8 @@ inline __m512i low_table() {
   return _mm512_load_si512(table);
 }
 
-// Bits 0 and 1 of `word` and, above these, `third` by `bit` steps to the right of where its third bit is bit
-// 0; `low` masks the two bits of each number.
+// Adds third bits to the two low bits of codes in `word`: `low` has ones where those two bits are, and all
+// other bits come from `third`, shifted so that its bit `bit` comes to bit 2.
 inline __m512i with_third(__m512i word, __m512i third, int bit, __m512i low) {
   const __m512i bits = bit < 2 ? _mm512_slli_epi32(third, static_cast<unsigned>(2 - bit))
                                : _mm512_srli_epi32(third, static_cast<unsigned>(bit - 2));
@@ -61,7 +62,7 @@ void decode_low(const Matrix& m, const float*, int64_t row, int64_t first, int64
   decode_low_slowly<F>(m, row, first + whole, count - whole, out + whole);
 }
 
-// The words of sixteen blocks of R rows, step by step.
+// The words of sixteen blocks in each of R rows, decoded in steps.
 template <class F, int R>
 class LowWords {
  public:
@@ -75,7 +76,8 @@ class LowWords {
     }
   }
 
-  // Codes 4 b + i of each word j in its bytes b; of third bits the bits above them are any.
+  // Byte b of each lane becomes code 4 b + i of that lane's word j; with third bits, the bits above the code
+  // are undefined.
   template <int j, int i>
   __m512i bytes(int r) const {
     const __m512i codes = _mm512_srli_epi32(word_[r][j], 2 * i), low = _mm512_set1_epi32(0x03030303);
@@ -85,7 +87,7 @@ class LowWords {
       return with_third(codes, word_[r][2], third_bit(16 * j + i), low);
   }
 
-  // The first words; and they are shifted by two codes.
+  // The first words; shift() moves them right by two codes (four bits).
   __m512i word(int r) const { return word_[r][0]; }
   void shift(int r) { word_[r][0] = _mm512_srli_epi32(word_[r][0], 4); }
 
@@ -93,7 +95,7 @@ class LowWords {
   __m512i word_[R][F::PLANES];
 };
 
-// For lookups of two-bit codes by four bits: the level of the upper two.
+// A table for lookups by four bits, which are two codes of two bits: the level of the upper code.
 inline __m512 upper_levels() {
   alignas(64) float table[16];
   for (int i = 0; i < 16; ++i) table[i] = TwoBit::LEVELS[i / 4];
@@ -107,7 +109,7 @@ struct LowFloats {
   const __m512 table = _mm512_castsi512_ps(low_table<F, float>());
   const __m512 upper = upper_levels();
 
-  LowFloats() {}  // written out, since a compiler's own would lack the unit's instructions
+  LowFloats() {}  // written out: a compiler-generated one would not be compiled for this unit's instructions
 
   template <int R, int T>
   void add(const uint8_t* q, int64_t stride, const uint8_t* scales, int64_t blocks, int64_t b,
@@ -155,7 +157,7 @@ struct LowFloats {
   }
 };
 
-// Levels of codes in bytes.
+// Looks up the levels of codes that lie in bytes.
 template <class F>
 struct LowBytes {
   const __m512i table = low_table<F, uint8_t>();
@@ -163,18 +165,20 @@ struct LowBytes {
   LowBytes() {}
 
   __m512i levels(__m512i codes) const {
-    return F::PLANES == 1 ? codes : by_nibble(codes, table);  // two bits are their own levels
+    return F::PLANES == 1 ? codes : by_nibble(codes, table);  // Q2's levels equal its codes
   }
 };
 
-// The whole numbers of products of sixteen blocks, dot, become part of a token's sum.
+// Adds the integer dot products of sixteen blocks, `dot`, to a token's sums, after applying the zeros and
+// scales.
 template <class F>
 inline Vec add_low(__m512i dot, const LowScales<F>& scale, const Prepared& x, int64_t b, Vec total) {
   const Vec whole = _mm512_fnmadd_ps(scale.zero, load(x.sums + b), _mm512_cvtepi32_ps(dot));
   return fma(_mm512_mul_ps(scale.step, load(x.scales + b)), whole, total);
 }
 
-// Odd bytes are multiplied where they stand, as 256 times themselves: 16 * 16 * 256 * 32767 < 2^31.
+// Odd bytes are not shifted down, so they count as 256 times themselves, and so does their sum. It fits a
+// lane: 16 * 16 * 256 * 32767 < 2^31.
 template <class F>
 struct LowRounded16 {
   using Form = F;

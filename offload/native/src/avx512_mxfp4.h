@@ -1,8 +1,10 @@
-// MXFP4 rows of whole blocks of 64, two at a time. As NF4's, but for the halves of a byte, which have their
-// weights the other way round (nibble k of a lane is weight k of its eight or four), and for a scale of its
-// own in each quarter of a vector. Included in the AVX-512 units, after avx512_nf4.h.
+// Products with MXFP4 matrices whose rows are whole blocks of 64 columns, two blocks at a time. They work
+// like those in avx512_nf4.h, with two differences: the low half of a byte is the earlier weight (nibble k of
+// a lane is weight k of its eight or four), and each quarter of a vector has a scale of its own. Included in
+// avx512_unit.h, after avx512_nf4.h.
 
-// Scales of `count` blocks of 64 columns, two each, from `block` on into out, of which whole 16 are written.
+// Writes the scales of `count` blocks of 64 columns, two per block, starting with `block`, to out; always
+// writes a multiple of 16 numbers.
 inline void micro_scales(const Matrix& m, int64_t block, int64_t count, float* out) {
   const uint8_t* codes = static_cast<const uint8_t*>(m.scales) + 2 * block;
   for (int64_t i = 0; i < 2 * count; i += 16) {
@@ -15,7 +17,7 @@ inline void micro_scales(const Matrix& m, int64_t block, int64_t count, float* o
   }
 }
 
-// Four numbers, each on the lanes of its block.
+// Broadcasts each of four numbers to the lanes of its block, a quarter of a vector.
 inline __m512 on_quarters(const float* four) {
   const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   return _mm512_permutexvar_ps(lane, _mm512_castps128_ps512(_mm_loadu_ps(four)));
@@ -27,7 +29,7 @@ inline __m512 number_table() {
   return _mm512_load_ps(table);
 }
 
-// A group's numbers in ORDER.
+// A group's numbers, in the order of ORDER.floats.
 inline void group_numbers(__m512i bytes, __m512 table, __m512* out) {
   out[0] = levels_at<1>(bytes, table);
   out[1] = levels_at<0>(bytes, table);
@@ -91,7 +93,7 @@ struct MXFP4Floats {
   float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]); }
 };
 
-// E2M1's whole numbers and `zero` more, repeated: see `repeated`.
+// The integers of E2M1 (see micro.h) plus `zero`, as a table that fills a vector; see `repeated`.
 template <class Number>
 inline __m512i whole_numbers(int zero) {
   constexpr int COUNT = 64 / sizeof(Number);
@@ -100,7 +102,7 @@ inline __m512i whole_numbers(int zero) {
   return _mm512_load_si512(table);
 }
 
-// Two blocks' scales, two each, times those of an input's blocks.
+// The scales of two blocks, two per block, times those of the input's blocks, on the lanes of their weights.
 inline __m512 micro_factors(const float* four, const float* two) {
   return _mm512_mul_ps(on_quarters(four), on_lanes(two));
 }
@@ -148,8 +150,8 @@ struct MXFP4Rounded16 {
   float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]) / E2M1_UNIT; }
 };
 
-// The instruction takes unsigned times signed, so the numbers are moved to 0 .. 24, and what that adds is
-// taken off again block by block.
+// vpdpbusd multiplies unsigned by signed bytes, so 12 is added to the integers, which makes them 0 .. 24, and
+// what that adds to the products is subtracted again block by block.
 template <int T>
 struct MXFP4Rounded8 {
   static constexpr int64_t INPUT_BYTES = 1;

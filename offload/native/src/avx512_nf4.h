@@ -1,11 +1,11 @@
-// NF4 rows of whole blocks, two blocks (64 bytes, a group) at a time. Weight 2j is the high half of byte j,
-// weight 2j + 1 its low half; so nibble k of 32-bit lane d, counted from its low end, is weight 8d + (k ^ 1).
-// Included in the AVX-512 units.
+// Products with NF4 matrices whose rows are whole blocks, two blocks (64 bytes, a group) at a time. Weight 2j
+// is the high half of byte j, weight 2j + 1 its low half; so nibble k of 32-bit lane d, counted from its low
+// end, is weight 8d + (k ^ 1). Included in avx512_unit.h.
 
 constexpr int64_t GROUP = 2 * BLOCK;
 
-// The weight that stands at each place: of the floats that group_levels gives, of the even and then
-// the odd weights in bytes, and of the nibbles of lanes of sixteen bits.
+// Which weight is at each position: in the floats of group_levels (floats), in the bytes of all even and then
+// all odd weights (bytes), and in the levels of nibbles 0 to 3 of 16-bit lanes (words).
 struct Order {
   uint8_t floats[GROUP], bytes[GROUP], words[GROUP];
 
@@ -22,15 +22,15 @@ constexpr Order ORDER;
 
 inline __m512 level_table() { return _mm512_loadu_ps(LEVELS); }
 
-// The bytes of a group, or of a row's last block alone.
+// The bytes of a group or, if it is not `whole`, of a row's last block alone, followed by zeros.
 inline __m512i group_bytes(const uint8_t* q, bool whole) {
   return whole ? _mm512_loadu_si512(q) : _mm512_maskz_loadu_epi64(0x0f, q);
 }
 
-// The levels of nibble `k` of each lane.
+// The level of nibble `k` of each 32-bit lane.
 template <int k>
 inline __m512 levels_at(__m512i bytes, __m512 table) {
-  return _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4 * k), table);  // takes an index' low four bits
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4 * k), table);  // uses the low four bits of an index
 }
 
 inline void group_levels(__m512i bytes, __m512 table, __m512* out) {
@@ -44,14 +44,14 @@ inline void group_levels(__m512i bytes, __m512 table, __m512* out) {
   out[7] = levels_at<7>(bytes, table);
 }
 
-// Sixteen blocks' scales times those of their inputs.
+// The scales of sixteen blocks times those of the input's blocks.
 inline __m512 factors_of(const float* scales, const float* inputs, float* out) {
   const __m512 f = _mm512_mul_ps(_mm512_load_ps(scales), _mm512_loadu_ps(inputs));
   _mm512_store_ps(out, f);
   return f;
 }
 
-// One number for each of a group's two blocks, on the lanes of its weights.
+// Broadcasts one number for each of a group's two blocks to the lanes of that block's weights.
 inline __m512 on_lanes(const float* two) {
   return _mm512_mask_broadcastss_ps(_mm512_set1_ps(two[0]), 0xff00, _mm_load_ss(two + 1));
 }
@@ -108,8 +108,8 @@ struct NF4Floats {
   float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]); }
 };
 
-// The blocks' scales of R rows times those of T inputs. With `offsets`, times the inputs' sums they go to the
-// rows' offsets, too.
+// The block scales of R rows times those of T inputs. With `offsets`, these products times the inputs' block
+// sums are also added to the rows' offsets.
 template <int R, int T, bool offsets>
 inline void decode_factors(const ScaleMap& lookup, const Matrix& m, const Stretch& s, const Prepared* x,
                            float (*factors)[T][STRETCH], Sums<T>* sums) {
@@ -127,8 +127,8 @@ inline void decode_factors(const ScaleMap& lookup, const Matrix& m, const Stretc
   }
 }
 
-// A table of a number for each level, for lookups that take five or six bits of an index: repeated, so that
-// they heed only the lowest four, and what stands above a nibble need not be masked away.
+// A table of one number per level, for lookups that use five or six bits of an index. It is repeated, so that
+// only the lowest four bits matter and the bits above a nibble need not be masked.
 template <class Number, class Rounded>
 inline __m512i repeated(Rounded rounded) {
   constexpr int COUNT = 64 / sizeof(Number);
@@ -137,12 +137,12 @@ inline __m512i repeated(Rounded rounded) {
   return _mm512_load_si512(table);
 }
 
-// Levels as whole numbers of sixteen bits, level = number / LEVEL_UNIT.
+// The levels as 16-bit integers, level = integer / LEVEL_UNIT.
 inline __m512i whole_levels() {
   return repeated<int16_t>([](float level) { return ::lrint(level * LEVEL_UNIT); });
 }
 
-// The level of nibble `k` of each lane of sixteen bits.
+// The level of nibble `k` of each 16-bit lane.
 template <int k>
 inline __m512i whole_levels_at(__m512i bytes, __m512i table) {
   return _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4 * k), table);
@@ -190,9 +190,9 @@ struct NF4Rounded16 {
   }
 };
 
-// Levels as whole numbers 0 .. 248, level = (number - BYTE_ZERO) / BYTE_UNIT, by the unit and zero that are
-// kindest to the sixteen: they are off by 1.3e-3 in the root of the mean square, a third of what rounding the
-// activations to eight bits is off by. A second byte would take half as long again.
+// The levels as integers 0 .. 248, level = (integer - BYTE_ZERO) / BYTE_UNIT, with the unit and zero that
+// have the smallest error over the sixteen levels: 1.3e-3 root mean square, a third of the error of rounding
+// the activations to eight bits. A second byte per level would take half as long again.
 constexpr float BYTE_UNIT = 124.07025f, BYTE_ZERO = 124.16f;
 
 inline __m512i byte_levels() {

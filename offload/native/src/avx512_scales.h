@@ -1,8 +1,9 @@
-// The scales of NF4 blocks. Included in the AVX-512 units.
+// Decoding of the scales of NF4 blocks. Included in avx512_unit.h.
 
 #if UNIT_VBMI
 
-// Of 64 blocks at a time: bitsandbytes' 256 floats as four planes of bytes, looked up by vpermi2b.
+// Decodes 64 blocks at a time: bitsandbytes' 256 floats are split into four tables of bytes, which vpermi2b
+// looks up.
 class ScaleMap {
  public:
   explicit ScaleMap(const float* map) {
@@ -13,7 +14,8 @@ class ScaleMap {
     }
   }
 
-  // Scales of `count` blocks from `block` on into out, of which whole 64 are written.
+  // Writes the scales of `count` blocks, starting with `block`, to out; always writes a multiple of 64
+  // numbers.
   void scales(const Matrix& m, int64_t block, int64_t count, float* out) const {
     const uint8_t* codes = static_cast<const uint8_t*>(m.scales) + block;
     const __m512 offset = _mm512_set1_ps(*m.offset);
@@ -34,8 +36,8 @@ class ScaleMap {
   }
 
  private:
-  // 64 codes -> their floats in order. Interleaving the planes works within lanes of 16 bytes, so the codes
-  // are first dealt to the lanes whose floats they become.
+  // 64 codes -> their floats in order. The planes are interleaved within lanes of 16 bytes, so each code is
+  // first moved to the lane in which its float will be.
   void look_up(__m512i codes, __m512* out) const {
     const __m512i deal = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     codes = _mm512_permutexvar_epi32(deal, codes);
@@ -59,13 +61,14 @@ class ScaleMap {
 
 #else
 
-// Of one block after the other, which memory is slower than. Gathering them would not be on processors whose
-// gathers a microcode slows down against Downfall.
+// Decodes one block after the other, which is still faster than memory. Gather instructions would not be on
+// processors whose microcode slows them down to mitigate Downfall.
 class ScaleMap {
  public:
   explicit ScaleMap(const float* map) : map_(map) {}
 
-  // Scales of `count` blocks from `block` on into out, and a zero to make their number even.
+  // Writes the scales of `count` blocks, starting with `block`, to out, and a zero after an odd number of
+  // them.
   void scales(const Matrix& m, int64_t block, int64_t count, float* out) const {
     nf4_scales(m, map_, block, count, out);
     if (count % 2 != 0) out[count] = 0.0f;

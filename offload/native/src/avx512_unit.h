@@ -1,5 +1,5 @@
-// Kernels for processors with AVX-512 F, BW, DQ, VL and VNNI. What includes this says whether they have VBMI,
-// too, and names the unit.
+// Kernels for processors with AVX-512 F, BW, DQ, VL and VNNI. The including file says whether they also have
+// VBMI (UNIT_VBMI), and names the unit.
 #include "isa.h"
 
 #if (defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))) || defined(_M_X64)
@@ -18,7 +18,7 @@ PUSH_TARGET(UNIT_SETS)
 TARGET(UNIT_SETS)
 #endif
 #if !defined(__clang__) && defined(__GNUC__)
-#pragma GCC diagnostic ignored "-Wuninitialized"  // of GCC 12's own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"  // warnings about GCC 12's own intrinsics
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>

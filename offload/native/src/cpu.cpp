@@ -1,4 +1,4 @@
-// Which instruction sets this processor and its operating system offer.
+// Which instruction sets this processor and its operating system support.
 #include "isa.h"
 
 #if defined(__x86_64__) || defined(_M_X64)

@@ -1,5 +1,5 @@
-// A token through what linear attention keeps: a convolution's last inputs, and states by the gated delta
-// rule.
+// One token through the recurrent parts of linear attention: a convolution over the last inputs, and states
+// that the gated delta rule updates.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -11,9 +11,9 @@
 
 namespace {
 
-constexpr int64_t CHANNELS = 256;  // of a chunk of work
+constexpr int64_t CHANNELS = 256;  // channels per chunk of work
 
-// What transformers' l2norm adds to the sum of squares.
+// The epsilon that transformers' l2norm adds to the sum of squares.
 constexpr float L2_EPSILON = 1e-6f;
 
 struct DeltaCall {
@@ -29,7 +29,7 @@ struct DeltaCall {
     for (int64_t i = 0; i < count; ++i) x[i] *= factor;
   }
 
-  // A head of values of one row.
+  // One value head of one row.
   static void work(void* context, int, int64_t chunk, int thread) {
     const DeltaCall& call = *static_cast<DeltaCall*>(context);
     const DeltaRule& r = *call.rule;
@@ -62,7 +62,7 @@ struct DeltaCall {
 
 struct ConvolveCall {
   const Convolution* c;
-  int64_t chunks;  // of a row
+  int64_t chunks;  // chunks per row
   float* floats;   // [threads, size()]
 
   static int64_t size(const Convolution& c) { return CHANNELS * (2 * c.taps + 3); }

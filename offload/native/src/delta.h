@@ -1,7 +1,8 @@
-// One head of linear attention by the gated delta rule, on the vectors of one instruction set. Included in
-// every instruction set's unit.
+// One head of linear attention with the gated delta rule, written with the vector type of one instruction
+// set. Included in every instruction set's translation unit (isa_*.cpp).
 
-// Columns j to j + SIDE * WIDTH of the state, which stay in the first cache from the one loop to the other.
+// Updates columns j to j + SIDE * WIDTH of the state, which stay in the L1 cache from the first loop to the
+// second.
 template <int SIDE>
 inline void delta_columns(const Delta& head, int64_t j, float* out) {
   const int64_t width = head.value_width;

@@ -1,39 +1,39 @@
-// A few tokens at once: each row is read once, and decoded in registers.
-// Included in every vector instruction set's unit.
+// Products of a matrix with up to MOST_DOTS tokens: each row is read once and decoded in registers. Included
+// in isa_avx2.cpp and avx512_unit.h.
 
-constexpr int64_t STRETCH = 256;  // blocks whose scales are decoded at a time
-constexpr int64_t AHEAD =
-    8192;  // bytes from the weights that are multiplied to those that memory is asked for
-constexpr int64_t FIRST_CACHE = 16 * 1024;  // bytes of inputs that stay there while rows pass through
+constexpr int64_t STRETCH = 256;            // blocks whose scales are decoded at a time
+constexpr int64_t AHEAD = 8192;             // how many bytes ahead of the weights in use memory is prefetched
+constexpr int64_t FIRST_CACHE = 16 * 1024;  // bytes of inputs that stay in L1 while rows pass through
 
-// The unit of levels as whole numbers: eight products of 8190 and 32767 fit 31 bits, and of all units up to
-// 8190 this one is kindest to the sixteen levels; none of them is off by more than 3.6e-05.
+// The unit of NF4's levels as integers: level = integer / LEVEL_UNIT. Eight products of 8190 and 32767 fit 31
+// bits, and of all units up to 8190 this one has the smallest error over the sixteen levels; none of them is
+// off by more than 3.6e-05.
 constexpr double LEVEL_UNIT = 8004.93;
 
-// Some blocks of a row, or of rows side by side.
+// Some consecutive blocks of a row, or of several adjacent rows.
 struct Stretch {
-  int64_t row;    // the first
-  int64_t done;   // blocks before it in the row
+  int64_t row;    // the first row
+  int64_t done;   // blocks of the row before these
   int64_t count;  // blocks
-  int64_t ahead;  // AHEAD, or what leads to the same rows side by side
+  int64_t ahead;  // bytes to prefetch ahead: AHEAD, rounded up to whole groups of adjacent rows
 };
 
-// Asks for weights at two distances: memory is far, and what has come too early to the small first cache is
-// gone again.
+// Prefetches weights at two distances: far ahead into the L2 cache, since memory is slow, and less far into
+// the small L1 cache, which evicts what arrives too early.
 inline void ask_ahead(const void* q, int64_t ahead) {
   PREFETCH(static_cast<const char*>(q) + ahead, 2);
   PREFETCH(static_cast<const char*>(q) + 2048, 3);
 }
 
-// What is summed up of a row for T tokens.
+// The accumulators of one row for T tokens.
 template <int T>
 struct Sums {
   Vec total[T];
-  Vec offset[T];  // by kernels whose levels count from elsewhere than zero
+  Vec offset[T];  // for kernels whose integers do not count from zero
 };
 
-// Rows [first, last), R side by side, by a kernel: `add` adds a stretch's products to the sums of its rows,
-// and `result` makes a number of them.
+// Multiplies rows [first, last), R at a time, with a kernel `dot`: its `add` adds the products of a stretch
+// to the sums of its rows, and its `result` reduces these to a number.
 template <int R, int T, class Dot>
 inline void rows_side_by_side(const Dot& dot, const Matrix& m, const Prepared* x, int64_t first, int64_t last,
                               float* const* y) {
@@ -50,9 +50,9 @@ inline void rows_side_by_side(const Dot& dot, const Matrix& m, const Prepared* x
   }
 }
 
-// Rows [first, last). Memory likes to be read in order, but inputs that do not fit the first cache are read
-// from the second, and then AVX-512's rounded NF4 kernels share each reading among two rows; the others go on
-// row by row.
+// Multiplies rows [first, last). Row by row, memory is read in order, which is fastest. But inputs that do
+// not fit the L1 cache are read from L2 for every row, so then rows go in pairs: AVX-512's rounded NF4 and
+// MXFP4 kernels load the inputs once per pair; the other kernels still go row by row.
 template <template <int> class Dot, int T>
 inline void rows_of(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
                     float* const* y) {

@@ -1,4 +1,4 @@
-// Quantization by all threads: NF4, of the weights and of their scales; Q3 and Q2.
+// Multithreaded quantization: NF4 (weights and their scales), Q3 and Q2.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -16,7 +16,7 @@ struct EncodeCall {
   uint8_t* q;
   float* absmax;
 
-  static constexpr int64_t BLOCKS = 1024;  // a chunk
+  static constexpr int64_t BLOCKS = 1024;  // per chunk
 
   static void work(void* context, int, int64_t chunk, int) {
     const EncodeCall& c = *static_cast<EncodeCall*>(context);
@@ -25,10 +25,11 @@ struct EncodeCall {
   }
 };
 
-// bitsandbytes' 8-bit quantization of scales, whose index rises in steps with the number.
+// bitsandbytes' 8-bit quantization of scales: the index of a scale is the number of thresholds (steps) that
+// it reaches.
 class ScalesCall {
  public:
-  static constexpr int64_t BLOCKS = 64;  // a chunk
+  static constexpr int64_t BLOCKS = 64;  // per chunk
 
   ScalesCall(const float* scales, int64_t count, float offset, const float* steps, uint8_t* q, float* nested)
       : scales_(scales), count_(count), offset_(offset), q_(q), nested_(nested) {
@@ -50,7 +51,7 @@ class ScalesCall {
  private:
   static constexpr int STEPS = 255, CELLS = 4096;
 
-  // Which of CELLS + 1 cells between -1 and 1 a number is in; never falls as the number rises.
+  // Which of CELLS + 1 cells between -1 and 1 contains x; never decreases as x increases.
   static int cell_of(float x) { return static_cast<int>(x * (CELLS / 2) + (CELLS / 2)); }
 
   void quantize(int64_t block) const {
@@ -66,7 +67,7 @@ class ScalesCall {
     for (int64_t i = start; i < end; ++i) q_[i] = index_of((scales_[i] - offset_) * inverse);
   }
 
-  // The number of steps that x has reached.
+  // How many steps are at most x.
   uint8_t index_of(float x) const {
     x = std::max(-1.0f, std::min(x, 1.0f));  // NaN becomes -1
     int index = first_[cell_of(x)];
@@ -79,8 +80,8 @@ class ScalesCall {
   float offset_;
   uint8_t* q_;
   float* nested_;
-  float steps_[STEPS + 1];    // the last is never reached
-  uint8_t first_[CELLS + 1];  // the number of steps in the cells before
+  float steps_[STEPS + 1];    // the last one is infinite and never reached
+  uint8_t first_[CELLS + 1];  // by cell, how many steps are in the cells before it
 };
 
 struct LowCall {
@@ -93,7 +94,7 @@ struct LowCall {
   uint8_t* scales;
   float* row_scales;
 
-  static constexpr int64_t WEIGHTS = 1 << 14;  // a chunk, in whole rows
+  static constexpr int64_t WEIGHTS = 1 << 14;  // per chunk, in whole rows
 
   int64_t rows_a_chunk() const { return std::max<int64_t>(1, WEIGHTS / cols); }
 

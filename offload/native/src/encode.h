@@ -1,12 +1,13 @@
-// NF4 encoding: its arithmetic, and what vectors leave over. A unit includes this in its own namespace,
-// defines `encoder::encode_block`, which does a whole block by vectors, and has `encode` for its table.
+// NF4 encoding: its arithmetic, and scalar code for whatever the vector code does not cover. A unit includes
+// this in its own namespace and defines `encoder::encode_block`, which encodes a whole block with vectors;
+// `encode` then goes into the unit's table.
 //
-// Bit for bit as bitsandbytes does it:
+// Results equal those of bitsandbytes bit for bit:
 //   scale  the largest magnitude in a block, NaN if there is one;
 //   x      weight * (1 / max(scale, SMALLEST)), rounded to fp32 after each operation;
 //   level  the number of BOUNDS below x, all fifteen for NaN.
-// A last block that is not whole is divided by its scale instead, which is stored as SMALLEST at least. After
-// an odd number of weights follows the level of zero.
+// In a last block that is not whole, weights are divided by the scale instead, and the scale is stored as at
+// least SMALLEST. An odd number of weights is followed by the level of zero.
 
 namespace encoder {
 
@@ -15,23 +16,24 @@ constexpr uint32_t MAGNITUDE = 0x7fffffff;  // as bits
 
 constexpr float midpoint(int j) { return (LEVELS[j] + LEVELS[j + 1]) / 2; }
 
-// Between neighbouring levels; the sixteenth is there for vectors to load.
+// Midpoints between neighbouring levels; the sixteenth only fills up a vector.
 constexpr float BOUNDS[16] = {
     midpoint(0),  midpoint(1),  midpoint(2),  midpoint(3), midpoint(4),  midpoint(5),
     midpoint(6),  midpoint(7),  midpoint(8),  midpoint(9), midpoint(10), midpoint(11),
     midpoint(12), midpoint(13), midpoint(14), 2.0f,
 };
 
-// A cubic in x, lowest power first, whose whole part is the level of x or one less; one comparison, to the
-// bound of that number, tells which. It passes bound j at j + 1/2, within 0.12, so rounding its terms does no
-// harm.
+// The coefficients of a cubic polynomial in x, lowest power first, whose integer part is the level of x or
+// one less; comparing x with the bound of that number tells which. At bound j the polynomial is j + 1/2,
+// within 0.12, so rounding errors in its terms do no harm.
 constexpr float GUESS[4] = {7.12f, 11.414f, 0.644f, -4.4246f};
 
 constexpr double guess(double x) { return GUESS[0] + x * (GUESS[1] + x * (GUESS[2] + x * GUESS[3])); }
 
 constexpr double slope(double x) { return GUESS[1] + x * (2 * GUESS[2] + x * 3 * GUESS[3]); }
 
-// Whether it passes the bounds as said, rises between them, and stays within the outer levels beyond them.
+// Whether the polynomial has those values at the bounds, rises between them, and stays within the outermost
+// levels beyond them.
 constexpr bool guesses_well() {
   for (int j = 0; j < 15; ++j)
     if (guess(BOUNDS[j]) < j + 0.38 || guess(BOUNDS[j]) > j + 0.62) return false;
@@ -51,13 +53,13 @@ inline float at_least_smallest(float scale) { return scale < SMALLEST ? SMALLEST
 
 inline bool finite(float scale) { return bits_of(scale) < INFINITE_BITS; }
 
-// Returns the scale of a whole block and, if that is finite, sets its 32 bytes of q.
+// Encodes a whole block: returns its scale and, if that is finite, sets its 32 bytes of q.
 template <class T>
 float encode_block(const uint8_t* weights, uint8_t* q);
 
 template <class T>
 float scale_of(const uint8_t* weights, int64_t count) {
-  uint32_t largest = 0;  // bits of magnitudes are in the order of the numbers, NaN last
+  uint32_t largest = 0;  // bits of magnitudes compare as the magnitudes do, NaN largest
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t magnitude = bits_of(T::load(weights + i * T::BYTES)) & MAGNITUDE;
     largest = largest > magnitude ? largest : magnitude;
@@ -71,7 +73,7 @@ inline int level_of(float x) {
   return level;
 }
 
-// A whole block, finite or not, one weight at a time.
+// Encodes a whole block, one weight at a time, even if not all of them are finite.
 template <class T>
 void encode_slowly(const uint8_t* weights, float scale, uint8_t* q) {
   const float inverse = 1.0f / at_least_smallest(scale);
@@ -81,7 +83,7 @@ void encode_slowly(const uint8_t* weights, float scale, uint8_t* q) {
   }
 }
 
-// The last block, if it is not whole. Returns its scale.
+// Encodes the last block if it is not whole. Returns its scale.
 template <class T>
 float encode_rest(const uint8_t* weights, int64_t count, uint8_t* q) {
   const float scale = at_least_smallest(scale_of<T>(weights, count));

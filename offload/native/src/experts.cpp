@@ -1,5 +1,5 @@
-// All experts of a layer in one call: their tokens in batches of bounded memory, each batch through five
-// phases.
+// All experts of a layer in one call: (token, expert) pairs go in batches of bounded memory, each batch
+// through five phases.
 #include <algorithm>
 #include <vector>
 
@@ -10,16 +10,16 @@
 
 namespace {
 
-// A part of an expert's tokens, in one batch.
+// Those of an expert's tokens that one batch computes.
 struct Share {
   const Expert* expert;
-  int64_t first_pair;  // in the batch
+  int64_t first_pair;  // its index in the batch
   int64_t pairs;
-  int64_t up_chunk;  // the first of its chunks among those of all shares, in either multiplication
+  int64_t up_chunk;  // its first chunk's index among the chunks of all shares
   int64_t down_chunk;
 };
 
-// One batch of (token, expert) pairs on its way through the phases.
+// One batch of (token, expert) pairs, as its phases share it.
 struct Batch {
   const Gate* gate;
   int32_t activations;
@@ -29,13 +29,13 @@ struct Batch {
   int64_t share_count;
   int32_t dtype;
   const void* const* x;     // [pairs], rows of x
-  int64_t inputs;           // prepared inputs: one a pair, or one for all pairs of a single token
-  const Prepared* in;       // [pairs], as the up matrix wants them
-  const Prepared* hiddens;  // [pairs], as the down matrix wants them
+  int64_t inputs;           // how many prepared inputs: one per pair, or one for a single token
+  const Prepared* in;       // [pairs], prepared for the up matrix
+  const Prepared* hiddens;  // [pairs], prepared for the down matrix
   float** up;               // [pairs], results of the up matrix, [F or 2F]
   float** down;             // [pairs], rows of outputs
   float* floats;            // [threads, room]
-  int64_t room;             // numbers of one token: an input, activated or combined
+  int64_t room;             // floats for one token's input, activated values or combined output
   const float* outputs;
   const float* weights;
   int64_t top_k;
@@ -74,7 +74,7 @@ struct Batch {
   }
 };
 
-// What moe_experts is asked.
+// The arguments of moe_experts.
 struct ExpertsCall {
   const Expert* const* experts;
   int64_t count;
@@ -93,7 +93,7 @@ struct ExpertsCall {
   int32_t threads;
 };
 
-// Runs pairs [first, last) of the call, of experts from `e` on, through all phases.
+// Runs pairs [first, last) of the call through all phases; the first of them belongs to expert `e`.
 void run_batch(const ExpertsCall& call, int64_t e, int64_t first, int64_t last, int64_t combined_tokens) {
   const Matrix &up = call.experts[0]->up, &down = call.experts[0]->down;
   const int64_t pairs = last - first, inputs = call.tokens_in_x == 1 ? std::min<int64_t>(1, pairs) : pairs;
@@ -191,8 +191,8 @@ int32_t moe_experts(const Expert* const* experts, int64_t count, const int64_t* 
   }
   const ExpertsCall call{experts, count,   starts, tokens,   places, gate,        x,      tokens_in_x,
                          outputs, weights, top_k,  combined, dtype,  activations, threads};
-  // A batch takes whole experts, or a piece of one: an expert's tokens are cut in the same places whatever is
-  // computed beside them, since how many there are decides how they are multiplied.
+  // A batch takes whole experts, or a piece of one expert. The number of tokens in a piece decides which
+  // kernel multiplies them, so an expert's tokens are cut at the same places whatever else the call computes.
   int64_t first = 0, e = 0;
   do {
     while (e + 1 < count && starts[e + 1] <= first) ++e;

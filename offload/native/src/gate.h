@@ -1,8 +1,9 @@
-// What stands between the matrices, and the weighted sum; on the vectors of one instruction set.
-// Included in every instruction set's unit, after its vec_*.h.
+// Activation functions between an expert's matrices, and the weighted sum of experts' outputs, written with
+// the vector type of one instruction set. Included in every instruction set's translation unit (isa_*.cpp),
+// after its vec_*.h.
 
-// e to the x within 2 ulp, at least 1e-38; infinity above 88.7, NaN for NaN. Range reduction by ln 2 in two
-// parts, then a polynomial of degree 6 (the coefficients are those of Cephes' expf).
+// e^x within 2 ulp: at least 1e-38, infinity above 88.7, NaN for NaN. Range reduction by ln 2 in two parts,
+// then a polynomial of degree 6 (the coefficients are those of Cephes' expf).
 inline Vec exp(Vec x) {
   x = max(broadcast(-87.3f), x);
   const Vec n = min(round_even(mul(x, broadcast(1.44269504088896341f))), broadcast(127.0f));
@@ -25,7 +26,7 @@ inline Vec sigmoid(Vec x) {
 
 inline Vec silu(Vec x) { return div(x, add(broadcast(1.0f), exp(sub(zero(), x)))); }
 
-// x * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, which is x * sigmoid of twice that argument.
+// x * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, which equals x * sigmoid(2 * the argument of tanh).
 inline Vec gelu_tanh(Vec x) {
   const Vec cubic = fma(mul(mul(x, x), x), broadcast(0.044715f), x);
   return mul(x, sigmoid(mul(cubic, broadcast(1.5957691216f))));
@@ -59,7 +60,7 @@ inline Vec gated(const Gate& g, Vec gate, Vec up) {
   return mul(add(up, broadcast(1.0f)), glu);
 }
 
-// Up to WIDTH of the numbers at `p`, `step` apart, the rest zeros.
+// Loads `count` <= WIDTH numbers that start at `p` and are `step` apart; the other lanes become zeros.
 inline Vec gather(const float* p, int64_t step, int64_t count) {
   float v[WIDTH] = {};
   for (int64_t i = 0; i < count; ++i) v[i] = p[i * step];

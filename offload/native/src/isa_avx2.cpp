@@ -43,7 +43,7 @@ constexpr int64_t TILE_T = 3;
 
 constexpr int64_t GROUP = BLOCK;
 
-// AVX2 has no products of bf16 numbers.
+// AVX2 cannot multiply bf16 numbers.
 inline bool in_bf16(int32_t, bool) { return false; }
 inline void to_bf16(const float*, int64_t, void*) {}
 constexpr auto rows_tiled_bf16 = rows_tiled;

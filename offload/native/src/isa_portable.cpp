@@ -1,5 +1,5 @@
-// For processors without the instructions of the other units, and for shapes they have no code for:
-// everything is decoded to floats, and quantized activations are the floats they stand for.
+// Kernels for processors without the instructions of the other units: all weights are decoded to floats, and
+// quantized activations are multiplied as the floats that they stand for.
 #include <cfloat>
 #include <cmath>
 #include <cstring>

@@ -16,7 +16,7 @@ struct LinearCall {
   int32_t dtype;
   int32_t activations;
   Prepared* prepared;
-  float** rows;   // [tokens], results [m->rows]
+  float** rows;   // [tokens], each points to results [m->rows]
   float* floats;  // [threads, m->cols]
 
   static void work(void* context, int phase, int64_t chunk, int thread) {

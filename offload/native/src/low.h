@@ -1,11 +1,11 @@
-// Q3 and Q2, formats of fewer than four bits: what every instruction set does alike with them.
-// Included in every instruction set's unit, before tile.h.
+// Q3 and Q2, the formats of fewer than four bits: what is the same for every instruction set. Included in
+// every instruction set's translation unit (isa_*.cpp), before tile.h.
 //
-// A row is cut into blocks of SIZE columns, the last one filled up. Code k of a block's 16 codes, or of
-// either sixteen, is bits 2k and 2k + 1 of a word of 32 bits, little endian. Q3 has two such words a block,
-// and a third word with the codes' third bits. Words lie in planes of a row: all first words, all second
-// ones, all thirds. So a lane of a vector register holds a block of its own, and a sum in it needs that
-// block's scale only.
+// A row is cut into blocks of SIZE columns; the last one is padded. The low two bits of 16 codes form a
+// little-endian word of 32 bits, with code k in bits 2k and 2k + 1. A block of Q2 is one such word; a block
+// of Q3 is two, and a third word with the third bits of its 32 codes. A row stores its words in planes: the
+// first words of all blocks, then all second words, then all third ones. So each lane of a vector register
+// holds a block of its own, and a lane's sum needs only that block's scale.
 
 struct TwoBit {
   static constexpr int64_t SIZE = 16, PLANES = 1;
@@ -14,8 +14,9 @@ struct TwoBit {
   static constexpr float TOP = 3.0f, ZERO = -3.0f / 128, ZERO_STEP = 13.0f / 64;
 };
 
-// Its levels are near those that are best for normal weights, as whole numbers so small that products with
-// -127 .. 127 can be added up in sixteen bits for a whole block: 32 * 127 * 16 / 2 < 2^15.
+// The levels are near the best ones for normally distributed weights, but integers so small that their
+// products with -127 .. 127 can be added up in 16 bits. Two such sums share a block: 32 * 127 * 16 / 2 <
+// 2^15.
 struct ThreeBit {
   static constexpr int64_t SIZE = 32, PLANES = 3;
   static constexpr int COUNT = 8;
@@ -23,7 +24,7 @@ struct ThreeBit {
   static constexpr float TOP = 16.0f, ZERO = 2.375f, ZERO_STEP = 0.75f;
 };
 
-// What the low half of a block's scale byte stands for, in its row's scale.
+// The step of a block, in units of its row's scale, for each value of the low half of the block's scale byte.
 constexpr float LOW_STEPS[16] = {8 / 256.f,  10 / 256.f,  13 / 256.f,  16 / 256.f, 20 / 256.f, 26 / 256.f,
                                  32 / 256.f, 40 / 256.f,  52 / 256.f,  64 / 256.f, 80 / 256.f, 104 / 256.f,
                                  .5f,        160 / 256.f, 208 / 256.f, 1.0f};
@@ -33,8 +34,8 @@ constexpr int64_t low_blocks(int64_t columns) {
   return (columns + F::SIZE - 1) / F::SIZE;
 }
 
-// The third bit of code k, of 0 .. 31, in its word: so that a shift brings the bits of every eighth byte's
-// code to the same place of each byte, and of every sixteen bits.
+// Where the third bit of code k (0 .. 31) is in the third word: that of code 16 j + 4 b + i is bit 4 j + i of
+// byte b. So one shift brings the third bits of all codes of equal j and i to the same place in their bytes.
 constexpr int third_bit(int64_t k) { return static_cast<int>(8 * (k % 16 / 4) + 4 * (k / 16) + k % 4); }
 
 inline uint32_t low_word(const uint8_t* p) {
@@ -56,7 +57,7 @@ inline float low_zero(uint8_t scale) {
   return F::ZERO + F::ZERO_STEP * static_cast<float>(scale >> 4);
 }
 
-// A Decode for any processor.
+// Decodes as a Decode (see tile.h) does, on any processor.
 template <class F>
 void decode_low_slowly(const Matrix& m, int64_t row, int64_t first, int64_t count, float* out) {
   const int64_t blocks = low_blocks<F>(m.cols);
@@ -69,8 +70,8 @@ void decode_low_slowly(const Matrix& m, int64_t row, int64_t first, int64_t coun
   }
 }
 
-// The column of a group, LANES blocks, that stands at each place of its inputs: of floats, and of numbers of
-// sixteen and of eight bits, which lie as the codes do once their words are shifted.
+// Which column of a group of LANES blocks is at each position of a prepared input: for floats, and for 16-
+// and 8-bit numbers, which have the order in which shifts of the words yield the codes.
 template <class F, int64_t LANES>
 struct LowOrder {
   static constexpr int64_t GROUP = F::SIZE * LANES;
@@ -86,7 +87,7 @@ struct LowOrder {
   }
 };
 
-// Numbers in the order `position`, group by group, zeros past the last column.
+// Puts numbers in the order `position`, group by group, with zeros past the last column.
 template <class F, int64_t LANES, class T>
 inline void reorder_low(const T* x, int64_t columns, const uint16_t* position, T* out) {
   constexpr int64_t GROUP = F::SIZE * LANES;
@@ -96,7 +97,7 @@ inline void reorder_low(const T* x, int64_t columns, const uint16_t* position, T
   }
 }
 
-// Sums of each block's numbers, zeros up to whole groups.
+// The sums of each block's numbers, with zeros up to whole groups.
 template <class F, int64_t LANES, class T>
 inline void sum_low(const T* x, int64_t columns, float* out) {
   const int64_t blocks = low_blocks<F>(columns);
@@ -108,8 +109,8 @@ inline void sum_low(const T* x, int64_t columns, float* out) {
   }
 }
 
-// Rounds activations to whole numbers as for other formats, 64 columns by one scale, which each block of
-// these is given. `T` is int8_t or int16_t.
+// Rounds activations to integers as for other formats, with one scale per 64 columns, which is stored for
+// each block in these columns. `T` is int8_t or int16_t.
 template <class F, int64_t LANES, class T>
 inline void round_low(const float* x, int64_t columns, float limit, const uint16_t* position,
                       const Prepared& out) {
@@ -128,7 +129,7 @@ inline void round_low(const float* x, int64_t columns, float limit, const uint16
   }
 }
 
-// One token's input as the kernels of LANES blocks at a time want it; see Kernels::prepare.
+// Prepares one token's input for kernels that process LANES blocks at a time; see Kernels::prepare.
 template <class F, int64_t LANES>
 void prepare_low(int32_t activations, bool tiled, const float* x, int64_t columns, const Prepared& out) {
   static constexpr LowOrder<F, LANES> order;

@@ -1,6 +1,7 @@
-// Rows of Q3 and Q2, a few tokens at once. Included in every vector instruction set's unit.
+// Products of Q3 and Q2 matrices with up to MOST_DOTS tokens. Included in isa_avx2.cpp and avx512_unit.h.
 
-// Calls use(Step) for each step of a word's bytes.
+// One step of decoding, which yields codes 4 b + i of word j in bytes b; each_step calls use(Step) for all of
+// them.
 template <int j_, int i_>
 struct Step {
   static constexpr int j = j_, i = i_;
@@ -12,8 +13,8 @@ inline void each_step(const Use& use) {
   if constexpr (F::SIZE == 32) use(Step<1, 0>()), use(Step<1, 1>()), use(Step<1, 2>()), use(Step<1, 3>());
 }
 
-// Rows [first, last), R at a time, by a kernel: `add` adds the products of WIDTH blocks of each row to the
-// sums of its T tokens.
+// Multiplies rows [first, last), R at a time, with a kernel `dot`, whose `add` adds the products of WIDTH
+// blocks of each row to the sums of its T tokens.
 template <class Dot, int R, int T>
 inline void low_rows(const Dot& dot, const Matrix& m, const Prepared* x, int64_t first, int64_t last,
                      float* const* y) {
@@ -37,7 +38,7 @@ inline void low_rows(const Dot& dot, const Matrix& m, const Prepared* x, int64_t
 
 template <class Dot, int T>
 inline void low_rows_of(const Matrix& m, const Prepared* x, int64_t first, int64_t last, float* const* y) {
-  constexpr int R = T == 1 ? Dot::ROWS : 1;  // rows that share each reading of a single token's numbers
+  constexpr int R = T == 1 ? Dot::ROWS : 1;  // rows that share each load of a single token's input
   const Dot dot;
   const int64_t rest = first + (last - first) / R * R;
   low_rows<Dot, R, T>(dot, m, x, first, rest, y);

@@ -1,13 +1,13 @@
-// Encoding Q3 and Q2: for each block the scale and zero, of those near its range, with the least squared
-// error. Included in every instruction set's unit, after low.h. The arithmetic is the same in all of them,
-// and in quantize/low_blocks.py: each operation rounded by itself, a block's errors added in the columns'
-// order.
+// Encoding Q3 and Q2: for each block, the step and zero with the least squared error among those near the
+// block's range. Included in every instruction set's translation unit (isa_*.cpp), after low.h. The
+// arithmetic is the same in all of them and in quantize/low_blocks.py: each operation is rounded by itself,
+// and a block's errors are added in the order of its columns.
 //
-//   range of a block   (largest - least) / TOP, both of them and zero counted, and at least what an end needs
-//                      with the outermost zero;
-//   a row's scale      the largest range of its blocks; zero for less than SMALLEST;
-//   tried              the first step that reaches the block's range and TRIES - 1 below it, with all zeros,
-//                      the larger steps first: of equal errors the earlier one is taken.
+//   range of a block   (largest - least) / TOP, where zero counts as one of the weights, but at least what
+//                      the larger end needs with the outermost zero;
+//   a row's scale      the largest range of its blocks; zero if that is less than SMALLEST;
+//   candidates         the first step that reaches the block's range and the TRIES - 1 steps below it, each
+//                      with all zeros, larger steps first; of equal errors, the earlier one's is taken.
 
 namespace low {
 
@@ -15,7 +15,7 @@ constexpr float SMALLEST = 1e-37f;
 constexpr int TRIES = 5;
 constexpr int ZEROS = 16;
 
-// The squared distance to the nearest level.
+// The squared distance of t to the nearest level.
 inline Vec off_by(TwoBit, Vec t) {
   const Vec d = sub(t, min(max(round_even(t), zero()), broadcast(3.0f)));
   return mul(d, d);
@@ -48,7 +48,7 @@ inline float range_of(const float* x, int64_t count) {
   return span > end ? span : end;
 }
 
-// Encodes one block of normalized weights: sets its words, `stride` bytes apart, and gives its scale byte.
+// Encodes one block of normalized weights: sets its words, `stride` bytes apart, and returns its scale byte.
 template <class F>
 inline uint8_t encode_block(const float* x, int64_t count, float range, uint8_t* q, int64_t stride) {
   int top = 0;

@@ -1,15 +1,16 @@
-// MXFP4 and FP8: small floating-point numbers, the scales of their blocks, and rows of any shape. Included in
-// every instruction set's unit, before tile.h.
+// MXFP4 and FP8: their numbers, the scales of their blocks, and decoding of rows of any shape. Included in
+// every instruction set's translation unit (isa_*.cpp), before tile.h.
 
-// E2M1's numbers by their codes, doubled, which makes them whole (OCP Microscaling Formats 1.0).
+// E2M1's numbers in the order of their codes, doubled, which makes them integers (OCP Microscaling Formats
+// 1.0).
 constexpr int8_t E2M1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 constexpr float E2M1_UNIT = 2.0f;
 
 constexpr int64_t MICRO_BLOCK = 32;  // columns that share a scale in MXFP4
 
-constexpr float E4M3_UNIT = 256.0f;  // of what loading E4M3 gives
+constexpr float E4M3_UNIT = 256.0f;  // numbers loaded as E4M3 are to be multiplied with this
 
-// 2 to the power that a byte stands for (E8M0). 255, which stands for none, is infinite.
+// The power of two that an E8M0 byte stands for. 255, which stands for no number, becomes infinity.
 inline float power_of_two(uint8_t biased) {
   return float_of(biased == 0 ? 0x400000 : static_cast<uint32_t>(biased) << 23);
 }
@@ -24,11 +25,11 @@ inline float micro_scale(const Matrix& m, int64_t index) {
   }
 }
 
-// Scales of an FP8 row; blocks may be larger than any matrix.
+// The number of scales of an FP8 row; blocks may be larger than any matrix.
 inline int64_t scales_of_row(const Matrix& m) { return (m.cols - 1) / m.block_cols + 1; }
 
-// Columns [first, first + count) of an FP8 row. Some processors take as long for a division as for the
-// weights of a block, so there is none a block.
+// Decodes columns [first, first + count) of an FP8 row. On some processors a division takes as long as the
+// weights of a block, so there is none per block.
 inline void decode_fp8(const Matrix& m, int64_t row, int64_t first, int64_t count, float* out) {
   const uint8_t* q = static_cast<const uint8_t*>(m.q) + row * m.cols;
   const int64_t last = first + count;
@@ -42,7 +43,7 @@ inline void decode_fp8(const Matrix& m, int64_t row, int64_t first, int64_t coun
   }
 }
 
-// The same of an MXFP4 row of any length.
+// The same for an MXFP4 row of any length.
 inline void decode_mxfp4_slowly(const Matrix& m, int64_t row, int64_t first, int64_t count, float* out) {
   const uint8_t* q = static_cast<const uint8_t*>(m.q) + row * ((m.cols + 1) / 2);
   const uint8_t* scales =

@@ -1,8 +1,10 @@
-// FP8 rows of any length times a few tokens. Included in every vector instruction set's unit, after dot.h.
+// Products of FP8 matrices of any shape with up to MOST_DOTS tokens. Included in isa_avx2.cpp and
+// avx512_unit.h, after dot.h.
 
 template <int T>
 inline void fp8_rows(const Matrix& m, const Prepared* x, int64_t first, int64_t last, float* const* y) {
-  constexpr int64_t SIDE_BY_SIDE = 4, STEP = SIDE_BY_SIDE * WIDTH;  // sums that need not wait for another
+  constexpr int64_t SIDE_BY_SIDE = 4,
+                    STEP = SIDE_BY_SIDE * WIDTH;  // independent sums
   const uint8_t* w = static_cast<const uint8_t*>(m.q) + first * m.cols;
   const int64_t across = scales_of_row(m);
   for (int64_t row = first; row < last; ++row, w += m.cols) {

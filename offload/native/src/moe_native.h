@@ -15,24 +15,25 @@
 
 enum Error : int32_t { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED_CPU = 3 };
 
-// In order: each has all that those before it have. AVX512_VNNI lacks AVX512's VBMI.
+// In ascending order: each includes all instructions of those before it. AVX512_VNNI lacks AVX512's VBMI.
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512_VNNI = 2, AVX512 = 3 };
 
-// The last three are numbers as they are.
+// The last three are plain floating-point numbers, without scales.
 enum Format : int32_t { NF4 = 0, INT8 = 1, Q3 = 2, Q2 = 3, MXFP4 = 4, FP8 = 5, FP32 = 6, BF16 = 7, FP16 = 8 };
 
-// How the activations enter a product: as they are, or rounded to whole numbers times one scale for 64
-// columns. Sixteen bits keep 2^-16 of a block's largest activation, more than bf16 and fp16 do of it, and
-// cost a fraction of floats; kernels that gain nothing by them use floats. BFLOAT16S are numbers that come
-// from bf16: as INT16_BLOCKS, but many tokens at once are multiplied in bf16, weights rounded to it, too,
-// where the processor can. So are INT8_BLOCKS.
+// How activations enter a product: as floats, or rounded to integers times one scale per 64 columns. Sixteen
+// bits are accurate to 2^-16 of a block's largest activation, better than bf16 and fp16, and take a fraction
+// of the time of floats; kernels that gain nothing from them use floats. BFLOAT16S is for activations that
+// were bf16: as INT16_BLOCKS, but many tokens at once are multiplied in bf16, with weights rounded to bf16,
+// if the processor can. The same is done for INT8_BLOCKS.
 enum Activations : int32_t { FLOATS = 0, INT16_BLOCKS = 1, INT8_BLOCKS = 2, BFLOAT16S = 3 };
 
-// Of numbers that come from outside. EXPONENT8 is for scales alone: bytes b that stand for 2^(b - 127).
+// Dtypes of the caller's numbers. EXPONENT8 is for scales only: a byte b stands for 2^(b - 127).
 enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, EXPONENT8 = 3 };
 
-// What stands between the up and the down projection. CONCATENATED and INTERLEAVED have a gate: the up matrix
-// gives 2F numbers a token, gate and up as halves or in turns; PLAIN has none and gives F.
+// What comes between the up and the down projection. CONCATENATED and INTERLEAVED have a gate: the up matrix
+// yields 2F numbers per token, gate and up as two halves or alternating. PLAIN has no gate, and the up matrix
+// yields F numbers.
 enum Arrangement : int32_t { PLAIN = 0, CONCATENATED = 1, INTERLEAVED = 2 };
 
 enum Function : int32_t {
@@ -46,9 +47,9 @@ enum Function : int32_t {
   CLAMPED_SILU = 7
 };
 
-// The clamped two have a gate, with gate = min(gate, limit) and up = clamp(up, -limit, limit): CLAMPED_SWIGLU
-// is gpt-oss', (up + 1) * gate * sigmoid(alpha * gate), and CLAMPED_SILU is DeepSeek-V4's, up * silu(gate).
-// The others ignore alpha and limit.
+// The two clamped functions need a gate, and use gate = min(gate, limit) and up = clamp(up, -limit, limit):
+// CLAMPED_SWIGLU is gpt-oss', (up + 1) * gate * sigmoid(alpha * gate), and CLAMPED_SILU is DeepSeek-V4's, up
+// * silu(gate). The others ignore alpha and limit.
 struct Gate {
   int32_t arrangement;
   int32_t function;
@@ -56,19 +57,20 @@ struct Gate {
   float limit;
 };
 
-// A matrix [rows, cols], row major, read in place.
-// NF4, bitsandbytes' bytes: weight i is level[nibble i of q] * scale(i / 64), the earlier weight of a byte in
-// its high half; scale(b) = map[scales[b]] * nested[b / 256] + *offset, with the map given to moe_set_map.
-// INT8: weight [r, c] is q[r * cols + c] * scale, one fp16 scale for 64 columns of a row, at
+// A matrix [rows, cols], row-major, read in place.
+// NF4, in bitsandbytes' bytes: weight i is level[nibble i of q] * scale(i / 64), the earlier weight of a byte
+// in its high half; scale(b) = map[scales[b]] * nested[b / 256] + *offset, with the map given to moe_set_map.
+// INT8: weight [r, c] is q[r * cols + c] * scale, with one fp16 scale per 64 columns of a row, at
 // scales[r * ceil(cols / 64) + c / 64]; nested and offset are null.
-// Q3, Q2: a row has blocks of 32 or 16 columns, the last one filled up. Weight [r, c] is nested[r] *
-// step(scale) * (level(code) - zero(scale)), scale being the byte scales[r * blocks + c / 32 or 16], and
-// codes as low.h says; offset is null.
+// Q3, Q2: a row has blocks of 32 or 16 columns, the last one padded. Weight [r, c] is nested[r] * step(scale)
+// * (level(code) - zero(scale)), scale being the byte scales[r * blocks + c / 32 or 16]. low.h defines codes,
+// levels, steps and zeros. offset is null.
 // MXFP4: code c of row r is the low half of byte c / 2 of the row's ceil(cols / 2), for odd c the high half,
 // and stands for a number of E2M1, to be multiplied with 2^(s - 127), s being the byte scales[r * ceil(cols /
-// 32) + c / 32]. FP8: weight [r, c] is the number of E4M3 at q[r * cols + c], times scales[r / block_rows *
-// ceil(cols / block_cols) + c / block_cols], which are of scale_dtype. FP32, BF16, FP16: weight [r, c] is q[r
-// * cols + c]; what else there is to NF4 is null.
+// 32) + c / 32].
+// FP8: weight [r, c] is the number of E4M3 at q[r * cols + c], times scales[r / block_rows * ceil(cols /
+// block_cols) + c / block_cols], which is of scale_dtype.
+// FP32, BF16, FP16: weight [r, c] is q[r * cols + c]; the fields that only other formats use are null.
 struct Matrix {
   int32_t format;
   int32_t bias_dtype;
@@ -79,7 +81,7 @@ struct Matrix {
   const float* nested;
   const float* offset;
   const void* bias;    // [rows], or null
-  int64_t block_rows;  // the last three are FP8's
+  int64_t block_rows;  // the last three are for FP8
   int64_t block_cols;
   int32_t scale_dtype;
 };
@@ -89,47 +91,47 @@ struct Expert {
   Matrix down;  // [D, F]
 };
 
-// How numbers of a head are paired to be rotated: i with i + rotated / 2, or 2i with 2i + 1.
+// How a head's numbers are paired for rotary embeddings: i with i + rotated / 2, or 2i with 2i + 1.
 enum Rotation : int32_t { HALVES = 0, NEIGHBOURS = 1 };
 
-// Attention with grouped heads, from the layer's (normalized) input to what is added to its residual.
+// Grouped-query attention, from the layer's (normalized) input to the output that is added to the residual.
 struct Attention {
-  Matrix q;       // [heads * width, D]; where `gated`, each head's queries and then as many numbers, its gate
-  Matrix k;       // [kv_heads * width, D]
-  Matrix v;       // as k
-  Matrix o;       // [D, heads * width]
+  Matrix q;  // [heads * width, D]; if `gated`, each head's queries are followed by its gate, as many numbers
+  Matrix k;  // [kv_heads * width, D]
+  Matrix v;  // as k
+  Matrix o;  // [D, heads * width]
   int64_t heads;  // a multiple of kv_heads
   int64_t kv_heads;
   int64_t width;    // of a head, a multiple of 16
-  int64_t rotated;  // leading numbers of a head that are rotated, even
+  int64_t rotated;  // how many leading numbers of a head are rotated; even
   int32_t rotation;
   int32_t shared;      // whether cos and sin have a number for each pair instead of one for each number
   float scaling;       // of q . k
   float epsilon;       // of the norms
   int32_t dtype;       // of x, y, cos, sin, norms, sinks, keys and values
-  const void* q_norm;  // [width], root mean square norms of each head before it is rotated, or null
+  const void* q_norm;  // [width], weights of the RMS norm of each head before it is rotated, or null
   const void* k_norm;
-  const void* sinks;  // [heads], scores that take part in the softmax and have no value, or null
-  int32_t gated;      // whether what heads answer is multiplied by the sigmoids of their gates
-  int32_t shifted;    // whether the norms are, as moe_norm says
+  const void* sinks;  // [heads], scores that take part in the softmax but have no value, or null
+  int32_t gated;      // whether heads' outputs are multiplied with the sigmoids of their gates
+  int32_t shifted;    // whether the norms are shifted, see moe_norm
 };
 
-// A root mean square norm, as moe_norm says; of the dtype of what it is given.
+// An RMS norm as in moe_norm; its weight has the dtype of its input.
 struct Norm {
   const void* weight;
   float epsilon;
   int32_t shifted;
 };
 
-// What chooses a token's experts.
+// The router, which chooses a token's experts.
 struct Router {
   const Matrix* matrix;
   int64_t top_k;
   int32_t normalized;
-  int32_t dtype;  // to which weights are rounded
+  int32_t dtype;  // to which the experts' weights are rounded
 };
 
-// A decoder layer as far as its feed-forward part, with a norm before each part.
+// A decoder layer up to its feed-forward part, with one norm before attention and one before that part.
 struct Layer {
   const Attention* attention;
   Norm before_attention;
@@ -141,18 +143,18 @@ struct Sequence {
   void* keys;
   void* values;
   int64_t head_stride;  // in numbers
-  int64_t first;        // the first position that is seen
-  int64_t last;         // the position of the token that comes now
+  int64_t first;        // the first position that attention reads
+  int64_t last;         // the position of the current token
 };
 
 // The best instruction set of this machine that the library has code for.
 MOE_API int32_t moe_best_isa();
 
-// Use `isa` from now on, at most the best; for tests and benchmarks.
+// Uses `isa` from now on, which must not exceed the best; for tests and benchmarks.
 MOE_API int32_t moe_set_isa(int32_t isa);
 MOE_API int32_t moe_isa();
 
-// bitsandbytes' dynamic map, 256 floats; before the first NF4 matrix.
+// Sets bitsandbytes' dynamic map, 256 floats; must be called before the first use of an NF4 matrix.
 MOE_API int32_t moe_set_map(const float* map);
 
 // y [tokens, rows] = x [tokens, cols] times the matrix, transposed, plus its bias. x and y are of the dtype.
@@ -160,25 +162,27 @@ MOE_API int32_t moe_linear(const Matrix* matrix, const void* x, int64_t tokens, 
                            int32_t activations, int32_t threads);
 
 // y [tokens, width] = weight [width] * (x / sqrt(mean of its squares + epsilon)), all of the dtype, to which
-// the quotient is rounded, too. `shifted`: 1 + weight times the quotient, which is not rounded. x and y may
-// be the same.
+// the quotient is rounded, too. `shifted`: (1 + weight) * quotient, without rounding the quotient. x and y
+// may be the same.
 MOE_API int32_t moe_norm(const void* x, const void* weight, int32_t shifted, float epsilon, int64_t tokens,
                          int64_t width, int32_t dtype, void* y);
 
-// One token through attention: y [D] is its answer to x [D], with the cos and sin [rotated, or half] of its
-// position. Writes its keys and values at sequence->last, and reads those from sequence->first on.
+// Attention of one token: y [D] is its output for x [D], with the cos and sin [rotated, or rotated / 2 if
+// `shared`] of the token's position. Writes the token's keys and values at sequence->last, and reads those of
+// all positions from sequence->first on.
 MOE_API int32_t moe_attention(const Attention* attention, const void* x, const void* cos, const void* sin,
                               const Sequence* sequence, void* y, int32_t activations, int32_t threads);
 
-// The same token through a layer: y [D] = x + attention of the first norm of x, inner [D] = the second norm
-// of y, all rounded to the dtype where moe_norm, moe_attention and a sum would round them. No two may be the
-// same. `router`, or null: inner's experts, ids [top_k] and weights [top_k], as moe_route chooses them.
+// One token through a Layer: y [D] = x + attention(first norm of x), inner [D] = second norm of y, all
+// rounded to the dtype where separate calls of moe_norm and moe_attention and a sum would round them. x, y
+// and inner must be distinct. Unless `router` is null, ids [top_k] and weights [top_k] become the experts
+// that moe_route chooses for inner.
 MOE_API int32_t moe_layer(const Layer* layer, const Router* router, const void* x, const void* cos,
                           const void* sin, const Sequence* sequence, void* y, void* inner, float* weights,
                           int64_t* ids, int32_t activations, int32_t threads);
 
 // For each of `count` experts e, for each p in [starts[e], starts[e + 1]): row places[p] of outputs, [*, D],
-// becomes the expert's answer to row tokens[p] of x, [tokens_in_x, D]. Where `weights`, [tokens_in_x, top_k],
+// becomes the expert's output for row tokens[p] of x, [tokens_in_x, D]. If `weights`, [tokens_in_x, top_k],
 // is given, outputs has tokens_in_x * top_k rows, places are token * top_k + rank, and after the last expert
 // combined [tokens_in_x, D] = sum over rank, in order, of weights * outputs. x and combined are of the dtype.
 MOE_API int32_t moe_experts(const Expert* const* experts, int64_t count, const int64_t* starts,
@@ -186,18 +190,19 @@ MOE_API int32_t moe_experts(const Expert* const* experts, int64_t count, const i
                             int64_t tokens_in_x, float* outputs, const float* weights, int64_t top_k,
                             void* combined, int32_t dtype, int32_t activations, int32_t threads);
 
-// The same for one token x [D], of all whose experts there is a table [count]: combined [D] = sum over rank,
-// in order, of weights [top_k] * the answers of experts[ids [top_k]], which are distinct. Adds one to chosen
-// [count] for each of them.
+// The same for one token x [D] and a table [count] of all experts of a layer: combined [D] = sum over rank,
+// in order, of weights[rank] * the output of experts[ids[rank]]. ids and weights are [top_k], and the ids are
+// distinct. Adds one to chosen[id], of [count], for each of them.
 MOE_API int32_t moe_chosen_experts(const Expert* const* experts, int64_t count, const int64_t* ids,
                                    const float* weights, int64_t top_k, const Gate* gate, const void* x,
                                    int64_t* chosen, void* combined, int32_t dtype, int32_t activations,
                                    int32_t threads);
 
-// A token of each of `rows` sequences through linear attention by the gated delta rule (Gated DeltaNet, arXiv
-// 2412.06464). A head has a state S [key_width, value_width], which becomes e^decay * S + k d, where d = beta
-// * (v - k (e^decay * S)); its answer is q S / sqrt(key_width). Each head of keys has value_heads / key_heads
-// heads of values; value_width is a multiple of 16. `normalized`: q and k are divided by their lengths first.
+// One token of each of `rows` sequences through linear attention with the gated delta rule (Gated DeltaNet,
+// arXiv 2412.06464). A head has a state S [key_width, value_width], which becomes e^decay * S + k d, where d
+// = beta * (v - k (e^decay * S)); its output is q S / sqrt(key_width). Each key head is shared by value_heads
+// / key_heads value heads; value_width is a multiple of 16. `normalized`: q and k are divided by their L2
+// norms first.
 struct DeltaRule {
   const void* q;       // [rows, key_heads, key_width], of the dtype, as k, v, beta and y
   const void* k;       // [rows, key_heads, key_width]
@@ -217,9 +222,9 @@ struct DeltaRule {
 
 MOE_API int32_t moe_delta_rule(const DeltaRule* rule, int32_t threads);
 
-// A token of each of `rows` sequences through a convolution along tokens, each channel by itself: x becomes
-// the last of the channel's `taps` inputs in `state`, whose sum, weighed, is y, rounded to the dtype; with
-// `silu` then y * sigmoid(y). All of the dtype.
+// One token of each of `rows` sequences through a depthwise convolution along tokens: x becomes the last of
+// the channel's `taps` inputs in `state`, and y is their weighted sum plus the bias, rounded to the dtype;
+// with `silu`, then y * sigmoid(y). All numbers are of the dtype.
 struct Convolution {
   const void* x;       // [rows, channels]
   void* state;         // [rows, channels, taps]
@@ -235,9 +240,10 @@ struct Convolution {
 
 MOE_API int32_t moe_convolve(const Convolution* convolution, int32_t threads);
 
-// One token's choice of experts: logits [rows] of the dtype = x [cols] times the matrix, transposed, plus its
-// bias; probabilities = softmax of the rounded logits; ids [top_k] of the largest, largest first, and their
-// weights [top_k], which are divided by their sum if `normalized`.
+// Chooses one token's experts: logits [rows] of the dtype = x [cols] times the matrix, transposed, plus its
+// bias; probabilities = softmax of the rounded logits; ids [top_k] are the experts of the largest
+// probabilities, largest first, and weights [top_k] these probabilities, divided by their sum if
+// `normalized`.
 MOE_API int32_t moe_route(const Matrix* matrix, const void* x, int32_t dtype, int64_t top_k,
                           int32_t normalized, void* logits, float* weights, int64_t* ids);
 
@@ -246,7 +252,7 @@ MOE_API int32_t moe_route(const Matrix* matrix, const void* x, int32_t dtype, in
 MOE_API int32_t moe_combine(const float* outputs, const float* weights, int64_t tokens, int64_t top_k,
                             int64_t cols, float* combined);
 
-// The gate alone: hidden [tokens, F or 2F] -> out [tokens, F].
+// Computes the gate alone: hidden [tokens, F or 2F] -> out [tokens, F].
 MOE_API int32_t moe_gate(const Gate* gate, const float* hidden, int64_t tokens, int64_t width, float* out);
 
 // weights [numel] of a dtype -> q [ceil(numel / 2)], absmax [ceil(numel / 64)], as bitsandbytes'
@@ -255,18 +261,18 @@ MOE_API int32_t moe_nf4_encode(const void* weights, int32_t dtype, int64_t numel
                                int32_t threads);
 
 // scales [count], finite, of NF4 blocks -> q [count], nested [ceil(count / 256)], as bitsandbytes quantizes
-// scales - offset by blocks of 256: index i of q means that the number, divided by its block's largest, is
-// at least steps[i - 1], if there is one, and less than steps[i]. steps [255] ascend; infinite ones are never
-// reached.
+// scales - offset by blocks of 256: index i in q means that the number, divided by its block's largest
+// magnitude, is at least steps[i - 1] and less than steps[i], as far as these exist. steps [255] are
+// ascending; infinite ones are never reached.
 MOE_API int32_t moe_scales_encode(const float* scales, int64_t count, float offset, const float* steps,
                                   uint8_t* q, float* nested, int32_t threads);
 
 // weights [rows, cols] of a dtype -> the parts of a matrix in `format`, Q3 or Q2: q [rows, blocks * 12 or 4
-// bytes], scales [rows, blocks], row_scales [rows]. A row with NaN or infinity gets a scale that is NaN, one
-// with weights beyond what the format reaches an infinite one.
+// bytes], scales [rows, blocks], row_scales [rows]. A row with NaN or infinity gets a NaN scale; a row with
+// weights too large for the format gets an infinite scale.
 MOE_API int32_t moe_low_encode(const void* weights, int32_t dtype, int64_t rows, int64_t cols, int32_t format,
                                uint8_t* q, uint8_t* scales, float* row_scales, int32_t threads);
 
 // Reads memory [bytes] as fast as loads can; *total is the sum, modulo 2^64, of its 64-bit words, the last
-// one filled up with zeros. For measuring what the kernels are held against.
+// one padded with zeros. For measuring the memory bandwidth that kernels are compared with.
 MOE_API int32_t moe_read(const void* memory, int64_t bytes, uint64_t* total, int32_t threads);

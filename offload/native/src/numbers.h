@@ -1,6 +1,6 @@
-// The dtypes of numbers that come from outside: one at a time to a float and back. Arrays of them may lie at
-// any address. Included in every instruction set's unit, before its vec_*.h, which adds whole vectors of
-// them.
+// The dtypes of the caller's numbers: conversion of single numbers to float and back. Arrays of them need no
+// alignment. Included in every instruction set's translation unit (isa_*.cpp), before its vec_*.h, which adds
+// loads of whole vectors.
 
 constexpr uint32_t SIGN_BIT = 0x80000000, INFINITE_BITS = 0x7f800000;
 
@@ -28,7 +28,7 @@ struct Float32 {
   static void store(uint8_t* p, float x) { std::memcpy(p, &x, sizeof x); }
 };
 
-// Storing rounds to the nearest, of two to the even one; NaN stays NaN.
+// Storing rounds to nearest even; NaN stays NaN.
 struct BFloat16 {
   static constexpr int64_t BYTES = 2;
 
@@ -54,7 +54,7 @@ struct Float16 {
     uint16_t bits;
     std::memcpy(&bits, p, sizeof bits);
     const uint32_t magnitude = bits & 0x7fff;
-    // The exponents are 112 apart. Multiplying takes subnormal numbers along.
+    // The exponents' biases differ by 112. Multiplying converts subnormal numbers, too.
     const uint32_t finite = bits_of(float_of(magnitude << 13) * 0x1p112f);
     const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
     return float_of(sign | finite | (magnitude >= 0x7c00 ? INFINITE_BITS : 0));
@@ -77,8 +77,8 @@ struct Float16 {
   }
 };
 
-// E4M3's numbers (OCP 8-bit Floating Point Specification), 256 times too small: that is what their bits are
-// in fp16. The code of NaN, which nothing that is sound has, counts as 480.
+// E4M3's numbers (OCP 8-bit Floating Point Specification), 256 times too small: this is what their bits mean
+// when they are read as fp16. The code of NaN, which no intact weight has, counts as 480.
 struct E4M3 {
   static constexpr int64_t BYTES = 1;
 

@@ -1,8 +1,10 @@
-// Rows of plain numbers, of any length. Included in every vector instruction set's unit.
+// Products of FP32, BF16 and FP16 matrices of any shape with up to MOST_DOTS tokens. Included in isa_avx2.cpp
+// and avx512_unit.h.
 
 template <class Number, int T>
 inline void plain_rows(const Matrix& m, const Prepared* x, int64_t first, int64_t last, float* const* y) {
-  constexpr int64_t SIDE_BY_SIDE = 4, STEP = SIDE_BY_SIDE * WIDTH;  // sums that need not wait for another
+  constexpr int64_t SIDE_BY_SIDE = 4,
+                    STEP = SIDE_BY_SIDE * WIDTH;  // independent sums
   const uint8_t* w = static_cast<const uint8_t*>(m.q) + first * m.cols * Number::BYTES;
   for (int64_t row = first; row < last; ++row, w += m.cols * Number::BYTES) {
     Vec total[T][SIDE_BY_SIDE];

@@ -1,4 +1,4 @@
-// Encoding a block in plain C++: loops that compilers make vectors of, save the last.
+// Encoding a block in plain C++, in loops that compilers vectorize, except for the last one.
 namespace encoder {
 
 template <class T>

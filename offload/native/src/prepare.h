@@ -1,12 +1,12 @@
-// Inputs as the kernels of one instruction set want them.
-// Included in every instruction set's unit.
+// Preparing inputs for the kernels of one instruction set. Included in every instruction set's translation
+// unit (isa_*.cpp).
 
-// Not std::min: a template's function, compiled with this unit's instructions, could be linked into another
-// unit.
+// Not std::min: the linker could use a template function that was compiled with this unit's instructions in
+// another unit, too.
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Columns in the order `position`, which maps a place in a group to the column that stands there; past the
-// last column come zeros.
+// Puts columns in the order `position`, which maps a position in a group to the column that belongs there;
+// zeros follow the last column.
 inline void reorder(const float* x, int64_t columns, const uint8_t* position, int64_t group, float* out) {
   const int64_t whole = columns / group * group;
   for (int64_t start = 0; start < whole; start += group)
@@ -22,7 +22,7 @@ inline void keep_order(const float* x, int64_t columns, float* out) {
   for (int64_t i = columns; i < padded(columns); ++i) out[i] = 0.0f;
 }
 
-// The largest size in a block, NaN if a number is not finite.
+// The largest magnitude in a block, or NaN if a number is not finite.
 inline float largest_of(const float* x) {
   Vec most = zero(), finite = zero();
   for (int64_t i = 0; i < BLOCK; i += WIDTH) {
@@ -36,8 +36,9 @@ inline float largest_of(const float* x) {
   return sum(finite) == 0.0f ? largest : NAN;
 }
 
-// Rounds a block of `count` activations to q of -limit .. limit and gives their scale, NaN if one is not
-// finite. Blocks so small that the scale's inverse is beyond a float become zeros.
+// Rounds a block of `count` activations to integers q of -limit .. limit and returns their scale, which is
+// NaN if one of them is not finite. Blocks of numbers so small that the inverse of the scale would overflow
+// become zeros.
 template <class Q>
 inline float round_block(const float* x, int64_t count, float limit, Q* q) {
   alignas(64) float block[BLOCK] = {};
@@ -50,7 +51,7 @@ inline float round_block(const float* x, int64_t count, float limit, Q* q) {
   return largest / limit;
 }
 
-// Rounds all activations to eight bits: q in their order, values as the numbers that q stands for.
+// Rounds all activations to eight bits: q keeps their order, and values are the dequantized numbers.
 inline void round_to_int8(const float* x, int64_t columns, const Prepared& out) {
   int8_t* q = static_cast<int8_t*>(out.q);
   for (int64_t c = 0, b = 0; c < columns; c += BLOCK, ++b) {
@@ -77,7 +78,7 @@ inline void round_to_int16(const float* x, int64_t columns, const Prepared& out)
   for (int64_t b = columns / BLOCK; b < padded_blocks(columns); ++b) out.scales[b] = 0.0f;
 }
 
-// Columns in the order `position`, group by group, in place.
+// Puts columns in the order `position`, group by group, in place.
 template <class T, int64_t group>
 inline void reorder_in_place(T* values, int64_t columns, const uint8_t* position) {
   for (int64_t c = 0; c < columns; c += group) {

@@ -1,4 +1,4 @@
-// Reading memory and nothing else: the speed that no kernel can pass.
+// Reads memory and does nothing else: no kernel can be faster.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -8,9 +8,9 @@
 
 namespace {
 
-constexpr int64_t CHUNK =
-    1 << 20;                  // long enough for the hardware to prefetch ahead, short enough to end together
-constexpr int64_t LANES = 8;  // sums side by side in registers, so that no load waits for an addition
+// Long enough for the hardware to prefetch ahead, short enough for all threads to finish together.
+constexpr int64_t CHUNK = 1 << 20;
+constexpr int64_t LANES = 8;  // independent sums in registers, so that no load waits for an addition
 
 uint64_t word_at(const uint8_t* memory) {
   uint64_t word;

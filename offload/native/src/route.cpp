@@ -8,7 +8,7 @@
 
 namespace {
 
-// scores [count] become their softmax.
+// Replaces scores [count] by their softmax.
 void softmax(float* scores, int64_t count) {
   float most = scores[0], total = 0.0f;
   for (int64_t e = 1; e < count; ++e) most = std::max(most, scores[e]);
@@ -16,7 +16,8 @@ void softmax(float* scores, int64_t count) {
   for (int64_t e = 0; e < count; ++e) scores[e] /= total;
 }
 
-// The `top_k` largest, the earlier one of equals first; NaN is larger than all numbers, as torch has it.
+// Chooses the `top_k` largest scores, of equal ones the earlier first; NaN counts as larger than all numbers,
+// as in torch.
 void choose(const float* scores, int64_t count, int64_t top_k, float* weights, int64_t* ids) {
   for (int64_t k = 0; k < top_k; ++k) {
     int64_t best = -1;

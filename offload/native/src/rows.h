@@ -1,6 +1,6 @@
-// Which of a vector unit's kernels serves which format, shape, number of tokens and rounding, and the inputs
-// as that kernel wants them. Included after the unit's kernels; GROUP columns are reordered together, and
-// in_bf16 says when tiles are multiplied in bf16.
+// Chooses among a vector unit's kernels by format, shape, number of tokens and rounding, and prepares inputs
+// for the chosen one. Included after the unit's kernels; GROUP is the number of columns that are reordered
+// together, and in_bf16 tells when tiles are multiplied in bf16.
 
 void prepare(int32_t format, int32_t activations, bool tiled, const float* x, int64_t columns,
              const Prepared& out) {

@@ -7,12 +7,13 @@
 
 #include "isa.h"
 
-// Memory of the calling thread that grows to what its largest call needed; in pieces aligned to cache lines.
+// Memory of one thread, which grows to what the thread's largest call needs, and is handed out in pieces that
+// are aligned to cache lines.
 class Scratch {
  public:
   ~Scratch() { std::free(memory_); }
 
-  // Room for `bytes` in all; what was taken before is gone.
+  // Makes room for `bytes` in total; pieces that were taken before become invalid.
   void reserve(int64_t bytes) {
     used_ = 0;
     if (bytes + ALIGNMENT <= size_) return;
@@ -43,10 +44,10 @@ class Scratch {
   int64_t used_ = 0;
 };
 
-// The calling thread's. A function of the library reserves once and takes its pieces.
+// The calling thread's scratch memory. A function of the library reserves once, then takes its pieces.
 inline thread_local Scratch scratch;
 
-// A prepared input for a matrix of `columns`, and the bytes that it takes.
+// How many bytes a prepared input for a matrix of `columns` takes from scratch, and such an input.
 inline int64_t prepared_bytes(int64_t columns, int32_t activations) {
   const int64_t width = most_columns(columns);
   int64_t bytes = Scratch::bytes_of<float>(width) + 2 * Scratch::bytes_of<float>(most_blocks(columns));

@@ -22,8 +22,8 @@
 
 namespace {
 
-// Looks at a phase's end before sleeping, some ten microseconds: chunks are about as long, and waking takes
-// longer.
+// How often a thread checks whether a phase has ended before it sleeps. That takes some ten microseconds,
+// about as long as a chunk; waking up would take longer.
 constexpr int LOOKS = 512;
 
 struct Phase {
@@ -32,7 +32,7 @@ struct Phase {
   int64_t chunks = 0;
 };
 
-// Chunks that a thread does in order.
+// Consecutive chunks, which one thread does in order.
 struct Run {
   int64_t first, count;
 };
@@ -41,9 +41,9 @@ struct Job {
   Work work = nullptr;
   void* context = nullptr;
   int phases = 0;
-  int helpers = 0;             // how many may join
-  std::atomic<int> joined{0};  // how many have
-  std::atomic<int> asleep{0};  // threads that wait for a phase's end
+  int helpers = 0;             // how many helpers may join
+  std::atomic<int> joined{0};  // how many have tried to join
+  std::atomic<int> asleep{0};  // threads that sleep until a phase ends
   Phase phase[MAX_PHASES];
 };
 
@@ -78,7 +78,7 @@ class Pool {
     try {
       for (; helpers_ < helpers; ++helpers_) std::thread(&Pool::help, this).detach();
     } catch (const std::system_error&) {
-      // No more threads are to be had; those there are do.
+      // The system refuses more threads; work with those that exist.
     }
     job.helpers = std::min(helpers, helpers_);
     job_ = &job;
@@ -119,8 +119,8 @@ class Pool {
     }
   }
 
-  // Long runs of chunks first, since what is asked of memory at the end of one is the start of the next;
-  // short ones at last, so that all threads end together.
+  // Claims long runs of chunks first, since the end of each chunk prefetches the start of the next; and short
+  // runs at the end, so that all threads finish together.
   static Run claim(const Job& job, Phase& phase) {
     int64_t first = phase.next.load(std::memory_order_relaxed), count;
     do {
@@ -152,7 +152,7 @@ class Pool {
   }
 
   std::mutex one_job_;
-  std::mutex mutex_;  // guards all below
+  std::mutex mutex_;  // guards everything below
   std::condition_variable wake_, phase_done_, left_;
   Job* job_ = nullptr;
   uint64_t generation_ = 0;
@@ -168,8 +168,9 @@ using Process = pid_t;
 Process this_process() { return getpid(); }
 #endif
 
-// One pool a process, never destroyed: its threads sleep in it until the process ends. A forked child has
-// none of them, and its copy of the pool may be in any state, so it makes another.
+// One pool per process, which is never destroyed: its threads sleep in it until the process ends. A forked
+// child has none of these threads, and its copy of the pool may be in any state, so it makes a pool of its
+// own.
 Pool& pool() {
   static std::atomic<Pool*> current{nullptr};
   static std::atomic<Process> owner{-1};

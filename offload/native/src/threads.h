@@ -1,4 +1,4 @@
-// Threads that sleep between calls and share the chunks of a call among them.
+// A pool of threads that sleep between calls and share the chunks of a call.
 #pragma once
 
 #include <cstdint>
@@ -6,11 +6,11 @@
 constexpr int MAX_THREADS = 256;
 constexpr int MAX_PHASES = 8;
 
-// Does one chunk. `thread` is in [0, threads) and used by one thread at a time.
+// Does one chunk of work. `thread` is in [0, threads), and no two threads use the same number at a time.
 using Work = void (*)(void* context, int phase, int64_t chunk, int thread);
 
 // Runs work(context, p, c, thread) for each phase p in order and each c in [0, chunks[p]); a phase starts
-// when the one before is done. The caller works, too, so that helpers which wake late or not at all cost
-// speed only. While another thread is in here, and after a fork, the caller works alone. `threads` is clamped
-// to [1, MAX_THREADS].
+// when the previous one is done. The caller works, too, so helper threads that wake late or not at all cost
+// only speed. While another thread is in this function, the caller works alone. A forked child starts threads
+// of its own. `threads` is clamped to [1, MAX_THREADS].
 void run_phases(int threads, int phases, const int64_t* chunks, Work work, void* context);

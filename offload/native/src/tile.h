@@ -1,9 +1,9 @@
-// Many tokens at once: rows of the matrix are decoded into a buffer that stays in the first cache, a stretch
-// of DEPTH columns at a time, and multiplied with all tokens by register tiles; and the same for any shape.
-// Included in every instruction set's unit, after its vec_*.h, which is followed by TILE_T.
+// Products of a matrix with many tokens: ROWS rows, DEPTH columns at a time, are decoded into a buffer that
+// stays in the L1 cache, and multiplied with all tokens in register tiles. decode_any does so for any format
+// and shape. Included in every instruction set's translation unit (isa_*.cpp), after its vec_*.h and TILE_T.
 
-constexpr int64_t TILE_R = 4;   // rows of a register tile; TILE_T tokens
-constexpr int64_t ROWS = 16;    // decoded at a time
+constexpr int64_t TILE_R = 4;   // rows of a register tile, which has TILE_T tokens
+constexpr int64_t ROWS = 16;    // rows decoded at a time
 constexpr int64_t DEPTH = 256;  // columns decoded at a time
 
 inline float bias_of(const Matrix& m, int64_t row) {
@@ -18,7 +18,7 @@ inline float nf4_scale(const Matrix& m, const float* map, int64_t block) {
   return map[static_cast<const uint8_t*>(m.scales)[block]] * m.nested[block / NESTED_BLOCK] + *m.offset;
 }
 
-// INT8's scales of `count` blocks from `block` on, which are those of a row whose columns are whole blocks.
+// The scales of `count` INT8 blocks, starting with `block`, of a matrix whose rows are whole blocks.
 inline void int8_scales(const Matrix& m, int64_t block, int64_t count, float* out) {
   const uint8_t* halves = static_cast<const uint8_t*>(m.scales) + 2 * block;
   int64_t b = 0;
@@ -26,7 +26,7 @@ inline void int8_scales(const Matrix& m, int64_t block, int64_t count, float* ou
   for (; b < count; ++b) out[b] = Float16::load(halves + 2 * b);
 }
 
-// NF4's likewise.
+// The same for NF4.
 inline void nf4_scales(const Matrix& m, const float* map, int64_t block, int64_t count, float* out) {
   const uint8_t* codes = static_cast<const uint8_t*>(m.scales) + block;
   const float offset = *m.offset;
@@ -37,8 +37,8 @@ inline void nf4_scales(const Matrix& m, const float* map, int64_t block, int64_t
   }
 }
 
-// Gives columns [first, first + count) of a row in the order of the prepared inputs' values, then zeros up to
-// padded(count).
+// Decodes columns [first, first + count) of a row into the order of the prepared inputs' values, followed by
+// zeros up to padded(count).
 using Decode = void (*)(const Matrix& m, const float* map, int64_t row, int64_t first, int64_t count,
                         float* out);
 
@@ -50,7 +50,7 @@ inline void decode_plain(const Matrix& m, int64_t start, int64_t count, float* o
   for (; i < count; ++i) out[i] = Number::load(numbers + i * Number::BYTES);
 }
 
-// A Decode for inputs in their own order, of any format and shape: blocks may straddle rows.
+// A Decode for inputs in their original order, for any format and shape: blocks may straddle rows.
 void decode_any(const Matrix& m, const float* map, int64_t row, int64_t first, int64_t count, float* out) {
   for (int64_t i = count; i < padded(count); ++i) out[i] = 0.0f;
   const int64_t start = row * m.cols + first;
@@ -105,7 +105,7 @@ inline void tile_rows(const float* weights, const float* const* x, int64_t depth
   for (; r < rows; ++r) register_tile<T, 1>(weights + r * DEPTH, x, depth, partial + r);
 }
 
-// The last tokens, fewer than T + 1.
+// The last tokens, at most T.
 template <int T>
 inline void tile_rest(const float* weights, const float* const* x, int64_t count, int64_t depth, int64_t rows,
                       Vec* partial) {
@@ -115,8 +115,8 @@ inline void tile_rest(const float* weights, const float* const* x, int64_t count
     tile_rest<T - 1>(weights, x, count, depth, rows, partial);
 }
 
-// Asks memory for the stretch after columns [column, column + depth) of rows [row, row + rows), which lies in
-// the rows below at the end of these: it comes while this one is multiplied.
+// Prefetches, while columns [column, column + depth) of rows [row, row + rows) are multiplied, the columns
+// that follow or, at the end of these rows, the first columns of the rows below.
 inline void ask_for_next(const Matrix& m, int64_t row, int64_t rows, int64_t column, int64_t depth) {
   const bool ends = column + depth >= m.cols;
   const int64_t next = ends ? 0 : column + depth, bits = bits_of_weight(m.format);
@@ -127,7 +127,7 @@ inline void ask_for_next(const Matrix& m, int64_t row, int64_t rows, int64_t col
   }
 }
 
-// Rows [first, last) by tiles.
+// Multiplies rows [first, last) in tiles; see Kernels::rows.
 void rows_tiled(Decode decode, const Matrix& m, const float* map, const Prepared* x, int64_t count,
                 int64_t first, int64_t last, float* const* y) {
   alignas(64) float weights[ROWS * DEPTH];

@@ -1,4 +1,4 @@
-// Eight floats, and whole vectors of the other numbers as such.
+// A vector of eight floats, and loads of eight numbers of other dtypes into one.
 using Vec = __m256;
 
 constexpr int64_t WIDTH = 8;
@@ -27,7 +27,7 @@ inline float sum(Vec a) {
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
 
-// out[0 .. 3] = sum of a, of b, of c, of d; each in the order of sum.
+// out[0 .. 3] = sum of a, of b, of c, of d; each is added up in the same order as in `sum`.
 inline void sums(Vec a, Vec b, Vec c, Vec d, float* out) {
   const Vec ab = add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
   const Vec cd = add(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31));
@@ -45,7 +45,7 @@ inline Vec load(BFloat16, const uint8_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-// The bits of eight bytes of E4M3 as those of fp16.
+// Reads the bits of eight E4M3 numbers as fp16.
 inline Vec load(E4M3, const uint8_t* p) {
   const __m128i bits = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   return _mm256_cvtph_ps(

@@ -1,4 +1,4 @@
-// Sixteen floats, and whole vectors of the other numbers as such.
+// A vector of sixteen floats, and loads of sixteen numbers of other dtypes into one.
 using Vec = __m512;
 
 constexpr int64_t WIDTH = 16;
@@ -30,7 +30,7 @@ inline float sum(Vec a) {
   return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
 }
 
-// out[0 .. 3] = sum of a, of b, of c, of d; each in the order of sum.
+// out[0 .. 3] = sum of a, of b, of c, of d; each is added up in the same order as in `sum`.
 inline void sums(Vec a, Vec b, Vec c, Vec d, float* out) {
   const Vec ab = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
   const Vec cd = add(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
@@ -47,7 +47,7 @@ inline Vec load(BFloat16, const uint8_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-// The bits of sixteen bytes of E4M3 as those of fp16.
+// Reads the bits of sixteen E4M3 numbers as fp16.
 inline Vec load(E4M3, const uint8_t* p) {
   const __m256i bits = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm512_cvtph_ps(

@@ -1,4 +1,5 @@
-// Four floats in plain C++, for any processor; compilers make vector instructions of it where there are some.
+// A vector of four floats in plain C++, for any processor; compilers make vector instructions of it if they
+// can.
 struct Vec {
   float v[4];
 };
@@ -26,11 +27,11 @@ inline Vec sub(Vec a, Vec b) { EACH(a.v[i] - b.v[i]); }
 inline Vec mul(Vec a, Vec b) { EACH(a.v[i] * b.v[i]); }
 inline Vec div(Vec a, Vec b) { EACH(a.v[i] / b.v[i]); }
 inline Vec fma(Vec a, Vec b, Vec c) { EACH(a.v[i] * b.v[i] + c.v[i]); }
-// As in the vector instructions, the second where one is NaN.
+// As with vector instructions, the result is the second operand if either is NaN.
 inline Vec max(Vec a, Vec b) { EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 inline Vec min(Vec a, Vec b) { EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 inline Vec round_even(Vec a) { EACH(::nearbyintf(a.v[i])); }
-// 2 to the whole number a, of -126 .. 127.
+// 2^a for integers a of -126 .. 127.
 inline Vec exp2_whole(Vec a) { EACH(::ldexpf(1.0f, a.v[i] == a.v[i] ? static_cast<int>(a.v[i]) : 0)); }
 
 #undef EACH

@@ -6,10 +6,11 @@
 
 namespace {
 
-// A chunk's bytes of weights: threads end together to within one, and a small matrix needs some for each.
+// The bytes of weights in a chunk: threads finish within one chunk of each other, and a small matrix needs
+// some chunks for each thread.
 constexpr int64_t SMALLEST_CHUNK = 32 * 1024, LARGEST_CHUNK = 128 * 1024, CHUNKS = 32;
 constexpr int64_t BYTES_PER_THREAD = 1 << 17;  // less work than this is not worth waking a thread for
-constexpr int64_t TOKENS_PER_READ = 8;  // so many tokens take about as long as reading the weights once
+constexpr int64_t TOKENS_PER_READ = 8;  // computing these takes about as long as reading the weights once
 
 float map_of_scales[256];
 std::atomic<bool> map_is_set{false};
@@ -20,10 +21,10 @@ const Kernels* table(int32_t isa) {
   return isa >= PORTABLE && isa <= AVX512 && isa <= detect_isa() ? built[isa] : nullptr;
 }
 
-// `tokens` tokens' work on weights, in readings of them.
+// The work of multiplying weights with `tokens` tokens, in units of reading the weights once.
 int64_t readings(int64_t tokens) { return std::max<int64_t>(1, tokens / TOKENS_PER_READ); }
 
-// A multiple of the rows that tiles work on.
+// The rows of a chunk, a multiple of the rows that tiles work on.
 int64_t rows_per_chunk(const Matrix& m, int64_t tokens) {
   const int64_t row_bytes = std::max<int64_t>(1, weight_bytes(m) / m.rows);
   const int64_t bytes = std::min(LARGEST_CHUNK, std::max(SMALLEST_CHUNK, weight_bytes(m) / CHUNKS));

@@ -1,5 +1,5 @@
-// What the exported functions share: the kernels in use, checks of arguments, and matrices cut into chunks of
-// work.
+// What the exported functions share: the kernels in use, checks of arguments, and cutting matrices into
+// chunks of work.
 #pragma once
 
 #include <cstdint>
@@ -29,12 +29,12 @@ int threads_for(int64_t bytes, int64_t tokens, int32_t threads);
 
 int64_t weight_bytes(const Matrix& m);
 
-// Into how many chunks a matrix is cut that `tokens` are multiplied with.
+// Into how many chunks of rows a matrix is cut when it is multiplied with `tokens` inputs.
 int64_t chunks_of(const Matrix& m, int64_t tokens);
 
 inline bool tiled(int64_t tokens) { return tokens > MOST_DOTS; }
 
-// Rows of chunk `c` of the matrix times `count` inputs, prepared as `tiled(count)` says; y[t] [rows] becomes
-// input t's.
+// Multiplies the rows of chunk `c` of the matrix with `count` inputs, which were prepared with
+// `tiled(count)`, and sets them in y[t] [m.rows], the results of input t.
 void multiply(const Matrix& m, int32_t activations, const Prepared* x, int64_t count, int64_t c,
               float* const* y);
