@@ -1,1 +1,1 @@
-"""Computing one expert from its flat buffer: one function, with an implementation per device and format."""
+"""Computing experts from their flat buffers, with the fastest kernels for a device and format."""

@@ -1,4 +1,4 @@
-"""NF4 on CUDA through bitsandbytes' fused 4-bit matrix product, reading the expert's bytes in place."""
+"""NF4 on CUDA through bitsandbytes' 4-bit matrix product, which reads the expert's bytes in place."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moe_local.offload.quantize.views import segment_view
 def nf4_linear(
     buffer: torch.Tensor, layout: Layout, dtype: torch.dtype, has_bias: bool
 ) -> Callable[[torch.Tensor, str], torch.Tensor]:
-    """Linear over the NF4 matrices of an expert in device memory; x and the result are in `dtype`.
+    """A linear function over the NF4 matrices of an expert in device memory; x and the result are in `dtype`.
 
     bitsandbytes chooses by the number of tokens between its fused kernel and dequantizing into a
     temporary matrix followed by a GEMM. Runs on the current stream, without a host sync.
@@ -50,14 +50,14 @@ def nf4_linear(
 
 
 def check(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise MoeLocalError where bitsandbytes does not multiply, as with a CUDA that it has no library for.
+    """Raise MoeLocalError if bitsandbytes cannot multiply, as with a CUDA that it has no library for.
 
-    The first prompt would say so otherwise, in pages.
+    Otherwise the first prompt would fail, with pages of error messages.
     """
     layout = codec_for("nf4").layout([TensorSpec("w", (BLOCK, BLOCK))])
     buffer = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
     segment_view(buffer, next(part for part in layout.segments if part.part == "offset")).fill_(1)
-    try:  # every weight is the first level, -1, times a scale of 1
+    try:  # q is zeros, so every weight is the first level, -1, times a scale of 1
         sums = nf4_linear(buffer, layout, dtype, False)(torch.ones(1, BLOCK, dtype=dtype, device=device), "w")
         wrong = None if bool((sums == -BLOCK).all()) else f"{BLOCK} times -1 is {float(sums[0, 0])}"
     except Exception as error:

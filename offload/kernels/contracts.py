@@ -1,4 +1,4 @@
-"""What kernels are given and what they promise."""
+"""The interfaces of kernels: what they take and what they guarantee."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Linear = Callable[[torch.Tensor, str], torch.Tensor]
 
 
 class ExpertMath(Protocol):
-    """What an architecture's experts do between their matrices; an OffloadedExperts has it all."""
+    """What an architecture's experts compute besides matrix products; OffloadedExperts implements it."""
 
     has_gate: bool
     has_bias: bool
@@ -23,7 +23,7 @@ class ExpertMath(Protocol):
         """[T, 2F] (gate and up as the architecture lays them out) or [T, F] -> [T, F]."""
 
     def finish(self, output: torch.Tensor) -> torch.Tensor:
-        """[T, D] -> [T, D], what follows the down projection."""
+        """[T, D] -> [T, D], the operation that follows the down projection."""
 
 
 class Readable(Protocol):
@@ -43,18 +43,20 @@ class Readable(Protocol):
 class LayerStep(Protocol):
     """One forward of a layer's experts on tokens x [T, D].
 
-    The result does not depend on how the experts are grouped nor on the groups' order: each answer goes to
-    its own place in [T * K, D], and the sum over K runs in the router's order.
+    The result does not depend on how the experts are grouped or on the order of groups: each expert's answer
+    (its output for one token) goes to its own place in [T * K, D], and the sum over K runs in the router's
+    order.
     """
 
     def compute(self, group: Sequence[Readable]) -> None:
-        """Compute experts that the routing names, each once. Their buffers are read until this returns, or
-        on a device until its current stream has got past it."""
+        """Compute experts that the routing names, each once. Their buffers are read until this returns or, on
+        a device, until the work that it puts on the current stream has run."""
 
     def accept(self, places: torch.Tensor, answers: torch.Tensor) -> None:
-        """Answers [n, D] fp32 of experts that were computed elsewhere, for these places, int64 [n].
+        """Take answers [n, D] fp32 of experts that were computed elsewhere, for these places, int64 [n].
 
-        Both on the device of x and read until this returns, or until its current stream has got past it.
+        Both are on the device of x and are read until this returns or, on a device, until the work that it
+        puts on the current stream has run.
         """
 
     def result(self) -> torch.Tensor:
@@ -71,5 +73,5 @@ class Answers(Protocol):
     def compute(self, group: Sequence[Readable], out: torch.Tensor) -> torch.Tensor:
         """Compute experts whose bytes are in RAM into `out`, fp32 [n, D], n being their tokens in all.
 
-        Gives the places, int64 [n] on the CPU, where the rows of `out` belong. Blocks until it is done.
+        Returns the places, int64 [n] on the CPU, where the rows of `out` belong. Blocks until it is done.
         """

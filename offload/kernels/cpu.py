@@ -34,7 +34,8 @@ from moe_local.offload.system.threads import kernel_threads
 
 
 def serves(layout: Layout, x: torch.Tensor) -> bool:
-    """Whether the library multiplies x with matrices of this layout. Autocast has its own ideas of dtypes."""
+    """Whether the library multiplies x with matrices of this layout; never under autocast, which sets
+    dtypes."""
     return (
         reads(layout)
         and x.device.type == "cpu"
@@ -45,10 +46,10 @@ def serves(layout: Layout, x: torch.Tensor) -> bool:
 
 
 def reads(layout: Layout) -> bool:
-    """Whether the library, were it there, has code for every matrix of this layout."""
+    """Whether the library has code for every matrix of this layout, even if it was not compiled."""
     if layout.format in ("nf4", "int8") or layout.format in PLAIN.values():
         return True
-    key = id(layout)  # looking at the parts takes longer than a tiny expert; the layout is kept, so its id is
+    key = id(layout)  # `_read` keeps the layout, so no other gets its id; inspecting parts is slow
     if key not in _read:
         names = [tensor.name for tensor in layout.tensors if len(tensor.shape) == 2]
         known = layout.format in FORMATS or layout.format in stored.FORMATS
@@ -60,7 +61,8 @@ _read: dict[int, tuple[Layout, bool]] = {}
 
 
 def matrix_format(layout: Layout, name: str) -> str | None:
-    """The library's name for how matrix `name` lies, or None. What is native may differ between matrices."""
+    """The library's name for the format of matrix `name`, or None. Matrices of native checkpoints may
+    differ."""
     parts = {segment.part: segment.dtype for segment in layout.parts(name)}
     if "values" in parts:
         return PLAIN.get(TORCH_DTYPES[parts["values"]])
@@ -75,8 +77,8 @@ def matrix_format(layout: Layout, name: str) -> str | None:
 def rounding(activations: str, dtype: torch.dtype) -> int:
     """How activations of this dtype enter a product.
 
-    Sixteen bits in blocks of 64 keep more of a bf16 or fp16 vector than its dtype does, at half the cost
-    of floats; fp32 stays as it is. Many tokens of a bf16 model are multiplied in bf16 where the CPU can.
+    Integers of 16 bits in blocks of 64 keep more precision than a bf16 or fp16 vector has, at half the cost
+    of floats; fp32 stays as it is. Many tokens of a bf16 model are multiplied in bf16 if the CPU can.
     """
     if activations == "int8":
         return INT8
@@ -105,7 +107,7 @@ def matrix_at(address: int, layout: Layout, name: str, has_bias: bool) -> Matrix
 
 
 def plain_matrix(weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
-    """A weight [rows, cols] and bias as they are. They must be contiguous and outlive it."""
+    """An unquantized weight [rows, cols] and its bias, which must be contiguous and outlive the result."""
     rows, cols = weight.shape
     matrix = Matrix(format=FORMATS[PLAIN[weight.dtype]], rows=rows, cols=cols, q=weight.data_ptr())
     if bias is not None:
@@ -134,7 +136,7 @@ def multiply(matrix: Matrix, x: torch.Tensor, activations: int) -> torch.Tensor:
 
 
 def check_width(x: torch.Tensor, matrix: Matrix) -> None:
-    """The library reads as many numbers as the matrix has columns. Raises RuntimeError, as torch does."""
+    """Raise RuntimeError, as torch does, unless x is as wide as the matrix; the library cannot check that."""
     if x.shape[-1] != matrix.cols:
         raise RuntimeError(f"inputs have {x.shape[-1]} numbers where the weights take {matrix.cols}")
 
@@ -142,7 +144,7 @@ def check_width(x: torch.Tensor, matrix: Matrix) -> None:
 def cpu_linear(
     buffer: torch.Tensor, layout: Layout, has_bias: bool, activations: str
 ) -> Callable[[torch.Tensor, str], torch.Tensor]:
-    """Linear over the matrices of an expert whose buffer lies in CPU memory."""
+    """A linear function over the matrices of an expert whose buffer is in CPU memory."""
     matrices = {
         tensor.name: matrix_at(buffer.data_ptr(), layout, tensor.name, has_bias)
         for tensor in layout.tensors
@@ -156,7 +158,7 @@ def cpu_linear(
 
 
 class CpuExperts:
-    """Computes all experts of a group in one call, where the library knows what is between their matrices."""
+    """Computes all experts of a group in one call of the library, if it has the model's gate function."""
 
     def __init__(self, activations: str) -> None:
         self._activations = activations
@@ -164,7 +166,7 @@ class CpuExperts:
         self._experts: dict[int, tuple[Layout, Expert]] = {}
 
     def serves(self, math: ExpertMath, x: torch.Tensor, layout: Layout) -> bool:
-        """Whether `begin` can be asked for this layer and input."""
+        """Whether `begin` and `answers` may be called for this layer and input."""
         if not serves(layout, x):
             return False
         if math not in self._gates:
@@ -193,7 +195,7 @@ class CpuExperts:
         return CpuCalls(self, math, self.gate(math), x, routing, layout, rounding(self._activations, x.dtype))
 
     def expert(self, buffer: torch.Tensor, layout: Layout, math: ExpertMath) -> Expert:
-        """The expert in a slot. It is remembered by the slot's address, so one instance serves one store."""
+        """The expert in a slot, cached by the slot's address; so an instance serves only one store."""
         address = buffer.data_ptr()
         known = self._experts.get(address)
         if known is not None and known[0] is layout:
@@ -204,7 +206,7 @@ class CpuExperts:
         return expert
 
     def gate(self, math: ExpertMath) -> Gate:
-        """The library's, of a layer that is served."""
+        """The library's gate for a layer that `serves` accepted."""
         gate = self._gates[math]
         assert gate is not None
         return gate
@@ -223,7 +225,7 @@ class CpuCalls:
         layout: Layout,
         activations: int,
     ) -> None:
-        """`layout` is one that the library serves."""
+        """`layout` must be one that the library serves."""
         self._experts = experts
         self._layout = layout
         self._math = math
@@ -233,7 +235,7 @@ class CpuCalls:
         self._activations = activations
 
     def split(self, group: Sequence[Readable]) -> list[tuple[Sequence[Readable], bool]]:
-        """The group by layouts, and whether the library has kernels for that layout."""
+        """The group split by layout, each part with whether the library has kernels for it."""
         if all(readable.layout is self._layout for readable in group):
             return [(group, True)]
         parts: dict[int, list[Readable]] = {}
@@ -251,10 +253,12 @@ class CpuCalls:
         weights: torch.Tensor | None = None,
         combined: torch.Tensor | None = None,
     ) -> None:
-        """The i-th answer of the group is that to row tokens[i] of x and goes to row rows[i] of `out`, fp32;
-        with `weights` [T, K], fp32, rows are all places, and their weighted sums go to `combined` [T, D].
+        """Compute a group's experts: answer i is for row tokens[i] of x and goes to row rows[i] of `out`,
+        fp32. With `weights` [T, K], fp32, `out` has all places as rows, and their weighted sums go to
+        `combined` [T, D].
 
-        `tokens` and `rows` are int64 arrays as ctypes passes them: addresses, or arrays of its own.
+        `starts` says where each expert's answers start. `tokens` and `rows` are int64 arrays, given as
+        addresses or ctypes arrays.
         """
         lib: Any = library()
         structs = [self._experts.expert(r.buffer, r.layout, self._math) for r in group]
@@ -280,7 +284,7 @@ class CpuCalls:
 
 
 class CpuAnswers:
-    """Computes the answers of some experts to one input, in one call of the library for each layout."""
+    """Computes some experts' answers for one input, in one call of the library per layout."""
 
     def __init__(self, calls: CpuCalls, rest: Answers) -> None:
         self._calls = calls
@@ -303,7 +307,7 @@ class CpuAnswers:
 
 
 class CpuStep:
-    """A LayerStep in one call of the library for each layout in a group; the last call sums up, too."""
+    """A LayerStep with one call of the library per layout in a group; the last call also computes the sum."""
 
     def __init__(self, calls: CpuCalls, weights: torch.Tensor, rest: Rest) -> None:
         x, routing = calls.x, calls.routing

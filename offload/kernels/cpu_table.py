@@ -1,4 +1,4 @@
-"""Single tokens through a layer whose experts all lie in CPU memory for good."""
+"""Single tokens through a layer whose experts are all permanently in CPU memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from moe_local.offload.system.threads import kernel_threads
 
 
 class CpuTable:
-    """All experts of a layer, of one layout, where they lie: the library finds and counts a token's.
+    """A table of all experts of a layer, of one layout; the library looks up and counts those of a token.
 
-    Holds addresses in the buffers, not the buffers.
+    Holds addresses in the buffers, which the caller must keep.
     """
 
     def __init__(self, experts: Sequence[Expert], gate: Gate, activations: str, counts: torch.Tensor) -> None:
-        """`counts` int64 [E] in CPU memory: how many tokens chose each."""
+        """`counts` int64 [E] in CPU memory: how many tokens chose each expert; `run` adds to it."""
         self._experts = list(experts)
         self._table = (ctypes.c_void_p * len(experts))(*map(ctypes.addressof, self._experts))
         self._gate = gate
@@ -29,7 +29,7 @@ class CpuTable:
         self._counts = counts
 
     def run(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """x [1, D], index [1, K] int64 and weights [1, K] -> [1, D]; the bits of a CpuStep with all of them.
+        """x [1, D], index [1, K] int64 and weights [1, K] -> [1, D]; the same bits as by a CpuStep.
 
         Raises MoeLocalError for an expert that is chosen twice.
         """
@@ -52,6 +52,6 @@ class CpuTable:
             kernel_threads(),
         )
         if status:
-            Routing(index[0].tolist(), 1, len(self._experts))  # says so where a choice is at fault
+            Routing(index[0].tolist(), 1, len(self._experts))  # a clearer error for a bad choice
         check(status)
         return combined

@@ -1,6 +1,6 @@
 """One expert's feed-forward on some tokens, straight from its flat buffer.
 
-It takes the fused path where there is one for the device and format, and `kernels.reference` otherwise, which
+It takes the fused path if there is one for the device and format, and otherwise `kernels.reference`, which
 all paths are tested against.
 """
 
@@ -19,16 +19,16 @@ from moe_local.offload.quantize.layout import Layout
 
 
 class ExpertKernels:
-    """Computes experts in the slots of one store, remembering how each slot's bytes are read.
+    """Computes experts in the slots of one store, and caches the views by which it reads each slot.
 
-    Looking a tiny expert's matrices up in its buffer takes longer than multiplying with them. What is
-    remembered are views of the slot, which show whatever expert is there, for as long as somebody has the
-    slot: they would keep memory that an arena gives back. Weights that had to be converted are not kept. One
-    instance a store, since a slot is known by its address.
+    Making the views of a tiny expert's matrices takes longer than multiplying with them. The views show
+    whatever expert is in the slot. They are dropped as soon as nobody else holds the slot, since they would
+    keep memory alive that an arena gives back. Converted weights are not cached. There is one instance per
+    store, since slots are identified by their addresses.
     """
 
     def __init__(self, activations: str = "native") -> None:
-        """`activations`: "native", or "int8" to round them where the kernel can."""
+        """`activations`: "native", or "int8" to round them to eight bits if the kernel can."""
         self._activations = activations
         self._linears: dict[int, _Known] = {}
 
@@ -55,7 +55,7 @@ class ExpertKernels:
 
 
 class _Known(NamedTuple):
-    """How the bytes of a slot are read that is still there."""
+    """How to read the bytes of a slot that is still in use."""
 
     slot: weakref.ref[torch.Tensor]
     layout: Layout
@@ -69,7 +69,7 @@ def _feed_forward(math: ExpertMath, x: torch.Tensor, linear: Linear) -> torch.Te
 
 
 class _Prepared(NamedTuple):
-    """How the bytes of a slot are read."""
+    """How to read the bytes of a slot."""
 
     linear: Linear
     in_place: bool

@@ -1,4 +1,4 @@
-"""Says once where experts take the reference path, for want of a kernel that reads them."""
+"""Warns once when experts take the slow reference path because no kernel reads their format."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ WITHOUT_ONE = ("fp32", "bf16", "fp16")
 
 
 class Fallback:
-    """What has been said of one store's experts."""
+    """Warns about one store's experts, and remembers what it has said."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[int, str], Layout] = {}
         self._said: set[tuple[str, str]] = set()
 
     def tell(self, math: ExpertMath, x: torch.Tensor, layout: Layout, grouped: GroupedExperts) -> None:
-        """Say what keeps experts of this layout from a kernel, if something does, once for each format."""
+        """Warn if no kernel serves experts of this layout, and say why; once per format and reason."""
         kind = x.device.type
         if (id(layout), kind) in self._seen:
             return
-        self._seen[id(layout), kind] = layout  # kept, so that its id is its own
+        self._seen[id(layout), kind] = layout  # kept, so that no other layout gets its id
         why = _on_cpu(layout) if kind == "cpu" else _on_gpu(math, x.device, layout, grouped)
         if why is None or (layout.format, why) in self._said:
             return
@@ -52,17 +52,17 @@ def described(layout: Layout) -> str:
 
 
 def _on_cpu(layout: Layout) -> str | None:
-    if cpu.reads(layout) or library() is None:  # which has said so itself
+    if cpu.reads(layout) or library() is None:  # a missing library has its own warning
         return None
     return 'no CPU kernel reads them so; experts="int8" or "nf4" converts them once'
 
 
 def _on_gpu(math: ExpertMath, device: torch.device, layout: Layout, grouped: GroupedExperts) -> str | None:
-    """bitsandbytes has kernels for NF4, and torch for plain numbers, whichever way they lie."""
+    """Why no kernel serves the layout, or None. bitsandbytes serves NF4, and torch unquantized weights."""
     if layout.format in (*WITHOUT_ONE, "nf4", "plain"):
         return None
     if grouped.launcher(math, device, layout) is not None:
-        return None  # a prompt: decoded once for many tokens
+        return None  # then only prompts come here, and decode weights once for many tokens
     if not Launcher.served(layout):
         return 'no GPU kernel reads them so; experts="nf4" converts them once'
     if triton_kernels(device) is None:

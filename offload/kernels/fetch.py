@@ -1,4 +1,4 @@
-"""Launching the kernels that look experts up and bring them, which `triton_fetch.py` explains."""
+"""Launching the kernels that look up experts and fetch absent ones from RAM; see `triton_fetch.py`."""
 
 from __future__ import annotations
 
@@ -34,25 +34,26 @@ class LayerTables(NamedTuple):
 
 
 class Fetch(Protocol):
-    """Looks experts up and brings them. Launches go to the device's current stream; nothing waits."""
+    """Looks up a layer's experts and fetches absent ones, on the device's current stream; nothing waits."""
 
     def look_up(self, tables: LayerTables, ids: torch.Tensor, *, begins: bool) -> torch.Tensor:
-        """ids int64 [K] -> a Launcher's table for them, int64 [K, 2]; tables and log say who is where now.
+        """ids int64 [K] -> a Launcher's table for them, int64 [K, 2]. Updates the tables and the log.
 
-        `begins`: it is the token's first layer. The bytes of those that were absent are not there yet.
+        `begins`: this is the token's first layer. The bytes of absent experts arrive only with `bring`.
         """
 
     def bring(self, tables: LayerTables, memory: torch.Tensor, base: torch.Tensor, nbytes: int) -> None:
-        """Bring those that `look_up` found absent: `nbytes` each, from `memory` in RAM, uint8, to slots.
+        """Copy experts that `look_up` found absent, `nbytes` each, from `memory` in RAM, uint8, to their
+        slots.
 
-        `base` is the layer's first slot; others are found from there."""
+        `base` is the layer's first slot, from which the offsets of the others count."""
 
 
 class TritonFetch:
     """The two Triton kernels."""
 
     def __init__(self, kernels: Any, *, timed: bool) -> None:
-        """`timed`: the log gets the times of the GPU's clock, which Triton's interpreter has not."""
+        """`timed`: the log gets times of the GPU's clock, which Triton's interpreter does not have."""
         self._kernels = kernels
         self._timed = timed
 
@@ -102,7 +103,7 @@ class TritonFetch:
 
 
 def fetch_kernels(device: torch.device) -> Fetch | None:
-    """What looks up and brings on this device; None where Triton does not run."""
+    """The Fetch for this device, or None if Triton does not run on it."""
     if triton_kernels(device) is None:
         return None
     from moe_local.offload.kernels import triton_fetch

@@ -1,4 +1,4 @@
-"""What an architecture does between its experts' matrices, recognized by what comes out of it."""
+"""Recognizing an architecture's gate function, the step between its experts' matrices, by its results."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ WIDTH = 4096
 
 
 def recognize(math: ExpertMath) -> Gate | None:
-    """The library's gate that does what `math.activate` does, or None.
+    """The library's gate that computes the same as `math.activate`, or None.
 
-    The two are compared on numbers from tiny to huge, on both sides of every clamp that is at all likely to
-    act, so that neither an activation nor the way in which gate and up are laid out need be known by name.
+    The two are compared on numbers from tiny to huge, on both sides of every clamp that is likely to act. So
+    neither the activation function nor the arrangement of gate and up needs to be known by name.
     """
     if library() is None or _finishes(math):
         return None
@@ -43,7 +43,7 @@ def recognize(math: ExpertMath) -> Gate | None:
 
 
 def _finishes(math: ExpertMath) -> bool:
-    """Whether something follows the down projection."""
+    """Whether an operation follows the down projection."""
     if getattr(math, "has_post_expert_norm", False):
         return True
     output = torch.ones(1, 1)
@@ -54,9 +54,9 @@ def _finishes(math: ExpertMath) -> bool:
 
 
 def _agree(gate: Gate, probe: torch.Tensor, got: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Whether two results of a gate on `probe` differ by no more than fp32's rounding.
+    """Whether two results of a gate on `probe` differ by no more than the rounding of fp32.
 
-    The gelus add 1 to almost -1; what that loses grows with gate and up, and the result does not.
+    The gelus add 1 to numbers near -1; the error of that grows with gate and up, but the result does not.
     """
     allowed = 2e-6 * wanted.abs() + 1e-7
     if gate.function in GELUS:
@@ -71,7 +71,7 @@ def _agree(gate: Gate, probe: torch.Tensor, got: torch.Tensor, wanted: torch.Ten
 
 
 def apply_gate(gate: Gate, hidden: torch.Tensor) -> torch.Tensor:
-    """The gate on hidden, float32 [T, F or 2F] on the CPU, -> [T, F]. Needs the library."""
+    """Apply the gate to hidden, float32 [T, F or 2F] on the CPU -> [T, F]. Needs the library."""
     lib = library()
     assert lib is not None
     hidden = hidden.contiguous()
@@ -96,7 +96,7 @@ def _candidates(math: ExpertMath) -> Iterator[Gate]:
 
 
 def _number(math: ExpertMath, *names: str) -> float | None:
-    """The first of these attributes that is a number: classes name theirs differently."""
+    """The first of these attributes that is a number, since model classes use different names."""
     values = (getattr(math, name, None) for name in names)
     return next((float(value) for value in values if isinstance(value, int | float)), None)
 

@@ -1,4 +1,4 @@
-"""The routed experts of a decode step on a GPU: all experts of a group in one launch for up, one for down."""
+"""The routed experts of a decode step on a GPU: per group of experts, one launch for up and one for down."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class GroupedExperts:
-    """Starts steps for layers whose gate the Triton kernels know. One instance a store."""
+    """Starts steps for layers whose gate the Triton kernels have. There is one instance per store."""
 
     def __init__(self) -> None:
         self._launchers: dict[tuple[ExpertMath, torch.device], list[tuple[Layout, Launcher | None]]] = {}
@@ -33,7 +33,7 @@ class GroupedExperts:
         """Whose kernels do not shuffle though they might."""
 
     def serves(self, math: ExpertMath, x: torch.Tensor, routing: Routing, layout: Layout) -> bool:
-        """Whether `begin` can be asked for this layer and input, which lies on a GPU."""
+        """Whether `begin` may be called for this layer and input, which must be on a GPU."""
         return (
             x.is_cuda
             and x.dtype in DTYPES
@@ -51,7 +51,8 @@ class GroupedExperts:
         layout: Layout,
         rest: Rest,
     ) -> LayerStep:
-        """See LayerKernels.begin; `rest` computes experts with many tokens or of a layout not served."""
+        """See LayerKernels.begin; `rest` computes experts with many tokens or of layouts that are not
+        served."""
         launcher = self.launcher(math, x.device, layout)
         assert launcher is not None
         return GroupedStep(
@@ -59,7 +60,7 @@ class GroupedExperts:
         )
 
     def launcher(self, math: ExpertMath, device: torch.device, layout: Layout) -> Launcher | None:
-        """The kernels for this layer, or None. Found out once."""
+        """The kernels for this layer, or None. The answer is cached."""
         known = self._launchers.setdefault((math, device), [])
         for other, found in known:
             if _same(other, layout):
@@ -71,16 +72,16 @@ class GroupedExperts:
         return found
 
     def shuffles(self, device: torch.device, layout: Layout) -> bool:
-        """Whether kernels on this device look this layout's levels up by shuffling them."""
+        """Whether kernels for this layout look up levels by warp shuffles (triton_formats.level)."""
         return can_shuffle(device) and not _has(self._still, device, layout)
 
     def stop_shuffling(self, device: torch.device, layout: Layout) -> None:
-        """Have kernels for this layout on this device look levels up in memory from now on."""
+        """From now on, kernels for this layout on this device look up levels in memory."""
         self._still.append((device, layout))
         self._launchers.clear()
 
     def refuse(self, device: torch.device, layout: Layout) -> None:
-        """Serve this layout on this device no more."""
+        """From now on, do not serve this layout on this device."""
         self._refused.append((device, layout))
         self._launchers.clear()
 
@@ -96,7 +97,7 @@ def _launcher(math: ExpertMath, device: torch.device, layout: Layout, shuffles: 
 
 
 class GroupedRun:
-    """The memory of one layer's step, and its launches for experts of one layout."""
+    """The buffers of one layer's step, and kernel launches for experts of one layout."""
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class GroupedRun:
         weights: torch.Tensor,
         outputs: torch.Tensor | None = None,
     ) -> None:
-        """x [T, D], weights [T, K]; `outputs` fp32 [T * K, D]: for answers, if not memory of its own."""
+        """x [T, D], weights [T, K]. Answers go to `outputs`, fp32 [T * K, D]; None: to new memory."""
         places, dtype, device = weights.numel(), torch.float32, x.device
         self.outputs = (
             torch.empty(places, launcher.width, dtype=dtype, device=device) if outputs is None else outputs
@@ -118,7 +119,7 @@ class GroupedRun:
         self._x = x
 
     def launch(self, base: torch.Tensor, table: torch.Tensor) -> None:
-        """Compute the experts of a Launcher's table, whose slots count UNITs from `base`."""
+        """Compute the experts of a Launcher's table, whose slots are in UNITs from `base`."""
         self._launcher.up(base, UNIT, table, self._planes, self._hidden, self._weights.shape[1])
         self._launcher.down(base, UNIT, table, self._hidden, self.outputs)
 
@@ -131,9 +132,9 @@ class GroupedRun:
 
 def warm_up(launcher: Launcher, x: torch.Tensor, top_k: int, base: torch.Tensor) -> list[torch.Tensor]:
     """Launch the kernels once for each number of tokens that they are compiled for, and for both dtypes that
-    routers' weights have, x's and float32. x [MOST_TOKENS, D]; `base`, a slot, may hold anything.
+    a router's weights may have, that of x and float32. x [MOST_TOKENS, D]; the slot `base` may hold anything.
 
-    Returns what its expert answers to the first 1, 2, 4 ... tokens, float32 [tokens, D] each."""
+    Returns the answers of that slot's expert for the first 1, 2, 4 ... tokens, float32 [tokens, D] each."""
     tokens, answers = 1, []
     while tokens <= MOST_TOKENS:
         weights = torch.zeros(tokens, top_k, dtype=x.dtype, device=x.device)
@@ -148,13 +149,13 @@ def warm_up(launcher: Launcher, x: torch.Tensor, top_k: int, base: torch.Tensor)
 
 
 class GroupedStep:
-    """A LayerStep of two launches a group, for each layout in it, and one for the sum.
+    """A LayerStep with two launches per group and layout in it, and one for the sum.
 
-    Slots and places of a group reach the device in one small copy from pinned memory, which nobody waits for;
-    torch keeps both ends of it until it is over. As arguments of a launch they would save that copy, but
-    their number would be part of what is compiled, and they could not come from a kernel that looks slots up.
+    A group's slots and places reach the device in one small asynchronous copy from pinned memory; torch keeps
+    source and target alive until it is done. Passing them as kernel arguments would save that copy, but then
+    kernels would be compiled for each number of them, and a kernel that looks up slots could not supply them.
 
-    How many tokens a program computes depends on the routing alone, never on the group.
+    How many tokens a program of the kernels computes depends only on the routing, never on the group.
     """
 
     def __init__(
@@ -166,7 +167,8 @@ class GroupedStep:
         rest: Rest,
         launcher_for: Callable[[Layout], Launcher | None] = lambda layout: None,
     ) -> None:
-        """`launcher_for` gives launchers for layouts other than `launcher`'s; None: `rest` has to."""
+        """`launcher_for` returns launchers for layouts other than `launcher`'s, or None if `rest` must
+        compute them."""
         self._launcher = launcher
         self._launcher_for = launcher_for
         self._routing = routing
@@ -195,7 +197,7 @@ class GroupedStep:
             self._runs[run].launch(few[0].buffer, self.table(few))
 
     def _run_for(self, layout: Layout) -> int | None:
-        """The key in `_runs` of what launches for this layout."""
+        """The key in `_runs` of the GroupedRun for this layout, or None."""
         same = _same(layout, self._launcher.layout)
         launcher = self._launcher if same else self._launcher_for(layout)
         if launcher is not None and id(launcher) not in self._runs:
@@ -212,7 +214,7 @@ class GroupedStep:
         return self._routing.tokens <= MOST_TOKENS or self._routing.counts[expert] <= MOST_TOKENS
 
     def table(self, group: Sequence[Readable]) -> torch.Tensor:
-        """A Launcher's table. Slots count UNITs from the first expert: leases know addresses only."""
+        """A Launcher's table. Slots are in UNITs from the first expert, since leases know only addresses."""
         base = group[0].buffer.data_ptr()
         slots = [(readable.buffer.data_ptr() - base) // UNIT for readable in group]
         if self._routing.tokens == 1:

@@ -1,7 +1,8 @@
-"""The formats that the grouped GPU kernels read: for which layouts, and what a kernel is compiled for.
+"""The formats that the grouped GPU kernels read: which layouts they serve, and a kernel's compile-time
+constants.
 
-The host's half of the seam; the other is `triton_formats.py`, whose constants the numbers here repeat, since
-that module cannot be imported where Triton is not there. FORMATS is the list to add to.
+This is the host's half of the interface; the GPU's half is `triton_formats.py`. The numbers here repeat its
+constants, since it cannot be imported without Triton. A new format must be added to FORMATS.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ WORDS = 4
 
 
 class GroupedFormat(Protocol):
-    """One way in which weights lie in a word."""
+    """One way to store weights in words of 32 bits."""
 
     number: int
     """triton_formats.FORMAT."""
@@ -34,22 +35,23 @@ class GroupedFormat(Protocol):
 
     @property
     def piece(self) -> int:
-        """Weights that a thread reads at once."""
+        """How many weights a thread reads at once."""
 
     def serves(self, layout: Layout) -> bool:
-        """Whether the kernels read all matrices of this layout. Rows are made of whole pieces, and no block
-        of weights that share a scale ends within one."""
+        """Whether the kernels read all matrices of this layout: rows must be made of whole pieces, and no
+        block of weights that share a scale may end within a piece."""
 
     def constants(self, layout: Layout, name: str) -> dict[str, Any]:
-        """Where the parts of matrix `name` lie, and how many rows and columns share a scale."""
+        """Compile-time constants: offsets of the parts of matrix `name`, and how many rows and columns share
+        a scale."""
 
     def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Floats that `packed` and `weight`, and `scale`, look up: the levels, and a map of 256 scales. Of
-        any content where they do not."""
+        """The levels that `packed` and `weight` of triton_formats look up, and the map of 256 scales that
+        `scale` does, as floats. Arbitrary for formats that do not use them."""
 
 
 class _Words:
-    """What formats have in common."""
+    """What the formats have in common."""
 
     per_word: int
 
@@ -91,7 +93,7 @@ class Int8Words(_Words):
 
 
 class LowWords(_Words):
-    """Q3 and Q2: a word is half a block or all of it; pieces have their row's scale."""
+    """Q3 and Q2: a word is half a block of Q3 or a whole block of Q2; SCALE is the scale of the row."""
 
     def __init__(self, number: int, format: LowFormat) -> None:
         self.number, self.per_word = number, 16
@@ -119,15 +121,14 @@ class LowWords(_Words):
 
 @cache
 def _low_table(format: LowFormat, device: torch.device) -> torch.Tensor:
-    """Levels, of which there is room for eight, then steps and zeros, sixteen each. Kept for good, since CUDA
-    graphs read it."""
+    """Levels, padded to eight, then 16 steps and 16 zeros. Never freed, since CUDA graphs read them."""
     levels = [float(level) for level in format.levels]
     table = [*levels, *[0.0] * (8 - len(levels)), *STEPS, *format.zeros]
     return torch.tensor(table, dtype=torch.float32, device=device)
 
 
 class MXFP4Words(_Words):
-    """The codec's, and gpt-oss' as published."""
+    """The codec's MXFP4, and that of gpt-oss as published."""
 
     number, per_word = 4, 8
 
@@ -146,7 +147,7 @@ class MXFP4Words(_Words):
 
 
 class FP8Words(_Words):
-    """The codec's, and those of DeepSeek and its like, with scales of any dtype for blocks of any size."""
+    """The codec's FP8, and that of DeepSeek and similar: scales of any dtype for blocks of any size."""
 
     number, per_word = 5, 4
 
@@ -170,7 +171,7 @@ class FP8Words(_Words):
 
 
 def plain_scales(layout: Layout, name: str, rows: int, cols: int) -> dict[str, Any]:
-    """Constants of a matrix with parts "q" and "scale", numbers for blocks of rows x cols."""
+    """Constants of a matrix with parts "q" and "scale", which has one number per block of rows x cols."""
     at = _offsets(layout, name)
     kind = next(part.dtype for part in layout.parts(name) if part.part == "scale")
     return {
@@ -192,7 +193,7 @@ FORMATS: tuple[GroupedFormat, ...] = (
 
 @cache
 def grouped_format(layout: Layout) -> GroupedFormat | None:
-    """What reads this layout, or None."""
+    """The format that reads this layout, or None."""
     return next((form for form in FORMATS if form.serves(layout)), None)
 
 
@@ -205,12 +206,12 @@ def _matrices(layout: Layout) -> list[TensorSpec]:
 
 
 def _all_wide(layout: Layout, columns: int) -> bool:
-    """Whether every matrix' rows are made of whole `columns`."""
+    """Whether the rows of every matrix are multiples of `columns`."""
     return all(tensor.shape[1] % columns == 0 for tensor in _matrices(layout))
 
 
 def _all_have(layout: Layout, numbers: str, scales: Collection[str]) -> bool:
-    """Whether every matrix has parts "q" and "scale" of these dtypes: what is native may differ in that."""
+    """Whether all matrices have parts "q" and "scale" of these dtypes; native checkpoints may mix dtypes."""
     for tensor in _matrices(layout):
         parts = {segment.part: segment.dtype for segment in layout.parts(tensor.name)}
         if parts.get("q") != numbers or parts.get("scale") not in scales:

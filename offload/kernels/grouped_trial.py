@@ -1,8 +1,8 @@
-"""Whether the grouped GPU kernels compute what the CPU's do, found out by trying when a model is loaded.
+"""A trial at load: whether the grouped GPU kernels compute the same as the CPU's.
 
-They are compiled on the user's machine, by the Triton that is there for the GPU that is there, and no later
-trial would notice wrong numbers: graphs are tried with stand-ins for experts, and a device that brings misses
-by itself computes them with these same kernels.
+The kernels are compiled on the user's machine, by its version of Triton for its GPU, and no later trial would
+notice wrong numbers: the trial of graphs uses stand-ins for experts, and misses that the device fetches by
+itself are computed with these same kernels.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def try_out(
     width: int,
     dtype: torch.dtype,
 ) -> None:
-    """Have the kernels for a layout that `grouped` serves compiled, and used further only if they are right.
+    """Compile and test the kernels for a layout that `grouped` serves, and refuse them if they are wrong.
 
-    Arguments as for `fault`. Says so through logging if they are not. Does nothing where they were refused.
+    Takes the arguments of `fault`. Logs a warning if they are wrong. Does nothing if already refused.
     """
     device = base.device
     if grouped.launcher(math, device, layout) is None:
         return
-    answers = LayerKernels().answers  # of its own: it remembers slots by their addresses
+    answers = LayerKernels().answers  # a separate instance, since it caches slots by their addresses
 
     def reason() -> str | None:
         launcher = grouped.launcher(math, device, layout)
@@ -77,7 +77,7 @@ def try_out(
 
 
 class _OnHost(NamedTuple):
-    """A Readable."""
+    """A Readable in RAM."""
 
     buffer: torch.Tensor
     layout: Layout
@@ -95,11 +95,11 @@ def fault(
     dtype: torch.dtype,
     answers: MakeAnswers,
 ) -> str | None:
-    """What is wrong with the kernels, compared on an expert that is made up, if anything.
+    """What is wrong with the kernels, compared with the CPU on a made-up expert, or None.
 
-    All that decode steps launch has been compiled then, which takes seconds. `base`: a slot of `launcher`'s
-    layout, which nobody else may use meanwhile; it is as it was afterwards. `width`: the model's. `answers`
-    as LayerKernels.answers. Raises what says that memory lacks.
+    Compiles everything that decode steps launch, which takes seconds. `base`: a slot of `launcher`'s layout,
+    which nobody else may use meanwhile; its contents are restored. `width`: the model's. `answers`:
+    LayerKernels.answers or the like. Out-of-memory errors are raised.
     """
     layout = launcher.layout
     made = made_expert(layout)
@@ -114,7 +114,7 @@ def fault(
         routing = Routing([0] * MOST_TOKENS, MOST_TOKENS, 1)
         answers(math, x, routing, layout).compute([_OnHost(made, layout)], wanted)
         off = difference([each.cpu() for each in found], wanted)
-    except Exception as error:  # a compiler, a launch: each fails in its own way
+    except Exception as error:  # compilers and launches raise all kinds of errors
         if shortage(error) is not None:
             raise
         return f"{type(error).__name__}: {first_line(error)}"
@@ -127,15 +127,15 @@ def fault(
 
 
 def difference(found: Sequence[torch.Tensor], wanted: torch.Tensor) -> float:
-    """The largest part of its norm that an answer is off by, or NaN. Each of `found`, [n, D], are the answers
-    to `wanted`'s first n tokens."""
+    """The largest error of an answer, relative to its norm, or NaN. Each of `found`, [n, D], has the answers
+    for the first n tokens of `wanted`."""
     off = [(each - wanted[: len(each)]).norm(dim=1) / wanted[: len(each)].norm(dim=1) for each in found]
     return float(torch.cat(off).max())
 
 
 def made_expert(layout: Layout) -> torch.Tensor:
-    """uint8, an expert with random weights about as large as a model's, in RAM: numbers are any bytes, and no
-    two scales alike, so that the wrong one would be noticed."""
+    """An expert in RAM, uint8, with random weights about as large as a model's: its codes are random bytes,
+    and its scales are random, so that a wrong one would be noticed."""
     generator = torch.Generator().manual_seed(0)
     made = torch.randint(0, 256, (layout.nbytes,), dtype=torch.uint8, generator=generator)
     size = SIZES.get(layout.format, 0.02)
@@ -144,7 +144,7 @@ def made_expert(layout: Layout) -> torch.Tensor:
         if segment.dtype in ("float32", "bfloat16", "float16"):
             view.copy_(size * (0.5 + torch.rand(view.shape, generator=generator)))
         elif segment.dtype == "float8_e4m3fn":
-            view.view(torch.uint8).bitwise_and_(0xBF)  # no code of NaN
+            view.view(torch.uint8).bitwise_and_(0xBF)  # avoids the code of NaN
         elif segment.part == "scale" and layout.format in ("mxfp4", "fp8"):  # exponents
             view.remainder_(4).add_(118)
     return made

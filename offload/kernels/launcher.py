@@ -1,4 +1,4 @@
-"""Launching the grouped kernels, which `triton_experts.py` explains, for experts of one layout and gate."""
+"""Launching the grouped kernels (see `triton_experts.py`) for experts of one layout and gate."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 @cache
 def triton_kernels(device: torch.device) -> Any:
-    """The module of kernels, or None where they do not run on this device, of which is warned once.
+    """The module of kernels, or None if they do not run on this device, which is logged once.
 
-    Triton may be absent, or lack what it compiles with (a C compiler, Python's headers), or find the GPU too
-    old. The first call waits for a tiny kernel to be compiled and run. MOE_LOCAL_TRITON=off does without.
+    Triton may be absent, lack what it compiles with (a C compiler, Python's headers), or reject the GPU as
+    too old. The first call compiles and runs a tiny kernel. MOE_LOCAL_TRITON=off disables Triton.
     """
     if os.environ.get(VARIABLE) == "off":
         return None
@@ -35,7 +35,7 @@ def triton_kernels(device: torch.device) -> Any:
         from moe_local.offload.kernels import triton_experts
 
         _try_out(triton_experts, device)
-    except Exception as error:  # each of these fails in its own way, and there is another path
+    except Exception as error:  # there are many ways to fail, and a path without Triton
         reason = (str(error).splitlines() or [""])[0]
         logger.warning(
             "experts are computed one by one on %s, which is slower, since Triton does not run: %s: %s; %s",
@@ -49,7 +49,7 @@ def triton_kernels(device: torch.device) -> Any:
 
 
 def can_shuffle(device: torch.device) -> bool:
-    """Whether kernels may be told to shuffle: it is written in NVIDIA's assembly language."""
+    """Whether kernels may use warp shuffles, which are written in NVIDIA's assembly language."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return device.type == "cuda" and torch.version.cuda is not None and not interpreted
 
@@ -63,12 +63,12 @@ def _try_out(kernels: Any, device: torch.device) -> None:
 
 
 class Launcher:
-    """The three kernels for experts whose buffers have one layout, with one gate between their matrices.
+    """Launches the three kernels for experts whose buffers have one layout and that have one gate function.
 
-    T tokens, K experts a token, D model width, F expert width. `table` is int64 [G, 1 + n], a row an expert:
-    its slot, which starts `slot * stride` bytes behind `base`, and the places (token * K + rank) of its one
-    to n tokens, then -1; n is 1, 2, 4 or 8. Everything is contiguous and on one device; launches go to its
-    current stream, and nothing waits.
+    T tokens, K experts per token, D model width, F expert width. `table` is int64 [G, 1 + n], one row per
+    expert: its slot, which starts `slot * stride` bytes after `base`, and the places (token * K + rank) of
+    its one to n tokens, padded with -1; n is 1, 2, 4 or 8. All tensors are contiguous and on one device;
+    launches go to its current stream, and nothing waits.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Launcher:
         has_bias: bool,
         shuffles: bool = False,
     ) -> None:
-        """`layout` must be `served`. `shuffles`: as triton_formats.level; on NVIDIA's GPUs only."""
+        """`layout` must be `served`. `shuffles`: see triton_formats.level; on NVIDIA's GPUs only."""
         form = grouped_format(layout)
         assert form is not None
         self.layout = layout
@@ -108,7 +108,7 @@ class Launcher:
         return grouped_format(layout) is not None
 
     def planes(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, D] as the kernels want it, float32 [T, P, D / P]: number c at [c % P, c // P]."""
+        """x [T, D] as planes, float32 [T, P, D / P], P weights per word: number c is at [c % P, c // P]."""
         width = self._format.per_word
         planes = torch.empty(x.shape[0], width, x.shape[1] // width, dtype=torch.float32, device=x.device)
         return planes.copy_(x.view(x.shape[0], -1, width).transpose(1, 2))
@@ -122,7 +122,7 @@ class Launcher:
         hidden: torch.Tensor,
         top_k: int,
     ) -> None:
-        """hidden[place], float32 [T * K, F] in planes of its own, becomes what the gate makes of x[token]."""
+        """Set hidden[place], float32 [T * K, F] as planes, to gate(up matrix times x[token])."""
         tokens = table.shape[1] - 1
         features = rows_of_a_program(tokens) // self._rows_a_feature
         with torch.cuda.device_of(base):
@@ -150,7 +150,7 @@ class Launcher:
         hidden: torch.Tensor,
         outputs: torch.Tensor,
     ) -> None:
-        """outputs[place], float32 [T * K, D], becomes the expert's answer to its token."""
+        """Set outputs[place], float32 [T * K, D], to the expert's answer for its token."""
         tokens = table.shape[1] - 1
         features = rows_of_a_program(tokens)
         with torch.cuda.device_of(base):
@@ -170,33 +170,35 @@ class Launcher:
             )
 
     def combine(self, outputs: torch.Tensor, weights: torch.Tensor, combined: torch.Tensor) -> None:
-        """combined [T, D] becomes the sum over rank, in order, of weights [T, K] * outputs [T * K, D]."""
+        """Set combined [T, D] to the sum over rank, in order, of weights [T, K] * outputs [T * K, D]."""
         _combine(self._kernels, outputs, weights, combined)
 
 
 def rows_of_a_program(tokens: int) -> int:
-    """Rows that a program multiplies with so many vectors: as many as stay in registers, on every GPU."""
+    """How many rows a program multiplies with so many tokens: as many as stay in registers on every GPU."""
     return 4 if tokens <= 2 else 2
 
 
 def planes_of_a_step(planes: int, tokens: int) -> int:
-    """Of so many planes, those that a program reads of so many vectors before it multiplies.
+    """How many of a vector's `planes` a program reads, for so many tokens, before it multiplies.
 
-    16 pieces of 16 bytes in all: ptxas begins with as many loads as it sees, and with 32 of them, or 128, it
-    may run out of registers (docs/log.md). Formats of four planes never did.
+    16 loads of 16 bytes in total: ptxas hoists all loads that it sees, and with 32 or 128 of them it may run
+    out of registers (docs/log.md). Formats of four planes never did.
     """
     return planes if planes <= 4 else min(planes, 16 // tokens)
 
 
 def pieces_of_a_step(pieces: int) -> int:
-    """Of a row of so many, those read at a time, a thread each: few left idle by its end, then many."""
+    """How many of a row's pieces are read at a time, one per thread: the number that leaves the fewest
+    threads idle at the end of the row and, of equal ones, the largest."""
     return min((128, 64, 32), key=lambda threads: -(-pieces // threads) * threads)
 
 
 def _constants(
     form: GroupedFormat, layout: Layout, name: str, width: int, cols: int, has_bias: bool
 ) -> dict[str, Any]:
-    """What a kernel is compiled for: two kernels a layout, each for up to four numbers of tokens."""
+    """A kernel's compile-time constants. A layout has two kernels, each compiled for up to four numbers of
+    tokens."""
     pieces = pieces_of_a_step(cols // form.piece)
     bias = next(layout.parts(f"{name}_bias")) if has_bias else None
     return form.constants(layout, name) | {

@@ -17,10 +17,10 @@ from moe_local.offload.quantize.layout import Layout
 
 
 class LayerKernels:
-    """Starts LayerSteps for the slots of one store, with the fastest kernels there are for each."""
+    """Starts LayerSteps for the slots of one store, with the fastest kernels for each layer and input."""
 
     def __init__(self, activations: str = "native") -> None:
-        """`activations`: "native", or "int8" to round them to eight bits where the kernel can."""
+        """`activations`: "native", or "int8" to round them to eight bits if the kernel can."""
         self._activations = activations
         self._each = ExpertKernels(activations)
         self._together = CpuExperts(activations)
@@ -36,7 +36,8 @@ class LayerKernels:
         weights: torch.Tensor,
         layout: Layout,
     ) -> LayerStep:
-        """`weights` [T, K] of the routing; `layout` is its experts', or the `lead` of several."""
+        """A step for x [T, D] with the routing's `weights` [T, K]. `layout` is that of the experts, or the
+        `lead` of several."""
 
         def rest(outputs: torch.Tensor) -> LayerStep:
             return OneByOne(self._each, math, x, routing, weights, outputs)
@@ -56,23 +57,24 @@ class LayerKernels:
         layout: Layout,
         counts: torch.Tensor,
     ) -> CpuTable | None:
-        """For tokens such as x [1, D] and experts in CPU memory; None: the library does not serve them."""
+        """A CpuTable for tokens like x [1, D] and experts in CPU memory, or None if the library does not
+        serve them."""
         if not self._together.serves(math, x, layout):
             return None
         experts = [self._together.expert(buffer, layout, math) for buffer in buffers]
         return CpuTable(experts, self._together.gate(math), self._activations, counts)
 
     def lead(self, math: ExpertMath, x: torch.Tensor, layouts: Sequence[Layout]) -> Layout:
-        """Of the layouts that a layer's experts have, one that the fastest kernels serve, if there is one.
+        """One of the layouts of a layer's experts: one that the fastest kernels serve, if there is one.
 
-        `math` is the layer's, and always has the same layouts: it is found out once.
+        The answer is cached by `math`, since a layer always has the same layouts.
         """
         if len(layouts) == 1:
             return layouts[0]
         key = (math, x.device, x.dtype, torch.is_autocast_enabled(x.device.type))
         lead = self._leads.get(key)
         if lead is None:
-            for layout in layouts:  # `begin` sees the lead only
+            for layout in layouts:  # `begin` would warn about the lead only
                 self._fallback.tell(math, x, layout, self.grouped)
             served = (layout for layout in layouts if self._has_kernels(math, x, layout))
             lead = self._leads[key] = next(served, layouts[0])
@@ -84,7 +86,7 @@ class LayerKernels:
         return self._together.serves(math, x, layout)
 
     def answers(self, math: ExpertMath, x: torch.Tensor, routing: Routing, layout: Layout) -> Answers:
-        """What computes single answers from x [T, D] on the CPU, with the fastest kernels there are."""
+        """An Answers for x [T, D] on the CPU, with the fastest kernels that serve it."""
         rest = AnswersOneByOne(self._each, math, x, routing)
         if self._together.serves(math, x, layout):
             return self._together.answers(math, x, routing, layout, rest)
@@ -92,7 +94,7 @@ class LayerKernels:
 
 
 class AnswersOneByOne:
-    """Answers that torch computes, expert after expert."""
+    """An Answers that computes one expert after the other."""
 
     def __init__(self, kernels: ExpertKernels, math: ExpertMath, x: torch.Tensor, routing: Routing) -> None:
         self._kernels = kernels
@@ -110,7 +112,7 @@ class AnswersOneByOne:
 
 
 class OneByOne:
-    """A LayerStep that computes expert after expert, with torch around each."""
+    """A LayerStep that computes one expert after the other, and gathers and scatters tokens with torch."""
 
     def __init__(
         self,
@@ -121,14 +123,14 @@ class OneByOne:
         weights: torch.Tensor,
         outputs: torch.Tensor | None = None,
     ) -> None:
-        """`outputs` [T * K, D]: where answers go, if not into memory of its own."""
+        """Answers go to `outputs` [T * K, D], or to new memory if it is None."""
         self._kernels = kernels
         self._math = math
         self._x = x
         self._routing = routing
         self._weights = weights
         self._outputs = x.new_empty(len(routing.ids), x.shape[1]) if outputs is None else outputs
-        if routing.tokens > 1:  # in one transfer: a device is not waited for expert by expert
+        if routing.tokens > 1:  # in one transfer, to avoid waiting for the device for every expert
             self._places = routing.sorted_places.to(x.device)
             self._rows = self._places.div(routing.top_k, rounding_mode="floor")
 
@@ -141,7 +143,7 @@ class OneByOne:
                 mine = self._routing.span(readable.expert)
                 x = self._x.index_select(0, self._rows[mine])
                 y = self._kernels.forward(self._math, x, readable.buffer, readable.layout)
-                y = y.to(self._outputs.dtype)  # autocast gives its own
+                y = y.to(self._outputs.dtype)  # autocast may change the dtype
                 self._outputs.index_copy_(0, self._places[mine], y)
 
     def accept(self, places: torch.Tensor, answers: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from moe_local.cache.errors import MoeLocalError
 
 
 class Routing:
-    """The router's choice for T tokens, K experts each, known to the host.
+    """The router's choice of K experts for each of T tokens, on the host.
 
     A *place* is token * K + rank: the row of [T * K, D] where the answer of that token's expert goes.
     """
@@ -23,7 +23,7 @@ class Routing:
         self.tokens = tokens
         self.top_k = len(ids) // tokens if tokens else 0
         self.experts = list(dict.fromkeys(ids))
-        if tokens == 1 and len(self.experts) < len(ids):  # each would have one place, and the other none
+        if tokens == 1 and len(self.experts) < len(ids):  # only one of the expert's two places would be found
             raise MoeLocalError(
                 f"a router chose an expert twice for one token, {ids}; its table or weights are damaged: "
                 "get the checkpoint again"
@@ -50,7 +50,8 @@ class Routing:
         return slice(end - self.counts[expert], end)
 
     def places_of(self, experts: Iterable[int]) -> tuple[list[int], torch.Tensor]:
-        """Where each expert's places start in their concatenation, with the end last; and that."""
+        """Where each expert's places start (and, last, where they end) in their concatenation, and the
+        concatenation."""
         if self.tokens == 1:
             ranks = [self.ids.index(expert) for expert in experts]
             return list(range(len(ranks) + 1)), torch.tensor(ranks)

@@ -1,4 +1,4 @@
-"""A layer of which the device computes one part and the host another, meanwhile."""
+"""A layer's step that is shared: the device computes some experts while the host computes others."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ INDEX = 8
 
 
 class Staging:
-    """Host memory between host and device, used again by every layer; pinned for a CUDA device.
+    """A host buffer for copies from and to a device, reused by every layer; pinned for a CUDA device.
 
-    Whoever uses it again must know that the copies from and to it have ended.
+    Its user must make sure that earlier copies have ended before using it again.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,16 +27,17 @@ class Staging:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, nbytes: int, keep: int = 0) -> torch.Tensor:
-        """uint8 [nbytes], the first `keep` bytes as they were the last time."""
+        """uint8 [nbytes], whose first `keep` bytes are as after the previous call."""
         if nbytes > self._memory.numel():
-            with torch.inference_mode(False):  # or it could be written in inference mode only
+            with torch.inference_mode(False):  # otherwise it could be written only in inference mode
                 grown = pinned_for(self._device, torch.empty(2 * nbytes, dtype=torch.uint8))
             grown[:keep] = self._memory[:keep]
             self._memory = grown
         return self._memory[:nbytes]
 
     def bring(self, data: torch.Tensor) -> torch.Tensor:
-        """uint8 [n] on the device -> the same on the host. Blocks until the device's stream has got here."""
+        """uint8 [n] on the device -> a copy on the host. Blocks until the device's stream has run the
+        copy."""
         here = self.reserve(data.numel())
         here.copy_(data, non_blocking=True)
         if data.is_cuda:
@@ -50,23 +51,23 @@ class Unpacked(NamedTuple):
 
 
 def pack(numbers: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """int64 [n] and hidden [T, D] of any dtype as uint8, to go over a link at once."""
+    """int64 [n] and hidden [T, D] of any dtype in one uint8 tensor, to be copied at once."""
     return torch.cat([numbers.view(torch.uint8), hidden.contiguous().view(torch.uint8).flatten()])
 
 
 def unpack(data: torch.Tensor, count: int, like: torch.Tensor) -> Unpacked:
-    """What `pack` packed, `count` numbers and a tensor `like` hidden, which is a view of `data`."""
+    """The inverse of `pack`: `count` numbers, and a tensor `like` hidden, which is a view of `data`."""
     start = count * INDEX
     numbers = data[:start].view(torch.int64).tolist()
     return Unpacked(numbers, data[start:].view(like.dtype).view(like.shape))
 
 
 class SharedStep:
-    """A LayerStep that gives the host's experts to `answers` and all others to the device's own step.
+    """A LayerStep that gives experts in RAM to `answers`, on the CPU, and all others to the device's step.
 
-    The host's answers travel to the device in one copy, on the compute stream, when the result is asked
-    for. `staging` holds them until then and until the device has read them, so the next step on it must
-    begin after the device has been waited for, as every layer does to learn the router's choice.
+    The host's answers are copied to the device at once, on the compute stream, when `result` is called.
+    `staging` holds them until the device has read them. So the next step that uses it must begin after a
+    wait for the device, which every layer needs anyway to learn the router's choice.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class SharedStep:
         staging: Staging,
         waited: Callable[[Waited], None],
     ) -> None:
-        """`x` [T, D], on the device; `waited` is told of the device's waits for the host."""
+        """`x` [T, D], on the device; `waited` is called with each wait of the device for the host."""
         self._step = step
         self._answers = answers
         self._x = x
@@ -113,7 +114,7 @@ class SharedStep:
         return self._step.result()
 
     def _sent(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places and answers on the device."""
+        """The host's places and answers, copied to the device."""
         used = self._rows * FLOAT * self._x.shape[1]
         start = -(-used // INDEX) * INDEX
         memory = self._staging.reserve(start + self._rows * INDEX, keep=used)

@@ -1,22 +1,23 @@
-"""Experts of a layer in two grouped Triton kernels, read in place from their slots; and the weighted sum.
+"""Triton kernels for a layer's experts: two grouped ones that read weights in place from slots, and the sum.
 
-Imports Triton, so import this module only where it is there. `grouped.py` says which work comes here, and
-`triton_formats.py` how each format is read.
+Imports Triton, so import this module only if it is installed. `grouped.py` decides which work comes here, and
+`triton_formats.py` has the code that reads each format.
 
-Letters: T tokens, K experts a token, D model width, F expert width. A *place* is token * K + rank. Vectors
-that a matrix is multiplied with lie in *planes*, as many as a word of 32 bits holds weights, P: number c of
-a vector of C at [c % P, c // P] of [P, C / P], in float32. A thread takes the weights of 16 bytes, a *piece*,
-at a time; the weights of one word then meet the planes, and both are read in pieces of 16 bytes that
-neighbouring threads continue.
+Letters: T tokens, K experts per token, D model width, F expert width. A *place* is token * K + rank. A word
+of 32 bits holds P weights. Vectors that a matrix is multiplied with are stored in P *planes*: number c of a
+vector of C is at [c % P, c // P] of [P, C / P], in float32. A thread reads 16 bytes of weights, a *piece*, at
+a time. Weight i of each word is multiplied with plane i, so weights and vectors are both read in coalesced
+loads of 16 bytes per thread.
 
-D and F are multiples of the weights of a piece.
+D and F are multiples of the number of weights in a piece.
 
-Table of a launch, int64 [G, 1 + TOKENS], a row an expert: its slot, then the places of its tokens, then -1;
-for a row without any nothing is computed. Slot s starts `s * stride` bytes behind `base`; both are multiples
-of 16.
+A launch has a table, int64 [G, 1 + TOKENS], with one row per expert: its slot, then the places of its tokens,
+padded with -1. Rows without places are skipped. Slot s starts `s * stride` bytes after `base`; both are
+multiples of 16.
 
-The same bits. A program computes some rows for one expert and sees nothing of the others; what it does is
-fixed by the shapes, so an answer does not depend on which experts share a launch, nor on their order.
+Results are reproducible bit for bit. A program computes some rows of one expert, independently of the others,
+and the order of its operations is fixed by the shapes. So an answer does not depend on which experts share a
+launch, nor on their order.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def _silu(x):
 
 @triton.jit
 def _activation(x, FUNCTION: tl.constexpr):
-    """A function of one number; comparisons are such that NaN stays NaN."""
+    """An activation function without gate; the comparisons keep NaN."""
     if FUNCTION == RELU:
         x = tl.where(x < 0.0, 0.0, x)
     elif FUNCTION == RELU2:
@@ -93,11 +94,11 @@ def _products(
     PLANES: tl.constexpr,
     SHUFFLES: tl.constexpr,
 ):
-    """The rows of the matrix times the vectors of these numbers, both tuples of scalars: [rows, vectors].
+    """Rows `rows` of the matrix times vectors `numbers`, both tuples of scalar indices -> [rows, vectors].
 
-    PIECES of a row's pieces are read in a step, by a thread each, and meet PLANES planes at a time.
-    Everything of size is [PIECES, 4] words or [PIECES]: of tensors with more dimensions Triton's releases
-    think differently about which one runs along threads, and then exchange them through shared memory.
+    A step reads PIECES pieces of each row, one per thread, and multiplies them with PLANES planes at a time.
+    All large tensors are [PIECES, 4] words or [PIECES]: with more dimensions, Triton's releases differ in
+    which dimension they distribute over threads, and then exchange data through shared memory.
     """
     COUNT: tl.constexpr = len(rows) * len(numbers)
     WORDS: tl.constexpr = COLS // PER_WORD
@@ -121,7 +122,7 @@ def _products(
             )  # fmt: skip
             for _ in tl.static_range(len(numbers)):
                 parts = parts + (tl.zeros([PIECES, 4], dtype=tl.float32),)
-        # `planes` is PER_WORD, which ptxas must not know: it would make one long block of this loop again.
+        # `planes` equals PER_WORD at run time. ptxas must not know this, or it would unroll the loop again.
         for plane in range(0, PER_WORD if PLANES == PER_WORD else planes, PLANES):
             for i in tl.static_range(PLANES):
                 x = ()
@@ -144,7 +145,7 @@ def _products(
                 part = tl.sum(parts[r * len(numbers) + t], axis=1)
                 more = more + (tl.fma(part, factor, totals[r * len(numbers) + t]),)
         totals = more
-    # All sums across threads at once, which costs one exchange instead of COUNT.
+    # Reduce all sums across threads at once, in one exchange instead of COUNT.
     stacked = tl.zeros([COUNT, PIECES], dtype=tl.float32)
     for n in tl.static_range(COUNT):
         stacked = tl.where((tl.arange(0, COUNT) == n)[:, None], totals[n][None, :], stacked)
@@ -153,7 +154,8 @@ def _products(
 
 @triton.jit
 def _numbers(entry, PER: tl.constexpr, TOKENS: tl.constexpr):
-    """The places in a row of the table, divided by PER; for none, again the first, which is always there."""
+    """The places in a row of the table, divided by PER; -1 is replaced by the first place, which always
+    exists."""
     first = tl.load(entry + 1)
     numbers = (first // PER,)
     for t in tl.static_range(1, TOKENS):
@@ -196,13 +198,13 @@ def up_kernel(
     PLANES: tl.constexpr,
     SHUFFLES: tl.constexpr,
 ):
-    """hidden[place] = gate function of the up matrix times x[token], for the experts of `table`.
+    """hidden[place] = gate(up matrix times x[token]), for the experts of `table`.
 
     Grid (F / FEATURES, G). x float32 [T, P, D / P] and hidden float32 [T * K, P, F / P] in planes;
     WIDTH is F and COLS D. `planes`: P.
     """
     entry = table + tl.program_id(1) * (1 + TOKENS)
-    if tl.load(entry + 1) < 0:  # another launch's expert
+    if tl.load(entry + 1) < 0:  # no places: computed by another launch
         return
     expert = base + tl.load(entry) * stride
     first = tl.program_id(0) * FEATURES
@@ -277,7 +279,7 @@ def down_kernel(
     WIDTH is D and COLS F. `planes`: P.
     """
     entry = table + tl.program_id(1) * (1 + TOKENS)
-    if tl.load(entry + 1) < 0:  # another launch's expert
+    if tl.load(entry + 1) < 0:  # no places: computed by another launch
         return
     expert = base + tl.load(entry) * stride
     first = tl.program_id(0) * FEATURES
@@ -296,7 +298,7 @@ def down_kernel(
     tl.store(outputs + places * WIDTH + features[:, None], y, mask=places >= 0)
 
 
-# A step's weights may start anywhere, and are read one by one: no reason to compile for each alignment.
+# A step's weights may start at any address and are read one by one, so do not compile for each alignment.
 @triton.jit(do_not_specialize_on_alignment=["weights"])
 def combine_kernel(
     outputs, weights, combined, TOP_K: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr

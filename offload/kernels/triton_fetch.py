@@ -1,23 +1,24 @@
-"""A layer's experts looked up and brought by the GPU itself: two Triton kernels before the grouped ones.
+"""Two Triton kernels by which the GPU looks up a layer's experts and fetches absent ones, before the grouped
+ones.
 
-Imports Triton, so import this module only where it is there. `fetch.py` launches them.
+Imports Triton, so import this module only if it is installed. `fetch.py` launches the kernels.
 
-All tables are int64, on the device. A layer has E experts, S slots, and K chosen experts a token.
+All tables are int64, on the device. A layer has E experts, S slots, and K chosen experts per token.
   ids [K]         the router's choice, distinct
   slot_of [E]     the slot that an expert is in, or -1
   expert_in [S]   the expert that is in a slot, or -1
-  used [S]        the token that last used a slot
-  offsets [S]     where a slot starts, in UNITs from the layer's first
-  sources [E]     where an expert starts in RAM, in bytes from the memory's start
-  order [1 + V]   the token up to which the host knew when it made the list, then slots to fill, the first one
-                  first, then -1
+  used [S]        the number of the token that last used a slot
+  offsets [S]     where a slot starts, in UNITs from the layer's first slot
+  sources [E]     where an expert starts in RAM, in bytes from the start of the memory
+  order [1 + V]   the last token that the host knew of when it made the list, then slots to fill, in this
+                  order, padded with -1
   clock [1]       the number of this token
-  log [4 + 2 K]   what happened: the token, when copies began and ended (ns), nothing, the ids, and for each
-                  of them the slot that it was brought into, or -1
+  log [4 + 2 K]   what happened: the token, when copies began and ended (ns), an unused number, the ids, and
+                  for each of them the slot that it was fetched into, or -1
   found [K, 2]    a Launcher's table: where each expert starts, as in offsets, and its rank
 
-The list holds min(S, 3 K) slots at least, so that K of them are left without those that this token uses, and
-those that others may have used since it was made, which are filled only where there is nothing else.
+The list holds at least min(S, 3 K) slots. So at least K remain besides those that this token uses and those
+that other tokens may have used since the list was made; the latter are filled only if nothing else is left.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ def look_up_kernel(
     BEGINS: tl.constexpr,
     TIMED: tl.constexpr,
 ):
-    """Finds slots for a token's experts: those they are in, or others that they are to be brought into.
+    """Finds slots for a token's experts: those that they are in, or slots to fetch them into.
 
-    One program of one warp. RANKS and PLACES are TOP_K and LISTED, rounded up to powers of two. BEGINS: the
-    layer is the token's first, and counts it.
+    Runs as one program of one warp. RANKS and PLACES are TOP_K and LISTED, rounded up to powers of two.
+    BEGINS: this is the token's first layer, which increments the clock.
     """
     rank = tl.arange(0, RANKS)
     chosen = rank < TOP_K
@@ -72,7 +73,7 @@ def look_up_kernel(
     fill = (turn[:, None] == need[None, :]) & open_[:, None] & absent[None, :]
     filled = tl.sum(tl.where(fill, slot[:, None], 0), axis=0)
     gone = tl.sum(fill.to(tl.int32), axis=1) > 0
-    # All that is written here was read above, by other threads.
+    # The stores below overwrite what other threads read above.
     tl.debug_barrier()
     tl.store(slot_of + leaving, tl.full([PLACES], -1, tl.int64), mask=gone & (leaving >= 0))
     tl.store(slot_of + expert, filled, mask=absent)
@@ -106,10 +107,10 @@ def fetch_kernel(
     PROGRAMS: tl.constexpr,
     TIMED: tl.constexpr,
 ):
-    """Copies the experts that the log says were absent from RAM, `memory`, to their slots behind `base`.
+    """Copies experts that the log says were absent from `memory`, in RAM, to their slots after `base`.
 
-    Grid (PROGRAMS, K). WORDS of 4 bytes are an expert. A thread has four 16-byte loads under way at a time:
-    it is their number, over all programs, that fills the link.
+    Grid (PROGRAMS, K). An expert has WORDS words of 4 bytes. A thread has four 16-byte loads in flight at a
+    time; the number of loads in flight over all programs is what saturates the link.
     """
     rank = tl.program_id(1)
     slot = tl.load(log + 4 + TOP_K + rank)

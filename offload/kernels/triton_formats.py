@@ -1,14 +1,14 @@
-"""How the grouped kernels read each format's weights: what a word holds, and what the words' scales are.
+"""How the grouped kernels read each format's weights: what a word holds, and what its scales are.
 
-Imports Triton; `grouped_formats.py` is the same seam for the host. A matrix' row is made of *pieces* of 16
-bytes, four words of 32 bits, that one thread reads at once; a word holds PER_WORD weights, its columns w *
-PER_WORD + i of the row. A new format is
+Imports Triton; `grouped_formats.py` is the host's half of this interface. A matrix row is made of *pieces* of
+16 bytes, four words of 32 bits, which one thread reads at once. Word w of a row holds PER_WORD weights, those
+of columns w * PER_WORD + i. A new format needs
 
-* a constant beside NF4, and a branch each in `packed` and `weight`, which give the numbers without scales;
-* where its scales are of a new kind, a constant beside NESTED and a branch in `scale`;
-* a class in `grouped_formats.py`, which names both, says which layouts it is for and where their parts are.
+* a constant beside NF4, and branches in `packed` and `weight`, which return weights without their scales;
+* if its scales are of a new kind, a constant beside NESTED and a branch in `scale`;
+* a class in `grouped_formats.py`, which has both constants, the layouts that it serves, and their offsets.
 
-What these functions are given is constant for a kernel, so the other branches cost nothing.
+The format is a compile-time constant of a kernel, so the other branches cost nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NESTED, FLOAT32, BFLOAT16, FLOAT16, EXPONENT8 = (tl.constexpr(number) for number
 
 @triton.jit
 def stepped(scales, block, there, levels):
-    """Of blocks of Q3 or Q2 the step, and minus step times zero; `levels` has both behind the levels."""
+    """The steps of Q3 or Q2 blocks, and -step * zero. `levels` has steps and zeros after the levels."""
     code = tl.load(scales + block, mask=there, other=0).to(tl.int32)
     step = tl.load(levels + 8 + (code & 15))
     return step, -step * tl.load(levels + 24 + (code >> 4))
@@ -44,10 +44,10 @@ def packed(
     SCALE_OF_SCALE: tl.constexpr,
     PER_WORD: tl.constexpr,
 ):
-    """The words number `word`, [PIECES, 4], of a row: what `weight` needs of them, a tuple.
+    """Words `word`, [PIECES, 4], of a row, in a tuple with everything that `weight` needs to decode them.
 
-    Those of Q3 and Q2 come with the step of each, and with what is added to level times step. Of Q3 a word is
-    half a block, whose other words lie in planes of their own.
+    For Q3 and Q2 this includes each word's step, and what is to be added to level times step. A word of Q3 is
+    half a block; each of a block's three words is in a plane of its own.
     """
     WORDS: tl.constexpr = COLS // PER_WORD
     words = (expert + Q).to(tl.pointer_type(tl.int32))
@@ -70,9 +70,10 @@ def packed(
 def level(levels, code, SHUFFLES: tl.constexpr):
     """levels[code & 15], float32.
 
-    With SHUFFLES every thread keeps one of the levels and hands it to the others of its warp: three
-    instructions a weight instead of six, since an address takes two, and no load but one, for ptxas sees that
-    it is always the same. All threads of a warp come here together: nothing around it branches by thread.
+    With SHUFFLES every thread holds one of the levels and passes it to the other threads of its warp: three
+    instructions per weight instead of six, since computing an address takes two, and only one load, since
+    ptxas sees that it is always the same. All threads of a warp must get here together, so nothing around
+    this call may branch by thread.
     """
     if SHUFFLES:
         value = tl.inline_asm_elementwise(
@@ -102,7 +103,7 @@ def level(levels, code, SHUFFLES: tl.constexpr):
 def weight(packed, i, levels, FORMAT: tl.constexpr, SHUFFLES: tl.constexpr):
     """Weight i of each word, float32 [PIECES, 4], without its piece's scale. `levels`: a table of floats.
 
-    `i` is a constant of the kernel, or what a loop counts.
+    `i` is a compile-time constant or a loop variable.
     """
     if FORMAT == NF4:
         # The earlier weight of a byte is its high half.
@@ -116,7 +117,8 @@ def weight(packed, i, levels, FORMAT: tl.constexpr, SHUFFLES: tl.constexpr):
     elif FORMAT == E2M1:
         value = level(levels, packed[0] >> (4 * i), SHUFFLES)
     elif FORMAT == E4M3:
-        # In fp16 the same bits are 256 times less, which `scale` makes good: no GPU need know the format.
+        # The same bits read as fp16 are a number 256 times smaller, for which `scale` compensates. So the GPU
+        # need not support the format.
         byte = (packed[0] << (24 - 8 * i)) >> 24
         value = ((byte << 7) & 0xBF80).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
@@ -126,7 +128,7 @@ def weight(packed, i, levels, FORMAT: tl.constexpr, SHUFFLES: tl.constexpr):
 
 @triton.jit
 def offset_of(expert, SCALES: tl.constexpr, OFFSET: tl.constexpr):
-    """What is added to all scales of a matrix."""
+    """The offset that is added to all scales of a matrix."""
     value = 0.0
     if SCALES == NESTED:
         value = tl.load((expert + OFFSET).to(tl.pointer_type(tl.float32)))
@@ -152,7 +154,7 @@ def scale(
 ):
     """The scales of a row's pieces, float32 [PIECES]. No block ends within a piece.
 
-    `offset` is `offset_of`'s, `scale_map` 256 floats.
+    `offset` comes from `offset_of`; `scale_map` has 256 floats.
     """
     PIECES_A_BLOCK: tl.constexpr = BLOCK_COLS // (4 * PER_WORD)
     block = (row // BLOCK_ROWS) * ((COLS + BLOCK_COLS - 1) // BLOCK_COLS) + piece // PIECES_A_BLOCK
@@ -170,7 +172,7 @@ def scale(
 
 @triton.jit
 def number(start, index, there, KIND: tl.constexpr):
-    """Numbers of a kind that lie from `start` on, as float32."""
+    """Numbers `index` of an array of a KIND that starts at `start`, as float32."""
     if KIND == FLOAT32:
         value = tl.load(start.to(tl.pointer_type(tl.float32)) + index, mask=there, other=0.0)
     elif KIND == BFLOAT16:

@@ -1,4 +1,4 @@
-"""What Triton needs to compile a kernel, and what to do about what is missing."""
+"""What Triton needs to compile a kernel, and what to do if something is missing."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ C_COMPILERS = ("gcc", "clang")
 
 
 def remedy(error: Exception | None = None) -> str:
-    """What most likely lets Triton run, after it did not, with this error.
+    """What most likely makes Triton run after it failed with this error.
 
-    Beside ptxas, which it brings, it calls a C compiler and needs Python's headers, for what launches its
-    kernels. Slim images have neither, and distributions keep the headers in a package of their own. It asks
-    ldconfig where CUDA's driver is, which containers and some distributions do not know, and it writes files.
+    Besides ptxas, which is part of it, Triton calls a C compiler and needs Python's headers, to compile the
+    code that launches its kernels. Slim images have neither, and distributions have the headers in a separate
+    package. It asks ldconfig where CUDA's driver is, which fails in containers and on some distributions, and
+    it writes files to a cache folder.
     """
     if error is not None and any(word in str(error) for word in ("ldconfig", "libcuda")):
         return "set TRITON_LIBCUDA_PATH to the folder that libcuda.so.1 is in"
@@ -26,7 +27,7 @@ def remedy(error: Exception | None = None) -> str:
         return "set TRITON_CACHE_DIR to a folder that can be written and has room"
     if importlib.util.find_spec("triton") is None:
         return "pip install triton-windows" if sys.platform == "win32" else "pip install triton"
-    if sys.platform == "win32":  # triton-windows brings its compiler
+    if sys.platform == "win32":  # triton-windows includes a compiler
         return "pip install --upgrade triton-windows"
     named = os.environ.get("CC")
     if named and shutil.which(named) is None:
@@ -44,6 +45,6 @@ def remedy(error: Exception | None = None) -> str:
 def headers() -> Path:
     """Where Triton looks for Python's header."""
     scheme = sysconfig.get_default_scheme()
-    if scheme == "posix_local":  # Debian's own, whose headers are where all others are
+    if scheme == "posix_local":  # Debian's scheme, but the headers are in the standard place
         scheme = "posix_prefix"
     return Path(sysconfig.get_path("include", scheme)) / "Python.h"
