@@ -1,4 +1,4 @@
-"""bitsandbytes, imported on first use, without words on the user's terminal and without the network."""
+"""bitsandbytes, imported on first use, without messages on the terminal and without network access."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _importing = threading.Lock()
 
 
 def bitsandbytes_ops() -> Any:
-    """The namespace `torch.ops.bitsandbytes`, its operators registered. The first call takes seconds.
+    """The namespace `torch.ops.bitsandbytes` with its operators registered. The first call takes seconds.
 
-    Safe from any thread: what the import needs changed is changed once, by the first.
+    Safe from any thread: only the first call imports, under a lock, with some modules patched meanwhile.
     """
     with _importing:
         if "bitsandbytes" in sys.modules:
-            import_module("bitsandbytes")  # waits for whoever else is importing it
+            import_module("bitsandbytes")  # waits until another thread's import is complete
         else:
             with _quiet(), _without_module("kernels"), _compiling_later():
                 import_module("bitsandbytes")  # registers the operators
@@ -32,7 +32,7 @@ def bitsandbytes_ops() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """On CPUs with AVX512-BF16 the import warns that an optional kernel could not be downloaded."""
+    """Hide the import's warning that, for CPUs with AVX512-BF16, a kernel could not be downloaded."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -44,7 +44,8 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _without_module(name: str) -> Iterator[None]:
-    """Make `import name` fail meanwhile: on those CPUs the import would fetch code from the Hub with it."""
+    """Make `import name` fail meanwhile: on CPUs with AVX512-BF16, bitsandbytes uses it to fetch code from
+    the Hub."""
     present, module = name in sys.modules, sys.modules.get(name)
     sys.modules[name] = None  # type: ignore[assignment]
     try:
@@ -57,9 +58,9 @@ def _without_module(name: str) -> Iterator[None]:
 
 @contextmanager
 def _compiling_later() -> Iterator[None]:
-    """What bitsandbytes has `torch.compile` compile is compiled when it is first called.
+    """Make functions that bitsandbytes passes to `torch.compile` meanwhile compile on their first call.
 
-    Optimizers call it, and devices without kernels; but the compilers' import alone takes more than a second.
+    Only optimizers and devices without kernels call them; importing the compiler takes more than a second.
     """
     compile = torch.compile
 
@@ -67,7 +68,7 @@ def _compiling_later() -> Iterator[None]:
         if function is None:
             return partial(later, **options)
         if not str(getattr(function, "__module__", "")).startswith("bitsandbytes."):
-            return compile(function, **options)  # of another thread
+            return compile(function, **options)  # called by another thread
 
         @cache
         def compiled() -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""The numbers that bitsandbytes' codes stand for, made here: to import it takes seconds."""
+"""The numbers that bitsandbytes' codes stand for, made here, since importing it takes seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DECADES = 7
 
 @cache
 def nf4_levels(device: torch.device) -> torch.Tensor:
-    """The sixteen levels of NF4, ascending, float32 [16], kept once per device; read only.
+    """The sixteen levels of NF4, ascending, float32 [16], created once per device; read only.
 
     Quantiles of the normal distribution, as published with QLoRA (arXiv 2305.14314, appendix E).
     """
@@ -26,11 +26,12 @@ def nf4_levels(device: torch.device) -> torch.Tensor:
 
 @cache
 def dynamic_map(device: torch.device) -> torch.Tensor:
-    """The signed 8-bit dynamic map, ascending, float32 [256], kept once per device; read only.
+    """The signed 8-bit dynamic map, ascending, float32 [256], created once per device; read only.
 
-    Bit for bit what bitsandbytes.functional.create_dynamic_map gives. Of seven decades the lowest has one
-    number of either sign and each higher one twice as many: the middles of equal parts of 0.1 to 1 of it. 0
-    and 1 complete them. "8-Bit Approximations for Parallelism in Deep Learning" (arXiv 1511.04561).
+    Bit-equal to bitsandbytes.functional.create_dynamic_map. Of seven decades, the lowest has one number of
+    either sign, and each higher one has twice as many as the previous one: the midpoints of equal parts of
+    the interval from 0.1 to 1 times the decade's size. 0 and 1 are added. "8-Bit Approximations for
+    Parallelism in Deep Learning" (arXiv 1511.04561).
     """
     numbers = [0.0, 1.0]
     for decade in range(DECADES):

@@ -1,4 +1,4 @@
-"""What a format of expert weights is, and the formats there are."""
+"""The interface of a format of expert weights, and the list of all formats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_local.offload.quantize.layout import Layout, TensorSpec
 
 
 class Codec(Protocol):
-    """Turns the weights of one expert into one flat buffer and back. Stateless; one instance a format."""
+    """Converts the weights of one expert to one flat buffer and back. Stateless; one instance per format."""
 
     name: str
     """As in `experts=`: "nf4", "bf16" ..."""
@@ -22,7 +22,7 @@ class Codec(Protocol):
     """Whether a weight that the storage dtype can hold comes back bit-equal."""
 
     def layout(self, tensors: Sequence[TensorSpec]) -> Layout:
-        """Where each part of an expert with these tensors lies."""
+        """Where each part of an expert with these tensors is in the buffer."""
 
     def encode(self, tensors: Mapping[str, torch.Tensor], layout: Layout, out: torch.Tensor) -> None:
         """Write the expert into `out`, uint8 [layout.nbytes] on the CPU, padding zeroed.
@@ -33,8 +33,8 @@ class Codec(Protocol):
     def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The expert's tensors in `dtype`, on the buffer's device.
 
-        `buffer` is uint8 [>= layout.nbytes]. Exact formats of the same dtype return views of it, valid
-        as long as the slot is leased; others return new tensors.
+        `buffer` is uint8 [>= layout.nbytes]. Exact formats of the same dtype return views of it, which are
+        valid as long as the slot is leased; others return new tensors.
         """
 
 
@@ -60,26 +60,26 @@ NATIVE = "native"
 
 
 class Decoder(Protocol):
-    """The half of a Codec that reads."""
+    """The decoding half of a Codec."""
 
     def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """As Codec's."""
 
 
 def expert_formats() -> list[str]:
-    """What users may ask experts to be in."""
+    """The formats that users may ask for."""
     return [*codecs(), NATIVE]
 
 
 def decoder_for(format: str) -> Decoder:
-    """What reads layouts of this format: a codec, or the decoder of what publishers store."""
+    """The decoder of layouts of this format: a codec, or the decoder of publishers' own formats."""
     from moe_local.offload.quantize.stored import FORMATS, StoredDecoder
 
     return StoredDecoder() if format in FORMATS else codec_for(format)
 
 
 def codec_for(name: str) -> Codec:
-    """The codec called `name`. Raises OptionError that says which there are."""
+    """The codec called `name`. Raises OptionError, which lists the known ones, if there is none."""
     known = codecs()
     if name not in known:
         raise OptionError(f"unknown expert format {name!r}; use one of {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""Experts as they are: fp32, bf16 or fp16, without quantization."""
+"""Experts without quantization: fp32, bf16 or fp16."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ExactCodec:
         self.name = name
 
     def layout(self, tensors: Sequence[TensorSpec]) -> Layout:
-        """One segment "values" a tensor, in the tensors' order."""
+        """One segment "values" per tensor, in the tensors' order."""
         parts = [(tensor.name, "values", STORAGE[self.name], tensor.shape) for tensor in tensors]
         return make_layout(self.name, tensors, parts)
 
@@ -38,7 +38,7 @@ class ExactCodec:
         zero_padding(out, layout)
 
     def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The expert's tensors in `dtype`: views of `buffer` if that is its own dtype, else new tensors."""
+        """The expert's tensors in `dtype`: views of `buffer` if it is stored in `dtype`, else new tensors."""
         return {segment.name: segment_view(buffer, segment).to(dtype) for segment in layout.segments}
 
     @property

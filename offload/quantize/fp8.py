@@ -1,4 +1,4 @@
-"""FP8 (E4M3) with a scale for each block, as DeepSeek-V3 is published (arXiv 2412.19437, section 3.3)."""
+"""FP8 (E4M3) with one scale per block, as DeepSeek-V3 is published in (arXiv 2412.19437, section 3.3)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ def dequantize_fp8(
 ) -> torch.Tensor:
     """q [..., M, N] float8, scale [..., ceil(M / rows), ceil(N / columns)] -> new [..., M, N] in `dtype`.
 
-    Scales are floats of any kind, or the exponents of powers of two as bytes (E8M0). A grid that is not one
-    of `block`s divides the matrix into equal ones (one scale for all of it, for example). Multiplied in fp32.
+    Scales are floats of any dtype, or exponents of powers of two as bytes (E8M0). If the number of scales
+    does not fit `block`, the matrix is divided into equal blocks (for example, one scale for all of it).
+    Multiplies in fp32.
     """
     scale = exponents(scale) if scale.dtype == torch.uint8 else scale.float()
     rows, columns = (block_size(q.shape[i], scale.shape[i], block[i]) for i in (-2, -1))
@@ -39,7 +40,8 @@ def dequantize_fp8(
 
 
 def block_size(size: int, count: int, block: int = BLOCK) -> int:
-    """How long the blocks are of which `count` cover `size`. Raises ValueError if that cannot be said."""
+    """The length of blocks if `count` of them cover `size`: `block`, or else size / count. Raises ValueError
+    if neither fits."""
     if count > 0 and -(-size // block) == count:
         return block
     if count > 0 and size % count == 0:
@@ -50,17 +52,17 @@ def block_size(size: int, count: int, block: int = BLOCK) -> int:
 def exponents(scale: torch.Tensor) -> torch.Tensor:
     """The powers of two that E8M0 bytes stand for, float32 (OCP Microscaling Formats, section 5.4.1).
 
-    255, which stands for no number, becomes infinite.
+    255, which stands for no number, becomes infinity.
     """
     bits = scale.int() << 23
-    return bits.masked_fill_(scale == 0, 1 << 22).view(torch.float32)  # 2^-127 is below the normal numbers
+    return bits.masked_fill_(scale == 0, 1 << 22).view(torch.float32)  # 2^-127 is subnormal
 
 
 class FP8Codec(MatrixCodec):
-    """8.002 bits a weight: E4M3 with a float32 scale for 128 x 128 weights, laid out as DeepSeek-V3 is.
+    """8.002 bits per weight: E4M3 with a float32 scale per 128 x 128 weights, in the layout of DeepSeek-V3.
 
-    E4M3 keeps a share of each weight, 1/16 at worst, over more than four orders of magnitude, so that smaller
-    blocks would cost bits and gain nothing. Biases stay float32.
+    The rounding error of E4M3 is relative to each weight, 1/16 of it at worst, over more than four orders of
+    magnitude, so smaller blocks would cost bits and gain nothing. Biases stay float32.
     """
 
     name = "fp8"
@@ -72,7 +74,7 @@ class FP8Codec(MatrixCodec):
         ]
 
     def encode_matrix(self, name: str, weights: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
-        """Raises CheckpointError for NaN and infinity. No number of q is NaN."""
+        """Raises CheckpointError for NaN and infinity. q never contains NaN."""
         q, scale = (segment_view(out, part) for part in layout.parts(name))
         _quantize(name, weights, q, scale)
 
@@ -94,13 +96,13 @@ def _quantize(name: str, weights: torch.Tensor, q: torch.Tensor, scale: torch.Te
         if (-len(sizes)) % BLOCK or (-columns) % BLOCK:
             sizes = torch.nn.functional.pad(sizes, (0, (-columns) % BLOCK, 0, (-len(sizes)) % BLOCK))
         blocks = sizes.view(-1, BLOCK, sizes.shape[1] // BLOCK, BLOCK)
-        # Above the subnormal numbers, so that both it and its inverse are precise.
+        # The scale is kept above the subnormal numbers, so that both it and its inverse are precise.
         found = (blocks.amax((1, 3)) / LARGEST).clamp_(min=SMALLEST_SCALE)
         inverse = (1 / found).repeat_interleave(BLOCK, 0)[: len(values)]
         target = q[rows] if values.device == q.device else torch.empty_like(values, dtype=q.dtype)
         for block in range(found.shape[1]):
             part = slice(BLOCK * block, BLOCK * block + BLOCK)
-            # Rounding may bring the largest a hair above what is there, never more.
+            # Rounding may bring the largest weight slightly above LARGEST.
             scaled = (values[:, part] * inverse[:, block : block + 1]).clamp_(-LARGEST, LARGEST)
             target[:, part].copy_(scaled)
         if values.device != q.device:

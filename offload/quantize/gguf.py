@@ -1,6 +1,6 @@
-"""The block formats of GGUF files (ggml-common.h in github.com/ggml-org/ggml), decoded.
+"""Decoders of the block formats of GGUF files (ggml-common.h in github.com/ggml-org/ggml).
 
-A block holds 32 or 256 numbers of a row. All scales are float16 numbers, some times small whole ones.
+A block holds 32 or 256 numbers of a row. All scales are float16, in some formats times small integers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ SUPER = 256
 
 
 class BlockFormat(NamedTuple):
-    """`nbytes` of a block of `numbers`; `decode` makes uint8 [B, nbytes] into float32 [B, numbers]."""
+    """Blocks of `numbers` numbers in `nbytes` bytes; `decode` converts uint8 [B, nbytes] to float32 [B,
+    numbers]."""
 
     numbers: int
     nbytes: int
@@ -35,7 +36,7 @@ def _half(raw: torch.Tensor) -> torch.Tensor:
 
 
 def _nibbles(raw: torch.Tensor) -> torch.Tensor:
-    """uint8 [..., n] -> [..., 2, n]: all lower halves, then all upper ones."""
+    """uint8 [..., n] -> [..., 2, n]: the lower halves of all bytes, then the upper ones."""
     return torch.stack([raw & 15, raw >> 4], dim=-2)
 
 
@@ -78,10 +79,11 @@ def _q6_k(raw: torch.Tensor) -> torch.Tensor:
 
 
 def _scales_and_minima(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a block's eight parts, float32 [B, 8, 1] each: two halves times 6-bit numbers in twelve bytes.
+    """The scales and minima of a block's eight parts, float32 [B, 8, 1] each.
 
-    Of the bytes a, b and c, four each: a has the first four scales and, above them, two more bits of the
-    last four; b the same of the minima; c the lower four bits of the last scales and minima.
+    They are two float16 numbers times 6-bit integers, packed into twelve bytes, four each of a, b and c. a
+    has the first four scales and, above them, the upper two bits of the last four; b has the same of the
+    minima; c has the lower four bits of the last scales and minima.
     """
     a, b, c = raw[:, 4:16].unflatten(1, (3, 4)).unbind(1)
     scale = torch.cat([a & 63, (c & 15) | ((a >> 2) & 48)], dim=1)

@@ -1,4 +1,4 @@
-"""Int8: whole numbers with one fp16 scale for 64 columns of a row."""
+"""Int8: integers with one fp16 scale per 64 columns of a row."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def int8_matrix(buffer: torch.Tensor, layout: Layout, name: str) -> Int8Matrix:
 
 
 class Int8Codec(MatrixCodec):
-    """8.25 bits a weight. Matrices are quantized to the nearest, symmetrically; biases stay float32."""
+    """8.25 bits per weight. Matrices are quantized symmetrically, rounded to nearest; biases stay float32."""
 
     name = "int8"
 
@@ -47,8 +47,8 @@ class Int8Codec(MatrixCodec):
         return [("q", "int8", (rows, cols)), ("scale", "float16", (rows, -(-cols // BLOCK)))]
 
     def encode_matrix(self, name: str, weights: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
-        """Computed where the weights are, to the same bits. Raises CheckpointError for NaN, infinity, and
-        weights beyond 127 times the largest fp16 number."""
+        """Computed on the weights' device; the bits are the same on all. Raises CheckpointError for NaN,
+        infinity, and weights beyond 127 times the largest fp16 number."""
         _quantize(name, weights, int8_matrix(out, layout, name))
 
     def decode_matrix(
@@ -58,7 +58,7 @@ class Int8Codec(MatrixCodec):
 
 
 def dequantize(matrix: Int8Matrix, dtype: torch.dtype) -> torch.Tensor:
-    """The matrix in `dtype`, [M, N]: products in fp32, which holds them exactly, rounded once."""
+    """The matrix in `dtype`, [M, N]: products are exact in fp32 and rounded once, to `dtype`."""
     values = torch.empty(matrix.q.shape, dtype=dtype, device=matrix.q.device)
 
     def work(rows: slice) -> None:
@@ -72,7 +72,7 @@ def dequantize(matrix: Int8Matrix, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _quantize(name: str, weights: torch.Tensor, out: Int8Matrix) -> None:
-    """Fill `out`, which lies on the CPU. Raises CheckpointError for what int8 cannot hold."""
+    """Fill `out`, which is on the CPU. Raises CheckpointError for weights that int8 cannot represent."""
     weights = weights.detach()
 
     def work(rows: slice) -> None:
@@ -94,11 +94,11 @@ def _quantize(name: str, weights: torch.Tensor, out: Int8Matrix) -> None:
 
 
 def _scales(largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest magnitude of each block, float32 -> its scale, float16, and what to multiply weights with.
+    """The largest magnitude of each block, float32 -> its scale, float16, and the factor for its weights.
 
-    A 127th of the magnitude, rounded to the nearest, which errs least, unless the magnitude would then come
-    out as 128, by the very multiplication that weights go through: among fp16's subnormal numbers it can. NaN
-    and infinity give such a scale.
+    The scale is magnitude / 127, rounded to nearest, which has the least error. If the magnitude times the
+    factor would then round to 128, as it can where fp16 is subnormal, the scale is the next larger number.
+    NaN and infinity give scales that are not finite.
     """
     scales = (largest / LIMIT).half()
     too_small = largest * (1 / scales.float()) >= LIMIT + 0.5
@@ -107,7 +107,8 @@ def _scales(largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _columns(count: int) -> Iterator[tuple[slice, slice]]:
-    """The columns of a row that make whole blocks, with their blocks; then the rest, which share one."""
+    """The columns of a row that form whole blocks, with their blocks; then the remaining columns, in one
+    block."""
     blocks, rest = divmod(count, BLOCK)
     if blocks:
         yield slice(0, count - rest), slice(0, blocks)

@@ -1,4 +1,4 @@
-"""Where each piece of an expert lies in its one flat buffer."""
+"""Where each part of an expert is in its flat buffer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PAGE = 4096
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One weight of one expert as the model's experts module names it, the expert dimension dropped.
+    """One weight of one expert, named as in the model's experts module, without the expert dimension.
 
-    `shape` is the shape in the expert file: matrices are always [out, in], whatever the model keeps.
+    `shape` is the shape in the expert file: matrices are always [out, in], even if the model transposes them.
     """
 
     name: str
@@ -31,7 +31,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of bytes of one dtype in the flat buffer: tensor `name`'s part called `part`."""
+    """Consecutive numbers of one dtype in the flat buffer: the part called `part` of tensor `name`."""
 
     name: str
     part: str
@@ -60,9 +60,9 @@ class Layout:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Layout:
-        """The inverse of `to_dict`, also after a way through JSON.
+        """The inverse of `to_dict`, also after a round trip through JSON.
 
-        Raises KeyError, TypeError or ValueError for what is no layout.
+        Raises KeyError, TypeError or ValueError if `fields` is no layout.
         """
         tensors = (TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in fields["tensors"])
         segments = (Segment(**{**part, "shape": tuple(part["shape"])}) for part in fields["segments"])
@@ -71,7 +71,7 @@ class Layout:
         return layout
 
     def check_integrity(self) -> None:
-        """Raise ValueError unless the segments lie in the buffer one behind the other, each of its size."""
+        """Raise ValueError unless segments follow each other within the buffer and have the right sizes."""
         end = 0
         for segment in self.segments:
             sizes = (*segment.shape, segment.offset, segment.nbytes)
@@ -105,8 +105,8 @@ def make_layout(
 ) -> Layout:
     """Place parts (tensor name, part name, dtype name, shape) one after another, each aligned.
 
-    The size is padded to whole pages. The result depends only on the arguments, so the same codec lays
-    the same expert out in the same way on every machine.
+    The size is padded to whole pages. The result depends only on the arguments, so a codec lays out an expert
+    in the same way on every machine.
     """
     segments, offset = [], 0
     for name, part, dtype, shape in parts:

@@ -1,9 +1,9 @@
-"""Three and two bits a weight, and a little for scales that are searched: q3 and q2.
+"""q3 and q2: three and two bits per weight, plus scales that are found by search.
 
-Each block of a row has a step, one of sixteen in its row's scale, and a zero, which moves the few levels to
-where the block's weights are: a block with an outlier puts that on the last level and the others around zero.
-That is worth more than the same bits in finer levels, most with heavy tails; docs/formats.md has figures,
-docs/log.md what else was tried.
+Each block of a row has a step, one of sixteen fractions of its row's scale, and a zero, which moves the few
+levels to where the block's weights are: in a block with an outlier, the outlier gets the last level and the
+other weights are around zero. This gains more than spending the same bits on finer levels, most for
+heavy-tailed weights; docs/formats.md has figures, docs/log.md what else was tried.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ def low_matrix(buffer: torch.Tensor, layout: Layout, name: str) -> LowParts:
 
 
 class LowCodec(MatrixCodec):
-    """q3: 3.25 bits a weight, blocks of 32; q2: 2.5 bits, blocks of 16; and 32 bits a row.
+    """q3: 3.25 bits per weight, blocks of 32; q2: 2.5 bits, blocks of 16; and 32 bits per row.
 
-    Matrices are quantized by rows, each block with the scale byte that has the least squared error; biases
-    stay float32.
+    Each block of a matrix row gets the scale byte with the least squared error; biases stay float32.
     """
 
     def __init__(self, format: LowFormat) -> None:
@@ -55,8 +54,8 @@ class LowCodec(MatrixCodec):
         ]
 
     def encode_matrix(self, name: str, weights: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
-        """Computed where the weights are, to the same bits. Raises CheckpointError for NaN, infinity, and
-        rows whose weights are further apart than float32 can say."""
+        """Computed on the weights' device; the bits are the same on all. Raises CheckpointError for NaN,
+        infinity, and rows whose range overflows float32."""
         matrix = low_matrix(out, layout, name)
         quantize_rows(weights, self.format, matrix)
         if not bool(torch.isfinite(matrix.row_scale).all()):
@@ -73,8 +72,8 @@ class LowCodec(MatrixCodec):
 
 
 def dequantize(matrix: LowParts, format: LowFormat, cols: int, dtype: torch.dtype) -> torch.Tensor:
-    """The matrix in `dtype`, [M, cols]. Step times (level - zero) is exact, and rounded once
-    it is multiplied by the row's scale."""
+    """The matrix in `dtype`, [M, cols]. Step times (level - zero) is exact; its product with the row's scale
+    is rounded."""
     rows, device = len(matrix.row_scale), matrix.q.device
     values = torch.empty(rows, cols, dtype=dtype, device=device)
     steps, zeros, levels, places = _tables(format, device)
@@ -96,7 +95,7 @@ def dequantize(matrix: LowParts, format: LowFormat, cols: int, dtype: torch.dtyp
 
 @lru_cache(maxsize=8)
 def _tables(format: LowFormat, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Steps [16], zeros [16] and levels, float32; shifts of 16 codes and then of 32 third bits, int32."""
+    """Steps [16], zeros [16] and levels, float32; and shifts of 16 codes, then 32 third bits, int32."""
     places = (*range(0, 32, 2), *THIRD_BITS)
     return (
         torch.tensor(STEPS, device=device),

@@ -1,8 +1,8 @@
-"""Quantizing blocks to three or two bits: for each the scale and zero with the least squared error.
+"""Quantizing blocks to three or two bits, each with the step and zero that have the least squared error.
 
-On the CPU the C++ library does it (`native/src/low_encode.h`); torch does where that was not compiled and on
-a GPU, to the same bytes: every operation is rounded by itself, and a block's errors are added in the
-columns' order.
+On the CPU the C++ library does it (`native/src/low_encode.h`). On a GPU, or if the library was not compiled,
+torch does it and gets the same bytes: every operation is rounded by itself, and a block's errors are added in
+the order of its columns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moe_local.offload.system.threads import kernel_threads
 
 
 class LowFormat(NamedTuple):
-    """Weight = row scale * step * (level - zero), level by a code, step and zero by a block's scale byte."""
+    """Weight = row scale * step * (level - zero); codes select levels, a block's scale byte step and zero."""
 
     name: str
     block: int
@@ -29,7 +29,8 @@ class LowFormat(NamedTuple):
 
     @property
     def planes(self) -> int:
-        """Words of 32 bits of a block: one for 16 codes of two bits; one more for the third bits of 32."""
+        """How many 32-bit words a block has: one per 16 codes for their low two bits and, with three bits,
+        one for all third bits."""
         return 1 if len(self.levels) == 4 else 3
 
     @property
@@ -64,7 +65,7 @@ THIRD_BITS = tuple(8 * (k % 16 // 4) + 4 * (k // 16) + k % 4 for k in range(32))
 
 
 class LowParts(NamedTuple):
-    """A matrix [M, N] of `blocks` a row, as the C++ library reads it; contiguous."""
+    """A matrix [M, N] with `blocks` blocks per row, as the C++ library reads it; contiguous."""
 
     q: torch.Tensor
     """uint8 [M, planes, 4 * blocks], little-endian words."""
@@ -77,8 +78,8 @@ class LowParts(NamedTuple):
 def quantize_rows(weights: torch.Tensor, format: LowFormat, out: LowParts) -> None:
     """Fill `out`, on the CPU, from weights [M, N] of any floating dtype on any device.
 
-    A row with NaN or infinity gets a scale that is not finite, as does one whose range is beyond float32. The
-    bytes are the same wherever it runs, with any number of threads.
+    A row with NaN or infinity gets a scale that is not finite, as does one whose range overflows float32. The
+    bytes are the same on every device and for any number of threads.
     """
     weights = weights.detach()
     compiled = library() if weights.device.type == "cpu" else None
@@ -133,14 +134,15 @@ def _quantize(weights: torch.Tensor, format: LowFormat, out: LowParts) -> None:
 
 
 def _ranges(blocks: torch.Tensor, format: LowFormat) -> torch.Tensor:
-    """[M, blocks, n] -> [M, blocks]: the step with which the block's smallest and largest are reached."""
+    """[M, blocks, n] -> [M, blocks]: the step that is needed to reach a block's smallest and largest
+    weights."""
     top = float(format.levels[-1])
     low, high = blocks.amin(2).clamp(max=0), blocks.amax(2).clamp(min=0)
     return torch.maximum((high - low) * (1 / top), torch.maximum(high, -low) * (1 / (top - format.zero)))
 
 
 def _search(blocks: torch.Tensor, format: LowFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalized [B, n] -> the best scale bytes, int64 [B], and codes, int64 [B, n]."""
+    """Normalized weights [B, n] -> the best scale bytes, int64 [B], and codes, int64 [B, n]."""
     device = blocks.device
     steps, zeros = (torch.tensor(numbers, device=device) for numbers in (STEPS, format.zeros))
     levels = torch.tensor(format.levels, dtype=torch.float32, device=device)

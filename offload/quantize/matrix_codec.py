@@ -1,4 +1,4 @@
-"""What the codecs that quantize have in common: matrices by themselves, biases as they are."""
+"""What quantizing codecs have in common: matrices are quantized one by one, biases are not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Part = tuple[str, str, tuple[int, ...]]
 
 
 class MatrixCodec(ABC):
-    """A Codec that quantizes each matrix by itself and keeps biases in float32, in a segment "values"."""
+    """A Codec that quantizes each matrix separately and keeps biases in float32, in a segment "values"."""
 
     name: str
     exact = False
@@ -26,7 +26,8 @@ class MatrixCodec(ABC):
 
     @abstractmethod
     def encode_matrix(self, name: str, weights: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
-        """Fill matrix `name`'s segments of `out`. Raises CheckpointError for what cannot be held."""
+        """Fill matrix `name`'s segments of `out`. Raises CheckpointError for weights that the format cannot
+        represent."""
 
     @abstractmethod
     def decode_matrix(
@@ -45,7 +46,7 @@ class MatrixCodec(ABC):
         return make_layout(self.name, tensors, parts)
 
     def encode(self, tensors: Mapping[str, torch.Tensor], layout: Layout, out: torch.Tensor) -> None:
-        """As Codec.encode; what cannot be held raises CheckpointError."""
+        """As Codec.encode; raises CheckpointError for weights that the format cannot represent."""
         for tensor in layout.tensors:
             if len(tensor.shape) < 2:
                 (segment,) = layout.parts(tensor.name)

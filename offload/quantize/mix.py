@@ -1,4 +1,4 @@
-"""A format for each expert: what `experts="mixed:3.5"` asks for, and the assignment that answers it."""
+"""A format for each expert: parsing `experts="mixed:3.5"`, and the assignment of formats to experts."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _REMEDY = "make it anew: moe-local convert MODEL --experts"
 
 
 def is_mixed(experts: str) -> bool:
-    """Whether `experts`, in canonical spelling, asks for a format for each expert: "auto" or "mixed:BITS"."""
+    """Whether `experts`, in canonical spelling, asks for a format per expert: "auto" or "mixed:BITS"."""
     return experts == AUTO or experts.startswith(f"{MIXED}:")
 
 
 def canonical(experts: str) -> str:
-    """The one spelling of what a user asks for: "mixed:3.50" -> "mixed:3.5"; all other texts unchanged.
+    """The canonical spelling of a user's option: "mixed:3.50" -> "mixed:3.5"; all other strings unchanged.
 
     Raises OptionError for "mixed" without a number of bits above 0.
     """
@@ -44,7 +44,7 @@ def canonical(experts: str) -> str:
 
 
 def name_of(bits: float) -> str:
-    """What experts of so many bits on average are called: to three decimals."""
+    """The name of experts with so many bits on average, which is rounded to three decimals."""
     return f"{MIXED}:{bits:.3f}".rstrip("0").rstrip(".")
 
 
@@ -54,7 +54,7 @@ def bits_asked(experts: str) -> float:
 
 
 def bits_range(spec: ModelSpec, formats: Sequence[str] | None = None) -> tuple[float, float]:
-    """The least and the most average bits a weight that `formats` (None: all codecs) give this model."""
+    """The least and the most average bits per weight that `formats` (None: all codecs) give this model."""
     found = [
         uniform_bytes(spec, name) * 8 / spec.expert_numel
         for name in (codecs() if formats is None else formats)
@@ -65,7 +65,7 @@ def bits_range(spec: ModelSpec, formats: Sequence[str] | None = None) -> tuple[f
 def check_bits(
     experts: str, spec: ModelSpec, model: str = "this model", formats: Sequence[str] | None = None
 ) -> float:
-    """The bits that a canonical "mixed:BITS" asks for. Raises OptionError where formats do not give them."""
+    """The bits that a canonical "mixed:BITS" asks for. Raises OptionError if `formats` cannot give that."""
     asked = bits_asked(experts)
     least, most = bits_range(spec, formats)
     if not least <= asked <= most:
@@ -77,7 +77,7 @@ def check_bits(
 
 
 def _up(bits: float) -> float:
-    """Rounded up to what a name can say."""
+    """Rounded up to the three decimals of a name."""
     return -int(-bits * 1000 // 1) / 1000
 
 
@@ -88,13 +88,13 @@ def uniform_bytes(spec: ModelSpec, format: str) -> int:
 
 @lru_cache(maxsize=1024)
 def layout_of(format: str, tensors: tuple[TensorSpec, ...]) -> Layout:
-    """How an expert with these tensors lies in its buffer; the same object for equal arguments."""
+    """The layout of an expert with these tensors in `format`; the same object for equal arguments."""
     return codec_for(format).layout(tensors)
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Which format each routed expert of a model has. Well-formed once it is made.
+    """Which format each routed expert of a model has. Checked when it is made.
 
     Raises ExpertFileError for an unknown format, a layer without experts, or a name that is not canonical.
     """
@@ -121,7 +121,7 @@ class Mix:
                     )
 
     def check(self, spec: ModelSpec, model: str = "the model") -> Mix:
-        """This mix. Raises ExpertFileError unless it is for a model of this shape."""
+        """Returns this mix. Raises ExpertFileError unless it is for a model of this shape."""
         mine, its = [len(layer) for layer in self.formats], [layer.num_experts for layer in spec.layers]
         if mine != its:
             raise ExpertFileError(
@@ -130,7 +130,7 @@ class Mix:
         return self
 
     def layouts(self, spec: ModelSpec) -> tuple[tuple[Layout, ...], ...]:
-        """`layouts[layer][expert]`; equal ones are the same object. Raises as `check`."""
+        """`layouts[layer][expert]`; equal layouts are the same object. Raises like `check`."""
         self.check(spec)
         return tuple(
             tuple(layout_of(format, layer.tensors) for format in formats)
@@ -142,22 +142,22 @@ class Mix:
         return sum(layout.nbytes for layer in self.layouts(spec) for layout in layer)
 
     def bits(self, spec: ModelSpec) -> float:
-        """Average bits a weight, all bytes counted."""
+        """Average bits per weight, with all bytes counted."""
         return 8 * self.nbytes(spec) / spec.expert_numel
 
     def counts(self) -> dict[str, int]:
-        """How many experts have each format, the least known first, as `codecs` has them."""
+        """How many experts have each format, in the order of `codecs`."""
         every = [format for layer in self.formats for format in layer]
         return {name: every.count(name) for name in codecs() if name in every}
 
 
 def even_mix(experts: str, spec: ModelSpec, formats: Sequence[str] | None = None) -> Mix:
-    """The mix that knows nothing of the weights: the two formats nearest to the bits asked for, the larger
-    one given out evenly over the experts. Never more bytes than asked for. `formats`: None for those worth
-    choosing from. For plans; raises as `check_bits`.
+    """A mix for plans, made without the weights: of the two formats nearest to the bits asked for, the larger
+    one is spread evenly over the experts. Never takes more bytes than asked for. `formats`: None for those
+    worth choosing from. Raises like `check_bits`.
     """
     if formats is None:
-        from moe_local.offload.allocation.expected import candidates  # which measures codecs, once
+        from moe_local.offload.allocation.expected import candidates  # measures codecs, once
 
         formats = candidates(spec.dtype)
     bits = check_bits(experts, spec, formats=formats)

@@ -1,4 +1,4 @@
-"""MXFP4: 4-bit floats (E2M1) in blocks of 32 with a power of two each (OCP Microscaling Formats 1.0)."""
+"""MXFP4: 4-bit floats (E2M1), one power of two per block of 32 (OCP Microscaling Formats 1.0)."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def mxfp4_matrix(buffer: torch.Tensor, layout: Layout, name: str) -> MXFP4Matrix
 
 
 class MXFP4Codec(MatrixCodec):
-    """4.25 bits a weight, laid out as gpt-oss is published. Biases stay float32.
+    """4.25 bits per weight, in the layout of the published gpt-oss. Biases stay float32.
 
-    The specification (section 6.3) lets a block's largest weight decide its exponent, so that it lands in 4
-    to 8, and what is above 6 becomes 6; where the next exponent, which cuts nothing off, errs less (in the
-    sum of squares), that one is taken. Weights go to the nearest number, of two to the one with an even
-    mantissa. No weight is off by more than a quarter of its block's largest (from 2^-125 on).
+    By the specification (section 6.3) a block's largest weight decides its exponent: scaled, it is in 4 to 8,
+    and what is above 6 is clipped to 6. If the next larger exponent, which clips nothing, has a smaller
+    squared error, it is taken instead. Weights are rounded to nearest, ties to the even mantissa. No weight
+    is off by more than a quarter of its block's largest (if that is at least 2^-125).
     """
 
     name = "mxfp4"
@@ -55,7 +55,7 @@ class MXFP4Codec(MatrixCodec):
         return [("q", "uint8", (rows, -(-cols // 2))), ("scale", "uint8", (rows, -(-cols // BLOCK)))]
 
     def encode_matrix(self, name: str, weights: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
-        """Raises CheckpointError for NaN and infinity, and weights of 3.5 * 2^126 and more."""
+        """Raises CheckpointError for NaN, infinity, and weights of 3.5 * 2^126 and more."""
         _quantize(name, weights, mxfp4_matrix(out, layout, name))
 
     def decode_matrix(
@@ -69,7 +69,7 @@ def dequantize_mxfp4(
 ) -> torch.Tensor:
     """q uint8 [..., ceil(N / 2)], scale uint8 [..., ceil(N / 32)] -> new [..., N] in `dtype`.
 
-    `columns`: N, if it is not twice what a row of q has. See MXFP4Matrix.
+    `columns`: N, if it is not twice the number of bytes in a row of q. See MXFP4Matrix.
     """
     pairs = _pairs(q.device).index_select(0, q.flatten().int()).view(*q.shape[:-1], -1)
     columns = pairs.shape[-1] if columns is None else columns
@@ -82,20 +82,21 @@ def dequantize_mxfp4(
 
 @cache
 def numbers(device: torch.device) -> torch.Tensor:
-    """What the codes stand for, float32 [16]; kept for good once a device, since CUDA graphs read it."""
+    """The numbers that codes stand for, float32 [16]. Made once per device and never freed, since CUDA graphs
+    read them."""
     with torch.inference_mode(False):
         return torch.tensor([*MAGNITUDES, *(-value for value in MAGNITUDES)], device=device)
 
 
 @lru_cache(maxsize=4)
 def _pairs(device: torch.device) -> torch.Tensor:
-    """The two numbers of every byte, float32 [256, 2]."""
+    """The two numbers in each possible byte, float32 [256, 2]."""
     values, byte = numbers(device), torch.arange(256, device=device)
     return torch.stack([values[byte & 15], values[byte >> 4]], dim=1)
 
 
 def _quantize(name: str, weights: torch.Tensor, out: MXFP4Matrix) -> None:
-    """Fill `out`, which lies on the CPU. Raises CheckpointError for what cannot be held."""
+    """Fill `out`, which is on the CPU. Raises CheckpointError for weights that MXFP4 cannot represent."""
     weights = weights.detach()
     columns = weights.shape[1]
 
@@ -119,16 +120,17 @@ def _quantize(name: str, weights: torch.Tensor, out: MXFP4Matrix) -> None:
 
 
 def quantize_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [..., 32] -> codes, uint8 [..., 32], and scales, uint8 [...]; 255 where none would do."""
+    """float32 [..., 32] -> codes, uint8 [..., 32], and scales, uint8 [...], 255 if no scale fits."""
     sizes = blocks.abs()
     bits = sizes.amax(-1).view(torch.int32)
-    # Of a normal number: its exponent less 2, biased; smaller ones have the smallest scale there is.
+    # The largest weight's exponent minus 2, biased. Blocks of smaller numbers get the smallest scale that
+    # exists.
     first = ((bits >> 23) - 2).clamp_(min=0)
     sizes.mul_(exponents(2 * BIAS - first).unsqueeze(-1))
     near, halves = _rounded(sizes), sizes / 2
     far = _rounded(halves)
     errors, far_errors = (a.sub_(b).square_().sum(-1) for a, b in ((sizes, near), (halves, far)))
-    better = 4 * far_errors < errors  # in units of their scales, of which one is twice the other
+    better = 4 * far_errors < errors  # errors are in units of the scales; the far one is twice the near one
     chosen = torch.where(better.unsqueeze(-1), far, near)
     codes = torch.where(chosen < 1, (2 * chosen).int(), (chosen.view(torch.int32) >> 22) - CODE_OF_ONE)
     codes |= (blocks.view(torch.int32) >> 31) & 8
@@ -143,8 +145,8 @@ CODE_OF_ONE = (BIAS << 1) - 2
 
 
 def _rounded(sizes: torch.Tensor) -> torch.Tensor:
-    """The nearest of MAGNITUDES, of two the one with an even code: floats with one bit behind the first, and
-    below 1 halves."""
+    """The nearest of MAGNITUDES, ties to the even code. MAGNITUDES are floats with one bit of mantissa and,
+    below 1, multiples of 1/2."""
     bits = sizes.view(torch.int32)
     cut = ((bits >> 22) & 1).add_(bits).add_((1 << 21) - 1).bitwise_and_(-1 << 22)
     return torch.where(sizes < 1, sizes.mul(2).round_().mul_(0.5), cut.view(torch.float32)).clamp_(max=6)

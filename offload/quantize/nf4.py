@@ -1,4 +1,4 @@
-"""NF4: 4-bit NormalFloat in blocks of 64 with double-quantized scales, byte for byte bitsandbytes' own."""
+"""NF4: 4-bit NormalFloat in blocks of 64 with double-quantized scales, byte for byte as bitsandbytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moe_local.offload.quantize.views import check_finite, segment_view
 
 
 class NF4Matrix(NamedTuple):
-    """The parts of one matrix [M, N], views of an expert's buffer; as kernels want them.
+    """The parts of one matrix [M, N], as views of an expert's buffer.
 
     Weight i (row major) is level[q nibble i] * scale[i // 64], where
     scale[b] = dynamic_map[absmax[b]] * absmax_scale[b // 256] + offset.
@@ -45,10 +45,10 @@ def nf4_matrix(buffer: torch.Tensor, layout: Layout, name: str) -> NF4Matrix:
 
 
 class NF4Codec(MatrixCodec):
-    """4.127 bits a weight. Matrices are quantized, each as a whole; biases stay float32.
+    """4.127 bits per weight. Each matrix is quantized as a whole; biases stay float32.
 
     Source: QLoRA (arXiv 2305.14314) as in bitsandbytes.functional.quantize_4bit(quant_type="nf4",
-    blocksize=64, compress_statistics=True), to whose results the parts are bit-equal.
+    blocksize=64, compress_statistics=True), with whose results the parts are bit-equal.
     """
 
     name = "nf4"
@@ -63,8 +63,8 @@ class NF4Codec(MatrixCodec):
         ]
 
     def encode_matrix(self, name: str, weights: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
-        """Computed where the weights are, to the same bits, save the scales' own quantization, which is the
-        CPU's. Raises CheckpointError for NaN and infinity."""
+        """Computed on the weights' device, except that scales are quantized on the CPU; the bits are the same
+        on all devices. Raises CheckpointError for NaN and infinity."""
         _quantize(name, weights, nf4_matrix(out, layout, name))
 
     def decode_matrix(
@@ -74,12 +74,12 @@ class NF4Codec(MatrixCodec):
 
 
 def dequantize(matrix: NF4Matrix, dtype: torch.dtype) -> torch.Tensor:
-    """The matrix in `dtype`, [M, N]; on its device and current stream, `matrix` read in place."""
+    """The matrix in `dtype`, [M, N], computed on its device and current stream; `matrix` is read in place."""
     scales = block_scales(matrix)
     rows = matrix.shape
     if rows[-1] % BLOCK:
-        # bitsandbytes 0.50.2 misplaces scales on AVX512 CPUs when a row is no whole number of blocks; as
-        # one row (of even length, which keeps the number of blocks) the same numbers come out right.
+        # bitsandbytes 0.50.2 misplaces scales on AVX512 CPUs when rows are not whole blocks. As a single row
+        # (of even length, which keeps the number of blocks) the same numbers are decoded correctly.
         rows = (1, 2 * matrix.q.numel())
     values: torch.Tensor = bitsandbytes_ops().dequantize_4bit.default(
         matrix.q, scales, BLOCK, "nf4", rows, dtype
@@ -97,7 +97,7 @@ def block_scales(matrix: NF4Matrix) -> torch.Tensor:
 
 
 def _quantize(name: str, weights: torch.Tensor, out: NF4Matrix) -> None:
-    """Fill `out`, which lies on the CPU. Raises CheckpointError for NaN and infinity."""
+    """Fill `out`, which is on the CPU. Raises CheckpointError for NaN and infinity."""
     absmax = torch.empty(out.absmax.numel(), dtype=torch.float32, device=weights.device)
     if weights.device.type == "cpu":
         quantize_blocks(weights, out.q, absmax)

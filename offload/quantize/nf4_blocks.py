@@ -1,8 +1,9 @@
-"""NF4 quantization of blocks of 64 weights: bitsandbytes' arithmetic, bit for bit, at the speed of memory.
+"""NF4 quantization of blocks of 64 weights: bit-equal to bitsandbytes, and as fast as memory.
 
-On the CPU the C++ library does it. Where it was not compiled, torch does: bitsandbytes finds the level of
-each weight by binary search, in several copies of the whole matrix; fifteen vectorized comparisons a weight,
-in buffers that stay in the processor's cache, take a fifth of that time. On a GPU torch's search is used.
+On the CPU the C++ library does it, or torch if that was not compiled. bitsandbytes finds the level of each
+weight by binary search, with several copies of the whole matrix. Fifteen vectorized comparisons per weight,
+in buffers that stay in the processor's cache, take a fifth of that time. On a GPU torch's binary search is
+used.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ SMALLEST = 1e-38
 def quantize_blocks(weights: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor) -> None:
     """Fill `q`, uint8 [ceil(n / 2)], and `absmax`, float32 [ceil(n / 64)], from n weights of any shape.
 
-    All three on one device, `q` and `absmax` contiguous. Bit-equal to
-    torch.ops.bitsandbytes.quantize_4bit(weights, 64, "nf4", torch.uint8) on the CPU, wherever it runs. A
-    block with NaN or infinity gets an absmax that is not finite. Takes as many threads as torch is set to.
+    All three are on one device; `q` and `absmax` are contiguous. Bit-equal to
+    torch.ops.bitsandbytes.quantize_4bit(weights, 64, "nf4", torch.uint8) on the CPU, on whatever device it
+    runs. A block with NaN or infinity gets an absmax that is not finite. Uses as many threads as torch is set
+    to.
     """
     compiled = library() if weights.device.type == "cpu" else None
     if compiled is None:
@@ -54,12 +56,12 @@ def quantize_blocks(weights: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor
 
 
 def quantize_blocks_in_torch(weights: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor) -> None:
-    """`quantize_blocks` without the library: for CPUs that it was not compiled on, and for GPUs."""
+    """`quantize_blocks` without the library, for GPUs and for CPUs without a compiled library."""
     flat = weights.detach().reshape(-1)
     whole = flat.numel() - flat.numel() % BLOCK
     quantize = _whole_blocks_in_threads if flat.device.type == "cpu" else whole_blocks_at_large
     quantize(flat[:whole], q[: whole // 2], absmax[: whole // BLOCK])
-    if whole < flat.numel():  # bitsandbytes divides these by their scale, on the CPU
+    if whole < flat.numel():  # the last block, in which bitsandbytes divides by the scale
         rest = flat[whole:].to("cpu", torch.float32)
         packed, scales = bitsandbytes_ops().quantize_4bit.default(rest, BLOCK, "nf4", torch.uint8)
         q[whole // 2 :].copy_(packed.view(-1))
@@ -67,7 +69,7 @@ def quantize_blocks_in_torch(weights: torch.Tensor, q: torch.Tensor, absmax: tor
 
 
 def whole_blocks_at_large(flat: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor) -> None:
-    """Quantize n weights, whole blocks, in few large operations on whatever device they are."""
+    """Quantize n weights, whole blocks, in few large operations on their device."""
     bounds = torch.tensor(_bounds(), device=flat.device)
     for start in range(0, flat.numel(), DEVICE_CHUNK):
         part = slice(start, min(start + DEVICE_CHUNK, flat.numel()))
@@ -80,7 +82,7 @@ def whole_blocks_at_large(flat: torch.Tensor, q: torch.Tensor, absmax: torch.Ten
 
 
 def _whole_blocks_in_threads(flat: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor) -> None:
-    """The same on the CPU, in as many threads as torch is set to."""
+    """Quantize n weights, whole blocks, on the CPU, in as many threads as torch is set to."""
     own = threading.local()
 
     def work(part: slice) -> None:
@@ -111,15 +113,15 @@ def _quantize_chunk(weights: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor
 
 
 def _part(tensor: torch.Tensor, weights: slice, per: int) -> torch.Tensor:
-    """The part of `tensor`, which has one element for `per` weights, that belongs to these weights."""
+    """The part of `tensor`, which has one element per `per` weights, that belongs to these weights."""
     return tensor[weights.start // per : weights.stop // per]
 
 
 def _levels(scaled: torch.Tensor, above: torch.Tensor, level: torch.Tensor) -> None:
-    """Fill `level` with the number, 0 to 15, of the nearest level; all three are float32 [n].
+    """Fill `level` with the index, 0 to 15, of the nearest level; all three are float32 [n].
 
-    It is the number of bounds below the weight, all fifteen for NaN, which is below nothing. Comparing to
-    floats is several times faster than to bools.
+    The index is the number of bounds below the weight, and 15 for NaN, for which all comparisons are false.
+    Writing the results of comparisons as floats is several times faster than as bools.
     """
     first, *rest = _bounds()
     torch.le(scaled, first, out=level)

@@ -1,8 +1,9 @@
-"""Quantization of NF4's own scales to 8 bits: bitsandbytes' results, without the wait for its threads.
+"""Quantization of NF4's scales to 8 bits: bitsandbytes' results, without waiting for its threads.
 
-Those meet after every call, which on a machine that is busy otherwise takes longer than quantizing the matrix
-does. It looks numbers up in a table made for the purpose, whose resolution and rounding are its own affair.
-So it is asked itself where its steps are: the least number that gets index 1, the least that gets 2, and on.
+These threads synchronize after every call, which on an otherwise busy machine takes longer than quantizing
+the matrix. bitsandbytes looks up numbers in a table whose resolution and rounding are its own implementation
+details. So its steps are found by calling it: the least number that gets index 1, the least that gets index
+2, and so on.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def quantize_scales(
 ) -> None:
     """Fill `q`, uint8 [n], and `nested`, float32 [ceil(n / 256)], from the scales `absmax`, float32 [n].
 
-    Bit-equal to torch.ops.bitsandbytes.quantize_blockwise(absmax - offset, dynamic_map, 256). All on the CPU,
-    finite and contiguous; `offset` is float32 []. Takes as many threads as torch is set to.
+    Bit-equal to torch.ops.bitsandbytes.quantize_blockwise(absmax - offset, dynamic_map, 256). All tensors are
+    on the CPU, finite and contiguous; `offset` is float32 []. Uses as many threads as torch is set to.
     """
     found = steps() if library() is not None else None
     if found is None:
@@ -42,10 +43,10 @@ def quantize_scales(
 
 @cache
 def steps() -> torch.Tensor | None:
-    """Float32 [255]: the least number of a block whose largest is 1 that gets index i + 1 or more.
+    """Float32 [255]: element i is the least number in a block, whose largest is 1, with index i + 1 or more.
 
-    Infinity for an index that none gets. None, for good, if bitsandbytes turns out to quantize in another way
-    than by such steps. Needs the C++ library.
+    Infinity for indices that no number gets. None, permanently, if bitsandbytes turns out not to quantize by
+    such steps. Needs the C++ library.
     """
     index = torch.arange(1, NESTED_BLOCK)
     low, high = torch.full_like(index, -_ONE), torch.full_like(index, _ONE + 1)
@@ -59,7 +60,7 @@ def steps() -> torch.Tensor | None:
 
 
 def _are_right(found: torch.Tensor) -> bool:
-    """Whether these steps give bitsandbytes' results for a sample of many scales, one block of it zeros."""
+    """Whether these steps give bitsandbytes' results for a large sample of scales, with a block of zeros."""
     if not torch.equal(found, found.sort().values):
         return False
     generator = torch.Generator().manual_seed(0)
@@ -83,13 +84,13 @@ def _quantize(
 
 
 def _ask(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """bitsandbytes' indices, uint8, and the blocks' scales."""
+    """The indices, uint8, and the scales of blocks that bitsandbytes computes."""
     code = dynamic_map(torch.device("cpu"))
     indices, scales = bitsandbytes_ops().quantize_blockwise.default(numbers, code, NESTED_BLOCK)
     return indices, scales
 
 
 def _number(order: torch.Tensor) -> torch.Tensor:
-    """The float32 number that has so many others between it and zero, |order| up to that of 1; above, 1."""
+    """The float32 number whose bits, without sign, are |order|, with the sign of `order`; at most 1."""
     magnitude = order.abs().clamp(max=_ONE).to(torch.int32).view(torch.float32)
     return torch.where(order < 0, -magnitude, magnitude)

@@ -1,8 +1,8 @@
-"""Decoders of what publishers pack into few bits: bitsandbytes' 4 bits, GPTQ, AWQ and compressed-tensors.
+"""Decoders of publishers' packed formats: bitsandbytes' 4 bits, GPTQ, AWQ and compressed-tensors.
 
-Each is described by what its file says and makes float32 [out, in] of the stored parts. All of them multiply
-a small whole number, or a level of a table, with a scale in float32; numbers of 4 bits times scales of 16
-are exact there.
+Each has the parameters that its file states, and decodes the stored parts to float32 [out, in]. All multiply
+a small integer, or a level from a table, with a scale in float32; 4-bit integers times 16-bit scales are
+exact in it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 class PackedDecoder(Protocol):
-    """How the parts of one weight, in the order in which they were found, become numbers."""
+    """Decodes the parts of one weight, given in the order in which they were found."""
 
     def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """New float32 [out, in]. Raises CheckpointError, in half a line, for parts that make no sense."""
+        """New float32 [out, in]. Raises CheckpointError, with half a line, for inconsistent parts."""
 
 
 @dataclass(frozen=True, slots=True)
 class BitsAndBytes4:
-    """QuantState of bitsandbytes: codes of 4 bits into a table, the earlier weight in the upper half of a
-    byte, and a scale for each `block` weights in row-major order.
+    """QuantState of bitsandbytes: 4-bit indices into a table, with the earlier weight in the upper half of a
+    byte, and one scale per `block` weights in row-major order.
 
-    Parts: bytes uint8, absmax, table float32 [16]; and if scales are quantized too, which `nested` tells, the
-    size of their blocks, nested absmax and nested table, float32 [256], whose numbers are moved by `offset`.
+    Parts: bytes uint8, absmax, table float32 [16]. If the scales are quantized, too, `nested` is the size of
+    their blocks, and nested absmax and nested table, float32 [256], follow; `offset` is added to the scales.
     """
 
     shape: tuple[int, ...]
@@ -59,10 +59,10 @@ class BitsAndBytes4:
 
 @dataclass(frozen=True, slots=True)
 class Gptq:
-    """Parts: qweight int32 [in bits / 32, out], qzeros int32 [G, out bits / 32], scales [G, out] and, if the
-    file has it, the group of each input, int32 [in].
+    """Parts: qweight int32 [in * bits / 32, out], qzeros int32 [G, out * bits / 32], scales [G, out] and, if
+    the file has it, the group of each input, int32 [in].
 
-    `less_one`: zeros are stored minus one, as all files but those of "gptq_v2" have them.
+    `less_one`: zeros are stored minus one, as in all files except those of "gptq_v2".
     """
 
     bits: int
@@ -70,7 +70,7 @@ class Gptq:
 
     def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         qweight, qzeros, scales, *groups = parts
-        words = unpack(qweight.unsqueeze(-1), self.bits)  # [in bits / 32, out, numbers of a word]
+        words = unpack(qweight.unsqueeze(-1), self.bits)  # [in * bits / 32, out, numbers per word]
         q = words.transpose(0, 1).reshape(words.shape[1], -1)
         zeros = unpack(qzeros, self.bits)
         if self.less_one:
@@ -89,9 +89,9 @@ class Awq:
 
 @dataclass(frozen=True, slots=True)
 class PackQuantized:
-    """compressed-tensors: weight_packed int32 [out, in bits / 32], weight_scale [out, G] and, if `zeros`,
-    weight_zero_point, int8 [out, G] or packed along the rows, int32 [out bits / 32, G]; then, if `grouped`,
-    the group of each input. Signed numbers are stored plus half their range."""
+    """compressed-tensors. Parts: weight_packed int32 [out, in * bits / 32], weight_scale [out, G] and, if
+    `zeros`, weight_zero_point, int8 [out, G] or packed along the rows, int32 [out * bits / 32, G]; then, if
+    `grouped`, the group of each input. Signed numbers are stored plus half their range."""
 
     bits: int
     zeros: bool
@@ -112,7 +112,7 @@ class PackQuantized:
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [..., n] -> new uint8 [..., 32 n / bits] of 4 or 8 bits each, the lowest first."""
+    """int32 [..., n] -> new uint8 [..., 32 n / bits] of 4 or 8 bits each, lowest bits first."""
     octets = words.contiguous().view(torch.uint8)
     if bits == 8:
         return octets.clone()
@@ -127,11 +127,11 @@ def _in_order(words: torch.Tensor) -> torch.Tensor:
 def _scaled(
     q: torch.Tensor, zeros: torch.Tensor, scale: torch.Tensor, groups: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(q - zero) scale, float32 [out, in], of q [out, in] and zeros and scales [out, G]."""
+    """(q - zero) * scale, float32 [out, in], from q [out, in] and zeros and scales [out, G]."""
     rows, columns = q.shape
     zeros, scale = zeros.float(), scale.float()
     length = columns // scale.shape[1]
-    if groups is not None and not bool((groups < 0).all()):  # -1: they lie in order
+    if groups is not None and not bool((groups < 0).all()):  # all -1: the groups are in order
         if int(groups.min()) < 0 or int(groups.max()) >= scale.shape[1]:
             raise CheckpointError(f"inputs are of groups up to {int(groups.max())}, of {scale.shape[1]}")
         if not torch.equal(groups, torch.arange(columns, dtype=groups.dtype) // length):

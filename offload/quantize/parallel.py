@@ -1,4 +1,4 @@
-"""Work on parts of a matrix in threads of our own, which meet once, at the end."""
+"""Work on parts of a matrix in threads of our own, which synchronize only once, at the end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def for_rows(
     chunk: int = CHUNK,
     device_chunk: int = DEVICE_CHUNK,
 ) -> None:
-    """Do `work` on all rows of `matrix`, some at a time; so many `together` are never cut apart."""
+    """Call `work` for all rows of `matrix`, some at a time, cut only at multiples of `together` rows."""
     rows, columns = matrix.shape
     on_cpu = matrix.device.type == "cpu"
     step = max(1, (chunk if on_cpu else device_chunk) // max(1, columns * together)) * together
@@ -37,15 +37,15 @@ def for_rows(
 
 
 def for_each(parts: Sequence[slice], work: Callable[[slice], None]) -> None:
-    """Call `work` with every part, in as many threads as torch is set to; an error of one is raised.
+    """Call `work` with every part, in as many threads as torch is set to; raises the error of any call.
 
-    torch's operations run without threads of their own meanwhile, in the whole process.
+    Meanwhile torch's own operations are single-threaded, in the whole process.
     """
     threads = max(1, min(kernel_threads(), len(parts)))
     inference = torch.is_inference_mode_enabled()
 
     def some(first: int) -> None:
-        with torch.inference_mode(inference), torch.no_grad():  # which each thread has for itself
+        with torch.inference_mode(inference), torch.no_grad():  # both modes are per thread
             for part in parts[first::threads]:
                 work(part)
 

@@ -1,4 +1,4 @@
-"""Experts as their publisher stored them, read in place: FP8, MXFP4, plain numbers of any dtype and order."""
+"""Experts in their publisher's format, read in place: FP8, MXFP4, or plain, of any dtype and order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMATS = (*QUANTIZED, "plain")
 
 @dataclass(frozen=True, slots=True)
 class StoredFormat:
-    """What a checkpoint's experts are stored in, by its config."""
+    """The format of a checkpoint's experts, from its config."""
 
     name: str
     """"bf16", "fp16", "fp32", "fp8", "mxfp4", or a method of which no kernel reads anything in place."""
@@ -30,9 +30,9 @@ class StoredFormat:
     """Of FP8: rows and columns that share a scale; None: one scale for each stored tensor."""
 
     def layout(self, tensors: Sequence[TensorSpec]) -> Layout:
-        """Of an expert with these tensors, to plan with. At least as large as the real one, which knows how
-        the stored tensors are cut; as large in all published checkpoints. Raises CheckpointError for what
-        cannot be read in place."""
+        """A layout of an expert with these tensors, for plans. It is at least as large as the actual one,
+        which depends on how the stored tensors are divided, and as large for all published checkpoints.
+        Raises CheckpointError for formats that cannot be read in place."""
         if self.name not in (*STORAGE, *QUANTIZED):
             raise CheckpointError(
                 f"experts that {self.name} has packed cannot be read in place; "
@@ -55,21 +55,22 @@ class StoredFormat:
         return make_layout(self.name, tensors, parts)
 
     def _grid(self, rows: int, columns: int) -> tuple[int, int]:
-        """Scales of a matrix, were its upper and lower half stored apart, as gate and up often are."""
+        """The grid of scales of a matrix whose upper and lower halves are stored separately, as gate and up
+        often are."""
         if self.block is None:
             return 2, 1
         return 2 * -(-rows // (2 * self.block[0])), -(-columns // self.block[1])
 
 
 class StoredDecoder:
-    """Reads experts whose buffer has the stored bytes. Stateless.
+    """Decodes experts whose buffer has the bytes of the checkpoint. Stateless.
 
-    A tensor's parts are "values", numbers in the tensor's shape; "transposed", the same as [in, out]; or "q"
-    and "scale": FP8, or MXFP4 if "q" is uint8. See `fp8` and `mxfp4`.
+    A tensor's parts are either "values", numbers in the tensor's shape; or "transposed", numbers as [in,
+    out]; or "q" and "scale", which are FP8, or MXFP4 if "q" is uint8. See `fp8` and `mxfp4`.
     """
 
     def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """As Codec.decode; what is stored plainly in `dtype` comes as views of `buffer`."""
+        """As Codec.decode; unquantized tensors of `dtype` are returned as views of `buffer`."""
         return {
             tensor.name: _decode(
                 buffer, tensor, {part.part: part for part in layout.parts(tensor.name)}, dtype

@@ -40,7 +40,7 @@ def copy_exactly(name: str, source: torch.Tensor, target: torch.Tensor, format: 
     """
     target.copy_(source)
     if not target.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(target))).all()):
-        return  # aminmax passes NaN on, and needs no copy of the tensor as isfinite would
+        return  # aminmax propagates NaN and, unlike isfinite, needs no copy of the tensor
     check_finite(name, source)
     raise CheckpointError(
         f"{name} has values up to {float(source.abs().max()):.4g}, above the largest {format} number "
