@@ -10,7 +10,7 @@ import torch
 from moe_local.offload.quantize.layout import Layout
 
 Linear = Callable[[torch.Tensor, str], torch.Tensor]
-"""x [T, in], name of the matrix -> [T, out], the bias added."""
+"""(x [T, in], name of a matrix) -> x times that matrix, transposed, plus its bias: [T, out]."""
 
 
 class ExpertMath(Protocol):
@@ -64,7 +64,7 @@ class LayerStep(Protocol):
 
 
 Rest = Callable[[torch.Tensor], LayerStep]
-"""outputs, float32 [T * K, D] -> a step that puts experts' answers there."""
+"""outputs, float32 [T * K, D] -> a step that writes experts' answers to it."""
 
 
 class Answers(Protocol):

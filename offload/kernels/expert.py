@@ -73,7 +73,8 @@ class _Prepared(NamedTuple):
 
     linear: Linear
     in_place: bool
-    """Whether `linear` copied nothing, so that it goes for any expert of this layout in the slot."""
+    """Whether `linear` only has views of the slot, so that it serves any expert of this layout in the
+    slot."""
 
 
 def _prepare(

@@ -16,7 +16,7 @@ from moe_local.offload.quantize.layout import Layout
 logger = logging.getLogger("moe_local")
 
 WITHOUT_ONE = ("fp32", "bf16", "fp16")
-"""What torch multiplies as it is; on a GPU nothing else is needed."""
+"""Formats that torch multiplies without decoding; on a GPU they need no other kernel."""
 
 
 class Fallback:

@@ -10,14 +10,15 @@ import torch
 from moe_local.offload.kernels.launcher import UNIT, triton_kernels
 
 LOG_HEAD = 4
-"""Numbers of a layer's log before the ids."""
+"""How many numbers precede the ids in a layer's log."""
 
 BLOCK, WARPS = 2048, 4
-"""Words of 4 bytes that a program of so many warps reads at a time: 64 bytes a thread, in four loads."""
+"""How many words of 4 bytes a program reads at a time, and its number of warps: 64 bytes per thread, in four
+loads."""
 
 PROGRAMS = 32
-"""For each expert: with one alone, 256 KiB are under way, several times what a link carries in the time that
-an answer takes (25 to 60 GB/s, one or two microseconds)."""
+"""Programs per expert. With a single expert, 256 KiB are in flight, several times the product of a link's
+bandwidth and latency (25 to 60 GB/s, one or two microseconds)."""
 
 
 class LayerTables(NamedTuple):

@@ -16,7 +16,7 @@ FUNCTIONS = ("identity", "relu", "relu2", "silu", "gelu", "gelu_tanh", "clamped_
 GELUS = (FUNCTIONS.index("gelu"), FUNCTIONS.index("gelu_tanh"))
 
 WIDTH = 4096
-"""Numbers that a gate is tried on."""
+"""How many results of a gate are compared."""
 
 
 def recognize(math: ExpertMath) -> Gate | None:

@@ -14,11 +14,11 @@ from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.tiers.small_pins import pinned_for
 
 MOST_TOKENS = 8
-"""Tokens of an expert up to which its weights' bytes, read once, are what takes the time."""
+"""The most tokens of an expert for which reading its weights, once, takes most of the time."""
 
 DECODE_TOKENS = 64
-"""Tokens of a step up to which it is taken for decoding. A prompt's answers in float32 would take memory that
-nobody planned for, and most of its experts have more than MOST_TOKENS anyway."""
+"""The most tokens of a step that counts as decoding. The answers of a prompt in float32 would take memory
+that is not planned for, and most of its experts have more than MOST_TOKENS tokens anyway."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,7 +30,7 @@ class GroupedExperts:
         self._launchers: dict[tuple[ExpertMath, torch.device], list[tuple[Layout, Launcher | None]]] = {}
         self._refused: list[tuple[torch.device, Layout]] = []
         self._still: list[tuple[torch.device, Layout]] = []
-        """Whose kernels do not shuffle though they might."""
+        """Layouts whose kernels do not shuffle although the device can."""
 
     def serves(self, math: ExpertMath, x: torch.Tensor, routing: Routing, layout: Layout) -> bool:
         """Whether `begin` may be called for this layer and input, which must be on a GPU."""

@@ -19,19 +19,20 @@ from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.low_blocks import Q2, Q3, STEPS, LowFormat
 
 KINDS = {"nested": 0, "float32": 1, "bfloat16": 2, "float16": 3, "uint8": 4}
-"""What scales and biases are stored as; see triton_formats.SCALES. Bytes are exponents."""
+"""Numbers for the dtypes of scales and biases, as in triton_formats (SCALES). uint8 stands for exponents
+(E8M0)."""
 
 WORDS = 4
-"""Words of 32 bits that a thread reads at once: a piece."""
+"""How many words of 32 bits a thread reads at once: a piece."""
 
 
 class GroupedFormat(Protocol):
     """One way to store weights in words of 32 bits."""
 
     number: int
-    """triton_formats.FORMAT."""
+    """The format's number in triton_formats (FORMAT)."""
     per_word: int
-    """Weights in 32 bits."""
+    """How many weights a word of 32 bits holds."""
 
     @property
     def piece(self) -> int:

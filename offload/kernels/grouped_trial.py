@@ -25,11 +25,11 @@ from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.quantize.views import segment_view
 
 EXACT, ROUGH = 1e-3, 0.05
-"""How far answers may be off, as a part of their norm, in fp32 and in 16-bit dtypes, in which the CPU rounds
-between the matrices and a GPU does not. What is wrong is off by a good part of it."""
+"""The error that is allowed, relative to an answer's norm: in fp32, and in 16-bit dtypes, in which the CPU
+rounds between the matrices and a GPU does not. Errors of wrong kernels are a large part of the norm."""
 
 SIZES = {"int8": 3e-4, "fp8": 0.05}
-"""Scales with which weights are about as large as a model's; 0.02 for all other formats."""
+"""The scales that make weights about as large as a model's, by format; 0.02 for all others."""
 
 MakeAnswers = Callable[[ExpertMath, torch.Tensor, Routing, Layout], Answers]
 

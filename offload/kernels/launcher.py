@@ -15,7 +15,7 @@ from moe_local.offload.native.library import Gate
 from moe_local.offload.quantize.layout import Layout
 
 UNIT = 16
-"""Bytes that every address and stride is a multiple of: what a thread loads at once."""
+"""All addresses and strides are multiples of this many bytes, which a thread loads at once."""
 
 VARIABLE = "MOE_LOCAL_TRITON"
 

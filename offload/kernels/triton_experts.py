@@ -31,7 +31,7 @@ PLAIN, CONCATENATED, INTERLEAVED = (tl.constexpr(number) for number in range(3))
 IDENTITY, RELU, RELU2, SILU, GELU, GELU_TANH, CLAMPED_SWIGLU, CLAMPED_SILU = (
     tl.constexpr(number) for number in range(8)
 )
-"""As in moe_native.h."""
+"""The numbers are those of Arrangement and Function in moe_native.h."""
 
 
 @triton.jit

@@ -20,7 +20,8 @@ NF4, INT8, Q3, Q2, E2M1, E4M3 = (tl.constexpr(number) for number in range(6))
 """FORMAT: what a word holds."""
 
 NESTED, FLOAT32, BFLOAT16, FLOAT16, EXPONENT8 = (tl.constexpr(number) for number in range(5))
-"""SCALES: a number of a kind for BLOCK_ROWS x BLOCK_COLS weights each, or NF4's double-quantized codes."""
+"""SCALES: the kind of number that is stored per BLOCK_ROWS x BLOCK_COLS weights, or NF4's double-quantized
+codes."""
 
 
 @triton.jit

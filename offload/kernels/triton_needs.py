@@ -10,7 +10,7 @@ import sysconfig
 from pathlib import Path
 
 C_COMPILERS = ("gcc", "clang")
-"""Those that it looks for."""
+"""The compilers that Triton looks for."""
 
 
 def remedy(error: Exception | None = None) -> str:

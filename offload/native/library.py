@@ -15,20 +15,21 @@ from moe_local.offload.quantize.code_tables import dynamic_map
 
 FORMATS = {"nf4": 0, "int8": 1, "q3": 2, "q2": 3, "mxfp4": 4, "fp8": 5, "fp32": 6, "bf16": 7, "fp16": 8}
 PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-"""The formats of numbers as they are."""
+"""The formats of unquantized weights, by their dtypes."""
 
 FLOATS, INT16, INT8, BF16 = range(4)
-"""How activations enter a product: as they are, rounded in blocks of 64, or as what was bf16 before."""
+"""How activations enter a product: as floats, rounded to 16 or 8 bits in blocks of 64, or as floats that were
+bf16 (see Activations in moe_native.h)."""
 
 ISAS = ("portable", "avx2", "avx512_vnni", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Of numbers that go in and out."""
+"""Dtypes of inputs and outputs."""
 
 SCALES = {"float32": 0, "bfloat16": 1, "float16": 2, "uint8": 3}
-"""Dtypes of FP8's scales; bytes are exponents."""
+"""Dtypes of FP8's scales; uint8 stands for exponents (E8M0)."""
 
 HALVES, NEIGHBOURS = range(2)
-"""How a head's numbers are paired to be rotated: i with i + rotated / 2, or 2i with 2i + 1."""
+"""How a head's numbers are paired for rotary embeddings: i with i + rotated / 2, or 2i with 2i + 1."""
 
 _FOLDER = Path(__file__).parent
 _ERRORS = {1: "bad argument", 2: "out of memory", 3: "not for this processor"}

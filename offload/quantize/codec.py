@@ -16,10 +16,10 @@ class Codec(Protocol):
     """Converts the weights of one expert to one flat buffer and back. Stateless; one instance per format."""
 
     name: str
-    """As in `experts=`: "nf4", "bf16" ..."""
+    """The name in `experts=`: "nf4", "bf16" ..."""
 
     exact: bool
-    """Whether a weight that the storage dtype can hold comes back bit-equal."""
+    """Whether weights that the storage dtype can represent are decoded bit-equal."""
 
     def layout(self, tensors: Sequence[TensorSpec]) -> Layout:
         """Where each part of an expert with these tensors is in the buffer."""
@@ -56,7 +56,7 @@ def codecs() -> dict[str, Codec]:
 
 
 NATIVE = "native"
-"""What users call the checkpoint's own format. Layouts name the format that it turns out to be."""
+"""The name by which users ask for the checkpoint's own format. Layouts have the name of the actual format."""
 
 
 class Decoder(Protocol):

@@ -12,13 +12,13 @@ from moe_local.offload.quantize.parallel import for_rows
 from moe_local.offload.quantize.views import check_finite, segment_view
 
 BLOCK = 128
-"""Rows and columns of a block where a checkpoint does not say otherwise."""
+"""Rows and columns of a block, unless the checkpoint says otherwise."""
 
 LARGEST = 448.0
 """E4M3's largest number (OCP 8-bit Floating Point Specification, section 5)."""
 
 SMALLEST_SCALE = 2.0**-126
-"""That is written."""
+"""The smallest scale that the encoder writes."""
 
 
 def dequantize_fp8(

@@ -17,7 +17,7 @@ BLOCK = 64
 """Columns of a row that share one scale; the last ones of a row may be fewer."""
 
 LIMIT = 127
-"""Largest whole number. -128 is never written, so that kernels may take magnitudes."""
+"""The largest integer. -128 is never written, so that absolute values fit int8 in kernels."""
 
 
 class Int8Matrix(NamedTuple):
@@ -29,7 +29,7 @@ class Int8Matrix(NamedTuple):
     q: torch.Tensor
     """int8 [M, N], -127 to 127."""
     scale: torch.Tensor
-    """float16 [M, ceil(N / 64)], never negative; zero where all weights are."""
+    """float16 [M, ceil(N / 64)], never negative; zero if all weights of the block are."""
 
 
 def int8_matrix(buffer: torch.Tensor, layout: Layout, name: str) -> Int8Matrix:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 ALIGNMENT = 256
-"""Every segment starts at a multiple of this many bytes (CUDA's vector loads and the CPU kernel want it)."""
+"""Every segment starts at a multiple of this many bytes, which suits CUDA's vector loads and the CPU
+kernel."""
 
 PAGE = 4096
 """An expert's buffer is padded to a multiple of this, so that direct I/O can read it in place."""

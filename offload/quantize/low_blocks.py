@@ -22,7 +22,7 @@ class LowFormat(NamedTuple):
     block: int
     """Columns of a row that share a scale byte."""
     levels: tuple[int, ...]
-    """Whole numbers from 0 up, which kernels multiply with as such."""
+    """Integers from 0 up, by which kernels multiply directly."""
     zero: float
     zero_step: float
     """A block's zero is zero + zero_step * the byte's upper half."""
@@ -43,25 +43,27 @@ class LowFormat(NamedTuple):
 
 Q2 = LowFormat("q2", 16, (0, 1, 2, 3), -3 / 128, 13 / 64)
 Q3 = LowFormat("q3", 32, (0, 3, 5, 7, 9, 11, 13, 16), 2.375, 0.75)
-"""Near Lloyd and Max's levels for normal weights, in multiples of half their inner distance."""
+"""The levels are near the Lloyd-Max levels for normal weights, as multiples of half the distance between
+inner ones."""
 
 STEPS = tuple(number / 256 for number in (8, 10, 13, 16, 20, 26, 32, 40, 52, 64, 80, 104, 128, 160, 208, 256))
-"""Of the byte's lower half: three an octave."""
+"""The steps that the lower half of a scale byte stands for: three per octave."""
 
 TRIES = 5
-"""Steps tried: the first that reaches the block's range, and those below."""
+"""How many steps are tried: the first that reaches the block's range, and those below it."""
 
 SMALLEST = 1e-37
-"""Row scales below it are zero, and so are the row's weights."""
+"""Row scales below this become zero, and so do the row's weights."""
 
 LOW_CHUNK = 1 << 16
-"""Weights that torch works on at a time; it needs some 60 bytes a weight."""
+"""How many weights torch quantizes at a time; it needs some 60 bytes per weight."""
 
 LOW_DEVICE_CHUNK = 1 << 22
 """The same on a GPU."""
 
 THIRD_BITS = tuple(8 * (k % 16 // 4) + 4 * (k // 16) + k % 4 for k in range(32))
-"""Where the third bit of code k lies in its word: a shift by a few brings those of all bytes into place."""
+"""The position of code k's third bit in its word, such that one shift aligns the third bits of the codes in
+all four bytes; see native/src/low.h."""
 
 
 class LowParts(NamedTuple):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moe_local.offload.checkpoint.spec import ModelSpec
 
 AUTO = "auto"
-"""As many bits as the budget holds: becomes a "mixed:BITS" once that is known."""
+"""As many bits as fit the memory budget; becomes "mixed:BITS" once that is known."""
 
 MIXED = "mixed"
 
@@ -100,7 +100,7 @@ class Mix:
     """
 
     name: str
-    """As in `experts=`, in canonical spelling: "mixed:3.5"."""
+    """The name in `experts=`, in canonical spelling: "mixed:3.5"."""
     formats: tuple[tuple[str, ...], ...]
     """`formats[layer][expert]`, names of codecs; layers count MoE layers."""
 

@@ -19,10 +19,10 @@ BLOCK = 32
 """Columns of a row that share a scale; the last ones of a row may be fewer."""
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Of the lower three bits; the fourth is the sign."""
+"""The magnitudes that the lower three bits of a code stand for; the fourth bit is the sign."""
 
 BIAS = 127
-"""Of a scale's byte over its exponent."""
+"""A scale's byte is its exponent plus this."""
 
 
 class MXFP4Matrix(NamedTuple):
@@ -138,10 +138,11 @@ def quantize_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 LIMIT_BITS = (BIAS + 127) << 23 | 3 << 21
-"""Of 3.5 * 2^126, the least size that might round to more than float32 has."""
+"""The bits of 3.5 * 2^126, the smallest magnitude that might round to more than float32 can represent."""
 
 CODE_OF_ONE = (BIAS << 1) - 2
-"""What the upper bits of a float32 from 1 on, its exponent and one more, are above its code."""
+"""The difference between the upper bits of a float32 >= 1 (its exponent and first mantissa bit) and its E2M1
+code."""
 
 
 def _rounded(sizes: torch.Tensor) -> torch.Tensor:

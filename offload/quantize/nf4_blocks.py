@@ -23,13 +23,14 @@ BLOCK = 64
 """Weights that share one scale."""
 
 CHUNK = 1 << 18
-"""Weights quantized at a time on the CPU; whole blocks. A thread's buffers take 14 bytes a weight."""
+"""How many weights are quantized at a time on the CPU; whole blocks. A thread's buffers take 14 bytes per
+weight."""
 
 DEVICE_CHUNK = 1 << 24
-"""The same elsewhere, where an operation costs more to start; it needs some 17 bytes a weight."""
+"""The same on other devices, where starting an operation costs more; takes some 17 bytes per weight."""
 
 SMALLEST = 1e-38
-"""Stands in for the scale of a block of zeros, as in bitsandbytes."""
+"""Used instead of the scale of a block of zeros, as in bitsandbytes."""
 
 
 def quantize_blocks(weights: torch.Tensor, q: torch.Tensor, absmax: torch.Tensor) -> None:

@@ -18,10 +18,10 @@ from moe_local.offload.quantize.code_tables import dynamic_map
 from moe_local.offload.system.threads import kernel_threads
 
 NESTED_BLOCK = 256
-"""Scales that share one scale of their own."""
+"""How many scales share one scale of their own."""
 
 _ONE = 0x3F800000
-"""1.0 as bits."""
+"""The bits of 1.0."""
 
 
 def quantize_scales(

@@ -10,10 +10,10 @@ import torch
 from moe_local.offload.system.threads import kernel_threads, one_torch_thread
 
 CHUNK = 1 << 17
-"""Weights worked on at a time on the CPU, in whole rows: what its cache holds."""
+"""How many weights, in whole rows, are processed at a time on the CPU, so that they fit its cache."""
 
 DEVICE_CHUNK = 1 << 24
-"""The same elsewhere, where an operation costs more to start."""
+"""The same on other devices, where starting an operation costs more."""
 
 
 def for_rows(

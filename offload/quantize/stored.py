@@ -15,7 +15,8 @@ from moe_local.offload.quantize.views import segment_view
 
 QUANTIZED = ("fp8", "mxfp4")
 FORMATS = (*QUANTIZED, "plain")
-"""What StoredDecoder reads; "plain" are numbers that lie otherwise than an ExactCodec has them."""
+"""The formats that StoredDecoder reads; "plain" is unquantized weights in another layout than
+ExactCodec's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +24,11 @@ class StoredFormat:
     """The format of a checkpoint's experts, from its config."""
 
     name: str
-    """"bf16", "fp16", "fp32", "fp8", "mxfp4", or a method of which no kernel reads anything in place."""
+    """"bf16", "fp16", "fp32", "fp8", "mxfp4", or a quantization method that nothing reads in place."""
     dtype: str
-    """Of what is not quantized: "bfloat16", "float16" or "float32"."""
+    """The dtype of what is not quantized: "bfloat16", "float16" or "float32"."""
     block: tuple[int, int] | None = None
-    """Of FP8: rows and columns that share a scale; None: one scale for each stored tensor."""
+    """For FP8: rows and columns that share a scale; None: one scale per stored tensor."""
 
     def layout(self, tensors: Sequence[TensorSpec]) -> Layout:
         """A layout of an expert with these tensors, for plans. It is at least as large as the actual one,
