@@ -22,6 +22,14 @@
 
 namespace {
 
+#if defined(_WIN32)
+using Process = int;
+Process this_process() { return 0; }
+#else
+using Process = pid_t;
+Process this_process() { return getpid(); }
+#endif
+
 // How often a thread checks whether a phase has ended before it sleeps. That takes some ten microseconds,
 // about as long as a chunk; waking up would take longer.
 constexpr int LOOKS = 512;
@@ -49,6 +57,10 @@ struct Job {
 
 class Pool {
  public:
+  explicit Pool(Process process) : process(process) {}
+
+  const Process process;  // whose threads these are
+
   void run(int threads, int phases, const int64_t* chunks, Work work, void* context) {
     std::unique_lock<std::mutex> busy(one_job_, std::try_to_lock);
     if (!busy.owns_lock() || threads == 1) {
@@ -160,30 +172,18 @@ class Pool {
   int inside_ = 0;
 };
 
-#if defined(_WIN32)
-using Process = int;
-Process this_process() { return 0; }
-#else
-using Process = pid_t;
-Process this_process() { return getpid(); }
-#endif
-
 // One pool per process, which is never destroyed: its threads sleep in it until the process ends. A forked
 // child has none of these threads, and its copy of the pool may be in any state, so it makes a pool of its
-// own.
+// own. No lock is involved, which a fork could leave locked in the child.
 Pool& pool() {
   static std::atomic<Pool*> current{nullptr};
-  static std::atomic<Process> owner{-1};
-  static std::atomic_flag making = ATOMIC_FLAG_INIT;
-  if (owner.load(std::memory_order_acquire) != this_process()) {
-    while (making.test_and_set(std::memory_order_acquire)) std::this_thread::yield();
-    if (owner.load() != this_process()) {
-      current.store(new Pool());
-      owner.store(this_process(), std::memory_order_release);
-    }
-    making.clear(std::memory_order_release);
+  Pool* found = current.load();
+  while (found == nullptr || found->process != this_process()) {
+    Pool* made = new Pool(this_process());
+    if (current.compare_exchange_strong(found, made)) return *made;
+    delete made;  // another thread came first, and `found` is its pool now
   }
-  return *current.load();
+  return *found;
 }
 
 }  // namespace
