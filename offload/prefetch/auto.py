@@ -1,4 +1,4 @@
-"""Prefetching that earns its place: it measures what it gains, and is off where that is nothing."""
+"""Prefetching that measures how much time it saves, and switches itself off where it saves none."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from moe_local.offload.store.store import ExpertStore
 
 MOST_LOOKAHEAD = 4
 MOST_TOKENS = 8
-"""Steps of more tokens are not prefetched for: they need most experts anyway, and know which."""
+"""Steps of more tokens are not prefetched for: they need most of a layer's experts anyway."""
 ASKING = 2.0
-"""What guessing costs the host in all, as a multiple of what asking the routers costs."""
+"""Total host time of guessing, as a multiple of the time that running the routers takes."""
 LOOK = 16
-"""Tokens between two looks at how long a layer takes and how often it misses."""
+"""Tokens between two updates of how long a layer takes and how often it misses."""
 
 
 class AutoPrefetcher:
-    """Asks a predictor as far ahead as makes tokens fastest, and issues what spare link time allows.
+    """Predicts as many layers ahead as makes tokens fastest, and issues the loads that the link has time for.
 
-    A `Pilot` decides how many layers ahead to look, by comparing tokens; off costs a call a layer. Each
-    guess is weighed by `SpareLink` with how often such guesses have been right (`Accuracy`). Nothing is
-    tried while experts are waited for so little that guessing must cost more. What it finds is written to
-    the cache's counters (`prefetch_gain`), for Stats.
+    A `Pilot` decides how many layers ahead to predict, by comparing the times of tokens; while it says 0, the
+    only cost is one call per layer. `SpareLink` weighs each guess with how often such guesses have been right
+    (`Accuracy`). No lookahead is tried while tokens wait so little for experts that guessing must cost more
+    than it saves. The measured gain is written to the cache's counters (`prefetch_gain`), for Stats.
     """
 
     def __init__(
@@ -40,7 +40,8 @@ class AutoPrefetcher:
         copy_seconds: Callable[[int], float] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`copy_seconds(nbytes)` of one copy to the device; None where demand overtakes (SpareLink)."""
+        """`copy_seconds(nbytes)`: the time of one copy to the device; None where demand loads overtake
+        prefetches (see SpareLink)."""
         self.accuracy = Accuracy()
         self.link = SpareLink(copy_seconds)
         self._store = store
@@ -49,21 +50,21 @@ class AutoPrefetcher:
         self._pilot = Pilot(max(1, min(MOST_LOOKAHEAD, predictor.layers - 1)), self._promising)
         self._lookahead = 0
         self._layer = predictor.layers
-        """The last one that asked."""
+        """The last layer that called `predict`."""
         self._tokens = 0
-        """Of the step at hand."""
+        """Tokens of the current step."""
         self._began = 0.0
         self._guessed: dict[int, dict[int, tuple[int, int]]] = {}
-        """Layer -> expert that was guessed for it while absent -> (distance, rank), requested or not."""
+        """Layer -> absent expert that was guessed for it -> (distance, rank), requested or not."""
         self._predict_s: float | None = None
         self._tally = store.tally()
         self._since_look, self._seconds, self._stalled, self._missed = 0, 0.0, 0.0, 0
         self._stall_s = 0.0
-        """Waits for experts, a token."""
+        """Seconds that a token waits for experts."""
         self._publish()
 
     def predict(self, layer: int, tokens: int) -> list[Guess]:
-        if layer <= self._layer:  # the first layer may never ask: all its experts may have slots
+        if layer <= self._layer:  # not `layer == 0`: a layer all of whose experts have slots never calls this
             self._begin_step(tokens)
         self._layer = layer
         return self._predictor.predict(layer, self._lookahead) if self._lookahead else []
@@ -89,7 +90,7 @@ class AutoPrefetcher:
         self._predictor.ignore()
 
     def _ask(self, guess: Guess, ranked: Sequence[int]) -> None:
-        """Request those of a guess that are absent and worth it."""
+        """Request those experts of a guess that are absent and worth their time on the link."""
         store, layer, distance = self._store, guess.layer, guess.distance
         num_experts, cache = store.num_experts(layer), store.tier.cache
         named = [expert for expert in ranked if expert < num_experts][: store.slots(layer)]
@@ -98,8 +99,8 @@ class AutoPrefetcher:
         for rank, expert in enumerate(named):
             if cache.slot_of(layer, expert) is not None:
                 continue
-            # Those that are not requested are scored all the same: otherwise a low opinion of guesses would
-            # never change.
+            # Experts that are not requested are scored as well: otherwise a low estimate of the accuracy
+            # could never recover.
             self._guessed.setdefault(layer, {})[expert] = (distance, rank)
             nbytes = store.layouts[layer][expert].nbytes
             worth = worth and self.link.worth(nbytes, queued, distance, self.accuracy.of(distance, rank))
@@ -109,7 +110,7 @@ class AutoPrefetcher:
             store.prefetch(layer, named, distance=distance, budget_bytes=budget)
 
     def _queued_bytes(self) -> int:
-        """What earlier guesses still keep the link busy with."""
+        """Bytes of earlier guesses whose loads are still in flight."""
         if self.link.copy_seconds is None:
             return 0
         cache, layouts = self._store.tier.cache, self._store.layouts
@@ -121,7 +122,7 @@ class AutoPrefetcher:
         )
 
     def _begin_step(self, tokens: int) -> None:
-        """The model begins with a step: the one before is over, and so is its time."""
+        """Called at the first layer of a step: account for the step that has just ended and its time."""
         now = self._clock()
         seconds, self._began = now - self._began, now
         before, self._tokens = self._tokens, tokens
@@ -129,12 +130,12 @@ class AutoPrefetcher:
         if tokens > MOST_TOKENS:
             self._look_ahead(0)
             return
-        if before != tokens:  # what came before was a prompt, or another number of sequences
+        if before != tokens:  # the previous step was a prompt, or had another number of sequences
             self._look_ahead(self._pilot.lookahead)
             return
         self._since_look += 1
         self._seconds += seconds
-        self._stalled += self._tally.stall_s - earlier.stall_s  # of these steps alone, not of prompts between
+        self._stalled += self._tally.stall_s - earlier.stall_s  # without the prompts between them
         self._missed += self._tally.misses - earlier.misses
         if self._since_look == LOOK:
             self._look()
@@ -151,7 +152,7 @@ class AutoPrefetcher:
         self._lookahead = lookahead
 
     def _look(self) -> None:
-        """Take stock of the last tokens: what they waited, what a layer takes, how often it misses."""
+        """Average over the last tokens: the wait per token, the time per layer, how often a layer misses."""
         tokens, layers = self._since_look, max(1, self._predictor.layers)
         self._stall_s = self._stalled / tokens
         self.link.layer_s = max(self._seconds - self._stalled, 0.0) / tokens / layers
@@ -159,7 +160,7 @@ class AutoPrefetcher:
         self._since_look, self._seconds, self._stalled, self._missed = 0, 0.0, 0.0, 0
 
     def _promising(self) -> bool:
-        """Whether right guesses may save more waiting than guessing, and all that follows, costs."""
+        """Whether correct guesses may save more waiting than guessing and the loads that it starts cost."""
         if self._predict_s is None:
             self._predict_s = self._predictor.rehearse(self._clock)
         if self._since_look:

@@ -1,4 +1,4 @@
-"""Fitting corrections from what a model computes on some text, and judging them on text held back."""
+"""Fits corrections to what a model computes on some text, and judges them on held-out text."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ FEWEST_TOKENS = 512
 MOST_RANK = 64
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 JUDGED, CHOSEN_BY = 5, 10
-"""One window in so many is held back to judge by, and one in so many to choose ridges by."""
+"""One window in JUDGED is held out to judge by, and one in CHOSEN_BY to choose the ridge by."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """Share of a layer's experts that were guessed, of text held back. `layers` in forward order."""
+    """Share of a layer's chosen experts that were guessed, on held-out text; `by_layer` in forward order."""
 
     distance: int
     plain: float
-    """By the later router itself."""
+    """The recall of the later router without a correction."""
     corrected: float
     by_layer: tuple[tuple[int, float, float], ...]
     """(layer guessed, plain, corrected)"""
@@ -38,10 +38,10 @@ class Recall:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What was fitted, and how good it is."""
+    """The corrections that were fitted, and how good they are."""
 
     corrections: dict[tuple[int, int], Correction]
-    """Of those pairs alone where it guessed better than the router itself, on text it was not fitted to."""
+    """By (layer, distance); only where a correction beat the plain router on text it was not fitted to."""
     recalls: tuple[Recall, ...]
     fitted_tokens: int
     judged_tokens: int
@@ -50,9 +50,10 @@ class Calibration:
 def calibrate(
     hf: Any, windows: Sequence[Sequence[int]], *, lookahead: int = 4, progress: Progress | None = None
 ) -> Calibration:
-    """Let the model read `windows` (ids, each a text of its own) and fit corrections up to `lookahead` ahead.
+    """Run the model over `windows` (token ids, each an independent text) and fit corrections for each
+    distance up to `lookahead` layers.
 
-    `hf` is a loaded model's (Model.hf). Raises OptionError for too little text and MoeLocalError for a
+    `hf` is a loaded model's `Model.hf`. Raises OptionError for too little text and MoeLocalError for a
     model none of whose routers can be corrected.
     """
     tokens = sum(map(len, windows))
@@ -86,16 +87,16 @@ def calibrate(
 
 
 def windows_of(ids: Sequence[int], most: int) -> list[list[int]]:
-    """The first `most` of one long text's ids, in windows."""
+    """The first `most` token ids of one long text, cut into windows."""
     return [list(ids[start : min(start + WINDOW, most)]) for start in range(0, min(len(ids), most), WINDOW)]
 
 
 @dataclass(frozen=True, slots=True)
 class _States:
     residuals: list[torch.Tensor]
-    """[N, D] a layer; empty for one without a site."""
+    """One [N, D] tensor per layer; empty for a layer without a site."""
     chosen: list[torch.Tensor]
-    """[N, K] a layer."""
+    """One [N, K] tensor per layer."""
 
 
 def _record(
@@ -119,7 +120,8 @@ def _fit_pair(
     layer: int,
     distance: int,
 ) -> tuple[Correction | None, tuple[int, int, float, float]]:
-    """The best correction of one pair, None if none helps; (distance, target, recall plain, corrected)."""
+    """(the best correction of one pair or None if none helps, (distance, target, plain recall, corrected
+    recall))."""
     target = layer + distance
     site = sites[target]
     weight = _weight(site)
@@ -144,7 +146,7 @@ def _fit_pair(
 
 
 def _recall(guessed: torch.Tensor, chosen: torch.Tensor) -> float:
-    """Both [N, K]."""
+    """Share of `chosen` that is in the same token's row of `guessed`; both [N, K]."""
     return float((guessed[:, :, None] == chosen[:, None, :]).any(1).float().mean())
 
 

@@ -1,4 +1,4 @@
-"""Which of two ways of doing a thing makes tokens faster, found out while they are generated."""
+"""An A/B test, run while tokens are generated, of which of two ways makes them faster."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 BLOCK = 6
-"""Tokens in a row that are generated one way; the first of them is not measured, as the other way's
-loads and evictions still show in it."""
+"""Consecutive tokens that are generated one way. The first of them is not measured, since the other way's
+loads and evictions still affect it."""
 FEWEST_PAIRS = 3
 MOST_PAIRS = 12
 CLIP = 2.0
-"""A token counts as this many times the median at most: pauses of the process, or of who reads the answer."""
+"""A token's time is clipped to this many times the median: the process or the reader may have paused."""
 HOPELESS = ((1, 1.5), (2, 1.2))
-"""(pairs, factor): after so many pairs a challenger gives up whose fastest block took that many times as long
-as the incumbent's slowest."""
+"""(pairs, factor): after so many pairs of blocks the challenger has lost if its fastest block took more than
+`factor` times as long as the incumbent's slowest."""
 NOT_WORTH = 0.005
-"""A gain below this share of a token's time is none."""
+"""A gain below this share of a token's time counts as none."""
 
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20)
 """Student's t for 95 % two-sided, by degrees of freedom from 1."""
 
 
 class Gain(NamedTuple):
-    """Seconds a token that the challenger saves, with the interval that holds the truth 95 times in 100."""
+    """Seconds per token that the challenger saves, with the 95 % confidence interval."""
 
     seconds: float
     low: float | None
-    """None, as `high`, where a single pair was enough to give up."""
+    """None, like `high`, where there is only a single pair."""
     high: float | None
 
     def reversed(self) -> Gain:
@@ -37,33 +37,34 @@ class Gain(NamedTuple):
         return Gain(-self.seconds, _minus(self.high), _minus(self.low))
 
     def plus(self, other: Gain) -> Gain:
-        """The sum of two gains, its interval as wide as the two at their worst."""
+        """The sum of two gains; the bounds of the intervals are added as well."""
         return Gain(self.seconds + other.seconds, _sum(self.low, other.low), _sum(self.high, other.high))
 
 
 class Comparison:
     """Blocks of tokens generated in turn by the incumbent's way and the challenger's, until one is better.
 
-    Blocks come in pairs whose order alternates, and pairs are compared, so that what drifts (the context
-    grows, the machine is busy) hits both alike. The challenger wins if its gain is above 0 beyond doubt;
-    without a clear winner the incumbent stays, unless `modest`: then the challenger does the less and wins
-    where the incumbent is not better on average.
+    Blocks come in pairs whose order alternates, and the two blocks of a pair are compared, so that drift (a
+    growing context, a busy machine) affects both alike. The challenger wins if the whole confidence interval
+    of its gain is above 0. Without a clear winner the incumbent stays, unless `modest` is set: it says that
+    the challenger does less work, which therefore wins where the incumbent is not better on average.
     """
 
     def __init__(self, *, modest: bool = False) -> None:
         self.modest = modest
         self.challenging = False
-        """Whose turn it is."""
+        """Whether the next token is to be generated the challenger's way."""
         self.tokens = [0, 0]
-        """Generated the incumbent's way, and the challenger's."""
+        """Tokens generated the incumbent's way, and the challenger's."""
         self._blocks: list[list[list[float]]] = [[], []]
         self._block: list[float] = []
         self._position = 0
 
     def saw(self, seconds: float | None) -> bool | None:
-        """A token of whose turn it is took so long (None: nobody knows, say after a pause).
+        """Record that the last token, generated the way `challenging` says, took `seconds` (None: unknown).
 
-        True once the challenger has won, False once it has not; None: go on, perhaps with the other's turn.
+        Returns True once the challenger has won, False once it has lost, None while the comparison goes on;
+        `challenging` may have changed then.
         """
         self.tokens[self.challenging] += 1
         self._position += 1
@@ -73,18 +74,18 @@ class Comparison:
             return None
         self._position = 0
         if len(self._block) < BLOCK - 2:
-            self._block = []  # too little of it was measured: this turn is taken again
+            self._block = []  # too few of its tokens were measured: repeat this block
             return None
         self._blocks[self.challenging].append(self._block)
         self._block = []
         counts = [len(blocks) for blocks in self._blocks]
-        if counts[0] == counts[1]:  # the next pair begins with whoever has just had a turn
+        if counts[0] == counts[1]:  # the next pair begins with the same way, so the order alternates
             return self._verdict(counts[0])
         self.challenging = not self.challenging
         return None
 
     def gain(self) -> Gain | None:
-        """The challenger's, from whole pairs; None before the first."""
+        """The challenger's gain, from complete pairs of blocks; None before the first pair."""
         incumbent, challenger = self._means()
         differences = [a - b for a, b in zip(incumbent, challenger, strict=False)]
         if not differences:
@@ -98,7 +99,7 @@ class Comparison:
 
     @property
     def token_s(self) -> tuple[float, float]:
-        """Seconds a token, the incumbent's and the challenger's; 0 for one without a whole block."""
+        """Seconds per token of the incumbent and of the challenger; 0 for one without a complete block."""
         incumbent, challenger = self._means()
         return (
             statistics.fmean(incumbent) if incumbent else 0.0,
@@ -122,7 +123,7 @@ class Comparison:
         return None
 
     def _means(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Of each block, long tokens clipped."""
+        """The mean seconds per token of each block, with long tokens clipped (CLIP)."""
         every = [s for blocks in self._blocks for block in blocks for s in block]
         most = CLIP * statistics.median(every) if every else 0.0
         first, second = (

@@ -1,9 +1,9 @@
-"""What a router's input will be like some layers on, as far as that can be told from what it would be now.
+"""Corrections that predict a later router's input from the current residual.
 
-A later router, asked about today's residual, does not know what the layers between will add to it. Part of
-that is the same for all tokens, part a linear function of the state; a low-rank matrix and a bias, fitted
-from recorded states (`fit`), supply both. It works on the router's input, not its logits, so that whatever
-a router does with its logits (groups, sigmoids, biases, normalizing) stays its own.
+A later router that reads the current residual lacks what the layers between will add to it. Part of that is
+the same for all tokens, and part is a linear function of the state; a bias and a low-rank matrix, fitted to
+recorded states (`fit`), supply these parts. The correction applies to the router's input and not to its
+logits, so that the router's own treatment of logits (groups, sigmoids, biases, normalizing) stays as it is.
 """
 
 from __future__ import annotations
@@ -41,23 +41,24 @@ class Correction:
         return torch.addmm(self.bias + x, x @ self.down, self.up)
 
     def to(self, like: torch.Tensor) -> Correction:
-        """In the dtype and on the device of `like`."""
+        """This correction in the dtype and on the device of `like`."""
         return Correction(self.down.to(like), self.up.to(like), self.bias.to(like))
 
 
 Corrections = Mapping[tuple[int, int], Correction]
-"""By (layer whose residual is at hand, layers ahead)."""
+"""The key is (layer whose residual is known, layers ahead)."""
 
 
 def fit(
     x: torch.Tensor, later: torch.Tensor, weight: torch.Tensor, rank: int, ridges: Sequence[float]
 ) -> list[Correction]:
-    """The corrections that bring `x` nearest to `later` as a router with this weight sees them, by ridge.
+    """One correction for each of `ridges`, fitted to give the router the logits of `later` when it reads `x`.
 
-    `x` [N, D] is what the router would read now, `later` [N, D] what it read in the end, `weight` [E, D] its
-    matrix. Ridge regression of the logits' differences on centred x, each ridge in units of x's mean
-    variance; of its [D, E] matrix the `rank` largest singular directions of the predictions are kept. Solved
-    over tokens or over D, whichever are fewer. The change of x is the smallest that changes the logits so.
+    `x` [N, D] is what the router would read now, `later` [N, D] what it actually read, `weight` [E, D] its
+    matrix. The fit is a ridge regression of the logits' differences on centred x, each ridge in units of x's
+    mean variance; of its [D, E] solution the `rank` largest singular directions of the predictions are kept.
+    The system is solved over tokens or over D, whichever is smaller. Of the changes of x that change the
+    logits in this way, the correction makes the smallest.
     """
     x, weight = x.float(), weight.float().to(x.device)
     gap = (later.float() - x) @ weight.T
@@ -68,7 +69,7 @@ def fit(
     gram = (centred @ centred.T if few else centred.T @ centred).double()
     right = (target if few else centred.T @ target).double()
     unit = float(centred.square().sum()) / width
-    back = torch.linalg.pinv(weight).T  # [E, D], logits to the smallest input that makes them
+    back = torch.linalg.pinv(weight).T  # [E, D], from logits to the smallest input that gives them
     found = []
     for ridge in ridges:
         damped = gram.clone()
@@ -85,7 +86,7 @@ def fit(
 
 
 def write_corrections(folder: Path, corrections: Corrections, fingerprint: str) -> Path:
-    """Keep them beside the expert file in `folder`, atomically. Raises OSError."""
+    """Write the corrections atomically beside the expert file in `folder`. Raises OSError."""
     tensors = {
         f"{layer}.{distance}.{name}": getattr(correction, name).cpu().contiguous()
         for (layer, distance), correction in corrections.items()
@@ -99,7 +100,7 @@ def write_corrections(folder: Path, corrections: Corrections, fingerprint: str) 
 
 
 def read_corrections(folder: Path, fingerprint: str) -> dict[tuple[int, int], Correction] | None:
-    """Those kept in `folder`; None where none were.
+    """The corrections that were written to `folder`; None if there are none.
 
     Raises ExpertFileError for a file that is damaged or was made for another checkpoint.
     """

@@ -1,4 +1,4 @@
-"""Learning a model's wiring from one token: which norm feeds each router."""
+"""Finds out, from a forward of one token, which norm feeds each router of a model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Probe:
     """Hooks that watch one forward pass of a model whose experts answer zeros.
 
     Used as a context manager around any forward; afterwards `sites` says for each MoE layer which norm's
-    output its router read, and how to ask that router (`prefetch.views`). None for a layer whose router takes
-    something else that changes, or whose input no norm made: such a layer is not predicted.
+    output its router read, and how to call that router (`prefetch.views`). A layer's site is None if its
+    router takes some other input that changes, or if no norm made its input: such a layer is not predicted.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._made_by: dict[int, nn.Module] = {}
-        self._kept: list[torch.Tensor] = []  # keeps the outputs alive, so that no address is used twice
+        self._kept: list[torch.Tensor] = []  # keeps the outputs alive, so that no address is reused
         self._own: list[torch.Tensor] = []
         self._experts: list[OffloadedExperts] = []
         self._ids: TokenIds | None = None
@@ -74,7 +74,7 @@ class Probe:
     def _view(
         self, router: nn.Module, args: Any, kwargs: Any, output: Any, experts: OffloadedExperts
     ) -> nn.Module | None:
-        """The router as one that takes the hidden state alone and answers with weights and experts."""
+        """A view of the router that takes the hidden state alone and returns weights and experts, if any."""
         tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(t)]
         more = [*args[1:], *kwargs.values()]
         if _choice(tensors, experts.num_experts):
@@ -94,7 +94,7 @@ class Probe:
 
 
 def _choice(tensors: list[torch.Tensor], num_experts: int) -> bool:
-    """Whether these are a choice of experts, integers [T, K], with weights of the same shape."""
+    """Whether these tensors hold chosen experts, integers [T, K], and weights of the same shape."""
     integer = [t for t in tensors if not t.is_floating_point()]
     if len(integer) != 1 or integer[0].dim() != 2 or integer[0].shape[-1] == num_experts:
         return False

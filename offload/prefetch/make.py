@@ -1,4 +1,4 @@
-"""From the option `prefetch` to what does it."""
+"""Makes the prefetcher that the option `prefetch` names."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def make_prefetcher(
     sites: Sequence[RouterSite | None],
     file: ExpertFile | NativeExperts,
 ) -> Prefetcher:
-    """What `prefetch=name` asks for, one of names.prefetchers().
+    """The prefetcher called `name`, one of names.prefetchers().
 
-    "learned" needs what `moe-local calibrate` keeps beside the expert file, and raises OptionError without
-    and ExpertFileError where it is of no use, also where all experts are resident, so that the same words say
-    the same on a smaller machine; "auto" takes it where it can.
+    "learned" needs the corrections that `moe-local calibrate` writes beside the expert file. Without them it
+    raises OptionError, and ExpertFileError if they cannot be used. It does so even where all experts are
+    resident, so that an option behaves alike on smaller machines. "auto" uses corrections if there are any.
     """
     experts = plan.request.experts
     if plan.mode == "resident":
@@ -85,7 +85,8 @@ def _corrections(
 
 
 def _copy_seconds(store: ExpertStore, plan: Plan) -> Callable[[int], float] | None:
-    """What a copy to the device takes; None without one, where demand overtakes reads from disk."""
+    """The function that gives the seconds of a copy to the device; None without a device, where demand loads
+    overtake prefetches from disk."""
     if store.below is None:
         return None
     if store.host is not None:

@@ -1,4 +1,4 @@
-"""The prefetchers by the names users write, their own included. Without torch: options are checked here."""
+"""The names of prefetchers, with those that users register. Without torch: options are checked with it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     MakePrefetcher = Callable[[ExpertStore, Sequence[RouterSite | None]], Prefetcher]
 
 PREFETCH = ("auto", "off", "router", "learned")
-"""Those that come with the package."""
+"""The names of the prefetchers in this package."""
 
 OWN: dict[str, MakePrefetcher] = {}
-"""Those that `register_prefetcher` was given."""
+"""The prefetchers that were registered with `register_prefetcher`, by name."""
 
 
 def register_prefetcher(name: str, make: MakePrefetcher) -> None:
@@ -36,5 +36,5 @@ def register_prefetcher(name: str, make: MakePrefetcher) -> None:
 
 
 def prefetchers() -> list[str]:
-    """What the option `prefetch` may be."""
+    """The values that the option `prefetch` may have."""
     return [*PREFETCH, *OWN]

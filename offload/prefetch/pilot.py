@@ -1,4 +1,4 @@
-"""How many layers ahead to look, none included: whatever makes tokens fastest, tried out on the tokens."""
+"""Chooses how many layers ahead to prefetch (0 is off) by trying out what makes tokens fastest."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from dataclasses import dataclass
 from moe_local.offload.prefetch.comparison import Comparison, Gain
 
 WARM_UP = 8
-"""Tokens before the first trial: an empty cache is not what the others will meet."""
+"""Tokens before the first trial, since an empty cache is not representative of later tokens."""
 TRIAL_SHARE = 0.01
-"""Share of the time that may be lost in trials, the first one apart."""
+"""Share of the time that may be lost in trials, the first one not counted."""
 SHORTEST_REST, LONGEST_REST = 64, 4096
 """Tokens between two trials."""
 LEAST_LOSS = 0.02
-"""Share of a token's time that a trial is thought to have cost at least, for each token of it."""
+"""A trial is assumed to have cost at least this share of a token's time for each of its tokens."""
 PATIENCE = 8
-"""Largest factor by which trials that changed nothing prolong the rest."""
+"""Largest factor by which trials that changed nothing prolong the rest before the next one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What the pilot does and has found. Gains are seconds a token against looking no layer ahead."""
+    """The pilot's choice and its measurements. Gains are seconds per token compared with no lookahead."""
 
     state: str
-    """on, off, or trying before the first verdict."""
+    """"on" or "off"; "trying" before the first verdict."""
     lookahead: int
     gain: Gain | None
-    """Of prefetching as it does, or as it last tried to; None before the first verdict."""
+    """The gain with `lookahead` layers or, when off, of the last trial; None before the first verdict."""
 
 
 class Pilot:
-    """Chooses `lookahead` for each token from the seconds that earlier ones took; 0 is off.
+    """Chooses `lookahead` for each token from the seconds that earlier tokens took; 0 is off.
 
-    It begins with off and compares (`Comparison`) what it does with something else: off with one layer
+    It begins with off and compares (`Comparison`) the current lookahead with another one: off with one layer
     ahead or, if that was of no use, two; d layers ahead with d + 1, with d - 1 and with off. Between trials
-    it rests so long that what they lose stays below TRIAL_SHARE, and longer the more often they changed
-    nothing.
+    it rests so long that the time they lose stays below TRIAL_SHARE, and longer the more trials in a row
+    changed nothing.
     """
 
     def __init__(self, most: int, promising: Callable[[], bool] = lambda: True) -> None:
-        """`most` layers ahead, 1 at least; with off, nothing is tried while `promising()` says no."""
+        """`most`: the largest lookahead, at least 1. While off, nothing is tried unless `promising()`."""
         self.lookahead = 0
-        """For the token to come."""
+        """The lookahead for the next token."""
         self._most = most
         self._promising = promising
         self._settled = 0
@@ -63,7 +63,8 @@ class Pilot:
         return Outlook(state, self._settled, self._gain)
 
     def step(self, seconds: float | None) -> bool:
-        """A token with `lookahead` took so long (None: nobody knows). Whether the outlook has changed."""
+        """Record that a token with `lookahead` took `seconds` (None: unknown). Returns whether the outlook
+        has changed."""
         if self._comparison is None:
             self._rest -= 1
             if self._rest > 0:
@@ -86,7 +87,7 @@ class Pilot:
         return True
 
     def _next(self) -> int:
-        """What to try next: in turns, what makes sense from here."""
+        """The lookahead to try next: the sensible alternatives to the current one, in turn."""
         here = self._settled
         wanted = (0, here + 1, here - 1) if here else (1, 2)
         options = list(dict.fromkeys(d for d in wanted if 0 <= d <= self._most))
@@ -108,12 +109,12 @@ class Pilot:
         rest = math.ceil(loss * comparison.tokens[1] / TRIAL_SHARE) * self._patience
         self._rest = 1 if climbed else min(max(rest, SHORTEST_REST), LONGEST_REST)
         if won:
-            self._turn = int(climbed)  # what helped may help more; what did not will be asked for again first
+            self._turn = int(climbed)  # after a step up try another step up, else begin with the first option
         self._comparison, self._judged = None, True
         self.lookahead = self._settled
 
     def _note(self, gain: Gain) -> None:
-        """Keep the gain against off, where the comparison tells of it."""
+        """Update the gain over off, where the comparison gives it."""
         if self._settled == 0:
             self._gain = gain
         elif self._challenger == 0:

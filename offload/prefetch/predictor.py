@@ -1,4 +1,4 @@
-"""The routers of later layers, asked about the hidden state of an earlier one."""
+"""Predicts a later layer's experts by running its router on an earlier layer's hidden state."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from moe_local.offload.store.store import ExpertStore
 
 
 class RouterPredictor:
-    """Applies the routers of the next layers, through their own norms, to the hidden state at hand.
+    """Applies the norms and routers of the next layers to the current layer's hidden state.
 
-    For several tokens the experts are ranked by the router weight they get in all. Where there is a
-    `Correction` for a layer and a distance, the router reads its input corrected by that.
+    For several tokens the experts are ranked by their router weight summed over the tokens. Where there is a
+    `Correction` for a layer and a distance, it is applied to what the router reads.
 
-    `sites` are the routers in forward order, None where a layer cannot be predicted. While it watches,
-    hooks on the norms keep the residual of the layer that runs (`saw`); no reference is held beyond the
-    layer.
+    `sites` are the routers in forward order, None where a layer cannot be predicted. After `watch`, hooks on
+    the norms keep the residual of the current layer (`saw`); no reference is held after `predict`.
     """
 
     def __init__(
@@ -31,7 +30,7 @@ class RouterPredictor:
         sites: Sequence[RouterSite | None],
         corrections: Mapping[tuple[int, int], Correction] | None = None,
     ) -> None:
-        """`corrections` by (layer whose residual is at hand, layers ahead)."""
+        """`corrections` by (layer whose residual is known, layers ahead)."""
         self._store = store
         self._sites = sites
         self._corrections = corrections or {}
@@ -53,17 +52,17 @@ class RouterPredictor:
             ]
 
     def ignore(self) -> None:
-        """Take the hooks off the model, which costs nothing then. Idempotent."""
+        """Remove the hooks from the model, so that watching costs nothing. Idempotent."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._residual = [], None
 
     def saw(self, layer: int, residual: torch.Tensor) -> None:
-        """`residual` [..., D] is what the norm before this layer's router is given, in the step at hand."""
+        """Keep `residual` [..., D], the input of the norm before this layer's router in the current step."""
         self._residual, self._residual_layer = residual, layer
 
     def predict(self, layer: int, lookahead: int) -> list[Guess]:
-        """Guesses for the next `lookahead` layers from the residual of `layer`, if that is what was seen."""
+        """Guesses for the next `lookahead` layers from the residual of `layer`, if that was seen last."""
         residual, self._residual = self._residual, None
         if residual is None or self._residual_layer != layer:
             return []
@@ -79,7 +78,7 @@ class RouterPredictor:
         return guesses
 
     def rehearse(self, clock: Callable[[], float]) -> float:
-        """Seconds that the host spends on guessing one layer ahead in all layers of a step of one token."""
+        """Measure the host's seconds of guessing one layer ahead in all layers of a one-token step."""
         best = 0.0
         with torch.inference_mode():
             for layer, site in enumerate(self._sites[1:]):
@@ -97,7 +96,7 @@ class RouterPredictor:
         return best
 
     def _by_weight(self, layer: int, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Those that some token chose, by the weight they get in all; E where there is no more of them."""
+        """The experts that some token chose, by summed weight, padded with E (the number of experts)."""
         num_experts = self._store.num_experts(layer)
         total = weights.new_zeros(num_experts, dtype=torch.float32)
         total.index_add_(0, index.flatten(), weights.flatten().float())

@@ -1,4 +1,4 @@
-"""Guessing which experts later layers will need: what all ways of doing it have in common."""
+"""The protocol of prefetchers, which guess the experts that later layers will need."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 
 
 class Guess(NamedTuple):
-    """What a later layer will probably need."""
+    """The experts that a later layer will probably need."""
 
     layer: int
     distance: int
     """How many MoE layers ahead."""
     ranked: torch.Tensor
-    """int64 [<= E experts of the layer], likeliest first; E where there is no more. On the model's device, so
-    that nobody waits for it, or on the CPU, if it was made there."""
+    """int64 [<= E], likeliest expert first, padded with E, the layer's number of experts. On the model's
+    device, so that making it needs no synchronization, or on the CPU, if it was made there."""
 
 
 class Prefetcher(Protocol):
     """Predicts and requests experts of later layers while a layer runs."""
 
     def predict(self, layer: int, tokens: int) -> list[Guess]:
-        """Guesses made from the hidden state at this layer, which computes so many tokens; no host sync."""
+        """Guesses from the hidden state at this layer, which computes `tokens` tokens; no host sync."""
 
     def request(
         self,
@@ -32,16 +32,16 @@ class Prefetcher(Protocol):
         guesses: Sequence[Guess],
         experts: Sequence[Sequence[int]],
     ) -> None:
-        """Start to bring what the guesses (`ranked`, on the host) name and is absent.
+        """Start loading the guessed experts that are absent.
 
-        `needed` are the experts that the layer itself computes with.
+        `experts[i]` is `guesses[i].ranked` on the host; `needed` are the experts that `layer` itself needs.
         """
 
     def saw(self, layer: int, residual: torch.Tensor) -> None:
-        """What the hook on the norm before this layer's router would have seen, where hooks do not run."""
+        """Called with the input of the norm before this layer's router where the hook on it does not run."""
 
     def close(self) -> None:
-        """Take the hooks off the model. Idempotent."""
+        """Remove the hooks from the model. Idempotent."""
 
 
 class NoPrefetch:

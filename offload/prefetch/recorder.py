@@ -1,4 +1,4 @@
-"""What every MoE layer of a model saw and chose, written down while it computes."""
+"""Records the residuals and the chosen experts of every MoE layer while a model computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_local.offload.prefetch.routers import RouterSite
 
 
 class Recorder:
-    """Hooks that keep residuals and choices of all MoE layers, as a context manager around forwards.
+    """Hooks that keep the residuals and chosen experts of all MoE layers; a context manager around forwards.
 
     `residuals[layer]` and `chosen[layer]` are lists of tensors on the CPU, one for each forward: [T, D] in
     the model's dtype and [T, K] int64. Layers without a site keep no residuals.

@@ -1,4 +1,4 @@
-"""The routers of a model, as prefetch uses them."""
+"""A model's routers, in the form in which prefetchers call them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RouterSite:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream [..., D] -> (weights [T, K], experts [T, K]) as the router would choose.
 
-        Calls `forward` directly: calling the modules would run the very hooks this is used in.
+        Calls `forward` directly: calling the modules would run the hooks from which this is called.
         """
         x = self.read(residual)
         if correction is not None:
@@ -30,20 +30,21 @@ class RouterSite:
         return chosen(self.router.forward(x))
 
     def read(self, residual: torch.Tensor) -> torch.Tensor:
-        """The residual stream [..., D] -> [T, D], what the router reads, on its device."""
+        """The residual stream [..., D] -> the router's input [T, D], on the norm's device."""
         weight = next(self.norm.parameters(), residual)
         normed: torch.Tensor = self.norm.forward(residual.to(weight.device))
         return normed.reshape(-1, normed.shape[-1])
 
     @property
     def weight(self) -> torch.Tensor | None:
-        """[E, D], if the router's logits are its input times one matrix (and a bias)."""
+        """The router's matrix [E, D]; None unless its logits are its input times one matrix (and a bias)."""
         found = [p for p in self.router.parameters() if p.dim() == 2]
         return found[0].detach() if len(found) == 1 and found[0].is_floating_point() else None
 
 
 def chosen(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights, experts) among a router's outputs: the integer tensor, and the float one of its shape."""
+    """(weights, experts) of a router's outputs: experts are the integer tensor, weights the float tensor of
+    the same shape."""
     index = next(t for t in outputs if not t.is_floating_point())
     weights = next(t for t in outputs if t.is_floating_point() and t.shape == index.shape)
     return weights, index

@@ -1,33 +1,34 @@
-"""Whether a copy for a later layer is worth the link's time, and how often guesses have been right."""
+"""Decides whether a prefetch is worth its time on the link, given how often guesses have been right."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 FADE = 1 - 1 / 128
-"""Factor by which each guess fades the weight of earlier ones."""
+"""Decay of the weight of earlier guesses with each new one."""
 PRIOR = 8.0
-"""How many guesses the first expectation counts as."""
+"""Number of guesses that EXPECTED counts as at the start."""
 EXPECTED = 0.6
-"""How often a guess of an absent expert is right before any was seen."""
+"""Assumed accuracy of a guess of an absent expert before any was seen."""
 
 
 class Accuracy:
-    """How often an absent expert that was guessed was needed, by distance and rank in the guess.
+    """How often guessed experts that were absent turned out to be needed, by distance and rank in the guess.
 
-    Of the absent ones alone: those that a cache holds are the easy ones, and their share says nothing.
+    Only absent experts count: those that the cache holds are easy to guess, and say nothing about the others.
     """
 
     def __init__(self) -> None:
         self._seen: dict[tuple[int, int], tuple[float, float]] = {}
 
     def saw(self, distance: int, rank: int, right: bool) -> None:
-        """A guess turned out right or wrong."""
+        """Record whether a guess turned out to be right."""
         good, count = self._seen.get((distance, rank), (EXPECTED * PRIOR, PRIOR))
         self._seen[distance, rank] = (good * FADE + right, count * FADE + 1)
 
     def of(self, distance: int, rank: int) -> float:
-        """From 0 to 1. A distance not seen yet is expected to be as good as the nearest one that was."""
+        """The accuracy, from 0 to 1. A distance not seen yet is assumed to be as accurate as the nearest
+        shorter one that was."""
         seen = self._seen.get((distance, rank))
         if seen is None:
             near = [d for d, r in self._seen if r == rank and d < distance]
@@ -36,24 +37,24 @@ class Accuracy:
 
 
 class SpareLink:
-    """Weighs a copy that may be of use later against the demand that it may stand in the way of.
+    """Weighs a prefetch, which may be useful later, against the demand loads that it may delay.
 
-    Nothing overtakes a copy that a device was given. If the guess is right, the wait that it saves is at
-    most the copy, and no more than has passed when its layer comes. If it is wrong, the next layer's
-    misses wait for what is left of it. Reads from disk come in pieces that demand overtakes, so that a
-    wrong one costs next to nothing: without `copy_seconds` everything is worth while.
+    A copy that was issued to a device cannot be overtaken. If the guess is right, it saves at most the copy's
+    time, and only the part that has passed by the time its layer runs. If it is wrong, the next layer's
+    misses wait for the rest of the copy. Reads from disk are split into pieces, which demand loads overtake,
+    so that a wrong guess costs next to nothing: without `copy_seconds` every prefetch is worth its time.
     """
 
     def __init__(self, copy_seconds: Callable[[int], float] | None) -> None:
-        """`copy_seconds(nbytes)` of one copy that runs to its end; None where demand overtakes."""
+        """`copy_seconds(nbytes)`: time of one uninterruptible copy; None where demand loads overtake it."""
         self.copy_seconds = copy_seconds
         self.layer_s = 0.0
-        """From one MoE layer to the next, waits for experts left out. 0 until it is known."""
+        """Seconds from one MoE layer to the next, without waits for experts. 0 until it is known."""
         self.demand = 1.0
-        """How likely it is that the next layer misses something."""
+        """Probability that the next layer misses an expert."""
 
     def worth(self, nbytes: int, queued_bytes: int, distance: int, accuracy: float) -> bool:
-        """Whether to issue a copy for a layer `distance` ahead behind `queued_bytes` of other guesses."""
+        """Whether to issue a copy for a layer `distance` ahead, behind `queued_bytes` of other guesses."""
         if self.copy_seconds is None:
             return True
         if not self.layer_s:

@@ -1,4 +1,5 @@
-"""Routers of other forms, seen as (what they read) -> (logits, weights [T, K], experts [T, K])."""
+"""Adapters that give routers with other signatures the form hidden state -> outputs with weights [T, K] and
+experts [T, K]."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ from torch import nn
 
 
 class GivenMore(nn.Module):
-    """A router that is given tensors of the model beside the hidden state, the same ones each time.
+    """A router that takes, beside the hidden state, tensors of the model that are the same in each call.
 
-    MiniMax M2 and LFM2 keep the router's correction of each expert's score beside the router.
+    MiniMax M2 and LFM2 keep the correction of each expert's score outside the router.
     """
 
     def __init__(self, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -24,10 +25,10 @@ class GivenMore(nn.Module):
 
 
 class ByToken(nn.Module):
-    """A router that chooses by the ids of the tokens, so that its choice is known before its layer runs.
+    """A router that chooses by token ids, so that its choice is known before its layer runs.
 
-    The first layers of DeepSeek V4. It is asked about the ids that the model is computing now, which the
-    first router of this kind has been given before any of them can be asked: hence `source`.
+    The first layers of DeepSeek V4 have such routers. `source` holds the ids that the model is computing now:
+    they are recorded when the first router of this kind is called, before any of them is used to predict.
     """
 
     def __init__(self, router: nn.Module, source: TokenIds) -> None:
@@ -42,7 +43,7 @@ class ByToken(nn.Module):
 
 
 class TokenIds:
-    """The ids, int64 [B, T], with which a router was called last."""
+    """Keeps the token ids, int64 [B, T], with which a router was last called."""
 
     def __init__(self, router: nn.Module) -> None:
         self.ids: torch.Tensor | None = None
@@ -53,10 +54,10 @@ class TokenIds:
 
 
 class Ranked(nn.Module):
-    """A router that answers with a number for every expert, larger for those it prefers.
+    """A router that returns a number for every expert, larger for those it prefers; the top k are taken.
 
-    Llama 4's scores are -inf or 0 for all that were not chosen, and its logits are their order; Switch
-    Transformers mark the one that was.
+    Llama 4's scores are -inf or 0 for all experts that were not chosen, so its logits give
+    the order; Switch Transformers mark the chosen expert.
     """
 
     def __init__(self, router: nn.Module, top_k: int) -> None:
@@ -72,14 +73,14 @@ class Ranked(nn.Module):
 
 
 class NoNorm(nn.Module):
-    """Stands where the norm would be of a router that reads the residual stream itself, as Gemma's does."""
+    """The norm of the site of a router that reads the residual stream itself, as Gemma's does."""
 
     def __init__(self, router: nn.Module) -> None:
         super().__init__()
         self._seen = router
 
     def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """On the router, which is called where a norm would be."""
+        """Register the hook on the router, whose input is the residual stream."""
         return self._seen.register_forward_pre_hook(*args, **kwargs)
 
     def forward(self, residual: torch.Tensor) -> torch.Tensor:
