@@ -1,4 +1,4 @@
-"""Attention by torch's sdpa, where that is slow, or needs much memory, as transformers asks for it."""
+"""Calls torch's sdpa in faster or smaller ways where transformers' own calls are slow or need much memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_local.offload.modeling.class_source import class_source
 from moe_local.offload.modeling.masks import single_query_mask
 
 NAME = "sdpa_single_query"
-"""As which transformers knows `single_query_attention`."""
+"""The name under which `single_query_attention` is registered with transformers."""
 
 
 def use_single_query_attention(model: Any) -> None:
@@ -32,10 +32,10 @@ def use_single_query_attention(model: Any) -> None:
 
 
 def asks_for_its_name(cls: Any) -> bool:
-    """Whether the class looks at what its attention is called.
+    """Whether the class's code depends on the name of its attention implementation.
 
-    The sparse attention of DeepSeek V3.2 and its like masks what the indexer left out for "eager" and "sdpa"
-    only, and leaves that to an attention of any other name.
+    The sparse attention of DeepSeek V3.2 and similar models masks the tokens that the indexer left out only
+    for "eager" and "sdpa"; it expects an attention of any other name to do so itself.
     """
     if not cls.__name__.endswith("Attention"):
         return False
@@ -52,14 +52,14 @@ def single_query_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers' sdpa_attention_forward: query [B, H, T, D], key and value [B, H / G, S, D].
+    """The same as transformers' sdpa_attention_forward: query [B, H, T, D], key and value [B, H / G, S, D].
 
     Returns [B, T, H, D].
 
-    One query whose G heads share keys is given to torch as G queries of one head: its kernel reads each key
-    once then, and multiplies matrices instead of vectors. With 32 heads, 8 of keys, 1024 positions in bf16
-    that took 0.7 instead of 8 ms on a CPU. Where there is a mask, transformers (5.17, later ones not) would
-    copy the keys for every head.
+    One query with G heads per key head is given to torch as G queries of one head: the kernel then reads each
+    key once, and multiplies matrices instead of vectors. With 32 query heads, 8 key heads and 1024 positions
+    in bf16 that took 0.7 instead of 8 ms on a CPU. Where there is a mask, transformers 5.17 (not later
+    releases) would copy the keys for every head.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -81,10 +81,10 @@ def single_query_attention(
 
 
 def _shares_keys(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether torch has a kernel of use for heads that share keys, where there is no mask.
+    """Whether torch has a suitable kernel for heads that share keys, where there is no mask.
 
-    On a GPU that is flash attention, so none in fp32 or before compute capability 8.0; else the scores of all
-    heads would be kept. The CPU's is slow for one query.
+    On a GPU that is flash attention, which exists neither for fp32 nor before compute capability 8.0; other
+    kernels would materialize the scores of all heads. The CPU's kernel is slow for one query.
     """
     if not query.is_cuda:
         return query.shape[2] > 1
@@ -102,7 +102,7 @@ def _packed(
 ) -> torch.Tensor:
     """Attention of one query [B, H, 1, D] with a mask that is the same for all heads -> [B, 1, H, D].
 
-    In parts where rows are long: see split_attention.
+    Long rows of keys are cut into parts: see split_attention.
     """
     batch, heads, _, width = query.shape
     packed = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
@@ -117,7 +117,7 @@ def _packed(
 
 
 class _Ungrouped(nn.Module):
-    """Stands for an attention module whose keys have been copied for every head."""
+    """Passed in place of an attention module whose keys have already been repeated for every head."""
 
     num_key_value_groups = 1
 

@@ -1,4 +1,4 @@
-"""Finding out which attention modules of a model the library can do, by trying."""
+"""Finds out by trial which attention modules of a model the C++ library can compute."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from moe_local.offload.dense.token_calls import token_calls
 from moe_local.offload.native.library import HALVES, NEIGHBOURS, library
 
 HISTORY = 5
-"""Earlier positions that an attention is tried with."""
+"""Earlier positions in the cache of a trial."""
 
 FAR = 1_000_000
-"""The position that it is told, behind all that models were trained on first and scale what lies beyond."""
+"""The position given in a trial: beyond the original training length, past which some models scale angles."""
 
 DRAWS = 4
-"""Numbers of one size that a module is tried with at most. Large scores leave a head to one position; of two
-that are near each other in 16 bits, either may be the one. What differs in more than that never agrees."""
+"""Most random inputs of one magnitude that a module is tried with; one that agrees is enough. With large
+scores the softmax picks one position, and rounding to 16 bits may decide between two close ones. A module
+that differs in more than that never agrees."""
 
 
 def use_token_attention(model: Any) -> None:
-    """Let the attention modules of `model`, in CPU memory, that the library can do run in it.
+    """Let the library compute those attention modules of `model`, in CPU memory, that it is able to.
 
-    For one token of one sequence whose cache layers are DirectLayers; for all else the modules are what they
-    were. Which ones these are is found out by trying: nothing goes by the name of a model. Runs a forward of
-    one token, and needs experts that answer something.
+    This holds for one token of one sequence whose cache layers are DirectLayers; all other calls run as
+    before. Trials decide which modules qualify, never a model's name. Runs a forward of one token, for which
+    experts must return something.
     """
     if library() is None or model.device.type != "cpu" or model.config.is_encoder_decoder:
         return
@@ -41,8 +42,8 @@ def use_token_attention(model: Any) -> None:
         calls = TokenAttention.of(module, arguments["hidden_states"].dtype)
         if calls is None:
             continue
-        # Layers of a model mostly turn their heads alike, but each is tried: what looks alike may still ask
-        # which layer it is.
+        # Layers of a model mostly use the same rotary embedding, so the last way that agreed comes first; but
+        # each layer is tried, since modules of one class may still depend on their layer's index.
         for way in (*ways, *_ways(arguments)):
             if _agrees(module, calls, way, arguments):
                 ways = [way]
@@ -60,10 +61,10 @@ def _ways(arguments: dict[str, Any]) -> Iterator[Way]:
 
 
 def _agrees(module: Any, calls: TokenAttention, way: Way, arguments: dict[str, Any]) -> bool:
-    """Whether the library's call gives what the module gives, on small and on large numbers.
+    """Whether the library's call and the module give the same, on small and on large numbers.
 
-    Large ones show what small ones hide: limits on queries and on scores. The position is said to be a far
-    one, so that nothing but the angles may depend on it.
+    Large numbers reveal clamping of queries or scores, which small ones do not. The position given is a far
+    one, to reveal modules in which more than the rotation angles depends on it.
     """
     if way.rotated > calls.shape.width or way.rotated % 2:
         return False

@@ -1,8 +1,8 @@
-"""A token through what linear attention keeps, in two calls of the library.
+"""Updates the state of linear attention for one token, in two calls of the C++ library.
 
 Gated DeltaNet layers (Qwen3-Next, Qwen3.5) have a state of some megabytes in place of keys and values.
-transformers' own code, in some fifty operations, goes through it eight times a token; the library once. The
-layer's forward is transformers' own: of what it calls, two functions are the library's.
+transformers' own code, in some fifty operations, reads or writes it eight times per token, the library once.
+The layer's forward stays transformers' own; two of the functions that it calls are replaced by the library's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moe_local.offload.native.library import DTYPES, Convolution, DeltaRule, che
 from moe_local.offload.system.threads import kernel_threads
 
 RULE, CONVOLUTION = "torch_recurrent_gated_delta_rule", "causal_conv1d_update"
-"""What transformers' forwards call the two functions."""
+"""The names by which transformers' forwards call the two functions."""
 
 Function = Callable[..., Any]
 
@@ -34,9 +34,10 @@ logger = logging.getLogger(__name__)
 
 
 def use_native_delta_rule(model: nn.Module) -> None:
-    """Let single tokens of `model`, in CPU memory, go through its linear attention by the library.
+    """Let the library compute the linear attention of single tokens of `model`, in CPU memory.
 
-    For classes whose forward calls transformers' two functions by name, where the library's give the same.
+    For classes whose forward calls transformers' two functions by name, and where the library's functions
+    give the same results.
     """
     if library() is None:
         return
@@ -79,7 +80,7 @@ def _native(cls: Any) -> Any:
             or hidden_states.device.type != "cpu"
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
-            or memory.layers[self.layer_idx].record_past  # earlier states, which are overwritten here
+            or memory.layers[self.layer_idx].record_past  # wants states that are overwritten here
         ):
             return cls.forward(self, hidden_states, *args, **kwargs)
         return direct(self, hidden_states, *args, **kwargs)
@@ -99,7 +100,8 @@ def delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As transformers' torch_recurrent_gated_delta_rule, `other`, which gets what the library does not do.
+    """The same as transformers' torch_recurrent_gated_delta_rule, `other`, which is called for unsupported
+    arguments.
 
     query, key [B, 1, Hk, Dk], value [B, 1, Hv, Dv], g (fp32) and beta [B, 1, Hv]; the state, fp32
     [B, Hv, Dk, Dv], is overwritten and returned beside the answers, [B, 1, Hv, Dv].
@@ -153,10 +155,10 @@ def convolve(
     bias: torch.Tensor | None = None,
     activation: str | None = None,
 ) -> torch.Tensor:
-    """As transformers' causal_conv1d_update, `other`, which gets what the library does not do.
+    """The same as transformers' causal_conv1d_update, `other`, which is called for unsupported arguments.
 
-    hidden_states [B, C, 1], weight [C, K], bias [C] or None; the last inputs, conv_state [B, C, K], are
-    moved on. Returns [B, C, 1].
+    hidden_states [B, C, 1], weight [C, K], bias [C] or None; conv_state [B, C, K], the last K inputs, is
+    shifted by one. Returns [B, C, 1].
     """
     rows, channels, tokens = hidden_states.shape
     tensors = [hidden_states, conv_state, weight, *([] if bias is None else [bias])]
@@ -185,14 +187,14 @@ def convolve(
 
 
 def _agrees(rule: Function, convolution: Function) -> bool:
-    """Whether these functions do what the library's do, but for rounding."""
+    """Whether these functions and the library's give the same results, up to rounding."""
     reason = "it differs"
     try:
         agree = _same(rule, convolution, key_heads=4)
         if agree:
-            with contextlib.suppress(RuntimeError):  # in transformers 5.17 callers repeat heads
+            with contextlib.suppress(RuntimeError):  # in transformers 5.17 the caller repeats the heads
                 agree = _same(rule, convolution, key_heads=2)
-    except Exception as error:  # whatever another release's functions make of these arguments
+    except Exception as error:  # another release's functions may reject these arguments in any way
         agree, reason = False, f"{type(error).__name__}: {first_line(error)}"
     if not agree:
         logger.info("linear attention is computed by transformers: %s", reason)
@@ -207,7 +209,7 @@ def _same(rule: Function, convolution: Function, *, key_heads: int) -> bool:
 
 @torch.inference_mode()
 def _two_tokens(rule: Function, convolution: Function, key_heads: int) -> list[torch.Tensor]:
-    """What the functions give for two tokens of two sequences, and leave behind."""
+    """The functions' results, and the states that they leave, for two tokens of two sequences."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -216,7 +218,7 @@ def _two_tokens(rule: Function, convolution: Function, key_heads: int) -> list[t
     state, inputs, weight, bias = draw(2, 4, 32, 16), draw(2, 6, 4), draw(6, 4), draw(6)
     found: list[torch.Tensor] = []
     for normalized in (True, False):
-        size = 1e-3 if normalized else 1.0  # so small that it shows what is added to lengths
+        size = 1e-3 if normalized else 1.0  # so small that the epsilon added to norms shows
         answer, state = rule(
             *(size * draw(2, 1, key_heads, 32), size * draw(2, 1, key_heads, 32), draw(2, 1, 4, 16)),
             g=-draw(2, 1, 4).abs(),

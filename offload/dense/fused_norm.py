@@ -1,7 +1,7 @@
-"""Root mean square norms on a GPU in one to three kernels, where models of transformers launch seven.
+"""Root mean square norms on a GPU in one to three kernels, where transformers' models launch seven.
 
-A token's norms are two kernels in five of those that it launches (docs/log.md), and what each takes, a
-microsecond or two even in a CUDA graph, is what small models' tokens are made of.
+Two in five of the kernels that a token launches belong to norms (docs/log.md). Each takes a microsecond or
+two even in a CUDA graph, and such times make up most of a small model's time per token.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from moe_local.offload.modeling.stand_in import stand_in
 
 
 def use_fused_norms(model: nn.Module) -> None:
-    """Let the norms of `model` that are recognized as such, wherever it lies, be computed by torch's.
+    """Let torch's rms_norm compute those norms of `model`, on any device, that are recognized as such.
 
-    In 16 bits all round once: those with 1 + weight as models' own do, those with a weight as gpt-oss' own,
-    where most models' round twice.
+    In 16 bits the result is rounded once. Models' own norms with a factor of 1 + weight round once, too, and
+    so does gpt-oss' norm; other models' norms round twice.
     """
     replace_norms(model.modules(), fused_norm, _fused)
 
 
 def fused_norm(x: torch.Tensor, weight: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """x [..., D] by a norm with this weight [D], both of one dtype.
+    """The norm of x [..., D] with this weight [D], both of one dtype.
 
-    With 1 + weight the quotients are kept in fp32, and torch adds their product with the weight to them in
-    fp32, so that neither they nor the factor are rounded to 16 bits, and reads and writes 16 bits itself.
+    For a factor of 1 + weight, x / rms(x) is kept in fp32, and addcmul adds its product with the weight to it
+    in fp32, so that neither the quotient nor the factor is rounded to 16 bits.
     """
     if not kind.shifted:
         return F.rms_norm(x, weight.shape, weight, kind.epsilon)

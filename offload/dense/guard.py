@@ -1,4 +1,4 @@
-"""Whether modules are still what a call of the library was made for, looked at before each call."""
+"""Checks before each call of the library that the modules it replaces have not changed."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from moe_local.offload.modeling.onlooker import Onlooker
 
 
 class Guard:
-    """What a call of the library relies on that takes the place of several modules' calls.
+    """Checks the assumptions of a library call that replaces the calls of several modules.
 
-    Nobody says when a module is replaced, gets a hook, or has its weights moved. So all of that is looked at
-    before each call, in every layer of every token: not by the modules' attributes, which torch looks up in
-    Python, but in the dicts behind them, which stay.
+    There is no notification when a module is replaced, gets a hook, or has its weights moved. So all of that
+    is checked before each call, in every layer of every token. To be fast, the checks use the dicts behind
+    the modules' attributes, which stay the same objects, since torch looks attributes up in Python.
     """
 
     def __init__(
         self, parent: nn.Module, called: Sequence[nn.Module], shown: nn.Module | None = None
     ) -> None:
-        """`called`: the modules whose calls are not made; hooks and forwards of their own would not be
-        called either. Only the Onlookers of `shown`, one of them, may be there: who makes the call shows them
-        what that module would have been given. Weights are watched of these and of `parent`, and which
-        children `parent` has."""
+        """`called`: the modules whose calls are skipped, and with them their hooks and replaced forwards, so
+        they must have none. The only exception are Onlookers on `shown`, one of `called`: the caller of the
+        library shows them the input that this module would have been given. The guard checks the weights of
+        `parent` and `called`, and that the children of `parent` are the same."""
         self._children: dict[str, Any] = parent._modules
         self._kept = dict(self._children)
         self._onlookers: dict[int, Any] = {} if shown is None else shown._forward_pre_hooks
@@ -39,7 +39,7 @@ class Guard:
         self._seen = self._look()
 
     def holds(self) -> bool:
-        """Whether all is as it was when the guard was made, and nothing sees the modules' calls."""
+        """Whether all is as it was when the guard was made, and no hook depends on the modules' calls."""
         if any(self._hooks) or self._children != self._kept:
             return False
         for hook in self._onlookers.values():
@@ -51,7 +51,8 @@ class Guard:
         return self._look() == self._seen
 
     def _look(self) -> list[Any]:
-        """Memory that is freed may be given out again, for other numbers: an address does not say it all."""
+        """Address, dtype and size of each weight: the address alone is not enough, since freed memory may be
+        reused for other numbers."""
         return [
             (weight.data_ptr(), weight.dtype, weight.numel())
             for weights in self._weights

@@ -1,7 +1,7 @@
 """Choosing tokens for sparse attention (DeepSeek V3.2 and V4) a few queries at a time.
 
-Its indexer scores every token for every query by each of its heads, in fp32: 2048 tokens behind 2048 others
-take 4 GiB, twice 64 heads x 2048 x 4096 numbers, and all that is used is their sum over heads.
+The indexer scores every token for every query with each of its heads, in fp32: for 2048 tokens after 2048
+others that takes 4 GiB, twice 64 heads x 2048 x 4096 numbers, of which only the sum over heads is used.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from moe_local.offload.modeling.names import cache_name
 from moe_local.offload.modeling.stand_in import set_class, stand_in
 
 SCORES_BYTES = 32 * 2**20
-"""What the scores of all heads may take for the queries of one piece."""
+"""Bytes that the scores of all heads may take for the queries of one piece."""
 SHORTEST = 16
-"""Queries in a piece at least: 16 behind 128 thousand tokens take 512 MiB for each of two results."""
+"""Fewest queries in a piece: 16 queries after 128 thousand tokens take 512 MiB for each of two results."""
 
 SCORED = ["self", "q", "compressed_kv", "hidden_states"]
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 def use_index_pieces(model: Any) -> None:
     """Let the indexers of a transformers model score the tokens of a prompt for a few queries at a time.
 
-    Whether that changes nothing is found out by trying: see `difference`.
+    A trial finds out whether that leaves the model's logits unchanged: see `difference`.
     """
     left = [module for module in model.modules() if not hasattr(module, "numbers")]
     makers = [(module, make) for module in left if (make := _maker(module)) is not None]
@@ -58,7 +58,7 @@ def use_index_pieces(model: Any) -> None:
 
 
 def _maker(module: Any) -> Callable[[Any], Any] | None:
-    """What makes a class that scores in pieces of the module's, if it scores."""
+    """What makes, of the module's class, one that scores in pieces; None if the module does not score."""
     cls: Any = type(module)
     if cls.__name__.endswith("Indexer") and ".update_indexer(" in class_source(cls):
         return in_pieces
@@ -69,8 +69,8 @@ def _maker(module: Any) -> Callable[[Any], Any] | None:
 
 @cache
 def in_pieces(cls: Any) -> Any:
-    """A subclass of an indexer's class that scores a few queries at a time: `least`, or as many as give
-    `numbers` scores."""
+    """A subclass of an indexer's class that scores a few queries at a time: as many as give `numbers` scores,
+    but at least `least`."""
     name, signature = cache_name(cls.forward), inspect.signature(cls.forward)
 
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -81,7 +81,7 @@ def in_pieces(cls: Any) -> Any:
         if memory is None or tokens <= piece or torch.is_grad_enabled():
             whole: torch.Tensor = cls.forward(self, hidden_states, *args, **kwargs)
             return whole
-        # The keys of all tokens get their place, so that every piece finds those before it.
+        # Reserve room for the keys of all tokens, so that every piece finds those of the pieces before it.
         keys = memory.update_indexer(
             hidden_states.new_zeros(len(hidden_states), tokens, self.head_dim), self.layer_idx
         )
@@ -97,7 +97,7 @@ def in_pieces(cls: Any) -> Any:
 
 @cache
 def scores_in_pieces(cls: Any) -> Any:
-    """The same for the part of DeepSeek-V4's indexer that scores, without a memory of its own: queries q
+    """The same for the scoring part of DeepSeek-V4's indexer, which has no cache of its own: queries q
     [B, S, H, D], compressed keys [B, T, D] and hidden states [B, S, .] -> [B, S, T]."""
 
     def forward(
@@ -114,7 +114,7 @@ def scores_in_pieces(cls: Any) -> Any:
 
 
 def _cut(value: Any, first: int, piece: int, tokens: int) -> Any:
-    """What a piece gets of an argument: its tokens, the second dimension, of whatever has all of them."""
+    """A piece's part of an argument: tensors are cut if their second dimension is that of all tokens."""
     if isinstance(value, tuple):
         return tuple(_cut(part, first, piece, tokens) for part in value)
     if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == tokens:
@@ -123,12 +123,12 @@ def _cut(value: Any, first: int, piece: int, tokens: int) -> Any:
 
 
 class _Keys:
-    """Stands for a cache: keys of a prompt, [B, S, D], of which a piece brings those from `first` on."""
+    """Takes the cache's place for one piece: a prompt's keys, [B, S, D], to be written from `first` on."""
 
     def __init__(self, keys: torch.Tensor, first: int) -> None:
         self._keys, self._first = keys, first
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """As a cache's. Keys of later pieces are not there yet; the mask leaves them out."""
+        """Write the piece's keys and return all. Keys of later pieces are still zero; the mask hides them."""
         self._keys.narrow(1, self._first, indexer_key_states.shape[1]).copy_(indexer_key_states)
         return self._keys

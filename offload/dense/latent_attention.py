@@ -1,9 +1,9 @@
-"""Attention over compressed keys and values (MLA), which few queries need not expand for every head.
+"""Attention over compressed keys and values (MLA) without expanding them for every head, for few queries.
 
-transformers keeps one latent vector a token and makes the keys and values of all heads from all of them at
-each step: for a token of DeepSeek-V3 behind 4000 others 134 GFLOP a layer, 1.2 s on two cores. Multiplied
-into the query and out of the answer instead, the same matrices are used once (DeepSeek-V2, arXiv 2405.04434,
-section 2.1.2): 19 ms.
+transformers keeps one latent vector per token and at each step expands all of them to the keys and values of
+all heads: for a token of DeepSeek-V3 after 4000 others that is 134 GFLOP a layer, 1.2 s on two cores. If the
+same matrices are applied to the query and to the output instead ("absorbed"; DeepSeek-V2, arXiv 2405.04434,
+section 2.1.2), they are applied once, not to every earlier token: 19 ms.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from moe_local.offload.modeling.masks import single_query_mask
 from moe_local.offload.modeling.stand_in import set_class, stand_in
 
 NAME = "sdpa_latent"
-"""As which transformers knows `latent_attention`."""
+"""The name under which `latent_attention` is registered with transformers."""
 
 FROM = 256
-"""Tokens from which on a quantized matrix is decoded for the sake of not expanding them: to expand few takes
-less."""
+"""Cached tokens from which on a quantized matrix is dequantized to avoid expanding their latents; to expand
+fewer takes less time than to dequantize."""
 
 logger = logging.getLogger(__name__)
 
 
 def use_latent_attention(model: Any) -> None:
-    """Let few tokens at a time through a transformers model's latent attention without expanding the latents.
+    """Let a transformers model's latent attention compute few tokens at a time without expanding the latents.
 
     For modules that expand them as DeepSeek-V3's does, in a model that attends by `single_query_attention` or
-    by torch's sdpa. Whether that changes nothing is found out by trying: see `difference`.
+    by torch's sdpa. A trial finds out whether the logits stay the same: see `difference`.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -52,7 +52,7 @@ def use_latent_attention(model: Any) -> None:
         model.set_attn_implementation(NAME)
         for module, cls in zip(modules, classes, strict=True):
             set_class(module, latent(cls))
-            # A prompt is expanded, so that what a module keeps of it has to go with what it keeps of a token.
+            # In the trial the prompt is expanded and the token after it is not, so both must share a cache.
             module.few, module.decodes_from = 1, 0
 
     reason = difference(model, change)
@@ -72,7 +72,7 @@ def _is_latent(module: Any) -> bool:
 
 @cache
 def latent(cls: Any) -> Any:
-    """A subclass of an attention class that leaves the latents of few tokens to `latent_attention`."""
+    """A subclass of an attention class that passes few tokens' latents unexpanded to `latent_attention`."""
 
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self._absorbs = (
@@ -108,15 +108,16 @@ def latent_attention(
     indices: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As `single_query_attention`, which it is but for a module that leaves its latents.
+    """`single_query_attention`, except for a module that passes its latents unexpanded.
 
-    That gives it query [B, H, T, N + R] (N numbers of a head without positions, R with), as key the positions
-    of all tokens, [B, 1, S, R], and as value their latents, [B, 1, S, L]. With the module's matrices
-    k [H, N, L] and v [H, V, L] the scores are (query k) . latent, and the answer is v times the sum of the
-    latents, [B, T, H, V]. Scores and sums are in fp32.
+    Such a module passes query [B, H, T, N + R] (per head, N numbers without rotary positions and R with), as
+    key the rotary parts of all tokens' keys, [B, 1, S, R], and as value their latents, [B, 1, S, L]. With the
+    module's matrices k [H, N, L] and v [H, V, L] the scores are (query k) . latent plus the product of the
+    rotary parts, and the output is v times the weighted sum of the latents, [B, T, H, V]. Scores and sums are
+    in fp32.
 
-    `indices` [B, T, I], of a module that chooses the tokens that a query sees (DeepSeek-V3.2), are those: for
-    attention of transformers' own names such a module has them in its mask.
+    `indices` [B, T, I]: the tokens that each query sees, where the module chooses them (DeepSeek-V3.2). Such
+    a module puts them into the mask only for attention implementations of transformers' own names.
     """
     if indices is not None:
         if attention_mask is None:
@@ -151,7 +152,7 @@ def _factor(y: torch.Tensor) -> torch.Tensor:
 
 
 def _products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """x [B, M, K] times y [B, K, N], in y's type, added up and returned in fp32."""
+    """x [B, M, K] times y [B, K, N], read in y's dtype, accumulated and returned in fp32."""
     if y.dtype == torch.float32:
         return x.float() @ y
     return torch.bmm(x.to(y.dtype), y, out_dtype=torch.float32)  # without a copy of y
@@ -165,9 +166,9 @@ def _by_head(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
 
 
 def _few(module: Any) -> int:
-    """Tokens up to which scores of latents, which are longer than keys, cost less than to expand all latents.
+    """Most queries for which scores over latents, which are longer than keys, cost less than expanding them.
 
-    By numbers multiplied, a quarter of what would be even, since they are multiplied in fp32.
+    A quarter of the number at which both take as many multiplications, since these scores are in fp32.
     """
     latent, head = module.kv_lora_rank, module.qk_nope_head_dim + module.v_head_dim
     even: int = latent * head // max(1, 2 * latent - head)
@@ -175,7 +176,7 @@ def _few(module: Any) -> int:
 
 
 def _chosen(mask: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """A mask [B, 1, T, S], of booleans or of what is added to scores, without all that was not chosen."""
+    """A mask [B, 1, T, S], boolean or added to scores, that also hides all tokens that were not chosen."""
     left_out = torch.ones_like(mask, dtype=torch.bool).scatter(-1, indices[:, None].long(), False)
     if mask.dtype == torch.bool:
         return mask & ~left_out
@@ -183,7 +184,7 @@ def _chosen(mask: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 def _is_known(linear: Any) -> bool:
-    """Whether `_matrix` can tell a layer's weight, and that is all there is to the layer."""
+    """Whether `_matrix` can read a linear layer's weight, and the layer has neither a bias nor hooks."""
     if isinstance(linear, nn.Linear):
         known = linear.weight.is_floating_point() or getattr(linear.weight, "quant_state", None) is not None
     else:
@@ -192,7 +193,7 @@ def _is_known(linear: Any) -> bool:
 
 
 def _matrix(linear: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The weight of a layer, [out, in]; decoded anew where it is quantized."""
+    """The weight of a linear layer, [out, in]; dequantized at each call if it is quantized."""
     if isinstance(linear, QuantizedLinear):
         return linear.decoded(dtype)
     state = getattr(linear.weight, "quant_state", None)

@@ -1,4 +1,4 @@
-"""Linear layers of the dense part, multiplied on the CPU from their weights' bytes, quantized or not."""
+"""Linear layers of the dense part on the CPU, computed in place from plain or quantized weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from moe_local.offload.quantize.layout import TensorSpec
 from moe_local.offload.quantize.views import check_finite
 
 FEW_TOKENS = 4
-"""Up to so many the library reads a plain weight at the memory's speed; for more, torch is better."""
+"""Up to so many tokens the library reads a plain weight at the memory's speed; for more, torch is faster."""
 
 
 def use_native_linears(model: nn.Module) -> None:
-    """Let the plain linear layers of `model` that lie in CPU memory multiply few tokens in the library."""
+    """Let the library compute the plain linear layers of `model` in CPU memory, for few tokens at a time."""
     if library() is None:
         return
     for module in model.modules():
@@ -28,7 +28,7 @@ def use_native_linears(model: nn.Module) -> None:
 
 
 class NativeLinear(nn.Linear):
-    """nn.Linear whose product with few tokens, of the weight's dtype, is the library's."""
+    """An nn.Linear that the library computes for few tokens of the weight's dtype."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features]."""
@@ -48,20 +48,20 @@ class NativeLinear(nn.Linear):
 
 
 class QuantizedLinear(nn.Module):
-    """nn.Linear with its weight as an expert's matrix: one flat uint8 buffer in the layout of a codec.
+    """An nn.Linear whose weight is stored as an expert's matrix is: a flat uint8 buffer in a codec's layout.
 
-    For CPU memory. Multiplies in place by the C++ library, with as many threads as torch is set to; by
-    decoding the whole weight and torch's own product where the library is not there, under autocast, and
-    where gradients with respect to the input are asked for.
+    For CPU memory. The C++ library multiplies in place, with as many threads as torch is set to. Without the
+    library, under autocast, and where gradients with respect to the input are needed, the whole weight is
+    dequantized and torch multiplies.
     """
 
     weight: nn.Parameter
-    """uint8 [layout.nbytes], once it is `quantized`; until then what the original layer had."""
+    """uint8 [layout.nbytes] once it is `quantized`; until then the original layer's weight."""
     bias: nn.Parameter | None
-    """float32 [out_features]; until quantized, the original's."""
+    """float32 [out_features]; until quantized, the original layer's bias."""
 
     def __init__(self, original: nn.Linear, format: str, activations: str = "native") -> None:
-        """In place of `original`, which may be on the meta device and whose parameters it takes over.
+        """Replaces `original`, which may be on the meta device, and takes over its parameters.
 
         `format` and `activations` as in `load()`: "nf4" or "int8", "native" or "int8".
         """
@@ -74,9 +74,9 @@ class QuantizedLinear(nn.Module):
         self._matrix: tuple[tuple[int, int | None], Matrix] | None = None
 
     def quantized(self, name: str, values: torch.Tensor) -> nn.Parameter:
-        """What to set parameter `name` to, "weight" or "bias", for these values of the original's shape.
+        """The parameter `name`, "weight" or "bias", made from values of the original parameter's shape.
 
-        Raises CheckpointError for what the format cannot hold.
+        Raises CheckpointError for values that the format cannot hold.
         """
         if name == "bias":
             made = values.detach().to(torch.float32, copy=True).contiguous()
@@ -94,7 +94,7 @@ class QuantizedLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def in_place(self) -> Matrix:
-        """The weight and bias, where they are now, as the library reads them."""
+        """The library's descriptor of the weight and bias at their current addresses."""
         bias = None if self.bias is None else self.bias.data_ptr()
         where = self.weight.data_ptr(), bias
         if self._matrix is None or self._matrix[0] != where:
@@ -117,5 +117,5 @@ class QuantizedLinear(nn.Module):
         return f"{sizes}, bias={self.bias is not None}, format={self.layout.format}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without addresses, which a copy does not share."""
+        """Without cached addresses, which are not valid for a copy."""
         return {**self.__dict__, "_matrix": None}

@@ -1,4 +1,4 @@
-"""Whether a model gives the same logits when a part of it computes in another way, found out by trying."""
+"""Tests whether a model gives the same logits when a part of it is computed in another way."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from moe_local.cache.errors import first_line
 from moe_local.offload.modeling.names import cache_name
 
 TOKENS = 6
-"""Of the prompt that a model is tried with."""
+"""Tokens of the prompt that a model is tried with."""
 
 EXACT, ROUGH = 1e-4, 0.1
-"""How far logits may be off, as a part of their norm, in fp32 and in 16-bit dtypes. Rounding that is as good
-as before came to 0.02 after 61 layers in bf16; what is wrong is off by a good part of it."""
+"""Allowed error of logits, relative to their norm, in fp32 and in 16-bit dtypes. Equally good rounding gave
+0.02 after 61 layers in bf16; a wrong computation gives a large part of the norm."""
 
 
 def difference(model: Any, change: Callable[[], None]) -> str | None:
-    """What of the logits is not as it was after `change`, if anything, or what went wrong.
+    """Apply `change`; how the logits differ from those before, or the error raised; None if they agree.
 
-    Of a short prompt, of one with a gap in its mask, and of a token behind a prompt. For a causal model of
-    transformers whose experts answer something.
+    Compares the logits of a short prompt, of one with a gap in its mask, and of a token after a prompt. For a
+    causal model of transformers whose experts return something.
     """
     with torch.no_grad():
         try:
             wanted = _logits(model)
             change()
             off = float((_logits(model) - wanted).norm() / wanted.norm())
-        except Exception as error:  # whatever a model or a card makes of it
+        except Exception as error:  # a model or GPU may fail in any way
             return f"{type(error).__name__}: {first_line(error)}"
     allowed = EXACT if model.dtype == torch.float32 else ROUGH
     return (
@@ -38,13 +38,13 @@ def difference(model: Any, change: Callable[[], None]) -> str | None:
 
 
 def _logits(model: Any) -> torch.Tensor:
-    """[3, vocabulary] fp32."""
+    """The logits of the three cases, [3, vocabulary] fp32."""
     from transformers import DynamicCache
 
     config = model.config.get_text_config(decoder=True)
     ids = torch.arange(1, TOKENS + 1, device=model.device)[None] % config.vocab_size
     seen = torch.ones_like(ids)
-    seen[:, 1] = 0  # no token that sees nothing: what comes of that is up to the kernel
+    seen[:, 1] = 0  # not the first, which would then see nothing: kernels differ in that case
     memory = {cache_name(model.forward): DynamicCache(config=config), "use_cache": True}
     place = torch.full((1, 1), TOKENS, device=model.device)
     outputs = [

@@ -1,4 +1,4 @@
-"""Root mean square norms of few tokens in one call of the library, where a model has its own in seven."""
+"""Root mean square norms of few tokens in one call of the library, where models need seven operations."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from moe_local.offload.modeling.stand_in import stand_in
 from moe_local.offload.native.library import DTYPES, check, library
 
 FEW_TOKENS = 16
-"""For more, torch's threads are worth their while."""
+"""For more tokens torch's threads are faster."""
 
 
 class Kind(NamedTuple):
-    """What a norm computes: its factor [D] times x [..., D] / sqrt(mean of x^2 + epsilon)."""
+    """The variant of a norm, which computes a factor [D] times x [..., D] / sqrt(mean of x^2 + epsilon)."""
 
     epsilon: float
     shifted: bool
@@ -25,20 +25,20 @@ class Kind(NamedTuple):
 
 
 Norm = Callable[[torch.Tensor, torch.Tensor, Kind], torch.Tensor]
-"""As `native_norm`."""
+"""A function with the signature of `native_norm`."""
 
 
 def use_native_norms(model: nn.Module) -> None:
-    """Let the norms of `model`, in CPU memory, that are recognized as such run in the library."""
+    """Let the library compute those norms of `model`, in CPU memory, that are recognized as such."""
     if library() is None:
         return
     replace_norms([module for module in model.modules() if _is_served(module)], native_norm, _native)
 
 
 def native_norm(x: torch.Tensor, weight: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """x [..., D] by a norm with this weight [D], rounded where transformers round it.
+    """The norm of x [..., D] with this weight [D], rounded at the same points as in transformers.
 
-    Both in CPU memory, of one dtype of the library's; the result is a new tensor.
+    Both are in CPU memory and of one dtype that the library supports; the result is a new tensor.
     """
     lib = library()
     assert lib is not None
@@ -69,8 +69,8 @@ def _native(cls: Any) -> Any:
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a norm with this weight may be computed in another way than the module's own: of one dtype and
-    width, and nobody asks for gradients or another dtype."""
+    """Whether another function may compute the norm: x and weight have one dtype and width, and neither
+    gradients nor autocast are on."""
     return (
         x.dtype is weight.dtype
         and x.shape[-1:] == weight.shape
@@ -80,8 +80,8 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def replace_norms(modules: Iterable[nn.Module], norm: Norm, stand_in_for: Callable[[Any], Any]) -> None:
-    """Let those of the modules that are found to compute what `norm` does be of the class that takes their
-    class' place; as `_norm_kind` they have the Kind."""
+    """Give each module that is found to compute the same as `norm` the class `stand_in_for(its class)`, and
+    its Kind as the attribute `_norm_kind`."""
     for module in modules:
         if "RMSNorm" not in type(module).__name__ or "forward" in vars(module):  # which hooks have replaced
             continue
@@ -92,7 +92,7 @@ def replace_norms(modules: Iterable[nn.Module], norm: Norm, stand_in_for: Callab
 
 
 def _kind_of(module: nn.Module, norm: Norm) -> Kind | None:
-    """What a module computes, if it is what `norm` computes, too; found out by trying."""
+    """The Kind with which `norm` computes the same as the module, found by trial; None if there is none."""
     weight, epsilon = getattr(module, "weight", None), _epsilon_of(module)
     if epsilon is None or not isinstance(weight, torch.Tensor) or weight.dim() != 1:
         return None
@@ -103,19 +103,19 @@ def _kind_of(module: nn.Module, norm: Norm) -> Kind | None:
 
 
 def is_shifted(module: nn.Module) -> bool:
-    """Whether it is one of the norms with 1 + weight that run in the library."""
+    """Whether the module is a replaced norm with a factor of 1 + weight."""
     kind = getattr(module, "_norm_kind", None)
     return isinstance(kind, Kind) and kind.shifted
 
 
 def _is_served(module: nn.Module) -> bool:
-    """Whether the library can read its weight."""
+    """Whether the library can read the module's weight."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, torch.Tensor) and weight.device.type == "cpu" and weight.is_contiguous()
 
 
 def _epsilon_of(module: nn.Module) -> float | None:
-    """What a norm adds to the mean of squares, by any of the names that it has."""
+    """A norm's epsilon, which models keep under different names; None if there is none."""
     for name in ("variance_epsilon", "eps", "epsilon"):
         value = getattr(module, name, None)
         if isinstance(value, float):
@@ -124,11 +124,11 @@ def _epsilon_of(module: nn.Module) -> float | None:
 
 
 def _agrees(module: nn.Module, weight: torch.Tensor, kind: Kind, norm: Norm) -> bool:
-    """Whether a module, on vectors from tiny to huge, gives what `norm` does, but for the order of a sum."""
+    """Whether a module and `norm` agree on vectors from tiny to huge, up to the order of summation."""
     generator = torch.Generator().manual_seed(3)
     sizes = torch.tensor([1e-4, 1e-2, 1.0, 1e2], dtype=torch.float32).repeat(FEW_TOKENS // 4)
     x = torch.randn(FEW_TOKENS, weight.shape[0], generator=generator, dtype=torch.float32) * sizes[:, None]
-    x[FEW_TOKENS // 2 :, 0] *= 100  # stands out, as in language models
+    x[FEW_TOKENS // 2 :, 0] *= 100  # an outlier, as in language models
     x = x.to(weight.device, weight.dtype)
     with torch.no_grad():
         try:
@@ -138,7 +138,7 @@ def _agrees(module: nn.Module, weight: torch.Tensor, kind: Kind, norm: Norm) -> 
         if not isinstance(wanted, torch.Tensor) or wanted.shape != x.shape or wanted.dtype is not x.dtype:
             return False
         got = norm(x, weight, kind)
-    # Of 16 bits, one number is rounded twice; of 32, sums in another order are off by more than a step.
+    # In 16 bits one of the two may round twice; in fp32, sums in another order differ by several steps.
     info = torch.finfo(x.dtype)
     step = info.eps * (16 if x.dtype is torch.float32 else 2)
     smallest = info.smallest_normal * info.eps * (1 + weight.detach().float().abs())

@@ -1,4 +1,4 @@
-"""One token's choice of experts in one call of the library, where a model makes six operations of it."""
+"""One token's choice of experts in one call of the library, where a model needs six operations."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from moe_local.offload.modeling.stand_in import stand_in
 from moe_local.offload.native.library import DTYPES, Matrix, check, library
 
 TRIALS = 32
-"""Tokens on which a router is compared with ours."""
+"""Tokens on which a model's router is compared with the library's."""
 
 
 def use_native_routers(model: nn.Module) -> None:
-    """Let the routers of `model`, in CPU memory, that the library can do run in it, one token at a time.
+    """Let the library compute those routers of `model`, in CPU memory, that it is able to, for one token.
 
-    Such a router has one weight, perhaps a bias, and answers (logits, weights, experts); what it does with
-    the logits is found out by trying.
+    Such a router has one weight, perhaps a bias, and returns (logits, weights, experts); how it gets weights
+    from logits is found out by trial.
     """
     if library() is None:
         return
@@ -34,19 +34,19 @@ def use_native_routers(model: nn.Module) -> None:
 
 
 class NativeRouter:
-    """The library's call for one router. It holds the address of its weight, checked anew at each call."""
+    """The library's call for one router. Holds the address of its weight, checked before each call."""
 
     def __init__(self, top_k: int) -> None:
         self.top_k = top_k
         self.normalized = False
         self.dtype = torch.float32
-        """Of the weights that it answers."""
+        """The dtype of the weights that the module returns."""
         self._where: tuple[Any, ...] | None = None
         self._matrix: Matrix | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> NativeRouter | None:
-        """For a module with a router's parameters and nothing else."""
+        """The call for a module that has a router's parameters and nothing else; None for other modules."""
         weight, top_k = (getattr(module, name, None) for name in ("weight", "top_k"))
         parameters = {name for name, _ in module.named_parameters()}
         if not isinstance(top_k, int) or not parameters or parameters - {"weight", "bias"}:
@@ -60,14 +60,14 @@ class NativeRouter:
 
     @property
     def matrix(self) -> Matrix:
-        """Once `ready`; another one where the weight has moved."""
+        """The library's descriptor of the weight. Valid after `ready`; a new one if the weight has moved."""
         assert self._matrix is not None
         return self._matrix
 
     def ready(self, module: Any) -> bool:
-        """Take note of where the weight and bias of the module are now.
+        """Update the addresses of the module's weight and bias.
 
-        False if they are such as the library cannot read, or more experts are asked for than before.
+        False if the library cannot read them, or if the module's top_k has changed.
         """
         weight, bias = module.weight, getattr(module, "bias", None)
         where = weight.data_ptr(), weight.dtype, None if bias is None else bias.data_ptr()
@@ -80,9 +80,9 @@ class NativeRouter:
         return bool(module.top_k == self.top_k)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [1, D] of the weight's dtype -> logits [1, E], too, weights [1, K], experts [1, K] int64.
+        """x [1, D] of the weight's dtype -> logits [1, E] of the same, weights [1, K], experts [1, K] int64.
 
-        Once `ready`.
+        To be called only after `ready`.
         """
         lib = library()
         assert lib is not None
@@ -105,9 +105,9 @@ class NativeRouter:
         return logits, weights if self.dtype is torch.float32 else weights.to(self.dtype), experts
 
     def agrees(self, module: nn.Module) -> bool:
-        """Whether the module answers the same, with weights that sum to one or not; takes note of which.
+        """Whether the module gives the same; sets `normalized`: whether weights are scaled to sum to one.
 
-        A token alone is one that it will be given; the others, together, cost a call.
+        The module is called with a single token, as it will be in use, and with all tokens in a single call.
         """
         tokens = self._tokens(module)
         for normalized in (False, True):
@@ -117,11 +117,11 @@ class NativeRouter:
         return False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without addresses, which a copy does not share."""
+        """Without cached addresses, which are not valid for a copy."""
         return {**self.__dict__, "_where": None, "_matrix": None}
 
     def _tokens(self, module: nn.Module) -> torch.Tensor:
-        """[TRIALS, D]: tokens that make some routers sure of themselves and others not."""
+        """[TRIALS, D]: random tokens, some with nearly equal and some with very different scores."""
         generator = torch.Generator().manual_seed(5)
         given: Any = module.weight
         weight: torch.Tensor = given.detach().float()
@@ -130,7 +130,7 @@ class NativeRouter:
         return (x * sizes / weight.square().sum(dim=1).mean().sqrt().clamp_min(1e-6)).to(given.dtype)
 
     def _agrees_on(self, module: nn.Module, x: torch.Tensor) -> bool:
-        """Whether they agree on each of the tokens x [T, D]."""
+        """Whether the module and the library agree on each of the tokens x [T, D]."""
         with torch.no_grad():
             try:
                 wanted = module(x)
@@ -148,9 +148,10 @@ class NativeRouter:
             steps = 32 if x.dtype is torch.float32 else 4  # sums of thousands, or one rounding of them
             allowed = steps * torch.finfo(x.dtype).eps * (1 + theirs.abs().amax(-1, keepdim=True))
             logits = (got[0].float() - theirs).abs() <= allowed
-            # equals may change places
+            # experts with equal logits may swap places
             same = (theirs.gather(1, got[2]) - theirs.gather(1, wanted[2])).abs() <= allowed
-            # Weights of its own logits: ours are not as close where these are rounded to 16 bits.
+            # Compare with weights computed from the module's logits: weights computed from the library's
+            # logits would be less close where logits are rounded to 16 bits.
             weights = theirs.softmax(-1).gather(1, wanted[2])
             if self.normalized:
                 weights = weights / weights.sum(-1, keepdim=True)

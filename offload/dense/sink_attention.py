@@ -1,8 +1,8 @@
-"""Attention whose softmax has a sink, by torch's fused kernels.
+"""Attention with sinks, by torch's fused kernels.
 
-A sink is one number a head that takes part in the softmax and has no value (gpt-oss). transformers has only
-its eager attention for that, which keeps every score several times over: 1024 tokens of gpt-oss behind 3072
-took 1.6 GiB a layer and four times as long as here, on a CPU in bf16.
+A sink is one number per head that takes part in the softmax and has no value (gpt-oss). transformers has only
+its eager attention for that, which keeps several copies of all scores: 1024 tokens of gpt-oss after 3072 took
+1.6 GiB a layer and four times as long as here, on a CPU in bf16.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from moe_local.offload.modeling.class_source import class_source
 from moe_local.offload.modeling.masks import eager_mask, single_query_mask
 
 NAME = "fused_with_sinks"
-"""As which transformers knows `sink_attention`."""
+"""The name under which `sink_attention` is registered with transformers."""
 
 WITH_ADDED_MASK = "added_mask_with_sinks"
-"""The same for models whose attention takes its mask for numbers that are added to scores."""
+"""The name for models whose attention expects a mask of numbers that are added to scores."""
 
 logger = logging.getLogger(__name__)
 
 
 def use_sink_attention(model: Any) -> None:
-    """Let a transformers model of eager attention with sinks use `sink_attention`, if that changes nothing.
+    """Let a transformers model of eager attention with sinks use `sink_attention`, if the logits stay equal.
 
-    Which is found out by trying: see `difference`.
+    That is found out by trial: see `difference`.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -54,8 +54,8 @@ def use_sink_attention(model: Any) -> None:
 
 
 def _changes_its_mask(cls: Any) -> bool:
-    """Whether an attention class makes a mask of its own from the one that it is given, which it takes for
-    numbers to be added to scores (DeepSeek-V4)."""
+    """Whether an attention class changes its mask, which it expects to be numbers to be added to scores
+    (DeepSeek-V4)."""
     return cls.__name__.endswith("Attention") and "attention_mask = " in class_source(cls)
 
 
@@ -70,9 +70,9 @@ def sink_attention(
     s_aux: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers' attention functions: query [B, H, T, D], key and value [B, H / G, S, D], the mask
-    [B, 1, T, S], bool (True: seen) or added to scores, or None, sinks `s_aux` [H], or None for a layer
-    without. Not for training.
+    """An attention function of transformers' interface: query [B, H, T, D], key and value [B, H / G, S, D],
+    the mask [B, 1, T, S], bool (True: seen) or added to scores, or None, sinks `s_aux` [H], or None for a
+    layer without. Not for training.
 
     Returns [B, T, H, D].
     """
@@ -83,12 +83,12 @@ def sink_attention(
     batch, heads, queries, width = query.shape
     if attention_mask is None and queries not in (1, key.shape[2]):
         raise ValueError(f"{queries} queries of {key.shape[2]} keys have no mask")
-    if torch.is_autocast_enabled(query.device.type):  # which knows torch's sdpa, but not what it is made of
+    if torch.is_autocast_enabled(query.device.type):  # it casts for sdpa, but not for sdpa's kernels
         query = query.to(torch.get_autocast_dtype(query.device.type))
     key, value = key.to(query.dtype), value.to(query.dtype)
     groups = heads // key.shape[1]
     sinks = s_aux.float()
-    if queries == 1:  # G heads that share keys are as good as G queries of one head
+    if queries == 1:  # G heads that share keys are treated as G queries of one head
         query = query.reshape(batch, heads // groups, groups, width)
         parts = parts_of(query, key, value)
         output = attend_in_parts(query, key, value, attention_mask, scaling, parts, sinks.view(-1, groups))

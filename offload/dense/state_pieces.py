@@ -1,8 +1,8 @@
-"""Prompts through layers that keep a state in place of keys and values, a piece at a time.
+"""Computes prompts a piece at a time in layers that keep a state in place of keys and values.
 
-transformers' own scans of such layers hold, in fp32, some numbers or the whole state for every token: of 2048
-tokens 0.5 GiB in Qwen3-Next, 4 in Jamba, and in Granite's Mamba-2 more than 10. All that a layer needs to go
-on is the last state, so that memory need not grow with the prompt.
+transformers' own scans of such layers hold, in fp32, some numbers or the whole state for every token: for
+2048 tokens 0.5 GiB in Qwen3-Next, 4 GiB in Jamba, and more than 10 GiB in Granite's Mamba-2. To continue, a
+layer needs only the last state, so memory need not grow with the prompt.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from moe_local.offload.modeling.names import cache_name
 from moe_local.offload.modeling.stand_in import calling, set_class, stand_in
 
 LONGEST = 512
-"""Tokens in a piece: enough to keep a GPU busy, and multiples of the blocks in which deltas are computed."""
+"""Most tokens in a piece: enough to keep a GPU busy, and a multiple of the block size of delta rules."""
 SHORTEST = 16
 PIECE_BYTES = 64 * 2**20
-"""What a scan that holds the state behind each token may take for that."""
+"""Bytes that a scan which holds the state after each token may take for these states."""
 
 SCAN = "mamba_selective_scan"
-"""transformers' scan (Jamba), which begins at zero whatever the state: `selective_scan` takes its place."""
+"""transformers' scan (Jamba), which starts from zero and ignores the state: `selective_scan` replaces it."""
 
 logger = logging.getLogger(__name__)
 
 
 def use_state_pieces(model: Any) -> None:
-    """Let prompts through the layers of a transformers model that keep a state in pieces.
+    """Let the layers of a transformers model that keep a state compute prompts in pieces.
 
-    Whether that changes nothing is found out by trying: see `difference`.
+    A trial finds out whether the logits stay the same: see `difference`.
     """
     modules = [m for m in model.modules() if _keeps_state(m) and not hasattr(m, "piece")]
     if not modules:
@@ -59,20 +59,20 @@ def use_state_pieces(model: Any) -> None:
             del module.piece
             continue
         module.piece = piece_tokens(module)
-        if isinstance(block, int):  # of Mamba-2, whose blocks are padded, and need memory by their square
+        if isinstance(block, int):  # Mamba-2: blocks are padded, and their memory grows with the square
             module.chunk_size = min(block, module.piece)
     if reason is not None:
         logger.info("prompts go through layers with a state in one piece: %s", reason)
 
 
 def forgets_states(model: nn.Module) -> bool:
-    """Whether a layer of the model begins at zero whenever it gets several tokens, so that a prompt has to be
-    one forward."""
+    """Whether a layer of the model starts from a zero state whenever it gets several tokens, so that a prompt
+    has to be computed in one forward."""
     return any(f"{SCAN}(" in _source(module) and not hasattr(module, "piece") for module in model.modules())
 
 
 def piece_tokens(module: Any) -> int:
-    """Tokens that go through a layer at a time."""
+    """The number of tokens that a layer computes at a time."""
     state = state_numel(module) if hasattr(module, "ssm_state_size") else 0
     if not state:
         return LONGEST
@@ -81,7 +81,7 @@ def piece_tokens(module: Any) -> int:
 
 
 def state_numel(module: Any) -> int:
-    """Numbers of the recurrent state that a layer keeps for a sequence; 0 for one that only convolves."""
+    """Size, in numbers, of the recurrent state that a layer keeps per sequence; 0 if it only convolves."""
     if hasattr(module, "ssm_state_size"):
         return int(module.intermediate_size * module.ssm_state_size)
     sizes = [getattr(module, name, 0) for name in ("num_v_heads", "head_k_dim", "head_v_dim")]
@@ -89,7 +89,8 @@ def state_numel(module: Any) -> int:
 
 
 def kept_numel(model: nn.Module) -> int:
-    """Numbers that layers of a model, which may be on the meta device, keep for a sequence of any length."""
+    """How many numbers a model's layers with a state keep per sequence, whatever its length. The model may be
+    on the meta device."""
     kept = 0
     for module in model.modules():
         if _keeps_state(module):
@@ -112,10 +113,10 @@ def _source(module: Any) -> str:
 
 @cache
 def in_pieces(cls: Any) -> Any:
-    """A subclass of a class of layers with a state that takes `piece` tokens at a time.
+    """A subclass of a class of layers with a state that computes `piece` tokens at a time.
 
-    Without a cache nothing is kept between pieces, so then, for training and for whoever wants all states of
-    the past, everything is as ever.
+    Without a cache, in training, and where all past states are asked for, the layer's own forward runs:
+    without a cache there is nothing to keep the state between pieces.
     """
     name = cache_name(cls.forward)
     go_on = _remembering(cls, name) or cls.forward
@@ -140,14 +141,14 @@ def in_pieces(cls: Any) -> Any:
 
 
 def _remembering(cls: Any, name: str) -> Callable[..., Any] | None:
-    """The forward of a class, with `selective_scan` in place of the scan that begins at zero, if it has that.
+    """The forward of a class with `selective_scan` in place of the scan that starts from zero.
 
-    Not where mamba_ssm's kernel is that scan, which needs little memory.
+    None if the class does not use that scan, or if mamba_ssm is installed, whose kernel needs little memory.
     """
     whole: Any = inspect.unwrap(cls.forward)
     if SCAN not in whole.__code__.co_names or importlib.util.find_spec("mamba_ssm") is not None:
         return None
-    begin: ContextVar[torch.Tensor | None] = ContextVar("begin")  # of the layer that this thread is in
+    begin: ContextVar[torch.Tensor | None] = ContextVar("begin")  # for the layer that this thread runs
 
     def scan(*args: Any, **options: Any) -> Any:
         return selective_scan(begin.get(), *args, **options)
@@ -181,10 +182,10 @@ def selective_scan(
     return_last_state: bool = False,
     **options: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Mamba's selective scan (arXiv 2312.00752, section 3), beginning at `state` [batch, I, N], or at zero.
+    """Mamba's selective scan (arXiv 2312.00752, section 3), starting from `state` [batch, I, N] or zero.
 
     `hidden_states`, `dt` and the gate `z` [batch, I, T], `A` [I, N], `B` and `C` [batch, N, T], `D` and
-    `delta_bias` [I] -> [batch, I, T], with `return_last_state` and the state behind the last token, in fp32.
+    `delta_bias` [I] -> [batch, I, T]; with `return_last_state` also the state after the last token, in fp32.
 
         state_t = exp(dt_t A) state_(t - 1) + dt_t B_t x_t        y_t = C_t state_t + D x_t
     """
@@ -194,7 +195,7 @@ def selective_scan(
         dt = nn.functional.softplus(dt)
     steps = dt.float().permute(2, 0, 1)[..., None]
     decays = (steps * A).exp_()
-    states = steps * B.float().permute(2, 0, 1)[:, :, None]  # [T, batch, I, N], as the decays
+    states = steps * B.float().permute(2, 0, 1)[:, :, None]  # [T, batch, I, N], like the decays
     states *= hidden_states.float().permute(2, 0, 1)[..., None]
     last = torch.zeros_like(states[0]) if state is None else state.float()
     for decay, now in zip(decays, states, strict=True):

@@ -1,4 +1,4 @@
-"""A token through a model's attention, from its projections to its output, in one call of the library."""
+"""One token's attention, from the projections to the output, in one call of the library."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from moe_local.offload.system.threads import kernel_threads
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FUSED = ("sdpa", WITH_SINKS)
-"""How names begin of what attends like the library: it gives no scores."""
+"""Prefixes of the names of attention implementations that, like the library, return no scores."""
 
 PARTS = {*PROJECTIONS, "q_norm", "k_norm"}
-"""Modules that an attention may consist of; one with others does more than the library."""
+"""Submodules that an attention may have; one with others computes more than the library does."""
 
 
 class Place(NamedTuple):
-    """Where a token's keys and values go, and which earlier ones it sees."""
+    """Where a token's keys and values are written, and which columns of the cache it sees."""
 
     keys: torch.Tensor
-    """[1, H, C, D], contiguous but for H's stride."""
+    """[1, H, C, D], contiguous except for the stride of H."""
     values: torch.Tensor
     first: int
-    """The first column that is seen."""
+    """The first column that the token sees."""
     last: int
-    """The column of the token."""
+    """The token's own column."""
 
     def sequence(self) -> Sequence:
-        """For the library; the tensors have to outlive it."""
+        """The library's form of this place; the tensors have to outlive it."""
         keys, values, first, last = self
         return Sequence(keys.data_ptr(), values.data_ptr(), keys.stride(1), first, last)
 
@@ -60,7 +60,7 @@ class DirectLayer(Protocol):
 
 
 class Way(NamedTuple):
-    """How positions turn a head: see moe_native.h's Attention."""
+    """The form of the rotary embedding: see Attention in moe_native.h."""
 
     rotated: int
     rotation: int
@@ -68,21 +68,21 @@ class Way(NamedTuple):
 
 
 class _Shape(NamedTuple):
-    """What of a module's parts the library has to know beside their addresses."""
+    """What the library has to know of a module besides the addresses of its weights."""
 
     heads: int
     kv_heads: int
     width: int
     gated: bool
-    """Whether queries come with gates, by whose sigmoids a head's answer is multiplied."""
+    """Whether q_proj also gives gates, by whose sigmoids the heads' outputs are multiplied."""
     epsilon: float
     shifted: bool
-    """Whether norms multiply with 1 + weight."""
+    """Whether norms multiply by 1 + weight."""
 
 
 class TokenAttention:
-    """The library's call for one attention module. It holds addresses of the module's weights, checked anew
-    at each call."""
+    """The library's call for one attention module. It holds the addresses of the module's weights, which are
+    checked before each call."""
 
     def __init__(self, module: Any, shape: _Shape) -> None:
         self._parts = list(module.named_children())
@@ -91,32 +91,32 @@ class TokenAttention:
         self._way = Way(0, HALVES, False)
         self._struct = Attention()
         self._dtype: torch.dtype | None = None
-        """Of the numbers that it is ready for."""
+        """The dtype of the inputs that the struct was made for."""
         self._guard: Guard | None = None
         linear = module.q_proj
         self.activations = linear.activations if isinstance(linear, QuantizedLinear) else "native"
 
     @classmethod
     def of(cls, module: Any, dtype: torch.dtype) -> TokenAttention | None:
-        """For a module that is built as the library expects and given numbers of `dtype`; whether it computes
-        the same is not said."""
+        """The call for a module with the structure that the library expects and inputs of `dtype`; None for
+        others. That both compute the same is not checked here."""
         shape = _shape(module, dtype)
         return None if shape is None else cls(module, shape)
 
     @property
     def struct(self) -> Attention:
-        """Once `ready`; another one where the weights have moved."""
+        """The library's description of the module. Valid after `ready`; a new one if weights have moved."""
         return self._struct
 
     def take(self, way: Way) -> None:
-        """Turn heads in this way from now on."""
+        """Use this form of the rotary embedding from now on."""
         self._way, self._guard = way, None
 
     def ready(self, module: Any, dtype: torch.dtype) -> bool:
-        """Take note of where the weights of the module are now, before a call for numbers of `dtype`.
+        """Update the addresses of the module's weights, before a call with inputs of `dtype`.
 
-        False for a module that is not any more what it was: parts are replaced or have hooks, or their
-        weights are such as the library cannot read.
+        False if the module has changed: its parts were replaced or have hooks, or the library cannot read
+        their weights.
         """
         if self._guard is not None and dtype is self._dtype and self._guard.holds():
             return True
@@ -131,7 +131,7 @@ class TokenAttention:
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, place: Place) -> torch.Tensor:
         """x [1, 1, D], cos and sin [1, 1, angles], all of one dtype -> [1, 1, D]; writes key and value.
 
-        Once `ready`.
+        To be called only after `ready`.
         """
         lib = library()
         assert lib is not None
@@ -152,7 +152,7 @@ class TokenAttention:
         return y
 
     def takes(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-        """Whether they are as large as the library reads them."""
+        """Whether these tensors have the dtype, sizes and memory layout that the library reads."""
         angles = self._way.rotated // 2 if self._way.shared else self._way.rotated
         one_dtype = x.dtype is cos.dtype is sin.dtype and x.dtype in DTYPES
         contiguous = x.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
@@ -172,7 +172,7 @@ class TokenAttention:
         return struct
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without addresses, which a copy does not share."""
+        """Without cached addresses, which are not valid for a copy."""
         return {**self.__dict__, "_struct": None, "_guard": None}
 
 
@@ -189,12 +189,13 @@ def direct(cls: Any) -> Any:
 
 
 def place_of(module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Place | None:
-    """Where the token's keys and values go, if this is a call for the library: which is `ready` then."""
+    """Where the token's keys and values go if the library can serve this call, for which it is `ready` then;
+    else None."""
     if x.numel() != x.shape[-1] or kwargs.get("attention_mask") is not None or torch.is_grad_enabled():
         return None
     if not x.is_cpu or torch.is_autocast_enabled("cpu") or module.training:
         return None
-    if not str(attention_of(module.config)).startswith(FUSED):  # asked for to see what others see
+    if not str(attention_of(module.config)).startswith(FUSED):  # chosen to get scores
         return None
     layers = getattr(kwargs.get("cache", kwargs.get("past_key_values")), "layers", ())
     layer: Any = layers[module.layer_idx] if module.layer_idx < len(layers) else None
@@ -215,7 +216,7 @@ def _matrix(linear: Any) -> Matrix:
 
 
 def _shape(module: Any, dtype: torch.dtype) -> _Shape | None:
-    """Of a module that is built as the library expects, and given numbers of `dtype`."""
+    """The shape of a module with the structure that the library expects and inputs of `dtype`; else None."""
     if not {name for name, _ in module.named_children()} <= PARTS:
         return None
     parameters = dict(module.named_parameters(recurse=False))

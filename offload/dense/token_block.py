@@ -1,4 +1,4 @@
-"""MoE blocks that are a router and experts and nothing else: the router may run with what is before it."""
+"""MoE blocks of a router and experts and nothing else, whose router can run in the layer's library call."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from moe_local.offload.native.library import DTYPES, Router
 
 
 class TokenBlock:
-    """One MoE block whose router runs in the library. Holds its address, checked at each call."""
+    """One MoE block whose router runs in the library. Holds the router's address, checked at each call."""
 
     def __init__(self, router: str, experts: str) -> None:
         """Names of the block's parts."""
         self.router, self.experts = router, experts
         self._struct: Router | None = None
         self._dtype: torch.dtype | None = None
-        """Of the numbers that it is made for."""
+        """The dtype of the inputs that `_struct` was made for."""
         self._guard: Guard | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> TokenBlock | None:
-        """For a module that has these parts; whether it does no more with them is not said."""
+        """The block of a module with just these parts; None for others. What the module computes with them is
+        not checked here."""
         parts = dict(module.named_children())
         routers = [name for name, part in parts.items() if hasattr(part, "_native_router")]
         if len(parts) != 2 or len(routers) != 1:
@@ -38,8 +39,8 @@ class TokenBlock:
         return cls(router, next(name for name in parts if name != router))
 
     def agrees(self, module: Any, x: torch.Tensor) -> bool:
-        """Whether the block gives x [1, 1, D] to its router, that and the router's choice to its experts, and
-        answers what these do; bit by bit, on numbers that are made up here."""
+        """Whether the block passes its input x [1, 1, D] to its router, that and the router's choice to its
+        experts, and returns their output; compared bit by bit, on random numbers."""
         generator = torch.Generator().manual_seed(17)
         x, answer = (torch.randn(x.shape, generator=generator).to(x.dtype) for _ in range(2))
         given: dict[str, tuple[Any, ...]] = {}
@@ -67,7 +68,7 @@ class TokenBlock:
         return all(a.dtype is b.dtype and torch.equal(a.reshape(-1), b.reshape(-1)) for a, b in pairs)
 
     def struct(self, module: Any, dtype: torch.dtype) -> Router | None:
-        """The router as the library wants it, for numbers of `dtype`; None: the module is to be called."""
+        """The library's description of the router, for inputs of `dtype`; None: the module must be called."""
         router = module._modules.get(self.router)
         native: NativeRouter | None = getattr(router, "_native_router", None)
         if native is None or router.top_k != native.top_k:
@@ -83,5 +84,5 @@ class TokenBlock:
         return self._struct
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without addresses, which a copy does not share."""
+        """Without cached addresses, which are not valid for a copy."""
         return {**self.__dict__, "_struct": None, "_guard": None}

@@ -1,4 +1,4 @@
-"""What modules of a model are called with for one token, for trials of other ways to compute it."""
+"""Records the arguments of modules in a forward of one token, for trials of other ways to compute them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ class Call(NamedTuple):
 
 
 def token_calls(model: Any, modules: Iterable[nn.Module]) -> dict[nn.Module, Call]:
-    """The calls of these modules in a forward of one token, in order; of one that is called again the last.
+    """The calls of these modules in a forward of one token, in order of their first calls; the last call of
+    each module. Modules that are not called are left out.
 
-    Those that are not called are left out. Needs experts that answer something. The tensors are the
-    forward's own, and its cache is among them, with the token in it.
+    Experts must return something. The tensors are the forward's own; its cache, which then contains the
+    token, is among the arguments.
     """
     calls: dict[nn.Module, Call] = {}
 

@@ -1,4 +1,4 @@
-"""A token through a decoder layer as far as its experts, or feed-forward part, in one call of the library."""
+"""One token's pass through a decoder layer, up to its experts or feed-forward part, in one library call."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from moe_local.offload.system.threads import kernel_threads
 
 
 def use_token_layers(model: Any) -> None:
-    """Let the decoder layers of `model` whose attention and norms run in the library run in one call of it.
+    """Let the library run, in one call, the decoder layers of `model` whose attention and norms it computes.
 
-    For the same calls as their attention, and with the same bits. A layer has these, a feed-forward part and
-    nothing else; how it puts them together is found out by trying. Runs a forward of one token, and needs
-    experts that answer something.
+    This holds for the same calls as for their attention, with the same bits. Such a layer has an attention,
+    two norms, a feed-forward part and nothing else; a trial finds out whether it combines them as the library
+    does. Runs a forward of one token, for which experts must return something.
     """
     found = [(module, layer) for module in model.modules() if (layer := TokenLayer.of(module)) is not None]
     calls = token_calls(model, [module for module, _ in found]) if found else {}
@@ -42,24 +42,25 @@ def use_token_layers(model: Any) -> None:
 
 
 class TokenLayer:
-    """The library's call for one decoder layer: its norms around what TokenAttention calls.
+    """The library's call for one decoder layer: its norms, and the attention as in TokenAttention.
 
-    Holds addresses of the norms' weights, checked anew at each call.
+    Holds the addresses of the norms' weights, which are checked before each call.
     """
 
     def __init__(self, attention: str, norms: tuple[str, str], feed_forward: str) -> None:
-        """Names of the layer's parts; of the norms, the one before attention comes first."""
+        """Names of the layer's parts; the norm before attention comes first."""
         self.attention, self.norms, self.feed_forward = attention, norms, feed_forward
         self.block: TokenBlock | None = None
-        """Of a feed-forward part that is a router and experts."""
+        """The feed-forward part, if it is a router and experts."""
         self._struct = Layer()
         self._made_of: tuple[Any, ...] | None = None
-        """What of the attention, and for which numbers."""
+        """The attention's struct and the dtype of inputs that `_struct` was made for."""
         self._guard: Guard | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> TokenLayer | None:
-        """For a module that has the parts; whether it puts them together so is not said."""
+        """The layer of a module that has these parts; None for others. How the module combines them is not
+        checked here."""
         kinds: dict[str, list[str]] = {"attention": [], "norm": [], "other": []}
         for name, part in module.named_children():
             is_norm = isinstance(getattr(part, "_norm_kind", None), Kind)
@@ -73,8 +74,8 @@ class TokenLayer:
         return cls(kinds["attention"][0], (first, second), kinds["other"][0])
 
     def agrees(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether the layer, called so, adds its parts up as the library does; bit by bit, on answers of its
-        parts that are made up here."""
+        """Whether the layer, called with x and `kwargs`, combines its parts as the library does; compared bit
+        by bit, with random outputs of the parts."""
         generator = torch.Generator().manual_seed(13)
         x, attended, fed = (torch.randn(x.shape, generator=generator).to(x.dtype) for _ in range(3))
         given: dict[str, Any] = {}
@@ -102,9 +103,9 @@ class TokenLayer:
         )
 
     def place(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Place | None:
-        """Where the keys and values of a token x [1, 1, D] go, if this is a call for the library.
+        """Where the keys and values of a token x [1, 1, D] go if the library can serve this call, else None.
 
-        Takes note of where the layer's weights are now.
+        Updates the addresses of the layer's weights.
         """
         attention = module._modules[self.attention]
         calls: TokenAttention | None = getattr(attention, "_token_attention", None)
@@ -121,9 +122,9 @@ class TokenLayer:
         return place
 
     def __call__(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any], place: Place) -> torch.Tensor:
-        """x [1, 1, D] -> what the layer makes of it, as x. Once there is a `place`. Writes key and value.
+        """x [1, 1, D] -> the layer's output [1, 1, D]. `place` is from `place()`. Writes key and value.
 
-        Onlookers of the second norm are shown what it would be given, before the experts run."""
+        Onlookers of the second norm are shown the input that it would be given, before the experts run."""
         lib = library()
         assert lib is not None
         parts = module._modules
@@ -131,7 +132,7 @@ class TokenLayer:
         router = None if self.block is None else self.block.struct(rest, x.dtype)
         cos, sin = kwargs["position_embeddings"]
         sequence, stream = place.sequence(), torch.empty_like(x)
-        # Made as who comes next takes it: each look at a tensor in another shape costs what making one does.
+        # Allocated in the shape that the next part takes: a view in another shape costs as much time.
         inner = torch.empty_like(x) if router is None else torch.empty(1, x.shape[-1], dtype=x.dtype)
         weights = None if router is None else torch.empty(1, router.top_k, dtype=torch.float32)
         ids = None if router is None else torch.empty(1, router.top_k, dtype=torch.int64)
@@ -164,12 +165,12 @@ class TokenLayer:
         return output
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without addresses, which a copy does not share."""
+        """Without cached addresses, which are not valid for a copy."""
         return {**self.__dict__, "_struct": None, "_made_of": None, "_guard": None}
 
 
 def _is_readable(norm: Any, x: torch.Tensor) -> bool:
-    """Whether the library can read the weight of a module in the norm's place, for x [..., D]."""
+    """Whether the module `norm` is a recognized norm whose weight the library can read, for x [..., D]."""
     if not isinstance(getattr(norm, "_norm_kind", None), Kind):
         return False
     weight = norm.weight
