@@ -1,4 +1,4 @@
-"""transformers' generate over our engine: tensors of prompts in, the same tensor out."""
+"""transformers' generate on top of the engine: tensors of prompts in, the same tensor out."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def generate_ids(
     logprobs: int | None = None,
     **options: Any,
 ) -> Any:
-    """transformers' generate: ids [B, n] in, [B * num_return_sequences, n + new] out, padded behind the end.
+    """Like transformers' generate: ids [B, n] -> [B * num_return_sequences, n + new], padded after the end.
 
-    Without a mask it is guessed from the pad token as transformers does. Row i of the result draws from a
-    generator with the i-th seed from `seed` on, without a seed from torch's global one. What our loop does
-    not do, masks with holes or padding on the right included, transformers' own generate does over the same
-    model; its result is returned as it is. Raises OptionError, also for any `logprobs`, which a tensor has no
-    place for; MoeLocalError while other sequences are in the engine.
+    Without a mask, one is derived from the pad token as in transformers. Row i of the result is sampled with
+    the i-th seed from `seed` on; without a seed, with torch's global generator. What the engine does not
+    support, including masks with holes and padding on the right, transformers' own generate does with the
+    same model, and its result is returned as it is. Raises OptionError, also for any `logprobs`, which a
+    tensor has no place for; MoeLocalError while other sequences are in the engine.
     """
     if logprobs is not None:
         raise OptionError(
@@ -54,7 +54,7 @@ def generate_ids(
     _check_tensors(input_ids, attention_mask)
     engine.check_ids(input_ids.flatten().tolist())
     check_range("seed", seed)
-    if needs_hf_generate(hf, options) or hf.config.is_encoder_decoder:  # whose result has no prompt in it
+    if needs_hf_generate(hf, options) or hf.config.is_encoder_decoder:  # its result has no prompt in it
         return _hand_over(engine, input_ids, attention_mask, tokenizer, seed, options)
     width, masked = input_ids.shape[1], attention_mask is not None
     config = generation_config(hf, options, width=width, rows=len(input_ids), masked=masked)
@@ -114,10 +114,10 @@ def _hand_over(
     seed: int | None,
     options: Mapping[str, Any],
 ) -> Any:
-    """transformers' own generate; Ctrl-C waits for the safe points of the experts here, too.
+    """Call transformers' own generate. Here, too, Ctrl-C takes effect only at safe points.
 
-    Memory that runs out on the way is not made up for, since nobody can say where such a generate stood; but
-    the experts give way all the same, so that it can be called again.
+    If VRAM runs out on the way, the call fails, since it cannot be resumed in the middle; but experts are
+    evicted to free memory, so that a second call may succeed.
     """
     options = without_shaping(options)
     hf = engine.hf
@@ -148,7 +148,8 @@ def _hand_over(
 
 
 def run_all(engine: Engine, prompts: Ids[Ids[int]], settings: Ids[Settings]) -> list[list[int]]:
-    """The new tokens of every prompt, as many at a time as the engine has rows. Leaves the engine empty."""
+    """The new tokens of every prompt; as many prompts run at a time as the engine has rows. The engine has no
+    active sequence afterwards."""
     if engine.active:
         raise MoeLocalError(
             f"{len(engine.active)} sequences are being generated; finish or close their streams first"

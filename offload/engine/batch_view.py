@@ -1,7 +1,7 @@
-"""All rows of the key-value slab at once, for one new token each, and the masks that keep them apart.
+"""A view of all rows of the key-value slab, for one new token each, and the attention masks that it needs.
 
 A row's token p lies in column p, so rows of different lengths need neither padding nor shifting: every row is
-given as many columns as the longest one, and a mask of our own hides from each what it does not see.
+given as many columns as the longest one, and a mask hides from each row the columns that it must not see.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from moe_local.offload.engine.kv_slab import LayerStore
 
 STATE_LAYERS = frozenset({"linear_attention", "mamba", "conv"})
-"""Layer types whose mask is for padding, of which there is none."""
+"""Layer types that use a mask only for padding; there is none here, so they get no mask."""
 
 
 class BatchPlaces:
-    """Where the new tokens of the rows 0 to n - 1 go. One object for all layers, set before each forward."""
+    """Where the new tokens of rows 0 to n - 1 are written. Shared by all layers, set before each forward."""
 
     def __init__(self) -> None:
         self.columns = torch.empty(0, dtype=torch.long)
@@ -33,7 +33,7 @@ class BatchPlaces:
         """int64 [n]: 0 to n - 1."""
         self._on: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self.width = 0
-        """Columns that the forward sees: those of the longest row, its new token included."""
+        """Number of columns that the forward sees: the length of the longest row with its new token."""
 
     def set(self, lens: Sequence[int], device: torch.device) -> None:
         self.columns = torch.tensor(lens, device=device)
@@ -42,7 +42,7 @@ class BatchPlaces:
         self._on = {device: (self.rows, self.columns)}
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """`rows` and `columns` on a layer's device, which of several cards need not be the first's."""
+        """`rows` and `columns` on a layer's device: with several cards, layers lie on different ones."""
         if device not in self._on:
             self._on[device] = self.rows.to(device), self.columns.to(device)
         return self._on[device]
@@ -59,7 +59,7 @@ class BatchLayer(DynamicLayer):  # type: ignore[misc]
         self.is_sliding = False  # a window is only a mask here
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Write one new token a row, [n, H, 1, D]; views of what the longest may see, [n, H, width, D]."""
+        """Write one new token per row, [n, H, 1, D]; returns views of the first columns, [n, H, width, D]."""
         rows, columns = self._places.on(self._store.keys.device)
         self._store.keys[rows, :, columns] = key_states[:, :, 0]
         self._store.values[rows, :, columns] = value_states[:, :, 0]
@@ -67,7 +67,7 @@ class BatchLayer(DynamicLayer):  # type: ignore[misc]
         return self._store.keys[seen], self._store.values[seen]
 
     def update_indexer(self, indexer_key_states: Any) -> Any:
-        """Write one new index key a row, [n, 1, Di]; a view of all of them, [n, width, Di]."""
+        """Write one new index key per row, [n, 1, Di]; a view of the first columns, [n, width, Di]."""
         keys = self._store.indexer
         assert keys is not None, "this layer had no indexer when it was probed"
         rows, columns = self._places.on(keys.device)
@@ -78,19 +78,19 @@ class BatchLayer(DynamicLayer):  # type: ignore[misc]
         return self._places.width - 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(columns that `update` will return, the first of them)."""
+        """(how many columns `update` will return, the first of them)."""
         return self._places.width, 0
 
 
 class BatchMasks:
     """Makes the attention masks of a batch in the form that a model's forward takes.
 
-    That is one tensor, or one a layer type, each [n, 1, 1, width]: bool (True: seen) for transformers' sdpa,
-    for its eager attention, and for ours, numbers to add.
+    That is one tensor, or one per layer type, each [n, 1, 1, width]: bool (True: seen) for transformers'
+    sdpa; numbers to add to scores for its eager attention and for moe-local's own attention functions.
     """
 
     def __init__(self, hf: Any, windows: Sequence[int | None]) -> None:
-        """`windows`: of each cache layer, None where a token sees all before it."""
+        """`windows`: the sliding window of each cache layer; None where a token sees all before it."""
         config = hf.config.get_text_config(decoder=True)
         self._added = config._attn_implementation != "sdpa"
         self._chunk = getattr(config, "attention_chunk_size", None)
@@ -123,7 +123,7 @@ class BatchMasks:
 
 
 def _mask_types(hf: Any, config: Any) -> list[str] | None:
-    """The layer types for which the model wants a mask each; None if it wants one for all layers."""
+    """The layer types, if the model takes one mask for each; None if it takes one mask for all layers."""
     types = set(getattr(config, "layer_types", None) or ())
     if "chunked_attention" in types:  # transformers 5.17 cannot make masks for these when asked as below
         return sorted(types)

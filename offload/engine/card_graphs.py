@@ -11,14 +11,14 @@ from moe_local.offload.engine.graphs import Graph, Graphs
 
 
 class CardGraphs:
-    """Graphs of several devices, each captured on one of them, in that one's session and memory.
+    """Graphs of several devices, each captured on one of them, in that device's session and memory pool.
 
-    A capture on one card allows for nothing on another: it can neither wait for what that does nor be waited
-    for. So what goes from card to card does so between two captures.
+    A capture on one card cannot synchronize with work on another card, in neither direction. So transfers
+    between cards take place between two captures.
     """
 
     def __init__(self, cards: Mapping[torch.device, Graphs]) -> None:
-        """The first of them is where sessions begin."""
+        """Sessions begin on the first of `cards`."""
         self._cards = dict(cards)
         self._first = next(iter(self._cards.values()))
         self._current = self._first
@@ -27,7 +27,7 @@ class CardGraphs:
     def session(self) -> Iterator[None]:
         self._current = self._first
         with contextlib.ExitStack() as sessions:
-            for graphs in reversed(self._cards.values()):  # whose device is current is the last one's
+            for graphs in reversed(self._cards.values()):  # the last one entered becomes the current device
                 sessions.enter_context(graphs.session())
             yield
 

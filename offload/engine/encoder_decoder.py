@@ -1,4 +1,4 @@
-"""Encoder-decoder models, made to look to the engine as if they went on with their prompt."""
+"""An adapter that lets the engine drive encoder-decoder models as if they continued their prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_local.offload.engine.own_caches import OwnCaches, held_bytes
 
 @dataclass(slots=True)
 class Translation:
-    """What one sequence keeps: the encoder's output for its prompt, and the decoder's cache."""
+    """One sequence's memory: the encoder's output for its prompt, and the decoder's cache."""
 
     cache: Any
     encoded: Any = None
@@ -24,12 +24,12 @@ class Translation:
 
 
 class EncoderDecoder:
-    """A transformers encoder-decoder called like a causal language model; all else is the model's own.
+    """A transformers encoder-decoder called like a causal language model; other attributes are the model's.
 
-    The first forward of a sequence is its whole prompt, which the encoder reads, and answers with the logits
-    behind the decoder's start token; each further one is a token that the decoder has chosen. Sampling that
-    looks back (repetition penalties) sees the prompt, too, where transformers' generate shows it only what
-    the decoder has said.
+    The first forward of a sequence gets its whole prompt, which the encoder reads, and returns the logits
+    after the decoder's start token; each later forward gets one token that the decoder has generated.
+    Processors that look back (repetition penalties) see the prompt as well, whereas transformers' generate
+    shows them only the decoder's tokens.
     """
 
     def __init__(self, hf: Any) -> None:
@@ -67,7 +67,7 @@ class EncoderDecoder:
 
 
 class Translations(OwnCaches):
-    """A Translation a sequence. A failed forward drops it, and it is computed again, prompt first."""
+    """One Translation per sequence. A failed forward drops it, and it is computed again from the prompt."""
 
     def __init__(self, config: Any, rows: int, capacity: int) -> None:
         super().__init__(config, rows, capacity)
@@ -92,7 +92,8 @@ class Translations(OwnCaches):
         super().swap(one, other)
 
     def chunk(self, row: int, todo: int, wanted: int) -> int:
-        """The prompt at once, then token by token: experts that are full leave out what comes together."""
+        """The prompt at once, then token by token: an expert with a capacity limit (Switch Transformers)
+        drops tokens when several come in one forward."""
         if self.lens[row]:
             return 1
         self._prompts[row] = self._prompts[row] or todo
@@ -121,5 +122,5 @@ class Translations(OwnCaches):
 
 
 def as_decoder(hf: Any) -> Any:
-    """`hf` itself, or, of an encoder-decoder, what the engine can drive."""
+    """`hf` itself, or the adapter for it if it is an encoder-decoder."""
     return EncoderDecoder(hf) if getattr(hf.config, "is_encoder_decoder", False) else hf

@@ -1,8 +1,8 @@
 """The decode loop: sequences join, are stepped, and leave.
 
-It drives any causal language model of transformers through its plain forward; that the experts may lie in
-RAM or on disk is the model's business. transformers' generate is the reference for every token (in tests),
-not the engine: it spends a millisecond a token on bookkeeping, and its batch starts and ends together.
+It drives any causal language model of transformers through its plain forward; it need not know that experts
+may lie in RAM or on disk. transformers' generate is the reference for every token in tests, but is not used
+to decode: it spends a millisecond a token on bookkeeping, and all rows of its batch start and end together.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from moe_local.offload.system.threads import one_torch_thread
 logger = logging.getLogger(__name__)
 
 KEEP = "logits_to_keep"
-"""What transformers calls the number of last tokens whose logits are computed."""
+"""transformers' name for the number of last tokens whose logits are computed."""
 
 FEW_TOKENS, SHORT_CONTEXT, SMALL_MATRIX = 4, 2048, 1 << 20
-"""Up to this many new tokens, this many before them, and this many weights a matrix, torch's part of the work
-fits one thread."""
+"""Up to this many new tokens, this many before them, and this many weights in a matrix, one thread is enough
+for the operations that torch computes."""
 
 
 class Engine:
-    """Steps up to `kv.rows` sequences. One thread at a time; the model and the memory are the caller's.
+    """Steps up to `kv.rows` sequences. To be used by one thread at a time; the caller owns model and memory.
 
     A step that raises, KeyboardInterrupt included, leaves every sequence as it was: lengths change only after
     a forward has finished, and what a sequence still has to compute is derived from its length in the cache.
-    So a step that ran out of the device's memory runs again, once something has given way.
+    So a step that ran out of the device's memory is run again once memory has been freed.
     """
 
     def __init__(self, hf: Any, kv: KVRows, *, chunk: int) -> None:
-        """`chunk`: prompt tokens in one forward, between which other sequences and Ctrl-C get their turn."""
+        """`chunk`: most prompt tokens in one forward; other sequences and Ctrl-C are served between chunks."""
         self.hf = hf
         self.kv = kv
         self.chunk = chunk
@@ -77,11 +77,11 @@ class Engine:
         self.tokens = 0
         """New tokens so far, of all sequences."""
         self.relief: Callable[[Shortage], bool] | None = None
-        """Gives memory back that a step lacked, and says whether it did; None: nothing can."""
+        """Frees device memory that a step lacked, and returns whether it did; None: nothing can be freed."""
         self._members: list[Sequence] = []
-        """By row, the parked ones included."""
+        """By row, including the parked sequences."""
         self._parked: list[Sequence] = []
-        """Those that have left and whose rows nobody has needed since, in the order in which they left."""
+        """Sequences that have left and whose rows were not needed since, in the order in which they left."""
         self._turn = 0
         self._masks: BatchMasks | None = None
         self._had_prompt = False
@@ -117,14 +117,15 @@ class Engine:
         return self.kv.rows - len(self.active)
 
     def join(self, prompt_ids: Ids[int], settings: Settings, *, reuse: bool = False) -> Sequence:
-        """Let a prompt take part in the steps to come; nothing is computed yet.
+        """Add a prompt to the steps that follow; nothing is computed yet.
 
-        With `reuse`, the keys and values of a sequence that left serve as far as both prompts agree: see
-        `row_to_go_on` for which. Raises OptionError as `check_prompt`, MoeLocalError where no row is free.
+        With `reuse`, the keys and values of a sequence that has left are reused as far as both have the same
+        tokens; `row_to_go_on` chooses the sequence. Raises OptionError as `check_prompt`, MoeLocalError where
+        no row is free.
         """
         ids = list(prompt_ids)
         self.check_prompt(ids, settings)
-        reuse = reuse and not settings.prompt_logprobs  # what is taken over has no logits
+        reuse = reuse and not settings.prompt_logprobs  # reused tokens have no logits
         if self.free_rows == 0:
             raise MoeLocalError(
                 f"all {self.kv.rows} sequences are in use; one has to leave before another joins"
@@ -173,7 +174,7 @@ class Engine:
             )
 
     def leave(self, sequence: Sequence) -> None:
-        """The sequence takes part no more, finished or not. Its row stays parked until one is needed."""
+        """Remove a sequence, finished or not. Its row stays parked, for reuse, until a row is needed."""
         assert self._members[sequence.row] is sequence, "this sequence has left before"
         assert sequence not in self._parked, "this sequence has left before"
         self._parked.append(sequence)
@@ -181,7 +182,7 @@ class Engine:
         sequence.prompt_logprobs = []
 
     def forget(self) -> None:
-        """Give up all parked rows."""
+        """Free all parked rows."""
         while self._parked:
             self._give_up(self._parked[0])
 
@@ -195,7 +196,7 @@ class Engine:
             last.row = row
 
     def step(self) -> list[Step]:
-        """Compute the next forward and return the tokens it gave, none for a part of a long prompt.
+        """Compute the next forward and return its new tokens; none if it was only a part of a long prompt.
 
         Raises KeyboardInterrupt at a safe point for a Ctrl-C during the step, and what the model raises.
         """
@@ -217,15 +218,14 @@ class Engine:
                         raise
                 else:
                     return self._emit(work, picks, scores)
-                # Only here has the error let go of its trace, and so of all that the forward had allocated.
+                # Only here, outside the except block, is the traceback gone, which kept the forward's tensors.
                 self._turn, self._had_prompt = turn, had_prompt
                 self._make_room(lacking, work)
 
     def _make_room(self, lacking: Shortage, work: list[Work]) -> None:
-        """Do something about the memory that a step lacked: fewer experts in the cache, then shorter chunks,
-        then no graphs.
+        """Free memory that a step lacked: cache fewer experts, else shorten chunks, else give up graphs.
 
-        Raises MoeLocalError where none of it is left.
+        Raises MoeLocalError if none of these is possible.
         """
         if self.relief is not None and self.relief(lacking):
             return
@@ -242,9 +242,9 @@ class Engine:
         logger.warning("VRAM ran out: prompts go in chunks of %d tokens from now on", shorter)
 
     def _schedule(self) -> list[Work]:
-        """The rows of the next forward: all that decode, in turn with each that has a prompt to compute.
+        """The rows of the next forward: all that decode, alternating with one that has a prompt to compute.
 
-        Where rows cannot take part in one forward, each has its turn.
+        Where rows cannot be batched in one forward, they take turns.
         """
         running = [sequence for sequence in self.active if sequence.finish_reason is None]
         if self.kv.can_batch:
@@ -265,7 +265,7 @@ class Engine:
         return [self._work(sequence)]
 
     def _todo(self, sequence: Sequence) -> int:
-        """Tokens that are not computed yet."""
+        """How many tokens of the sequence are not computed yet."""
         return len(sequence.ids) - self.kv.lens[sequence.row]
 
     def _work(self, sequence: Sequence) -> Work:
@@ -277,9 +277,9 @@ class Engine:
         return Work(sequence, sequence.ids[done : done + count], samples=count == todo, scored=scored)
 
     def _to_front(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Give these, ordered by row, the first rows, in their order: a batch is a stretch of the slab.
+        """Move these sequences, which are ordered by row, to the first rows: a batch is rows 0 to n - 1.
 
-        Rows move when somebody joins the batch or leaves it, not from step to step.
+        Rows move only when a sequence joins or leaves the batch, not at every step.
         """
         outside = [row for row in range(len(sequences)) if self._members[row] not in sequences]
         behind = [sequence.row for sequence in sequences if sequence.row >= len(sequences)]
@@ -291,13 +291,13 @@ class Engine:
         return self._members[: len(sequences)]
 
     def _forward(self, work: list[Work]) -> torch.Tensor:
-        """Logits of each row's last token, [len(work), vocabulary], fp32; of a scored one, which has its turn
-        alone, those of all its ids."""
+        """Logits of each row's last token, [len(work), vocabulary], fp32. A scored row is computed alone, and
+        gives the logits of all its ids."""
         with one_torch_thread() if self._is_small(work) else contextlib.nullcontext():
             return self._forward_row(work[0]) if len(work) == 1 else self._forward_batch(work)
 
     def _is_small(self, work: list[Work]) -> bool:
-        """Whether our kernels do nearly all of it, and are better off with the cores for themselves."""
+        """Whether the C++ library does nearly all of the work, and is faster with all cores to itself."""
         tokens = sum(len(item.ids) for item in work)
         return (
             self._fits_one_thread
@@ -306,7 +306,7 @@ class Engine:
         )
 
     def _forward_batch(self, work: list[Work]) -> torch.Tensor:
-        """The first rows of the memory, one token each: an expert that several need is fetched once."""
+        """The first rows, one token each: an expert that several rows need is fetched once."""
         cache = self.kv.batch(len(work))
         if self._masks is None:
             self._masks = BatchMasks(self.hf, self.kv.windows)
@@ -321,7 +321,7 @@ class Engine:
         return logits
 
     def _forward_row(self, item: Work) -> torch.Tensor:
-        """One sequence, any number of tokens: no mask, as generate drops one that hides nothing."""
+        """One sequence, any number of tokens, without a mask, since a mask would hide nothing."""
         if self.token_step is not None and len(item.ids) == 1:
             return self.token_step.logits(item.sequence.row, item.ids[0])
         return self.plain_logits(item.sequence.row, item.ids, keep=len(item.ids) if item.scored else 1)
@@ -340,14 +340,14 @@ class Engine:
         return logits
 
     def _sample(self, work: list[Work], logits: torch.Tensor) -> list[Pick | None]:
-        """The next token of each row, None in mid-prompt."""
+        """The next token of each row; None for a row in the middle of its prompt."""
         lasts = logits[-len(work) :].split(1)
         rows = [(item.sequence, last) for item, last in zip(work, lasts, strict=True) if item.samples]
         picks = iter(pick_tokens(rows, self._seen))
         return [next(picks) if item.samples else None for item in work]
 
     def _seen(self, sequence: Sequence) -> torch.Tensor:
-        """The ids of a sequence on the device, [1, length], with only the new ones sent there."""
+        """The ids of a sequence on the device, [1, length]; only the newest id is copied there."""
         if sequence.seen is None:
             sequence.seen = torch.empty((1, self.kv.capacity + 1), dtype=torch.long, device=self.device)
             sequence.seen[0, : len(sequence.ids)] = torch.tensor(sequence.ids, device=self.device)
@@ -355,7 +355,7 @@ class Engine:
         return sequence.seen[:, : len(sequence.ids)]
 
     def _emit(self, work: list[Work], picks: list[Pick | None], scores: list[list[LogProbs]]) -> list[Step]:
-        """Make the step count: lengths first, then the new tokens."""
+        """Commit the step: first the lengths, then the new tokens."""
         steps = []
         for item, pick, scored in zip(work, picks, scores, strict=True):
             sequence = item.sequence

@@ -1,7 +1,7 @@
-"""Answers of a given form, such as JSON of a schema: what leads to none is ruled out before each token.
+"""Constrained decoding: before each token, tokens that cannot lead to an answer of the given form are masked.
 
-What may follow is llguidance's to say, which compiles schemas and grammars; only an end of the answer is ours
-to allow, since checkpoints have several tokens for it.
+llguidance compiles the schema or grammar and says which tokens may follow. Only whether the answer may end is
+decided here, since checkpoints have several tokens that end it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from moe_local.cache.errors import OptionError, first_line
 from moe_local.offload.thoughts import CLOSE_THOUGHT, opens_thought
 
 WHITE_SPACE = r"( |\n[ \t]{0,20})?"
-"""Between any two signs. More is what a model falls into that would rather not write JSON. As llama.cpp's."""
+"""Whitespace allowed between any two JSON tokens, as in llama.cpp. Without this limit, a model that is
+unwilling to write JSON may emit whitespace without end."""
 
 KEPT = 64
-"""Grammars that stay compiled, for each tokenizer."""
+"""Compiled grammars that are kept for each tokenizer."""
 
 LOOKED_BACK = 16
-"""Tokens in which the end of a thought is looked for: no tokenizer makes more of the mark."""
+"""Last tokens in which the mark that closes a thought is searched: no tokenizer needs more for it."""
 
 logger = logging.getLogger(__name__)
 
 
 def json_grammar(schema: Any) -> str:
-    """JSON of a schema as llguidance's grammar. Raises OptionError for what is no JSON schema at all."""
+    """A JSON schema as a grammar of llguidance. Raises OptionError for what is not a JSON schema at all."""
     from llguidance import LLMatcher
 
     _check_schema(schema)
@@ -42,13 +43,13 @@ def json_grammar(schema: Any) -> str:
 
 
 def json_rule(schema: Any) -> str:
-    """The same for the right side of a rule of a Lark grammar."""
+    """A JSON schema as the right side of a rule of a Lark grammar. Raises as `json_grammar`."""
     _check_schema(schema)
     return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
 
 
 def lark_grammar(lark: Any) -> str:
-    """A grammar in the kind of Lark that llguidance reads. Raises OptionError where it is no text."""
+    """A grammar in llguidance's dialect of Lark. Raises OptionError if it is not text."""
     from llguidance import LLMatcher
 
     if not isinstance(lark, str):
@@ -68,7 +69,7 @@ def _check_schema(schema: Any) -> None:
 
 
 class _Vocabulary:
-    """A tokenizer's tokens as llguidance wants them, and the grammars that were compiled for them."""
+    """A tokenizer's vocabulary in llguidance's form, and the grammars that were compiled for it."""
 
     def __init__(self, tokenizer: Any, size: int) -> None:
         from llguidance.hf import from_tokenizer
@@ -83,7 +84,7 @@ class _Vocabulary:
         self._compiling = Lock()
 
     def matcher(self, grammar: str) -> Any:
-        """An LLMatcher at its beginning, the caller's. One that is kept waits for none that is compiled."""
+        """A new LLMatcher, owned by the caller. A cached grammar does not wait while another is compiled."""
         kept = self._compiled.get(grammar)
         if kept is None:
             with self._compiling:
@@ -108,10 +109,10 @@ _making = Lock()
 
 
 def matcher(tokenizer: Any, grammar: str, vocabulary: int) -> Any:
-    """An llguidance LLMatcher, the caller's own. `vocabulary`: how many scores a token has.
+    """An llguidance LLMatcher, owned by the caller. `vocabulary`: the number of logits.
 
-    The first for a tokenizer takes up to a second, and so may a grammar, which is compiled once. Any thread.
-    Raises OptionError for what asks for more than llguidance can do, and for tokenizers that it cannot read.
+    The first call for a tokenizer takes up to a second, and so may the first for a grammar, which is then
+    cached. Any thread. Raises OptionError for grammars and tokenizers that llguidance does not support.
     """
     if tokenizer is None:
         raise OptionError(
@@ -125,10 +126,10 @@ def matcher(tokenizer: Any, grammar: str, vocabulary: int) -> Any:
 
 
 class GrammarMask(LogitsProcessor):  # type: ignore[misc]
-    """Rules out what the grammar does not allow to follow; -inf is its score. Serves one sequence.
+    """Sets the scores of tokens that the grammar does not allow to -inf. Serves one sequence.
 
-    Where the prompt ends inside a thought (`<think>`), the answer is free until that is closed. A token that
-    something else has forced against the grammar ends the answer.
+    Where the prompt ends inside a thought (`<think>`), nothing is masked until the thought is closed. If
+    something else forces a token against the grammar, the answer ends after it.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class GrammarMask(LogitsProcessor):  # type: ignore[misc]
         vocabulary: int,
         ends: frozenset[int],
     ) -> None:
-        """`ends`: the tokens that end an answer. Raises OptionError as `matcher`, and for none."""
+        """`ends`: the tokens that end an answer. Raises OptionError as `matcher`, and if `ends` is empty."""
         if not ends:
             raise OptionError(
                 "a schema or grammar needs a token that ends the answer, and there is none; give eos_token_id"
@@ -153,7 +154,7 @@ class GrammarMask(LogitsProcessor):  # type: ignore[misc]
         self._lost = False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """input_ids [1, length], scores [1, vocabulary], which are left as they are."""
+        """input_ids [1, length], scores [1, vocabulary] -> masked scores; the given ones are not changed."""
         new = input_ids[0, self._seen :].tolist()
         self._seen += len(new)
         if self._thinks:

@@ -1,8 +1,8 @@
-"""Whether a model decodes from CUDA graphs, found out by trying when it is loaded.
+"""Finds out by trial, when a model is loaded, whether it can decode from CUDA graphs.
 
-Nothing goes by the name of a model. Its forward of one token is captured, replayed for other tokens and held
-against the plain forward; a model whose forward waits for the device, or does what a cache and a mask at
-fixed addresses do not allow for, stays with the plain one.
+The decision never depends on a model's name. A forward of one token is captured, replayed for other tokens
+and compared with the plain forward. A model whose forward waits for the device, or which does not work with a
+cache and a mask at fixed addresses, keeps the plain forward.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from moe_local.offload.prefetch.routers import RouterSite
 VARIABLE = "MOE_LOCAL_GRAPHS"
 MODES = ("auto", "on", "off")
 HISTORY, TOKENS, ROUNDS = 5, 6, 8
-"""Tokens that a trial begins with and compares, and how often it times one. Of those that it compares the
-first is computed, the second captured, and the others are replayed."""
+"""Tokens in the cache before a trial, tokens that it compares, and how often it times one. Of the compared
+tokens the first is computed, the second is captured, and the others are replayed."""
 
 EXACT, ROUGH = 1e-4, 0.03
-"""How far logits may be off, as a part of their norm, in fp32 and in 16-bit dtypes, in the median of tokens:
-attention over a masked row adds up in another order, and may tip a router once. A stale address is off by
-all of it."""
+"""Allowed error of logits, relative to their norm, in fp32 and in 16-bit dtypes, as the median over tokens:
+attention over a masked row sums in another order, which may change a router's choice once. A stale address
+gives errors as large as the norm."""
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def graph_mode() -> str:
 
 
 def mode_of(variable: str) -> str:
-    """What the variable says: "auto", "on" (also where that is slower) or "off". Raises OptionError."""
+    """The variable's value: "auto", "on" (even where that is slower) or "off". Raises OptionError."""
     mode = os.environ.get(variable) or "auto"
     if mode not in MODES:
         raise OptionError(f"{variable} is {mode!r}; it may be {', '.join(MODES)}")
@@ -66,13 +66,14 @@ def use_graphs(
     mode: str = "auto",
     stand_in: bool = True,
 ) -> None:
-    """Let `engine` compute single tokens at fixed addresses, from graphs if that is faster, where this works.
+    """Let `engine` compute single tokens at fixed addresses where this works, from graphs if that is faster.
 
-    `sites` and `saw` as for a Recording. With `stand_in` something stands in for the experts, so that nothing
-    is fetched or counted. Says once through logging why not.
+    `sites` and `saw` as for a Recording. With `stand_in` a stub replaces the experts during the trial, so
+    that nothing is fetched or counted. If graphs are not used, the reason is logged once.
 
-    Whether tokens are computed at fixed addresses depends on the model alone, since their bits depend on it;
-    the clock decides only whether they are replayed or computed, and not even that with mode "on".
+    Whether tokens are computed at fixed addresses depends on the model alone, never on timing, since it
+    affects their bits. Timing decides only whether tokens are replayed or computed; with mode "on", not even
+    that.
     """
     if mode == "off":
         return
@@ -92,7 +93,7 @@ def use_graphs(
 
 
 def _hindrance(engine: Engine) -> str | None:
-    """Why a model is not even tried."""
+    """Why a model is not even tried; None: try it."""
     hf, kv = engine.hf, engine.kv
     if not isinstance(kv, KVSlab):
         return "its cache is not kept at fixed addresses"
@@ -109,28 +110,28 @@ def _hindrance(engine: Engine) -> str | None:
 
 
 def _try(engine: Engine, step: TokenStep, mode: str) -> tuple[str | None, bool]:
-    """Why the model cannot do with `step`, if so, and whether it is slower."""
+    """(why `step` does not work for the model, or None; whether it is slower)."""
     reason = _difference(engine, step)
     return reason, reason is None and mode == "auto" and _is_slower(engine, step)
 
 
 def with_room(engine: Engine, trial: Callable[[], tuple[str | None, bool]]) -> tuple[str | None, bool]:
-    """What a trial finds, or, as the first of the two, what it raised.
+    """The result of a trial; the error that it raised takes the place of the reason.
 
-    Where the device's memory lacks, experts give way, as in any other step, and it begins anew: what becomes
-    of a model is not to depend on what was free for a moment.
+    If the device's memory runs out, experts are evicted, as in any other step, and the trial starts again:
+    its outcome must not depend on how much memory was free at that moment.
     """
     while True:
         try:
             return trial()
-        except Exception as error:  # whatever a model's code makes of a cache that it does not know
+        except Exception as error:  # a model may fail in any way with an unknown cache
             reason, lacking = f"{type(error).__name__}: {first_line(error)}", shortage(error)
         if lacking is None or engine.relief is None or not engine.relief(lacking):
             return reason, False
 
 
 class _StandIn:
-    """What experts answer in a trial: something that depends on all that they are given, after a wait."""
+    """A stub for experts in a trial: its output depends on all its inputs, and it waits for the device."""
 
     def run(
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -161,7 +162,7 @@ def _as_they_are() -> Iterator[None]:
 
 @contextmanager
 def row_to_try(engine: Engine) -> Iterator[int]:
-    """A row of the key-value memory with HISTORY tokens in it."""
+    """A row of the key-value memory with HISTORY tokens in it, freed afterwards."""
     kv = engine.kv
     row = kv.join()
     try:
@@ -176,23 +177,23 @@ def row_to_try(engine: Engine) -> Iterator[int]:
 
 
 def token_to_try(engine: Engine, number: int) -> int:
-    """The id of a trial's token."""
+    """The id of the trial's token `number`."""
     return (7919 * (number + 1)) % engine.vocab_size
 
 
 def _difference(engine: Engine, step: TokenStep) -> str | None:
-    """What of `step` is not as it should be: its logits are those of the plain forward, but for rounding,
-    and those that are replayed have the very bits of those that are computed."""
+    """What is wrong with `step`, or None: its logits must equal the plain forward's up to rounding, and
+    replayed logits must be equal bit by bit to computed ones."""
     off, kv = [], engine.kv
     assert isinstance(kv, KVSlab)
     with row_to_try(engine) as row:
         _go_beyond_windows(engine, row)
-        # Each way goes on from states of its own, or a graph that writes none would pass.
+        # Each way continues from its own states: with shared ones, a graph that writes no state would pass.
         replayed = plain = kv.mark(row)
         for number in range(HISTORY, HISTORY + TOKENS):
             token, before = token_to_try(engine, number), replayed
             before()
-            got = step.logits(row, token).clone()  # first: the others write the token's column, too
+            got = step.logits(row, token).clone()  # first, since the others write the token's column, too
             if step.failure is not None:
                 return step.failure
             replayed = kv.mark(row)
@@ -212,9 +213,9 @@ def _difference(engine: Engine, step: TokenStep) -> str | None:
 
 
 def _go_beyond_windows(engine: Engine, row: int) -> None:
-    """Let the next tokens see a part of the row only, where a window can do that within the context.
+    """Move the row beyond the largest sliding window, if the context allows, so that windows hide columns.
 
-    The tokens between are columns of zeros, which attention counts like any others.
+    The tokens that are skipped are columns of zeros, which attention treats like any others.
     """
     kv = engine.kv
     assert isinstance(kv, KVSlab)
@@ -225,7 +226,7 @@ def _go_beyond_windows(engine: Engine, row: int) -> None:
 
 
 def _is_slower(engine: Engine, step: TokenStep) -> bool:
-    """Whether replaying one and the same token takes longer than the plain forward, in the median."""
+    """Whether replaying the same token repeatedly takes longer, in the median, than the plain forward."""
     with row_to_try(engine) as row:
         token = token_to_try(engine, HISTORY)
         replayed, plain = [], []
@@ -236,7 +237,7 @@ def _is_slower(engine: Engine, step: TokenStep) -> bool:
 
 
 def seconds(compute: Callable[[], torch.Tensor]) -> float:
-    """What it takes until the device has computed these logits."""
+    """Seconds until the device has computed these logits."""
     start = time.perf_counter()
     float(compute()[0, 0])  # waits for the device
     return time.perf_counter() - start

@@ -1,8 +1,8 @@
-"""CUDA graphs as the decode loop needs them, behind a protocol: what a device is given, given again at once.
+"""CUDA graphs as the decode loop needs them, behind a protocol.
 
-A step launches some 60 operations a layer, each of which costs the host microseconds; replayed as a graph
-they cost it one call. All CUDA calls of graphs live here; tests have a device of their own that records what
-torch is asked for and, like CUDA, does nothing of it before it is replayed.
+A step launches some 60 operations a layer, each of which costs the host microseconds; replaying them as a
+graph costs one call. All CUDA calls for graphs are in this module. Tests use a fake device that records the
+operations that torch requests and, like CUDA, executes them only in a replay.
 """
 
 from __future__ import annotations
@@ -19,48 +19,49 @@ from moe_local.offload.gpu.capturing import alone
 
 
 class Graph(Protocol):
-    """What was captured between `begin` and `end`: reads and writes the same memory at every replay."""
+    """The work that was captured between `begin` and `end`. Every replay reads and writes the same memory."""
 
     def replay(self) -> None:
-        """Do it all, on the device's current stream, behind what that was given before. Does not block."""
+        """Enqueue all of the work on the device's current stream. Does not block."""
 
 
 class Graphs(Protocol):
     """Captures graphs. One capture at a time, by one thread.
 
-    Nothing that is captured happens before the graph is replayed. What is allocated during a capture comes
-    from a pool that all graphs share: memory that Python has let go of is used again by later captures, so
-    graphs must not run at the same time, and what one leaves for something else must be held until that is
-    captured, or for as long as it is replayed.
+    Captured work is executed only when the graph is replayed. Memory allocated during a capture comes from a
+    pool that all graphs share. Later captures reuse memory whose tensors Python has released, so graphs must
+    not run concurrently, and a tensor that a graph leaves for other work must be held until that work is
+    captured, or, if it is not captured, for as long as the graph is replayed.
     """
 
     def session(self) -> contextlib.AbstractContextManager[None]:
-        """Around all captures that belong together, with what runs between them."""
+        """A context around captures that belong together and the work between them."""
 
     def begin(self, device: torch.device | None = None) -> None:
-        """Capture from here on what `device` is given, where there are several; None: the last one, and the
-        first one when a session begins. What it cannot capture, a wait of the host above all, raises.
+        """Start to capture the work of `device`. None: the device of the last capture, and at the beginning
+        of a session the first device. Operations that cannot be captured, above all host syncs, raise.
 
-        A lack of the device's memory raises torch.OutOfMemoryError, here, until the capture ends, in `end`
-        and at a graph's first replay.
+        A lack of device memory raises torch.OutOfMemoryError: here, during the capture, in `end`, or at a
+        graph's first replay.
         """
 
     def end(self) -> Graph:
-        """The capture is complete. Raises if it was spoiled meanwhile."""
+        """Complete the capture. Raises if it was invalidated."""
 
     def abort(self) -> None:
-        """Throw a capture away, if one has begun. Raises nothing."""
+        """Discard the current capture, if there is one. Raises nothing."""
 
     def make_room(self) -> None:
-        """Give memory that is kept for later use back to the driver, which a capture cannot have done."""
+        """Return cached memory to the driver, which is not possible during a capture."""
 
 
 _SPOILED: list[torch.cuda.CUDAGraph] = []
-"""Graphs whose end torch has not noticed. There are few, and they hold no memory."""
+"""Graphs of invalidated captures, which some part of torch still refers to: see `_recover`. They are few, and
+hold no memory."""
 
 
 class CudaGraph:
-    """A graph of torch's, replayed while nobody captures another."""
+    """A torch.cuda.CUDAGraph whose replays exclude captures in other threads."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
         self._graph = graph
@@ -76,20 +77,20 @@ class CudaGraph:
 
 
 def _raise_lack(error: BaseException, device: torch.device) -> None:
-    """Raise torch's error for a lack of the device's memory if `error` is CUDA's own, which names no card.
+    """Raise torch.OutOfMemoryError, which names the GPU, if `error` is CUDA's own out-of-memory error.
 
-    Which is only known here: elsewhere CUDA says so of RAM that it was to pin, too.
+    Only here is it certain to mean device memory: CUDA reports failures to pin RAM in the same words.
     """
     if not isinstance(error, torch.OutOfMemoryError) and "out of memory" in str(error):
         raise torch.OutOfMemoryError(f"GPU {device.index}: {error}") from error
 
 
 class CudaGraphs:
-    """Graphs of one CUDA device. Sessions run on a stream of their own: the default one cannot be captured.
+    """Graphs of one CUDA device. Sessions run on their own stream: the default stream cannot be captured.
 
-    Calls that a capture forbids (allocating, waiting for events) are forbidden to this thread only, so other
-    models may go on in other threads. Their sessions wait for one another (`alone`), or each would find what
-    the other does on the stream in its graphs.
+    Calls that are illegal during a capture (allocating, waiting for events) are illegal in this thread only,
+    so other models may run in other threads. Sessions exclude one another (`alone`), since they share a
+    stream: otherwise each would capture the other's work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -97,7 +98,7 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = _session_stream(device)
         self._number = torch.zeros(1, device=device)
-        """Something to write to in `_recover`, without asking for memory."""
+        """A target for the write in `_recover`, allocated beforehand."""
         self._capturing: torch.cuda.CUDAGraph | None = None
         self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
@@ -113,12 +114,12 @@ class CudaGraphs:
                 outer.wait_stream(self._stream)
 
     def begin(self, device: torch.device | None = None) -> None:
-        torch.cuda.set_device(self._device)  # else, on several cards, another's: the session sets it back
-        torch.cuda.current_blas_handle()  # this thread's handle and workspace, which a capture can't make
-        # torch 2.11 puts two numbers of its generator into VRAM, and ends the process where it finds no room.
+        torch.cuda.set_device(self._device)  # another card may be current; the session restores it
+        torch.cuda.current_blas_handle()  # create this thread's handle and workspace, impossible in a capture
+        # torch 2.11 allocates two numbers of its generator in VRAM, and aborts the process if that fails.
         room = [torch.empty_like(self._number, dtype=torch.long) for _ in range(2)]
         del room
-        if not self._alive:  # a pool ends with its last graph
+        if not self._alive:  # a pool is destroyed with its last graph
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
@@ -147,7 +148,7 @@ class CudaGraphs:
             return
         try:
             graph.capture_end()
-        except RuntimeError:  # a spoiled capture says so again when it is ended
+        except RuntimeError:  # ending an invalidated capture raises again
             self._recover(graph)
 
     def make_room(self) -> None:
@@ -155,14 +156,14 @@ class CudaGraphs:
             torch.cuda.empty_cache()
 
     def _recover(self, spoiled: torch.cuda.CUDAGraph) -> None:
-        """Do what torch leaves undone where a spoiled capture has ended; within the session.
+        """Clean up what torch does not after an invalidated capture. Call within the session.
 
-        Its allocator would take the capture for still under way, in which it frees nothing and refuses to
-        empty its cache; and some releases would leave the random generator in the capture's mode, which a
-        good capture takes it out of. That of pinned memory cannot be told from here: it goes on asking the
-        graph whose captures it serves, which has to stay.
+        Otherwise torch's allocator assumes that the capture is still running: it frees nothing and refuses to
+        empty its cache. Some releases also leave the random generator in capture mode, which the end of a
+        successful capture resets. The allocator of pinned memory cannot be reset from here: it goes on
+        querying the invalidated graph, which therefore must stay alive (`_SPOILED`).
         """
-        with contextlib.suppress(RuntimeError):  # what follows only if there was something for the first
+        with contextlib.suppress(RuntimeError):  # if the first call fails, the others are not needed
             torch._C._cuda_endAllocateToPool(self._stream.device_index, self._pool)
             _SPOILED.append(spoiled)
             torch._C._cuda_releasePool(self._stream.device_index, self._pool)
@@ -179,5 +180,5 @@ class CudaGraphs:
 
 @functools.cache
 def _session_stream(device: torch.device) -> torch.cuda.Stream:
-    """One a device: torch keeps a workspace for every stream that matrices were ever multiplied on."""
+    """One stream per device: torch keeps a workspace for every stream on which it has multiplied matrices."""
     return torch.cuda.Stream(device)

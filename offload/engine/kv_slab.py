@@ -1,11 +1,11 @@
-"""The keys and values of all sequences: one tensor a layer, one row a sequence, one column a token.
+"""The keys and values of all sequences: a tensor per layer, a row per sequence, a column per token.
 
     keys[row, head, column, dim]        token p of a sequence lies in column p, for as long as it stays
 
-Nothing grows, moves or is padded while sequences decode: a new token is written in place, `shorten` is one
-integer, and a sliding window is a slice. Three readers of the slab are possible: a row (one sequence, any
-number of new tokens), which `row()` gives; a row at fixed addresses (one new token), `static_row()`; and all
-rows at once (one new token each), for which the rows in use are kept contiguous, 0 to len(lens) - 1.
+Nothing grows, moves or is padded while sequences decode: a new token is written in place, `shorten` changes
+one integer, and a sliding window is a slice. There are three views of the slab: `row()`, one sequence and any
+number of new tokens; `static_row()`, one sequence and one new token at fixed addresses; and `batch()`, one
+new token for each of the first rows, for which the rows in use are kept contiguous, 0 to len(lens) - 1.
 
 Letters: R rows, H key-value heads, C capacity, D width of a head, W sliding window.
 """
@@ -26,16 +26,16 @@ from moe_local.offload.engine.encoder_decoder import EncoderDecoder, Translation
 from moe_local.offload.engine.static_row import StaticLayer
 from moe_local.offload.modeling.names import cache_name
 
-# transformers 5.17 and 5.18 leave out the layers that later releases fill with this class.
+# Later releases of transformers use this class for layers without a cache; 5.17 and 5.18 omit such layers.
 DUMMY_LAYER: type | None = getattr(cache_utils, "DummyLayer", None)
 SLAB_LAYERS = (DynamicLayer, cache_utils.DynamicSlidingWindowLayer, cache_utils.DynamicIndexedLayer)
 
 
 class KVRows(Protocol):
-    """What the engine asks of the memory of its sequences.
+    """The protocol of the memory of sequences, as the engine uses it.
 
-    `lens[row]` tokens of a row are valid. A forward through `row(r)` writes behind them and changes no
-    length; `advance` makes the new tokens valid, `abort` forgets them. Rows in use are 0 to len(lens) - 1.
+    The first `lens[row]` tokens of a row are valid. A forward through `row(r)` writes after them and changes
+    no length; `advance` makes the new tokens valid, `abort` drops them. Rows in use are 0 to len(lens) - 1.
     """
 
     rows: int
@@ -46,23 +46,23 @@ class KVRows(Protocol):
     can_copy: bool
     """Whether the first tokens of a row can be copied to another."""
     whole_prompt_only: bool
-    """Whether a prompt goes through in one forward, and what follows token by token."""
+    """Whether a prompt must be computed in one forward, and later tokens one by one."""
     places: BatchPlaces
-    """Where the tokens of the last `batch` go."""
+    """Where the tokens of the last `batch` are written."""
     windows: list[int | None]
-    """Of each layer, how many tokens its attention sees; None where it sees all, and where it has none."""
+    """For each layer, how many tokens its attention sees; None: all, or the layer has no attention."""
 
     def join(self) -> int:
         """Take the next row, empty. Call only while len(lens) < rows."""
 
     def leave(self, row: int) -> None:
-        """Free a row. The last row moves into the hole and has the number `row` from now on."""
+        """Free a row. The last row takes its place, and has the number `row` from now on."""
 
     def swap(self, one: int, other: int) -> None:
         """Exchange two rows in use."""
 
     def row(self, row: int) -> Any:
-        """A transformers Cache of one sequence, for one forward of any number of tokens that still fit."""
+        """A transformers Cache of one sequence, for one forward of any number of tokens that fit."""
 
     def batch(self, count: int) -> Any:
         """A Cache of rows 0 to count - 1, for one forward of one token each, with masks made of `places`.
@@ -71,26 +71,27 @@ class KVRows(Protocol):
         """
 
     def advance(self, row: int, tokens: int) -> None:
-        """The forward through the row is done: its new tokens are valid."""
+        """Make the new tokens of a finished forward through the row valid."""
 
     def abort(self, row: int) -> None:
-        """The forward through the row failed half-way. `lens[row]` tells what is left, possibly 0."""
+        """Drop the tokens of a failed forward through the row. `lens[row]` may be less afterwards, even 0."""
 
     def chunk(self, row: int, todo: int, wanted: int) -> int:
-        """How many of `todo` new tokens the next forward of this row may take, `wanted` preferred."""
+        """How many of `todo` new tokens the next forward of this row takes: `wanted`, where possible."""
 
     def can_shorten(self, row: int, length: int) -> bool:
-        """Whether the row can be cut to its first `length` tokens and continued from there, exactly."""
+        """Whether the row can be cut to its first `length` tokens and continued from there without error."""
 
     def shorten(self, row: int, length: int) -> None:
-        """Forget the tokens from `length` on. Call only when `can_shorten`."""
+        """Drop the tokens from `length` on. Call only when `can_shorten`."""
 
     def copy(self, one: int, other: int, length: int) -> None:
-        """Give row `other` the first `length` tokens of `one`, more than it has. Call only if `can_copy`."""
+        """Copy tokens of row `one` to row `other`, so that it has the first `length` of them; it has fewer
+        before, the same ones. Call only if `can_copy`."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes held now, used or not."""
+        """Bytes allocated now, used or not."""
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the bookkeeping contradicts itself."""
@@ -117,7 +118,7 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]
     """One row of one layer, as transformers' attention modules see a cache layer."""
 
     def __init__(self, store: LayerStore, row: int, lens: list[int]) -> None:
-        """`lens`: the slab's own list, not a copy. The slab itself is not held, so it dies with its user."""
+        """`lens`: the slab's own list, not a copy. The slab itself is not referenced, so no cycle keeps it."""
         super().__init__()
         self._lens, self._row, self._window = lens, row, store.window
         self._keys = store.keys[row : row + 1]
@@ -133,7 +134,8 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]
         return 0 if self._window is None else max(0, self._lens[self._row] - self._window + 1)
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Write q new tokens, [1, H, q, D]; views of what they may see, [1, H, min(W - 1, length) + q, D]."""
+        """Write q new tokens, [1, H, q, D]; returns views of the columns that they may see,
+        [1, H, min(W - 1, length) + q, D]."""
         start, new = self._lens[self._row], key_states.shape[-2]
         self._keys.narrow(2, start, new).copy_(key_states)
         self._values.narrow(2, start, new).copy_(value_states)
@@ -142,11 +144,11 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]
         return self._keys.narrow(2, first, visible), self._values.narrow(2, first, visible)
 
     def place(self) -> Place:
-        """Where one new token goes; whoever writes it there need not call `update`."""
+        """Where one new token is to be written by a caller that does not use `update`."""
         return Place(self._keys, self._values, self._first_visible(), self._lens[self._row])
 
     def update_indexer(self, indexer_key_states: Any) -> Any:
-        """Write q new index keys, [1, q, Di]; a view of all of them, [1, length + q, Di]."""
+        """Write q new index keys, [1, q, Di]; returns a view of all index keys, [1, length + q, Di]."""
         assert self._indexer is not None, "this layer had no indexer when it was probed"
         start, new = self._lens[self._row], indexer_key_states.shape[1]
         self._indexer.narrow(1, start, new).copy_(indexer_key_states)
@@ -156,17 +158,17 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]
         return self._lens[self._row]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(columns that `update` will return, the first of them)."""
+        """(how many columns `update` will return, the first of them)."""
         first = self._first_visible()
         return self._lens[self._row] + query_length - first, first
 
 
 class KVSlab:
-    """Full-length attention memory of `rows` sequences of up to `capacity` tokens, allocated once.
+    """Keys and values of `rows` sequences of up to `capacity` tokens, allocated once at full length.
 
-    Owns its tensors. They are ordinary ones even when made under inference_mode, and on a CPU their pages are
-    taken from the system only when a token is first written. Columns not written are never read, except
-    through a static row, which wants `clear` first, and in a batch.
+    Owns its tensors. They are no inference tensors, even when made under inference_mode, and on a CPU the
+    system provides their pages only when a token is first written. Columns that were not written are read
+    only by static rows, before which the caller calls `clear`, and by batches.
     """
 
     can_batch = True
@@ -174,7 +176,7 @@ class KVSlab:
     whole_prompt_only = False
 
     def __init__(self, probe: Any, rows: int, capacity: int) -> None:
-        """`probe`: a cache that has seen one token, whose layers tell every shape, type and device."""
+        """`probe`: a cache that holds one token, whose layers show every shape, dtype and device."""
         assert can_slab(probe), "probe first: make_kv chooses OwnCaches for other layers"
         self.rows = rows
         self.capacity = capacity
@@ -186,7 +188,7 @@ class KVSlab:
         self.windows = [None if store is None else store.window for store in self.layers]
         self._all_rows = Cache(layers=[self._batch_view(store) for store in self.layers])
         self._touched = [capacity] * rows
-        """By row: columns from here on are zero; those between its length and here may hold anything."""
+        """By row: columns from this one on are zero; those between the length and this one hold anything."""
 
     def _allocate(self, layer: Any) -> LayerStore | None:
         if getattr(layer, "keys", None) is None:
@@ -248,10 +250,11 @@ class KVSlab:
     def static_row(
         self, row: int, columns: int, positions: Mapping[torch.device, torch.Tensor], length: torch.Tensor
     ) -> Any:
-        """A Cache of one sequence, for forwards of one token each, of `columns` columns at fixed addresses.
+        """A Cache of one sequence with `columns` columns at fixed addresses, for forwards of one token each.
 
         `positions`: int64 [1] on each of `devices`, read by every forward: the column of its token. `length`:
-        the same, where masks are made. Before each forward, `clear`. Layers with an indexer have none.
+        the same number, on the device where masks are made. Call `clear` before each forward. Not for models
+        whose layers have an indexer.
         """
         assert not self.has_indexer
         layers, kinds = [], set()
@@ -259,7 +262,8 @@ class KVSlab:
             if store is None:
                 layers.append(empty_layer())
                 continue
-            # Masks are made of what the first layer of their kind says; others are asked by their attention.
+            # transformers makes a mask from the length that the first layer of its kind (with or without a
+            # window) reports, so that layer gets `length`; others are asked on their own device.
             position, windowed = positions[store.keys.device], store.window is not None
             says = position if windowed in kinds else length
             kinds.add(windowed)
@@ -267,24 +271,24 @@ class KVSlab:
         return Cache(layers=layers)
 
     def mark(self, row: int) -> Callable[[], None]:
-        """A function that undoes forwards of the row that are not to count; it can be called repeatedly.
+        """A function that undoes later forwards of the row that were not `advance`d; may be called repeatedly.
 
-        It has nothing to do here: such a forward has only written behind the row's length.
+        It does nothing here, since such a forward has only written after the row's length.
         """
         return lambda: None
 
     @property
     def devices(self) -> list[torch.device]:
-        """Where layers lie: one, or several cards."""
+        """The devices of the layers: one, or several cards."""
         return list(dict.fromkeys(tensor.device for tensor in self._tensors()))
 
     @property
     def has_indexer(self) -> bool:
-        """Whether some layer's attention chooses columns itself."""
+        """Whether some layer's attention chooses columns with an indexer."""
         return any(store is not None and store.indexer is not None for store in self.layers)
 
     def clear(self, row: int) -> None:
-        """Make the columns behind the row's length zero, so that a mask can hide them: NaN times 0 is NaN."""
+        """Zero the columns after the row's length, so that a mask can hide them: NaN times 0 would be NaN."""
         length, touched = self.lens[row], self._touched[row]
         if length < touched:
             for tensor in self._tensors():
@@ -297,7 +301,8 @@ class KVSlab:
         self._touched[row] = max(self._touched[row], self.lens[row])
 
     def abort(self, row: int) -> None:
-        """Nothing to do: what was written lies behind `lens[row]`, and will be overwritten."""
+        """Keeps `lens[row]`: the failed forward has only written after it, in columns that may now hold
+        anything."""
         self._touched[row] = self.capacity
 
     def chunk(self, row: int, todo: int, wanted: int) -> int:
@@ -338,12 +343,12 @@ class KVSlab:
 
 
 def can_slab(probe: Any) -> bool:
-    """Whether every layer of a probed cache is one whose tokens lie in columns of their own."""
+    """Whether a KVSlab can hold every layer of a probed cache."""
     return all(map(slabbed, probe.layers))
 
 
 def slabbed(layer: Any) -> bool:
-    """Whether a probed cache layer keeps its tokens in columns of their own, or nothing at all."""
+    """Whether a probed cache layer keeps each token in its own column, or nothing at all."""
     if DUMMY_LAYER is not None and type(layer) is DUMMY_LAYER:
         return True
     return type(layer) in SLAB_LAYERS and getattr(layer, "indexer_position_ids", None) is None
@@ -355,13 +360,13 @@ def empty_layer() -> Any:
 
 
 def cache_argument(model: Any) -> str:
-    """What the model's forward calls its cache."""
+    """The name of the cache argument of the model's forward."""
     return cache_name(model.forward)
 
 
 @torch.inference_mode()
 def probe_cache(model: Any) -> Any:
-    """A fresh DynamicCache of the model after one token: what each layer keeps, and in which shape."""
+    """A new DynamicCache of the model after one token; it shows what each layer keeps, and in which shape."""
     if isinstance(model, EncoderDecoder):
         cache: Any = Translation.fresh()
     else:

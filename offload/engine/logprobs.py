@@ -1,6 +1,6 @@
-"""How likely the model itself held a token to be, whatever it was then picked by.
+"""Log probabilities of tokens in the model's own distribution, whatever method then picked the token.
 
-In one thread: on two busy cores, of 151936 ids, a token's took 1.7 ms in one thread and 22 ms in two.
+Computed in one thread: for 151936 ids on two busy cores a token took 1.7 ms in one thread and 22 ms in two.
 """
 
 from __future__ import annotations
@@ -13,35 +13,35 @@ import torch
 from moe_local.offload.system.threads import one_torch_thread
 
 SCORED_BYTES = 64 << 20
-"""Most logits, in fp32, of one forward of a prompt whose own tokens are looked up."""
+"""Most bytes of fp32 logits in one forward of a prompt whose own tokens are scored."""
 PIECE = 32
-"""Places whose whole distributions are held at a time."""
+"""Positions whose whole distributions are held at a time."""
 
 
 class LogProbs(NamedTuple):
-    """Natural logarithms of probabilities in the model's own distribution, for one place of a text."""
+    """Natural logarithms of probabilities in the model's own distribution, for one position of a text."""
 
     logprob: float
-    """Of the token that stands there."""
+    """Log probability of the token at this position."""
     top_logprobs: tuple[tuple[int, float], ...]
-    """The likeliest ids with theirs, best first, of equals the lower id: as many as were asked for."""
+    """As many (id, log probability) as were asked for, likeliest first; of equal ones, the lower id first."""
 
 
 @one_torch_thread()
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """Of every id, fp32, in a tensor of its own, from logits [..., vocabulary] as the model computed them.
+    """The log probability of every id, fp32, in a new tensor, from the model's logits [..., vocabulary].
 
-    To be called before processors see the logits: some change them in place.
+    To be called before processors get the logits, since some change them in place.
     """
     return torch.log_softmax(logits.float(), dim=-1)
 
 
 @one_torch_thread()
 def look_up(table: torch.Tensor, token: int, count: int) -> LogProbs:
-    """Those of `token` and of the `count` likeliest, from log probabilities [vocabulary].
+    """The LogProbs of `token` with the `count` likeliest ids, from log probabilities [vocabulary].
 
-    Waits for the device. Rounded logits are often equal. Which of equals topk takes is its own choice; argmax
-    takes the lowest, and so must this, or the greedy token would not be the likeliest one.
+    Waits for the device. Rounded logits are often equal. Which of equal ones topk returns is unspecified;
+    argmax returns the lowest id, and so must this, or the greedy token might not be listed as the likeliest.
     """
     top: list[tuple[int, float]] = []
     if count:
@@ -53,7 +53,7 @@ def look_up(table: torch.Tensor, token: int, count: int) -> LogProbs:
 
 
 def look_up_each(logits: torch.Tensor, tokens: Sequence[int], count: int) -> list[LogProbs]:
-    """Those of each of `tokens`, which follow the places of the first logits of [n, vocabulary]."""
+    """The LogProbs of `tokens`: the i-th one in the distribution of the i-th logits of [n, vocabulary]."""
     found: list[LogProbs] = []
     for at in range(0, len(tokens), PIECE):
         some = tokens[at : at + PIECE]
@@ -63,5 +63,5 @@ def look_up_each(logits: torch.Tensor, tokens: Sequence[int], count: int) -> lis
 
 
 def scored_chunk(vocabulary: int) -> int:
-    """How many tokens of such a prompt go into one forward."""
+    """How many tokens of a prompt whose tokens are scored go into one forward."""
     return max(2, SCORED_BYTES // (4 * vocabulary))

@@ -1,4 +1,4 @@
-"""Which memory of its sequences a model gets."""
+"""Chooses the kind of memory that a model's sequences get."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_local.offload.engine.state_slab import StateSlab, can_state_slab
 
 
 def make_kv(model: Any, rows: int, capacity: int, probe: Any = None) -> KVRows:
-    """Memory for `rows` sequences of `capacity` tokens; `probe`: what `probe_cache` gave, if at hand."""
+    """Memory for `rows` sequences of `capacity` tokens; `probe`: the result of `probe_cache`, if known."""
     if isinstance(model, EncoderDecoder):
         return Translations(model.config, rows, capacity)
     probe = probe_cache(model) if probe is None else probe

@@ -1,7 +1,7 @@
-"""Whether a model's misses are left to the device, found out by trying when it is loaded.
+"""Finds out by trial, when a model is loaded, whether cache misses are left to the device.
 
-The host's way and the device's compute the same tokens, from an empty cache each; the logits are compared,
-and the seconds.
+Misses can be served by the host or by kernels on the device. Both ways compute the same tokens, each from an
+empty cache, and the logits and times are compared.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from moe_local.offload.tiers.staging import StagedArena
 VARIABLE = "MOE_LOCAL_DEVICE_MISSES"
 
 LARGEST = 16 << 20
-"""Bytes of an expert beyond which nothing is tried unless asked for: copying it takes half a millisecond or
-more, beside which what the host costs, some 0.05 ms a layer, does not count; and the CPU may compute it."""
+"""Experts of more bytes are not tried unless asked for: copying one takes half a millisecond or more, beside
+which the host's overhead of some 0.05 ms a layer is negligible; and the CPU may compute it instead."""
 
 PATTERN, ROUNDS = (0, 1, 0, 2, 1, 2), 2
-"""Tokens of a round, most of them for the second time, and rounds of each way that are timed, behind one
-that is not."""
+"""The tokens of a round, half of them repeated, and the timed rounds of each way; one untimed round comes
+first."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def miss_mode() -> str:
 
 
 class MissSwitch:
-    """Turns a model from the host's way of misses to the device's and back. Between two steps only."""
+    """Switches a model between misses served by the host and by the device. Only between two steps."""
 
     def __init__(
         self,
@@ -94,11 +94,11 @@ def leave_misses_to_device(
     mode: str = "auto",
     prefetch: str = "auto",
 ) -> MissSwitch | None:
-    """Let the device look single tokens' experts up and bring them, if that works here and is faster.
+    """Let the device look up and fetch the experts of single tokens, if that works here and is faster.
 
     For an engine whose tokens are computed at fixed addresses (`use_graphs`); `sites` and `saw` as there. The
-    store's fastest tier is empty afterwards. Returns what turns it off and on again; None where it cannot be,
-    which is logged with the reason.
+    store's fastest tier is empty afterwards. Returns the switch between both ways; None if the device's way
+    does not work, in which case the reason is logged.
     """
     if mode == "off":
         return None
@@ -127,7 +127,7 @@ def leave_misses_to_device(
 
 
 def hindrance(engine: Engine, runner: ExpertRunner, mode: str, prefetch: str) -> str | None:
-    """Why the device's way is not even tried."""
+    """Why the device's way is not even tried; None: try it."""
     store, below = runner.store, runner.store.below
     layers = range(len(store.layouts))
     if below is None or len(store.tier.devices) != 1:
@@ -167,14 +167,14 @@ def hindrance(engine: Engine, runner: ExpertRunner, mode: str, prefetch: str) ->
 
 
 def _clear(store: ExpertStore) -> None:
-    """Leave nothing in the slots: the host's way would have brought the same experts to the same ones."""
+    """Zero all slots: the host's way may have left the right experts in them, which would hide errors."""
     for layer in range(len(store.layouts)):
         for slot in range(store.slots(layer)):
             store.tier.arena.buffer(layer, slot).zero_()
 
 
 def _try(engine: Engine, store: ExpertStore, switch: MissSwitch) -> tuple[str | None, bool]:
-    """What is wrong with the device's way, if anything, and whether it is slower."""
+    """(what is wrong with the device's way, or None; whether it is slower)."""
     times: dict[bool, list[float]] = {False: [], True: []}
     found: dict[bool, list[torch.Tensor]] = {}
     assert isinstance(engine.kv, KVSlab)
@@ -196,7 +196,7 @@ def _try(engine: Engine, store: ExpertStore, switch: MissSwitch) -> tuple[str | 
     off = [float((a - b).norm() / b.norm()) for a, b in zip(found[True], found[False], strict=True)]
     if store.host is None:
         most, allowed = max(off), 0.0
-    else:  # some of what the host served, the CPU has computed
+    else:  # in the host's way the CPU may have computed some experts
         most, allowed = statistics.median(off), EXACT if engine.hf.dtype == torch.float32 else ROUGH
     if not most <= allowed:
         return f"logits were off by {most:.2g} of their norm, where {allowed} is allowed", False
@@ -204,7 +204,7 @@ def _try(engine: Engine, store: ExpertStore, switch: MissSwitch) -> tuple[str | 
 
 
 def _one_round(engine: Engine, row: int) -> tuple[list[torch.Tensor], float]:
-    """The logits of PATTERN's tokens, computed the way that is turned on, and the seconds that took."""
+    """The logits of PATTERN's tokens, computed in the current way, and the seconds that it took."""
     step = engine.token_step
     assert step is not None
     logits: list[torch.Tensor] = []

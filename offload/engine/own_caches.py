@@ -1,4 +1,4 @@
-"""A cache object a sequence, for models that keep more than keys and values of tokens."""
+"""One cache object per sequence, for models that keep more than keys and values of tokens."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from transformers.cache_utils import DynamicCache
 from moe_local.offload.engine.batch_view import BatchPlaces
 
 WHOLE_PROMPT_ONLY = frozenset({"jamba"})
-"""Model types whose scan forgets its state when it gets several tokens after it (transformers 5.23)."""
+"""Model types whose scan ignores the state of earlier tokens when it gets several (transformers 5.23)."""
 
 
 class OwnCaches:
-    """In place of a KVSlab, for layers that it does not know: each sequence has a DynamicCache of its own.
+    """Replaces a KVSlab for layers that it does not support: each sequence has its own DynamicCache.
 
     Memory grows with the tokens. A failed forward leaves such a cache half written, so `abort` drops it and
-    the sequence is computed again from its ids; nothing can be cut off, as a state cannot be rolled back.
+    the sequence is computed again from its ids. No tokens can be cut off: a state cannot be rolled back.
     """
 
     can_batch = can_copy = False

@@ -1,4 +1,4 @@
-"""What OpenAI's clients ask of single tokens: penalties for those that came before, and biases."""
+"""Penalties for tokens that occurred before, and biases of single tokens, as in OpenAI's API."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MOST_BIAS = 100.0
 
 
 class Penalties(LogitsProcessor):  # type: ignore[misc]
-    """score[t] + bias[t] - frequency * count[t] - presence * (count[t] > 0), where count[t] says how often
-    the answer has had token t. The formula and its names are those of OpenAI's API reference.
+    """score[t] + bias[t] - frequency * count[t] - presence * (count[t] > 0), where count[t] is how often
+    token t occurs in the answer so far. The formula and its names are those of OpenAI's API reference.
 
-    Counts what follows the prompt, so it serves one sequence only. Scores on any device.
+    Counts the tokens after the prompt, so it serves one sequence only. Scores may be on any device.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Penalties(LogitsProcessor):  # type: ignore[misc]
         self._biases: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """input_ids [1, length], scores [1, vocabulary], which are left as they are."""
+        """input_ids [1, length], scores [1, vocabulary] -> new scores; the given ones are not changed."""
         if self._biases is None or self._counts is None:
             self._biases, self._counts = torch.zeros_like(scores[0]), torch.zeros_like(scores[0])
             if self._bias:
@@ -46,7 +46,7 @@ class Penalties(LogitsProcessor):  # type: ignore[misc]
 
 
 def check_bias(bias: Any, vocabulary: int) -> dict[int, float]:
-    """By token id, as numbers. Raises OptionError for ids that there are not, and beyond MOST_BIAS."""
+    """The biases by token id, as numbers. Raises OptionError for unknown ids and biases over MOST_BIAS."""
     if not isinstance(bias, Mapping):
         raise OptionError(f"logit_bias is of type {type(bias).__name__}; it must map token ids to biases")
     checked = {}

@@ -1,4 +1,4 @@
-"""The next token of each sequence, picked from its logits as its settings say."""
+"""Picks the next token of each sequence from its logits, according to its settings."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Pick(NamedTuple):
 def pick_tokens(
     rows: Ids[tuple[Sequence, torch.Tensor]], seen: Callable[[Sequence], torch.Tensor]
 ) -> list[Pick]:
-    """One for each sequence, from its logits [1, vocabulary] fp32; here alone the host waits for the device.
+    """One Pick per sequence, from its logits [1, vocabulary] fp32, with one host sync for all of them.
 
-    `seen`: the ids of a sequence on the device, [1, length], for processors. Raises MoeLocalError for NaN.
+    `seen`: gives a sequence's ids on the device, [1, length], for processors. Raises MoeLocalError for NaN.
     """
     if not rows:
         return []
@@ -48,7 +48,8 @@ def pick_tokens(
 
 
 def score_prompt(item: Work, done: int, logits: torch.Tensor) -> list[LogProbs]:
-    """Log probabilities of the prompt's tokens that follow a scored row's ids; the first id is number `done`.
+    """Log probabilities of the prompt's tokens that follow the ids of a scored row; `done` is the position of
+    its first id.
 
     logits [len(item.ids), vocabulary] fp32. Empty for a row that is not scored.
     """
@@ -60,7 +61,7 @@ def score_prompt(item: Work, done: int, logits: torch.Tensor) -> list[LogProbs]:
 
 
 def _pick(sequence: Sequence, logits: torch.Tensor, seen: Callable[[Sequence], torch.Tensor]) -> torch.Tensor:
-    """From [1, vocabulary] to [2]: the token, and whether there was a NaN, without waiting for either."""
+    """Logits [1, vocabulary] -> [2]: the token, and whether there was a NaN; without a host sync."""
     settings = sequence.settings
     broken = logits.isnan().any()
     scores = logits

@@ -1,4 +1,4 @@
-"""What a new prompt has in common with sequences whose keys and values are still there."""
+"""Reuse of keys and values: finds sequences that begin with the same tokens as a new prompt."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from moe_local.offload.engine.kv_slab import KVRows
 from moe_local.offload.engine.sequence import Sequence
 
 WORTH_COPYING = 16
-"""Tokens; a few of a template are computed in the same forward as the rest anyway."""
+"""Fewest tokens to copy: a few tokens of a template cost little in the forward of the rest."""
 
 
 def row_to_go_on(kv: KVRows, parked: Ids[Sequence], ids: Ids[int]) -> tuple[int, Sequence | None]:
-    """How many tokens a prompt takes over, and the parked sequence whose row it goes on in; or (0, None).
+    """(how many tokens a prompt reuses, the parked sequence whose row it continues); or (0, None).
 
-    That is the sequence with the most tokens to take over, the last of several, if these are at least half
-    of what its row holds. With fewer, the two may share no more than the template's first tokens, and the
-    rest of the row would be lost: such a prompt takes a row that was never used or, if there is none, the
-    row left longest ago.
+    The sequence is the one with the most tokens to reuse (the last of several), if these are at least half of
+    its row. With fewer, the two may share only the template's first tokens, and the rest of the row would be
+    lost: such a prompt takes an unused row or, if there is none, the row that was left longest ago.
     """
     best, found = 0, None
     for sequence in parked:
@@ -34,10 +33,10 @@ def row_to_go_on(kv: KVRows, parked: Ids[Sequence], ids: Ids[int]) -> tuple[int,
 
 
 def copy_prefix(kv: KVRows, others: Ids[Sequence], sequence: Sequence) -> None:
-    """Give a row what another one has of its prompt beyond its own, if that is enough to be worth it.
+    """Copy to a row the tokens of its prompt that another row has computed, if enough to be worth it.
 
-    So several answers to one prompt, and many with one system prompt, compute it once: who comes first
-    computes a chunk, the next one copies it and computes the next. Called for each before its turn.
+    So several answers to one prompt, or prompts with the same system prompt, compute it once: the first one
+    computes a chunk, the next one copies that and computes the next chunk. Called before each chunk.
     """
     ids, own = sequence.ids, kv.lens[sequence.row]
     if not (sequence.shares and kv.can_copy) or own >= sequence.prompt_len - 1:
@@ -57,7 +56,7 @@ def copy_prefix(kv: KVRows, others: Ids[Sequence], sequence: Sequence) -> None:
 
 
 def shared_prefix(kv: KVRows, parked: Sequence, ids: Ids[int]) -> int:
-    """Tokens of a row that a prompt can take over; at least one is left to compute."""
+    """How many tokens of a row a prompt can reuse; at least one token of the prompt is left to compute."""
     row, old = parked.row, parked.ids
     limit = min(kv.lens[row], len(ids) - 1)
     shared = next((i for i in range(limit) if old[i] != ids[i]), limit)

@@ -1,4 +1,4 @@
-"""A forward of one token, captured in segments: between two, the experts of a layer run as ever."""
+"""Captures a forward of one token in segments, between which a layer's experts run without a graph."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from moe_local.offload.gpu.card_moves import moves_of
 from moe_local.offload.prefetch.routers import RouterSite
 
 Saw = Callable[[int, torch.Tensor], None]
-"""Told of a layer and of the residual that the norm before its router is given: a Prefetcher's `saw`."""
+"""Called with a layer and the residual that is the input of the norm before its router: Prefetcher.saw."""
 
 
 class Between(Protocol):
-    """What is done between two segments, from and into tensors that stay where they are."""
+    """Work between two segments, which reads and writes tensors at fixed addresses."""
 
     def run(self) -> None:
-        """Do it, behind what the devices were given before."""
+        """Do the work, ordered after all work that the devices were given before."""
 
 
 class Pause:
-    """The experts of one layer, on tensors that stay where they are.
+    """The experts of one layer, on tensors at fixed addresses.
 
-    Holds what the segment before it leaves, for as long as it is replayed: the pool would give that memory
-    to a later segment otherwise.
+    Holds references to the tensors that the previous segment leaves for it: otherwise the graphs' pool would
+    give their memory to a later segment.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Pause:
         self._residual = residual
         self._saw = saw
         self.output = torch.empty_like(arguments[0])
-        """[1, D], which the segment behind it reads."""
+        """[1, D], which the next segment reads."""
 
     def run(self) -> None:
         if self._residual is not None and self._saw is not None:
@@ -54,20 +54,20 @@ class Pause:
 
 
 class Crossing:
-    """Tensors on their way to another card. Holds both ends, as a Pause does."""
+    """A copy of tensors to another card. Holds both sources and targets, for the same reason as a Pause."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], card: torch.device) -> None:
         self._tensors = list(tensors)
         self.outputs = [torch.empty_like(tensor, device=card) for tensor in tensors]
-        """The same on the card, as of the last `run`."""
+        """The tensors' copies on the card, as of the last `run`."""
 
     def run(self) -> None:
         for tensor, output in zip(self._tensors, self.outputs, strict=True):
-            output.copy_(tensor)  # between cards torch has each one's current stream wait for the other's
+            output.copy_(tensor)  # between cards, torch synchronizes both current streams
 
 
 class CapturedStep:
-    """A forward that can be repeated for other contents of the tensors that it read."""
+    """A captured forward, which can be replayed after the contents of its input tensors have changed."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class CapturedStep:
         counted: Sequence[OffloadedExperts],
         logits: torch.Tensor,
     ) -> None:
-        """`counted`: modules whose experts are captured, too, and which are told of every replay."""
+        """`counted`: modules whose experts were captured as well, and which are told of every replay."""
         self._parts = list(zip_longest(segments, between))
         self._counted = tuple(counted)
         self.segments = len(segments)
@@ -85,11 +85,12 @@ class CapturedStep:
 
     @property
     def is_valid(self) -> bool:
-        """Whether the experts that were captured are where they were."""
+        """Whether all captured experts are still at the captured addresses."""
         return all(module.stays_captured for module in self._counted)
 
     def replay(self) -> None:
-        """Only while it `is_valid`. Raises what the experts of a layer raise; a later replay begins anew."""
+        """Replay the forward; only while it `is_valid`. Raises what the experts of a layer raise, after which
+        a later replay starts from the beginning."""
         for segment, between in self._parts:
             segment.replay()
             if between is not None:
@@ -99,16 +100,16 @@ class CapturedStep:
 
 
 class Recording:
-    """The capture of one forward. Each segment is replayed as soon as it is complete, so the forward counts.
+    """The capture of one forward. Each segment is replayed once complete, so its results are real.
 
-    The modules that hold experts find it in their `seam` while it is `attached`, and let it run them; so do
-    the CardMoves of a model on several cards, each of which has segments of its own.
+    While it is `attached`, it is the `seam` of the modules that hold experts, which call it to run them. So
+    do the CardMoves of a model on several cards, each of which has its own segments.
     """
 
     def __init__(
         self, graphs: Graphs, hf: Any, sites: Sequence[RouterSite | None] = (), saw: Saw | None = None
     ) -> None:
-        """`sites`: the routers by layer; the residuals before their norms are what `saw` is told of."""
+        """`sites`: the routers by layer; `saw` is called with the inputs of their norms."""
         self._graphs = graphs
         self._modules = [module for module in hf.modules() if isinstance(module, OffloadedExperts)]
         self._moves = moves_of(hf)
@@ -119,7 +120,7 @@ class Recording:
         self._between: list[Between] = []
         self._counted: list[OffloadedExperts] = []
         self.in_experts = False
-        """Whether what was raised came from a layer's experts, not from capturing."""
+        """Whether a layer's experts are running: an error then comes from them, not from the capture."""
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -148,7 +149,7 @@ class Recording:
     def run(
         self, module: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """A layer's experts: captured with the rest where that is possible, else between two segments."""
+        """Run a layer's experts: captured with the rest where that is possible, else between two segments."""
         if module.can_be_captured(hidden, index):
             self._counted.append(module)
             return module.answer(hidden, index, weights)
@@ -163,7 +164,7 @@ class Recording:
         return pause.output
 
     def move(self, tensors: Sequence[torch.Tensor], card: torch.device) -> list[torch.Tensor]:
-        """As a Mover: between two segments, the second of which is captured on `card`."""
+        """Copy tensors to `card`, as a Mover does, between two segments; the second one is captured there."""
         self._end_segment()
         crossing = Crossing(tensors, card)
         crossing.run()
@@ -172,7 +173,7 @@ class Recording:
         return crossing.outputs
 
     def finish(self, logits: torch.Tensor) -> CapturedStep:
-        """The forward is over, and `logits` are what it gave."""
+        """End the capture of a forward whose result is `logits`."""
         self._end_segment()
         return CapturedStep(self._segments, self._between, self._counted, logits)
 

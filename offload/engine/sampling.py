@@ -1,4 +1,4 @@
-"""How a sequence picks its tokens and when it ends, by the methods that transformers' own generate uses.
+"""Settings of how a sequence picks its tokens and when it ends, made with transformers' own methods.
 
 Options come from the checkpoint's generation_config and from keyword arguments, with transformers' names and
 meanings; `batch.generate_ids` takes them for tensors of prompts.
@@ -32,7 +32,7 @@ LIMITS = frozenset({"max_new_tokens", "max_length"})
 SAMPLING_OPTIONS = frozenset({"temperature", "top_k", "top_p", "min_p", "typical_p"})
 FLOAT_OPTIONS = SAMPLING_OPTIONS - {"top_k"} | {"repetition_penalty", "encoder_repetition_penalty"}
 SHAPING = frozenset({"frequency_penalty", "presence_penalty", "logit_bias", "json_schema", "grammar"})
-"""What our loop does and transformers' generate does not."""
+"""Options that the engine supports and transformers' generate does not."""
 OWN_OPTIONS = frozenset({"seed", "tokenizer", "generation_config", "attention_mask", "logprobs"}) | SHAPING
 BEYOND_OUR_LOOP = frozenset(
     {"token_healing", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"}
@@ -58,18 +58,18 @@ class Settings:
     max_time: float | None
     """Seconds."""
     logprobs: int | None = None
-    """How many of the likeliest tokens each one is handed out with, besides its own log probability; None:
-    nothing of it."""
+    """How many of the likeliest tokens are returned with each token and its log probability; None: no log
+    probabilities."""
     prompt_logprobs: bool = False
-    """Whether the prompt's own tokens are looked up, too."""
+    """Whether the prompt's own tokens get log probabilities, too."""
 
 
 def draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """A token of [1, vocabulary], int64 [], without waiting for it; NaN is taken for 1.
+    """A token drawn from probabilities [1, vocabulary]: int64 [], without a host sync; NaN counts as 1.
 
-    `generator`: on their device; None: torch's global one.
+    `generator`: on the same device; None: torch's global one.
     """
-    # multinomial on NaN would kill the CUDA context before anybody could read that there was one
+    # multinomial on NaN would kill the CUDA context before the NaN could be reported
     probabilities = probabilities.masked_fill(probabilities.isnan(), 1.0)
     with alone if generator is None else nullcontext():
         return torch.multinomial(probabilities, num_samples=1, generator=generator)[0, 0]
@@ -103,9 +103,9 @@ def check_options(hf: Any, options: Mapping[str, Any]) -> None:
 
 
 def imply_sampling(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as people mean them: a temperature or top_p turns sampling on, temperature 0 turns it off.
+    """Options as users mean them: a temperature or top_p turns sampling on, temperature 0 turns it off.
 
-    transformers ignores temperature and its kin unless do_sample is set, which this sets where it is absent.
+    transformers ignores temperature and similar options unless do_sample is set; this sets it if absent.
     """
     implied = dict(options)
     if implied.get("temperature") == 0 and not implied.get("do_sample"):
@@ -120,7 +120,7 @@ def imply_sampling(options: Mapping[str, Any]) -> dict[str, Any]:
 def with_default_length(hf: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options, with DEFAULT_MAX_NEW_TOKENS where neither they nor the checkpoint limit the length.
 
-    A limit of None counts as not given; transformers would take its own 20 for it.
+    A limit of None counts as not given; transformers would use its own default of 20.
     """
     options = {name: value for name, value in options.items() if value is not None or name not in LIMITS}
     if any(_given(hf, options, name) for name in LIMITS):
@@ -153,7 +153,8 @@ def generation_config(hf: Any, options: Mapping[str, Any], *, width: int, rows: 
 
 @contextmanager
 def _as_option_error() -> Iterator[None]:
-    """transformers' complaints about values, on one line; what it does not check fails in some other way."""
+    """Turn transformers' errors about values into OptionErrors; values that it does not check may raise any
+    of the types below."""
     try:
         yield
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
@@ -161,12 +162,12 @@ def _as_option_error() -> Iterator[None]:
 
 
 def option_error(error: Exception) -> OptionError:
-    """The same complaint as an OptionError of one line."""
+    """The same message as an OptionError of one line."""
     return error if isinstance(error, OptionError) else OptionError(" ".join(str(error).split()))
 
 
 def input_device(hf: Any) -> torch.device:
-    """Where the model takes its input ids."""
+    """The device on which the model takes its input ids."""
     device: torch.device = hf.get_input_embeddings().weight.device
     return device
 
@@ -181,7 +182,7 @@ def make_settings(
     logprobs: int | None = None,
     **options: Any,
 ) -> Settings:
-    """Settings of one sequence. `padding`: tokens that stood before it in a batch and count for max_length.
+    """Settings of one sequence. `padding`: padding tokens before it in a batch, which count for max_length.
 
     `tokenizer` is needed for stop_strings only. Raises OptionError for unknown options and bad values.
     """
@@ -206,7 +207,7 @@ def make_settings(
             model_kwargs={},
             logits_processor=LogitsProcessorList(),
         )
-        # Before those that choose among what is likely: top_p of tokens that cannot follow would leave none.
+        # These come before processors such as top_p, which might otherwise keep only tokens that are masked.
         processors[:0] = _shaping(hf, prompt_ids, tokenizer, config, options)
         return Settings(
             max_new_tokens=max_new_tokens,
@@ -222,7 +223,7 @@ def make_settings(
 
 
 def vocabulary_size(hf: Any) -> int:
-    """How many scores a token has."""
+    """The number of logits of the model."""
     size: int = hf.config.get_text_config(decoder=True).vocab_size
     return size
 
@@ -230,7 +231,7 @@ def vocabulary_size(hf: Any) -> int:
 def _shaping(
     hf: Any, prompt_ids: Ids[int], tokenizer: Any, config: Any, options: Mapping[str, Any]
 ) -> list[Any]:
-    """The processors of what SHAPING names."""
+    """The processors for the options in SHAPING."""
     vocabulary = vocabulary_size(hf)
     shaping: list[Any] = []
     frequency, presence = (options.get(f"{name}_penalty") or 0 for name in ("frequency", "presence"))
@@ -247,7 +248,7 @@ def _shaping(
 
 
 def form(options: Mapping[str, Any]) -> str | None:
-    """What `json_schema` or `grammar` demand of an answer, as llguidance's grammar; None: nothing."""
+    """The form that `json_schema` or `grammar` demands of an answer, as llguidance's grammar; None: any."""
     schema, lark = options.get("json_schema"), options.get("grammar")
     if schema is not None and lark is not None:
         raise OptionError("json_schema and grammar cannot be combined; leave one out")
@@ -257,7 +258,7 @@ def form(options: Mapping[str, Any]) -> str | None:
 
 
 def without_shaping(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options for transformers' own generate. Raises OptionError where SHAPING is asked for."""
+    """Options for transformers' own generate. Raises OptionError if any of SHAPING is given."""
     if names := [name for name in options if name in SHAPING and options[name] is not None]:
         raise OptionError(
             f"{', '.join(names)} cannot be combined with beams, scores, padding on the right or anything "
@@ -267,7 +268,7 @@ def without_shaping(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_length(config: Any, width: int) -> int:
-    """New tokens that the limits leave after a prompt of `width`."""
+    """How many new tokens the limits allow after a prompt of `width` tokens."""
     count: int = config.max_length - width
     if count < 1:
         limit = "max_length" if config.max_new_tokens is None else "max_new_tokens"
@@ -278,7 +279,7 @@ def _check_length(config: Any, width: int) -> int:
 
 
 def _stop_strings(hf: Any, config: Any, tokenizer: Any) -> Any:
-    """Only the criteria on text; the engine itself checks lengths, time and end tokens, without a device."""
+    """The stopping criteria on text; the engine checks lengths, time and end tokens itself, on the host."""
     if config.stop_strings is None:
         return None
     criteria = hf._get_stopping_criteria(config, StoppingCriteriaList(), tokenizer=tokenizer)
@@ -286,7 +287,7 @@ def _stop_strings(hf: Any, config: Any, tokenizer: Any) -> Any:
 
 
 def needs_hf_generate(hf: Any, options: Mapping[str, Any]) -> bool:
-    """Whether the options ask for what our loop does not do: beams, assistants, guidance, scores, ..."""
+    """Whether the options need what the engine does not do: beams, assistants, guidance, scores, ..."""
     check_options(hf, options)
     if any(options.get(name) is not None for name in _generate_arguments(hf)):
         return True

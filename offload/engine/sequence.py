@@ -1,4 +1,4 @@
-"""A sequence in the decode loop, and what one step makes of it."""
+"""The records of the decode loop: a sequence, its part in a forward, and a step's new token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class FinishReason(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One prompt and what follows it. The engine writes it; callers read."""
+    """One prompt and the tokens that follow it. Written by the engine; callers only read it."""
 
     ids: list[int]
     """The prompt, then the new tokens."""
@@ -33,14 +33,14 @@ class Sequence:
     """Its row of the key-value memory. Changes when another sequence leaves."""
     finish_reason: FinishReason | None = None
     reused_tokens: int = 0
-    """Prompt tokens whose keys and values were taken over from other sequences."""
+    """Prompt tokens whose keys and values were reused from other sequences."""
     shares: bool = False
-    """Whether they may be."""
+    """Whether keys and values of other sequences may be reused."""
     deadline: float | None = None
     seen: torch.Tensor | None = field(default=None, repr=False)
-    """`ids` on the model's device with room to grow, [1, capacity + 1], where processors want them."""
+    """`ids` on the model's device with room to grow, [1, capacity + 1], if processors need them."""
     prompt_logprobs: list[LogProbs] = field(default_factory=list, repr=False)
-    """Of the prompt's tokens from the second on, as far as they are computed, where they are asked for."""
+    """LogProbs of the prompt's tokens from the second on, as far as computed, if asked for."""
 
     @property
     def new_ids(self) -> list[int]:
@@ -54,14 +54,15 @@ class Step(NamedTuple):
     token: int
     finish_reason: FinishReason | None
     logprobs: LogProbs | None = None
-    """Where `settings.logprobs` asks for them."""
+    """Given if `settings.logprobs` asks for them."""
 
 
 class Work(NamedTuple):
-    """What one row contributes to a forward: its next ids, and whether they are the last that it has."""
+    """One row's part in a forward: its next ids, which if they are its last ones are followed by sampling."""
 
     sequence: Sequence
     ids: list[int]
     samples: bool
+    """Whether these are the row's last ids, so that a token is sampled after them."""
     scored: bool
-    """Whether logits of all of the ids are wanted, not only of the last."""
+    """Whether logits of all of the ids are needed, not only of the last."""

@@ -1,7 +1,7 @@
-"""The states of linear attention, state-space and convolution layers: a row of a slab for each sequence.
+"""The states of linear attention, state-space and convolution layers, in slabs with a row per sequence.
 
 Such a layer keeps a state of fixed size in place of keys and values, and every token overwrites it. So a row
-can be continued or begun anew, but not shortened, and a forward that failed half-way has spoiled it.
+can be continued or reset, but not shortened, and a forward that fails half-way leaves it invalid.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import LinearAttentionLayer
 
 States = dict[int, torch.Tensor | None]
-"""By number, for a layer may have several: [R, ...], or None where the layer has no state of this kind."""
+"""A layer's states by number, since it may have several: [R, ...], or None if it has none of this kind."""
 
 
 class StateStore:
@@ -23,18 +23,19 @@ class StateStore:
     indexer = None
 
     def __init__(self, probed: Any, rows: int) -> None:
-        """`probed`: a LinearAttentionLayer that has seen a token of one sequence."""
+        """`probed`: a LinearAttentionLayer that holds the state after a token of one sequence."""
         self._probed = probed
         self._convolution = _rows_of(probed.conv_states, rows)
         self._recurrent = _rows_of(probed.recurrent_states, rows)
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Of shape [R, ...] each."""
+        """All state tensors, each of shape [R, ...]."""
         for states in (self._convolution, self._recurrent):
             yield from (state for state in states.values() if state is not None)
 
     def view(self, first: int, count: int, *, begun: bool) -> Any:
-        """Rows `first` on as one of transformers' cache layers. `begun`: whether they have seen tokens."""
+        """`count` rows from `first` on as a cache layer of transformers. `begun`: whether they hold states of
+        earlier tokens."""
         probed = self._probed
         layer = LinearAttentionLayer(number_of_states=probed.number_of_states)
         layer.dtype, layer.device = probed.dtype, probed.device

@@ -1,4 +1,4 @@
-"""The slab for models some of whose layers keep a state in place of keys and values."""
+"""The key-value slab for models in which some layers keep a state in place of keys and values."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from moe_local.offload.engine.state_rows import StateStore
 
 
 class StateSlab(KVSlab):
-    """A KVSlab whose state layers have rows of their own beside it.
+    """A KVSlab that also has a StateStore for each layer that keeps a state.
 
-    A row is continued where it ends, or begun anew: a state can't be rolled back. A failed forward has
-    spoiled the states of its rows, so these are computed again from their ids.
+    A row can only be continued at its end or reset: a state cannot be rolled back. A failed forward leaves
+    the states of its rows invalid, so these rows are computed again from their ids.
     """
 
     can_copy = False
@@ -52,7 +52,7 @@ class StateSlab(KVSlab):
         return self._with_states(super().row(row), row, 1, begun=self.lens[row] > 0)
 
     def batch(self, count: int) -> Any:
-        # a row without tokens has zeros for a state, which is as good as none
+        # a row without tokens has a state of zeros, which equals no state
         return self._with_states(super().batch(count), 0, count, begun=True)
 
     def static_row(
@@ -62,7 +62,7 @@ class StateSlab(KVSlab):
         return self._with_states(fixed, row, 1, begun=True)
 
     def mark(self, row: int) -> Callable[[], None]:
-        """The row's states are copied to RAM, since all of VRAM has its use: 75 MB of Qwen3-Next's."""
+        """As KVSlab's; copies the row's states to RAM, since VRAM is fully used: 75 MB for Qwen3-Next."""
         states = [tensor[row] for store in self.states.values() for tensor in store.tensors()]
         kept = [state.to("cpu", copy=True) for state in states]
 
@@ -120,11 +120,12 @@ def is_state(layer: Any) -> bool:
 
 
 def can_state_slab(probe: Any) -> bool:
-    """Whether every layer of a probed cache keeps a state, or tokens in columns of their own as one must."""
+    """Whether a StateSlab can hold a probed cache: every layer keeps a state, or each token in its own column
+    or nothing, and at least one keeps tokens."""
     kept = [layer for layer in probe.layers if not is_state(layer)]
     return all(map(slabbed, kept)) and any(getattr(layer, "keys", None) is not None for layer in kept)
 
 
 def _without_states(probe: Any) -> Any:
-    """The probe with a layer that keeps nothing in place of each that keeps a state."""
+    """The probe with an empty layer in place of each layer that keeps a state."""
     return Cache(layers=[empty_layer() if is_state(layer) else layer for layer in probe.layers])

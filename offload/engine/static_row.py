@@ -1,8 +1,8 @@
 """A row of the key-value slab whose addresses and shapes stay the same from token to token.
 
-What a CUDA graph needs: one new token is written to the column that a tensor on the device names, and the
-attention sees a fixed number of columns, of which a mask hides those behind the token. transformers makes
-that mask on the device, from the same tensor, as it does for its own static caches.
+CUDA graphs need this. One new token is written to the column that a tensor on the device gives, and attention
+reads a fixed number of columns; a mask hides those after the token. transformers makes that mask on the
+device, from the same tensor, as it does for its own static caches.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from moe_local.offload.engine.kv_slab import LayerStore
 
 FEWEST_COLUMNS = 256
-"""Below that many columns attention takes no time that would be worth another graph."""
+"""With fewer columns, attention would not become so much faster that another graph were worth it."""
 
 
 def static_columns(length: int, capacity: int) -> int:
     """Columns for the step after which a row has `length` tokens: 2^n or 1.5 * 2^n, or the capacity.
 
-    A function of the length alone, so that a token is computed the same way in every run.
+    Depends only on the length and capacity, so that a token is computed in the same way in every run.
     """
     columns = FEWEST_COLUMNS
     while columns < length:
@@ -37,13 +37,13 @@ class StaticLayer(DynamicLayer):  # type: ignore[misc]
     """
 
     is_compileable = True
-    """transformers: the mask is always made, and made on the device."""
+    """Tells transformers to make the mask always, and on the device."""
 
     def __init__(
         self, store: LayerStore, row: int, columns: int, position: torch.Tensor, length: torch.Tensor
     ) -> None:
-        """`position`: int64 [1] on the layer's device, the column of the new token; `length`: the same, on
-        the device of whoever asks for it. Held, not copied."""
+        """`position`: int64 [1] on the layer's device, the column of the new token; `length`: the same
+        number, on the device where `get_seq_length` is used. Both are held, not copied."""
         super().__init__()
         self._keys = store.keys[row : row + 1].narrow(2, 0, columns)
         self._values = store.values[row : row + 1].narrow(2, 0, columns)
@@ -55,7 +55,7 @@ class StaticLayer(DynamicLayer):  # type: ignore[misc]
             self.sliding_window = store.window
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Write one new token, [1, H, 1, D]; views of all columns, [1, H, columns, D]."""
+        """Write one new token, [1, H, 1, D]; returns views of all columns, [1, H, columns, D]."""
         self._keys.index_copy_(2, self._position, key_states)
         self._values.index_copy_(2, self._position, value_states)
         return self._keys, self._values
@@ -65,5 +65,5 @@ class StaticLayer(DynamicLayer):  # type: ignore[misc]
         return self._length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(columns that `update` will return, the first of them)."""
+        """(how many columns `update` will return, the first of them)."""
         return self._keys.shape[2], 0

@@ -1,4 +1,4 @@
-"""Text to token ids and back: prompts through the chat template, tokens into text as they come."""
+"""Text to token ids and back: encodes prompts with the chat template, and decodes tokens as they come."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEMPLATE_ARGUMENTS = frozenset(
     | {"tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
     | {"return_assistant_tokens_mask", "messages"}
 )
-"""What apply_chat_template takes beside variables of the template."""
+"""Arguments of apply_chat_template that are not variables of the template."""
 REPLACEMENT = "\ufffd"
 
 
@@ -143,21 +143,21 @@ def _encode_chat(
 class Detokenizer:
     """Text of one sequence, token by token; the pieces add up to the text of all tokens decoded at once.
 
-    A piece is final. A character whose bytes are not all there waits. So does a run of byte tokens (<0xE4>
-    ...) of sentencepiece vocabularies until it ends, since one wrong byte changes what the decoder makes of
-    the whole run.
+    A piece that was returned is final. An incomplete character is held back until all its bytes are there. So
+    is a run of byte tokens (<0xE4> ...) of sentencepiece vocabularies until it ends, since one wrong byte
+    changes how the decoder reads the whole run.
 
-    Decoding depends on neighbours (the first word loses its space), so tokens are decoded in a window: those
-    of the piece before, for context, and those since. A token costs the same wherever it stands.
+    Decoding depends on neighbours (the first word loses its space), so tokens are decoded in a window: the
+    tokens of the previous piece, for context, and those since. So a token's cost does not grow with the text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._window: list[int] = []
         self._context = 0
-        """Tokens at the start of the window whose text has been given out before."""
+        """Tokens at the start of the window whose text was returned before."""
         self._given = 0
-        """Characters of the window's text given out."""
+        """Characters of the window's text that were returned."""
         self._in_byte_run = False
 
     def add(self, token: int) -> str:
@@ -176,7 +176,7 @@ class Detokenizer:
         return piece
 
     def flush(self) -> str:
-        """What still waits, as the decoder shows it when nothing follows. Starts a new text."""
+        """The text that is still held back, as the decoder shows it at an end. Starts a new text."""
         piece = self._decode(self._window)[self._given :]
         self._window, self._context, self._given, self._in_byte_run = [], 0, 0, False
         return piece

@@ -1,4 +1,4 @@
-"""What bytes single tokens stand for: a token may be half a character, which no text can show."""
+"""The bytes of single tokens: a token may be half a character, which text cannot represent."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from moe_local.offload.engine.text import BYTE_TOKEN, REPLACEMENT
 
 BYTE_LETTERS: dict[str, int] = {letter: byte for byte, letter in bytes_to_unicode().items()}
-"""The letters that byte-level vocabularies, after GPT-2's, write bytes as."""
+"""The letters by which byte-level vocabularies like GPT-2's represent bytes."""
 
 
 class TokenBytes:
-    """The bytes of every token as it stands within a text, special tokens by their names.
+    """The bytes of every token as it occurs within a text; special tokens have the bytes of their names.
 
-    Those of a text's tokens, joined, are the text, but for a space that some tokenizers drop at its start.
+    The bytes of a text's tokens, joined, are the text, except for a space that some tokenizers drop at its
+    start.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -24,7 +25,7 @@ class TokenBytes:
         self._known: dict[int, bytes] = {}
 
     def of(self, token: int) -> bytes:
-        """Empty for an id that the vocabulary has no name for, as models have whose matrices are padded."""
+        """The token's bytes; empty for ids without a name, which models with padded matrices have."""
         if token not in self._known:
             self._known[token] = self._find(token)
         return self._known[token]
@@ -38,7 +39,7 @@ class TokenBytes:
         alone = self._decode(token)
         if REPLACEMENT in alone and all(letter in BYTE_LETTERS for letter in name):
             return bytes(BYTE_LETTERS[letter] for letter in name)
-        # Decoders drop the space of a text's first word, so it is the second one that shows what a token is.
+        # Decoders drop the space of a text's first word, so the token is decoded as the second of two.
         return self._decode(token, token)[len(alone) :].encode()
 
     def _decode(self, *ids: int) -> str:

@@ -20,22 +20,23 @@ logger = logging.getLogger(__name__)
 
 
 class TokenWatch(Protocol):
-    """Is told of every token that a TokenStep computes. Neither call is part of a capture."""
+    """Called before and after every token that a TokenStep computes. Neither call is part of a capture."""
 
     def begin(self) -> None:
-        """The token's work is about to be given to the device."""
+        """Called before the token's work is enqueued on the device."""
 
     def end(self) -> None:
-        """All of the token's work was given to the device. Not called where that raised."""
+        """Called after all of the token's work was enqueued. Not called if that raised."""
 
 
 class TokenStep:
-    """Computes the logits of one token of one row, always in the same way, captured or not.
+    """Computes the logits of one token of one row, with the same operations whether captured or not.
 
-    What is computed depends on the row's length alone (`static_columns`), so a token has the same bits with
+    The computation depends on the row's length alone (`static_columns`), so a token has the same bits with
     and without a graph. For each number of columns of a row, the first token is computed without a graph
-    (libraries set themselves up), the second is captured, and later ones are replayed. If capturing fails,
-    that is logged once and no more is captured; a lack of memory does not count, as it may pass (`logits`).
+    (libraries initialize themselves then), the second is captured, and later ones are replayed. If a capture
+    fails, that is logged once and nothing more is captured; a lack of memory, which may be temporary, does
+    not count as such a failure (`logits`).
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class TokenStep:
         self._kv = kv
         self._graphs = graphs
         self.failure: str | None = None
-        """Why capturing was given up."""
+        """Why no more graphs are captured; None: no capture has failed."""
         self._cache_argument = cache_argument
         self._options = options
         self._sites, self._saw = sites, saw
@@ -70,17 +71,17 @@ class TokenStep:
             self._columns = {
                 card: torch.zeros(1, dtype=torch.long, device=card) for card in kv.devices if card != device
             }
-            """The position once more on every other card, for the layers there."""
+            """A copy of the position on every other card, for the layers there."""
         self._caches: dict[tuple[int, int], Any] = {}
-        """By row and number of columns, of those that a token has been computed with."""
+        """By (row, number of columns), for those with which a token has been computed."""
         self.captured: dict[tuple[int, int], CapturedStep] = {}
-        """By row and number of columns."""
+        """By (row, number of columns)."""
 
     def logits(self, row: int, token: int) -> torch.Tensor:
-        """[1, vocabulary] fp32 of `token`, put behind the row's tokens; valid until the next call.
+        """The logits [1, vocabulary], fp32, of `token` after the row's tokens; valid until the next call.
 
-        Raises what the experts raise, and torch.OutOfMemoryError where the device's memory does not suffice
-        for a capture, having changed no length.
+        Raises what the experts raise, and torch.OutOfMemoryError if the device's memory does not suffice for
+        a capture; no length has changed then.
         """
         return self._watched(self._logits, self._prepare(row, token))
 
@@ -89,12 +90,12 @@ class TokenStep:
         return self._watched(self._forward, self._prepare(row, token))
 
     def stop_capturing(self) -> None:
-        """Compute from now on, without graphs."""
+        """Compute without graphs from now on."""
         self._graphs = None
         self.captured.clear()
 
     def make_room(self) -> bool:
-        """Give up graphs for good, to have their memory back; whether there were any."""
+        """Give up graphs for good to free their memory; returns whether they were in use."""
         if self._graphs is None and not self.captured:
             return False
         self.stop_capturing()
@@ -103,7 +104,7 @@ class TokenStep:
 
     @property
     def captures(self) -> bool:
-        """Whether tokens are captured, as far as that works."""
+        """Whether tokens are captured where possible."""
         return self._graphs is not None
 
     def _watched(
@@ -133,7 +134,7 @@ class TokenStep:
         return self._forward(place) if captured is None else captured.logits
 
     def _prepare(self, row: int, token: int) -> tuple[int, int]:
-        """Put the token where the forward reads it; the row and its number of columns."""
+        """Write the token and its position to where the forward reads them; (row, number of columns)."""
         position = self._kv.lens[row]
         self._kv.clear(row)
         self._ids.fill_(token)
@@ -152,13 +153,13 @@ class TokenStep:
             **{self._cache_argument: cache},
             **self._options,
         )
-        self._caches[place] = cache  # only now: what failed half-way has not set all of itself up
-        # A copy in any case: behind the way from another card this may be all that a segment has to do.
+        self._caches[place] = cache  # only now: libraries may not be initialized after a failure
+        # Always a copy: after a transfer from another card it may be the only operation of the last segment.
         logits: torch.Tensor = output.logits[:, -1].to(torch.float32, copy=True)
         return logits
 
     def _capture(self, place: tuple[int, int]) -> CapturedStep | None:
-        """Do the forward, captured on its way; None if that failed, with nothing left of it."""
+        """Compute the forward while capturing it; None if that failed, and then its effects are undone."""
         assert self._graphs is not None
         recording = Recording(self._graphs, self._hf, self._sites, self._saw)
         put_back = self._kv.mark(place[0])
@@ -183,8 +184,8 @@ class TokenStep:
                 raise
 
     def _give_up(self, error: Exception) -> None:
-        """Capture no more. What has been captured goes on being replayed."""
+        """Capture no more graphs. Those that exist are still replayed."""
         self._graphs = None
         self.failure = f"{type(error).__name__}: {first_line(error)}"
-        if self.captured:  # else this is a trial, and who tries says so
+        if self.captured:  # else this is a trial, whose caller logs the reason
             logger.info("no more CUDA graphs are captured: %s", self.failure)
