@@ -1,8 +1,8 @@
-"""experts="auto": as many bits a weight as the budget holds all experts with.
+"""experts="auto": the most bits per weight with which all experts still fit the budget.
 
-Where not even the fewest bits hold all of them, every bit costs time as well, since what is absent is brought
-over a slow link: then bits are weighed against time, by what is known of formats' errors and of hit rates.
-Bits beyond int8 are never chosen, since its error cannot be seen.
+If the experts do not all fit even with the fewest bits, every bit also costs time, since absent experts come
+over a slow link. Then bits are weighed against time, by the known errors of formats and known hit rates.
+More bits than int8's are never chosen, since the error of int8 is not noticeable.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.mix import bits_asked, is_mixed, name_of, uniform_bytes
 
 STEPS = 100
-"""A bit is given out in so many parts."""
+"""Steps per bit in which bits are chosen."""
 NEAR = 0.25
-"""Bits a weight by which a mix that is there already may miss the best, and is taken."""
+"""Bits per weight by which a mix that is already converted may differ from the best one and still be used."""
 FAST_ENOUGH = 0.8
-"""Of the best one's tokens a second: what a mix with more bits, not all of whose experts fit, must reach
-to be taken. Free memory changes from day to day, and each conversion takes long and as much disk again."""
+"""Share of the best mix's tokens per second that a converted mix with more bits, whose experts do not all
+fit, must reach to be used. Free memory changes from day to day, and a conversion takes time and disk space."""
 
 
 def choose(plan_of: Callable[[str], Plan], spec: ModelSpec, have: Iterable[str] = ()) -> str:
-    """What "auto" comes to: "mixed:BITS", or one format where that is the same.
+    """The format that "auto" chooses: "mixed:BITS", or a single format where that is the same.
 
-    `plan_of` plans the model with such experts; `have` are mixes that are converted already. Deterministic.
+    `plan_of` plans the model with experts of a format; `have`: mixes that are already converted.
+    Deterministic.
     """
     sizes = format_bits(spec)
     low, high = math.ceil(min(sizes.values()) * STEPS), math.floor(max(sizes.values()) * STEPS)
@@ -47,8 +48,8 @@ def choose(plan_of: Callable[[str], Plan], spec: ModelSpec, have: Iterable[str] 
 
 
 def _near(plan_of: Callable[[str], Plan], best: float, have: Iterable[str]) -> str | None:
-    """The converted mix to take in place of the best one: of those with fewer bits the one with most, else of
-    those with more the one with fewest, if it is fast enough."""
+    """The converted mix to use in place of the best one: the one with most bits of those with fewer than the
+    best, else the one with fewest of those with more, if it is fast enough."""
     made = {bits_asked(name): name for name in have if is_mixed(name) and name != "auto"}
     if fewer := [bits for bits in made if best - NEAR <= bits <= best]:
         return made[max(fewer)]
@@ -62,10 +63,10 @@ def _near(plan_of: Callable[[str], Plan], best: float, have: Iterable[str]) -> s
 
 
 def go_on(plan_of: Callable[[str], Plan], begun: Iterable[str]) -> str | None:
-    """The first of the conversions that "auto" has begun before, with the same budget, that fits; else None.
+    """The first of the unfinished conversions, begun by "auto" with the same budget, that fits; else None.
 
-    Memory that is free changes from start to start: what is more or less of it by now does not count against
-    the hours that may be in what was begun.
+    The free memory differs a little at every start; that is no reason to discard a conversion that may have
+    taken hours.
     """
     return next((experts for experts in begun if plan_of(experts).fits), None)
 
@@ -75,14 +76,14 @@ def _name(step: int) -> str:
 
 
 def _cost(plan_of: Callable[[str], Plan], spec: ModelSpec, step: int) -> float:
-    """Of so many bits: the logarithm of a token's time, and what their error is worth in it."""
+    """The cost of this many bits: the logarithm of a token's time plus the weighted error."""
     speed = plan_of(_name(step)).tokens_per_s
     harm = expected_nats(spec, step / STEPS)
     return math.inf if speed is None else TIME_FOR_HARM * harm - math.log(speed)
 
 
 def format_bits(spec: ModelSpec) -> dict[str, float]:
-    """Bits a weight of the quantizing formats that are chosen from, of this model."""
+    """Bits per weight, in this model, of the quantized formats that may be chosen."""
     return {
         name: 8 * uniform_bytes(spec, name) / spec.expert_numel
         for name in candidates(spec.dtype)
@@ -91,14 +92,14 @@ def format_bits(spec: ModelSpec) -> dict[str, float]:
 
 
 def expected_nats(spec: ModelSpec, bits: float) -> float:
-    """What experts of so many bits on average add to the logarithm of perplexity, by what is known of one
-    model (NATS_PER_ERROR), dealt out evenly: chosen ones cost less."""
+    """The expected increase of log perplexity from experts of so many bits on average, extrapolated from one
+    model (NATS_PER_ERROR), with bits spread evenly over experts; a mix chosen by sensitivity costs less."""
     points = sorted((size, format_error(name)) for name, size in format_bits(spec).items())
     return NATS_PER_ERROR * _between(points, bits)
 
 
 def _between(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Linear between points, level beyond them."""
+    """Linear interpolation between points, constant beyond them."""
     if x <= points[0][0]:
         return points[0][1]
     for (x0, y0), (x1, y1) in itertools.pairwise(points):

@@ -1,7 +1,7 @@
-"""How fast this machine moves bytes: measured once, kept, and used by the planner and the scheduler.
+"""How fast this machine moves bytes: measured once, saved, and used by the planner and the scheduler.
 
-Decoding one token at a time moves bytes and little else, so these four figures decide what a placement is
-worth. Where nothing was measured yet, the defaults stand in and whoever uses them says so.
+Decoding one token at a time is bound by memory traffic, so these four figures decide how fast a placement is.
+Figures that were not measured yet have default values, and their users say so.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from moe_local.offload.system.read_at import open_directly, open_for_reading, re
 DEFAULT_VRAM = 936e9
 """Bytes/s, an RTX 3090's data sheet; a 4090 has 1008e9, the 16 GB cards 290e9 to 740e9."""
 DEFAULT_RAM = 60e9
-"""Bytes/s, dual-channel DDR5-4800 (76.8e9 by data sheet) as a good read loop sees it."""
+"""Bytes/s that a good read loop reaches on dual-channel DDR5-4800 (76.8e9 by data sheet)."""
 DEFAULT_H2D = 25e9
 """Bytes/s, pinned memory over PCIe 4.0 x16 (31.5e9 by data sheet)."""
 DEFAULT_DISK = 2.5e9
-"""Bytes/s, an NVMe drive on PCIe 3.0 x4, or one on 4.0 under random experts."""
+"""Bytes/s, an NVMe drive on PCIe 3.0 x4, or one on PCIe 4.0 that reads experts in random order."""
 
 FILE_NAME = "bandwidths.json"
 MIB = 2**20
@@ -88,9 +88,9 @@ def measure(folder: Path, device: torch.device | None = None) -> Bandwidths:
 
 
 def measure_links(known: Bandwidths, device: torch.device) -> Bandwidths:
-    """`known`, with what it only assumes of RAM, a CUDA `device`'s memory and the link between measured.
+    """`known`, with the assumed figures of RAM, a CUDA `device`'s memory and the link between them measured.
 
-    About a second. What a device has no memory left for keeps its default.
+    Takes about a second. A figure for whose measurement the device has no memory left keeps its default.
     """
     rates: dict[str, Callable[[], float]] = {
         "ram": ram_bandwidth,
@@ -177,7 +177,7 @@ def saved(folder: Path) -> Bandwidths:
 
 
 def saved_at(folder: Path) -> float | None:
-    """When that was measured, in seconds since the epoch; None if nothing was, or it is not known."""
+    """When the `saved` figures were measured, in seconds since the epoch; None if unknown or never."""
     kept = _read(folder).get(machine())
     when = kept.get("saved_at") if isinstance(kept, dict) else None
     return float(when) if isinstance(when, int | float) and 0 <= when < 1e11 else None
@@ -250,8 +250,8 @@ def _write_for(descriptor: int, nbytes: int) -> int:
 
 def _read_for(descriptor: int, length: int) -> float:
     """Bytes/s of reading the file once, or as far as DISK_SECONDS go, several pieces in flight."""
-    # As slots are: page-aligned for O_DIRECT, and in huge pages, for a request that is scattered over a
-    # thousand small ones has been seen to take twice as long.
+    # Memory as in slots: page-aligned for O_DIRECT, and in huge pages, since a request that is scattered
+    # over a thousand small pages was seen to take twice as long.
     memory = page_memory(DISK_THREADS * DISK_PIECE).zero_()
     buffers = [memory[i * DISK_PIECE : (i + 1) * DISK_PIECE].numpy().data for i in range(DISK_THREADS)]
     start = time.perf_counter()

@@ -1,9 +1,9 @@
 """One model on several cards: which card gets which layers, and how many experts of each.
 
-Decoder layers are dealt out in order, the embeddings to the first card and the output head to the last. An
-expert is cached on the card of its layer, so what a card's dense part leaves is shared by the layers that are
-there. The cut is made where every layer, on whichever card, gets about the same number of slots: then misses
-are expected to be as frequent everywhere.
+Decoder layers are assigned in order, the embeddings to the first card and the output head to the last. An
+expert is cached on the card of its layer, so a card's layers share the memory that its dense part leaves.
+Layers are cut between cards so that every layer, on whichever card, gets about the same number of slots: then
+misses are expected to be equally frequent in all layers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moe_local.offload.plan import footprint
 from moe_local.offload.plan.plan import Card, Request, largest
 
 STEPS = 64
-"""Parts of a slot a layer that cuts are compared by."""
+"""Resolution in which cuts are compared: levels are 1 / STEPS slots per layer."""
 
 
 class _Layer(NamedTuple):
@@ -32,7 +32,7 @@ class _Layer(NamedTuple):
         return len(self.ladder)
 
     def needs(self, level: int) -> int:
-        """Bytes with `level` / STEPS slots, at most all."""
+        """Bytes of the layer with `level` / STEPS slots, but at most one slot per expert."""
         slots, part = divmod(min(level, STEPS * self.num_experts), STEPS)
         cut = -(-part * self.ladder[slots] // STEPS) if part else 0
         return self.fixed + sum(self.ladder[:slots]) + cut
@@ -40,7 +40,7 @@ class _Layer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cards:
-    """The cards of a request, and what has to go there with prompts in some chunk."""
+    """The cards of a request, and the bytes that have to be placed on them for a given prompt chunk."""
 
     request: Request
     layers: tuple[_Layer, ...]
@@ -49,7 +49,7 @@ class Cards:
     behind: int
     """Dense bytes behind them: the last norm and the output head."""
     workspace: int
-    """Of each card, without what CUDA itself takes."""
+    """Workspace bytes of each card, without CUDA's own overhead."""
     expert: int
     """Bytes of a staging slot."""
     staging: int = 0
@@ -75,10 +75,11 @@ class Cards:
         return self._ends(STEPS * slots) is not None
 
     def with_ring(self, slots: int) -> Cards:
-        """The same with the longest ring that leaves `slots` slots a layer; without, if there is none of two.
+        """These cards with the longest staging ring that leaves `slots` slots a layer; without a ring if not
+        even two staging slots fit.
 
-        Every card has all of the ring's slots, of which one card at a time uses each: what is read ahead for
-        the next card's first layer takes turns with what this card still computes.
+        Every card has memory for all of the ring's slots, but each slot is used on one card at a time: what
+        is read ahead for the next card's first layer alternates with what this card still computes.
         """
         for staging in range(footprint.staging_slots(self.request.spec, self.expert), 1, -1):
             found = replace(self, staging=staging)
@@ -112,7 +113,7 @@ class Cards:
         return self.staging * self.expert
 
     def _margin(self, level: int) -> int:
-        """The most bytes that every card can leave unused at this level, so that these are spread, too."""
+        """The most bytes that every card can leave unused at this level, to spread unused bytes evenly."""
         low, high = 0, min(self.request.cards)
         while high - low > 1:
             middle = (low + high) // 2
@@ -130,10 +131,10 @@ class Cards:
         return high
 
     def _ends(self, level: int, more: int = 0) -> list[int] | None:
-        """Where each card's layers end if it takes as many as it can with `level`; None: some are left over.
+        """Where each card's layers end if each takes as many as it can at `level`; None if some are left.
 
-        Taking as many as one can on each card in turn finds a cut whenever there is one. `more`: bytes that
-        each card has beyond its budget, below 0 without.
+        This greedy assignment finds a cut whenever there is one. `more`: bytes to add to each card's budget,
+        which may be negative.
         """
         ends: list[int] = []
         at, count = 0, len(self.request.cards)
@@ -141,7 +142,7 @@ class Cards:
             room = budget + more - self._own(number, more)
             if room < 0:
                 return None
-            # every card has a layer at least: one without any would only cost what it holds anyway
+            # every card gets at least one layer: a card without one would only take up fixed bytes
             most = len(self.layers) - (count - 1 - number)
             start = at
             while at < most and self.layers[at].needs(level) <= room:
@@ -160,7 +161,7 @@ class Cards:
 
 
 def kv_of_a_layer(request: Request) -> int:
-    """Bytes of keys and values that a decoder layer keeps, all taken for alike."""
+    """Bytes of keys and values that a decoder layer keeps, assumed to be equal for all layers."""
     nbytes = footprint.kv_bytes(request.spec, request.context, request.dtype)
     return request.parallel * -(-nbytes // request.spec.num_layers)
 

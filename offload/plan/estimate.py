@@ -1,9 +1,9 @@
-"""How many tokens a second the bytes allow: physics of one sequence decoded token by token.
+"""Estimates the tokens per second of one sequence from the bytes that each token moves.
 
 Every token reads the dense weights, the KV cache and K experts a layer from the fastest tier; experts that
-are not there come over a slower link first. Times add up, since what a miss brings is needed at once; good
-prefetching can at most hide one behind the other. The result is an estimate from bandwidths and from hit
-rates seen on a few models; it says what to expect at best, and ranks placements.
+are absent there first come over a slower link. The times are added, since a missed expert is needed at once;
+good prefetching can at most overlap the two. The result rests on bandwidths and on hit rates that were seen
+on a few models; it says what to expect at best, and ranks placements.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Traffic:
     """Bytes that one decoded token reads, and which parts of the experts are where."""
 
     dense: int
-    """Weights and keys and values outside the routed experts."""
+    """Dense weights, and keys and values."""
     experts: int
     """The K active experts of all layers."""
     fastest_share: float
@@ -60,7 +60,7 @@ class Traffic:
 
 
 def hit_rate(share: float, num_experts: int) -> float:
-    """The prior: how often a needed expert is among the `share` of a layer's experts that a cache holds."""
+    """The assumed probability that a needed expert is among the `share` of a layer that a cache holds."""
     table = FEW_EXPERTS if num_experts < FEW else MANY_EXPERTS
     if share >= 1:
         return 1.0
@@ -74,8 +74,8 @@ def tokens_per_second(
 ) -> float:
     """Tokens a second of one sequence.
 
-    `dispatch=False` leaves the host's time out: what the bytes alone would allow, which is the roofline where
-    the fastest tier has every expert.
+    `dispatch=False` leaves out the host's time, so that only bytes count; that is the roofline if the fastest
+    tier holds every expert.
     """
     fastest = bandwidths.vram if cuda else bandwidths.ram
     seconds = (traffic.dense + traffic.experts) / (READ_EFFICIENCY * fastest)
@@ -88,7 +88,7 @@ def tokens_per_second(
 def missed_bytes_per_second(
     traffic: Traffic, spec: ModelSpec, bandwidths: Bandwidths, *, cuda: bool
 ) -> float:
-    """How fast what the fastest tier misses comes: over the link and, as far as RAM misses it, from disk."""
+    """Bytes per second at which missed experts arrive: over the link and, if RAM lacks them, from disk."""
     if not cuda:
         return bandwidths.disk
     missed = 1 - hit_rate(traffic.fastest_share, spec.num_experts)
@@ -99,8 +99,8 @@ def missed_bytes_per_second(
 def read_per_token(spec: ModelSpec, dense: int, kv: int, context: int, width: int) -> int:
     """Bytes outside the routed experts that one token reads, of `dense` bytes of weights and `kv` of cache.
 
-    An input embedding with a table of its own (`width` bytes a number) gives one row only; a tied one is
-    read whole as output head.
+    Of an input embedding with its own table (`width` bytes a number) only one row is read; a tied table is
+    read whole, as the output head.
     """
     tables = [tensor.numel for tensor in spec.dense if tensor.shape == (spec.vocab_size, spec.hidden_size)]
     looked_up = tables[0] * width if len(tables) > 1 else 0

@@ -1,4 +1,4 @@
-"""What the first use of a model takes from network and disk, known before anything is downloaded."""
+"""What the first use of a model will download and write, known before anything is downloaded."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from moe_local.offload.system.home import expert_file_folder, moe_local_home
 
 @dataclass(frozen=True, slots=True)
 class FirstUse:
-    """What `load` is about to bring and to write."""
+    """What `load` is about to download and to write."""
 
     model: str
     download_bytes: int
-    """To be downloaded: what the Hub cache does not have yet."""
+    """Bytes to download: those that the Hub cache does not have yet."""
     cache: Path
     """The Hub cache."""
     convert_bytes: int
-    """Of converted experts, to be written below `home`; 0 if experts are read as they are stored."""
+    """Bytes of converted experts to write below `home`; 0 if experts are read as they are stored."""
     home: Path
 
     def check(self) -> None:
-        """Raise DoesNotFitError if the disk, or one of the two, cannot take it all."""
+        """Raise DoesNotFitError if there is too little space on the disk, or on one of the two disks."""
         needs = [(self.cache, self.download_bytes, "HF_HUB_CACHE")]
         needs += [(self.home, self.convert_bytes, "MOE_LOCAL_HOME")]
         if nearest_folder(self.cache).stat().st_dev == nearest_folder(self.home).stat().st_dev:
@@ -55,10 +55,10 @@ class FirstUse:
 
 
 def first_use(model: str, options: LoadOptions, *, memory: bool = True) -> FirstUse | None:
-    """What loading `model` with these options will download and write; None if its checkpoint is here.
+    """What loading `model` with these options will download and write; None if its checkpoint is present.
 
-    Asks the Hub for the config and the names and sizes of the files. Raises as `load`, so DoesNotFitError
-    where disk or, unless `memory` is False, VRAM or RAM are too small.
+    Asks the Hub for the config and the names and sizes of the files. Raises as `load`, including
+    DoesNotFitError if disk or, unless `memory` is False, VRAM or RAM are too small.
     """
     found = locate(model)
     if isinstance(found, Path) or cached_folder(found.repo_id) is not None:
@@ -70,7 +70,7 @@ def first_use(model: str, options: LoadOptions, *, memory: bool = True) -> First
         plan.check()
     converted = 0
     if options.experts != NATIVE:
-        # Of "auto", what it comes to; a mix of other bits, which loading might take, is not looked for.
+        # For "auto" this is the planned format; a load may use a converted mix of other bits instead.
         place = expert_file_folder(home, model, plan.request.experts, "*")
         here = [
             path for folder in place.parent.glob(place.name) for path in folder.glob("layer-*.safetensors")

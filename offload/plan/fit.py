@@ -1,4 +1,4 @@
-"""Whether a model fits, before any weight is read: on this machine, or on one described by its memory."""
+"""Plans, before any weight is read, whether a model fits on this machine or on one with the given memory."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ def plan_load(
     have: Sequence[str] = (),
     begun: Sequence[str] = (),
 ) -> Plan:
-    """The plan that a load on `devices` follows: a budget bounds, but cannot make free what is not.
+    """The plan that a load on `devices` follows. Budgets are limited to the memory that is free.
 
-    Of a converted mix `file` says which expert has which format and, by its folder, how often it was chosen.
-    `have` are mixes that experts "auto" may come to without being converted, `begun` what it has come to
-    before, with the same options, and whose conversion was interrupted. Whether it fits, the plan says.
+    For a converted mix, `file` says which format each expert has and, through its folder, how often it was
+    chosen. For experts "auto", `have` are mixes that are already converted, and `begun` the formats of
+    interrupted conversions with the same options. The plan says whether it fits.
     """
     ram = free_ram() if options.ram is None else min(options.ram, free_ram(reserve=False))
     cards = []
@@ -120,8 +120,8 @@ def plan_load(
 
 
 def _use(file: ExpertFile) -> tuple[tuple[int, ...], ...] | None:
-    """How often each expert was chosen in earlier runs, and in the text that its format was chosen by; None
-    if neither is known."""
+    """How often each expert was chosen in earlier runs plus in the text by which the mix was chosen; None if
+    neither is known."""
     from moe_local.offload.allocation.allocate import kept_path
     from moe_local.offload.allocation.sensitivity import Sensitivity
 
@@ -145,11 +145,11 @@ def _context(options: LoadOptions, spec: ModelSpec) -> int:
 def plan_request(
     request: Request, cards: Sequence[int] = (), have: Sequence[str] = (), begun: Sequence[str] = ()
 ) -> Plan:
-    """Plan a request on cards of so many bytes: on the first if that holds everything, else on all; without
-    any, in the memory that the request names. If it does not fit, say also which nearest setting does.
+    """Plan a request on cards of so many bytes: on the first one if it holds everything, else on all; without
+    cards, in the memory that the request names. A plan that does not fit also names the nearest that does.
 
-    Experts "auto" become what they come to, which the plan's request names; `have` are mixes that are there,
-    `begun` conversions to go on with.
+    Experts "auto" are replaced by the chosen format in the plan's request; `have` are mixes that are already
+    converted, `begun` interrupted conversions to continue.
     """
     if request.experts == AUTO:
 
@@ -163,7 +163,7 @@ def plan_request(
 
 
 def _place(request: Request, cards: Sequence[int]) -> Plan:
-    cards = cards[: request.spec.num_layers]  # each card that is used has a decoder layer at least
+    cards = cards[: request.spec.num_layers]  # each card that is used has at least one decoder layer
     if not cards:
         return place(request)
     plan = place(replace(request, vram=cards[0]))

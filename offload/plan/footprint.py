@@ -16,30 +16,31 @@ from moe_local.offload.quantize.mix import Mix, even_mix, is_mixed
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 PREFILL_CHUNK = 2048
-"""Prompt tokens in one forward. Offloaded prefill reads every absent expert once a chunk, so a prompt of P
-tokens moves P / chunk times their bytes; but a chunk's workspace takes slots, which every decoded token
-pays for. For prompts of 2048 tokens, 2048 moves least: half of what 1024 does, for a 100th of Mixtral's
-slots on a 24 GB card, which is worth the misses of some 70 decoded tokens. Reading is hidden behind
-computing well below that."""
+"""Prompt tokens in one forward. Offloaded prefill reads every absent expert once per chunk, so a prompt of P
+tokens moves P / chunk times their bytes; but a chunk's workspace takes the place of slots, for which every
+decoded token pays. For prompts of 2048 tokens, chunks of 2048 move least: half as much as chunks of 1024, for
+a 100th of Mixtral's slots on a 24 GB card, which equals the misses of some 70 decoded tokens. With far
+shorter chunks, too, reading is hidden behind computing."""
 
 MAX_CHUNK = 8192
 WORKSPACE_SHARE = 1 / 128
-"""Chunks are longer than PREFILL_CHUNK, up to MAX_CHUNK, if the workspace grows by this share of all
-experts at most: models of hundreds of GB, of which every chunk reads the most part."""
+"""Chunks are longer than PREFILL_CHUNK, up to MAX_CHUNK, if that enlarges the workspace by at most this share
+of all experts' bytes: in models of hundreds of GB, of which every chunk reads most."""
 
 STAGING_SLOTS = 2
 STAGING_BYTES = 32 * 2**20
 STAGING_SHARE = 1 / 4
-"""Experts that prompts stream through: one loads while the other is computed (with 3 and 4 large ones prompts
-took as long as with 2, benchmarks/prefill.py). More of small experts, to so many bytes, since each costs the
-host some time; at most this share of a layer's experts, if that is more."""
+"""The staging slots through which prompts stream experts: STAGING_SLOTS, so that one loads while the other is
+computed (with 3 or 4 slots for large experts, prompts took as long as with 2, benchmarks/prefill.py). Small
+experts get more slots, up to STAGING_BYTES, since each expert costs the host some time, but not more than
+STAGING_SHARE of a layer's experts, unless that is fewer than STAGING_SLOTS."""
 
 MIN_CHUNK = 32
-"""Shorter chunks would read every expert for hardly more tokens than it has weights to give."""
+"""Fewest prompt tokens in a chunk: shorter ones would read every expert for hardly any tokens."""
 
 CUDA_OVERHEAD = 512 * 2**20
-"""What a CUDA process takes beside its tensors: the context, loaded kernels, cuBLAS workspaces, slack of
-torch's allocator, graphs. Of small budgets a sixteenth."""
+"""Bytes that a CUDA process takes besides its tensors: the context, loaded kernels, cuBLAS workspaces, slack
+of torch's allocator, graphs. For small budgets, a sixteenth of the budget is assumed."""
 
 
 def compute_dtype(spec: ModelSpec, dense: str) -> torch.dtype:
@@ -51,8 +52,8 @@ def compute_dtype(spec: ModelSpec, dense: str) -> torch.dtype:
 
 @lru_cache(maxsize=128)
 def expert_sizes(spec: ModelSpec, experts: str, mix: Mix | None = None) -> tuple[tuple[int, ...], ...]:
-    """Bytes of every expert of each MoE layer. Of "mixed:BITS" without its mix: as if bits were dealt out
-    evenly. Raises OptionError for bits that no formats give."""
+    """Bytes of every expert of each MoE layer. For "mixed:BITS" without its `mix`, bits are assumed to be
+    spread evenly. Raises OptionError for bits that no combination of formats gives."""
     if not is_mixed(experts):
         sizes = expert_bytes(spec, experts)
         return tuple((size,) * layer.num_experts for size, layer in zip(sizes, spec.layers, strict=True))
@@ -73,7 +74,7 @@ def _expert_bytes(experts: str, tensors: tuple[TensorSpec, ...]) -> int:
 
 
 def dense_bytes(spec: ModelSpec, dense: str, *, cuda: bool) -> int:
-    """Bytes of every weight that is no routed expert's, loaded with `dense` on CUDA or on the CPU."""
+    """Bytes of all weights outside the routed experts, loaded with `dense` on CUDA or on the CPU."""
     return sum(tensor_bytes(spec, dense, cuda=cuda))
 
 
@@ -93,7 +94,7 @@ def tensor_bytes(spec: ModelSpec, dense: str, *, cuda: bool) -> Iterator[int]:
 
 
 def _bitsandbytes_bytes(tensor: TensorSpec, dense: str) -> int:
-    """Linear4bit with double-quantized scales, or Linear8bitLt: its tensors' sizes."""
+    """Bytes of a weight in bitsandbytes' Linear4bit with double-quantized scales, or in Linear8bitLt."""
     numel = tensor.numel
     if dense == "int8":
         return numel + 4 * tensor.shape[0]
@@ -102,18 +103,18 @@ def _bitsandbytes_bytes(tensor: TensorSpec, dense: str) -> int:
 
 
 def kv_bytes(spec: ModelSpec, context: int, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one sequence of `context` tokens, and of states, in fp32."""
+    """Bytes of a sequence's keys and values for `context` tokens, in `dtype`, and of its states, in fp32."""
     return spec.kv_numel_per_token * context * dtype.itemsize + 4 * spec.state_numel
 
 
 def workspace_bytes(
     spec: ModelSpec, chunk: int, context: int, dtype: torch.dtype, *, in_place: bool = False
 ) -> int:
-    """Bytes that a forward of T = `chunk` prompt tokens needs at its widest point, beside weights and KV.
+    """Peak bytes that a forward of T = `chunk` prompt tokens needs besides weights and KV cache.
 
-    `in_place`: experts are multiplied with as they lie (`reads_in_place`), so none is ever dequantized.
-    Attention and experts follow each other, so the larger counts. Letters: D hidden, K top-k, S context, V
-    vocabulary, X keys and values of one layer spread over all heads (per token), c bytes of the dtype.
+    `in_place`: kernels read experts as they are stored (`reads_in_place`), so none is dequantized. Attention
+    and experts run one after the other, so the larger counts. Letters: D hidden, K top-k, S context, V
+    vocabulary, X keys and values of one layer expanded to all heads (per token), c bytes of the dtype.
 
         both       4 T D c                 residual, normed input, block output, their sum
                    V (c + 2 * 4)           logits of one position, in fp32 for sampling, and sampled from
@@ -121,8 +122,8 @@ def workspace_bytes(
                    S X c                   keys and values repeated or projected to every head
                    T S (1 + c)             mask as booleans and as the kernel's addend
         experts    T K D (c + 4)           outputs by rank, and weighted in fp32
-                   expert_numel c          one expert dequantized, if it is
-                   T sum(in + out) c       inputs and outputs of its matrices, were all tokens its own
+                   expert_numel c          one expert dequantized, unless `in_place`
+                   T sum(in + out) c       inputs and outputs of its matrices, if it got all tokens
     """
     tokens = min(chunk, context)
     width = dtype.itemsize
@@ -149,7 +150,7 @@ def reads_in_place(spec: ModelSpec, experts: str, mix: Mix | None = None) -> boo
 
 
 def longest_chunk(spec: ModelSpec, context: int, dtype: torch.dtype, experts_total: int) -> int:
-    """Prompt tokens in one forward where memory is no matter; depends on the model alone, not on a budget."""
+    """Prompt tokens in one forward if memory is no limit; depends on the model alone, not on a budget."""
     least = workspace_bytes(spec, PREFILL_CHUNK, context, dtype)
     chunk = PREFILL_CHUNK
     while chunk < min(context, MAX_CHUNK):
@@ -160,13 +161,13 @@ def longest_chunk(spec: ModelSpec, context: int, dtype: torch.dtype, experts_tot
 
 
 def staging_slots(spec: ModelSpec, expert: int) -> int:
-    """Slots of a staging ring for experts of at most `expert` bytes, where memory is no matter."""
+    """Slots of a staging ring for experts of at most `expert` bytes, if memory is no limit."""
     most = max(STAGING_SLOTS, int(STAGING_SHARE * spec.num_experts))
     return min(most, max(STAGING_SLOTS, -(-STAGING_BYTES // expert)))
 
 
 def cuda_overhead(budget: int) -> int:
-    """The part of a VRAM budget that is left to the CUDA process itself."""
+    """The part of a VRAM budget that is reserved for the CUDA process itself."""
     return min(CUDA_OVERHEAD, budget // 16)
 
 

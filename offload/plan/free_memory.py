@@ -1,4 +1,4 @@
-"""How much memory can be had on this machine."""
+"""How much memory is available on this machine."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ class Limit(NamedTuple):
 
     limit: int
     free: int
-    """What is left of it: bytes not used, or used by file pages that the system gives up."""
+    """Bytes left of the limit: those not used, and those used by file pages that the system can reclaim."""
 
 
 def free_ram(*, reserve: bool = True) -> int:
-    """Bytes of RAM that can be had here, within every control group's limit (a container's, a service's).
+    """Bytes of RAM that are available, within the limit of every control group (a container's, a service's).
 
-    Less a reserve of a sixteenth of the machine's, 1 GiB at least, or of the limit, 128 MiB at least, since
-    a container has no other programs to think of; but never more than half of what is free.
+    A reserve is subtracted: a sixteenth of the machine's RAM, at least 1 GiB; for a group, a sixteenth of its
+    limit, at least 128 MiB, since a container has no other programs to leave memory for. The reserve is never
+    more than half of what is free.
     """
     memory = psutil.virtual_memory()
     found = [(int(memory.available), max(GIB, int(memory.total) // 16))]
@@ -37,11 +38,12 @@ def free_ram(*, reserve: bool = True) -> int:
 
 
 def free_vram(device: torch.device, *, reserve: bool = True) -> int:
-    """Bytes of a CUDA device's memory that can be had; less a reserve of a 32nd of it, 256 MiB at least.
+    """Bytes of a CUDA device's memory that are available, less a reserve of a 32nd of it, at least 256 MiB,
+    but never more than half of what is free.
 
-    Raises MoeLocalError where the device is not to be had at all, as when another process has it for itself.
+    Raises MoeLocalError if the device is not available at all, for example in exclusive use by a process.
     """
-    import torch  # takes seconds, and RAM has no need of it
+    import torch  # takes seconds, and is not needed for RAM
 
     try:
         free, total = torch.cuda.mem_get_info(device)
@@ -75,9 +77,10 @@ def group_limits(
 
 
 def _around(root: Path, path: str) -> Iterator[Path]:
-    """A group's folder and those of the groups around it, `root` included.
+    """A group's folder and those of its parent groups, including `root`.
 
-    A container may see its own group as the root and yet be told of a path that is not there, or leads out.
+    In a container, `root` may be the container's own group, and the path one that does not exist below it, or
+    that leads out of it.
     """
     parts = [part for part in path.split("/") if part]
     for count in range(0 if ".." in parts else len(parts), -1, -1):

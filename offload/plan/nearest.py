@@ -1,4 +1,4 @@
-"""The mildest change that makes a model fit which does not."""
+"""Finds the smallest change of settings that makes a model fit that does not."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ UNBOUNDED = 2**62
 
 
 def nearest(request: Request) -> str | None:
-    """Flags that make a request fit which does not, the mildest change first; None if there are none.
+    """The flags of the smallest change that makes a request fit; None if there is none.
 
-    Fewer slots than asked for; half the context or more; quantized experts; a quantized dense part; a short
-    context; all of them; in the end, larger budgets.
+    Tried in this order: fewer slots than asked for; a context of at least half; quantized experts; a
+    quantized dense part; a short context; quantized experts and dense part, then also with a short context;
+    larger budgets.
     """
     for flags, changed in _milder(request):
         if place(changed).fits:
@@ -51,7 +52,7 @@ def _milder(request: Request) -> Iterator[tuple[str, Request]]:
 
 
 def _shorter(request: Request, least: int) -> Request:
-    """The request with the longest context in steps from `least` on that fits, with `least` if none does."""
+    """The request with the longest context, in steps from `least`, that fits; with `least` if none does."""
     least = max(1, min(least, request.context))
     return replace(
         request,
@@ -62,7 +63,7 @@ def _shorter(request: Request, least: int) -> Request:
 
 
 def _largest(low: int, high: int, step: int, fits: Callable[[int], bool]) -> int:
-    """The largest low + k * step <= high that fits, `low` if none does. Less always fits where more does."""
+    """The largest low + k * step <= high that fits, `low` if none does; `fits` must be monotonic."""
     count = (high - low) // step
     first, last = 0, max(0, count)
     while first < last:
@@ -75,7 +76,7 @@ def _largest(low: int, high: int, step: int, fits: Callable[[int], bool]) -> int
 
 
 def _enough_memory(request: Request) -> str | None:
-    """The smallest budgets that hold the request; one that is large enough is not named. None: none do."""
+    """Flags of the smallest budgets that hold the request, without those that are large enough; else None."""
     flags = []
     if request.vram is not None:
         roomy = replace(request, ram=UNBOUNDED)
@@ -95,8 +96,8 @@ def _enough_memory(request: Request) -> str | None:
 
 
 def _least_size(fits: Callable[[int], bool]) -> str | None:
-    """The least size that fits, in tenths of a GiB or, below one, in MiB, as a user would write it; None if
-    even UNBOUNDED does not: of an absurd number of sequences, say."""
+    """The smallest size that fits, written in tenths of a GiB or, below 1 GiB, in MiB; None if not even
+    UNBOUNDED fits, for example with an absurd number of sequences."""
     for unit, step in (("MiB", 1.0), ("GiB", 0.1)):
         last = 1024 if unit == "MiB" else math.ceil(UNBOUNDED / 2**30 / step)
         if not fits(parse_bytes(_size(last, step, unit))):

@@ -1,9 +1,9 @@
-"""Bytes in, placement out: what of a model goes where, and whether it fits at all.
+"""Places a model's parts in the tiers, by their bytes, and decides whether it fits at all.
 
-The dense part, the KV cache and the workspace come first in the fastest tier (VRAM on a GPU, else RAM);
-what is left there becomes expert slots, equally many for each MoE layer, and one more for as many layers as
-still fit. On a GPU, RAM holds all experts or as many as it can; the rest is read from disk. Total parameters
-count, not active ones: any expert may be needed next.
+The dense part, the KV cache and the workspace come first in the fastest tier (VRAM with a GPU, else RAM). The
+rest of it becomes expert slots, equally many for each MoE layer, and one more for as many layers as possible.
+With a GPU, RAM holds all experts or as many as it can; the rest is read from disk. What counts is the total
+parameters, not the active ones, since any expert may be needed next.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _place_on_cards(request: Request) -> Plan:
 
 
 def _chunk_on_cards(request: Request, least: int, full: int) -> tuple[int, Cards]:
-    """`_chunk` where there are several cards, and the ring, by the same rules; `full`: the longest chunk."""
+    """`_chunk` for several cards, with the staging ring, by the same rules; `full`: the longest chunk."""
     spec, chunk, shortest = request.spec, full, 2 * footprint.MIN_CHUNK
     while not (on := Cards.of(request, chunk)).holds(least) and chunk >= shortest:
         chunk //= 2
@@ -102,10 +102,10 @@ def _chunk_on_cards(request: Request, least: int, full: int) -> tuple[int, Cards
 
 
 def _over_ram(plan: Plan) -> Plan:
-    """A plan of what VRAM holds, completed by what RAM does."""
+    """Complete a plan of VRAM with the slots of RAM."""
     request, spec = plan.request, plan.request.spec
     ladders, everything = request.ladders, _all_slots(spec)
-    if plan.vram_slots == everything:  # RAM is only the way there
+    if plan.vram_slots == everything:  # experts only pass through RAM
         return replace(plan, mode="resident", ram_slots=_slots(spec, spec.top_k), ram_staging=0)
     below, staging = _with_ring(spec, ladders, request.ram)
     mode: Mode = "offload" if below == everything else "disk"
@@ -113,7 +113,7 @@ def _over_ram(plan: Plan) -> Plan:
 
 
 def with_vram_slots(plan: Plan, slots: Sequence[int]) -> Plan:
-    """What becomes of a plan that fits, on a GPU, if VRAM has only so many slots; itself if it has all."""
+    """A fitting plan for a GPU, changed to these VRAM slots; the same plan if it has them already."""
     return plan if tuple(slots) == plan.vram_slots else _over_ram(replace(plan, vram_slots=tuple(slots)))
 
 
@@ -122,12 +122,13 @@ def _full_chunk(request: Request, experts_total: int) -> int:
 
 
 def _chunk(request: Request, ladders: Ladders, room: int, slots: Sequence[int]) -> tuple[int, int, Bytes]:
-    """The longest prefill chunk whose workspace leaves the least slots their place, the staging slots that
-    find room beside it, and the bytes with it.
+    """(the longest prefill chunk whose workspace leaves room for the least slots, the staging slots that fit
+    beside it, the bytes of the parts with that chunk).
 
-    Only a budget that could hold no more than the least slots shortens the chunk, so a larger budget never
-    has fewer slots. A chunk without a ring is halved once more if that makes room for the smallest ring:
-    which hides reading behind computing, and so gains no less than reading half as often.
+    `room`: the budget without the least slots. The chunk is shortened only where no more than the least slots
+    fit, so a larger budget never has fewer slots. If no staging ring fits, the chunk is halved once more if
+    that makes room for one: a ring hides reading behind computing, which gains at least as much as reading
+    half as often.
     """
     spec, dtype = request.spec, request.dtype
     overhead = 0 if request.vram is None else footprint.cuda_overhead(request.vram)
@@ -155,14 +156,15 @@ def _chunk(request: Request, ladders: Ladders, room: int, slots: Sequence[int]) 
 
 
 def _ring(spec: ModelSpec, ladders: Ladders, room: int) -> int:
-    """Staging slots within `room` bytes: one is read while another loads, or there is no ring."""
+    """How many staging slots fit in `room` bytes; 0 for fewer than two, since one loads while another is
+    read."""
     slots = min(footprint.staging_slots(spec, largest(ladders)), max(0, room) // largest(ladders))
     return slots if slots >= 2 else 0
 
 
 def _with_ring(spec: ModelSpec, ladders: Ladders, room: int) -> tuple[tuple[int, ...], int]:
-    """The most slots within `room` bytes and the ring beside them, which comes before all but the least
-    slots; none where every expert has a slot."""
+    """(the most slots within `room` bytes, the staging slots). Staging slots take precedence over all but the
+    least slots; there are none if every expert has a slot."""
     everything, least = _all_slots(spec), _slots(spec, spec.top_k)
     if arena_bytes(everything, ladders) <= room:
         return everything, 0
@@ -181,9 +183,9 @@ def _all_slots(spec: ModelSpec) -> tuple[int, ...]:
 
 
 def _most_slots(spec: ModelSpec, ladders: Ladders, room: int) -> tuple[int, ...]:
-    """The most slots within `room` bytes: equally many for each layer that has so many experts, then one more
-    in the first layers, since prefetch knows least about those, up to the first that does not fit: with more
-    room, no layer ever has less."""
+    """The most slots within `room` bytes: equally many for each layer (at most its experts), then one more in
+    the first layers, which prefetch predicts worst, up to the first layer where it does not fit. So with more
+    room, no layer ever has fewer slots."""
     low, high = 0, spec.num_experts
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""What a placement is: the request it answers, the slots of each tier, and what they are worth."""
+"""The records of a placement: the request, the slots of each tier, and the speed that they allow."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Ladders = tuple[tuple[int, ...], ...]
 Mode = Literal["resident", "offload", "disk"]
 
 DEFAULT_CONTEXT = 8192
-"""Tokens of context planned for when none are asked for; less where the model has less."""
+"""Tokens of context planned for if the user gives none; less if the model's context is shorter."""
 
 
 def default_context(spec: ModelSpec) -> int:
-    """Tokens of context where none are asked for."""
+    """Tokens of context if the user gives none."""
     return min(spec.max_context, DEFAULT_CONTEXT)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is to be placed, and how much room there is.
+    """The model and settings to place, and the memory that may be used.
 
     Raises OptionError if the context is longer than the model's, or `slots` fewer than a token's experts.
     """
@@ -51,11 +51,11 @@ class Request:
     parallel: int = 1
     """Sequences at a time, each with a context of its own."""
     cards: tuple[int, ...] = ()
-    """The share of `vram` on each card where there are several."""
+    """The part of `vram` on each card if there are several, else empty."""
     mix: Mix | None = field(default=None, repr=False)
-    """Of experts "mixed:BITS": the format of each, once that is known."""
+    """For experts "mixed:BITS": the format of each expert, once known."""
     budget: str | None = None
-    """Of experts "auto": what was asked for them to fit, as LoadOptions.budget has it."""
+    """For experts "auto": the options that limit them, as LoadOptions.budget."""
     use: tuple[tuple[int, ...], ...] | None = field(default=None, repr=False)
     """`use[layer][expert]`: how often each expert was chosen, as far as that is known."""
 
@@ -76,12 +76,12 @@ class Request:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """The dtype that the model computes in."""
         return footprint.compute_dtype(self.spec, self.dense)
 
     @property
     def ladders(self) -> Ladders:
-        """Bytes of the slots of each MoE layer; a tier with n slots a layer has the first n of them."""
+        """Bytes of each slot of each MoE layer; a tier with n slots in a layer has the first n of them."""
         sizes = footprint.expert_sizes(self.spec, self.experts, self.mix)
         return tuple(
             slot_ladder(each, layer.top_k, None if self.use is None else self.use[layer.index])
@@ -90,7 +90,7 @@ class Request:
 
     @property
     def expected_sizes(self) -> tuple[float, ...]:
-        """Bytes of the expert that a token needs, on average, of each MoE layer."""
+        """For each MoE layer, the mean bytes of an expert that a token needs."""
         expected = []
         for layer, sizes in enumerate(footprint.expert_sizes(self.spec, self.experts, self.mix)):
             use = self.use[layer] if self.use is not None and any(self.use[layer]) else [1] * len(sizes)
@@ -100,13 +100,13 @@ class Request:
 
     @property
     def active_bytes(self) -> int:
-        """Bytes of the experts that a token needs, on average."""
+        """Mean bytes of all experts that a token needs."""
         return round(
             sum(layer.top_k * size for layer, size in zip(self.spec.layers, self.expected_sizes, strict=True))
         )
 
     def with_vram(self, size: int) -> Request:
-        """The same with a card of `size` bytes, or as many such cards as there are several."""
+        """This request with `size` bytes of VRAM on its card, or on each of its cards."""
         count = max(1, len(self.cards))
         return replace(self, vram=count * size, cards=(size,) * len(self.cards))
 
@@ -141,7 +141,7 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Where a model goes. Without a fit, no tier has slots and `mode` is None."""
+    """The placement of a model. If it does not fit, no tier has slots and `mode` is None."""
 
     request: Request
     fits: bool
@@ -153,24 +153,24 @@ class Plan:
     """Experts per MoE layer; all 0 without a GPU."""
     ram_slots: tuple[int, ...]
     vram_staging: int = 0
-    """Slots beside these, of the largest expert's size, through which prompts stream, on each card with
-    experts; 0 where all is resident."""
+    """Additional slots, of the largest expert's size, through which prompts stream, on each card with
+    experts; 0 if all experts are resident."""
     ram_staging: int = 0
     shortfall_bytes: int = 0
     """How far the tightest budget is exceeded."""
     reason: str | None = None
     nearest: str | None = None
-    """Flags that, put in place of the given ones, make it fit."""
+    """Flags that, in place of the given ones, make the model fit."""
     cards: tuple[Card, ...] = ()
-    """What is on each card where there are several and the model needs them."""
+    """The part of the plan on each card, if there are several and the model needs them."""
 
     def card_of(self, layer: int) -> int:
-        """The number, in `cards`, of the card that a MoE layer is on; 0 where there is one only."""
+        """The index in `cards` of the card that a MoE layer is on; 0 if there is only one card."""
         at = self.request.spec.layers[layer].decoder_layer
         return next((number for number, card in enumerate(self.cards) if at in card.layers), 0)
 
     def on_card(self, number: int) -> dict[str, Any]:
-        """Of one card: budget, planned bytes, first and last decoder layer, least and most slots, staging."""
+        """One card's budget, planned bytes, first and last decoder layer, least and most slots, staging."""
         card, ladders = self.cards[number], self.request.ladders
         mine = [layer for layer in range(len(ladders)) if self.card_of(layer) == number]
         slots = [self.vram_slots[layer] for layer in mine]
@@ -191,12 +191,12 @@ class Plan:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """See offload/plan/estimate.py; None without a fit."""
+        """The estimate of offload/plan/estimate.py; None if the model does not fit."""
         return self._speed(self.resident_fraction) if self.fits else None
 
     @property
     def resident_tokens_per_s(self) -> float:
-        """The same estimate, were all experts in the fastest tier."""
+        """The same estimate if all experts were in the fastest tier."""
         return self._speed(1.0)
 
     def _speed(self, share: float, *, dispatch: bool = True) -> float:
@@ -207,7 +207,7 @@ class Plan:
 
     @property
     def missed_bytes_per_s(self) -> float:
-        """How fast what is missed comes, on average: over the link, and from disk where RAM lacks it."""
+        """Mean bytes per second of missed experts: over the link, and from disk if RAM lacks them."""
         request = self.request
         return estimate.missed_bytes_per_second(
             self._traffic(self.resident_fraction),
@@ -218,7 +218,7 @@ class Plan:
 
     @property
     def roofline(self) -> float:
-        """Tokens a second that the bytes alone would allow, were all experts in the fastest tier."""
+        """Tokens a second that the bytes alone would allow if all experts were in the fastest tier."""
         return self._speed(1.0, dispatch=False)
 
     @property
@@ -245,7 +245,7 @@ class Plan:
         )
 
     def slots_per_layer(self, slots: Sequence[int]) -> int:
-        """What each of the widest MoE layers has at least; some may have one more."""
+        """The fewest slots among the widest MoE layers; some may have one more."""
         spec = self.request.spec
         widest = [layer.index for layer in spec.layers if layer.num_experts == spec.num_experts]
         return min(slots[index] for index in widest)
@@ -314,7 +314,7 @@ class Plan:
 
 
 def largest(ladders: Ladders) -> int:
-    """Bytes of the largest slot, which are those of the largest expert."""
+    """Bytes of the largest slot, and so of the largest expert."""
     return max(map(max, ladders))
 
 
