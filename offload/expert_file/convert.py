@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class ExpertSource(Protocol):
-    """What experts are converted from; `moe_local.offload.checkpoint.checkpoint.Checkpoint` is one."""
+    """A source of experts to convert, such as `moe_local.offload.checkpoint.checkpoint.Checkpoint`."""
 
     @property
     def name(self) -> str:
@@ -49,12 +49,12 @@ class ExpertSource(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal experts, other when any weight has changed."""
+        """Equal for equal experts; differs if any weight differs."""
 
     def read_expert(self, layer: MoELayer, expert: int, memory: Memory) -> dict[str, torch.Tensor]:
         """The tensors of `layer.tensors`, matrices [out, in], in the checkpoint's dtype, on the CPU.
 
-        In `memory` as far as possible. Called in another thread than the rest.
+        They are placed in `memory` as far as possible. Called in another thread than the other methods.
         """
 
 
@@ -97,9 +97,10 @@ def convert_chosen(
     check: bool = False,
     gpu: torch.device | None = None,
 ) -> ExpertFile:
-    """As `convert_experts`, of what `choose` says while the folder is locked, so that one process chooses.
+    """As `convert_experts`, to the formats that `choose` returns. It is called while the folder is locked, so
+    that only one process chooses.
 
-    That is kept in the folder before anything else happens there.
+    The choice is written to the folder before anything else is.
     """
     with _lock(folder):
         intent = choose()
@@ -128,10 +129,10 @@ def _convert(
     progress: Progress | None,
     check: bool,
 ) -> ExpertFile:
-    """Under the lock: what is still to be done."""
+    """Convert what is not converted yet. Call with the folder locked."""
     with disk_errors(folder):
         folder.mkdir(exist_ok=True)
-    _refuse_namesake(folder, plans)  # of another process, while this one waited
+    _refuse_namesake(folder, plans)  # another process may have written one while this one waited
     if not check and (complete := _complete(folder, plans)):
         return complete
     try:
@@ -192,7 +193,7 @@ class _Conversion:
         assert self.done == self.total
 
     def _keep_finished(self) -> None:
-        """Count the shards that an earlier run left whole, or nearly so: single experts are mended."""
+        """Keep and count the shards that an earlier run finished; single damaged experts are repaired."""
         noted = self._noted()
         for plan in self.plans:
             checksums = plan.stored_checksums(self.folder) or noted.get(plan.layer)
@@ -200,7 +201,7 @@ class _Conversion:
                 self.checksums[plan.layer] = checksums
 
     def _noted(self) -> dict[int, tuple[int, ...]]:
-        """The checksums that a manifest of the same shards has, should their own headers be damaged."""
+        """The checksums in a manifest of the same shards, for the case that a shard's header is damaged."""
         try:
             file = read_manifest(self.folder)
         except ExpertFileError:
@@ -211,7 +212,7 @@ class _Conversion:
         return {plan.layer: layer.checksums for plan, layer in pairs if _is_planned(layer, plan)}
 
     def _is_whole(self, plan: ShardPlan, checksums: tuple[int, ...]) -> bool:
-        """Whether all experts of the shard have these checksums by now; counts them if so."""
+        """Whether all experts of the shard have these checksums, perhaps after a repair; counts them if so."""
         path = self.folder / plan.file
         stored = StoredLayer(
             plan.layer_name, path, plan.nbytes, plan.layouts, plan.offsets(), tuple(checksums)
@@ -236,7 +237,7 @@ class _Conversion:
         return view
 
     def _keep_mix(self) -> None:
-        """Note which formats were chosen, if that is not noted: soon no manifest may tell."""
+        """Note which formats were chosen, if the folder does not say it: its manifest is removed next."""
         first = self.plans[0]
         formats = tuple(tuple(layout.format for layout in plan.layouts) for plan in self.plans)
         known = Intent.read(self.folder, first.fingerprint)
@@ -245,7 +246,7 @@ class _Conversion:
             Intent(self.checkpoint.name, first.fingerprint, first.format, mix).keep(self.folder)
 
     def _clear(self, missing: Sequence[ShardPlan]) -> None:
-        """Remove what is not to stay, manifest first, and see that the disk has room for the rest."""
+        """Remove the manifest and then the shards to be converted; raise if the disk has no room for them."""
         with disk_errors(self.folder):
             for name in (MANIFEST, *(plan.file for plan in missing)):
                 (self.folder / name).unlink(missing_ok=True)
@@ -295,7 +296,7 @@ def _plan(checkpoint: ExpertSource, encoder: ExpertEncoder) -> list[ShardPlan]:
 
 
 def _complete(folder: Path, plans: Sequence[ShardPlan]) -> ExpertFile | None:
-    """The finished file, if it is the one planned."""
+    """The expert file in `folder` if it is finished and holds exactly the planned shards, else None."""
     try:
         file = ExpertFile.open(folder, plans[0].fingerprint, plans[0].format)
     except ExpertFileError:
@@ -305,8 +306,8 @@ def _complete(folder: Path, plans: Sequence[ShardPlan]) -> ExpertFile | None:
 
 
 def _refuse_namesake(folder: Path, plans: Sequence[ShardPlan]) -> None:
-    """Raises ExpertFileError if `folder` holds a finished mix of this name whose experts have other formats:
-    which of the two is wanted, a name cannot say."""
+    """Raises ExpertFileError if `folder` holds a finished mix of the same name whose experts have other
+    formats, since the name does not tell which of the two is wanted."""
     if not is_mixed(plans[0].format):
         return
     try:

@@ -1,4 +1,4 @@
-"""Encoding experts where that is fastest, and saying which one it was if it cannot be done."""
+"""Encodes experts on the CPU or GPU, whichever is faster; errors name the expert."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class FormatChoice:
 
 
 class ExpertEncoder:
-    """Encodes the experts of one model. Where does not matter to the bytes.
+    """Encodes the experts of one model. The encoded bytes are the same on CPU and GPU.
 
     With a `gpu`, the first experts of a quantized format are encoded there and on the CPU in turn, and all
-    later ones where it took less time: the weights, several times the encoded bytes, have to cross the link
-    first. A GPU that has no memory for them is not asked again.
+    later ones where it took less time: for the GPU, the weights, several times the encoded bytes, have to
+    cross the link first. A GPU that runs out of memory is not used again.
     """
 
     def __init__(self, model: str, codec: Codec | FormatChoice, gpu: torch.device | None = None) -> None:
@@ -44,12 +44,12 @@ class ExpertEncoder:
         self.codec = codec
         self._places = [CPU] if gpu is None else [gpu, CPU]
         self._trials = [place for _ in range(2) for place in self._places]
-        """Places for the next experts, unless there is just one. The first time warms up, the last counts."""
+        """Devices for the next experts, if there are two. Each has a warm-up, then a trial that counts."""
         self._seconds_per_byte: dict[torch.device, float] = {}
         self._gpu = gpu
 
     def close(self) -> None:
-        """Give back the GPU memory that torch keeps, for whoever has planned with it."""
+        """Return torch's cached GPU memory to the driver, since it is planned for other uses."""
         if self._gpu is not None and self._gpu.type == "cuda":
             with alone:
                 torch.cuda.empty_cache()
@@ -61,7 +61,7 @@ class ExpertEncoder:
 
     @property
     def place(self) -> torch.device:
-        """Where the next expert of a quantized format will be encoded."""
+        """The device on which the next expert of a quantized format will be encoded."""
         if len(self._places) == 1:
             return self._places[0]
         if self._trials:

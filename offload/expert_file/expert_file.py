@@ -60,12 +60,12 @@ class ExpertFile:
     ) -> None:
         self.folder = folder
         self.fingerprint = fingerprint
-        """Of the checkpoint that the experts come from."""
+        """The fingerprint of the checkpoint that the experts come from."""
         self.name = name
-        """What the model was called when it was converted."""
+        """The model's name when it was converted."""
         self.model_type = model_type
         self.format = format
-        """As asked for at conversion; a single expert's is `layout(layer, expert).format`."""
+        """The format asked for at conversion; a single expert's is `layout(layer, expert).format`."""
         self.layers = tuple(layers)
 
     @classmethod
@@ -99,7 +99,7 @@ class ExpertFile:
         plans: Sequence[ShardPlan],
         checksums: Sequence[Sequence[int]],
     ) -> ExpertFile:
-        """Write the manifest over finished shards, one plan and one list of checksums each, and open it.
+        """Write the manifest of finished shards, given a plan and checksums for each, and open the file.
 
         The manifest comes last: a folder that has one is complete. Raises as `open`, or DoesNotFitError.
         """
@@ -216,7 +216,8 @@ def _checksum(fields: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> ExpertFile:
-    """The expert file in `folder` whatever became of its shards. Raises ExpertFileError for the manifest."""
+    """The expert file in `folder`, without looking at its shards. Raises ExpertFileError for a missing or
+    damaged manifest, or one of another version."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ExpertFileError(
@@ -245,7 +246,8 @@ def read_manifest(folder: Path) -> ExpertFile:
 
 
 def _file(folder: Path, fields: dict[str, Any]) -> ExpertFile:
-    """From a manifest's fields. Its checksum tells of damage, not of malice: nothing may lie out of place."""
+    """The expert file of a manifest's fields. Its checksum detects damage but not malice, so file names and
+    offsets are checked."""
     layouts = [Layout.from_dict(layout) for layout in fields["layouts"]]
     layers = []
     for layer in fields["layers"]:
@@ -270,7 +272,7 @@ def _file(folder: Path, fields: dict[str, Any]) -> ExpertFile:
 
 
 def _check_places(layer: StoredLayer) -> None:
-    """Raise ValueError unless every expert lies on pages of its own within the shard."""
+    """Raise ValueError unless every expert has its own whole pages within the shard."""
     end = 0
     for layout, offset, checksum in zip(layer.layouts, layer.offsets, layer.checksums, strict=True):
         if type(offset) is not int or offset < max(end, PAGE) or offset % PAGE or not 0 <= checksum < 2**64:

@@ -1,7 +1,7 @@
 """One shard of an expert file: the experts of one MoE layer in one safetensors file.
 
 Each expert is one flat U8 tensor of whole pages, and the data section starts on a page, so that direct
-I/O can read any expert in place. The header says all that is needed to know a finished shard again.
+I/O can read any expert in place. The header has all that is needed to recognize a finished shard.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moe_local.offload.system.direct_io import open_for_writing, page_memory, wr
 from moe_local.offload.system.home import moe_local_home
 
 VERSION = 1
-"""Of shards and manifest together; raised when an older moe-local could not read what a newer one writes."""
+"""The version of the format of shards and manifest; raised when older releases could not read new files."""
 
 TEMPORARY = ".tmp"
 """Suffix of a file that is being written."""
@@ -33,16 +33,16 @@ TEMPORARY = ".tmp"
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """What a shard holds, known before any weight is read; two equal plans give files of equal bytes."""
+    """The content of a shard, known before any weight is read; equal plans give files with equal layouts."""
 
     fingerprint: str
-    """Of the checkpoint that the experts come from."""
+    """The fingerprint of the checkpoint that the experts come from."""
     format: str
-    """As asked for; a single expert's is in its layout."""
+    """The format asked for; a single expert's is in its layout."""
     layer: int
     layer_name: str
     layouts: tuple[Layout, ...]
-    """Of each expert, by number."""
+    """The layout of each expert, by number."""
 
     @property
     def file(self) -> str:
@@ -64,7 +64,7 @@ class ShardPlan:
     def header(self, checksums: Sequence[int] | None = None) -> bytes:
         """The file's first bytes up to the data: safetensors' length and JSON, padded to whole pages.
 
-        The length does not depend on `checksums` (xxh3_64 of each expert; zeros without).
+        The length does not depend on `checksums` (xxh3_64 of each expert; None: zeros are written).
         """
         layouts = list(dict.fromkeys(self.layouts))
         fields: dict[str, object] = {
@@ -112,7 +112,7 @@ class ShardPlan:
 class ShardWriter:
     """Writes one shard: a context in which `add` is called for each expert in turn, then `finish` once.
 
-    Fast from memory that starts on a page, which goes to the disk directly.
+    Fast if an expert's memory starts on a page boundary, since it is then written with direct I/O.
 
     The bytes go to a temporary file beside the shard, which takes the shard's name in `finish`, after it
     has reached the disk. Leaving the context earlier, by whatever exception, removes the temporary file.
@@ -148,7 +148,7 @@ class ShardWriter:
         self._checksums.append(xxhash.xxh3_64_intdigest(expert))
 
     def finish(self) -> tuple[int, ...]:
-        """Make the shard appear, whole and on the disk; returns the experts' checksums."""
+        """Make the complete shard durable, then give it its name; returns the experts' checksums."""
         assert self._file is not None
         self.check_integrity()
         with disk_errors(self.path, self.plan.nbytes):
@@ -173,7 +173,7 @@ class ShardWriter:
 
 
 def _on_pages(data: bytes) -> memoryview:
-    """A copy in memory that can be written directly."""
+    """A copy in page-aligned memory, for direct I/O."""
     view: memoryview = page_memory(len(data)).numpy().data
     view[:] = data
     return view

@@ -1,8 +1,9 @@
-"""What an expert file is to hold where that was chosen, kept in its folder before any expert is converted.
+"""The formats chosen for an expert file, written to its folder before any expert is converted.
 
-What a choice depends on may be another when a conversion that was killed begins again: the memory that is
-free, measured bandwidths, this program's version. The intent is what it goes on with all the same. It stays
-beside the finished file, since a repair takes the manifest away for a while, and goes with the folder.
+When an interrupted conversion is started again, what the choice was based on may have changed: the free
+memory, measured bandwidths, this program's version. The conversion then continues with the intent that was
+written. It stays beside the finished file, since a repair removes the manifest for a while, and is deleted
+only with the folder.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """What the experts of one checkpoint are to be converted to in one folder, and what that was chosen by.
+    """The formats to which a checkpoint's experts are converted in one folder, and how they were chosen.
 
-    Well-formed once it is made: raises ExpertFileError where `experts` and `mix` contradict each other.
+    Validated when made: raises ExpertFileError if `experts` and `mix` contradict each other.
     """
 
     model: str
-    """What it was called."""
+    """The name that the user gave the model."""
     fingerprint: str
-    """The checkpoint's."""
+    """The checkpoint's fingerprint."""
     experts: str
-    """In canonical spelling: "mixed:3.5", or the one format that "auto" has come to."""
+    """In canonical spelling: "mixed:3.5", or the one format that "auto" has chosen."""
     mix: Mix | None = None
-    """The format of each expert of a "mixed:BITS"."""
+    """The format of each expert, for "mixed:BITS"."""
     budget: str | None = None
-    """What experts "auto" was to fit, as LoadOptions.budget has it; None: these were asked for by name."""
+    """The options that experts "auto" had to fit, as LoadOptions.budget; None: asked for by name."""
     text: str | None = None
-    """Names the text that the mix was chosen by (Sensitivity.text); None: by the weights alone."""
+    """Names the text by which the mix was chosen (Sensitivity.text); None: by the weights alone."""
 
     def __post_init__(self) -> None:
         if self.mix is None if is_mixed(self.experts) else self.mix is not None:
@@ -56,17 +57,17 @@ class Intent:
             raise ExpertFileError(f"experts {self.experts} with a mix that is called {self.mix.name}")
 
     def keep(self, folder: Path) -> None:
-        """Put it, durably, into `folder`. Raises DoesNotFitError or ExpertFileError if that cannot be."""
+        """Write the intent to `folder`, atomically. Raises DoesNotFitError or ExpertFileError on failure."""
         fields = self._fields()
         with disk_errors(folder / INTENT):
             write_atomically(folder / INTENT, [json.dumps(fields | {"checksum": _checksum(fields)}), "\n"])
 
     @classmethod
     def read(cls, folder: Path, fingerprint: str, *, say: bool = False) -> Intent | None:
-        """What is kept in `folder` for the checkpoint with this fingerprint.
+        """The intent in `folder` for the checkpoint with this fingerprint.
 
-        None if there is nothing, or something that is damaged, of another version or of another checkpoint;
-        of these a line is logged with `say`, since what was begun does not go on then.
+        None if there is none, or if it is damaged, of another version or of another checkpoint. With `say`
+        these cases are logged, since the conversion that was begun cannot be continued then.
         """
         path, why = folder / INTENT, "damaged"
         try:

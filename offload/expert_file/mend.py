@@ -1,4 +1,4 @@
-"""Damaged experts of a shard written again in their places, where the rest of the shard is whole."""
+"""Repairs single damaged experts of a shard in place."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from moe_local.offload.expert_file.expert_file import StoredLayer
 from moe_local.offload.expert_file.expert_shard import ShardPlan, disk_errors
 
 Encoded = Callable[[int], memoryview]
-"""Gives an expert's bytes, encoded from its source again; valid until the next call."""
+"""Returns an expert's bytes, encoded again from its source; valid until the next call."""
 
 
 def mend_shard(plan: ShardPlan, stored: StoredLayer, damaged: Sequence[int], encoded: Encoded) -> bool:
-    """Write these experts, the header and the end of the shard as they were.
+    """Restore these experts, the header and the length of the shard to what they were, in place.
 
-    In place: what is written has the checksum that was noted when the file was made, so whoever reads
-    meanwhile, or after a kill in the middle, finds the right bytes or ones that his checksum refuses. False
-    where the source gives other bytes than it did then, or the shard is gone: it has to be made anew, and
-    nothing wrong was written. Raises DoesNotFitError, ExpertFileError, and what `encoded` does.
+    Only bytes with the checksum recorded at conversion are written, so a reader during the repair, or after
+    it was killed, finds either the right bytes or ones that fail its checksum. Returns False if the source
+    gives other bytes than at conversion, or the shard is gone: it then has to be converted again, and nothing
+    wrong was written. Raises DoesNotFitError, ExpertFileError, and what `encoded` does.
     """
     if not stored.path.is_file():
         return False

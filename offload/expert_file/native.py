@@ -1,4 +1,4 @@
-"""Experts read from the checkpoint's own shards as they are: no second copy on disk, no second rounding."""
+"""Experts read from the checkpoint's own shards: without a second copy on disk or a second rounding."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ DTYPES = {
     "U8": "uint8",
     "I8": "uint8",
 }
-"""safetensors' names -> those of layouts, where exponents and pairs of 4-bit numbers are bytes."""
+"""safetensors' dtype names -> those of layouts, in which exponents and pairs of 4-bit numbers are bytes."""
 
 PLAIN = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 class _Part(NamedTuple):
-    """One segment of the buffer and the stored tensors that fill it, one behind the other."""
+    """One segment of an expert's buffer, and the stored tensors that fill it one after the other."""
 
     name: str
     part: str
@@ -42,16 +42,16 @@ class _Part(NamedTuple):
 
 
 class NativeExperts:
-    """Where every expert lies in the shards, and how it lies in its buffer. Immutable; holds no file open.
+    """Each expert's location in the shards, and the layout of its buffer. Immutable; holds no file open.
 
-    Stands for an ExpertFile. A checkpoint has no checksums, so what is known of its health is what opening it
-    has shown: headers that fit the config, and files as long as these say.
+    Used in place of an ExpertFile. A checkpoint has no checksums, so only what was checked when it was opened
+    is known: headers match the config, and files are as long as their headers say.
     """
 
     format = "native"
 
     def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
-        """`folder` is where an expert file would be, for what is noted beside it; it need not exist.
+        """`folder` is where an expert file would be, for files that are kept beside it; it need not exist.
 
         Raises CheckpointError if some expert is stored in a way that kernels cannot read in place.
         """
@@ -64,7 +64,7 @@ class NativeExperts:
 
     @property
     def formats(self) -> list[str]:
-        """What the experts are stored in, as their layouts call it."""
+        """The formats of the experts' layouts."""
         return sorted({layout.format for layer in self._of for layout in layer})
 
     def layout(self, layer: int, expert: int) -> Layout:
@@ -105,7 +105,7 @@ class NativeExperts:
 
 
 def _tensor_parts(tensor: TensorSpec, pieces: Sequence[Weight], *, transposed: bool) -> Iterator[_Part]:
-    """How one tensor of an expert lies in the buffer. Raises CheckpointError if kernels could not read it."""
+    """The segments of one tensor of an expert. Raises CheckpointError if kernels could not read it."""
     forms = {piece.format for piece in pieces}
     kinds = {tuple(stored.dtype for stored in piece.parts) for piece in pieces}
     turned = transposed and len(tensor.shape) == 2
@@ -135,7 +135,8 @@ def _tensor_parts(tensor: TensorSpec, pieces: Sequence[Weight], *, transposed: b
 
 
 def _grid(pieces: Sequence[Weight], rows: int, columns: int) -> tuple[int, int]:
-    """The shape of the scales of FP8 pieces, one grid below the other, if these read as one grid."""
+    """The shape of the scales of FP8 pieces, stacked along the rows. Raises CheckpointError if they do not
+    form one grid of equal blocks."""
     grids = [piece.parts[1].shape[-2:] if len(piece.parts[1].shape) > 1 else (1, 1) for piece in pieces]
     joined = sum(grid[0] for grid in grids), grids[0][1]
     whole = _block(rows, joined[0]), _block(columns, joined[1])
@@ -147,7 +148,7 @@ def _grid(pieces: Sequence[Weight], rows: int, columns: int) -> tuple[int, int]:
 
 
 def _block(size: int, count: int, block: int = fp8.BLOCK) -> int:
-    """Numbers that share a scale; 0 if that cannot be said."""
+    """How many numbers share a scale along one dimension; 0 if it cannot be determined."""
     try:
         return min(size, fp8.block_size(size, count, block))
     except ValueError:
@@ -155,7 +156,7 @@ def _block(size: int, count: int, block: int = fp8.BLOCK) -> int:
 
 
 def _format(parts: Iterable[_Part]) -> str:
-    """The layout's format: an exact codec's if all is plain and as that codec lays it out."""
+    """The layout's format: an exact codec's name if all parts are plain and laid out as that codec does."""
     parts = list(parts)
     dtypes = {part.dtype for part in parts}
     if all(part.part == "values" for part in parts) and len(dtypes) == 1 and dtypes <= PLAIN.keys():
@@ -172,7 +173,7 @@ def _placed(folder: Path, stored: Iterable[StoredTensor], at: int) -> Iterator[F
 
 
 def _joined(ranges: Iterable[FileRange]) -> Iterator[FileRange]:
-    """The same with neighbours made one that are neighbours in the file and in the buffer."""
+    """The same ranges, with those merged that are adjacent both in the file and in the buffer."""
     last: FileRange | None = None
     for part in ranges:
         if last is not None and _follows(last, part):

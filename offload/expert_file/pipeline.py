@@ -1,7 +1,7 @@
-"""Three things at once: the next expert is read while one is encoded and the one before is written.
+"""A pipeline of three stages: while one expert is encoded, the next is read and the previous one is written.
 
-Everything keeps the order of the plans, however long it takes: whatever fails, fails with all earlier experts
-written and all shards kept that they complete.
+All stages keep the order of the plans. So when an expert fails, all earlier experts have been written, and
+all shards that they complete are kept.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from moe_local.offload.system.direct_io import Memory, PageArena, page_memory
 Tensors = Mapping[str, torch.Tensor]
 
 Read = Callable[[ShardPlan, int, Memory], Tensors]
-"""Expert `n` of a plan, read into memory that is used again two experts later. In a thread of its own."""
+"""Reads expert `n` of a plan into memory that is reused two experts later. Called in a separate thread."""
 
 Encode = Callable[[ShardPlan, int, Tensors, torch.Tensor], None]
-"""Writes expert `n` of a plan into its buffer, uint8 [its layout's nbytes]. In the caller's thread."""
+"""Encodes expert `n` of a plan into its buffer, uint8 [its layout's nbytes], in the caller's thread."""
 
 Written = Callable[[Layout], None]
-"""Told of each expert, in order, that it has been written. In the caller's thread."""
+"""Called, in order, after each expert was written, in the caller's thread."""
 
 
 def write_shards(
@@ -48,7 +48,7 @@ def write_shards(
         try:
             for plan, expert, tensors in _read_ahead(plans, read, reader):
                 if (emptied := free.get()) is None:
-                    break  # the writer failed, which its result says
+                    break  # the writer failed; result.result() raises its error
                 buffer = _tell(emptied, written)
                 encode(plan, expert, tensors, buffer[: plan.layouts[expert].nbytes])
                 del tensors
@@ -62,7 +62,7 @@ def write_shards(
 
 
 def _tell(emptied: tuple[torch.Tensor, Layout | None], written: Written) -> torch.Tensor:
-    """The buffer, once it has been told what was written from it."""
+    """Report what was written from a buffer, if anything; returns the buffer."""
     buffer, layout = emptied
     if layout is not None:
         written(layout)
@@ -72,7 +72,7 @@ def _tell(emptied: tuple[torch.Tensor, Layout | None], written: Written) -> torc
 def _read_ahead(
     plans: Sequence[ShardPlan], read: Read, reader: ThreadPoolExecutor
 ) -> Iterator[tuple[ShardPlan, int, Tensors]]:
-    """Each expert, the one after it being read meanwhile. It must be let go before the next is asked for."""
+    """Each expert, while the next is read. The caller must drop its tensors before it asks for the next."""
     experts = [(plan, expert) for plan in plans for expert in range(len(plan.layouts))]
     memories = PageArena(), PageArena()
     coming = reader.submit(read, *experts[0], memories[0])
@@ -92,7 +92,7 @@ def _write(
     filled: SimpleQueue[torch.Tensor | None],
     free: SimpleQueue[tuple[torch.Tensor, Layout | None] | None],
 ) -> list[tuple[int, ...]]:
-    """The writer: buffers come through `filled` and go back through `free`; None ends either."""
+    """The writer thread: buffers come through `filled` and return through `free`; None ends either queue."""
     checksums: list[tuple[int, ...]] = []
     try:
         for plan in plans:

@@ -1,4 +1,4 @@
-"""Damaged experts converted again, from the checkpoint that the expert file was made from."""
+"""Converts damaged experts again, from the checkpoint that the expert file was made from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_local.offload.quantize.codec import Codec, codec_for
 
 
 def repair_experts(folder: Path, checkpoint: ExpertSource, progress: Progress | None = None) -> ExpertFile:
-    """Make the expert file in `folder` whole again, every expert in the format that it has.
+    """Repair the expert file in `folder`; every expert keeps its format.
 
     Reads and compares all experts; only damaged ones are read from the checkpoint. A process that has the
     file open may go on reading it. Raises ExpertFileError if the manifest is unreadable or names another

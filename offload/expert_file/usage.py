@@ -1,4 +1,4 @@
-"""How often each expert was chosen, kept beside the expert file over all runs."""
+"""Counts how often each expert was chosen, over all runs, in a file beside the expert file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from moe_local.cache.stats import RoutedTokens
 FILE_NAME = "usage.json"
 
 PATIENCE_S = 10.0
-"""Adding takes a moment: whoever holds the lock for longer is stuck, and closing a model must not be."""
+"""Longest wait for the lock. Adding takes a moment, so a process that holds it for longer is stuck, and the
+close of a model must not wait for it."""
 
 
 def read_usage(folder: Path) -> RoutedTokens | None:
     """The counts of all earlier runs with the expert file in `folder`; None if there are none yet.
 
-    A damaged file counts as none: the figures inform, nothing depends on them.
+    A damaged file counts as none: no result depends on these figures.
     """
     try:
         fields = parse_json((folder / FILE_NAME).read_bytes())

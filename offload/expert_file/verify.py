@@ -1,4 +1,4 @@
-"""Is what lies on the disk what was written? Every expert read and compared, at the speed of the disk."""
+"""Verifies an expert file: reads every expert at the disk's speed and compares its checksum."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from moe_local.offload.system.direct_io import Range, ReadError, page_memory, re
 from moe_local.offload.system.hung import HungError
 
 BATCH = 64 << 20
-"""Bytes read at a time, so that small experts, too, keep the disk busy."""
+"""Bytes read at a time, so that small experts keep the disk busy as well."""
 
 WRONG = "wrong checksum"
 HEADER = "its header is damaged"
 
 
 class Damage(NamedTuple):
-    """What is not as it was written: an expert or, if `expert` is None, the header or the end of a shard."""
+    """A damaged expert or, if `expert` is None, a shard whose header or length is damaged."""
 
     layer: int
     expert: int | None
@@ -52,7 +52,7 @@ class _Expert(NamedTuple):
 
 
 def find_damage(file: ExpertFile, progress: Progress | None = None) -> list[Damage]:
-    """Everything in the shards of `file` that is not as it was written, by layer and expert.
+    """All damage in the shards of `file`, by layer and expert.
 
     Reads past the page cache where the system allows it. Memory: twice BATCH and the largest expert.
     Shards may be missing or of a wrong size (`read_manifest` opens such a file). Raises ExpertFileError for a
@@ -79,7 +79,7 @@ def damaged_experts(
 ) -> list[Damage]:
     """The experts of these shards that cannot be read or have another checksum, in order.
 
-    `first` is the number of the first layer; `told` hears each expert's bytes once it has been compared.
+    `first` is the number of the first layer; `told` is called with each expert's size after its comparison.
     Raises as `find_damage`.
     """
     found: list[Damage] = []
@@ -114,7 +114,7 @@ def damaged_frame(plan: ShardPlan, stored: StoredLayer) -> str | None:
 
 
 def _batches(layers: Sequence[StoredLayer], first: int) -> Iterator[list[_Expert]]:
-    """Neighbours of one shard, up to BATCH bytes."""
+    """Batches of consecutive experts of one shard; a batch ends once it has BATCH bytes."""
     for layer, stored in enumerate(layers, first):
         batch: list[_Expert] = []
         for expert in range(len(stored.layouts)):
@@ -144,7 +144,7 @@ def _read_ahead(
 
 
 def _fill(batch: Sequence[_Expert], buffer: torch.Tensor) -> dict[int, str]:
-    """Read a batch; the experts that could not be read, and why."""
+    """Read a batch; returns the experts that could not be read, and why."""
     ranges, at = [], 0
     for expert in batch:
         start = expert.stored.offsets[expert.expert]
