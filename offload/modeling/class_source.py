@@ -1,4 +1,4 @@
-"""The source text of transformers' classes, for what no attribute tells about their forward."""
+"""The source text of transformers' classes, for properties of their forward that no attribute shows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @cache
 def class_source(cls: Any) -> str:
-    """The text of `cls`, a class of transformers; "" for others, and where the text is not at hand."""
+    """The source text of `cls`, a class of transformers; "" for other classes or if it is unavailable."""
     if not cls.__module__.startswith("transformers."):
         return ""
     try:

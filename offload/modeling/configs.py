@@ -1,4 +1,4 @@
-"""Configs as transformers' objects."""
+"""Makes and reads transformers' config objects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EQUAL_FACTORS = re.compile(r"got high_freq_factor=(\S+) and low_freq_factor=\1$"
 
 
 def make_config(fields: Mapping[str, Any]) -> Any:
-    """transformers' config of a config.json whose model type it has. Raises whatever that raises."""
+    """transformers' config object for a config.json of a model type that it knows. Raises as transformers."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     logging.getLogger("transformers.modeling_rope_utils").addFilter(_is_of_use)
@@ -19,10 +19,10 @@ def make_config(fields: Mapping[str, Any]) -> Any:
 
 
 def attention_of(config: Any) -> str | None:
-    """The attention that a model's config asks for, as `config._attn_implementation`.
+    """The attention implementation of a model's config: a fast `config._attn_implementation`.
 
-    That costs every layer of a token some microseconds: an attribute of a config is looked up under its other
-    names first, in Python, and this one is a property of another.
+    The attribute itself costs some microseconds per layer and token: a config looks attributes up under their
+    aliases first, in Python, and this one is a property that reads another.
     """
     own: dict[str, Any] = object.__getattribute__(config, "__dict__")
     found: str | None = own.get("_attn_implementation_internal")
@@ -30,6 +30,6 @@ def attention_of(config: Any) -> str | None:
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
-    """False for the doubt about Llama 4 Scout's positions: two equal factors are a step where others have a
-    ramp, and what Meta published."""
+    """False for the warning about Llama 4 Scout's rotary factors: two equal factors give a step where others
+    give a ramp, and are what Meta published."""
     return not EQUAL_FACTORS.search(record.getMessage())

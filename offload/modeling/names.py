@@ -8,6 +8,6 @@ from typing import Any
 
 
 def cache_name(function: Callable[..., Any]) -> str:
-    """What a function of transformers calls the cache it is given; 5.24 began to rename it."""
+    """The name of a transformers function's cache argument, which releases from 5.24 on rename."""
     names = inspect.signature(function).parameters
     return next((name for name in ("cache", "cache_params") if name in names), "past_key_values")

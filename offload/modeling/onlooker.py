@@ -1,4 +1,4 @@
-"""Hooks that only look, and so can be served by whoever computes a module's answer without calling it."""
+"""Hooks that only read a module's input, and so can be called even where the module itself is bypassed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import nn
 
 
 class Onlooker:
-    """A forward pre-hook that is shown the first tensor a module is called with, and changes nothing.
+    """A forward pre-hook that gets the first argument of a module's call, and changes nothing.
 
-    Torch calls it with the module, as any hook. A layer that runs without calling the module knows it by its
-    class, and calls it with the tensor that the module would have been given, where other hooks send the
-    layer the plain way.
+    Torch calls it as any hook. Code that computes a layer without calling the module recognizes the hook by
+    its class, and calls it with the tensor that the module would have been given. Other hooks make such code
+    fall back to calling the modules.
     """
 
     def __init__(self, look: Callable[[torch.Tensor], None]) -> None:

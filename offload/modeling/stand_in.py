@@ -1,4 +1,4 @@
-"""Classes that take the place of a loaded module's own, for a faster way through some of its calls."""
+"""Subclasses that replace the class of a loaded module, for a faster computation of some of its calls."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def stand_in(
 ) -> Any:
     """A subclass of `cls` with another `forward`, and other `methods`.
 
-    Hooks and `isinstance` find what they look for.
+    Hooks and `isinstance` work as with `cls`.
 
-    `make(cls)` has to give it, the same one each time, in a copy's process, too: a module is copied and
-    pickled by it, since nobody finds the subclass by its name.
+    `make(cls)` must return this subclass, the same one at each call, also in a process that unpickles a copy:
+    modules are copied and pickled by means of it, since the subclass cannot be imported by name.
     """
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
@@ -31,7 +31,7 @@ def _empty(make: Callable[[Any], Any], cls: Any) -> Any:
 
 
 def calling(function: Any, names: dict[str, Any]) -> Callable[..., Any]:
-    """A copy of a function of plain Python that finds these by their global names, all else as ever."""
+    """A copy of a plain Python function in which the global `names` have these values."""
     copied = FunctionType(
         function.__code__,
         function.__globals__ | names,
@@ -44,7 +44,7 @@ def calling(function: Any, names: dict[str, Any]) -> Callable[..., Any]:
 
 
 def set_class(module: Any, cls: Any) -> None:
-    """Make a loaded module one of `cls`, a stand-in for its class or that class again."""
+    """Set the class of a loaded module to `cls`: a stand-in for its class, or the original class again."""
     module.__class__ = cls
-    if hasattr(module, "_old_forward"):  # what accelerate's hooks, which move tensors from card to card, call
+    if hasattr(module, "_old_forward"):  # which accelerate's hooks, for several cards, call
         module._old_forward = MethodType(cls.forward, module)

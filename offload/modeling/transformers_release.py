@@ -1,8 +1,8 @@
-"""Whether the installed transformers is one that moe-local can build on.
+"""Checks whether moe-local works with the installed release of transformers.
 
-Models, configs and tokenizers are asked for in public ways, but loading without experts, conversion rules and
-cache layers have none. What of transformers' insides is used is named here, so that a release that moved it
-is told apart from a mistake of ours, at import and in one line.
+Models, configs and tokenizers are used through public interfaces, but there are none for loading without
+experts, for conversion rules and for cache layers. The internals of transformers that are used are listed
+here, so that a release in which they have moved is reported at import, in one line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INTERNALS = {
         "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
     ),
 }
-"""Names by module of transformers."""
+"""Module of transformers -> the internal names that are used from it."""
 
 
 class TransformersError(MoeLocalError, ImportError):
@@ -34,7 +34,7 @@ class TransformersError(MoeLocalError, ImportError):
 
 
 def check_release() -> None:
-    """Raise TransformersError if something is not where it is looked for. Imports transformers."""
+    """Raise TransformersError if one of INTERNALS is missing. Imports transformers."""
     try:
         version = metadata.version("transformers")
     except metadata.PackageNotFoundError as error:

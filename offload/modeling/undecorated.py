@@ -1,9 +1,9 @@
-"""Routed experts that transformers' experts interface does not serve, made to look as if it did.
+"""Adapts routed experts that do not use transformers' experts interface, so that they look as if they did.
 
-The interface's decorator leaves marks on a module (`has_gate` and the like) and calls it with the tokens, the
-experts that the router chose and their weights. Two families have experts without it: Llama 4 multiplies all
-tokens with all experts, Switch Transformers keeps a module for each. `decorate` gives both the marks, the
-packed parameters and the call, so that everything else treats them like any other.
+The interface's decorator sets attributes on a module (`has_gate` and the like), and the module is called with
+the tokens, the chosen experts and their weights. Two families do not use it: Llama 4 multiplies all tokens
+with all experts, Switch Transformers has one module per expert. `decorate` gives both the attributes, packed
+parameters and call signature of the interface, so that the rest of the code treats all experts alike.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from moe_local.offload.modeling.stand_in import stand_in
 
 
 def is_experts_module(module: nn.Module) -> bool:
-    """Whether transformers' experts interface serves this module (its decorator leaves these marks)."""
+    """Whether this module uses transformers' experts interface, whose decorator sets these attributes."""
     return all(hasattr(module, name) for name in ("has_gate", "is_concatenated", "is_transposed"))
 
 
 def decorate(model: nn.Module) -> None:
-    """Give the experts of `model`, on the meta device, the marks of the interface where they lack them.
+    """Adapt those experts of `model`, on the meta device, that do not use the interface.
 
-    Raises CheckpointError if there are experts that neither the interface nor this module knows, since they
-    would be loaded whole.
+    Raises CheckpointError if there are experts that neither the interface nor this module supports, since
+    they would be loaded into memory whole.
     """
     for module in list(model.modules()):
         kind = type(module).__name__
@@ -44,7 +44,7 @@ def decorate(model: nn.Module) -> None:
 
 
 def conversion_rules(model: nn.Module) -> list[Any]:
-    """What transformers' own conversion rules of the checkpoint lack for experts that `decorate` packed."""
+    """Conversion rules for experts that `decorate` packed, in addition to transformers' own."""
     from transformers.core_model_loading import MergeModulelist, WeightConverter
 
     if not any(isinstance(module, PackedExperts) for module in model.modules()):
@@ -56,11 +56,11 @@ def conversion_rules(model: nn.Module) -> list[Any]:
 
 
 def _unknown_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that hold routed experts, by the name of their class, and are not marked."""
+    """Modules that hold routed experts, judging by their class's name, without the interface's attributes."""
     known: set[str] = set()
     for name, module in model.named_modules():
         if is_experts_module(module) or name.rpartition(".")[0] in known:
-            known.add(name)  # and so, in turn, all that is within it
+            known.add(name)  # so that its descendants are skipped, too
             continue
         kind = type(module).__name__
         routed = "Experts" in kind and "Shared" not in kind and kind != "OffloadedExperts"
@@ -97,8 +97,8 @@ def _llama4_experts(cls: Any) -> Any:
 @cache
 def _llama4_block(cls: Any) -> Any:
     def forward(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, T, D] -> [B * T, D] and the router's logits. The experts' weights scale what they read, not
-        what they answer, so that each (token, expert) pair is a token of its own."""
+        """[B, T, D] -> [B * T, D] and the router's logits. The router's weights scale the experts' inputs,
+        not their outputs, so each (token, expert) pair is passed as a token of its own."""
         x = hidden_states.reshape(-1, self.hidden_dim)
         _, logits = self.router(x)
         chosen, index = logits.topk(self.top_k, dim=-1)
@@ -115,9 +115,9 @@ def _llama4_block(cls: Any) -> Any:
 
 
 class PackedExperts(nn.Module):
-    """Experts of two matrices and an activation, as the interface packs them: [E, F, D] and [E, D, F].
+    """Experts of two matrices and an activation, packed as in the interface: [E, F, D] and [E, D, F].
 
-    Only ever on the meta device: it tells shapes, and then an OffloadedExperts takes its place.
+    Exists only on the meta device: it provides shapes until an OffloadedExperts replaces it.
     """
 
     top_k = 1
@@ -145,13 +145,13 @@ def _decorate_switch(block: Any) -> None:
     kind: Any = type(block)
     block.__class__ = _switch_block(kind)
     block.experts = PackedExperts(block.experts)
-    block._is_hf_initialized = True  # or the loader would fill the modules that were there
+    block._is_hf_initialized = True  # or the loader would initialize the replaced modules
 
 
 def _choice(routed: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of what a router returns: one-hot expert, zeros beyond the capacity, and its weight.
+    """(the one-hot expert of each token, zeros beyond the capacity; its weight), from a router's outputs.
 
-    transformers 5.17 has them in the last two places, and leaves nobody out.
+    In transformers 5.17 they are the last two outputs, and no token is dropped.
     """
     first, second, third = routed
     return (second, third) if first.is_floating_point() else (first, second)
@@ -166,7 +166,7 @@ def _switch_block(cls: Any) -> Any:
         chosen = chosen.reshape(x.shape[0], -1)
         index = chosen.argmax(dim=-1, keepdim=True)
         output: torch.Tensor
-        if hidden_states.shape[1] <= self.router.expert_capacity:  # nobody is left out
+        if hidden_states.shape[1] <= self.router.expert_capacity:  # no token is dropped
             output = self.experts(x, index, weights)
             return output.view_as(hidden_states)
         served = chosen.any(dim=-1).nonzero().flatten()
