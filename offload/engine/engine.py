@@ -56,7 +56,7 @@ class Engine:
     """
 
     def __init__(self, hf: Any, kv: KVRows, *, chunk: int) -> None:
-        """`chunk`: most prompt tokens in one forward; other sequences and Ctrl-C are served between chunks."""
+        """`chunk`: most prompt tokens in one forward; other sequences and Ctrl-C get a turn between chunks."""
         self.hf = hf
         self.kv = kv
         self.chunk = chunk
@@ -218,7 +218,7 @@ class Engine:
                         raise
                 else:
                     return self._emit(work, picks, scores)
-                # Only here, outside the except block, is the traceback gone, which kept the forward's tensors.
+                # Only here, outside the except block, is the traceback gone, which kept the step's tensors.
                 self._turn, self._had_prompt = turn, had_prompt
                 self._make_room(lacking, work)
 

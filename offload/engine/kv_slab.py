@@ -118,7 +118,7 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]
     """One row of one layer, as transformers' attention modules see a cache layer."""
 
     def __init__(self, store: LayerStore, row: int, lens: list[int]) -> None:
-        """`lens`: the slab's own list, not a copy. The slab itself is not referenced, so no cycle keeps it."""
+        """`lens`: the slab's own list, not a copy. There is no reference to the slab, hence no cycle."""
         super().__init__()
         self._lens, self._row, self._window = lens, row, store.window
         self._keys = store.keys[row : row + 1]
@@ -271,7 +271,7 @@ class KVSlab:
         return Cache(layers=layers)
 
     def mark(self, row: int) -> Callable[[], None]:
-        """A function that undoes later forwards of the row that were not `advance`d; may be called repeatedly.
+        """A function that undoes later forwards of the row without `advance`; may be called repeatedly.
 
         It does nothing here, since such a forward has only written after the row's length.
         """

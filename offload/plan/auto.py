@@ -24,7 +24,7 @@ NEAR = 0.25
 """Bits per weight by which a mix that is already converted may differ from the best one and still be used."""
 FAST_ENOUGH = 0.8
 """Share of the best mix's tokens per second that a converted mix with more bits, whose experts do not all
-fit, must reach to be used. Free memory changes from day to day, and a conversion takes time and disk space."""
+fit, must reach to be used. Free memory changes from day to day, and conversions take time and disk space."""
 
 
 def choose(plan_of: Callable[[str], Plan], spec: ModelSpec, have: Iterable[str] = ()) -> str:
