@@ -25,7 +25,7 @@ from moe_local.offload.turn import Turn
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The last word to a listener."""
+    """The last event of a listener."""
 
     reason: FinishReason | None
     """None: it was cancelled, or `error` says what happened."""
@@ -34,8 +34,8 @@ class Ended:
 
 T = TypeVar("T")
 Listener = Callable[[Token | Ended], None]
-"""Told of each token, and once of the end, in the batcher's thread: it must be quick. If it raises, its
-answer is cancelled."""
+"""Called with each token, and once with the end, in the batcher's thread: it must return quickly. If it
+raises, its answer is cancelled."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +55,7 @@ class Ticket:
     last: float = 0.0
     """When its last token came, in time.perf_counter's clock."""
     prompt_logprobs: list[LogProbs] = field(default_factory=list, repr=False)
-    """Of the prompt's tokens but the first, if the settings ask for them; there with the first new one."""
+    """LogProbs of the prompt's tokens but the first, if asked for; available with the first new token."""
 
     @property
     def reused_tokens(self) -> int:
@@ -85,9 +85,9 @@ class Batcher:
         self._limit = queue
         self._waiting: deque[Ticket] = deque()
         self.prompt_tokens = 0
-        """Of all prompts whose answers have begun."""
+        """Tokens of all prompts whose answers have begun."""
         self.reused_tokens = 0
-        """Those of them that an earlier answer had computed."""
+        """How many of these an earlier answer had computed."""
         self.step_s = 0.0
         """Seconds spent in steps."""
         self._running: list[Ticket] = []
@@ -232,7 +232,9 @@ class Batcher:
                 self._turn.end()
 
     def _admit(self) -> bool:
-        """Remove what was cancelled or waited too long, start what there is room for; whether any run."""
+        """End tickets that were cancelled or waited too long, and start as many as there are rows for.
+
+        Returns whether any are running."""
         for ticket in [ticket for ticket in self._running if ticket.cancelled]:
             self._end(ticket, Ended(None))
         now = time.monotonic()
@@ -264,7 +266,7 @@ class Batcher:
         self._running.append(ticket)
 
     def _answer_looks(self) -> None:
-        for _ in range(len(self._looks)):  # those that come meanwhile wait for the next step
+        for _ in range(len(self._looks)):  # calls added meanwhile wait for the next step
             self._looks.popleft()()
 
     def _step(self) -> None:
@@ -300,7 +302,7 @@ class Batcher:
             self._end(ticket, Ended(step.finish_reason))
 
     def _end(self, ticket: Ticket, ended: Ended) -> None:
-        """Out of the engine, and the last word."""
+        """Remove a ticket's sequence from the engine, and send the last event to its listener."""
         assert ticket.sequence is not None
         self._engine.leave(ticket.sequence)
         with self._changed:
@@ -325,5 +327,5 @@ class Batcher:
 
 
 def _as_ours(error: Exception, what: str) -> MoeLocalError:
-    """The error as a listener is told it, in one line."""
+    """The error in the form that listeners get: a MoeLocalError of one line."""
     return error if isinstance(error, MoeLocalError) else MoeLocalError(f"{what}: {first_line(error)}")

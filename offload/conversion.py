@@ -98,7 +98,7 @@ def open_experts(
 
 
 def _certain(checkpoint: Checkpoint, experts: str, folder: Path, budget: str | None) -> Codec | Mix | None:
-    """What `experts` are where nothing is left to choose: one format, or a mix that is there. Else None."""
+    """The format or finished mix that `experts` names, if nothing is left to choose; else None."""
     if is_mixed(experts):
         found = finished_mix(checkpoint, experts, folder)
         if found is None:
@@ -112,7 +112,7 @@ def _home_folder(checkpoint: Checkpoint, experts: str) -> Path:
 
 
 def _home_folders(checkpoint: Checkpoint) -> list[Path]:
-    """Where this checkpoint was converted to, in any format, whole or not."""
+    """The folders to which this checkpoint was converted, in any format, completely or not."""
     ending = f"-{checkpoint.fingerprint[:16]}"
     folders = _home_folder(checkpoint, MIXED).parent.glob(f"*{ending}")
     return sorted(folder for folder in folders if folder.is_dir())

@@ -27,13 +27,13 @@ from moe_local.offload.system.interrupt import deferred, is_deferred
 from moe_local.offload.system.progress import Progress
 
 COMPILING = "compiling kernels for"
-"""What a load reports of: seconds of work where a model, or a release of Triton, is used first."""
+"""A label in a load's progress: takes seconds when a model, or a release of Triton, is used first."""
 
 _TAKEN_OVER = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "config")
 
 
 class Runner(Protocol):
-    """What runs the experts of a layer: the ExpertRunner, or something that watches, directs or captures."""
+    """Runs the experts of a layer: the ExpertRunner, or a wrapper that watches, directs or captures."""
 
     def run(
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, /
@@ -91,7 +91,7 @@ class OffloadedExperts(nn.Module):
         self._runner: Runner | None = None
         self._retired: str | None = None
         self.seam: Runner | None = None
-        """Where forwards go instead of `answer`; set by whoever captures one, for as long as it lasts."""
+        """Receives forwards instead of `answer`; set during the capture of a forward."""
 
     def attach(self, runner: Runner | None) -> None:
         """Serve forwards through `runner` from now on; None: answer zeros."""
@@ -117,7 +117,7 @@ class OffloadedExperts(nn.Module):
         return isinstance(self._runner, ExpertRunner) and self._runner.has_path(self.index)
 
     def count_replay(self) -> None:
-        """An `answer` that was captured has been replayed: count what it would have counted."""
+        """Count a replay of a captured `answer`, as `answer` itself would have."""
         assert isinstance(self._runner, ExpertRunner)
         self._runner.count_token(self.index)
 
@@ -300,12 +300,12 @@ class ExpertRunner:
         return step.result()
 
     def _recent(self, layer: int, routing: Routing) -> list[int] | None:
-        """What a long step leaves to decoding; None for any other step."""
+        """The experts that a long step leaves in the cache for decoding; None for any other step."""
         prefill = self.store.prefill
         return None if prefill is None else prefill.recent(layer, routing.ids, len(routing.experts))
 
     def _may_share(self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor) -> bool:
-        """Whether the host may get a part of this layer: then it needs hidden [T, D], too."""
+        """Whether the CPU may compute a part of this layer, for which it needs hidden [T, D], too."""
         share, layer = self.store.host, experts.index
         if share is None or experts.has_post_expert_norm or torch.is_autocast_enabled(hidden.device.type):
             return False  # a norm's weights are on the device, and autocast would choose other dtypes
@@ -341,7 +341,7 @@ class ExpertRunner:
 
 
 class OnHost(NamedTuple):
-    """What the host gets of a layer's input."""
+    """The part of a layer's input that is copied to the host."""
 
     ids: list[int]
     """T * K experts, token by token, in the router's order."""

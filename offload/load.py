@@ -1,4 +1,4 @@
-"""From a name to a loaded model: find, plan, convert, load, wire."""
+"""Loads a model by its name: find, plan, convert, load, wire."""
 
 from __future__ import annotations
 
@@ -290,7 +290,7 @@ def _load_dense(
 
 
 def _announce_prompts(hf: Any, store: ExpertStore, chunk: int, *, ahead: bool) -> None:
-    """Let prompts stream through the store's ring, if it has one, which forwards tell of what they bring."""
+    """Let prompts stream through the store's staging ring, if it has one: a hook announces each forward."""
     if store.prefill is not None:
         store.prefill.chunk, store.prefill.ahead = chunk, ahead
         announce = announcer(store.prefill, lambda: store.custody.release())
@@ -335,9 +335,10 @@ def _keep_tokens_to_device(
     sites: Sequence[RouterSite | None],
     prefetch: str,
 ) -> Switch | None:
-    """Spare single tokens the host's part, as far as trials show that this works here and is faster.
+    """Compute single tokens without the host (residents, graphs, misses left to the device), as far as trials
+    show that this works here and is faster.
 
-    What turns misses that are left to the device to the host and back; None where they are not.
+    Returns the switch between misses served by the device and by the host; None if the device serves none.
     """
     store, saw = runner.store, runner.prefetcher.saw
     resident = can_reside(store)
@@ -360,14 +361,14 @@ def _device_map(checkpoint: Loadable, plan: Plan, targets: Sequence[torch.device
 
 
 def _scheduler(options: LoadOptions, plan: Plan) -> MissScheduler | None:
-    """What decides about misses, where not all of them are fetched. Without a GPU the store asks nobody."""
+    """The scheduler of misses; None if all of them are fetched. Without a GPU the store does not use it."""
     if options.miss == "fetch" or plan.mode == "resident":
         return None
     return MissScheduler(options.miss, first_costs(plan.request.bandwidths))
 
 
 def _fill(store: ExpertStore, plan: Plan, progress: Progress | None) -> None:
-    """Bring what has a slot for good: every expert in resident mode, RAM's share where RAM holds all."""
+    """Preload experts that have permanent slots: all in resident mode, those of RAM where RAM holds all."""
 
     def report(done: int, total: int) -> None:
         if progress is not None:

@@ -56,7 +56,7 @@ class Parts:
     store: ExpertStore
     prefetcher: Prefetcher
     switch: Switch | None
-    """Turns a model whose misses were left to the device to the host's way and back; None: it cannot be."""
+    """Switches between misses served by the device and by the host; None if only the host can serve them."""
 
 
 class Model:
@@ -86,7 +86,7 @@ class Model:
         self.tokenizer = tokenizer
         """transformers' tokenizer; None for a folder without one."""
         self._parts: Parts | None = Parts(hf, engine, store, prefetcher, switch)
-        """None once the model is closed. Methods look once, so that a close meanwhile cannot hurt them."""
+        """None once the model is closed. Methods read it once, so a concurrent close does not affect them."""
         self.expert_folder = expert_folder
         """Where its expert file is."""
         self._use = use

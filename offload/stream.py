@@ -60,7 +60,7 @@ class TokenStream(Iterator[Token]):
         self._has_turn = False
         self._tally = Tally(0.0, 0, 0, 0, 0)
         self._count: Callable[[], Stats] = Stats
-        """Since its first step, until it was closed."""
+        """Gives the counts from its first step until it was closed."""
         self._began = self._first = self._last = 0.0
 
     @property
@@ -90,7 +90,7 @@ class TokenStream(Iterator[Token]):
             raise
 
     def _refuse(self) -> NoReturn:
-        """To a thread that asks for a token while another one makes it, or closes the stream."""
+        """Raise, for a thread that asks for a token while another one makes it or closes the stream."""
         self._turn.check_process()
         if self._closing and self._retired is None:
             raise StopIteration
@@ -134,7 +134,7 @@ class TokenStream(Iterator[Token]):
                 self._count = lambda: counts
                 if self._has_turn:
                     self._turn.end()
-                del self._engine, self._store  # a record that is kept keeps no model
+                del self._engine, self._store  # so that a kept stream does not keep the model
 
     def retire(self, reason: str) -> None:
         """Close it for good: a stream that was not at its end raises MoeLocalError(reason) from now on."""

@@ -55,7 +55,7 @@ class Turn:
         return True
 
     def carry_on(self) -> None:
-        """The turn is this thread's from now on: a pool may drive a stream, each token in another thread."""
+        """Hand the turn to this thread: a pool may drive a stream, with each token in another thread."""
         self.check_process()
         self._owner = threading.get_ident()
 
