@@ -56,7 +56,7 @@ class Engine:
     """
 
     def __init__(self, hf: Any, kv: KVRows, *, chunk: int) -> None:
-        """`chunk`: most prompt tokens in one forward; other sequences and Ctrl-C get a turn between chunks."""
+        """`chunk`: most prompt tokens in one forward; between two, other sequences and Ctrl-C get a turn."""
         self.hf = hf
         self.kv = kv
         self.chunk = chunk

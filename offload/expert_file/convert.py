@@ -212,7 +212,7 @@ class _Conversion:
         return {plan.layer: layer.checksums for plan, layer in pairs if _is_planned(layer, plan)}
 
     def _is_whole(self, plan: ShardPlan, checksums: tuple[int, ...]) -> bool:
-        """Whether all experts of the shard have these checksums, perhaps after a repair; counts them if so."""
+        """Whether all experts of the shard have these checksums, perhaps once repaired; counts them if so."""
         path = self.folder / plan.file
         stored = StoredLayer(
             plan.layer_name, path, plan.nbytes, plan.layouts, plan.offsets(), tuple(checksums)
