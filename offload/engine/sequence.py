@@ -58,7 +58,7 @@ class Step(NamedTuple):
 
 
 class Work(NamedTuple):
-    """One row's part in a forward: its next ids, which if they are its last ones are followed by sampling."""
+    """One row's part in a forward: its next ids, and what is to be done with their logits."""
 
     sequence: Sequence
     ids: list[int]

@@ -33,7 +33,7 @@ TEMPORARY = ".tmp"
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """The content of a shard, known before any weight is read; equal plans give files with equal layouts."""
+    """The content of a shard, known before any weight is read; two equal plans give files of equal bytes."""
 
     fingerprint: str
     """The fingerprint of the checkpoint that the experts come from."""

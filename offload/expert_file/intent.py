@@ -57,7 +57,7 @@ class Intent:
             raise ExpertFileError(f"experts {self.experts} with a mix that is called {self.mix.name}")
 
     def keep(self, folder: Path) -> None:
-        """Write the intent to `folder`, atomically. Raises DoesNotFitError or ExpertFileError on failure."""
+        """Write the intent durably to `folder`. Raises DoesNotFitError or ExpertFileError on failure."""
         fields = self._fields()
         with disk_errors(folder / INTENT):
             write_atomically(folder / INTENT, [json.dumps(fields | {"checksum": _checksum(fields)}), "\n"])
