@@ -1,4 +1,4 @@
-"""Steps that a device has served from a cache's slots by itself, told to the cache afterwards."""
+"""Updates a cache afterwards with the steps that a device served from the cache's slots by itself."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from moe_local.cache.staging import StagingRing
 
 
 class ServedElsewhere:
-    """A part of an ExpertCache, for a device that looks experts up and brings them by itself.
+    """The part of an ExpertCache for a device that looks experts up and loads absent ones by itself.
 
-    It is told which slots to fill next, in the policy's order, and tells which it has filled, and for whom.
-    Meanwhile nothing may be loading, staged or pinned. Hits and misses are counted by whoever served the
-    step.
+    The device gets the slots to fill next, in the policy's order, and tells which slots it filled with which
+    expert. Meanwhile nothing may be loading, staged or pinned. The code that served the step counts its hits
+    and misses.
     """
 
     def __init__(
@@ -27,21 +27,21 @@ class ServedElsewhere:
         self._evict = evict
 
     def next_filled(self, layer: int, count: int) -> list[int]:
-        """The slots that absent experts would be put into now, the first one first; at most `count`.
+        """At most `count` slots that absent experts would be put into now, in the order of their use.
 
-        Empty ones, then those of the policy's best victims. For slots that are alike: where they have several
-        sizes (`ExpertCache.several_sizes`) it depends on the expert.
+        Empty slots come first, then those of the policy's best victims. All slots must have one size: with
+        several sizes (`ExpertCache.several_sizes`) the choice of a slot depends on the expert.
         """
         pool = self._pools[layer]
         free = pool.free[: -count - 1 : -1]
         return free + [pool.table[expert] for expert in pool.coldest((), count - len(free))]
 
     def follow(self, layer: int, experts: Sequence[int], filled: Sequence[int]) -> None:
-        """A step needed these distinct experts, in the router's order.
+        """Record that a step needed these distinct experts, given in the router's order.
 
-        `filled[i]` is the slot that the absent expert `experts[i]` was brought into, whoever was in it, and
-        -1 for one that was resident. Counts evictions, and the first needs of experts that were prefetched.
-        Raises CacheStateError, having changed nothing, for what cannot have been.
+        `filled[i]` is the slot that the absent expert `experts[i]` was loaded into, evicting any occupant,
+        or -1 if `experts[i]` was resident. Counts evictions, and the first uses of prefetched experts.
+        Raises CacheStateError, and changes nothing, if the report contradicts the cache's state.
         """
         pool, table = self._pools[layer], self._pools[layer].table
         absent = [expert for expert, slot in zip(experts, filled, strict=True) if slot >= 0]
