@@ -1,4 +1,4 @@
-"""What kernels get from the ExpertStore, and how far a layer is with getting it."""
+"""The leases that the ExpertStore hands to kernels, and the progress of a layer that is being served."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Lease(NamedTuple):
 
     expert: int
     buffer: torch.Tensor
-    """uint8, the slot; the first `layout.nbytes` are the expert's."""
+    """The slot, as uint8; its first `layout.nbytes` bytes are the expert."""
     layout: Layout
     on_host: bool = False
     """Whether the buffer is in RAM below a device, for the host to compute with."""
@@ -35,7 +35,7 @@ class Serving:
     slots: dict[int, int] = field(default_factory=dict)
     """Slot of each expert that was pinned."""
     late: set[int] = field(default_factory=set)
-    """Those that a prefetch was bringing when they were needed."""
+    """Experts whose prefetch was still in flight when they were needed."""
     host: list[int] = field(default_factory=list)
     """Pinned in RAM, for the host to compute, not handed out yet."""
     waves: bool = False
@@ -45,7 +45,7 @@ class Serving:
 
 
 class Tally(NamedTuple):
-    """What a token's record is the difference of."""
+    """Running totals; a token's record is the difference between two of them."""
 
     stall_s: float
     hits: int

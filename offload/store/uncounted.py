@@ -1,4 +1,4 @@
-"""Using a store without a trace in its counts."""
+"""Use of a store that leaves its counters unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_local.offload.tiers.copies import CopySource
 
 @contextmanager
 def uncounted(store: ExpertStore) -> Iterator[None]:
-    """What goes through the store meanwhile counts nowhere: a trial."""
+    """Restore the store's counters on exit, so that a trial inside the `with` block is not counted."""
     kept = [_numbers(tier.cache.stats) for tier in store.tiers]
     source, stalls = store.tier.source, store.stalls.by_cause()
     copied = source.bytes_copied if isinstance(source, CopySource) else 0
