@@ -1,4 +1,4 @@
-"""Who decides which expert is in which slot: the host, or for the time being the device."""
+"""Custody of the slots: whether the host or, temporarily, the device decides which expert is where."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from typing import Protocol
 
 
 class Custody(Protocol):
-    """The host's side of it: called by the ExpertStore before it looks or acts."""
+    """The host's side of custody: the ExpertStore calls it before it reads or changes the cache's state."""
 
     def settle_counts(self) -> None:
         """Bring the counts of hits, misses, bytes and stalls up to the last token. Waits for the device."""
 
     def catch_up(self) -> None:
-        """Bring the cache's tables, too, up to what the device has done. Waits for the device."""
+        """Bring counts and the cache's tables up to the last token. Waits for the device."""
 
     def release(self) -> None:
         """Hand the slots back: the host's tables are up to date, and the device reads and writes no slot."""
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless both agree on who is where. Waits for the device."""
+        """Raise RuntimeError unless host and device agree on each slot's expert. Waits for the device."""
 
 
 class Switch(Protocol):
-    """Turns a model from the host's way of misses to the device's and back. Between two steps only."""
+    """Switches between misses served by the host and by the device. Call it only between two steps."""
 
     on_device: bool
 
