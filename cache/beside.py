@@ -1,4 +1,4 @@
-"""What a tier keeps below another one: preferably what the tier above does not hold."""
+"""Eviction for a lower tier, which preferably keeps experts that the tier above does not hold."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
     from moe_local.cache.expert_cache import ExpertCache
 
 LEAVING = 0.5
-"""Share of the experts above, those that leave first, whose copies below are kept like any other: what leaves
-above is dropped, and then its copy is all there is."""
+"""Share of the upper tier's experts, those next to be evicted, whose copies below are not preferred
+for eviction: an eviction above drops the bytes, and then the copy below is the only one in memory."""
 
 COLD = 0.5
-"""Share of the experts below, the coldest, among which copies go before others. Were it all of them, each
-copy would go with the next read, and what was there before would stay for ever: best while a topic lasts,
-worse than to keep all copies once it changes (docs/log.md)."""
+"""Share of the lower tier's experts, the coldest, among which copies go before others. If it were all
+of them, the next read would evict each copy, and older experts would stay for ever: best while a topic lasts,
+worse than keeping all copies once it changes (docs/log.md)."""
 
 
 class Beside:
     """Makes the policies of one tier's layers, by name, with the tier above in mind.
 
-    An expert that the tier above holds is read there: its copy below takes the place of another, which would
-    have to come from disk. So of those that have not been read for a while, copies of what is safe above go
-    first; then all others as the policy says.
+    An expert that the tier above holds is read there, so its copy takes the slot of another expert, which
+    then has to come from disk. So among the coldest experts below, copies of what the tier above will not
+    evict soon are evicted first, then all others in the policy's order.
     """
 
     def __init__(self, policy: str, layers: int) -> None:
@@ -42,11 +42,11 @@ class Beside:
         """The policy of the next layer, in ascending order; after the last one again of the first."""
         layer = next(self._made) % self._layers
         if layer == 0:
-            self._make = policy_for(self._policy)  # policies of a family share a memory
+            self._make = policy_for(self._policy)  # policies made by one factory may share state
         return _Beside(self._make(), lambda: self._safe(layer))
 
     def _safe(self, layer: int) -> set[int]:
-        """The layer's experts that the tier above will not lose soon."""
+        """The layer's experts that the tier above will not evict soon."""
         if self.above is None:
             return set()
         order = self.above.coldest(layer)
@@ -54,7 +54,7 @@ class Beside:
 
 
 class _Beside:
-    """A policy whose order begins with what is cold and safe elsewhere."""
+    """A policy that first evicts cold experts that are safe in the tier above."""
 
     __slots__ = ("_policy", "_safe", "insert", "pass_over", "remove", "touch")
 
