@@ -45,15 +45,15 @@ class Checkpoint:
     ):
         self.folder = folder
         self.name = name
-        """One name however the user called it: an alias, a Hub id, or the folder's name."""
+        """The same name whatever the user called the model: its alias, Hub id, or folder's or file's name."""
         self.config = config
         """transformers' config object."""
         self.spec = spec
         self.shards = shards
         self.weights = weights
-        """Every weight in the shards by its key, experts included, as if nothing were quantized."""
+        """Every weight in the shards, experts included, by its key in an unquantized checkpoint."""
         self.gguf: Path | None = None
-        """The file, or the first, of a checkpoint that is a GGUF file; `folder` is the one it lies in."""
+        """For GGUF, the file (the first, if it is split), which is in `folder`; None for safetensors."""
         self._sources = sources
 
     @classmethod
@@ -98,29 +98,30 @@ class Checkpoint:
     ) -> dict[str, torch.Tensor]:
         """The weights of one expert, names and shapes as `layer.tensors`, matrices [out, in] and contiguous.
 
-        In the dtype they are stored in, on the CPU, read into `memory`; by default it is the caller's own.
-        What is quantized comes dequantized, in float32 and in new memory.
+        They are on the CPU, in their stored dtype, and read into `memory`, by default new memory of the
+        caller's own. Quantized weights come dequantized to float32, in new memory.
         Opens only the shards that hold this expert. Blocks on the disk. Raises CheckpointError if a shard
         cannot be read.
         """
         return self._sources.read(self.shards, layer, expert, memory)
 
     def expert_pieces(self, layer: MoELayer, expert: int) -> dict[str, list[Weight]]:
-        """What is stored of each of `layer.tensors`; see ExpertSources.pieces."""
+        """The stored weights that form each of `layer.tensors`; see ExpertSources.pieces."""
         return self._sources.pieces(layer, expert)
 
     def dense_weights(self) -> DenseWeights | None:
-        """What `load_skeleton` reads in place of the safetensors; None if these are not quantized."""
+        """The weights for `load_skeleton`; None if transformers can read the safetensors files itself, since
+        nothing is quantized."""
         if self.gguf is None and all(weight.format == "plain" for weight in self.weights.values()):
             return None
         return DenseWeights(self.shards, self.weights, complete=self.gguf is not None)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the source of the routed experts: 32 hex digits.
+        """Identifies the source of the routed experts: 32 hex digits.
 
-        Equal for a copy of the folder; other for another model, layout, dtype, or for other weights under
-        the same names (`Shards.digest`). Read on first use.
+        Equal for a copy of the folder; different for another model, layout, dtype, or for other weights under
+        the same names (`Shards.digest`). Reads from the shards on first use.
         """
         experts = [
             [
@@ -144,7 +145,7 @@ class Checkpoint:
 def read_config(folder: Path) -> Any:
     """transformers' config from `folder`/config.json; never runs code from the checkpoint.
 
-    Of a GGUF file, from a config.json beside it or else from its metadata. Raises ModelNotFoundError (no
+    For a GGUF file, from a config.json beside it or else from its metadata. Raises ModelNotFoundError (no
     folder), or CheckpointError as `parse_config` does.
     """
     if (path := find_gguf(folder)) is not None:
@@ -164,7 +165,7 @@ def parse_config(path: Path) -> Any:
     """transformers' config from a config.json.
 
     Raises CheckpointError: not JSON, a model type that transformers does not have (whether or not the
-    checkpoint brings code for it), or weights quantized in a way that is not read.
+    checkpoint brings code for it), absurd sizes, or weights quantized in a way that moe-local cannot read.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -190,7 +191,7 @@ def parse_config(path: Path) -> Any:
 
 
 MOST_OF_A_REASON = 300
-"""Characters of what transformers says of a config."""
+"""How many characters of transformers' complaint about a config are shown."""
 
 
 def _make_config(fields: dict[str, Any], path: Path) -> Any:
@@ -198,11 +199,11 @@ def _make_config(fields: dict[str, Any], path: Path) -> Any:
         return make_config(fields)
     except Exception as error:  # transformers validates with several unrelated exception types
         reason = first_line(error)
-        if len(reason) > MOST_OF_A_REASON:  # it quotes what the file has, however long that is
+        if len(reason) > MOST_OF_A_REASON:  # it quotes values from the file, however long
             reason = reason[:MOST_OF_A_REASON] + "..."
         raise CheckpointError(f"{path} is not a valid {fields['model_type']} config: {reason}") from error
 
 
 def _special_float(value: dict[str, Any]) -> Any:
-    """{"__float__": "Infinity"}, as transformers writes what JSON has no number for, as that float."""
+    """Turn {"__float__": "Infinity"}, as transformers writes floats that JSON lacks, into that float."""
     return float(value["__float__"]) if value.keys() == {"__float__"} else value

@@ -1,4 +1,4 @@
-"""Sizes in a config that no model has and that would keep the machine busy for hours to build it."""
+"""Refuses sizes in a config that no model has, and with which building the model would take hours."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import Any
 from moe_local.cache.errors import CheckpointError
 
 WIDTHS = re.compile(r"(^|_)(sizes?|dims?)($|_)")
-"""Fields that name a width, whatever of: "vocab_size_per_layer_input" counts no layers."""
+"""Names of fields that hold a width, not a count: "vocab_size_per_layer_input" does not count layers."""
 
 LIMITS = (
     (re.compile(r"(^|_)(n_layers?|layers?|blocks?|depth|stages)($|_)"), 2_000),
     (re.compile(r"(^|_)(experts?|heads?|groups?)($|_)"), 65_536),
 )
-"""Fields by their names, and the most they may be: transformers makes a module or a list's entry of each."""
+"""Names of fields that count something, and their limits: transformers makes a module or list entry of each
+thing counted."""
 
 LARGEST = 2**40
-"""Of any whole number: more than the numbers of a matrix that fits a machine."""
+"""The limit of all other integers: more than a matrix that fits into a machine has elements."""
 
 DEPTH = 16
-"""Fields within fields."""
+"""How deeply fields may be nested."""
 
 
 def check_config(fields: Mapping[str, Any], depth: int = 0) -> None:
-    """Raise CheckpointError, in half a line, for a size beyond all measure in the fields of a config.json."""
+    """Raise CheckpointError, whose message does not name the file, for an absurd size in a config.json."""
     if depth > DEPTH:
         raise CheckpointError(f"it has more than {DEPTH} levels of fields, which no config has")
     for name, value in fields.items():

@@ -1,7 +1,7 @@
-"""How transformers, while it loads, gets linear layers of ours: quantized one weight at a time, on the CPU.
+"""A quantization method for transformers' loader that quantizes linear layers to QuantizedLinear on the CPU.
 
-A quantization method of transformers' own kind: its loader converts each weight as the model wants it, then
-asks the method to quantize it before it reads the next. Imports transformers.
+The loader converts each weight to the form that the model needs, then has this method quantize it before it
+reads the next. Imports transformers.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class DenseConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.activations = activations
 
     def to_dict(self) -> dict[str, Any]:
-        """What the model's config shows of it."""
+        """The fields that the model's config shows."""
         return {"quant_method": METHOD, "format": self.format, "activations": self.activations}
 
 
 @register_quantizer(METHOD)
 class DenseQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts a QuantizedLinear in place of each linear layer that its config names.
+    """Replaces each linear layer that its config names with a QuantizedLinear.
 
-    Errors would be caught by the loader and put in words of its own, so they are kept here.
+    The loader would catch errors and replace them with its own, so they are kept here.
     """
 
     def __init__(self, quantization_config: DenseConfig, **options: Any) -> None:
@@ -74,7 +74,7 @@ class DenseQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc]
-    """The operation on one parameter of one QuantizedLinear."""
+    """The loader's operation that quantizes a parameter of a QuantizedLinear."""
 
     def __init__(self, quantizer: DenseQuantizer) -> None:
         self._quantizer = quantizer

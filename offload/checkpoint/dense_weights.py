@@ -1,4 +1,4 @@
-"""Weights that transformers cannot read by itself, given to its loader one at a time, as it asks for them."""
+"""Gives transformers' loader weights that it cannot read by itself, one at a time, as it asks for them."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from moe_local.offload.checkpoint.weights import Weight
 class DenseWeights:
     """A checkpoint's weights, dequantized when they are read.
 
-    transformers' loader takes a mapping whose values it indexes with `[...]` when it wants a tensor; what
-    an experts module would have had it never asks for, since nothing in the model is left to take it.
+    Transformers' loader takes a mapping whose values it indexes with `[...]` when it wants a tensor. It never
+    asks for the weights of routed experts, since the model has no parameters for them any more.
     """
 
     def __init__(self, shards: Shards, weights: Mapping[str, Weight], *, complete: bool = False) -> None:
-        """`complete`: the loader finds no safetensors beside these."""
+        """`complete`: the loader gets only these weights and no safetensors files (for GGUF)."""
         self.complete = complete
         self._shards = shards
         self._weights = weights
         self.failures: list[CheckpointError] = []
-        """What went wrong. The loader would put it in words of its own."""
+        """Errors of `read`, kept because the loader replaces them with errors of its own."""
 
     def state_dict(self) -> dict[str, Any]:
-        """By key; reads nothing."""
+        """Key -> an object that reads its weight when it is indexed."""
         return {key: _Unread(self, weight) for key, weight in self._weights.items()}
 
     def read(self, weight: Weight) -> torch.Tensor:
-        """New memory, on the CPU: float32 if it was quantized, else as stored. Any thread may call it.
+        """Read a weight into new memory on the CPU: float32 if it was quantized, else in its stored dtype.
 
-        Raises CheckpointError if a shard cannot be read or what it stores is no weight.
+        Any thread may call this. Raises CheckpointError if a shard or its weight's format cannot be read.
         """
         try:
             weight.check(self._shards.remedy)
@@ -46,7 +46,7 @@ class DenseWeights:
 
 
 class _Unread:
-    """One weight that has not been read."""
+    """A weight that is read when it is indexed."""
 
     def __init__(self, source: DenseWeights, weight: Weight) -> None:
         self._source = source

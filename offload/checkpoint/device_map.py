@@ -1,4 +1,4 @@
-"""Which module goes to which of several cards, in the form that accelerate and transformers take."""
+"""Assigns a model's modules to several GPUs, as a `device_map` of accelerate and transformers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from moe_local.offload.checkpoint.spec import experts_modules, layer_number
 def device_map(model: Any, ends: Sequence[int], devices: Sequence[torch.device]) -> dict[str, str]:
     """Module path -> device, decoder layers [ends[i - 1], ends[i]) going to `devices[i]`.
 
-    `model` may be on the meta device. What comes before the layers goes to the first card, what comes behind
-    them to the last; an output head that shares the embeddings' weights stays with these, and modules without
-    weights (rotary embeddings) go where the input is.
+    `model` may be on the meta device. Modules before the layers go to the first card and modules after them
+    to the last. However, an output head that shares the embeddings' weights goes with them, and modules
+    without weights (rotary embeddings) go to the first card, where the input is.
     """
     first, last = str(devices[0]), str(devices[-1])
     name, _ = next(experts_modules(model))

@@ -1,4 +1,4 @@
-"""Which stored tensors make which expert: transformers' own conversion rules, for one expert at a time."""
+"""Finds and converts the stored tensors of single experts by transformers' own conversion rules."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class ExpertSource:
-    """What one parameter of one expert is made of.
+    """The stored weights that one parameter of one expert is made of.
 
-    `parts` are the checkpoint's weights by the converter's pattern that found them; `converter` is None when
-    the tensor is stored as the model keeps it. `row` is the expert's place in packed [E, ...] tensors, None
-    when each expert has tensors of its own.
+    `parts` are the checkpoint's weights by the key pattern of the converter that matches them; `converter` is
+    None if the tensor is stored as the model keeps it. `row` is the expert's place in packed tensors
+    [E, ...], None if each expert has tensors of its own.
     """
 
     converter: WeightConverter | None
@@ -36,13 +36,13 @@ class ExpertSource:
     parts: dict[str, Weight] = field(default_factory=dict)
 
     def ordered(self) -> dict[str, Weight]:
-        """What to read for the expert, in the order in which the converter joins it."""
+        """The weights to read for the expert, in the order in which the converter joins them."""
         order = list(self.parts) if self.converter is None else self.converter.source_patterns
         parts = {pattern: self.parts[pattern] for pattern in order if pattern in self.parts}
         return parts if self.row is None else {pattern: part.at(self.row) for pattern, part in parts.items()}
 
     def absent(self, expert: int) -> str | None:
-        """The end of the key of a part that is not there, None if all are."""
+        """The end of the key of a missing part, or None."""
         patterns = [] if self.converter is None else self.converter.source_patterns
         missing = [pattern for pattern in patterns if pattern not in self.parts]
         return missing[0].replace("\\", "").replace("*", str(expert)) if missing else None
@@ -62,8 +62,8 @@ class ExpertSources:
         """Match the keys of `weights` to the experts of `model` (on the meta device).
 
         The rules are those of transformers' loader (core_model_loading.convert_and_load_state_dict_in_model),
-        save that an expert's number is read from its key instead of counted. Keys of parts the model does
-        not have, such as layers for multi-token prediction, are passed over. Reads no weights. Raises
+        except that an expert's number is read from its key instead of counted. Keys of parts the model does
+        not have, such as layers for multi-token prediction, are ignored. Reads no weights. Raises
         CheckpointError, naming the tensor, if an expert is incomplete or a shape does not fit the config.
         """
         state = model.state_dict()
@@ -100,11 +100,11 @@ class ExpertSources:
         return made
 
     def pieces(self, layer: MoELayer, expert: int) -> dict[str, list[Weight]]:
-        """For each tensor of `expert` the stored weights that, one below the other, are the tensor.
+        """For each tensor of `expert`, the stored weights whose concatenated rows are the tensor.
 
-        [rows, ...], or [1, rows, ...] where experts are packed; in the model's order of dimensions, which may
-        be the other way round than the tensor's (`layer.transposed`). Raises CheckpointError where
-        transformers does more to them than join them.
+        Weights are [rows, ...], or [1, rows, ...] if experts are packed. Their dimensions are in the model's
+        order, which is the reverse of the tensor's if `layer.transposed`. Raises CheckpointError if
+        transformers does more than concatenate them.
         """
         pieces = {}
         for tensor in layer.tensors:
@@ -122,14 +122,14 @@ class ExpertSources:
         return pieces
 
     def _convert(self, name: str, source: ExpertSource, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Run the converter on one expert, as if the layer had just this one; drop the expert dimension."""
+        """Run the converter on one expert as if it were the layer's only one; drop the expert dimension."""
         if source.converter is None:
             (packed,) = parts.values()
             return packed[0]
         operations = list(source.converter.operations)
         converted: Any = dict(parts)
         if source.row is None:
-            # Stacking one expert's tensor is giving it the dimension of experts; done here without a copy.
+            # Stacking one expert's tensor only adds the expert dimension; unsqueeze does it without a copy.
             if type(operations[0]).__name__ != "MergeModulelist" or operations.pop(0).dim != 0:
                 raise CheckpointError(f"{name} is stored in a way that cannot be read one expert at a time")
             converted = {pattern: part.unsqueeze(0) for pattern, part in parts.items()}
@@ -150,7 +150,10 @@ class ExpertSources:
         return weight[0]
 
     def _check(self, layer: MoELayer, remedy: str) -> None:
-        """Every expert is there, and its shapes come out right (run on the meta device, each form once)."""
+        """Raise CheckpointError unless every expert is complete and its converted shapes are right.
+
+        Conversion is tried on the meta device, once for each combination of stored shapes and formats.
+        """
         seen: set[tuple[object, ...]] = set()
         for tensor in layer.tensors:
             name = f"{layer.name}.{tensor.name}"
@@ -186,7 +189,7 @@ class ExpertSources:
 
 
 def _joined(operation: Any, parts: Sequence[Any]) -> torch.Tensor | None:
-    """What `operation` makes of these parts, if it puts them together as they already lie in memory."""
+    """The result of `operation` as a view if it concatenates parts that are adjacent in memory, else None."""
     if type(operation).__name__ != "Concatenate" or not all(isinstance(part, torch.Tensor) for part in parts):
         return None
     first, dim = parts[0], operation.dim
@@ -217,7 +220,7 @@ class _Match:
 
 
 class _OneExpert:
-    """Stands for the model where an operation asks it for a parameter's shape."""
+    """Stands in for the model when an operation asks for a parameter's shape: that of a single expert."""
 
     def __init__(self, parameters: Mapping[str, tuple[int, ...]]):
         self._parameters = parameters
@@ -250,7 +253,7 @@ def _matches(model: Any, state: dict[str, torch.Tensor], tensors: Iterable[Weigh
 
 
 def _gguf_matches(weights: Iterable[Weight]) -> Iterator[_Match]:
-    """GGUF's packed experts, whose gate and up are apart."""
+    """Matches for GGUF's packed experts, which have gate and up in separate tensors."""
     from transformers.core_model_loading import Concatenate, WeightConverter
 
     converters: dict[str, WeightConverter] = {}
@@ -264,7 +267,7 @@ def _gguf_matches(weights: Iterable[Weight]) -> Iterator[_Match]:
 
 
 def _expert_number(pattern: str, key: str, renamings: Iterable[WeightRenaming]) -> int | None:
-    """The number where `pattern` has its star; patterns speak of keys as the renamings leave them."""
+    """The number at the star of `pattern`, which is a pattern for keys to which renamings were applied."""
     for renaming in renamings:
         key, _ = renaming.rename_source_key(key)
     found = re.search(pattern.replace("*.", r"(\d+)\."), key)
@@ -272,7 +275,7 @@ def _expert_number(pattern: str, key: str, renamings: Iterable[WeightRenaming]) 
 
 
 def _add(found: dict[tuple[str, int], ExpertSource], match: _Match, num_experts: int) -> None:
-    """Enter one weight: for one expert, or, if packed, for all of them."""
+    """Add one weight to the sources of its expert or, if it holds packed experts, of all experts."""
     packed = match.expert is None
     if packed and (not match.tensor.shape or match.tensor.shape[0] != num_experts):
         raise CheckpointError(

@@ -14,7 +14,7 @@ PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 
 
 def read_index(path: Path, remedy: str) -> dict[str, str]:
-    """Tensor key -> name of the shard that holds it. Raises CheckpointError, whose line `remedy` ends."""
+    """Tensor key -> name of the shard that holds it. Raises CheckpointError; `remedy` ends its message."""
     try:
         weight_map = parse_json(path.read_bytes())["weight_map"]
         shards = {str(key): str(name) for key, name in weight_map.items()}
@@ -26,10 +26,10 @@ def read_index(path: Path, remedy: str) -> dict[str, str]:
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """The file of this name in a folder that came from elsewhere. It may be absent.
+    """The path of file `name` in a folder that need not be trusted. The file may be absent.
 
-    Raises CheckpointError if it is a link that leads out of the folder: what is read must be what was got.
-    The Hub cache's own links stay within its folder of the model.
+    Raises CheckpointError if it is a symbolic link out of the folder: only downloaded files may be read. In
+    the Hub cache, links within the model's own folder are allowed.
     """
     path = folder / name
     if path.is_symlink():
@@ -44,7 +44,7 @@ def file_inside(folder: Path, name: str) -> Path:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether it names something directly in a folder, on every system, and can be shown in one line."""
+    """Whether `name` is a file name without a path on every operating system, and fits in one line."""
     return name not in ("", ".", "..") and name.isprintable() and not set(name) & set("/\\:")
 
 

@@ -1,4 +1,4 @@
-"""GGUF files: their metadata, and which tensor lies where (github.com/ggml-org/ggml, docs/gguf.md)."""
+"""Reads the headers of GGUF files: metadata and tensors' places (github.com/ggml-org/ggml, docs/gguf.md)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 6: "Q5_0", 8: "Q8_0", 12: "Q4_K", 13: "Q
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 MAX_HEADER = 256 << 20
-"""Bytes; ten times what the longest lists of tokens take."""
+"""Bytes; ten times the size of the longest vocabularies."""
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 1 << 20
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -33,21 +33,21 @@ PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """A model's file or, if it was split, files, opened for reading. Holds no weights and no open files."""
+    """The headers of a model's file, or of its files if it is split. Holds no weights and no open files."""
 
     path: Path
-    """The file, or the first."""
+    """The file, or the first of several."""
     metadata: dict[str, Any]
-    """Of the first file. Of an array only its length, as these are long lists of tokens."""
+    """The first file's metadata. Only the lengths of arrays are kept, since these are long vocabularies."""
     weights: dict[str, Weight]
-    """By GGUF's names."""
+    """By their names in GGUF."""
     shards: Shards
 
     @classmethod
     def open(cls, path: Path, remedy: str = "get the file again") -> GgufFile:
-        """Read the headers of the file at `path` and of those it was split into.
+        """Read the headers of the file at `path` and, if it is part of a split model, of all other parts.
 
-        Raises CheckpointError for what is no GGUF, missing parts, and files that are cut short.
+        Raises CheckpointError for files that are not GGUF or are truncated, and for missing parts.
         """
         metadata: dict[str, Any] = {}
         weights: dict[str, Weight] = {}
@@ -70,9 +70,9 @@ class GgufFile:
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that `path` names: itself, or the only one, split or not, of a folder of no safetensors.
+    """The GGUF file that `path` is, or the only GGUF model (its first part, if split) in the folder `path`.
 
-    Raises ModelNotFoundError if there are several.
+    None if `path` is neither or has safetensors files. Raises ModelNotFoundError if there are several models.
     """
     if path.is_file():
         return path if path.suffix == SUFFIX else None
@@ -87,9 +87,9 @@ def find_gguf(path: Path) -> Path | None:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The files that a model was split into, given one of them; itself where it is whole.
+    """All parts of a split model, given one of them; only `path` itself if the model is not split.
 
-    Raises CheckpointError where one is missing.
+    Raises CheckpointError if a part is missing.
     """
     match = PART.fullmatch(path.name)
     if match is None:
@@ -103,13 +103,13 @@ def parts_of(path: Path) -> list[Path]:
 
 
 class _Described(tuple[str, tuple[int, ...], int, int]):
-    """Name, shape with the fastest dimension last, type, offset in the data."""
+    """(name, shape with the fastest dimension last, type, offset in the data section) of a tensor."""
 
     __slots__ = ()
 
 
 def _header(path: Path, remedy: str) -> tuple[dict[str, Any], list[_Described], int]:
-    """Metadata, tensors, and where the data starts. Raises CheckpointError."""
+    """(metadata, tensors, start of the data section). Raises CheckpointError."""
     with open(path, "rb") as opened:
         file = _Header(opened, min(path.stat().st_size, MAX_HEADER))
         try:
@@ -151,12 +151,12 @@ def _weights(shard: str, tensors: list[_Described], start: int) -> Iterator[Weig
             format = "plain"
         else:
             raw = StoredTensor(name, shard, format, shape, start + offset, 0)
-            format = "plain"  # and refused if it is needed
+            format = "plain"  # Weight.check refuses it if it is needed
         yield Weight(name, shape, (raw,), format)
 
 
 class _Header:
-    """A file that is read up to `end`: whoever asks for more is told before memory is taken for it."""
+    """A file that is read only up to `end`; a read beyond that fails before memory is allocated for it."""
 
     def __init__(self, file: io.BufferedReader, end: int) -> None:
         self._file = file

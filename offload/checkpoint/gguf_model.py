@@ -1,6 +1,6 @@
-"""What a GGUF file's metadata and names mean to transformers.
+"""Translates a GGUF file's metadata and tensor names to those of transformers.
 
-llama.cpp calls Mixtral "llama" with experts, and keeps the rows of its rotated heads in another order.
+llama.cpp stores Mixtral as a "llama" with experts, and the rows of its rotary heads in another order.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BLOCK = {
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
 EXPERTS = {"ffn_gate_exps": "gate_up_proj", "ffn_up_exps": "gate_up_proj", "ffn_down_exps": "down_proj"}
-"""[E, out, in] each; the model has gate above up in one."""
+"""Each of these tensors is [E, out, in]. The model has one parameter with gate's rows, then up's."""
 
 
 def _mixtral(sizes: Callable[..., Any]) -> Fields:
@@ -78,9 +78,9 @@ ARCHITECTURES = {"llama": _mixtral, "qwen2moe": _qwen2_moe, "qwen3moe": _qwen3_m
 
 
 def config_fields(file: GgufFile) -> Fields:
-    """The fields of a config.json that says what the metadata say.
+    """The fields of a config.json that corresponds to the file's metadata.
 
-    Raises CheckpointError for an architecture that is not known here, and for sizes that are missing.
+    Raises CheckpointError for an unsupported architecture, and for sizes that are missing or absurd.
     """
     metadata, path = file.metadata, file.path
     architecture = metadata.get("general.architecture")
@@ -126,9 +126,9 @@ def config_fields(file: GgufFile) -> Fields:
 
 
 def model_weights(file: GgufFile, config: Any) -> Iterator[Weight]:
-    """The file's weights by the model's names; a layer's experts as their parts, named as in the file.
+    """The file's weights under the model's names, except for packed experts, which keep the file's names.
 
-    What has no place in the model (frequencies of rotations, for example) is left out.
+    Weights that the model does not have (rotary frequencies, for example) are left out.
     """
     llama = file.metadata.get("general.architecture") == "llama"
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if llama else {}
@@ -148,7 +148,7 @@ def model_weights(file: GgufFile, config: Any) -> Iterator[Weight]:
 
 
 def expert_parameter(key: str) -> tuple[str, str] | None:
-    """The parameter that packed experts belong to, and the part of it they are; None for other weights."""
+    """(the model's parameter, the part of it) that the packed experts `key` are; None for other weights."""
     match = re.fullmatch(r"blk\.(\d+)\.(ffn_\w+_exps)\.weight", key)
     if match is None or match[2] not in EXPERTS:
         return None
@@ -156,5 +156,5 @@ def expert_parameter(key: str) -> tuple[str, str] | None:
 
 
 def expert_parts(parameter: str) -> list[str]:
-    """The parts of such a parameter, in the model's order."""
+    """The parts of an experts' parameter, in the order in which the model concatenates them."""
     return [f"{part}.weight" for part, name in EXPERTS.items() if parameter.endswith(f".experts.{name}")]

@@ -1,4 +1,4 @@
-"""From what a user calls a model to where it lies: alias, Hub id, folder, GGUF file or demo."""
+"""Finds a model by its alias, Hub id, folder, GGUF file or "demo", and downloads it if necessary."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from moe_local.offload.checkpoint.hub_download import (
 from moe_local.offload.checkpoint.registry import DEMO, demo_folder, find_alias, hub_id, not_found, short_name
 
 SMALL_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-"""Config, tokenizer and chat template files of a repository's top level."""
+"""Suffixes of the config, tokenizer and chat template files in a repository's top folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class HubModel:
-    """A repository on the Hub and what the user called it."""
+    """A repository on the Hub, and the model's short name: its alias if it has one, else its Hub id."""
 
     repo_id: str
     name: str
@@ -36,12 +36,12 @@ class HubModel:
 def resolve(
     model: str | Path, *, download: bool = True, update: bool = False, progress: bool | None = None
 ) -> Path:
-    """The folder with the checkpoint of `model`: an alias, a Hub id, a folder or "demo".
+    """The folder or GGUF file with the checkpoint of `model`: an alias, Hub id, folder, GGUF file or "demo".
 
-    What lies whole in the Hub cache is taken from there without network; `update` asks the Hub whether there
-    is something newer. Otherwise it is downloaded: config, tokenizer and the safetensors the index names,
-    nothing else; an interrupted download goes on where it was. `progress` shows a bar on stderr; None: if
-    that is a terminal. Blocks.
+    A model that is complete in the Hub cache is used without network access; with `update`, the Hub is asked
+    for a newer revision. Other models are downloaded: config, tokenizer and the safetensors files that the
+    index names, nothing else; an interrupted download is resumed. `progress` shows a bar on stderr; None
+    shows it if stderr is a terminal. Blocks.
 
     Raises ModelNotFoundError (no such name; not downloaded and `download` is False), DoesNotFitError (disk),
     CheckpointError (no safetensors) and MoeLocalError (gated, no network).
@@ -61,11 +61,11 @@ def resolve(
 
 
 def config_of(model: str | Path, *, carried: bool = True) -> Any:
-    """transformers' config of `model`: no weights, and no network if it can be helped.
+    """Transformers' config of `model`, without weights and, if possible, without network access.
 
-    From the folder, the Hub cache, the package (for aliases), or config.json alone from the Hub. With
-    `carried=False` an alias's, too, is what the Hub has now, not what the package carries. Raises as
-    `resolve`, and CheckpointError for a config that cannot be used.
+    It comes from the folder, the Hub cache, the package (for aliases), or config.json alone from the Hub.
+    With `carried=False`, the configs of aliases that the package carries are not used. Raises as `resolve`
+    does, and CheckpointError for a config that cannot be used.
     """
     from moe_local.offload.checkpoint.checkpoint import parse_config, read_config
 
@@ -81,16 +81,16 @@ def config_of(model: str | Path, *, carried: bool = True) -> Any:
     from huggingface_hub import HfApi, hf_hub_download
 
     with _hub_errors(found):
-        # Asked first because it fails at once without network, where a download tries for long.
+        # Without network this fails at once, whereas a download would retry for long.
         HfApi().model_info(found.repo_id)
         with _quiet_hub():
             return parse_config(Path(hf_hub_download(found.repo_id, CONFIG)))
 
 
 def locate(model: str | Path) -> Path | HubModel:
-    """What `model` names, without looking into it: a folder or GGUF file here, or a Hub repository.
+    """What `model` names, without opening it: a local folder or GGUF file, or a Hub repository.
 
-    Raises ModelNotFoundError for what is neither.
+    Raises ModelNotFoundError if it names none of these.
     """
     name = str(model).strip()
     if name.lower() == DEMO:
@@ -133,9 +133,10 @@ def _cached_file(repo_id: str, name: str) -> Path | None:
 
 
 def to_download(model: str | Path) -> int:
-    """Bytes that `resolve` would bring of what the Hub has now: what its cache has in part is less.
+    """Bytes that `resolve` would download of the Hub's newest revision, less those that are in its cache.
 
-    Asks the Hub for names and sizes, and for the index of the shards. Raises as `resolve`, but for the disk.
+    Asks the Hub for names and sizes, and for the index of the shards. Raises as `resolve` does, except
+    DoesNotFitError.
     """
     found = locate(model)
     if isinstance(found, Path):
@@ -175,7 +176,7 @@ def _listing(model: HubModel) -> tuple[str, list[HubFile], list[HubFile]]:
 
 
 def _download(model: HubModel, progress: bool) -> Path:
-    """Small files first, so that a snapshot with all its weights is a whole one; then the weights."""
+    """Download the weights after the small files, so that a snapshot with all its weights is complete."""
     from huggingface_hub import snapshot_download
 
     commit, small, shards = _listing(model)
@@ -194,7 +195,7 @@ def _is_small(name: str) -> bool:
 
 
 def _shards(index: Path) -> list[str]:
-    """The shard files an index names."""
+    """The names of the shards in an index."""
     return sorted(set(read_index(index, "delete it and pull again").values()))
 
 
@@ -208,7 +209,7 @@ def _no_safetensors(model: HubModel, names: list[str]) -> CheckpointError:
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Without the Hub library's own bars, one a file; ours counts the bytes of all."""
+    """Disable huggingface_hub's own progress bars, one per file; ours covers the bytes of all files."""
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -227,7 +228,7 @@ def _quiet_hub() -> Iterator[None]:
 
 @contextmanager
 def _hub_errors(model: HubModel) -> Iterator[None]:
-    """Turn what the Hub library raises into one line each."""
+    """Turn huggingface_hub's errors into errors of one line."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{model.repo_id}"

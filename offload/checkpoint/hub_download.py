@@ -1,8 +1,8 @@
-"""Large files from the Hub into its cache, going on where an interrupted download stopped.
+"""Downloads large files from the Hub into its cache, and resumes where an interrupted download stopped.
 
-huggingface_hub 2 throws an unfinished file away, which for shards of 5 GB is an hour of many people's lines.
-So the weights are brought here: into <cache>/models--org--name/blobs/<hash>.incomplete by byte ranges, then
-renamed to blobs/<hash>. huggingface_hub finds the blob there and links it into the snapshot as ever.
+huggingface_hub 2 discards an unfinished file, which for a shard of 5 GB costs many people an hour. So this
+module downloads the weights itself, by byte ranges, into <cache>/models--org--name/blobs/<hash>.incomplete,
+then renames that to blobs/<hash>, where huggingface_hub finds it and links it into the snapshot as usual.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WORKERS = 4
 """Files fetched at once."""
 
 RETRIES = 6
-"""Attempts in a row that bring no byte before a download gives up, half a minute after the first."""
+"""Retries in a row that receive no byte before a download fails, half a minute after the first failure."""
 
 PIECE = 2**20
 """Bytes of an unfinished file that are read and hashed at once."""
@@ -40,7 +40,7 @@ MARGIN_BYTES = 512 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file of a Hub repository. `sha256` is None for small files, which git keeps itself as `blob_id`."""
+    """A file of a Hub repository. `sha256` is None for small files, which git itself stores as `blob_id`."""
 
     name: str
     size: int
@@ -63,7 +63,7 @@ def blobs_folder(repo_id: str) -> Path:
 
 
 def begun(repo_id: str) -> bool:
-    """Whether some of its weights came, be it a part of a file: the names of their blobs are of sha256."""
+    """Whether the cache has weights of `repo_id`, even a part of one file; sha256 hashes name their blobs."""
     return any(blobs_folder(repo_id).glob(64 * "?" + "*"))
 
 
@@ -74,7 +74,7 @@ def missing_bytes(repo_id: str, files: Sequence[HubFile]) -> int:
 
 
 def require_space(name: str, repo_id: str, files: Sequence[HubFile]) -> None:
-    """Raise DoesNotFitError if the disk of the Hub cache cannot take what is missing of `files`."""
+    """Raise DoesNotFitError if the Hub cache's disk has no room for the missing bytes of `files`."""
     need = missing_bytes(repo_id, files)
     folder = blobs_folder(repo_id)
     free = shutil.disk_usage(nearest_folder(folder)).free
@@ -86,9 +86,9 @@ def require_space(name: str, repo_id: str, files: Sequence[HubFile]) -> None:
 
 
 def download_blobs(repo_id: str, commit: str, files: Sequence[HubFile], progress: bool) -> None:
-    """Bring the contents of `files` at `commit` into the Hub cache, several at a time, with one bar for all.
+    """Download `files` at `commit` into the Hub cache, several at a time, with one progress bar for all.
 
-    Files already there are skipped. Blocks; when interrupted or failing, what came is kept for the next time.
+    Skips files that are already there. Blocks. Received bytes are kept when it fails or is interrupted.
     Raises DoesNotFitError (disk full), CheckpointError (wrong contents) or the Hub library's HTTP errors.
     """
     from huggingface_hub import constants
@@ -114,7 +114,7 @@ def download_blobs(repo_id: str, commit: str, files: Sequence[HubFile], progress
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Parts of files that nobody writes, of an earlier revision or begun by the Hub library."""
+    """Delete unfinished files that no process is writing: of an earlier revision, or huggingface_hub's."""
     for part in folder.glob("*.incomplete"):
         lock = FileLock(_lock_path(folder, part.name.partition(".")[0]))
         with suppress(Timeout, OSError), lock.acquire(timeout=0):
@@ -122,7 +122,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def network_error() -> type[Exception]:
-    """The base of all errors of the HTTP library under huggingface_hub, which changed its name in 2.0."""
+    """The base class of errors of huggingface_hub's HTTP library, whose package has a new name since 2.0."""
     from huggingface_hub.errors import HfHubHTTPError
 
     base: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -134,9 +134,9 @@ class _Stopped(Exception):
 
 
 class _Sink(io.FileIO):
-    """The unfinished file, opened at its end: tells the bar what comes, refuses more once `stop` is set.
+    """The unfinished file, opened at its end. Moves the progress bar; raises _Stopped once `stop` is set.
 
-    Hashes what it has and what comes, which no connection is too fast for.
+    Hashes the bytes that the file already has and those that are appended, faster than any connection.
     """
 
     def __init__(self, path: Path, advance: Callable[[int], None], stop: threading.Event) -> None:
@@ -153,7 +153,7 @@ class _Sink(io.FileIO):
 
     @property
     def sha256(self) -> str:
-        """Of all that was appended, and what the file had before."""
+        """The hash of the whole file so far."""
         return self._hash.hexdigest()
 
     def append(self, block: bytes) -> None:
@@ -184,7 +184,7 @@ def _fetch(
     advance: Callable[[int], None],
     stop: threading.Event,
 ) -> None:
-    """One file, from wherever the last attempt stopped."""
+    """Download one file from where the last attempt stopped."""
     target, partial = folder / file.blob, folder / f"{file.blob}.incomplete"
     if stop.is_set():
         return
@@ -214,7 +214,7 @@ def _fetch(
 
 
 def _get(repo_id: str, commit: str, file: HubFile, sink: _Sink) -> None:
-    """Append what is missing to `sink`; a broken connection is taken up where it broke."""
+    """Append the missing bytes to `sink`; after a broken connection, continue where it broke."""
     failures = 0
     while sink.tell() != file.size:
         have, problem = sink.tell(), None
@@ -244,7 +244,7 @@ def _is_final(error: Exception) -> bool:
 
 
 def _append_rest(repo_id: str, commit: str, file: HubFile, sink: _Sink) -> None:
-    """One request for all from the end of `sink`."""
+    """Request all bytes that `sink` lacks, once, and append what arrives."""
     from huggingface_hub import constants, get_session, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
@@ -267,7 +267,7 @@ def _append_rest(repo_id: str, commit: str, file: HubFile, sink: _Sink) -> None:
 
 
 def _lock_path(folder: Path, blob: str) -> Path:
-    """The lock that huggingface_hub itself takes for this file of the folder."""
+    """The lock file that huggingface_hub itself uses for this blob."""
     locks = folder.parent.parent / ".locks" / folder.parent.name
     locks.mkdir(parents=True, exist_ok=True)
     return locks / f"{blob}.lock"
@@ -282,8 +282,8 @@ def _have(folder: Path, file: HubFile) -> int:
 
 @contextmanager
 def _bar(label: str, total: int, visible: bool) -> Iterator[Callable[[int], None]]:
-    """One bar over all bytes; yields a function, callable from any thread, that moves it on."""
-    if not visible:  # no disabled bar: before 14.3 rich ends it with an empty line
+    """Show one bar over all bytes; yields a function, callable from any thread, that advances it."""
+    if not visible:  # rather than a disabled bar, at whose end rich before 14.3 prints an empty line
         yield lambda count: None
         return
     from rich.console import Console

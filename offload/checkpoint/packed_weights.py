@@ -1,4 +1,4 @@
-"""Which stored tensors make a weight that its publisher packed: names and shapes, checked by the headers."""
+"""Finds the stored tensors that make up each packed weight, and checks their dtypes and shapes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from moe_local.offload.quantize.packed import Awq, BitsAndBytes4, Gptq, PackedDe
 
 STATE = ".quant_state.bitsandbytes__"
 MOST_OF_A_STATE = 4096
-"""Bytes of bitsandbytes' JSON; a real one has two hundred."""
+"""Limit in bytes of the JSON with which bitsandbytes describes a weight; real ones have two hundred."""
 FLOATS = ("F32", "F16", "BF16")
 WORDS = ("I32",)
 
 
 class Packed(NamedTuple):
-    """One weight [out, in] and what it is made of."""
+    """One packed weight: the key and shape [out, in] of the decoded weight, its stored parts, its decoder."""
 
     key: str
     shape: tuple[int, ...]
@@ -34,7 +34,7 @@ class Packed(NamedTuple):
 
 
 def find_packed(shards: Shards, packing: Packing) -> Iterator[Packed]:
-    """Every packed weight of `shards`. Of bitsandbytes the small descriptions of them are read, else nothing.
+    """Every packed weight in `shards`. Reads nothing, except bitsandbytes' small description of each weight.
 
     Raises CheckpointError, naming the tensor, for parts that are missing or do not go together.
     """
@@ -48,7 +48,7 @@ def find_packed(shards: Shards, packing: Packing) -> Iterator[Packed]:
 
 
 class _Parts:
-    """The tensors around one weight, asked for by the ends of their keys."""
+    """Finds the other tensors of one packed weight by the suffixes of their keys."""
 
     def __init__(self, shards: Shards, main: StoredTensor, stem: str) -> None:
         self._shards, self._main, self._stem = shards, main, stem
@@ -170,7 +170,7 @@ def _pack_quantized(shards: Shards, packing: CompressedTensorsPacking) -> Iterat
 
 
 def _each(shards: Shards, end: str) -> Iterator[tuple[str, StoredTensor, _Parts]]:
-    """(module, its packed numbers, the tensors around) for each key with this end."""
+    """(module's path, its packed numbers, its other tensors) for each key that ends with `end`."""
     for key, words in shards.tensors.items():
         if key.endswith(end):
             stem = key.removesuffix(end)
@@ -183,7 +183,7 @@ def _each(shards: Shards, end: str) -> Iterator[tuple[str, StoredTensor, _Parts]
 
 
 def _groups(words: StoredTensor, columns: int, group: int, remedy: str) -> int:
-    """How many groups the inputs have. Raises CheckpointError where they are not whole ones."""
+    """How many groups the inputs form. Raises CheckpointError if `group` does not divide them evenly."""
     if group < 0:
         return 1
     if columns % group:

@@ -10,43 +10,43 @@ from moe_local.cache.errors import CheckpointError
 from moe_local.offload.quantize import fp8
 
 METHODS = ("fp8", "mxfp4", "bitsandbytes", "gptq", "awq", "compressed-tensors")
-"""transformers' names of what can be read."""
+"""Transformers' names of the quantization methods that can be read."""
 
 WHOLE = 2**30
-"""For the columns of a block: all that there are."""
+"""As a block's number of columns: all columns of the matrix."""
 
 
 @dataclass(frozen=True, slots=True)
 class BitsAndBytesPacking:
-    """Everything else is said beside each weight."""
+    """4 bits; all other settings are stored beside each weight."""
 
 
 @dataclass(frozen=True, slots=True)
 class GptqPacking:
     bits: int
-    """Of a number: 4 or 8."""
+    """Per number: 4 or 8."""
     group: int
-    """Inputs that share a scale; -1: all."""
+    """How many inputs share a scale; -1: all."""
     less_one: bool
-    """Whether zeros are stored minus one."""
+    """Whether zero points are stored minus one."""
     reordered: bool
     """Whether the file must say which group each input belongs to."""
 
 
 @dataclass(frozen=True, slots=True)
 class AwqPacking:
-    """Numbers of 4 bits."""
+    """Numbers have 4 bits."""
 
     group: int
-    """Inputs that share a scale; -1: all."""
+    """How many inputs share a scale; -1: all."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompressedTensorsPacking:
     bits: int
-    """Of a number: 4 or 8."""
+    """Per number: 4 or 8."""
     group: int
-    """Inputs that share a scale; -1: all."""
+    """How many inputs share a scale; -1: all."""
     zeros: bool
     """Whether the file must have zero points."""
 
@@ -56,22 +56,23 @@ Packing = BitsAndBytesPacking | GptqPacking | AwqPacking | CompressedTensorsPack
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """What the publisher did to the weights: `method` is one of METHODS."""
+    """How the publisher quantized the weights; `method` is one of METHODS."""
 
     method: str
     experts: str
-    """Format of the routed experts: "fp8", "mxfp4", or the method where no kernel reads them in place."""
+    """Format of the routed experts: "fp8", "mxfp4", or `method` if no kernel reads them in place."""
     block: tuple[int, int] | None = None
     """Rows and columns that share a scale in FP8; None: each tensor has one scale."""
     packing: Packing | None = None
-    """Of weights that are decoded and encoded again, experts and dense ones alike; None: FP8 and MXFP4."""
+    """How weights, experts' and dense ones, are packed if they have to be decoded and encoded again; None for
+    FP8 and MXFP4."""
 
     @classmethod
     def of(cls, config: Any) -> Quantization | None:
-        """From transformers' config or the fields of a config.json; None if nothing is quantized.
+        """Read it from transformers' config or the fields of a config.json; None if nothing is quantized.
 
-        How activations were scaled when the model was trained does not matter here and is passed over.
-        Raises CheckpointError, in half a line, for methods that are not read and settings that make no sense.
+        Ignores how activations were scaled in training, which does not matter here. Raises CheckpointError,
+        whose message does not name the file, for methods that cannot be read and invalid settings.
         """
         settings = _settings(config)
         if settings is None:

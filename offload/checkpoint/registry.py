@@ -17,15 +17,15 @@ DEMO = "demo"
 """The small model in the package."""
 
 SOME = 6
-"""Names that an error lists where none is near."""
+"""How many known names an error lists if none resembles the given one."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelAlias:
     """A short name of a Hub repository whose config.json the package carries.
 
-    `parameters` counts every weight that is loaded, the inactive ones too: not those of towers for images and
-    of layers that predict several tokens. `stored` is the format that its publisher chose for most of them.
+    `parameters` counts all weights that are loaded, active or not. Vision towers and layers for multi-token
+    prediction do not count. `stored` is the format in which the publisher stores most of the weights.
     """
 
     alias: str
@@ -233,7 +233,7 @@ ALIASES: dict[str, ModelAlias] = {
 
 
 def find_alias(name: str) -> ModelAlias | None:
-    """The alias called `name`, in any case."""
+    """The alias called `name` in upper or lower case, or None."""
     return ALIASES.get(name.strip().lower())
 
 
@@ -245,9 +245,9 @@ def hub_id(name: str) -> str | None:
 
 
 def short_name(name: str) -> str:
-    """One name for a model however it was called: its alias, else its Hub id, else its folder's name.
+    """The same name for a model whatever the user calls it: its alias, else its folder's name or Hub id.
 
-    So that mixtral-8x7b, Mixtral-8x7B and mistralai/Mixtral-8x7B-Instruct-v0.1 share one conversion.
+    So mixtral-8x7b, Mixtral-8x7B and mistralai/Mixtral-8x7B-Instruct-v0.1 share one conversion.
     """
     name = name.strip()
     alias = find_alias(name)
@@ -280,7 +280,7 @@ def near_matches(name: str) -> list[str]:
 
 
 def not_found(name: str, reason: str) -> ModelNotFoundError:
-    """The error for a model that is not there: what, why, and the names that were perhaps meant."""
+    """The error for a model that was not found, with the reason and names that the user may have meant."""
     near = near_matches(name)
     hint = f"did you mean {' or '.join(near)}?"
     if not near:

@@ -1,4 +1,4 @@
-"""What was downloaded, compared with the hashes that the Hub gave for it."""
+"""Compares downloaded files with the hashes that the Hub gave for them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ HASH = re.compile(r"[0-9a-f]{64}")
 
 
 class Hashed(NamedTuple):
-    """A file of a checkpoint. `right` is None where nobody knows its hash."""
+    """A file of a checkpoint, and whether its contents have the known hash; None if none is known."""
 
     path: Path
     right: bool | None
 
 
 def known_sha256(path: Path) -> str | None:
-    """The hash that the Hub gave for this file; None if it does not lie in the Hub cache.
+    """The hash that the Hub gave for this file; None if it is not a weight file in the Hub cache.
 
-    There a file of weights is a link to one that is named by its sha256.
+    A weight file in the cache is a symbolic link to a blob that is named by its sha256.
     """
     if not path.is_symlink():
         return None
@@ -34,9 +34,9 @@ def known_sha256(path: Path) -> str | None:
 def check_downloads(
     paths: Iterable[Path], progress: Callable[[int, int], None] | None = None
 ) -> list[Hashed]:
-    """Hash the files whose hash is known, several at a time; progress hears files done and all files.
+    """Hash the files whose hash is known, several at a time; calls `progress(files done, all files)`.
 
-    A file that cannot be read is wrong. Blocks on the disk and the processor (some 1.5 GB/s a core).
+    A file that cannot be read counts as wrong. Blocks on the disk and the CPU (some 1.5 GB/s per core).
     """
     found: list[Hashed] = []
     files = list(paths)

@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint: which tensor lies where, and reading one without its neighbours."""
+"""The safetensors files of a checkpoint: where each tensor is, and how to read some without the others."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from moe_local.offload.system.direct_io import PAGE, Memory, Range, ReadError, p
 from moe_local.offload.system.hung import HungError, patiently
 
 MAX_HEADER = 100_000_000
-"""Bytes; what the safetensors library itself accepts."""
+"""Bytes; the limit of the safetensors library itself."""
 
 MAX_DIMENSIONS = 16
-"""Of a tensor; torch itself has hardly a use for eight."""
+"""Of a tensor; torch itself hardly has a use for eight."""
 
 SAMPLES = 64
 SAMPLE_BYTES = 4096
@@ -47,7 +47,7 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor in a shard. `dtype` is safetensors' word; `start` counts from the file's first byte."""
+    """One tensor in a shard. `dtype` is safetensors' name; `start` counts from the file's first byte."""
 
     key: str
     shard: str
@@ -65,7 +65,7 @@ class StoredTensor:
         return DTYPES[self.dtype]
 
     def at(self, row: int) -> StoredTensor:
-        """[1, ...] of this tensor [E, ...], at `row`."""
+        """Row `row` of this tensor [E, ...], as a tensor [1, ...]."""
         nbytes = self.nbytes // self.shape[0]
         return replace(self, shape=(1, *self.shape[1:]), start=self.start + row * nbytes, nbytes=nbytes)
 
@@ -73,9 +73,9 @@ class StoredTensor:
 class Shards:
     """Every tensor of a checkpoint folder, by key.
 
-    Opening reads and checks each shard's header against its file; reading opens the shards it needs, takes
-    the bytes into new memory and closes them, so that any number of threads may read, no file stays mapped,
-    and memory holds only what the caller keeps.
+    `open` reads each shard's header and checks it against the file. `read` opens the shards that it needs,
+    copies the bytes into memory and closes them. So any number of threads may read, no file stays mapped, and
+    memory holds only tensors that the caller keeps.
     """
 
     def __init__(
@@ -91,15 +91,16 @@ class Shards:
         """Bytes of each shard."""
         self.tensors = dict(tensors)
         self.remedy = remedy
-        """Ends the error lines that speak of damage."""
+        """What to do about damaged files; ends the error messages about them."""
         self._headers = dict(headers or {})
-        """Bytes of each shard's header, where it is not safetensors'."""
+        """Bytes of each shard's header, for shards that are not safetensors files."""
 
     @classmethod
     def open(cls, folder: Path, remedy: str) -> Shards:
-        """Read all headers in `folder`. `remedy` ends the error lines that speak of damage.
+        """Read all headers in `folder`. `remedy` ends error messages about damaged files.
 
-        Raises CheckpointError for pickled weights only, missing or truncated shards and corrupt headers.
+        Raises CheckpointError for a folder with pickled weights only, missing or truncated shards and corrupt
+        headers.
         """
         weight_map = _weight_map(folder, remedy)
         names = sorted(set(weight_map.values())) if weight_map else [SINGLE]
@@ -125,11 +126,11 @@ class Shards:
     def read(
         self, groups: Sequence[Sequence[StoredTensor]], memory: Memory = page_memory
     ) -> list[list[torch.Tensor]]:
-        """The tensors of each group, each group in one piece of `memory`, one tensor right behind the other.
+        """The tensors of each group, one behind the other in one block of `memory` per group.
 
-        (Up to the next multiple of eight bytes.) Blocks on the disk, and is as fast as that if asked for much
-        at once. Raises CheckpointError when a file has changed or cannot be read, and when its disk does not
-        answer.
+        Each is padded to a multiple of eight bytes. Blocks on the disk, and is as fast as the disk if asked
+        for much at once. Raises CheckpointError when a file has changed or cannot be read, and when its disk
+        does not answer.
         """
         ranges: list[Range] = []
         tensors = [self._place(group, memory, ranges) for group in groups]
@@ -147,16 +148,16 @@ class Shards:
     def _place(
         self, group: Sequence[StoredTensor], memory: Memory, ranges: list[Range]
     ) -> list[torch.Tensor]:
-        """A place for each tensor; what has to be read into it is added to `ranges`.
+        """Allocate memory for the tensors of a group, and add what has to be read into it to `ranges`.
 
-        The first lies as far into a page as in its file, and so do all others of the same shard if their
-        sizes are whole pages: then nothing has to be copied after it is read.
+        The first tensor has the same offset within a page as in its file, and so have all others of its shard
+        if their sizes are whole pages. Direct reads into such memory need no copy afterwards.
         """
         sizes = [-(-tensor.nbytes // 8) * 8 for tensor in group]
         block = memory(sum(sizes) + PAGE)
         offset = (group[0].start - block.data_ptr()) % PAGE
         if group[0].start % 8:
-            offset = 0  # no dtype could be seen there
+            offset = 0  # a view as another dtype must be aligned
         tensors = []
         for tensor, size in zip(group, sizes, strict=True):
             raw = block[offset : offset + tensor.nbytes]
@@ -166,10 +167,10 @@ class Shards:
         return tensors
 
     def digest(self) -> str:
-        """A name for the contents: equal for copies, different for other weights of the same shapes.
+        """A hash of the contents: equal for copies, different for other weights of the same shapes.
 
         Covers each shard's name, size, header, and strided samples of its data (all of it below 256 KiB),
-        which any training changes; a deliberate edit of a few weights may stay unseen.
+        which any training changes; a deliberate edit of a few weights may go unnoticed.
         """
         digest = xxhash.xxh3_128()
         names = sorted(self.sizes)
@@ -235,7 +236,7 @@ def read_header(path: Path, remedy: str = "get the file again") -> Iterator[Stor
 
 
 def _raw_header(path: Path) -> tuple[int, int, bytes]:
-    """The file's size, the length that its header is said to have, and the header if it may have that."""
+    """(file's size, length of the header as the file states it, header, or b"" for an impossible length)."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -254,7 +255,7 @@ def _stored(key: str, shard: str, data_start: int, entry: Mapping[str, object]) 
 
 
 def _sizes(found: object) -> tuple[int, ...]:
-    """A few whole numbers that count bytes or numbers of a file."""
+    """A shape or byte offsets from a header, checked. Raises ValueError or TypeError for anything else."""
     sizes = tuple(cast("list[int]", found))
     if len(sizes) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in sizes):
         raise ValueError(f"{str(found)[:80]} are no sizes")
@@ -262,7 +263,7 @@ def _sizes(found: object) -> tuple[int, ...]:
 
 
 def _weight_map(folder: Path, remedy: str) -> dict[str, str]:
-    """Key -> shard from the index; empty if the weights are one file, which transformers too tries first."""
+    """Key -> shard from the index; empty if there is a single file, which transformers tries first, too."""
     if (folder / SINGLE).is_file():
         return {}
     if (folder / INDEX).is_file():

@@ -1,4 +1,4 @@
-"""Loading the dense part of a model by transformers, without ever allocating a routed expert."""
+"""Loads the dense part of a model through transformers, without ever allocating a routed expert."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 _loading = threading.Lock()
-"""transformers' loader sets torch's default dtype, and `_quiet_loading` its verbosity, for all threads."""
+"""Held while a model loads: transformers' loader sets torch's default dtype for all threads, and
+`_quiet_loading` sets transformers' verbosity."""
 
 
 def load_skeleton(
@@ -61,13 +62,14 @@ def load_skeleton(
 ) -> Any:
     """The transformers model in `folder` with every experts module replaced by an OffloadedExperts.
 
-    `dense` is "nf4" or "int8", quantized on the way in and computing in `dtype`, or any other name, which
-    loads in `dtype`. What is quantized, `ModelSpec.quantized` says: on CUDA by bitsandbytes, on the CPU as
-    QuantizedLinear, with these `activations`. `weights` are read in place of the folder's safetensors, where
-    transformers would need a GPU for these. Only tensors that are not experts' are read, and none of them
-    asks for gradients. All goes to `device`, or where accelerate's `device_map` (module path -> device) says,
-    with CardMoves that take hidden states along. Loads one model at a time; other threads wait. Raises
-    CheckpointError if weights are missing or cannot be quantized, or without experts modules to replace.
+    `dense` is "nf4" or "int8", which quantizes weights while they are loaded and computes in `dtype`, or any
+    other name, which loads weights in `dtype`. `ModelSpec.quantized` says which weights are quantized: on
+    CUDA by bitsandbytes, on the CPU as QuantizedLinear with these `activations`. `weights` are read instead
+    of the folder's safetensors files where transformers would need a GPU to read those. Tensors of routed
+    experts are not read, and no parameter requires gradients. Everything goes to `device`, or where
+    accelerate's `device_map` (module path -> device) says, with CardMoves that move hidden states between
+    cards. Loads one model at a time; other threads wait. Raises CheckpointError if weights are missing or
+    cannot be quantized, or if there are no experts modules to replace.
     """
     if device.type == "cpu":
         logging.getLogger("transformers.integrations.hub_kernels").addFilter(_is_of_use)
@@ -140,12 +142,12 @@ def load_skeleton(
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
-    """False for transformers' advice to install kernels, of which a CPU has none."""
+    """False for transformers' advice to install kernels, which do not exist for CPUs."""
     return "falling back to its reference" not in record.getMessage()
 
 
 def _unquantized(config: Any) -> Any:
-    """The config of the model as it is loaded, which says nothing of how its weights were stored."""
+    """A copy of the config that does not say how the checkpoint's weights were quantized."""
     config = copy.deepcopy(config)
     for part in (config, config.get_text_config(decoder=True)):
         if getattr(part, "quantization_config", None) is not None:
@@ -155,7 +157,7 @@ def _unquantized(config: Any) -> Any:
 
 @contextlib.contextmanager
 def _told_by(weights: DenseWeights | None) -> Iterator[None]:
-    """Raise what went wrong with the weights themselves rather than what the loader makes of it."""
+    """Raise an error of `weights` itself instead of the one with which the loader replaces it."""
     try:
         yield
     except Exception as error:
@@ -167,7 +169,7 @@ def _told_by(weights: DenseWeights | None) -> Iterator[None]:
 
 
 def replace_experts(model: Any) -> list[Any]:
-    """Put OffloadedExperts in the place of a model's routed experts, whose modules are returned by layer."""
+    """Replace a model's modules of routed experts with OffloadedExperts; returns the modules, by layer."""
     found = list(experts_modules(model))
     for index, (name, module) in enumerate(found):
         model.set_submodule(name, OffloadedExperts(module, index))
@@ -177,17 +179,17 @@ def replace_experts(model: Any) -> list[Any]:
 def _swapping(cls: type[Any], weights: DenseWeights | None = None) -> type[Any]:
     """A subclass of `cls` whose `from_pretrained` replaces experts modules just before it reads weights.
 
-    `_load_pretrained_model` is private, but the only place that runs after the model and its quantizer
-    have been set up and before anything is allocated (transformers 5.17 to 5.23). In all else the class is
-    taken for `cls`, whose name it has; `cls` itself is left alone, for others may be using it. `weights`, if
-    given, are what is read.
+    It overrides `_load_pretrained_model`, which is private, but the only method that runs after the model and
+    its quantizer have been set up and before anything is allocated (transformers 5.17 to 5.23). Otherwise it
+    passes for `cls`, whose name it has; `cls` itself is not changed, since other code may be using it.
+    `weights`, if given, are read instead of the checkpoint's files.
     """
 
     def load(model: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         decorate(model)
         replace_experts(model)
         ignored = model._keys_to_ignore_on_load_unexpected
-        # Their weights are in the file and have no place in the model any more: that is meant.
+        # The file has experts' weights and the model has no place for them any more, as intended.
         model._keys_to_ignore_on_load_unexpected = {*(ignored or ()), r"(^|\.)experts\.", r"block_sparse_moe"}
         try:
             state_dict = state_dict if weights is None else weights.state_dict()
@@ -205,7 +207,7 @@ def _swapping(cls: type[Any], weights: DenseWeights | None = None) -> type[Any]:
 
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Without transformers' own progress bar and load report: the caller shows progress."""
+    """Disable transformers' own progress bar and load report, since the caller shows progress."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
@@ -221,18 +223,18 @@ def _quiet_loading() -> Iterator[None]:
 
 
 def _take_into_memory(model: nn.Module) -> None:
-    """Copy weights that are still the checkpoint's file, mapped: they would be read from disk page by page
-    when they are first used, each time for milliseconds that no statistic knows of."""
+    """Copy weights that are still views of the mapped checkpoint file into memory: otherwise their first use
+    would read them from disk page by page, for milliseconds at a time that appear in no statistics."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.clone()
 
 
 def _flatten_inputs(model: nn.Module) -> None:
-    """Give int8 layers two-dimensional inputs only.
+    """Flatten inputs of int8 layers to two dimensions if they have more than three.
 
-    bitsandbytes 0.50 flattens three dimensions to rows, but with four, as latent attention has them, it takes
-    the scales over the wrong one.
+    bitsandbytes 0.50 itself flattens three dimensions to rows, but with four, as in latent attention, it
+    takes the scales over the wrong dimension.
     """
     for module in model.modules():
         if type(module).__name__ == "Linear8bitLt":
@@ -244,18 +246,21 @@ def _by_rows(linear: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) ->
 
 
 def _ours(model: Any, dense: str, activations: str) -> Any:
-    """Settings for transformers with which these weights of `model`, on the meta device, become ours."""
+    """The config with which transformers loads the quantizable weights of `model` as QuantizedLinear.
+
+    `model` is on the meta device.
+    """
     from moe_local.offload.checkpoint.dense_quantizer import DenseConfig
 
     return DenseConfig(quantized_weights(model, cuda=False), dense, activations)
 
 
 def _bitsandbytes(model: Any, dense: str, dtype: torch.dtype) -> Any:
-    """The same for bitsandbytes, which would quantize others."""
+    """The same config for bitsandbytes, with all other layers skipped, some of which it would quantize."""
     from transformers import BitsAndBytesConfig
 
-    bitsandbytes_ops()  # imported here first, transformers finds it without words and without the network
-    # A line in every int8 product whose input is not fp16.
+    bitsandbytes_ops()  # imports it before transformers does: silently and without network access
+    # Otherwise it logs a line in every int8 product whose input is not fp16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     quantizable = {name.removesuffix(".weight") for name in quantized_weights(model, cuda=True)}
     linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))

@@ -20,7 +20,7 @@ from moe_local.offload.quantize.layout import TensorSpec
 from moe_local.offload.quantize.stored import StoredFormat
 
 WITHOUT_TOWERS = frozenset({"gemma4"})
-"""Model types whose class takes None for the configs of images and sound."""
+"""Model types whose class accepts None as the config of its vision and audio towers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +59,17 @@ class ModelSpec:
     dtype: torch.dtype
     """The checkpoint's own dtype."""
     stored: StoredFormat
-    """What its experts are stored in, by its config."""
+    """The format in which the checkpoint stores its experts, according to the config."""
     layers: tuple[MoELayer, ...]
     dense: tuple[TensorSpec, ...]
-    """Every parameter that is not a routed expert's, tied ones once."""
+    """Every parameter outside the routed experts; tied parameters are listed once."""
     kv_numel_per_token: int
     """Numbers kept per token of context over all layers, keys and values together."""
     state_numel: int
-    """Numbers that layers keep for a sequence however long it is: recurrent states, ends of convolutions."""
+    """Numbers that layers keep for a sequence whatever its length: recurrent and convolution states."""
     expanded_kv_numel_per_token: int
-    """Keys and values of one layer as its attention reads them: repeated for, or projected to, every head."""
+    """Numbers per token of one layer's keys and values once they are repeated for, or projected to, every
+    head, as attention reads them."""
     quantizable: frozenset[str]
     """The `dense` weights that dense="nf4" and "int8" quantize on CUDA (see `quantized_weights`)."""
     quantizable_on_cpu: frozenset[str]
@@ -119,8 +120,8 @@ def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def model_class(config: Any) -> type[Any]:
-    """transformers' class that generates text for this config: the causal language model where there is one,
-    else one that reads images, too, or translates. Raises CheckpointError for other kinds of models."""
+    """Transformers' class that generates text for this config: a causal language model if there is one, else
+    an image-text or encoder-decoder model. Raises CheckpointError for other kinds of models."""
     from transformers.models.auto import modeling_auto as auto
 
     for mapping in (
@@ -137,10 +138,10 @@ def model_class(config: Any) -> type[Any]:
 
 
 def class_config(config: Any) -> Any:
-    """The config that `model_class` is made with: of a checkpoint that also sees or hears, the text's part.
+    """The config to construct `model_class` with; for a multimodal checkpoint, that of its text model.
 
-    Where the class can only be made with the whole, its towers for images and sound are left out if it can do
-    without, as Gemma's can; those of others are loaded and stay idle.
+    If the class needs the whole config, its vision and audio towers are left out if it can do without them,
+    as Gemma 4 can. The towers of other classes are loaded and stay unused.
     """
     cls = model_class(config)
     kind = config.sub_configs.get("text_config")
@@ -153,8 +154,8 @@ def class_config(config: Any) -> Any:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Lets torch.nn.init leave tensors as they are: on the meta device it fills nothing, and takes a quarter
-    of the time that a model takes."""
+    """Disables the functions of torch.nn.init: on the meta device they fill nothing, but take a quarter of
+    the time that building a model takes."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -185,7 +186,7 @@ def meta_model(config: Any) -> Any:
 def model_spec(config: Any, model: Any = None) -> ModelSpec:
     """Read a transformers config (and optionally its `meta_model`, to save building it again).
 
-    Raises CheckpointError if the model has no routed experts that the experts interface serves.
+    Raises CheckpointError if the model has no routed experts that transformers' experts interface serves.
     """
     model = meta_model(config) if model is None else model
     text = config.get_text_config(decoder=True)
@@ -260,15 +261,16 @@ def _stored(config: Any) -> StoredFormat:
 
 
 def _kv_numel_per_token(text: Any, model: nn.Module) -> int:
-    """Keys and values of one token. MLA keeps a latent and a rope key a layer, and an indexer key where there
-    is an indexer; others 2 x heads x width."""
+    """How many numbers all layers cache per token: with MLA a latent, a rope key and, with an indexer, its
+    key; with other attention 2 x heads x width."""
     layers: int = text.num_hidden_layers
     if getattr(text, "kv_lora_rank", None):
         indexer = getattr(text, "index_head_dim", None) or 0
         kept = text.kv_lora_rank + text.qk_rope_head_dim
         kinds: set[Any] = {type(module) for module in model.modules() if hasattr(module, "kv_lora_rank")}
         if any(".update(key_states, value_states" in class_source(kind) for kind in kinds):
-            kept = _expanded_kv_numel_per_token(text)  # DeepSeek V3.2's and GLM-5's in transformers 5.17
+            # these cache expanded keys and values, as DeepSeek V3.2 and GLM-5 in transformers 5.17
+            kept = _expanded_kv_numel_per_token(text)
         return layers * int(kept + indexer)
     types = getattr(text, "layer_types", None)
     attending = [
@@ -280,7 +282,8 @@ def _kv_numel_per_token(text: Any, model: nn.Module) -> int:
 
 
 def _expanded_kv_numel_per_token(text: Any) -> int:
-    """MLA projects its latents to keys and values for each head; others repeat theirs for each query head."""
+    """How many numbers attention reads per token of a layer: MLA projects latents to keys and values of each
+    head; other attention repeats keys and values for each query head."""
     heads = int(text.num_attention_heads)
     if getattr(text, "kv_lora_rank", None):
         return heads * int(text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
@@ -288,7 +291,7 @@ def _expanded_kv_numel_per_token(text: Any) -> int:
 
 
 def _heads(text: Any, layer: int) -> tuple[int, int]:
-    """(heads of keys, their width) of a layer; Gemma 4's layers have their own."""
+    """(number of key heads, width of a head) of a layer; they differ between the layers of Gemma 4."""
     if getattr(text, "is_heterogeneous", False):
         text = text.per_layer_config[layer]
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -298,10 +301,11 @@ def _heads(text: Any, layer: int) -> tuple[int, int]:
 def quantized_weights(model: Any, *, cuda: bool) -> Iterator[str]:
     """Names of the weights that dense="nf4" and "int8" quantize; `model` may be on the meta device.
 
-    On CUDA as transformers' bitsandbytes integration, which takes exactly nn.Linear and leaves the output
-    head and tied weights, but routers stay as they are too (a rounded router sends tokens elsewhere), and so
-    does what is not made of whole blocks of 32 rows by 64 columns, which not all of bitsandbytes' kernels
-    take. On the CPU, where each token waits for the head's bytes to be read, that is quantized as well.
+    On CUDA these are the weights that transformers' bitsandbytes integration would quantize (of nn.Linear
+    itself, but not the output head or tied weights), without routers (a rounded router sends tokens to other
+    experts) and without matrices that are not whole blocks of 32 rows by 64 columns, which not all of
+    bitsandbytes' kernels accept. On the CPU, where each token waits until the output head's bytes are read,
+    the head is quantized as well.
     """
     head = model.get_output_embeddings()
     routers = {"gate", "router", "shared_expert_gate"}
@@ -317,8 +321,8 @@ def quantized_weights(model: Any, *, cuda: bool) -> Iterator[str]:
 
 
 def _is_asked_for_its_dtype(model: nn.Module, name: str) -> bool:
-    """Whether the module around a linear layer turns something into the dtype of its weight: of quantized
-    ones that is bytes. The indexers of DeepSeek V3.2 and its like do, and T5's and Switch's feed-forwards."""
+    """Whether the module around a linear layer converts something to the dtype of its weight, which for a
+    quantized weight is an integer. Indexers like DeepSeek V3.2's do, and T5's and Switch's feed-forwards."""
     parent, _, child = name.rpartition(".")
     kind: Any = type(model.get_submodule(parent))
     return f"self.{child}.weight.dtype" in class_source(kind)

@@ -12,11 +12,11 @@ FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.js
 
 
 def load_tokenizer(folder: Path, gguf: Path | None = None) -> Any:
-    """transformers' tokenizer, or None if there is none: then the model takes token ids only.
+    """Transformers' tokenizer, or None if the checkpoint has none; the model then takes only token ids.
 
-    From the folder's files or, if there are none, from the GGUF file in it.
+    Reads the folder's own tokenizer files or, without them, the GGUF file `gguf`.
 
-    Never runs code from the checkpoint. Raises CheckpointError if there is one that cannot be loaded.
+    Never runs code from the checkpoint. Raises CheckpointError for a tokenizer that cannot be loaded.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -21,36 +21,36 @@ BYTES = ("U8", "I8")
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One weight by the key and in the shape that it would have if it were not quantized."""
+    """One weight, with the key and shape that it would have if it were not quantized."""
 
     key: str
     shape: tuple[int, ...]
     parts: tuple[StoredTensor, ...]
     """The numbers and, if they are quantized, their scales."""
     format: str = "plain"
-    """Or "fp8", "mxfp4", GGUF's, or the method of a `decoder`. "mxfp4_transposed" is stored [..., out, in],
-    where the model has [..., in, out]."""
+    """Or "fp8", "mxfp4", "mxfp4_transposed" (stored as [..., out, in] while the model has [..., in, out]), a
+    format of GGUF, or the quantization method if there is a `decoder`."""
     block: tuple[int, int] = (fp8.BLOCK, fp8.BLOCK)
-    """Rows and columns that share a scale of FP8."""
+    """Rows and columns that share a scale, for FP8."""
     heads: int = 0
-    """Rotated heads whose rows lie in pairs (GGUF's llama); 0: they lie as in the model."""
+    """Number of rotary heads whose rows are interleaved (GGUF's llama); 0: rows are in the model's order."""
     decoder: PackedDecoder | None = None
-    """Of what is packed otherwise."""
+    """Decodes weights that are packed in other ways."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What `decode` gives: the stored dtype, or float32 for what is quantized."""
+        """The dtype of the decoded weight: float32 if it is quantized, else the stored dtype."""
         return self.parts[0].torch_dtype if self.format == "plain" else torch.float32
 
     def at(self, row: int) -> Weight:
-        """[1, ...] of this weight [E, ...], at `row`."""
+        """Row `row` of this weight [E, ...], as a weight [1, ...]."""
         parts = tuple(part.at(row) for part in self.parts)
         return replace(self, shape=(1, *self.shape[1:]), parts=parts)
 
     def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The weight from its parts as they were read: the same memory if it is plain, else new.
+        """The weight made from its stored parts: in the same memory if it is plain and in order, else in new.
 
-        Raises CheckpointError for parts whose numbers make no sense.
+        Raises CheckpointError for parts with invalid numbers.
         """
         if self.decoder is not None:
             try:
@@ -70,7 +70,7 @@ class Weight:
         return numbers.transpose(-2, -1) if self.format == "mxfp4_transposed" else numbers
 
     def check(self, remedy: str) -> None:
-        """Raise CheckpointError unless this is made of numbers that can be read and their scales."""
+        """Raise CheckpointError for a dtype that cannot be read, and for FP8 numbers without scales."""
         if self.format != "plain":
             return
         (stored,) = self.parts
@@ -86,9 +86,9 @@ class Weight:
 
 
 def find_weights(shards: Shards, quantization: Quantization | None) -> dict[str, Weight]:
-    """The weights that stored tensors make, by key. Scales are part of their weight and not listed.
+    """Key -> weight for all stored tensors. Scales are part of their weight and not listed.
 
-    Raises CheckpointError, naming both, for scales that do not go with their weight.
+    Raises CheckpointError, naming both tensors, for scales that do not fit their weight.
     """
     tensors, remedy = shards.tensors, shards.remedy
     if quantization is None:
@@ -119,7 +119,7 @@ def _fp8(
         scale = next((tensors[name] for name in _scale_names(key) if name in tensors), None)
         if scale is None or tensor.dtype not in (*FP8, *BYTES):
             continue
-        if tensor.dtype in BYTES:  # two 4-bit numbers each
+        if tensor.dtype in BYTES:  # each byte holds two 4-bit numbers
             shape = (*tensor.shape[:-1], 2 * tensor.shape[-1])
             if shape[:-1] != scale.shape[:-1] or shape[-1] != mxfp4.BLOCK * scale.shape[-1]:
                 raise _mismatch(tensor, scale, remedy)
@@ -162,18 +162,18 @@ def _scale_names(key: str) -> Iterator[str]:
 
 
 def _is_aside(key: str) -> bool:
-    """Whether it is of activations, or says of a packed weight what is known by then."""
+    """Whether a tensor is a scale of activations, or describes a packed weight that has been found."""
     aside = ("activation_scale", "input_scale", "qscale_act", ".weight_shape", ".g_idx")
     return key.endswith(aside) or STATE in key
 
 
 def _matrix(scale: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Scales of whole tensors as grids of one."""
+    """The scales as a grid; the scale of a whole tensor as a grid of one element."""
     return scale if scale.dim() == q.dim() else scale.reshape(*q.shape[:-2], 1, 1)
 
 
 def _in_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """llama.cpp turns rows 2i and 2i + 1 of a head, transformers i and i + width / 2."""
+    """Reorder heads' rows: RoPE pairs 2i and 2i + 1 in llama.cpp, i and i + width / 2 in transformers."""
     pairs = weight.view(heads, -1, 2, *weight.shape[1:])
     return pairs.transpose(1, 2).reshape(weight.shape)
 
