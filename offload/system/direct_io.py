@@ -1,8 +1,8 @@
-"""Large reads and writes past the page cache, at the speed of the disk.
+"""Large reads and writes that bypass the page cache (direct I/O), at the speed of the disk.
 
-The page cache costs the processor a copy of every byte and a fault for every page, which can take longer
-than the disk does, and lets go of what other programs keep there. Where a file system has no direct access,
-and for what is small, reads and writes are ordinary ones.
+The page cache costs a copy of every byte and a fault for every page, which can take longer than the disk,
+and evicts pages of other programs. File systems without direct I/O, small reads and unaligned writes go
+through the page cache.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from moe_local.offload.system.hung import Job, work_off
 from moe_local.offload.system.read_at import open_directly, read_at
 
 PAGE = 4096
-"""Offsets, sizes and addresses of direct access are multiples of this; no disk asks for more."""
+"""Offsets, sizes and addresses of direct I/O are multiples of this; no disk requires more."""
 
 PIECE = 4 << 20
 THREADS = 4
-"""Four reads of 4 MiB in flight reach a disk's sequential speed, at any size of what is read."""
+"""Four reads of 4 MiB in flight reach a disk's sequential speed, whatever the sizes of the ranges."""
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
 Memory = Callable[[int], torch.Tensor]
-"""Gives memory, uint8 [nbytes]."""
+"""Allocates memory: nbytes -> uint8 [nbytes]."""
 
 
 class Range(NamedTuple):
-    """The bytes of a file from `start` on, which belong into `out`: contiguous uint8 on the CPU."""
+    """The bytes of a file from `start` on that fill `out`, which is contiguous uint8 on the CPU."""
 
     path: Path
     start: int
@@ -49,7 +49,7 @@ class Range(NamedTuple):
 
 
 class ReadError(Exception):
-    """`path` could not be read as far as was asked; the text says why."""
+    """`path` could not be read to the end of a range; the text says why."""
 
     def __init__(self, path: Path, why: object) -> None:
         super().__init__(str(why))
@@ -57,18 +57,18 @@ class ReadError(Exception):
 
 
 def page_memory(nbytes: int) -> torch.Tensor:
-    """New memory, uint8 [nbytes], that starts on a page; if large, in huge pages where the system has them.
+    """New page-aligned memory, uint8 [nbytes]; if large, in huge pages where the system has them.
 
-    To touch each of the small pages of a matrix for the first time takes longer than to read it.
+    The faults on a matrix's small pages take longer than reading it.
     """
     return torch.frombuffer(page_mapping(nbytes), dtype=torch.uint8)[:nbytes]
 
 
 def page_mapping(nbytes: int) -> mmap.mmap:
-    """The mapping of `page_memory`, which lives as long as anybody has it or a view of it."""
+    """The mapping behind `page_memory`; it lives as long as there are references to it or to views of it."""
     if os.name == "nt":
         mapping = mmap.mmap(-1, max(nbytes, 1))
-    else:  # private, for shared memory has no huge pages
+    else:  # private, since shared memory has no huge pages
         mapping = mmap.mmap(-1, max(nbytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if nbytes >= PIECE and hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
@@ -77,10 +77,10 @@ def page_mapping(nbytes: int) -> mmap.mmap:
 
 
 class PageArena:
-    """Memory to use again and again: calling it gives a block, `reset` takes all of them back.
+    """Memory that is reused: a call returns a block, and `reset` takes all blocks back.
 
-    The n-th block after a reset is the n-th of before, if that was large enough. The owner sees to it that
-    nobody uses what was given before a reset any more.
+    The n-th block after a reset is the n-th block before it, if that is large enough. The owner must see to
+    it that nobody uses blocks from before a reset any more.
     """
 
     def __init__(self) -> None:
@@ -100,10 +100,10 @@ class PageArena:
 
 
 def read_ranges(ranges: Sequence[Range]) -> None:
-    """Read all ranges, several pieces of them at a time. Raises ReadError, also if a file ends too early.
+    """Read all ranges in pieces, several at a time. Raises ReadError, also if a file ends too early.
 
-    Without a copy where memory is as far into a page as the file is. Raises HungError, as `work_off`, if the
-    disk does not answer.
+    Needs no copy if memory and file have the same offset within a page. Raises HungError, as `work_off` does,
+    if the disk does not answer.
     """
     if sum(found.out.numel() for found in ranges) < PIECE:
         work_off([Job(found.path, partial(_read, found)) for found in ranges])
@@ -130,7 +130,7 @@ def read_ranges(ranges: Sequence[Range]) -> None:
 
 
 def write_fully(file: int, data: memoryview) -> None:
-    """Write all of `data` where the file stands: directly, as long as it was opened so and all is aligned."""
+    """Write all of `data` at the file's position. Direct I/O ends for good at data that is not aligned."""
     while data:
         if not _aligned(data):
             _be_ordinary(file)
@@ -142,7 +142,7 @@ def write_fully(file: int, data: memoryview) -> None:
 
 
 def open_for_writing(path: Path) -> int:
-    """A descriptor of the new, empty file, for direct writing where there is such a thing. Raises OSError."""
+    """The descriptor of a new, empty file, opened for direct I/O where possible. Raises OSError."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
     try:
         return os.open(path, flags | _DIRECT, 0o666)
@@ -153,7 +153,7 @@ def open_for_writing(path: Path) -> int:
 
 
 class _DirectFiles:
-    """Descriptors of the files that can be read directly, for threads of which some may hang."""
+    """Descriptors for direct reads, shared by threads of which some may hang."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -161,15 +161,15 @@ class _DirectFiles:
         self._closed = False
 
     def open(self, path: Path) -> int | None:
-        """None for a file that has to be read otherwise."""
+        """The file's descriptor, or None if it cannot be read directly."""
         with self._lock:
             if path in self._files:
                 return self._files[path]
-        file = open_directly(path)  # which may hang, and others go on
+        file = open_directly(path)  # without the lock, since this may hang while other threads go on
         with self._lock:
             if path not in self._files and not self._closed:
                 self._files[path] = file
-            elif file is not None:  # another thread was first, or this one too late
+            elif file is not None:  # another thread has opened it already, or `close` was called
                 os.close(file)
             return self._files.get(path)
 
@@ -183,7 +183,7 @@ class _DirectFiles:
 
 
 def _pieces(whole: Range) -> Iterator[Range]:
-    """Ranges that end on multiples of PIECE in the file, and where parts of pages begin and end."""
+    """Split a range at multiples of PIECE in the file, and at the first and last page boundary in it."""
     start, end = whole.start, whole.start + whole.out.numel()
     cuts = {
         start,
@@ -197,16 +197,16 @@ def _pieces(whole: Range) -> Iterator[Range]:
 
 
 def _read_directly(file: int, piece: Range, buffer: torch.Tensor) -> int:
-    """Read the pages of the piece, through `buffer` unless they are pages in memory; the bytes that came."""
+    """Read a piece's pages, through `buffer` unless `out` is pages, too; returns the number of bytes read."""
     skip, size, address = piece.start % PAGE, piece.out.numel(), piece.out.data_ptr()
     pages = -(-(skip + size) // PAGE) * PAGE
     done = 0
-    with suppress(OSError):  # refused, or what the ordinary read will find as well and tell
+    with suppress(OSError):  # refused, or an error that the ordinary read will meet and report
         if pages == size and address % PAGE == 0:
             return read_at(file, piece.out.numpy().data, piece.start)
         count = read_at(file, buffer.numpy().data[:pages], piece.start - skip)
         done = max(0, min(count - skip, size))
-        ctypes.memmove(address, buffer.data_ptr() + skip, done)  # other threads run meanwhile
+        ctypes.memmove(address, buffer.data_ptr() + skip, done)  # without the GIL, so other threads go on
     return done
 
 
@@ -233,7 +233,7 @@ def _aligned(data: memoryview) -> bool:
 
 
 def _be_ordinary(file: int) -> bool:
-    """Take direct access from an open file; whether it had it."""
+    """Turn direct I/O off for an open file; returns whether it was on."""
     if not hasattr(os, "O_DIRECT"):
         return False
     import fcntl  # not on Windows, which has no O_DIRECT either

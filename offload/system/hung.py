@@ -1,6 +1,6 @@
-"""Work on a disk that may never answer, done in threads that can be left behind.
+"""Runs work on a disk that may never answer, in threads that can be left behind.
 
-A read that hangs is ended by no signal and no other thread. Who waits for it can only stop waiting.
+Neither a signal nor another thread can end a read that hangs; the caller can only stop waiting for it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class HungError(Exception):
-    """The disk does not answer for `path`; the text is what to say behind its name."""
+    """The disk of `path` does not answer. The text follows the path in a message."""
 
     def __init__(self, path: Path, seconds: float) -> None:
         super().__init__(SLOW.format(seconds))
@@ -25,17 +25,17 @@ class HungError(Exception):
 
 
 class Job(NamedTuple):
-    """Something to be done with a file."""
+    """Work on a file."""
 
     path: Path
     work: Callable[[], None]
 
 
 def work_off(jobs: Sequence[Job], threads: int = 1) -> None:
-    """Do all jobs, in order, so many at a time, in threads of their own.
+    """Run all jobs, in order, `threads` of them at a time, in threads of their own.
 
-    Raises the exception of the first job that failed, once no other is under way, or HungError when none has
-    come to its end for as long as a Patience lasts. Then threads are left behind, as daemons, and memory that
+    Raises the exception of the first job that failed, once no other is running, or HungError when none has
+    finished for as long as a Patience lasts. In that case daemon threads are left behind, and memory that
     their jobs write to must not be used for anything else.
     """
     if jobs:
@@ -43,7 +43,7 @@ def work_off(jobs: Sequence[Job], threads: int = 1) -> None:
 
 
 def patiently(path: Path, work: Callable[[], T]) -> T:
-    """What `work` returns, which reads `path`. Raises what it does, or HungError."""
+    """Call `work`, which reads `path`, and return its result. Raises what `work` raises, or HungError."""
     found: list[T] = []
     work_off([Job(path, lambda: found.append(work()))])
     return found[0]
@@ -56,9 +56,9 @@ class _Crew:
         self._patience = Patience()
         self._todo = deque(enumerate(jobs))
         self._doing: dict[int, Path] = {}
-        """By the number of the thread."""
+        """Number of a thread -> path of the job that it is running."""
         self._errors: dict[int, BaseException] = {}
-        """By the number of the job."""
+        """Number of a job -> its exception."""
         self._changed = threading.Condition()
         self._threads = [
             threading.Thread(target=self._work, args=(number,), name=f"read-{number}", daemon=True)
@@ -72,7 +72,7 @@ class _Crew:
             self._wait()
         except HungError:
             raise
-        except BaseException:  # Ctrl-C: what is under way still writes to the caller's memory
+        except BaseException:  # Ctrl-C: running jobs still write to the caller's memory
             self._give_up()
             self._wait()
             raise
@@ -103,7 +103,7 @@ class _Crew:
             error: BaseException | None = None
             try:
                 job.work()
-            except BaseException as failure:  # whatever it is, the caller's thread is to have it
+            except BaseException as failure:  # whatever it is, the caller's thread raises it
                 error = failure
             with self._changed:
                 del self._doing[number]

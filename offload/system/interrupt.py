@@ -1,10 +1,10 @@
-"""Ctrl-C and SIGTERM without half a token: they wait for a point where nothing is half done.
+"""Defers Ctrl-C and SIGTERM to points where all state is consistent, so that no token stays half computed.
 
-Inside `deferred()` a Ctrl-C is only remembered; `check()`, called where everything is consistent (the start
-of a MoE layer, each turn of a wait loop), raises it as KeyboardInterrupt. This works on the main thread and
-only where SIGINT has Python's own handler or ours; with any other handler, and on other threads, both do
-nothing, since whoever installed that handler has decided what Ctrl-C means. SIGTERM goes the same way once
-`take_signals()` was called, as the command does.
+Inside `deferred()` a Ctrl-C is only recorded; `check()`, called where state is consistent (the start of a MoE
+layer, each turn of a wait loop), raises it as KeyboardInterrupt. This works on the main thread, and only if
+SIGINT has Python's own handler or ours. With any other handler, whose owner has decided what Ctrl-C means,
+and on other threads, both do nothing. SIGTERM is treated in the same way once `take_signals()` has been
+called, as the moe-local command does.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from contextlib import contextmanager
 from types import FrameType
 
 LOOK_SECONDS = 0.1
-"""Longest wait before `check` is called again, wherever somebody waits."""
+"""The longest that any wait loop waits before it calls `check` again."""
 
 IMPATIENCE = 3
-"""This many Ctrl-C with no safe point between them raise at once: the device may have hung."""
+"""How many Ctrl-C without a `check` between them raise at once, since the device may have hung."""
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-"""Exit codes of a process that ended because of Ctrl-C or SIGTERM, as shells have it."""
+"""Exit codes of a process that ended because of Ctrl-C or SIGTERM, by the convention of shells."""
 
 
 class Terminated(SystemExit):
-    """SIGTERM came. No KeyboardInterrupt, since whoever goes on after Ctrl-C must end at this one."""
+    """SIGTERM came. Not a KeyboardInterrupt, since code that goes on after a Ctrl-C must end at a SIGTERM."""
 
     def __init__(self) -> None:
         super().__init__(TERMINATED)
 
 
 class _Deferral:
-    """The handlers in place of Python's own. Signals reach the main thread only, so no lock is needed."""
+    """Our signal handler and its state. Handlers run on the main thread only, so no lock is needed."""
 
     def __init__(self) -> None:
         self.active = False
         self.presses = 0
         self.terminated = False
-        """Whether one of the presses was SIGTERM."""
+        """Whether one of the recorded signals was SIGTERM."""
         self.broke_import: int | None = None
-        """The exit code of a signal that came in the middle of an import."""
+        """The exit code for a signal that came in the middle of an import."""
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         self.presses += 1
@@ -65,7 +65,7 @@ class _Deferral:
         self.presses, self.terminated = 0, False
 
 
-# One for the process, as signal handlers are.
+# One per process, like signal handlers.
 _deferral = _Deferral()
 
 
@@ -82,16 +82,17 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def _is_importing_torch() -> bool:
-    """Whether C++ may stand above us on the stack that an exception would abort the process in: torch's
-    import registers what it is made of with calls back into Python. Nothing of ours is under way then."""
+    """Whether torch is being imported: its C++ code calls back into Python then, and an exception that
+    reaches that code aborts the process. None of our own work is running at that time."""
     spec = getattr(sys.modules.get("torch"), "__spec__", None)
     return bool(getattr(spec, "_initializing", False))
 
 
 def take_signals() -> None:
-    """From now on SIGTERM raises Terminated, at once or where a Ctrl-C would be raised. On the main thread.
+    """From now on, SIGTERM raises Terminated, at once or where a deferred Ctrl-C would be raised.
 
-    For a process of our own. What it was told to ignore (`nohup`, the background of a script) stays ignored.
+    Call it on the main thread, in a process of our own. A signal that the process was told to ignore (by
+    `nohup`, or in the background of a script) stays ignored.
     """
     for kind in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(kind) is not signal.SIG_IGN:
@@ -99,19 +100,20 @@ def take_signals() -> None:
 
 
 def broken_import() -> int | None:
-    """The exit code of a signal that broke an import, if one did since `take_signals`.
+    """The exit code for a signal that interrupted an import, if one did since `take_signals`.
 
-    Libraries catch everything around their optional imports, and what fails later is not to blame.
+    Libraries catch all exceptions around their optional imports, so the signal may be the cause of an
+    unrelated error later.
     """
     return _deferral.broke_import
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Hold SIGINT and, where it is ours, SIGTERM back until `check()`, or until the outermost block ends.
+    """Defer SIGINT and, after `take_signals`, SIGTERM until `check()`, or until the outermost block ends.
 
-    Nests. Raises KeyboardInterrupt or Terminated at the end of the outermost block when one is still pending;
-    if the block ends by another exception, that one becomes its context.
+    May be nested. Raises KeyboardInterrupt or Terminated at the end of the outermost block if a signal is
+    still pending; if the block ends by another exception, that one becomes its context.
     """
     if _deferral.active or not _on_main_thread():
         yield
@@ -123,14 +125,14 @@ def deferred() -> Iterator[None]:
         return
     _deferral.forget()
     try:
-        # inside the try: a Ctrl-C between any two of these lines must find its way to `finally`
+        # inside the try, since a Ctrl-C between any two of these lines must reach `finally`
         if python:
             signal.signal(signal.SIGINT, _deferral.handle)
         _deferral.active = True
         yield
     finally:
         try:
-            if python:  # while it is still held back: setting a handler runs the one before for what came
+            if python:  # still deferred, since setting a handler runs the previous one for a pending signal
                 signal.signal(signal.SIGINT, signal.default_int_handler)
         finally:
             _deferral.active = False
@@ -138,11 +140,11 @@ def deferred() -> Iterator[None]:
 
 
 def is_deferred() -> bool:
-    """Whether SIGINT is held back already, or is not ours to hold back on this thread."""
+    """Whether SIGINT is already deferred, or cannot be, since this is not the main thread."""
     return _deferral.active or not _on_main_thread()
 
 
 def check() -> None:
-    """Raise what `deferred()` holds back, if there is something. Costs 0.1 microseconds."""
+    """Raise the exception for a signal that `deferred()` holds back, if any. Costs 0.1 microseconds."""
     if _deferral.active and _deferral.presses and _on_main_thread():
         _deferral.raise_pending()

@@ -9,38 +9,38 @@ import time
 from moe_local.cache.errors import OptionError
 
 PATIENCE_S = 120.0
-"""A disk that has to spin up takes 15 seconds; four pieces of 4 MiB from the slowest link, a minute."""
+"""A disk takes 15 seconds to spin up, and the slowest link a minute for four pieces of 4 MiB."""
 
 VARIABLE = "MOE_LOCAL_DISK_TIMEOUT"
-"""Environment variable with other seconds."""
+"""The environment variable that overrides PATIENCE_S."""
 
 SLOW = "is being read, and its disk has given nothing for {:.0f} s; check the disk, or what connects it"
 
 LONGEST_WAIT_S = 1.0
-"""Most that one wait adds, so that a process that was stopped meanwhile does not take that for waiting."""
+"""The most that one wait adds, so that time in which the process was stopped does not count as waiting."""
 
 
 class Patience:
-    """Adds up the time that is waited since something last came. Used under its owner's lock."""
+    """Adds up the time waited since the last progress. Used under its owner's lock."""
 
     def __init__(self) -> None:
-        """Raises OptionError where the environment names what is no time."""
+        """Raises OptionError if the environment variable is not a positive number."""
         self.seconds = _from_environment()
-        """As the environment says, or else PATIENCE_S."""
+        """The value of the environment variable, or else PATIENCE_S."""
         self._waited = 0.0
 
     def moved(self) -> None:
-        """Something came."""
+        """There was progress, so waiting starts from zero."""
         self._waited = 0.0
 
     def wait(self, changed: threading.Condition, seconds: float) -> None:
-        """Wait for the condition, which is held, at most so long."""
+        """Wait at most `seconds` for the condition, whose lock the caller holds."""
         start = time.monotonic()
         changed.wait(seconds)
         self._waited += min(time.monotonic() - start, LONGEST_WAIT_S)
 
     def is_over(self) -> bool:
-        """Whether nothing has come for `seconds` of waiting. Then it begins anew."""
+        """Whether there was no progress for `self.seconds` of waiting. If so, waiting starts from zero."""
         if self._waited < self.seconds:
             return False
         self._waited = 0.0

@@ -1,4 +1,4 @@
-"""Telling how far long work is."""
+"""The callback through which long work reports its progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading a file at a place, by threads that share its descriptor, on every system."""
+"""Reading from a position in a file, by threads that share its descriptor, on every operating system."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _seeking = threading.Lock()
 
 
 def open_for_reading(path: str | os.PathLike[str], flags: int = 0) -> int:
-    """A descriptor for `read_at`, with these flags beside. Raises OSError."""
+    """A descriptor for `read_at`, opened with these additional flags. Raises OSError."""
     return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | flags)
 
 
 def open_directly(path: str | os.PathLike[str]) -> int | None:
-    """A descriptor whose reads pass the page cache by, or None where system or file system have none."""
+    """A descriptor whose reads bypass the page cache, or None if the file cannot be opened in this way."""
     flag = getattr(os, "O_DIRECT", None)
     if flag is None:
         return None
@@ -25,7 +25,7 @@ def open_directly(path: str | os.PathLike[str]) -> int | None:
 
 
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """Fill `buffer`, bytes, from the file's byte `offset` on; how many came, 0 at the end. Raises OSError."""
+    """Read bytes from `offset` on into `buffer`; returns how many were read, 0 at the end. Raises OSError."""
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [buffer], offset)
     with _seeking:  # Windows: a descriptor has one position, so one thread reads at a time

@@ -1,9 +1,9 @@
-"""How many threads our kernels take, and torch's own kept out of their way.
+"""The number of threads for our kernels, and how to keep torch's threads out of their way.
 
-torch's threads (GNU OpenMP) spin for milliseconds after each operation before they sleep, on the cores that
-our kernels need next, and meet after every operation, each waiting for the one that was interrupted. Together
-that has been seen to double the time of a token. `moe_local` asks OpenMP not to spin where torch is not
-imported yet; what is small enough for one thread runs in one.
+After each operation, torch's threads (GNU OpenMP) spin for milliseconds before they sleep, on the cores that
+our kernels need next, and meet at a barrier, where all wait for a thread that was preempted. Together, this
+has been seen to double the time of a token. `moe_local` asks OpenMP not to spin, unless torch is imported
+already; operations that are small enough for one thread run in one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def kernel_threads() -> int:
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """torch's operations in this thread, and in threads that it starts meanwhile, take one thread each."""
+    """Let torch's operations in this thread, and in threads that it starts meanwhile, use one thread each."""
     before = kernel_threads()
     if getattr(_set, "number", None) is not None:
         yield  # the outer one restores
