@@ -1,1 +1,1 @@
-"""Measuring a loaded model: floors, workloads, ablations, routes, and models made for it."""
+"""Measuring a loaded model: lower bounds (floors), workloads, ablations, routes, and synthetic models."""

@@ -1,4 +1,4 @@
-"""The measurement itself: rounds of workloads and variants in turn, and what came of them."""
+"""The measurement itself: rounds in which workloads and variants take turns, and their results."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class Measured:
     workload: Workload
     variant: Variant
     warm_up: Sample | None = None
-    """Untimed, and decoded from an empty cache: hit rates are its."""
+    """The untimed first run, whose decoding begins with an empty cache; hit rates come from it."""
     samples: list[Sample] = field(default_factory=list)
     storage: list[float] = field(default_factory=list)
-    """For each sample, the share of what was read from the disk that the page cache did not have."""
+    """For each sample, the share of the bytes read from the disk tier that were not in the page cache."""
 
 
 class Bench:
-    """Measures a loaded model. Borrows it; nothing else may use it meanwhile.
+    """Measures a loaded model, which it does not own; nothing else may use the model meanwhile.
 
-    Round 0 warms up and is not timed; in it the cache is emptied once more behind the first prompt, so that
-    hit rates begin cold. Every other run begins with an empty cache, too, and an expert file that the system
-    has forgotten, as far as it can be told to, but has its prompt to fill the cache. All variants and
-    workloads take turns in each round, and who begins changes from round to round.
+    Round 0 warms up and is not timed; in it the cache is emptied once more after the first prompt, so that
+    hit rates begin cold. Every other run begins with an empty cache, too, but its prompt then fills the
+    cache. In disk mode the expert file is dropped from the page cache before each run, as far as the system
+    allows. All variants and workloads take turns in each round, and the first one changes between rounds.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Bench:
         progress: Callable[[str, int, int], None] | None = None,
         watch: Callable[[Step], None] | None = None,
     ) -> None:
-        """`compare`: measure the main workload, the first, with every variant that `switches` has, too."""
+        """`compare`: measure the main workload, which is the first, with every variant of `switches`, too."""
         self.model = model
         self.interrupted = False
         self.tokens = tokens
@@ -70,10 +70,10 @@ class Bench:
         if compare:
             self.results += [Measured(workloads[0], variant) for variant in switches.variants()]
         self.used = RoutedTokens()
-        """How often each expert was chosen in all that was run."""
+        """How often each expert was chosen, over all runs."""
 
     def run(self) -> None:
-        """Measure all; a Ctrl-C ends it with what there is by then."""
+        """Run all rounds; a Ctrl-C ends them, and the results so far are kept."""
         runs, done = (self._repeats + 1) * len(self.results), 0
         routed = self.model.parts.store.routed
         before = routed.snapshot()
@@ -127,14 +127,14 @@ class Bench:
             measured.storage.append(min(1.0, ((storage_bytes() or read) - read) / moved))
 
     def _recorded(self, measured: Measured, number: int) -> AbstractContextManager[None]:
-        """Routes are recorded of the warm-ups of the model as loaded, where answers follow one another."""
+        """Record routes in warm-ups of the model as loaded, except of the batch, whose answers overlap."""
         if self._recorder is None or number or measured.variant != AS_LOADED:
             return nullcontext()
         return nullcontext() if measured.workload.name == "batch" else running(self.model, self._recorder)
 
 
 def summary(measured: Measured, floor: Floor) -> dict[str, Any]:
-    """The figures of one workload of one variant; without timed samples those of the warm-up alone."""
+    """The figures of one workload of one variant; only the warm-up's if there are no timed samples."""
     document: dict[str, Any] = {"workload": measured.workload.summary, "repeats": len(measured.samples)}
     if measured.warm_up is not None:
         document["hit_rate"] = hit_rates(measured.warm_up)
@@ -151,7 +151,7 @@ def summary(measured: Measured, floor: Floor) -> dict[str, Any]:
 
 
 def comparison(results: Sequence[Measured]) -> list[dict[str, Any]]:
-    """Each variant beside the model as loaded, in rounds that both have had; ratios of tokens a second."""
+    """Each variant compared with the model as loaded, over rounds that both finished: ratios of tokens/s."""
     base = results[0]
     rows = []
     for measured in results:

@@ -1,4 +1,4 @@
-"""All that was measured as one JSON document."""
+"""The results of a measurement as one JSON document."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from moe_local.offload.plan.bandwidth import Bandwidths
 
 
 def best(before: Bandwidths, after: Bandwidths) -> Bandwidths:
-    """The better of two measurements: the floor is what the hardware can, not what a busy moment left."""
+    """The larger of each two bandwidths: a floor says what the hardware can do, not what it did when busy."""
     pick = {name: max(getattr(before, name), getattr(after, name)) for name in ("vram", "ram", "h2d", "disk")}
     return dataclasses.replace(before, **pick)
 
 
 def document(bench: Bench, floor: Floor, options: LoadOptions, notes: list[str]) -> dict[str, Any]:
-    """Plain JSON types. The main workload's figures are at the top, every workload's below `workloads`.
+    """Plain JSON types, with the main workload's figures at the top level and all workloads' in `workloads`.
 
-    Figures of workloads that a Ctrl-C left without a timed run are absent, and so may be the top ones.
+    If a Ctrl-C left a workload without a timed run, its timed figures are absent, also at the top level.
     """
     model = bench.model
     own = [measured for measured in bench.results if measured.variant == AS_LOADED]
@@ -57,7 +57,7 @@ def document(bench: Bench, floor: Floor, options: LoadOptions, notes: list[str])
 
 
 def findings(bench: Bench, compared: list[dict[str, Any]]) -> list[str]:
-    """What a reader of the figures has to know; `compared` is of `comparison`."""
+    """Remarks that a reader of the figures needs; `compared` is the result of `comparison`."""
     found = []
     main = bench.results[0]
     if bench.interrupted:

@@ -1,4 +1,4 @@
-"""From samples to the figures that people ask for."""
+"""Computes the reported figures from samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_local.offload.measure.sample import Sample, Step
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value that `share` of all are not above, between two values in proportion (as numpy's default)."""
+    """The quantile `share` of `values`, linearly interpolated between two values (numpy's default)."""
     ranked = sorted(values)
     place = share * (len(ranked) - 1)
     below = math.floor(place)
@@ -43,15 +43,15 @@ def total(steps: Iterable[Step]) -> Stats:
 
 
 def stall_ms(counts: Stats, tokens: int) -> dict[str, float]:
-    """Milliseconds a token, by cause."""
+    """Milliseconds of stall per token, by cause."""
     return {cause: 1000 * s / max(1, tokens) for cause, s in asdict(counts.stall).items()}
 
 
 def times(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Latency and throughput over the timed samples of one workload, and where a token's time went.
+    """Latency and throughput over the timed samples of one workload, and how a token's time was spent.
 
-    The parts of a decode step are its stalls, by cause, and the rest, in which something was computed or
-    dispatched: together they are its time.
+    A decode step's time is the sum of its stalls, by cause, and the rest, in which something was computed or
+    dispatched.
     """
     tpot = [ms for sample in samples for ms in sample.tpot_ms]
     steps = [step for sample in samples for step in sample.decode]
@@ -91,7 +91,7 @@ def times(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def hit_rates(sample: Sample) -> dict[str, Any]:
-    """Of a sample whose decoding began with an empty cache: cold is all of it, steady its second half."""
+    """Hit rates of a sample that decoded from an empty cache: "cold" of all, "steady" of its second half."""
     counts = total(sample.decode)
     return {
         "cold": counts.hit_rate,
@@ -102,7 +102,7 @@ def hit_rates(sample: Sample) -> dict[str, Any]:
 
 
 def timeline(sample: Sample) -> list[dict[str, Any]]:
-    """Each decode step of a sample: its milliseconds, those stalled by cause, hits and misses."""
+    """Each decode step of a sample: milliseconds, milliseconds of stall by cause, hits and misses."""
     return [
         {
             "ms": step.ms,

@@ -1,4 +1,4 @@
-"""What physics allows: a token's bytes over the bandwidths that were measured in the same run."""
+"""The floor, a physical bound of a token's time: its bytes over bandwidths measured in the same run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from moe_local.offload.plan.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What one decoded token reads; of the input embedding it reads a row, which is left out."""
+    """The weights that one decoded token reads, without the one row of the input embedding."""
 
     expert_bytes: int
-    """The experts that a token is routed to, of all layers."""
+    """Bytes of the experts that a token is routed to, over all layers."""
     expert_numel: int
     dense_bytes: int
     dense_numel: int
@@ -35,7 +35,7 @@ class Weights:
 
 
 def planned_weights(plan: Plan, top_k: int | None = None) -> Weights:
-    """From the plan's sizes; with `top_k` experts a layer instead of the model's, if given."""
+    """The weights by the plan's sizes; `top_k` experts per layer, if given, instead of the model's."""
     spec, dense = plan.request.spec, plan.bytes.dense
     tables = [tensor for tensor in spec.dense if tensor.shape == (spec.vocab_size, spec.hidden_size)]
     looked_up = tables[0].numel if len(tables) > 1 else 0
@@ -53,12 +53,12 @@ def planned_weights(plan: Plan, top_k: int | None = None) -> Weights:
 class Floor:
     """The least time of a decoded token: every weight that it uses is read once from the fastest tier.
 
-    What misses add depends on what was in the cache: `with_misses` takes that from the counts of a run.
+    The cost of misses depends on what was in the cache; `with_misses` takes it from the counts of a run.
     """
 
     weights: Weights
     tier: str
-    """The fastest: "vram" or "ram"."""
+    """The fastest tier: "vram" or "ram"."""
     bandwidths: Bandwidths
 
     @classmethod
@@ -75,10 +75,10 @@ class Floor:
         return 1000 * self.weights.nbytes / self.bytes_per_s
 
     def with_misses(self, moved: BytesMoved, from_storage: float = 1.0) -> float:
-        """Milliseconds of a token that also moved these bytes; the slowest link decides.
+        """The least milliseconds of a token that also moved these bytes: the time of the slowest link.
 
-        Links and tiers may all work at once, so that is a floor for any prefetch, too. `from_storage`: the
-        share of `moved.disk` that came from the disk; the page cache's is read at RAM's speed.
+        All links and tiers may work at once, so this is a floor for any prefetch, too. `from_storage`: the
+        share of `moved.disk` that came from the disk; the rest was in the page cache, as fast as RAM.
         """
         h2d = moved.h2d / self.bandwidths.h2d
         disk = moved.disk * from_storage / self.bandwidths.disk

@@ -42,7 +42,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def peak_bytes(device: torch.device) -> dict[str, int]:
-    """Most memory that this process has used so far; `vram` is what torch allocated, arenas included."""
+    """The most memory that this process has used so far; `vram` is torch's allocations, including arenas."""
     vram = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return {"vram": vram, "ram": _peak_ram()}
 
@@ -57,14 +57,14 @@ def _peak_ram() -> int:
 
 
 def storage_bytes() -> int | None:
-    """Bytes that this process has had read from storage, the page cache's left out; None where unknown."""
+    """Bytes that this process has read from storage, without page cache hits; None if unknown."""
     with contextlib.suppress(psutil.Error, OSError, AttributeError):
         return int(psutil.Process().io_counters().read_bytes)
     return None
 
 
 def drop_page_cache(paths: Any) -> None:
-    """Ask the system to forget its copies of these files, as far as it listens."""
+    """Ask the system to drop these files from the page cache, which it need not do."""
     if not hasattr(os, "posix_fadvise"):
         return
     for path in paths:

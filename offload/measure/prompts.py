@@ -1,4 +1,4 @@
-"""What a model is asked while it is measured: text of this repository; random tokens route as none do."""
+"""The prompts of measurements: text of this repository, since random tokens are routed unlike any text."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from moe_local.demo.wordings_topics import TOPICS
 from moe_local.offload.engine.text import encode_prompt
 
 FIRST_BYTE = 3
-"""Id of byte 0 for models without a tokenizer: the first ids are mostly special ones."""
+"""Id of byte 0 for models without a tokenizer; the first ids are mostly special ones."""
 
 
 class Topic(NamedTuple):
-    """Something the demo can talk about, and so can larger models."""
+    """A topic that the demo model can talk about, and so larger models can, too."""
 
     name: str
     sentences: tuple[str, ...]
@@ -46,24 +46,24 @@ def questions(number: int, turns: int) -> list[str]:
 
 
 def prose(number: int) -> Iterator[str]:
-    """All sentences of the topics, from the `number`-th topic on and around, without end."""
+    """All sentences of the topics in an endless cycle, from a topic on that depends on `number`."""
     every = topics()
     first = 7 * number % len(every)
     return itertools.cycle([s for topic in every[first:] + every[:first] for s in topic.sentences])
 
 
 class Conversation:
-    """The ids of one conversation as it grows; through the chat template where there is one."""
+    """The ids of a growing conversation, made with the chat template if there is one."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """`tokenizer` may be None: then ids are the text's bytes."""
+        """`tokenizer` may be None; ids are then the text's bytes."""
         self._tokenizer = tokenizer
         self._messages: list[dict[str, str]] = []
         self._ids: list[int] = []
         self._templated = tokenizer is not None and bool(getattr(tokenizer, "chat_template", None))
 
     def ask(self, question: str) -> list[int]:
-        """The prompt of the next answer, with all that was said before."""
+        """The prompt for the next answer, including all earlier messages."""
         if self._templated:
             self._messages.append({"role": "user", "content": question})
             return encode_prompt(self._tokenizer, self._messages)
@@ -71,20 +71,20 @@ class Conversation:
         return list(self._ids)
 
     def answered(self, text: str, ids: Sequence[int]) -> None:
-        """What the model said."""
+        """Add the model's answer to the conversation."""
         self._messages.append({"role": "assistant", "content": text})
         self._ids += ids
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of plain text; its bytes without a tokenizer."""
+    """Ids of plain text; without a tokenizer, those of its bytes."""
     if tokenizer is None:
         return [FIRST_BYTE + byte for byte in text.encode()]
     return encode_prompt(tokenizer, text, template=False)
 
 
 def long_prompt(tokenizer: Any, number: int, tokens: int) -> list[int]:
-    """So many ids of prose."""
+    """The first `tokens` ids of `prose(number)`."""
     ids: list[int] = []
     for sentence in prose(number):
         if len(ids) >= tokens:

@@ -1,4 +1,4 @@
-"""How many times faster one is than another, from rounds in which both were measured in turn."""
+"""How many times faster one thing is than another, from rounds in which both were measured in turn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Ratio:
 
     median: float
     low: float | None
-    """None where there are too few rounds for an interval of `CONFIDENCE`."""
+    """None if there are too few rounds for an interval of `CONFIDENCE`."""
     high: float | None
     rounds: int
 
@@ -38,11 +38,13 @@ class Ratio:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """An interval that holds the median of what `values` come from; None if they are too few (6 do for 95 %).
+    """A confidence interval for the median of the distribution of `values`; None if they are too few (6 are
+    enough for 95 %).
 
-    The k-th smallest to the k-th largest value miss it only if fewer than k of n values fall on one side of
-    it, which is a matter of n tossed coins; k is the largest for which that is improbable enough. Assumes
-    nothing about the distribution, and one disturbed round cannot move it far.
+    The interval from the k-th smallest to the k-th largest value misses the median only if fewer than k of n
+    values fall on one side of it. The probability of that is the one of n coin tosses, and k is the largest
+    for which it is small enough. Assumes nothing about the distribution, and one disturbed round cannot move
+    the interval far.
     """
     count = len(values)
     ranked = sorted(values)

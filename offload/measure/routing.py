@@ -1,4 +1,4 @@
-"""Routes on the way to the experts: written down as the routers choose, or taken from a recording instead."""
+"""Records which experts the routers choose (routes), or replaces their choices with those of a recording."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from moe_local.offload.model import Model
 
 @contextmanager
 def running(model: Model, runner: Runner) -> Iterator[None]:
-    """Let `runner` serve the forwards of all layers; afterwards whoever did before.
+    """Let `runner` run the experts of all layers; afterwards, attach the earlier runners again.
 
-    Misses are the host's meanwhile: a device would not ask anybody what the router chose.
+    Meanwhile the host serves all misses: CUDA graphs in which the device serves them call no runner.
     """
     switch = model.parts.switch
     to_device = switch is not None and switch.on_device
@@ -41,13 +41,14 @@ def running(model: Model, runner: Runner) -> Iterator[None]:
 
 
 class RouteRecorder:
-    """A runner that writes down what the routers choose and hands on to `inner`.
+    """A runner that records what the routers choose and passes each call on to `inner`.
 
-    Each answer is a turn, each token a step. `answering` begins a turn; nothing is recorded before.
+    In the recording, each answer is a turn and each token a step. `answering` begins a turn; nothing is
+    recorded before the first.
     """
 
     def __init__(self, model: Model, runner: Runner) -> None:
-        """Raises RoutesError for a model whose layers differ in experts or top-k: the format has no such."""
+        """Raises RoutesError if layers differ in experts or top-k, which the format cannot express."""
         self.inner = runner
         self._cache = model.parts.store.tier.cache
         self._layouts = model.parts.store.layouts
@@ -83,7 +84,7 @@ class RouteRecorder:
             block = ".".join(layer.name.split(".")[: _block_depth(layer.name)])
             dense = sum(t.numel for t in spec.dense if t.name.startswith(block + ".")) * width
             experts = [layout.nbytes for layout in self._layouts[layer.index]]
-            sizes.append(LayerBytes(sum(experts) // len(experts), dense))  # on average, where they differ
+            sizes.append(LayerBytes(sum(experts) // len(experts), dense))  # the average, if sizes differ
         steps = tuple(
             RouteStep(turn, phase, step, tuple(layers))
             for (turn, step), (phase, layers) in sorted(self._steps.items())
@@ -106,17 +107,17 @@ class RouteRecorder:
 
 
 def _block_depth(name: str) -> int:
-    """How many parts of a module's path name its decoder layer: up to the first number."""
+    """How many parts of a module's path name its decoder layer: those up to the first number."""
     parts = name.split(".")
     return next(depth for depth, part in enumerate(parts, 1) if part.isdigit())
 
 
 class RoutePlayer:
-    """A runner that puts a recording's choices in place of the router's.
+    """A runner that replaces the router's choices with those of a recording.
 
-    MoE layer l takes the recording's layer l, modulo its layers; prompts take its prefill steps and single
-    tokens its decode steps, each in turn and from the start again at the end. `rewind` goes to the start, so
-    that each repeat gets the same routes.
+    MoE layer l takes the recording's layer l, modulo its number of layers. Prompts take its prefill steps and
+    single tokens its decode steps, each in order and, at the end, from the start again. `rewind` goes back to
+    the start, so that each repeat gets the same routes.
     """
 
     def __init__(self, routes: Routes, model: Model, runner: Runner) -> None:
@@ -128,7 +129,7 @@ class RoutePlayer:
         self.rewind()
 
     def rewind(self) -> None:
-        """Begin with the first step again."""
+        """Go back to the first step."""
         self._at = dict.fromkeys(Phase, 0)
         self._start = 0
         self._phase = Phase.PREFILL
@@ -148,8 +149,8 @@ class RoutePlayer:
     def _upload(
         self, count: int, index: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Experts and weights, [layers, T, K] each, of the next `count` tokens: at once, since each way to
-        a device that a layer took by itself would be one more that it waits for."""
+        """Experts and weights, [layers, T, K] each, of the next `count` tokens. They are copied for all
+        layers at once, since each layer would have to wait for a copy of its own."""
         table = self._tables[self._phase]
         chosen = [[steps[(self._start + row) % len(steps)] for row in range(count)] for steps in table]
         experts = [[route.experts for route in tokens] for tokens in chosen]
@@ -161,7 +162,7 @@ class RoutePlayer:
 
 
 def check_routes(routes: Routes, spec: ModelSpec, name: str) -> None:
-    """Raises RoutesError unless a recording can drive the model of this name."""
+    """Raise RoutesError unless the recording can choose experts for the model of this spec and name."""
     origin = Path(routes.model).name
     for layer in spec.layers:
         if layer.num_experts != routes.num_experts:
@@ -175,7 +176,7 @@ def check_routes(routes: Routes, spec: ModelSpec, name: str) -> None:
 
 
 def _by_layer(routes: Routes, phase: Phase) -> list[list[LayerRoute]]:
-    """For each layer the steps that have it: the last layer of a prompt's early tokens is often left out."""
+    """Each layer's routes, from the steps that have it: a prompt's early tokens often lack the last layer."""
     table: list[list[LayerRoute]] = [[] for _ in routes.layers]
     for step in routes.phase(phase):
         for route in step.layers:
@@ -185,7 +186,7 @@ def _by_layer(routes: Routes, phase: Phase) -> list[list[LayerRoute]]:
 
 @contextmanager
 def playing(model: Model, routes: Routes) -> Iterator[RoutePlayer]:
-    """Drive the model's experts by a recording, which does not count as the model's own use of them."""
+    """Let a recording choose the model's experts, which does not count as the model's own use of them."""
     store = model.parts.store
     spec = model.plan.request.spec
     runner = next(m.runner for m in model.hf.modules() if isinstance(m, OffloadedExperts))

@@ -1,4 +1,4 @@
-"""One workload, run once: when each token came, and what the store counted meanwhile."""
+"""One run of a workload: when each token came, and what the store counted meanwhile."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from moe_local.offload.engine.sequence import Sequence as Running
 from moe_local.offload.model import Model
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
-"""Repeatable, and never over before the tokens that were asked for."""
+"""Options for repeatable answers that never end before they have all tokens that were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of the engine, or the way to a first token. `counts` has no table of routed tokens."""
+    """One step of the engine, or all steps up to a first token. `counts` lacks the table of routed tokens."""
 
     ms: float
     counts: Stats
     tokens: int = 1
-    """That came out of it."""
+    """How many tokens it produced."""
 
 
 Watcher = Callable[[Step], None]
@@ -36,15 +36,15 @@ class Sample:
     """One run of a workload: one answer or several."""
 
     prompt_tokens: int = 0
-    """Prompt tokens that were computed, those left out that a conversation had computed before."""
+    """Prompt tokens that were computed, without those reused from earlier in a conversation."""
     ttft_s: list[float] = field(default_factory=list)
     """Time to first token: from the call to the first new token, of each answer."""
     prefill_s: float = 0.0
-    """In which prompts, and nothing else, were computed."""
+    """Time in which only prompts were computed."""
     tpot_ms: list[float] = field(default_factory=list)
     """Time per output token: from each new token of an answer to its next."""
     decode: list[Step] = field(default_factory=list)
-    """Every step behind an answer's first token."""
+    """Every step after an answer's first token."""
     ids: list[tuple[int, ...]] = field(default_factory=list)
     """New ids of each answer."""
 
@@ -58,7 +58,7 @@ class Sample:
 
 
 class Taker:
-    """Runs prompts on a model into a Sample."""
+    """Runs prompts on a model and collects the figures in a Sample."""
 
     def __init__(
         self,
@@ -69,10 +69,10 @@ class Taker:
         before: Callable[[], None] | None = None,
         after: Watcher | None = None,
     ) -> None:
-        """`tokens` new ids an answer, greedily, two at least, with no earlier end but the context's.
+        """`tokens`: new ids of each answer, at least two, greedily; only the context can end it earlier.
 
-        Out of the measured time, `answering` is called before each answer, `before` before each decode step
-        and `after` behind every step.
+        Outside the measured time, `answering` is called by `answer` before it begins, `before` before each
+        decode step (`answer_together`: before each step) and `after` after every step.
         """
         self.sample = Sample()
         self._model = model
@@ -104,7 +104,7 @@ class Taker:
         return stream.text
 
     def answer_together(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Answer several prompts in the steps of one engine, as many at a time as it has rows."""
+        """Answer several prompts together, as many at a time as the engine has rows."""
         engine, start = self._model.parts.engine, time.perf_counter()
         waiting = deque(prompts)
         running: dict[Running, float] = {}  # when each last got a token

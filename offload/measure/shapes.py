@@ -1,4 +1,4 @@
-"""The shapes of published models that are measured with made weights."""
+"""The shapes of published models that can be measured with synthetic weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moe_local.offload.checkpoint.registry import find_alias
 
 PUBLISHED = ("mixtral-8x7b", "qwen3-30b-a3b", "qwen3.6-35b-a3b", "gpt-oss-120b", "deepseek-v3")
 
-# config.json of openai/gpt-oss-120b and deepseek-ai/DeepSeek-V3, without what says nothing of the shape.
+# From config.json of openai/gpt-oss-120b and deepseek-ai/DeepSeek-V3: the fields that determine the shape.
 _GPT_OSS_120B: dict[str, Any] = {
     "model_type": "gpt_oss",
     "hidden_size": 2880,
@@ -54,14 +54,14 @@ _DEEPSEEK_V3: dict[str, Any] = {
 
 
 def published_layers(name: str) -> int:
-    """Decoder layers of the whole model. Raises OptionError for a name that is none."""
+    """How many decoder layers the whole model has. Raises OptionError for an unknown name."""
     return int(_fields(name)["num_hidden_layers"])
 
 
 def config_fields(name: str, layers: int) -> dict[str, Any]:
-    """config.json of this model with its first `layers` decoder layers, at its true widths, in bf16.
+    """Fields of the model's config.json, with its first `layers` decoder layers, true widths, and in bf16.
 
-    Of DeepSeek-V3's dense layers at most all but one are kept, since there is nothing to offload in them.
+    At most `layers` - 1 layers of DeepSeek-V3 are dense, so that at least one has experts to offload.
     Raises OptionError for an unknown name, or more layers than the model has.
     """
     fields = _fields(name)
@@ -73,7 +73,7 @@ def config_fields(name: str, layers: int) -> dict[str, Any]:
         fields["first_k_dense_replace"] = min(fields["first_k_dense_replace"], layers - 1)
     if "layer_types" in fields:
         fields["layer_types"] = fields["layer_types"][:layers]
-    # the demo's tokenizer ends answers with ids of its own, and a measurement with none
+    # no eos: the demo's tokenizer has other ids, and a measurement lets none of them end an answer
     return fields | {"dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 
 

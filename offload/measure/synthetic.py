@@ -1,8 +1,8 @@
-"""Models with made weights at the true widths: what a machine does with a model that it has not downloaded.
+"""Synthetic models: random weights at a published model's true widths, to measure it without a download.
 
-Experts are written as NF4 straight away, at the disk's speed, and the dense part in bf16. All numbers come
-from one table of random ones, read from other places for other weights, so they have the right scale and no
-meaning: routing is as even as chance, and that is why `--routes` drives such a model with a recording.
+Experts are written directly as NF4, at the disk's speed, and the dense part in bf16. All weights are read
+from one table of random numbers, from different places, so they have the right scale and no meaning: routing
+is as even as chance, and that is why `--routes` lets a recording choose the experts of such a model.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from moe_local.offload.system.home import moe_local_home
 from moe_local.offload.system.progress import Progress
 
 REVISION = "1"
-"""Raised when other weights are made: older files are then made again."""
+"""Increased when the weights change, so that older files are made again."""
 
 TABLE = (1 << 24) - 3
-"""Random numbers, no multiple of a row: two rows read from it differ."""
+"""How many random numbers the table has: no multiple of a row, so that two rows read from it differ."""
 LEVELS_STD = 0.55
 """Standard deviation of NF4's levels when all are equally frequent."""
 DENSE = "model.safetensors"
@@ -46,7 +46,7 @@ DENSE = "model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Synthetic:
-    """A made checkpoint: as much of a `Checkpoint` as loading needs."""
+    """A synthetic checkpoint, with as much of a `Checkpoint` as loading needs."""
 
     name: str
     folder: Path
@@ -80,7 +80,7 @@ class Synthetic:
 
 
 def describe(name: str, layers: int) -> Synthetic:
-    """The model of this shape with so many layers, made or not. Raises OptionError."""
+    """The synthetic model of this shape with `layers` layers, written yet or not. Raises OptionError."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     fields = config_fields(name, layers)
@@ -90,7 +90,7 @@ def describe(name: str, layers: int) -> Synthetic:
 
 
 def most_layers(name: str, ram: int) -> int:
-    """As many layers as the disk has room for and, but for their experts, `ram` bytes; at least 1."""
+    """How many layers fit on the disk and, without their experts, into `ram` bytes; at least 1."""
     lowest, highest = 1, published_layers(name)
     root = nearest_folder(moe_local_home())
     while lowest < highest:
@@ -106,7 +106,7 @@ def most_layers(name: str, ram: int) -> int:
 
 
 def make(model: Synthetic, progress: Progress | None = None) -> ExpertFile:
-    """The expert file of `model`, with dense part and tokenizer beside it; what is there already is kept.
+    """Write the expert file of `model`, with dense part and tokenizer beside it; keeps weights already there.
 
     Raises DoesNotFitError if the disk has no room for it.
     """
@@ -154,9 +154,10 @@ def _write_shard(plan: ShardPlan, folder: Path, noise: torch.Tensor) -> None:
 
 
 def fill_expert(out: torch.Tensor, layout: Layout, noise: torch.Tensor, seed: int) -> None:
-    """Write an expert of random NF4 weights, uint8 [layout.nbytes]; each matrix keeps its input's scale.
+    """Write an expert of random NF4 weights to `out`, uint8 [layout.nbytes].
 
-    `noise`: random bytes, read from a place that depends on `seed`.
+    Each matrix's output has the scale of its input. `noise`: random bytes, read from a place that depends on
+    `seed`.
     """
     _copy_around(out, noise, start=(seed * 7919 * 4096) % noise.numel())
     for tensor in layout.tensors:
@@ -171,7 +172,7 @@ def fill_expert(out: torch.Tensor, layout: Layout, noise: torch.Tensor, seed: in
 
 
 def _copy_around(out: torch.Tensor, table: torch.Tensor, start: int) -> None:
-    """Fill `out` from `table`, beginning at `start` and going around."""
+    """Fill `out` from `table`, beginning at `start` and wrapping around."""
     done = 0
     while done < out.numel():
         count = min(out.numel() - done, table.numel() - start)
@@ -180,7 +181,7 @@ def _copy_around(out: torch.Tensor, table: torch.Tensor, start: int) -> None:
 
 
 def _dense(model: Any, spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """(name, shape, bytes in bf16) of every weight and kept buffer that is no expert's."""
+    """(name, shape, bytes in bf16) of every weight and persistent buffer outside the routed experts."""
     experts = {f"{name}." for name, _ in experts_modules(model)}
     for name, tensor in model.state_dict().items():
         if not any(name.startswith(prefix) for prefix in experts):
@@ -207,7 +208,7 @@ def _write_dense(path: Path, model: Synthetic, table: torch.Tensor) -> None:
 
 
 def _weights(name: str, shape: Sequence[int], table: torch.Tensor, start: int) -> Iterator[torch.Tensor]:
-    """bf16 pieces of a weight: matrices keep the scale of their input, norms are ones, vectors zeros."""
+    """A weight in bf16 pieces: matrices keep the scale of their input, norms are ones, other vectors 0."""
     numel = math.prod(shape)
     if len(shape) < 2:
         yield torch.full((numel,), 1.0 if "norm" in name else 0.0, dtype=torch.bfloat16)
@@ -222,7 +223,7 @@ def _weights(name: str, shape: Sequence[int], table: torch.Tensor, start: int) -
 
 
 def _write_small_files(model: Synthetic) -> None:
-    """config.json, and the demo's tokenizer, whose ids all of these models have."""
+    """Write configs, and the demo's tokenizer, whose ids all of these models have."""
     config = model.config.to_dict() | {"architectures": [model.spec.architecture]}
     files = {"config.json": json.dumps(config, indent=2).encode()}
     files["generation_config.json"] = json.dumps({"bos_token_id": 1, "pad_token_id": 0}).encode()
@@ -238,6 +239,6 @@ def _used(folder: Path) -> int:
 
 
 def check_format(experts: str) -> None:
-    """Raises OptionError for a format in which no experts are made."""
+    """Raise OptionError for a format in which synthetic experts cannot be made."""
     if experts != "nf4":
         raise OptionError(f"made experts are nf4 only; leave out --experts {experts}")

@@ -1,7 +1,7 @@
-"""Ablations: one loaded model, with parts of it switched off or exchanged between two runs.
+"""Ablations: one loaded model, with parts of it switched off or exchanged between runs.
 
-One model instead of one a variant, so that all of them have the same memory, the same learned costs and the
-same disturbances, and so that a model which fills the machine can be measured at all.
+All variants use one model, so that they have the same memory, the same learned costs and the same
+disturbances, and so that a model that fills the machine can be measured at all.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from moe_local.offload.prefetch.prefetch import NoPrefetch
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """What differs from the model as it was loaded; None: nothing does."""
+    """How a variant differs from the model as it was loaded; None: not at all."""
 
     name: str
     cache: bool = True
-    """False: nothing that one token brought is there for the next."""
+    """False: the cache is emptied before each decode step."""
     prefetch: bool = True
     policy: str | None = None
     miss: str | None = None
     device: bool = True
-    """False: misses of single tokens are the host's, where they were left to the device."""
+    """False: the host serves misses of single tokens, even if they were left to the device."""
 
 
 AS_LOADED = Variant("as loaded")
 
 
 class Switches:
-    """Turns a loaded model into its variants and back. Borrows the model; it must be between two answers."""
+    """Turns a loaded model, which it does not own, into its variants and back, between two answers."""
 
     def __init__(self, model: Model, options: LoadOptions) -> None:
-        """`options`: what the model was loaded with."""
+        """`options`: those that the model was loaded with."""
         self._store = model.parts.store
         self._prefetcher = model.parts.prefetcher
         self._runner = expert_runner(model)
@@ -50,9 +50,9 @@ class Switches:
         self._left_to_device = self._switch is not None and self._switch.on_device
 
     def variants(self) -> list[Variant]:
-        """All that make sense for the model: each part left out, every other policy and way of misses.
+        """All that make sense for the model: each part left out, every other policy and every other `miss`.
 
-        Empty where every expert has a slot for good: then there is nothing to leave out.
+        Empty if every expert has a slot for good, since there is nothing to leave out then.
         """
         if self._resident:
             return []
@@ -69,7 +69,7 @@ class Switches:
         return found
 
     def begin(self, variant: Variant) -> None:
-        """Be this variant, with an empty cache."""
+        """Turn the model into this variant, with an empty cache."""
         if self._switch is not None and self._left_to_device:
             self._switch.turn(to_device=variant.device and variant.miss is None)
         self._runner.prefetcher = self._prefetcher if variant.prefetch else NoPrefetch()
@@ -82,12 +82,12 @@ class Switches:
         self._store.empty(variant.policy or self._options.policy)
 
     def restore(self) -> None:
-        """Be the model as it was loaded."""
+        """Turn the model back into what was loaded."""
         self.begin(AS_LOADED)
 
 
 def expert_runner(model: Model) -> ExpertRunner:
-    """What all layers of a model share, behind whatever watches or directs it."""
+    """The ExpertRunner that all layers of a model share, without recorders or players around it."""
     runner: Any = next(m.runner for m in model.hf.modules() if isinstance(m, OffloadedExperts))
     while not isinstance(runner, ExpertRunner):
         runner = runner.inner
@@ -96,7 +96,7 @@ def expert_runner(model: Model) -> ExpertRunner:
 
 @contextmanager
 def timed_syncs(model: Model) -> Iterator[None]:
-    """Charge also what a device waits for the host to learn the router's choice."""
+    """Also count, as a stall, the time in which a device idles until the host knows the router's choice."""
     runner = expert_runner(model)
     runner.times_sync = True
     try:

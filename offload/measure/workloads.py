@@ -1,4 +1,4 @@
-"""What a model is measured at: a single answer, a conversation, a long prompt, a batch."""
+"""The workloads of measurements: a single answer, a conversation, a long prompt, a batch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _batch(rows: int) -> Callable[[Taker, Any, int], None]:
 
 
 def workloads(prompt_tokens: int, batch: int) -> dict[str, Workload]:
-    """All there are, by name: `prompt_tokens` in the long prompt, `batch` prompts at once."""
+    """Name -> workload, with `prompt_tokens` tokens in the long prompt and `batch` prompts at once."""
     return {
         "single": Workload("single", "one question", _single),
         "chat": Workload("chat", f"a conversation of {TURNS} questions on {TURNS // 2} topics", _chat),
@@ -60,7 +60,7 @@ def workloads(prompt_tokens: int, batch: int) -> dict[str, Workload]:
 
 
 def choose(names: str, prompt_tokens: int, batch: int) -> list[Workload]:
-    """Those in "single,chat", the first being the main one. Raises OptionError for other names."""
+    """The workloads in "single,chat" or the like, the main one first. Raises OptionError for other names."""
     known = workloads(prompt_tokens, batch)
     chosen = [name.strip() for name in names.split(",")]
     for name in chosen:
