@@ -1,1 +1,1 @@
-"""What this machine is, and what keeps it from running experts as fast as it could."""
+"""Checks what this machine has, and what keeps it from running experts as fast as it could."""

@@ -1,4 +1,4 @@
-"""How fast bytes move: what was measured and kept, against what should be."""
+"""Compares the bandwidths that were measured with what they should be."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from moe_local.offload.doctor.finding import Finding, warn
 from moe_local.offload.plan.bandwidth import DISK_FILE, Bandwidths
 
 OLD_S = 180 * 86400.0
-"""Machines and drives change; figures older than this are worth two seconds."""
+"""Machines and drives change; figures older than this are worth the two seconds of a new measurement."""
 LINK_SHARE = 0.6
-"""Of what generation and width allow, a copy from pinned memory reaches 80 % and more."""
+"""Least share of a link's bandwidth, by generation and width, that copies should reach; copies from pinned
+memory reach 80 % and more."""
 LEAST = {
     "ram": (
         12e9,
@@ -20,7 +21,7 @@ LEAST = {
     ),
     "disk": (1e9, "put MOE_LOCAL_HOME on an NVMe drive if RAM does not hold the model"),
 }
-"""Bytes/s below which something is amiss, and what to do."""
+"""Bytes/s below which something is wrong, and what to do."""
 WHAT = {
     "ram": ("RAM bandwidth", "read by the CPU"),
     "disk": ("disk bandwidth", "read past the page cache"),
@@ -32,8 +33,8 @@ WHAT = {
 def bandwidths(
     known: Bandwidths, when: float | None, *, cuda: bool, link: float | None = None
 ) -> Iterator[Finding]:
-    """What is known of each. `when`: seconds since the epoch of the measurement; `link`: bytes/s that the
-    GPU's link should do."""
+    """A finding for each bandwidth. `when`: the time of the measurement, in seconds since the epoch; `link`:
+    bytes/s that the GPU's link should reach."""
     for key in ("ram", "disk", *(("h2d", "vram") if cuda else ())):
         yield _one(key, known, when, link)
 

@@ -1,4 +1,4 @@
-"""Everything that `moe-local doctor` looks at, in order."""
+"""All checks of `moe-local doctor`, in order."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from moe_local.offload.plan import bandwidth
 
 
 def check_up(home: Path, downloads: Path, *, measure: bool = True) -> Iterator[Finding]:
-    """What there is of software, hardware and limits; one finding at a time, as it is found.
+    """Check software, hardware and limits; yields each finding as soon as it is known.
 
-    `home` is where expert files and the bandwidths are kept, which are measured anew (some two seconds, the
-    machine fully loaded) and kept with `measure`; `downloads`, the Hub cache. What cannot be found out is a
-    finding, too, and raises nothing.
+    `home` is the folder of expert files and of the saved bandwidths; `downloads` is the Hub cache. `measure`
+    measures and saves bandwidths again (some two seconds, with the machine fully loaded). If something cannot
+    be found out, that is a finding, too, and no exception.
     """
     yield from software()
     link: float | None = None
@@ -52,7 +52,7 @@ def _bandwidths(home: Path, cuda: bool, link: float | None, measure: bool) -> It
         return
     try:
         found = bandwidth.measure(home, torch.device("cuda") if cuda else None)
-    except RuntimeError as error:  # CUDA is out of memory, for one
+    except RuntimeError as error:  # for example, CUDA is out of memory
         remedy = "end what else uses the GPU and run again"
         yield fail("bandwidths", f"cannot be measured: {first_line(error)}", remedy)
         return

@@ -10,14 +10,14 @@ from typing import Any
 class Level(StrEnum):
     OK = "ok"
     WARN = "warn"
-    """It works, slower or with less than it could."""
+    """It works, but slower or with less than it could."""
     FAIL = "fail"
-    """It does not work until that is mended."""
+    """It does not work until this is repaired."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was found of one thing."""
+    """The result of one check."""
 
     name: str
     text: str
@@ -25,7 +25,7 @@ class Finding:
     remedy: str = ""
     """What to do about it; there is one unless the level is ok."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """The same in numbers, of plain JSON types."""
+    """The same as data, in plain JSON types."""
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "level": str(self.level)}

@@ -1,4 +1,4 @@
-"""GPUs, their driver and the link they hang on."""
+"""Checks of GPUs, their driver and their PCIe links."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from moe_local.offload.doctor.finding import Finding, fail, warn
 
 NVIDIA = "0x10de"
 DISPLAY = "0x03"
-"""The PCI class of display controllers, of which data center GPUs are."""
+"""The PCI class of display controllers, which includes data center GPUs."""
 QUERY_SECONDS = 15
 LANE = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}
-"""Bytes/s of one lane by PCIe generation, one way."""
+"""PCIe generation -> bytes/s of one lane, in one direction."""
 FIELDS = (
     *("pci.bus_id", "driver_version", "pcie.link.gen.current", "pcie.link.gen.max"),
     *("pcie.link.width.current", "pcie.link.width.max"),
@@ -28,7 +28,7 @@ FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A GPU's PCIe link. An idle one lowers its generation, so that `generation` may be less than it can."""
+    """A GPU's PCIe link. When idle it lowers its generation, so `generation` may be less than it can do."""
 
     bus_id: str
     driver: str
@@ -39,13 +39,13 @@ class Link:
 
     @property
     def rate(self) -> float | None:
-        """Bytes/s that generation and width allow, encoding taken off; None where they are unknown."""
+        """Bytes/s that the highest generation and present width allow, after encoding; None if unknown."""
         lane = LANE.get(self.most_generation or 0)
         return None if lane is None or self.width is None else lane * self.width
 
 
 def links() -> list[Link]:
-    """The links of all NVIDIA GPUs, as nvidia-smi tells; none where it does not."""
+    """The links of all NVIDIA GPUs, as reported by nvidia-smi; empty if it does not report them."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return []
@@ -63,7 +63,7 @@ def links() -> list[Link]:
 
 
 def parse_links(text: str) -> list[Link]:
-    """Lines of nvidia-smi's answer; figures it does not know, "[N/A]", are None."""
+    """Parse the lines of nvidia-smi's answer; figures that it does not know, "[N/A]", are None."""
     found = []
     for line in text.splitlines():
         values = [value.strip() for value in line.split(",")]
@@ -96,7 +96,7 @@ def graphics() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         yield _card(index)
         properties = torch.cuda.get_device_properties(index)
-        names = ("pci_domain_id", "pci_bus_id", "pci_device_id")  # older releases of torch do not tell
+        names = ("pci_domain_id", "pci_bus_id", "pci_device_id")  # older releases of torch lack them
         place = tuple(getattr(properties, name, -1) for name in names)
         yield link_finding(f"link of cuda:{index}", known.get(place))
 
@@ -144,7 +144,7 @@ def _card(index: int) -> Finding:
 
 
 def link_finding(name: str, link: Link | None) -> Finding:
-    """What a link is, and whether it is as wide as it could be."""
+    """A link's generation and width, and whether it is as wide as it could be."""
     if link is None or link.width is None:
         return Finding(name, "unknown: nvidia-smi does not tell; see the measured bandwidth")
     text = f"PCIe {link.most_generation or '?'} x{link.width}, driver {link.driver}"
@@ -167,7 +167,7 @@ def link_finding(name: str, link: Link | None) -> Finding:
 
 
 def _bus(bus_id: str) -> tuple[int, ...]:
-    """ "00000000:65:00.0" -> (0, 0x65, 0); of what is no bus id, one that no device has."""
+    """ "00000000:65:00.0" -> (0, 0x65, 0); for an invalid bus id, one that no device has."""
     try:
         domain, bus, rest = bus_id.split(":")
         return int(domain, 16), int(bus, 16), int(rest.split(".")[0], 16)

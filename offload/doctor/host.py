@@ -1,4 +1,4 @@
-"""Processor, memory and its limits, disk."""
+"""Checks of the processor, of memory and its limits, and of disks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moe_local.offload.plan.free_memory import free_ram, group_limits
 
 GIB = 2**30
 LEAST_DISK = 40 * GIB
-"""Mixtral 8x7B's experts in 4 bits take 24 GB, beside a download."""
+"""Mixtral 8x7B's experts in 4 bits take 24 GB, in addition to a download."""
 LEAST_RAM = 4 * GIB
 SETS = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile"),
@@ -29,7 +29,7 @@ SETS = (
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Finding:
-    """The processor's name, cores and instruction sets; those on Linux only."""
+    """The processor's name, cores and, on Linux, instruction sets."""
     name, flags = platform.processor() or platform.machine(), set[str]()
     try:
         for line in cpuinfo.read_text(errors="replace").splitlines():
@@ -47,7 +47,7 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Finding:
 
 
 def threads() -> Finding:
-    """How many threads compute, of the cores that this process may use."""
+    """How many threads compute, compared with the cores that this process may use."""
     used = torch.get_num_threads()
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(psutil.cpu_count(logical=False) or allowed, allowed)
@@ -62,7 +62,7 @@ def threads() -> Finding:
 
 
 def numa(nodes: Path = Path("/sys/devices/system/node")) -> Finding:
-    """How many memory nodes there are; one where the system does not tell."""
+    """How many NUMA nodes there are; one if the system does not tell."""
     count = sum(1 for node in nodes.glob("node[0-9]*") if any(node.glob("cpu[0-9]*"))) or 1
     if count > 1:
         return warn(
@@ -75,7 +75,7 @@ def numa(nodes: Path = Path("/sys/devices/system/node")) -> Finding:
 
 
 def memory() -> Finding:
-    """RAM: how much there is, and how much of it can be had."""
+    """RAM: how much there is, and how much of it is free."""
     total, free = int(psutil.virtual_memory().total), free_ram(reserve=False)
     text, facts = f"{format_bytes(total)}, {format_bytes(free)} free", {"bytes": total, "free": free}
     limits = [group.limit for group in group_limits() if group.limit < total]
@@ -88,7 +88,7 @@ def memory() -> Finding:
 
 
 def is_wsl(release: Path = Path("/proc/sys/kernel/osrelease")) -> bool:
-    """Whether this is Linux inside Windows."""
+    """Whether this is Linux inside Windows (WSL)."""
     try:
         return "microsoft" in release.read_text().lower()
     except OSError:
@@ -96,7 +96,7 @@ def is_wsl(release: Path = Path("/proc/sys/kernel/osrelease")) -> bool:
 
 
 def locked_limit() -> int | None:
-    """Bytes that this process may lock (`ulimit -l`); None if any, or where there is no such limit."""
+    """Bytes that this process may lock (`ulimit -l`); None if there is no limit."""
     if sys.platform == "win32":
         return None
     import resource
@@ -108,7 +108,7 @@ def locked_limit() -> int | None:
 def pinned(limit: int | None, *, cuda: bool, wsl: bool) -> Finding:
     """How much memory may be pinned for copies to a GPU.
 
-    WSL's limit is Windows': about half of the RAM that WSL was given.
+    In WSL, Windows sets the limit, to about half of the RAM that WSL was given.
     """
     total = int(psutil.virtual_memory().total)
     text = "no limit" if limit is None else f"ulimit -l is {format_bytes(limit)}"
@@ -130,13 +130,13 @@ def pinned(limit: int | None, *, cuda: bool, wsl: bool) -> Finding:
 
 
 def disks(home: Path, downloads: Path) -> Iterator[Finding]:
-    """Room where converted experts and downloads go."""
+    """Free disk space for converted experts and for downloads."""
     yield disk("disk for experts", home, "MOE_LOCAL_HOME")
     yield disk("disk for downloads", downloads, "HF_HUB_CACHE")
 
 
 def disk(name: str, folder: Path, variable: str) -> Finding:
-    """Whether a folder, or the nearest one above it that there is, can be written, and its free bytes."""
+    """Whether a folder, or its nearest existing parent, can be written, and its free bytes."""
     there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     try:
         with tempfile.TemporaryFile(dir=there):

@@ -1,4 +1,4 @@
-"""Python, packages, compiler and kernels."""
+"""Checks of Python, packages, the compiler and kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ X86 = ("x86_64", "amd64")
 
 
 def software() -> Iterator[Finding]:
-    """Python and what is installed in it."""
+    """Python and the packages that are installed in it."""
     yield Finding("python", f"{platform.python_version()} ({sys.executable})")
     try:
         needed = metadata.requires("moe-local") or []
@@ -38,7 +38,7 @@ def software() -> Iterator[Finding]:
 
 
 def packages(requirements: Iterable[str]) -> Finding:
-    """Whether all that is needed is installed, in a version that is known to do."""
+    """Whether all required packages are installed, in versions that the requirements allow."""
     missing, others, wanted, count = [], [], [], 0
     for text in requirements:
         try:
@@ -64,7 +64,7 @@ def packages(requirements: Iterable[str]) -> Finding:
 
 
 def kernels(devices: Iterable[torch.device]) -> Iterator[Finding]:
-    """Which kernels compute experts here, and the compilers they come from."""
+    """Which kernels compute experts on this machine, and which compiler there is to build them."""
     lib = library()
     found = next((path for name in COMPILERS if (path := shutil.which(name))), None)
     compiler = os.environ.get("CXX") or found
