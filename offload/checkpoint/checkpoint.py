@@ -151,9 +151,7 @@ def read_config(folder: Path) -> Any:
     if (path := find_gguf(folder)) is not None:
         if (path.parent / "config.json").is_file():
             return parse_config(path.parent / "config.json")
-        fields = config_fields(GgufFile.open(path))
-        check_config(fields)
-        return _make_config(fields, path)
+        return _make_config(config_fields(GgufFile.open(path)), path)
     if not folder.is_dir():
         raise ModelNotFoundError(f"{folder} is not a folder; give the one that holds config.json")
     if not (folder / "config.json").is_file():
@@ -182,11 +180,6 @@ def parse_config(path: Path) -> Any:
             f"{path}: model type {reprlib.repr(model_type)} is unknown to this transformers{code}; "
             "a newer transformers may know it: pip install -U transformers"
         )
-    try:
-        check_config(fields)
-        Quantization.of(fields)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
     return _make_config(fields, path)
 
 
@@ -195,6 +188,11 @@ MOST_OF_A_REASON = 300
 
 
 def _make_config(fields: dict[str, Any], path: Path) -> Any:
+    try:
+        check_config(fields)
+        Quantization.of(fields)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     try:
         return make_config(fields)
     except Exception as error:  # transformers validates with several unrelated exception types

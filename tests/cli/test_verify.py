@@ -139,9 +139,7 @@ def test_what_is_not_there(invoke, model):
 def test_of_a_folder_only_headers_are_known(invoke, model):
     result = invoke("verify", str(model), "--experts", "native")
     assert result.exit_code == 0
-    assert (
-        "its file is whole (no checksums are known, only headers and sizes were checked" in result.stdout
-    )
+    assert "its file is whole (no checksums are known, only headers and sizes were checked" in result.stdout
     with open(model / "model.safetensors", "ab") as file:
         file.write(b"x")
     result = invoke("verify", str(model))  # nothing is converted

@@ -175,6 +175,7 @@ def test_a_missing_tensor_is_named(
 def test_damaged_files(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     raw = made("mixtral")[0].read_bytes()
     path = tmp_path / "x.gguf"
+    count = raw.index(b"llama.block_count") + len("llama.block_count") + 4  # behind the number's type
     for content, message in (
         (raw[:-100], r"is cut short, inside tensor .*; get the file again"),
         (raw[:300], r"is cut short or corrupt inside its header; get the file again"),
@@ -183,6 +184,7 @@ def test_damaged_files(made: Callable[[str], tuple[Path, Path]], tmp_path: Path)
         (raw[:4] + struct.pack("<I", 1) + raw[8:], "is GGUF version 1, only 2 and 3 are read"),
         (raw.replace(b"llama", b"falco"), "architecture 'falco', and only Mixtral, Qwen2-MoE and Qwen3-MoE"),
         (raw.replace(b"llama.block_count", b"llama.block_kount"), "lacks llama.block_count in its metadata"),
+        (raw[:count] + struct.pack("<I", 10**6) + raw[count + 4 :], "x.gguf: num_hidden_layers is 1e"),
     ):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=message) as caught:
