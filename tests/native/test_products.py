@@ -21,8 +21,8 @@ SHAPES = [
     (17, 4096 + 64),
     (2, 33344),  # more than one stretch of decoded scales a row
 ]
-TOKENS = (1, 2, 3, 4, 5, 7, 16, 33, 128, 129, 300)
-FEW_TOKENS = (1, 2, 3, 4, 5, 33, 129)
+TOKENS = (1, 2, 3, 4, 5, 7, 16, 17, 33, 128, 129, 300)
+FEW_TOKENS = (1, 2, 3, 4, 5, 16, 33, 129)
 """Enough for formats whose tiles are those of others."""
 LARGEST_INPUT = 300 * (4096 + 64)
 """Numbers of activations: what is wider has fewer tokens, of which a few and a batch are enough."""
@@ -93,6 +93,23 @@ def test_no_address_needs_more_than_an_elements_alignment(
             assert m.struct.q % 2 == 1
             for tokens, want in aligned.items():
                 assert torch.equal(packed.linear(m, x[:tokens], activations, shift=shift), want)
+
+
+@pytest.mark.parametrize("activations", [INT16, INT8])
+@pytest.mark.parametrize("format", ["nf4", "mxfp4", "int8", "q3", "q2"])
+def test_some_tokens_have_the_bits_that_each_has_alone(
+    packed: Any, isa: str, format: str, activations: int
+) -> None:
+    """Where integers are multiplied in registers, four tokens at a time: up to 16, or up to 8 where tiles may
+    be multiplied in bf16."""
+    if isa == "portable" or (format, activations) == ("int8", INT16):
+        pytest.skip("multiplies floats")
+    for cols in (320, 8192 + 64):  # of the longer ones, rows go in pairs
+        m = packed.pack(format, 35, cols)
+        x = torch.randn(16, cols, generator=torch.Generator().manual_seed(cols))
+        alone = torch.cat([packed.linear(m, each, activations) for each in x.split(1)])
+        for tokens in (2, 4, 5, 7, 8) if activations == INT8 else (2, 4, 5, 7, 8, 13, 16):
+            assert torch.equal(packed.linear(m, x[:tokens], activations), alone[:tokens]), (cols, tokens)
 
 
 @functools.cache

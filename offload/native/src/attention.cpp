@@ -56,7 +56,7 @@ struct AttentionCall {
       norm(layer->before_attention, floats);
       kernels().widen(a->dtype, inner, a->q.cols, floats);
     }
-    kernels().prepare(a->q.format, activations, tiled(1), floats, a->q.cols, in);
+    kernels().prepare(a->q.format, activations, false, floats, a->q.cols, in);
   }
 
   // Normalizes values [D] in place and writes them to inner, rounded to the dtype.
@@ -156,7 +156,7 @@ struct AttentionCall {
       for (int64_t i = 0; i < width; ++i) answer[i] /= all;
       if (a->gated) kernels().open_gate(asked + (2 * head + 1) * width, width, answer);
     }
-    kernels().prepare(a->o.format, activations, tiled(1), floats, a->o.cols, attended);
+    kernels().prepare(a->o.format, activations, false, floats, a->o.cols, attended);
   }
 };
 

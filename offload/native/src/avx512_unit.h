@@ -53,8 +53,9 @@ constexpr int64_t TILE_T = 6;
 #include "low_encode.h"
 #include "rows.h"
 
-constexpr Kernels TABLE = {UNIT_ISA, UNIT_NAME, prepare, rows,      gate,  combine, widen,
-                           narrow,   norm,      attend,  open_gate, delta, encode,  encode_low};
+constexpr Kernels TABLE = {
+    UNIT_ISA, UNIT_NAME, most_in_registers, prepare, rows,   gate,      combine, widen, narrow,
+    norm,     attend,    open_gate,         delta,   encode, encode_low};
 
 }  // namespace
 

@@ -47,21 +47,25 @@ struct Batch {
     return shares[s];
   }
 
+  // Prepares the input x [columns] of a pair for one of its expert's matrices.
+  void prepare(int64_t pair, const float* x, int64_t columns, const Prepared& out) const {
+    const int64_t pairs = share_of(pair, &Share::first_pair).pairs;
+    kernels().prepare(format, activations, tiled(format, activations, columns, pairs), x, columns, out);
+  }
+
   static void work(void* context, int phase, int64_t chunk, int thread) {
     const Batch& b = *static_cast<Batch*>(context);
     float* values = b.floats + thread * b.room;
     if (phase == 0) {
       kernels().widen(b.dtype, b.x[chunk], b.width, values);
-      kernels().prepare(b.format, b.activations, tiled(b.share_of(chunk, &Share::first_pair).pairs), values,
-                        b.width, b.in[chunk]);
+      b.prepare(chunk, values, b.width, b.in[chunk]);
     } else if (phase == 1) {
       const Share& s = b.share_of(chunk, &Share::up_chunk);
       multiply(s.expert->up, b.activations, b.in + s.first_pair, s.pairs, chunk - s.up_chunk,
                b.up + s.first_pair);
     } else if (phase == 2) {
       kernels().gate(*b.gate, b.up[chunk], b.hidden, values);
-      kernels().prepare(b.format, b.activations, tiled(b.share_of(chunk, &Share::first_pair).pairs), values,
-                        b.hidden, b.hiddens[chunk]);
+      b.prepare(chunk, values, b.hidden, b.hiddens[chunk]);
     } else if (phase == 3) {
       const Share& s = b.share_of(chunk, &Share::down_chunk);
       multiply(s.expert->down, b.activations, b.hiddens + s.first_pair, s.pairs, chunk - s.down_chunk,

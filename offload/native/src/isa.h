@@ -37,7 +37,7 @@ static inline bool is_low(int32_t format) { return format == Q3 || format == Q2;
 constexpr int64_t BLOCK = 64;          // weights, or quantized activations, that share one scale
 constexpr int64_t NESTED_BLOCK = 256;  // NF4 scales that share a scale of their own
 constexpr int64_t TILE_TOKENS = 128;   // most tokens that one pass over a matrix serves
-constexpr int64_t MOST_DOTS = 4;       // most tokens multiplied with rows in registers; more are tiled
+constexpr int64_t MOST_DOTS = 4;       // most tokens multiplied together with rows in registers
 
 // One token's input to a matrix, prepared for one instruction set's kernels of one format. Only these kernels
 // know the order of the numbers and which of the arrays are filled. Rounded activations are integers of -127
@@ -98,14 +98,17 @@ struct Kernels {
   int32_t isa;
   const char* name;
 
-  // Prepares x [columns] for a matrix of so many columns and this format. `tiled`: whether more than
-  // MOST_DOTS tokens are multiplied together.
+  // Up to how many tokens rows are best multiplied in registers, MOST_DOTS tokens at a time; more are tiled.
+  int64_t (*most_in_registers)(int32_t format, int32_t activations, int64_t columns);
+
+  // Prepares x [columns] for a matrix of so many columns and this format. `tiled`: whether there are more
+  // tokens than most_in_registers.
   void (*prepare)(int32_t format, int32_t activations, bool tiled, const float* x, int64_t columns,
                   const Prepared& out);
 
-  // Multiplies rows [first, last) of the matrix with `count` <= TILE_TOKENS inputs, prepared with the same
-  // arguments, and sets y[t][row], bias included. `map`: bitsandbytes' 256 scales. A row's results do not
-  // depend on the other rows of the call.
+  // Multiplies rows [first, last) of the matrix with `count` inputs, at most TILE_TOKENS or, unless `tiled`,
+  // MOST_DOTS, prepared with the same arguments, and sets y[t][row], bias included. `map`: bitsandbytes' 256
+  // scales. A row's results do not depend on the other rows of the call.
   void (*rows)(const Matrix& matrix, const float* map, int32_t activations, bool tiled, const Prepared* x,
                int64_t count, int64_t first, int64_t last, float* const* y);
 

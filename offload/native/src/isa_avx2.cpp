@@ -50,8 +50,9 @@ constexpr auto rows_tiled_bf16 = rows_tiled;
 
 #include "rows.h"
 
-constexpr Kernels TABLE = {AVX2,   "avx2", prepare, rows,      gate,  combine, widen,
-                           narrow, norm,   attend,  open_gate, delta, encode,  encode_low};
+constexpr Kernels TABLE = {
+    AVX2, "avx2", most_in_registers, prepare, rows,   gate,      combine, widen, narrow,
+    norm, attend, open_gate,         delta,   encode, encode_low};
 
 }  // namespace
 

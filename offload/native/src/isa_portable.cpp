@@ -24,6 +24,8 @@ constexpr int64_t TILE_T = 2;
 #include "portable_encode.h"
 #include "low_encode.h"
 
+int64_t most_in_registers(int32_t, int32_t, int64_t) { return 0; }
+
 void prepare(int32_t, int32_t activations, bool, const float* x, int64_t columns, const Prepared& out) {
   if (activations == INT8_BLOCKS)
     round_to_int8(x, columns, out);
@@ -36,8 +38,9 @@ void rows(const Matrix& m, const float* map, int32_t, bool, const Prepared* x, i
   rows_tiled(decode_any, m, map, x, count, first, last, y);
 }
 
-constexpr Kernels TABLE = {PORTABLE, "portable", prepare, rows,      gate,  combine, widen,
-                           narrow,   norm,       attend,  open_gate, delta, encode,  encode_low};
+constexpr Kernels TABLE = {
+    PORTABLE, "portable", most_in_registers, prepare, rows,   gate,      combine, widen, narrow,
+    norm,     attend,     open_gate,         delta,   encode, encode_low};
 
 }  // namespace
 

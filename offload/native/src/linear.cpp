@@ -25,7 +25,8 @@ struct LinearCall {
     if (phase == 0) {
       float* x = call.floats + thread * m.cols;
       kernels().widen(call.dtype, at(call.dtype, call.x, chunk * m.cols), m.cols, x);
-      kernels().prepare(m.format, call.activations, tiled(call.tokens), x, m.cols, call.prepared[chunk]);
+      const bool tiles = tiled(m.format, call.activations, m.cols, call.tokens);
+      kernels().prepare(m.format, call.activations, tiles, x, m.cols, call.prepared[chunk]);
     } else if (phase == 1) {
       multiply(m, call.activations, call.prepared, call.tokens, chunk, call.rows);
     } else {

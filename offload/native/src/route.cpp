@@ -38,7 +38,7 @@ void route(const Matrix& m, const void* x, int32_t dtype, int64_t top_k, bool no
   float *values = scratch.take<float>(m.cols), *scores = scratch.take<float>(m.rows);
   const Prepared in = take_prepared(m.cols, FLOATS);
   kernels().widen(dtype, x, m.cols, values);
-  kernels().prepare(m.format, FLOATS, tiled(1), values, m.cols, in);
+  kernels().prepare(m.format, FLOATS, false, values, m.cols, in);
   for (int64_t c = 0; c < chunks_of(m, 1); ++c) multiply(m, FLOATS, &in, 1, c, &scores);
   kernels().narrow(dtype, scores, m.rows, logits);
   kernels().widen(dtype, logits, m.rows, scores);

@@ -99,7 +99,9 @@ int64_t chunks_of(const Matrix& m, int64_t tokens) {
 void multiply(const Matrix& m, int32_t activations, const Prepared* x, int64_t count, int64_t c,
               float* const* y) {
   const int64_t rows = rows_per_chunk(m, count), first = c * rows, last = std::min(m.rows, first + rows);
-  for (int64_t t = 0; t < count; t += TILE_TOKENS)
-    kernels().rows(m, map_of_scales, activations, tiled(count), x + t, std::min(TILE_TOKENS, count - t),
-                   first, last, y + t);
+  const bool tiles = tiled(m.format, activations, m.cols, count);
+  const int64_t step = tiles ? TILE_TOKENS : MOST_DOTS;  // a chunk that is read again is in the L2 cache
+  for (int64_t t = 0; t < count; t += step)
+    kernels().rows(m, map_of_scales, activations, tiles, x + t, std::min(step, count - t), first, last,
+                   y + t);
 }

@@ -32,9 +32,12 @@ int64_t weight_bytes(const Matrix& m);
 // Into how many chunks of rows a matrix is cut when it is multiplied with `tokens` inputs.
 int64_t chunks_of(const Matrix& m, int64_t tokens);
 
-inline bool tiled(int64_t tokens) { return tokens > MOST_DOTS; }
+// Whether `tokens` inputs are multiplied in tiles, as prepare and rows want to be told.
+inline bool tiled(int32_t format, int32_t activations, int64_t columns, int64_t tokens) {
+  return tokens > kernels().most_in_registers(format, activations, columns);
+}
 
-// Multiplies the rows of chunk `c` of the matrix with `count` inputs, which were prepared with
-// `tiled(count)`, and sets them in y[t] [m.rows], the results of input t.
+// Multiplies the rows of chunk `c` of the matrix with `count` inputs, which were prepared for `count` tokens,
+// and sets them in y[t] [m.rows], the results of input t.
 void multiply(const Matrix& m, int32_t activations, const Prepared* x, int64_t count, int64_t c,
               float* const* y);
