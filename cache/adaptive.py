@@ -1,4 +1,4 @@
-"""Frequency while it serves better than recency, recency otherwise."""
+"""Evicts by frequency of use while that gives more hits than recency, else by recency."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from moe_local.cache.lru import LRUPolicy
 
 
 class AdaptivePolicy:
-    """Eviction order by faded use as `LFUPolicy`, or by last use as `LRUPolicy`: the `Duel` decides.
+    """Eviction order by faded use as in `LFUPolicy`, or by last use as in `LRUPolicy`: a `Duel` decides.
 
-    Within one topic frequency hits 2 to 5 points more on recorded routes; where topics change every few
-    tokens, or where all that is needed lately just fits, it hits up to 40 less. Which it is shows in shadows,
-    caches of numbers only, of the same size, that follow one order each whatever the real one does. While
-    frequency is followed the real cache stands for its shadow, less what only a prefetch let it hit.
+    On recorded routes the hit rate of frequency is 2 to 5 points higher within one topic; where topics change
+    every few tokens, or where all recently needed experts just fit, it is up to 40 points lower. Which case
+    it is, the policy learns from *shadows*: simulated caches of the same size, one for each order, which
+    follow that order whatever the real cache does. While the real cache follows frequency, it serves as that
+    shadow itself, not counting the hits that only a prefetch made possible.
 
-    A shadow takes in at once the experts that a step lacked, and evicts only when the next step comes: only
-    then is the number of slots known, and no expert of a step ever evicts another one of the same step.
+    A shadow admits the missed experts of a step at once, but evicts only when the next step comes: only then
+    is the number of slots known, and no expert of a step ever evicts another one of the same step.
     """
 
     __slots__ = ("_ahead", "_duel", "_frequency", "_last", "_lfu", "_lru", "_recency")
@@ -32,15 +33,15 @@ class AdaptivePolicy:
         self._recency: dict[int, None] = {}
         """LRU's shadow, in the order of last use."""
         self._frequency: set[int] | None = None
-        """LFU's shadow while recency is followed."""
+        """LFU's shadow; only while recency is followed."""
         self._last: Sequence[int] = ()
-        """The last step's experts, which frequency's shadow must not evict."""
+        """The last step's experts, which LFU's shadow must not evict."""
         self._ahead: set[int] = set()
-        """Known experts that were not needed since they were inserted."""
+        """Known experts that have not been needed since they were inserted (prefetched ones)."""
 
     @classmethod
     def family(cls) -> Callable[[], AdaptivePolicy]:
-        """What makes the policies of one cache's layers, which share a duel."""
+        """A factory for the policies of one cache's layers, which share a Duel."""
         duel = Duel()
         return lambda: cls(duel)
 
@@ -64,7 +65,7 @@ class AdaptivePolicy:
         duel.judge(needed, own, recent, frequent)
 
     def _use_recency(self, experts: Sequence[int]) -> int:
-        """Bring the shadow to its size, then let it use the experts. Returns how many of them it had."""
+        """Evict from LRU's shadow down to the cache's size, then let it use the experts. Returns its hits."""
         shadow = self._recency
         spare = len(shadow) - len(self._lru)
         if spare > 0:
@@ -79,7 +80,7 @@ class AdaptivePolicy:
         return len(used)
 
     def _use_frequency(self, shadow: set[int], experts: Sequence[int]) -> int:
-        """As `_use_recency`."""
+        """The same as `_use_recency`, for LFU's shadow."""
         spare = len(shadow) - len(self._lfu)
         if spare > 0:
             movable = shadow.difference(self._last)
@@ -89,7 +90,7 @@ class AdaptivePolicy:
         return used
 
     def pass_over(self, experts: Sequence[int]) -> None:
-        """Counts as use. The shadows, which would make room for them, are not told: the cache made none."""
+        """Counts as use. The shadows are not told: they would admit the experts, which the cache did not."""
         self._lfu.pass_over(experts)
 
     def insert(self, expert: int) -> None:

@@ -1,4 +1,4 @@
-"""Belady's optimum: what no order of eviction can beat, since it knows what will be needed."""
+"""Belady's optimum, which no other eviction order can beat, since it knows what will be needed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ NEVER = 1 << 62
 class BeladyPolicy:
     """Eviction order by next use, farthest first: MIN (Belady, IBM Systems J. 5(2), 1966) for whole steps.
 
-    It is the optimum of caches that have to admit what a step needs, as `ExpertCache` does, before the step
-    runs. A cache that may use an expert without keeping it can do better (`hits_with_bypass`). For recorded
-    needs only: each `touch` is the next of `steps`, the experts of one layer.
+    It is the optimum for caches that must admit the experts of a step before the step runs, as `ExpertCache`
+    does. A cache that may use an expert without keeping it can do better (`hits_with_bypass`). It works only
+    on recordings: `steps` are the experts that one layer needed, and each `touch` must be the next of them.
     """
 
     __slots__ = ("_known", "_next_use", "_now", "_steps")
@@ -25,7 +25,7 @@ class BeladyPolicy:
         """Step of the next use of each known expert."""
 
     def touch(self, experts: Sequence[int], absent: Sequence[int] = ()) -> None:
-        """Raises ValueError if this is not what the next step was said to need."""
+        """Raises ValueError if these are not the experts of the next recorded step."""
         now = self._now = self._now + 1
         if now == len(self._steps) or set(experts) != set(self._steps[now]):
             raise ValueError(f"step {now} needs {list(experts)}, which was not foreseen")
@@ -34,7 +34,7 @@ class BeladyPolicy:
             self._known[expert] = uses[expert]
 
     def pass_over(self, experts: Sequence[int]) -> None:
-        """Raises ValueError: what is passed over is no part of the optimum."""
+        """Raises ValueError: the optimum is defined only for experts that are admitted."""
         raise ValueError(f"experts {list(experts)} were passed over; replay what is admitted")
 
     def insert(self, expert: int) -> None:
@@ -51,7 +51,7 @@ class BeladyPolicy:
 
 
 def hits_with_bypass(steps: Sequence[Sequence[int]], slots: int) -> list[int]:
-    """Hits of each step where a needed expert may be used without being kept: the optimum of all caches."""
+    """Hits of each step if a needed expert may be used without being kept: the optimum over all caches."""
     kept: dict[int, int] = {}
     hits = []
     for step, uses in zip(steps, _next_uses(steps), strict=True):
@@ -62,7 +62,7 @@ def hits_with_bypass(steps: Sequence[Sequence[int]], slots: int) -> list[int]:
 
 
 def _next_uses(steps: Sequence[Sequence[int]]) -> list[dict[int, int]]:
-    """For each step and each of its experts the next step that needs it, or NEVER."""
+    """For each step and each of its experts, the next step that needs that expert, or NEVER."""
     seen: dict[int, int] = {}
     uses = []
     for number in range(len(steps) - 1, -1, -1):

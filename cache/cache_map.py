@@ -1,4 +1,4 @@
-"""A picture of a cache: the state of every expert of every layer at one moment."""
+"""A snapshot of a cache: the state of every expert of every layer at one moment."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from moe_local.cache.expert_cache import ExpertCache
 
 
 class Cell(IntEnum):
-    """What became of an expert, the most telling last."""
+    """The state of an expert. Where one cell stands for several experts, the highest value is shown."""
 
     ABSENT = 0
     RESIDENT = 1
     LOADING = 2
     USED = 3
-    """Needed since the last look, and there."""
+    """Needed since the last look, and resident at the time of that look."""
     MISSED = 4
-    """Needed since the last look, and not there at that one."""
+    """Needed since the last look, and not resident at the time of that look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,9 @@ class CacheMap:
     cells: tuple[tuple[Cell, ...], ...]
 
     def shrunk(self, rows: int, columns: int) -> tuple[tuple[int, tuple[Cell, ...]], ...]:
-        """(first layer, cells) of at most so many rows and columns, each cell the most telling of several."""
+        """Rows (first layer, cells) of a smaller map, of at most `rows` rows and `columns` columns.
+
+        Each cell has the highest value of those that it stands for."""
         layers = len(self.cells)
         height = max(1, -(-layers // max(1, rows)))
         width = max(1, -(-max(map(len, self.cells), default=0) // max(1, columns)))
@@ -45,17 +47,18 @@ class CacheMap:
 
 
 class CacheView:
-    """Looks at a cache again and again, and sees what was used and missed in between."""
+    """Takes snapshots of a cache, and marks which experts were used or missed between two of them."""
 
     def __init__(self, cache: ExpertCache, num_experts: Sequence[int]) -> None:
-        """`num_experts[layer]` experts in each layer."""
+        """`num_experts[layer]`: the experts of each layer."""
         self._cache = cache
         self._num_experts = tuple(num_experts)
         self._counts: Sequence[Sequence[int]] | None = None
         self._residents = self._look()
 
     def look(self, counts: Sequence[Sequence[int]] | None = None) -> CacheMap:
-        """The cache now. `counts[layer][expert]`: how often each was chosen so far."""
+        """The cache now. `counts[layer][expert]`: how often each expert was chosen so far, to tell which were
+        used or missed since the last look; None: nothing is marked so."""
         cells = []
         residents = self._look()
         for layer, experts in enumerate(self._num_experts):

@@ -1,34 +1,39 @@
-"""Recency or frequency: which of two eviction orders the layers of a cache had better follow now."""
+"""Decides whether the layers of a cache should evict by recency or by frequency at the moment.
+
+It compares the hits of two simulated caches, one for each order: the shadows of AdaptivePolicy.
+"""
 
 from __future__ import annotations
 
 FADE_STEPS = 8
-"""Half-life of the shadows' hits, in steps of each layer."""
+"""Half-life of the counts of the shadows' hits, in steps of each layer."""
 LOSES = 1.3
-"""Frequency is abandoned when its shadow has lately hit this many experts per layer less than recency's."""
+"""Frequency is abandoned when its shadow has lately had this many hits per layer fewer than recency's."""
 WINS = 1.0
-"""It is resumed when its shadow has hit this many more; a lead above this is not remembered."""
+"""Frequency is resumed when its shadow has had this many hits more. While frequency is followed, its lead is
+capped at this."""
 MEMORY_STEPS = 512
 """Half-life of the comparison of the cache's own hits with those of LRU's shadow, in steps of each layer."""
 ALLOWED_SHARE = 0.003
-"""Misses beyond LRU's that are tolerated, as a share of all experts needed lately."""
+"""Misses in excess of LRU's that are tolerated, as a share of all experts needed lately."""
 ALLOWED_AT_ONCE = 56
-"""Steps whose needs are added to those seen, since otherwise the first steps would tolerate nothing."""
+"""Average steps added to those seen when computing the tolerance, which would be near 0 at first otherwise."""
 CREDIT = 0.5
-"""Past gains count for at most this part of what is tolerated: they are no reason to lose now."""
+"""Most that past gains over LRU may count for, as a part of the tolerance: they do not justify losses now."""
 
 
 class Duel:
     """Follows frequency until it loses, and then recency until frequency would win again.
 
-    All layers of a cache share one, since a new topic is new in all of them: together they see it within a
-    few steps, where one layer's hits are mostly chance. The shadows of both orders are told what each step
-    needed and are judged by that, whichever order the cache follows. Beside it what the cache hit is weighed
-    against LRU's shadow. When it has fallen behind by more than `ALLOWED_SHARE` of what was needed, it is in
-    debt: then frequency is followed only while it leads, and taken up only for a lead above the debt. So the
-    more often it fails, the more evidence it needs. What remains is what it takes to see the first failure
-    and to bring back what LRU would have kept: less than a miss for every two slots where a topic that just
-    fits is followed by another one, once.
+    All layers of a cache share one Duel, since a change of topic shows in all of them: together they detect
+    it within a few steps, while a single layer's hits are mostly chance. The shadows of both orders see the
+    experts of each step and are compared by their hits, whichever order the cache follows. In addition the
+    hits of the cache itself are compared with those of LRU's shadow. When the cache has fallen behind by more
+    than `ALLOWED_SHARE` of the needed experts, it is in debt: then frequency is followed only while its
+    shadow leads, and resumed only when that lead exceeds the debt. So the more often frequency fails, the
+    more evidence it takes to resume it. The cost that remains is that of detecting the first failure and
+    reloading what LRU would have kept: less than one miss for every two slots where a topic whose experts
+    just fit is followed, once, by another.
     """
 
     __slots__ = ("_balance", "_fade", "_layers", "_lead", "_memory", "_needed", "_steps", "recency")
@@ -38,21 +43,21 @@ class Duel:
         """Whether recency is followed now."""
         self._layers = 0
         self._lead = 0.0
-        """Faded hits of frequency's shadow less those of recency's, all layers."""
+        """Faded hits of frequency's shadow minus those of recency's, over all layers."""
         self._balance = 0.0
-        """Faded hits of the cache itself less those of recency's shadow."""
+        """Faded hits of the cache itself minus those of recency's shadow, over all layers."""
         self._needed = 0.0
         self._steps = 0.0
         self._fade = self._memory = 1.0
 
     def join(self) -> None:
-        """One more layer takes part."""
+        """Register one more layer."""
         self._layers += 1
         self._fade = 0.5 ** (1 / (FADE_STEPS * self._layers))
         self._memory = 0.5 ** (1 / (MEMORY_STEPS * self._layers))
 
     def judge(self, needed: int, own: int, recency: int, frequency: int) -> None:
-        """One layer's step needed so many experts; the cache and both shadows had so many of them."""
+        """One layer's step needed `needed` experts: `own` hits in the cache, the others' in the shadows."""
         layers = self._layers
         self._needed = needed + self._memory * self._needed
         self._steps = 1 + self._memory * self._steps

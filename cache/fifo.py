@@ -1,4 +1,4 @@
-"""First in, first out: the policy that learns nothing from use."""
+"""Evicts the expert first that was admitted first, regardless of use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 
 class FIFOPolicy:
-    """Eviction order by admission; use changes nothing. Other policies are measured against this one."""
+    """Eviction order by admission; use changes nothing. The baseline that other policies are compared with."""
 
     __slots__ = ("_order",)
 
@@ -14,10 +14,10 @@ class FIFOPolicy:
         self._order: dict[int, None] = {}
 
     def touch(self, experts: Sequence[int], absent: Sequence[int] = ()) -> None:
-        """Nothing: the order is that of admission."""
+        """Does nothing: the order is that of admission."""
 
     def pass_over(self, experts: Sequence[int]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def insert(self, expert: int) -> None:
         self._order[expert] = None

@@ -1,4 +1,4 @@
-"""Least frequently used goes first, where uses long ago count less."""
+"""Evicts the least frequently used expert first, where uses long ago count less."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ HALF_LIFE_USES = 144
 """A use counts half as much after this many later uses in the layer (72 tokens at top-2, 18 at top-8)."""
 
 _NEXT_CHOICE = 0.94
-"""Within a step each of the router's choices counts this fraction of the one before it, as its weight is
-smaller."""
+"""Within a step, each of the router's choices counts this fraction of the previous choice, since its router
+weight is smaller."""
 
 _LARGEST_WEIGHT = 2.0**500
 
 
 class LFUPolicy:
-    """Eviction order by number of uses, where old ones fade; of equally many, later ones count more.
+    """Eviction order by number of uses, which fade; with equal numbers, the experts used later count more.
 
-    Counts outlive eviction, or an expert that comes and goes would start from nothing each time (1 to 4
-    points of hit rate on recorded routes). But popularity belongs to a request, not to a model, so uses
-    fade by half with every `HALF_LIFE_USES` later ones. Without that, a change of topic costs 5 to 13
-    points. This is LRFU (Lee et al., IEEE Trans. Computers 50(12), 2001) with uses for a clock.
+    Counts are kept after eviction; otherwise an expert that comes and goes would start from zero each time
+    (1 to 4 points of hit rate on recorded routes). But popularity belongs to a request, not to a model, so a
+    use counts half as much after `HALF_LIFE_USES` later ones. Without that, a change of topic costs 5 to 13
+    points. This is LRFU (Lee et al., IEEE Trans. Computers 50(12), 2001) with the number of uses as clock.
 
-    Instead of making all old uses smaller, each new one weighs a little more than the last.
+    Instead of scaling down all old uses, each new use weighs a little more than the last.
     A use is O(1), an eviction O(n log n) over the n known experts.
     """
 
@@ -61,7 +61,7 @@ class LFUPolicy:
         return len(self._known)
 
     def _rescale(self) -> None:
-        """Divide everything by the weight, which keeps the order and the float range."""
+        """Divide everything by the current weight, which keeps the order and avoids overflow."""
         for expert in self.uses:
             self.uses[expert] /= self._weight
         self._weight = 1.0

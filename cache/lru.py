@@ -1,4 +1,4 @@
-"""Least recently used goes first."""
+"""Evicts the least recently used expert first."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LRUPolicy:
                 move_to_end(expert)
 
     def pass_over(self, experts: Sequence[int]) -> None:
-        """Nothing: what has no slot has no place in the order."""
+        """Does nothing: an expert without a slot has no place in the order."""
 
     def insert(self, expert: int) -> None:
         self._order[expert] = None

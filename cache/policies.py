@@ -17,8 +17,8 @@ POLICIES: dict[str, Callable[[], Callable[[], EvictionPolicy]]] = {
     "adaptive": AdaptivePolicy.family,
     "fifo": lambda: FIFOPolicy,
 }
-"""By name, a function that is called once for each cache and returns the factory of its layers' policies, so
-that these can share what they learn."""
+"""For each name, a function that is called once per cache. It returns the factory of the policies of that
+cache's layers, which can thus share what they learn."""
 
 
 def register_policy(name: str, make: Callable[[], EvictionPolicy]) -> None:

@@ -10,7 +10,7 @@ class EvictionPolicy(Protocol):
     """The eviction order of one layer's experts in one tier.
 
     Pure bookkeeping over expert numbers: it never sees slots, pins or bytes. The cache tells it what
-    happened and walks `coldest()` until it meets an expert that may go. Every expert in the cache
+    happened and walks `coldest()` until it meets an expert that may be evicted. Every expert in the cache
     (loading or resident) is known to the policy between `insert` and `remove`.
 
     Being needed and having a slot are two different things: a prefetched expert has a slot before it is
@@ -18,13 +18,13 @@ class EvictionPolicy(Protocol):
     """
 
     def touch(self, experts: Sequence[int], absent: Sequence[int] = ()) -> None:
-        """One step needs these experts, in the router's order; `absent` are those of them that are unknown.
+        """One step needs these experts, given in the router's order; `absent` are the unknown among them.
 
-        The absent ones are inserted afterwards, once the step's victims have been removed.
+        The cache inserts the absent ones afterwards, once the step's victims have been removed.
         """
 
     def pass_over(self, experts: Sequence[int]) -> None:
-        """A step needs these experts and computes them elsewhere; unknown ones are not inserted."""
+        """A step needs these experts but computes them outside this tier; unknown ones are not inserted."""
 
     def insert(self, expert: int) -> None:
         """An unknown expert was given a slot; it becomes known."""
@@ -33,9 +33,9 @@ class EvictionPolicy(Protocol):
         """A known expert lost its slot."""
 
     def coldest(self) -> Iterator[int]:
-        """Known experts, the best victim first. The policy is not changed while this is walked.
+        """Known experts, the best victim first. The policy must not change while the caller iterates.
 
-        One walk gives all victims of a step, after `touch`.
+        After `touch`, one iteration yields all victims of a step.
         """
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""What a cache would have made of recorded routes: no weights, no GPU, seconds for a recording."""
+"""Simulates a cache on recorded routes, without weights or a GPU, in seconds for a recording."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from moe_local.cache.stats import Stats
 
 
 class Replay(NamedTuple):
-    """Counts of the same cache over two stretches; `tokens` are its decode steps, time and bytes are 0."""
+    """Counts of one cache over two ranges of decode steps (`tokens` of them); times and bytes are 0."""
 
     cold: Stats
     """All decode steps, from an empty cache."""
     steady: Stats
-    """The second half of them."""
+    """The second half of the decode steps."""
 
 
 class HitRates(NamedTuple):
-    """Hits per expert needed, over the stretches of `Replay`."""
+    """Hits per needed expert, over the same ranges as in `Replay`."""
 
     cold: float
     steady: float
@@ -36,9 +36,9 @@ def replay(
     *,
     one_by_one: bool = False,
 ) -> Replay:
-    """Drive an `ExpertCache` with the decode steps of a recording; every load ends at once.
+    """Drive an `ExpertCache` with the decode steps of a recording; every load completes at once.
 
-    `slots` per layer, or one number for all; `policy` as `ExpertCache` takes it, or "belady", the optimum.
+    `slots` per layer, or one number for all; `policy` as for `ExpertCache`, or "belady", the optimum.
     `one_by_one` looks a step's experts up one after the other, so that one may evict the next: the plain LRU
     of published simulations, 0 to 10 points worse. Raises OptionError for an unknown policy and when a token
     needs more slots than there are, RoutesError without decode steps.
@@ -57,15 +57,15 @@ def replay(
 
 
 def optimum_with_bypass(routes: Routes, slots: int | Sequence[int]) -> HitRates:
-    """Hit rates of caches that need not keep what a step used; raises as `replay` does.
+    """The best hit rates of caches that need not admit the experts a step uses; raises as `replay` does.
 
-    No eviction order gets there: admission is not theirs to decide.
+    No eviction policy can reach them, since policies do not decide about admission.
     """
     steps = decode_steps(routes)
     counts = slots_by_layer(routes, slots, least=routes.top_k)
     half, hits, needed = len(steps) // 2, [0, 0], [0, 0]
     for layer, needs in enumerate(_needs(routes, steps, one_by_one=False)):
-        # A layer may be missing from some steps, and the halves are those of the recording.
+        # The halves are those of the recording, and a layer may be missing from some of its steps.
         first = sum(route.layer == layer for step in steps[:half] for route in step.layers)
         by_step = hits_with_bypass(needs, counts[layer])
         for part, start in enumerate((0, first)):
@@ -75,7 +75,7 @@ def optimum_with_bypass(routes: Routes, slots: int | Sequence[int]) -> HitRates:
 
 
 def decode_steps(routes: Routes) -> list[RouteStep]:
-    """Raises RoutesError if there are none."""
+    """The decode steps of a recording. Raises RoutesError if there are none."""
     steps = list(routes.phase(Phase.DECODE))
     if not steps:
         raise RoutesError(f"the recording of {routes.model} has no decode steps to replay")
@@ -83,7 +83,7 @@ def decode_steps(routes: Routes) -> list[RouteStep]:
 
 
 def slots_by_layer(routes: Routes, slots: int | Sequence[int], least: int) -> list[int]:
-    """The slots of each layer, where one number stands for all. Raises OptionError for fewer than `least`."""
+    """The slots of each layer; a single number holds for all. Raises OptionError for fewer than `least`."""
     counts = [slots] * len(routes.layers) if isinstance(slots, int) else list(slots)
     if len(counts) != len(routes.layers):
         raise OptionError(f"slots for {len(counts)} layers; the recording has {len(routes.layers)}")
@@ -95,7 +95,7 @@ def slots_by_layer(routes: Routes, slots: int | Sequence[int], least: int) -> li
 
 
 def _needs(routes: Routes, steps: Iterable[RouteStep], one_by_one: bool) -> list[list[Sequence[int]]]:
-    """For each layer what it is asked for, call by call."""
+    """For each layer, the experts that each call of `acquire` will ask for."""
     needs: list[list[Sequence[int]]] = [[] for _ in routes.layers]
     for step in steps:
         for route in step.layers:

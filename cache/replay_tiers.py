@@ -1,4 +1,4 @@
-"""What two tiers would have made of recorded routes: VRAM over RAM over a disk."""
+"""Simulates two tiers on recorded routes: VRAM over RAM over a disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe_local.cache.routes import Routes
 
 
 class TierRates(NamedTuple):
-    """Per expert needed, in the second half of the decode steps."""
+    """Loads per needed expert, in the second half of the decode steps."""
 
     copies: float
     """From RAM to VRAM."""
@@ -22,11 +22,11 @@ class TierRates(NamedTuple):
 def replay_tiers(
     routes: Routes, above: int, below: int, policy: str = "adaptive", *, beside: bool = True
 ) -> TierRates:
-    """Drive two caches with the decode steps of a recording; every load ends at once.
+    """Drive two caches with the decode steps of a recording; every load completes at once.
 
-    `above` slots a layer over `below`. `beside=False`: the lower tier does not mind what the upper one has.
-    Raises OptionError for an unknown policy and where a token needs more slots than `above`, RoutesError
-    without decode steps.
+    The upper tier has `above` slots a layer, the lower one `below`. `beside=False`: the lower tier evicts
+    regardless of what the upper one holds. Raises OptionError for an unknown policy and where a token needs
+    more slots than `above`, RoutesError without decode steps.
     """
     steps = decode_steps(routes)
     made = Beside(policy, len(routes.layers))
