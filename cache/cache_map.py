@@ -30,7 +30,8 @@ class CacheMap:
     def shrunk(self, rows: int, columns: int) -> tuple[tuple[int, tuple[Cell, ...]], ...]:
         """Rows (first layer, cells) of a smaller map, of at most `rows` rows and `columns` columns.
 
-        Each cell has the highest value of those that it stands for."""
+        Each cell has the highest value of those that it stands for.
+        """
         layers = len(self.cells)
         height = max(1, -(-layers // max(1, rows)))
         width = max(1, -(-max(map(len, self.cells), default=0) // max(1, columns)))

@@ -17,7 +17,7 @@ MEMORY_STEPS = 512
 ALLOWED_SHARE = 0.003
 """Misses in excess of LRU's that are tolerated, as a share of all experts needed lately."""
 ALLOWED_AT_ONCE = 56
-"""Average steps added to those seen when computing the tolerance, which would be near 0 at first otherwise."""
+"""Steps of average need that the tolerance is granted in advance, since it would be near 0 at first."""
 CREDIT = 0.5
 """Most that past gains over LRU may count for, as a part of the tolerance: they do not justify losses now."""
 

@@ -1,4 +1,4 @@
-"""Every error a user can cause; the lowest module, so that all rooms may raise them.
+"""Every error that a user can cause. This module imports nothing, so that all others can import it.
 
 A message is one line: what failed, the actual value, the limit, and what to do about it.
 `exit_code` is what the command line returns (docs/cli.md lists them).
@@ -6,12 +6,12 @@ A message is one line: what failed, the actual value, the limit, and what to do 
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or the name of its class if it says nothing."""
+    """The first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class MoeLocalError(Exception):
-    """Base of all errors a user of moe-local can cause or meet."""
+    """Base of all errors that a user of moe-local can cause or encounter."""
 
     exit_code = 1
 
@@ -33,13 +33,13 @@ class DoesNotFitError(MoeLocalError):
 
 
 class ModelNotFoundError(MoeLocalError):
-    """No such alias, Hub repository or folder."""
+    """There is no such alias, Hub repository or folder."""
 
     exit_code = 4
 
 
 class BusyError(MoeLocalError):
-    """More is asked for at once than can be answered or may wait."""
+    """There are more requests at once than can be answered or queued."""
 
 
 class CheckpointError(MoeLocalError):
@@ -51,7 +51,7 @@ class ExpertFileError(MoeLocalError):
 
 
 class TransferError(MoeLocalError):
-    """Bringing an expert to its slot failed: a read or copy error, or a time-out."""
+    """Loading an expert into its slot failed: a read or copy error, or a time-out."""
 
 
 class RoutesError(MoeLocalError):

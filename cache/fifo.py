@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 
 class FIFOPolicy:
-    """Eviction order by admission; use changes nothing. The baseline that other policies are compared with."""
+    """Eviction order by admission; use changes nothing. Other policies are measured against this one."""
 
     __slots__ = ("_order",)
 

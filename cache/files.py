@@ -1,4 +1,4 @@
-"""Small files: written so that a reader sees the old one or the new one, whole; read whatever is in them."""
+"""Small files: atomic writes, locks between processes, and parsing of JSON that may be damaged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def parse_json(text: bytes | str, **options: Any) -> Any:
-    """As json.loads, but whatever is wrong raises ValueError, too deep nesting and large numbers included."""
+    """The same as json.loads, but every error is a ValueError, also for too deep nesting or large numbers."""
     try:
         return json.loads(text, **options)
     except (RecursionError, OverflowError) as error:
@@ -34,16 +34,16 @@ def parse_json(text: bytes | str, **options: Any) -> Any:
 
 
 def write_atomically(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
-    """Write `lines` (each with its newline) as UTF-8: beside the target, to the disk, then into its place.
+    """Write `lines` (each with its newline) as UTF-8 to a temporary file, sync it, and rename it to `path`.
 
-    Whatever goes wrong, also in `lines` themselves, leaves the old file and nothing else; what a writer that
-    was killed left beside it goes with the next one. Raises OSError.
+    Any failure, also an exception from `lines` itself, leaves only the old file. A temporary file that a
+    killed writer left beside it is removed by the next write. Raises OSError.
     """
     write_bytes_atomically(path, (line.encode() for line in lines))
 
 
 def write_bytes_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes]) -> None:
-    """As `write_atomically`, for bytes."""
+    """The same as `write_atomically`, for bytes."""
     target = Path(path)
     _remove_leftovers(target)
     temporary, file = _begin(target)
@@ -52,9 +52,9 @@ def write_bytes_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes]
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
-            if fcntl is not None:  # while it is locked, or another writer could take it for a leftover
+            if fcntl is not None:  # still locked, so that no other writer takes it for a leftover
                 os.replace(temporary, target)
-        if fcntl is None:  # Windows renames no open file
+        if fcntl is None:  # Windows cannot rename an open file
             os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -63,13 +63,13 @@ def write_bytes_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes]
 
 
 def _begin(target: Path) -> tuple[Path, BufferedWriter]:
-    """A new file beside the target, open and locked: as long as that lasts, it is no leftover."""
+    """Create a temporary file beside the target, open and locked; the lock shows that it is no leftover."""
     while True:
-        # Not tempfile: its files are for the owner alone, and a result should be as readable as any other.
+        # Not tempfile: only the owner may read its files, while a result should have the usual permissions.
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        file = open(temporary, "xb")  # noqa: SIM115 - handed to whoever asked
+        file = open(temporary, "xb")  # noqa: SIM115 - returned to the caller
         try:
-            with suppress(OSError):  # a file system without locks: then nobody removes what is left, either
+            with suppress(OSError):  # a file system without locks, on which no leftovers are removed, either
                 _lock(file.fileno(), wait=True)
         except BaseException:
             file.close()
@@ -77,16 +77,16 @@ def _begin(target: Path) -> tuple[Path, BufferedWriter]:
             raise
         if temporary.exists():
             return temporary, file
-        file.close()  # removed before it was locked
+        file.close()  # another writer removed it before it was locked
 
 
 def nearest_folder(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """The folder, or the nearest one above it that exists."""
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring renames and removals in `folder` to the disk. Windows cannot open a folder and needs none."""
+    """Sync renames and removals in `folder` to disk. Windows cannot open folders and does not need this."""
     if os.name == "nt":
         return
     file = os.open(folder, os.O_RDONLY)
@@ -97,7 +97,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock_file(path: Path) -> Path:
-    """The file that is locked in the place of `path`."""
+    """The file whose lock stands for a lock on `path`."""
     return path.with_name(path.name + ".lock")
 
 
@@ -105,24 +105,25 @@ def lock_file(path: Path) -> Path:
 def locked(
     path: Path, *, timeout_s: float | None = None, waiting: Callable[[], object] | None = None
 ) -> Iterator[None]:
-    """Exclude all other processes and threads that do the same for `path`, which need not exist.
+    """Exclude all other processes and threads that lock the same `path`, which need not exist.
 
-    Waits for the others, calling `waiting` once if there are any; raises TimeoutError when that took longer
-    than `timeout_s`, and OSError where its folder is missing or read-only. On a file system that knows no
-    locks it goes on without.
+    If another holds the lock, calls `waiting` once and waits. Raises TimeoutError after `timeout_s`, and
+    OSError where the folder of `path` is missing or read-only. On a file system without locks it proceeds
+    without one.
 
-    The one kind of lock on what is kept. It is the system's, on an empty file beside `path`, which stays: a
-    killed holder gives it back. Locking the folder itself would leave no file, but Windows cannot do that,
-    nor can network file systems, and what is locked here is replaced or removed meanwhile. Not of this kind
-    are downloads, which take huggingface_hub's own locks, and files that are being written, which are locked
-    themselves (`write_bytes_atomically`).
+    All stored data is locked in this way, by a lock of the operating system on an empty file beside `path`,
+    which remains; a killed holder loses the lock. Locking the folder itself would leave no file, but neither
+    Windows nor network file systems can do that, and what is locked here may be replaced or removed
+    meanwhile. The exceptions are downloads, which use huggingface_hub's own locks, and files that are being
+    written, which are locked themselves (`write_bytes_atomically`).
     """
-    if not path.parent.is_dir():  # which filelock would make
+    if not path.parent.is_dir():  # filelock would create it
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     lock = filelock.FileLock(lock_file(path))
     try:
         try:
-            # Where no file can be made, filelock takes it for one that somebody has just removed, and waits.
+            # If the file cannot be created, this raises; filelock would assume that it was just removed, and
+            # wait.
             os.close(os.open(lock_file(path), os.O_RDWR | os.O_CREAT, 0o666))
             lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -131,7 +132,7 @@ def locked(
             if waiting is not None:
                 waiting()
             lock.acquire(timeout=-1 if timeout_s is None else timeout_s)
-    except NotImplementedError:  # how older versions of filelock say so
+    except NotImplementedError:  # older versions of filelock, on a file system without locks
         pass
     except OSError as error:
         if error.errno not in _NO_LOCKS:
@@ -143,11 +144,12 @@ def locked(
 
 
 class Use:
-    """Says until `close` that this process reads what lies in a folder, so that nobody should remove it.
+    """Shows others until `close` that this process reads the files of a folder, which should not be removed.
 
-    A shared lock of the system's on the folder itself, which leaves no file and ends with the process. No
-    lock for those who write: what they replace, readers go on with. Where the folder is missing or the file
-    system locks no folders, nobody is told; Windows removes no open file anyway.
+    It is a shared lock of the operating system on the folder itself, which leaves no file and ends with the
+    process. It does not exclude writers: readers keep the open files that a writer replaces. Where the folder
+    is missing or the file system cannot lock folders, others see nothing; Windows removes no open file
+    anyway.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -172,7 +174,10 @@ def in_use(folder: Path) -> bool:
 
 
 def _lock_folder(folder: Path, *, shared: bool) -> int | None:
-    """The folder, open and locked; None where that cannot be. Raises BlockingIOError if others hinder it."""
+    """Open and lock the folder; None where that is impossible.
+
+    An exclusive lock raises BlockingIOError while others hold one.
+    """
     if fcntl is None:
         return None
     try:
@@ -185,17 +190,17 @@ def _lock_folder(folder: Path, *, shared: bool) -> int | None:
         os.close(file)
         if isinstance(error, BlockingIOError) and not shared:
             raise
-        return None  # or somebody is about to remove it: reading will tell
+        return None  # or another process is about to remove it, which reading will notice
     return file
 
 
 def _remove_leftovers(target: Path) -> None:
-    """What writers of this file left that were killed: a living one holds a lock on its own."""
+    """Remove temporary files that killed writers of this file left; a live writer holds a lock on its own."""
     if fcntl is None:
         return
     for found in target.parent.glob(f".{glob.escape(target.name)}." + 8 * "[0-9a-f]"):
-        with suppress(OSError):  # somebody is writing it, or another removed it
-            file = os.open(found, os.O_RDWR)  # which network file systems want for a lock
+        with suppress(OSError):  # another process is writing it, or has removed it
+            file = os.open(found, os.O_RDWR)  # network file systems require write access for a lock
             try:
                 _lock(file)
                 os.unlink(found)
@@ -204,6 +209,6 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _lock(file: int, wait: bool = False) -> None:
-    """Lock an open file for as long as it is open. Without `wait`, raises OSError if somebody else has."""
+    """Lock an open file for as long as it is open. Without `wait`, raises OSError if it is locked."""
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -1,4 +1,4 @@
-"""The smallest things and how they are written: an expert, a number of bytes, a number."""
+"""The key of an expert; how numbers of bytes are parsed, and how they and other numbers are formatted."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def parse_bytes(text: str | int | float, what: str = "size") -> int:
 
 
 def format_bytes(count: int | float) -> str:
-    """1536 -> "1.50 KiB": powers of two, three significant digits and all that stand before the point."""
+    """1536 -> "1.50 KiB": powers of two; three significant digits, or all digits of a longer whole part."""
     if abs(count) < 1024:
         return f"{int(count)} B"
     value = count / 1024
     for unit in ("KiB", "MiB", "GiB"):  # noqa: B007 - used after the loop
-        if abs(value) < 1023.5:  # what rounds to 1024 is one of the next unit
+        if abs(value) < 1023.5:  # what rounds to 1024 is written in the next unit
             break
         value /= 1024
     else:
@@ -57,5 +57,5 @@ def format_bytes(count: int | float) -> str:
 
 
 def three_digits(number: float) -> str:
-    """3350.4 -> "3350", 12.345 -> "12.3": three significant digits and all that stand before the point."""
+    """3350.4 -> "3350", 12.345 -> "12.3": three significant digits, or all digits of a longer whole part."""
     return f"{number:.3g}" if abs(number) < 999.5 else f"{number:.0f}"

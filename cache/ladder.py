@@ -1,4 +1,4 @@
-"""How large the slots of a layer are whose experts have several sizes."""
+"""Chooses the sizes of a layer's slots where its experts have several sizes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from functools import lru_cache
 from math import ceil
 
 SMOOTHING = 0.1
-"""Every expert counts as used a little more than it was, by this share of an average expert's use."""
+"""Added to every expert's number of uses, as a share of the average expert's."""
 
 
 @lru_cache(maxsize=4096)
 def slot_ladder(sizes: tuple[int, ...], top_k: int, use: tuple[float, ...] | None = None) -> tuple[int, ...]:
     """Bytes of each slot of a layer whose experts have these `sizes`: a cache of n slots has the first n.
 
-    All of them together are one slot for each expert, of its own size. The first `top_k` begin with the
-    largest size and have of each as many as tokens use on average and one more, so that few tokens need more
-    at once (those are served in waves). Of the others each size has its share of `use`, how often each
-    expert is needed; None: all are alike. Where the experts with more bits are those that are used more,
-    slots in proportion to the number of experts would miss two to three times the bytes (docs/log.md).
+    All slots together are one for each expert, of its own size. The first `top_k` are chosen from the largest
+    size downwards: of each size or larger there are as many slots as a token needs on average and one more,
+    so that few tokens need more at once (those are served in waves). The other slots are distributed over the
+    sizes in proportion to `use`, how often each expert is needed; None: all equally often. Where experts with
+    more bits are also used more, slots in proportion to the number of experts would miss two to three times
+    the bytes (docs/log.md).
     """
     have = Counter(sizes)
     if len(have) <= 1:
@@ -38,12 +39,12 @@ def slot_ladder(sizes: tuple[int, ...], top_k: int, use: tuple[float, ...] | Non
 
 
 def arena_bytes(slots: Sequence[int], ladders: Sequence[Sequence[int]]) -> int:
-    """Bytes of an arena with so many slots per MoE layer, the first of each layer's ladder."""
+    """Bytes of an arena in which each MoE layer has `slots[layer]` slots, the first of its ladder."""
     return sum(sum(ladder[:count]) for count, ladder in zip(slots, ladders, strict=True))
 
 
 def _use_by_size(sizes: Sequence[int], use: Sequence[float] | None) -> dict[int, float]:
-    """Share of a token's needs that falls on experts of each size."""
+    """For each size, the share of a token's experts that have it."""
     if use is None or not sum(use):
         use = [1.0] * len(sizes)
     more = SMOOTHING * sum(use) / len(use)
