@@ -1,4 +1,4 @@
-"""Which experts of a tier are where: a state machine over (layer, expert), with pins, in plain ints."""
+"""Tracks which experts of a tier are in which slots: a state machine over (layer, expert), in plain ints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_local.cache.stats import CacheCounters
 
 
 class ShortageError(CacheStateError):
-    """More experts are needed at once than slots can be emptied; ask `ExpertCache.shortage` first."""
+    """More experts are needed at once than slots can be made free; check `ExpertCache.shortage` first."""
 
 
 class Acquisition(NamedTuple):
@@ -26,11 +26,11 @@ class Acquisition(NamedTuple):
     slots: list[int]
     """Slot of each expert, in the order in which they were asked for."""
     load: tuple[int, ...]
-    """Newly admitted: the caller must bring their bytes and then say `complete` or `abandon`."""
+    """Newly admitted experts: the caller must load their bytes and then call `complete` or `abandon`."""
     joined: tuple[int, ...]
-    """Already under way when asked for: the caller waits for whoever is bringing them."""
+    """Experts that were loading already: the caller waits for those loads."""
     victims: tuple[int, ...] = ()
-    """Who had to leave, for the last ones of `load`: the others found empty slots."""
+    """Experts evicted on account of the last ones of `load`; empty slots account for the others."""
 
 
 class Promotion(NamedTuple):
@@ -38,19 +38,19 @@ class Promotion(NamedTuple):
 
     slot: int
     victim: int | None
-    """The expert that had to leave for it."""
+    """The expert that was evicted for it; None: the slot was empty."""
 
 
 class ExpertCache:
     """Residency of one tier's experts: absent -> loading -> resident -> absent.
 
     Each layer has its own slots (numbered from 0 within the layer) and its own eviction order, so that
-    going through all layers for one token cannot flush what the next token needs. The cache knows no
-    bytes and moves none: the caller copies an expert into the slot it was given and reports the end of
-    the copy. A pinned (leased) or loading expert keeps its slot.
+    going through all layers for one token cannot flush what the next token needs. The cache neither holds
+    nor moves bytes: the caller copies an expert into its slot and reports the end of the copy. A pinned
+    (leased) or loading expert keeps its slot.
 
-    Not for several threads: one thread owns a cache and reports the completions of others to it, so
-    there is nothing to lock and no state in between can be seen.
+    Not thread-safe: one thread owns a cache and reports to it what other threads completed, so that no
+    locks are needed and nobody can see an intermediate state.
 
     Misuse raises CacheStateError before anything has changed.
     """
@@ -63,13 +63,13 @@ class ExpertCache:
         staging: int = 0,
         slot_sizes: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """`slots[layer]` slots for each layer; `policy` by name, or what makes one layer's policy, called
-        once for each layer in ascending order; `staging` slots that belong to none.
+        """`slots[layer]`: number of slots of each layer. `policy`: a name, or a factory that is called once
+        for each layer, in ascending order. `staging`: number of slots that belong to no layer (StagingRing).
 
-        `sizes(layer, expert)` are an expert's bytes, for the account of what prefetching wasted (without
-        it that stays 0). `slot_sizes[layer]`: bytes of the layer's slots, as many at least as it has, the
-        largest of them enough for any expert; None: every slot is enough for any. Raises OptionError for an
-        unknown policy or a negative number of slots.
+        `sizes(layer, expert)`: bytes of an expert, for counting what prefetches wasted (0 by default).
+        `slot_sizes[layer]`: bytes of each of the layer's slots (more entries than slots are ignored), the
+        largest enough for any expert; None: any expert fits in any slot. Raises OptionError for an unknown
+        policy or a negative number of slots.
         """
         for layer, count in enumerate(slots):
             if count < 0:
@@ -88,7 +88,7 @@ class ExpertCache:
         self.staging = StagingRing(staging, self._pools, self.stats, sizes, self._evict)
         self.elsewhere = ServedElsewhere(self._pools, self.staging, self._evict)
 
-    # What is where
+    # Queries
 
     @property
     def layers(self) -> int:
@@ -106,7 +106,7 @@ class ExpertCache:
         return isinstance(self._pools[layer], SizedSlotPool)
 
     def has_room(self, layer: int, expert: int) -> bool:
-        """Whether an absent expert finds an empty slot."""
+        """Whether there is an empty slot that an absent expert fits in."""
         return self._pools[layer].has_room(expert)
 
     def slot_of(self, layer: int, expert: int) -> int | None:
@@ -122,21 +122,21 @@ class ExpertCache:
         return expert in pool.table and expert not in pool.loading
 
     def has_all(self, layer: int, experts: Sequence[int]) -> bool:
-        """Whether all of these are resident, none of them and nothing else of the layer under way."""
+        """Whether all of these are resident, while no expert of the layer, not even another, is loading."""
         pool = self._pools[layer]
         return not pool.loading and all(expert in pool.table for expert in experts)
 
     def loading(self, layer: int) -> tuple[int, ...]:
-        """Experts in flight, the longest waiting first."""
+        """Loading experts, in the order in which they were admitted."""
         return tuple(self._pools[layer].loading)
 
     def prefetching(self, layer: int) -> tuple[int, ...]:
-        """Those in flight that only a prefetch has asked for so far: these may be given up."""
+        """Loading experts that only a prefetch has asked for so far: these loads may be cancelled."""
         pool = self._pools[layer]
         return tuple(expert for expert in pool.loading if expert in pool.unused)
 
     def residents(self, layer: int) -> tuple[int, ...]:
-        """Those in slots of the layer, staged ones left out."""
+        """Resident experts in slots of the layer, without staged ones."""
         pool = self._pools[layer]
         return tuple(e for e in pool.table if e not in pool.loading and e not in pool.staged)
 
@@ -146,7 +146,7 @@ class ExpertCache:
         return pool.coldest((), len(pool.table), pinned=True)
 
     def pins(self, layer: int, expert: int) -> int:
-        """How many leases of this expert are out."""
+        """How many pins (leases) this expert has."""
         return self._pools[layer].pins.get(expert, 0)
 
     # Demand
@@ -157,21 +157,21 @@ class ExpertCache:
         return pool.lacking(experts, [expert for expert in experts if expert not in pool.table])
 
     def fits(self, layer: int, experts: Sequence[int]) -> bool:
-        """Whether these could all have slots if nothing else were pinned; those present do not move."""
+        """Whether these could all have slots if nothing else were pinned; present ones keep their slots."""
         return self._pools[layer].fits(experts)
 
     def at_once(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """Those of these, taken in this order, that could have slots together if the layer were empty."""
+        """The experts that would get slots if all of these were put into the empty layer, in this order."""
         return self._pools[layer].at_once(experts)
 
     def acquire(self, layer: int, experts: Sequence[int]) -> Acquisition:
         """Pin the experts that one step needs of a layer; admit those that are absent.
 
-        `experts` are distinct, in the router's order. All are looked up together; the present ones are
-        then touched, then the absent ones admitted, both in that order, never at the cost of an expert of
-        this call, a pinned or a loading one. A resident expert counts as a hit (and `prefetch.used` when a
-        prefetch brought it for its first need), any other as a miss (and `prefetch.late` when a prefetch
-        is bringing it).
+        `experts` are distinct, in the router's order. All are looked up together; then the present ones are
+        touched and the absent ones admitted, both in that order. No expert of this call and no pinned or
+        loading one is evicted for that. A resident expert counts as a hit (and as `prefetch.used` if it was
+        prefetched and this is its first need), any other as a miss (and as `prefetch.late` if a prefetch is
+        still loading it).
 
         Raises ShortageError or CacheStateError, having changed nothing.
         """
@@ -198,7 +198,7 @@ class ExpertCache:
     def _acquire_any(
         self, layer: int, pool: SlotPool, experts: Sequence[int], distinct: set[int]
     ) -> Acquisition:
-        """`acquire` when some expert is absent, loading, or prefetched and not yet used."""
+        """The general case of `acquire`: experts may be absent, loading, staged, or prefetched and unused."""
         table, stats = pool.table, self.stats
         absent = tuple([expert for expert in experts if expert not in table])
         lacking = pool.lacking(distinct, absent)
@@ -223,9 +223,9 @@ class ExpertCache:
         return Acquisition([table[expert] for expert in experts], absent, joined, tuple(victims))
 
     def release(self, layer: int, experts: Sequence[int]) -> None:
-        """Take back one pin of each of these distinct experts. What is still loading goes on loading.
+        """Remove one pin of each of these distinct experts. Loading ones go on loading.
 
-        A staged expert without a pin leaves, as soon as it is no longer loading.
+        A staged expert left without a pin becomes absent, as soon as it is no longer loading.
         """
         pool = self._pools[layer]
         pins = pool.pins
@@ -244,10 +244,10 @@ class ExpertCache:
                     self.staging.give_up(layer, pool, expert)
 
     def pass_over(self, layer: int, experts: Sequence[int]) -> None:
-        """Count that a step needs experts which are not resident and are computed elsewhere, by the CPU say.
+        """Count a step's needs of non-resident experts that are computed elsewhere, for instance by the CPU.
 
-        Each is a miss (and `prefetch.late` when a prefetch is bringing it, which goes on). Nothing is
-        admitted or pinned. Raises CacheStateError for a resident expert.
+        Each is a miss (and `prefetch.late` if a prefetch is loading it, which goes on). Nothing is admitted
+        or pinned. Raises CacheStateError for a resident expert.
         """
         pool = self._pools[layer]
         for expert in experts:
@@ -264,9 +264,9 @@ class ExpertCache:
     # Ahead of demand
 
     def reserve(self, layer: int, expert: int, keep: Container[int] = ()) -> int | None:
-        """A slot to prefetch an absent expert into, which then is loading; None when present or no room.
+        """Admit an absent expert to be prefetched. Returns its slot; None if it is present or has no room.
 
-        Takes a free slot or the policy's best victim that is resident, unpinned and not in `keep`.
+        Takes an empty slot, or that of the policy's best victim that is resident, unpinned and not in `keep`.
         """
         made = self.promote(layer, expert, keep)
         if made is None:
@@ -276,7 +276,7 @@ class ExpertCache:
         return made.slot
 
     def promote(self, layer: int, expert: int, keep: Container[int] = ()) -> Promotion | None:
-        """As `reserve`, with the victim; for an expert that was needed before, so not counted as prefetch."""
+        """`reserve` for an expert that was needed before: counts no prefetch, and names the victim, too."""
         pool = self._pools[layer]
         if expert in pool.table:
             return None
@@ -290,7 +290,7 @@ class ExpertCache:
         return Promotion(pool.place(expert), victim)
 
     def preload(self, layer: int, expert: int) -> int:
-        """A free slot for an absent expert, which then is loading; counted nowhere (filling at load)."""
+        """Admit an absent expert to an empty slot, which it returns; for loading a model, counted nowhere."""
         pool = self._pools[layer]
         if expert in pool.table:
             raise CacheStateError(
@@ -339,10 +339,10 @@ class ExpertCache:
             self.staging.completed(layer, pool, expert)
 
     def abandon(self, layer: int, expert: int, bytes_moved: int = 0) -> None:
-        """The copy was cancelled or failed: loading -> absent, its slot free, its pins gone.
+        """The copy was cancelled or failed: loading -> absent; its slot is free, and its pins are removed.
 
-        Nobody may write to the slot any more. `bytes_moved` count as wasted if only a prefetch had asked
-        for the expert; a need that was counted as a miss stays one.
+        Nothing may write to the slot any more. `bytes_moved` count as wasted if only a prefetch had asked
+        for the expert; a miss that was counted remains counted.
         """
         pool = self._pools[layer]
         if expert not in pool.loading:
@@ -356,8 +356,8 @@ class ExpertCache:
     def empty(self, policy: str | Callable[[], EvictionPolicy] | None = None) -> None:
         """Make every expert absent, with new policies that remember nothing: the state of a new cache.
 
-        `policy`: another one from now on. Counted nowhere. Raises CacheStateError, having changed nothing,
-        while an expert is pinned or loading, and OptionError for an unknown policy.
+        `policy`: the one to use from now on; None: as before. Counted nowhere. Raises CacheStateError, having
+        changed nothing, while an expert is pinned or loading, and OptionError for an unknown policy.
         """
         make_policy = _maker(policy or self._policy)
         for layer, pool in self._pools.items():
@@ -390,10 +390,10 @@ class ExpertCache:
 
 
 def _pool(sizes: Sequence[int], policy: EvictionPolicy, need: Callable[[int], int]) -> SlotPool:
-    """The slots of a layer, by their sizes."""
+    """The slots of a layer, of one or of several sizes."""
     return SizedSlotPool(sizes, policy, need) if len(set(sizes)) > 1 else SlotPool(len(sizes), policy)
 
 
 def _maker(policy: str | Callable[[], EvictionPolicy]) -> Callable[[], EvictionPolicy]:
-    """What makes the policies of one cache's layers; anew for each cache, since these may share a memory."""
+    """A factory of the policies of one cache's layers; new for each cache, since these may share state."""
     return policy_for(policy) if isinstance(policy, str) else policy

@@ -1,7 +1,7 @@
 """Recorded routing: which experts each token chose in each layer; read from and written to CSV.
 
-The format is `route_trace v1` of BigMoeOnEdge (docs/bench-data/2026-07-15-route-trace): a comment that
-names the version, one that names the model and its sizes, one for each layer's bytes, the column names,
+The format is `route_trace v1` of BigMoeOnEdge (docs/bench-data/2026-07-15-route-trace): a comment line with
+the version, one with the model and its sizes, one for each layer with its bytes, a line of column names,
 then one line for each expert of each layer of each step. A step is one token.
 """
 
@@ -29,14 +29,14 @@ class Phase(IntEnum):
 
 
 class LayerBytes(NamedTuple):
-    """Sizes of one layer: of each of its experts, and of everything else in it."""
+    """Bytes of one layer: of each of its experts, and of everything else in it."""
 
     expert: int
     dense: int
 
 
 class LayerRoute(NamedTuple):
-    """One token's choice in one layer, four columns over its top-k experts in the router's order."""
+    """One token's routing in one layer: four tuples over its top-k experts, in the router's order."""
 
     layer: int
     experts: tuple[int, ...]
@@ -45,11 +45,11 @@ class LayerRoute(NamedTuple):
     resident: tuple[bool, ...]
     """Whether the recording engine had the expert in its cache."""
     moved_bytes: tuple[int, ...]
-    """What the recording engine moved for it."""
+    """Bytes that the recording engine moved for the expert."""
 
 
 class RouteStep(NamedTuple):
-    """One token of a turn of a conversation. Layers may be missing: the last one skips most of a prompt."""
+    """One token of a turn of a conversation. Layers may be missing: most of a prompt skips the last one."""
 
     turn: int
     phase: Phase
@@ -59,7 +59,7 @@ class RouteStep(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """A recording. `steps` are in the order of (turn, step), each one's layers in ascending order."""
+    """A recording. `steps` are in the order of (turn, step), the layers of each in ascending order."""
 
     model: str
     arch: str
@@ -74,7 +74,7 @@ class Routes:
 
 
 class _Line(NamedTuple):
-    """One line of the table."""
+    """One line of the table, parsed."""
 
     turn: int
     phase: Phase
@@ -88,7 +88,7 @@ class _Line(NamedTuple):
 
 
 def read_routes(path: str | os.PathLike[str]) -> Routes:
-    """Read a recording whole. Raises RoutesError with the file, the line's number and what is wrong."""
+    """Read a whole recording. Raises RoutesError with the file, the line number and what is wrong."""
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.read().splitlines()
@@ -106,7 +106,7 @@ def read_routes(path: str | os.PathLike[str]) -> Routes:
 
 
 class _Reader:
-    """Takes the file line by line; ValueError says what is wrong with the line at hand."""
+    """Parses the file line by line; raises ValueError with what is wrong with the current line."""
 
     def __init__(self) -> None:
         self._take = self._version
@@ -178,7 +178,7 @@ class _Reader:
         return _Line(turn, Phase(phase), step, layer, slot, expert, _weight(cells[6]), bool(resident), moved)
 
     def _close(self) -> None:
-        """The rows of one layer of one step are all there: keep them as one."""
+        """Turn the rows collected for one layer of one step, now complete, into a LayerRoute."""
         rows, self._open = self._open, []
         if not rows:
             return
@@ -201,7 +201,7 @@ class _Reader:
 
 
 def _whole(cell: str) -> int:
-    # int() would also take signs, blanks and underscores.
+    # int() would also accept signs, blanks and underscores.
     if not (cell.isascii() and cell.isdigit()):
         raise ValueError(f"{cell!r} is not a whole number")
     return int(cell)
@@ -220,7 +220,7 @@ def _weight(cell: str) -> float:
 def write_routes(path: str | os.PathLike[str], routes: Routes) -> None:
     """Write a recording, step by step, weights with six significant digits. Raises OSError.
 
-    Atomic: the file is the old one or the new one, whole.
+    Atomic: `path` holds either the old file or the whole new one.
     """
     write_atomically(path, (line + "\n" for line in _lines(routes)))
 

@@ -1,4 +1,4 @@
-"""One layer's slots where experts, and so slots, have several sizes."""
+"""One layer's slots where experts, and therefore slots, have several sizes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from moe_local.cache.slots import SlotPool
 
 
 class SizedSlotPool(SlotPool):
-    """A SlotPool whose slots have sizes: an expert may be in any that is at least as large as it is.
+    """A SlotPool whose slots have sizes: an expert fits in any slot that is at least as large as itself.
 
-    An expert gets the smallest empty slot that it fits in. Where there is none, the policy's best victim
-    among the slots of the least such size leaves; only where all of those are taken, the best one in a larger
-    slot. So an expert of few bytes seldom takes the place of one with many: on recorded routes that finds up
-    to 5 points more of the needed bytes than the best victim of all does, and 0 to 2 points less than a cache
-    would that packs experts without any gap (docs/log.md).
+    An expert gets the smallest empty slot that it fits in. If there is none, the policy's best victim among
+    the slots of the smallest sufficient size is evicted; only if none of those can be, the best one in a
+    larger slot. So a small expert seldom takes a large slot: on recorded routes the hit rate in bytes is up
+    to 5 points higher than with the best victim of all slots, and 0 to 2 points lower than in a cache that
+    packs experts without any gap (docs/log.md).
 
-    Which experts can be present together depends on which slots those lie in that are pinned. Any one expert
+    Which experts can be present together depends on the slots that pinned experts lie in. Any one expert
     alone always finds a slot once nothing is pinned, if the largest slot holds the largest expert.
     """
 
@@ -76,7 +76,7 @@ class SizedSlotPool(SlotPool):
         candidates = list(self._coldest_but(keep) if pinned else self._evictable(self.policy.coldest(), keep))
         left = sorted(self._sizes[slot] for slot in self.free)
         victims = []
-        for need in sorted(map(self._need, absent), reverse=True):  # the largest have the fewest places
+        for need in sorted(map(self._need, absent), reverse=True):  # the largest fit in the fewest slots
             best = bisect_left(left, need)
             if best < len(left):
                 del left[best]
@@ -88,7 +88,7 @@ class SizedSlotPool(SlotPool):
         return victims
 
     def _victim(self, candidates: Sequence[int], need: int) -> int | None:
-        """Whose slot an expert of so many bytes takes."""
+        """The candidate whose slot an expert of `need` bytes takes; None if it fits in none of theirs."""
         own = bisect_left(self._distinct, need)
         if own == len(self._distinct):
             return None
@@ -111,9 +111,10 @@ class SizedSlotPool(SlotPool):
 
 
 def _deficiency(slots: Sequence[int], experts: Iterable[int]) -> int:
-    """How many of these experts at least find no slot, by the sizes of both.
+    """The least number of experts that are left without a slot; slots and experts are given by their bytes.
 
-    Whatever takes an expert takes all smaller ones, so it is enough to count from the largest (Hall).
+    A slot that fits an expert fits all smaller ones, so it is enough to compare, from the largest expert on,
+    the number of experts with the number of slots that these fit in (Hall's theorem).
     """
     most, sizes = 0, sorted(slots)
     for number, need in enumerate(sorted(experts, reverse=True), 1):

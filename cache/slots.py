@@ -1,4 +1,4 @@
-"""One layer's slots: which expert is in which, and what must not be touched."""
+"""One layer's slots: which expert is in which of them, and which are loading or pinned."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class CacheStateError(RuntimeError):
 
 
 class SlotPool:
-    """The slots of one layer's experts, whose number can only fall, and the tables around them.
+    """The slots of one layer, whose number can only shrink, and the tables of the experts in them.
 
-    A present expert is loading or resident. Slots number from 0; a *staged* expert is in a slot of the
-    StagingRing instead, whose numbers are negative, and unknown to the policy. The attributes are read
-    directly by `ExpertCache`, whose fast path cannot afford a call per expert; only the methods here change
-    `table`, `expert_in`, `free`, `staged` and the policy, so that these agree.
+    A *present* expert is loading or resident. Slots are numbered from 0; a *staged* expert is instead in a
+    slot of the StagingRing, which has a negative number, and is unknown to the policy. `ExpertCache` reads
+    the attributes directly, since its fast path cannot afford a call per expert; only the methods here change
+    `table`, `expert_in`, `free`, `staged` and the policy, so that these stay consistent.
     """
 
     __slots__ = ("expert_in", "free", "loading", "pins", "policy", "staged", "table", "unused")
@@ -34,22 +34,22 @@ class SlotPool:
         self.pins: dict[int, int] = {}
         """How often each pinned (leased) expert is pinned; others are not in it."""
         self.loading: dict[int, None] = {}
-        """Experts whose bytes are under way, the longest waiting first."""
+        """Experts whose bytes are being loaded, in the order in which they were admitted."""
         self.unused: set[int] = set()
-        """Experts that a prefetch brought or is bringing and nobody needed so far."""
+        """Experts that were or are being prefetched and have not been needed so far."""
         self.staged: set[int] = set()
-        """Present experts that have no slot of the layer."""
+        """Present experts that are in slots of the StagingRing."""
 
     def fresh(self, policy: EvictionPolicy) -> SlotPool:
-        """An empty one with as many slots."""
+        """An empty pool with as many slots."""
         return SlotPool(len(self.expert_in), policy)
 
     def take(self, expert: int) -> int:
-        """Choose a free slot for an expert, which then is no longer free."""
+        """Choose a free slot for an expert and remove it from `free`."""
         return self.free.pop()
 
     def place(self, expert: int) -> int:
-        """Give an absent expert a free slot, in state loading, known to the policy."""
+        """Put an absent expert into a free slot, as loading, and insert it into the policy."""
         slot = self.take(expert)
         self.table[expert] = slot
         self.expert_in[slot] = expert
@@ -58,20 +58,20 @@ class SlotPool:
         return slot
 
     def put(self, expert: int, slot: int) -> None:
-        """Put an absent expert, whose bytes are there, into this free slot, known to the policy."""
+        """Put an absent expert into this free slot, as resident, and insert it into the policy."""
         self.free.remove(slot)
         self.table[expert] = slot
         self.expert_in[slot] = expert
         self.policy.insert(expert)
 
     def stage(self, expert: int, slot: int) -> None:
-        """Put an absent expert into a slot of the ring, in state loading."""
+        """Put an absent expert into a slot of the StagingRing, as loading."""
         self.table[expert] = slot
         self.staged.add(expert)
         self.loading[expert] = None
 
     def house(self, expert: int) -> int:
-        """Move a staged expert to a free slot, known to the policy as used now."""
+        """Move a staged expert to a free slot of the layer, and insert it into the policy."""
         slot = self.table[expert] = self.take(expert)
         self.expert_in[slot] = expert
         self.staged.remove(expert)
@@ -79,7 +79,7 @@ class SlotPool:
         return slot
 
     def remove(self, expert: int) -> int:
-        """Make a present expert absent, whatever its state. Returns its slot, of the layer or not."""
+        """Make a present expert absent, whatever its state. Returns its slot, of the layer or of the ring."""
         slot = self.table.pop(expert)
         if slot >= 0:
             self.expert_in[slot] = None
@@ -93,45 +93,45 @@ class SlotPool:
         return slot
 
     def keep(self, slots: int) -> None:
-        """Take all but the first `slots` slots away; the others are empty."""
+        """Remove all but the first `slots` slots; those removed must be empty."""
         del self.expert_in[slots:]
         self.free = [slot for slot in self.free if slot < slots]
 
-    # Room. Slots may have several sizes (SizedSlotPool), so all of these take experts rather than counts.
+    # Room. These methods take experts rather than counts, since slots may differ in size (SizedSlotPool).
 
     def has_room(self, expert: int) -> bool:
-        """Whether an absent expert finds a free slot."""
+        """Whether there is a free slot that an absent expert fits in."""
         return bool(self.free)
 
     def fits(self, experts: Sequence[int]) -> bool:
-        """Whether these could all be in slots if nothing else were pinned; those present do not move."""
+        """Whether these could all have slots if nothing else were pinned; present ones keep their slots."""
         return len(experts) <= len(self.expert_in)
 
     def at_once(self, experts: Sequence[int]) -> list[int]:
-        """Those of these, taken in this order, that could be in slots together if the layer were empty."""
+        """The experts that would get slots if all of these were put into the empty layer, in this order."""
         return list(experts[: len(self.expert_in)])
 
     def lacking(self, experts: Container[int], absent: Sequence[int]) -> int:
-        """How many slots too few there are to admit all of `absent` without evicting any of `experts`."""
+        """How many slots are missing to admit all of `absent` without evicting any of `experts`."""
         need = len(absent) - len(self.free)
         if need <= 0:
             return 0
         return need - sum(1 for _ in islice(self._evictable(self.table, experts), need))
 
     def victims(self, keep: Container[int], absent: Sequence[int], *, pinned: bool = False) -> list[int]:
-        """Who has to leave for all of `absent`, by the policy's order: resident, unpinned, not in `keep`.
+        """Experts to evict so that all of `absent` have slots: resident, unpinned, not in `keep`.
 
-        May be too few. `pinned`: pinned ones may be named, too.
+        They are chosen in the policy's order. There may be too few. `pinned`: pinned ones qualify, too.
         """
         return self.coldest(keep, max(0, len(absent) - len(self.free)), pinned=pinned)
 
     def coldest(self, keep: Container[int], count: int, *, pinned: bool = False) -> list[int]:
-        """The policy's `count` best victims, whatever slots they have; as `victims`."""
+        """The policy's `count` best victims, whatever the sizes of their slots; arguments as in `victims`."""
         order = self._coldest_but(keep) if pinned else self._evictable(self.policy.coldest(), keep)
         return list(islice(order, count))
 
     def _coldest_but(self, keep: Container[int]) -> Iterator[int]:
-        """Resident ones, the best victim first, pinned or not."""
+        """Residents that are not in `keep`, pinned or not, the best victim first."""
         return (e for e in self.policy.coldest() if e not in keep and e not in self.loading)
 
     def _evictable(self, order: Iterable[int], keep: Container[int]) -> Iterator[int]:
@@ -173,7 +173,7 @@ class SlotPool:
 
 
 def add_pins(pool: SlotPool, experts: Iterable[int]) -> None:
-    """One more pin of each of these present experts."""
+    """Add one pin to each of these present experts."""
     pins = pool.pins
     for expert in experts:
         pins[expert] = pins.get(expert, 0) + 1

@@ -1,4 +1,4 @@
-"""Slots that belong to no layer: what a long step needs once passes through them."""
+"""Slots that belong to no layer, for experts that a long step needs only once."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from moe_local.cache.stats import CacheCounters
 
 
 class Held(NamedTuple):
-    """What `StagingRing.hold` found. The first two are pinned until they are released."""
+    """What `StagingRing.hold` found. The ready and joined experts are pinned until they are released."""
 
     ready: list[int]
-    """Resident ones."""
+    """Resident experts."""
     joined: list[int]
-    """Those that somebody is bringing."""
+    """Experts that are loading already."""
     absent: list[int]
 
 
 class StagingRing:
     """A few slots that all layers of an ExpertCache share, numbered -1, -2 and so on; a part of that cache.
 
-    A step of many tokens needs most experts of a layer, each of them once. Were they admitted, they would
-    flush what is resident, and each other; staged instead, they pass through. A staged expert is loading or
-    resident like any other but has no place in an eviction order. It leaves by itself with its last pin.
-    One that was read ahead of its need has no pin yet and stays until it is needed or given up.
+    A step of many tokens needs most experts of a layer, each of them once. If they were admitted, they would
+    evict the residents and each other; instead they are *staged* in the ring for a short time. A staged
+    expert is loading or resident like any other but has no place in an eviction order. It becomes absent with
+    its last pin. One that was read ahead of its need has no pin yet and stays until it is needed or given up.
     """
 
     def __init__(
@@ -44,21 +44,21 @@ class StagingRing:
         self._evict = evict
         self._free = [~slot for slot in reversed(range(slots))]
         self._keys: dict[ExpertKey, None] = {}
-        """What is staged, the longest there first."""
+        """The staged experts, the longest staged first."""
         self._doomed: set[ExpertKey] = set()
-        """Loading ones that nobody needs any more: they leave when their loads have come to an end."""
+        """Staged, loading experts that nobody needs any more: they become absent when their loads end."""
 
     @property
     def used(self) -> int:
         """Slots that are not free."""
         return len(self._keys)
 
-    # What a step does
+    # Called for a step
 
     def hold(self, layer: int, experts: Sequence[int]) -> Held:
-        """Pin those of these distinct experts that are present, and count all of them as `acquire` does.
+        """Pin the present ones of these distinct experts, and count hits and misses as `acquire` does.
 
-        Admits and touches nothing. The caller has the absent ones staged, or promoted and pinned.
+        Nothing is admitted or touched. The caller must stage the absent ones, or promote and pin them.
         """
         pool = self._pools[layer]
         held = Held([], [], [])
@@ -75,9 +75,10 @@ class StagingRing:
         return held
 
     def stage(self, layer: int, expert: int, *, ahead: bool = False) -> int | None:
-        """A slot for an absent expert, which then is loading: a free one of the layer, else one of the ring.
+        """Put an absent expert, as loading, into a free slot of its layer, or else of the ring.
 
-        None if there is neither. Pinned, unless it is read `ahead` of its need, which counts as a prefetch.
+        Returns the slot; None if there is neither. The expert is pinned, unless it is read `ahead` of its
+        need, which counts as a prefetch.
         """
         pool = self._pools[layer]
         if expert in pool.table:
@@ -98,7 +99,7 @@ class StagingRing:
         return slot
 
     def pin(self, layer: int, expert: int) -> None:
-        """One more pin of a present expert, counted nowhere."""
+        """Add one pin to a present expert; counted nowhere."""
         pool = self._pools[layer]
         if expert not in pool.table:
             raise CacheStateError(f"layer {layer}: expert {expert} to pin is absent")
@@ -110,10 +111,10 @@ class StagingRing:
         return expert in self._pools[layer].staged
 
     def house(self, layer: int, expert: int, keep: Container[int]) -> int | None:
-        """Give a staged, resident expert a slot of its layer: an empty one, or that of the policy's best
-        victim that is unpinned and not in `keep`; None if there is neither. The caller copies its bytes.
+        """Move a staged, resident expert to a slot of its layer: an empty one, or that of the policy's best
+        victim that is unpinned and not in `keep`. Returns the slot; None if there is neither.
 
-        Its pins stay, and its slot of the ring is free.
+        The expert keeps its pins; its slot of the ring becomes free. The caller must copy the bytes.
         """
         pool = self._pools[layer]
         if expert not in pool.staged or expert in pool.loading:
@@ -129,22 +130,22 @@ class StagingRing:
         return slot
 
     def evict(self, layer: int, expert: int) -> None:
-        """Make a resident, unpinned expert absent, wherever it is: its bytes could not be copied."""
+        """Evict a resident, unpinned expert from the slot that `house` moved it to: the copy failed."""
         self._evict(layer, self._pools[layer], expert)
 
     def touch(self, layer: int, experts: Sequence[int]) -> None:
-        """Tell the policy that these were needed, the last one most recently; staged ones are left out."""
+        """Tell the policy that these were needed, the last most recently, except absent and staged ones."""
         pool = self._pools[layer]
         pool.policy.touch([e for e in experts if e in pool.table and e not in pool.staged])
 
     def next_victims(self, layer: int, keep: Container[int], homeless: Sequence[int]) -> list[int]:
-        """The residents that would be evicted next to make room for these others, pinned or not."""
+        """The residents, pinned or not, that would be evicted next to make room for `homeless` experts."""
         return self._pools[layer].victims(keep, homeless, pinned=True)
 
     def clear(self, layer: int, keep: Container[int]) -> list[ExpertKey]:
-        """Give up what is staged without a pin, except `keep` of this layer.
+        """Give up all staged experts without a pin, except those of `layer` that are in `keep`.
 
-        Returns those still loading, whose loads may be cancelled: they leave when these have ended.
+        Returns those still loading: the caller may cancel their loads, with whose end they become absent.
         """
         loading = []
         for key in tuple(self._keys):
@@ -156,10 +157,10 @@ class StagingRing:
             self.give_up(key.layer, pool, key.expert)
         return loading
 
-    # What the cache tells
+    # Called by the cache
 
     def count_use(self, layer: int, pool: SlotPool, present: Sequence[int], joined: Sequence[int]) -> None:
-        """Count the first needs of what was prefetched; `joined` are those of `present` still loading."""
+        """Count the first needs of prefetched experts; `joined` are those of `present` still loading."""
         first_needs = pool.unused.intersection(present)
         if first_needs:
             late = len(first_needs.intersection(joined))
@@ -170,7 +171,7 @@ class StagingRing:
             self._doomed.discard(ExpertKey(layer, expert))
 
     def give_up(self, layer: int, pool: SlotPool, expert: int) -> None:
-        """Nobody needs a staged expert (any more)."""
+        """Make a staged expert that nobody needs absent, now or when its load ends."""
         if expert in pool.loading:
             self._doomed.add(ExpertKey(layer, expert))
             return
@@ -179,7 +180,7 @@ class StagingRing:
         self.remove(layer, pool, expert)
 
     def completed(self, layer: int, pool: SlotPool, expert: int) -> None:
-        """A staged expert's bytes have come."""
+        """A staged expert has been loaded; it becomes absent if it was given up meanwhile."""
         if ExpertKey(layer, expert) in self._doomed:
             self.give_up(layer, pool, expert)
 
@@ -196,7 +197,7 @@ class StagingRing:
         self._free.append(slot)
 
     def check_integrity(self) -> None:
-        """Raise CacheStateError unless every slot is free or has the one expert that the pools say."""
+        """Raise CacheStateError unless every slot is free or has the one expert that the pools name."""
         staged = {
             ExpertKey(layer, expert): pool.table[expert]
             for layer, pool in self._pools.items()

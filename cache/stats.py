@@ -1,4 +1,4 @@
-"""What happened, in numbers: counters that a cache keeps, and the frozen record that users get."""
+"""Counters of what happened: those that a cache keeps, and the frozen record of them that users get."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STARVED_MIN_TOKENS = 1000
 
 
 class _Counts:
-    """Dataclasses of counts: those since some moment are `later - earlier`, those of two stretches add up."""
+    """Base of dataclasses of counts: `later - earlier` are those between two moments; periods add up."""
 
     __slots__ = ()
 
@@ -43,12 +43,13 @@ def _each(first: Any, second: Any, combine: Callable[[Any, Any], Any]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class PrefetchStats(_Counts):
-    """Prefetch, counted in experts but for the bytes, and what it is worth.
+    """What prefetching did, counted in experts except for the bytes, and what it gains.
 
-    `used` were resident when first needed, `late` still under way. `wasted_bytes` were moved for experts
-    that left again before anyone needed them. The rest is as of the moment, not since another: `state` is
-    on, off or trying, `lookahead` the layers ahead that it guesses, and `gain_ms_per_token` (95 times in 100
-    between `gain_ms_low` and `gain_ms_high`) what it saves or, off, would save; None where nobody measured.
+    `used` experts were resident when first needed, `late` ones still loading. `wasted_bytes` were moved for
+    experts that became absent again before they were needed. The other fields describe the moment, not a
+    period: `state` is on, off or trying, `lookahead` is how many layers ahead it guesses, and
+    `gain_ms_per_token` (95 % interval: `gain_ms_low` to `gain_ms_high`) is what prefetching saves or, if off,
+    would save; None if it was not measured.
     """
 
     issued: int = 0
@@ -76,7 +77,7 @@ class BytesMoved(_Counts):
 
 @dataclass(frozen=True, slots=True)
 class StallSeconds(_Counts):
-    """Seconds in which the layer could not go on, by what it waited for.
+    """Seconds in which a layer was stalled, by what it waited for.
 
     `demand`: a copy of a needed expert; `late_prefetch`: a copy that a prefetch had begun; `disk`: a read
     from disk; `cpu`: experts computed by the CPU; `sync`: the device, to learn the router's choice.
@@ -103,7 +104,7 @@ class StarvedExpert(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RoutedTokens(_Counts):
-    """How often each expert was chosen: `counts[layer][expert]`; `tokens[layer]` were routed."""
+    """How often each expert was chosen, `counts[layer][expert]`, by `tokens[layer]` routed tokens."""
 
     counts: tuple[tuple[int, ...], ...] = ()
     tokens: tuple[int, ...] = ()
@@ -124,9 +125,9 @@ class RoutedTokens(_Counts):
 class Stats(_Counts):
     """Counts since load, or of one generation: the difference of two snapshots.
 
-    A hit is an expert that was needed and resident, a prefetch that arrived in time included; a miss one
-    that was needed and was not, a late prefetch included. `tokens` were generated. Figures of tiers that
-    do not exist are 0.
+    A hit is a needed expert that was resident, also by a prefetch that arrived in time; a miss is a needed
+    expert that was not, also if its prefetch was late. `tokens` counts generated tokens. Figures of tiers
+    that do not exist are 0.
     """
 
     hits_by_layer: tuple[int, ...] = ()
@@ -148,7 +149,7 @@ class Stats(_Counts):
 
     @property
     def hit_rate(self) -> float | None:
-        """Hits per expert needed; None when none was."""
+        """Hits per needed expert; None if none was needed."""
         return _rate(self.hits, self.misses)
 
     @property
@@ -181,8 +182,8 @@ def _rate(hits: int, misses: int) -> float | None:
 
 
 class CacheCounters:
-    """The live counters of one cache. Written by the cache alone, but for `prefetch_gain`; read by anyone
-    on the same thread."""
+    """The live counters of one cache. Only the cache writes them, except `prefetch_gain`; any code on the
+    same thread may read them."""
 
     __slots__ = (
         "evictions",
@@ -204,7 +205,7 @@ class CacheCounters:
         self.prefetch_late = 0
         self.prefetch_wasted_bytes = 0
         self.prefetch_gain = PrefetchStats()
-        """What prefetch is worth, written by whoever prefetches; its counts are not read."""
+        """State, lookahead and gain of prefetching, set by the prefetcher; the counts in it are ignored."""
 
     @property
     def hits(self) -> int:
@@ -232,7 +233,7 @@ class CacheCounters:
         tokens: int = 0,
         routed: RoutedTokens | None = None,
     ) -> Stats:
-        """The counts so far, with the figures that others keep."""
+        """The counts so far, together with the given figures, which are kept elsewhere."""
         return Stats(
             hits_by_layer=tuple(self.hits_by_layer),
             misses_by_layer=tuple(self.misses_by_layer),
@@ -246,23 +247,23 @@ class CacheCounters:
 
 
 class RouterLoad:
-    """How often the router of each layer chose each expert. One per model: tiers share it. Any thread."""
+    """How often each layer's router chose each expert. One per model, shared by its tiers. Thread-safe."""
 
     __slots__ = ("_counts", "_lock", "_top_k", "settle")
 
     def __init__(self, num_experts: Sequence[int], top_k: Sequence[int]) -> None:
-        """`num_experts[layer]` experts, of which each token uses `top_k[layer]`."""
+        """A layer has `num_experts[layer]` experts, of which each token uses `top_k[layer]`."""
         if len(num_experts) != len(top_k):
             raise ValueError(f"experts of {len(num_experts)} layers but top-k of {len(top_k)}")
         self._counts = [[0] * experts for experts in num_experts]
         self._lock = threading.Lock()
-        """Held while counts change: who looks at them brings those of a device, beside who generates."""
+        """Held while counts change: a reader first adds a device's counts, beside a generating thread."""
         self._top_k = tuple(top_k)
         self.settle: Callable[[], None] | None = None
-        """Called before the counts are read, so that whoever counts elsewhere can `add` to them first."""
+        """Called before the counts are read, so that counts kept elsewhere can be `add`ed first."""
 
     def empty_twin(self) -> RouterLoad:
-        """One for the same layers that has counted nothing."""
+        """A RouterLoad for the same layers with all counts 0."""
         return RouterLoad([len(counts) for counts in self._counts], self._top_k)
 
     def top_k(self, layer: int) -> int:
