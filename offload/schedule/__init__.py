@@ -1,1 +1,1 @@
-"""Which missing experts the CPU computes, which go over the link, and what both cost: plain numbers."""
+"""Decides which missing experts the CPU computes and which are copied over the link to the device."""

@@ -1,4 +1,4 @@
-"""The scheduler's costs as this machine has them when a model is loaded."""
+"""The scheduler's initial costs: estimated from bandwidths, then measured while a model is loaded."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from moe_local.offload.schedule.costs import Costs, Work
 from moe_local.offload.store.store import ExpertStore
 
 CPU_LATENCY_S = 30e-6
-"""A call of the C++ kernel without any work."""
+"""Seconds of a call of the C++ kernel without any work."""
 LINK_LATENCY_S = 15e-6
-"""A copy without any bytes."""
+"""Seconds of a copy without any bytes."""
 CPU_EFFICIENCY = 0.8
-"""Share of the memory's bandwidth that the C++ kernel is taken to reach until it has been measured."""
+"""Share of the memory's bandwidth that the C++ kernel is assumed to reach until it has been measured."""
 CPU_EFFICIENCY_TORCH = 0.03
-"""And where torch computes instead."""
+"""The same where torch computes instead."""
 
 TOKENS = (1, 4, 16)
 READ_BYTES = 256 << 20
-"""Experts of so many bytes are computed: more than a last cache holds."""
+"""Bytes of experts that a measurement computes: more than a last-level cache holds."""
 LEAST_EXPERTS = 4
 
 
@@ -41,7 +41,7 @@ class _Resident(NamedTuple):
 
 
 def first_costs(bandwidths: Bandwidths) -> Costs:
-    """Costs from a machine's bandwidths, before anything of a model was computed."""
+    """Costs estimated from a machine's bandwidths, before any expert was computed."""
     efficiency = CPU_EFFICIENCY if library() is not None else CPU_EFFICIENCY_TORCH
     return Costs(
         cpu={1: efficiency * bandwidths.ram},
@@ -63,10 +63,10 @@ def measure_cpu(
     hidden_size: int,
     dtype: torch.dtype,
 ) -> None:
-    """Compute experts of a layer that are in RAM on the CPU, for some numbers of tokens, and keep how long.
+    """Time the CPU on experts of a layer that are in RAM, with several numbers of tokens; updates `costs`.
 
-    Each format by itself; changes nothing for one of which none is there. Blocks for some tenths of a second
-    with large experts.
+    Each format is measured by itself; a format without experts in RAM keeps its costs. Blocks for some tenths
+    of a second with large experts.
     """
     for layout in store.kinds[layer]:
         _measure(costs, store, math, kernels, layout, layer=layer, hidden_size=hidden_size, dtype=dtype)

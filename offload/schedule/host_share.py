@@ -1,4 +1,4 @@
-"""The part of a layer's misses that the CPU computes, in the store's terms: tiers, pins and promotions."""
+"""Applies the scheduler's splits to the store's tiers: pins what the CPU computes, and promotes experts."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from moe_local.offload.tiers.copies import CopySource
 from moe_local.offload.tiers.tiers import Tier
 
 PROMOTION = 1 << 20
-"""Priority of a promotion's copy: behind everything."""
+"""Priority of a promotion's copy: after all others."""
 
 
 class Share(NamedTuple):
-    """A step's experts, divided."""
+    """A step's experts of one layer, divided between CPU and device."""
 
     host: list[int]
     """Computed by the CPU; pinned in RAM until they are released."""
     device: list[int]
-    """All others, in the order in which they are best asked for."""
+    """All others, in the order in which they should be acquired."""
 
 
 class HostShare:
-    """Divides a layer's experts between host and device, and promotes what the CPU had to compute.
+    """Divides a layer's experts between host and device, and promotes experts that the CPU computed.
 
     The CPU is only given experts whose bytes are in RAM. One that is on disk, or whose prefetch waits for
-    the disk, takes the way to the device as ever: the read is most of what it costs.
+    the disk, is brought to the device as usual, since the read is most of its cost.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class HostShare:
         layouts: Sequence[Sequence[Layout]],
         scheduler: MissScheduler,
     ) -> None:
-        """`tier` is the device's, filled by `copies` from `below` in RAM; `scheduler` is told of copies."""
+        """`tier` is the device's, filled by `copies` from `below` in RAM; `scheduler` observes the copies."""
         self.scheduler = scheduler
         self._tier = tier
         self._below = below
@@ -51,9 +51,9 @@ class HostShare:
         copies.watch = scheduler
 
     def divide(self, layer: int, experts: Sequence[int], tokens: Callable[[int], int]) -> Share:
-        """Decide about a step's experts, of which each has so many tokens.
+        """Divide a step's experts, each of which has `tokens(expert)` tokens.
 
-        Counts the host's as misses and pins them in RAM.
+        Counts the host's share as misses and pins it in RAM.
         """
         cache, below = self._tier.cache, self._below.cache
         self.scheduler.worth.needed(layer, experts)
@@ -77,12 +77,12 @@ class HostShare:
         return Share(host, [*resident, *others, *(m.expert for m in chosen.link)])
 
     def admitted(self, layer: int, acquired: Acquisition) -> None:
-        """The device's tier has admitted experts."""
+        """The device's tier has admitted experts, whose worth is observed from now on."""
         for expert, victim in zip(reversed(acquired.load), reversed(acquired.victims), strict=False):
             self.scheduler.worth.admitted(layer, expert, victim)
 
     def began(self) -> None:
-        """The device has been given all that can be given to it now: the host's turn."""
+        """All work that the device can do now has been launched: the CPU's share begins."""
         if self._waits_for_host:
             self._waits_for_host = False
             self.scheduler.began()
@@ -95,15 +95,15 @@ class HostShare:
         self.scheduler.computed(work, start, self.scheduler.timeline.clock())
 
     def release(self, layer: int, experts: Sequence[int]) -> None:
-        """The CPU no longer reads these."""
+        """Unpin these experts in RAM, since the CPU no longer reads them."""
         self._below.cache.release(layer, experts)
 
     def promote(
         self, layer: int, host: Sequence[int], tokens: Callable[[int], int], keep: Sequence[int]
     ) -> None:
-        """Start to copy one of the host's experts to a slot, if the link is idle and it is worth that.
+        """Start to copy one of the host's experts to a slot, if the link is idle and the slot is worth it.
 
-        The one with the most tokens, at the cost of none of `keep`.
+        It is the one with the most tokens. No expert in `keep` is evicted for it.
         """
         if self._copies.busy:
             return
@@ -126,7 +126,7 @@ class HostShare:
         return Work(layout.nbytes, tokens(expert), layout.format)
 
     def _in_reach(self, layer: int, expert: int) -> bool:
-        """Whether the CPU could read a missing expert now and for as long as it likes."""
+        """Whether the CPU can read a missing expert in RAM, now and as long as it takes."""
         if not self._below.cache.is_resident(layer, expert):
             return False
         under_way = self._tier.cache.slot_of(layer, expert) is not None

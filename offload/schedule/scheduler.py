@@ -1,4 +1,4 @@
-"""Decides for each layer and step what happens to its misses, and learns from what it then sees."""
+"""Decides for each layer and step what happens to its misses, and learns from the times that it observes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from moe_local.offload.schedule.timeline import Span, Timeline
 from moe_local.offload.schedule.worth import AdmissionWorth
 
 PROBE = 16
-"""One in so many promotions that look worthless is made all the same, to notice when they no longer are."""
+"""One in this many promotions that do not seem worthwhile is made anyway, to notice when they become so."""
 EXPLORE_SHARE = 0.005
-"""Share of the time that may go into splits which are not the best, to measure what the best leaves out."""
+"""Share of the time that may be lost to splits other than the best, to measure what the best leaves out."""
 EXPLORE_FADE = 1 - 1 / 256
-"""Factor by which each split fades the time of earlier ones in that account."""
+"""Factor by which each split discounts the times of earlier splits when that share is computed."""
 INPUT_SHARE = 1 / 16
 """The tokens' hidden states go to the host if that costs at most this share of one expert's copy."""
 
@@ -32,16 +32,16 @@ class Needed(NamedTuple):
 class MissScheduler:
     """Splits the misses of a layer between the CPU and the link.
 
-    Mode "auto" ends each layer as soon as the costs allow, mode "cpu" gives the CPU all that it can have.
+    Mode "auto" chooses the split of least cost, mode "cpu" gives the CPU every miss that it can compute.
 
-    A fetched expert is in a slot afterwards, one that the CPU computed is not. What that will save is one
-    miss, if the expert will be needed again before its victim: were it needed more often, it would be a
-    miss, and could be fetched, the next time. So a slot is worth AdmissionWorth's hits, at most one, times
-    what a miss costs on average. The CPU's experts can also be promoted, copied to a slot while it
-    computes them. That costs the bandwidth that the CPU loses meanwhile, and the time that a fetch of the
-    next layer has to wait; it is done where the hits that promotions have been gaining save more than that.
+    A fetched expert has a slot afterwards, one that the CPU computed has none. The slot saves one miss, if
+    the expert is needed again before the slot's previous occupant: without the slot, the expert would be a
+    miss at its next need, and could be fetched then. So a slot is worth AdmissionWorth's hits, at most one,
+    times the average cost of a miss. An expert that the CPU computes can also be *promoted*: copied to a slot
+    meanwhile. That costs the bandwidth that the CPU loses, and the time that a fetch of the next layer has to
+    wait; it is done where the hits that admissions have been gaining save more than that.
 
-    Used by the engine's thread alone; no torch, and the clock is given.
+    For the engine's thread only. It does not use torch, and the clock is a parameter.
     """
 
     def __init__(self, mode: str, costs: Costs, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -54,26 +54,26 @@ class MissScheduler:
         self.worth = AdmissionWorth()
         self._clock = clock
         self._lead = Estimate(1e-4)
-        """Seconds from a decision until the CPU begins, and its answers' way."""
+        """Seconds from a decision until the CPU begins."""
         self._fetching = 0.0
-        """Share of recent splits that used the link."""
+        """Share of recent splits that issued copies."""
         self._miss_s = 0.0
         """Seconds that a miss has lately cost on average."""
         self._decided = 0.0
         self._cpu_rate = 1 / costs.cpu_seconds(Work(1, 1))
         self._declined = 0
         self._calls: list[tuple[Sequence[Work], Span]] = []
-        """What the CPU computed since the last split."""
+        """The CPU's calls since the last split."""
         self._turn = 0
         self._spent = 0.0
-        """Seconds lately lost to splits that were not the best."""
+        """Seconds lately lost to splits other than the best."""
         self._time = 0.0
-        """Seconds that the best splits would have taken meanwhile."""
+        """Seconds that the best splits would have taken in that time."""
 
     # Decisions
 
     def split(self, needed: Sequence[Needed], resident: Sequence[Work]) -> Split:
-        """What to do with the misses of a layer, beside the resident experts that the GPU computes."""
+        """Decide about the misses of a layer, whose resident experts the GPU computes meanwhile."""
         self._learn()
         self._decided = self._clock()
         missing = self._missing(needed)
@@ -91,9 +91,9 @@ class MissScheduler:
         return chosen
 
     def wants_input(self, input_bytes: int, expert: Work) -> bool:
-        """Whether to bring the tokens' hidden states to the host, before it is known what will be missing.
+        """Whether to copy the tokens' hidden states to the host before it is known which experts are missing.
 
-        `expert`: bytes and average tokens of an expert. No, where that would take longer than it may gain.
+        `expert`: bytes and average tokens of an expert. False if that would take longer than it may gain.
         """
         if self.mode == "cpu":
             return True
@@ -102,7 +102,7 @@ class MissScheduler:
         ) + self.costs.cpu_seconds(expert) < self.costs.link_seconds(expert.nbytes)
 
     def wants_promotion(self, work: Work) -> bool:
-        """Whether an expert that the CPU computes should be copied to a slot, the link being idle."""
+        """Whether an expert that the CPU computes should be copied to a slot while the link is idle."""
         price = self._promotion_seconds(work.nbytes) + self.costs.link_seconds(work.nbytes) * self._fetching
         if self.worth.hits * self._miss_s > price:
             return True
@@ -112,11 +112,11 @@ class MissScheduler:
     # Observations
 
     def issued(self, key: ExpertKey, nbytes: int) -> None:
-        """A copy was given to the link."""
+        """A copy was issued."""
         self.timeline.issued(key, nbytes)
 
     def copied(self, key: ExpertKey, nbytes: int, seconds: float) -> None:
-        """A copy has ended, which ran for so long."""
+        """A copy that ran for `seconds` has ended."""
         span = self.timeline.ended(key, seconds)
         self.costs.saw_copy(nbytes, seconds, self.timeline.cpu_beside(span), self._cpu_rate)
 
@@ -127,23 +127,23 @@ class MissScheduler:
         self._calls.append((work, span))
 
     def began(self) -> None:
-        """The host has done what comes before the CPU's share of the last split, if there is one."""
+        """The host has done all that comes before the CPU's share of the last split, if it has a share."""
         self._lead.saw(max(1e-6, self._clock() - self._decided))
 
     def _learn(self) -> None:
-        """Only now, with the next layer, it is known when the copies ended that ran beside the CPU."""
+        """Update the costs from the CPU's calls; only now is it known when the copies beside them ended."""
         for work, span in self._calls:
             self.costs.saw_cpu(work, span.end - span.start, self.timeline.link_beside(span))
         self._calls.clear()
 
     def _explore(self, chosen: Split, machine: Machine) -> Split:
-        """Now and then not the best split: a CPU or a link that is never used is never measured again."""
+        """The best split, or now and then another: a CPU or a link that is never used is never measured."""
         self._spent *= EXPLORE_FADE
         self._time = self._time * EXPLORE_FADE + chosen.seconds
         if chosen.cpu and chosen.link:
             return chosen
         self._turn += 1
-        keep = len(chosen.cpu) - 1 if chosen.cpu else 1  # on the CPU: one is moved, or all are
+        keep = len(chosen.cpu) - 1 if chosen.cpu else 1  # how many the CPU gets: one is moved, or all are
         keep = keep if self._turn % 2 else len(chosen.link)
         every = (*chosen.cpu, *chosen.link)
         other = judged(every[:keep], every[keep:], machine)
@@ -162,7 +162,7 @@ class MissScheduler:
         return found
 
     def _promotion_seconds(self, nbytes: int) -> float:
-        """What a promotion costs where no fetch has to wait for it: the CPU goes on more slowly meanwhile."""
+        """Seconds that a promotion costs if no fetch waits for it: those by which it delays the CPU."""
         slowdown, _ = self.costs.slowdowns(self._cpu_rate)
         return self.costs.link_seconds(nbytes) * (1 - 1 / slowdown)
 

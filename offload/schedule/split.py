@@ -1,4 +1,4 @@
-"""Which missing experts of a layer go to the CPU and which over the link, so that both end together."""
+"""Splits the missing experts of a layer between the CPU and the link, so that both end at the same time."""
 
 from __future__ import annotations
 
@@ -7,62 +7,64 @@ from itertools import accumulate
 from typing import NamedTuple
 
 BORDER = 4
-"""Experts on either side of the border that are tried on the other one."""
+"""Experts on either side of the border between CPU and link that are tried on the other side."""
 
 
 class Missing(NamedTuple):
-    """An expert that a layer needs, that the fastest tier has not got and whose bytes are in RAM."""
+    """An expert that a layer needs, whose bytes are in RAM but not in the fastest tier."""
 
     expert: int
     cpu_s: float
-    """Seconds that the CPU computes its tokens, with the memory to itself."""
+    """Seconds that the CPU takes for its tokens while the link is idle."""
     link_s: float
-    """Seconds of its copy, with the memory to itself; 0 if that was issued already."""
+    """Seconds that its copy takes while the CPU is idle; 0 if it was issued already."""
     gpu_s: float
-    """Seconds that the GPU computes its tokens once it is there."""
+    """Seconds that the GPU takes for its tokens once the expert has arrived."""
     arrives_s: float | None = None
-    """When a copy that was issued already will have brought it, in seconds from now; None if none was."""
+    """Seconds from now until the end of its copy, if that was issued already; None if not."""
 
 
 class Machine(NamedTuple):
-    """The moment at which a layer's misses are split. Seconds are from now."""
+    """The state of the machine when a layer's misses are split, in seconds from then on."""
 
     resident_s: float = 0.0
-    """What the GPU computes in any case."""
+    """Time of the GPU for resident experts, needed in any case."""
     queue_s: float = 0.0
-    """What is on the link already."""
+    """Time of the link for copies that were issued already."""
     cpu_start_s: float = 0.0
-    """Until the CPU starts and until its answers are back, added up."""
+    """Time that the CPU's share takes in addition to its experts: until its call begins, and the call's
+    latency."""
     cpu_slowdown: float = 1.0
     """How many times as long the CPU takes while the link is busy, since both read the same memory."""
     link_slowdown: float = 1.0
     """How many times as long copies take while the CPU computes."""
     slot_s: float = 0.0
-    """What it will save that an expert is in a slot afterwards, which it is not where the CPU computes it."""
+    """Time that later steps save if an expert has a slot afterwards; one that the CPU computes has none."""
     promotion_s: float = 0.0
-    """What it costs to copy one that the CPU computes to a slot all the same, where the link is idle."""
+    """Cost of copying an expert that the CPU computes to a slot all the same, while the link is idle."""
 
 
 class Split(NamedTuple):
-    """What was decided. Every missing expert is in one of the first two."""
+    """A decision. Every missing expert is either in `cpu` or in `link`."""
 
     cpu: tuple[Missing, ...] = ()
     link: tuple[Missing, ...] = ()
     """In the order in which their copies are to be issued."""
     seconds: float = 0.0
-    """When the layer will have ended, from now."""
+    """Time from now until the layer ends."""
     cost: float = 0.0
-    """That, and what later steps lose by it."""
+    """`seconds`, and the time that later steps lose by this split."""
 
 
 def split(missing: Sequence[Missing], machine: Machine) -> Split:
     """The split with the least cost, among equally good ones that with the fewest experts on the CPU.
 
-    Sorted by what the CPU takes for an expert in proportion to the link, a prefix goes to the CPU; every
-    prefix is tried, then swaps and moves across the border. Of copies under way, those that arrive last go
-    first. Exact where experts have the same costs, as in decoding. Otherwise, but for what memory shared
-    with the link adds, it costs at most cpu_s * link_s / (cpu_s + link_s) of one expert more than the
-    optimum: that is how far the best prefix is from a split of which one expert may be cut in two.
+    The experts are sorted by the ratio of their times on the CPU and on the link, and a prefix goes to the
+    CPU: every prefix is tried, then swaps and moves across the border. Of the experts whose copies are in
+    flight, those that arrive last are given to the CPU first. The split is optimal if experts have the same
+    costs, as in decoding. Otherwise, except for the effect of the shared memory, it costs at most
+    cpu_s * link_s / (cpu_s + link_s) of one expert more than the optimum: so far the best prefix may be from
+    a split in which one expert may be cut in two.
     """
     issued = sorted((m for m in missing if m.arrives_s is not None), key=_arrival)
     rest = sorted((m for m in missing if m.arrives_s is None), key=_cpu_per_link)
@@ -79,10 +81,10 @@ def split(missing: Sequence[Missing], machine: Machine) -> Split:
 
 
 def seconds(cpu: Sequence[Missing], link: Sequence[Missing], machine: Machine) -> float:
-    """When a layer ends of which these experts are split like this.
+    """Seconds until a layer ends whose missing experts are split like this.
 
-    The CPU and the link, each with a fixed amount of work, slow each other down while both have some left.
-    The GPU computes an expert when it has arrived, the one with the most tokens first.
+    The CPU and the link, each with a fixed amount of work, slow each other down while both are busy. The GPU
+    computes an expert when it has arrived; the one with the most tokens is copied first.
     """
     new = [m for m in link if m.arrives_s is None]
     last_arrival = max((m.arrives_s + m.gpu_s for m in link if m.arrives_s is not None), default=0.0)
@@ -101,9 +103,9 @@ def seconds(cpu: Sequence[Missing], link: Sequence[Missing], machine: Machine) -
 
 
 def _later(on_cpu: int, copies: bool, machine: Machine) -> float:
-    """What later steps lose because so many experts are computed by the CPU and have no slot afterwards.
+    """Seconds that later steps lose because `on_cpu` experts are computed by the CPU and get no slot.
 
-    One of them can be promoted where the link is idle otherwise: without `copies` of this layer.
+    One of them can be promoted if the link is idle, so without `copies` of this layer.
     """
     if not on_cpu:
         return 0.0
@@ -112,7 +114,7 @@ def _later(on_cpu: int, copies: bool, machine: Machine) -> float:
 
 
 def judged(cpu: Sequence[Missing], link: Sequence[Missing], machine: Machine) -> Split:
-    """The split of these into CPU and link, whatever it costs."""
+    """The split with these experts on the CPU and on the link, and what it costs."""
     ends = seconds(cpu, link, machine)
     copies = any(m.arrives_s is None for m in link)
     return Split(tuple(cpu), tuple(link), ends, ends + _later(len(cpu), copies, machine))
@@ -133,7 +135,7 @@ def _ends(sums: _Sums, machine: Machine, copies: bool) -> float:
     cpu_wall, _ = both(cpu, busy, machine)
 
     def wall(work: float) -> float:
-        """When the link has done so much."""
+        """Seconds until the link has done so many seconds of its own work."""
         slow = work * machine.link_slowdown
         return slow if slow <= cpu_wall else work + cpu_wall * (1 - 1 / machine.link_slowdown)
 
@@ -147,7 +149,7 @@ def _ends(sums: _Sums, machine: Machine, copies: bool) -> float:
 
 
 def both(cpu_s: float, link_s: float, machine: Machine) -> tuple[float, float]:
-    """When the CPU and the link have ended, each with so much work of its own."""
+    """Seconds until the CPU and the link end, if their work would take these seconds for each alone."""
     cpu, link = cpu_s * machine.cpu_slowdown, link_s * machine.link_slowdown
     if cpu <= link:
         return cpu, link_s + cpu * (1 - 1 / machine.link_slowdown)
@@ -157,7 +159,7 @@ def both(cpu_s: float, link_s: float, machine: Machine) -> tuple[float, float]:
 def _prefixes(
     rest: Sequence[Missing], kept: Sequence[Missing], late: Sequence[Missing], machine: Machine
 ) -> Iterator[float]:
-    """When the layer ends with `late` and 0, 1 ... of `rest` on the CPU; all others on the link."""
+    """Seconds until the layer ends with `late` and 0, 1 ... of `rest` on the CPU, all others on the link."""
     cpu = list(accumulate((m.cpu_s for m in rest), initial=sum(m.cpu_s for m in late)))
     backwards = rest[::-1]
     copies = list(accumulate((m.link_s for m in backwards), initial=0.0))[::-1]
@@ -174,7 +176,7 @@ def _prefixes(
 
 
 def _refine(best: Split, machine: Machine) -> Split:
-    """Better, where trading experts near the border makes it so."""
+    """Improve a split, where possible, by moving or swapping experts near its border."""
     for _ in range(3):
         found = min(_neighbours(best, machine), key=_preference, default=best)
         if found.cost >= best.cost:
@@ -184,7 +186,7 @@ def _refine(best: Split, machine: Machine) -> Split:
 
 
 def _neighbours(near: Split, machine: Machine) -> Iterator[Split]:
-    """Splits with one expert moved, or one swapped for another, of those that are nearest to the border."""
+    """Splits with one of the experts nearest to the border moved, or two of them swapped."""
     on_cpu = sorted((m for m in near.cpu if m.arrives_s is None), key=_cpu_per_link)[-BORDER:]
     on_link = sorted((m for m in near.link if m.arrives_s is None), key=_cpu_per_link)[:BORDER]
     for away in (None, *on_cpu):

@@ -1,4 +1,4 @@
-"""What the link and the CPU did when, put together from what each can tell."""
+"""Reconstructs when the link and the CPU were busy, from times measured on the host and on the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Span(NamedTuple):
     end: float
 
     def overlap(self, other: Span) -> float:
-        """Seconds that both cover."""
+        """Seconds that both spans cover."""
         return max(0.0, min(self.end, other.end) - max(self.start, other.start))
 
 
@@ -24,11 +24,11 @@ class _Copy(NamedTuple):
 
 
 class Timeline:
-    """Copies, one after the other as they were issued, and the CPU's computations, in the host's clock.
+    """The spans of copies, which run one after the other as issued, and of CPU work, in the host's clock.
 
     The host knows when it issued a copy, and the device how long it ran; a copy began when it had been
-    issued and the one before it had ended. What is still on the link is counted with the seconds that
-    `expected` gives for its bytes.
+    issued and the previous copy had ended. Copies that have not ended are assumed to take the seconds that
+    `expected` gives for their bytes.
     """
 
     def __init__(
@@ -38,16 +38,16 @@ class Timeline:
         self._expected = expected
         self._pending: deque[_Copy] = deque()
         self._free_at = 0.0
-        """When the last copy that has ended had ended."""
+        """When the latest of the copies that have ended did so."""
         self._copies: deque[Span] = deque(maxlen=32)
         self._computed: deque[Span] = deque(maxlen=32)
 
     def issued(self, key: Hashable, nbytes: int) -> None:
-        """A copy was given to the link now."""
+        """A copy is issued now."""
         self._pending.append(_Copy(key, nbytes, self.clock()))
 
     def ended(self, key: Hashable, seconds: float) -> Span:
-        """A copy has ended, which ran for so long."""
+        """A copy that ran for `seconds` has ended. Returns its span."""
         copy = next(copy for copy in self._pending if copy.key == key)
         self._pending.remove(copy)
         start = max(copy.issued, self._free_at)
@@ -60,11 +60,11 @@ class Timeline:
         self._computed.append(span)
 
     def queue_seconds(self) -> float:
-        """How long the link will be busy with what was issued."""
+        """Seconds from now in which the link will be busy with the copies issued so far."""
         return max(0.0, self._busy_until() - self.clock())
 
     def arrivals(self) -> dict[Hashable, float]:
-        """When each copy under way will have ended, in seconds from now; 0 where that is overdue."""
+        """Seconds from now until the end of each copy in flight; 0 where that is overdue."""
         now, at, found = self.clock(), self._free_at, {}
         for copy in self._pending:
             at = max(at, copy.issued) + self._expected(copy.nbytes)
@@ -72,7 +72,7 @@ class Timeline:
         return found
 
     def link_beside(self, span: Span) -> float:
-        """Seconds of a span of the CPU's in which the link was busy, or will turn out to have been."""
+        """Seconds of a span of CPU work in which the link was busy, also with copies not yet seen to end."""
         ended = sum(span.overlap(copy) for copy in self._copies)
         at, pending = self._free_at, 0.0
         for copy in self._pending:
@@ -82,7 +82,7 @@ class Timeline:
         return min(ended + pending, span.end - span.start)
 
     def cpu_beside(self, span: Span) -> float:
-        """Seconds of a span of the link's in which the CPU computed experts."""
+        """Seconds of a copy's span in which the CPU computed experts."""
         return sum(span.overlap(computed) for computed in self._computed)
 
     def _busy_until(self) -> float:

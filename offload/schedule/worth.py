@@ -1,4 +1,4 @@
-"""What it has been worth to give an expert a slot, in hits."""
+"""Measures how many hits are gained by giving an expert a slot."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 HORIZON = 16
-"""So many later steps of its layer decide what an admission was worth."""
+"""Number of later steps of its layer over which an admission's worth is counted."""
 MOST_WATCHED = 8
-"""Admissions of one layer that are watched at a time."""
+"""Most admissions of one layer that are observed at a time."""
 WEIGHT = 0.005
-"""Of one admission in the average, of the first ones more: they differ much, and routing changes slowly."""
+"""Weight of one admission in the average; the first ones weigh more. It is small because admissions differ
+much, and routing changes slowly."""
 FIRST_GUESS = 0.5
 
 
@@ -23,18 +24,18 @@ class _Admission:
 
 
 class AdmissionWorth:
-    """How much more often an admitted expert is needed than the one that had to leave for it, on average.
+    """How much more often an admitted expert is needed than the victim evicted for it, on average.
 
-    Both are counted over the next HORIZON steps of their layer, so this holds for any policy and any
-    routing: where what was needed says nothing about what will be it is 0, where the same experts are
-    needed token after token it is well above 1.
+    Both needs are counted over the next HORIZON steps of their layer, so this holds for any policy and any
+    routing: the average is 0 where past needs say nothing about later ones, and well above 1 where the same
+    experts are needed token after token.
     """
 
     def __init__(self) -> None:
         self.hits = FIRST_GUESS
         """The average; may be below 0."""
         self._known = 10
-        """Admissions in the average; the guess counts as so many."""
+        """Number of admissions in the average; FIRST_GUESS counts as the initial number."""
         self._watched: dict[int, list[_Admission]] = {}
 
     def admitted(self, layer: int, expert: int, victim: int) -> None:
