@@ -1,1 +1,1 @@
-"""How many bits each expert gets: what each format costs in error, and which assignment errs least."""
+"""Chooses how many bits each expert gets: the error of each format, and the assignment with least harm."""

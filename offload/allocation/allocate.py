@@ -1,4 +1,4 @@
-"""A format for each expert of a model: the one entry point to choosing a Mix."""
+"""Chooses a format for each expert of a model, a Mix: the entry point of this package."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """A Mix, and what is known of it."""
+    """A Mix, and its expected harm to the model."""
 
     mix: Mix
     bits: float
     """Average bits a weight, all bytes counted; at most what was asked for."""
     harm: float
-    """Expected, in the unit of its Sensitivity."""
+    """Expected harm, in the unit of its Sensitivity."""
     even_harm: float
-    """That of as many bytes given out evenly: the two formats nearest to these bits, in turn."""
+    """Expected harm of as many bytes given out evenly, in the two formats nearest to these bits."""
     gap: float
-    """By which share of `harm` (and of what misses cost, if that was weighed) another could be better."""
+    """Largest share of `harm` (with the cost of misses, if that was considered) that another could save."""
     text: str | None
-    """Names the text that was read, so that harm is in nats a token; None: there was none."""
+    """Name of the text that was read, so that harm is in nats a token; None if there was none."""
 
 
 def allocate(
@@ -51,12 +51,12 @@ def allocate(
     misses: MissCost | None = None,
     progress: Progress | None = None,
 ) -> Allocation:
-    """The best mix that a canonical `experts="mixed:BITS"` asks for of this checkpoint.
+    """The best mix of this checkpoint for a canonical `experts="mixed:BITS"`.
 
-    By what was measured on a text, if it was (see allocation.text), else by the weights alone, which are
-    measured now; either is kept below MOE_LOCAL_HOME. The same files give the same mix. With `misses` the
-    time of experts that are not resident is weighed, too. Raises OptionError for bits that no formats
-    give, CheckpointError for weights that cannot be read or encoded.
+    It is chosen by a measurement on a text, if there was one (see allocation.text), else by one on the
+    weights alone, which is made now; either is stored below MOE_LOCAL_HOME. The same files give the same mix.
+    With `misses` the time to fetch experts that are not resident is considered, too. Raises OptionError for
+    bits that no formats give, CheckpointError for weights that cannot be read or encoded.
     """
     check_mixed(experts, checkpoint.spec, checkpoint.name)
     sensitivity = sensitivity_of(checkpoint, progress=progress)
@@ -64,7 +64,7 @@ def allocate(
 
 
 def check_mixed(experts: str, spec: ModelSpec, model: str) -> None:
-    """Raises OptionError unless the formats that are chosen from can give what "mixed:BITS" asks for."""
+    """Raises OptionError unless the candidate formats can give the bits that "mixed:BITS" asks for."""
     check_bits(experts, spec, model, candidates(spec.dtype))
 
 
@@ -112,8 +112,7 @@ def best_mix(
 
 
 def _uniform(items: Sequence[Sequence[Option]], room: int) -> list[Choice]:
-    """All experts in one format, as far as that has room: no better than the best, but better than a bad
-    bound could be."""
+    """All experts in one format, for each that has room: an approximate solution may be worse than these."""
     found = []
     for number in range(len(items[0])):
         picked = [options[number] for options in items]
@@ -125,10 +124,10 @@ def _uniform(items: Sequence[Sequence[Option]], room: int) -> list[Choice]:
 
 
 def sensitivity_of(checkpoint: Checkpoint, *, progress: Progress | None = None) -> Sensitivity:
-    """What is kept of this checkpoint, or what its weights alone say, measured now and kept.
+    """The stored Sensitivity of this checkpoint, or else one measured now on the weights alone, and stored.
 
     Waits for another process that measures it. Raises CheckpointError for weights that cannot be read or
-    encoded, ExpertFileError if nothing can be kept.
+    encoded, ExpertFileError if nothing can be stored.
     """
     path = sensitivity_path(checkpoint)
     formats = candidates(checkpoint.spec.dtype)
@@ -142,7 +141,7 @@ def sensitivity_of(checkpoint: Checkpoint, *, progress: Progress | None = None) 
     if (found := kept()) is not None:
         return found
     with measuring(checkpoint):
-        if (found := kept()) is not None:  # by the process that was waited for
+        if (found := kept()) is not None:  # stored by the process that was waited for
             return found
         measurement = Measurement(checkpoint, formats, None, partial_path(path), compute_device(), progress)
         return measured(checkpoint, measurement)
@@ -150,10 +149,10 @@ def sensitivity_of(checkpoint: Checkpoint, *, progress: Progress | None = None) 
 
 @contextmanager
 def measuring(checkpoint: Checkpoint) -> Iterator[None]:
-    """One process at a time, saying once if it waits; what is kept may be another after that.
+    """A lock for measuring a checkpoint; logs once if it waits, after which another result may be stored.
 
-    Raises ExpertFileError if nothing can be kept below MOE_LOCAL_HOME. Whoever holds this may convert to one
-    format, never to a mix: a mix is chosen by what is measured here, while its folder is locked.
+    Raises ExpertFileError if nothing can be stored below MOE_LOCAL_HOME. The holder may convert to a single
+    format, never to a mix: choosing a mix takes this lock while the mix's folder is locked.
     """
 
     def waiting() -> None:
@@ -168,28 +167,28 @@ def measuring(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def measured(checkpoint: Checkpoint, measurement: Measurement) -> Sensitivity:
-    """The measurement's result, kept for later."""
+    """Run the measurement and store its result."""
     found = measurement.run()
     found.save(sensitivity_path(checkpoint))
     return found
 
 
 def sensitivity_path(checkpoint: Checkpoint) -> Path:
-    """Where the Sensitivity of a checkpoint is kept: beside its expert files."""
+    """The file in which a checkpoint's Sensitivity is stored, beside its expert files."""
     return kept_path(checkpoint.name, checkpoint.fingerprint)
 
 
 def kept_path(model: str, fingerprint: str) -> Path:
-    """The same by what identifies the checkpoint."""
+    """The same for a checkpoint with this name and fingerprint."""
     folder = expert_file_folder(moe_local_home(), model, "", fingerprint)
     return folder.with_name(f"sensitivity-{fingerprint[:16]}.json")
 
 
 def partial_path(path: Path) -> Path:
-    """Where one in the making is kept."""
+    """The file in which an unfinished measurement is stored."""
     return path.with_suffix(".partial.json")
 
 
 def compute_device() -> torch.device:
-    """Where formats are tried: the GPU if there is one."""
+    """The device on which formats are tried: the GPU if there is one."""
     return LoadOptions().torch_device()

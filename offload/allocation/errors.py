@@ -1,4 +1,4 @@
-"""What each format does to one expert's answers."""
+"""Measures how each format changes one expert's outputs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from moe_local.offload.quantize.layout import TensorSpec
 
 
 class Errors(NamedTuple):
-    """Of one expert, for one use of it on average."""
+    """Errors of one expert, per use on average."""
 
     energy: float
-    """Squared norm of its weighted answer."""
+    """Squared norm of the expert's weighted output."""
     by_format: dict[str, float]
-    """Squared norm of what a format changes about that."""
+    """Squared norm of the change of that output by each format."""
 
 
 def expert_errors(
@@ -31,8 +31,10 @@ def expert_errors(
     formats: Sequence[str],
     device: torch.device,
 ) -> Errors:
-    """Of an expert with these tensors, in the checkpoint's precision, on inputs x [N, D] whose answers are
-    multiplied with weights [N]. Computed in fp32 on `device`. Raises CheckpointError as codecs do.
+    """The errors of an expert with these tensors, in the checkpoint's precision, on inputs x [N, D].
+
+    Its outputs are multiplied by weights [N]. Computed in fp32 on `device`. Raises CheckpointError as codecs
+    do.
     """
     x, weights = x.to(device, torch.float32), weights.to(device, torch.float32)
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -51,6 +53,6 @@ def expert_errors(
 
 
 def _answers(math: OffloadedExperts, weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """[N, D] -> [N, D]: the expert alone, without what some models do to the sum afterwards."""
+    """[N, D] -> [N, D]: the expert alone, without what some models do to the sum of experts afterwards."""
     linear = reference_linear(weights, math.has_bias)
     return linear(math.activate(linear(x, "gate_up_proj" if math.has_gate else "up_proj")), "down_proj")

@@ -1,6 +1,6 @@
-"""What a format costs where nothing is known of a model's weights: its error on weights as models have them.
+"""The expected error of a format for a model whose weights are not known: its error on typical weights.
 
-Trained weights have heavier tails than normal ones; Student's t with 5 degrees of freedom stands for them.
+Trained weights have heavier tails than normal ones; Student's t with 5 degrees of freedom models them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ ROWS, COLUMNS = 256, 1024
 DEGREES = 5.0
 
 NATS_PER_ERROR = 2.5
-"""What a unit of relative squared error of the expert matrices adds to the logarithm of perplexity. From
-Mixtral 8x7B with experts in 4, 3 and 2.6 bits and all else in fp16 (arXiv 2312.17238, table 1: perplexities
-3.67, 3.96 and 4.52 against 3.59), whose grids err by about .0085, .036 and .1 on normal weights: 2.6, 2.7
-and 2.3. Errors add, so the same holds for mixes."""
+"""What a unit of relative squared error of the expert matrices adds to the logarithm of perplexity. Derived
+from Mixtral 8x7B with experts in 4, 3 and 2.6 bits and all else in fp16 (arXiv 2312.17238, table 1:
+perplexities 3.67, 3.96 and 4.52 against 3.59). The errors of these formats on normal weights are about .0085,
+.036 and .1, which gives 2.6, 2.7 and 2.3. Errors add, so the same holds for mixes."""
 
 
 @cache
@@ -44,7 +44,7 @@ def format_error(format: str) -> float:
 
 @cache
 def format_bits(format: str) -> float:
-    """Bits a weight, scales included, of a large matrix."""
+    """Bits per weight, scales included, of a large matrix."""
     layout = codec_for(format).layout((TensorSpec("w", (4096, 4096)),))
     return 8 * layout.nbytes / 4096**2
 
@@ -53,8 +53,8 @@ def format_bits(format: str) -> float:
 def candidates(dtype: torch.dtype) -> tuple[str, ...]:
     """The formats worth choosing from for weights stored in `dtype`, fewest bits first.
 
-    Those of quantizing codecs that no mix of two others beats in error at their size, and the one that keeps
-    the weights as they are.
+    These are the formats of quantizing codecs whose error no mix of two others of the same size beats, and
+    the format that keeps the weights as they are.
     """
     kept = {torch.float16: "fp16"}.get(dtype, "bf16")
     names = [name for name, codec in codecs().items() if not codec.exact] + [kept]

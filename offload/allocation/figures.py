@@ -1,4 +1,4 @@
-"""What is known of a converted mix: its formats, and what they are expected to harm."""
+"""Figures of a converted mix: its formats, and their expected harm to the model."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from moe_local.offload.expert_file.expert_file import ExpertFile
 
 @dataclass(frozen=True, slots=True)
 class MixFigures:
-    """Figures of one mix. The last four are None where nothing is kept of what it was chosen by."""
+    """Figures of one mix. The last four are None if the Sensitivity that it was chosen by is not stored."""
 
     bits: float
-    """Average bits a weight, all bytes counted."""
+    """Average bits per weight, all bytes counted."""
     formats: dict[str, int]
     """How many experts have each format."""
     text: bool | None = None
     """Whether a text was read, so that harm is in nats a token; else it is a share of the experts' output."""
     harm: float | None = None
     even_harm: float | None = None
-    """That of as many bytes dealt out evenly."""
+    """Expected harm of as many bytes given out evenly."""
     gap: float | None = None
-    """By which share of it a better mix could be better, at most."""
+    """Largest share of `harm` that a better mix could save."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """In words."""
+        """The figures in words."""
         counts = ", ".join(f"{count} in {name}" for name, count in self.formats.items())
         found = [f"{self.bits:.3f} bits a weight: {counts}"]
         if self.harm is not None and self.even_harm and self.gap is not None:
@@ -56,7 +56,7 @@ def mix_figures(spec: ModelSpec, file: ExpertFile) -> MixFigures:
         return MixFigures(bits, counts)
     try:
         best = best_mix(mix.name, spec, sensitivity)
-    except OptionError:  # measured since then, with other formats
+    except OptionError:  # the Sensitivity was measured again since then, with other formats
         return MixFigures(bits, counts)
     harm = sensitivity.expected(mix.formats)
     least = best.harm * (1 - best.gap)

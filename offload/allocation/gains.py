@@ -1,9 +1,9 @@
-"""How much an error in a layer's output harms the model's predictions, measured.
+"""Measures how much an error in a layer's output harms the model's predictions.
 
 Noise of a known size is added to one layer's routed output, and the predictions are compared with those
-without. Rows of one batch are given noise in different layers, so that a model that streams through memory is
-read a few times in all, not once a layer. The harm of small errors grows with their squared size, so one
-figure a layer is enough.
+without noise. Each row of a batch gets noise in a different layer, so that a model that streams through
+memory is read only a few times, not once per layer. The harm of small errors is proportional to their squared
+size, so one figure per layer is enough.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from moe_local.offload.allocation.samples import experts_of
 from moe_local.offload.experts import OffloadedExperts, Runner
 
 NOISE = 0.3
-"""Of the norm of a token's routed output: what formats of 2 to 3 bits do. With 0.1 the few tokens whose
-experts change outweigh the others, and mixes chosen by it err up to a third more (demo model)."""
+"""Norm of the noise relative to that of a token's routed output, as formats of 2 to 3 bits cause it. With 0.1
+the few tokens whose chosen experts change outweigh the others, and mixes chosen by it have up to a third more
+error (demo model)."""
 TOKENS = 64
-"""In a row."""
+"""Tokens in a row."""
 ROWS = 32
-"""Of a forward: 2048 tokens, for which every expert is read at most once."""
+"""Rows in a forward: 2048 tokens, for which every expert is read at most once."""
 
 
 @torch.inference_mode()
@@ -31,9 +32,9 @@ def layer_gains(
 ) -> list[float]:
     """For each MoE layer: KL divergence, in nats a token, for each unit of squared error in its output.
 
-    `texts`: int64 [N, TOKENS], each read by itself. Squared error: relative to the output, of every token: a
-    few tokens have outputs a hundred times as large as the others', and would outweigh all of them.
-    `progress` gets forwards done and in all.
+    `texts`: int64 [N, TOKENS], each row read by itself. The squared error is relative to the output of each
+    token by itself: a few tokens have outputs a hundred times as large as the others', and would outweigh
+    all of them. `progress(done, total)` counts forwards.
     """
     modules = experts_of(hf)
     generator = torch.Generator(device=hf.device).manual_seed(0)
@@ -59,7 +60,7 @@ def layer_gains(
 
 
 class _Noise:
-    """A Runner that lets another run and adds noise to one row of the batch."""
+    """A Runner that wraps another one and adds noise to its output for one row of the batch."""
 
     def __init__(self, module: OffloadedExperts, row: int, generator: torch.Generator) -> None:
         self.row = row
@@ -86,7 +87,7 @@ class _Noise:
 
 
 def texts_of(ids: Sequence[int], count: int) -> torch.Tensor:
-    """`count` rows of TOKENS ids, int64, spread over a text that is longer."""
+    """At most `count` rows of TOKENS ids, int64, spread evenly over a longer text."""
     last = max(0, len(ids) - TOKENS)
     starts = [last * i // max(1, count - 1) for i in range(min(count, len(ids) // TOKENS))]
     return torch.tensor([list(ids[start : start + TOKENS]) for start in starts])

@@ -1,4 +1,4 @@
-"""What a conversion to chosen formats is to make: what was begun, while that holds, else a new choice."""
+"""Decides what a conversion is to produce: the mix that was begun, while it is still valid, or a new one."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def intend(
     misses: MissCost | None = None,
     progress: Progress | None = None,
 ) -> Intent:
-    """What `folder` is to hold of canonical `experts`: a finished or a begun mix again, else a new one.
+    """What `folder` is to hold for canonical `experts`: the mix finished or begun there, else a new one.
 
-    `budget`: what "auto" was to fit when it came to these experts. Under the lock of the folder, so that of
-    two processes one chooses. Raises as `allocate`.
+    `budget`: the budget that "auto" had when it chose these experts. To be called with the folder locked, so
+    that only one of two processes chooses. Raises as `allocate` does.
     """
     finished = finished_mix(checkpoint, experts, folder)
     begun = Intent.read(folder, checkpoint.fingerprint, say=budget is None and finished is None)
-    if begun is not None and begun.experts != experts:  # the folder is the user's own, and was for others
+    if begun is not None and begun.experts != experts:  # the user's own folder, begun for other experts
         begun = None
     if finished is not None and (begun is None or begun.mix != finished):
         return _intent(checkpoint, experts, finished, budget)
@@ -56,8 +56,8 @@ def intend(
 
 
 def begun_for(checkpoint: Checkpoint, budget: str, folders: Iterable[Path]) -> list[str]:
-    """The experts that "auto" with this budget has come to before, in those of the folders whose conversion
-    was interrupted and holds: what has most bytes comes first."""
+    """The values of `experts` that "auto" chose before with this budget, for those of the folders whose
+    conversion was interrupted and is still valid; the folder with the most bytes comes first."""
     found = []
     for folder in folders:
         if (folder / MANIFEST).is_file():
@@ -70,7 +70,7 @@ def begun_for(checkpoint: Checkpoint, budget: str, folders: Iterable[Path]) -> l
 
 
 def finished_mix(checkpoint: Checkpoint, experts: str, folder: Path) -> Mix | None:
-    """The mix that `folder` holds, if it is a finished "mixed:BITS" of this name."""
+    """The mix in `folder`, if that is a finished conversion to this "mixed:BITS"; else None."""
     if not is_mixed(experts):
         return None
     try:
@@ -80,10 +80,10 @@ def finished_mix(checkpoint: Checkpoint, experts: str, folder: Path) -> Mix | No
 
 
 def _holds(checkpoint: Checkpoint, begun: Intent) -> bool:
-    """Whether nothing has been asked for since that the choice does not answer: a text to be chosen by.
+    """Whether a begun choice is still valid: no other text to choose by has been read since then.
 
-    Other bits, and another budget of "auto", are found in the folder's name or in `begun_for`. What is free,
-    and what another version would choose, is not asked for.
+    Other bits or another budget of "auto" need no check: these are told apart by the folder's name and by
+    `begun_for`. How much memory is free now, or what another version would choose, does not matter.
     """
     if begun.mix is None:
         return True

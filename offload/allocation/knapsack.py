@@ -1,9 +1,9 @@
-"""The multiple-choice knapsack: one option for every item, least cost in all, within a size.
+"""The multiple-choice knapsack problem: one option for every item, with least total cost, within a size.
 
-Exact by dynamic programming where that is small enough. Else each item's options are reduced to their lower
-convex hull and the steps along the hulls are taken in the order of what they gain per byte: that solves the
-relaxed problem, in which an option may be taken in part, and so says how far from the best possible the
-answer can be at most. With steps that are small beside the whole, that is next to nothing.
+It is solved exactly, by dynamic programming, where it is small enough. Otherwise each item's options are
+reduced to their lower convex hull, and steps along the hulls are taken in the order of the cost saved per
+byte. This also solves the relaxed problem, in which an option may be taken in part, and so bounds how far the
+answer is from the optimum. Where steps are small compared with the whole, that is next to nothing.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 
 MOST_CELLS = 1 << 25
-"""Items x sizes x options up to which the exact solution is computed: below a second, 32 MiB of choices."""
+"""Most items x sizes x options that are solved exactly: it takes less than a second and 32 MiB of choices."""
 
 
 class Option(NamedTuple):
-    """One way to have an item."""
+    """One of the alternatives for an item."""
 
     nbytes: int
     cost: float
@@ -41,7 +41,7 @@ class Choice:
 
     @property
     def gap(self) -> float:
-        """How much of the cost, at most, a better assignment could save; 0: none."""
+        """Largest share of the cost that a better assignment could save; 0: there is none better."""
         return 0.0 if self.cost <= self.bound else (self.cost - self.bound) / abs(self.cost)
 
 
@@ -65,7 +65,8 @@ def solve(items: Sequence[Sequence[Option]], room: int, *, exact: bool | None = 
 def hull(options: Sequence[Option]) -> list[int]:
     """Indices of the options on the lower convex hull of cost over size, smallest first.
 
-    The first is the smallest option (of equals the cheapest, then the first), the last the cheapest one.
+    The first is the smallest option (of equally small ones the cheapest, then the first), the last the
+    cheapest one.
     """
     order = sorted(range(len(options)), key=lambda i: (options[i].nbytes, options[i].cost, i))
     kept: list[int] = []
@@ -79,12 +80,12 @@ def hull(options: Sequence[Option]) -> list[int]:
 
 
 def _gain(options: Sequence[Option], smaller: int, larger: int) -> float:
-    """What a byte more saves on the way from one option to a larger, cheaper one."""
+    """The cost saved per byte by changing from one option to a larger, cheaper one."""
     return (options[smaller].cost - options[larger].cost) / (options[larger].nbytes - options[smaller].nbytes)
 
 
 def _unit(items: Sequence[Sequence[Option]]) -> int:
-    """The largest number of bytes that all differences between an item's options are multiples of."""
+    """The greatest common divisor of all differences in bytes between an item's options; at least 1."""
     unit = 0
     for options in items:
         for option in options:
@@ -93,7 +94,7 @@ def _unit(items: Sequence[Sequence[Option]]) -> int:
 
 
 def _exact(items: Sequence[Sequence[Option]], unit: int, spare: int) -> Choice:
-    """Over the items in turn, the least cost for every number of units beyond the smallest options."""
+    """Computes, item by item, the least cost for every number of units beyond the smallest options."""
     states = spare // unit + 1
     best = torch.zeros(states, dtype=torch.float64)
     chosen = torch.empty(len(items), states, dtype=torch.uint8)
@@ -120,13 +121,13 @@ def _exact(items: Sequence[Sequence[Option]], unit: int, spare: int) -> Choice:
 
 
 class _Step(NamedTuple):
-    """From one option of an item's hull to the next; sorted, the one that saves most per byte is first."""
+    """A step from one option of an item's hull to the next; the one that saves most per byte sorts first."""
 
     loss: float
-    """What a byte costs less than nothing: the gain, negative."""
+    """The cost saved per byte, negated."""
     item: int
     place: int
-    """In the item's hull, where the step arrives."""
+    """Index in the item's hull of the option that the step leads to."""
     nbytes: int
 
 
@@ -142,7 +143,7 @@ def _along_hulls(items: Sequence[Sequence[Option]], spare: int) -> Choice:
     relaxed = True
     stuck: set[int] = set()
     for step in steps:
-        if relaxed:  # the first step that does not fit is taken in part: so much, no more, can be gained
+        if relaxed:  # the relaxed problem takes the first step that does not fit in part, and no more
             bound += step.loss * min(step.nbytes, spare)
         if step.item in stuck:
             continue

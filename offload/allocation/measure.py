@@ -1,4 +1,4 @@
-"""Measuring a checkpoint's Sensitivity: a text is read, then every expert is encoded in every format."""
+"""Measures a checkpoint's Sensitivity: a text is read, then every expert is encoded in every format."""
 
 from __future__ import annotations
 
@@ -31,34 +31,35 @@ from moe_local.offload.system.direct_io import PageArena
 from moe_local.offload.system.progress import Progress
 
 TOKENS = 8192
-"""Read of a text by default."""
+"""Tokens of a text that are read by default."""
 FEWEST_TOKENS = 2 * WINDOW
 AT_ONCE = 8
 """Windows in one forward: 2048 tokens, for which every expert is read once."""
 GAIN_TEXTS = 16
-"""Rows of text on which noise is tried in every layer."""
+"""Rows of text with which noise is tried in every layer."""
 MADE_INPUTS = 32
-"""Random inputs of each expert where there is no text."""
+"""Random inputs for each expert where there is no text."""
 SAVE_SECONDS = 20.0
 FIRST_LAYERS, FIRST_GAIN = 8, 3.0
-"""Without a text: how much more errors in the first of so many layers harm. Later layers carry them on: the
-demo model's first of five harms three to five times as much as the others; QuantMoE-Bench (arXiv 2406.08155)
-and llama.cpp's mixes give the first blocks more bits, too."""
+"""Without a text, errors in the first 1 / FIRST_LAYERS of the layers are assumed to harm FIRST_GAIN times as
+much, since later layers pass them on: the first of the demo model's five layers harms three to five times as
+much as the others; QuantMoE-Bench (arXiv 2406.08155) and llama.cpp's mixes give the first blocks more bits,
+too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a text showed."""
+    """What reading a text showed."""
 
     text: str
-    """Names it."""
+    """Name of the text."""
     tokens: int
     samples: Sequence[LayerSamples]
     gains: Sequence[float]
 
 
 def text_name(ids: Sequence[int]) -> str:
-    """Names what is read of a text: equal for equal ids."""
+    """A name for the part of a text that is read: equal for equal ids."""
     return xxhash.xxh3_64_hexdigest(",".join(map(str, ids)).encode())
 
 
@@ -79,7 +80,7 @@ def check_text(ids: Sequence[int], vocab_size: int) -> None:
 
 
 def read_text(hf: Any, ids: Sequence[int], progress: Progress | None = None) -> Reading:
-    """Let a loaded model (Model.hf) read a text, and see what its experts are asked and what noise does.
+    """Let a loaded model (Model.hf) read a text: sample its experts' inputs, and measure what noise does.
 
     Raises OptionError for too little text.
     """
@@ -87,7 +88,7 @@ def read_text(hf: Any, ids: Sequence[int], progress: Progress | None = None) -> 
     batches = rows_of(ids, len(ids)).split(AT_ONCE)
     with Watch(experts_of(hf)) as watch, torch.inference_mode():
         for done, batch in enumerate(batches, 1):
-            hf.base_model(input_ids=batch.to(hf.device), use_cache=False)  # its logits would go to waste
+            hf.base_model(input_ids=batch.to(hf.device), use_cache=False)  # logits are not needed
             if progress is not None:
                 progress("reading text with", done, len(batches))
 
@@ -100,10 +101,10 @@ def read_text(hf: Any, ids: Sequence[int], progress: Progress | None = None) -> 
 
 
 class Measurement:
-    """The Sensitivity of one checkpoint in the making, layer by layer; kept at `partial` from time to time.
+    """Measures the Sensitivity of one checkpoint, layer by layer, and saves it at `partial` now and then.
 
-    What was killed goes on behind the last layer kept, if it is called again with the same reading. Memory:
-    one expert as it is stored, and a few times in fp32.
+    A measurement that was killed resumes after the last saved layer, if it is repeated with the same reading.
+    Memory: one expert as it is stored, and a few times in fp32.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ class Measurement:
         return found
 
     def _kept(self) -> Sensitivity:
-        """What an earlier run left of the same measurement, or nothing of it yet."""
+        """The layers that an earlier run of the same measurement saved; none if there was no such run."""
         text = self._reading.text if self._reading is not None else None
         tokens = self._reading.tokens if self._reading is not None else 0
         nothing = Sensitivity(self._checkpoint.name, self._checkpoint.fingerprint, text, tokens, ())
@@ -171,7 +172,7 @@ class Measurement:
             )
 
     def _inputs(self, layer: MoELayer, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the expert was asked; where that was little, what others of the layer were, too."""
+        """Inputs of the expert, with weights; where there are few, inputs of the layer's others, too."""
         if self._reading is None:
             generator = torch.Generator().manual_seed(layer.index)
             width = self._checkpoint.spec.hidden_size
@@ -192,7 +193,7 @@ class Measurement:
             uses = tuple(count / samples.tokens for count in samples.uses)
             return LayerSensitivity(self._reading.gains[layer.index], uses, errors)
         share = layer.top_k / layer.num_experts
-        output = share * math.fsum(each.energy for each in measured)  # answers to random inputs are at angles
+        output = share * math.fsum(each.energy for each in measured)  # outputs of random inputs: orthogonal
         errors = {name: tuple(e / output if output else 0.0 for e in found) for name, found in errors.items()}
         layers = len(self._checkpoint.spec.layers)
         first = -(-layers // FIRST_LAYERS)

@@ -1,4 +1,4 @@
-"""What the bytes of an expert cost in time, where not all experts are resident."""
+"""What an expert's bytes cost in time where not all experts are resident."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ if TYPE_CHECKING:
     from moe_local.offload.plan.plan import Plan
 
 TIME_FOR_HARM = 5.0
-"""How much slower, as a natural logarithm, one nat of harm is worth: for 1 % of perplexity, 5 % of time."""
+"""The slowdown, as a natural logarithm, that weighs as much as one nat of harm: 5 % of time for 1 % of
+perplexity."""
 
 
 @dataclass(frozen=True, slots=True)
 class MissCost:
-    """Turns bytes that are fetched into harm."""
+    """Converts fetched bytes into harm that weighs as much."""
 
     per_byte: float
-    """Nats that one fetched byte a token is worth."""
+    """Nats that one fetched byte per token weighs as much as."""
     resident_share: float
-    """Of the experts, in the fastest tier."""
+    """Share of the experts that are in the fastest tier."""
 
     @classmethod
     def of(cls, token_seconds: float, bytes_per_second: float, resident_share: float) -> MissCost:
-        """Where a token takes so long and what it misses comes over a link of such speed."""
+        """For tokens that take `token_seconds` each and fetch misses at `bytes_per_second`."""
         return cls(1 / (bytes_per_second * token_seconds * TIME_FOR_HARM), resident_share)
 
     @classmethod
     def of_plan(cls, plan: Plan) -> MissCost | None:
-        """As planned; None where nothing is missed."""
+        """For the speeds that a plan expects; None where nothing is missed or no speed is known."""
         if plan.mode in (None, "resident") or plan.tokens_per_s is None:
             return None
         return cls.of(1 / plan.tokens_per_s, plan.missed_bytes_per_s, plan.resident_fraction)
 
     def costs(self, sensitivity: Sensitivity, layer: int) -> list[float]:
-        """Of each of a layer's experts, for every byte that it takes."""
+        """The cost per byte of each of a layer's experts, in the unit of the Sensitivity's harm."""
         uses = [sensitivity.layers[layer].use(e) for e in range(len(sensitivity.layers[layer].uses))]
         per_byte = self.per_byte / sensitivity.nats
         found = zip(uses, hits(uses, self.resident_share), strict=True)
@@ -49,9 +50,9 @@ class MissCost:
 def hits(uses: Sequence[float], share: float) -> tuple[float, ...]:
     """How often each expert is resident when it is needed, if a cache holds `share` of a layer's experts.
 
-    On average as often as is known of real models (`estimate.hit_rate`); over the experts it spreads as in
-    Che's approximation of an LRU cache: one that is used at rate u is there with 1 - exp(-u T), where T is
-    how long an expert stays unused (Che, Tung, Wang 2002).
+    The average is the hit rate known from real models (`estimate.hit_rate`). The experts' own rates follow
+    Che's approximation of an LRU cache: an expert used at rate u is resident with probability 1 - exp(-u T),
+    where T is how long an unused expert stays in the cache (Che, Tung, Wang 2002).
     """
     wanted, total = hit_rate(share, len(uses)), math.fsum(uses)
     if wanted >= 1 or not total:

@@ -1,4 +1,4 @@
-"""What the experts of a model are asked while it reads a text: how often, and some of its inputs."""
+"""Records, while a model reads a text, how often each expert is used, and a sample of its inputs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from moe_local.offload.experts import OffloadedExperts, Runner
 WINDOW = 256
 """Tokens of text in one row of a forward."""
 MOST_BYTES = 1 << 30
-"""Of inputs kept in RAM, over all experts."""
+"""Bytes of inputs kept in RAM, over all experts."""
 TINY = 1e-30
 MOST_INPUTS, FEWEST_INPUTS = 96, 8
-"""Kept for each expert: more would hardly make the mean error more certain; fewer would say little."""
+"""Inputs kept for each expert: more would hardly make the mean error more certain, fewer would say little."""
 
 
 class LayerSamples:
-    """One layer: counts of all its tokens, and for each expert a random few of the inputs that it was given.
+    """One layer's number of tokens, and for each expert its number of uses and a random sample of its inputs.
 
-    A reservoir: every input draws a number, and those with the smallest are kept.
+    Reservoir sampling: every input draws a random number, and those with the smallest are kept.
     """
 
     def __init__(self, num_experts: int, most: int, generator: torch.Generator) -> None:
@@ -35,7 +35,7 @@ class LayerSamples:
     def see(
         self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, output: torch.Tensor
     ) -> None:
-        """hidden and output [T, D], index and weights [T, K]: what a layer's experts take and give."""
+        """Record one call of the layer's experts: hidden and output [T, D], index and weights [T, K]."""
         norms = torch.linalg.vector_norm(output.detach().float(), dim=-1, keepdim=True)
         weights = (weights.detach().float() / norms.clamp_min(TINY)).cpu()
         hidden, index = hidden.detach().cpu(), index.cpu()
@@ -48,16 +48,15 @@ class LayerSamples:
                 self._keep(expert, drawn[rows, ranks], hidden[rows], weights[rows, ranks])
 
     def inputs(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs that the expert was given, [N, D], and what its answers are multiplied with, [N] fp32, so
-        that they are shares of their layer's output: the router's weight over that output's norm. N may be
-        0."""
+        """Sampled inputs of the expert, [N, D], and the factors, [N] fp32, that make its outputs relative to
+        the layer's output: the router's weight divided by the norm of that output. N may be 0."""
         kept = self._kept[expert]
         if kept is None:
             return torch.empty(0, 0), torch.empty(0)
         return kept[1], kept[2]
 
     def others(self, expert: int, count: int) -> torch.Tensor:
-        """Some `count` inputs of the layer's other experts, [N, D], as many as are kept; evenly from all."""
+        """At most `count` sampled inputs of the layer's other experts, [N, D], taken evenly from all."""
         found = [kept[1] for e, kept in enumerate(self._kept) if kept is not None and e != expert]
         if not found:
             return torch.empty(0, 0)
@@ -65,7 +64,7 @@ class LayerSamples:
         return every[:count]
 
     def usual_weight(self) -> float:
-        """The root of the mean square of all kept weights."""
+        """The root mean square of the factors of all kept inputs (see `inputs`)."""
         found = [kept[2] for kept in self._kept if kept is not None]
         return float(torch.cat(found).square().mean().sqrt()) if found else 0.0
 
@@ -80,7 +79,7 @@ class LayerSamples:
 
 
 class Watch:
-    """A context in which the forwards of a model's experts are watched, each layer into its LayerSamples.
+    """A context manager that records the calls of a model's experts, each layer's in its LayerSamples.
 
     Memory: MOST_BYTES at most, however long the text, unless FEWEST_INPUTS of every expert take more.
     """
@@ -114,7 +113,7 @@ class Watch:
 
 
 class _Watching:
-    """A Runner that lets another run, and looks on."""
+    """A Runner that wraps another one and reports its inputs and outputs to a Watch."""
 
     def __init__(self, runner: Runner, watch: Watch) -> None:
         self._runner = runner
@@ -135,6 +134,6 @@ def experts_of(hf: Any) -> list[OffloadedExperts]:
 
 
 def rows_of(ids: Sequence[int], most: int) -> torch.Tensor:
-    """The first `most` of one text's ids in rows, int64 [N, WINDOW]; a shorter rest is left out."""
+    """The first `most` ids of a text in rows, int64 [N, WINDOW]; a shorter last row is left out."""
     count = min(len(ids), most) // WINDOW
     return torch.tensor(list(ids[: count * WINDOW])).view(count, WINDOW)

@@ -1,4 +1,4 @@
-"""How much each format of each expert harms a model: what formats are chosen by, kept as a file."""
+"""How much each format of each expert harms a model: the figures that formats are chosen by, in a file."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 VERSION = 1
 
 MOST = 1e100
-"""Figures beyond this are of no model."""
+"""Figures from this on cannot be those of a model."""
 
 EVEN = 0.1
-"""Share of each layer's uses that is taken to be spread evenly: what a text hardly uses, another may."""
+"""Share of each layer's uses that is assumed to be spread evenly: experts that one text hardly uses may be
+used more by another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,41 +34,42 @@ class LayerSensitivity:
     gain: float
     """Harm for each unit of squared error in the layer's routed output, relative to that output."""
     uses: tuple[float, ...]
-    """Share of tokens that chose the expert; K in all."""
+    """Share of tokens that chose each expert; the sum is the layer's top-k."""
     errors: Mapping[str, tuple[float, ...]]
-    """By format, the squared error of one use on average, relative to the layer's output."""
+    """By format, the average squared error of one use, relative to the layer's output."""
 
     def use(self, expert: int) -> float:
-        """The expert's share of tokens, EVEN of it spread over the layer."""
+        """The expert's share of tokens, after spreading EVEN of all uses evenly over the layer."""
         return (1 - EVEN) * self.uses[expert] + EVEN * sum(self.uses) / len(self.uses)
 
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """Of one checkpoint. Measured on a text, harm is KL divergence in nats a token; without one, the share of
-    the routed output's energy that is wrong, on average over layers, the first weighing more."""
+    """The sensitivity of one checkpoint. Measured on a text, harm is KL divergence in nats a token; without a
+    text, it is the error's share of the routed output's energy, averaged over layers, of which the first
+    weigh more."""
 
     model: str
     fingerprint: str
-    """The checkpoint's."""
+    """The checkpoint's fingerprint."""
     text: str | None
-    """Names the text and how much of it was read; None: there was none."""
+    """Name of the text and of how much of it was read; None if there was none."""
     tokens: int
     layers: tuple[LayerSensitivity, ...]
 
     @property
     def nats(self) -> float:
-        """What a unit of harm is in nats a token: without a text, by what is known of one model. The three
-        matrices of an expert err alike, and their errors add up in its answer."""
+        """Nats a token for each unit of harm; without a text, from figures of one model (NATS_PER_ERROR). The
+        three matrices of an expert have equal errors, which add up in its output."""
         return 1.0 if self.text is not None else NATS_PER_ERROR / 3
 
     def harm(self, layer: int, expert: int, format: str) -> float:
-        """What is expected of having this one expert in `format`; harms of several add up."""
+        """The expected harm of having this one expert in `format`; harms of several add up."""
         found = self.layers[layer]
         return found.gain * found.use(expert) * found.errors[format][expert]
 
     def expected(self, formats: Sequence[Sequence[str]]) -> float:
-        """The harm of an assignment, formats[layer][expert]."""
+        """The expected harm of an assignment, formats[layer][expert]."""
         return math.fsum(
             self.harm(layer, expert, format)
             for layer, row in enumerate(formats)
@@ -79,7 +81,7 @@ class Sensitivity:
         return all(set(formats) <= set(layer.errors) for layer in self.layers)
 
     def is_of(self, spec: ModelSpec) -> bool:
-        """Whether it has every layer and expert of a model of this shape, as it has unless it is damaged."""
+        """Whether it covers every layer and expert of a model of this shape; if not, it is damaged."""
         return [len(layer.uses) for layer in self.layers] == [layer.num_experts for layer in spec.layers]
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,15 +111,15 @@ class Sensitivity:
         return cls(str(fields["model"]), str(fields["fingerprint"]), text, int(fields["tokens"]), layers)
 
     def save(self, path: Path) -> None:
-        """Replace the file at `path`, whole. Raises ExpertFileError if it cannot be written."""
+        """Replace the file at `path` atomically. Raises ExpertFileError if it cannot be written."""
         with unwritable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, [json.dumps(self.to_dict()), "\n"])
 
     @classmethod
     def read(cls, path: Path, fingerprint: str) -> Sensitivity | None:
-        """What is kept at `path`, of the checkpoint with this fingerprint; None if there is none, or it is
-        damaged, of another version or another checkpoint: it is measured again then."""
+        """The Sensitivity stored at `path`; None if there is none, or if it is damaged, of another version,
+        or of a checkpoint with another fingerprint: the caller then measures again."""
         try:
             found = cls.from_dict(parse_json(path.read_bytes()))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
@@ -127,7 +129,7 @@ class Sensitivity:
 
 @contextmanager
 def unwritable(path: Path) -> Iterator[None]:
-    """Turn OSError in the block, which writes `path`, into one line for the user."""
+    """Turn an OSError in the block, which writes `path`, into an ExpertFileError."""
     try:
         yield
     except OSError as error:

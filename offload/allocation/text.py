@@ -1,4 +1,4 @@
-"""From a text to a checkpoint's Sensitivity: the model runs, offloaded as ever, and reads it."""
+"""Measures a checkpoint's Sensitivity on a text, which the model reads, offloaded as usual."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RUN_IN = (NATIVE, "int8", "nf4")
-"""Formats to read the text in, the first that the machine has room for: the checkpoint's own needs no
-conversion and is what the others are compared with."""
+"""Formats of the experts while the model reads the text; the first that can be loaded is used. The
+checkpoint's own format needs no conversion, and is what the others are compared with."""
 
 
 def calibrate(
@@ -43,12 +43,12 @@ def calibrate(
     progress: Progress | None = None,
     **options: Any,
 ) -> Sensitivity:
-    """Measure `model` on the first `tokens` of a text, and keep what was found for all later mixes of it.
+    """Measure `model` on the first `tokens` of a text, and store the result for all later mixes of it.
 
-    What is kept of the same text is taken as it is, also what another process keeps meanwhile, which is
-    waited for. `options` are load()'s, without `experts` and `prefetch`.
-    Raises OptionError for too little text and for models that cannot read one: without a tokenizer, or with
-    an encoder; and as `load`.
+    A stored result for the same text is returned as it is, also one that another process is measuring, for
+    which this one waits. `options` are those of load() except `experts` and `prefetch`.
+    Raises OptionError for too little text and for models that cannot read one (without a tokenizer, or with
+    an encoder), and whatever `load` raises.
     """
     checkpoint = Checkpoint.open(resolve(model), str(model))
     if getattr(checkpoint.config, "is_encoder_decoder", False):
@@ -71,7 +71,7 @@ def calibrate(
     if (found := kept()) is not None:
         return found
     with measuring(checkpoint):
-        if (found := kept()) is not None:  # by the process that was waited for
+        if (found := kept()) is not None:  # stored by the process that was waited for
             return found
         with _running(model, progress, options) as loaded:
             try:
@@ -88,7 +88,7 @@ def calibrate(
 
 
 def _running(model: str | Path, progress: Progress | None, options: dict[str, Any]) -> Model:
-    """The model, loaded in the best of RUN_IN. Raises as `load` does for the last of them."""
+    """Load the model in the first of RUN_IN that succeeds. Raises as `load` does for the last of them."""
     from moe_local.offload.load import load
 
     for number, experts in enumerate(RUN_IN):

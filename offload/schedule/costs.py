@@ -114,7 +114,7 @@ class Costs:
             estimate.saw(estimate.value * own / alone)
 
     def saw_copy(self, nbytes: int, seconds: float, beside_s: float, cpu_rate: float) -> None:
-        """A copy took `seconds`; for `beside_s` of them the CPU computed, at `cpu_rate` bytes/s when alone."""
+        """A copy took `seconds`; for `beside_s` of them the CPU computed, alone at `cpu_rate` bytes/s."""
         alone = self.link_seconds(nbytes)
         own = self._own(seconds, alone, beside_s, self._memory_of_link, cpu_rate)
         if own is not None:
