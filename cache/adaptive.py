@@ -37,7 +37,7 @@ class AdaptivePolicy:
         self._last: Sequence[int] = ()
         """The last step's experts, which LFU's shadow must not evict."""
         self._ahead: set[int] = set()
-        """Known experts that have not been needed since they were inserted (prefetched ones)."""
+        """Known experts that have not been needed since they were inserted."""
 
     @classmethod
     def family(cls) -> Callable[[], AdaptivePolicy]:

@@ -57,7 +57,7 @@ class Duel:
         self._memory = 0.5 ** (1 / (MEMORY_STEPS * self._layers))
 
     def judge(self, needed: int, own: int, recency: int, frequency: int) -> None:
-        """One layer's step needed `needed` experts: `own` hits in the cache, the others' in the shadows."""
+        """A step of one layer needed `needed` experts. `own`: the cache's hits; the others: the shadows'."""
         layers = self._layers
         self._needed = needed + self._memory * self._needed
         self._steps = 1 + self._memory * self._steps

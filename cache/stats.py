@@ -257,7 +257,7 @@ class RouterLoad:
             raise ValueError(f"experts of {len(num_experts)} layers but top-k of {len(top_k)}")
         self._counts = [[0] * experts for experts in num_experts]
         self._lock = threading.Lock()
-        """Held while counts change: a reader first adds a device's counts, beside a generating thread."""
+        """Held while counts change: a reader's thread first adds a device's, while another may generate."""
         self._top_k = tuple(top_k)
         self.settle: Callable[[], None] | None = None
         """Called before the counts are read, so that counts kept elsewhere can be `add`ed first."""

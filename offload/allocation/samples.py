@@ -13,7 +13,7 @@ from moe_local.offload.experts import OffloadedExperts, Runner
 WINDOW = 256
 """Tokens of text in one row of a forward."""
 MOST_BYTES = 1 << 30
-"""Bytes of inputs kept in RAM, over all experts."""
+"""Most bytes of inputs kept in RAM, over all experts."""
 TINY = 1e-30
 MOST_INPUTS, FEWEST_INPUTS = 96, 8
 """Inputs kept for each expert: more would hardly make the mean error more certain, fewer would say little."""

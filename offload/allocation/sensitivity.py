@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 VERSION = 1
 
 MOST = 1e100
-"""Figures from this on cannot be those of a model."""
+"""Figures must be below this; larger ones cannot come from a model."""
 
 EVEN = 0.1
 """Share of each layer's uses that is assumed to be spread evenly: experts that one text hardly uses may be

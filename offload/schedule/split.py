@@ -135,7 +135,7 @@ def _ends(sums: _Sums, machine: Machine, copies: bool) -> float:
     cpu_wall, _ = both(cpu, busy, machine)
 
     def wall(work: float) -> float:
-        """Seconds until the link has done so many seconds of its own work."""
+        """Seconds until the link has done `work`, given in seconds while the CPU is idle."""
         slow = work * machine.link_slowdown
         return slow if slow <= cpu_wall else work + cpu_wall * (1 - 1 / machine.link_slowdown)
 
