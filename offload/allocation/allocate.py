@@ -95,7 +95,9 @@ def best_mix(
         ]
         for layer, expert in places
     ]
-    choice = min((solve(items, room), *_uniform(items, room)), key=lambda found: (found.cost, found.nbytes))
+    solved = solve(items, room)
+    uniform = _uniform(items, room, solved.bound)
+    choice = min((solved, *uniform), key=lambda found: (found.cost, found.nbytes))
     rows: list[list[str]] = [[] for _ in spec.layers]
     for (layer, _), picked in zip(places, choice.picked, strict=True):
         rows[layer.index].append(formats[picked])
@@ -111,7 +113,7 @@ def best_mix(
     )
 
 
-def _uniform(items: Sequence[Sequence[Option]], room: int) -> list[Choice]:
+def _uniform(items: Sequence[Sequence[Option]], room: int, bound: float) -> list[Choice]:
     """All experts in one format, for each that has room: an approximate solution may be worse than these."""
     found = []
     for number in range(len(items[0])):
@@ -119,7 +121,7 @@ def _uniform(items: Sequence[Sequence[Option]], room: int) -> list[Choice]:
         nbytes = sum(option.nbytes for option in picked)
         if nbytes <= room:
             cost = math.fsum(option.cost for option in picked)
-            found.append(Choice((number,) * len(items), nbytes, cost, -math.inf))
+            found.append(Choice((number,) * len(items), nbytes, cost, min(bound, cost)))
     return found
 
 

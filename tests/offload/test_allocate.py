@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +11,12 @@ import torch
 
 import moe_local
 from moe_local.cache.errors import OptionError
+from moe_local.offload.allocation import allocate as allocate_module
 from moe_local.offload.allocation import gains, measure, samples
 from moe_local.offload.allocation.allocate import allocate, best_mix, partial_path, sensitivity_path
 from moe_local.offload.allocation.expected import candidates, format_error
 from moe_local.offload.allocation.gains import layer_gains, texts_of
+from moe_local.offload.allocation.knapsack import Choice, Option
 from moe_local.offload.allocation.measure import Measurement, Reading, read_text
 from moe_local.offload.allocation.misses import MissCost, hits
 from moe_local.offload.allocation.samples import LayerSamples, Watch, experts_of, rows_of
@@ -205,6 +207,20 @@ def test_a_mix_is_never_expected_to_be_worse(
     assert found.gap == 0  # small enough for the exact solver
     assert found.text
     assert best_mix(f"mixed:{bits + 0.3:g}", spec, sensitivity).harm <= found.harm
+
+
+def test_a_uniform_choice_keeps_the_bound_of_a_worse_solution(
+    checkpoint: Checkpoint, sensitivity: Sensitivity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poor(items: Sequence[Sequence[Option]], room: int) -> Choice:
+        """Of the smallest options, and said to cost twice as much as they do."""
+        options = [min(each, key=lambda option: option.nbytes) for each in items]
+        picked = tuple(each.index(option) for each, option in zip(items, options, strict=True))
+        cost = sum(option.cost for option in options)
+        return Choice(picked, sum(option.nbytes for option in options), 2 * cost, cost / 10)
+
+    monkeypatch.setattr(allocate_module, "solve", poor)
+    assert best_mix("mixed:5.4", checkpoint.spec, sensitivity).gap == pytest.approx(0.9)
 
 
 def test_impossible_bits(checkpoint: Checkpoint, sensitivity: Sensitivity) -> None:
