@@ -37,6 +37,7 @@ class _Mode(Enum):
     AFTER = "line breaks behind a thought"
     CONTENT = "the answer"
     CALL = "inside a tool call"
+    DONE = "behind the only call"
 
 
 class AnswerParser:
@@ -46,16 +47,25 @@ class AnswerParser:
     call and is not well-formed is content. Thoughts are looked for at the start only.
     """
 
-    def __init__(self, *, thinking: bool = False, tools: bool = False, plain: bool = False) -> None:
-        """`thinking`: the prompt has opened a thought. `tools`: calls are looked for. `plain`: no marks."""
+    def __init__(
+        self, *, thinking: bool = False, tools: bool = False, one_call: bool = False, plain: bool = False
+    ) -> None:
+        """`thinking`: the prompt has opened a thought. `tools`: calls are looked for. `one_call`: nothing
+        follows the first. `plain`: no marks."""
         self._mode = _Mode.CONTENT if plain else _Mode.THOUGHT if thinking else _Mode.START
         self._tools = tools
+        self._one_call = one_call
         self._held = ""
 
     @property
     def thinking(self) -> bool:
         """Whether nothing but a thought and the line breaks behind it has come."""
         return self._mode in (_Mode.THOUGHT, _Mode.AFTER)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing that is added will be shown."""
+        return self._mode is _Mode.DONE
 
     def add(self, text: str) -> Iterator[Piece]:
         self._held += text
@@ -99,6 +109,10 @@ class AnswerParser:
                     self._held, self._mode = rest, _Mode.CONTENT
                     call = parse_call(text)
                     yield Piece(call=call) if call else Piece(content=OPEN_CALL + text + CLOSE_CALL)
+                    if call and self._one_call:
+                        self._mode = _Mode.DONE
+            case _Mode.DONE:
+                self._held = ""
 
     def _until(self, mark: str) -> tuple[str, bool]:
         """The text before the mark, and whether that has come. Keeps what may be the mark's beginning."""

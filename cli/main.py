@@ -63,8 +63,8 @@ COMMANDS = {
     "run": ("run:run", "Answer PROMPT with MODEL and exit."),
     "serve": (
         "serve:serve",
-        "Serve MODEL to OpenAI clients: /v1/chat/completions, completions, responses, models; "
-        "/health, /metrics.",
+        "Serve MODEL to OpenAI and Anthropic clients: /v1/chat/completions, completions, responses, "
+        "messages, models; /health, /metrics.",
     ),
     "show": (
         "show:show",

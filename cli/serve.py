@@ -1,4 +1,4 @@
-"""`moe-local serve`: a model behind an OpenAI-compatible HTTP server."""
+"""`moe-local serve`: a model behind an HTTP server for clients of OpenAI and Anthropic."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ OWN_NAMES = ("localhost", "127.0.0.1", "::1")
     "--api-key",
     envvar="MOE_LOCAL_API_KEY",
     show_envvar=True,
-    help="Key that clients must send as Authorization: Bearer KEY.",
+    help="Key that clients must send, as Authorization: Bearer KEY or X-Api-Key: KEY.",
 )
 @click.option(
     "--queue",
@@ -88,7 +88,8 @@ def serve(
     cors: tuple[str, ...],
     options: dict[str, Any],
 ) -> None:
-    """Serve MODEL to OpenAI clients: /v1/chat/completions, completions, responses, models; /health, /metrics.
+    """Serve MODEL to OpenAI and Anthropic clients: /v1/chat/completions, completions, responses, messages,
+    models; /health, /metrics.
 
     Requests are answered --parallel at a time, stepped together, so that an expert is fetched once for all.
     The page at / is a chat beside a live map of the expert cache; /v1/cache has its figures.

@@ -54,7 +54,7 @@ class Choice:
             pieces += self.parser.add(shown)
             if self.parser.thinking or any(piece.reasoning for piece in pieces):
                 self.thoughts = self.tokens
-            if self.stops.stopped and self.finish_reason is None:
+            if self._ended_early and self.finish_reason is None:
                 self._finish("stop", pieces)
                 if self.ticket is not None:
                     self.ticket.cancel()
@@ -81,9 +81,14 @@ class Choice:
         else:
             self.content.append(piece.content)
 
+    @property
+    def _ended_early(self) -> bool:
+        """Whether nothing that may follow will be shown."""
+        return self.stops.stopped or self.parser.done
+
     def _finish(self, reason: str, pieces: list[Piece]) -> None:
         pieces += self.parser.flush()
-        self.entries.end(cut=self.stops.stopped)
+        self.entries.end(cut=self._ended_early)
         self.finish_reason = reason
 
     def reason(self) -> str:
@@ -104,7 +109,7 @@ class Answer:
     """
 
     def __init__(self, kind: str, model: str) -> None:
-        """`kind`: the prefix of its id, "chatcmpl-", "cmpl-" or "resp_"."""
+        """`kind`: the prefix of its id, "chatcmpl-", "cmpl-", "resp_" or "msg_"."""
         self.id = f"{kind}{uuid.uuid4().hex[:24]}"
         self.created = int(time.time())
         self.model = model
@@ -133,11 +138,21 @@ class Answer:
         if not choice.again:
             self.prompt_tokens += len(ticket.prompt_ids)
 
-    async def events(self) -> AsyncIterator[tuple[Choice, list[Piece], Token | Ended]]:
-        """Each choice's pieces as they come, until all have ended. Raises what ended one with an error."""
+    async def events(
+        self, silence_s: float | None = None
+    ) -> AsyncIterator[tuple[Choice, list[Piece], Token | Ended | None]]:
+        """Each choice's pieces as they come, until all have ended. Raises what ended one with an error.
+
+        Without any event for `silence_s` seconds there comes a None, and no pieces.
+        """
         open_choices = len(self.choices)
         while open_choices:
-            choice, event = await self._events.get()
+            try:
+                async with asyncio.timeout(silence_s):
+                    choice, event = await self._events.get()
+            except TimeoutError:
+                yield self.choices[0], [], None
+                continue
             if isinstance(event, Ended):
                 open_choices -= 1
                 if choice.ticket is not None and not choice.again:

@@ -1,13 +1,13 @@
-"""The HTTP server's routes, on FastAPI: OpenAI's completions, health, metrics, and a map of the cache."""
+"""The HTTP server's routes, on FastAPI: OpenAI's and Anthropic's, health, metrics, and a map of the cache."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -16,15 +16,18 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 import moe_local
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cli.answer_parser import AnswerParser
-from moe_local.cli.exchanges import Shown, answer_room, shorten
+from moe_local.cli.exchanges import Shown
 from moe_local.cli.server import refusals
 from moe_local.cli.server.answers import Answer, Choice
-from moe_local.cli.server.failures import Failure
+from moe_local.cli.server.failures import MESSAGES, Failure
 from moe_local.cli.server.guard import Guard, Traffic
 from moe_local.cli.server.kept import KeptResponses
-from moe_local.cli.server.logprobs import Echo, TokenNames
+from moe_local.cli.server.logprobs import TokenNames
+from moe_local.cli.server.message_request import CountRequest, MessageRequest
+from moe_local.cli.server.message_shape import MessageShape
 from moe_local.cli.server.metrics import Metrics
 from moe_local.cli.server.page import Page
+from moe_local.cli.server.prompts import Prompts
 from moe_local.cli.server.protocol import ChatRequest, CompletionRequest, Sampling
 from moe_local.cli.server.response_request import ResponseRequest
 from moe_local.cli.server.response_shape import ResponseShape
@@ -32,12 +35,10 @@ from moe_local.cli.server.shapes import ChatShape, Shape, TextShape
 from moe_local.cli.server.text import StopFilter
 from moe_local.cli.server.watch import Watch
 from moe_local.offload.batcher import Batcher, Ended
-from moe_local.offload.engine.text import encode_prompt
 from moe_local.offload.thoughts import opens_thought
 
-LONG_PROMPT = 1 << 16
-"""Characters of a prompt that others need not wait for."""
-T = TypeVar("T")
+SILENCE_SECONDS = 15.0
+"""After which a stream shows that the server lives, where clients know how: some give up on it otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +71,10 @@ class Server:
         self.metrics = Metrics(batcher)
         self.watch = Watch(model, batcher)
         self.page = Page()
+        self.prompts = Prompts(model, limits.max_tokens)
         self.names = TokenNames(model.tokenizer)
         self.kept = KeptResponses()
         self.traffic = Traffic()
-        self._encoding = {False: asyncio.Lock(), True: asyncio.Lock()}
-        """By whether the prompt is a long one."""
 
     def app(self) -> FastAPI:
         app = FastAPI(title="moe-local", version=moe_local.__version__, docs_url=None, redoc_url=None)
@@ -92,7 +92,7 @@ class Server:
                 CORSMiddleware,
                 allow_origins=list(self.limits.origins),
                 allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["Authorization", "Content-Type"],
+                allow_headers=["*"],
             )
         app.add_api_route("/", self.page.give, methods=["GET"])
         app.add_api_route("/health", self.health, methods=["GET"])
@@ -105,6 +105,8 @@ class Server:
         app.add_api_route("/v1/responses", self.respond, methods=["POST"])
         app.add_api_route("/v1/responses/{name}", self.one_response, methods=["GET"])
         app.add_api_route("/v1/responses/{name}", self.forget, methods=["DELETE"])
+        app.add_api_route(MESSAGES, self.message, methods=["POST"])
+        app.add_api_route(f"{MESSAGES}/count_tokens", self.count, methods=["POST"])
         return app
 
     # What is there
@@ -161,23 +163,34 @@ class Server:
         self.kept.remove(name)
         return {"id": name, "object": "response", "deleted": True}
 
-    async def _conversation(self, asked: ChatRequest, kind: str) -> tuple[list[int], Answer]:
-        """Token ids of the prompt, and the answer that is to follow. `kind`: the prefix of its id."""
+    async def message(self, given: MessageRequest, request: Request) -> Response:
+        """The same as Anthropic's clients write it."""
+        refusals.check_fields(request, given)
+        asked = given.chat()
+        prompt, answer = await self._conversation(asked, "msg_")
+        return await self._answer(request, asked, answer, [prompt], MessageShape(answer))
+
+    async def count(self, given: CountRequest, request: Request) -> dict[str, Any]:
+        """How many tokens the prompt of such a message has."""
+        refusals.check_fields(request, given)
+        return {"input_tokens": len((await self._shown(given.chat())).prompt)}
+
+    async def _shown(self, asked: ChatRequest) -> Shown[list[int]]:
+        """The prompt of a request that is in order."""
         with self._as_failures():
             self._check_model(asked.model)
             asked.check()
-            tools = asked.offered_tools
-            if tools is not None:
-                self._check_tools(tools)
-            messages = asked.conversation()
-            if form := asked.form:
-                await self._beside(lambda: self.model.check_form(form), 0)
-            shown = await self._shown(asked, messages, tools)
+            return await self.prompts.conversation(asked)
+
+    async def _conversation(self, asked: ChatRequest, kind: str) -> tuple[list[int], Answer]:
+        """Token ids of the prompt, and the answer that is to follow. `kind`: the prefix of its id."""
+        shown = await self._shown(asked)
         thinking = opens_thought(self.model.tokenizer, shown.prompt)
+        tools, one_call = asked.offered_tools is not None, asked.parallel_tool_calls is False
         answer = Answer(kind, self.name)
         answer.left_out = shown.left_out
         for index in range(asked.n):
-            parser = AnswerParser(thinking=thinking, tools=tools is not None)
+            parser = AnswerParser(thinking=thinking, tools=tools, one_call=one_call)
             answer.add(Choice(index, StopFilter(asked.stops), parser, again=index > 0))
         return shown.prompt, answer
 
@@ -185,8 +198,8 @@ class Server:
         with self._as_failures():
             self._check_model(asked.model)
             asked.check()
-            prompts = [await self._encoded(prompt) for prompt in asked.prompts()]
-            echoes = [await self._echoed(prompt) if asked.echo else None for prompt in prompts]
+            prompts = [await self.prompts.text(prompt) for prompt in asked.prompts()]
+            echoes = [await self.prompts.echo(prompt) if asked.echo else None for prompt in prompts]
         answer = Answer("cmpl-", self.name)
         for index in range(asked.n * len(prompts)):
             parser = AnswerParser(plain=True)
@@ -194,45 +207,6 @@ class Server:
             choice.echo, choice.mute = echoes[index // asked.n], asked.only_echo
         shape = TextShape(answer, self._names(asked), counted=asked.include_usage)
         return await self._answer(request, asked, answer, prompts, shape)
-
-    async def _shown(
-        self, asked: ChatRequest, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
-    ) -> Shown[list[int]]:
-        """Token ids of a conversation, and what of it was left out."""
-        context = self.model.plan.request.context
-        room = answer_room(context, asked.most_tokens or self.limits.max_tokens or context)
-
-        def encode(shown: Sequence[Mapping[str, Any]]) -> list[int]:
-            return encode_prompt(self.model.tokenizer, shown, tools=tools, variables=asked.template_variables)
-
-        def make() -> Shown[list[int]]:
-            if asked.truncation == "auto":
-                return shorten(messages, encode, lambda ids: len(ids) + room <= context)
-            return Shown(encode(messages), 0, 0)
-
-        return await self._beside(make, sum(len(message["content"]) for message in messages))
-
-    async def _encoded(self, prompt: str | list[int]) -> list[int]:
-        """Token ids of a text to be continued."""
-        return await self._beside(
-            lambda: encode_prompt(self.model.tokenizer, prompt, template=False),
-            len(prompt) if isinstance(prompt, str) else 0,
-        )
-
-    async def _echoed(self, prompt: list[int]) -> Echo:
-        return await self._beside(lambda: Echo.of(self.model.tokenizer, prompt), len(prompt))
-
-    async def _beside(self, make: Callable[[], T], characters: int) -> T:
-        """Make a prompt beside the event loop: a megabyte takes a second, in which short ones pass by."""
-        async with self._encoding[characters > LONG_PROMPT]:
-            try:
-                return await asyncio.to_thread(make)
-            except MoeLocalError:
-                raise
-            except Exception as error:  # of a template or a tokenizer that was given what it never expected
-                raise OptionError(
-                    f"no prompt can be made of this: {type(error).__name__}: {error}"
-                ) from error
 
     def _names(self, asked: Sampling) -> TokenNames | None:
         """For log probabilities, where they are asked for."""
@@ -302,7 +276,10 @@ class Server:
         try:
             for chunk in shape.opening():
                 yield _event(chunk)
-            async for choice, pieces, event in answer.events():
+            async for choice, pieces, event in answer.events(SILENCE_SECONDS):
+                if event is None:
+                    for chunk in shape.waiting():
+                        yield _event(chunk)
                 for piece in pieces:
                     for chunk in shape.delta(choice, piece):
                         yield _event(chunk)
@@ -331,17 +308,6 @@ class Server:
 
     async def _failed(self, request: Request, error: Any) -> JSONResponse:
         return await refusals.failed(request, self._failure(error))
-
-    def _check_tools(self, tools: list[dict[str, Any]]) -> None:
-        """Raises OptionError where the model would never hear of them."""
-        try:
-            template = self.model.tokenizer.get_chat_template(None, tools)
-        except ValueError:  # there is none, and so no conversation, which is what encoding it will say
-            return
-        if "tools" not in template:
-            raise OptionError(
-                f"{self.name} knows no tools: its chat template has no place for them; leave them out"
-            )
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, "", self.name):

@@ -86,7 +86,8 @@ class Connection(H11Protocol):
     def refuse(self, status: int, message: str) -> None:
         """An error from outside the application, if none of an answer has been sent yet; then the end."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            headers, body = raw(status, message, "invalid_request_error")
+            path = self.scope["path"] if self.scope else ""
+            headers, body = raw(status, message, "invalid_request_error", path)
             events = (
                 h11.Response(status_code=status, headers=headers, reason=b""),
                 h11.Data(data=body),
@@ -127,4 +128,4 @@ class Connection(H11Protocol):
 
 
 async def _no_room(scope: Any, receive: Callable[..., Any], send: Callable[..., Any]) -> None:
-    await send_raw(send, 503, "there are too many connections; try again later", "server_error")
+    await send_raw(scope, send, 503, "there are too many connections; try again later", "server_error")

@@ -52,7 +52,7 @@ class Guard:
         headers = dict(scope["headers"])
         refusal = self._refusal(scope, headers)
         if refusal is not None:
-            await send_raw(send, *refusal)
+            await send_raw(scope, send, *refusal)
             return
         seen = 0
 
@@ -87,7 +87,7 @@ class Guard:
         if self._key is not None and scope["path"] not in OPEN_PATHS and not self._has_key(headers):
             return (
                 401,
-                "the API key is missing or wrong; send Authorization: Bearer KEY",
+                "the API key is missing or wrong; send Authorization: Bearer KEY, or X-Api-Key: KEY",
                 "authentication_error",
             )
         length = headers.get(b"content-length", b"0")
@@ -107,10 +107,11 @@ class Guard:
         return None
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        given = (token if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b""))
         assert self._key is not None
         # in a time that does not depend on how much of it is right
-        return hmac.compare_digest(given.strip(), self._key) and scheme.lower() == b"bearer"
+        return any(hmac.compare_digest(one.strip(), self._key) for one in given)
 
 
 def _name(headers: dict[bytes, bytes]) -> str:

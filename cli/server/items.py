@@ -47,12 +47,12 @@ def _add(messages: list[dict[str, Any]], system: list[str], where: str, item: It
             if thought:
                 _said(messages, "reasoning_content", "content", "tool_calls")["reasoning_content"] = thought
         case "function_call":
-            name = shown_name(_string(where, item, "name"), item.get("namespace"))
-            function = {"name": name, "arguments": _string(where, item, "arguments")}
-            call = {"id": _string(where, item, "call_id"), "type": "function", "function": function}
+            name = shown_name(string_of(where, item, "name"), item.get("namespace"))
+            function = {"name": name, "arguments": string_of(where, item, "arguments")}
+            call = {"id": string_of(where, item, "call_id"), "type": "function", "function": function}
             _said(messages).setdefault("tool_calls", []).append(call)
         case "function_call_output":
-            name, output = _string(where, item, "call_id"), _text(f"{where}.output", item.get("output"))
+            name, output = string_of(where, item, "call_id"), _text(f"{where}.output", item.get("output"))
             messages.append({"role": "tool", "tool_call_id": name, "content": output})
         case "item_reference":
             raise OptionError(f"{where} refers to an item; give the item itself, or previous_response_id")
@@ -100,7 +100,8 @@ def _spoken(part: Any) -> Any:
     return {**part, "text": part.get("refusal")} if refused else part
 
 
-def _string(where: str, item: Item, name: str) -> str:
+def string_of(where: str, item: Item, name: str) -> str:
+    """A text that an item must have. Raises OptionError."""
     value = item.get(name)
     if not isinstance(value, str):
         raise OptionError(f"{where} has no {name}; give one, as text")

@@ -22,26 +22,7 @@ COMPLETION_TOKENS = 16
 seldom comes to an end by itself: without a limit it would run until the context is full."""
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    include_usage: bool = False
-    include_obfuscation: bool | None = None
-
-
-class Ignored(BaseModel):
-    """What clients may send for OpenAI's own bookkeeping."""
-
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
-
-
-class Drawing(Ignored):
+class Drawing(BaseModel):
     """How an answer is drawn, which all kinds of request have in common."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -53,9 +34,7 @@ class Drawing(Ignored):
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
@@ -66,7 +45,7 @@ class Drawing(Ignored):
         """null means: as if it were not there."""
         return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
-    @field_validator("stop")
+    @field_validator("stop", "stop_sequences", check_fields=False)
     @classmethod
     def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
         strings = [stop] if isinstance(stop, str) else stop or []
@@ -103,7 +82,28 @@ class Drawing(Ignored):
         return value
 
 
-class Sampling(Drawing):
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class OpenAIRequest(Drawing):
+    """What OpenAI's kinds of request have in common beside that; the rest is for OpenAI's own bookkeeping."""
+
+    stop: str | list[str] | None = None
+    stream_options: StreamOptions | None = None
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+
+
+class Sampling(OpenAIRequest):
     """What both kinds of completion have in common."""
 
     max_tokens: int | None = None
@@ -214,7 +214,7 @@ class ChatRequest(Sampling):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    """Calls may come one by one or several at a time, as the model likes."""
+    """False: the answer ends with its first call."""
     logprobs: bool | None = None
     top_logprobs: int | None = None
     response_format: dict[str, Any] | None = None

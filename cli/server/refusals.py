@@ -11,7 +11,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from moe_local.cli.server.failures import Failure, error_body
+from moe_local.cli.server.failures import MESSAGES, Failure
+from moe_local.cli.server.message_request import CountRequest, MessageRequest
 from moe_local.cli.server.protocol import ChatRequest, CompletionRequest, StreamOptions
 from moe_local.cli.server.response_request import ResponseRequest, TextOptions
 
@@ -19,6 +20,8 @@ REQUESTS: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
     "/v1/responses": ResponseRequest,
+    MESSAGES: MessageRequest,
+    f"{MESSAGES}/count_tokens": CountRequest,
 }
 PARTS: tuple[type[BaseModel], ...] = (StreamOptions, TextOptions)
 FIELDS = {name for kind in (*REQUESTS.values(), *PARTS) for name in kind.model_fields}
@@ -32,22 +35,38 @@ def add_to(app: FastAPI) -> None:
 
 
 async def failed(request: Request, error: Any) -> JSONResponse:
-    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+    body = error.body(request.url.path)
+    return JSONResponse(body, status_code=error.status, headers=error.headers)
+
+
+def check_fields(request: Request, given: BaseModel) -> None:
+    """Raises Failure for an unknown field, save for one of a beta: these come and go, and clients of
+    Anthropic's, which say so, need not wait for us."""
+    if given.model_extra and "anthropic-beta" not in request.headers and "beta" not in request.query_params:
+        raise _unknown(request, next(iter(given.model_extra)))
+
+
+def _unknown(request: Request, where: str) -> Failure:
+    near = difflib.get_close_matches(where, REQUESTS[request.url.path].model_fields, 1, cutoff=0.7)
+    message = f"unknown field {where!r}" + (f"; did you mean {near[0]!r}?" if near else "; leave it out")
+    return Failure(400, message, "invalid_request_error", param=where)
 
 
 async def _refused(request: Request, error: Any) -> JSONResponse:
     """What FastAPI refuses by itself: unknown paths and methods, bodies that are too long."""
     message = f"{request.method} {request.url.path}: {error.detail}"
     if error.status_code == 404:
-        message += f"; there are {', '.join(REQUESTS)} and /v1/models: base URLs end in /v1"
-    body = error_body(message, "invalid_request_error")
+        message += (
+            f"; there are {', '.join(REQUESTS)} and /v1/models: base URLs end in /v1, Anthropic's before it"
+        )
+    body = Failure(error.status_code, message, "invalid_request_error").body(request.url.path)
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
 
 async def _broken(request: Request, error: Any) -> JSONResponse:
     """An error of ours; uvicorn logs it."""
-    body = error_body(f"the server failed: {type(error).__name__}; its log says more", "server_error")
-    return JSONResponse(body, status_code=500)
+    message = f"the server failed: {type(error).__name__}; its log says more"
+    return await failed(request, Failure(500, message, "server_error"))
 
 
 async def _not_understood(request: Request, error: Any) -> JSONResponse:
@@ -59,12 +78,9 @@ async def _not_understood(request: Request, error: Any) -> JSONResponse:
     where = ".".join(
         part for part in first["loc"][1:] if isinstance(part, str) and (unknown or part in FIELDS)
     )
+    if unknown:
+        return await failed(request, _unknown(request, where))
     message = f"{where or 'body'}: {first['msg']}"
     if first["type"] == "value_error":  # raised by us
         message = str(first["ctx"]["error"])
-    if unknown:
-        mine = REQUESTS[request.url.path].model_fields
-        near = difflib.get_close_matches(where, mine, 1, cutoff=0.7)
-        message = f"unknown field {where!r}" + (f"; did you mean {near[0]!r}?" if near else "; leave it out")
-    body = error_body(message, "invalid_request_error", param=where or None)
-    return JSONResponse(body, status_code=400)
+    return await failed(request, Failure(400, message, "invalid_request_error", param=where or None))

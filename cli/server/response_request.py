@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from moe_local.cache.errors import OptionError
 from moe_local.cli.server.items import Item, as_items, as_messages, shown_name
-from moe_local.cli.server.protocol import ChatRequest, Drawing
+from moe_local.cli.server.protocol import ChatRequest, OpenAIRequest
 
 LOGPROBS = "message.output_text.logprobs"
 THOUGHTS = "reasoning.encrypted_content"
@@ -41,7 +41,7 @@ class TextOptions(BaseModel):
     verbosity: str | None = None
 
 
-class ResponseRequest(Drawing):
+class ResponseRequest(OpenAIRequest):
     """`POST /v1/responses`: the items of a conversation, or what is new in one that is kept here."""
 
     input: str | list[Any]
@@ -51,7 +51,7 @@ class ResponseRequest(Drawing):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] = "auto"
     parallel_tool_calls: bool = True
-    """Calls may come one by one or several at a time, as the model likes."""
+    """False: the answer ends with its first call."""
     max_output_tokens: int | None = None
     include: list[str] = Field(default_factory=list)
     top_logprobs: int = 0
@@ -174,11 +174,12 @@ class ResponseRequest(Drawing):
         if isinstance(choice, dict):
             choice = {"type": "function", "function": {"name": choice.get("name")}}
         return ChatRequest.model_construct(
-            **{name: getattr(self, name) for name in Drawing.model_fields},
+            **{name: getattr(self, name) for name in OpenAIRequest.model_fields},
             messages=as_messages([*earlier, *self.items], self.instructions),
             max_tokens=self.max_output_tokens,
             tools=[{"type": "function", "function": function} for function in functions] or None,
             tool_choice=choice,
+            parallel_tool_calls=self.parallel_tool_calls,
             logprobs=LOGPROBS in self.include,
             top_logprobs=self.top_logprobs,
             response_format=self._response_format(),

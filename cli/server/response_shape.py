@@ -10,6 +10,7 @@ from moe_local.cli.answer_parser import Piece
 from moe_local.cli.server.answers import Answer, Choice
 from moe_local.cli.server.failures import Failure
 from moe_local.cli.server.logprobs import TokenNames
+from moe_local.cli.server.parted_shape import PartedShape
 from moe_local.cli.server.text import call_id
 
 Event = dict[str, Any]
@@ -17,14 +18,10 @@ PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
 PARTS = {"message": "output_text", "reasoning": "reasoning_text"}
 
 
-class ResponseShape:
-    """Writes the items of a response's output one after the other: each is opened, grows, and is closed.
+class ResponseShape(PartedShape):
+    """Its parts are the items of a response's output."""
 
-    The whole response is made by the same events, which then nobody is sent. White space is held back until a
-    text follows, since otherwise the line break between two calls would be a message.
-    """
-
-    end = None
+    thought, text = "reasoning", "message"
 
     def __init__(
         self,
@@ -37,69 +34,53 @@ class ResponseShape:
         """`answer`: with one choice. `settings`: what the response repeats of its request. `spaced`:
         namespace and name of functions, by what the model calls them. `names`: for log probabilities; None:
         none are wanted. `keep` is given the response when it is whole."""
-        self._answer = answer
+        super().__init__(answer)
         self._settings = settings
         self._spaced = spaced
         self._names = names
         self._keep = keep
         self._status = "in_progress"
         self._error: dict[str, Any] | None = None
-        self._output: list[dict[str, Any]] = []
-        self._text: list[str] = []
-        """Of the item that is open..."""
         self._logprobs: list[dict[str, Any]] = []
-        """...and its log probabilities."""
-        self._blank = ""
+        """Of the message that is open..."""
+        self._fresh: list[dict[str, Any]] = []
+        """...and of text that is none of it yet."""
         self._taken = 0
         """Log probabilities so far, those of thoughts included."""
         self._sent = 0
         """Events so far."""
 
-    def whole(self) -> dict[str, Any]:
-        for choice in self._answer.choices:
-            _exhaust(self.closing(choice))
-        _exhaust(self.ending())
-        return self._response()
-
-    def keep(self, choice: Choice, piece: Piece) -> None:
-        _exhaust(self.delta(choice, piece))
-
     def opening(self) -> Iterator[Event]:
-        yield self._event("created", response=self._response())
-        yield self._event("in_progress", response=self._response())
+        yield self._event("created", response=self._written())
+        yield self._event("in_progress", response=self._written())
+
+    def waiting(self) -> Iterator[Event]:
+        yield from ()
 
     def delta(self, choice: Choice, piece: Piece) -> Iterator[Event]:
-        logprobs = self._scored(choice)
-        if piece.call is not None:
-            self._blank = ""
-            yield from self._call(piece.call)
-        elif piece.reasoning:
-            yield from self._add("reasoning", piece.reasoning, [])
-        elif self._open("message") or (self._blank + piece.content).strip():
-            yield from self._add("message", self._blank + piece.content, logprobs)
-            self._blank = ""
-        else:
-            self._blank += piece.content
+        self._fresh += self._scored(choice)
+        if piece.call is not None or piece.reasoning:
+            self._fresh = []
+        yield from super().delta(choice, piece)
 
     def closing(self, choice: Choice) -> Iterator[Event]:
-        if not self._output:
-            yield from self._add("message", self._blank, [])
         self._status = "incomplete" if choice.reason() == "length" else "completed"
-        yield from self._close(self._status)
+        yield from super().closing(choice)
 
     def ending(self) -> Iterator[Event]:
-        response = self._response()
+        response = self._written()
         self._keep(response)
         yield self._event(self._status, response=response)
 
     def failed(self, failure: Failure) -> Event:
         code = "rate_limit_exceeded" if failure.status == 429 else "server_error"
         self._status, self._error = "failed", {"code": code, "message": str(failure)}
-        return self._event("failed", response=self._response())
+        return self._event("failed", response=self._written())
 
-    def _response(self) -> dict[str, Any]:
+    def _written(self) -> dict[str, Any]:
         answer = self._answer
         cut = {"reason": "max_output_tokens"} if self._status == "incomplete" else None
+        ended = self._status != "in_progress"
         return {
             "id": answer.id,
             "object": "response",
@@ -108,8 +89,8 @@ class ResponseShape:
             "error": self._error,
             "incomplete_details": cut,
             "model": answer.model,
-            "output": list(self._output),
-            "usage": None if self._status == "in_progress" else self._usage(),
+            "output": list(self._parts),
+            "usage": self._usage() if ended else None,
             **self._settings,
         }
 
@@ -125,61 +106,52 @@ class ResponseShape:
             "total_tokens": counted["total_tokens"],
         }
 
-    # Items. An item is open as long as it is the last one, and in progress.
+    # Items
 
-    def _open(self, kind: str) -> bool:
-        last = self._output[-1] if self._output else {}
-        return last.get("type") == kind and last["status"] == "in_progress"
+    def _begin(self, kind: str) -> Iterator[Event]:
+        fields: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
+        yield self._added(kind, content=[], **fields)
+        yield self._part_event("content_part.added", part=self._part(kind, ""))
 
-    def _begin(self, kind: str, **fields: Any) -> Iterator[Event]:
-        yield from self._close("completed")
-        name = f"{PREFIXES[kind]}_{uuid.uuid4().hex[:24]}"
-        self._output.append({"id": name, "type": kind, "status": "in_progress", **fields})
-        yield self._event("output_item.added", output_index=len(self._output) - 1, item={**self._output[-1]})
+    def _grow(self, kind: str, text: str) -> Iterator[Event]:
+        scores = {}
+        if kind == "message":
+            self._logprobs += self._fresh
+            scores, self._fresh = {"logprobs": self._fresh}, []
+        yield self._part_event(f"{PARTS[kind]}.delta", delta=text, **scores)
 
-    def _add(self, kind: str, text: str, logprobs: list[dict[str, Any]]) -> Iterator[Event]:
-        if not self._open(kind):
-            fields: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
-            yield from self._begin(kind, content=[], **fields)
-            yield self._part_event("content_part.added", part=self._part())
-        if text:
-            self._text.append(text)
-            self._logprobs += logprobs
-            scores = {"logprobs": logprobs} if kind == "message" else {}
-            yield self._part_event(f"{PARTS[kind]}.delta", delta=text, **scores)
+    def _end(self, kind: str, text: str) -> Iterator[Event]:
+        part = self._part(kind, text)
+        scores = {"logprobs": part["logprobs"]} if "logprobs" in part else {}
+        yield self._part_event(f"{part['type']}.done", text=text, **scores)
+        yield self._part_event("content_part.done", part=part)
+        self._parts[-1]["content"] = [part]
+        self._logprobs = []
+        yield self._done("incomplete" if self._status == "incomplete" else "completed")
 
-    def _call(self, call: Mapping[str, Any]) -> Iterator[Event]:
-        """A call, which the parser gives whole."""
+    def _call(self, call: dict[str, Any]) -> Iterator[Event]:
         namespace, name = self._spaced.get(call["name"], (None, call["name"]))
         space = {"namespace": namespace} if namespace else {}
-        yield from self._begin("function_call", call_id=call_id(), name=name, arguments="", **space)
-        item = self._output[-1]
+        yield self._added("function_call", call_id=call_id(), name=name, arguments="", **space)
+        item = self._parts[-1]
         item["arguments"] = call["arguments"]
-        where = {"item_id": item["id"], "output_index": len(self._output) - 1}
+        where = {"item_id": item["id"], "output_index": len(self._parts) - 1}
         yield self._event("function_call_arguments.delta", **where, delta=call["arguments"])
         done = {"name": name, "arguments": call["arguments"]}
         yield self._event("function_call_arguments.done", **where, **done)
-        yield from self._close("completed")
+        yield self._done("completed")
 
-    def _close(self, status: str) -> Iterator[Event]:
-        """Ends the item that is open, if one is."""
-        item = self._output[-1] if self._output else {}
-        if item.get("status") != "in_progress":
-            return
-        if item["type"] != "function_call":
-            part = self._part()
-            scores = {"logprobs": part["logprobs"]} if "logprobs" in part else {}
-            yield self._part_event(f"{part['type']}.done", text=part["text"], **scores)
-            yield self._part_event("content_part.done", part=part)
-            item["content"] = [part]
-            self._text, self._logprobs = [], []
-        item["status"] = status
-        yield self._event("output_item.done", output_index=len(self._output) - 1, item={**item})
+    def _added(self, kind: str, **fields: Any) -> Event:
+        name = f"{PREFIXES[kind]}_{uuid.uuid4().hex[:24]}"
+        self._parts.append({"id": name, "type": kind, "status": "in_progress", **fields})
+        return self._item_event("added")
 
-    def _part(self) -> dict[str, Any]:
-        """The text of the item that is open, so far."""
-        text = "".join(self._text)
-        kind = self._output[-1]["type"]
+    def _done(self, status: str) -> Event:
+        self._parts[-1]["status"] = status
+        return self._item_event("done")
+
+    def _part(self, kind: str, text: str) -> dict[str, Any]:
+        """What an item has as its content."""
         scores = {"annotations": [], "logprobs": self._logprobs} if kind == "message" else {}
         return {"type": PARTS[kind], "text": text, **scores}
 
@@ -195,15 +167,14 @@ class ResponseShape:
 
     # Events
 
+    def _item_event(self, kind: str) -> Event:
+        where = len(self._parts) - 1
+        return self._event(f"output_item.{kind}", output_index=where, item={**self._parts[-1]})
+
     def _part_event(self, kind: str, **fields: Any) -> Event:
-        where = {"output_index": len(self._output) - 1, "content_index": 0}
-        return self._event(kind, item_id=self._output[-1]["id"], **where, **fields)
+        where = {"output_index": len(self._parts) - 1, "content_index": 0}
+        return self._event(kind, item_id=self._parts[-1]["id"], **where, **fields)
 
     def _event(self, kind: str, **fields: Any) -> Event:
         self._sent += 1
         return {"type": f"response.{kind}", "sequence_number": self._sent - 1, **fields}
-
-
-def _exhaust(events: Iterator[Event]) -> None:
-    for _ in events:
-        pass

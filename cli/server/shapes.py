@@ -27,6 +27,9 @@ class Shape(Protocol):
     def opening(self) -> Iterator[dict[str, Any]]:
         """Chunks before the first token."""
 
+    def waiting(self) -> Iterator[dict[str, Any]]:
+        """Signs of life, when nothing has come for a while."""
+
     def delta(self, choice: Choice, piece: Piece) -> Iterator[dict[str, Any]]:
         """The chunks of one piece."""
 
@@ -56,13 +59,16 @@ class CompletionShape:
     def keep(self, choice: Choice, piece: Piece) -> None:
         choice.keep(piece)
 
+    def waiting(self) -> Iterator[dict[str, Any]]:
+        yield from ()
+
     def ending(self) -> Iterator[dict[str, Any]]:
         if self._counted:
             head = _head(self._answer, self.kind)
             yield {**head, "choices": [], "usage": self._answer.usage()}
 
     def failed(self, failure: Failure) -> dict[str, Any]:
-        return failure.body
+        return failure.body()
 
     def _chunk(self, part: dict[str, Any]) -> dict[str, Any]:
         usage = {"usage": None} if self._counted else {}  # so in all chunks before the one that counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from operator import itemgetter
 
 from moe_local.cli.answer_parser import overlap
 
@@ -14,16 +15,22 @@ class StopFilter:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self.stopped = False
+        self.stop: str | None = None
+        """The one that has come."""
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop is not None
 
     def add(self, text: str) -> str:
         """What of the text so far can be shown and has not been."""
         if self.stopped:
             return ""
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            shown, self._held, self.stopped = self._held[: min(found)], "", True
+            at, self.stop = min(found, key=itemgetter(0))
+            shown, self._held = self._held[:at], ""
             return shown
         keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

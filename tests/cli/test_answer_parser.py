@@ -81,6 +81,16 @@ def test_without_tools_a_call_is_text_and_plain_knows_no_marks() -> None:
         assert joined([*parser.add(text), *parser.flush()]) == [Piece(content=text)]
 
 
+@given(places=st.lists(st.integers(0, 200), max_size=12))
+def test_nothing_follows_the_only_call(places: list[int]) -> None:
+    parser = AnswerParser(tools=True, one_call=True)
+    text = f"<tool_call>none</tool_call>{CALL}\n{CALL} And?"
+    pieces = [piece for part in cut(text, places) for piece in parser.add(part)]
+    expected = [Piece(content="<tool_call>none</tool_call>"), Piece(call=parse_call(CALL[11:-12]))]
+    assert joined([*pieces, *parser.flush()]) == expected
+    assert parser.done
+
+
 def test_content_comes_at_once() -> None:
     parser = AnswerParser(tools=True)
     assert list(parser.add("Hel")) == [Piece(content="Hel")]

@@ -237,6 +237,12 @@ def test_thoughts_have_no_log_probabilities(serving: Any, scripted: Any) -> None
             assert [-entry["logprob"] for entry in logprobs] == list(range(first, end))
 
 
+def test_white_space_before_a_text_has_log_probabilities(serving: Any, scripted: Any) -> None:
+    with serving(scripted("\n \nYes.", size=1)) as server:
+        (item,) = ask(server, input="x", include=["message.output_text.logprobs"])["output"]
+        assert [-entry["logprob"] for entry in item["content"][0]["logprobs"]] == list(range(7))
+
+
 def test_going_on_from_a_response(client: openai.OpenAI, server: Any) -> None:
     sampling: dict[str, Any] = {"model": "demo", "max_output_tokens": 12, "temperature": 0}
     first = client.responses.create(input="Tell me about misses.", **sampling)

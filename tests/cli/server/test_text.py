@@ -24,6 +24,7 @@ def test_stop_strings(text: str, stops: list[str], places: list[int]) -> None:
     if not stop_filter.stopped:
         shown += stop_filter.flush()
     assert stop_filter.stopped == any(stop in text for stop in stops)
+    assert stop_filter.stop is None or text[len(shown) :].startswith(stop_filter.stop)
     assert text.startswith(shown)
     if not stop_filter.stopped:
         assert shown == text

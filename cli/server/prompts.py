@@ -1,0 +1,86 @@
+"""From what requests hold to the token ids of their prompts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import moe_local
+from moe_local.cache.errors import MoeLocalError, OptionError
+from moe_local.cli.exchanges import Shown, answer_room, shorten
+from moe_local.cli.server.logprobs import Echo
+from moe_local.cli.server.protocol import ChatRequest
+from moe_local.offload.engine.text import encode_prompt
+
+LONG_PROMPT = 1 << 16
+"""Characters of a prompt that others need not wait for."""
+T = TypeVar("T")
+
+
+class Prompts:
+    """Makes prompts beside the event loop: a megabyte takes a second, in which short ones pass by.
+
+    Each method raises OptionError for what no prompt can be made of.
+    """
+
+    def __init__(self, model: moe_local.Model, most_tokens: int | None) -> None:
+        """`most_tokens`: of an answer that asks for no number; None: what the context holds."""
+        self._model = model
+        self._most_tokens = most_tokens
+        self._encoding = {False: asyncio.Lock(), True: asyncio.Lock()}
+        """By whether the prompt is a long one."""
+
+    async def conversation(self, asked: ChatRequest) -> Shown[list[int]]:
+        """Token ids of a conversation, and what of it was left out."""
+        tools, messages = asked.offered_tools, asked.conversation()
+        if tools is not None:
+            self._check_tools(tools)
+        if form := asked.form:
+            await self._beside(lambda: self._model.check_form(form), 0)
+        context = self._model.plan.request.context
+        room = answer_room(context, asked.most_tokens or self._most_tokens or context)
+
+        def encode(shown: Sequence[Mapping[str, Any]]) -> list[int]:
+            return encode_prompt(
+                self._model.tokenizer, shown, tools=tools, variables=asked.template_variables
+            )
+
+        def make() -> Shown[list[int]]:
+            if asked.truncation == "auto":
+                return shorten(messages, encode, lambda ids: len(ids) + room <= context)
+            return Shown(encode(messages), 0, 0)
+
+        return await self._beside(make, sum(len(message["content"]) for message in messages))
+
+    async def text(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of a text to be continued."""
+        return await self._beside(
+            lambda: encode_prompt(self._model.tokenizer, prompt, template=False),
+            len(prompt) if isinstance(prompt, str) else 0,
+        )
+
+    async def echo(self, prompt: list[int]) -> Echo:
+        return await self._beside(lambda: Echo.of(self._model.tokenizer, prompt), len(prompt))
+
+    async def _beside(self, make: Callable[[], T], characters: int) -> T:
+        async with self._encoding[characters > LONG_PROMPT]:
+            try:
+                return await asyncio.to_thread(make)
+            except MoeLocalError:
+                raise
+            except Exception as error:  # of a template or a tokenizer that was given what it never expected
+                raise OptionError(
+                    f"no prompt can be made of this: {type(error).__name__}: {error}"
+                ) from error
+
+    def _check_tools(self, tools: list[dict[str, Any]]) -> None:
+        """Raises OptionError where the model would never hear of them."""
+        try:
+            template = self._model.tokenizer.get_chat_template(None, tools)
+        except ValueError:  # there is none, and so no conversation, which is what encoding it will say
+            return
+        if "tools" not in template:
+            raise OptionError(
+                f"{self._model.name} knows no tools: its chat template has no place for them; leave them out"
+            )
