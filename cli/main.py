@@ -63,8 +63,7 @@ COMMANDS = {
     "run": ("run:run", "Answer PROMPT with MODEL and exit."),
     "serve": (
         "serve:serve",
-        "Serve MODEL to OpenAI and Anthropic clients: /v1/chat/completions, completions, responses, "
-        "messages, models; /health, /metrics.",
+        "Serve MODEL to clients of OpenAI and Anthropic: chat completions, completions, responses and messages.",
     ),
     "show": (
         "show:show",
