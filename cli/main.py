@@ -63,7 +63,7 @@ COMMANDS = {
     "run": ("run:run", "Answer PROMPT with MODEL and exit."),
     "serve": (
         "serve:serve",
-        "Serve MODEL to clients of OpenAI and Anthropic: chat completions, completions, responses and messages.",
+        "Serve MODEL to OpenAI and Anthropic clients: chat completions, completions, responses, messages.",
     ),
     "show": (
         "show:show",

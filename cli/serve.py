@@ -88,7 +88,7 @@ def serve(
     cors: tuple[str, ...],
     options: dict[str, Any],
 ) -> None:
-    """Serve MODEL to clients of OpenAI and Anthropic: chat completions, completions, responses and messages.
+    """Serve MODEL to OpenAI and Anthropic clients: chat completions, completions, responses, messages.
 
     Requests are answered --parallel at a time, stepped together, so that an expert is fetched once for all.
     The page at / is a chat beside a live map of the expert cache; /v1/cache has its figures, /metrics those
