@@ -1,4 +1,4 @@
-"""`python -m moe_local.cli`, for where the moe-local command is not on the path."""
+"""`python -m moe_local.cli`, for environments in which the moe-local command is not on the path."""
 
 from moe_local.cli.entry import main
 

@@ -1,4 +1,4 @@
-"""An answer on the screen: Markdown where the terminal can, plain text where it cannot, thoughts apart."""
+"""Showing an answer: as Markdown if the terminal supports it, else as plain text; thoughts set apart."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
-    """Without escape sequences and control characters other than line breaks and tabs.
+    """Remove escape sequences, and control characters other than line breaks and tabs.
 
-    An answer must not drive the terminal.
+    An answer must not be able to control the terminal.
     """
     return _CONTROL.sub("", text)
 
@@ -38,10 +38,10 @@ def is_rich() -> bool:
 
 @contextmanager
 def unheard_keys() -> Iterator[None]:
-    """What is typed meanwhile, a Ctrl-C included, is not shown: it would stand in the answer, and move the
-    cursor away from what is drawn anew. It waits for the next prompt.
+    """Turn off the terminal's echo, so that typed characters (and the ^C of a Ctrl-C) do not appear in the
+    answer or move the cursor away from what is redrawn. What is typed is kept for the next prompt.
 
-    A shell sets its terminal right itself after a process that was stopped or killed.
+    If the process is stopped or killed, the shell restores the terminal itself.
     """
     if termios is None or not sys.stdin.isatty():
         yield
@@ -53,15 +53,15 @@ def unheard_keys() -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(termios.error):  # the terminal is gone
+        with suppress(termios.error):  # the terminal may be gone
             termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 class AnswerView:
-    """Where an answer's pieces go; a context manager, whose end leaves the cursor on a line of its own.
+    """Shows the pieces of an answer; a context manager that leaves the cursor at the start of a line.
 
-    On a terminal, thoughts are dim and above the answer. Elsewhere the answer alone is on stdout, as the
-    model wrote it, and thoughts are on stderr.
+    On a terminal, thoughts are dim and above the answer. Otherwise only the answer goes to stdout, exactly as
+    the model wrote it, and thoughts go to stderr.
     """
 
     def __init__(self, *, markdown: bool = True) -> None:
@@ -70,7 +70,7 @@ class AnswerView:
         self._stack = ExitStack()
         self._thinking = False
         self._ends_line = True
-        """Whether what was printed last, thoughts aside, ended its line; nothing needs no end."""
+        """False once some of the answer was printed as plain text, which then needs a final line break."""
 
     def thought(self, text: str) -> None:
         """The next piece of what the model thinks before it answers."""

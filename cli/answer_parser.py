@@ -1,4 +1,4 @@
-"""Answers as they come, cut into what is shown apart: content, reasoning, tool calls."""
+"""Splitting a streamed answer into content, reasoning and tool calls."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from moe_local.cache.files import parse_json
 from moe_local.offload.thoughts import CLOSE_THOUGHT, OPEN_THOUGHT
 
 OPEN_CALL, CLOSE_CALL = "<tool_call>", "</tool_call>"
-"""As templates of Qwen, DeepSeek, GLM and many others have them; what a model marks otherwise is content."""
+"""As in the templates of Qwen, DeepSeek, GLM and many others. Calls that are marked in another way count as
+content."""
 
 
 def overlap(text: str, mark: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `mark`."""
+    """How many characters at the end of `text` may be the beginning of `mark`; less than all of it."""
     for length in range(min(len(text), len(mark) - 1), 0, -1):
         if text.endswith(mark[:length]):
             return length
@@ -41,17 +42,18 @@ class _Mode(Enum):
 
 
 class AnswerParser:
-    """Tells reasoning and tool calls from content, while the text arrives in pieces.
+    """Separates reasoning and tool calls from content, while the text arrives in pieces.
 
-    An unfinished mark is held back until it is one or is none; a call, until it is whole. What looks like a
-    call and is not well-formed is content. Thoughts are looked for at the start only.
+    Text that may be the beginning of a mark is held back until that is decided, and a call until it is
+    complete. A call that is not well-formed counts as content. Thoughts are recognized only at the start.
     """
 
     def __init__(
         self, *, thinking: bool = False, tools: bool = False, one_call: bool = False, plain: bool = False
     ) -> None:
-        """`thinking`: the prompt has opened a thought. `tools`: calls are looked for. `one_call`: nothing
-        follows the first. `plain`: no marks."""
+        """`thinking`: the prompt has opened a thought. `tools`: whether to look for calls. `one_call`: whether
+        all text after the first call is dropped. `plain`: all text is content, whatever marks it contains
+        (except calls, with `tools`)."""
         self._mode = _Mode.CONTENT if plain else _Mode.THOUGHT if thinking else _Mode.START
         self._tools = tools
         self._one_call = one_call
@@ -59,7 +61,7 @@ class AnswerParser:
 
     @property
     def thinking(self) -> bool:
-        """Whether nothing but a thought and the line breaks behind it has come."""
+        """Whether so far only a thought, and perhaps line breaks after it, has arrived."""
         return self._mode in (_Mode.THOUGHT, _Mode.AFTER)
 
     @property
@@ -75,7 +77,7 @@ class AnswerParser:
             yield from self._advance()
 
     def flush(self) -> Iterator[Piece]:
-        """What was held back, now that nothing follows."""
+        """The text that was held back, once the answer has ended."""
         held, self._held = self._held, ""
         if self._mode is _Mode.CALL:
             held = OPEN_CALL + held
@@ -115,7 +117,7 @@ class AnswerParser:
                 self._held = ""
 
     def _until(self, mark: str) -> tuple[str, bool]:
-        """The text before the mark, and whether that has come. Keeps what may be the mark's beginning."""
+        """The text before the mark, and whether the mark was found. Holds back what may be its beginning."""
         text, found, rest = self._held.partition(mark)
         if found:
             self._held = rest
@@ -130,7 +132,7 @@ class AnswerParser:
 
 
 def parse_call(text: str) -> dict[str, Any] | None:
-    """{"name", "arguments"} of a call in JSON; None if it is none."""
+    """{"name", "arguments"} of a call in JSON; None if the text is not a valid call."""
     try:
         call = parse_json(text)
     except ValueError:
@@ -142,6 +144,6 @@ def parse_call(text: str) -> dict[str, Any] | None:
         arguments = json.dumps(arguments, ensure_ascii=False)
     try:
         (call["name"] + arguments).encode()
-    except UnicodeEncodeError:  # half a character, which cannot be sent
+    except UnicodeEncodeError:  # a lone surrogate, which cannot be sent
         return None
     return {"name": call["name"], "arguments": arguments}

@@ -1,4 +1,4 @@
-"""`moe-local bench`: where each millisecond of a token goes, beside what physics allows."""
+"""`moe-local bench`: where each millisecond of a token goes, compared with the hardware's lower bound."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def bench(model: str | None, request: Request, as_json: bool, options: dict[str,
 
 @dataclass(slots=True)
 class _Measurement:
-    """What is asked of a model, and what has to be said about it."""
+    """One run of the command: what to measure, and the notes that go with the figures."""
 
     request: Request
     chosen: list[Workload]
@@ -92,10 +92,11 @@ class _Measurement:
     bandwidths: Bandwidths | None = None
     notes: list[str] = field(default_factory=list)
     recorded: Routes | None = None
-    """What the routers chose, if that was to be recorded."""
+    """The experts that the routers chose, with --record-routes."""
 
     def read(self, path: Path, options: dict[str, Any]) -> Routes:
-        """The recording that is to choose the experts; switches off a prefetch that it makes meaningless."""
+        """Read the recording that is to choose the experts. Switches prefetch off in `options`, since its
+        guesses would be made from unrelated hidden states."""
         from moe_local.cache.routes import read_routes
 
         recording = read_routes(path)
@@ -107,9 +108,9 @@ class _Measurement:
         return recording
 
     def measure_bandwidths(self, device: torch.device) -> None:
-        """Before the model takes the memory, and once more behind the runs, if a full card has room for that.
+        """Measure before the model takes the memory, and again after the runs, unless VRAM is too full then.
 
-        The better one counts: the floor is what the hardware can, not what a busy moment left.
+        The better result counts, since the floor is what the hardware can do, not what a busy moment left.
         """
         from moe_local.offload.measure.document import best
         from moe_local.offload.plan import bandwidth
@@ -120,7 +121,7 @@ class _Measurement:
             self.bandwidths = best(self.bandwidths, measured) if self.bandwidths else measured
 
     def run(self, model: Model, options: LoadOptions, recording: Routes | None) -> dict[str, Any]:
-        """Measure, and say what came of it; returns the document."""
+        """Measure, and print the report; returns the JSON document."""
         from moe_local.cli.bench_report import heading, report
         from moe_local.offload.measure import document as documents
         from moe_local.offload.measure.bench import Bench
@@ -156,7 +157,7 @@ class _Measurement:
         try:
             if not bench.interrupted:
                 self.measure_bandwidths(model.hf.device)
-        except KeyboardInterrupt:  # the figures are there already
+        except KeyboardInterrupt:  # the figures are complete already
             bench.interrupted = True
         said, floor = floor, Floor.of(model.plan, self.bandwidths, top_k)
         if floor.ms_per_token < 0.99 * said.ms_per_token:
@@ -171,7 +172,7 @@ class _Measurement:
         return document
 
     def check_context(self, context: int) -> None:
-        """Raises OptionError for a long prompt that does not fit into so many tokens."""
+        """Raise OptionError if the workload with the long prompt needs more than `context` tokens."""
         longest = self.request.prompt_tokens + self.request.tokens
         if any(workload.name == "long" for workload in self.chosen) and longest > context:
             raise OptionError(
@@ -181,7 +182,7 @@ class _Measurement:
 
 
 def _default_context(model: str | None, synthetic: str | None) -> int:
-    """What the context will be where none is asked for. Raises as `load` for a model that is not known."""
+    """The context length if --context is not given. Raises the same errors as `load` for unknown models."""
     from moe_local.offload.checkpoint.hub import config_of
     from moe_local.offload.checkpoint.spec import model_spec
     from moe_local.offload.measure.synthetic import describe
@@ -192,7 +193,7 @@ def _default_context(model: str | None, synthetic: str | None) -> int:
 
 
 def _load(name: str, options: dict[str, Any], recording: Routes | None, progress: ProgressBar) -> Model:
-    if recording is not None:  # before minutes of downloading and converting
+    if recording is not None:  # fail before minutes of downloading and converting
         from moe_local.offload.checkpoint.hub import config_of
         from moe_local.offload.checkpoint.spec import model_spec
         from moe_local.offload.measure.routing import check_routes
@@ -245,7 +246,7 @@ def _write_files(request: Request, document: dict[str, Any], recorded: Routes | 
 
 @contextmanager
 def _watching(model: Model) -> Iterator[Callable[[Step], None]]:
-    """A picture of cache and stalls on stderr; call it after each step."""
+    """Draws the cache and the stalls on stderr; yields a function to call after each step."""
     from rich.live import Live
 
     with Live(console=on_stderr(), transient=True, auto_refresh=False) as live:

@@ -1,4 +1,4 @@
-"""The flags of `moe-local bench`, beside those of loading a model."""
+"""The flags of `moe-local bench`, in addition to those for loading a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Command = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to measure, and what to do with the figures. The fields are the flags."""
+    """What to measure, and where to write the figures. Each field is the flag of the same name."""
 
     synthetic: str | None
     layers: int | None
@@ -36,7 +36,7 @@ class Request:
     watch: bool
 
     def check(self, model: str | None) -> None:
-        """Raise for what would only fail after minutes."""
+        """Raise errors now that would otherwise appear only after minutes."""
         if (model is None) == (self.synthetic is None):
             raise click.UsageError("give either MODEL or --synthetic NAME")
         if self.layers is not None and self.synthetic is None:
@@ -61,7 +61,7 @@ class Request:
 
 
 def _check_writable(path: Path) -> None:
-    """Raises MoeLocalError for what can be known now of a file to be written after the measurement."""
+    """Raise MoeLocalError if it is clear already that this file cannot be written after the measurement."""
     if path.is_dir():
         raise OptionError(f"{path} is a folder; name a file to write")
     if not path.parent.is_dir():

@@ -1,4 +1,4 @@
-"""What `moe-local bench` says in words: the floor before, tables behind."""
+"""The text output of `moe-local bench`: the floor before the measurement, tables after it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_local.offload.model import Model
 
 
 def heading(model: Model, floor: Floor) -> Iterator[str]:
-    """What is measured, and the least that physics allows."""
+    """What is measured, and the floor: the least time per token that the bandwidths allow."""
     plan, weights, speeds = model.plan, floor.weights, floor.bandwidths
     slots = plan.vram_slots if floor.tier == "vram" else plan.ram_slots
     held, experts = plan.slots_per_layer(slots), plan.request.spec.num_experts

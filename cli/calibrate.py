@@ -1,4 +1,4 @@
-"""`moe-local calibrate`: fit what makes the guesses of prefetch better, and say by how much."""
+"""`moe-local calibrate`: fit corrections to the guesses of prefetch, and report how much they help."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _windows(model: moe_local.Model, text: str | None, tokens: int) -> list[list
 
 
 def _conversations() -> Iterator[list[dict[str, str]]]:
-    """What the demo model is used for, without end."""
+    """An endless sequence of conversations like those that the demo model was trained on."""
     from moe_local.demo.corpus import Corpus
 
     corpus, rng = Corpus(), random.Random(DEMO_SEED)

@@ -79,26 +79,26 @@ class Chat:
         load: Callable[[str], Model],
         ask: Callable[[str], None],
     ) -> None:
-        """`load` makes the model that takes the place of `model`, given its name; `ask` raises before that
-        if it cannot be had or is not wanted."""
-        from moe_local.cli.chat_commands import Commands  # brings torch, which --help has no need of
+        """`load` loads another model by its name, for `switch`; `ask`, called first, raises if that model
+        is not available or the user declines the download."""
+        from moe_local.cli.chat_commands import Commands  # imports torch, which --help does not need
 
         self.model = model
         self.sampling = sampling
         self.turns: list[dict[str, str]] = []
-        """What was said, as the chat template takes it, but for the system prompt."""
+        """The conversation so far as messages for the chat template, without the system prompt."""
         self.asked: str | None = None
-        """The last message, for another answer."""
+        """The user's last message, for `retry`."""
         self.answered = False
-        """Whether the last two turns are that message and an answer."""
+        """Whether the last two turns are the message in `asked` and an answer to it."""
         self.keeps = True
-        """Whether a message is answered with what was said before in mind."""
+        """Whether the model is shown the earlier turns with each message."""
         self.live = False
-        """Whether the cache is shown while an answer comes."""
+        """Whether the cache is shown while an answer is generated."""
         self.markdown = True
-        """Whether a terminal that can shows answers formatted."""
+        """Whether answers are formatted, on a terminal that supports it."""
         self.verbose = True
-        """Whether the figures of an answer are shown below it."""
+        """Whether speed and hit rate are shown below an answer."""
         self.editor: Editor | None = None
         self._load = load
         self._ask = ask
@@ -107,7 +107,7 @@ class Chat:
         self._interactive = False
 
     def run(self) -> None:
-        """Until the input ends or /bye. Raises KeyboardInterrupt for a Ctrl-C away from a terminal."""
+        """Chat until the input ends or /bye. If not on a terminal, Ctrl-C raises KeyboardInterrupt."""
         self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
         if self._interactive:
             if can_edit():
@@ -123,7 +123,7 @@ class Chat:
                 self.answer(message.text)
 
     def do(self, command: str) -> bool:
-        """Do what it says; False if that is to leave. What goes wrong is said, and the chat lives on."""
+        """Run a command; False if it ends the chat. Errors are printed, and the chat continues."""
         try:
             return self._commands.do(command)
         except KeyboardInterrupt:
@@ -137,12 +137,13 @@ class Chat:
         return True
 
     def answer(self, message: str) -> None:
-        """Stream the answer. One that was refused, or stopped before its first word, is as if never asked."""
+        """Stream the answer. If the message is refused, or the answer is stopped before its first word, no
+        turns are added."""
         self._retries = 0
         self._answer(message, self.sampling)
 
     def retry(self) -> bool:
-        """Answer the last message once more, by another seed where one is set; False if there is none."""
+        """Answer the last message again, with another seed if one is set; False if there is no message."""
         if self.asked is None:
             return False
         before = self.turns[-2:] if self.answered else []
@@ -178,7 +179,7 @@ class Chat:
             print_status(status_line(stream.stats) + cut)
 
     def _ask_model(self, question: dict[str, str], sampling: Sampling) -> TokenStream:
-        """The answer to come, to as much of the conversation as leaves it room. Says what is left out."""
+        """Start an answer to as much of the conversation as leaves room for it. Prints what is left out."""
         context = self.model.plan.request.context
 
         def stream(messages: list[Mapping[str, str]]) -> TokenStream:
@@ -197,7 +198,8 @@ class Chat:
         return shown.prompt
 
     def _stream(self, stream: TokenStream) -> tuple[str, Exception | None]:
-        """Show an answer as it comes; its text, thoughts left out, and the error that ended it, if any."""
+        """Show an answer as it arrives. Returns its text without thoughts, and the error that ended it, if
+        any."""
         tokenizer = self.model.tokenizer
         thinking = tokenizer is not None and opens_thought(tokenizer, stream.prompt_ids)
         parser = AnswerParser(thinking=thinking)
@@ -231,7 +233,7 @@ class Chat:
 
     @contextlib.contextmanager
     def _shown(self) -> Iterator[Callable[[Token], str | None]]:
-        """What of a token is to be shown at once: its text, or None below a picture of the cache."""
+        """Yields a function: a token -> the text to show now, or None if the live picture shows it."""
         if self.live:
             with LiveAnswer(self.model) as answer:
 
@@ -243,12 +245,12 @@ class Chat:
             yield lambda token: token.text
 
     def switch(self, name: str) -> None:
-        """Go on with another model; memory need not hold both.
+        """Continue with another model. The current one is freed first, so memory need not hold both.
 
-        If the other one is not known or not wanted, nothing changes. If it cannot be loaded, the one before
-        is loaded again, since it had to be freed first. Raises MoeLocalError, or click's Abort for a no.
+        If the other model is unknown or the user declines it, nothing changes. If it cannot be loaded, the
+        previous model is loaded again. Raises MoeLocalError, or click's Abort if the user declines.
         """
-        moe_local.fit(name)  # whether there is such a model
+        moe_local.fit(name)  # raises if there is no such model
         self._ask(name)
         before = self.model.name
         self.model.close()
@@ -268,7 +270,7 @@ class Chat:
 
 
 def _say(error: Exception) -> None:
-    """An error in one line, as the command's own edge does; with --debug after its trace."""
+    """Print an error as one line, as `cli/main.py` does for commands; with --debug, after its trace."""
     context = click.get_current_context(silent=True)
     if context is not None and getattr(context.find_root().command, "debug", False):
         traceback.print_exception(error)

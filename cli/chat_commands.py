@@ -1,4 +1,4 @@
-"""What may be typed into a chat but messages: the commands that begin with a slash."""
+"""The commands of a chat, which begin with a slash."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LEAVE = ("/bye", "/exit", "/quit")
 SWITCHES = {"verbose": "quiet", "history": "nohistory", "markdown": "nomarkdown"}
-"""What `/set` turns on, and by which word off."""
+"""Switches of `/set`: the word that turns each on, and the word that turns it off."""
 KEYS = (
     (QUOTES, "begins and ends a message of several lines; Alt-Enter begins a new one, too"),
     ("Ctrl-C", "stops an answer; clears what is typed, and leaves at the second time"),
@@ -40,10 +40,10 @@ class Command(NamedTuple):
     """One command."""
 
     usage: str
-    """As in the list: its name, and what may follow."""
+    """Its name and arguments, as /help shows them."""
     meaning: str
     do: Callable[[str], None]
-    """Given what follows the name."""
+    """Called with the rest of the line after the name."""
 
 
 class Commands:
@@ -70,14 +70,14 @@ class Commands:
         self._table = {command.usage.split()[0]: command for command in table}
 
     def do(self, line: str) -> bool:
-        """Do what a line says; False if that is to leave. Raises MoeLocalError for what cannot be done."""
+        """Run the command in a line; False if it ends the chat. Raises MoeLocalError if it fails."""
         name, _, rest = line.partition(" ")
         name, rest = name.lower(), rest.strip()
         if name in LEAVE:
             return False
         command = self._table.get("/help" if name == "/?" else name)
         if command is None:
-            # without the slash, which makes all look alike
+            # compared without the slash, which would make all names look alike
             near = difflib.get_close_matches(name[1:], [known[1:] for known in self._table], n=2, cutoff=0.5)
             hint = f"did you mean /{' or /'.join(near)}?" if near else f"there are {', '.join(self._table)}"
             click.echo(f"unknown command {name}; {hint}")
@@ -86,7 +86,7 @@ class Commands:
         return True
 
     def words(self, before: str) -> Iterator[tuple[str, str]]:
-        """What may follow the beginning of a line, and what it means; for completion."""
+        """Completions for the next word of a line, given the text before it: (word, meaning)."""
         match before.split():
             case []:
                 yield from ((name, command.meaning) for name, command in self._table.items())
@@ -129,7 +129,7 @@ class Commands:
     def _set(self, rest: str) -> None:
         chat = self._chat
         name, _, value = rest.partition(" ")
-        if name == "parameter":  # as people are used to say
+        if name == "parameter":  # `/set parameter NAME VALUE`, as in other programs
             name, _, value = value.strip().partition(" ")
         value = value.strip()
         off = {word: on for on, word in SWITCHES.items()}
@@ -223,7 +223,7 @@ class Commands:
         on_stdout().print(draw_stalls(self._stalls()))
 
     def _stalls(self) -> dict[str, float]:
-        """Milliseconds a token, by cause."""
+        """Stalls in milliseconds per token, by cause."""
         stats = self._chat.model.stats()
         return {cause: 1000 * s / max(1, stats.tokens) for cause, s in asdict(stats.stall).items()}
 
@@ -257,7 +257,7 @@ def _messages(turns: Iterable[object]) -> str:
 
 
 def _unquoted(text: str) -> str:
-    """Without the double quotes around it, if there are."""
+    """Remove the double or triple quotes around the text, if there are any."""
     for quotes in (QUOTES, '"'):
         if len(text) >= 2 * len(quotes) and text.startswith(quotes) and text.endswith(quotes):
             return text[len(quotes) : -len(quotes)].strip()

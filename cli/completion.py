@@ -1,4 +1,4 @@
-"""Shell completion: `moe-local completion SHELL`, and the names of models that complete MODEL.
+"""Shell completion: `moe-local completion SHELL`, and the model names that complete MODEL.
 
 Runs at every press of Tab, so nothing here imports torch, transformers or the Hub library's client.
 """
@@ -17,7 +17,8 @@ from moe_local.cache.files import parse_json
 
 PROGRAM = "moe-local"
 VARIABLE = "_MOE_LOCAL_COMPLETE"
-"""What click reads to know that a shell asks; made from the program's name."""
+"""The environment variable by which a shell requests completions; click derives it from the program's
+name."""
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -41,20 +42,20 @@ def completion(shell: str) -> None:
 
 
 def model_argument(**settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The argument MODEL, completed by the names there are and else by files."""
+    """The argument MODEL, completed with model names, or with files if no name matches."""
     return click.argument("model", shell_complete=complete_model, **settings)
 
 
 def complete_model(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Aliases, the demo and downloaded models that begin like this; folders and files where none does."""
+    """The demo, aliases and downloaded models that begin with `incomplete`; if none does, files."""
     found = [name for name in model_names() if name.lower().startswith(incomplete.lower())]
     return [CompletionItem(name) for name in found] or [CompletionItem(incomplete, type="file")]
 
 
 def model_names() -> Iterator[str]:
-    """The demo, every alias, and Mixture-of-Experts models in the Hub cache that have none."""
+    """The demo, every alias, and Mixture-of-Experts models in the Hub cache that have no alias."""
     from moe_local.offload.checkpoint.registry import ALIASES, DEMO
 
     yield DEMO
@@ -64,8 +65,8 @@ def model_names() -> Iterator[str]:
 
 
 def _downloaded() -> list[str]:
-    """Hub ids in the Hub cache, downloads that were begun among them, with a config that speaks of experts.
-    Reads file names and configs only."""
+    """Ids of models in the Hub cache, including unfinished downloads, whose config mentions experts. Reads
+    only file names and configs."""
     from huggingface_hub import constants
 
     found = []
@@ -76,7 +77,7 @@ def _downloaded() -> list[str]:
 
 
 def speaks_of_experts(config: Path) -> bool:
-    """Whether a config.json is that of a Mixture-of-Experts model, as far as its fields' names tell."""
+    """Whether a config.json seems to be that of a Mixture-of-Experts model, by the names of its fields."""
     try:
         fields = parse_json(config.read_bytes())
     except (OSError, ValueError):

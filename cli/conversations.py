@@ -1,4 +1,4 @@
-"""Conversations that were saved: a file each below MOE_LOCAL_HOME, for its owner alone."""
+"""Saved conversations: one file each below MOE_LOCAL_HOME, in a folder that only its owner may enter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
 
 def private_folder(home: Path) -> Path:
-    """`home`/chat, where what was typed and said is kept; nobody else may enter. Raises OSError."""
+    """`home`/chat, for saved conversations and typed lines; only the owner may enter it. Raises OSError."""
     folder = home / "chat"
     folder.mkdir(parents=True, exist_ok=True)
     os.chmod(folder, 0o700)
@@ -30,7 +30,7 @@ def private_folder(home: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What was said, with which model and settings."""
+    """A conversation, with the name of its model and its settings."""
 
     model: str
     sampling: Sampling
@@ -38,7 +38,7 @@ class Conversation:
     """Messages of user and assistant, without the system prompt, which is one of the settings."""
 
     def save(self, home: Path, name: str) -> Path:
-        """Keep it under this name, in place of what was there. Raises OptionError, MoeLocalError."""
+        """Save it under this name, replacing an older one. Raises OptionError, MoeLocalError."""
         path = _path(home, name)
         document = {
             "version": VERSION,
@@ -56,8 +56,8 @@ class Conversation:
 
     @classmethod
     def load(cls, home: Path, name: str) -> Conversation:
-        """What was saved under this name. Raises OptionError for a bad or unknown one, MoeLocalError for a
-        file that is damaged or cannot be read."""
+        """The conversation saved under this name. Raises OptionError for a bad or unknown name, MoeLocalError
+        for a file that is damaged or cannot be read."""
         path = _path(home, name)
         try:
             return cls._from(parse_json(path.read_bytes()))
@@ -103,7 +103,8 @@ def _path(home: Path, name: str) -> Path:
 
 
 def _sampling(settings: Any) -> Sampling:
-    """The settings that this version knows, each of its own type or None."""
+    """The settings that this version knows, after checking types and ranges. Raises ValueError,
+    OptionError."""
     kinds: dict[str, tuple[type, ...]] = {
         name: (int, float) if kind is float else (int,) for name, kind in KINDS.items()
     }

@@ -1,4 +1,4 @@
-"""`moe-local pull` and `moe-local convert`: what `load` does on first use, done beforehand."""
+"""`moe-local pull` and `moe-local convert`: the download and conversion of a first `load`, in advance."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 WORSE = 0.02
-"""By how much a mix may be worse than the best by a text before that is said to have been read too late."""
+"""How much worse than the best mix for a text a mix may be before a note says so; a mix that was chosen
+before the text was read stays as it is."""
 
 
 @click.command()
@@ -97,7 +98,7 @@ def convert(
 def _calibrate(
     model: str, text: str, experts: str, progress: ProgressBar, options: Mapping[str, Any]
 ) -> None:
-    """Let the model read a text before its mix is chosen. Raises OptionError if no mix is asked for."""
+    """Let the model read a text before its mix is chosen. Raises OptionError if `experts` is not a mix."""
     from moe_local.offload.allocation.allocate import check_mixed
     from moe_local.offload.allocation.text import calibrate
     from moe_local.offload.checkpoint.hub import config_of
@@ -113,7 +114,7 @@ def _calibrate(
 
 
 def _mix_figures(model: str, file: ExpertFile) -> MixFigures | None:
-    """What is known of a mix; None for one format."""
+    """The figures of a mix of formats; None if all experts have one format."""
     from moe_local.offload.allocation.figures import mix_figures
     from moe_local.offload.checkpoint.hub import config_of
     from moe_local.offload.checkpoint.spec import model_spec
@@ -145,7 +146,8 @@ def pull(model: str, as_json: bool) -> None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the safetensors, or else GGUF files, in a checkpoint's folder, or of one model's file."""
+    """Bytes of the safetensors (or else GGUF) files in a checkpoint's folder, or of all parts of a GGUF
+    file."""
     from moe_local.offload.checkpoint.gguf_file import parts_of
 
     if folder.is_file():

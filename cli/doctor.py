@@ -1,4 +1,4 @@
-"""`moe-local doctor`: what this machine is, and what to mend."""
+"""`moe-local doctor`: what this machine has, and what to fix."""
 
 from __future__ import annotations
 

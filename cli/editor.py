@@ -1,4 +1,4 @@
-"""A line editor for conversations: history, several lines, completion of commands. Needs a real terminal."""
+"""A line editor for chats: history, multi-line messages, completion of commands. Needs a real terminal."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from prompt_toolkit.output import Output
 
 Words = Callable[[str], Iterable[tuple[str, str]]]
-"""Completions of a word, given the text before it: (word, what it means)."""
+"""Returns the completions of a word, given the text before it: (completion, its meaning)."""
 
 
 class CommandCompleter(Completer):
-    """Completes what begins with a slash: commands, and what may follow them."""
+    """Completes lines that begin with a slash: commands and their arguments."""
 
     def __init__(self, words: Words) -> None:
         self._words = words
@@ -45,7 +45,8 @@ class CommandCompleter(Completer):
 
 
 class PrivateHistory(FileHistory):
-    """Lines typed before, in a file for its owner alone. A disk that is full costs the line, not the chat."""
+    """Typed lines, in a file that only its owner can read. If writing fails, as on a full disk, the line is
+    dropped and the chat goes on."""
 
     def __init__(self, home: Path) -> None:
         """Raises OSError if the file cannot be made."""
@@ -59,7 +60,7 @@ class PrivateHistory(FileHistory):
 
 
 def history(home: Path) -> History:
-    """The history kept in `home`, or one of this process where that cannot be written."""
+    """The history kept in `home`, or one in memory if that cannot be written."""
     try:
         return PrivateHistory(home)
     except OSError:
@@ -79,7 +80,7 @@ class Editor:
     ) -> None:
         """`words`: completions. `input` and `output`: the terminal, if not the process's own."""
         self.multiline = False
-        """Whether Enter begins a new line and Alt-Enter sends, instead."""
+        """Whether Enter begins a new line and Alt-Enter sends, instead of the reverse."""
         self._session: PromptSession[str] = PromptSession(
             history=history(home),
             completer=CommandCompleter(words),
@@ -95,7 +96,7 @@ class Editor:
         )
 
     def read(self, prompt: str, continued: str) -> str:
-        """What was typed. Raises EOFError for Ctrl-D on an empty line, KeyboardInterrupt for Ctrl-C."""
+        """The typed message. Raises EOFError for Ctrl-D on an empty line, KeyboardInterrupt for Ctrl-C."""
         return self._session.prompt(prompt, prompt_continuation=continued)
 
     def _keys(self) -> KeyBindings:

@@ -1,4 +1,4 @@
-"""Where the `moe-local` process begins and ends: signals, before anything else is imported and after all."""
+"""Entry and exit of the `moe-local` process: handles signals even during imports and after the command."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from moe_local.offload.system.interrupt import INTERRUPTED, TERMINATED, Terminat
 
 
 def main() -> NoReturn:
-    """Run the command and exit: 130 after Ctrl-C and 143 after SIGTERM, with no trace, wherever they come."""
+    """Run the command and exit: with 130 after Ctrl-C and 143 after SIGTERM, without a trace, whenever the
+    signal arrives."""
     if threading.current_thread() is threading.main_thread():
         take_signals()
         sys.unraisablehook = _unraisable
@@ -21,11 +22,11 @@ def main() -> NoReturn:
         from moe_local.cli.main import main as command
 
         command()
-    except KeyboardInterrupt:  # in an import, or while an error was being told
+    except KeyboardInterrupt:  # in an import, or while an error was being printed
         code: int | str | None = INTERRUPTED
     except SystemExit as leaving:
         code = leaving.code
-    # Nothing is left to be done in order, so these signals just end the process from now on.
+    # No cleanup remains, so from now on these signals just end the process.
     for kind in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(kind) is not signal.SIG_IGN:
             signal.signal(kind, signal.SIG_DFL)
@@ -35,19 +36,20 @@ def main() -> NoReturn:
 
 
 def _leave(code: object) -> NoReturn:
-    """End the process now.
+    """End the process now, without the interpreter's usual shutdown.
 
-    An interpreter that ends in its usual way waits for threads, which may hang at a disk, and kills itself by
-    SIGINT if a Ctrl-C once came while it ran the text of a dataclass, whatever the exit code was to be.
+    That would wait for threads, which may hang on a disk. And whatever the exit code, it ends with SIGINT if
+    a Ctrl-C ever came while the source that `dataclass` generates was being executed.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        with contextlib.suppress(OSError, ValueError):  # the reader may be gone
             stream.flush()
     os._exit(code if isinstance(code, int) else 1)
 
 
 def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
-    """A signal that came in the middle of a destructor is not lost, nor told as an error: it comes again."""
+    """If a signal's exception was raised in a destructor, which drops it, send the signal again instead of
+    printing an error."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt | Terminated):
         kind = signal.SIGTERM if issubclass(unraisable.exc_type, Terminated) else signal.SIGINT
         again = threading.Timer(0.01, os.kill, (os.getpid(), kind))

@@ -1,4 +1,4 @@
-"""A conversation that has outgrown the context: without how many of its oldest exchanges it is shown."""
+"""Shortening a conversation that has outgrown the context, by leaving out its oldest exchanges."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from moe_local.cache.errors import ContextLengthError
 
 ANSWER_SHARE = 4
-"""One part in this many of the context is left to the answer, if so much of one is asked for."""
+"""1 / ANSWER_SHARE of the context is reserved for the answer, or less if a shorter answer is asked for."""
 Message = Mapping[str, Any]
 T = TypeVar("T")
 
 
 class Shown(NamedTuple, Generic[T]):
-    """What was made of a conversation."""
+    """A conversation that may have been shortened."""
 
     prompt: T
     left_out: int
-    """Its oldest exchanges that the model is not shown..."""
+    """How many of the oldest exchanges were left out."""
     earlier: int
-    """...of those before the last message of the user."""
+    """How many exchanges there are, left out or not, before the user's last message."""
 
 
 def shorten(
     messages: Sequence[Message], make: Callable[[list[Message]], T], fits: Callable[[T], bool]
 ) -> Shown[T]:
-    """What `make` gives for a conversation without as few of its oldest exchanges as needed for it to fit.
+    """Call `make` on a conversation without its oldest exchanges, as few as needed for the result to fit.
 
-    The system prompt and all from the user's last message on are never left out, whether that fits or not.
-    A ContextLengthError of `make` says, too, that it does not, and is raised if nothing is left to leave out.
-    `make` is called a few times only, as each is a tokenization of the whole.
+    The system prompt and everything from the user's last message on are never left out, even if they do not
+    fit. A ContextLengthError from `make` also means that a conversation does not fit; it is raised if no
+    more can be left out. `make` is called only a few times, since each call tokenizes the conversation.
     """
     system = list(takewhile(lambda message: message["role"] == "system", messages))
     *earlier, last = _exchanges(messages[len(system) :]) or [[]]
@@ -55,13 +55,13 @@ def shorten(
 
 
 def answer_room(context: int, most: int) -> int:
-    """Tokens of `context` that a long conversation leaves to an answer of `most` tokens at most."""
+    """Tokens of `context` that are reserved for an answer of at most `most` tokens."""
     return max(1, min(context // ANSWER_SHARE, most))
 
 
 def _exchanges(messages: Sequence[Message]) -> list[list[Message]]:
-    """Pieces that belong together: a user's message with all that follows up to the next one, calls of tools
-    and what these gave included."""
+    """Split into exchanges: each is a user's message with everything up to the next one, including tool calls
+    and their results."""
     found: list[list[Message]] = []
     for message in messages:
         if message["role"] == "user" or not found:

@@ -1,4 +1,4 @@
-"""What comes before a model's first load: whether it can be had at all, and one question."""
+"""Before a model's first load: check that it fits, and ask whether to download it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def yes_flag(command: Command) -> Command:
 
 
 def ready(model: str, options: dict[str, Any], *, replacing: bool = False) -> None:
-    """Ask before `load(model, **options)` would download something; nothing happens if it would not.
+    """Ask the user if `load(model, **options)` would download something; otherwise do nothing.
 
-    `replacing`: another model goes first, so that more memory will be free than is now. Raises
-    DoesNotFitError if VRAM, RAM or disk are too small, OptionError where nobody can be asked, and click's
-    Abort for a no.
+    `replacing`: a loaded model will be freed first, so the free memory is not checked. Raises
+    DoesNotFitError if VRAM, RAM or disk are too small, OptionError if stdin is not a terminal, and click's
+    Abort if the user declines.
     """
     from moe_local.offload.options import LoadOptions
     from moe_local.offload.plan.first_use import first_use

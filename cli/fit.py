@@ -44,7 +44,7 @@ def fit(model: str, as_json: bool, options: dict[str, Any]) -> None:
 
 
 def show_plan(plan: Plan) -> None:
-    """What a plan says, as text on stdout."""
+    """Print a plan as text on stdout."""
     from moe_local.offload.quantize.mix import is_mixed
 
     request, spec, sizes = plan.request, plan.request.spec, plan.bytes
@@ -74,7 +74,7 @@ def show_plan(plan: Plan) -> None:
 
 
 def _mix(plan: Plan) -> str:
-    """Its formats as far as they are known without the weights, and what they are expected to cost."""
+    """The mix's formats, as far as they are known without the weights, and the expected loss of quality."""
     from moe_local.offload.plan.auto import expected_nats
     from moe_local.offload.quantize.mix import even_mix
 
@@ -87,7 +87,7 @@ def _mix(plan: Plan) -> str:
 
 
 def _percent(share: float) -> str:
-    """Of something that there is, but not only that: neither 0 nor 100 %."""
+    """Format a share above 0; unless it is 1, it is not rounded to 0 % or 100 %."""
     whole = round(100 * share)
     if share < 1 and whole in (0, 100):
         return "< 1 %" if whole == 0 else "> 99 %"
@@ -113,7 +113,7 @@ def _slots(plan: Plan) -> str:
     tiers = [("RAM", plan.ram_slots)]
     if plan.request.vram is not None:
         tiers.insert(0, ("VRAM", plan.vram_slots))
-    if plan.mode == "resident":  # what is below is only the way there
+    if plan.mode == "resident":  # the lower tiers are only passed through while loading
         tiers = tiers[:1]
     held = ", ".join(f"{_count(plan, slots)} in {tier}" for tier, slots in tiers)
     return f"{held}, of {plan.request.spec.num_experts} experts per MoE layer"

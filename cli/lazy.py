@@ -1,4 +1,4 @@
-"""A click group that imports a command's module when the command is asked for, and no other's."""
+"""A click group that imports a command's module only when that command is used."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from click.shell_completion import CompletionItem
 
 
 class LazyGroup(click.Group):
-    """Knows its commands by name, place and summary: help and completion of names import none of them."""
+    """Knows the name, module and summary of each command, so the group's help and completion import none."""
 
     def __init__(self, *args: Any, places: Mapping[str, tuple[str, str]] | None = None, **settings: Any):
-        """`places`: by name, the command as "module:attribute" and the first sentence of its help."""
+        """`places`: name -> the command as "module:attribute", and the first sentence of its help."""
         super().__init__(*args, **settings)
         self.places = dict(places or {})
 

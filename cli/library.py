@@ -1,4 +1,4 @@
-"""What is on this machine: checkpoints in the Hub cache or the package, and converted expert files."""
+"""The models on this machine: checkpoints in the Hub cache or the package, and converted expert files."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from moe_local.offload.system.home import expert_file_folder, moe_local_home
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """A folder with an expert file, whole or not."""
+    """A folder with an expert file, complete or not."""
 
     folder: Path
     """<home>/experts/<model>/<format>-<start of the checkpoint's fingerprint>"""
     name: str
-    """What the model was called when it was converted; of an unfinished one, the folder's name for it."""
+    """The model's name when it was converted; for an unfinished conversion, the parent folder's name."""
     nbytes: int
     """On disk, all files together."""
     complete: bool
     formats: Mapping[str, int]
-    """How many experts have each format; empty of an unfinished one."""
+    """How many experts have each format; empty for an unfinished conversion."""
 
     @property
     def format(self) -> str:
@@ -40,7 +40,7 @@ class Conversion:
         return fingerprint.startswith(self.folder.name.rpartition("-")[2])
 
     def is_called(self, names: set[str]) -> bool:
-        """Whether one of these names, in lower case, is its model's."""
+        """Whether one of these names, in lower case, is that of its model."""
         return bool({self.name.lower(), self.folder.parent.name.lower()} & names)
 
     def to_dict(self) -> dict[str, str | int | bool | dict[str, int]]:
@@ -56,7 +56,7 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A model and what of it is on this machine."""
+    """A model, with its checkpoint and conversions on this machine."""
 
     model: str
     checkpoint: Path | None
@@ -68,7 +68,7 @@ class Known:
 
 
 def conversions() -> list[Conversion]:
-    """Every conversion below MOE_LOCAL_HOME that has begun, by name and format."""
+    """Every finished or unfinished conversion below MOE_LOCAL_HOME, sorted by name and format."""
     folders = sorted(path for path in (moe_local_home() / "experts").glob("*/*") if path.is_dir())
     found = map(_conversion, folders)
     return [conversion for conversion in found if conversion.complete or conversion.nbytes]
@@ -84,17 +84,18 @@ def _conversion(folder: Path) -> Conversion:
 
 
 def nbytes(checkpoint: Path) -> int:
-    """Bytes of all files below a folder, what links point at included, or of a GGUF file in all its parts."""
+    """Bytes of all files below a folder, following links, or of all parts of a GGUF file."""
     files = parts_of(checkpoint) if checkpoint.is_file() else checkpoint.rglob("*")
     return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def known(model: str) -> Known:
-    """What of one model is here. Raises ModelNotFoundError if nothing is and the name is unknown."""
+    """A model's files on this machine. Raises ModelNotFoundError if there are none and the name is
+    unknown."""
     try:
         found = locate(model)
     except ModelNotFoundError:
-        # What `list` calls the leftover of a folder that is gone.
+        # Perhaps a name by which `list` shows conversions whose checkpoint folder is gone.
         mine = tuple(c for c in conversions() if c.is_called({model.lower()}))
         if not mine:
             raise
@@ -112,12 +113,12 @@ def _called(names: set[str]) -> tuple[Conversion, ...]:
 
 
 def _of_folder(folder: Path, model: str) -> tuple[Conversion, ...]:
-    """Those that a load of this folder would use: a folder of the same name may hold another model, and a
-    copy by another name has conversions of its own."""
+    """The conversions that a load of this folder would use. Name and fingerprint must match: another folder
+    of the same name may hold another model, and a copy under another name has its own conversions."""
     try:
         checkpoint = Checkpoint.open(folder, model)
         place = expert_file_folder(moe_local_home(), checkpoint.name, "", checkpoint.fingerprint)
-    except MoeLocalError:  # a damaged one
+    except MoeLocalError:  # the checkpoint is damaged
         return ()
     same_name = (found for found in conversions() if found.folder.parent == place.parent)
     return tuple(found for found in same_name if found.of_checkpoint(checkpoint.fingerprint))
@@ -154,7 +155,7 @@ def _demo_or_none() -> Path | None:
 
 
 def _other_repositories() -> list[str]:
-    """Hub ids in the Hub cache, no aliases', with all weights and a config that speaks of experts."""
+    """Ids of complete Mixture-of-Experts models in the Hub cache that have no alias."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 

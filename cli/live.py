@@ -1,4 +1,4 @@
-"""The cache as a map, and where tokens spend their time as bars: for /stats and for bench --watch."""
+"""Drawing the cache as a map and the stalls of tokens as bars, for /cache, /stats and bench --watch."""
 
 from __future__ import annotations
 
@@ -28,23 +28,24 @@ LOOKS = {
     Cell.USED: ("■", "bold green"),
     Cell.MISSED: ("×", "bold red"),
 }
-"""A character of its own for each state, since terminals without colours are common."""
+"""The character and style of each state. The characters differ, since terminals without colours are
+common."""
 STALLS = {"demand": "red", "late_prefetch": "yellow", "disk": "magenta", "cpu": "cyan", "sync": "blue"}
-"""Colours of the causes of stalls, here and in plots."""
+"""Colours of the causes of stalls."""
 BAR = 40
-"""Characters of the longest bar, where the terminal has the room."""
+"""Characters of the longest bar, if the terminal is wide enough."""
 BESIDE = 26
-"""Characters of its cause and its figure."""
+"""Columns that a bar's cause and figure need beside it."""
 AROUND = (12, 6)
-"""Lines and columns of a terminal that a map leaves to others."""
+"""Lines and columns of the terminal that a map leaves free."""
 LOOK_SECONDS = 0.1
-"""Least time between two pictures: looking at thousands of experts takes a millisecond."""
+"""Least time between two pictures, since looking at thousands of experts takes a millisecond."""
 FADE = 0.8
-"""What a step leaves of the mean of those before."""
+"""Weight of the earlier steps in the exponential moving average of times."""
 
 
 def draw_map(cache: CacheMap, rows: int, columns: int) -> Text:
-    """A line for each layer, or for several where there are more than `rows`; and a legend."""
+    """The map, with a line per layer, or per several layers if there are more than `rows`; and a legend."""
     text = Text()
     for first, cells in cache.shrunk(rows, columns):
         text.append(f"{first:>4} ", "dim")
@@ -59,7 +60,8 @@ def draw_map(cache: CacheMap, rows: int, columns: int) -> Text:
 
 
 def draw_stalls(stall_ms: Mapping[str, float], ms: float | None = None) -> Text:
-    """A bar for each cause that there is, in milliseconds a token; with `ms`, a token's, also the rest."""
+    """A bar for each cause with stalls, in milliseconds per token. With `ms`, the total time of a token, also
+    a bar for the rest of it."""
     parts = {cause: value for cause, value in stall_ms.items() if value > 0}
     longest = ms if ms is not None else max(parts.values(), default=0.0)
     if ms is not None:
@@ -78,7 +80,7 @@ def draw_stalls(stall_ms: Mapping[str, float], ms: float | None = None) -> Text:
 
 
 def draw(cache: CacheMap, stall_ms: Mapping[str, float], ms: float | None, title: str = "") -> RenderableType:
-    """Both, one above the other, as large as the terminal lets them be."""
+    """The map above the stalls, as large as the terminal allows."""
     columns, lines = shutil.get_terminal_size()
     parts: list[RenderableType] = [Text(title, "bold")] if title else []
     return Group(
@@ -89,7 +91,7 @@ def draw(cache: CacheMap, stall_ms: Mapping[str, float], ms: float | None, title
 
 
 class LivePicture:
-    """A model that is generating, as a picture: the cache now, and where its last tokens spent their time."""
+    """A picture of a generating model: the cache now, and a moving average of the stalls per token."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -100,7 +102,7 @@ class LivePicture:
         self._stall: dict[str, float] = {}
 
     def after(self, ms: float, counts: Stats, tokens: int = 1) -> RenderableType | None:
-        """What to draw after a step of so many milliseconds; None so soon after the last picture."""
+        """What to draw after a step of `tokens` that took `ms`; None if the last picture is recent."""
         share = 1.0 if self._ms is None else 1 - FADE
         each = max(1, tokens)
         self._ms = (1 - share) * (self._ms or 0.0) + share * ms / each
@@ -111,7 +113,7 @@ class LivePicture:
         if now < self._next:
             return None
         cache = self._look()
-        if not self._looked:  # the picture after the next step is to show what that step alone used
+        if not self._looked:  # so that the picture, after the next step, shows only what that step used
             self._looked = True
             return None
         self._looked, self._next = False, now + LOOK_SECONDS
@@ -122,14 +124,13 @@ class LivePicture:
 
 
 class LiveAnswer:
-    """An answer as it comes, with the picture of the model below it; a context manager.
+    """Shows an answer while it is generated, with the picture of the model below it; a context manager.
 
-    At its end the picture is gone, and so is what was shown of the answer: `text` is the part that whoever
-    uses it has still to print.
+    At its end, both disappear from the screen: the caller has to print `text`, the answer.
     """
 
     def __init__(self, model: Model, console: Console | None = None) -> None:
-        """`console`: where to draw, if not on stdout."""
+        """`console`: where to draw; by default stdout."""
         self.text = ""
         self._model = model
         self._picture = LivePicture(model)

@@ -1,4 +1,5 @@
-"""The `moe-local` command: its subcommands, and the one place where errors become a line and an exit code."""
+"""The `moe-local` command: its subcommands, and the only place that turns errors into a line and an exit
+code."""
 
 from __future__ import annotations
 
@@ -74,17 +75,17 @@ COMMANDS = {
         "Compare the converted experts of MODEL, in every format, with their checksums.",
     ),
 }
-"""By name, where each command is below moe_local.cli, and the first sentence of its help."""
+"""Name -> the command's module and attribute below moe_local.cli, and the first sentence of its help."""
 
 
 _NO_ARGUMENTS: tuple[type[click.UsageError], ...] = tuple(
     filter(None, [getattr(click.exceptions, "NoArgsIsHelpError", None)])
 )
-"""The help, as an error; older releases of click print it and leave."""
+"""The error by which click shows the help if no command is given; older releases print it and exit."""
 
 
 class MoeLocal(LazyGroup):
-    """A group whose errors are one line on stderr, `moe-local: ...`, and an exit code of their own."""
+    """A group that reports errors as one line on stderr, `moe-local: ...`, and by the exit code."""
 
     debug = False
     """Whether to show the trace of an error; set by --debug while arguments are parsed."""
@@ -92,7 +93,7 @@ class MoeLocal(LazyGroup):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's, but an unknown command offers the nearest ones."""
+        """As in click, but the error for an unknown command suggests similar ones."""
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             names = self.list_commands(ctx)
@@ -112,7 +113,7 @@ class MoeLocal(LazyGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
     def _report(self, error: Exception) -> int:
-        """Say what happened; the exit code."""
+        """Print the error; returns the exit code."""
         if isinstance(error, click.Abort):
             return INTERRUPTED if isinstance(error.__context__, KeyboardInterrupt) else 1
         if (code := broken_import()) is not None and not isinstance(error, MoeLocalError):
@@ -130,7 +131,7 @@ class MoeLocal(LazyGroup):
         if isinstance(error, MoeLocalError):
             return self._line(str(error), error.exit_code)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
-            # What writes files says which one; nobody asks print for its stream's name.
+            # Errors from writing files name the file; one without a name is from printing.
             return self._line("the output cannot be written: its disk is full; free some of it", 1)
         hint = "" if self.debug else " (--debug shows where)"
         return self._line(f"{type(error).__name__}: {error}{hint}", 1)
@@ -142,7 +143,7 @@ class MoeLocal(LazyGroup):
 
 def _print_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value:
-        import moe_local  # its version is looked up where it is asked for: that takes as long as all the rest
+        import moe_local  # only here, since looking up the version takes as long as all other imports
 
         click.echo(f"moe-local {moe_local.__version__}")
         context.exit()

@@ -1,4 +1,4 @@
-"""Markdown in a terminal while it is written: what is finished is printed once, only the rest is redrawn."""
+"""Streaming Markdown to a terminal: finished blocks are printed once, and only the last is redrawn."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from rich.segment import Segment
 from moe_local.cli.render import show_cursor
 
 LEAST_SECONDS = 0.06
-"""Between two drawings; the eye does not see more."""
+"""Least time between two drawings; the eye would not see more of them."""
 SHARE = 20
-"""Drawing waits this many times as long as the last one took: tokens wait for it, so it gets 5 % at most."""
+"""The next drawing comes no sooner than this many times the duration of the last: tokens wait for drawing,
+so it may take at most 5 % of the time."""
 MARGIN = 2
-"""Lines of the terminal that what is redrawn leaves free: what has scrolled away cannot be redrawn."""
+"""Lines of the terminal that the redrawn part leaves free, since lines that scroll off cannot be redrawn."""
 
 _PARSER = MarkdownIt().enable("strikethrough").enable("table")
-"""As rich's."""
+"""Configured as in rich."""
 
 
 def split_blocks(text: str) -> tuple[list[str], str]:
-    """Markdown's top-level blocks that no further text can change, and the rest, which it can.
+    """The top-level Markdown blocks that no further text can change, and the rest of the text.
 
-    A block ends where the next begins, and only whole lines say so: "1" may become "1. one", an item of the
-    list before.
+    A block ends where the next one begins. Only complete lines can begin one: "1" may become "1. one", an
+    item of the preceding list.
     """
     whole, newline, partial = text.rpartition("\n")
     lines = (whole + newline).splitlines(keepends=True)
@@ -43,7 +44,7 @@ def split_blocks(text: str) -> tuple[list[str], str]:
 
 
 class _LeftHeading(Heading):
-    """A heading where the text begins; rich centres those of the first level, and before 14.3 all."""
+    """A left-aligned heading; rich centres those of the first level and, before 14.3, all."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         text = self.text.copy()
@@ -59,7 +60,7 @@ class _Markdown(Markdown):
 
 
 class _Lines:
-    """Rendered lines as a renderable."""
+    """A renderable of lines that are rendered already."""
 
     def __init__(self, lines: Sequence[Sequence[Segment]]) -> None:
         self._lines = lines
@@ -71,17 +72,17 @@ class _Lines:
 
 
 class MarkdownStream:
-    """Draws Markdown that comes in pieces on a terminal; a context manager, whose end prints the rest.
+    """Draws Markdown on a terminal while it arrives in pieces; a context manager whose exit prints the rest.
 
-    Lines of an unfinished block that reach beyond the terminal's height are printed as they are: a list or a
-    code block may be longer than the screen.
+    If an unfinished block, such as a list or code, outgrows the terminal, its first lines are printed for
+    good.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._tail = ""
         self._printed = 0
-        """Lines of the tail, as rendered, that have been printed already."""
+        """How many rendered lines of the tail have been printed already."""
         self._any = False
         self._next = 0.0
         self._live: Live | None = None
@@ -99,7 +100,7 @@ class MarkdownStream:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Print what is left and give the terminal back, whatever has happened."""
+        """Print the rest, and in any case restore the terminal."""
         try:
             blocks, tail = split_blocks(self._tail)
             for block in [*blocks, tail]:
@@ -131,10 +132,10 @@ class MarkdownStream:
         self._live.update(_Lines(lines[self._printed :]), refresh=True)
 
     def _finish(self, block: str) -> None:
-        """Print what of a block has not been."""
+        """Print the lines of a finished block that are not printed yet."""
         lines = self._render(block)
         if self._live is not None:
-            self._live.update(_Lines([]))  # or it would be drawn once more below what is printed
+            self._live.update(_Lines([]))  # otherwise it would be drawn again below the printed lines
         self._print(lines[self._printed :])
         self._printed = 0
         self._any = self._any or bool(lines)
@@ -144,7 +145,7 @@ class MarkdownStream:
             self._console.print(_Lines(lines), end="")
 
     def _render(self, block: str) -> list[list[Segment]]:
-        """Lines of a block, with one above it that keeps it from the block before."""
+        """The lines of a block, after an empty line if anything was printed before."""
         if not block.strip():
             return []
         options = self._console.options.update(height=None)
@@ -154,14 +155,14 @@ class MarkdownStream:
 
 
 def _stripped(lines: list[list[Segment]]) -> Iterator[list[Segment]]:
-    """Without empty lines at both ends."""
+    """Remove empty lines at both ends."""
     full = [number for number, line in enumerate(lines) if any(part.text.strip() for part in line)]
     if full:
         yield from map(_trimmed, lines[full[0] : full[-1] + 1])
 
 
 def _trimmed(line: list[Segment]) -> list[Segment]:
-    """Without the spaces that fill it up: they would be copied, and wrap where a window is made narrower."""
+    """Remove padding spaces at the end: they would be copied with the text, and wrap in a narrower window."""
     line = [*line]
     while line and not (line[-1].style and line[-1].style.bgcolor):
         last = line.pop()

@@ -1,7 +1,7 @@
-"""The flags that commands share: made from LoadOptions' fields, and those of sampling.
+"""The flags that commands share: those for loading, made from LoadOptions' fields, and those for sampling.
 
-Every flag has a MOE_LOCAL_* variable. Values are checked by the same code that checks them for Python, so a
-bad one says the same in both places: those of sampling at once, others where they are used.
+Every flag has a MOE_LOCAL_* variable. Values are checked by the same code as in the Python API, so the error
+messages are the same: sampling flags at once, others when they are used.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ METAVARS = {
 }
 SHORT = {"context": "-c"}
 RANGED = {"max_tokens": "max_new_tokens"}
-"""What the library calls a setting that has another name here."""
+"""Settings that the Python API calls by another name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to answer; None leaves it to the checkpoint's generation_config."""
+    """Settings for an answer; None leaves one to the checkpoint's generation_config."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -49,7 +49,7 @@ class Sampling:
     system: str | None = None
 
     def check(self, *, flags: bool = False) -> None:
-        """Raises OptionError for a value that no model takes. `flags`: whether flags gave the values."""
+        """Raise OptionError for a value out of range. `flags`: name the values as flags in the error."""
         for field in fields(self):
             name = RANGED.get(field.name, field.name)
             if name in RANGES:
@@ -74,9 +74,9 @@ class Sampling:
 
 
 def load_flags(*names: str) -> Callable[[Command], Command]:
-    """Add flags for these fields of LoadOptions, all by default.
+    """Add flags for these fields of LoadOptions, by default those in LOAD_FLAGS.
 
-    The command gets them as one argument `options`, a dict for `load(**options)` with what was given.
+    The command gets one argument `options`, a dict for `load(**options)` of the flags that were given.
     """
     wanted = names or LOAD_FLAGS
 
@@ -105,7 +105,7 @@ def load_flags(*names: str) -> Callable[[Command], Command]:
 
 
 def sampling_flags(command: Command) -> Command:
-    """Add the sampling flags; the command gets them as one argument `sampling`."""
+    """Add the sampling flags; the command gets one argument `sampling`, a Sampling."""
 
     @functools.wraps(command)
     def collect(*args: Any, **kwargs: Any) -> Any:
@@ -143,7 +143,7 @@ def json_flag(command: Command) -> Command:
 
 
 def debug_flag(command: Command) -> Command:
-    """Add --debug, which the group's error edge reads."""
+    """Add --debug, which `main.MoeLocal` reads when it reports an error."""
 
     def remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:
         if value:

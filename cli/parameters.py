@@ -1,4 +1,4 @@
-"""Sampling's settings by name and text, as `/set` takes them."""
+"""Sampling settings as names and text values, as in `/set`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ KINDS: dict[str, type[int] | type[float]] = {
     "max_tokens": int,
 }
 ALSO = {"num_predict": "max_tokens", "temp": "temperature"}
-"""What others call them."""
+"""Names of the same settings in other programs."""
 DEFAULT = "default"
 """The value that leaves a setting to the model."""
 
 
 def with_setting(sampling: Sampling, name: str, value: str) -> Sampling:
-    """`sampling` with one setting changed. Raises OptionError for a name or a value that is none."""
+    """`sampling` with one setting changed. Raises OptionError for an unknown name or an invalid value."""
     known = name.lower().replace("-", "_")
     known = ALSO.get(known, known)
     if known not in KINDS:
@@ -44,7 +44,7 @@ def with_setting(sampling: Sampling, name: str, value: str) -> Sampling:
 
 
 def settings(sampling: Sampling) -> Iterator[tuple[str, str]]:
-    """Names and values of all settings but the system prompt."""
+    """Names and values of all settings except the system prompt."""
     for name in KINDS:
         value = getattr(sampling, name)
         yield name, f"{DEFAULT} (the model's own)" if value is None else str(value)

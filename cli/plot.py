@@ -12,7 +12,7 @@ from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cache.files import write_bytes_atomically
 
 KINDS = ("png", "svg", "pdf", "jpg", "jpeg", "webp", "tif", "tiff", "eps", "ps", "svgz")
-"""Endings of what matplotlib draws with nothing else installed; asking it takes seconds."""
+"""The file types that matplotlib can write by itself; asking matplotlib for them takes seconds."""
 
 # Paul Tol's "bright" scheme, which colour-blind readers can tell apart.
 COLOURS = {
@@ -26,7 +26,7 @@ COLOURS = {
 
 
 def check_plotting(path: Path) -> None:
-    """Raises MoeLocalError if matplotlib is not installed, OptionError if it draws no such file."""
+    """Raise MoeLocalError if matplotlib is not installed, OptionError if it cannot write this file type."""
     if importlib.util.find_spec("matplotlib") is None:
         raise MoeLocalError("--plot needs matplotlib, which is not installed: pip install matplotlib")
     if _kind(path) not in KINDS:
@@ -38,7 +38,7 @@ def _kind(path: Path) -> str:
 
 
 def draw_picture(document: Mapping[str, Any], path: Path) -> None:
-    """Draw what `bench` measured, as its name's ending says; the file is the old one or the new one, whole.
+    """Draw the figures of `bench` into a file of the type that its suffix names, written atomically.
 
     Raises OSError if it cannot be written.
     """
@@ -50,7 +50,7 @@ def draw_picture(document: Mapping[str, Any], path: Path) -> None:
     time, hits, use = figure.subplots(3, 1, height_ratios=(3, 2, 3))
     figure.suptitle(f"{document['model']}: {document['workload']}")
     _draw_time(time, document)
-    if "hit_rate" in document:  # or a Ctrl-C came before
+    if "hit_rate" in document:  # missing if a Ctrl-C came before
         _draw_hits(hits, document["hit_rate"])
     _draw_use(figure, use, document["experts_used"])
     picture = io.BytesIO()
@@ -59,7 +59,7 @@ def draw_picture(document: Mapping[str, Any], path: Path) -> None:
 
 
 def _draw_time(axes: Any, document: Mapping[str, Any]) -> None:
-    """One bar a decode step, of the last timed run."""
+    """One bar for each decode step of the last timed run."""
     runs: Sequence[Sequence[Mapping[str, Any]]] = document["runs"]
     steps = runs[-1] if runs else []
     places = range(1, len(steps) + 1)
@@ -91,7 +91,7 @@ def _draw_hits(axes: Any, rates: Mapping[str, Any]) -> None:
 
 
 def _draw_use(figure: Any, axes: Any, used: Sequence[Sequence[int]]) -> None:
-    """Share of a layer's tokens that chose each expert."""
+    """Each expert's share of all choices in its layer."""
     widest = max(map(len, used), default=1)
     shares = [[count / max(1, sum(row)) for count in row] + [0.0] * (widest - len(row)) for row in used]
     image = axes.imshow(shares, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)

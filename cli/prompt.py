@@ -21,7 +21,7 @@ QUOTES = '"""'
 
 
 class Message(NamedTuple):
-    """What was typed, without the space around it; `quoted` between triple quotes, and so never a command."""
+    """What was typed, stripped of white space; `quoted` if in triple quotes, so that it is not a command."""
 
     text: str
     quoted: bool
@@ -40,11 +40,11 @@ def can_edit() -> bool:
 
 
 class Messages(Iterator[Message]):
-    """What the user types: a line, or several between triple quotes.
+    """Iterates over the user's messages: a line each, or several lines between triple quotes.
 
-    On a terminal it prompts, remembers lines, and a Ctrl-C clears what was typed; a second one in a row ends
-    it, as Ctrl-D does. Lines are edited by `editor`, or without one by what the system has. Elsewhere it just
-    reads.
+    On a terminal it prompts and keeps a history. A Ctrl-C clears what was typed; a second one in a row ends
+    the input, as Ctrl-D does. `editor` edits the lines, or without it Python's readline if there is one. If
+    not on a terminal, it just reads stdin.
     """
 
     def __init__(self, interactive: bool, editor: Editor | None = None) -> None:
@@ -87,7 +87,8 @@ class Messages(Iterator[Message]):
         return "\n".join(parts).rstrip().removesuffix(QUOTES).strip()
 
     def _line(self, prompt: str) -> str:
-        """The next line, without its end; from an editor, all lines. Raises EOFError when there is none."""
+        """The next line without its line break; an editor returns a whole message. Raises EOFError at the
+        end."""
         if self.editor is not None:
             return self.editor.read(prompt, CONTINUED)
         if self.interactive:

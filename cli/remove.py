@@ -1,4 +1,4 @@
-"""`moe-local rm`: give disk space back."""
+"""`moe-local rm`: free disk space."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def rm(model: str, yes: bool, weights: bool, as_json: bool) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a conversion and what is left empty around it. Raises MoeLocalError while one is being made."""
+    """Remove a conversion, and its parent folder if that is left empty. Raises MoeLocalError while a process
+    is converting into it."""
     try:
         with locked(folder, timeout_s=0):
             shutil.rmtree(folder)
@@ -82,7 +83,7 @@ def _remove(folder: Path) -> None:
 
 
 def _forget(folder: Path) -> None:
-    """Remove what mixes were chosen by, unless somebody is measuring it."""
+    """Remove the measured sensitivities that mixes were chosen by, unless a process is measuring them."""
     for name in {path.name.partition(".")[0] for path in folder.glob("sensitivity-*")}:
         with suppress(TimeoutError), locked(folder / f"{name}.json", timeout_s=0):
             for path in folder.glob(f"{name}.*"):
@@ -98,7 +99,7 @@ def _confirm(question: str, yes: bool) -> None:
 
 
 def _download(model: str) -> Any:
-    """What huggingface_hub will remove of the model's cached copies; None if there are none."""
+    """huggingface_hub's strategy to delete all cached revisions of the model; None if there are none."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 

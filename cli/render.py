@@ -1,4 +1,4 @@
-"""What commands draw: progress bars and status lines on stderr, tables and JSON on stdout."""
+"""Output of commands: progress bars and status lines on stderr, tables and JSON on stdout."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
     from moe_local.offload.records import GenerationStats
 
 LEAST_COLUMNS = 16
-"""Text is not wrapped into fewer."""
+"""Text is not wrapped to fewer columns than this."""
 
 
 def on_stderr() -> Console:
-    """A console on stderr, plain text where that is no terminal."""
+    """A console on stderr; plain text if that is not a terminal."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def on_stdout() -> Console:
-    """A console on stdout, plain text where that is no terminal."""
+    """A console on stdout; plain text if that is not a terminal."""
     return Console(highlight=False, soft_wrap=True)
 
 
 def show_cursor(console: Console) -> None:
-    """Show the cursor that rich hides while it draws: Ctrl-Z or a kill would leave the shell without one."""
+    """Show the cursor that rich hides while it draws, since after Ctrl-Z or a kill it would stay hidden."""
     console.show_cursor(True)
 
 
 def print_json(document: Any) -> None:
-    """The one JSON document of a command with --json."""
+    """Print the only JSON document of a command with --json."""
     click.echo(json.dumps(document, indent=2))
 
 
 class ProgressBar:
-    """Draws what `load` and `convert` report, on stderr and only on a terminal.
+    """Draws the progress that `load` and `convert` report, on stderr, and only if that is a terminal.
 
     with ProgressBar() as progress: load(..., progress=progress)
     """
@@ -82,7 +82,7 @@ class ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._visible:  # before 14.3 rich ends a disabled bar, too, with an empty line
+        if self._visible:  # before 14.3, rich prints an empty line even for a disabled bar
             self._progress.stop()
 
 
@@ -103,7 +103,7 @@ def status_line(stats: GenerationStats) -> str:
 
 
 def prefetch_worth(prefetch: PrefetchStats) -> str:
-    """What prefetch does and gains: "on, 2 layers ahead: +3.10 ms/token (+2.80 to +3.41) gained by it"."""
+    """State and gain of prefetch: "on, 2 layers ahead: +3.10 ms/token (+2.80 to +3.41) gained by it"."""
     ahead = f", {prefetch.lookahead} layer{'' if prefetch.lookahead == 1 else 's'} ahead"
     text = prefetch.state + (ahead if prefetch.lookahead else "")
     gain, low, high = prefetch.gain_ms_per_token, prefetch.gain_ms_low, prefetch.gain_ms_high
@@ -114,19 +114,19 @@ def prefetch_worth(prefetch: PrefetchStats) -> str:
 
 
 def print_status(text: str) -> None:
-    """A dim line on stderr; on a terminal it wraps between words."""
+    """Print a dim line on stderr; on a terminal it wraps between words."""
     console = on_stderr()
     console.print(text, style="dim", markup=False, soft_wrap=not console.is_terminal)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table in plain text on stdout."""
+    """Print a table as plain text on stdout."""
     for line in table_lines([column.upper() for column in columns], rows):
         click.echo(line)
 
 
 def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """A table in plain text, the columns as wide as their widest value."""
+    """The lines of a table in plain text; each column is as wide as its widest value."""
     table = [columns, *rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
@@ -135,7 +135,7 @@ def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterat
 
 
 def print_fields(fields: Iterable[tuple[str, str]]) -> None:
-    """Names and values in two columns on stdout."""
+    """Print names and values in two columns on stdout."""
     rows = list(fields)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
@@ -145,8 +145,8 @@ def print_fields(fields: Iterable[tuple[str, str]]) -> None:
 
 
 def _wrapped(text: str, indent: int) -> list[str]:
-    """Lines between words that fit a terminal behind `indent` columns; elsewhere, or where that leaves too
-    few columns to read, the text as it is."""
+    """The text wrapped between words to fit the terminal after `indent` columns; unwrapped if stdout is not a
+    terminal, or if too few columns are left."""
     room = shutil.get_terminal_size().columns - indent
     if not sys.stdout.isatty() or room < LEAST_COLUMNS:
         return [text]
@@ -156,6 +156,6 @@ def _wrapped(text: str, indent: int) -> list[str]:
 def count(number: int) -> str:
     """46702792704 -> "46.7 B"."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= 0.9995 * size:  # from here on it rounds to one of these, not to 1000 of the next
+        if number >= 0.9995 * size:  # rounds to 1.00 of this unit rather than 1000 of the next smaller one
             return f"{three_digits(number / size)} {unit}"
     return str(number)

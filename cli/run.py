@@ -85,7 +85,7 @@ def run(
 
 
 def _cut(model: moe_local.Model, stats: GenerationStats) -> str:
-    """That an answer has no end, and what to do about it."""
+    """The message that the context cut off the answer, and what to do about it."""
     request = model.plan.request
     most = request.spec.max_context
     remedy = f"raise --context, {most} at most" if request.context < most else "ask for less"
@@ -96,7 +96,7 @@ def _cut(model: moe_local.Model, stats: GenerationStats) -> str:
 
 
 def _prompt(given: str | None) -> str:
-    """The prompt, from stdin if it is "-" or absent and piped in."""
+    """The prompt; read from stdin if it is "-", or if it is absent and stdin is a pipe."""
     if given is not None and given != "-":
         text, where = given, "PROMPT"
     elif given is None and sys.stdin.isatty():

@@ -139,7 +139,7 @@ def _is_own(host: str) -> bool:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Raises OptionError where the port is taken, or not ours: better now than after loading 25 GB."""
+    """Raise OptionError if the port is taken or not permitted, before the model is loaded."""
     import socket
 
     if port == 0:

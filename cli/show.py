@@ -1,4 +1,4 @@
-"""`moe-local list` and `moe-local show`: the models on this machine, and the shape of one."""
+"""`moe-local list` and `moe-local show`: the models on this machine, and the details of one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moe_local.offload.checkpoint.spec import ModelSpec
 
 MOST_STARVED = 8
-"""Starved experts that `show` names one by one."""
+"""The most starved experts that `show` names one by one."""
 
 
 @click.command("list")
@@ -116,7 +116,7 @@ def show(model: str, as_json: bool) -> None:
 
 
 def _sizes(spec: ModelSpec) -> dict[str, dict[str, int]]:
-    """Bytes of the experts and of the dense part by format, the latter as on a GPU."""
+    """Bytes of the experts and of the dense part (as on a GPU) for each format."""
     from moe_local.offload.plan.footprint import dense_bytes, expert_bytes
     from moe_local.offload.quantize.codec import codecs
 
@@ -133,7 +133,8 @@ def _sizes(spec: ModelSpec) -> dict[str, dict[str, int]]:
 
 
 def _routed(entry: Known) -> RoutedTokens | None:
-    """The router's counts of all runs with the model's expert files, the longest of them."""
+    """The router's counts over all runs with an expert file of the model; of several files, those with the
+    most tokens."""
     from moe_local.offload.expert_file.usage import read_usage
 
     found = [usage for usage in (read_usage(c.folder) for c in entry.conversions) if usage is not None]

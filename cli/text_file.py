@@ -1,4 +1,4 @@
-"""Text that a model is to read, from files and stdin, looked at before the model is."""
+"""Reading text for a model from files and stdin, with checks before the model is loaded."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from moe_local.cache.errors import OptionError
 from moe_local.cache.files import parse_json
 
 LONGEST = 64 << 20
-"""Characters of a prompt: more than the longest context holds."""
+"""Limit on the characters read from stdin; more than the longest context holds."""
 
 
 def read_text_file(
     path: Path, what: str = "the text to calibrate on", remedy: str = "give some thousand words"
 ) -> str:
-    """What is in it; - is stdin. Raises OptionError where that is no UTF-8, or nothing but white space."""
+    """The text of a file; - is stdin. Raises OptionError if it cannot be read, is not UTF-8, or is blank."""
     try:
         with click.open_file(str(path), encoding="utf-8") as file:
             text: str = file.read()
@@ -33,13 +33,13 @@ def read_text_file(
 
 
 def read_stdin(*, line: bool = False) -> str:
-    """All that is left of stdin, or its next line with the end; "" behind the last.
+    """The rest of stdin or, with `line`, its next line with the line break; "" at the end of input.
 
-    Raises OptionError for what is no UTF-8, and for more than any model reads, before it fills the memory.
+    Raises OptionError for text that is not UTF-8, or is longer than any model reads, before it fills memory.
     """
     try:
         text = sys.stdin.readline(LONGEST) if line else sys.stdin.read(LONGEST)
-        text.encode()  # where the locale is C, Python takes other bytes for halves of characters
+        text.encode()  # in the C locale, Python decodes invalid bytes to lone surrogates instead of failing
     except UnicodeError:
         raise OptionError("stdin is not text in UTF-8; encode it as UTF-8") from None
     if len(text) == LONGEST:
@@ -48,7 +48,8 @@ def read_stdin(*, line: bool = False) -> str:
 
 
 def read_schema_file(path: Path) -> dict[str, Any]:
-    """The JSON schema in it. Raises OptionError where there is none; what it says is looked at later."""
+    """The JSON schema in a file. Raises OptionError if it holds no JSON object; its contents are checked
+    later."""
     text = read_text_file(path, "the JSON schema", 'give one, such as {"type": "object"}')
     try:
         schema = parse_json(text)

@@ -1,4 +1,4 @@
-"""`moe-local verify`: whether all that lies on the disk of a model is what was written."""
+"""`moe-local verify`: check that a model's files on disk are as they were written."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
 NATIVE = "native"
 
 RATE_FROM = 256 * 2**20
-"""Bytes from which on it is worth saying how fast they were read."""
+"""The fewest bytes for which a reading speed is reported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was found in one expert file, or in the checkpoint."""
+    """The result of checking one expert file, or the checkpoint."""
 
     folder: Path
     format: str
     total: int
-    """Experts, or files of the checkpoint."""
+    """Number of experts, or of the checkpoint's files."""
     nbytes: int
     damage: tuple[dict[str, Any], ...]
-    """Each with `text`, one line."""
+    """Details of each damaged expert or file; `text` describes it in one line."""
     note: str = ""
-    """What else is to be said, or that nothing can be."""
+    """A remark, such as why something could not be checked."""
     repaired: bool = False
     rate: float | None = None
     disk: float | None = None
-    """Bytes/s of reading, and of the disk alone."""
+    """Bytes/s of verifying (`rate`) and of only reading the disk (`disk`)."""
 
     @property
     def ok(self) -> bool:
@@ -139,7 +139,7 @@ def _reports(model: str, out: Path | None, format: str | None, progress: Progres
 
 
 def _verify(folder: Path, format: str, progress: ProgressBar) -> Report:
-    """`format`: what to call it where the file itself does not say."""
+    """Check the expert file in a folder. `format`: its name in the report if the manifest cannot be read."""
     from moe_local.offload.expert_file.expert_file import MANIFEST, read_manifest
     from moe_local.offload.expert_file.verify import find_damage
 
@@ -165,7 +165,7 @@ def _verify(folder: Path, format: str, progress: ProgressBar) -> Report:
 
 
 def _disk(folder: Path) -> float | None:
-    """What the disk reads alone; None where that cannot be measured."""
+    """The bandwidth of the disk in bytes/s; None if it cannot be measured."""
     from moe_local.offload.plan.bandwidth import disk_bandwidth
 
     with contextlib.suppress(OSError):
@@ -178,7 +178,7 @@ def _verify_checkpoint(model: str, folder: Path, progress: ProgressBar) -> Repor
     from moe_local.offload.checkpoint.checkpoint import Checkpoint
     from moe_local.offload.checkpoint.sha256 import check_downloads
 
-    checkpoint = Checkpoint.open(folder, model)  # raises for headers and sizes
+    checkpoint = Checkpoint.open(folder, model)  # raises for wrong headers and sizes
     files = check_downloads(_files(checkpoint), lambda done, total: progress("hashing files of", done, total))
     known = [file for file in files if file.right is not None]
     note = "the Hub's sha256 compared"
@@ -203,7 +203,7 @@ def _files(checkpoint: Checkpoint) -> list[Path]:
 
 
 def _repair(model: str, report: Report, progress: ProgressBar) -> Report:
-    """The report after repairing. Raises MoeLocalError if that was not possible."""
+    """Repair the damage; returns the new report. Raises MoeLocalError if that is not possible."""
     from moe_local.offload.checkpoint.checkpoint import Checkpoint
     from moe_local.offload.checkpoint.hub import resolve
     from moe_local.offload.conversion import open_experts
@@ -218,7 +218,7 @@ def _repair(model: str, report: Report, progress: ProgressBar) -> Report:
         checkpoint = Checkpoint.open(resolve(model, download=False), model)
         if report.total:
             repair_experts(report.folder, checkpoint, told)
-        elif report.format:  # the manifest is damaged; shards say themselves what they are
+        elif report.format:  # the manifest is damaged; converting rebuilds it from the shards' headers
             open_experts(checkpoint, report.format, report.folder, progress=progress)
         else:
             raise ExpertFileError(report.damage[0]["text"])
@@ -234,7 +234,8 @@ def _repair(model: str, report: Report, progress: ProgressBar) -> Report:
 
 
 def _fetch_again(model: str, files: list[Path], progress: ProgressBar) -> Report:
-    """The report after files of the Hub cache were downloaded anew; they stay if that is not possible."""
+    """Download damaged files of the Hub cache again; returns the new report. If a download fails, the old
+    files are put back."""
     from moe_local.offload.checkpoint.hub import locate, resolve
 
     if isinstance(locate(model), Path):
@@ -281,7 +282,7 @@ def _show(model: str, report: Report) -> None:
 
 
 def _count(report: Report) -> str:
-    """ "2 of 256 experts are"; where no expert is damaged, what else."""
+    """ "2 of 256 experts are"; if no expert is damaged, "the manifest is" or "a shard is"."""
     damaged = [each for each in report.damage if report.format == NATIVE or each.get("expert") is not None]
     if damaged:
         return f"{len(damaged)} of {report.total} {_unit(report)}s {'is' if len(damaged) == 1 else 'are'}"
