@@ -2,9 +2,10 @@
 
     python benchmarks/activations.py
 
-Held-out conversations and documents (those of demo/evaluate.py), experts and dense part in NF4 so that every
-matrix goes through the CPU kernel, whole windows at once (tiles) and token by token (single rows). Prints a
-table and one JSON object: perplexity of each, and the change in per cent.
+Method. The model reads held-out conversations and documents (those of demo/evaluate.py): all of them in whole
+windows, which the kernels compute in tiles, and some of them token by token, as single rows. Experts and
+dense part are in NF4, so that every matrix goes through the CPU kernel. Prints a table and one JSON object:
+the perplexity of each, and the change in per cent.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ WINDOW = 256
 
 
 def held_out(encoder: Encoder, chats: int, windows: int) -> list[list[int]]:
-    """Ids of texts that the demo was not trained on."""
+    """Ids of texts that the demo was not trained on, one list per text."""
     corpus, rng = Corpus(), random.Random("held out")
     texts = [encoder.conversation(corpus.conversation(rng))[0] for _ in range(chats)]
     stream = encoder.stream(documents()[1])[: WINDOW * windows]
@@ -34,7 +35,7 @@ def held_out(encoder: Encoder, chats: int, windows: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def losses(model: moe_local.Model, ids: list[int], *, by_token: bool) -> torch.Tensor:
-    """Nats for each token of `ids` but the first."""
+    """The loss in nats of each token of `ids` except the first."""
     row = torch.tensor([ids])
     if by_token:
         cache, parts = None, []

@@ -4,14 +4,14 @@ Method. An `ExpertCache` of 48 layers x 128 experts, the shape of Qwen3-30B-A3B,
 drives it: acquire a layer's experts, complete what had to be loaded (at once: nothing is copied), release.
   layer      acquire + release of 8 resident experts; one sample is the mean of 48 layers
   all hits   a token of 48 x 8 experts, all resident; one sample is a token
-  80 % hits  a token of 48 x 8 with the least slots that give 80 % hits; routes are drawn with Zipf
+  80 % hits  a token of 48 x 8 with the fewest slots that give 80 % hits; routes are drawn with Zipf
              popularity (exponent 1), the ranks shuffled in each layer, from --seed
-  recorded   the same with the recorded routes of Qwen3-30B-A3B (48 x 6: it ran at top-6), when they are in
+  recorded   the same with recorded routes of Qwen3-30B-A3B (48 x 6: it ran at top-6), if they are in
              ../shared/data/routes
   floor      8 dict lookups in a list comprehension: the least that Python can spend on a layer
 Every case has one warm-up pass, then passes in rounds over all cases, so that a disturbance hits all of
 them alike; medians and 95th percentiles are over all samples. Times are CPU time of the thread: this code
-never waits, so what other programs take from it on a busy machine is left out. The garbage collector runs
+never waits, and CPU time leaves out what other programs take on a busy machine. The garbage collector runs
 as it does in the product.
 
 Run: python benchmarks/cache_overhead.py [--policy adaptive] [--rounds 20] [--seed 0] [--json FILE]
@@ -70,7 +70,7 @@ class Case:
 
 
 def bookkeeping(cache: ExpertCache, token: Token) -> None:
-    """What the engine asks of the cache for one token, were every copy to end at once."""
+    """The engine's calls of the cache for one token, if every copy ended at once."""
     for layer, experts in enumerate(token):
         for expert in cache.acquire(layer, experts).load:
             cache.complete(layer, expert)
@@ -87,7 +87,7 @@ def pass_over(cache: ExpertCache, tokens: Sequence[Token]) -> list[float]:
 
 
 def zipf_tokens(seed: int) -> list[Token]:
-    """TOKENS tokens of LAYERS x TOP_K distinct experts; expert of rank r is drawn with weight 1 / r."""
+    """TOKENS tokens of LAYERS x TOP_K distinct experts; the expert of rank r is drawn with weight 1 / r."""
     chance = random.Random(seed)
     weights = [1 / rank for rank in range(1, EXPERTS + 1)]
     ranks = [chance.sample(range(EXPERTS), EXPERTS) for _ in range(LAYERS)]
@@ -104,7 +104,7 @@ def zipf_tokens(seed: int) -> list[Token]:
 
 
 def hit_rate(slots: int, policy: str, tokens: Sequence[Token]) -> float:
-    """Of a second pass over the tokens."""
+    """The hit rate of a second pass over the tokens."""
     cache = ExpertCache([slots] * LAYERS, policy)
     pass_over(cache, tokens)
     before = cache.stats.snapshot()
@@ -113,7 +113,7 @@ def hit_rate(slots: int, policy: str, tokens: Sequence[Token]) -> float:
 
 
 def missing_case(name: str, what: str, policy: str, tokens: Sequence[Token]) -> Case:
-    """Passes over the tokens with the least number of slots that gives HIT_RATE."""
+    """Passes over the tokens with the fewest slots that give HIT_RATE."""
     top_k = max(len(experts) for token in tokens for experts in token)
     choices = range(top_k, EXPERTS + 1)
     slots = choices[bisect_left(choices, HIT_RATE, key=lambda slots: hit_rate(slots, policy, tokens))]

@@ -1,4 +1,4 @@
-"""Who takes part in decode.py: what each reads for a token, what it answered, and how long that took."""
+"""The contenders of decode.py: what each reads for a token, its answers, and how long they took."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_local.offload.records import GenerationStats
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One prompt, answered: seconds to the first new id, and from there to the last."""
+    """An answer to one prompt, with the seconds to the first new id, and from there to the last."""
 
     prompt_tokens: int
     prefill_s: float
@@ -33,7 +33,7 @@ class Answer:
 
 
 class Contender(ABC):
-    """Something that answers prompts. `answers` are those of the counted rounds, in their order."""
+    """Something that answers prompts. `answers` holds those of the counted rounds, in order."""
 
     def __init__(self, name: str, weights: Weights) -> None:
         self.name = name
@@ -42,10 +42,10 @@ class Contender(ABC):
 
     @abstractmethod
     def answer(self, prompt: Sequence[int], tokens: int, *, keep: bool) -> None:
-        """Answer greedily with `tokens` ids, never ending before; `keep` it among the answers."""
+        """Answer greedily with exactly `tokens` ids; if `keep`, append it to `answers`."""
 
     def floor_s(self, bandwidths: Bandwidths) -> float:
-        """The least time of a token, by its bytes: here, all of them read from RAM."""
+        """The least time of a token by the bytes it reads; in this class all come from RAM."""
         return self.weights.nbytes / bandwidths.ram
 
     def summary(self, bandwidths: Bandwidths) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Contender(ABC):
 
 
 class Configuration(Contender):
-    """moe-local with one set of options. Borrows the model."""
+    """moe-local with one set of options. Does not own the model."""
 
     def __init__(
         self,
@@ -104,7 +104,8 @@ class Configuration(Contender):
             self.answers.append(Answer(len(prompt), stats.ttft_s, stats.decode_s, ids))
 
     def floor_s(self, bandwidths: Bandwidths) -> float:
-        """All from the fastest tier once, what missed once from the one below; the slower tier decides."""
+        """The weights are read once from the fastest tier, and misses once over their links; these overlap,
+        so the slowest decides."""
         fastest = bandwidths.ram if self.model.plan.request.vram is None else bandwidths.vram
         moved = self._moved_per_token()
         return max(

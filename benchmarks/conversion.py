@@ -1,17 +1,17 @@
 """Is converting a model bound by the disk, and where does its time go?
 
 Method. A checkpoint of random weights with the true widths of Mixtral 8x7B and a few layers is converted to
-an NF4 expert file on the same disk, again and again. Before each conversion runs the floor, so that a disk
-whose speed drifts is compared with itself. The first round warms up and does not count.
-  floor   the same disk traffic and nothing else: every expert's bytes are read while zeros, as many as the
-          expert file has, are written; both as a conversion does it, past the page cache
-  alone   its two halves, one after the other
+an NF4 expert file on the same disk, again and again. Just before each conversion, the floor is measured, so
+that drifts of the disk's speed affect both alike. The first round warms up and does not count.
+  floor   the same disk traffic and nothing else: every expert's bytes are read while as many zeros are
+          written as the expert file has bytes; both past the page cache, as in a conversion
+  alone   the floor's two halves, reading and writing, one after the other
   ratio   conversion over floor in the same round, the median with its 95 % interval (ratio.py); 1 would mean
           that nothing but the disk takes time
   busy    seconds that each stage of a conversion was at work. Reading, encoding and writing overlap, so they
           add up to more than the whole. Writing includes the checksums, and the wait for the disk at the end
-          of each layer, of which `sync` is most.
-The disk may have a cache of its own, or be a file of a host that has; the floor profits from it as much.
+          of each layer, most of which is `sync`.
+The disk, or the host behind a virtual disk, may have a cache of its own; the floor profits from it as much.
 
 Run: python benchmarks/conversion.py [--synthetic mixtral-8x7b] [--layers 2] [--rounds 6] [--json FILE]
 --synthetic writes its checkpoint below MOE_LOCAL_HOME and keeps it; the expert files beside it are removed.
@@ -60,7 +60,7 @@ from moe_local.offload.system.direct_io import (
 )
 
 AT_ONCE = 256 << 20
-"""Bytes of a shard that the floor reads in one go, about an expert's matrix of the largest kind."""
+"""Bytes of a shard that the floor reads at once, about as many as the largest matrix of an expert has."""
 
 STAGES = ("read", "encode", "write", "checksum", "sync")
 
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def one_round(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
-    """Seconds of a conversion, of its stages, and of the floor before it."""
+    """Run the floor, then a conversion; returns the seconds of both and of the conversion's stages."""
     parts = expert_parts(checkpoint)
     nbytes_read = sum(nbytes for _, _, nbytes in parts)
     nbytes_written = sum(plan_bytes(checkpoint))
@@ -110,7 +110,7 @@ def one_round(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
 
 
 def expert_parts(checkpoint: Checkpoint) -> list[tuple[Path, int, int]]:
-    """(file, start, bytes) of every stored tensor of the experts, in the order of the files."""
+    """(file, start, bytes) of every stored expert tensor, in file order."""
     found = [
         (checkpoint.folder / tensor.shard, tensor.start, tensor.nbytes)
         for tensor in checkpoint.shards.tensors.values()
@@ -120,7 +120,7 @@ def expert_parts(checkpoint: Checkpoint) -> list[tuple[Path, int, int]]:
 
 
 def plan_bytes(checkpoint: Checkpoint) -> Iterator[int]:
-    """Bytes of each encoded expert."""
+    """The size in bytes of each encoded expert."""
     codec = codec_for("nf4")
     for layer in checkpoint.spec.layers:
         nbytes = codec.layout(layer.tensors).nbytes
@@ -130,7 +130,7 @@ def plan_bytes(checkpoint: Checkpoint) -> Iterator[int]:
 def disk_floor(
     parts: Sequence[tuple[Path, int, int]], target: Path, nbytes: int
 ) -> tuple[float, dict[str, float]]:
-    """Seconds of reading the parts while `nbytes` are written to `target`; and of either alone."""
+    """Seconds of reading the parts while writing `nbytes` to `target`; and of reading and writing alone."""
     memory = page_memory(AT_ONCE + PAGE)
     zeros = page_memory(64 << 20).zero_()
     memory.zero_()
@@ -162,7 +162,7 @@ def disk_floor(
 
 @contextmanager
 def stopwatch() -> Iterator[dict[str, float]]:
-    """Counts the seconds that the stages are at work inside the block."""
+    """Yields the seconds that each stage is at work inside the block, by stage."""
     busy: dict[str, float] = defaultdict(float)
 
     def counted(function: Callable[..., Any], *stages: str) -> Callable[..., Any]:

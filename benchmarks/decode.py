@@ -1,21 +1,23 @@
 """How fast are tokens generated, what does the memory allow, and what do others need for the same model?
 
-Method. Every contender holds the model at the same time: each configuration of moe-local (slots x prefetch x
-activations x miss x policy) in this process, each peer in a process and an environment of its own. A round
-gives all of them the same prompt, one after the other, so that a disturbance hits all alike; who begins
-changes from round to round, and so does the prompt, whose keys and values nobody may have kept. The first
-round warms up and does not count. Greedy; the ids of configurations with the same activations must agree.
+Method. All contenders hold the model at the same time: each configuration of moe-local (slots x prefetch x
+activations x miss x policy) in this process, each peer in its own process and environment. A round gives all
+of them the same prompt, one after the other, so that a disturbance hits all alike. The contender that begins
+changes from round to round, and so does the prompt, so that no cached keys and values can be reused. The
+first round warms up and does not count. Decoding is greedy; the ids of configurations with the same
+activations must agree.
   ms/token  from the first new token to the last; the median over rounds, with the lowest and highest
-  prefill   prompt tokens a second, from the call to the first new token
-  floor     bytes that a token must move / the best bandwidth measured in the run, RAM's after each round: the
-            dense part and a token's experts once from the fastest tier, and the experts that missed, as
-            counted, once from the tier below. Nothing overlaps in it but tiers: the slowest tier decides.
+  prefill   prompt tokens per second, from the call to the first new token
+  floor     bytes that a token must move / the best bandwidth measured in the run (that of RAM is also
+            measured after each round): the dense part and a token's experts once from the fastest tier, and
+            the counted misses once from the tier below. Only transfers from different tiers overlap, so the
+            slowest decides.
   bits      per weight that a decoded token reads, scales included
-  ratio     tokens a second of ours over the peer's, or one policy's over another's, in the same round: the
+  ratio     tokens per second of ours over the peer's, or of one policy over another, in the same round: the
             median, and the interval that holds the true median with 95 % confidence (ratio.py)
 The prompt is text from this repository. On a GPU, --vram bounds the card (24GiB stands for a consumer card).
---synthetic writes a checkpoint of random weights below MOE_LOCAL_HOME and keeps it, as the peers keep theirs;
-llama.cpp is installed there on first use (peers/install.py).
+--synthetic writes a checkpoint of random weights below MOE_LOCAL_HOME and keeps it, as peers keep their
+files; llama.cpp is installed there on first use (peers/install.py).
 
 Run: python benchmarks/decode.py MODEL [--slots 2 4 8] [--prefetch off router] [--tokens 24] [--rounds 9]
      python benchmarks/decode.py --synthetic mixtral-8x7b --layers 4 --device cpu --peer llama.cpp
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write_synthetic(name: str, layers: int | None) -> Path:
-    """The folder of a checkpoint with random weights, written on first use."""
+    """Write a checkpoint with random weights, unless it exists already; returns its folder."""
     shape = NAMED_SHAPES[name]
     shape = dataclasses.replace(shape, layers=layers or shape.layers)
     folder = moe_local_home() / "benchmarks" / f"{name}-{shape.layers}-layers"
@@ -110,7 +112,8 @@ def loaded(
 
 
 def started_peers(options: argparse.Namespace, configurations: Sequence[Configuration]) -> Iterator[Peer]:
-    """Each peer, llama.cpp once for each of its settings. transformers gets of a GPU what our plan takes."""
+    """Start each peer; llama.cpp once for each of its settings. On a GPU, transformers may use as much VRAM
+    as our plan does."""
     made = options.made and options.made.checkpoint
     checkpoint = made or Checkpoint.open(resolve(options.model), options.model)
     plan = configurations[0].model.plan
@@ -127,7 +130,7 @@ def started_peers(options: argparse.Namespace, configurations: Sequence[Configur
 def measure_rounds(
     options: argparse.Namespace, configurations: Sequence[Configuration], peers: Sequence[Peer]
 ) -> tuple[Bandwidths, list[float]]:
-    """Let all answer in turn. Returns the best bandwidths, and RAM's after each round."""
+    """Let all contenders answer in turn. Returns the best bandwidths, and that of RAM after each round."""
     contenders: list[Contender] = [*configurations, *peers]
     device = configurations[0].model.hf.device
     before = measure(moe_local_home(), device)
@@ -144,7 +147,8 @@ def measure_rounds(
 
 
 def prompt_ids(model: moe_local.Model, count: int, start: int) -> list[int]:
-    """Ids of real text from its `start`-th on, over and over; the text's bytes without a tokenizer."""
+    """`count` ids of real text, repeated as needed, beginning with its `start`-th. Without a tokenizer, ids
+    are made from the text's bytes."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     if model.tokenizer is None:
         ids = [3 + byte for byte in text.encode()]
@@ -154,7 +158,8 @@ def prompt_ids(model: moe_local.Model, count: int, start: int) -> list[int]:
 
 
 def check_equal(configurations: Sequence[Configuration]) -> None:
-    """Slots and prefetch must not change a token; other activations and a CPU with a GPU's misses may."""
+    """Slots and prefetch must not change a token. Other activations may, and so may misses of a GPU that the
+    CPU computes."""
     by_activations: dict[str, Configuration] = {}
     for configuration in configurations:
         if configuration.miss != "fetch" and configuration.model.hf.device.type != "cpu":
@@ -165,7 +170,7 @@ def check_equal(configurations: Sequence[Configuration]) -> None:
 
 
 def fastest(before: Bandwidths, after: Bandwidths) -> Bandwidths:
-    """The better of two measurements: the floor is what the hardware can, not what a busy moment left."""
+    """The better of two measurements of each: the floor is what the hardware can do in an idle moment."""
     pick = {name: max(getattr(before, name), getattr(after, name)) for name in ("vram", "ram", "h2d", "disk")}
     return Bandwidths(**pick, measured=before.measured, disk_cached=before.disk_cached)
 
@@ -206,7 +211,7 @@ def report(
 
 
 def ratio(ours: Configuration, peer: Contender) -> dict[str, Any]:
-    """Tokens a second of ours over the peer's, by rounds."""
+    """Ratios of tokens per second, ours over the peer's, paired by round."""
     decode = Ratio.of([1 / a.ms_per_token for a in ours.answers], [1 / a.ms_per_token for a in peer.answers])
     prefill = Ratio.of(
         [a.prefill_tokens_per_s for a in ours.answers], [a.prefill_tokens_per_s for a in peer.answers]
@@ -251,7 +256,7 @@ def machine(model: moe_local.Model) -> dict[str, Any]:
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
-    """The model to be measured, one way or another."""
+    """Add the flags that choose the model."""
     parser.add_argument("model", nargs="?", help="an alias, a Hub id or a folder")
     parser.add_argument("--synthetic", choices=NAMED_SHAPES, help="random weights of this shape instead")
     parser.add_argument("--made", metavar="NAME", help="as --synthetic of `moe-local bench`: experts in NF4")
@@ -259,7 +264,7 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_model(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Refuse none, two, or layers of what has its own."""
+    """Refuse no model, several models, and --layers for a model whose layers are given."""
     if sum(given is not None for given in (options.model, options.synthetic, options.made)) != 1:
         parser.error("give either MODEL or --synthetic NAME or --made NAME")
     if options.layers is not None and (options.model is not None or options.layers < 1):

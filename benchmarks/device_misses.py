@@ -1,12 +1,12 @@
 """How fast does a GPU bring experts from RAM by its own loads, beside its copy engine?
 
-Method. Experts of Qwen3-30B-A3B's size lie in pinned RAM; 1, 2, 4 and 8 at a time are brought to slots, by
-  kernel   triton_fetch's, launched from a CUDA graph, as in a token
-  engine   cudaMemcpyAsync, one an expert, on a stream of its own
-Each is timed by events over many steps that take other experts every time, both in turns; GB/s, medians over
-rounds. `ratio` is kernel / engine of the same round (ratio.py). `look-up` is the kernel before, alone, and
-`empty` bringing nothing, in microseconds: what a layer pays whose experts are all there. What is brought is
-compared with what was to be brought first.
+Method. Experts of Qwen3-30B-A3B's size are in pinned RAM; 1, 2, 4 or 8 at a time are copied to slots by
+  kernel   the kernel of triton_fetch, launched from a CUDA graph, as in a token
+  engine   cudaMemcpyAsync, once per expert, on a stream of its own
+Each is timed by events over many steps, each of which copies other experts; the two take turns. Figures are
+GB/s, medians over rounds. `ratio` is kernel / engine of the same round (ratio.py). `look-up` is the preceding
+kernel alone, and `empty` the copy kernel with nothing to copy, in microseconds: a layer's cost when all its
+experts are hits. Before timing, the copied bytes are compared with the source.
 
 Run: python benchmarks/device_misses.py [--rounds 12] [--json FILE]
 The last line printed is one JSON object; --json also writes it to FILE.
@@ -33,7 +33,7 @@ NBYTES, EXPERTS, SLOTS, TOP_K, STEPS = 2437120, 128, 64, 8, 16
 
 
 class Bench:
-    """Experts in RAM and slots on the device, with tables in which nobody has a slot."""
+    """Experts in RAM, slots on the device, and the tables that the kernels read."""
 
     def __init__(self, device: torch.device) -> None:
         self.host = HostArena([EXPERTS], [-(-NBYTES // 4096) * 4096], pin=True)
@@ -52,7 +52,7 @@ class Bench:
         self._offsets = torch.arange(SLOTS, device=device) * (NBYTES // UNIT)
 
     def tables(self, step: int, missing: int) -> LayerTables:
-        """As `look_up` leaves them when so many are absent."""
+        """Tables as `look_up` leaves them in this step if `missing` of its experts were absent."""
         ids = [(step * TOP_K + rank) % EXPERTS for rank in range(TOP_K)]
         slots = [(step * TOP_K + rank) % SLOTS if rank < missing else -1 for rank in range(TOP_K)]
         device = self.arena.device
@@ -95,7 +95,7 @@ class Bench:
         return graph.replay
 
     def seconds(self, run: Callable[[], None]) -> float:
-        """Of one of a run's steps."""
+        """Seconds of one step of a run."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self.stream):
             begin.record(self.stream)
@@ -105,7 +105,7 @@ class Bench:
         return float(begin.elapsed_time(end)) / 1000 / STEPS
 
     def check(self) -> None:
-        """Raise unless the kernel brings the very bytes."""
+        """Raise unless the kernel copies the experts' exact bytes."""
         self.arena.zero_()
         tables = self.tables(1, TOP_K)
         self.fetch.bring(tables, self.ram, self.arena[0], NBYTES)

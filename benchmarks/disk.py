@@ -1,18 +1,18 @@
 """How fast are tokens where RAM holds a part of the experts only, beside what else reads them from disk?
 
-Method. Every contender runs in a process of its own whose memory is limited by a control group, page cache
-included (memory_group.py): ours with `prefetch` auto and off, its RAM planned from the limit that it finds;
-llama.cpp with the model mapped, Q4_0; transformers with accelerate's disk offload, bf16, which may fill all
-of the limit but --spare. Before each run all files of the model are taken out of the page cache. A run loads,
-answers a prompt and generates greedily; who begins changes from round to round. Before and after each run the
-disk is read sequentially, past the page cache, in 4 MiB requests, 8 in flight.
+Method. Every contender runs in its own process, whose memory, page cache included, is limited by a control
+group (memory_group.py): ours with `prefetch` auto and off, which plans its RAM by the limit that it finds;
+llama.cpp with the model mapped, Q4_0; transformers with accelerate's disk offload, bf16, which may fill the
+limit except for --spare. Before each run all files of the model are dropped from the page cache. A run loads
+the model, reads a prompt and generates greedily; the contender that begins changes from round to round.
+Before and after each run the disk is read sequentially, past the page cache, in 4 MiB requests, 8 in flight.
   ms/token  from the first new id to the last; the median over rounds, with the lowest and highest
-  MB read   by the process, a token, as the system counts it, mapped files included
-  floor     those bytes over the sequential bandwidth of the run: what remains if all else costs nothing
-  reads     bytes / time in which some read of an expert was under way, over the sequential bandwidth (ours)
-  ratio     tokens a second of ours over the peer's, in the same round: the median, the lowest and the highest
-A contender that the limit kills is named and not run again. With --runs FILE finished runs are kept, and an
-interrupted benchmark goes on where it was; --once makes one run and stops.
+  MB read   by the process per token, as the system counts it, mapped files included
+  floor     those bytes over the sequential bandwidth of the run: the time if everything else cost nothing
+  reads     bytes / time in which some read of an expert was in flight, over the sequential bandwidth (ours)
+  ratio     tokens per second of ours over the peer's, in the same round: the median, lowest and highest
+A contender that the limit kills is reported and not run again. With --runs FILE finished runs are kept, and
+an interrupted benchmark continues where it stopped; --once makes one run and stops.
 
 Run: python benchmarks/disk.py [--layers 4] [--limit 8GiB 2.2GiB 1.5GiB] [--rounds 3] [--runs FILE]
 The last line printed is one JSON object; --json also writes it to FILE.
@@ -58,7 +58,7 @@ CONTENDERS = (*OURS, *PEERS)
 
 
 class Model(NamedTuple):
-    """The same weights as each contender has them."""
+    """The files of one model in the form that each contender reads."""
 
     checkpoint: Path
     shards: list[Path]
@@ -71,7 +71,7 @@ class Model(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What is to be run: once in each round."""
+    """The key of one run: each contender runs once per limit and round."""
 
     limit: str
     round: int
@@ -107,7 +107,7 @@ def in_turn(contenders: Sequence[str], number: int) -> list[str]:
 
 
 def prepare(options: argparse.Namespace) -> Model:
-    """Everything that is made once: checkpoint, experts, GGUF file, the environment of llama.cpp."""
+    """Make, unless they exist, the checkpoint, the experts, the GGUF file and llama.cpp's environment."""
     checkpoint = Checkpoint.open(write_synthetic(options.synthetic, options.layers))
     experts = open_experts(checkpoint, "nf4")
     gguf = client.gguf_of(checkpoint.folder, checkpoint.fingerprint)
@@ -120,7 +120,7 @@ def prepare(options: argparse.Namespace) -> Model:
 
 
 def measure(model: Model, run: Run, options: argparse.Namespace) -> dict[str, Any]:
-    """One run, from a cold start; {"failed": why} if it did not come to its end."""
+    """One run, from a cold start; {"failed": why} if the contender failed."""
     forget(model.files)
     left = in_page_cache(model.files)
     before = sequential_bandwidth(model.experts)
@@ -158,7 +158,7 @@ def measure(model: Model, run: Run, options: argparse.Namespace) -> dict[str, An
 def command_of(
     model: Model, contender: str, limit: int | None, options: argparse.Namespace
 ) -> Iterator[list[str]]:
-    """The command that starts a contender; what it needs on disk is removed afterwards."""
+    """Yields the command that starts a contender; files that it offloads to disk are removed afterwards."""
     peers, context = HERE / "peers", str(options.context)
     if contender in OURS:
         prefetch = "auto" if contender == "ours" else "off"
@@ -184,8 +184,9 @@ def command_of(
 def sequential_bandwidth(files: Sequence[Path], nbytes: int = 384 << 20) -> float:
     """Bytes/s of reading consecutive pieces of one of the files past the page cache, DEPTH in flight.
 
-    Into large pages, as slots are: small ones scatter a request over a thousand addresses, which some disks
-    take as many requests. Where direct access is refused, through the page cache, which was emptied.
+    Reads into large pages, as slots have them: small pages scatter a request over a thousand addresses, which
+    some disks treat as that many requests. If direct I/O is refused, reads go through the page cache, which
+    was emptied.
     """
     path = random.choice([path for path in files if path.stat().st_size > PIECE * DEPTH] or list(files))
     piece = min(PIECE, path.stat().st_size // PAGE * PAGE)
@@ -202,7 +203,7 @@ def sequential_bandwidth(files: Sequence[Path], nbytes: int = 384 << 20) -> floa
             os.preadv(file, [buffers[worker]], offset)
 
     with ThreadPoolExecutor(DEPTH) as pool:
-        list(pool.map(read, range(DEPTH)))  # threads are there and memory is touched
+        list(pool.map(read, range(DEPTH)))  # warms up: starts the threads and touches the memory
         start = time.perf_counter()
         list(pool.map(read, range(DEPTH)))
         seconds = time.perf_counter() - start
@@ -211,7 +212,7 @@ def sequential_bandwidth(files: Sequence[Path], nbytes: int = 384 << 20) -> floa
 
 
 def gave_up(done: dict[Run, dict[str, Any]], run: Run) -> bool:
-    """Whether this contender has failed within this limit before."""
+    """Whether this contender has already failed at this limit."""
     return any(
         "failed" in record and (other.limit, other.contender) == (run.limit, run.contender)
         for other, record in done.items()
@@ -234,7 +235,7 @@ def words(record: dict[str, Any]) -> str:
 
 
 def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of one contender within one limit."""
+    """Figures of one contender at one limit."""
     finished = [record for record in records if "failed" not in record]
     if not finished:
         return {"failed": records[0]["failed"]}
@@ -267,7 +268,7 @@ def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ratios(runs: dict[Run, dict[str, Any]], limit: str) -> Iterator[dict[str, Any]]:
-    """Tokens a second of ours over each other contender's, of the rounds that both came through."""
+    """Tokens per second of ours over each other contender's, in the rounds that both finished."""
     names = dict.fromkeys(run.contender for run in runs if run.limit == limit)
     for other in names:
         if other == "ours" or "ours" not in names:
@@ -289,7 +290,7 @@ def extremes(each: Sequence[float]) -> dict[str, float]:
 
 
 def check_equal(runs: dict[Run, dict[str, Any]]) -> None:
-    """Neither memory nor prefetch changes a token of ours."""
+    """Raise SystemExit unless our ids are the same for every limit, with and without prefetch."""
     by_round: dict[int, list[int]] = {}
     for run, record in runs.items():
         if run.contender not in OURS or "failed" in record:

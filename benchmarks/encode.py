@@ -1,18 +1,19 @@
 """How fast is an expert's matrix encoded to NF4, beside bitsandbytes and beside what the memory allows?
 
-Method. A matrix of random weights, by default one of Mixtral 8x7B's, 14336 x 4096, in each dtype. In a round
-all encode it in turn; who begins changes from round to round. The first round warms up and does not count.
-  avx512 ...     this package's codec with each instruction set of the C++ library that the processor runs:
+Method. A matrix of random weights, by default one of Mixtral 8x7B's, 14336 x 4096, in each dtype. In each
+round all contenders encode it in turn; the one that begins changes. The first round warms up and does not
+count.
+  avx512 ...     this package's codec with each instruction set of the C++ library that this processor has:
                  blocks and double-quantized scales, all that an expert file holds
-  torch          the same where the library was not compiled
-  cuda           the same on a GPU, if there is one: weights there, blocks back
+  torch          the same codec without the compiled library
+  cuda           the same codec on a GPU, if there is one, copies to and from it included
   bitsandbytes   functional.quantize_4bit(weights, quant_type="nf4", compress_statistics=True)
-  read           summing 256 MiB with all threads: what the memory allows who only reads
-  blocks         what quantizing the blocks takes of the time with the best instruction set; the rest goes to
-                 the scales
+  read           summing 256 MiB with all threads: the bandwidth of memory for reading alone
+  blocks         quantizing only the blocks, with the best instruction set; the rest of the time goes to the
+                 scales
 All must give the same bytes. ms: the median over rounds, with the lowest and highest; GB/s of weights read;
-times faster: than bitsandbytes in the same round, the median with its 95 % interval (ratio.py). As many
-threads as torch has.
+times faster: than bitsandbytes in the same round, the median with its 95 % interval (ratio.py). All use as
+many threads as torch.
 
 Run: python benchmarks/encode.py [--rows 14336] [--cols 4096] [--dtypes bf16 fp32] [--rounds 9] [--json FILE]
 The last line printed is one JSON object; --json also writes it to FILE.
@@ -101,7 +102,7 @@ def measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def encoders(weights: torch.Tensor) -> dict[str, Encode]:
-    """Every way to encode on this machine."""
+    """All encoders that this machine supports, by name."""
     codec = NF4Codec()
     layout = codec.layout([TensorSpec("w", tuple(weights.shape))])
     buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
@@ -137,7 +138,7 @@ def by_bitsandbytes(weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def blocks(weights: torch.Tensor) -> Callable[[], object]:
-    """Quantizing the blocks alone, with the best instruction set."""
+    """A function that only quantizes the blocks, with the best instruction set."""
     q = torch.zeros(-(-weights.numel() // 2), dtype=torch.uint8)
     absmax = torch.zeros(-(-weights.numel() // nf4_blocks.BLOCK))
     compiled = library()
@@ -150,18 +151,18 @@ def blocks(weights: torch.Tensor) -> Callable[[], object]:
 
 
 def check_equal(weights: torch.Tensor) -> None:
-    """Exits unless all give the bytes of bitsandbytes."""
+    """Exit unless all encoders give the same bytes as bitsandbytes."""
     theirs = by_bitsandbytes(weights)
     for name in encoders(weights):
         encode = encoders(weights)[
             name
-        ]  # with a buffer of its own, in which nothing can be left from another
+        ]  # made anew with its own buffer, so that no other encoder's bytes can be in it
         if not all(torch.equal(one, other) for one, other in zip(encode(weights), theirs, strict=True)):
             sys.exit(f"{name} does not encode to the bytes of bitsandbytes")
 
 
 def summary(times: Sequence[float], nbytes: int, theirs: Sequence[float] | None) -> dict[str, Any]:
-    """Figures of one contender; `nbytes` is what it reads."""
+    """Figures of one contender that reads `nbytes`."""
     median = statistics.median(times)
     found: dict[str, Any] = {
         "ms": {"median": 1e3 * median, "low": 1e3 * min(times), "high": 1e3 * max(times)},

@@ -1,15 +1,15 @@
 """How near does a token's attention to a long row of keys come to the GPU memory's speed?
 
-Method. One query in bf16 against keys and values of a model's heads, in a slab larger than the last cache,
-whose rows calls take in turn. Calls are timed alone, many in a CUDA graph, between two events; a round does
-this for all contenders and for reading a buffer, in turns.
-  parts  what replayed tokens do: a mask of numbers, the row cut so that every processor has a part
-  whole  the same mask in one piece: a thread block for each head of keys
-  plain  no mask, heads that share keys: what the plain forward does (torch's flash attention)
+Method. One query in bf16 attends to keys and values with a model's heads. They are in a slab larger than the
+last-level cache, whose rows the calls use in turn. Only the calls are timed, many in one CUDA graph between
+two events; in each round all contenders, and reading a buffer, take their turns.
+  parts  as in replayed tokens: a float mask, and the row is split so that every multiprocessor has a part
+  whole  the same mask in one piece: one thread block per key head
+  plain  no mask, query heads share key heads: as in the plain forward (torch's flash attention)
 The mask shows three quarters of the columns; all of them are read, and counted as bytes.
   of read  GB/s over those of summing a buffer in the same round: the median, and the interval that holds the
            true median with 95 % confidence (ratio.py)
-What parts give is checked against whole first.
+Before timing, the result of parts is checked against that of whole.
 
 Run: python benchmarks/gpu_attention.py [--models mixtral-8x7b] [--columns 1024 4096 16384] [--rounds 12]
 The last line printed is one JSON object; --json also writes it to FILE.
@@ -33,13 +33,13 @@ from moe_local.offload.dense.split_attention import attend_in_parts, parts_of
 from moe_local.offload.plan import bandwidth
 
 SLAB_BYTES = 1 << 29
-"""Of keys and values: far beyond any last cache."""
+"""Bytes of keys and values: far more than any last-level cache holds."""
 ERROR_LIMIT = 1e-2
-"""Parts against whole, both in bf16."""
+"""Largest relative difference of parts from whole, both in bf16."""
 
 
 class Heads(NamedTuple):
-    """A layer's attention."""
+    """The heads of a layer's attention: numbers of query heads and key heads, and the width of each."""
 
     heads: int
     of_keys: int
@@ -54,7 +54,7 @@ MODELS = {
 
 
 class Bench:
-    """A query of one model against rows of one length."""
+    """A query of one model, and rows of keys and values of one length."""
 
     def __init__(self, name: str, columns: int, device: torch.device) -> None:
         heads = MODELS[name]
@@ -73,7 +73,7 @@ class Bench:
         self.parts = parts_of(self._packed, *self._rows[0])
 
     def contenders(self) -> dict[str, Callable[[], object]]:
-        """Each a call for every row."""
+        """Contenders by name; each run attends to every row once."""
         attends: dict[str, Callable[..., torch.Tensor]] = {
             "parts": self._in_parts,
             "whole": self._whole,
@@ -86,7 +86,7 @@ class Bench:
         return {name: through(attend) for name, attend in attends.items()}
 
     def check(self) -> float:
-        """The relative difference of parts to whole."""
+        """The relative difference of parts from whole."""
         got, want = (attend(*self._rows[0]).float() for attend in (self._in_parts, self._whole))
         return float((got - want).norm() / want.norm())
 
@@ -101,7 +101,7 @@ class Bench:
 
 
 def measure(bench: Bench, rounds: int) -> dict[str, Any]:
-    """One case: a model and a number of columns."""
+    """Measure one case: a model and a number of columns."""
     error = bench.check()
     if not error < ERROR_LIMIT:
         sys.exit(f"{bench.name}, {bench.columns} columns: error {error:.2g}, above {ERROR_LIMIT}")

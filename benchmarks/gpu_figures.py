@@ -1,4 +1,4 @@
-"""What the parts of gpu.sh found, in a few lines, and whether it is what was to be reached."""
+"""Print the figures of the parts of gpu.sh in a few lines, and compare them with their targets."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Document = Mapping[str, Any]
 
 
 def floor_ms(document: Document, figures: Document) -> float:
-    """The least time of a token: what it reads of the GPU's memory, and what came over the link, from RAM
-    and from the disk, each at the speed measured in the same run; the slowest of them decides.
+    """The least time of a token: the bytes it read from VRAM, over the link, from RAM and from disk, each at
+    the bandwidth measured in the same run; the slowest of these decides.
 
-    A miss is read from RAM whoever computes it, by the link or by the CPU. `figures`: those of the document
-    itself, or of one of the variants that it compares.
+    Every miss is read from RAM, by the link if the GPU computes it, else by the CPU. `figures`: those of the
+    document itself, or of one of the variants that it compares.
     """
     speeds, moved = document["bandwidths"], figures["bytes_per_token"]
     missed = figures["misses_per_token"] * document["plan"]["bytes"]["expert"]
@@ -33,19 +33,19 @@ def floor_ms(document: Document, figures: Document) -> float:
 
 
 def share(document: Document, figures: Document) -> float:
-    """Of the floor's tokens a second."""
+    """Tokens per second as a share of those of the floor."""
     return floor_ms(document, figures) / float(figures["tpot_ms"]["mean"])
 
 
 def round_trip(document: Document) -> float:
-    """The part of a token in which the GPU stood still until the host knew the router's choice."""
+    """The share of a token's time in which the GPU was idle until the host knew the router's choice."""
     return float(document["stall_ms_per_token"]["sync"] / document["tpot_ms"]["mean"])
 
 
 def print_part(entry: Document) -> None:
-    """The figures of a part that has just ended, or the end of what it said.
+    """Print the figures of a part that has just ended, or the end of its output.
 
-    Raises nothing: what cannot be shown is kept all the same, and the next part is waiting.
+    Figures that cannot be shown raise no error: they are kept in the file, and the next part must run.
     """
     try:
         for line in lines_of(entry):
@@ -67,7 +67,7 @@ def lines_of(entry: Document) -> Iterator[str]:
 
 
 def latency(document: Document) -> Iterator[str]:
-    """Of `moe-local bench`."""
+    """Lines for a result of `moe-local bench`."""
     plan = document["plan"]
     for name, row in document["workloads"].items():
         if not row["repeats"]:
@@ -88,7 +88,7 @@ def latency(document: Document) -> Iterator[str]:
 
 
 def others(result: Document) -> Iterator[str]:
-    """Of the other benchmarks: their heads, and what they compare."""
+    """Lines for the results of the other benchmarks: their main figures and comparisons."""
     if result.get("benchmark") in ("gpu_kernels", "gpu_attention"):
         for case in result["cases"]:
             names = ("model", "format", "tokens", "columns")
@@ -109,7 +109,7 @@ def others(result: Document) -> Iterator[str]:
 
 
 def targets(found: Document) -> Iterator[tuple[str, float, str, float]]:
-    """(what, the figure, "at least" or "at most", what it is to be) of all that was measured."""
+    """(name, figure, "at least" or "at most", target) of each target whose part was measured."""
     results = {
         name: entry["result"]
         for name, entry in found.items()
@@ -132,14 +132,14 @@ def targets(found: Document) -> Iterator[tuple[str, float, str, float]]:
 
 
 def print_targets(found: Document) -> None:
-    with contextlib.suppress(LookupError, TypeError, ZeroDivisionError):  # of a file by another version
+    with contextlib.suppress(LookupError, TypeError, ZeroDivisionError):  # a file of another version
         for what, figure, bound, wanted in targets(found):
             holds = figure >= wanted if bound == "at least" else figure <= wanted
             print(f"{what}: {figure:.2f}, {bound} {wanted}: {'holds' if holds else 'MISSED'}")
 
 
 def main() -> None:
-    """Print a file's figures again."""
+    """Print the figures of result files again."""
     for path in sys.argv[1:]:
         found = json.loads(Path(path).read_text())["parts"]
         for name, entry in found.items():

@@ -1,18 +1,18 @@
 """How near do the grouped GPU kernels come to the memory's speed, and what does a step cost around them?
 
-Method. Random NF4 experts of a model's true widths fill an arena larger than the last cache; steps take them
-in turn, so that none is cached when its turn comes. Kernels are timed alone, many launches in a CUDA graph,
-between two events; a round does this for all of them and for reading a buffer, in turns.
+Method. Random NF4 experts of a model's true widths fill an arena larger than the last-level cache; steps use
+them in turn, so that none is still cached when it is used again. Only the kernels are timed, many launches in
+one CUDA graph between two events; in each round all of them, and reading a buffer, take their turns.
   up, down   one launch for all experts of a step: bytes of weights and scales / time
-  up, loads  up with levels looked up in memory rather than shuffled (triton_formats.level)
-  combine    the weighted sum: microseconds, since its bytes are few
-  step       what a layer really does, begin to result, launched from Python: wall time a step of many steps
-             with one wait at the end, so that it shows the host where the host is slower
+  up, loads  up with levels loaded from memory instead of shuffled between lanes (triton_formats.level)
+  combine    the weighted sum: only microseconds, since its bytes are few
+  step       all that a layer does, from begin to result, launched from Python: wall time per step of many
+             steps with one wait at the end, so that it is the host's time where the host is slower
   one by one the same by bitsandbytes' kernels, expert after expert
   of read    GB/s over those of summing a buffer in the same round: the median, and the interval that holds
              the true median with 95 % confidence (ratio.py)
-  floor      milliseconds that reading a layer's bytes takes at the best rate read
-A step's result is checked against one by one's first.
+  floor      milliseconds of reading a layer's bytes at the best rate of reading
+Before timing, a step's result is checked against that of one by one.
 
 Run: python benchmarks/gpu_kernels.py [--models mixtral-8x7b] [--formats nf4 fp8] [--tokens 1 4] [--rounds 12]
 The last line printed is one JSON object; --json also writes it to FILE.
@@ -46,20 +46,20 @@ from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.views import segment_view
 
 ARENA_BYTES = 1 << 30
-"""Of experts, or all of a layer's if they are fewer: far beyond any last cache."""
+"""Bytes of experts in the arena, or fewer if a layer has fewer: far more than any last-level cache holds."""
 LAUNCHES = 24
-"""Of a kernel in a graph, and of steps in a row."""
+"""Launches of a kernel in one graph, and steps in one run."""
 SCALES = {"int8": 3e-4, "fp8": 0.05}
-"""Where 0.02 would not give weights of about that."""
+"""Scales of formats for which the default scale of 0.02 would not give weights of about that size."""
 ERROR_LIMIT = 2e-2
-"""Against bitsandbytes in bf16, which rounds weights to it."""
+"""Largest relative difference from one by one in bf16, which rounds the weights to bf16."""
 
 
 FORMATS = [name for name, codec in codecs().items() if not codec.exact]
 
 
 class Shape(NamedTuple):
-    """An MoE layer."""
+    """The sizes of an MoE layer."""
 
     hidden: int
     width: int
@@ -71,7 +71,7 @@ SHAPES = {"mixtral-8x7b": Shape(4096, 14336, 8, 2), "qwen3-30b-a3b": Shape(2048,
 
 
 class Bench:
-    """Steps of one shape and number of tokens, and their kernels by themselves."""
+    """Steps of one shape and number of tokens, and the kernels of these steps alone."""
 
     def __init__(self, name: str, tokens: int, device: torch.device, format: str = "nf4") -> None:
         self.name, self.tokens, self.shape, self.format = name, tokens, SHAPES[name], format
@@ -99,17 +99,17 @@ class Bench:
         self._steps = [self._routing(number, count) for number in range(LAUNCHES)]
 
     def _routing(self, number: int, count: int) -> Routing:
-        """All tokens of a step want the same experts: as few bytes, and as many products, as can be."""
+        """A step whose tokens all choose the same experts: the fewest bytes per token."""
         first = number * self.shape.top_k
         ids = [(first + rank) % count for rank in range(self.shape.top_k)]
         return Routing(ids * self.tokens, self.tokens, count)
 
     def nbytes(self, matrix: str) -> int:
-        """Of one matrix of all experts of a step."""
+        """Bytes of one matrix in all experts of a step."""
         return self.shape.top_k * sum(segment.nbytes for segment in self.layout.parts(matrix))
 
     def check(self) -> float:
-        """The largest relative difference to one by one."""
+        """The largest relative difference from one by one."""
         errors = []
         for routing in self._steps[:3]:
             got, want = (self._run(begin(routing), routing) for begin in (self._grouped, self._one_by_one))
@@ -117,7 +117,7 @@ class Bench:
         return max(errors)
 
     def kernels(self) -> dict[str, Callable[[], object]]:
-        """Runs of LAUNCHES kernels each, as graphs."""
+        """By kernel, the replay of a graph with LAUNCHES launches of it."""
         launcher, top_k = self._launcher, self.shape.top_k
         steps = [self._grouped(routing) for routing in self._steps]
         planes = launcher.planes(self._x)
@@ -146,7 +146,7 @@ class Bench:
         return {name: graph_of(work) for name, work in works.items()}
 
     def whole(self) -> dict[str, Callable[[], object]]:
-        """Runs of LAUNCHES steps each, from Python."""
+        """By kind of step, a run of LAUNCHES steps from Python."""
 
         def steps(begin: Callable[[Routing], LayerStep]) -> Callable[[], object]:
             return lambda: [self._run(begin(routing), routing) for routing in self._steps]
@@ -167,7 +167,7 @@ class Bench:
 
 
 def random_experts(layout: Layout, count: int, device: torch.device) -> list[Lent]:
-    """In one arena, weights about as large as a model's; the bytes are random, their sizes are not."""
+    """Experts in one arena: random codes, with scales that make the weights about as large as a model's."""
     arena = torch.randint(0, 256, (count, layout.nbytes), dtype=torch.uint8, device=device)
     for buffer in arena:
         for segment in layout.segments:
@@ -175,14 +175,14 @@ def random_experts(layout: Layout, count: int, device: torch.device) -> list[Len
             if segment.dtype in ("float32", "float16"):
                 view.fill_(SCALES.get(layout.format, 0.02))
             elif segment.dtype == "float8_e4m3fn":
-                view.view(torch.uint8).bitwise_and_(0xBF)  # no code of NaN
+                view.view(torch.uint8).bitwise_and_(0xBF)  # clears a bit that all codes of NaN have
             elif layout.format == "mxfp4" and segment.part == "scale":
                 view.fill_(120)
     return [Lent(expert, buffer, layout) for expert, buffer in enumerate(arena)]
 
 
 def graph_of(work: Callable[[], object]) -> Callable[[], object]:
-    work()  # compiles
+    work()  # compiles the kernels
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -208,7 +208,7 @@ def wall_seconds(work: Callable[[], object]) -> float:
 
 
 def measure(bench: Bench, rounds: int) -> dict[str, Any]:
-    """One case: a model and a number of tokens."""
+    """Measure one case: a model, a format and a number of tokens."""
     error = bench.check()
     if not error < ERROR_LIMIT:
         case = f"{bench.name}, {bench.tokens} tokens"
@@ -238,7 +238,7 @@ def measure(bench: Bench, rounds: int) -> dict[str, Any]:
 
 
 def row(times: Sequence[float], nbytes: int, reads: Sequence[float]) -> dict[str, Any]:
-    """Figures of one kernel or step that reads so many bytes."""
+    """Figures of one kernel or step that reads `nbytes`; `reads`: rates of reading in the same rounds."""
     found: dict[str, Any] = {
         "us": {"median": 1e6 * statistics.median(times), "low": 1e6 * min(times), "high": 1e6 * max(times)}
     }

@@ -1,10 +1,10 @@
-"""Run the parts of gpu.sh within one time and keep what each of them said, whatever becomes of the others.
+"""Run the parts of gpu.sh within one time limit and keep each one's output, even if others fail.
 
-Each part is a command whose output, or its last line, is a JSON document. A part has a time-out of its own,
-and all together have --limit seconds: one for whose estimate no time is left is named, and a later call with
-the same OUT runs it. Parts that ended well are not run again unless --again, and those that failed come last.
-OUT is written after every part, so that a call that is killed leaves what was measured. A part that fails is
-recorded with the end of its errors and stops nothing. The figures are printed as they come (gpu_figures.py).
+Each part is a command whose output, or its last line, is a JSON document. A part has its own time-out, and
+all together have --limit seconds: a part whose estimate exceeds the time left is reported, and a later call
+with the same OUT runs it. Parts that succeeded are not run again unless --again; those that failed come last.
+OUT is written after every part, so a call that is killed keeps what was measured. For a part that fails, the
+end of its errors is recorded, and the next part runs. Figures are printed after each part (gpu_figures.py).
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from moe_local.offload.system.home import moe_local_home
 
 HERE = Path(__file__).resolve().parent
 GRACE_S = 20
-"""What a part has after its SIGINT before it is killed."""
+"""Seconds from a part's SIGINT until it is killed."""
 LINES = 60
-"""Kept of what a part printed, where that is no JSON, and of its errors."""
+"""Last lines that are kept of a part's errors, and of its output if that is not JSON."""
 PYTHON = sys.executable
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`estimate_s` is what it takes on an H200, and what has to be left for it to begin; `after`, the part
-    that each call runs before it: what that makes may be gone since another."""
+    """One command. `estimate_s`: its seconds on an H200, which must be left for it to begin. `after`: a part
+    that every call runs before this one, since the files that it makes may be gone since an earlier call."""
 
     name: str
     estimate_s: int
@@ -60,7 +60,8 @@ def bench(*arguments: str) -> list[str]:
 
 
 def parts_of(layers: int, routes: Path | None) -> list[Part]:
-    """The most telling ones first. Mixtral has `layers` layers; `routes`: a folder with recorded routes."""
+    """The parts, the most informative first. `layers`: those of Mixtral; `routes`: a folder of recorded
+    routes."""
     demo = str(moe_local_home() / "benchmarks" / "demo_routes.csv")
     made = [f"mixtral-8x7b:{layers}", "qwen3-30b-a3b:48", "qwen3.6-35b-a3b:12"]
 
@@ -95,7 +96,7 @@ def parts_of(layers: int, routes: Path | None) -> list[Part]:
         Part("resident", 45, 90, script("resident.py", "--vram", "24GiB", "--tokens", "64")),
         Part("qwen3_half_by_host", 40, 90, half(*six), by_host),
         Part("qwen3_half", 80, 150, half(*three, "--compare"), by_device),
-        # Some 200 kernels of Triton's are compiled for them, at a second each.
+        # The tests compile some 200 Triton kernels, at a second each.
         Part(
             "tests", 300, 460, [PYTHON, "-m", "pytest", "-q", "--tb=short", *tests, "-m", "gpu", "tests/gpu"]
         ),
@@ -118,17 +119,18 @@ def parts_of(layers: int, routes: Path | None) -> list[Part]:
 
 
 def prefill() -> list[str]:
-    """Few layers, since five models are held at the same time."""
+    """The command of the prefill part; few layers, since it holds five models at the same time."""
     shape = ("--made", "mixtral-8x7b", "--layers", "4", "--vram", "24GiB", "--slots", "2", "4")
     return script("prefill.py", *shape, "--prompt-tokens", "512", "2048", "--rounds", "6")
 
 
 def peer_parts(layers: int) -> list[Part]:
-    """Others on the same GPU, with `layers` of Mixtral, and VRAM as 24 GiB are to all of its 32."""
+    """The parts that run other engines on the same GPU, with `layers` layers of Mixtral, and VRAM limited in
+    proportion: 24 GiB for all of its 32 layers."""
     vram = f"{24 * 1024 * layers // 32}MiB"
     shape = ("--made", "mixtral-8x7b", "--layers", str(layers), "--vram", vram, "--random-peers")
     decode = script("decode.py", *shape, "--activations", "native", "--prefetch", "auto")
-    # The cap does not bind llama.cpp: of 8 layers, one on the CPU is the least that keeps it to 6 GiB.
+    # llama.cpp has no such limit: with 8 layers, it must keep at least one on the CPU to stay within 6 GiB.
     on_cpu = [str(max(1, layers * eighths // 8)) for eighths in (1, 2, 3)]
     return [
         Part("install", 270, 480, script("peers/install.py")),
@@ -173,7 +175,8 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] | None = 
 
 
 def to_run(parts: Sequence[Part], found: dict[str, Any], only: Sequence[str], *, again: bool) -> list[Part]:
-    """Those that are asked for and have not ended well, with what these need; what failed by itself last."""
+    """The parts that were asked for and have not succeeded, and the parts that these need. Parts that failed
+    other than by their time-out come last."""
     status = {name: entry["status"] for name, entry in found.items()}
     wanted = [part for part in parts if not only or part.name in only]
     if not again:
@@ -184,7 +187,7 @@ def to_run(parts: Sequence[Part], found: dict[str, Any], only: Sequence[str], *,
 
 
 def announce(parts: Sequence[Part], limit_s: float) -> None:
-    """Say what there is to run, for how long, and what will probably have to wait for the next call."""
+    """Print the parts to run with their times, and those that will probably have to wait for another call."""
     left, later = limit_s - GRACE_S, []
     for part in parts:
         if part.estimate_s > left:
@@ -199,12 +202,12 @@ def announce(parts: Sequence[Part], limit_s: float) -> None:
 
 
 def run(part: Part, limit_s: float) -> dict[str, Any]:
-    """Its exit status (124: the time-out, 127: no such command), seconds, result, and the end of its errors
-    where it failed."""
+    """Run a part; returns its exit status (124: the time-out, 127: no such command), seconds, result and, if
+    it failed, the end of its errors."""
     began = time.monotonic()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         try:
-            # a group of its own: what a part has started ends with it
+            # in its own process group, so that processes that the part started end with it
             process = subprocess.Popen(
                 part.command,
                 env={**os.environ, **part.env},
@@ -229,7 +232,7 @@ def run(part: Part, limit_s: float) -> dict[str, Any]:
 
 
 def wait(process: subprocess.Popen[bytes], limit_s: float) -> int:
-    """Its exit status; 124 where it had to be ended. It ends with us, too."""
+    """The exit status; 124 if the time was up and the process was ended. An exception here ends it, too."""
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
@@ -247,12 +250,12 @@ def end(process: subprocess.Popen[bytes], first: signal.Signals) -> None:
         try:
             process.wait(GRACE_S)
             return
-        except subprocess.TimeoutExpired:  # after SIGKILL: in a driver that does not let go
+        except subprocess.TimeoutExpired:  # after SIGKILL: it is stuck in a driver
             continue
 
 
 def document(said: str) -> Any:
-    """All of the output or its last line, as JSON; its last lines where neither is."""
+    """All of the output, or its last line, parsed as JSON; if neither is JSON, its last lines."""
     for text in (said, said.rstrip().rpartition("\n")[2]):
         try:
             return json.loads(text)

@@ -1,8 +1,8 @@
 """Make the weights that the parts of gpu.sh measure with, all at once, and record the demo's routes.
 
-Written once, below MOE_LOCAL_HOME: 26 GB of Mixtral 8x7B, 17 of Qwen3-30B-A3B. The routes are those of the
-demo, a small trained model with as many experts a layer as Mixtral, so that made weights, which no router
-knows, are chosen as those of a trained model are.
+They are written once, below MOE_LOCAL_HOME: 26 GB for Mixtral 8x7B, 17 GB for Qwen3-30B-A3B. The routes are
+those of the demo, a small trained model with as many experts per layer as Mixtral: the routers of made
+weights are not trained, and with these routes their experts are chosen as in a trained model.
 
 Run: python benchmarks/gpu_weights.py mixtral-8x7b:32 qwen3-30b-a3b:48 [--routes FILE]
 """
@@ -23,7 +23,7 @@ from moe_local.offload.measure import synthetic
 from moe_local.offload.system.home import moe_local_home
 
 TOKENS = 64
-"""Of each answer whose routes are recorded."""
+"""Tokens of each answer whose routes are recorded."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,7 +46,7 @@ def make(name: str, layers: int) -> dict[str, object]:
 
 
 def record(routes: Path) -> None:
-    """Let the demo answer four questions of a conversation, on the CPU."""
+    """Record the demo's routes while it answers the four questions of a conversation, on the CPU."""
     routes.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "moe_local", "bench", "demo", "--device", "cpu", "--json"]
     command += ["--workload", "chat", "--tokens", str(TOKENS), "--repeats", "1"]

@@ -1,16 +1,16 @@
 """What does the host do for a token, kernels and copies apart: where it brings misses, and where a GPU does?
 
-Method. A store of 48 layers x 128 experts, the shape of Qwen3-30B-A3B, on a device that does nothing at once.
-Tokens of recorded routes, or of routes drawn with Zipf popularity, pass through every layer
-  by host    as OffloadedExperts pass them on: ids to the host, serve, kernels that do nothing
-  by device  as a replay leaves them: what the kernels would have written down is put where the host reads
-             it, untimed. `before` and `counts` are what the next token waits for: giving a token to the
-             device, and reading the counts of the one before. `meanwhile` is done while the device computes:
-             telling the cache and its policies, and making new lists of slots to fill.
-The graphs' launches and the model around the experts are in neither. Times are CPU time of the thread, in
-which this never waits; medians over the second half of the tokens, one way after the other.
+Method. A store of 48 layers x 128 experts, the shape of Qwen3-30B-A3B, on a fake device that completes all
+work at once. Tokens of recorded routes, or of routes drawn with Zipf popularity, pass through every layer
+  by host    as in OffloadedExperts: ids to the host, serve, kernels that do nothing
+  by device  as after a graph replay: the log that the kernels would have written is put where the host reads
+             it, untimed. The next token waits for `before`, giving the token to the device, and `counts`,
+             reading the counts of the last one. `meanwhile` is done while the device computes: telling the
+             cache and its policies, and making new lists of slots to fill.
+Neither includes graph launches or the model around the experts. Times are CPU time of the thread, which never
+waits here; medians over the second half of the tokens, one way after the other.
   tenth      of the least time of such a token at NF4: 2.4 GB of dense weights in bf16 and the experts from
-             memory, or what is missing over the link, whichever takes longer
+             memory, or the misses over the link, whichever takes longer
 
 Run: python benchmarks/host_part.py [--slots 64] [--tokens 200] [--routes FILE] [--json FILE]
 The last line printed is one JSON object; --json also writes it to FILE.
@@ -50,11 +50,11 @@ from moe_local.offload.tiers.transfer import FileSource, Load, LoadState
 LAYERS, EXPERTS = 48, 128
 DENSE_BYTES, EXPERT_BYTES = 2.4e9, 2437120
 MACHINES = {"RTX 4090, PCIe 4": (1.0e12, 25e9), "H200, PCIe 5": (4.0e12, 50e9)}
-"""Bytes a second of memory and link."""
+"""Bytes/s of memory and link."""
 
 
 class Nothing:
-    """A device, its events and its kernels: all is over at once."""
+    """A fake device with its events and kernels, all of whose work is complete at once."""
 
     torch_device = torch.device("cpu")
 
@@ -87,7 +87,7 @@ class Nothing:
 
 
 class Instant:
-    """A source of experts that are there as soon as they are asked for."""
+    """A fake source whose loads are complete as soon as they start."""
 
     bytes_read = 0
 
@@ -111,7 +111,7 @@ class Instant:
 
 
 class Layer:
-    """As an OffloadedExperts, as far as it is asked here."""
+    """The attributes of an OffloadedExperts that this benchmark uses."""
 
     num_experts, has_post_expert_norm = EXPERTS, False
 
@@ -155,7 +155,7 @@ def by_host(store: ExpertStore, tokens: Sequence[Sequence[Sequence[int]]]) -> li
 def by_device(
     store: ExpertStore, tokens: Sequence[Sequence[Sequence[int]]]
 ) -> list[tuple[float, float, float]]:
-    """Seconds before the next token can be given to the device, of counts, and meanwhile."""
+    """Seconds of each token: (before, counts, meanwhile), as the module's docstring defines them."""
     misses = DeviceMisses(store, cast(Any, None), cast(Any, None))
     store.custody = misses
     follow, meanwhile = misses._follow, 0.0
@@ -182,7 +182,7 @@ def by_device(
 
 
 def write(misses: DeviceMisses, token: Sequence[Sequence[int]], number: int) -> None:
-    """What the kernels would have written down."""
+    """Update tables and log as the look-up kernel would have for this token."""
     for layer, ids in enumerate(token):
         tables = misses.tables.of[layer]
         slot_of, expert_in = tables.slot_of.numpy(), tables.expert_in.numpy()

@@ -1,4 +1,4 @@
-"""What kernels.py times: products with weights in turn, by our kernels and by others, and what each reads."""
+"""The cases that kernels.py times: products with rotating weights, by our kernels and by others."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ KERNELS = (*EXPERTS, NF4_MATRIX, INT8_MATRIX)
 TORCH, BITSANDBYTES, REFERENCE = "torch fp32", "bitsandbytes", "reference"
 PEERS = (TORCH, BITSANDBYTES, REFERENCE)
 ACTIVATIONS = ("fp32", "bf16", "int8")
-"""Inputs of these dtypes, native; int8: fp32 ones, rounded by the kernel."""
+"""The dtypes of inputs; int8 means fp32 inputs that the kernel rounds."""
 
 UP, DOWN = "gate_up_proj", "down_proj"
 Call = Callable[[Sequence[int]], torch.Tensor]
-"""The numbers of the copies to use -> the product."""
+"""Indices of the copies to use -> the product."""
 
 
 class Swiglu:
-    """What Mixtral does between the matrices: an ExpertMath."""
+    """An ExpertMath with Mixtral's activation."""
 
     has_gate, has_bias = True, False
 
@@ -60,7 +60,7 @@ class Swiglu:
 
 
 class Lent(NamedTuple):
-    """An expert that may be read: a Readable."""
+    """An expert in a buffer: a Readable."""
 
     expert: int
     buffer: torch.Tensor
@@ -69,24 +69,25 @@ class Lent(NamedTuple):
 
 @dataclass(eq=False)
 class Case:
-    """A row: one kernel on one number of tokens. A sample: round, seconds, bytes/s of a read just before."""
+    """A row of the table: one kernel with one number of tokens. A sample is (round, seconds, bytes/s of the
+    memory read just before)."""
 
     kernel: str
     by: str
     activations: str
     tokens: int
     nbytes: int
-    """Of weights and scales that a call reads."""
+    """Bytes of weights and scales that a call reads."""
     numel: int
-    """Of weights that a call multiplies each token with."""
+    """How many weights a call multiplies each token with."""
     copies: int
-    """How many there are to take turns; a call takes `taken`."""
+    """How many copies of the weights the calls rotate through; each call uses `taken` of them."""
     taken: int
     call: Call
     error: float = 0.0
-    """Of the result: relative, in the Frobenius norm, against fp32."""
+    """Relative error of the result against fp32, in the Frobenius norm."""
     every: int = 1
-    """It is timed in each round that this divides."""
+    """The case is timed in rounds whose number is a multiple of this."""
     samples: list[tuple[int, float, float]] = field(default_factory=list)
     _turn: int = 0
 
@@ -101,17 +102,18 @@ class Case:
 
     @property
     def error_limit(self) -> float:
-        """Rounding that the kernel may add; an order of magnitude above what it does add."""
+        """The rounding error that the kernel may add; an order of magnitude above what it does add."""
         return {"fp32": 1e-5, "bf16": 2e-2, "int8": 5e-2}[self.activations]
 
 
 class Bench:
-    """Weights of a Mixtral expert and all cases over them. Owns the memory, a few GB at full width."""
+    """Weights of Mixtral experts, and all cases that use them. Owns the memory, a few GB at full width."""
 
     def __init__(self, width: int, hidden: int, tokens: Sequence[int], experts: int) -> None:
         """`width` D and `hidden` F of an expert, multiples of 64: matrices [2F, D] and [D, F].
 
-        One token goes to so many `experts`; more are the part of a batch that one expert has.
+        A single token goes to this many `experts`; several tokens stand for the part of a batch that goes to
+        one expert.
         """
         self._math, self._top_k = Swiglu(), experts
         self._tokens = tokens
@@ -127,16 +129,16 @@ class Bench:
         count = min(len(self._nf4.buffers), copies_beyond_cache(4 * self._numel[UP], least=experts))
         decode = codec_for("nf4").decode
         self._fp32 = [decode(buffer, self._nf4.layout, torch.float32) for buffer in self._nf4.buffers[:count]]
-        # Of numbers that bf16 has, so that all cases are given the same.
+        # Inputs that bf16 represents exactly, so that all cases get the same numbers.
         generator = torch.Generator().manual_seed(0)
         self._x = torch.randn(max(tokens), width, generator=generator).bfloat16().float()
         self._wanted = self._references()
 
     def cases(self, kernels: Sequence[str], isas: Sequence[str], peers: Sequence[str]) -> Iterator[Case]:
-        """Rows in the order of the table."""
+        """All cases, in the order of the table."""
         for kernel, tokens in product(kernels, self._tokens):
             for isa, activations in product(isas, ACTIVATIONS):
-                if not (kernel == INT8_MATRIX and activations == "bf16"):  # as fp32 there
+                if not (kernel == INT8_MATRIX and activations == "bf16"):  # the same as fp32 there
                     yield self._ours(kernel, isa, activations, tokens)
             if TORCH in peers and kernel in (EXPERT, NF4_MATRIX):
                 yield self._torch(kernel, tokens)
@@ -146,7 +148,7 @@ class Bench:
                 yield self._reference(tokens)
 
     def wanted(self, case: Case) -> torch.Tensor:
-        """What the case answers with the first copies, in fp32."""
+        """The right result of the case with the first copies, computed in fp32."""
         return self._wanted[case.kernel, case.tokens]
 
     def _ours(self, kernel: str, isa: str, activations: str, tokens: int) -> Case:
@@ -160,7 +162,7 @@ class Bench:
         return self._case(kernel, isa, activations, tokens, copies, lambda turn: linears[turn[0]](x, UP))
 
     def _together(self, x: torch.Tensor, mode: str, experts: Copies) -> Call:
-        """A layer's experts in one call: all that a token has, or all tokens to one."""
+        """A layer's experts in one call: all experts of a single token, or all tokens through one expert."""
         tokens, layout, kernels = x.shape[0], experts.layout, LayerKernels(mode)
         taken = self._taken(tokens)
         weights = torch.full((tokens, taken), 1 / taken)
@@ -174,7 +176,7 @@ class Bench:
         return call
 
     def _torch(self, kernel: str, tokens: int) -> Case:
-        """torch on weights that were dequantized before."""
+        """torch with weights that were dequantized beforehand."""
         x, linears = self._x[:tokens], [reference_linear(weights, False) for weights in self._fp32]
 
         def expert(turn: Sequence[int]) -> torch.Tensor:
@@ -194,7 +196,7 @@ class Bench:
         )
 
     def _reference(self, tokens: int) -> Case:
-        """The path without the C++ library: dequantize an expert, multiply, go on."""
+        """The path without the C++ library: dequantize each expert, and multiply."""
         x, layout = self._x[:tokens], self._nf4.layout
 
         def call(turn: Sequence[int]) -> torch.Tensor:
@@ -210,7 +212,7 @@ class Bench:
     def _case(
         self, kernel: str, by: str, activations: str, tokens: int, source: Copies | None, call: Call
     ) -> Case:
-        """`source`: the quantized copies that are read; None: the dequantized ones."""
+        """`source`: the quantized copies that a call reads; None means the dequantized copies."""
         taken = self._taken(tokens) if kernel in EXPERTS else 1
         names = (UP, DOWN) if kernel in EXPERTS else (UP,)
         numel = sum(self._numel[name] for name in names)
@@ -246,17 +248,17 @@ class Bench:
         return linear(self._math.activate(linear(self._x[:tokens], UP)), DOWN)
 
     def _taken(self, tokens: int) -> int:
-        """Experts that so many tokens go to."""
+        """How many experts a call with this many tokens uses."""
         return self._top_k if tokens == 1 else 1
 
 
 def nbytes_of(layout: Layout, name: str) -> int:
-    """Of a matrix, scales included."""
+    """Bytes of a matrix, scales included."""
     return sum(part.nbytes for part in layout.parts(name))
 
 
 def use(isa: str) -> None:
-    """Have the library use an instruction set that this processor has."""
+    """Make the library use an instruction set, which this processor must support."""
     lib = library()
     assert lib is not None
     assert lib.moe_set_isa(ISAS.index(isa)) == 0

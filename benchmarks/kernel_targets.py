@@ -1,4 +1,4 @@
-"""What kernels.py's expert kernels are to reach, and what became of it."""
+"""The targets of kernels.py's expert kernels, and whether the results reach them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from kernel_cases import EXPERT
 
 ISAS = ("avx2", "avx512_vnni", "avx512")
-"""Held against the targets. The portable kernels are there to be right, not fast."""
+"""Instruction sets that have targets. The portable kernels are meant to be right, not fast."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Target:
         return ours and row["tokens"] == self.tokens and row[self.figure] is not None
 
     def verdict(self, row: dict[str, Any]) -> dict[str, Any]:
-        """`holds`: for the median over pairs; `certain`: for both ends of its interval alike."""
+        """`holds`: the median over pairs meets the target; `certain`: both ends of its interval agree."""
         figure = row[self.figure]
         holds = self.met_by(figure["median"])
         ends = [] if figure["low"] is None else [figure["low"], figure["high"]]
@@ -63,5 +63,5 @@ TARGETS = (
 
 
 def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each target for each row that it concerns; what was not measured is left out."""
+    """The verdict of each target on each measured row that it concerns."""
     return [target.verdict(row) for target in TARGETS for row in rows if target.concerns(row)]

@@ -1,4 +1,4 @@
-"""Weights for kernels.py: random bytes in the product's formats and memory, beyond the last cache."""
+"""Weights for kernels.py: random bytes in the product's formats and kind of memory, larger than any cache."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from moe_local.offload.tiers.arena import HostArena
 
 LEAST_COPIES = 4
 CACHES = 4
-"""How many times the last cache a set of copies fills at least."""
+"""A set of copies is at least this many times as large as the last-level cache."""
 
 
 class Copies:
-    """Buffers of one layout, `least` at least, as the tiers allocate them, filled differently, used in turn.
+    """At least `least` buffers of one layout, allocated as by the tiers, filled differently and used in turn.
 
-    By its next turn, a buffer of which `nbytes` are read has left the last cache.
+    There are so many that a buffer has left the last-level cache by its next turn, if each turn reads
+    `nbytes`.
     """
 
     def __init__(
@@ -36,19 +37,20 @@ class Copies:
 
 
 def last_cache_bytes() -> int:
-    """Of the largest cache that the system names; a large processor's where it names none."""
+    """The size of the largest cache that the system reports, or that of a large processor if it reports
+    none."""
     levels = ("SC_LEVEL4_CACHE_SIZE", "SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE")
     known = [os.sysconf(name) for name in levels if name in os.sysconf_names]
     return max(known, default=0) or 64 * 2**20
 
 
 def copies_beyond_cache(nbytes: int, least: int = LEAST_COPIES) -> int:
-    """How many copies of `nbytes` take so long to come round that the last cache has forgotten the first."""
+    """How many copies of `nbytes`, used in turn, evict each other from the last-level cache."""
     return max(least, -(-CACHES * last_cache_bytes() // nbytes))
 
 
 def fill_nf4(buffer: torch.Tensor, layout: Layout) -> None:
-    """Random weights of about 0.02: the speed does not depend on them, and results stay finite."""
+    """Random weights of about 0.02, so that results stay finite; the speed does not depend on them."""
     fill_randomly(buffer)
     for spec in layout.tensors:
         matrix = nf4_matrix(buffer, layout, spec.name)
@@ -57,14 +59,14 @@ def fill_nf4(buffer: torch.Tensor, layout: Layout) -> None:
 
 
 def fill_low(buffer: torch.Tensor, layout: Layout) -> None:
-    """Random weights of q3 or q2, of about 0.02 as well."""
+    """Random weights of q3 or q2, also of about 0.02."""
     fill_randomly(buffer)
     for spec in layout.tensors:
         low_matrix(buffer, layout, spec.name).row_scale.fill_(0.02 if layout.format == "q3" else 0.08)
 
 
 def int8_layout(spec: TensorSpec) -> Layout:
-    """A matrix of bytes with an fp16 scale for 64 columns of a row; moe_native.h."""
+    """A matrix of int8 with an fp16 scale for every 64 columns of a row, as in moe_native.h."""
     rows, cols = spec.shape
     parts = [(spec.name, "q", "int8", spec.shape), (spec.name, "scale", "float16", (rows, -(-cols // 64)))]
     return make_layout("int8", [spec], parts)
@@ -84,7 +86,7 @@ def int8_weights(buffer: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def fill_micro(buffer: torch.Tensor, layout: Layout) -> None:
-    """Random weights of MXFP4 or FP8, of about 0.02; no code of NaN."""
+    """Random weights of MXFP4 or FP8, of about 0.02, without codes of NaN."""
     fill_randomly(buffer)
     for segment in layout.segments:
         view = segment_view(buffer, segment)

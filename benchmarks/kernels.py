@@ -1,10 +1,10 @@
 """How near does the CPU kernel come to the memory's speed, and to torch's on weights that are not quantized?
 
-Method. Every case multiplies with random weights of full width that take turns, so that none is in the last
-cache when its turn comes. A round times all cases, shuffled, those of one kernel and number of tokens in
-sequence; just before each, memory is read as fast as it goes, with the same threads and kind of pages. A
-case that takes long is timed in every 2nd, 4th ... round (n: in how many). Each case's first call warms up,
-is checked against fp32, and does not count.
+Method. Every case multiplies with random weights of full width, in copies that are used in turn, so that none
+is in the last-level cache when it is used again. A round times all cases in random order, with those of one
+kernel and number of tokens together; just before each case, memory is read at full speed, with the same
+threads and kind of pages. A case that takes long is timed only in every 2nd, 4th ... round (n: in how many).
+Each case's first call warms up, is checked against fp32, and does not count.
   expert       gate, up, activation, down, weighted sum through the product's own path: one token and its
                experts, or more tokens of one expert
   q3 expert, q2 expert, int8 expert, mxfp4 expert, fp8 expert   the same in these formats
@@ -20,8 +20,8 @@ is checked against fp32, and does not count.
   x torch      ms over torch fp32's of the same round, likewise; best: of the fastest calls
   error        relative, in the Frobenius norm, against fp32
 
-Targets were set for AVX2. They are compared with the medians over pairs, since a busy neighbour slows both of
-a pair down; "uncertain" says that the interval reaches across the target.
+Targets were set for AVX2. They are compared with the medians over pairs, since other load on the machine
+slows both of a pair down; "uncertain" means that the interval reaches across the target.
 
 Run: python benchmarks/kernels.py [--kernels expert] [--isas avx2] [--tokens 1 16] [--rounds 32] [--threads 2]
 The last line printed is one JSON object; --json also writes it to FILE.
@@ -54,13 +54,13 @@ from moe_local.offload.tiers.device import HostMemory
 
 READ_BYTES = 128 * 2**20
 SLICE_S = 0.25
-"""A case that takes longer than this is timed in fewer rounds,"""
+"""A case that takes longer than this is timed in fewer rounds."""
 LEAST_ROUNDS = 6
-"""but in these at least, which give an interval."""
+"""The fewest rounds in which a long case is timed, enough for an interval."""
 
 
 class Reader:
-    """Reads memory that no cache holds, of the kind that experts lie in."""
+    """Reads memory that is in no cache, in the same kind of memory as experts."""
 
     def __init__(self) -> None:
         nbytes = READ_BYTES * copies_beyond_cache(READ_BYTES, least=1)
@@ -71,7 +71,7 @@ class Reader:
         self.rates: list[float] = []
 
     def rate(self) -> float:
-        """Bytes/s of the next READ_BYTES; kept in `rates`."""
+        """Bytes/s of reading the next READ_BYTES; also appended to `rates`."""
         words = self._words[self._start : self._start + READ_BYTES // 8]
         self._start = (self._start + len(words)) % len(self._words)
         start = time.perf_counter()
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def warm_up(case: Case, bench: Bench, rounds: int) -> None:
-    """Check what the case answers, and settle how often it is timed."""
+    """Check the case's result, and decide in how many rounds it is timed."""
     start = time.perf_counter()
     answer = call(case)
     seconds = time.perf_counter() - start
@@ -111,13 +111,13 @@ def warm_up(case: Case, bench: Bench, rounds: int) -> None:
             f"above {case.error_limit:.2g}; build the library again and run the tests"
         )
     slices = max(1, math.ceil(seconds / SLICE_S))
-    # Powers of two, so that two cases share the rounds of the rarer one, and their ratio has as many pairs.
+    # Powers of two, so that of two cases, the more frequent one is timed in all rounds of the other.
     sparsest = 1 << (max(1, rounds // LEAST_ROUNDS).bit_length() - 1)
     case.every = min(1 << (slices - 1).bit_length(), sparsest)
 
 
 def measure_round(cases: Sequence[Case], reader: Reader, number: int, chance: random.Random) -> None:
-    """Time each case that is due once, after a read."""
+    """Time each case that is due in this round once, after a memory read."""
     groups = [list(group) for _, group in groupby(cases, lambda case: (case.kernel, case.tokens))]
     for group in chance.sample(groups, len(groups)):
         for case in chance.sample(group, len(group)):
@@ -183,7 +183,7 @@ def share_of_nf4(case: Case, cases: Sequence[Case]) -> dict[str, Any] | None:
 
 
 def best_share_of_nf4(case: Case, cases: Sequence[Case]) -> float | None:
-    """Of the fastest calls."""
+    """As `share_of_nf4`, but of the fastest calls."""
     nf4 = nf4_of(case, cases)
     if nf4 is None:
         return None
@@ -192,7 +192,7 @@ def best_share_of_nf4(case: Case, cases: Sequence[Case]) -> float | None:
 
 
 def times(ours: Case, theirs: Case) -> Ratio:
-    """Seconds of ours over theirs in the rounds that timed both."""
+    """Seconds of ours over theirs, in the rounds that timed both."""
     mine, other = ({number: s for number, s, _ in case.samples} for case in (ours, theirs))
     both = sorted(mine.keys() & other.keys())
     return Ratio.of([mine[number] for number in both], [other[number] for number in both])

@@ -1,4 +1,4 @@
-"""Models with weights made at the true widths, for benchmarks: nothing to download and little to write."""
+"""Models with made weights at the true widths, for benchmarks: no download, and little to write."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from moe_local.offload.options import LoadOptions
 
 
 class Made:
-    """As `moe-local bench --synthetic NAME` has it, made below MOE_LOCAL_HOME on first use."""
+    """The model of `moe-local bench --synthetic NAME`, made below MOE_LOCAL_HOME on first use."""
 
     def __init__(self, name: str, layers: int | None = None) -> None:
-        """All layers that the published model has, if not so many. Raises OptionError for unknown names."""
+        """`layers`: by default all of the published model. Raises OptionError for unknown names."""
         self.checkpoint = synthetic.describe(name, layers or published_layers(name))
 
     @property
     def folder(self) -> Path:
-        """With config.json, once it is made."""
+        """The model's folder, which holds config.json once the model is made."""
         return self.checkpoint.folder
 
     def make(self) -> ExpertFile:
         return synthetic.make(self.checkpoint)
 
     def load(self, **keywords: Any) -> moe_local.Model:
-        """The model; keywords as of `moe_local.load`."""
+        """Load the model, with the keywords of `moe_local.load`."""
         return load_made(self.checkpoint, self.make, LoadOptions.from_keywords(keywords))

@@ -1,4 +1,4 @@
-"""Processes with less memory than the machine has: control groups of version 1 or 2, page cache included."""
+"""Limiting a process's memory, page cache included, with control groups of version 1 or 2."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 GROUPS = Path("/sys/fs/cgroup")
 SYSTEMD = Path("/run/systemd/system")
 ENTER = 'echo $$ > "$0" && exec "$@"'
-"""A shell that moves itself into the group and becomes the command."""
+"""Shell script that moves its own process into the group and then executes the command."""
 
 
 @contextlib.contextmanager
 def memory_group(limit: int) -> Iterator[list[str]]:
-    """What to put in front of a command so that it and its children have `limit` bytes, and no swap.
+    """Yields a prefix for a command that limits it and its children to `limit` bytes, without swap.
 
-    Raises SystemExit, saying what to do, where no such limit can be set.
+    Raises SystemExit, with what to do, if no such limit can be set.
     """
     if SYSTEMD.exists() and shutil.which("systemd-run"):
         yield systemd_command(limit)
@@ -45,7 +45,7 @@ def systemd_command(limit: int) -> list[str]:
 
 
 def _make(limit: int) -> tuple[Path, Path]:
-    """A new group with that limit: its folder, and the file that takes process ids. Raises OSError."""
+    """Make a group with this limit; returns its folder, and its file for process ids. Raises OSError."""
     root = next((r for r in (GROUPS / "memory", GROUPS) if (r / "cgroup.procs").exists()), GROUPS / "memory")
     folder = root / f"moe-local-{uuid.uuid4().hex[:8]}"
     folder.mkdir()
@@ -65,7 +65,7 @@ def _make(limit: int) -> tuple[Path, Path]:
 
 
 def forget(files: Sequence[Path]) -> None:
-    """Take these files out of the page cache; nobody may have them mapped. Needs no rights but to read."""
+    """Drop these files from the page cache; no process may have them mapped. Needs only read permission."""
     for path in files:
         file = os.open(path, os.O_RDONLY)
         try:
@@ -76,7 +76,7 @@ def forget(files: Sequence[Path]) -> None:
 
 
 def in_page_cache(files: Sequence[Path]) -> int | None:
-    """Bytes of these files in the page cache, by util-linux's fincore; None without it."""
+    """Bytes of these files in the page cache, by util-linux's fincore; None if that is not installed."""
     if not shutil.which("fincore"):
         return None
     command = ["fincore", "--bytes", "--noheadings", "--output", "RES", *map(str, files)]

@@ -1,12 +1,13 @@
 """What does it cost a cache that experts of several sizes need slots of several sizes?
 
 Method. The decode steps of a recording drive the product's cache, policies and slot ladders, as replay.py
-does, with experts of four sizes (BITS, SHARES). `chance` has dealt them out, or `use`: the more an expert was
-needed in the first half, the more bits, with some noise. All caches have the same bytes, a share of all
-experts'. Figures are the share of needed bytes that were there.
-  packed     experts lie in memory without any gap, whatever leaves: no real cache does that without copying
-  ladder     the product: slots by the use in the first half of the recording
-  unknown    the product where nothing is known of use: slots in proportion to the number of experts
+does, with experts of four sizes (BITS, SHARES). Sizes are assigned either by `chance`, or by `use`: the more
+an expert was needed in the first half, the more bits it gets, with some noise. All caches have the same
+bytes, a share of those of all experts. Figures are the hit rate in bytes: the share of needed bytes that were
+resident.
+  packed     experts fill memory without gaps, whatever is evicted: no real cache does that without copying
+  ladder     the product: slot sizes chosen by the use in the first half of the recording
+  unknown    the product if use is unknown: slot sizes in proportion to the number of experts
   largest    every slot is as large as the largest expert
   waves      steps of `ladder` in a thousand that did not find room for all of their experts at once
 
@@ -36,13 +37,13 @@ BITS = (825, 413, 320, 220)
 SHARES = (0.1, 0.4, 0.3, 0.2)
 BUDGETS = (0.15, 0.3, 0.5)
 NOISE = 15.0
-"""Places by which experts miss the rank that their use gives them."""
+"""Standard deviation of the noise that is added to an expert's rank by use, in ranks."""
 
 Steps = Sequence[Sequence[int]]
 
 
 def steps_by_layer(routes: Routes, layers: int) -> list[Steps]:
-    """The needs of the first layers, step by step."""
+    """For each of the first `layers` layers, the experts that each decode step needs."""
     found: list[list[Sequence[int]]] = [[] for _ in routes.layers]
     for step in routes.phase(Phase.DECODE):
         for route in step.layers:
@@ -70,7 +71,7 @@ def sizes_of(use: Sequence[int], by_use: bool, seed: int) -> tuple[int, ...]:
 
 
 def packed(steps: Steps, sizes: Sequence[int], budget: float, policy: str) -> float:
-    """The share of needed bytes in a cache that only counts bytes."""
+    """The hit rate in bytes of a cache that only counts bytes."""
     order, there, used, found, needed = policy_for(policy)(), set[int](), 0, 0, 0
     for step in steps:
         absent = [expert for expert in step if expert not in there]
@@ -92,7 +93,7 @@ def packed(steps: Steps, sizes: Sequence[int], budget: float, policy: str) -> fl
 
 
 def slotted(steps: Steps, sizes: Sequence[int], ladder: Sequence[int], policy: str) -> tuple[float, float]:
-    """The share of needed bytes in the product's cache, and of steps that went in waves."""
+    """The hit rate in bytes of the product's cache, and the share of steps that went in waves."""
     cache = ExpertCache([len(ladder)], policy, lambda layer, e: sizes[e], slot_sizes=[ladder])
     found = needed = waves = 0
     for step in steps:
@@ -114,7 +115,7 @@ def slotted(steps: Steps, sizes: Sequence[int], ladder: Sequence[int], policy: s
 
 
 def prefix(ladder: Sequence[int], budget: float, least: int) -> Sequence[int]:
-    """The slots that so many bytes have room for."""
+    """The first slots of a ladder that fit into `budget` bytes, but at least `least` slots."""
     count = sum(end <= budget for end in accumulate(ladder))
     return ladder[: max(count, least)]
 

@@ -3,16 +3,17 @@
 Method. The steps of a recording (the routes of another engine, or of the demo model reading conversations
 that it was not fitted to) are replayed through the product's cache, layer by layer, token by token. At each
 layer a predictor guesses the experts of the layer `distance` ahead, as many as a token needs; those that are
-absent are brought to slots, at once: the link is not simulated, so this is what guesses are worth where all
-come in time.
-  router    the later layer's norm and router on today's residual (demo model only)
+absent are loaded at once: the link is not simulated, so the figures are the value of guesses that all arrive
+in time.
+  router    the later layer's norm and router on this layer's residual (demo model only)
   learned   the same, corrected by what `moe-local calibrate` fits (demo model only)
-  history   this conversation's pairs: how often an expert of this layer came with which one ahead
-  last      the experts that the token before used there: what the cache itself knows
+  history   pairs in this conversation: how often an expert of this layer was used with each one ahead
+  last      the experts that the previous token used there, which the cache itself knows
   recall    share of the needed experts that were guessed
-  covered   misses without prefetch that are none with it, a share of them: evicted experts count against it
-  wasted    experts brought and evicted unused, for each one that was used: bytes wasted a miss covered, in
-            experts
+  covered   misses that prefetch avoids, as a share of the misses without it; misses of experts that prefetch
+            evicted count against it
+  wasted    experts loaded and evicted unused, per prefetched expert that was used: the bytes wasted per
+            covered miss, in experts
 
 Run: python benchmarks/predictors.py [--routes FILE.csv] [--slots 2 4] [--json FILE]
 The last line printed is one JSON object; --json also writes it to FILE.
@@ -42,34 +43,34 @@ from moe_local.offload.prefetch.recorder import Recorder
 from moe_local.offload.prefetch.routers import RouterSite
 
 Step = list[list[int]]
-"""By layer, the experts that a token uses, in the router's order."""
+"""The experts that a token uses, by layer, in the router's order."""
 Predictor = Callable[[int, int, int], list[int]]
-"""(token, layer at hand, distance) -> experts of the layer ahead, likeliest first."""
+"""(token, current layer, distance) -> experts of the layer `distance` ahead, likeliest first."""
 
 FIT_SEED, JUDGE_SEED = 11, 12
 FADE = 0.98
-"""What a token leaves of the weight of earlier ones, in the history."""
+"""Factor by which an expert's counts in the history fade each time the expert is used again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Of one predictor at one distance and one number of slots."""
+    """Figures of one predictor at one distance and with one number of slots per layer."""
 
     predictor: str
     distance: int
     slots: int
     recall: float
     misses: float
-    """A token, without prefetch."""
+    """Misses per token without prefetch."""
     covered: float
     wasted: float
 
 
 class History:
-    """Pairs of experts that this conversation's tokens used, some layers apart."""
+    """A predictor that counts which experts, some layers apart, the conversation's tokens used together."""
 
     def __init__(self, steps: Sequence[Step], starts: Sequence[int], experts: int) -> None:
-        """`starts`: the first tokens of conversations, where nothing is known yet."""
+        """`starts`: the first token of each conversation, at which the history is empty."""
         self._steps, self._starts, self._experts = steps, set(starts), experts
         self._pairs: dict[tuple[int, int, int], list[float]] = {}
         self._seen = -1
@@ -87,7 +88,7 @@ class History:
         return [e for e in ranked if score[e] > 0][: len(self._steps[token][layer + distance])]
 
     def _learn(self, token: int) -> None:
-        """Count the token before, once, unless a conversation begins."""
+        """Count the previous token's pairs; at the start of a conversation, clear the history instead."""
         self._seen = token
         if token in self._starts:
             self._pairs.clear()
@@ -139,7 +140,7 @@ def score(name: str, steps: Sequence[Step], predictor: Predictor, distance: int,
 def replay(
     steps: Sequence[Step], guesses: Sequence[Sequence[Sequence[int]]], distance: int, slots: int
 ) -> tuple[int, ExpertCache]:
-    """Misses of all steps, where each layer's guesses arrive before the layer ahead is reached."""
+    """The misses of all steps if each guess arrives before its layer is reached; and the cache."""
     cache = ExpertCache([slots] * len(steps[0]), "lru", lambda layer, expert: 1)
     for step, guessed in zip(steps, guesses, strict=True):
         for layer, experts in enumerate(step):
@@ -154,7 +155,7 @@ def replay(
 
 
 def recorded(path: Path) -> tuple[list[Step], list[int], int]:
-    """(decode steps, first ones of their turns, experts a layer)."""
+    """(decode steps, the first step of each turn, experts per layer)."""
     routes = read_routes(path)
     steps, starts, turn = [], [], None
     for step in routes.phase(Phase.DECODE):
@@ -166,7 +167,7 @@ def recorded(path: Path) -> tuple[list[Step], list[int], int]:
 
 
 class Demo:
-    """The demo model's reading of conversations: what it chose, and its residuals for predictors."""
+    """The demo model's routing of conversations, and predictors from its residuals."""
 
     def __init__(self, tokens: int) -> None:
         with moe_local.load("demo", device="cpu", prefetch="off") as model:

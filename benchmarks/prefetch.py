@@ -2,21 +2,21 @@
 
 Method. The same model is loaded once for each way of prefetching (off, router, auto), on the CPU, with fewer
 slots than experts, so that misses are read from the expert file: the link. Its speed is either set (--link
-2GB: all reads share so many bytes a second, from the page cache), the page cache's (--link cache) or the
-disk's own (--link disk: read past the page cache, or with the pages dropped behind each read; slow_reads.py).
-A round gives every model the same prompt, one after the other, who begins changes, and so does the seed.
-Tokens are sampled, so that text and routing vary; ids must agree.
+2GB: all reads, from the page cache, share that many bytes per second), or that of the page cache (--link
+cache), or that of the disk (--link disk: reads go past the page cache, or drop the pages after each read;
+slow_reads.py). A round gives every model the same prompt, one after the other; the model that begins, and the
+seed, change. Tokens are sampled, so that text and routing vary; ids must agree.
   --weak-layers F  multiplies the embeddings by F: layers then change the residual less, and routers of later
                    layers agree better with what they see early. Random weights have no other good predictor;
-                   the accuracy that results is printed.
+                   the resulting accuracy is printed.
   stall            a token's waits for experts, as the store counts them
-  idle             a token's time less that in which some read was under way, both of off
-  hidden           (ms of off - ms of the other) / min(stall, idle), by rounds: the median and the interval
-                   that holds the true one with 95 % confidence (ratio.py)
-  from the start   tokens' time since load over that of off, rounds of trial included; `hidden` leaves
-                   the first --settle rounds out
+  idle             a token's time minus the time in which some read was in flight, both without prefetch
+  hidden           (ms of off - ms of the other) / min(stall, idle), by rounds: the median, and the interval
+                   that holds the true median with 95 % confidence (ratio.py)
+  from the start   tokens' time since load over that of off, with the rounds in which auto still tries out
+                   settings; `hidden` leaves out the first --settle rounds
   accuracy         experts that were prefetched and needed next / experts prefetched
-  covered          experts that were prefetched and needed next / (those and the misses nobody foresaw)
+  covered          experts that were prefetched and needed next / (those + misses that were not prefetched)
 
 Run: python benchmarks/prefetch.py MODEL [--link 2GB|disk] [--slots 4] [--tokens 48] [--rounds 9]
 The last line printed is one JSON object; --json also writes it to FILE.
@@ -46,7 +46,7 @@ from moe_local.offload.tiers.transfer import FileSource
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One answer: milliseconds a token, the first one left out, and what they are made of."""
+    """One answer: milliseconds per token after the first, and their parts."""
 
     ms: float
     stall_ms: float
@@ -54,7 +54,7 @@ class Round:
     misses: float
     ids: tuple[int, ...]
     first: bool
-    """Whether it is one of the rounds of settling."""
+    """Whether it is one of the first --settle rounds."""
 
     @property
     def hideable_ms(self) -> float:
@@ -62,7 +62,7 @@ class Round:
 
 
 class Way:
-    """A model with its way of prefetching."""
+    """A model with one way of prefetching, and its answers."""
 
     def __init__(self, name: str, model: moe_local.Model) -> None:
         self.name, self.model = name, model

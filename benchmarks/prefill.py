@@ -1,16 +1,17 @@
 """How long is a prompt's way to its first token where most experts are absent, and how long must it be?
 
-Method. Three models of the same weights in one process: all experts resident; --slots of them with prompts
-streaming through the staging ring; the same slots without a ring, where a prompt goes through the layers'
-own slots in waves. A round gives each the same prompt, in an order that changes from round to round, and
-times the call to the first new token. The first round warms up and does not count. First ids must agree.
+Method. Three models with the same weights in one process: one with all experts resident; one with --slots of
+them, whose prompts stream through the staging ring; and one with the same slots without a ring, whose prompts
+go through the layers' own slots in waves. A round gives each the same prompt, in an order that changes from
+round to round, and times the call to the first new token. The first round warms up and does not count. First
+ids must agree.
   compute   the all-resident model's time in the same round
   link      the bytes that a model moved, as it counts them, over the bandwidth measured right before and
             after it: from disk, of the expert file itself, past the page cache, four reads of 4 MiB in
             flight; to a GPU, from pinned memory
-  floor     max(compute, link): what perfect overlap would take; sum is compute + link, without any
-  ratio     a model's time over its floor, and old way over ring: the median of the rounds, and the interval
-            that holds the true median with 95 % confidence (ratio.py)
+  floor     max(compute, link): the time with perfect overlap; sum is compute + link, without any overlap
+  ratio     a model's time over its floor, and the old way (waves) over the ring: the median of the rounds,
+            and the interval that holds the true median with 95 % confidence (ratio.py)
 Experts are read past the page cache (--cached: through it), so that a small model on a large machine is read
 from disk as a large one would be. On a GPU, RAM holds all experts unless --ram is less; --vram bounds the
 card.
@@ -55,33 +56,33 @@ from moe_local.offload.tiers.slow_link import cuda_device
 from moe_local.offload.tiers.transfer import FileSource
 
 FLOOR_EXPERTS = 3
-"""Experts that are read to see how fast the disk is at that moment."""
+"""Number of experts that are read to measure the disk's current speed."""
 
 Link = Callable[[], dict[str, float]]
-"""Bytes a second at this moment, by link."""
+"""Measures the current bandwidth of each link, in bytes/s."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A prompt, answered with one token."""
+    """A prompt's answer of one token."""
 
     seconds: float
     stall_s: float
     moved: dict[str, int]
-    """Bytes by link."""
+    """Bytes moved over each link."""
     rates: dict[str, float]
-    """Bytes a second of each link at that time."""
+    """Bytes/s of each link at that time."""
     id: int
 
     @property
     def link_s(self) -> float:
-        """The slowest link, busy all the time."""
+        """Seconds that the slowest link needs for its bytes if it is always busy."""
         return max((self.moved[name] / rate for name, rate in self.rates.items()), default=0.0)
 
 
 @dataclass(slots=True)
 class Way:
-    """One of the three: a model, and its answers of the counted rounds by prompt length."""
+    """One of the models, and its answers of the counted rounds by prompt length."""
 
     name: str
     model: moe_local.Model
@@ -122,7 +123,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def opened(options: argparse.Namespace) -> tuple[Loadable, ExpertFile]:
-    """What is asked for; weights are made first, if need be. `options.model` names it from here on."""
+    """Open the chosen model, making its weights first if need be. Sets `options.model` to its name."""
     if options.made:
         made = Made(options.made, options.layers)
         options.model = made.checkpoint.name
@@ -136,7 +137,7 @@ def opened(options: argparse.Namespace) -> tuple[Loadable, ExpertFile]:
 def loaded(
     options: argparse.Namespace, checkpoint: Loadable, file: ExpertFile, slots: int | None, *, ring: bool
 ) -> moe_local.Model:
-    """With so many slots a layer, all experts for None; without a ring, if asked."""
+    """Load with this many slots per layer, for None one per expert; with or without a ring."""
     keywords = {
         "device": options.device,
         "ram": options.ram if slots is not None else None,
@@ -169,7 +170,7 @@ def loaded(
 
 
 def links(file: ExpertFile, device: torch.device) -> Link:
-    """What measures the links that experts come over."""
+    """A function that measures the links over which experts are loaded."""
     places = [file.location(0, expert) for expert in range(FLOOR_EXPERTS)]
     ranges = [Range(path, offset, page_memory(nbytes)) for path, offset, nbytes in places]
     total = sum(found.out.numel() for found in ranges)
@@ -186,7 +187,7 @@ def links(file: ExpertFile, device: torch.device) -> Link:
 
 
 def measure(options: argparse.Namespace, ways: Sequence[Way], link: Link) -> None:
-    """Let all answer in turn."""
+    """Let all models answer in turn, and check that their first ids agree."""
     for number in range(options.rounds + 1):
         for tokens in options.prompt_tokens:
             prompt = prompt_ids(ways[0].model, tokens, number)
@@ -242,7 +243,7 @@ def report(options: argparse.Namespace, ways: Sequence[Way]) -> None:
 
 
 def row(way: Way, resident: Way, tokens: int) -> dict[str, Any]:
-    """Medians over the rounds; ratios are of the same round."""
+    """Figures of one model and prompt length: medians over the rounds, and ratios within each round."""
     answers, computed = way.answers[tokens], [answer.seconds for answer in resident.answers[tokens]]
     floors = [max(answer.link_s, compute) for answer, compute in zip(answers, computed, strict=True)]
     sums = [answer.link_s + compute for answer, compute in zip(answers, computed, strict=True)]

@@ -3,19 +3,20 @@
     python benchmarks/quality.py demo --json FILE --plot PNG
 
 Method. The model reads texts that it was not calibrated on, in windows of 256 tokens: first with its experts
-as they are stored, then with every expert decoded from some format, all else as it is and in fp32, so that
-the format alone makes the difference. For each format and each mix:
-  KL          KL divergence from the unquantized model's predictions, nats a token
+as they are stored, then with every expert encoded to a format and decoded again. Everything else is unchanged
+and in fp32, so that the format alone makes the difference. For each format and each mix:
+  KL          KL divergence from the unquantized model's predictions, nats per token
   perplexity  of the text
   top-1       share of tokens whose likeliest successor stays the same
 Mixes of a given size are made in three ways:
-  even     the two formats nearest in size, dealt out in turn: what there is without knowing the experts
+  even     the two formats nearest in size, alternating, which takes no knowledge of the experts
   weights  by the weights alone, as `moe-local convert --experts mixed:BITS` does
   text     by a calibration text, as with --calibrate
-Sizes count all bytes: scales and padding. Intervals (95 %) are bootstrapped over windows; mixes are compared
-with the even mix of their size (that is a format alone, at the format's size) on the same windows, as a ratio
-of KL. The demo reads conversations and documentation that it was not trained on, half each, and is calibrated
-on others that it was trained on. Other models take --text and --calibrate, by default Python's documentation.
+Sizes count all bytes, with scales and padding. Intervals (95 %) are bootstrapped over windows; a mix is
+compared with the even mix of its size (which at the size of a format is that format alone) on the same
+windows, as a ratio of KL. The demo reads conversations and documentation that it was not trained on, half
+each, and is calibrated on others that it was trained on. Other models take --text and --calibrate, by default
+Python's documentation.
 
 The last line printed is one JSON object; --json also writes it to FILE.
 """
@@ -49,16 +50,16 @@ from moe_local.offload.quantize.codec import codec_for, codecs
 from moe_local.offload.quantize.mix import Mix, bits_range, even_mix, name_of, uniform_bytes
 
 AT_ONCE = 8
-"""Windows in one forward."""
+"""Windows per forward."""
 RESAMPLES = 2000
 MOST_BITS = 8.3
-"""Nothing is to be seen above that."""
+"""Largest size in the plot; above it, no difference is visible."""
 KEPT_BYTES = 2 << 30
-"""Decoded experts kept; those of larger models are encoded again for every forward."""
+"""Limit on the bytes of decoded experts that are kept; larger models encode theirs again in each forward."""
 
 
 class Decoded:
-    """A runner of experts in given formats: each is encoded, decoded and computed plainly in fp32."""
+    """A runner that encodes each expert to a given format, decodes it and computes it in fp32."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.formats: Sequence[Sequence[str]] = ()
@@ -83,7 +84,7 @@ class Decoded:
     def run(
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """As OffloadedExperts.forward."""
+        """The experts' weighted outputs, with the arguments of OffloadedExperts.forward."""
         output = torch.zeros_like(hidden)
         for expert in index.unique().tolist():
             rows, ranks = (index == expert).nonzero(as_tuple=True)
@@ -97,7 +98,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over the tokens of each window, [N]."""
+    """KL divergence, loss in nats, and top-1 agreement: means over the tokens of each window, [N]."""
 
     kl: torch.Tensor
     nats: torch.Tensor
@@ -105,12 +106,12 @@ class Scores:
 
 
 class Judge:
-    """Compares assignments with the unquantized model on some windows."""
+    """Compares the model with experts in given formats with the unquantized model, on some windows."""
 
     def __init__(
         self, hf: Any, decoded: Decoded, windows: torch.Tensor, groups: Sequence[str], exact: str
     ) -> None:
-        """`groups` names the text of each window; `exact` the format that keeps the weights."""
+        """`groups`: the name of each window's text. `exact`: the format that keeps the weights unchanged."""
         self.windows, self.groups = windows, groups
         self._hf, self._decoded = hf, decoded
         self.exact = [[exact] * layer.num_experts for layer in decoded._checkpoint.spec.layers]
@@ -140,18 +141,18 @@ class Judge:
 
 
 def resampled(count: int) -> torch.Tensor:
-    """Bootstrap: rows of indices, [RESAMPLES, count]."""
+    """Indices of bootstrap samples, [RESAMPLES, count]."""
     return torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
 
 
 def interval(values: torch.Tensor) -> list[float]:
-    """Of the mean."""
+    """The 95 % interval of the mean."""
     means = values.double()[resampled(len(values))].mean(1)
     return [float(means.quantile(q)) for q in (0.025, 0.975)]
 
 
 def ratio(over: torch.Tensor, under: torch.Tensor) -> dict[str, float]:
-    """mean(over) / mean(under) of the same windows, with its interval."""
+    """mean(over) / mean(under) on the same windows, with its 95 % interval."""
     drawn = resampled(len(over))
     found = over.double()[drawn].mean(1) / under.double()[drawn].mean(1)
     low, high = (float(found.quantile(q)) for q in (0.025, 0.975))
@@ -159,7 +160,7 @@ def ratio(over: torch.Tensor, under: torch.Tensor) -> dict[str, float]:
 
 
 def demo_texts(tokenizer: Any, tokens: int, windows: int) -> tuple[list[int], dict[str, list[int]]]:
-    """(calibration ids, ids to judge by of each kind)."""
+    """(calibration ids, evaluation ids of each kind of text)."""
     from moe_local.demo.batches import Encoder
     from moe_local.demo.corpus import Corpus
     from moe_local.demo.documents import documents
@@ -257,7 +258,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def assignments(
     spec: Any, formats: Sequence[str], known: dict[str, Sensitivity], grid: Sequence[float]
 ) -> Iterator[tuple[str, str, float, Sequence[Sequence[str]]]]:
-    """(name, kind, bits a weight, formats[layer][expert]) of everything that is compared."""
+    """(name, kind, bits per weight, formats[layer][expert]) of every assignment that is compared."""
     uniform = {name: 8 * uniform_bytes(spec, name) / spec.expert_numel for name in formats}
     for name, bits in sorted(uniform.items(), key=lambda item: item[1]):
         yield name, "uniform", bits, [[name] * layer.num_experts for layer in spec.layers]
@@ -282,7 +283,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """KL divergence and perplexity over bits."""
+    """Plot KL divergence and perplexity over bits."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -2,15 +2,16 @@
 
     python benchmarks/quality_wide.py --json FILE
 
-Method. Experts at the width of Mixtral 8x7B's (three matrices of 4096 x 14336, 176 million weights), made of
-random weights with normal tails, with those of Student's t with 5 degrees of freedom, as trained weights have
-them, and with 3, as the worst layers do. Each is encoded in each format, and the error of its answers to 32
-random inputs is measured: the squared norm of the change over that of the answer.
-Then a model: 32 layers of 8 experts, each of one of the three kinds at random (half of them t(5)), whose
-answers differ in norm (a spread of 0.5 in the logarithm), used as often as Mixtral's experts are (0.7 to 1.4
-times the average) or as unevenly as those of models with many experts (by Zipf's law with exponent 0.65,
-OLMoE's). For every size its expected error is compared: bits dealt out evenly to two formats in turn, and
-given out by the solver that `moe-local convert` uses. No model is run: layers weigh the same.
+Method. Experts with the width of Mixtral 8x7B's (three matrices of 4096 x 14336, 176 million weights) are
+made of random weights: normal ones, ones of Student's t distribution with 5 degrees of freedom, whose tails
+are like those of trained weights, and with 3, like those of the worst layers. Each is encoded in each format,
+and the error of its answers to 32 random inputs is measured: the squared norm of the change over that of the
+answer. Then a model is assumed: 32 layers of 8 experts, each of one of the three kinds at random (half of
+them t(5)), whose answers differ in norm (a spread of 0.5 in the logarithm), and which are used as often as
+Mixtral's experts are (0.7 to 1.4 times the average) or as unevenly as those of models with many experts (by
+Zipf's law with exponent 0.65, OLMoE's). For every size, its expected error is compared between even mixes,
+which alternate two formats, and mixes chosen by the solver that `moe-local convert` uses. No model is run:
+all layers have the same weight.
 
 The last line printed is one JSON object; --json also writes it to FILE.
 """
@@ -34,14 +35,14 @@ from moe_local.offload.quantize.codec import codecs
 from moe_local.offload.quantize.mix import bits_range, even_mix, name_of
 
 KINDS: dict[str, int | None] = {"normal": None, "t(5)": 5, "t(3)": 3}
-"""Degrees of freedom; None: normal."""
+"""Degrees of freedom of each kind; None: normal."""
 INPUTS = 32
 GRID = (2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.5, 5.0, 6.0)
 SHARES = (0.25, 0.5, 0.25)
 
 
 def weights(shape: tuple[int, ...], degrees: int | None, generator: torch.Generator) -> torch.Tensor:
-    """A matrix of bf16 weights that keeps the size of what it multiplies."""
+    """A matrix of bf16 weights, scaled so that its output is as large as its input."""
     found = torch.randn(shape, generator=generator)
     if degrees is not None:
         squares = torch.zeros(shape)
@@ -53,7 +54,7 @@ def weights(shape: tuple[int, ...], degrees: int | None, generator: torch.Genera
 
 
 def measured(spec: ModelSpec, math: OffloadedExperts, formats: list[str]) -> dict[str, dict[str, float]]:
-    """By kind and format, the relative squared error of an expert's answers."""
+    """The relative squared error of an expert's answers, by kind and format."""
     found = {}
     for kind, degrees in KINDS.items():
         generator = torch.Generator().manual_seed(0)
@@ -70,7 +71,8 @@ def measured(spec: ModelSpec, math: OffloadedExperts, formats: list[str]) -> dic
 
 
 def made_model(spec: ModelSpec, errors: dict[str, dict[str, float]], skew: float | None) -> Sensitivity:
-    """A model of such experts; `skew`: Zipf's exponent, None: Mixtral's spread of use."""
+    """The sensitivity of a model of such experts. `skew`: Zipf's exponent for their use; None: Mixtral's
+    spread of use."""
     chance, layers = random.Random(0), []
     for layer in spec.layers:
         count = layer.num_experts

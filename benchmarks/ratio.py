@@ -1,4 +1,4 @@
-"""Ratios of rounds, under the name by which benchmarks import them."""
+"""Ratios over rounds, under the name by which benchmarks import them."""
 
 from moe_local.offload.measure.ratio import CONFIDENCE, Ratio, median_interval
 

@@ -1,18 +1,19 @@
 """What would each eviction policy have hit on recorded routes, and how much is there to gain?
 
 Method. The decode steps of a recording drive the product's own cache and policies (moe_local.cache.replay),
-from an empty cache, every load ending at once: a layer's experts are looked up together, then touched, then
-the absent ones admitted, never at the cost of one of their own.
+from an empty cache, with loads that end at once: a layer's experts are looked up together, then touched, then
+the absent ones are admitted, never by evicting another expert of the same step.
   cold      hits per expert needed, all decode steps
   steady    the second half of them
-  belady    the optimum of such caches: who is needed latest goes first. What is needed has to be admitted.
+  belady    the optimum of such caches: evict the expert that is needed latest. All needed experts are
+            admitted.
   gap       share of the way from LRU to that optimum
-With --below N, the same over a second tier of N slots a layer (VRAM over RAM over a disk): what of the second
-half of the steps is copied from it, and read into it, in hundredths of the experts needed; `every copy kept`
-is a lower tier that does not mind what the upper one holds (cache/beside.py).
-With a cache that may use an expert without keeping it the optimum is higher; a note says how much.
-A hit rate is not a time: what it saves is misses times what one costs, less the policy's own time
-(cache_overhead.py), and decode.py --policy measures it.
+With --below N, the same over a second tier of N slots per layer (VRAM over RAM over a disk): the experts
+copied from it, and those read into it, in the second half of the steps, in hundredths of the experts needed;
+`every copy kept` is a lower tier that ignores what the upper one holds (cache/beside.py).
+For a cache that may use an expert without keeping it, the optimum is higher; a note says how much.
+A hit rate is not a time: a policy saves the cost of the misses it avoids, less its own time
+(cache_overhead.py); decode.py --policy measures the result.
 
 Run: python benchmarks/replay.py --routes FILE --slots N[,N...] [--policy NAME[,NAME...]] [--below N] [--json]
 Prints a table; with --json that goes to stderr, and to stdout goes one array of
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def slot_counts(text: str) -> list[int]:
-    """The numbers in "16,32", each once. Raises OptionError."""
+    """The numbers in a list such as "16,32", without repetitions. Raises OptionError."""
     counts = {}
     for cell in text.split(","):
         if not (cell.strip().isascii() and cell.strip().isdigit()) or not int(cell):
@@ -76,7 +77,7 @@ def slot_counts(text: str) -> list[int]:
 
 
 def policy_names(text: str) -> list[str]:
-    """The names in "lru,belady", or all of them. Raises OptionError."""
+    """The names in a list such as "lru,belady", or all names for "all". Raises OptionError."""
     known = [*POLICIES, OPTIMUM]
     if text == "all":
         return known
@@ -138,7 +139,7 @@ def print_tiers(routes: Routes, over: dict[tuple[int, str], int], file: TextIO) 
 
 
 def gap(lru: float, rate: float, best: float) -> str:
-    """How much of what lies between LRU and the optimum a policy gains."""
+    """The share of the difference between LRU and the optimum that a policy gains."""
     return f"{(rate - lru) / (best - lru):.0%}" if best > lru else "-"
 
 

@@ -2,11 +2,11 @@
 
 Method. One model with made weights, all of whose experts are in VRAM, answers the same prompt in turn by
   ours   the library's own stream of tokens
-  plain  a loop of a few lines: the same forward and the same expert kernels in one CUDA graph with an argmax
-         behind it, slots from a table, nothing counted, no sampler; the host waits for the id and goes on
-Greedy; `same_ids` says whether they agree. ms/token from the first new id to the last, medians with lowest
-and highest; `ratio` is tokens a second of ours over plain's of the same round, with the interval that holds
-the true median with 95 % confidence (ratio.py). The first round warms up. Target: 0.95.
+  plain  a loop of a few lines: the same forward and expert kernels, followed by an argmax, in one CUDA graph;
+         slots from a table, no counting, no sampler; the host waits for the id and continues
+Decoding is greedy; `same_ids` says whether the ids agree. ms/token is from the first new id to the last, the
+median with lowest and highest; `ratio` is tokens per second of ours over plain's in the same round, with the
+interval that holds the true median with 95 % confidence (ratio.py). The first round warms up. Target: 0.95.
 
 Run: python benchmarks/resident.py [--made qwen3-30b-a3b] [--vram 24GiB] [--tokens 64] [--rounds 12]
 The last line printed is one JSON object; --json also writes it to FILE.
@@ -39,7 +39,8 @@ GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
 
 
 class Plain:
-    """Answers with a resident model's own weights and kernels, and nothing around them. Borrows the model."""
+    """Answers with a resident model's own weights and kernels, and nothing around them. Does not own the
+    model."""
 
     def __init__(self, model: moe_local.Model, graphs: Graphs) -> None:
         residents = expert_runner(model).token_path
@@ -56,7 +57,7 @@ class Plain:
     def run(
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """One token x [1, D] through a layer, by what is in its slots."""
+        """Compute a layer's experts for one token, hidden [1, D], straight from their slots."""
         layer = self._residents.layer(experts.index, experts, hidden, 1)
         assert layer is not None
         (launcher,), slots, ids = layer._launchers, layer._slots, index.flatten()
@@ -68,7 +69,7 @@ class Plain:
 
     @torch.inference_mode()
     def answer(self, prompt: Sequence[int], tokens: int) -> tuple[float, list[int]]:
-        """Milliseconds a token behind the first, and `tokens` ids."""
+        """(milliseconds per token after the first, `tokens` ids)."""
         engine = self._engine
         engine.forget()
         row = engine.kv.join()
@@ -93,7 +94,7 @@ class Plain:
         place = step._prepare(row, token)
         if place not in self._captured:
             with self._graphs.session():
-                step._forward(place)  # libraries set themselves up
+                step._forward(place)  # lets libraries initialize before the capture
             with self._graphs.session():
                 self._graphs.begin()
                 following = step._forward(place).argmax(dim=-1)
@@ -105,7 +106,7 @@ class Plain:
 
 
 def answer(model: moe_local.Model, prompt: Sequence[int], tokens: int) -> tuple[float, list[int]]:
-    """As Plain's, by the library."""
+    """As `Plain.answer`, but by the library's stream."""
     with model.stream(list(prompt), max_new_tokens=tokens, **GREEDY) as stream:
         for _ in stream:
             pass
@@ -115,7 +116,7 @@ def answer(model: moe_local.Model, prompt: Sequence[int], tokens: int) -> tuple[
 def measure(
     model: moe_local.Model, graphs: Graphs, *, prompt_tokens: int, tokens: int, rounds: int
 ) -> dict[str, Any]:
-    """Both in turn."""
+    """Let both ways answer in turn; returns their times, the ratio, and whether the ids agree."""
     plain = Plain(model, graphs)
     ways = {"ours": lambda prompt: answer(model, prompt, tokens), "plain": lambda p: plain.answer(p, tokens)}
     times: dict[str, list[float]] = {name: [] for name in ways}

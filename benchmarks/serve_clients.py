@@ -1,7 +1,7 @@
-"""The clients of serving.py, in a process of their own, which knows no more of moe-local than its address.
+"""The clients of serving.py, in their own process, which knows only the server's address.
 
 Lines in: {"clients", "prompts": [ids, ...], "tokens"}. Lines out: {"seconds", "tokens", "ttft_s": [...],
-"tpot_s": [...], "answers": [text, ...]}, a time for each request, a text for each prompt.
+"tpot_s": [...], "answers": [text, ...]}, with a time for each request and a text for each prompt.
 """
 
 from __future__ import annotations

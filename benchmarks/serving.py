@@ -1,16 +1,17 @@
 """What does it bring that concurrent requests step together? Tokens a second over HTTP, by clients at a time.
 
 Method. One server in this process, its clients in another, over real sockets and /v1/completions with token
-ids. A round asks the same questions once with each number of clients: one client asks one after the other,
-C clients always have C under way. Who begins changes from round to round, and so do the questions, whose keys
-and values nobody may have kept. Greedy; with --dense fp32, where rows round alike alone and together, all
-answers must be the same. The first round warms up and does not count. Every case begins with an empty cache.
-  tok/s    new tokens by the time from the first request to the end of the last answer: prompts included
+ids. A round sends the same prompts once with each number of clients: a single client sends one after the
+other, C clients always have C in flight. The number that begins changes from round to round, and so do the
+prompts, so that no cached keys and values can be reused. Decoding is greedy; with --dense fp32, where a row
+is rounded alike alone and in a batch, all answers must be the same. The first round warms up and does not
+count. Every case begins with an empty cache.
+  tok/s    new tokens over the time from the first request to the end of the last answer, prompts included
   ratio    tok/s over those of one client in the same round: the median, and the interval that holds the true
            median with 95 % confidence (ratio.py)
-  TTFT     from the request to its first token; TPOT, an answer's time from its first token to its last by
+  TTFT     from the request to its first token; TPOT, an answer's time from its first token to its last over
            the tokens between: medians and 95th percentiles over all requests
-  brought  experts that had to be brought (misses), and bytes read or copied, by new tokens: prompts included
+  brought  misses, and bytes read or copied, per new token, prompts included
 
 Run: python benchmarks/serving.py MODEL [--clients 1 2 4 8] [--slots 4] [--tokens 32] [--rounds 7]
      python benchmarks/serving.py --synthetic mixtral-8x7b --layers 4 --device cpu --dense nf4 --slots 4
@@ -47,7 +48,7 @@ from moe_local.offload.measure.prompts import prose
 
 @dataclass(slots=True)
 class Case:
-    """What was measured with so many clients, round by round."""
+    """The figures with one number of clients, over the counted rounds."""
 
     clients: int
     tokens_per_s: list[float] = field(default_factory=list)
@@ -91,7 +92,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 class Clients:
-    """The other process, which asks: serve_clients.py."""
+    """The process of the clients: serve_clients.py."""
 
     def __init__(self, url: str) -> None:
         command = [sys.executable, str(Path(__file__).with_name("serve_clients.py")), url]
@@ -115,7 +116,7 @@ class Clients:
 
 
 class Signs:
-    """In place of a tokenizer where there is none: a sign for each token, for clients to see it come."""
+    """Replaces a missing tokenizer: one character per token, so that clients see each token arrive."""
 
     def decode(self, ids: list[int], **options: Any) -> str:
         return "".join(chr(0x4E00 + token % 0x4000) for token in ids)
@@ -125,7 +126,7 @@ class Signs:
 
 
 class Background:
-    """The server, in a thread."""
+    """The server, in its own thread."""
 
     def __init__(self, model: moe_local.Model, queue: int) -> None:
         self.batcher = model.batcher(queue=queue)
@@ -143,7 +144,7 @@ class Background:
 
 
 def prompt_ids(model: moe_local.Model, count: int, number: int) -> list[int]:
-    """`count` ids of text that no other number begins with."""
+    """`count` ids of text, whose beginning differs for each `number`."""
     text = f"Part {number}. " + " ".join(itertools.islice(prose(number), 40))
     if isinstance(model.tokenizer, Signs):
         return [3 + byte for byte in text.encode()[:count]]
@@ -152,7 +153,7 @@ def prompt_ids(model: moe_local.Model, count: int, number: int) -> list[int]:
 
 
 def measure(options: argparse.Namespace, model: moe_local.Model) -> list[Case]:
-    # An end-of-sequence token would end answers at different lengths.
+    # All answers must have the same length, so an end-of-sequence token must not end them.
     model.hf.generation_config.eos_token_id = None
     model.tokenizer = model.tokenizer or Signs()
     cases = [Case(clients) for clients in options.clients]

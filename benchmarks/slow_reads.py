@@ -1,4 +1,4 @@
-"""A link whose speed is known: reads of experts, held to so many bytes a second or to the bare disk."""
+"""A link of known speed: reads of experts, limited to a number of bytes per second or forced to the disk."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 
 
 class SlowReads:
-    """Stands in for os.preadv, and keeps account of when the link was busy.
+    """Replaces os.preadv, and records how long the link was busy.
 
-    With `bytes_per_s` all reads share one link: each waits until those before it would have ended at that
-    rate. Without, each read's pages are dropped from the page cache behind it, so that the next one of the
-    same bytes comes from the disk again.
+    With `bytes_per_s` all reads share one link: each ends when it and all earlier reads would have ended at
+    that rate. Without it, each read's pages are then dropped from the page cache, so that the next read of
+    the same bytes comes from the disk again.
     """
 
     def __init__(self, read: Callable[..., int], bytes_per_s: float | None) -> None:
         self.busy_s = 0.0
-        """Time in which some read was under way."""
+        """Seconds in which some read was in flight."""
         self.bytes = 0
         self._read = read
         self._rate = bytes_per_s
@@ -51,7 +51,8 @@ class SlowReads:
 
 @contextlib.contextmanager
 def slow_reads(bytes_per_s: float | None) -> Iterator[SlowReads]:
-    """All reads of experts in this process go through the SlowReads that is yielded."""
+    """Let all os.preadv calls of this process, as by reads of experts, go through the SlowReads that is
+    yielded."""
     plain = os.preadv
     link = SlowReads(plain, bytes_per_s)
     os.preadv = link  # type: ignore[assignment]

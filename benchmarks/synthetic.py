@@ -2,7 +2,7 @@
 
 The layout is that of mistralai/Mixtral-8x7B-Instruct-v0.1: 19 shards model-000xx-of-00019.safetensors and
 model.safetensors.index.json, bf16, `block_sparse_moe.experts.N.w1|w2|w3.weight`. With the true widths and a
-few layers it is what conversion and loading are measured on where the 87 GiB of the real one do not fit.
+few layers, it serves to measure conversion and loading where the 87 GiB of the real checkpoint do not fit.
 Tensors are made and written one by one, so memory holds one of them (112 MiB at the true widths).
 
     python benchmarks/synthetic.py OUT --layers 4 --hidden 4096 --intermediate 14336 --seed 0
@@ -68,13 +68,13 @@ NAMED_SHAPES = {
     "mixtral-8x7b": Shape(),
     "mixtral-tiny": Shape(64, 128, layers=3, heads=4, kv_heads=2, vocab=512, max_context=4096),
 }
-"""What benchmarks call by name; the tiny one is for trying them out."""
+"""Shapes that benchmarks can name; the tiny one is for trying them out."""
 
 
 def mixtral_19_shards(folder: Path, shape: Shape, seed: int = 0, quiet: bool = True) -> int:
     """Write config, 19 shards and their index into `folder` (made if absent); returns the tensors' bytes.
 
-    The same shape and seed give the same bytes. A shard that is there already is kept.
+    The same shape and seed give the same bytes. A shard that exists already is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _write_config(folder, shape)
@@ -143,7 +143,8 @@ def _write_shard(path: Path, tensors: Sequence[tuple[str, tuple[int, ...]]], see
 
 
 def _weights(key: str, shape: tuple[int, ...], seed: int) -> Iterator[torch.Tensor]:
-    """The tensor's numbers in runs of bf16 [<= CHUNK]; each keeps the scale of its input, norms are ones."""
+    """The tensor's numbers in chunks of bf16 [<= CHUNK]. Matrices are scaled so that their output is about as
+    large as their input (of routers and the head, three times as large); norms are ones."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))
     gain = 3.0 if "gate" in key or "lm_head" in key else 1.0
     scale = 1.0 if "embed" in key else gain / math.sqrt(shape[-1])

@@ -1,4 +1,4 @@
-"""The benchmark's end of the pipe: starts a peer and measures with it (see serve.py for the lines)."""
+"""The benchmark's end of the pipe to a peer: starts the peer and measures it (serve.py has the protocol)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ PEERS = ("llama.cpp", "transformers")
 
 
 class Peer(Contender):
-    """A process that holds a model and answers. A context manager; ends with it."""
+    """A process that holds a model and answers prompts. A context manager, whose exit ends the process."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        """Start it and wait until it has loaded. Raises SystemExit with its last words if it fails."""
+        """Start the process and wait until the model is loaded. If it fails, raises SystemExit with its last
+        lines on stderr."""
         self._command = command
         with contextlib.ExitStack() as undo:
             self._log = undo.enter_context(tempfile.TemporaryFile("w+"))
@@ -38,7 +39,7 @@ class Peer(Contender):
             self._open = undo.pop_all()
         super().__init__(self.hello["name"], Weights(**self.hello["weights"]))
         self.last: dict[str, Any] = {}
-        """What it said last of an answer, figures included (serve.py)."""
+        """The peer's record of its last answer, figures included (serve.py)."""
 
     def answer(self, prompt: Sequence[int], tokens: int, *, keep: bool) -> None:
         assert self._process.stdin is not None
@@ -80,19 +81,20 @@ class Setup:
 
     context: int
     vram: int | None = None
-    """Bytes of the GPU that transformers may fill; None: no peer uses a GPU."""
+    """Bytes of VRAM that transformers may fill; None: no peer uses a GPU."""
     n_cpu_moe: int = 0
-    """On a GPU, layers whose experts llama.cpp keeps in RAM: what else there is must fit."""
+    """On a GPU, the number of layers whose experts llama.cpp keeps in RAM; all the rest must fit the GPU."""
     flash_attention: str = "auto"
-    """As llama.cpp's own option: auto, on or off."""
+    """The value of llama.cpp's option of this name: auto, on or off."""
     random: bool = False
-    """Weights are made in the checkpoint's shapes, which need not have any."""
+    """Whether peers make random weights in the checkpoint's shapes; it then needs only a config."""
 
 
 def start(name: str, folder: Path, fingerprint: str, setup: Setup) -> Peer:
-    """The peer `name` with the checkpoint in `folder`; what it needs is installed and converted first.
+    """Start the peer `name` with the checkpoint in `folder`, after installing it and converting the
+    checkpoint as needed.
 
-    `fingerprint` tells the checkpoint's weights from others. Raises SystemExit.
+    `fingerprint` identifies the checkpoint's weights. Raises SystemExit.
     """
     random = ["--random"] if setup.random else []
     if name == "transformers":

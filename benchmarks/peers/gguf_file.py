@@ -1,14 +1,14 @@
 """Write a Mixtral or Qwen3-MoE checkpoint (safetensors, transformers' names) as a GGUF file of llama.cpp.
 
-Every matrix is stored in one type, input embedding and output head included; norms and routers are float32.
-A layer's experts are stacked, [E, out, in]. The file has no tokenizer: prompts are token ids.
+All matrices have one type, input embedding and output head included; norms and routers are float32. A layer's
+experts are stacked, [E, out, in]. The file has no tokenizer: prompts are token ids.
 
-With --random the weights are made here, in a checkpoint's shapes and about its scale, without reading any: a
-model that is measured on, not talked to, need not be written in bf16 first.
+With --random the weights are made here, in a checkpoint's shapes and at about its scale, without reading any:
+a model that is only measured need not be written in bf16 first.
 
-Runs in the peer's environment, which has numpy and the `gguf` package and neither torch nor moe_local.
-Sources: the GGUF specification (github.com/ggml-org/ggml, docs/gguf.md), the tensor names that llama.cpp's
-architectures "llama" and "qwen3moe" expect.
+Runs in the peer's environment, which has numpy and the `gguf` package but neither torch nor moe_local.
+Sources: the GGUF specification (github.com/ggml-org/ggml, docs/gguf.md), and the tensor names that the
+architectures "llama" and "qwen3moe" of llama.cpp expect.
 
     python gguf_file.py CHECKPOINT OUT.gguf [--type Q4_0] [--random]
 """
@@ -33,7 +33,7 @@ from gguf.quants import quant_shape_to_byte_shape, quantize
 
 Array = np.ndarray[Any, Any]
 PIECE_ROWS = 1024
-"""Rows quantized at once by one thread."""
+"""Rows that a thread quantizes at once."""
 Q4_0_DEVIATION = math.sqrt((16**2 - 1) / 12)
 """Standard deviation of sixteen equally likely levels, one apart."""
 
@@ -47,11 +47,11 @@ class Tensor:
     type: gguf.GGMLQuantizationType
     parts: tuple[str, ...]
     heads: int = 0
-    """Rotated heads, whose rows llama.cpp wants in pairs; 0 for none."""
+    """Number of heads with rotary embedding whose rows must be reordered in pairs; 0: no reordering."""
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """In float32 numbers, or in bytes where the type is quantized."""
+        """The shape in float32 numbers or, for a quantized type, in bytes."""
         return self.shape if self.type == FLOAT32 else quant_shape_to_byte_shape(self.shape, self.type)
 
     @property
@@ -80,30 +80,30 @@ class Safetensors:
             self._tensors |= {name: (view, start, entry) for name, entry in header.items()}
 
     def read(self, name: str) -> Array:
-        """A new array. Raises KeyError for names and dtypes that are not there or not known."""
+        """A new array. Raises KeyError for unknown names and dtypes."""
         view, start, entry = self._tensors[name]
         dtype = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[entry["dtype"]]
         begin, _ = entry["data_offsets"]
         raw = np.frombuffer(view, dtype, math.prod(entry["shape"]), start + begin).reshape(entry["shape"])
-        if entry["dtype"] == "BF16":  # the upper half of a float32
+        if entry["dtype"] == "BF16":  # bf16 is the upper half of a float32
             return (raw.astype(np.uint32) << 16).view(np.float32)
         return raw.astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a model type is named on either side."""
+    """A model type's names in llama.cpp and in transformers, and its properties."""
 
     name: str
-    """llama.cpp's."""
+    """llama.cpp's name of the architecture."""
     block: str
-    """The MoE block of a decoder layer, in transformers' checkpoints."""
+    """Name of a decoder layer's MoE block in transformers' checkpoints."""
     matrices: dict[str, str]
-    """Of an expert: transformers' name by llama.cpp's."""
+    """Names of an expert's matrices: llama.cpp's -> transformers'."""
     inner: str
-    """What config.json calls the width of experts."""
+    """The field of config.json that holds the width of experts."""
     paired: bool
-    """Whether a head's numbers are turned two neighbours at a time."""
+    """Whether llama.cpp applies rotary embedding to neighbouring pairs of a head's rows."""
     norms: bool
     """Whether queries and keys have norms."""
 
@@ -129,7 +129,7 @@ ARCHITECTURES = {
 
 
 def expert_count(config: dict[str, Any]) -> int:
-    """Later releases of transformers write every model's under Mixtral's name."""
+    """The number of experts; later releases of transformers use Mixtral's field name for every model."""
     return int(config["num_local_experts" if "num_local_experts" in config else "num_experts"])
 
 
@@ -138,7 +138,7 @@ def head_width(config: dict[str, Any]) -> int:
 
 
 def tensors(config: dict[str, Any], matrices: gguf.GGMLQuantizationType) -> Iterator[Tensor]:
-    """All tensors of the file, in its order."""
+    """All tensors, in the order of the file."""
     kind = ARCHITECTURES[config["model_type"]]
     hidden, inner, vocab = config["hidden_size"], config[kind.inner], config["vocab_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -172,7 +172,7 @@ def tensors(config: dict[str, Any], matrices: gguf.GGMLQuantizationType) -> Iter
 
 
 def make(tensor: Tensor, read: Callable[[str], Array], pool: ThreadPoolExecutor) -> Array:
-    """The tensor's numbers as they are stored."""
+    """The tensor in its stored form."""
     if tensor.type == FLOAT32:
         return np.stack([_paired(tensor, read(name)) for name in tensor.parts]).reshape(tensor.shape)
     out = np.empty((len(tensor.parts), *tensor.stored_shape[-2:]), np.uint8)
@@ -186,10 +186,10 @@ def make(tensor: Tensor, read: Callable[[str], Array], pool: ThreadPoolExecutor)
 
 
 def make_random(tensor: Tensor, rng: np.random.Generator) -> Array:
-    """Numbers of about the scale that keeps a matrix's output as large as its input; norms are ones.
+    """Random weights, at about the scale at which a matrix's output is as large as its input; norms are ones.
 
-    A matrix's blocks are made as they are stored: Q4_0 has, for each 32 numbers, a float16 scale and sixteen
-    bytes of two 4-bit numbers each, 8 standing for 0 (ggml-common.h, block_q4_0).
+    Q4_0 blocks are made directly in their stored form: for each 32 numbers a float16 scale, and sixteen bytes
+    of two 4-bit numbers each, in which 8 stands for 0 (ggml-common.h, block_q4_0).
     """
     if len(tensor.shape) == 1:
         return np.ones(tensor.shape, np.float32)
@@ -205,7 +205,8 @@ def make_random(tensor: Tensor, rng: np.random.Generator) -> Array:
 
 
 def _paired(tensor: Tensor, weights: Array) -> Array:
-    """Rotated heads in llama.cpp's order: it turns rows 2i and 2i + 1, transformers i and i + width / 2."""
+    """Rotated heads in llama.cpp's order: it rotates rows 2i and 2i + 1 together, transformers rows i and
+    i + width / 2."""
     if not tensor.heads:
         return weights
     halves = weights.reshape(tensor.heads, 2, -1, weights.shape[-1])
@@ -217,8 +218,8 @@ def write(
 ) -> None:
     """Write `out` from the checkpoint in `folder`, or with `random` from its config.json alone.
 
-    Memory: one stacked tensor and its quantized form. `out` appears when it is whole. Raises ValueError for
-    a model of another type than ARCHITECTURES has.
+    Needs memory for one stacked tensor and its quantized form. `out` appears only once it is complete. Raises
+    ValueError for a model type that is not in ARCHITECTURES.
     """
     config = json.loads((folder / "config.json").read_text())
     if config["model_type"] not in ARCHITECTURES:
@@ -241,7 +242,7 @@ def write(
             made = make_random(tensor, rng) if random else make(tensor, source.read, pool)
             writer.write_tensor_data(made)
             seconds = time.monotonic() - started
-            if tensor.name.endswith("ffn_norm.weight"):  # the last of a layer
+            if tensor.name.endswith("ffn_norm.weight"):  # the last tensor of a layer
                 done = f"{number} of {len(all_tensors)} tensors"
                 print(f"{out.name}: {done}, {seconds:.0f} s", file=sys.stderr)
     writer.close()
@@ -275,7 +276,8 @@ def _describe(writer: gguf.GGUFWriter, config: dict[str, Any], matrices: gguf.GG
 
 
 def rope_theta(config: dict[str, Any]) -> float:
-    """Configs written by transformers 5 keep it among the rope parameters, older ones beside the sizes."""
+    """The base of rotary embedding: in configs by transformers 5 among the rope parameters, in older ones at
+    the top level."""
     return float(config["rope_theta"] if "rope_theta" in config else config["rope_parameters"]["rope_theta"])
 
 

@@ -1,8 +1,7 @@
 """Make the environment that the llama.cpp peer runs in: llama-cpp-python and gguf from PyPI.
 
-llama.cpp is compiled for this processor (GGML_NATIVE, OpenMP), which takes some minutes and needs a C++
-compiler, and where there are nvcc and a GPU for that as well; nothing of it enters the environment that
-moe-local is installed in.
+llama.cpp is compiled for this processor (GGML_NATIVE, OpenMP), and also for the GPU if there are one and
+nvcc. That takes some minutes and needs a C++ compiler. Nothing is installed in moe-local's own environment.
 
     python benchmarks/peers/install.py [FOLDER]
 """
@@ -36,7 +35,7 @@ def default_folder() -> Path:
 
 
 def interpreter(folder: Path) -> Path | None:
-    """Python of the finished environment in `folder`, if it holds these requirements."""
+    """The Python of the environment in `folder`; None unless it is complete and has these requirements."""
     try:
         installed = json.loads((folder / COMPLETE).read_text())
     except (OSError, ValueError):
@@ -45,12 +44,13 @@ def interpreter(folder: Path) -> Path | None:
 
 
 def install(folder: Path) -> Path:
-    """Python of the environment in `folder`, made first if need be. Raises SystemExit, pip's words shown."""
+    """The Python of the environment in `folder`, which is made first if need be. Raises SystemExit if pip
+    fails, whose output is shown."""
     if python := interpreter(folder):
         return python
     print(f"installing {' '.join(REQUIREMENTS)} into {folder}; compiling takes minutes", file=sys.stderr)
     pip = [*_pip(folder), "install", "--quiet"]
-    # Compiled here and now: pip's cache does not know what options, or what processor, a wheel was built for.
+    # Without pip's cache, which does not know for which options and processor a wheel was compiled.
     fresh = ["--no-binary", "llama-cpp-python", "--no-cache-dir"]
     env = {**os.environ, "CMAKE_ARGS": cmake_args()}
     done = subprocess.run([*pip, *fresh, *REQUIREMENTS], env=env, check=False)
@@ -61,7 +61,8 @@ def install(folder: Path) -> Path:
 
 
 def _pip(folder: Path) -> list[str]:
-    """pip for a new environment in `folder`: ours if it can, since some systems' Python brings none."""
+    """Make the environment in `folder`; returns a command for pip there: our own pip if it supports
+    --python, since the Python of some systems comes without one."""
     able = importlib.util.find_spec("pip") and Version(importlib.metadata.version("pip")) >= Version("22.3")
     venv.create(folder, with_pip=not able)
     python = str(_python(folder))

@@ -1,12 +1,12 @@
 """llama.cpp as a peer: loads a GGUF file and answers over the pipe (serve.py), by llama.cpp's C interface.
 
-Its defaults throughout, which are its best behind some hundred tokens: weights repacked for this processor as
-they are loaded, flash attention, 512 prompt tokens in one forward; but every core, in prefill and decoding.
-Behind thousands of tokens it decodes faster on a CPU with --flash-attention off (docs/log.md). With
---n-cpu-moe N the model is on the GPU but for the experts of the first N layers, as llama.cpp's own option of
-this name has it (which is made of the overrides used here). With --mapped the file is used where it lies in
-the page cache, not repacked: repacked weights are a copy in memory, which a file larger than that has no room
-for. Runs in the environment that install.py makes.
+All settings are its defaults, which are its best after some hundred tokens: weights repacked for this
+processor during loading, flash attention, 512 prompt tokens per forward. The only change is that prefill and
+decoding use every core. After thousands of tokens it decodes faster on a CPU with --flash-attention off
+(docs/log.md). With --n-cpu-moe N the model is on the GPU except for the experts of the first N layers, as
+with llama.cpp's own option of this name (which makes the same overrides). With --mapped the weights are read
+from the page cache and not repacked: repacking copies them to memory, which a large file may not fit. Runs in
+the environment that install.py makes.
 
     python llama_cpp_peer.py FILE.gguf --context 1024 [--flash-attention off] [--n-cpu-moe 12] [--mapped]
 """
@@ -24,17 +24,17 @@ from llama_cpp import _ggml
 from serve import Pipe
 
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
-"""llama_flash_attn_type, by the words of llama.cpp's own option."""
+"""llama_flash_attn_type by the values of llama.cpp's option."""
 
 
 class Override(ctypes.Structure):
-    """llama_model_tensor_buft_override: tensors whose names match go to memory of this type."""
+    """llama_model_tensor_buft_override: tensors whose names match the pattern go to this type of memory."""
 
     _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
 
 
 def experts_on_cpu(layers: int) -> ctypes.Array[Override]:
-    """Overrides that keep the experts of the first layers in RAM; an empty one ends them."""
+    """Overrides that keep the experts of the first `layers` layers in RAM, ended by an empty override."""
     cpu = _ggml.libggml.ggml_backend_cpu_buffer_type
     cpu.restype = ctypes.c_void_p
     where = cpu()
@@ -55,14 +55,15 @@ class LlamaCpp:
         mapped: bool = False,
         flash_attention: str = "auto",
     ) -> None:
-        """`n_cpu_moe`: layers whose experts stay in RAM, all else on the GPU; None: no GPU is used."""
+        """`n_cpu_moe`: number of layers whose experts stay in RAM, with all else on the GPU; None: no GPU is
+        used."""
         c.llama_backend_init()
         load = c.llama_model_default_params()
         load.n_gpu_layers = 0 if n_cpu_moe is None else 999
-        self._overrides = experts_on_cpu(n_cpu_moe or 0)  # llama.cpp keeps pointers to it
+        self._overrides = experts_on_cpu(n_cpu_moe or 0)  # kept, since llama.cpp has pointers to it
         load.tensor_buft_overrides = ctypes.cast(self._overrides, ctypes.c_void_p)
         if n_cpu_moe:
-            load.load_mode = c.LLAMA_LOAD_MODE_NONE  # as it recommends with overrides: pinned, not mapped
+            load.load_mode = c.LLAMA_LOAD_MODE_NONE  # pinned, not mapped, as llama.cpp advises with overrides
         if mapped:
             load.load_mode = c.LLAMA_LOAD_MODE_MMAP
             load.use_extra_bufts = False
@@ -80,12 +81,12 @@ class LlamaCpp:
         self._next = (c.llama_token * 1)()
 
     def first(self, prompt: list[int]) -> int:
-        """Compute a prompt from an empty context; the likeliest id behind it."""
+        """Compute a prompt from an empty context; returns the likeliest next id."""
         c.llama_memory_clear(c.llama_get_memory(self._context), False)
         return self._decode((c.llama_token * len(prompt))(*prompt))
 
     def following(self, token: int) -> int:
-        """Compute one more id; the likeliest behind it."""
+        """Compute one more id; returns the likeliest next one."""
         self._next[0] = token
         return self._decode(self._next)
 
@@ -96,13 +97,13 @@ class LlamaCpp:
         return int(c.llama_sampler_sample(self._greedy, self._context, -1))
 
     def logits(self) -> list[float]:
-        """Of the position computed last."""
+        """The logits of the last computed position."""
         size = c.llama_vocab_n_tokens(c.llama_model_get_vocab(self._model))
         return list(c.llama_get_logits_ith(self._context, -1)[:size])
 
 
 def weights(path: str) -> dict[str, int]:
-    """What one decoded token reads of the file: its experts, and all else but the input embedding."""
+    """The weights that one decoded token reads: its experts, and all others except the input embedding."""
     reader = gguf.GGUFReader(path)
     family = reader.fields["general.architecture"].contents()
     used, count = (

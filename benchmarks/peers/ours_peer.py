@@ -1,6 +1,6 @@
-"""moe-local itself as a peer: in a process of its own, whose memory can be limited as the others' is.
+"""moe-local itself as a peer: in its own process, whose memory can be limited like that of other peers.
 
-Counts what it reads of the disk while it decodes, and how long any read was under way.
+Counts the bytes that it reads from disk while decoding, and the time in which any read was in flight.
 
     python ours_peer.py CHECKPOINT --context 256 --dense nf4 --prefetch off
 """

@@ -1,11 +1,11 @@
-"""The peer's end of the pipe: one JSON line in for each answer wanted, one line out.
+"""The peer's end of the pipe: one JSON line in for each prompt, one line out for its answer.
 
-A peer runs in a process and an environment of its own, so this knows the standard library only. Lines:
+A peer has its own process and environment, so this module uses only the standard library. The lines:
 
     out   {"name", "version", "detail", "threads", "weights": {"expert_bytes", "expert_numel", "dense_bytes",
           "dense_numel"}}, once, when the model is loaded (see `Weights` in benchmarks/contenders.py)
     in    {"prompt": [id, ...], "tokens": N}
-    out   {"prefill_s", "decode_s", "ids": [N ids], "figures": {name: counted since the first id}}
+    out   {"prefill_s", "decode_s", "ids": [N ids], "figures": {name: count since the first id}}
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from collections.abc import Callable
 from typing import Any
 
 First = Callable[[list[int]], int]
-"""Forgets what came before, computes a prompt, and returns the likeliest next id."""
+"""Computes a prompt from an empty context, and returns the likeliest next id."""
 Next = Callable[[int], int]
-"""Computes one id after what came before, and returns the likeliest next one."""
+"""Computes one more id in the same context, and returns the likeliest next one."""
 Figures = Callable[[], dict[str, float]]
-"""Counts since the start of the process."""
+"""Returns counts since the start of the process, by name."""
 
 
 class Pipe:
-    """The line to the benchmark. Made before the model is loaded: libraries print to stdout as they like."""
+    """The pipe to the benchmark. To be made before the model is loaded: it takes stdout for itself and sends
+    what libraries print there to stderr."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -35,7 +36,7 @@ class Pipe:
     def serve(
         self, hello: dict[str, Any], first: First, following: Next, figures: Figures | None = None
     ) -> None:
-        """Answer until the other end closes. Counted are the bytes that were read, where nothing else is."""
+        """Answer until the other end closes the pipe. `figures`: by default the bytes read from disk."""
         self._send(hello)
         for line in sys.stdin:
             request = json.loads(line)
@@ -48,7 +49,7 @@ class Pipe:
 def measure(
     prompt: list[int], tokens: int, first: First, following: Next, figures: Figures
 ) -> dict[str, Any]:
-    """Seconds from the prompt to the first new id, and from the first to the last of `tokens` new ids."""
+    """Answer a prompt with `tokens` ids, timing up to the first new id and from there to the last."""
     began = time.perf_counter()
     ids = [first(prompt)]
     before = figures()
@@ -65,7 +66,7 @@ def of_process() -> dict[str, float]:
 
 
 def read_bytes() -> int:
-    """Bytes that this process made the system fetch from disk, mapped files included; 0 where unknown."""
+    """Bytes that the system has read from disk for this process, mapped files included; 0 if unknown."""
     try:
         with open("/proc/self/io") as file:
             return int(dict(line.split(": ") for line in file)["read_bytes"])

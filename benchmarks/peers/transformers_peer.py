@@ -1,11 +1,12 @@
 """transformers as a peer: the checkpoint in bfloat16, all of it in RAM, by its own forward and cache.
 
-With --vram, on the GPU as far as so many bytes go; accelerate brings the rest from RAM when it is needed, as
-`device_map="auto"` has it. With --ram, so many bytes stay in RAM and accelerate reads the rest from the
-folder --offload, which it writes first. With --random, the weights are made here in the checkpoint's shapes.
+With --vram, weights of up to that many bytes are on the GPU, and accelerate copies the rest from RAM when it
+is needed, as with `device_map="auto"`. With --ram, that many bytes stay in RAM, and accelerate reads the rest
+from the folder --offload, which it writes first. With --random, weights are made here in the checkpoint's
+shapes.
 
-Greedy decoding is written out here rather than left to `generate`, whose own milliseconds a token would count
-against it.
+Greedy decoding is written out here instead of using `generate`, whose overhead of milliseconds per token
+would count against transformers.
 
     python transformers_peer.py CHECKPOINT [--vram BYTES] [--ram BYTES --offload FOLDER] [--random]
 """
@@ -33,8 +34,8 @@ class Transformers:
         offload: str | None = None,
         random: bool = False,
     ) -> None:
-        """`vram`: bytes of the GPU that weights may take, None: no GPU is used; `ram`: bytes of RAM that they
-        may take, None: all there are."""
+        """`vram`: bytes of VRAM that weights may take; None: no GPU is used. `ram`: bytes of RAM that they
+        may take; None: no limit."""
         transformers.utils.logging.disable_progress_bar()
         memory: Memory = None if vram is None else {0: vram, "cpu": 1 << 50}
         if ram is not None:
@@ -45,12 +46,12 @@ class Transformers:
         self._past: Any = None
 
     def first(self, prompt: list[int]) -> int:
-        """Compute a prompt from an empty cache; the likeliest id behind it."""
+        """Compute a prompt from an empty cache; returns the likeliest next id."""
         self._past = transformers.DynamicCache(config=self.model.config)
         return self._forward(prompt)
 
     def following(self, token: int) -> int:
-        """Compute one more id; the likeliest behind it."""
+        """Compute one more id; returns the likeliest next one."""
         return self._forward([token])
 
     @torch.inference_mode()
@@ -61,7 +62,7 @@ class Transformers:
 
 
 Memory = dict[int | str, int] | None
-"""Bytes of each device that weights may take; None: all of them are in RAM."""
+"""Bytes that weights may take on each device; None: all weights are in RAM."""
 
 
 def loaded(folder: str, memory: Memory, offload: str | None = None) -> Any:
@@ -72,7 +73,8 @@ def loaded(folder: str, memory: Memory, offload: str | None = None) -> Any:
 
 
 def made(folder: str, memory: Memory) -> Any:
-    """The model of a config.json with random weights: normal ones that keep the scale, norms are ones."""
+    """The model of a config.json with random weights: normal numbers, scaled so that a matrix's output is as
+    large as its input; norms are ones."""
     import accelerate
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -84,7 +86,7 @@ def made(folder: str, memory: Memory) -> Any:
         shape = parameter.shape
         if len(shape) == 1:
             value = torch.ones(shape, dtype=torch.bfloat16)
-        else:  # drawing billions of them would take longer than the benchmark
+        else:  # the same numbers again, since drawing billions would take longer than the benchmark
             value = numbers.repeat(-(-shape.numel() // numbers.numel()))[: shape.numel()].view(shape)
             value = value / math.sqrt(shape[-1])
         accelerate.utils.set_module_tensor_to_device(model, name, "cpu", value)
@@ -98,7 +100,7 @@ def made(folder: str, memory: Memory) -> Any:
 
 
 def weights(model: Any) -> dict[str, int]:
-    """What one decoded token reads: its experts, and all else but the input embedding."""
+    """The weights that one decoded token reads: its experts, and all others except the input embedding."""
     config = model.config
     read = {"expert_bytes": 0, "expert_numel": 0, "dense_bytes": 0, "dense_numel": 0}
     table = model.get_input_embeddings().weight
