@@ -1,4 +1,4 @@
-"""What tests of attention ask of every way of it: no large tensors, and transformers' own ids."""
+"""Checks for every implementation of attention: it makes no large tensors, and ids equal transformers'."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROMPT = list(range(3, 45))
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the most numbers that one operation gave."""
+    """Records the number of elements of the largest new tensor that an operation returned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,9 +30,9 @@ class Largest(TorchDispatchMode):
 
 
 def check_ids(model: moe_local.Model, plain: Any) -> None:
-    """Greedy ids of `model`, which has two rows, are those of `plain`, a model of transformers.
+    """Check that greedy ids of `model`, which has two rows, equal those of `plain`, a transformers model.
 
-    Of one sequence alone, and of two of different lengths in common steps.
+    Checks one sequence alone, and two sequences of different lengths that step together.
     """
     engine = model.parts.engine
     for prompts in ([PROMPT], [PROMPT, PROMPT[5:20]]):

@@ -1,4 +1,4 @@
-"""Fixtures for all tests. Shared helpers are files beside this one, which reach tests as fixtures only."""
+"""Fixtures for all tests. Shared helpers are files beside this one, which tests get only through fixtures."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, settings
 
-# Before anything imports torch, and for the commands that tests start: tiny models gain nothing from a second
-# thread, and threads that spin for each other on a busy machine make them ten times slower.
+# Set before anything imports torch, and for the commands that tests start: tiny models gain nothing from a
+# second thread, and threads that spin for each other on a busy machine make them ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# What is printed does not depend on how those who run the tests like their terminal. And a suite that a
-# script has put in its background is told to ignore Ctrl-C, which is not for the commands that it starts.
+# Output must not depend on the terminal settings of whoever runs the tests. And a script that runs the suite
+# in its background makes it ignore SIGINT, which the commands that tests start must not inherit.
 for _name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
     os.environ.pop(_name, None)
 os.environ["TERM"] = "xterm"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The same examples each time, since no change is to fail for what it did not touch; FUZZ=anew tries others.
-# Nor for how long one takes, on a machine that may stand still: hypothesis by itself allows 0.2 s.
+# The same examples each time, so that no change fails for code that it did not touch; FUZZ=anew tries others.
+# No deadline (hypothesis's default is 0.2 s), since the machine may pause during an example.
 settings.register_profile(
     "moe_local",
     derandomize=os.environ.get("FUZZ") != "anew",
@@ -41,17 +41,17 @@ settings.register_profile(
 )
 settings.load_profile("moe_local")
 
-# click before 8.2 has stderr in stdout, too, unless it is told not to.
+# click before 8.2 mixes stderr into stdout by default.
 if "mix_stderr" in inspect.signature(CliRunner).parameters:
     CliRunner.__init__ = functools.partialmethod(CliRunner.__init__, mix_stderr=False)  # type: ignore[assignment]
 
 
 LOOKED_UP = {"nf4", "q3", "mxfp4"}
-"""Formats whose kernels for AVX-512 without VBMI are others than those with it."""
+"""Formats whose kernels for AVX-512 without VBMI differ from those with it."""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A machine with VBMI tests the kernels for those without only where they are others."""
+    """On a machine with VBMI, skip tests of the kernels without it for formats whose kernels are the same."""
     from moe_local.offload.native.library import ISAS, library
 
     callspec = getattr(item, "callspec", None)
@@ -62,14 +62,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Files are dealt out in the order of `pytest_collection_modifyitems`, not by their number of tests."""
+    """Distribute files to workers in the order of `pytest_collection_modifyitems`, not by number of tests."""
     config.option.loadscopereorder = False
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What is imported and collected stays to the end, and Python's collector need not go through it: that
-    took a tenth of the time, most of it in tests that ask whether all is given back."""
+    """Freeze all imported and collected objects, which live to the end, so that the garbage collector skips
+    them: that took a tenth of the time, most of it in tests that check that everything is freed."""
     gc.disable()
     try:
         return (yield)
@@ -80,16 +80,16 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_unconfigure() -> None:
-    """Python's end frees it all again: Triton's bindings would print a page about leaks."""
+    """Unfreeze, so that Python frees everything at exit: else Triton's bindings print a page about leaks."""
     gc.unfreeze()
 
 
 SLOW_S = 900
-"""Time limit of a slow test that names none: several times what any takes, since machines differ."""
+"""Default time limit of slow tests in seconds: several times what any takes, since machines differ."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files of this folder first: the last would be one test that takes long, beside an idle worker."""
+    """Set slow tests' time limits. Run this folder's long tests first: last, they would leave workers idle."""
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_S))
@@ -116,8 +116,8 @@ def repository() -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def home_of_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """MOE_LOCAL_HOME, a folder of its own for each file of tests, which find and leave nothing in the
-    user's. Those that need it empty set another."""
+    """MOE_LOCAL_HOME, a separate folder for each test file, so that tests neither see nor change the user's.
+    Tests that need an empty one set another."""
     folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOE_LOCAL_HOME", str(folder))
@@ -126,10 +126,10 @@ def home_of_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
-    """Files whose disks are given up after 0.3 seconds, for tests to fill in.
+    """A set for tests to fill with files whose disks count as hung after 0.3 seconds.
 
-    That is time in which nothing else is being read, which may take long on a busy machine; of the machine's
-    pauses hardly anything counts.
+    Only time in which nothing but these files is being read counts, since other reads may take long on a busy
+    machine; pauses of the whole machine hardly count.
     """
     from moe_local.offload.system import hung, patience
 
@@ -176,7 +176,7 @@ def attention_checks() -> ModuleType:
 def make_checkpoint(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """make_checkpoint("mixtral", shards=1, dtype=torch.float32, tokenizer=False, seed=0, **config) -> folder.
 
-    The same arguments give the same folder all session long: copy it before changing it.
+    The same arguments give the same folder during the whole session: copy it before changing it.
     """
     made: dict[str, Path] = {}
 
@@ -276,7 +276,7 @@ def publish(
 
 @pytest.fixture(scope="session")
 def fake_device() -> ModuleType:
-    """tests/fake_device.py: `FakeDevice`, whose copies end in adversarial order."""
+    """tests/fake_device.py: `FakeDevice`, whose copies complete in adversarial order."""
     return load_module(Path(__file__).parent / "fake_device.py")
 
 
@@ -288,7 +288,7 @@ def fake_cards() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def fake_graphs() -> ModuleType:
-    """tests/fake_graphs.py: `FakeGraphs`, which records what torch is asked for and does it when replayed."""
+    """tests/fake_graphs.py: `FakeGraphs`, which records torch's operations and runs them when replayed."""
     return load_module(Path(__file__).parent / "fake_graphs.py")
 
 
@@ -312,7 +312,7 @@ def torch_kernels() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def quick_interpreter() -> Iterator[None]:
-    """Triton's interpreter does not look through all of its language at every call (quick_interpreter.py)."""
+    """Makes Triton's interpreter patch its language once per launch, not per call (quick_interpreter.py)."""
     with pytest.MonkeyPatch.context() as patch:
         load_module(Path(__file__).parent / "quick_interpreter.py").quicken(patch)
         yield
@@ -320,7 +320,7 @@ def quick_interpreter() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def hub_servers() -> Iterator[Callable[[], Any]]:
-    """hub_servers() -> a Hub as `hub_server`; any number of them, for as long as the session."""
+    """hub_servers() -> a Hub like `hub_server`; any number of them, which run until the session ends."""
     module = load_module(Path(__file__).parent / "hub_server.py")
     with contextlib.ExitStack() as servers:
         yield lambda: servers.enter_context(module.running())
@@ -339,7 +339,7 @@ def hub_server() -> Iterator[Any]:
 
 @pytest.fixture
 def hub(hub_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`hub_server`, with this process's Hub library turned to it and to an empty cache in `tmp_path`."""
+    """`hub_server`, with this process's Hub library set to use it, and an empty cache in `tmp_path`."""
     from huggingface_hub import constants
 
     for name, value in hub_server.env(tmp_path / "hf").items():
@@ -367,7 +367,7 @@ def make_device() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def any_scheduler() -> Callable[..., Any]:
-    """any_scheduler(seed=0, mode="auto") -> a MissScheduler that decides by chance (tests/store_rig.py)."""
+    """any_scheduler(seed=0, mode="auto") -> a MissScheduler that decides at random (tests/store_rig.py)."""
     made: Callable[..., Any] = load_module(Path(__file__).parent / "store_rig.py").AnyScheduler
     return made
 
@@ -382,7 +382,7 @@ def simulated() -> ModuleType:
 def make_rig(tmp_path: Path, make_device: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """make_rig("ram+disk", slots=3, seed=0, ...) -> a store with known experts (tests/store_rig.py).
 
-    Closed at the end of the test, when nothing may be wrong with its device.
+    It is closed at the end of the test, which fails if the rig's device has recorded a fault.
     """
     rigs: list[Any] = []
 
@@ -402,7 +402,7 @@ def make_rig(tmp_path: Path, make_device: Callable[..., Any]) -> Iterator[Callab
 
 @pytest.fixture
 def read_gate(make_rig: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """What every os.preadv goes through now (tests/store_rig.py, ReadGate); opened before rigs are closed."""
+    """A ReadGate that replaces os.preadv (tests/store_rig.py); it is opened before rigs are closed."""
     gate = load_module(Path(__file__).parent / "store_rig.py").ReadGate(os.preadv)
     monkeypatch.setattr(os, "preadv", gate)
     yield gate
@@ -411,8 +411,8 @@ def read_gate(make_rig: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Torch computes in one thread: small tensors gain nothing by more, and forked children must not wait for
-    threads that they do not have."""
+    """Let torch compute in one thread: small tensors gain nothing by more, and forked children must not wait
+    for threads that were not forked with them."""
     import torch
 
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Sequences that come and go, against the model alone."""
+"""Running an engine on sequences that join and leave at random, and checking them against the model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from moe_local.offload.engine.sequence import Sequence
 def answered_at_random(
     engine: Engine, waiting: list[list[int]], chance: random.Random, *, most: int
 ) -> list[Sequence]:
-    """All `waiting` prompts, which joined, sometimes where another had left, and left, sometimes half-way.
+    """Let all `waiting` prompts join the engine at random times, sometimes reusing another's row, and leave,
+    sometimes before they are finished; returns their sequences.
 
-    Each was to have 1 to `most` tokens; `waiting` is empty afterwards.
+    Each is to get 1 to `most` new tokens; `waiting` is empty afterwards.
     """
     running: list[Sequence] = []
     done: list[Sequence] = []
@@ -38,7 +39,7 @@ def answered_at_random(
 
 
 def check_alone(hf: Any, sequences: list[Sequence]) -> None:
-    """Their tokens are those that the model itself finds the likeliest."""
+    """Check that each sequence's tokens are the model's likeliest when it computes that sequence alone."""
     for sequence in sequences:
         with torch.inference_mode():
             logits = hf(input_ids=torch.tensor([sequence.ids[:-1] or sequence.ids])).logits[0]

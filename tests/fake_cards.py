@@ -1,6 +1,6 @@
-"""Several cards that are all RAM, for CUDA graphs of models that lie on them.
+"""Several fake cards, all in RAM, to test CUDA graphs of models that are split over cards.
 
-As unkind as CUDA: an operation on tensors of two cards raises, but for a copy, which is not captured.
+They are as strict as CUDA: an operation on tensors of two cards raises, except a copy outside of a capture.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from moe_local.offload.gpu.card_moves import CardMoves
 
 
 class FakeCards(TorchDispatchMode):
-    """Knows of every tensor which card it is on: None, as long as only what is on none went into it.
+    """Tracks which card every tensor is on; None if none of the tensors it was computed from is on a card.
 
-    `graphs`: the FakeGraphs of each card, named by a device, in whose pools things are on that card.
+    `graphs`: the FakeGraphs of each card; tensors in its pool are on that card. A device names a card.
     """
 
     def __init__(self, graphs: Mapping[torch.device, Any]) -> None:
@@ -57,7 +57,7 @@ class FakeCards(TorchDispatchMode):
 
 
 class FakeCardMoves(CardMoves):
-    """CardMoves of a model whose weights are put on FakeCards; `moved` counts tensors."""
+    """The CardMoves of a model whose weights are on FakeCards; `moved` counts the moved tensors."""
 
     def __init__(self, cards: FakeCards, model: nn.Module, places: Mapping[str, torch.device]) -> None:
         super().__init__(model, places, next(iter(cards.graphs)))
@@ -69,7 +69,7 @@ class FakeCardMoves(CardMoves):
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         brought = super()._begin(module, args, kwargs)
-        self._home = self._first  # all tensors are on the device "cpu"
+        self._home = self._first  # the inputs' own device is always "cpu", which is no card
         return brought
 
     def is_elsewhere(self, tensor: torch.Tensor, card: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""A device that isn't there: copies and events end as late and in as unkind an order as the rules allow."""
+"""A fake device whose copies and events complete as late, and in as adverse an order, as CUDA allows."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from moe_local.cache.errors import DoesNotFitError
 
 POISON = 0xA5
-"""What a slot holds before its first copy, and from some moment after a copy's issue until its end."""
+"""Byte that fills a slot before its first copy, and while a copy into it is running."""
 
 
 class _Work:
-    """One step in a stream. Runs after the step before it in the stream and after `needs`, no earlier."""
+    """One step in a stream, which runs only after the stream's previous step and after the event `needs`."""
 
     def __init__(self, stream: _Stream, run: Callable[[], object], needs: FakeEvent | None = None) -> None:
         self.stream = stream
@@ -26,18 +26,18 @@ class _Work:
         self.done = False
 
     def force(self) -> None:
-        """Run everything up to and including this."""
+        """Run the stream up to and including this step."""
         while not self.done:
-            # A test's time limit may have struck between the step's start and its end: not a loop for ever.
+            # A test's time-out may have interrupted the step as it ran, and this must not loop forever.
             assert self.stream.advance(force=True), "a step that its stream has lost"
 
 
 def _nothing() -> None:
-    """What is left of a step that has run."""
+    """Replaces the work of a step that has run."""
 
 
 class _Stream:
-    """Work in the order in which it was issued, as a CUDA stream."""
+    """A queue of work that runs in the order of issue, like a CUDA stream."""
 
     def __init__(self) -> None:
         self.queue: list[_Work] = []
@@ -49,7 +49,8 @@ class _Stream:
         return self.queue[-1]
 
     def advance(self, *, force: bool = False) -> bool:
-        """Run the next step, if it may run now; with `force`, make what it needs happen first."""
+        """Run the next step if its event has happened; with `force`, make the event happen first. Returns
+        whether a step ran."""
         if not self.queue:
             return False
         work = self.queue[0]
@@ -59,18 +60,18 @@ class _Stream:
             work.needs.work.force()
         self.queue.pop(0)
         work.run()
-        work.done, work.run, work.needs = True, _nothing, None  # an event keeps no memory
+        work.done, work.run, work.needs = True, _nothing, None  # so that events keep no tensors alive
         return True
 
 
 class FakeEvent:
-    """The end of a piece of work. `query` lets a little time pass, or none."""
+    """Happens when a step is complete. `query` may let a little time pass."""
 
     def __init__(self, device: FakeDevice, work: _Work) -> None:
         self.device = device
         self.work = work
         self.position = work.stream.issued
-        """How much of its stream it stands for."""
+        """How many steps of its stream it covers, its own included."""
 
     @property
     def happened(self) -> bool:
@@ -84,13 +85,14 @@ class FakeEvent:
         self.work.force()
 
     def seconds(self) -> float:
-        """Any copy takes a tenth of a millisecond."""
+        """The duration of the copy: always a tenth of a millisecond."""
         assert self.happened, "a copy was asked for its time before its end"
         return 1e-4
 
 
 class FakeIdle:
-    """The compute stream is given nothing: for a millisecond, if it comes to the end of what it has."""
+    """A period in which the compute stream gets no work. It counts a millisecond of idle time if the stream
+    had completed all earlier work by its end."""
 
     def __init__(self, device: FakeDevice, stream: _Stream) -> None:
         self._device = device
@@ -103,7 +105,7 @@ class FakeIdle:
 
 
 class FakeWait:
-    """A wait of the compute stream: a millisecond where the event had not happened, else none."""
+    """A wait of the compute stream: it took a millisecond if `blocked`, else no time."""
 
     def __init__(self, work: _Work, blocked: bool) -> None:
         self._work = work
@@ -115,7 +117,7 @@ class FakeWait:
 
 
 class _Read(NamedTuple):
-    """A kernel that was given bytes [start, end): compute work number `position`."""
+    """Addresses [start, end) that a kernel was given: step number `position` of the compute stream."""
 
     start: int
     end: int
@@ -123,18 +125,18 @@ class _Read(NamedTuple):
 
 
 class FakeDevice:
-    """The Device protocol over host memory: one compute and one copy stream that run when chance says so.
+    """The Device protocol over host memory: one compute and one copy stream, which advance at random.
 
-    Each stream keeps its order; between the two anything goes that events do not forbid. A copy poisons its
-    destination when it begins and reads its source only when it ends, so a slot that is read too early and a
-    source that was given away too early both show as wrong bytes.
+    Each stream keeps its order; between the two, every order occurs that events do not forbid. A copy poisons
+    its destination when it begins and reads its source only when it ends, so reading a slot too early and
+    reusing a source too early both show as wrong bytes.
 
-    Kernels are either torch's own, which read at once, so that `wait` makes its event happen then and there;
-    or, with `lazy`, whatever is given to `launch`, which runs as late as it can. A copy into memory that
-    kernels were given raises AssertionError unless `after` stands for all of them. So does a copy into
-    another device's memory, a kernel that is given such, and a wait for another device's copy. `faults` keeps
-    what went wrong, too, in case somebody swallowed the exception. `fail_copies`, `fail_moves` and
-    `fail_records` make so many of these raise.
+    Kernels are either torch's own, which read at once, so that `wait` makes its event happen immediately; or,
+    with `lazy`, functions given to `launch`, which run as late as possible. A copy into memory that kernels
+    were given raises AssertionError unless the event `after` covers all of them. So do a copy into another
+    device's memory, a kernel that is given such memory, and a wait for another device's copy. These errors
+    are also recorded in `faults`, in case the exception is swallowed. `fail_copies`, `fail_moves` and
+    `fail_records` are how many of the next such calls raise.
     """
 
     torch_device = torch.device("cpu")
@@ -142,10 +144,11 @@ class FakeDevice:
     def __init__(
         self, seed: int = 0, luck: float = 0.3, *, lazy: bool = False, capacity: int | None = None
     ) -> None:
-        """`capacity`: bytes that `allocate` gives at most at a time; None: any number."""
+        """`luck`: the chance of each further step when time passes. `capacity`: the most bytes that may be
+        allocated at a time; None: no limit."""
         self.capacity = capacity
         self.allocated = 0
-        """Bytes of allocations that somebody still holds."""
+        """Bytes of allocations that are still referenced."""
         self.trims = 0
         self.copies = 0
         self.fail_copies = self.fail_moves = self.fail_records = 0
@@ -157,7 +160,7 @@ class FakeDevice:
         self._copy = _Stream()
         self._reads: list[_Read] = []
         self._own: list[tuple[int, int]] = []
-        """Begin and end of its memory: each allocation that somebody still holds."""
+        """Begin and end of each part of the device's memory: referenced allocations and adopted memory."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         if self.capacity is not None and self.allocated + nbytes > self.capacity:
@@ -165,11 +168,11 @@ class FakeDevice:
         memory = np.full(nbytes, POISON, dtype=np.uint8)
         self.allocated += nbytes
         tensor = torch.from_numpy(memory)
-        weakref.finalize(memory, self._freed, self.adopt(tensor))  # with the last view of it
+        weakref.finalize(memory, self._freed, self.adopt(tensor))  # called when its last view is freed
         return tensor
 
     def adopt(self, memory: torch.Tensor) -> tuple[int, int]:
-        """That is this device's, too, for good; where it begins and ends."""
+        """Make `memory` part of this device's memory; returns its begin and end."""
         self._own.append((memory.data_ptr(), memory.data_ptr() + memory.numel()))
         return self._own[-1]
 
@@ -219,7 +222,7 @@ class FakeDevice:
         return FakeIdle(self, self._compute)
 
     def launch(self, buffer: torch.Tensor, kernel: Callable[[torch.Tensor], None]) -> None:
-        """Give `buffer` to a kernel, which reads it when the compute stream comes to it."""
+        """Launch a kernel, which reads `buffer` when the compute stream gets to it."""
         self._check_own(buffer)
         start = buffer.data_ptr()
         work = self._compute.add(lambda: kernel(buffer))
@@ -229,17 +232,17 @@ class FakeDevice:
 
     @property
     def copying(self) -> bool:
-        """Whether a copy has been issued that has not ended."""
+        """Whether a copy is in flight."""
         return bool(self._copy.queue)
 
     def synchronize(self) -> None:
-        """Everything issued so far happens."""
+        """Complete all issued work."""
         for stream in (self._compute, self._copy):
             while stream.advance(force=True):
                 pass
 
     def pass_time(self) -> None:
-        """Either stream gets some way, or no way."""
+        """Let the streams advance by a random number of steps, perhaps none."""
         while self._random.random() < self._luck:
             self._random.choice((self._compute, self._copy)).advance()
 

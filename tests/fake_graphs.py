@@ -1,9 +1,9 @@
-"""CUDA graphs that aren't there: captures record torch's operations, and nothing happens before a replay.
+"""Fake CUDA graphs: a capture records torch's operations, which have no effect before a replay.
 
-As unkind as CUDA where that can be seen on a CPU. During a capture every result is garbage: what lay in its
-memory before. What waits for the host to know a number raises. A replay does the same operations on the same
-memory, whatever lies there by then; numbers and shapes of Python are those of the capture. Results come from
-a pool, whose memory goes to the next operation as soon as nothing refers to it.
+They are as strict as CUDA, as far as a CPU can show it. During a capture every result is garbage: the
+previous contents of its memory. An operation by which the host would wait for a number raises. A replay does
+the same operations on the same memory, whatever it then holds; Python's numbers and shapes are those of the
+capture. Results are in a pool, whose memory is reused as soon as nothing refers to it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WAITS = {
     "__index__",
     "equal",
 }
-"""Functions of torch that bring numbers from a device to the host."""
+"""Functions of torch that copy numbers from a device to the host."""
 
 WAITING_OPERATIONS = {
     "aten::_local_scalar_dense",
@@ -42,14 +42,14 @@ WAITING_OPERATIONS = {
     "aten::is_nonzero",
     "aten::lift_fresh",
 }
-"""Those, and what brings numbers to a device from memory that is not pinned (`torch.tensor`)."""
+"""The operations that do so, and the one that copies to a device from pageable memory (`torch.tensor`)."""
 
 
 class _Block:
-    """Memory of the pool, and who uses it."""
+    """A block of the pool's memory, and the storage that uses it."""
 
     def __init__(self, nbytes: int) -> None:
-        self.memory = torch.full((nbytes,), 0xFF, dtype=torch.uint8)  # NaN, if these are floats
+        self.memory = torch.full((nbytes,), 0xFF, dtype=torch.uint8)  # NaN if read as floats
         self.user: StorageWeakRef | None = None
 
     def tensor(self, like: torch.Tensor) -> torch.Tensor:
@@ -60,15 +60,15 @@ class _Block:
 
 
 class Pool:
-    """Memory for results of captured operations. A block is free once no tensor of Python is left in it."""
+    """Memory for results of captured operations. A block is free once no Python tensor refers to it."""
 
     def __init__(self) -> None:
         self._blocks: dict[int, _Block] = {}
-        """By address."""
+        """Blocks by address."""
 
     def place(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Garbage like `like`, for Python, and a second tensor on that memory, which keeps no block from
-        being used again."""
+        """A tensor of garbage like `like` for Python code, and a second tensor on the same memory, which does
+        not keep the block from being reused."""
         like = like if like.storage_offset() == 0 else like.clone()
         nbytes = max(64, like.untyped_storage().nbytes())
         fitting = [
@@ -85,12 +85,13 @@ class Pool:
         return given, kept
 
     def kept(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor in the pool: another one on the same memory, which keeps no block. Any other: itself."""
+        """For a tensor in the pool, another on the same memory, which does not keep the block from being
+        reused; any other tensor itself."""
         block = self._blocks.get(tensor.untyped_storage().data_ptr())
         return tensor if block is None else block.tensor(tensor)
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor lies in the pool."""
+        """Whether the tensor is in the pool."""
         return tensor.untyped_storage().data_ptr() in self._blocks
 
     @property
@@ -103,7 +104,7 @@ class _Operation(NamedTuple):
     args: Any
     kwargs: Any
     outputs: list[torch.Tensor | None]
-    """Where results go; None for those that are views. Empty for an operation in place."""
+    """Where each result is written; None for a view. Empty for an operation in place."""
 
 
 def _harmless(x: Any) -> Any:
@@ -139,7 +140,7 @@ class _NoWaits(TorchFunctionMode):
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, pool: Pool, allocating: Callable[[], None]) -> None:
-        """`allocating` is called before each result is placed."""
+        """`allocating` is called before a result is placed in the pool."""
         super().__init__()
         self.operations: list[_Operation] = []
         self._pool = pool
@@ -165,7 +166,7 @@ class _Recorder(TorchDispatchMode):
             return written[0] if len(schema.returns) == 1 else tuple(written)
         if any(returned.alias_info is not None for returned in schema.returns):
             result = function(*args, **kwargs)
-        else:  # garbage must not be taken for an index
+        else:  # zeros instead of garbage integers, which may be indices
             result = function(*tree_map(_harmless, args), **tree_map(_harmless, kwargs))
         inputs = {
             x.untyped_storage().data_ptr() for x in tree_flatten((args, kwargs))[0] if torch.is_tensor(x)
@@ -188,11 +189,11 @@ class _Recorder(TorchDispatchMode):
 
 
 class FakeGraphs:
-    """The Graphs protocol on the CPU. `fail_at`: so many captures work, the next one is refused with `error`.
+    """The Graphs protocol on the CPU. `fail_at`: after this many captures, the next one fails with `error`.
 
-    `room`: so many captures find memory; None: all. The next one lacks it where `lacks` says: in "begin", for
-    a result ("result"), in "end", at its graph's first replay ("replay") or for the "experts" behind that,
-    which have to ask.
+    `room`: how many captures have enough memory; None: all. The next one runs out of memory where `lacks`
+    says: in "begin", for a "result", in "end", at the first "replay" of its graph, or in the "experts" after
+    that, which have to call `refuse`.
     """
 
     def __init__(
@@ -246,8 +247,8 @@ class FakeGraphs:
         assert self.recorder is None, "nothing is given back during a capture"
 
     def refuse(self, place: str) -> None:
-        """Raise CUDA's error if this is where memory lacks now."""
-        begun = self.captures - (place in ("replay", "experts"))  # which come behind the capture
+        """Raise CUDA's out-of-memory error if memory is to run out at this place now."""
+        begun = self.captures - (place in ("replay", "experts"))  # which come after the capture was counted
         if begun == self.room and self.lacks == place:
             self.refusals += 1
             raise torch.OutOfMemoryError("CUDA error: out of memory")

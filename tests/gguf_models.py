@@ -1,4 +1,4 @@
-"""Tiny models as GGUF files, and what transformers must make of them."""
+"""Tiny models as GGUF files, each with a safetensors checkpoint of the weights that must be read from it."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 def write(
     source: Path, folder: Path, kinds: dict[str, str], leave_out: str = "", tokenizer: Any = None
 ) -> tuple[Path, Path]:
-    """(the GGUF file, its twin in safetensors) of the tiny checkpoint in `source`.
+    """Write the tiny checkpoint in `source` as (a GGUF file, its twin in safetensors).
 
-    `kinds` maps ends of GGUF's names to types; others are F32. The K formats, which the package cannot
-    quantize to, get random blocks of about the weights' scale. The twin has what the package decodes.
+    `kinds` maps suffixes of GGUF's tensor names to types; others are F32. The K formats, which the gguf
+    package cannot quantize to, get random blocks of about the weights' scale. The twin has the weights that
+    the package decodes from the file.
     """
     config = json.loads((source / "config.json").read_text())
     tensors: dict[str, np.ndarray[Any, Any]] = {}

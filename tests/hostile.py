@@ -1,4 +1,4 @@
-"""Files as an enemy would write them: strategies of hypothesis that damage honest ones."""
+"""Malicious files: hypothesis strategies that damage valid ones."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ ODD = [None, True, "", "..", "../../etc/passwd", "a\0b", "\ud800", "x\ny", [], {
 
 
 def values() -> st.SearchStrategy[Any]:
-    """What stands in a JSON file in the place of something sensible."""
+    """Values that replace a sensible one in a JSON file."""
     return st.one_of(st.sampled_from(HUGE), st.sampled_from(ODD), st.integers(), st.text(max_size=8))
 
 
 @st.composite
 def damaged_bytes(draw: st.DrawFn, honest: bytes, reach: int) -> bytes:
-    """An honest file with some of its first `reach` bytes changed, taken out, put in, or cut off there."""
+    """A valid file with changes within its first `reach` bytes: bytes changed, inserted or removed, or the
+    file cut off."""
     data = bytearray(honest)
     for _ in range(draw(st.integers(1, 4))):
-        # Most of what can go wrong is told in the first bytes.
+        # The first bytes are damaged most often, since most errors can be made there.
         at = draw(st.one_of(st.integers(0, min(64, reach)), st.integers(0, reach)))
         change = draw(st.sampled_from(["flip", "write", "number", "insert", "remove", "cut"]))
         if change == "flip" and at < len(data):
@@ -44,7 +45,7 @@ def damaged_bytes(draw: st.DrawFn, honest: bytes, reach: int) -> bytes:
 
 @st.composite
 def damaged_json(draw: st.DrawFn, honest: Any) -> Any:
-    """Honest fields with some replaced, removed, repeated or renamed, anywhere in the tree."""
+    """A valid JSON document with values replaced, removed or renamed, anywhere in the tree."""
     tree = json.loads(json.dumps(honest))
     for _ in range(draw(st.integers(1, 3))):
         choose = random.Random(draw(st.integers(0, 2**32)))
@@ -59,7 +60,7 @@ def damaged_json(draw: st.DrawFn, honest: Any) -> Any:
                 continue
             change = choose.choice(["replace", "replace", "replace", "remove", "rename"])
             if change == "replace":
-                parent[key] = copy.deepcopy(draw(values()))  # it may be changed in its turn
+                parent[key] = copy.deepcopy(draw(values()))  # a later change may modify it
             elif change == "remove":
                 del parent[key]
             elif isinstance(parent, dict):
@@ -69,10 +70,10 @@ def damaged_json(draw: st.DrawFn, honest: Any) -> Any:
 
 
 def nested(depth: int) -> bytes:
-    """JSON that never comes to the point."""
+    """JSON of `depth` nested empty lists."""
     return b"[" * depth + b"]" * depth
 
 
 def as_json(tree: Any) -> bytes:
-    """Bytes of it, also of what JSON and UTF-8 have no room for."""
+    """The tree as JSON bytes, even if it holds values that neither JSON nor UTF-8 allows."""
     return json.dumps(tree).encode()

@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on 127.0.0.1, for tests: enough of its API for huggingface_hub 1 and 2.
 
-It serves folders as model repositories, with sizes, hashes, redirect-free files and byte ranges, counts what
-it sends, and can be told to be gated or slow, to hold what it sends, or to cut connections.
+It serves folders as model repositories, with sizes, hashes, files without redirects, and byte ranges. It
+counts what it sends, and can be set to be gated or slow, to pause sending, or to cut connections.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ BLOCK = 16 * 1024
 
 @dataclass
 class Repo:
-    """A repository: the folder it is served from, and its behaviour, which tests may change at any time."""
+    """A repository: its folder, and its behaviour, which tests may change at any time."""
 
     repo_id: str
     folder: Path
     gated: bool = False
     """Files need the header `Authorization: Bearer good-token`; the listing does not, as on the real Hub."""
     hidden: bool = False
-    """The Hub says that there is no such repository."""
+    """Whether the Hub answers as if there were no such repository."""
     _hashes: dict[tuple[str, int], tuple[str, str]] = field(default_factory=dict)
 
     def files(self) -> list[str]:
@@ -58,24 +58,24 @@ class Repo:
 
 
 class HubServer:
-    """The server. `requests` counts "METHOD path", `sent` the body bytes of each file by name."""
+    """The server. `requests` counts requests by "METHOD path"; `sent` counts the body bytes of each file."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
         self.bytes_per_second: float | None = None
-        """Of each connection; None: as fast as it goes."""
+        """Speed of each connection; None: unlimited."""
         self.hold_after: int | None = None
-        """Bytes of all files together after which nothing more is sent, until this is changed by `hold`."""
+        """Pause sending after this many bytes of all files together, until `hold` changes this."""
         self.cut_after: int | None = None
-        """Bytes of a file after which a connection is closed, once for each file."""
+        """Close the connection after this many bytes of a file, once for each file."""
         self.held_at: int | None = None
-        """The byte of each file behind which nothing more of it is sent, until this is None again."""
+        """Pause sending each file at this byte, until this is None again."""
         self.ranges = True
-        """Whether a byte range is answered with that range, or with the whole file."""
+        """Whether requests for a byte range get that range instead of the whole file."""
         self.unavailable = 0
-        """So many requests for files are answered 503 before the rest is served."""
+        """How many of the next requests for files are answered with 503."""
         self._cut: set[str] = set()
         self._lock = threading.Lock()
         self._connections = 0
@@ -100,7 +100,7 @@ class HubServer:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
             "HF_HUB_OFFLINE": "0",
-            # of waiting for this server, which may stand still with the whole machine; 10 s by default
+            # Time-outs in seconds (default 10), since this server may pause with the whole machine.
             "HF_HUB_ETAG_TIMEOUT": "120",
             "HF_HUB_DOWNLOAD_TIMEOUT": "120",
         }
@@ -110,7 +110,7 @@ class HubServer:
             self.sent[name] += sent
 
     def hold(self, after: int | None) -> None:
-        """Send so many bytes in all, and then nothing; None: send on."""
+        """Pause sending after this many bytes in all; None: continue."""
         with self._changed:
             self.hold_after = after
             self._changed.notify_all()
@@ -139,7 +139,7 @@ class HubServer:
 
     @contextmanager
     def connection(self) -> Iterator[None]:
-        """For as long as one is open."""
+        """Count a connection as open inside the block."""
         with self._lock:
             self._connections += 1
         try:
@@ -150,8 +150,8 @@ class HubServer:
                 self._changed.notify_all()
 
     def settle(self) -> None:
-        """Block until every connection is closed: what goes to one whose client died is sent, too, for a
-        while."""
+        """Block until every connection is closed; the server goes on sending for a while to a client that
+        died."""
         with self._changed:
             assert self._changed.wait_for(lambda: self._connections == 0, 60)
 
@@ -171,7 +171,7 @@ class HubServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or every answer waits 40 ms for the other side
+    disable_nagle_algorithm = True  # otherwise every answer waits 40 ms for an acknowledgement
     server_hub: HubServer
 
     def handle(self) -> None:
@@ -187,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Silence."""
+        """Do not log."""
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -197,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
         match = api or file
         repo = self.server_hub.repos.get(match[1]) if match else None
         if repo is None or repo.hidden:
-            # The Hub does not tell strangers which repositories exist.
+            # The real Hub also answers 401 without a login, so as not to reveal which repositories exist.
             self._error(401, "RepoNotFound", "Invalid username or password.")
         elif file:
             self._file(repo, file[3])
@@ -304,7 +304,7 @@ def _tree_entry(repo: Repo, name: str) -> dict[str, object]:
 
 @contextmanager
 def running() -> Iterator[HubServer]:
-    """A server for the length of a with statement."""
+    """A server that runs inside a with statement."""
     server = HubServer()
     try:
         yield server

@@ -1,7 +1,7 @@
-"""Processes that are killed, for real, at a moment that a test chooses: before any effect on the disk or
-half-way through it, or after some time.
+"""Processes that are really killed at a moment that a test chooses: before any one effect on the disk,
+half-way through a write, or after some time.
 
-A child is forked, not started anew: what it needs is imported already. Its threads are its own.
+A child is forked, so that all modules are imported already. It has only the threads that it starts itself.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ Work = Callable[[], object]
 
 
 class _Effects:
-    """Notes what a process does to the disk, and kills it before number `kill_at`.
+    """Records a process's effects on the disk, and kills the process before effect number `kill_at`.
 
-    A write is two effects, between which half of it is there; so is the opening of a file by `open`.
+    A write counts as two effects: before it, and when half of it is written. So does opening a file by
+    `open`: before it, and when the file is open.
     """
 
     def __init__(self, kill_at: int | None) -> None:
@@ -36,13 +37,13 @@ class _Effects:
         self._lock = threading.Lock()
 
     def before(self, name: str) -> bool:
-        """One effect more; whether it is now that the process dies, which the caller sees to."""
+        """Record an effect; returns whether the caller must kill the process now."""
         with self._lock:
             self.names.append(name)
             return len(self.names) - 1 == self.kill_at
 
     def watch(self) -> None:
-        """From now on, for as long as the process lives."""
+        """Record effects from now on, until the process ends."""
         for name in (
             "replace",
             "rename",
@@ -67,7 +68,7 @@ class _Effects:
                 die()
             half = len(data) // 2
             if half and self.before("half"):
-                # Direct access takes whole pages from where a page begins; no half is of interest but those.
+                # Direct I/O only takes whole pages at page boundaries; other halves need not be tested.
                 with suppress(OSError):
                     written(file, memoryview(data)[: half // 4096 * 4096 or half])
                 die()
@@ -99,15 +100,16 @@ class _Effects:
 
 
 def die() -> None:
-    """Kill this process as the system's out-of-memory killer would. Does not return."""
+    """Kill this process by SIGKILL, as the system's out-of-memory killer would. Does not return."""
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(TIMEOUT_S)
 
 
 def fork(work: Work, *, kill_at: int | None = None, ready: int | None = None) -> int:
-    """Run `work` in a child, killed before effect number `kill_at`; its process id.
+    """Run `work` in a child that is killed before effect number `kill_at`; returns the child's process id.
 
-    Exit status 0, or 1 for an exception. `ready`: a pipe that hears a byte just before the work begins.
+    Its exit status is 0, or 1 after an exception. `ready`: a pipe that gets a byte just before the work
+    begins.
     """
     sys.stderr.flush()
     pid = os.fork()
@@ -115,7 +117,7 @@ def fork(work: Work, *, kill_at: int | None = None, ready: int | None = None) ->
         return pid
     status = 1
     try:
-        signal.alarm(TIMEOUT_S)  # whatever hangs ends, as a failure
+        signal.alarm(TIMEOUT_S)  # ends a child that hangs, as a failure
         if ready is not None:
             os.write(ready, b"!")
         _Effects(kill_at).watch()
@@ -126,7 +128,7 @@ def fork(work: Work, *, kill_at: int | None = None, ready: int | None = None) ->
 
 
 def effects(work: Work) -> list[str]:
-    """What an undisturbed run does to the disk, in order: so many moments there are to die at."""
+    """The effects on the disk of an undisturbed run, in order; `killed_at` takes the number of one."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -146,19 +148,19 @@ def effects(work: Work) -> list[str]:
 
 
 def exit_status(pid: int) -> int:
-    """Of a child, once it has ended; -9 if it was killed."""
+    """Wait for a child to end; returns its exit status, -9 if it was killed."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def killed_at(work: Work, effect: int) -> bool:
-    """Run `work` in a child that is killed before this effect; False if it came to its end without."""
+    """Run `work` in a child that is killed before this effect; False if it ended without reaching it."""
     status = exit_status(fork(work, kill_at=effect))
     assert status in (0, -signal.SIGKILL)
     return status != 0
 
 
 def killed_after(work: Work, delay_s: float) -> bool:
-    """Run `work` in a child that is killed so long after it began; False if it had ended by then."""
+    """Run `work` in a child that is killed `delay_s` after the start; False if it had ended by then."""
     reading, writing = os.pipe()
     pid = fork(work, ready=writing)
     os.close(writing)
@@ -174,10 +176,11 @@ def killed_after(work: Work, delay_s: float) -> bool:
 
 
 class Moments:
-    """Kills at random moments of a work that takes about so long, as far as can be told.
+    """Kills children at random moments of a work that takes about `length_s`.
 
-    A busy machine takes many times as long at one time as at another, so what has ended before it was killed
-    makes later kills come sooner, and what has not makes them come later: half of them are in time.
+    On a busy machine the same work may take many times as long at one time as at another. So the assumed
+    length adapts: shorter after a work that ended before it was killed, longer after one that was killed in
+    time, which keeps about half of the kills in time.
     """
 
     def __init__(self, seed: int, length_s: float) -> None:
@@ -185,14 +188,14 @@ class Moments:
         self._length_s = length_s
 
     def kill(self, work: Work) -> bool:
-        """Run `work` in a child that is killed at some moment; False if it had ended by then."""
+        """Run `work` in a child that is killed at a random moment; False if it had ended by then."""
         killed = killed_after(work, self.random.uniform(0, self._length_s))
         self._length_s *= 1.25 if killed else 0.8
         return killed
 
 
 def duration(work: Work) -> float:
-    """Seconds that an undisturbed run takes."""
+    """The seconds of an undisturbed run."""
     start = time.perf_counter()
     assert exit_status(fork(work)) == 0
     return time.perf_counter() - start
@@ -200,7 +203,7 @@ def duration(work: Work) -> float:
 
 @contextmanager
 def served(make: Callable[[], Any]) -> Iterator[str]:
-    """A server in a process of its own, so that this one has no threads when it forks: its `url`."""
+    """Run a server in its own process, so that this one has no threads when it forks; yields its `url`."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -1,4 +1,4 @@
-"""transformers' own experts behind OffloadedExperts: tiny models whose experts run beside a capture."""
+"""transformers' own experts behind OffloadedExperts: tiny models whose experts run between captures."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from moe_local.offload.experts import OffloadedExperts
 
 
 class Plain:
-    """A runner of transformers' own experts, which waits for their numbers, and fails when told to."""
+    """A runner of transformers' own experts. Each call waits for the router's choice, and may be made to
+    fail."""
 
     def __init__(self, originals: list[Any]) -> None:
         self.originals = originals
-        """By MoE layer."""
+        """The experts of each MoE layer."""
         self.calls: list[int] = []
         self.fail_in: int | None = None
-        """So many calls work, the next one raises `error`."""
+        """After this many calls, the next one raises `error`."""
         self.error: type[BaseException] = MoeLocalError
 
     def run(self, experts: OffloadedExperts, hidden: Any, index: Any, weights: Any) -> torch.Tensor:
@@ -36,7 +37,7 @@ class Plain:
 
 
 def offloaded(hf: Any) -> Any:
-    """The model, with OffloadedExperts in the place of its experts, which `hf.runner` runs."""
+    """The model, with its experts replaced by OffloadedExperts, which `hf.runner` runs."""
     hf.runner = Plain(replace_experts(hf))
     for module in hf.modules():
         if isinstance(module, OffloadedExperts):

@@ -1,6 +1,6 @@
-"""Tiny checkpoints in the formats that publishers quantize to, each with its plain twin.
+"""Tiny checkpoints in the formats that publishers quantize to, each with an unquantized twin.
 
-The twin has the same numbers in fp32, dequantized here in the plainest way: what loads from both is equal.
+The twin has the same numbers in fp32, dequantized here in the simplest way; both must load as equal weights.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -
 def fp8(
     source: Path, folder: Path, block: int = 16, scales: torch.dtype = torch.float32
 ) -> tuple[Path, Path]:
-    """As DeepSeek-V3: every projection in E4M3, one scale for each block, the rest as it is.
+    """Quantize as DeepSeek-V3: every projection in E4M3 with a scale for each block; the rest is unchanged.
 
-    Scales of dtype float8_e8m0fnu are called `scale` and are powers of two, as DeepSeek-V4's. Returns the
+    Scales of dtype float8_e8m0fnu are called `scale` and are powers of two, as in DeepSeek-V4. Returns the
     quantized folder and its twin.
     """
     exponents = scales == torch.float8_e8m0fnu
@@ -51,7 +51,7 @@ def fp8(
 
 
 def mxfp4(source: Path, folder: Path) -> tuple[Path, Path]:
-    """As gpt-oss: the packed experts in blocks of 32, [E, out, in / 32, 16], and their exponents."""
+    """Quantize as gpt-oss: packed experts in blocks of 32, [E, out, in / 32, 16], and their exponents."""
 
     def quantize(key: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
         if not key.endswith("experts.gate_up_proj") and not key.endswith("experts.down_proj"):
@@ -73,8 +73,9 @@ def mxfp4(source: Path, folder: Path) -> tuple[Path, Path]:
 def bitsandbytes(
     source: Path, folder: Path, kind: str = "nf4", nested: bool = True, block: int = 64
 ) -> tuple[Path, Path]:
-    """As transformers 4 saves load_in_4bit=True, packed and described by bitsandbytes itself; the twin has
-    what its dequantize_4bit makes of it. Attention's k_proj is left out, as llm_int8_skip_modules may say."""
+    """Quantize as transformers 4 saves load_in_4bit=True, packed and described by bitsandbytes itself; the
+    twin is decoded by its dequantize_4bit. Attention's k_proj is not quantized, to test
+    llm_int8_skip_modules."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     def quantize(key: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
@@ -82,7 +83,7 @@ def bitsandbytes(
             return None
         q, state = quantize_4bit(weight.float(), blocksize=block, compress_statistics=nested, quant_type=kind)
         described = {f"{key}.{name}": part.clone() for name, part in state.as_dict(packed=True).items()}
-        # bitsandbytes 0.50.2 misplaces scales on AVX512 CPUs when a row is no whole number of blocks.
+        # bitsandbytes 0.50.2 misplaces scales on AVX512 CPUs unless a row is a whole number of blocks.
         state.shape = torch.Size([1, weight.numel()])
         return {key: q, **described}, dequantize_4bit(q, state).view(weight.shape)
 
@@ -107,7 +108,7 @@ def gptq(
     v2: bool = False,
     symmetric: bool = True,
 ) -> tuple[Path, Path]:
-    """As AutoGPTQ and, with `v2`, GPTQModel write it; inputs of all groups mixed with `act_order`."""
+    """Quantize as AutoGPTQ or, with `v2`, GPTQModel; with `act_order`, groups consist of arbitrary inputs."""
 
     def quantize(key: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
         if not _is_linear(key, weight):
@@ -124,7 +125,7 @@ def gptq(
             f"{stem}.scales": scale.T.contiguous(),
             f"{stem}.g_idx": index.int(),
         }
-        if ".experts." in key:  # AutoGPTQ writes one of zeros where the model has none
+        if ".experts." in key:  # AutoGPTQ writes a bias of zeros for layers without one
             tensors[f"{stem}.bias"] = torch.zeros(out, dtype=torch.float16)
         return tensors, twin
 
@@ -140,7 +141,7 @@ def gptq(
 
 
 def awq(source: Path, folder: Path, group: int = 32) -> tuple[Path, Path]:
-    """As AutoAWQ's "gemm": eight columns in a word, in the order 0, 2, 4, 6, 1, 3, 5, 7."""
+    """Quantize as AutoAWQ's "gemm": eight columns per word, in the order 0, 2, 4, 6, 1, 3, 5, 7."""
     order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
 
     def quantize(key: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
@@ -167,7 +168,8 @@ def pack_quantized(
     symmetric: bool = True,
     act_order: bool = False,
 ) -> tuple[Path, Path]:
-    """As compressed-tensors' "pack-quantized", signed numbers in groups of 32 or one scale a row."""
+    """Quantize as compressed-tensors' "pack-quantized": signed numbers in groups of 32, or one scale per
+    row."""
 
     def quantize(key: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
         if not _is_linear(key, weight):
@@ -200,7 +202,7 @@ def pack_quantized(
 
 
 def float_quantized(source: Path, folder: Path, strategy: str = "channel") -> tuple[Path, Path]:
-    """As compressed-tensors' FP8: E4M3 with a scale for each row or for all."""
+    """Quantize as compressed-tensors' FP8: E4M3 with a scale for each row, or one for the whole matrix."""
 
     def quantize(key: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
         if not _is_linear(key, weight):
@@ -233,7 +235,8 @@ def _is_linear(key: str, weight: torch.Tensor) -> bool:
 def _grouped(
     weight: torch.Tensor, index: torch.Tensor, bits: int, symmetric: bool
 ) -> tuple[torch.Tensor, ...]:
-    """(codes [out, in], zeros [out, G], fp16 scales [out, G], their numbers), input i in group index[i]."""
+    """(codes [out, in], zero points [out, G], fp16 scales [out, G], decoded weights [out, in]), where input i
+    is in group index[i]."""
     groups = int(index.max()) + 1
     most, half = 2**bits - 1, 2 ** (bits - 1)
     zero = torch.full((len(weight), groups), half)
@@ -254,7 +257,7 @@ def _grouped(
 
 
 def _words(numbers: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
-    """Packed along `dim` into int32, the first in the lowest bits, the last word filled with zeros."""
+    """Pack numbers along `dim` into int32, the first in the lowest bits; pad the last word with zeros."""
     numbers = numbers.movedim(dim, -1)
     each = 32 // bits
     words = torch.zeros(*numbers.shape[:-1], -(-numbers.shape[-1] // each), dtype=torch.long)
@@ -270,7 +273,8 @@ def _write(
     quantize: Callable[[str, torch.Tensor], tuple[Tensors, torch.Tensor] | None],
     settings: dict[str, object],
 ) -> tuple[Path, Path]:
-    """Both checkpoints; the quantized one in two shards, scales apart from their weights, and an index."""
+    """Write both checkpoints; the quantized one in two shards, with scales in another shard than their
+    weights, and an index."""
     quantized, twin = folder / "quantized", folder / "twin"
     for target in (quantized, twin):
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors*"))

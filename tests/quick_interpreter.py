@@ -1,7 +1,7 @@
-"""Triton's interpreter without what it does again and again.
+"""Triton's interpreter without repeated patching.
 
-At each call of a function by a kernel it looks through all of Triton's language for what it has replaced
-already, which is half of its time. Once for each launch of a kernel is enough.
+At each function call of a kernel, the interpreter goes through all of Triton's language to patch functions
+that it has patched already, which takes half of its time. Once per kernel launch is enough.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import pytest
 
 
 class _Nothing:
-    """Instead of what was replaced: nothing more was."""
+    """The result of a call that patched nothing, so that there is nothing to restore."""
 
     def restore(self) -> None:
         pass
 
 
 def quicken(patch: pytest.MonkeyPatch) -> None:
-    """Until `patch` is undone. Where a Triton has no such functions, it stays as it is."""
+    """Speed the interpreter up until `patch` is undone; leave a Triton without these functions as it is."""
     from triton.runtime import interpreter
 
     replace, launch = (
@@ -31,7 +31,7 @@ def quicken(patch: pytest.MonkeyPatch) -> None:
     run, seen = launch.__call__, set[int]()
 
     def replaced(fn: Any) -> Any:
-        """A function's module decides what is looked through."""
+        """Patch the language for a function's module, unless that was done in this launch."""
         module = id(fn.__globals__)
         if module in seen:
             return _Nothing()

@@ -1,4 +1,4 @@
-"""A model that is nothing but seeded random experts, to convert without a checkpoint."""
+"""A model that consists only of seeded random experts, to test conversion without a checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def random_spec(
 
 
 class RandomExperts:
-    """An ExpertSource in memory. Counts what is read, and can be slow or fail at one expert."""
+    """An ExpertSource in memory. Records which experts are read, and can be slow or fail at one expert."""
 
     def __init__(
         self, layers: int = 3, experts: int = 4, *, seed: int = 0, spec: ModelSpec | None = None
@@ -59,7 +59,7 @@ class RandomExperts:
         return weights
 
     def weights(self, layer: MoELayer, expert: int) -> dict[str, torch.Tensor]:
-        """The expert's tensors, bf16; always the same ones."""
+        """The expert's tensors, bf16; the same at each call."""
         generator = torch.Generator().manual_seed(1_000_000 * self.seed + 1000 * layer.index + expert)
         return {
             tensor.name: (torch.randn(tensor.shape, generator=generator) * 0.05).bfloat16()

@@ -1,7 +1,7 @@
-"""A machine whose true costs are known, to run the scheduler on: a CPU and a link that share one memory.
+"""A simulated machine with known costs, to test the scheduler: a CPU and a link that share one memory.
 
-Time is simulated, in seconds. The scheduler is told only what it would measure: when a copy was issued, how
-long it ran, how long the CPU took.
+Time is simulated, in seconds. The scheduler is told only what it could measure: when a copy was issued, how
+long it ran, and how long the CPU took.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 
 class Truth(NamedTuple):
-    """Bytes/s of each part alone, and what the memory gives to CPU and link together."""
+    """Bytes/s of each part alone, and `memory`, those of CPU and link together."""
 
     cpu: float
     link: float
@@ -26,12 +26,12 @@ class Truth(NamedTuple):
     cpu_latency_s: float = 20e-6
     link_latency_s: float = 10e-6
     dense_s: float = 100e-6
-    """What the GPU does between the experts of two layers."""
+    """Seconds of the GPU's work between the experts of two layers."""
 
 
 @dataclass
 class Copy:
-    """A copy on the link. `left`: seconds of its work, were the memory its own."""
+    """A copy on the link. `left`: the seconds it still needs if it has the memory to itself."""
 
     key: Any
     nbytes: int
@@ -42,7 +42,7 @@ class Copy:
 
 @dataclass
 class Noise:
-    """Every job takes another time; now and then one takes ten times as long; and speeds drift."""
+    """Varies the time of each job; some take ten times as long; and speeds drift."""
 
     seed: int = 0
     sigma: float = 0.05
@@ -52,23 +52,24 @@ class Noise:
     rngs: dict[str, random.Random] = field(default_factory=dict)
 
     def begin(self, step: int) -> None:
-        """From here on every scheduler meets the same luck, whatever it has chosen before."""
+        """Seed the random numbers of a step, so that every scheduler gets the same ones, whatever it chose
+        before."""
         self.rngs = {what: random.Random(f"{self.seed} {step} {what}") for what in ("cpu", "link")}
 
     def factor(self, what: str, now: float) -> float:
-        """By how much a job that begins now takes longer than the truth."""
+        """How many times its true time a job takes that begins now."""
         rng = self.rngs[what]
         pause = 10.0 if rng.random() < self.outliers else 1.0
         return pause * self.wave(what, now) * math.exp(rng.gauss(0, self.sigma))
 
     def wave(self, what: str, now: float) -> float:
-        """The part that drifts: how many times as long as the truth the CPU and the link take at a time."""
+        """The part of the factor that drifts with time."""
         phase = 0.0 if what == "cpu" else 0.7
         return 1 + self.drift * math.sin(2 * math.pi * (now / self.period_s + phase))
 
 
 class SimulatedMachine:
-    """Fluid simulation: the link works through its queue in order, the CPU through one call, together."""
+    """A fluid simulation: the link works through its queue in order while the CPU computes one call."""
 
     def __init__(self, truth: Truth, noise: Noise) -> None:
         self.truth, self.noise = truth, noise
@@ -76,13 +77,14 @@ class SimulatedMachine:
         self.queue: deque[Copy] = deque()
         self._ended: list[Copy] = []
         self.watch: Any = None
-        """Told of copies, if given, of their ends at each `poll`: a MissScheduler, for one."""
+        """An observer such as a MissScheduler, or None: it is told of issued copies, and at each `poll` of
+        those that have ended."""
 
     def clock(self) -> float:
         return self.now
 
     def issue(self, key: Any, nbytes: int) -> Copy:
-        """Give a copy to the link."""
+        """Queue a copy on the link."""
         work = self.truth.link_latency_s + nbytes / self.truth.link * self.noise.factor("link", self.now)
         copy = Copy(key, nbytes, work)
         self.queue.append(copy)
@@ -91,7 +93,7 @@ class SimulatedMachine:
         return copy
 
     def poll(self) -> None:
-        """Tell of the copies that have ended."""
+        """Tell the observer of the copies that have ended."""
         for copy in self._ended:
             assert copy.began is not None
             assert copy.ended is not None
@@ -100,7 +102,7 @@ class SimulatedMachine:
         self._ended.clear()
 
     def compute(self, nbytes: int) -> tuple[float, float]:
-        """The CPU reads so many bytes of experts; (start, end). The link goes on beside it."""
+        """Let the CPU read `nbytes` of experts, while the link works on; returns (start, end)."""
         start = self.now
         left = self.truth.cpu_latency_s + nbytes / self.truth.cpu * self.noise.factor("cpu", start)
         while left > 1e-12:
@@ -108,18 +110,19 @@ class SimulatedMachine:
         return start, self.now
 
     def sleep_until(self, when: float) -> None:
-        """Let the link work until then."""
+        """Let time pass until `when`, with only the link at work."""
         while when - self.now > 1e-12:
             self._advance(when - self.now, computing=False)
 
     def finish(self, copy: Copy) -> float:
-        """When a copy ends, waiting for it if need be."""
+        """Wait for a copy to end; returns the time at which it ended."""
         while copy.ended is None:
             self._advance(math.inf, computing=False)
         return copy.ended
 
     def _advance(self, most: float, *, computing: bool) -> float:
-        """Run on until something ends, for at most `most` seconds of the CPU's work or of idling; that."""
+        """Run until the link's copy ends, but for at most `most` seconds of the CPU's work or of idling;
+        returns how many of these seconds have passed."""
         truth, link = self.truth, self.queue[0] if self.queue else None
         speed = min(1.0, truth.memory / (truth.cpu + truth.link)) if computing and link else 1.0
         wall = min(most / speed, link.left / speed if link else math.inf)
@@ -135,9 +138,9 @@ class SimulatedMachine:
 
 
 class SimulatedDevice:
-    """The Device protocol on a SimulatedMachine: bytes move at once, the time they take is simulated.
+    """The Device protocol on a SimulatedMachine: bytes are copied at once, and their time is simulated.
 
-    What the compute stream is given is worked off by `drain`, in order.
+    `drain` runs the work of the compute stream, in order.
     """
 
     torch_device = torch.device("cpu")
@@ -151,7 +154,7 @@ class SimulatedDevice:
         return torch.zeros(nbytes, dtype=torch.uint8)
 
     def trim(self) -> None:
-        """It has no memory of its own."""
+        """Nothing to do: it has no memory of its own."""
 
     def taken_by_others(self) -> int | None:
         return None
@@ -185,7 +188,7 @@ class SimulatedDevice:
         self._stream.append(buffer.numel() / (0.85 * self.machine.truth.gpu))
 
     def drain(self, start: float) -> None:
-        """Wait until the device has done all it was given since `start`."""
+        """Wait until the device has completed its work, which it began at `start`."""
         busy = start
         for work in self._stream:
             if isinstance(work, SimulatedWait):
@@ -197,7 +200,7 @@ class SimulatedDevice:
         self.machine.sleep_until(busy)
 
     def pass_time(self) -> None:
-        """Time passes by what is done only."""
+        """Nothing to do: time passes only by work."""
 
     def synchronize(self) -> None:
         while self.machine.queue:
@@ -206,7 +209,7 @@ class SimulatedDevice:
 
 @dataclass
 class SimulatedWait:
-    """A wait of the compute stream for a copy, from `start` to `end`, known once it is drained."""
+    """A wait of the compute stream for a copy, from `start` to `end`, which `drain` sets."""
 
     copy: Copy
     start: float = 0.0
@@ -238,7 +241,8 @@ class SimulatedEvent:
 def run_layer(
     machine: SimulatedMachine, hits: int, nbytes: int, copies: Sequence[Copy], cpu: int
 ) -> tuple[float, float] | None:
-    """The rest of a layer whose copies were issued: `cpu` experts on the CPU; the CPU's span, if any."""
+    """Run a layer whose copies were issued already: `hits` and the copied experts on the GPU, `cpu` experts
+    on the CPU. Returns the CPU's (start, end), if it computes any."""
     start, gpu = machine.now, nbytes / (0.85 * machine.truth.gpu)
     span = machine.compute(cpu * nbytes) if cpu else None
     busy = start + hits * gpu

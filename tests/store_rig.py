@@ -1,4 +1,4 @@
-"""A store over a file of random experts, in three set-ups, with everything that tests want to see."""
+"""A store over a file of random experts, in three set-ups, with access to all of its parts."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ from moe_local.offload.tiers.tiers import Tier
 from moe_local.offload.tiers.transfer import FileSource, Load
 
 MODES = ("disk", "ram", "ram+disk")
-"""RAM over disk, no device; a device over a RAM that holds everything; a device over some RAM over disk."""
+"""RAM over disk, without a device; a device over RAM that holds all experts; a device over RAM that holds
+some, over disk."""
 
 
 class ReadCounter(FileSource):
-    """A FileSource that counts the loads of each expert, and can be told what lies where."""
+    """A FileSource that counts the loads of each expert."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -48,8 +49,8 @@ class ReadCounter(FileSource):
 class Rig:
     """`layers` layers of `experts` experts of different sizes in one file, and an ExpertStore over it.
 
-    `slots` in the fastest tier; `ram_slots` below it, in mode "ram+disk". Unless it is lazy, the device's
-    kernels are the test itself, reading buffers at once.
+    `slots`: slots per layer in the fastest tier. `ram_slots`: those in RAM below it, in mode "ram+disk".
+    Unless the device is lazy, its kernels run at once, as part of the test.
     """
 
     def __init__(
@@ -72,8 +73,9 @@ class Rig:
         least: int | None = None,
         sized: bool = False,
     ) -> None:
-        """`device`: one, or one for each layer. `least`: slots that no layer of a device can do without.
-        `sized`: slots have the sizes of a ladder; else each is as large as its layer's largest expert."""
+        """`device`: one for all layers, or a list with one for each. `least`: the fewest slots that a layer
+        on a device may have. `sized`: slots have the sizes of a ladder; otherwise each is as large as its
+        layer's largest expert."""
         self.least = least
         self.mode, self.num_layers, self.num_experts = mode, layers, experts
         rng = random.Random(seed)
@@ -105,7 +107,7 @@ class Rig:
         self.device, self.scheduler = device, scheduler
         self.tokens: Callable[[int], int] = lambda expert: 1
         self.on_host = 0
-        """Experts that were leased to the host."""
+        """How many experts were leased to the host."""
         try:
             self._wire(slots, strides, routed, staging)
         except BaseException:
@@ -151,7 +153,7 @@ class Rig:
         return self.layouts[layer][expert].nbytes
 
     def check_lease(self, layer: int, lease: Lease) -> None:
-        """The leased buffer holds the expert's bytes: on a lazy device, when its kernel reads them."""
+        """Check that the leased buffer holds the expert's bytes; on a lazy device, when its kernel runs."""
         want = self.content[ExpertKey(layer, lease.expert)]
         assert lease.layout is self.layouts[layer][lease.expert]
 
@@ -170,7 +172,7 @@ class Rig:
             self.device_of(layer).launch(buffer, kernel)
 
     def _compute_on_host(self, key: ExpertKey, buffer: Any) -> None:
-        """The bytes are in RAM, and stay there whatever moves meanwhile."""
+        """Check that the bytes are in RAM, and stay there whatever other transfers happen meanwhile."""
         self.on_host += 1
         own = [self.ram.arena.buffer(0, slot) for slot in (0, ~0)[: 1 + bool(self.ram.cache.staging.slots)]]
         storages = [buffer.untyped_storage().data_ptr() for buffer in own]
@@ -188,7 +190,7 @@ class Rig:
         requested: Callable[[], None] | None = None,
         recent: Sequence[int] | None = None,
     ) -> Any:
-        """As the store's; with a scheduler the host may get its share."""
+        """Call the store's `serve`; with a scheduler, the host may get a share of the misses."""
         tokens = None if self.scheduler is None else self.tokens
         return self.store.serve(layer, experts, requested, tokens, recent)
 
@@ -199,7 +201,7 @@ class Rig:
         requested: Callable[[], None] | None = None,
         recent: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """Serve to the end, checking every byte; the groups as they came."""
+        """Serve all experts, checking every byte; returns the groups in the order of arrival."""
         groups = []
         for group in self.serve(layer, experts, requested, recent):
             assert len({lease.on_host for lease in group}) == 1
@@ -211,14 +213,14 @@ class Rig:
         return groups
 
     def check(self) -> None:
-        """Nothing is leased or pinned, and all tables agree."""
+        """Check that nothing is leased or pinned, that all tables agree, and that devices have no faults."""
         self.store.check_integrity()
         for layer in range(self.num_layers):
             assert [e for e in range(self.num_experts) if self.tier.cache.pins(layer, e)] == []
         assert [device.faults for device in self.devices if device.faults] == []
 
     def settle_loads(self) -> None:
-        """Wait until nothing is under way anywhere; prompts that were begun go on."""
+        """Wait until no load is in flight anywhere; leaves prompts that have begun as they are."""
         for _ in range(10_000):
             for device in self.devices:
                 device.synchronize()
@@ -232,7 +234,7 @@ class Rig:
         self.check()
 
     def settle(self) -> None:
-        """Wait until nothing is under way anywhere and nobody holds anything."""
+        """Wait until no load is in flight anywhere, and check that nothing is pinned below."""
         self.settle_loads()
         if self.tier is not self.ram:
             pinned = [
@@ -261,7 +263,7 @@ class Rig:
 
 
 class AnyScheduler(MissScheduler):
-    """Decides by chance, having asked the real one, whose bookkeeping it keeps busy."""
+    """Decides at random, but also calls the real scheduler, so that its bookkeeping is tested."""
 
     def __init__(self, seed: int = 0, mode: str = "auto") -> None:
         costs = Costs(cpu={1: 1e9}, cpu_latency_s=1e-5, link=1e9, link_latency_s=1e-5, memory=1.5e9, gpu=1e11)
@@ -286,17 +288,18 @@ class AnyScheduler(MissScheduler):
 
 
 class ReadGate:
-    """Stands in for os.preadv: reads wait to be let through and can be made to fail.
+    """Replaces os.preadv: when the gate is shut, reads wait until they are let through; they can be made to
+    fail.
 
-    `arrived` are the file offsets of the reads that came, in that order. Open at first.
+    `arrived` has the file offsets of all reads in the order of arrival. The gate is open at first.
     """
 
     def __init__(self, preadv: Callable[..., int]) -> None:
         self.arrived: list[int] = []
         self.errors: dict[int, Exception] = {}
-        """By file offset: raised instead of reading, every time."""
+        """File offset -> the exception that every read there raises."""
         self.most: int | None = None
-        """Most bytes that one call reads."""
+        """The most bytes of each buffer that one call reads; None: no limit."""
         self._preadv = preadv
         self._permits = 0
         self._shut = False
@@ -312,13 +315,13 @@ class ReadGate:
             self._changed.notify_all()
 
     def let(self, count: int = 1) -> None:
-        """Let so many reads through, which may still have to come."""
+        """Let `count` reads through, which may arrive later."""
         with self._changed:
             self._permits += count
             self._changed.notify_all()
 
     def wait_for(self, count: int) -> None:
-        """Until so many reads have come to the gate, from its making on."""
+        """Wait until `count` reads have arrived since the gate was made."""
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.arrived) >= count, timeout=100), self.arrived
 

@@ -1,4 +1,4 @@
-"""Experts with a SwiGLU between their matrices, in any format, as far as warming kernels up looks at them."""
+"""Stand-ins for experts with SwiGLU in any format, with only the attributes that warming kernels up uses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH, HIDDEN = 256, 128
 
 
 class Math:
-    """A layer's OffloadedExperts."""
+    """Stands in for a layer's OffloadedExperts."""
 
     has_gate, has_bias = True, False
 
@@ -41,7 +41,7 @@ def layout_of(format: str) -> Layout:
 def runner_of(
     kinds: Sequence[Sequence[Layout]], top_k: Sequence[int], slots: Sequence[torch.Tensor]
 ) -> ExpertRunner:
-    """Of layers whose experts have these layouts, with the first slot of each."""
+    """A runner for layers whose experts have the layouts `kinds`; `slots` has each layer's first slot."""
     arena = SimpleNamespace(buffer=lambda layer, slot: slots[layer], device=torch.device("cpu"))
     store: Any = SimpleNamespace(
         tier=SimpleNamespace(arena=arena, devices=()),

@@ -1,4 +1,4 @@
-"""Tiny seeded checkpoints in the Hub's layout: fast to make, with routing that varies."""
+"""Tiny seeded checkpoints in the Hub's layout, which are fast to make and whose routing varies."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _DEEPSEEK: dict[str, Any] = {
     "first_k_dense_replace": 1,
 }
 _INDEXER: dict[str, Any] = {"index_n_heads": 8, "index_head_dim": 32, "index_topk": 16}
-"""With few heads, scores behind a ReLU are often equal, and who wins then is chance."""
+"""Many heads, since with few the scores after the ReLU are often equal, and then chance decides."""
 _LINEAR: dict[str, Any] = {
     "num_hidden_layers": 4,
     "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
@@ -170,7 +170,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe": {"num_experts": 8, "moe_intermediate_size": 64},
     "llama": {},
 }
-"""By transformers' model type; `llama` is the dense one. Each adds to, or overrides, a common base."""
+"""Fields by transformers' model type, which add to or override those of _BASE; `llama` is a dense model."""
 
 _VISION: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16},
@@ -199,7 +199,7 @@ _VISION: dict[str, dict[str, Any]] = {
         "global_head_dim": 16,
     },
 }
-"""Towers of those that also see: their CONFIGS are those of the text."""
+"""Configs of vision towers by model type; for these types, CONFIGS has the fields of the text model."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -212,7 +212,7 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
     from transformers import AutoConfig
 
     fields = {**_BASE, **CONFIGS[model_type], **overrides}
-    if model_type == "switch_transformers":  # it has other names for the same sizes
+    if model_type == "switch_transformers":  # which has other names for the same sizes
         fields = {name: value for name, value in fields.items() if name not in _BASE or name in _ITS_OWN}
     if model_type not in _VISION:
         return AutoConfig.for_model(model_type, **fields)
@@ -229,7 +229,7 @@ _ITS_OWN = {"vocab_size", "pad_token_id", "eos_token_id", "tie_word_embeddings"}
 
 
 def hub_class(config: Any) -> Any:
-    """The class whose layout the published checkpoints have: of those that also see, the whole."""
+    """The class whose layout published checkpoints have; for multimodal models, that of the whole model."""
     from transformers.models.auto import modeling_auto as auto
 
     mappings = (
@@ -243,15 +243,15 @@ def hub_class(config: Any) -> Any:
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     """A transformers model in fp32, on the CPU, in eval mode; the same weights for the same arguments.
 
-    Every matrix keeps the scale of its input, routers and the head triple it, so that which expert and
-    which token comes next depend on the text.
+    Matrices are scaled so that their output is about as large as their input, and three times as large for
+    routers and the head, so that the choice of experts and the next token depend on the text.
     """
     config = tiny_config(model_type, **overrides)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = hub_class(config)._from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
-    # Gemma multiplies what it embeds, and what it embeds is its head
+    # Gemma scales its embeddings up, and its head has the same weights.
     embedded = 0.03 if model_type == "gemma4" else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -264,7 +264,7 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
                 gain = 3.0 if any(part in name for part in ("router", "gate.weight", "lm_head")) else 1.0
                 parameter.copy_(gain / math.sqrt(parameter.shape[-1]) * noise)
         for name, table in model.named_buffers():
-            if "tid2eid" in name:  # which experts each token has, all of them different
+            if "tid2eid" in name:  # the experts of each token id, which must be distinct
                 order = torch.rand(table.shape[0], 8, generator=generator).argsort(1)
                 table.copy_(order[:, : table.shape[1]])
     return model

@@ -1,5 +1,5 @@
-"""The kernels of single tokens on a GPU in torch's operations, none of which waits: for the CPU, for graphs
-that record, and as oracles."""
+"""The GPU kernels for single tokens, written with torch operations, none of which waits for the host: for
+tests on the CPU, for fake graphs to record, and as references."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from moe_local.offload.plan.plan import Request
 from moe_local.offload.quantize.layout import Layout
 
 NS_PER_EXPERT = 1000
-"""What bringing one takes by this device's clock."""
+"""The time for copying an expert that the log reports, by this device's clock."""
 
 
 class TorchFetch:
-    """The Fetch protocol on the CPU. Slots are found in the storage that their layer's first is a part of."""
+    """The Fetch protocol on the CPU. All slots must be in the same storage as their layer's first slot."""
 
     def look_up(self, tables: Any, ids: torch.Tensor, *, begins: bool) -> torch.Tensor:
         if begins:
@@ -82,7 +82,8 @@ class TorchFetch:
 
 
 class Launcher:
-    """As kernels.launcher's, for fp32 experts, by torch: finds their bytes by base, stride and table."""
+    """The Launcher of kernels.launcher in torch, for fp32 experts; finds their bytes by base, stride and
+    table."""
 
     def __init__(self, math: Any, layout: Layout) -> None:
         self.layout, self._math = layout, math
@@ -109,7 +110,7 @@ class Launcher:
     def _linear(self, base: Any, stride: int, table: Any, x: torch.Tensor, name: str) -> torch.Tensor:
         """x [G, in] -> [G, out]"""
         weights = self._weights(base, stride, table, name)
-        # each by itself, or the others of a group would have a say in how sums are rounded
+        # One product per expert, so that the rounding does not depend on the others of a group.
         y = torch.stack([weight.mv(each) for weight, each in zip(weights, x, strict=True)])
         return y + self._weights(base, stride, table, f"{name}_bias") if self._math.has_bias else y
 
@@ -124,8 +125,8 @@ class Launcher:
 
 
 def in_one_piece(device: Any, nbytes: int = 1 << 25) -> Any:
-    """The device, whose allocations are parts of one from now on, since neither a Launcher nor a TorchFetch
-    can reach from one into another."""
+    """The device, changed so that all its allocations are parts of one storage, since a Launcher or
+    TorchFetch cannot reach from one storage into another."""
     allocate, memory, taken = device.allocate, torch.zeros(nbytes, dtype=torch.uint8), 0
 
     def carve(nbytes: int) -> torch.Tensor:
@@ -142,14 +143,15 @@ def in_one_piece(device: Any, nbytes: int = 1 << 25) -> Any:
 
 
 def devices(make_device: Callable[..., Any]) -> Callable[..., Any]:
-    """`make_device`, for devices whose slots a Launcher finds."""
+    """`make_device`, but for devices `in_one_piece`, whose slots a Launcher can find."""
     return lambda *arguments, **options: in_one_piece(make_device(*arguments, **options))
 
 
 def load(
     folder: Path, device: Any, graphs: Any = None, *, slots: int, context: int, **options: Any
 ) -> moe_local.Model:
-    """As `moe_local.load` on a card with so many slots a layer over RAM that holds all, in fp32."""
+    """Load like `moe_local.load` on a card with `slots` slots per layer over RAM that holds all experts, in
+    fp32."""
     checkpoint = Checkpoint.open(folder)
     given = {"slots": slots, "context": context, "experts": "fp32", "dense": "fp32"}
     request = Request(
@@ -165,7 +167,7 @@ def load(
 
 
 def use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Single tokens are computed by Launchers; nothing runs in the library, whose work nobody records."""
+    """Let Launchers compute single tokens, and disable the C++ library, which fake graphs cannot record."""
     for name in ("use_native_linears", "use_native_norms", "use_native_routers", "use_token_attention"):
         monkeypatch.setattr(skeleton, name, lambda model: None)
     monkeypatch.setattr(CpuExperts, "serves", lambda self, *arguments: False)
