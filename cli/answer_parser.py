@@ -51,9 +51,9 @@ class AnswerParser:
     def __init__(
         self, *, thinking: bool = False, tools: bool = False, one_call: bool = False, plain: bool = False
     ) -> None:
-        """`thinking`: the prompt has opened a thought. `tools`: whether to look for calls. `one_call`: whether
-        all text after the first call is dropped. `plain`: all text is content, whatever marks it contains
-        (except calls, with `tools`)."""
+        """`thinking`: the prompt has opened a thought. `tools`: whether to look for calls. `one_call`: drop
+        all text after the first call. `plain`: all text is content, whatever marks it contains (except calls,
+        with `tools`)."""
         self._mode = _Mode.CONTENT if plain else _Mode.THOUGHT if thinking else _Mode.START
         self._tools = tools
         self._one_call = one_call

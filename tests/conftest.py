@@ -89,7 +89,7 @@ SLOW_S = 900
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Set slow tests' time limits. Run this folder's long tests first: last, they would leave workers idle."""
+    """Set slow tests' time limits. Run this folder's long tests first: last, they would idle a worker."""
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_S))
