@@ -60,7 +60,7 @@ from moe_local.offload.system.direct_io import (
 )
 
 AT_ONCE = 256 << 20
-"""Bytes of a shard that the floor reads at once, about as many as the largest matrix of an expert has."""
+"""Bytes of a shard that the floor reads at once: as many as an expert's largest matrix has in fp32."""
 
 STAGES = ("read", "encode", "write", "checksum", "sync")
 

@@ -8,7 +8,7 @@ one CUDA graph between two events; in each round all of them, and reading a buff
   combine    the weighted sum: only microseconds, since its bytes are few
   step       all that a layer does, from begin to result, launched from Python: wall time per step of many
              steps with one wait at the end, so that it is the host's time where the host is slower
-  one by one the same by bitsandbytes' kernels, expert after expert
+  one by one the same, expert after expert: by bitsandbytes' kernels in NF4, decoded by torch in other formats
   of read    GB/s over those of summing a buffer in the same round: the median, and the interval that holds
              the true median with 95 % confidence (ratio.py)
   floor      milliseconds of reading a layer's bytes at the best rate of reading
