@@ -1,13 +1,13 @@
-"""What must not meet a CUDA graph that is being captured in another thread, where several models are loaded.
+"""A lock for operations that must not run while another thread captures a CUDA graph (several loaded models).
 
-CUDA forbids most of it to the capturing thread alone. But torch captures one graph at a time in a process,
-and until that is complete nobody else may draw from its global generator or replay a graph, for which it
-looks at that generator (both raise), nor have its allocator give memory back to the driver. All that takes
-`alone`, which whoever captures holds, and is waited for some milliseconds, or for a token that is captured.
-So does what is not to run beside a session, which has a stream of its own.
+CUDA restricts most operations only in the capturing thread. But torch captures one graph at a time per
+process, and until that is complete no other thread may draw from its global generator, replay a graph (which
+reads that generator; both raise), or let its allocator return memory to the driver. All of these, and the
+capture itself, hold the lock `alone`, for some milliseconds or for the token that is being captured. So does
+work that must not overlap with a session, which has a stream of its own.
 
-And nobody waits for a whole device (`torch.cuda.synchronize`), which spoils a capture in any thread, but for
-streams.
+Nor may any thread wait for a whole device (`torch.cuda.synchronize`), which invalidates a capture in every
+thread; wait for streams instead.
 """
 
 from __future__ import annotations
@@ -15,4 +15,4 @@ from __future__ import annotations
 import threading
 
 alone = threading.RLock()
-"""Held by one thread at a time, for as long as it captures, or does one of these."""
+"""Held by the thread that captures, or does any of the operations above."""

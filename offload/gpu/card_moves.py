@@ -1,4 +1,4 @@
-"""What a model on several cards takes along from one card to the next."""
+"""Moves the inputs of a model's modules between cards, for a model that is spread over several."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _NAME = "_card_moves"
 
 
 class Mover(Protocol):
-    """Who brings tensors to another card; a Recording, for as long as it is attached."""
+    """Moves tensors to another card. While a Recording is attached, it does so instead of CardMoves."""
 
     def move(self, tensors: Sequence[torch.Tensor], card: torch.device) -> list[torch.Tensor]:
-        """These, on `card`."""
+        """The tensors, on `card`."""
 
 
 class CardMoves:
-    """Brings what a module is given to the card that it lies on, and what the model answers back.
+    """Moves a module's inputs to the card of its weights, and the model's output to the card of its inputs.
 
-    In place of accelerate's hooks, from which a model on several cards comes: these look at what every
-    submodule is given, which costs the host microseconds each, and bring masks and rotary embeddings along
-    again for every layer. Here the modules of the device map are looked at, and what is passed by keyword,
-    the same to every layer, is moved once a forward. So a capture meets few moves, and sees all of them.
+    Replaces the hooks of accelerate, with which a model on several cards is loaded. Those check the inputs of
+    every submodule, which costs the host microseconds each, and move masks and rotary embeddings again for
+    every layer. Here only the modules of the device map are hooked, and keyword arguments, which are the same
+    for every layer, are moved once per forward. So a capture meets few moves, and sees all of them.
     """
 
     def __init__(
@@ -38,16 +38,16 @@ class CardMoves:
         first: torch.device,
         skip: Collection[str] = (),
     ) -> None:
-        """`places`: module -> card, for all modules with weights; `first` has the embeddings. `skip`: keyword
-        arguments that stay where they are. The model's hooks keep this alive."""
+        """`places`: module name -> card, for all modules with weights; `first`: the card of the embeddings.
+        `skip`: names of keyword arguments that are never moved. The model's hooks keep this object alive."""
         self.seam: Mover | None = None
-        """Who moves tensors instead of this; set by whoever captures a forward, for as long as it lasts."""
+        """Moves tensors instead of this object while a forward is captured; set and reset by the capture."""
         self._first = first
         self._skip = frozenset(skip)
         self._home = self._first
-        """Where the caller's tensors are."""
+        """The device of the caller's tensors."""
         self._moved: dict[tuple[int, torch.device], tuple[weakref.ref[torch.Tensor], Any]] = {}
-        """By a tensor's id and the card, the tensor and what it is there, in this forward."""
+        """(id of a tensor, card) -> the tensor, and its copy on that card, in this forward."""
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         model.register_forward_hook(self._end, always_call=True)
         for name, card in places.items():
@@ -61,7 +61,7 @@ class CardMoves:
         return tensor.device != card
 
     def move(self, tensors: Sequence[torch.Tensor], card: torch.device) -> list[torch.Tensor]:
-        """As a Mover: without waiting for a device, if both ends are on one."""
+        """See Mover. Does not wait for a device if both ends are on one."""
         return [tensor.to(card) for tensor in tensors]
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -83,8 +83,8 @@ class CardMoves:
         return None if brought is given else (brought[0], {**brought[1], **staying})
 
     def _on(self, given: Any, card: torch.device, again: Sequence[torch.Tensor] = ()) -> Any:
-        """`given` with all its tensors on the card: itself, if they are. Other modules may be given those of
-        `again`, too; what is handed from one to the next need not be kept for them."""
+        """`given` with all its tensors on the card; `given` itself if they are there. Copies of tensors in
+        `again` are kept for other modules of this forward, which will be given the same ones."""
         away = {id(tensor): tensor for tensor in _tensors(given) if self.is_elsewhere(tensor, card)}
         if not away:
             return given
@@ -104,7 +104,7 @@ class CardMoves:
 
 
 def _tensors(given: Any) -> list[torch.Tensor]:
-    """The tensors in nested tuples, lists and mappings."""
+    """All tensors in nested tuples, lists and mappings."""
     if torch.is_tensor(given):
         return [given]
     if isinstance(given, tuple | list):
@@ -115,10 +115,10 @@ def _tensors(given: Any) -> list[torch.Tensor]:
 
 
 def move_between_cards(model: Any, device_map: Mapping[str, str]) -> None:
-    """Let CardMoves do for a model of transformers what accelerate's hooks do that it was loaded with."""
+    """Replace the accelerate hooks, with which a transformers model was loaded, by CardMoves."""
     remove_hook_from_module(model, recurse=True)
     for module in model.modules():
-        forward = vars(module).get("forward")  # put there by the removal, and no longer what a new class has
+        forward = vars(module).get("forward")  # left by the removal; would hide a new class's
         if forward is not None and getattr(forward, "__func__", None) is type(module).forward:
             del module.forward
     places = {name: torch.device(card) for name, card in device_map.items()}
@@ -127,6 +127,6 @@ def move_between_cards(model: Any, device_map: Mapping[str, str]) -> None:
 
 
 def moves_of(model: Any) -> CardMoves | None:
-    """What moves tensors for a model; None where it lies on one device."""
+    """The CardMoves of a model; None if it lies on one device."""
     found: CardMoves | None = getattr(model, _NAME, None)
     return found

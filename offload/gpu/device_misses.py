@@ -1,8 +1,8 @@
-"""Single tokens through layers whose experts do not all have slots, without a wait of the host.
+"""Serves the cache misses of single tokens on the device, so that the host never waits within a token.
 
-The kernels look a token's experts up and bring the absent ones from RAM by themselves, into the slots that
-the host has listed before; what they did they write down. The host reads that while the next token is
-computed: counts, tells the cache, and with it every policy, and lists the slots to fill next.
+Kernels look up a token's experts and copy the absent ones from RAM themselves, into slots that the host has
+listed beforehand, and write what they did to a log. While the next token is computed the host reads that
+log: it counts hits and misses, updates the cache and its policy, and lists the slots to fill next.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from moe_local.offload.tiers.small_pins import pinned_for
 from moe_local.offload.tiers.staging import StagedArena
 
 WAIT_SECONDS = 0.1
-"""Longest wait between two looks at pending interrupts."""
+"""Longest wait between two checks for pending interrupts."""
 
 OLD = 16
-"""Tokens after which a layer's list is made again though nobody on it was used: a policy may follow another
-order by then."""
+"""Tokens after which a layer's list of slots is made anew although none of its experts was used: the policy's
+order may have changed by then."""
 
 
 class DeviceLayer(NamedTuple):
-    """What serves one layer's tokens."""
+    """The launcher and tables that serve one layer's tokens."""
 
     launcher: Launcher
     tables: LayerTables
 
 
 class _Log:
-    """What the device has written down about a token, on its way to the host."""
+    """The device's log of a token, being copied to the host."""
 
     def __init__(self, token: int, memory: torch.Tensor, event: Event) -> None:
         self.token = token
@@ -61,18 +61,18 @@ class _Log:
 
 
 class DeviceMisses:
-    """Has the custody of a tier's slots from a token's `begin` on, until the host takes it back (`release`).
+    """Has custody of a tier's slots from a token's `begin` until the host takes it back (`release`).
 
-    For a tier on one device over RAM that holds every expert, pinned, where the grouped kernels serve all
-    layers. The same bits as with the host; the same hits, too, but for which experts leave: a token's list is
-    in the policy's order as it was one token earlier, less the experts used since.
+    For a tier on one device above RAM that holds every expert in pinned memory, if the grouped kernels serve
+    all layers. Results have the same bits as with the host. Hits may differ, because evictions do: a token's
+    list of slots is in the policy's order of one token earlier, without the experts used since.
 
-    Used by the engine's thread alone, but for those who only look (`settle_counts`, `catch_up`): another
-    thread may do that at any time, and sees no token that is being computed.
+    Used by the engine's thread alone, except for `settle_counts` and `catch_up`: another thread may call
+    these at any time, and does not see the token that is being computed.
     """
 
     def __init__(self, store: ExpertStore, grouped: GroupedExperts, fetch: Fetch) -> None:
-        """`store` is one that `hindrance` has nothing against."""
+        """`store` must be one for which `hindrance` returns None."""
         assert store.below is not None
         assert isinstance(store.tier.source, CopySource)
         assert isinstance(store.below.arena, StagedArena)
@@ -95,46 +95,46 @@ class DeviceMisses:
             self._logs = [pinned_for(place, torch.zeros(shape, dtype=torch.int64)) for _ in range(2)]
         self._nbytes = [store.layouts[layer][0].nbytes for layer in layers]
         self._alike = self._top_k[0] if len(set(self._top_k)) == 1 else None
-        """Experts that a token uses in every layer, if these are equally many."""
+        """Experts per token, if that is the same in all layers; else None."""
         self._has_custody = False
         self._in_token = False
         self._thread = threading.get_ident()
-        """Whose the last token is."""
+        """The thread that computes, or computed, the last token."""
         self._lock = threading.RLock()
-        """Held whenever a token begins or ends, or its log is read."""
+        """Held while a token begins or ends, and while its log is read."""
         self._token = 0
         """Tokens since the device took over."""
         self._log: _Log | None = None
-        """The last token's, not told to the cache yet."""
+        """The last token's log, if the cache was not updated from it yet."""
         self._lists: list[list[int]] = [[] for _ in layers]
         self._listed: list[set[int]] = [set() for _ in layers]
-        """The experts in the slots of a list."""
+        """For each layer, the experts in the slots of its list."""
         self._known = [0 for _ in layers]
-        """The token up to which a list knows."""
+        """For each layer, the last token that its list takes into account."""
         self._sent: Event = self._device.record()
 
     # A token
 
     def begin(self) -> None:
-        """A token is about to be given to the device."""
+        """Call before a token is launched on the device."""
         with self._lock:
-            if self._in_token:  # the one before came to no end
+            if self._in_token:  # the token before was not completed
                 self.release()
             if not self._has_custody:
                 self._take_over()
             self._in_token, self._thread = True, threading.get_ident()
 
     def end(self) -> None:
-        """All of the token has been given to the device. Tells the cache of the one before meanwhile."""
+        """Call when all of the token was launched. Meanwhile updates the cache from the previous log."""
         with self._lock:
-            if not self._in_token:  # the host took over in its midst
+            if not self._in_token:  # the host took custody back within the token
                 return
             before, self._log = self._log, self._ship()
             if before is not None:
                 self._follow(before)
 
     def layer(self, number: int, math: ExpertMath, x: torch.Tensor, tokens: int) -> DeviceLayer | None:
-        """What serves so many tokens x [T, D] of a layer; None where the host has to."""
+        """What serves `tokens` tokens x [T, D] in a layer; None if the host has to."""
         if not self._in_token or tokens != 1:
             return None
         if x.dtype not in DTYPES or torch.is_autocast_enabled(x.device.type):
@@ -148,11 +148,11 @@ class DeviceMisses:
         return self._layers[number]
 
     def serves(self, number: int) -> bool:
-        """Whether what was captured of a layer may be replayed: no address that it reads ever changes."""
+        """Whether a capture of the layer may be replayed. Once it was served: the addresses never change."""
         return number in self._layers
 
     def run(self, number: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """One token x [1, D] through a layer that `layer` gives, index and weights [1, K] -> [1, D].
+        """One token x [1, D] through a layer that `layer` returned, index and weights [1, K] -> [1, D].
 
         Launches kernels, nothing else.
         """
@@ -165,7 +165,7 @@ class DeviceMisses:
         return run.result()
 
     def count(self, number: int, top_k: int | None = None) -> None:
-        """Nothing: the device counts."""
+        """Does nothing: the device's log has the counts."""
 
     # Custody
 
@@ -177,8 +177,8 @@ class DeviceMisses:
     def catch_up(self) -> None:
         with self._lock:
             if self._in_token and self._thread != threading.get_ident():
-                return  # the slots are the device's: it may be given more of the token at this moment
-            if self._in_token:  # something was raised in its midst: how far it came is not known
+                return  # the device has custody, and the other thread may be launching more of the token
+            if self._in_token:  # an exception was raised within the token: how far it came is unknown
                 self.release()
             elif self._log is not None:
                 log, self._log = self._log, None
@@ -199,14 +199,14 @@ class DeviceMisses:
     # Inside
 
     def _in_ram(self, layer: int) -> list[int]:
-        """Where in RAM each expert is, for good."""
+        """The offset in RAM of each expert; they never move."""
         assert self._store.below is not None
         cache = self._store.below.cache
         slots = [cache.slot_of(layer, expert) for expert in range(self._store.num_experts(layer))]
         return [self._memory.offset(layer, slot) for slot in slots if slot is not None]
 
     def _take_over(self) -> None:
-        """Wait for what is still on its way, and tell the device who is where."""
+        """Wait for loads in flight, then give the device the cache's tables, and custody."""
         tier, cache = self._tier, self._tier.cache
         tier.poll()
         unwanted = cache.staging.clear(-1, ())
@@ -229,7 +229,7 @@ class DeviceMisses:
         self._has_custody = True
 
     def _ship(self) -> _Log:
-        """Let the log follow the token, which has been given to the device."""
+        """Copy the log to the host behind the token's kernels, which were launched."""
         self._in_token = False
         self._token += 1
         memory = self._logs[self._token % 2]
@@ -248,7 +248,7 @@ class DeviceMisses:
             missed = np.array([row[k : 2 * k].sum() for row, k in zip(fills, self._top_k, strict=True)])
         used, waited = self._top_k, rows[:, 2] - rows[:, 1]
         there = rows[:, 0] == log.token
-        if not there.all():  # the token did not come that far
+        if not there.all():  # the token was not computed up to these layers
             missed, waited = missed * there, waited * there
             used = [k * came for k, came in zip(used, there.tolist(), strict=True)]
         misses, counters = missed.tolist(), self._tier.cache.stats
@@ -259,13 +259,13 @@ class DeviceMisses:
         self._store.stalls.add_stall("demand", 1e-9 * int(waited.sum()))
 
     def _follow(self, log: _Log) -> None:
-        """Count a token, tell the cache of it, and send lists that know of it."""
+        """Count a token, update the cache from its log, and send the device new lists."""
         self._count(log)
         cache, routed = self._tier.cache, self._store.routed
         changed = []
         for layer, row in enumerate(log.read().tolist()):
             if row[0] != log.token:
-                continue  # the token did not come that far
+                continue  # the token was not computed up to this layer
             k = self._top_k[layer]
             experts, filled = row[LOG_HEAD : LOG_HEAD + k], row[LOG_HEAD + k : LOG_HEAD + 2 * k]
             cache.elsewhere.follow(layer, experts, filled)

@@ -1,4 +1,4 @@
-"""Who is where, as a device needs to know it: tables that its kernels read and write, and the host fills."""
+"""Which expert is in which slot, as tables on the device that kernels read and write and the host fills."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ NOBODY = -1
 
 
 class DeviceTables:
-    """All layers' tables in one piece of device memory, at addresses that stay.
+    """The tables of all layers in one piece of device memory, whose addresses never change.
 
-    Views of it are what kernels are given; `triton_fetch` says what is in them. The host fills all of it at
-    once when the device takes over (`fill`), and the lists of slots to fill next after each token (`send`).
-    Both are copies from pinned memory, behind what the device was given before; nothing waits, unless the
-    system refused to pin it.
+    Kernels are given views of it; `triton_fetch` describes their contents. The host fills all of it when the
+    device takes custody (`fill`), and sends the lists of slots to fill next after each token (`send`). Both
+    are asynchronous copies from pinned memory, in stream order; they only block if the system refused to pin
+    that memory.
     """
 
     def __init__(
@@ -32,13 +32,13 @@ class DeviceTables:
         top_k: Sequence[int],
         device: torch.device,
     ) -> None:
-        """`cache`: the tier's, whose slots may become fewer and never more."""
+        """`cache`: the tier's; its number of slots may shrink but never grow."""
         self._cache = cache
         self._layers = range(len(num_experts))
         self._num_experts = tuple(num_experts)
         slots = [cache.slots(layer) for layer in self._layers]
         self.listed = [min(count, 3 * k) for count, k in zip(slots, top_k, strict=True)]
-        """Slots of a layer's list."""
+        """How many slots a layer's list has."""
         experts = list(num_experts)
         sizes = [2, *(1 + count for count in self.listed), *experts, *slots, *slots]
         places = [*itertools.accumulate(map(_even, sizes), initial=0)]
@@ -73,7 +73,7 @@ class DeviceTables:
         ]
 
     def place(self, arena: Slots, sources: Sequence[Sequence[int]]) -> None:
-        """Where slots and RAM's experts lie, once for all; `sources[layer][expert]` in bytes."""
+        """Set the addresses of slots and of the experts in RAM, once; `sources[layer][expert]` in bytes."""
         for layer in self._layers:
             base = arena.buffer(layer, 0).data_ptr()
             starts = [arena.buffer(layer, slot).data_ptr() - base for slot in range(self._cache.slots(layer))]
@@ -84,8 +84,8 @@ class DeviceTables:
             found[: len(sources[layer])] = torch.tensor(sources[layer], dtype=torch.int64)
 
     def fill(self, lists: Sequence[Sequence[int]]) -> None:
-        """Everything as the cache has it, with token 0. The mirror must not be on its way to the device."""
-        self.log.zero_()  # rows of an earlier time have tokens' numbers, too, which begin anew
+        """Write the whole state of the cache, at token 0. No copy of the mirror may be in flight."""
+        self.log.zero_()  # rows of an earlier custody have token numbers, which start again
         numbers = self._mirror.numpy()
         numbers[:] = 0
         for layer in self._layers:
@@ -99,13 +99,13 @@ class DeviceTables:
         self._state.copy_(self._mirror, non_blocking=True)
 
     def send(self, lists: Sequence[Sequence[int]], known: Sequence[int], changed: Iterable[int]) -> None:
-        """New lists of slots to fill, for the layers that `changed`, as of these tokens."""
+        """Send new lists of slots to fill for the layers `changed`, which take `tokens` into account."""
         for layer in changed:
             self._write(layer, lists[layer], known[layer])
         self._state[self._lists].copy_(self._mirror[self._lists], non_blocking=True)
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless the device has everybody where the cache does. Waits for the device."""
+        """Raise RuntimeError unless device and cache agree on each expert's slot. Waits for the device."""
         numbers = self._state.tolist()
         for layer in self._layers:
             slots = range(self._cache.slots(layer))
@@ -126,5 +126,5 @@ class DeviceTables:
 
 
 def _even(count: int) -> int:
-    """Numbers of 8 bytes, so that what follows starts at a multiple of 16, which all kernels may count on."""
+    """Round a count of 8-byte numbers up, so that the next table starts at a multiple of 16 bytes."""
     return count + count % 2

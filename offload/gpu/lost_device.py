@@ -1,4 +1,4 @@
-"""A GPU that stops while a model is loaded: what is said of it, since nothing on it can be saved."""
+"""Error messages for a GPU that fails while a model is loaded; nothing on it can be saved."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _LOST = re.compile(
 
 
 def raise_as_one_line(error: RuntimeError) -> NoReturn:
-    """Raise MoeLocalError for an error of CUDA, with what may help; any other error as it is.
+    """Raise MoeLocalError, with a remedy, for an error of CUDA; re-raise any other error.
 
-    The kernels of one's own are those that ran for the first time on a new machine. Which one failed is not
-    known: CUDA says so at some later call.
+    moe-local's own kernels are the first suspects on a new machine. Which kernel failed is unknown, since
+    CUDA reports it at some later call.
     """
     text = first_line(error)
     if "CUDA" not in text and "HIP" not in text:

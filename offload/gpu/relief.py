@@ -1,4 +1,4 @@
-"""What gives way when a device's memory runs out in the middle of a step: slots of experts."""
+"""Frees slots of experts when a device runs out of memory in the middle of a step."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from moe_local.offload.tiers.tiers import Tier
 logger = logging.getLogger(__name__)
 
 MARGIN = 256 << 20
-"""Given back beyond what was asked for: past the point where it failed, the same step will ask for more."""
+"""Bytes freed beyond the failed request: the same step will ask for more after that point."""
 
 _ALSO = ("CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory")
-"""How libraries say that their own request for a device's memory was refused."""
+"""Messages of libraries whose own request for device memory was refused."""
 
 _EITHER = ("CUDA error: out of memory", "CUBLAS_STATUS_NOT_INITIALIZED")
-"""What is also said for other reasons: the first by CUDA of its own requests, as for the code of a kernel,
-which it loads when that is first launched, and of a refusal to pin RAM while gigabytes of VRAM are free; the
-second by cuBLAS, which sets itself up in each thread that first multiplies."""
+"""Messages that also have other reasons. CUDA gives the first for its own requests, such as the code of a
+kernel that is launched for the first time, but also if RAM cannot be pinned while gigabytes of VRAM are free.
+cuBLAS gives the second, when a thread first multiplies and its handle cannot be set up."""
 
 FULL = 128 << 20
-"""With less than that free, VRAM is taken for what lacks."""
+"""With fewer bytes free, such a message is taken to mean VRAM."""
 
 
 class Shortage(NamedTuple):
-    """A request for a device's memory that was refused."""
+    """A refused request for device memory."""
 
     nbytes: int
-    """0 where the error does not say."""
+    """0 if the error does not say."""
     card: int | None
-    """Number of the CUDA device; None where the error does not say."""
+    """Index of the CUDA device; None if the error does not say."""
 
 
 def shortage(error: BaseException) -> Shortage | None:
-    """What lacked, if `error` says that a device's memory ran out; None for all other errors."""
+    """The Shortage, if `error` says that device memory ran out; None for all other errors."""
     text = str(error)
     if not isinstance(error, torch.OutOfMemoryError) and not any(words in text for words in _ALSO):
         unclear = any(words in text for words in _EITHER)
@@ -57,7 +57,7 @@ def shortage(error: BaseException) -> Shortage | None:
 
 
 def _some_card_is_full() -> bool:
-    """Of those that this process uses: to ask another one takes some of its memory."""
+    """Only of devices that this process uses: asking another one would take some of its memory."""
     with contextlib.suppress(RuntimeError):
         cards = [card for card in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(card)]
         return any(torch.cuda.mem_get_info(card)[0] < FULL for card in cards)
@@ -65,20 +65,20 @@ def _some_card_is_full() -> bool:
 
 
 class Relief:
-    """Shrinks a device's tier when its memory ran out, and says so once each time.
+    """Shrinks a device's tier when its memory has run out, and logs a warning each time.
 
-    Slots do not come back before the model is loaded again: whoever took the memory may want it again, and a
-    cache that grows and shrinks under an answer is worse than a small one.
+    The slots come back only when the model is loaded again: whoever took the memory may want it again, and a
+    cache that grows and shrinks during an answer is worse than a small one.
     """
 
     def __init__(self, tier: Tier, arena: DeviceArena, before: Callable[[], None]) -> None:
-        """`arena`: the tier's, as far as its memory is on devices. `before` is called first, each time."""
+        """`arena`: the device part of the tier's memory. `before` is called first, each time."""
         self._tier = tier
         self._arena = arena
         self._before = before
 
     def __call__(self, lacking: Shortage) -> bool:
-        """Whether anything was given back. Call between steps, when nothing of the tier is leased."""
+        """Free memory; whether that worked. Call between steps, when nothing of the tier is leased."""
         given = False
         self._before()
         for device in self._tier.devices:

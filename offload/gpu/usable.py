@@ -1,4 +1,4 @@
-"""Which GPUs PyTorch can compute on, and what is said where there is one that it cannot use."""
+"""Which GPUs PyTorch can compute on, and warnings about those that it cannot use."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ logger = logging.getLogger("moe_local")
 
 @cache
 def unusable(index: int) -> str | None:
-    """Why torch's own kernels do not run on a CUDA device, in words; None: they do, or nobody knows.
+    """Why torch's own kernels do not run on a CUDA device, in words; None if they do, or that is unknown.
 
-    torch names every device that the driver has. But a build has kernels for some generations only: PyPI's
-    for CUDA 13 begin at compute capability 7.5, and the first operation fails on a GTX 1080.
+    torch lists every device of the driver, but a build has kernels for some generations only: PyPI's builds
+    for CUDA 13 start at compute capability 7.5, so the first operation fails on a GTX 1080.
     """
-    if torch.version.cuda is None:  # ROCm's names of architectures say nothing of capabilities
+    if torch.version.cuda is None:  # ROCm's architecture names are not compute capabilities
         return None
     built = torch.cuda.get_arch_list()
     capability = torch.cuda.get_device_capability(index)
@@ -35,13 +35,13 @@ def unusable(index: int) -> str | None:
 def runs_on(capability: tuple[int, int], built: Iterable[str]) -> bool:
     """Whether a build for these architectures ("sm_86", "compute_90") has kernels for a device.
 
-    Machine code runs on its generation from its own number on; what is to be compiled by the driver, on all
-    later ones. With an "a" behind it, it is for exactly one device.
+    Machine code ("sm") runs on devices of its major version from its own minor version on; code that the
+    driver compiles ("compute") runs on all later ones. A suffix "a" restricts either to one capability.
     """
     for name in built:
         parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
         if parts is None:
-            return True  # a kind of name that did not exist when this was written
+            return True  # a kind of name that is newer than this code
         number = int(parts[2]), int(parts[3])
         same = capability[0] == number[0] and capability >= number
         later = parts[1] == "compute" and not parts[4] and capability >= number
@@ -51,7 +51,7 @@ def runs_on(capability: tuple[int, int], built: Iterable[str]) -> bool:
 
 
 def usable_cards() -> list[int]:
-    """Numbers of the CUDA devices that torch can compute on; others are named once, in a warning."""
+    """Indices of the CUDA devices that torch can compute on; the others are named once, in a warning."""
     if not torch.cuda.is_available():
         return []
     cards = []
@@ -68,9 +68,9 @@ REMEDY = "install a PyTorch that is built for it (https://pytorch.org/get-starte
 
 
 def tell_slow(devices: Iterable[torch.device], dtype: torch.dtype) -> None:
-    """Say once of each card among them that it has no units for the model's dtype, and which has some.
+    """Warn once about each card among them that has no units for the model's dtype, and name a dtype it has.
 
-    Turing knows bf16 only as fp32 that is rounded. It is not turned to fp16 unasked: large activations of
+    Turing only emulates bf16, in fp32. Models are not switched to fp16 unasked, since large activations of
     some models would become infinite.
     """
     if dtype != torch.bfloat16 or torch.version.cuda is None:
@@ -88,7 +88,7 @@ def tell_slow(devices: Iterable[torch.device], dtype: torch.dtype) -> None:
 
 
 def tell_unused() -> None:
-    """Say once that the CPU computes though there is an NVIDIA GPU, which nobody has hidden on purpose."""
+    """Warn once that the CPU computes although there is an NVIDIA GPU that was not hidden on purpose."""
     if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return
     found = _unused()

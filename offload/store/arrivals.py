@@ -1,4 +1,4 @@
-"""What a layer waits for until it becomes readable."""
+"""Collects the loads that a layer waits for, and accounts for the time spent waiting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_local.offload.tiers.tiers import Tier
 
 
 class Expecting(Protocol):
-    """A layer's experts on their way."""
+    """The state of one layer's loads, as `Arrivals` reads and updates it."""
 
     @property
     def layer(self) -> int: ...
@@ -28,11 +28,11 @@ class Expecting(Protocol):
 
     @property
     def late(self) -> set[int]:
-        """Those that were on their way before they were needed."""
+        """Experts whose prefetch was still in flight when they were needed."""
 
 
 class Arrivals:
-    """Looks at what comes to a tier, and charges the time that is waited for it."""
+    """Observes loads that complete in a tier, and charges the time spent waiting for them to a cause."""
 
     def __init__(self, tier: Tier, account: StallAccount) -> None:
         self._tier = tier
@@ -41,7 +41,8 @@ class Arrivals:
     def collect(self, expecting: Expecting, most: int | None = None) -> None:
         """Move experts that became readable from `waiting` to `ready`, until `most` are there (None: all).
 
-        A device waits for what is collected before it goes on. Raises TransferError for one that failed.
+        A device's stream is made to wait for the copies of what is collected. Raises TransferError for an
+        expert whose load failed.
         """
         for expert in tuple(expecting.waiting):
             if most is not None and len(expecting.ready) >= most:
@@ -54,7 +55,7 @@ class Arrivals:
                 self._account.add_wait("late_prefetch" if expert in expecting.late else "demand", waited)
 
     def wait(self, expecting: Expecting) -> None:
-        """Block until something moves, at most LOOK_SECONDS; charge that to what is waited for."""
+        """Block until some load makes progress, at most LOOK_SECONDS; charge the time to its cause."""
         cause = "late_prefetch"
         if expecting.waiting and (first := expecting.waiting[0]) not in expecting.late:
             cause = self._tier.cause(ExpertKey(expecting.layer, first))

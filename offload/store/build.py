@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 
 def build_arena(plan: Plan, cards: Sequence[Device]) -> tuple[DeviceArena, Plan]:
-    """Memory for a plan's experts on its cards, which the caller closes, or the store that it is given to;
-    and the plan of that.
+    """Allocate the plan's expert slots on its cards. Returns the arena, and the plan as it came out.
 
-    Where a card refuses some, there are fewer slots, down to top-k a layer, so that a prompt's workspace and
-    the ring have memory, or the workspace alone if the least slots need the ring's. Raises DoesNotFitError.
+    The caller closes the arena, or the store that it is passed to does. If a card refuses part of the memory,
+    there are fewer slots, down to top-k per layer, so that the prompt workspace and the staging ring still
+    fit; if even those do not, the ring is given up. Raises DoesNotFitError.
     """
     ring = plan.vram_staging * largest(plan.request.ladders)
     try:
@@ -60,7 +60,7 @@ def build_arena(plan: Plan, cards: Sequence[Device]) -> tuple[DeviceArena, Plan]
 
 
 def _arena(plan: Plan, cards: Sequence[Device], spare: int = 0) -> DeviceArena:
-    """`spare`: bytes to be left on each card beside those of the workspace."""
+    """`spare`: bytes to leave free on each card in addition to the workspace."""
     layers, slots = plan.request.spec.layers, plan.vram_slots
     device = [cards[plan.card_of(layer.index)] for layer in layers]
     least = [min(layer.top_k, count) for layer, count in zip(layers, slots, strict=True)]
@@ -103,8 +103,8 @@ def build_store(
         return Location(path, offset, nbytes, file.checksum(*key))
 
     pin = arena is not None and arena.device.type == "cuda"
-    # On an error all is closed in order: memory freed while pinned would stay pinned for whoever gets its
-    # addresses next, and reader threads would wait for ever.
+    # On an error everything is closed in order: memory freed while pinned would stay registered for whoever
+    # gets its addresses next, and reader threads would wait forever.
     with contextlib.ExitStack() as undo:
         host = HostArena(ram_slots, ladders, pin=pin)
         undo.callback(host.close)
@@ -137,9 +137,9 @@ def build_store(
 
 
 def past_page_cache(total: int, arena: int, free: int) -> bool:
-    """Whether to read experts of `total` bytes past the page cache, which would not keep them for long.
+    """Whether to read experts of `total` bytes past the page cache, because it could not hold them.
 
-    It has what an arena of so many bytes leaves of the RAM that was `free` before. Where the arena has a slot
-    for every expert, each is read only once, and what the page cache may serve is the next load.
+    The page cache has the RAM that was `free` before, less the arena's bytes. Where the arena has a slot for
+    every expert, each is read only once, so the page cache can only speed up the next load of the model.
     """
     return total > (free if arena >= total else free - arena)

@@ -20,32 +20,34 @@ from moe_local.offload.tiers.tiers import Tier
 from moe_local.offload.tiers.transfer import DEMAND
 
 RECENT = 32
-"""Tokens at a prompt's end whose experts are admitted. In replays of recorded routes decoding finds most
-where all slots are theirs: more tokens gain nothing, fewer cost up to 0.1 of the hit rate (docs/log.md)."""
+"""How many tokens at a prompt's end have their experts admitted to the cache. In replays of recorded routes
+decoding hits most if all slots hold these: more tokens gain nothing, fewer cost up to 0.1 of the hit rate
+(docs/log.md)."""
 
 WHOLE = 0.75
-"""Share of a layer's experts that the step uses, from which on the next layer is read ahead whole: reading
-fills time in which the link has nothing else to do, and what is not needed is given up half-way."""
+"""If a step uses at least this share of a layer's experts, all of the next layer's are read ahead: the link
+would idle otherwise, and loads that turn out not to be needed are cancelled."""
 
 SKEW = 8
-"""Before a step's first layer has run, this many of its tokens count as one: routers have favourites.
-Recorded prompts of 28 and 92 tokens used what 1 in 2.4 and 1 in 5.4 of them would at random."""
+"""Until a step's first layer has run, this many tokens are assumed to use as many experts as one token that
+chooses at random would, since routers favour some experts. Recorded prompts of 28 and 92 tokens used as many
+as 1 in 2.4 and 1 in 5.4 of their tokens would at random."""
 
 AHEAD = 1
-"""Priority of what is read for the next layer."""
+"""Priority of loads for the next layer."""
 
 
 @dataclass(slots=True)
 class _Pass:
-    """One layer's experts on their way: each is in one of the lists, in turn."""
+    """One layer's experts during a long step. Each moves from list to list until it is handed out."""
 
     layer: int
     recent: Sequence[int]
-    """Those that get a slot of the layer, the last needed last."""
+    """Experts to be admitted to slots of the layer, the most recently needed last."""
     passing: deque[int] = field(default_factory=deque)
     """Absent, to be staged."""
     admitted: deque[int] = field(default_factory=deque)
-    """Absent, to be loaded into a slot of the layer, whoever has to leave it."""
+    """Absent, to be loaded into a slot of the layer; another expert may be evicted for it."""
     waiting: list[int] = field(default_factory=list)
     """Pinned, not readable yet."""
     here: deque[int] = field(default_factory=deque)
@@ -53,9 +55,9 @@ class _Pass:
     ready: deque[int] = field(default_factory=deque)
     """Pinned, arrived since then, not handed out yet."""
     victims: int = 0
-    """How many of the first ones `here` have to leave for those admitted."""
+    """How many experts, the first of `here`, will be evicted for those admitted."""
     late: set[int] = field(default_factory=set)
-    """Those that were on their way before they were needed."""
+    """Experts whose load was already in flight when the layer asked for them."""
 
     @property
     def asked(self) -> bool:
@@ -70,12 +72,13 @@ class _Pass:
 class PrefillStream:
     """Serves steps of many tokens from a tier with a staging ring, beside the ExpertStore that owns it.
 
-    Such a step needs most experts of a layer, each once. Those that are resident are computed where they
-    lie; the others pass through the ring, loading while others are computed, and behind them, as slots come
-    free, the next layer's: all of them where this layer's tokens use nearly all, else those that the
-    prefetcher names. What only passes evicts nobody, and the eviction order does not notice it.
-    But what the step's last tokens needed is what decoding starts with: these are admitted, as many as the
-    layer has slots, and touched in the order of their last need, as if the tokens had been decoded.
+    Such a step needs most experts of a layer, each once. Resident ones are computed from their slots. The
+    others pass through the ring: some load while others are computed. As ring slots come free, experts of the
+    next layer follow: all of them if this layer's tokens use nearly all experts, else those that the
+    prefetcher names. An expert that only passes through evicts nothing, nor does the eviction order change.
+    The experts of the step's last tokens are the exception, since decoding starts with them: they are
+    admitted, as many as the layer has slots, and touched in the order in which they were last needed, as if
+    these tokens had been decoded.
 
     Used by the engine's thread alone.
     """
@@ -87,13 +90,13 @@ class PrefillStream:
         top_k: int,
         arrivals: Arrivals,
     ) -> None:
-        """`tier` has a ring of two slots at least. Each token needs `top_k` experts of the first layer."""
+        """`tier` must have a ring of two slots or more. A token uses `top_k` experts of the first layer."""
         if tier.cache.staging.slots < 2:
             raise ValueError(f"{tier.cache.staging.slots} staging slots; one loads while another is read")
         self.chunk = 0
-        """Tokens of the longest steps; one as long as that is probably followed by another of the prompt."""
+        """Tokens of the longest steps; after one of this length, another of the prompt probably follows."""
         self.ahead = True
-        """Whether anything is read before its layer has asked for it."""
+        """Whether to read experts ahead of the layer that needs them."""
         self._tier = tier
         self._layouts = layouts
         self._top_k = top_k
@@ -102,7 +105,7 @@ class PrefillStream:
         self._most = tier.cache.staging.slots // 2
         self._rows, self._length = 1, 1
         self._share = 0.0
-        """Share of a layer's experts that the step's tokens use, as far as is known."""
+        """Share of a layer's experts that the step's tokens use: an estimate, then that of the last layer."""
         self._guesses: dict[int, list[int]] = {}
         self._serving = False
         self._leased = 0
@@ -113,7 +116,7 @@ class PrefillStream:
         return self._serving
 
     def begin(self, rows: int, length: int) -> None:
-        """A forward of `rows` sequences with `length` tokens each begins: reads ahead for its first layer."""
+        """Call before a forward of `rows` sequences with `length` tokens each. Reads ahead for layer 0."""
         self._rows, self._length = rows, length
         self._guesses.clear()
         if length > 1:
@@ -123,10 +126,10 @@ class PrefillStream:
             self._read_ahead(0)
 
     def recent(self, layer: int, ids: Sequence[int], distinct: int) -> list[int] | None:
-        """The experts whose last need lies in the step's last tokens, the last needed last.
+        """The experts that the step's last tokens use, the most recently used last.
 
-        `ids` are the router's choices, token by token. None if the step is not to be served here: all of the
-        layer is resident, or the step is decoding, or so short that a layer's slots hold all it uses.
+        `ids` are the router's choices, token by token. None if the step is not to be served here: the layer
+        has a slot for every expert, the step is decoding, or it is so short that the slots hold all it uses.
         """
         cache = self._tier.cache
         slots, rows, length = cache.slots(layer), self._rows, self._length
@@ -142,11 +145,11 @@ class PrefillStream:
         return cache.at_once(layer, list(needed))[::-1]
 
     def guess(self, layer: int, experts: Sequence[int]) -> None:
-        """A layer to come will probably need these, likeliest first."""
+        """Take note of the experts that a later layer will probably need, likeliest first."""
         self._guesses[layer] = list(experts)
 
     def clear(self, layer: int, experts: Sequence[int]) -> None:
-        """Give up what is staged for anything but these, or on its way to this layer and not among them."""
+        """Drop everything staged except these experts, and cancel loads to this layer of any others."""
         cache = self._tier.cache
         for key in cache.staging.clear(layer, experts):
             self._tier.cancel(key)
@@ -163,9 +166,10 @@ class PrefillStream:
         requested: Callable[[], None] | None,
         meanwhile: Callable[[], Generator[list[Lease], None, None] | None],
     ) -> Generator[list[Lease], None, None]:
-        """As ExpertStore.serve, for a layer of a long step; `recent` as it was answered.
+        """ExpertStore.serve for one layer of a long step; `recent` is what the method of that name returned.
 
-        `meanwhile` may have something to do while nothing is readable. Raises TransferError.
+        `meanwhile` is called when nothing is readable, and may return other groups to yield first. Raises
+        TransferError.
         """
         self._tier.poll()
         self.clear(layer, experts)
@@ -178,7 +182,7 @@ class PrefillStream:
                 if requested is not None:
                     requested()
                     requested = None
-                    self._ask(state)  # for what was guessed, too
+                    self._ask(state)  # the guesses that `requested` added, too
                 if state.waiting and not (self._copies is not None and (state.here or state.ready)):
                     self._arrivals.collect(state, None if self._copies is None else self._most)
                 group = self._next_group(state)
@@ -203,7 +207,7 @@ class PrefillStream:
             raise RuntimeError(f"{self._leased} leases of a long step were not given back")
 
     def _hold(self, layer: int, experts: Sequence[int], recent: Sequence[int]) -> _Pass:
-        """Pin what is here or on its way, and order the rest."""
+        """Pin the experts that are resident, staged or in flight, and queue the others."""
         cache = self._tier.cache
         held = cache.staging.hold(layer, experts)
         wanted = set(held.absent).intersection(recent)
@@ -220,7 +224,7 @@ class PrefillStream:
         return state
 
     def _ask(self, state: _Pass) -> None:
-        """Start the loads that there is room for: this layer's, then the next one's."""
+        """Start as many loads as there are slots for: this layer's, then the next one's."""
         cache, layer = self._tier.cache, state.layer
         for expert in tuple(state.admitted):
             made = cache.promote(layer, expert, state.recent)
@@ -243,14 +247,14 @@ class PrefillStream:
         state.waiting.append(expert)
 
     def _read_on(self, layer: int) -> None:
-        """Read ahead for what follows this layer."""
+        """Read ahead for the layer that is computed after this one."""
         if layer + 1 < len(self._layouts):
             self._read_ahead(layer + 1)
         elif self._rows == 1 and self._length == self.chunk:
             self._read_ahead(0)
 
     def _read_ahead(self, layer: int) -> None:
-        """Load absent experts of a later layer, as far as there are free slots."""
+        """Load absent experts of a later layer into free slots of the ring."""
         if not self.ahead:
             return
         cache = self._tier.cache
@@ -264,11 +268,11 @@ class PrefillStream:
                 self._tier.bring(ExpertKey(layer, expert), slot, AHEAD)
 
     def _next_group(self, state: _Pass) -> list[int]:
-        """What to compute next: a few, so that their slots load again while others are computed.
+        """The experts to compute next: a few, so that their slots are reloaded while others are computed.
 
-        Residents that have to leave come first. The host computes what arrived before other residents,
-        since its ring's slots are waited for; a device, which has only been told to wait for what arrives,
-        computes residents meanwhile.
+        Residents that will be evicted come first. On the CPU, experts that have arrived come before other
+        residents, since loads wait for their ring slots. On a device residents come first: its stream has
+        been made to wait for the copies, so it computes these meanwhile.
         """
         leaving, state.victims = min(state.victims, self._most), max(0, state.victims - self._most)
         if leaving:
@@ -300,15 +304,15 @@ class PrefillStream:
             self._leased -= len(group)
             cache.release(layer, group)
             if moving is not None and cache.slot_of(layer, moving) is not None:
-                cache.staging.evict(layer, moving)  # who knows what is in its slot
-            if self._copies is not None:  # last of all: a device may refuse to say where its kernels are
+                cache.staging.evict(layer, moving)  # nobody knows what the failed move left in its slot
+            if self._copies is not None:  # last, since recording an event on a lost device raises
                 self._copies.read_by(layer, slots)
         self._tier.poll()
 
     def _house(self, layer: int, expert: int, recent: Sequence[int]) -> list[int]:
-        """Give a staged expert that was read ahead a slot of the layer; that slot, if there is one for it.
+        """Move a staged expert from the ring to a slot of its layer; that slot, or None if there is none.
 
-        Copying it there takes a fraction of what reading it again would.
+        The copy takes a fraction of the time that loading it again would.
         """
         staging, arena = self._tier.cache.staging, self._tier.arena
         slot = self._tier.cache.slot_of(layer, expert)
@@ -325,23 +329,23 @@ class PrefillStream:
         return [housed]
 
     def _wait(self, state: _Pass) -> None:
-        """Block until something moves, at most LOOK_SECONDS."""
+        """Block until some load makes progress, at most LOOK_SECONDS."""
         if state.waiting or self._tier.loading:
             self._arrivals.wait(state)
             return
         if not state.admitted:
             raise RuntimeError("every staging slot is leased to another iterator")
-        # No slot of the layer is for them, by its size or since somebody else has it: then these pass, too,
-        # and what was read ahead makes room.
+        # No slot of the layer will do for them, because of their size or because another iterator has it: so
+        # they pass through the ring as well, and experts that were read ahead make room.
         state.passing.extend(state.admitted)
         state.admitted.clear()
         self.clear(state.layer, state.passing)
 
 
 def announcer(prefill: PrefillStream, before: Callable[[], None]) -> Callable[..., None]:
-    """A hook that tells what a forward of the model, [rows, length] ids or embeddings, is about to compute.
+    """A forward pre-hook that tells `begin` how many rows and tokens the model is about to compute.
 
-    `before` is called first where that is several tokens of a row: what is read ahead then takes slots.
+    If there are several tokens per row, `before` is called first: reading ahead will take slots.
     """
 
     def announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

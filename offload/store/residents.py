@@ -1,4 +1,4 @@
-"""Where every expert has a slot for good, a token goes through a layer without the store being asked."""
+"""Single tokens bypass the store if every expert has a permanent slot."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from moe_local.offload.store.store import ExpertStore
 
 
 def can_reside(store: ExpertStore) -> bool:
-    """Whether Residents may serve a store: every expert is in a slot now."""
+    """Whether Residents can serve this store: every expert is in a slot."""
     tier, layers = store.tier, range(len(store.layouts))
     return all(tier.cache.has_all(layer, range(store.num_experts(layer))) for layer in layers)
 
 
 class ResidentLayer:
-    """The slots of one layer's experts as a table on the device, and how often each was chosen.
+    """A device table of one layer's slots by expert, and counters of how often each expert was chosen.
 
-    Experts of several layouts are launched for each layout, with a table of all that the token needs: rows of
-    other layouts have no place, and their programs end at once.
+    With several layouts there is one launch per layout, each with a table of all experts that the token
+    needs: entries of other layouts are marked as having no place, and their programs end at once.
     """
 
     def __init__(
@@ -37,23 +37,23 @@ class ResidentLayer:
         others: Sequence[Launcher] = (),
         kinds: torch.Tensor | None = None,
     ) -> None:
-        """`slots` int64 [E]: where each expert starts, in UNITs from the layer's first slot.
-        `counts` int64 [E], a view: how many tokens chose it. With `others`, `kinds` int64 [E]: which launcher
-        each expert has, 0 for the first."""
+        """`slots` int64 [E]: the offset of each expert, in UNITs from the layer's first slot. `counts` int64
+        [E], a view: how many tokens chose each. With `others`, `kinds` int64 [E]: the index of each expert's
+        launcher, 0 for the first."""
         self._launchers = (launcher, *others)
         self._kinds = kinds
         self._slots = slots
         self._counts = counts
         self._ranks = self._ones = slots[:0]
         self._table = torch.stack([self._ranks, self._ranks], dim=1)
-        """[K, 2]: a Launcher's, whose ranks never change."""
+        """The table that a Launcher takes, [K, 2]; its ranks never change."""
 
     def run(
         self, base: torch.Tensor, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """x [1, D], index and weights [1, K] -> [1, D]. Launches kernels, nothing else.
 
-        `base`: the layer's first slot, uint8. It is not held: an arena may have to give memory back.
+        `base`: the layer's first slot, uint8. No reference is kept, since an arena may have to free memory.
         """
         ids = index.flatten()
         if len(self._ranks) != len(ids):
@@ -75,13 +75,13 @@ class ResidentLayer:
 
 
 class Residents:
-    """The layers of a store that serve single tokens by themselves, as long as every expert has a slot.
+    """Serves single tokens of a store's layers without leases, as long as every expert has a slot.
 
-    On a device the host need not know the router's choice; without one the CPU's library finds the experts.
-    The store's own way gives the same bits.
+    On a device the host then need not know the router's choice; on the CPU the library looks the experts up.
+    The results have the same bits as the store's.
 
-    Counts what the store and its RouterLoad would have counted: hits at once, the router's choices where they
-    are made until they are asked for.
+    It also counts what the store would have counted: hits at once; the router's choices on the device, from
+    where the RouterLoad fetches them when it is asked.
     """
 
     def __init__(self, store: ExpertStore, kernels: LayerKernels) -> None:
@@ -93,10 +93,10 @@ class Residents:
         for number in range(len(store.layouts)):
             on.setdefault(store.tier.arena.buffer(number, 0).device, []).append(number)
         self._counts: list[tuple[list[int], torch.Tensor]] = []
-        """Of each device, its layers and how often each of their experts was chosen."""
+        """For each device, its layers and how often each of their experts was chosen."""
         self._counts_of: dict[int, torch.Tensor] = {}
         self._settled: list[list[int]] = []
-        """What of the counts the RouterLoad has, in the same order."""
+        """The part of these counts that the RouterLoad already has, in the same order."""
         self._settling = threading.Lock()
         for device, numbers in on.items():
             sizes = [store.num_experts(number) for number in numbers]
@@ -109,7 +109,7 @@ class Residents:
         store.routed.settle = self.settle
 
     def layer(self, number: int, math: ExpertMath, x: torch.Tensor, tokens: int) -> object | None:
-        """What serves so many tokens x [T, D] of a layer; None where the host has to."""
+        """What serves `tokens` tokens x [T, D] in a layer; None if the store has to."""
         if tokens != 1 or x.dtype not in DTYPES or torch.is_autocast_enabled(x.device.type):
             return None
         if not self.serves(number):
@@ -119,12 +119,12 @@ class Residents:
         return self._layers[number]
 
     def serves(self, number: int) -> bool:
-        """Whether every expert of the layer still has its slot, and the one it had."""
+        """Whether every expert of the layer is still in the slot where it was."""
         store = self._store
         return store.tier.emptied == self._emptied and store.slots(number) >= store.num_experts(number)
 
     def run(self, number: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """One token x [1, D] through a layer that `layer` gives, index and weights [1, K] -> [1, D]."""
+        """One token x [1, D] through a layer that `layer` returned, index and weights [1, K] -> [1, D]."""
         layer = self._layers[number]
         assert layer is not None
         if isinstance(layer, CpuTable):
@@ -136,7 +136,7 @@ class Residents:
         return self._table(number, math, x) if on_cpu else self._on_device(number, math)
 
     def _table(self, number: int, math: ExpertMath, x: torch.Tensor) -> CpuTable | None:
-        """Experts of several layouts are left to the store."""
+        """None for experts of several layouts, which the store serves."""
         store, kinds = self._store, self._store.kinds[number]
         if len(kinds) > 1:
             return None
@@ -168,13 +168,13 @@ class Residents:
         return ResidentLayer(launchers[0], slots, self._counts_of[number], launchers[1:], kinds)
 
     def count(self, number: int, top_k: int | None = None) -> None:
-        """A token went through the layer, to so many experts; None: to as many as the one before."""
+        """Count one token that used `top_k` experts of the layer; None: as many as the token before."""
         if top_k is not None:
             self._top_k[number] = top_k
         self._store.tier.cache.stats.hits_by_layer[number] += self._top_k[number]
 
     def settle(self) -> None:
-        """Bring the router's choices to the store's RouterLoad. Waits for the device."""
+        """Add the counted choices of the router to the store's RouterLoad. Waits for the device."""
         with self._settling:
             for place, (numbers, kept) in enumerate(self._counts):
                 with alone, torch.inference_mode():

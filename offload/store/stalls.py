@@ -1,4 +1,4 @@
-"""What is waited for, and how long: seconds by cause."""
+"""Accounts for stalls: seconds by cause."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from moe_local.cache.stats import StallSeconds
 from moe_local.offload.tiers.device import Waited
 
 MOST_WAITS = 1024
-"""Most waits of a device whose seconds have not been read; with more, the older half is read unasked."""
+"""Most waits of a device whose times are still unread; beyond that the older half is read."""
 
 
 class StallAccount:
-    """Stall seconds since load. A device's waits are charged once it is known how long they were.
+    """Stall seconds since the model was loaded. A device's waits are charged once their times can be read.
 
-    Any thread may look, and so settles waits, while another one charges more.
+    Any thread may ask for the totals, which settles pending waits, while another thread adds more.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class StallAccount:
             self._seconds[cause] += seconds
 
     def add_wait(self, cause: str, waited: Waited) -> None:
-        """Charge a wait of the device's stream to a cause, once it is known how long it was."""
+        """Charge a wait of the device's stream to a cause, once its time can be read."""
         self._waits.append((cause, waited))
         if len(self._waits) > MOST_WAITS:
             self._settle(MOST_WAITS // 2)
@@ -51,10 +51,10 @@ class StallAccount:
         self._seconds = asdict(seconds)
 
     def _settle(self, keep: int = 0) -> None:
-        """Charge the waits of the device's stream, which are over once a token has come back from it."""
+        """Charge pending waits of the device's stream; they are over once a token has come back from it."""
         while len(self._waits) > keep:
-            try:  # taken out first: one that a device cannot tell is not asked again
+            try:  # removed first, so that one whose time cannot be read is not asked again
                 cause, waited = self._waits.popleft()
-            except IndexError:  # another thread, which looks at the figures, has asked for the last one
+            except IndexError:  # another thread that reads the totals has taken the last one
                 return
             self.add_stall(cause, waited.seconds())

@@ -1,4 +1,4 @@
-"""The one door to experts: a layer asks for the experts it needs and gets them as they become readable."""
+"""The only way to get experts: a layer asks for those it needs and gets each as it becomes readable."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from moe_local.offload.tiers.transfer import DEMAND, FileSource
 class ExpertStore:
     """Serves the experts of one model from its fastest tier.
 
-    Used by one thread at a time. `layouts[layer][expert]` says what lies in each expert's buffer. A
-    leased slot is pinned: nothing is loaded over it before the lease has ended and, on a device, before
-    the kernels that were given it have run.
+    Used by one thread at a time. `layouts[layer][expert]` describes the contents of each expert's buffer. A
+    leased slot is pinned: nothing is loaded over it before the lease has ended and, on a device, before the
+    kernels that read it have finished.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class ExpertStore:
         below: Tier | None = None,
         scheduler: MissScheduler | None = None,
     ) -> None:
-        """`tier` is the fastest, `below` what it loads from, if any, `disk` the last source of all.
-        `scheduler` decides what the CPU computes instead; without one every miss is brought to `tier`.
+        """`tier` is the fastest tier, `below` the one it loads from, if any, `disk` the source of the lowest.
+        `scheduler` decides which misses the CPU computes; without one every miss is brought to `tier`.
 
         Every layer needs at least one slot in each tier.
         """
         self.tiers = (tier,) if below is None else (tier, below)
-        """The fastest one first."""
+        """All tiers, the fastest first."""
         if not all(each.cache.slots(layer) for each in self.tiers for layer in range(len(layouts))):
             raise ValueError("a layer without any slot cannot be served")
         self.tier = tier
@@ -54,17 +54,17 @@ class ExpertStore:
         """The different layouts of each layer."""
         self.routed = routed
         self.tokens = 0
-        """Tokens generated, counted by whoever generates."""
+        """Tokens generated so far; the engine counts them."""
         self.below = below
         self._copies = tier.source if isinstance(tier.source, CopySource) else None
         self.host: HostShare | None = None
-        """What the CPU computes beside a device; None: nothing."""
+        """The CPU's share of misses on a device; None: the CPU computes none."""
         self.custody: Custody = HostAlone()
-        """Who else decides what is in the slots of `tier`."""
+        """Whether a device may also change which expert is in which slot of `tier`; see gpu/custody.py."""
         self.stalls = StallAccount()
         self._arrivals = Arrivals(tier, self.stalls)
         self.prefill: PrefillStream | None = None
-        """What serves steps of many tokens; None: they are served like others, in waves."""
+        """Serves steps of many tokens; None: they are served like others, in waves."""
         if tier.cache.staging.slots >= 2:
             self.prefill = PrefillStream(tier, layouts, routed.top_k(0), self._arrivals)
         if scheduler is not None and below is not None and self._copies is not None:
@@ -82,17 +82,16 @@ class ExpertStore:
     ) -> Generator[list[Lease], None, None]:
         """Yield the experts (distinct, in the router's order) in groups, each as soon as it is readable.
 
-        Resident ones come first. Where there are more experts than slots they come in waves: a slot is
-        loaded again as soon as its expert has been consumed. `requested` is called once, after the misses
-        of the first wave were requested: the place for prefetches. Close the iterator if it is not run to
-        its end. One layer is served by one iterator at a time. Raises TransferError if an expert cannot be
-        brought.
+        Resident experts come first. If there are more experts than slots, they come in waves: a slot is
+        reloaded as soon as its expert has been consumed. `requested` is called once, after the loads of the
+        first wave's misses were started, which is the moment for prefetches. Close the iterator if it is not
+        exhausted. One iterator per layer may be open. Raises TransferError if an expert cannot be loaded.
 
-        With `tokens`, how many each expert has, some groups may be for the host (Lease.on_host; never mixed
-        with others): their experts stay in RAM. These come once the device has been given all that it can be,
-        so that it computes, and copies run, meanwhile.
+        With `tokens` (expert -> how many tokens it has), some groups may be for the CPU (Lease.on_host, never
+        mixed with others): their experts stay in RAM. These come after the device has been given everything
+        that is readable, so that its kernels and copies run meanwhile.
 
-        With `recent`, the answer of PrefillStream.recent, the step is a long one, which that serves.
+        With `recent`, what PrefillStream.recent returned, it is a long step, which the PrefillStream serves.
         """
         self.custody.release()
         self.tier.poll()
@@ -116,7 +115,7 @@ class ExpertStore:
         requested: Callable[[], None] | None,
         tokens: Callable[[int], int] | None,
     ) -> Generator[list[Lease], None, None]:
-        """`serve` where something has to be brought, or is computed by the host."""
+        """`serve` if some experts are absent, or the CPU computes some."""
         cache, layer = self.tier.cache, serving.layer
         serving.waves = not cache.fits(layer, serving.todo)
         if serving.waves:
@@ -131,7 +130,7 @@ class ExpertStore:
                     if requested is not None:
                         requested()
                     self._promote(serving, experts, tokens)
-                # A device is given what it has before it is told to wait for more.
+                # Give a device the experts that are readable before its stream waits for more.
                 if serving.waiting and not (serving.ready and self._copies is not None):
                     self._arrivals.collect(serving)
                 if not serving.ready:
@@ -140,7 +139,7 @@ class ExpertStore:
                     else:
                         self._wait(serving)
                     continue
-                # With more to come, one at a time: the slot that it frees loads while the next computes.
+                # With more to load, one at a time: the slot that it frees reloads while the next is computed.
                 group = serving.ready[:1] if serving.todo else serving.ready
                 serving.ready = serving.ready[len(group) :]
                 yield from self._hand_out(serving, group)
@@ -152,7 +151,7 @@ class ExpertStore:
                 self.host.release(layer, serving.host)
 
     def _hand_out(self, serving: Serving, group: list[int]) -> Generator[list[Lease], None, None]:
-        """Yield these experts, which are readable; where all fit, they stay pinned while others come."""
+        """Yield readable experts. If all of the step fit, they stay pinned while the others are loaded."""
         layer, slots = serving.layer, [serving.slots[expert] for expert in group]
         self._leased += len(slots)
         try:
@@ -171,7 +170,7 @@ class ExpertStore:
         requested: Callable[[], None] | None,
         tokens: Callable[[int], int] | None,
     ) -> Generator[list[Lease], None, None]:
-        """`serve` where the prefill stream brings what the host does not compute."""
+        """`serve` for a long step: the prefill stream serves all experts that the CPU does not compute."""
         assert self.prefill is not None
         needed, serving.todo = serving.todo, []
 
@@ -190,7 +189,7 @@ class ExpertStore:
     def _serve_residents(
         self, layer: int, experts: Sequence[int], requested: Callable[[], None] | None
     ) -> Generator[list[Lease], None, None]:
-        """`serve` where nothing has to be brought: most steps of most models."""
+        """`serve` if all experts are resident, as in most steps of most models."""
         arena, layouts = self.tier.arena, self.layouts[layer]
         slots = self.tier.cache.acquire(layer, experts).slots
         self._leased += len(slots)
@@ -204,12 +203,12 @@ class ExpertStore:
             self._end_leases(layer, slots)
 
     def _promote(self, serving: Serving, experts: Sequence[int], tokens: Callable[[int], int] | None) -> None:
-        """The link may be idle, now that the step's own loads and the prefetches have been asked for."""
+        """Use the link if it is idle, now that the step's own loads and the prefetches were started."""
         if self.host is not None and serving.host and tokens is not None:
             self.host.promote(serving.layer, serving.host, tokens, keep=experts)
 
     def _lend(self, serving: Serving, tokens: Callable[[int], int]) -> Generator[list[Lease], None, None]:
-        """Hand the host its experts: all at once, or one by one while others have still to be asked for."""
+        """Yield the CPU's experts: all at once, or one by one while loads have still to be started."""
         assert self.host is not None
         assert self.below is not None
         check_interrupt()
@@ -234,7 +233,7 @@ class ExpertStore:
         self.tier.poll()
 
     def slots(self, layer: int) -> int:
-        """Experts that the fastest tier holds of this layer."""
+        """How many slots the fastest tier has for this layer."""
         return self.tier.cache.slots(layer)
 
     def num_experts(self, layer: int) -> int:
@@ -243,8 +242,8 @@ class ExpertStore:
     def prefetch(self, layer: int, experts: Sequence[int], *, distance: int, budget_bytes: int) -> None:
         """Request absent experts of a later layer, likeliest first, behind all demand loads.
 
-        Never evicts one of `experts`. Stops where loads under way would exceed `budget_bytes`. In a long
-        step nobody is evicted: the prefill stream reads them ahead, as far as its ring goes.
+        Never evicts one of `experts`. Stops before loads in flight would exceed `budget_bytes`. In a long
+        step nothing is evicted: the prefill stream reads them ahead as far as its ring has room.
         """
         if self.prefill is not None and self.prefill.serving:
             self.prefill.guess(layer, experts)
@@ -265,7 +264,7 @@ class ExpertStore:
                 return
 
     def tally(self) -> Tally:
-        """Counts since load, for the record of each token: cheaper than `snapshot`."""
+        """Counts since the model was loaded, for the record of each token: cheaper than `snapshot`."""
         self.custody.settle_counts()
         counters = self.tier.cache.stats
         copied = self._copies.bytes_copied if self._copies else 0
@@ -286,10 +285,9 @@ class ExpertStore:
         )
 
     def empty(self, policy: str | None = None) -> None:
-        """Make absent every expert that had to be brought: what a measurement begins with.
+        """Evict every expert, except from a tier that has a slot for each: the start of a measurement.
 
-        Experts that have slots for good stay: all of a tier that holds them all. `policy`: another one from
-        now on, in the fastest tier. Blocks; nothing may be leased.
+        `policy`: the eviction policy of the fastest tier from now on. Blocks; nothing may be leased.
         """
         self.custody.release()
         for tier in self.tiers:
@@ -297,14 +295,14 @@ class ExpertStore:
                 tier.empty(policy if tier is self.tier else None)
 
     def close(self) -> None:
-        """Stop loads and free the slots, even where the device answers no more. Idempotent."""
+        """Stop loads and free the slots, even if the device no longer responds. Idempotent."""
         settle, self.routed.settle = self.routed.settle, None  # it may hold memory of the device
         with contextlib.suppress(RuntimeError):
             self.custody.release()
             if settle is not None:
                 settle()
         self.custody = HostAlone()
-        with contextlib.ExitStack() as undo:  # the fastest first, and the other whatever becomes of that
+        with contextlib.ExitStack() as undo:  # the fastest first; the other even if that raises
             for tier in reversed(self.tiers):
                 undo.callback(tier.close)
 
@@ -319,12 +317,12 @@ class ExpertStore:
             raise RuntimeError(f"{self._leased} leases were not given back")
 
     def _present_first(self, serving: Serving) -> None:
-        """Where there is no room for all, those that are here are used before a slot of theirs is taken."""
+        """Reorder `todo` so that resident experts are used before their slots are taken for absent ones."""
         cache, layer = self.tier.cache, serving.layer
         serving.todo.sort(key=lambda expert: cache.slot_of(layer, expert) is None)
 
     def _admit(self, serving: Serving) -> None:
-        """Pin as many of `todo` as there is room for, and start the loads of those that are absent."""
+        """Pin as many experts of `todo` as there are slots for, and start loads of the absent ones."""
         tier, cache, layer = self.tier, self.tier.cache, serving.layer
         wave = serving.todo[: cache.slots(layer)]
         if cache.shortage(layer, wave):
@@ -352,19 +350,19 @@ class ExpertStore:
         serving.ready += [expert for expert in wave if expert not in absent]
 
     def _wait(self, serving: Serving) -> None:
-        """Block until something moves, at most LOOK_SECONDS."""
+        """Block until some load makes progress, at most LOOK_SECONDS."""
         check_interrupt()
         layer, cache = serving.layer, self.tier.cache
         if serving.waiting or cache.loading(layer):
             self._arrivals.wait(serving)
-        elif serving.used:  # one of them is where only the next one would fit
+        elif serving.used:  # a used expert is in the only slot that the next one would fit
             cache.release(layer, serving.used)
             serving.used, serving.waves = [], True
         else:
             raise RuntimeError(f"every slot of layer {layer} is leased to another iterator")
 
     def _drop_unneeded(self, layer: int, experts: Sequence[int]) -> None:
-        """Give up what a long step has left in the ring, and wrong guesses for this layer, served now."""
+        """Drop what a long step left in the ring, and cancel wrong prefetches for this layer."""
         if self.tier.cache.staging.used and self.prefill is not None:
             self.prefill.clear(layer, experts)
         if loading := self.tier.cache.loading(layer):
@@ -377,7 +375,7 @@ class ExpertStore:
         return Lease(expert, self.tier.arena.buffer(layer, slot), self.layouts[layer][expert])
 
     def _end_leases(self, layer: int, slots: Sequence[int]) -> None:
-        """Last of all, since a device may refuse to say where its kernels are."""
+        """Call it last: recording an event on a lost device raises."""
         self._leased -= len(slots)
         if self._copies is not None:
             self._copies.read_by(layer, slots)
