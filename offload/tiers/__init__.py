@@ -1,1 +1,1 @@
-"""The memory of experts: arenas of slots, the device, and experts on their way between tiers."""
+"""The memory of experts: arenas of slots, devices, and the transfers between tiers."""

@@ -11,7 +11,7 @@ import torch
 from moe_local.offload.tiers.device import HostMemory
 
 PIN_BYTES = 256 << 20
-"""Memory is pinned in ranges of about this size, so that a refusal half-way leaves the first ones pinned."""
+"""Memory is pinned in ranges of about this size; if one is refused, those before it stay pinned."""
 
 
 Strides = Sequence[int | Sequence[int]]
@@ -43,7 +43,7 @@ class Arena:
         return self._buffers[layer][slot]
 
     def close(self) -> None:
-        """Give the memory up. Idempotent."""
+        """Free the memory. Idempotent."""
         self._buffers = [[] for _ in self._buffers]
 
 

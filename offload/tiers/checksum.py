@@ -1,4 +1,4 @@
-"""The checksum of an expert that is still being read: taken part by part, as parts arrive in any order."""
+"""The checksum of an expert that is still being read, whose parts arrive in any order."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import xxhash
 
 
 class RunningChecksum:
-    """xxh3_64 of a buffer, of what has arrived from its start on without a gap.
+    """xxh3_64 of a buffer, over the part from its start that has arrived without a gap.
 
-    Once an expert has been read, only its last part is left to be hashed, a fraction of the milliseconds
-    that all of it would. Nothing here locks: the caller sees to it that one thread at a time calls what there
-    is; only `add` may run beside the others.
+    When the last part has been read, only that is left to hash, a fraction of the milliseconds that hashing
+    all of it would take. Nothing here locks: the caller ensures that one thread at a time calls a method, but
+    `add` may run concurrently with the others.
     """
 
     def __init__(self, buffer: memoryview) -> None:
-        """`buffer` is exactly what is to be hashed; its owner keeps it until nobody hashes any more."""
+        """`buffer` holds exactly the bytes to hash; its owner keeps it alive until hashing has ended."""
         self._buffer = buffer
         self._hash = xxhash.xxh3_64()
         self._ends: dict[int, int] = {}
-        """Start -> end of parts that arrived and were not claimed yet."""
+        """Start -> end of parts that have arrived but were not claimed yet."""
         self._end = 0
         self.busy = False
-        """Whether a part has been claimed and not been added yet."""
+        """Whether a part has been claimed but not added yet."""
 
     @property
     def complete(self) -> bool:
@@ -42,7 +42,7 @@ class RunningChecksum:
         return self._buffer[start : self._end]
 
     def add(self, part: memoryview) -> None:
-        """Hash what was claimed. Other Python threads run meanwhile."""
+        """Hash the claimed part. Releases the GIL."""
         self._hash.update(part)
 
     def added(self) -> None:
@@ -50,5 +50,5 @@ class RunningChecksum:
         self.busy = False
 
     def digest(self) -> int:
-        """Of what has been added."""
+        """The checksum of all that has been added."""
         return self._hash.intdigest()

@@ -1,4 +1,4 @@
-"""Experts on their way from host memory to a device: copies with events, behind a tier that may read."""
+"""Copies of experts from host memory to a device, after the tier below has read them if necessary."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from moe_local.offload.tiers.tiers import Tier
 from moe_local.offload.tiers.transfer import Load, LoadState
 
 POLL_SECONDS = 0.0003
-"""How often copies are looked at while a read from disk is waited for: nothing wakes a host for both."""
+"""How often to poll copies while waiting for a read from disk: no wait of the host covers both."""
 
 _Place = tuple[int | Device, int]
-"""What tells slots apart: those of a layer, and those of the ring, which are of all layers of a device."""
+"""Identifies a slot: (layer, slot), or (device, slot) for the ring, which all layers of a device share."""
 
 
 class Watch(Protocol):
-    """Whoever wants to know what the link does."""
+    """An observer of the link between host and device."""
 
     def issued(self, key: ExpertKey, nbytes: int) -> None:
-        """A copy was given to the link."""
+        """A copy was issued."""
 
     def copied(self, key: ExpertKey, nbytes: int, seconds: float) -> None:
-        """A copy has ended, which ran for so long. To one device in the order in which they were issued."""
+        """A copy has ended after so many seconds. For one device, called in the order of issue."""
 
 
 class CopyLoad(Load):
@@ -45,13 +45,13 @@ class CopyLoad(Load):
 
 
 class CopySource:
-    """Copies experts from a tier in host memory to a device, or each layer's to its own, most urgent first.
+    """Copies experts from a tier in host memory to a device (or to the device of their layer), by priority.
 
-    A load passes through: waiting (the tier below has no slot for it yet, or reads it from its own
-    source), copying (issued on the copy stream, its event pending), finished. The expert stays pinned
-    below until the copy has ended, so its bytes cannot be replaced under the copy engine; the copy waits
-    for the slot's last reader, so no kernel loses its weights. What is staged here is staged below, too, if
-    it is not there: a prompt flushes neither tier.
+    A load is first waiting (the tier below has no slot for it yet, or reads it from its own source), then
+    copying (issued on the copy stream, its event pending), then finished. The expert stays pinned below until
+    the copy has ended, so that its bytes are not overwritten while they are copied; the copy waits for the
+    last kernel that reads the slot. An expert that is staged here and absent below is staged there, too, so a
+    prompt flushes neither tier.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class CopySource:
         device: Device | Sequence[Device],
         nbytes: Callable[[ExpertKey], int],
     ) -> None:
-        """`device`: one for all layers, or each layer's."""
+        """`device`: one for all layers, or one per layer."""
         self.finished: deque[Load] = deque()
         self.bytes_copied = 0
         self.watch: Watch | None = None
@@ -73,10 +73,10 @@ class CopySource:
         self._copying: list[CopyLoad] = []
         self._readers: dict[_Place, Event] = {}
         self._unmarked: set[_Place] = set()
-        """Slots whose last readers the device did not mark when it was asked to."""
+        """Slots for whose last readers no event could be recorded."""
 
     def read_by(self, layer: int, slots: Sequence[int]) -> None:
-        """All kernels that read these slots have been given to the device by now."""
+        """Call after all kernels that read these slots were launched."""
         places = [self._place(layer, slot) for slot in slots]
         try:
             event = self._devices[layer].record()
@@ -87,8 +87,8 @@ class CopySource:
             self._readers[place] = event
 
     def forget(self, layer: int, first: int) -> None:
-        """Block until nobody reads or writes the layer's slots from `first` on; no load goes there now."""
-        for load in [*self._copying]:  # claimed before its end
+        """Block until no kernel reads and no copy writes the layer's slots from `first` on."""
+        for load in [*self._copying]:  # a load can be claimed before its copy has ended
             if load.key.layer == layer and load.slot >= first and load.event is not None:
                 load.event.synchronize()
         self.poll()
@@ -134,7 +134,7 @@ class CopySource:
             self._finish(load, LoadState.DONE)
 
     def wait(self, seconds: float) -> None:
-        """Block until a load finished or its copy was issued, which is as good: kernels can wait for that."""
+        """Block until a load finished, or its copy was issued: kernels can be made to wait for that."""
         issued = self.bytes_copied
         self.poll()
         if self.finished or self.bytes_copied > issued:
@@ -150,7 +150,7 @@ class CopySource:
             self.cancel(load)
         for copying in self._copying:
             if copying.event is not None:
-                with contextlib.suppress(RuntimeError):  # a device that is gone does not write either
+                with contextlib.suppress(RuntimeError):  # a lost device does not write any more
                     copying.event.synchronize()
             self._release_lower(copying)
             self._finish(copying, LoadState.DONE)
@@ -159,7 +159,7 @@ class CopySource:
         self._unmarked.clear()
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless every load that needs its expert below has it pinned there."""
+        """Raise RuntimeError unless the experts of all loads that need them below are pinned there."""
         for load in (*self._waiting, *self._copying):
             held = self._lower.cache.pins(*load.key) > 0
             if load.lower_held and not held:
@@ -169,7 +169,7 @@ class CopySource:
                 raise RuntimeError(f"{load.key} is being copied and not held below")
 
     def _advance(self, load: CopyLoad) -> None:
-        """Move a waiting load on: pin it below, and issue its copy once it is there."""
+        """Advance a waiting load: pin its expert below, and issue the copy once it is resident there."""
         lower, key = self._lower, load.key
         if not load.lower_held and load.slot < 0 and lower.cache.staging.slots:
             self._pass_through(load)
@@ -187,14 +187,14 @@ class CopySource:
         try:
             there, _ = lower.claim(key)
         except TransferError as error:
-            load.lower_held = False  # the tier below has given the expert up, and with it our pin
+            load.lower_held = False  # the tier below has dropped the expert, and with it our pin
             self._fail(load, error)
             return
         if there:
             self._issue(load)
 
     def _pass_through(self, load: CopyLoad) -> None:
-        """Pin the expert of a staged load below where it is, or stage it, if there is room."""
+        """Pin the expert of a staged load in the tier below, or stage it there if there is room."""
         lower, key = self._lower, load.key
         if lower.cache.slot_of(*key) is None:
             slot = lower.cache.staging.stage(*key)
@@ -219,13 +219,13 @@ class CopySource:
             self._mark(layer)
             reader = self._readers.get(self._place(layer, load.slot))
             load.event = self._devices[layer].copy(destination, source, reader)
-        except (RuntimeError, MemoryError) as error:  # torch's errors of a device are RuntimeErrors
+        except (RuntimeError, MemoryError) as error:  # torch raises RuntimeErrors for device errors
             self._release_lower(load)
             self._fail(load, _failure(load.key, error))
             return
         self._readers.pop(self._place(layer, load.slot), None)
         load.state = LoadState.RUNNING
-        load.cause = "demand"  # from here on it is the link that is waited for, not the disk
+        load.cause = "demand"  # from now on a wait is for the link, not for the disk
         self._waiting.remove(load)
         self._copying.append(load)
         self.bytes_copied += load.nbytes
@@ -233,7 +233,7 @@ class CopySource:
             self.watch.issued(load.key, load.nbytes)
 
     def _mark(self, layer: int) -> None:
-        """Mark readers that could not be marked before: what the device was given by now includes them."""
+        """Record the events that could not be recorded before; a later event covers those kernels, too."""
         if self._unmarked:
             event = self._devices[layer].record()
             for place in [place for place in self._unmarked if place[0] in (layer, self._devices[layer])]:

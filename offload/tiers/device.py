@@ -30,8 +30,9 @@ LARGE = 10 << 20
 """torch's CUDA allocator asks the driver for whole PIECEs when a tensor has LARGE bytes or more."""
 
 PORTABLE, MAPPED = 1, 2
-"""cudaHostRegister's: pinned for copies to every card, not to the current one alone; and readable by kernels.
-Without any flag both are understood where host and device share addresses; with one of them, who knows."""
+"""Flags of cudaHostRegister: pinned for copies to every card, not only the current one, and readable by
+kernels. Where host and device share one address space, both are implied if no flag is given; with only one of
+them, that is not documented."""
 
 WINDOWS_REMEDY = (
     "set a smaller --vram, since Windows counts what is pinned as the card's, too, in WSL raise memory= in "
@@ -41,7 +42,7 @@ WINDOWS_REMEDY = (
 whatever the split (ashalliants/ninfer-3090, pull request 45)."""
 
 TRIAL = 32 << 20
-"""Bytes of a copy that is timed."""
+"""Bytes of a copy whose bandwidth is measured."""
 
 
 class Event(Protocol):
@@ -51,28 +52,28 @@ class Event(Protocol):
         """Whether everything before the point has happened. Does not block."""
 
     def synchronize(self) -> None:
-        """Block the host until it has."""
+        """Block the host until everything before the point has happened."""
 
 
 class Waited(Protocol):
     """A wait of the compute stream, timed by the device."""
 
     def seconds(self) -> float:
-        """How long the stream stood still; blocks the host until it knows."""
+        """How long the stream stood still; blocks the host until that is known."""
 
 
 class Copied(Event, Protocol):
     """The end of a copy."""
 
     def seconds(self) -> float:
-        """How long the copy ran, what it waited for not counted. Only once it has happened."""
+        """How long the copy ran, without its wait for other work. Only valid once it has happened."""
 
 
 class Idle(Protocol):
     """A moment from which on the compute stream has nothing new to do."""
 
     def end(self) -> Waited:
-        """The stream is given work again now: how long it had none."""
+        """Call when the stream gets work again; returns the wait that says how long it had none."""
 
 
 class Device(Protocol):
@@ -83,14 +84,14 @@ class Device(Protocol):
     def allocate(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes] in device memory, uninitialized. Raises DoesNotFitError.
 
-        Whatever used these bytes before is over when a copy begins or work of the compute stream does.
+        Earlier uses of these bytes have ended by the time that any copy or work of the compute stream begins.
         """
 
     def trim(self) -> None:
-        """Give memory that this process holds and does not use back to the driver, for other programs."""
+        """Return memory that this process caches but does not use to the driver, for other programs."""
 
     def taken_by_others(self) -> int | None:
-        """Bytes of the device that are neither free nor this process's tensors; None where nobody knows."""
+        """Bytes of the device that are neither free nor this process's tensors; None if unknown."""
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor, after: Event | None) -> Copied:
         """Copy host bytes to the device on the copy stream, once `after` has happened.
@@ -102,13 +103,13 @@ class Device(Protocol):
         """Copy bytes within the device on the compute stream. Returns at once."""
 
     def record(self) -> Event:
-        """The point that the compute stream has been given work up to now."""
+        """An event behind all work that the compute stream has been given so far."""
 
     def wait(self, event: Event) -> Waited:
         """Make later work of the compute stream wait for the event. Does not block the host."""
 
     def idle(self) -> Idle:
-        """The host turns to something else: from here on the compute stream has only what it was given."""
+        """Start timing how long the compute stream has no work: the host gives it no more for now."""
 
 
 class CudaDevice:
@@ -116,8 +117,8 @@ class CudaDevice:
 
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device
-        # torch has 32 streams of a priority, which it hands out in turn: of the usual one, this might be that
-        # on which another model's graph is being captured. To copies a priority makes no difference.
+        # torch hands out 32 streams per priority in turn. One of the default priority might be the stream on
+        # which another model's graph is being captured. Copies run the same at any priority.
         self._copy_stream = torch.cuda.Stream(torch_device, priority=-1)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -132,7 +133,7 @@ class CudaDevice:
                 f"{self.torch_device} refused {format_bytes(nbytes)} for expert slots, "
                 f"{format_bytes(free)} are free; close other programs on the card or set a smaller --vram"
             ) from error
-        # torch keeps memory for its stream: kernels that were given it before it came free may still run.
+        # torch reuses memory in the order of its stream: kernels that used it before may still be running.
         self._copy_stream.wait_stream(torch.cuda.current_stream(self.torch_device))
         return memory
 
@@ -250,10 +251,10 @@ class HostMemory:
     def pin(self, cuts: Sequence[int]) -> None:
         """Pin [cuts[0], cuts[1]), [cuts[1], cuts[2]) and so on; cuts are multiples of the page size.
 
-        A copy must not cross a cut. Where the system refuses (WSL, low locked-memory limits) the rest stays
-        pageable: correct, but copies from it are slower and hold the host up; says so once, with what they
-        cost. The last range that was pinned is given back then: whatever else is pinned, a little for every
-        token, would be refused, too, and that is an error.
+        A copy must not cross a cut. If the system refuses (WSL, low locked-memory limits), the rest stays
+        pageable: correct, but copies from it are slower and block the host; a warning says so once, with
+        their cost. The last pinned range is then unpinned again, since the small allocations that are pinned for
+        every token would be refused, too, and for those that is an error.
         """
         self._keep_from_children()
         base, ends = self.tensor.data_ptr(), [cuts[0]]
@@ -271,11 +272,11 @@ class HostMemory:
             self.pinned_bytes = end - cuts[0]
 
     def _keep_from_children(self) -> None:
-        """Let no process that is forked have a part in the memory.
+        """Do not share the memory with forked processes.
 
-        After a fork the first to write to a page gets a copy of it. Where that is this process, the device
-        would go on reading the page as it was, on kernels that do not look for pins (before 5.9, and WSL's);
-        others copy all that is pinned while they fork.
+        After a fork, whichever process writes to a page first gets a copy of it. If that is this one, the
+        device would go on reading the old page, on Linux kernels that ignore pins (before 5.9, and WSL's);
+        newer ones copy all pinned memory during the fork.
         """
         if self._mapping is not None and hasattr(mmap, "MADV_DONTFORK"):
             with contextlib.suppress(OSError):
@@ -299,7 +300,7 @@ class HostMemory:
         )
 
     def close(self) -> None:
-        """Unpin and let go; the system has the memory back once the last view of it is gone. Idempotent."""
+        """Unpin and release the memory; the system gets it back once the last view is gone. Idempotent."""
         for pointer in self._registered:
             torch.cuda.cudart().cudaHostUnregister(pointer)
         self._registered.clear()
@@ -307,16 +308,16 @@ class HostMemory:
 
 
 def _is_windows() -> bool:
-    """Whether Windows manages the card's memory: there, and in WSL."""
+    """Whether Windows manages the card's memory (WDDM): on Windows and in WSL."""
     from moe_local.offload.doctor.host import is_wsl
 
     return sys.platform == "win32" or is_wsl()
 
 
 def copy_rate(memory: torch.Tensor) -> float | None:
-    """Bytes a second of a copy of (a part of) host memory to the current CUDA device; None if it cannot be.
+    """Bytes per second of copying (a part of) host memory to the current CUDA device; None if that fails.
 
-    Clears that part, since pages that were never written are not what a copy will find.
+    Overwrites that part with zeros first, since pages that were never written copy at another speed.
     """
     source = memory[:TRIAL]
     if not torch.cuda.is_available() or not source.numel():
@@ -328,12 +329,12 @@ def copy_rate(memory: torch.Tensor) -> float | None:
         start = time.perf_counter()
         target.copy_(source)
         torch.cuda.current_stream().synchronize()
-    except RuntimeError:  # torch's errors of a device are RuntimeErrors, lack of memory among them
+    except RuntimeError:  # torch raises these for all device errors, out of memory included
         return None
     return source.numel() / (time.perf_counter() - start)
 
 
 def _forget_cuda_error() -> None:
-    """A refused registration stays CUDA's last error, which the next kernel launch would raise as its own."""
+    """Clear the error of a refused registration, which the next kernel launch would raise otherwise."""
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")

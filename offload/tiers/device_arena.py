@@ -1,4 +1,4 @@
-"""Slots in the memory of devices, in segments that can be given back one by one."""
+"""Slots in device memory, in segments that can be freed one by one."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from moe_local.offload.tiers.arena import Arena, Strides, sizes_of, views_of
 from moe_local.offload.tiers.device import Device
 
 SEGMENT_BYTES = 256 << 20
-"""About the size of a segment: what is given back at a time is at most this and one expert more."""
+"""About the size of a segment, which is what is freed at a time: at most this plus one expert."""
 
 SEGMENTS = 32
-"""A small arena has about so many segments, so that it can give way in small steps, too."""
+"""A small arena has about so many segments, so that it can shrink in small steps, too."""
 
 
 @dataclass(slots=True)
 class _Segment:
-    """Consecutive slots of a device's turn, in one allocation. Owns nothing but it."""
+    """Consecutive slots of a device, in the order of turns, in one allocation, which it owns."""
 
     slots: list[tuple[int, int]]
-    """(layer, slot) in the order in which they lie in memory."""
+    """(layer, slot) in the order of their memory."""
     nbytes: int
 
 
@@ -31,11 +31,11 @@ class DeviceArena(Arena):
 
     A layer's slots are on its device. On each device slots take turns: slot 0 of every layer, slot 1 of every
     layer, and so on, cut into segments that are allocations of their own. `give_back` frees a device's last
-    segment, so that memory comes back from all its layers evenly, the highest slots and, among these, the
-    last layers first. No address of a slot that stays ever changes.
+    segment, so that all its layers shrink evenly, the highest slots and, among these, the last layers first.
+    The addresses of the remaining slots never change.
 
-    `generation` counts the changes: whoever keeps addresses of slots, or counts on every expert having one,
-    compares it with what it was.
+    `generation` counts the changes: code that keeps addresses of slots, or relies on every expert having one,
+    compares it with its earlier value.
     """
 
     def __init__(
@@ -47,17 +47,17 @@ class DeviceArena(Arena):
         least: Sequence[int] | None = None,
         spare: int = 0,
     ) -> None:
-        """`device`: one for all layers, or each layer's.
+        """`device`: one for all layers, or one per layer.
 
-        Where a device refuses memory half-way the arena goes on with fewer slots, if every layer has `least`
-        of them (None: as many as asked for) when `spare` bytes have been left to others. Raises
-        DoesNotFitError otherwise, with nothing allocated.
+        If a device runs out of memory, the arena has fewer slots, provided that every layer has `least` of
+        them (None: as many as asked for) with `spare` bytes left free. Otherwise raises DoesNotFitError,
+        with nothing allocated.
         """
         self.devices = per_layer(device, len(strides))
         self.generation = 0
         self._least = tuple(slots if least is None else least)
         self._sizes = sizes_of(slots, strides)
-        """Bytes of each slot that was asked for."""
+        """Bytes of each requested slot."""
         super().__init__(strides, [[] for _ in strides], self.devices[0].torch_device)
         self._segments: dict[Device, list[_Segment]] = {device: [] for device in self.devices}
         try:
@@ -69,13 +69,13 @@ class DeviceArena(Arena):
 
     @property
     def nbytes(self) -> int:
-        """What all slots take now."""
+        """Bytes of all slots now."""
         return arena_bytes(self.slots, self._sizes)
 
     def next_to_go(self, device: Device) -> Mapping[int, int] | None:
-        """Slots left, by layer, once the device's last segment has been given back.
+        """The slots of each layer after the device's last segment was freed.
 
-        None where it cannot be: a layer would have less than its least.
+        None if it must not be freed: a layer would have fewer than its least.
         """
         segments = self._segments[device]
         if not segments:
@@ -86,7 +86,7 @@ class DeviceArena(Arena):
         return left if all(count >= self._least[layer] for layer, count in left.items()) else None
 
     def give_back(self, device: Device) -> int:
-        """Free the device's last segment, whose slots nobody reads or writes any more; its bytes."""
+        """Free the device's last segment, whose slots must no longer be read or written; its bytes."""
         segment = self._segments[device].pop()
         for layer, slot in reversed(segment.slots):
             if slot != len(self._buffers[layer]) - 1:
@@ -100,7 +100,7 @@ class DeviceArena(Arena):
         self._segments = {device: [] for device in self._segments}
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless the segments hold exactly the slots there are, in turn."""
+        """Raise RuntimeError unless the segments hold exactly the existing slots, in the order of turns."""
         for device, segments in self._segments.items():
             held = [place for segment in segments for place in segment.slots]
             slots = [count if self.devices[layer] is device else 0 for layer, count in enumerate(self.slots)]
@@ -139,7 +139,7 @@ class DeviceArena(Arena):
         self._segments[device].append(segment)
 
     def _cut(self, slots: Sequence[int], size: int) -> Iterator[_Segment]:
-        """The turns over these slots, in segments of `size` bytes at least."""
+        """These slots in the order of turns, cut into segments of at least `size` bytes."""
         segment = _Segment([], 0)
         for layer, slot in _turns(slots):
             segment.slots.append((layer, slot))
@@ -158,5 +158,5 @@ def _turns(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def per_layer(device: Device | Sequence[Device], layers: int) -> tuple[Device, ...]:
-    """The device of each layer, where one stands for all."""
+    """One device per layer; a single one is repeated."""
     return tuple(device) if isinstance(device, Sequence) else (device,) * layers

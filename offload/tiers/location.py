@@ -9,7 +9,7 @@ REPAIR = "check the disk, then repair it: moe-local verify MODEL --repair"
 
 
 class FileRange(NamedTuple):
-    """`nbytes` of a file from `offset` on, which belong into an expert's buffer from byte `at` on."""
+    """`nbytes` of a file from `offset` on, to be read to byte `at` of an expert's buffer."""
 
     path: Path
     offset: int
@@ -18,7 +18,7 @@ class FileRange(NamedTuple):
 
 
 class Location(NamedTuple):
-    """Where an expert's bytes are: `checksum` is xxh3_64 of them."""
+    """Where an expert's bytes are; `checksum` is their xxh3_64."""
 
     path: Path
     offset: int
@@ -31,19 +31,19 @@ class Location(NamedTuple):
 
     @property
     def remedy(self) -> str:
-        """What to do about damage."""
+        """What the user can do about damage, for error messages."""
         return REPAIR
 
 
 class ScatteredLocation(NamedTuple):
-    """Where the parts of an expert are that was never converted. Nobody knows a checksum of theirs."""
+    """Where the parts of an unconverted expert are. No checksum of them is known."""
 
     ranges: tuple[FileRange, ...]
     remedy: str
 
     @property
     def nbytes(self) -> int:
-        """Bytes to read; the expert's buffer has gaps between them."""
+        """Bytes to read. In the expert's buffer there are gaps between the parts."""
         return sum(part.nbytes for part in self.ranges)
 
     @property

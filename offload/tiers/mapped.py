@@ -1,4 +1,4 @@
-"""Whether a GPU's kernels can read host memory where it lies."""
+"""Whether kernels of a GPU can read host memory directly."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from moe_local.offload.tiers.device import HostMemory
 
 
 def is_mapped(memory: HostMemory) -> bool:
-    """Whether kernels of the current CUDA device see all of it at the addresses that the host has.
+    """Whether kernels of the current CUDA device can read all of the memory at the host's addresses.
 
-    What CUDA has registered is mapped as well where host and device share one space of addresses, as on all
-    64-bit systems; whether under the same address is up to the system. False where CUDA's driver cannot be
-    asked.
+    Registered memory is mapped where host and device share one address space, as on all 64-bit systems;
+    whether at the same address depends on the system. False if CUDA's driver cannot be asked.
     """
     driver = _driver()
     if driver is None or memory.pinned_bytes < memory.nbytes or not memory.registered:
@@ -31,7 +30,7 @@ def is_mapped(memory: HostMemory) -> bool:
 
 @cache
 def _driver() -> Any:
-    """CUDA's driver library, which is there wherever its devices are; None: it is not."""
+    """CUDA's driver library, which is installed wherever there is a device; None without it."""
     try:
         return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

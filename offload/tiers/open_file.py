@@ -17,7 +17,7 @@ class OpenFile(NamedTuple):
 
     plain: int
     direct: int | None
-    """Past the page cache; None where that is refused or was not asked for."""
+    """For reads past the page cache; None if that was refused or not asked for."""
 
     @classmethod
     def open(cls, path: Path, direct: bool) -> OpenFile:
@@ -25,11 +25,11 @@ class OpenFile(NamedTuple):
         return cls(open_for_reading(path), open_directly(path) if direct else None)
 
     def read_directly(self, buffer: memoryview, start: int) -> int:
-        """Bytes read from the file's byte `start` on: none where that is not for direct access, or fails."""
+        """Read past the page cache from byte `start` on; the bytes read, 0 if that is impossible or fails."""
         address = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if len(buffer) else 0
         if self.direct is None or (start | len(buffer) | address) % PAGE:
             return 0
-        with contextlib.suppress(OSError):  # what the ordinary read will find as well, and tell
+        with contextlib.suppress(OSError):  # the ordinary read will meet the same error and report it
             return read_at(self.direct, buffer, start)
         return 0
 

@@ -1,4 +1,4 @@
-"""Taking slots away from a device's tier while it is in use, to give their memory back."""
+"""Removes slots from a device's tier while it is in use, to free their memory."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from moe_local.offload.tiers.tiers import Tier
 
 
 def shrink(tier: Tier, arena: DeviceArena, nbytes: int, device: Device) -> int:
-    """Give slots of `device` up until `nbytes` have come back or no more can go; the bytes that came back.
+    """Free slots of `device` until `nbytes` have been freed or no more can be; the bytes freed.
 
-    The tier's `arena` says which slots are next. What they hold is evicted; loads into them are cancelled, or
-    waited for where they cannot be; kernels that read them are waited for. Ends at a leased slot: whoever has
-    the lease may go on. Where a Ctrl-C raises KeyboardInterrupt, all tables agree.
+    The tier's `arena` says which slots are next. Their experts are evicted; loads into them are cancelled or,
+    if that is impossible, waited for, and so are kernels that read them. Stops at a leased slot, whose lease
+    stays valid. All tables are consistent if a Ctrl-C raises KeyboardInterrupt.
     """
     source = tier.source
     assert isinstance(source, CopySource)
@@ -36,7 +36,7 @@ def shrink(tier: Tier, arena: DeviceArena, nbytes: int, device: Device) -> int:
 
 
 def _clear(tier: Tier, source: CopySource, left: Mapping[int, int]) -> bool:
-    """Take all but the first slots of these layers from the cache; False, and nothing, if one is leased."""
+    """Remove all but the first slots of these layers from the cache; False, and nothing, if one is leased."""
     cache = tier.cache
     held = [ExpertKey(layer, e) for layer, count in left.items() for e in cache.in_slots(layer, count)]
     if any(cache.pins(*key) for key in held):

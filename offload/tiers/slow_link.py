@@ -1,7 +1,7 @@
-"""A card behind a slower link than its own: what a consumer's slot would make of the same copies.
+"""Simulates a slower link to the card, such as that of a consumer's slot.
 
-For measurements only. `MOE_LOCAL_LINK_LIMIT=25GB` holds copies of experts to so many bytes a second: behind
-each, the copy stream spins for the time that the slower link would have taken longer.
+For measurements only. `MOE_LOCAL_LINK_LIMIT=25GB` limits copies of experts to so many bytes per second: after
+each copy, the copy stream spins for the additional time that the slower link would have taken.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ SAMPLE_CYCLES = 20_000_000
 
 
 def link_limit() -> int | None:
-    """Bytes a second that copies are held to; None: to nothing. Raises OptionError for nonsense."""
+    """The limit in bytes per second; None: there is none. Raises OptionError for invalid values."""
     text = os.environ.get(VARIABLE)
     return parse_bytes(text, VARIABLE) if text else None
 
 
 def held(speeds: Bandwidths) -> Bandwidths:
-    """The bandwidths of this machine as they are with the limit, if there is one."""
+    """This machine's bandwidths with the limit applied, if there is one."""
     limit = link_limit()
     return speeds if limit is None else replace(speeds, h2d=min(speeds.h2d, float(limit)))
 
 
 def cuda_device(torch_device: torch.device) -> CudaDevice:
-    """The card, behind a slower link where one is asked for."""
+    """The card, behind a slower link if a limit is set."""
     limit = link_limit()
     return CudaDevice(torch_device) if limit is None else SlowLink(torch_device, limit)
 
 
 class SlowLink(CudaDevice):
-    """Copies take as long as with `bytes_per_s`, or as long as they take anyway."""
+    """A card whose copies take at least as long as with `bytes_per_s`."""
 
     def __init__(self, torch_device: torch.device, bytes_per_s: float) -> None:
         """Measures the card's own link and clock, which takes some milliseconds."""
@@ -68,5 +68,5 @@ class SlowLink(CudaDevice):
 
 
 def spin_cycles(wanted_s: float, own_s: float, cycle_s: float) -> float:
-    """Cycles to spin for a byte that is to take `wanted_s` and takes `own_s` by itself."""
+    """Cycles to spin per byte, which should take `wanted_s` and by itself takes `own_s`."""
     return max(0.0, wanted_s - own_s) / cycle_s

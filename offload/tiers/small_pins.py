@@ -1,4 +1,4 @@
-"""Small tensors in pinned memory, for copies that nobody waits for; or in any, where none is pinned."""
+"""Small tensors in pinned memory, for asynchronous copies; in pageable memory if pinning is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe_local.cache.errors import first_line
 logger = logging.getLogger(__name__)
 
 _refused = False
-"""Whether the system has refused once: it is not asked again, since each refusal takes time."""
+"""Whether the system has refused once; it is not asked again, since each refusal takes time."""
 
 
 def pinned_for(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
@@ -20,10 +20,10 @@ def pinned_for(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a tensor on the CPU in pinned memory; itself where that is refused, which is said once.
+    """A copy of a CPU tensor in pinned memory; the tensor itself, with one warning, if that is refused.
 
-    In WSL and Windows a process that has been refused memory for its experts may be refused any from then on.
-    Copies from memory that is not pinned hold the host up, and are right.
+    On WSL and Windows, a process that was refused pinned memory for its experts may be refused any from then
+    on. Copies from pageable memory block the host, but are correct.
     """
     global _refused
     if _refused:

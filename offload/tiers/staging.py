@@ -1,4 +1,4 @@
-"""The memory of one tier with a staging ring: the layers' slots, and some that belong to none."""
+"""The memory of a tier with a staging ring: the slots of its layers, and slots that belong to no layer."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from moe_local.offload.tiers.device_arena import DeviceArena
 
 
 class Slots(Protocol):
-    """Where a tier's experts lie; an Arena, or one with a ring beside it."""
+    """The memory of a tier's slots: an Arena, or one with a ring beside it."""
 
     @property
     def device(self) -> torch.device:
-        """Where the first layer's slots are."""
+        """The device of the first layer's slots."""
 
     @property
     def nbytes(self) -> int:
-        """What all slots take now."""
+        """Bytes of all slots now."""
 
     def buffer(self, layer: int, slot: int) -> torch.Tensor:
-        """uint8, the slot, as long at least as any expert that the cache puts there."""
+        """The slot, uint8, at least as long as any expert that the cache puts there."""
 
     def close(self) -> None:
-        """Give the memory up. Idempotent."""
+        """Free the memory. Idempotent."""
 
 
 class StagedArena:
-    """An arena and a ring of slots -1, -2 ..., as long as any layer's. Owns both.
+    """An arena and a ring of slots -1, -2 ..., each as long as the longest slot of any layer. Owns both.
 
-    Where the arena is on several devices, each slot of the ring has memory on all of them, and a layer's is
-    what is on its own: of that memory one at most is in use. So whoever deals slots out need not know where
-    layers are, and what is read ahead for a layer of the next device takes its turn as on a single one.
+    If the arena is on several devices, each slot of the ring has memory on all of them, and a layer uses that
+    on its own device; at most one of these is in use at a time. So the cache need not know which device a
+    layer is on, and reading ahead for a layer of the next device works as on a single one.
     """
 
     def __init__(self, own: HostArena | DeviceArena, ring: HostArena | DeviceArena) -> None:
-        """`ring`: for each device of `own`, in the order of its layers, a layer of equally many slots."""
+        """`ring`: one layer of slots, equally many, for each device of `own`, in the order of its layers."""
         devices = _devices(own)
         if (
             min(ring.strides) < max(own.strides)
@@ -50,17 +50,17 @@ class StagedArena:
         self.own = own
         self._ring = ring
         self._card = [_devices(ring).index(device) for device in devices]
-        """Which layer of the ring's is that of each layer."""
+        """For each layer of `own`, the layer of the ring that is on the same device."""
         self.device = own.device
 
     @classmethod
     def beside(cls, own: DeviceArena, slots: int, stride: int) -> StagedArena:
-        """With `slots` of `stride` bytes on each device of `own`; with none if one of these refuses them."""
+        """With `slots` ring slots of `stride` bytes on each device of `own`; with none if one refuses."""
         devices = tuple(dict.fromkeys(own.devices))
         strides = [stride] * len(devices)
         try:
             return cls(own, DeviceArena([slots] * len(devices), strides, devices))
-        except DoesNotFitError:  # prompts go through the layers' own slots then
+        except DoesNotFitError:  # prompts then use the layers' own slots
             return cls(own, DeviceArena([0] * len(devices), strides, devices))
 
     @property
@@ -80,5 +80,5 @@ class StagedArena:
 
 
 def _devices(arena: HostArena | DeviceArena) -> list[Device | torch.device]:
-    """Where each layer's slots are."""
+    """The device of each layer's slots."""
     return [*arena.devices] if isinstance(arena, DeviceArena) else [arena.device] * len(arena.strides)

@@ -20,7 +20,7 @@ from moe_local.offload.tiers.staging import Slots, StagedArena
 from moe_local.offload.tiers.transfer import DEMAND, Load, LoadState, Source
 
 PRELOAD_WINDOW = 16
-"""Experts under way at a time while a tier is filled: enough to keep the threads busy."""
+"""Loads in flight while a tier is filled: enough to keep the reader threads busy."""
 
 
 class Tier:
@@ -38,8 +38,8 @@ class Tier:
         source: Source,
         device: Device | Sequence[Device] | None = None,
     ) -> None:
-        """`device`: whose kernels read the arena asynchronously, one for all layers or each layer's; None:
-        the host itself computes."""
+        """`device`: whose kernels read the arena asynchronously, one for all layers or one per layer; None:
+        the CPU computes."""
         self.cache = cache
         self.arena = arena
         self.source = source
@@ -47,19 +47,19 @@ class Tier:
         self._loads: dict[ExpertKey, Load] = {}
         self._failures: dict[ExpertKey, TransferError] = {}
         self.emptied = 0
-        """How often `empty` was called: whoever remembers who is where compares it with what it was."""
+        """How often `empty` was called; code that remembers where experts are compares it."""
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        """The devices that the arena is on, each once."""
+        """The devices of the arena, each once."""
         return tuple(dict.fromkeys(self._devices or ()))
 
     def device_of(self, layer: int) -> Device | None:
-        """Whose kernels read the layer's slots asynchronously; None where the host itself computes."""
+        """The device whose kernels read the layer's slots asynchronously; None: the CPU computes."""
         return None if self._devices is None else self._devices[layer]
 
     def poll(self) -> None:
-        """Take note of loads that came to their end. Does not block."""
+        """Update the cache from loads that have ended. Does not block."""
         self.source.poll()
         finished = self.source.finished
         while finished:
@@ -71,46 +71,46 @@ class Tier:
         self._loads[key] = self.source.start(key, slot, priority)
 
     def promote(self, key: ExpertKey, priority: int = DEMAND) -> None:
-        """An expert under way is wanted sooner than it was; DEMAND: now."""
+        """Raise the priority of a load in flight; DEMAND: it is needed now."""
         load = self._loads[key]
         load.joined = True
         self.source.promote(load, priority)
 
     def cancel(self, key: ExpertKey) -> None:
-        """Give a load under way up, if it can be; its slot is free once the load has ended."""
+        """Cancel a load in flight, if possible; its slot is free once the load has ended."""
         self.source.cancel(self._loads[key])
 
     def give_up(self, key: ExpertKey) -> None:
-        """Take back one pin of an expert; if it was the last and the expert is still under way, stop that."""
+        """Remove one pin of an expert; if it was the last and the expert is still loading, cancel that."""
         if self._failures.pop(key, None) is not None:
-            return  # it failed, and its pins went with it
+            return  # its load failed, which removed its pins
         self.cache.release(key.layer, [key.expert])
         if key in self._loads and not self.cache.pins(*key):
             self.cancel(key)
 
     def cause(self, key: ExpertKey) -> str:
-        """What a wait for this expert's load is charged to: a field of StallSeconds."""
+        """The cause that a wait for this expert's load is charged to: a field of StallSeconds."""
         return self._loads[key].cause
 
     def copying(self, key: ExpertKey) -> bool:
-        """Whether the copy of an expert under way has been issued, so that it will come by itself."""
+        """Whether the copy of a loading expert was issued, so that it completes without the host."""
         return self._loads[key].event is not None
 
     @property
     def loading(self) -> bool:
-        """Whether anything is under way."""
+        """Whether any load is in flight."""
         return bool(self._loads)
 
     @property
     def bytes_in_flight(self) -> int:
-        """Bytes that loads under way have still to bring."""
+        """Bytes that the loads in flight have still to transfer."""
         return sum(load.nbytes - load.moved for load in self._loads.values())
 
     def claim(self, key: ExpertKey) -> tuple[bool, Waited | None]:
-        """Whether kernels may be given the expert now, and the device's wait for its copy, if any.
+        """Whether kernels that read the expert may be launched now, and the device's wait for its copy.
 
-        True when it is resident, or when its copy has been issued: then the compute stream is told to
-        wait for the copy, and the host goes on. Raises the load's error if it failed.
+        True if it is resident, or if its copy was issued: then the compute stream is made to wait for the
+        copy, and the host goes on. Raises the load's error if it failed.
         """
         if error := self._failures.pop(key, None):
             raise error
@@ -125,7 +125,7 @@ class Tier:
         return True, waited
 
     def preload(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Bring every expert into a slot of its own; `progress` gets (experts brought, experts in all).
+        """Load every expert into a slot of its own; `progress` is called with (experts loaded, all experts).
 
         For a tier with as many slots as experts. Blocks. Raises the first load's error.
         """
@@ -145,13 +145,13 @@ class Tier:
                 progress(total - len(keys) - len(self._loads), total)
 
     def empty(self, policy: str | None = None) -> None:
-        """Make every expert absent; loads under way are given up first. `policy`: another one from now on.
+        """Cancel all loads and evict every expert. `policy`: the eviction policy from now on.
 
-        Blocks until nothing writes to a slot any more. Nothing may be leased.
+        Blocks until no load writes to a slot any more. Nothing may be leased.
         """
         for key in list(self._loads):
             self.cancel(key)
-        while self._loads or self.source.busy:  # a copy that was claimed has its expert pinned below
+        while self._loads or self.source.busy:  # the expert of a claimed copy is still pinned below
             self.source.wait(LOOK_SECONDS)
             check_interrupt()
             self.poll()
@@ -160,7 +160,7 @@ class Tier:
         self.emptied += 1
 
     def close(self) -> None:
-        """Stop loads, then free the memory. Idempotent; leases that are still out lose their buffers."""
+        """Stop loads, then free the memory. Idempotent. Leases that are still held lose their buffers."""
         try:
             self.source.close()
         finally:
@@ -198,7 +198,7 @@ class Tier:
             del self._loads[key]
             self.cache.complete(*key)
         elif wanted and slot is not None and (load.state is LoadState.CANCELLED or load.joined):
-            # Given up before it was needed again, or failed for a reason that may be gone by now.
+            # It was cancelled before it was needed again, or failed for a reason that may be gone by now.
             self.bring(key, slot, load.priority)
         else:
             del self._loads[key]

@@ -1,7 +1,8 @@
-"""Experts on their way from the disk to host memory: reader threads, priorities, cancellation.
+"""Reads experts from disk to host memory: reader threads, priorities, cancellation.
 
 The engine's thread starts, joins and cancels loads; reader threads only read. A load is cut into pieces
-so that demand overtakes queued prefetches within a few megabytes (either alone gains nothing: measured).
+so that demand overtakes queued prefetches within a few megabytes (measured: neither priorities nor pieces
+alone gain anything).
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from moe_local.offload.tiers.open_file import OpenFile
 logger = logging.getLogger(__name__)
 
 DEMAND = 0
-"""Priority of a load that a kernel waits for; prefetches are 1 and up, farther layers higher."""
+"""Priority of a load that a kernel waits for; prefetches have 1 and up, more for farther layers."""
 
 DAMAGED = "has a wrong checksum: the file is damaged"
 CLOSING_S = 10.0
-"""How long `close` waits for reads under way; the disk that one hangs at may never give it back."""
+"""How long `close` waits for reads in flight; one from a disk that hangs may never return."""
 STUCK = (
     "is still being read {:.0f} s after the model was closed; its memory stays taken until the disk answers"
 )
@@ -79,11 +80,11 @@ class Load:
         self.event: Copied | None = None
         """The end of its copy, once the copy has been issued; None for loads that end in host memory."""
         self.cause = "disk"
-        """What a wait for this load is charged to, a field of StallSeconds."""
+        """The cause that a wait for this load is charged to, a field of StallSeconds."""
         self.joined = False
-        """Whether somebody has come to need it after it was begun."""
+        """Whether a layer asked for the expert while the load was in flight."""
         self.cancelled = False
-        """Asked to stop; pieces under way still land."""
+        """Whether it was asked to stop; pieces in flight are still written."""
         self.left = 0
         """Pieces not read yet."""
         self.in_flight = 0
@@ -91,22 +92,22 @@ class Load:
 
     @property
     def finished(self) -> bool:
-        """Whether nobody writes to the slot any more."""
+        """Whether nothing writes to the slot any more."""
         return self.state in (LoadState.DONE, LoadState.FAILED, LoadState.CANCELLED)
 
 
 class Source(Protocol):
-    """Where a tier's misses come from. Used by one thread."""
+    """Loads the misses of a tier. Used by one thread."""
 
     finished: deque[Load]
-    """Loads that came to their end since the owner last looked; the owner pops them."""
+    """Loads that have ended and that the owner has not popped yet."""
 
     @property
     def busy(self) -> bool:
-        """Whether anything is on its way, as far as was seen when it was last polled."""
+        """Whether any load is in flight, as of the last poll."""
 
     def start(self, key: ExpertKey, slot: int, priority: int) -> Load:
-        """Begin to bring `key` into the slot. Returns at once; what goes wrong fails the load."""
+        """Start loading `key` into the slot. Returns at once; an error fails the load."""
 
     def promote(self, load: Load, priority: int) -> None:
         """Serve a load that was started earlier at a more urgent priority. Never reads twice.
@@ -115,16 +116,16 @@ class Source(Protocol):
         """
 
     def cancel(self, load: Load) -> None:
-        """Stop as soon as possible; the load turns up in `finished`, and only then is its slot free."""
+        """Stop as soon as possible; the slot is free only once the load has appeared in `finished`."""
 
     def poll(self) -> None:
-        """Give the source a chance to advance what it does in this thread."""
+        """Let the source do what it has to do in this thread."""
 
     def wait(self, seconds: float) -> None:
-        """Block until something finished, at most so long."""
+        """Block until some load has finished, at most so long."""
 
     def close(self) -> None:
-        """Stop and join threads; loads under way end, most of them as cancelled. Idempotent."""
+        """Stop and join threads; loads in flight end, most of them as cancelled. Idempotent."""
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if the source's tables disagree."""
@@ -132,19 +133,19 @@ class Source(Protocol):
 
 @dataclass(slots=True)
 class _Job:
-    """A load under way from a file into a slot."""
+    """A load in flight from a file into a slot."""
 
     load: Load
     location: Location | ScatteredLocation
     buffer: memoryview
     checksum: RunningChecksum | None
-    """None if nothing is to be checked."""
+    """None if the expert is not to be checked."""
     arrived: bool = False
-    """Whether all of it was read before anybody gave it up."""
+    """Whether all of it was read before it was cancelled."""
 
     @property
     def idle(self) -> bool:
-        """Whether nobody reads into the slot, or hashes what is there."""
+        """Whether no thread reads into the slot or hashes its contents."""
         return not self.load.in_flight and (self.checksum is None or not self.checksum.busy)
 
 
@@ -152,13 +153,13 @@ class FileSource:
     """Reads experts from their files in threads, in pieces, most urgent first.
 
     Threads share one heap under one lock. Each slot is written by the pieces of one load only, and
-    the owner gives a slot away only after its load has turned up in `finished`, so no two loads ever
-    write the same slot. A failed read fails its load and leaves the thread alive.
+    the owner reuses a slot only after its load has appeared in `finished`, so no two loads ever write the
+    same slot. A failed read fails its load and leaves the thread alive.
 
     `locate` says where an expert lies; `target(layer, slot)` gives the slot's memory, at least as long as
-    the expert. The first read of every expert is checked against its checksum, if it has one, while the rest
-    of it is still being read. `direct` reads past the page cache where file, offset and memory allow it: for
-    experts that would not find their like in it again.
+    the expert. The first read of every expert is compared with its checksum, if it has one, while the rest
+    of it is still being read. `direct` reads past the page cache where file, offset and memory allow it, for
+    models that are too large for the page cache to help.
     """
 
     def __init__(
@@ -177,7 +178,7 @@ class FileSource:
         self._target = target
         self._piece_bytes = piece_bytes
         self.direct = direct
-        """Past the page cache; for files that are opened from now on."""
+        """Whether files that are opened from now on are read past the page cache."""
         self._heap: list[tuple[int, int, Load, FileRange]] = []  # (priority, sequence, load, what to read)
         self._sequence = itertools.count()
         self._jobs: dict[ExpertKey, _Job] = {}
@@ -185,8 +186,8 @@ class FileSource:
         self._files: dict[Path, OpenFile] = {}
         self._closed = False
         self._lock = threading.Lock()
-        self._queued = threading.Condition(self._lock)  # as many threads wake as there are pieces: a herd
-        self._ended = threading.Condition(self._lock)  # of them takes longer than a small expert's read
+        self._queued = threading.Condition(self._lock)  # wakes as many threads as there are pieces: to wake
+        self._ended = threading.Condition(self._lock)  # all takes longer than reading a small expert
         self._working = threads
         self._threads = [
             threading.Thread(target=self._work, name=f"moe-local-read-{i}", daemon=True)
@@ -243,10 +244,10 @@ class FileSource:
                 self._finish(load, LoadState.CANCELLED)
 
     def poll(self) -> None:
-        """Nothing to do here: the threads advance by themselves."""
+        """Does nothing: the threads advance by themselves."""
 
     def wait(self, seconds: float) -> None:
-        """As Source. Raises TransferError if that many waits in a row brought nothing; reads go on."""
+        """See Source. Raises TransferError if no read has progressed for too long (Patience); reads go on."""
         with self._lock:
             if not self.finished:
                 self.patience.wait(self._ended, seconds)
@@ -256,9 +257,9 @@ class FileSource:
                 raise _failure(job.load.key, job.location.ranges[0].path, SLOW.format(self.patience.seconds))
 
     def close(self) -> None:
-        """As Source, but leaves a thread behind whose read does not come back, and says so.
+        """See Source. A thread whose read does not return is left behind, with a warning.
 
-        The memory that it reads into lives until then.
+        The memory that it reads into stays allocated until then.
         """
         with self._lock:
             self._closed = True
@@ -280,7 +281,7 @@ class FileSource:
             self._jobs.clear()
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless every unread piece of a load under way is queued or being read."""
+        """Raise RuntimeError unless every unread piece of a load in flight is queued or being read."""
         with self._lock:
             queued = Counter(entry[2] for entry in self._heap)
             for load in (job.load for job in self._jobs.values()):
@@ -297,7 +298,7 @@ class FileSource:
                     self._queued.wait()
                 if self._closed:
                     self._working -= 1
-                    if not self._working:  # files are open for as long as anybody may read them
+                    if not self._working:  # the last thread closes the files
                         for file in self._files.values():
                             file.close()
                         self._files.clear()
@@ -323,7 +324,7 @@ class FileSource:
                 self.bytes_read += piece.nbytes
             else:
                 load.error = load.error or error
-                load.cancelled = True  # its other pieces are of no use
+                load.cancelled = True  # its other pieces are useless
             job.arrived = load.left == 0 and not load.cancelled
             if check is not None and error is None:
                 check.arrived(piece.at, piece.nbytes)
@@ -335,7 +336,7 @@ class FileSource:
                 part = self._next_part(job)
 
     def _next_part(self, job: _Job) -> memoryview | None:
-        """Under the lock: what this thread is to hash of a load; None: nothing, and the load may be over."""
+        """Under the lock: the part of a load that this thread should hash, or None; may finish the load."""
         if job.checksum is not None and (job.arrived or not job.load.cancelled):
             part = job.checksum.claim()
             if part is not None:
@@ -344,7 +345,7 @@ class FileSource:
         return None
 
     def _conclude(self, job: _Job) -> None:
-        """Under the lock: finish a load if nothing is left to be done for it."""
+        """Under the lock: finish a load if no work is left for it."""
         load, check = job.load, job.checksum
         if load.finished or not job.idle:
             return
@@ -367,7 +368,7 @@ class FileSource:
             yield FileRange(part.path, part.offset + start, nbytes, part.at + start)
 
     def _finish(self, load: Load, state: LoadState) -> None:
-        """Under the lock. The last thing that happens to a load."""
+        """Under the lock: end a load."""
         load.state = state
         self._jobs.pop(load.key, None)
         self.finished.append(load)
@@ -375,7 +376,7 @@ class FileSource:
 
 
 def _read(file: OpenFile, job: _Job, piece: FileRange) -> TransferError | None:
-    """Fill the piece's place in the buffer; the error, if any, is for the load."""
+    """Read a piece into its place in the buffer; returns the error, if any."""
     key = job.load.key
     buffer = job.buffer[piece.at : piece.at + piece.nbytes]
     done = file.read_directly(buffer, piece.offset)
@@ -387,7 +388,7 @@ def _read(file: OpenFile, job: _Job, piece: FileRange) -> TransferError | None:
             done += count
     except OSError as error:
         return _failure(key, piece.path, f"could not be read: {error.strerror}; check the disk")
-    except Exception as error:  # whatever it is, the thread must live on and somebody must hear of it
+    except Exception as error:  # whatever it is, the thread must survive and the error be reported
         return _failure(key, piece.path, f"could not be read: {error!r}")
     return None
 
