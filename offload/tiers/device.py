@@ -253,8 +253,8 @@ class HostMemory:
 
         A copy must not cross a cut. If the system refuses (WSL, low locked-memory limits), the rest stays
         pageable: correct, but copies from it are slower and block the host; a warning says so once, with
-        their cost. The last pinned range is then unpinned again, since the small allocations that are pinned for
-        every token would be refused, too, and for those that is an error.
+        their cost. The last pinned range is then unpinned again, since the small allocations that are pinned
+        for every token would be refused, too, and for those that is an error.
         """
         self._keep_from_children()
         base, ends = self.tensor.data_ptr(), [cuts[0]]
