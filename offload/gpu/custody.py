@@ -12,7 +12,10 @@ class Custody(Protocol):
         """Bring the counts of hits, misses, bytes and stalls up to the last token. Waits for the device."""
 
     def catch_up(self) -> None:
-        """Bring counts and the cache's tables up to the last token. Waits for the device."""
+        """Bring counts and the cache's tables up to the last token. Waits for the device.
+
+        gpu/device_misses.py returns at once, with nothing updated, if another thread calls it during a token.
+        """
 
     def release(self) -> None:
         """Hand the slots back: the host's tables are up to date, and the device reads and writes no slot."""

@@ -72,7 +72,7 @@ class DeviceMisses:
     """
 
     def __init__(self, store: ExpertStore, grouped: GroupedExperts, fetch: Fetch) -> None:
-        """`store` must be one for which `hindrance` returns None."""
+        """For a store that engine/miss_trial's `hindrance` has accepted."""
         assert store.below is not None
         assert isinstance(store.tier.source, CopySource)
         assert isinstance(store.below.arena, StagedArena)
@@ -148,7 +148,7 @@ class DeviceMisses:
         return self._layers[number]
 
     def serves(self, number: int) -> bool:
-        """Whether a capture of the layer may be replayed. Once it was served: the addresses never change."""
+        """Whether a capture of the layer may be replayed: from its first token on, no address changes."""
         return number in self._layers
 
     def run(self, number: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

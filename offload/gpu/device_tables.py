@@ -99,7 +99,7 @@ class DeviceTables:
         self._state.copy_(self._mirror, non_blocking=True)
 
     def send(self, lists: Sequence[Sequence[int]], known: Sequence[int], changed: Iterable[int]) -> None:
-        """Send new lists of slots to fill for the layers `changed`, which take `tokens` into account."""
+        """Send the layers `changed` new lists of slots to fill; `known`: the last token that each covers."""
         for layer in changed:
             self._write(layer, lists[layer], known[layer])
         self._state[self._lists].copy_(self._mirror[self._lists], non_blocking=True)

@@ -310,7 +310,7 @@ class PrefillStream:
         self._tier.poll()
 
     def _house(self, layer: int, expert: int, recent: Sequence[int]) -> list[int]:
-        """Move a staged expert from the ring to a slot of its layer; that slot, or None if there is none.
+        """Move a staged expert from the ring to a slot of its layer; [slot], or [] if there is none.
 
         The copy takes a fraction of the time that loading it again would.
         """

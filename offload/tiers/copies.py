@@ -87,7 +87,10 @@ class CopySource:
             self._readers[place] = event
 
     def forget(self, layer: int, first: int) -> None:
-        """Block until no kernel reads and no copy writes the layer's slots from `first` on."""
+        """Block until no kernel reads and no copy writes the layer's slots from `first` on.
+
+        No load may be started into them meanwhile.
+        """
         for load in [*self._copying]:  # a load can be claimed before its copy has ended
             if load.key.layer == layer and load.slot >= first and load.event is not None:
                 load.event.synchronize()

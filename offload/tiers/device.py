@@ -32,7 +32,7 @@ LARGE = 10 << 20
 PORTABLE, MAPPED = 1, 2
 """Flags of cudaHostRegister: pinned for copies to every card, not only the current one, and readable by
 kernels. Where host and device share one address space, both are implied if no flag is given; with only one of
-them, that is not documented."""
+them, we do not rely on it."""
 
 WINDOWS_REMEDY = (
     "set a smaller --vram, since Windows counts what is pinned as the card's, too, in WSL raise memory= in "
@@ -317,7 +317,7 @@ def _is_windows() -> bool:
 def copy_rate(memory: torch.Tensor) -> float | None:
     """Bytes per second of copying (a part of) host memory to the current CUDA device; None if that fails.
 
-    Overwrites that part with zeros first, since pages that were never written copy at another speed.
+    Overwrites that part with zeros first, since pages that were never written are not representative.
     """
     source = memory[:TRIAL]
     if not torch.cuda.is_available() or not source.numel():
