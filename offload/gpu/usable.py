@@ -36,7 +36,8 @@ def runs_on(capability: tuple[int, int], built: Iterable[str]) -> bool:
     """Whether a build for these architectures ("sm_86", "compute_90") has kernels for a device.
 
     Machine code ("sm") runs on devices of its major version from its own minor version on; code that the
-    driver compiles ("compute") runs on all later ones. A suffix "a" restricts either to one capability.
+    driver compiles ("compute") runs on all later ones. A suffix restricts either: "a" to one capability, "f"
+    to its major version.
     """
     for name in built:
         parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)

@@ -80,8 +80,8 @@ class Residents:
     On a device the host then need not know the router's choice; on the CPU the library looks the experts up.
     The results have the same bits as the store's.
 
-    It also counts what the store would have counted: hits at once; the router's choices on the device, from
-    where the RouterLoad fetches them when it is asked.
+    It also counts what the store would have counted: hits at once; the router's choices in a tensor where the
+    layer's slots are, from where the RouterLoad fetches them when it is asked.
     """
 
     def __init__(self, store: ExpertStore, kernels: LayerKernels) -> None:

@@ -73,7 +73,7 @@ class DeviceArena(Arena):
         return arena_bytes(self.slots, self._sizes)
 
     def next_to_go(self, device: Device) -> Mapping[int, int] | None:
-        """The slots of each layer after the device's last segment was freed.
+        """The slots left to each layer that has some in the device's last segment, once that is freed.
 
         None if it must not be freed: a layer would have fewer than its least.
         """

@@ -95,20 +95,24 @@ def test_no_address_needs_more_than_an_elements_alignment(
                 assert torch.equal(packed.linear(m, x[:tokens], activations, shift=shift), want)
 
 
-@pytest.mark.parametrize("activations", [INT16, INT8])
-@pytest.mark.parametrize("format", ["nf4", "mxfp4", "int8", "q3", "q2"])
+@pytest.mark.parametrize(
+    ("format", "activations", "most"),
+    [
+        *((format, INT16, 16) for format in ("nf4", "mxfp4", "q3", "q2")),
+        *((format, INT8, 8) for format in ("nf4", "mxfp4", "int8", "q3", "q2")),
+        *((format, FLOATS, 8) for format in ("q3", "q2")),
+    ],
+)
 def test_some_tokens_have_the_bits_that_each_has_alone(
-    packed: Any, isa: str, format: str, activations: int
+    packed: Any, isa: str, format: str, activations: int, most: int
 ) -> None:
-    """Where integers are multiplied in registers, four tokens at a time: up to 16, or up to 8 where tiles may
-    be multiplied in bf16."""
-    if isa == "portable" or (format, activations) == ("int8", INT16):
-        pytest.skip("multiplies floats")
+    """Where they are multiplied in registers, four at a time: 8-bit activations up to 8, since more may be
+    multiplied in tiles of bf16."""
     for cols in (320, 8192 + 64):  # of the longer ones, rows go in pairs
         m = packed.pack(format, 35, cols)
-        x = torch.randn(16, cols, generator=torch.Generator().manual_seed(cols))
+        x = torch.randn(most, cols, generator=torch.Generator().manual_seed(cols))
         alone = torch.cat([packed.linear(m, each, activations) for each in x.split(1)])
-        for tokens in (2, 4, 5, 7, 8) if activations == INT8 else (2, 4, 5, 7, 8, 13, 16):
+        for tokens in range(2, most + 1):
             assert torch.equal(packed.linear(m, x[:tokens], activations), alone[:tokens]), (cols, tokens)
 
 

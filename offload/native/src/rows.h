@@ -30,13 +30,13 @@ void prepare(int32_t format, int32_t activations, bool tiled, const float* x, in
 
 // Kernels of integers multiply 8 tokens 1.3 to 4.7 times as fast as tiles of floats do, and 16 tokens at
 // least as fast (docs/log.md). Where tiles are multiplied in bf16, twice as fast, 8 is an estimate. Kernels
-// of floats gain nothing: they multiply as slowly as tiles, and decode the weights once more for each
-// MOST_DOTS tokens.
+// of floats multiply no faster than tiles and decode the weights once more for each MOST_DOTS tokens, which
+// pays only for Q3 and Q2: their tiles are slow to decode.
 int64_t most_in_registers(int32_t format, int32_t activations, int64_t columns) {
-  const bool blocks = is_low(format) || ((format == NF4 || format == MXFP4) && columns % BLOCK == 0);
-  const bool integers = activations == INT8_BLOCKS ? blocks || (format == INT8 && columns % BLOCK == 0)
-                                                   : activations != FLOATS && blocks;
-  if (!integers) return MOST_DOTS;
+  const bool low = is_low(format);
+  if (activations == FLOATS) return low ? 2 * MOST_DOTS : MOST_DOTS;
+  const bool in_blocks = format == NF4 || format == MXFP4 || (format == INT8 && activations == INT8_BLOCKS);
+  if (!low && !(in_blocks && columns % BLOCK == 0)) return MOST_DOTS;
   return in_bf16(activations, true) ? 2 * MOST_DOTS : 4 * MOST_DOTS;
 }
 

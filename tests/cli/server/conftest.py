@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -59,6 +60,18 @@ class Running:
     def health(self) -> dict[str, Any]:
         state: dict[str, Any] = self.http.get(f"{self.url}/health").json()
         return state
+
+    def events(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """Those of a stream whose events name their types, too."""
+        reply = self.http.post(self.url + path, json={**body, "stream": True})
+        assert reply.status_code == 200, reply.text
+        found = []
+        for block in reply.text.removesuffix("\n\n").split("\n\n"):
+            kind, data = block.split("\n")
+            event = json.loads(data.removeprefix("data: "))
+            assert kind == f"event: {event['type']}"
+            found.append(event)
+        return found
 
     def until_idle(self) -> None:
         self.until(lambda: self.health() == {"status": "ok", "running": 0, "waiting": 0})

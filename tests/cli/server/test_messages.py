@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -73,9 +72,12 @@ def says(serving: Any, scripted: Any, with_tools: None) -> Iterator[Callable[...
 
 
 def post(server: Any, path: str = "", **body: Any) -> httpx.Response:
-    whole = {"max_tokens": 40, "messages": ASKED, **body}
-    reply: httpx.Response = server.http.post(f"{server.url}/v1/messages{path}", json=whole)
+    reply: httpx.Response = server.http.post(f"{server.url}/v1/messages{path}", json=body_of(body))
     return reply
+
+
+def body_of(changed: dict[str, Any]) -> dict[str, Any]:
+    return {"max_tokens": 40, "messages": ASKED, **changed}
 
 
 def ask(server: Any, **body: Any) -> dict[str, Any]:
@@ -89,16 +91,10 @@ def ask(server: Any, **body: Any) -> dict[str, Any]:
 
 def events(server: Any, **body: Any) -> list[dict[str, Any]]:
     """Those of a stream; each of the anthropic package's type."""
-    reply = post(server, stream=True, **body)
-    assert reply.status_code == 200, reply.text
-    found = []
-    for block in reply.text.removesuffix("\n\n").split("\n\n"):
-        kind, data = block.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert kind == f"event: {event['type']}"
+    found: list[dict[str, Any]] = server.events("/v1/messages", body_of(body))
+    for event in found:
         if event["type"] not in ("ping", "error"):  # which the package takes apart by itself
             EVENT.validate_python(event)
-        found.append(event)
     return found
 
 

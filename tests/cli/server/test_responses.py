@@ -48,15 +48,9 @@ def ask(server: Any, **body: Any) -> dict[str, Any]:
 
 def events(server: Any, **body: Any) -> list[dict[str, Any]]:
     """Those of a stream; each of the openai package's type."""
-    reply = server.http.post(f"{server.url}/v1/responses", json={**body, "stream": True})
-    assert reply.status_code == 200, reply.text
-    found = []
-    for block in reply.text.removesuffix("\n\n").split("\n\n"):
-        kind, data = block.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert kind == f"event: {event['type']}"
+    found: list[dict[str, Any]] = server.events("/v1/responses", body)
+    for event in found:
         EVENT.validate_python(event)
-        found.append(event)
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
     assert len({event["response"]["id"] for event in found if "response" in event}) == 1
     return found
