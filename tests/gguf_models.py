@@ -34,7 +34,16 @@ LAYER = {
 }
 EXPERT = {"w1": "gate", "w2": "down", "w3": "up", "gate_proj": "gate", "down_proj": "down", "up_proj": "up"}
 ARCHITECTURES = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
-HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+HALVES: dict[str, tuple[int, ...]] = {
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+}
+"""Where the float16 scales are in blocks of the types that the gguf package cannot quantize to."""
 
 
 def write(
@@ -42,9 +51,9 @@ def write(
 ) -> tuple[Path, Path]:
     """Write the tiny checkpoint in `source` as (a GGUF file, its twin in safetensors).
 
-    `kinds` maps suffixes of GGUF's tensor names to types; others are F32. The K formats, which the gguf
-    package cannot quantize to, get random blocks of about the weights' scale. The twin has the weights that
-    the package decodes from the file.
+    `kinds` maps suffixes of GGUF's tensor names to types; others are F32. Types that the gguf package cannot
+    quantize to get random blocks of about the weights' scale. The twin has the weights that the package
+    decodes from the file.
     """
     config = json.loads((source / "config.json").read_text())
     tensors: dict[str, np.ndarray[Any, Any]] = {}
@@ -81,12 +90,7 @@ def write(
         if name.endswith("ffn_gate_inp_shexp.weight"):
             numbers = numbers[0]
         if kind.name in HALVES:
-            count, nbytes = gguf.GGML_QUANT_SIZES[kind]
-            raw = rng.integers(0, 256, (*numbers.shape[:-1], numbers.shape[-1] // count, nbytes), np.uint8)
-            for at in HALVES[kind.name]:
-                scale = rng.uniform(0.5, 1, raw.shape[:-1]) * 0.08 / 16 / (32 if kind.name != "Q6_K" else 64)
-                raw[..., at : at + 2] = scale.astype(np.float16)[..., None].view(np.uint8)
-            raw = raw.reshape(*numbers.shape[:-1], -1)
+            raw = _random_blocks(numbers, kind, rng)
         elif kind == gguf.GGMLQuantizationType.F32:
             raw = np.ascontiguousarray(numbers)
         else:
@@ -107,6 +111,23 @@ def write(
     (twin / "config.json").write_text(json.dumps(config))
     save_file(plain, twin / "model.safetensors", {"format": "pt"})
     return path, twin
+
+
+def _random_blocks(
+    numbers: np.ndarray[Any, Any], kind: gguf.GGMLQuantizationType, rng: np.random.Generator
+) -> np.ndarray[Any, Any]:
+    """Blocks of random codes, which decode to numbers of about the same standard deviation as `numbers`."""
+    count, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    shape = (*numbers.shape[:-1], numbers.shape[-1] // count, nbytes)
+    raw = rng.integers(0, 256, shape, np.uint8)
+    scales = rng.uniform(0.5, 1, (len(HALVES[kind.name]), *shape[:-1]))
+    for largest in (1.0, 0.0):  # with scales up to 1, then with those that give the wanted deviation
+        if not largest:
+            flat = raw.reshape(*numbers.shape[:-1], -1)
+            largest = numbers.std() / gguf.quants.dequantize(flat, kind).std()
+        for at, scale in zip(HALVES[kind.name], scales, strict=True):
+            raw[..., at : at + 2] = (largest * scale).astype(np.float16)[..., None].view(np.uint8)
+    return raw.reshape(*numbers.shape[:-1], -1)
 
 
 def _name(key: str) -> str:

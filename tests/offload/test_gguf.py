@@ -28,14 +28,26 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidde
 """The K formats have blocks of 256 numbers."""
 CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "mixtral": ("mixtral", {"exps.weight": "Q4_0", "attn_q.weight": "Q8_0", "attn_k.weight": "Q4_0"}, {}),
-    "qwen3_moe": ("qwen3_moe", {"exps.weight": "Q8_0", "token_embd.weight": "F16"}, {}),
-    "qwen2_moe": ("qwen2_moe", {"exps.weight": "Q5_0", "ffn_gate_shexp.weight": "BF16"}, {}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"down_exps.weight": "IQ4_NL", "exps.weight": "Q8_0", "token_embd.weight": "F16"},
+        {},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {"up_exps.weight": "Q4_1", "down_exps.weight": "Q5_1", "exps.weight": "Q5_0"}
+        | {"ffn_gate_shexp.weight": "BF16"},
+        {},
+    ),
     "k": (
         "mixtral",
         {
             "gate_exps.weight": "Q4_K",
             "up_exps.weight": "Q5_K",
             "down_exps.weight": "Q6_K",
+            "attn_q.weight": "IQ4_XS",
+            "attn_v.weight": "Q3_K",
+            "attn_output.weight": "Q2_K",
             "output.weight": "Q6_K",
         },
         WIDE,
@@ -186,8 +198,8 @@ def test_types_that_are_not_read(made: Callable[[str], tuple[Path, Path]], tmp_p
     name = b"blk.1.ffn_down_exps.weight"
     at = raw.index(name) + len(name) + 4 + 3 * 8  # behind the dimensions
     assert raw[at : at + 4] == struct.pack("<I", gguf.GGMLQuantizationType.Q4_0)
-    (tmp_path / "x.gguf").write_bytes(raw[:at] + struct.pack("<I", 10) + raw[at + 4 :])
-    with pytest.raises(CheckpointError, match=r"ffn_down_exps.weight in x.gguf is stored as ggml type 10"):
+    (tmp_path / "x.gguf").write_bytes(raw[:at] + struct.pack("<I", 16) + raw[at + 4 :])
+    with pytest.raises(CheckpointError, match=r"ffn_down_exps.weight in x.gguf is stored as ggml type 16"):
         Checkpoint.open(tmp_path / "x.gguf")
 
 

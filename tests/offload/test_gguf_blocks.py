@@ -18,8 +18,16 @@ def test_random_blocks_decode_to_the_same_bits(format: str) -> None:
     assert gguf.GGML_QUANT_SIZES[kind] == (numbers, nbytes)
     rng = np.random.default_rng(0)
     raw = rng.integers(0, 256, (3, 5, 4, nbytes), np.uint8)
-    halves = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(format, (0,))
-    for at in halves:
+    halves: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+        "Q2_K": (80, 82),
+        "Q3_K": (108,),
+        "Q6_K": (208,),
+    }
+    if format == "MXFP4":
+        raw[..., 0] = rng.integers(0, 253, raw.shape[:-1])  # larger exponents overflow float32
+        raw[0, 0, :, 0] = 0, 1, 2, 252
+    for at in () if format == "MXFP4" else halves.get(format, (0,)):
         scales = rng.normal(0, 0.1, raw.shape[:-1]).astype(np.float16)
         raw[..., at : at + 2] = scales[..., None].view(np.uint8)
     rows = raw.reshape(3, 5, -1)
