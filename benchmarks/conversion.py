@@ -50,14 +50,8 @@ from moe_local.offload.plan.bandwidth import machine
 from moe_local.offload.quantize.bnb import bitsandbytes_ops
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.nf4 import NF4Codec
-from moe_local.offload.system.direct_io import (
-    PAGE,
-    Range,
-    open_for_writing,
-    page_memory,
-    read_ranges,
-    write_fully,
-)
+from moe_local.offload.system.direct_io import Range, page_memory, read_ranges
+from moe_local.offload.system.pages import PAGE, open_for_writing, write_fully
 
 AT_ONCE = 256 << 20
 """Bytes of a shard that the floor reads at once: as many as an expert's largest matrix has in fp32."""

@@ -47,8 +47,9 @@ from moe_local.cache.keys import format_bytes, parse_bytes
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.load import open_experts
 from moe_local.offload.plan import bandwidth
-from moe_local.offload.system.direct_io import PAGE, PIECE, page_memory
+from moe_local.offload.system.direct_io import PIECE, page_memory
 from moe_local.offload.system.home import moe_local_home
+from moe_local.offload.system.pages import PAGE
 
 HERE = Path(__file__).resolve().parent
 DEPTH = 8

@@ -148,7 +148,7 @@ def pull(model: str, as_json: bool) -> None:
 def weight_bytes(folder: Path) -> int:
     """Bytes of the safetensors (or else GGUF) files in a checkpoint's folder, or of all parts of a GGUF
     file."""
-    from moe_local.offload.checkpoint.gguf_file import parts_of
+    from moe_local.offload.checkpoint.files import parts_of
 
     if folder.is_file():
         files = parts_of(folder)

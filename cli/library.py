@@ -9,8 +9,7 @@ from pathlib import Path
 
 from moe_local.cache.errors import ExpertFileError, ModelNotFoundError, MoeLocalError
 from moe_local.cli.completion import speaks_of_experts
-from moe_local.offload.checkpoint.checkpoint import Checkpoint
-from moe_local.offload.checkpoint.gguf_file import parts_of
+from moe_local.offload.checkpoint.files import parts_of
 from moe_local.offload.checkpoint.hub import HubModel, cached_folder, locate
 from moe_local.offload.checkpoint.registry import ALIASES, DEMO, demo_folder
 from moe_local.offload.expert_file.expert_file import ExpertFile
@@ -115,6 +114,8 @@ def _called(names: set[str]) -> tuple[Conversion, ...]:
 def _of_folder(folder: Path, model: str) -> tuple[Conversion, ...]:
     """The conversions that a load of this folder would use. Name and fingerprint must match: another folder
     of the same name may hold another model, and a copy under another name has its own conversions."""
+    from moe_local.offload.checkpoint.checkpoint import Checkpoint  # needs torch, which `list` does without
+
     try:
         checkpoint = Checkpoint.open(folder, model)
         place = expert_file_folder(moe_local_home(), checkpoint.name, "", checkpoint.fingerprint)

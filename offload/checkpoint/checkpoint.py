@@ -16,7 +16,8 @@ from moe_local.cache.files import parse_json
 from moe_local.offload.checkpoint.config_limits import check_config
 from moe_local.offload.checkpoint.dense_weights import DenseWeights
 from moe_local.offload.checkpoint.expert_sources import ExpertSources
-from moe_local.offload.checkpoint.gguf_file import GgufFile, find_gguf
+from moe_local.offload.checkpoint.files import find_gguf
+from moe_local.offload.checkpoint.gguf_file import GgufFile
 from moe_local.offload.checkpoint.gguf_model import config_fields, model_weights
 from moe_local.offload.checkpoint.quantization import Quantization
 from moe_local.offload.checkpoint.registry import DEMO, find_alias, hub_id, short_name

@@ -1,15 +1,18 @@
-"""The names of the files in a checkpoint folder, and the index of its shards."""
+"""The names of the files of a checkpoint, in a folder or of GGUF, and the index of its shards."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from moe_local.cache.errors import CheckpointError
+from moe_local.cache.errors import CheckpointError, ModelNotFoundError
 from moe_local.cache.files import parse_json
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GGUF = ".gguf"
+GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 
 
@@ -51,3 +54,36 @@ def is_file_name(name: str) -> bool:
 def first_pickle(names: list[str]) -> str | None:
     """The first of `names` that is a pickled weight file, which moe-local never reads."""
     return next((name for name in sorted(names) if Path(name).suffix in PICKLE_SUFFIXES), None)
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that `path` is, or the only GGUF model (its first part, if split) in the folder `path`.
+
+    None if `path` is neither or has safetensors files. Raises ModelNotFoundError if there are several models.
+    """
+    if path.is_file():
+        return path if path.suffix == GGUF else None
+    if not path.is_dir() or any(path.glob("*.safetensors")):
+        return None
+    files = sorted(path.glob(f"*{GGUF}"))
+    first = [file for file in files if (part := GGUF_PART.fullmatch(file.name)) is None or part[2] == "00001"]
+    if len(first) > 1:
+        names = ", ".join(file.name for file in first[:3])
+        raise ModelNotFoundError(f"{path} holds {len(first)} GGUF models ({names}); name the file itself")
+    return first[0] if first else files[0] if files else None
+
+
+def parts_of(path: Path) -> list[Path]:
+    """All parts of a split model, given one of them; only `path` itself if the model is not split.
+
+    Raises CheckpointError if a part is missing.
+    """
+    match = GGUF_PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match[3])
+    parts = [path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.gguf") for number in range(1, count + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise CheckpointError(f"{path.parent}: {missing[0]} of {count} parts is missing; get it, too")
+    return parts

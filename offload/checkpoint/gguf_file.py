@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moe_local.cache.errors import CheckpointError, ModelNotFoundError
+from moe_local.cache.errors import CheckpointError
+from moe_local.offload.checkpoint.files import parts_of
 from moe_local.offload.checkpoint.shards import DTYPES, Shards, StoredTensor
 from moe_local.offload.checkpoint.weights import Weight
 from moe_local.offload.quantize.gguf import FORMATS
 from moe_local.offload.system.hung import HungError, patiently
 
-SUFFIX = ".gguf"
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 TYPES = {
@@ -46,7 +45,6 @@ MAX_HEADER = 256 << 20
 """Bytes; ten times the size of the longest vocabularies."""
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 1 << 20
-PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,39 +83,6 @@ class GgufFile:
             path = part if number == 0 else path
         tensors = {key: weight.parts[0] for key, weight in weights.items()}
         return cls(path, metadata, weights, Shards(path.parent, sizes, tensors, remedy, headers))
-
-
-def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that `path` is, or the only GGUF model (its first part, if split) in the folder `path`.
-
-    None if `path` is neither or has safetensors files. Raises ModelNotFoundError if there are several models.
-    """
-    if path.is_file():
-        return path if path.suffix == SUFFIX else None
-    if not path.is_dir() or any(path.glob("*.safetensors")):
-        return None
-    files = sorted(path.glob(f"*{SUFFIX}"))
-    first = [file for file in files if (match := PART.fullmatch(file.name)) is None or match[2] == "00001"]
-    if len(first) > 1:
-        names = ", ".join(file.name for file in first[:3])
-        raise ModelNotFoundError(f"{path} holds {len(first)} GGUF models ({names}); name the file itself")
-    return first[0] if first else files[0] if files else None
-
-
-def parts_of(path: Path) -> list[Path]:
-    """All parts of a split model, given one of them; only `path` itself if the model is not split.
-
-    Raises CheckpointError if a part is missing.
-    """
-    match = PART.fullmatch(path.name)
-    if match is None:
-        return [path]
-    count = int(match[3])
-    parts = [path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.gguf") for number in range(1, count + 1)]
-    missing = [part.name for part in parts if not part.is_file()]
-    if missing:
-        raise CheckpointError(f"{path.parent}: {missing[0]} of {count} parts is missing; get it, too")
-    return parts
 
 
 class _Described(tuple[str, tuple[int, ...], int, int]):

@@ -16,8 +16,9 @@ from moe_local.cache.errors import CheckpointError
 from moe_local.cache.files import parse_json
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.files import INDEX, SINGLE, file_inside, first_pickle, read_index
-from moe_local.offload.system.direct_io import PAGE, Memory, Range, ReadError, page_memory, read_ranges
+from moe_local.offload.system.direct_io import Memory, Range, ReadError, page_memory, read_ranges
 from moe_local.offload.system.hung import HungError, patiently
+from moe_local.offload.system.pages import PAGE
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself."""

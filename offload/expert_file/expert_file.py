@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import xxhash
 
 from moe_local.cache.errors import ExpertFileError
@@ -150,8 +149,8 @@ class ExpertFile:
         """xxh3_64 of the expert's bytes."""
         return self.layers[layer].checksums[expert]
 
-    def read(self, layer: int, expert: int) -> torch.Tensor:
-        """One expert's checked bytes, uint8 [nbytes] in new memory. The slow, plain way.
+    def read(self, layer: int, expert: int) -> bytearray:
+        """One expert's checked bytes, in new memory. The slow, plain way.
 
         Raises ExpertFileError if they cannot be read or are damaged.
         """
@@ -167,7 +166,7 @@ class ExpertFile:
                 f"expert {expert} of MoE layer {layer} ({self.layers[layer].name}) in {path} is damaged "
                 "(wrong checksum); check the disk, then repair it: moe-local verify MODEL --repair"
             )
-        return torch.frombuffer(found, dtype=torch.uint8)
+        return found
 
     def check_integrity(self) -> None:
         """Raises ExpertFileError if a shard is missing or has another size than when it was written."""

@@ -21,8 +21,8 @@ from moe_local.cache.errors import DoesNotFitError, ExpertFileError
 from moe_local.cache.files import parse_json, sync_folder
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.quantize.layout import PAGE, Layout
-from moe_local.offload.system.direct_io import open_for_writing, page_memory, write_fully
 from moe_local.offload.system.home import moe_local_home
+from moe_local.offload.system.pages import open_for_writing, page_mapping, write_fully
 
 VERSION = 1
 """The version of the format of shards and manifest; raised when older releases could not read new files."""
@@ -174,7 +174,7 @@ class ShardWriter:
 
 def _on_pages(data: bytes) -> memoryview:
     """A copy in page-aligned memory, for direct I/O."""
-    view: memoryview = page_memory(len(data)).numpy().data
+    view = memoryview(page_mapping(len(data)))
     view[:] = data
     return view
 

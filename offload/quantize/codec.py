@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from moe_local.cache.errors import OptionError
 from moe_local.offload.quantize.layout import Layout, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Codec(Protocol):

@@ -1,15 +1,12 @@
-"""Large reads and writes that bypass the page cache (direct I/O), at the speed of the disk.
+"""Large reads that bypass the page cache (direct I/O), at the speed of the disk.
 
 The page cache costs a copy of every byte and a fault for every page, which can take longer than the disk,
-and evicts pages of other programs. File systems without direct I/O, small reads and unaligned writes go
-through the page cache.
+and evicts pages of other programs. File systems without direct I/O and small reads go through the page cache.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
-import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,18 +20,12 @@ from typing import NamedTuple
 import torch
 
 from moe_local.offload.system.hung import Job, work_off
+from moe_local.offload.system.pages import PAGE, page_mapping
 from moe_local.offload.system.read_at import open_directly, read_at
-
-PAGE = 4096
-"""Offsets, sizes and addresses of direct I/O are multiples of this; no disk requires more."""
 
 PIECE = 4 << 20
 THREADS = 4
 """Four reads of 4 MiB in flight reach a disk's sequential speed, whatever the sizes of the ranges."""
-
-_DIRECT = getattr(os, "O_DIRECT", 0)
-_REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
-
 
 Memory = Callable[[int], torch.Tensor]
 """Allocates memory: nbytes -> uint8 [nbytes]."""
@@ -57,23 +48,8 @@ class ReadError(Exception):
 
 
 def page_memory(nbytes: int) -> torch.Tensor:
-    """New page-aligned memory, uint8 [nbytes]; if large, in huge pages where the system has them.
-
-    The faults on a matrix's small pages take longer than reading it.
-    """
+    """New page-aligned memory, uint8 [nbytes], as `page_mapping` makes it."""
     return torch.frombuffer(page_mapping(nbytes), dtype=torch.uint8)[:nbytes]
-
-
-def page_mapping(nbytes: int) -> mmap.mmap:
-    """The mapping behind `page_memory`; it lives as long as there are references to it or to views of it."""
-    if os.name == "nt":
-        mapping = mmap.mmap(-1, max(nbytes, 1))
-    else:  # private, since shared memory has no huge pages
-        mapping = mmap.mmap(-1, max(nbytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if nbytes >= PIECE and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-    return mapping
 
 
 class PageArena:
@@ -127,29 +103,6 @@ def read_ranges(ranges: Sequence[Range]) -> None:
         work_off([Job(piece.path, partial(read, piece)) for piece in pieces], THREADS)
     finally:
         files.close()
-
-
-def write_fully(file: int, data: memoryview) -> None:
-    """Write all of `data` at the file's position. Direct I/O ends for good at data that is not aligned."""
-    while data:
-        if not _aligned(data):
-            _be_ordinary(file)
-        try:
-            data = data[os.write(file, data) :]
-        except OSError as error:
-            if error.errno not in _REFUSALS or not _be_ordinary(file):
-                raise
-
-
-def open_for_writing(path: Path) -> int:
-    """The descriptor of a new, empty file, opened for direct I/O where possible. Raises OSError."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
-    try:
-        return os.open(path, flags | _DIRECT, 0o666)
-    except OSError as error:
-        if not _DIRECT or error.errno not in _REFUSALS:
-            raise
-    return os.open(path, flags, 0o666)
 
 
 class _DirectFiles:
@@ -224,22 +177,3 @@ def _read(found: Range) -> None:
                 done += count
     except OSError as error:
         raise ReadError(found.path, error) from error
-
-
-def _aligned(data: memoryview) -> bool:
-    if len(data) % PAGE or data.readonly:
-        return False
-    return ctypes.addressof(ctypes.c_char.from_buffer(data)) % PAGE == 0
-
-
-def _be_ordinary(file: int) -> bool:
-    """Turn direct I/O off for an open file; returns whether it was on."""
-    if not hasattr(os, "O_DIRECT"):
-        return False
-    import fcntl  # not on Windows, which has no O_DIRECT either
-
-    flags = fcntl.fcntl(file, fcntl.F_GETFL)
-    if not flags & _DIRECT:
-        return False
-    fcntl.fcntl(file, fcntl.F_SETFL, flags & ~_DIRECT)
-    return True

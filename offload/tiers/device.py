@@ -21,7 +21,7 @@ from moe_local.cache.errors import DoesNotFitError
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.gpu.capturing import alone
 from moe_local.offload.quantize.layout import PAGE
-from moe_local.offload.system.direct_io import page_mapping
+from moe_local.offload.system.pages import page_mapping
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_local.offload.system.direct_io import PAGE
+from moe_local.offload.system.pages import PAGE
 from moe_local.offload.system.read_at import open_directly, open_for_reading, read_at
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -140,6 +141,19 @@ class TestList:
     def test_an_unfinished_conversion_says_so(self, invoke, converted, tiny_mixtral):
         (converted / "manifest.json").unlink()
         assert "nf4 unfinished" in invoke("list").stdout
+
+    @pytest.mark.parametrize(("words", "said"), [("list", "nf4 3"), ("rm NAME --yes", "freed 3")])
+    def test_needs_no_torch(self, converted, tiny_mixtral, words, said):
+        """Which takes longer to import than all the rest."""
+        words = words.replace("NAME", tiny_mixtral.name).split()
+        code = f"""
+import sys
+from moe_local.cli.main import main
+try: main({words})
+except SystemExit as leaving: print(leaving.code, {{"torch", "transformers"}} & {{*sys.modules}})"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert said in done.stdout
+        assert done.stdout.endswith("\n0 set()\n"), done.stderr
 
 
 class TestRemove:

@@ -78,9 +78,8 @@ def test_every_expert_comes_back(source, tmp_path, format):
     codec = codec_for(format)
     for layer in source.spec.layers:
         for expert in range(layer.num_experts):
-            decoded = codec.decode(
-                file.read(layer.index, expert), file.layout(layer.index, expert), torch.float32
-            )
+            buffer = torch.frombuffer(file.read(layer.index, expert), dtype=torch.uint8)
+            decoded = codec.decode(buffer, file.layout(layer.index, expert), torch.float32)
             for name, weights in source.weights(layer, expert).items():
                 error = (decoded[name] - weights.float()).norm() / weights.float().norm()
                 assert (
@@ -107,7 +106,8 @@ def test_names_are_those_of_the_model(tiny_models, make_checkpoint, tmp_path, mo
     for layer in checkpoint.spec.layers:
         for expert in range(layer.num_experts):
             layout = file.layout(layer.index, expert)
-            decoded = codec_for("fp32").decode(file.read(layer.index, expert), layout, torch.float32)
+            buffer = torch.frombuffer(file.read(layer.index, expert), dtype=torch.uint8)
+            decoded = codec_for("fp32").decode(buffer, layout, torch.float32)
             for tensor in layer.tensors:
                 expected = parameters[f"{layer.name}.{tensor.name}"][expert]
                 expected = expected.T if layer.transposed and expected.dim() == 2 else expected
@@ -206,7 +206,8 @@ def test_another_encoding_is_never_mixed_in(source, tmp_path, caplog):
     assert source.reads == [(1, 2), *((1, expert) for expert in range(4))]
     assert not find_damage(file)
     assert not find_damage(ExpertFile.open(tmp_path / "f"))
-    decoded = codec_for("bf16").decode(file.read(1, 0), file.layout(1, 0), torch.bfloat16)
+    stored = torch.frombuffer(file.read(1, 0), dtype=torch.uint8)
+    decoded = codec_for("bf16").decode(stored, file.layout(1, 0), torch.bfloat16)
     assert torch.equal(decoded["down_proj"], plain(source.spec.layers[1], 0)["down_proj"] + 1)
 
 

@@ -15,18 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_local.offload.system import direct_io, hung
-from moe_local.offload.system.direct_io import (
-    PAGE,
-    PageArena,
-    Range,
-    ReadError,
-    open_for_writing,
-    page_memory,
-    read_ranges,
-    write_fully,
-)
+from moe_local.offload.system import direct_io, hung, pages
+from moe_local.offload.system.direct_io import PageArena, Range, ReadError, page_memory, read_ranges
 from moe_local.offload.system.hung import HungError
+from moe_local.offload.system.pages import PAGE, open_for_writing, write_fully
 from moe_local.offload.system.patience import PATIENCE_S, Patience
 
 needs_direct = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has no direct access")
@@ -59,7 +51,7 @@ def access(request, monkeypatch):
         return real_write(file, data)
 
     if request.param == "unknown to the system":
-        monkeypatch.setattr(direct_io, "_DIRECT", 0)
+        monkeypatch.setattr(pages, "_DIRECT", 0)
         monkeypatch.setattr(direct_io, "open_directly", lambda path: None)
     monkeypatch.setattr(direct_io, "PIECE", 3 * PAGE)
     monkeypatch.setattr(os, "open", opens)
@@ -120,7 +112,7 @@ def test_a_file_that_is_not_there(files, tmp_path, access):
     assert caught.value.path == tmp_path / "absent"
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, PAGE, direct_io.PIECE + 1])
+@pytest.mark.parametrize("nbytes", [0, 1, PAGE, pages.HUGE + 1])
 def test_page_memory(nbytes):
     memory = page_memory(nbytes)
     assert memory.shape == (nbytes,)

@@ -92,7 +92,7 @@ def test_shards_are_safetensors(file, source):
             assert shard.metadata()["fingerprint"] == source.fingerprint
             for expert in range(3):
                 stored = shard.get_tensor(f"expert.{expert}")
-                assert torch.equal(stored, file.read(layer, expert))
+                assert stored.numpy().tobytes() == file.read(layer, expert)
                 decoded = codec_for("bf16").decode(stored, file.layout(layer, expert), torch.bfloat16)
                 for name, weights in source.weights(spec, expert).items():
                     assert torch.equal(decoded[name], weights)
@@ -143,7 +143,7 @@ def test_one_flipped_bit_is_found(file, layer, expert):
     ) as caught:
         again.read(layer, expert)
     assert "\n" not in str(caught.value)
-    assert again.read(0, 1).numel() == again.nbytes(0, 1)
+    assert len(again.read(0, 1)) == again.nbytes(0, 1)
 
 
 def test_a_file_cut_after_opening(file):
@@ -222,7 +222,8 @@ def test_a_format_for_each_expert(random_experts, tmp_path):
             name = "bf16" if expert % 2 else "nf4"
             layout = file.layout(layer.index, expert)
             assert layout == codec_for(name).layout(layer.tensors)
-            decoded = codec_for(layout.format).decode(file.read(layer.index, expert), layout, torch.bfloat16)
+            buffer = torch.frombuffer(file.read(layer.index, expert), dtype=torch.uint8)
+            decoded = codec_for(layout.format).decode(buffer, layout, torch.bfloat16)
             expected = source.weights(layer, expert)
             if name == "nf4":
                 buffer = torch.empty(layout.nbytes, dtype=torch.uint8)

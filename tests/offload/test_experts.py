@@ -44,7 +44,8 @@ class Converted:
 
     def stored(self, layer: int, expert: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The weights in the expert file."""
-        buffer, layout = self.file.read(layer, expert), self.file.layout(layer, expert)
+        buffer = torch.frombuffer(self.file.read(layer, expert), dtype=torch.uint8)
+        layout = self.file.layout(layer, expert)
         return codec_for(layout.format).decode(buffer, layout, dtype)
 
     def rounded(self, layer: int, expert: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 import moe_local
 from moe_local.cache.errors import CheckpointError, ModelNotFoundError
 from moe_local.offload.checkpoint.checkpoint import Checkpoint, read_config
-from moe_local.offload.checkpoint.gguf_file import GgufFile, find_gguf
+from moe_local.offload.checkpoint.files import find_gguf
+from moe_local.offload.checkpoint.gguf_file import GgufFile
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
 from moe_local.offload.load import open_experts
 

@@ -50,9 +50,8 @@ class Mixed:
         for (_, module), layer in zip(experts_modules(hf), spec.layers, strict=True):
             for expert in range(layer.num_experts):
                 layout = self.file.layout(layer.index, expert)
-                decoded = codec_for(layout.format).decode(
-                    self.file.read(layer.index, expert), layout, torch.float32
-                )
+                buffer = torch.frombuffer(self.file.read(layer.index, expert), dtype=torch.uint8)
+                decoded = codec_for(layout.format).decode(buffer, layout, torch.float32)
                 for name, weight in decoded.items():
                     turned = weight.T if layer.transposed and weight.dim() == 2 else weight
                     getattr(module, name).data[expert].copy_(turned)

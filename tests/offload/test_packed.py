@@ -101,7 +101,8 @@ def test_codes_of_nf4_stay_what_they_are(made: Made, case: str, tmp_path: Path) 
     file = convert_experts(checkpoint, codec_for("nf4"), tmp_path / "nf4")
     for layer in checkpoint.spec.layers:
         for expert in range(layer.num_experts):
-            buffer, layout = file.read(layer.index, expert), file.layers[layer.index].layouts[expert]
+            buffer = torch.frombuffer(file.read(layer.index, expert), dtype=torch.uint8)
+            layout = file.layout(layer.index, expert)
             for name, pieces in checkpoint.expert_pieces(layer, expert).items():
                 stored = checkpoint.shards.read([piece.parts for piece in pieces])
                 codes = torch.cat([parts[0].flatten() for parts in stored])

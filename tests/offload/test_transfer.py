@@ -19,7 +19,7 @@ import xxhash
 
 from moe_local.cache.errors import OptionError, TransferError
 from moe_local.cache.keys import ExpertKey
-from moe_local.offload.system.direct_io import PAGE
+from moe_local.offload.system.pages import PAGE
 from moe_local.offload.system.patience import PATIENCE_S, Patience
 from moe_local.offload.tiers import transfer
 from moe_local.offload.tiers.checksum import RunningChecksum

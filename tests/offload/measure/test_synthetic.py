@@ -105,7 +105,7 @@ def test_made_models_answer(small: None, name: str) -> None:
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "nothing is made twice"
     file = ExpertFile.open(made.experts, made.fingerprint, "nf4")
     assert not find_damage(file)
-    assert not torch.equal(file.read(0, 0), file.read(0, 1))
+    assert file.read(0, 0) != file.read(0, 1)
 
 
 def test_an_interrupted_one_is_finished(small: None) -> None:
