@@ -70,6 +70,8 @@ class ExpertStore:
         if scheduler is not None and below is not None and self._copies is not None:
             self.host = HostShare(tier, below, self._copies, layouts, scheduler)
         self._disk = disk
+        self.bytes_uncounted = 0
+        """Bytes from disk that do not count, since a trial read them; see uncounted.py."""
         self._leased = 0
 
     def serve(
@@ -263,12 +265,17 @@ class ExpertStore:
             elif not cache.several_sizes(layer):
                 return
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes from disk since load."""
+        return self._disk.bytes_read - self.bytes_uncounted
+
     def tally(self) -> Tally:
         """Counts since the model was loaded, for the record of each token: cheaper than `snapshot`."""
         self.custody.settle_counts()
         counters = self.tier.cache.stats
         copied = self._copies.bytes_copied if self._copies else 0
-        return Tally(self.stalls.total(), counters.hits, counters.misses, copied, self._disk.bytes_read)
+        return Tally(self.stalls.total(), counters.hits, counters.misses, copied, self.bytes_read)
 
     def snapshot(self, *, routed: bool = True) -> Stats:
         """Counts since load. On a device this waits for the timing of stalls still under way.
@@ -278,7 +285,7 @@ class ExpertStore:
         self.custody.catch_up()
         copied = self._copies.bytes_copied if self._copies else 0
         return self.tier.cache.stats.snapshot(
-            bytes=BytesMoved(h2d=copied, disk=self._disk.bytes_read),
+            bytes=BytesMoved(h2d=copied, disk=self.bytes_read),
             stall=self.stalls.by_cause(),
             tokens=self.tokens,
             routed=self.routed.snapshot() if routed else None,

@@ -14,7 +14,7 @@ from moe_local.offload.tiers.copies import CopySource
 def uncounted(store: ExpertStore) -> Iterator[None]:
     """Restore the store's counters on exit, so that a trial inside the `with` block is not counted."""
     kept = [_numbers(tier.cache.stats) for tier in store.tiers]
-    source, stalls = store.tier.source, store.stalls.by_cause()
+    source, stalls, read = store.tier.source, store.stalls.by_cause(), store.bytes_read
     copied = source.bytes_copied if isinstance(source, CopySource) else 0
     before, store.routed = store.routed, store.routed.empty_twin()
     try:
@@ -30,6 +30,7 @@ def uncounted(store: ExpertStore) -> Iterator[None]:
                 setattr(tier.cache.stats, name, value)
         if isinstance(source, CopySource):
             source.bytes_copied = copied
+        store.bytes_uncounted += store.bytes_read - read  # threads may still be adding to the source's count
 
 
 def _numbers(counters: CacheCounters) -> dict[str, object]:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from moe_local.cache.errors import TransferError
 from moe_local.cache.keys import ExpertKey
+from moe_local.offload.store.uncounted import uncounted
 from moe_local.offload.system.patience import PATIENCE_S, Patience
 from moe_local.offload.tiers import transfer
 
@@ -128,6 +129,21 @@ def test_hits_and_misses_are_those_of_an_obvious_lru(make_rig: Make, mode: str, 
     assert stats.hits > 0
     assert stats.misses > 0
     assert stats.prefetch.issued == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_trial_changes_no_count(make_rig: Make, mode: str) -> None:
+    rig = make_rig(mode)
+    rig.step(1, [4, 2])
+    counted, tally = rig.store.snapshot(), rig.store.tally()
+    with uncounted(rig.store):
+        rig.store.prefetch(2, [1], distance=1, budget_bytes=BUDGET)
+        rig.step(1, [3, 5])
+        rig.settle()
+        assert rig.store.snapshot() != counted
+        assert mode == "ram" or rig.store.tally().bytes_disk > tally.bytes_disk
+    assert rig.store.snapshot() == counted
+    assert rig.store.tally() == tally
 
 
 @pytest.mark.parametrize("mode", MODES)
