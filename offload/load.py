@@ -111,7 +111,7 @@ def load(
     target = targets[0]
     name = str(model)
     speeds = bandwidth.saved(moe_local_home())
-    plan_load(name, model_spec(config_of(model, carried=False)), options, targets, speeds).check()
+    plan_load(name, model_spec(config_of(model, to_load=True)), options, targets, speeds).check()
     speeds = _measured_links(speeds, options, target)
     checkpoint = Checkpoint.open(resolve(model), name)
     budget = options.budget if options.experts == AUTO else None

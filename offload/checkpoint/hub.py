@@ -60,12 +60,13 @@ def resolve(
         return _download(found, sys.stderr.isatty() if progress is None else progress)
 
 
-def config_of(model: str | Path, *, carried: bool = True) -> Any:
+def config_of(model: str | Path, *, to_load: bool = False) -> Any:
     """Transformers' config of `model`, without weights and, if possible, without network access.
 
     It comes from the folder, the Hub cache, the package (for aliases), or config.json alone from the Hub.
-    With `carried=False`, the configs of aliases that the package carries are not used. Raises as `resolve`
-    does, and CheckpointError for a config that cannot be used.
+    With `to_load` it is that of the checkpoint that `resolve` would give: if that has to be downloaded, the
+    Hub's newest, whatever an earlier look at the model left in the cache. Raises as `resolve` does, and
+    CheckpointError for a config that cannot be used.
     """
     from moe_local.offload.checkpoint.checkpoint import parse_config, read_config
 
@@ -73,10 +74,10 @@ def config_of(model: str | Path, *, carried: bool = True) -> Any:
     if isinstance(found, Path):
         return read_config(found)
     cached = _cached_file(found.repo_id, CONFIG)
-    if cached is not None:
+    if cached is not None and (not to_load or cached_folder(found.repo_id) is not None):
         return parse_config(cached)
     alias = find_alias(str(model))
-    if alias is not None and carried:
+    if alias is not None and not to_load:
         return alias.config()
     from huggingface_hub import HfApi, hf_hub_download
 

@@ -64,7 +64,7 @@ def first_use(model: str, options: LoadOptions, *, memory: bool = True) -> First
     if isinstance(found, Path) or cached_folder(found.repo_id) is not None:
         return None
     home = moe_local_home()
-    spec = model_spec(config_of(model, carried=False))
+    spec = model_spec(config_of(model, to_load=True))
     plan = plan_load(model, spec, options, options.torch_devices(), bandwidth.saved(home))
     if memory:
         plan.check()

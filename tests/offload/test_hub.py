@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -327,6 +328,26 @@ class TestConfigOf:
         assert config_of("org/model").num_local_experts == 8
         assert set(hub.sent) <= {"config.json"}
         assert cached_folder("org/model") is None
+
+    def test_what_load_would_take(self, hub: Any, repo: Path) -> None:
+        """Of a checkpoint that is not here the Hub's newest, of one that is here its own."""
+
+        def publish(context: int) -> None:
+            fields = json.loads((repo / "config.json").read_text()) | {"max_position_embeddings": context}
+            (repo / "config.json").write_text(json.dumps(fields))
+
+        hub.add_repo(MIXTRAL, repo)
+        publish(100)
+        assert config_of(MIXTRAL, to_load=True).max_position_embeddings == 100
+        publish(200)
+        assert config_of(MIXTRAL).max_position_embeddings == 100  # of no other does it know without asking
+        assert config_of(MIXTRAL, to_load=True).max_position_embeddings == 200
+        folder = resolve(MIXTRAL, progress=False)
+        publish(300)
+        hub.requests.clear()
+        assert config_of(MIXTRAL, to_load=True).max_position_embeddings == 200
+        assert resolve(MIXTRAL, progress=False) == folder
+        assert not hub.requests
 
     def test_repository_without_config(self, hub: Any, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
