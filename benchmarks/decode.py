@@ -18,6 +18,7 @@ activations must agree.
 The prompt is text from this repository. On a GPU, --vram bounds the card (24GiB stands for a consumer card).
 --synthetic writes a checkpoint of random weights below MOE_LOCAL_HOME and keeps it, as peers keep their
 files; llama.cpp is installed there on first use (peers/install.py).
+--parallel N continues N sequences together instead of one; together.py says how, and what its columns mean.
 
 Run: python benchmarks/decode.py MODEL [--slots 2 4 8] [--prefetch off router] [--tokens 24] [--rounds 9]
      python benchmarks/decode.py --synthetic mixtral-8x7b --layers 4 --device cpu --peer llama.cpp
@@ -33,10 +34,11 @@ import functools
 import itertools
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import together
 import torch
 from contenders import Configuration, Contender
 from made import Made
@@ -54,6 +56,8 @@ from moe_local.offload.plan import bandwidth
 from moe_local.offload.plan.bandwidth import Bandwidths, measure, ram_bandwidth
 from moe_local.offload.system.home import moe_local_home
 
+WITH_ROWS = ([], ["llama.cpp"])
+"""Peers that continue several sequences together, if any."""
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -67,9 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with contextlib.ExitStack() as stack:
         configurations = [stack.enter_context(loaded(options, *choice)) for choice in choices(options)]
         peers = [stack.enter_context(peer) for peer in started_peers(options, configurations)]
-        bandwidths, each = measure_rounds(options, configurations, peers)
-        check_equal(configurations)
-        report(options, configurations, peers, bandwidths, each)
+        compare = compare_together if options.parallel else compare_single
+        compare(options, configurations, peers)
 
 
 def write_synthetic(name: str, layers: int | None) -> Path:
@@ -104,6 +107,7 @@ def loaded(
         context=options.context,
         miss=miss,
         policy=policy,
+        parallel=max(options.parallel or [1]),
         **extra,
     ) as model:
         yield Configuration(
@@ -118,7 +122,12 @@ def started_peers(options: argparse.Namespace, configurations: Sequence[Configur
     checkpoint = made or Checkpoint.open(resolve(options.model), options.model)
     plan = configurations[0].model.plan
     gpu = plan.request.vram is not None
-    setup = Setup(options.context, vram=plan.used()["vram"] if gpu else None, random=options.random_peers)
+    setup = Setup(
+        options.context,
+        vram=plan.used()["vram"] if gpu else None,
+        random=options.random_peers,
+        sequences=max(options.parallel or [1]),
+    )
     for name in options.peer:
         llama_cpp = name == "llama.cpp"
         for layers in options.n_cpu_moe if llama_cpp and gpu else [0]:
@@ -127,21 +136,62 @@ def started_peers(options: argparse.Namespace, configurations: Sequence[Configur
                 yield start(name, checkpoint.folder, checkpoint.fingerprint, setup)
 
 
-def measure_rounds(
+def compare_single(
     options: argparse.Namespace, configurations: Sequence[Configuration], peers: Sequence[Peer]
-) -> tuple[Bandwidths, list[float]]:
-    """Let all contenders answer in turn. Returns the best bandwidths, and that of RAM after each round."""
+) -> None:
+    model = configurations[0].model
     contenders: list[Contender] = [*configurations, *peers]
-    device = configurations[0].model.hf.device
+
+    def answer(contender: Contender, number: int) -> None:
+        prompt = prompt_ids(model, options.prompt_tokens, number)
+        contender.answer(prompt, options.tokens, keep=number > 0)
+
+    bandwidths, each = measure_rounds(model, options.rounds, contenders, answer)
+    check_equal(configurations)
+    report(options, configurations, peers, bandwidths, each)
+
+
+def compare_together(
+    options: argparse.Namespace, configurations: Sequence[Configuration], peers: Sequence[Peer]
+) -> None:
+    model = configurations[0].model
+    used = together.experts_per_token(model)
+    ours = [together.OursTogether(one, count) for one in configurations for count in options.parallel]
+    theirs = [together.PeerTogether(peer, count, used) for peer in peers for count in options.parallel]
+
+    def run(contender: together.Together, number: int) -> None:
+        sizes = together.lengths(contender.count, options.prompt_tokens)
+        starts = (997 * (number * len(sizes) + i) for i in range(len(sizes)))
+        prompts = [prompt_ids(model, size, start) for size, start in zip(sizes, starts, strict=True)]
+        contender.run(prompts, options.tokens, keep=number > 0)
+
+    bandwidths, each = measure_rounds(model, options.rounds, [*ours, *theirs], run)
+    rows, peer_rows = ([each.summary(bandwidths) for each in side] for side in (ours, theirs))
+    pairs = itertools.product(ours, theirs)
+    ratios = [together.ratio(one, peer) for one, peer in pairs if one.count == peer.count]
+    print_bandwidth(bandwidths, each)
+    together.print_table([*rows, *peer_rows], ratios)
+    figures = {"parallel": options.parallel, "configurations": rows, "peers": peer_rows, "ratios": ratios}
+    finish({**about(options, model, bandwidths, each), **figures}, options.json)
+
+
+T = TypeVar("T")
+
+
+def measure_rounds(
+    model: moe_local.Model, rounds: int, contenders: list[T], run: Callable[[T, int], None]
+) -> tuple[Bandwidths, list[float]]:
+    """Let all contenders run in turn, in rounds 0 to `rounds`. Returns the best bandwidths, and that of RAM
+    after each round."""
+    device = model.hf.device
     before = measure(moe_local_home(), device)
     each = []
-    for number in range(options.rounds + 1):
-        prompt = prompt_ids(configurations[0].model, options.prompt_tokens, number)
+    for number in range(rounds + 1):
         first = number % len(contenders)
         for contender in contenders[first:] + contenders[:first]:
-            contender.answer(prompt, options.tokens, keep=number > 0)
+            run(contender, number)
         each.append(ram_bandwidth())
-        print(f"round {number} of {options.rounds}", file=sys.stderr)
+        print(f"round {number} of {rounds}", file=sys.stderr)
     best = fastest(before, measure(moe_local_home(), device))
     return dataclasses.replace(best, ram=max(best.ram, *each)), each
 
@@ -187,9 +237,18 @@ def report(
     ratios = [ratio(ours, peer) for ours in configurations for peer in peers]
     pairs = itertools.combinations(configurations, 2)
     ratios += [ratio(one, other) for one, other in pairs if one.but_policy == other.but_policy]
-    print_tables([*rows, *peer_rows], ratios, bandwidths, ram_each)
-    plan = configurations[0].model.plan.to_dict()
-    result = {
+    print_bandwidth(bandwidths, ram_each)
+    print_tables([*rows, *peer_rows], ratios)
+    figures = {"configurations": rows, "peers": peer_rows, "ratios": ratios}
+    finish({**about(options, configurations[0].model, bandwidths, ram_each), **figures}, options.json)
+
+
+def about(
+    options: argparse.Namespace, model: moe_local.Model, bandwidths: Bandwidths, ram_each: Sequence[float]
+) -> dict[str, Any]:
+    """What a result says besides its figures."""
+    plan = model.plan.to_dict()
+    return {
         "benchmark": "decode",
         "model": Path(options.model).name,
         "prompt_tokens": options.prompt_tokens,
@@ -202,12 +261,8 @@ def report(
         "rounds": options.rounds,
         "bandwidths": bandwidths.to_dict(),
         "ram_bandwidth_by_round": list(ram_each),
-        "configurations": rows,
-        "peers": peer_rows,
-        "ratios": ratios,
-        "machine": machine(configurations[0].model),
+        "machine": machine(model),
     }
-    finish(result, options.json)
 
 
 def ratio(ours: Configuration, peer: Contender) -> dict[str, Any]:
@@ -219,15 +274,13 @@ def ratio(ours: Configuration, peer: Contender) -> dict[str, Any]:
     return {"ours": ours.name, "peer": peer.name, "decode": decode.to_dict(), "prefill": prefill.to_dict()}
 
 
-def print_tables(
-    rows: Sequence[dict[str, Any]],
-    ratios: Sequence[dict[str, Any]],
-    bandwidths: Bandwidths,
-    ram_each: Sequence[float],
-) -> None:
+def print_bandwidth(bandwidths: Bandwidths, ram_each: Sequence[float]) -> None:
     print(
         f"RAM read at {bandwidths.ram / 1e9:.1f} GB/s at best, {statistics.median(ram_each) / 1e9:.1f} mostly"
     )
+
+
+def print_tables(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]]) -> None:
     print(
         f"{'':40} {'bits':>5} {'MB/tok':>7} {'ms/token':>8} {'min':>7} {'max':>7} {'floor':>6} {'share':>6} "
         f"{'prefill':>8} {'stall':>6} {'hits':>5}"
@@ -306,6 +359,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vram")
     parser.add_argument("--prompt-tokens", type=int, help="default: 64; 128 for a synthetic model")
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="continue N sequences together; several are compared",
+    )
     options = parser.parse_args(arguments)
     choose_model(parser, options)
     if options.made and options.peer and not options.random_peers:
@@ -313,6 +373,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.rounds < 1 or options.tokens < 2:
         parser.error(
             f"--rounds {options.rounds} --tokens {options.tokens} measures nothing; use 1 and 2 at least"
+        )
+    if options.parallel and (
+        min(options.parallel) < 1 or options.device != "cpu" or options.peer not in WITH_ROWS
+    ):
+        parser.error(
+            "--parallel counts sequences, of one or more, and needs --device cpu and no peer but llama.cpp"
         )
     made = options.model is None
     options.prefetch = options.prefetch or (["off"] if made else ["off", "router"])

@@ -42,12 +42,20 @@ class Peer(Contender):
         """The peer's record of its last answer, figures included (serve.py)."""
 
     def answer(self, prompt: Sequence[int], tokens: int, *, keep: bool) -> None:
-        assert self._process.stdin is not None
-        print(json.dumps({"prompt": list(prompt), "tokens": tokens}), file=self._process.stdin, flush=True)
-        record = self.last = self._receive()
+        record = self.ask(list(prompt), tokens)
         if keep:
             ids = tuple(record["ids"])
             self.answers.append(Answer(len(prompt), record["prefill_s"], record["decode_s"], ids))
+
+    def ask(
+        self, prompt: list[int] | list[list[int]], tokens: int, *, review: bool = False
+    ) -> dict[str, Any]:
+        """The peer's record of its answer (serve.py), to several prompts if it was started for as many."""
+        assert self._process.stdin is not None
+        request = {"prompt": prompt, "tokens": tokens, "review": review}
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        self.last = self._receive()
+        return self.last
 
     def summary(self, *arguments: Any) -> dict[str, Any]:
         about = {name: self.hello[name] for name in ("version", "detail", "threads")}
@@ -86,6 +94,8 @@ class Setup:
     """On a GPU, the number of layers whose experts llama.cpp keeps in RAM; all the rest must fit the GPU."""
     flash_attention: str = "auto"
     """The value of llama.cpp's option of this name: auto, on or off."""
+    sequences: int = 1
+    """How many llama.cpp continues together, each with a context of `context` tokens."""
     random: bool = False
     """Whether peers make random weights in the checkpoint's shapes; it then needs only a config."""
 
@@ -105,7 +115,8 @@ def start(name: str, folder: Path, fingerprint: str, setup: Setup) -> Peer:
     on_gpu = [] if setup.vram is None else ["--n-cpu-moe", str(setup.n_cpu_moe)]
     peer = str(HERE / "llama_cpp_peer.py")
     attention = ["--flash-attention", setup.flash_attention]
-    return Peer([python, peer, str(file), "--context", str(setup.context), *attention, *on_gpu])
+    sequences = [] if setup.sequences == 1 else ["--parallel", str(setup.sequences)]
+    return Peer([python, peer, str(file), "--context", str(setup.context), *attention, *on_gpu, *sequences])
 
 
 def gguf_of(folder: Path, fingerprint: str, *, random: bool = False) -> Path:

@@ -5,8 +5,9 @@ processor during loading, flash attention, 512 prompt tokens per forward. The on
 decoding use every core. After thousands of tokens it decodes faster on a CPU with --flash-attention off
 (docs/log.md). With --n-cpu-moe N the model is on the GPU except for the experts of the first N layers, as
 with llama.cpp's own option of this name (which makes the same overrides). With --mapped the weights are read
-from the page cache and not repacked: repacking copies them to memory, which a large file may not fit. Runs in
-the environment that install.py makes.
+from the page cache and not repacked: repacking copies them to memory, which a large file may not fit. With
+--parallel N it answers up to N prompts at once (llama_cpp_batch.py). Runs in the environment that install.py
+makes.
 
     python llama_cpp_peer.py FILE.gguf --context 1024 [--flash-attention off] [--n-cpu-moe 12] [--mapped]
 """
@@ -21,6 +22,7 @@ from typing import Any
 import gguf
 import llama_cpp as c
 from llama_cpp import _ggml
+from llama_cpp_batch import Rows
 from serve import Pipe
 
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
@@ -44,7 +46,7 @@ def experts_on_cpu(layers: int) -> ctypes.Array[Override]:
 
 
 class LlamaCpp:
-    """One model and one sequence."""
+    """One model and one sequence, or several, which are in `rows`."""
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class LlamaCpp:
         n_cpu_moe: int | None,
         mapped: bool = False,
         flash_attention: str = "auto",
+        sequences: int = 1,
     ) -> None:
         """`n_cpu_moe`: number of layers whose experts stay in RAM, with all else on the GPU; None: no GPU is
         used."""
@@ -74,6 +77,12 @@ class LlamaCpp:
         params.n_ctx = params.n_batch = context  # a prompt in one call, 512 tokens (n_ubatch) in one forward
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = FLASH_ATTENTION[flash_attention]
+        self.rows: Rows | None = None
+        """Sequences that are continued together; None: `first` and `following` compute one."""
+        if sequences > 1:
+            params.n_seq_max, params.n_ctx, params.kv_unified = sequences, sequences * context, False
+            self.rows = Rows(self._model, params)
+            return
         self._context = c.llama_init_from_model(self._model, params)
         if not self._context:
             raise SystemExit(f"llama.cpp cannot make a context of {context} tokens")
@@ -136,11 +145,18 @@ def main() -> None:
     parser.add_argument("--n-cpu-moe", type=int, help="on the GPU, but for the experts of so many layers")
     parser.add_argument("--mapped", action="store_true", help="do not copy weights into memory")
     parser.add_argument("--flash-attention", choices=FLASH_ATTENTION, default="auto")
+    parser.add_argument("--parallel", type=int, default=1, help="sequences that are continued together")
     options = parser.parse_args()
     pipe = Pipe()
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     model = LlamaCpp(
-        options.model, options.context, threads, options.n_cpu_moe, options.mapped, options.flash_attention
+        options.model,
+        options.context,
+        threads,
+        options.n_cpu_moe,
+        options.mapped,
+        options.flash_attention,
+        options.parallel,
     )
     hello = {
         "name": name(options),
@@ -149,7 +165,10 @@ def main() -> None:
         "threads": threads,
         "weights": weights(options.model),
     }
-    pipe.serve(hello, model.first, model.following)
+    if model.rows is not None:
+        pipe.serve(hello, model.rows.first, model.rows.following, review=model.rows.review)
+    else:
+        pipe.serve(hello, model.first, model.following)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,11 @@ A peer has its own process and environment, so this module uses only the standar
 
     out   {"name", "version", "detail", "threads", "weights": {"expert_bytes", "expert_numel", "dense_bytes",
           "dense_numel"}}, once, when the model is loaded (see `Weights` in benchmarks/contenders.py)
-    in    {"prompt": [id, ...], "tokens": N}
-    out   {"prefill_s", "decode_s", "ids": [N ids], "figures": {name: count since the first id}}
+    in    {"prompt": [id, ...], "tokens": N, "review": whether to add the answer's review}
+    out   {"prefill_s", "decode_s", "ids": [N ids], "figures": {name: count since the first id},
+          "review": {name: figure}, if it was asked for and the peer has any}
+
+A peer of several sequences takes a list of prompts instead, and gives a list of N steps of one id each.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-First = Callable[[list[int]], int]
-"""Computes a prompt from an empty context, and returns the likeliest next id."""
-Next = Callable[[int], int]
-"""Computes one more id in the same context, and returns the likeliest next one."""
+First = Callable[[Any], Any]
+"""Computes a prompt (or prompts) from an empty context, and returns the likeliest next id (of each)."""
+Next = Callable[[Any], Any]
+"""Computes one more id in the same context (for each), and returns the likeliest next one (of each)."""
 Figures = Callable[[], dict[str, float]]
 """Returns counts since the start of the process, by name."""
+Review = Callable[[Any, list[Any]], dict[str, float]]
+"""Looks at an answer again, given its prompt and ids, to find out what would take time in measuring it."""
 
 
 class Pipe:
@@ -34,21 +39,28 @@ class Pipe:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def serve(
-        self, hello: dict[str, Any], first: First, following: Next, figures: Figures | None = None
+        self,
+        hello: dict[str, Any],
+        first: First,
+        following: Next,
+        figures: Figures | None = None,
+        review: Review | None = None,
     ) -> None:
         """Answer until the other end closes the pipe. `figures`: by default the bytes read from disk."""
         self._send(hello)
         for line in sys.stdin:
             request = json.loads(line)
-            self._send(measure(request["prompt"], request["tokens"], first, following, figures or of_process))
+            prompt = request["prompt"]
+            record = measure(prompt, request["tokens"], first, following, figures or of_process)
+            if review is not None and request["review"]:
+                record["review"] = review(prompt, record["ids"])
+            self._send(record)
 
     def _send(self, record: dict[str, Any]) -> None:
         print(json.dumps(record), file=self._out, flush=True)
 
 
-def measure(
-    prompt: list[int], tokens: int, first: First, following: Next, figures: Figures
-) -> dict[str, Any]:
+def measure(prompt: Any, tokens: int, first: First, following: Next, figures: Figures) -> dict[str, Any]:
     """Answer a prompt with `tokens` ids, timing up to the first new id and from there to the last."""
     began = time.perf_counter()
     ids = [first(prompt)]

@@ -73,6 +73,41 @@ def test_a_model_by_its_folder(run_benchmark: Any, tiny_mixtral: Path, tmp_path:
     ]
 
 
+@pytest.fixture(scope="module")
+def together(run_benchmark: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run of two and of three sequences that are continued together."""
+    home = tmp_path_factory.mktemp("home")
+    model = ("--synthetic", "mixtral-tiny", "--layers", "2", "--device", "cpu", "--activations", "native")
+    short = ("--rounds", "1", "--tokens", "4", "--prompt-tokens", "8", "--parallel", "2", "3")
+    *table, last = run_benchmark("decode", home, *model, *short)
+    document: dict[str, Any] = json.loads(last)
+    return {**document, "table": table}
+
+
+def test_sequences_that_are_continued_together(together: dict[str, Any]) -> None:
+    """Two layers of eight experts, two a token: in each a step reads two at least, and two for each sequence
+    at most."""
+    assert [row["sequences"] for row in together["configurations"]] == together["parallel"] == [2, 3]
+    expert, numel = together["expert_bytes"], 3 * 64 * 128
+    for row in together["configurations"]:
+        count, ms = row["sequences"], row["ms_per_step"]
+        assert 2 * 2 <= row["experts_per_step"] <= 2 * 2 * count
+        dense = row["read_bytes_per_step"] - row["experts_per_step"] * expert
+        assert 0.5 * numel < dense  # attention, routers and the head: 87,360 weights in four bits
+        assert row["floor_ms_per_step"] == pytest.approx(
+            1000 * row["read_bytes_per_step"] / together["bandwidths"]["ram"]
+        )
+        assert row["tokens_per_s"]["median"] == pytest.approx(1000 * count / ms["median"])
+        assert 0 <= row["as_alone"] <= count
+    assert sum("sequences" in line for line in together["table"]) == 2
+
+
+def test_lengths_of_prompts(import_benchmark: Any) -> None:
+    lengths = import_benchmark("together").lengths
+    assert lengths(4, 64) == [32, 43, 54, 64]
+    assert lengths(1, 64) == [64]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -83,6 +118,9 @@ def test_a_model_by_its_folder(run_benchmark: Any, tiny_mixtral: Path, tmp_path:
         (["--made", "mixtral-8x7b", "--peer", "llama.cpp"], "which no peer reads; add --random-peers"),
         (["demo", "--rounds", "0"], "--rounds 0 --tokens 24 measures nothing"),
         (["demo", "--tokens", "1"], "--rounds 9 --tokens 1 measures nothing"),
+        (["demo", "--parallel", "2"], "--parallel counts sequences"),
+        (["demo", "--device", "cpu", "--parallel", "0"], "--parallel counts sequences"),
+        (["demo", "--device", "cpu", "--parallel", "2", "--peer", "transformers"], "no peer but llama.cpp"),
         (["demo", "--peer", "vllm"], "invalid choice: 'vllm'"),
     ],
 )

@@ -20,7 +20,8 @@ from serve import Pipe
 pipe = Pipe()
 print("a library's own words")
 about = {{"name": "counting", "version": "1", "detail": "", "threads": 1, "weights": {WEIGHTS}}}
-pipe.serve(about, sum, lambda token: print("more words") or token + 1)
+review = lambda prompt, ids: {{"sum": sum(prompt) + sum(ids)}}
+pipe.serve(about, sum, lambda token: print("more words") or token + 1, review=review)
 """
 
 
@@ -69,6 +70,12 @@ def test_times_are_from_the_prompt_to_the_first_id_and_to_the_last(
         "ids": [5, 6, 7, 8],
         "figures": {"read_bytes": 21.0},
     }
+
+
+def test_answers_are_reviewed_when_that_is_asked_for(client: ModuleType, counting: Any) -> None:
+    with client.Peer(counting) as peer:
+        assert "review" not in peer.ask([1, 2], 2)
+        assert peer.ask([1, 2], 2, review=True)["review"] == {"sum": 1 + 2 + 3 + 4}
 
 
 def test_summary(client: ModuleType, counting: Any, import_benchmark: Callable[[str], ModuleType]) -> None:
@@ -132,6 +139,29 @@ def test_llama_cpp_computes_what_transformers_computes(
     for prompt, answer in zip(prompts, peer.answers, strict=True):
         ids = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
         assert list(answer.ids) == ids[0, len(prompt) :].tolist()
+
+
+def test_llama_cpp_continues_sequences_together_as_alone(
+    client: ModuleType, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Prompts of different lengths, from float32 weights; and how many experts their steps used."""
+    python = client.install.interpreter(client.install.default_folder())
+    if python is None:
+        pytest.skip("llama.cpp is not installed: python benchmarks/peers/install.py")
+    file = tmp_path / "m.gguf"
+    writer = [str(python), str(client.HERE / "gguf_file.py"), str(tiny_checkpoint), str(file)]
+    subprocess.run([*writer, "--type", "F32"], check=True, capture_output=True)
+    prompts = [[3 + 7 * i % 251 for i in range(40)], [100, 4, 5], [9, 300]]
+    command = [str(python), str(client.HERE / "llama_cpp_peer.py"), str(file)]
+    with client.Peer(command) as peer:
+        alone = [peer.ask(prompt, 6)["ids"] for prompt in prompts]
+    with client.Peer([*command, "--parallel", "4"]) as peer:
+        record = peer.ask(prompts, 6, review=True)
+        again = peer.ask(prompts[1:], 6)
+    assert [list(ids) for ids in zip(*record["ids"], strict=True)] == alone
+    assert [list(ids) for ids in zip(*again["ids"], strict=True)] == alone[1:]
+    assert 3 * 2 <= record["review"]["experts_per_step"] <= 3 * 2 * len(prompts)  # three layers, two a token
+    assert "review" not in again
 
 
 def test_weights_made_for_a_peer_keep_its_numbers_in_bounds(
