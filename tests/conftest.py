@@ -1,18 +1,15 @@
-"""Fixtures for all tests. Shared helpers are files beside this one, which tests get only through fixtures."""
+"""Fixtures for all tests. What tests import from one another is in support/."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import gc
-import importlib.util
 import inspect
 import os
 import signal
-import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -96,18 +93,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
 
 
-def load_module(path: Path) -> ModuleType:
-    """Import a helper file of the tests (or of benchmarks/) by its path, once."""
-    name = f"moe_local_{path.parent.name}_{path.stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""
@@ -161,23 +146,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_models() -> ModuleType:
-    """tests/tiny_models.py: `tiny_config`, `tiny_model`, `write_checkpoint`, `tiny_tokenizer`."""
-    return load_module(Path(__file__).parent / "tiny_models.py")
-
-
-@pytest.fixture(scope="session")
-def attention_checks() -> ModuleType:
-    """tests/attention_checks.py: `Largest`, `check_ids(model, plain)`."""
-    return load_module(Path(__file__).parent / "attention_checks.py")
-
-
-@pytest.fixture(scope="session")
-def make_checkpoint(tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """make_checkpoint("mixtral", shards=1, dtype=torch.float32, tokenizer=False, seed=0, **config) -> folder.
 
     The same arguments give the same folder during the whole session: copy it before changing it.
     """
+    from support import tiny_models
+
     made: dict[str, Path] = {}
 
     def make(model_type: str, **options: Any) -> Path:
@@ -203,16 +178,12 @@ def tiny_qwen3_moe(make_checkpoint: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def synthetic(repository: Path) -> ModuleType:
-    """benchmarks/synthetic.py: `mixtral_19_shards(folder, Shape(...), seed)`, the published layout."""
-    return load_module(repository / "benchmarks" / "synthetic.py")
-
-
-@pytest.fixture(scope="session")
-def mixtral_19(
-    synthetic: ModuleType, tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def mixtral_19(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Mixtral in the published layout: 19 bf16 shards and their index, 3 layers, with a tokenizer."""
+    import synthetic
+
+    from support import tiny_models
+
     folder = tmp_path_factory.mktemp("mixtral_19")
     shape = synthetic.Shape(64, 96, layers=3, heads=4, kv_heads=2, vocab=tiny_models.VOCAB, max_context=4096)
     synthetic.mixtral_19_shards(folder, shape)
@@ -221,46 +192,12 @@ def mixtral_19(
 
 
 @pytest.fixture(scope="session")
-def swiglu_experts() -> ModuleType:
-    """tests/swiglu_experts.py: `Math`, `layout_of(format)`, `runner_of(kinds, top_k, slots)`."""
-    return load_module(Path(__file__).parent / "swiglu_experts.py")
-
-
-@pytest.fixture(scope="session")
-def random_experts() -> ModuleType:
-    """tests/random_experts.py: `RandomExperts`, `random_spec`."""
-    return load_module(Path(__file__).parent / "random_experts.py")
-
-
-@pytest.fixture(scope="session")
-def kill_points() -> ModuleType:
-    """tests/kill_points.py: `killed_at(work, effect)`, `killed_after(work, seconds)`, in children."""
-    return load_module(Path(__file__).parent / "kill_points.py")
-
-
-@pytest.fixture(scope="session")
-def hostile() -> ModuleType:
-    """tests/hostile.py: `damaged_bytes(honest)`, `damaged_json(honest)` and the like, for hypothesis."""
-    return load_module(Path(__file__).parent / "hostile.py")
-
-
-@pytest.fixture(scope="session")
-def published() -> ModuleType:
-    """tests/published.py: `fp8` and `mxfp4` checkpoints, each with a plain twin."""
-    return load_module(Path(__file__).parent / "published.py")
-
-
-@pytest.fixture(scope="session")
-def gguf_models() -> ModuleType:
-    """tests/gguf_models.py: `write(checkpoint, folder, types)` -> a GGUF file and its twin."""
-    return load_module(Path(__file__).parent / "gguf_models.py")
-
-
-@pytest.fixture(scope="session")
 def publish(
-    make_checkpoint: Callable[..., Path], published: ModuleType, tmp_path_factory: pytest.TempPathFactory
+    make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, Path]]:
-    """publish("mixtral", **options of tests/published.py) -> the quantized folder and its twin, made once."""
+    """publish("mixtral", **options of support/published.py) -> the quantized folder and its twin, once."""
+    from support import published
+
     made: dict[str, tuple[Path, Path]] = {}
 
     def publish(model_type: str, **options: Any) -> tuple[Path, Path]:
@@ -275,65 +212,34 @@ def publish(
 
 
 @pytest.fixture(scope="session")
-def fake_device() -> ModuleType:
-    """tests/fake_device.py: `FakeDevice`, whose copies complete in adversarial order."""
-    return load_module(Path(__file__).parent / "fake_device.py")
-
-
-@pytest.fixture(scope="session")
-def fake_cards() -> ModuleType:
-    """tests/fake_cards.py: `FakeCards`, which refuse operations across them, and `FakeCardMoves`."""
-    return load_module(Path(__file__).parent / "fake_cards.py")
-
-
-@pytest.fixture(scope="session")
-def fake_graphs() -> ModuleType:
-    """tests/fake_graphs.py: `FakeGraphs`, which records torch's operations and runs them when replayed."""
-    return load_module(Path(__file__).parent / "fake_graphs.py")
-
-
-@pytest.fixture(scope="session")
-def engine_runs() -> ModuleType:
-    """tests/engine_runs.py: `answered_at_random(engine, prompts, ...)`, `check_alone(hf, sequences)`."""
-    return load_module(Path(__file__).parent / "engine_runs.py")
-
-
-@pytest.fixture(scope="session")
-def plain_experts() -> ModuleType:
-    """tests/plain_experts.py: `offloaded(hf)`, a model whose OffloadedExperts are run by `hf.runner`."""
-    return load_module(Path(__file__).parent / "plain_experts.py")
-
-
-@pytest.fixture(scope="session")
-def torch_kernels() -> ModuleType:
-    """tests/torch_kernels.py: `Launcher`, `TorchFetch`; `use(monkeypatch)`, `in_one_piece(device)`."""
-    return load_module(Path(__file__).parent / "torch_kernels.py")
-
-
-@pytest.fixture(scope="session")
 def quick_interpreter() -> Iterator[None]:
-    """Makes Triton's interpreter patch its language once per launch, not per call (quick_interpreter.py)."""
+    """Makes Triton's interpreter patch its language once per launch, not per call."""
+    from support.quick_interpreter import quicken
+
     with pytest.MonkeyPatch.context() as patch:
-        load_module(Path(__file__).parent / "quick_interpreter.py").quicken(patch)
+        quicken(patch)
         yield
 
 
 @pytest.fixture(scope="session")
 def hub_servers() -> Iterator[Callable[[], Any]]:
     """hub_servers() -> a Hub like `hub_server`; any number of them, which run until the session ends."""
-    module = load_module(Path(__file__).parent / "hub_server.py")
+    from support import hub_server
+
     with contextlib.ExitStack() as servers:
-        yield lambda: servers.enter_context(module.running())
+        yield lambda: servers.enter_context(hub_server.running())
 
 
 @pytest.fixture
 def hub_server() -> Iterator[Any]:
-    """A Hub on 127.0.0.1 (tests/hub_server.py): `.url`, `.env(home)`, `.add_repo(id, folder)`, `.sent`.
+    """A Hub on 127.0.0.1 (support/hub_server.py): `.url`, `.env(home)`, `.add_repo(id, folder)`, `.sent`.
 
     The Hub library reads HF_ENDPOINT when it is imported, so pass `.env(home)` to a subprocess, or use the
     `hub` fixture to reach it from this process.
     """
-    with load_module(Path(__file__).parent / "hub_server.py").running() as server:
+    from support import hub_server
+
+    with hub_server.running() as server:
         yield server
 
 
@@ -360,38 +266,34 @@ def hub(hub_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
 
 @pytest.fixture(scope="session")
 def make_device() -> Callable[..., Any]:
-    """make_device(seed=0, luck=0.3, lazy=False) -> a Device whose copies are late (tests/fake_device.py)."""
-    device: Callable[..., Any] = load_module(Path(__file__).parent / "fake_device.py").FakeDevice
-    return device
+    """make_device(seed=0, luck=0.3, lazy=False) -> a Device with late copies (support/fake_device.py)."""
+    from support.fake_device import FakeDevice
+
+    return FakeDevice
 
 
 @pytest.fixture(scope="session")
 def any_scheduler() -> Callable[..., Any]:
-    """any_scheduler(seed=0, mode="auto") -> a MissScheduler that decides at random (tests/store_rig.py)."""
-    made: Callable[..., Any] = load_module(Path(__file__).parent / "store_rig.py").AnyScheduler
-    return made
+    """any_scheduler(seed=0, mode="auto") -> a MissScheduler that decides at random (support/store_rig.py)."""
+    from support.store_rig import AnyScheduler
 
-
-@pytest.fixture(scope="session")
-def simulated() -> ModuleType:
-    """tests/simulated_machine.py: a CPU and a link whose true costs are known."""
-    return load_module(Path(__file__).parent / "simulated_machine.py")
+    return AnyScheduler
 
 
 @pytest.fixture
 def make_rig(tmp_path: Path, make_device: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """make_rig("ram+disk", slots=3, seed=0, ...) -> a store with known experts (tests/store_rig.py).
+    """make_rig("ram+disk", slots=3, seed=0, ...) -> a store with known experts (support/store_rig.py).
 
     It is closed at the end of the test, which fails if the rig's device has recorded a fault.
     """
+    from support.store_rig import Rig
+
     rigs: list[Any] = []
 
     def make(mode: str = "disk", *, device: Any = None, device_seed: int = 0, **options: Any) -> Any:
         if mode != "disk" and device is None:
             device = make_device(device_seed)
-        rig = load_module(Path(__file__).parent / "store_rig.py").Rig(
-            tmp_path, mode, device=device, **options
-        )
+        rig = Rig(tmp_path, mode, device=device, **options)
         rigs.append(rig)
         return rig
 
@@ -402,8 +304,10 @@ def make_rig(tmp_path: Path, make_device: Callable[..., Any]) -> Iterator[Callab
 
 @pytest.fixture
 def read_gate(make_rig: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A ReadGate that replaces os.preadv (tests/store_rig.py); it is opened before rigs are closed."""
-    gate = load_module(Path(__file__).parent / "store_rig.py").ReadGate(os.preadv)
+    """A ReadGate that replaces os.preadv (support/store_rig.py); it is opened before rigs are closed."""
+    from support.store_rig import ReadGate
+
+    gate = ReadGate(os.preadv)
     monkeypatch.setattr(os, "preadv", gate)
     yield gate
     gate.open()

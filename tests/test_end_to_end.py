@@ -13,15 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import synthetic
 import torch
 from filelock import FileLock
 from huggingface_hub import constants
 
 import moe_local
+from support import tiny_models
 
 REPO = "mistralai/Mixtral-8x7B-Instruct-v0.1"
 PROMPT = "the experts of the text"
@@ -44,9 +45,7 @@ end it at that moment may be late."""
 
 
 @pytest.fixture(scope="module")
-def checkpoint(
-    synthetic: ModuleType, tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """19 bf16 shards of 50 MiB in all: small, but long enough under way to be killed."""
     folder = tmp_path_factory.mktemp("served")
     shape = synthetic.Shape(

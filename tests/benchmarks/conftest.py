@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import synthetic
 
 from moe_local.offload.plan import bandwidth
 
@@ -70,7 +71,7 @@ def run_benchmark(repository: Path) -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="module")
-def tiny_checkpoint(synthetic: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the shape that benchmarks call mixtral-tiny."""
     folder = tmp_path_factory.mktemp("mixtral-tiny")
     synthetic.mixtral_19_shards(folder, synthetic.NAMED_SHAPES["mixtral-tiny"])

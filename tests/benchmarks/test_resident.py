@@ -17,6 +17,7 @@ from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan.fit import plan_request
 from moe_local.offload.plan.footprint import expert_bytes
 from moe_local.offload.plan.plan import Request
+from support import fake_graphs, torch_kernels
 
 
 @pytest.fixture
@@ -28,8 +29,6 @@ def resident(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
 def load(
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
-    torch_kernels: ModuleType,
-    fake_graphs: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[int], moe_local.Model]:
@@ -52,10 +51,7 @@ def load(
 
 
 def test_both_ways_say_the_same(
-    resident: ModuleType,
-    load: Callable[[int], moe_local.Model],
-    fake_graphs: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
+    resident: ModuleType, load: Callable[[int], moe_local.Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resident, "prompt_ids", lambda model, count, start: list(range(3, 3 + count)))
     with load(8) as model:
@@ -75,10 +71,7 @@ def test_both_ways_say_the_same(
 
 
 def test_other_words_are_told(
-    resident: ModuleType,
-    load: Callable[[int], moe_local.Model],
-    fake_graphs: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
+    resident: ModuleType, load: Callable[[int], moe_local.Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resident, "prompt_ids", lambda model, count, start: [5, 6, 7])
     monkeypatch.setattr(resident, "answer", lambda model, prompt, tokens: (1.0, [0] * tokens))
@@ -88,7 +81,7 @@ def test_other_words_are_told(
 
 
 def test_experts_that_have_to_move_are_refused(
-    resident: ModuleType, load: Callable[[int], moe_local.Model], fake_graphs: ModuleType
+    resident: ModuleType, load: Callable[[int], moe_local.Model]
 ) -> None:
     with load(4) as model, pytest.raises(SystemExit, match="the experts are not resident"):
         resident.Plain(model, fake_graphs.FakeGraphs())

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 import moe_local
-
-
-@pytest.fixture(scope="session")
-def fake_model_file() -> Path:
-    return Path(__file__).parent / "fake_model.py"
+from support import fake_model
 
 
 @pytest.fixture(scope="session")
@@ -32,18 +25,6 @@ def endless() -> tuple[str, ...]:
     return ("-n", "60000", "--context", "65000")
 
 
-@pytest.fixture(scope="session")
-def fake_module(fake_model_file: Path) -> ModuleType:
-    """tests/cli/fake_model.py"""
-    spec = importlib.util.spec_from_file_location("moe_local_cli_fake_model", fake_model_file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def loads() -> list[tuple[str, dict[str, Any]]]:
     """Arguments of every call of `moe_local.load` that `fake` served."""
@@ -51,11 +32,9 @@ def loads() -> list[tuple[str, dict[str, Any]]]:
 
 
 @pytest.fixture
-def fake(
-    fake_module: ModuleType, loads: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
-) -> Any:
+def fake(loads: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The model that `moe_local.load` gives, whatever it is asked for."""
-    model = fake_module.FakeModel()
+    model = fake_model.FakeModel()
 
     def load(name: str, *, progress: Any = None, **options: Any) -> Any:
         loads.append((name, options))

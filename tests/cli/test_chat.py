@@ -12,6 +12,7 @@ import moe_local
 from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cli.chat import Chat
 from moe_local.cli.options import Sampling
+from support import fake_model
 
 
 def test_a_conversation_from_a_pipe(invoke, fake):
@@ -304,8 +305,8 @@ def wanted(name):
 
 
 class TestSwitchingModels:
-    def test_frees_the_old_one_first(self, fake, fake_module, home):
-        new = fake_module.FakeModel()
+    def test_frees_the_old_one_first(self, fake, home):
+        new = fake_model.FakeModel()
         chat = Chat(
             fake, Sampling(), lambda name: new if not fake.open else pytest.fail("both at once"), wanted
         )
@@ -331,8 +332,8 @@ class TestSwitchingModels:
         assert fake.open
         assert capsys.readouterr().out == "not loaded\n"
 
-    def test_one_that_cannot_be_loaded_brings_the_old_one_back(self, fake, fake_module, home, capsys):
-        again = fake_module.FakeModel()
+    def test_one_that_cannot_be_loaded_brings_the_old_one_back(self, fake, home, capsys):
+        again = fake_model.FakeModel()
 
         def load(name):
             if name == "demo":
@@ -355,8 +356,8 @@ class TestSwitchingModels:
         assert "no room for demo; and fake cannot be loaded again: no room for fake" in said
 
 
-def test_thoughts_are_kept_from_the_answer(invoke, fake, fake_module, monkeypatch):
-    monkeypatch.setattr(fake_module.FakeStream, "text", "", raising=False)
+def test_thoughts_are_kept_from_the_answer(invoke, fake, monkeypatch):
+    monkeypatch.setattr(fake_model.FakeStream, "text", "", raising=False)
     words = ["<thi", "nk>\nlet me", " see</th", "ink>\n\n", "forty", " two"]
     plain = fake.stream
 
@@ -437,8 +438,8 @@ class TestOnATerminal:
         for child in children:
             child.close(force=True)
 
-    def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(self, spawn, fake_model_file):
-        terminal = spawn(str(fake_model_file), "chat")
+    def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(self, spawn):
+        terminal = spawn(fake_model.__file__, "chat")
         terminal.expect_exact("fake: /help lists the commands, Ctrl-D leaves.")
         terminal.expect_exact(">>> ")
         terminal.sendline("one two endlessly")
@@ -461,8 +462,8 @@ class TestOnATerminal:
         terminal.close()
         assert terminal.exitstatus == 0
 
-    def test_a_real_terminal_edits_and_remembers(self, spawn, fake_model_file, tmp_path):
-        terminal = spawn(str(fake_model_file), "chat", TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")
+    def test_a_real_terminal_edits_and_remembers(self, spawn, tmp_path):
+        terminal = spawn(fake_model.__file__, "chat", TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")
         terminal.expect_exact(">>>")
         terminal.send("on\x1b[Do\x1b[F two\x1b\rthree\r")  # o-on, then to the end; Alt-Enter
         terminal.expect_exact("1: OON TWO THREE")
@@ -490,9 +491,9 @@ class TestOnATerminal:
         assert "+oon two\n+three\n" in history.read_text()
         assert "\x1a" not in history.read_text()
 
-    def test_what_is_typed_beside_an_answer_does_not_stand_in_it(self, spawn, fake_model_file):
+    def test_what_is_typed_beside_an_answer_does_not_stand_in_it(self, spawn):
         """And is what the next prompt begins with. A Ctrl-C is not shown, either."""
-        terminal = spawn(str(fake_model_file), "chat", TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")
+        terminal = spawn(fake_model.__file__, "chat", TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")
         terminal.expect_exact(">>>")
         terminal.send("one two three four\r")
         terminal.expect_exact("1: ONE")

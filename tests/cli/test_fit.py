@@ -5,6 +5,8 @@ import shlex
 
 import pytest
 
+from support import tiny_models
+
 MIXTRAL = ("fit", "mixtral-8x7b", "--vram", "24GiB", "--ram", "64GiB", "--context", "8192")
 
 
@@ -118,7 +120,7 @@ def test_bad_input(invoke, home, arguments, code, said):
     assert said in result.stderr
 
 
-def test_a_dense_model(invoke, home, tmp_path, tiny_models):
+def test_a_dense_model(invoke, home, tmp_path):
     tiny_models.tiny_config("llama").save_pretrained(tmp_path)
     result = invoke("fit", str(tmp_path))
     assert result.exit_code == 1

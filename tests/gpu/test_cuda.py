@@ -8,7 +8,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -33,6 +32,7 @@ from moe_local.offload.tiers import device_arena
 from moe_local.offload.tiers.arena import HostArena
 from moe_local.offload.tiers.device import CudaDevice, HostMemory
 from moe_local.offload.tiers.device_arena import DeviceArena
+from support import random_experts, tiny_models
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,7 +62,7 @@ class SwiGLU:
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
 def test_ids_do_not_depend_on_cache_or_prefetch(
-    make_checkpoint: Callable[..., Path], tiny_models: ModuleType, model_type: str
+    make_checkpoint: Callable[..., Path], model_type: str
 ) -> None:
     folder = make_checkpoint(model_type)
     ids = torch.randint(3, tiny_models.VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -90,7 +90,7 @@ def test_ids_do_not_depend_on_cache_or_prefetch(
 @pytest.mark.parametrize("miss", ["auto", "cpu"])
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_the_cpu_computes_misses_within_rounding(
-    make_checkpoint: Callable[..., Path], tiny_models: ModuleType, miss: str, tokens: int
+    make_checkpoint: Callable[..., Path], miss: str, tokens: int
 ) -> None:
     """fp32 on both sides: the logits differ by the order of sums, 1e-4 of the largest at most."""
     folder = make_checkpoint("mixtral")
@@ -492,7 +492,7 @@ def test_weights_on_the_bounds_are_quantized_alike_on_the_gpu() -> None:
     assert all(torch.equal(one, other) for one, other in zip(parts["cpu"], parts["cuda"], strict=True))
 
 
-def test_a_file_is_the_same_wherever_it_is_encoded(random_experts: ModuleType, tmp_path: Path) -> None:
+def test_a_file_is_the_same_wherever_it_is_encoded(tmp_path: Path) -> None:
     source = random_experts.RandomExperts(layers=2, experts=6)  # enough for both places and the faster one
     for name, gpu in (("cpu", None), ("gpu", torch.device("cuda"))):
         convert_experts(source, codec_for("nf4"), tmp_path / name, gpu=gpu)

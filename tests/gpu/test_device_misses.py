@@ -6,7 +6,6 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from moe_local.offload.kernels.fetch import LayerTables, fetch_kernels
 from moe_local.offload.kernels.launcher import UNIT
 from moe_local.offload.tiers.arena import HostArena
 from moe_local.offload.tiers.mapped import is_mapped
+from support import torch_kernels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,9 +102,7 @@ def test_a_token_waits_for_nothing_but_its_id_and_its_log(
         engine.leave(sequence)
 
 
-def test_experts_are_brought_from_ranges_that_were_pinned_one_by_one(
-    monkeypatch: pytest.MonkeyPatch, torch_kernels: ModuleType
-) -> None:
+def test_experts_are_brought_from_ranges_that_were_pinned_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes, tables, and times of the GPU's clock that fit the bytes."""
     monkeypatch.setattr("moe_local.offload.tiers.arena.PIN_BYTES", 1 << 20)
     nbytes, experts, slots, top_k = 1 << 18, 32, 12, 4

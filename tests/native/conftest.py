@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from moe_local.offload.native.library import ISAS, library
-
-
-@pytest.fixture(scope="session")
-def packed() -> ModuleType:
-    """tests/native/packed.py"""
-    path = Path(__file__).parent / "packed.py"
-    spec = importlib.util.spec_from_file_location("moe_local_native_packed", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.native.library import FLOATS, FORMATS, ISAS, Expert, Gate, Matrix, check
+from support import packed
 
 OK, BAD_ARGUMENT, OUT_OF_MEMORY, UNSUPPORTED = range(4)
 
@@ -18,7 +19,7 @@ OK, BAD_ARGUMENT, OUT_OF_MEMORY, UNSUPPORTED = range(4)
 class Linear:
     """The arguments of a call of moe_linear that succeeds, to be spoilt."""
 
-    def __init__(self, packed: Any, format: str) -> None:
+    def __init__(self, format: str) -> None:
         self.packed = packed.pack(format, 8, 64)
         self.m: Matrix = self.packed.struct
         self.x = torch.ones(2, 64)
@@ -58,8 +59,8 @@ LINEAR: dict[str, Callable[[Linear], Any]] = {
 
 @pytest.mark.parametrize("wrong", LINEAR)
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_wrong_product_is_refused(packed: Any, lib: Any, format: str, wrong: str) -> None:
-    call = Linear(packed, format)
+def test_a_wrong_product_is_refused(lib: Any, format: str, wrong: str) -> None:
+    call = Linear(format)
     assert call(lib) == OK
     call.y.values.fill_(3.0)
     LINEAR[wrong](call)
@@ -68,52 +69,52 @@ def test_a_wrong_product_is_refused(packed: Any, lib: Any, format: str, wrong: s
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8", "q3", "q2", "mxfp4", "fp8"])
-def test_a_product_without_scales_is_refused(packed: Any, lib: Any, format: str) -> None:
-    call = Linear(packed, format)
+def test_a_product_without_scales_is_refused(lib: Any, format: str) -> None:
+    call = Linear(format)
     call.m.scales = None
     assert call(lib) == BAD_ARGUMENT
 
 
 @pytest.mark.parametrize("format", ["q3", "q2"])
-def test_q3_and_q2_need_the_scales_of_their_rows(packed: Any, lib: Any, format: str) -> None:
-    call = Linear(packed, format)
+def test_q3_and_q2_need_the_scales_of_their_rows(lib: Any, format: str) -> None:
+    call = Linear(format)
     call.m.nested = None
     assert call(lib) == BAD_ARGUMENT
 
 
 @pytest.mark.parametrize("size", [0, -128])
 @pytest.mark.parametrize("part", ["block_rows", "block_cols"])
-def test_fp8_needs_blocks(packed: Any, lib: Any, part: str, size: int) -> None:
-    call = Linear(packed, "fp8")
+def test_fp8_needs_blocks(lib: Any, part: str, size: int) -> None:
+    call = Linear("fp8")
     setattr(call.m, part, size)
     assert call(lib) == BAD_ARGUMENT
 
 
 @pytest.mark.parametrize("dtype", [-1, 4])
-def test_fp8_scales_of_no_dtype_are_refused(packed: Any, lib: Any, dtype: int) -> None:
-    call = Linear(packed, "fp8")
+def test_fp8_scales_of_no_dtype_are_refused(lib: Any, dtype: int) -> None:
+    call = Linear("fp8")
     call.m.scale_dtype = dtype
     assert call(lib) == BAD_ARGUMENT
 
 
 @pytest.mark.parametrize("part", ["nested", "offset"])
-def test_nf4_needs_all_its_scales(packed: Any, lib: Any, part: str) -> None:
-    call = Linear(packed, "nf4")
+def test_nf4_needs_all_its_scales(lib: Any, part: str) -> None:
+    call = Linear("nf4")
     setattr(call.m, part, None)
     assert call(lib) == BAD_ARGUMENT
 
 
-def test_memory_that_is_not_to_be_had_is_an_error(packed: Any, lib: Any) -> None:
-    call = Linear(packed, "int8")
+def test_memory_that_is_not_to_be_had_is_an_error(lib: Any) -> None:
+    call = Linear("int8")
     call.m.rows, call.m.cols, call.tokens = 1, 2**40, 256
     assert call(lib) == OUT_OF_MEMORY
-    assert Linear(packed, "int8")(lib) == OK
+    assert Linear("int8")(lib) == OK
 
 
 class Experts:
     """The arguments of a call of moe_experts that succeeds: two experts, three tokens, two of them each."""
 
-    def __init__(self, packed: Any) -> None:
+    def __init__(self) -> None:
         self.gate = Gate(1, 3, 0.0, 0.0)
         self.pairs = [packed.pack_expert("nf4", 64, 32, self.gate, seed=e) for e in range(2)]
         self.experts = [Expert.from_buffer_copy(pair.struct) for pair in self.pairs]
@@ -193,8 +194,8 @@ EXPERTS: dict[str, Callable[[Experts], Any]] = {
 
 
 @pytest.mark.parametrize("wrong", EXPERTS)
-def test_wrong_experts_are_refused(packed: Any, lib: Any, wrong: str) -> None:
-    call = Experts(packed)
+def test_wrong_experts_are_refused(lib: Any, wrong: str) -> None:
+    call = Experts()
     assert call(lib) == OK
     for out in (call.outputs, call.combined):
         out.values.fill_(3.0)
@@ -204,9 +205,9 @@ def test_wrong_experts_are_refused(packed: Any, lib: Any, wrong: str) -> None:
     assert (call.combined.take() == 3.0).all()
 
 
-def test_no_experts_or_tokens_are_no_work(packed: Any, lib: Any) -> None:
+def test_no_experts_or_tokens_are_no_work(lib: Any) -> None:
     for name in ("count", "tokens_in_x"):
-        call = Experts(packed)
+        call = Experts()
         call.arguments[name] = 0
         assert call(lib) == OK
         assert call.outputs.take().isnan().all()

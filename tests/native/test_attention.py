@@ -27,6 +27,7 @@ from moe_local.offload.native.library import (
     Router,
     Sequence,
 )
+from support import packed
 
 BAD_ARGUMENT = 1
 BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
@@ -62,7 +63,7 @@ class Case(NamedTuple):
 
 
 @functools.cache
-def matrix_of(packed: Any, *shape: Any, **options: Any) -> Any:
+def matrix_of(*shape: Any, **options: Any) -> Any:
     """packed.pack, once for all calls, which only read it."""
     return packed.pack(*shape, **options)
 
@@ -70,7 +71,7 @@ def matrix_of(packed: Any, *shape: Any, **options: Any) -> Any:
 class Call:
     """A call of moe_attention for one token of random numbers."""
 
-    def __init__(self, packed: Any, case: Case, seed: int = 0) -> None:
+    def __init__(self, case: Case, seed: int = 0) -> None:
         self.case = case
         generator = torch.Generator().manual_seed(seed)
         dtype, queries, keys = case.dtype, case.heads * case.width, case.kv_heads * case.width
@@ -83,7 +84,7 @@ class Call:
         shapes["o"] = case.hidden, queries
         options = {"bias": case.bias is not None, "bias_dtype": case.bias or torch.float32}
         self.matrices = {
-            name: matrix_of(packed, case.format, *shape, seed=seed + place, **options)
+            name: matrix_of(case.format, *shape, seed=seed + place, **options)
             for place, (name, shape) in enumerate(shapes.items())
         }
         size = float(self.matrices["q"].weights.std()) * case.hidden**0.5  # that queries are about one
@@ -174,9 +175,9 @@ def off(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
 
 
-def check(packed: Any, lib: Any, case: Case, activations: int = FLOATS) -> None:
+def check(lib: Any, case: Case, activations: int = FLOATS) -> None:
     """The answer is right, and so are the key and value written; nothing else is."""
-    call = Call(packed, case)
+    call = Call(case)
     want = call.reference()
     before = call.keys.clone(), call.values.clone()
     y = call.answer(lib, activations=activations)
@@ -190,57 +191,55 @@ def check(packed: Any, lib: Any, case: Case, activations: int = FLOATS) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_equals_the_exact_answer(packed: Any, lib: Any, isa: str, format: str, dtype: torch.dtype) -> None:
+def test_equals_the_exact_answer(lib: Any, isa: str, format: str, dtype: torch.dtype) -> None:
     case = Case(format=format, dtype=dtype, norms=True, sinks=True, bias=torch.float32)
     for activations in (FLOATS, INT16, BF16):
-        check(packed, lib, case, activations)
-    check(packed, lib, case._replace(hidden=72, width=48, rotated=48, bias=None))  # no whole blocks of 64
+        check(lib, case, activations)
+    check(lib, case._replace(hidden=72, width=48, rotated=48, bias=None))  # no whole blocks of 64
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 1), (6, 2), (14, 2)])
-def test_heads_of_any_width(
-    packed: Any, lib: Any, isa: str, heads: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_heads_of_any_width(lib: Any, isa: str, heads: tuple[int, int], dtype: torch.dtype) -> None:
     for width in (16, 48, 64, 128, 256):
-        check(packed, lib, Case(*heads, width=width, rotated=width, dtype=dtype, norms=width == 48))
+        check(lib, Case(*heads, width=width, rotated=width, dtype=dtype, norms=width == 48))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_gates_and_shifted_norms(packed: Any, lib: Any, isa: str, format: str, dtype: torch.dtype) -> None:
+def test_gates_and_shifted_norms(lib: Any, isa: str, format: str, dtype: torch.dtype) -> None:
     case = Case(format=format, dtype=dtype, norms=True, gated=True, shifted=True)
-    check(packed, lib, case)
-    check(packed, lib, case._replace(heads=6, width=48, rotated=12, last=300, hidden=200, bias=torch.float32))
+    check(lib, case)
+    check(lib, case._replace(heads=6, width=48, rotated=12, last=300, hidden=200, bias=torch.float32))
 
 
 @pytest.mark.parametrize("rotation", [HALVES, NEIGHBOURS])
 @pytest.mark.parametrize("shared", [False, True])
-def test_rotations(packed: Any, lib: Any, isa: str, rotation: int, shared: bool) -> None:
+def test_rotations(lib: Any, isa: str, rotation: int, shared: bool) -> None:
     for width, rotated in ((16, 16), (16, 0), (16, 2), (64, 32), (64, 14), (128, 128), (48, 46)):
         case = Case(width=width, rotated=rotated, rotation=rotation, shared=shared, last=3)
         for dtype in DTYPES:
-            check(packed, lib, case._replace(dtype=dtype, norms=dtype != torch.float16))
+            check(lib, case._replace(dtype=dtype, norms=dtype != torch.float16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1, 2, 255, 256, 257, 1000])
-def test_any_number_of_positions(packed: Any, lib: Any, isa: str, length: int, dtype: torch.dtype) -> None:
+def test_any_number_of_positions(lib: Any, isa: str, length: int, dtype: torch.dtype) -> None:
     for first, spare in ((0, 0), (0, 5), (1, 5), (13, 0), (300, 5)):
         case = Case(dtype=dtype, first=first, last=first + length - 1, spare=spare)
-        check(packed, lib, case._replace(heads=10, sinks=spare == 5))
+        check(lib, case._replace(heads=10, sinks=spare == 5))
 
 
 @pytest.mark.parametrize("bias", DTYPES)
-def test_biases_of_any_dtype(packed: Any, lib: Any, isa: str, bias: torch.dtype) -> None:
+def test_biases_of_any_dtype(lib: Any, isa: str, bias: torch.dtype) -> None:
     for format in FORMATS:
-        check(packed, lib, Case(format=format, bias=bias))
+        check(lib, Case(format=format, bias=bias))
 
 
-def test_scores_far_apart_and_far_from_zero(packed: Any, lib: Any, isa: str) -> None:
+def test_scores_far_apart_and_far_from_zero(lib: Any, isa: str) -> None:
     """A softmax that is not careful makes infinities of them, in one look or between looks."""
     for scale in (1e2, 1e4, -1e4):
-        call = Call(packed, Case(last=600, sinks=True, bias=torch.float32))
+        call = Call(Case(last=600, sinks=True, bias=torch.float32))
         call.keys *= scale
         want, _, _ = call.reference()
         assert off(call.answer(lib), want) < 3e-4  # floats hold no more of scores that large
@@ -250,12 +249,12 @@ def test_scores_far_apart_and_far_from_zero(packed: Any, lib: Any, isa: str) -> 
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_number_of_threads_changes_no_bit(packed: Any, lib: Any, isa: str, format: str) -> None:
+def test_the_number_of_threads_changes_no_bit(lib: Any, isa: str, format: str) -> None:
     case = Case(heads=8, kv_heads=4, width=64, rotated=64, hidden=576, format=format, last=700, gated=True)
-    alone = Call(packed, case)
+    alone = Call(case)
     want = alone.answer(lib)
     for threads in (2, 3, 64, 1000):
-        call = Call(packed, case)
+        call = Call(case)
         assert torch.equal(call.answer(lib, threads=threads), want)
         for got, once in ((call.keys, alone.keys), (call.values, alone.values)):
             assert torch.equal(got.view(torch.int32), once.view(torch.int32))
@@ -263,29 +262,27 @@ def test_the_number_of_threads_changes_no_bit(packed: Any, lib: Any, isa: str, f
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_number_that_is_none_spoils_all(
-    packed: Any, lib: Any, isa: str, format: str, dtype: torch.dtype
-) -> None:
+def test_a_number_that_is_none_spoils_all(lib: Any, isa: str, format: str, dtype: torch.dtype) -> None:
     for last in (0, 300):
         for activations in (FLOATS, INT16, BF16):
-            call = Call(packed, Case(format=format, dtype=dtype, norms=True, last=last))
+            call = Call(Case(format=format, dtype=dtype, norms=True, last=last))
             call.x[5] = float("nan")
             assert call.answer(lib, activations=activations).isnan().all()
             assert call.keys[:, last].isnan().all()
             assert call.values[:, last].isnan().all()
 
 
-def test_an_earlier_number_that_is_none_spoils_the_answer(packed: Any, lib: Any, isa: str) -> None:
+def test_an_earlier_number_that_is_none_spoils_the_answer(lib: Any, isa: str) -> None:
     for position in (0, 5, 255, 256, 299):
         for name, bad in (("keys", "nan"), ("values", "inf"), ("values", "nan")):
-            call = Call(packed, Case(heads=5, kv_heads=1, last=300))
+            call = Call(Case(heads=5, kv_heads=1, last=300))
             assert torch.isfinite(call.answer(lib)).all()
             getattr(call, name)[0, position] = float(bad)
             assert not torch.isfinite(call.answer(lib)).any()
 
 
-def test_the_reference_agrees_with_torch(packed: Any, lib: Any, isa: str) -> None:
-    call = Call(packed, Case(heads=4, kv_heads=2, width=64, rotated=0, last=40))
+def test_the_reference_agrees_with_torch(lib: Any, isa: str) -> None:
+    call = Call(Case(heads=4, kv_heads=2, width=64, rotated=0, last=40))
     q, k, v = (call.matrices[n].product(call.x[None].double()).float().view(-1, 1, 64) for n in "qkv")
     keys = torch.cat([call.keys[:, :40], k], 1)[None]
     values = torch.cat([call.values[:, :40], v], 1)[None]
@@ -354,8 +351,8 @@ WRONG: dict[str, Callable[[Call], Any]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_arguments_are_refused(packed: Any, lib: Any, wrong: str) -> None:
-    call = Call(packed, Case())
+def test_wrong_arguments_are_refused(lib: Any, wrong: str) -> None:
+    call = Call(Case())
     call.answer(lib)
     for memory in (call.y, call.keys, call.values):
         memory.fill_(OUTSIDE)
@@ -365,11 +362,11 @@ def test_wrong_arguments_are_refused(packed: Any, lib: Any, wrong: str) -> None:
         assert (memory == OUTSIDE).all()
 
 
-def test_what_is_not_used_may_be_left_out(packed: Any, lib: Any) -> None:
-    call = Call(packed, Case(rotated=0))
+def test_what_is_not_used_may_be_left_out(lib: Any) -> None:
+    call = Call(Case(rotated=0))
     want = call.answer(lib)
     assert torch.equal(call.answer(lib, cos=call.x.data_ptr(), sin=call.x.data_ptr()), want)
-    single = Call(packed, Case(heads=2, kv_heads=1))
+    single = Call(Case(heads=2, kv_heads=1))
     want = single.answer(lib)
     single.sequence.head_stride = 0  # there is no second head
     assert torch.equal(single.answer(lib), want)
@@ -434,10 +431,10 @@ class LayerCall:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shifted", [False, True])
 def test_a_layer_is_its_parts_one_after_the_other(
-    packed: Any, lib: Any, isa: str, dtype: torch.dtype, shifted: bool
+    lib: Any, isa: str, dtype: torch.dtype, shifted: bool
 ) -> None:
     for router_dtype, normalized in ((dtype, True), (torch.float32, False)):
-        call = Call(packed, Case(format="nf4", dtype=dtype, norms=True, hidden=192, heads=6))
+        call = Call(Case(format="nf4", dtype=dtype, norms=True, hidden=192, heads=6))
         layer = LayerCall(call, shifted, router_dtype, normalized)
         want = layer.parts(lib)
         keys, values = call.keys.clone(), call.values.clone()
@@ -468,7 +465,7 @@ LAYERS_WRONG: dict[str, Callable[[LayerCall], dict[str, Any] | None]] = {
 
 
 @pytest.mark.parametrize("wrong", LAYERS_WRONG)
-def test_wrong_layers_are_refused(packed: Any, lib: Any, wrong: str) -> None:
-    call = LayerCall(Call(packed, Case()), False, torch.float32, True)
+def test_wrong_layers_are_refused(lib: Any, wrong: str) -> None:
+    call = LayerCall(Call(Case()), False, torch.float32, True)
     assert call(lib) == 0
     assert call(lib, **(LAYERS_WRONG[wrong](call) or {})) == BAD_ARGUMENT

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moe_local.offload.native.library import BF16, DTYPES, FLOATS, FORMATS, INT8, INT16, PLAIN, Gate, Matrix
+from support import packed
 
 WAYS = (FLOATS, INT16, INT8, BF16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -31,25 +32,23 @@ def linear(
 
 
 @functools.cache
-def matrix_of(packed: Any, format: str, rows: int, cols: int, bias: torch.dtype) -> Any:
+def matrix_of(format: str, rows: int, cols: int, bias: torch.dtype) -> Any:
     """Made once for all instruction sets and ways."""
     return packed.pack(format, rows, cols, bias_dtype=bias)
 
 
 @functools.cache
-def experts_of(packed: Any, format: str, width: int, hidden: int, gate: tuple[Any, ...]) -> list[Any]:
+def experts_of(format: str, width: int, hidden: int, gate: tuple[Any, ...]) -> list[Any]:
     """Four of them, made once for all instruction sets and ways."""
     return [packed.pack_expert(format, width, hidden, Gate(*gate), seed=seed) for seed in range(4)]
 
 
 @pytest.mark.parametrize("activations", WAYS)
 @pytest.mark.parametrize("format", FORMATS)
-def test_products_are_those_of_floats_rounded(
-    packed: Any, lib: Any, isa: str, format: str, activations: int
-) -> None:
+def test_products_are_those_of_floats_rounded(lib: Any, isa: str, format: str, activations: int) -> None:
     for rows, cols in ((96, 128), (33, 65), (5, 1)):
         for bias in (torch.float32, *HALVES):
-            m = matrix_of(packed, format, rows, cols, bias)
+            m = matrix_of(format, rows, cols, bias)
             for tokens in (1, 2, 5, 300):
                 drawn = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(tokens))
                 for dtype in HALVES:
@@ -101,12 +100,10 @@ def experts(
 
 @pytest.mark.parametrize("activations", WAYS)
 @pytest.mark.parametrize("format", FORMATS)
-def test_experts_are_those_of_floats_rounded(
-    packed: Any, lib: Any, isa: str, format: str, activations: int
-) -> None:
+def test_experts_are_those_of_floats_rounded(lib: Any, isa: str, format: str, activations: int) -> None:
     gate = (1, 3, 0.0, 0.0)
     for width, hidden in ((128, 64), (33, 20)):
-        pairs = experts_of(packed, format, width, hidden, gate)
+        pairs = experts_of(format, width, hidden, gate)
         for tokens in (1, 7, 70):
             ids, weights = packed.routing(tokens, 4, 2, seed=tokens)
             numbers = torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens)) / 8
@@ -138,7 +135,7 @@ def interesting() -> torch.Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-def one_by_one(packed: Any) -> Any:
+def one_by_one() -> Any:
     """The matrix [1, 1] of a one."""
     m = packed.pack("fp32", 1, 1, bias=False)
     m.memory[0].fill_(1.0)
@@ -179,12 +176,10 @@ def test_floats_are_rounded_as_torch_does(lib: Any, isa: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("count", [1, 4, 5])
-def test_every_number_is_widened_and_back(
-    packed: Any, lib: Any, isa: str, dtype: torch.dtype, count: int
-) -> None:
+def test_every_number_is_widened_and_back(lib: Any, isa: str, dtype: torch.dtype, count: int) -> None:
     """As inputs, one of which meets a one in the matrix; `count` a time, since few take another way."""
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
-    m = one_by_one(packed)
+    m = one_by_one()
     for x in every.view(-1, 1 << 8).unbind()[:: 1 if count == 5 else 16]:
         tokens = x[:, None] if count == 5 else x[:count, None].contiguous()
         got = linear(lib, m, tokens)

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from moe_local.offload.native.library import BF16, DTYPES, FLOATS, FORMATS, INT8, INT16, Gate
+from support import packed
 
 PLAIN, CONCATENATED, INTERLEAVED = range(3)
 RELU, SILU, CLAMPED = 1, 3, 6
@@ -54,7 +55,7 @@ class Case(NamedTuple):
     """float64 [T, D]."""
 
 
-def experts_of(packed: Any, format: str, width: int, hidden: int, gate: Gate, count: int) -> list[Any]:
+def experts_of(format: str, width: int, hidden: int, gate: Gate, count: int) -> list[Any]:
     return [packed.pack_expert(format, width, hidden, gate, seed=e) for e in range(count)]
 
 
@@ -67,11 +68,11 @@ def without_weights(experts: list[Any]) -> list[Any]:
 
 
 @functools.cache
-def cases_of(packed: Any, format: str, kind: str) -> list[Case]:
+def cases_of(format: str, kind: str) -> list[Case]:
     """Computed in float64, expert by expert; once for all instruction sets and ways."""
     gate, cases = GATES[kind], []
     for width, hidden in ((128, 192), (65, 33), (64, 1)):
-        experts = experts_of(packed, format, width, hidden, gate, 8)
+        experts = experts_of(format, width, hidden, gate, 8)
         kept = without_weights(experts)
         for tokens, top_k in ((1, 1), (1, 8), (2, 3), (7, 2), (40, 4)):
             ids, weights = packed.routing(tokens, 8, top_k, seed=tokens)
@@ -100,25 +101,25 @@ few tokens and more than make a batch, are enough."""
         if format in ONE_OF_EACH or kind in ("concatenated", "clamped")
     ],
 )
-def test_equals_the_plain_products(packed: Any, isa: str, format: str, kind: str, activations: int) -> None:
-    for case in cases_of(packed, format, kind):
+def test_equals_the_plain_products(isa: str, format: str, kind: str, activations: int) -> None:
+    for case in cases_of(format, kind):
         got = packed.run_experts(case.experts, case.ids, case.weights, case.x, GATES[kind], activations)
         assert packed.error_of(got.outputs, case.outputs) < BOUNDS[activations]
         assert packed.error_of(got.combined, case.combined) < BOUNDS[activations]
 
 
 @functools.cache
-def sixteen(packed: Any, format: str) -> list[Any]:
-    return without_weights(experts_of(packed, format, 128, 64, GATES["concatenated"], 16))
+def sixteen(format: str) -> list[Any]:
+    return without_weights(experts_of(format, 128, 64, GATES["concatenated"], 16))
 
 
 @pytest.mark.parametrize("activations", BOUNDS)
 @pytest.mark.parametrize("format", FORMATS)
 def test_neither_groups_nor_their_order_nor_threads_change_a_bit(
-    packed: Any, isa: str, format: str, activations: int
+    isa: str, format: str, activations: int
 ) -> None:
     """Also where there are more pairs than make a batch, and batches would end elsewhere in other groups."""
-    gate, experts = GATES["concatenated"], sixteen(packed, format)
+    gate, experts = GATES["concatenated"], sixteen(format)
     shapes = ((1, 4), (3, 4), (80, 4), (300, 1), (35, 12))
     for tokens, top_k in shapes if format in ONE_OF_EACH else shapes[1:3]:
         ids, weights = packed.routing(tokens, 16, top_k, seed=tokens)
@@ -145,7 +146,7 @@ def test_neither_groups_nor_their_order_nor_threads_change_a_bit(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_token_finds_and_counts_its_experts(packed: Any, lib: Any, isa: str, dtype: torch.dtype) -> None:
+def test_a_token_finds_and_counts_its_experts(lib: Any, isa: str, dtype: torch.dtype) -> None:
     gate = GATES["concatenated"]
     experts = [packed.pack_expert("nf4", 128, 64, gate, seed=seed) for seed in range(5)]
     x = torch.randn(1, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -201,7 +202,7 @@ def test_a_token_finds_and_counts_its_experts(packed: Any, lib: Any, isa: str, d
     assert chosen.tolist() == [8, 0, 0, 1, 2]
 
 
-def test_experts_and_tokens_that_are_not_there(packed: Any, lib: Any) -> None:
+def test_experts_and_tokens_that_are_not_there(lib: Any) -> None:
     gate = GATES["concatenated"]
     experts = [packed.pack_expert("nf4", 64, 64, gate, seed=e) for e in range(4)]
     ids, weights = torch.tensor([[2], [2]]), torch.ones(2, 1)
@@ -212,7 +213,7 @@ def test_experts_and_tokens_that_are_not_there(packed: Any, lib: Any) -> None:
     assert packed.run_experts(experts, *nothing, torch.empty(0, 64), gate, FLOATS).combined.shape == (0, 64)
 
 
-def test_only_the_places_asked_for_are_written(packed: Any, lib: Any) -> None:
+def test_only_the_places_asked_for_are_written(lib: Any) -> None:
     gate = GATES["plain"]
     experts = [packed.pack_expert("nf4", 64, 64, gate, seed=e) for e in range(4)]
     ids, weights = packed.routing(6, 4, 2)
@@ -245,7 +246,7 @@ def test_only_the_places_asked_for_are_written(packed: Any, lib: Any) -> None:
 
 
 @pytest.mark.parametrize("activations", BOUNDS)
-def test_a_token_that_is_no_number_spoils_no_other(packed: Any, isa: str, activations: int) -> None:
+def test_a_token_that_is_no_number_spoils_no_other(isa: str, activations: int) -> None:
     gate = GATES["concatenated"]
     experts = [packed.pack_expert("nf4", 128, 192, gate, seed=e) for e in range(4)]
     for tokens in (2, 12):
@@ -259,7 +260,7 @@ def test_a_token_that_is_no_number_spoils_no_other(packed: Any, isa: str, activa
         assert torch.equal(got.combined[others], clean.combined[others])
 
 
-def test_combining_alone_gives_the_same_sum(packed: Any, isa: str, lib: Any) -> None:
+def test_combining_alone_gives_the_same_sum(isa: str, lib: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     for tokens, top_k, cols in ((1, 1, 1), (3, 2, 63), (2, 8, 200)):
         rows = torch.randn(tokens * top_k, cols, generator=generator)

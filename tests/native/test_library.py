@@ -19,6 +19,7 @@ from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.native import library as module
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
+from support import packed
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def test_a_whole_library_is_found_wherever_it_lies(folder: Path, caplog: Any) ->
     assert not warnings(caplog)
 
 
-def test_nf4_is_refused_until_the_scales_map_is_known(folder: Path, packed: Any) -> None:
+def test_nf4_is_refused_until_the_scales_map_is_known(folder: Path) -> None:
     compiled = Path(module.__file__).parent / "_native.so"
     if not compiled.exists():
         pytest.skip("the C++ library was not compiled")

@@ -11,6 +11,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from moe_local.offload.native.library import DTYPES, FORMATS
+from support import packed
 
 OK, BAD_ARGUMENT = 0, 1
 OUTSIDE = 77.0
@@ -127,7 +128,7 @@ class Routed(NamedTuple):
 class Route:
     """A call of moe_route: the router's matrix and a token for it."""
 
-    def __init__(self, packed: Any, format: str, rows: int, cols: int, dtype: torch.dtype, **of_pack: Any):
+    def __init__(self, format: str, rows: int, cols: int, dtype: torch.dtype, **of_pack: Any):
         self.matrix = packed.pack(format, rows, cols, **of_pack)
         self.x = tokens_of(1, cols, dtype, 1 / cols**0.5)[0]
         self.logits = torch.full((rows + 32,), OUTSIDE, dtype=dtype)
@@ -162,11 +163,11 @@ class Route:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_routes_as_torch_does(packed: Any, lib: Any, isa: str, format: str, dtype: torch.dtype) -> None:
+def test_routes_as_torch_does(lib: Any, isa: str, format: str, dtype: torch.dtype) -> None:
     eps = torch.finfo(dtype).eps
     for rows, cols, bias in ((8, 64, None), (60, 100, torch.float32), (128, 256, dtype), (1, 7, None)):
         options = {"bias": bias is not None, "bias_dtype": bias or torch.float32}
-        route = Route(packed, format, rows, cols, dtype, seed=rows, **options)
+        route = Route(format, rows, cols, dtype, seed=rows, **options)
         want = route.matrix.product(route.x[None])[0]
         for top_k in {1, min(2, rows), min(8, rows), rows}:
             for normalized in (False, True):
@@ -182,48 +183,48 @@ def test_routes_as_torch_does(packed: Any, lib: Any, isa: str, format: str, dtyp
                 assert torch.equal(logits[ids], logits[chosen])
 
 
-def with_logits(packed: Any, logits: list[float], dtype: torch.dtype = torch.float32) -> Route:
+def with_logits(logits: list[float], dtype: torch.dtype = torch.float32) -> Route:
     """A router that answers these, whatever the token."""
-    route = Route(packed, "fp32", len(logits), 4, dtype)
+    route = Route("fp32", len(logits), 4, dtype)
     route.matrix.memory[0].zero_()
     route.matrix.memory[-1].copy_(torch.tensor(logits))
     return route
 
 
-def test_the_earlier_of_equals_comes_first(packed: Any, lib: Any, isa: str) -> None:
+def test_the_earlier_of_equals_comes_first(lib: Any, isa: str) -> None:
     for dtype in DTYPES:
-        route = with_logits(packed, [0.5, 2.0, 0.5, 2.0, 2.0, -1.0, 0.5], dtype)
+        route = with_logits([0.5, 2.0, 0.5, 2.0, 2.0, -1.0, 0.5], dtype)
         assert route(lib, 7).ids.tolist() == [1, 3, 4, 0, 2, 6, 5]
         assert route(lib, 2, True).weights.tolist() == [0.5, 0.5]
     # Rounded to bf16 they are equal, and that is what the choice is by.
-    assert with_logits(packed, [1.0, 1.001], torch.bfloat16)(lib, 1).ids.tolist() == [0]
-    assert with_logits(packed, [1.0, 1.001])(lib, 1).ids.tolist() == [1]
+    assert with_logits([1.0, 1.001], torch.bfloat16)(lib, 1).ids.tolist() == [0]
+    assert with_logits([1.0, 1.001])(lib, 1).ids.tolist() == [1]
 
 
-def test_logits_far_from_each_other(packed: Any, lib: Any, isa: str) -> None:
-    found = with_logits(packed, [-3e4, 3e4, 2e4])(lib, 3)
+def test_logits_far_from_each_other(lib: Any, isa: str) -> None:
+    found = with_logits([-3e4, 3e4, 2e4])(lib, 3)
     assert found.ids.tolist()[0] == 1
     assert found.weights.tolist() == [1.0, 0.0, 0.0]
-    assert with_logits(packed, [-3e38, 3e38])(lib, 2, True).weights.tolist() == [1.0, 0.0]
+    assert with_logits([-3e38, 3e38])(lib, 2, True).weights.tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf"])
-def test_numbers_that_are_none(packed: Any, lib: Any, isa: str, bad: str) -> None:
+def test_numbers_that_are_none(lib: Any, isa: str, bad: str) -> None:
     """Every share is NaN then, as torch has it; the ids are some that there are."""
     for place in range(3):
         logits = [1.0, 2.0, 3.0]
         logits[place] = float(bad)
         for normalized in (False, True):
-            found = with_logits(packed, logits)(lib, 2, normalized)
+            found = with_logits(logits)(lib, 2, normalized)
             assert found.weights.isnan().all()
             assert sorted(set(found.ids.tolist())) == sorted(found.ids.tolist())
             assert set(found.ids.tolist()) <= {0, 1, 2}
-    route = Route(packed, "bf16", 8, 64, torch.bfloat16)
+    route = Route("bf16", 8, 64, torch.bfloat16)
     route.x[3] = float(bad)
     assert route(lib, 2).weights.isnan().all()
 
 
-def test_wrong_routes_are_refused(packed: Any, lib: Any) -> None:
+def test_wrong_routes_are_refused(lib: Any) -> None:
     def refused(route: Route, top_k: int = 2, **changed: Any) -> None:
         assert route.call(lib, top_k, **changed) == BAD_ARGUMENT, (top_k, changed)
         for memory in (route.logits, route.weights, route.ids):
@@ -231,12 +232,12 @@ def test_wrong_routes_are_refused(packed: Any, lib: Any) -> None:
 
     for format in FORMATS:
         for name in ("matrix", "x", "logits", "weights", "ids"):
-            refused(Route(packed, format, 8, 64, torch.float32), **{name: None})
+            refused(Route(format, 8, 64, torch.float32), **{name: None})
         for top_k in (0, -1, 9, 2**62):
-            refused(Route(packed, format, 8, 64, torch.float32), top_k)
+            refused(Route(format, 8, 64, torch.float32), top_k)
         for dtype in (-1, 3):
-            refused(Route(packed, format, 8, 64, torch.float32), dtype=dtype)
+            refused(Route(format, 8, 64, torch.float32), dtype=dtype)
         for field, value in (("q", None), ("rows", 0), ("cols", -1), ("format", 99), ("bias_dtype", -1)):
-            route = Route(packed, format, 8, 64, torch.float32)
+            route = Route(format, 8, 64, torch.float32)
             setattr(route.matrix.struct, field, value)
             refused(route)

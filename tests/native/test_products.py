@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_local.offload.native.library import BF16, FLOATS, FORMATS, INT8, INT16, ISAS
+from support import packed
 
 BOUNDS = {FLOATS: 3e-6, INT16: 7e-5, INT8: 9e-3, BF16: 3e-3}
 """Largest error of y relative to the sizes of its factors, |x| * |w| (see `error`)."""
@@ -58,7 +59,7 @@ class Product(NamedTuple):
 
 
 @functools.cache
-def product_of(packed: Any, format: str, rows: int, cols: int, rounded: bool) -> Product:
+def product_of(format: str, rows: int, cols: int, rounded: bool) -> Product:
     """With as many tokens as are tried; made once for all instruction sets."""
     m = packed.pack(format, rows, cols, seed=rows + cols, bias=rows % 2 == 1)
     most = max(tokens for tokens in TOKENS if tokens * cols <= LARGEST_INPUT)
@@ -68,11 +69,9 @@ def product_of(packed: Any, format: str, rows: int, cols: int, rounded: bool) ->
 
 @pytest.mark.parametrize("activations", BOUNDS)
 @pytest.mark.parametrize("format", FORMATS)
-def test_equals_the_product_of_the_decoded_weights(
-    packed: Any, isa: str, format: str, activations: int
-) -> None:
+def test_equals_the_product_of_the_decoded_weights(isa: str, format: str, activations: int) -> None:
     for rows, cols in SHAPES:
-        product = product_of(packed, format, rows, cols, activations == BF16)
+        product = product_of(format, rows, cols, activations == BF16)
         for tokens in TOKENS if format in ("nf4", "int8", "bf16") else FEW_TOKENS:
             if tokens <= product.x.shape[0]:
                 off = product.error(packed.linear(product.matrix, product.x[:tokens], activations))
@@ -81,9 +80,7 @@ def test_equals_the_product_of_the_decoded_weights(
 
 @pytest.mark.parametrize("activations", BOUNDS)
 @pytest.mark.parametrize("format", ["nf4", "int8", "q3", "q2"])
-def test_no_address_needs_more_than_an_elements_alignment(
-    packed: Any, isa: str, format: str, activations: int
-) -> None:
+def test_no_address_needs_more_than_an_elements_alignment(isa: str, format: str, activations: int) -> None:
     for cols in (64, 192, 256, 65, 1000):
         x = torch.randn(7, cols, generator=torch.Generator().manual_seed(cols))
         m = packed.pack(format, 37, cols)
@@ -104,7 +101,7 @@ def test_no_address_needs_more_than_an_elements_alignment(
     ],
 )
 def test_some_tokens_have_the_bits_that_each_has_alone(
-    packed: Any, isa: str, format: str, activations: int, most: int
+    isa: str, format: str, activations: int, most: int
 ) -> None:
     """Where they are multiplied in registers, four at a time: 8-bit activations up to 8, since more may be
     multiplied in tiles of bf16."""
@@ -117,15 +114,15 @@ def test_some_tokens_have_the_bits_that_each_has_alone(
 
 
 @functools.cache
-def woken(packed: Any, format: str) -> Any:
+def woken(format: str) -> Any:
     """Enough bytes that threads are woken, and a last chunk that is not whole."""
     return packed.pack(format, 2100, 320)._replace(weights=None)
 
 
 @pytest.mark.parametrize("activations", BOUNDS)
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_number_of_threads_changes_no_bit(packed: Any, isa: str, format: str, activations: int) -> None:
-    m = woken(packed, format)
+def test_the_number_of_threads_changes_no_bit(isa: str, format: str, activations: int) -> None:
+    m = woken(format)
     x = torch.randn(9, 320, generator=torch.Generator().manual_seed(0))
     for tokens in (1, 4, 9):
         alone = packed.linear(m, x[:tokens], activations)
@@ -135,7 +132,7 @@ def test_the_number_of_threads_changes_no_bit(packed: Any, isa: str, format: str
 
 @pytest.mark.parametrize("activations", BOUNDS)
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_no_whole_number_overflows(packed: Any, isa: str, format: str, activations: int) -> None:
+def test_no_whole_number_overflows(isa: str, format: str, activations: int) -> None:
     """All weights and activations as large as they get, so that every product of a block has one sign."""
     m = packed.pack(format, 4, 512, bias=False)
     q = m.memory[0]
@@ -146,7 +143,7 @@ def test_no_whole_number_overflows(packed: Any, isa: str, format: str, activatio
     if format == "nf4":
         nibbles = torch.stack([q >> 4, q & 15], dim=1).flatten().long()
         per_block = packed.LEVELS.double()[nibbles].view(-1, 64)
-        scales = decoded_scales(packed, m)
+        scales = decoded_scales(m)
         weights = (per_block * scales.unsqueeze(1)).view(4, 512)
     else:
         scales = m.memory[1].view(torch.float16).double()
@@ -160,7 +157,7 @@ def test_no_whole_number_overflows(packed: Any, isa: str, format: str, activatio
             assert torch.allclose(got.double(), want, rtol=0, atol=2e-3 * sizes)
 
 
-def decoded_scales(packed: Any, m: Any) -> torch.Tensor:
+def decoded_scales(m: Any) -> torch.Tensor:
     """Of an NF4 matrix' blocks, float64."""
     _, codes, nested, offset, _ = m.memory
     blocks = packed.dynamic_map(torch.device("cpu"))[codes.long()]
@@ -180,7 +177,7 @@ def decoded_scales(packed: Any, m: Any) -> torch.Tensor:
     seed=st.integers(0, 1000),
     bias=st.booleans(),
 )
-def test_any_shape_anywhere(packed: Any, isa: int, format: str, activations: int, **case: Any) -> None:
+def test_any_shape_anywhere(isa: int, format: str, activations: int, **case: Any) -> None:
     from moe_local.offload.native.library import library
 
     lib: Any = library()
@@ -199,7 +196,7 @@ def test_any_shape_anywhere(packed: Any, isa: int, format: str, activations: int
         lib.moe_set_isa(lib.moe_best_isa())
 
 
-def test_no_tokens_are_no_work(packed: Any, lib: Any) -> None:
+def test_no_tokens_are_no_work(lib: Any) -> None:
     assert packed.linear(packed.pack("nf4", 3, 64), torch.empty(0, 64), FLOATS).shape == (0, 3)
 
 

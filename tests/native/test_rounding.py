@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moe_local.offload.native.library import BF16, FLOATS, INT8, INT16
+from support import packed
 
 WAYS = (FLOATS, INT16, INT8, BF16)
 COLS = 4096
@@ -29,16 +30,16 @@ def off_by_token(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 @functools.cache
-def wide(packed: Any, format: str) -> Any:
+def wide(format: str) -> Any:
     """A matrix; made once for all instruction sets."""
     return packed.pack(format, 256, COLS, bias=False)
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8", "q3", "q2"])
 @pytest.mark.parametrize("channels", [1, 4, 16])
-def test_outliers_leave_results_right(packed: Any, isa: str, format: str, channels: int) -> None:
+def test_outliers_leave_results_right(isa: str, format: str, channels: int) -> None:
     """Eight bits lose an outlier's neighbours, which are at most 63 and small beside it."""
-    m = wide(packed, format)
+    m = wide(format)
     x = with_outliers(4, COLS, channels, 1000.0)
     want = m.product(x)
     for activations, bound in ((FLOATS, 2e-6), (INT16, 1.2e-4), (INT8, 2.2e-2)):
@@ -46,10 +47,10 @@ def test_outliers_leave_results_right(packed: Any, isa: str, format: str, channe
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])  # all blocks of about one size
-def test_outliers_blur_their_own_block_only(packed: Any, isa: str, format: str) -> None:
+def test_outliers_blur_their_own_block_only(isa: str, format: str) -> None:
     """What the other channels contribute: unharmed but for those that share a scale with an outlier."""
     channels = 4
-    m = wide(packed, format)
+    m = wide(format)
     x = with_outliers(4, COLS, channels, 1000.0)
     large = x[0].abs() > 20
     outliers, others = x * large, x * ~large
@@ -69,7 +70,7 @@ def test_outliers_blur_their_own_block_only(packed: Any, isa: str, format: str) 
 @pytest.mark.parametrize("format", ["nf4", "int8", "q3", "q2"])
 @pytest.mark.parametrize("cols", [256, 250])
 def test_a_number_that_is_none_spoils_its_token_and_no_other(
-    packed: Any, isa: str, format: str, activations: int, cols: int
+    isa: str, format: str, activations: int, cols: int
 ) -> None:
     m = packed.pack(format, 40, cols)
     for bad, tokens in product((float("nan"), float("inf"), -float("inf")), (2, 4, 5, 33)):
@@ -87,7 +88,7 @@ def test_a_number_that_is_none_spoils_its_token_and_no_other(
 
 @pytest.mark.parametrize("activations", WAYS)
 @pytest.mark.parametrize("format", ["nf4", "int8", "q3", "q2"])
-def test_zeros_give_the_bias(packed: Any, isa: str, format: str, activations: int) -> None:
+def test_zeros_give_the_bias(isa: str, format: str, activations: int) -> None:
     for cols in (64, 100, 1024):
         m = packed.pack(format, 33, cols)
         for tokens in (1, 5):
@@ -97,9 +98,7 @@ def test_zeros_give_the_bias(packed: Any, isa: str, format: str, activations: in
 
 @pytest.mark.parametrize("activations", WAYS)
 @pytest.mark.parametrize("format", ["nf4", "int8", "q3", "q2"])
-def test_any_size_is_right_or_too_small_to_matter(
-    packed: Any, isa: str, format: str, activations: int
-) -> None:
+def test_any_size_is_right_or_too_small_to_matter(isa: str, format: str, activations: int) -> None:
     m = packed.pack(format, 20, 192, bias=False)
     sizes = (1e-45, 1e-40, 2e-38, 1e-37, 3e-37, 4e-37, 1e-36, 9e-35, 1e-34, 1e-30, 1e30)
     for size, tokens in product(sizes, (1, 5)):
@@ -113,7 +112,7 @@ def test_any_size_is_right_or_too_small_to_matter(
 
 
 @pytest.mark.parametrize("activations", WAYS)
-def test_a_block_of_zeros_beside_others(packed: Any, isa: str, activations: int) -> None:
+def test_a_block_of_zeros_beside_others(isa: str, activations: int) -> None:
     m = packed.pack("nf4", 20, 256, bias=False)
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
     x[:, 64:128] = 0

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from moe_local.offload.native.library import FLOATS, INT8, Gate
+from support import packed
 
 
 @pytest.fixture
-def wide(packed: Any, lib: Any) -> tuple[Callable[[int], torch.Tensor], torch.Tensor]:
+def wide(lib: Any) -> tuple[Callable[[int], torch.Tensor], torch.Tensor]:
     """compute(threads) -> y of a product long enough that threads are woken for it; and what it must be."""
     m = packed.pack("nf4", 3000, 512)
     x = torch.randn(2, 512, generator=torch.Generator().manual_seed(0))
@@ -37,7 +38,7 @@ def test_many_more_threads_than_cores(wide: Any) -> None:
             assert torch.equal(compute(threads), want)
 
 
-def test_callers_do_not_disturb_one_another(packed: Any, lib: Any) -> None:
+def test_callers_do_not_disturb_one_another(lib: Any) -> None:
     """While one has the pool the others compute alone; each has memory of its own."""
     gate = Gate(1, 3, 0, 0)
     experts = [packed.pack_expert("nf4", 256, 256, gate, seed=e) for e in range(4)]

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 import moe_local
+from support import tiny_models
 
 
 @pytest.fixture(scope="module")
-def mixtral(tiny_models: ModuleType) -> Any:
+def mixtral() -> Any:
     """A Mixtral of two layers, fp32."""
     return tiny_models.tiny_model("mixtral", num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
-def hf(request: pytest.FixtureRequest, tiny_models: ModuleType) -> Any:
+def hf(request: pytest.FixtureRequest) -> Any:
     """A Mixtral, then a Qwen3-MoE, of two layers each, fp32."""
     return tiny_models.tiny_model(request.param, num_hidden_layers=2)
 

@@ -6,12 +6,12 @@ Run by test_triton.py in a process of its own: Triton reads TRITON_INTERPRET whe
 from __future__ import annotations
 
 import random
-from types import ModuleType
 
 import pytest
 import torch
 
 from moe_local.offload.kernels.fetch import LOG_HEAD, LayerTables, TritonFetch, fetch_kernels
+from support import torch_kernels
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_interpreter")]
 
@@ -58,9 +58,7 @@ SHAPES = [(8, 3, 2), (8, 8, 2), (12, 4, 4), (16, 9, 3), (128, 64, 8), (60, 20, 6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_tables_become_what_torch_makes_of_them(
-    torch_kernels: ModuleType, shape: tuple[int, int, int]
-) -> None:
+def test_the_tables_become_what_torch_makes_of_them(shape: tuple[int, int, int]) -> None:
     fetch, oracle = fetch_kernels(torch.device("cpu")), torch_kernels.TorchFetch()
     assert isinstance(fetch, TritonFetch)
     for seed in range(12):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from moe_local.offload.dense import attention
 from moe_local.offload.dense.attention import NAME, single_query_attention
 from moe_local.offload.modeling.masks import single_query_mask
 from moe_local.offload.modeling.names import cache_name
+from support import tiny_models
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -139,9 +140,7 @@ def test_a_single_query_is_told_what_is_added_to_its_scores() -> None:
     assert hidden_keys(static) == [False] * 3 + [True] * 3
 
 
-def test_a_models_single_tokens_get_one_mask_for_all_layers(
-    tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_models_single_tokens_get_one_mask_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """As numbers, whichever layer attends to them, and with transformers' own logits."""
     ids = torch.arange(3, 20).view(1, -1)
     seen = torch.ones_like(ids)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from moe_local.offload.prefetch.auto import AutoPrefetcher
 from moe_local.offload.prefetch.prefetch import Guess, NoPrefetch, Prefetcher
 from moe_local.offload.prefetch.router_prefetcher import RouterPrefetcher
 from moe_local.offload.prefetch.spare_link import EXPECTED, Accuracy, SpareLink
+from support import simulated
 
 LAYERS, EXPERTS, TOP_K, SLOTS, NBYTES = 8, 16, 2, 4, 4096
 STAY = 0.5
@@ -81,19 +81,17 @@ class Run:
         return min(self.stall_s, self.token_s - self.busy_s)
 
 
-def run(
-    make_rig: Callable[..., Any], sim: ModuleType, case: Case, way: str, tokens: int = 700, settle: int = 300
-) -> Run:
+def run(make_rig: Callable[..., Any], case: Case, way: str, tokens: int = 700, settle: int = 300) -> Run:
     """Decode on a device whose experts lie in RAM."""
-    truth = sim.Truth(1e9, NBYTES / case.copy_s, 1e12, NBYTES / 0.02, 0.0, 0.0, 0.0)
-    machine = sim.SimulatedMachine(truth, sim.Noise(3, outliers=0.0))
+    truth = simulated.Truth(1e9, NBYTES / case.copy_s, 1e12, NBYTES / 0.02, 0.0, 0.0, 0.0)
+    machine = simulated.SimulatedMachine(truth, simulated.Noise(3, outliers=0.0))
     rig = make_rig(
         "ram",
         layers=LAYERS,
         experts=EXPERTS,
         slots=SLOTS,
         pages=1,
-        device=sim.SimulatedDevice(machine),
+        device=simulated.SimulatedDevice(machine),
         top_k=TOP_K,
     )
     oracle: Any = Oracle(machine, case, 7)
@@ -144,9 +142,9 @@ def run(
 
 
 def compare(
-    make_rig: Callable[..., Any], sim: ModuleType, case: Case, tokens: int = 700, settle: int = 300
+    make_rig: Callable[..., Any], case: Case, tokens: int = 700, settle: int = 300
 ) -> tuple[Run, Run, Run]:
-    off, router, auto = (run(make_rig, sim, case, way, tokens, settle) for way in ("off", "router", "auto"))
+    off, router, auto = (run(make_rig, case, way, tokens, settle) for way in ("off", "router", "auto"))
     assert auto.token_s <= 1.02 * off.token_s, (case, off, auto)
     assert auto.whole_s <= 1.03 * off.whole_s, (case, off, auto)
     return off, router, auto
@@ -156,20 +154,16 @@ def hidden(off: Run, other: Run) -> float:
     return (off.token_s - other.token_s) / off.hideable_s
 
 
-def test_with_a_good_predictor_most_of_what_can_be_hidden_is(
-    make_rig: Callable[..., Any], simulated: ModuleType
-) -> None:
-    off, _, auto = compare(make_rig, simulated, Case(copy_s=0.4), tokens=450, settle=250)
+def test_with_a_good_predictor_most_of_what_can_be_hidden_is(make_rig: Callable[..., Any]) -> None:
+    off, _, auto = compare(make_rig, Case(copy_s=0.4), tokens=450, settle=250)
     assert hidden(off, auto) >= 0.7
     assert auto.stats.state == "on"
     assert auto.stats.gain_ms_low > 0
     assert auto.stats.used > 0
 
 
-def test_a_predictor_that_guesses_wrong_is_left_alone(
-    make_rig: Callable[..., Any], simulated: ModuleType
-) -> None:
-    off, router, auto = compare(make_rig, simulated, Case(copy_s=3.0, recall=0.2), tokens=300, settle=100)
+def test_a_predictor_that_guesses_wrong_is_left_alone(make_rig: Callable[..., Any]) -> None:
+    off, router, auto = compare(make_rig, Case(copy_s=3.0, recall=0.2), tokens=300, settle=100)
     assert router.token_s > 1.05 * off.token_s  # it does harm
     assert auto.stats.issued < router.stats.issued / 10
 
@@ -179,10 +173,10 @@ def test_a_predictor_that_guesses_wrong_is_left_alone(
 @pytest.mark.parametrize("copy_s", [0.05, 0.2, 0.5, 1.0, 2.0, 5.0])
 @pytest.mark.parametrize("guess_s", [0.01, 0.2])
 def test_auto_is_never_slower_than_off(
-    make_rig: Callable[..., Any], simulated: ModuleType, copy_s: float, recall: float, guess_s: float
+    make_rig: Callable[..., Any], copy_s: float, recall: float, guess_s: float
 ) -> None:
     case = Case(copy_s=copy_s, recall=recall, guess_s=guess_s)
-    off, router, auto = compare(make_rig, simulated, case)
+    off, router, auto = compare(make_rig, case)
     print(
         f"copy {copy_s} recall {recall} guess {guess_s}: off {off.token_s:.2f}, router {router.token_s:.2f}, "
         f"auto {auto.token_s:.2f} s, of {off.hideable_s:.2f} hidden {hidden(off, router):.2f}, "
@@ -193,7 +187,7 @@ def test_auto_is_never_slower_than_off(
         assert hidden(off, auto) >= 0.7
 
 
-def test_off_watches_nothing_and_on_does(make_rig: Callable[..., Any], simulated: ModuleType) -> None:
+def test_off_watches_nothing_and_on_does(make_rig: Callable[..., Any]) -> None:
     rig = make_rig("ram", layers=LAYERS, experts=EXPERTS, slots=SLOTS, pages=1, top_k=TOP_K)
     machine = simulated.SimulatedMachine(simulated.Truth(1, 1, 1), simulated.Noise())
     oracle: Any = Oracle(machine, Case(1.0), 0)

@@ -9,7 +9,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -28,6 +27,7 @@ from moe_local.cache.errors import (
 from moe_local.offload.expert_file import expert_shard
 from moe_local.offload.expert_file.expert_file import MANIFEST
 from moe_local.offload.expert_file.usage import read_usage
+from support import tiny_models
 
 torch.set_num_threads(1)
 
@@ -403,9 +403,7 @@ def test_a_finished_conversion_on_a_read_only_disk(
 
 
 @pytest.fixture(scope="module")
-def starving(
-    tiny_models: ModuleType, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, set[tuple[int, int]]]:
+def starving(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[tuple[int, int]]]:
     """A Mixtral whose routers never pick some experts: their logits are copies of another's, much lower."""
     folder = tmp_path_factory.mktemp("starving")
     model = tiny_models.tiny_model("mixtral")

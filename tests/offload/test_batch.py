@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,13 +13,14 @@ from moe_local.offload.engine.batch import generate_ids
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.sampling import make_settings, needs_hf_generate
+from support import tiny_models
 
 torch.set_num_threads(1)
 PAD = 0
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_models: ModuleType) -> Any:
+def tokenizer() -> Any:
     return tiny_models.tiny_tokenizer()
 
 
@@ -205,7 +205,7 @@ def test_return_sequences_are_drawn_one_by_one(mixtral: Any) -> None:
         assert row.tolist() == hf_generate(mixtral, prompt, seed=40 + index, **options)[0].tolist()
 
 
-def test_the_checkpoints_own_defaults(tiny_models: ModuleType) -> None:
+def test_the_checkpoints_own_defaults() -> None:
     model = tiny_models.tiny_model("mixtral", num_hidden_layers=1)
     model.generation_config.update(do_sample=True, top_p=0.5, temperature=0.6, max_new_tokens=7)
     ids = random_prompt(5)

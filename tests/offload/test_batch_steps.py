@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.sampling import Settings, make_settings
 from moe_local.offload.engine.sequence import Sequence
+from support import tiny_models
 
 torch.set_num_threads(1)
 TOLERANCE = 2e-4
@@ -42,7 +43,7 @@ OTHERS = (
 @pytest.fixture(
     scope="module", params=[*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 )
-def model(request: pytest.FixtureRequest, tiny_models: ModuleType) -> Any:
+def model(request: pytest.FixtureRequest) -> Any:
     return tiny_models.tiny_model(request.param.split("-")[0], **CASES.get(request.param, {}))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.gpu.card_moves import CardMoves, move_between_cards, moves_of
 from moe_local.offload.gpu.relief import Shortage
 from moe_local.offload.modeling.masks import use_capturable_mask
+from support import fake_cards, fake_graphs, plain_experts, tiny_models
 
 torch.set_num_threads(1)
 
@@ -38,14 +38,7 @@ FAMILIES = [
 class Spread:
     """A tiny model with its first layer on one fake card and the others on another."""
 
-    def __init__(
-        self,
-        hf: Any,
-        plain_experts: ModuleType,
-        fake_cards: ModuleType,
-        fake_graphs: ModuleType,
-        **limits: Any,
-    ) -> None:
+    def __init__(self, hf: Any, **limits: Any) -> None:
         self.graphs = {ONE: fake_graphs.FakeGraphs(), TWO: fake_graphs.FakeGraphs(**limits)}
         self.cards = fake_cards.FakeCards(self.graphs)
         places = {f"model.layers.{at}": TWO if at else ONE for at in range(len(hf.model.layers))}
@@ -87,21 +80,19 @@ def few_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def spread(
-    tiny_models: ModuleType, plain_experts: ModuleType, fake_cards: ModuleType, fake_graphs: ModuleType
-) -> Callable[..., Spread]:
+def spread() -> Callable[..., Spread]:
     """spread(family, ...) -> a tiny model; `limits` are those of the second card's FakeGraphs."""
 
     def make(family: str = "mixtral", **limits: Any) -> Spread:
         hf = tiny_models.tiny_model(family)
         use_capturable_mask(hf)
-        return Spread(hf, plain_experts, fake_cards, fake_graphs, **limits)
+        return Spread(hf, **limits)
 
     return make
 
 
 @functools.cache
-def whole(tiny_models: ModuleType, family: str = "mixtral") -> list[int]:
+def whole(family: str = "mixtral") -> list[int]:
     """The ids of the same model on one device, by transformers."""
     hf = tiny_models.tiny_model(family)
     with torch.inference_mode():
@@ -112,13 +103,11 @@ def whole(tiny_models: ModuleType, family: str = "mixtral") -> list[int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_card_has_graphs_of_its_own(
-    tiny_models: ModuleType, spread: Callable[..., Spread], family: str
-) -> None:
+def test_each_card_has_graphs_of_its_own(spread: Callable[..., Spread], family: str) -> None:
     """Computed, captured and replayed tokens: those of one device; nothing is captured across cards."""
     model = spread(family)
     got, engine = model.decoded(CardGraphs(model.graphs))
-    assert got == whole(tiny_models, family)
+    assert got == whole(family)
     step = engine.token_step
     assert step is not None
     assert step.failure is None
@@ -167,9 +156,7 @@ def test_cards_do_not_see_what_another_has(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [0, 1, 3])
-def test_memory_that_the_second_card_lacks(
-    tiny_models: ModuleType, spread: Callable[..., Spread], room: int
-) -> None:
+def test_memory_that_the_second_card_lacks(spread: Callable[..., Spread], room: int) -> None:
     """The token is captured once something gave way there, else computed; the ids are the same."""
     for gives_way in (True, False):
         model = spread(room=room)
@@ -181,7 +168,7 @@ def test_memory_that_the_second_card_lacks(
             return True
 
         got, engine = model.decoded(CardGraphs(model.graphs), relief if gives_way else None)
-        assert got == whole(tiny_models)
+        assert got == whole()
         assert second.refusals == 1
         assert len(asked) == gives_way
         assert engine.token_step is not None
@@ -190,12 +177,10 @@ def test_memory_that_the_second_card_lacks(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fail_at", [0, 2])
-def test_a_capture_that_the_second_card_refuses(
-    tiny_models: ModuleType, spread: Callable[..., Spread], fail_at: int
-) -> None:
+def test_a_capture_that_the_second_card_refuses(spread: Callable[..., Spread], fail_at: int) -> None:
     model = spread(fail_at=fail_at)
     got, engine = model.decoded(CardGraphs(model.graphs))
-    assert got == whole(tiny_models)
+    assert got == whole()
     assert engine.token_step is not None
     assert not engine.token_step.captures
     assert "operation failed" in (engine.token_step.failure or "")
@@ -237,7 +222,7 @@ def test_nested_arguments_are_moved_and_those_to_skip_are_not() -> None:
     assert layer.given[-1][0][0] is layer.given[-1][1]["mask"] is there
 
 
-def test_accelerates_hooks_are_replaced(tiny_models: ModuleType) -> None:
+def test_accelerates_hooks_are_replaced() -> None:
     hf = tiny_models.tiny_model("mixtral")
     ids = torch.tensor([random_ids(5)])
     with torch.inference_mode():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from moe_local.offload.plan.cards import Cards
 from moe_local.offload.plan.fit import fit, plan_load, plan_request
 from moe_local.offload.plan.placement import place
 from moe_local.offload.plan.plan import Plan, Request
+from support import tiny_models
 
 torch.set_num_threads(1)
 GIB = 2**30
@@ -239,7 +239,7 @@ TWO = [torch.device("cuda", 0), torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen2_moe"])
-def test_every_weight_has_a_card(tiny_models: ModuleType, model_type: str) -> None:
+def test_every_weight_has_a_card(model_type: str) -> None:
     model = meta_model(tiny_models.tiny_config(model_type))
     spec = model_spec(tiny_models.tiny_config(model_type), model)
     found = device_map(model, [1, spec.num_layers], TWO)
@@ -258,7 +258,7 @@ def test_every_weight_has_a_card(tiny_models: ModuleType, model_type: str) -> No
     assert all(device == "cuda:0" for name, device in found.items() if "embed" in name or "rotary" in name)
 
 
-def test_a_tied_head_stays_with_the_embeddings(tiny_models: ModuleType) -> None:
+def test_a_tied_head_stays_with_the_embeddings() -> None:
     model = meta_model(tiny_models.tiny_config("mixtral", tie_word_embeddings=True))
     found = device_map(model, [2, 3], TWO)
     assert found["lm_head"] == found["model.embed_tokens"] == "cuda:0"

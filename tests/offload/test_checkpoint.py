@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -421,7 +420,7 @@ class TestBadFolders:
             checkpoint.read_expert(checkpoint.spec.layers[2], 7)
 
 
-def test_single_file_wins_over_an_index(copy: Path, tiny_models: ModuleType) -> None:
+def test_single_file_wins_over_an_index(copy: Path) -> None:
     """As in transformers, which loads the dense part."""
     (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "absent.safetensors"}}')
     assert list(Checkpoint.open(copy).shards.sizes) == ["model.safetensors"]

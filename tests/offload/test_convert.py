@@ -27,6 +27,7 @@ from moe_local.offload.expert_file.expert_file import MANIFEST, ExpertFile
 from moe_local.offload.expert_file.verify import find_damage
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.system.patience import PATIENCE_S
+from support import random_experts, tiny_models
 
 BF16 = codec_for("bf16")
 
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def source(random_experts):
+def source():
     return random_experts.RandomExperts(layers=3, experts=4)
 
 
@@ -96,7 +97,7 @@ def test_two_experts_in_memory_at_a_time(source, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss"])
-def test_names_are_those_of_the_model(tiny_models, make_checkpoint, tmp_path, model_type):
+def test_names_are_those_of_the_model(make_checkpoint, tmp_path, model_type):
     """What a spec calls the tensors, the checkpoint gives and the file returns, equal to the model's own."""
     checkpoint = Checkpoint.open(make_checkpoint(model_type))
     model = tiny_models.tiny_model(model_type)
@@ -117,7 +118,7 @@ def test_names_are_those_of_the_model(tiny_models, make_checkpoint, tmp_path, mo
 # --- resuming
 
 
-def test_a_complete_file_is_opened(source, random_experts, tmp_path):
+def test_a_complete_file_is_opened(source, tmp_path):
     convert_experts(source, BF16, tmp_path / "f")
     again = random_experts.RandomExperts(layers=3, experts=4)
     before = contents(tmp_path / "f")
@@ -128,7 +129,7 @@ def test_a_complete_file_is_opened(source, random_experts, tmp_path):
 
 
 @pytest.mark.parametrize("changed", ["fingerprint", "format", "layers"])
-def test_another_file_in_the_folder_is_replaced(source, random_experts, tmp_path, changed):
+def test_another_file_in_the_folder_is_replaced(source, tmp_path, changed):
     convert_experts(source, BF16, tmp_path / "f")
     other = random_experts.RandomExperts(
         layers=4 if changed == "layers" else 3, experts=4, seed=changed != "format"
@@ -140,7 +141,7 @@ def test_another_file_in_the_folder_is_replaced(source, random_experts, tmp_path
     assert (file.fingerprint, file.format) == (other.fingerprint, codec.name)
 
 
-def test_ctrl_c_keeps_finished_shards(source, random_experts, tmp_path):
+def test_ctrl_c_keeps_finished_shards(source, tmp_path):
     source.fail_at = (2, 1)
     with pytest.raises(KeyboardInterrupt):
         convert_experts(source, BF16, tmp_path / "f")
@@ -155,7 +156,7 @@ def test_ctrl_c_keeps_finished_shards(source, random_experts, tmp_path):
 
 @pytest.mark.parametrize("with_manifest", [True, False])
 @pytest.mark.parametrize("damage", ["flip", "cut", "header", "remove"])
-def test_damaged_experts_are_converted_again(source, random_experts, tmp_path, damage, with_manifest):
+def test_damaged_experts_are_converted_again(source, tmp_path, damage, with_manifest):
     """And no others, where header or manifest still say what the others were."""
     file = convert_experts(source, BF16, tmp_path / "f")
     whole = contents(tmp_path / "f")
@@ -178,7 +179,7 @@ def test_damaged_experts_are_converted_again(source, random_experts, tmp_path, d
     assert contents(tmp_path / "f") == whole
 
 
-def test_a_shard_of_damaged_experts_is_written_anew(source, random_experts, tmp_path):
+def test_a_shard_of_damaged_experts_is_written_anew(source, tmp_path):
     """Not in place: a shard of which nothing can be kept may as well appear whole."""
     file = convert_experts(source, BF16, tmp_path / "f")
     whole = contents(tmp_path / "f")
@@ -211,7 +212,7 @@ def test_another_encoding_is_never_mixed_in(source, tmp_path, caplog):
     assert torch.equal(decoded["down_proj"], plain(source.spec.layers[1], 0)["down_proj"] + 1)
 
 
-def test_killed_at_random_moments(random_experts, tmp_path):
+def test_killed_at_random_moments(tmp_path):
     """SIGKILL again and again: what is there afterwards resumes to the bytes of an undisturbed conversion."""
     experts = random_experts.RandomExperts(layers=6, experts=4)
     convert_experts(experts, BF16, tmp_path / "calm")
@@ -297,7 +298,7 @@ def test_a_disk_too_small_is_told_before(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("call", ["write", "fsync"])
-def test_a_disk_that_fills_up(source, random_experts, tmp_path, monkeypatch, call):
+def test_a_disk_that_fills_up(source, tmp_path, monkeypatch, call):
     """The system call fails as it does on a full disk, in the second shard."""
     real, calls = getattr(os, call), []
 
@@ -349,7 +350,7 @@ def test_a_folder_that_cannot_be(source, tmp_path):
 # --- two at once
 
 
-def test_the_second_waits_and_uses_the_result(random_experts, tmp_path, caplog):
+def test_the_second_waits_and_uses_the_result(tmp_path, caplog):
     first, second = (random_experts.RandomExperts(layers=2, experts=2) for _ in range(2))
     go_on, reading = threading.Event(), threading.Event()
     plain = first.read_expert
@@ -384,7 +385,7 @@ def test_the_second_waits_and_uses_the_result(random_experts, tmp_path, caplog):
     assert results["first"].layers == results["second"].layers
 
 
-def test_four_processes_at_once(random_experts, tmp_path):
+def test_four_processes_at_once(tmp_path):
     experts = random_experts.RandomExperts(layers=3, experts=4)
     convert_experts(experts, BF16, tmp_path / "alone")
     experts.delay_s = 0.002

@@ -8,7 +8,6 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from moe_local.offload.dense import state_pieces
 from moe_local.offload.dense.delta_rule import convolve, delta_rule, use_native_delta_rule
 from moe_local.offload.modeling.names import cache_name
 from moe_local.offload.native.library import library
+from support import tiny_models
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
 
@@ -46,9 +46,7 @@ def logits(model: Any, rows: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_answers_as_before(
-    tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype
-) -> None:
+def test_a_model_answers_as_before(monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype) -> None:
     """Single tokens of two sequences, two calls of the library a layer."""
     model = tiny_models.tiny_model(family).to(dtype)
     want = logits(model, 2)
@@ -117,7 +115,7 @@ def test_what_the_library_does_not_do_is_transformers() -> None:
 
 @pytest.mark.parametrize("broken", ["rule", "lengths", "convolution"])
 def test_functions_that_do_something_else_are_left_alone(
-    tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch, broken: str
+    monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     model = tiny_models.tiny_model("qwen3_next")
     before = [type(module) for module in layers_of(model)]
@@ -140,7 +138,7 @@ def test_functions_that_do_something_else_are_left_alone(
     assert [type(module) for module in layers_of(model)] != before
 
 
-def test_copies_and_pickles_stay_what_they_are(tiny_models: ModuleType) -> None:
+def test_copies_and_pickles_stay_what_they_are() -> None:
     model = tiny_models.tiny_model("qwen3_next")
     use_native_delta_rule(model)
     module = layers_of(model)[0]
@@ -148,9 +146,7 @@ def test_copies_and_pickles_stay_what_they_are(tiny_models: ModuleType) -> None:
         assert type(other) is type(module)
 
 
-def test_a_cache_that_keeps_the_past_gets_it(
-    tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_keeps_the_past_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_models.tiny_model("qwen3_next")
     use_native_delta_rule(model)
     cache: Any = DynamicCache(config=model.config)
@@ -164,7 +160,7 @@ def test_a_cache_that_keeps_the_past_gets_it(
 
 
 @pytest.mark.filterwarnings("ignore:.*cache_params:FutureWarning")
-def test_a_cache_by_its_earlier_name_is_used(tiny_models: ModuleType) -> None:
+def test_a_cache_by_its_earlier_name_is_used() -> None:
     """transformers' decorators hand it on."""
     model = tiny_models.tiny_model("qwen3_next")
     use_native_delta_rule(model)
@@ -177,7 +173,7 @@ def test_a_cache_by_its_earlier_name_is_used(tiny_models: ModuleType) -> None:
     assert not torch.equal(cache.layers[layer.layer_idx].conv_states[0], before)
 
 
-def test_prompts_go_in_pieces_all_the_same(tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_go_in_pieces_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_models.tiny_model("qwen3_next")
     use_native_delta_rule(model)
     native = type(layers_of(model)[0])
@@ -199,7 +195,7 @@ def test_prompts_go_in_pieces_all_the_same(tiny_models: ModuleType, monkeypatch:
     assert lengths == [4, 4, 2] * len(layers_of(model))
 
 
-def test_gradients_go_transformers_way(tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_go_transformers_way(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_models.tiny_model("qwen3_next")
     use_native_delta_rule(model)
     monkeypatch.setattr(module_under_test, "library", never)

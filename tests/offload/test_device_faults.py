@@ -10,7 +10,7 @@ import torch
 
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.tiers.shrink import shrink
-from tests.fake_device import FakeDevice, FakeEvent
+from support.fake_device import FakeDevice, FakeEvent
 
 Make = Callable[..., Any]
 LAYERS, EXPERTS = 3, 8

@@ -9,7 +9,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from moe_local.offload.engine.miss_trial import VARIABLE, miss_mode
 from moe_local.offload.gpu.device_misses import DeviceMisses
 from moe_local.offload.gpu.relief import Shortage
 from moe_local.offload.measure.variants import expert_runner
+from support import fake_graphs, torch_kernels
 
 torch.set_num_threads(1)
 
@@ -29,7 +29,7 @@ EXPERTS, SLOTS = 8, 3
 
 
 @pytest.fixture
-def make_device(torch_kernels: ModuleType, make_device: Callable[..., Any]) -> Callable[..., Any]:
+def make_device(make_device: Callable[..., Any]) -> Callable[..., Any]:
     made: Callable[..., Any] = torch_kernels.devices(make_device)
     return made
 
@@ -42,7 +42,7 @@ def _graphs() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def kernels(torch_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     torch_kernels.use(monkeypatch)
     monkeypatch.setattr(miss_trial, "PATTERN", (0, 1, 0))
     monkeypatch.setattr(miss_trial, "ROUNDS", 1)
@@ -52,7 +52,7 @@ def kernels(torch_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def load(torch_kernels: ModuleType) -> Callable[..., moe_local.Model]:
+def load() -> Callable[..., moe_local.Model]:
     """load(folder, device, graphs, mode="on", slots=3, ...) -> a model; `mode` is for VARIABLE."""
 
     def loaded(folder: Path, device: Any, graphs: Any, mode: str = "on", **options: Any) -> moe_local.Model:
@@ -87,7 +87,6 @@ def test_the_same_ids_and_counts_as_with_the_host(
     load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
-    fake_graphs: ModuleType,
     model_type: str,
 ) -> None:
     """From one graph a token, with fewer slots than experts; and again when the host has been at it."""
@@ -123,7 +122,6 @@ def test_each_token_is_counted_when_it_comes(
     load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
-    fake_graphs: ModuleType,
 ) -> None:
     """What a stream says of a token is that token's, though the cache hears of it one token later."""
     device = make_device(4)
@@ -149,7 +147,6 @@ def test_another_thread_may_look_while_a_token_is_computed(
     load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
-    fake_graphs: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The slots stay the device's, which goes on to fill them; what the other sees is the token before."""
@@ -178,7 +175,6 @@ def test_the_host_may_come_between_at_any_time(
     load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
-    fake_graphs: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Prompts, steps of several rows, transformers' own generate, an empty cache, fewer slots, an error amid
@@ -245,7 +241,6 @@ def test_hundreds_of_tokens(
     load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
-    fake_graphs: ModuleType,
     model_type: str,
     policy: str,
 ) -> None:
@@ -266,7 +261,6 @@ def test_a_closed_model_is_gone_at_once(
     load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
-    fake_graphs: ModuleType,
 ) -> None:
     """No cycle keeps weights, keys and values and graphs in VRAM, where the next model is to go."""
     model = load(make_checkpoint("qwen3_moe"), make_device(11), fake_graphs.FakeGraphs())
@@ -298,7 +292,6 @@ def test_the_faster_way_is_taken(
     load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
-    fake_graphs: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     faster: bool,
@@ -334,10 +327,8 @@ def test_experts_give_way_to_the_trial(
     load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
-    fake_graphs: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    torch_kernels: ModuleType,
     slots: int,
 ) -> None:
     """It begins anew then, as long as there are slots that no token needs."""
@@ -368,10 +359,8 @@ def test_where_the_device_is_not_left_with_misses(
     load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
-    fake_graphs: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    torch_kernels: ModuleType,
 ) -> None:
     """Each reason is said, and the host goes on as ever."""
     caplog.set_level(logging.INFO, "moe_local")
@@ -421,7 +410,6 @@ def test_the_cpu_may_take_part_otherwise(
     load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
-    fake_graphs: ModuleType,
 ) -> None:
     """With miss="auto" prompts may still be shared with the CPU; single tokens are not."""
     folder = make_checkpoint("qwen3_moe")

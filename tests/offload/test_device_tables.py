@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.keys import ExpertKey
 from moe_local.offload.gpu.device_misses import DeviceMisses
 from moe_local.offload.tiers.shrink import shrink
+from support import torch_kernels
 
 LAYERS, EXPERTS, TOP_K = 3, 12, 3
 
@@ -78,7 +78,7 @@ class Machine:
 
 @pytest.fixture
 def make_machine(
-    make_rig: Callable[..., Any], make_device: Callable[..., Any], torch_kernels: ModuleType
+    make_rig: Callable[..., Any], make_device: Callable[..., Any]
 ) -> Iterator[Callable[..., Machine]]:
     def make(slots: int = 5, *, seed: int = 0, staging: int = 0) -> Machine:
         device = torch_kernels.in_one_piece(make_device(seed), 1 << 23)

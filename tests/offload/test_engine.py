@@ -7,7 +7,6 @@ import random
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from moe_local.offload.engine.own_caches import OwnCaches
 from moe_local.offload.engine.sampling import Settings, make_settings
 from moe_local.offload.engine.sequence import FinishReason, Sequence
 from moe_local.offload.system import interrupt
+from support import engine_runs, tiny_models
 
 torch.set_num_threads(1)
 TOLERANCE = 2e-4
@@ -35,7 +35,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module", params=list(CASES))
-def model(request: pytest.FixtureRequest, tiny_models: ModuleType) -> Any:
+def model(request: pytest.FixtureRequest) -> Any:
     return tiny_models.tiny_model(request.param.split("-")[0], **CASES[request.param])
 
 
@@ -89,7 +89,7 @@ def test_greedy_equals_generate(model: Any) -> None:
     assert sequence.prompt_len == 33
 
 
-def test_a_prompt_of_thousands_in_chunks(mixtral: Any, tiny_models: ModuleType) -> None:
+def test_a_prompt_of_thousands_in_chunks(mixtral: Any) -> None:
     ids = random_ids(3000)
     for model in (mixtral, tiny_models.tiny_model("mixtral", num_hidden_layers=2, sliding_window=8)):
         engine = Engine(model, make_kv(model, 1, 3010), chunk=256)
@@ -107,7 +107,7 @@ def test_a_prompt_of_thousands_in_chunks(mixtral: Any, tiny_models: ModuleType) 
 
 @hypothesis_settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 10**6))
-def test_joining_and_leaving_changes_nobody(mixtral: Any, engine_runs: ModuleType, seed: int) -> None:
+def test_joining_and_leaving_changes_nobody(mixtral: Any, seed: int) -> None:
     chance = random.Random(seed)
     engine = Engine(mixtral, make_kv(mixtral, 3, 40), chunk=5)
     waiting = [random_ids(chance.randint(1, 20), seed=seed + index) for index in range(6)]
@@ -232,7 +232,7 @@ def test_ctrl_c_in_mid_token(mixtral: Any) -> None:
     assert sequence.new_ids == hf_ids(mixtral, ids, max_new_tokens=12, eos_token_id=None)
 
 
-def test_nan_is_an_error_and_not_a_token(tiny_models: ModuleType) -> None:
+def test_nan_is_an_error_and_not_a_token() -> None:
     model = tiny_models.tiny_model("mixtral", num_hidden_layers=1)
     engine = Engine(model, make_kv(model, 1, 64), chunk=6)
     good = model.lm_head.weight[7, 3].item()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import bitsandbytes.functional
@@ -26,6 +25,7 @@ from moe_local.offload.plan.footprint import expert_bytes
 from moe_local.offload.plan.plan import Request
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import TensorSpec
+from support import fake_device
 
 torch.set_num_threads(1)
 
@@ -189,9 +189,7 @@ def load_on_device(
     ("vram_slots", "ram_slots", "mode"),
     [(2, 2, "disk"), (3, 5, "disk"), (2, 8, "offload"), (4, 3, "disk"), (8, 2, "resident")],
 )
-def test_vram_over_ram_over_disk(
-    reference: Reference, fake_device: ModuleType, vram_slots: int, ram_slots: int, mode: str
-) -> None:
+def test_vram_over_ram_over_disk(reference: Reference, vram_slots: int, ram_slots: int, mode: str) -> None:
     """Copies end in any order, and as late as they may."""
     seed = 100 * vram_slots + ram_slots
     device = fake_device.FakeDevice(seed=seed, luck=0.2)
@@ -210,12 +208,7 @@ def test_vram_over_ram_over_disk(
 @pytest.mark.parametrize("miss", ["auto", "cpu"])
 @pytest.mark.parametrize(("vram_slots", "ram_slots", "mode"), [(3, 8, "offload"), (2, 4, "disk")])
 def test_misses_computed_by_the_cpu(
-    mixtral_reference: Reference,
-    fake_device: ModuleType,
-    vram_slots: int,
-    ram_slots: int,
-    mode: str,
-    miss: str,
+    mixtral_reference: Reference, vram_slots: int, ram_slots: int, mode: str, miss: str
 ) -> None:
     """With a device whose kernels are the CPU's, nothing shows who computed what."""
     with load_on_device(
@@ -236,9 +229,7 @@ def test_misses_computed_by_the_cpu(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(24))
-def test_vram_over_ram_over_disk_in_many_orders(
-    mixtral_reference: Reference, fake_device: ModuleType, seed: int
-) -> None:
+def test_vram_over_ram_over_disk_in_many_orders(mixtral_reference: Reference, seed: int) -> None:
     vram_slots, ram_slots = 2 + seed % 3, 2 + seed % 5
     device = fake_device.FakeDevice(seed=seed, luck=(0.02, 0.2, 0.9)[seed % 3])
     with load_on_device(

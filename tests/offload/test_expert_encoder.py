@@ -10,6 +10,7 @@ from moe_local.offload.expert_file import encoder as encoder_module
 from moe_local.offload.expert_file.encoder import CPU, ExpertEncoder
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import TensorSpec, make_layout
+from support import random_experts
 
 GPU = torch.device("meta")
 """Tensors can be moved there on any machine."""
@@ -39,7 +40,7 @@ class SlowCodec:
 
 
 @pytest.fixture
-def spec(random_experts):
+def spec():
     return random_experts.random_spec(1, 8)
 
 

@@ -16,10 +16,11 @@ from moe_local.offload.expert_file.expert_shard import ShardPlan, ShardWriter
 from moe_local.offload.expert_file.verify import find_damage
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
+from support import random_experts
 
 
 @pytest.fixture
-def source(random_experts):
+def source():
     return random_experts.RandomExperts(layers=2, experts=3)
 
 
@@ -210,7 +211,7 @@ def test_missing_and_truncated_shards(file):
         ExpertFile.open(file.folder)
 
 
-def test_a_format_for_each_expert(random_experts, tmp_path):
+def test_a_format_for_each_expert(tmp_path):
     """gpt-oss-like experts, odd ones in bf16, the others in NF4: sizes differ within a layer."""
     source = random_experts.RandomExperts(spec=random_experts.random_spec(2, 4, biases=True))
     choice = FormatChoice("nf4+bf16", lambda key: codec_for("bf16" if key.expert % 2 else "nf4"))

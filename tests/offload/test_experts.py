@@ -23,6 +23,7 @@ from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.store.build import build_store
 from moe_local.offload.store.store import ExpertStore
 from moe_local.offload.tiers.device_arena import DeviceArena
+from support import tiny_models
 
 TYPES = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "qwen2_moe", "deepseek_v3")
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": torch.float32}
@@ -96,7 +97,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def converted(
-    tiny_models: Any, make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Converted]:
     """converted("mixtral", "fp32"), made once."""
     made: dict[tuple[str, str], Converted] = {}

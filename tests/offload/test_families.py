@@ -19,6 +19,7 @@ from moe_local.offload.engine.encoder_decoder import as_decoder
 from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.prefetch.discover import Probe
+from support import tiny_models
 
 FAMILIES = (
     "mixtral",
@@ -182,7 +183,7 @@ def test_shared_experts_and_dense_first_layers_are_resident(make_checkpoint: Cal
     assert "model.layers.1.mlp.shared_experts.gate_proj.weight" in dense
 
 
-def test_experts_that_nobody_would_offload_are_refused(tiny_models: Any) -> None:
+def test_experts_that_nobody_would_offload_are_refused() -> None:
     """Rather than loaded whole: DBRX's are neither served by the interface nor adapted."""
     from transformers import DbrxConfig
 
@@ -238,9 +239,7 @@ def test_switch_leaves_out_tokens_beyond_the_capacity(
 
 
 def test_an_answer_of_an_encoder_decoder_survives_a_failed_step(
-    make_checkpoint: Callable[..., Path],
-    greedy: Callable[..., list[int]],
-    monkeypatch: pytest.MonkeyPatch,
+    make_checkpoint: Callable[..., Path], greedy: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The row is dropped, and computed again: the prompt by the encoder, then token by token."""
     expected = greedy("switch_transformers", IDS, NEW)
@@ -301,10 +300,7 @@ def test_no_weight_is_quantized_whose_dtype_is_looked_at(
     inputs = {"decoder_input_ids": IDS} if model_type == "switch_transformers" else {}
     found = []
     for dense in ("fp32", "int8"):
-        with (
-            moe_local.load(folder, experts="fp32", dense=dense, context=64) as model,
-            torch.inference_mode(),
-        ):
+        with moe_local.load(folder, experts="fp32", dense=dense, context=64) as model, torch.inference_mode():
             found.append(model.hf(input_ids=IDS, **inputs).logits.float())
             assert len(model.generate(IDS[0].tolist(), max_new_tokens=3, eos_token_id=None).token_ids) == 3
     errors = (found[1] - found[0]).norm(dim=-1) / found[0].norm(dim=-1)

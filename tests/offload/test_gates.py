@@ -26,6 +26,7 @@ from moe_local.offload.kernels.gates import (
     recognize,
 )
 from moe_local.offload.native.library import ISAS, Gate, library
+from support import tiny_models
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "identity": lambda x: x,
@@ -258,7 +259,7 @@ def agrees(experts: OffloadedExperts) -> bool:
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "phimoe", "deepseek_v3"])
-def test_the_gates_of_common_models_are_recognized(tiny_models: Any, model_type: str) -> None:
+def test_the_gates_of_common_models_are_recognized(model_type: str) -> None:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(tiny_models.tiny_config(model_type))
     for index, (_, module) in enumerate(experts_modules(model)):

@@ -7,7 +7,6 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gguf
@@ -22,6 +21,7 @@ from moe_local.offload.checkpoint.files import find_gguf
 from moe_local.offload.checkpoint.gguf_file import GgufFile
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
 from moe_local.offload.load import open_experts
+from support import gguf_models, tiny_models
 
 torch.set_num_threads(1)
 
@@ -58,7 +58,7 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def made(
-    make_checkpoint: Callable[..., Path], gguf_models: ModuleType, tmp_path_factory: pytest.TempPathFactory
+    make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Path, Path]]:
     """made("mixtral") -> the GGUF file of a case and its twin, made once."""
     found: dict[str, tuple[Path, Path]] = {}
@@ -124,7 +124,7 @@ def test_one_expert_is_read_at_a_time(made: Callable[[str], tuple[Path, Path]]) 
 
 
 def test_a_config_and_a_tokenizer_beside_it_come_first(
-    made: Callable[[str], tuple[Path, Path]], tiny_models: ModuleType, tmp_path: Path
+    made: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     path, twin = made("mixtral")
     shutil.copy(path, tmp_path)
@@ -139,9 +139,7 @@ def test_a_config_and_a_tokenizer_beside_it_come_first(
     assert tokenizer(text)["input_ids"] == tiny_models.tiny_tokenizer()(text)["input_ids"]
 
 
-def test_a_tokenizer_in_the_metadata(
-    make_checkpoint: Callable[..., Path], gguf_models: ModuleType, tiny_models: ModuleType, tmp_path: Path
-) -> None:
+def test_a_tokenizer_in_the_metadata(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     tokenizer = tiny_models.tiny_tokenizer()
     path, _ = gguf_models.write(make_checkpoint("qwen3_moe"), tmp_path / "g", {}, tokenizer=tokenizer)
     checkpoint = Checkpoint.open(path)
@@ -155,9 +153,7 @@ def test_a_tokenizer_in_the_metadata(
 # --- files that are not whole
 
 
-def test_a_missing_tensor_is_named(
-    make_checkpoint: Callable[..., Path], gguf_models: ModuleType, tmp_path: Path
-) -> None:
+def test_a_missing_tensor_is_named(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     source = make_checkpoint("mixtral")
     path, _ = gguf_models.write(source, tmp_path / "a", {}, leave_out="blk.1.ffn_up_exps.weight")
     with pytest.raises(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,12 +26,13 @@ from moe_local.offload.engine.static_row import StaticLayer
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.gpu.relief import Shortage
 from moe_local.offload.modeling.masks import eager_mask, use_capturable_mask
+from support import fake_graphs, tiny_models
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture
-def hf(tiny_models: ModuleType) -> Any:
+def hf() -> Any:
     return offloaded(tiny_models.tiny_model("mixtral", num_hidden_layers=2))
 
 
@@ -49,7 +50,7 @@ def tried(hf: Any, graphs: Any, mode: str = "on", kv: Any = None) -> Engine:
     return engine
 
 
-def test_a_model_that_can_be_captured_is(hf: Any, fake_graphs: ModuleType) -> None:
+def test_a_model_that_can_be_captured_is(hf: Any) -> None:
     graphs = fake_graphs.FakeGraphs()
     engine = tried(hf, graphs)
     assert engine.token_step is not None
@@ -59,9 +60,7 @@ def test_a_model_that_can_be_captured_is(hf: Any, fake_graphs: ModuleType) -> No
 
 
 @pytest.mark.parametrize("lacks", ["result", "end"])
-def test_memory_that_a_trial_lacks_is_given_back_by_experts(
-    hf: Any, fake_graphs: ModuleType, lacks: str
-) -> None:
+def test_memory_that_a_trial_lacks_is_given_back_by_experts(hf: Any, lacks: str) -> None:
     """Or the bits of tokens would depend on what was free when the model was loaded."""
     graphs = fake_graphs.FakeGraphs(room=1, lacks=lacks)
     engine = Engine(hf, make_kv(hf, 1, 64), chunk=8)
@@ -94,9 +93,7 @@ def eager_copies(monkeypatch: pytest.MonkeyPatch) -> Any:
     return eager_mask_with_a_copy
 
 
-def test_eager_attention_is_captured_where_its_mask_brings_numbers_from_the_host(
-    tiny_models: ModuleType, fake_graphs: ModuleType, eager_copies: Any
-) -> None:
+def test_eager_attention_is_captured_where_its_mask_brings_numbers_from_the_host(eager_copies: Any) -> None:
     model = offloaded(tiny_models.tiny_model("gpt_oss"))
     assert model.config._attn_implementation == "eager"
     engine = tried(model, fake_graphs.FakeGraphs())
@@ -105,7 +102,7 @@ def test_eager_attention_is_captured_where_its_mask_brings_numbers_from_the_host
 
 
 @pytest.mark.parametrize("make", [create_causal_mask, create_sliding_window_causal_mask])
-def test_the_mask_is_that_of_transformers(tiny_models: ModuleType, make: Any, eager_copies: Any) -> None:
+def test_the_mask_is_that_of_transformers(make: Any, eager_copies: Any) -> None:
     config = tiny_models.tiny_config("gpt_oss", sliding_window=3)
     config._attn_implementation = "eager"
     embeds = torch.zeros(2, 5, 4, dtype=torch.bfloat16)
@@ -125,11 +122,7 @@ def test_the_mask_is_that_of_transformers(tiny_models: ModuleType, make: Any, ea
 
 @pytest.mark.parametrize("faster", [True, False])
 def test_the_clock_decides_about_replaying_but_not_about_bits(
-    hf: Any,
-    fake_graphs: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    faster: bool,
+    hf: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, faster: bool
 ) -> None:
     caplog.set_level(logging.INFO, "moe_local")
     graphs = fake_graphs.FakeGraphs()
@@ -171,7 +164,7 @@ class Counter:
 
 
 def test_models_that_cannot_be_captured_stay_plain_and_say_why(
-    hf: Any, fake_graphs: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    hf: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "moe_local")
 
@@ -211,10 +204,7 @@ def test_models_that_cannot_be_captured_stay_plain_and_say_why(
 
 
 def test_states_have_to_be_written_by_graphs(
-    tiny_models: ModuleType,
-    fake_graphs: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "moe_local")
     model = offloaded(tiny_models.tiny_model("qwen3_next"))
@@ -237,7 +227,7 @@ def test_states_have_to_be_written_by_graphs(
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
 def test_windows_are_tried_where_they_hide_something(
-    tiny_models: ModuleType, fake_graphs: ModuleType, monkeypatch: pytest.MonkeyPatch, model_type: str
+    monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
     model = offloaded(tiny_models.tiny_model(model_type, sliding_window=20))
     assert tried(model, fake_graphs.FakeGraphs()).token_step is not None
@@ -272,7 +262,7 @@ def captured(graphs: Any, run: Any) -> tuple[Any, Any]:
         return result, graphs.end()
 
 
-def test_nothing_happens_before_a_replay(fake_graphs: ModuleType) -> None:
+def test_nothing_happens_before_a_replay() -> None:
     x, total = torch.tensor([1.0, 2.0]), torch.zeros(2)
 
     def run() -> torch.Tensor:
@@ -290,7 +280,7 @@ def test_nothing_happens_before_a_replay(fake_graphs: ModuleType) -> None:
     assert result.tolist() == [2 * 14 + 1]
 
 
-def test_memory_that_nobody_holds_is_used_again(fake_graphs: ModuleType) -> None:
+def test_memory_that_nobody_holds_is_used_again() -> None:
     x, graphs = torch.ones(1000), fake_graphs.FakeGraphs()
 
     def run() -> Any:
@@ -311,7 +301,7 @@ def test_memory_that_nobody_holds_is_used_again(fake_graphs: ModuleType) -> None
 
 
 @pytest.mark.parametrize("wait", ["item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__"])
-def test_waits_are_refused(fake_graphs: ModuleType, wait: str) -> None:
+def test_waits_are_refused(wait: str) -> None:
     graphs, x = fake_graphs.FakeGraphs(), torch.ones(1)
     with graphs.session():
         graphs.begin()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.native.library import library
 from moe_local.offload.quantize.codec import decoder_for
 from moe_local.offload.quantize.layout import Layout
+from support import swiglu_experts
 
 TOP_K = 3
 FORMATS = ("nf4", "int8", "q3", "q2", "mxfp4", "fp8")
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(library() is None, reason="the grouped kernels a
 
 
 @pytest.fixture
-def layout_of(swiglu_experts: ModuleType) -> LayoutOf:
+def layout_of() -> LayoutOf:
     made: LayoutOf = swiglu_experts.layout_of
     return made
 
@@ -76,7 +76,7 @@ class _Kernel:
 
 
 @pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch, swiglu_experts: ModuleType) -> Callable[..., str | None]:
+def found(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | None]:
     """found(kernels, layout, dtype, base) -> what is wrong with them."""
 
     def find(kernels: Any, layout: Layout, dtype: torch.dtype, base: torch.Tensor) -> str | None:
@@ -156,7 +156,7 @@ class Broken:
 
 
 def test_what_does_not_compile_is_not_used_and_warned_of_once(
-    swiglu_experts: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of two layers with experts in two formats; those in the other format are served."""
     nf4, int8 = map(swiglu_experts.layout_of, ("nf4", "int8"))
@@ -187,10 +187,7 @@ def test_what_does_not_compile_is_not_used_and_warned_of_once(
 
 @pytest.mark.parametrize("helps", [True, False])
 def test_kernels_that_are_wrong_with_shuffles_are_tried_without(
-    swiglu_experts: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    helps: bool,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, helps: bool
 ) -> None:
     layout, device, tried = swiglu_experts.layout_of("nf4"), torch.device("cpu"), []
 
@@ -214,9 +211,7 @@ def test_kernels_that_are_wrong_with_shuffles_are_tried_without(
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == (not helps)
 
 
-def test_a_layout_that_is_wrong_with_shuffles_leaves_them_to_others(
-    swiglu_experts: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_layout_that_is_wrong_with_shuffles_leaves_them_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose kernels without any were neither tried nor compiled."""
     nf4, q3 = map(swiglu_experts.layout_of, ("nf4", "q3"))
     tried: list[tuple[str, bool]] = []

@@ -16,7 +16,6 @@ import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 import pytest
@@ -42,6 +41,7 @@ from moe_local.offload.expert_file.usage import FILE_NAME, read_usage
 from moe_local.offload.plan import bandwidth
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.mix import Mix, is_mixed
+from support import gguf_models, hostile, random_experts
 
 SECONDS = 5.0
 """Of the processor, for one small file; the slowest honest one takes a fiftieth."""
@@ -155,10 +155,7 @@ PRINT = "0" * 32
 
 @pytest.fixture(scope="module")
 def make_reader(
-    make_checkpoint: Callable[..., Path],
-    random_experts: ModuleType,
-    gguf_models: ModuleType,
-    tmp_path_factory: pytest.TempPathFactory,
+    make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Reader]:
     """make_reader("gguf") -> the reader, its honest file made."""
     folder = tmp_path_factory.mktemp("honest")
@@ -252,7 +249,7 @@ def refused_or_sane(reader: Reader, folder: Path, data: bytes) -> None:
     assert peak < 64 * len(data) + 2**21, f"{peak} bytes for a file of {len(data)}"
 
 
-def fuzz(reader: Reader, hostile: ModuleType, folder: Path, examples: int) -> None:
+def fuzz(reader: Reader, folder: Path, examples: int) -> None:
     files = hostile.damaged_bytes(reader.honest, reader.reach or len(reader.honest))
     if reader.resealed is not None:
         honest = (
@@ -276,20 +273,20 @@ def fuzz(reader: Reader, hostile: ModuleType, folder: Path, examples: int) -> No
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_damaged(name: str, make_reader: Any, hostile: ModuleType, tmp_path: Path) -> None:
+def test_damaged(name: str, make_reader: Any, tmp_path: Path) -> None:
     reader = make_reader(name)
     (tmp_path / reader.name).write_bytes(reader.honest)
     reader.read(tmp_path / reader.name)
-    fuzz(reader, hostile, tmp_path, 60)
+    fuzz(reader, tmp_path, 60)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
-def test_damaged_in_many_ways(name: str, make_reader: Any, hostile: ModuleType, tmp_path: Path) -> None:
+def test_damaged_in_many_ways(name: str, make_reader: Any, tmp_path: Path) -> None:
     reader = make_reader(name)
     (tmp_path / reader.name).write_bytes(reader.honest)
     reader.read(tmp_path / reader.name)
-    fuzz(reader, hostile, tmp_path, 1500)
+    fuzz(reader, tmp_path, 1500)
 
 
 @pytest.mark.parametrize("name", [name for name in READERS if name not in ("gguf", "routes")])
@@ -325,9 +322,7 @@ def test_sizes_beyond_measure_in_a_config(make_checkpoint: Callable[..., Path], 
 
 
 @pytest.mark.slow
-def test_any_config_beside_weights(
-    make_checkpoint: Callable[..., Path], hostile: ModuleType, tmp_path: Path
-) -> None:
+def test_any_config_beside_weights(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """The whole way to an opened checkpoint: a config that is accepted, or one line."""
     folder = Path(shutil.copytree(make_checkpoint("mixtral"), tmp_path / "model"))
     honest = json.loads((folder / "config.json").read_text())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,12 +17,13 @@ from moe_local.offload.dense.index_pieces import SCORES_BYTES, SHORTEST, use_ind
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.modeling.names import cache_name
 from moe_local.offload.plan.footprint import kv_bytes
+from support import tiny_models
 
 TOKENS = 60
 
 
 @pytest.fixture(scope="module", params=["deepseek_v32", "glm_moe_dsa", "deepseek_v4"])
-def plain(request: pytest.FixtureRequest, tiny_models: ModuleType) -> Any:
+def plain(request: pytest.FixtureRequest) -> Any:
     """As transformers makes it; a query sees 16 tokens."""
     return tiny_models.tiny_model(request.param)
 

@@ -30,6 +30,7 @@ from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan import fit as fit_module
 from moe_local.offload.plan.plan import Plan
 from moe_local.offload.quantize.mix import Mix
+from support import kill_points
 
 NAME = "mixed:6"
 OTHERWISE = MissCost(1e-5, 0.5)
@@ -415,7 +416,7 @@ class Choosing:
 
 
 @pytest.fixture
-def choosing(checkpoint: Checkpoint, kill_points: Any, tmp_path: Path) -> Choosing:
+def choosing(checkpoint: Checkpoint, tmp_path: Path) -> Choosing:
     return Choosing(checkpoint, kill_points, tmp_path / "killed")
 
 
@@ -436,9 +437,7 @@ def test_killed_at_many_effects(choosing: Choosing) -> None:
 
 
 @pytest.mark.slow
-def test_auto_is_killed_at_many_moments(
-    checkpoint: Checkpoint, machine: Machine, kill_points: Any, home: Path
-) -> None:
+def test_auto_is_killed_at_many_moments(checkpoint: Checkpoint, machine: Machine, home: Path) -> None:
     """With other memory free each time: what is made in the end is what was chosen first, and that alone."""
     bits = [6.2, 5.8, 7.0, 6.5, 7.4]
     moments = kill_points.Moments(5, kill_points.duration(lambda: convert(machine, 6.2, home / "timed")))

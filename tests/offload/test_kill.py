@@ -25,6 +25,7 @@ from moe_local.offload.expert_file.expert_shard import TEMPORARY, ShardPlan
 from moe_local.offload.expert_file.usage import FILE_NAME, read_usage
 from moe_local.offload.expert_file.verify import damaged_frame, find_damage
 from moe_local.offload.quantize.codec import codec_for
+from support import kill_points, random_experts
 
 BF16 = codec_for("bf16")
 PROMPT = [5, 6, 7, 9, 4]
@@ -65,7 +66,7 @@ def sound(folder: Path, plans: list[ShardPlan], calm: dict[str, bytes]) -> None:
 class Conversion:
     """A small model, what it converts to, and conversions of it that die."""
 
-    def __init__(self, random_experts: Any, kills: Any, home: Path) -> None:
+    def __init__(self, kills: Any, home: Path) -> None:
         self.kills = kills
         self.home = home
         self.source = random_experts.RandomExperts(layers=3, experts=4)
@@ -90,8 +91,8 @@ class Conversion:
 
 
 @pytest.fixture
-def conversion(random_experts: Any, kill_points: Any, tmp_path: Path) -> Conversion:
-    return Conversion(random_experts, kill_points, tmp_path / "home")
+def conversion(tmp_path: Path) -> Conversion:
+    return Conversion(kill_points, tmp_path / "home")
 
 
 def kill_conversions(conversion: Conversion, effects: list[int], seed: int = 0) -> None:
@@ -118,7 +119,7 @@ def test_conversions_at_every_effect(conversion: Conversion) -> None:
 class Damaged:
     """A converted model with three damaged experts and a damaged header, and repairs that die."""
 
-    def __init__(self, random_experts: Any, kills: Any, home: Path) -> None:
+    def __init__(self, kills: Any, home: Path) -> None:
         self.kills = kills
         self.source = random_experts.RandomExperts(layers=2, experts=4)
         self.file = convert_experts(self.source, BF16, home / "whole")
@@ -159,16 +160,16 @@ class Damaged:
         unlocked(self.home)
 
 
-def test_repairs(random_experts: Any, kill_points: Any, tmp_path: Path) -> None:
-    damaged = Damaged(random_experts, kill_points, tmp_path / "home")
+def test_repairs(tmp_path: Path) -> None:
+    damaged = Damaged(kill_points, tmp_path / "home")
     assert set(damaged.moments) >= {"open", "write", "half", "fsync"}
     for effect in random.Random(2).sample(range(len(damaged.moments)), 3):
         damaged.kill(effect)
 
 
 @pytest.mark.slow
-def test_repairs_at_every_effect(random_experts: Any, kill_points: Any, tmp_path: Path) -> None:
-    damaged = Damaged(random_experts, kill_points, tmp_path / "home")
+def test_repairs_at_every_effect(tmp_path: Path) -> None:
+    damaged = Damaged(kill_points, tmp_path / "home")
     for effect in range(len(damaged.moments)):
         damaged.kill(effect)
 
@@ -226,11 +227,7 @@ class Downloads:
 
 @pytest.fixture
 def downloads(
-    make_checkpoint: Callable[..., Path],
-    kill_points: Any,
-    hub_servers: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    make_checkpoint: Callable[..., Path], hub_servers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Downloads]:
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
     from huggingface_hub.utils import close_session, get_session
@@ -327,9 +324,7 @@ class Generations:
 
 
 @pytest.fixture
-def generations(
-    tiny_mixtral: Path, kill_points: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Generations:
+def generations(tiny_mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generations:
     return Generations(kill_points, tiny_mixtral, tmp_path / "homes", monkeypatch)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import random
 import weakref
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from moe_local.offload.engine.kv_slab import KVSlab, can_slab, probe_cache
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.own_caches import OwnCaches
 from moe_local.offload.engine.state_slab import StateSlab
+from support import tiny_models
 
 torch.set_num_threads(1)
 TOLERANCE = 2e-4
@@ -31,12 +31,12 @@ CASES = {
 
 
 @pytest.fixture(scope="module", params=list(CASES))
-def model(request: pytest.FixtureRequest, tiny_models: ModuleType) -> Any:
+def model(request: pytest.FixtureRequest) -> Any:
     return tiny_models.tiny_model(request.param.split("-")[0], **CASES[request.param])
 
 
 @pytest.fixture(scope="module")
-def stateful(tiny_models: ModuleType) -> Any:
+def stateful() -> Any:
     """Three layers of linear attention, which keep a state, and one of full attention."""
     return tiny_models.tiny_model("qwen3_next")
 

@@ -6,7 +6,6 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from moe_local.offload.dense.latent_attention import FROM, NAME, latent, use_lat
 from moe_local.offload.dense.linear import QuantizedLinear
 from moe_local.offload.gpu.card_moves import move_between_cards
 from moe_local.offload.modeling.names import cache_name
+from support import attention_checks, tiny_models
 
 FAMILIES = ["deepseek_v2", "deepseek_v3", "glm4_moe_lite"]
 CHOOSING = ["deepseek_v32", "glm_moe_dsa"]
@@ -29,7 +29,7 @@ CHOOSING = ["deepseek_v32", "glm_moe_dsa"]
 
 
 @pytest.fixture(params=FAMILIES)
-def hf(request: pytest.FixtureRequest, tiny_models: ModuleType) -> Any:
+def hf(request: pytest.FixtureRequest) -> Any:
     model = tiny_models.tiny_model(request.param)
     use_single_query_attention(model)
     use_latent_attention(model)
@@ -104,9 +104,7 @@ def test_quantized_matrices_are_decoded_where_that_takes_less(hf: Any, format: s
         assert (got - want).norm() <= 1e-4 * want.norm()
 
 
-def test_hooks_that_move_tensors_from_card_to_card_are_no_hindrance(
-    tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hooks_that_move_tensors_from_card_to_card_are_no_hindrance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of accelerate put a forward into each module, which would hide that of its new class."""
     calls: list[Any] = []
     true_matrix = module_under_test._matrix
@@ -132,7 +130,7 @@ def test_a_matrix_of_another_kind_is_left_to_transformers(hf: Any) -> None:
     assert torch.equal(answers(hf, None, absorbed=True), want)
 
 
-def test_nothing_is_made_for_every_head(hf: Any, attention_checks: ModuleType) -> None:
+def test_nothing_is_made_for_every_head(hf: Any) -> None:
     module = hf.model.layers[0].self_attn
     heads = hf.config.num_attention_heads
     found = {}
@@ -187,10 +185,7 @@ def test_copies_and_pickles_stay_what_they_are(hf: Any) -> None:
 
 @pytest.mark.parametrize("family", [*FAMILIES, *CHOOSING])
 def test_a_loaded_model_answers_as_transformers_own(
-    make_checkpoint: Callable[..., Path],
-    tiny_models: ModuleType,
-    attention_checks: ModuleType,
-    family: str,
+    make_checkpoint: Callable[..., Path], family: str
 ) -> None:
     """Single tokens, and rows of a batch of several lengths."""
     plain = tiny_models.tiny_model(family)
@@ -207,7 +202,7 @@ def test_a_loaded_model_answers_as_transformers_own(
 
 @pytest.mark.parametrize("broken", ["raises", "differs"])
 def test_a_model_that_comes_out_different_is_left_alone(
-    tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:
     def matrix(*args: Any) -> torch.Tensor:
         if broken == "raises":
@@ -230,7 +225,7 @@ def test_a_model_that_comes_out_different_is_left_alone(
     assert hf.config._attn_implementation == NAME
 
 
-def test_other_models_are_left_alone(tiny_models: ModuleType) -> None:
+def test_other_models_are_left_alone() -> None:
     for name in ("mixtral", "gpt_oss"):
         hf = tiny_models.tiny_model(name)
         use_single_query_attention(hf)

@@ -9,11 +9,12 @@ import threading
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import synthetic
 import torch
 
 import moe_local
@@ -30,6 +31,7 @@ from moe_local.offload.prefetch.router_prefetcher import RouterPrefetcher
 from moe_local.offload.schedule import calibrate
 from moe_local.offload.schedule.costs import Costs
 from moe_local.offload.tiers import device as device_module
+from support import fake_device
 
 torch.set_num_threads(1)
 
@@ -99,7 +101,7 @@ def test_planned_bytes_are_allocated_bytes(
         )  # fmt: skip
 
 
-def test_planned_bytes_with_a_device(tiny_mixtral: Path, fake_device: ModuleType) -> None:
+def test_planned_bytes_with_a_device(tiny_mixtral: Path) -> None:
     checkpoint = Checkpoint.open(tiny_mixtral)
     request = Request(
         model="tiny", spec=checkpoint.spec, ram=GIB, vram=GIB, slots=3, context=256, experts="bf16"
@@ -113,11 +115,7 @@ def test_planned_bytes_with_a_device(tiny_mixtral: Path, fake_device: ModuleType
 
 @pytest.mark.parametrize(("miss", "experts"), [("auto", "nf4"), ("cpu", "bf16"), ("fetch", "nf4")])
 def test_the_cpu_is_measured_where_it_may_have_to_compute(
-    tiny_mixtral: Path,
-    fake_device: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    miss: str,
-    experts: str,
+    tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch, miss: str, experts: str
 ) -> None:
     measured: dict[int, float] = {}
     monkeypatch.setattr(Costs, "set_cpu", lambda self, work, seconds: measured.update({work.tokens: seconds}))
@@ -139,7 +137,7 @@ def test_the_cpu_is_measured_where_it_may_have_to_compute(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dense", ["auto", "nf4"])
-def test_planned_bytes_above_a_gibibyte(synthetic: ModuleType, tmp_path: Path, dense: str) -> None:
+def test_planned_bytes_above_a_gibibyte(tmp_path: Path, dense: str) -> None:
     """And the whole process stays within its budget, with less RAM than the experts take."""
     folder = tmp_path / "model"
     shape = synthetic.Shape(hidden=2048, intermediate=7168, layers=4, heads=16, kv_heads=8)
@@ -338,7 +336,7 @@ def test_memory_that_the_system_refuses(tiny_mixtral: Path, monkeypatch: pytest.
     assert left_over() == before
 
 
-def test_memory_that_a_device_refuses(tiny_mixtral: Path, fake_device: ModuleType) -> None:
+def test_memory_that_a_device_refuses(tiny_mixtral: Path) -> None:
     class Full(fake_device.FakeDevice):  # type: ignore[name-defined, misc]
         def allocate(self, nbytes: int) -> torch.Tensor:
             raise DoesNotFitError("cuda:0 refused 1 GiB for expert slots")

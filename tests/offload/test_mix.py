@@ -17,12 +17,13 @@ from moe_local.offload.quantize.mix import (
     uniform_bytes,
 )
 from moe_local.offload.system.home import expert_file_folder
+from support import random_experts
 
 FORMATS = ("nf4", "int8", "bf16")
 
 
 @pytest.fixture
-def spec(random_experts):
+def spec():
     return random_experts.random_spec(layers=3, experts=5, hidden=128, inner=192)
 
 
@@ -87,7 +88,7 @@ def test_what_is_no_mix(name, formats, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_mix_of_another_model(spec, random_experts):
+def test_a_mix_of_another_model(spec):
     other = random_experts.random_spec(layers=3, experts=4)
     with pytest.raises(
         ExpertFileError, match="mixed:6 is for 3 layers of 5 experts, the model has 3 layers of 4 experts"
@@ -126,7 +127,7 @@ def test_impossible_bits_say_which_are_possible(spec, bits):
         assert check_bits(limit, spec) == float(limit[6:])
 
 
-def test_convert_a_mix(random_experts, tmp_path):
+def test_convert_a_mix(tmp_path):
     source = random_experts.RandomExperts(layers=2, experts=4)
     mix = random_mix(source.spec, seed=1)
     file = convert_experts(source, mix, tmp_path / "f")
@@ -142,7 +143,7 @@ def test_convert_a_mix(random_experts, tmp_path):
     assert len(source.reads) == before
 
 
-def test_a_mix_goes_on_where_it_was_interrupted(random_experts, tmp_path):
+def test_a_mix_goes_on_where_it_was_interrupted(tmp_path):
     source = random_experts.RandomExperts(layers=2, experts=4)
     mix = random_mix(source.spec, seed=1)
     source.fail_at = (1, 2)
@@ -154,7 +155,7 @@ def test_a_mix_goes_on_where_it_was_interrupted(random_experts, tmp_path):
     assert {layer for layer, _ in source.reads} == {1}
 
 
-def test_another_mix_of_the_same_name(random_experts, tmp_path):
+def test_another_mix_of_the_same_name(tmp_path):
     source = random_experts.RandomExperts(layers=2, experts=4)
     mix = Mix("mixed:6", (("nf4", "bf16", "nf4", "int8"),) * 2)
     convert_experts(source, mix, tmp_path / "f")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,6 +26,7 @@ from moe_local.offload.plan.fit import plan_load, plan_request
 from moe_local.offload.plan.plan import Request
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.mix import Mix
+from support import fake_device
 
 torch.set_num_threads(1)
 
@@ -132,9 +132,7 @@ DEVICE_CASES = [
 
 
 @pytest.mark.parametrize(("slots", "ram_slots", "mode", "miss"), DEVICE_CASES)
-def test_on_a_device(
-    mixtral: Mixed, fake_device: ModuleType, slots: int, ram_slots: int, mode: str, miss: str
-) -> None:
+def test_on_a_device(mixtral: Mixed, slots: int, ram_slots: int, mode: str, miss: str) -> None:
     device = fake_device.FakeDevice(seed=slots, luck=0.2)
     with mixtral.load(device, slots=slots, ram_slots=ram_slots, prefetch="router", miss=miss) as model:
         assert model.plan.mode == mode
@@ -150,7 +148,7 @@ def test_every_policy_and_number_of_slots(mixtral: Mixed, slots: int, policy: st
             mixtral.check(model)
 
 
-def test_other_families(other: Mixed, fake_device: ModuleType) -> None:
+def test_other_families(other: Mixed) -> None:
     experts = other.checkpoint.spec.num_experts
     for slots in (other.checkpoint.spec.top_k, 5, experts):
         with other.load(slots=slots, prefetch="router") as model:

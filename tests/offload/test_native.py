@@ -6,7 +6,6 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from moe_local.offload.quantize.codec import codec_for, decoder_for
 from moe_local.offload.quantize.layout import ALIGNMENT
 from moe_local.offload.tiers.location import FileRange, ScatteredLocation
 from moe_local.offload.tiers.transfer import DEMAND, FileSource, LoadState
+from support import fake_device
 
 torch.set_num_threads(1)
 
@@ -130,7 +130,7 @@ def test_greedy_ids_are_those_of_transformers(
 
 @pytest.mark.parametrize(("model_type", "format"), [("gpt_oss", "mxfp4"), ("mixtral", "fp8")])
 def test_through_a_device_over_ram_over_disk(
-    stored: Callable[..., tuple[Path, Path]], fake_device: ModuleType, model_type: str, format: str
+    stored: Callable[..., tuple[Path, Path]], model_type: str, format: str
 ) -> None:
     """Slots of every tier hold the same scattered bytes; some misses are computed where they lie."""
     folder, twin = stored(model_type, format)

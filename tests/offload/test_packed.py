@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.nf4 import nf4_matrix
+from support import published
 
 torch.set_num_threads(1)
 
@@ -45,9 +45,7 @@ Made = Callable[[str], tuple[Path, Path]]
 
 
 @pytest.fixture(scope="module")
-def made(
-    make_checkpoint: Callable[..., Path], published: ModuleType, tmp_path_factory: pytest.TempPathFactory
-) -> Made:
+def made(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
     """made("gptq") -> the quantized folder of a case and its twin, made once."""
     found: dict[str, tuple[Path, Path]] = {}
 

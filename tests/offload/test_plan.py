@@ -19,6 +19,7 @@ from moe_local.offload.plan.bandwidth import Bandwidths
 from moe_local.offload.plan.fit import fit, plan_load, plan_request
 from moe_local.offload.plan.placement import place
 from moe_local.offload.plan.plan import Plan, Request
+from support import tiny_models
 
 GIB = 2**30
 MIXTRAL = model_spec(config_of("mixtral-8x7b"))
@@ -111,7 +112,7 @@ class TestKnownNumbers:
         assert plan.mode == "offload"
         assert plan.bytes.experts_total == 2 * MIXTRAL.expert_numel
 
-    def test_quantized_dense_part_on_cuda_is_what_bitsandbytes_allocates(self, tiny_models) -> None:
+    def test_quantized_dense_part_on_cuda_is_what_bitsandbytes_allocates(self) -> None:
         import bitsandbytes as bnb
 
         config = tiny_models.tiny_config("qwen2_moe")
@@ -432,7 +433,7 @@ class TestFit:
         assert plan.mode == "disk"
 
 
-def test_a_tiny_budget_for_a_tiny_model(tiny_models) -> None:
+def test_a_tiny_budget_for_a_tiny_model() -> None:
     """The demo's size: budgets of a few MiB work as those of many GiB do."""
     spec = model_spec(tiny_models.tiny_config("mixtral"))
     needed = place(Request("tiny", spec, ram=1, context=512)).shortfall_bytes + 1

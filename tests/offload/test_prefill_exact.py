@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan.placement import place
 from moe_local.offload.plan.plan import Request
+from support import fake_device
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -66,9 +66,7 @@ def answers(model: moe_local.Model) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("family", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cards", [0, 1, 2])
-def test_the_ring_changes_no_bit(
-    make_checkpoint: Callable[..., Path], fake_device: ModuleType, family: str, cards: int
-) -> None:
+def test_the_ring_changes_no_bit(make_checkpoint: Callable[..., Path], family: str, cards: int) -> None:
     folder = make_checkpoint(family, tokenizer=True)
 
     def run(staging: int | None, slots: int) -> list[torch.Tensor]:

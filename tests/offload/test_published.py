@@ -27,7 +27,7 @@ from moe_local.offload.quantize.mxfp4 import dequantize_mxfp4
 torch.set_num_threads(1)
 
 MODELS = {"deepseek_v3": "fp8", "qwen3_moe": "fp8", "mixtral": "fp8", "gpt_oss": "mxfp4"}
-"""And how tests/published.py quantizes them."""
+"""And how support/published.py quantizes them."""
 
 
 def transformers_own(folder: Path, method: str) -> Any:

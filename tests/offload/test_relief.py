@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -31,6 +30,7 @@ from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan.fit import plan_request
 from moe_local.offload.plan.plan import Request
 from moe_local.offload.tiers import device_arena
+from support import tiny_models
 
 torch.set_num_threads(1)
 GIB = 2**30
@@ -155,7 +155,7 @@ def test_other_errors_are_no_lack_of_vram() -> None:
 # The engine alone
 
 
-def test_a_step_runs_again_once_something_gave_way(tiny_models: ModuleType) -> None:
+def test_a_step_runs_again_once_something_gave_way() -> None:
     hf = tiny_models.tiny_model("mixtral", num_hidden_layers=2)
     for kv in (make_kv(hf, 2, 64), OwnCaches(hf.config, 2, 64)):
         engine = Engine(hf, kv, chunk=6)
@@ -183,7 +183,7 @@ def test_a_step_runs_again_once_something_gave_way(tiny_models: ModuleType) -> N
         assert engine.chunk == 6
 
 
-def test_the_failed_forward_is_gone_when_something_has_to_give_way(tiny_models: ModuleType) -> None:
+def test_the_failed_forward_is_gone_when_something_has_to_give_way() -> None:
     """An exception keeps its trace, the trace the frames, and the frames all that the forward allocated."""
     hf = tiny_models.tiny_model("mixtral", num_hidden_layers=1)
     engine = Engine(hf, make_kv(hf, 1, 64), chunk=6)
@@ -201,9 +201,7 @@ def test_the_failed_forward_is_gone_when_something_has_to_give_way(tiny_models: 
     assert alive == [False]
 
 
-def test_chunks_get_shorter_where_nothing_can_give_way(
-    tiny_models: ModuleType, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_chunks_get_shorter_where_nothing_can_give_way(caplog: pytest.LogCaptureFixture) -> None:
     hf = tiny_models.tiny_model("mixtral", num_hidden_layers=1)
     prompt = [3 + i % 300 for i in range(700)]
     expected = None
@@ -224,7 +222,7 @@ def test_chunks_get_shorter_where_nothing_can_give_way(
     ]
 
 
-def test_when_nothing_is_left_one_line_says_what_to_do(tiny_models: ModuleType) -> None:
+def test_when_nothing_is_left_one_line_says_what_to_do() -> None:
     hf = tiny_models.tiny_model("mixtral", num_hidden_layers=1)
     engine = Engine(hf, make_kv(hf, 1, 64), chunk=64)
     engine.relief = lambda lacking: False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_local
 from moe_local.offload.store.residents import ResidentLayer
+from support import fake_graphs, torch_kernels
 
 torch.set_num_threads(1)
 
@@ -21,7 +21,7 @@ PROMPT, NEW = list(range(3, 14)), 12
 
 
 @pytest.fixture
-def make_device(torch_kernels: ModuleType, make_device: Callable[..., Any]) -> Callable[..., Any]:
+def make_device(make_device: Callable[..., Any]) -> Callable[..., Any]:
     made: Callable[..., Any] = torch_kernels.devices(make_device)
     return made
 
@@ -34,12 +34,12 @@ def _graphs() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def grouped(torch_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     torch_kernels.use(monkeypatch)
 
 
 @pytest.fixture
-def load(torch_kernels: ModuleType) -> Callable[..., moe_local.Model]:
+def load() -> Callable[..., moe_local.Model]:
     """load(folder, device, graphs=None, slots=8, ...) -> a model on that device."""
     loaded: Callable[..., moe_local.Model] = functools.partial(torch_kernels.load, slots=8, context=64)
     return loaded
@@ -65,7 +65,6 @@ def test_the_device_finds_what_the_host_would_name(
     load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
-    fake_graphs: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     model_type: str,
 ) -> None:
@@ -110,7 +109,6 @@ def test_offloaded_experts_between_segments(
     load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
     make_device: Callable[..., Any],
-    fake_graphs: ModuleType,
     prefetch: str,
 ) -> None:
     """As many tokens, hits, and guesses: replays see the residual that a hook would have seen."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,11 +14,12 @@ from moe_local.offload.engine.sampling import (
     make_settings,
     needs_hf_generate,
 )
+from support import tiny_models
 
 torch.set_num_threads(1)
 
 
-def test_the_loop_keeps_what_it_can(tiny_models: ModuleType) -> None:
+def test_the_loop_keeps_what_it_can() -> None:
     kept = [
         {},
         {"do_sample": True, "top_p": 0.5},
@@ -35,7 +35,7 @@ def test_the_loop_keeps_what_it_can(tiny_models: ModuleType) -> None:
     assert needs_hf_generate(model, {})
 
 
-def test_defaults_come_from_the_checkpoint_then_from_us(tiny_models: ModuleType) -> None:
+def test_defaults_come_from_the_checkpoint_then_from_us() -> None:
     model = tiny_models.tiny_model("mixtral", num_hidden_layers=1)
     settings = make_settings(model, [5])
     assert (settings.max_new_tokens, settings.do_sample, settings.eos_ids) == (

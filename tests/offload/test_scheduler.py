@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,6 +13,7 @@ from moe_local.cache.keys import ExpertKey
 from moe_local.offload.schedule.costs import Costs, Work
 from moe_local.offload.schedule.scheduler import MissScheduler, Needed
 from moe_local.offload.schedule.split import Machine, Missing, seconds
+from support import simulated
 
 Make = Callable[..., Any]
 
@@ -46,15 +46,15 @@ MANY = [
 ]
 
 
-def regret(sim: ModuleType, case: Case, misses: int = 250, warm: int = 300) -> float:
+def regret(case: Case, misses: int = 250, warm: int = 300) -> float:
     """By how much the time of the scheduler's splits exceeds the best ones', once `warm` layers had misses.
 
     So many layers are some ten tokens of a model. What the scheduler sees is noisy and drifts, and what it
     was told at first is up to 15 % wrong. What its decisions cost is counted without the noise: the luck of
     a layer is not the scheduler's.
     """
-    truth = sim.Truth(1e9 * case.cpu, 1e9 * case.link, 1e9 * case.memory)
-    machine = sim.SimulatedMachine(truth, sim.Noise(1, drift=case.drift))
+    truth = simulated.Truth(1e9 * case.cpu, 1e9 * case.link, 1e9 * case.memory)
+    machine = simulated.SimulatedMachine(truth, simulated.Noise(1, drift=case.drift))
     rng = random.Random(str(case))
     costs = Costs(
         cpu={1: truth.cpu * rng.uniform(0.85, 1.15)},
@@ -74,7 +74,7 @@ def regret(sim: ModuleType, case: Case, misses: int = 250, warm: int = 300) -> f
         machine.noise.begin(step)
         machine.poll()
         if not missed:
-            sim.run_layer(machine, hits, case.nbytes, [], 0)
+            simulated.run_layer(machine, hits, case.nbytes, [], 0)
             continue
         needed = [Needed(ExpertKey(step, expert), work) for expert in range(missed)]
         chosen = scheduler.split(needed, [work] * hits)
@@ -86,7 +86,7 @@ def regret(sim: ModuleType, case: Case, misses: int = 250, warm: int = 300) -> f
             return took / best - 1
         copies = [machine.issue(ExpertKey(step, m.expert), case.nbytes) for m in chosen.link]
         scheduler.began()
-        span = sim.run_layer(machine, hits, case.nbytes, copies, len(chosen.cpu))
+        span = simulated.run_layer(machine, hits, case.nbytes, copies, len(chosen.cpu))
         if span:
             scheduler.computed([work] * len(chosen.cpu), *span)
     raise AssertionError
@@ -104,19 +104,19 @@ def expected(machine: Any, case: Case, missed: int, on_cpu: int) -> float:
     return seconds(each[:on_cpu], each[on_cpu:], now) + truth.dense_s
 
 
-def test_is_within_three_percent_of_the_optimum(simulated: ModuleType) -> None:
-    found = sorted((regret(simulated, case), case) for case in FEW)
+def test_is_within_three_percent_of_the_optimum() -> None:
+    found = sorted((regret(case), case) for case in FEW)
     assert found[-1][0] < 0.03, found[-3:]
     assert sum(excess for excess, _ in found) / len(found) < 0.01
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
-def test_a_fine_grid(simulated: ModuleType, size: tuple[int, int]) -> None:
+def test_a_fine_grid(size: tuple[int, int]) -> None:
     """Of 2400 cases five were above 3 % when this was written, the worst at 6.2 %: three where CPU and
     link ask for 1.6 times what the memory gives or more, so that no split is much better than another, and
     two where the machine drifts by a tenth within a hundred layers."""
-    found = sorted((regret(simulated, case), case) for case in MANY if case.top_k == size[0])
+    found = sorted((regret(case), case) for case in MANY if case.top_k == size[0])
     print([(round(excess, 4), *case) for excess, case in found[-8:]])
     assert sum(excess >= 0.03 for excess, _ in found) <= len(found) / 200
     assert found[-1][0] < 0.07
@@ -127,7 +127,7 @@ LOCALITIES = [(0.0, 0.0), (0.9, 0.0), (0.5, 1.0)]
 
 
 @pytest.mark.parametrize(("stay", "skew"), LOCALITIES)
-def test_a_cache_that_learns(make_rig: Make, simulated: ModuleType, stay: float, skew: float) -> None:
+def test_a_cache_that_learns(make_rig: Make, stay: float, skew: float) -> None:
     """The real store on a simulated device: auto against both others with a cache that is changed by them.
 
     A split that is best for its layer may leave a cache that is worse for the next, and the other way
@@ -135,26 +135,21 @@ def test_a_cache_that_learns(make_rig: Make, simulated: ModuleType, stay: float,
     """
     ratios = []
     for link_s, memory in itertools.product((0.6, 1.2, 2.5), (0.6, 1.0)):
-        took = {
-            mode: decode(make_rig, simulated, mode, link_s, memory, stay, skew)
-            for mode in ("fetch", "cpu", "auto")
-        }
+        took = {mode: decode(make_rig, mode, link_s, memory, stay, skew) for mode in ("fetch", "cpu", "auto")}
         ratios.append(took["auto"] / min(took["fetch"], took["cpu"]))
     assert max(ratios) < 1.1, ratios
     assert sum(ratios) / len(ratios) < 1.0, ratios
 
 
-def decode(
-    make_rig: Make, sim: ModuleType, mode: str, link_s: float, memory: float, stay: float, skew: float
-) -> float:
+def decode(make_rig: Make, mode: str, link_s: float, memory: float, stay: float, skew: float) -> float:
     """Seconds of the second half of the tokens, 4 of 16 experts a layer, where the CPU takes 1 s for one.
 
     `link_s`: seconds of a copy. `memory`: what it gives, of what CPU and link together could take.
     """
     nbytes, layers, experts, top_k, tokens = 4096, 2, 16, 4, 120
     cpu, link = nbytes / 1.0, nbytes / link_s
-    truth = sim.Truth(cpu, link, max(cpu, memory * (cpu + link)), nbytes / 0.03, 0.05, 0.02, 0.2)
-    machine = sim.SimulatedMachine(truth, sim.Noise(3, outliers=0.0))
+    truth = simulated.Truth(cpu, link, max(cpu, memory * (cpu + link)), nbytes / 0.03, 0.05, 0.02, 0.2)
+    machine = simulated.SimulatedMachine(truth, simulated.Noise(3, outliers=0.0))
     scheduler = None
     if mode != "fetch":
         costs = Costs(
@@ -166,7 +161,7 @@ def decode(
             gpu=truth.gpu,
         )
         scheduler = MissScheduler(mode, costs, machine.clock)
-    device = sim.SimulatedDevice(machine)
+    device = simulated.SimulatedDevice(machine)
     rig = make_rig(
         "ram", layers=layers, experts=experts, slots=6, pages=1, device=device, scheduler=scheduler
     )

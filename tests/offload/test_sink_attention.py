@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from moe_local.offload.dense.sink_attention import (
     use_sink_attention,
 )
 from moe_local.offload.modeling.names import cache_name
+from support import attention_checks, tiny_models
 
 
 def inputs(
@@ -73,7 +74,7 @@ def test_who_sees_nothing_spoils_nothing(queries: int, dtype: torch.dtype) -> No
     assert torch.equal(got[1], want[1])
 
 
-def test_no_scores_are_kept(attention_checks: ModuleType) -> None:
+def test_no_scores_are_kept() -> None:
     (query, key, value), sinks = inputs(8, 4, 64, 512, torch.float32)
     seen = torch.ones(1, 1, 64, 512, dtype=torch.bool).tril(448)
     module: Any = SimpleNamespace(num_key_value_groups=4)
@@ -95,9 +96,7 @@ def test_layers_without_sinks_are_as_with_sdpa() -> None:
     assert torch.allclose(got, want.transpose(1, 2), atol=1e-6)
 
 
-def test_a_loaded_model_attends_by_it(
-    make_checkpoint: Callable[..., Path], tiny_models: ModuleType, attention_checks: ModuleType
-) -> None:
+def test_a_loaded_model_attends_by_it(make_checkpoint: Callable[..., Path]) -> None:
     """Past a window of 16, in chunks of a prompt, single tokens, and rows of a batch of several lengths."""
     folder = make_checkpoint("gpt_oss", sliding_window=16)
     plain = tiny_models.tiny_model("gpt_oss", sliding_window=16)
@@ -109,7 +108,7 @@ def test_a_loaded_model_attends_by_it(
 
 @pytest.mark.parametrize("broken", ["raises", "differs"])
 def test_a_model_that_comes_out_different_stays_eager(
-    tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:
     def attend(*args: Any) -> Any:
         if broken == "raises":
@@ -132,7 +131,7 @@ def test_a_model_that_comes_out_different_stays_eager(
     assert hf.config._attn_implementation == NAME
 
 
-def test_autocast_is_followed(tiny_models: ModuleType) -> None:
+def test_autocast_is_followed() -> None:
     hf = tiny_models.tiny_model("gpt_oss")
     found = []
     for _ in range(2):
@@ -159,7 +158,7 @@ def test_what_is_added_to_scores_is_a_mask_too(queries: int, heads: int, groups:
 
 
 @pytest.mark.parametrize("cuts", [[], [25, 26]])
-def test_attention_that_adds_to_its_mask_is_the_same(tiny_models: ModuleType, cuts: list[int]) -> None:
+def test_attention_that_adds_to_its_mask_is_the_same(cuts: list[int]) -> None:
     """DeepSeek-V4's, past its window of 16 and behind compressed tokens."""
     hf = tiny_models.tiny_model("deepseek_v4", num_attention_heads=8)
     ids, found = torch.arange(3, 63)[None], []
@@ -180,7 +179,7 @@ def test_masks_that_it_would_misread_are_refused() -> None:
         sink_attention(module, query, key, value, None, s_aux=sinks)
 
 
-def test_models_of_other_attention_are_left_alone(tiny_models: ModuleType) -> None:
+def test_models_of_other_attention_are_left_alone() -> None:
     """Without sinks."""
     for name in ("mixtral", "deepseek_v32"):
         hf = tiny_models.tiny_model(name)

@@ -8,7 +8,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,6 +28,7 @@ from moe_local.offload.plan.plan import Request
 from moe_local.offload.prefetch.prefetch import NoPrefetch
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.store.build import build_store
+from support import tiny_models
 
 TYPES = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "qwen2_moe", "olmoe", "deepseek_v3")
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def attach_all(hf: Any, folder: Path, out: Path) -> Any:
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_with_all_experts_it_computes_what_the_plain_model_does(
-    tiny_models: Any, make_checkpoint: Callable[..., Path], tmp_path: Path, model_type: str
+    make_checkpoint: Callable[..., Path], tmp_path: Path, model_type: str
 ) -> None:
     folder = make_checkpoint(model_type)
     hf = load(folder)
@@ -149,9 +149,7 @@ def test_never_allocates_an_expert(make_checkpoint: Callable[..., Path]) -> None
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "gemma4", "jamba", "switch_transformers"])
-def test_a_model_without_numbers_is_the_one_transformers_makes(
-    tiny_models: ModuleType, model_type: str
-) -> None:
+def test_a_model_without_numbers_is_the_one_transformers_makes(model_type: str) -> None:
     def described(model: Any) -> list[Any]:
         tensors = [*model.named_parameters(), *model.named_buffers()]
         return [str(model), [(name, t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors]]

@@ -6,7 +6,6 @@ import copy
 import functools
 import pickle
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,6 +26,7 @@ from moe_local.offload.dense.state_pieces import (
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.modeling.names import cache_name
 from moe_local.offload.plan.footprint import kv_bytes
+from support import tiny_models
 
 SCANNED = ["jamba", "granitemoehybrid"]
 FAMILIES = ["qwen3_next", "qwen3_5_moe", "lfm2_moe", *SCANNED]
@@ -39,7 +39,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(tiny_models: ModuleType) -> Callable[[str], tuple[Any, Any]]:
+def made() -> Callable[[str], tuple[Any, Any]]:
     """Of a family: the model as transformers makes it, and in pieces. Each is made once."""
 
     @functools.cache
@@ -180,7 +180,7 @@ def test_the_scan_is_the_recurrence(begun: bool) -> None:
     assert last.untyped_storage().nbytes() == last.nbytes, "the states of all tokens would be kept with it"
 
 
-def test_what_memory_is_planned_for_states(family: str, plain: Any, tiny_models: ModuleType) -> None:
+def test_what_memory_is_planned_for_states(family: str, plain: Any) -> None:
     spec = model_spec(tiny_models.tiny_config(family))
     assert spec.state_numel > 0
     kv = make_kv(plain, 2, 100)

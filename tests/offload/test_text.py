@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from moe_local.cache.errors import OptionError
 from moe_local.offload.engine.text import Detokenizer, encode_prompt
 from moe_local.offload.engine.token_bytes import TokenBytes
+from support import tiny_models
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 PIECES = ["▁", "▁the", "▁expert", "s", "e", "router", "▁▁", "你好", "é", "😀", "▁.", ".", "\ufffd"]
@@ -46,7 +46,7 @@ def sentencepiece_like(metaspace: bool) -> Any:
 
 
 @pytest.fixture(scope="module")
-def byte_level(tiny_models: ModuleType) -> Any:
+def byte_level() -> Any:
     return tiny_models.tiny_tokenizer()
 
 
@@ -226,7 +226,7 @@ MIXTRAL_TEMPLATE = (
 )
 
 
-def test_what_a_template_refuses_is_one_line(tiny_models: ModuleType) -> None:
+def test_what_a_template_refuses_is_one_line() -> None:
     tokenizer = tiny_models.tiny_tokenizer()
     tokenizer.chat_template = MIXTRAL_TEMPLATE
     assert tokenizer.decode(encode_prompt(tokenizer, "hi")) == "<s>hi"

@@ -6,7 +6,6 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from moe_local.offload.dense.token_layer import TokenLayer
 from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.native.library import library
+from support import tiny_models
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
 
@@ -93,7 +93,7 @@ def one_by_one(hf: Any, ids: list[int] = IDS) -> torch.Tensor:
 
 
 @pytest.fixture
-def taken(tiny_models: ModuleType) -> Callable[..., tuple[Any, Any]]:
+def taken() -> Callable[..., tuple[Any, Any]]:
     """taken("mixtral", **config) -> a model as it was, and its copy whose attention runs in the library."""
 
     def make(model_type: str = "mixtral", **config: Any) -> tuple[Any, Any]:
@@ -145,11 +145,7 @@ def test_a_loaded_model_answers_as_transformers_own(
     ],
 )
 def test_layers_that_see_a_window_biases_and_multipliers(
-    taken: Callable[..., tuple[Any, Any]],
-    calls: list[Any],
-    family: str,
-    config: dict[str, Any],
-    least: int,
+    taken: Callable[..., tuple[Any, Any]], calls: list[Any], family: str, config: dict[str, Any], least: int
 ) -> None:
     plain, hf = taken(family, **config)
     with torch.no_grad():
@@ -255,9 +251,7 @@ VARIANTS: dict[type[Variant], list[bool]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_computes_something_else_is_not_taken(
-    tiny_models: ModuleType, variant: type[Variant], dtype: torch.dtype
-) -> None:
+def test_what_computes_something_else_is_not_taken(variant: type[Variant], dtype: torch.dtype) -> None:
     hf = tiny_models.tiny_model("mixtral").requires_grad_(False).to(dtype)
     for module in attentions(hf):
         module.__class__ = variant
@@ -265,7 +259,7 @@ def test_what_computes_something_else_is_not_taken(
     assert are_taken(hf) == VARIANTS[variant]
 
 
-def test_heads_between_two_positions_are_no_difference(tiny_models: ModuleType) -> None:
+def test_heads_between_two_positions_are_no_difference() -> None:
     """In 16 bits either of two nearly equal scores may win a head: of 24 layers one or the other has such."""
     sizes = {"num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 4}
     hf = tiny_models.tiny_model("qwen3_moe", **sizes).requires_grad_(False).to(torch.bfloat16)
@@ -297,7 +291,7 @@ def transpose_weight(module: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [change_values, add_norm, add_parameter, mix_dtypes, transpose_weight])
-def test_what_is_built_otherwise_is_not_taken(tiny_models: ModuleType, change: Callable[[Any], None]) -> None:
+def test_what_is_built_otherwise_is_not_taken(change: Callable[[Any], None]) -> None:
     module = attentions(tiny_models.tiny_model("mixtral"))[0]
     assert TokenAttention.of(module, torch.float32) is not None
     assert TokenAttention.of(module, torch.float64) is None
@@ -305,9 +299,7 @@ def test_what_is_built_otherwise_is_not_taken(tiny_models: ModuleType, change: C
     assert TokenAttention.of(module, torch.float32) is None
 
 
-def test_gates_of_another_kind_are_not_taken(
-    tiny_models: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gates_of_another_kind_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     hf = tiny_models.tiny_model("qwen3_next").requires_grad_(False)
     use_native_norms(hf)
     with monkeypatch.context() as patch:

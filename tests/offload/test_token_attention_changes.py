@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from moe_local.offload.dense.token_attention import TokenAttention
 from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.native.library import library
+from support import tiny_models
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
 
@@ -44,7 +44,7 @@ class Both:
 
 
 @pytest.fixture
-def both(tiny_models: ModuleType) -> Callable[..., Both]:
+def both() -> Callable[..., Both]:
     return lambda family="mixtral", **config: Both(tiny_models.tiny_model(family, **config))
 
 
@@ -128,7 +128,7 @@ def test_other_weights_are_noticed(both: Callable[..., Both], calls: list[Any], 
     assert not torch.allclose(logits_of(pair.native), before, atol=1e-3)
 
 
-def test_sinks_are_noticed(tiny_models: ModuleType) -> None:
+def test_sinks_are_noticed() -> None:
     module = tiny_models.tiny_model("gpt_oss").requires_grad_(False).model.layers[0].self_attn
     calls = TokenAttention.of(module, torch.float32)
     assert calls is not None
@@ -153,7 +153,7 @@ def test_another_dtype_is_noticed(both: Callable[..., Both], calls: list[Any]) -
             assert len(calls) == 3 * len(IDS)
 
 
-def test_the_dtype_is_noticed_even_where_addresses_stay(tiny_models: ModuleType) -> None:
+def test_the_dtype_is_noticed_even_where_addresses_stay() -> None:
     """As when memory of the same size is freed and given out again."""
     module = tiny_models.tiny_model("mixtral").requires_grad_(False).bfloat16().model.layers[0].self_attn
     calls = TokenAttention.of(module, torch.bfloat16)

@@ -7,7 +7,6 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,6 +28,7 @@ from moe_local.offload.native.library import library
 from moe_local.offload.prefetch.predictor import RouterPredictor
 from moe_local.offload.prefetch.prefetch import Guess
 from moe_local.offload.store.residents import Residents
+from support import tiny_models
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
 
@@ -161,7 +161,7 @@ class Plain(MixtralDecoderLayer):
 
 
 @pytest.mark.parametrize(("cls", "taken"), [(Plain, True), (Scaled, False), (Parallel, False)])
-def test_layers_that_add_up_otherwise_are_not_taken(tiny_models: ModuleType, cls: Any, taken: bool) -> None:
+def test_layers_that_add_up_otherwise_are_not_taken(cls: Any, taken: bool) -> None:
     hf = prepared(tiny_models.tiny_model("mixtral", num_hidden_layers=1).requires_grad_(False))
     layers_of(hf)[0].__class__ = cls
     use_token_layers(hf)
@@ -190,7 +190,7 @@ class Clipped(MixtralSparseMoeBlock):
 
 
 @pytest.mark.parametrize("cls", [Weighed, Doubled, Clipped])
-def test_blocks_that_do_more_are_called(tiny_models: ModuleType, cls: Any) -> None:
+def test_blocks_that_do_more_are_called(cls: Any) -> None:
     plain = prepared(tiny_models.tiny_model("mixtral").requires_grad_(False))
     for layer in layers_of(plain):
         layer.mlp.__class__ = cls
@@ -201,7 +201,7 @@ def test_blocks_that_do_more_are_called(tiny_models: ModuleType, cls: Any) -> No
 
 
 @pytest.fixture
-def taken(tiny_models: ModuleType) -> tuple[Any, Any]:
+def taken() -> tuple[Any, Any]:
     """A model as it was, and its copy whose layers run in the library."""
     plain = prepared(tiny_models.tiny_model("mixtral").requires_grad_(False))
     hf = copy.deepcopy(plain)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import random
 import weakref
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from moe_local.offload.engine.sequence import Sequence
 from moe_local.offload.engine.static_row import static_columns
 from moe_local.offload.gpu.relief import Shortage
 from moe_local.offload.modeling.masks import use_capturable_mask
+from support import engine_runs, fake_graphs, plain_experts, tiny_models
 
 torch.set_num_threads(1)
 
@@ -44,19 +44,19 @@ SLOW = {"granitemoehybrid", "lfm2_moe"}
 @pytest.fixture(
     scope="module", params=[pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES]
 )
-def model(request: pytest.FixtureRequest, tiny_models: ModuleType, plain_experts: ModuleType) -> Any:
+def model(request: pytest.FixtureRequest) -> Any:
     hf = tiny_models.tiny_model(request.param.split("-")[0], **CASES[request.param])
     use_capturable_mask(hf)  # as a trial of graphs does
     return plain_experts.offloaded(hf)
 
 
 @pytest.fixture
-def mixtral(tiny_models: ModuleType, plain_experts: ModuleType) -> Any:
+def mixtral() -> Any:
     return plain_experts.offloaded(tiny_models.tiny_model("mixtral", num_hidden_layers=2))
 
 
 @pytest.fixture(params=["mixtral", pytest.param("qwen3_next", id="with states", marks=pytest.mark.slow)])
-def either(request: pytest.FixtureRequest, tiny_models: ModuleType, plain_experts: ModuleType) -> Any:
+def either(request: pytest.FixtureRequest) -> Any:
     options = {"num_hidden_layers": 2} if request.param == "mixtral" else {}
     return plain_experts.offloaded(tiny_models.tiny_model(request.param, **options))
 
@@ -122,17 +122,17 @@ def check_three_ways(model: Any, graphs: Any, count: int) -> None:
     assert all(step.segments == layers + 1 for step in captured.values())
 
 
-def test_replayed_computed_and_plain_tokens(model: Any, fake_graphs: ModuleType) -> None:
+def test_replayed_computed_and_plain_tokens(model: Any) -> None:
     check_three_ways(model, fake_graphs.FakeGraphs(), 24)
 
 
 @pytest.mark.slow
-def test_hundreds_of_tokens(model: Any, fake_graphs: ModuleType) -> None:
+def test_hundreds_of_tokens(model: Any) -> None:
     takes_long = type(make_kv(model, 1, 16)) is not KVSlab
     check_three_ways(model, fake_graphs.FakeGraphs(), 150 if takes_long else 600)
 
 
-def test_bf16(tiny_models: ModuleType, plain_experts: ModuleType, fake_graphs: ModuleType) -> None:
+def test_bf16() -> None:
     """Replayed tokens keep the bits of computed ones; plain ones differ by bf16's rounding."""
     hf = plain_experts.offloaded(tiny_models.tiny_model("qwen3_moe").to(torch.bfloat16))
     ids = random_ids(24)
@@ -154,9 +154,7 @@ def test_bf16(tiny_models: ModuleType, plain_experts: ModuleType, fake_graphs: M
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 6))])
-def test_joining_leaving_and_reuse_change_nobody(
-    either: Any, engine_runs: ModuleType, fake_graphs: ModuleType, seed: int
-) -> None:
+def test_joining_leaving_and_reuse_change_nobody(either: Any, seed: int) -> None:
     """Rows move into holes, are shortened and taken over; each has graphs of its own."""
     chance = random.Random(seed)
     graphs = fake_graphs.FakeGraphs()
@@ -172,9 +170,7 @@ def test_joining_leaving_and_reuse_change_nobody(
 
 
 @pytest.mark.parametrize("error", [MoeLocalError, KeyboardInterrupt])
-def test_errors_of_experts_leave_everybody_as_they_were(
-    mixtral: Any, fake_graphs: ModuleType, error: type[BaseException]
-) -> None:
+def test_errors_of_experts_leave_everybody_as_they_were(mixtral: Any, error: type[BaseException]) -> None:
     """In the first layer and in the second, of tokens that are computed, captured and replayed."""
     ids = random_ids(5)
     want, _ = decoded(Watched(mixtral, make_kv(mixtral, 1, 64), static=False), ids, 20)
@@ -197,7 +193,7 @@ def test_errors_of_experts_leave_everybody_as_they_were(
     assert engine.token_step.captured
 
 
-def test_what_has_never_been_computed_whole_is_not_captured(mixtral: Any, fake_graphs: ModuleType) -> None:
+def test_what_has_never_been_computed_whole_is_not_captured(mixtral: Any) -> None:
     """A first token that failed has not loaded all kernels, which a capture cannot do."""
     graphs = fake_graphs.FakeGraphs()
     engine = Watched(mixtral, make_kv(mixtral, 1, 64), graphs=graphs)
@@ -212,9 +208,7 @@ def test_what_has_never_been_computed_whole_is_not_captured(mixtral: Any, fake_g
     assert graphs.captures == 3
 
 
-def test_a_token_that_failed_has_spoiled_states_which_are_computed_again(
-    tiny_models: ModuleType, plain_experts: ModuleType, fake_graphs: ModuleType
-) -> None:
+def test_a_token_that_failed_has_spoiled_states_which_are_computed_again() -> None:
     """In whichever layer, of tokens that are computed, captured and replayed."""
     hf = plain_experts.offloaded(tiny_models.tiny_model("qwen3_next"))
     want, _ = decoded(Watched(hf, make_kv(hf, 1, 64), static=False), random_ids(5), 8)
@@ -234,9 +228,7 @@ def test_a_token_that_failed_has_spoiled_states_which_are_computed_again(
     assert engine.token_step.captured
 
 
-def test_a_capture_that_is_refused_costs_no_token(
-    either: Any, fake_graphs: ModuleType, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_capture_that_is_refused_costs_no_token(either: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Whichever segment it is; earlier graphs go on, and it is said once."""
     caplog.set_level("INFO", "moe_local")
     want, logits = decoded(Watched(either, make_kv(either, 1, 64)), random_ids(5), 24)
@@ -261,7 +253,7 @@ def test_a_capture_that_is_refused_costs_no_token(
     ],
 )
 def test_a_capture_without_memory_goes_on_once_something_gave_way(
-    mixtral: Any, fake_graphs: ModuleType, monkeypatch: pytest.MonkeyPatch, room: int, lacks: str
+    mixtral: Any, monkeypatch: pytest.MonkeyPatch, room: int, lacks: str
 ) -> None:
     """Wherever it lacks, also for experts between two captures."""
     want, logits = decoded(Watched(mixtral, make_kv(mixtral, 1, 64)), random_ids(5), 24)
@@ -292,7 +284,7 @@ def test_a_capture_without_memory_goes_on_once_something_gave_way(
 
 @pytest.mark.parametrize("relief", [None, lambda lacking: False])
 def test_without_memory_for_graphs_tokens_are_computed(
-    mixtral: Any, fake_graphs: ModuleType, relief: Any, caplog: pytest.LogCaptureFixture
+    mixtral: Any, relief: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whichever segment lacks it, and what had been captured goes, too."""
     want, logits = decoded(Watched(mixtral, make_kv(mixtral, 1, 64)), random_ids(5), 24)
@@ -313,7 +305,7 @@ def test_without_memory_for_graphs_tokens_are_computed(
         ]
 
 
-def test_a_forward_that_waits_for_the_device_is_not_captured(mixtral: Any, fake_graphs: ModuleType) -> None:
+def test_a_forward_that_waits_for_the_device_is_not_captured(mixtral: Any) -> None:
     want, _ = decoded(Watched(mixtral, make_kv(mixtral, 1, 64), static=False), random_ids(5), 20)
     hook = mixtral.model.norm.register_forward_hook(lambda module, args, output: output.sum().item() and None)
     engine = Watched(mixtral, make_kv(mixtral, 1, 64), graphs=fake_graphs.FakeGraphs())
@@ -323,7 +315,7 @@ def test_a_forward_that_waits_for_the_device_is_not_captured(mixtral: Any, fake_
     assert "item" in (engine.token_step.failure or "")
 
 
-def test_nan_in_columns_behind_a_row_reaches_nobody(mixtral: Any, fake_graphs: ModuleType) -> None:
+def test_nan_in_columns_behind_a_row_reaches_nobody(mixtral: Any) -> None:
     """Neither from memory never written, nor from a forward that failed, nor from a sequence that left."""
     want, _ = decoded(Watched(mixtral, make_kv(mixtral, 1, 64), static=False), random_ids(5), 20)
     kv = make_kv(mixtral, 2, 64)
@@ -376,7 +368,7 @@ def test_columns_depend_on_the_length_alone_and_waste_half_at_most() -> None:
     assert len({static_columns(length, 10**6) for length in range(1, 10**5, 7)}) < 20
 
 
-def test_nothing_outlives_the_engine(mixtral: Any, fake_graphs: ModuleType) -> None:
+def test_nothing_outlives_the_engine(mixtral: Any) -> None:
     """No cycle keeps graphs and their memory until a collection of garbage."""
     graphs = fake_graphs.FakeGraphs()
     engine = Watched(mixtral, make_kv(mixtral, 1, 64), graphs=graphs)

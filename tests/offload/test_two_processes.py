@@ -23,6 +23,7 @@ from moe_local.offload.expert_file.expert_file import MANIFEST, ExpertFile
 from moe_local.offload.expert_file.usage import read_usage
 from moe_local.offload.expert_file.verify import find_damage
 from moe_local.offload.quantize.codec import codec_for
+from support import kill_points, random_experts
 
 PROMPT = [5, 6, 7, 9, 4]
 OPTIONS: dict[str, Any] = {"experts": "fp32", "dense": "fp32", "slots": 2, "context": 64}
@@ -39,7 +40,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_two_load_a_model_for_the_first_time(
-    kill_points: Any, tiny_mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three of them: each shard is written once, and all give the same answer."""
 
@@ -82,9 +83,7 @@ def test_two_load_a_model_for_the_first_time(
     assert counts.tokens == tuple(3 * tokens for tokens in alone.tokens)
 
 
-def test_who_waits_takes_over_from_one_that_is_killed(
-    kill_points: Any, random_experts: Any, tmp_path: Path
-) -> None:
+def test_who_waits_takes_over_from_one_that_is_killed(tmp_path: Path) -> None:
     """And keeps the shards that were finished."""
     source = random_experts.RandomExperts(layers=4, experts=4)
     codec, folder = codec_for("bf16"), tmp_path / "f"
@@ -117,7 +116,7 @@ def test_who_waits_takes_over_from_one_that_is_killed(
 
 
 def test_two_measure_a_model_for_the_first_time(
-    kill_points: Any, tiny_mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One is killed at it; of the two that wait one goes on behind what it kept, and both have the same."""
     monkeypatch.setenv("MOE_LOCAL_HOME", str(tmp_path / "home"))
@@ -155,9 +154,7 @@ def test_two_measure_a_model_for_the_first_time(
     assert sorted(found.name for found in path.parent.iterdir()) == [path.name, f"{path.name}.lock"]
 
 
-def test_a_model_is_read_while_it_is_checked_and_mended(
-    kill_points: Any, random_experts: Any, tmp_path: Path
-) -> None:
+def test_a_model_is_read_while_it_is_checked_and_mended(tmp_path: Path) -> None:
     """A reader meets the right bytes or ones that its checksum refuses, never wrong ones."""
     source = random_experts.RandomExperts(layers=1, experts=4)
     codec, folder = codec_for("bf16"), tmp_path / "f"

@@ -18,10 +18,11 @@ from moe_local.offload.expert_file.verify import HEADER, WRONG, find_damage
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.system import direct_io
 from moe_local.offload.system.patience import PATIENCE_S
+from support import random_experts
 
 
 @pytest.fixture(params=["one size", "two sizes"])
-def file(request, random_experts, tmp_path):
+def file(request, tmp_path):
     """An expert file; with experts of two sizes, too."""
     codec = codec_for("bf16")
     if request.param == "two sizes":

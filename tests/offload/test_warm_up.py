@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,6 +15,7 @@ from moe_local.offload.kernels.gates import CONCATENATED, FUNCTIONS
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.native.library import Gate
 from moe_local.offload.quantize.layout import Layout
+from support import swiglu_experts
 
 EXPERTS = 6
 FORMATS = ("nf4", "int8", "q3", "q2", "mxfp4", "fp8")
@@ -68,7 +69,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_variant_of_a_decode_step_is_compiled_at_load(
-    seen: set[Any], dtype: torch.dtype, swiglu_experts: ModuleType, monkeypatch: pytest.MonkeyPatch
+    seen: set[Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two layers, of which the first has experts of every format: all numbers of tokens, groups of any kind,
     routers whose weights have their model's dtype or not and start anywhere."""
@@ -110,7 +111,7 @@ def test_every_variant_of_a_decode_step_is_compiled_at_load(
 
 
 def test_each_card_and_each_number_of_experts_is_warmed_up(
-    seen: set[Any], swiglu_experts: ModuleType, monkeypatch: pytest.MonkeyPatch
+    seen: set[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warmed: list[tuple[str, int, str]] = []
     monkeypatch.setattr(

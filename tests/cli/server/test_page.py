@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 import moe_local
+from support import browser as chromium
 
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"moe_local_{name}", Path(__file__).parent / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-chromium = load("browser")
 needs_browser = pytest.mark.skipif(
     not chromium.installed(), reason="chromium and chromedriver are not installed"
 )
