@@ -235,7 +235,8 @@ def _matches(model: Any, state: dict[str, torch.Tensor], tensors: Iterable[Weigh
 
     tensors = list(tensors)
     packed = [tensor for tensor in tensors if expert_parameter(tensor.key)]
-    yield from _gguf_matches(packed)
+    if packed:
+        yield from _gguf_matches(model, packed)
     tensors = [tensor for tensor in tensors if not expert_parameter(tensor.key)]
     rules = [*get_model_conversion_mapping(model), *conversion_rules(model)]
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -252,18 +253,40 @@ def _matches(model: Any, state: dict[str, torch.Tensor], tensors: Iterable[Weigh
         yield _Match(tensor, parameter, pattern, by_pattern[pattern] if pattern else None, expert)
 
 
-def _gguf_matches(weights: Iterable[Weight]) -> Iterator[_Match]:
+def _gguf_matches(model: Any, weights: Iterable[Weight]) -> Iterator[_Match]:
     """Matches for GGUF's packed experts, which have gate and up in separate tensors."""
     from transformers.core_model_loading import Concatenate, WeightConverter
 
+    modules = dict(model.named_modules())
     converters: dict[str, WeightConverter] = {}
     for weight in weights:
         found = expert_parameter(weight.key)
         assert found is not None
         parameter, part = found
+        experts = modules.get(parameter.rpartition(".")[0])
         if parameter not in converters:
-            converters[parameter] = WeightConverter(expert_parts(parameter), parameter, [Concatenate(dim=1)])
+            plain = getattr(experts, "is_concatenated", True) and not getattr(experts, "is_transposed", False)
+            operation = Concatenate(dim=1) if plain else _Interleave()
+            converters[parameter] = WeightConverter(expert_parts(parameter), parameter, [operation])
         yield _Match(weight, parameter, part, converters[parameter], None)
+
+
+class _Interleave:
+    """gpt-oss: rows of gate and up alternate, and matrices are [in, out]. The converter had taken them apart.
+
+    For `WeightConverter`, in the place of transformers' operations. Returns a transposed view.
+    """
+
+    def convert(
+        self,
+        parts: Mapping[str, torch.Tensor],
+        source_patterns: Sequence[str],
+        target_patterns: Sequence[str],
+        **_: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Weights [E, out, in], or biases [E, out] -> alternating rows: [E, in, n out], or [E, n out]."""
+        joined = torch.stack([parts[pattern] for pattern in source_patterns], dim=2).flatten(1, 2)
+        return {target_patterns[0]: joined.transpose(1, 2) if joined.dim() == 3 else joined}
 
 
 def _expert_number(pattern: str, key: str, renamings: Iterable[WeightRenaming]) -> int | None:

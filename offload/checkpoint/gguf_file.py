@@ -43,6 +43,8 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 MAX_HEADER = 256 << 20
 """Bytes; ten times the size of the longest vocabularies."""
+MAX_ARRAY = 64
+"""Numbers in an array that is kept."""
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 1 << 20
 
@@ -54,7 +56,8 @@ class GgufFile:
     path: Path
     """The file, or the first of several."""
     metadata: dict[str, Any]
-    """The first file's metadata. Only the lengths of arrays are kept, since these are long vocabularies."""
+    """The first file's metadata. Of arrays, only short ones of numbers are kept, as tuples; of others, mostly
+    vocabularies, the lengths."""
     weights: dict[str, Weight]
     """By their names in GGUF."""
     shards: Shards
@@ -182,6 +185,8 @@ def _value(file: _Header, kind: int) -> Any:
     if kind != ARRAY:
         return _numbers(file, NUMBERS[kind])[0]
     element, count = _numbers(file, "IQ")
+    if element in NUMBERS and count <= MAX_ARRAY:
+        return _numbers(file, f"{count}{NUMBERS[element]}")
     if element in NUMBERS:
         file.skip(count * struct.calcsize(f"<{NUMBERS[element]}"))
     elif element == STRING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,8 +32,8 @@ class Weight:
     format of GGUF, or the quantization method if there is a `decoder`."""
     block: tuple[int, int] = (fp8.BLOCK, fp8.BLOCK)
     """Rows and columns that share a scale, for FP8."""
-    heads: int = 0
-    """Number of rotary heads whose rows are interleaved (GGUF's llama); 0: rows are in the model's order."""
+    undo: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Converts decoded numbers of the stored shape to the model's, for GGUF; None if they are the same."""
     decoder: PackedDecoder | None = None
     """Decodes weights that are packed in other ways."""
 
@@ -61,7 +61,7 @@ class Weight:
             numbers = parts[0]
             if self.format != "plain":
                 numbers = gguf.dequantize_gguf(numbers, self.format)
-            return (_in_halves(numbers, self.heads) if self.heads else numbers).view(self.shape)
+            return numbers.view(self.shape) if self.undo is None else self.undo(numbers)
         q, scale = parts
         if self.format == "fp8":
             return fp8.dequantize_fp8(q, _matrix(scale, q), torch.float32, self.block)
@@ -170,12 +170,6 @@ def _is_aside(key: str) -> bool:
 def _matrix(scale: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """The scales as a grid; the scale of a whole tensor as a grid of one element."""
     return scale if scale.dim() == q.dim() else scale.reshape(*q.shape[:-2], 1, 1)
-
-
-def _in_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder heads' rows: RoPE pairs 2i and 2i + 1 in llama.cpp, i and i + width / 2 in transformers."""
-    pairs = weight.view(heads, -1, 2, *weight.shape[1:])
-    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def _mismatch(tensor: StoredTensor, scale: StoredTensor, remedy: str) -> CheckpointError:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.gguf import FORMATS, dequantize_gguf
+from moe_local.offload.quantize.layout import TensorSpec
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -36,3 +38,18 @@ def test_random_blocks_decode_to_the_same_bits(format: str) -> None:
     expected = gguf.quants.dequantize(rows.reshape(15, -1), kind).reshape(found.shape)
     assert torch.equal(found, torch.from_numpy(expected))
     assert torch.isfinite(found).all()
+
+
+def test_mxfp4_is_encoded_again_without_loss() -> None:
+    """Any code and any scale whose numbers float32 and our codec can represent decode to the same numbers."""
+    rng = np.random.default_rng(1)
+    raw = rng.integers(0, 256, (512, 2, 17), np.uint8)
+    raw[..., 0] = rng.integers(0, 253, raw.shape[:-1])
+    raw[:8, :, 1:] &= np.uint8(0x99)  # no code above a half, and both zeros
+    raw[8:16, 0, 0] = np.arange(8)
+    weights = dequantize_gguf(torch.from_numpy(raw.reshape(512, -1)), "MXFP4")
+    codec, tensor = codec_for("mxfp4"), TensorSpec("down_proj", (512, 64))
+    layout = codec.layout([tensor])
+    buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    codec.encode({"down_proj": weights}, layout, buffer)
+    assert torch.equal(codec.decode(buffer, layout, torch.float32)["down_proj"], weights)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+
+Array = np.ndarray[Any, Any]
+Turn = Callable[[Array], Array]
 
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -17,23 +23,53 @@ NAMES = {
     "lm_head.weight": "output.weight",
 }
 LAYER = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate": "ffn_gate_inp",
-    "block_sparse_moe.gate": "ffn_gate_inp",
-    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
-    "mlp.shared_expert.up_proj": "ffn_up_shexp",
-    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate.weight": "ffn_gate_inp.weight",
+    "block_sparse_moe.gate.weight": "ffn_gate_inp.weight",
+    "mlp.router.weight": "ffn_gate_inp.weight",
+    "mlp.router.bias": "ffn_gate_inp.bias",
+    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "block_sparse_moe.e_score_correction_bias": "exp_probs_b.bias",
+    "mlp.shared_expert_gate.weight": "ffn_gate_inp_shexp.weight",
+    "self_attn.sinks": "attn_sinks.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "self_attn.o_proj.bias": "attn_output.bias",
+    "linear_attn.in_proj_qkv.weight": "attn_qkv.weight",
+    "linear_attn.in_proj_z.weight": "attn_gate.weight",
+    "linear_attn.in_proj_a.weight": "ssm_alpha.weight",
+    "linear_attn.in_proj_b.weight": "ssm_beta.weight",
+    "linear_attn.A_log": "ssm_a",
+    "linear_attn.dt_bias": "ssm_dt.bias",
+    "linear_attn.conv1d.weight": "ssm_conv1d.weight",
+    "linear_attn.norm.weight": "ssm_norm.weight",
+    "linear_attn.out_proj.weight": "ssm_out.weight",
+    **{f"self_attn.{x}_norm.weight": f"attn_{x}_norm.weight" for x in "qk"},
+    **{f"self_attn.{x}_proj.{kind}": f"attn_{x}.{kind}" for x in "qkv" for kind in ("weight", "bias")},
+    **{f"mlp.{x}_proj.weight": f"ffn_{x}.weight" for x in ("gate", "up", "down")},
+    **{
+        f"mlp.{shared}.{x}_proj.weight": f"ffn_{x}_shexp.weight"
+        for shared in ("shared_expert", "shared_experts")
+        for x in ("gate", "up", "down")
+    },
 }
 EXPERT = {"w1": "gate", "w2": "down", "w3": "up", "gate_proj": "gate", "down_proj": "down", "up_proj": "up"}
-ARCHITECTURES = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+ARCHITECTURES = {
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "qwen3_5_moe": "qwen35moe",
+    "gpt_oss": "gpt-oss",
+    "glm4_moe": "glm4moe",
+    "minimax_m2": "minimax-m2",
+}
+OLLAMA = {
+    "attn_sinks.weight": "attn_sinks",
+    "attn_output.weight": "attn_out.weight",
+    "attn_output.bias": "attn_out.bias",
+    "post_attention_norm.weight": "ffn_norm.weight",
+}
+"""How Ollama's own converter calls tensors of gpt-oss."""
 HALVES: dict[str, tuple[int, ...]] = {
     "Q2_K": (80, 82),
     "Q3_K": (108,),
@@ -46,62 +82,53 @@ HALVES: dict[str, tuple[int, ...]] = {
 """Where the float16 scales are in blocks of the types that the gguf package cannot quantize to."""
 
 
+class Made(NamedTuple):
+    """A tensor of the file before it is quantized, and where what it decodes to goes in the twin."""
+
+    numbers: Array
+    put: Callable[[Array], None]
+
+
 def write(
-    source: Path, folder: Path, kinds: dict[str, str], leave_out: str = "", tokenizer: Any = None
+    source: Path,
+    folder: Path,
+    kinds: dict[str, str],
+    leave_out: str = "",
+    tokenizer: Any = None,
+    ollama: bool = False,
 ) -> tuple[Path, Path]:
     """Write the tiny checkpoint in `source` as (a GGUF file, its twin in safetensors).
 
     `kinds` maps suffixes of GGUF's tensor names to types; others are F32. Types that the gguf package cannot
     quantize to get random blocks of about the weights' scale. The twin has the weights that the package
-    decodes from the file.
+    decodes from the file. `ollama`: as Ollama converts gpt-oss.
     """
     config = json.loads((source / "config.json").read_text())
-    tensors: dict[str, np.ndarray[Any, Any]] = {}
-    stacks: dict[str, dict[int, str]] = {}
     plain = {
         k: v.float() for path in sorted(source.glob("*.safetensors")) for k, v in load_file(path).items()
     }
-    sources: dict[str, list[str]] = {}
-    for key, weight in plain.items():
-        if ".experts." in key:
-            _, _, layer, _, _, expert, name, _ = key.split(".")
-            stacks.setdefault(f"blk.{layer}.ffn_{EXPERT[name]}_exps.weight", {})[int(expert)] = key
-        else:
-            tensors[_name(key)] = weight.numpy()
-            sources[_name(key)] = [key]
-    for name, keys in stacks.items():
-        sources[name] = [keys[e] for e in sorted(keys)]
-        tensors[name] = np.stack([plain[key].numpy() for key in sources[name]])
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.gguf"
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[config["model_type"]])
-    _describe(writer, config, tokenizer)
+    writer = gguf.GGUFWriter(path, "gptoss" if ollama else ARCHITECTURES[config["model_type"]])
+    _describe(writer, config, tokenizer, ollama)
     rng = np.random.default_rng(0)
-    for name, numbers in tensors.items():
+    for name, made in _tensors(plain, config).items():
         if name == leave_out:
             continue
         kind = gguf.GGMLQuantizationType[next((k for end, k in kinds.items() if name.endswith(end)), "F32")]
-        heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(name.split(".")[-2])
-        turned = config["model_type"] == "mixtral" and heads is not None
-        if turned:
-            numbers = (
-                numbers.reshape(config[heads], 2, -1, numbers.shape[-1]).swapaxes(1, 2).reshape(numbers.shape)
-            )
-        if name.endswith("ffn_gate_inp_shexp.weight"):
-            numbers = numbers[0]
+        numbers = np.ascontiguousarray(made.numbers)
         if kind.name in HALVES:
             raw = _random_blocks(numbers, kind, rng)
-        elif kind == gguf.GGMLQuantizationType.F32:
-            raw = np.ascontiguousarray(numbers)
         else:
-            raw = gguf.quants.quantize(np.ascontiguousarray(numbers), kind)
-        writer.add_tensor(name, raw, raw_dtype=kind)
-        made = gguf.quants.dequantize(raw, kind).astype(np.float32)
-        if turned:
-            made = made.reshape(config[heads], -1, 2, made.shape[-1]).swapaxes(1, 2).reshape(made.shape)
-        parts = made if name in stacks else [made]
-        for key, part in zip(sources[name], parts, strict=True):
-            plain[key] = torch.from_numpy(np.ascontiguousarray(part)).view(plain[key].shape).clone()
+            raw = numbers if kind.name == "F32" else gguf.quants.quantize(numbers, kind)
+        layer, _, rest = name.removeprefix("blk.").partition(".")
+        stored = f"blk.{layer}.{OLLAMA[rest]}" if ollama and rest in OLLAMA else name
+        writer.add_tensor(stored, raw, raw_dtype=kind)
+        made.put(gguf.quants.dequantize(raw, kind).astype(np.float32))
+    if config.get("num_nextn_predict_layers"):  # a last layer that predicts further tokens
+        last = config["num_hidden_layers"]
+        for name in ("attn_norm.weight", "nextn.enorm.weight"):
+            writer.add_tensor(f"blk.{last}.{name}", np.ones(config["hidden_size"], np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -113,9 +140,111 @@ def write(
     return path, twin
 
 
-def _random_blocks(
-    numbers: np.ndarray[Any, Any], kind: gguf.GGMLQuantizationType, rng: np.random.Generator
-) -> np.ndarray[Any, Any]:
+def _tensors(plain: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, Made]:
+    """The file's tensors by name. Their `put` writes into `plain`."""
+    found: dict[str, Made] = {}
+    stacks: dict[str, dict[int, torch.Tensor]] = {}
+    for key, weight in plain.items():
+        if key.startswith("model.visual"):
+            continue
+        match = re.fullmatch(r"model\.(?:language_model\.)?layers\.(\d+)\.(.*)", key)
+        if match is None:
+            name = NAMES[key.replace("language_model.", "")]
+            found[name] = _turned(weight, _turns(config, name))
+            continue
+        layer, rest = match.groups()
+        if expert := re.fullmatch(r"\w+\.experts\.(\d+)\.(\w+)\.weight", rest):
+            name = f"blk.{layer}.ffn_{EXPERT[expert[2]]}_exps.weight"
+            stacks.setdefault(name, {})[int(expert[1])] = weight
+        elif rest.startswith("mlp.experts."):
+            found |= {f"blk.{layer}.{name}": made for name, made in _taken_apart(rest, weight)}
+        else:
+            name = LAYER[rest]
+            if name == "ffn_norm.weight" and config["model_type"] in ("gpt_oss", "glm4_moe", "qwen3_5_moe"):
+                name = "post_attention_norm.weight"
+            found[f"blk.{layer}.{name}"] = _turned(weight, _turns(config, name))
+    for name, weights in stacks.items():
+        parts = [weights[expert] for expert in sorted(weights)]
+        found[name] = Made(np.stack([part.numpy() for part in parts]), partial(_put_each, parts))
+    return found
+
+
+def _turned(weight: torch.Tensor, turns: tuple[Turn, Turn] | None) -> Made:
+    there, back = turns or (lambda x: x, lambda x: x)
+    return Made(there(weight.numpy()), lambda made: _put_each([weight], [back(made)]))
+
+
+def _put_each(weights: list[torch.Tensor], made: Any) -> None:
+    for weight, part in zip(weights, made, strict=True):
+        weight.copy_(torch.from_numpy(np.ascontiguousarray(part)).view(weight.shape))
+
+
+def _taken_apart(rest: str, weight: torch.Tensor) -> Iterator[tuple[str, Made]]:
+    """gpt-oss' packed experts: [E, in, out] becomes [E, out, in], and gate and up, which alternate, two."""
+    stem, kind = rest.removesuffix("_bias"), "bias" if rest.endswith("_bias") else "weight"
+    turned = weight if kind == "bias" else weight.transpose(1, 2)
+    views = {"down": turned}
+    if stem.endswith("gate_up_proj"):
+        views = {"gate": turned[:, 0::2], "up": turned[:, 1::2]}
+    for part, view in views.items():
+        yield f"ffn_{part}_exps.{kind}", Made(view.numpy(), partial(_put, view))
+
+
+def _put(view: torch.Tensor, made: Array) -> None:
+    view.copy_(torch.from_numpy(made))
+
+
+def _turns(config: dict[str, Any], name: str) -> tuple[Turn, Turn] | None:
+    """What llama.cpp's converter does to a tensor, and what has to be done to undo it."""
+    if name == "ffn_gate_inp_shexp.weight":
+        return lambda x: x[0], lambda x: x[None]
+    heads = {"attn_q.weight": "num_attention_heads", "attn_k.weight": "num_key_value_heads"}.get(name)
+    if config["model_type"] == "mixtral" and heads is not None:
+        count = config[heads]
+        return (
+            lambda x: x.reshape(count, 2, -1, x.shape[-1]).swapaxes(1, 2).reshape(x.shape),
+            lambda x: x.reshape(count, -1, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape),
+        )
+    return _linear_turns(config["text_config"], name) if config["model_type"] == "qwen3_5_moe" else None
+
+
+def _linear_turns(config: dict[str, Any], name: str) -> tuple[Turn, Turn] | None:
+    """Qwen3.5: norms plus one, decays as they are used, and the first value head of each key head first."""
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    order = np.arange(values).reshape(keys, values // keys).T.flatten()
+    head, before = config["linear_value_head_dim"], 2 * keys * config["linear_key_head_dim"]
+
+    def rows(x: Array, order: Array, width: int, start: int = 0) -> Array:
+        index = start + (order[:, None] * width + np.arange(width)).flatten()
+        return x[np.concatenate([np.arange(start), index])]
+
+    def reordered(width: int, start: int = 0) -> tuple[Turn, Turn]:
+        return (
+            lambda x: rows(x, order, width, start),
+            lambda x: rows(x, np.argsort(order), width, start),
+        )
+
+    if name.endswith("norm.weight") and name != "ssm_norm.weight":
+        return lambda x: x + 1, lambda x: x - 1
+    if name in ("ssm_alpha.weight", "ssm_beta.weight", "ssm_dt.bias"):
+        return reordered(1)
+    there, back = reordered(head, before)
+    if name == "attn_qkv.weight":
+        return there, back
+    if name == "ssm_conv1d.weight":
+        return lambda x: there(x[:, 0]), lambda x: back(x)[:, None]
+    if name == "attn_gate.weight":
+        return reordered(head)
+    if name == "ssm_out.weight":
+        one, other = reordered(head)
+        return lambda x: one(x.T).T, lambda x: other(x.T).T
+    if name == "ssm_a":
+        one, other = reordered(1)
+        return lambda x: one(-np.exp(x)), lambda x: torch.log(-torch.from_numpy(other(x))).numpy()
+    return None
+
+
+def _random_blocks(numbers: Array, kind: gguf.GGMLQuantizationType, rng: np.random.Generator) -> Array:
     """Blocks of random codes, which decode to numbers of about the same standard deviation as `numbers`."""
     count, nbytes = gguf.GGML_QUANT_SIZES[kind]
     shape = (*numbers.shape[:-1], numbers.shape[-1] // count, nbytes)
@@ -130,29 +259,58 @@ def _random_blocks(
     return raw.reshape(*numbers.shape[:-1], -1)
 
 
-def _name(key: str) -> str:
-    if key in NAMES:
-        return NAMES[key]
-    _, _, layer, *middle, kind = key.split(".")
-    return f"blk.{layer}.{LAYER['.'.join(middle)]}.{kind}"
-
-
-def _describe(writer: gguf.GGUFWriter, config: dict[str, Any], tokenizer: Any) -> None:
+def _describe(writer: gguf.GGUFWriter, config: dict[str, Any], tokenizer: Any, ollama: bool) -> None:
+    kind, config = config["model_type"], config.get("text_config", config)
+    rope = config["rope_parameters"]
+    further = config.get("num_nextn_predict_layers", 0)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_block_count(config["num_hidden_layers"] + further)
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
+    writer.add_rope_freq_base(rope["rope_theta"])
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if "head_dim" in config:
+        writer.add_key_length(head)
+    if kind in ("glm4_moe", "minimax_m2", "qwen3_5_moe"):
+        writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1)))
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    writer.add_expert_count(next(config[name] for name in experts if name in config))
     writer.add_expert_used_count(config["num_experts_per_tok"])
     if "moe_intermediate_size" in config:
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if "shared_expert_intermediate_size" in config:
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    if kind in ("glm4_moe", "minimax_m2"):
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if kind == "glm4_moe":
+        writer.add_expert_group_count(config["n_group"])
+        writer.add_expert_group_used_count(config["topk_group"])
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+        writer.add_nextn_predict_layers(further)
+    if kind == "gpt_oss":
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        if ollama:
+            writer.add_array("tokenizer.ggml.eos_token_ids", [2, 5])
+        else:
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            writer.add_expert_feed_forward_length(config["intermediate_size"])
+    if kind == "qwen3_5_moe":
+        values = config["linear_num_value_heads"]
+        writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+        writer.add_ssm_state_size(config["linear_key_head_dim"])
+        writer.add_ssm_group_count(config["linear_num_key_heads"])
+        writer.add_ssm_time_step_rank(values)
+        writer.add_ssm_inner_size(values * config["linear_value_head_dim"])
+        writer.add_full_attention_interval(1 + config["layer_types"].index("full_attention"))
+        writer.add_rope_dimension_sections([11, 11, 10, 0])
     if tokenizer is not None:
         model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
