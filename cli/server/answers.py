@@ -29,6 +29,8 @@ class Choice:
     """The prompt that it begins with; None: with none."""
     mute: bool = False
     """Whether nothing is to follow that: the one token that is computed all the same is dropped."""
+    room: int | None = None
+    """How many tokens the context has room for; None: at least as many as were asked for."""
     ticket: Ticket | None = None
     tokens: int = 0
     thoughts: int = 0
@@ -90,6 +92,11 @@ class Choice:
         pieces += self.parser.flush()
         self.entries.end(cut=self._ended_early)
         self.finish_reason = reason
+
+    @property
+    def filled_context(self) -> bool:
+        """Whether only a larger context would have let it go on."""
+        return self.finish_reason == "length" and self.room is not None and self.tokens >= self.room
 
     def reason(self) -> str:
         """OpenAI's word for why it ended."""

@@ -249,7 +249,9 @@ class Server:
         options = asked.generation(number)
         room = self.model.plan.request.context - len(prompt) + 1
         wanted = asked.most_tokens or self.limits.max_tokens or room
-        options["max_new_tokens"] = max(1, min(wanted, self.limits.max_tokens or room, room))
+        most = min(wanted, self.limits.max_tokens or wanted)
+        options["max_new_tokens"] = max(1, min(most, room))
+        choice.room = room if room < most else None
         if self.limits.seconds is not None:
             options["max_time"] = self.limits.seconds
         listener = self.metrics.watching(answer.listener(choice))

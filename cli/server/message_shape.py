@@ -38,6 +38,8 @@ class MessageShape(PartedShape):
         yield from super().closing(choice)
         stop = choice.stops.stop
         reason = REASONS.get(choice.reason(), "end_turn") if stop is None else "stop_sequence"
+        if choice.filled_context:
+            reason = "model_context_window_exceeded"
         self._ended = {"stop_reason": reason, "stop_sequence": stop}
 
     def ending(self) -> Iterator[Event]:

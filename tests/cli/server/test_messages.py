@@ -297,6 +297,27 @@ def test_an_answer_that_is_begun_is_continued(server: Any, model: moe_local.Mode
     assert block["text"] == model.generate(begun, max_new_tokens=40, do_sample=False).text
 
 
+def test_a_full_context_is_told_from_a_limit(server: Any, model: moe_local.Model) -> None:
+    def said(words: int) -> list[Any]:
+        return [{"role": "user", "content": " and" * words}]
+
+    def count(words: int) -> int:
+        return int(post(server, "/count_tokens", messages=said(words)).json()["input_tokens"])
+
+    context = model.plan.request.context
+    words = context - count(0) - 8
+    room = context - count(words) + 1  # the last token is computed from a full context
+    assert 4 < room < 12
+    endless = {str(model.tokenizer.eos_token_id): -100}
+    for limit, reason in [
+        (room - 1, "max_tokens"),
+        (room, "max_tokens"),
+        (room + 1, "model_context_window_exceeded"),
+    ]:
+        whole = ask(server, messages=said(words), max_tokens=limit, logit_bias=endless)
+        assert (whole["stop_reason"], whole["usage"]["output_tokens"]) == (reason, min(limit, room))
+
+
 def test_fields_of_a_beta_are_passed_over(anthropics: anthropic.Anthropic, server: Any) -> None:
     asked: dict[str, Any] = {"model": "demo", "max_tokens": 2, "messages": ASKED}
     edits = {"edits": [{"type": "clear_tool_uses_20250919"}]}
