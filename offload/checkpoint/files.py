@@ -12,6 +12,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 GGUF = ".gguf"
+GGUF_MAGIC = b"GGUF"
 GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 
@@ -62,7 +63,7 @@ def find_gguf(path: Path) -> Path | None:
     None if `path` is neither or has safetensors files. Raises ModelNotFoundError if there are several models.
     """
     if path.is_file():
-        return path if path.suffix == GGUF else None
+        return path if is_gguf(path) else None
     if not path.is_dir() or any(path.glob("*.safetensors")):
         return None
     files = sorted(path.glob(f"*{GGUF}"))
@@ -71,6 +72,17 @@ def find_gguf(path: Path) -> Path | None:
         names = ", ".join(file.name for file in first[:3])
         raise ModelNotFoundError(f"{path} holds {len(first)} GGUF models ({names}); name the file itself")
     return first[0] if first else files[0] if files else None
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the file is a GGUF file by its name or, since Ollama's have other names, by its content."""
+    if path.suffix == GGUF:
+        return True
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError:
+        return False
 
 
 def parts_of(path: Path) -> list[Path]:

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.checkpoint.files import parts_of
+from moe_local.offload.checkpoint.files import GGUF_MAGIC, parts_of
 from moe_local.offload.checkpoint.shards import DTYPES, Shards, StoredTensor
 from moe_local.offload.checkpoint.weights import Weight
 from moe_local.offload.quantize.gguf import FORMATS
 from moe_local.offload.system.hung import HungError, patiently
 
-MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 TYPES = {
     0: "F32",
@@ -99,7 +98,7 @@ def _header(path: Path, remedy: str) -> tuple[dict[str, Any], list[_Described], 
     with open(path, "rb") as opened:
         file = _Header(opened, min(path.stat().st_size, MAX_HEADER))
         try:
-            if file.read(4) != MAGIC:
+            if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
                 raise CheckpointError(f"{path} is no GGUF file; {remedy}")
             (version,) = _numbers(file, "I")
             if version not in VERSIONS:

@@ -20,6 +20,7 @@ from moe_local.offload.checkpoint.checkpoint import Checkpoint, read_config
 from moe_local.offload.checkpoint.files import find_gguf
 from moe_local.offload.checkpoint.gguf_file import GgufFile
 from moe_local.offload.checkpoint.gguf_model import config_fields
+from moe_local.offload.checkpoint.hub import locate
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
 from moe_local.offload.load import open_experts
 from support import gguf_models, tiny_models
@@ -247,8 +248,8 @@ def test_native_is_for_formats_that_kernels_read(made: Callable[[str], tuple[Pat
         open_experts(Checkpoint.open(made("mixtral")[0]), "native")
 
 
-def split(path: Path, folder: Path) -> list[Path]:
-    """The file in two, as llama.cpp's gguf-split does it: all metadata and some tensors, then the rest."""
+def split(path: Path, folder: Path, *, tensors_first: bool) -> list[Path]:
+    """The file in two, as by llama.cpp's gguf-split: all metadata and some or no tensors, then the rest."""
     reader = gguf.GGUFReader(path)
     paths = [folder / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
     for number, target in enumerate(paths):
@@ -256,7 +257,7 @@ def split(path: Path, folder: Path) -> list[Path]:
         for key, field in reader.fields.items() if number == 0 else ():
             if key.startswith("llama."):
                 writer.add_key_value(key, field.contents(), field.types[0])
-        for tensor in reader.tensors[number::2]:
+        for tensor in reader.tensors[number::2] if tensors_first else reader.tensors if number else []:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -265,9 +266,10 @@ def split(path: Path, folder: Path) -> list[Path]:
     return paths
 
 
-def test_split_files(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("tensors_first", [True, False])
+def test_split_files(made: Callable[[str], tuple[Path, Path]], tmp_path: Path, tensors_first: bool) -> None:
     whole = Checkpoint.open(made("mixtral")[0])
-    paths = split(made("mixtral")[0], tmp_path)
+    paths = split(made("mixtral")[0], tmp_path, tensors_first=tensors_first)
     assert find_gguf(tmp_path) == paths[0]
     for named in (tmp_path, *paths):
         checkpoint = Checkpoint.open(named)
@@ -278,6 +280,27 @@ def test_split_files(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -
     paths[1].unlink()
     with pytest.raises(CheckpointError, match=r"m-00002-of-00002.gguf of 2 parts is missing"):
         GgufFile.open(paths[0])
+
+
+def test_a_file_without_an_ending(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    """As Ollama keeps them; or a link to one, in a folder of its own."""
+    path, twin = made("gpt_oss by Ollama")
+    blob = tmp_path / f"sha256-{'0f' * 32}"
+    shutil.copy(path, blob)
+    link = tmp_path / "mine" / "model.gguf"
+    link.parent.mkdir()
+    link.symlink_to(blob)
+    plain = Checkpoint.open(twin)
+    for named in (blob, link, link.parent):
+        assert locate(named) == named
+        checkpoint = Checkpoint.open(named)
+        layer = checkpoint.spec.layers[0]
+        found, expected = checkpoint.read_expert(layer, 3), plain.read_expert(layer, 3)
+        assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert Checkpoint.open(blob).name == blob.name
+    blob.write_bytes(b"GGML" + blob.read_bytes()[4:])
+    with pytest.raises(ModelNotFoundError, match="is a file, but no GGUF file; a model is"):
+        locate(blob)
 
 
 def test_a_folder_with_several(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
