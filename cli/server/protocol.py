@@ -238,8 +238,6 @@ class ChatRequest(Sampling):
             raise OptionError("top_logprobs need logprobs: true beside them")
         if self.modalities not in (None, [], ["text"]):
             raise OptionError(f"modalities {self.modalities} are not supported; text is")
-        if self._json_schema is not None and self.offered_tools:
-            raise OptionError("an answer in a format of JSON calls no tools; leave one of them out")
 
     @property
     def likeliest(self) -> int | None:
@@ -247,11 +245,16 @@ class ChatRequest(Sampling):
 
     @property
     def form(self) -> dict[str, Any]:
-        """A call of a tool where one is demanded, or JSON. Raises OptionError for what there is not."""
+        """A call of a tool where one is demanded, or JSON, or either. Raises OptionError for what there is
+        not."""
         schema, choice = self._json_schema, self.tool_choice
         if choice == "required" or isinstance(choice, dict):
             return {"grammar": call_grammar(self.tools or [], None if choice == "required" else choice)}
-        return {} if schema is None else {"json_schema": schema}
+        if schema is None:
+            return {}
+        if self.offered_tools:
+            return {"grammar": call_grammar(self.offered_tools, None, schema)}
+        return {"json_schema": schema}
 
     @property
     def _json_schema(self) -> Any:

@@ -196,6 +196,23 @@ def test_an_answer_that_is_parsed_into_a_class(client: openai.OpenAI) -> None:
     assert type(answer.output_parsed) is Verdict
 
 
+def test_a_class_beside_tools(
+    client: openai.OpenAI, model: moe_local.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE)
+    (opening,) = model.tokenizer.encode("<", add_special_tokens=False)
+    asked: dict[str, Any] = {"input": QUESTION, "tools": [TOOL], "text_format": Verdict, "temperature": 1}
+    answers = [
+        client.responses.parse(
+            model="demo", max_output_tokens=200, **asked, extra_body={"logit_bias": {str(opening): bias}}
+        )
+        for bias in (-100, 100)
+    ]
+    assert type(answers[0].output_parsed) is Verdict
+    (call,) = answers[1].output
+    assert (call.type, call.parsed_arguments) == ("function_call", {"city": "Graz"})  # type: ignore[union-attr]
+
+
 def test_log_probabilities_are_those_of_a_chat(client: openai.OpenAI, server: Any) -> None:
     include = ["message.output_text.logprobs"]
     asked: dict[str, Any] = {"input": QUESTION, "max_output_tokens": 6, "temperature": 0}

@@ -54,14 +54,6 @@ def test_any_object_as_a_stream(client: openai.OpenAI) -> None:
     assert text.lstrip().startswith("{")
 
 
-def test_a_schema_beside_tools_is_refused(server: Any) -> None:
-    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
-    body = {"messages": QUESTION, "tools": tools, "response_format": {"type": "json_object"}}
-    answer = server.http.post(f"{server.url}/v1/chat/completions", json=body)
-    assert answer.status_code == 400
-    assert "calls no tools; leave one of them out" in answer.json()["error"]["message"]
-
-
 def check_call(call: Any) -> str:
     arguments = json.loads(call.function.arguments)
     if call.function.name == "paint":
@@ -87,6 +79,32 @@ def test_a_call_that_is_demanded(
         stream = client.chat.completions.create(**asked, tool_choice=choice, seed=1, stream=True)
         calls = [call for chunk in stream for call in chunk.choices[0].delta.tool_calls or ()]
         assert [check_call(call) for call in calls] == [name]
+
+
+def test_a_schema_beside_tools(
+    client: openai.OpenAI, model: moe_local.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either is an answer; no other is. Tools of which none may be called leave the schema alone."""
+    monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE)
+    schema = {**Verdict.model_json_schema(), "additionalProperties": False}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema}}
+    asked: dict[str, Any] = {"model": "demo", "messages": QUESTION, "max_tokens": 200, "temperature": 2.0}
+    asked |= {"tools": TOOLS, "response_format": form, "n": 8, "seed": 0}
+    (opening,) = model.tokenizer.encode("<", add_special_tokens=False)
+    for bias, kinds in ((-100, {"stop"}), (100, {"tool_calls"}), (None, {"stop", "tool_calls"})):
+        biased = {} if bias is None else {"logit_bias": {str(opening): bias}}
+        answer = client.chat.completions.create(**asked, **biased)
+        assert {choice.finish_reason for choice in answer.choices} == kinds
+        for choice in answer.choices:
+            if choice.finish_reason == "tool_calls":
+                (call,) = choice.message.tool_calls
+                assert check_call(call) in ("paint", 'a "quoted" one')
+                assert choice.message.content is None
+            else:
+                Verdict.model_validate_json(choice.message.content)
+    for choice, reason in (("none", "stop"), ("required", "tool_calls")):
+        answer = client.chat.completions.create(**asked, tool_choice=choice)
+        assert {each.finish_reason for each in answer.choices} == {reason}
 
 
 @pytest.mark.parametrize(
