@@ -117,6 +117,8 @@ class Family:
     ("ssm_dt.bias") -> the model's parameter, or without ("ffn_norm") -> its module."""
     undo: Callable[[Any], Mapping[str, Undo]] = lambda _: {}
     """From the model's config, for tensors whose numbers were converted: name without ending -> Undo."""
+    split: str = ""
+    """How text is split before tokens are merged, for files that do not say it; see `gguf_tokenizer`."""
 
 
 def _mixtral(file: Description) -> Fields:
@@ -185,6 +187,7 @@ GPT_OSS = Family(
         "attn_sinks": "self_attn.sinks",
         "ffn_gate_inp": "mlp.router",
     },
+    split="gpt-4o",
 )
 
 
@@ -279,12 +282,13 @@ QWEN3_5_MOE = Family(
         "ssm_out": "linear_attn.out_proj",
     },
     _qwen3_5_moe_undo,
+    split="qwen35",
 )
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("Mixtral", _mixtral, undo=_mixtral_undo),
-    "qwen2moe": Family("Qwen2-MoE", _qwen2_moe),
-    "qwen3moe": Family("Qwen3-MoE", _qwen3_moe),
+    "qwen2moe": Family("Qwen2-MoE", _qwen2_moe, split="qwen2"),
+    "qwen3moe": Family("Qwen3-MoE", _qwen3_moe, split="qwen2"),
     "qwen35moe": QWEN3_5_MOE,
     "gpt-oss": GPT_OSS,
     "gptoss": GPT_OSS,
@@ -298,7 +302,13 @@ FAMILIES: dict[str, Family] = {
             "ffn_up_shexp": "mlp.shared_experts.up_proj",
             "ffn_down_shexp": "mlp.shared_experts.down_proj",
         },
+        split="glm4",
     ),
-    "minimax-m2": Family("MiniMax M2", _minimax_m2, {"exp_probs_b.bias": "mlp.e_score_correction_bias"}),
+    "minimax-m2": Family(
+        "MiniMax M2",
+        _minimax_m2,
+        {"exp_probs_b.bias": "mlp.e_score_correction_bias"},
+        split="minimax-m2",
+    ),
 }
 """By the architecture that a file states."""

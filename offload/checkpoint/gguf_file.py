@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,8 +93,23 @@ class _Described(tuple[str, tuple[int, ...], int, int]):
     __slots__ = ()
 
 
-def _header(path: Path, remedy: str) -> tuple[dict[str, Any], list[_Described], int]:
-    """(metadata, tensors, start of the data section). Raises CheckpointError."""
+def read_arrays(path: Path, keys: Collection[str]) -> dict[str, Sequence[Any]]:
+    """The arrays `keys` of the file's metadata, whole, so far as they are there. Raises CheckpointError."""
+    remedy = "get the file again"
+    try:
+        metadata, _, _ = patiently(path, partial(_header, path, remedy, keys))
+    except HungError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    return {key: metadata[key] for key in keys if isinstance(metadata.get(key), list | tuple)}
+
+
+def _header(
+    path: Path, remedy: str, whole: Collection[str] = ()
+) -> tuple[dict[str, Any], list[_Described], int]:
+    """(metadata, tensors, start of the data section). `whole`: fields whose arrays are kept, however long.
+
+    Raises CheckpointError.
+    """
     with open(path, "rb") as opened:
         file = _Header(opened, min(path.stat().st_size, MAX_HEADER))
         try:
@@ -108,7 +123,7 @@ def _header(path: Path, remedy: str) -> tuple[dict[str, Any], list[_Described], 
             for _ in range(field_count):
                 key = _string(file)
                 (kind,) = _numbers(file, "I")
-                metadata[key] = _value(file, kind)
+                metadata[key] = _value(file, kind, whole=key in whole)
             tensors = []
             for _ in range(tensor_count):
                 name = _string(file)
@@ -178,16 +193,18 @@ def _string(file: _Header) -> str:
     return file.read(length).decode()
 
 
-def _value(file: _Header, kind: int) -> Any:
+def _value(file: _Header, kind: int, *, whole: bool) -> Any:
     if kind == STRING:
         return _string(file)
     if kind != ARRAY:
         return _numbers(file, NUMBERS[kind])[0]
     element, count = _numbers(file, "IQ")
-    if element in NUMBERS and count <= MAX_ARRAY:
+    if element in NUMBERS and (whole or count <= MAX_ARRAY):
         return _numbers(file, f"{count}{NUMBERS[element]}")
     if element in NUMBERS:
         file.skip(count * struct.calcsize(f"<{NUMBERS[element]}"))
+    elif element == STRING and whole:
+        return [_string(file) for _ in range(count)]
     elif element == STRING:
         for _ in range(count):
             (length,) = _numbers(file, "Q")

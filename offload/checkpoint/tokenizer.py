@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.checkpoint.gguf_file import GgufFile
+from moe_local.offload.checkpoint.gguf_tokenizer import byte_level_tokenizer
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -21,12 +22,17 @@ def load_tokenizer(folder: Path, gguf: Path | None = None) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     own = any((folder / name).is_file() for name in FILES)
-    if not own and (gguf is None or "tokenizer.ggml.tokens" not in GgufFile.open(gguf).metadata):
+    metadata = {} if own or gguf is None else GgufFile.open(gguf).metadata
+    if not own and "tokenizer.ggml.tokens" not in metadata:
         return None
     try:
+        if gguf is not None and metadata.get("tokenizer.ggml.model") == "gpt2":
+            return byte_level_tokenizer(gguf, metadata)
         if not own and gguf is not None:
             return PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=gguf.name, local_files_only=True)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except CheckpointError:
+        raise
     except Exception as error:  # tokenizers raise plain Exception for a damaged tokenizer.json
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(

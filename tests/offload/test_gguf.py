@@ -171,17 +171,6 @@ def test_a_config_and_a_tokenizer_beside_it_come_first(
     assert tokenizer(text)["input_ids"] == tiny_models.tiny_tokenizer()(text)["input_ids"]
 
 
-def test_a_tokenizer_in_the_metadata(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    tokenizer = tiny_models.tiny_tokenizer()
-    path, _ = gguf_models.write(make_checkpoint("qwen3_moe"), tmp_path / "g", {}, tokenizer=tokenizer)
-    checkpoint = Checkpoint.open(path)
-    found = load_tokenizer(checkpoint.folder, checkpoint.gguf)
-    text = "the expert router sends each token"
-    assert found(text)["input_ids"] == tokenizer(text)["input_ids"]
-    assert found.decode(found(text)["input_ids"]) == text
-    assert checkpoint.config.eos_token_id == 2
-
-
 def test_tokens_that_end_an_answer(made: Callable[[str], tuple[Path, Path]]) -> None:
     """Ollama lists all of gpt-oss'; GLM ends turns with another token than texts."""
     assert read_config(made("gpt_oss by Ollama")[0]).eos_token_id == [2, 5]

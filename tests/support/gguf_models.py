@@ -96,12 +96,14 @@ def write(
     leave_out: str = "",
     tokenizer: Any = None,
     ollama: bool = False,
+    split: str = "",
 ) -> tuple[Path, Path]:
     """Write the tiny checkpoint in `source` as (a GGUF file, its twin in safetensors).
 
     `kinds` maps suffixes of GGUF's tensor names to types; others are F32. Types that the gguf package cannot
     quantize to get random blocks of about the weights' scale. The twin has the weights that the package
-    decodes from the file. `ollama`: as Ollama converts gpt-oss.
+    decodes from the file. `ollama`: as Ollama converts gpt-oss. `split`: what the file says of how text is
+    split for the tokenizer.
     """
     config = json.loads((source / "config.json").read_text())
     plain = {
@@ -110,7 +112,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.gguf"
     writer = gguf.GGUFWriter(path, "gptoss" if ollama else ARCHITECTURES[config["model_type"]])
-    _describe(writer, config, tokenizer, ollama)
+    _describe(writer, config, tokenizer, ollama, split)
     rng = np.random.default_rng(0)
     for name, made in _tensors(plain, config).items():
         if name == leave_out:
@@ -259,7 +261,9 @@ def _random_blocks(numbers: Array, kind: gguf.GGMLQuantizationType, rng: np.rand
     return raw.reshape(*numbers.shape[:-1], -1)
 
 
-def _describe(writer: gguf.GGUFWriter, config: dict[str, Any], tokenizer: Any, ollama: bool) -> None:
+def _describe(
+    writer: gguf.GGUFWriter, config: dict[str, Any], tokenizer: Any, ollama: bool, split: str
+) -> None:
     kind, config = config["model_type"], config.get("text_config", config)
     rope = config["rope_parameters"]
     further = config.get("num_nextn_predict_layers", 0)
@@ -315,7 +319,14 @@ def _describe(writer: gguf.GGUFWriter, config: dict[str, Any], tokenizer: Any, o
         model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("default")
-        writer.add_token_list(tokens + [f"<unused{n}>" for n in range(len(tokens), config["vocab_size"])])
+        if split:
+            writer.add_tokenizer_pre(split)
+        unused = config["vocab_size"] - len(tokens)
+        writer.add_token_list(tokens + [f"<unused{n}>" for n in range(unused)])
+        kinds = dict.fromkeys(tokenizer.get_added_vocab(), gguf.TokenType.CONTROL)
+        kinds["<|user|>"] = gguf.TokenType.USER_DEFINED
+        types = [kinds.get(token, gguf.TokenType.NORMAL) for token in tokens]
+        writer.add_token_types([*types, *[gguf.TokenType.UNUSED] * unused])
+        writer.add_chat_template(tokenizer.chat_template)
         writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
         writer.add_eos_token_id(2)
