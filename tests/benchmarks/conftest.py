@@ -11,7 +11,6 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,25 +20,15 @@ from moe_local.offload.plan import bandwidth
 
 
 @pytest.fixture
-def import_benchmark(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """import_benchmark("peers.client") -> that module of benchmarks/, found as by a script there."""
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    return importlib.import_module
-
-
-@pytest.fixture
 def finished(
-    import_benchmark: Callable[[str], ModuleType],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., dict[str, Any]]:
     """finished("encode", *arguments) -> the object that it printed last, which a file holds as well."""
     monkeypatch.setenv("MOE_LOCAL_HOME", str(tmp_path))
 
     def finished(name: str, *arguments: str) -> dict[str, Any]:
         file = tmp_path / "result.json"
-        import_benchmark(name).main([*arguments, "--json", str(file)])
+        importlib.import_module(name).main([*arguments, "--json", str(file)])
         document: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert json.loads(file.read_text()) == document
         return document

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
+import cache_overhead
 import pytest
 
 
-@pytest.fixture
-def cache_overhead(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    return import_benchmark("cache_overhead")
-
-
-def test_one_round(cache_overhead: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = tmp_path / "result.json"
     assert cache_overhead.main(["--rounds", "1", "--policy", "fifo", "--json", str(result)]) == 0
     printed = capsys.readouterr().out
@@ -30,7 +24,7 @@ def test_one_round(cache_overhead: ModuleType, tmp_path: Path, capsys: pytest.Ca
     assert "acquire + release of 8 resident experts" in printed
 
 
-def test_no_rounds_are_refused(cache_overhead: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_rounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         cache_overhead.main(["--rounds", "0"])
     assert left.value.code == 2

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import decode
 import pytest
+import together
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_a_model_by_its_folder(run_benchmark: Any, tiny_mixtral: Path, tmp_path:
 
 
 @pytest.fixture(scope="module")
-def together(run_benchmark: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def several(run_benchmark: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run of two and of three sequences that are continued together."""
     home = tmp_path_factory.mktemp("home")
     model = ("--synthetic", "mixtral-tiny", "--layers", "2", "--device", "cpu", "--activations", "native")
@@ -84,28 +86,27 @@ def together(run_benchmark: Any, tmp_path_factory: pytest.TempPathFactory) -> di
     return {**document, "table": table}
 
 
-def test_sequences_that_are_continued_together(together: dict[str, Any]) -> None:
+def test_sequences_that_are_continued_together(several: dict[str, Any]) -> None:
     """Two layers of eight experts, two a token: in each a step reads two at least, and two for each sequence
     at most."""
-    assert [row["sequences"] for row in together["configurations"]] == together["parallel"] == [2, 3]
-    expert, numel = together["expert_bytes"], 3 * 64 * 128
-    for row in together["configurations"]:
+    assert [row["sequences"] for row in several["configurations"]] == several["parallel"] == [2, 3]
+    expert, numel = several["expert_bytes"], 3 * 64 * 128
+    for row in several["configurations"]:
         count, ms = row["sequences"], row["ms_per_step"]
         assert 2 * 2 <= row["experts_per_step"] <= 2 * 2 * count
         dense = row["read_bytes_per_step"] - row["experts_per_step"] * expert
         assert 0.5 * numel < dense  # attention, routers and the head: 87,360 weights in four bits
         assert row["floor_ms_per_step"] == pytest.approx(
-            1000 * row["read_bytes_per_step"] / together["bandwidths"]["ram"]
+            1000 * row["read_bytes_per_step"] / several["bandwidths"]["ram"]
         )
         assert row["tokens_per_s"]["median"] == pytest.approx(1000 * count / ms["median"])
         assert 0 <= row["as_alone"] <= count
-    assert sum("sequences" in line for line in together["table"]) == 2
+    assert sum("sequences" in line for line in several["table"]) == 2
 
 
-def test_lengths_of_prompts(import_benchmark: Any) -> None:
-    lengths = import_benchmark("together").lengths
-    assert lengths(4, 64) == [32, 43, 54, 64]
-    assert lengths(1, 64) == [64]
+def test_lengths_of_prompts() -> None:
+    assert together.lengths(4, 64) == [32, 43, 54, 64]
+    assert together.lengths(1, 64) == [64]
 
 
 @pytest.mark.parametrize(
@@ -125,9 +126,9 @@ def test_lengths_of_prompts(import_benchmark: Any) -> None:
     ],
 )
 def test_what_cannot_be_measured_is_refused(
-    arguments: list[str], words: str, import_benchmark: Any, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as refused:
-        import_benchmark("decode").main(arguments)
+        decode.main(arguments)
     assert refused.value.code == 2
     assert words in capsys.readouterr().err

@@ -6,24 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
+import disk
+import memory_group as groups
 import pytest
 
 MIB = 2**20
-
-
-@pytest.fixture
-def disk(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    return import_benchmark("disk")
-
-
-@pytest.fixture
-def groups(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    return import_benchmark("memory_group")
 
 
 def record(ms: float, read: int = 0, **changes: Any) -> dict[str, Any]:
@@ -41,7 +32,7 @@ def record(ms: float, read: int = 0, **changes: Any) -> dict[str, Any]:
     }
 
 
-def test_a_process_in_a_group_is_killed_when_it_takes_more(groups: ModuleType) -> None:
+def test_a_process_in_a_group_is_killed_when_it_takes_more() -> None:
     code = "import sys; data = bytearray(int(sys.argv[1]) << 20); data[::4096] = b'x' * len(data[::4096])"
     try:
         with groups.memory_group(64 * MIB) as prefix:
@@ -55,9 +46,7 @@ def test_a_process_in_a_group_is_killed_when_it_takes_more(groups: ModuleType) -
     assert beyond in (-9, 137)
 
 
-def test_without_rights_it_says_what_to_do(
-    groups: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_rights_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups, "GROUPS", tmp_path / "none")
     monkeypatch.setattr(groups, "SYSTEMD", tmp_path / "none")
     with (
@@ -67,7 +56,7 @@ def test_without_rights_it_says_what_to_do(
         pass
 
 
-def test_systemd_is_asked_for_a_scope(groups: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_systemd_is_asked_for_a_scope(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     command = groups.systemd_command(5)
     assert command[:3] == ["systemd-run", "--user", "--scope"]
@@ -75,7 +64,7 @@ def test_systemd_is_asked_for_a_scope(groups: ModuleType, monkeypatch: pytest.Mo
     assert command[-1] == "--"
 
 
-def test_files_leave_the_page_cache(groups: ModuleType, tmp_path: Path) -> None:
+def test_files_leave_the_page_cache(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x" * MIB)
     kind = subprocess.run(
@@ -93,7 +82,7 @@ def test_files_leave_the_page_cache(groups: ModuleType, tmp_path: Path) -> None:
 
 
 def test_runs_are_kept_and_gone_on_with(
-    disk: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured: list[Any] = []
 
@@ -126,7 +115,7 @@ def test_runs_are_kept_and_gone_on_with(
     assert ("2GiB", "accelerate") not in ratios
 
 
-def test_figures_of_a_contender(disk: ModuleType) -> None:
+def test_figures_of_a_contender() -> None:
     figures = {
         "read_bytes": 10_000_000_000, "expert_bytes": 9_000_000_000, "reading_s": 5.0, "stall_s": 4.0,
         "hits": 30, "misses": 10,
@@ -140,16 +129,14 @@ def test_figures_of_a_contender(disk: ModuleType) -> None:
     assert row["stall_ms_per_token"] == pytest.approx(400)
 
 
-def test_ids_of_ours_must_agree(disk: ModuleType) -> None:
+def test_ids_of_ours_must_agree() -> None:
     same, other = record(1.0), record(1.0, ids=[1, 3])
     disk.check_equal({disk.Run("8GiB", 0, "ours"): same, disk.Run("2GiB", 0, "llama.cpp"): other})
     with pytest.raises(SystemExit, match="ids of ours in 2GiB differ"):
         disk.check_equal({disk.Run("8GiB", 0, "ours"): same, disk.Run("2GiB", 0, "ours"): other})
 
 
-def test_sequential_bandwidth_of_a_small_file(
-    disk: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sequential_bandwidth_of_a_small_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock on which reading takes two seconds."""
     monkeypatch.setattr(disk, "time", SimpleNamespace(perf_counter=iter((5.0, 7.0)).__next__))
     path = tmp_path / "file"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import encode
 import pytest
 import torch
 
@@ -27,12 +27,7 @@ def test_everybody_encodes_the_same_bytes(finished: Callable[..., dict[str, Any]
             assert ("times_faster" in row) == (name in {*isas, *gpu, "torch"})
 
 
-def test_other_bytes_end_it(
-    finished: Callable[..., dict[str, Any]],
-    import_benchmark: Callable[[str], ModuleType],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    encode = import_benchmark("encode")
+def test_other_bytes_end_it(finished: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     plain = encode.by_bitsandbytes
 
     def other(weights: Any) -> Any:

@@ -5,22 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from peers import gguf_file
 from safetensors.torch import load_file
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 
 
-@pytest.fixture
-def gguf_file(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    return import_benchmark("peers.gguf_file")
-
-
-def written(gguf_file: ModuleType, checkpoint: Path, out: Path, kind: str) -> dict[str, Any]:
+def written(checkpoint: Path, out: Path, kind: str) -> dict[str, Any]:
     """The file's tensors by name."""
     gguf_file.write(checkpoint, out, gguf.GGMLQuantizationType[kind])
     assert not out.with_suffix(".partial").exists()
@@ -37,9 +32,9 @@ def values(tensor: Any) -> torch.Tensor:
 
 
 def test_holds_every_weight_exactly(
-    gguf_file: ModuleType, tiny_checkpoint: Path, tiny_weights: dict[str, Any], tmp_path: Path
+    tiny_checkpoint: Path, tiny_weights: dict[str, Any], tmp_path: Path
 ) -> None:
-    tensors = written(gguf_file, tiny_checkpoint, tmp_path / "m.gguf", "F32")
+    tensors = written(tiny_checkpoint, tmp_path / "m.gguf", "F32")
     assert sum(t.n_elements for t in tensors.values()) == sum(w.numel() for w in tiny_weights.values())
     for layer in range(3):
         source = f"model.layers.{layer}"
@@ -63,10 +58,10 @@ def test_holds_every_weight_exactly(
 
 
 def test_heads_rotated_in_pairs_score_as_those_rotated_in_halves(
-    gguf_file: ModuleType, tiny_checkpoint: Path, tiny_weights: dict[str, Any], tmp_path: Path
+    tiny_checkpoint: Path, tiny_weights: dict[str, Any], tmp_path: Path
 ) -> None:
     """llama.cpp turns neighbouring rows, transformers the halves of a head: the scores must be the same."""
-    tensors = written(gguf_file, tiny_checkpoint, tmp_path / "m.gguf", "F32")
+    tensors = written(tiny_checkpoint, tmp_path / "m.gguf", "F32")
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     angles = torch.arange(5.0)[:, None] / 10000 ** (torch.arange(8) / 8)
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # [5, 1, 8], for heads of 16
@@ -92,9 +87,9 @@ def test_heads_rotated_in_pairs_score_as_those_rotated_in_halves(
 
 
 def test_q4_0_of_all_matrices_and_nothing_else(
-    gguf_file: ModuleType, tiny_checkpoint: Path, tiny_weights: dict[str, Any], tmp_path: Path
+    tiny_checkpoint: Path, tiny_weights: dict[str, Any], tmp_path: Path
 ) -> None:
-    tensors = written(gguf_file, tiny_checkpoint, tmp_path / "m.gguf", "Q4_0")
+    tensors = written(tiny_checkpoint, tmp_path / "m.gguf", "Q4_0")
     for name, tensor in tensors.items():
         exact = "norm" in name or "ffn_gate_inp" in name
         assert tensor.tensor_type.name == ("F32" if exact else "Q4_0"), name
@@ -106,9 +101,9 @@ def test_q4_0_of_all_matrices_and_nothing_else(
 
 
 def test_random_weights_have_the_same_shapes_and_keep_the_scale(
-    gguf_file: ModuleType, tiny_checkpoint: Path, tmp_path: Path
+    tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    true = written(gguf_file, tiny_checkpoint, tmp_path / "true.gguf", "Q4_0")
+    true = written(tiny_checkpoint, tmp_path / "true.gguf", "Q4_0")
     (tmp_path / "config.json").write_text((tiny_checkpoint / "config.json").read_text())
     kind = gguf.GGMLQuantizationType.Q4_0
     gguf_file.write(tmp_path, tmp_path / "m.gguf", kind, random=True)
@@ -122,8 +117,8 @@ def test_random_weights_have_the_same_shapes_and_keep_the_scale(
     assert abs(down.mean().item()) < 0.15 * down.std().item()  # sixteen levels, 0 is not their middle
 
 
-def test_describes_the_model(gguf_file: ModuleType, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    written(gguf_file, tiny_checkpoint, tmp_path / "m.gguf", "Q4_0")
+def test_describes_the_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    written(tiny_checkpoint, tmp_path / "m.gguf", "Q4_0")
     fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
     found = {key: fields[f"llama.{key}"].contents() for key in ("expert_count", "expert_used_count")}
     assert found == {"expert_count": 8, "expert_used_count": 2}
@@ -133,10 +128,10 @@ def test_describes_the_model(gguf_file: ModuleType, tiny_checkpoint: Path, tmp_p
     assert fields["llama.vocab_size"].contents() == 512
 
 
-def test_qwen3_moe(gguf_file: ModuleType, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_qwen3_moe(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = make_checkpoint("qwen3_moe")
     weights = load_weights(checkpoint)
-    tensors = written(gguf_file, checkpoint, tmp_path / "m.gguf", "F32")
+    tensors = written(checkpoint, tmp_path / "m.gguf", "F32")
     assert sum(t.n_elements for t in tensors.values()) == sum(w.numel() for w in weights.values())
     source = "model.layers.1"
     for name, theirs in (
@@ -159,7 +154,7 @@ def test_qwen3_moe(gguf_file: ModuleType, make_checkpoint: Callable[..., Path], 
     assert fields["qwen3moe.expert_count"].contents() == len(stack)
 
 
-def test_other_architectures_are_refused(gguf_file: ModuleType, tmp_path: Path) -> None:
+def test_other_architectures_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match="only mixtral and qwen3_moe"):
         gguf_file.write(tmp_path, tmp_path / "m.gguf", gguf.GGMLQuantizationType.Q4_0)

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import ModuleType
-
+import gpu_attention
 import pytest
 import torch
 
 
-@pytest.fixture
-def gpu_attention(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    import_benchmark("ratio")
-    import_benchmark("gpu_kernels")
-    return import_benchmark("gpu_attention")
-
-
-def test_contenders_attend_to_the_same_keys(
-    gpu_attention: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_contenders_attend_to_the_same_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_attention, "SLAB_BYTES", 1 << 20)
     bench = gpu_attention.Bench("qwen3-30b-a3b", 64, torch.device("cpu"))
     assert bench.nbytes == 2 * 4 * 64 * 128 * 2

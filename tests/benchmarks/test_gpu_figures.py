@@ -6,12 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gpu_figures as figures
 import pytest
-
-
-@pytest.fixture
-def figures(import_benchmark: Any) -> Any:
-    return import_benchmark("gpu_figures")
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -43,7 +39,7 @@ def document(**changes: Any) -> dict[str, Any]:
     }
 
 
-def test_the_slowest_of_memory_link_and_ram_is_the_floor(figures: Any) -> None:
+def test_the_slowest_of_memory_link_and_ram_is_the_floor() -> None:
     found = document()
     assert figures.floor_ms(found, found) == pytest.approx(8)  # 200 bytes at 25 a millisecond
     assert figures.share(found, found) == pytest.approx(0.8)
@@ -54,7 +50,7 @@ def test_the_slowest_of_memory_link_and_ram_is_the_floor(figures: Any) -> None:
     assert figures.floor_ms({**found, "machine": {"gpu": None}}, by_cpu) == pytest.approx(2)
 
 
-def test_the_lines_of_a_measurement(figures: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_lines_of_a_measurement(capsys: pytest.CaptureFixture[str]) -> None:
     figures.print_part({"status": 0, "result": document()})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].strip() == (
@@ -67,7 +63,7 @@ def test_the_lines_of_a_measurement(figures: Any, capsys: pytest.CaptureFixture[
     ]
 
 
-def test_what_failed_shows_its_end(figures: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_failed_shows_its_end(capsys: pytest.CaptureFixture[str]) -> None:
     figures.print_part({"status": 1, "result": {"output": ["1 failed"]}, "errors": ["why"]})
     figures.print_part({"status": 124, "result": document(tpot_ms={"mean": 20.0})})
     said = capsys.readouterr().out
@@ -75,7 +71,7 @@ def test_what_failed_shows_its_end(figures: Any, capsys: pytest.CaptureFixture[s
     assert "100.0 tok/s" in said  # of what was measured by then
 
 
-def test_targets(figures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, slow = document(), document(tpot_ms={"mean": 16.0})
     resident = {"benchmark": "resident", "ratio": {"median": 0.97}}
     ratios = [{"ours": "o", "peer": f"p{n}", "decode": {"median": n}} for n in (2.0, 1.4)]
@@ -104,7 +100,7 @@ def test_targets(figures: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_the_committed_shapes_of_other_benchmarks(
-    figures: Any, repository: Path, capsys: pytest.CaptureFixture[str]
+    repository: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of this version's and of older ones."""
     for path in sorted((repository / "benchmarks" / "results").glob("*.json")):
@@ -115,7 +111,7 @@ def test_the_committed_shapes_of_other_benchmarks(
     assert "cannot be shown" not in said
 
 
-def test_figures_that_are_not_there_stop_nothing(figures: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_that_are_not_there_stop_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     figures.print_part({"status": 0, "result": document(plan={})})
     figures.print_part({"status": 0, "result": {"benchmark": "gpu_kernels"}})
     figures.print_targets({"resident": {"status": 0, "result": {"benchmark": "resident"}}})

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import ModuleType
-
+import gpu_kernels
 import pytest
 import torch
 
@@ -12,12 +10,7 @@ from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import TensorSpec
 
 
-@pytest.fixture
-def gpu_kernels(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    return import_benchmark("gpu_kernels")
-
-
-def test_random_experts_decode_to_weights(gpu_kernels: ModuleType) -> None:
+def test_random_experts_decode_to_weights() -> None:
     specs = [TensorSpec("gate_up_proj", (128, 64)), TensorSpec("down_proj", (64, 64))]
     layout = codec_for("nf4").layout(specs)
     leases = gpu_kernels.random_experts(layout, 3, torch.device("cpu"))
@@ -26,7 +19,7 @@ def test_random_experts_decode_to_weights(gpu_kernels: ModuleType) -> None:
     assert not torch.equal(decoded[0], decoded[1])
 
 
-def test_figures(gpu_kernels: ModuleType) -> None:
+def test_figures() -> None:
     row = gpu_kernels.row([1e-3] * 8, 10**9, [2e12] * 8)
     assert row["gb_per_s"] == pytest.approx(1000)
     assert row["share_of_read"]["median"] == pytest.approx(0.5)

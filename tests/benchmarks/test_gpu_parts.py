@@ -13,14 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import click
+import gpu_parts
 import pytest
 
 
 @pytest.fixture
-def parts(import_benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    module = import_benchmark("gpu_parts")
-    monkeypatch.setattr(module, "GRACE_S", 1)
-    return module
+def parts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(gpu_parts, "GRACE_S", 1)
+    return gpu_parts
 
 
 def python(code: str) -> list[str]:
@@ -153,13 +153,7 @@ def test_what_holds_no_parts_is_refused(parts: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["parts_of", "peer_parts"])
-def test_the_parts_are_what_they_say(
-    parts: Any,
-    repository: Path,
-    tmp_path: Path,
-    import_benchmark: Any,
-    name: str,
-) -> None:
+def test_the_parts_are_what_they_say(parts: Any, repository: Path, tmp_path: Path, name: str) -> None:
     """Each script takes its arguments, and `moe-local bench` its own."""
     bench = importlib.import_module("moe_local.cli.bench").bench
     main = importlib.import_module("moe_local.cli.main").main
@@ -177,7 +171,7 @@ def test_the_parts_are_what_they_say(
             assert (repository / part.command[-1]).is_dir()
         else:
             path = Path(part.command[1]).relative_to(repository / "benchmarks")
-            module = import_benchmark(".".join(path.with_suffix("").parts))
+            module = importlib.import_module(".".join(path.with_suffix("").parts))
             if hasattr(module, "parse"):
                 module.parse(list(part.command[2:]))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gpu_weights
 import pytest
 
 from moe_local.cache.routes import Phase, read_routes
@@ -16,12 +17,11 @@ from moe_local.offload.plan import bandwidth
 
 
 def test_what_is_made_and_recorded(
-    import_benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Routes of the demo as it is, in this process; models and the pool of processes are stood in for."""
-    weights = import_benchmark("gpu_weights")
     monkeypatch.setenv("MOE_LOCAL_HOME", str(tmp_path))
-    monkeypatch.setattr(weights, "TOKENS", 4)
+    monkeypatch.setattr(gpu_weights, "TOKENS", 4)
     command = importlib.import_module("moe_local.cli.main").main
 
     def run(words: list[str], **options: Any) -> None:
@@ -30,16 +30,16 @@ def test_what_is_made_and_recorded(
         assert left.value.code == 0
 
     monkeypatch.setattr(bandwidth, "SECONDS", 0.02)
-    monkeypatch.setattr(weights, "subprocess", SimpleNamespace(run=run, DEVNULL=None))
+    monkeypatch.setattr(gpu_weights, "subprocess", SimpleNamespace(run=run, DEVNULL=None))
     made: list[Any] = []
     describe = lambda name, layers: SimpleNamespace(  # noqa: E731
         name=name, experts_nbytes=10 * layers, dense_nbytes=1
     )
-    monkeypatch.setattr(weights, "synthetic", SimpleNamespace(describe=describe, make=made.append))
-    monkeypatch.setattr(weights, "ProcessPoolExecutor", lambda **options: ThreadPoolExecutor(1))
+    monkeypatch.setattr(gpu_weights, "synthetic", SimpleNamespace(describe=describe, make=made.append))
+    monkeypatch.setattr(gpu_weights, "ProcessPoolExecutor", lambda **options: ThreadPoolExecutor(1))
     routes = tmp_path / "below" / "routes.csv"
     for _ in range(2):  # the second finds the routes
-        weights.main(["mixtral-8x7b:4", "qwen3-30b-a3b:2", "--routes", str(routes)])
+        gpu_weights.main(["mixtral-8x7b:4", "qwen3-30b-a3b:2", "--routes", str(routes)])
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith('{"benchmark": "gpu_w')]
     first, second = map(json.loads, said)
     assert [(model["name"], model["bytes"]) for model in first["models"]] == [

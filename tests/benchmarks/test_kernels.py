@@ -8,6 +8,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import kernel_cases
+import kernel_targets
+import kernel_weights
+import kernels
 import pytest
 import torch
 
@@ -18,15 +22,12 @@ ROUNDS = 6
 
 
 @pytest.fixture
-def benchmark(
-    import_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ModuleType]:
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """kernels.py for a processor with a tiny cache; the process' settings are put back."""
     lib = library()
     if lib is None:
         pytest.skip("the C++ library was not compiled")
-    monkeypatch.setattr(import_benchmark("kernel_weights"), "last_cache_bytes", lambda: 2**16)
-    kernels = import_benchmark("kernels")
+    monkeypatch.setattr(kernel_weights, "last_cache_bytes", lambda: 2**16)
     monkeypatch.setattr(kernels, "READ_BYTES", 2**18)
     isa, threads = lib.moe_isa(), torch.get_num_threads()
     yield kernels
@@ -123,13 +124,8 @@ def test_slow_cases_are_timed_in_fewer_rounds(
     ],
 )
 def test_verdicts(
-    import_benchmark: Callable[[str], ModuleType],
-    figure: str,
-    limit: float,
-    paired: tuple[float, float | None, float | None],
-    outcome: tuple[bool, bool],
+    figure: str, limit: float, paired: tuple[float, float | None, float | None], outcome: tuple[bool, bool]
 ) -> None:
-    targets = import_benchmark("kernel_targets")
     tokens = 1 if figure == "share_of_read" else 16
     ratio = dict(zip(("median", "low", "high"), paired, strict=True))
     row = {
@@ -142,22 +138,19 @@ def test_verdicts(
         figure: ratio,
         f"best_{figure}": 0.5,
     }
-    (verdict,) = targets.verdicts([row, {**row, "by": "torch fp32"}, {**row, "by": "portable"}])
+    (verdict,) = kernel_targets.verdicts([row, {**row, "by": "torch fp32"}, {**row, "by": "portable"}])
     assert (verdict["holds"], verdict["certain"]) == outcome
     assert (verdict["target"], verdict["best"]) == (limit, 0.5)
 
 
-def test_a_wrong_kernel_is_not_timed(
-    benchmark: ModuleType, import_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cases = import_benchmark("kernel_cases")
-    real = cases.cpu_linear
+def test_a_wrong_kernel_is_not_timed(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = kernel_cases.cpu_linear
 
     def wrong(*arguments: Any) -> Callable[[torch.Tensor, str], torch.Tensor]:
         linear = real(*arguments)
         return lambda x, name: 1.001 * linear(x, name)
 
-    monkeypatch.setattr(cases, "cpu_linear", wrong)
+    monkeypatch.setattr(kernel_cases, "cpu_linear", wrong)
     with pytest.raises(
         SystemExit, match=r"nf4 matrix by portable, fp32, 1 tokens: error 0\.001, above 1e-05"
     ):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
 
+import mixed_slots
 import pytest
 
 from moe_local.cache.routes import LayerBytes, LayerRoute, Phase, Routes, RouteStep, write_routes
@@ -26,15 +26,12 @@ def routes(tmp_path: Path) -> Path:
     return path
 
 
-def test_one_array_of_what_was_there(
-    import_benchmark: Any, routes: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    benchmark = import_benchmark("mixed_slots")
-    assert benchmark.main(["--routes", str(routes), "--policy", "lru", "--json"]) == 0
+def test_one_array_of_what_was_there(routes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert mixed_slots.main(["--routes", str(routes), "--policy", "lru", "--json"]) == 0
     shown = capsys.readouterr()
     rows = json.loads(shown.out)
     assert [(row["bits"], row["share"]) for row in rows] == [
-        (bits, share) for bits in ("chance", "use") for share in benchmark.BUDGETS
+        (bits, share) for bits in ("chance", "use") for share in mixed_slots.BUDGETS
     ]
     assert "share of needed bytes" in shown.err
     for row in rows:
@@ -42,5 +39,5 @@ def test_one_array_of_what_was_there(
         assert 0 < row["ladder"] <= row["packed"] + 0.05
     by_use = [(row["ladder"], row["unknown"]) for row in rows if row["bits"] == "use"]
     assert sum(known for known, _ in by_use) > sum(unknown for _, unknown in by_use)  # slots follow use
-    assert benchmark.main(["--routes", str(routes.parent / "none.csv")]) == 1
+    assert mixed_slots.main(["--routes", str(routes.parent / "none.csv")]) == 1
     assert capsys.readouterr().err.startswith("error: ")

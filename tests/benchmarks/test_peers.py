@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
+import contenders
 import pytest
+from peers import client, install, serve
 
 WEIGHTS = {"expert_bytes": 90, "expert_numel": 160, "dense_bytes": 30, "dense_numel": 40}
 COUNTING = f"""
@@ -26,17 +27,12 @@ pipe.serve(about, sum, lambda token: print("more words") or token + 1, review=re
 
 
 @pytest.fixture
-def client(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    return import_benchmark("peers.client")
-
-
-@pytest.fixture
 def counting(repository: Path) -> list[str]:
     """A peer that continues a prompt with its sum and what follows it, and talks to itself."""
     return [sys.executable, "-c", COUNTING, str(repository / "benchmarks" / "peers")]
 
 
-def test_answers_are_kept_and_words_are_not_mistaken_for_them(client: ModuleType, counting: Any) -> None:
+def test_answers_are_kept_and_words_are_not_mistaken_for_them(counting: Any) -> None:
     with client.Peer(counting) as peer:
         peer.answer([1, 2, 3], 4, keep=False)
         peer.answer([5], 3, keep=True)
@@ -46,11 +42,9 @@ def test_answers_are_kept_and_words_are_not_mistaken_for_them(client: ModuleType
     assert answer.ms_per_token == pytest.approx(1000 * answer.decode_s / 2)
 
 
-def test_times_are_from_the_prompt_to_the_first_id_and_to_the_last(
-    import_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_times_are_from_the_prompt_to_the_first_id_and_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock on which a prompt takes 10 s, and each id after it one."""
-    serve, now = import_benchmark("peers.serve"), 0.0
+    now = 0.0
     monkeypatch.setattr(serve, "time", SimpleNamespace(perf_counter=lambda: now))
 
     def first(prompt: list[int]) -> int:
@@ -72,18 +66,17 @@ def test_times_are_from_the_prompt_to_the_first_id_and_to_the_last(
     }
 
 
-def test_answers_are_reviewed_when_that_is_asked_for(client: ModuleType, counting: Any) -> None:
+def test_answers_are_reviewed_when_that_is_asked_for(counting: Any) -> None:
     with client.Peer(counting) as peer:
         assert "review" not in peer.ask([1, 2], 2)
         assert peer.ask([1, 2], 2, review=True)["review"] == {"sum": 1 + 2 + 3 + 4}
 
 
-def test_summary(client: ModuleType, counting: Any, import_benchmark: Callable[[str], ModuleType]) -> None:
+def test_summary(counting: Any) -> None:
     from moe_local.offload.plan.bandwidth import Bandwidths
 
     with client.Peer(counting) as peer:
-        answer = import_benchmark("contenders").Answer
-        peer.answers = [answer(10, s, s, tuple(range(6))) for s in (0.1, 0.4, 0.2)]
+        peer.answers = [contenders.Answer(10, s, s, tuple(range(6))) for s in (0.1, 0.4, 0.2)]
         summary = peer.summary(Bandwidths(ram=12_000.0))
     assert summary["bits_per_weight"] == {"all": 4.8, "experts": 4.5, "dense": 6.0}
     assert summary["read_bytes_per_token"] == 120
@@ -94,21 +87,18 @@ def test_summary(client: ModuleType, counting: Any, import_benchmark: Callable[[
     assert (summary["version"], summary["threads"]) == ("1", 1)
 
 
-def test_a_peer_that_fails_says_why(client: ModuleType) -> None:
+def test_a_peer_that_fails_says_why() -> None:
     with pytest.raises(SystemExit, match=r"(?s)ended with 1.*no such model"):
         client.Peer([sys.executable, "-c", "raise SystemExit('no such model')"])
 
 
-def test_a_peer_that_dies_half_way_says_why(client: ModuleType, counting: Any) -> None:
+def test_a_peer_that_dies_half_way_says_why(counting: Any) -> None:
     with client.Peer(counting) as peer, pytest.raises(SystemExit, match=r"(?s)ended with 1.*TypeError"):
         peer.answer(["not an id"], 2, keep=True)  # type: ignore[list-item]
     assert peer.answers == []
 
 
-def test_an_interrupted_installation_is_not_taken_for_a_whole_one(
-    import_benchmark: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
-    install = import_benchmark("peers.install")
+def test_an_interrupted_installation_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
     assert install.interpreter(tmp_path) is None
     (tmp_path / install.COMPLETE).write_text('{"requirements": ["llama-cpp-python==0.1"]')
     assert install.interpreter(tmp_path) is None
@@ -116,9 +106,7 @@ def test_an_interrupted_installation_is_not_taken_for_a_whole_one(
     assert install.interpreter(tmp_path) is None
 
 
-def test_llama_cpp_computes_what_transformers_computes(
-    client: ModuleType, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_llama_cpp_computes_what_transformers_computes(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """The same greedy ids from float32 weights, so that what is timed is the model it should be."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -141,9 +129,7 @@ def test_llama_cpp_computes_what_transformers_computes(
         assert list(answer.ids) == ids[0, len(prompt) :].tolist()
 
 
-def test_llama_cpp_continues_sequences_together_as_alone(
-    client: ModuleType, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_llama_cpp_continues_sequences_together_as_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Prompts of different lengths, from float32 weights; and how many experts their steps used."""
     python = client.install.interpreter(client.install.default_folder())
     if python is None:
@@ -165,13 +151,12 @@ def test_llama_cpp_continues_sequences_together_as_alone(
 
 
 def test_weights_made_for_a_peer_keep_its_numbers_in_bounds(
-    import_benchmark: Callable[[str], ModuleType], repository: Path, tiny_checkpoint: Path, tmp_path: Path
+    repository: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     """In the shapes of the checkpoint, though there is none: only its config.json is read."""
     import torch
     from transformers.utils import logging
 
-    import_benchmark("peers.client")  # finds the peers' own modules, which run elsewhere
     sys.path.insert(0, str(repository / "benchmarks" / "peers"))
     try:
         module = importlib.import_module("transformers_peer")

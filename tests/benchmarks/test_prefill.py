@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import prefill
 import pytest
 
 
@@ -42,18 +43,16 @@ def test_the_three_ways_are_measured_side_by_side(result: dict[str, Any]) -> Non
     [([], "give either MODEL or --synthetic"), (["demo", "--rounds", "0"], "--rounds 0 measures nothing")],
 )
 def test_what_cannot_be_measured_is_refused(
-    arguments: list[str], words: str, import_benchmark: Any, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as refused:
-        import_benchmark("prefill").main(arguments)
+        prefill.main(arguments)
     assert refused.value.code == 2
     assert words in capsys.readouterr().err
 
 
-def test_models_that_do_not_fit_are_refused_in_one_line(import_benchmark: Any, make_checkpoint: Any) -> None:
+def test_models_that_do_not_fit_are_refused_in_one_line(make_checkpoint: Any) -> None:
     with pytest.raises(
         SystemExit, match=r"^error: .* does not fit: .*more than the 64.0 KiB there are[^\n]*$"
     ):
-        import_benchmark("prefill").main(
-            [str(make_checkpoint("mixtral")), "--ram", "64KiB", "--device", "cpu"]
-        )
+        prefill.main([str(make_checkpoint("mixtral")), "--ram", "64KiB", "--device", "cpu"])

@@ -5,16 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 
-import pytest
+import quality
 import torch
 
 
-@pytest.fixture
-def quality(import_benchmark):
-    return import_benchmark("quality")
-
-
-def test_a_mix_is_judged(quality, tiny_mixtral, tmp_path):
+def test_a_mix_is_judged(tiny_mixtral, tmp_path):
     text = tmp_path / "text"
     text.write_text("the expert router sends each token of the text to the experts it trusts " * 80)
     options = argparse.Namespace(
@@ -34,7 +29,7 @@ def test_a_mix_is_judged(quality, tiny_mixtral, tmp_path):
     json.dumps(document)
 
 
-def test_a_ratio_of_equals_is_one_and_of_twice_as_much_two(quality):
+def test_a_ratio_of_equals_is_one_and_of_twice_as_much_two():
     values = torch.rand(20, generator=torch.Generator().manual_seed(0)) + 0.5
     assert quality.ratio(values, values) == {"ratio": 1.0, "low": 1.0, "high": 1.0}
     found = quality.ratio(2 * values, values.flip(0))

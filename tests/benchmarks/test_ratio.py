@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable
-from types import ModuleType
 
 import pytest
-
-
-@pytest.fixture
-def ratio(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    return import_benchmark("ratio")
+import ratio
 
 
 @pytest.mark.parametrize(
     ("count", "rank"), [(6, 1), (8, 1), (9, 2), (12, 3), (15, 4), (20, 6), (25, 8), (50, 18)]
 )
-def test_ranks_are_those_of_the_sign_test(ratio: ModuleType, count: int, rank: int) -> None:
+def test_ranks_are_those_of_the_sign_test(count: int, rank: int) -> None:
     """The published ranks of distribution-free 95 % intervals."""
     values = random.Random(count).sample(range(1, count + 1), count)
     assert ratio.median_interval(values) == (rank, count + 1 - rank)
 
 
-def test_too_few_rounds_have_no_interval(ratio: ModuleType) -> None:
+def test_too_few_rounds_have_no_interval() -> None:
     assert ratio.median_interval([1, 2, 3, 4, 5]) is None
     assert ratio.median_interval([]) is None
     assert str(ratio.Ratio.of([2.0], [1.0])) == "2.000 (no interval from 1 rounds)"
 
 
-def test_interval_holds_the_median_as_often_as_it_says(ratio: ModuleType) -> None:
+def test_interval_holds_the_median_as_often_as_it_says() -> None:
     """Of a skewed distribution, as timings are; 0.961 expected for nine draws."""
     numbers = random.Random(0)
     runs = 4000
@@ -41,7 +35,7 @@ def test_interval_holds_the_median_as_often_as_it_says(ratio: ModuleType) -> Non
     assert held / runs == pytest.approx(0.961, abs=0.012)
 
 
-def test_rounds_are_paired(ratio: ModuleType) -> None:
+def test_rounds_are_paired() -> None:
     """A machine that slows down all rounds alike changes nothing; one disturbed round, hardly anything."""
     pace = [1.0, 3.0, 2.0, 1.5, 9.0, 1.0, 4.0]
     ours = [1.2 * p for p in pace]
@@ -53,6 +47,6 @@ def test_rounds_are_paired(ratio: ModuleType) -> None:
     assert statistics.mean(ours) != pytest.approx(1.2 * statistics.mean([*pace[:3], 0.01, *pace[4:]]))
 
 
-def test_unequal_rounds_are_refused(ratio: ModuleType) -> None:
+def test_unequal_rounds_are_refused() -> None:
     with pytest.raises(ValueError, match="longer"):
         ratio.Ratio.of([1.0, 2.0], [1.0, 2.0, 3.0])

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
+import replay as benchmark
 
 from moe_local.cache.errors import OptionError
 from moe_local.cache.policies import POLICIES
 from moe_local.cache.replay import replay
 from moe_local.cache.replay_tiers import replay_tiers
 from moe_local.cache.routes import LayerBytes, LayerRoute, Phase, Routes, RouteStep, write_routes
-
-
-@pytest.fixture
-def benchmark(import_benchmark: Any) -> ModuleType:
-    module: ModuleType = import_benchmark("replay")
-    return module
 
 
 @pytest.fixture
@@ -35,9 +28,7 @@ def routes(tmp_path: Path) -> tuple[Path, Routes]:
     return tmp_path / "routes.csv", recording
 
 
-def test_json_is_exactly_one_array(
-    benchmark: ModuleType, routes: tuple[Path, Routes], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_is_exactly_one_array(routes: tuple[Path, Routes], capsys: pytest.CaptureFixture[str]) -> None:
     path, recording = routes
     assert benchmark.main(["--routes", str(path), "--slots", "3,4", "--json"]) == 0
     shown = capsys.readouterr()
@@ -57,9 +48,7 @@ def test_json_is_exactly_one_array(
     assert "were experts used without being kept" in shown.err
 
 
-def test_a_table_of_chosen_policies(
-    benchmark: ModuleType, routes: tuple[Path, Routes], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_table_of_chosen_policies(routes: tuple[Path, Routes], capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["--routes", str(routes[0]), "--slots", "4", "--policy", "belady,lru"]) == 0
     shown = capsys.readouterr()
     assert [line.split()[1] for line in shown.out.splitlines()[2:4]] == ["belady", "lru"]
@@ -78,7 +67,6 @@ def test_a_table_of_chosen_policies(
     ],
 )
 def test_bad_input_is_one_line(
-    benchmark: ModuleType,
     routes: tuple[Path, Routes],
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
@@ -93,7 +81,7 @@ def test_bad_input_is_one_line(
 
 
 def test_a_truncated_recording_is_one_line(
-    benchmark: ModuleType, routes: tuple[Path, Routes], capsys: pytest.CaptureFixture[str]
+    routes: tuple[Path, Routes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = routes[0]
     path.write_text(path.read_text().rpartition("\n")[0].rpartition("\n")[0])
@@ -104,9 +92,7 @@ def test_a_truncated_recording_is_one_line(
     assert "ends with 1 experts of 2" in shown.err
 
 
-def test_a_second_tier_below(
-    benchmark: ModuleType, routes: tuple[Path, Routes], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_tier_below(routes: tuple[Path, Routes], capsys: pytest.CaptureFixture[str]) -> None:
     path, recording = routes
     command = ["--routes", str(path), "--slots", "2", "--policy", "lru,belady", "--below", "4"]
     assert benchmark.main(command) == 0

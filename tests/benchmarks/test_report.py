@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import report
 
 
-@pytest.fixture
-def report(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    return import_benchmark("report")
-
-
-def test_the_last_line_is_what_the_file_holds(
-    report: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_last_line_is_what_the_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = {"benchmark": "this", "ms": [1.5, 2.0], **report.versions()}
     report.finish(result, None)
     report.finish(result, tmp_path / "out.json")
@@ -25,7 +19,7 @@ def test_the_last_line_is_what_the_file_holds(
     assert json.loads((tmp_path / "out.json").read_text()) == result
 
 
-def test_all_have_their_turn_in_each_round_and_the_first_warms_up(report: ModuleType) -> None:
+def test_all_have_their_turn_in_each_round_and_the_first_warms_up() -> None:
     turns: list[str] = []
 
     def measure(name: str) -> Callable[[], float]:
@@ -37,19 +31,14 @@ def test_all_have_their_turn_in_each_round_and_the_first_warms_up(report: Module
 
 
 @pytest.mark.parametrize("name", ["gpu_kernels", "gpu_attention", "device_misses", "resident"])
-def test_without_a_gpu_they_say_so(
-    name: str, import_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_gpu_they_say_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit, match=rf"^{name}\.py needs a CUDA device, and torch finds none$"):
-        import_benchmark(name).main([])
+        importlib.import_module(name).main([])
 
 
 def test_each_asks_a_question_and_its_help_is_that(
-    repository: Path,
-    import_benchmark: Callable[[str], ModuleType],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = [
         path.stem
@@ -58,7 +47,7 @@ def test_each_asks_a_question_and_its_help_is_that(
     ]
     assert len(asked) > 15
     for name in asked:
-        module = import_benchmark(name)
+        module = importlib.import_module(name)
         monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
         with pytest.raises(SystemExit) as left:
             module.main()

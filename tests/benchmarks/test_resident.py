@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import resident
 import torch
 
 import moe_local
@@ -18,11 +18,6 @@ from moe_local.offload.plan.fit import plan_request
 from moe_local.offload.plan.footprint import expert_bytes
 from moe_local.offload.plan.plan import Request
 from support import fake_graphs, torch_kernels
-
-
-@pytest.fixture
-def resident(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    return import_benchmark("resident")
 
 
 @pytest.fixture
@@ -51,7 +46,7 @@ def load(
 
 
 def test_both_ways_say_the_same(
-    resident: ModuleType, load: Callable[[int], moe_local.Model], monkeypatch: pytest.MonkeyPatch
+    load: Callable[[int], moe_local.Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resident, "prompt_ids", lambda model, count, start: list(range(3, 3 + count)))
     with load(8) as model:
@@ -71,7 +66,7 @@ def test_both_ways_say_the_same(
 
 
 def test_other_words_are_told(
-    resident: ModuleType, load: Callable[[int], moe_local.Model], monkeypatch: pytest.MonkeyPatch
+    load: Callable[[int], moe_local.Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resident, "prompt_ids", lambda model, count, start: [5, 6, 7])
     monkeypatch.setattr(resident, "answer", lambda model, prompt, tokens: (1.0, [0] * tokens))
@@ -80,8 +75,6 @@ def test_other_words_are_told(
     assert not found["same_ids"]
 
 
-def test_experts_that_have_to_move_are_refused(
-    resident: ModuleType, load: Callable[[int], moe_local.Model]
-) -> None:
+def test_experts_that_have_to_move_are_refused(load: Callable[[int], moe_local.Model]) -> None:
     with load(4) as model, pytest.raises(SystemExit, match="the experts are not resident"):
         resident.Plain(model, fake_graphs.FakeGraphs())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import serving
 
 
 def test_together_and_one_at_a_time(finished: Any) -> None:
@@ -32,9 +33,9 @@ def test_together_and_one_at_a_time(finished: Any) -> None:
     ],
 )
 def test_what_cannot_be_measured_is_refused(
-    arguments: list[str], words: str, import_benchmark: Any, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as refused:
-        import_benchmark("serving").main(arguments)
+        serving.main(arguments)
     assert refused.value.code == 2
     assert words in capsys.readouterr().err
