@@ -21,6 +21,9 @@ import torch
 import transformers
 from serve import Pipe
 
+CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")
+"""What configs call the number of experts that compute a token."""
+
 
 class Transformers:
     """One model and one sequence."""
@@ -101,14 +104,15 @@ def made(folder: str, memory: Memory) -> Any:
 
 def weights(model: Any) -> dict[str, int]:
     """The weights that one decoded token reads: its experts, and all others except the input embedding."""
-    config = model.config
+    config = model.config.get_text_config(decoder=True)
+    chosen = next(n for name in CHOSEN if isinstance(n := getattr(config, name, None), int))
     read = {"expert_bytes": 0, "expert_numel": 0, "dense_bytes": 0, "dense_numel": 0}
     table = model.get_input_embeddings().weight
     for name, parameter in model.named_parameters():
         if parameter is table:
             continue
         expert = ".experts." in name
-        share = config.num_experts_per_tok / config.num_local_experts if expert else 1
+        share = chosen / len(parameter) if expert else 1  # [experts, ...], of whatever name in the config
         kind = "expert" if expert else "dense"
         read[f"{kind}_bytes"] += int(parameter.nbytes * share)
         read[f"{kind}_numel"] += int(parameter.numel() * share)

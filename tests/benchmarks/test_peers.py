@@ -6,12 +6,15 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import contenders
 import pytest
 from peers import client, install, serve
+
+from moe_local.offload.checkpoint.spec import model_spec
+from support.tiny_models import tiny_model
 
 WEIGHTS = {"expert_bytes": 90, "expert_numel": 160, "dense_bytes": 30, "dense_numel": 40}
 COUNTING = f"""
@@ -150,18 +153,36 @@ def test_llama_cpp_continues_sequences_together_as_alone(tiny_checkpoint: Path, 
     assert "review" not in again
 
 
+@pytest.fixture
+def module(repository: Path) -> ModuleType:
+    """transformers_peer, which runs in a process of its own and finds its modules beside it."""
+    sys.path.insert(0, str(repository / "benchmarks" / "peers"))
+    try:
+        return importlib.import_module("transformers_peer")
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["mixtral", "qwen3_moe", "qwen3_5_moe", "gpt_oss", "deepseek_v3", "gemma4"],
+)
+def test_the_weights_of_a_token_are_counted_whatever_the_config_calls_them(
+    module: ModuleType, model_type: str
+) -> None:
+    model = tiny_model(model_type)
+    spec = model_spec(model.config)
+    chosen = sum(layer.top_k * layer.expert_numel for layer in spec.layers)
+    assert module.weights(model)["expert_numel"] == chosen
+
+
 def test_weights_made_for_a_peer_keep_its_numbers_in_bounds(
-    repository: Path, tiny_checkpoint: Path, tmp_path: Path
+    module: ModuleType, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     """In the shapes of the checkpoint, though there is none: only its config.json is read."""
     import torch
     from transformers.utils import logging
 
-    sys.path.insert(0, str(repository / "benchmarks" / "peers"))
-    try:
-        module = importlib.import_module("transformers_peer")
-    finally:
-        sys.path.pop(0)
     (tmp_path / "config.json").write_text((tiny_checkpoint / "config.json").read_text())
     peer = module.Transformers(str(tmp_path), random=True)
     logging.enable_progress_bar()  # which a process of its own does without
