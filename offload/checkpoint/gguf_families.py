@@ -7,101 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.checkpoint.config_limits import LARGEST
-from moe_local.offload.checkpoint.gguf_file import GgufFile
+from moe_local.offload.checkpoint.gguf_description import Description, Fields
 
-Fields = dict[str, Any]
 Undo = Callable[[torch.Tensor], torch.Tensor]
 """Undoes what the converter did to a weight. May return a view, and works on the meta device, too."""
 
-SIGMOID = 2
-"""llama.cpp's number for routers that take the sigmoid of their scores."""
+SOFTMAX, SIGMOID = 1, 2
+"""llama.cpp's numbers for what routers do with their scores."""
 
 
-class Description:
-    """What a file says about its model: the metadata of its architecture, and which tensors it has."""
+class Join(NamedTuple):
+    """One weight of the model that the converter took apart."""
 
-    def __init__(self, file: GgufFile) -> None:
-        self.architecture = str(file.metadata.get("general.architecture"))
-        self._file = file
-
-    def said(self, name: str) -> Any:
-        """The value of a field, or None."""
-        return self._file.metadata.get(f"{self.architecture}.{name}")
-
-    def number(self, name: str, default: Any = None) -> Any:
-        """A field that is a number above zero, or `default`.
-
-        Raises CheckpointError if it is missing and there is no default, and for all other values.
-        """
-        value = self.said(name)
-        value = default if value is None else value
-        if value is None:
-            raise CheckpointError(
-                f"{self._file.path} lacks {self.architecture}.{name} in its metadata; get another file"
-            )
-        if not isinstance(value, int | float) or not 0 < value < LARGEST:
-            raise CheckpointError(
-                f"{self._file.path} says {self.architecture}.{name} is {value!r}; get another file"
-            )
-        return value
-
-    def count(self, name: str) -> int:
-        """A field that is a number of things, zero if it is missing."""
-        return int(self.number(name)) if self.said(name) else 0
-
-    def require(self, name: str, known: Any, meaning: str) -> None:
-        """Raise CheckpointError, which says that the file has no `meaning`, if a field is there and not
-        `known`."""
-        value = self.said(name)
-        if value is not None and value != known:
-            raise CheckpointError(
-                f"{self._file.path} says {self.architecture}.{name} is {value!r}, and only {known!r} "
-                f"({meaning}) is read from GGUF for this family; use the model's safetensors"
-            )
-
-    def has(self, tensor: str) -> bool:
-        """Whether a layer has this tensor."""
-        return any(key.endswith(f".{tensor}") for key in self._file.weights)
-
-    def layers(self) -> int:
-        """The number of layers without those that predict further tokens, which come last."""
-        return int(self.number("block_count")) - self.count("nextn_predict_layers")
-
-    def head_dim(self) -> int:
-        heads = self.number("attention.head_count")
-        return int(self.number("attention.key_length", max(1, self.number("embedding_length") // heads)))
-
-    def rotation(self, *, partial: bool = False) -> Fields:
-        """transformers' rope_parameters without scaling. `partial`: the file says how much of a head turns.
-
-        Raises CheckpointError if the file scales its rotations.
-        """
-        if (self.said("rope.scaling.type") or "none") != "none":
-            raise CheckpointError(
-                f"{self._file.path} scales its rotations, which is not read from GGUF for this family; "
-                "use the model's safetensors"
-            )
-        found = {"rope_type": "default", "rope_theta": self.number("rope.freq_base", 10000.0)}
-        if partial:
-            found["partial_rotary_factor"] = self.number("rope.dimension_count") / self.head_dim()
-        return found
-
-    def yarn(self) -> Fields:
-        """rope_parameters with YaRN's scaling."""
-        return {
-            "rope_type": "yarn",
-            "rope_theta": self.number("rope.freq_base", 10000.0),
-            "factor": self.number("rope.scaling.factor"),
-            "original_max_position_embeddings": self.number("rope.scaling.original_context_length"),
-            "beta_fast": self.number("rope.scaling.yarn_beta_fast", 32.0),
-            "beta_slow": self.number("rope.scaling.yarn_beta_slow", 1.0),
-        }
+    parts: tuple[str, ...]
+    """Names of a layer's tensors."""
+    join: Callable[..., torch.Tensor]
+    """Puts them together; works on the meta device, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +44,8 @@ class Family:
     ("ssm_dt.bias") -> the model's parameter, or without ("ffn_norm") -> its module."""
     undo: Callable[[Any], Mapping[str, Undo]] = lambda _: {}
     """From the model's config, for tensors whose numbers were converted: name without ending -> Undo."""
+    joins: Callable[[Any], Mapping[str, Join]] = lambda _: {}
+    """From the model's config, for weights that the converter took apart: the model's parameter -> Join."""
     split: str = ""
     """How text is split before tokens are merged, for files that do not say it; see `gguf_tokenizer`."""
 
@@ -220,10 +149,57 @@ def _glm4_moe(file: Description) -> Fields:
     }
 
 
-def _qwen3_5_moe(file: Description) -> Fields:
+def _deepseek(file: Description) -> Fields:
+    """DeepSeek V3 and what has its architecture, such as GLM-4.7-Flash, or DeepSeek V2, by the router.
+
+    Before April 2025, the converter left keys and values in one matrix and wrote their own widths; since
+    then, it also writes those of the latents, which attention can be computed with.
+    """
+    turned = file.number("rope.dimension_count")
+    key = file.number("attention.key_length_mla", file.said("attention.key_length"))
+    fields = {
+        "intermediate_size": file.number("feed_forward_length"),
+        "moe_intermediate_size": file.number("expert_feed_forward_length"),
+        "num_key_value_heads": file.number("attention.head_count"),
+        "head_dim": turned,
+        "q_lora_rank": file.number("attention.q_lora_rank") if file.said("attention.q_lora_rank") else None,
+        "kv_lora_rank": file.number("attention.kv_lora_rank"),
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": key - turned,
+        "v_head_dim": file.number("attention.value_length_mla", file.said("attention.value_length")),
+        "n_routed_experts": file.number("expert_count"),
+        "n_shared_experts": file.number("expert_shared_count"),
+        "n_group": file.number("expert_group_count"),
+        "topk_group": file.number("expert_group_used_count"),
+        "first_k_dense_replace": file.count("leading_dense_block_count"),
+        "norm_topk_prob": bool(file.said("expert_weights_norm")),
+        "routed_scaling_factor": file.number("expert_weights_scale", 1.0),
+    }
+    if file.said("rope.scaling.type") == "yarn":
+        mscale = 10 * file.number("rope.scaling.yarn_log_multiplier")  # all published models have them equal
+        fields["rope_parameters"] = file.yarn() | {"mscale": mscale, "mscale_all_dim": mscale}
+    else:
+        fields["rope_parameters"] = file.rotation()
+    if file.said("expert_gating_func") == SIGMOID:
+        return fields | {"model_type": "deepseek_v3"}
+    file.require("expert_gating_func", SOFTMAX, "softmax")
+    file.require("expert_weights_norm", False, "weights that are not normalized")
+    method = "greedy" if fields["n_group"] == 1 else "group_limited_greedy"
+    return fields | {"model_type": "deepseek_v2", "topk_method": method}
+
+
+def _deepseek_joins(_config: Any) -> Mapping[str, Join]:
+    def keys_and_values(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """[heads, latent, width] and [heads, width, latent] -> [heads x both widths, latent]."""
+        return torch.cat([keys.transpose(1, 2), values], dim=1).flatten(0, 1)
+
+    parts = "attn_k_b.weight", "attn_v_b.weight"
+    return {"self_attn.kv_b_proj.weight": Join(parts, keys_and_values)}
+
+
+def _linear_attention(file: Description) -> Fields:
     every, values = file.number("full_attention_interval", 4), file.number("ssm.time_step_rank")
     return {
-        "model_type": "qwen3_5_moe_text",
         "moe_intermediate_size": file.number("expert_feed_forward_length"),
         "shared_expert_intermediate_size": file.number("expert_shared_feed_forward_length"),
         "num_experts": file.number("expert_count"),
@@ -239,6 +215,41 @@ def _qwen3_5_moe(file: Description) -> Fields:
     }
 
 
+def _qwen3_next(file: Description) -> Fields:
+    """No layer of a published model has a feed-forward of its own, so its width does not matter."""
+    own = {"model_type": "qwen3_next", "norm_topk_prob": True}
+    if file.said("feed_forward_length"):
+        own["intermediate_size"] = file.number("feed_forward_length")
+    return _linear_attention(file) | own
+
+
+def _less_one(norm: torch.Tensor) -> torch.Tensor:
+    return norm - 1
+
+
+NORMS = ("output_norm", "attn_norm", "post_attention_norm", "attn_q_norm", "attn_k_norm")
+"""Those that Qwen3-Next and its successors store plus one."""
+
+
+def _qwen3_next_undo(_config: Any) -> Mapping[str, Undo]:
+    return {
+        **dict.fromkeys(NORMS, _less_one),
+        "ssm_a": lambda decay: torch.log(-decay),
+        "ssm_conv1d": lambda kernel: kernel.unsqueeze(1),
+    }
+
+
+def _qwen3_next_joins(config: Any) -> Mapping[str, Join]:
+    """The first converter left queries, keys, values and gates in one matrix ("ssm_in"), by head of keys."""
+    keys, width = config.linear_num_key_heads, config.linear_key_head_dim
+
+    def by_head(qkv: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        parts = qkv.split([keys * width, keys * width, len(qkv) - 2 * keys * width])
+        return torch.cat([part.unflatten(0, (keys, -1)) for part in (*parts, gate)], dim=1).flatten(0, 1)
+
+    return {"linear_attn.in_proj_qkvz.weight": Join(("attn_qkv.weight", "attn_gate.weight"), by_head)}
+
+
 def _qwen3_5_moe_undo(config: Any) -> Mapping[str, Undo]:
     """Norms are stored plus one, decays as they are used. Heads of values, several of which belong to a head
     of keys, are stored so that those of one head of keys are far apart."""
@@ -252,12 +263,8 @@ def _qwen3_5_moe_undo(config: Any) -> Mapping[str, Undo]:
     def last_grouped(rows: torch.Tensor) -> torch.Tensor:
         return torch.cat([rows[:before], grouped(rows[before:])])
 
-    def less_one(norm: torch.Tensor) -> torch.Tensor:
-        return norm - 1
-
-    norms = ("output_norm", "attn_norm", "post_attention_norm", "attn_q_norm", "attn_k_norm")
     return {
-        **dict.fromkeys(norms, less_one),
+        **dict.fromkeys(NORMS, _less_one),
         **dict.fromkeys(("attn_gate", "ssm_alpha", "ssm_beta", "ssm_dt"), grouped),
         "ssm_a": lambda decay: grouped(torch.log(-decay)),
         "attn_qkv": last_grouped,
@@ -266,42 +273,70 @@ def _qwen3_5_moe_undo(config: Any) -> Mapping[str, Undo]:
     }
 
 
+LINEAR = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ssm_a": "linear_attn.A_log",
+    "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+}
+QWEN3_NEXT = Family(
+    "Qwen3-Next",
+    _qwen3_next,
+    {**LINEAR, "ssm_in": "linear_attn.in_proj_qkvz", "ssm_ba": "linear_attn.in_proj_ba"},
+    _qwen3_next_undo,
+    _qwen3_next_joins,
+    split="qwen2",
+)
 QWEN3_5_MOE = Family(
     "Qwen3.5-MoE",
-    _qwen3_5_moe,
+    lambda file: _linear_attention(file) | {"model_type": "qwen3_5_moe_text"},
     {
-        "post_attention_norm": "post_attention_layernorm",
+        **LINEAR,
         "attn_qkv": "linear_attn.in_proj_qkv",
         "attn_gate": "linear_attn.in_proj_z",
         "ssm_alpha": "linear_attn.in_proj_a",
         "ssm_beta": "linear_attn.in_proj_b",
-        "ssm_a": "linear_attn.A_log",
-        "ssm_dt.bias": "linear_attn.dt_bias",
-        "ssm_conv1d": "linear_attn.conv1d",
-        "ssm_norm": "linear_attn.norm",
-        "ssm_out": "linear_attn.out_proj",
     },
     _qwen3_5_moe_undo,
     split="qwen35",
+)
+SHARED_EXPERTS = {
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+}
+DEEPSEEK = Family(
+    "DeepSeek V2 and V3",
+    _deepseek,
+    {
+        **SHARED_EXPERTS,
+        "attn_q_a": "self_attn.q_a_proj",
+        "attn_q_a_norm": "self_attn.q_a_layernorm",
+        "attn_q_b": "self_attn.q_b_proj",
+        "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+        "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+        "attn_kv_b": "self_attn.kv_b_proj",
+    },
+    joins=_deepseek_joins,
+    split="deepseek-v3",
 )
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("Mixtral", _mixtral, undo=_mixtral_undo),
     "qwen2moe": Family("Qwen2-MoE", _qwen2_moe, split="qwen2"),
     "qwen3moe": Family("Qwen3-MoE", _qwen3_moe, split="qwen2"),
+    "qwen3next": QWEN3_NEXT,
     "qwen35moe": QWEN3_5_MOE,
+    "deepseek2": DEEPSEEK,
     "gpt-oss": GPT_OSS,
     "gptoss": GPT_OSS,
     "glm4moe": Family(
         "GLM-4.5",
         _glm4_moe,
-        {
-            "post_attention_norm": "post_attention_layernorm",
-            "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
-            "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
-            "ffn_up_shexp": "mlp.shared_experts.up_proj",
-            "ffn_down_shexp": "mlp.shared_experts.down_proj",
-        },
+        {**SHARED_EXPERTS, "post_attention_norm": "post_attention_layernorm"},
         split="glm4",
     ),
     "minimax-m2": Family(
@@ -312,3 +347,16 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 """By the architecture that a file states."""
+
+
+def family_of(path: Path, metadata: Mapping[str, Any]) -> Family:
+    """The family of the file `path` with this metadata. Raises CheckpointError for one that is not read."""
+    architecture = metadata.get("general.architecture")
+    family = FAMILIES.get(str(architecture))
+    if family is None or not metadata.get(f"{architecture}.expert_count"):
+        names = list(dict.fromkeys(family.name for family in FAMILIES.values()))
+        raise CheckpointError(
+            f"{path}: a GGUF file of architecture {architecture!r}, and only {', '.join(names[:-1])} and "
+            f"{names[-1]} are read from GGUF; use the model's safetensors"
+        )
+    return family

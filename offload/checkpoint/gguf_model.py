@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.checkpoint.gguf_families import FAMILIES, Description, Fields, Undo
+from moe_local.offload.checkpoint.gguf_description import Description, Fields
+from moe_local.offload.checkpoint.gguf_families import Undo, family_of
 from moe_local.offload.checkpoint.gguf_file import GgufFile
 from moe_local.offload.checkpoint.weights import Weight
 
@@ -47,14 +48,7 @@ def config_fields(file: GgufFile) -> Fields:
 
     Raises CheckpointError for an unsupported architecture, and for sizes that are missing or absurd.
     """
-    described = Description(file)
-    family = FAMILIES.get(described.architecture)
-    if family is None or not described.said("expert_count"):
-        names = list(dict.fromkeys(family.name for family in FAMILIES.values()))
-        raise CheckpointError(
-            f"{file.path}: a GGUF file of architecture {file.metadata.get('general.architecture')!r}, and "
-            f"only {', '.join(names[:-1])} and {names[-1]} are read from GGUF; use the model's safetensors"
-        )
+    family, described = family_of(file.path, file.metadata), Description(file)
     heads = described.number("attention.head_count")
     embedding = file.weights.get("token_embd.weight")
     if embedding is None:
@@ -93,11 +87,22 @@ def model_weights(file: GgufFile, config: Any) -> Iterator[Weight]:
     Weights that the model does not have (rotary frequencies, layers that predict further tokens) are left
     out.
     """
-    family = FAMILIES[str(file.metadata.get("general.architecture"))]
+    family = family_of(file.path, file.metadata)
     config = config.get_text_config(decoder=True)
     layers = config.num_hidden_layers
-    undo = {"ffn_gate_inp_shexp": _as_row, **family.undo(config)}
+    try:
+        undo, joins = {"ffn_gate_inp_shexp": _as_row, **family.undo(config)}, family.joins(config)
+    except AttributeError as error:
+        raise CheckpointError(
+            f"{file.path} is a file of {family.name}, and config.json beside it describes a "
+            f"{config.model_type}; remove that or put the model's own there"
+        ) from error
     modules = {**BLOCK, **family.names}
+    for number in range(layers):
+        for parameter, (parts, join) in joins.items():
+            found = [weight for part in parts if (weight := file.weights.get(f"blk.{number}.{part}"))]
+            if len(found) == len(parts):
+                yield _joined(found, f"model.layers.{number}.{parameter}", join, file.shards.remedy)
     for key, weight in file.weights.items():
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?((\w+)(?:\.(weight|bias))?)", key)
         if match is None or (match[1] is not None and int(match[1]) >= layers):
@@ -113,16 +118,42 @@ def model_weights(file: GgufFile, config: Any) -> Iterator[Weight]:
             yield _converted(weight, f"model.layers.{layer}.{modules[name]}.{kind}", undo.get(name))
 
 
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """Decodes weights of one part each and joins them; a PackedDecoder."""
+
+    weights: tuple[Weight, ...]
+    join: Callable[..., torch.Tensor]
+
+    def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self.join(*(weight.decode([part]) for weight, part in zip(self.weights, parts, strict=True)))
+
+
+def _joined(weights: Sequence[Weight], key: str, join: Callable[..., torch.Tensor], remedy: str) -> Weight:
+    for weight in weights:
+        weight.check(remedy)
+    try:
+        shape = tuple(join(*(torch.empty(weight.shape, device="meta") for weight in weights)).shape)
+    except (RuntimeError, IndexError) as error:
+        raise _misfit(weights[0]) from error
+    parts = tuple(weight.parts[0] for weight in weights)
+    return Weight(key, shape, parts, "joined", decoder=_Joined(tuple(weights), join))
+
+
+def _misfit(weight: Weight) -> CheckpointError:
+    return CheckpointError(
+        f"{weight.key} in {weight.parts[0].shard} has shape {list(weight.shape)}, which does not fit the "
+        "config; config and weights do not match"
+    )
+
+
 def _converted(weight: Weight, key: str, undo: Undo | None) -> Weight:
     if undo is None:
         return replace(weight, key=key)
     try:
         shape = tuple(undo(torch.empty(weight.shape, device="meta")).shape)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{weight.key} in {weight.parts[0].shard} has shape {list(weight.shape)}, which does not fit the "
-            "config; config and weights do not match"
-        ) from error
+    except (RuntimeError, IndexError) as error:
+        raise _misfit(weight) from error
     return replace(weight, key=key, shape=shape, undo=undo)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.checkpoint.gguf_families import FAMILIES
+from moe_local.offload.checkpoint.gguf_families import family_of
 from moe_local.offload.checkpoint.gguf_file import read_arrays
 
 PREFIX = "tokenizer.ggml."
@@ -28,7 +28,7 @@ _GPT_4O = (
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
     rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 )
-SPLITS = {
+SPLITS: dict[str, str | tuple[str, ...]] = {
     "qwen2": _QWEN2,
     "qwen35": (
         rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
@@ -37,10 +37,26 @@ SPLITS = {
     "glm4": rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",
     "gpt-4o": _GPT_4O,
     "minimax-m2": _GPT_4O,
+    "deepseek-v3": (
+        r"\p{N}{1,3}",
+        r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}",
+    ),
 }
-"""How text is split before tokens are merged, by llama.cpp's names."""
+"""How text is split before tokens are merged, by llama.cpp's names; several: each splits the pieces of those
+before it."""
 NORMALIZED = ("qwen2", "qwen35")
 """Those whose texts are normalized (NFC) first."""
+
+
+def splitters(split: str) -> list[Any]:
+    """The parts of a pre-tokenizer that split text in this way."""
+    from tokenizers import Regex, pre_tokenizers
+
+    rules = SPLITS[split]
+    rules = (rules,) if isinstance(rules, str) else rules
+    return [pre_tokenizers.Split(Regex(rule), behavior="isolated") for rule in rules]
 
 
 def byte_level_tokenizer(path: Path, metadata: Mapping[str, Any]) -> Any:
@@ -51,7 +67,6 @@ def byte_level_tokenizer(path: Path, metadata: Mapping[str, Any]) -> Any:
     """
     from tokenizers import (
         AddedToken,
-        Regex,
         Tokenizer,
         decoders,
         models,
@@ -62,7 +77,7 @@ def byte_level_tokenizer(path: Path, metadata: Mapping[str, Any]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     said = metadata.get(f"{PREFIX}pre") or "default"
-    split = FAMILIES[str(metadata.get("general.architecture"))].split if said == "default" else said
+    split = family_of(path, metadata).split if said == "default" else said
     if split not in SPLITS:
         raise CheckpointError(
             f"{path} says that text is split as {str(said)[:80]!r}, which is not known; put the model's "
@@ -76,7 +91,7 @@ def byte_level_tokenizer(path: Path, metadata: Mapping[str, Any]) -> Any:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLITS[split]), behavior="isolated"),
+            *splitters(split),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

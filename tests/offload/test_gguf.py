@@ -29,6 +29,16 @@ torch.set_num_threads(1)
 
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 2}
 """The K formats have blocks of 256 numbers."""
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 1024,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
 CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "mixtral": ("mixtral", {"exps.weight": "Q4_0", "attn_q.weight": "Q8_0", "attn_k.weight": "Q4_0"}, {}),
     "qwen3_moe": (
@@ -43,6 +53,20 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         {},
     ),
     "qwen3_5_moe": ("qwen3_5_moe", {"exps.weight": "Q8_0", "ssm_out.weight": "Q8_0"}, {}),
+    "qwen3_next": ("qwen3_next", {"exps.weight": "Q8_0", "attn_gate.weight": "Q8_0"}, {}),
+    "qwen3_next, old": ("qwen3_next", {"exps.weight": "Q8_0"}, {}),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {"exps.weight": "Q8_0", "attn_k_b.weight": "F16"},
+        {"rope_parameters": YARN},
+    ),
+    "deepseek_v2, old": (
+        "deepseek_v2",
+        {"exps.weight": "Q8_0"},
+        {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
+    ),
+    "deepseek_v3": ("deepseek_v3", {"exps.weight": "Q4_0"}, {"rope_parameters": YARN}),
+    "glm4_moe_lite": ("glm4_moe_lite", {"exps.weight": "Q8_0"}, {}),
     "gpt_oss": ("gpt_oss", {"exps.weight": "MXFP4", "token_embd.weight": "Q8_0"}, {}),
     "gpt_oss by Ollama": ("gpt_oss", {"exps.weight": "MXFP4", "exps.bias": "BF16"}, {}),
     "glm4_moe": (
@@ -83,13 +107,23 @@ def made(
             model_type, kinds, config = CASES[case]
             folder = tmp_path_factory.mktemp(case) / "gguf"
             source = make_checkpoint(model_type, **config)
-            found[case] = gguf_models.write(source, folder, kinds, ollama="Ollama" in case)
+            found[case] = gguf_models.write(source, folder, kinds, ollama="Ollama" in case, old="old" in case)
         return found[case]
 
     return made
 
 
-SLOW = ("qwen3_moe", "qwen2_moe", "glm4_moe", "minimax_m2", "gpt_oss by Ollama")
+SLOW = (
+    "qwen3_moe",
+    "qwen2_moe",
+    "glm4_moe",
+    "minimax_m2",
+    "gpt_oss by Ollama",
+    "qwen3_next, old",
+    "deepseek_v2, old",
+    "glm4_moe_lite",
+    "deepseek_v2",
+)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +143,7 @@ UNSAID |= {"num_nextn_predict_layers", "num_mtp_layers"}
 """Fields of a config that neither sizes nor the forward depend on, or that say it in another way."""
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "k"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("k", "glm4_moe_lite")])
 def test_the_config_is_the_twins(made: Callable[[str], tuple[Path, Path]], case: str) -> None:
     path, twin = made(case)
     found, expected = read_config(path), read_config(twin).get_text_config()
@@ -220,6 +254,32 @@ def test_damaged_files(made: Callable[[str], tuple[Path, Path]], tmp_path: Path)
         with pytest.raises(CheckpointError, match=message) as caught:
             Checkpoint.open(path)
         assert "\n" not in str(caught.value)
+
+
+def test_a_config_beside_it_of_another_model(
+    made: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    raw = made("qwen3_next")[0].read_bytes()
+    shutil.copy(made("mixtral")[1] / "config.json", tmp_path)
+    (tmp_path / "x.gguf").write_bytes(raw)
+    message = r"a file of Qwen3-Next, and config.json beside it describes a mixtral; remove that or put"
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(tmp_path)
+    (tmp_path / "x.gguf").write_bytes(raw.replace(b"qwen3next", b"qwen9next"))
+    with pytest.raises(CheckpointError, match="architecture 'qwen9next', and only"):
+        Checkpoint.open(tmp_path)
+
+
+def test_groups_of_experts_must_be_known(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    """Older files of DeepSeek do not say which experts form a group; a config.json beside them does."""
+    path, twin = made("deepseek_v3")
+    raw = path.read_bytes().replace(b"deepseek2.expert_group_count", b"deepseek2.expert_group_kount")
+    (tmp_path / "x.gguf").write_bytes(raw)
+    message = r"lacks deepseek2.expert_group_count in its metadata; put the model's config.json beside it"
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(tmp_path)
+    shutil.copy(twin / "config.json", tmp_path)
+    assert Checkpoint.open(tmp_path).config.n_group == 2
 
 
 def test_types_that_are_not_read(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:

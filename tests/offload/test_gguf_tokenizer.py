@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.gguf_families import FAMILIES
-from moe_local.offload.checkpoint.gguf_tokenizer import SPLITS
+from moe_local.offload.checkpoint.gguf_tokenizer import SPLITS, splitters
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
 from support import gguf_models, tiny_models
 
@@ -88,10 +88,12 @@ def test_a_way_of_splitting_that_is_not_known(write: Callable[..., Path]) -> Non
         ("glm4", "It's 1234!\n\n  x", ["It", "'s", " ", "123", "4", "!\n\n", " ", " x"]),
         ("gpt-4o", "It's 1234 HelloWORLD //\n", ["It's", " ", "123", "4", " Hello", "WORLD", " //\n"]),
         ("gpt-4o", "a\n/b  c", ["a", "\n", "/b", " ", " c"]),
+        ("deepseek-v3", "It's 1234 ok,then", ["It", "'s", " ", "123", "4", " ok", ",then"]),
+        ("deepseek-v3", "a\u4f60\u3042b[x]\n", ["a", "\u4f60\u3042", "b", "[x", "]\n"]),
     ],
 )
 def test_how_text_is_split(split: str, text: str, pieces: list[str]) -> None:
-    splitter = pre_tokenizers.Split(Regex(SPLITS[split]), behavior="isolated")
+    splitter = pre_tokenizers.Sequence(splitters(split))
     assert [piece for piece, _ in splitter.pre_tokenize_str(text)] == pieces
 
 

@@ -37,6 +37,8 @@ LAYER = {
     "self_attn.o_proj.bias": "attn_output.bias",
     "linear_attn.in_proj_qkv.weight": "attn_qkv.weight",
     "linear_attn.in_proj_z.weight": "attn_gate.weight",
+    "linear_attn.in_proj_qkvz.weight": "ssm_in.weight",
+    "linear_attn.in_proj_ba.weight": "ssm_ba.weight",
     "linear_attn.in_proj_a.weight": "ssm_alpha.weight",
     "linear_attn.in_proj_b.weight": "ssm_beta.weight",
     "linear_attn.A_log": "ssm_a",
@@ -44,6 +46,12 @@ LAYER = {
     "linear_attn.conv1d.weight": "ssm_conv1d.weight",
     "linear_attn.norm.weight": "ssm_norm.weight",
     "linear_attn.out_proj.weight": "ssm_out.weight",
+    "self_attn.q_a_proj.weight": "attn_q_a.weight",
+    "self_attn.q_a_layernorm.weight": "attn_q_a_norm.weight",
+    "self_attn.q_b_proj.weight": "attn_q_b.weight",
+    "self_attn.kv_a_proj_with_mqa.weight": "attn_kv_a_mqa.weight",
+    "self_attn.kv_a_layernorm.weight": "attn_kv_a_norm.weight",
+    "self_attn.kv_b_proj.weight": "attn_kv_b.weight",
     **{f"self_attn.{x}_norm.weight": f"attn_{x}_norm.weight" for x in "qk"},
     **{f"self_attn.{x}_proj.{kind}": f"attn_{x}.{kind}" for x in "qkv" for kind in ("weight", "bias")},
     **{f"mlp.{x}_proj.weight": f"ffn_{x}.weight" for x in ("gate", "up", "down")},
@@ -58,11 +66,17 @@ ARCHITECTURES = {
     "mixtral": "llama",
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
+    "qwen3_next": "qwen3next",
     "qwen3_5_moe": "qwen35moe",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "glm4_moe_lite": "deepseek2",
     "gpt_oss": "gpt-oss",
     "glm4_moe": "glm4moe",
     "minimax_m2": "minimax-m2",
 }
+POST_ATTENTION = ("gpt_oss", "glm4_moe", "qwen3_next", "qwen3_5_moe")
+"""Those whose second norm of a layer is called post_attention_norm."""
 OLLAMA = {
     "attn_sinks.weight": "attn_sinks",
     "attn_output.weight": "attn_out.weight",
@@ -97,13 +111,14 @@ def write(
     tokenizer: Any = None,
     ollama: bool = False,
     split: str = "",
+    old: bool = False,
 ) -> tuple[Path, Path]:
     """Write the tiny checkpoint in `source` as (a GGUF file, its twin in safetensors).
 
     `kinds` maps suffixes of GGUF's tensor names to types; others are F32. Types that the gguf package cannot
     quantize to get random blocks of about the weights' scale. The twin has the weights that the package
     decodes from the file. `ollama`: as Ollama converts gpt-oss. `split`: what the file says of how text is
-    split for the tokenizer.
+    split for the tokenizer. `old`: as by the converter's first versions, which took no matrix apart.
     """
     config = json.loads((source / "config.json").read_text())
     plain = {
@@ -112,9 +127,9 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.gguf"
     writer = gguf.GGUFWriter(path, "gptoss" if ollama else ARCHITECTURES[config["model_type"]])
-    _describe(writer, config, tokenizer, ollama, split)
+    _describe(writer, config, tokenizer, ollama, split, old)
     rng = np.random.default_rng(0)
-    for name, made in _tensors(plain, config).items():
+    for name, made in _tensors(plain, config, old).items():
         if name == leave_out:
             continue
         kind = gguf.GGMLQuantizationType[next((k for end, k in kinds.items() if name.endswith(end)), "F32")]
@@ -142,7 +157,7 @@ def write(
     return path, twin
 
 
-def _tensors(plain: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, Made]:
+def _tensors(plain: dict[str, torch.Tensor], config: dict[str, Any], old: bool) -> dict[str, Made]:
     """The file's tensors by name. Their `put` writes into `plain`."""
     found: dict[str, Made] = {}
     stacks: dict[str, dict[int, torch.Tensor]] = {}
@@ -160,9 +175,19 @@ def _tensors(plain: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str
             stacks.setdefault(name, {})[int(expert[1])] = weight
         elif rest.startswith("mlp.experts."):
             found |= {f"blk.{layer}.{name}": made for name, made in _taken_apart(rest, weight)}
+        elif rest == "self_attn.kv_b_proj.weight" and not old:
+            both = weight.view(config["num_attention_heads"], -1, weight.shape[1])
+            keys, values = both[:, : config["qk_nope_head_dim"]], both[:, config["qk_nope_head_dim"] :]
+            for name, view in (("attn_k_b", keys.transpose(1, 2)), ("attn_v_b", values)):
+                found[f"blk.{layer}.{name}.weight"] = Made(view.numpy(), partial(_put, view))
+        elif rest == "linear_attn.in_proj_qkvz.weight" and not old:
+            views = _by_kind(weight, config)
+            for name, some in (("attn_qkv", views[:3]), ("attn_gate", views[3:])):
+                numbers = np.concatenate([view.flatten(0, 1).numpy() for view in some])
+                found[f"blk.{layer}.{name}.weight"] = Made(numbers, partial(_put_rows, some))
         else:
             name = LAYER[rest]
-            if name == "ffn_norm.weight" and config["model_type"] in ("gpt_oss", "glm4_moe", "qwen3_5_moe"):
+            if name == "ffn_norm.weight" and config["model_type"] in POST_ATTENTION:
                 name = "post_attention_norm.weight"
             found[f"blk.{layer}.{name}"] = _turned(weight, _turns(config, name))
     for name, weights in stacks.items():
@@ -192,6 +217,21 @@ def _taken_apart(rest: str, weight: torch.Tensor) -> Iterator[tuple[str, Made]]:
         yield f"ffn_{part}_exps.{kind}", Made(view.numpy(), partial(_put, view))
 
 
+def _by_kind(weight: torch.Tensor, config: dict[str, Any]) -> list[torch.Tensor]:
+    """Views of Qwen3-Next's queries, keys, values and gates, [heads of keys, rows, D] each."""
+    keys, width = config["linear_num_key_heads"], config["linear_key_head_dim"]
+    values = config["linear_num_value_heads"] // keys * config["linear_value_head_dim"]
+    return list(weight.view(keys, -1, weight.shape[1]).split([width, width, values, values], dim=1))
+
+
+def _put_rows(views: list[torch.Tensor], made: Array) -> None:
+    start = 0
+    for view in views:
+        rows = view.shape[0] * view.shape[1]
+        view.copy_(torch.from_numpy(made[start : start + rows]).view(view.shape))
+        start += rows
+
+
 def _put(view: torch.Tensor, made: Array) -> None:
     view.copy_(torch.from_numpy(made))
 
@@ -207,13 +247,16 @@ def _turns(config: dict[str, Any], name: str) -> tuple[Turn, Turn] | None:
             lambda x: x.reshape(count, 2, -1, x.shape[-1]).swapaxes(1, 2).reshape(x.shape),
             lambda x: x.reshape(count, -1, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape),
         )
-    return _linear_turns(config["text_config"], name) if config["model_type"] == "qwen3_5_moe" else None
+    linear = config["model_type"] in ("qwen3_next", "qwen3_5_moe")
+    return _linear_turns(config.get("text_config", config), name) if linear else None
 
 
 def _linear_turns(config: dict[str, Any], name: str) -> tuple[Turn, Turn] | None:
-    """Qwen3.5: norms plus one, decays as they are used, and the first value head of each key head first."""
+    """Norms plus one, decays as they are used; for Qwen3.5, the first value head of each key head first."""
     keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
-    order = np.arange(values).reshape(keys, values // keys).T.flatten()
+    order = np.arange(values)
+    if config["model_type"] != "qwen3_next":
+        order = order.reshape(keys, values // keys).T.flatten()
     head, before = config["linear_value_head_dim"], 2 * keys * config["linear_key_head_dim"]
 
     def rows(x: Array, order: Array, width: int, start: int = 0) -> Array:
@@ -262,7 +305,7 @@ def _random_blocks(numbers: Array, kind: gguf.GGMLQuantizationType, rng: np.rand
 
 
 def _describe(
-    writer: gguf.GGUFWriter, config: dict[str, Any], tokenizer: Any, ollama: bool, split: str
+    writer: gguf.GGUFWriter, config: dict[str, Any], tokenizer: Any, ollama: bool, split: str, old: bool
 ) -> None:
     kind, config = config["model_type"], config.get("text_config", config)
     rope = config["rope_parameters"]
@@ -272,13 +315,14 @@ def _describe(
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_block_count(config["num_hidden_layers"] + further)
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    latent = config.get("kv_lora_rank", 0)
+    writer.add_head_count_kv(1 if latent and not old else config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(rope["rope_theta"])
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    if "head_dim" in config:
+    if "head_dim" in config and not latent:
         writer.add_key_length(head)
-    if kind in ("glm4_moe", "minimax_m2", "qwen3_5_moe"):
+    if kind in ("glm4_moe", "minimax_m2", "qwen3_next", "qwen3_5_moe"):
         writer.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1)))
     experts = ("num_experts", "num_local_experts", "n_routed_experts")
     writer.add_expert_count(next(config[name] for name in experts if name in config))
@@ -287,16 +331,35 @@ def _describe(
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if "shared_expert_intermediate_size" in config:
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
-    if kind in ("glm4_moe", "minimax_m2"):
+    if kind in ("glm4_moe", "minimax_m2", "deepseek_v3", "glm4_moe_lite"):
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-    if kind == "glm4_moe":
+    if latent:
+        turned = config["qk_rope_head_dim"]
+        widths = config["qk_nope_head_dim"] + turned, config["v_head_dim"]
+        writer.add_rope_dimension_count(turned)
+        writer.add_kv_lora_rank(latent)
+        if config["q_lora_rank"] is not None:
+            writer.add_q_lora_rank(config["q_lora_rank"])
+        writer.add_key_length(widths[0] if old else latent + turned)
+        writer.add_value_length(widths[1] if old else latent)
+        if not old:
+            writer.add_key_length_mla(widths[0])
+            writer.add_value_length_mla(widths[1])
+        if rope["rope_type"] == "yarn":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(rope["factor"])
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+            writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
+    if kind == "glm4_moe" or latent:
         writer.add_expert_group_count(config["n_group"])
         writer.add_expert_group_used_count(config["topk_group"])
         writer.add_expert_shared_count(config["n_shared_experts"])
-        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_leading_dense_block_count(config.get("first_k_dense_replace", 1))
         writer.add_expert_weights_scale(config["routed_scaling_factor"])
-        writer.add_expert_weights_norm(config["norm_topk_prob"])
-        writer.add_nextn_predict_layers(further)
+        if config.get("norm_topk_prob"):
+            writer.add_expert_weights_norm(True)
+        if further:
+            writer.add_nextn_predict_layers(further)
     if kind == "gpt_oss":
         writer.add_sliding_window(config["sliding_window"])
         writer.add_rope_scaling_factor(rope["factor"])
@@ -306,7 +369,7 @@ def _describe(
         else:
             writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
             writer.add_expert_feed_forward_length(config["intermediate_size"])
-    if kind == "qwen3_5_moe":
+    if kind in ("qwen3_next", "qwen3_5_moe"):
         values = config["linear_num_value_heads"]
         writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
         writer.add_ssm_state_size(config["linear_key_head_dim"])
