@@ -63,6 +63,15 @@ class Description:
         """The number of layers without those that predict further tokens, which come last."""
         return int(self.number("block_count")) - self.count("nextn_predict_layers")
 
+    def key_value_heads(self) -> int:
+        """The same for all layers that have any: Ollama says it for each, zero for linear attention."""
+        name = "attention.head_count_kv"
+        said = self.said(name)
+        found = set(said) - {0} if isinstance(said, tuple) else set()
+        if len(found) == 1:
+            return int(found.pop())
+        return int(self.number(name, self.number("attention.head_count")))
+
     def head_dim(self) -> int:
         heads = self.number("attention.head_count")
         return int(self.number("attention.key_length", max(1, self.number("embedding_length") // heads)))

@@ -198,6 +198,8 @@ def _deepseek_joins(_config: Any) -> Mapping[str, Join]:
 
 
 def _linear_attention(file: Description) -> Fields:
+    """Ollama's own converter says of values' heads whether their order is llama.cpp's."""
+    file.require("ssm.v_head_reordered", True, "the order of values' heads is llama.cpp's")
     every, values = file.number("full_attention_interval", 4), file.number("ssm.time_step_rank")
     return {
         "moe_intermediate_size": file.number("expert_feed_forward_length"),
@@ -277,6 +279,7 @@ LINEAR = {
     "post_attention_norm": "post_attention_layernorm",
     "ssm_a": "linear_attn.A_log",
     "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_dt": "linear_attn.dt_bias",
     "ssm_conv1d": "linear_attn.conv1d",
     "ssm_norm": "linear_attn.norm",
     "ssm_out": "linear_attn.out_proj",

@@ -42,8 +42,8 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 MAX_HEADER = 256 << 20
 """Bytes; ten times the size of the longest vocabularies."""
-MAX_ARRAY = 64
-"""Numbers in an array that is kept."""
+MAX_ARRAY = 256
+"""Numbers in an array that is kept, such as one for each layer."""
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 1 << 20
 

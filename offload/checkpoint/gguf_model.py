@@ -49,15 +49,14 @@ def config_fields(file: GgufFile) -> Fields:
     Raises CheckpointError for an unsupported architecture, and for sizes that are missing or absurd.
     """
     family, described = family_of(file.path, file.metadata), Description(file)
-    heads = described.number("attention.head_count")
     embedding = file.weights.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError(f"{file.path} lacks the tensor token_embd.weight; get the file again")
     return {
         "hidden_size": described.number("embedding_length"),
         "num_hidden_layers": described.layers(),
-        "num_attention_heads": heads,
-        "num_key_value_heads": described.number("attention.head_count_kv", heads),
+        "num_attention_heads": described.number("attention.head_count"),
+        "num_key_value_heads": described.key_value_heads(),
         "head_dim": described.head_dim(),
         "rms_norm_eps": described.number("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": described.number("context_length"),

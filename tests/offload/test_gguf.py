@@ -53,6 +53,7 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         {},
     ),
     "qwen3_5_moe": ("qwen3_5_moe", {"exps.weight": "Q8_0", "ssm_out.weight": "Q8_0"}, {}),
+    "qwen3_5_moe by Ollama": ("qwen3_5_moe", {"exps.weight": "Q8_0"}, {}),
     "qwen3_next": ("qwen3_next", {"exps.weight": "Q8_0", "attn_gate.weight": "Q8_0"}, {}),
     "qwen3_next, old": ("qwen3_next", {"exps.weight": "Q8_0"}, {}),
     "deepseek_v2": (
@@ -119,6 +120,7 @@ SLOW = (
     "glm4_moe",
     "minimax_m2",
     "gpt_oss by Ollama",
+    "qwen3_5_moe by Ollama",
     "qwen3_next, old",
     "deepseek_v2, old",
     "glm4_moe_lite",

@@ -78,12 +78,15 @@ ARCHITECTURES = {
 POST_ATTENTION = ("gpt_oss", "glm4_moe", "qwen3_next", "qwen3_5_moe")
 """Those whose second norm of a layer is called post_attention_norm."""
 OLLAMA = {
-    "attn_sinks.weight": "attn_sinks",
-    "attn_output.weight": "attn_out.weight",
-    "attn_output.bias": "attn_out.bias",
-    "post_attention_norm.weight": "ffn_norm.weight",
+    "gpt_oss": {
+        "attn_sinks.weight": "attn_sinks",
+        "attn_output.weight": "attn_out.weight",
+        "attn_output.bias": "attn_out.bias",
+        "post_attention_norm.weight": "ffn_norm.weight",
+    },
+    "qwen3_5_moe": {"ssm_dt.bias": "ssm_dt"},
 }
-"""How Ollama's own converter calls tensors of gpt-oss."""
+"""What Ollama's own converter calls otherwise."""
 HALVES: dict[str, tuple[int, ...]] = {
     "Q2_K": (80, 82),
     "Q3_K": (108,),
@@ -117,7 +120,7 @@ def write(
 
     `kinds` maps suffixes of GGUF's tensor names to types; others are F32. Types that the gguf package cannot
     quantize to get random blocks of about the weights' scale. The twin has the weights that the package
-    decodes from the file. `ollama`: as Ollama converts gpt-oss. `split`: what the file says of how text is
+    decodes from the file. `ollama`: as Ollama converts it. `split`: what the file says of how text is
     split for the tokenizer. `old`: as by the converter's first versions, which took no matrix apart.
     """
     config = json.loads((source / "config.json").read_text())
@@ -126,7 +129,9 @@ def write(
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.gguf"
-    writer = gguf.GGUFWriter(path, "gptoss" if ollama else ARCHITECTURES[config["model_type"]])
+    architecture = ARCHITECTURES[config["model_type"]]
+    writer = gguf.GGUFWriter(path, "gptoss" if ollama and architecture == "gpt-oss" else architecture)
+    renamed = OLLAMA[config["model_type"]] if ollama else {}
     _describe(writer, config, tokenizer, ollama, split, old)
     rng = np.random.default_rng(0)
     for name, made in _tensors(plain, config, old).items():
@@ -139,7 +144,7 @@ def write(
         else:
             raw = numbers if kind.name == "F32" else gguf.quants.quantize(numbers, kind)
         layer, _, rest = name.removeprefix("blk.").partition(".")
-        stored = f"blk.{layer}.{OLLAMA[rest]}" if ollama and rest in OLLAMA else name
+        stored = f"blk.{layer}.{renamed[rest]}" if rest in renamed else name
         writer.add_tensor(stored, raw, raw_dtype=kind)
         made.put(gguf.quants.dequantize(raw, kind).astype(np.float32))
     if config.get("num_nextn_predict_layers"):  # a last layer that predicts further tokens
@@ -316,7 +321,11 @@ def _describe(
     writer.add_block_count(config["num_hidden_layers"] + further)
     writer.add_head_count(config["num_attention_heads"])
     latent = config.get("kv_lora_rank", 0)
-    writer.add_head_count_kv(1 if latent and not old else config["num_key_value_heads"])
+    key_heads = 1 if latent and not old else config["num_key_value_heads"]
+    if kind == "qwen3_5_moe" and ollama:
+        key_heads = [key_heads if type == "full_attention" else 0 for type in config["layer_types"]]
+        writer.add_bool("qwen35moe.ssm.v_head_reordered", True)
+    writer.add_head_count_kv(key_heads)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(rope["rope_theta"])
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
