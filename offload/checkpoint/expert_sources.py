@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.checkpoint.gguf_model import expert_parameter, expert_parts
+from moe_local.offload.checkpoint.gguf_model import expert_part, expert_parts
 from moe_local.offload.checkpoint.shards import Shards
-from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer
+from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer, experts_modules, layer_number
 from moe_local.offload.checkpoint.weights import Weight
 from moe_local.offload.modeling.undecorated import conversion_rules
 from moe_local.offload.system.direct_io import Memory, page_memory
@@ -234,10 +234,10 @@ def _matches(model: Any, state: dict[str, torch.Tensor], tensors: Iterable[Weigh
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     tensors = list(tensors)
-    packed = [tensor for tensor in tensors if expert_parameter(tensor.key)]
+    packed = [tensor for tensor in tensors if expert_part(tensor.key)]
     if packed:
         yield from _gguf_matches(model, packed)
-    tensors = [tensor for tensor in tensors if not expert_parameter(tensor.key)]
+    tensors = [tensor for tensor in tensors if not expert_part(tensor.key)]
     rules = [*get_model_conversion_mapping(model), *conversion_rules(model)]
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -254,20 +254,22 @@ def _matches(model: Any, state: dict[str, torch.Tensor], tensors: Iterable[Weigh
 
 
 def _gguf_matches(model: Any, weights: Iterable[Weight]) -> Iterator[_Match]:
-    """Matches for GGUF's packed experts, which have gate and up in separate tensors."""
+    """Matches for GGUF's packed experts, most of which have gate and up in separate tensors."""
     from transformers.core_model_loading import Concatenate, WeightConverter
 
-    modules = dict(model.named_modules())
+    layers = {layer_number(name): (name, experts) for name, experts in experts_modules(model)}
     converters: dict[str, WeightConverter] = {}
     for weight in weights:
-        found = expert_parameter(weight.key)
+        found = expert_part(weight.key)
         assert found is not None
-        parameter, part = found
-        experts = modules.get(parameter.rpartition(".")[0])
+        layer, parameter, part = found
+        if layer not in layers:
+            continue
+        name, experts = layers[layer]
+        parameter = f"{name}.{parameter}"
         if parameter not in converters:
-            plain = getattr(experts, "is_concatenated", True) and not getattr(experts, "is_transposed", False)
-            operation = Concatenate(dim=1) if plain else _Interleave()
-            converters[parameter] = WeightConverter(expert_parts(parameter), parameter, [operation])
+            operation = _Interleave() if experts.is_transposed else Concatenate(dim=1)
+            converters[parameter] = WeightConverter(expert_parts(part), parameter, [operation])
         yield _Match(weight, parameter, part, converters[parameter], None)
 
 

@@ -36,10 +36,15 @@ class Description:
                 "config.json beside it, or get another file"
             )
         if not isinstance(value, int | float) or not 0 < value < LARGEST:
-            raise CheckpointError(
-                f"{self._file.path} says {self.architecture}.{name} is {value!r}; get another file"
-            )
+            raise self.senseless(name)
         return value
+
+    def senseless(self, name: str) -> CheckpointError:
+        """The error for a field's value."""
+        return CheckpointError(
+            f"{self._file.path} says {self.architecture}.{name} is {str(self.said(name))[:80]}; "
+            "get another file"
+        )
 
     def count(self, name: str) -> int:
         """A field that is a number of things, zero if it is missing."""

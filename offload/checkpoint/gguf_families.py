@@ -1,53 +1,17 @@
-"""What differs between the families of models that are read from GGUF: configs, names, converted numbers.
-
-Names, metadata and conversions are those of llama.cpp's converter (conversion/ in its repository).
-"""
+"""The families of models that are read from GGUF; `gguf_family` says what each one consists of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.checkpoint.gguf_description import Description, Fields
-
-Undo = Callable[[torch.Tensor], torch.Tensor]
-"""Undoes what the converter did to a weight. May return a view, and works on the meta device, too."""
-
-SOFTMAX, SIGMOID = 1, 2
-"""llama.cpp's numbers for what routers do with their scores."""
-
-
-class Join(NamedTuple):
-    """One weight of the model that the converter took apart."""
-
-    parts: tuple[str, ...]
-    """Names of a layer's tensors."""
-    join: Callable[..., torch.Tensor]
-    """Puts them together; works on the meta device, too."""
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """How one architecture of GGUF becomes a model of transformers."""
-
-    name: str
-    """For users."""
-    fields: Callable[[Description], Fields]
-    """The fields of its config.json that differ from or are not among the ones that all families share."""
-    names: Mapping[str, str] = field(default_factory=dict)
-    """Names of a layer's tensors, those that other families do not have or call otherwise: with their ending
-    ("ssm_dt.bias") -> the model's parameter, or without ("ffn_norm") -> its module."""
-    undo: Callable[[Any], Mapping[str, Undo]] = lambda _: {}
-    """From the model's config, for tensors whose numbers were converted: name without ending -> Undo."""
-    joins: Callable[[Any], Mapping[str, Join]] = lambda _: {}
-    """From the model's config, for weights that the converter took apart: the model's parameter -> Join."""
-    split: str = ""
-    """How text is split before tokens are merged, for files that do not say it; see `gguf_tokenizer`."""
+from moe_local.offload.checkpoint.gguf_family import SIGMOID, SOFTMAX, Family, Join, Undo
+from moe_local.offload.checkpoint.gguf_linear_attention import QWEN3_5_MOE, QWEN3_NEXT
 
 
 def _mixtral(file: Description) -> Fields:
@@ -149,6 +113,67 @@ def _glm4_moe(file: Description) -> Fields:
     }
 
 
+def _gemma4(file: Description) -> Fields:
+    """Sliding layers have heads of their own width and number. The file does not say that a quarter of other
+    layers' heads turns, nor which tokens end a turn (106) and a call of a tool (50); all published models are
+    alike in that."""
+    sliding = file.said("attention.sliding_window_pattern")
+    layers = file.layers()
+    if not isinstance(sliding, tuple) or len(sliding) != layers or set(sliding) != {True, False}:
+        raise file.senseless("attention.sliding_window_pattern")
+    heads = file.said("attention.head_count_kv")
+    heads = heads if isinstance(heads, tuple) else (file.key_value_heads(),) * layers
+    if len(heads) != layers:
+        raise file.senseless("attention.head_count_kv")
+    file.require("attention.shared_kv_layers", 0, "no layer reads another's keys and values")
+    whole = sliding.index(False)
+    turned = {"rope_type": "proportional", "partial_rotary_factor": 0.25}
+    return {
+        "model_type": "gemma4_text",
+        "eos_token_id": [1, 106, 50],
+        "enable_moe_block": True,
+        "intermediate_size": file.number("feed_forward_length"),
+        "moe_intermediate_size": file.number("expert_feed_forward_length"),
+        "num_experts": file.number("expert_count"),
+        "top_k_experts": file.number("expert_used_count"),
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in sliding],
+        "sliding_window": file.number("attention.sliding_window"),
+        "head_dim": file.number("attention.key_length_swa"),
+        "global_head_dim": file.number("attention.key_length"),
+        "num_key_value_heads": heads[sliding.index(True)],
+        "num_global_key_value_heads": heads[whole],
+        "attention_k_eq_v": not file.has(f"{whole}.attn_v.weight"),
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": file.count("embedding_length_per_layer_input"),
+        "final_logit_softcapping": file.said("final_logit_softcapping"),
+        "rope_parameters": {
+            "full_attention": turned | {"rope_theta": file.number("rope.freq_base")},
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": file.number("rope.freq_base_swa", 10000.0),
+            },
+        },
+    }
+
+
+GEMMA4 = Family(
+    "Gemma 4",
+    _gemma4,
+    {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+        "post_ffw_norm": "post_feedforward_layernorm",
+        "post_ffw_norm_1": "post_feedforward_layernorm_1",
+        "post_ffw_norm_2": "post_feedforward_layernorm_2",
+        "ffn_gate_inp": "router.proj",
+        "ffn_gate_inp.scale": "router.scale",
+        "ffn_down_exps.scale": "router.per_expert_scale",
+        "layer_output_scale.weight": "layer_scalar",
+    },
+)
+
+
 def _deepseek(file: Description) -> Fields:
     """DeepSeek V3 and what has its architecture, such as GLM-4.7-Flash, or DeepSeek V2, by the router.
 
@@ -197,114 +222,6 @@ def _deepseek_joins(_config: Any) -> Mapping[str, Join]:
     return {"self_attn.kv_b_proj.weight": Join(parts, keys_and_values)}
 
 
-def _linear_attention(file: Description) -> Fields:
-    """Ollama's own converter says of values' heads whether their order is llama.cpp's."""
-    file.require("ssm.v_head_reordered", True, "the order of values' heads is llama.cpp's")
-    every, values = file.number("full_attention_interval", 4), file.number("ssm.time_step_rank")
-    return {
-        "moe_intermediate_size": file.number("expert_feed_forward_length"),
-        "shared_expert_intermediate_size": file.number("expert_shared_feed_forward_length"),
-        "num_experts": file.number("expert_count"),
-        "layer_types": [
-            "linear_attention" if (layer + 1) % every else "full_attention" for layer in range(file.layers())
-        ],
-        "linear_conv_kernel_dim": file.number("ssm.conv_kernel"),
-        "linear_key_head_dim": file.number("ssm.state_size"),
-        "linear_num_key_heads": file.number("ssm.group_count"),
-        "linear_num_value_heads": values,
-        "linear_value_head_dim": file.number("ssm.inner_size") // values,
-        "rope_parameters": file.rotation(partial=True),
-    }
-
-
-def _qwen3_next(file: Description) -> Fields:
-    """No layer of a published model has a feed-forward of its own, so its width does not matter."""
-    own = {"model_type": "qwen3_next", "norm_topk_prob": True}
-    if file.said("feed_forward_length"):
-        own["intermediate_size"] = file.number("feed_forward_length")
-    return _linear_attention(file) | own
-
-
-def _less_one(norm: torch.Tensor) -> torch.Tensor:
-    return norm - 1
-
-
-NORMS = ("output_norm", "attn_norm", "post_attention_norm", "attn_q_norm", "attn_k_norm")
-"""Those that Qwen3-Next and its successors store plus one."""
-
-
-def _qwen3_next_undo(_config: Any) -> Mapping[str, Undo]:
-    return {
-        **dict.fromkeys(NORMS, _less_one),
-        "ssm_a": lambda decay: torch.log(-decay),
-        "ssm_conv1d": lambda kernel: kernel.unsqueeze(1),
-    }
-
-
-def _qwen3_next_joins(config: Any) -> Mapping[str, Join]:
-    """The first converter left queries, keys, values and gates in one matrix ("ssm_in"), by head of keys."""
-    keys, width = config.linear_num_key_heads, config.linear_key_head_dim
-
-    def by_head(qkv: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        parts = qkv.split([keys * width, keys * width, len(qkv) - 2 * keys * width])
-        return torch.cat([part.unflatten(0, (keys, -1)) for part in (*parts, gate)], dim=1).flatten(0, 1)
-
-    return {"linear_attn.in_proj_qkvz.weight": Join(("attn_qkv.weight", "attn_gate.weight"), by_head)}
-
-
-def _qwen3_5_moe_undo(config: Any) -> Mapping[str, Undo]:
-    """Norms are stored plus one, decays as they are used. Heads of values, several of which belong to a head
-    of keys, are stored so that those of one head of keys are far apart."""
-    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
-    before = 2 * keys * config.linear_key_head_dim
-
-    def grouped(rows: torch.Tensor) -> torch.Tensor:
-        by_key = rows.reshape(values // keys, keys, -1, *rows.shape[1:]).transpose(0, 1)
-        return by_key.reshape(rows.shape)
-
-    def last_grouped(rows: torch.Tensor) -> torch.Tensor:
-        return torch.cat([rows[:before], grouped(rows[before:])])
-
-    return {
-        **dict.fromkeys(NORMS, _less_one),
-        **dict.fromkeys(("attn_gate", "ssm_alpha", "ssm_beta", "ssm_dt"), grouped),
-        "ssm_a": lambda decay: grouped(torch.log(-decay)),
-        "attn_qkv": last_grouped,
-        "ssm_conv1d": lambda kernel: last_grouped(kernel).unsqueeze(1),
-        "ssm_out": lambda weight: grouped(weight.T).T,
-    }
-
-
-LINEAR = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ssm_a": "linear_attn.A_log",
-    "ssm_dt.bias": "linear_attn.dt_bias",
-    "ssm_dt": "linear_attn.dt_bias",
-    "ssm_conv1d": "linear_attn.conv1d",
-    "ssm_norm": "linear_attn.norm",
-    "ssm_out": "linear_attn.out_proj",
-}
-QWEN3_NEXT = Family(
-    "Qwen3-Next",
-    _qwen3_next,
-    {**LINEAR, "ssm_in": "linear_attn.in_proj_qkvz", "ssm_ba": "linear_attn.in_proj_ba"},
-    _qwen3_next_undo,
-    _qwen3_next_joins,
-    split="qwen2",
-)
-QWEN3_5_MOE = Family(
-    "Qwen3.5-MoE",
-    lambda file: _linear_attention(file) | {"model_type": "qwen3_5_moe_text"},
-    {
-        **LINEAR,
-        "attn_qkv": "linear_attn.in_proj_qkv",
-        "attn_gate": "linear_attn.in_proj_z",
-        "ssm_alpha": "linear_attn.in_proj_a",
-        "ssm_beta": "linear_attn.in_proj_b",
-    },
-    _qwen3_5_moe_undo,
-    split="qwen35",
-)
 SHARED_EXPERTS = {
     "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
@@ -334,6 +251,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3next": QWEN3_NEXT,
     "qwen35moe": QWEN3_5_MOE,
     "deepseek2": DEEPSEEK,
+    "gemma4": GEMMA4,
     "gpt-oss": GPT_OSS,
     "gptoss": GPT_OSS,
     "glm4moe": Family(

@@ -11,7 +11,8 @@ import torch
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.checkpoint.gguf_description import Description, Fields
-from moe_local.offload.checkpoint.gguf_families import Undo, family_of
+from moe_local.offload.checkpoint.gguf_families import family_of
+from moe_local.offload.checkpoint.gguf_family import Undo
 from moe_local.offload.checkpoint.gguf_file import GgufFile
 from moe_local.offload.checkpoint.weights import Weight
 
@@ -39,8 +40,12 @@ BLOCK = {
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
 """The modules of a layer that are called the same in most families."""
-EXPERTS = {"ffn_gate_exps": "gate_up_proj", "ffn_up_exps": "gate_up_proj", "ffn_down_exps": "down_proj"}
-"""Each of these tensors is [E, out, in], its bias [E, out]. The model has one parameter for gate and up."""
+GATE_AND_UP = ("ffn_gate_exps", "ffn_up_exps")
+EXPERTS = {
+    **dict.fromkeys((*GATE_AND_UP, "ffn_gate_up_exps"), "gate_up_proj"),
+    "ffn_down_exps": "down_proj",
+}
+"""The experts' parameters. Each of these tensors is [E, out, in], its bias [E, out]."""
 
 
 def config_fields(file: GgufFile) -> Fields:
@@ -52,11 +57,13 @@ def config_fields(file: GgufFile) -> Fields:
     embedding = file.weights.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError(f"{file.path} lacks the tensor token_embd.weight; get the file again")
+    own = family.fields(described)
+    if "num_key_value_heads" not in own:
+        own["num_key_value_heads"] = described.key_value_heads()
     return {
         "hidden_size": described.number("embedding_length"),
         "num_hidden_layers": described.layers(),
         "num_attention_heads": described.number("attention.head_count"),
-        "num_key_value_heads": described.key_value_heads(),
         "head_dim": described.head_dim(),
         "rms_norm_eps": described.number("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": described.number("context_length"),
@@ -67,7 +74,7 @@ def config_fields(file: GgufFile) -> Fields:
         "eos_token_id": _ends(file),
         "pad_token_id": file.metadata.get("tokenizer.ggml.padding_token_id"),
         "dtype": "bfloat16",
-    } | family.fields(described)
+    } | own
 
 
 def _ends(file: GgufFile) -> Any:
@@ -103,16 +110,16 @@ def model_weights(file: GgufFile, config: Any) -> Iterator[Weight]:
             if len(found) == len(parts):
                 yield _joined(found, f"model.layers.{number}.{parameter}", join, file.shards.remedy)
     for key, weight in file.weights.items():
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?((\w+)(?:\.(weight|bias))?)", key)
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?((\w+)(?:\.(weight|bias|scale))?)", key)
         if match is None or (match[1] is not None and int(match[1]) >= layers):
             continue
         layer, whole, name, kind = match.groups()
         if layer is None and name in WHOLE:
             yield _converted(weight, f"{WHOLE[name]}.{kind}", undo.get(name))
-        elif layer is not None and name in EXPERTS:
-            yield weight
         elif layer is not None and whole in modules:
             yield _converted(weight, f"model.layers.{layer}.{modules[whole]}", undo.get(name))
+        elif layer is not None and name in EXPERTS:
+            yield weight
         elif layer is not None and name in modules:
             yield _converted(weight, f"model.layers.{layer}.{modules[name]}.{kind}", undo.get(name))
 
@@ -161,16 +168,18 @@ def _as_row(gate: torch.Tensor) -> torch.Tensor:
     return gate.reshape(1, -1)
 
 
-def expert_parameter(key: str) -> tuple[str, str] | None:
-    """(the model's parameter, the part of it) that the packed experts `key` are; None for other weights."""
-    match = re.fullmatch(r"blk\.(\d+)\.(ffn_\w+_exps)\.(weight|bias)", key)
-    if match is None or match[2] not in EXPERTS:
+def expert_part(key: str) -> tuple[int, str, str] | None:
+    """(the layer, the experts' parameter, the part of it) that the packed experts `key` are.
+
+    None for other weights. A part is a tensor's name without its layer.
+    """
+    match = re.fullmatch(r"blk\.(\d+)\.((ffn_\w+_exps)\.(weight|bias))", key)
+    if match is None or match[3] not in EXPERTS:
         return None
-    end = "_bias" if match[3] == "bias" else ""
-    return f"model.layers.{match[1]}.mlp.experts.{EXPERTS[match[2]]}{end}", f"{match[2]}.{match[3]}"
+    return int(match[1]), EXPERTS[match[3]] + ("_bias" if match[4] == "bias" else ""), match[2]
 
 
-def expert_parts(parameter: str) -> list[str]:
-    """The parts of an experts' parameter, gate before up."""
-    name, kind = parameter.removesuffix("_bias"), "bias" if parameter.endswith("_bias") else "weight"
-    return [f"{part}.{kind}" for part, parameter in EXPERTS.items() if name.endswith(f".experts.{parameter}")]
+def expert_parts(part: str) -> list[str]:
+    """The parts that are joined with `part`, and itself, in order: gate before up."""
+    name, _, kind = part.partition(".")
+    return [f"{x}.{kind}" for x in GATE_AND_UP] if name in GATE_AND_UP else [part]

@@ -1,4 +1,4 @@
-"""Makes a tokenizer from a GGUF file's metadata: byte-level BPE, which all families but Mixtral have.
+"""Makes a tokenizer from a GGUF file's metadata: byte-level BPE, as in all families but Mixtral and Gemma.
 
 Transformers' own way depends on its release: some believe a GGUF file about how text is split before merges,
 others split it in a way of their own, and only some know gpt-oss.

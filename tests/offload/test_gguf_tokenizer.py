@@ -98,5 +98,5 @@ def test_how_text_is_split(split: str, text: str, pieces: list[str]) -> None:
 
 
 def test_every_family_splits_in_a_known_way() -> None:
-    """Mixtral alone has a tokenizer of another kind."""
+    """Mixtral and Gemma have tokenizers of another kind."""
     assert {family.split for family in FAMILIES.values()} == {*SPLITS, ""}

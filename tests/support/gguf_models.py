@@ -52,6 +52,17 @@ LAYER = {
     "self_attn.kv_a_proj_with_mqa.weight": "attn_kv_a_mqa.weight",
     "self_attn.kv_a_layernorm.weight": "attn_kv_a_norm.weight",
     "self_attn.kv_b_proj.weight": "attn_kv_b.weight",
+    "pre_feedforward_layernorm.weight": "ffn_norm.weight",
+    "pre_feedforward_layernorm_2.weight": "pre_ffw_norm_2.weight",
+    "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
+    "post_feedforward_layernorm_1.weight": "post_ffw_norm_1.weight",
+    "post_feedforward_layernorm_2.weight": "post_ffw_norm_2.weight",
+    "router.proj.weight": "ffn_gate_inp.weight",
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+    "layer_scalar": "layer_output_scale.weight",
+    "experts.gate_up_proj": "ffn_gate_up_exps.weight",
+    "experts.down_proj": "ffn_down_exps.weight",
     **{f"self_attn.{x}_norm.weight": f"attn_{x}_norm.weight" for x in "qk"},
     **{f"self_attn.{x}_proj.{kind}": f"attn_{x}.{kind}" for x in "qkv" for kind in ("weight", "bias")},
     **{f"mlp.{x}_proj.weight": f"ffn_{x}.weight" for x in ("gate", "up", "down")},
@@ -68,6 +79,7 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     "qwen3_next": "qwen3next",
     "qwen3_5_moe": "qwen35moe",
+    "gemma4": "gemma4",
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
     "glm4_moe_lite": "deepseek2",
@@ -75,7 +87,7 @@ ARCHITECTURES = {
     "glm4_moe": "glm4moe",
     "minimax_m2": "minimax-m2",
 }
-POST_ATTENTION = ("gpt_oss", "glm4_moe", "qwen3_next", "qwen3_5_moe")
+POST_ATTENTION = ("gpt_oss", "glm4_moe", "qwen3_next", "qwen3_5_moe", "gemma4")
 """Those whose second norm of a layer is called post_attention_norm."""
 OLLAMA = {
     "gpt_oss": {
@@ -155,6 +167,9 @@ def write(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    if config["model_type"] == "gemma4":  # whose class for text and images has other names
+        config = config["text_config"]
+        plain = {key.replace("language_model.", ""): w for key, w in plain.items() if "vision" not in key}
     twin = folder / "twin"
     twin.mkdir()
     (twin / "config.json").write_text(json.dumps(config))
@@ -167,7 +182,7 @@ def _tensors(plain: dict[str, torch.Tensor], config: dict[str, Any], old: bool) 
     found: dict[str, Made] = {}
     stacks: dict[str, dict[int, torch.Tensor]] = {}
     for key, weight in plain.items():
-        if key.startswith("model.visual"):
+        if key.startswith(("model.visual", "model.vision_tower", "model.embed_vision")):
             continue
         match = re.fullmatch(r"model\.(?:language_model\.)?layers\.(\d+)\.(.*)", key)
         if match is None:
@@ -192,7 +207,7 @@ def _tensors(plain: dict[str, torch.Tensor], config: dict[str, Any], old: bool) 
                 found[f"blk.{layer}.{name}.weight"] = Made(numbers, partial(_put_rows, some))
         else:
             name = LAYER[rest]
-            if name == "ffn_norm.weight" and config["model_type"] in POST_ATTENTION:
+            if rest == "post_attention_layernorm.weight" and config["model_type"] in POST_ATTENTION:
                 name = "post_attention_norm.weight"
             found[f"blk.{layer}.{name}"] = _turned(weight, _turns(config, name))
     for name, weights in stacks.items():
@@ -313,6 +328,9 @@ def _describe(
     writer: gguf.GGUFWriter, config: dict[str, Any], tokenizer: Any, ollama: bool, split: str, old: bool
 ) -> None:
     kind, config = config["model_type"], config.get("text_config", config)
+    if kind == "gemma4":
+        _describe_gemma4(writer, config)
+        return
     rope = config["rope_parameters"]
     further = config.get("num_nextn_predict_layers", 0)
     writer.add_context_length(config["max_position_embeddings"])
@@ -402,3 +420,29 @@ def _describe(
         writer.add_chat_template(tokenizer.chat_template)
         writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
         writer.add_eos_token_id(2)
+
+
+def _describe_gemma4(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    slides = [kind == "sliding_attention" for kind in config["layer_types"]]
+    whole = config["per_layer_config"][str(slides.index(False))]
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_embedding_length_per_layer_input(0)
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    counts = {True: config["num_key_value_heads"], False: whole["num_key_value_heads"]}
+    writer.add_head_count_kv([counts[slide] for slide in slides])
+    writer.add_key_length(whole["head_dim"])
+    writer.add_key_length_swa(config["head_dim"])
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_sliding_window_pattern(slides)
+    writer.add_shared_kv_layers(0)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    writer.add_expert_count(config["num_experts"])
+    writer.add_expert_used_count(config["top_k_experts"])
+    if config["final_logit_softcapping"] is not None:
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
