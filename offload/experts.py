@@ -42,7 +42,7 @@ class Runner(Protocol):
 
 
 class TokenPath(Protocol):
-    """What serves single tokens without asking the store: Residents, or DeviceMisses."""
+    """What serves single tokens, or few, without asking the store: Residents, or DeviceMisses."""
 
     def layer(self, number: int, math: ExpertMath, x: torch.Tensor, tokens: int) -> object | None:
         """Not None if it serves x [T, D], `tokens` tokens, in this layer."""
@@ -51,10 +51,10 @@ class TokenPath(Protocol):
         """Whether what a capture has recorded of the layer still holds."""
 
     def run(self, number: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """One token x [1, D] through a layer, index and weights [1, K] -> [1, D]."""
+        """Tokens x [T, D] through a layer, index and weights [T, K] -> [T, D]."""
 
-    def count(self, number: int, top_k: int | None = None) -> None:
-        """Count a token that went to `top_k` experts of the layer; None: to as many as the token before."""
+    def count(self, number: int, used: int | None = None) -> None:
+        """Count a step that used so many different experts of the layer; None: as many as the one before."""
 
 
 class OffloadedExperts(nn.Module):
@@ -268,7 +268,7 @@ class ExpertRunner:
         layer = experts.index
         path = self.path_for(experts, hidden, index)
         if path is not None:
-            path.count(layer, index.shape[1])
+            path.count(layer, index.shape[1] if index.shape[0] == 1 else len(set(index.flatten().tolist())))
             return path.run(layer, hidden, index, weights)
         guesses = self.prefetcher.predict(layer, index.shape[0])
         shared = self._may_share(experts, hidden, index)

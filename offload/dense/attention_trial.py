@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moe_local.offload.dense.token_attention import PROJECTIONS, Place, TokenAttention, Way, direct
+from moe_local.offload.dense.token_attention import PROJECTIONS, Places, TokenAttention, Way, direct
 from moe_local.offload.dense.token_calls import token_calls
 from moe_local.offload.native.library import HALVES, NEIGHBOURS, library
 
@@ -27,9 +27,9 @@ that differs in more than that never agrees."""
 def use_token_attention(model: Any) -> None:
     """Let the library compute those attention modules of `model`, in CPU memory, that it is able to.
 
-    This holds for one token of one sequence whose cache layers are DirectLayers; all other calls run as
-    before. Trials decide which modules qualify, never a model's name. Runs a forward of one token, for which
-    experts must return something.
+    This holds for one token of each of a few sequences whose cache layers are DirectLayers; all other calls
+    run as before. Trials decide which modules qualify, never a model's name. Runs a forward of one token, for
+    which experts must return something.
     """
     if library() is None or model.device.type != "cpu" or model.config.is_encoder_decoder:
         return
@@ -98,7 +98,7 @@ def _agrees_at(
         if arguments.get(name) is not None
     }
     room = torch.zeros(1, *history[1:2], 1, history[3], dtype=x.dtype)
-    place = Place(torch.cat([keys, room], 2), torch.cat([values, room], 2), 0, HISTORY)
+    places = Places(torch.cat([keys, room], 2), torch.cat([values, room], 2), [0], [HISTORY])
     with torch.no_grad():
         try:
             wanted = module(**arguments | changed)[0]
@@ -106,9 +106,9 @@ def _agrees_at(
             return False
         if not calls.takes(x, cos, sin) or not calls.ready(module, x.dtype):
             return False
-        got = calls(x, cos, sin, place)
+        got = calls(x, cos, sin, places)
     layer = cache.layers[module.layer_idx]
-    pairs = [(got, wanted), (place.keys, layer.keys), (place.values, layer.values)]
+    pairs = [(got, wanted), (places.keys, layer.keys), (places.values, layer.values)]
     return all(a.shape == b.shape and _close(a, b, calls.activations) for a, b in pairs)
 
 

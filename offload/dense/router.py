@@ -1,4 +1,4 @@
-"""One token's choice of experts in one call of the library, where a model needs six operations."""
+"""Few tokens' choice of experts in one call of the library, where a model needs six operations."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from moe_local.offload.kernels.cpu import plain_matrix
 from moe_local.offload.modeling.stand_in import stand_in
 from moe_local.offload.native.library import DTYPES, Matrix, check, library
 
+FEW_TOKENS = 16
+"""For more tokens torch's threads are faster."""
+
 TRIALS = 32
 """Tokens on which a model's router is compared with the library's."""
 
 
 def use_native_routers(model: nn.Module) -> None:
-    """Let the library compute those routers of `model`, in CPU memory, that it is able to, for one token.
+    """Let the library compute those routers of `model`, in CPU memory, that it is able to, for few tokens.
 
     Such a router has one weight, perhaps a bias, and returns (logits, weights, experts); how it gets weights
     from logits is found out by trial.
@@ -80,20 +83,23 @@ class NativeRouter:
         return bool(module.top_k == self.top_k)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [1, D] of the weight's dtype -> logits [1, E] of the same, weights [1, K], experts [1, K] int64.
+        """x [T, D] of the weight's dtype -> logits [T, E] of the same, weights [T, K], experts [T, K] int64;
+        a token's are those that it has alone.
 
         To be called only after `ready`.
         """
         lib = library()
         assert lib is not None
         assert self._matrix is not None
-        logits = x.new_empty(1, self._matrix.rows)
-        weights = torch.empty(1, self.top_k, dtype=torch.float32)
-        experts = torch.empty(1, self.top_k, dtype=torch.int64)
+        tokens = x.shape[0]
+        logits = x.new_empty(tokens, self._matrix.rows)
+        weights = torch.empty(tokens, self.top_k, dtype=torch.float32)
+        experts = torch.empty(tokens, self.top_k, dtype=torch.int64)
         check(
             lib.moe_route(
                 ctypes.byref(self._matrix),
                 x.data_ptr(),
+                tokens,
                 DTYPES[x.dtype],
                 self.top_k,
                 self.normalized,
@@ -171,7 +177,8 @@ def _native(cls: Any) -> Any:
         if (
             args
             or kwargs
-            or x.numel() != weight.shape[1]
+            or x.shape[-1] != weight.shape[1]
+            or not 0 < x.numel() <= FEW_TOKENS * weight.shape[1]
             or x.dtype is not weight.dtype
             or not x.is_cpu
             or torch.is_grad_enabled()
@@ -179,6 +186,6 @@ def _native(cls: Any) -> Any:
             or not self._native_router.ready(self)
         ):
             return cls.forward(self, hidden_states, *args, **kwargs)
-        return self._native_router(x.contiguous())
+        return self._native_router(x.reshape(-1, x.shape[-1]).contiguous())
 
     return stand_in(cls, _native, forward)

@@ -1,4 +1,4 @@
-"""One token's attention, from the projections to the output, in one call of the library."""
+"""Attention of one token of each of a few sequences, from the projections to the output, in one call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moe_local.offload.dense.guard import Guard
-from moe_local.offload.dense.linear import NativeLinear, QuantizedLinear
+from moe_local.offload.dense.linear import FEW_TOKENS, NativeLinear, QuantizedLinear
 from moe_local.offload.dense.norm import is_shifted
 from moe_local.offload.dense.sink_attention import NAME as WITH_SINKS
 from moe_local.offload.kernels.cpu import plain_matrix, rounding
@@ -32,31 +32,46 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FUSED = ("sdpa", WITH_SINKS)
 """Prefixes of the names of attention implementations that, like the library, return no scores."""
 
+MOST_TOKENS = 16
+"""Most tokens in a call with quantized weights. Up to the library's `most_in_registers`, which is 4 to 16,
+each has the bits that it has alone."""
+
 PARTS = {*PROJECTIONS, "q_norm", "k_norm"}
 """Submodules that an attention may have; one with others computes more than the library does."""
 
 
-class Place(NamedTuple):
-    """Where a token's keys and values are written, and which columns of the cache it sees."""
+class Places(NamedTuple):
+    """Where the keys and values of one token of each of n sequences are written, and which columns of its row
+    each token sees."""
 
     keys: torch.Tensor
-    """[1, H, C, D], contiguous except for the stride of H."""
+    """[n or more, H, C, D]; C and D are contiguous."""
     values: torch.Tensor
-    first: int
-    """The first column that the token sees."""
-    last: int
-    """The token's own column."""
+    """As keys, and with the same strides."""
+    firsts: list[int]
+    """[n]: the first column that each token sees."""
+    lasts: list[int]
+    """[n]: each token's own column."""
 
-    def sequence(self) -> Sequence:
-        """The library's form of this place; the tensors have to outlive it."""
-        keys, values, first, last = self
-        return Sequence(keys.data_ptr(), values.data_ptr(), keys.stride(1), first, last)
+    def sequences(self) -> ctypes.Array[Sequence]:
+        """The library's form of these places; the tensors have to outlive it."""
+        keys, values, firsts, lasts = self
+        row, head, nbytes = keys.stride(0), keys.stride(1), keys.element_size()
+        key, value = keys.data_ptr(), values.data_ptr()
+        return (Sequence * len(lasts))(
+            *(
+                Sequence(key + i * row * nbytes, value + i * row * nbytes, head, first, last)
+                for i, (first, last) in enumerate(zip(firsts, lasts, strict=True))
+            )
+        )
 
 
 class DirectLayer(Protocol):
     """A cache layer whose memory may be written and read in place."""
 
-    def place(self) -> Place: ...
+    def direct(self, mask: torch.Tensor | None) -> Places | None:
+        """Where one new token of each sequence goes, if `mask` hides from it nothing else than the columns
+        outside of its window and behind it; else None."""
 
 
 class Way(NamedTuple):
@@ -94,7 +109,10 @@ class TokenAttention:
         """The dtype of the inputs that the struct was made for."""
         self._guard: Guard | None = None
         linear = module.q_proj
-        self.activations = linear.activations if isinstance(linear, QuantizedLinear) else "native"
+        quantized = isinstance(linear, QuantizedLinear)
+        self.activations = linear.activations if quantized else "native"
+        self.most_tokens = MOST_TOKENS if quantized else FEW_TOKENS
+        """For more tokens, separate calls are faster."""
 
     @classmethod
     def of(cls, module: Any, dtype: torch.dtype) -> TokenAttention | None:
@@ -128,14 +146,13 @@ class TokenAttention:
         self._struct, self._dtype, self._guard = self._read(module, dtype), dtype, guard
         return True
 
-    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, place: Place) -> torch.Tensor:
-        """x [1, 1, D], cos and sin [1, 1, angles], all of one dtype -> [1, 1, D]; writes key and value.
+    def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: Places) -> torch.Tensor:
+        """x [n, 1, D], cos and sin [n, 1, angles], all of one dtype -> [n, 1, D]; writes keys and values.
 
         To be called only after `ready`.
         """
         lib = library()
         assert lib is not None
-        sequence = place.sequence()
         y = torch.empty_like(x)
         check(
             lib.moe_attention(
@@ -143,7 +160,8 @@ class TokenAttention:
                 x.data_ptr(),
                 cos.data_ptr(),
                 sin.data_ptr(),
-                ctypes.byref(sequence),
+                places.sequences(),
+                len(places.lasts),
                 y.data_ptr(),
                 rounding(self.activations, x.dtype),
                 kernel_threads(),
@@ -152,8 +170,10 @@ class TokenAttention:
         return y
 
     def takes(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-        """Whether these tensors have the dtype, sizes and memory layout that the library reads."""
+        """Whether these tensors, with a row for each token, have the dtype, sizes and memory layout that the
+        library reads."""
         angles = self._way.rotated // 2 if self._way.shared else self._way.rotated
+        angles *= x.numel() // x.shape[-1]
         one_dtype = x.dtype is cos.dtype is sin.dtype and x.dtype in DTYPES
         contiguous = x.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
         fitting = cos.numel() == sin.numel() == angles and x.shape[-1] == self._parts[0][1].in_features
@@ -179,19 +199,21 @@ class TokenAttention:
 @cache
 def direct(cls: Any) -> Any:
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        place = None if args else place_of(self, hidden_states, kwargs)
-        if place is None:
+        places = None if args else places_of(self, hidden_states, kwargs)
+        if places is None:
             return cls.forward(self, hidden_states, *args, **kwargs)
         cos, sin = kwargs["position_embeddings"]
-        return self._token_attention(hidden_states, cos, sin, place), None
+        return self._token_attention(hidden_states, cos, sin, places), None
 
     return stand_in(cls, direct, forward)
 
 
-def place_of(module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Place | None:
-    """Where the token's keys and values go if the library can serve this call, for which it is `ready` then;
+def places_of(module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Places | None:
+    """Where the tokens' keys and values go if the library can serve this call, for which it is `ready` then;
     else None."""
-    if x.numel() != x.shape[-1] or kwargs.get("attention_mask") is not None or torch.is_grad_enabled():
+    calls: TokenAttention = module._token_attention
+    tokens = x.numel() // x.shape[-1]
+    if tokens > calls.most_tokens or (tokens > 1 and x.shape[1] > 1) or torch.is_grad_enabled():
         return None
     if not x.is_cpu or torch.is_autocast_enabled("cpu") or module.training:
         return None
@@ -200,13 +222,14 @@ def place_of(module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Place | No
     layers = getattr(kwargs.get("cache", kwargs.get("past_key_values")), "layers", ())
     layer: Any = layers[module.layer_idx] if module.layer_idx < len(layers) else None
     angles = kwargs.get("position_embeddings")
-    if not hasattr(layer, "place") or not isinstance(angles, tuple):
+    if not hasattr(layer, "direct") or not isinstance(angles, tuple):
         return None
-    place: Place = layer.place()
-    if place.last >= place.keys.shape[2] or not x.dtype is place.keys.dtype is place.values.dtype:
+    places: Places | None = layer.direct(kwargs.get("attention_mask"))
+    if places is None or len(places.lasts) != tokens or max(places.lasts) >= places.keys.shape[2]:
         return None
-    calls: TokenAttention = module._token_attention
-    return place if calls.takes(x, *angles) and calls.ready(module, x.dtype) else None
+    if not x.dtype is places.keys.dtype is places.values.dtype:
+        return None
+    return places if calls.takes(x, *angles) and calls.ready(module, x.dtype) else None
 
 
 def _matrix(linear: Any) -> Matrix:

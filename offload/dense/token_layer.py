@@ -1,4 +1,4 @@
-"""One token's pass through a decoder layer, up to its experts or feed-forward part, in one library call."""
+"""Tokens' pass through a decoder layer, up to its experts or feed-forward part, in one library call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from moe_local.offload.dense.guard import Guard
 from moe_local.offload.dense.norm import Kind
-from moe_local.offload.dense.token_attention import Place, TokenAttention, place_of
+from moe_local.offload.dense.token_attention import Places, TokenAttention, places_of
 from moe_local.offload.dense.token_block import TokenBlock
 from moe_local.offload.dense.token_calls import token_calls
 from moe_local.offload.kernels.cpu import rounding
@@ -102,15 +102,16 @@ class TokenLayer:
             for a, b in zip(got, wanted, strict=True)
         )
 
-    def place(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Place | None:
-        """Where the keys and values of a token x [1, 1, D] go if the library can serve this call, else None.
+    def places(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Places | None:
+        """Where the keys and values of x [n, 1, D], a token of each of n sequences, go; None if the library
+        cannot serve this call.
 
         Updates the addresses of the layer's weights.
         """
         attention = module._modules[self.attention]
         calls: TokenAttention | None = getattr(attention, "_token_attention", None)
-        place = None if calls is None else place_of(attention, x, kwargs)
-        if calls is None or place is None:
+        places = None if calls is None else places_of(attention, x, kwargs)
+        if calls is None or places is None:
             return None
         if self._guard is None or self._made_of != (calls.struct, x.dtype) or not self._guard.holds():
             norms = [module._modules[name] for name in self.norms]
@@ -119,10 +120,10 @@ class TokenLayer:
                 return None
             self._struct = Layer(ctypes.pointer(calls.struct), *map(_struct_of, norms))
             self._made_of, self._guard = (calls.struct, x.dtype), guard
-        return place
+        return places
 
-    def __call__(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any], place: Place) -> torch.Tensor:
-        """x [1, 1, D] -> the layer's output [1, 1, D]. `place` is from `place()`. Writes key and value.
+    def __call__(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any], places: Places) -> torch.Tensor:
+        """x [n, 1, D] -> the layer's output [n, 1, D]. `places` are from `places()`. Writes keys and values.
 
         Onlookers of the second norm are shown the input that it would be given, before the experts run."""
         lib = library()
@@ -131,11 +132,11 @@ class TokenLayer:
         rest = parts[self.feed_forward]
         router = None if self.block is None else self.block.struct(rest, x.dtype)
         cos, sin = kwargs["position_embeddings"]
-        sequence, stream = place.sequence(), torch.empty_like(x)
+        tokens, stream = len(places.lasts), torch.empty_like(x)
         # Allocated in the shape that the next part takes: a view in another shape costs as much time.
-        inner = torch.empty_like(x) if router is None else torch.empty(1, x.shape[-1], dtype=x.dtype)
-        weights = None if router is None else torch.empty(1, router.top_k, dtype=torch.float32)
-        ids = None if router is None else torch.empty(1, router.top_k, dtype=torch.int64)
+        inner = torch.empty_like(x) if router is None else torch.empty(tokens, x.shape[-1], dtype=x.dtype)
+        weights = None if router is None else torch.empty(tokens, router.top_k, dtype=torch.float32)
+        ids = None if router is None else torch.empty(tokens, router.top_k, dtype=torch.int64)
         check(
             lib.moe_layer(
                 ctypes.byref(self._struct),
@@ -143,7 +144,8 @@ class TokenLayer:
                 x.data_ptr(),
                 cos.data_ptr(),
                 sin.data_ptr(),
-                ctypes.byref(sequence),
+                places.sequences(),
+                tokens,
                 stream.data_ptr(),
                 inner.data_ptr(),
                 None if weights is None else weights.data_ptr(),
@@ -161,7 +163,9 @@ class TokenLayer:
             answer = answer[0] if isinstance(answer, tuple) else answer
         else:
             answer = rest._modules[self.block.experts](inner, ids, weights)
-        output: torch.Tensor = stream + answer  # [1, 1, D] and [1, D]
+            if tokens > 1:
+                answer = answer.view(x.shape)
+        output: torch.Tensor = stream + answer  # [n, 1, D] both; or, for one token, [1, 1, D] and [1, D]
         return output
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,9 +190,9 @@ def _struct_of(norm: Any) -> Norm:
 def _direct(cls: Any) -> Any:
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         layer: TokenLayer = self._token_layer
-        place = None if args else layer.place(self, hidden_states, kwargs)
-        if place is None:
+        places = None if args else layer.places(self, hidden_states, kwargs)
+        if places is None:
             return cls.forward(self, hidden_states, *args, **kwargs)
-        return layer(self, hidden_states, kwargs, place)
+        return layer(self, hidden_states, kwargs, places)
 
     return stand_in(cls, _direct, forward)

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_masks_for_generate
 
+from moe_local.offload.dense.token_attention import Places
 from moe_local.offload.modeling.names import cache_name
 
 if TYPE_CHECKING:
@@ -34,8 +35,13 @@ class BatchPlaces:
         self._on: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self.width = 0
         """Number of columns that the forward sees: the length of the longest row with its new token."""
+        self.lens: list[int] = []
+        """As `columns`."""
+        self.windows: list[tuple[torch.Tensor, int | None]] = []
+        """Masks that hide nothing else than what comes later or lies outside of a window, with its width."""
 
     def set(self, lens: Sequence[int], device: torch.device) -> None:
+        self.lens, self.windows = list(lens), []
         self.columns = torch.tensor(lens, device=device)
         self.rows = torch.arange(len(lens), device=device)
         self.width = max(lens) + 1
@@ -65,6 +71,14 @@ class BatchLayer(DynamicLayer):  # type: ignore[misc]
         self._store.values[rows, :, columns] = value_states[:, :, 0]
         seen = slice(len(key_states)), slice(None), slice(self._places.width)
         return self._store.keys[seen], self._store.values[seen]
+
+    def direct(self, mask: torch.Tensor | None) -> Places | None:
+        """Where a caller that does not use `update` writes one new token per row; see DirectLayer."""
+        lens, window = self._places.lens, self._store.window
+        if not any(mask is known and window == width for known, width in self._places.windows):
+            return None
+        firsts = [0 if window is None else max(0, length - window + 1) for length in lens]
+        return Places(self._store.keys, self._store.values, firsts, lens)
 
     def update_indexer(self, indexer_key_states: Any) -> Any:
         """Write one new index key per row, [n, 1, Di]; a view of the first columns, [n, width, Di]."""
@@ -115,11 +129,14 @@ class BatchMasks:
         seen = key <= query
         if window is not None:
             seen &= key // window == query // window if chunked else key > query - window
-        seen = seen[:, None, None]
-        if not self._added:
-            return seen
-        least = torch.finfo(self._dtype).min
-        return torch.zeros(seen.shape, dtype=self._dtype, device=seen.device).masked_fill(~seen, least)
+        mask = seen[:, None, None]
+        if self._added:
+            least = torch.finfo(self._dtype).min
+            zeros = torch.zeros(mask.shape, dtype=self._dtype, device=mask.device)
+            mask = zeros.masked_fill(~mask, least)
+        if not chunked:
+            places.windows.append((mask, window))
+        return mask
 
 
 def _mask_types(hf: Any, config: Any) -> list[str] | None:

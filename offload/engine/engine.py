@@ -20,6 +20,7 @@ from torch import nn
 
 from moe_local.cache.errors import ContextLengthError, MoeLocalError, OptionError
 from moe_local.cache.keys import format_bytes
+from moe_local.offload.dense.linear import FEW_TOKENS as FEW_PLAIN_TOKENS
 from moe_local.offload.dense.linear import NativeLinear
 from moe_local.offload.engine.batch_view import BatchMasks
 from moe_local.offload.engine.graphs import Graphs
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 KEEP = "logits_to_keep"
 """transformers' name for the number of last tokens whose logits are computed."""
 
-FEW_TOKENS, SHORT_CONTEXT, SMALL_MATRIX = 4, 2048, 1 << 20
+FEW_TOKENS, SHORT_CONTEXT, SMALL_MATRIX = 16, 2048, 1 << 20
 """Up to this many new tokens, this many before them, and this many weights in a matrix, one thread is enough
 for the operations that torch computes."""
 
@@ -69,11 +70,15 @@ class Engine:
         self._cache_argument = cache_argument(hf)
         self.token_step: TokenStep | None = None
         """What computes forwards of one token, if not the model's plain forward."""
-        self._fits_one_thread = self.device.type == "cpu" and all(
-            module.weight.numel() <= SMALL_MATRIX or isinstance(module, NativeLinear)
+        large = [
+            module
             for module in hf.modules()
-            if isinstance(module, nn.Linear)
-        )
+            if isinstance(module, nn.Linear) and module.weight.numel() > SMALL_MATRIX
+        ]
+        self._fits_one_thread = 0
+        """How many tokens do; 0: none."""
+        if self.device.type == "cpu" and all(isinstance(module, NativeLinear) for module in large):
+            self._fits_one_thread = FEW_PLAIN_TOKENS if large else FEW_TOKENS
         self.tokens = 0
         """New tokens so far, of all sequences."""
         self.relief: Callable[[Shortage], bool] | None = None
@@ -299,10 +304,8 @@ class Engine:
     def _is_small(self, work: list[Work]) -> bool:
         """Whether the C++ library does nearly all of the work, and is faster with all cores to itself."""
         tokens = sum(len(item.ids) for item in work)
-        return (
-            self._fits_one_thread
-            and tokens <= FEW_TOKENS
-            and all(self.kv.lens[item.sequence.row] <= SHORT_CONTEXT for item in work)
+        return tokens <= self._fits_one_thread and all(
+            self.kv.lens[item.sequence.row] <= SHORT_CONTEXT for item in work
         )
 
     def _forward_batch(self, work: list[Work]) -> torch.Tensor:

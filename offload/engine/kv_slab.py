@@ -20,7 +20,7 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from moe_local.offload.dense.token_attention import Place
+from moe_local.offload.dense.token_attention import Places
 from moe_local.offload.engine.batch_view import BatchLayer, BatchPlaces
 from moe_local.offload.engine.encoder_decoder import EncoderDecoder, Translation
 from moe_local.offload.engine.static_row import StaticLayer
@@ -143,9 +143,13 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]
         visible = start + new - first
         return self._keys.narrow(2, first, visible), self._values.narrow(2, first, visible)
 
-    def place(self) -> Place:
-        """Where one new token is to be written by a caller that does not use `update`."""
-        return Place(self._keys, self._values, self._first_visible(), self._lens[self._row])
+    def direct(self, mask: torch.Tensor | None) -> Places | None:
+        """Where a caller that does not use `update` writes one new token; see DirectLayer."""
+        first, last = self._first_visible(), self._lens[self._row]
+        # transformers makes a mask once a window is full, though the columns before it are not among these
+        if mask is not None and not (mask.shape == (1, 1, 1, last + 1 - first) and _hides_nothing(mask)):
+            return None
+        return Places(self._keys, self._values, [first], [last])
 
     def update_indexer(self, indexer_key_states: Any) -> Any:
         """Write q new index keys, [1, q, Di]; returns a view of all index keys, [1, length + q, Di]."""
@@ -161,6 +165,11 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]
         """(how many columns `update` will return, the first of them)."""
         first = self._first_visible()
         return self._lens[self._row] + query_length - first, first
+
+
+def _hides_nothing(mask: torch.Tensor) -> bool:
+    """Whether a mask, of bools or of numbers that are added to scores, leaves everything in sight."""
+    return bool((mask if mask.dtype is torch.bool else mask == 0).all())
 
 
 class KVSlab:

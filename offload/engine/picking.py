@@ -63,6 +63,9 @@ def score_prompt(item: Work, done: int, logits: torch.Tensor) -> list[LogProbs]:
 def _pick(sequence: Sequence, logits: torch.Tensor, seen: Callable[[Sequence], torch.Tensor]) -> torch.Tensor:
     """Logits [1, vocabulary] -> [2]: the token, and whether there was a NaN; without a host sync."""
     settings = sequence.settings
+    if not settings.processors and not settings.do_sample:
+        token = _largest(logits[0])
+        return torch.stack([token, logits[0, token].isnan().to(token.dtype)])
     broken = logits.isnan().any()
     scores = logits
     if settings.processors:
@@ -70,5 +73,12 @@ def _pick(sequence: Sequence, logits: torch.Tensor, seen: Callable[[Sequence], t
     if settings.do_sample:
         token = draw(torch.softmax(scores, dim=-1), settings.generator)
     else:
-        token = scores[0].argmax()
+        token = _largest(scores[0])
     return torch.stack([token, broken.to(token.dtype)])
+
+
+def _largest(scores: torch.Tensor) -> torch.Tensor:
+    """The index of the largest score [V] fp32, int64 []; NaN counts as the largest.
+
+    On a CPU by numpy, which takes a twentieth of torch's time, half a millisecond for 152 thousand."""
+    return torch.tensor(int(scores.numpy().argmax())) if scores.is_cpu else scores.argmax()

@@ -1,4 +1,4 @@
-"""Single tokens through a layer whose experts are all permanently in CPU memory."""
+"""Few tokens through a layer whose experts are all permanently in CPU memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_local.offload.system.threads import kernel_threads
 
 
 class CpuTable:
-    """A table of all experts of a layer, of one layout; the library looks up and counts those of a token.
+    """A table of all experts of a layer, of one layout; the library looks up and counts those of tokens.
 
     Holds addresses in the buffers, which the caller must keep.
     """
@@ -29,9 +29,9 @@ class CpuTable:
         self._counts = counts
 
     def run(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """x [1, D], index [1, K] int64 and weights [1, K] -> [1, D]; the same bits as by a CpuStep.
+        """x [T, D], index [T, K] int64 and weights [T, K] -> [T, D]; the same bits as by a CpuStep.
 
-        Raises MoeLocalError for an expert that is chosen twice.
+        Raises MoeLocalError for an expert that is chosen twice for a token.
         """
         lib: Any = library()
         check_width(x, self._experts[0].up)
@@ -45,6 +45,7 @@ class CpuTable:
             index.shape[1],
             ctypes.byref(self._gate),
             x.data_ptr(),
+            x.shape[0],
             self._counts.data_ptr(),
             combined.data_ptr(),
             DTYPES[x.dtype],
@@ -52,6 +53,7 @@ class CpuTable:
             kernel_threads(),
         )
         if status:
-            Routing(index[0].tolist(), 1, len(self._experts))  # a clearer error for a bad choice
+            for ids in index.tolist():
+                Routing(ids, 1, len(self._experts))  # a clearer error for a bad choice
         check(status)
         return combined

@@ -186,23 +186,26 @@ _ARGUMENTS: dict[str, list[type]] = {
     "moe_linear": [POINTER(Matrix), c_void_p, c_int64, c_void_p, c_int32, c_int32, c_int32],
     "moe_norm": [c_void_p, c_void_p, c_int32, c_float, c_int64, c_int64, c_int32, c_void_p],
     "moe_attention": [
-        *(POINTER(Attention), c_void_p, c_void_p, c_void_p, POINTER(Sequence), c_void_p, c_int32, c_int32),
+        *(POINTER(Attention), c_void_p, c_void_p, c_void_p, POINTER(Sequence), c_int64, c_void_p, c_int32),
+        c_int32,
     ],
     "moe_layer": [
-        *(POINTER(Layer), POINTER(Router), c_void_p, c_void_p, c_void_p, POINTER(Sequence), c_void_p),
-        *(c_void_p, c_void_p, c_void_p, c_int32, c_int32),
+        *(POINTER(Layer), POINTER(Router), c_void_p, c_void_p, c_void_p, POINTER(Sequence), c_int64),
+        *(c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_int32),
     ],
     "moe_experts": [
         *(c_void_p, c_int64, c_void_p, c_void_p, c_void_p, POINTER(Gate), c_void_p, c_int64, c_void_p),
         *(c_void_p, c_int64, c_void_p, c_int32, c_int32, c_int32),
     ],
     "moe_chosen_experts": [
-        *(c_void_p, c_int64, c_void_p, c_void_p, c_int64, POINTER(Gate), c_void_p, c_void_p, c_void_p),
-        *(c_int32, c_int32, c_int32),
+        *(c_void_p, c_int64, c_void_p, c_void_p, c_int64, POINTER(Gate), c_void_p, c_int64, c_void_p),
+        *(c_void_p, c_int32, c_int32, c_int32),
     ],
     "moe_delta_rule": [POINTER(DeltaRule), c_int32],
     "moe_convolve": [POINTER(Convolution), c_int32],
-    "moe_route": [POINTER(Matrix), c_void_p, c_int32, c_int64, c_int32, c_void_p, c_void_p, c_void_p],
+    "moe_route": [
+        *(POINTER(Matrix), c_void_p, c_int64, c_int32, c_int64, c_int32, c_void_p, c_void_p, c_void_p),
+    ],
     "moe_combine": [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p],
     "moe_gate": [POINTER(Gate), c_void_p, c_int64, c_int64, c_void_p],
     "moe_nf4_encode": [c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int32],

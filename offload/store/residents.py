@@ -15,6 +15,9 @@ from moe_local.offload.kernels.launcher import UNIT, Launcher
 from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.store.store import ExpertStore
 
+FEW_TOKENS = 16
+"""Up to so many tokens on the CPU, the time that the store would take is worth saving."""
+
 
 def can_reside(store: ExpertStore) -> bool:
     """Whether Residents can serve this store: every expert is in a slot."""
@@ -75,7 +78,8 @@ class ResidentLayer:
 
 
 class Residents:
-    """Serves single tokens of a store's layers without leases, as long as every expert has a slot.
+    """Serves single tokens of a store's layers, on the CPU also few at once, without leases, as long as every
+    expert has a slot.
 
     On a device the host then need not know the router's choice; on the CPU the library looks the experts up.
     The results have the same bits as the store's.
@@ -88,7 +92,7 @@ class Residents:
         self._store = store
         self._kernels = kernels
         self._layers: dict[int, ResidentLayer | CpuTable | None] = {}
-        self._top_k: dict[int, int] = {}
+        self._used: dict[int, int] = {}
         on: dict[torch.device, list[int]] = {}
         for number in range(len(store.layouts)):
             on.setdefault(store.tier.arena.buffer(number, 0).device, []).append(number)
@@ -110,13 +114,14 @@ class Residents:
 
     def layer(self, number: int, math: ExpertMath, x: torch.Tensor, tokens: int) -> object | None:
         """What serves `tokens` tokens x [T, D] in a layer; None if the store has to."""
-        if tokens != 1 or x.dtype not in DTYPES or torch.is_autocast_enabled(x.device.type):
+        if not 0 < tokens <= FEW_TOKENS or x.dtype not in DTYPES:
             return None
-        if not self.serves(number):
+        if torch.is_autocast_enabled(x.device.type) or not self.serves(number):
             return None
         if number not in self._layers:
             self._layers[number] = self._make(number, math, x)
-        return self._layers[number]
+        layer = self._layers[number]
+        return layer if tokens == 1 or isinstance(layer, CpuTable) else None
 
     def serves(self, number: int) -> bool:
         """Whether every expert of the layer is still in the slot where it was."""
@@ -124,7 +129,7 @@ class Residents:
         return store.tier.emptied == self._emptied and store.slots(number) >= store.num_experts(number)
 
     def run(self, number: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """One token x [1, D] through a layer that `layer` returned, index and weights [1, K] -> [1, D]."""
+        """Tokens x [T, D] through a layer that `layer` returned, index and weights [T, K] -> [T, D]."""
         layer = self._layers[number]
         assert layer is not None
         if isinstance(layer, CpuTable):
@@ -167,11 +172,11 @@ class Residents:
                 kinds = torch.tensor([order[id(layout)] for layout in layouts], device=base.device)
         return ResidentLayer(launchers[0], slots, self._counts_of[number], launchers[1:], kinds)
 
-    def count(self, number: int, top_k: int | None = None) -> None:
-        """Count one token that used `top_k` experts of the layer; None: as many as the token before."""
-        if top_k is not None:
-            self._top_k[number] = top_k
-        self._store.tier.cache.stats.hits_by_layer[number] += self._top_k[number]
+    def count(self, number: int, used: int | None = None) -> None:
+        """Count a step that used so many different experts of the layer; None: as many as the one before."""
+        if used is not None:
+            self._used[number] = used
+        self._store.tier.cache.stats.hits_by_layer[number] += self._used[number]
 
     def settle(self) -> None:
         """Add the counted choices of the router to the store's RouterLoad. Waits for the device."""

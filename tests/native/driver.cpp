@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <random>
 #include <thread>
@@ -259,7 +260,7 @@ void use_linear(Random& random) {
   same_bytes(y, again, bytes, "threads change moe_linear");
 }
 
-// One token, whose key and value come behind earlier ones.
+// One token of each of some sequences, whose key and value come behind earlier ones.
 void use_attention(Random& random) {
   const int64_t kv_heads = between(random, 1, 3), heads = kv_heads * between(random, 1, 6);
   const int64_t width = 16 * between(random, 1, 5), hidden = a_size(random);
@@ -270,15 +271,24 @@ void use_attention(Random& random) {
   const int64_t rotated = 2 * between(random, 0, width / 2);
   const int32_t shared = static_cast<int32_t>(random() % 2);
   const int64_t angles = shared ? rotated / 2 : rotated;
-  Numbers cos(random, dtype, angles, 1.0f), sin(random, dtype, angles, 1.0f);
+  const int64_t tokens = between(random, 1, 6);
+  Numbers cos(random, dtype, tokens * angles, 1.0f), sin(random, dtype, tokens * angles, 1.0f);
   Numbers q_norm(random, dtype, width, 1.0f), k_norm(random, dtype, width, 1.0f);
-  Numbers sinks(random, dtype, heads, 1.0f), x(random, dtype, hidden, 0.5f);
+  Numbers sinks(random, dtype, heads, 1.0f), x(random, dtype, tokens * hidden, 0.5f);
   const int64_t first = between(random, 0, 3) * between(random, 0, 99);
   const int64_t last = first + (random() % 4 == 0 ? between(random, 250, 800) : between(random, 0, 40));
   const int64_t stride = (last + 1) * width + (random() % 2 ? 0 : between(random, 1, 99));
   const int64_t room = (kv_heads - 1) * stride + (last + 1) * width;  // ends with the last head's last
-  Numbers keys(random, dtype, room, 1.0f), values(random, dtype, room, 1.0f);
-  Buffer y(random, bytes_of(dtype) * hidden), again(random, bytes_of(dtype) * hidden);
+  std::deque<Numbers> memory;                                         // whose elements stay where they are
+  std::vector<Sequence> sequences;
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int each = 0; each < 2; ++each) memory.emplace_back(random, dtype, room, 1.0f);
+    const int64_t mine = between(random, first, last);
+    const size_t place = memory.size() - 2;
+    sequences.push_back({memory[place].bytes(), memory[place + 1].bytes(), stride, first, mine});
+  }
+  const int64_t bytes = bytes_of(dtype) * tokens * hidden;
+  Buffer y(random, bytes), again(random, bytes);
   const int32_t rotation = static_cast<int32_t>(between(random, HALVES, NEIGHBOURS));
   Attention a{q.m,   k.m,     v.m,      o.m,     heads, kv_heads,
               width, rotated, rotation, shared,  0.2f,  1e-5f,
@@ -286,14 +296,13 @@ void use_attention(Random& random) {
   if (random() % 2) a.q_norm = q_norm.bytes();
   if (random() % 2) a.k_norm = k_norm.bytes();
   if (random() % 2) a.sinks = sinks.bytes();
-  const Sequence sequence{keys.bytes(), values.bytes(), stride, first, last};
   for (Buffer* out : {&y, &again}) {
     const int32_t threads = out == &again ? 1 : some_threads(random);
-    require(moe_attention(&a, x.bytes(), cos.bytes(), sin.bytes(), &sequence, out->bytes(), activations,
-                          threads) == OK,
+    require(moe_attention(&a, x.bytes(), cos.bytes(), sin.bytes(), sequences.data(), tokens, out->bytes(),
+                          activations, threads) == OK,
             "moe_attention failed");
   }
-  same_bytes(y, again, bytes_of(dtype) * hidden, "threads or a second call change moe_attention");
+  same_bytes(y, again, bytes, "threads or a second call change moe_attention");
 }
 
 void use_norm_and_route(Random& random) {
@@ -308,20 +317,22 @@ void use_norm_and_route(Random& random) {
             "moe_norm failed");
   same_bytes(x, y, bytes, "moe_norm in place is another");
   Weights router(random, a_format(random), experts, width);
-  Numbers token(random, dtype, width, 0.5f);
+  const int64_t several = between(random, 1, 9);
+  Numbers token(random, dtype, several * width, 0.5f);
   const int64_t top_k = between(random, 1, std::min<int64_t>(experts, 9));
-  Buffer logits(random, bytes_of(dtype) * experts);
+  Buffer logits(random, bytes_of(dtype) * several * experts);
   const int32_t normalized = static_cast<int32_t>(random() % 2);
-  std::vector<float> shares(static_cast<size_t>(top_k));
-  std::vector<int64_t> chosen(static_cast<size_t>(top_k));
+  std::vector<float> shares(static_cast<size_t>(several * top_k));
+  std::vector<int64_t> chosen(static_cast<size_t>(several * top_k));
   if (random() % 4 == 0) token.set(0, NAN);
-  require(moe_route(&router.m, token.bytes(), dtype, top_k, normalized, logits.bytes(), shares.data(),
-                    chosen.data()) == OK,
+  require(moe_route(&router.m, token.bytes(), several, dtype, top_k, normalized, logits.bytes(),
+                    shares.data(), chosen.data()) == OK,
           "moe_route failed");
-  for (size_t i = 0; i < chosen.size(); ++i) {
+  for (int64_t i = 0; i < several * top_k; ++i) {
+    const auto mine = chosen.begin() + i / top_k * top_k;
     require(chosen[i] >= 0 && chosen[i] < experts, "moe_route chose none that there is");
-    require(std::count(chosen.begin(), chosen.end(), chosen[i]) == 1, "moe_route chose one twice");
-    require(i == 0 || !(shares[i] > shares[i - 1]), "moe_route has another order");
+    require(std::count(mine, mine + top_k, chosen[i]) == 1, "moe_route chose one twice");
+    require(i % top_k == 0 || !(shares[i] > shares[i - 1]), "moe_route has another order");
   }
 }
 

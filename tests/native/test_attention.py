@@ -110,7 +110,8 @@ class Call:
             "x": self.x.data_ptr(),
             "cos": self.cos.data_ptr() if angles else None,
             "sin": self.sin.data_ptr() if angles else None,
-            "sequence": ctypes.byref(self.sequence),
+            "sequences": ctypes.byref(self.sequence),
+            "tokens": 1,
             "y": self.y[16:].data_ptr(),
             "activations": FLOATS,
             "threads": 1,
@@ -312,7 +313,7 @@ def argument(name: str, value: Any) -> Callable[[Call], Any]:
 
 
 WRONG: dict[str, Callable[[Call], Any]] = {
-    **{f"no {name}": argument(name, None) for name in ("attention", "x", "cos", "sin", "sequence", "y")},
+    **{f"no {name}": argument(name, None) for name in ("attention", "x", "cos", "sin", "sequences", "y")},
     **{f"{name} without bytes": of_matrix(name, "q", None) for name in "qkvo"},
     **{f"{name} of no format": of_matrix(name, "format", max(FORMATS.values()) + 1) for name in "qkvo"},
     **{f"{name} of another format": of_matrix(name, "format", FORMATS["bf16"]) for name in "qkv"},
@@ -343,6 +344,8 @@ WRONG: dict[str, Callable[[Call], Any]] = {
     "a negative last": of_sequence("last", -1),
     "a last beyond all numbers": of_sequence("last", 2**62),
     "the largest last": of_sequence("last", 2**63 - 1),
+    "no tokens": argument("tokens", 0),
+    "more tokens than a call takes": argument("tokens", 257),
     "no threads": argument("threads", 0),
     "fewer than no threads": argument("threads", -4),
     "activations below": argument("activations", -1),
@@ -372,6 +375,63 @@ def test_what_is_not_used_may_be_left_out(lib: Any) -> None:
     assert torch.equal(single.answer(lib), want)
 
 
+class Together:
+    """Calls for tokens of sequences that begin and end at different positions, as one call."""
+
+    def __init__(self, case: Case, spans: list[tuple[int, int]]) -> None:
+        self.calls = [Call(case._replace(first=first, last=last)) for first, last in spans]
+        for place, call in enumerate(self.calls):
+            for numbers in (call.x, call.cos, call.sin):
+                numbers.mul_((1.0, 0.75, 0.5)[place % 3])
+        self.x, self.cos, self.sin = (
+            torch.stack([getattr(call, name) for call in self.calls]) for name in ("x", "cos", "sin")
+        )
+        self.sequences = (Sequence * len(spans))(*(call.sequence for call in self.calls))
+        self.y = torch.full_like(self.x, OUTSIDE)
+
+    def arguments(self, **changed: Any) -> dict[str, Any]:
+        given = {name: getattr(self, name).data_ptr() for name in ("x", "cos", "sin", "y")}
+        several = {"sequences": self.sequences, "tokens": len(self.calls)}
+        return self.calls[0].arguments | given | several | changed
+
+    def forget(self) -> list[torch.Tensor]:
+        """What the calls have written to their sequences, which is overwritten."""
+        written = [x[:, call.case.last].clone() for call in self.calls for x in (call.keys, call.values)]
+        for call in self.calls:
+            call.keys[:, call.case.last] = call.values[:, call.case.last] = OUTSIDE
+        return written
+
+
+SPANS = [(0, 20), (0, 0), (3, 700), (250, 260), (0, 255)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_each_of_several_tokens_has_what_it_has_alone(
+    lib: Any, isa: str, format: str, dtype: torch.dtype
+) -> None:
+    """Bit for bit, if all are multiplied in registers; of many, within the bounds."""
+    case = Case(format=format, dtype=dtype, norms=True, sinks=True, gated=True, bias=torch.float32)
+    for spans, activations in (
+        (SPANS[:4], FLOATS),
+        (SPANS[:4], INT16),
+        (4 * SPANS, INT16),
+        (4 * SPANS, FLOATS),
+    ):
+        together = Together(case, spans)
+        want = torch.stack([call.answer(lib, activations=activations) for call in together.calls])
+        written = together.forget()
+        for threads in (1, 3):
+            arguments = together.arguments(activations=activations, threads=threads)
+            assert lib.moe_attention(*arguments.values()) == 0
+            pairs = [(together.y, want), *zip(together.forget(), written, strict=True)]
+            for got, alone in pairs:
+                if len(spans) <= 4:
+                    assert torch.equal(got, alone)
+                else:
+                    assert off(got, alone.double()) < BOUNDS[dtype] + ROUNDED[activations]
+
+
 class LayerCall:
     """A call of moe_layer around a Call, 8 experts to choose 2 of."""
 
@@ -393,7 +453,7 @@ class LayerCall:
         arguments: dict[str, Any] = {
             "layer": ctypes.byref(self.layer),
             "router": ctypes.byref(self.chooser) if routed else None,
-            **{name: given[name] for name in ("x", "cos", "sin", "sequence")},
+            **{name: given[name] for name in ("x", "cos", "sin", "sequences", "tokens")},
             "y": self.y.data_ptr(),
             "inner": self.inner.data_ptr(),
             "weights": self.weights.data_ptr(),
@@ -420,7 +480,15 @@ class LayerCall:
         logits, weights, ids = torch.empty_like(inner), torch.empty(2), torch.empty(2, dtype=torch.int64)
         chooser = self.chooser
         status = lib.moe_route(
-            *(ctypes.byref(self.matrix), inner.data_ptr(), dtype, 2, chooser.normalized, logits.data_ptr()),
+            *(
+                ctypes.byref(self.matrix),
+                inner.data_ptr(),
+                1,
+                dtype,
+                2,
+                chooser.normalized,
+                logits.data_ptr(),
+            ),
             *(weights.data_ptr(), ids.data_ptr()),
         )
         assert status == 0
@@ -449,6 +517,25 @@ def test_a_layer_is_its_parts_one_after_the_other(
         assert layer(lib, routed=False, weights=None, ids=None) == 0
         assert torch.equal(layer.inner, want[1])
         assert (layer.ids == -7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_tokens_pass_a_layer_as_each_does_alone(lib: Any, isa: str, dtype: torch.dtype) -> None:
+    case = Case(format="nf4", dtype=dtype, norms=True, hidden=192, heads=6)
+    together = Together(case, SPANS[:4])
+    layers = [LayerCall(call, False, dtype, True) for call in together.calls]
+    assert [layer(lib) for layer in layers] == [0] * 4
+    want = [
+        torch.stack([getattr(layer, name) for layer in layers]) for name in ("y", "inner", "weights", "ids")
+    ]
+    written = together.forget()
+    for threads in (1, 3):
+        got = [torch.full_like(x, -7) for x in want]
+        outputs = dict(zip(("y", "inner", "weights", "ids"), (x.data_ptr() for x in got), strict=True))
+        places = {name: together.arguments()[name] for name in ("x", "cos", "sin", "sequences", "tokens")}
+        assert layers[0](lib, **places, **outputs, threads=threads) == 0
+        assert all(map(torch.equal, got, want))
+        assert all(map(torch.equal, together.forget(), written))
 
 
 LAYERS_WRONG: dict[str, Callable[[LayerCall], dict[str, Any] | None]] = {

@@ -158,7 +158,7 @@ def rounded(lib: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         torch.empty(1, dtype=torch.int64),
     )
     outputs = out.data_ptr(), weight.data_ptr(), chosen.data_ptr()
-    assert lib.moe_route(ctypes.byref(matrix), nothing.data_ptr(), DTYPES[dtype], 1, 0, *outputs) == 0
+    assert lib.moe_route(ctypes.byref(matrix), nothing.data_ptr(), 1, DTYPES[dtype], 1, 0, *outputs) == 0
     return out
 
 

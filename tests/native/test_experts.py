@@ -163,6 +163,7 @@ def test_a_token_finds_and_counts_its_experts(lib: Any, isa: str, dtype: torch.d
             "top_k": 3,
             "gate": ctypes.byref(gate),
             "x": x.data_ptr(),
+            "tokens": 1,
             "chosen": chosen.data_ptr(),
             "combined": combined.data_ptr(),
             "dtype": DTYPES[dtype],
@@ -198,8 +199,30 @@ def test_a_token_finds_and_counts_its_experts(lib: Any, isa: str, dtype: torch.d
         assert call(ids=torch.tensor(wrong).data_ptr()) == BAD_ARGUMENT
     for name in ("experts", "ids", "weights", "gate", "x", "chosen", "combined"):
         assert call(**{name: None}) == BAD_ARGUMENT
-    assert call(top_k=0) == call(top_k=6) == call(threads=0) == call(dtype=3) == BAD_ARGUMENT
+    assert (
+        call(top_k=0) == call(top_k=6) == call(threads=0) == call(dtype=3) == call(tokens=0) == BAD_ARGUMENT
+    )
     assert chosen.tolist() == [8, 0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("activations", BOUNDS)
+@pytest.mark.parametrize("tokens", [2, 7])
+def test_tokens_find_their_experts_together(lib: Any, isa: str, tokens: int, activations: int) -> None:
+    """With the same bits as if they were named, and the counts of all."""
+    gate, experts = GATES["concatenated"], sixteen(packed, "nf4")
+    ids, weights = packed.routing(tokens, 16, 4, seed=tokens)
+    x = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(tokens))
+    table = (ctypes.c_void_p * 16)(*(ctypes.addressof(expert.struct) for expert in experts))
+    chosen, combined = torch.zeros(16, dtype=torch.int64), torch.empty_like(x)
+    for threads in (1, 3):
+        status = lib.moe_chosen_experts(
+            *(table, 16, ids.data_ptr(), weights.data_ptr(), 4, ctypes.byref(gate), x.data_ptr(), tokens),
+            *(chosen.data_ptr(), combined.data_ptr(), DTYPES[x.dtype], activations, threads),
+        )
+        assert status == 0
+        want = packed.run_experts(experts, ids, weights, x, gate, activations)
+        assert torch.equal(combined, want.combined)
+    assert torch.equal(chosen, 2 * torch.bincount(ids.flatten(), minlength=16))
 
 
 def test_experts_and_tokens_that_are_not_there(lib: Any) -> None:

@@ -139,6 +139,7 @@ class Route:
         arguments = {
             "matrix": ctypes.byref(self.matrix.struct),
             "x": self.x.data_ptr(),
+            "tokens": 1,
             "dtype": DTYPES[self.x.dtype],
             "top_k": top_k,
             "normalized": normalized,
@@ -181,6 +182,25 @@ def test_routes_as_torch_does(lib: Any, isa: str, format: str, dtype: torch.dtyp
                 assert sorted(ids.tolist()) == sorted(set(ids.tolist()))
                 # of equal ones, torch takes any
                 assert torch.equal(logits[ids], logits[chosen])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_each_of_several_tokens_is_routed_as_alone(
+    lib: Any, isa: str, format: str, dtype: torch.dtype
+) -> None:
+    route = Route(format, 60, 100, dtype)
+    tokens = tokens_of(11, 100, dtype, 0.3)
+    alone = []
+    for token in tokens:
+        route.x.copy_(token)
+        alone.append(route(lib, 8, True))
+    logits = torch.empty(11, 60, dtype=dtype)
+    weights, ids = torch.empty(11, 8), torch.empty(11, 8, dtype=torch.int64)
+    outputs = {"logits": logits.data_ptr(), "weights": weights.data_ptr(), "ids": ids.data_ptr()}
+    assert route.call(lib, 8, True, x=tokens.data_ptr(), tokens=11, **outputs) == OK
+    for got, want in zip((logits, weights, ids), zip(*alone, strict=True), strict=True):
+        assert torch.equal(got, torch.stack(want))
 
 
 def with_logits(logits: list[float], dtype: torch.dtype = torch.float32) -> Route:
@@ -235,6 +255,8 @@ def test_wrong_routes_are_refused(lib: Any) -> None:
             refused(Route(format, 8, 64, torch.float32), **{name: None})
         for top_k in (0, -1, 9, 2**62):
             refused(Route(format, 8, 64, torch.float32), top_k)
+        for tokens in (0, -1, 257):
+            refused(Route(format, 8, 64, torch.float32), tokens=tokens)
         for dtype in (-1, 3):
             refused(Route(format, 8, 64, torch.float32), dtype=dtype)
         for field, value in (("q", None), ("rows", 0), ("cols", -1), ("format", 99), ("bias_dtype", -1)):

@@ -18,7 +18,9 @@ import moe_local
 from moe_local.offload.dense.attention_trial import use_token_attention
 from moe_local.offload.dense.norm import use_native_norms
 from moe_local.offload.dense.router import use_native_routers
+from moe_local.offload.dense.token_attention import TokenAttention
 from moe_local.offload.dense.token_layer import TokenLayer, use_token_layers
+from moe_local.offload.engine.batch_view import BatchMasks
 from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.experts import OffloadedExperts
@@ -131,6 +133,80 @@ def test_no_bit_changes(
         assert torch.equal(one_by_one(model.hf), got)
         assert (model.stats().routed, model.stats().hits, model.stats().misses) == counts
     assert calls == []
+
+
+@torch.no_grad()
+def together(hf: Any, prompts: list[list[int]], new: int) -> list[torch.Tensor]:
+    """Logits [new, V] of the last `new` ids of each prompt, which come together, one of each at a time; those
+    before come one by one."""
+    kv = make_kv(hf, len(prompts), 32, probe_cache(hf))
+    for row, prompt in enumerate(prompts):
+        kv.join()
+        for place, token in enumerate(prompt[:-new]):
+            hf(torch.tensor([[token]]), position_ids=torch.tensor([[place]]), past_key_values=kv.row(row))
+            kv.advance(row, 1)
+    masks, rows = BatchMasks(hf, kv.windows), []
+    for step in range(new):
+        tokens = torch.tensor([[prompt[step - new]] for prompt in prompts])
+        cache = kv.batch(len(prompts))
+        mask, positions = masks.make(kv.places), kv.places.columns[:, None]
+        output = hf(tokens, position_ids=positions, attention_mask=mask, past_key_values=cache)
+        rows.append(output.logits[:, -1])
+        for row in range(len(prompts)):
+            kv.advance(row, 1)
+    return list(torch.stack(rows, 1))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("mixtral", {}),
+        ("mixtral", {"sliding_window": 5}),
+        ("qwen3_moe", {}),
+        ("gpt_oss", {"sliding_window": 5}),
+        ("qwen2_moe", {}),
+        ("qwen3_5_moe", {}),
+    ],
+)
+def test_a_token_among_others_has_the_bits_that_it_has_alone(
+    make_checkpoint: Callable[..., Path],
+    family: str,
+    config: dict[str, Any],
+    dtype: str,
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sequences of different lengths, some longer than the window; and with the model's own code, which
+    rounds otherwise, the same but for that."""
+    prompts, new = [[*IDS, 12, 13], IDS[2:8], [9, *IDS[::-1]]], 4
+    folder = make_checkpoint(family, **config)
+
+    def load() -> Any:
+        return moe_local.load(folder, device="cpu", experts="nf4", dense=dtype, context=64, parallel=3)
+
+    with load() as model:
+        taken = sum("_token_layer" in vars(layer) for layer in layers_of(model.hf))
+        assert taken > 0
+        calls.clear()
+        got = together(model.hf, prompts, new)
+        counts = model.stats()
+        forwards = sum(len(prompt) - new for prompt in prompts) + new
+        assert calls.count("TokenLayer") == taken * forwards
+        layers = len(model.plan.request.spec.layers)
+        assert calls.count("CpuTable") == layers * (1 + forwards)  # and once to try the cache out
+        alone = [one_by_one(model.hf, prompt)[-new:] for prompt in prompts]
+    assert all(map(torch.equal, got, alone))
+    if dtype == "bf16":  # in which the rounding may choose other experts
+        return
+    monkeypatch.setattr(TokenLayer, "of", lambda module: None)
+    monkeypatch.setattr(TokenAttention, "of", lambda module, dtype: None)
+    monkeypatch.setattr(Residents, "serves", lambda self, number: False)
+    with load() as model:
+        plain = together(model.hf, prompts, new)
+        assert (model.stats().routed, model.stats().hits) == (counts.routed, counts.hits)
+    for a, b in zip(got, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
 class Scaled(MixtralDecoderLayer):

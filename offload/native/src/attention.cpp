@@ -1,162 +1,214 @@
-// Attention of one token in one call, either alone or with the layer's norms and the residual sum around it.
+// Attention of one token of each of some sequences in one call, either alone or with the layer's norms, the
+// residual sum and the router around it.
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "moe_native.h"
+#include "route.h"
 #include "scratch.h"
 #include "threads.h"
 #include "work.h"
 
 namespace {
 
+// One token of a call, and its working memory.
+struct Row {
+  const Sequence* sequence;
+  float* cos;  // [rotated, or rotated / 2 if shared]
+  float* sin;
+  float* floats;       // [max(D, heads * width)], x as floats, then the heads' outputs
+  float* q;            // [heads, width]
+  float* spare;        // [experts], for the logits
+  int64_t looks;       // pieces of MOST_POSITIONS positions; each is one chunk of work per KV head
+  int64_t first_look;  // how many looks the rows before it have
+};
+
 // One call, as its phases share it.
 struct AttentionCall {
   const Attention* a;
-  const Layer* layer;  // the layer around the attention, or null
-  const void* x;
-  const Sequence* sequence;
+  const Layer* layer;    // the layer around the attention, or null
+  const Router* router;  // behind the layer, or null
+  const void* x;         // [tokens, D]
+  const void* cos;       // [tokens, angles]
+  const void* sin;
+  int64_t tokens;
   void* y;
-  void* inner;  // [D], output of the layer's norms; null without a layer
+  void* inner;  // [tokens, D], output of the layer's norms; null without a layer
+  float* weights;
+  int64_t* ids;
   int32_t activations;
-  const float* cos;  // [rotated, or rotated / 2 if a->shared]
-  const float* sin;
-  float* floats;  // [max(D, heads * width)], x as floats, then the heads' outputs
-  float* asked;   // [heads, width, or 2 * width if gated], output of q's matrix
-  float* q;       // [heads, width]
-  float* k;       // [kv_heads, width]
-  float* v;       // [kv_heads, width]
-  float* out;     // [D]
-  Prepared in;    // x, prepared for the matrices q, k and v
-  Prepared attended;
+  Row* rows;           // [tokens], as all that follow
+  float** asked;       // each [heads, width, or 2 * width if gated], output of q's matrix
+  float** k;           // each [kv_heads, width]
+  float** v;           // each [kv_heads, width]
+  float** out;         // each [D]
+  float** scores;      // each [experts], output of the router's matrix
+  Prepared* in;        // x, prepared for the matrices q, k and v
+  Prepared* attended;  // prepared for o
+  Prepared* fed;       // prepared for the router
   int64_t q_chunks, k_chunks;
-  int64_t looks;   // pieces of MOST_POSITIONS positions; each is one chunk of work per KV head
-  float* largest;  // [looks, heads]
-  float* total;    // [looks, heads]
-  float* sums;     // [looks, heads, width]
+  float* largest;  // [looks of all rows, heads]
+  float* total;    // [looks of all rows, heads]
+  float* sums;     // [looks of all rows, heads, width]
 
   static void work(void* context, int phase, int64_t chunk, int) {
     AttentionCall& call = *static_cast<AttentionCall*>(context);
+    const int64_t heads = call.a->kv_heads;
     switch (phase) {
-      case 0: return call.prepare_input();
+      case 0: return call.prepare_input(chunk);
       case 1: return call.project(chunk);
-      case 2: return call.rotate_head(chunk);
+      case 2: return call.rotate_head(call.rows[chunk / heads], chunk / heads, chunk % heads);
       case 3: return call.look(chunk);
-      case 4: return call.gather_looks();
-      case 5: return multiply(call.a->o, call.activations, &call.attended, 1, chunk, &call.out);
-      default: return call.finish();
+      case 4: return call.gather_looks(chunk);
+      case 5: return multiply(call.a->o, call.activations, call.attended, call.tokens, chunk, call.out);
+      case 6: return call.finish(chunk);
+      case 7: return call.score_experts(chunk);
+      default: return call.choose(chunk);
     }
   }
 
   int64_t group() const { return a->heads / a->kv_heads; }
 
-  void prepare_input() {
-    kernels().widen(a->dtype, x, a->q.cols, floats);
+  int64_t angles() const { return a->shared ? a->rotated / 2 : a->rotated; }
+
+  // Where row t of an array [tokens, D] is.
+  const void* row(const void* numbers, int64_t t) const { return at(a->dtype, numbers, t * a->q.cols); }
+  void* row(void* numbers, int64_t t) const { return at(a->dtype, numbers, t * a->q.cols); }
+
+  void prepare_input(int64_t t) {
+    const Row& r = rows[t];
+    kernels().widen(a->dtype, at(a->dtype, cos, t * angles()), angles(), r.cos);
+    kernels().widen(a->dtype, at(a->dtype, sin, t * angles()), angles(), r.sin);
+    kernels().widen(a->dtype, row(x, t), a->q.cols, r.floats);
     if (layer != nullptr) {
-      norm(layer->before_attention, floats);
-      kernels().widen(a->dtype, inner, a->q.cols, floats);
+      norm(layer->before_attention, r.floats, t);
+      kernels().widen(a->dtype, row(inner, t), a->q.cols, r.floats);
     }
-    kernels().prepare(a->q.format, activations, false, floats, a->q.cols, in);
+    const bool tiles = tiled(a->q.format, activations, a->q.cols, tokens);
+    kernels().prepare(a->q.format, activations, tiles, r.floats, a->q.cols, in[t]);
   }
 
-  // Normalizes values [D] in place and writes them to inner, rounded to the dtype.
-  void norm(const Norm& norm, float* values) const {
+  // Normalizes values [D] in place and writes them to row t of inner, rounded to the dtype.
+  void norm(const Norm& norm, float* values, int64_t t) const {
     kernels().norm(a->dtype, norm.weight, norm.shifted != 0, norm.epsilon, a->q.cols, values);
-    kernels().narrow(a->dtype, values, a->q.cols, inner);
+    kernels().narrow(a->dtype, values, a->q.cols, row(inner, t));
   }
 
-  void finish() {
+  void finish(int64_t t) {
     const int64_t width = a->o.rows;
-    kernels().narrow(a->dtype, out, width, y);
+    float *sum = out[t], *floats = rows[t].floats;
+    kernels().narrow(a->dtype, sum, width, row(y, t));
     if (layer == nullptr) return;
-    kernels().widen(a->dtype, y, width, out);
-    kernels().widen(a->dtype, x, width, floats);
-    for (int64_t i = 0; i < width; ++i) out[i] += floats[i];
-    kernels().narrow(a->dtype, out, width, y);
-    kernels().widen(a->dtype, y, width, out);
-    norm(layer->before_feed_forward, out);
+    kernels().widen(a->dtype, row(y, t), width, sum);
+    kernels().widen(a->dtype, row(x, t), width, floats);
+    for (int64_t i = 0; i < width; ++i) sum[i] += floats[i];
+    kernels().narrow(a->dtype, sum, width, row(y, t));
+    kernels().widen(a->dtype, row(y, t), width, sum);
+    norm(layer->before_feed_forward, sum, t);
+    if (router == nullptr) return;
+    kernels().widen(a->dtype, row(inner, t), width, sum);
+    prepare_for_router(*router->matrix, sum, fed[t]);
+  }
+
+  void score_experts(int64_t chunk) { multiply_router(*router->matrix, fed, tokens, chunk, scores); }
+
+  void choose(int64_t t) {
+    const int64_t top_k = router->top_k;
+    float* shares = weights + t * top_k;
+    choose_experts(a->dtype, scores[t], router->matrix->rows, top_k, router->normalized, rows[t].spare,
+                   shares, ids + t * top_k);
+    if (router->dtype == FLOAT32) return;
+    kernels().narrow(router->dtype, shares, top_k, rows[t].spare);  // which has room: top_k <= experts
+    kernels().widen(router->dtype, rows[t].spare, top_k, shares);
   }
 
   void project(int64_t chunk) {
     if (chunk < q_chunks)
-      multiply(a->q, activations, &in, 1, chunk, &asked);
+      multiply(a->q, activations, in, tokens, chunk, asked);
     else if (chunk < q_chunks + k_chunks)
-      multiply(a->k, activations, &in, 1, chunk - q_chunks, &k);
+      multiply(a->k, activations, in, tokens, chunk - q_chunks, k);
     else
-      multiply(a->v, activations, &in, 1, chunk - q_chunks - k_chunks, &v);
+      multiply(a->v, activations, in, tokens, chunk - q_chunks - k_chunks, v);
   }
 
-  // Normalizes, rotates and scales the queries that share one KV head, and writes that head's key and value
-  // to the sequence.
-  void rotate_head(int64_t head) {
+  // Normalizes, rotates and scales the queries of row t that share one KV head, and writes that head's key
+  // and value to the sequence.
+  void rotate_head(const Row& r, int64_t t, int64_t head) {
     const int64_t width = a->width;
     for (int64_t g = head * group(); g < (head + 1) * group(); ++g) {
-      if (a->gated) std::copy_n(asked + 2 * g * width, width, q + g * width);
+      float* query = r.q + g * width;
+      if (a->gated) std::copy_n(asked[t] + 2 * g * width, width, query);
       if (a->q_norm != nullptr)
-        kernels().norm(a->dtype, a->q_norm, a->shifted != 0, a->epsilon, width, q + g * width);
-      rotate(q + g * width);
-      for (int64_t i = 0; i < width; ++i) q[g * width + i] *= a->scaling;
+        kernels().norm(a->dtype, a->q_norm, a->shifted != 0, a->epsilon, width, query);
+      rotate(r, query);
+      for (int64_t i = 0; i < width; ++i) query[i] *= a->scaling;
     }
-    if (a->k_norm != nullptr)
-      kernels().norm(a->dtype, a->k_norm, a->shifted != 0, a->epsilon, width, k + head * width);
-    rotate(k + head * width);
-    const int64_t place = head * sequence->head_stride + sequence->last * width;
-    kernels().narrow(a->dtype, k + head * width, width, at(a->dtype, sequence->keys, place));
-    kernels().narrow(a->dtype, v + head * width, width, at(a->dtype, sequence->values, place));
+    float *key = k[t] + head * width, *value = v[t] + head * width;
+    if (a->k_norm != nullptr) kernels().norm(a->dtype, a->k_norm, a->shifted != 0, a->epsilon, width, key);
+    rotate(r, key);
+    const int64_t place = head * r.sequence->head_stride + r.sequence->last * width;
+    kernels().narrow(a->dtype, key, width, at(a->dtype, r.sequence->keys, place));
+    kernels().narrow(a->dtype, value, width, at(a->dtype, r.sequence->values, place));
   }
 
-  void rotate(float* x) const {
+  void rotate(const Row& r, float* x) const {
     const bool halves = a->rotation == HALVES;
     const int64_t pairs = a->rotated / 2, step = halves ? 1 : 2, apart = halves ? pairs : 1;
     for (int64_t i = 0; i < pairs; ++i) {
       const int64_t one = i * step, other = one + apart;
       const int64_t angle = a->shared ? i : one, other_angle = a->shared ? i : other;
       const float left = x[one], right = x[other];
-      x[one] = left * cos[angle] - right * sin[angle];
-      x[other] = right * cos[other_angle] + left * sin[other_angle];
+      x[one] = left * r.cos[angle] - right * r.sin[angle];
+      x[other] = right * r.cos[other_angle] + left * r.sin[other_angle];
     }
   }
 
   void look(int64_t chunk) {
-    const int64_t head = chunk % a->kv_heads, stretch = chunk / a->kv_heads, width = a->width;
-    const int64_t start = sequence->first + stretch * MOST_POSITIONS;
-    const int64_t place = head * sequence->head_stride + start * width;
-    const int64_t query = head * group(), result = stretch * a->heads + query;
-    const Look look{q + query * width,
+    const int64_t head = chunk % a->kv_heads, piece = chunk / a->kv_heads, width = a->width;
+    int64_t t = tokens - 1;
+    while (rows[t].first_look > piece) --t;
+    const Row& r = rows[t];
+    const Sequence& s = *r.sequence;
+    const int64_t start = s.first + (piece - r.first_look) * MOST_POSITIONS;
+    const int64_t place = head * s.head_stride + start * width;
+    const int64_t query = head * group(), result = piece * a->heads + query;
+    const Look look{r.q + query * width,
                     group(),
                     width,
-                    at(a->dtype, static_cast<const void*>(sequence->keys), place),
-                    at(a->dtype, static_cast<const void*>(sequence->values), place),
-                    std::min(MOST_POSITIONS, sequence->last + 1 - start)};
+                    at(a->dtype, static_cast<const void*>(s.keys), place),
+                    at(a->dtype, static_cast<const void*>(s.values), place),
+                    std::min(MOST_POSITIONS, s.last + 1 - start)};
     kernels().attend(a->dtype, look, {largest + result, total + result, sums + result * width});
   }
 
-  // Merges the partial softmax results of each head over all pieces, and prepares the heads' outputs for the
-  // matrix o.
-  void gather_looks() {
-    const int64_t width = a->width;
+  // Merges the partial softmax results of each head of row t over all its pieces, and prepares the heads'
+  // outputs for the matrix o.
+  void gather_looks(int64_t t) {
+    const Row& r = rows[t];
+    const int64_t width = a->width, first = r.first_look, end = first + r.looks;
     float sinks[1];
     for (int64_t head = 0; head < a->heads; ++head) {
-      float most = largest[head];
-      for (int64_t s = 1; s < looks; ++s) most = std::max(most, largest[s * a->heads + head]);
+      float most = largest[first * a->heads + head];
+      for (int64_t s = first + 1; s < end; ++s) most = std::max(most, largest[s * a->heads + head]);
       float all = 0.0f;
       if (a->sinks != nullptr) {
         kernels().widen(a->dtype, at(a->dtype, a->sinks, head), 1, sinks);
         most = std::max(most, sinks[0]);
         all = std::exp(sinks[0] - most);
       }
-      float* answer = floats + head * width;
+      float* answer = r.floats + head * width;
       std::fill(answer, answer + width, 0.0f);
-      for (int64_t s = 0; s < looks; ++s) {
+      for (int64_t s = first; s < end; ++s) {
         const int64_t result = s * a->heads + head;
         const float share = std::exp(largest[result] - most);
         all += share * total[result];
         for (int64_t i = 0; i < width; ++i) answer[i] += share * sums[result * width + i];
       }
       for (int64_t i = 0; i < width; ++i) answer[i] /= all;
-      if (a->gated) kernels().open_gate(asked + (2 * head + 1) * width, width, answer);
+      if (a->gated) kernels().open_gate(asked[t] + (2 * head + 1) * width, width, answer);
     }
-    kernels().prepare(a->o.format, activations, false, floats, a->o.cols, attended);
+    const bool tiles = tiled(a->o.format, activations, a->o.cols, tokens);
+    kernels().prepare(a->o.format, activations, tiles, r.floats, a->o.cols, attended[t]);
   }
 };
 
@@ -184,75 +236,119 @@ bool valid(const Sequence& s, const Attention& a) {
 
 bool valid(const Norm& norm) { return norm.weight != nullptr; }
 
-bool valid(const Attention* a, const void* x, const void* cos, const void* sin, const Sequence* sequence,
-           const void* y, int32_t activations, int32_t threads) {
-  if (a == nullptr || sequence == nullptr || !valid(*a) || !valid(*sequence, *a)) return false;
+bool valid(const Attention* a, const void* x, const void* cos, const void* sin, const Sequence* sequences,
+           int64_t tokens, const void* y, int32_t activations, int32_t threads) {
+  if (a == nullptr || sequences == nullptr || tokens < 1 || tokens > BATCH_PAIRS || !valid(*a)) return false;
+  for (int64_t t = 0; t < tokens; ++t)
+    if (!valid(sequences[t], *a)) return false;
   if (x == nullptr || y == nullptr || threads < 1 || !valid_activations(activations)) return false;
   return a->rotated == 0 || (cos != nullptr && sin != nullptr);
 }
 
-void attention(const Attention& a, const Layer* layer, const void* x, const void* cos, const void* sin,
-               const Sequence& sequence, void* y, void* inner, int32_t activations, int32_t threads) {
-  const int64_t width = a.q.cols, all = a.o.cols, kv = a.k.rows, room = std::max(width, all);
-  const int64_t looks = (sequence.last + 1 - sequence.first + MOST_POSITIONS - 1) / MOST_POSITIONS;
-  const int64_t results = looks * a.heads, angles = a.shared ? a.rotated / 2 : a.rotated;
-  scratch.reserve(prepared_bytes(width, activations) + prepared_bytes(all, activations) +
-                  2 * Scratch::bytes_of<float>(angles) + Scratch::bytes_of<float>(room) +
-                  Scratch::bytes_of<float>(all) + Scratch::bytes_of<float>(a.q.rows) +
-                  2 * Scratch::bytes_of<float>(kv) + Scratch::bytes_of<float>(width) +
+bool valid(const Router& router, const Attention& a, const float* weights, const int64_t* ids) {
+  const Matrix* m = router.matrix;
+  if (m == nullptr || !valid(*m) || m->cols != a.q.cols || !valid_dtype(router.dtype)) return false;
+  return router.top_k >= 1 && router.top_k <= m->rows && weights != nullptr && ids != nullptr;
+}
+
+// Takes [count] floats from scratch for each row.
+float** take_rows(int64_t tokens, int64_t count) {
+  float** rows = scratch.take<float*>(tokens);
+  for (int64_t t = 0; t < tokens; ++t) rows[t] = scratch.take<float>(count);
+  return rows;
+}
+
+Prepared* take_all_prepared(int64_t tokens, int64_t columns, int32_t activations) {
+  Prepared* all = scratch.take<Prepared>(tokens);
+  for (int64_t t = 0; t < tokens; ++t) all[t] = take_prepared(columns, activations);
+  return all;
+}
+
+// Completes a call that has its arguments and runs it.
+void run(AttentionCall& call, const Sequence* sequences, int32_t threads) {
+  const Attention& a = *call.a;
+  const int64_t tokens = call.tokens, width = a.q.cols, all = a.o.cols, kv = a.k.rows;
+  const int64_t room = std::max(width, all), angles = call.angles();
+  const int64_t experts = call.router == nullptr ? 0 : call.router->matrix->rows;
+  const int64_t fed = call.router == nullptr ? 0 : width;
+  int64_t looks = 0;
+  for (int64_t t = 0; t < tokens; ++t)
+    looks += (sequences[t].last - sequences[t].first + MOST_POSITIONS) / MOST_POSITIONS;
+  const int64_t results = looks * a.heads;
+  scratch.reserve(Scratch::bytes_of<Row>(tokens) + 3 * Scratch::bytes_of<Prepared>(tokens) +
+                  5 * Scratch::bytes_of<float*>(tokens) +
+                  tokens * (prepared_bytes(width, call.activations) + prepared_bytes(all, call.activations) +
+                            prepared_bytes(fed, FLOATS) + 2 * Scratch::bytes_of<float>(angles) +
+                            Scratch::bytes_of<float>(room) + Scratch::bytes_of<float>(all) +
+                            Scratch::bytes_of<float>(a.q.rows) + 2 * Scratch::bytes_of<float>(kv) +
+                            Scratch::bytes_of<float>(width) + 2 * Scratch::bytes_of<float>(experts)) +
                   2 * Scratch::bytes_of<float>(results) + Scratch::bytes_of<float>(results * a.width));
-  float *cosines = scratch.take<float>(angles), *sines = scratch.take<float>(angles);
-  kernels().widen(a.dtype, cos, angles, cosines);
-  kernels().widen(a.dtype, sin, angles, sines);
-  AttentionCall call{};
-  call.a = &a, call.layer = layer, call.x = x, call.sequence = &sequence;
-  call.y = y, call.inner = inner, call.activations = activations;
-  call.cos = cosines, call.sin = sines;
-  call.floats = scratch.take<float>(room);
-  call.asked = scratch.take<float>(a.q.rows);
-  call.q = a.gated ? scratch.take<float>(all) : call.asked;
-  call.k = scratch.take<float>(kv), call.v = scratch.take<float>(kv);
-  call.out = scratch.take<float>(width);
-  call.in = take_prepared(width, activations), call.attended = take_prepared(all, activations);
-  call.q_chunks = chunks_of(a.q, 1), call.k_chunks = chunks_of(a.k, 1);
-  call.looks = looks;
+  call.asked = take_rows(tokens, a.q.rows);
+  call.k = take_rows(tokens, kv), call.v = take_rows(tokens, kv);
+  call.out = take_rows(tokens, width);
+  call.scores = take_rows(tokens, experts);
+  call.in = take_all_prepared(tokens, width, call.activations);
+  call.attended = take_all_prepared(tokens, all, call.activations);
+  call.fed = take_all_prepared(tokens, fed, FLOATS);
+  call.rows = scratch.take<Row>(tokens);
+  looks = 0;
+  for (int64_t t = 0; t < tokens; ++t) {
+    Row& r = call.rows[t];
+    r.sequence = sequences + t;
+    r.cos = scratch.take<float>(angles), r.sin = scratch.take<float>(angles);
+    r.floats = scratch.take<float>(room);
+    r.q = a.gated ? scratch.take<float>(all) : call.asked[t];
+    r.spare = scratch.take<float>(experts);
+    r.first_look = looks;
+    r.looks = (r.sequence->last - r.sequence->first + MOST_POSITIONS) / MOST_POSITIONS;
+    looks += r.looks;
+  }
   call.largest = scratch.take<float>(results), call.total = scratch.take<float>(results);
   call.sums = scratch.take<float>(results * a.width);
-  const int64_t projections = call.q_chunks + call.k_chunks + chunks_of(a.v, 1);
-  const int64_t chunks[] = {1, projections, a.kv_heads, looks * a.kv_heads, 1, chunks_of(a.o, 1), 1};
+  call.q_chunks = chunks_of(a.q, tokens), call.k_chunks = chunks_of(a.k, tokens);
+  const int64_t projections = call.q_chunks + call.k_chunks + chunks_of(a.v, tokens);
+  const int64_t chunks[] = {tokens,
+                            projections,
+                            tokens * a.kv_heads,
+                            looks * a.kv_heads,
+                            tokens,
+                            chunks_of(a.o, tokens),
+                            tokens,
+                            experts == 0 ? 0 : chunks_of(*call.router->matrix, 1),
+                            tokens};
   const int64_t bytes = weight_bytes(a.q) + weight_bytes(a.k) + weight_bytes(a.v) + weight_bytes(a.o);
-  run_phases(threads_for(bytes, 1, threads), 7, chunks, AttentionCall::work, &call);
+  run_phases(threads_for(bytes, tokens, threads), experts == 0 ? 7 : 9, chunks, AttentionCall::work, &call);
 }
 
 }  // namespace
 
 int32_t moe_attention(const Attention* a, const void* x, const void* cos, const void* sin,
-                      const Sequence* sequence, void* y, int32_t activations, int32_t threads) try {
-  if (!valid(a, x, cos, sin, sequence, y, activations, threads)) return BAD_ARGUMENT;
-  attention(*a, nullptr, x, cos, sin, *sequence, y, nullptr, activations, threads);
+                      const Sequence* sequences, int64_t tokens, void* y, int32_t activations,
+                      int32_t threads) try {
+  if (!valid(a, x, cos, sin, sequences, tokens, y, activations, threads)) return BAD_ARGUMENT;
+  AttentionCall call{};
+  call.a = a, call.x = x, call.cos = cos, call.sin = sin, call.tokens = tokens;
+  call.y = y, call.activations = activations;
+  run(call, sequences, threads);
   return OK;
 } catch (const std::bad_alloc&) {
   return OUT_OF_MEMORY;
 }
 
 int32_t moe_layer(const Layer* layer, const Router* router, const void* x, const void* cos, const void* sin,
-                  const Sequence* sequence, void* y, void* inner, float* weights, int64_t* ids,
-                  int32_t activations, int32_t threads) try {
+                  const Sequence* sequences, int64_t tokens, void* y, void* inner, float* weights,
+                  int64_t* ids, int32_t activations, int32_t threads) try {
   if (layer == nullptr || !valid(layer->before_attention) || !valid(layer->before_feed_forward))
     return BAD_ARGUMENT;
   const Attention* a = layer->attention;
-  if (inner == nullptr || !valid(a, x, cos, sin, sequence, y, activations, threads)) return BAD_ARGUMENT;
-  if (router != nullptr && (router->matrix == nullptr || router->matrix->cols != a->q.cols ||
-                            router->matrix->rows < 1 || !valid_dtype(router->dtype)))
+  if (inner == nullptr || !valid(a, x, cos, sin, sequences, tokens, y, activations, threads))
     return BAD_ARGUMENT;
-  attention(*a, layer, x, cos, sin, *sequence, y, inner, activations, threads);
-  if (router == nullptr) return OK;
-  std::vector<float> logits(router->matrix->rows);
-  const int32_t status = moe_route(router->matrix, inner, a->dtype, router->top_k, router->normalized,
-                                   logits.data(), weights, ids);
-  if (status != OK || router->dtype == FLOAT32) return status;
-  kernels().narrow(router->dtype, weights, router->top_k, logits.data());  // logits has room: top_k <= rows
-  kernels().widen(router->dtype, logits.data(), router->top_k, weights);
+  if (router != nullptr && !valid(*router, *a, weights, ids)) return BAD_ARGUMENT;
+  AttentionCall call{};
+  call.a = a, call.layer = layer, call.router = router;
+  call.x = x, call.cos = cos, call.sin = sin, call.tokens = tokens;
+  call.y = y, call.inner = inner, call.weights = weights, call.ids = ids, call.activations = activations;
+  run(call, sequences, threads);
   return OK;
 } catch (const std::bad_alloc&) {
   return OUT_OF_MEMORY;

@@ -156,6 +156,11 @@ void run_batch(const ExpertsCall& call, int64_t e, int64_t first, int64_t last, 
   run_phases(threads, combined_tokens > 0 ? 5 : 4, chunks, Batch::work, &batch);
 }
 
+constexpr int64_t MOST_CHOOSING = 1 << 16;  // most tokens of moe_chosen_experts
+
+// Memory for the experts' answers in moe_chosen_experts, which the caller of moe_experts has to provide.
+thread_local Scratch answers;
+
 bool same_shape(const Expert& a, const Expert& b) {
   return a.up.rows == b.up.rows && a.up.cols == b.up.cols && a.up.format == b.up.format &&
          a.down.rows == b.down.rows && a.down.cols == b.down.cols && a.down.format == b.down.format;
@@ -214,23 +219,43 @@ int32_t moe_experts(const Expert* const* experts, int64_t count, const int64_t* 
 
 int32_t moe_chosen_experts(const Expert* const* experts, int64_t count, const int64_t* ids,
                            const float* weights, int64_t top_k, const Gate* gate, const void* x,
-                           int64_t* chosen, void* combined, int32_t dtype, int32_t activations,
-                           int32_t threads) try {
+                           int64_t tokens, int64_t* chosen, void* combined, int32_t dtype,
+                           int32_t activations, int32_t threads) try {
   if (experts == nullptr || ids == nullptr || weights == nullptr || chosen == nullptr) return BAD_ARGUMENT;
-  if (top_k < 1 || top_k > count) return BAD_ARGUMENT;
-  std::vector<const Expert*> picked(top_k);
-  std::vector<int64_t> starts(top_k + 1), tokens(top_k);
-  for (int64_t k = 0; k < top_k; ++k) {
-    if (ids[k] < 0 || ids[k] >= count || std::find(ids, ids + k, ids[k]) != ids + k) return BAD_ARGUMENT;
-    picked[k] = experts[ids[k]];
-    starts[k + 1] = k + 1;
+  if (top_k < 1 || top_k > count || tokens < 1 || tokens > MOST_CHOOSING) return BAD_ARGUMENT;
+  // How many tokens each expert has; then where its pairs begin; then where its next pair goes.
+  std::vector<int64_t> next(count);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t* mine = ids + t * top_k;
+    for (int64_t k = 0; k < top_k; ++k) {
+      if (mine[k] < 0 || mine[k] >= count || std::find(mine, mine + k, mine[k]) != mine + k)
+        return BAD_ARGUMENT;
+      ++next[mine[k]];
+    }
+  }
+  const int64_t pairs = tokens * top_k;
+  std::vector<const Expert*> picked;
+  std::vector<int64_t> starts, of_token(pairs), places(pairs);
+  int64_t start = 0;
+  for (int64_t e = 0; e < count; ++e) {
+    if (next[e] == 0) continue;
+    picked.push_back(experts[e]);
+    starts.push_back(start);
+    start += next[e];
+    next[e] = starts.back();
+  }
+  starts.push_back(start);
+  for (int64_t place = 0; place < pairs; ++place) {
+    const int64_t pair = next[ids[place]]++;
+    of_token[pair] = place / top_k, places[pair] = place;
   }
   if (picked[0] == nullptr || !valid(picked[0]->down)) return BAD_ARGUMENT;
-  std::vector<float> outputs(top_k * picked[0]->down.rows);
-  const int32_t status =
-      moe_experts(picked.data(), top_k, starts.data(), tokens.data(), starts.data(), gate, x, 1,
-                  outputs.data(), weights, top_k, combined, dtype, activations, threads);
-  for (int64_t k = 0; status == OK && k < top_k; ++k) ++chosen[ids[k]];
+  answers.reserve(Scratch::bytes_of<float>(pairs * picked[0]->down.rows));
+  float* outputs = answers.take<float>(pairs * picked[0]->down.rows);
+  const int32_t status = moe_experts(picked.data(), static_cast<int64_t>(picked.size()), starts.data(),
+                                     of_token.data(), places.data(), gate, x, tokens, outputs, weights, top_k,
+                                     combined, dtype, activations, threads);
+  for (int64_t place = 0; status == OK && place < pairs; ++place) ++chosen[ids[place]];
   return status;
 } catch (const std::bad_alloc&) {
   return OUT_OF_MEMORY;

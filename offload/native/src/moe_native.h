@@ -167,19 +167,21 @@ MOE_API int32_t moe_linear(const Matrix* matrix, const void* x, int64_t tokens, 
 MOE_API int32_t moe_norm(const void* x, const void* weight, int32_t shifted, float epsilon, int64_t tokens,
                          int64_t width, int32_t dtype, void* y);
 
-// Attention of one token: y [D] is its output for x [D], with the cos and sin [rotated, or rotated / 2 if
-// `shared`] of the token's position. Writes the token's keys and values at sequence->last, and reads those of
-// all positions from sequence->first on.
+// Attention of one token of each of 1 to 256 `sequences` [tokens], which share no memory: y [tokens, D] is
+// the output for x [tokens, D], with the cos and sin [tokens, rotated, or rotated / 2 if `shared`] of the
+// tokens' positions. Writes each token's keys and values at its sequence's last position, and reads those of
+// all positions from its first on.
 MOE_API int32_t moe_attention(const Attention* attention, const void* x, const void* cos, const void* sin,
-                              const Sequence* sequence, void* y, int32_t activations, int32_t threads);
+                              const Sequence* sequences, int64_t tokens, void* y, int32_t activations,
+                              int32_t threads);
 
-// One token through a Layer: y [D] = x + attention(first norm of x), inner [D] = second norm of y, all
-// rounded to the dtype where separate calls of moe_norm and moe_attention and a sum would round them. x, y
-// and inner must be distinct. Unless `router` is null, ids [top_k] and weights [top_k] become the experts
-// that moe_route chooses for inner.
+// These tokens through a Layer: y [tokens, D] = x + attention(first norm of x), inner [tokens, D] = second
+// norm of y, all rounded to the dtype where separate calls of moe_norm and moe_attention and a sum would
+// round them. x, y and inner must be distinct. Unless `router` is null, ids [tokens, top_k] and weights
+// [tokens, top_k] become the experts that moe_route chooses for inner.
 MOE_API int32_t moe_layer(const Layer* layer, const Router* router, const void* x, const void* cos,
-                          const void* sin, const Sequence* sequence, void* y, void* inner, float* weights,
-                          int64_t* ids, int32_t activations, int32_t threads);
+                          const void* sin, const Sequence* sequences, int64_t tokens, void* y, void* inner,
+                          float* weights, int64_t* ids, int32_t activations, int32_t threads);
 
 // For each of `count` experts e, for each p in [starts[e], starts[e + 1]): row places[p] of outputs, [*, D],
 // becomes the expert's output for row tokens[p] of x, [tokens_in_x, D]. If `weights`, [tokens_in_x, top_k],
@@ -190,13 +192,13 @@ MOE_API int32_t moe_experts(const Expert* const* experts, int64_t count, const i
                             int64_t tokens_in_x, float* outputs, const float* weights, int64_t top_k,
                             void* combined, int32_t dtype, int32_t activations, int32_t threads);
 
-// The same for one token x [D] and a table [count] of all experts of a layer: combined [D] = sum over rank,
-// in order, of weights[rank] * the output of experts[ids[rank]]. ids and weights are [top_k], and the ids are
-// distinct. Adds one to chosen[id], of [count], for each of them.
+// The same for x [tokens, D] and a table [count] of all experts of a layer: combined [tokens, D] = sum over
+// rank, in order, of weights[t][rank] * the output of experts[ids[t][rank]] for row t of x. ids and weights
+// are [tokens, top_k], and the ids of a token are distinct. Adds one to chosen[id], of [count], for each.
 MOE_API int32_t moe_chosen_experts(const Expert* const* experts, int64_t count, const int64_t* ids,
                                    const float* weights, int64_t top_k, const Gate* gate, const void* x,
-                                   int64_t* chosen, void* combined, int32_t dtype, int32_t activations,
-                                   int32_t threads);
+                                   int64_t tokens, int64_t* chosen, void* combined, int32_t dtype,
+                                   int32_t activations, int32_t threads);
 
 // One token of each of `rows` sequences through linear attention with the gated delta rule (Gated DeltaNet,
 // arXiv 2412.06464). A head has a state S [key_width, value_width], which becomes e^decay * S + k d, where d
@@ -240,11 +242,11 @@ struct Convolution {
 
 MOE_API int32_t moe_convolve(const Convolution* convolution, int32_t threads);
 
-// Chooses one token's experts: logits [rows] of the dtype = x [cols] times the matrix, transposed, plus its
-// bias; probabilities = softmax of the rounded logits; ids [top_k] are the experts of the largest
-// probabilities, largest first, and weights [top_k] these probabilities, divided by their sum if
-// `normalized`.
-MOE_API int32_t moe_route(const Matrix* matrix, const void* x, int32_t dtype, int64_t top_k,
+// Chooses the experts of 1 to 256 tokens, of each as if it were alone: logits [tokens, rows] of the dtype = x
+// [tokens, cols] times the matrix, transposed, plus its bias; probabilities = softmax of the rounded logits;
+// ids [tokens, top_k] are the experts of the largest probabilities, largest first, and weights [tokens,
+// top_k] these probabilities, divided by their sum if `normalized`.
+MOE_API int32_t moe_route(const Matrix* matrix, const void* x, int64_t tokens, int32_t dtype, int64_t top_k,
                           int32_t normalized, void* logits, float* weights, int64_t* ids);
 
 // combined [tokens, cols] = sum over rank, in order, of weights [tokens, top_k] * outputs [tokens * top_k,

@@ -1,4 +1,6 @@
-// A router: one token's choice of experts.
+// A router: tokens' choice of experts.
+#include "route.h"
+
 #include <algorithm>
 #include <cmath>
 
@@ -31,33 +33,56 @@ void choose(const float* scores, int64_t count, int64_t top_k, float* weights, i
   }
 }
 
-void route(const Matrix& m, const void* x, int32_t dtype, int64_t top_k, bool normalized, void* logits,
-           float* weights, int64_t* ids) {
-  scratch.reserve(prepared_bytes(m.cols, FLOATS) + Scratch::bytes_of<float>(m.cols) +
-                  Scratch::bytes_of<float>(m.rows));
-  float *values = scratch.take<float>(m.cols), *scores = scratch.take<float>(m.rows);
-  const Prepared in = take_prepared(m.cols, FLOATS);
-  kernels().widen(dtype, x, m.cols, values);
-  kernels().prepare(m.format, FLOATS, false, values, m.cols, in);
-  for (int64_t c = 0; c < chunks_of(m, 1); ++c) multiply(m, FLOATS, &in, 1, c, &scores);
-  kernels().narrow(dtype, scores, m.rows, logits);
-  kernels().widen(dtype, logits, m.rows, scores);
-  softmax(scores, m.rows);
-  choose(scores, m.rows, top_k, weights, ids);
+void route(const Matrix& m, const void* x, int64_t tokens, int32_t dtype, int64_t top_k, bool normalized,
+           void* logits, float* weights, int64_t* ids) {
+  scratch.reserve(tokens * (prepared_bytes(m.cols, FLOATS) + Scratch::bytes_of<float>(m.rows)) +
+                  Scratch::bytes_of<Prepared>(tokens) + Scratch::bytes_of<float*>(tokens) +
+                  Scratch::bytes_of<float>(m.cols));
+  float* values = scratch.take<float>(m.cols);
+  Prepared* in = scratch.take<Prepared>(tokens);
+  float** scores = scratch.take<float*>(tokens);
+  for (int64_t t = 0; t < tokens; ++t) {
+    in[t] = take_prepared(m.cols, FLOATS);
+    scores[t] = scratch.take<float>(m.rows);
+    kernels().widen(dtype, at(dtype, x, t * m.cols), m.cols, values);
+    prepare_for_router(m, values, in[t]);
+  }
+  for (int64_t c = 0; c < chunks_of(m, 1); ++c) multiply_router(m, in, tokens, c, scores);
+  for (int64_t t = 0; t < tokens; ++t)
+    choose_experts(dtype, scores[t], m.rows, top_k, normalized, at(dtype, logits, t * m.rows),
+                   weights + t * top_k, ids + t * top_k);
+}
+
+}  // namespace
+
+void prepare_for_router(const Matrix& m, const float* token, const Prepared& out) {
+  kernels().prepare(m.format, FLOATS, tiled(m.format, FLOATS, m.cols, 1), token, m.cols, out);
+}
+
+void multiply_router(const Matrix& m, const Prepared* x, int64_t tokens, int64_t c, float* const* y) {
+  // So many that they are multiplied as one alone would be.
+  const int64_t step = tiled(m.format, FLOATS, m.cols, MOST_DOTS) ? 1 : MOST_DOTS;
+  for (int64_t t = 0; t < tokens; t += step) multiply(m, FLOATS, x + t, std::min(step, tokens - t), c, y + t);
+}
+
+void choose_experts(int32_t dtype, float* scores, int64_t count, int64_t top_k, bool normalized, void* logits,
+                    float* weights, int64_t* ids) {
+  kernels().narrow(dtype, scores, count, logits);
+  kernels().widen(dtype, logits, count, scores);
+  softmax(scores, count);
+  choose(scores, count, top_k, weights, ids);
   if (!normalized) return;
   float total = 0.0f;
   for (int64_t k = 0; k < top_k; ++k) total += weights[k];
   for (int64_t k = 0; k < top_k; ++k) weights[k] /= total;
 }
 
-}  // namespace
-
-int32_t moe_route(const Matrix* matrix, const void* x, int32_t dtype, int64_t top_k, int32_t normalized,
-                  void* logits, float* weights, int64_t* ids) try {
+int32_t moe_route(const Matrix* matrix, const void* x, int64_t tokens, int32_t dtype, int64_t top_k,
+                  int32_t normalized, void* logits, float* weights, int64_t* ids) try {
   if (matrix == nullptr || !valid(*matrix) || !valid_dtype(dtype)) return BAD_ARGUMENT;
-  if (top_k < 1 || top_k > matrix->rows) return BAD_ARGUMENT;
+  if (tokens < 1 || tokens > BATCH_PAIRS || top_k < 1 || top_k > matrix->rows) return BAD_ARGUMENT;
   if (x == nullptr || logits == nullptr || weights == nullptr || ids == nullptr) return BAD_ARGUMENT;
-  route(*matrix, x, dtype, top_k, normalized != 0, logits, weights, ids);
+  route(*matrix, x, tokens, dtype, top_k, normalized != 0, logits, weights, ids);
   return OK;
 } catch (const std::bad_alloc&) {
   return OUT_OF_MEMORY;
