@@ -179,6 +179,7 @@ def _native(cls: Any) -> Any:
             or kwargs
             or x.shape[-1] != weight.shape[1]
             or not 0 < x.numel() <= FEW_TOKENS * weight.shape[1]
+            or (x.dim() != 2 and x.numel() > weight.shape[1])
             or x.dtype is not weight.dtype
             or not x.is_cpu
             or torch.is_grad_enabled()

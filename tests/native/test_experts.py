@@ -209,7 +209,7 @@ def test_a_token_finds_and_counts_its_experts(lib: Any, isa: str, dtype: torch.d
 @pytest.mark.parametrize("tokens", [2, 7])
 def test_tokens_find_their_experts_together(lib: Any, isa: str, tokens: int, activations: int) -> None:
     """With the same bits as if they were named, and the counts of all."""
-    gate, experts = GATES["concatenated"], sixteen(packed, "nf4")
+    gate, experts = GATES["concatenated"], sixteen("nf4")
     ids, weights = packed.routing(tokens, 16, 4, seed=tokens)
     x = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(tokens))
     table = (ctypes.c_void_p * 16)(*(ctypes.addressof(expert.struct) for expert in experts))

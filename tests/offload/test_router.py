@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moe_local.offload.dense.router import NativeRouter, use_native_routers
+from moe_local.offload.dense.router import FEW_TOKENS, NativeRouter, use_native_routers
 from moe_local.offload.native.library import DTYPES, library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
@@ -197,6 +197,18 @@ def test_answers_as_the_original(calls: list[Any], cls: type[Router], dtype: tor
         assert len(calls) == 40
 
 
+@torch.no_grad()
+def test_each_of_few_tokens_has_the_choice_that_it_has_alone(calls: list[Any]) -> None:
+    router = Router()
+    assert taken(router)
+    tokens = [token(seed=seed) for seed in range(FEW_TOKENS)]
+    alone = [router(one) for one in tokens]
+    calls.clear()
+    together = router(torch.cat(tokens))
+    assert len(calls) == 1
+    assert all(map(torch.equal, together, map(torch.cat, zip(*alone, strict=True))))
+
+
 def test_all_else_is_left_to_the_original(calls: list[Any]) -> None:
     plain = Router()
     router = copy.deepcopy(plain)
@@ -211,7 +223,8 @@ def test_all_else_is_left_to_the_original(calls: list[Any]) -> None:
     router(x)[1].square().sum().backward()
     assert x.grad is not None
     with torch.no_grad():
-        assert agree(torch.cat([token(), token(seed=1)]))
+        assert agree(torch.cat([token(seed=seed) for seed in range(FEW_TOKENS + 1)]))
+        assert agree(torch.cat([token(), token(seed=1)])[None])
         assert agree(torch.empty(0, 64))
         with torch.autocast("cpu", torch.bfloat16):
             assert agree(token())

@@ -308,7 +308,7 @@ def test_guesses_need_no_other_way(
         assert len(found) == FORWARDS * (moe_layers - 1)
         calls.clear()
         guesses.clear()
-        monkeypatch.setattr(TokenLayer, "place", lambda *_: None)
+        monkeypatch.setattr(TokenLayer, "places", lambda *_: None)
         assert torch.equal(one_by_one(model.hf), got)
         assert (guesses, calls) == (found, [])
 
