@@ -66,7 +66,10 @@ class Description:
 
     def layers(self) -> int:
         """The number of layers without those that predict further tokens, which come last."""
-        return int(self.number("block_count")) - self.count("nextn_predict_layers")
+        layers = int(self.number("block_count")) - self.count("nextn_predict_layers")
+        if layers < 1:
+            raise self.senseless("nextn_predict_layers")
+        return layers
 
     def key_value_heads(self) -> int:
         """The same for all layers that have any: Ollama says it for each, zero for linear attention."""
@@ -79,7 +82,7 @@ class Description:
 
     def head_dim(self) -> int:
         heads = self.number("attention.head_count")
-        return int(self.number("attention.key_length", max(1, self.number("embedding_length") // heads)))
+        return max(1, int(self.number("attention.key_length", self.number("embedding_length") // heads or 1)))
 
     def rotation(self, *, partial: bool = False) -> Fields:
         """transformers' rope_parameters without scaling. `partial`: the file says how much of a head turns.

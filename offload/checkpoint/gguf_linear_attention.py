@@ -10,6 +10,9 @@ import torch
 from moe_local.offload.checkpoint.gguf_description import Description, Fields
 from moe_local.offload.checkpoint.gguf_family import Family, Join, Undo
 
+MOST_LAYERS = 10_000
+"""More than any model has; a config with more is refused later."""
+
 
 def _linear_attention(file: Description) -> Fields:
     """Ollama's own converter says of values' heads whether their order is llama.cpp's."""
@@ -20,7 +23,8 @@ def _linear_attention(file: Description) -> Fields:
         "shared_expert_intermediate_size": file.number("expert_shared_feed_forward_length"),
         "num_experts": file.number("expert_count"),
         "layer_types": [
-            "linear_attention" if (layer + 1) % every else "full_attention" for layer in range(file.layers())
+            "linear_attention" if (layer + 1) % every else "full_attention"
+            for layer in range(min(file.layers(), MOST_LAYERS))
         ],
         "linear_conv_kernel_dim": file.number("ssm.conv_kernel"),
         "linear_key_head_dim": file.number("ssm.state_size"),

@@ -140,7 +140,7 @@ def _joined(weights: Sequence[Weight], key: str, join: Callable[..., torch.Tenso
         weight.check(remedy)
     try:
         shape = tuple(join(*(torch.empty(weight.shape, device="meta") for weight in weights)).shape)
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise _misfit(weights[0]) from error
     parts = tuple(weight.parts[0] for weight in weights)
     return Weight(key, shape, parts, "joined", decoder=_Joined(tuple(weights), join))
@@ -158,7 +158,7 @@ def _converted(weight: Weight, key: str, undo: Undo | None) -> Weight:
         return replace(weight, key=key)
     try:
         shape = tuple(undo(torch.empty(weight.shape, device="meta")).shape)
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise _misfit(weight) from error
     return replace(weight, key=key, shape=shape, undo=undo)
 

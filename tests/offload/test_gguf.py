@@ -296,6 +296,29 @@ def test_groups_of_experts_must_be_known(made: Callable[[str], tuple[Path, Path]
     assert Checkpoint.open(tmp_path).config.n_group == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("block_count", 2**32 - 1, r"num_hidden_layers is 4\.295e\+09, and no model has more"),
+        ("attention.key_length", 0, r"says qwen3next.attention.key_length is 0; get another file"),
+        (
+            "ssm.group_count",
+            3,
+            r"attn_qkv.weight in x.gguf has shape \[128, 64\], which does not fit the config",
+        ),
+    ],
+)
+def test_absurd_numbers(
+    made: Callable[[str], tuple[Path, Path]], tmp_path: Path, name: str, value: int, message: str
+) -> None:
+    raw = made("qwen3_next")[0].read_bytes()
+    at = raw.index(f"qwen3next.{name}".encode()) + len(f"qwen3next.{name}") + 4  # behind the number's type
+    (tmp_path / "x.gguf").write_bytes(raw[:at] + struct.pack("<I", value) + raw[at + 4 :])
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Checkpoint.open(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_types_that_are_not_read(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     raw = made("mixtral")[0].read_bytes()
     name = b"blk.1.ffn_down_exps.weight"
