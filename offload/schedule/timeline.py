@@ -73,7 +73,7 @@ class Timeline:
 
     def link_beside(self, span: Span) -> float:
         """Seconds of a span of CPU work in which the link was busy, also with copies not yet seen to end."""
-        ended = sum(span.overlap(copy) for copy in self._copies)
+        ended = _covered(span, self._copies)
         at, pending = self._free_at, 0.0
         for copy in self._pending:
             begun = max(at, copy.issued)
@@ -83,10 +83,20 @@ class Timeline:
 
     def cpu_beside(self, span: Span) -> float:
         """Seconds of a copy's span in which the CPU computed experts."""
-        return sum(span.overlap(computed) for computed in self._computed)
+        return _covered(span, self._computed)
 
     def _busy_until(self) -> float:
         at = self._free_at
         for copy in self._pending:
             at = max(at, copy.issued) + self._expected(copy.nbytes)
         return at
+
+
+def _covered(span: Span, others: deque[Span]) -> float:
+    """Seconds of a span that others cover, which ended in this order: only the last of them can."""
+    seconds = 0.0
+    for other in reversed(others):
+        if other.end <= span.start:
+            break
+        seconds += span.overlap(other)
+    return seconds

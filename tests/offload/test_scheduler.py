@@ -71,11 +71,11 @@ def regret(case: Case, misses: int = 250, warm: int = 300) -> float:
     for step in itertools.count():
         hits = sum(rng.random() < case.hit_rate for _ in range(case.top_k))
         missed = case.top_k - hits
-        machine.noise.begin(step)
         machine.poll()
         if not missed:
             simulated.run_layer(machine, hits, case.nbytes, [], 0)
             continue
+        machine.noise.begin(step)
         needed = [Needed(ExpertKey(step, expert), work) for expert in range(missed)]
         chosen = scheduler.split(needed, [work] * hits)
         if seen >= warm:

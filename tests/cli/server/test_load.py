@@ -24,7 +24,7 @@ QUESTIONS = (
     *("hello", "What can you do?", "Tell me about tokens.", "What is moe-local?"),
 )
 TOKENS = 24
-GROWTH = 24 << 20
+GROWTH = 12 << 20
 """Bytes of memory that may come between a third of the time and its end."""
 
 
@@ -128,7 +128,7 @@ class Load:
     "seconds",
     [
         pytest.param(1.2, id="seconds"),
-        pytest.param(300, id="five minutes", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+        pytest.param(120, id="two minutes", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
     ],
 )
 def test_many_clients(serving: Any, crowded: moe_local.Model, seconds: float) -> None:
