@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,13 +176,17 @@ GEMMA4 = Family(
 
 
 def _deepseek(file: Description) -> Fields:
-    """DeepSeek V3 and what has its architecture, such as GLM-4.7-Flash, or DeepSeek V2, by the router.
+    """DeepSeek V3 and what has its architecture, such as GLM-4.7-Flash, or DeepSeek V2, by the router: V3's
+    takes the sigmoid of scores, which not all files say, and corrects them.
 
     Before April 2025, the converter left keys and values in one matrix and wrote their own widths; since
-    then, it also writes those of the latents, which attention can be computed with.
+    then, it also writes those of the latents, which attention can be computed with. Ollama's own converter
+    of GLM-4.7-Flash ("glm4moelite") called the two the other way round, and said nothing of groups.
     """
     turned = file.number("rope.dimension_count")
-    key = file.number("attention.key_length_mla", file.said("attention.key_length"))
+    ollama = file.architecture == "glm4moelite"
+    own = "" if ollama or file.said("attention.key_length_mla") is None else "_mla"
+    groups = 1 if ollama else None
     fields = {
         "intermediate_size": file.number("feed_forward_length"),
         "moe_intermediate_size": file.number("expert_feed_forward_length"),
@@ -190,12 +195,12 @@ def _deepseek(file: Description) -> Fields:
         "q_lora_rank": file.number("attention.q_lora_rank") if file.said("attention.q_lora_rank") else None,
         "kv_lora_rank": file.number("attention.kv_lora_rank"),
         "qk_rope_head_dim": turned,
-        "qk_nope_head_dim": key - turned,
-        "v_head_dim": file.number("attention.value_length_mla", file.said("attention.value_length")),
+        "qk_nope_head_dim": file.number(f"attention.key_length{own}") - turned,
+        "v_head_dim": file.number(f"attention.value_length{own}"),
         "n_routed_experts": file.number("expert_count"),
         "n_shared_experts": file.number("expert_shared_count"),
-        "n_group": file.number("expert_group_count"),
-        "topk_group": file.number("expert_group_used_count"),
+        "n_group": file.number("expert_group_count", groups),
+        "topk_group": file.number("expert_group_used_count", groups),
         "first_k_dense_replace": file.count("leading_dense_block_count"),
         "norm_topk_prob": bool(file.said("expert_weights_norm")),
         "routed_scaling_factor": file.number("expert_weights_scale", 1.0),
@@ -205,7 +210,8 @@ def _deepseek(file: Description) -> Fields:
         fields["rope_parameters"] = file.yarn() | {"mscale": mscale, "mscale_all_dim": mscale}
     else:
         fields["rope_parameters"] = file.rotation()
-    if file.said("expert_gating_func") == SIGMOID:
+    corrected = file.has("exp_probs_b.bias")
+    if file.said("expert_gating_func") in ((SIGMOID, None) if corrected else (SIGMOID,)):
         return fields | {"model_type": "deepseek_v3"}
     file.require("expert_gating_func", SOFTMAX, "softmax")
     file.require("expert_weights_norm", False, "weights that are not normalized")
@@ -251,6 +257,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3next": QWEN3_NEXT,
     "qwen35moe": QWEN3_5_MOE,
     "deepseek2": DEEPSEEK,
+    "glm4moelite": replace(DEEPSEEK, split="glm4"),
     "gemma4": GEMMA4,
     "gpt-oss": GPT_OSS,
     "gptoss": GPT_OSS,

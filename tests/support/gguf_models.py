@@ -97,6 +97,7 @@ OLLAMA = {
         "post_attention_norm.weight": "ffn_norm.weight",
     },
     "qwen3_5_moe": {"ssm_dt.bias": "ssm_dt"},
+    "glm4_moe_lite": {},
 }
 """What Ollama's own converter calls otherwise."""
 HALVES: dict[str, tuple[int, ...]] = {
@@ -142,7 +143,11 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.gguf"
     architecture = ARCHITECTURES[config["model_type"]]
-    writer = gguf.GGUFWriter(path, "gptoss" if ollama and architecture == "gpt-oss" else architecture)
+    if ollama:
+        architecture = {"gpt_oss": "gptoss", "glm4_moe_lite": "glm4moelite"}.get(
+            config["model_type"], architecture
+        )
+    writer = gguf.GGUFWriter(path, architecture)
     renamed = OLLAMA[config["model_type"]] if ollama else {}
     _describe(writer, config, tokenizer, ollama, split, old)
     rng = np.random.default_rng(0)
@@ -358,7 +363,7 @@ def _describe(
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if "shared_expert_intermediate_size" in config:
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
-    if kind in ("glm4_moe", "minimax_m2", "deepseek_v3", "glm4_moe_lite"):
+    if kind in ("glm4_moe", "minimax_m2", "deepseek_v3"):
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     if latent:
         turned = config["qk_rope_head_dim"]
@@ -367,19 +372,23 @@ def _describe(
         writer.add_kv_lora_rank(latent)
         if config["q_lora_rank"] is not None:
             writer.add_q_lora_rank(config["q_lora_rank"])
-        writer.add_key_length(widths[0] if old else latent + turned)
-        writer.add_value_length(widths[1] if old else latent)
+        latents = latent + turned, latent
+        key, value = widths if old or ollama else latents
+        writer.add_key_length(key)
+        writer.add_value_length(value)
         if not old:
-            writer.add_key_length_mla(widths[0])
-            writer.add_value_length_mla(widths[1])
+            key, value = latents if ollama else widths
+            writer.add_key_length_mla(key)
+            writer.add_value_length_mla(value)
         if rope["rope_type"] == "yarn":
             writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
             writer.add_rope_scaling_factor(rope["factor"])
             writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
             writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
     if kind == "glm4_moe" or latent:
-        writer.add_expert_group_count(config["n_group"])
-        writer.add_expert_group_used_count(config["topk_group"])
+        if not ollama:
+            writer.add_expert_group_count(config["n_group"])
+            writer.add_expert_group_used_count(config["topk_group"])
         writer.add_expert_shared_count(config["n_shared_experts"])
         writer.add_leading_dense_block_count(config.get("first_k_dense_replace", 1))
         writer.add_expert_weights_scale(config["routed_scaling_factor"])
