@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moe_local.cli.options import debug_flag, json_flag
-from moe_local.cli.render import on_stdout, print_json
+from moe_local.cli.render import on_stdout, print_json, wrapped
 from moe_local.offload.system.home import moe_local_home
 
 if TYPE_CHECKING:
@@ -64,8 +64,13 @@ def doctor(measure: bool, as_json: bool) -> None:
 
 def _show(finding: Finding) -> None:
     level = str(finding.level)
-    console = on_stdout()
+    console, indent = on_stdout(), 6 + WIDTH + 2
     console.print(f"{level:<4}", style=STYLES[level], end="  ")
-    console.print(f"{finding.name:<{WIDTH}}  {finding.text}", markup=False)
-    if finding.remedy:
-        console.print(f"{'':<6}{'':<{WIDTH}}  -> {finding.remedy}", style="dim", markup=False)
+    first, *more = wrapped(finding.text, indent)
+    console.print(f"{finding.name:<{WIDTH}}  {first}", markup=False)
+    for line in more:
+        console.print(f"{'':<{indent}}{line}", markup=False)
+    mark = "->"
+    for line in wrapped(finding.remedy, indent + 3) if finding.remedy else ():
+        console.print(f"{'':<{indent}}{mark:<3}{line}", style="dim", markup=False)
+        mark = ""

@@ -12,7 +12,7 @@ import moe_local
 from moe_local.cache.keys import format_bytes, three_digits
 from moe_local.cli.completion import model_argument
 from moe_local.cli.options import debug_flag, json_flag, load_flags
-from moe_local.cli.render import count, print_fields, print_json
+from moe_local.cli.render import count, print_fields, print_json, print_line
 
 if TYPE_CHECKING:
     from moe_local.offload.plan.plan import Plan
@@ -49,7 +49,7 @@ def show_plan(plan: Plan) -> None:
 
     request, spec, sizes = plan.request, plan.request.spec, plan.bytes
     each = ("up to " if is_mixed(request.experts) else "") + format_bytes(sizes.expert)
-    click.echo(
+    print_line(
         f"{request.model}: {spec.architecture}, {count(spec.total_numel)} parameters "
         f"({count(spec.active_numel)} active), {len(spec.layers)} MoE layers of {spec.num_experts} experts, "
         f"{spec.top_k} per token"

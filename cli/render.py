@@ -119,6 +119,12 @@ def print_status(text: str) -> None:
     console.print(text, style="dim", markup=False, soft_wrap=not console.is_terminal)
 
 
+def print_line(text: str) -> None:
+    """Print a line on stdout; on a terminal it wraps between words."""
+    for line in wrapped(text, 0):
+        click.echo(line)
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table as plain text on stdout."""
     for line in table_lines([column.upper() for column in columns], rows):
@@ -139,12 +145,12 @@ def print_fields(fields: Iterable[tuple[str, str]]) -> None:
     rows = list(fields)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        for line in _wrapped(value, width + 4):
+        for line in wrapped(value, width + 4):
             click.echo(f"  {name:<{width}}  {line}")
             name = ""
 
 
-def _wrapped(text: str, indent: int) -> list[str]:
+def wrapped(text: str, indent: int) -> list[str]:
     """The text wrapped between words to fit the terminal after `indent` columns; unwrapped if stdout is not a
     terminal, or if too few columns are left."""
     room = shutil.get_terminal_size().columns - indent

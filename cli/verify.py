@@ -14,7 +14,7 @@ from moe_local.cache.errors import CheckpointError, ExpertFileError, ModelNotFou
 from moe_local.cache.keys import format_bytes
 from moe_local.cli.completion import model_argument
 from moe_local.cli.options import debug_flag, json_flag, load_flags
-from moe_local.cli.render import ProgressBar, print_json
+from moe_local.cli.render import ProgressBar, print_json, print_line
 
 if TYPE_CHECKING:
     from moe_local.offload.checkpoint.checkpoint import Checkpoint
@@ -276,7 +276,7 @@ def _show(model: str, report: Report) -> None:
     if report.rate is not None:
         state += f", read at {report.rate / 1e9:.2f} GB/s"
         state += f" (the disk alone: {report.disk / 1e9:.2f})" if report.disk is not None else ""
-    click.echo(f"{what}{size}: {state}: {report.folder}")
+    print_line(f"{what}{size}: {state}: {report.folder}")
     for damage in report.damage:
         click.echo(f"  {damage['text']}")
 

@@ -5,8 +5,12 @@ import sys
 
 import pytest
 
+import moe_local
 from moe_local.cli import render
+from moe_local.cli.doctor import WIDTH, _show
+from moe_local.cli.fit import show_plan
 from moe_local.cli.render import ProgressBar
+from moe_local.offload.doctor.finding import warn
 
 
 class Terminal(io.StringIO):
@@ -66,6 +70,31 @@ def test_fields_wrap_between_words_on_a_terminal_only(monkeypatch, capsys):
     render.print_fields(fields)
     lines = ["  one  some words that are", "       longer than the line", "  two  2"]
     assert out.getvalue().splitlines() == lines
+
+
+def test_no_line_of_a_plan_is_cut_by_a_narrow_terminal(monkeypatch):
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("COLUMNS", "40")
+    show_plan(moe_local.fit("mixtral-8x7b", vram="24GiB", ram="64GiB"))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 40
+    assert lines[0] == "mixtral-8x7b: MixtralForCausalLM, 46.7 B"
+
+
+def test_findings_wrap_behind_their_names(monkeypatch):
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("COLUMNS", str(6 + WIDTH + 2 + 20))
+    monkeypatch.setenv("TERM", "dumb")
+    _show(warn("disk", "some words that are longer", "make room, or buy another"))
+    name, *others = out.getvalue().splitlines()
+    assert name.split() == ["warn", "disk", "some", "words", "that", "are"]
+    assert [line.removeprefix(" " * (6 + WIDTH + 2)) for line in others] == [
+        "longer",
+        "-> make room, or buy",
+        "   another",
+    ]
 
 
 def test_fields_are_left_alone_on_a_terminal_of_few_columns(monkeypatch):
