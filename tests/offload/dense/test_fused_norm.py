@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from moe_local.offload.dense.fused_norm import use_fused_norms
-from tests.offload.test_norm import OTHER, SAME, SHIFTED, filled, numbers
+from tests.offload.dense.test_norm import OTHER, SAME, SHIFTED, filled, numbers
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
