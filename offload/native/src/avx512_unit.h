@@ -7,6 +7,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #define PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
@@ -48,6 +49,9 @@ constexpr int64_t TILE_T = 6;
 #include "micro_dot.h"
 #include "avx512_mxfp4.h"
 #include "avx512_bf16.h"
+#include "avx512_tile.h"
+#include "avx512_forms.h"
+#include "avx512_low_forms.h"
 #include "encode.h"
 #include "avx512_encode.h"
 #include "low_encode.h"

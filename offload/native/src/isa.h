@@ -43,10 +43,11 @@ constexpr int64_t MOST_DOTS = 4;       // most tokens multiplied together with r
 // know the order of the numbers and which of the arrays are filled. Rounded activations are integers of -127
 // .. 127 or -32767 .. 32767 times one scale per 64 columns.
 struct Prepared {
-  float* values = nullptr;  // [padded columns]; of 8-bit activations, the dequantized numbers
-  void* q = nullptr;        // int8, int16 or bf16 [padded columns]
-  float* scales = nullptr;  // [padded blocks]
-  float* sums = nullptr;    // [padded blocks], sums of each block's q, or of its values
+  float* values = nullptr;    // [padded columns]; of 8-bit activations, the dequantized numbers
+  void* q = nullptr;          // int8, int16 or bf16 [padded columns]
+  float* scales = nullptr;    // [padded blocks]
+  float* sums = nullptr;      // [padded blocks], sums of each block's q, or of its values
+  int32_t* starts = nullptr;  // in place of sums: what a block's sum of integers starts with
 };
 
 // How many columns and blocks a prepared input has, with zeros at the end: whole groups of the widest kernel.

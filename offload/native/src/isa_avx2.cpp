@@ -48,6 +48,12 @@ inline bool in_bf16(int32_t, bool) { return false; }
 inline void to_bf16(const float*, int64_t, void*) {}
 constexpr auto rows_tiled_bf16 = rows_tiled;
 
+// Tiles of integers would gain little: vpmaddwd multiplies twice as many numbers as a fma, but cannot add.
+inline bool in_integers(int32_t, int32_t, int64_t) { return false; }
+inline void prepare_for_integers(int32_t, int32_t, const float*, int64_t, const Prepared&) {}
+inline void rows_as_integers(const Matrix&, const float*, int32_t, const Prepared*, int64_t, int64_t, int64_t,
+                             float* const*) {}
+
 #include "rows.h"
 
 constexpr Kernels TABLE = {

@@ -1,9 +1,11 @@
 // Chooses among a vector unit's kernels by format, shape, number of tokens and rounding, and prepares inputs
 // for the chosen one. Included after the unit's kernels; GROUP is the number of columns that are reordered
-// together, and in_bf16 tells when tiles are multiplied in bf16.
+// together, and in_integers and in_bf16 tell when tiles are multiplied as integers or in bf16.
 
 void prepare(int32_t format, int32_t activations, bool tiled, const float* x, int64_t columns,
              const Prepared& out) {
+  if (tiled && in_integers(format, activations, columns))
+    return prepare_for_integers(format, activations, x, columns, out);
   if (is_low(format)) {
     (format == Q3 ? prepare_low<ThreeBit, WIDTH> : prepare_low<TwoBit, WIDTH>)(activations, tiled, x, columns,
                                                                                out);
@@ -29,15 +31,18 @@ void prepare(int32_t format, int32_t activations, bool tiled, const float* x, in
 }
 
 // Kernels of integers multiply 8 tokens 1.3 to 4.7 times as fast as tiles of floats do, and 16 tokens at
-// least as fast (docs/log.md). Where tiles are multiplied in bf16, twice as fast, 8 is an estimate. Kernels
-// of floats multiply no faster than tiles and decode the weights once more for each MOST_DOTS tokens, which
-// pays only for Q3 and Q2: their tiles are slow to decode.
+// least as fast, but, save for 8-bit activations of Q3 and Q2, slower than tiles of integers (docs/log.md).
+// Where tiles are multiplied in bf16, twice as fast, 8 is an estimate. Kernels of floats multiply no faster
+// than tiles and decode the weights once more for each MOST_DOTS tokens, which pays only for Q3 and Q2: their
+// tiles are slow to decode.
 int64_t most_in_registers(int32_t format, int32_t activations, int64_t columns) {
   const bool low = is_low(format);
   if (activations == FLOATS) return low ? 2 * MOST_DOTS : MOST_DOTS;
   const bool in_blocks = format == NF4 || format == MXFP4 || (format == INT8 && activations == INT8_BLOCKS);
   if (!low && !(in_blocks && columns % BLOCK == 0)) return MOST_DOTS;
-  return in_bf16(activations, true) ? 2 * MOST_DOTS : 4 * MOST_DOTS;
+  if (low && activations == INT8_BLOCKS && in_integers(format, activations, columns)) return 4 * MOST_DOTS;
+  const bool fast_tiles = in_integers(format, activations, columns) || in_bf16(activations, true);
+  return fast_tiles ? 2 * MOST_DOTS : 4 * MOST_DOTS;
 }
 
 inline Decode decode_of(const Matrix& m, bool blocks) {
@@ -61,7 +66,9 @@ void rows_of_low(const Matrix& m, int32_t activations, const Prepared* x, int64_
 void rows(const Matrix& m, const float* map, int32_t activations, bool tiled, const Prepared* x,
           int64_t count, int64_t first, int64_t last, float* const* y) {
   const bool blocks = m.cols % BLOCK == 0 && !is_plain(m.format) && m.format != FP8;
-  if (!tiled && m.format == FP32) {
+  if (tiled && in_integers(m.format, activations, m.cols)) {
+    rows_as_integers(m, map, activations, x, count, first, last, y);
+  } else if (!tiled && m.format == FP32) {
     plain_by_count<Float32>(m, x, count, first, last, y);
   } else if (!tiled && m.format == BF16) {
     plain_by_count<BFloat16>(m, x, count, first, last, y);

@@ -61,6 +61,7 @@ inline Prepared take_prepared(int64_t columns, int32_t activations) {
   piece.values = scratch.take<float>(width);
   piece.scales = scratch.take<float>(most_blocks(columns));
   piece.sums = scratch.take<float>(most_blocks(columns));
+  piece.starts = reinterpret_cast<int32_t*>(piece.sums);
   if (activations != FLOATS) piece.q = scratch.take<int8_t>(2 * width);
   return piece;
 }

@@ -24,11 +24,12 @@ const Kernels* table(int32_t isa) {
 // The work of multiplying weights with `tokens` tokens, in units of reading the weights once.
 int64_t readings(int64_t tokens) { return std::max<int64_t>(1, tokens / TOKENS_PER_READ); }
 
-// The rows of a chunk, a multiple of the rows that tiles work on.
+// The rows of a chunk, a multiple of the rows that tiles work on: 16, or 32 of integers.
 int64_t rows_per_chunk(const Matrix& m, int64_t tokens) {
   const int64_t row_bytes = std::max<int64_t>(1, weight_bytes(m) / m.rows);
   const int64_t bytes = std::min(LARGEST_CHUNK, std::max(SMALLEST_CHUNK, weight_bytes(m) / CHUNKS));
-  return std::max<int64_t>(16, bytes / row_bytes / readings(tokens) / 16 * 16);
+  const int64_t step = tokens > 2 * MOST_DOTS ? 32 : 16;
+  return std::max(step, bytes / row_bytes / readings(tokens) / step * step);
 }
 
 }  // namespace

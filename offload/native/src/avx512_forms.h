@@ -1,0 +1,161 @@
+// How tiles of integers read each format; see rows_in_integers in avx512_tile.h. Included in avx512_unit.h,
+// after the kernels of the formats, whose tables these are.
+
+// Order of the columns in words that are made of the nibbles of 32-bit lanes, which hold eight columns each:
+// for Pairs, of nibbles k and k + 4, for Quads, of all even and then all odd nibbles. `swap` is 1 where the
+// earlier column of a byte is in its high half.
+template <int64_t COUNT>
+struct NibbleOrder {
+  alignas(64) uint8_t column[COUNT];
+
+  constexpr explicit NibbleOrder(bool pairs, int swap) : column() {
+    for (int i = 0; i < COUNT; ++i) {
+      const int within = i % 8, nibble = pairs ? within / 2 + within % 2 * 4 : within % 4 * 2 + within / 4;
+      column[i] = static_cast<uint8_t>(i / 8 * 8 + (nibble ^ swap));
+    }
+  }
+};
+constexpr NibbleOrder<32> NF4_PAIRS(true, 1), MXFP4_PAIRS(true, 0);
+constexpr NibbleOrder<16> NF4_QUADS(false, 1), MXFP4_QUADS(false, 0);
+alignas(64) constexpr uint8_t INT8_PAIRS[32] = {0,  2,  1,  3,  4,  6,  5,  7,  8,  10, 9,
+                                                11, 12, 14, 13, 15, 16, 18, 17, 19, 20, 22,
+                                                21, 23, 24, 26, 25, 27, 28, 30, 29, 31};
+alignas(64) constexpr uint8_t INT8_QUADS[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// Looks up nibbles of 32 columns of sixteen rows.
+inline void nibble_pairs(const Lanes& lanes, int64_t offset, __m512i table, __m512i* out) {
+  __m512i words[4];
+  gather_words(lanes, offset, words);
+  for (int i = 0; i < 4; ++i, out += 8) {
+    out[0] = _mm512_permutexvar_epi16(words[i], table);
+    out[2] = whole_levels_at<1>(words[i], table);
+    out[4] = whole_levels_at<2>(words[i], table);
+    out[6] = whole_levels_at<3>(words[i], table);
+  }
+}
+
+inline void nibble_quads(const Lanes& lanes, int64_t offset, __m512i table, __m512i* out) {
+  __m512i words[4];
+  gather_words(lanes, offset, words);
+  for (int i = 0; i < 4; ++i, out += 4) {
+    out[0] = by_nibble(words[i], table);
+    out[2] = by_nibble(_mm512_srli_epi16(words[i], 4), table);
+  }
+}
+
+struct NF4Form {
+  static constexpr int64_t SIZE = BLOCK, STEP = 32;
+  static int64_t stride(int64_t cols) { return cols / 2; }
+};
+
+struct NF4Pairs : NF4Form {
+  using Words = Pairs;
+  static constexpr float MOST = 8005.0f;
+  static constexpr const uint8_t* order = NF4_PAIRS.column;
+  const __m512i table = whole_levels();
+
+  NF4Pairs() {}
+
+  void decode(const Matrix&, const Lanes& lanes, int64_t column, __m512i* out) const {
+    nibble_pairs(lanes, column / 2, table, out);
+  }
+
+  static void scales(const Matrix& m, const float* map, int64_t row, int64_t block, int64_t count,
+                     float* out) {
+    nf4_scales(m, map, row * (m.cols / BLOCK) + block, count, out);
+    for (int64_t b = 0; b < count; ++b) out[b] *= static_cast<float>(1.0 / LEVEL_UNIT);
+  }
+};
+
+struct NF4Quads : NF4Form {
+  using Words = Quads;
+  static constexpr float ZERO = BYTE_ZERO;
+  static constexpr const uint8_t* order = NF4_QUADS.column;
+  const __m512i table = byte_levels();
+
+  NF4Quads() {}
+
+  void decode(const Matrix&, const Lanes& lanes, int64_t column, __m512i* out) const {
+    nibble_quads(lanes, column / 2, table, out);
+  }
+
+  static void scales(const Matrix& m, const float* map, int64_t row, int64_t block, int64_t count,
+                     float* out) {
+    nf4_scales(m, map, row * (m.cols / BLOCK) + block, count, out);
+    for (int64_t b = 0; b < count; ++b) out[b] *= 1.0f / BYTE_UNIT;
+  }
+};
+
+struct MXFP4Form {
+  static constexpr int64_t SIZE = MICRO_BLOCK, STEP = 32;
+  static int64_t stride(int64_t cols) { return cols / 2; }
+
+  static void scales(const Matrix& m, const float*, int64_t row, int64_t block, int64_t count, float* out) {
+    const int64_t first = row * (m.cols / MICRO_BLOCK) + block;
+    for (int64_t b = 0; b < count; ++b)
+      out[b] = power_of_two(static_cast<const uint8_t*>(m.scales)[first + b]) / E2M1_UNIT;
+  }
+};
+
+struct MXFP4Pairs : MXFP4Form {
+  using Words = Pairs;
+  static constexpr float MOST = 12.0f;
+  static constexpr const uint8_t* order = MXFP4_PAIRS.column;
+  const __m512i table = whole_numbers<int16_t>(0);
+
+  MXFP4Pairs() {}
+
+  void decode(const Matrix&, const Lanes& lanes, int64_t column, __m512i* out) const {
+    nibble_pairs(lanes, column / 2, table, out);
+  }
+};
+
+struct MXFP4Quads : MXFP4Form {
+  using Words = Quads;
+  static constexpr float ZERO = 12.0f;
+  static constexpr const uint8_t* order = MXFP4_QUADS.column;
+  const __m512i table = whole_numbers<uint8_t>(12);
+
+  MXFP4Quads() {}
+
+  void decode(const Matrix&, const Lanes& lanes, int64_t column, __m512i* out) const {
+    nibble_quads(lanes, column / 2, table, out);
+  }
+};
+
+struct Int8Form {
+  static constexpr int64_t SIZE = BLOCK, STEP = 16;
+  static int64_t stride(int64_t cols) { return cols; }
+
+  static void scales(const Matrix& m, const float*, int64_t row, int64_t block, int64_t count, float* out) {
+    padded_int8_scales(m, row * (m.cols / BLOCK) + block, count, out);
+  }
+};
+
+struct Int8Pairs : Int8Form {
+  using Words = Pairs;
+  static constexpr float MOST = 128.0f;
+  static constexpr const uint8_t* order = INT8_PAIRS;
+
+  void decode(const Matrix&, const Lanes& lanes, int64_t column, __m512i* out) const {
+    __m512i words[4];
+    gather_words(lanes, column, words);
+    for (int i = 0; i < 4; ++i, out += 4) {
+      out[0] = _mm512_srai_epi16(_mm512_slli_epi16(words[i], 8), 8);
+      out[2] = _mm512_srai_epi16(words[i], 8);
+    }
+  }
+};
+
+struct Int8Quads : Int8Form {
+  using Words = Quads;
+  static constexpr float ZERO = 128.0f;
+  static constexpr const uint8_t* order = INT8_QUADS;
+
+  void decode(const Matrix&, const Lanes& lanes, int64_t column, __m512i* out) const {
+    __m512i words[4];
+    gather_words(lanes, column, words);
+    for (int i = 0; i < 4; ++i, out += 2)
+      out[0] = _mm512_xor_si512(words[i], _mm512_set1_epi8(static_cast<char>(0x80)));
+  }
+};
