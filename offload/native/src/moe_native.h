@@ -25,9 +25,9 @@ enum Format : int32_t { NF4 = 0, INT8 = 1, Q3 = 2, Q2 = 3, MXFP4 = 4, FP8 = 5, F
 // bits are accurate to 2^-16 of a block's largest activation, better than bf16 and fp16, and take a fraction
 // of the time of floats; kernels that gain nothing from them use floats. Many tokens at once may be rounded
 // more coarsely to fit 32 bits in sums with NF4: to 2^-19 of the sum of a block's magnitudes. BFLOAT16S is
-// for activations that were bf16: as INT16_BLOCKS, but many tokens at once are multiplied in bf16, with
-// weights rounded to bf16, if the processor can. The same is done for INT8_BLOCKS of formats and shapes that
-// have no tiles of integers.
+// for activations that were bf16: as INT16_BLOCKS, but where formats and shapes have no tiles of integers,
+// many tokens at once are multiplied in bf16, with weights rounded to bf16, if the processor can. So are
+// those of INT8_BLOCKS.
 enum Activations : int32_t { FLOATS = 0, INT16_BLOCKS = 1, INT8_BLOCKS = 2, BFLOAT16S = 3 };
 
 // Dtypes of the caller's numbers. EXPONENT8 is for scales only: a byte b stands for 2^(b - 127).

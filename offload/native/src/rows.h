@@ -32,9 +32,8 @@ void prepare(int32_t format, int32_t activations, bool tiled, const float* x, in
 
 // Kernels of integers multiply 8 tokens 1.3 to 4.7 times as fast as tiles of floats do, and 16 tokens at
 // least as fast, but, save for 8-bit activations of Q3 and Q2, slower than tiles of integers (docs/log.md).
-// Where tiles are multiplied in bf16, twice as fast, 8 is an estimate. Kernels of floats multiply no faster
-// than tiles and decode the weights once more for each MOST_DOTS tokens, which pays only for Q3 and Q2: their
-// tiles are slow to decode.
+// Kernels of floats multiply no faster than tiles and decode the weights once more for each MOST_DOTS tokens,
+// which pays only for Q3 and Q2: their tiles are slow to decode.
 int64_t most_in_registers(int32_t format, int32_t activations, int64_t columns) {
   const bool low = is_low(format);
   if (activations == FLOATS) return low ? 2 * MOST_DOTS : MOST_DOTS;
