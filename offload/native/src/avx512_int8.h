@@ -76,7 +76,7 @@ struct Int8Rounded {
     padded_int8_scales(m, s.row * (m.cols / BLOCK) + s.done, s.count, scales);
     for (int t = 0; t < T; ++t) {
       for (int64_t b = 0; b < s.count; b += 16) {
-        const __m512 f = factors_of(scales + b, x[t].scales + s.done + b, factors[t] + b);
+        const __m512 f = factors_of(scales + b, s.count - b, x[t].scales + s.done + b, factors[t] + b);
         sums.offset[t] = _mm512_fmadd_ps(f, _mm512_loadu_ps(x[t].sums + s.done + b), sums.offset[t]);
       }
     }

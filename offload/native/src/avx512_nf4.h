@@ -44,9 +44,11 @@ inline void group_levels(__m512i bytes, __m512 table, __m512* out) {
   out[7] = levels_at<7>(bytes, table);
 }
 
-// The scales of sixteen blocks times those of the input's blocks.
-inline __m512 factors_of(const float* scales, const float* inputs, float* out) {
-  const __m512 f = _mm512_mul_ps(_mm512_load_ps(scales), _mm512_loadu_ps(inputs));
+// The scales of sixteen blocks, of which the first `there` count, times those of the input's blocks; zeros
+// for the others.
+inline __m512 factors_of(const float* scales, int64_t there, const float* inputs, float* out) {
+  const __mmask16 kept = there >= 16 ? 0xffff : static_cast<__mmask16>((1 << there) - 1);
+  const __m512 f = _mm512_maskz_mul_ps(kept, _mm512_loadu_ps(scales), _mm512_loadu_ps(inputs));
   _mm512_store_ps(out, f);
   return f;
 }
@@ -113,13 +115,16 @@ struct NF4Floats {
 template <int R, int T, bool offsets>
 inline void decode_factors(const ScaleMap& lookup, const Matrix& m, const Stretch& s, const Prepared* x,
                            float (*factors)[T][STRETCH], Sums<T>* sums) {
+  const int64_t blocks = m.cols / BLOCK;
+  const bool whole = s.count == blocks;  // the rows' scales follow each other
+  alignas(64) float scales[R * STRETCH + 64];
+  if (whole) lookup.scales(m, s.row * blocks, R * s.count, scales);
   for (int r = 0; r < R; ++r) {
-    alignas(64) float scales[STRETCH];
-    lookup.scales(m, (s.row + r) * (m.cols / BLOCK) + s.done, s.count, scales);
-    for (int64_t b = s.count; b % 16 != 0; ++b) scales[b] = 0.0f;
+    const float* of_row = whole ? scales + r * s.count : scales;
+    if (!whole) lookup.scales(m, (s.row + r) * blocks + s.done, s.count, scales);
     for (int t = 0; t < T; ++t) {
       for (int64_t b = 0; b < s.count; b += 16) {
-        const __m512 f = factors_of(scales + b, x[t].scales + s.done + b, factors[r][t] + b);
+        const __m512 f = factors_of(of_row + b, s.count - b, x[t].scales + s.done + b, factors[r][t] + b);
         if constexpr (offsets)
           sums[r].offset[t] = _mm512_fmadd_ps(f, _mm512_loadu_ps(x[t].sums + s.done + b), sums[r].offset[t]);
       }
