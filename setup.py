@@ -9,8 +9,8 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = "offload/native/src"
 UNITS = [
-    *("work", "linear", "experts", "attention", "delta", "route", "encode", "read"),  # the interface
-    *("threads", "cpu", "isa_portable", "isa_avx2", "isa_avx512_vnni", "isa_avx512"),
+    *("linear", "experts", "attention", "layers", "delta", "route", "encode", "read"),  # the interface
+    *("work", "threads", "cpu", "isa_portable", "isa_avx2", "isa_avx512_vnni", "isa_avx512"),
 ]
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.kernels.contracts import ExpertMath, LayerStep
+from moe_local.offload.kernels.cpu_table import CpuTable
 from moe_local.offload.kernels.grouped import GroupedExperts
 from moe_local.offload.kernels.grouped_trial import try_out
 from moe_local.offload.kernels.layer import LayerKernels
@@ -121,6 +122,18 @@ class OffloadedExperts(nn.Module):
         assert isinstance(self._runner, ExpertRunner)
         self._runner.count_token(self.index)
 
+    def table(self, x: torch.Tensor) -> CpuTable | None:
+        """What computes x [T, D], if `forward` would do nothing else but `count`; None if it would."""
+        runner = self._runner
+        if self.seam is not None or not isinstance(runner, ExpertRunner):
+            return None
+        return runner.table_for(self, x)
+
+    def count(self, used: int) -> None:
+        """Count tokens that went through `table` and used so many different experts."""
+        assert isinstance(self._runner, ExpertRunner)
+        self._runner.count_token(self.index, used)
+
     def activate(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, 2F] -> [T, F] with a gate, [T, F] -> [T, F] without."""
         return self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
@@ -224,10 +237,17 @@ class ExpertRunner:
         """Whether single tokens still go through the layer without the store."""
         return self.token_path is not None and self.token_path.serves(layer)
 
-    def count_token(self, layer: int) -> None:
-        """A token went through the layer by a path that `path_for` gave."""
+    def count_token(self, layer: int, used: int | None = None) -> None:
+        """A step went through the layer by what `path_for` or `table_for` gave; see TokenPath.count."""
         assert self.token_path is not None
-        self.token_path.count(layer)
+        self.token_path.count(layer, used)
+
+    def table_for(self, experts: OffloadedExperts, x: torch.Tensor) -> CpuTable | None:
+        """What computes x [T, D] of this layer in CPU memory without the store, or None."""
+        if self.token_path is None:
+            return None
+        found = self.token_path.layer(experts.index, experts, x, x.shape[0])
+        return found if isinstance(found, CpuTable) else None
 
     def path_for(
         self, experts: OffloadedExperts, hidden: torch.Tensor, index: torch.Tensor

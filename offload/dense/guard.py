@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 from torch import nn
@@ -25,8 +26,10 @@ class Guard:
         they must have none. The only exception are Onlookers on `shown`, one of `called`: the caller of the
         library shows them the input that this module would have been given. The guard checks the weights of
         `parent` and `called`, and that the children of `parent` are the same."""
-        self._children: dict[str, Any] = parent._modules
-        self._kept = dict(self._children)
+        self._families: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (parent._modules, dict(parent._modules))
+        ]
+        """The children of each parent: as they are, and as they were."""
         self._onlookers: dict[int, Any] = {} if shown is None else shown._forward_pre_hooks
         self._hooks = [
             hooks
@@ -38,10 +41,20 @@ class Guard:
         self._weights = [part._parameters.values() for part in (parent, *called)]
         self._seen = self._look()
 
+    def __add__(self, other: Guard) -> Guard:
+        """One guard in place of two, which is faster to ask; both without onlookers."""
+        both = copy(self)
+        for name in ("_families", "_hooks", "_own", "_weights", "_seen"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
+
     def holds(self) -> bool:
         """Whether all is as it was when the guard was made, and no hook depends on the modules' calls."""
-        if any(self._hooks) or self._children != self._kept:
+        if any(self._hooks):
             return False
+        for children, kept in self._families:
+            if children != kept:
+                return False
         for hook in self._onlookers.values():
             if type(hook) is not Onlooker:
                 return False

@@ -53,17 +53,19 @@ class Places(NamedTuple):
     lasts: list[int]
     """[n]: each token's own column."""
 
-    def sequences(self) -> ctypes.Array[Sequence]:
+    def rows(self) -> list[Sequence]:
         """The library's form of these places; the tensors have to outlive it."""
         keys, values, firsts, lasts = self
         row, head, nbytes = keys.stride(0), keys.stride(1), keys.element_size()
         key, value = keys.data_ptr(), values.data_ptr()
-        return (Sequence * len(lasts))(
-            *(
-                Sequence(key + i * row * nbytes, value + i * row * nbytes, head, first, last)
-                for i, (first, last) in enumerate(zip(firsts, lasts, strict=True))
-            )
-        )
+        return [
+            Sequence(key + i * row * nbytes, value + i * row * nbytes, head, first, last)
+            for i, (first, last) in enumerate(zip(firsts, lasts, strict=True))
+        ]
+
+    def sequences(self) -> ctypes.Array[Sequence]:
+        """`rows` as an array."""
+        return (Sequence * len(self.lasts))(*self.rows())
 
 
 class DirectLayer(Protocol):

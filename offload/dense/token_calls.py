@@ -13,6 +13,7 @@ from torch import nn
 class Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    output: Any
 
 
 def token_calls(model: Any, modules: Iterable[nn.Module]) -> dict[nn.Module, Call]:
@@ -24,11 +25,11 @@ def token_calls(model: Any, modules: Iterable[nn.Module]) -> dict[nn.Module, Cal
     """
     calls: dict[nn.Module, Call] = {}
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls[module] = Call(args, kwargs)
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls[module] = Call(args, kwargs, output)
 
     with contextlib.ExitStack() as hooks, torch.no_grad():
         for module in modules:
-            hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(note, with_kwargs=True).remove)
         model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True)
     return calls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import weakref
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from moe_local.offload.dense.norm import Kind
 from moe_local.offload.dense.token_attention import Places, TokenAttention, places_of
 from moe_local.offload.dense.token_block import TokenBlock
 from moe_local.offload.dense.token_calls import token_calls
+from moe_local.offload.dense.token_layers import TokenLayers
 from moe_local.offload.kernels.cpu import rounding
 from moe_local.offload.modeling.stand_in import stand_in
 from moe_local.offload.native.library import Layer, Norm, check, library
@@ -31,14 +33,15 @@ def use_token_layers(model: Any) -> None:
     found = [(module, layer) for module in model.modules() if (layer := TokenLayer.of(module)) is not None]
     calls = token_calls(model, [module for module, _ in found]) if found else {}
     for module, layer in found:
-        args, kwargs = calls.get(module, ((), {}))
-        if len(args) == 1 and layer.agrees(module, *args, kwargs):
+        call = calls.get(module)
+        if call is not None and len(call.args) == 1 and layer.agrees(module, *call.args, call.kwargs):
             rest = getattr(module, layer.feed_forward)
             block = TokenBlock.of(rest)
-            layer.block = block if block is not None and block.agrees(rest, *args) else None
+            layer.block = block if block is not None and block.agrees(rest, *call.args) else None
             cls: Any = type(module)
             module._token_layer = layer
             module.__class__ = _direct(cls)
+    TokenLayers.join(model, calls)
 
 
 class TokenLayer:
@@ -52,6 +55,8 @@ class TokenLayer:
         self.attention, self.norms, self.feed_forward = attention, norms, feed_forward
         self.block: TokenBlock | None = None
         """The feed-forward part, if it is a router and experts."""
+        self.among: tuple[weakref.ref[TokenLayers], int] | None = None
+        """The layers that it can be computed with, and its number among them."""
         self._struct = Layer()
         self._made_of: tuple[Any, ...] | None = None
         """The attention's struct and the dtype of inputs that `_struct` was made for."""
@@ -101,6 +106,11 @@ class TokenLayer:
             torch.is_tensor(a) and a.dtype is b.dtype and torch.equal(a, b)
             for a, b in zip(got, wanted, strict=True)
         )
+
+    @property
+    def struct(self) -> Layer:
+        """The library's description of the layer. Valid after `places`; a new one if weights have moved."""
+        return self._struct
 
     def places(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Places | None:
         """Where the keys and values of x [n, 1, D], a token of each of n sequences, go; None if the library
@@ -169,8 +179,8 @@ class TokenLayer:
         return output
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without cached addresses, which are not valid for a copy."""
-        return {**self.__dict__, "_struct": None, "_made_of": None, "_guard": None}
+        """Without cached addresses, which are not valid for a copy, and without the other layers."""
+        return {**self.__dict__, "_struct": None, "_made_of": None, "_guard": None, "among": None}
 
 
 def _is_readable(norm: Any, x: torch.Tensor) -> bool:
@@ -190,6 +200,12 @@ def _struct_of(norm: Any) -> Norm:
 def _direct(cls: Any) -> Any:
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         layer: TokenLayer = self._token_layer
+        if layer.among is not None and not args:
+            reference, number = layer.among
+            together = reference()
+            output = None if together is None else together.output(number, hidden_states, kwargs)
+            if output is not None:
+                return output
         places = None if args else layer.places(self, hidden_states, kwargs)
         if places is None:
             return cls.forward(self, hidden_states, *args, **kwargs)

@@ -78,7 +78,8 @@ def rounding(activations: str, dtype: torch.dtype) -> int:
     """How activations of this dtype enter a product.
 
     Integers of 16 bits in blocks of 64 keep more precision than a bf16 or fp16 vector has, at half the cost
-    of floats; fp32 stays as it is. Many tokens of a bf16 model are multiplied in bf16 if the CPU can.
+    of floats; fp32 stays as it is. Many tokens of a bf16 model are multiplied with plain and FP8 weights in
+    bf16 if the CPU can.
     """
     if activations == "int8":
         return INT8

@@ -28,6 +28,13 @@ class CpuTable:
         self._activations = activations
         self._counts = counts
 
+    def struct(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """(experts, count, gate, chosen, of_experts) of a WholeLayer for inputs of `dtype`; the table has to
+        outlive them."""
+        table = ctypes.cast(self._table, ctypes.c_void_p)
+        gate, counts = ctypes.pointer(self._gate), self._counts.data_ptr()
+        return table, len(self._experts), gate, counts, rounding(self._activations, dtype)
+
     def run(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x [T, D], index [T, K] int64 and weights [T, K] -> [T, D]; the same bits as by a CpuStep.
 

@@ -32,7 +32,8 @@ HALVES, NEIGHBOURS = range(2)
 """How a head's numbers are paired for rotary embeddings: i with i + rotated / 2, or 2i with 2i + 1."""
 
 _FOLDER = Path(__file__).parent
-_ERRORS = {1: "bad argument", 2: "out of memory", 3: "not for this processor"}
+BAD_ARGUMENT = 1
+_ERRORS = {BAD_ARGUMENT: "bad argument", 2: "out of memory", 3: "not for this processor"}
 
 
 class Gate(Structure):
@@ -98,6 +99,19 @@ class Router(Structure):
 
 class Layer(Structure):
     _fields_ = (("attention", POINTER(Attention)), ("before_attention", Norm), ("before_feed_forward", Norm))
+
+
+class WholeLayer(Structure):
+    _fields_ = (
+        ("layer", POINTER(Layer)),
+        ("router", POINTER(Router)),
+        ("experts", c_void_p),
+        ("count", c_int64),
+        ("gate", POINTER(Gate)),
+        ("chosen", c_void_p),
+        ("activations", c_int32),
+        ("of_experts", c_int32),
+    )
 
 
 class Sequence(Structure):
@@ -200,6 +214,10 @@ _ARGUMENTS: dict[str, list[type]] = {
     "moe_chosen_experts": [
         *(c_void_p, c_int64, c_void_p, c_void_p, c_int64, POINTER(Gate), c_void_p, c_int64, c_void_p),
         *(c_void_p, c_int32, c_int32, c_int32),
+    ],
+    "moe_layers": [
+        *(POINTER(WholeLayer), c_int64, c_void_p, c_void_p, c_void_p, POINTER(Sequence), c_int64),
+        *(c_void_p, c_void_p, c_int32),
     ],
     "moe_delta_rule": [POINTER(DeltaRule), c_int32],
     "moe_convolve": [POINTER(Convolution), c_int32],

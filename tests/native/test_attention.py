@@ -1,12 +1,9 @@
-"""moe_attention against float64: every instruction set, dtype, format, rotation, length, layout of heads; and
-moe_layer against the calls that it is made of."""
+"""moe_attention against float64: every instruction set, dtype, format, rotation, length, layout of heads."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -20,14 +17,8 @@ from moe_local.offload.native.library import (
     HALVES,
     INT16,
     NEIGHBOURS,
-    Attention,
-    Layer,
-    Matrix,
-    Norm,
-    Router,
-    Sequence,
 )
-from support import packed
+from support.attention_calls import OUTSIDE, SPANS, Call, Case, Together
 
 BAD_ARGUMENT = 1
 BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
@@ -35,141 +26,6 @@ BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 
 ROUNDED = {FLOATS: 0.0, INT16: 1e-4, BF16: 1e-4}
 """What the activations' rounding adds to it."""
-
-OUTSIDE = 77.0
-"""Stands in the memory of outputs wherever a call has no business."""
-
-
-class Case(NamedTuple):
-    """What to attend with. `first` and `last` as a Sequence has them; `spare`: columns after the last."""
-
-    heads: int = 4
-    kv_heads: int = 2
-    width: int = 16
-    rotated: int = 16
-    rotation: int = HALVES
-    shared: bool = False
-    norms: bool = False
-    sinks: bool = False
-    gated: bool = False
-    shifted: bool = False
-    bias: torch.dtype | None = None
-    format: str = "fp32"
-    dtype: torch.dtype = torch.float32
-    hidden: int = 64
-    first: int = 0
-    last: int = 20
-    spare: int = 3
-
-
-@functools.cache
-def matrix_of(*shape: Any, **options: Any) -> Any:
-    """packed.pack, once for all calls, which only read it."""
-    return packed.pack(*shape, **options)
-
-
-class Call:
-    """A call of moe_attention for one token of random numbers."""
-
-    def __init__(self, case: Case, seed: int = 0) -> None:
-        self.case = case
-        generator = torch.Generator().manual_seed(seed)
-        dtype, queries, keys = case.dtype, case.heads * case.width, case.kv_heads * case.width
-
-        def random(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator).to(dtype)
-
-        asked = queries * (2 if case.gated else 1)
-        shapes = {"q": (asked, case.hidden), "k": (keys, case.hidden), "v": (keys, case.hidden)}
-        shapes["o"] = case.hidden, queries
-        options = {"bias": case.bias is not None, "bias_dtype": case.bias or torch.float32}
-        self.matrices = {
-            name: matrix_of(case.format, *shape, seed=seed + place, **options)
-            for place, (name, shape) in enumerate(shapes.items())
-        }
-        size = float(self.matrices["q"].weights.std()) * case.hidden**0.5  # that queries are about one
-        self.x = packed.at_odd_address((random(case.hidden).float() / size).to(dtype), 1)
-        angles = case.rotated // 2 if case.shared else case.rotated
-        self.cos, self.sin = random(angles), random(angles)
-        self.norms = (random(case.width), random(case.width)) if case.norms else (None, None)
-        self.sinks = random(case.heads) if case.sinks else None
-        columns = case.last + 1 + case.spare
-        self.keys, self.values = (self._memory(random(case.kv_heads, columns, case.width)) for _ in "kv")
-        self.y = torch.full((case.hidden + 32,), OUTSIDE, dtype=dtype)
-        self.struct = struct = Attention(*(self.matrices[name].struct for name in "qkvo"))
-        struct.heads, struct.kv_heads, struct.width = case.heads, case.kv_heads, case.width
-        struct.rotated, struct.rotation, struct.shared = case.rotated, case.rotation, case.shared
-        struct.scaling, struct.epsilon, struct.dtype = case.width**-0.5, 1e-5, DTYPES[dtype]
-        struct.q_norm, struct.k_norm = (None if norm is None else norm.data_ptr() for norm in self.norms)
-        struct.sinks = None if self.sinks is None else self.sinks.data_ptr()
-        struct.gated, struct.shifted = case.gated, case.shifted
-        addresses = self.keys.data_ptr(), self.values.data_ptr()
-        self.sequence = Sequence(*addresses, self.keys.stride(0), case.first, case.last)
-        self.arguments: dict[str, Any] = {
-            "attention": ctypes.byref(struct),
-            "x": self.x.data_ptr(),
-            "cos": self.cos.data_ptr() if angles else None,
-            "sin": self.sin.data_ptr() if angles else None,
-            "sequences": ctypes.byref(self.sequence),
-            "tokens": 1,
-            "y": self.y[16:].data_ptr(),
-            "activations": FLOATS,
-            "threads": 1,
-        }
-
-    def _memory(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Theirs where the token sees them, elsewhere NaN, whose sight would spoil all."""
-        numbers[:, : self.case.first] = float("nan")
-        numbers[:, self.case.last :] = float("nan")
-        return numbers
-
-    def __call__(self, lib: Any, **changed: Any) -> int:
-        status: int = lib.moe_attention(*(self.arguments | changed).values())
-        return status
-
-    def answer(self, lib: Any, **changed: Any) -> torch.Tensor:
-        """y [D], once nothing has been written beside it."""
-        assert self(lib, **changed) == 0
-        assert (self.y[:16] == OUTSIDE).all()
-        assert (self.y[16 + self.case.hidden :] == OUTSIDE).all()
-        return self.y[16 : 16 + self.case.hidden].clone()
-
-    def reference(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """y [D], and the token's key and value [kv_heads, width], in float64."""
-        case, x = self.case, self.x.double()
-        q, k, v = (self.matrices[name].product(x[None]).view(-1, case.width) for name in "qkv")
-        q, gates = (q[::2], q[1::2].sigmoid()) if case.gated else (q, 1)
-        for heads, norm in zip((q, k), self.norms, strict=True):
-            if norm is not None:
-                factor = norm.double() + case.shifted
-                heads *= (heads.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * factor
-        q, k = self._rotate(q), self._rotate(k)
-        seen = slice(case.first, case.last)
-        keys = torch.cat([self.keys[:, seen].double(), k[:, None]], 1)
-        values = torch.cat([self.values[:, seen].double(), v[:, None]], 1)
-        groups = case.heads // case.kv_heads
-        keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
-        scores = (keys @ q[:, :, None])[..., 0] * case.width**-0.5
-        if self.sinks is not None:
-            scores = torch.cat([scores, self.sinks.double()[:, None]], 1)
-        shares = scores.softmax(-1)[:, None, : keys.shape[1]]
-        answers = (shares @ values)[:, 0] * gates
-        return self.matrices["o"].product(answers.view(1, -1))[0], k, v
-
-    def _rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """As transformers' apply_rotary_pos_emb, or its interleaved relative."""
-        case, cos, sin = self.case, self.cos.double(), self.sin.double()
-        x, rest = x[:, : case.rotated], x[:, case.rotated :]
-        if case.rotation == HALVES:
-            if case.shared:
-                cos, sin = torch.cat([cos, cos]), torch.cat([sin, sin])
-            first, second = x.chunk(2, -1)
-            turned = torch.cat([-second, first], -1)
-        else:
-            if case.shared:
-                cos, sin = cos.repeat_interleave(2), sin.repeat_interleave(2)
-            turned = torch.stack([-x[:, 1::2], x[:, ::2]], -1).flatten(1)
-        return torch.cat([x * cos + turned * sin, rest], -1)
 
 
 def off(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -375,36 +231,6 @@ def test_what_is_not_used_may_be_left_out(lib: Any) -> None:
     assert torch.equal(single.answer(lib), want)
 
 
-class Together:
-    """Calls for tokens of sequences that begin and end at different positions, as one call."""
-
-    def __init__(self, case: Case, spans: list[tuple[int, int]]) -> None:
-        self.calls = [Call(case._replace(first=first, last=last)) for first, last in spans]
-        for place, call in enumerate(self.calls):
-            for numbers in (call.x, call.cos, call.sin):
-                numbers.mul_((1.0, 0.75, 0.5)[place % 3])
-        self.x, self.cos, self.sin = (
-            torch.stack([getattr(call, name) for call in self.calls]) for name in ("x", "cos", "sin")
-        )
-        self.sequences = (Sequence * len(spans))(*(call.sequence for call in self.calls))
-        self.y = torch.full_like(self.x, OUTSIDE)
-
-    def arguments(self, **changed: Any) -> dict[str, Any]:
-        given = {name: getattr(self, name).data_ptr() for name in ("x", "cos", "sin", "y")}
-        several = {"sequences": self.sequences, "tokens": len(self.calls)}
-        return self.calls[0].arguments | given | several | changed
-
-    def forget(self) -> list[torch.Tensor]:
-        """What the calls have written to their sequences, which is overwritten."""
-        written = [x[:, call.case.last].clone() for call in self.calls for x in (call.keys, call.values)]
-        for call in self.calls:
-            call.keys[:, call.case.last] = call.values[:, call.case.last] = OUTSIDE
-        return written
-
-
-SPANS = [(0, 20), (0, 0), (3, 700), (250, 260), (0, 255)]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
 def test_each_of_several_tokens_has_what_it_has_alone(
@@ -430,129 +256,3 @@ def test_each_of_several_tokens_has_what_it_has_alone(
                     assert torch.equal(got, alone)
                 else:
                     assert off(got, alone.double()) < BOUNDS[dtype] + ROUNDED[activations]
-
-
-class LayerCall:
-    """A call of moe_layer around a Call, 8 experts to choose 2 of."""
-
-    def __init__(self, call: Call, shifted: bool, router_dtype: torch.dtype, normalized: bool) -> None:
-        self.call, dtype, hidden = call, call.case.dtype, call.case.hidden
-        generator = torch.Generator().manual_seed(9)
-        self.norms = [torch.randn(hidden, generator=generator).to(dtype) for _ in range(2)]
-        self.router = torch.randn(8, hidden, generator=generator).to(dtype)
-        before, after = (Norm(norm.data_ptr(), 1e-5, shifted) for norm in self.norms)
-        self.layer = Layer(ctypes.pointer(call.struct), before, after)
-        plain = FORMATS[{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]]
-        self.matrix = Matrix(format=plain, rows=8, cols=hidden, q=self.router.data_ptr())
-        self.chooser = Router(ctypes.pointer(self.matrix), 2, normalized, DTYPES[router_dtype])
-        self.y, self.inner = torch.empty(hidden, dtype=dtype), torch.empty(hidden, dtype=dtype)
-        self.weights, self.ids = torch.empty(2, dtype=torch.float32), torch.empty(2, dtype=torch.int64)
-
-    def __call__(self, lib: Any, routed: bool = True, **changed: Any) -> int:
-        given = self.call.arguments
-        arguments: dict[str, Any] = {
-            "layer": ctypes.byref(self.layer),
-            "router": ctypes.byref(self.chooser) if routed else None,
-            **{name: given[name] for name in ("x", "cos", "sin", "sequences", "tokens")},
-            "y": self.y.data_ptr(),
-            "inner": self.inner.data_ptr(),
-            "weights": self.weights.data_ptr(),
-            "ids": self.ids.data_ptr(),
-            "activations": given["activations"],
-            "threads": given["threads"],
-        }
-        status: int = lib.moe_layer(*(arguments | changed).values())
-        return status
-
-    def parts(self, lib: Any) -> tuple[torch.Tensor, ...]:
-        """y, inner, weights and ids by moe_norm, moe_attention, a sum of torch's, and moe_route."""
-        call, layer, dtype = self.call, self.layer, DTYPES[self.call.case.dtype]
-
-        def norm(x: torch.Tensor, of: Norm) -> torch.Tensor:
-            out = torch.empty_like(x)
-            sizes = (1, x.numel(), dtype)
-            assert lib.moe_norm(x.data_ptr(), of.weight, of.shifted, of.epsilon, *sizes, out.data_ptr()) == 0
-            return out
-
-        normed = norm(call.x, layer.before_attention)
-        y = call.x + call.answer(lib, x=normed.data_ptr())
-        inner = norm(y, layer.before_feed_forward)
-        logits, weights, ids = torch.empty_like(inner), torch.empty(2), torch.empty(2, dtype=torch.int64)
-        chooser = self.chooser
-        status = lib.moe_route(
-            *(
-                ctypes.byref(self.matrix),
-                inner.data_ptr(),
-                1,
-                dtype,
-                2,
-                chooser.normalized,
-                logits.data_ptr(),
-            ),
-            *(weights.data_ptr(), ids.data_ptr()),
-        )
-        assert status == 0
-        rounded = {number: name for name, number in DTYPES.items()}[chooser.dtype]
-        return y, inner, weights.to(rounded).float(), ids
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shifted", [False, True])
-def test_a_layer_is_its_parts_one_after_the_other(
-    lib: Any, isa: str, dtype: torch.dtype, shifted: bool
-) -> None:
-    for router_dtype, normalized in ((dtype, True), (torch.float32, False)):
-        call = Call(Case(format="nf4", dtype=dtype, norms=True, hidden=192, heads=6))
-        layer = LayerCall(call, shifted, router_dtype, normalized)
-        want = layer.parts(lib)
-        keys, values = call.keys.clone(), call.values.clone()
-        for threads in (1, 3):
-            call.keys[:, call.case.last] = call.values[:, call.case.last] = OUTSIDE
-            assert layer(lib, threads=threads) == 0
-            got = layer.y, layer.inner, layer.weights, layer.ids
-            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-            for mine, theirs in ((call.keys, keys), (call.values, values)):
-                assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
-        layer.ids.fill_(-7)
-        assert layer(lib, routed=False, weights=None, ids=None) == 0
-        assert torch.equal(layer.inner, want[1])
-        assert (layer.ids == -7).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_several_tokens_pass_a_layer_as_each_does_alone(lib: Any, isa: str, dtype: torch.dtype) -> None:
-    case = Case(format="nf4", dtype=dtype, norms=True, hidden=192, heads=6)
-    together = Together(case, SPANS[:4])
-    layers = [LayerCall(call, False, dtype, True) for call in together.calls]
-    assert [layer(lib) for layer in layers] == [0] * 4
-    want = [
-        torch.stack([getattr(layer, name) for layer in layers]) for name in ("y", "inner", "weights", "ids")
-    ]
-    written = together.forget()
-    for threads in (1, 3):
-        got = [torch.full_like(x, -7) for x in want]
-        outputs = dict(zip(("y", "inner", "weights", "ids"), (x.data_ptr() for x in got), strict=True))
-        places = {name: together.arguments()[name] for name in ("x", "cos", "sin", "sequences", "tokens")}
-        assert layers[0](lib, **places, **outputs, threads=threads) == 0
-        assert all(map(torch.equal, got, want))
-        assert all(map(torch.equal, together.forget(), written))
-
-
-LAYERS_WRONG: dict[str, Callable[[LayerCall], dict[str, Any] | None]] = {
-    **{f"no {name}": lambda _, name=name: {name: None} for name in ("layer", "x", "y", "inner", "ids")},
-    "no attention": lambda call: setattr(call.layer, "attention", None),
-    "a norm without weight": lambda call: setattr(call.layer.before_attention, "weight", None),
-    "another without": lambda call: setattr(call.layer.before_feed_forward, "weight", None),
-    "a router without matrix": lambda call: setattr(call.chooser, "matrix", None),
-    "a router of another width": lambda call: setattr(call.matrix, "cols", 32),
-    "a router without rows": lambda call: setattr(call.matrix, "rows", 0),
-    "more experts than there are": lambda call: setattr(call.chooser, "top_k", 9),
-    "weights of no dtype": lambda call: setattr(call.chooser, "dtype", 3),
-}
-
-
-@pytest.mark.parametrize("wrong", LAYERS_WRONG)
-def test_wrong_layers_are_refused(lib: Any, wrong: str) -> None:
-    call = LayerCall(Call(Case()), False, torch.float32, True)
-    assert call(lib) == 0
-    assert call(lib, **(LAYERS_WRONG[wrong](call) or {})) == BAD_ARGUMENT

@@ -140,6 +140,18 @@ struct Layer {
   Norm before_feed_forward;
 };
 
+// A decoder layer with the experts of its feed-forward part, of which there is a table.
+struct WholeLayer {
+  const Layer* layer;
+  const Router* router;
+  const Expert* const* experts;  // [count], as in moe_chosen_experts
+  int64_t count;
+  const Gate* gate;
+  int64_t* chosen;      // [count]
+  int32_t activations;  // of the attention's matrices
+  int32_t of_experts;   // activations of the experts' matrices
+};
+
 // A sequence's keys and values: key of head h and position p is keys[h * head_stride + p * width ...].
 struct Sequence {
   void* keys;
@@ -201,6 +213,14 @@ MOE_API int32_t moe_chosen_experts(const Expert* const* experts, int64_t count, 
                                    const float* weights, int64_t top_k, const Gate* gate, const void* x,
                                    int64_t tokens, int64_t* chosen, void* combined, int32_t dtype,
                                    int32_t activations, int32_t threads);
+
+// These tokens through `count` consecutive layers of one dtype and width: y [count, tokens, D] are the
+// layers' outputs, each the sum, in the dtype, of what moe_layer and moe_chosen_experts give, and the next
+// layer's input. `sequences` [count, tokens] are those of each layer; used [count] becomes the number of
+// different experts in each. After an error, outputs before the failing layer's are valid.
+MOE_API int32_t moe_layers(const WholeLayer* layers, int64_t count, const void* x, const void* cos,
+                           const void* sin, const Sequence* sequences, int64_t tokens, void* y, int64_t* used,
+                           int32_t threads);
 
 // One token of each of `rows` sequences through linear attention with the gated delta rule (Gated DeltaNet,
 // arXiv 2412.06464). A head has a state S [key_width, value_width], which becomes e^decay * S + k d, where d

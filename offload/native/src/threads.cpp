@@ -34,6 +34,10 @@ Process this_process() { return getpid(); }
 // about as long as a chunk; waking up would take longer.
 constexpr int LOOKS = 512;
 
+// How often a helper looks for another job before it sleeps: longer than it takes a call of several layers to
+// come to its next job.
+constexpr int LOOKS_FOR_A_JOB = 4 * LOOKS;
+
 struct Phase {
   alignas(64) std::atomic<int64_t> next{0};
   alignas(64) std::atomic<int64_t> done{0};
@@ -103,8 +107,11 @@ class Pool {
     uint64_t seen = 0;
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [&] { return job_ != nullptr && generation_ != seen; });
-      seen = generation_;
+      lock.unlock();
+      for (int look = 0; look < LOOKS_FOR_A_JOB && generation_.load() == seen; ++look) PAUSE();
+      lock.lock();
+      wake_.wait(lock, [&] { return job_ != nullptr && generation_.load() != seen; });
+      seen = generation_.load();
       Job& job = *job_;
       const int number = job.joined.fetch_add(1) + 1;
       if (number > job.helpers) continue;
@@ -167,7 +174,7 @@ class Pool {
   std::mutex mutex_;  // guards everything below
   std::condition_variable wake_, phase_done_, left_;
   Job* job_ = nullptr;
-  uint64_t generation_ = 0;
+  std::atomic<uint64_t> generation_{0};
   int helpers_ = 0;
   int inside_ = 0;
 };

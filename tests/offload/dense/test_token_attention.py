@@ -19,6 +19,7 @@ from moe_local.offload.dense.attention_trial import use_token_attention
 from moe_local.offload.dense.norm import use_native_norms
 from moe_local.offload.dense.token_attention import TokenAttention
 from moe_local.offload.dense.token_layer import TokenLayer
+from moe_local.offload.dense.token_layers import TokenLayers
 from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.native.library import library
@@ -46,7 +47,9 @@ IDS = [5, 17, 300, 42, 7, 99, 260, 31, 8, 120, 77, 64]
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """An entry for each call of the library, for attention alone or with the rest of a layer."""
+    """An entry for each call of the library, for attention alone or with the rest of a layer; layers are not
+    computed together."""
+    monkeypatch.setattr(TokenLayers, "join", lambda *_: None)
     made: list[Any] = []
     for cls in (TokenAttention, TokenLayer):
         monkeypatch.setattr(cls, "__call__", noting(made, cls.__call__))

@@ -20,9 +20,7 @@ from moe_local.offload.dense.norm import use_native_norms
 from moe_local.offload.dense.router import use_native_routers
 from moe_local.offload.dense.token_attention import TokenAttention
 from moe_local.offload.dense.token_layer import TokenLayer, use_token_layers
-from moe_local.offload.engine.batch_view import BatchMasks
-from moe_local.offload.engine.kv_slab import probe_cache
-from moe_local.offload.engine.memory import make_kv
+from moe_local.offload.dense.token_layers import TokenLayers
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.kernels.cpu_table import CpuTable
 from moe_local.offload.modeling.onlooker import Onlooker
@@ -31,6 +29,7 @@ from moe_local.offload.prefetch.predictor import RouterPredictor
 from moe_local.offload.prefetch.prefetch import Guess
 from moe_local.offload.store.residents import Residents
 from support import tiny_models
+from support.decoder_layers import BETWEEN, FORWARDS, IDS, PARTS, layers_of, one_by_one, together
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
 
@@ -48,14 +47,12 @@ TAKEN = {
 }
 """By model type: whether layers run in one call, and their routers with them."""
 
-IDS = [5, 17, 300, 42, 7, 99, 260, 31]
-FORWARDS = len(IDS) + 1
-"""Of `one_by_one`, which tries the model's cache out first."""
-
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """An entry for each token through a layer, or through the experts of one, by the new ways."""
+    """An entry for each token through a layer, or through the experts of one, by the new ways; layers are not
+    computed together."""
+    monkeypatch.setattr(TokenLayers, "join", lambda *_: None)
     made: list[str] = []
     for cls, name in ((TokenLayer, "__call__"), (CpuTable, "run")):
         monkeypatch.setattr(cls, name, noting(made, cls.__name__, getattr(cls, name)))
@@ -70,10 +67,6 @@ def noting(made: list[str], of: str, plain: Callable[..., Any]) -> Callable[...,
     return noted
 
 
-def layers_of(hf: Any) -> list[Any]:
-    return list(hf.model.layers)
-
-
 def prepared(hf: Any) -> Any:
     """A copy of a model with all that the library does before layers."""
     hf = copy.deepcopy(hf)
@@ -81,21 +74,6 @@ def prepared(hf: Any) -> Any:
     use_native_routers(hf)
     use_token_attention(hf)
     return hf
-
-
-def one_by_one(hf: Any, ids: list[int] = IDS, before: Callable[[int], None] | None = None) -> torch.Tensor:
-    """Logits [T, V] of tokens that come one at a time; `before` each is called with its place."""
-    kv = make_kv(hf, 1, 32, probe_cache(hf))
-    kv.join()
-    rows = []
-    with torch.no_grad():
-        for place, token in enumerate(ids):
-            if before is not None:
-                before(place)
-            positions = torch.tensor([[place]])
-            rows.append(hf(torch.tensor([[token]]), position_ids=positions, past_key_values=kv.row(0)).logits)
-            kv.advance(0, 1)
-    return torch.cat(rows)[:, 0]
 
 
 @pytest.mark.parametrize(
@@ -133,28 +111,6 @@ def test_no_bit_changes(
         assert torch.equal(one_by_one(model.hf), got)
         assert (model.stats().routed, model.stats().hits, model.stats().misses) == counts
     assert calls == []
-
-
-@torch.no_grad()
-def together(hf: Any, prompts: list[list[int]], new: int) -> list[torch.Tensor]:
-    """Logits [new, V] of the last `new` ids of each prompt, which come together, one of each at a time; those
-    before come one by one."""
-    kv = make_kv(hf, len(prompts), 32, probe_cache(hf))
-    for row, prompt in enumerate(prompts):
-        kv.join()
-        for place, token in enumerate(prompt[:-new]):
-            hf(torch.tensor([[token]]), position_ids=torch.tensor([[place]]), past_key_values=kv.row(row))
-            kv.advance(row, 1)
-    masks, rows = BatchMasks(hf, kv.windows), []
-    for step in range(new):
-        tokens = torch.tensor([[prompt[step - new]] for prompt in prompts])
-        cache = kv.batch(len(prompts))
-        mask, positions = masks.make(kv.places), kv.places.columns[:, None]
-        output = hf(tokens, position_ids=positions, attention_mask=mask, past_key_values=cache)
-        rows.append(output.logits[:, -1])
-        for row in range(len(prompts)):
-            kv.advance(row, 1)
-    return list(torch.stack(rows, 1))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -350,9 +306,6 @@ def test_who_looks_at_another_part_sees_its_call(taken: tuple[Any, Any], calls: 
     assert len(calls) == len(IDS) * (len(layers_of(hf)) - 1)
 
 
-PARTS = ["", "self_attn", "mlp", "mlp.gate", "mlp.experts", "input_layernorm", "post_attention_layernorm"]
-
-
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("before", [False, True])
 def test_hooks_see_what_they_always_saw(taken: tuple[Any, Any], part: str, before: bool) -> None:
@@ -373,52 +326,6 @@ def test_hooks_see_what_they_always_saw(taken: tuple[Any, Any], part: str, befor
         seen.append(found)
     assert len(seen[0]) == len(seen[1]) > 0
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
-
-
-def moved(layer: Any, hf: Any) -> None:
-    for name, weight in layer.named_parameters():
-        if "experts" not in name:
-            weight.data = weight.data * 1.5
-
-
-def own_attention(layer: Any, hf: Any) -> None:
-    cls: Any = type(layer.self_attn).__mro__[1]  # transformers'
-    made = cls(hf.config, layer.self_attn.layer_idx).eval().requires_grad_(False)
-    layer.self_attn = made.to(layer.self_attn.q_proj.weight.dtype)
-
-
-def own_norm(layer: Any, hf: Any) -> None:
-    layer.post_attention_layernorm = nn.RMSNorm(64, dtype=layer.post_attention_layernorm.weight.dtype)
-
-
-def own_block(layer: Any, hf: Any) -> None:
-    cls: Any = type(layer.mlp.gate).__mro__[1]
-    made = cls(hf.config).requires_grad_(False)
-    made.weight.copy_(layer.mlp.gate.weight.flip(0))
-    layer.mlp.gate = made.to(layer.mlp.gate.weight.dtype)
-
-
-def own_forward(layer: Any, hf: Any) -> None:
-    norm = layer.input_layernorm
-    norm.forward = lambda x: 2 * type(norm).forward(norm, x)
-
-
-def other_numbers(layer: Any, hf: Any) -> None:
-    """Where they lie: as memory that is freed and given out again."""
-    layer.input_layernorm.weight.data = layer.input_layernorm.weight.data.view(torch.int32)
-
-
-BETWEEN: dict[str, tuple[Callable[[Any, Any], Any], int]] = {
-    "weights move": (moved, 3),
-    "another attention": (own_attention, 2),
-    "another norm": (own_norm, 2),
-    "another router": (own_block, 3),
-    "a norm's numbers": (other_numbers, 2),
-    "a forward in a norm's place": (own_forward, 2),
-    "a module that nobody calls": (lambda layer, hf: layer.add_module("extra", nn.Linear(2, 2)), 3),
-    "attention that gives scores": (lambda layer, hf: hf.set_attn_implementation("eager"), 0),
-}
-"""What is done to the second layer between two tokens, and how many layers are the library's afterwards."""
 
 
 @pytest.mark.parametrize("name", BETWEEN)
