@@ -99,7 +99,7 @@ class TokenLayers:
         before: Call | None = None
         for module, call in calls.items():
             layer = getattr(module, "_token_layer", None)
-            if layer is None or layer.block is None or not hasattr(_experts_of(module), "table"):
+            if layer is None or layer.block is None or _experts_of(module) is None:
                 before = None
                 continue
             if before is None or not _follows(call, before):
@@ -143,8 +143,11 @@ class TokenLayers:
         check_interrupt()
         lib, first = library(), self._modules[0]
         assert lib is not None
+        experts = _experts_of(first)
+        if experts is None or experts.table(x.view(-1, x.shape[-1])) is None or not self._above.holds():
+            return None
         where = first._token_layer.places(first, x, kwargs)  # with all that depends on the call
-        if where is None or not self._above.holds():
+        if where is None:
             return None
         if self._guard is None or self._dtype is not x.dtype or not self._guard.holds():
             self._take(x, kwargs)
@@ -180,13 +183,16 @@ class TokenLayers:
         """Masks and places of the parts that can serve x [n, D]; the first one's places are known."""
         masks: list[torch.Tensor | None] = []
         places: list[Places] = []
+        where: Places | None
         mask = kwargs.get("attention_mask")
         layers = kwargs.get("cache", kwargs.get("past_key_values")).layers  # type: ignore[union-attr]
         for part in self._parts:
-            assumed, layer = mask, layers[part.layer]
-            where = layer.direct(mask) if places and hasattr(layer, "direct") else None if places else first
-            if where is None and mask is not None:  # a layer with another window gets another mask, or none
-                assumed, where = None, layer.direct(None)
+            assumed, where = mask, first
+            if places:
+                direct = getattr(layers[part.layer], "direct", _nowhere)
+                where = direct(mask)
+                if where is None and mask is not None:  # another window: the layer gets another mask, or none
+                    assumed, where = None, direct(None)
             if where is None or where.lasts != first.lasts or part.experts.table(x) is not part.table:
                 break
             if where.keys.shape[2] != first.keys.shape[2] or where.keys.dtype is not x.dtype:
@@ -203,11 +209,12 @@ class TokenLayers:
         for module in self._modules:
             layer, parts = module._token_layer, module._modules
             attention, block = parts[layer.attention], parts[layer.feed_forward]
-            known = attention.config is self._modules[0]._modules[layer.attention].config
-            if not known or (layer.places(module, x, kwargs) or layer.places(module, x, unmasked)) is None:
+            if (layer.places(module, x, kwargs) or layer.places(module, x, unmasked)) is None:
+                break
+            if attention.config is not self._modules[0]._modules[layer.attention].config:
                 break
             router, experts = layer.block.struct(block, x.dtype), _experts_of(module)
-            table = None if router is None else experts.table(x.view(-1, x.shape[-1]))
+            table = None if router is None or experts is None else experts.table(x.view(-1, x.shape[-1]))
             if table is None:
                 break
             guard = Guard(module, [module, attention, *(parts[name] for name in layer.norms)])
@@ -226,6 +233,10 @@ class TokenLayers:
     def __reduce__(self) -> Any:
         """A copy of a model has none: what it contains would not be the copy's."""
         return type(None), ()
+
+
+def _nowhere(mask: torch.Tensor | None) -> None:
+    return None
 
 
 def _all(guards: Iterable[Guard]) -> Guard:
@@ -252,8 +263,10 @@ def _follows(call: Call, before: Call) -> bool:
 
 
 def _experts_of(module: Any) -> Any:
+    """The TableOfExperts of a decoder layer; None if it has none, or no longer."""
     layer = module._token_layer
-    return module._modules[layer.feed_forward]._modules[layer.block.experts]
+    experts = module._modules[layer.feed_forward]._modules.get(layer.block.experts)
+    return experts if hasattr(experts, "table") else None
 
 
 def _whole(layer: Any, router: Any, table: CpuTable, activations: int, dtype: torch.dtype) -> WholeLayer:

@@ -185,6 +185,30 @@ def test_what_changes_between_two_tokens_is_noticed(
     assert passes == [3] * 4 + [after] * (len(IDS) - 4) * (after > 0)
 
 
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("part", ["mlp", "self_attn", "post_attention_layernorm", "mlp.experts"])
+def test_parts_that_are_replaced_by_something_else(
+    load: Callable[..., Any], number: int, part: str, passes: list[int]
+) -> None:
+    class Else(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            x = args[0] if args else kwargs["hidden_states"]
+            return (0.5 * x, None) if part == "self_attn" else 0.5 * x
+
+    found = []
+    for alone in (False, True):
+        with load() as model:
+            hf = apart(model.hf) if alone else model.hf
+
+            def replace(place: int, hf: Any = hf) -> None:
+                if place == 4:
+                    layers_of(hf)[number].set_submodule(part, Else())
+
+            found.append(one_by_one(hf, before=replace))
+    assert torch.equal(*found)
+    assert passes == [LAYERS] * 4
+
+
 def reverse(hf: Any) -> None:
     hf.model.layers = nn.ModuleList(reversed(hf.model.layers))
 
