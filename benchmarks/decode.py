@@ -18,6 +18,7 @@ activations must agree.
 The prompt is text from this repository. On a GPU, --vram bounds the card (24GiB stands for a consumer card).
 --synthetic writes a checkpoint of random weights below MOE_LOCAL_HOME and keeps it, as peers keep their
 files; llama.cpp is installed there on first use (peers/install.py).
+--isa avx2 measures for a processor with AVX2 only: our library, llama.cpp and, by the environment, torch.
 --parallel N continues N sequences together instead of one; together.py says how, and what its columns mean.
 
 Run: python benchmarks/decode.py MODEL [--slots 2 4 8] [--prefetch off router] [--tokens 24] [--rounds 9]
@@ -41,8 +42,10 @@ from typing import Any, TypeVar
 import together
 import torch
 from contenders import Configuration, Contender
+from instruction_set import missing, use
 from made import Made
 from peers.client import PEERS, Peer, Setup, start
+from peers.install import PROCESSORS
 from ratio import Ratio
 from report import finish, parser_of, versions
 from synthetic import NAMED_SHAPES, mixtral_19_shards
@@ -63,6 +66,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
+    if options.isa != "native":
+        use(options.isa)
     if options.synthetic:
         options.model = str(write_synthetic(options.synthetic, options.layers))
     if options.made:
@@ -127,6 +132,7 @@ def started_peers(options: argparse.Namespace, configurations: Sequence[Configur
         vram=plan.used()["vram"] if gpu else None,
         random=options.random_peers,
         sequences=max(options.parallel or [1]),
+        isa=options.isa,
     )
     for name in options.peer:
         llama_cpp = name == "llama.cpp"
@@ -259,6 +265,7 @@ def about(
         "moe_layers": plan["moe_layers"],
         "tokens": options.tokens,
         "rounds": options.rounds,
+        "isa": options.isa,
         "bandwidths": bandwidths.to_dict(),
         "ram_bandwidth_by_round": list(ram_each),
         "machine": machine(model),
@@ -345,6 +352,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=["auto"],
         help="llama.cpp's attention, one peer each; default: auto",
     )
+    parser.add_argument("--isa", choices=PROCESSORS, default="native", help="default: all that there is")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--slots", type=int, nargs="+", default=[None])
     parser.add_argument("--prefetch", nargs="+", help="default: off router; off for a synthetic model")
@@ -371,15 +379,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.made and options.peer and not options.random_peers:
         parser.error("--made makes experts in NF4 only, which no peer reads; add --random-peers")
     if options.rounds < 1 or options.tokens < 2:
+        least = "use 1 and 2 at least"
+        parser.error(f"--rounds {options.rounds} --tokens {options.tokens} measures nothing; {least}")
+    in_batches = options.device == "cpu" and options.peer in WITH_ROWS
+    if options.parallel and (min(options.parallel) < 1 or not in_batches):
         parser.error(
-            f"--rounds {options.rounds} --tokens {options.tokens} measures nothing; use 1 and 2 at least"
+            "--parallel counts sequences, 1 or more, and needs --device cpu and no peer but llama.cpp"
         )
-    if options.parallel and (
-        min(options.parallel) < 1 or options.device != "cpu" or options.peer not in WITH_ROWS
-    ):
-        parser.error(
-            "--parallel counts sequences, of one or more, and needs --device cpu and no peer but llama.cpp"
-        )
+    if options.isa != "native" and (unset := missing(options.isa)):
+        parser.error(f"--isa {options.isa} needs {unset} in the environment, or torch uses more")
     made = options.model is None
     options.prefetch = options.prefetch or (["off"] if made else ["off", "router"])
     options.activations = options.activations or (list(ACTIVATIONS) if made else ["native"])

@@ -111,7 +111,8 @@ def prepare(options: argparse.Namespace) -> Model:
     """Make, unless they exist, the checkpoint, the experts, the GGUF file and llama.cpp's environment."""
     checkpoint = Checkpoint.open(write_synthetic(options.synthetic, options.layers))
     experts = open_experts(checkpoint, "nf4")
-    gguf = client.gguf_of(checkpoint.folder, checkpoint.fingerprint)
+    python = str(install.install(install.default_folder()))
+    gguf = client.gguf_of(checkpoint.folder, checkpoint.fingerprint, python)
     return Model(
         checkpoint.folder,
         sorted(checkpoint.folder.glob("*.safetensors")),

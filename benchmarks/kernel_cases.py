@@ -25,7 +25,7 @@ from moe_local.offload.kernels.cpu import cpu_linear
 from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.kernels.reference import reference_linear
 from moe_local.offload.kernels.routing import Routing
-from moe_local.offload.native.library import ISAS, library
+from moe_local.offload.native.library import ISAS
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 
@@ -255,10 +255,3 @@ class Bench:
 def nbytes_of(layout: Layout, name: str) -> int:
     """Bytes of a matrix, scales included."""
     return sum(part.nbytes for part in layout.parts(name))
-
-
-def use(isa: str) -> None:
-    """Make the library use an instruction set, which this processor must support."""
-    lib = library()
-    assert lib is not None
-    assert lib.moe_set_isa(ISAS.index(isa)) == 0

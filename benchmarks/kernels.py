@@ -41,7 +41,8 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from kernel_cases import EXPERT, EXPERTS, KERNELS, PEERS, TORCH, Bench, Case, use
+from instruction_set import use
+from kernel_cases import EXPERT, EXPERTS, KERNELS, PEERS, TORCH, Bench, Case
 from kernel_targets import verdicts
 from kernel_weights import copies_beyond_cache, last_cache_bytes
 from ratio import Ratio

@@ -98,6 +98,8 @@ class Setup:
     """How many llama.cpp continues together, each with a context of `context` tokens."""
     random: bool = False
     """Whether peers make random weights in the checkpoint's shapes; it then needs only a config."""
+    isa: str = "native"
+    """For which processor llama.cpp is compiled; see PROCESSORS in install.py."""
 
 
 def start(name: str, folder: Path, fingerprint: str, setup: Setup) -> Peer:
@@ -110,8 +112,8 @@ def start(name: str, folder: Path, fingerprint: str, setup: Setup) -> Peer:
     if name == "transformers":
         vram = [] if setup.vram is None else ["--vram", str(setup.vram)]
         return Peer([sys.executable, str(HERE / "transformers_peer.py"), str(folder), *vram, *random])
-    python = str(install.install(install.default_folder()))
-    file = gguf_of(folder, fingerprint, random=setup.random)
+    python = str(install.install(install.default_folder(setup.isa), setup.isa))
+    file = gguf_of(folder, fingerprint, python, random=setup.random)
     on_gpu = [] if setup.vram is None else ["--n-cpu-moe", str(setup.n_cpu_moe)]
     peer = str(HERE / "llama_cpp_peer.py")
     attention = ["--flash-attention", setup.flash_attention]
@@ -119,12 +121,11 @@ def start(name: str, folder: Path, fingerprint: str, setup: Setup) -> Peer:
     return Peer([python, peer, str(file), "--context", str(setup.context), *attention, *on_gpu, *sequences])
 
 
-def gguf_of(folder: Path, fingerprint: str, *, random: bool = False) -> Path:
-    """The checkpoint in `folder` as a GGUF file, written first if need be. Raises SystemExit."""
+def gguf_of(folder: Path, fingerprint: str, python: str, *, random: bool = False) -> Path:
+    """The checkpoint in `folder` as a GGUF file, written by `python` first if need be. Raises SystemExit."""
     file = moe_local_home() / "benchmarks" / f"{folder.name}-{fingerprint[:16]}-q4_0.gguf"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        python = str(install.install(install.default_folder()))
         command = [
             python,
             str(HERE / "gguf_file.py"),

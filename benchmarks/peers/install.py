@@ -1,9 +1,10 @@
 """Make the environment that the llama.cpp peer runs in: llama-cpp-python and gguf from PyPI.
 
-llama.cpp is compiled for this processor (GGML_NATIVE, OpenMP), and also for the GPU if there are one and
-nvcc. That takes some minutes and needs a C++ compiler. Nothing is installed in moe-local's own environment.
+llama.cpp is compiled for this processor (GGML_NATIVE, OpenMP) or for any with AVX2, and also for the GPU if
+there are one and nvcc. That takes some minutes and needs a C++ compiler. Nothing is installed in moe-local's
+own environment.
 
-    python benchmarks/peers/install.py [FOLDER]
+    python benchmarks/peers/install.py [--isa avx2] [FOLDER]
 """
 
 from __future__ import annotations
@@ -24,39 +25,47 @@ from packaging.version import Version
 from moe_local.offload.system.home import moe_local_home
 
 REQUIREMENTS = ("llama-cpp-python==0.3.36", "gguf==0.19.0")
-CMAKE_ARGS = "-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DMTMD_BUILD=OFF"
+CMAKE_ARGS = "-DGGML_OPENMP=ON -DMTMD_BUILD=OFF"
+AVX2 = ("SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C")
+PROCESSORS = {
+    "native": "-DGGML_NATIVE=ON",
+    "avx2": " ".join(["-DGGML_NATIVE=OFF", *(f"-DGGML_{name}=ON" for name in AVX2)]),
+}
+"""For which processor llama.cpp is compiled: this one, or any with AVX2."""
+
 CUDA_ARGS = "-DGGML_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native"
 COMPLETE = "moe-local-peer.json"
 """Written last, so that an interrupted installation is not taken for a finished one."""
 
 
-def default_folder() -> Path:
-    return moe_local_home() / "benchmarks" / "llama.cpp"
+def default_folder(isa: str = "native") -> Path:
+    """For a key of PROCESSORS."""
+    return moe_local_home() / "benchmarks" / ("llama.cpp" if isa == "native" else f"llama.cpp-{isa}")
 
 
-def interpreter(folder: Path) -> Path | None:
+def interpreter(folder: Path, isa: str = "native") -> Path | None:
     """The Python of the environment in `folder`; None unless it is complete and has these requirements."""
     try:
         installed = json.loads((folder / COMPLETE).read_text())
     except (OSError, ValueError):
         return None
-    return _python(folder) if installed == _contents() else None
+    return _python(folder) if installed == _contents(isa) else None
 
 
-def install(folder: Path) -> Path:
+def install(folder: Path, isa: str = "native") -> Path:
     """The Python of the environment in `folder`, which is made first if need be. Raises SystemExit if pip
     fails, whose output is shown."""
-    if python := interpreter(folder):
+    if python := interpreter(folder, isa):
         return python
     print(f"installing {' '.join(REQUIREMENTS)} into {folder}; compiling takes minutes", file=sys.stderr)
     pip = [*_pip(folder), "install", "--quiet"]
     # Without pip's cache, which does not know for which options and processor a wheel was compiled.
     fresh = ["--no-binary", "llama-cpp-python", "--no-cache-dir"]
-    env = {**os.environ, "CMAKE_ARGS": cmake_args()}
+    env = {**os.environ, "CMAKE_ARGS": cmake_args(isa)}
     done = subprocess.run([*pip, *fresh, *REQUIREMENTS], env=env, check=False)
     if done.returncode != 0:
         raise SystemExit(f"pip could not install {' '.join(REQUIREMENTS)} into {folder}; see its words above")
-    (folder / COMPLETE).write_text(json.dumps(_contents()))
+    (folder / COMPLETE).write_text(json.dumps(_contents(isa)))
     return _python(folder)
 
 
@@ -69,13 +78,13 @@ def _pip(folder: Path) -> list[str]:
     return [sys.executable, "-m", "pip", "--python", python] if able else [python, "-m", "pip"]
 
 
-def cmake_args() -> str:
+def cmake_args(isa: str) -> str:
     gpu = shutil.which("nvcc") and shutil.which("nvidia-smi")
-    return f"{CMAKE_ARGS} {CUDA_ARGS}" if gpu else CMAKE_ARGS
+    return " ".join([PROCESSORS[isa], CMAKE_ARGS, *([CUDA_ARGS] if gpu else [])])
 
 
-def _contents() -> dict[str, object]:
-    return {"requirements": list(REQUIREMENTS), "cmake": cmake_args()}
+def _contents(isa: str) -> dict[str, object]:
+    return {"requirements": list(REQUIREMENTS), "cmake": cmake_args(isa)}
 
 
 def _python(folder: Path) -> Path:
@@ -84,8 +93,10 @@ def _python(folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Install llama.cpp as a peer for benchmarks/decode.py.")
-    parser.add_argument("folder", type=Path, nargs="?", default=default_folder(), metavar="FOLDER")
-    print(install(parser.parse_args().folder))
+    parser.add_argument("folder", type=Path, nargs="?", metavar="FOLDER")
+    parser.add_argument("--isa", choices=PROCESSORS, default="native", help="what it is compiled for")
+    options = parser.parse_args()
+    print(install(options.folder or default_folder(options.isa), options.isa))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,23 @@
+"""Measuring for a processor with fewer instructions than this one has."""
+
+from __future__ import annotations
+
+import os
+
+from moe_local.offload.native.library import ISAS, library
+
+FOR_TORCH = {"avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}}
+"""By instruction set, the environment in which torch uses no other either; it looks when it is imported."""
+
+
+def use(isa: str) -> None:
+    """Make the library use an instruction set, which this processor must support."""
+    lib = library()
+    assert lib is not None
+    assert lib.moe_set_isa(ISAS.index(isa)) == 0
+
+
+def missing(isa: str) -> str:
+    """What to set in the environment so that torch uses no more than this; empty if it is."""
+    wanted = FOR_TORCH[isa].items()
+    return " ".join(f"{name}={value}" for name, value in wanted if os.environ.get(name) != value)
