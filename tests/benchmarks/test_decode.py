@@ -120,6 +120,10 @@ def test_lengths_of_prompts() -> None:
         (["demo", "--rounds", "0"], "--rounds 0 --tokens 24 measures nothing"),
         (["demo", "--tokens", "1"], "--rounds 9 --tokens 1 measures nothing"),
         (["demo", "--parallel", "2"], "--parallel counts sequences"),
+        (
+            ["demo", "--isa", "avx2"],
+            "--isa avx2 needs ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 in the",
+        ),
         (["demo", "--device", "cpu", "--parallel", "0"], "--parallel counts sequences"),
         (["demo", "--device", "cpu", "--parallel", "2", "--peer", "transformers"], "no peer but llama.cpp"),
         (["demo", "--peer", "vllm"], "invalid choice: 'vllm'"),

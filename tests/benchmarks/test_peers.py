@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,21 @@ def test_an_interrupted_installation_is_not_taken_for_a_whole_one(tmp_path: Path
     (tmp_path / install.COMPLETE).write_text('{"requirements": ["llama-cpp-python==0.1"]')
     assert install.interpreter(tmp_path) is None
     (tmp_path / install.COMPLETE).write_text('{"requirements": ["llama-cpp-python==0.1"]}')
+    assert install.interpreter(tmp_path) is None
+
+
+def test_an_environment_for_another_processor_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_LOCAL_HOME", str(tmp_path))
+    folders = {isa: install.default_folder(isa) for isa in install.PROCESSORS}
+    assert len(set(folders.values())) == len(folders)
+    assert "-DGGML_NATIVE=ON" in install.cmake_args("native")
+    plain = install.cmake_args("avx2").split()
+    assert {"-DGGML_NATIVE=OFF", "-DGGML_AVX2=ON"} <= set(plain)
+    assert not any("AVX512" in argument for argument in plain)
+    (tmp_path / install.COMPLETE).write_text(json.dumps(install._contents("avx2")))
+    assert install.interpreter(tmp_path, "avx2") is not None
     assert install.interpreter(tmp_path) is None
 
 
