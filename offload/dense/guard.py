@@ -49,7 +49,8 @@ class Guard:
         return both
 
     def holds(self) -> bool:
-        """Whether all is as it was when the guard was made, and no hook depends on the modules' calls."""
+        """Whether all is as it was when the guard was made, no hook depends on the modules' calls, and none
+        of the modules is in training, when it may do more."""
         if any(self._hooks):
             return False
         for children, kept in self._families:
@@ -59,7 +60,7 @@ class Guard:
             if type(hook) is not Onlooker:
                 return False
         for own in self._own:
-            if "forward" in own:
+            if own["training"] or "forward" in own:
                 return False
         return self._look() == self._seen
 

@@ -103,6 +103,8 @@ BETWEEN: dict[str, tuple[Callable[[Any, Any], Any], int]] = {
     "a norm's numbers": (other_numbers, 2),
     "a forward in a norm's place": (own_forward, 2),
     "a module that nobody calls": (lambda layer, hf: layer.add_module("extra", nn.Linear(2, 2)), 3),
+    "a part in training": (lambda layer, hf: layer.self_attn.train(), 2),
+    "a router in training": (lambda layer, hf: layer.mlp.gate.train(), 3),
     "attention that gives scores": (lambda layer, hf: hf.set_attn_implementation("eager"), 0),
 }
 """What is done to the second layer between two tokens, and how many layers are the library's afterwards."""
