@@ -111,20 +111,25 @@ struct NF4Floats {
   float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]); }
 };
 
-// The levels as 16-bit integers, level = integer / LEVEL_UNIT, in one table of high and one of low bytes.
+// Sixteen 16-bit numbers in one table of high and one of low bytes.
 struct WholePlanes {
   __m256i high, low;
 };
 
-inline WholePlanes whole_planes() {
+template <class Number>
+inline WholePlanes planes_of(Number number) {
   alignas(16) uint8_t high[16], low[16];
   for (int i = 0; i < 16; ++i) {
-    const int number = static_cast<int>(::lrint(LEVELS[i] * LEVEL_UNIT));
-    high[i] = static_cast<uint8_t>(number >> 8);
-    low[i] = static_cast<uint8_t>(number);
+    high[i] = static_cast<uint8_t>(number(i) >> 8);
+    low[i] = static_cast<uint8_t>(number(i));
   }
   return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(high))),
           _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(low)))};
+}
+
+// The levels as integers, level = integer / LEVEL_UNIT.
+inline WholePlanes whole_planes() {
+  return planes_of([](int i) { return static_cast<int>(::lrint(LEVELS[i] * LEVEL_UNIT)); });
 }
 
 template <int T>

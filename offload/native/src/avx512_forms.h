@@ -1,31 +1,13 @@
-// How tiles of integers read each format; see rows_in_integers in avx512_tile.h. Included in avx512_unit.h,
+// How tiles of integers read each format; see rows_in_integers in integer_tile.h. Included in avx512_unit.h,
 // after the kernels of the formats, whose tables these are.
 
-// Order of the columns in words that are made of the nibbles of 32-bit lanes, which hold eight columns each:
-// for Pairs, of nibbles k and k + 4, for Quads, of all even and then all odd nibbles. `swap` is 1 where the
-// earlier column of a byte is in its high half.
-template <int64_t COUNT>
-struct NibbleOrder {
-  alignas(64) uint8_t column[COUNT];
-
-  constexpr explicit NibbleOrder(bool pairs, int swap) : column() {
-    for (int i = 0; i < COUNT; ++i) {
-      const int within = i % 8, nibble = pairs ? within / 2 + within % 2 * 4 : within % 4 * 2 + within / 4;
-      column[i] = static_cast<uint8_t>(i / 8 * 8 + (nibble ^ swap));
-    }
-  }
-};
-constexpr NibbleOrder<32> NF4_PAIRS(true, 1), MXFP4_PAIRS(true, 0);
 constexpr NibbleOrder<16> NF4_QUADS(false, 1), MXFP4_QUADS(false, 0);
-alignas(64) constexpr uint8_t INT8_PAIRS[32] = {0,  2,  1,  3,  4,  6,  5,  7,  8,  10, 9,
-                                                11, 12, 14, 13, 15, 16, 18, 17, 19, 20, 22,
-                                                21, 23, 24, 26, 25, 27, 28, 30, 29, 31};
 alignas(64) constexpr uint8_t INT8_QUADS[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // Looks up nibbles of 32 columns of sixteen rows.
 inline void nibble_pairs(const Lanes& lanes, int64_t offset, __m512i table, __m512i* out) {
   __m512i words[4];
-  gather_words(lanes, offset, words);
+  gather_words(lanes.q, offset, words);
   for (int i = 0; i < 4; ++i, out += 8) {
     out[0] = _mm512_permutexvar_epi16(words[i], table);
     out[2] = whole_levels_at<1>(words[i], table);
@@ -36,7 +18,7 @@ inline void nibble_pairs(const Lanes& lanes, int64_t offset, __m512i table, __m5
 
 inline void nibble_quads(const Lanes& lanes, int64_t offset, __m512i table, __m512i* out) {
   __m512i words[4];
-  gather_words(lanes, offset, words);
+  gather_words(lanes.q, offset, words);
   for (int i = 0; i < 4; ++i, out += 4) {
     out[0] = by_nibble(words[i], table);
     out[2] = by_nibble(_mm512_srli_epi16(words[i], 4), table);
@@ -139,7 +121,7 @@ struct Int8Pairs : Int8Form {
 
   void decode(const Matrix&, const Lanes& lanes, int64_t column, __m512i* out) const {
     __m512i words[4];
-    gather_words(lanes, column, words);
+    gather_words(lanes.q, column, words);
     for (int i = 0; i < 4; ++i, out += 4) {
       out[0] = _mm512_srai_epi16(_mm512_slli_epi16(words[i], 8), 8);
       out[2] = _mm512_srai_epi16(words[i], 8);
@@ -154,7 +136,7 @@ struct Int8Quads : Int8Form {
 
   void decode(const Matrix&, const Lanes& lanes, int64_t column, __m512i* out) const {
     __m512i words[4];
-    gather_words(lanes, column, words);
+    gather_words(lanes.q, column, words);
     for (int i = 0; i < 4; ++i, out += 2)
       out[0] = _mm512_xor_si512(words[i], _mm512_set1_epi8(static_cast<char>(0x80)));
   }

@@ -1,4 +1,4 @@
-// How tiles of integers read Q3 and Q2; see rows_in_integers in avx512_tile.h. Levels minus zeros are whole
+// How tiles of integers read Q3 and Q2; see rows_in_integers in integer_tile.h. Levels minus zeros are whole
 // numbers of a small unit, so tiles need no sums of activations. Included in avx512_unit.h, after
 // avx512_forms.h.
 
@@ -39,10 +39,6 @@ inline __m512i whole_low_levels() {
   return _mm512_load_si512(table);
 }
 
-// Codes k and k + 8 of a word are sixteen bits apart, and so are their third bits.
-alignas(64) constexpr uint8_t LOW_PAIRS[32] = {0,  8,  1,  9,  2,  10, 3,  11, 4,  12, 5,
-                                               13, 6,  14, 7,  15, 16, 24, 17, 25, 18, 26,
-                                               19, 27, 20, 28, 21, 29, 22, 30, 23, 31};
 alignas(64) constexpr uint8_t LOW_QUADS[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
 
 struct Q3Pairs : LowForm<ThreeBit> {
@@ -57,7 +53,7 @@ struct Q3Pairs : LowForm<ThreeBit> {
     const int64_t blocks = m.cols / SIZE, block = column / SIZE;
     const __m512i low = _mm512_set1_epi32(0x00030003);
     __m512i words[3][4], zero[4];
-    for (int p = 0; p < 3; ++p) gather_words(lanes, 4 * (p * blocks + block), words[p]);
+    for (int p = 0; p < 3; ++p) gather_words(lanes.q, 4 * (p * blocks + block), words[p]);
     zeros(m, lanes, block, zero);
     for (int b = 0; b < 4; ++b) {
       const __m512i both = _mm512_or_si512(zero[b], _mm512_slli_epi32(zero[b], 16));
@@ -85,7 +81,7 @@ struct Q3Quads : LowForm<ThreeBit> {
     const int64_t blocks = m.cols / SIZE, block = column / SIZE;
     const __m512i low = _mm512_set1_epi32(0x03030303);
     __m512i words[3][4], zero[4];
-    for (int p = 0; p < 3; ++p) gather_words(lanes, 4 * (p * blocks + block), words[p]);
+    for (int p = 0; p < 3; ++p) gather_words(lanes.q, 4 * (p * blocks + block), words[p]);
     zeros(m, lanes, block, zero);
     for (int b = 0; b < 4; ++b) {
       const __m512i apart = _mm512_sub_epi32(_mm512_set1_epi32(static_cast<int>(ZERO)), zero[b]);
@@ -111,7 +107,7 @@ struct Q2Pairs : LowForm<TwoBit> {
     const int64_t block = column / SIZE;
     const __m512i low = _mm512_set1_epi32(0x00030003);
     __m512i words[4], zero[4];
-    gather_words(lanes, 4 * block, words);
+    gather_words(lanes.q, 4 * block, words);
     zeros(m, lanes, block, zero);
     for (int b = 0; b < 4; ++b) {
       const __m512i once = _mm512_and_si512(zero[b], _mm512_set1_epi32(0xffff));
@@ -141,18 +137,4 @@ inline void with_form(int32_t format, int32_t activations, const Use& use) {
   if (format == INT8) return bytes ? use(Int8Quads()) : use(Int8Pairs());
   if (format == Q3) return bytes ? use(Q3Quads()) : use(Q3Pairs());
   return use(Q2Pairs());
-}
-
-void prepare_for_integers(int32_t format, int32_t activations, const float* x, int64_t columns,
-                          const Prepared& out) {
-  const float limit = activations == INT8_BLOCKS ? 127.0f : 32767.0f;
-  with_form(format, activations, [&](const auto& form) {
-    prepare_integers<std::decay_t<decltype(form)>>(x, columns, limit, out);
-  });
-}
-
-void rows_as_integers(const Matrix& m, const float* map, int32_t activations, const Prepared* x,
-                      int64_t count, int64_t first, int64_t last, float* const* y) {
-  with_form(m.format, activations,
-            [&](const auto& form) { rows_in_integers(form, m, map, x, count, first, last, y); });
 }

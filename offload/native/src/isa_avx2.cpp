@@ -6,6 +6,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -37,6 +38,9 @@ constexpr int64_t TILE_T = 3;
 #include "avx2_low.h"
 #include "micro_dot.h"
 #include "avx2_mxfp4.h"
+#include "avx2_words.h"
+#include "integer_tile.h"
+#include "avx2_forms.h"
 #include "encode.h"
 #include "avx2_encode.h"
 #include "low_encode.h"
@@ -47,12 +51,6 @@ constexpr int64_t GROUP = BLOCK;
 inline bool in_bf16(int32_t, bool) { return false; }
 inline void to_bf16(const float*, int64_t, void*) {}
 constexpr auto rows_tiled_bf16 = rows_tiled;
-
-// Tiles of integers would gain little: vpmaddwd multiplies twice as many numbers as a fma, but cannot add.
-inline bool in_integers(int32_t, int32_t, int64_t) { return false; }
-inline void prepare_for_integers(int32_t, int32_t, const float*, int64_t, const Prepared&) {}
-inline void rows_as_integers(const Matrix&, const float*, int32_t, const Prepared*, int64_t, int64_t, int64_t,
-                             float* const*) {}
 
 #include "rows.h"
 

@@ -2,6 +2,20 @@
 // for the chosen one. Included after the unit's kernels; GROUP is the number of columns that are reordered
 // together, and in_integers and in_bf16 tell when tiles are multiplied as integers or in bf16.
 
+void prepare_for_integers(int32_t format, int32_t activations, const float* x, int64_t columns,
+                          const Prepared& out) {
+  const float limit = activations == INT8_BLOCKS ? 127.0f : 32767.0f;
+  with_form(format, activations, [&](const auto& form) {
+    prepare_integers<std::decay_t<decltype(form)>>(x, columns, limit, out);
+  });
+}
+
+void rows_as_integers(const Matrix& m, const float* map, int32_t activations, const Prepared* x,
+                      int64_t count, int64_t first, int64_t last, float* const* y) {
+  with_form(m.format, activations,
+            [&](const auto& form) { rows_in_integers(form, m, map, x, count, first, last, y); });
+}
+
 void prepare(int32_t format, int32_t activations, bool tiled, const float* x, int64_t columns,
              const Prepared& out) {
   if (tiled && in_integers(format, activations, columns))

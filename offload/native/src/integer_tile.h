@@ -1,40 +1,18 @@
 // Tiles of integers: products of many tokens, whose activations are rounded to 16 or 8 bits, with matrices
-// whose rows are whole blocks. A lane holds a row, so that one conversion and one fma serve 16 rows of a
-// block: 32 rows and 256 columns are decoded at a time into words of two or four numbers, which stay in the
-// L1 cache, and each word of an input is broadcast to all lanes. Included in avx512_unit.h, before
-// avx512_forms.h, which decodes the formats.
+// whose rows are whole blocks. A lane holds a row, so that one conversion and one fma serve all rows of a
+// vector for a block: two vectors of rows and 256 columns are decoded at a time into words of two or four
+// numbers, which stay in the L1 cache, and each word of an input is broadcast to all lanes. Included in
+// isa_avx2.cpp and avx512_unit.h, after *_words.h, which has the integer vectors, and before *_forms.h,
+// which decode the formats.
 
-constexpr int64_t LANE_ROWS = 32;  // rows decoded at a time, two vectors
-constexpr int TOKENS_AT_ONCE = 8;  // whose sums are in registers
-
-// Words of two 16-bit numbers.
-struct Pairs {
-  static constexpr int64_t NUMBERS = 2;
-  using Number = int16_t;
-
-  static __m512i add(__m512i total, __m512i weights, __m512i in) {
-    return _mm512_dpwssd_epi32(total, weights, in);
-  }
-  static __m512i start(const Prepared&, int64_t) { return _mm512_setzero_si512(); }
-};
-
-// Words of four 8-bit numbers; weights are unsigned, and sums start with what makes up for their zero.
-struct Quads {
-  static constexpr int64_t NUMBERS = 4;
-  using Number = int8_t;
-
-  static __m512i add(__m512i total, __m512i weights, __m512i in) {
-    return _mm512_dpbusd_epi32(total, weights, in);
-  }
-  static __m512i start(const Prepared& x, int64_t block) { return _mm512_set1_epi32(x.starts[block]); }
-};
+constexpr int64_t LANE_ROWS = 2 * WIDTH;  // rows decoded at a time
 
 // Adds the products of one block of `SIZE` columns to partial [T, LANE_ROWS].
 template <class Words, int64_t SIZE, int T>
-inline void add_block(const __m512i* weights, const float* scales, const Prepared* x, int64_t block,
+inline void add_block(const Ints* weights, const float* scales, const Prepared* x, int64_t block,
                       float* partial) {
   constexpr int64_t COUNT = SIZE / Words::NUMBERS;
-  __m512i total[T][2];
+  Ints total[T][2];
   const int32_t* in[T];
   for (int t = 0; t < T; ++t) {
     total[t][0] = total[t][1] = Words::start(x[t], block);
@@ -42,9 +20,9 @@ inline void add_block(const __m512i* weights, const float* scales, const Prepare
   }
   for (int64_t i = 0; i < COUNT; i += 4) {  // in fours: rolled, GCC moves the sums about
     for (int64_t j = i; j < i + 4; ++j) {
-      const __m512i one = _mm512_load_si512(weights + 2 * j), two = _mm512_load_si512(weights + 2 * j + 1);
+      const Ints one = load(weights + 2 * j), two = load(weights + 2 * j + 1);
       for (int t = 0; t < T; ++t) {
-        const __m512i word = _mm512_set1_epi32(in[t][j]);
+        const Ints word = on_all_lanes(in[t][j]);
         total[t][0] = Words::add(total[t][0], one, word);
         total[t][1] = Words::add(total[t][1], two, word);
       }
@@ -53,15 +31,15 @@ inline void add_block(const __m512i* weights, const float* scales, const Prepare
   for (int t = 0; t < T; ++t) {
     const Vec scale = broadcast(x[t].scales[block * SIZE / BLOCK]);
     for (int r = 0; r < 2; ++r) {
-      float* sums = partial + t * LANE_ROWS + 16 * r;
-      store(sums, fma(_mm512_cvtepi32_ps(total[t][r]), mul(load(scales + 16 * r), scale), load(sums)));
+      float* sums = partial + t * LANE_ROWS + WIDTH * r;
+      store(sums, fma(floats_of(total[t][r]), mul(load(scales + WIDTH * r), scale), load(sums)));
     }
   }
 }
 
 // Multiplies `count` tokens, at most T, with blocks [first, last), whose weights and scales these are.
 template <class Words, int64_t SIZE, int T>
-void add_blocks(const __m512i* weights, const float* scales, const Prepared* x, int64_t count, int64_t first,
+void add_blocks(const Ints* weights, const float* scales, const Prepared* x, int64_t count, int64_t first,
                 int64_t last, float* partial) {
   if (count == T) {
     for (int64_t b = 0; b < last - first; ++b)
@@ -74,31 +52,9 @@ void add_blocks(const __m512i* weights, const float* scales, const Prepared* x, 
 
 // The rows of a vector's lanes.
 struct Lanes {
-  int64_t row[16];
-  const uint8_t* q[16];
+  int64_t row[WIDTH];
+  const uint8_t* q[WIDTH];
 };
-
-inline __m128i sixteen_bytes(const uint8_t* p) {
-  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-}
-
-// Sixteen bytes of each row, from `offset` on -> four vectors, one for each 32-bit word of the bytes.
-inline void gather_words(const Lanes& lanes, int64_t offset, __m512i* out) {
-  __m512i four[4];
-  for (int i = 0; i < 4; ++i) {
-    const uint8_t* const* q = lanes.q + i;
-    __m512i all = _mm512_castsi128_si512(sixteen_bytes(q[0] + offset));
-    all = _mm512_inserti32x4(all, sixteen_bytes(q[4] + offset), 1);
-    all = _mm512_inserti32x4(all, sixteen_bytes(q[8] + offset), 2);
-    four[i] = _mm512_inserti32x4(all, sixteen_bytes(q[12] + offset), 3);
-  }
-  const __m512i a = _mm512_unpacklo_epi32(four[0], four[1]), b = _mm512_unpackhi_epi32(four[0], four[1]),
-                c = _mm512_unpacklo_epi32(four[2], four[3]), d = _mm512_unpackhi_epi32(four[2], four[3]);
-  out[0] = _mm512_unpacklo_epi64(a, c);
-  out[1] = _mm512_unpackhi_epi64(a, c);
-  out[2] = _mm512_unpacklo_epi64(b, d);
-  out[3] = _mm512_unpackhi_epi64(b, d);
-}
 
 // Multiplies rows [first, last) in tiles; see Kernels::rows. A Form has
 //   Words, SIZE   the kind of words, and the columns that share a scale
@@ -110,7 +66,7 @@ template <class Form>
 void rows_in_integers(const Form& form, const Matrix& m, const float* map, const Prepared* x, int64_t count,
                       int64_t first, int64_t last, float* const* y) {
   constexpr int64_t BLOCKS = DEPTH / Form::SIZE;
-  alignas(64) __m512i weights[2 * DEPTH / Form::Words::NUMBERS];
+  alignas(64) Ints weights[2 * DEPTH / Form::Words::NUMBERS];
   alignas(64) float scales[BLOCKS * LANE_ROWS];
   alignas(64) float partial[TILE_TOKENS * LANE_ROWS];
   const int64_t stride = Form::stride(m.cols);
@@ -119,8 +75,8 @@ void rows_in_integers(const Form& form, const Matrix& m, const float* map, const
     const int64_t there = least(LANE_ROWS, last - row);
     Lanes lanes[2];  // those past the last row compute that row again
     for (int64_t r = 0; r < LANE_ROWS; ++r) {
-      lanes[r / 16].row[r % 16] = row + least(r, there - 1);
-      lanes[r / 16].q[r % 16] = static_cast<const uint8_t*>(m.q) + (row + least(r, there - 1)) * stride;
+      lanes[r / WIDTH].row[r % WIDTH] = row + least(r, there - 1);
+      lanes[r / WIDTH].q[r % WIDTH] = static_cast<const uint8_t*>(m.q) + (row + least(r, there - 1)) * stride;
     }
     for (int64_t i = 0; i < count * LANE_ROWS; i += WIDTH) store(partial + i, zero());
     for (int64_t column = 0; column < m.cols; column += DEPTH) {
@@ -139,16 +95,20 @@ void rows_in_integers(const Form& form, const Matrix& m, const float* map, const
             weights, scales, x + t, least(TOKENS_AT_ONCE, count - t), block, block + depth / Form::SIZE,
             partial + t * LANE_ROWS);
     }
-    for (int64_t r = 0; r < there; ++r) {
-      const float bias = bias_of(m, row + r);
-      for (int64_t t = 0; t < count; ++t) y[t][row + r] = partial[t * LANE_ROWS + r] + bias;
+    alignas(64) float bias[LANE_ROWS];
+    for (int64_t r = 0; r < there; ++r) bias[r] = bias_of(m, row + r);
+    for (int64_t t = 0; t < count; ++t) {
+      const float* sums = partial + t * LANE_ROWS;
+      int64_t r = 0;
+      for (; r + WIDTH <= there; r += WIDTH) store(y[t] + row + r, add(load(sums + r), load(bias + r)));
+      for (; r < there; ++r) y[t][row + r] = sums[r] + bias[r];
     }
   }
 }
 
 // Rounds a block of activations to integers of -limit .. limit whose magnitudes add up to `most` or little
 // more, and returns their scale; see round_block.
-inline float round_lanes(const float* x, float limit, float most, __m512i* out) {
+inline float round_lanes(const float* x, float limit, float most, Ints* out) {
   Vec largest = zero(), total = zero(), finite = zero();
   Vec a[BLOCK / WIDTH];
   for (int64_t i = 0; i < BLOCK / WIDTH; ++i) {
@@ -158,48 +118,64 @@ inline float round_lanes(const float* x, float limit, float most, __m512i* out) 
     total = fma(size, broadcast(1.0f / BLOCK), total);  // a sum of the sizes themselves could overflow
     finite = add(finite, sub(a[i], a[i]));
   }
-  const float mean = sum(total) * (limit * BLOCK / most), peak = _mm512_reduce_max_ps(largest);
+  const float mean = sum(total) * (limit * BLOCK / most), peak = largest_lane(largest);
   const float top = sum(finite) == 0.0f ? (mean > peak ? mean : peak) : NAN;
   const bool keep = top > limit / FLT_MAX;
-  const __mmask16 kept = keep ? 0xffff : 0;
   const Vec inverse = broadcast(keep ? limit / top : 0.0f);
-  for (int64_t i = 0; i < BLOCK / WIDTH; ++i) out[i] = _mm512_maskz_cvtps_epi32(kept, mul(a[i], inverse));
+  for (int64_t i = 0; i < BLOCK / WIDTH; ++i) out[i] = keep ? rounded(mul(a[i], inverse)) : on_all_lanes(0);
   return top / limit;
 }
 
 // Prepares a token's input for rows_in_integers<Form>. The Form also has
-//   order         which column is at each position of 32 columns or, of Quads, of 16
+//   order         which column is at each position of 32 columns, the same in both halves, or, of Quads, of
+//                 16 columns
 //   MOST          the largest magnitude of its integers, for Pairs
 //   ZERO          the integer of a weight of zero, for Quads
 template <class Form>
 void prepare_integers(const float* x, int64_t columns, float limit, const Prepared& out) {
-  using Number = typename Form::Words::Number;
-  Number* q = static_cast<Number*>(out.q);
+  using Words = typename Form::Words;
+  const typename Words::Order order(Form::order);
+  typename Words::Number* q = static_cast<typename Words::Number*>(out.q);
   for (int64_t c = 0; c < columns; c += BLOCK) {
-    __m512i whole[BLOCK / WIDTH];
-    if constexpr (Form::Words::NUMBERS == 2) {
+    Ints whole[BLOCK / WIDTH];
+    if constexpr (Words::NUMBERS == 2) {
       constexpr float MOST = 2147483647.0f / Form::MOST - Form::SIZE;  // each may be rounded up by a half
       out.scales[c / BLOCK] = round_lanes(x + c, limit, MOST, whole);
-      const __m512i order =
-          _mm512_cvtepu8_epi16(_mm256_load_si256(reinterpret_cast<const __m256i*>(Form::order)));
-      for (int i = 0; i < 4; i += 2) {
-        const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(whole[i])),
-                                                _mm512_cvtepi32_epi16(whole[i + 1]), 1);
-        _mm512_storeu_si512(q + c + 16 * i, _mm512_permutexvar_epi16(order, both));
-      }
+      Words::put(whole, order, q + c);
     } else {
       out.scales[c / BLOCK] = round_lanes(x + c, limit, limit * BLOCK, whole);
-      const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(Form::order));
+      Words::put(whole, order, q + c);
       for (int64_t part = 0; part < BLOCK; part += Form::SIZE) {
-        __m512i total = _mm512_setzero_si512();
-        for (int64_t i = part / 16; i < (part + Form::SIZE) / 16; ++i) {
-          total = _mm512_add_epi32(total, whole[i]);
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(q + c + 16 * i),
-                           _mm_shuffle_epi8(_mm512_cvtepi32_epi8(whole[i]), order));
-        }
-        const float zeros = Form::ZERO * static_cast<float>(_mm512_reduce_add_epi32(total));
+        const int32_t total = Words::sum(whole + part / WIDTH, Form::SIZE / WIDTH);
+        const float zeros = Form::ZERO * static_cast<float>(total);
         out.starts[(c + part) / Form::SIZE] = -static_cast<int32_t>(::lrintf(zeros));
       }
     }
   }
 }
+
+// Orders of the columns in words that are made of the nibbles of 32-bit lanes, which hold eight columns each:
+// for Pairs, of nibbles k and k + 4, for Quads, of all even and then all odd nibbles. `swap` is 1 where the
+// earlier column of a byte is in its high half.
+template <int64_t COUNT>
+struct NibbleOrder {
+  alignas(64) uint8_t column[COUNT];
+
+  constexpr explicit NibbleOrder(bool pairs, int swap) : column() {
+    for (int i = 0; i < COUNT; ++i) {
+      const int within = i % 8, nibble = pairs ? within / 2 + within % 2 * 4 : within % 4 * 2 + within / 4;
+      column[i] = static_cast<uint8_t>(i / 8 * 8 + (nibble ^ swap));
+    }
+  }
+};
+constexpr NibbleOrder<32> NF4_PAIRS(true, 1), MXFP4_PAIRS(true, 0);
+
+// Of bytes: columns k and k + 2 of four.
+alignas(64) constexpr uint8_t INT8_PAIRS[32] = {0,  2,  1,  3,  4,  6,  5,  7,  8,  10, 9,
+                                                11, 12, 14, 13, 15, 16, 18, 17, 19, 20, 22,
+                                                21, 23, 24, 26, 25, 27, 28, 30, 29, 31};
+
+// Of codes of two bits: codes k and k + 8 of a word are sixteen bits apart, and so are their third bits.
+alignas(64) constexpr uint8_t LOW_PAIRS[32] = {0,  8,  1,  9,  2,  10, 3,  11, 4,  12, 5,
+                                               13, 6,  14, 7,  15, 16, 24, 17, 25, 18, 26,
+                                               19, 27, 20, 28, 21, 29, 22, 30, 23, 31};
