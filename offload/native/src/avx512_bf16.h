@@ -65,19 +65,21 @@ BF16_TARGET void rows_tiled_bf16(Decode decode, const Matrix& m, const float* ma
   alignas(64) float floats[DEPTH];
   alignas(64) uint16_t weights[BF16_ROWS * BF16_DEPTH];
   alignas(64) Vec partial[TILE_TOKENS * BF16_ROWS];
+  const int64_t bits = bits_of_weight(m.format);
   for (int64_t row = first; row < last; row += BF16_ROWS) {
     const int64_t rows = least(BF16_ROWS, last - row);
     for (int64_t i = 0; i < count * BF16_ROWS; ++i) partial[i] = zero();
     for (int64_t column = 0; column < m.cols; column += BF16_DEPTH) {
       const int64_t depth = least(BF16_DEPTH, m.cols - column);
       for (int64_t r = 0; r < rows; ++r) {
+        ask_below(static_cast<const char*>(m.q) + ((row + rows + r) * m.cols + column) * bits / 8,
+                  depth * bits / 8);
         for (int64_t c = 0; c < depth; c += DEPTH) {
           const int64_t part = least(DEPTH, depth - c);
           decode(m, map, row + r, column + c, part, floats);
           to_bf16(floats, padded(part), weights + r * BF16_DEPTH + c);
         }
       }
-      ask_for_next(m, row, rows, column, depth);
       const uint16_t* in[TILE_TOKENS];
       for (int64_t t = 0; t < count; ++t) in[t] = static_cast<const uint16_t*>(x[t].q) + column;
       int64_t t = 0;

@@ -6,6 +6,7 @@
 // which decode the formats.
 
 constexpr int64_t LANE_ROWS = 2 * WIDTH;  // rows decoded at a time
+constexpr int64_t SCALES = 32;            // of a row, decoded at a time
 
 // Adds the products of one block of `SIZE` columns to partial [T, LANE_ROWS].
 template <class Words, int64_t SIZE, int T>
@@ -56,6 +57,17 @@ struct Lanes {
   const uint8_t* q[WIDTH];
 };
 
+// Decodes blocks [first, first + count) of `there` rows, at most LANE_ROWS -> scales [count, LANE_ROWS].
+template <class Form>
+inline void decode_scales(const Matrix& m, const float* map, int64_t row, int64_t there, int64_t first,
+                          int64_t count, float* scales) {
+  for (int64_t r = 0; r < there; ++r) {
+    alignas(64) float of_row[SCALES + 16];
+    Form::scales(m, map, row + r, first, count, of_row);
+    for (int64_t b = 0; b < count; ++b) scales[b * LANE_ROWS + r] = of_row[b];
+  }
+}
+
 // Multiplies rows [first, last) in tiles; see Kernels::rows. A Form has
 //   Words, SIZE   the kind of words, and the columns that share a scale
 //   STEP          columns that `decode` takes at a time
@@ -65,35 +77,33 @@ struct Lanes {
 template <class Form>
 void rows_in_integers(const Form& form, const Matrix& m, const float* map, const Prepared* x, int64_t count,
                       int64_t first, int64_t last, float* const* y) {
-  constexpr int64_t BLOCKS = DEPTH / Form::SIZE;
   alignas(64) Ints weights[2 * DEPTH / Form::Words::NUMBERS];
-  alignas(64) float scales[BLOCKS * LANE_ROWS];
+  alignas(64) float scales[SCALES * LANE_ROWS] = {};
   alignas(64) float partial[TILE_TOKENS * LANE_ROWS];
-  const int64_t stride = Form::stride(m.cols);
-  for (int64_t r = 0; r < BLOCKS * LANE_ROWS; ++r) scales[r] = 0.0f;
+  const int64_t stride = Form::stride(m.cols), blocks = m.cols / Form::SIZE;
   for (int64_t row = first; row < last; row += LANE_ROWS) {
     const int64_t there = least(LANE_ROWS, last - row);
     Lanes lanes[2];  // those past the last row compute that row again
     for (int64_t r = 0; r < LANE_ROWS; ++r) {
       lanes[r / WIDTH].row[r % WIDTH] = row + least(r, there - 1);
-      lanes[r / WIDTH].q[r % WIDTH] = static_cast<const uint8_t*>(m.q) + (row + least(r, there - 1)) * stride;
+      lanes[r / WIDTH].q[r % WIDTH] =
+          static_cast<const uint8_t*>(m.q) + lanes[r / WIDTH].row[r % WIDTH] * stride;
     }
+    const char* below = static_cast<const char*>(m.q) + (row + there) * stride;
     for (int64_t i = 0; i < count * LANE_ROWS; i += WIDTH) store(partial + i, zero());
     for (int64_t column = 0; column < m.cols; column += DEPTH) {
       const int64_t depth = least(DEPTH, m.cols - column), block = column / Form::SIZE;
-      for (int64_t c = 0; c < depth; c += Form::STEP)
+      for (int64_t c = 0; c < depth; c += Form::STEP) {
+        ask_below(below + there * (column + c) * stride / m.cols, there * Form::STEP * stride / m.cols);
         for (int64_t r = 0; r < 2; ++r)
           form.decode(m, lanes[r], column + c, weights + 2 * c / Form::Words::NUMBERS + r);
-      for (int64_t r = 0; r < there; ++r) {
-        alignas(64) float of_row[BLOCKS + 16];
-        Form::scales(m, map, row + r, block, depth / Form::SIZE, of_row);
-        for (int64_t b = 0; b < depth / Form::SIZE; ++b) scales[b * LANE_ROWS + r] = of_row[b];
       }
-      ask_for_next(m, row, there, column, depth);
+      if (block % SCALES == 0)
+        decode_scales<Form>(m, map, row, there, block, least(SCALES, blocks - block), scales);
       for (int64_t t = 0; t < count; t += TOKENS_AT_ONCE)
         add_blocks<typename Form::Words, Form::SIZE, TOKENS_AT_ONCE>(
-            weights, scales, x + t, least(TOKENS_AT_ONCE, count - t), block, block + depth / Form::SIZE,
-            partial + t * LANE_ROWS);
+            weights, scales + block % SCALES * LANE_ROWS, x + t, least(TOKENS_AT_ONCE, count - t), block,
+            block + depth / Form::SIZE, partial + t * LANE_ROWS);
     }
     alignas(64) float bias[LANE_ROWS];
     for (int64_t r = 0; r < there; ++r) bias[r] = bias_of(m, row + r);

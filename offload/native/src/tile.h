@@ -115,16 +115,10 @@ inline void tile_rest(const float* weights, const float* const* x, int64_t count
     tile_rest<T - 1>(weights, x, count, depth, rows, partial);
 }
 
-// Prefetches, while columns [column, column + depth) of rows [row, row + rows) are multiplied, the columns
-// that follow or, at the end of these rows, the first columns of the rows below.
-inline void ask_for_next(const Matrix& m, int64_t row, int64_t rows, int64_t column, int64_t depth) {
-  const bool ends = column + depth >= m.cols;
-  const int64_t next = ends ? 0 : column + depth, bits = bits_of_weight(m.format);
-  for (int64_t r = 0; r < rows; ++r) {
-    const char* start =
-        static_cast<const char*>(m.q) + ((row + r + (ends ? rows : 0)) * m.cols + next) * bits / 8;
-    for (int64_t i = 0; i < depth * bits / 8; i += 64) PREFETCH(start + i, 3);
-  }
+// Prefetches `bytes` into the L2 cache. Tiles read memory in pieces of some rows at a time, which no
+// processor foresees; so each piece that is decoded asks for one of the rows below, which follow in memory.
+inline void ask_below(const char* start, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) PREFETCH(start + i, 2);
 }
 
 // Multiplies rows [first, last) in tiles; see Kernels::rows.
@@ -132,13 +126,17 @@ void rows_tiled(Decode decode, const Matrix& m, const float* map, const Prepared
                 int64_t first, int64_t last, float* const* y) {
   alignas(64) float weights[ROWS * DEPTH];
   alignas(64) Vec partial[TILE_TOKENS * ROWS];
+  const int64_t bits = bits_of_weight(m.format);
   for (int64_t row = first; row < last; row += ROWS) {
     const int64_t rows = least(ROWS, last - row);
     for (int64_t i = 0; i < count * ROWS; ++i) partial[i] = zero();
     for (int64_t column = 0; column < m.cols; column += DEPTH) {
       const int64_t depth = least(DEPTH, m.cols - column), whole = padded(depth);
-      for (int64_t r = 0; r < rows; ++r) decode(m, map, row + r, column, depth, weights + r * DEPTH);
-      ask_for_next(m, row, rows, column, depth);
+      for (int64_t r = 0; r < rows; ++r) {
+        ask_below(static_cast<const char*>(m.q) + ((row + rows + r) * m.cols + column) * bits / 8,
+                  depth * bits / 8);
+        decode(m, map, row + r, column, depth, weights + r * DEPTH);
+      }
       const float* in[TILE_TOKENS];
       for (int64_t t = 0; t < count; ++t) in[t] = x[t].values + column;
       int64_t t = 0;
