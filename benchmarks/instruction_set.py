@@ -6,8 +6,15 @@ import os
 
 from moe_local.offload.native.library import ISAS, library
 
-FOR_TORCH = {"avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}}
-"""By instruction set, the environment in which torch uses no other either; it looks when it is imported."""
+FOR_TORCH = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    }
+}
+"""By instruction set, the environment in which torch and the libraries in it use no other either; they look
+when torch is imported."""
 
 
 def use(isa: str) -> None:

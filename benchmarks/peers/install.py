@@ -58,9 +58,11 @@ def install(folder: Path, isa: str = "native") -> Path:
     if python := interpreter(folder, isa):
         return python
     print(f"installing {' '.join(REQUIREMENTS)} into {folder}; compiling takes minutes", file=sys.stderr)
+    (folder / COMPLETE).unlink(missing_ok=True)
     pip = [*_pip(folder), "install", "--quiet"]
     # Without pip's cache, which does not know for which options and processor a wheel was compiled.
-    fresh = ["--no-binary", "llama-cpp-python", "--no-cache-dir"]
+    # And again if it is there already: then it was compiled for something else.
+    fresh = ["--no-binary", "llama-cpp-python", "--no-cache-dir", "--force-reinstall"]
     env = {**os.environ, "CMAKE_ARGS": cmake_args(isa)}
     done = subprocess.run([*pip, *fresh, *REQUIREMENTS], env=env, check=False)
     if done.returncode != 0:

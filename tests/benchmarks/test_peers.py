@@ -125,6 +125,17 @@ def test_an_environment_for_another_processor_is_another(
     assert install.interpreter(tmp_path) is None
 
 
+def test_an_installation_for_another_processor_that_fails_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old one may be gone by then."""
+    (tmp_path / install.COMPLETE).write_text(json.dumps(install._contents("native")))
+    monkeypatch.setattr(install, "_pip", lambda folder: [sys.executable, "-c", "raise SystemExit(1)"])
+    with pytest.raises(SystemExit, match="pip could not install"):
+        install.install(tmp_path, "avx2")
+    assert install.interpreter(tmp_path) is None
+
+
 def test_llama_cpp_computes_what_transformers_computes(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """The same greedy ids from float32 weights, so that what is timed is the model it should be."""
     import torch
