@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -20,6 +21,10 @@
 #include <unistd.h>
 #endif
 
+#if defined(__linux__)
+#include <sys/resource.h>
+#endif
+
 namespace {
 
 #if defined(_WIN32)
@@ -30,13 +35,58 @@ using Process = pid_t;
 Process this_process() { return getpid(); }
 #endif
 
-// How often a thread checks whether a phase has ended before it sleeps. That takes some ten microseconds,
-// about as long as a chunk; waking up would take longer.
-constexpr int LOOKS = 512;
+using Time = std::chrono::microseconds;
 
-// How often a helper looks for another job before it sleeps: longer than it takes a call of several layers to
+// How long a thread looks whether a phase has ended before it sleeps: about as long as a chunk takes; waking
+// up would take longer.
+constexpr Time PHASE_END{10};
+
+// How long a helper looks for another job before it sleeps: longer than it takes a call of several layers to
 // come to its next job.
-constexpr int LOOKS_FOR_A_JOB = 4 * LOOKS;
+constexpr Time NEXT_JOB{50};
+
+// How many jobs a helper sleeps until, after the system gave its processor to others in the middle of one.
+constexpr int JOBS_TO_SLEEP = 100;
+
+// Looks until `there()` or until the time is over; returns whether it is there.
+template <class There>
+bool look(Time time, const There& there) {
+  const auto end = std::chrono::steady_clock::now() + time;
+  do {
+    for (int i = 0; i < 16; ++i) {
+      if (there()) return true;
+      PAUSE();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return there();
+}
+
+// Whether a helper should look for its next job. Where other programs want the processors as well, a thread
+// that never sleeps is interrupted in its jobs, for which the others wait: then it had better sleep between
+// jobs, since a thread that wakes up goes first.
+class Patience {
+ public:
+  // To be asked at the end of each job.
+  bool left() {
+    const long now = interruptions();
+    if (now != before_) sleeps_ = JOBS_TO_SLEEP;
+    before_ = now;
+    return sleeps_ == 0 || --sleeps_ == 0;
+  }
+
+ private:
+  // How often the system has interrupted this thread in favour of others, where it says so.
+  static long interruptions() {
+#if defined(__linux__)
+    rusage usage;
+    if (getrusage(RUSAGE_THREAD, &usage) == 0) return usage.ru_nivcsw;
+#endif
+    return 0;
+  }
+
+  long before_ = interruptions();
+  int sleeps_ = 0;
+};
 
 struct Phase {
   alignas(64) std::atomic<int64_t> next{0};
@@ -104,17 +154,22 @@ class Pool {
 
   void help() {
     block_signals();
+    Patience patience;
+    bool took_part = false;
     uint64_t seen = 0;
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      lock.unlock();
-      for (int look = 0; look < LOOKS_FOR_A_JOB && generation_.load() == seen; ++look) PAUSE();
-      lock.lock();
+      if (took_part) {
+        lock.unlock();
+        if (patience.left()) look(NEXT_JOB, [&] { return generation_.load() != seen; });
+        lock.lock();
+      }
       wake_.wait(lock, [&] { return job_ != nullptr && generation_.load() != seen; });
       seen = generation_.load();
       Job& job = *job_;
       const int number = job.joined.fetch_add(1) + 1;
-      if (number > job.helpers) continue;
+      took_part = number <= job.helpers;
+      if (!took_part) continue;
       ++inside_;
       lock.unlock();
       take_part(job, number);
@@ -150,10 +205,7 @@ class Pool {
   }
 
   void wait_for(Job& job, Phase& phase) {
-    for (int look = 0; look < LOOKS; ++look) {
-      if (phase.done.load() == phase.chunks) return;
-      PAUSE();
-    }
+    if (look(PHASE_END, [&] { return phase.done.load() == phase.chunks; })) return;
     job.asleep.fetch_add(1);
     {
       std::unique_lock<std::mutex> lock(mutex_);
