@@ -8,6 +8,10 @@
 constexpr int64_t LANE_ROWS = 2 * WIDTH;  // rows decoded at a time
 constexpr int64_t SCALES = 32;            // of a row, decoded at a time
 
+// Steps of decoding that take a vector's rows one after the other, a cache line of each: lines of rows that
+// are a power of two apart share few places in the L1 cache, from which the other vector's would drive them.
+constexpr int64_t LINE_STEPS = 4;
+
 // Adds the products of one block of `SIZE` columns to partial [T, LANE_ROWS].
 template <class Words, int64_t SIZE, int T>
 inline void add_block(const Ints* weights, const float* scales, const Prepared* x, int64_t block,
@@ -93,10 +97,12 @@ void rows_in_integers(const Form& form, const Matrix& m, const float* map, const
     for (int64_t i = 0; i < count * LANE_ROWS; i += WIDTH) store(partial + i, zero());
     for (int64_t column = 0; column < m.cols; column += DEPTH) {
       const int64_t depth = least(DEPTH, m.cols - column), block = column / Form::SIZE;
-      for (int64_t c = 0; c < depth; c += Form::STEP) {
-        ask_below(below + there * (column + c) * stride / m.cols, there * Form::STEP * stride / m.cols);
+      for (int64_t line = 0; line < depth; line += LINE_STEPS * Form::STEP) {
+        const int64_t end = least(depth, line + LINE_STEPS * Form::STEP);
+        ask_below(below + there * (column + line) * stride / m.cols, there * (end - line) * stride / m.cols);
         for (int64_t r = 0; r < 2; ++r)
-          form.decode(m, lanes[r], column + c, weights + 2 * c / Form::Words::NUMBERS + r);
+          for (int64_t c = line; c < end; c += Form::STEP)
+            form.decode(m, lanes[r], column + c, weights + 2 * c / Form::Words::NUMBERS + r);
       }
       if (block % SCALES == 0)
         decode_scales<Form>(m, map, row, there, block, least(SCALES, blocks - block), scales);
