@@ -148,6 +148,8 @@ inline bool in_integers(int32_t format, int32_t activations, int64_t columns) {
   return (format == NF4 || format == MXFP4 || format == INT8 || format == Q2) && columns % BLOCK == 0;
 }
 
+inline bool soon_in_tiles(int32_t format, int32_t) { return format == NF4; }
+
 // Calls use(form's type as the argument's) for the format.
 template <class Use>
 inline void with_form(int32_t format, int32_t, const Use& use) {

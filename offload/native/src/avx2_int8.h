@@ -15,7 +15,7 @@ void decode_int8(const Matrix& m, const float*, int64_t row, int64_t first, int6
 
 template <int T>
 struct Int8Floats {
-  static constexpr int64_t INPUT_BYTES = 4;
+  static constexpr int64_t INPUT_BYTES = 4, SHORT = 4096;
   explicit Int8Floats(const float*) {}
 
   template <int R>
@@ -49,7 +49,7 @@ struct Int8Floats {
 
 template <int T>
 struct Int8Rounded {
-  static constexpr int64_t INPUT_BYTES = 1;
+  static constexpr int64_t INPUT_BYTES = 1, SHORT = 1024;
   explicit Int8Rounded(const float*) {}
 
   template <int R>

@@ -49,7 +49,7 @@ void decode_mxfp4(const Matrix& m, const float*, int64_t row, int64_t first, int
 
 template <int T>
 struct MXFP4Floats {
-  static constexpr int64_t INPUT_BYTES = 4;
+  static constexpr int64_t INPUT_BYTES = 4, SHORT = 4096;
   const Planes planes = micro_planes();
 
   explicit MXFP4Floats(const float*) {}
@@ -92,7 +92,7 @@ inline __m256i whole_numbers() {
 // 16-bit activations. A lane adds up 8 products of at most 12 * 32767, far below 2^31.
 template <int T>
 struct MXFP4Rounded16 {
-  static constexpr int64_t INPUT_BYTES = 2;
+  static constexpr int64_t INPUT_BYTES = 2, SHORT = 2048;
   const __m256i table = whole_numbers();
 
   explicit MXFP4Rounded16(const float*) {}
@@ -135,7 +135,7 @@ struct MXFP4Rounded16 {
 // 8-bit activations. A 16-bit lane adds up 4 products of at most 12 * 127, which fit.
 template <int T>
 struct MXFP4Rounded8 {
-  static constexpr int64_t INPUT_BYTES = 1;
+  static constexpr int64_t INPUT_BYTES = 1, SHORT = 1024;
   const __m256i table = whole_numbers();
 
   explicit MXFP4Rounded8(const float*) {}

@@ -76,7 +76,7 @@ void decode_nf4(const Matrix& m, const float* map, int64_t row, int64_t first, i
 
 template <int T>
 struct NF4Floats {
-  static constexpr int64_t INPUT_BYTES = 4;
+  static constexpr int64_t INPUT_BYTES = 4, SHORT = 4096;
   const float* map;
   const Planes planes = level_planes();
 
@@ -134,7 +134,7 @@ inline WholePlanes whole_planes() {
 
 template <int T>
 struct NF4Rounded16 {
-  static constexpr int64_t INPUT_BYTES = 2;
+  static constexpr int64_t INPUT_BYTES = 2, SHORT = 2048;
   const float* map;
   const WholePlanes planes = whole_planes();
 
@@ -200,7 +200,7 @@ inline NumberPlanes number_planes() {
 
 template <int T>
 struct NF4Rounded8 {
-  static constexpr int64_t INPUT_BYTES = 1;
+  static constexpr int64_t INPUT_BYTES = 1, SHORT = 1024;
   const float* map;
   const NumberPlanes planes = number_planes();
 

@@ -27,7 +27,7 @@ void decode_int8(const Matrix& m, const float*, int64_t row, int64_t first, int6
 
 template <int T>
 struct Int8Floats {
-  static constexpr int64_t INPUT_BYTES = 4;
+  static constexpr int64_t INPUT_BYTES = 4, SHORT = T == 1 ? 4096 : 0;
   explicit Int8Floats(const float*) {}
 
   template <int R>
@@ -61,7 +61,7 @@ struct Int8Floats {
 // and 128 times the sum of a block's activations is subtracted at the end.
 template <int T>
 struct Int8Rounded {
-  static constexpr int64_t INPUT_BYTES = 1;
+  static constexpr int64_t INPUT_BYTES = 1, SHORT = T == 1 ? 1024 : 0;
   explicit Int8Rounded(const float*) {}
 
   template <int R>

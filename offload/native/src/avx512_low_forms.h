@@ -128,6 +128,10 @@ inline bool in_integers(int32_t format, int32_t activations, int64_t columns) {
   return (format == NF4 || format == MXFP4 || format == INT8 || format == Q2) && columns % BLOCK == 0;
 }
 
+inline bool soon_in_tiles(int32_t format, int32_t activations) {
+  return activations == INT8_BLOCKS && (format == NF4 || format == MXFP4);
+}
+
 // Calls use(form's type as the argument's) for the format and activations.
 template <class Use>
 inline void with_form(int32_t format, int32_t activations, const Use& use) {

@@ -57,7 +57,7 @@ void decode_mxfp4(const Matrix& m, const float*, int64_t row, int64_t first, int
 
 template <int T>
 struct MXFP4Floats {
-  static constexpr int64_t INPUT_BYTES = 4;
+  static constexpr int64_t INPUT_BYTES = 4, SHORT = 4096;
   const __m512 table = number_table();
 
   explicit MXFP4Floats(const float*) {}
@@ -109,7 +109,7 @@ inline __m512 micro_factors(const float* four, const float* two) {
 
 template <int T>
 struct MXFP4Rounded16 {
-  static constexpr int64_t INPUT_BYTES = 2;
+  static constexpr int64_t INPUT_BYTES = 2, SHORT = 2048;
   const __m512i table = whole_numbers<int16_t>(0);
 
   explicit MXFP4Rounded16(const float*) {}
@@ -154,7 +154,7 @@ struct MXFP4Rounded16 {
 // what that adds to the products is subtracted again block by block.
 template <int T>
 struct MXFP4Rounded8 {
-  static constexpr int64_t INPUT_BYTES = 1;
+  static constexpr int64_t INPUT_BYTES = 1, SHORT = 1024;
   static constexpr int ZERO = 12;
   const __m512i table = whole_numbers<uint8_t>(ZERO);
 

@@ -74,7 +74,7 @@ void decode_nf4(const Matrix& m, const float* map, int64_t row, int64_t first, i
 
 template <int T>
 struct NF4Floats {
-  static constexpr int64_t INPUT_BYTES = 4;
+  static constexpr int64_t INPUT_BYTES = 4, SHORT = 4096;
   const ScaleMap lookup;
   const __m512 table = level_table();
 
@@ -155,7 +155,7 @@ inline __m512i whole_levels_at(__m512i bytes, __m512i table) {
 
 template <int T>
 struct NF4Rounded16 {
-  static constexpr int64_t INPUT_BYTES = 2;
+  static constexpr int64_t INPUT_BYTES = 2, SHORT = 2048;
   const ScaleMap lookup;
   const __m512i table = whole_levels();
 
@@ -206,7 +206,7 @@ inline __m512i byte_levels() {
 
 template <int T>
 struct NF4Rounded8 {
-  static constexpr int64_t INPUT_BYTES = 1;
+  static constexpr int64_t INPUT_BYTES = 1, SHORT = 1024;
   const ScaleMap lookup;
   const __m512i table = byte_levels();
 

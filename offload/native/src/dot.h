@@ -4,7 +4,6 @@
 constexpr int64_t STRETCH = 256;            // blocks whose scales are decoded at a time
 constexpr int64_t AHEAD = 8192;             // how many bytes ahead of the weights in use memory is prefetched
 constexpr int64_t FIRST_CACHE = 16 * 1024;  // bytes of inputs that stay in L1 while rows pass through
-constexpr int64_t SHORT = 1024;             // columns of short rows, for each byte of an input's number
 constexpr int64_t SHORT_AT_ONCE = 4;        // short rows multiplied side by side
 
 // The unit of NF4's levels as integers: level = integer / LEVEL_UNIT. Eight products of 8190 and 32767 fit 31
@@ -54,10 +53,10 @@ inline void rows_side_by_side(const Dot& dot, const Matrix& m, const Prepared* x
 
 // Multiplies rows [first, last). Row by row, memory is read in order, which is fastest. But inputs that do
 // not fit the L1 cache are read from L2 for every row, so then rows go in pairs: AVX-512's rounded NF4 and
-// MXFP4 kernels load the inputs once per pair; the other kernels still go row by row. And of short rows,
-// which lie close together, what each needs once takes as much time as the products: their scales, 64 of
-// which are decoded at a time, and the last sums. The fewer bytes an input has, the sooner memory is what
-// takes longer.
+// MXFP4 kernels load the inputs once per pair; the other kernels still go row by row. And of short rows, of
+// at most Dot::SHORT columns, which lie close together, what each needs once takes as much time as the
+// products: their scales, 64 of which are decoded at a time, and the last sums. The fewer bytes an input
+// has, the sooner memory is what takes longer. Inputs of floats leave no rows between.
 template <template <int> class Dot, int T>
 inline void rows_of(const Matrix& m, const float* map, const Prepared* x, int64_t first, int64_t last,
                     float* const* y) {
@@ -66,7 +65,7 @@ inline void rows_of(const Matrix& m, const float* map, const Prepared* x, int64_
   if (m.cols * Dot<T>::INPUT_BYTES > FIRST_CACHE) {
     row += (last - first) / 2 * 2;
     rows_side_by_side<2, T>(dot, m, x, first, row, y);
-  } else if (m.cols <= SHORT * Dot<T>::INPUT_BYTES) {
+  } else if (m.cols <= Dot<T>::SHORT) {
     row += (last - first) / SHORT_AT_ONCE * SHORT_AT_ONCE;
     rows_side_by_side<SHORT_AT_ONCE, T>(dot, m, x, first, row, y);
   }

@@ -1,6 +1,7 @@
 // Chooses among a vector unit's kernels by format, shape, number of tokens and rounding, and prepares inputs
 // for the chosen one. Included after the unit's kernels; GROUP is the number of columns that are reordered
-// together, and in_integers and in_bf16 tell when tiles are multiplied as integers or in bf16.
+// together; in_integers and in_bf16 tell when tiles are multiplied as integers or in bf16, and soon_in_tiles
+// when tiles of integers are faster for any number of tokens above MOST_DOTS.
 
 void prepare_for_integers(int32_t format, int32_t activations, const float* x, int64_t columns,
                           const Prepared& out) {
@@ -45,17 +46,18 @@ void prepare(int32_t format, int32_t activations, bool tiled, const float* x, in
 }
 
 // Kernels of integers multiply 8 tokens 1.3 to 4.7 times as fast as tiles of floats do, and 16 tokens at
-// least as fast, but, save for 8-bit activations of Q3 and Q2, slower than tiles of integers (docs/log.md).
-// Kernels of floats multiply no faster than tiles and decode the weights once more for each MOST_DOTS tokens,
-// which pays only for Q3 and Q2: their tiles are slow to decode.
+// least as fast, but, save for 8-bit activations of Q3 and Q2, slower than tiles of integers, some of which
+// are faster from the fifth token on (docs/log.md). Kernels of floats multiply no faster than tiles and
+// decode the weights once more for each MOST_DOTS tokens, which pays only for Q3 and Q2: their tiles are slow
+// to decode.
 int64_t most_in_registers(int32_t format, int32_t activations, int64_t columns) {
-  const bool low = is_low(format);
+  const bool low = is_low(format), tiles_of_integers = in_integers(format, activations, columns);
   if (activations == FLOATS) return low ? 2 * MOST_DOTS : MOST_DOTS;
   const bool in_blocks = format == NF4 || format == MXFP4 || (format == INT8 && activations == INT8_BLOCKS);
   if (!low && !(in_blocks && columns % BLOCK == 0)) return MOST_DOTS;
-  if (low && activations == INT8_BLOCKS && in_integers(format, activations, columns)) return 4 * MOST_DOTS;
-  const bool fast_tiles = in_integers(format, activations, columns) || in_bf16(activations, true);
-  return fast_tiles ? 2 * MOST_DOTS : 4 * MOST_DOTS;
+  if (tiles_of_integers && soon_in_tiles(format, activations)) return MOST_DOTS;
+  if (low && activations == INT8_BLOCKS && tiles_of_integers) return 4 * MOST_DOTS;
+  return tiles_of_integers || in_bf16(activations, true) ? 2 * MOST_DOTS : 4 * MOST_DOTS;
 }
 
 inline Decode decode_of(const Matrix& m, bool blocks) {

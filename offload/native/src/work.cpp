@@ -28,7 +28,7 @@ int64_t readings(int64_t tokens) { return std::max<int64_t>(1, tokens / TOKENS_P
 int64_t rows_per_chunk(const Matrix& m, int64_t tokens) {
   const int64_t row_bytes = std::max<int64_t>(1, weight_bytes(m) / m.rows);
   const int64_t bytes = std::min(LARGEST_CHUNK, std::max(SMALLEST_CHUNK, weight_bytes(m) / CHUNKS));
-  const int64_t step = tokens > 2 * MOST_DOTS ? 32 : 16;
+  const int64_t step = tokens > MOST_DOTS ? 32 : 16;
   return std::max(step, bytes / row_bytes / readings(tokens) / step * step);
 }
 
