@@ -35,7 +35,7 @@ def use_token_attention(model: Any) -> None:
         return
     ways: list[Way] = []
     candidates = [module for module in model.modules() if all(hasattr(module, name) for name in PROJECTIONS)]
-    for called, (args, arguments, _) in token_calls(model, candidates).items():
+    for called, (args, arguments, *_) in token_calls(model, candidates).items():
         if args or not isinstance(arguments.get("position_embeddings"), tuple):
             continue
         module: Any = called

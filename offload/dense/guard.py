@@ -7,8 +7,12 @@ from copy import copy
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from moe_local.offload.modeling.onlooker import Onlooker
+
+_NOBODY: dict[int, Any] = {}
+"""The onlookers of a guard that allows none."""
 
 
 class Guard:
@@ -20,17 +24,22 @@ class Guard:
     """
 
     def __init__(
-        self, parent: nn.Module, called: Sequence[nn.Module], shown: nn.Module | None = None
+        self,
+        parent: nn.Module,
+        called: Sequence[nn.Module],
+        shown: nn.Module | None = None,
+        same: Sequence[tuple[nn.Module, str]] = (),
     ) -> None:
         """`called`: the modules whose calls are skipped, and with them their hooks and replaced forwards, so
         they must have none. The only exception are Onlookers on `shown`, one of `called`: the caller of the
         library shows them the input that this module would have been given. The guard checks the weights of
-        `parent` and `called`, and that the children of `parent` are the same."""
+        `parent` and `called`, that the children of `parent` are the same, and that so are the plain
+        attributes `same`, each of a module and with a name."""
         self._families: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (parent._modules, dict(parent._modules))
         ]
         """The children of each parent: as they are, and as they were."""
-        self._onlookers: dict[int, Any] = {} if shown is None else shown._forward_pre_hooks
+        self._onlookers: dict[int, Any] = _NOBODY if shown is None else shown._forward_pre_hooks
         self._hooks = [
             hooks
             for part in called
@@ -38,29 +47,39 @@ class Guard:
             if hooks is not self._onlookers
         ]
         self._own = [vars(part) for part in called]
-        self._weights = [part._parameters.values() for part in (parent, *called)]
+        self._same = [(vars(part), name, vars(part).get(name)) for part, name in same]
+        self._weights = [part._parameters.values() for part in dict.fromkeys((parent, *called))]
         self._seen = self._look()
 
     def __add__(self, other: Guard) -> Guard:
         """One guard in place of two, which is faster to ask; both without onlookers."""
+        assert self._onlookers is other._onlookers is _NOBODY
         both = copy(self)
-        for name in ("_families", "_hooks", "_own", "_weights", "_seen"):
+        for name in ("_families", "_hooks", "_own", "_same", "_weights", "_seen"):
             setattr(both, name, getattr(self, name) + getattr(other, name))
         return both
 
     def holds(self) -> bool:
-        """Whether all is as it was when the guard was made, no hook depends on the modules' calls, and none
-        of the modules is in training, when it may do more."""
-        if any(self._hooks):
+        """Whether the modules are both idle and unchanged."""
+        return self.idle() and self.unchanged()
+
+    def idle(self) -> bool:
+        """Whether no hook depends on the modules' calls, be it their own or one on all modules, and none of
+        them has a forward of its own or is in training, when it may do more."""
+        if _global_forward_hooks or _global_forward_pre_hooks or any(self._hooks):
             return False
+        for own in self._own:
+            if own["training"] or "forward" in own:
+                return False
+        return all(type(hook) is Onlooker for hook in self._onlookers.values())
+
+    def unchanged(self) -> bool:
+        """Whether children, attributes and weights are what they were when the guard was made."""
         for children, kept in self._families:
             if children != kept:
                 return False
-        for hook in self._onlookers.values():
-            if type(hook) is not Onlooker:
-                return False
-        for own in self._own:
-            if own["training"] or "forward" in own:
+        for own, name, value in self._same:
+            if own.get(name) is not value:
                 return False
         return self._look() == self._seen
 

@@ -119,18 +119,26 @@ class TokenLayer:
         Updates the addresses of the layer's weights.
         """
         attention = module._modules[self.attention]
-        calls: TokenAttention | None = getattr(attention, "_token_attention", None)
-        places = None if calls is None else places_of(attention, x, kwargs)
-        if calls is None or places is None:
+        if not hasattr(attention, "_token_attention"):
             return None
-        if self._guard is None or self._made_of != (calls.struct, x.dtype) or not self._guard.holds():
-            norms = [module._modules[name] for name in self.norms]
-            guard = Guard(module, [attention, *norms], shown=norms[1])
-            if not guard.holds() or not all(_is_readable(norm, x) for norm in norms):
-                return None
-            self._struct = Layer(ctypes.pointer(calls.struct), *map(_struct_of, norms))
-            self._made_of, self._guard = (calls.struct, x.dtype), guard
-        return places
+        places = places_of(attention, x, kwargs)
+        return places if places is not None and self.ready(module, x) else None
+
+    def ready(self, module: Any, x: torch.Tensor) -> bool:
+        """Update the addresses of the layer's weights, after its attention's, for inputs like x [..., D].
+
+        False if the library cannot read them, or if hooks or the like depend on the calls of the parts."""
+        attention = module._modules[self.attention]
+        calls: TokenAttention = attention._token_attention
+        if self._guard is not None and self._made_of == (calls.struct, x.dtype) and self._guard.holds():
+            return True
+        norms = [module._modules[name] for name in self.norms]
+        guard = Guard(module, [attention, *norms], shown=norms[1])
+        if not guard.holds() or not all(_is_readable(norm, x) for norm in norms):
+            return False
+        self._struct = Layer(ctypes.pointer(calls.struct), *map(_struct_of, norms))
+        self._made_of, self._guard = (calls.struct, x.dtype), guard
+        return True
 
     def __call__(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any], places: Places) -> torch.Tensor:
         """x [n, 1, D] -> the layer's output [n, 1, D]. `places` are from `places()`. Writes keys and values.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from typing import Any, NamedTuple, Protocol
@@ -14,7 +15,7 @@ from torch import nn
 
 from moe_local.offload.dense.guard import Guard
 from moe_local.offload.dense.token_attention import Places
-from moe_local.offload.dense.token_calls import Call
+from moe_local.offload.dense.token_calls import Call, version_of
 from moe_local.offload.kernels.cpu import rounding
 from moe_local.offload.kernels.cpu_table import CpuTable
 from moe_local.offload.native import library as native
@@ -23,7 +24,7 @@ from moe_local.offload.system.interrupt import check as check_interrupt
 from moe_local.offload.system.threads import kernel_threads
 
 SHARED = ("position_embeddings", "past_key_values", "cache")
-"""Arguments that all layers of a forward must have in common."""
+"""Arguments that all layers of a forward must have in common, where the trial looks on."""
 
 FEWEST = 2
 """With fewer layers, TokenLayer's calls are as fast."""
@@ -43,23 +44,49 @@ class TableOfExperts(Protocol):
 class Part(NamedTuple):
     """One of the layers, and what the library was told of it."""
 
-    layer: int
-    """Its number in the cache."""
+    layer_idx: int
+    """Its layer's number in the cache."""
     experts: TableOfExperts
     table: CpuTable
     struct: WholeLayer
 
 
-class Ahead(NamedTuple):
-    """What layers were computed with, and what they gave, before they were called."""
+class Cut(NamedTuple):
+    """A layer that cannot be computed together with those in front of it."""
 
-    arguments: Mapping[str, Any]
-    """The first layer's."""
-    masks: list[torch.Tensor | None]
-    """For each layer, the mask with which it was asked for its places."""
-    places: list[Places]
+    module: Any
+    guard: Guard
+    idle: bool
+    """Whether the guard found its modules idle."""
+    served: bool
+    """Whether its experts had a table."""
+
+    def stays(self, x: torch.Tensor) -> bool:
+        """Whether nothing has happened, as far as can be seen, that would let the layer be computed now, for
+        inputs like x [n, D]."""
+        if not self.guard.unchanged() or self.guard.idle() is not self.idle:
+            return False
+        return not self.idle or (_table_of(self.module, x) is not None) is self.served
+
+
+@dataclass(slots=True)
+class Ahead:
+    """What layers gave before they were called, and with what. Keeps neither a cache nor masks alive."""
+
+    parts: list[Part]
+    angles: Any
+    """The first layer's `position_embeddings`."""
+    cache: weakref.ref[Any]
+    masks: list[weakref.ref[torch.Tensor] | None]
+    """For each layer, the mask that it was expected to get, from which its span was found."""
+    spans: list[tuple[Any, ...]]
+    """For each layer, the first columns that its tokens see, and the last ones."""
     outputs: Sequence[torch.Tensor]
     """For each layer, [n, 1, D]."""
+    used: ctypes.Array[ctypes.c_int64]
+    """How many different experts each layer used."""
+    number: int = 0
+    """The layer whose call is the next one."""
 
 
 class TokenLayers:
@@ -68,8 +95,14 @@ class TokenLayers:
     transformers calls layers one after the other, and each time the experts' weights have swept what Python
     needs out of the caches, so that it takes longer than a layer's attention. So the call of the first layer
     computes all of them, and the others return what is there already. They do so only if they are called with
-    the output of the layer before and with arguments that mean what was assumed. Otherwise the layer is
-    computed by itself, which writes the same columns of the cache again, and so are those behind it.
+    the very output of the layer before, in which nothing was changed, and with arguments that mean what was
+    expected. Otherwise the layer is computed by itself, which writes the same columns of the cache again, and
+    so are those behind it. Counts are of the layers that were called.
+
+    What modules are, and who depends on their calls, is looked at when the first layer is called. What a hook
+    does to the parts of later layers during a forward has its effect on the next one. Layers that are called
+    in another order than in the trial, all with the same rotary angles, are computed one by one; with angles
+    of their own, none of them may be called before the first one.
     """
 
     def __init__(self, modules: Sequence[Any], above: Sequence[nn.Module]) -> None:
@@ -82,10 +115,14 @@ class TokenLayers:
         """Of the first modules, as many as can be computed together."""
         self._structs: ctypes.Array[WholeLayer] | None = None
         self._guard: Guard | None = None
-        """Of all that the parts depend on."""
+        """Of all that the parts depend on; None if there are none."""
+        self._cut: Cut | None = None
+        """The first of the modules that is not among the parts."""
         self._dtype: torch.dtype | None = None
-        """The dtype of the inputs that the parts are for."""
+        """The dtype of the inputs that the parts are for; None: find them anew."""
         self._ahead: Ahead | None = None
+        self._alone: weakref.ref[torch.Tensor] | None = None
+        """An argument of the last forward in which a layer behind the first one was computed by itself."""
 
     @classmethod
     def join(cls, model: nn.Module, calls: Mapping[nn.Module, Call]) -> None:
@@ -116,119 +153,134 @@ class TokenLayers:
     def output(self, number: int, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
         """x [n, 1, D] -> layer `number`'s output [n, 1, D]; None: the layer has to be computed by itself."""
         if number == 0:
-            self._ahead = self._compute(x, kwargs)
-        elif self._ahead is not None and not self._goes_on(self._ahead, number, x, kwargs):
-            self._ahead = None
-        ahead = self._ahead
+            self._ahead = ahead = self._compute(x, kwargs)
+        else:
+            ahead = self._ahead
+            if ahead is not None and not self._goes_on(ahead, number, x, kwargs):
+                self._ahead = ahead = None
+            if ahead is None:
+                self._alone = _forward_of(kwargs)
         if ahead is None:
             return None
-        if number + 1 == len(ahead.outputs):
+        ahead.number = number + 1
+        if ahead.number == len(ahead.outputs):
             self._ahead = None
+        ahead.parts[number].experts.count(ahead.used[number])
         return ahead.outputs[number]
 
     def _goes_on(self, ahead: Ahead, number: int, x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether layer `number` is called as was assumed when it was computed."""
-        if x is not ahead.outputs[number - 1]:
+        """Whether layer `number` is called as was expected when it was computed."""
+        if number != ahead.number or x is not ahead.outputs[number - 1] or x._version:
             return False
-        if any(kwargs.get(name) is not ahead.arguments.get(name) for name in SHARED):
+        if kwargs.get("position_embeddings") is not ahead.angles or _cache_of(kwargs) is not ahead.cache():
             return False
-        if kwargs.get("attention_mask") is ahead.masks[number]:
+        mask, expected = kwargs.get("attention_mask"), ahead.masks[number]
+        if mask is None if expected is None else mask is not None and mask is expected():
             return True
-        module, assumed = self._modules[number], ahead.places[number]
+        module = self._modules[number]
         places = module._token_layer.places(module, x, kwargs)
-        return places is not None and places[2:] == assumed[2:]
+        return places is not None and places[2:] == ahead.spans[number]
 
     def _compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> Ahead | None:
         """Compute as many layers as possible; None if they are too few."""
         check_interrupt()
-        lib, first = library(), self._modules[0]
-        assert lib is not None
-        experts = _experts_of(first)
-        if experts is None or experts.table(x.view(-1, x.shape[-1])) is None or not self._above.holds():
-            return None
-        where = first._token_layer.places(first, x, kwargs)  # with all that depends on the call
+        first = self._modules[0]
+        where = first._token_layer.places(first, x, kwargs) if self._above.holds() else None
         if where is None:
             return None
-        if self._guard is None or self._dtype is not x.dtype or not self._guard.holds():
-            self._take(x, kwargs)
+        cos, sin = angles = kwargs["position_embeddings"]
+        if self._alone is not None and self._alone() is cos:
+            return None  # a layer behind this one has had its turn, and must not be computed once more
         tokens = len(where.lasts)
-        masks, places = self._places(x.view(tokens, -1), where, kwargs)
+        rows = x.view(tokens, -1)
+        if not self._are_known(rows):
+            self._take(rows, angles)
+        masks, places = self._places(rows, where, kwargs)
         if len(places) < FEWEST:
             return None
-        cos, sin = kwargs["position_embeddings"]
-        y = torch.empty(len(places), *x.shape, dtype=x.dtype)
+        with torch.inference_mode(False):  # tensors of inference have no version
+            y = torch.empty(len(places), *x.shape, dtype=x.dtype)
         used = (ctypes.c_int64 * len(places))()
-        status = lib.moe_layers(
-            self._structs,
-            len(places),
-            x.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            (native.Sequence * (len(places) * tokens))(*(row for one in places for row in one.rows())),
-            tokens,
-            y.data_ptr(),
-            used,
-            kernel_threads(),
-        )
-        if status == native.BAD_ARGUMENT:  # such as NaN in a router: the layers' own calls have words for it
-            return None
-        check(status)
-        for part, count in zip(self._parts, used, strict=False):
-            part.experts.count(count)
-        return Ahead(kwargs, masks, places, y.unbind())
+        sequences = (native.Sequence * (len(places) * tokens))(*(row for one in places for row in one.rows()))
+        lib, threads = library(), kernel_threads()
+        assert lib is not None
+        addresses = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), sequences, tokens, y.data_ptr(), used
+        check(lib.moe_layers(self._structs, len(places), *addresses, threads))
+        cache = weakref.ref(_cache_of(kwargs))
+        expected = [None if mask is None else weakref.ref(mask) for mask in masks]
+        return Ahead(self._parts, angles, cache, expected, [one[2:] for one in places], y.unbind(), used)
 
     def _places(
         self, x: torch.Tensor, first: Places, kwargs: dict[str, Any]
     ) -> tuple[list[torch.Tensor | None], list[Places]]:
-        """Masks and places of the parts that can serve x [n, D]; the first one's places are known."""
+        """Masks and places of the parts that can serve x [n, D]; the first one's places are known.
+
+        The mask of a layer with a window is not known before its call: it is taken to be the first layer's,
+        or, if that does not suit the layer, none."""
         masks: list[torch.Tensor | None] = []
         places: list[Places] = []
         where: Places | None
-        mask = kwargs.get("attention_mask")
-        layers = kwargs.get("cache", kwargs.get("past_key_values")).layers  # type: ignore[union-attr]
+        layers, columns = _cache_of(kwargs).layers, first.keys.shape[2]
         for part in self._parts:
-            assumed, where = mask, first
+            mask, where = kwargs.get("attention_mask"), first
             if places:
-                direct = getattr(layers[part.layer], "direct", _nowhere)
+                layer = layers[part.layer_idx] if part.layer_idx < len(layers) else None
+                direct = getattr(layer, "direct", _nowhere)
                 where = direct(mask)
-                if where is None and mask is not None:  # another window: the layer gets another mask, or none
-                    assumed, where = None, direct(None)
-            if where is None or where.lasts != first.lasts or part.experts.table(x) is not part.table:
+                if where is None and mask is not None:
+                    mask, where = None, direct(None)
+            table = part.experts.table(x)
+            if table is not part.table and table is not None:
+                self._dtype = None
+            if where is None or where.lasts != first.lasts or table is not part.table:
                 break
-            if where.keys.shape[2] != first.keys.shape[2] or where.keys.dtype is not x.dtype:
+            if where.keys.shape[2] != columns or not where.keys.dtype is where.values.dtype is x.dtype:
                 break
-            masks.append(assumed)
+            masks.append(mask)
             places.append(where)
         return masks, places
 
-    def _take(self, x: torch.Tensor, kwargs: dict[str, Any]) -> None:
-        """Find out anew which of the modules can be computed together, for inputs like x [n, 1, D]."""
-        self._parts, self._guard, self._dtype = [], None, x.dtype
-        structs, guards = [], []
-        unmasked = {**kwargs, "attention_mask": None}
+    def _are_known(self, x: torch.Tensor) -> bool:
+        """Whether `_parts` are what `_take` would find now, as far as can be seen in little time."""
+        if self._dtype is not x.dtype or (self._guard is not None and not self._guard.holds()):
+            return False
+        return self._cut is None or self._cut.stays(x)
+
+    def _take(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Find out which of the modules can be computed together, for inputs like x [n, D], whatever their
+        caches and masks. The first module's attention is ready."""
+        parts: list[Part] = []
+        guards: list[Guard] = []
+        self._cut = None
         for module in self._modules:
-            layer, parts = module._token_layer, module._modules
-            attention, block = parts[layer.attention], parts[layer.feed_forward]
-            if (layer.places(module, x, kwargs) or layer.places(module, x, unmasked)) is None:
+            guard = _guard_of(module)
+            idle = guard.idle()
+            part = self._part(module, x, angles) if idle else None
+            if part is None:
+                self._cut = Cut(module, guard, idle, _table_of(module, x) is not None)
                 break
-            if attention.config is not self._modules[0]._modules[layer.attention].config:
-                break
-            router, experts = layer.block.struct(block, x.dtype), _experts_of(module)
-            table = None if router is None or experts is None else experts.table(x.view(-1, x.shape[-1]))
-            if table is None:
-                break
-            guard = Guard(module, [module, attention, *(parts[name] for name in layer.norms)])
-            guard += Guard(attention, list(attention._modules.values()))
-            guard += Guard(block, [block, *block._modules.values()])
-            if not guard.holds():
-                break
-            calls = attention._token_attention
-            struct = _whole(layer.struct, router, table, rounding(calls.activations, x.dtype), x.dtype)
-            self._parts.append(Part(attention.layer_idx, experts, table, struct))
+            parts.append(part)
             guards.append(guard)
-            structs.append(struct)
-        self._structs = (WholeLayer * len(structs))(*structs)
+        self._parts, self._dtype = parts, x.dtype
+        self._structs = (WholeLayer * len(parts))(*(part.struct for part in parts))
         self._guard = _all(guards) if guards else None
+
+    def _part(self, module: Any, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> Part | None:
+        """What the library has to know of a module for inputs like x [n, D]; None if it does not suit."""
+        layer, first = module._token_layer, _attention_of(self._modules[0])
+        attention, block = _attention_of(module), module._modules[layer.feed_forward]
+        calls = getattr(attention, "_token_attention", None)
+        if calls is None or attention.config is not first.config:
+            return None
+        if calls.most_tokens < first._token_attention.most_tokens or not calls.takes(x, *angles):
+            return None
+        if not calls.ready(attention, x.dtype) or not layer.ready(module, x):
+            return None
+        router, table = layer.block.struct(block, x.dtype), _table_of(module, x)
+        if router is None or table is None:
+            return None
+        struct = _whole(layer.struct, router, table, rounding(calls.activations, x.dtype), x.dtype)
+        return Part(attention.layer_idx, _experts_of(module), table, struct)
 
     def __reduce__(self) -> Any:
         """A copy of a model has none: what it contains would not be the copy's."""
@@ -256,10 +308,26 @@ def _above(model: nn.Module, modules: Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def _follows(call: Call, before: Call) -> bool:
-    """Whether a layer was called with the output of the one before it and the same shared arguments."""
+    """Whether a layer was called with the output of the one before it, in which nothing was changed, and the
+    same shared arguments."""
     given = call.args[0] if len(call.args) == 1 else None
     alike = all(call.kwargs.get(name) is before.kwargs.get(name) for name in SHARED)
-    return given is not None and given is before.output and alike
+    unchanged = given is before.output and version_of(given) == before.version
+    return given is not None and unchanged and alike
+
+
+def _cache_of(kwargs: dict[str, Any]) -> Any:
+    return kwargs.get("cache", kwargs.get("past_key_values"))
+
+
+def _forward_of(kwargs: dict[str, Any]) -> weakref.ref[torch.Tensor] | None:
+    """What tells one forward from another, in which other angles are made."""
+    angles = kwargs.get("position_embeddings")
+    return weakref.ref(angles[0]) if isinstance(angles, tuple) and torch.is_tensor(angles[0]) else None
+
+
+def _attention_of(module: Any) -> Any:
+    return module._modules[module._token_layer.attention]
 
 
 def _experts_of(module: Any) -> Any:
@@ -267,6 +335,24 @@ def _experts_of(module: Any) -> Any:
     layer = module._token_layer
     experts = module._modules[layer.feed_forward]._modules.get(layer.block.experts)
     return experts if hasattr(experts, "table") else None
+
+
+def _table_of(module: Any, x: torch.Tensor) -> CpuTable | None:
+    experts = _experts_of(module)
+    return None if experts is None else experts.table(x)
+
+
+def _guard_of(module: Any) -> Guard:
+    """Of a decoder layer, its parts, and theirs."""
+    layer, attention = module._token_layer, _attention_of(module)
+    block = module._modules[layer.feed_forward]
+    router = block._modules.get(layer.block.router)
+    same = [(attention, "config"), (attention, "layer_idx")]
+    if router is not None:
+        same.append((router, "top_k"))
+    guard = Guard(module, [module, attention, *(module._modules[name] for name in layer.norms)], same=same)
+    guard += Guard(attention, [part for part in attention._modules.values() if part is not None])
+    return guard + Guard(block, [block, *(part for part in block._modules.values() if part is not None)])
 
 
 def _whole(layer: Any, router: Any, table: CpuTable, activations: int, dtype: torch.dtype) -> WholeLayer:

@@ -22,6 +22,18 @@ def layers_of(hf: Any) -> list[Any]:
     return list(hf.model.layers)
 
 
+def apart(hf: Any) -> Any:
+    """The model, whose layers are computed one by one from now on."""
+    for layer in layers_of(hf):
+        layer._token_layer.among = None
+    return hf
+
+
+def counted(model: Any) -> tuple[Any, ...]:
+    stats = model.stats()
+    return stats.routed.counts, stats.hits, stats.misses
+
+
 def one_by_one(hf: Any, ids: list[int] = IDS, before: Callable[[int], None] | None = None) -> torch.Tensor:
     """Logits [T, V] of tokens that come one at a time; `before` each is called with its place."""
     kv = make_kv(hf, 1, 32, probe_cache(hf))
@@ -105,6 +117,7 @@ BETWEEN: dict[str, tuple[Callable[[Any, Any], Any], int]] = {
     "a module that nobody calls": (lambda layer, hf: layer.add_module("extra", nn.Linear(2, 2)), 3),
     "a part in training": (lambda layer, hf: layer.self_attn.train(), 2),
     "a router in training": (lambda layer, hf: layer.mlp.gate.train(), 3),
+    "a router's top_k": (lambda layer, hf: setattr(layer.mlp.gate, "top_k", 1), 3),
     "attention that gives scores": (lambda layer, hf: hf.set_attn_implementation("eager"), 0),
 }
 """What is done to the second layer between two tokens, and how many layers are the library's afterwards."""
