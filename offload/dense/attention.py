@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from moe_local.offload.dense.query_blocks import query_blocks
 from moe_local.offload.dense.split_attention import attend_in_parts, parts_of
 from moe_local.offload.modeling.class_source import class_source
 from moe_local.offload.modeling.masks import single_query_mask
@@ -60,21 +61,41 @@ def single_query_attention(
     key once, and multiplies matrices instead of vectors. With 32 query heads, 8 key heads and 1024 positions
     in bf16 that took 0.7 instead of 8 ms on a CPU. Where there is a mask, transformers 5.17 (not later
     releases) would copy the keys for every head.
+
+    Many queries behind a mask go in blocks on a CPU: see query_blocks.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    attended: tuple[torch.Tensor, None]
     groups = getattr(module, "num_key_value_groups", 1)
     special = any(options.get(name) is not None for name in ("position_bias", "cache", "softcap"))
     one_mask = attention_mask is None or attention_mask.shape[1] == 1
-    if (groups > 1 or query.is_cuda) and not special and one_mask:
+    if not special and one_mask:
         shares = attention_mask is None and _shares_keys(query, key, value)
-        if query.shape[2] == 1 and not shares:
+        if query.shape[2] == 1 and (groups > 1 or query.is_cuda) and not shares:
             return _packed(query, key, value, attention_mask, dropout, scaling), None
         if groups > 1 and attention_mask is None and not shares:
             module = _Ungrouped(module)
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    attended = sdpa_attention_forward(
+        blocks = query_blocks(query, key, attention_mask)
+        if attention_mask is not None and len(blocks) > 1:
+            if groups > 1:
+                module = _Ungrouped(module)
+                key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+            each = [
+                sdpa_attention_forward(
+                    module,
+                    query[:, :, rows],
+                    key[:, :, seen],
+                    value[:, :, seen],
+                    attention_mask[:, :, rows, seen],
+                    dropout=dropout,
+                    scaling=scaling,
+                    **options,
+                )[0]
+                for rows, seen in blocks
+            ]
+            return torch.cat(each, dim=1), None
+    attended: tuple[torch.Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
     )
     return attended

@@ -15,6 +15,7 @@ from torch import nn
 
 from moe_local.offload.dense.attention import asks_for_its_name, single_query_attention
 from moe_local.offload.dense.logits_trial import difference
+from moe_local.offload.dense.query_blocks import query_blocks
 from moe_local.offload.dense.split_attention import attend, attend_in_parts, beside_sinks, bias_of, parts_of
 from moe_local.offload.modeling.class_source import class_source
 from moe_local.offload.modeling.masks import eager_mask, single_query_mask
@@ -97,8 +98,13 @@ def sink_attention(
             key, value = (x.expand(-1, heads, -1, -1) for x in (key, value))
         elif groups > 1:
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        bias = None if attention_mask is None else bias_of(attention_mask, query, key.shape[2])
-        output, logsumexp = attend(query, key, value, bias, attention_mask is None, scaling)
-        output = beside_sinks(output, logsumexp, sinks[:, None])
+        attended = []
+        for rows, seen in query_blocks(query, key, attention_mask):
+            some, keys, bias = query[:, :, rows], key[:, :, seen], None
+            if attention_mask is not None:
+                bias = bias_of(attention_mask[:, :, rows, seen], some, keys.shape[2])
+            output, logsumexp = attend(some, keys, value[:, :, seen], bias, attention_mask is None, scaling)
+            attended.append(beside_sinks(output, logsumexp, sinks[:, None]))
+        output = torch.cat(attended, dim=2)
     output = output.to(query.dtype)
     return output.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
