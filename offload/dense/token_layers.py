@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -21,6 +22,7 @@ from moe_local.offload.kernels.cpu_table import CpuTable
 from moe_local.offload.native import library as native
 from moe_local.offload.native.library import WholeLayer, check, library
 from moe_local.offload.system.interrupt import check as check_interrupt
+from moe_local.offload.system.interrupt import deferred, is_deferred
 from moe_local.offload.system.threads import kernel_threads
 
 SHARED = ("position_embeddings", "past_key_values", "cache")
@@ -49,6 +51,7 @@ class Part(NamedTuple):
     experts: TableOfExperts
     table: CpuTable
     struct: WholeLayer
+    top_k: int
 
 
 class Cut(NamedTuple):
@@ -81,12 +84,34 @@ class Ahead:
     """For each layer, the mask that it was expected to get, from which its span was found."""
     spans: list[tuple[Any, ...]]
     """For each layer, the first columns that its tokens see, and the last ones."""
+    tokens: int
+    """n"""
     outputs: Sequence[torch.Tensor]
     """For each layer, [n, 1, D]."""
-    used: ctypes.Array[ctypes.c_int64]
-    """How many different experts each layer used."""
+    ids: ctypes.Array[ctypes.c_int64]
+    """The experts that each layer's tokens chose, [n, top_k], one layer after the other. The library has
+    counted them."""
     number: int = 0
     """The layer whose call is the next one."""
+    start: int = 0
+    """Where its ids begin."""
+
+    def take(self) -> torch.Tensor:
+        """The next layer's output, whose pass is counted."""
+        number, start = self.number, self.start
+        part = self.parts[number]
+        self.number, self.start = number + 1, start + self.tokens * part.top_k
+        part.experts.count(part.top_k if self.tokens == 1 else len(set(self.ids[start : self.start])))
+        return self.outputs[number]
+
+    def give_up(self) -> None:
+        """Take back what the library has counted for layers that were not called."""
+        while self.number < len(self.outputs):
+            part, start = self.parts[self.number], self.start
+            self.number, self.start = self.number + 1, start + self.tokens * part.top_k
+            chosen = (ctypes.c_int64 * part.struct.count).from_address(part.struct.chosen)
+            for expert in self.ids[start : self.start]:
+                chosen[expert] -= 1
 
 
 class TokenLayers:
@@ -97,7 +122,8 @@ class TokenLayers:
     computes all of them, and the others return what is there already. They do so only if they are called with
     the very output of the layer before, in which nothing was changed, and with arguments that mean what was
     expected. Otherwise the layer is computed by itself, which writes the same columns of the cache again, and
-    so are those behind it. Counts are of the layers that were called.
+    so are those behind it. Only layers that were called are counted; choices of experts in others, which a
+    forward left out or computed again, are taken back, at the latest when the first layer is called again.
 
     What modules are, and who depends on their calls, is looked at when the first layer is called. What a hook
     does to the parts of later layers during a forward has its effect on the next one. Layers that are called
@@ -152,21 +178,19 @@ class TokenLayers:
 
     def output(self, number: int, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
         """x [n, 1, D] -> layer `number`'s output [n, 1, D]; None: the layer has to be computed by itself."""
-        if number == 0:
-            self._ahead = ahead = self._compute(x, kwargs)
-        else:
-            ahead = self._ahead
-            if ahead is not None and not self._goes_on(ahead, number, x, kwargs):
-                self._ahead = ahead = None
-            if ahead is None:
-                self._alone = _forward_of(kwargs)
+        ahead = self._ahead
+        if number == 0 or (ahead is not None and not self._goes_on(ahead, number, x, kwargs)):
+            if ahead is not None:
+                self._ahead = None
+                ahead.give_up()
+            ahead = self._compute(x, kwargs) if number == 0 else None
         if ahead is None:
+            if number > 0:
+                self._alone = _forward_of(kwargs)
             return None
-        ahead.number = number + 1
-        if ahead.number == len(ahead.outputs):
+        if number + 1 == len(ahead.outputs):
             self._ahead = None
-        ahead.parts[number].experts.count(ahead.used[number])
-        return ahead.outputs[number]
+        return ahead.take()
 
     def _goes_on(self, ahead: Ahead, number: int, x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether layer `number` is called as was expected when it was computed."""
@@ -200,15 +224,19 @@ class TokenLayers:
             return None
         with torch.inference_mode(False):  # tensors of inference have no version
             y = torch.empty(len(places), *x.shape, dtype=x.dtype)
-        used = (ctypes.c_int64 * len(places))()
+        ids = (ctypes.c_int64 * (tokens * sum(part.top_k for part in self._parts[: len(places)])))()
         sequences = (native.Sequence * (len(places) * tokens))(*(row for one in places for row in one.rows()))
         lib, threads = library(), kernel_threads()
         assert lib is not None
-        addresses = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), sequences, tokens, y.data_ptr(), used
-        check(lib.moe_layers(self._structs, len(places), *addresses, threads))
         cache = weakref.ref(_cache_of(kwargs))
         expected = [None if mask is None else weakref.ref(mask) for mask in masks]
-        return Ahead(self._parts, angles, cache, expected, [one[2:] for one in places], y.unbind(), used)
+        spans = [one[2:] for one in places]
+        ahead = Ahead(self._parts, angles, cache, expected, spans, tokens, y.unbind(), ids)
+        addresses = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), sequences, tokens, y.data_ptr(), ids
+        with nullcontext() if is_deferred() else deferred():  # so that nothing is counted and forgotten
+            check(lib.moe_layers(self._structs, len(places), *addresses, threads))
+            self._ahead = ahead
+        return ahead
 
     def _places(
         self, x: torch.Tensor, first: Places, kwargs: dict[str, Any]
@@ -280,7 +308,7 @@ class TokenLayers:
         if router is None or table is None:
             return None
         struct = _whole(layer.struct, router, table, rounding(calls.activations, x.dtype), x.dtype)
-        return Part(attention.layer_idx, _experts_of(module), table, struct)
+        return Part(attention.layer_idx, _experts_of(module), table, struct, router.top_k)
 
     def __reduce__(self) -> Any:
         """A copy of a model has none: what it contains would not be the copy's."""

@@ -104,7 +104,7 @@ class Pass:
             for experts in self.experts
         ]
         self.chosen = torch.zeros(layers, 8, dtype=torch.int64)
-        self.used = torch.full((layers,), -7)
+        self.ids = torch.full((tokens * sum(call.chooser.top_k for call in self.calls),), -7)
         self.y = torch.full((layers, tokens, 192), OUTSIDE, dtype=dtype)
         self.structs = (WholeLayer * layers)(*map(self._struct, range(layers)))
         sequences = [sequence for rows in self.rows for sequence in rows.sequences]
@@ -118,7 +118,7 @@ class Pass:
             "sequences": (Sequence * len(sequences))(*sequences),
             "tokens": tokens,
             "y": self.y.data_ptr(),
-            "used": self.used.data_ptr(),
+            "ids": self.ids.data_ptr(),
             "threads": 1,
         }
 
@@ -132,9 +132,9 @@ class Pass:
         status: int = lib.moe_layers(*(self.arguments | changed).values())
         return status
 
-    def one_by_one(self, lib: Any) -> tuple[torch.Tensor, list[int]]:
-        """y [L, T, D], and how many different experts each layer used."""
-        x, outputs, used = self.rows[0].x, [], []
+    def one_by_one(self, lib: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """y [L, T, D], and the experts that were chosen, layer by layer."""
+        x, outputs, choices = self.rows[0].x, [], []
         first = self.rows[0].arguments()
         for rows, call, table in zip(self.rows, self.calls, self.tables, strict=True):
             top_k, tokens = call.chooser.top_k, self.tokens
@@ -150,22 +150,22 @@ class Pass:
             assert lib.moe_chosen_experts(*arguments, DTYPES[self.dtype], FLOATS, 1) == 0
             x = stream + answer
             outputs.append(x)
-            used.append(len(ids.unique()))
-        return torch.stack(outputs), used
+            choices.append(ids.flatten())
+        return torch.stack(outputs), torch.cat(choices)
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_several_layers_are_one_after_the_other(lib: Any, isa: str, dtype: torch.dtype, tokens: int) -> None:
     whole = Pass(dtype, tokens)
-    want, used = whole.one_by_one(lib)
+    want, ids = whole.one_by_one(lib)
     written = [rows.forget() for rows in whole.rows]
     for threads in (1, 3):
         whole.y.fill_(OUTSIDE)
         whole.chosen.zero_()
         assert whole(lib, threads=threads) == 0
         assert torch.equal(whole.y, want)
-        assert whole.used.tolist() == used
+        assert torch.equal(whole.ids, ids)
         assert whole.chosen.sum(1).tolist() == [2 * tokens, 3 * tokens, 3 * tokens]
         for rows, before in zip(whole.rows, written, strict=True):
             assert all(map(torch.equal, rows.forget(), before))
@@ -174,16 +174,28 @@ def test_several_layers_are_one_after_the_other(lib: Any, isa: str, dtype: torch
 def test_a_layer_that_fails_leaves_those_before_it(lib: Any) -> None:
     whole = Pass(torch.float32, 1)
     want, _ = whole.one_by_one(lib)
+    assert whole(lib) == 0
+    counts = whole.chosen.clone()
+    whole.y.fill_(OUTSIDE)
     whole.calls[1].layer.before_feed_forward.weight = None
     assert whole(lib) == BAD_ARGUMENT
     assert torch.equal(whole.y[0], want[0])
     assert (whole.y[1:] == OUTSIDE).all()
+    assert torch.equal(whole.chosen, counts)
+
+
+def test_experts_that_fail_leave_the_counts(lib: Any) -> None:
+    whole = Pass(torch.float32, 4)
+    for expert in whole.experts[2]:
+        expert.struct.down.rows = 64
+    assert whole(lib) == BAD_ARGUMENT
+    assert not whole.chosen.any()
 
 
 WHOLE_WRONG: dict[str, Callable[[Pass], Any]] = {
     **{
         f"no {name}": lambda _, name=name: {name: None}
-        for name in ("layers", "x", "cos", "sequences", "y", "used")
+        for name in ("layers", "x", "cos", "sequences", "y", "ids")
     },
     **{
         f"a layer without {name}": lambda whole, name=name: setattr(whole.structs[2], name, None)

@@ -31,11 +31,12 @@ bool valid(const WholeLayer* layers, int64_t count) {
   return true;
 }
 
-// How many different experts are among ids [count].
-int64_t different(const int64_t* ids, int64_t count) {
-  int64_t found = 0;
-  for (int64_t i = 0; i < count; ++i) found += std::find(ids, ids + i, ids[i]) == ids + i;
-  return found;
+// Takes back what these layers have counted for tokens with these ids, which are those of one layer after the
+// other.
+void take_back(const WholeLayer* layers, int64_t count, int64_t tokens, const int64_t* ids) {
+  for (int64_t i = 0; i < count; ++i)
+    for (const int64_t* end = ids + tokens * layers[i].router->top_k; ids < end; ++ids)
+      --layers[i].chosen[*ids];
 }
 
 // y [count] = a + b, all of the dtype; `floats` has room for two rows of `width`, which divides the count.
@@ -51,8 +52,8 @@ void add(int32_t dtype, const void* a, const void* b, int64_t count, int64_t wid
 }  // namespace
 
 int32_t moe_layers(const WholeLayer* layers, int64_t count, const void* x, const void* cos, const void* sin,
-                   const Sequence* sequences, int64_t tokens, void* y, int64_t* used, int32_t threads) try {
-  if (layers == nullptr || count < 1 || sequences == nullptr || y == nullptr || used == nullptr)
+                   const Sequence* sequences, int64_t tokens, void* y, int64_t* ids, int32_t threads) try {
+  if (layers == nullptr || count < 1 || sequences == nullptr || y == nullptr || ids == nullptr)
     return BAD_ARGUMENT;
   if (tokens < 1 || tokens > BATCH_PAIRS || !valid(layers, count)) return BAD_ARGUMENT;
   const int32_t dtype = layers[0].layer->attention->dtype;
@@ -60,21 +61,24 @@ int32_t moe_layers(const WholeLayer* layers, int64_t count, const void* x, const
   int64_t most = 0;
   for (int64_t i = 0; i < count; ++i) most = std::max(most, tokens * layers[i].router->top_k);
   between.reserve(3 * Scratch::bytes_of<float>(numbers) + Scratch::bytes_of<float>(2 * width) +
-                  Scratch::bytes_of<float>(most) + Scratch::bytes_of<int64_t>(most));
+                  Scratch::bytes_of<float>(most));
   void *stream = between.take<float>(numbers), *inner = between.take<float>(numbers);
   void* answer = between.take<float>(numbers);
   float *floats = between.take<float>(2 * width), *weights = between.take<float>(most);
-  int64_t* ids = between.take<int64_t>(most);
+  int64_t* mine = ids;
   for (int64_t i = 0; i < count; ++i) {
     const WholeLayer& whole = layers[i];
     const int64_t top_k = whole.router->top_k;
     int32_t status = moe_layer(whole.layer, whole.router, x, cos, sin, sequences + i * tokens, tokens, stream,
-                               inner, weights, ids, whole.activations, threads);
-    if (status != OK) return status;
-    status = moe_chosen_experts(whole.experts, whole.count, ids, weights, top_k, whole.gate, inner, tokens,
-                                whole.chosen, answer, dtype, whole.of_experts, threads);
-    if (status != OK) return status;
-    used[i] = different(ids, tokens * top_k);
+                               inner, weights, mine, whole.activations, threads);
+    if (status == OK)
+      status = moe_chosen_experts(whole.experts, whole.count, mine, weights, top_k, whole.gate, inner, tokens,
+                                  whole.chosen, answer, dtype, whole.of_experts, threads);
+    if (status != OK) {
+      take_back(layers, i, tokens, ids);
+      return status;
+    }
+    mine += tokens * top_k;
     void* out = at(dtype, y, i * numbers);
     add(dtype, stream, answer, numbers, width, floats, out);
     x = out;

@@ -216,10 +216,11 @@ MOE_API int32_t moe_chosen_experts(const Expert* const* experts, int64_t count, 
 
 // These tokens through `count` consecutive layers of one dtype and width: y [count, tokens, D] are the
 // layers' outputs, each the sum, in the dtype, of what moe_layer and moe_chosen_experts give, and the next
-// layer's input. `sequences` [count, tokens] are those of each layer; used [count] becomes the number of
-// different experts in each. After an error, outputs before the failing layer's are valid.
+// layer's input. `sequences` [count, tokens] are those of each layer; ids become the experts that its tokens
+// chose, [tokens, top_k], one layer after the other. After an error, outputs before the failing layer's are
+// valid, and nothing is counted.
 MOE_API int32_t moe_layers(const WholeLayer* layers, int64_t count, const void* x, const void* cos,
-                           const void* sin, const Sequence* sequences, int64_t tokens, void* y, int64_t* used,
+                           const void* sin, const Sequence* sequences, int64_t tokens, void* y, int64_t* ids,
                            int32_t threads);
 
 // One token of each of `rows` sequences through linear attention with the gated delta rule (Gated DeltaNet,

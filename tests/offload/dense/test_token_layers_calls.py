@@ -4,6 +4,7 @@ not, and what ends a pass for one call and not for the next."""
 from __future__ import annotations
 
 import gc
+import signal
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +16,11 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import moe_local
+from moe_local.offload.dense import token_layers
 from moe_local.offload.dense.token_layers import TokenLayers
 from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.engine.memory import make_kv
-from moe_local.offload.native.library import library
+from moe_local.offload.native.library import check, library
 from support.decoder_layers import IDS, apart, counted, layers_of, one_by_one, together
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
@@ -69,19 +71,24 @@ def load(make_checkpoint: Callable[..., Path]) -> Callable[..., Any]:
     return load
 
 
-def both(load: Callable[..., Any], use: Callable[[Any], torch.Tensor]) -> list[tuple[torch.Tensor, Any]]:
-    """What `use` returns and the counts, for a model and for another whose layers are computed one by one."""
+def both(
+    load: Callable[..., Any], use: Callable[[Any], torch.Tensor], ends: bool = False
+) -> list[tuple[torch.Tensor, Any]]:
+    """What `use` returns and the counts, for a model and for another whose layers are computed one by one.
+    `ends`: with whole forwards of the model, of which the first settles what was counted ahead."""
     found = []
     for alone in (False, True):
         with load() as model:
             output = use(apart(model.hf) if alone else model.hf)
+            if ends:
+                one_by_one(model.hf)
             found.append((output, counted(model)))
     return found
 
 
 def agree(found: list[tuple[torch.Tensor, Any]]) -> bool:
-    (got, _), (want, _) = found
-    return torch.equal(got, want)
+    (got, counts), (want, wanted) = found
+    return torch.equal(got, want) and counts == wanted
 
 
 class Loop:
@@ -184,13 +191,13 @@ def test_numbers_that_change_between_two_layers(load: Callable[..., Any], infere
 
 @pytest.mark.parametrize("order", [[1, 0, 2, 3], [3, 0, 1, 2], [0, 2, 1, 3], [0, 1, 1, 2], [0, 0, 1], [2, 0]])
 def test_a_caller_with_another_order(load: Callable[..., Any], order: list[int]) -> None:
-    assert agree(both(load, lambda hf: Loop(hf)(order)))
+    assert agree(both(load, lambda hf: Loop(hf)(order), ends=True))
 
 
 @pytest.mark.parametrize("order", [[0, 1], [0, 1, 3]])
 def test_layers_that_are_left_out(load: Callable[..., Any], order: list[int], passes: list[int]) -> None:
-    assert agree(both(load, lambda hf: Loop(hf)(order)))
-    assert passes == [LAYERS] * 4
+    assert agree(both(load, lambda hf: Loop(hf)(order), ends=True))
+    assert passes == [LAYERS] * (4 + len(IDS))
 
 
 def test_layers_behind_one_with_a_hook_leave_those_before_it(
@@ -223,6 +230,27 @@ def test_a_forward_that_fails_between_two_layers(load: Callable[..., Any], passe
 
     assert agree(both(load, use))
     assert passes == [2]
+
+
+def test_an_interrupt_leaves_the_counts(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that comes while layers are computed, though nobody expects one."""
+    with load() as model:
+        Loop(model.hf)  # tries the model, which counts
+        one_by_one(model.hf)
+        want = counted(model)
+
+    def interrupted(status: int) -> None:
+        check(status)
+        signal.raise_signal(signal.SIGINT)
+
+    with load() as model, torch.no_grad():
+        loop = Loop(model.hf)
+        with monkeypatch.context() as patch:
+            patch.setattr(token_layers, "check", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                loop.layers[0](torch.ones(1, 1, 64), **loop.kwargs(0))
+        one_by_one(model.hf)
+        assert counted(model) == want
 
 
 def test_a_forward_that_ends_early_keeps_no_cache(load: Callable[..., Any], passes: list[int]) -> None:
