@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from moe_local.offload.modeling.onlooker import Onlooker
+
+_dtype = attrgetter("dtype")
 
 _NOBODY: dict[int, Any] = {}
 """The onlookers of a guard that allows none."""
@@ -55,8 +58,9 @@ class Guard:
         """One guard in place of two, which is faster to ask; both without onlookers."""
         assert self._onlookers is other._onlookers is _NOBODY
         both = copy(self)
-        for name in ("_families", "_hooks", "_own", "_same", "_weights", "_seen"):
+        for name in ("_families", "_hooks", "_own", "_same", "_weights"):
             setattr(both, name, getattr(self, name) + getattr(other, name))
+        both._seen = [mine + theirs for mine, theirs in zip(self._seen, other._seen, strict=True)]
         return both
 
     def holds(self) -> bool:
@@ -83,12 +87,9 @@ class Guard:
                 return False
         return self._look() == self._seen
 
-    def _look(self) -> list[Any]:
+    def _look(self) -> list[list[Any]]:
         """Address, dtype and size of each weight: the address alone is not enough, since freed memory may be
         reused for other numbers."""
-        return [
-            (weight.data_ptr(), weight.dtype, weight.numel())
-            for weights in self._weights
-            for weight in weights
-            if weight is not None
-        ]
+        weights = [weight for some in self._weights for weight in some if weight is not None]
+        looks = Tensor.data_ptr, _dtype, Tensor.numel
+        return [list(map(look, weights)) for look in looks]
