@@ -25,27 +25,13 @@ inline void nibble_quads(const Lanes& lanes, int64_t offset, __m512i table, __m5
   }
 }
 
-struct NF4Form {
-  static constexpr int64_t SIZE = BLOCK, STEP = 32;
-  static int64_t stride(int64_t cols) { return cols / 2; }
-};
-
-struct NF4Pairs : NF4Form {
-  using Words = Pairs;
-  static constexpr float MOST = 8005.0f;
-  static constexpr const uint8_t* order = NF4_PAIRS.column;
+struct NF4Pairs : NF4PairForm {
   const __m512i table = whole_levels();
 
   NF4Pairs() {}
 
   void decode(const Matrix&, const Lanes& lanes, int64_t column, __m512i* out) const {
     nibble_pairs(lanes, column / 2, table, out);
-  }
-
-  static void scales(const Matrix& m, const float* map, int64_t row, int64_t block, int64_t count,
-                     float* out) {
-    nf4_scales(m, map, row * (m.cols / BLOCK) + block, count, out);
-    for (int64_t b = 0; b < count; ++b) out[b] *= static_cast<float>(1.0 / LEVEL_UNIT);
   }
 };
 
@@ -63,26 +49,11 @@ struct NF4Quads : NF4Form {
 
   static void scales(const Matrix& m, const float* map, int64_t row, int64_t block, int64_t count,
                      float* out) {
-    nf4_scales(m, map, row * (m.cols / BLOCK) + block, count, out);
-    for (int64_t b = 0; b < count; ++b) out[b] *= 1.0f / BYTE_UNIT;
+    scales_of(m, map, row, block, count, BYTE_UNIT, out);
   }
 };
 
-struct MXFP4Form {
-  static constexpr int64_t SIZE = MICRO_BLOCK, STEP = 32;
-  static int64_t stride(int64_t cols) { return cols / 2; }
-
-  static void scales(const Matrix& m, const float*, int64_t row, int64_t block, int64_t count, float* out) {
-    const int64_t first = row * (m.cols / MICRO_BLOCK) + block;
-    for (int64_t b = 0; b < count; ++b)
-      out[b] = power_of_two(static_cast<const uint8_t*>(m.scales)[first + b]) / E2M1_UNIT;
-  }
-};
-
-struct MXFP4Pairs : MXFP4Form {
-  using Words = Pairs;
-  static constexpr float MOST = 12.0f;
-  static constexpr const uint8_t* order = MXFP4_PAIRS.column;
+struct MXFP4Pairs : MXFP4PairForm {
   const __m512i table = whole_numbers<int16_t>(0);
 
   MXFP4Pairs() {}
@@ -105,16 +76,13 @@ struct MXFP4Quads : MXFP4Form {
   }
 };
 
-struct Int8Form {
-  static constexpr int64_t SIZE = BLOCK, STEP = 16;
-  static int64_t stride(int64_t cols) { return cols; }
-
+struct PaddedInt8Form : Int8Form {
   static void scales(const Matrix& m, const float*, int64_t row, int64_t block, int64_t count, float* out) {
     padded_int8_scales(m, row * (m.cols / BLOCK) + block, count, out);
   }
 };
 
-struct Int8Pairs : Int8Form {
+struct Int8Pairs : PaddedInt8Form {
   using Words = Pairs;
   static constexpr float MOST = 128.0f;
   static constexpr const uint8_t* order = INT8_PAIRS;
@@ -129,7 +97,7 @@ struct Int8Pairs : Int8Form {
   }
 };
 
-struct Int8Quads : Int8Form {
+struct Int8Quads : PaddedInt8Form {
   using Words = Quads;
   static constexpr float ZERO = 128.0f;
   static constexpr const uint8_t* order = INT8_QUADS;

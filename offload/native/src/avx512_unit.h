@@ -51,6 +51,7 @@ constexpr int64_t TILE_T = 6;
 #include "avx512_bf16.h"
 #include "avx512_words.h"
 #include "integer_tile.h"
+#include "integer_forms.h"
 #include "avx512_forms.h"
 #include "avx512_low_forms.h"
 #include "encode.h"

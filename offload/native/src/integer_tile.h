@@ -169,29 +169,3 @@ void prepare_integers(const float* x, int64_t columns, float limit, const Prepar
     }
   }
 }
-
-// Orders of the columns in words that are made of the nibbles of 32-bit lanes, which hold eight columns each:
-// for Pairs, of nibbles k and k + 4, for Quads, of all even and then all odd nibbles. `swap` is 1 where the
-// earlier column of a byte is in its high half.
-template <int64_t COUNT>
-struct NibbleOrder {
-  alignas(64) uint8_t column[COUNT];
-
-  constexpr explicit NibbleOrder(bool pairs, int swap) : column() {
-    for (int i = 0; i < COUNT; ++i) {
-      const int within = i % 8, nibble = pairs ? within / 2 + within % 2 * 4 : within % 4 * 2 + within / 4;
-      column[i] = static_cast<uint8_t>(i / 8 * 8 + (nibble ^ swap));
-    }
-  }
-};
-constexpr NibbleOrder<32> NF4_PAIRS(true, 1), MXFP4_PAIRS(true, 0);
-
-// Of bytes: columns k and k + 2 of four.
-alignas(64) constexpr uint8_t INT8_PAIRS[32] = {0,  2,  1,  3,  4,  6,  5,  7,  8,  10, 9,
-                                                11, 12, 14, 13, 15, 16, 18, 17, 19, 20, 22,
-                                                21, 23, 24, 26, 25, 27, 28, 30, 29, 31};
-
-// Of codes of two bits: codes k and k + 8 of a word are sixteen bits apart, and so are their third bits.
-alignas(64) constexpr uint8_t LOW_PAIRS[32] = {0,  8,  1,  9,  2,  10, 3,  11, 4,  12, 5,
-                                               13, 6,  14, 7,  15, 16, 24, 17, 25, 18, 26,
-                                               19, 27, 20, 28, 21, 29, 22, 30, 23, 31};

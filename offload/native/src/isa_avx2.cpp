@@ -40,6 +40,7 @@ constexpr int64_t TILE_T = 3;
 #include "avx2_mxfp4.h"
 #include "avx2_words.h"
 #include "integer_tile.h"
+#include "integer_forms.h"
 #include "avx2_forms.h"
 #include "encode.h"
 #include "avx2_encode.h"

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 import moe_local
-from moe_local.offload.dense.token_layers import TokenLayers
 from moe_local.offload.modeling.onlooker import Onlooker
 from moe_local.offload.native.library import library
 from moe_local.offload.store.residents import Residents
@@ -43,22 +42,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt_oss", {}),
     ("gpt_oss", {"sliding_window": 5}),  # in every other layer, so that masks differ
 ]
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers each call of the library has computed."""
-    made: list[int] = []
-    compute = TokenLayers._compute
-
-    def noting(self: TokenLayers, *args: Any) -> Any:
-        ahead = compute(self, *args)
-        if ahead is not None:
-            made.append(len(ahead.outputs))
-        return ahead
-
-    monkeypatch.setattr(TokenLayers, "_compute", noting)
-    return made
 
 
 @pytest.fixture

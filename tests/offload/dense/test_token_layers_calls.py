@@ -31,22 +31,6 @@ LAYERS = 4
 
 
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers each call of the library has computed."""
-    made: list[int] = []
-    compute = TokenLayers._compute
-
-    def noting(self: TokenLayers, *args: Any) -> Any:
-        ahead = compute(self, *args)
-        if ahead is not None:
-            made.append(len(ahead.outputs))
-        return ahead
-
-    monkeypatch.setattr(TokenLayers, "_compute", noting)
-    return made
-
-
-@pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many modules could be computed together, each time that this was found out."""
     made: list[int] = []
