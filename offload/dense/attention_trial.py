@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
 from typing import Any
 
 import torch
 
-from moe_local.offload.dense.token_attention import PROJECTIONS, Places, TokenAttention, Way, direct
+from moe_local.offload.dense.attention_call import AttentionCall, Way, direct
+from moe_local.offload.dense.places import Places
+from moe_local.offload.dense.token_attention import TokenAttention
 from moe_local.offload.dense.token_calls import token_calls
-from moe_local.offload.native.library import HALVES, NEIGHBOURS, library
+from moe_local.offload.dense.token_latent_attention import TokenLatentAttention
+from moe_local.offload.native.library import library
+
+KINDS: tuple[type[AttentionCall], ...] = TokenAttention, TokenLatentAttention
 
 HISTORY = 5
 """Earlier positions in the cache of a trial."""
@@ -33,41 +36,41 @@ def use_token_attention(model: Any) -> None:
     """
     if library() is None or model.device.type != "cpu" or model.config.is_encoder_decoder:
         return
-    ways: list[Way] = []
-    candidates = [module for module in model.modules() if all(hasattr(module, name) for name in PROJECTIONS)]
+    ways: dict[type[AttentionCall], Way] = {}
+    candidates = [module for module in model.modules() if hasattr(module, "o_proj")]
     for called, (args, arguments, *_) in token_calls(model, candidates).items():
-        if args or not isinstance(arguments.get("position_embeddings"), tuple):
-            continue
         module: Any = called
-        calls = TokenAttention.of(module, arguments["hidden_states"].dtype)
+        calls = None if args else _call_for(module, arguments)
         if calls is None:
             continue
+        cos, _sin = calls.angles(arguments["position_embeddings"])  # type: ignore[misc]
         # Layers of a model mostly use the same rotary embedding, so the last way that agreed comes first; but
         # each layer is tried, since modules of one class may still depend on their layer's index.
-        for way in (*ways, *_ways(arguments)):
+        last = ways.get(type(calls))
+        for way in (*([] if last is None else [last]), *calls.ways(cos)):
             if _agrees(module, calls, way, arguments):
-                ways = [way]
+                ways[type(calls)] = way
                 module._token_attention = calls
                 cls: Any = type(module)
                 module.__class__ = direct(cls)
                 break
 
 
-def _ways(arguments: dict[str, Any]) -> Iterator[Way]:
-    count = arguments["position_embeddings"][0].shape[-1]
-    for rotation, shared in product((HALVES, NEIGHBOURS), (False, True)):
-        yield Way(count, rotation, shared)
-    yield from (Way(2 * count, rotation, True) for rotation in (HALVES, NEIGHBOURS))
+def _call_for(module: Any, arguments: dict[str, Any]) -> AttentionCall | None:
+    """The call for a module of either kind of attention, called with these arguments; None for others."""
+    for kind in KINDS:
+        calls = kind.of(module, arguments["hidden_states"].dtype) if "hidden_states" in arguments else None
+        if calls is not None and calls.angles(arguments.get("position_embeddings")) is not None:
+            return calls
+    return None
 
 
-def _agrees(module: Any, calls: TokenAttention, way: Way, arguments: dict[str, Any]) -> bool:
+def _agrees(module: Any, calls: AttentionCall, way: Way, arguments: dict[str, Any]) -> bool:
     """Whether the library's call and the module give the same, on small and on large numbers.
 
     Large numbers reveal clamping of queries or scores, which small ones do not. The position given is a far
     one, to reveal modules in which more than the rotation angles depends on it.
     """
-    if way.rotated > calls.shape.width or way.rotated % 2:
-        return False
     calls.take(way)
     generator = torch.Generator().manual_seed(11)
     return all(
@@ -77,33 +80,38 @@ def _agrees(module: Any, calls: TokenAttention, way: Way, arguments: dict[str, A
 
 
 def _agrees_at(
-    module: Any, calls: TokenAttention, arguments: dict[str, Any], size: float, generator: torch.Generator
+    module: Any, calls: AttentionCall, arguments: dict[str, Any], size: float, generator: torch.Generator
 ) -> bool:
     from transformers.cache_utils import DynamicCache
 
-    x, (cos, _sin) = arguments["hidden_states"], arguments["position_embeddings"]
+    x, given = arguments["hidden_states"], arguments["position_embeddings"]
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float32).to(x.dtype)
 
-    x, cos, sin = size * random(*x.shape), random(*cos.shape), random(*cos.shape)
-    history = 1, calls.shape.kv_heads, HISTORY, calls.shape.width
-    keys, values = size * random(*history), random(*history)
+    x = size * random(*x.shape)
+    if isinstance(given, tuple):
+        angles: Any = tuple(random(*part.shape) for part in given)
+    else:
+        angles = torch.complex(*(random(*given.shape).float() for _ in range(2)))
+    key_shape, value_shape = calls.history(HISTORY)
+    keys, values = size * random(*key_shape), random(*value_shape)
     cache, name = DynamicCache(), "cache" if "cache" in arguments else "past_key_values"
     cache.update(keys, values, module.layer_idx)
-    changed = {"hidden_states": x, "position_embeddings": (cos, sin), name: cache, "attention_mask": None}
+    changed = {"hidden_states": x, "position_embeddings": angles, name: cache, "attention_mask": None}
     changed |= {
         name: torch.full_like(arguments[name], FAR)
         for name in ("position_ids", "cache_position")
         if arguments.get(name) is not None
     }
-    room = torch.zeros(1, *history[1:2], 1, history[3], dtype=x.dtype)
-    places = Places(torch.cat([keys, room], 2), torch.cat([values, room], 2), [0], [HISTORY])
+    rooms = [torch.cat([given, torch.zeros_like(given[:, :, :1])], 2) for given in (keys, values)]
+    places = Places(rooms[0], rooms[1], [0], [HISTORY])
     with torch.no_grad():
         try:
             wanted = module(**arguments | changed)[0]
         except (RuntimeError, TypeError, ValueError, AttributeError):
             return False
+        cos, sin = calls.angles(angles)  # type: ignore[misc]
         if not calls.takes(x, cos, sin) or not calls.ready(module, x.dtype):
             return False
         got = calls(x, cos, sin, places)

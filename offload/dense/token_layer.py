@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_local.offload.dense.attention_call import places_of
 from moe_local.offload.dense.guard import Guard
 from moe_local.offload.dense.norm import Kind
-from moe_local.offload.dense.token_attention import Places, TokenAttention, places_of
+from moe_local.offload.dense.places import Places
+from moe_local.offload.dense.token_attention import TokenAttention
 from moe_local.offload.dense.token_block import TokenBlock
 from moe_local.offload.dense.token_calls import token_calls
 from moe_local.offload.dense.token_layers import TokenLayers
@@ -69,7 +71,7 @@ class TokenLayer:
         kinds: dict[str, list[str]] = {"attention": [], "norm": [], "other": []}
         for name, part in module.named_children():
             is_norm = isinstance(getattr(part, "_norm_kind", None), Kind)
-            kind = "norm" if is_norm else "attention" if hasattr(part, "_token_attention") else "other"
+            kind = "norm" if is_norm else "attention" if _is_attention(part) else "other"
             kinds[kind].append(name)
         if [len(names) for names in kinds.values()] != [1, 2, 1]:
             return None
@@ -119,7 +121,7 @@ class TokenLayer:
         Updates the addresses of the layer's weights.
         """
         attention = module._modules[self.attention]
-        if not hasattr(attention, "_token_attention"):
+        if not _is_attention(attention):
             return None
         places = places_of(attention, x, kwargs)
         return places if places is not None and self.ready(module, x) else None
@@ -189,6 +191,11 @@ class TokenLayer:
     def __getstate__(self) -> dict[str, Any]:
         """Without cached addresses, which are not valid for a copy, and without the other layers."""
         return {**self.__dict__, "_struct": None, "_made_of": None, "_guard": None, "among": None}
+
+
+def _is_attention(part: Any) -> bool:
+    """Whether a part is attention as moe_layer computes it."""
+    return isinstance(getattr(part, "_token_attention", None), TokenAttention)
 
 
 def _is_readable(norm: Any, x: torch.Tensor) -> bool:

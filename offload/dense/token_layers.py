@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moe_local.offload.dense.guard import Guard
-from moe_local.offload.dense.token_attention import Places
+from moe_local.offload.dense.places import Places
 from moe_local.offload.dense.token_calls import Call, version_of
 from moe_local.offload.kernels.cpu import rounding
 from moe_local.offload.kernels.cpu_table import CpuTable

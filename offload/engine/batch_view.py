@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_masks_for_generate
 
-from moe_local.offload.dense.token_attention import Places
+from moe_local.offload.dense.places import Places
 from moe_local.offload.modeling.names import cache_name
 
 if TYPE_CHECKING:

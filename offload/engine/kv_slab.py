@@ -20,7 +20,7 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from moe_local.offload.dense.token_attention import Places
+from moe_local.offload.dense.places import Places
 from moe_local.offload.engine.batch_view import BatchLayer, BatchPlaces
 from moe_local.offload.engine.encoder_decoder import EncoderDecoder, Translation
 from moe_local.offload.engine.static_row import StaticLayer

@@ -28,8 +28,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCALES = {"float32": 0, "bfloat16": 1, "float16": 2, "uint8": 3}
 """Dtypes of FP8's scales; uint8 stands for exponents (E8M0)."""
 
-HALVES, NEIGHBOURS = range(2)
-"""How a head's numbers are paired for rotary embeddings: i with i + rotated / 2, or 2i with 2i + 1."""
+HALVES, NEIGHBOURS, APART = range(3)
+"""How rotary embeddings pair a head's numbers: i with i + rotated / 2, or 2i with 2i + 1. APART: the latter,
+with results at i and i + rotated / 2."""
 
 _FOLDER = Path(__file__).parent
 BAD_ARGUMENT = 1
@@ -81,6 +82,29 @@ class Attention(Structure):
         ("sinks", c_void_p),
         ("gated", c_int32),
         ("shifted", c_int32),
+    )
+
+
+class LatentAttention(Structure):
+    _fields_ = (
+        ("q_a", Matrix),
+        ("q_b", Matrix),
+        ("kv_a", Matrix),
+        ("kv_b", Matrix),
+        ("o", Matrix),
+        ("heads", c_int64),
+        ("latent", c_int64),
+        ("plain", c_int64),
+        ("rotated", c_int64),
+        ("value", c_int64),
+        ("rotation", c_int32),
+        ("shared", c_int32),
+        ("scaling", c_float),
+        ("dtype", c_int32),
+        ("q_norm", c_void_p),
+        ("kv_norm", c_void_p),
+        ("q_epsilon", c_float),
+        ("kv_epsilon", c_float),
     )
 
 
@@ -202,6 +226,10 @@ _ARGUMENTS: dict[str, list[type]] = {
     "moe_attention": [
         *(POINTER(Attention), c_void_p, c_void_p, c_void_p, POINTER(Sequence), c_int64, c_void_p, c_int32),
         c_int32,
+    ],
+    "moe_latent_attention": [
+        *(POINTER(LatentAttention), c_void_p, c_void_p, c_void_p, POINTER(Sequence), c_int64, c_void_p),
+        *(c_int32, c_int32),
     ],
     "moe_layer": [
         *(POINTER(Layer), POINTER(Router), c_void_p, c_void_p, c_void_p, POINTER(Sequence), c_int64),

@@ -66,13 +66,9 @@ constexpr int QUERIES = ACCUMULATORS / 2;  // most queries that share one pass o
 // needs one accumulator per query.
 constexpr int side_by_side(int queries) { return queries > ACCUMULATORS / 4 ? ACCUMULATORS / queries : 4; }
 
-// scores[g][p] = q[g] . keys[p], for Q queries and P positions.
+// total[p][g] += q[g] . keys[p], for Q queries and P positions.
 template <class Number, int Q, int P>
-inline void score_positions(const float* q, int64_t width, const uint8_t* keys, int64_t stride,
-                            float* scores) {
-  Vec total[P][Q];
-  for (int p = 0; p < P; ++p)
-    for (int g = 0; g < Q; ++g) total[p][g] = zero();
+inline void add_products(const float* q, int64_t width, const uint8_t* keys, Vec (&total)[P][Q]) {
   for (int64_t i = 0; i < width; i += WIDTH) {
     Vec asked[Q];
     for (int g = 0; g < Q; ++g) asked[g] = load(q + g * width + i);
@@ -81,6 +77,21 @@ inline void score_positions(const float* q, int64_t width, const uint8_t* keys, 
       for (int g = 0; g < Q; ++g) total[p][g] = fma(key, asked[g], total[p][g]);
     }
   }
+}
+
+// scores[g][i] = q[g] . keys[p + i], for queries from g on and P positions from p on.
+template <class Number, int Q, int P>
+inline void score_positions(const Look& look, int64_t g0, int64_t p0, int64_t stride, float* scores) {
+  Vec total[P][Q];
+  for (int p = 0; p < P; ++p)
+    for (int g = 0; g < Q; ++g) total[p][g] = zero();
+  const auto *keys = static_cast<const uint8_t*>(look.keys),
+             *more = static_cast<const uint8_t*>(look.more_keys);
+  const int64_t width = look.width, more_width = look.more_width;
+  add_products<Number, Q, P>(look.q + g0 * width, width, keys + p0 * width * Number::BYTES, total);
+  if (more_width > 0)
+    add_products<Number, Q, P>(look.more_q + g0 * more_width, more_width,
+                               more + p0 * more_width * Number::BYTES, total);
   for (int p = 0; p < P; ++p) {
     int g = 0;
     for (; g + 4 <= Q; g += 4) {
@@ -92,21 +103,20 @@ inline void score_positions(const float* q, int64_t width, const uint8_t* keys, 
   }
 }
 
-// scores[g][p] = q[g] . keys[p] for all positions. Also prefetches the values of these positions, row by row:
-// weigh reads them in pieces of a row, a pattern that no hardware prefetcher recognizes.
+// scores[i][p] = q[g + i] . keys[p] for Q queries from g on and all positions. Also prefetches the values of
+// these positions, row by row: weigh reads them in pieces of a row, a pattern that no hardware prefetcher
+// recognizes.
 template <class Number, int Q>
-inline void score(const Look& look, const float* q, int64_t stride, float* scores) {
+inline void score(const Look& look, int64_t g, int64_t stride, float* scores) {
   constexpr int P = side_by_side(Q);
   const int64_t row = look.width * Number::BYTES;
-  const uint8_t *keys = static_cast<const uint8_t*>(look.keys),
-                *values = static_cast<const uint8_t*>(look.values);
+  const uint8_t* values = static_cast<const uint8_t*>(look.values);
   int64_t p = 0;
   for (; p + P <= look.positions; p += P) {
     for (int64_t i = 0; i < P * row; i += 64) PREFETCH(values + p * row + i, 2);
-    score_positions<Number, Q, P>(q, look.width, keys + p * row, stride, scores + p);
+    score_positions<Number, Q, P>(look, g, p, stride, scores + p);
   }
-  for (; p < look.positions; ++p)
-    score_positions<Number, Q, 1>(q, look.width, keys + p * row, stride, scores + p);
+  for (; p < look.positions; ++p) score_positions<Number, Q, 1>(look, g, p, stride, scores + p);
 }
 
 // out[g] = sum over p of scores[g][p] * values[p], for Q queries and S vectors of a head's width.
@@ -161,7 +171,7 @@ inline void exponentials(float* scores, int64_t positions, float* largest, float
 
 template <class Number, int Q>
 inline void attend_queries(const Look& look, int64_t g, float* scores, const Looked& out) {
-  score<Number, Q>(look, look.q + g * look.width, MOST_POSITIONS, scores);
+  score<Number, Q>(look, g, MOST_POSITIONS, scores);
   for (int i = 0; i < Q; ++i)
     exponentials(scores + i * MOST_POSITIONS, look.positions, out.largest + g + i, out.total + g + i);
   weigh<Number, Q>(scores, MOST_POSITIONS, look.width, static_cast<const uint8_t*>(look.values),

@@ -1,7 +1,8 @@
 // Attention of one token of each of some sequences in one call, either alone or with the layer's norms, the
 // residual sum and the router around it.
+#include "attention.h"
+
 #include <algorithm>
-#include <cmath>
 
 #include "moe_native.h"
 #include "route.h"
@@ -47,9 +48,7 @@ struct AttentionCall {
   Prepared* attended;  // prepared for o
   Prepared* fed;       // prepared for the router
   int64_t q_chunks, k_chunks;
-  float* largest;  // [looks of all rows, heads]
-  float* total;    // [looks of all rows, heads]
-  float* sums;     // [looks of all rows, heads, width]
+  Pieces pieces;  // the looks of all rows
 
   static void work(void* context, int phase, int64_t chunk, int) {
     AttentionCall& call = *static_cast<AttentionCall*>(context);
@@ -152,15 +151,7 @@ struct AttentionCall {
   }
 
   void rotate(const Row& r, float* x) const {
-    const bool halves = a->rotation == HALVES;
-    const int64_t pairs = a->rotated / 2, step = halves ? 1 : 2, apart = halves ? pairs : 1;
-    for (int64_t i = 0; i < pairs; ++i) {
-      const int64_t one = i * step, other = one + apart;
-      const int64_t angle = a->shared ? i : one, other_angle = a->shared ? i : other;
-      const float left = x[one], right = x[other];
-      x[one] = left * r.cos[angle] - right * r.sin[angle];
-      x[other] = right * r.cos[other_angle] + left * r.sin[other_angle];
-    }
+    ::rotate(a->rotation, a->shared != 0, a->rotated / 2, r.cos, r.sin, x, x);
   }
 
   void look(int64_t chunk) {
@@ -171,40 +162,26 @@ struct AttentionCall {
     const Sequence& s = *r.sequence;
     const int64_t start = s.first + (piece - r.first_look) * MOST_POSITIONS;
     const int64_t place = head * s.head_stride + start * width;
-    const int64_t query = head * group(), result = piece * a->heads + query;
+    const int64_t query = head * group();
     const Look look{r.q + query * width,
                     group(),
                     width,
                     at(a->dtype, static_cast<const void*>(s.keys), place),
                     at(a->dtype, static_cast<const void*>(s.values), place),
                     std::min(MOST_POSITIONS, s.last + 1 - start)};
-    kernels().attend(a->dtype, look, {largest + result, total + result, sums + result * width});
+    kernels().attend(a->dtype, look, pieces.at(piece, query));
   }
 
   // Merges the partial softmax results of each head of row t over all its pieces, and prepares the heads'
   // outputs for the matrix o.
   void gather_looks(int64_t t) {
     const Row& r = rows[t];
-    const int64_t width = a->width, first = r.first_look, end = first + r.looks;
+    const int64_t width = a->width;
     float sinks[1];
     for (int64_t head = 0; head < a->heads; ++head) {
-      float most = largest[first * a->heads + head];
-      for (int64_t s = first + 1; s < end; ++s) most = std::max(most, largest[s * a->heads + head]);
-      float all = 0.0f;
-      if (a->sinks != nullptr) {
-        kernels().widen(a->dtype, at(a->dtype, a->sinks, head), 1, sinks);
-        most = std::max(most, sinks[0]);
-        all = std::exp(sinks[0] - most);
-      }
+      if (a->sinks != nullptr) kernels().widen(a->dtype, at(a->dtype, a->sinks, head), 1, sinks);
       float* answer = r.floats + head * width;
-      std::fill(answer, answer + width, 0.0f);
-      for (int64_t s = first; s < end; ++s) {
-        const int64_t result = s * a->heads + head;
-        const float share = std::exp(largest[result] - most);
-        all += share * total[result];
-        for (int64_t i = 0; i < width; ++i) answer[i] += share * sums[result * width + i];
-      }
-      for (int64_t i = 0; i < width; ++i) answer[i] /= all;
+      pieces.merge(head, r.first_look, r.first_look + r.looks, a->sinks == nullptr ? nullptr : sinks, answer);
       if (a->gated) kernels().open_gate(asked[t] + (2 * head + 1) * width, width, answer);
     }
     const bool tiles = tiled(a->o.format, activations, a->o.cols, tokens);
@@ -251,19 +228,6 @@ bool valid(const Router& router, const Attention& a, const float* weights, const
   return router.top_k >= 1 && router.top_k <= m->rows && weights != nullptr && ids != nullptr;
 }
 
-// Takes [count] floats from scratch for each row.
-float** take_rows(int64_t tokens, int64_t count) {
-  float** rows = scratch.take<float*>(tokens);
-  for (int64_t t = 0; t < tokens; ++t) rows[t] = scratch.take<float>(count);
-  return rows;
-}
-
-Prepared* take_all_prepared(int64_t tokens, int64_t columns, int32_t activations) {
-  Prepared* all = scratch.take<Prepared>(tokens);
-  for (int64_t t = 0; t < tokens; ++t) all[t] = take_prepared(columns, activations);
-  return all;
-}
-
 // Completes a call that has its arguments and runs it.
 void run(AttentionCall& call, const Sequence* sequences, int32_t threads) {
   const Attention& a = *call.a;
@@ -272,8 +236,7 @@ void run(AttentionCall& call, const Sequence* sequences, int32_t threads) {
   const int64_t experts = call.router == nullptr ? 0 : call.router->matrix->rows;
   const int64_t fed = call.router == nullptr ? 0 : width;
   int64_t looks = 0;
-  for (int64_t t = 0; t < tokens; ++t)
-    looks += (sequences[t].last - sequences[t].first + MOST_POSITIONS) / MOST_POSITIONS;
+  for (int64_t t = 0; t < tokens; ++t) looks += pieces_of(sequences[t]);
   const int64_t results = looks * a.heads;
   scratch.reserve(Scratch::bytes_of<Row>(tokens) + 3 * Scratch::bytes_of<Prepared>(tokens) +
                   5 * Scratch::bytes_of<float*>(tokens) +
@@ -300,11 +263,12 @@ void run(AttentionCall& call, const Sequence* sequences, int32_t threads) {
     r.q = a.gated ? scratch.take<float>(all) : call.asked[t];
     r.spare = scratch.take<float>(experts);
     r.first_look = looks;
-    r.looks = (r.sequence->last - r.sequence->first + MOST_POSITIONS) / MOST_POSITIONS;
+    r.looks = pieces_of(*r.sequence);
     looks += r.looks;
   }
-  call.largest = scratch.take<float>(results), call.total = scratch.take<float>(results);
-  call.sums = scratch.take<float>(results * a.width);
+  call.pieces.largest = scratch.take<float>(results), call.pieces.total = scratch.take<float>(results);
+  call.pieces.sums = scratch.take<float>(results * a.width);
+  call.pieces.heads = a.heads, call.pieces.width = a.width;
   call.q_chunks = chunks_of(a.q, tokens), call.k_chunks = chunks_of(a.k, tokens);
   const int64_t projections = call.q_chunks + call.k_chunks + chunks_of(a.v, tokens);
   const int64_t chunks[] = {tokens,

@@ -38,6 +38,7 @@ constexpr int64_t TILE_T = 6;
 #include "low.h"
 #include "micro.h"
 #include "tile.h"
+#include "weigh.h"
 #include "dot.h"
 #include "plain.h"
 #include "avx512_lookup.h"
@@ -60,7 +61,7 @@ constexpr int64_t TILE_T = 6;
 #include "rows.h"
 
 constexpr Kernels TABLE = {
-    UNIT_ISA, UNIT_NAME, most_in_registers, prepare, rows,   gate,      combine, widen, narrow,
+    UNIT_ISA, UNIT_NAME, most_in_registers, prepare, rows,   weigh_rows, gate, combine, widen, narrow,
     norm,     attend,    open_gate,         delta,   encode, encode_low};
 
 }  // namespace

@@ -65,14 +65,17 @@ constexpr int64_t MOST_POSITIONS = 256;  // most positions that one call of `att
 constexpr int64_t HEAD_STEP = 16;        // a head's width is a multiple of this
 
 // The input of `attend`: one token's queries that share a KV head, and that head's keys and values at
-// consecutive positions.
+// consecutive positions. Keys may have a second part in other memory, whose products are added to the scores.
 struct Look {
   const float* q;  // [queries, width], scaled
   int64_t queries;
-  int64_t width;       // a multiple of HEAD_STEP
-  const void* keys;    // [positions, width]
-  const void* values;  // [positions, width]
-  int64_t positions;   // 1 .. MOST_POSITIONS
+  int64_t width;                    // a multiple of HEAD_STEP
+  const void* keys;                 // [positions, width]
+  const void* values;               // [positions, width]
+  int64_t positions;                // 1 .. MOST_POSITIONS
+  const float* more_q = nullptr;    // [queries, more_width], scaled
+  const void* more_keys = nullptr;  // [positions, more_width]
+  int64_t more_width = 0;           // a multiple of HEAD_STEP
 };
 
 // The output of `attend`: for each query the largest score, the sum of all e^(score - largest), and the sum
@@ -112,6 +115,11 @@ struct Kernels {
   // scales. A row's results do not depend on the other rows of the call.
   void (*rows)(const Matrix& matrix, const float* map, int32_t activations, bool tiled, const Prepared* x,
                int64_t count, int64_t first, int64_t last, float* const* y);
+
+  // Sums rows [first, last) of the matrix, without its bias: out[t] [cols] = sum over rows of weights[t][row
+  // - first] * row, for each of `count` tokens, at most MOST_DOTS.
+  void (*weigh_rows)(const Matrix& matrix, const float* map, const float* const* weights, int64_t count,
+                     int64_t first, int64_t last, float* const* out);
 
   // hidden [F or 2F] -> out [width = F].
   void (*gate)(const Gate& gate, const float* hidden, int64_t width, float* out);

@@ -30,6 +30,7 @@ constexpr int64_t TILE_T = 3;
 #include "low.h"
 #include "micro.h"
 #include "tile.h"
+#include "weigh.h"
 #include "dot.h"
 #include "plain.h"
 #include "avx2_nf4.h"
@@ -56,7 +57,7 @@ constexpr auto rows_tiled_bf16 = rows_tiled;
 #include "rows.h"
 
 constexpr Kernels TABLE = {
-    AVX2, "avx2", most_in_registers, prepare, rows,   gate,      combine, widen, narrow,
+    AVX2, "avx2", most_in_registers, prepare, rows,   weigh_rows, gate, combine, widen, narrow,
     norm, attend, open_gate,         delta,   encode, encode_low};
 
 }  // namespace

@@ -20,6 +20,7 @@ constexpr int64_t TILE_T = 2;
 #include "low.h"
 #include "micro.h"
 #include "tile.h"
+#include "weigh.h"
 #include "encode.h"
 #include "portable_encode.h"
 #include "low_encode.h"
@@ -38,8 +39,13 @@ void rows(const Matrix& m, const float* map, int32_t, bool, const Prepared* x, i
   rows_tiled(decode_any, m, map, x, count, first, last, y);
 }
 
+void weigh_rows(const Matrix& m, const float* map, const float* const* weights, int64_t count, int64_t first,
+                int64_t last, float* const* out) {
+  weigh_decoded(decode_any, InOrder(), m, map, weights, count, first, last, out);
+}
+
 constexpr Kernels TABLE = {
-    PORTABLE, "portable", most_in_registers, prepare, rows,   gate,      combine, widen, narrow,
+    PORTABLE, "portable", most_in_registers, prepare, rows,   weigh_rows, gate, combine, widen, narrow,
     norm,     attend,     open_gate,         delta,   encode, encode_low};
 
 }  // namespace

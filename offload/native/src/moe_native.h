@@ -93,8 +93,9 @@ struct Expert {
   Matrix down;  // [D, F]
 };
 
-// How a head's numbers are paired for rotary embeddings: i with i + rotated / 2, or 2i with 2i + 1.
-enum Rotation : int32_t { HALVES = 0, NEIGHBOURS = 1 };
+// How a head's numbers are paired for rotary embeddings: i with i + rotated / 2, or 2i with 2i + 1. APART:
+// pairs of neighbours, whose results go to i and i + rotated / 2; for moe_latent_attention only.
+enum Rotation : int32_t { HALVES = 0, NEIGHBOURS = 1, APART = 2 };
 
 // Grouped-query attention, from the layer's (normalized) input to the output that is added to the residual.
 struct Attention {
@@ -116,6 +117,31 @@ struct Attention {
   const void* sinks;  // [heads], scores that take part in the softmax but have no value, or null
   int32_t gated;      // whether heads' outputs are multiplied with the sigmoids of their gates
   int32_t shifted;    // whether the norms are shifted, see moe_norm
+};
+
+// Multi-head latent attention (MLA; DeepSeek-V2, arXiv 2405.04434), from the layer's (normalized) input to
+// the output that is added to the residual. One latent and one rotated key per token, shared by all heads,
+// are all that it keeps. A head's keys and values would be the latents times its rows of kv_b; instead, these
+// rows are applied to its query and to its weighted sum of latents.
+struct LatentAttention {
+  Matrix q_a;   // [rank of queries, D]; without q, there is none, and q_b [..., D] is applied to the input
+  Matrix q_b;   // [heads * (plain + rotated), rank of queries]
+  Matrix kv_a;  // [latent + rotated, D], of the format of the other matrix that is applied to the input
+  Matrix kv_b;  // [heads * (plain + value), latent], without bias
+  Matrix o;     // [D, heads * value]
+  int64_t heads;
+  int64_t latent;  // as `rotated`, a multiple of 16
+  int64_t plain;   // numbers of a head's query and key that are not rotated; these come first
+  int64_t rotated;
+  int64_t value;
+  int32_t rotation;
+  int32_t shared;  // as in Attention
+  float scaling;
+  int32_t dtype;        // of x, y, norms, latents and rotated keys
+  const void* q_norm;   // [rank of queries], the weight of an RMS norm, see moe_norm
+  const void* kv_norm;  // [latent]
+  float q_epsilon;
+  float kv_epsilon;
 };
 
 // An RMS norm as in moe_norm; its weight has the dtype of its input.
@@ -188,6 +214,13 @@ MOE_API int32_t moe_norm(const void* x, const void* weight, int32_t shifted, flo
 MOE_API int32_t moe_attention(const Attention* attention, const void* x, const void* cos, const void* sin,
                               const Sequence* sequences, int64_t tokens, void* y, int32_t activations,
                               int32_t threads);
+
+// The same with compressed keys and values. cos and sin are floats. A sequence's keys are its tokens'
+// latents, its values their rotated keys; position p is at keys[p * latent ...] and values[p * rotated ...],
+// and head_stride is not used.
+MOE_API int32_t moe_latent_attention(const LatentAttention* attention, const void* x, const float* cos,
+                                     const float* sin, const Sequence* sequences, int64_t tokens, void* y,
+                                     int32_t activations, int32_t threads);
 
 // These tokens through a Layer: y [tokens, D] = x + attention(first norm of x), inner [tokens, D] = second
 // norm of y, all rounded to the dtype where separate calls of moe_norm and moe_attention and a sum would

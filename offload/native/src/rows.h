@@ -119,3 +119,16 @@ void rows(const Matrix& m, const float* map, int32_t activations, bool tiled, co
     rows_by_count<NF4Floats>(m, map, x, count, first, last, y);
   }
 }
+
+// Rows of Q3 and Q2 are decoded slowly here: no matrix of the dense part has these formats.
+void weigh_rows(const Matrix& m, const float* map, const float* const* weights, int64_t count, int64_t first,
+                int64_t last, float* const* out) {
+  const bool blocks = m.cols % BLOCK == 0 && (m.format == NF4 || m.format == MXFP4 || m.format == INT8);
+  const Decode decode = blocks ? decode_of(m, true) : decode_any;
+  if (blocks && m.format != INT8)
+    weigh_decoded(
+        decode, [](int64_t i) { return i / GROUP * GROUP + ORDER.floats[i % GROUP]; }, m, map, weights, count,
+        first, last, out);
+  else
+    weigh_decoded(decode, InOrder(), m, map, weights, count, first, last, out);
+}

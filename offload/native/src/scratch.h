@@ -65,3 +65,17 @@ inline Prepared take_prepared(int64_t columns, int32_t activations) {
   if (activations != FLOATS) piece.q = scratch.take<int8_t>(2 * width);
   return piece;
 }
+
+// Takes [count] floats from scratch for each of `tokens`.
+inline float** take_rows(int64_t tokens, int64_t count) {
+  float** rows = scratch.take<float*>(tokens);
+  for (int64_t t = 0; t < tokens; ++t) rows[t] = scratch.take<float>(count);
+  return rows;
+}
+
+// Takes prepared inputs for so many tokens.
+inline Prepared* take_all_prepared(int64_t tokens, int64_t columns, int32_t activations) {
+  Prepared* all = scratch.take<Prepared>(tokens);
+  for (int64_t t = 0; t < tokens; ++t) all[t] = take_prepared(columns, activations);
+  return all;
+}

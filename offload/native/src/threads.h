@@ -4,7 +4,7 @@
 #include <cstdint>
 
 constexpr int MAX_THREADS = 256;
-constexpr int MAX_PHASES = 9;
+constexpr int MAX_PHASES = 10;
 
 // Does one chunk of work. `thread` is in [0, threads), and no two threads use the same number at a time.
 using Work = void (*)(void* context, int phase, int64_t chunk, int thread);

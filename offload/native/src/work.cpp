@@ -106,3 +106,14 @@ void multiply(const Matrix& m, int32_t activations, const Prepared* x, int64_t c
     kernels().rows(m, map_of_scales, activations, tiles, x + t, std::min(step, count - t), first, last,
                    y + t);
 }
+
+void multiply_rows(const Matrix& m, int32_t activations, const Prepared* x, int64_t count, int64_t first,
+                   int64_t last, float* const* y) {
+  const bool tiles = tiled(m.format, activations, m.cols, count);
+  kernels().rows(m, map_of_scales, activations, tiles, x, count, first, last, y);
+}
+
+void weigh_rows(const Matrix& m, const float* const* weights, int64_t count, int64_t first, int64_t last,
+                float* const* out) {
+  kernels().weigh_rows(m, map_of_scales, weights, count, first, last, out);
+}

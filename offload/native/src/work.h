@@ -41,3 +41,11 @@ inline bool tiled(int32_t format, int32_t activations, int64_t columns, int64_t 
 // and sets them in y[t] [m.rows], the results of input t.
 void multiply(const Matrix& m, int32_t activations, const Prepared* x, int64_t count, int64_t c,
               float* const* y);
+
+// Multiplies rows [first, last) of the matrix with up to MOST_DOTS inputs, prepared for as many.
+void multiply_rows(const Matrix& m, int32_t activations, const Prepared* x, int64_t count, int64_t first,
+                   int64_t last, float* const* y);
+
+// See Kernels::weigh_rows.
+void weigh_rows(const Matrix& m, const float* const* weights, int64_t count, int64_t first, int64_t last,
+                float* const* out);

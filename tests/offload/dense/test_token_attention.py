@@ -18,6 +18,7 @@ import moe_local
 from moe_local.offload.dense.attention_trial import use_token_attention
 from moe_local.offload.dense.norm import use_native_norms
 from moe_local.offload.dense.token_attention import TokenAttention
+from moe_local.offload.dense.token_latent_attention import TokenLatentAttention
 from moe_local.offload.dense.token_layer import TokenLayer
 from moe_local.offload.dense.token_layers import TokenLayers
 from moe_local.offload.engine.kv_slab import probe_cache
@@ -39,7 +40,10 @@ TAKEN = {
     "gpt_oss": True,
     "qwen3_next": True,  # with gates, and norms with 1 + weight
     "qwen3_5_moe": True,
-    "deepseek_v3": False,  # compressed keys and values
+    "deepseek_v2": True,  # compressed keys and values, here and in the next two
+    "deepseek_v3": True,
+    "glm4_moe_lite": True,
+    "deepseek_v32": False,  # chooses the tokens that it sees
 }
 
 IDS = [5, 17, 300, 42, 7, 99, 260, 31, 8, 120, 77, 64]
@@ -51,7 +55,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     computed together."""
     monkeypatch.setattr(TokenLayers, "join", lambda *_: None)
     made: list[Any] = []
-    for cls in (TokenAttention, TokenLayer):
+    for cls in (TokenAttention, TokenLatentAttention, TokenLayer):
         monkeypatch.setattr(cls, "__call__", noting(made, cls.__call__))
     return made
 

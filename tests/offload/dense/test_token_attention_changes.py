@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from moe_local.offload.dense.attention_call import AttentionCall
 from moe_local.offload.dense.attention_trial import use_token_attention
 from moe_local.offload.dense.token_attention import TokenAttention
+from moe_local.offload.dense.token_latent_attention import TokenLatentAttention
 from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.native.library import library
@@ -52,13 +54,16 @@ def both() -> Callable[..., Both]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """An entry for each call of the library."""
     made: list[Any] = []
-    plain = TokenAttention.__call__
 
-    def noted(self: TokenAttention, *args: Any) -> torch.Tensor:
-        made.append(self)
-        return plain(self, *args)
+    def noting(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def noted(self: AttentionCall, *args: Any) -> torch.Tensor:
+            made.append(self)
+            return plain(self, *args)
 
-    monkeypatch.setattr(TokenAttention, "__call__", noted)
+        return noted
+
+    for cls in (TokenAttention, TokenLatentAttention):
+        monkeypatch.setattr(cls, "__call__", noting(cls.__call__))
     return made
 
 
@@ -108,6 +113,14 @@ CHANGES: dict[str, tuple[str, Callable[[Any], Any], bool]] = {
         False,
     ),
     "another forward": ("mixtral", lambda m: setattr(m.q_proj, "forward", doubled(m.q_proj)), False),
+    "latents' weight": ("deepseek_v3", lambda m: m.kv_b_proj.weight.mul_(-2), True),
+    "a new norm of ranks": ("deepseek_v3", lambda m: setattr(m.q_a_layernorm, "weight", parameter(32)), True),
+    "a bias of latents": ("deepseek_v3", lambda m: setattr(m.kv_b_proj, "bias", parameter(128)), False),
+    "another norm of latents": (
+        "deepseek_v3",
+        lambda m: setattr(m, "kv_a_layernorm", nn.LayerNorm(32)),
+        False,
+    ),
     "another norm": ("qwen3_moe", lambda m: setattr(m, "k_norm", nn.LayerNorm(16)), False),
 }
 
@@ -143,7 +156,7 @@ def test_sinks_are_noticed() -> None:
 
 
 def test_another_dtype_is_noticed(both: Callable[..., Both], calls: list[Any]) -> None:
-    for family in ("mixtral", "qwen3_moe", "qwen2_moe"):
+    for family in ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v2"):
         pair = both(family)
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float16):
             for hf in (pair.plain, pair.native):
@@ -210,7 +223,7 @@ def test_hooks_of_its_parts_do_too_and_the_library_waits(
 
 
 @pytest.mark.parametrize("how", ["copy", "pickle"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
 def test_copies_have_weights_of_their_own(
     both: Callable[..., Both], calls: list[Any], how: str, family: str
 ) -> None:
