@@ -185,6 +185,12 @@ ALIASES: dict[str, ModelAlias] = {
             106_852_245_504,
         ),
         ModelAlias(
+            "glm-4.7-flash",
+            "zai-org/GLM-4.7-Flash",
+            "64 small experts a layer, 4 per token, latent attention; an 8 to 16 GB card",
+            29_943_390_976,
+        ),
+        ModelAlias(
             "olmoe-1b-7b",
             "allenai/OLMoE-1B-7B-0924-Instruct",
             "open in data and code; 64 experts a layer, 8 per token",

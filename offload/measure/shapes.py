@@ -7,7 +7,10 @@ from typing import Any
 from moe_local.cache.errors import OptionError
 from moe_local.offload.checkpoint.registry import find_alias
 
-PUBLISHED = ("mixtral-8x7b", "qwen3-30b-a3b", "qwen3.6-35b-a3b", "gpt-oss-120b", "deepseek-v3")
+PUBLISHED = (
+    *("mixtral-8x7b", "qwen3-30b-a3b", "qwen3.6-35b-a3b", "glm-4.7-flash", "gpt-oss-120b"),
+    "deepseek-v3",
+)
 
 # From config.json of openai/gpt-oss-120b and deepseek-ai/DeepSeek-V3: the fields that determine the shape.
 _GPT_OSS_120B: dict[str, Any] = {
@@ -61,7 +64,7 @@ def published_layers(name: str) -> int:
 def config_fields(name: str, layers: int) -> dict[str, Any]:
     """Fields of the model's config.json, with its first `layers` decoder layers, true widths, and in bf16.
 
-    At most `layers` - 1 layers of DeepSeek-V3 are dense, so that at least one has experts to offload.
+    The last layer of each has experts, also where the published model's first layers are dense.
     Raises OptionError for an unknown name, or more layers than the model has.
     """
     fields = _fields(name)
@@ -71,8 +74,9 @@ def config_fields(name: str, layers: int) -> dict[str, Any]:
     fields["num_hidden_layers"] = layers
     if "first_k_dense_replace" in fields:
         fields["first_k_dense_replace"] = min(fields["first_k_dense_replace"], layers - 1)
-    if "layer_types" in fields:
-        fields["layer_types"] = fields["layer_types"][:layers]
+    for types in {"layer_types", "mlp_layer_types"} & fields.keys():
+        kinds = fields[types]
+        fields[types] = [*kinds[: layers - 1], kinds[-1]] if types == "mlp_layer_types" else kinds[:layers]
     # no eos: the demo's tokenizer has other ids, and a measurement lets none of them end an answer
     return fields | {"dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 

@@ -21,6 +21,7 @@ from moe_local.offload.quantize.layout import TensorSpec
 PARAMETERS = {
     "mixtral-8x7b": 46_702_792_704,
     "qwen3-30b-a3b": 30_532_122_624,
+    "glm-4.7-flash": 29_943_390_976,
     "gpt-oss-120b": 116_829_156_672,
     "deepseek-v3": 671_026_404_352,
 }
@@ -54,7 +55,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         for key in ("num_local_experts", "num_experts", "n_routed_experts"):
             if key in found:
                 found[key] = 16
-        heads = 4 if name == "deepseek-v3" else 2
+        heads = 4 if name in ("deepseek-v3", "glm-4.7-flash") else 2
         return found | {"num_key_value_heads": heads, "n_group": 4, "topk_group": 2}
 
     monkeypatch.setattr(shapes, "_fields", fields)
@@ -73,6 +74,7 @@ def test_shapes_are_the_published_ones(name: str) -> None:
     [
         pytest.param("mixtral-8x7b", marks=pytest.mark.slow),
         pytest.param("qwen3-30b-a3b", marks=pytest.mark.slow),
+        "glm-4.7-flash",
         "gpt-oss-120b",
         "deepseek-v3",
     ],
