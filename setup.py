@@ -9,7 +9,8 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = "offload/native/src"
 UNITS = [
-    *("linear", "experts", "attention", "latent", "layers", "delta", "route", "encode", "read"),  # the interface
+    # the interface:
+    *("linear", "experts", "attention", "latent", "layers", "delta", "route", "encode", "read"),
     *("work", "threads", "cpu", "isa_portable", "isa_avx2", "isa_avx512_vnni", "isa_avx512"),
 ]
 

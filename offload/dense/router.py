@@ -1,17 +1,20 @@
-"""Few tokens' choice of experts in one call of the library, where a model needs six operations."""
+"""Few tokens' choice of experts in one call of the library, where a model needs six operations or twenty."""
 
 from __future__ import annotations
 
+import copy
 import ctypes
+from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from moe_local.offload.kernels.cpu import plain_matrix
 from moe_local.offload.modeling.stand_in import stand_in
-from moe_local.offload.native.library import DTYPES, Matrix, check, library
+from moe_local.offload.native.library import DTYPES, SIGMOID, SOFTMAX, Matrix, Router, check, library
 
 FEW_TOKENS = 16
 """For more tokens torch's threads are faster."""
@@ -19,33 +22,68 @@ FEW_TOKENS = 16
 TRIALS = 32
 """Tokens on which a model's router is compared with the library's."""
 
+CORRECTION = "e_score_correction_bias"
+"""The name of a buffer that is added to scores for the choice alone."""
+
+SETTINGS = ("top_k", "num_group", "topk_group", "routed_scaling_factor", "norm_topk_prob")
+"""Attributes of a router that may change what it gives."""
+
+
+class Way(NamedTuple):
+    """How a router gets from logits to weights: see Router in moe_native.h."""
+
+    normalized: bool = False
+    scoring: int = SOFTMAX
+    groups: int = 0
+    top_groups: int = 0
+    best: int = 0
+    scaling: float = 1.0
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of logits [T, E] in fp32."""
+        return logits.softmax(-1) if self.scoring == SOFTMAX else logits.sigmoid()
+
+    def weights(self, logits: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """The weights of these experts [T, K], from logits [T, E] in fp32."""
+        weights = self.scores(logits).gather(1, experts)
+        if self.normalized:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights * self.scaling
+
 
 def use_native_routers(model: nn.Module) -> None:
     """Let the library compute those routers of `model`, in CPU memory, that it is able to, for few tokens.
 
-    Such a router has one weight, perhaps a bias, and returns (logits, weights, experts); how it gets weights
-    from logits is found out by trial.
+    Such a router has one weight, perhaps a bias and a correction, and returns (logits, weights, experts); how
+    it gets weights from logits is found out by trial.
     """
     if library() is None:
         return
+    last: Way | None = None
     for module in model.modules():
         router = NativeRouter.of(module)
-        if router is not None and router.agrees(module):
+        if router is not None and router.agrees(module, last):
+            last = router.way
             cls: Any = type(module)
             module._native_router = router  # type: ignore[assignment]
             module.__class__ = _native(cls)
 
 
 class NativeRouter:
-    """The library's call for one router. Holds the address of its weight, checked before each call."""
+    """The library's call for one router. Holds the addresses of its weights, checked before each call."""
 
-    def __init__(self, top_k: int) -> None:
-        self.top_k = top_k
-        self.normalized = False
+    def __init__(self, settings: tuple[Any, ...]) -> None:
+        self.settings = settings
+        """The module's SETTINGS."""
+        self.top_k: int = settings[0]
+        self.way = Way()
         self.dtype = torch.float32
         """The dtype of the weights that the module returns."""
+        self.in_fp32 = False
+        """Whether logits are computed in fp32, from inputs of any dtype."""
         self._where: tuple[Any, ...] | None = None
         self._matrix: Matrix | None = None
+        self._correction: torch.Tensor | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> NativeRouter | None:
@@ -54,37 +92,66 @@ class NativeRouter:
         parameters = {name for name, _ in module.named_parameters()}
         if not isinstance(top_k, int) or not parameters or parameters - {"weight", "bias"}:
             return None
-        if any(True for _ in module.children()) or any(True for _ in module.buffers()):
+        if any(True for _ in module.children()) or {name for name, _ in module.named_buffers()} - {
+            CORRECTION
+        }:
             return None
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.dtype not in DTYPES:
             return None
-        router = cls(top_k) if 1 <= top_k <= weight.shape[0] else None
+        router = cls(_settings(module)) if 1 <= top_k <= weight.shape[0] else None
         return router if router is not None and router.ready(module) else None
 
-    @property
-    def matrix(self) -> Matrix:
-        """The library's descriptor of the weight. Valid after `ready`; a new one if the weight has moved."""
-        assert self._matrix is not None
-        return self._matrix
-
     def ready(self, module: Any) -> bool:
-        """Update the addresses of the module's weight and bias.
+        """Update the addresses of the module's weights.
 
-        False if the library cannot read them, or if the module's top_k has changed.
+        False if the library cannot read them, or if a setting of the module has changed.
         """
         weight, bias = module.weight, getattr(module, "bias", None)
-        where = weight.data_ptr(), weight.dtype, None if bias is None else bias.data_ptr()
+        correction = module._buffers.get(CORRECTION)
+        where = tuple((x.data_ptr(), x.dtype) for x in (weight, bias, correction) if x is not None)
         if where != self._where:
-            if not _is_readable(weight) or (
-                bias is not None and (bias.shape != weight.shape[:1] or not _is_readable(bias))
+            others = [x for x in (bias, correction) if x is not None]
+            if not _is_readable(weight) or not all(
+                x.shape == weight.shape[:1] and _is_readable(x) for x in others
             ):
                 return False
-            self._where, self._matrix = where, plain_matrix(weight, bias)
-        return bool(module.top_k == self.top_k)
+            self._where, self._matrix, self._correction = where, plain_matrix(weight, bias), correction
+        return self.unchanged(module)
+
+    def unchanged(self, module: Any) -> bool:
+        """Whether the module has the settings that it had."""
+        return _settings(module) == self.settings
+
+    def takes(self, module: Any, dtype: torch.dtype) -> bool:
+        """Whether the module, with its weights as they are, takes inputs of this dtype."""
+        return dtype is module.weight.dtype or (self.in_fp32 and dtype in DTYPES)
+
+    def struct(self, dtype: torch.dtype) -> Router:
+        """The library's description of the router, for inputs of this dtype. Valid after `ready`, until the
+        weights move."""
+        assert self._matrix is not None
+        way, correction = self.way, self._correction
+        return Router(
+            ctypes.pointer(self._matrix),
+            top_k=self.top_k,
+            normalized=way.normalized,
+            scaling=way.scaling,
+            dtype=DTYPES[self.dtype],
+            logits_dtype=DTYPES[self.logits_dtype(dtype)],
+            scoring=way.scoring,
+            correction_dtype=0 if correction is None else DTYPES[correction.dtype],
+            correction=None if correction is None else correction.data_ptr(),
+            groups=way.groups,
+            top_groups=way.top_groups,
+            best=way.best,
+        )
+
+    def logits_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if self.in_fp32 else dtype
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [T, D] of the weight's dtype -> logits [T, E] of the same, weights [T, K], experts [T, K] int64;
-        a token's are those that it has alone.
+        """x [T, D], which it `takes` -> logits [T, E], weights [T, K], experts [T, K] int64; a token's are
+        those that it has alone.
 
         To be called only after `ready`.
         """
@@ -92,17 +159,15 @@ class NativeRouter:
         assert lib is not None
         assert self._matrix is not None
         tokens = x.shape[0]
-        logits = x.new_empty(tokens, self._matrix.rows)
+        logits = torch.empty(tokens, self._matrix.rows, dtype=self.logits_dtype(x.dtype))
         weights = torch.empty(tokens, self.top_k, dtype=torch.float32)
         experts = torch.empty(tokens, self.top_k, dtype=torch.int64)
         check(
             lib.moe_route(
-                ctypes.byref(self._matrix),
+                ctypes.byref(self.struct(x.dtype)),
                 x.data_ptr(),
                 tokens,
                 DTYPES[x.dtype],
-                self.top_k,
-                self.normalized,
                 logits.data_ptr(),
                 weights.data_ptr(),
                 experts.data_ptr(),
@@ -110,60 +175,92 @@ class NativeRouter:
         )
         return logits, weights if self.dtype is torch.float32 else weights.to(self.dtype), experts
 
-    def agrees(self, module: nn.Module) -> bool:
-        """Whether the module gives the same; sets `normalized`: whether weights are scaled to sum to one.
+    def agrees(self, module: nn.Module, first: Way | None = None) -> bool:
+        """Whether the module gives the same in one of the ways, of which `first` is tried first; keeps it.
 
         The module is called with a single token, as it will be in use, and with all tokens in a single call.
+        A copy of it is, with corrections that matter, whatever its own are.
         """
-        tokens = self._tokens(module)
-        for normalized in (False, True):
-            self.normalized = normalized
-            if self._agrees_on(module, tokens[:1]) and self._agrees_on(module, tokens):
-                return True
-        return False
+        module = copy.deepcopy(module)
+        correction = module._buffers.get(CORRECTION)
+        generator = torch.Generator().manual_seed(5)
+        if correction is not None:
+            correction.copy_(torch.randn(correction.shape, generator=generator, dtype=torch.float32) / 4)
+        tokens = self._tokens(module, generator)
+        try:
+            with torch.no_grad():
+                wanted = [module(tokens[:1]), module(tokens)]
+                rounded = copy.deepcopy(module).bfloat16()(tokens[:1].bfloat16())
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            return False
+        if not all(map(_is_answer, (*wanted, rounded))) or not self.ready(module):
+            return False
+        self.dtype, self.in_fp32 = wanted[0][1].dtype, rounded[0].dtype is torch.float32
+        found = False
+        for way in (*([] if first is None else [first]), *self._ways(module)):
+            self.way = way
+            found = self._agrees_on(tokens[:1], wanted[0]) and self._agrees_on(tokens, wanted[1])
+            if found:
+                break
+        self._where = None  # the copy's
+        return found
+
+    def _ways(self, module: Any) -> Iterator[Way]:
+        groups, top_groups, scaling = (
+            getattr(module, name, None) for name in ("num_group", "topk_group", "routed_scaling_factor")
+        )
+        choices = [(0, 0, 0)]
+        if isinstance(groups, int) and isinstance(top_groups, int) and 1 <= top_groups <= groups:
+            size = module.weight.shape[0] // groups
+            if self.top_k <= top_groups * size:
+                choices += [(groups, top_groups, best) for best in (1, 2) if best <= size]
+        scalings = [1.0] + ([float(scaling)] if isinstance(scaling, int | float) and scaling != 1 else [])
+        kinds = product((SOFTMAX, SIGMOID), (False, True))
+        for factor, (scoring, normalized), groups_of in product(scalings, kinds, choices):
+            yield Way(normalized, scoring, *groups_of, factor)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without cached addresses, which are not valid for a copy."""
-        return {**self.__dict__, "_where": None, "_matrix": None}
+        return {**self.__dict__, "_where": None, "_matrix": None, "_correction": None}
 
-    def _tokens(self, module: nn.Module) -> torch.Tensor:
+    def _tokens(self, module: nn.Module, generator: torch.Generator) -> torch.Tensor:
         """[TRIALS, D]: random tokens, some with nearly equal and some with very different scores."""
-        generator = torch.Generator().manual_seed(5)
         given: Any = module.weight
         weight: torch.Tensor = given.detach().float()
         x = torch.randn(TRIALS, weight.shape[1], generator=generator, dtype=torch.float32)
         sizes = torch.logspace(-1, 1, TRIALS, dtype=torch.float32)[:, None]
         return (x * sizes / weight.square().sum(dim=1).mean().sqrt().clamp_min(1e-6)).to(given.dtype)
 
-    def _agrees_on(self, module: nn.Module, x: torch.Tensor) -> bool:
-        """Whether the module and the library agree on each of the tokens x [T, D]."""
-        with torch.no_grad():
-            try:
-                wanted = module(x)
-            except (RuntimeError, TypeError, ValueError, AttributeError):
-                return False
-            if not isinstance(wanted, tuple) or len(wanted) != 3 or not all(map(torch.is_tensor, wanted)):
-                return False
-            self.dtype = wanted[1].dtype
-            got = tuple(map(torch.cat, zip(*map(self, x.split(1)), strict=True)))
-            if any(a.shape != b.shape for a, b in zip(got, wanted, strict=True)):
-                return False
-            if got[0].dtype is not wanted[0].dtype or got[2].dtype is not wanted[2].dtype:
-                return False
-            theirs = wanted[0].float()
-            steps = 32 if x.dtype is torch.float32 else 4  # sums of thousands, or one rounding of them
-            allowed = steps * torch.finfo(x.dtype).eps * (1 + theirs.abs().amax(-1, keepdim=True))
-            logits = (got[0].float() - theirs).abs() <= allowed
-            # experts with equal logits may swap places
-            same = (theirs.gather(1, got[2]) - theirs.gather(1, wanted[2])).abs() <= allowed
-            # Compare with weights computed from the module's logits: weights computed from the library's
-            # logits would be less close where logits are rounded to 16 bits.
-            weights = theirs.softmax(-1).gather(1, wanted[2])
-            if self.normalized:
-                weights = weights / weights.sum(-1, keepdim=True)
-            off = (weights - wanted[1].float()).abs()
-            exact = off <= 1e-6 + 2 * torch.finfo(self.dtype).eps * weights
-            return bool(logits.all() and same.all() and exact.all())
+    def _agrees_on(self, x: torch.Tensor, wanted: tuple[torch.Tensor, ...]) -> bool:
+        """Whether the library gives for each of the tokens x [T, D] what is wanted for all."""
+        got = tuple(map(torch.cat, zip(*map(self, x.split(1)), strict=True)))
+        if any(a.shape != b.shape or a.dtype is not b.dtype for a, b in zip(got, wanted, strict=True)):
+            return False
+        theirs = wanted[0].float()
+        steps = 32 if wanted[0].dtype is torch.float32 else 4  # sums of thousands, or one rounding of them
+        allowed = steps * torch.finfo(wanted[0].dtype).eps * (1 + theirs.abs().amax(-1, keepdim=True))
+        logits = (got[0].float() - theirs).abs() <= allowed
+        # experts that rank alike may swap places, and some modules give the chosen in any order
+        ranked = theirs if self.way.scoring == SOFTMAX else theirs.sigmoid()
+        if self._correction is not None:
+            ranked = self.way.scores(theirs) + self._correction.float()
+        mine, asked = (ranked.gather(1, ids).sort(-1).values for ids in (got[2], wanted[2]))
+        same = (mine - asked).abs() <= allowed
+        # Compare with weights computed from the module's logits: weights computed from the library's
+        # logits would be less close where logits are rounded to 16 bits.
+        weights = self.way.weights(theirs, wanted[2])
+        off = (weights - wanted[1].float()).abs()
+        exact = off <= 1e-6 + 2 * torch.finfo(self.dtype).eps * weights
+        return bool(logits.all() and same.all() and exact.all())
+
+
+def _settings(module: Any) -> tuple[Any, ...]:
+    own = vars(module)
+    return tuple(own.get(name) for name in SETTINGS)
+
+
+def _is_answer(answer: Any) -> bool:
+    return isinstance(answer, tuple) and len(answer) == 3 and all(map(torch.is_tensor, answer))
 
 
 def _is_readable(weight: torch.Tensor) -> bool:
@@ -180,7 +277,7 @@ def _native(cls: Any) -> Any:
             or x.shape[-1] != weight.shape[1]
             or not 0 < x.numel() <= FEW_TOKENS * weight.shape[1]
             or (x.dim() != 2 and x.numel() > weight.shape[1])
-            or x.dtype is not weight.dtype
+            or not self._native_router.takes(self, x.dtype)
             or not x.is_cpu
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")

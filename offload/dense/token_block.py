@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from moe_local.offload.dense.guard import Guard
 from moe_local.offload.dense.router import NativeRouter
-from moe_local.offload.native.library import DTYPES, Router
+from moe_local.offload.native.library import Router
 
 
 class TokenBlock:
@@ -33,9 +32,11 @@ class TokenBlock:
         routers = [name for name, part in parts.items() if hasattr(part, "_native_router")]
         if len(parts) != 2 or len(routers) != 1:
             return None
+        router = routers[0]
         if any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(False)):
             return None
-        router = routers[0]
+        if any(True for _ in parts[router].buffers()):  # which a Guard does not watch
+            return None
         return cls(router, next(name for name in parts if name != router))
 
     def agrees(self, module: Any, x: torch.Tensor) -> bool:
@@ -71,16 +72,14 @@ class TokenBlock:
         """The library's description of the router, for inputs of `dtype`; None: the module must be called."""
         router = module._modules.get(self.router)
         native: NativeRouter | None = getattr(router, "_native_router", None)
-        if native is None or router.top_k != native.top_k:
+        if native is None or not native.unchanged(router):
             return None
         if self._guard is not None and dtype is self._dtype and self._guard.holds():
             return self._struct
         guard = Guard(module, [module, router])
-        if not guard.holds() or router.weight.dtype is not dtype or not native.ready(router):
+        if not guard.holds() or not native.takes(router, dtype) or not native.ready(router):
             return None
-        size = native.top_k, native.normalized, DTYPES[native.dtype]
-        self._struct = Router(ctypes.pointer(native.matrix), *size)
-        self._dtype, self._guard = dtype, guard
+        self._struct, self._dtype, self._guard = native.struct(dtype), dtype, guard
         return self._struct
 
     def __getstate__(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from moe_local.offload.dense.guard import Guard
 from moe_local.offload.dense.places import Places
+from moe_local.offload.dense.router import SETTINGS
 from moe_local.offload.dense.token_calls import Call, version_of
 from moe_local.offload.kernels.cpu import rounding
 from moe_local.offload.kernels.cpu_table import CpuTable
@@ -377,7 +378,7 @@ def _guard_of(module: Any) -> Guard:
     router = block._modules.get(layer.block.router)
     same = [(attention, "config"), (attention, "layer_idx")]
     if router is not None:
-        same.append((router, "top_k"))
+        same += [(router, name) for name in SETTINGS]
     guard = Guard(module, [module, attention, *(module._modules[name] for name in layer.norms)], same=same)
     guard += Guard(attention, [part for part in attention._modules.values() if part is not None])
     return guard + Guard(block, [block, *(part for part in block._modules.values() if part is not None)])

@@ -32,6 +32,9 @@ HALVES, NEIGHBOURS, APART = range(3)
 """How rotary embeddings pair a head's numbers: i with i + rotated / 2, or 2i with 2i + 1. APART: the latter,
 with results at i and i + rotated / 2."""
 
+SOFTMAX, SIGMOID = range(2)
+"""What a router makes of logits."""
+
 _FOLDER = Path(__file__).parent
 BAD_ARGUMENT = 1
 _ERRORS = {BAD_ARGUMENT: "bad argument", 2: "out of memory", 3: "not for this processor"}
@@ -117,7 +120,15 @@ class Router(Structure):
         ("matrix", POINTER(Matrix)),
         ("top_k", c_int64),
         ("normalized", c_int32),
+        ("scaling", c_float),
         ("dtype", c_int32),
+        ("logits_dtype", c_int32),
+        ("scoring", c_int32),
+        ("correction_dtype", c_int32),
+        ("correction", c_void_p),
+        ("groups", c_int64),
+        ("top_groups", c_int64),
+        ("best", c_int64),
     )
 
 
@@ -250,7 +261,7 @@ _ARGUMENTS: dict[str, list[type]] = {
     "moe_delta_rule": [POINTER(DeltaRule), c_int32],
     "moe_convolve": [POINTER(Convolution), c_int32],
     "moe_route": [
-        *(POINTER(Matrix), c_void_p, c_int64, c_int32, c_int64, c_int32, c_void_p, c_void_p, c_void_p),
+        *(POINTER(Router), c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p),
     ],
     "moe_combine": [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p],
     "moe_gate": [POINTER(Gate), c_void_p, c_int64, c_int64, c_void_p],

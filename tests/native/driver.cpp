@@ -305,6 +305,51 @@ void use_attention(Random& random) {
   same_bytes(y, again, bytes, "threads or a second call change moe_attention");
 }
 
+// The same with compressed keys and values.
+void use_latent_attention(Random& random) {
+  LatentAttention a{};
+  a.heads = between(random, 1, 11), a.latent = 16 * between(random, 1, 20), a.rotated = 16 * between(random, 1, 4);
+  a.plain = between(random, 1, 40), a.value = between(random, 1, 40);
+  a.rotation = static_cast<int32_t>(between(random, HALVES, APART));
+  a.shared = static_cast<int32_t>(random() % 2), a.dtype = a_dtype(random);
+  a.scaling = 0.2f, a.q_epsilon = a.kv_epsilon = 1e-5f;
+  const int64_t hidden = a_size(random), ranks = random() % 2 ? a_size(random) : 0, tokens = between(random, 1, 6);
+  const int32_t format = a_format(random), activations = an_activation(random);
+  Weights q_a(random, format, std::max<int64_t>(1, ranks), hidden);
+  Weights q_b(random, ranks > 0 ? a_format(random) : format, a.heads * (a.plain + a.rotated),
+              ranks > 0 ? ranks : hidden);
+  Weights kv_a(random, format, a.latent + a.rotated, hidden);
+  Weights kv_b(random, a_format(random), a.heads * (a.plain + a.value), a.latent);
+  Weights o(random, a_format(random), hidden, a.heads * a.value);
+  Numbers q_norm(random, a.dtype, std::max<int64_t>(1, ranks), 1.0f), kv_norm(random, a.dtype, a.latent, 1.0f);
+  if (ranks > 0) a.q_a = q_a.m, a.q_norm = q_norm.bytes();
+  a.q_b = q_b.m, a.kv_a = kv_a.m, a.kv_b = kv_b.m, a.o = o.m, a.kv_norm = kv_norm.bytes();
+  a.kv_b.bias = nullptr;
+  const int64_t angles = a.shared ? a.rotated / 2 : a.rotated;
+  Buffer cos(random, 4 * tokens * angles), sin(random, 4 * tokens * angles);
+  cos.fill_floats(random, -1.0f, 1.0f), sin.fill_floats(random, -1.0f, 1.0f);
+  Numbers x(random, a.dtype, tokens * hidden, 0.5f);
+  std::deque<Numbers> memory;
+  std::vector<Sequence> sequences;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t first = between(random, 0, 3) * between(random, 0, 99);
+    const int64_t seen = random() % 8 == 0 ? between(random, 4000, 5000) : between(random, 1, 400);
+    memory.emplace_back(random, a.dtype, (first + seen) * a.latent, 1.0f);
+    memory.emplace_back(random, a.dtype, (first + seen) * a.rotated, 1.0f);
+    const size_t place = memory.size() - 2;
+    sequences.push_back({memory[place].bytes(), memory[place + 1].bytes(), 0, first, first + seen - 1});
+  }
+  const int64_t bytes = bytes_of(a.dtype) * tokens * hidden;
+  Buffer y(random, bytes), again(random, bytes);
+  for (Buffer* out : {&y, &again}) {
+    const int32_t threads = out == &again ? 1 : some_threads(random);
+    require(moe_latent_attention(&a, x.bytes(), cos.floats(), sin.floats(), sequences.data(), tokens,
+                                 out->bytes(), activations, threads) == OK,
+            "moe_latent_attention failed");
+  }
+  same_bytes(y, again, bytes, "threads or a second call change moe_latent_attention");
+}
+
 void use_norm_and_route(Random& random) {
   const int64_t tokens = between(random, 0, 5), width = a_size(random), experts = a_size(random);
   const int32_t dtype = a_dtype(random);
@@ -321,18 +366,28 @@ void use_norm_and_route(Random& random) {
   Numbers token(random, dtype, several * width, 0.5f);
   const int64_t top_k = between(random, 1, std::min<int64_t>(experts, 9));
   Buffer logits(random, bytes_of(dtype) * several * experts);
-  const int32_t normalized = static_cast<int32_t>(random() % 2);
+  Router r{&router.m, top_k, static_cast<int32_t>(random() % 2), 1.5f, a_dtype(random), dtype, SOFTMAX, 0,
+           nullptr,   0,     0,                                  0};
+  r.scoring = static_cast<int32_t>(between(random, SOFTMAX, SIGMOID)), r.correction_dtype = a_dtype(random);
+  Numbers correction(random, r.correction_dtype, experts, 0.3f);
+  const bool corrected = random() % 2;
+  if (corrected) r.correction = correction.bytes();
+  const int64_t size = between(random, 1, 4);
+  if (experts % size == 0 && experts / size <= 256 && random() % 2) {
+    r.groups = experts / size, r.best = between(random, 1, std::min<int64_t>(2, size));
+    r.top_groups = between(random, (top_k + size - 1) / size, r.groups);
+  }
   std::vector<float> shares(static_cast<size_t>(several * top_k));
   std::vector<int64_t> chosen(static_cast<size_t>(several * top_k));
   if (random() % 4 == 0) token.set(0, NAN);
-  require(moe_route(&router.m, token.bytes(), several, dtype, top_k, normalized, logits.bytes(),
-                    shares.data(), chosen.data()) == OK,
+  require(moe_route(&r, token.bytes(), several, dtype, logits.bytes(), shares.data(), chosen.data()) == OK,
           "moe_route failed");
   for (int64_t i = 0; i < several * top_k; ++i) {
     const auto mine = chosen.begin() + i / top_k * top_k;
     require(chosen[i] >= 0 && chosen[i] < experts, "moe_route chose none that there is");
     require(std::count(mine, mine + top_k, chosen[i]) == 1, "moe_route chose one twice");
-    require(i % top_k == 0 || !(shares[i] > shares[i - 1]), "moe_route has another order");
+    const bool ordered = corrected || i % top_k == 0 || !(shares[i] > shares[i - 1]);
+    require(ordered, "moe_route has another order");
   }
 }
 
@@ -458,6 +513,7 @@ void rounds(unsigned seed, int count) {
   for (int round = 0; round < count; ++round) {
     use_linear(random);
     use_attention(random);
+    use_latent_attention(random);
     use_norm_and_route(random);
     use_linear_attention(random);
     use_experts(random);

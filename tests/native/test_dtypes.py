@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from moe_local.offload.native.library import BF16, DTYPES, FLOATS, FORMATS, INT8, INT16, PLAIN, Gate, Matrix
+from moe_local.offload.native.library import (
+    BF16,
+    DTYPES,
+    FLOATS,
+    FORMATS,
+    INT8,
+    INT16,
+    PLAIN,
+    Gate,
+    Matrix,
+    Router,
+)
 from support import packed
 
 WAYS = (FLOATS, INT16, INT8, BF16)
@@ -158,7 +169,8 @@ def rounded(lib: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         torch.empty(1, dtype=torch.int64),
     )
     outputs = out.data_ptr(), weight.data_ptr(), chosen.data_ptr()
-    assert lib.moe_route(ctypes.byref(matrix), nothing.data_ptr(), 1, DTYPES[dtype], 1, 0, *outputs) == 0
+    router = Router(ctypes.pointer(matrix), 1, 0, 1.0, DTYPES[torch.float32], DTYPES[dtype])
+    assert lib.moe_route(ctypes.byref(router), nothing.data_ptr(), 1, DTYPES[dtype], *outputs) == 0
     return out
 
 

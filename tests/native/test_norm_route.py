@@ -10,7 +10,7 @@ import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
-from moe_local.offload.native.library import DTYPES, FORMATS
+from moe_local.offload.native.library import DTYPES, FORMATS, SIGMOID, SOFTMAX, Router
 from support import packed
 
 OK, BAD_ARGUMENT = 0, 1
@@ -134,15 +134,15 @@ class Route:
         self.logits = torch.full((rows + 32,), OUTSIDE, dtype=dtype)
         self.weights = torch.full((rows + 32,), OUTSIDE)
         self.ids = torch.full((rows + 32,), 77, dtype=torch.int64)
+        self.router = Router(ctypes.pointer(self.matrix.struct), scaling=1.0, logits_dtype=DTYPES[dtype])
 
     def call(self, lib: Any, top_k: int, normalized: bool = False, **changed: Any) -> int:
+        self.router.top_k, self.router.normalized = top_k, normalized
         arguments = {
-            "matrix": ctypes.byref(self.matrix.struct),
+            "router": ctypes.byref(self.router),
             "x": self.x.data_ptr(),
             "tokens": 1,
             "dtype": DTYPES[self.x.dtype],
-            "top_k": top_k,
-            "normalized": normalized,
             "logits": self.logits[16:].data_ptr(),
             "weights": self.weights[16:].data_ptr(),
             "ids": self.ids[16:].data_ptr(),
@@ -211,6 +211,50 @@ def with_logits(logits: list[float], dtype: torch.dtype = torch.float32) -> Rout
     return route
 
 
+def chosen(route: Route, top_k: int, normalized: bool, correction: torch.Tensor | None) -> Routed:
+    """As DeepSeek-V3's router does it in torch; sorted by what the choice is by."""
+    router = route.router
+    logits = route.matrix.product(route.x[None])[0].float()
+    scores = logits.sigmoid() if router.scoring == SIGMOID else logits.softmax(-1)
+    ranked = scores if correction is None else scores + correction.float()
+    if router.groups:
+        groups = ranked.view(router.groups, -1)
+        best = groups.topk(router.best).values.sum(-1).topk(router.top_groups).indices
+        mask = torch.ones(router.groups, dtype=torch.bool).scatter(0, best, False)
+        ranked = groups.masked_fill(mask[:, None], -torch.inf).flatten()
+    ids = ranked.topk(top_k).indices
+    weights = scores[ids]
+    if normalized:
+        weights = weights / weights.sum()
+    return Routed(logits, weights * router.scaling, ids)
+
+
+@pytest.mark.parametrize("scoring", [SOFTMAX, SIGMOID])
+@pytest.mark.parametrize("corrected", [None, *DTYPES])
+@pytest.mark.parametrize("grouped", [(0, 0, 0), (4, 2, 1), (4, 2, 2), (8, 3, 2), (64, 9, 1)])
+def test_scores_corrections_and_groups(
+    lib: Any, isa: str, grouped: tuple[int, int, int], corrected: torch.dtype | None, scoring: int
+) -> None:
+    for seed in range(5):
+        route = Route("fp32", 64, 32, torch.bfloat16, seed=seed)
+        route.logits = torch.full((64 + 32,), OUTSIDE)
+        generator = torch.Generator().manual_seed(seed)
+        correction = None if corrected is None else (torch.randn(64, generator=generator) / 4).to(corrected)
+        router = route.router
+        router.logits_dtype, router.scoring, router.scaling = DTYPES[torch.float32], scoring, 2.5
+        router.groups, router.top_groups, router.best = grouped
+        if correction is not None:
+            router.correction, router.correction_dtype = correction.data_ptr(), DTYPES[correction.dtype]
+        for normalized in (False, True):
+            got, want = route(lib, 8, normalized), chosen(route, 8, normalized, correction)
+            assert torch.allclose(got.logits, want.logits, rtol=1e-5, atol=1e-5)
+            assert got.ids.tolist() == want.ids.tolist()
+            assert torch.allclose(got.weights, want.weights, rtol=1e-5)
+            router.dtype = DTYPES[torch.bfloat16]
+            assert torch.equal(route(lib, 8, normalized).weights, got.weights.bfloat16().float())
+            router.dtype = DTYPES[torch.float32]
+
+
 def test_the_earlier_of_equals_comes_first(lib: Any, isa: str) -> None:
     for dtype in DTYPES:
         route = with_logits([0.5, 2.0, 0.5, 2.0, 2.0, -1.0, 0.5], dtype)
@@ -251,7 +295,7 @@ def test_wrong_routes_are_refused(lib: Any) -> None:
             assert (memory == OUTSIDE).all()
 
     for format in FORMATS:
-        for name in ("matrix", "x", "logits", "weights", "ids"):
+        for name in ("router", "x", "logits", "weights", "ids"):
             refused(Route(format, 8, 64, torch.float32), **{name: None})
         for top_k in (0, -1, 9, 2**62):
             refused(Route(format, 8, 64, torch.float32), top_k)
@@ -263,3 +307,24 @@ def test_wrong_routes_are_refused(lib: Any) -> None:
             route = Route(format, 8, 64, torch.float32)
             setattr(route.matrix.struct, field, value)
             refused(route)
+    grouped = {"groups": 4, "top_groups": 2, "best": 2}
+    for wrong in (
+        *({"dtype": 3}, {"logits_dtype": -1}, {"scoring": 2}, {"matrix": None}, {"groups": -1}),
+        *(grouped | {"groups": 3}, grouped | {"groups": 300}, grouped | {"best": 0}, grouped | {"best": 3}),
+        *(
+            grouped | {"top_groups": 0},
+            grouped | {"top_groups": 5},
+            {"groups": 8, "top_groups": 2, "best": 2},
+        ),
+    ):
+        route = Route("fp32", 8, 64, torch.float32)
+        for field, value in wrong.items():
+            setattr(route.router, field, value)
+        refused(route)
+    route = Route("fp32", 8, 64, torch.float32)
+    for field, value in grouped.items():
+        setattr(route.router, field, value)
+    refused(route, 5)  # more than two groups have
+    assert route.call(lib, 4) == OK
+    route.router.correction, route.router.correction_dtype = route.x.data_ptr(), 3
+    assert route.call(lib, 4) == BAD_ARGUMENT

@@ -201,7 +201,9 @@ class LayerCall:
         self.layer = Layer(ctypes.pointer(call.struct), before, after)
         plain = FORMATS[{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]]
         self.matrix = Matrix(format=plain, rows=8, cols=hidden, q=self.router.data_ptr())
-        self.chooser = Router(ctypes.pointer(self.matrix), 2, normalized, DTYPES[router_dtype])
+        self.chooser = Router(
+            *(ctypes.pointer(self.matrix), 2, normalized, 1.0, DTYPES[router_dtype], DTYPES[dtype]),
+        )
         self.y, self.inner = torch.empty(hidden, dtype=dtype), torch.empty(hidden, dtype=dtype)
         self.weights, self.ids = torch.empty(2, dtype=torch.float32), torch.empty(2, dtype=torch.int64)
 
@@ -236,18 +238,7 @@ class LayerCall:
         inner = norm(y, layer.before_feed_forward)
         logits, weights, ids = torch.empty_like(inner), torch.empty(2), torch.empty(2, dtype=torch.int64)
         chooser = self.chooser
-        status = lib.moe_route(
-            *(
-                ctypes.byref(self.matrix),
-                inner.data_ptr(),
-                1,
-                dtype,
-                2,
-                chooser.normalized,
-                logits.data_ptr(),
-            ),
-            *(weights.data_ptr(), ids.data_ptr()),
-        )
-        assert status == 0
+        outputs = logits.data_ptr(), weights.data_ptr(), ids.data_ptr()
+        assert lib.moe_route(ctypes.byref(chooser), inner.data_ptr(), 1, dtype, *outputs) == 0
         rounded = {number: name for name, number in DTYPES.items()}[chooser.dtype]
         return y, inner, weights.to(rounded).float(), ids

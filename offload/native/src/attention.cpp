@@ -112,13 +112,8 @@ struct AttentionCall {
   void score_experts(int64_t chunk) { multiply_router(*router->matrix, fed, tokens, chunk, scores); }
 
   void choose(int64_t t) {
-    const int64_t top_k = router->top_k;
-    float* shares = weights + t * top_k;
-    choose_experts(a->dtype, scores[t], router->matrix->rows, top_k, router->normalized, rows[t].spare,
-                   shares, ids + t * top_k);
-    if (router->dtype == FLOAT32) return;
-    kernels().narrow(router->dtype, shares, top_k, rows[t].spare);  // which has room: top_k <= experts
-    kernels().widen(router->dtype, rows[t].spare, top_k, shares);
+    const int64_t first = t * router->top_k;
+    choose_experts(*router, scores[t], rows[t].spare, weights + first, ids + first);
   }
 
   void project(int64_t chunk) {
@@ -223,9 +218,7 @@ bool valid(const Attention* a, const void* x, const void* cos, const void* sin, 
 }
 
 bool valid(const Router& router, const Attention& a, const float* weights, const int64_t* ids) {
-  const Matrix* m = router.matrix;
-  if (m == nullptr || !valid(*m) || m->cols != a.q.cols || !valid_dtype(router.dtype)) return false;
-  return router.top_k >= 1 && router.top_k <= m->rows && weights != nullptr && ids != nullptr;
+  return valid(router) && router.matrix->cols == a.q.cols && weights != nullptr && ids != nullptr;
 }
 
 // Completes a call that has its arguments and runs it.

@@ -151,12 +151,25 @@ struct Norm {
   int32_t shifted;
 };
 
-// The router, which chooses a token's experts.
+// What a router makes of logits: of all experts together, or of each alone.
+enum Scoring : int32_t { SOFTMAX = 0, SIGMOID = 1 };
+
+// The router, which chooses a token's experts: those with the `top_k` largest scores, largest first. The
+// experts' weights are their scores.
 struct Router {
-  const Matrix* matrix;
+  const Matrix* matrix;  // [experts, D]
   int64_t top_k;
-  int32_t normalized;
-  int32_t dtype;  // to which the experts' weights are rounded
+  int32_t normalized;    // whether the weights are divided by their sum
+  float scaling;         // by which they are multiplied then
+  int32_t dtype;         // to which they are rounded
+  int32_t logits_dtype;  // to which logits are rounded before they become scores
+  int32_t scoring;
+  int32_t correction_dtype;
+  const void* correction;  // [experts], added to scores for the choice alone (DeepSeek-V3, arXiv 2412.19437,
+                           // section 2.1.2), or null
+  int64_t groups;          // of as many consecutive experts each, at most 256; 0: no groups
+  int64_t top_groups;      // only so many groups are chosen from: those with the largest sums of their
+  int64_t best;            // `best` largest scores, 1 or 2
 };
 
 // A decoder layer up to its feed-forward part, with one norm before attention and one before that part.
@@ -298,12 +311,11 @@ struct Convolution {
 
 MOE_API int32_t moe_convolve(const Convolution* convolution, int32_t threads);
 
-// Chooses the experts of 1 to 256 tokens, of each as if it were alone: logits [tokens, rows] of the dtype = x
-// [tokens, cols] times the matrix, transposed, plus its bias; probabilities = softmax of the rounded logits;
-// ids [tokens, top_k] are the experts of the largest probabilities, largest first, and weights [tokens,
-// top_k] these probabilities, divided by their sum if `normalized`.
-MOE_API int32_t moe_route(const Matrix* matrix, const void* x, int64_t tokens, int32_t dtype, int64_t top_k,
-                          int32_t normalized, void* logits, float* weights, int64_t* ids);
+// Chooses the experts of 1 to 256 tokens x [tokens, D] of the dtype, of each as if it were alone: logits
+// [tokens, experts] of the router's dtype for them = x times the matrix, transposed, plus its bias; ids and
+// weights [tokens, top_k].
+MOE_API int32_t moe_route(const Router* router, const void* x, int64_t tokens, int32_t dtype, void* logits,
+                          float* weights, int64_t* ids);
 
 // combined [tokens, cols] = sum over rank, in order, of weights [tokens, top_k] * outputs [tokens * top_k,
 // cols].

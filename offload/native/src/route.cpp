@@ -10,6 +10,8 @@
 
 namespace {
 
+constexpr int64_t MOST_GROUPS = 256;
+
 // Replaces scores [count] by their softmax.
 void softmax(float* scores, int64_t count) {
   float most = scores[0], total = 0.0f;
@@ -18,27 +20,50 @@ void softmax(float* scores, int64_t count) {
   for (int64_t e = 0; e < count; ++e) scores[e] /= total;
 }
 
-// Chooses the `top_k` largest scores, of equal ones the earlier first; NaN counts as larger than all numbers,
-// as in torch.
-void choose(const float* scores, int64_t count, int64_t top_k, float* weights, int64_t* ids) {
+void sigmoid(float* scores, int64_t count) {
+  for (int64_t e = 0; e < count; ++e) scores[e] = 1.0f / (1.0f + std::exp(-scores[e]));
+}
+
+// Whether `score` comes before `other`: NaN counts as larger than all numbers, as in torch.
+bool is_before(float score, float other) {
+  return score > other || (std::isnan(score) && !std::isnan(other));
+}
+
+// Chooses the `top_k` largest scores, of equal ones the earlier first.
+void choose(const float* scores, int64_t count, int64_t top_k, int64_t* ids) {
   for (int64_t k = 0; k < top_k; ++k) {
     int64_t best = -1;
     for (int64_t e = 0; e < count; ++e) {
       if (std::find(ids, ids + k, e) != ids + k) continue;
-      if (best < 0 || scores[e] > scores[best] || (std::isnan(scores[e]) && !std::isnan(scores[best])))
-        best = e;
+      if (best < 0 || is_before(scores[e], scores[best])) best = e;
     }
     ids[k] = best;
-    weights[k] = scores[best];
   }
 }
 
-void route(const Matrix& m, const void* x, int64_t tokens, int32_t dtype, int64_t top_k, bool normalized,
-           void* logits, float* weights, int64_t* ids) {
+// Replaces the scores outside of the best groups by the least of all numbers.
+void keep_groups(const Router& r, float* scores) {
+  const int64_t size = r.matrix->rows / r.groups;
+  float sums[MOST_GROUPS];
+  int64_t chosen[MOST_GROUPS], best[2];
+  for (int64_t g = 0; g < r.groups; ++g) {
+    choose(scores + g * size, size, r.best, best);
+    sums[g] = scores[g * size + best[0]];
+    if (r.best > 1) sums[g] += scores[g * size + best[1]];
+  }
+  choose(sums, r.groups, r.top_groups, chosen);
+  for (int64_t g = 0; g < r.groups; ++g)
+    if (std::find(chosen, chosen + r.top_groups, g) == chosen + r.top_groups)
+      std::fill_n(scores + g * size, size, -INFINITY);
+}
+
+void route(const Router& r, const void* x, int64_t tokens, int32_t dtype, void* logits, float* weights,
+           int64_t* ids) {
+  const Matrix& m = *r.matrix;
   scratch.reserve(tokens * (prepared_bytes(m.cols, FLOATS) + Scratch::bytes_of<float>(m.rows)) +
                   Scratch::bytes_of<Prepared>(tokens) + Scratch::bytes_of<float*>(tokens) +
-                  Scratch::bytes_of<float>(m.cols));
-  float* values = scratch.take<float>(m.cols);
+                  Scratch::bytes_of<float>(m.cols) + Scratch::bytes_of<float>(m.rows));
+  float *values = scratch.take<float>(m.cols), *spare = scratch.take<float>(m.rows);
   Prepared* in = scratch.take<Prepared>(tokens);
   float** scores = scratch.take<float*>(tokens);
   for (int64_t t = 0; t < tokens; ++t) {
@@ -48,12 +73,25 @@ void route(const Matrix& m, const void* x, int64_t tokens, int32_t dtype, int64_
     prepare_for_router(m, values, in[t]);
   }
   for (int64_t c = 0; c < chunks_of(m, 1); ++c) multiply_router(m, in, tokens, c, scores);
-  for (int64_t t = 0; t < tokens; ++t)
-    choose_experts(dtype, scores[t], m.rows, top_k, normalized, at(dtype, logits, t * m.rows),
-                   weights + t * top_k, ids + t * top_k);
+  for (int64_t t = 0; t < tokens; ++t) {
+    kernels().narrow(r.logits_dtype, scores[t], m.rows, at(r.logits_dtype, logits, t * m.rows));
+    choose_experts(r, scores[t], spare, weights + t * r.top_k, ids + t * r.top_k);
+  }
 }
 
 }  // namespace
+
+bool valid(const Router& r) {
+  if (r.matrix == nullptr || !valid(*r.matrix) || r.top_k < 1 || r.top_k > r.matrix->rows) return false;
+  if (!valid_dtype(r.dtype) || !valid_dtype(r.logits_dtype) || r.scoring < SOFTMAX || r.scoring > SIGMOID)
+    return false;
+  if (r.correction != nullptr && !valid_dtype(r.correction_dtype)) return false;
+  if (r.groups == 0) return true;
+  if (r.groups < 1 || r.groups > MOST_GROUPS || r.matrix->rows % r.groups != 0) return false;
+  const int64_t size = r.matrix->rows / r.groups;
+  return r.best >= 1 && r.best <= std::min<int64_t>(2, size) && r.top_groups >= 1 &&
+         r.top_groups <= r.groups && r.top_k <= r.top_groups * size;
+}
 
 void prepare_for_router(const Matrix& m, const float* token, const Prepared& out) {
   kernels().prepare(m.format, FLOATS, tiled(m.format, FLOATS, m.cols, 1), token, m.cols, out);
@@ -65,24 +103,40 @@ void multiply_router(const Matrix& m, const Prepared* x, int64_t tokens, int64_t
   for (int64_t t = 0; t < tokens; t += step) multiply(m, FLOATS, x + t, std::min(step, tokens - t), c, y + t);
 }
 
-void choose_experts(int32_t dtype, float* scores, int64_t count, int64_t top_k, bool normalized, void* logits,
-                    float* weights, int64_t* ids) {
-  kernels().narrow(dtype, scores, count, logits);
-  kernels().widen(dtype, logits, count, scores);
-  softmax(scores, count);
-  choose(scores, count, top_k, weights, ids);
-  if (!normalized) return;
+void choose_experts(const Router& r, float* scores, float* spare, float* weights, int64_t* ids) {
+  const int64_t count = r.matrix->rows;
+  kernels().narrow(r.logits_dtype, scores, count, spare);
+  kernels().widen(r.logits_dtype, spare, count, scores);
+  if (r.scoring == SOFTMAX)
+    softmax(scores, count);
+  else
+    sigmoid(scores, count);
+  float* ranked = scores;
+  if (r.correction != nullptr) {
+    ranked = spare;
+    kernels().widen(r.correction_dtype, r.correction, count, spare);
+    for (int64_t e = 0; e < count; ++e) spare[e] += scores[e];
+  } else if (r.groups > 0) {
+    ranked = spare;
+    std::copy_n(scores, count, spare);
+  }
+  if (r.groups > 0) keep_groups(r, ranked);
+  choose(ranked, count, r.top_k, ids);
   float total = 0.0f;
-  for (int64_t k = 0; k < top_k; ++k) total += weights[k];
-  for (int64_t k = 0; k < top_k; ++k) weights[k] /= total;
+  for (int64_t k = 0; k < r.top_k; ++k) total += weights[k] = scores[ids[k]];
+  for (int64_t k = 0; r.normalized != 0 && k < r.top_k; ++k) weights[k] /= total;
+  for (int64_t k = 0; k < r.top_k; ++k) weights[k] *= r.scaling;
+  if (r.dtype == FLOAT32) return;
+  kernels().narrow(r.dtype, weights, r.top_k, spare);
+  kernels().widen(r.dtype, spare, r.top_k, weights);
 }
 
-int32_t moe_route(const Matrix* matrix, const void* x, int64_t tokens, int32_t dtype, int64_t top_k,
-                  int32_t normalized, void* logits, float* weights, int64_t* ids) try {
-  if (matrix == nullptr || !valid(*matrix) || !valid_dtype(dtype)) return BAD_ARGUMENT;
-  if (tokens < 1 || tokens > BATCH_PAIRS || top_k < 1 || top_k > matrix->rows) return BAD_ARGUMENT;
+int32_t moe_route(const Router* router, const void* x, int64_t tokens, int32_t dtype, void* logits,
+                  float* weights, int64_t* ids) try {
+  if (router == nullptr || !valid(*router) || !valid_dtype(dtype)) return BAD_ARGUMENT;
+  if (tokens < 1 || tokens > BATCH_PAIRS) return BAD_ARGUMENT;
   if (x == nullptr || logits == nullptr || weights == nullptr || ids == nullptr) return BAD_ARGUMENT;
-  route(*matrix, x, tokens, dtype, top_k, normalized != 0, logits, weights, ids);
+  route(*router, x, tokens, dtype, logits, weights, ids);
   return OK;
 } catch (const std::bad_alloc&) {
   return OUT_OF_MEMORY;

@@ -12,6 +12,8 @@ void prepare_for_router(const Matrix& m, const float* token, const Prepared& out
 // [m.rows] do not depend on how many others there are.
 void multiply_router(const Matrix& m, const Prepared* x, int64_t tokens, int64_t c, float* const* y);
 
-// One token's choice, from its scores [count], which are overwritten; see moe_route.
-void choose_experts(int32_t dtype, float* scores, int64_t count, int64_t top_k, bool normalized, void* logits,
-                    float* weights, int64_t* ids);
+bool valid(const Router& router);
+
+// One token's choice, from its logits as floats [experts], which are overwritten, as is `spare` [experts];
+// see Router.
+void choose_experts(const Router& router, float* scores, float* spare, float* weights, int64_t* ids);

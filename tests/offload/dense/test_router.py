@@ -65,7 +65,7 @@ class Sigmoid(Router):
 
 
 class Factored(Router):
-    """As DeepSeek's, whose weights sum to a factor."""
+    """Like DeepSeek's, whose weights sum to a factor, but without telling it."""
 
     def finish(self, weights: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return 1.02 * weights
@@ -116,8 +116,76 @@ class Scattered(Router):
         return logits, torch.zeros_like(logits, dtype=torch.float32).scatter(1, experts, weights), experts
 
 
-SAME: tuple[type[Router], ...] = (Router, Unnormalized, InItsDtype)
-OTHER = (Sigmoid, Factored, Smoothed, Tempered, Capped, Smallest, ShareAsLogits, Short, Scattered)
+class InGroups(Router):
+    """As DeepSeek-V3's and GLM's: logits in fp32, corrected scores for the choice, and only some groups."""
+
+    def __init__(self, experts: int = 8, width: int = 64, top_k: int = 2, bias: bool = False) -> None:
+        super().__init__(experts, width, top_k, bias)
+        self.num_group, self.topk_group, self.routed_scaling_factor = 4, 2, 2.5
+        self.norm_topk_prob = True
+        self.top_k = min(top_k, experts // 2)
+        self.register_buffer("e_score_correction_bias", torch.zeros(experts))
+
+    def best(self, groups: torch.Tensor) -> torch.Tensor:
+        return groups.topk(2, dim=-1).values.sum(-1)
+
+    def corrected(self, scores: torch.Tensor) -> torch.Tensor:
+        correction: Any = self.e_score_correction_bias
+        return scores + correction
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        bias = None if self.bias is None else self.bias.float()
+        flat = hidden_states.reshape(-1, self.weight.shape[1])
+        logits = F.linear(flat.float(), self.weight.float(), bias)
+        scores = self.scores(logits)
+        groups = self.corrected(scores).unflatten(-1, (self.num_group, -1))
+        kept = self.best(groups).topk(self.topk_group, sorted=False).indices
+        left_out = torch.ones(groups.shape[:-1], dtype=torch.bool).scatter(-1, kept, False)
+        ranked = groups.masked_fill(left_out[..., None], -torch.inf).flatten(-2)
+        experts = ranked.topk(self.top_k, sorted=False).indices
+        weights = scores.gather(1, experts)
+        if self.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return logits, weights * self.routed_scaling_factor, experts
+
+
+class InGroupsBySigmoid(InGroups):
+    scores = Sigmoid.scores
+
+
+class InGroupsByTheBest(InGroups):
+    """As DeepSeek-V2's."""
+
+    def best(self, groups: torch.Tensor) -> torch.Tensor:
+        return groups.amax(-1)
+
+
+class Uncorrected(InGroupsBySigmoid):
+    """Has a correction, and leaves it out."""
+
+    def corrected(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores
+
+
+class WeighedByCorrected(InGroupsBySigmoid):
+    """Weighs experts as it chooses them."""
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        correction: Any = self.e_score_correction_bias
+        return logits.sigmoid() + correction
+
+
+class InGroupsByTheSecond(InGroupsBySigmoid):
+    def best(self, groups: torch.Tensor) -> torch.Tensor:
+        return groups.topk(2, dim=-1).values[..., 1]
+
+
+GROUPED: tuple[type[Router], ...] = (InGroups, InGroupsBySigmoid, InGroupsByTheBest)
+SAME: tuple[type[Router], ...] = (Router, Unnormalized, InItsDtype, Sigmoid)
+OTHER = (
+    *(Uncorrected, WeighedByCorrected, InGroupsByTheSecond, Factored, Smoothed, Tempered, Capped, Smallest),
+    *(ShareAsLogits, Short, Scattered),
+)
 
 
 def taken(router: nn.Module) -> bool:
@@ -158,11 +226,11 @@ def same(got: Any, want: Any) -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("cls", [*SAME, *OTHER])
+@pytest.mark.parametrize("cls", [*SAME, *GROUPED, *OTHER])
 def test_only_what_chooses_the_same_is_taken(cls: type[Router], dtype: torch.dtype) -> None:
     for sizes in ((8, 64, 2), (64, 256, 8), (128, 2048, 8)):
         for bias in (False, True):
-            assert taken(cls(*sizes, bias=bias).to(dtype)) == (cls in SAME), (sizes, bias)
+            assert taken(cls(*sizes, bias=bias).to(dtype)) == (cls in SAME + GROUPED), (sizes, bias)
 
 
 def test_what_is_built_otherwise_is_not_taken() -> None:
@@ -177,6 +245,57 @@ def test_what_is_built_otherwise_is_not_taken() -> None:
         assert not taken(router)
     assert not taken(Router(top_k=9))
     assert taken(Router(top_k=8))
+
+
+def in_order(answer: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """With the chosen in the order of their numbers."""
+    logits, weights, experts = answer
+    order = experts.argsort(-1)
+    return logits, weights.gather(1, order), experts.gather(1, order)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cls", GROUPED)
+def test_those_with_groups_answer_as_the_original(
+    calls: list[Any], cls: type[InGroups], dtype: torch.dtype
+) -> None:
+    """Whatever the dtypes of weights and corrections are, and whatever changes."""
+    plain = cls(64, 256, 8).to(dtype)
+    router = copy.deepcopy(plain)
+    assert taken(router)
+
+    def agree(count: int, of: torch.dtype = dtype) -> None:
+        calls.clear()
+        for seed in range(20):
+            x = token(of, width=256, seed=seed)
+            got, want = in_order(router(x)), in_order(plain(x))
+            assert all(a.dtype is b.dtype for a, b in zip(got, want, strict=True))
+            assert torch.equal(got[2], want[2])
+            assert torch.allclose(got[0], want[0], rtol=1e-5, atol=1e-5)
+            assert torch.allclose(got[1], want[1], rtol=2e-5)
+        assert len(calls) == count
+
+    agree(20)
+    correction = torch.randn(64, generator=torch.Generator().manual_seed(3)) / 4
+    for module in (plain, router):
+        module.e_score_correction_bias = correction.to(dtype).clone()
+    agree(20)
+    for module in (plain, router):
+        module.e_score_correction_bias.copy_(-correction)
+    agree(20)
+    for module in (plain, router):
+        module.e_score_correction_bias = correction.clone()
+    agree(20)
+    agree(20, torch.bfloat16)  # inputs of another dtype than the weights
+    for name, other in (("topk_group", 3), ("routed_scaling_factor", 1.0), ("norm_topk_prob", False)):
+        kept = getattr(plain, name)
+        for module in (plain, router):
+            setattr(module, name, other)
+        agree(0)
+        for module in (plain, router):
+            setattr(module, name, kept)
+    agree(20)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
