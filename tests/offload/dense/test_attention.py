@@ -94,6 +94,40 @@ def test_keys_are_copied_where_no_kernel_shares_them(queries: int, monkeypatch: 
     assert given == [(2, 4, 2) if queries == 1 else (8, 5, 8)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", ["none", "seen", "added"])
+@pytest.mark.parametrize(
+    ("queries", "widths"), [(9, (24, 16)), (600, (48, 16)), (1, (24, 16)), (9, (16, 24))]
+)
+def test_narrow_values_get_the_width_that_the_kernel_takes(
+    queries: int, widths: tuple[int, int], mask: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[int, int]] = []
+    plain: Callable[..., torch.Tensor] = attention.F.scaled_dot_product_attention
+
+    def noted(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **options: Any) -> Any:
+        given.append((key.shape[-1], value.shape[-1]))
+        return plain(query, key, value, *args, **options)
+
+    generator = torch.Generator().manual_seed(5)
+    key_width, width = widths
+    query, key, value = (
+        torch.randn(2, 4, queries, n, generator=generator).to(dtype) for n in (key_width, key_width, width)
+    )
+    module: Any = SimpleNamespace(num_key_value_groups=1, is_causal=True)
+    seen = torch.ones(2, 1, queries, queries, dtype=torch.bool).tril()
+    seen[1, :, :, queries // 3 :: 5] = False
+    seen[:, :, :, 0] = True
+    added = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)
+    behind = {"none": None, "seen": seen, "added": added}[mask]
+    want, _ = sdpa_attention_forward(module, query, key, value, behind)
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", noted)
+    got, _ = single_query_attention(module, query, key, value, behind)
+    assert got.shape == want.shape == (2, queries, 4, width)
+    assert torch.allclose(got, want, atol=1e-5 if dtype == torch.float32 else 3e-2)
+    assert set(given) == {(key_width, max(widths) if queries > 1 else width)}
+
+
 def test_a_loaded_model_attends_by_it(tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[tuple[int, ...]] = []
     plain: Callable[..., torch.Tensor] = attention.F.scaled_dot_product_attention
