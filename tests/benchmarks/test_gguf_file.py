@@ -11,6 +11,9 @@ import pytest
 import torch
 from peers import gguf_file
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import moe_local
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 
@@ -154,7 +157,113 @@ def test_qwen3_moe(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None
     assert fields["qwen3moe.expert_count"].contents() == len(stack)
 
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 1024,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+}
+
+
+def check_like(checkpoint: Path, path: Path) -> None:
+    """The file gives transformers' greedy ids, and has its weights, as moe-local reads it."""
+    hf: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    prompt = torch.randint(3, 320, (1, 11), generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": None}
+    with moe_local.load(path, experts="fp32", dense="fp32", context=64) as model:
+        expected = hf.generate(prompt, do_sample=False, **options)
+        assert torch.equal(model.generate(prompt, **options), expected)
+        wanted = hf.state_dict()
+        for name, weight in model.hf.state_dict().items():
+            assert torch.equal(weight, wanted[name]), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("deepseek_v3", {"rope_parameters": YARN, "first_k_dense_replace": 2}),
+        ("glm4_moe_lite", {"v_head_dim": 32, "n_group": 1, "topk_group": 1, "n_shared_experts": 2}),
+    ],
+)
+def test_our_own_reader_finds_the_model(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, kind: str, config: dict[str, Any]
+) -> None:
+    checkpoint = make_checkpoint(kind, **config)
+    written(checkpoint, tmp_path / "m.gguf", "F32")
+    check_like(checkpoint, tmp_path / "m.gguf")
+
+
+def test_describes_latent_attention(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("deepseek_v3", rope_parameters=YARN, v_head_dim=32)
+    tensors = written(checkpoint, tmp_path / "m.gguf", "F32")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert {
+        key: fields[f"deepseek2.{key}"].contents()
+        for key in (
+            *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
+            *("attention.key_length_mla", "attention.value_length_mla", "rope.dimension_count"),
+            *("leading_dense_block_count", "expert_shared_count", "expert_gating_func"),
+            *("expert_group_count", "expert_group_used_count", "rope.scaling.yarn_log_multiplier"),
+        )
+    } == {
+        "attention.head_count_kv": 1,
+        "attention.key_length": 48,
+        "attention.value_length": 32,
+        "attention.key_length_mla": 32,
+        "attention.value_length_mla": 32,
+        "rope.dimension_count": 16,
+        "leading_dense_block_count": 1,
+        "expert_shared_count": 1,
+        "expert_gating_func": 2,
+        "expert_group_count": 2,
+        "expert_group_used_count": 1,
+        "rope.scaling.yarn_log_multiplier": pytest.approx(0.0707),
+    }
+    assert tensors["blk.0.attn_k_b.weight"].shape.tolist() == [16, 32, 4]  # the innermost comes first
+    assert tensors["blk.0.attn_v_b.weight"].shape.tolist() == [32, 32, 4]
+    assert "blk.0.ffn_gate.weight" in tensors
+    assert "blk.1.ffn_gate.weight" not in tensors
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe_lite"])
+def test_random_weights_need_only_a_config(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    checkpoint = make_checkpoint(kind, qk_nope_head_dim=32, v_head_dim=32)
+    true = written(checkpoint, tmp_path / "true.gguf", "Q4_0")
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    gguf_file.write(tmp_path, tmp_path / "m.gguf", gguf.GGMLQuantizationType.Q4_0, random=True)
+    made = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert {n: (list(t.shape), t.tensor_type) for n, t in made.items()} == {
+        n: (list(t.shape), t.tensor_type) for n, t in true.items()
+    }
+    for name, tensor in made.items():
+        numbers = values(tensor)
+        if numbers.dim() == 1 or name.endswith(".bias"):
+            assert torch.equal(numbers, torch.full_like(numbers, float("norm" in name))), name
+        else:
+            assert numbers.std().item() == pytest.approx(numbers.shape[-1] ** -0.5, rel=0.1), name
+
+
+def test_what_llama_cpp_does_not_compute_is_refused(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = json.loads((make_checkpoint("glm4_moe_lite") / "config.json").read_text())
+    for change, message in (
+        ({"rope_interleave": False}, "only if it rotates pairs"),
+        ({"mlp_layer_types": ["dense", "sparse", "dense"]}, "only before those with experts"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}}, "of type 'linear'"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=message):
+            gguf_file.write(tmp_path, tmp_path / "m.gguf", gguf.GGMLQuantizationType.Q4_0, random=True)
+
+
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="only mixtral and qwen3_moe"):
+    with pytest.raises(ValueError, match="only mixtral, qwen3_moe, "):
         gguf_file.write(tmp_path, tmp_path / "m.gguf", gguf.GGMLQuantizationType.Q4_0)

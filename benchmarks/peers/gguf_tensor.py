@@ -1,0 +1,117 @@
+"""A tensor of a GGUF file, and how its numbers are made: from a checkpoint's, or at random.
+
+Runs in the peer's environment, which has numpy and the `gguf` package but neither torch nor moe_local.
+Layouts of blocks: github.com/ggml-org/llama.cpp, ggml/src/ggml-common.h.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import quant_shape_to_byte_shape, quantize
+
+Array = np.ndarray[Any, Any]
+Read = Callable[[str], Array]
+"""The checkpoint's tensor of a name, see `Safetensors.read`."""
+FLOAT32, Q4_0 = GGMLQuantizationType.F32, GGMLQuantizationType.Q4_0
+PIECE_ROWS = 1024
+"""Rows that a thread quantizes at once."""
+Q4_0_DEVIATION = math.sqrt((16**2 - 1) / 12)
+"""Standard deviation of sixteen equally likely levels, one apart."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the file and how to make it."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    parts: Callable[[Read], Iterable[Array]]
+    """From the checkpoint: what is put one below the other, each [some rows, shape[-1]]."""
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in float32 numbers or, for a quantized type, in bytes."""
+        return self.shape if self.type == FLOAT32 else quant_shape_to_byte_shape(self.shape, self.type)
+
+    @property
+    def stored_dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.float32 if self.type == FLOAT32 else np.uint8)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.stored_shape) * self.stored_dtype.itemsize
+
+
+class Safetensors:
+    """The tensors of a checkpoint folder by name; read from the files when used."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tensors: dict[str, tuple[mmap.mmap, int, dict[str, Any]]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with open(path, "rb") as file:
+                view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            start = 8 + int.from_bytes(view[:8], "little")
+            header = json.loads(view[8:start])
+            header.pop("__metadata__", None)
+            self._tensors |= {name: (view, start, entry) for name, entry in header.items()}
+
+    def read(self, name: str) -> Array:
+        """A view of the file, in which bf16 is uint16. Raises KeyError for unknown names and dtypes."""
+        view, start, entry = self._tensors[name]
+        dtype = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[entry["dtype"]]
+        begin, _ = entry["data_offsets"]
+        return np.frombuffer(view, dtype, math.prod(entry["shape"]), start + begin).reshape(entry["shape"])
+
+
+def make(tensor: Tensor, read: Read, pool: ThreadPoolExecutor) -> Array:
+    """The tensor in its stored form."""
+    rows = np.empty((math.prod(tensor.shape[:-1]), tensor.stored_shape[-1]), tensor.stored_dtype)
+    done = 0
+    for part in tensor.parts(read):
+        matrix = part.reshape(-1, part.shape[-1])
+        starts = range(0, len(matrix), PIECE_ROWS)
+        pieces = pool.map(lambda at, m=matrix: _stored(m[at : at + PIECE_ROWS], tensor.type), starts)
+        for at, piece in zip(starts, pieces, strict=True):
+            rows[done + at : done + at + len(piece)] = piece
+        done += len(matrix)
+    if done != len(rows):
+        raise ValueError(f"{tensor.name} has {done} rows in the checkpoint, and {len(rows)} by its config")
+    return rows.reshape(tensor.stored_shape)
+
+
+def make_random(tensor: Tensor, rng: np.random.Generator) -> Array:
+    """Random weights, at about the scale at which a matrix's output is as large as its input; norms are ones,
+    biases and other vectors zeros.
+
+    Q4_0 blocks are made directly in their stored form: for each 32 numbers a float16 scale, and sixteen bytes
+    of two 4-bit numbers each, in which 8 stands for 0.
+    """
+    if len(tensor.shape) == 1 or tensor.name.endswith(".bias"):
+        return np.full(tensor.shape, 1 if "norm" in tensor.name else 0, np.float32)
+    scale = 1 / math.sqrt(tensor.shape[-1])
+    if tensor.type == FLOAT32:
+        return rng.standard_normal(tensor.shape, np.float32) * np.float32(scale)
+    if tensor.type != Q4_0:
+        raise ValueError(f"no random weights are made of type {tensor.type.name}; use Q4_0")
+    blocks = np.frombuffer(rng.bytes(tensor.nbytes), np.uint8).reshape(-1, 18).copy()
+    step = rng.uniform(0.8, 1.2, len(blocks)) * scale / Q4_0_DEVIATION
+    blocks[:, :2] = step.astype(np.float16).view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(tensor.stored_shape)
+
+
+def _stored(rows: Array, kind: GGMLQuantizationType) -> Array:
+    if rows.dtype == np.uint16:  # bf16 is the upper half of a float32
+        rows = (rows.astype(np.uint32) << 16).view(np.float32)
+    rows = np.ascontiguousarray(rows, np.float32)
+    return rows if kind == FLOAT32 else quantize(rows, kind)
