@@ -95,7 +95,8 @@ def make_random(tensor: Tensor, rng: np.random.Generator) -> Array:
     biases and other vectors zeros.
 
     Q4_0 blocks are made directly in their stored form: for each 32 numbers a float16 scale, and sixteen bytes
-    of two 4-bit numbers each, in which 8 stands for 0.
+    of two 4-bit numbers each, in which 8 stands for 0. That is not the middle of the sixteen, so half of the
+    scales are negative: with a mean other than 0, all tokens would soon have the same state and experts.
     """
     if len(tensor.shape) == 1 or tensor.name.endswith(".bias"):
         return np.full(tensor.shape, 1 if "norm" in tensor.name else 0, np.float32)
@@ -105,7 +106,7 @@ def make_random(tensor: Tensor, rng: np.random.Generator) -> Array:
     if tensor.type != Q4_0:
         raise ValueError(f"no random weights are made of type {tensor.type.name}; use Q4_0")
     blocks = np.frombuffer(rng.bytes(tensor.nbytes), np.uint8).reshape(-1, 18).copy()
-    step = rng.uniform(0.8, 1.2, len(blocks)) * scale / Q4_0_DEVIATION
+    step = rng.uniform(0.8, 1.2, len(blocks)) * rng.choice((-1, 1), len(blocks)) * scale / Q4_0_DEVIATION
     blocks[:, :2] = step.astype(np.float16).view(np.uint8).reshape(-1, 2)
     return blocks.reshape(tensor.stored_shape)
 

@@ -117,7 +117,7 @@ def test_random_weights_have_the_same_shapes_and_keep_the_scale(
     assert torch.equal(values(made["output_norm.weight"]), torch.ones(64))
     down = values(made["blk.1.ffn_down_exps.weight"])
     assert down.std().item() == pytest.approx(128**-0.5, rel=0.05)
-    assert abs(down.mean().item()) < 0.15 * down.std().item()  # sixteen levels, 0 is not their middle
+    assert abs(down.mean().item()) < 0.02 * down.std().item()  # although 0 is not the middle of the levels
 
 
 def test_describes_the_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
