@@ -1,7 +1,8 @@
 """Write a checkpoint (safetensors, transformers' names) as a GGUF file of llama.cpp.
 
-All matrices have one type, input embedding and output head included; norms and routers are float32. The file
-has no tokenizer: prompts are token ids. gguf_architectures.py has the families of models.
+All matrices have one type, input embedding and output head included, but for the experts of gpt-oss, which
+are MXFP4; norms, routers and biases are float32. The file has no tokenizer: prompts are token ids.
+gguf_architectures.py has the families of models.
 
 With --random the weights are made here, in a checkpoint's shapes and at about its scale, without reading any:
 a model that is only measured need not be written in bf16 first.
@@ -44,9 +45,8 @@ def write(
     partial = out.with_suffix(".partial")
     writer = gguf.GGUFWriter(partial, ARCHITECTURES[kind].name)
     writer.add_name(f"synthetic {kind}")
-    writer.add_file_type(
-        int(gguf.LlamaFileType[f"MOSTLY_{matrices.name}" if matrices != FLOAT32 else "ALL_F32"])
-    )
+    mostly = f"MOSTLY_{ARCHITECTURES[kind].mostly or matrices.name}"
+    writer.add_file_type(int(gguf.LlamaFileType["ALL_F32" if matrices == FLOAT32 else mostly]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_tokenizer_model("none")
     describe(writer, config)
@@ -63,7 +63,7 @@ def write(
             made = make_random(tensor, rng) if random else make(tensor, source.read, pool)
             writer.write_tensor_data(made)
             seconds = time.monotonic() - started
-            if tensor.name.endswith("ffn_norm.weight"):  # the last tensor of a layer
+            if tensor.name.endswith(("ffn_norm.weight", "post_attention_norm.weight")):  # a layer's last
                 done = f"{number} of {len(all_tensors)} tensors"
                 print(f"{out.name}: {done}, {seconds:.0f} s", file=sys.stderr)
     writer.close()

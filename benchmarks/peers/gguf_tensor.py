@@ -16,17 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
 Array = np.ndarray[Any, Any]
 Read = Callable[[str], Array]
 """The checkpoint's tensor of a name, see `Safetensors.read`."""
-FLOAT32, Q4_0 = GGMLQuantizationType.F32, GGMLQuantizationType.Q4_0
+FLOAT32 = GGMLQuantizationType.F32
+Q4_0 = GGMLQuantizationType.Q4_0
+Q8_0 = GGMLQuantizationType.Q8_0
+MXFP4 = GGMLQuantizationType.MXFP4
 PIECE_ROWS = 1024
 """Rows that a thread quantizes at once."""
-Q4_0_DEVIATION = math.sqrt((16**2 - 1) / 12)
-"""Standard deviation of sixteen equally likely levels, one apart."""
+LEVELS = {Q4_0: 16, Q8_0: 256}
+"""How many values a block's numbers can have, one apart, if all their bits are used."""
+MXFP4_DEVIATION = math.sqrt((0 + 0.5**2 + 1 + 1.5**2 + 2**2 + 3**2 + 4**2 + 6**2) / 8)
+"""Standard deviation of its sixteen values, if all are equally likely."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class Tensor:
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     parts: Callable[[Read], Iterable[Array]]
-    """From the checkpoint: what is put one below the other, each [some rows, shape[-1]]."""
+    """From the checkpoint: what is put one below the other, each [some rows, shape[-1]]. What is uint8 is in
+    its stored form already."""
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -69,7 +75,7 @@ class Safetensors:
     def read(self, name: str) -> Array:
         """A view of the file, in which bf16 is uint16. Raises KeyError for unknown names and dtypes."""
         view, start, entry = self._tensors[name]
-        dtype = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}[entry["dtype"]]
+        dtype = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U8": np.uint8}[entry["dtype"]]
         begin, _ = entry["data_offsets"]
         return np.frombuffer(view, dtype, math.prod(entry["shape"]), start + begin).reshape(entry["shape"])
 
@@ -94,24 +100,43 @@ def make_random(tensor: Tensor, rng: np.random.Generator) -> Array:
     """Random weights, at about the scale at which a matrix's output is as large as its input; norms are ones,
     biases and other vectors zeros.
 
-    Q4_0 blocks are made directly in their stored form: for each 32 numbers a float16 scale, and sixteen bytes
-    of two 4-bit numbers each, in which 8 stands for 0. That is not the middle of the sixteen, so half of the
-    scales are negative: with a mean other than 0, all tokens would soon have the same state and experts.
+    Blocks are made directly in their stored form, from random bytes with scales at their start.
     """
     if len(tensor.shape) == 1 or tensor.name.endswith(".bias"):
         return np.full(tensor.shape, 1 if "norm" in tensor.name else 0, np.float32)
     scale = 1 / math.sqrt(tensor.shape[-1])
     if tensor.type == FLOAT32:
         return rng.standard_normal(tensor.shape, np.float32) * np.float32(scale)
-    if tensor.type != Q4_0:
+    blocks = np.frombuffer(rng.bytes(tensor.nbytes), np.uint8)
+    blocks = blocks.reshape(-1, GGML_QUANT_SIZES[tensor.type][1]).copy()
+    if tensor.type == MXFP4:
+        blocks[:, 0] = _exponents(scale / MXFP4_DEVIATION, len(blocks), rng)
+    elif tensor.type in LEVELS:
+        blocks[:, :2] = _steps(scale, LEVELS[tensor.type], len(blocks), rng).view(np.uint8).reshape(-1, 2)
+    else:
         raise ValueError(f"no random weights are made of type {tensor.type.name}; use Q4_0")
-    blocks = np.frombuffer(rng.bytes(tensor.nbytes), np.uint8).reshape(-1, 18).copy()
-    step = rng.uniform(0.8, 1.2, len(blocks)) * rng.choice((-1, 1), len(blocks)) * scale / Q4_0_DEVIATION
-    blocks[:, :2] = step.astype(np.float16).view(np.uint8).reshape(-1, 2)
     return blocks.reshape(tensor.stored_shape)
 
 
+def _steps(scale: float, levels: int, count: int, rng: np.random.Generator) -> Array:
+    """Scales of blocks whose numbers are equally likely levels around -0.5, such as 4 bits less 8, float16.
+
+    Half are negative: with a mean other than 0, all tokens would soon have the same state and experts.
+    """
+    deviation = math.sqrt((levels**2 - 1) / 12)
+    return (rng.uniform(0.8, 1.2, count) * rng.choice((-1, 1), count) * scale / deviation).astype(np.float16)
+
+
+def _exponents(scale: float, count: int, rng: np.random.Generator) -> Array:
+    """Exponents of MXFP4's blocks, biased by 127: the two around `scale`, mixed to its mean square."""
+    lower = math.floor(math.log2(scale))
+    share = ((scale / 2**lower) ** 2 - 1) / 3
+    return (lower + 127 + (rng.random(count) < share)).astype(np.uint8)
+
+
 def _stored(rows: Array, kind: GGMLQuantizationType) -> Array:
+    if rows.dtype == np.uint8:
+        return rows
     if rows.dtype == np.uint16:  # bf16 is the upper half of a float32
         rows = (rows.astype(np.uint32) << 16).view(np.float32)
     rows = np.ascontiguousarray(rows, np.float32)

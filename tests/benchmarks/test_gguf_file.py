@@ -187,6 +187,7 @@ def check_like(checkpoint: Path, path: Path) -> None:
     [
         ("deepseek_v3", {"rope_parameters": YARN, "first_k_dense_replace": 2}),
         ("glm4_moe_lite", {"v_head_dim": 32, "n_group": 1, "topk_group": 1, "n_shared_experts": 2}),
+        ("gpt_oss", {}),
     ],
 )
 def test_our_own_reader_finds_the_model(
@@ -229,14 +230,48 @@ def test_describes_latent_attention(make_checkpoint: Callable[..., Path], tmp_pa
     assert "blk.1.ffn_gate.weight" not in tensors
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe_lite"])
-def test_random_weights_need_only_a_config(
-    make_checkpoint: Callable[..., Path], tmp_path: Path, kind: str
+def test_published_mxfp4_experts_of_gpt_oss_are_kept(
+    publish: Callable[..., tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    checkpoint = make_checkpoint(kind, qk_nope_head_dim=32, v_head_dim=32)
-    true = written(checkpoint, tmp_path / "true.gguf", "Q4_0")
+    quantized, twin = publish("gpt_oss")
+    weights = load_weights(twin)
+    tensors = written(quantized, tmp_path / "m.gguf", "Q8_0")
+    types = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+    assert all((types[name] == "MXFP4") == name.endswith("exps.weight") for name in types)
+    assert types["blk.0.attn_q.weight"] == types["output.weight"] == "Q8_0"
+    assert types["blk.0.attn_q.bias"] == types["blk.0.attn_sinks.weight"] == "F32"
+    both, down = (weights[f"model.layers.1.mlp.experts.{name}_proj"].mT for name in ("gate_up", "down"))
+    for name, expected in (("gate", both[:, ::2]), ("up", both[:, 1::2]), ("down", down)):
+        assert torch.equal(values(tensors[f"blk.1.ffn_{name}_exps.weight"]), expected)
+    written(quantized, tmp_path / "exact.gguf", "F32")
+    check_like(twin, tmp_path / "exact.gguf")
+
+
+def test_experts_of_gpt_oss_are_quantized_to_mxfp4(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint("gpt_oss", dtype=torch.bfloat16)
+    tensors = written(checkpoint, tmp_path / "m.gguf", "Q4_0")
+    assert tensors["blk.2.ffn_up_exps.weight"].tensor_type.name == "MXFP4"
+    up = values(tensors["blk.2.ffn_up_exps.weight"])
+    source = load_weights(checkpoint)["model.layers.2.mlp.experts.gate_up_proj"][:, :, 1::2].mT
+    assert 0.02 < (up - source).norm() / source.norm() < 0.2
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["gpt-oss.attention.sliding_window"].contents() == 128
+    assert fields["gpt-oss.rope.scaling.factor"].contents() == 32
+    assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_MXFP4_MOE
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe_lite", "gpt_oss"])
+@pytest.mark.parametrize("matrices", ["Q4_0", "Q8_0"])
+def test_random_weights_need_only_a_config(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, kind: str, matrices: str
+) -> None:
+    latent = {} if kind == "gpt_oss" else {"qk_nope_head_dim": 32, "v_head_dim": 32}
+    checkpoint = make_checkpoint(kind, **latent)
+    true = written(checkpoint, tmp_path / "true.gguf", matrices)
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
-    gguf_file.write(tmp_path, tmp_path / "m.gguf", gguf.GGMLQuantizationType.Q4_0, random=True)
+    gguf_file.write(tmp_path, tmp_path / "m.gguf", gguf.GGMLQuantizationType[matrices], random=True)
     made = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     assert {n: (list(t.shape), t.tensor_type) for n, t in made.items()} == {
         n: (list(t.shape), t.tensor_type) for n, t in true.items()
@@ -249,18 +284,24 @@ def test_random_weights_need_only_a_config(
             assert numbers.std().item() == pytest.approx(numbers.shape[-1] ** -0.5, rel=0.1), name
 
 
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("glm4_moe_lite", {"rope_interleave": False}, "only if it rotates pairs"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense", "sparse", "dense"]}, "before those with experts"),
+        ("qwen3_moe", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}}, "of type 'linear'"),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 3}, "sliding window in layers 0, 2"),
+        ("gpt_oss", {"swiglu_limit": 6.0}, "swiglu_limit 7"),
+    ],
+)
 def test_what_llama_cpp_does_not_compute_is_refused(
-    make_checkpoint: Callable[..., Path], tmp_path: Path
+    make_checkpoint: Callable[..., Path], tmp_path: Path, kind: str, change: dict[str, Any], message: str
 ) -> None:
-    config = json.loads((make_checkpoint("glm4_moe_lite") / "config.json").read_text())
-    for change, message in (
-        ({"rope_interleave": False}, "only if it rotates pairs"),
-        ({"mlp_layer_types": ["dense", "sparse", "dense"]}, "only before those with experts"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}}, "of type 'linear'"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match=message):
-            gguf_file.write(tmp_path, tmp_path / "m.gguf", gguf.GGMLQuantizationType.Q4_0, random=True)
+    config = json.loads((make_checkpoint(kind) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        gguf_file.write(tmp_path, tmp_path / "m.gguf", gguf.GGMLQuantizationType.Q4_0, random=True)
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:

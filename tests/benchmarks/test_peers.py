@@ -137,7 +137,7 @@ def test_an_installation_for_another_processor_that_fails_leaves_none(
     assert install.interpreter(tmp_path) is None
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe_lite"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe_lite", "gpt_oss"])
 def test_llama_cpp_computes_what_transformers_computes(
     make_checkpoint: Callable[..., Path], tmp_path: Path, kind: str
 ) -> None:
