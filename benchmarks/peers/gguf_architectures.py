@@ -27,16 +27,18 @@ from gguf_layer import (
     router_and_experts,
     whole,
 )
+from gguf_qwen35 import QWEN3_5_MOE
 from gguf_tensor import FLOAT32, Array, Tensor
 
 
 def tensors(config: Config, matrices: GGMLQuantizationType) -> Iterator[Tensor]:
     """All tensors, in the order of the file."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
+    kind = ARCHITECTURES[config["model_type"]]
     yield Tensor("token_embd.weight", (vocab, hidden), matrices, whole("model.embed_tokens.weight"))
     for index in range(config["num_hidden_layers"]):
-        yield from ARCHITECTURES[config["model_type"]].layer(config, Layer(index, matrices))
-    yield Tensor("output_norm.weight", (hidden,), FLOAT32, whole("model.norm.weight"))
+        yield from kind.layer(config, Layer(index, matrices))
+    yield Tensor("output_norm.weight", (hidden,), FLOAT32, whole("model.norm.weight", kind.norm))
     yield Tensor("output.weight", (vocab, hidden), matrices, whole("lm_head.weight"))
 
 
@@ -45,7 +47,8 @@ def describe(writer: GGUFWriter, config: Config) -> None:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
+    if "intermediate_size" in config:
+        writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
@@ -86,6 +89,10 @@ def _qwen3_moe(config: Config, layer: Layer) -> Iterator[Tensor]:
 def _describe_qwen3_moe(writer: GGUFWriter, config: Config) -> None:
     describe_attention(writer, config)
     writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+
+
+LITE_LAYERS = 26, 27
+"""By these numbers of layers, llama.cpp knows models whose queries have no latents."""
 
 
 def _deepseek(config: Config, layer: Layer) -> Iterator[Tensor]:
@@ -130,6 +137,8 @@ def _describe_deepseek(writer: GGUFWriter, config: Config) -> None:
         raise ValueError(
             "latent attention is written as GGUF only if it rotates pairs, has q_lora_rank, and no biases"
         )
+    if config["num_hidden_layers"] in LITE_LAYERS:
+        raise ValueError("llama.cpp takes models of 26 or 27 layers for DeepSeek-V2-Lite; use another number")
     latent, turned = config["kv_lora_rank"], config["qk_rope_head_dim"]
     writer.add_head_count_kv(1)
     writer.add_key_length(latent + turned)
@@ -153,11 +162,11 @@ def _describe_deepseek(writer: GGUFWriter, config: Config) -> None:
 
 def leading_dense(config: Config) -> int:
     """The number of first layers without experts. Raises ValueError if a later one has none either."""
-    layers = config["num_hidden_layers"]
+    layers = int(config["num_hidden_layers"])
     types = config.get("mlp_layer_types")
     if types is None:
         return min(int(config["first_k_dense_replace"]), layers)
-    count = types.index("sparse") if "sparse" in types else layers
+    count: int = types.index("sparse") if "sparse" in types else layers
     if types[count:] != ["sparse"] * (layers - count):
         raise ValueError("llama.cpp has layers without experts only before those with experts")
     return count
@@ -169,5 +178,6 @@ ARCHITECTURES = {
     "deepseek_v3": Architecture("deepseek2", _deepseek, _describe_deepseek),
     "glm4_moe_lite": Architecture("deepseek2", _deepseek, _describe_deepseek),
     "gpt_oss": GPT_OSS,
+    "qwen3_5_moe_text": QWEN3_5_MOE,
 }
 """By the model type of transformers."""

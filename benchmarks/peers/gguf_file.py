@@ -36,12 +36,15 @@ def write(
     ValueError for a model type that is not in ARCHITECTURES, and for a model that llama.cpp does not compute.
     """
     config = json.loads((folder / "config.json").read_text())
+    multimodal = "text_config" in config  # only the model of text is written
+    config = config["text_config"] if multimodal else config
     kind = config["model_type"]
     if kind not in ARCHITECTURES:
         *most, last = ARCHITECTURES
         known = f"{', '.join(most)} and {last}"
         raise ValueError(f"{folder} holds a {kind!r}; only {known} are written as GGUF")
-    source, rng = Safetensors(folder), np.random.default_rng(0)
+    source = Safetensors(folder, "model.language_model." if multimodal else "model.")
+    rng = np.random.default_rng(0)
     partial = out.with_suffix(".partial")
     writer = gguf.GGUFWriter(partial, ARCHITECTURES[kind].name)
     writer.add_name(f"synthetic {kind}")

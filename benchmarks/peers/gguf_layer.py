@@ -28,9 +28,9 @@ class Layer:
     matrices: GGMLQuantizationType
     """The type of its matrices."""
 
-    def exact(self, name: str, source: str, *shape: int) -> Tensor:
+    def exact(self, name: str, source: str, *shape: int, turn: Turn | None = None) -> Tensor:
         """A tensor in float32; both names are whole, such as "attn_norm.weight"."""
-        return Tensor(f"blk.{self.index}.{name}", shape, FLOAT32, whole(self.source(source)))
+        return Tensor(f"blk.{self.index}.{name}", shape, FLOAT32, whole(self.source(source), turn))
 
     def matrix(self, name: str, source: str, *shape: int, turn: Turn | None = None) -> Tensor:
         parts = whole(f"{self.source(source)}.weight", turn)
@@ -59,6 +59,8 @@ class Architecture:
     """The tensors of a decoder layer; its second norm comes last."""
     describe: Callable[[GGUFWriter, Config], None]
     """Writes the metadata that not all have."""
+    norm: Turn | None = None
+    """For the weights of norms, the one after the last layer included."""
     mostly: str = ""
     """The type of most of its numbers, in a file of any type but F32; "" for that of its matrices."""
 
@@ -100,25 +102,35 @@ def in_pairs(heads: int) -> Turn:
     return turn
 
 
-def attention(config: Config, layer: Layer, *, paired: bool = False, norms: bool = False) -> Iterator[Tensor]:
-    """Attention with a matrix each for queries, keys and values. `norms`: queries and keys have some."""
+def attention(
+    config: Config,
+    layer: Layer,
+    *,
+    paired: bool = False,
+    gated: bool = False,
+    norms: bool = False,
+    norm: Turn | None = None,
+) -> Iterator[Tensor]:
+    """Attention with a matrix each for queries, keys and values. `gated`: each head of queries is followed by
+    a gate for its output. `norms`: queries and keys have some, to which `norm` is done."""
     hidden, width = config["hidden_size"], head_width(config)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     q, k = (in_pairs(heads), in_pairs(kv_heads)) if paired else (None, None)
-    yield layer.matrix("attn_q", "self_attn.q_proj", heads * width, hidden, turn=q)
+    yield layer.matrix("attn_q", "self_attn.q_proj", (1 + gated) * heads * width, hidden, turn=q)
     yield layer.matrix("attn_k", "self_attn.k_proj", kv_heads * width, hidden, turn=k)
     yield layer.matrix("attn_v", "self_attn.v_proj", kv_heads * width, hidden)
     yield layer.matrix("attn_output", "self_attn.o_proj", hidden, heads * width)
     for name in "qk" if norms else "":
-        yield layer.exact(f"attn_{name}_norm.weight", f"self_attn.{name}_norm.weight", width)
+        yield layer.exact(f"attn_{name}_norm.weight", f"self_attn.{name}_norm.weight", width, turn=norm)
 
 
-def describe_attention(writer: GGUFWriter, config: Config) -> None:
+def describe_attention(writer: GGUFWriter, config: Config, turned: int | None = None) -> None:
+    """`turned`: how much of a head has rotary embedding, by default all."""
     width = head_width(config)
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(width)
     writer.add_value_length(width)
-    writer.add_rope_dimension_count(width)
+    writer.add_rope_dimension_count(turned or width)
 
 
 def router_and_experts(
@@ -139,7 +151,10 @@ def feed_forward(layer: Layer, end: str, module: str, hidden: int, inner: int) -
         yield layer.matrix(f"ffn_{name}{end}", f"{module}.{name}_proj", *shape)
 
 
-def norms_of(config: Config, layer: Layer, second: str = "ffn_norm") -> Iterator[Tensor]:
+def norms_of(
+    config: Config, layer: Layer, second: str = "ffn_norm", norm: Turn | None = None
+) -> Iterator[Tensor]:
+    """A layer's two norms; `second`: llama.cpp's name of the second."""
     hidden = config["hidden_size"]
-    yield layer.exact("attn_norm.weight", "input_layernorm.weight", hidden)
-    yield layer.exact(f"{second}.weight", "post_attention_layernorm.weight", hidden)
+    yield layer.exact("attn_norm.weight", "input_layernorm.weight", hidden, turn=norm)
+    yield layer.exact(f"{second}.weight", "post_attention_layernorm.weight", hidden, turn=norm)

@@ -62,7 +62,9 @@ class Tensor:
 class Safetensors:
     """The tensors of a checkpoint folder by name; read from the files when used."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, model: str = "model.") -> None:
+        """`model`: what names begin with that are asked for as "model."."""
+        self._model = model
         self._tensors: dict[str, tuple[mmap.mmap, int, dict[str, Any]]] = {}
         for path in sorted(folder.glob("*.safetensors")):
             with open(path, "rb") as file:
@@ -74,7 +76,8 @@ class Safetensors:
 
     def read(self, name: str) -> Array:
         """A view of the file, in which bf16 is uint16. Raises KeyError for unknown names and dtypes."""
-        view, start, entry = self._tensors[name]
+        own = f"{self._model}{name.removeprefix('model.')}" if name.startswith("model.") else name
+        view, start, entry = self._tensors[own]
         dtype = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U8": np.uint8}[entry["dtype"]]
         begin, _ = entry["data_offsets"]
         return np.frombuffer(view, dtype, math.prod(entry["shape"]), start + begin).reshape(entry["shape"])
@@ -98,12 +101,13 @@ def make(tensor: Tensor, read: Read, pool: ThreadPoolExecutor) -> Array:
 
 def make_random(tensor: Tensor, rng: np.random.Generator) -> Array:
     """Random weights, at about the scale at which a matrix's output is as large as its input; norms are ones,
-    biases and other vectors zeros.
+    biases and other vectors zeros, but for decays (ssm_a), which are -1.
 
     Blocks are made directly in their stored form, from random bytes with scales at their start.
     """
     if len(tensor.shape) == 1 or tensor.name.endswith(".bias"):
-        return np.full(tensor.shape, 1 if "norm" in tensor.name else 0, np.float32)
+        value = 1 if "norm" in tensor.name else -1 if tensor.name.endswith(".ssm_a") else 0
+        return np.full(tensor.shape, value, np.float32)
     scale = 1 / math.sqrt(tensor.shape[-1])
     if tensor.type == FLOAT32:
         return rng.standard_normal(tensor.shape, np.float32) * np.float32(scale)
@@ -123,21 +127,27 @@ def _steps(scale: float, levels: int, count: int, rng: np.random.Generator) -> A
 
     Half are negative: with a mean other than 0, all tokens would soon have the same state and experts.
     """
-    deviation = math.sqrt((levels**2 - 1) / 12)
-    return (rng.uniform(0.8, 1.2, count) * rng.choice((-1, 1), count) * scale / deviation).astype(np.float16)
+    signed: Array = rng.uniform(0.8, 1.2, count) * rng.choice((-1, 1), count)
+    return (signed * scale / math.sqrt((levels**2 - 1) / 12)).astype(np.float16)
 
 
 def _exponents(scale: float, count: int, rng: np.random.Generator) -> Array:
     """Exponents of MXFP4's blocks, biased by 127: the two around `scale`, mixed to its mean square."""
     lower = math.floor(math.log2(scale))
     share = ((scale / 2**lower) ** 2 - 1) / 3
-    return (lower + 127 + (rng.random(count) < share)).astype(np.uint8)
+    higher: Array = rng.random(count) < share
+    return (lower + 127 + higher).astype(np.uint8)
+
+
+def floats(weights: Array) -> Array:
+    """What `Safetensors.read` gave, as float32."""
+    if weights.dtype == np.uint16:  # bf16 is the upper half of a float32
+        return (weights.astype(np.uint32) << 16).view(np.float32)
+    return weights.astype(np.float32)
 
 
 def _stored(rows: Array, kind: GGMLQuantizationType) -> Array:
     if rows.dtype == np.uint8:
         return rows
-    if rows.dtype == np.uint16:  # bf16 is the upper half of a float32
-        rows = (rows.astype(np.uint32) << 16).view(np.float32)
-    rows = np.ascontiguousarray(rows, np.float32)
+    rows = np.ascontiguousarray(floats(rows))
     return rows if kind == FLOAT32 else quantize(rows, kind)

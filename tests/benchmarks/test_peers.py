@@ -18,6 +18,8 @@ from peers import client, install, serve
 from moe_local.offload.checkpoint.spec import model_spec
 from support.tiny_models import tiny_model
 
+WIDER = {"qwen3_5_moe": {"head_dim": 64}}
+"""What llama.cpp needs of a tiny model."""
 WEIGHTS = {"expert_bytes": 90, "expert_numel": 160, "dense_bytes": 30, "dense_numel": 40}
 COUNTING = f"""
 import sys
@@ -137,7 +139,9 @@ def test_an_installation_for_another_processor_that_fails_leaves_none(
     assert install.interpreter(tmp_path) is None
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe_lite", "gpt_oss"])
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe_lite", "gpt_oss", "qwen3_5_moe"]
+)
 def test_llama_cpp_computes_what_transformers_computes(
     make_checkpoint: Callable[..., Path], tmp_path: Path, kind: str
 ) -> None:
@@ -148,7 +152,7 @@ def test_llama_cpp_computes_what_transformers_computes(
     python = client.install.interpreter(client.install.default_folder())
     if python is None:
         pytest.skip("llama.cpp is not installed: python benchmarks/peers/install.py")
-    file, checkpoint = tmp_path / "m.gguf", make_checkpoint(kind)
+    file, checkpoint = tmp_path / "m.gguf", make_checkpoint(kind, **WIDER.get(kind, {}))
     writer = [str(python), str(client.HERE / "gguf_file.py"), str(checkpoint), str(file)]
     subprocess.run([*writer, "--type", "F32"], check=True, capture_output=True)
     prompts = [[3 + 7 * i % 251 for i in range(40)], [100, 4, 5]]
