@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,6 +18,8 @@ from peers import client, install, serve
 from moe_local.offload.checkpoint.spec import model_spec
 from support.tiny_models import tiny_model
 
+WIDER = {"qwen3_5_moe": {"head_dim": 64}}
+"""What llama.cpp needs of a tiny model."""
 WEIGHTS = {"expert_bytes": 90, "expert_numel": 160, "dense_bytes": 30, "dense_numel": 40}
 COUNTING = f"""
 import sys
@@ -136,7 +139,12 @@ def test_an_installation_for_another_processor_that_fails_leaves_none(
     assert install.interpreter(tmp_path) is None
 
 
-def test_llama_cpp_computes_what_transformers_computes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe_lite", "gpt_oss", "qwen3_5_moe"]
+)
+def test_llama_cpp_computes_what_transformers_computes(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
     """The same greedy ids from float32 weights, so that what is timed is the model it should be."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -144,8 +152,8 @@ def test_llama_cpp_computes_what_transformers_computes(tiny_checkpoint: Path, tm
     python = client.install.interpreter(client.install.default_folder())
     if python is None:
         pytest.skip("llama.cpp is not installed: python benchmarks/peers/install.py")
-    file = tmp_path / "m.gguf"
-    writer = [str(python), str(client.HERE / "gguf_file.py"), str(tiny_checkpoint), str(file)]
+    file, checkpoint = tmp_path / "m.gguf", make_checkpoint(kind, **WIDER.get(kind, {}))
+    writer = [str(python), str(client.HERE / "gguf_file.py"), str(checkpoint), str(file)]
     subprocess.run([*writer, "--type", "F32"], check=True, capture_output=True)
     prompts = [[3 + 7 * i % 251 for i in range(40)], [100, 4, 5]]
     with client.Peer([str(python), str(client.HERE / "llama_cpp_peer.py"), str(file)]) as peer:
@@ -153,7 +161,7 @@ def test_llama_cpp_computes_what_transformers_computes(tiny_checkpoint: Path, tm
             peer.answer(prompt, 8, keep=True)
     assert peer.hello["name"] == "llama.cpp"
     assert peer.weights.bits()["experts"] == 32
-    model: Any = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     for prompt, answer in zip(prompts, peer.answers, strict=True):
         ids = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
         assert list(answer.ids) == ids[0, len(prompt) :].tolist()
