@@ -21,6 +21,7 @@ from moe_local.offload.dense.attention_call import (
     same_format,
 )
 from moe_local.offload.dense.norm import is_shifted
+from moe_local.offload.dense.once import once_for_all_layers
 from moe_local.offload.dense.places import Places
 from moe_local.offload.kernels.cpu import rounding
 from moe_local.offload.native.library import (
@@ -67,7 +68,7 @@ class TokenLatentAttention(AttentionCall):
         lib = library()
         assert lib is not None
         y, tokens = torch.empty_like(x), len(places.lasts)
-        cos, sin = (y.view(tokens, -1)[:, : self._way.angles].float().contiguous() for y in (cos, sin))
+        cos, sin = _floats(cos, sin, tokens, self._way.angles)
         check(
             lib.moe_latent_attention(
                 ctypes.byref(self._struct),
@@ -93,9 +94,7 @@ class TokenLatentAttention(AttentionCall):
 
     def angles(self, given: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
         """DeepSeek-V2's angles are complex numbers."""
-        if torch.is_tensor(given) and given.is_complex():
-            return given.real, given.imag
-        return super().angles(given)
+        return _parts(given) if torch.is_tensor(given) and given.is_complex() else super().angles(given)
 
     def ways(self, cos: torch.Tensor) -> list[Way]:
         rotated, count = self.shape.rotated, cos.shape[-1]
@@ -159,6 +158,20 @@ class TokenLatentAttention(AttentionCall):
         if not all(are_numbers(getattr(norm, "weight", None), width, dtype) for norm, width in norms):
             return None
         return _Shape(heads, latent, plain, rotated, value, epsilons[-1], epsilons[0])
+
+
+@once_for_all_layers
+def _parts(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return angles.real, angles.imag
+
+
+@once_for_all_layers
+def _floats(
+    cos: torch.Tensor, sin: torch.Tensor, tokens: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `count` cosines and sines of each token in fp32, [tokens, count]."""
+    first, second = (x.reshape(tokens, -1)[:, :count].float().contiguous() for x in (cos, sin))
+    return first, second
 
 
 def _queries(module: Any) -> tuple[list[Any], Any]:
