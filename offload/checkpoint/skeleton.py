@@ -35,6 +35,7 @@ from moe_local.offload.dense.norm import use_native_norms
 from moe_local.offload.dense.router import use_native_routers
 from moe_local.offload.dense.sink_attention import use_sink_attention
 from moe_local.offload.dense.state_pieces import use_state_pieces
+from moe_local.offload.dense.token_delta_net import use_token_delta_nets
 from moe_local.offload.dense.token_layer import use_token_layers
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.gpu.card_moves import move_between_cards
@@ -135,6 +136,7 @@ def load_skeleton(
         use_native_norms(model)
         use_native_routers(model)
         use_token_attention(model)
+        use_token_delta_nets(model)
         use_token_layers(model)
     elif device.type == "cuda":
         use_fused_norms(model)

@@ -8,14 +8,8 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from moe_local.offload.dense.attention_call import (
-    AttentionCall,
-    Way,
-    are_numbers,
-    epsilon_of,
-    matrix_of,
-    same_format,
-)
+from moe_local.offload.dense.attention_call import AttentionCall, Way
+from moe_local.offload.dense.library_call import are_numbers, epsilon_of, matrix_of, same_format
 from moe_local.offload.dense.norm import is_shifted
 from moe_local.offload.dense.places import Places
 from moe_local.offload.kernels.cpu import rounding

@@ -193,6 +193,28 @@ class Convolution(Structure):
     )
 
 
+class DeltaNet(Structure):
+    _fields_ = (
+        ("qkv", Matrix),
+        ("z", Matrix),
+        ("b", Matrix),
+        ("a", Matrix),
+        ("o", Matrix),
+        ("key_heads", c_int64),
+        ("value_heads", c_int64),
+        ("key_width", c_int64),
+        ("value_width", c_int64),
+        ("taps", c_int64),
+        ("convolution", c_void_p),
+        ("convolution_bias", c_void_p),
+        ("a_log", c_void_p),
+        ("dt_bias", c_void_p),
+        ("norm", c_void_p),
+        ("epsilon", c_float),
+        ("dtype", c_int32),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The library, or None if it was not compiled or cannot be loaded, which is logged once."""
@@ -260,6 +282,9 @@ _ARGUMENTS: dict[str, list[type]] = {
     ],
     "moe_delta_rule": [POINTER(DeltaRule), c_int32],
     "moe_convolve": [POINTER(Convolution), c_int32],
+    "moe_delta_net": [
+        *(POINTER(DeltaNet), c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32),
+    ],
     "moe_route": [
         *(POINTER(Router), c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p),
     ],

@@ -308,12 +308,14 @@ void use_attention(Random& random) {
 // The same with compressed keys and values.
 void use_latent_attention(Random& random) {
   LatentAttention a{};
-  a.heads = between(random, 1, 11), a.latent = 16 * between(random, 1, 20), a.rotated = 16 * between(random, 1, 4);
+  a.heads = between(random, 1, 11), a.latent = 16 * between(random, 1, 20),
+  a.rotated = 16 * between(random, 1, 4);
   a.plain = between(random, 1, 40), a.value = between(random, 1, 40);
   a.rotation = static_cast<int32_t>(between(random, HALVES, APART));
   a.shared = static_cast<int32_t>(random() % 2), a.dtype = a_dtype(random);
   a.scaling = 0.2f, a.q_epsilon = a.kv_epsilon = 1e-5f;
-  const int64_t hidden = a_size(random), ranks = random() % 2 ? a_size(random) : 0, tokens = between(random, 1, 6);
+  const int64_t hidden = a_size(random), ranks = random() % 2 ? a_size(random) : 0,
+                tokens = between(random, 1, 6);
   const int32_t format = a_format(random), activations = an_activation(random);
   Weights q_a(random, format, std::max<int64_t>(1, ranks), hidden);
   Weights q_b(random, ranks > 0 ? a_format(random) : format, a.heads * (a.plain + a.rotated),
@@ -321,7 +323,8 @@ void use_latent_attention(Random& random) {
   Weights kv_a(random, format, a.latent + a.rotated, hidden);
   Weights kv_b(random, a_format(random), a.heads * (a.plain + a.value), a.latent);
   Weights o(random, a_format(random), hidden, a.heads * a.value);
-  Numbers q_norm(random, a.dtype, std::max<int64_t>(1, ranks), 1.0f), kv_norm(random, a.dtype, a.latent, 1.0f);
+  Numbers q_norm(random, a.dtype, std::max<int64_t>(1, ranks), 1.0f),
+      kv_norm(random, a.dtype, a.latent, 1.0f);
   if (ranks > 0) a.q_a = q_a.m, a.q_norm = q_norm.bytes();
   a.q_b = q_b.m, a.kv_a = kv_a.m, a.kv_b = kv_b.m, a.o = o.m, a.kv_norm = kv_norm.bytes();
   a.kv_b.bias = nullptr;
@@ -350,6 +353,42 @@ void use_latent_attention(Random& random) {
   same_bytes(y, again, bytes, "threads or a second call change moe_latent_attention");
 }
 
+void use_delta_net(Random& random) {
+  DeltaNet n{};
+  n.key_heads = between(random, 1, 3), n.value_heads = n.key_heads * between(random, 1, 3);
+  n.key_width = a_size(random) % 70 + 1, n.value_width = 16 * between(random, 1, 9);
+  n.taps = between(random, 1, 6), n.dtype = a_dtype(random), n.epsilon = 1e-5f;
+  const int64_t rows = between(random, 1, 6), hidden = a_size(random), values = n.value_heads * n.value_width;
+  const int64_t channels = 2 * n.key_heads * n.key_width + values;
+  const int32_t format = a_format(random), activations = an_activation(random);
+  Weights qkv(random, format, channels, hidden), z(random, format, values, hidden);
+  Weights b(random, format, n.value_heads, hidden), a(random, format, n.value_heads, hidden);
+  Weights o(random, a_format(random), hidden, values);
+  n.qkv = qkv.m, n.z = z.m, n.b = b.m, n.a = a.m, n.o = o.m;
+  Numbers convolution(random, n.dtype, channels * n.taps, 1.0f), bias(random, n.dtype, channels, 1.0f);
+  Numbers a_log(random, n.dtype, n.value_heads, 1.0f), dt_bias(random, n.dtype, n.value_heads, 1.0f);
+  Numbers norm(random, n.dtype, n.value_width, 1.0f), x(random, n.dtype, rows * hidden, 0.5f);
+  n.convolution = convolution.bytes(), n.convolution_bias = random() % 2 ? bias.bytes() : nullptr;
+  n.a_log = a_log.bytes(), n.dt_bias = dt_bias.bytes(), n.norm = norm.bytes();
+  const int64_t input_bytes = bytes_of(n.dtype) * rows * channels * n.taps;
+  const int64_t state_bytes = 4 * rows * values * n.key_width, bytes = bytes_of(n.dtype) * rows * hidden;
+  Numbers inputs(random, n.dtype, rows * channels * n.taps, 1.0f);
+  Buffer states(random, state_bytes), other_inputs(random, input_bytes), other_states(random, state_bytes);
+  states.fill_floats(random, -1.0f, 1.0f);
+  std::memcpy(other_inputs.bytes(), inputs.bytes(), static_cast<size_t>(input_bytes));
+  std::memcpy(other_states.bytes(), states.bytes(), static_cast<size_t>(state_bytes));
+  Buffer y(random, bytes), again(random, bytes);
+  require(moe_delta_net(&n, x.bytes(), inputs.bytes(), states.floats(), rows, y.bytes(), activations,
+                        some_threads(random)) == OK,
+          "moe_delta_net failed");
+  require(moe_delta_net(&n, x.bytes(), other_inputs.bytes(), other_states.floats(), rows, again.bytes(),
+                        activations, 1) == OK,
+          "moe_delta_net failed");
+  same_bytes(y, again, bytes, "threads change moe_delta_net");
+  same_bytes(inputs, other_inputs, input_bytes, "threads change inputs of moe_delta_net");
+  same_bytes(states, other_states, state_bytes, "threads change states of moe_delta_net");
+}
+
 void use_norm_and_route(Random& random) {
   const int64_t tokens = between(random, 0, 5), width = a_size(random), experts = a_size(random);
   const int32_t dtype = a_dtype(random);
@@ -366,8 +405,18 @@ void use_norm_and_route(Random& random) {
   Numbers token(random, dtype, several * width, 0.5f);
   const int64_t top_k = between(random, 1, std::min<int64_t>(experts, 9));
   Buffer logits(random, bytes_of(dtype) * several * experts);
-  Router r{&router.m, top_k, static_cast<int32_t>(random() % 2), 1.5f, a_dtype(random), dtype, SOFTMAX, 0,
-           nullptr,   0,     0,                                  0};
+  Router r{&router.m,
+           top_k,
+           static_cast<int32_t>(random() % 2),
+           1.5f,
+           a_dtype(random),
+           dtype,
+           SOFTMAX,
+           0,
+           nullptr,
+           0,
+           0,
+           0};
   r.scoring = static_cast<int32_t>(between(random, SOFTMAX, SIGMOID)), r.correction_dtype = a_dtype(random);
   Numbers correction(random, r.correction_dtype, experts, 0.3f);
   const bool corrected = random() % 2;
@@ -514,6 +563,7 @@ void rounds(unsigned seed, int count) {
     use_linear(random);
     use_attention(random);
     use_latent_attention(random);
+    use_delta_net(random);
     use_norm_and_route(random);
     use_linear_attention(random);
     use_experts(random);

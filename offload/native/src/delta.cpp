@@ -1,9 +1,8 @@
-// One token through the recurrent parts of linear attention: a convolution over the last inputs, and states
-// that the gated delta rule updates.
+// One token through the recurrent parts of linear attention, each in a call of its own.
 #include <algorithm>
-#include <cmath>
-#include <cstring>
+#include <new>
 
+#include "linear_attention.h"
 #include "moe_native.h"
 #include "scratch.h"
 #include "threads.h"
@@ -13,21 +12,11 @@ namespace {
 
 constexpr int64_t CHANNELS = 256;  // channels per chunk of work
 
-// The epsilon that transformers' l2norm adds to the sum of squares.
-constexpr float L2_EPSILON = 1e-6f;
-
 struct DeltaCall {
   const DeltaRule* rule;
   float* floats;  // [threads, size()]
 
   static int64_t size(const DeltaRule& r) { return 2 * (r.key_width + r.value_width); }
-
-  static void normalize(float* x, int64_t count) {
-    float total = 0.0f;
-    for (int64_t i = 0; i < count; ++i) total += x[i] * x[i];
-    const float factor = 1.0f / std::sqrt(total + L2_EPSILON);
-    for (int64_t i = 0; i < count; ++i) x[i] *= factor;
-  }
 
   // One value head of one row.
   static void work(void* context, int, int64_t chunk, int thread) {
@@ -41,21 +30,8 @@ struct DeltaCall {
     kernels().widen(r.dtype, at(r.dtype, r.k, key_head * r.key_width), r.key_width, k);
     kernels().widen(r.dtype, at(r.dtype, r.v, chunk * r.value_width), r.value_width, v);
     kernels().widen(r.dtype, at(r.dtype, r.beta, chunk), 1, &beta);
-    if (r.normalized) {
-      normalize(q, r.key_width);
-      normalize(k, r.key_width);
-    }
-    const float scale = std::sqrt(static_cast<float>(r.key_width));
-    for (int64_t i = 0; i < r.key_width; ++i) q[i] /= scale;
-    const Delta state{q,
-                      k,
-                      v,
-                      beta,
-                      std::exp(r.decay[chunk]),
-                      r.key_width,
-                      r.value_width,
-                      r.state + chunk * r.key_width * r.value_width};
-    kernels().delta(state, out);
+    update_head(q, k, v, beta, r.decay[chunk], r.normalized != 0, r.key_width, r.value_width,
+                r.state + chunk * r.key_width * r.value_width, out);
     kernels().narrow(r.dtype, out, r.value_width, at(r.dtype, r.y, chunk * r.value_width));
   }
 };
@@ -65,38 +41,19 @@ struct ConvolveCall {
   int64_t chunks;  // chunks per row
   float* floats;   // [threads, size()]
 
-  static int64_t size(const Convolution& c) { return CHANNELS * (2 * c.taps + 3); }
+  static int64_t size(const Convolution& c) { return CHANNELS + room_to_convolve(CHANNELS, c.taps); }
 
   static void work(void* context, int, int64_t chunk, int thread) {
     const ConvolveCall& call = *static_cast<ConvolveCall*>(context);
     const Convolution& c = *call.c;
     const int64_t row = chunk / call.chunks, first = chunk % call.chunks * CHANNELS, taps = c.taps;
     const int64_t count = std::min(CHANNELS, c.channels - first), place = row * c.channels + first;
-    float* state = call.floats + thread * size(c);
-    float *weight = state + CHANNELS * taps, *x = weight + CHANNELS * taps, *bias = x + CHANNELS;
-    float* y = bias + CHANNELS;
-    kernels().widen(c.dtype, at(c.dtype, c.state, place * taps), count * taps, state);
-    kernels().widen(c.dtype, at(c.dtype, c.weight, first * taps), count * taps, weight);
+    float *x = call.floats + thread * size(c), *room = x + CHANNELS;
     kernels().widen(c.dtype, at(c.dtype, c.x, place), count, x);
-    if (c.bias == nullptr)
-      std::fill(bias, bias + count, 0.0f);
-    else
-      kernels().widen(c.dtype, at(c.dtype, c.bias, first), count, bias);
-    for (int64_t i = 0; i < count; ++i) {
-      float *inputs = state + i * taps, total = 0.0f;
-      std::memmove(inputs, inputs + 1, sizeof(float) * (taps - 1));
-      inputs[taps - 1] = x[i];
-      for (int64_t t = 0; t < taps; ++t) total += inputs[t] * weight[i * taps + t];
-      y[i] = total + bias[i];
-    }
-    kernels().narrow(c.dtype, state, count * taps, at(c.dtype, c.state, place * taps));
-    void* out = at(c.dtype, c.y, place);
-    kernels().narrow(c.dtype, y, count, out);
-    if (!c.silu) return;
-    const Gate silu{PLAIN, SILU, 0.0f, 0.0f};
-    kernels().widen(c.dtype, out, count, x);
-    kernels().gate(silu, x, count, y);
-    kernels().narrow(c.dtype, y, count, out);
+    const void* bias = c.bias == nullptr ? nullptr : at(c.dtype, c.bias, first);
+    convolve_channels(c.dtype, x, at(c.dtype, c.state, place * taps), at(c.dtype, c.weight, first * taps),
+                      bias, count, taps, c.silu != 0, room, x);
+    kernels().narrow(c.dtype, x, count, at(c.dtype, c.y, place));
   }
 };
 

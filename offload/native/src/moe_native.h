@@ -311,6 +311,35 @@ struct Convolution {
 
 MOE_API int32_t moe_convolve(const Convolution* convolution, int32_t threads);
 
+// A layer of Gated DeltaNet, from its (normalized) input to the output that is added to the residual:
+// queries, keys and values go through a Convolution with `silu`, then through a DeltaRule, normalized, with
+// beta = the sigmoid of b, and decay = -e^(a_log) * softplus(a + dt_bias); each head's answer has an RMS
+// norm, see moe_norm, and is multiplied with z * sigmoid(z).
+struct DeltaNet {
+  Matrix qkv;  // [2 * key_heads * key_width + value_heads * value_width, D]: all queries, keys, values
+  Matrix z;    // [value_heads * value_width, D]; as b and a, of the format of qkv
+  Matrix b;    // [value_heads, D]
+  Matrix a;    // [value_heads, D]
+  Matrix o;    // [D, value_heads * value_width]
+  int64_t key_heads;
+  int64_t value_heads;
+  int64_t key_width;
+  int64_t value_width;
+  int64_t taps;
+  const void* convolution;  // [channels, taps], of the dtype, as all others; channels are the rows of qkv
+  const void* convolution_bias;  // [channels], or null
+  const void* a_log;             // [value_heads]
+  const void* dt_bias;           // [value_heads]
+  const void* norm;              // [value_width]
+  float epsilon;
+  int32_t dtype;
+};
+
+// One token of each of 1 to 256 rows: y [rows, D] is the output for x [rows, D]. Overwrites inputs [rows,
+// channels, taps] and states [rows, value_heads, key_width, value_width].
+MOE_API int32_t moe_delta_net(const DeltaNet* net, const void* x, void* inputs, float* states, int64_t rows,
+                              void* y, int32_t activations, int32_t threads);
+
 // Chooses the experts of 1 to 256 tokens x [tokens, D] of the dtype, of each as if it were alone: logits
 // [tokens, experts] of the router's dtype for them = x times the matrix, transposed, plus its bias; ids and
 // weights [tokens, top_k].

@@ -86,6 +86,12 @@ bool valid_activations(int32_t activations) { return activations >= FLOATS && ac
 
 bool valid_dtype(int32_t dtype) { return dtype >= FLOAT32 && dtype <= FLOAT16; }
 
+void round_to(int32_t dtype, int64_t count, float* spare, float* x) {
+  if (dtype == FLOAT32) return;
+  kernels().narrow(dtype, x, count, spare);
+  kernels().widen(dtype, spare, count, x);
+}
+
 int threads_for(int64_t bytes, int64_t tokens, int32_t threads) {
   const int64_t worth = bytes * readings(tokens) / BYTES_PER_THREAD;
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, worth)));

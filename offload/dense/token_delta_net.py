@@ -1,0 +1,229 @@
+"""A layer of Gated DeltaNet (Qwen3.5) for one token of each of a few sequences, in one call."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from functools import cache
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import nn
+
+from moe_local.offload.dense.library_call import LibraryCall, are_numbers, epsilon_of, matrix_of, same_format
+from moe_local.offload.dense.token_calls import token_calls
+from moe_local.offload.kernels.cpu import rounding
+from moe_local.offload.modeling.stand_in import stand_in
+from moe_local.offload.native.library import DTYPES, DeltaNet, check, library
+from moe_local.offload.system.threads import kernel_threads
+
+PROJECTIONS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+PARTS = {*PROJECTIONS, "conv1d", "norm", "out_proj"}
+NUMBERS = {"A_log", "dt_bias"}
+"""The submodules and parameters that such a layer has, and nothing else."""
+
+STEP = 16
+"""The width of values must be a multiple of it."""
+
+DRAWS = 4
+"""Most random inputs of one size that a layer is tried with; one that agrees is enough, since rounding to 16
+bits before the norm may decide on much."""
+
+
+class _Shape(NamedTuple):
+    """As DeltaNet in moe_native.h."""
+
+    key_heads: int
+    value_heads: int
+    key_width: int
+    value_width: int
+    taps: int
+    epsilon: float
+
+
+class TokenDeltaNet(LibraryCall):
+    """The library's call for one layer, whose states it overwrites."""
+
+    @classmethod
+    def of(cls, module: Any, dtype: torch.dtype) -> Self | None:
+        shape = cls.shape_of(module, dtype)
+        return None if shape is None else cls(module, shape, module.in_proj_qkv)
+
+    def __call__(self, x: torch.Tensor, inputs: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """x [n, 1, D], inputs [n, C, K] and states [n, Hv, Dk, Dv], which it `takes` -> [n, 1, D].
+
+        To be called only after `ready`.
+        """
+        lib = library()
+        assert lib is not None
+        y = torch.empty_like(x)
+        check(
+            lib.moe_delta_net(
+                ctypes.byref(self._struct),
+                x.data_ptr(),
+                inputs.data_ptr(),
+                states.data_ptr(),
+                len(x),
+                y.data_ptr(),
+                rounding(self.activations, x.dtype),
+                kernel_threads(),
+            )
+        )
+        return y
+
+    def takes(self, x: torch.Tensor, inputs: Any, states: Any) -> bool:
+        """Whether these have the dtypes, sizes and memory layout that the library reads."""
+        if not torch.is_tensor(inputs) or not torch.is_tensor(states):
+            return False
+        key_heads, value_heads, key_width, value_width, taps, _ = self.shape
+        rows, channels = len(x), 2 * key_heads * key_width + value_heads * value_width
+        return (
+            inputs.dtype is x.dtype
+            and x.shape == (rows, 1, self._hidden)
+            and inputs.shape == (rows, channels, taps)
+            and states.dtype is torch.float32
+            and states.shape == (rows, value_heads, key_width, value_width)
+            and x.is_contiguous()
+            and inputs.is_contiguous()
+            and states.is_contiguous()
+            and inputs.is_cpu
+            and states.is_cpu
+        )
+
+    def read(self, module: Any, dtype: torch.dtype) -> DeltaNet:
+        struct = DeltaNet(*(matrix_of(getattr(module, name)) for name in (*PROJECTIONS, "out_proj")))
+        for name, value in zip(_Shape._fields, self.shape, strict=True):
+            setattr(struct, name, value)
+        bias = module.conv1d.bias
+        struct.convolution = module.conv1d.weight.data_ptr()
+        struct.convolution_bias = None if bias is None else bias.data_ptr()
+        struct.a_log, struct.dt_bias = module.A_log.data_ptr(), module.dt_bias.data_ptr()
+        struct.norm, struct.dtype = module.norm.weight.data_ptr(), DTYPES[dtype]
+        return struct
+
+    @staticmethod
+    def shape_of(module: Any, dtype: torch.dtype) -> _Shape | None:
+        if {name for name, _ in module.named_children()} != PARTS:
+            return None
+        if {name for name, _ in module.named_parameters(recurse=False)} != NUMBERS:
+            return None
+        linears = [getattr(module, name) for name in (*PROJECTIONS, "out_proj")]
+        if not all(hasattr(linear, "in_features") for linear in linears) or not same_format(linears, dtype):
+            return None
+        names = "num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"
+        sizes: list[Any] = [getattr(module, name, None) for name in names]
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            return None
+        key_heads, value_heads, key_width, value_width = sizes
+        convolution, norm = module.conv1d, module.norm
+        if type(convolution) is not nn.Conv1d or value_heads % key_heads or value_width % STEP:
+            return None
+        values, taps = value_heads * value_width, convolution.kernel_size[0]
+        channels, hidden = 2 * key_heads * key_width + values, linears[0].in_features
+        rows = [channels, values, value_heads, value_heads, hidden]
+        columns = [hidden] * 4 + [values]
+        if [linear.out_features for linear in linears] != rows:
+            return None
+        if [linear.in_features for linear in linears] != columns:
+            return None
+        vectors = [
+            (convolution.weight.flatten(), channels * taps),
+            (getattr(norm, "weight", None), value_width),
+        ]
+        vectors += [(getattr(module, name), value_heads) for name in sorted(NUMBERS)]
+        if convolution.bias is not None:
+            vectors.append((convolution.bias, channels))
+        if not all(are_numbers(vector, count, dtype) for vector, count in vectors):
+            return None
+        epsilon = epsilon_of(norm)
+        if not isinstance(epsilon, float) or convolution.weight.shape != (channels, 1, taps):
+            return None
+        return _Shape(key_heads, value_heads, key_width, value_width, taps, epsilon)
+
+
+def use_token_delta_nets(model: Any) -> None:
+    """Let the library compute, for one token of each of a few sequences, those layers of Gated DeltaNet of
+    `model`, in CPU memory, that it is able to. Trials decide which these are.
+
+    Runs a forward of one token, for which experts must return something.
+    """
+    if library() is None or model.device.type != "cpu":
+        return
+    found = [module for module in model.modules() if hasattr(module, "in_proj_qkv")]
+    for called, (args, arguments, *_) in (token_calls(model, found) if found else {}).items():
+        module: Any = called
+        if args or "hidden_states" not in arguments:
+            continue
+        calls = TokenDeltaNet.of(module, arguments["hidden_states"].dtype)
+        if calls is not None and _agrees(module, calls, arguments):
+            module._token_delta_net = calls
+            cls: Any = type(module)
+            module.__class__ = _direct(cls)
+
+
+def _agrees(module: Any, calls: TokenDeltaNet, arguments: dict[str, Any]) -> bool:
+    """Whether the library's call and the module give the same, on small and on large numbers."""
+    generator = torch.Generator().manual_seed(19)
+    return all(
+        any(_agrees_at(module, calls, arguments, size, generator) for _ in range(DRAWS))
+        for size in (0.05, 1.0, 40.0)
+    )
+
+
+@torch.no_grad()
+def _agrees_at(
+    module: Any, calls: TokenDeltaNet, arguments: dict[str, Any], size: float, generator: torch.Generator
+) -> bool:
+    shape, dtype = arguments["hidden_states"].shape, arguments["hidden_states"].dtype
+    x = size * torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+    states = _states(arguments, module.layer_idx)
+    if states is None or not calls.takes(x, *states) or not calls.ready(module, dtype):
+        return False
+    for state in states:
+        state.copy_(torch.randn(state.shape, generator=generator, dtype=torch.float32))
+    mine = [state.clone() for state in states]
+    try:
+        wanted = module(**arguments | {"hidden_states": x, "attention_mask": None})
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+    got = calls(x, mine[0], mine[1])
+    pairs = [(got, wanted), *zip(mine, states, strict=True)]
+    return all(a.shape == b.shape and _close(a, b, calls.activations) for a, b in pairs)
+
+
+def _close(got: torch.Tensor, wanted: torch.Tensor, activations: str) -> bool:
+    allowed = 0.1 if activations == "int8" else {torch.float32: 1e-4}.get(wanted.dtype, 0.03)
+    off = (got.float() - wanted.float()).norm()
+    return bool(off <= allowed * wanted.float().norm())
+
+
+def _states(kwargs: dict[str, Any], index: int) -> tuple[Any, Any] | None:
+    """A layer's states of earlier tokens in the cache that it is called with, which the call would overwrite;
+    None if there are none, or if they are to be kept."""
+    layers = getattr(kwargs.get("cache", kwargs.get("cache_params")), "layers", ())
+    layer: Any = layers[index] if index < len(layers) else None
+    if getattr(layer, "record_past", True) or not layer.has_previous_state[0]:
+        return None
+    return layer.conv_states[0], layer.recurrent_states[0]
+
+
+@cache
+def _direct(cls: Any) -> Any:
+    @functools.wraps(cls.forward)
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        x, calls = hidden_states, self._token_delta_net
+        if (
+            not args
+            and x.shape[1] == 1
+            and len(x) <= calls.most_tokens
+            and kwargs.get("attention_mask") is None
+            and kwargs.get("cu_seq_lens_q") is None
+            and x.is_cpu
+            and not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        ):
+            states = _states(kwargs, self.layer_idx)
+            if states is not None and calls.takes(x, *states) and calls.ready(self, x.dtype):
+                return calls(x, *states)
+        return cls.forward(self, hidden_states, *args, **kwargs)
+
+    return stand_in(cls, _direct, forward)

@@ -1,0 +1,205 @@
+// A layer of Gated DeltaNet in one call.
+#include <algorithm>
+#include <cmath>
+#include <new>
+
+#include "linear_attention.h"
+#include "moe_native.h"
+#include "scratch.h"
+#include "threads.h"
+#include "work.h"
+
+namespace {
+
+constexpr int64_t CHANNELS = 512;  // channels of the convolution per chunk of work
+
+struct DeltaNetCall {
+  const DeltaNet* net;
+  const void* x;
+  void* inputs;
+  float* states;
+  int64_t rows;
+  void* y;
+  int32_t activations;
+  float** floats;      // [rows], as all that follow: each [max(D, all values)], x, then the heads' answers
+  float** mixed;       // each [channels], queries, keys and values
+  float** z;           // each [all values]
+  float** b;           // each [value_heads]
+  float** a;           // each [value_heads]
+  float** out;         // each [D]
+  Prepared* in;        // x, prepared for qkv, z, b and a
+  Prepared* attended;  // prepared for o
+  int64_t qkv_chunks, z_chunks, b_chunks;
+  float* own;  // [threads, room()]
+
+  static void work(void* context, int phase, int64_t chunk, int thread) {
+    const DeltaNetCall& call = *static_cast<DeltaNetCall*>(context);
+    float* own = call.own + thread * call.room();
+    switch (phase) {
+      case 0: return call.prepare_input(chunk);
+      case 1: return call.project(chunk);
+      case 2: return call.convolve(chunk, own);
+      case 3: return call.update(chunk, own);
+      case 4: return call.prepare(call.net->o, call.floats[chunk], call.attended[chunk]);
+      case 5: return multiply(call.net->o, call.activations, call.attended, call.rows, chunk, call.out);
+      default: return call.finish(chunk);
+    }
+  }
+
+  int64_t channels() const { return net->qkv.rows; }
+  int64_t blocks() const { return (channels() + CHANNELS - 1) / CHANNELS; }
+  int64_t room() const {
+    return std::max(room_to_convolve(CHANNELS, net->taps),
+                    2 * (net->key_width + net->value_width) + std::max(net->value_width, int64_t{16}));
+  }
+
+  void prepare(const Matrix& m, const float* values, const Prepared& to) const {
+    kernels().prepare(m.format, activations, tiled(m.format, activations, m.cols, rows), values, m.cols, to);
+  }
+
+  void prepare_input(int64_t r) const {
+    kernels().widen(net->dtype, at(net->dtype, x, r * net->qkv.cols), net->qkv.cols, floats[r]);
+    prepare(net->qkv, floats[r], in[r]);
+  }
+
+  void project(int64_t chunk) const {
+    if (chunk < qkv_chunks) return multiply(net->qkv, activations, in, rows, chunk, mixed);
+    chunk -= qkv_chunks;
+    if (chunk < z_chunks) return multiply(net->z, activations, in, rows, chunk, z);
+    chunk -= z_chunks;
+    if (chunk < b_chunks) return multiply(net->b, activations, in, rows, chunk, b);
+    multiply(net->a, activations, in, rows, chunk - b_chunks, a);
+  }
+
+  void convolve(int64_t chunk, float* own) const {
+    const int64_t row = chunk / blocks(), first = chunk % blocks() * CHANNELS;
+    const int64_t count = std::min(CHANNELS, channels() - first);
+    float* values = mixed[row] + first;
+    round_to(net->dtype, count, own, values);
+    const void* bias =
+        net->convolution_bias == nullptr ? nullptr : at(net->dtype, net->convolution_bias, first);
+    convolve_channels(net->dtype, values, at(net->dtype, inputs, (row * channels() + first) * net->taps),
+                      at(net->dtype, net->convolution, first * net->taps), bias, count, net->taps, true, own,
+                      values);
+  }
+
+  // One value head of one row.
+  void update(int64_t chunk, float* own) const {
+    const int64_t row = chunk / net->value_heads, head = chunk % net->value_heads;
+    const int64_t key_head = head / (net->value_heads / net->key_heads),
+                  keys = net->key_heads * net->key_width;
+    const int64_t width = net->value_width;
+    float *q = own, *k = q + net->key_width, *answer = k + net->key_width, *gate = answer + width;
+    float* spare = gate + width;
+    std::copy_n(mixed[row] + key_head * net->key_width, net->key_width, q);
+    std::copy_n(mixed[row] + keys + key_head * net->key_width, net->key_width, k);
+    update_head(q, k, mixed[row] + 2 * keys + head * width, beta(row, head, spare), decay(row, head, spare),
+                true, net->key_width, width, states + chunk * net->key_width * width, answer);
+    round_to(net->dtype, width, spare, answer);
+    kernels().norm(net->dtype, net->norm, false, net->epsilon, width, answer);
+    round_to(net->dtype, width, spare, answer);
+    float* z_of_head = z[row] + head * width;
+    round_to(net->dtype, width, spare, z_of_head);
+    const Gate silu{PLAIN, SILU, 0.0f, 0.0f};
+    kernels().gate(silu, z_of_head, width, gate);
+    float* to = floats[row] + head * width;
+    for (int64_t i = 0; i < width; ++i) to[i] = answer[i] * gate[i];
+    round_to(net->dtype, width, spare, to);
+  }
+
+  // A number of a vector with one for each value head.
+  float of_head(const void* numbers, int64_t head, float* spare) const {
+    kernels().widen(net->dtype, at(net->dtype, numbers, head), 1, spare);
+    return spare[0];
+  }
+
+  float beta(int64_t row, int64_t head, float* spare) const {
+    float value = b[row][head];
+    round_to(net->dtype, 1, spare, &value);
+    value = 1.0f / (1.0f + std::exp(-value));
+    round_to(net->dtype, 1, spare, &value);
+    return value;
+  }
+
+  float decay(int64_t row, int64_t head, float* spare) const {
+    float value = a[row][head];
+    round_to(net->dtype, 1, spare, &value);
+    value += of_head(net->dt_bias, head, spare);
+    // as torch's softplus, which is the identity for large numbers
+    const float softplus = value > 20.0f ? value : std::log1p(std::exp(value));
+    return -std::exp(of_head(net->a_log, head, spare)) * softplus;
+  }
+
+  void finish(int64_t r) const {
+    kernels().narrow(net->dtype, out[r], net->o.rows, at(net->dtype, y, r * net->o.rows));
+  }
+};
+
+bool valid(const DeltaNet& n) {
+  for (const Matrix* m : {&n.qkv, &n.z, &n.b, &n.a, &n.o})
+    if (!valid(*m)) return false;
+  for (const Matrix* m : {&n.z, &n.b, &n.a})
+    if (m->format != n.qkv.format || m->cols != n.qkv.cols) return false;
+  for (const void* numbers : {n.convolution, n.a_log, n.dt_bias, n.norm})
+    if (numbers == nullptr) return false;
+  const int64_t most = 1 << 16;
+  for (const int64_t size : {n.key_heads, n.value_heads, n.key_width, n.value_width, n.taps})
+    if (size < 1 || size > most) return false;
+  if (!valid_dtype(n.dtype) || n.value_heads % n.key_heads != 0 || n.value_width % HEAD_STEP != 0)
+    return false;
+  const int64_t values = n.value_heads * n.value_width;
+  return n.qkv.rows == 2 * n.key_heads * n.key_width + values && n.z.rows == values &&
+         n.b.rows == n.value_heads && n.a.rows == n.value_heads && n.o.cols == values &&
+         n.o.rows == n.qkv.cols;
+}
+
+void run(DeltaNetCall& call, int32_t threads) {
+  const DeltaNet& n = *call.net;
+  const int64_t rows = call.rows, hidden = n.o.rows, values = n.o.cols;
+  const int64_t room = std::max(hidden, values);
+  const int64_t state_bytes = 4 * n.value_heads * n.key_width * n.value_width;
+  threads = threads_for(weight_bytes(n.qkv) + weight_bytes(n.z) + weight_bytes(n.o) + state_bytes, rows,
+                        std::min(threads, MAX_THREADS));
+  const auto floats = [](int64_t count) { return Scratch::bytes_of<float>(count); };
+  const int64_t of_row = prepared_bytes(hidden, call.activations) + prepared_bytes(values, call.activations) +
+                         floats(room) + floats(n.qkv.rows) + floats(values) + 2 * floats(n.value_heads) +
+                         floats(hidden);
+  scratch.reserve(6 * Scratch::bytes_of<float*>(rows) + 2 * Scratch::bytes_of<Prepared>(rows) +
+                  rows * of_row + floats(threads * call.room()));
+  call.floats = take_rows(rows, room);
+  call.mixed = take_rows(rows, n.qkv.rows);
+  call.z = take_rows(rows, values);
+  call.b = take_rows(rows, n.value_heads);
+  call.a = take_rows(rows, n.value_heads);
+  call.out = take_rows(rows, hidden);
+  call.in = take_all_prepared(rows, hidden, call.activations);
+  call.attended = take_all_prepared(rows, values, call.activations);
+  call.own = scratch.take<float>(threads * call.room());
+  call.qkv_chunks = chunks_of(n.qkv, rows), call.z_chunks = chunks_of(n.z, rows);
+  call.b_chunks = chunks_of(n.b, rows);
+  const int64_t chunks[] = {rows,
+                            call.qkv_chunks + call.z_chunks + call.b_chunks + chunks_of(n.a, rows),
+                            rows * call.blocks(),
+                            rows * n.value_heads,
+                            rows,
+                            chunks_of(n.o, rows),
+                            rows};
+  run_phases(threads, 7, chunks, DeltaNetCall::work, &call);
+}
+
+}  // namespace
+
+int32_t moe_delta_net(const DeltaNet* net, const void* x, void* inputs, float* states, int64_t rows, void* y,
+                      int32_t activations, int32_t threads) try {
+  if (net == nullptr || x == nullptr || inputs == nullptr || states == nullptr || y == nullptr)
+    return BAD_ARGUMENT;
+  if (rows < 1 || rows > BATCH_PAIRS || threads < 1 || !valid_activations(activations) || !valid(*net))
+    return BAD_ARGUMENT;
+  DeltaNetCall call{};
+  call.net = net, call.x = x, call.inputs = inputs, call.states = states, call.rows = rows;
+  call.y = y, call.activations = activations;
+  run(call, threads);
+  return OK;
+} catch (const std::bad_alloc&) {
+  return OUT_OF_MEMORY;
+}

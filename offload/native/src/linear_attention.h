@@ -1,0 +1,68 @@
+// The recurrent parts of linear attention, for one token: a convolution over the last inputs of a channel,
+// and a head's state that the gated delta rule updates.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "moe_native.h"
+#include "work.h"
+
+// The epsilon that transformers' l2norm adds to the sum of squares.
+constexpr float L2_EPSILON = 1e-6f;
+
+inline void divide_by_length(float* x, int64_t count) {
+  float total = 0.0f;
+  for (int64_t i = 0; i < count; ++i) total += x[i] * x[i];
+  const float factor = 1.0f / std::sqrt(total + L2_EPSILON);
+  for (int64_t i = 0; i < count; ++i) x[i] *= factor;
+}
+
+// One value head: updates its state [key_width, value_width], and sets out [value_width]. q and k [key_width]
+// are overwritten. `decay`: the logarithm of the factor by which the state is multiplied.
+inline void update_head(float* q, float* k, const float* v, float beta, float decay, bool normalized,
+                        int64_t key_width, int64_t value_width, float* state, float* out) {
+  if (normalized) {
+    divide_by_length(q, key_width);
+    divide_by_length(k, key_width);
+  }
+  const float scale = std::sqrt(static_cast<float>(key_width));
+  for (int64_t i = 0; i < key_width; ++i) q[i] /= scale;
+  kernels().delta({q, k, v, beta, std::exp(decay), key_width, value_width, state}, out);
+}
+
+// Floats that `convolve_channels` needs for `count` channels.
+inline int64_t room_to_convolve(int64_t count, int64_t taps) { return count * (2 * taps + 2); }
+
+// Moves `count` channels' inputs x on through their state, and sets y to their weighted sums, rounded to the
+// dtype; with `silu`, then y * sigmoid(y), rounded as well. x and y may be the same. See Convolution.
+inline void convolve_channels(int32_t dtype, const float* x, void* state, const void* weight,
+                              const void* bias, int64_t count, int64_t taps, bool silu, float* room,
+                              float* y) {
+  float *inputs = room, *weights = inputs + count * taps, *added = weights + count * taps;
+  float* sums = added + count;
+  kernels().widen(dtype, state, count * taps, inputs);
+  kernels().widen(dtype, weight, count * taps, weights);
+  if (bias == nullptr)
+    std::fill(added, added + count, 0.0f);
+  else
+    kernels().widen(dtype, bias, count, added);
+  for (int64_t i = 0; i < count; ++i) {
+    float *mine = inputs + i * taps, total = 0.0f;
+    std::memmove(mine, mine + 1, sizeof(float) * static_cast<size_t>(taps - 1));
+    mine[taps - 1] = x[i];
+    for (int64_t t = 0; t < taps; ++t) total += mine[t] * weights[i * taps + t];
+    sums[i] = total + added[i];
+  }
+  kernels().narrow(dtype, inputs, count * taps, state);
+  round_to(dtype, count, inputs, sums);
+  if (!silu) {
+    std::copy_n(sums, count, y);
+    return;
+  }
+  const Gate gate{PLAIN, SILU, 0.0f, 0.0f};
+  kernels().gate(gate, sums, count, y);
+  round_to(dtype, count, inputs, y);
+}

@@ -1,0 +1,237 @@
+"""Layers of Gated DeltaNet in one call of the library: which are taken, and that they answer the same."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGatedDeltaNet
+
+import moe_local
+from moe_local.offload.dense.delta_rule import use_native_delta_rule
+from moe_local.offload.dense.linear import QuantizedLinear
+from moe_local.offload.dense.token_delta_net import TokenDeltaNet, use_token_delta_nets
+from moe_local.offload.engine.kv_slab import probe_cache
+from moe_local.offload.engine.memory import make_kv
+from moe_local.offload.modeling.names import cache_name
+from moe_local.offload.native.library import DTYPES, library
+from support import tiny_models
+
+pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
+
+FAMILY = "qwen3_5_moe"
+IDS = [5, 17, 300, 42, 7, 99, 260, 31]
+
+
+def layers_of(hf: Any) -> list[Any]:
+    return [module for module in hf.modules() if hasattr(module, "in_proj_qkv")]
+
+
+def are_taken(hf: Any) -> list[bool]:
+    return ["_token_delta_net" in vars(module) for module in layers_of(hf)]
+
+
+def tiny(dtype: torch.dtype = torch.float32) -> Any:
+    return tiny_models.tiny_model(FAMILY).requires_grad_(False).to(dtype)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of rows of each call of the library."""
+    made: list[int] = []
+    plain = TokenDeltaNet.__call__
+
+    def noted(self: TokenDeltaNet, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        made.append(len(x))
+        return plain(self, x, *args)
+
+    monkeypatch.setattr(TokenDeltaNet, "__call__", noted)
+    return made
+
+
+def one_by_one(hf: Any) -> torch.Tensor:
+    """Logits [T, V] of tokens that come one at a time."""
+    kv = make_kv(hf, 1, 32, probe_cache(hf))
+    kv.join()
+    found = []
+    with torch.no_grad():
+        for place, token in enumerate(IDS):
+            options = {"position_ids": torch.tensor([[place]]), cache_name(hf.forward): kv.row(0)}
+            found.append(hf(input_ids=torch.tensor([[token]]), **options).logits[0])
+            kv.advance(0, 1)
+    return torch.cat(found)
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> bool:
+    bound = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[got.dtype]
+    return bool((got - want).float().norm() <= bound * want.float().norm())
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_answers_as_the_original(calls: list[int], dtype: torch.dtype, native: bool) -> None:
+    """Whether or not transformers' functions were replaced before."""
+    plain, hf = tiny(dtype), tiny(dtype)
+    if native:
+        use_native_delta_rule(hf)
+    use_token_delta_nets(hf)
+    assert all(are_taken(hf))
+    calls.clear()
+    assert close(one_by_one(hf), one_by_one(plain))
+    assert calls == [1] * len(layers_of(hf)) * (len(IDS) - 1)  # the first token has no state before it
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_quantized_weights_are_read_in_place(format: str) -> None:
+    plain, hf = tiny(), tiny()
+    for theirs, ours in zip(layers_of(plain), layers_of(hf), strict=True):
+        for name, original in list(ours.named_children()):
+            if isinstance(original, nn.Linear):
+                linear = QuantizedLinear(original, format).eval()
+                linear.weight = linear.quantized("weight", original.weight)
+                setattr(ours, name, linear)
+                getattr(theirs, name).weight = nn.Parameter(linear.decoded(torch.float32))
+    use_token_delta_nets(hf)
+    assert all(are_taken(hf))
+    want = one_by_one(plain)
+    assert (one_by_one(hf) - want).norm() <= 1e-3 * want.norm()
+
+
+def test_a_loaded_model_answers_as_transformers_own(
+    make_checkpoint: Callable[..., Path], calls: list[int]
+) -> None:
+    """One sequence, and three of several lengths together."""
+    folder = make_checkpoint(FAMILY)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts = [torch.tensor([ids]) for ids in (IDS[:3], IDS, IDS[2:7])]
+    options: dict[str, Any] = {"max_new_tokens": 10, "eos_token_id": None}
+    with torch.inference_mode():
+        want = [reference.generate(prompt, do_sample=False, **options)[0, -10:] for prompt in prompts]
+    width = len(IDS)
+    rows = [nn.functional.pad(prompt, (width - prompt.shape[1], 0)) for prompt in prompts]
+    mask = torch.cat([torch.arange(width)[None] >= width - prompt.shape[1] for prompt in prompts]).long()
+    with moe_local.load(folder, device="cpu", experts="fp32", dense="fp32", context=64, parallel=3) as model:
+        assert all(are_taken(model.hf))
+        calls.clear()
+        for prompt, ids in zip(prompts, want, strict=True):
+            assert torch.equal(model.generate(prompt, **options)[0, -10:], ids)
+        assert set(calls) == {1}
+        calls.clear()
+        together = model.generate(torch.cat(rows), attention_mask=mask, **options)[:, -10:]
+        assert torch.equal(together, torch.stack(want))
+        assert max(calls) == 3
+
+
+class Slower(Qwen3_5MoeGatedDeltaNet):  # type: ignore[misc]
+    """Its states fade at another pace."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        kept = self.A_log.clone()
+        self.A_log.sub_(1)
+        try:
+            return super().forward(hidden_states, *args, **kwargs)
+        finally:
+            self.A_log.copy_(kept)
+
+
+class Clipped(Qwen3_5MoeGatedDeltaNet):  # type: ignore[misc]
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(hidden_states.clamp(-2, 2), *args, **kwargs)
+
+
+class Doubled(Qwen3_5MoeGatedDeltaNet):  # type: ignore[misc]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return 2 * super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", [Qwen3_5MoeGatedDeltaNet, Slower, Clipped, Doubled])
+def test_what_computes_something_else_is_not_taken(variant: type[Any], dtype: torch.dtype) -> None:
+    hf = tiny(dtype)
+    for module in layers_of(hf):
+        module.__class__ = variant
+    use_token_delta_nets(hf)
+    assert are_taken(hf) == [variant is Qwen3_5MoeGatedDeltaNet] * len(layers_of(hf))
+
+
+def add_norm(module: Any) -> None:
+    module.o_norm = nn.LayerNorm(64)
+
+
+def add_parameter(module: Any) -> None:
+    module.slopes = nn.Parameter(torch.ones(4))
+
+
+def mix_dtypes(module: Any) -> None:
+    module.out_proj = module.out_proj.bfloat16()
+
+
+def widen_decay(module: Any) -> None:
+    module.A_log = nn.Parameter(torch.zeros(1))
+
+
+def change_norm(module: Any) -> None:
+    module.norm = nn.Identity()
+
+
+@pytest.mark.parametrize("change", [add_norm, add_parameter, mix_dtypes, widen_decay, change_norm])
+def test_what_is_built_otherwise_is_not_taken(change: Callable[[Any], None]) -> None:
+    module = layers_of(tiny())[0]
+    assert TokenDeltaNet.of(module, torch.float32) is not None
+    assert TokenDeltaNet.of(module, torch.float64) is None
+    change(module)
+    assert TokenDeltaNet.of(module, torch.float32) is None
+
+
+def halved(parameter: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(parameter / 2, requires_grad=False)
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], bool]] = {
+    "in place": (lambda m: m.in_proj_z.weight.mul_(-1), True),
+    "a new weight": (lambda m: setattr(m.in_proj_b, "weight", halved(m.in_proj_b.weight)), True),
+    "a new decay": (lambda m: setattr(m, "A_log", halved(m.A_log)), True),
+    "a new norm's weight": (lambda m: setattr(m.norm, "weight", halved(m.norm.weight)), True),
+    "a new convolution": (lambda m: setattr(m.conv1d, "weight", halved(m.conv1d.weight)), True),
+    "a hook": (lambda m: m.in_proj_a.register_forward_hook(lambda module, args, out: 2 * out), False),
+    "a layer around a layer": (
+        lambda m: setattr(m, "out_proj", nn.Sequential(m.out_proj, nn.Tanh())),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_are_noticed(calls: list[int], name: str) -> None:
+    change, stays = CHANGES[name]
+    plain, hf = tiny(), tiny()
+    use_token_delta_nets(hf)
+    before = one_by_one(hf)
+    for model in (plain, hf):
+        change(layers_of(model)[1])
+    calls.clear()
+    assert close(one_by_one(hf), one_by_one(plain))
+    assert len(calls) == (len(layers_of(hf)) - (not stays)) * (len(IDS) - 1)
+    assert not torch.allclose(one_by_one(hf), before, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["copy", "pickle"])
+def test_copies_have_weights_of_their_own(calls: list[int], how: str) -> None:
+    hf = tiny()
+    use_token_delta_nets(hf)
+    want = one_by_one(hf)
+    other = copy.deepcopy(hf) if how == "copy" else pickle.loads(pickle.dumps(hf))
+    calls.clear()
+    assert torch.equal(one_by_one(other), want)
+    assert calls
+    for module in layers_of(other):
+        module.in_proj_z.weight.mul_(-0.5)
+    assert not torch.allclose(one_by_one(other), want, atol=1e-3)
+    assert torch.equal(one_by_one(hf), want)
