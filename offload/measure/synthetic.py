@@ -34,7 +34,7 @@ from moe_local.offload.system.direct_io import page_memory
 from moe_local.offload.system.home import moe_local_home
 from moe_local.offload.system.progress import Progress
 
-REVISION = "1"
+REVISION = "2"
 """Increased when the weights change, so that older files are made again."""
 
 TABLE = (1 << 24) - 3
@@ -166,9 +166,11 @@ def fill_expert(out: torch.Tensor, layout: Layout, noise: torch.Tensor, seed: in
                 segment_view(out, segment).zero_()
             continue
         matrix = nf4_matrix(out, layout, tensor.name)
-        scale = 1 / (LEVELS_STD * math.sqrt(tensor.shape[-1]))
-        matrix.offset.fill_(scale)
-        matrix.absmax_scale.fill_(0.2 * scale)
+        # Half of the blocks are negated. Levels are not even around zero, and neither are these bytes: by the
+        # sum of a row all tokens would soon have nearly the same state, and be given to the same experts.
+        matrix.absmax.copy_((matrix.absmax & 1) * 255)  # about -1 and 1 in bitsandbytes' map
+        matrix.offset.zero_()
+        matrix.absmax_scale.fill_(1 / (LEVELS_STD * math.sqrt(tensor.shape[-1])))
 
 
 def _copy_around(out: torch.Tensor, table: torch.Tensor, start: int) -> None:

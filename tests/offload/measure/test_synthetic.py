@@ -139,6 +139,20 @@ def test_weights_have_the_scale_of_their_input() -> None:
     assert not experts[0]["bias"].any()
 
 
+def test_the_numbers_of_a_row_even_out() -> None:
+    """Else what all inputs have in common would grow from layer to layer, and all be given to the same
+    experts."""
+    codec = codec_for("nf4")
+    layout = codec.layout((TensorSpec("up", (256, 4096)),))
+    noise = torch.randn(100_003, generator=torch.Generator().manual_seed(0)).view(torch.uint8)
+    buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    synthetic.fill_expert(buffer, layout, noise, seed=1)
+    weights = codec.decode(buffer, layout, torch.float32)["up"]
+    sums = weights.sum(dim=1)  # of independent numbers with a mean of zero, about one
+    assert sums.abs().mean() < 3
+    assert sums.square().mean().sqrt() > 0.3
+
+
 def test_what_cannot_be_made_is_refused(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match="no shape 'mixtral' is known; use one of mixtral-8x7b, "):
         synthetic.describe("mixtral", 1)
