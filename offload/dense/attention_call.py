@@ -36,7 +36,6 @@ class AttentionCall(LibraryCall):
 
     def __init__(self, module: Any, shape: Any, first: Any) -> None:
         super().__init__(module, shape, first)
-        self._scaling = module.scaling
         self._way = Way(0, HALVES, False)
 
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: Places) -> torch.Tensor:

@@ -17,6 +17,10 @@ MOST_TOKENS = 16
 each has the bits that it has alone."""
 
 
+WATCHED = ("scaling", "variance_epsilon", "eps", "activation")
+"""Plain attributes on which what a module computes depends."""
+
+
 class LibraryCall:
     """The library's call for one module. It holds the addresses of the module's weights, which are checked
     before each call."""
@@ -66,11 +70,16 @@ class LibraryCall:
             return True
         if any(module._modules.get(name) is not part for name, part in self._parts):
             return False
-        guard = Guard(module, [part for _, part in self._parts])
+        guard = Guard(module, [part for _, part in self._parts], same=self._watched(module))
         if not guard.holds() or self.shape_of(module, dtype) != self.shape:
             return False
         self._struct, self._dtype, self._guard = self.read(module, dtype), dtype, guard
         return True
+
+    def _watched(self, module: Any) -> list[tuple[nn.Module, str]]:
+        """Attributes of the module and its parts that the struct depends on."""
+        modules = [module, *(part for _, part in self._parts)]
+        return [(each, name) for each in modules for name in WATCHED if name in vars(each)]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without cached addresses, which are not valid for a copy."""

@@ -47,7 +47,8 @@ class Way(NamedTuple):
         """The weights of these experts [T, K], from logits [T, E] in fp32."""
         weights = self.scores(logits).gather(1, experts)
         if self.normalized:
-            weights = weights / weights.sum(-1, keepdim=True)
+            least = 1e-20 if self.scoring == SIGMOID else 0.0
+            weights = weights / (weights.sum(-1, keepdim=True) + least)
         return weights * self.scaling
 
 
@@ -80,7 +81,9 @@ class NativeRouter:
         self.dtype = torch.float32
         """The dtype of the weights that the module returns."""
         self.in_fp32 = False
-        """Whether logits are computed in fp32, from inputs of any dtype."""
+        """Whether logits are computed in fp32, whatever the dtype of inputs and weights is."""
+        self.mixes = False
+        """Whether weights in fp32 take inputs of 16 bits, and give the same dtypes then."""
         self._where: tuple[Any, ...] | None = None
         self._matrix: Matrix | None = None
         self._correction: torch.Tensor | None = None
@@ -90,7 +93,9 @@ class NativeRouter:
         """The call for a module that has a router's parameters and nothing else; None for other modules."""
         weight, top_k = (getattr(module, name, None) for name in ("weight", "top_k"))
         parameters = {name for name, _ in module.named_parameters()}
-        if not isinstance(top_k, int) or not parameters or parameters - {"weight", "bias"}:
+        if not isinstance(top_k, int) or "top_k" not in vars(module):
+            return None
+        if not parameters or parameters - {"weight", "bias"}:
             return None
         if any(True for _ in module.children()) or {name for name, _ in module.named_buffers()} - {
             CORRECTION
@@ -124,7 +129,8 @@ class NativeRouter:
 
     def takes(self, module: Any, dtype: torch.dtype) -> bool:
         """Whether the module, with its weights as they are, takes inputs of this dtype."""
-        return dtype is module.weight.dtype or (self.in_fp32 and dtype in DTYPES)
+        own = module.weight.dtype
+        return dtype is own or (self.mixes and own is torch.float32 and dtype in DTYPES)
 
     def struct(self, dtype: torch.dtype) -> Router:
         """The library's description of the router, for inputs of this dtype. Valid after `ready`, until the
@@ -182,28 +188,46 @@ class NativeRouter:
         A copy of it is, with corrections that matter, whatever its own are.
         """
         module = copy.deepcopy(module)
-        correction = module._buffers.get(CORRECTION)
         generator = torch.Generator().manual_seed(5)
-        if correction is not None:
-            correction.copy_(torch.randn(correction.shape, generator=generator, dtype=torch.float32) / 4)
         tokens = self._tokens(module, generator)
+        trials: list[tuple[Any, torch.Tensor, tuple[torch.Tensor, ...]]] = []
         try:
             with torch.no_grad():
-                wanted = [module(tokens[:1]), module(tokens)]
+                for variant in self._variants(module, generator):
+                    x = -tokens.abs() if variant.negated else tokens
+                    trials += [(variant.module, part, variant.module(part)) for part in (x[:1], x)]
                 rounded = copy.deepcopy(module).bfloat16()(tokens[:1].bfloat16())
         except (RuntimeError, TypeError, ValueError, AttributeError):
             return False
-        if not all(map(_is_answer, (*wanted, rounded))) or not self.ready(module):
+        answers = [answer for *_, answer in trials]
+        if not all(map(_is_answer, (*answers, rounded))):
             return False
-        self.dtype, self.in_fp32 = wanted[0][1].dtype, rounded[0].dtype is torch.float32
+        self.dtype, self.in_fp32 = answers[0][1].dtype, rounded[0].dtype is torch.float32
+        self.mixes = self.in_fp32 and _mixes(module, tokens[:1], answers[0])
         found = False
         for way in (*([] if first is None else [first]), *self._ways(module)):
             self.way = way
-            found = self._agrees_on(tokens[:1], wanted[0]) and self._agrees_on(tokens, wanted[1])
+            found = all(self.ready(copied) and self._agrees_on(x, wanted) for copied, x, wanted in trials)
             if found:
                 break
-        self._where = None  # the copy's
+        self._where = None  # a copy's
         return found
+
+    def _variants(self, module: nn.Module, generator: torch.Generator) -> Iterator[_Variant]:
+        """Copies of a module, with corrections that matter; with such as make all corrected scores negative;
+        and with weights for which all logits of negated tokens are far below zero."""
+        for shift, negated in ((0.0, False), (2.0, False), (0.0, True)):
+            copied = copy.deepcopy(module)
+            correction = copied._buffers.get(CORRECTION)
+            if correction is not None:
+                random = torch.randn(correction.shape, generator=generator, dtype=torch.float32)
+                correction.copy_(random / 4 - shift)
+            elif shift:
+                continue
+            if negated:
+                weight: Any = copied.weight
+                weight.data = weight.data.abs()
+            yield _Variant(copied, negated)
 
     def _ways(self, module: Any) -> Iterator[Way]:
         groups, top_groups, scaling = (
@@ -254,9 +278,26 @@ class NativeRouter:
         return bool(logits.all() and same.all() and exact.all())
 
 
+class _Variant(NamedTuple):
+    """A copy of a router to be tried, and whether it is given negative tokens."""
+
+    module: Any
+    negated: bool
+
+
+def _mixes(module: nn.Module, x: torch.Tensor, wanted: tuple[torch.Tensor, ...]) -> bool:
+    """Whether a module gives the dtypes `wanted` for an input of 16 bits, too."""
+    try:
+        with torch.no_grad():
+            answer = module(x.bfloat16())
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+    return _is_answer(answer) and all(a.dtype is b.dtype for a, b in zip(answer, wanted, strict=True))
+
+
 def _settings(module: Any) -> tuple[Any, ...]:
-    own = vars(module)
-    return tuple(own.get(name) for name in SETTINGS)
+    own, cls = vars(module), type(module)
+    return tuple(own[name] if name in own else getattr(cls, name, None) for name in SETTINGS)
 
 
 def _is_answer(answer: Any) -> bool:

@@ -88,7 +88,7 @@ class TokenAttention(AttentionCall):
         struct.q, struct.k, struct.v, struct.o = (matrix_of(getattr(module, name)) for name in PROJECTIONS)
         struct.heads, struct.kv_heads, struct.width, struct.gated, struct.epsilon, struct.shifted = self.shape
         struct.rotated, struct.rotation, struct.shared = self._way
-        struct.scaling, struct.dtype = self._scaling, DTYPES[dtype]
+        struct.scaling, struct.dtype = module.scaling, DTYPES[dtype]
         norms = (getattr(module, name, None) for name in ("q_norm", "k_norm"))
         struct.q_norm, struct.k_norm = (None if norm is None else norm.weight.data_ptr() for norm in norms)
         sinks = getattr(module, "sinks", None)

@@ -78,7 +78,8 @@ class TokenDeltaNet(LibraryCall):
         key_heads, value_heads, key_width, value_width, taps, _ = self.shape
         rows, channels = len(x), 2 * key_heads * key_width + value_heads * value_width
         return (
-            inputs.dtype is x.dtype
+            rows > 0
+            and inputs.dtype is x.dtype
             and x.shape == (rows, 1, self._hidden)
             and inputs.shape == (rows, channels, taps)
             and states.dtype is torch.float32
@@ -110,6 +111,8 @@ class TokenDeltaNet(LibraryCall):
         linears = [getattr(module, name) for name in (*PROJECTIONS, "out_proj")]
         if not all(hasattr(linear, "in_features") for linear in linears) or not same_format(linears, dtype):
             return None
+        if not isinstance(getattr(module, "activation", None), str):
+            return None
         names = "num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"
         sizes: list[Any] = [getattr(module, name, None) for name in names]
         if not all(isinstance(size, int) and size > 0 for size in sizes):
@@ -134,6 +137,8 @@ class TokenDeltaNet(LibraryCall):
         if convolution.bias is not None:
             vectors.append((convolution.bias, channels))
         if not all(are_numbers(vector, count, dtype) for vector, count in vectors):
+            return None
+        if {module.activation, getattr(norm, "activation", "silu")} - {"silu", "swish"}:
             return None
         epsilon = epsilon_of(norm)
         if not isinstance(epsilon, float) or convolution.weight.shape != (channels, 1, taps):

@@ -84,7 +84,8 @@ class TokenLatentAttention(AttentionCall):
         if x.dtype not in DTYPES or not x.is_contiguous() or x.shape[-1] != self._hidden:
             return False
         rows = x.shape[:-1]
-        return all(y.shape[:-1] == rows and y.shape[-1] >= self._way.angles for y in (cos, sin))
+        fitting = all(y.shape[:-1] == rows and y.shape[-1] >= self._way.angles for y in (cos, sin))
+        return fitting and cos.is_cpu and sin.is_cpu
 
     def angles(self, given: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
         """DeepSeek-V2's angles are complex numbers."""
@@ -115,7 +116,7 @@ class TokenLatentAttention(AttentionCall):
         for name, value in zip(_Shape._fields, self.shape, strict=True):
             setattr(struct, name, value)
         _, struct.rotation, struct.shared = self._way
-        struct.scaling, struct.dtype = self._scaling, DTYPES[dtype]
+        struct.scaling, struct.dtype = module.scaling, DTYPES[dtype]
         return struct
 
     @staticmethod

@@ -159,7 +159,7 @@ enum Scoring : int32_t { SOFTMAX = 0, SIGMOID = 1 };
 struct Router {
   const Matrix* matrix;  // [experts, D]
   int64_t top_k;
-  int32_t normalized;    // whether the weights are divided by their sum
+  int32_t normalized;    // whether the weights are divided by their sum, with sigmoids plus 1e-20
   float scaling;         // by which they are multiplied then
   int32_t dtype;         // to which they are rounded
   int32_t logits_dtype;  // to which logits are rounded before they become scores

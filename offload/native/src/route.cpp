@@ -12,6 +12,9 @@ namespace {
 
 constexpr int64_t MOST_GROUPS = 256;
 
+// What models add to the sum of sigmoids, which may all be zero.
+constexpr float LEAST_TOTAL = 1e-20f;
+
 // Replaces scores [count] by their softmax.
 void softmax(float* scores, int64_t count) {
   float most = scores[0], total = 0.0f;
@@ -122,7 +125,7 @@ void choose_experts(const Router& r, float* scores, float* spare, float* weights
   }
   if (r.groups > 0) keep_groups(r, ranked);
   choose(ranked, count, r.top_k, ids);
-  float total = 0.0f;
+  float total = r.scoring == SIGMOID ? LEAST_TOTAL : 0.0f;
   for (int64_t k = 0; k < r.top_k; ++k) total += weights[k] = scores[ids[k]];
   for (int64_t k = 0; r.normalized != 0 && k < r.top_k; ++k) weights[k] /= total;
   for (int64_t k = 0; k < r.top_k; ++k) weights[k] *= r.scaling;

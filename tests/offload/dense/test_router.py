@@ -60,6 +60,8 @@ class InItsDtype(Router):
 
 
 class Sigmoid(Router):
+    """Divides by the sum even if all are zero."""
+
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.float().sigmoid()
 
@@ -175,15 +177,49 @@ class WeighedByCorrected(InGroupsBySigmoid):
         return logits.sigmoid() + correction
 
 
+class FilledWithZeros(InGroupsBySigmoid):
+    """As A.X-K2's: what is outside of the groups comes before corrected scores below zero."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits, _, _ = super().forward(hidden_states)
+        scores = self.scores(logits)
+        groups = self.corrected(scores).unflatten(-1, (self.num_group, -1))
+        kept = self.best(groups).topk(self.topk_group, sorted=False).indices
+        left_out = torch.ones(groups.shape[:-1], dtype=torch.bool).scatter(-1, kept, False)
+        experts = groups.masked_fill(left_out[..., None], 0).flatten(-2).topk(self.top_k).indices
+        weights = scores.gather(1, experts)
+        return logits, weights / (weights.sum(-1, keepdim=True) + 1e-20) * 2.5, experts
+
+
+class Lifted(Sigmoid):
+    """As LFM2's, whose sum is never small."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits, _, experts = super().forward(hidden_states)
+        weights = logits.float().sigmoid().gather(1, experts)
+        return logits, weights / (weights.sum(-1, keepdim=True) + 1e-6), experts
+
+
 class InGroupsByTheSecond(InGroupsBySigmoid):
     def best(self, groups: torch.Tensor) -> torch.Tensor:
         return groups.topk(2, dim=-1).values[..., 1]
 
 
 GROUPED: tuple[type[Router], ...] = (InGroups, InGroupsBySigmoid, InGroupsByTheBest)
-SAME: tuple[type[Router], ...] = (Router, Unnormalized, InItsDtype, Sigmoid)
+SAME: tuple[type[Router], ...] = (Router, Unnormalized, InItsDtype)
 OTHER = (
-    *(Uncorrected, WeighedByCorrected, InGroupsByTheSecond, Factored, Smoothed, Tempered, Capped, Smallest),
+    *(
+        FilledWithZeros,
+        Lifted,
+        Uncorrected,
+        WeighedByCorrected,
+        InGroupsByTheSecond,
+        Factored,
+        Smoothed,
+        Tempered,
+        Capped,
+        Smallest,
+    ),
     *(ShareAsLogits, Short, Scattered),
 )
 
@@ -233,7 +269,43 @@ def test_only_what_chooses_the_same_is_taken(cls: type[Router], dtype: torch.dty
             assert taken(cls(*sizes, bias=bias).to(dtype)) == (cls in SAME + GROUPED), (sizes, bias)
 
 
+class OfTheClass(Router):
+    """Its top_k is the class's."""
+
+    top_k = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.__dict__["top_k"]
+
+
+class InTheInputsDtype(InGroupsBySigmoid):
+    """As Ernie's."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits, weights, experts = super().forward(hidden_states)
+        return logits, weights.to(hidden_states.dtype), experts
+
+
+@torch.no_grad()
+def test_weights_have_the_dtype_that_the_module_gives_them() -> None:
+    plain, router = InTheInputsDtype(), InTheInputsDtype()
+    assert taken(router)
+    for dtype in DTYPES:
+        assert router(token(dtype))[1].dtype is plain(token(dtype))[1].dtype is dtype
+
+
+@torch.no_grad()
+def test_scores_that_are_all_zero_give_weights_of_zero() -> None:
+    router = InGroupsBySigmoid()
+    assert taken(router)
+    router.weight.copy_(router.weight.abs() + 0.5)
+    weights = router(torch.full((1, 64), -5.0))[1]
+    assert weights.tolist() == [[0.0, 0.0]]
+
+
 def test_what_is_built_otherwise_is_not_taken() -> None:
+    assert not taken(OfTheClass())
     with_buffer, with_child, with_parameter = Router(), Router(), Router()
     with_buffer.register_buffer("correction", torch.zeros(8))
     with_child.norm = nn.LayerNorm(64)
@@ -287,7 +359,11 @@ def test_those_with_groups_answer_as_the_original(
     for module in (plain, router):
         module.e_score_correction_bias = correction.clone()
     agree(20)
-    agree(20, torch.bfloat16)  # inputs of another dtype than the weights
+    if dtype is torch.float32:
+        agree(20, torch.bfloat16)  # inputs of another dtype than the weights
+    for module in (plain, router):
+        module.e_score_correction_bias.fill_(-3)  # below what any score makes up for
+    agree(20)
     for name, other in (("topk_group", 3), ("routed_scaling_factor", 1.0), ("norm_topk_prob", False)):
         kept = getattr(plain, name)
         for module in (plain, router):

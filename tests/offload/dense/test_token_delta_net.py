@@ -200,6 +200,8 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], bool]] = {
     "a new decay": (lambda m: setattr(m, "A_log", halved(m.A_log)), True),
     "a new norm's weight": (lambda m: setattr(m.norm, "weight", halved(m.norm.weight)), True),
     "a new convolution": (lambda m: setattr(m.conv1d, "weight", halved(m.conv1d.weight)), True),
+    "another epsilon": (lambda m: setattr(m.norm, "variance_epsilon", 0.1), False),
+    "another activation": (lambda m: setattr(m, "activation", "gelu"), False),
     "a hook": (lambda m: m.in_proj_a.register_forward_hook(lambda module, args, out: 2 * out), False),
     "a layer around a layer": (
         lambda m: setattr(m, "out_proj", nn.Sequential(m.out_proj, nn.Tanh())),
