@@ -208,19 +208,8 @@ class InGroupsByTheSecond(InGroupsBySigmoid):
 GROUPED: tuple[type[Router], ...] = (InGroups, InGroupsBySigmoid, InGroupsByTheBest)
 SAME: tuple[type[Router], ...] = (Router, Unnormalized, InItsDtype)
 OTHER = (
-    *(
-        FilledWithZeros,
-        Lifted,
-        Uncorrected,
-        WeighedByCorrected,
-        InGroupsByTheSecond,
-        Factored,
-        Smoothed,
-        Tempered,
-        Capped,
-        Smallest,
-    ),
-    *(ShareAsLogits, Short, Scattered),
+    *(Sigmoid, FilledWithZeros, Lifted, Uncorrected, WeighedByCorrected, InGroupsByTheSecond, Factored),
+    *(Smoothed, Tempered, Capped, Smallest, ShareAsLogits, Short, Scattered),
 )
 
 
