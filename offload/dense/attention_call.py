@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -34,33 +35,33 @@ class Way(NamedTuple):
 class AttentionCall(LibraryCall):
     """The library's call for one attention module."""
 
-    def __init__(self, module: Any, shape: Any, first: Any) -> None:
-        super().__init__(module, shape, first)
+    def __init__(self, module: Any, shape: Any) -> None:
+        super().__init__(module, shape)
         self._way = Way(0, HALVES, False)
 
+    @abstractmethod
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: Places) -> torch.Tensor:
         """x [n, 1, D], cos and sin [n, 1, angles], which it `takes` -> [n, 1, D]; writes keys and values.
 
         To be called only after `ready`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def takes(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
         """Whether these tensors, with a row for each token, have the dtype, sizes and memory layout that the
         library reads."""
-        raise NotImplementedError
 
     def angles(self, given: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
         """cos and sin from the module's `position_embeddings`; None if these are anything else."""
         return given if isinstance(given, tuple) else None
 
+    @abstractmethod
     def ways(self, cos: torch.Tensor) -> list[Way]:
         """The forms of the rotary embedding that the module may use."""
-        raise NotImplementedError
 
+    @abstractmethod
     def history(self, positions: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of keys and values of one sequence with so many positions."""
-        raise NotImplementedError
 
     def take(self, way: Way) -> None:
         """Use this form of the rotary embedding from now on."""

@@ -9,7 +9,7 @@ import torch
 from moe_local.offload.dense.attention_call import AttentionCall, Way, direct
 from moe_local.offload.dense.places import Places
 from moe_local.offload.dense.token_attention import TokenAttention
-from moe_local.offload.dense.token_calls import token_calls
+from moe_local.offload.dense.token_calls import agrees_on_sizes, all_close, token_calls
 from moe_local.offload.dense.token_latent_attention import TokenLatentAttention
 from moe_local.offload.native.library import library
 
@@ -20,11 +20,6 @@ HISTORY = 5
 
 FAR = 1_000_000
 """The position given in a trial: beyond the original training length, past which some models scale angles."""
-
-DRAWS = 4
-"""Most random inputs of one magnitude that a module is tried with; one that agrees is enough. With large
-scores the softmax picks one position, and rounding to 16 bits may decide between two close ones. A module
-that differs in more than that never agrees."""
 
 
 def use_token_attention(model: Any) -> None:
@@ -66,17 +61,11 @@ def _call_for(module: Any, arguments: dict[str, Any]) -> AttentionCall | None:
 
 
 def _agrees(module: Any, calls: AttentionCall, way: Way, arguments: dict[str, Any]) -> bool:
-    """Whether the library's call and the module give the same, on small and on large numbers.
-
-    Large numbers reveal clamping of queries or scores, which small ones do not. The position given is a far
-    one, to reveal modules in which more than the rotation angles depends on it.
-    """
+    """Whether the library's call and the module give the same. The position given is a far one, to reveal
+    modules in which more than the rotation angles depends on it."""
     calls.take(way)
     generator = torch.Generator().manual_seed(11)
-    return all(
-        any(_agrees_at(module, calls, arguments, size, generator) for _ in range(DRAWS))
-        for size in (0.05, 1.0, 40.0)
-    )
+    return agrees_on_sizes(lambda size: _agrees_at(module, calls, arguments, size, generator))
 
 
 def _agrees_at(
@@ -117,10 +106,4 @@ def _agrees_at(
         got = calls(x, cos, sin, places)
     layer = cache.layers[module.layer_idx]
     pairs = [(got, wanted), (places.keys, layer.keys), (places.values, layer.values)]
-    return all(a.shape == b.shape and _close(a, b, calls.activations) for a, b in pairs)
-
-
-def _close(got: torch.Tensor, wanted: torch.Tensor, activations: str) -> bool:
-    allowed = 0.1 if activations == "int8" else {torch.float32: 1e-4}.get(wanted.dtype, 0.03)
-    off = (got.float() - wanted.float()).norm()
-    return bool(off <= allowed * wanted.float().norm())
+    return all_close(pairs, calls.activations)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -21,12 +22,16 @@ WATCHED = ("scaling", "variance_epsilon", "eps", "activation")
 """Plain attributes on which what a module computes depends."""
 
 
-class LibraryCall:
+class LibraryCall(ABC):
     """The library's call for one module. It holds the addresses of the module's weights, which are checked
     before each call."""
 
-    def __init__(self, module: Any, shape: Any, first: Any) -> None:
-        """`shape`: what `shape_of` gives for the module; `first`: a linear layer that takes its input."""
+    FIRST: ClassVar[str]
+    """The name of a linear layer that takes the module's input."""
+
+    def __init__(self, module: Any, shape: Any) -> None:
+        """`shape`: what `shape_of` gives for the module."""
+        first = getattr(module, self.FIRST)
         self._parts = list(module.named_children())
         self.shape = shape
         self._struct: Any = None
@@ -43,17 +48,18 @@ class LibraryCall:
     def of(cls, module: Any, dtype: torch.dtype) -> Self | None:
         """The call for a module with the structure that the library expects and inputs of `dtype`; None for
         others. That both compute the same is not checked here."""
-        raise NotImplementedError
+        shape = cls.shape_of(module, dtype)
+        return None if shape is None else cls(module, shape)
 
     @staticmethod
+    @abstractmethod
     def shape_of(module: Any, dtype: torch.dtype) -> Any:
         """What the library has to know of a module besides the addresses of its weights, for inputs of
         `dtype`; None if it cannot compute it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, module: Any, dtype: torch.dtype) -> Any:
         """The library's description of the module at its weights' present addresses."""
-        raise NotImplementedError
 
     @property
     def struct(self) -> Any:

@@ -17,7 +17,7 @@ def once_for_all_layers(function: Callable[..., T]) -> Callable[..., T]:
     """Keep the last result of a pure function, for calls with the very same arguments.
 
     A tensor is the same if it is one object, and unchanged by the number of its changes in place, which torch
-    counts except under inference_mode. A few small operations take a fifth of a millisecond a layer, once the
+    counts except under inference_mode. A few small operations take a tenth of a millisecond a layer, once the
     layer's weights have swept them out of the processor's caches.
     """
     last: tuple[tuple[Any, ...], tuple[int | None, ...], T] | None = None

@@ -87,6 +87,8 @@ class NativeRouter:
         self._where: tuple[Any, ...] | None = None
         self._matrix: Matrix | None = None
         self._correction: torch.Tensor | None = None
+        self._structs: dict[torch.dtype, Router] = {}
+        """By the dtype of inputs, of the weights at their present addresses."""
 
     @classmethod
     def of(cls, module: nn.Module) -> NativeRouter | None:
@@ -97,9 +99,8 @@ class NativeRouter:
             return None
         if not parameters or parameters - {"weight", "bias"}:
             return None
-        if any(True for _ in module.children()) or {name for name, _ in module.named_buffers()} - {
-            CORRECTION
-        }:
+        buffers = {name for name, _ in module.named_buffers()}
+        if any(True for _ in module.children()) or buffers - {CORRECTION}:
             return None
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.dtype not in DTYPES:
             return None
@@ -121,6 +122,7 @@ class NativeRouter:
             ):
                 return False
             self._where, self._matrix, self._correction = where, plain_matrix(weight, bias), correction
+            self._structs = {}
         return self.unchanged(module)
 
     def unchanged(self, module: Any) -> bool:
@@ -135,6 +137,12 @@ class NativeRouter:
     def struct(self, dtype: torch.dtype) -> Router:
         """The library's description of the router, for inputs of this dtype. Valid after `ready`, until the
         weights move."""
+        made = self._structs.get(dtype)
+        if made is None:
+            made = self._structs[dtype] = self._described(dtype)
+        return made
+
+    def _described(self, dtype: torch.dtype) -> Router:
         assert self._matrix is not None
         way, correction = self.way, self._correction
         return Router(
@@ -206,7 +214,7 @@ class NativeRouter:
         self.mixes = self.in_fp32 and _mixes(module, tokens[:1], answers[0])
         found = False
         for way in (*([] if first is None else [first]), *self._ways(module)):
-            self.way = way
+            self.way, self._where = way, None
             found = all(self.ready(copied) and self._agrees_on(x, wanted) for copied, x, wanted in trials)
             if found:
                 break
@@ -245,7 +253,7 @@ class NativeRouter:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without cached addresses, which are not valid for a copy."""
-        return {**self.__dict__, "_where": None, "_matrix": None, "_correction": None}
+        return {**self.__dict__, "_where": None, "_matrix": None, "_correction": None, "_structs": {}}
 
     def _tokens(self, module: nn.Module, generator: torch.Generator) -> torch.Tensor:
         """[TRIALS, D]: random tokens, some with nearly equal and some with very different scores."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from itertools import product
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,10 +38,7 @@ class _Shape(NamedTuple):
 class TokenAttention(AttentionCall):
     """The library's call for one module of grouped-query attention."""
 
-    @classmethod
-    def of(cls, module: Any, dtype: torch.dtype) -> Self | None:
-        shape = cls.shape_of(module, dtype)
-        return None if shape is None else cls(module, shape, module.q_proj)
+    FIRST = "q_proj"
 
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: Places) -> torch.Tensor:
         lib = library()

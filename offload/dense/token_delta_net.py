@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 from functools import cache
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from moe_local.offload.dense.library_call import LibraryCall, are_numbers, epsilon_of, matrix_of, same_format
-from moe_local.offload.dense.token_calls import token_calls
+from moe_local.offload.dense.token_calls import agrees_on_sizes, all_close, token_calls
 from moe_local.offload.kernels.cpu import rounding
 from moe_local.offload.modeling.stand_in import stand_in
 from moe_local.offload.native.library import DTYPES, DeltaNet, check, library
@@ -24,10 +24,6 @@ NUMBERS = {"A_log", "dt_bias"}
 
 STEP = 16
 """The width of values must be a multiple of it."""
-
-DRAWS = 4
-"""Most random inputs of one size that a layer is tried with; one that agrees is enough, since rounding to 16
-bits before the norm may decide on much."""
 
 
 class _Shape(NamedTuple):
@@ -44,10 +40,7 @@ class _Shape(NamedTuple):
 class TokenDeltaNet(LibraryCall):
     """The library's call for one layer, whose states it overwrites."""
 
-    @classmethod
-    def of(cls, module: Any, dtype: torch.dtype) -> Self | None:
-        shape = cls.shape_of(module, dtype)
-        return None if shape is None else cls(module, shape, module.in_proj_qkv)
+    FIRST = "in_proj_qkv"
 
     def __call__(self, x: torch.Tensor, inputs: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """x [n, 1, D], inputs [n, C, K] and states [n, Hv, Dk, Dv], which it `takes` -> [n, 1, D].
@@ -167,12 +160,9 @@ def use_token_delta_nets(model: Any) -> None:
 
 
 def _agrees(module: Any, calls: TokenDeltaNet, arguments: dict[str, Any]) -> bool:
-    """Whether the library's call and the module give the same, on small and on large numbers."""
+    """Whether the library's call and the module give the same."""
     generator = torch.Generator().manual_seed(19)
-    return all(
-        any(_agrees_at(module, calls, arguments, size, generator) for _ in range(DRAWS))
-        for size in (0.05, 1.0, 40.0)
-    )
+    return agrees_on_sizes(lambda size: _agrees_at(module, calls, arguments, size, generator))
 
 
 @torch.no_grad()
@@ -193,13 +183,7 @@ def _agrees_at(
         return False
     got = calls(x, mine[0], mine[1])
     pairs = [(got, wanted), *zip(mine, states, strict=True)]
-    return all(a.shape == b.shape and _close(a, b, calls.activations) for a, b in pairs)
-
-
-def _close(got: torch.Tensor, wanted: torch.Tensor, activations: str) -> bool:
-    allowed = 0.1 if activations == "int8" else {torch.float32: 1e-4}.get(wanted.dtype, 0.03)
-    off = (got.float() - wanted.float()).norm()
-    return bool(off <= allowed * wanted.float().norm())
+    return all_close(pairs, calls.activations)
 
 
 def _states(kwargs: dict[str, Any], index: int) -> tuple[Any, Any] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from itertools import product
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,10 +53,7 @@ class TokenLatentAttention(AttentionCall):
     """The library's call for one module of latent attention. Its cache holds the latents as keys, [n, 1, C,
     latent], and the rotated keys as values, [n, 1, C, rotated], as transformers' does."""
 
-    @classmethod
-    def of(cls, module: Any, dtype: torch.dtype) -> Self | None:
-        shape = cls.shape_of(module, dtype)
-        return None if shape is None else cls(module, shape, module.kv_a_proj_with_mqa)
+    FIRST = "kv_a_proj_with_mqa"
 
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: Places) -> torch.Tensor:
         lib = library()

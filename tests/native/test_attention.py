@@ -19,6 +19,7 @@ from moe_local.offload.native.library import (
     NEIGHBOURS,
 )
 from support.attention_calls import OUTSIDE, SPANS, Call, Case, Together
+from support.packed import off
 
 BAD_ARGUMENT = 1
 BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
@@ -26,10 +27,6 @@ BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 
 ROUNDED = {FLOATS: 0.0, INT16: 1e-4, BF16: 1e-4}
 """What the activations' rounding adds to it."""
-
-
-def off(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
 
 
 def check(lib: Any, case: Case, activations: int = FLOATS) -> None:

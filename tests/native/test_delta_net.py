@@ -17,16 +17,13 @@ from moe_local.offload.native.library import (
     INT16,
 )
 from support.delta_net_calls import Call, Case
+from support.packed import off
 
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest relative error, in the Frobenius norm: half the steps between are rounded to the dtype."""
 
 ROUNDED = {FLOATS: 0.0, INT16: 5e-4, BF16: 5e-4, INT8: 0.1}
 """What the activations' rounding adds to it."""
-
-
-def off(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
 
 
 def check(lib: Any, case: Case, activations: int = FLOATS, threads: int = 1) -> None:

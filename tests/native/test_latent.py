@@ -20,6 +20,7 @@ from moe_local.offload.native.library import (
     NEIGHBOURS,
 )
 from support.latent_calls import Call, Case, Together
+from support.packed import off
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 """Largest relative error, in the Frobenius norm."""
@@ -28,10 +29,6 @@ ROUNDED = {FLOATS: 0.0, INT16: 3e-4, BF16: 3e-4, INT8: 0.05}
 """What the activations' rounding adds to it."""
 
 SPANS = [(0, 20), (0, 0), (3, 700), (250, 260), (0, 255), (7, 12)]
-
-
-def off(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
 
 
 def check(lib: Any, case: Case, activations: int = FLOATS, threads: int = 1) -> None:

@@ -47,6 +47,11 @@ class Packed(NamedTuple):
         return x.double() @ self.weights.T + self.bias
 
 
+def off(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The relative error of `got`, in the Frobenius norm."""
+    return float((got.double() - want).norm() / want.norm())
+
+
 def at_odd_address(values: torch.Tensor, shift: int) -> torch.Tensor:
     """A copy whose address is a multiple of 64 plus `shift` elements' bytes."""
     size = values.element_size()

@@ -16,13 +16,10 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGated
 
 import moe_local
 from moe_local.offload.dense.delta_rule import use_native_delta_rule
-from moe_local.offload.dense.linear import QuantizedLinear
 from moe_local.offload.dense.token_delta_net import TokenDeltaNet, use_token_delta_nets
-from moe_local.offload.engine.kv_slab import probe_cache
-from moe_local.offload.engine.memory import make_kv
-from moe_local.offload.modeling.names import cache_name
 from moe_local.offload.native.library import DTYPES, library
 from support import tiny_models
+from support.single_tokens import one_by_one, quantize
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
 
@@ -56,19 +53,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
-def one_by_one(hf: Any) -> torch.Tensor:
-    """Logits [T, V] of tokens that come one at a time."""
-    kv = make_kv(hf, 1, 32, probe_cache(hf))
-    kv.join()
-    found = []
-    with torch.no_grad():
-        for place, token in enumerate(IDS):
-            options = {"position_ids": torch.tensor([[place]]), cache_name(hf.forward): kv.row(0)}
-            found.append(hf(input_ids=torch.tensor([[token]]), **options).logits[0])
-            kv.advance(0, 1)
-    return torch.cat(found)
-
-
 def close(got: torch.Tensor, want: torch.Tensor) -> bool:
     bound = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[got.dtype]
     return bool((got - want).float().norm() <= bound * want.float().norm())
@@ -84,24 +68,18 @@ def test_answers_as_the_original(calls: list[int], dtype: torch.dtype, native: b
     use_token_delta_nets(hf)
     assert all(are_taken(hf))
     calls.clear()
-    assert close(one_by_one(hf), one_by_one(plain))
+    assert close(one_by_one(hf, IDS), one_by_one(plain, IDS))
     assert calls == [1] * len(layers_of(hf)) * (len(IDS) - 1)  # the first token has no state before it
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_quantized_weights_are_read_in_place(format: str) -> None:
     plain, hf = tiny(), tiny()
-    for theirs, ours in zip(layers_of(plain), layers_of(hf), strict=True):
-        for name, original in list(ours.named_children()):
-            if isinstance(original, nn.Linear):
-                linear = QuantizedLinear(original, format).eval()
-                linear.weight = linear.quantized("weight", original.weight)
-                setattr(ours, name, linear)
-                getattr(theirs, name).weight = nn.Parameter(linear.decoded(torch.float32))
+    quantize(layers_of(plain), layers_of(hf), format)
     use_token_delta_nets(hf)
     assert all(are_taken(hf))
-    want = one_by_one(plain)
-    assert (one_by_one(hf) - want).norm() <= 1e-3 * want.norm()
+    want = one_by_one(plain, IDS)
+    assert (one_by_one(hf, IDS) - want).norm() <= 1e-3 * want.norm()
 
 
 def test_a_loaded_model_answers_as_transformers_own(
@@ -215,25 +193,25 @@ def test_changes_are_noticed(calls: list[int], name: str) -> None:
     change, stays = CHANGES[name]
     plain, hf = tiny(), tiny()
     use_token_delta_nets(hf)
-    before = one_by_one(hf)
+    before = one_by_one(hf, IDS)
     for model in (plain, hf):
         change(layers_of(model)[1])
     calls.clear()
-    assert close(one_by_one(hf), one_by_one(plain))
+    assert close(one_by_one(hf, IDS), one_by_one(plain, IDS))
     assert len(calls) == (len(layers_of(hf)) - (not stays)) * (len(IDS) - 1)
-    assert not torch.allclose(one_by_one(hf), before, atol=1e-4)
+    assert not torch.allclose(one_by_one(hf, IDS), before, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["copy", "pickle"])
 def test_copies_have_weights_of_their_own(calls: list[int], how: str) -> None:
     hf = tiny()
     use_token_delta_nets(hf)
-    want = one_by_one(hf)
+    want = one_by_one(hf, IDS)
     other = copy.deepcopy(hf) if how == "copy" else pickle.loads(pickle.dumps(hf))
     calls.clear()
-    assert torch.equal(one_by_one(other), want)
+    assert torch.equal(one_by_one(other, IDS), want)
     assert calls
     for module in layers_of(other):
         module.in_proj_z.weight.mul_(-0.5)
-    assert not torch.allclose(one_by_one(other), want, atol=1e-3)
-    assert torch.equal(one_by_one(hf), want)
+    assert not torch.allclose(one_by_one(other, IDS), want, atol=1e-3)
+    assert torch.equal(one_by_one(hf, IDS), want)

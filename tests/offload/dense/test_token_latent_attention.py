@@ -15,12 +15,10 @@ import moe_local
 from moe_local.offload.dense.attention import use_single_query_attention
 from moe_local.offload.dense.attention_trial import use_token_attention
 from moe_local.offload.dense.latent_attention import use_latent_attention
-from moe_local.offload.dense.linear import QuantizedLinear
 from moe_local.offload.dense.token_latent_attention import TokenLatentAttention
-from moe_local.offload.engine.kv_slab import probe_cache
-from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.native.library import library
 from support import tiny_models
+from support.single_tokens import one_by_one, quantize
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
 
@@ -136,21 +134,8 @@ def test_queries_in_one_step() -> None:
     assert all(are_taken(hf))
     with torch.no_grad():
         want = plain(torch.tensor([IDS])).logits[0]
-    got = one_by_one(hf)
+    got = one_by_one(hf, IDS)
     assert (got - want).norm() <= 1e-5 * want.norm()
-
-
-def one_by_one(hf: Any) -> torch.Tensor:
-    """Logits [T, V] of tokens that come one at a time."""
-    kv = make_kv(hf, 1, 32, probe_cache(hf))
-    kv.join()
-    found = []
-    with torch.no_grad():
-        for place, token in enumerate(IDS):
-            options = {"position_ids": torch.tensor([[place]]), "past_key_values": kv.row(0)}
-            found.append(hf(input_ids=torch.tensor([[token]]), **options).logits[0])
-            kv.advance(0, 1)
-    return torch.cat(found)
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
@@ -160,18 +145,12 @@ def test_quantized_weights_are_read_in_place(family: str, format: str) -> None:
     hf = tiny_models.tiny_model(family).requires_grad_(False)
     use_single_query_attention(hf)
     use_latent_attention(hf)
-    for theirs, ours in zip(attentions(plain), attentions(hf), strict=True):
-        for name, original in list(ours.named_children()):
-            if isinstance(original, nn.Linear):
-                linear = QuantizedLinear(original, format).eval()
-                linear.weight = linear.quantized("weight", original.weight)
-                setattr(ours, name, linear)
-                getattr(theirs, name).weight = nn.Parameter(linear.decoded(torch.float32))
+    quantize(attentions(plain), attentions(hf), format)
     use_token_attention(hf)
     assert all(are_taken(hf))
     with torch.no_grad():
         want = plain(torch.tensor([IDS])).logits[0]
-    got = one_by_one(hf)
+    got = one_by_one(hf, IDS)
     assert (got - want).norm() <= 1e-3 * want.norm()
 
 
