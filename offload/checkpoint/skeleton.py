@@ -28,6 +28,7 @@ from moe_local.offload.dense.attention import use_single_query_attention
 from moe_local.offload.dense.attention_trial import use_token_attention
 from moe_local.offload.dense.delta_rule import use_native_delta_rule
 from moe_local.offload.dense.fused_norm import use_fused_norms
+from moe_local.offload.dense.gated_norm import use_native_gated_norms
 from moe_local.offload.dense.index_pieces import use_index_pieces
 from moe_local.offload.dense.latent_attention import use_latent_attention
 from moe_local.offload.dense.linear import use_native_linears
@@ -134,6 +135,7 @@ def load_skeleton(
     if device.type == "cpu":
         use_native_linears(model)
         use_native_norms(model)
+        use_native_gated_norms(model)
         use_native_routers(model)
         use_token_attention(model)
         use_token_delta_nets(model)

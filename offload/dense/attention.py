@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from moe_local.offload.dense.prompt_attention import prompt_attention
 from moe_local.offload.dense.query_blocks import query_blocks
 from moe_local.offload.dense.split_attention import attend_in_parts, parts_of
 from moe_local.offload.modeling.class_source import class_source
@@ -62,12 +63,21 @@ def single_query_attention(
     in bf16 that took 0.7 instead of 8 ms on a CPU. Where there is a mask, transformers 5.17 (not later
     releases) would copy the keys for every head.
 
-    Many queries behind a mask go in blocks on a CPU: see query_blocks. Values of many queries that are
-    narrower than keys (those of MLA) are padded there: torch's kernel takes equal widths only, and otherwise
-    all scores are kept, and multiplied at half the speed.
+    Many queries are the library's on a CPU: see prompt_attention. Those that it does not take go in blocks
+    there if they have a mask, see query_blocks; and values that are narrower than keys (those of MLA) are
+    padded: torch's kernel takes equal widths only, and otherwise all scores are kept, and multiplied at half
+    the speed.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    groups = getattr(module, "num_key_value_groups", 1)
+    special = any(options.get(name) is not None for name in ("position_bias", "cache", "softcap"))
+    if not special and dropout == 0 and groups == query.shape[1] // key.shape[1]:
+        causal = options.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        answer = prompt_attention(query, key, value, attention_mask, scaling, causal=causal)
+        if answer is not None:
+            return answer, None
     width, missing = value.shape[-1], key.shape[-1] - value.shape[-1]
     if missing > 0 and query.shape[2] > 1 and not query.is_cuda:
         padded = F.pad(value, (0, missing))
@@ -75,8 +85,6 @@ def single_query_attention(
             module, query, key, padded, attention_mask, dropout=dropout, scaling=scaling, **options
         )
         return answer[..., :width], None
-    groups = getattr(module, "num_key_value_groups", 1)
-    special = any(options.get(name) is not None for name in ("position_bias", "cache", "softcap"))
     one_mask = attention_mask is None or attention_mask.shape[1] == 1
     if not special and one_mask:
         shares = attention_mask is None and _shares_keys(query, key, value)

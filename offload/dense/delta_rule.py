@@ -1,8 +1,9 @@
-"""Updates the state of linear attention for one token, in two calls of the C++ library.
+"""The recurrent parts of linear attention, in two calls of the C++ library.
 
 Gated DeltaNet layers (Qwen3-Next, Qwen3.5) have a state of some megabytes in place of keys and values.
 transformers' own code, in some fifty operations, reads or writes it eight times per token, the library once.
-The layer's forward stays transformers' own; two of the functions that it calls are replaced by the library's.
+Of a prompt, transformers' takes 64 tokens at a time, in as many operations on matrices of fp32.
+The layer's forward stays transformers' own; four functions that it calls are replaced by the library's.
 """
 
 from __future__ import annotations
@@ -22,11 +23,23 @@ from torch import nn
 from moe_local.cache.errors import first_line
 from moe_local.offload.modeling.names import cache_name
 from moe_local.offload.modeling.stand_in import calling, stand_in
-from moe_local.offload.native.library import DTYPES, Convolution, DeltaRule, check, library
+from moe_local.offload.native.library import (
+    DTYPES,
+    Convolution,
+    DeltaRule,
+    SequenceConvolution,
+    check,
+    library,
+)
 from moe_local.offload.system.threads import kernel_threads
 
 RULE, CONVOLUTION = "torch_recurrent_gated_delta_rule", "causal_conv1d_update"
-"""The names by which transformers' forwards call the two functions."""
+PROMPT_RULE, PROMPT_CONVOLUTION = "torch_chunk_gated_delta_rule", "causal_conv1d_fn"
+NAMES = (RULE, CONVOLUTION, PROMPT_RULE, PROMPT_CONVOLUTION)
+"""The names by which transformers' forwards call the functions: for single tokens, and for several."""
+
+STARTS = ("seq_idx", "cu_seq_lens_q", "cu_seqlens")
+"""Options that say where sequences begin which are packed into one row."""
 
 Function = Callable[..., Any]
 
@@ -34,9 +47,9 @@ logger = logging.getLogger(__name__)
 
 
 def use_native_delta_rule(model: nn.Module) -> None:
-    """Let the library compute the linear attention of single tokens of `model`, in CPU memory.
+    """Let the library compute the linear attention of `model`, in CPU memory.
 
-    For classes whose forward calls transformers' two functions by name, and where the library's functions
+    For classes whose forward calls transformers' four functions by name, and where the library's functions
     give the same results.
     """
     if library() is None:
@@ -46,29 +59,28 @@ def use_native_delta_rule(model: nn.Module) -> None:
         cls: Any = type(module)
         if cls not in agreed:
             functions = _functions(cls)
-            agreed[cls] = functions is not None and _agrees(*functions)
+            agreed[cls] = functions is not None and _agrees(functions)
         if agreed[cls]:
             module.__class__ = _native(cls)
 
 
-def _functions(cls: Any) -> tuple[Function, Function] | None:
-    """The two functions that a class's forward calls; None if it is not such a class."""
+def _functions(cls: Any) -> list[Function] | None:
+    """The four functions that a class's forward calls, as NAMES; None if it is not such a class."""
     plain = inspect.unwrap(cls.forward)
     code = getattr(plain, "__code__", None)
-    if code is None or not {RULE, CONVOLUTION} <= set(code.co_names):
+    if code is None or not set(NAMES) <= set(code.co_names):
         return None
-    functions = (plain.__globals__.get(name) for name in (RULE, CONVOLUTION))
-    rule, convolution = functions
-    return (rule, convolution) if callable(rule) and callable(convolution) else None
+    functions: list[Any] = [plain.__globals__.get(name) for name in NAMES]
+    return functions if all(callable(function) for function in functions) else None
 
 
 @cache
 def _native(cls: Any) -> Any:
     functions = _functions(cls)
     assert functions is not None
-    rule, convolution = functions
-    names = {RULE: partial(delta_rule, rule), CONVOLUTION: partial(convolve, convolution)}
-    direct = calling(inspect.unwrap(cls.forward), names)
+    direct = calling(
+        inspect.unwrap(cls.forward), dict(zip(NAMES, _library_functions(functions), strict=True))
+    )
     name = cache_name(cls.forward)
 
     @functools.wraps(cls.forward)
@@ -76,7 +88,6 @@ def _native(cls: Any) -> Any:
         memory = kwargs.get(name)
         if (
             memory is None
-            or hidden_states.shape[1] != 1
             or hidden_states.device.type != "cpu"
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
@@ -86,6 +97,17 @@ def _native(cls: Any) -> Any:
         return direct(self, hidden_states, *args, **kwargs)
 
     return stand_in(cls, _native, forward)
+
+
+def _library_functions(functions: list[Function]) -> list[Function]:
+    """The library's functions in place of `functions`, as NAMES."""
+    rule, convolution, prompt_rule, prompt_convolution = functions
+    return [
+        partial(delta_rule, rule),
+        partial(convolve, convolution),
+        partial(delta_rule, prompt_rule),
+        partial(convolve_sequences, prompt_convolution),
+    ]
 
 
 def delta_rule(
@@ -100,20 +122,21 @@ def delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The same as transformers' torch_recurrent_gated_delta_rule, `other`, which is called for unsupported
-    arguments.
+    """The same as transformers' torch_recurrent_gated_delta_rule or torch_chunk_gated_delta_rule: `other`,
+    which is called for unsupported arguments.
 
-    query, key [B, 1, Hk, Dk], value [B, 1, Hv, Dv], g (fp32) and beta [B, 1, Hv]; the state, fp32
-    [B, Hv, Dk, Dv], is overwritten and returned beside the answers, [B, 1, Hv, Dv].
+    query, key [B, T, Hk, Dk], value [B, T, Hv, Dv], g (fp32) and beta [B, T, Hv]; the state, fp32
+    [B, Hv, Dk, Dv] or None for zeros, is overwritten and returned beside the answers, [B, T, Hv, Dv].
     """
     rows, tokens, key_heads, key_width = key.shape
     value_heads, value_width = value.shape[2:]
     state = initial_state
+    if state is None and output_final_state:
+        state = torch.zeros(rows, value_heads, key_width, value_width, dtype=torch.float32)
     if (
-        tokens != 1
-        or state is None
+        state is None
         or not output_final_state
-        or options.get("cu_seqlens") is not None
+        or any(options.get(name) is not None for name in STARTS)
         or not query.dtype is key.dtype is value.dtype is beta.dtype
         or value.dtype not in DTYPES
         or not g.dtype is state.dtype is torch.float32
@@ -136,15 +159,28 @@ def delta_rule(
         return answer
     lib = library()
     assert lib is not None
-    held = query, key, value, beta, g = tuple(x.contiguous() for x in (query, key, value, beta, g))
-    output = torch.empty_like(value)
+    query, key, value = _in_order(query), _in_order(key), _in_order(value)
+    if query.stride(1) != key.stride(1):
+        query, key = query.contiguous(), key.contiguous()
+    beta, g = beta.contiguous(), g.contiguous()
+    output = torch.empty(value.shape, dtype=value.dtype)
     rule = DeltaRule(
-        *(x.data_ptr() for x in (*held, state, output)),
-        *(rows, key_heads, value_heads, key_width, value_width),
+        *(x.data_ptr() for x in (query, key, value, beta, g, state, output)),
+        *(key.stride(1), value.stride(1)),
+        *(rows, tokens, key_heads, value_heads, key_width, value_width),
         *(DTYPES[value.dtype], use_qk_l2norm_in_kernel),
     )
     check(lib.moe_delta_rule(ctypes.byref(rule), kernel_threads()))
     return output, state
+
+
+def _in_order(x: torch.Tensor) -> torch.Tensor:
+    """x [B, T, H, D], or a copy, in which a token's numbers lie together and tokens equally far apart."""
+    rows, tokens, heads, width = x.shape
+    row, token, *rest = x.stride()
+    apart = token >= heads * width and (rows == 1 or row == tokens * token)
+    # Beside `contiguous`, this also sets the strides of a single token's.
+    return x if apart and rest == [width, 1] else x.clone(memory_format=torch.contiguous_format)
 
 
 def convolve(
@@ -186,14 +222,55 @@ def convolve(
     return y
 
 
-def _agrees(rule: Function, convolution: Function) -> bool:
+def convolve_sequences(
+    other: Function,
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """The same as transformers' causal_conv1d_fn, `other`, which is called for unsupported arguments.
+
+    hidden_states [B, C, T], weight [C, K], bias [C] or None. Returns [B, C, T], in which each token's
+    channels lie together.
+    """
+    rows, channels, tokens = hidden_states.shape
+    tensors = [hidden_states, weight, *([] if bias is None else [bias])]
+    if (
+        activation not in (None, "silu", "swish")
+        or any(options.get(name) is not None for name in STARTS)
+        or len({x.dtype for x in tensors}) > 1
+        or weight.dtype not in DTYPES
+        or len(weight) != channels
+        or not rows * tokens
+    ):
+        output: torch.Tensor = other(hidden_states, weight, bias, activation=activation, **options)
+        return output
+    lib = library()
+    assert lib is not None
+    x, weight = hidden_states, weight.contiguous()
+    if 1 not in x.stride()[1:]:
+        x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = torch.empty(rows, tokens, channels, dtype=x.dtype)
+    convolution = SequenceConvolution(
+        *(x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()),
+        *(*x.stride(), rows, channels, tokens, weight.shape[1]),
+        *(DTYPES[x.dtype], activation is not None),
+    )
+    check(lib.moe_convolve_sequences(ctypes.byref(convolution), kernel_threads()))
+    return y.transpose(1, 2)
+
+
+def _agrees(functions: list[Function]) -> bool:
     """Whether these functions and the library's give the same results, up to rounding."""
     reason = "it differs"
     try:
-        agree = _same(rule, convolution, key_heads=4)
+        agree = _same(functions, key_heads=4)
         if agree:
             with contextlib.suppress(RuntimeError):  # in transformers 5.17 the caller repeats the heads
-                agree = _same(rule, convolution, key_heads=2)
+                agree = _same(functions, key_heads=2)
     except Exception as error:  # another release's functions may reject these arguments in any way
         agree, reason = False, f"{type(error).__name__}: {first_line(error)}"
     if not agree:
@@ -201,33 +278,42 @@ def _agrees(rule: Function, convolution: Function) -> bool:
     return agree
 
 
-def _same(rule: Function, convolution: Function, *, key_heads: int) -> bool:
-    wanted = _two_tokens(rule, convolution, key_heads)
-    found = _two_tokens(partial(delta_rule, _never), partial(convolve, _never), key_heads)
+def _same(functions: list[Function], *, key_heads: int) -> bool:
+    wanted = _trial(functions, key_heads)
+    found = _trial(_library_functions([_never] * len(NAMES)), key_heads)
     return all(torch.allclose(*pair, atol=1e-4) for pair in zip(found, wanted, strict=True))
 
 
 @torch.inference_mode()
-def _two_tokens(rule: Function, convolution: Function, key_heads: int) -> list[torch.Tensor]:
-    """The functions' results, and the states that they leave, for two tokens of two sequences."""
+def _trial(functions: list[Function], key_heads: int) -> list[torch.Tensor]:
+    """The functions' results, and the states that they leave, for two prompts, then two single tokens of two
+    sequences."""
+    rule, convolution, prompt_rule, prompt_convolution = functions
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float32)
 
-    state, inputs, weight, bias = draw(2, 4, 32, 16), draw(2, 6, 4), draw(6, 4), draw(6)
+    inputs, weight, bias = draw(2, 6, 4), draw(6, 4), draw(6)
     found: list[torch.Tensor] = []
-    for normalized in (True, False):
-        size = 1e-3 if normalized else 1.0  # so small that the epsilon added to norms shows
-        answer, state = rule(
-            *(size * draw(2, 1, key_heads, 32), size * draw(2, 1, key_heads, 32), draw(2, 1, 4, 16)),
-            g=-draw(2, 1, 4).abs(),
-            beta=draw(2, 1, 4).sigmoid(),
+    state: Any = None
+    # The first prompt is longer than the block of transformers' function.
+    for tokens, normalized in ((70, True), (3, False), (1, True), (1, False)):
+        size = 1e-3 if normalized else 0.1  # so small that the epsilon added to norms shows
+        answer, state = (rule if tokens == 1 else prompt_rule)(
+            *(size * draw(2, tokens, key_heads, 32) for _ in "qk"),
+            draw(2, tokens, 4, 16),
+            g=-draw(2, tokens, 4).abs(),
+            beta=draw(2, tokens, 4).sigmoid(),
             initial_state=state,
             output_final_state=True,
             use_qk_l2norm_in_kernel=normalized,
         )
-        moved = convolution(draw(2, 6, 1), inputs, weight, *((bias, "silu") if normalized else ()))
+        x, options = draw(2, 6, tokens), (bias, "silu") if normalized else (None, None)
+        if tokens == 1:
+            moved = convolution(x, inputs, weight, *options)
+        else:
+            moved = prompt_convolution(x, weight, options[0], activation=options[1])
         found += [answer, state.clone(), moved, inputs.clone()]
     return found
 

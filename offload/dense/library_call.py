@@ -109,10 +109,6 @@ def are_numbers(weight: Any, count: int, dtype: torch.dtype) -> bool:
     return weight is not None and weight.shape == (count,) and weight.dtype is dtype and _is_plain(weight)
 
 
-def epsilon_of(norm: Any) -> Any:
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-
-
 def _is_readable(linear: Any) -> bool:
     if isinstance(linear, QuantizedLinear):
         return bool(linear.weight.is_cpu)

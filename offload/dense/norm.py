@@ -1,4 +1,4 @@
-"""Root mean square norms of few tokens in one call of the library, where models need seven operations."""
+"""Root mean square norms in one call of the library, where models need seven operations."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 
 from moe_local.offload.modeling.stand_in import stand_in
 from moe_local.offload.native.library import DTYPES, check, library
+from moe_local.offload.system.threads import kernel_threads
 
-FEW_TOKENS = 16
-"""For more tokens torch's threads are faster."""
+TRIAL_TOKENS = 16
 
 
 class Kind(NamedTuple):
@@ -32,7 +32,7 @@ def use_native_norms(model: nn.Module) -> None:
     """Let the library compute those norms of `model`, in CPU memory, that are recognized as such."""
     if library() is None:
         return
-    replace_norms([module for module in model.modules() if _is_served(module)], native_norm, _native)
+    replace_norms([module for module in model.modules() if is_served(module)], native_norm, _native)
 
 
 def native_norm(x: torch.Tensor, weight: torch.Tensor, kind: Kind) -> torch.Tensor:
@@ -45,8 +45,8 @@ def native_norm(x: torch.Tensor, weight: torch.Tensor, kind: Kind) -> torch.Tens
     x = x.contiguous()
     y = torch.empty_like(x)
     width = weight.shape[0]
-    sizes = x.numel() // width, width, DTYPES[x.dtype]
-    check(lib.moe_norm(x.data_ptr(), weight.data_ptr(), kind.shifted, kind.epsilon, *sizes, y.data_ptr()))
+    rest = x.numel() // width, width, DTYPES[x.dtype], y.data_ptr(), kernel_threads()
+    check(lib.moe_norm(x.data_ptr(), weight.data_ptr(), kind.shifted, kind.epsilon, *rest))
     return y
 
 
@@ -58,7 +58,6 @@ def _native(cls: Any) -> Any:
             args
             or kwargs
             or not fits(x, weight)
-            or x.numel() > FEW_TOKENS * weight.shape[0]
             or not (x.is_cpu and weight.is_cpu and weight.is_contiguous())
         ):
             other: torch.Tensor = cls.forward(self, hidden_states, *args, **kwargs)
@@ -93,7 +92,7 @@ def replace_norms(modules: Iterable[nn.Module], norm: Norm, stand_in_for: Callab
 
 def _kind_of(module: nn.Module, norm: Norm) -> Kind | None:
     """The Kind with which `norm` computes the same as the module, found by trial; None if there is none."""
-    weight, epsilon = getattr(module, "weight", None), _epsilon_of(module)
+    weight, epsilon = getattr(module, "weight", None), epsilon_of(module)
     if epsilon is None or not isinstance(weight, torch.Tensor) or weight.dim() != 1:
         return None
     if weight.dtype not in DTYPES:
@@ -108,13 +107,13 @@ def is_shifted(module: nn.Module) -> bool:
     return isinstance(kind, Kind) and kind.shifted
 
 
-def _is_served(module: nn.Module) -> bool:
+def is_served(module: nn.Module) -> bool:
     """Whether the library can read the module's weight."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, torch.Tensor) and weight.device.type == "cpu" and weight.is_contiguous()
 
 
-def _epsilon_of(module: nn.Module) -> float | None:
+def epsilon_of(module: nn.Module) -> float | None:
     """A norm's epsilon, which models keep under different names; None if there is none."""
     for name in ("variance_epsilon", "eps", "epsilon"):
         value = getattr(module, name, None)
@@ -125,21 +124,30 @@ def _epsilon_of(module: nn.Module) -> float | None:
 
 def _agrees(module: nn.Module, weight: torch.Tensor, kind: Kind, norm: Norm) -> bool:
     """Whether a module and `norm` agree on vectors from tiny to huge, up to the order of summation."""
-    generator = torch.Generator().manual_seed(3)
-    sizes = torch.tensor([1e-4, 1e-2, 1.0, 1e2], dtype=torch.float32).repeat(FEW_TOKENS // 4)
-    x = torch.randn(FEW_TOKENS, weight.shape[0], generator=generator, dtype=torch.float32) * sizes[:, None]
-    x[FEW_TOKENS // 2 :, 0] *= 100  # an outlier, as in language models
-    x = x.to(weight.device, weight.dtype)
+    x = trial_input(weight)
     with torch.no_grad():
         try:
             wanted = module(x)
         except (RuntimeError, TypeError, ValueError, AttributeError):
             return False
-        if not isinstance(wanted, torch.Tensor) or wanted.shape != x.shape or wanted.dtype is not x.dtype:
-            return False
-        got = norm(x, weight, kind)
+        return same_norms(norm(x, weight, kind), wanted, weight)
+
+
+def trial_input(weight: torch.Tensor) -> torch.Tensor:
+    """Vectors from tiny to huge, [TRIAL_TOKENS, D] of the dtype of `weight` [D]."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = torch.tensor([1e-4, 1e-2, 1.0, 1e2], dtype=torch.float32).repeat(TRIAL_TOKENS // 4)
+    x = torch.randn(TRIAL_TOKENS, weight.shape[0], generator=generator, dtype=torch.float32) * sizes[:, None]
+    x[TRIAL_TOKENS // 2 :, 0] *= 100  # an outlier, as in language models
+    return x.to(weight.device, weight.dtype)
+
+
+def same_norms(got: torch.Tensor, wanted: Any, weight: torch.Tensor) -> bool:
+    """Whether a module's result, `wanted`, is that of a norm with this weight but for the order of sums."""
+    if not isinstance(wanted, torch.Tensor) or wanted.shape != got.shape or wanted.dtype is not got.dtype:
+        return False
     # In 16 bits one of the two may round twice; in fp32, sums in another order differ by several steps.
-    info = torch.finfo(x.dtype)
-    step = info.eps * (16 if x.dtype is torch.float32 else 2)
+    info = torch.finfo(got.dtype)
+    step = info.eps * (16 if got.dtype is torch.float32 else 2)
     smallest = info.smallest_normal * info.eps * (1 + weight.detach().float().abs())
     return bool(((got.float() - wanted.float()).abs() <= step * wanted.float().abs() + smallest).all())

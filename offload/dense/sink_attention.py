@@ -15,6 +15,7 @@ from torch import nn
 
 from moe_local.offload.dense.attention import asks_for_its_name, single_query_attention
 from moe_local.offload.dense.logits_trial import difference
+from moe_local.offload.dense.prompt_attention import prompt_attention
 from moe_local.offload.dense.query_blocks import query_blocks
 from moe_local.offload.dense.split_attention import attend, attend_in_parts, beside_sinks, bias_of, parts_of
 from moe_local.offload.modeling.class_source import class_source
@@ -93,6 +94,8 @@ def sink_attention(
         query = query.reshape(batch, heads // groups, groups, width)
         parts = parts_of(query, key, value)
         output = attend_in_parts(query, key, value, attention_mask, scaling, parts, sinks.view(-1, groups))
+    elif (prompt := prompt_attention(query, key, value, attention_mask, scaling, sinks=sinks)) is not None:
+        return prompt, None
     else:
         if key.shape[1] == 1:
             key, value = (x.expand(-1, heads, -1, -1) for x in (key, value))

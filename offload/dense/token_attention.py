@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_local.offload.dense.attention_call import AttentionCall, Way
-from moe_local.offload.dense.library_call import are_numbers, epsilon_of, matrix_of, same_format
-from moe_local.offload.dense.norm import is_shifted
+from moe_local.offload.dense.library_call import are_numbers, matrix_of, same_format
+from moe_local.offload.dense.norm import epsilon_of, is_shifted
 from moe_local.offload.dense.places import Places
 from moe_local.offload.kernels.cpu import rounding
 from moe_local.offload.native.library import DTYPES, HALVES, NEIGHBOURS, Attention, check, library
@@ -114,7 +114,7 @@ class TokenAttention(AttentionCall):
         if not q.in_features == k.in_features == v.in_features == o.out_features:
             return None
         norms = [norm for norm in (getattr(module, name, None) for name in ("q_norm", "k_norm")) if norm]
-        epsilons = {epsilon_of(norm) for norm in norms}
+        epsilons: set[Any] = {epsilon_of(norm) for norm in norms}
         shifted = {is_shifted(norm) for norm in norms}
         weights = [getattr(norm, "weight", None) for norm in norms]
         if len(epsilons) > 1 or len(shifted) > 1 or None in epsilons:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from moe_local.offload.dense.library_call import LibraryCall, are_numbers, epsilon_of, matrix_of, same_format
+from moe_local.offload.dense.library_call import LibraryCall, are_numbers, matrix_of, same_format
+from moe_local.offload.dense.norm import epsilon_of
 from moe_local.offload.dense.token_calls import agrees_on_sizes, all_close, token_calls
 from moe_local.offload.kernels.cpu import rounding
 from moe_local.offload.modeling.stand_in import stand_in

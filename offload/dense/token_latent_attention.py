@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_local.offload.dense.attention_call import AttentionCall, Way
-from moe_local.offload.dense.library_call import are_numbers, epsilon_of, matrix_of, same_format
-from moe_local.offload.dense.norm import is_shifted
+from moe_local.offload.dense.library_call import are_numbers, matrix_of, same_format
+from moe_local.offload.dense.norm import epsilon_of, is_shifted
 from moe_local.offload.dense.once import once_for_all_layers
 from moe_local.offload.dense.places import Places
 from moe_local.offload.kernels.cpu import rounding
@@ -144,7 +144,7 @@ class TokenLatentAttention(AttentionCall):
         norms = [(module.kv_a_layernorm, latent)]
         if q_norm is not None:
             norms.append((q_norm, q[-1].in_features))
-        epsilons = [epsilon_of(norm) for norm, _ in norms]
+        epsilons: list[Any] = [epsilon_of(norm) for norm, _ in norms]
         if None in epsilons or any(is_shifted(norm) for norm, _ in norms):
             return None
         if not all(are_numbers(getattr(norm, "weight", None), width, dtype) for norm, width in norms):

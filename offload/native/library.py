@@ -159,6 +159,30 @@ class Sequence(Structure):
     )
 
 
+class Strided(Structure):
+    _fields_ = (("numbers", c_void_p), ("row", c_int64), ("head", c_int64), ("token", c_int64))
+
+
+class PromptAttention(Structure):
+    _fields_ = (
+        ("q", Strided),
+        ("k", Strided),
+        ("v", Strided),
+        ("seen", c_void_p),
+        ("sinks", c_void_p),
+        ("y", c_void_p),
+        ("sequences", c_int64),
+        ("queries", c_int64),
+        ("keys", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("width", c_int64),
+        ("value_width", c_int64),
+        ("scaling", c_float),
+        ("dtype", c_int32),
+    )
+
+
 class DeltaRule(Structure):
     _fields_ = (
         ("q", c_void_p),
@@ -168,7 +192,10 @@ class DeltaRule(Structure):
         ("decay", c_void_p),
         ("state", c_void_p),
         ("y", c_void_p),
+        ("key_stride", c_int64),
+        ("value_stride", c_int64),
         ("rows", c_int64),
+        ("tokens", c_int64),
         ("key_heads", c_int64),
         ("value_heads", c_int64),
         ("key_width", c_int64),
@@ -187,6 +214,24 @@ class Convolution(Structure):
         ("y", c_void_p),
         ("rows", c_int64),
         ("channels", c_int64),
+        ("taps", c_int64),
+        ("dtype", c_int32),
+        ("silu", c_int32),
+    )
+
+
+class SequenceConvolution(Structure):
+    _fields_ = (
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("y", c_void_p),
+        ("row_stride", c_int64),
+        ("channel_stride", c_int64),
+        ("token_stride", c_int64),
+        ("rows", c_int64),
+        ("channels", c_int64),
+        ("tokens", c_int64),
         ("taps", c_int64),
         ("dtype", c_int32),
         ("silu", c_int32),
@@ -255,7 +300,10 @@ _ARGUMENTS: dict[str, list[type]] = {
     "moe_isa": [],
     "moe_set_map": [c_void_p],
     "moe_linear": [POINTER(Matrix), c_void_p, c_int64, c_void_p, c_int32, c_int32, c_int32],
-    "moe_norm": [c_void_p, c_void_p, c_int32, c_float, c_int64, c_int64, c_int32, c_void_p],
+    "moe_norm": [c_void_p, c_void_p, c_int32, c_float, c_int64, c_int64, c_int32, c_void_p, c_int32],
+    "moe_gated_norm": [
+        *(c_void_p, c_void_p, c_void_p, c_float, c_int64, c_int64, c_int32, c_void_p, c_int32),
+    ],
     "moe_attention": [
         *(POINTER(Attention), c_void_p, c_void_p, c_void_p, POINTER(Sequence), c_int64, c_void_p, c_int32),
         c_int32,
@@ -280,8 +328,11 @@ _ARGUMENTS: dict[str, list[type]] = {
         *(POINTER(WholeLayer), c_int64, c_void_p, c_void_p, c_void_p, POINTER(Sequence), c_int64),
         *(c_void_p, c_void_p, c_int32),
     ],
+    "moe_prompt_attention": [POINTER(PromptAttention), c_int32],
+    "moe_seen": [c_void_p, c_int64, c_int64, c_void_p],
     "moe_delta_rule": [POINTER(DeltaRule), c_int32],
     "moe_convolve": [POINTER(Convolution), c_int32],
+    "moe_convolve_sequences": [POINTER(SequenceConvolution), c_int32],
     "moe_delta_net": [
         *(POINTER(DeltaNet), c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32),
     ],

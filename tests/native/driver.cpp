@@ -389,17 +389,30 @@ void use_delta_net(Random& random) {
   same_bytes(states, other_states, state_bytes, "threads change states of moe_delta_net");
 }
 
-void use_norm_and_route(Random& random) {
-  const int64_t tokens = between(random, 0, 5), width = a_size(random), experts = a_size(random);
+void use_norms(Random& random) {
+  const int64_t width = a_size(random);
+  const int64_t tokens = random() % 4 == 0 ? between(random, 200, 900) : between(random, 0, 5);
   const int32_t dtype = a_dtype(random);
   const int64_t bytes = bytes_of(dtype) * tokens * width;
   Numbers x(random, dtype, tokens * width, 2.0f), weight(random, dtype, width, 1.0f);
+  Numbers gate(random, dtype, tokens * width, 9.0f);
   const int32_t shifted = static_cast<int32_t>(random() % 2);
-  Buffer y(random, bytes);
+  Buffer gated(random, bytes), again(random, bytes), y(random, bytes);
+  for (Buffer* out : {&gated, &again})
+    require(moe_gated_norm(x.bytes(), gate.bytes(), weight.bytes(), 1e-5f, tokens, width, dtype, out->bytes(),
+                           out == &gated ? some_threads(random) : 1) == OK,
+            "moe_gated_norm failed");
+  same_bytes(gated, again, bytes, "threads change moe_gated_norm");
   for (Buffer* out : {&y, static_cast<Buffer*>(&x)})
-    require(moe_norm(x.bytes(), weight.bytes(), shifted, 1e-5f, tokens, width, dtype, out->bytes()) == OK,
+    require(moe_norm(x.bytes(), weight.bytes(), shifted, 1e-5f, tokens, width, dtype, out->bytes(),
+                     out == &y ? some_threads(random) : 1) == OK,
             "moe_norm failed");
-  same_bytes(x, y, bytes, "moe_norm in place is another");
+  same_bytes(x, y, bytes, "threads change moe_norm, or it is another in place");
+}
+
+void use_route(Random& random) {
+  const int64_t width = a_size(random), experts = a_size(random);
+  const int32_t dtype = a_dtype(random);
   Weights router(random, a_format(random), experts, width);
   const int64_t several = between(random, 1, 9);
   Numbers token(random, dtype, several * width, 0.5f);
@@ -440,29 +453,86 @@ void use_norm_and_route(Random& random) {
   }
 }
 
-void use_linear_attention(Random& random) {
+// Numbers [sequences, heads, tokens, width] with gaps between tokens, and heads in front of tokens or behind.
+Strided laid_out(Random& random, int64_t heads, int64_t tokens, int64_t width) {
+  const int64_t apart = width + (random() % 2 ? 0 : 16);
+  if (random() % 2) return {nullptr, heads * tokens * apart, apart, heads * apart};
+  return {nullptr, heads * tokens * apart, tokens * apart, apart};
+}
+
+void use_prompt(Random& random) {
+  PromptAttention p{};
+  p.dtype = a_dtype(random), p.scaling = 0.2f;
+  p.sequences = between(random, 1, 2), p.kv_heads = between(random, 1, 2);
+  p.heads = p.kv_heads * between(random, 1, 3);
+  p.queries = random() % 4 == 0 ? between(random, 100, 300) : between(random, 1, 20);
+  p.keys = between(random, 1, 200), p.width = 16 * between(random, 1, 6);
+  p.value_width = 16 * between(random, 1, 6);
+  p.q = laid_out(random, p.heads, p.queries, p.width), p.k = laid_out(random, p.kv_heads, p.keys, p.width);
+  p.v = laid_out(random, p.kv_heads, p.keys, p.value_width);
+  Numbers q(random, p.dtype, p.sequences * p.q.row, 2.0f), k(random, p.dtype, p.sequences * p.k.row, 2.0f);
+  Numbers v(random, p.dtype, p.sequences * p.v.row, 2.0f);
+  p.q.numbers = q.bytes(), p.k.numbers = k.bytes(), p.v.numbers = v.bytes();
+  const int64_t rows = p.sequences * p.queries;
+  std::vector<uint8_t> mask(static_cast<size_t>(rows * p.keys));
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t first = between(random, 0, static_cast<int>(p.keys)), last = between(random, 0, 200);
+    for (int64_t i = first; i < std::min(last, p.keys); ++i) mask[r * p.keys + i] = 1;
+  }
+  std::vector<int32_t> seen(static_cast<size_t>(2 * rows));
+  require(moe_seen(mask.data(), rows, p.keys, seen.data()) == OK, "moe_seen failed");
+  Buffer sinks(random, 4 * p.heads);
+  sinks.fill_floats(random, -3.0f, 3.0f);
+  p.seen = seen.data(), p.sinks = random() % 2 ? sinks.floats() : nullptr;
+  const int64_t bytes = bytes_of(p.dtype) * rows * p.heads * p.value_width;
+  Buffer y(random, bytes), again(random, bytes);
+  for (Buffer* out : {&y, &again}) {
+    p.y = out->bytes();
+    require(moe_prompt_attention(&p, out == &y ? some_threads(random) : 1) == OK,
+            "moe_prompt_attention failed");
+  }
+  same_bytes(y, again, bytes, "threads change moe_prompt_attention");
+}
+
+// Some tokens of some sequences, whose q, k and v are slices of one array or lie apart.
+void use_delta_rule(Random& random) {
   const int32_t dtype = a_dtype(random);
   DeltaRule r{};
   r.rows = between(random, 1, 3), r.key_heads = between(random, 1, 3);
   r.value_heads = r.key_heads * between(random, 1, 3);
   r.key_width = a_size(random) % 70 + 1, r.value_width = 16 * between(random, 1, 9);
+  r.tokens = random() % 4 == 0 ? between(random, 30, 70) : between(random, 1, 6);
   r.dtype = dtype, r.normalized = static_cast<int32_t>(random() % 2);
-  const int64_t keys = r.rows * r.key_heads * r.key_width, values = r.rows * r.value_heads * r.value_width;
-  const int64_t heads = r.rows * r.value_heads, state_bytes = 4 * values * r.key_width;
-  Numbers q(random, dtype, keys, 2.0f), k(random, dtype, keys, 0.3f), v(random, dtype, values, 2.0f);
-  Numbers beta(random, dtype, heads, 1.0f);
+  const int64_t keys = r.key_heads * r.key_width, values = r.value_heads * r.value_width;
+  const bool together = random() % 2;
+  const int64_t gap = random() % 2 ? 0 : between(random, 1, 20);
+  r.key_stride = (together ? 2 * keys + values : keys) + gap;
+  r.value_stride = together ? r.key_stride : values + (random() % 2 ? 0 : between(random, 1, 20));
+  const int64_t tokens = r.rows * r.tokens, heads = tokens * r.value_heads;
+  const int64_t keys_size = (tokens - 1) * r.key_stride + (together ? 2 * keys + values : keys);
+  const int64_t values_size = (tokens - 1) * r.value_stride + values;
+  Numbers q(random, dtype, keys_size, 0.3f), k(random, dtype, keys_size, 0.3f);
+  Numbers v(random, dtype, values_size, 2.0f), beta(random, dtype, heads, 1.0f);
+  const int64_t bytes = bytes_of(dtype) * tokens * values, of_state = r.key_width * r.value_width;
+  const int64_t state_bytes = 4 * r.rows * r.value_heads * of_state;
   Buffer decay(random, 4 * heads), state(random, state_bytes), other(random, state_bytes);
-  decay.fill_floats(random, -3.0f, 0.0f);
+  decay.fill_floats(random, random() % 4 == 0 ? -300.0f : -3.0f, 0.0f);
   state.fill_floats(random, -1.0f, 1.0f);
   std::memcpy(other.bytes(), state.bytes(), static_cast<size_t>(state_bytes));
-  Buffer y(random, bytes_of(dtype) * values), again(random, bytes_of(dtype) * values);
-  r.q = q.bytes(), r.k = k.bytes(), r.v = v.bytes(), r.beta = beta.bytes(), r.decay = decay.floats();
+  Buffer y(random, bytes), again(random, bytes);
+  r.q = q.bytes(), r.beta = beta.bytes(), r.decay = decay.floats();
+  r.k = together ? q.bytes() + bytes_of(dtype) * keys : k.bytes();
+  r.v = together ? q.bytes() + bytes_of(dtype) * 2 * keys : v.bytes();
   for (Buffer* out : {&y, &again}) {
     r.state = (out == &y ? state : other).floats(), r.y = out->bytes();
     require(moe_delta_rule(&r, out == &y ? some_threads(random) : 1) == OK, "moe_delta_rule failed");
   }
-  same_bytes(y, again, bytes_of(dtype) * values, "threads change moe_delta_rule");
+  same_bytes(y, again, bytes, "threads change moe_delta_rule");
   same_bytes(state, other, state_bytes, "threads change a state of moe_delta_rule");
+}
+
+void use_convolution(Random& random) {
+  const int32_t dtype = a_dtype(random);
   const int64_t rows = between(random, 1, 3), channels = a_size(random), taps = between(random, 1, 6);
   Numbers x(random, dtype, rows * channels, 2.0f), inputs(random, dtype, rows * channels * taps, 2.0f);
   Numbers weight(random, dtype, channels * taps, 1.0f), bias(random, dtype, channels, 1.0f);
@@ -477,6 +547,32 @@ void use_linear_attention(Random& random) {
   }
   same_bytes(moved, moved_again, bytes, "threads change moe_convolve");
   same_bytes(inputs, last, bytes * taps, "threads change a state of moe_convolve");
+}
+
+// Whole sequences, whose numbers lie in either order and may have gaps between them.
+void use_convolution_of_sequences(Random& random) {
+  SequenceConvolution c{};
+  c.dtype = a_dtype(random), c.silu = static_cast<int32_t>(random() % 2);
+  c.rows = between(random, 1, 3), c.channels = a_size(random);
+  c.tokens = random() % 2 ? between(random, 1, 9) : between(random, 60, 200);
+  c.taps = random() % 8 == 0 ? between(random, 60, 80) : between(random, 1, 6);
+  const bool by_token = random() % 2;
+  const int64_t inner = by_token ? c.channels : c.tokens, outer = by_token ? c.tokens : c.channels;
+  const int64_t apart = inner + (random() % 2 ? 0 : between(random, 1, 20));
+  c.channel_stride = by_token ? 1 : apart, c.token_stride = by_token ? apart : 1;
+  c.row_stride = outer * apart + (random() % 2 ? 0 : between(random, 1, 99));
+  const int64_t size = (c.rows - 1) * c.row_stride + (outer - 1) * apart + inner;
+  Numbers x(random, c.dtype, size, 2.0f), weight(random, c.dtype, c.channels * c.taps, 1.0f);
+  Numbers bias(random, c.dtype, c.channels, 1.0f);
+  c.x = x.bytes(), c.weight = weight.bytes(), c.bias = random() % 2 ? bias.bytes() : nullptr;
+  const int64_t bytes = bytes_of(c.dtype) * c.rows * c.tokens * c.channels;
+  Buffer y(random, bytes), again(random, bytes);
+  for (Buffer* out : {&y, &again}) {
+    c.y = out->bytes();
+    require(moe_convolve_sequences(&c, out == &y ? some_threads(random) : 1) == OK,
+            "moe_convolve_sequences failed");
+  }
+  same_bytes(y, again, bytes, "threads change moe_convolve_sequences");
 }
 
 void use_experts(Random& random) {
@@ -564,8 +660,12 @@ void rounds(unsigned seed, int count) {
     use_attention(random);
     use_latent_attention(random);
     use_delta_net(random);
-    use_norm_and_route(random);
-    use_linear_attention(random);
+    use_prompt(random);
+    use_norms(random);
+    use_route(random);
+    use_delta_rule(random);
+    use_convolution(random);
+    use_convolution_of_sequences(random);
     use_experts(random);
     use_the_rest(random);
   }

@@ -1,4 +1,4 @@
-"""moe_norm against transformers' formula, and moe_route against torch's softmax and top-k."""
+"""moe_norm and moe_gated_norm against transformers' formulas, moe_route against torch's softmax and top-k."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from moe_local.offload.native.library import DTYPES, FORMATS, SIGMOID, SOFTMAX, Router
 from support import packed
@@ -24,22 +25,32 @@ class Normed(NamedTuple):
 
 
 def normed(
-    lib: Any, x: torch.Tensor, epsilon: float = 1e-5, in_place: bool = False, shifted: bool = False
+    lib: Any,
+    x: torch.Tensor,
+    epsilon: float = 1e-5,
+    in_place: bool = False,
+    shifted: bool = False,
+    gate: torch.Tensor | None = None,
+    threads: int = 2,
 ) -> Normed:
-    """moe_norm of x [T, D] by a random weight, written between guards; and transformers' own."""
+    """moe_norm, or moe_gated_norm, of x [T, D] by a random weight, written between guards; and transformers'
+    own."""
     tokens, width = x.shape
-    norm = (GemmaRMSNorm if shifted else MixtralRMSNorm)(width, epsilon).to(x.dtype)
+    cls = Qwen3NextRMSNormGated if gate is not None else GemmaRMSNorm if shifted else MixtralRMSNorm
+    norm = cls(width, epsilon).to(x.dtype)
     with torch.no_grad():
         norm.weight.copy_(torch.randn(width, generator=torch.Generator().manual_seed(width)))
-        want = norm(x)
+        want = norm(x) if gate is None else norm(x, gate)
     memory = torch.full((tokens * width + 32,), OUTSIDE, dtype=x.dtype)
     y = memory[16 : 16 + tokens * width].view(tokens, width)
     if in_place:
         y.copy_(x)
-    source = y if in_place else x
-    dtype = DTYPES[x.dtype]
-    arguments = (source.data_ptr(), norm.weight.data_ptr(), shifted, epsilon, tokens, width, dtype)
-    assert lib.moe_norm(*arguments, y.data_ptr()) == OK
+    source, weight = (y if in_place else x).data_ptr(), norm.weight.data_ptr()
+    rest = epsilon, tokens, width, DTYPES[x.dtype], y.data_ptr(), threads
+    if gate is None:
+        assert lib.moe_norm(source, weight, shifted, *rest) == OK
+    else:
+        assert lib.moe_gated_norm(source, gate.data_ptr(), weight, *rest) == OK
     assert (memory[:16] == OUTSIDE).all()
     assert (memory[-16:] == OUTSIDE).all()
     return Normed(y, want)
@@ -107,16 +118,78 @@ def test_a_number_that_is_none_spoils_its_token_and_no_other(
         assert torch.equal(got[[0, 2]], clean[[0, 2]])
 
 
+def gates_of(x: torch.Tensor, size: float = 3.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(x.shape[1])
+    return (torch.randn(x.shape, generator=generator) * size).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_gated_norms_as_transformers_do(lib: Any, isa: str, dtype: torch.dtype, in_place: bool) -> None:
+    """Of 16 bits, the quotient, the norm and the answer may each be rounded to the next number."""
+    for width in WIDTHS:
+        most = 3 if dtype is not torch.float32 else 12 if isa == "portable" and width > 1000 else 6
+        for count in (1, 3):
+            for size, epsilon in ((1e-4, 1e-6), (1.0, 1e-5), (100.0, 0.1)):
+                x = tokens_of(count, width, dtype, size)
+                got, want = normed(lib, x, epsilon, in_place, gate=gates_of(x))
+                apart = steps_apart(got, want)
+                assert apart <= most, (width, count, size, epsilon, apart)
+                assert dtype is torch.float32 or (got != want).float().mean() < 0.01 + 1 / width
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_at_the_ends(lib: Any, isa: str, dtype: torch.dtype) -> None:
+    """Those that are shut leave nothing, or less than a number near one can show."""
+    ends = [0.0, -0.0, 1e-7, 20, -20, 100, -100, 3e4, -3e4]
+    gate = torch.tensor(ends).to(dtype).repeat_interleave(7)[None]
+    got, want = normed(lib, tokens_of(1, 63, dtype), gate=gate)
+    assert torch.allclose(got, want, rtol=4 * torch.finfo(dtype).eps, atol=1e-30)
+    for bad, place in ((torch.nan, 3), (torch.inf, 62)):
+        gate[0, place] = bad
+        spoilt, want = normed(lib, tokens_of(1, 63, dtype), gate=gate)
+        assert not spoilt[0, place].isfinite()
+        assert torch.equal(spoilt.isfinite(), want.isfinite())
+        kept = spoilt.isfinite()
+        assert torch.equal(spoilt[kept], got[kept])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width"), [(5000, 64), (333, 1000), (20, 20000)])
+def test_threads_change_no_norm(lib: Any, isa: str, tokens: int, width: int, dtype: torch.dtype) -> None:
+    """Of more tokens than a chunk has; and each is as alone."""
+    x = tokens_of(tokens, width, dtype)
+    for shifted, gate in ((False, None), (True, None), (False, gates_of(x))):
+        alone, want = normed(lib, x, shifted=shifted, gate=gate, threads=1)
+        assert torch.allclose(alone, want, rtol=8 * torch.finfo(dtype).eps, atol=1e-6)
+        for threads in (2, 3, 1000):
+            assert torch.equal(normed(lib, x, shifted=shifted, gate=gate, threads=threads).got, alone)
+        for t in (0, 1, tokens - 1):
+            own = None if gate is None else gate[t : t + 1]
+            assert torch.equal(normed(lib, x[t : t + 1], shifted=shifted, gate=own).got[0], alone[t])
+
+
 def test_wrong_norms_are_refused(lib: Any) -> None:
     x, weight, y = torch.ones(2, 8), torch.ones(8), torch.full((2, 8), OUTSIDE)
-    good = [x.data_ptr(), weight.data_ptr(), 0, 1e-5, 2, 8, 0, y.data_ptr()]
-    wrong = [*((0, None), (1, None), (7, None), (4, -1), (5, 0), (5, -8), (5, 2**62), (6, -1), (6, 3))]
-    for place, value in wrong:
-        assert lib.moe_norm(*good[:place], value, *good[place + 1 :]) == BAD_ARGUMENT, (place, value)
-        assert (y == OUTSIDE).all()
-    assert lib.moe_norm(None, None, 0, 1e-5, 0, 8, 0, None) == OK
-    assert lib.moe_norm(*good) == OK
-    assert not (y == OUTSIDE).any()
+    pointers, rest = (x.data_ptr(), weight.data_ptr()), (1e-5, 2, 8, 0, y.data_ptr(), 1)
+    wrong = [(0, None), (1, None), (4, -1), (5, 0), (5, -8), (5, 2**62), (6, -1), (6, 3), (7, None), (8, 0)]
+    calls = (
+        (lib.moe_norm, [*pointers, 0, *rest], [*wrong, (8, -1)], [None, None, 0, 1e-5, 0, 8, 0, None, 1]),
+        (
+            lib.moe_gated_norm,
+            [pointers[0], x.data_ptr(), pointers[1], *rest],
+            [*wrong, (2, None)],
+            [None, None, None, 1e-5, 0, 8, 0, None, 1],
+        ),
+    )
+    for norm, good, changes, nothing in calls:
+        for place, value in changes:
+            assert norm(*good[:place], value, *good[place + 1 :]) == BAD_ARGUMENT, (place, value)
+            assert (y == OUTSIDE).all()
+        assert norm(*nothing) == OK
+        assert norm(*good) == OK
+        assert not (y == OUTSIDE).any()
+        y.fill_(OUTSIDE)
 
 
 class Routed(NamedTuple):

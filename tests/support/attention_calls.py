@@ -230,7 +230,8 @@ class LayerCall:
         def norm(x: torch.Tensor, of: Norm) -> torch.Tensor:
             out = torch.empty_like(x)
             sizes = (1, x.numel(), dtype)
-            assert lib.moe_norm(x.data_ptr(), of.weight, of.shifted, of.epsilon, *sizes, out.data_ptr()) == 0
+            rest = (*sizes, out.data_ptr(), 1)
+            assert lib.moe_norm(x.data_ptr(), of.weight, of.shifted, of.epsilon, *rest) == 0
             return out
 
         normed = norm(call.x, layer.before_attention)

@@ -310,19 +310,3 @@ int32_t moe_layer(const Layer* layer, const Router* router, const void* x, const
 } catch (const std::bad_alloc&) {
   return OUT_OF_MEMORY;
 }
-
-int32_t moe_norm(const void* x, const void* weight, int32_t shifted, float epsilon, int64_t tokens,
-                 int64_t width, int32_t dtype, void* y) try {
-  if (tokens < 0 || width < 1 || width > (int64_t{1} << 40) || !valid_dtype(dtype)) return BAD_ARGUMENT;
-  if (tokens > 0 && (x == nullptr || weight == nullptr || y == nullptr)) return BAD_ARGUMENT;
-  scratch.reserve(Scratch::bytes_of<float>(width));
-  float* floats = scratch.take<float>(width);
-  for (int64_t t = 0; t < tokens; ++t) {
-    kernels().widen(dtype, at(dtype, x, t * width), width, floats);
-    kernels().norm(dtype, weight, shifted != 0, epsilon, width, floats);
-    kernels().narrow(dtype, floats, width, at(dtype, y, t * width));
-  }
-  return OK;
-} catch (const std::bad_alloc&) {
-  return OUT_OF_MEMORY;
-}

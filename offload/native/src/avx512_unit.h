@@ -51,6 +51,8 @@ constexpr int64_t TILE_T = 6;
 #include "avx512_mxfp4.h"
 #include "avx512_bf16.h"
 #include "avx512_words.h"
+#include "prompt.h"
+#include "avx512_prompt.h"
 #include "integer_tile.h"
 #include "integer_forms.h"
 #include "avx512_forms.h"
@@ -61,8 +63,8 @@ constexpr int64_t TILE_T = 6;
 #include "rows.h"
 
 constexpr Kernels TABLE = {
-    UNIT_ISA, UNIT_NAME, most_in_registers, prepare, rows,   weigh_rows, gate, combine, widen, narrow,
-    norm,     attend,    open_gate,         delta,   encode, encode_low};
+    UNIT_ISA, UNIT_NAME, most_in_registers, prepare,   rows,     weigh_rows, gate,   combine,   widen, narrow,
+    norm,     attend,    attend_prompt,     open_gate, convolve, delta,      encode, encode_low};
 
 }  // namespace
 

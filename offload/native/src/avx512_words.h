@@ -86,3 +86,10 @@ inline void gather_words(const uint8_t* const* rows, int64_t offset, Ints* out) 
   out[2] = _mm512_unpacklo_epi64(b, d);
   out[3] = _mm512_unpackhi_epi64(b, d);
 }
+
+// The same words as floats.
+inline void gather_floats(const uint8_t* const* rows, int64_t offset, Vec* out) {
+  Ints words[4];
+  gather_words(rows, offset, words);
+  for (int i = 0; i < 4; ++i) out[i] = _mm512_castsi512_ps(words[i]);
+}

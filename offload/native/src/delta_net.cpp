@@ -93,8 +93,11 @@ struct DeltaNetCall {
     float* spare = gate + width;
     std::copy_n(mixed[row] + key_head * net->key_width, net->key_width, q);
     std::copy_n(mixed[row] + keys + key_head * net->key_width, net->key_width, k);
-    update_head(q, k, mixed[row] + 2 * keys + head * width, beta(row, head, spare), decay(row, head, spare),
-                true, net->key_width, width, states + chunk * net->key_width * width, answer);
+    prepare_head(q, k, true, net->key_width);
+    const float share = beta(row, head, spare), factor = std::exp(decay(row, head, spare));
+    const float* v = mixed[row] + 2 * keys + head * width;
+    float* state = states + chunk * net->key_width * width;
+    kernels().delta({q, k, v, &share, &factor, 1, net->key_width, width, state, nullptr}, answer);
     round_to(net->dtype, width, spare, answer);
     kernels().norm(net->dtype, net->norm, false, net->epsilon, width, answer);
     round_to(net->dtype, width, spare, answer);

@@ -86,17 +86,48 @@ struct Looked {
   float* sums;     // [queries, width]
 };
 
-// One token in one head of linear attention; the widths are those of DeltaRule in moe_native.h.
+constexpr int64_t PROMPT_KEYS = 64;  // keys of a block in `attend_prompt`
+
+// The input and output of `attend_prompt`: some queries of the heads that share a KV head, and that head's
+// keys and values. Strides are in numbers.
+struct QueryBlock {
+  const void* q;  // the first token's of the first head
+  const void* k;  // the first position's
+  const void* v;
+  void* y;
+  int64_t q_token, q_head, k_token, v_token, y_token, y_head;
+  const int32_t* seen;  // [queries, 2]: the first position that a query sees, and that after its last
+  const float* sinks;   // [heads], or null
+  int64_t queries;
+  int64_t heads;
+  int64_t width;  // of queries and keys, a multiple of HEAD_STEP, as is value_width
+  int64_t value_width;
+  float scaling;
+};
+
+// How many rows, queries times heads, `attend_prompt` has room for, and how many floats of room it needs.
+static inline int64_t prompt_rows_of(int64_t rows) { return (rows + 11) / 12 * 12; }
+static inline int64_t prompt_room(int64_t rows, int64_t width, int64_t value_width) {
+  return prompt_rows_of(rows) * (width + value_width + PROMPT_KEYS + 2) +
+         PROMPT_KEYS * (2 * width + 2 * value_width);
+}
+
+// Some consecutive tokens in one head of linear attention; the widths are those of DeltaRule in moe_native.h.
 struct Delta {
-  const float* q;  // [key_width], scaled
-  const float* k;  // [key_width]
-  const float* v;  // [value_width]
-  float beta;
-  float factor;  // e^decay, by which the state is multiplied
+  const float* q;       // [tokens, key_width], scaled
+  const float* k;       // [tokens, key_width]
+  const float* v;       // [tokens, value_width]
+  const float* beta;    // [tokens]
+  const float* factor;  // [tokens], e^decay, by which the state is multiplied
+  int64_t tokens;       // at most DELTA_TOKENS
   int64_t key_width;
   int64_t value_width;  // a multiple of HEAD_STEP
   float* state;         // [key_width, value_width]
+  float* room;          // [key_width, DELTA_COLUMNS], which several tokens need
 };
+
+constexpr int64_t DELTA_TOKENS = 32;   // whose inputs stay in the L2 cache beside a head's state
+constexpr int64_t DELTA_COLUMNS = 32;  // of a state, in the L1 cache while several tokens pass through them
 
 struct Kernels {
   int32_t isa;
@@ -139,10 +170,20 @@ struct Kernels {
   // Attention of a token's queries to the keys and values of `look`, which are of the dtype.
   void (*attend)(int32_t dtype, const Look& look, const Looked& out);
 
+  // Attention of many queries.
+  void (*attend_prompt)(int32_t dtype, const QueryBlock& block, float* room);
+
   // Multiplies a head's output [count, a multiple of HEAD_STEP] with the sigmoids of its gate.
   void (*open_gate)(const float* gate, int64_t count, float* answer);
 
-  // Updates the head's state with the token; out [value_width] is the head's output.
+  // A convolution of `width` channels: out [tokens, stride] is, for each token t, the sum over taps k of
+  // input t + k times weights [taps, stride], plus `added` [stride]. It takes the place of the first `tokens`
+  // inputs, of which there are taps - 1 more. Numbers of a row after `width` are written, too, up to a
+  // multiple of HEAD_STEP.
+  void (*convolve)(const float* weights, const float* added, int64_t stride, int64_t taps, int64_t tokens,
+                   int64_t width, float* inputs);
+
+  // Updates the head's state with the tokens; out [tokens, value_width] are the head's outputs.
   void (*delta)(const Delta& head, float* out);
 
   // Blocks [first, last) of weights [numel] -> their part of q and absmax; see moe_nf4_encode.

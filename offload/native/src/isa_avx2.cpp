@@ -40,6 +40,7 @@ constexpr int64_t TILE_T = 3;
 #include "micro_dot.h"
 #include "avx2_mxfp4.h"
 #include "avx2_words.h"
+#include "prompt.h"
 #include "integer_tile.h"
 #include "integer_forms.h"
 #include "avx2_forms.h"
@@ -56,9 +57,11 @@ constexpr auto rows_tiled_bf16 = rows_tiled;
 
 #include "rows.h"
 
+constexpr auto attend_prompt = attend_prompt_by<PromptFloats>;
+
 constexpr Kernels TABLE = {
-    AVX2, "avx2", most_in_registers, prepare, rows,   weigh_rows, gate, combine, widen, narrow,
-    norm, attend, open_gate,         delta,   encode, encode_low};
+    AVX2, "avx2", most_in_registers, prepare,   rows,     weigh_rows, gate,   combine,   widen, narrow,
+    norm, attend, attend_prompt,     open_gate, convolve, delta,      encode, encode_low};
 
 }  // namespace
 

@@ -17,6 +17,7 @@ constexpr int64_t TILE_T = 2;
 #include "attend.h"
 #include "delta.h"
 #include "prepare.h"
+#include "prompt.h"
 #include "low.h"
 #include "micro.h"
 #include "tile.h"
@@ -44,9 +45,12 @@ void weigh_rows(const Matrix& m, const float* map, const float* const* weights, 
   weigh_decoded(decode_any, InOrder(), m, map, weights, count, first, last, out);
 }
 
-constexpr Kernels TABLE = {
-    PORTABLE, "portable", most_in_registers, prepare, rows,   weigh_rows, gate, combine, widen, narrow,
-    norm,     attend,     open_gate,         delta,   encode, encode_low};
+constexpr auto attend_prompt = attend_prompt_by<PromptFloats>;
+
+constexpr Kernels TABLE = {PORTABLE,   "portable", most_in_registers, prepare,   rows,
+                           weigh_rows, gate,       combine,           widen,     narrow,
+                           norm,       attend,     attend_prompt,     open_gate, convolve,
+                           delta,      encode,     encode_low};
 
 }  // namespace
 

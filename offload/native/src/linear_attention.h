@@ -1,5 +1,5 @@
-// The recurrent parts of linear attention, for one token: a convolution over the last inputs of a channel,
-// and a head's state that the gated delta rule updates.
+// The recurrent parts of linear attention: a convolution over the last inputs of a channel, and a head's
+// state that the gated delta rule updates.
 #pragma once
 
 #include <algorithm>
@@ -14,23 +14,22 @@
 constexpr float L2_EPSILON = 1e-6f;
 
 inline void divide_by_length(float* x, int64_t count) {
-  float total = 0.0f;
-  for (int64_t i = 0; i < count; ++i) total += x[i] * x[i];
+  constexpr int64_t LANES = 8;  // sums side by side, which do not wait for each other
+  float totals[LANES] = {}, total = 0.0f;
+  for (int64_t i = 0; i < count; ++i) totals[i % LANES] += x[i] * x[i];
+  for (const float lane : totals) total += lane;
   const float factor = 1.0f / std::sqrt(total + L2_EPSILON);
   for (int64_t i = 0; i < count; ++i) x[i] *= factor;
 }
 
-// One value head: updates its state [key_width, value_width], and sets out [value_width]. q and k [key_width]
-// are overwritten. `decay`: the logarithm of the factor by which the state is multiplied.
-inline void update_head(float* q, float* k, const float* v, float beta, float decay, bool normalized,
-                        int64_t key_width, int64_t value_width, float* state, float* out) {
+// Prepares a token's q and k [key_width] for Delta.
+inline void prepare_head(float* q, float* k, bool normalized, int64_t key_width) {
   if (normalized) {
     divide_by_length(q, key_width);
     divide_by_length(k, key_width);
   }
   const float scale = std::sqrt(static_cast<float>(key_width));
   for (int64_t i = 0; i < key_width; ++i) q[i] /= scale;
-  kernels().delta({q, k, v, beta, std::exp(decay), key_width, value_width, state}, out);
 }
 
 // Floats that `convolve_channels` needs for `count` channels.

@@ -13,7 +13,7 @@
 #define MOE_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum Error : int32_t { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED_CPU = 3 };
+enum Error : int32_t { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED_CPU = 3, SCATTERED = 4 };
 
 // In ascending order: each includes all instructions of those before it. AVX512_VNNI lacks AVX512's VBMI.
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512_VNNI = 2, AVX512 = 3 };
@@ -218,7 +218,11 @@ MOE_API int32_t moe_linear(const Matrix* matrix, const void* x, int64_t tokens, 
 // the quotient is rounded, too. `shifted`: (1 + weight) * quotient, without rounding the quotient. x and y
 // may be the same.
 MOE_API int32_t moe_norm(const void* x, const void* weight, int32_t shifted, float epsilon, int64_t tokens,
-                         int64_t width, int32_t dtype, void* y);
+                         int64_t width, int32_t dtype, void* y, int32_t threads);
+
+// The same, not shifted and rounded, times gate * sigmoid(gate), [tokens, width] as x.
+MOE_API int32_t moe_gated_norm(const void* x, const void* gate, const void* weight, float epsilon,
+                               int64_t tokens, int64_t width, int32_t dtype, void* y, int32_t threads);
 
 // Attention of one token of each of 1 to 256 `sequences` [tokens], which share no memory: y [tokens, D] is
 // the output for x [tokens, D], with the cos and sin [tokens, rotated, or rotated / 2 if `shared`] of the
@@ -269,20 +273,57 @@ MOE_API int32_t moe_layers(const WholeLayer* layers, int64_t count, const void* 
                            const void* sin, const Sequence* sequences, int64_t tokens, void* y, int64_t* ids,
                            int32_t threads);
 
-// One token of each of `rows` sequences through linear attention with the gated delta rule (Gated DeltaNet,
-// arXiv 2412.06464). A head has a state S [key_width, value_width], which becomes e^decay * S + k d, where d
-// = beta * (v - k (e^decay * S)); its output is q S / sqrt(key_width). Each key head is shared by value_heads
-// / key_heads value heads; value_width is a multiple of 16. `normalized`: q and k are divided by their L2
-// norms first.
+// Numbers of heads, tokens and sequences, and how many numbers lie between those of one and of the next.
+struct Strided {
+  const void* numbers;
+  int64_t row;
+  int64_t head;
+  int64_t token;
+};
+
+// Attention of many queries: y [sequences, queries, heads, value_width] is the sum of the values of the
+// positions that a query sees, weighted with the softmax of scaling * q . k.
+struct PromptAttention {
+  Strided q;  // [sequences, heads, queries, width], of the dtype, as k, v and y
+  Strided k;  // [sequences, kv_heads, keys, width]
+  Strided v;  // [sequences, kv_heads, keys, value_width]
+  const int32_t*
+      seen;  // [sequences, queries, 2]: the first position that a query sees, and that after its last
+  const float* sinks;  // [heads], scores that take part in the softmax but have no value, or null
+  void* y;
+  int64_t sequences;
+  int64_t queries;
+  int64_t keys;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t width;  // a multiple of 16, as value_width
+  int64_t value_width;
+  float scaling;
+  int32_t dtype;
+};
+
+MOE_API int32_t moe_prompt_attention(const PromptAttention* prompt, int32_t threads);
+
+// seen [rows, 2] of a mask [rows, keys], of which ones are seen; SCATTERED if a row's do not lie together.
+MOE_API int32_t moe_seen(const uint8_t* mask, int64_t rows, int64_t keys, int32_t* seen);
+
+// The next tokens of each of `rows` sequences, one after the other, through linear attention with the gated
+// delta rule (Gated DeltaNet, arXiv 2412.06464). A head has a state S [key_width, value_width], which becomes
+// e^decay * S + k d, where d = beta * (v - k (e^decay * S)); its output is q S / sqrt(key_width). Each key
+// head is shared by value_heads / key_heads value heads; value_width is a multiple of 16. `normalized`: q and
+// k are divided by their L2 norms first.
 struct DeltaRule {
-  const void* q;       // [rows, key_heads, key_width], of the dtype, as k, v, beta and y
-  const void* k;       // [rows, key_heads, key_width]
-  const void* v;       // [rows, value_heads, value_width]
-  const void* beta;    // [rows, value_heads]
-  const float* decay;  // [rows, value_heads]
-  float* state;        // [rows, value_heads, key_width, value_width]
-  void* y;             // [rows, value_heads, value_width]
+  const void* q;         // [rows, tokens, key_heads, key_width], of the dtype, as k, v, beta and y
+  const void* k;         // [rows, tokens, key_heads, key_width]
+  const void* v;         // [rows, tokens, value_heads, value_width]
+  const void* beta;      // [rows, tokens, value_heads]
+  const float* decay;    // [rows, tokens, value_heads]
+  float* state;          // [rows, value_heads, key_width, value_width]
+  void* y;               // [rows, tokens, value_heads, value_width]
+  int64_t key_stride;    // numbers from a token's q, or k, to the next token's
+  int64_t value_stride;  // numbers from a token's v to the next token's
   int64_t rows;
+  int64_t tokens;
   int64_t key_heads;
   int64_t value_heads;
   int64_t key_width;
@@ -310,6 +351,25 @@ struct Convolution {
 };
 
 MOE_API int32_t moe_convolve(const Convolution* convolution, int32_t threads);
+
+// Whole sequences through such a convolution, with zeros in front of their first tokens: see Convolution.
+struct SequenceConvolution {
+  const void* x;       // [rows, channels, tokens], in any order: its strides follow
+  const void* weight;  // [channels, taps]
+  const void* bias;    // [channels], or null
+  void* y;             // [rows, tokens, channels]
+  int64_t row_stride;
+  int64_t channel_stride;
+  int64_t token_stride;
+  int64_t rows;
+  int64_t channels;
+  int64_t tokens;
+  int64_t taps;
+  int32_t dtype;
+  int32_t silu;
+};
+
+MOE_API int32_t moe_convolve_sequences(const SequenceConvolution* convolution, int32_t threads);
 
 // A layer of Gated DeltaNet, from its (normalized) input to the output that is added to the residual:
 // queries, keys and values go through a Convolution with `silu`, then through a DeltaRule, normalized, with

@@ -43,6 +43,12 @@ inline void sums(Vec a, Vec b, Vec c, Vec d, float* out) {
   out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
 }
 
+// Four floats of each of four rows, from byte `offset` on -> four vectors, one for each of the floats.
+inline void gather_floats(const uint8_t* const* rows, int64_t offset, Vec* out) {
+  for (int r = 0; r < 4; ++r)
+    for (int i = 0; i < 4; ++i) std::memcpy(out[i].v + r, rows[r] + offset + 4 * i, 4);
+}
+
 template <class T>
 inline Vec load(T, const uint8_t* p) {
   return {{T::load(p), T::load(p + T::BYTES), T::load(p + 2 * T::BYTES), T::load(p + 3 * T::BYTES)}};

@@ -1,4 +1,4 @@
-"""What tests of decoder layers that are computed together have in common."""
+"""What tests of this folder have in common."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from moe_local.offload.dense import attention, sink_attention
 from moe_local.offload.dense.token_layers import TokenLayers
 
 
@@ -23,3 +24,18 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(TokenLayers, "_compute", noting)
     return made
+
+
+@pytest.fixture
+def torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many queries go to torch, as where the library was not compiled."""
+    for module in (attention, sink_attention):
+        monkeypatch.setattr(module, "prompt_attention", lambda *args, **options: None)
+
+
+@pytest.fixture(params=["library", "torch"])
+def attends(request: pytest.FixtureRequest) -> str:
+    """Both ways in which many queries are computed."""
+    if request.param == "torch":
+        request.getfixturevalue("torch_attends")
+    return str(request.param)

@@ -24,7 +24,7 @@ from support import tiny_models
 @pytest.mark.parametrize(("heads", "groups"), [(8, 4), (8, 1), (6, 3), (4, 4)])
 @pytest.mark.parametrize(("queries", "positions"), [(1, 1), (1, 77), (5, 5), (3, 9)])
 def test_equals_transformers_sdpa(
-    queries: int, positions: int, heads: int, groups: int, dtype: torch.dtype
+    attends: str, queries: int, positions: int, heads: int, groups: int, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(positions)
     shapes = [
@@ -71,6 +71,7 @@ def test_a_masked_query_copies_no_keys(added: bool, monkeypatch: pytest.MonkeyPa
     assert torch.allclose(got, want, atol=1e-6)
 
 
+@pytest.mark.usefixtures("torch_attends")
 @pytest.mark.parametrize("queries", [1, 5])
 def test_keys_are_copied_where_no_kernel_shares_them(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU without flash attention: but for one query, which is packed."""
@@ -94,6 +95,7 @@ def test_keys_are_copied_where_no_kernel_shares_them(queries: int, monkeypatch: 
     assert given == [(2, 4, 2) if queries == 1 else (8, 5, 8)]
 
 
+@pytest.mark.usefixtures("torch_attends")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mask", ["none", "seen", "added"])
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""Linear attention of single tokens by the library, against transformers' own functions and models."""
+"""Linear attention by the library, against transformers' own functions and models."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import pickle
 import sys
 from collections.abc import Callable
@@ -18,7 +19,12 @@ import moe_local
 from moe_local.offload.checkpoint import skeleton
 from moe_local.offload.dense import delta_rule as module_under_test
 from moe_local.offload.dense import state_pieces
-from moe_local.offload.dense.delta_rule import convolve, delta_rule, use_native_delta_rule
+from moe_local.offload.dense.delta_rule import (
+    PROMPT_CONVOLUTION,
+    PROMPT_RULE,
+    RULE,
+    use_native_delta_rule,
+)
 from moe_local.offload.modeling.names import cache_name
 from moe_local.offload.native.library import library
 from support import tiny_models
@@ -32,33 +38,46 @@ def layers_of(model: Any) -> list[Any]:
     return [module for module in model.modules() if "GatedDeltaNet" in type(module).__name__]
 
 
-def logits(model: Any, rows: int) -> torch.Tensor:
-    """Of single tokens behind a prompt."""
+def logits(model: Any, lengths: tuple[int, ...]) -> torch.Tensor:
+    """Of two sequences, which go through the model in pieces of these lengths."""
     cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
-    name, ids = cache_name(model.forward), torch.arange(rows * 12).view(rows, 12) + 5
+    ids = torch.randint(5, 300, (2, sum(lengths)), generator=torch.Generator().manual_seed(1))
+    options = {cache_name(model.forward): cache, "use_cache": True}
     with torch.no_grad():
-        outputs = [model(input_ids=ids[:, :7], **{name: cache}, use_cache=True).logits]
-        for position in range(7, 12):
-            token = ids[:, position : position + 1]
-            outputs.append(model(input_ids=token, **{name: cache}, use_cache=True).logits)
+        outputs = [model(input_ids=piece, **options).logits for piece in ids.split(lengths, dim=1)]
     return torch.cat(outputs, dim=1).float()
 
 
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.float() - want.float()).norm() / want.float().norm())
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry for each call of the library."""
+    made: list[int] = []
+    monkeypatch.setattr(module_under_test, "library", lambda: made.append(1) or library())
+    return made
+
+
+@pytest.mark.parametrize("lengths", [(7, 1, 1, 1, 1, 1), (1, 6, 1, 1), (5, 3, 1, 2, 1), (70, 65, 1, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_answers_as_before(monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype) -> None:
-    """Single tokens of two sequences, two calls of the library a layer."""
+def test_a_model_answers_as_before(
+    calls: list[int], family: str, dtype: torch.dtype, lengths: tuple[int, ...]
+) -> None:
+    """Prompts, what continues them, and single tokens: two calls of the library a layer."""
     model = tiny_models.tiny_model(family).to(dtype)
-    want = logits(model, 2)
+    want = logits(model, lengths)
     classes = [type(module) for module in layers_of(model)]
     use_native_delta_rule(model)
     changed = [type(module) for module in layers_of(model)]
     assert [cls.__mro__[1] for cls in changed] == classes
-    calls: list[int] = []
-    monkeypatch.setattr(module_under_test, "library", lambda: calls.append(1) or library())
-    got = logits(model, 2)
-    assert len(calls) == 2 * 5 * len(changed)
-    assert (got - want).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * want.norm()
+    calls.clear()
+    got = logits(model, lengths)
+    assert len(calls) == 2 * len(lengths) * len(changed)
+    for mine, others in zip(got.split(lengths, dim=1), want.split(lengths, dim=1), strict=True):
+        assert relative(mine, others) <= (1e-5 if dtype == torch.float32 else 0.02)
 
 
 def inspected(cls: Any) -> Any:
@@ -70,65 +89,36 @@ def never(*args: Any, **options: Any) -> Any:
     raise AssertionError("the library does this")
 
 
-def passed(*args: Any, **options: Any) -> str:
-    return "passed on"
-
-
-def test_what_the_library_does_not_do_is_transformers() -> None:
-    q, v, gates = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 4, 16), torch.zeros(1, 1, 4)
-    state = torch.zeros(1, 4, 8, 16)
-    given: dict[str, Any] = {
-        "query": q,
-        "key": q,
-        "value": v,
-        "g": gates,
-        "beta": gates,
-        "initial_state": state,
-        "output_final_state": True,
-    }
-    assert delta_rule(never, **given, use_cache=True)[1] is state
-    longer = {"query": q.expand(1, 3, 2, 8), "key": q.expand(1, 3, 2, 8), "value": v.expand(1, 3, 4, 16)}
-    others: list[dict[str, Any]] = [
-        longer,
-        {"initial_state": None},
-        {"output_final_state": False},
-        {"cu_seqlens": torch.tensor([0, 1])},
-        {"query": q.double(), "key": q.double()},
-        {"g": gates.bfloat16()},
-        {"initial_state": state.bfloat16()},
-        {"initial_state": state.transpose(2, 3).contiguous().transpose(2, 3)},
-        {"value": v[..., :8], "initial_state": state[..., :8].contiguous()},
-    ]
-    for other in others:
-        assert delta_rule(passed, **given | other) == "passed on"
-    x, inputs, weight = torch.zeros(1, 6, 1), torch.zeros(1, 6, 4), torch.zeros(6, 4)
-    assert convolve(never, x, inputs, weight, None, "silu").shape == x.shape
-    for arguments in (
-        (x.expand(1, 6, 2), inputs, weight),
-        (x, inputs, weight, None, "gelu"),
-        (x, inputs.bfloat16(), weight),
-        (x, inputs[..., :3], weight),
-        (x, inputs.transpose(1, 2).contiguous().transpose(1, 2), weight),
-    ):
-        assert convolve(passed, *arguments) == "passed on"  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("broken", ["rule", "lengths", "convolution"])
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        *((name, "answer") for name in module_under_test.NAMES),
+        *((name, "late answer") for name in (PROMPT_RULE, PROMPT_CONVOLUTION)),
+        *((name, broken) for name in (RULE, PROMPT_RULE) for broken in ("lengths", "state")),
+    ],
+)
 def test_functions_that_do_something_else_are_left_alone(
-    monkeypatch: pytest.MonkeyPatch, broken: str
+    monkeypatch: pytest.MonkeyPatch, name: str, broken: str
 ) -> None:
+    """Also if it is only behind the 64th token, where q and k are normalized, or in the state they leave."""
     model = tiny_models.tiny_model("qwen3_next")
     before = [type(module) for module in layers_of(model)]
-    rule, convolution = module_under_test._functions(before[0]) or (None, None)
-    name = module_under_test.CONVOLUTION if broken == "convolution" else module_under_test.RULE
-    plain: Any = convolution if broken == "convolution" else rule
+    plain: Any = getattr(inspected(before[0]), name)
+    along = 1 if name in (RULE, PROMPT_RULE) else 2
 
     def another(*args: Any, **options: Any) -> Any:
         if broken == "lengths" and options.get("use_qk_l2norm_in_kernel"):
             q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-5).rsqrt() for x in args[:2])
             return plain(q, k, *args[2:], **options | {"use_qk_l2norm_in_kernel": False})
-        answer = plain(*args, **options)
-        return (1.01 * answer[0], answer[1]) if broken == "rule" else 1.01 * answer
+        found = plain(*args, **options)
+        answer, state = found if along == 1 else (found, None)
+        if broken == "answer":
+            answer *= 1.01
+        elif broken == "late answer" and answer.shape[along] > 64:
+            answer.narrow(along, 64, 1).mul_(1.01)
+        elif broken == "state":
+            state *= 1.01
+        return (answer, state) if along == 1 else answer
 
     with monkeypatch.context() as patch:
         patch.setattr(inspected(before[0]), name, another)
@@ -136,6 +126,58 @@ def test_functions_that_do_something_else_are_left_alone(
         assert [type(module) for module in layers_of(model)] == before
     use_native_delta_rule(model)
     assert [type(module) for module in layers_of(model)] != before
+
+
+def test_a_class_without_one_of_the_functions_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in module_under_test.NAMES:
+        model = tiny_models.tiny_model("qwen3_next")
+        before = [type(module) for module in layers_of(model)]
+        with monkeypatch.context() as patch:
+            patch.setattr(inspected(before[0]), name, None)
+            use_native_delta_rule(model)
+            assert [type(module) for module in layers_of(model)] == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_packed_sequences_start_is_for_transformers_functions(
+    monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    model = tiny_models.tiny_model(family)
+    layer: Any = layers_of(model)[0]
+    told: list[tuple[str, set[str]]] = []
+
+    def noting(name: str) -> Callable[..., Any]:
+        plain: Any = inspect.unwrap(getattr(inspected(type(layer)), name))
+
+        def noted(*args: Any, **options: Any) -> Any:
+            told.append((name, {key for key, value in options.items() if value is starts}))
+            return plain(*args, **options)
+
+        return noted
+
+    functions = {name: noting(name) for name in module_under_test.NAMES}
+    for name, function in functions.items():
+        monkeypatch.setattr(inspected(type(layer)), name, function)
+    layer.__class__ = module_under_test._native.__wrapped__(type(layer))
+    starts, x = torch.tensor([0, 2, 6]), torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(2))
+    for options, of_rule in (
+        ({}, ""),
+        ({"cu_seq_lens_q": starts}, "cu_seqlens"),
+        ({"seq_idx": starts}, "seq_idx"),
+    ):
+        cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
+        told.clear()
+        with torch.no_grad():
+            layer(x, **{cache_name(type(layer).forward): cache}, **options)
+        assert told == ([(PROMPT_CONVOLUTION, set(options)), (PROMPT_RULE, {of_rule})] if options else [])
+
+
+def test_prompts_without_a_cache_are_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_models.tiny_model("qwen3_next")
+    use_native_delta_rule(model)
+    monkeypatch.setattr(module_under_test, "library", never)
+    with torch.no_grad():
+        model(input_ids=torch.arange(6)[None], use_cache=False)
 
 
 def test_copies_and_pickles_stay_what_they_are() -> None:
@@ -205,22 +247,21 @@ def test_gradients_go_transformers_way(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_loaded_model_uses_it(
     make_checkpoint: Callable[..., Path],
+    calls: list[int],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     family: str,
 ) -> None:
     """With the ids that transformers' own functions give; nothing is said of packages for GPUs."""
-    calls: list[int] = []
     found = []
     monkeypatch.setattr(skeleton, "use_token_delta_nets", lambda model: None)  # which needs neither function
     for native in (True, False):
         if not native:
             monkeypatch.setattr(skeleton, "use_native_delta_rule", lambda model: None)
         with moe_local.load(make_checkpoint(family), device="cpu", experts="fp32") as model:
-            with monkeypatch.context() as patch:
-                patch.setattr(module_under_test, "library", lambda: calls.append(1) or library())
-                out = model.generate([5, 6, 7], max_new_tokens=8, do_sample=False, eos_token_id=None)
-            assert len(calls) == 2 * 7 * len(layers_of(model.hf))
+            calls.clear()
+            out = model.generate([5, 6, 7], max_new_tokens=8, do_sample=False, eos_token_id=None)
+            assert len(calls) == (2 * 8 * len(layers_of(model.hf)) if native else 0)
             found.append(out.token_ids)
     assert found[0] == found[1]
     assert "reference" not in caplog.text

@@ -14,6 +14,8 @@ from moe_local.offload.dense.attention import single_query_attention
 from moe_local.offload.dense.query_blocks import BLOCK, query_blocks
 from moe_local.offload.dense.sink_attention import sink_attention
 
+pytestmark = pytest.mark.usefixtures("torch_attends")
+
 ALL = [(slice(None), slice(None))]
 
 
