@@ -26,7 +26,7 @@ def use_native_gated_norms(model: nn.Module) -> None:
 
 def gated_norm(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """weight [D] * (x / sqrt(mean of x^2 + epsilon)) * gate * sigmoid(gate), x and gate [..., D], rounded at
-    the same points as in transformers.
+    the same points as in transformers' Qwen3-Next.
 
     All are in CPU memory and of one dtype that the library supports; the result is a new tensor.
     """

@@ -14,9 +14,10 @@ import torch
 from moe_local.offload.native.library import DTYPES, ISAS, PromptAttention, Strided, check, library
 from moe_local.offload.system.threads import kernel_threads
 
-STEP, FEWEST_ROWS = 16, 12
-"""Widths of heads must be multiples of the first. With fewer queries, times heads per key head, than the second,
-torch is faster: keys are arranged for many."""
+STEP = 16
+"""The widths of heads must be multiples of it."""
+FEWEST_ROWS = 12
+"""With fewer queries, times the heads that share keys, torch is faster: keys are arranged for many."""
 SCATTERED = 4
 """What the library returns for a mask that shows a query keys which do not lie together."""
 
