@@ -40,6 +40,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+import moe_local  # noqa: F401 - before torch, so that torch's idle threads do not spin
+
+# isort: split
+
 import torch
 from instruction_set import use
 from kernel_cases import EXPERT, EXPERTS, KERNELS, PEERS, TORCH, Bench, Case

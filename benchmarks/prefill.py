@@ -34,6 +34,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import moe_local  # before torch, so that torch's idle threads do not spin
+
+# isort: split
+
 import torch
 from contenders import spread
 from decode import choose_model, machine, model_flags, prompt_ids, write_synthetic
@@ -41,7 +45,6 @@ from made import Made
 from ratio import Ratio
 from report import finish, parser_of
 
-import moe_local
 from moe_local.cache.errors import MoeLocalError
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.checkpoint import Checkpoint

@@ -26,6 +26,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import moe_local  # noqa: F401 - before torch, so that torch's idle threads do not spin
+
+# isort: split
+
 import torch
 from instruction_set import FOR_TORCH, missing, use
 from ratio import Ratio

@@ -72,7 +72,8 @@ def single_query_attention(
 
     groups = getattr(module, "num_key_value_groups", 1)
     special = any(options.get(name) is not None for name in ("position_bias", "cache", "softcap"))
-    if not special and dropout == 0 and groups == query.shape[1] // key.shape[1]:
+    plain = not special and dropout == 0 and groups == query.shape[1] // key.shape[1]
+    if plain and query.is_cpu and query.shape[2] > 1:
         causal = options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         answer = prompt_attention(query, key, value, attention_mask, scaling, causal=causal)
