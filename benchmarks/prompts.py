@@ -4,7 +4,9 @@ Method. Random inputs of a dtype, by default bf16, in the widths of published mo
 compute each part in turn; a round that warms up does not count.
   attention    all queries of a prompt, or of its last chunk behind earlier tokens: dense/prompt_attention.py,
                and torch's scaled_dot_product_attention with the same mask, or is_causal where it is enough
-               (keys are as many), and enable_gqa where heads share keys. torch skips no key behind a mask
+               (keys are as many), and enable_gqa where heads share keys. torch skips no key behind a mask,
+               and has no kernel for values narrower than keys: dense/attention.py cuts the former into blocks
+               and pads the latter where it must use torch, which is faster than what is shown here
   window       the same, each query seeing so many keys
   delta rule   Gated DeltaNet's chunk of a prompt: dense/delta_rule.py, and transformers' function
   convolution  the one in front of it, likewise
@@ -114,7 +116,7 @@ def linear(dtype: torch.dtype) -> Iterator[Case]:
             "delta rule",
             f"{tokens} tokens",
             partial(delta_rule.delta_rule, rule, *given, **options),
-            partial(rule, *given, **options),
+            partial(rule, *(x.repeat_interleave(2, dim=2) for x in given[:2]), given[2], **options),
         )
         x, weight = draw(dtype, tokens, 8192).transpose(1, 2), draw(dtype, 8192, 4)[0]
         convolve: Any = qwen3_next.causal_conv1d_fn

@@ -38,6 +38,9 @@ PROMPT_RULE, PROMPT_CONVOLUTION = "torch_chunk_gated_delta_rule", "causal_conv1d
 NAMES = (RULE, CONVOLUTION, PROMPT_RULE, PROMPT_CONVOLUTION)
 """The names by which transformers' forwards call the functions: for single tokens, and for several."""
 
+STEP = 16
+"""The width of values must be a multiple of it."""
+
 STARTS = ("seq_idx", "cu_seq_lens_q", "cu_seqlens")
 """Options that say where sequences begin which are packed into one row."""
 
@@ -135,6 +138,7 @@ def delta_rule(
         state = torch.zeros(rows, value_heads, key_width, value_width, dtype=torch.float32)
     if (
         state is None
+        or not rows * tokens
         or not output_final_state
         or any(options.get(name) is not None for name in STARTS)
         or not query.dtype is key.dtype is value.dtype is beta.dtype
@@ -142,8 +146,11 @@ def delta_rule(
         or not g.dtype is state.dtype is torch.float32
         or state.shape != (rows, value_heads, key_width, value_width)
         or not state.is_contiguous()
-        or value_width % 16
+        or value_width % STEP
         or query.shape != key.shape
+        or value.shape[:2] != key.shape[:2]
+        or value_heads % key_heads
+        or not g.shape == beta.shape == value.shape[:3]
     ):
         answer: tuple[torch.Tensor, torch.Tensor | None] = other(
             query,
@@ -243,6 +250,7 @@ def convolve_sequences(
         or len({x.dtype for x in tensors}) > 1
         or weight.dtype not in DTYPES
         or len(weight) != channels
+        or (bias is not None and bias.shape != (channels,))
         or not rows * tokens
     ):
         output: torch.Tensor = other(hidden_states, weight, bias, activation=activation, **options)

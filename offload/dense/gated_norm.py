@@ -71,4 +71,11 @@ def _is_taken(module: Any) -> bool:
             wanted = module(x, gate)
         except (RuntimeError, TypeError, ValueError, AttributeError):
             return False
-        return same_norms(gated_norm(x, gate, weight, epsilon), wanted, weight)
+        got = gated_norm(x, gate, weight, epsilon)
+        return same_norms(got, wanted, weight) and _rounds_alike(got, wanted)
+
+
+def _rounds_alike(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether most numbers of 16 bits are the very same: others' products may stay in fp32 to the end, which
+    keeps within the steps that are allowed here, but has a smaller error."""
+    return got.dtype is torch.float32 or float((got == wanted).float().mean()) > 0.9

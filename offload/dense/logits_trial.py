@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from moe_local.cache.errors import first_line
+from moe_local.offload.dense.prompt_attention import FEWEST_ROWS
 from moe_local.offload.modeling.names import cache_name
 
-TOKENS = 6
-"""Tokens of the prompt that a model is tried with."""
+TOKENS = FEWEST_ROWS
+"""Tokens of the prompt that a model is tried with: as many as the library's attention takes of any heads."""
 
 EXACT, ROUGH = 1e-4, 0.1
 """Allowed error of logits, relative to their norm, in fp32 and in 16-bit dtypes. Equally good rounding gave

@@ -11,15 +11,13 @@ from typing import Any
 
 import torch
 
-from moe_local.offload.native.library import DTYPES, ISAS, PromptAttention, Strided, check, library
+from moe_local.offload.native.library import DTYPES, ISAS, SCATTERED, PromptAttention, Strided, check, library
 from moe_local.offload.system.threads import kernel_threads
 
 STEP = 16
 """The widths of heads must be multiples of it."""
 FEWEST_ROWS = 12
 """With fewer queries, times the heads that share keys, torch is faster: keys are arranged for many."""
-SCATTERED = 4
-"""What the library returns for a mask that shows a query keys which do not lie together."""
 
 
 def prompt_attention(
@@ -38,11 +36,14 @@ def prompt_attention(
     to key t, or, unless `causal`, all. `sinks` [H] take part in the softmax and have no value. A query that
     sees nothing gets zeros.
 
-    None if the library does not do this: for one query, gradients, autocast, other devices, dtypes, sizes and
-    masks, among them those in which the keys that a query sees do not lie together.
+    None if the library does not do this: for few queries, gradients, autocast, a scaling that is not
+    positive, other devices, dtypes, sizes and masks, among them those in which the keys that a query sees do
+    not lie together.
     """
     lib = library()
     if lib is None or not _is_served(query, key, value) or lib.moe_isa() == ISAS.index("portable"):
+        return None
+    if scaling is not None and not scaling > 0:
         return None
     seen = _seen(mask, query, key, causal)
     if seen is None:
@@ -90,7 +91,7 @@ def _seen(mask: Any, query: torch.Tensor, key: torch.Tensor, causal: bool) -> to
         return None
     if mask.shape[0] not in (1, rows) or mask.shape[1:] != (1, tokens, keys):
         return None
-    mask = mask.contiguous()
+    mask = (mask[:1] if mask.stride(0) == 0 else mask).contiguous()
     seen = torch.empty(mask.shape[0], tokens, 2, dtype=torch.int32)
     lib = library()
     assert lib is not None

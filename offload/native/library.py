@@ -36,7 +36,7 @@ SOFTMAX, SIGMOID = range(2)
 """What a router makes of logits."""
 
 _FOLDER = Path(__file__).parent
-BAD_ARGUMENT = 1
+BAD_ARGUMENT, SCATTERED = 1, 4
 _ERRORS = {BAD_ARGUMENT: "bad argument", 2: "out of memory", 3: "not for this processor"}
 
 

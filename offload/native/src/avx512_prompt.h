@@ -36,7 +36,7 @@ struct PromptPairs {
     transpose_words(rows, width / 2, out);
   }
 
-  static void put_values(int32_t, const uint8_t* v, int64_t stride, int64_t count, int64_t width, float*,
+  static void put_values(int32_t, const uint8_t* v, int64_t stride, int64_t count, int64_t width,
                          float* out) {
     for (int64_t j = 0; j < PROMPT_KEYS; j += 2) {
       for (int64_t i = 0; i < width; i += 16) {

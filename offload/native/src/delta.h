@@ -1,5 +1,5 @@
-// One head of linear attention with the gated delta rule, written with the vector type of one instruction
-// set. Included in every instruction set's translation unit (isa_*.cpp).
+// Linear attention: one head with the gated delta rule, and the convolution in front of it, written with the
+// vector type of one instruction set. Included in every instruction set's translation unit (isa_*.cpp).
 //
 // Tokens go through a state in groups, which read and write it once. Of a group with keys k, queries q, and
 // factors f, let F(t, u) be the product of the factors after token u up to token t, and F(t) that of all up

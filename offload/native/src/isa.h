@@ -105,11 +105,12 @@ struct QueryBlock {
   float scaling;
 };
 
-// How many rows, queries times heads, `attend_prompt` has room for, and how many floats of room it needs.
+// How many rows `attend_prompt` has room for if queries times heads are `rows`: whole tiles of 4 or 6. And
+// how many floats of room it needs.
 static inline int64_t prompt_rows_of(int64_t rows) { return (rows + 11) / 12 * 12; }
 static inline int64_t prompt_room(int64_t rows, int64_t width, int64_t value_width) {
   return prompt_rows_of(rows) * (width + value_width + PROMPT_KEYS + 2) +
-         PROMPT_KEYS * (2 * width + 2 * value_width);
+         PROMPT_KEYS * (2 * width + value_width);
 }
 
 // Some consecutive tokens in one head of linear attention; the widths are those of DeltaRule in moe_native.h.

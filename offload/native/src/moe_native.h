@@ -220,7 +220,7 @@ MOE_API int32_t moe_linear(const Matrix* matrix, const void* x, int64_t tokens, 
 MOE_API int32_t moe_norm(const void* x, const void* weight, int32_t shifted, float epsilon, int64_t tokens,
                          int64_t width, int32_t dtype, void* y, int32_t threads);
 
-// The same, not shifted and rounded, times gate * sigmoid(gate), [tokens, width] as x.
+// The same, not shifted, and then, after rounding, times gate * sigmoid(gate), [tokens, width] as x.
 MOE_API int32_t moe_gated_norm(const void* x, const void* gate, const void* weight, float epsilon,
                                int64_t tokens, int64_t width, int32_t dtype, void* y, int32_t threads);
 
@@ -282,7 +282,8 @@ struct Strided {
 };
 
 // Attention of many queries: y [sequences, queries, heads, value_width] is the sum of the values of the
-// positions that a query sees, weighted with the softmax of scaling * q . k.
+// positions that a query sees, weighted with the softmax of scaling * q . k; zeros where it sees none. Each
+// KV head is shared by heads / kv_heads consecutive heads.
 struct PromptAttention {
   Strided q;  // [sequences, heads, queries, width], of the dtype, as k, v and y
   Strided k;  // [sequences, kv_heads, keys, width]
@@ -298,7 +299,7 @@ struct PromptAttention {
   int64_t kv_heads;
   int64_t width;  // a multiple of 16, as value_width
   int64_t value_width;
-  float scaling;
+  float scaling;  // positive
   int32_t dtype;
 };
 
@@ -320,8 +321,8 @@ struct DeltaRule {
   const float* decay;    // [rows, tokens, value_heads]
   float* state;          // [rows, value_heads, key_width, value_width]
   void* y;               // [rows, tokens, value_heads, value_width]
-  int64_t key_stride;    // numbers from a token's q, or k, to the next token's
-  int64_t value_stride;  // numbers from a token's v to the next token's
+  int64_t key_stride;    // numbers from a token's q, or k, to the next's, also from one sequence to another
+  int64_t value_stride;  // the same for v
   int64_t rows;
   int64_t tokens;
   int64_t key_heads;

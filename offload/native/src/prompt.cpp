@@ -68,7 +68,8 @@ const uint8_t* find(int byte, const uint8_t* from, const uint8_t* end) {
 int32_t moe_prompt_attention(const PromptAttention* prompt, int32_t threads) try {
   if (prompt == nullptr || threads < 1 || !valid(*prompt)) return BAD_ARGUMENT;
   const PromptAttention& p = *prompt;
-  threads = std::min(threads, MAX_THREADS);
+  const int64_t kv_bytes = 2 * p.sequences * p.kv_heads * p.keys * (p.width + p.value_width);
+  threads = threads_for(kv_bytes, p.queries * (p.heads / p.kv_heads), std::min(threads, MAX_THREADS));
   PromptCall call{prompt, 0, nullptr};
   call.queries = std::min(std::max<int64_t>(1, ROWS_AT_ONCE / call.group()), p.queries);
   const int64_t chunks = p.sequences * p.kv_heads * call.blocks();

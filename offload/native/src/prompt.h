@@ -24,8 +24,8 @@ inline void prompt_tile(const float* a, int64_t a_stride, const float* b, int64_
 }
 
 // The same for all of b's columns, a multiple of WIDTH.
-inline void prompt_rows(const float* a, int64_t a_stride, const float* b, int64_t columns, int64_t depth,
-                        bool more, float* c) {
+inline void multiply_prompt_rows(const float* a, int64_t a_stride, const float* b, int64_t columns,
+                                 int64_t depth, bool more, float* c) {
   constexpr int64_t STEP = PROMPT_VECS * WIDTH;
   int64_t j = 0;
   for (; j + STEP <= columns; j += STEP)
@@ -68,7 +68,7 @@ struct PromptFloats {
     transpose_words(rows, width, out);
   }
   static void put_values(int32_t dtype, const uint8_t* v, int64_t stride, int64_t count, int64_t width,
-                         float*, float* out) {
+                         float* out) {
     for (int64_t j = 0; j < count; ++j) widen(dtype, v + j * stride, width, out + j * width);
     for (int64_t i = count * width; i < PROMPT_KEYS * width; ++i) out[i] = 0.0f;
   }
@@ -77,7 +77,7 @@ struct PromptFloats {
 
   static void multiply(const float* a, int64_t a_stride, const float* b, int64_t columns, int64_t depth,
                        bool more, float* c) {
-    prompt_rows(a, a_stride, b, columns, depth, more, c);
+    multiply_prompt_rows(a, a_stride, b, columns, depth, more, c);
   }
 };
 
@@ -115,74 +115,125 @@ inline void scale_row(float* row, int64_t width, float factor) {
   for (int64_t i = 0; i < width; i += WIDTH) store(row + i, mul(load(row + i), all));
 }
 
+// The working memory of `attend_prompt`, a row for each query of each head.
+struct PromptRoom {
+  static_assert(12 % PROMPT_ROWS == 0, "prompt_rows_of rounds up to whole tiles");
+
+  int64_t rows;    // in use
+  int64_t padded;  // prompt_rows_of
+  float* q;        // [padded, width], as Way::put_query leaves them
+  float* scores;   // [padded, PROMPT_KEYS], then weights
+  float* sums;     // [padded, value_width], of weighted values
+  float* largest;  // [padded], of all scores so far
+  float* total;    // [padded], of all weights so far
+  float* keys;     // those of a block, as Way::put_keys leaves them
+  float* values;
+  float* spare;  // [PROMPT_KEYS, width]
+
+  PromptRoom(const QueryBlock& b, float* room)
+      : rows(b.queries * b.heads),
+        padded(prompt_rows_of(rows)),
+        q(room),
+        scores(q + padded * b.width),
+        sums(scores + padded * PROMPT_KEYS),
+        largest(sums + padded * b.value_width),
+        total(largest + padded),
+        keys(total + padded),
+        values(keys + PROMPT_KEYS * b.width),
+        spare(values + PROMPT_KEYS * b.value_width) {}
+};
+
+struct PromptSpan {
+  int64_t first, last;  // without the latter
+};
+
+// The positions between the first and the last that a query of the block sees.
+inline PromptSpan seen_by_any(const QueryBlock& b) {
+  PromptSpan span{INT64_MAX, 0};
+  for (int64_t t = 0; t < b.queries; ++t) {
+    if (b.seen[2 * t] >= b.seen[2 * t + 1]) continue;
+    span.first = least(span.first, b.seen[2 * t]);
+    span.last = b.seen[2 * t + 1] > span.last ? b.seen[2 * t + 1] : span.last;
+  }
+  return span;
+}
+
+// The rows between the first and the last that see some of `count` positions from `start` on, with those
+// before them in the first one's tile; empty if there are none.
+inline PromptSpan rows_that_see(const QueryBlock& b, int64_t start, int64_t count) {
+  int64_t first = b.queries, last = 0;
+  for (int64_t t = 0; t < b.queries; ++t) {
+    if (b.seen[2 * t] >= start + count || b.seen[2 * t + 1] <= start) continue;
+    first = least(first, t);
+    last = t + 1;
+  }
+  return {first * b.heads / PROMPT_ROWS * PROMPT_ROWS, last * b.heads};
+}
+
+// Turns the scores of all rows in the span's tiles, of `count` positions from `start` on, into weights.
+template <class Way>
+inline void weigh_prompt_rows(const QueryBlock& b, const PromptRoom& r, PromptSpan span, int64_t start,
+                              int64_t count) {
+  const int64_t end = (span.last + PROMPT_ROWS - 1) / PROMPT_ROWS * PROMPT_ROWS;
+  for (int64_t i = span.first; i < end; ++i) {
+    float* scores = r.scores + i * PROMPT_KEYS;
+    int64_t low = 0, high = 0;
+    if (i < r.rows) {
+      const int32_t* seen = b.seen + i / b.heads * 2;
+      low = seen[0] > start ? seen[0] - start : 0, high = least(seen[1] - start, count);
+    }
+    if (low >= high) {
+      for (int64_t j = 0; j < PROMPT_KEYS; ++j) scores[j] = 0.0f;
+      continue;
+    }
+    const float factor = prompt_weights(scores, low, high, b.scaling, r.largest[i], r.total[i]);
+    if (factor != 1.0f) scale_row(r.sums + i * b.value_width, b.value_width, factor);
+    Way::put_weights(scores);
+  }
+}
+
+// Divides a row's sums by the total of its weights, a sink's among them.
+inline void finish_prompt_row(const QueryBlock& b, const PromptRoom& r, int64_t row) {
+  float factor = 1.0f, total = r.total[row];
+  if (b.sinks != nullptr && total > 0.0f) {
+    const float sink = b.sinks[row % b.heads], largest = r.largest[row];
+    const float now = sink > largest ? sink : largest;
+    factor = ::expf(largest - now);
+    total = total * factor + ::expf(sink - now);
+  }
+  scale_row(r.sums + row * b.value_width, b.value_width, total == 0.0f ? 0.0f : factor / total);
+}
+
 template <class Way>
 inline void attend_prompt_by(int32_t dtype, const QueryBlock& b, float* room) {
   const int64_t bytes = dtype == FLOAT32 ? 4 : 2, width = b.width, values = b.value_width;
-  const int64_t rows = b.queries * b.heads, padded_rows = prompt_rows_of(rows);
-  float *q = room, *scores = q + padded_rows * width, *sums = scores + padded_rows * PROMPT_KEYS;
-  float *largest = sums + padded_rows * values, *total = largest + padded_rows;
-  float *keys = total + padded_rows, *weighed = keys + PROMPT_KEYS * width;
-  float* spare = weighed + PROMPT_KEYS * values;
-  int64_t first = INT64_MAX, last = 0;
-  for (int64_t t = 0; t < b.queries; ++t) {
-    if (b.seen[2 * t] >= b.seen[2 * t + 1]) continue;
-    first = least(first, b.seen[2 * t]);
-    last = b.seen[2 * t + 1] > last ? b.seen[2 * t + 1] : last;
+  const PromptRoom r(b, room);
+  const auto *q = static_cast<const uint8_t*>(b.q), *k = static_cast<const uint8_t*>(b.k),
+             *v = static_cast<const uint8_t*>(b.v);
+  for (int64_t i = 0; i < r.rows; ++i)
+    Way::put_query(dtype, q + (i / b.heads * b.q_token + i % b.heads * b.q_head) * bytes, width,
+                   r.q + i * width);
+  for (int64_t i = r.rows * width; i < r.padded * width; ++i) r.q[i] = 0.0f;
+  for (int64_t i = 0; i < r.padded * values; ++i) r.sums[i] = 0.0f;
+  for (int64_t i = 0; i < r.padded; ++i) r.largest[i] = -INFINITY, r.total[i] = 0.0f;
+  const PromptSpan all = seen_by_any(b);
+  for (int64_t start = all.first; start < all.last; start += PROMPT_KEYS) {
+    const int64_t count = least(PROMPT_KEYS, all.last - start);
+    const PromptSpan span = rows_that_see(b, start, count);
+    if (span.first >= span.last) continue;
+    Way::put_keys(dtype, k + start * b.k_token * bytes, b.k_token * bytes, count, width, r.spare, r.keys);
+    Way::put_values(dtype, v + start * b.v_token * bytes, b.v_token * bytes, count, values, r.values);
+    for (int64_t i = span.first; i < span.last; i += PROMPT_ROWS)
+      Way::multiply(r.q + i * width, width, r.keys, PROMPT_KEYS, Way::depth(width), false,
+                    r.scores + i * PROMPT_KEYS);
+    weigh_prompt_rows<Way>(b, r, span, start, count);
+    for (int64_t i = span.first; i < span.last; i += PROMPT_ROWS)
+      Way::multiply(r.scores + i * PROMPT_KEYS, PROMPT_KEYS, r.values, values, Way::depth(PROMPT_KEYS), true,
+                    r.sums + i * values);
   }
-  for (int64_t t = 0; t < b.queries; ++t)
-    for (int64_t h = 0; h < b.heads; ++h)
-      Way::put_query(dtype, static_cast<const uint8_t*>(b.q) + (t * b.q_token + h * b.q_head) * bytes, width,
-                     q + (t * b.heads + h) * width);
-  for (int64_t i = rows * width; i < padded_rows * width; ++i) q[i] = 0.0f;
-  for (int64_t i = 0; i < padded_rows * values; ++i) sums[i] = 0.0f;
-  for (int64_t r = 0; r < padded_rows; ++r) largest[r] = -INFINITY, total[r] = 0.0f;
-  for (int64_t start = first; start < last; start += PROMPT_KEYS) {
-    const int64_t count = least(PROMPT_KEYS, last - start);
-    // The rows that see some of these keys, in whole tiles.
-    int64_t from = b.queries, to = 0;
-    for (int64_t t = 0; t < b.queries; ++t) {
-      if (b.seen[2 * t] >= start + count || b.seen[2 * t + 1] <= start) continue;
-      from = least(from, t);
-      to = t + 1;
-    }
-    if (from >= to) continue;
-    from = from * b.heads / PROMPT_ROWS * PROMPT_ROWS, to = to * b.heads;
-    Way::put_keys(dtype, static_cast<const uint8_t*>(b.k) + start * b.k_token * bytes, b.k_token * bytes,
-                  count, width, spare, keys);
-    Way::put_values(dtype, static_cast<const uint8_t*>(b.v) + start * b.v_token * bytes, b.v_token * bytes,
-                    count, values, spare, weighed);
-    for (int64_t r = from; r < to; r += PROMPT_ROWS)
-      Way::multiply(q + r * width, width, keys, PROMPT_KEYS, Way::depth(width), false,
-                    scores + r * PROMPT_KEYS);
-    for (int64_t r = from; r < to + (PROMPT_ROWS - 1); ++r) {
-      if (r >= padded_rows) break;
-      float* row = scores + r * PROMPT_KEYS;
-      const int64_t t = r / b.heads;
-      const int64_t low = r < rows ? b.seen[2 * t] - start : 0,
-                    high = r < rows ? b.seen[2 * t + 1] - start : 0;
-      const int64_t begin = low > 0 ? low : 0, end = least(high, count);
-      if (begin < end) {
-        const float factor = prompt_weights(row, begin, end, b.scaling, largest[r], total[r]);
-        if (factor != 1.0f) scale_row(sums + r * values, values, factor);
-        Way::put_weights(row);
-      } else {
-        for (int64_t j = 0; j < PROMPT_KEYS; ++j) row[j] = 0.0f;
-      }
-    }
-    for (int64_t r = from; r < to; r += PROMPT_ROWS)
-      Way::multiply(scores + r * PROMPT_KEYS, PROMPT_KEYS, weighed, values, Way::depth(PROMPT_KEYS), true,
-                    sums + r * values);
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t t = r / b.heads, h = r % b.heads;
-    float factor = 1.0f, all = total[r];
-    if (b.sinks != nullptr && all > 0.0f) {
-      const float now = b.sinks[h] > largest[r] ? b.sinks[h] : largest[r];
-      factor = ::expf(largest[r] - now);
-      all = all * factor + ::expf(b.sinks[h] - now);
-    }
-    scale_row(sums + r * values, values, all == 0.0f ? 0.0f : factor / all);
-    narrow(dtype, sums + r * values, values,
-           static_cast<uint8_t*>(b.y) + (t * b.y_token + h * b.y_head) * bytes);
+  for (int64_t i = 0; i < r.rows; ++i) {
+    finish_prompt_row(b, r, i);
+    narrow(dtype, r.sums + i * values, values,
+           static_cast<uint8_t*>(b.y) + (i / b.heads * b.y_token + i % b.heads * b.y_head) * bytes);
   }
 }

@@ -130,6 +130,11 @@ def test_what_the_library_does_not_do_of_rules_is_transformers() -> None:
             {"initial_state": state.transpose(2, 3).contiguous().transpose(2, 3)},
             {"initial_state": state[:1]},
             {"value": v[..., :8], "initial_state": state[..., :8].contiguous()},
+            {"value": v[:, :, :3], "g": given["g"][..., :3], "beta": given["beta"][..., :3]},
+            {"g": given["g"][..., None]},
+            {"beta": given["beta"][..., :1]},
+            {"value": torch.cat([v, v], dim=1)},
+            {name: given[name][:, :0] for name in ("query", "key", "value", "g", "beta")},
         ]
         for other in others:
             assert delta_rule(passed, **given | other) == "passed on"

@@ -117,6 +117,15 @@ class LonelyRMSNormGated(Qwen3NextRMSNormGated):  # type: ignore[misc]
         return hidden_states
 
 
+class RoundedOnceRMSNormGated(DetailRMSNormGated):
+    """Which in fp32 is the same."""
+
+    def forward(self, hidden_states: Any, gate: Any = None) -> Any:
+        float_weight, x = self.weight.float(), hidden_states.float()
+        x = x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+        return (float_weight * x * F.silu(gate.float())).to(hidden_states.dtype)
+
+
 SAME = (Qwen3NextRMSNormGated, Qwen3_5MoeRMSNormGated, DetailRMSNormGated)
 OTHER = (
     *(
@@ -136,6 +145,13 @@ def test_only_what_computes_the_same_is_taken(cls: Any, dtype: torch.dtype) -> N
     for width in (16, 128, 4096):
         norm = cls(width, width) if cls is MambaRMSNormGated else cls(width, 1e-5)
         assert taken(filled(norm).to(dtype)) == (cls in SAME), width
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_rounds_less_often_is_not_taken(dtype: torch.dtype) -> None:
+    for width in (16, 128, 4096):
+        norm = filled(RoundedOnceRMSNormGated(width, 1e-5)).to(dtype)
+        assert taken(norm) == (dtype is torch.float32), width
 
 
 def test_what_the_library_cannot_read_is_not_taken() -> None:

@@ -88,6 +88,9 @@ def test_masks_of_each_row_and_of_all() -> None:
     assert one is not None
     assert both is not None
     assert torch.equal(one, both)
+    expanded = prompt_attention(*given, causal(20, 30).expand(2, 1, 20, 30))
+    assert expanded is not None
+    assert torch.equal(one, expanded)
     assert torch.equal(got[0], one[0])
 
 
@@ -117,6 +120,8 @@ def test_what_it_leaves_to_torch() -> None:
         (query, key[:, :, :0], value[:, :, :0]),
     ):
         assert prompt_attention(*given, None) is None
+    for scaling in (0.0, -1.0, float("nan")):
+        assert prompt_attention(query, key, value, mask, scaling) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert prompt_attention(query, key, value, mask) is None
 
