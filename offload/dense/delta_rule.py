@@ -186,7 +186,7 @@ def _in_order(x: torch.Tensor) -> torch.Tensor:
     rows, tokens, heads, width = x.shape
     row, token, *rest = x.stride()
     apart = token >= heads * width and (rows == 1 or row == tokens * token)
-    # Beside `contiguous`, this also sets the strides of a single token's.
+    # Unlike `contiguous`, this also sets the stride of a single token.
     return x if apart and rest == [width, 1] else x.clone(memory_format=torch.contiguous_format)
 
 
