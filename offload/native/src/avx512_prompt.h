@@ -50,15 +50,8 @@ struct PromptPairs {
 
   static int64_t depth(int64_t numbers) { return numbers / 2; }
 
-  BF16_TARGET static void multiply(const float* a, int64_t a_stride, const float* b, int64_t columns,
-                                   int64_t depth, bool more, float* c) {
-    constexpr int64_t STEP = PROMPT_VECS * WIDTH;
-    int64_t j = 0;
-    for (; j + STEP <= columns; j += STEP)
-      prompt_pairs_tile<PROMPT_ROWS, PROMPT_VECS>(a, a_stride, b + j, columns, depth, more, c + j, columns);
-    for (; j < columns; j += WIDTH)
-      prompt_pairs_tile<PROMPT_ROWS, 1>(a, a_stride, b + j, columns, depth, more, c + j, columns);
-  }
+  static constexpr auto multiply =
+      multiply_prompt_rows<prompt_pairs_tile<PROMPT_ROWS, PROMPT_VECS>, prompt_pairs_tile<PROMPT_ROWS, 1>>;
 
  private:
   // Sixteen 16-bit numbers in the lower halves of words, or zeros.

@@ -23,15 +23,15 @@ inline void prompt_tile(const float* a, int64_t a_stride, const float* b, int64_
     for (int n = 0; n < N; ++n) store(c + r * c_stride + n * WIDTH, total[r][n]);
 }
 
-// The same for all of b's columns, a multiple of WIDTH.
+// The same for all of b's columns, a multiple of WIDTH, by a tile of PROMPT_VECS vectors and one of a single
+// one.
+template <auto tile, auto narrow_tile>
 inline void multiply_prompt_rows(const float* a, int64_t a_stride, const float* b, int64_t columns,
                                  int64_t depth, bool more, float* c) {
   constexpr int64_t STEP = PROMPT_VECS * WIDTH;
   int64_t j = 0;
-  for (; j + STEP <= columns; j += STEP)
-    prompt_tile<PROMPT_ROWS, PROMPT_VECS>(a, a_stride, b + j, columns, depth, more, c + j, columns);
-  for (; j < columns; j += WIDTH)
-    prompt_tile<PROMPT_ROWS, 1>(a, a_stride, b + j, columns, depth, more, c + j, columns);
+  for (; j + STEP <= columns; j += STEP) tile(a, a_stride, b + j, columns, depth, more, c + j, columns);
+  for (; j < columns; j += WIDTH) narrow_tile(a, a_stride, b + j, columns, depth, more, c + j, columns);
 }
 
 // PROMPT_KEYS rows of so many words of 32 bits -> out [words, PROMPT_KEYS].
@@ -75,10 +75,8 @@ struct PromptFloats {
 
   static int64_t depth(int64_t numbers) { return numbers; }
 
-  static void multiply(const float* a, int64_t a_stride, const float* b, int64_t columns, int64_t depth,
-                       bool more, float* c) {
-    multiply_prompt_rows(a, a_stride, b, columns, depth, more, c);
-  }
+  static constexpr auto multiply =
+      multiply_prompt_rows<prompt_tile<PROMPT_ROWS, PROMPT_VECS>, prompt_tile<PROMPT_ROWS, 1>>;
 };
 
 // One row's scores [PROMPT_KEYS] of keys [low, high), not empty -> e^(scaling * score - largest), and zeros
