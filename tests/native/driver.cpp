@@ -16,7 +16,7 @@
 #include <thread>
 #include <vector>
 
-#include "moe_native.h"
+#include "moe_linear_attention.h"
 
 namespace {
 

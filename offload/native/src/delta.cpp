@@ -3,7 +3,7 @@
 #include <new>
 
 #include "linear_attention.h"
-#include "moe_native.h"
+#include "moe_linear_attention.h"
 #include "scratch.h"
 #include "threads.h"
 #include "work.h"

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "moe_native.h"
+#include "moe_linear_attention.h"
 #include "work.h"
 
 // The epsilon that transformers' l2norm adds to the sum of squares.

@@ -1,0 +1,99 @@
+// The library's C interface for linear attention; moe_native.h holds all else.
+#pragma once
+
+#include <cstdint>
+
+#include "moe_native.h"
+
+// The next tokens of each of `rows` sequences, one after the other, through linear attention with the gated
+// delta rule (Gated DeltaNet, arXiv 2412.06464). A head has a state S [key_width, value_width], which becomes
+// e^decay * S + k d, where d = beta * (v - k (e^decay * S)); its output is q S / sqrt(key_width). Each key
+// head is shared by value_heads / key_heads value heads; value_width is a multiple of 16. `normalized`: q and
+// k are divided by their L2 norms first.
+struct DeltaRule {
+  const void* q;         // [rows, tokens, key_heads, key_width], of the dtype, as k, v, beta and y
+  const void* k;         // [rows, tokens, key_heads, key_width]
+  const void* v;         // [rows, tokens, value_heads, value_width]
+  const void* beta;      // [rows, tokens, value_heads]
+  const float* decay;    // [rows, tokens, value_heads]
+  float* state;          // [rows, value_heads, key_width, value_width]
+  void* y;               // [rows, tokens, value_heads, value_width]
+  int64_t key_stride;    // numbers from a token's q, or k, to the next's, also from one sequence to another
+  int64_t value_stride;  // the same for v
+  int64_t rows;
+  int64_t tokens;
+  int64_t key_heads;
+  int64_t value_heads;
+  int64_t key_width;
+  int64_t value_width;
+  int32_t dtype;
+  int32_t normalized;
+};
+
+MOE_API int32_t moe_delta_rule(const DeltaRule* rule, int32_t threads);
+
+// One token of each of `rows` sequences through a depthwise convolution along tokens: x becomes the last of
+// the channel's `taps` inputs in `state`, and y is their weighted sum plus the bias, rounded to the dtype;
+// with `silu`, then y * sigmoid(y). All numbers are of the dtype.
+struct Convolution {
+  const void* x;       // [rows, channels]
+  void* state;         // [rows, channels, taps]
+  const void* weight;  // [channels, taps]
+  const void* bias;    // [channels], or null
+  void* y;             // [rows, channels]
+  int64_t rows;
+  int64_t channels;
+  int64_t taps;
+  int32_t dtype;
+  int32_t silu;
+};
+
+MOE_API int32_t moe_convolve(const Convolution* convolution, int32_t threads);
+
+// Whole sequences through such a convolution, with zeros in front of their first tokens: see Convolution.
+struct SequenceConvolution {
+  const void* x;       // [rows, channels, tokens], in any order: its strides follow
+  const void* weight;  // [channels, taps]
+  const void* bias;    // [channels], or null
+  void* y;             // [rows, tokens, channels]
+  int64_t row_stride;
+  int64_t channel_stride;
+  int64_t token_stride;
+  int64_t rows;
+  int64_t channels;
+  int64_t tokens;
+  int64_t taps;
+  int32_t dtype;
+  int32_t silu;
+};
+
+MOE_API int32_t moe_convolve_sequences(const SequenceConvolution* convolution, int32_t threads);
+
+// A layer of Gated DeltaNet, from its (normalized) input to the output that is added to the residual:
+// queries, keys and values go through a Convolution with `silu`, then through a DeltaRule, normalized, with
+// beta = the sigmoid of b, and decay = -e^(a_log) * softplus(a + dt_bias); each head's answer has an RMS
+// norm, see moe_norm, and is multiplied with z * sigmoid(z).
+struct DeltaNet {
+  Matrix qkv;  // [2 * key_heads * key_width + value_heads * value_width, D]: all queries, keys, values
+  Matrix z;    // [value_heads * value_width, D]; as b and a, of the format of qkv
+  Matrix b;    // [value_heads, D]
+  Matrix a;    // [value_heads, D]
+  Matrix o;    // [D, value_heads * value_width]
+  int64_t key_heads;
+  int64_t value_heads;
+  int64_t key_width;
+  int64_t value_width;
+  int64_t taps;
+  const void* convolution;  // [channels, taps], of the dtype, as all others; channels are the rows of qkv
+  const void* convolution_bias;  // [channels], or null
+  const void* a_log;             // [value_heads]
+  const void* dt_bias;           // [value_heads]
+  const void* norm;              // [value_width]
+  float epsilon;
+  int32_t dtype;
+};
+
+// One token of each of 1 to 256 rows: y [rows, D] is the output for x [rows, D]. Overwrites inputs [rows,
+// channels, taps] and states [rows, value_heads, key_width, value_width].
+MOE_API int32_t moe_delta_net(const DeltaNet* net, const void* x, void* inputs, float* states, int64_t rows,
+                              void* y, int32_t activations, int32_t threads);
