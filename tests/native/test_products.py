@@ -56,7 +56,8 @@ class Product(NamedTuple):
     def error(self, got: torch.Tensor) -> float:
         """What is off in the product of the first tokens, relative to their sizes."""
         tokens = got.shape[0]
-        return float((got.double() - self.want[:tokens]).norm() / self.sizes[:tokens].norm())
+        off, size = (got.double() - self.want[:tokens]).norm(), self.sizes[:tokens].norm()
+        return float(off / size if size else off)  # a single weight may be zero
 
 
 @functools.cache
