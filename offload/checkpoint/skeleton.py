@@ -38,6 +38,7 @@ from moe_local.offload.dense.sink_attention import use_sink_attention
 from moe_local.offload.dense.state_pieces import use_state_pieces
 from moe_local.offload.dense.token_delta_net import use_token_delta_nets
 from moe_local.offload.dense.token_layer import use_token_layers
+from moe_local.offload.dense.token_mlp import use_token_mlps
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.gpu.card_moves import move_between_cards
 from moe_local.offload.modeling.undecorated import decorate
@@ -139,6 +140,7 @@ def load_skeleton(
         use_native_routers(model)
         use_token_attention(model)
         use_token_delta_nets(model)
+        use_token_mlps(model)
         use_token_layers(model)
     elif device.type == "cuda":
         use_fused_norms(model)

@@ -55,6 +55,34 @@ class AttentionCall(LibraryCall):
         """cos and sin from the module's `position_embeddings`; None if these are anything else."""
         return given if isinstance(given, tuple) else None
 
+    def read_angles(self, kwargs: dict[str, Any], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cos and sin that the library reads for so many tokens, of a call that has `places`."""
+        given = self.angles(kwargs["position_embeddings"])
+        assert given is not None
+        return given
+
+    def places(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Places | None:
+        """Where the keys and values of x [n, 1, D] go if the library can serve this call of the module, for
+        which it is `ready` then; else None."""
+        tokens = x.numel() // x.shape[-1]
+        if tokens > self.most_tokens or (tokens > 1 and x.shape[1] > 1) or torch.is_grad_enabled():
+            return None
+        if not x.is_cpu or torch.is_autocast_enabled("cpu") or module.training:
+            return None
+        if not str(attention_of(module.config)).startswith(FUSED):  # chosen to get scores
+            return None
+        layers = getattr(kwargs.get("cache", kwargs.get("past_key_values")), "layers", ())
+        layer: Any = layers[module.layer_idx] if module.layer_idx < len(layers) else None
+        angles = self.angles(kwargs.get("position_embeddings"))
+        if not hasattr(layer, "direct") or angles is None:
+            return None
+        places: Places | None = layer.direct(kwargs.get("attention_mask"))
+        if places is None or len(places.lasts) != tokens or max(places.lasts) >= places.keys.shape[2]:
+            return None
+        if not x.dtype is places.keys.dtype is places.values.dtype:
+            return None
+        return places if self.takes(x, *angles) and self.ready(module, x.dtype) else None
+
     @abstractmethod
     def ways(self, cos: torch.Tensor) -> list[Way]:
         """The forms of the rotary embedding that the module may use."""
@@ -62,6 +90,10 @@ class AttentionCall(LibraryCall):
     @abstractmethod
     def history(self, positions: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of keys and values of one sequence with so many positions."""
+
+    def reads_as(self, other: AttentionCall) -> bool:
+        """Whether both read cosines and sines of one form."""
+        return self._way.angles == other._way.angles
 
     def take(self, way: Way) -> None:
         """Use this form of the rotary embedding from now on."""
@@ -71,35 +103,11 @@ class AttentionCall(LibraryCall):
 @cache
 def direct(cls: Any) -> Any:
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        places = None if args else places_of(self, hidden_states, kwargs)
+        calls: AttentionCall = self._token_attention
+        places = None if args else calls.places(self, hidden_states, kwargs)
         if places is None:
             return cls.forward(self, hidden_states, *args, **kwargs)
-        calls: AttentionCall = self._token_attention
         cos, sin = calls.angles(kwargs["position_embeddings"])  # type: ignore[misc]
         return calls(hidden_states, cos, sin, places), None
 
     return stand_in(cls, direct, forward)
-
-
-def places_of(module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Places | None:
-    """Where the tokens' keys and values go if the library can serve this call, for which it is `ready` then;
-    else None."""
-    calls: AttentionCall = module._token_attention
-    tokens = x.numel() // x.shape[-1]
-    if tokens > calls.most_tokens or (tokens > 1 and x.shape[1] > 1) or torch.is_grad_enabled():
-        return None
-    if not x.is_cpu or torch.is_autocast_enabled("cpu") or module.training:
-        return None
-    if not str(attention_of(module.config)).startswith(FUSED):  # chosen to get scores
-        return None
-    layers = getattr(kwargs.get("cache", kwargs.get("past_key_values")), "layers", ())
-    layer: Any = layers[module.layer_idx] if module.layer_idx < len(layers) else None
-    angles = calls.angles(kwargs.get("position_embeddings"))
-    if not hasattr(layer, "direct") or angles is None:
-        return None
-    places: Places | None = layer.direct(kwargs.get("attention_mask"))
-    if places is None or len(places.lasts) != tokens or max(places.lasts) >= places.keys.shape[2]:
-        return None
-    if not x.dtype is places.keys.dtype is places.values.dtype:
-        return None
-    return places if calls.takes(x, *angles) and calls.ready(module, x.dtype) else None

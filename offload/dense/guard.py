@@ -35,9 +35,9 @@ class Guard:
     ) -> None:
         """`called`: the modules whose calls are skipped, and with them their hooks and replaced forwards, so
         they must have none. The only exception are Onlookers on `shown`, one of `called`: the caller of the
-        library shows them the input that this module would have been given. The guard checks the weights of
-        `parent` and `called`, that the children of `parent` are the same, and that so are the plain
-        attributes `same`, each of a module and with a name."""
+        library shows them the input that this module would have been given. The guard checks the weights and
+        buffers of `parent` and `called`, that the children of `parent` are the same, and that so are the
+        plain attributes `same`, each of a module and with a name."""
         self._families: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (parent._modules, dict(parent._modules))
         ]
@@ -51,7 +51,11 @@ class Guard:
         ]
         self._own = [vars(part) for part in called]
         self._same = [(vars(part), name, vars(part).get(name)) for part, name in same]
-        self._weights = [part._parameters.values() for part in dict.fromkeys((parent, *called))]
+        self._weights = [
+            weights.values()
+            for part in dict.fromkeys((parent, *called))
+            for weights in (part._parameters, *([part._buffers] if part._buffers else ()))
+        ]
         self._seen = self._look()
 
     def __add__(self, other: Guard) -> Guard:

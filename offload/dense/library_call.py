@@ -76,14 +76,14 @@ class LibraryCall(ABC):
             return True
         if any(module._modules.get(name) is not part for name, part in self._parts):
             return False
-        guard = Guard(module, [part for _, part in self._parts], same=self._watched(module))
+        guard = Guard(module, [part for _, part in self._parts], same=self.watched(module))
         if not guard.holds() or self.shape_of(module, dtype) != self.shape:
             return False
         self._struct, self._dtype, self._guard = self.read(module, dtype), dtype, guard
         return True
 
-    def _watched(self, module: Any) -> list[tuple[nn.Module, str]]:
-        """Attributes of the module and its parts that the struct depends on."""
+    def watched(self, module: Any) -> list[tuple[nn.Module, str]]:
+        """Plain attributes of the module and its parts that the struct depends on."""
         modules = [module, *(part for _, part in self._parts)]
         return [(each, name) for each in modules for name in WATCHED if name in vars(each)]
 

@@ -1,9 +1,9 @@
-"""Where one token of each of a few sequences writes its keys and values."""
+"""Where one token of each of a few sequences writes its keys and values, or its state."""
 
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -23,6 +23,16 @@ class Places(NamedTuple):
     lasts: list[int]
     """[n]: each token's own column."""
 
+    @property
+    def tokens(self) -> int:
+        """n"""
+        return len(self.lasts)
+
+    @property
+    def span(self) -> tuple[Any, ...]:
+        """What a call depends on besides the tensors."""
+        return self.firsts, self.lasts
+
     def rows(self) -> list[Sequence]:
         """The library's form of these places; the tensors have to outlive it."""
         keys, values, firsts, lasts = self
@@ -37,6 +47,36 @@ class Places(NamedTuple):
     def sequences(self) -> ctypes.Array[Sequence]:
         """`rows` as an array."""
         return (Sequence * len(self.lasts))(*self.rows())
+
+
+class States(NamedTuple):
+    """What a layer of linear attention keeps of n sequences, which a token of each overwrites."""
+
+    inputs: torch.Tensor
+    """[n, C, K], contiguous."""
+    states: torch.Tensor
+    """[n, Hv, Dk, Dv], contiguous."""
+
+    @property
+    def tokens(self) -> int:
+        """n"""
+        return len(self.inputs)
+
+    @property
+    def span(self) -> tuple[Any, ...]:
+        """As that of Places: a token depends on the tensors alone."""
+        return ()
+
+    def rows(self) -> list[Sequence]:
+        """As those of Places."""
+        return [
+            Sequence(inputs.data_ptr(), states.data_ptr(), 0, 0, 0)
+            for inputs, states in zip(self.inputs, self.states, strict=True)
+        ]
+
+    def sequences(self) -> ctypes.Array[Sequence]:
+        """`rows` as an array."""
+        return (Sequence * len(self.inputs))(*self.rows())
 
 
 class DirectLayer(Protocol):

@@ -15,6 +15,7 @@ from torch import nn
 from moe_local.offload.kernels.cpu import plain_matrix
 from moe_local.offload.modeling.stand_in import stand_in
 from moe_local.offload.native.library import DTYPES, SIGMOID, SOFTMAX, Matrix, Router, check, library
+from moe_local.offload.system.threads import kernel_threads
 
 FEW_TOKENS = 16
 """For more tokens torch's threads are faster."""
@@ -185,6 +186,7 @@ class NativeRouter:
                 logits.data_ptr(),
                 weights.data_ptr(),
                 experts.data_ptr(),
+                kernel_threads(),
             )
         )
         return logits, weights if self.dtype is torch.float32 else weights.to(self.dtype), experts

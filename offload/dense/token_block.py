@@ -1,87 +1,153 @@
-"""MoE blocks of a router and experts and nothing else, whose router can run in the layer's library call."""
+"""MoE blocks of a router, experts and perhaps a shared expert, computed with the rest of their layer."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from moe_local.offload.dense.guard import Guard
+from moe_local.offload.dense.library_call import matrix_of, same_format
 from moe_local.offload.dense.router import NativeRouter
-from moe_local.offload.native.library import Router
+from moe_local.offload.dense.token_mlp import TokenMlp, run
+from moe_local.offload.native.library import Matrix, Mlp, Router
+
+
+class Described(NamedTuple):
+    """The library's descriptions of a block's parts but for the experts."""
+
+    router: Router
+    shared: Mlp | None
+    share: Matrix | None
+    activations: str
+    """Of `shared` and `share`; see QuantizedLinear."""
+
+    def add_shared(self, x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+        """What the block gives for x [T, D], for which its experts give `answer` [T, D]."""
+        if self.shared is None:
+            return answer
+        return answer + run(self.shared, self.share, x, self.activations)
 
 
 class TokenBlock:
-    """One MoE block whose router runs in the library. Holds the router's address, checked at each call."""
+    """One MoE block whose router, and shared expert if it has one, run in the library. Holds addresses, which
+    are checked at each call."""
 
-    def __init__(self, router: str, experts: str) -> None:
-        """Names of the block's parts."""
-        self.router, self.experts = router, experts
-        self._struct: Router | None = None
+    def __init__(self, router: str, experts: str, shared: str | None, share: str | None) -> None:
+        """Names of the block's parts. `share` is a linear layer; the sigmoid of what it gives is how much of
+        the shared expert's output counts."""
+        self.router, self.experts, self.shared, self.share = router, experts, shared, share
+        self._described: Described | None = None
         self._dtype: torch.dtype | None = None
-        """The dtype of the inputs that `_struct` was made for."""
+        """The dtype of the inputs that `_described` was made for."""
         self._guard: Guard | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> TokenBlock | None:
         """The block of a module with just these parts; None for others. What the module computes with them is
         not checked here."""
-        parts = dict(module.named_children())
-        routers = [name for name, part in parts.items() if hasattr(part, "_native_router")]
-        if len(parts) != 2 or len(routers) != 1:
+        kinds: dict[str, list[str]] = {"router": [], "experts": [], "shared": [], "share": []}
+        for name, part in module.named_children():
+            kinds[_kind_of(part)].append(name)
+        if [len(kinds["router"]), len(kinds["experts"])] != [1, 1] or len(kinds["shared"]) > 1:
             return None
-        router = routers[0]
+        if len(kinds["share"]) > len(kinds["shared"]):
+            return None
         if any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(False)):
             return None
-        if any(True for _ in parts[router].buffers()):  # which a Guard does not watch
-            return None
-        return cls(router, next(name for name in parts if name != router))
+        names = (next(iter(found), None) for found in kinds.values())
+        return cls(*names)  # type: ignore[arg-type]
 
     def agrees(self, module: Any, x: torch.Tensor) -> bool:
-        """Whether the block passes its input x [1, 1, D] to its router, that and the router's choice to its
-        experts, and returns their output; compared bit by bit, on random numbers."""
+        """Whether the block passes its input x [1, 1, D] to its parts, the router's choice to its experts,
+        and returns their output, with the shared expert's added; compared bit by bit, on random numbers."""
         generator = torch.Generator().manual_seed(17)
-        x, answer = (torch.randn(x.shape, generator=generator).to(x.dtype) for _ in range(2))
+
+        def random(like: torch.Tensor) -> torch.Tensor:
+            return torch.randn(like.shape, generator=generator).to(like.dtype)
+
+        x, answer, extra = random(x), random(x), random(x)
+        answers = {self.experts: answer, self.shared: extra, self.share: random(x[..., :1])}
         given: dict[str, tuple[Any, ...]] = {}
 
         def note(name: str) -> Any:
             def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
                 given[name] = (*args, *kwargs.values(), output)
-                return output if name == self.router else answer.view(1, -1)
+                return output if name == self.router else answers[name].view(output.shape)
 
             return getattr(module, name).register_forward_hook(hook, with_kwargs=True).remove
 
+        names = [name for name in (self.router, self.experts, self.shared, self.share) if name is not None]
         with contextlib.ExitStack() as hooks, torch.no_grad():
-            hooks.callback(note(self.router))
-            hooks.callback(note(self.experts))
+            for name in names:
+                hooks.callback(note(name))
             try:
                 output = module(x)
             except (RuntimeError, TypeError, ValueError, AttributeError):
                 return False
         asked, told = given.get(self.router, ()), given.get(self.experts, ())
-        if len(asked) != 2 or len(told) != 4:
+        if len(asked) != 2 or len(told) != 4 or given.keys() != set(names):
             return False
         _logits, weights, ids = asked[1]
         pairs = [(asked[0], x), (told[0], x), (told[1], ids), (told[2], weights)]
-        pairs.append((output[0] if isinstance(output, tuple) else output, answer))
+        pairs += [(given[name][0], x) for name in names[2:]]
+        if self.share is not None:
+            extra = answers[self.share].sigmoid() * extra
+        wanted = answer if self.shared is None else answer + extra
+        pairs.append((output[0] if isinstance(output, tuple) else output, wanted))
         return all(a.dtype is b.dtype and torch.equal(a.reshape(-1), b.reshape(-1)) for a, b in pairs)
 
-    def struct(self, module: Any, dtype: torch.dtype) -> Router | None:
-        """The library's description of the router, for inputs of `dtype`; None: the module must be called."""
-        router = module._modules.get(self.router)
+    def describe(self, module: Any, dtype: torch.dtype) -> Described | None:
+        """The library's descriptions of the parts, for inputs of `dtype`; None: the module must be called."""
+        parts = module._modules
+        router = parts.get(self.router)
         native: NativeRouter | None = getattr(router, "_native_router", None)
         if native is None or not native.unchanged(router):
             return None
-        if self._guard is not None and dtype is self._dtype and self._guard.holds():
-            return self._struct
-        guard = Guard(module, [module, router])
+        shared, calls = None, None
+        if self.shared is not None:
+            shared = parts.get(self.shared)
+            calls = getattr(shared, "_token_mlp", None)
+            if calls is None or not calls.ready(shared, dtype):
+                return None
+        if self._described is not None and dtype is self._dtype and self._guard is not None:
+            mlp = None if calls is None else calls.struct
+            if mlp is self._described.shared and self._guard.holds():
+                return self._described
+        return self._find(module, dtype, native, shared, calls)
+
+    def _find(
+        self, module: Any, dtype: torch.dtype, native: NativeRouter, shared: Any, calls: TokenMlp | None
+    ) -> Described | None:
+        router, share = module._modules[self.router], module._modules.get(self.share)
+        guard = Guard(module, [module, *(part for part in (router, shared, share) if part is not None)])
         if not guard.holds() or not native.takes(router, dtype) or not native.ready(router):
             return None
-        self._struct, self._dtype, self._guard = native.struct(dtype), dtype, guard
-        return self._struct
+        if self.share is not None and (not _is_share(share) or not same_format([share], dtype)):
+            return None
+        self._described = Described(
+            native.struct(dtype),
+            None if calls is None else calls.struct,
+            None if share is None else matrix_of(share),
+            "native" if calls is None else calls.activations,
+        )
+        self._dtype, self._guard = dtype, guard
+        return self._described
 
     def __getstate__(self) -> dict[str, Any]:
         """Without cached addresses, which are not valid for a copy."""
-        return {**self.__dict__, "_struct": None, "_guard": None}
+        return {**self.__dict__, "_described": None, "_guard": None}
+
+
+def _kind_of(part: nn.Module) -> str:
+    if hasattr(part, "_native_router"):
+        return "router"
+    if hasattr(part, "_token_mlp"):
+        return "shared"
+    return "share" if _is_share(part) else "experts"
+
+
+def _is_share(part: Any) -> bool:
+    return getattr(part, "out_features", None) == 1

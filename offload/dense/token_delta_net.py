@@ -12,6 +12,7 @@ from torch import nn
 
 from moe_local.offload.dense.library_call import LibraryCall, are_numbers, matrix_of, same_format
 from moe_local.offload.dense.norm import epsilon_of
+from moe_local.offload.dense.places import States
 from moe_local.offload.dense.token_calls import agrees_on_sizes, all_close, token_calls
 from moe_local.offload.kernels.cpu import rounding
 from moe_local.offload.modeling.stand_in import stand_in
@@ -22,6 +23,9 @@ PROJECTIONS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 PARTS = {*PROJECTIONS, "conv1d", "norm", "out_proj"}
 NUMBERS = {"A_log", "dt_bias"}
 """The submodules and parameters that such a layer has, and nothing else."""
+
+CACHES = ("cache", "cache_params", "past_key_values")
+"""Names of the cache among the arguments, of the module or of its decoder layer."""
 
 STEP = 16
 """The width of values must be a multiple of it."""
@@ -43,11 +47,8 @@ class TokenDeltaNet(LibraryCall):
 
     FIRST = "in_proj_qkv"
 
-    def __call__(self, x: torch.Tensor, inputs: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """x [n, 1, D], inputs [n, C, K] and states [n, Hv, Dk, Dv], which it `takes` -> [n, 1, D].
-
-        To be called only after `ready`.
-        """
+    def __call__(self, x: torch.Tensor, places: States) -> torch.Tensor:
+        """x [n, 1, D] and places that it `takes` -> [n, 1, D]. To be called only after `ready`."""
         lib = library()
         assert lib is not None
         y = torch.empty_like(x)
@@ -55,8 +56,8 @@ class TokenDeltaNet(LibraryCall):
             lib.moe_delta_net(
                 ctypes.byref(self._struct),
                 x.data_ptr(),
-                inputs.data_ptr(),
-                states.data_ptr(),
+                places.inputs.data_ptr(),
+                places.states.data_ptr(),
                 len(x),
                 y.data_ptr(),
                 rounding(self.activations, x.dtype),
@@ -84,6 +85,20 @@ class TokenDeltaNet(LibraryCall):
             and inputs.is_cpu
             and states.is_cpu
         )
+
+    def places(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> States | None:
+        """The states that x [n, 1, D] overwrites if the library can serve this call of the module, for which
+        it is `ready` then; else None."""
+        if x.dim() != 3 or x.shape[1] != 1 or len(x) > self.most_tokens or not x.is_cpu:
+            return None
+        if kwargs.get("attention_mask") is not None or kwargs.get("cu_seq_lens_q") is not None:
+            return None
+        if module.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return None
+        places = _states(kwargs, module.layer_idx)
+        if places is None or not self.takes(x, *places) or not self.ready(module, x.dtype):
+            return None
+        return places
 
     def read(self, module: Any, dtype: torch.dtype) -> DeltaNet:
         struct = DeltaNet(*(matrix_of(getattr(module, name)) for name in (*PROJECTIONS, "out_proj")))
@@ -182,38 +197,30 @@ def _agrees_at(
         wanted = module(**arguments | {"hidden_states": x, "attention_mask": None})
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return False
-    got = calls(x, mine[0], mine[1])
+    got = calls(x, States(*mine))
     pairs = [(got, wanted), *zip(mine, states, strict=True)]
     return all_close(pairs, calls.activations)
 
 
-def _states(kwargs: dict[str, Any], index: int) -> tuple[Any, Any] | None:
+def _states(kwargs: dict[str, Any], index: int) -> States | None:
     """A layer's states of earlier tokens in the cache that it is called with, which the call would overwrite;
     None if there are none, or if they are to be kept."""
-    layers = getattr(kwargs.get("cache", kwargs.get("cache_params")), "layers", ())
+    cache = next((kwargs[name] for name in CACHES if name in kwargs), None)
+    layers = getattr(cache, "layers", ())
     layer: Any = layers[index] if index < len(layers) else None
     if getattr(layer, "record_past", True) or not layer.has_previous_state[0]:
         return None
-    return layer.conv_states[0], layer.recurrent_states[0]
+    return States(layer.conv_states[0], layer.recurrent_states[0])
 
 
 @cache
 def _direct(cls: Any) -> Any:
     @functools.wraps(cls.forward)
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        x, calls = hidden_states, self._token_delta_net
-        if (
-            not args
-            and x.shape[1] == 1
-            and len(x) <= calls.most_tokens
-            and kwargs.get("attention_mask") is None
-            and kwargs.get("cu_seq_lens_q") is None
-            and x.is_cpu
-            and not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
-        ):
-            states = _states(kwargs, self.layer_idx)
-            if states is not None and calls.takes(x, *states) and calls.ready(self, x.dtype):
-                return calls(x, *states)
-        return cls.forward(self, hidden_states, *args, **kwargs)
+        calls: TokenDeltaNet = self._token_delta_net
+        places = None if args else calls.places(self, hidden_states, kwargs)
+        if places is None:
+            return cls.forward(self, hidden_states, *args, **kwargs)
+        return calls(hidden_states, places)
 
     return stand_in(cls, _direct, forward)

@@ -88,6 +88,10 @@ class TokenLatentAttention(AttentionCall):
         """DeepSeek-V2's angles are complex numbers."""
         return _parts(given) if torch.is_tensor(given) and given.is_complex() else super().angles(given)
 
+    def read_angles(self, kwargs: dict[str, Any], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = super().read_angles(kwargs, tokens)
+        return _floats(cos, sin, tokens, self._way.angles)
+
     def ways(self, cos: torch.Tensor) -> list[Way]:
         rotated, count = self.shape.rotated, cos.shape[-1]
         rotations = HALVES, NEIGHBOURS, APART

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_local.offload.dense.attention_call import places_of
 from moe_local.offload.dense.guard import Guard
+from moe_local.offload.dense.mixer import angles_of, layer_with, mixer_of
 from moe_local.offload.dense.norm import Kind
-from moe_local.offload.dense.places import Places
-from moe_local.offload.dense.token_attention import TokenAttention
+from moe_local.offload.dense.places import Places, States
 from moe_local.offload.dense.token_block import TokenBlock
 from moe_local.offload.dense.token_calls import token_calls
 from moe_local.offload.dense.token_layers import TokenLayers
@@ -47,16 +46,17 @@ def use_token_layers(model: Any) -> None:
 
 
 class TokenLayer:
-    """The library's call for one decoder layer: its norms, and the attention as in TokenAttention.
+    """The library's call for one decoder layer: its norms, and what mixes its tokens, see mixer_of.
 
     Holds the addresses of the norms' weights, which are checked before each call.
     """
 
     def __init__(self, attention: str, norms: tuple[str, str], feed_forward: str) -> None:
-        """Names of the layer's parts; the norm before attention comes first."""
+        """Names of the layer's parts; `attention` may be linear attention, and the norm before it comes
+        first."""
         self.attention, self.norms, self.feed_forward = attention, norms, feed_forward
         self.block: TokenBlock | None = None
-        """The feed-forward part, if it is a router and experts."""
+        """The feed-forward part, if it is a router and experts, perhaps with a shared one."""
         self.among: tuple[weakref.ref[TokenLayers], int] | None = None
         """The layers that it can be computed with, and its number among them."""
         self._struct = Layer()
@@ -71,7 +71,7 @@ class TokenLayer:
         kinds: dict[str, list[str]] = {"attention": [], "norm": [], "other": []}
         for name, part in module.named_children():
             is_norm = isinstance(getattr(part, "_norm_kind", None), Kind)
-            kind = "norm" if is_norm else "attention" if _is_attention(part) else "other"
+            kind = "norm" if is_norm else "attention" if mixer_of(part) is not None else "other"
             kinds[kind].append(name)
         if [len(names) for names in kinds.values()] != [1, 2, 1]:
             return None
@@ -114,16 +114,17 @@ class TokenLayer:
         """The library's description of the layer. Valid after `places`; a new one if weights have moved."""
         return self._struct
 
-    def places(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Places | None:
-        """Where the keys and values of x [n, 1, D], a token of each of n sequences, go; None if the library
-        cannot serve this call.
+    def places(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Places | States | None:
+        """Where the keys and values of x [n, 1, D], a token of each of n sequences, go, or what states they
+        overwrite; None if the library cannot serve this call.
 
         Updates the addresses of the layer's weights.
         """
         attention = module._modules[self.attention]
-        if not _is_attention(attention):
+        mixer = mixer_of(attention)
+        if mixer is None:
             return None
-        places = places_of(attention, x, kwargs)
+        places = mixer.places(attention, x, kwargs)
         return places if places is not None and self.ready(module, x) else None
 
     def ready(self, module: Any, x: torch.Tensor) -> bool:
@@ -131,28 +132,35 @@ class TokenLayer:
 
         False if the library cannot read them, or if hooks or the like depend on the calls of the parts."""
         attention = module._modules[self.attention]
-        calls: TokenAttention = attention._token_attention
-        if self._guard is not None and self._made_of == (calls.struct, x.dtype) and self._guard.holds():
+        mixer = mixer_of(attention)
+        if mixer is None:
+            return False
+        if self._guard is not None and self._made_of == (mixer.struct, x.dtype) and self._guard.holds():
             return True
         norms = [module._modules[name] for name in self.norms]
         guard = Guard(module, [attention, *norms], shown=norms[1])
         if not guard.holds() or not all(_is_readable(norm, x) for norm in norms):
             return False
-        self._struct = Layer(ctypes.pointer(calls.struct), *map(_struct_of, norms))
-        self._made_of, self._guard = (calls.struct, x.dtype), guard
+        self._struct = layer_with(mixer, *map(_struct_of, norms))
+        self._made_of, self._guard = (mixer.struct, x.dtype), guard
         return True
 
-    def __call__(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any], places: Places) -> torch.Tensor:
-        """x [n, 1, D] -> the layer's output [n, 1, D]. `places` are from `places()`. Writes keys and values.
+    def __call__(
+        self, module: Any, x: torch.Tensor, kwargs: dict[str, Any], places: Places | States
+    ) -> torch.Tensor:
+        """x [n, 1, D] -> the layer's output [n, 1, D]. `places` are from `places()`, and written to.
 
         Onlookers of the second norm are shown the input that it would be given, before the experts run."""
         lib = library()
         assert lib is not None
         parts = module._modules
         rest = parts[self.feed_forward]
-        router = None if self.block is None else self.block.struct(rest, x.dtype)
-        cos, sin = kwargs["position_embeddings"]
-        tokens, stream = len(places.lasts), torch.empty_like(x)
+        described = None if self.block is None else self.block.describe(rest, x.dtype)
+        router = None if described is None else described.router
+        mixer = mixer_of(parts[self.attention])
+        assert mixer is not None
+        cos, sin = angles_of(mixer, kwargs, places.tokens)
+        tokens, stream = places.tokens, torch.empty_like(x)
         # Allocated in the shape that the next part takes: a view in another shape costs as much time.
         inner = torch.empty_like(x) if router is None else torch.empty(tokens, x.shape[-1], dtype=x.dtype)
         weights = None if router is None else torch.empty(tokens, router.top_k, dtype=torch.float32)
@@ -162,15 +170,15 @@ class TokenLayer:
                 ctypes.byref(self._struct),
                 None if router is None else ctypes.byref(router),
                 x.data_ptr(),
-                cos.data_ptr(),
-                sin.data_ptr(),
+                None if cos is None else cos.data_ptr(),
+                None if sin is None else sin.data_ptr(),
                 places.sequences(),
                 tokens,
                 stream.data_ptr(),
                 inner.data_ptr(),
                 None if weights is None else weights.data_ptr(),
                 None if ids is None else ids.data_ptr(),
-                rounding(parts[self.attention]._token_attention.activations, x.dtype),
+                rounding(mixer.activations, x.dtype),
                 kernel_threads(),
             )
         )
@@ -178,11 +186,11 @@ class TokenLayer:
         for onlooker in norm._forward_pre_hooks.values():
             onlooker(norm, (stream,))
         answer: Any
-        if router is None or self.block is None:
+        if described is None or self.block is None:
             answer = rest(inner)
             answer = answer[0] if isinstance(answer, tuple) else answer
         else:
-            answer = rest._modules[self.block.experts](inner, ids, weights)
+            answer = described.add_shared(inner, rest._modules[self.block.experts](inner, ids, weights))
             if tokens > 1:
                 answer = answer.view(x.shape)
         output: torch.Tensor = stream + answer  # [n, 1, D] both; or, for one token, [1, 1, D] and [1, D]
@@ -191,11 +199,6 @@ class TokenLayer:
     def __getstate__(self) -> dict[str, Any]:
         """Without cached addresses, which are not valid for a copy, and without the other layers."""
         return {**self.__dict__, "_struct": None, "_made_of": None, "_guard": None, "among": None}
-
-
-def _is_attention(part: Any) -> bool:
-    """Whether a part is attention as moe_layer computes it."""
-    return isinstance(getattr(part, "_token_attention", None), TokenAttention)
 
 
 def _is_readable(norm: Any, x: torch.Tensor) -> bool:

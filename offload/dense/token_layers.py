@@ -9,17 +9,24 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from moe_local.offload.dense.guard import Guard
-from moe_local.offload.dense.places import Places
-from moe_local.offload.dense.router import SETTINGS
+from moe_local.offload.dense.layer_part import (
+    Part,
+    attention_of,
+    experts_of,
+    guard_of,
+    keeps_state,
+    part_of,
+    table_of,
+)
+from moe_local.offload.dense.mixer import angles_of, mixer_of
+from moe_local.offload.dense.places import Places, States
 from moe_local.offload.dense.token_calls import Call, version_of
-from moe_local.offload.kernels.cpu import rounding
-from moe_local.offload.kernels.cpu_table import CpuTable
 from moe_local.offload.native import library as native
 from moe_local.offload.native.library import WholeLayer, check, library
 from moe_local.offload.system.interrupt import check as check_interrupt
@@ -30,29 +37,7 @@ SHARED = ("position_embeddings", "past_key_values", "cache")
 """Arguments that all layers of a forward must have in common, where the trial looks on."""
 
 FEWEST = 2
-"""With fewer layers, TokenLayer's calls are as fast."""
-
-
-class TableOfExperts(Protocol):
-    """A module of routed experts that may be left out of a forward."""
-
-    def table(self, x: torch.Tensor) -> CpuTable | None:
-        """What computes x [T, D], if a call of the module would do nothing else but `count`; None otherwise.
-        Hooks on the module are the caller's business."""
-
-    def count(self, used: int) -> None:
-        """Count a pass that used so many different experts."""
-
-
-class Part(NamedTuple):
-    """One of the layers, and what the library was told of it."""
-
-    layer_idx: int
-    """Its layer's number in the cache."""
-    experts: TableOfExperts
-    table: CpuTable
-    struct: WholeLayer
-    top_k: int
+"""With fewer layers, TokenLayer's calls are as fast, unless they have more parts than attention and experts."""
 
 
 class Cut(NamedTuple):
@@ -70,7 +55,7 @@ class Cut(NamedTuple):
         inputs like x [n, D]."""
         if not self.guard.unchanged() or self.guard.idle() is not self.idle:
             return False
-        return not self.idle or (_table_of(self.module, x) is not None) is self.served
+        return not self.idle or (table_of(self.module, x) is not None) is self.served
 
 
 @dataclass(slots=True)
@@ -84,7 +69,7 @@ class Ahead:
     masks: list[weakref.ref[torch.Tensor] | None]
     """For each layer, the mask that it was expected to get, from which its span was found."""
     spans: list[tuple[Any, ...]]
-    """For each layer, the first columns that its tokens see, and the last ones."""
+    """For each layer, the `span` of its places."""
     tokens: int
     """n"""
     outputs: Sequence[torch.Tensor]
@@ -137,6 +122,7 @@ class TokenLayers:
         `above`: the modules that contain them. As long as one of these has other children than now, nothing
         is computed ahead, since layers may be called in another order."""
         self._modules = modules
+        self._fewest = _fewest(modules)
         self._above = _all(Guard(module, []) for module in above)
         self._parts: list[Part] = []
         """Of the first modules, as many as can be computed together."""
@@ -159,23 +145,24 @@ class TokenLayers:
         The model owns the new objects, and the layers know them by weak references, so that no cycle keeps
         the weights of a model that nobody needs any more.
         """
-        rows: list[list[nn.Module]] = [[]]
+        rows: list[list[nn.Module]] = []
         before: Call | None = None
         for module, call in calls.items():
             layer = getattr(module, "_token_layer", None)
-            if layer is None or layer.block is None or _experts_of(module) is None:
+            if layer is None or layer.block is None or experts_of(module) is None:
                 before = None
                 continue
-            if before is None or not _follows(call, before):
+            if before is None or not _follows(call, before) or keeps_state(module):
                 rows.append([])
             rows[-1].append(module)
-            before = call
+            before = None if keeps_state(module) else call
         for row in rows:
-            if len(row) >= FEWEST:
-                together = cls(row, _above(model, row))
-                vars(model).setdefault("_token_layers", []).append(together)
-                for number, module in enumerate(row):
-                    vars(module)["_token_layer"].among = (weakref.ref(together), number)
+            if len(row) < _fewest(row):
+                continue
+            together = cls(row, _above(model, row))
+            vars(model).setdefault("_token_layers", []).append(together)
+            for number, module in enumerate(row):
+                vars(module)["_token_layer"].among = (weakref.ref(together), number)
 
     def output(self, number: int, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
         """x [n, 1, D] -> layer `number`'s output [n, 1, D]; None: the layer has to be computed by itself."""
@@ -204,7 +191,7 @@ class TokenLayers:
             return True
         module = self._modules[number]
         places = module._token_layer.places(module, x, kwargs)
-        return places is not None and places[2:] == ahead.spans[number]
+        return places is not None and places.span == ahead.spans[number]
 
     def _compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> Ahead | None:
         """Compute as many layers as possible; None if they are too few."""
@@ -213,15 +200,18 @@ class TokenLayers:
         where = first._token_layer.places(first, x, kwargs) if self._above.holds() else None
         if where is None:
             return None
-        cos, sin = angles = kwargs["position_embeddings"]
-        if self._alone is not None and self._alone() is cos:
+        given = _forward_of(kwargs)
+        if self._alone is not None and given is not None and self._alone() is given():
             return None  # a layer behind this one has had its turn, and must not be computed once more
-        tokens = len(where.lasts)
+        tokens = where.tokens
         rows = x.view(tokens, -1)
+        mixer = mixer_of(attention_of(first))
+        assert mixer is not None
+        cos, sin = angles_of(mixer, kwargs, tokens)
         if not self._are_known(rows):
-            self._take(rows, angles)
+            self._take(rows, kwargs)
         masks, places = self._places(rows, where, kwargs)
-        if len(places) < FEWEST:
+        if len(places) < self._fewest:
             return None
         with torch.inference_mode(False):  # tensors of inference have no version
             y = torch.empty(len(places), *x.shape, dtype=x.dtype)
@@ -231,27 +221,28 @@ class TokenLayers:
         assert lib is not None
         cache = weakref.ref(_cache_of(kwargs))
         expected = [None if mask is None else weakref.ref(mask) for mask in masks]
-        spans = [one[2:] for one in places]
+        spans, angles = [one.span for one in places], kwargs.get("position_embeddings")
         ahead = Ahead(self._parts, angles, cache, expected, spans, tokens, y.unbind(), ids)
-        addresses = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), sequences, tokens, y.data_ptr(), ids
+        turned = (None if one is None else one.data_ptr() for one in (cos, sin))
+        addresses = x.data_ptr(), *turned, sequences, tokens, y.data_ptr(), ids
         with nullcontext() if is_deferred() else deferred():  # so that nothing is counted and forgotten
             check(lib.moe_layers(self._structs, len(places), *addresses, threads))
             self._ahead = ahead
         return ahead
 
     def _places(
-        self, x: torch.Tensor, first: Places, kwargs: dict[str, Any]
-    ) -> tuple[list[torch.Tensor | None], list[Places]]:
+        self, x: torch.Tensor, first: Places | States, kwargs: dict[str, Any]
+    ) -> tuple[list[torch.Tensor | None], list[Places | States]]:
         """Masks and places of the parts that can serve x [n, D]; the first one's places are known.
 
         The mask of a layer with a window is not known before its call: it is taken to be the first layer's,
         or, if that does not suit the layer, none."""
         masks: list[torch.Tensor | None] = []
-        places: list[Places] = []
-        where: Places | None
-        layers, columns = _cache_of(kwargs).layers, first.keys.shape[2]
+        places: list[Places | States] = []
+        layers = _cache_of(kwargs).layers
         for part in self._parts:
-            mask, where = kwargs.get("attention_mask"), first
+            where: Places | States | None = first
+            mask = kwargs.get("attention_mask")
             if places:
                 layer = layers[part.layer_idx] if part.layer_idx < len(layers) else None
                 direct = getattr(layer, "direct", _nowhere)
@@ -261,9 +252,7 @@ class TokenLayers:
             table = part.experts.table(x)
             if table is not part.table and table is not None:
                 self._dtype = None
-            if where is None or where.lasts != first.lasts or table is not part.table:
-                break
-            if where.keys.shape[2] != columns or not where.keys.dtype is where.values.dtype is x.dtype:
+            if where is None or table is not part.table or not _alike(where, first, x.dtype):
                 break
             masks.append(mask)
             places.append(where)
@@ -275,18 +264,18 @@ class TokenLayers:
             return False
         return self._cut is None or self._cut.stays(x)
 
-    def _take(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Find out which of the modules can be computed together, for inputs like x [n, D], whatever their
-        caches and masks. The first module's attention is ready."""
+    def _take(self, x: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        """Find out which of the modules can be computed together, for inputs like x [n, D] and angles like
+        those among the arguments, whatever their caches and masks. The first module's mixer is ready."""
         parts: list[Part] = []
         guards: list[Guard] = []
         self._cut = None
         for module in self._modules:
-            guard = _guard_of(module)
+            guard = guard_of(module)
             idle = guard.idle()
-            part = self._part(module, x, angles) if idle else None
+            part = part_of(module, self._modules[0], x, kwargs) if idle else None
             if part is None:
-                self._cut = Cut(module, guard, idle, _table_of(module, x) is not None)
+                self._cut = Cut(module, guard, idle, table_of(module, x) is not None)
                 break
             parts.append(part)
             guards.append(guard)
@@ -294,26 +283,24 @@ class TokenLayers:
         self._structs = (WholeLayer * len(parts))(*(part.struct for part in parts))
         self._guard = _all(guards) if guards else None
 
-    def _part(self, module: Any, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> Part | None:
-        """What the library has to know of a module for inputs like x [n, D]; None if it does not suit."""
-        layer, first = module._token_layer, _attention_of(self._modules[0])
-        attention, block = _attention_of(module), module._modules[layer.feed_forward]
-        calls = getattr(attention, "_token_attention", None)
-        if calls is None or attention.config is not first.config:
-            return None
-        if calls.most_tokens < first._token_attention.most_tokens or not calls.takes(x, *angles):
-            return None
-        if not calls.ready(attention, x.dtype) or not layer.ready(module, x):
-            return None
-        router, table = layer.block.struct(block, x.dtype), _table_of(module, x)
-        if router is None or table is None:
-            return None
-        struct = _whole(layer.struct, router, table, rounding(calls.activations, x.dtype), x.dtype)
-        return Part(attention.layer_idx, _experts_of(module), table, struct, router.top_k)
-
     def __reduce__(self) -> Any:
         """A copy of a model has none: what it contains would not be the copy's."""
         return type(None), ()
+
+
+def _fewest(row: Sequence[Any]) -> int:
+    """How many layers of a row have to be computed together for that to be of use."""
+    return 1 if any(keeps_state(module) or module._token_layer.block.shared for module in row) else FEWEST
+
+
+def _alike(where: Places | States, first: Places | States, dtype: torch.dtype) -> bool:
+    """Whether tokens of this dtype may go to these places as to those of the first layer."""
+    if where is first:
+        return True
+    if isinstance(where, States) or isinstance(first, States) or where.lasts != first.lasts:
+        return False
+    same_columns = where.keys.shape[2] == first.keys.shape[2]
+    return same_columns and where.keys.dtype is where.values.dtype is dtype
 
 
 def _nowhere(mask: torch.Tensor | None) -> None:
@@ -352,40 +339,6 @@ def _cache_of(kwargs: dict[str, Any]) -> Any:
 def _forward_of(kwargs: dict[str, Any]) -> weakref.ref[torch.Tensor] | None:
     """What tells one forward from another, in which other angles are made."""
     angles = kwargs.get("position_embeddings")
-    return weakref.ref(angles[0]) if isinstance(angles, tuple) and torch.is_tensor(angles[0]) else None
-
-
-def _attention_of(module: Any) -> Any:
-    return module._modules[module._token_layer.attention]
-
-
-def _experts_of(module: Any) -> Any:
-    """The TableOfExperts of a decoder layer; None if it has none, or no longer."""
-    layer = module._token_layer
-    experts = module._modules[layer.feed_forward]._modules.get(layer.block.experts)
-    return experts if hasattr(experts, "table") else None
-
-
-def _table_of(module: Any, x: torch.Tensor) -> CpuTable | None:
-    experts = _experts_of(module)
-    return None if experts is None else experts.table(x)
-
-
-def _guard_of(module: Any) -> Guard:
-    """Of a decoder layer, its parts, and theirs."""
-    layer, attention = module._token_layer, _attention_of(module)
-    block = module._modules[layer.feed_forward]
-    router = block._modules.get(layer.block.router)
-    same = [(attention, "config"), (attention, "layer_idx")]
-    if router is not None:
-        same += [(router, name) for name in SETTINGS]
-    guard = Guard(module, [module, attention, *(module._modules[name] for name in layer.norms)], same=same)
-    guard += Guard(attention, [part for part in attention._modules.values() if part is not None])
-    return guard + Guard(block, [block, *(part for part in block._modules.values() if part is not None)])
-
-
-def _whole(layer: Any, router: Any, table: CpuTable, activations: int, dtype: torch.dtype) -> WholeLayer:
-    experts, count, gate, counts, of_experts = table.struct(dtype)
-    return WholeLayer(
-        ctypes.pointer(layer), ctypes.pointer(router), experts, count, gate, counts, activations, of_experts
-    )
+    if isinstance(angles, tuple):
+        angles = angles[0]
+    return weakref.ref(angles) if torch.is_tensor(angles) else None

@@ -132,8 +132,46 @@ class Router(Structure):
     )
 
 
+class Mlp(Structure):
+    _fields_ = (
+        ("gate", Matrix),
+        ("up", Matrix),
+        ("down", Matrix),
+        ("function", c_int32),
+        ("dtype", c_int32),
+    )
+
+
+class DeltaNet(Structure):
+    _fields_ = (
+        ("qkv", Matrix),
+        ("z", Matrix),
+        ("b", Matrix),
+        ("a", Matrix),
+        ("o", Matrix),
+        ("key_heads", c_int64),
+        ("value_heads", c_int64),
+        ("key_width", c_int64),
+        ("value_width", c_int64),
+        ("taps", c_int64),
+        ("convolution", c_void_p),
+        ("convolution_bias", c_void_p),
+        ("a_log", c_void_p),
+        ("dt_bias", c_void_p),
+        ("norm", c_void_p),
+        ("epsilon", c_float),
+        ("dtype", c_int32),
+    )
+
+
 class Layer(Structure):
-    _fields_ = (("attention", POINTER(Attention)), ("before_attention", Norm), ("before_feed_forward", Norm))
+    _fields_ = (
+        ("attention", POINTER(Attention)),
+        ("latent_attention", POINTER(LatentAttention)),
+        ("delta_net", POINTER(DeltaNet)),
+        ("before_attention", Norm),
+        ("before_feed_forward", Norm),
+    )
 
 
 class WholeLayer(Structure):
@@ -146,6 +184,9 @@ class WholeLayer(Structure):
         ("chosen", c_void_p),
         ("activations", c_int32),
         ("of_experts", c_int32),
+        ("of_shared", c_int32),
+        ("shared", POINTER(Mlp)),
+        ("share", POINTER(Matrix)),
     )
 
 
@@ -238,28 +279,6 @@ class SequenceConvolution(Structure):
     )
 
 
-class DeltaNet(Structure):
-    _fields_ = (
-        ("qkv", Matrix),
-        ("z", Matrix),
-        ("b", Matrix),
-        ("a", Matrix),
-        ("o", Matrix),
-        ("key_heads", c_int64),
-        ("value_heads", c_int64),
-        ("key_width", c_int64),
-        ("value_width", c_int64),
-        ("taps", c_int64),
-        ("convolution", c_void_p),
-        ("convolution_bias", c_void_p),
-        ("a_log", c_void_p),
-        ("dt_bias", c_void_p),
-        ("norm", c_void_p),
-        ("epsilon", c_float),
-        ("dtype", c_int32),
-    )
-
-
 @cache
 def library() -> ctypes.CDLL | None:
     """The library, or None if it was not compiled or cannot be loaded, which is logged once."""
@@ -312,6 +331,7 @@ _ARGUMENTS: dict[str, list[type]] = {
         *(POINTER(LatentAttention), c_void_p, c_void_p, c_void_p, POINTER(Sequence), c_int64, c_void_p),
         *(c_int32, c_int32),
     ],
+    "moe_mlp": [POINTER(Mlp), POINTER(Matrix), c_void_p, c_int64, c_void_p, c_int32, c_int32],
     "moe_layer": [
         *(POINTER(Layer), POINTER(Router), c_void_p, c_void_p, c_void_p, POINTER(Sequence), c_int64),
         *(c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_int32),
@@ -337,7 +357,7 @@ _ARGUMENTS: dict[str, list[type]] = {
         *(POINTER(DeltaNet), c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32),
     ],
     "moe_route": [
-        *(POINTER(Router), c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p),
+        *(POINTER(Router), c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_int32),
     ],
     "moe_combine": [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p],
     "moe_gate": [POINTER(Gate), c_void_p, c_int64, c_int64, c_void_p],

@@ -442,7 +442,8 @@ void use_route(Random& random) {
   std::vector<float> shares(static_cast<size_t>(several * top_k));
   std::vector<int64_t> chosen(static_cast<size_t>(several * top_k));
   if (random() % 4 == 0) token.set(0, NAN);
-  require(moe_route(&r, token.bytes(), several, dtype, logits.bytes(), shares.data(), chosen.data()) == OK,
+  require(moe_route(&r, token.bytes(), several, dtype, random() % 2 ? logits.bytes() : nullptr, shares.data(),
+                    chosen.data(), some_threads(random)) == OK,
           "moe_route failed");
   for (int64_t i = 0; i < several * top_k; ++i) {
     const auto mine = chosen.begin() + i / top_k * top_k;

@@ -170,7 +170,7 @@ def rounded(lib: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     )
     outputs = out.data_ptr(), weight.data_ptr(), chosen.data_ptr()
     router = Router(ctypes.pointer(matrix), 1, 0, 1.0, DTYPES[torch.float32], DTYPES[dtype])
-    assert lib.moe_route(ctypes.byref(router), nothing.data_ptr(), 1, DTYPES[dtype], *outputs) == 0
+    assert lib.moe_route(ctypes.byref(router), nothing.data_ptr(), 1, DTYPES[dtype], *outputs, 1) == 0
     return out
 
 

@@ -219,6 +219,7 @@ class Route:
             "logits": self.logits[16:].data_ptr(),
             "weights": self.weights[16:].data_ptr(),
             "ids": self.ids[16:].data_ptr(),
+            "threads": 1,
         }
         status: int = lib.moe_route(*(arguments | changed).values())
         return status
@@ -271,9 +272,14 @@ def test_each_of_several_tokens_is_routed_as_alone(
     logits = torch.empty(11, 60, dtype=dtype)
     weights, ids = torch.empty(11, 8), torch.empty(11, 8, dtype=torch.int64)
     outputs = {"logits": logits.data_ptr(), "weights": weights.data_ptr(), "ids": ids.data_ptr()}
-    assert route.call(lib, 8, True, x=tokens.data_ptr(), tokens=11, **outputs) == OK
-    for got, want in zip((logits, weights, ids), zip(*alone, strict=True), strict=True):
-        assert torch.equal(got, torch.stack(want))
+    for threads in (1, 3):
+        assert route.call(lib, 8, True, x=tokens.data_ptr(), tokens=11, **outputs, threads=threads) == OK
+        for got, want in zip((logits, weights, ids), zip(*alone, strict=True), strict=True):
+            assert torch.equal(got, torch.stack(want))
+            got.zero_()
+    assert route.call(lib, 8, True, x=tokens.data_ptr(), tokens=11, **outputs | {"logits": None}) == OK
+    assert not logits.any()
+    assert torch.equal(ids, torch.stack([routed.ids for routed in alone]))
 
 
 def with_logits(logits: list[float], dtype: torch.dtype = torch.float32) -> Route:
@@ -368,10 +374,11 @@ def test_wrong_routes_are_refused(lib: Any) -> None:
             assert (memory == OUTSIDE).all()
 
     for format in FORMATS:
-        for name in ("router", "x", "logits", "weights", "ids"):
+        for name in ("router", "x", "weights", "ids"):
             refused(Route(format, 8, 64, torch.float32), **{name: None})
         for top_k in (0, -1, 9, 2**62):
             refused(Route(format, 8, 64, torch.float32), top_k)
+        refused(Route(format, 8, 64, torch.float32), threads=0)
         for tokens in (0, -1, 257):
             refused(Route(format, 8, 64, torch.float32), tokens=tokens)
         for dtype in (-1, 3):

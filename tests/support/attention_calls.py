@@ -198,7 +198,7 @@ class LayerCall:
         self.norms = [torch.randn(hidden, generator=generator).to(dtype) for _ in range(2)]
         self.router = torch.randn(8, hidden, generator=generator).to(dtype)
         before, after = (Norm(norm.data_ptr(), 1e-5, shifted) for norm in self.norms)
-        self.layer = Layer(ctypes.pointer(call.struct), before, after)
+        self.layer = Layer(ctypes.pointer(call.struct), None, None, before, after)
         plain = FORMATS[{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]]
         self.matrix = Matrix(format=plain, rows=8, cols=hidden, q=self.router.data_ptr())
         self.chooser = Router(
@@ -240,6 +240,6 @@ class LayerCall:
         logits, weights, ids = torch.empty_like(inner), torch.empty(2), torch.empty(2, dtype=torch.int64)
         chooser = self.chooser
         outputs = logits.data_ptr(), weights.data_ptr(), ids.data_ptr()
-        assert lib.moe_route(ctypes.byref(chooser), inner.data_ptr(), 1, dtype, *outputs) == 0
+        assert lib.moe_route(ctypes.byref(chooser), inner.data_ptr(), 1, dtype, *outputs, 2) == 0
         rounded = {number: name for name, number in DTYPES.items()}[chooser.dtype]
         return y, inner, weights.to(rounded).float(), ids

@@ -206,8 +206,6 @@ bool valid(const Sequence& s, const Attention& a) {
          (s.head_stride >= (s.last + 1) * a.width && s.head_stride <= (int64_t{1} << 50) / a.kv_heads);
 }
 
-bool valid(const Norm& norm) { return norm.weight != nullptr; }
-
 bool valid(const Attention* a, const void* x, const void* cos, const void* sin, const Sequence* sequences,
            int64_t tokens, const void* y, int32_t activations, int32_t threads) {
   if (a == nullptr || sequences == nullptr || tokens < 1 || tokens > BATCH_PAIRS || !valid(*a)) return false;
@@ -292,21 +290,16 @@ int32_t moe_attention(const Attention* a, const void* x, const void* cos, const 
   return OUT_OF_MEMORY;
 }
 
-int32_t moe_layer(const Layer* layer, const Router* router, const void* x, const void* cos, const void* sin,
-                  const Sequence* sequences, int64_t tokens, void* y, void* inner, float* weights,
-                  int64_t* ids, int32_t activations, int32_t threads) try {
-  if (layer == nullptr || !valid(layer->before_attention) || !valid(layer->before_feed_forward))
-    return BAD_ARGUMENT;
-  const Attention* a = layer->attention;
-  if (inner == nullptr || !valid(a, x, cos, sin, sequences, tokens, y, activations, threads))
-    return BAD_ARGUMENT;
+int32_t attention_layer(const Layer& layer, const Router* router, const void* x, const void* cos,
+                        const void* sin, const Sequence* sequences, int64_t tokens, void* y, void* inner,
+                        float* weights, int64_t* ids, int32_t activations, int32_t threads) {
+  const Attention* a = layer.attention;
+  if (!valid(a, x, cos, sin, sequences, tokens, y, activations, threads)) return BAD_ARGUMENT;
   if (router != nullptr && !valid(*router, *a, weights, ids)) return BAD_ARGUMENT;
   AttentionCall call{};
-  call.a = a, call.layer = layer, call.router = router;
+  call.a = a, call.layer = &layer, call.router = router;
   call.x = x, call.cos = cos, call.sin = sin, call.tokens = tokens;
   call.y = y, call.inner = inner, call.weights = weights, call.ids = ids, call.activations = activations;
   run(call, sequences, threads);
   return OK;
-} catch (const std::bad_alloc&) {
-  return OUT_OF_MEMORY;
 }

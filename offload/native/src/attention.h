@@ -59,3 +59,9 @@ inline void rotate(int32_t rotation, bool shared, int64_t pairs, const float* co
     out[to_other] = right * cos[other_angle] + left * sin[other_angle];
   }
 }
+
+// moe_layer for a layer with an Attention, whose norms, inner and router are complete; see moe_native.h.
+// Norms, sums and router take part in the attention's phases. May throw bad_alloc.
+int32_t attention_layer(const Layer& layer, const Router* router, const void* x, const void* cos,
+                        const void* sin, const Sequence* sequences, int64_t tokens, void* y, void* inner,
+                        float* weights, int64_t* ids, int32_t activations, int32_t threads);

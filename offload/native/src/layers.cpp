@@ -1,7 +1,9 @@
-// Consecutive decoder layers with their experts, one call of moe_layer and moe_chosen_experts after the
-// other.
+// Decoder layers: one up to its feed-forward part, and consecutive ones with their experts. Where no phases
+// of a single job serve, they are made of the library's other calls, one after the other.
 #include <algorithm>
 
+#include "attention.h"
+#include "moe_linear_attention.h"
 #include "moe_native.h"
 #include "scratch.h"
 #include "work.h"
@@ -13,22 +15,39 @@ constexpr int64_t MOST_EXPERTS = 1 << 16;
 // Memory for what passes from part to part, which the parts' callers have to provide.
 thread_local Scratch between;
 
-bool valid(const WholeLayer& whole) {
-  if (whole.layer == nullptr || whole.layer->attention == nullptr || whole.router == nullptr) return false;
-  if (whole.experts == nullptr || whole.gate == nullptr || whole.chosen == nullptr) return false;
-  if (whole.count < 1 || whole.count > MOST_EXPERTS || whole.experts[0] == nullptr) return false;
-  return whole.router->top_k >= 1 && whole.router->top_k <= whole.count;
+// What all of a layer's parts take and give; 0 and FLOAT32 unless it has just one kind of attention.
+struct Rows {
+  int64_t width;
+  int32_t dtype;
+};
+
+Rows rows_of(const Layer& layer) {
+  const Attention* a = layer.attention;
+  const LatentAttention* latent = layer.latent_attention;
+  const DeltaNet* net = layer.delta_net;
+  if (a != nullptr && latent == nullptr && net == nullptr) return {a->q.cols, a->dtype};
+  if (a == nullptr && latent != nullptr && net == nullptr) return {latent->kv_a.cols, latent->dtype};
+  if (a == nullptr && latent == nullptr && net != nullptr) return {net->qkv.cols, net->dtype};
+  return {0, FLOAT32};
 }
 
-// Whether all layers are complete and take and give rows of one width and dtype.
-bool valid(const WholeLayer* layers, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (!valid(layers[i])) return false;
-    const Attention &a = *layers[i].layer->attention, &first = *layers[0].layer->attention;
-    if (a.q.cols != first.q.cols || a.dtype != first.dtype || !valid_dtype(a.dtype)) return false;
-    if (a.q.cols < 1 || layers[i].experts[0]->up.cols != a.q.cols) return false;
-  }
-  return true;
+// Whether there is a layer whose parts may have rows.
+bool valid(const Layer* layer) {
+  if (layer == nullptr) return false;
+  const Rows rows = rows_of(*layer);
+  return rows.width > 0 && rows.width < (int64_t{1} << 40) && valid_dtype(rows.dtype);
+}
+
+bool valid(const WholeLayer& whole, const Rows& rows) {
+  if (!valid(whole.layer) || whole.router == nullptr) return false;
+  if (whole.experts == nullptr || whole.gate == nullptr || whole.chosen == nullptr) return false;
+  if (whole.count < 1 || whole.count > MOST_EXPERTS || whole.experts[0] == nullptr) return false;
+  const Rows mine = rows_of(*whole.layer);
+  if (mine.width != rows.width || mine.dtype != rows.dtype || whole.experts[0]->up.cols != rows.width)
+    return false;
+  if (whole.shared != nullptr && (whole.shared->gate.cols != rows.width || whole.shared->dtype != rows.dtype))
+    return false;
+  return whole.router->top_k >= 1 && whole.router->top_k <= whole.count;
 }
 
 // Takes back what these layers have counted for tokens with these ids, which are those of one layer after the
@@ -39,48 +58,96 @@ void take_back(const WholeLayer* layers, int64_t count, int64_t tokens, const in
       --layers[i].chosen[*ids];
 }
 
-// y [count] = a + b, all of the dtype; `floats` has room for two rows of `width`, which divides the count.
-void add(int32_t dtype, const void* a, const void* b, int64_t count, int64_t width, float* floats, void* y) {
-  for (int64_t start = 0; start < count; start += width) {
-    kernels().widen(dtype, at(dtype, a, start), width, floats);
-    kernels().widen(dtype, at(dtype, b, start), width, floats + width);
-    for (int64_t i = 0; i < width; ++i) floats[i] += floats[width + i];
-    kernels().narrow(dtype, floats, width, at(dtype, y, start));
+// y [tokens, D] = a + b, rounded to the dtype; y may be one of them. `room` is for two rows.
+void add(const Rows& rows, const void* a, const void* b, int64_t tokens, float* room, void* y) {
+  const int64_t width = rows.width;
+  float *sum = room, *other = room + width;
+  for (int64_t start = 0; start < tokens * width; start += width) {
+    kernels().widen(rows.dtype, at(rows.dtype, a, start), width, sum);
+    kernels().widen(rows.dtype, at(rows.dtype, b, start), width, other);
+    for (int64_t i = 0; i < width; ++i) sum[i] += other[i];
+    kernels().narrow(rows.dtype, sum, width, at(rows.dtype, y, start));
   }
 }
 
+int32_t normalize(const Norm& norm, const Rows& rows, const void* x, int64_t tokens, void* y,
+                  int32_t threads) {
+  return moe_norm(x, norm.weight, norm.shifted, norm.epsilon, tokens, rows.width, rows.dtype, y, threads);
+}
+
+// y [tokens, D] = the output of a layer's latent attention or DeltaNet for x [tokens, D].
+int32_t mix(const Layer& layer, const void* x, const void* cos, const void* sin, const Sequence* sequences,
+            int64_t tokens, void* y, int32_t activations, int32_t threads) {
+  if (layer.latent_attention != nullptr)
+    return moe_latent_attention(layer.latent_attention, x, static_cast<const float*>(cos),
+                                static_cast<const float*>(sin), sequences, tokens, y, activations, threads);
+  if (sequences == nullptr) return BAD_ARGUMENT;
+  return moe_delta_net(layer.delta_net, x, sequences->keys, static_cast<float*>(sequences->values), tokens, y,
+                       activations, threads);
+}
+
 }  // namespace
+
+int32_t moe_layer(const Layer* layer, const Router* router, const void* x, const void* cos, const void* sin,
+                  const Sequence* sequences, int64_t tokens, void* y, void* inner, float* weights,
+                  int64_t* ids, int32_t activations, int32_t threads) try {
+  if (!valid(layer) || x == nullptr || y == nullptr || inner == nullptr) return BAD_ARGUMENT;
+  if (layer->before_attention.weight == nullptr || layer->before_feed_forward.weight == nullptr)
+    return BAD_ARGUMENT;
+  if (layer->attention != nullptr)
+    return attention_layer(*layer, router, x, cos, sin, sequences, tokens, y, inner, weights, ids,
+                           activations, threads);
+  const Rows rows = rows_of(*layer);
+  if (tokens < 1 || tokens > BATCH_PAIRS || threads < 1) return BAD_ARGUMENT;
+  if (router != nullptr && (router->matrix == nullptr || router->matrix->cols != rows.width))
+    return BAD_ARGUMENT;
+  int32_t status = normalize(layer->before_attention, rows, x, tokens, inner, threads);
+  if (status == OK) status = mix(*layer, inner, cos, sin, sequences, tokens, y, activations, threads);
+  if (status != OK) return status;
+  scratch.reserve(Scratch::bytes_of<float>(2 * rows.width));
+  add(rows, x, y, tokens, scratch.take<float>(2 * rows.width), y);
+  status = normalize(layer->before_feed_forward, rows, y, tokens, inner, threads);
+  if (status != OK || router == nullptr) return status;
+  return moe_route(router, inner, tokens, rows.dtype, nullptr, weights, ids, threads);
+} catch (const std::bad_alloc&) {
+  return OUT_OF_MEMORY;
+}
 
 int32_t moe_layers(const WholeLayer* layers, int64_t count, const void* x, const void* cos, const void* sin,
                    const Sequence* sequences, int64_t tokens, void* y, int64_t* ids, int32_t threads) try {
   if (layers == nullptr || count < 1 || sequences == nullptr || y == nullptr || ids == nullptr)
     return BAD_ARGUMENT;
-  if (tokens < 1 || tokens > BATCH_PAIRS || !valid(layers, count)) return BAD_ARGUMENT;
-  const int32_t dtype = layers[0].layer->attention->dtype;
-  const int64_t width = layers[0].layer->attention->q.cols, numbers = tokens * width;
+  if (tokens < 1 || tokens > BATCH_PAIRS || !valid(layers[0].layer)) return BAD_ARGUMENT;
+  const Rows rows = rows_of(*layers[0].layer);
+  for (int64_t i = 0; i < count; ++i)
+    if (!valid(layers[i], rows)) return BAD_ARGUMENT;
+  const int64_t numbers = tokens * rows.width;
   int64_t most = 0;
   for (int64_t i = 0; i < count; ++i) most = std::max(most, tokens * layers[i].router->top_k);
-  between.reserve(3 * Scratch::bytes_of<float>(numbers) + Scratch::bytes_of<float>(2 * width) +
+  between.reserve(4 * Scratch::bytes_of<float>(numbers) + Scratch::bytes_of<float>(2 * rows.width) +
                   Scratch::bytes_of<float>(most));
   void *stream = between.take<float>(numbers), *inner = between.take<float>(numbers);
-  void* answer = between.take<float>(numbers);
-  float *floats = between.take<float>(2 * width), *weights = between.take<float>(most);
+  void *answer = between.take<float>(numbers), *shared = between.take<float>(numbers);
+  float *room = between.take<float>(2 * rows.width), *weights = between.take<float>(most);
   int64_t* mine = ids;
   for (int64_t i = 0; i < count; ++i) {
     const WholeLayer& whole = layers[i];
     const int64_t top_k = whole.router->top_k;
     int32_t status = moe_layer(whole.layer, whole.router, x, cos, sin, sequences + i * tokens, tokens, stream,
                                inner, weights, mine, whole.activations, threads);
+    if (status == OK && whole.shared != nullptr)
+      status = moe_mlp(whole.shared, whole.share, inner, tokens, shared, whole.of_shared, threads);
     if (status == OK)
       status = moe_chosen_experts(whole.experts, whole.count, mine, weights, top_k, whole.gate, inner, tokens,
-                                  whole.chosen, answer, dtype, whole.of_experts, threads);
+                                  whole.chosen, answer, rows.dtype, whole.of_experts, threads);
     if (status != OK) {
       take_back(layers, i, tokens, ids);
       return status;
     }
     mine += tokens * top_k;
-    void* out = at(dtype, y, i * numbers);
-    add(dtype, stream, answer, numbers, width, floats, out);
+    void* out = at(rows.dtype, y, i * numbers);
+    if (whole.shared != nullptr) add(rows, answer, shared, tokens, room, answer);
+    add(rows, stream, answer, tokens, room, out);
     x = out;
   }
   return OK;

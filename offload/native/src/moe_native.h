@@ -172,9 +172,23 @@ struct Router {
   int64_t best;            // `best` largest scores, 1 or 2
 };
 
+// A gated feed-forward part that all tokens pass, such as a shared expert: down applied to function(gate) *
+// up, all from the same input.
+struct Mlp {
+  Matrix gate;       // [F, D]
+  Matrix up;         // [F, D], of the format of gate
+  Matrix down;       // [D, F]
+  int32_t function;  // one that is not clamped
+  int32_t dtype;
+};
+
+struct DeltaNet;  // moe_linear_attention.h
+
 // A decoder layer up to its feed-forward part, with one norm before attention and one before that part.
 struct Layer {
-  const Attention* attention;
+  const Attention* attention;  // of these three, two are null
+  const LatentAttention* latent_attention;
+  const DeltaNet* delta_net;
   Norm before_attention;
   Norm before_feed_forward;
 };
@@ -189,9 +203,13 @@ struct WholeLayer {
   int64_t* chosen;      // [count]
   int32_t activations;  // of the attention's matrices
   int32_t of_experts;   // activations of the experts' matrices
+  int32_t of_shared;    // activations of the next two
+  const Mlp* shared;    // what is added to the experts' outputs, or null
+  const Matrix* share;  // as in moe_mlp
 };
 
-// A sequence's keys and values: key of head h and position p is keys[h * head_stride + p * width ...].
+// A sequence's keys and values: key of head h and position p is keys[h * head_stride + p * width ...]. For a
+// layer with a DeltaNet, a token's inputs and states, which lie one token after the other.
 struct Sequence {
   void* keys;
   void* values;
@@ -239,10 +257,16 @@ MOE_API int32_t moe_latent_attention(const LatentAttention* attention, const voi
                                      const float* sin, const Sequence* sequences, int64_t tokens, void* y,
                                      int32_t activations, int32_t threads);
 
+// y [tokens, D] = the output of an Mlp for 1 to 256 tokens x [tokens, D]; unless `share` [1, D] is null,
+// times the sigmoid of its product with x.
+MOE_API int32_t moe_mlp(const Mlp* mlp, const Matrix* share, const void* x, int64_t tokens, void* y,
+                        int32_t activations, int32_t threads);
+
 // These tokens through a Layer: y [tokens, D] = x + attention(first norm of x), inner [tokens, D] = second
-// norm of y, all rounded to the dtype where separate calls of moe_norm and moe_attention and a sum would
-// round them. x, y and inner must be distinct. Unless `router` is null, ids [tokens, top_k] and weights
-// [tokens, top_k] become the experts that moe_route chooses for inner.
+// norm of y, all rounded to the dtype where separate calls of moe_norm, attention and a sum would round them.
+// x, y and inner must be distinct. cos and sin are what the layer's attention takes; a DeltaNet takes none.
+// Unless `router` is null, ids [tokens, top_k] and weights [tokens, top_k] become the experts that moe_route
+// chooses for inner. After an error, y and inner hold anything.
 MOE_API int32_t moe_layer(const Layer* layer, const Router* router, const void* x, const void* cos,
                           const void* sin, const Sequence* sequences, int64_t tokens, void* y, void* inner,
                           float* weights, int64_t* ids, int32_t activations, int32_t threads);
@@ -265,10 +289,10 @@ MOE_API int32_t moe_chosen_experts(const Expert* const* experts, int64_t count, 
                                    int32_t activations, int32_t threads);
 
 // These tokens through `count` consecutive layers of one dtype and width: y [count, tokens, D] are the
-// layers' outputs, each the sum, in the dtype, of what moe_layer and moe_chosen_experts give, and the next
-// layer's input. `sequences` [count, tokens] are those of each layer; ids become the experts that its tokens
-// chose, [tokens, top_k], one layer after the other. After an error, outputs before the failing layer's are
-// valid, and nothing is counted.
+// layers' outputs, each the sum, in the dtype, of what moe_layer and moe_chosen_experts give, to which the
+// shared expert's output is added first, and the next layer's input. `sequences` [count, tokens] are those of
+// each layer; ids become the experts that its tokens chose, [tokens, top_k], one layer after the other. After
+// an error, outputs before the failing layer's are valid, and nothing is counted.
 MOE_API int32_t moe_layers(const WholeLayer* layers, int64_t count, const void* x, const void* cos,
                            const void* sin, const Sequence* sequences, int64_t tokens, void* y, int64_t* ids,
                            int32_t threads);
@@ -309,10 +333,10 @@ MOE_API int32_t moe_prompt_attention(const PromptAttention* prompt, int32_t thre
 MOE_API int32_t moe_seen(const uint8_t* mask, int64_t rows, int64_t keys, int32_t* seen);
 
 // Chooses the experts of 1 to 256 tokens x [tokens, D] of the dtype, of each as if it were alone: logits
-// [tokens, experts] of the router's dtype for them = x times the matrix, transposed, plus its bias; ids and
-// weights [tokens, top_k].
+// [tokens, experts] of the router's dtype for them = x times the matrix, transposed, plus its bias, or null;
+// ids and weights [tokens, top_k].
 MOE_API int32_t moe_route(const Router* router, const void* x, int64_t tokens, int32_t dtype, void* logits,
-                          float* weights, int64_t* ids);
+                          float* weights, int64_t* ids, int32_t threads);
 
 // combined [tokens, cols] = sum over rank, in order, of weights [tokens, top_k] * outputs [tokens * top_k,
 // cols].

@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <new>
 
 #include "moe_native.h"
 #include "scratch.h"
+#include "threads.h"
 #include "work.h"
 
 namespace {
@@ -60,27 +62,39 @@ void keep_groups(const Router& r, float* scores) {
       std::fill_n(scores + g * size, size, -INFINITY);
 }
 
-void route(const Router& r, const void* x, int64_t tokens, int32_t dtype, void* logits, float* weights,
-           int64_t* ids) {
-  const Matrix& m = *r.matrix;
-  scratch.reserve(tokens * (prepared_bytes(m.cols, FLOATS) + Scratch::bytes_of<float>(m.rows)) +
-                  Scratch::bytes_of<Prepared>(tokens) + Scratch::bytes_of<float*>(tokens) +
-                  Scratch::bytes_of<float>(m.cols) + Scratch::bytes_of<float>(m.rows));
-  float *values = scratch.take<float>(m.cols), *spare = scratch.take<float>(m.rows);
-  Prepared* in = scratch.take<Prepared>(tokens);
-  float** scores = scratch.take<float*>(tokens);
-  for (int64_t t = 0; t < tokens; ++t) {
-    in[t] = take_prepared(m.cols, FLOATS);
-    scores[t] = scratch.take<float>(m.rows);
-    kernels().widen(dtype, at(dtype, x, t * m.cols), m.cols, values);
-    prepare_for_router(m, values, in[t]);
+struct RouteCall {
+  const Router* r;
+  const void* x;
+  int64_t tokens;
+  int32_t dtype;
+  void* logits;  // or null
+  float* weights;
+  int64_t* ids;
+  float** values;  // [tokens], as all that follow: each [D], x
+  float** scores;  // each [experts]
+  float** spare;   // each [experts]
+  Prepared* in;
+
+  static void work(void* context, int phase, int64_t chunk, int) {
+    const RouteCall& call = *static_cast<RouteCall*>(context);
+    const Matrix& m = *call.r->matrix;
+    if (phase == 0) {
+      kernels().widen(call.dtype, at(call.dtype, call.x, chunk * m.cols), m.cols, call.values[chunk]);
+      prepare_for_router(m, call.values[chunk], call.in[chunk]);
+    } else if (phase == 1) {
+      multiply_router(m, call.in, call.tokens, chunk, call.scores);
+    } else {
+      call.choose(chunk);
+    }
   }
-  for (int64_t c = 0; c < chunks_of(m, 1); ++c) multiply_router(m, in, tokens, c, scores);
-  for (int64_t t = 0; t < tokens; ++t) {
-    kernels().narrow(r.logits_dtype, scores[t], m.rows, at(r.logits_dtype, logits, t * m.rows));
-    choose_experts(r, scores[t], spare, weights + t * r.top_k, ids + t * r.top_k);
+
+  void choose(int64_t t) const {
+    const int64_t rows = r->matrix->rows, first = t * r->top_k;
+    if (logits != nullptr)
+      kernels().narrow(r->logits_dtype, scores[t], rows, at(r->logits_dtype, logits, t * rows));
+    choose_experts(*r, scores[t], spare[t], weights + first, ids + first);
   }
-}
+};
 
 }  // namespace
 
@@ -135,11 +149,20 @@ void choose_experts(const Router& r, float* scores, float* spare, float* weights
 }
 
 int32_t moe_route(const Router* router, const void* x, int64_t tokens, int32_t dtype, void* logits,
-                  float* weights, int64_t* ids) try {
-  if (router == nullptr || !valid(*router) || !valid_dtype(dtype)) return BAD_ARGUMENT;
+                  float* weights, int64_t* ids, int32_t threads) try {
+  if (router == nullptr || !valid(*router) || !valid_dtype(dtype) || threads < 1) return BAD_ARGUMENT;
   if (tokens < 1 || tokens > BATCH_PAIRS) return BAD_ARGUMENT;
-  if (x == nullptr || logits == nullptr || weights == nullptr || ids == nullptr) return BAD_ARGUMENT;
-  route(*router, x, tokens, dtype, logits, weights, ids);
+  if (x == nullptr || weights == nullptr || ids == nullptr) return BAD_ARGUMENT;
+  const Matrix& m = *router->matrix;
+  scratch.reserve(tokens * (prepared_bytes(m.cols, FLOATS) + Scratch::bytes_of<float>(m.cols) +
+                            2 * Scratch::bytes_of<float>(m.rows)) +
+                  Scratch::bytes_of<Prepared>(tokens) + 3 * Scratch::bytes_of<float*>(tokens));
+  RouteCall call{router, x, tokens, dtype, logits, weights, ids, nullptr, nullptr, nullptr, nullptr};
+  call.values = take_rows(tokens, m.cols);
+  call.scores = take_rows(tokens, m.rows), call.spare = take_rows(tokens, m.rows);
+  call.in = take_all_prepared(tokens, m.cols, FLOATS);
+  const int64_t chunks[] = {tokens, chunks_of(m, 1), tokens};
+  run_phases(threads_for(weight_bytes(m), tokens, threads), 3, chunks, RouteCall::work, &call);
   return OK;
 } catch (const std::bad_alloc&) {
   return OUT_OF_MEMORY;
