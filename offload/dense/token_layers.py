@@ -37,7 +37,7 @@ SHARED = ("position_embeddings", "past_key_values", "cache")
 """Arguments that all layers of a forward must have in common, where the trial looks on."""
 
 FEWEST = 2
-"""With fewer layers, TokenLayer's calls are as fast, unless they have more parts than attention and experts."""
+"""With fewer layers, TokenLayer's calls are as fast, unless a layer has a state or a shared expert."""
 
 
 class Cut(NamedTuple):
