@@ -389,6 +389,25 @@ void use_delta_net(Random& random) {
   same_bytes(states, other_states, state_bytes, "threads change states of moe_delta_net");
 }
 
+void use_mlp(Random& random) {
+  const int64_t width = a_size(random), hidden = a_size(random);
+  const int64_t tokens = random() % 8 == 0 ? between(random, 30, 90) : between(random, 1, 9);
+  const int32_t format = a_format(random);
+  Weights gate(random, format, hidden, width), up(random, format, hidden, width);
+  Weights down(random, a_format(random), width, hidden), share(random, a_format(random), 1, width);
+  Mlp m{gate.m, up.m, down.m, static_cast<int32_t>(between(random, IDENTITY, GELU_TANH)), a_dtype(random)};
+  Numbers x(random, m.dtype, tokens * width, 0.5f);
+  const Matrix* opens = random() % 2 ? &share.m : nullptr;
+  const int64_t bytes = bytes_of(m.dtype) * tokens * width;
+  Buffer y(random, bytes), again(random, bytes);
+  const int32_t activations = an_activation(random);
+  for (Buffer* out : {&y, &again})
+    require(moe_mlp(&m, opens, x.bytes(), tokens, out->bytes(), activations,
+                    out == &y ? some_threads(random) : 1) == OK,
+            "moe_mlp failed");
+  same_bytes(y, again, bytes, "threads change moe_mlp");
+}
+
 void use_norms(Random& random) {
   const int64_t width = a_size(random);
   const int64_t tokens = random() % 4 == 0 ? between(random, 200, 900) : between(random, 0, 5);
@@ -661,6 +680,7 @@ void rounds(unsigned seed, int count) {
     use_attention(random);
     use_latent_attention(random);
     use_delta_net(random);
+    use_mlp(random);
     use_prompt(random);
     use_norms(random);
     use_route(random);

@@ -13,11 +13,12 @@ from moe_local.offload.native.library import (
     BAD_ARGUMENT,
     DTYPES,
     FLOATS,
+    INT8,
     Gate,
     Sequence,
     WholeLayer,
 )
-from support import packed
+from support import mlp_calls, packed
 from support.attention_calls import OUTSIDE, SPANS, Call, Case, LayerCall, Together
 
 
@@ -85,9 +86,12 @@ def test_wrong_layers_are_refused(lib: Any, wrong: str) -> None:
 
 class Pass:
     """A call of moe_layers for tokens of Together's first layer and of others like it, and the same by one
-    call after the other. Experts are 8, of which the first layer chooses 2 and the others 3."""
+    call after the other. Experts are 8, of which the first layer chooses 2 and the others 3. `shared`: there
+    are shared experts, `share`: and they have gates."""
 
-    def __init__(self, dtype: torch.dtype, tokens: int, layers: int = 3) -> None:
+    def __init__(
+        self, dtype: torch.dtype, tokens: int, layers: int = 3, *, shared: bool = False, share: bool = False
+    ) -> None:
         case = Case(format="nf4", dtype=dtype, norms=True, hidden=192, heads=6)
         self.tokens, self.dtype = tokens, dtype
         self.rows = [Together(case, SPANS[:tokens], seed=layer) for layer in range(layers)]
@@ -95,6 +99,8 @@ class Pass:
         for call in self.calls[1:]:
             call.chooser.top_k = 3
         self.gate = Gate(1, 3, 0, 0)
+        of_shared = mlp_calls.Case(192, 80, tokens, share=share, format="int8", dtype=dtype)
+        self.shared = [mlp_calls.Call(of_shared, seed) for seed in range(layers if shared else 0)]
         self.experts = [
             [packed.pack_expert("nf4", 192, 64, self.gate, seed=8 * layer + e) for e in range(8)]
             for layer in range(layers)
@@ -126,7 +132,13 @@ class Pass:
         call, chosen = self.calls[layer], self.chosen[layer].data_ptr()
         table = ctypes.cast(self.tables[layer], ctypes.c_void_p)
         parts = ctypes.pointer(call.layer), ctypes.pointer(call.chooser), table, 8, ctypes.pointer(self.gate)
-        return WholeLayer(*parts, chosen, FLOATS, FLOATS)
+        whole = WholeLayer(*parts, chosen, FLOATS, FLOATS, FLOATS)
+        if self.shared:
+            shared = self.shared[layer]
+            # Other activations than the experts', so that a mistake between them shows.
+            whole.of_shared, whole.shared = INT8, ctypes.pointer(shared.struct)
+            whole.share = ctypes.pointer(shared.share) if shared.case.share else None
+        return whole
 
     def __call__(self, lib: Any, **changed: Any) -> int:
         status: int = lib.moe_layers(*(self.arguments | changed).values())
@@ -136,7 +148,7 @@ class Pass:
         """y [L, T, D], and the experts that were chosen, layer by layer."""
         x, outputs, choices = self.rows[0].x, [], []
         first = self.rows[0].arguments()
-        for rows, call, table in zip(self.rows, self.calls, self.tables, strict=True):
+        for layer, (rows, call, table) in enumerate(zip(self.rows, self.calls, self.tables, strict=True)):
             top_k, tokens = call.chooser.top_k, self.tokens
             stream, inner, answer = (torch.empty(tokens, 192, dtype=self.dtype) for _ in range(3))
             weights, ids = torch.empty(tokens, top_k), torch.empty(tokens, top_k, dtype=torch.int64)
@@ -148,6 +160,8 @@ class Pass:
             arguments = (table, 8, ids.data_ptr(), weights.data_ptr(), top_k, ctypes.byref(self.gate))
             arguments += (inner.data_ptr(), tokens, chosen.data_ptr(), answer.data_ptr())
             assert lib.moe_chosen_experts(*arguments, DTYPES[self.dtype], FLOATS, 1) == 0
+            if self.shared:
+                answer += self.shared[layer].answer(lib, x=inner.data_ptr(), activations=INT8)
             x = stream + answer
             outputs.append(x)
             choices.append(ids.flatten())
@@ -156,8 +170,11 @@ class Pass:
 
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_several_layers_are_one_after_the_other(lib: Any, isa: str, dtype: torch.dtype, tokens: int) -> None:
-    whole = Pass(dtype, tokens)
+@pytest.mark.parametrize(("shared", "share"), [(False, False), (True, False), (True, True)])
+def test_several_layers_are_one_after_the_other(
+    lib: Any, isa: str, shared: bool, share: bool, dtype: torch.dtype, tokens: int
+) -> None:
+    whole = Pass(dtype, tokens, shared=shared, share=share)
     want, ids = whole.one_by_one(lib)
     written = [rows.forget() for rows in whole.rows]
     for threads in (1, 3):
@@ -182,6 +199,27 @@ def test_a_layer_that_fails_leaves_those_before_it(lib: Any) -> None:
     assert torch.equal(whole.y[0], want[0])
     assert (whole.y[1:] == OUTSIDE).all()
     assert torch.equal(whole.chosen, counts)
+
+
+def test_a_shared_expert_counts(lib: Any) -> None:
+    """Whether there is one, whether it has a gate, and with which activations."""
+    answers = []
+    for spoil in (None, "shared", "share", "of_shared"):
+        whole = Pass(torch.float32, 1, shared=True, share=True)
+        if spoil:
+            setattr(whole.structs[1], spoil, 0 if spoil == "of_shared" else None)
+        assert whole(lib) == 0
+        answers.append(whole.y.clone())
+    for place, answer in enumerate(answers[1:]):
+        assert torch.equal(answer[0], answers[0][0])
+        assert not any(torch.equal(answer[1], other[1]) for other in answers[: place + 1])
+
+
+def test_a_shared_expert_that_fails_leaves_the_counts(lib: Any) -> None:
+    whole = Pass(torch.float32, 4, shared=True)
+    whole.shared[2].struct.down.rows = 64
+    assert whole(lib) == BAD_ARGUMENT
+    assert not whole.chosen.any()
 
 
 def test_experts_that_fail_leave_the_counts(lib: Any) -> None:
@@ -222,3 +260,28 @@ def test_wrong_whole_layers_are_refused(lib: Any, wrong: str) -> None:
     whole = Pass(torch.float32, 1)
     assert whole(lib) == 0
     assert whole(lib, **(WHOLE_WRONG[wrong](whole) or {})) == BAD_ARGUMENT
+
+
+SHARED_WRONG: dict[str, Callable[[Pass], Any]] = {
+    "another width": lambda whole: setattr(whole.shared[2].struct.gate, "cols", 128),
+    "another dtype": lambda whole: setattr(whole.shared[2].struct, "dtype", 1),
+    "a dtype that is none": lambda whole: setattr(whole.shared[2].struct, "dtype", 3),
+}
+"""What is seen before anything is computed."""
+
+SHARED_WRONG_IN_MLP: dict[str, Callable[[Pass], Any]] = {
+    "other outputs": lambda whole: setattr(whole.shared[2].struct.down, "rows", 128),
+    "a function that is clamped": lambda whole: setattr(whole.shared[2].struct, "function", 6),
+    "a share of another width": lambda whole: setattr(whole.shared[2].share, "cols", 128),
+    "activations that are none": lambda whole: setattr(whole.structs[2], "of_shared", 4),
+}
+
+
+@pytest.mark.parametrize("wrong", [*SHARED_WRONG, *SHARED_WRONG_IN_MLP])
+def test_wrong_shared_experts_are_refused(lib: Any, wrong: str) -> None:
+    whole = Pass(torch.float32, 1, shared=True, share=True)
+    assert whole(lib) == 0
+    whole.y.fill_(OUTSIDE)
+    (SHARED_WRONG | SHARED_WRONG_IN_MLP)[wrong](whole)
+    assert whole(lib) == BAD_ARGUMENT
+    assert (whole.y[2 if wrong in SHARED_WRONG_IN_MLP else 0 :] == OUTSIDE).all()

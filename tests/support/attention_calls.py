@@ -14,6 +14,8 @@ from moe_local.offload.native.library import (
     FORMATS,
     HALVES,
     Attention,
+    DeltaNet,
+    LatentAttention,
     Layer,
     Matrix,
     Norm,
@@ -189,16 +191,25 @@ class Together:
         return written
 
 
-class LayerCall:
-    """A call of moe_layer around a Call, 8 experts to choose 2 of."""
+KINDS: dict[type[ctypes.Structure], str] = {
+    Attention: "attention",
+    LatentAttention: "latent_attention",
+    DeltaNet: "delta_net",
+}
 
-    def __init__(self, call: Call, shifted: bool, router_dtype: torch.dtype, normalized: bool) -> None:
+
+class LayerCall:
+    """A call of moe_layer around a Call, also of latent_calls.py or delta_net_calls.py; 8 experts to choose 2
+    of."""
+
+    def __init__(self, call: Any, shifted: bool, router_dtype: torch.dtype, normalized: bool) -> None:
         self.call, dtype, hidden = call, call.case.dtype, call.case.hidden
         generator = torch.Generator().manual_seed(9)
         self.norms = [torch.randn(hidden, generator=generator).to(dtype) for _ in range(2)]
         self.router = torch.randn(8, hidden, generator=generator).to(dtype)
         before, after = (Norm(norm.data_ptr(), 1e-5, shifted) for norm in self.norms)
-        self.layer = Layer(ctypes.pointer(call.struct), None, None, before, after)
+        self.layer = Layer(None, None, None, before, after)
+        setattr(self.layer, KINDS[type(call.struct)], ctypes.pointer(call.struct))
         plain = FORMATS[{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]]
         self.matrix = Matrix(format=plain, rows=8, cols=hidden, q=self.router.data_ptr())
         self.chooser = Router(
@@ -212,7 +223,7 @@ class LayerCall:
         arguments: dict[str, Any] = {
             "layer": ctypes.byref(self.layer),
             "router": ctypes.byref(self.chooser) if routed else None,
-            **{name: given[name] for name in ("x", "cos", "sin", "sequences", "tokens")},
+            **{name: given.get(name) for name in ("x", "cos", "sin", "sequences", "tokens")},
             "y": self.y.data_ptr(),
             "inner": self.inner.data_ptr(),
             "weights": self.weights.data_ptr(),
