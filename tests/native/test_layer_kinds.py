@@ -238,7 +238,7 @@ def test_layers_of_both_kinds_are_one_after_the_other(
     lib: Any, isa: str, dtype: torch.dtype, tokens: int
 ) -> None:
     latent = Latent(dtype, tokens, 1)
-    mixers = [Net(dtype, tokens), latent, Net(dtype, tokens, 2)]
+    mixers: list[Latent | Net] = [Net(dtype, tokens), latent, Net(dtype, tokens, 2)]
     layers, gate = [OneLayer(mixer) for mixer in mixers], Gate(1, 3, 0, 0)
     experts = [packed.pack_expert("nf4", HIDDEN, 64, gate, seed=e) for e in range(8)]
     table = (ctypes.c_void_p * 8)(*(ctypes.addressof(expert.struct) for expert in experts))

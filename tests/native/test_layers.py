@@ -14,7 +14,9 @@ from moe_local.offload.native.library import (
     DTYPES,
     FLOATS,
     INT8,
+    DeltaNet,
     Gate,
+    LatentAttention,
     Sequence,
     WholeLayer,
 )
@@ -66,6 +68,10 @@ def test_several_tokens_pass_a_layer_as_each_does_alone(lib: Any, isa: str, dtyp
 
 LAYERS_WRONG: dict[str, Callable[[LayerCall], dict[str, Any] | None]] = {
     **{f"no {name}": lambda _, name=name: {name: None} for name in ("layer", "x", "y", "inner", "ids")},
+    "latent attention too": lambda call: setattr(
+        call.layer, "latent_attention", ctypes.pointer(LatentAttention())
+    ),
+    "a DeltaNet too": lambda call: setattr(call.layer, "delta_net", ctypes.pointer(DeltaNet())),
     "no attention": lambda call: setattr(call.layer, "attention", None),
     "a norm without weight": lambda call: setattr(call.layer.before_attention, "weight", None),
     "another without": lambda call: setattr(call.layer.before_feed_forward, "weight", None),
