@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_local.offload.dense.library_call import LibraryCall
-from moe_local.offload.dense.places import Places
+from moe_local.offload.dense.places import Places, cache_of
 from moe_local.offload.dense.sink_attention import NAME as WITH_SINKS
 from moe_local.offload.modeling.configs import attention_of
 from moe_local.offload.modeling.stand_in import stand_in
@@ -71,7 +71,7 @@ class AttentionCall(LibraryCall):
             return None
         if not str(attention_of(module.config)).startswith(FUSED):  # chosen to get scores
             return None
-        layers = getattr(kwargs.get("cache", kwargs.get("past_key_values")), "layers", ())
+        layers = getattr(cache_of(kwargs), "layers", ())
         layer: Any = layers[module.layer_idx] if module.layer_idx < len(layers) else None
         angles = self.angles(kwargs.get("position_embeddings"))
         if not hasattr(layer, "direct") or angles is None:

@@ -98,9 +98,11 @@ def guard_of(module: Any) -> Guard:
         same += mixer.watched(attention)
     if router is not None:
         same += [(router, name) for name in SETTINGS]
+    shared = block._modules.get(layer.block.shared)
+    if hasattr(shared, "_token_mlp"):
+        same += shared._token_mlp.watched(shared)
     guard = Guard(module, [module, attention, *(module._modules[name] for name in layer.norms)], same=same)
     guard += _guard_of_parts(attention) + _guard_of_parts(block)
-    shared = block._modules.get(layer.block.shared)
     return guard if shared is None else guard + _guard_of_parts(shared)
 
 

@@ -79,6 +79,14 @@ class States(NamedTuple):
         return (Sequence * len(self.inputs))(*self.rows())
 
 
+def cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache among the arguments of a decoder layer, or of a part of one; None if there is none. Its name
+    depends on the release of transformers, and on the model."""
+    return next(
+        (kwargs[name] for name in ("cache", "past_key_values", "cache_params") if name in kwargs), None
+    )
+
+
 class DirectLayer(Protocol):
     """A cache layer whose memory may be written and read in place."""
 

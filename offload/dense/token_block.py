@@ -22,7 +22,7 @@ class Described(NamedTuple):
     shared: Mlp | None
     share: Matrix | None
     activations: str
-    """Of `shared` and `share`; see QuantizedLinear."""
+    """Of `shared`; see QuantizedLinear."""
 
     def add_shared(self, x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
         """What the block gives for x [T, D], for which its experts give `answer` [T, D]."""

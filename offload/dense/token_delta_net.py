@@ -12,7 +12,7 @@ from torch import nn
 
 from moe_local.offload.dense.library_call import LibraryCall, are_numbers, matrix_of, same_format
 from moe_local.offload.dense.norm import epsilon_of
-from moe_local.offload.dense.places import States
+from moe_local.offload.dense.places import States, cache_of
 from moe_local.offload.dense.token_calls import agrees_on_sizes, all_close, token_calls
 from moe_local.offload.kernels.cpu import rounding
 from moe_local.offload.modeling.stand_in import stand_in
@@ -23,9 +23,6 @@ PROJECTIONS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 PARTS = {*PROJECTIONS, "conv1d", "norm", "out_proj"}
 NUMBERS = {"A_log", "dt_bias"}
 """The submodules and parameters that such a layer has, and nothing else."""
-
-CACHES = ("cache", "cache_params", "past_key_values")
-"""Names of the cache among the arguments, of the module or of its decoder layer."""
 
 STEP = 16
 """The width of values must be a multiple of it."""
@@ -205,8 +202,7 @@ def _agrees_at(
 def _states(kwargs: dict[str, Any], index: int) -> States | None:
     """A layer's states of earlier tokens in the cache that it is called with, which the call would overwrite;
     None if there are none, or if they are to be kept."""
-    cache = next((kwargs[name] for name in CACHES if name in kwargs), None)
-    layers = getattr(cache, "layers", ())
+    layers = getattr(cache_of(kwargs), "layers", ())
     layer: Any = layers[index] if index < len(layers) else None
     if getattr(layer, "record_past", True) or not layer.has_previous_state[0]:
         return None

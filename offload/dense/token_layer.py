@@ -27,7 +27,8 @@ from moe_local.offload.system.threads import kernel_threads
 def use_token_layers(model: Any) -> None:
     """Let the library run, in one call, the decoder layers of `model` whose attention and norms it computes.
 
-    This holds for the same calls as for their attention, with the same bits. Such a layer has an attention,
+    This holds for the same calls as for their attention, with the same bits, but for the last of what a
+    shared expert's gate gives. Such a layer has an attention,
     two norms, a feed-forward part and nothing else; a trial finds out whether it combines them as the library
     does. Runs a forward of one token, for which experts must return something.
     """

@@ -25,7 +25,7 @@ from moe_local.offload.dense.layer_part import (
     table_of,
 )
 from moe_local.offload.dense.mixer import angles_of, mixer_of
-from moe_local.offload.dense.places import Places, States
+from moe_local.offload.dense.places import Places, States, cache_of
 from moe_local.offload.dense.token_calls import Call, version_of
 from moe_local.offload.native import library as native
 from moe_local.offload.native.library import WholeLayer, check, library
@@ -184,7 +184,7 @@ class TokenLayers:
         """Whether layer `number` is called as was expected when it was computed."""
         if number != ahead.number or x is not ahead.outputs[number - 1] or x._version:
             return False
-        if kwargs.get("position_embeddings") is not ahead.angles or _cache_of(kwargs) is not ahead.cache():
+        if kwargs.get("position_embeddings") is not ahead.angles or cache_of(kwargs) is not ahead.cache():
             return False
         mask, expected = kwargs.get("attention_mask"), ahead.masks[number]
         if mask is None if expected is None else mask is not None and mask is expected():
@@ -197,6 +197,9 @@ class TokenLayers:
         """Compute as many layers as possible; None if they are too few."""
         check_interrupt()
         first = self._modules[0]
+        known_not = self._cut is not None and not self._parts and x.is_contiguous()
+        if known_not and self._are_known(x.view(-1, x.shape[-1])):
+            return None
         where = first._token_layer.places(first, x, kwargs) if self._above.holds() else None
         if where is None:
             return None
@@ -219,7 +222,7 @@ class TokenLayers:
         sequences = (native.Sequence * (len(places) * tokens))(*(row for one in places for row in one.rows()))
         lib, threads = library(), kernel_threads()
         assert lib is not None
-        cache = weakref.ref(_cache_of(kwargs))
+        cache = weakref.ref(cache_of(kwargs))
         expected = [None if mask is None else weakref.ref(mask) for mask in masks]
         spans, angles = [one.span for one in places], kwargs.get("position_embeddings")
         ahead = Ahead(self._parts, angles, cache, expected, spans, tokens, y.unbind(), ids)
@@ -239,7 +242,7 @@ class TokenLayers:
         or, if that does not suit the layer, none."""
         masks: list[torch.Tensor | None] = []
         places: list[Places | States] = []
-        layers = _cache_of(kwargs).layers
+        layers = cache_of(kwargs).layers
         for part in self._parts:
             where: Places | States | None = first
             mask = kwargs.get("attention_mask")
@@ -330,10 +333,6 @@ def _follows(call: Call, before: Call) -> bool:
     alike = all(call.kwargs.get(name) is before.kwargs.get(name) for name in SHARED)
     unchanged = given is before.output and version_of(given) == before.version
     return given is not None and unchanged and alike
-
-
-def _cache_of(kwargs: dict[str, Any]) -> Any:
-    return kwargs.get("cache", kwargs.get("past_key_values"))
 
 
 def _forward_of(kwargs: dict[str, Any]) -> weakref.ref[torch.Tensor] | None:

@@ -73,6 +73,8 @@ class TokenMlp(LibraryCall):
             return None
         if not same_format([gate, up], dtype) or not same_format([down], dtype):
             return None
+        if getattr(gate, "activations", "native") != getattr(down, "activations", "native"):
+            return None  # one is quantized, for which alone activations are rounded
         widths = [(linear.in_features, linear.out_features) for linear in (up, down)]
         if widths != [(gate.in_features, gate.out_features), (gate.out_features, gate.in_features)]:
             return None
@@ -140,7 +142,6 @@ def _agrees(module: Any, calls: TokenMlp, like: torch.Tensor) -> bool:
     return agrees_on_sizes(agrees_at)
 
 
-@cache
 def _function(activation: Any) -> int | None:
     """The library's function for a module's activation, or None."""
     math: Any = _Gated(activation)
@@ -151,18 +152,18 @@ def _function(activation: Any) -> int | None:
 
 @cache
 def _direct(cls: Any) -> Any:
-    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls: TokenMlp = self._token_mlp
         if (
-            args
+            len(args) != 1
             or kwargs
             or self.training
-            or not calls.takes(x)
+            or not calls.takes(args[0])
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
-            or not calls.ready(self, x.dtype)
+            or not calls.ready(self, args[0].dtype)
         ):
-            return cls.forward(self, x, *args, **kwargs)
-        return calls(x)
+            return cls.forward(self, *args, **kwargs)
+        return calls(args[0])
 
     return stand_in(cls, _direct, forward)

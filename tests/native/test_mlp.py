@@ -172,3 +172,12 @@ def test_wrong_calls_are_refused(lib: Any, wrong: str) -> None:
     call.y.fill_(OUTSIDE)
     assert call(lib, **(MLP_WRONG[wrong](call) or {})) == BAD_ARGUMENT
     assert (call.y == OUTSIDE).all()
+
+
+def test_a_share_is_as_precise_as_floats(lib: Any) -> None:
+    """Activations of 8 bits are the shared expert's, not its gate's."""
+    call = Call(Case(format="nf4", of_share="fp32", share=True, width=128, hidden=192))
+    call.x[:, ::64] *= 30
+    plain, coarse = (call.answer(lib, share=None, activations=a) for a in (FLOATS, INT8))
+    opened = call.answer(lib) / plain
+    assert torch.allclose(call.answer(lib, activations=INT8), opened * coarse, rtol=1e-4, atol=1e-6)

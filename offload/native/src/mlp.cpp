@@ -23,7 +23,7 @@ struct MlpCall {
   float** opened;     // each [1], output of `share`
   float** out;        // each [D]
   Prepared* in;       // x, prepared for gate and up
-  Prepared* to_open;  // x, prepared for `share`
+  Prepared* to_open;  // x, prepared for `share`, as floats
   Prepared* inner;    // prepared for down
   int64_t gate_chunks, up_chunks;
 
@@ -39,7 +39,7 @@ struct MlpCall {
     }
   }
 
-  void prepare(const Matrix& m, const float* values, const Prepared& to) const {
+  void prepare(const Matrix& m, int32_t activations, const float* values, const Prepared& to) const {
     kernels().prepare(m.format, activations, tiled(m.format, activations, m.cols, tokens), values, m.cols,
                       to);
   }
@@ -47,21 +47,21 @@ struct MlpCall {
   void prepare_input(int64_t t) const {
     const int64_t width = mlp->gate.cols;
     kernels().widen(mlp->dtype, at(mlp->dtype, x, t * width), width, floats[t]);
-    prepare(mlp->gate, floats[t], in[t]);
-    if (share != nullptr) prepare(*share, floats[t], to_open[t]);
+    prepare(mlp->gate, activations, floats[t], in[t]);
+    if (share != nullptr) prepare(*share, FLOATS, floats[t], to_open[t]);
   }
 
   void project(int64_t chunk) const {
     if (chunk < gate_chunks) return multiply(mlp->gate, activations, in, tokens, chunk, hidden);
     chunk -= gate_chunks;
     if (chunk < up_chunks) return multiply(mlp->up, activations, in, tokens, chunk, up);
-    multiply(*share, activations, to_open, tokens, chunk - up_chunks, opened);
+    multiply(*share, FLOATS, to_open, tokens, chunk - up_chunks, opened);
   }
 
   void activate(int64_t t) const {
     const Gate gate{CONCATENATED, mlp->function, 0.0f, 0.0f};
     kernels().gate(gate, hidden[t], mlp->gate.rows, floats[t]);
-    prepare(mlp->down, floats[t], inner[t]);
+    prepare(mlp->down, activations, floats[t], inner[t]);
   }
 
   // Rounded where separate operations would round, so that the same comes out.
@@ -93,7 +93,7 @@ void run(MlpCall& call, int32_t threads) {
   scratch.reserve(5 * Scratch::bytes_of<float*>(tokens) + 3 * Scratch::bytes_of<Prepared>(tokens) +
                   tokens * (floats(room) + floats(2 * rows) + floats(1) + floats(width) +
                             prepared_bytes(width, call.activations) + prepared_bytes(rows, call.activations) +
-                            prepared_bytes(of_share, call.activations)));
+                            prepared_bytes(of_share, FLOATS)));
   call.floats = take_rows(tokens, room);
   call.hidden = take_rows(tokens, 2 * rows);
   call.up = scratch.take<float*>(tokens);
@@ -101,7 +101,7 @@ void run(MlpCall& call, int32_t threads) {
   call.opened = take_rows(tokens, 1);
   call.out = take_rows(tokens, width);
   call.in = take_all_prepared(tokens, width, call.activations);
-  call.to_open = take_all_prepared(tokens, of_share, call.activations);
+  call.to_open = take_all_prepared(tokens, of_share, FLOATS);
   call.inner = take_all_prepared(tokens, rows, call.activations);
   call.gate_chunks = chunks_of(m.gate, tokens), call.up_chunks = chunks_of(m.up, tokens);
   const int64_t of_one = call.share == nullptr ? 0 : chunks_of(*call.share, tokens);

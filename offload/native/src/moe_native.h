@@ -203,7 +203,7 @@ struct WholeLayer {
   int64_t* chosen;      // [count]
   int32_t activations;  // of the attention's matrices
   int32_t of_experts;   // activations of the experts' matrices
-  int32_t of_shared;    // activations of the next two
+  int32_t of_shared;    // activations of `shared`
   const Mlp* shared;    // what is added to the experts' outputs, or null
   const Matrix* share;  // as in moe_mlp
 };

@@ -145,6 +145,23 @@ def without_activation(layer: Any) -> None:
     shared(layer).act_fn = nn.Identity()
 
 
+def test_an_activation_that_is_a_function_is_watched(load: Callable[..., Any], passes: list[int]) -> None:
+    found = []
+    for alone in (False, True):
+        with load("qwen2_moe", "fp32") as model:
+            hf = apart(model.hf) if alone else model.hf
+            for layer in layers_of(hf):
+                del shared(layer).act_fn
+                shared(layer).act_fn = nn.functional.silu
+
+            def between(place: int, hf: Any = hf) -> None:
+                if place == 3:
+                    shared(layers_of(hf)[1]).act_fn = torch.tanh
+
+            found.append(one_by_one(hf, before=between))
+    assert torch.equal(found[0], found[1])
+
+
 CHANGES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "a shared expert's weights move": ("qwen2_moe", lambda layer: moved(shared(layer))),
     "DeepSeek's": ("deepseek_v3", lambda layer: moved(shared(layer))),

@@ -120,6 +120,21 @@ def test_quantized_ones_have_the_bits_of_single_tokens(format: str, calls: list[
     assert calls == [4, 1, 1, 1, 1] * len(parts(hf))
 
 
+def test_plain_matrices_keep_their_activations(calls: list[int]) -> None:
+    """Which a quantized one beside them rounds to 8 bits."""
+    for activations, taken in (("native", True), ("int8", False)):
+        hf = model()
+        for module in parts(hf):
+            for name in ("gate_proj", "up_proj"):
+                plain = getattr(module, name)
+                linear = nn.Linear(plain.in_features, plain.out_features, bias=False)
+                made = QuantizedLinear(linear, "int8", activations)
+                made.weight = made.quantized("weight", plain.weight)
+                setattr(module, name, made.eval())
+        use_token_mlps(hf)
+        assert are_taken(hf) == [taken] * len(parts(hf))
+
+
 def other_forward(change: Callable[[Any, torch.Tensor], torch.Tensor]) -> Callable[[Any], None]:
     def apply(module: Any) -> None:
         cls: Any = type(module)
@@ -194,6 +209,7 @@ def test_other_calls_are_the_modules_own(calls: list[int]) -> None:
         module(tokens_for(hf, 5))  # many of plain weights, for which torch is faster
         module(tokens_for(hf, 3).T.contiguous().T)
         module(tokens_for(hf, 1).double().float()[:0])
+        module(x=tokens_for(hf, 1))
         with torch.autocast("cpu", torch.bfloat16):
             module(tokens_for(hf, 1))
     module(tokens_for(hf, 1).requires_grad_()).sum().backward()
