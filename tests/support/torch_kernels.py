@@ -166,9 +166,16 @@ def load(
     return assemble(checkpoint, file, plan_request(request).check(), settings, cpu, device, graphs=graphs)
 
 
+LIBRARY = (
+    *("use_native_linears", "use_native_norms", "use_native_gated_norms", "use_native_routers"),
+    *("use_token_attention", "use_token_delta_nets", "use_token_mlps", "use_token_layers"),
+)
+"""What hands parts of a model to the C++ library."""
+
+
 def use(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Launchers compute single tokens, and disable the C++ library, which fake graphs cannot record."""
-    for name in ("use_native_linears", "use_native_norms", "use_native_routers", "use_token_attention"):
+    for name in LIBRARY:
         monkeypatch.setattr(skeleton, name, lambda model: None)
     monkeypatch.setattr(CpuExperts, "serves", lambda self, *arguments: False)
     monkeypatch.setattr(
