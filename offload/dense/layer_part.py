@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from moe_local.offload.dense.attention_call import AttentionCall
 from moe_local.offload.dense.guard import Guard
 from moe_local.offload.dense.mixer import mixer_of
 from moe_local.offload.dense.router import SETTINGS
@@ -58,9 +59,9 @@ def part_of(module: Any, first: Any, x: torch.Tensor, kwargs: dict[str, Any]) ->
 def _is_alike(attention: Any, first: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether a further layer's attention takes what that of the first one takes."""
     mixer, other = mixer_of(attention), mixer_of(first)
-    if mixer is None or other is None or type(mixer) is not type(other):
+    if not isinstance(mixer, AttentionCall) or not isinstance(other, AttentionCall):
         return False
-    if isinstance(mixer, TokenDeltaNet) or isinstance(other, TokenDeltaNet):
+    if type(mixer) is not type(other):
         return False
     if attention.config is not first.config or mixer.most_tokens < other.most_tokens:
         return False

@@ -69,10 +69,10 @@ class States(NamedTuple):
 
     def rows(self) -> list[Sequence]:
         """As those of Places."""
-        return [
-            Sequence(inputs.data_ptr(), states.data_ptr(), 0, 0, 0)
-            for inputs, states in zip(self.inputs, self.states, strict=True)
-        ]
+        (inputs, a_row), (states, a_state) = (
+            (x.data_ptr(), x.stride(0) * x.element_size()) for x in (self.inputs, self.states)
+        )
+        return [Sequence(inputs + i * a_row, states + i * a_state, 0, 0, 0) for i in range(self.tokens)]
 
     def sequences(self) -> ctypes.Array[Sequence]:
         """`rows` as an array."""
