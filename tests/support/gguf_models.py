@@ -106,10 +106,10 @@ HALVES: dict[str, tuple[int, ...]] = {
     "Q4_K": (0, 2),
     "Q5_K": (0, 2),
     "Q6_K": (208,),
-    "IQ4_NL": (0,),
-    "IQ4_XS": (0,),
+    **dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"), (0,)),
 }
-"""Where the float16 scales are in blocks of the types that the gguf package cannot quantize to."""
+"""Where the float16 scales are in blocks of the types that the gguf package cannot quantize to; see also
+`put_scale`."""
 
 
 class Made(NamedTuple):
@@ -156,14 +156,23 @@ def write(
             continue
         kind = gguf.GGMLQuantizationType[next((k for end, k in kinds.items() if name.endswith(end)), "F32")]
         numbers = np.ascontiguousarray(made.numbers)
-        if kind.name in HALVES:
+        scale = None
+        if kind.name in (*HALVES, "IQ1_M"):
             raw = _random_blocks(numbers, kind, rng)
+        elif kind.name == "NVFP4":
+            raw, scale = _random_nvfp4(numbers, rng)
         else:
             raw = numbers if kind.name == "F32" else gguf.quants.quantize(numbers, kind)
         layer, _, rest = name.removeprefix("blk.").partition(".")
         stored = f"blk.{layer}.{renamed[rest]}" if rest in renamed else name
         writer.add_tensor(stored, raw, raw_dtype=kind)
-        made.put(gguf.quants.dequantize(raw, kind).astype(np.float32))
+        decoded = gguf.quants.dequantize(raw, kind).astype(np.float32)
+        if scale is not None:
+            stem = stored.removesuffix(".weight")
+            writer.add_tensor(f"{stem}.scale", scale)
+            writer.add_tensor(f"{stem}.input_scale", np.ones_like(scale))
+            decoded *= scale.reshape(-1, *[1] * (decoded.ndim - 1))
+        made.put(decoded)
     if config.get("num_nextn_predict_layers"):  # a last layer that predicts further tokens
         last = config["num_hidden_layers"]
         for name in ("attn_norm.weight", "nextn.enorm.weight"):
@@ -319,14 +328,38 @@ def _random_blocks(numbers: Array, kind: gguf.GGMLQuantizationType, rng: np.rand
     count, nbytes = gguf.GGML_QUANT_SIZES[kind]
     shape = (*numbers.shape[:-1], numbers.shape[-1] // count, nbytes)
     raw = rng.integers(0, 256, shape, np.uint8)
-    scales = rng.uniform(0.5, 1, (len(HALVES[kind.name]), *shape[:-1]))
+    places = HALVES.get(kind.name, (0,))
+    scales = rng.uniform(0.5, 1, (len(places), *shape[:-1]))
     for largest in (1.0, 0.0):  # with scales up to 1, then with those that give the wanted deviation
         if not largest:
             flat = raw.reshape(*numbers.shape[:-1], -1)
             largest = numbers.std() / gguf.quants.dequantize(flat, kind).std()
-        for at, scale in zip(HALVES[kind.name], scales, strict=True):
-            raw[..., at : at + 2] = (largest * scale).astype(np.float16)[..., None].view(np.uint8)
+        for at, scale in zip(places, scales, strict=True):
+            put_scale(raw, kind.name, at, (largest * scale).astype(np.float16))
     return raw.reshape(*numbers.shape[:-1], -1)
+
+
+def put_scale(raw: Array, kind: str, at: int, scale: Array) -> None:
+    """Write float16 scales [...] into blocks [..., nbytes]: at byte `at`, or where IQ1_M has its only one."""
+    if kind == "IQ1_M":  # in quarters, each above twelve bits of other scales
+        for quarter in range(4):
+            byte = raw[..., 49 + 2 * quarter]
+            byte &= 15
+            byte |= ((scale.view(np.uint16) >> (4 * quarter)) & 15).astype(np.uint8) << 4
+    else:
+        raw[..., at : at + 2] = scale[..., None].view(np.uint8)
+
+
+def _random_nvfp4(numbers: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Blocks of random codes and a scale for each expert, or one; about the deviation of `numbers`."""
+    kind = gguf.GGMLQuantizationType.NVFP4
+    count, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    raw = rng.integers(0, 256, (*numbers.shape[:-1], numbers.shape[-1] // count, nbytes), np.uint8)
+    raw[..., :4] = rng.integers(0x30, 0x38, (*raw.shape[:-1], 4))  # a half to one
+    raw = raw.reshape(*numbers.shape[:-1], -1)
+    spread = numbers.std() / gguf.quants.dequantize(raw, kind).std()
+    scale = rng.uniform(0.5, 1.5, numbers.shape[:-2] or 1).astype(np.float32)
+    return raw, (spread * scale).astype(np.float32)
 
 
 def _describe(
