@@ -32,10 +32,20 @@ TYPES = {
     12: "Q4_K",
     13: "Q5_K",
     14: "Q6_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
     20: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
     23: "IQ4_XS",
+    29: "IQ1_M",
     30: "BF16",
+    34: "TQ1_0",
+    35: "TQ2_0",
     39: "MXFP4",
+    40: "NVFP4",
 }
 """ggml's numbers of the types that are read."""
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -77,7 +87,7 @@ class GgufFile:
                 raise CheckpointError(f"{part} {error}") from error
             metadata = metadata or found
             sizes[part.name], headers[part.name] = part.stat().st_size, start
-            for weight in _weights(part.name, described, start):
+            for weight in _weights(part.name, described, start, remedy):
                 weights[weight.key] = weight
                 stored = weight.parts[0]
                 if stored.start + stored.nbytes > sizes[part.name]:
@@ -138,11 +148,17 @@ def _header(
         return metadata, tensors, start
 
 
-def _weights(shard: str, tensors: list[_Described], start: int) -> Iterator[Weight]:
+def _weights(shard: str, tensors: list[_Described], start: int, remedy: str) -> Iterator[Weight]:
+    """Raises CheckpointError for rows that are not whole blocks."""
     for name, shape, kind, offset in tensors:
         format = TYPES.get(kind, f"ggml type {kind}")
         if format in FORMATS:
             numbers, nbytes, _ = FORMATS[format]
+            if shape[-1] % numbers:
+                raise CheckpointError(
+                    f"{name} in {shard} has rows of {shape[-1]} numbers in {format}, whose blocks have "
+                    f"{numbers}; {remedy}"
+                )
             stored = (*shape[:-1], shape[-1] // numbers * nbytes)
             raw = StoredTensor(name, shard, "U8", stored, start + offset, math.prod(stored))
         elif format in DTYPES:

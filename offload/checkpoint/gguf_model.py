@@ -12,9 +12,10 @@ import torch
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.checkpoint.gguf_description import Description, Fields
 from moe_local.offload.checkpoint.gguf_families import family_of
-from moe_local.offload.checkpoint.gguf_family import Undo
+from moe_local.offload.checkpoint.gguf_family import Family, Undo
 from moe_local.offload.checkpoint.gguf_file import GgufFile
 from moe_local.offload.checkpoint.weights import Weight
+from moe_local.offload.quantize.gguf import FORMATS, dequantize_gguf
 
 WHOLE = {
     "token_embd": "model.embed_tokens",
@@ -94,6 +95,7 @@ def model_weights(file: GgufFile, config: Any) -> Iterator[Weight]:
     out.
     """
     family = family_of(file.path, file.metadata)
+    weights = _with_scales(file, family)
     config = config.get_text_config(decoder=True)
     layers = config.num_hidden_layers
     try:
@@ -106,10 +108,10 @@ def model_weights(file: GgufFile, config: Any) -> Iterator[Weight]:
     modules = {**BLOCK, **family.names}
     for number in range(layers):
         for parameter, (parts, join) in joins.items():
-            found = [weight for part in parts if (weight := file.weights.get(f"blk.{number}.{part}"))]
+            found = [weight for part in parts if (weight := weights.get(f"blk.{number}.{part}"))]
             if len(found) == len(parts):
                 yield _joined(found, f"model.layers.{number}.{parameter}", join, file.shards.remedy)
-    for key, weight in file.weights.items():
+    for key, weight in weights.items():
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?((\w+)(?:\.(weight|bias|scale))?)", key)
         if match is None or (match[1] is not None and int(match[1]) >= layers):
             continue
@@ -125,14 +127,54 @@ def model_weights(file: GgufFile, config: Any) -> Iterator[Weight]:
 
 
 @dataclass(frozen=True, slots=True)
+class _Scaled:
+    """Decodes blocks and multiplies them by one scale, or by one for each expert; a PackedDecoder."""
+
+    format: str
+    undo: Undo | None = None
+
+    def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        blocks, scale = parts
+        numbers = dequantize_gguf(blocks, self.format)
+        numbers.mul_(scale.float().view(-1, *[1] * (numbers.dim() - 1)))
+        return numbers if self.undo is None else self.undo(numbers)
+
+
+def _with_scales(file: GgufFile, family: Family) -> dict[str, Weight]:
+    """The file's weights. Those in NVFP4 have a second scale, a tensor of its own ("attn_q.scale"), which is
+    made part of them. Gemma 4 has tensors of such names that are the model's.
+
+    Raises CheckpointError for a scale that does not fit.
+    """
+    weights = dict(file.weights)
+    for key, scale in file.weights.items():
+        name = key.removesuffix(".scale")
+        weight = file.weights.get(f"{name}.weight")
+        if name == key or weight is None or key.split(".", 2)[-1] in family.names:
+            continue
+        scale.check(file.shards.remedy)
+        fits = scale.format == "plain" and scale.shape == (weight.shape[:-2] or (1,))
+        if weight.format not in FORMATS or not fits:
+            raise CheckpointError(
+                f"{key} {list(scale.shape)} in {scale.parts[0].shard} is no scale of {weight.key} "
+                f"{list(weight.shape)} ({weight.format}); {file.shards.remedy}"
+            )
+        parts = (*weight.parts, *scale.parts)
+        weights[weight.key] = replace(weight, parts=parts, decoder=_Scaled(weight.format))
+        del weights[key]
+    return weights
+
+
+@dataclass(frozen=True, slots=True)
 class _Joined:
-    """Decodes weights of one part each and joins them; a PackedDecoder."""
+    """Decodes weights and joins them; a PackedDecoder."""
 
     weights: tuple[Weight, ...]
     join: Callable[..., torch.Tensor]
 
     def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self.join(*(weight.decode([part]) for weight, part in zip(self.weights, parts, strict=True)))
+        stored = iter(parts)
+        return self.join(*(weight.decode([next(stored) for _ in weight.parts]) for weight in self.weights))
 
 
 def _joined(weights: Sequence[Weight], key: str, join: Callable[..., torch.Tensor], remedy: str) -> Weight:
@@ -142,7 +184,7 @@ def _joined(weights: Sequence[Weight], key: str, join: Callable[..., torch.Tenso
         shape = tuple(join(*(torch.empty(weight.shape, device="meta") for weight in weights)).shape)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise _misfit(weights[0]) from error
-    parts = tuple(weight.parts[0] for weight in weights)
+    parts = tuple(part for weight in weights for part in weight.parts)
     return Weight(key, shape, parts, "joined", decoder=_Joined(tuple(weights), join))
 
 
@@ -160,7 +202,8 @@ def _converted(weight: Weight, key: str, undo: Undo | None) -> Weight:
         shape = tuple(undo(torch.empty(weight.shape, device="meta")).shape)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise _misfit(weight) from error
-    return replace(weight, key=key, shape=shape, undo=undo)
+    decoder = replace(weight.decoder, undo=undo) if isinstance(weight.decoder, _Scaled) else weight.decoder
+    return replace(weight, key=key, shape=shape, undo=undo, decoder=decoder)
 
 
 def _as_row(gate: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ YARN = {
     "beta_slow": 1.0,
 }
 CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
-    "mixtral": ("mixtral", {"exps.weight": "Q4_0", "attn_q.weight": "Q8_0", "attn_k.weight": "Q4_0"}, {}),
+    "mixtral": ("mixtral", {"exps.weight": "Q4_0", "attn_q.weight": "NVFP4", "attn_k.weight": "Q4_0"}, {}),
     "qwen3_moe": (
         "qwen3_moe",
         {"down_exps.weight": "IQ4_NL", "exps.weight": "Q8_0", "token_embd.weight": "F16"},
@@ -54,7 +54,7 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     ),
     "qwen3_5_moe": ("qwen3_5_moe", {"exps.weight": "Q8_0", "ssm_out.weight": "Q8_0"}, {}),
     "qwen3_5_moe by Ollama": ("qwen3_5_moe", {"exps.weight": "Q8_0"}, {}),
-    "qwen3_next": ("qwen3_next", {"exps.weight": "Q8_0", "attn_gate.weight": "Q8_0"}, {}),
+    "qwen3_next": ("qwen3_next", {"exps.weight": "Q8_0", "attn_gate.weight": "NVFP4"}, {}),
     "qwen3_next, old": ("qwen3_next", {"exps.weight": "Q8_0"}, {}),
     "gemma4": ("gemma4", {"exps.weight": "Q8_0"}, {"final_logit_softcapping": 30.0}),
     "deepseek_v2": (
@@ -67,7 +67,11 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         {"exps.weight": "Q8_0"},
         {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
     ),
-    "deepseek_v3": ("deepseek_v3", {"exps.weight": "Q4_0"}, {"rope_parameters": YARN}),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {"exps.weight": "NVFP4", "attn_q_a.weight": "NVFP4", "output.weight": "NVFP4"},
+        {"rope_parameters": YARN},
+    ),
     "glm4_moe_lite": ("glm4_moe_lite", {"exps.weight": "Q8_0"}, {}),
     "glm4_moe_lite by Ollama": (
         "glm4_moe_lite",
@@ -96,6 +100,21 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
             "attn_v.weight": "Q3_K",
             "attn_output.weight": "Q2_K",
             "output.weight": "Q6_K",
+        },
+        WIDE,
+    ),
+    "iq": (
+        "mixtral",
+        {
+            "gate_exps.weight": "IQ2_XXS",
+            "up_exps.weight": "IQ3_XXS",
+            "down_exps.weight": "IQ2_S",
+            "attn_q.weight": "IQ3_S",
+            "attn_k.weight": "IQ2_XS",
+            "attn_v.weight": "IQ1_M",
+            "attn_output.weight": "IQ1_S",
+            "output.weight": "TQ1_0",
+            "token_embd.weight": "TQ2_0",
         },
         WIDE,
     ),
@@ -163,7 +182,7 @@ def inside(part: Any) -> dict[str, Any]:
     return part if isinstance(part, dict) else {"": part}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "k" and "lite" not in case])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("k", "iq") and "lite" not in case])
 def test_the_config_is_the_twins(made: Callable[[str], tuple[Path, Path]], case: str) -> None:
     path, twin = made(case)
     found, expected = read_config(path), read_config(twin).get_text_config()
@@ -330,9 +349,32 @@ def test_types_that_are_not_read(made: Callable[[str], tuple[Path, Path]], tmp_p
     name = b"blk.1.ffn_down_exps.weight"
     at = raw.index(name) + len(name) + 4 + 3 * 8  # behind the dimensions
     assert raw[at : at + 4] == struct.pack("<I", gguf.GGMLQuantizationType.Q4_0)
-    (tmp_path / "x.gguf").write_bytes(raw[:at] + struct.pack("<I", 16) + raw[at + 4 :])
-    with pytest.raises(CheckpointError, match=r"ffn_down_exps.weight in x.gguf is stored as ggml type 16"):
+    (tmp_path / "x.gguf").write_bytes(raw[:at] + struct.pack("<I", 41) + raw[at + 4 :])
+    with pytest.raises(CheckpointError, match=r"ffn_down_exps.weight in x.gguf is stored as ggml type 41"):
         Checkpoint.open(tmp_path / "x.gguf")
+
+
+def test_rows_of_parts_of_blocks(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    raw = made("mixtral")[0].read_bytes()
+    name = b"blk.1.ffn_down_exps.weight"
+    at = raw.index(name) + len(name) + 4
+    (tmp_path / "x.gguf").write_bytes(raw[:at] + struct.pack("<Q", 48) + raw[at + 8 :])
+    message = r"ffn_down_exps.weight in x.gguf has rows of 48 numbers in Q4_0, whose blocks have 32; get the"
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(tmp_path / "x.gguf")
+
+
+def test_scales_that_do_not_fit(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    raw, name = made("mixtral")[0].read_bytes(), b"blk.1.attn_q.scale"
+    at = raw.index(name) + len(name) + 4
+    assert raw[at : at + 8] == struct.pack("<Q", 1)
+    for content, message in (
+        (raw[:at] + struct.pack("<Q", 2) + raw[at + 8 :], r"attn_q.scale \[2\] in .* \(NVFP4\); get the"),
+        (raw.replace(name, b"blk.1.attn_v.scale"), r"attn_v.scale \[1\] in .*attn_v.* \(plain\); get the"),
+    ):
+        (tmp_path / "x.gguf").write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            Checkpoint.open(tmp_path / "x.gguf")
 
 
 def test_native_is_for_formats_that_kernels_read(made: Callable[[str], tuple[Path, Path]]) -> None:
