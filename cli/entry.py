@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -15,6 +16,8 @@ from moe_local.offload.system.interrupt import INTERRUPTED, TERMINATED, Terminat
 def main() -> NoReturn:
     """Run the command and exit: with 130 after Ctrl-C and 143 after SIGTERM, without a trace, whenever the
     signal arrives."""
+    codes: list[int] = []
+    atexit.register(_end, codes)  # before all others, and so called after them
     if threading.current_thread() is threading.main_thread():
         take_signals()
         sys.unraisablehook = _unraisable
@@ -32,7 +35,27 @@ def main() -> NoReturn:
             signal.signal(kind, signal.SIG_DFL)
     if code in (INTERRUPTED, TERMINATED):
         _leave(code)
+    if code is None or isinstance(code, int):
+        codes.append(code or 0)
     sys.exit(code)
+
+
+def _end(codes: list[int]) -> None:
+    """If the command has ended by itself, end the process with its exit code.
+
+    Else the interpreter would free every object of every module, for which torch and transformers need a
+    second. Other threads have ended by now, and other callbacks were called. With a GPU in use it shuts down
+    as usual, since drivers and profilers have callbacks of their own, in C.
+    """
+    torch = sys.modules.get("torch")
+    if not codes or (torch is not None and torch.cuda.is_initialized()):
+        return
+    try:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+    except (OSError, ValueError):  # the interpreter says so, and has an exit code for it
+        return
+    os._exit(codes[0])
 
 
 def _leave(code: object) -> NoReturn:

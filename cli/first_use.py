@@ -10,6 +10,7 @@ import click
 from moe_local.cache.errors import OptionError
 from moe_local.cli.options import Command
 from moe_local.cli.render import print_status
+from moe_local.offload.system.collector import uncollected
 
 _YES = "moe_local.yes"
 
@@ -32,6 +33,7 @@ def yes_flag(command: Command) -> Command:
     )(command)
 
 
+@uncollected()
 def ready(model: str, options: dict[str, Any], *, replacing: bool = False) -> None:
     """Ask the user if `load(model, **options)` would download something; otherwise do nothing.
 

@@ -13,6 +13,7 @@ from moe_local.cache.keys import format_bytes, three_digits
 from moe_local.cli.completion import model_argument
 from moe_local.cli.options import debug_flag, json_flag, load_flags
 from moe_local.cli.render import count, print_fields, print_json, print_line
+from moe_local.offload.system.collector import uncollected
 
 if TYPE_CHECKING:
     from moe_local.offload.plan.plan import Plan
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 @json_flag
 @load_flags("vram", "ram", "slots", "experts", "dense", "context", "device")
 @debug_flag
+@uncollected()
 def fit(model: str, as_json: bool, options: dict[str, Any]) -> None:
     """Say whether MODEL fits, where its parts go and how fast it may be, without its weights.
 

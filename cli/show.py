@@ -10,6 +10,7 @@ from moe_local.cache.keys import format_bytes
 from moe_local.cli.completion import model_argument
 from moe_local.cli.options import debug_flag, json_flag
 from moe_local.cli.render import count, print_fields, print_json, print_table
+from moe_local.offload.system.collector import uncollected
 
 if TYPE_CHECKING:
     from moe_local.cache.stats import RoutedTokens
@@ -72,6 +73,7 @@ def _brief(conversion: Conversion) -> str:
 @model_argument()
 @json_flag
 @debug_flag
+@uncollected()
 def show(model: str, as_json: bool) -> None:
     """Show the shape of MODEL, its sizes by format, and how its router spreads the load.
 

@@ -18,6 +18,7 @@ from moe_local.offload.modeling.class_source import class_source
 from moe_local.offload.modeling.undecorated import decorate, is_experts_module
 from moe_local.offload.quantize.layout import TensorSpec
 from moe_local.offload.quantize.stored import StoredFormat
+from moe_local.offload.system.collector import uncollected
 
 WITHOUT_TOWERS = frozenset({"gemma4"})
 """Model types whose class accepts None as the config of its vision and audio towers."""
@@ -119,6 +120,7 @@ def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if is_experts_module(module))
 
 
+@uncollected()  # as it imports the class
 def model_class(config: Any) -> type[Any]:
     """Transformers' class that generates text for this config: a causal language model if there is one, else
     an image-text or encoder-decoder model. Raises CheckpointError for other kinds of models."""

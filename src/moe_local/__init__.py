@@ -57,7 +57,10 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         from importlib import import_module
 
-        return getattr(import_module(_HOMES[name]), name)
+        from moe_local.offload.system.collector import uncollected
+
+        with uncollected():
+            return getattr(import_module(_HOMES[name]), name)
     if name == "__version__":
         return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
