@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -153,8 +154,9 @@ class TokenStream(Iterator[Token]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not ending():  # else nobody waits, and the modules that this needs may be gone: a default stays
+            self.close()
 
     @property
     def stats(self) -> GenerationStats:
