@@ -16,7 +16,7 @@ from moe_local.cache.files import Use
 from moe_local.offload.allocation.misses import MissCost
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.device_map import device_map
-from moe_local.offload.checkpoint.hub import config_of, resolve
+from moe_local.offload.checkpoint.hub import config_of, on_this_machine, resolve
 from moe_local.offload.checkpoint.skeleton import load_skeleton
 from moe_local.offload.checkpoint.spec import ModelSpec, meta_model, model_spec
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
@@ -111,7 +111,8 @@ def load(
     target = targets[0]
     name = str(model)
     speeds = bandwidth.saved(moe_local_home())
-    plan_load(name, model_spec(config_of(model, to_load=True)), options, targets, speeds).check()
+    if target.type == "cuda" or on_this_machine(model) is None:  # before links are measured, or a download
+        plan_load(name, model_spec(config_of(model, to_load=True)), options, targets, speeds).check()
     speeds = _measured_links(speeds, options, target)
     checkpoint = Checkpoint.open(resolve(model), name)
     budget = options.budget if options.experts == AUTO else None

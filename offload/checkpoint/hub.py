@@ -112,6 +112,15 @@ def locate(model: str | Path) -> Path | HubModel:
     raise not_found(name, "no alias, Hub id (org/name), folder or GGUF file")
 
 
+def on_this_machine(model: str | Path) -> Path | None:
+    """The folder or GGUF file that `resolve` gives without a download; None if it would download something.
+
+    Raises ModelNotFoundError as `locate` does.
+    """
+    found = locate(model)
+    return found if isinstance(found, Path) else cached_folder(found.repo_id)
+
+
 def cached_folder(repo_id: str) -> Path | None:
     """The snapshot of `repo_id` in the Hub cache if all its weights are there, else None."""
     config = _cached_file(repo_id, CONFIG)

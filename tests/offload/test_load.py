@@ -20,6 +20,7 @@ import torch
 
 import moe_local
 from moe_local.cache.errors import CheckpointError, DoesNotFitError, OptionError, TransferError
+from moe_local.offload.checkpoint import checkpoint as checkpoint_module
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.load import assemble, open_experts
@@ -234,6 +235,21 @@ def test_progress_is_told(tiny_mixtral: Path, tmp_path: Path, monkeypatch: pytes
     told.clear()
     moe_local.load(tiny_mixtral, slots=2, progress=lambda *args: told.append(args)).close()
     assert told == []  # converted before, and nothing to bring
+
+
+def test_what_is_on_this_machine_is_read_once(tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its config is parsed, and its shape found out, by the checkpoint alone."""
+    read: list[Path] = []
+    parse = checkpoint_module.parse_config
+
+    def counting(path: Path) -> Any:
+        read.append(path)
+        return parse(path)
+
+    monkeypatch.setattr(checkpoint_module, "parse_config", counting)
+    with moe_local.load(tiny_mixtral, device="cpu"):
+        pass
+    assert read == [tiny_mixtral / "config.json"]
 
 
 def test_convert_writes_where_it_is_told(tiny_mixtral: Path, tmp_path: Path) -> None:
