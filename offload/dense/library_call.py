@@ -26,12 +26,12 @@ class LibraryCall(ABC):
     """The library's call for one module. It holds the addresses of the module's weights, which are checked
     before each call."""
 
-    FIRST: ClassVar[str]
-    """The name of a linear layer that takes the module's input."""
+    FIRST: ClassVar[tuple[str, ...]]
+    """Names of a linear layer that takes the module's input; the module has one of them."""
 
     def __init__(self, module: Any, shape: Any) -> None:
         """`shape`: what `shape_of` gives for the module."""
-        first = getattr(module, self.FIRST)
+        first = getattr(module, next(name for name in self.FIRST if hasattr(module, name)))
         self._parts = list(module.named_children())
         self.shape = shape
         self._struct: Any = None

@@ -38,7 +38,7 @@ class _Shape(NamedTuple):
 class TokenAttention(AttentionCall):
     """The library's call for one module of grouped-query attention."""
 
-    FIRST = "q_proj"
+    FIRST = ("q_proj",)
 
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: Places) -> torch.Tensor:
         lib = library()

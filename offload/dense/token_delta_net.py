@@ -1,4 +1,4 @@
-"""A layer of Gated DeltaNet (Qwen3.5) for one token of each of a few sequences, in one call."""
+"""A layer of Gated DeltaNet (Qwen3-Next, Qwen3.5) for one token of each of a few sequences, in one call."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from moe_local.offload.modeling.stand_in import stand_in
 from moe_local.offload.native.library import DTYPES, DeltaNet, check, library
 from moe_local.offload.system.threads import kernel_threads
 
-PROJECTIONS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
-PARTS = {*PROJECTIONS, "conv1d", "norm", "out_proj"}
+BY_PART = {"qkv": "in_proj_qkv", "z": "in_proj_z", "b": "in_proj_b", "a": "in_proj_a"}
+"""Qwen3.5's projections, and the fields of a DeltaNet that they fill."""
+BY_KEY_HEAD = {"qkv": "in_proj_qkvz", "b": "in_proj_ba"}
+"""Qwen3-Next's."""
+OTHERS = {"conv1d", "norm", "out_proj"}
 NUMBERS = {"A_log", "dt_bias"}
-"""The submodules and parameters that such a layer has, and nothing else."""
+"""The other submodules and the parameters that such a layer has, and nothing else."""
 
 STEP = 16
 """The width of values must be a multiple of it."""
@@ -37,12 +40,13 @@ class _Shape(NamedTuple):
     value_width: int
     taps: int
     epsilon: float
+    by_key_head: int
 
 
 class TokenDeltaNet(LibraryCall):
     """The library's call for one layer, whose states it overwrites."""
 
-    FIRST = "in_proj_qkv"
+    FIRST = "in_proj_qkv", "in_proj_qkvz"
 
     def __call__(self, x: torch.Tensor, places: States) -> torch.Tensor:
         """x [n, 1, D] and places that it `takes` -> [n, 1, D]. To be called only after `ready`."""
@@ -67,7 +71,7 @@ class TokenDeltaNet(LibraryCall):
         """Whether these have the dtypes, sizes and memory layout that the library reads."""
         if not torch.is_tensor(inputs) or not torch.is_tensor(states):
             return False
-        key_heads, value_heads, key_width, value_width, taps, _ = self.shape
+        key_heads, value_heads, key_width, value_width, taps, *_ = self.shape
         rows, channels = len(x), 2 * key_heads * key_width + value_heads * value_width
         return (
             rows > 0
@@ -98,7 +102,10 @@ class TokenDeltaNet(LibraryCall):
         return places
 
     def read(self, module: Any, dtype: torch.dtype) -> DeltaNet:
-        struct = DeltaNet(*(matrix_of(getattr(module, name)) for name in (*PROJECTIONS, "out_proj")))
+        projections = BY_KEY_HEAD if self.shape.by_key_head else BY_PART
+        struct = DeltaNet(o=matrix_of(module.out_proj))
+        for field, name in projections.items():
+            setattr(struct, field, matrix_of(getattr(module, name)))
         for name, value in zip(_Shape._fields, self.shape, strict=True):
             setattr(struct, name, value)
         bias = module.conv1d.bias
@@ -110,11 +117,14 @@ class TokenDeltaNet(LibraryCall):
 
     @staticmethod
     def shape_of(module: Any, dtype: torch.dtype) -> _Shape | None:
-        if {name for name, _ in module.named_children()} != PARTS:
+        parts = {name for name, _ in module.named_children()}
+        by_key_head = BY_KEY_HEAD["qkv"] in parts
+        projections = BY_KEY_HEAD if by_key_head else BY_PART
+        if parts != {*projections.values(), *OTHERS}:
             return None
         if {name for name, _ in module.named_parameters(recurse=False)} != NUMBERS:
             return None
-        linears = [getattr(module, name) for name in (*PROJECTIONS, "out_proj")]
+        linears = [getattr(module, name) for name in (*projections.values(), "out_proj")]
         if not all(hasattr(linear, "in_features") for linear in linears) or not same_format(linears, dtype):
             return None
         if not isinstance(getattr(module, "activation", None), str):
@@ -130,7 +140,9 @@ class TokenDeltaNet(LibraryCall):
         values, taps = value_heads * value_width, convolution.kernel_size[0]
         channels, hidden = 2 * key_heads * key_width + values, linears[0].in_features
         rows = [channels, values, value_heads, value_heads, hidden]
-        columns = [hidden] * 4 + [values]
+        if by_key_head:
+            rows = [channels + values, 2 * value_heads, hidden]
+        columns = [hidden] * len(projections) + [values]
         if [linear.out_features for linear in linears] != rows:
             return None
         if [linear.in_features for linear in linears] != columns:
@@ -149,7 +161,7 @@ class TokenDeltaNet(LibraryCall):
         epsilon = epsilon_of(norm)
         if not isinstance(epsilon, float) or convolution.weight.shape != (channels, 1, taps):
             return None
-        return _Shape(key_heads, value_heads, key_width, value_width, taps, epsilon)
+        return _Shape(key_heads, value_heads, key_width, value_width, taps, epsilon, int(by_key_head))
 
 
 def use_token_delta_nets(model: Any) -> None:
@@ -160,7 +172,8 @@ def use_token_delta_nets(model: Any) -> None:
     """
     if library() is None or model.device.type != "cpu":
         return
-    found = [module for module in model.modules() if hasattr(module, "in_proj_qkv")]
+    first = TokenDeltaNet.FIRST
+    found = [module for module in model.modules() if any(hasattr(module, name) for name in first)]
     for called, (args, arguments, *_) in (token_calls(model, found) if found else {}).items():
         module: Any = called
         if args or "hidden_states" not in arguments:

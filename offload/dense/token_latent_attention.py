@@ -53,7 +53,7 @@ class TokenLatentAttention(AttentionCall):
     """The library's call for one module of latent attention. Its cache holds the latents as keys, [n, 1, C,
     latent], and the rotated keys as values, [n, 1, C, rotated], as transformers' does."""
 
-    FIRST = "kv_a_proj_with_mqa"
+    FIRST = ("kv_a_proj_with_mqa",)
 
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: Places) -> torch.Tensor:
         lib = library()

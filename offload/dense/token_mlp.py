@@ -45,7 +45,7 @@ class _Gated(NamedTuple):
 class TokenMlp(LibraryCall):
     """The library's call for one module."""
 
-    FIRST = "gate_proj"
+    FIRST = ("gate_proj",)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., D], which it `takes` -> [..., D]. To be called only after `ready`."""

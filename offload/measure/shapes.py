@@ -8,7 +8,8 @@ from moe_local.cache.errors import OptionError
 from moe_local.offload.checkpoint.registry import find_alias
 
 PUBLISHED = (
-    *("mixtral-8x7b", "qwen3-30b-a3b", "qwen3.6-35b-a3b", "glm-4.7-flash", "gpt-oss-120b"),
+    *("mixtral-8x7b", "qwen3-30b-a3b", "qwen3-next-80b-a3b", "qwen3.6-35b-a3b", "glm-4.7-flash"),
+    "gpt-oss-120b",
     "deepseek-v3",
 )
 

@@ -161,6 +161,7 @@ class DeltaNet(Structure):
         ("norm", c_void_p),
         ("epsilon", c_float),
         ("dtype", c_int32),
+        ("by_key_head", c_int32),
     )
 
 

@@ -361,10 +361,13 @@ void use_delta_net(Random& random) {
   const int64_t rows = between(random, 1, 6), hidden = a_size(random), values = n.value_heads * n.value_width;
   const int64_t channels = 2 * n.key_heads * n.key_width + values;
   const int32_t format = a_format(random), activations = an_activation(random);
-  Weights qkv(random, format, channels, hidden), z(random, format, values, hidden);
-  Weights b(random, format, n.value_heads, hidden), a(random, format, n.value_heads, hidden);
+  n.by_key_head = static_cast<int32_t>(random() % 2);
+  Weights qkv(random, format, n.by_key_head ? channels + values : channels, hidden);
+  Weights b(random, format, n.by_key_head ? 2 * n.value_heads : n.value_heads, hidden);
+  Weights z(random, format, values, hidden), a(random, format, n.value_heads, hidden);
   Weights o(random, a_format(random), hidden, values);
-  n.qkv = qkv.m, n.z = z.m, n.b = b.m, n.a = a.m, n.o = o.m;
+  n.qkv = qkv.m, n.b = b.m, n.o = o.m;
+  if (!n.by_key_head) n.z = z.m, n.a = a.m;
   Numbers convolution(random, n.dtype, channels * n.taps, 1.0f), bias(random, n.dtype, channels, 1.0f);
   Numbers a_log(random, n.dtype, n.value_heads, 1.0f), dt_bias(random, n.dtype, n.value_heads, 1.0f);
   Numbers norm(random, n.dtype, n.value_width, 1.0f), x(random, n.dtype, rows * hidden, 0.5f);

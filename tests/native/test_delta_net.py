@@ -42,26 +42,32 @@ def test_equals_the_exact_answer(lib: Any, isa: str, format: str, dtype: torch.d
         check(lib, case, activations)
     check(lib, case._replace(hidden=72, key_width=7, value_width=16, bias=None))  # no whole blocks of 64
     check(lib, case._replace(rows=3, value_heads=6, key_heads=3))
+    check(lib, case._replace(rows=2, value_heads=6, by_key_head=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sizes(lib: Any, isa: str, dtype: torch.dtype) -> None:
     for heads in ((1, 1), (3, 3), (2, 8)):
         for taps in (1, 2, 4, 5):
-            check(lib, Case(*heads, taps=taps, dtype=dtype, convolution_bias=taps == 4, rows=2))
-    check(lib, Case(16, 32, 128, 128, hidden=128, dtype=dtype))  # channels of several chunks
+            case = Case(*heads, taps=taps, dtype=dtype, convolution_bias=taps == 4, rows=2)
+            check(lib, case)
+            check(lib, case._replace(by_key_head=True))
+    for by_key_head in (False, True):  # channels of several chunks, whose ends lie within heads or between
+        check(lib, Case(16, 32, 128, 128, hidden=128, dtype=dtype, by_key_head=by_key_head))
+        check(lib, Case(3, 6, 100, 144, hidden=128, dtype=dtype, by_key_head=by_key_head))
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_number_of_threads_changes_no_bit(lib: Any, isa: str, format: str) -> None:
-    case = Case(4, 8, 128, 128, hidden=256, format=format, rows=2)
-    alone = Call(case)
-    want = alone.answer(lib)
-    for threads in (2, 3, 64, 1000):
-        call = Call(case)
-        assert torch.equal(call.answer(lib, threads=threads), want)
-        assert torch.equal(call.inputs, alone.inputs)
-        assert torch.equal(call.states, alone.states)
+    for by_key_head in (False, True):
+        case = Case(4, 8, 128, 128, hidden=256, format=format, rows=2, by_key_head=by_key_head)
+        alone = Call(case)
+        want = alone.answer(lib)
+        for threads in (2, 3, 64, 1000):
+            call = Call(case)
+            assert torch.equal(call.answer(lib, threads=threads), want)
+            assert torch.equal(call.inputs, alone.inputs)
+            assert torch.equal(call.states, alone.states)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -98,8 +104,9 @@ def test_a_number_that_is_none_spoils_its_row_and_no_other(lib: Any, isa: str, d
     assert call.states[1].isnan().all()
 
 
-def test_bad_arguments_are_refused(lib: Any) -> None:
-    call = Call(Case())
+@pytest.mark.parametrize("by_key_head", [False, True])
+def test_bad_arguments_are_refused(lib: Any, by_key_head: bool) -> None:
+    call = Call(Case(by_key_head=by_key_head))
     assert call(lib) == 0
     for name in ("net", "x", "inputs", "states", "y"):
         assert call(lib, **{name: None}) == BAD_ARGUMENT, name
@@ -107,6 +114,7 @@ def test_bad_arguments_are_refused(lib: Any) -> None:
         assert call(lib, **{name: bad}) == BAD_ARGUMENT, name
     wrong: dict[str, list[Any]] = {"key_heads": [0, 3], "value_heads": [0, 2], "key_width": [0, 23]}
     wrong |= {"value_width": [0, 24, 48], "taps": [0], "dtype": [3]}
+    wrong["by_key_head"] = [1 - by_key_head]
     wrong |= {name: [None] for name in ("convolution", "a_log", "dt_bias", "norm")}
     for name, values in wrong.items():
         kept = getattr(call.struct, name)
@@ -114,7 +122,7 @@ def test_bad_arguments_are_refused(lib: Any) -> None:
             setattr(call.struct, name, value)
             assert call(lib) == BAD_ARGUMENT, (name, value)
         setattr(call.struct, name, kept)
-    for name in ("qkv", "z", "b", "a", "o"):
+    for name in call.matrices:
         for field, value in (("rows", 5), ("cols", 5), ("q", None)):
             matrix = getattr(call.struct, name)
             kept = getattr(matrix, field)

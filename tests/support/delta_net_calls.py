@@ -28,6 +28,7 @@ class Case(NamedTuple):
     convolution_bias: bool = True
     format: str = "fp32"
     dtype: torch.dtype = torch.float32
+    by_key_head: bool = False
 
 
 class Call:
@@ -49,6 +50,9 @@ class Call:
             "a": (case.value_heads, case.hidden),
             "o": (case.hidden, values),
         }
+        if case.by_key_head:
+            shapes |= {"qkv": (channels + values, case.hidden), "b": (2 * case.value_heads, case.hidden)}
+            del shapes["z"], shapes["a"]
         options: dict[str, Any] = {"bias": case.bias is not None, "bias_dtype": case.bias or torch.float32}
         self.matrices = {
             name: matrix_of(case.format, *shape, seed=seed + place, **options)
@@ -67,8 +71,8 @@ class Call:
         self.a_log, self.dt_bias = random(case.value_heads), random(case.value_heads)
         self.norm = random(case.value_width)
         self.y = torch.full((case.rows * case.hidden + 32,), OUTSIDE, dtype=case.dtype)
-        self.struct = struct = DeltaNet(*(self.matrices[name].struct for name in ("qkv", "z", "b", "a", "o")))
-        for name in ("key_heads", "value_heads", "key_width", "value_width", "taps"):
+        self.struct = struct = DeltaNet(**{name: matrix.struct for name, matrix in self.matrices.items()})
+        for name in ("key_heads", "value_heads", "key_width", "value_width", "taps", "by_key_head"):
             setattr(struct, name, getattr(case, name))
         struct.convolution, struct.norm = self.convolution.data_ptr(), self.norm.data_ptr()
         struct.convolution_bias = self.convolution_bias.data_ptr() if case.convolution_bias else None
@@ -97,10 +101,23 @@ class Call:
         assert (self.y[end:] == OUTSIDE).all()
         return self.y[16:end].view(self.case.rows, -1).clone()
 
+    def projected(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The product of x [rows, D] and each of Qwen3.5's four matrices; of Qwen3-Next's two, in the order in
+        which its `fix_query_key_value_ordering` puts their rows."""
+        case = self.case
+        if not case.by_key_head:
+            return [self.matrices[name].product(x) for name in ("qkv", "z", "b", "a")]
+        shared = case.value_heads // case.key_heads
+        widths = [case.key_width] * 2 + [shared * case.value_width] * 2
+        of_heads = self.matrices["qkv"].product(x).view(case.rows, case.key_heads, -1).split(widths, -1)
+        q, k, v, z = (part.reshape(case.rows, -1) for part in of_heads)
+        b, a = self.matrices["b"].product(x).view(case.rows, case.key_heads, 2, shared).unbind(2)
+        return [torch.cat([q, k, v], -1), z, b.reshape(case.rows, -1), a.reshape(case.rows, -1)]
+
     def reference(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """y [rows, D] and the new inputs and states, as transformers' Qwen3.5 has them, but in float64."""
         case, x = self.case, self.x.double()
-        qkv, z, b, a = (self.matrices[name].product(x) for name in ("qkv", "z", "b", "a"))
+        qkv, z, b, a = self.projected(x)
         inputs = torch.cat([self.inputs[..., 1:].double(), qkv[..., None]], -1)
         mixed = (inputs * self.convolution.double()).sum(-1)
         mixed = F.silu(mixed + (self.convolution_bias.double() if case.convolution_bias else 0))

@@ -22,10 +22,11 @@ struct DeltaNetCall {
   void* y;
   int32_t activations;
   float** floats;      // [rows], as all that follow: each [max(D, all values)], x, then the heads' answers
-  float** mixed;       // each [channels], queries, keys and values
-  float** z;           // each [all values]
-  float** b;           // each [value_heads]
-  float** a;           // each [value_heads]
+  float** projected;   // each [rows of qkv], what is multiplied with qkv
+  float** mixed;       // each [channels], queries, keys and values; those projected, unless they are ordered
+  float** z;           // each [all values], unless it is in `projected`
+  float** b;           // each [rows of b]
+  float** a;           // each [value_heads], unless it is in `b`
   float** out;         // each [D]
   Prepared* in;        // x, prepared for qkv, z, b and a
   Prepared* attended;  // prepared for o
@@ -46,8 +47,13 @@ struct DeltaNetCall {
     }
   }
 
-  int64_t channels() const { return net->qkv.rows; }
+  int64_t all_keys() const { return net->key_heads * net->key_width; }
+  int64_t channels() const { return 2 * all_keys() + net->value_heads * net->value_width; }
   int64_t blocks() const { return (channels() + CHANNELS - 1) / CHANNELS; }
+  int64_t sharing() const { return net->value_heads / net->key_heads; }
+  // What a key head has in `projected`, by key head: its query, its key, and its values, as long as their z.
+  int64_t values_of_key_head() const { return sharing() * net->value_width; }
+  int64_t of_key_head() const { return 2 * (net->key_width + values_of_key_head()); }
   int64_t room() const {
     return std::max(room_to_convolve(CHANNELS, net->taps),
                     2 * (net->key_width + net->value_width) + std::max(net->value_width, int64_t{16}));
@@ -63,7 +69,7 @@ struct DeltaNetCall {
   }
 
   void project(int64_t chunk) const {
-    if (chunk < qkv_chunks) return multiply(net->qkv, activations, in, rows, chunk, mixed);
+    if (chunk < qkv_chunks) return multiply(net->qkv, activations, in, rows, chunk, projected);
     chunk -= qkv_chunks;
     if (chunk < z_chunks) return multiply(net->z, activations, in, rows, chunk, z);
     chunk -= z_chunks;
@@ -75,6 +81,7 @@ struct DeltaNetCall {
     const int64_t row = chunk / blocks(), first = chunk % blocks() * CHANNELS;
     const int64_t count = std::min(CHANNELS, channels() - first);
     float* values = mixed[row] + first;
+    if (net->by_key_head) order(projected[row], first, count, values);
     round_to(net->dtype, count, own, values);
     const void* bias =
         net->convolution_bias == nullptr ? nullptr : at(net->dtype, net->convolution_bias, first);
@@ -83,12 +90,22 @@ struct DeltaNetCall {
                       values);
   }
 
+  // Copies `count` channels from `first` on from where they are by key head.
+  void order(const float* from, int64_t first, int64_t count, float* to) const {
+    const int64_t keys = all_keys(), width = net->key_width;
+    for (int64_t done = 0; done < count;) {
+      const int64_t part = std::min((first + done) / keys, int64_t{2});  // queries, keys, values
+      const int64_t place = first + done - part * keys, run = part < 2 ? width : values_of_key_head();
+      const int64_t length = std::min(run - place % run, count - done);
+      std::copy_n(from + place / run * of_key_head() + part * width + place % run, length, to + done);
+      done += length;
+    }
+  }
+
   // One value head of one row.
   void update(int64_t chunk, float* own) const {
     const int64_t row = chunk / net->value_heads, head = chunk % net->value_heads;
-    const int64_t key_head = head / (net->value_heads / net->key_heads),
-                  keys = net->key_heads * net->key_width;
-    const int64_t width = net->value_width;
+    const int64_t key_head = head / sharing(), keys = all_keys(), width = net->value_width;
     float *q = own, *k = q + net->key_width, *answer = k + net->key_width, *gate = answer + width;
     float* spare = gate + width;
     std::copy_n(mixed[row] + key_head * net->key_width, net->key_width, q);
@@ -101,13 +118,20 @@ struct DeltaNetCall {
     round_to(net->dtype, width, spare, answer);
     kernels().norm(net->dtype, net->norm, false, net->epsilon, width, answer);
     round_to(net->dtype, width, spare, answer);
-    float* z_of_head = z[row] + head * width;
+    float* z_of_head = gate_of(row, head);
     round_to(net->dtype, width, spare, z_of_head);
     const Gate silu{PLAIN, SILU, 0.0f, 0.0f};
     kernels().gate(silu, z_of_head, width, gate);
     float* to = floats[row] + head * width;
     for (int64_t i = 0; i < width; ++i) to[i] = answer[i] * gate[i];
     round_to(net->dtype, width, spare, to);
+  }
+
+  // The z of a value head.
+  float* gate_of(int64_t row, int64_t head) const {
+    if (!net->by_key_head) return z[row] + head * net->value_width;
+    float* of_head = projected[row] + head / sharing() * of_key_head() + 2 * net->key_width;
+    return of_head + values_of_key_head() + head % sharing() * net->value_width;
   }
 
   // A number of a vector with one for each value head.
@@ -117,7 +141,7 @@ struct DeltaNetCall {
   }
 
   float beta(int64_t row, int64_t head, float* spare) const {
-    float value = b[row][head];
+    float value = net->by_key_head ? b[row][head + head / sharing() * sharing()] : b[row][head];
     round_to(net->dtype, 1, spare, &value);
     value = 1.0f / (1.0f + std::exp(-value));
     round_to(net->dtype, 1, spare, &value);
@@ -125,7 +149,7 @@ struct DeltaNetCall {
   }
 
   float decay(int64_t row, int64_t head, float* spare) const {
-    float value = a[row][head];
+    float value = net->by_key_head ? b[row][head + (head / sharing() + 1) * sharing()] : a[row][head];
     round_to(net->dtype, 1, spare, &value);
     value += of_head(net->dt_bias, head, spare);
     // as torch's softplus, which is the identity for large numbers
@@ -138,11 +162,13 @@ struct DeltaNetCall {
   }
 };
 
+// Whether a matrix can be multiplied with what qkv is multiplied with.
+bool goes_with(const Matrix& m, const Matrix& qkv, int64_t rows) {
+  return valid(m) && m.format == qkv.format && m.cols == qkv.cols && m.rows == rows;
+}
+
 bool valid(const DeltaNet& n) {
-  for (const Matrix* m : {&n.qkv, &n.z, &n.b, &n.a, &n.o})
-    if (!valid(*m)) return false;
-  for (const Matrix* m : {&n.z, &n.b, &n.a})
-    if (m->format != n.qkv.format || m->cols != n.qkv.cols) return false;
+  if (!valid(n.qkv) || !valid(n.o)) return false;
   for (const void* numbers : {n.convolution, n.a_log, n.dt_bias, n.norm})
     if (numbers == nullptr) return false;
   const int64_t most = 1 << 16;
@@ -150,10 +176,11 @@ bool valid(const DeltaNet& n) {
     if (size < 1 || size > most) return false;
   if (!valid_dtype(n.dtype) || n.value_heads % n.key_heads != 0 || n.value_width % HEAD_STEP != 0)
     return false;
-  const int64_t values = n.value_heads * n.value_width;
-  return n.qkv.rows == 2 * n.key_heads * n.key_width + values && n.z.rows == values &&
-         n.b.rows == n.value_heads && n.a.rows == n.value_heads && n.o.cols == values &&
-         n.o.rows == n.qkv.cols;
+  const int64_t values = n.value_heads * n.value_width, channels = 2 * n.key_heads * n.key_width + values;
+  if (n.o.cols != values || n.o.rows != n.qkv.cols) return false;
+  if (n.by_key_head) return n.qkv.rows == channels + values && goes_with(n.b, n.qkv, 2 * n.value_heads);
+  return n.qkv.rows == channels && goes_with(n.z, n.qkv, values) && goes_with(n.b, n.qkv, n.value_heads) &&
+         goes_with(n.a, n.qkv, n.value_heads);
 }
 
 void run(DeltaNetCall& call, int32_t threads) {
@@ -161,27 +188,31 @@ void run(DeltaNetCall& call, int32_t threads) {
   const int64_t rows = call.rows, hidden = n.o.rows, values = n.o.cols;
   const int64_t room = std::max(hidden, values);
   const int64_t state_bytes = 4 * n.value_heads * n.key_width * n.value_width;
-  threads = threads_for(weight_bytes(n.qkv) + weight_bytes(n.z) + weight_bytes(n.o) + state_bytes, rows,
+  const bool ordered = n.by_key_head == 0;  // the matrices give what is needed in the order of heads
+  const int64_t z_bytes = ordered ? weight_bytes(n.z) : 0;
+  threads = threads_for(weight_bytes(n.qkv) + z_bytes + weight_bytes(n.o) + state_bytes, rows,
                         std::min(threads, MAX_THREADS));
   const auto floats = [](int64_t count) { return Scratch::bytes_of<float>(count); };
   const int64_t of_row = prepared_bytes(hidden, call.activations) + prepared_bytes(values, call.activations) +
-                         floats(room) + floats(n.qkv.rows) + floats(values) + 2 * floats(n.value_heads) +
-                         floats(hidden);
-  scratch.reserve(6 * Scratch::bytes_of<float*>(rows) + 2 * Scratch::bytes_of<Prepared>(rows) +
+                         floats(room) + floats(n.qkv.rows) + floats(call.channels()) + floats(values) +
+                         floats(n.b.rows) + floats(n.value_heads) + floats(hidden);
+  scratch.reserve(7 * Scratch::bytes_of<float*>(rows) + 2 * Scratch::bytes_of<Prepared>(rows) +
                   rows * of_row + floats(threads * call.room()));
   call.floats = take_rows(rows, room);
-  call.mixed = take_rows(rows, n.qkv.rows);
+  call.projected = take_rows(rows, n.qkv.rows);
+  call.mixed = ordered ? call.projected : take_rows(rows, call.channels());
   call.z = take_rows(rows, values);
-  call.b = take_rows(rows, n.value_heads);
+  call.b = take_rows(rows, n.b.rows);
   call.a = take_rows(rows, n.value_heads);
   call.out = take_rows(rows, hidden);
   call.in = take_all_prepared(rows, hidden, call.activations);
   call.attended = take_all_prepared(rows, values, call.activations);
   call.own = scratch.take<float>(threads * call.room());
-  call.qkv_chunks = chunks_of(n.qkv, rows), call.z_chunks = chunks_of(n.z, rows);
+  call.qkv_chunks = chunks_of(n.qkv, rows), call.z_chunks = ordered ? chunks_of(n.z, rows) : 0;
   call.b_chunks = chunks_of(n.b, rows);
+  const int64_t a_chunks = ordered ? chunks_of(n.a, rows) : 0;
   const int64_t chunks[] = {rows,
-                            call.qkv_chunks + call.z_chunks + call.b_chunks + chunks_of(n.a, rows),
+                            call.qkv_chunks + call.z_chunks + call.b_chunks + a_chunks,
                             rows * call.blocks(),
                             rows * n.value_heads,
                             rows,

@@ -73,6 +73,9 @@ MOE_API int32_t moe_convolve_sequences(const SequenceConvolution* convolution, i
 // queries, keys and values go through a Convolution with `silu`, then through a DeltaRule, normalized, with
 // beta = the sigmoid of b, and decay = -e^(a_log) * softplus(a + dt_bias); each head's answer has an RMS
 // norm, see moe_norm, and is multiplied with z * sigmoid(z).
+//
+// With `by_key_head`, as in Qwen3-Next, qkv and b are [key_heads, n, D]: each key head's query, its key, and
+// the values, then the z, of the value heads that share it; these heads' b, then their a. z and a are unused.
 struct DeltaNet {
   Matrix qkv;  // [2 * key_heads * key_width + value_heads * value_width, D]: all queries, keys, values
   Matrix z;    // [value_heads * value_width, D]; as b and a, of the format of qkv
@@ -84,13 +87,14 @@ struct DeltaNet {
   int64_t key_width;
   int64_t value_width;
   int64_t taps;
-  const void* convolution;  // [channels, taps], of the dtype, as all others; channels are the rows of qkv
+  const void* convolution;       // [channels, taps], of the dtype, as all others: all queries, keys, values
   const void* convolution_bias;  // [channels], or null
   const void* a_log;             // [value_heads]
   const void* dt_bias;           // [value_heads]
   const void* norm;              // [value_width]
   float epsilon;
   int32_t dtype;
+  int32_t by_key_head;
 };
 
 // One token of each of 1 to 256 rows: y [rows, D] is the output for x [rows, D]. Overwrites inputs [rows,

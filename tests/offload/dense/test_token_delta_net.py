@@ -25,19 +25,20 @@ from support.single_tokens import one_by_one, quantize
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
 
 FAMILY = "qwen3_5_moe"
+FAMILIES = ["qwen3_5_moe", "qwen3_next"]
 IDS = [5, 17, 300, 42, 7, 99, 260, 31]
 
 
 def layers_of(hf: Any) -> list[Any]:
-    return [module for module in hf.modules() if hasattr(module, "in_proj_qkv")]
+    return [module for module in hf.modules() if hasattr(module, "A_log")]
 
 
 def are_taken(hf: Any) -> list[bool]:
     return ["_token_delta_net" in vars(module) for module in layers_of(hf)]
 
 
-def tiny(dtype: torch.dtype = torch.float32) -> Any:
-    return tiny_models.tiny_model(FAMILY).requires_grad_(False).to(dtype)
+def tiny(dtype: torch.dtype = torch.float32, family: str = FAMILY) -> Any:
+    return tiny_models.tiny_model(family).requires_grad_(False).to(dtype)
 
 
 @pytest.fixture
@@ -61,9 +62,10 @@ def close(got: torch.Tensor, want: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_answers_as_the_original(calls: list[int], dtype: torch.dtype, native: bool) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_as_the_original(calls: list[int], family: str, dtype: torch.dtype, native: bool) -> None:
     """Whether or not transformers' functions were replaced before."""
-    plain, hf = tiny(dtype), tiny(dtype)
+    plain, hf = tiny(dtype, family), tiny(dtype, family)
     if native:
         use_native_delta_rule(hf)
     use_token_delta_nets(hf)
@@ -74,8 +76,9 @@ def test_answers_as_the_original(calls: list[int], dtype: torch.dtype, native: b
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_quantized_weights_are_read_in_place(format: str) -> None:
-    plain, hf = tiny(), tiny()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantized_weights_are_read_in_place(family: str, format: str) -> None:
+    plain, hf = tiny(family=family), tiny(family=family)
     quantize(layers_of(plain), layers_of(hf), format)
     use_token_delta_nets(hf)
     assert all(are_taken(hf))
