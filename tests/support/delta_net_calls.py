@@ -102,8 +102,8 @@ class Call:
         return self.y[16:end].view(self.case.rows, -1).clone()
 
     def projected(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The product of x [rows, D] and each of Qwen3.5's four matrices; of Qwen3-Next's two, in the order in
-        which its `fix_query_key_value_ordering` puts their rows."""
+        """The product of x [rows, D] and each of Qwen3.5's four matrices; of Qwen3-Next's two, in the order
+        in which its `fix_query_key_value_ordering` puts their rows."""
         case = self.case
         if not case.by_key_head:
             return [self.matrices[name].product(x) for name in ("qkv", "z", "b", "a")]
