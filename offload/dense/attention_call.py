@@ -64,24 +64,27 @@ class AttentionCall(LibraryCall):
     def places(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Places | None:
         """Where the keys and values of x [n, 1, D] go if the library can serve this call of the module, for
         which it is `ready` then; else None."""
-        tokens = x.numel() // x.shape[-1]
-        if tokens > self.most_tokens or (tokens > 1 and x.shape[1] > 1) or torch.is_grad_enabled():
-            return None
-        if not x.is_cpu or torch.is_autocast_enabled("cpu") or module.training:
-            return None
-        if not str(attention_of(module.config)).startswith(FUSED):  # chosen to get scores
-            return None
         layers = getattr(cache_of(kwargs), "layers", ())
         layer: Any = layers[module.layer_idx] if module.layer_idx < len(layers) else None
-        angles = self.angles(kwargs.get("position_embeddings"))
-        if not hasattr(layer, "direct") or angles is None:
+        if not hasattr(layer, "direct") or not self.suits(module, x, kwargs):
             return None
         places: Places | None = layer.direct(kwargs.get("attention_mask"))
-        if places is None or len(places.lasts) != tokens or max(places.lasts) >= places.keys.shape[2]:
+        if places is None or places.tokens != x.numel() // x.shape[-1] or not places.fit(x.dtype):
             return None
-        if not x.dtype is places.keys.dtype is places.values.dtype:
-            return None
-        return places if self.takes(x, *angles) and self.ready(module, x.dtype) else None
+        return places if self.ready(module, x.dtype) else None
+
+    def suits(self, module: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether the library can serve this call of the module once it is `ready`, if its keys and values
+        have places."""
+        tokens = x.numel() // x.shape[-1]
+        if tokens > self.most_tokens or (tokens > 1 and x.shape[1] > 1) or torch.is_grad_enabled():
+            return False
+        if not x.is_cpu or torch.is_autocast_enabled("cpu") or module.training:
+            return False
+        if not str(attention_of(module.config)).startswith(FUSED):  # chosen to get scores
+            return False
+        angles = self.angles(kwargs.get("position_embeddings"))
+        return angles is not None and self.takes(x, *angles)
 
     @abstractmethod
     def ways(self, cos: torch.Tensor) -> list[Way]:

@@ -38,14 +38,17 @@ class Part(NamedTuple):
     table: CpuTable
     struct: WholeLayer
     top_k: int
+    net: TokenDeltaNet | None
+    """What knows its states, if it keeps any."""
 
 
-def part_of(module: Any, first: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Part | None:
+def part_of(module: Any, like: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Part | None:
     """The part for inputs like x [n, D] and angles like those among the arguments of a layer's call; None if
-    it does not suit. `first`: the layer to which it has to be alike, whose mixer is ready."""
+    it does not suit. `like`: the layer whose angles it has to take, unless it keeps a state, or None."""
     layer, attention = module._token_layer, attention_of(module)
     mixer, block = mixer_of(attention), module._modules[layer.feed_forward]
-    if module is not first and not _is_alike(attention, attention_of(first), x, kwargs):
+    net = mixer if isinstance(mixer, TokenDeltaNet) else None
+    if net is None and like is not None and not _is_alike(attention, attention_of(like), x, kwargs):
         return None
     if mixer is None or not mixer.ready(attention, x.dtype) or not layer.ready(module, x):
         return None
@@ -53,7 +56,7 @@ def part_of(module: Any, first: Any, x: torch.Tensor, kwargs: dict[str, Any]) ->
     if described is None or table is None:
         return None
     struct = _whole(layer.struct, described, table, mixer.activations, x.dtype)
-    return Part(attention.layer_idx, experts_of(module), table, struct, described.router.top_k)
+    return Part(attention.layer_idx, experts_of(module), table, struct, described.router.top_k, net)
 
 
 def _is_alike(attention: Any, first: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> bool:

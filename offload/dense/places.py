@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from moe_local.offload.dense.token_calls import version_of
 from moe_local.offload.native.library import Sequence
 
 
@@ -32,6 +33,10 @@ class Places(NamedTuple):
     def span(self) -> tuple[Any, ...]:
         """What a call depends on besides the tensors."""
         return self.firsts, self.lasts
+
+    def fit(self, dtype: torch.dtype) -> bool:
+        """Whether keys and values of this dtype can be written there."""
+        return self.keys.dtype is self.values.dtype is dtype and max(self.lasts) < self.keys.shape[2]
 
     def rows(self) -> list[Sequence]:
         """The library's form of these places; the tensors have to outlive it."""
@@ -64,8 +69,10 @@ class States(NamedTuple):
 
     @property
     def span(self) -> tuple[Any, ...]:
-        """As that of Places: a token depends on the tensors alone."""
-        return ()
+        """As that of Places, to which a state's tensors belong: where they lie, and whether they have changed
+        since, as far as torch knows."""
+        inputs, states = self
+        return inputs.data_ptr(), states.data_ptr(), version_of(inputs), version_of(states)
 
     def rows(self) -> list[Sequence]:
         """As those of Places."""
@@ -93,3 +100,6 @@ class DirectLayer(Protocol):
     def direct(self, mask: torch.Tensor | None) -> Places | None:
         """Where one new token of each sequence goes, if `mask` hides from it nothing else than the columns
         outside of its window and behind it; else None."""
+
+    def usual_mask(self) -> torch.Tensor | None:
+        """The mask with which the layer's attention is usually called for such tokens."""

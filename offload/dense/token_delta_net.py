@@ -61,6 +61,7 @@ class TokenDeltaNet(LibraryCall):
                 places.states.data_ptr(),
                 len(x),
                 y.data_ptr(),
+                None,
                 rounding(self.activations, x.dtype),
                 kernel_threads(),
             )
@@ -92,14 +93,33 @@ class TokenDeltaNet(LibraryCall):
         it is `ready` then; else None."""
         if x.dim() != 3 or x.shape[1] != 1 or len(x) > self.most_tokens or not x.is_cpu:
             return None
-        if kwargs.get("attention_mask") is not None or kwargs.get("cu_seq_lens_q") is not None:
-            return None
         if module.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return None
-        places = _states(kwargs, module.layer_idx)
+        places = states_of(kwargs, module.layer_idx) if overwrites_states(kwargs) else None
         if places is None or not self.takes(x, *places) or not self.ready(module, x.dtype):
             return None
         return places
+
+    def states(self, index: int, x: torch.Tensor, kwargs: dict[str, Any]) -> States | None:
+        """Those of layer `index` in the cache among the arguments of a layer's call, if the library could
+        serve this layer with x [n, 1, D]; else None."""
+        found = states_of(kwargs, index)
+        return found if found is not None and len(x) <= self.most_tokens and self.takes(x, *found) else None
+
+    @property
+    def left(self) -> int:
+        """How many numbers the library leaves for a token that is to change its states later."""
+        shape: _Shape = self.shape
+        of_head = shape.key_width + shape.value_width + 1
+        channels = 2 * shape.key_heads * shape.key_width + shape.value_heads * shape.value_width
+        return channels + shape.value_heads * of_head
+
+    def change(self, left: int, tokens: int, inputs: int, states: int) -> None:
+        """Change the states of so many sequences as the library has left it to be done. Takes addresses."""
+        lib = library()
+        assert lib is not None
+        struct = ctypes.byref(self._struct)
+        check(lib.moe_change_states(struct, left, tokens, inputs, states, kernel_threads()))
 
     def read(self, module: Any, dtype: torch.dtype) -> DeltaNet:
         projections = BY_KEY_HEAD if self.shape.by_key_head else BY_PART
@@ -197,7 +217,7 @@ def _agrees_at(
 ) -> bool:
     shape, dtype = arguments["hidden_states"].shape, arguments["hidden_states"].dtype
     x = size * torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
-    states = _states(arguments, module.layer_idx)
+    states = states_of(arguments, module.layer_idx)
     if states is None or not calls.takes(x, *states) or not calls.ready(module, dtype):
         return False
     for state in states:
@@ -212,7 +232,13 @@ def _agrees_at(
     return all_close(pairs, calls.activations)
 
 
-def _states(kwargs: dict[str, Any], index: int) -> States | None:
+def overwrites_states(kwargs: dict[str, Any]) -> bool:
+    """Whether a call of a layer for single tokens, with these arguments, makes each a part of its sequence's
+    state."""
+    return kwargs.get("attention_mask") is None and kwargs.get("cu_seq_lens_q") is None
+
+
+def states_of(kwargs: dict[str, Any], index: int) -> States | None:
     """A layer's states of earlier tokens in the cache that it is called with, which the call would overwrite;
     None if there are none, or if they are to be kept."""
     layers = getattr(cache_of(kwargs), "layers", ())

@@ -6,7 +6,6 @@ import ctypes
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from moe_local.offload.dense.attention_call import AttentionCall
 from moe_local.offload.dense.guard import Guard
 from moe_local.offload.dense.layer_part import (
     Part,
@@ -24,7 +24,8 @@ from moe_local.offload.dense.layer_part import (
     part_of,
     table_of,
 )
-from moe_local.offload.dense.mixer import angles_of, mixer_of
+from moe_local.offload.dense.layers_ahead import Ahead
+from moe_local.offload.dense.mixer import mixer_of
 from moe_local.offload.dense.places import Places, States, cache_of
 from moe_local.offload.dense.token_calls import Call, version_of
 from moe_local.offload.native import library as native
@@ -58,48 +59,6 @@ class Cut(NamedTuple):
         return not self.idle or (table_of(self.module, x) is not None) is self.served
 
 
-@dataclass(slots=True)
-class Ahead:
-    """What layers gave before they were called, and with what. Keeps neither a cache nor masks alive."""
-
-    parts: list[Part]
-    angles: Any
-    """The first layer's `position_embeddings`."""
-    cache: weakref.ref[Any]
-    masks: list[weakref.ref[torch.Tensor] | None]
-    """For each layer, the mask that it was expected to get, from which its span was found."""
-    spans: list[tuple[Any, ...]]
-    """For each layer, the `span` of its places."""
-    tokens: int
-    """n"""
-    outputs: Sequence[torch.Tensor]
-    """For each layer, [n, 1, D]."""
-    ids: ctypes.Array[ctypes.c_int64]
-    """The experts that each layer's tokens chose, [n, top_k], one layer after the other. The library has
-    counted them."""
-    number: int = 0
-    """The layer whose call is the next one."""
-    start: int = 0
-    """Where its ids begin."""
-
-    def take(self) -> torch.Tensor:
-        """The next layer's output, whose pass is counted."""
-        number, start = self.number, self.start
-        part = self.parts[number]
-        self.number, self.start = number + 1, start + self.tokens * part.top_k
-        part.experts.count(part.top_k if self.tokens == 1 else len(set(self.ids[start : self.start])))
-        return self.outputs[number]
-
-    def give_up(self) -> None:
-        """Take back what the library has counted for layers that were not called."""
-        while self.number < len(self.outputs):
-            part, start = self.parts[self.number], self.start
-            self.number, self.start = self.number + 1, start + self.tokens * part.top_k
-            chosen = (ctypes.c_int64 * part.struct.count).from_address(part.struct.chosen)
-            for expert in self.ids[start : self.start]:
-                chosen[expert] -= 1
-
-
 class TokenLayers:
     """The library's call for decoder layers in a row, each computed as by its TokenLayer, with the same bits.
 
@@ -108,8 +67,9 @@ class TokenLayers:
     computes all of them, and the others return what is there already. They do so only if they are called with
     the very output of the layer before, in which nothing was changed, and with arguments that mean what was
     expected. Otherwise the layer is computed by itself, which writes the same columns of the cache again, and
-    so are those behind it. Only layers that were called are counted; choices of experts in others, which a
-    forward left out or computed again, are taken back, at the latest when the first layer is called again.
+    so are those behind it. States change only when their layers are called. Only layers that were called are
+    counted; choices of experts in others, which a forward left out or computed again, are taken back, at the
+    latest when the first layer is called again.
 
     What modules are, and who depends on their calls, is looked at when the first layer is called. What a hook
     does to the parts of later layers during a forward has its effect on the next one. Layers that are called
@@ -131,8 +91,12 @@ class TokenLayers:
         """Of all that the parts depend on; None if there are none."""
         self._cut: Cut | None = None
         """The first of the modules that is not among the parts."""
+        self._turning: Any = None
+        """The first module among the parts' that takes angles, if any does."""
         self._dtype: torch.dtype | None = None
         """The dtype of the inputs that the parts are for; None: find them anew."""
+        self._left = torch.empty(0)
+        """Memory for what is to become of states."""
         self._ahead: Ahead | None = None
         self._alone: weakref.ref[torch.Tensor] | None = None
         """An argument of the last forward in which a layer behind the first one was computed by itself."""
@@ -152,10 +116,10 @@ class TokenLayers:
             if layer is None or layer.block is None or experts_of(module) is None:
                 before = None
                 continue
-            if before is None or not _follows(call, before) or keeps_state(module):
+            if before is None or not _follows(call, before):
                 rows.append([])
             rows[-1].append(module)
-            before = None if keeps_state(module) else call
+            before = call
         for row in rows:
             if len(row) < _fewest(row):
                 continue
@@ -167,7 +131,7 @@ class TokenLayers:
     def output(self, number: int, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
         """x [n, 1, D] -> layer `number`'s output [n, 1, D]; None: the layer has to be computed by itself."""
         ahead = self._ahead
-        if number == 0 or (ahead is not None and not self._goes_on(ahead, number, x, kwargs)):
+        if number == 0 or (ahead is not None and not ahead.goes_on(self._modules, number, x, kwargs)):
             if ahead is not None:
                 self._ahead = None
                 ahead.give_up()
@@ -179,19 +143,6 @@ class TokenLayers:
         if number + 1 == len(ahead.outputs):
             self._ahead = None
         return ahead.take()
-
-    def _goes_on(self, ahead: Ahead, number: int, x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether layer `number` is called as was expected when it was computed."""
-        if number != ahead.number or x is not ahead.outputs[number - 1] or x._version:
-            return False
-        if kwargs.get("position_embeddings") is not ahead.angles or cache_of(kwargs) is not ahead.cache():
-            return False
-        mask, expected = kwargs.get("attention_mask"), ahead.masks[number]
-        if mask is None if expected is None else mask is not None and mask is expected():
-            return True
-        module = self._modules[number]
-        places = module._token_layer.places(module, x, kwargs)
-        return places is not None and places.span == ahead.spans[number]
 
     def _compute(self, x: torch.Tensor, kwargs: dict[str, Any]) -> Ahead | None:
         """Compute as many layers as possible; None if they are too few."""
@@ -208,12 +159,16 @@ class TokenLayers:
             return None  # a layer behind this one has had its turn, and must not be computed once more
         tokens = where.tokens
         rows = x.view(tokens, -1)
-        mixer = mixer_of(attention_of(first))
-        assert mixer is not None
-        cos, sin = angles_of(mixer, kwargs, tokens)
         if not self._are_known(rows):
             self._take(rows, kwargs)
-        masks, places = self._places(rows, where, kwargs)
+        masks, places = self._places(x, where, kwargs)
+        turned: tuple[torch.Tensor, ...] = ()
+        if self._turning is not None:
+            attention = attention_of(self._turning)
+            mixer = mixer_of(attention)
+            if not isinstance(mixer, AttentionCall) or not mixer.suits(attention, x, kwargs):
+                return None
+            turned = mixer.read_angles(kwargs, tokens)
         if len(places) < self._fewest:
             return None
         with torch.inference_mode(False):  # tensors of inference have no version
@@ -225,38 +180,56 @@ class TokenLayers:
         cache = weakref.ref(cache_of(kwargs))
         expected = [None if mask is None else weakref.ref(mask) for mask in masks]
         spans, angles = [one.span for one in places], kwargs.get("position_embeddings")
-        ahead = Ahead(self._parts, angles, cache, expected, spans, tokens, y.unbind(), ids)
-        turned = (None if one is None else one.data_ptr() for one in (cos, sin))
-        addresses = x.data_ptr(), *turned, sequences, tokens, y.data_ptr(), ids
+        left = self._room_for(tokens, len(places))
+        ahead = Ahead(self._parts, angles, cache, expected, spans, tokens, y.unbind(), ids, left)
+        cos, sin = (one.data_ptr() for one in turned) if turned else (None, None)
+        addresses = x.data_ptr(), cos, sin, sequences, tokens, y.data_ptr(), ids
+        room = None if left is None else left.data_ptr()
         with nullcontext() if is_deferred() else deferred():  # so that nothing is counted and forgotten
-            check(lib.moe_layers(self._structs, len(places), *addresses, threads))
+            check(lib.moe_layers(self._structs, len(places), *addresses, room, threads))
             self._ahead = ahead
         return ahead
+
+    def _room_for(self, tokens: int, count: int) -> torch.Tensor | None:
+        """Memory for what the first `count` layers leave of these tokens; None if their states may change at
+        once, since the only layer is being called."""
+        numbers = tokens * sum(part.net.left for part in self._parts[:count] if part.net is not None)
+        if count == 1 or not numbers:
+            return None
+        if len(self._left) < numbers:
+            self._left = torch.empty(numbers)
+        return self._left
 
     def _places(
         self, x: torch.Tensor, first: Places | States, kwargs: dict[str, Any]
     ) -> tuple[list[torch.Tensor | None], list[Places | States]]:
-        """Masks and places of the parts that can serve x [n, D]; the first one's places are known.
+        """Masks and places of the parts that can serve x [n, 1, D]; the first one's places are known.
 
-        The mask of a layer with a window is not known before its call: it is taken to be the first layer's,
-        or, if that does not suit the layer, none."""
+        The mask of a layer is not known before its call: it is taken to be the first layer's, or, if that
+        does not suit it (one has a window, or a state, the other not), the usual one."""
         masks: list[torch.Tensor | None] = []
         places: list[Places | States] = []
         layers = cache_of(kwargs).layers
+        columns: Places | None = None
+        """Those of the first layer that has any."""
         for part in self._parts:
             where: Places | States | None = first
             mask = kwargs.get("attention_mask")
-            if places:
-                layer = layers[part.layer_idx] if part.layer_idx < len(layers) else None
-                direct = getattr(layer, "direct", _nowhere)
-                where = direct(mask)
-                if where is None and mask is not None:
-                    mask, where = None, direct(None)
-            table = part.experts.table(x)
+            if places and part.net is not None:
+                mask, where = None, part.net.states(part.layer_idx, x, kwargs)
+            elif places:
+                layer: Any = layers[part.layer_idx] if part.layer_idx < len(layers) else None
+                where = None
+                if hasattr(layer, "direct") and (where := layer.direct(mask)) is None:
+                    mask = layer.usual_mask()
+                    where = layer.direct(mask)
+            table = part.experts.table(x.view(first.tokens, -1))
             if table is not part.table and table is not None:
                 self._dtype = None
-            if where is None or table is not part.table or not _alike(where, first, x.dtype):
+            if where is None or table is not part.table or not _alike(where, first, columns, x.dtype):
                 break
+            if columns is None and isinstance(where, Places):
+                columns = where
             masks.append(mask)
             places.append(where)
         return masks, places
@@ -272,11 +245,13 @@ class TokenLayers:
         those among the arguments, whatever their caches and masks. The first module's mixer is ready."""
         parts: list[Part] = []
         guards: list[Guard] = []
-        self._cut = None
+        self._cut = self._turning = None
         for module in self._modules:
             guard = guard_of(module)
             idle = guard.idle()
-            part = part_of(module, self._modules[0], x, kwargs) if idle else None
+            part = part_of(module, self._turning, x, kwargs) if idle else None
+            if self._turning is None and part is not None and part.net is None:
+                self._turning = module
             if part is None:
                 self._cut = Cut(module, guard, idle, table_of(module, x) is not None)
                 break
@@ -296,18 +271,18 @@ def _fewest(row: Sequence[Any]) -> int:
     return 1 if any(keeps_state(module) or module._token_layer.block.shared for module in row) else FEWEST
 
 
-def _alike(where: Places | States, first: Places | States, dtype: torch.dtype) -> bool:
-    """Whether tokens of this dtype may go to these places as to those of the first layer."""
+def _alike(
+    where: Places | States, first: Places | States, columns: Places | None, dtype: torch.dtype
+) -> bool:
+    """Whether tokens of this dtype may go to these places as to those of the first layer, and, if they are
+    columns, to those of the first layer with any."""
     if where is first:
         return True
-    if isinstance(where, States) or isinstance(first, States) or where.lasts != first.lasts:
+    if isinstance(where, States) or columns is None:
+        return where.tokens == first.tokens and (isinstance(where, States) or where.fit(dtype))
+    if where.lasts != columns.lasts or where.keys.shape[2] != columns.keys.shape[2]:
         return False
-    same_columns = where.keys.shape[2] == first.keys.shape[2]
-    return same_columns and where.keys.dtype is where.values.dtype is dtype
-
-
-def _nowhere(mask: torch.Tensor | None) -> None:
-    return None
+    return where.keys.dtype is where.values.dtype is dtype
 
 
 def _all(guards: Iterable[Guard]) -> Guard:

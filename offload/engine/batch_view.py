@@ -80,6 +80,11 @@ class BatchLayer(DynamicLayer):  # type: ignore[misc]
         firsts = [0 if window is None else max(0, length - window + 1) for length in lens]
         return Places(self._store.keys, self._store.values, firsts, lens)
 
+    def usual_mask(self) -> torch.Tensor | None:
+        """See DirectLayer."""
+        window = self._store.window
+        return next((mask for mask, width in self._places.windows if width == window), None)
+
     def update_indexer(self, indexer_key_states: Any) -> Any:
         """Write one new index key per row, [n, 1, Di]; a view of the first columns, [n, width, Di]."""
         keys = self._store.indexer

@@ -151,6 +151,10 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]
             return None
         return Places(self._keys, self._values, [first], [last])
 
+    def usual_mask(self) -> torch.Tensor | None:
+        """See DirectLayer."""
+        return None
+
     def update_indexer(self, indexer_key_states: Any) -> Any:
         """Write q new index keys, [1, q, Di]; returns a view of all index keys, [1, length + q, Di]."""
         assert self._indexer is not None, "this layer had no indexer when it was probed"

@@ -347,7 +347,7 @@ _ARGUMENTS: dict[str, list[type]] = {
     ],
     "moe_layers": [
         *(POINTER(WholeLayer), c_int64, c_void_p, c_void_p, c_void_p, POINTER(Sequence), c_int64),
-        *(c_void_p, c_void_p, c_int32),
+        *(c_void_p, c_void_p, c_void_p, c_int32),
     ],
     "moe_prompt_attention": [POINTER(PromptAttention), c_int32],
     "moe_seen": [c_void_p, c_int64, c_int64, c_void_p],
@@ -355,8 +355,9 @@ _ARGUMENTS: dict[str, list[type]] = {
     "moe_convolve": [POINTER(Convolution), c_int32],
     "moe_convolve_sequences": [POINTER(SequenceConvolution), c_int32],
     "moe_delta_net": [
-        *(POINTER(DeltaNet), c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32, c_int32),
+        *(POINTER(DeltaNet), c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_int32),
     ],
+    "moe_change_states": [POINTER(DeltaNet), c_void_p, c_int64, c_void_p, c_void_p, c_int32],
     "moe_route": [
         *(POINTER(Router), c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_void_p, c_int32),
     ],

@@ -381,11 +381,17 @@ void use_delta_net(Random& random) {
   std::memcpy(other_inputs.bytes(), inputs.bytes(), static_cast<size_t>(input_bytes));
   std::memcpy(other_states.bytes(), states.bytes(), static_cast<size_t>(state_bytes));
   Buffer y(random, bytes), again(random, bytes);
-  require(moe_delta_net(&n, x.bytes(), inputs.bytes(), states.floats(), rows, y.bytes(), activations,
-                        some_threads(random)) == OK,
+  Buffer changes(random, 4 * rows * (channels + n.value_heads * (n.key_width + n.value_width + 1)));
+  const bool later = random() % 2 == 0;
+  require(moe_delta_net(&n, x.bytes(), inputs.bytes(), states.floats(), rows, y.bytes(),
+                        later ? changes.floats() : nullptr, activations, some_threads(random)) == OK,
           "moe_delta_net failed");
+  if (later)
+    require(moe_change_states(&n, changes.floats(), rows, inputs.bytes(), states.floats(),
+                              some_threads(random)) == OK,
+            "moe_change_states failed");
   require(moe_delta_net(&n, x.bytes(), other_inputs.bytes(), other_states.floats(), rows, again.bytes(),
-                        activations, 1) == OK,
+                        nullptr, activations, 1) == OK,
           "moe_delta_net failed");
   same_bytes(y, again, bytes, "threads change moe_delta_net");
   same_bytes(inputs, other_inputs, input_bytes, "threads change inputs of moe_delta_net");

@@ -94,6 +94,30 @@ def test_several_rows_are_as_each_alone(lib: Any, isa: str, format: str, activat
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_states_that_change_later_become_the_same(lib: Any, isa: str, dtype: torch.dtype) -> None:
+    cases = [Case(dtype=dtype), Case(2, 6, 7, 16, dtype=dtype, rows=3, by_key_head=True)]
+    cases += [Case(4, 8, 128, 144, taps=1, dtype=dtype, rows=2)]  # channels of several chunks
+    for case in cases:
+        at_once, later = Call(case), Call(case)
+        before = later.inputs.clone(), later.states.clone()
+        changes = torch.full((case.rows * later.left() + 32,), 77.0)
+        left = changes[16:-16]
+        for threads in (1, 3):
+            assert torch.equal(
+                later.answer(lib, changes=left.data_ptr(), threads=threads), at_once.answer(lib)
+            )
+            assert torch.equal(later.inputs, before[0])
+            assert torch.equal(later.states, before[1])
+            assert later.change(lib, left, threads=threads) == 0
+            assert torch.equal(later.inputs, at_once.inputs)
+            assert torch.equal(later.states, at_once.states)
+            assert (changes[:16] == 77).all()
+            assert (changes[-16:] == 77).all()
+            assert (left != 77).all()
+            before = later.inputs.clone(), later.states.clone()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_number_that_is_none_spoils_its_row_and_no_other(lib: Any, isa: str, dtype: torch.dtype) -> None:
     call = Call(Case(rows=2, dtype=dtype))
     call.x[1, 5] = float("nan")
@@ -102,6 +126,18 @@ def test_a_number_that_is_none_spoils_its_row_and_no_other(lib: Any, isa: str, d
     assert y[1].isnan().all()
     assert call.states[0].isfinite().all()
     assert call.states[1].isnan().all()
+
+
+def test_bad_arguments_of_later_changes_are_refused(lib: Any) -> None:
+    call = Call(Case())
+    changes = torch.zeros(call.left())
+    assert call.change(lib, changes) == 0
+    for name in ("net", "changes", "inputs", "states"):
+        assert call.change(lib, changes, **{name: None}) == BAD_ARGUMENT, name
+    for name, bad in (("rows", 0), ("rows", 257), ("threads", 0)):
+        assert call.change(lib, changes, **{name: bad}) == BAD_ARGUMENT, name
+    call.struct.value_width = 24
+    assert call.change(lib, changes) == BAD_ARGUMENT
 
 
 @pytest.mark.parametrize("by_key_head", [False, True])

@@ -51,7 +51,7 @@ class Net:
         case = delta_net_calls.Case(format="nf4", dtype=dtype, hidden=HIDDEN, rows=tokens)
         self.call = delta_net_calls.Call(case, seed)
         self.x = self.call.x
-        self._kept = self.call.inputs.clone(), self.call.states.clone()
+        self.kept = self.call.inputs.clone(), self.call.states.clone()
         addresses = self.call.inputs.data_ptr(), self.call.states.data_ptr()
         self.sequences = [Sequence(*addresses, 0, 0, 0)] + [Sequence()] * (tokens - 1)  # only one is read
         self.cos: torch.Tensor | None = None
@@ -64,8 +64,8 @@ class Net:
         """The inputs and states, which are put back."""
         call = self.call
         written = [call.inputs.clone(), call.states.clone()]
-        call.inputs.copy_(self._kept[0])
-        call.states.copy_(self._kept[1])
+        call.inputs.copy_(self.kept[0])
+        call.states.copy_(self.kept[1])
         return written
 
 
@@ -270,13 +270,20 @@ def test_layers_of_both_kinds_are_one_after_the_other(
     )
     sequences = (Sequence * (3 * tokens))(*(s for mixer in mixers for s in mixer.sequences))
     y, ids = torch.full((3, tokens, HIDDEN), OUTSIDE, dtype=dtype), torch.full((6 * tokens,), -7)
-    for threads in (1, 3):
+    nets = [mixer for mixer in mixers if isinstance(mixer, Net)]
+    left = [torch.empty(tokens * net.call.left()) for net in nets]
+    for threads, later in ((1, False), (3, False), (1, True), (3, True)):
         angles = latent.cos.data_ptr(), latent.sin.data_ptr()
-        places = sequences, tokens, y.data_ptr(), ids.data_ptr()
+        changes = torch.cat(left)
+        places = sequences, tokens, y.data_ptr(), ids.data_ptr(), changes.data_ptr() if later else None
         assert lib.moe_layers(whole, 3, layers[0].x.data_ptr(), *angles, *places, threads) == 0
         assert torch.equal(y, torch.stack(want))
         assert torch.equal(ids, torch.cat(choices))
+        if later:
+            for net, mine in zip(nets, changes.split([len(part) for part in left]), strict=True):
+                assert same_bits(net.forget(), list(net.kept))
+                assert net.call.change(lib, mine, threads=threads) == 0
         for mixer, before in zip(mixers, written, strict=True):
             assert same_bits(mixer.forget(), before)
         y.fill_(OUTSIDE)
-    assert chosen.sum(1).tolist() == [4 * tokens] * 3
+    assert chosen.sum(1).tolist() == [8 * tokens] * 3

@@ -131,6 +131,7 @@ class Pass:
             "tokens": tokens,
             "y": self.y.data_ptr(),
             "ids": self.ids.data_ptr(),
+            "changes": None,
             "threads": 1,
         }
 

@@ -85,6 +85,7 @@ class Call:
             "states": self.states.data_ptr(),
             "rows": case.rows,
             "y": self.y[16:].data_ptr(),
+            "changes": None,
             "activations": FLOATS,
             "threads": 1,
         }
@@ -113,6 +114,19 @@ class Call:
         q, k, v, z = (part.reshape(case.rows, -1) for part in of_heads)
         b, a = self.matrices["b"].product(x).view(case.rows, case.key_heads, 2, shared).unbind(2)
         return [torch.cat([q, k, v], -1), z, b.reshape(case.rows, -1), a.reshape(case.rows, -1)]
+
+    def left(self) -> int:
+        """How many numbers are left for each row that is to be changed later."""
+        case = self.case
+        channels = 2 * case.key_heads * case.key_width + case.value_heads * case.value_width
+        return channels + case.value_heads * (case.key_width + case.value_width + 1)
+
+    def change(self, lib: Any, left: torch.Tensor, **changed: Any) -> int:
+        """moe_change_states."""
+        mine = {name: self.arguments[name] for name in ("rows", "inputs", "states", "threads")}
+        arguments = {"net": self.arguments["net"], "changes": left.data_ptr(), **mine} | changed
+        status: int = lib.moe_change_states(*arguments.values())
+        return status
 
     def reference(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """y [rows, D] and the new inputs and states, as transformers' Qwen3.5 has them, but in float64."""

@@ -62,9 +62,13 @@ constexpr int64_t TILE_T = 6;
 #include "low_encode.h"
 #include "rows.h"
 
-constexpr Kernels TABLE = {
-    UNIT_ISA, UNIT_NAME, most_in_registers, prepare,   rows,     weigh_rows, gate,   combine,   widen, narrow,
-    norm,     attend,    attend_prompt,     open_gate, convolve, delta,      encode, encode_low};
+constexpr Kernels TABLE = {UNIT_ISA,      UNIT_NAME,    most_in_registers,
+                           prepare,       rows,         weigh_rows,
+                           gate,          combine,      widen,
+                           narrow,        norm,         attend,
+                           attend_prompt, open_gate,    convolve,
+                           delta,         change_state, encode,
+                           encode_low};
 
 }  // namespace
 

@@ -31,7 +31,7 @@ struct ConvolveCall {
     kernels().widen(c.dtype, at(c.dtype, c.x, place), count, x);
     const void* bias = c.bias == nullptr ? nullptr : at(c.dtype, c.bias, first);
     convolve_channels(c.dtype, x, at(c.dtype, c.state, place * taps), at(c.dtype, c.weight, first * taps),
-                      bias, count, taps, c.silu != 0, room, x);
+                      bias, count, taps, c.silu != 0, room, x, nullptr);
     kernels().narrow(c.dtype, x, count, at(c.dtype, c.y, place));
   }
 };

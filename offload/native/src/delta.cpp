@@ -42,7 +42,7 @@ struct DeltaCall {
         factor[t] = std::exp(r.decay[place]);
         prepare_head(q + t * r.key_width, k + t * r.key_width, r.normalized != 0, r.key_width);
       }
-      kernels().delta({q, k, v, beta, factor, count, r.key_width, r.value_width, state, room}, out);
+      kernels().delta({q, k, v, beta, factor, count, r.key_width, r.value_width, state, room, nullptr}, out);
       for (int64_t t = 0; t < count; ++t) {
         const int64_t place = ((row * r.tokens + first + t) * r.value_heads + head) * r.value_width;
         kernels().narrow(r.dtype, out + t * r.value_width, r.value_width, at(r.dtype, r.y, place));

@@ -50,10 +50,12 @@ inline void describe_group(const Delta& head, int64_t first, int64_t count, Delt
 }
 
 // Updates SIDE * WIDTH columns of a state, [key_width, stride], with a group of COUNT tokens, whose q and k
-// start with those given. v and out are those of the first token and column.
+// start with those given. v and out are those of the first token and column. `left`: null, or where the
+// change of a single token is left instead.
 template <int SIDE, int COUNT>
 inline void delta_group(const Delta& head, const DeltaToken* tokens, const float* q, const float* k,
-                        const float* beta, const float* v, float* state, int64_t stride, float* out) {
+                        const float* beta, const float* v, float* state, int64_t stride, float* out,
+                        float* left) {
   const int64_t keys = head.key_width, values = head.value_width;
   Vec change[COUNT][SIDE], answer[COUNT][SIDE];
   for (int t = 0; t < COUNT; ++t)
@@ -80,6 +82,10 @@ inline void delta_group(const Delta& head, const DeltaToken* tokens, const float
       change[t][s] = mul(broadcast(beta[t]), sub(load(v + t * values + s * WIDTH), remembered));
       store(out + t * values + s * WIDTH, fma(broadcast(tokens[t].answers[t]), change[t][s], answered));
     }
+  }
+  if (COUNT == 1 && left != nullptr) {
+    for (int s = 0; s < SIDE; ++s) store(left + s * WIDTH, change[0][s]);
+    return;
   }
   for (int t = 0; t < COUNT; ++t)
     for (int s = 0; s < SIDE; ++s) change[t][s] = mul(broadcast(tokens[t].rest), change[t][s]);
@@ -115,11 +121,12 @@ inline void delta_tokens(const Delta& head, const DeltaToken* tokens, int64_t j,
   for (int64_t t = 0; t < head.tokens; t += t < grouped ? DELTA_GROUP : 1) {
     const float *q = head.q + t * head.key_width, *k = head.k + t * head.key_width;
     const int64_t at = t * width + j;
+    float* left = head.change == nullptr ? nullptr : head.change + j;
     if (t < grouped)
       delta_group<SIDE, DELTA_GROUP>(head, tokens + t, q, k, head.beta + t, head.v + at, state, stride,
-                                     out + at);
+                                     out + at, left);
     else
-      delta_group<SIDE, 1>(head, tokens + t, q, k, head.beta + t, head.v + at, state, stride, out + at);
+      delta_group<SIDE, 1>(head, tokens + t, q, k, head.beta + t, head.v + at, state, stride, out + at, left);
   }
   if (moved) move_columns<SIDE>(state, stride, head.key_width, head.state + j, width);
 }
@@ -137,6 +144,16 @@ void delta(const Delta& head, float* out) {
   else
     for (; j + SIDE * WIDTH <= head.value_width; j += SIDE * WIDTH) delta_tokens<SIDE>(head, tokens, j, out);
   for (; j < head.value_width; j += WIDTH) delta_tokens<1>(head, tokens, j, out);
+}
+
+void change_state(const float* k, const float* change, float factor, int64_t key_width, int64_t value_width,
+                  float* state) {
+  const Vec scale = broadcast(factor);
+  for (int64_t i = 0; i < key_width; ++i, state += value_width) {
+    const Vec key = broadcast(k[i]);
+    for (int64_t j = 0; j < value_width; j += WIDTH)
+      store(state + j, fma(key, load(change + j), mul(load(state + j), scale)));
+  }
 }
 
 void convolve(const float* weights, const float* added, int64_t stride, int64_t taps, int64_t tokens,

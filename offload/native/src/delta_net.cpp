@@ -13,6 +13,32 @@ namespace {
 
 constexpr int64_t CHANNELS = 512;  // channels of the convolution per chunk of work
 
+int64_t channels_of(const DeltaNet& n) {
+  return 2 * n.key_heads * n.key_width + n.value_heads * n.value_width;
+}
+
+// How many numbers are left for each value head.
+int64_t of_head(const DeltaNet& n) { return n.key_width + n.value_width + 1; }
+
+int64_t blocks_of(int64_t channels) { return (channels + CHANNELS - 1) / CHANNELS; }
+
+// The part of what moe_delta_net leaves in `changes` that is one row's.
+template <class Number>
+class Changes {
+ public:
+  Changes(const DeltaNet& net, Number* changes, int64_t row)
+      : net_(net), mine_(changes + row * numbers_left(net)) {}
+
+  Number* inputs() const { return mine_; }                                                      // [channels]
+  Number* key(int64_t head) const { return mine_ + channels_of(net_) + head * of_head(net_); }  // [key_width]
+  Number* change(int64_t head) const { return key(head) + net_.key_width; }  // [value_width]
+  Number* factor(int64_t head) const { return change(head) + net_.value_width; }
+
+ private:
+  const DeltaNet& net_;
+  Number* mine_;
+};
+
 struct DeltaNetCall {
   const DeltaNet* net;
   const void* x;
@@ -20,6 +46,7 @@ struct DeltaNetCall {
   float* states;
   int64_t rows;
   void* y;
+  float* changes;  // null, or [rows, numbers_left()]: see moe_delta_net
   int32_t activations;
   float** floats;      // [rows], as all that follow: each [max(D, all values)], x, then the heads' answers
   float** projected;   // each [rows of qkv], what is multiplied with qkv
@@ -48,8 +75,8 @@ struct DeltaNetCall {
   }
 
   int64_t all_keys() const { return net->key_heads * net->key_width; }
-  int64_t channels() const { return 2 * all_keys() + net->value_heads * net->value_width; }
-  int64_t blocks() const { return (channels() + CHANNELS - 1) / CHANNELS; }
+  int64_t channels() const { return channels_of(*net); }
+  int64_t blocks() const { return blocks_of(channels()); }
   int64_t sharing() const { return net->value_heads / net->key_heads; }
   // What a key head has in `projected`, by key head: its query, its key, and its values, as long as their z.
   int64_t values_of_key_head() const { return sharing() * net->value_width; }
@@ -85,9 +112,10 @@ struct DeltaNetCall {
     round_to(net->dtype, count, own, values);
     const void* bias =
         net->convolution_bias == nullptr ? nullptr : at(net->dtype, net->convolution_bias, first);
+    float* left = changes == nullptr ? nullptr : Changes(*net, changes, row).inputs() + first;
     convolve_channels(net->dtype, values, at(net->dtype, inputs, (row * channels() + first) * net->taps),
                       at(net->dtype, net->convolution, first * net->taps), bias, count, net->taps, true, own,
-                      values);
+                      values, left);
   }
 
   // Copies `count` channels from `first` on from where they are by key head.
@@ -113,8 +141,14 @@ struct DeltaNetCall {
     prepare_head(q, k, true, net->key_width);
     const float share = beta(row, head, spare), factor = std::exp(decay(row, head, spare));
     const float* v = mixed[row] + 2 * keys + head * width;
-    float* state = states + chunk * net->key_width * width;
-    kernels().delta({q, k, v, &share, &factor, 1, net->key_width, width, state, nullptr}, answer);
+    float *state = states + chunk * net->key_width * width, *change = nullptr;
+    if (changes != nullptr) {
+      const Changes left(*net, changes, row);
+      std::copy_n(k, net->key_width, left.key(head));
+      *left.factor(head) = factor;
+      change = left.change(head);
+    }
+    kernels().delta({q, k, v, &share, &factor, 1, net->key_width, width, state, nullptr, change}, answer);
     round_to(net->dtype, width, spare, answer);
     kernels().norm(net->dtype, net->norm, false, net->epsilon, width, answer);
     round_to(net->dtype, width, spare, answer);
@@ -176,7 +210,7 @@ bool valid(const DeltaNet& n) {
     if (size < 1 || size > most) return false;
   if (!valid_dtype(n.dtype) || n.value_heads % n.key_heads != 0 || n.value_width % HEAD_STEP != 0)
     return false;
-  const int64_t values = n.value_heads * n.value_width, channels = 2 * n.key_heads * n.key_width + values;
+  const int64_t values = n.value_heads * n.value_width, channels = channels_of(n);
   if (n.o.cols != values || n.o.rows != n.qkv.cols) return false;
   if (n.by_key_head) return n.qkv.rows == channels + values && goes_with(n.b, n.qkv, 2 * n.value_heads);
   return n.qkv.rows == channels && goes_with(n.z, n.qkv, values) && goes_with(n.b, n.qkv, n.value_heads) &&
@@ -187,7 +221,7 @@ void run(DeltaNetCall& call, int32_t threads) {
   const DeltaNet& n = *call.net;
   const int64_t rows = call.rows, hidden = n.o.rows, values = n.o.cols;
   const int64_t room = std::max(hidden, values);
-  const int64_t state_bytes = 4 * n.value_heads * n.key_width * n.value_width;
+  const int64_t state_bytes = 4 * values * n.key_width;
   const bool ordered = n.by_key_head == 0;  // the matrices give what is needed in the order of heads
   const int64_t z_bytes = ordered ? weight_bytes(n.z) : 0;
   threads = threads_for(weight_bytes(n.qkv) + z_bytes + weight_bytes(n.o) + state_bytes, rows,
@@ -221,18 +255,75 @@ void run(DeltaNetCall& call, int32_t threads) {
   run_phases(threads, 7, chunks, DeltaNetCall::work, &call);
 }
 
+// Changes what an earlier call left.
+struct ChangeCall {
+  const DeltaNet* net;
+  const float* changes;
+  int64_t rows;
+  void* inputs;
+  float* states;
+  float* own;  // [threads, room()]
+
+  int64_t room() const { return CHANNELS * net->taps; }
+  int64_t of_inputs() const { return rows * blocks_of(channels_of(*net)); }
+
+  static void work(void* context, int, int64_t chunk, int thread) {
+    const ChangeCall& call = *static_cast<ChangeCall*>(context);
+    const int64_t of_inputs = call.of_inputs();
+    if (chunk < of_inputs)
+      call.change_inputs(chunk, call.own + thread * call.room());
+    else
+      call.change_head(chunk - of_inputs);
+  }
+
+  void change_inputs(int64_t chunk, float* room) const {
+    const int64_t channels = channels_of(*net), blocks = blocks_of(channels);
+    const int64_t row = chunk / blocks, first = chunk % blocks * CHANNELS;
+    void* mine = at(net->dtype, inputs, (row * channels + first) * net->taps);
+    change_channels(net->dtype, Changes(*net, changes, row).inputs() + first,
+                    std::min(CHANNELS, channels - first), net->taps, room, mine);
+  }
+
+  // One value head of one row.
+  void change_head(int64_t chunk) const {
+    const int64_t row = chunk / net->value_heads, head = chunk % net->value_heads;
+    const Changes left(*net, changes, row);
+    float* state = states + chunk * net->key_width * net->value_width;
+    kernels().change_state(left.key(head), left.change(head), *left.factor(head), net->key_width,
+                           net->value_width, state);
+  }
+};
+
 }  // namespace
 
+int64_t numbers_left(const DeltaNet& net) { return channels_of(net) + net.value_heads * of_head(net); }
+
 int32_t moe_delta_net(const DeltaNet* net, const void* x, void* inputs, float* states, int64_t rows, void* y,
-                      int32_t activations, int32_t threads) try {
+                      float* changes, int32_t activations, int32_t threads) try {
   if (net == nullptr || x == nullptr || inputs == nullptr || states == nullptr || y == nullptr)
     return BAD_ARGUMENT;
   if (rows < 1 || rows > BATCH_PAIRS || threads < 1 || !valid_activations(activations) || !valid(*net))
     return BAD_ARGUMENT;
   DeltaNetCall call{};
   call.net = net, call.x = x, call.inputs = inputs, call.states = states, call.rows = rows;
-  call.y = y, call.activations = activations;
+  call.y = y, call.changes = changes, call.activations = activations;
   run(call, threads);
+  return OK;
+} catch (const std::bad_alloc&) {
+  return OUT_OF_MEMORY;
+}
+
+int32_t moe_change_states(const DeltaNet* net, const float* changes, int64_t rows, void* inputs,
+                          float* states, int32_t threads) try {
+  if (net == nullptr || changes == nullptr || inputs == nullptr || states == nullptr) return BAD_ARGUMENT;
+  if (rows < 1 || rows > BATCH_PAIRS || threads < 1 || !valid(*net)) return BAD_ARGUMENT;
+  ChangeCall call{net, changes, rows, inputs, states, nullptr};
+  const int64_t state_bytes = 4 * rows * net->value_heads * net->key_width * net->value_width;
+  threads = threads_for(2 * state_bytes, 1, std::min(threads, MAX_THREADS));
+  scratch.reserve(Scratch::bytes_of<float>(threads * call.room()));
+  call.own = scratch.take<float>(threads * call.room());
+  const int64_t chunks[] = {call.of_inputs() + rows * net->value_heads};
+  run_phases(threads, 1, chunks, ChangeCall::work, &call);
   return OK;
 } catch (const std::bad_alloc&) {
   return OUT_OF_MEMORY;

@@ -125,6 +125,7 @@ struct Delta {
   int64_t value_width;  // a multiple of HEAD_STEP
   float* state;         // [key_width, value_width]
   float* room;          // [key_width, DELTA_COLUMNS], which several tokens need
+  float* change;  // [value_width], where a single token leaves what its key is to add; null: it is added
 };
 
 constexpr int64_t DELTA_TOKENS = 32;   // whose inputs stay in the L2 cache beside a head's state
@@ -186,6 +187,11 @@ struct Kernels {
 
   // Updates the head's state with the tokens; out [tokens, value_width] are the head's outputs.
   void (*delta)(const Delta& head, float* out);
+
+  // What delta does to the state [key_width, value_width] of a head with a single token, which left `change`:
+  // it becomes factor * state + k change.
+  void (*change_state)(const float* k, const float* change, float factor, int64_t key_width,
+                       int64_t value_width, float* state);
 
   // Blocks [first, last) of weights [numel] -> their part of q and absmax; see moe_nf4_encode.
   void (*encode)(const void* weights, int32_t dtype, int64_t numel, int64_t first, int64_t last, uint8_t* q,

@@ -59,9 +59,13 @@ constexpr auto rows_tiled_bf16 = rows_tiled;
 
 constexpr auto attend_prompt = attend_prompt_by<PromptFloats>;
 
-constexpr Kernels TABLE = {
-    AVX2, "avx2", most_in_registers, prepare,   rows,     weigh_rows, gate,   combine,   widen, narrow,
-    norm, attend, attend_prompt,     open_gate, convolve, delta,      encode, encode_low};
+constexpr Kernels TABLE = {AVX2,          "avx2",       most_in_registers,
+                           prepare,       rows,         weigh_rows,
+                           gate,          combine,      widen,
+                           narrow,        norm,         attend,
+                           attend_prompt, open_gate,    convolve,
+                           delta,         change_state, encode,
+                           encode_low};
 
 }  // namespace
 

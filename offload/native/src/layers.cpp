@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "attention.h"
+#include "linear_attention.h"
 #include "moe_linear_attention.h"
 #include "moe_native.h"
 #include "scratch.h"
@@ -77,20 +78,19 @@ int32_t normalize(const Norm& norm, const Rows& rows, const void* x, int64_t tok
 
 // y [tokens, D] = the output of a layer's latent attention or DeltaNet for x [tokens, D].
 int32_t mix(const Layer& layer, const void* x, const void* cos, const void* sin, const Sequence* sequences,
-            int64_t tokens, void* y, int32_t activations, int32_t threads) {
+            int64_t tokens, void* y, float* changes, int32_t activations, int32_t threads) {
   if (layer.latent_attention != nullptr)
     return moe_latent_attention(layer.latent_attention, x, static_cast<const float*>(cos),
                                 static_cast<const float*>(sin), sequences, tokens, y, activations, threads);
   if (sequences == nullptr) return BAD_ARGUMENT;
   return moe_delta_net(layer.delta_net, x, sequences->keys, static_cast<float*>(sequences->values), tokens, y,
-                       activations, threads);
+                       changes, activations, threads);
 }
 
-}  // namespace
-
-int32_t moe_layer(const Layer* layer, const Router* router, const void* x, const void* cos, const void* sin,
-                  const Sequence* sequences, int64_t tokens, void* y, void* inner, float* weights,
-                  int64_t* ids, int32_t activations, int32_t threads) try {
+// moe_layer, with moe_delta_net's `changes`.
+int32_t compute(const Layer* layer, const Router* router, const void* x, const void* cos, const void* sin,
+                const Sequence* sequences, int64_t tokens, void* y, void* inner, float* weights, int64_t* ids,
+                float* changes, int32_t activations, int32_t threads) try {
   if (!valid(layer) || x == nullptr || y == nullptr || inner == nullptr) return BAD_ARGUMENT;
   if (layer->before_attention.weight == nullptr || layer->before_feed_forward.weight == nullptr)
     return BAD_ARGUMENT;
@@ -102,7 +102,8 @@ int32_t moe_layer(const Layer* layer, const Router* router, const void* x, const
   if (router != nullptr && (router->matrix == nullptr || router->matrix->cols != rows.width))
     return BAD_ARGUMENT;
   int32_t status = normalize(layer->before_attention, rows, x, tokens, inner, threads);
-  if (status == OK) status = mix(*layer, inner, cos, sin, sequences, tokens, y, activations, threads);
+  if (status == OK)
+    status = mix(*layer, inner, cos, sin, sequences, tokens, y, changes, activations, threads);
   if (status != OK) return status;
   scratch.reserve(Scratch::bytes_of<float>(2 * rows.width));
   add(rows, x, y, tokens, scratch.take<float>(2 * rows.width), y);
@@ -113,8 +114,18 @@ int32_t moe_layer(const Layer* layer, const Router* router, const void* x, const
   return OUT_OF_MEMORY;
 }
 
+}  // namespace
+
+int32_t moe_layer(const Layer* layer, const Router* router, const void* x, const void* cos, const void* sin,
+                  const Sequence* sequences, int64_t tokens, void* y, void* inner, float* weights,
+                  int64_t* ids, int32_t activations, int32_t threads) {
+  return compute(layer, router, x, cos, sin, sequences, tokens, y, inner, weights, ids, nullptr, activations,
+                 threads);
+}
+
 int32_t moe_layers(const WholeLayer* layers, int64_t count, const void* x, const void* cos, const void* sin,
-                   const Sequence* sequences, int64_t tokens, void* y, int64_t* ids, int32_t threads) try {
+                   const Sequence* sequences, int64_t tokens, void* y, int64_t* ids, float* changes,
+                   int32_t threads) try {
   if (layers == nullptr || count < 1 || sequences == nullptr || y == nullptr || ids == nullptr)
     return BAD_ARGUMENT;
   if (tokens < 1 || tokens > BATCH_PAIRS || !valid(layers[0].layer)) return BAD_ARGUMENT;
@@ -133,8 +144,8 @@ int32_t moe_layers(const WholeLayer* layers, int64_t count, const void* x, const
   for (int64_t i = 0; i < count; ++i) {
     const WholeLayer& whole = layers[i];
     const int64_t top_k = whole.router->top_k;
-    int32_t status = moe_layer(whole.layer, whole.router, x, cos, sin, sequences + i * tokens, tokens, stream,
-                               inner, weights, mine, whole.activations, threads);
+    int32_t status = compute(whole.layer, whole.router, x, cos, sin, sequences + i * tokens, tokens, stream,
+                             inner, weights, mine, changes, whole.activations, threads);
     if (status == OK && whole.shared != nullptr)
       status = moe_mlp(whole.shared, whole.share, inner, tokens, shared, whole.of_shared, threads);
     if (status == OK)
@@ -145,6 +156,8 @@ int32_t moe_layers(const WholeLayer* layers, int64_t count, const void* x, const
       return status;
     }
     mine += tokens * top_k;
+    if (changes != nullptr && whole.layer->delta_net != nullptr)
+      changes += tokens * numbers_left(*whole.layer->delta_net);
     void* out = at(rows.dtype, y, i * numbers);
     if (whole.shared != nullptr) add(rows, answer, shared, tokens, room, answer);
     add(rows, stream, answer, tokens, room, out);

@@ -98,6 +98,12 @@ struct DeltaNet {
 };
 
 // One token of each of 1 to 256 rows: y [rows, D] is the output for x [rows, D]. Overwrites inputs [rows,
-// channels, taps] and states [rows, value_heads, key_width, value_width].
+// channels, taps] and states [rows, value_heads, key_width, value_width]; or, unless `changes` is null,
+// leaves them, and in `changes` what is to become of them: channels + value_heads * (key_width + value_width
+// + 1) numbers for each row.
 MOE_API int32_t moe_delta_net(const DeltaNet* net, const void* x, void* inputs, float* states, int64_t rows,
-                              void* y, int32_t activations, int32_t threads);
+                              void* y, float* changes, int32_t activations, int32_t threads);
+
+// Makes of inputs and states, as moe_delta_net found them, what it would have made of them at once.
+MOE_API int32_t moe_change_states(const DeltaNet* net, const float* changes, int64_t rows, void* inputs,
+                                  float* states, int32_t threads);

@@ -291,11 +291,12 @@ MOE_API int32_t moe_chosen_experts(const Expert* const* experts, int64_t count, 
 // These tokens through `count` consecutive layers of one dtype and width: y [count, tokens, D] are the
 // layers' outputs, each the sum, in the dtype, of what moe_layer and moe_chosen_experts give, to which the
 // shared expert's output is added first, and the next layer's input. `sequences` [count, tokens] are those of
-// each layer; ids become the experts that its tokens chose, [tokens, top_k], one layer after the other. After
-// an error, outputs before the failing layer's are valid, and nothing is counted.
+// each layer; ids become the experts that its tokens chose, [tokens, top_k], one layer after the other.
+// `changes` are those of moe_delta_net, of each layer with a state in turn, or null. After an error, outputs
+// before the failing layer's are valid, and nothing is counted.
 MOE_API int32_t moe_layers(const WholeLayer* layers, int64_t count, const void* x, const void* cos,
                            const void* sin, const Sequence* sequences, int64_t tokens, void* y, int64_t* ids,
-                           int32_t threads);
+                           float* changes, int32_t threads);
 
 // Numbers of heads, tokens and sequences, and how many numbers lie between those of one and of the next.
 struct Strided {

@@ -24,9 +24,13 @@ FAMILIES = {
     "deepseek_v2": [2],  # latent attention, whose angles are complex; the first layer has no experts
     "deepseek_v3": [2],
     "glm4_moe_lite": [2],
-    "qwen3_5_moe": [1, 1, 1, 1],  # states: each layer by itself
+    "qwen3_5_moe": [4],  # states of all layers but the last
+    "qwen3_next": [4],
 }
 """By model type: how many layers each call of the library computes for a token."""
+
+
+STATES = "qwen3_5_moe", "qwen3_next"
 
 
 @pytest.fixture
@@ -41,8 +45,8 @@ def load(make_checkpoint: Callable[..., Path]) -> Callable[..., Any]:
 
 
 def passes_of(family: str, tokens: int) -> list[int]:
-    """The first token of a layer with a state has none yet, and is transformers'."""
-    first = [1] if family == "qwen3_5_moe" else FAMILIES[family]
+    """The first layer has no state yet for the first token, which is transformers'."""
+    first = [] if family in STATES else FAMILIES[family]
     return first + FAMILIES[family] * (tokens - 1)
 
 
@@ -201,6 +205,6 @@ def test_a_model_with_states_generates_so(load: Callable[..., Any], passes: list
     with load("qwen3_5_moe") as model:
         passes.clear()
         ids = model.generate(torch.tensor([IDS]), max_new_tokens=6, eos_token_id=None)
-        assert passes == [1, 1, 1, 1] * 5  # the prompt gives the first token
+        assert passes == [4] * 5  # the prompt gives the first token
         apart(model.hf)
         assert torch.equal(model.generate(torch.tensor([IDS]), max_new_tokens=6, eos_token_id=None), ids)
