@@ -71,6 +71,35 @@ def together(hf: Any, prompts: list[list[int]], new: int) -> list[torch.Tensor]:
     return list(torch.stack(rows, 1))
 
 
+class Loop:
+    """A caller's own forward through layers, a token at a time."""
+
+    def __init__(self, hf: Any) -> None:
+        self.hf, self.layers = hf, layers_of(hf)
+        self.kv = make_kv(hf, 1, 32, probe_cache(hf))
+        self.kv.join()
+
+    def kwargs(self, place: int) -> dict[str, Any]:
+        angles = self.hf.model.rotary_emb(torch.zeros(1, 1, 64), torch.tensor([[place]]))
+        return {"position_embeddings": angles, "past_key_values": self.kv.row(0), "attention_mask": None}
+
+    def __call__(
+        self, order: list[int], before: Callable[[int, torch.Tensor], Any] = lambda number, x: None
+    ) -> torch.Tensor:
+        """Outputs of four tokens; `before` each layer it is called with its number and its input."""
+        outputs, random = [], torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for place in range(4):
+                x = torch.randn(1, 1, 64, generator=random)
+                kwargs = self.kwargs(place)
+                for number in order:
+                    before(number, x)
+                    x = self.layers[number](x, **kwargs)
+                outputs.append(x.clone())
+                self.kv.advance(0, 1)
+        return torch.cat(outputs)
+
+
 PARTS = ["", "self_attn", "mlp", "mlp.gate", "mlp.experts", "input_layernorm", "post_attention_layernorm"]
 
 

@@ -18,10 +18,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 import moe_local
 from moe_local.offload.dense import token_layers
 from moe_local.offload.dense.token_layers import TokenLayers
-from moe_local.offload.engine.kv_slab import probe_cache
-from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.native.library import check, library
-from support.decoder_layers import IDS, apart, counted, layers_of, one_by_one, together
+from support.decoder_layers import IDS, Loop, apart, counted, layers_of, one_by_one, together
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
 
@@ -73,35 +71,6 @@ def both(
 def agree(found: list[tuple[torch.Tensor, Any]]) -> bool:
     (got, counts), (want, wanted) = found
     return torch.equal(got, want) and counts == wanted
-
-
-class Loop:
-    """A caller's own forward through layers, a token at a time."""
-
-    def __init__(self, hf: Any) -> None:
-        self.hf, self.layers = hf, layers_of(hf)
-        self.kv = make_kv(hf, 1, 32, probe_cache(hf))
-        self.kv.join()
-
-    def kwargs(self, place: int) -> dict[str, Any]:
-        angles = self.hf.model.rotary_emb(torch.zeros(1, 1, 64), torch.tensor([[place]]))
-        return {"position_embeddings": angles, "past_key_values": self.kv.row(0), "attention_mask": None}
-
-    def __call__(
-        self, order: list[int], before: Callable[[int, torch.Tensor], Any] = lambda number, x: None
-    ) -> torch.Tensor:
-        """Outputs of four tokens; `before` each layer it is called with its number and its input."""
-        outputs, random = [], torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for place in range(4):
-                x = torch.randn(1, 1, 64, generator=random)
-                kwargs = self.kwargs(place)
-                for number in order:
-                    before(number, x)
-                    x = self.layers[number](x, **kwargs)
-                outputs.append(x.clone())
-                self.kv.advance(0, 1)
-        return torch.cat(outputs)
 
 
 @contextmanager
@@ -251,7 +220,7 @@ def test_a_forward_that_ends_early_keeps_no_cache(load: Callable[..., Any], pass
 
 
 def test_a_batch_comes_first(load: Callable[..., Any], passes: list[int]) -> None:
-    """Whose layers have different masks, so that they cannot be computed together."""
+    """Whose layers have different masks."""
     with load("gpt_oss", {"sliding_window": 5}, parallel=2) as model:
         together(model.hf, [IDS[:2], IDS[3:5]], 2)
         passes.clear()
