@@ -8,9 +8,8 @@ from moe_local.cache.errors import OptionError
 from moe_local.offload.checkpoint.registry import find_alias
 
 PUBLISHED = (
-    *("mixtral-8x7b", "qwen3-30b-a3b", "qwen3-next-80b-a3b", "qwen3.6-35b-a3b", "glm-4.7-flash"),
-    "gpt-oss-120b",
-    "deepseek-v3",
+    *("mixtral-8x7b", "qwen3-30b-a3b", "qwen3-next-80b-a3b", "qwen3.6-35b-a3b"),
+    *("glm-4.7-flash", "gpt-oss-120b", "deepseek-v3"),
 )
 
 # From config.json of openai/gpt-oss-120b and deepseek-ai/DeepSeek-V3: the fields that determine the shape.
