@@ -27,6 +27,7 @@ from gguf_layer import (
     router_and_experts,
     whole,
 )
+from gguf_qwen3_next import QWEN3_NEXT
 from gguf_qwen35 import QWEN3_5_MOE
 from gguf_tensor import FLOAT32, Array, Tensor
 
@@ -179,5 +180,6 @@ ARCHITECTURES = {
     "glm4_moe_lite": Architecture("deepseek2", _deepseek, _describe_deepseek),
     "gpt_oss": GPT_OSS,
     "qwen3_5_moe_text": QWEN3_5_MOE,
+    "qwen3_next": QWEN3_NEXT,
 }
 """By the model type of transformers."""

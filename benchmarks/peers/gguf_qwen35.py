@@ -5,7 +5,7 @@ Runs in the peer's environment, as gguf_file.py, which writes the files; sources
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from gguf import GGUFWriter
@@ -24,18 +24,25 @@ from gguf_layer import (
 from gguf_tensor import Array, Read, Tensor, floats
 
 
-def _layer(config: Config, layer: Layer) -> Iterator[Tensor]:
-    if (layer.index + 1) % full_attention_interval(config):
-        yield from _linear_attention(config, layer)
-    else:
-        yield from attention(config, layer, gated=True, norms=True, norm=plus_one)
-    hidden = config["hidden_size"]
-    yield layer.exact("ffn_gate_inp.weight", "mlp.gate.weight", expert_count(config), hidden)
-    yield from _experts(config, layer)
-    yield layer.exact("ffn_gate_inp_shexp.weight", "mlp.shared_expert_gate.weight", hidden)
-    shared = config["shared_expert_intermediate_size"]
-    yield from feed_forward(layer, "_shexp", "mlp.shared_expert", hidden, shared)
-    yield from norms_of(config, layer, second="post_attention_norm", norm=plus_one)
+def layer_with(
+    linear_attention: Callable[[Config, Layer], Iterator[Tensor]],
+) -> Callable[[Config, Layer], Iterator[Tensor]]:
+    """The tensors of a layer, of which most have linear attention."""
+
+    def layer_of(config: Config, layer: Layer) -> Iterator[Tensor]:
+        if (layer.index + 1) % full_attention_interval(config):
+            yield from linear_attention(config, layer)
+        else:
+            yield from attention(config, layer, gated=True, norms=True, norm=plus_one)
+        hidden = config["hidden_size"]
+        yield layer.exact("ffn_gate_inp.weight", "mlp.gate.weight", expert_count(config), hidden)
+        yield from _experts(config, layer)
+        yield layer.exact("ffn_gate_inp_shexp.weight", "mlp.shared_expert_gate.weight", hidden)
+        shared = config["shared_expert_intermediate_size"]
+        yield from feed_forward(layer, "_shexp", "mlp.shared_expert", hidden, shared)
+        yield from norms_of(config, layer, second="post_attention_norm", norm=plus_one)
+
+    return layer_of
 
 
 def _experts(config: Config, layer: Layer) -> Iterator[Tensor]:
@@ -108,19 +115,16 @@ def full_attention_interval(config: Config) -> int:
     interval = types.index("full_attention") + 1 if "full_attention" in types else len(types) + 1
     pattern = [*linear * (interval - 1), "full_attention"] * len(types)
     if types != pattern[: len(types)]:
-        raise ValueError("llama.cpp computes Qwen3.5 only with full attention at equal intervals")
+        raise ValueError("llama.cpp computes it only with full attention at equal intervals")
     return int(interval)
 
 
-def _describe(writer: GGUFWriter, config: Config) -> None:
+def describe_sizes(writer: GGUFWriter, config: Config) -> None:
+    """Write what llama.cpp wants to know of layers with and without linear attention."""
     if config["linear_key_head_dim"] != config["linear_value_head_dim"]:
-        raise ValueError("llama.cpp computes Qwen3.5 only with heads of keys and values of the same width")
+        raise ValueError("llama.cpp computes it only with heads of keys and values of the same width")
     turned = rope(config).get("partial_rotary_factor") or config.get("partial_rotary_factor", 0.25)
-    sections = rope(config).get("mrope_section", [11, 11, 10])
-    if sum(sections) > head_width(config):
-        raise ValueError("llama.cpp computes Qwen3.5 only with heads as wide as mrope's sections together")
     describe_attention(writer, config, turned=int(head_width(config) * turned))
-    writer.add_rope_dimension_sections([*sections, 0])
     writer.add_full_attention_interval(full_attention_interval(config))
     writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
@@ -131,4 +135,12 @@ def _describe(writer: GGUFWriter, config: Config) -> None:
     writer.add_ssm_inner_size(value_heads(config) * config["linear_value_head_dim"])
 
 
-QWEN3_5_MOE = Architecture("qwen35moe", _layer, _describe, norm=plus_one)
+def _describe(writer: GGUFWriter, config: Config) -> None:
+    describe_sizes(writer, config)
+    sections = rope(config).get("mrope_section", [11, 11, 10])
+    if sum(sections) > head_width(config):
+        raise ValueError("llama.cpp computes Qwen3.5 only with heads as wide as mrope's sections together")
+    writer.add_rope_dimension_sections([*sections, 0])
+
+
+QWEN3_5_MOE = Architecture("qwen35moe", layer_with(_linear_attention), _describe, norm=plus_one)

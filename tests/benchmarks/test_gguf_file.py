@@ -189,6 +189,7 @@ def check_like(checkpoint: Path, path: Path) -> None:
         ("glm4_moe_lite", {"v_head_dim": 32, "n_group": 1, "topk_group": 1, "n_shared_experts": 2}),
         ("gpt_oss", {}),
         ("qwen3_5_moe", {"head_dim": 64}),
+        ("qwen3_next", {}),
     ],
 )
 def test_our_own_reader_finds_the_model(
@@ -295,6 +296,7 @@ WIDTHS = {"qk_nope_head_dim": 32, "v_head_dim": 32}
         ("glm4_moe_lite", WIDTHS),
         ("gpt_oss", {}),
         ("qwen3_5_moe", {"head_dim": 64, "linear_num_value_heads": 8}),
+        ("qwen3_next", {"linear_num_value_heads": 8}),
     ],
 )
 @pytest.mark.parametrize("matrices", ["Q4_0", "Q8_0"])

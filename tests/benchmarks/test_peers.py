@@ -140,7 +140,8 @@ def test_an_installation_for_another_processor_that_fails_leaves_none(
 
 
 @pytest.mark.parametrize(
-    "kind", ["mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe_lite", "gpt_oss", "qwen3_5_moe"]
+    "kind",
+    ["mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe_lite", "gpt_oss", "qwen3_5_moe", "qwen3_next"],
 )
 def test_llama_cpp_computes_what_transformers_computes(
     make_checkpoint: Callable[..., Path], tmp_path: Path, kind: str
