@@ -14,8 +14,8 @@ from gguf_tensor import Array, Tensor, floats
 
 
 def _linear_attention(config: Config, layer: Layer) -> Iterator[Tensor]:
-    """Checkpoints have each head of keys' queries, keys, values and gates together; llama.cpp has all queries,
-    then all keys, then all values, and gates apart."""
+    """Checkpoints have each head of keys' queries, keys, values and gates together; llama.cpp has all
+    queries, then all keys, then all values, and gates apart."""
     hidden, keys, values = config["hidden_size"], config["linear_num_key_heads"], value_heads(config)
     key_width, width = config["linear_key_head_dim"], config["linear_value_head_dim"]
     of_values = values // keys * width
