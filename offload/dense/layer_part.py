@@ -40,15 +40,17 @@ class Part(NamedTuple):
     top_k: int
     net: TokenDeltaNet | None
     """What knows its states, if it keeps any."""
+    left: int
+    """How many numbers the library leaves of a token that is to change them later."""
 
 
 def part_of(module: Any, like: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Part | None:
     """The part for inputs like x [n, D] and angles like those among the arguments of a layer's call; None if
-    it does not suit. `like`: the layer whose angles it has to take, unless it keeps a state, or None."""
+    it does not suit. `like`: the layer whose angles it has to take, unless it keeps a state."""
     layer, attention = module._token_layer, attention_of(module)
     mixer, block = mixer_of(attention), module._modules[layer.feed_forward]
     net = mixer if isinstance(mixer, TokenDeltaNet) else None
-    if net is None and like is not None and not _is_alike(attention, attention_of(like), x, kwargs):
+    if net is None and module is not like and not _is_alike(attention, attention_of(like), x, kwargs):
         return None
     if mixer is None or not mixer.ready(attention, x.dtype) or not layer.ready(module, x):
         return None
@@ -56,7 +58,8 @@ def part_of(module: Any, like: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> 
     if described is None or table is None:
         return None
     struct = _whole(layer.struct, described, table, mixer.activations, x.dtype)
-    return Part(attention.layer_idx, experts_of(module), table, struct, described.router.top_k, net)
+    left = 0 if net is None else net.left
+    return Part(attention.layer_idx, experts_of(module), table, struct, described.router.top_k, net, left)
 
 
 def _is_alike(attention: Any, first: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> bool:

@@ -39,8 +39,8 @@ class Ahead:
     """The experts that each layer's tokens chose, [n, top_k], one layer after the other. The library has
     counted them."""
     left: torch.Tensor | None
-    """What is to become of the layers' states, [n, `left`] of each that has any, one after the other. None if
-    they were changed at once."""
+    """What is to become of the layers' states, float32 [n, `left`] of each that has any, one after the other.
+    None if they were changed at once."""
     number: int = 0
     """The layer whose call is the next one."""
     start: int = 0
@@ -68,11 +68,11 @@ class Ahead:
         """The next layer's output, whose pass is counted, and whose states are changed."""
         number, start = self.number, self.start
         part = self.parts[number]
-        self.number, self.start = number + 1, start + self.tokens * part.top_k
         if part.net is not None and self.left is not None:
-            left, self.left_start = self.left_start, self.left_start + self.tokens * part.net.left
             inputs, states, *_ = self.spans[number]
-            part.net.change(self.left.data_ptr() + 4 * left, self.tokens, inputs, states)
+            part.net.change(self.left[self.left_start :].data_ptr(), self.tokens, inputs, states)
+            self.left_start += self.tokens * part.left
+        self.number, self.start = number + 1, start + self.tokens * part.top_k
         part.experts.count(part.top_k if self.tokens == 1 else len(set(self.ids[start : self.start])))
         return self.outputs[number]
 

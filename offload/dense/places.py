@@ -69,10 +69,20 @@ class States(NamedTuple):
 
     @property
     def span(self) -> tuple[Any, ...]:
-        """As that of Places, to which a state's tensors belong: where they lie, and whether they have changed
-        since, as far as torch knows."""
+        """As that of Places, to which a state's tensors belong: where they lie, and how often they have been
+        changed."""
         inputs, states = self
         return inputs.data_ptr(), states.data_ptr(), version_of(inputs), version_of(states)
+
+    @property
+    def are_watched(self) -> bool:
+        """Whether torch counts changes of these tensors, as it does unless they are tensors of inference."""
+        return not any(tensor.is_inference() for tensor in self)
+
+    def note_change(self) -> None:
+        """Let torch count a change of which it does not know."""
+        if self.are_watched:
+            torch.autograd.graph.increment_version(self)
 
     def rows(self) -> list[Sequence]:
         """As those of Places."""

@@ -53,6 +53,7 @@ class TokenDeltaNet(LibraryCall):
         lib = library()
         assert lib is not None
         y = torch.empty_like(x)
+        places.note_change()
         check(
             lib.moe_delta_net(
                 ctypes.byref(self._struct),

@@ -162,6 +162,8 @@ class TokenLayer:
         assert mixer is not None
         cos, sin = angles_of(mixer, kwargs, places.tokens)
         tokens, stream = places.tokens, torch.empty_like(x)
+        if isinstance(places, States):
+            places.note_change()
         # Allocated in the shape that the next part takes: a view in another shape costs as much time.
         inner = torch.empty_like(x) if router is None else torch.empty(tokens, x.shape[-1], dtype=x.dtype)
         weights = None if router is None else torch.empty(tokens, router.top_k, dtype=torch.float32)

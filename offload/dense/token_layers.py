@@ -83,6 +83,8 @@ class TokenLayers:
         is computed ahead, since layers may be called in another order."""
         self._modules = modules
         self._fewest = _fewest(modules)
+        self._turning = next((n for n, module in enumerate(modules) if not keeps_state(module)), None)
+        """The number of the first module that takes angles."""
         self._above = _all(Guard(module, []) for module in above)
         self._parts: list[Part] = []
         """Of the first modules, as many as can be computed together."""
@@ -91,12 +93,8 @@ class TokenLayers:
         """Of all that the parts depend on; None if there are none."""
         self._cut: Cut | None = None
         """The first of the modules that is not among the parts."""
-        self._turning: Any = None
-        """The first module among the parts' that takes angles, if any does."""
         self._dtype: torch.dtype | None = None
         """The dtype of the inputs that the parts are for; None: find them anew."""
-        self._left = torch.empty(0)
-        """Memory for what is to become of states."""
         self._ahead: Ahead | None = None
         self._alone: weakref.ref[torch.Tensor] | None = None
         """An argument of the last forward in which a layer behind the first one was computed by itself."""
@@ -159,16 +157,14 @@ class TokenLayers:
             return None  # a layer behind this one has had its turn, and must not be computed once more
         tokens = where.tokens
         rows = x.view(tokens, -1)
+        turned = self._angles(x, kwargs, tokens)
         if not self._are_known(rows):
+            if turned is None:
+                return None  # which other layers take such angles cannot be found out now
             self._take(rows, kwargs)
         masks, places = self._places(x, where, kwargs)
-        turned: tuple[torch.Tensor, ...] = ()
-        if self._turning is not None:
-            attention = attention_of(self._turning)
-            mixer = mixer_of(attention)
-            if not isinstance(mixer, AttentionCall) or not mixer.suits(attention, x, kwargs):
-                return None
-            turned = mixer.read_angles(kwargs, tokens)
+        if turned is None:
+            del masks[self._turning :], places[self._turning :]
         if len(places) < self._fewest:
             return None
         with torch.inference_mode(False):  # tensors of inference have no version
@@ -180,7 +176,10 @@ class TokenLayers:
         cache = weakref.ref(cache_of(kwargs))
         expected = [None if mask is None else weakref.ref(mask) for mask in masks]
         spans, angles = [one.span for one in places], kwargs.get("position_embeddings")
-        left = self._room_for(tokens, len(places))
+        numbers = tokens * sum(part.left for part in self._parts[: len(places)])
+        left = None  # the states of the only layer, which is being called, may change at once
+        if numbers and len(places) > 1:
+            left = torch.empty(numbers, dtype=torch.float32, device="cpu")
         ahead = Ahead(self._parts, angles, cache, expected, spans, tokens, y.unbind(), ids, left)
         cos, sin = (one.data_ptr() for one in turned) if turned else (None, None)
         addresses = x.data_ptr(), cos, sin, sequences, tokens, y.data_ptr(), ids
@@ -188,17 +187,22 @@ class TokenLayers:
         with nullcontext() if is_deferred() else deferred():  # so that nothing is counted and forgotten
             check(lib.moe_layers(self._structs, len(places), *addresses, room, threads))
             self._ahead = ahead
+        if left is None and isinstance(where, States):
+            where.note_change()
         return ahead
 
-    def _room_for(self, tokens: int, count: int) -> torch.Tensor | None:
-        """Memory for what the first `count` layers leave of these tokens; None if their states may change at
-        once, since the only layer is being called."""
-        numbers = tokens * sum(part.net.left for part in self._parts[:count] if part.net is not None)
-        if count == 1 or not numbers:
+    def _angles(
+        self, x: torch.Tensor, kwargs: dict[str, Any], tokens: int
+    ) -> tuple[torch.Tensor, ...] | None:
+        """The cos and sin that the library reads for so many tokens, none if no layer takes any; None if the
+        first layer that does cannot serve x [n, 1, D]."""
+        if self._turning is None:
+            return ()
+        attention = attention_of(self._modules[self._turning])
+        mixer = mixer_of(attention)
+        if not isinstance(mixer, AttentionCall) or not mixer.suits(attention, x, kwargs):
             return None
-        if len(self._left) < numbers:
-            self._left = torch.empty(numbers)
-        return self._left
+        return mixer.read_angles(kwargs, tokens)
 
     def _places(
         self, x: torch.Tensor, first: Places | States, kwargs: dict[str, Any]
@@ -210,6 +214,7 @@ class TokenLayers:
         masks: list[torch.Tensor | None] = []
         places: list[Places | States] = []
         layers = cache_of(kwargs).layers
+        rows = x.view(first.tokens, -1)
         columns: Places | None = None
         """Those of the first layer that has any."""
         for part in self._parts:
@@ -217,13 +222,15 @@ class TokenLayers:
             mask = kwargs.get("attention_mask")
             if places and part.net is not None:
                 mask, where = None, part.net.states(part.layer_idx, x, kwargs)
+                if where is not None and not where.are_watched:
+                    where = None
             elif places:
                 layer: Any = layers[part.layer_idx] if part.layer_idx < len(layers) else None
                 where = None
                 if hasattr(layer, "direct") and (where := layer.direct(mask)) is None:
                     mask = layer.usual_mask()
                     where = layer.direct(mask)
-            table = part.experts.table(x.view(first.tokens, -1))
+            table = part.experts.table(rows)
             if table is not part.table and table is not None:
                 self._dtype = None
             if where is None or table is not part.table or not _alike(where, first, columns, x.dtype):
@@ -245,13 +252,17 @@ class TokenLayers:
         those among the arguments, whatever their caches and masks. The first module's mixer is ready."""
         parts: list[Part] = []
         guards: list[Guard] = []
-        self._cut = self._turning = None
+        states: set[int] = set()
+        self._cut = None
+        turning = None if self._turning is None else self._modules[self._turning]
         for module in self._modules:
             guard = guard_of(module)
             idle = guard.idle()
-            part = part_of(module, self._turning, x, kwargs) if idle else None
-            if self._turning is None and part is not None and part.net is None:
-                self._turning = module
+            part = part_of(module, turning, x, kwargs) if idle else None
+            if part is not None and part.net is not None:
+                # a state that another layer changes before
+                part = None if part.layer_idx in states else part
+                states.add(attention_of(module).layer_idx)
             if part is None:
                 self._cut = Cut(module, guard, idle, table_of(module, x) is not None)
                 break

@@ -84,9 +84,13 @@ class Loop:
         return {"position_embeddings": angles, "past_key_values": self.kv.row(0), "attention_mask": None}
 
     def __call__(
-        self, order: list[int], before: Callable[[int, torch.Tensor], Any] = lambda number, x: None
+        self,
+        order: list[int],
+        before: Callable[[int, torch.Tensor], Any] = lambda number, x: None,
+        more: dict[int, dict[str, Any]] | None = None,
     ) -> torch.Tensor:
-        """Outputs of four tokens; `before` each layer it is called with its number and its input."""
+        """Outputs of four tokens; `before` each layer it is called with its number and its input. `more`:
+        arguments of some layers, besides those of all."""
         outputs, random = [], torch.Generator().manual_seed(0)
         with torch.no_grad():
             for place in range(4):
@@ -94,7 +98,7 @@ class Loop:
                 kwargs = self.kwargs(place)
                 for number in order:
                     before(number, x)
-                    x = self.layers[number](x, **kwargs)
+                    x = self.layers[number](x, **kwargs | (more or {}).get(number, {}))
                 outputs.append(x.clone())
                 self.kv.advance(0, 1)
         return torch.cat(outputs)

@@ -18,7 +18,7 @@ int64_t channels_of(const DeltaNet& n) {
 }
 
 // How many numbers are left for each value head.
-int64_t of_head(const DeltaNet& n) { return n.key_width + n.value_width + 1; }
+int64_t left_of_head(const DeltaNet& n) { return n.key_width + n.value_width + 1; }
 
 int64_t blocks_of(int64_t channels) { return (channels + CHANNELS - 1) / CHANNELS; }
 
@@ -29,8 +29,10 @@ class Changes {
   Changes(const DeltaNet& net, Number* changes, int64_t row)
       : net_(net), mine_(changes + row * numbers_left(net)) {}
 
-  Number* inputs() const { return mine_; }                                                      // [channels]
-  Number* key(int64_t head) const { return mine_ + channels_of(net_) + head * of_head(net_); }  // [key_width]
+  Number* inputs() const { return mine_; }  // [channels]
+  Number* key(int64_t head) const {
+    return mine_ + channels_of(net_) + head * left_of_head(net_);
+  }                                                                          // [key_width]
   Number* change(int64_t head) const { return key(head) + net_.key_width; }  // [value_width]
   Number* factor(int64_t head) const { return change(head) + net_.value_width; }
 
@@ -50,7 +52,7 @@ struct DeltaNetCall {
   int32_t activations;
   float** floats;      // [rows], as all that follow: each [max(D, all values)], x, then the heads' answers
   float** projected;   // each [rows of qkv], what is multiplied with qkv
-  float** mixed;       // each [channels], queries, keys and values; those projected, unless they are ordered
+  float** mixed;       // each [channels], queries, keys and values; `projected`, unless that is by key head
   float** z;           // each [all values], unless it is in `projected`
   float** b;           // each [rows of b]
   float** a;           // each [value_heads], unless it is in `b`
@@ -164,8 +166,8 @@ struct DeltaNetCall {
   // The z of a value head.
   float* gate_of(int64_t row, int64_t head) const {
     if (!net->by_key_head) return z[row] + head * net->value_width;
-    float* of_head = projected[row] + head / sharing() * of_key_head() + 2 * net->key_width;
-    return of_head + values_of_key_head() + head % sharing() * net->value_width;
+    float* values = projected[row] + head / sharing() * of_key_head() + 2 * net->key_width;
+    return values + values_of_key_head() + head % sharing() * net->value_width;
   }
 
   // A number of a vector with one for each value head.
@@ -222,8 +224,8 @@ void run(DeltaNetCall& call, int32_t threads) {
   const int64_t rows = call.rows, hidden = n.o.rows, values = n.o.cols;
   const int64_t room = std::max(hidden, values);
   const int64_t state_bytes = 4 * values * n.key_width;
-  const bool ordered = n.by_key_head == 0;  // the matrices give what is needed in the order of heads
-  const int64_t z_bytes = ordered ? weight_bytes(n.z) : 0;
+  const bool apart = n.by_key_head == 0;
+  const int64_t z_bytes = apart ? weight_bytes(n.z) : 0;
   threads = threads_for(weight_bytes(n.qkv) + z_bytes + weight_bytes(n.o) + state_bytes, rows,
                         std::min(threads, MAX_THREADS));
   const auto floats = [](int64_t count) { return Scratch::bytes_of<float>(count); };
@@ -234,7 +236,7 @@ void run(DeltaNetCall& call, int32_t threads) {
                   rows * of_row + floats(threads * call.room()));
   call.floats = take_rows(rows, room);
   call.projected = take_rows(rows, n.qkv.rows);
-  call.mixed = ordered ? call.projected : take_rows(rows, call.channels());
+  call.mixed = apart ? call.projected : take_rows(rows, call.channels());
   call.z = take_rows(rows, values);
   call.b = take_rows(rows, n.b.rows);
   call.a = take_rows(rows, n.value_heads);
@@ -242,9 +244,9 @@ void run(DeltaNetCall& call, int32_t threads) {
   call.in = take_all_prepared(rows, hidden, call.activations);
   call.attended = take_all_prepared(rows, values, call.activations);
   call.own = scratch.take<float>(threads * call.room());
-  call.qkv_chunks = chunks_of(n.qkv, rows), call.z_chunks = ordered ? chunks_of(n.z, rows) : 0;
+  call.qkv_chunks = chunks_of(n.qkv, rows), call.z_chunks = apart ? chunks_of(n.z, rows) : 0;
   call.b_chunks = chunks_of(n.b, rows);
-  const int64_t a_chunks = ordered ? chunks_of(n.a, rows) : 0;
+  const int64_t a_chunks = apart ? chunks_of(n.a, rows) : 0;
   const int64_t chunks[] = {rows,
                             call.qkv_chunks + call.z_chunks + call.b_chunks + a_chunks,
                             rows * call.blocks(),
@@ -296,7 +298,7 @@ struct ChangeCall {
 
 }  // namespace
 
-int64_t numbers_left(const DeltaNet& net) { return channels_of(net) + net.value_heads * of_head(net); }
+int64_t numbers_left(const DeltaNet& net) { return channels_of(net) + net.value_heads * left_of_head(net); }
 
 int32_t moe_delta_net(const DeltaNet* net, const void* x, void* inputs, float* states, int64_t rows, void* y,
                       float* changes, int32_t activations, int32_t threads) try {
