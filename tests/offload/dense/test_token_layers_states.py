@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 import moe_local
 from moe_local.offload.dense.layers_ahead import Ahead
+from moe_local.offload.modeling.names import cache_name
 from moe_local.offload.native.library import library
 from support.decoder_layers import IDS, Loop, apart, counted, one_by_one, together
 
@@ -121,8 +122,7 @@ def changed(loop: Loop, number: int) -> None:
 def called(loop: Loop, number: int, x: torch.Tensor) -> None:
     """A call of its own."""
     net = loop.layers[number].linear_attn
-    cache = list(inspect.signature(type(net).forward).parameters)[2]
-    net(hidden_states=x, **{cache: loop.kv.row(0)})
+    net(hidden_states=x, **{cache_name(Qwen3NextGatedDeltaNet.forward): loop.kv.row(0)})
 
 
 CHANGES_BETWEEN: dict[str, Callable[[Loop, torch.Tensor], Any]] = {
