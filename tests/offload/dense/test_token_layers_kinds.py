@@ -95,8 +95,8 @@ def shared(layer: Any) -> Any:
 
 
 PLACES: list[tuple[str, Callable[[Any], nn.Module]]] = [
-    *((family, shared) for family in FAMILIES),
-    *((family, lambda layer: shared(layer).down_proj) for family in FAMILIES),
+    *((family, shared) for family in FAMILIES if family != "qwen3_next"),
+    *((family, lambda layer: shared(layer).down_proj) for family in FAMILIES if family != "qwen3_next"),
     ("qwen2_moe", lambda layer: layer.mlp.shared_expert_gate),
     ("qwen3_5_moe", lambda layer: layer.mlp.shared_expert_gate),
     ("deepseek_v3", lambda layer: layer.self_attn.kv_b_proj),

@@ -76,19 +76,17 @@ class Outcomes:
 ORDERS = [[0, 1], [0, 1, 3], [0, 2, 1, 3], [1, 0, 2, 3], [0, 0, 1], [3, 2, 1, 0]]
 
 
-@pytest.mark.parametrize("family", STATES)
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_state_changes_when_its_layer_is_called(
-    load: Callable[..., Any], family: str, order: list[int], passes: list[int]
+    load: Callable[..., Any], order: list[int], passes: list[int]
 ) -> None:
-    found = Outcomes(load, passes, family, lambda loop: loop(order))
+    found = Outcomes(load, passes, STATES[len(order) % 2], lambda loop: loop(order))
     assert found.agree()
     assert any(count == 4 for count in found.passes[0]) == (order[0] == 0)
 
 
-@pytest.mark.parametrize("family", STATES)
 def test_a_forward_that_fails_leaves_the_states_behind_it(
-    load: Callable[..., Any], family: str, passes: list[int]
+    load: Callable[..., Any], passes: list[int]
 ) -> None:
     def use(loop: Loop) -> torch.Tensor:
         before: list[torch.Tensor] = []
@@ -107,7 +105,7 @@ def test_a_forward_that_fails_leaves_the_states_behind_it(
         assert stayed == [False] * 4 + [True] * 2  # two tensors of layers 0, 1 and 3 each
         return loop([0, 1, 2, 3])
 
-    found = Outcomes(load, passes, family, use)
+    found = Outcomes(load, passes, "qwen3_next", use)
     assert found.agree()
     assert (
         found.passes[0] == [4] * 6
@@ -187,12 +185,11 @@ def test_a_mask_that_a_state_does_not_suit(load: Callable[..., Any], monkeypatch
     assert expected == [(1, True), (2, True), (3, False)] * 3
 
 
-ROWS = ["SSSASSSA", "ASSA", "SA"]
+ROWS = [("SSSASSSA", "qwen3_5_moe"), ("ASSA", "qwen3_next"), ("SA", "qwen3_5_moe")]
 
 
-@pytest.mark.parametrize("family", STATES)
-@pytest.mark.parametrize("row", ROWS)
-def test_rows_of_both_kinds(load: Callable[..., Any], family: str, row: str, passes: list[int]) -> None:
+@pytest.mark.parametrize(("row", "family"), ROWS)
+def test_rows_of_both_kinds(load: Callable[..., Any], row: str, family: str, passes: list[int]) -> None:
     kinds = {"S": "linear_attention", "A": "full_attention"}
     config = {"num_hidden_layers": len(row), "layer_types": [kinds[kind] for kind in row]}
     prompts, new = [[*IDS, 12, 13], IDS[2:8]], 3
