@@ -107,9 +107,8 @@ def test_a_forward_that_fails_leaves_the_states_behind_it(
 
     found = Outcomes(load, passes, "qwen3_next", use)
     assert found.agree()
-    assert (
-        found.passes[0] == [4] * 6
-    )  # not the first token, which finds no states, but those after the failure
+    # not the first token, which finds no states, but those after the failure
+    assert found.passes[0] == [4] * 6
 
 
 def changed(loop: Loop, number: int) -> None:
