@@ -60,7 +60,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> bool:
     return bool((got - want).float().norm() <= bound * want.float().norm())
 
 
-@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("native", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_as_the_original(calls: list[int], family: str, dtype: torch.dtype, native: bool) -> None:

@@ -89,7 +89,10 @@ def prepared(hf: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [(family, dtype) for family in TAKEN for dtype in ("fp32", "bf16") if TAKEN[family] or dtype == "fp32"],
+    [
+        *((family, "bf16" if TAKEN[family] else "fp32") for family in TAKEN),
+        *(pytest.param(family, "fp32", marks=pytest.mark.slow) for family in TAKEN if TAKEN[family]),
+    ],
 )
 def test_no_bit_changes(
     make_checkpoint: Callable[..., Path],

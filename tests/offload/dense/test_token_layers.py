@@ -57,7 +57,7 @@ def load(make_checkpoint: Callable[..., Path]) -> Callable[..., Any]:
     return load
 
 
-@pytest.mark.parametrize("dense", ["fp32", "bf16", "nf4"])
+@pytest.mark.parametrize("dense", [pytest.param("fp32", marks=pytest.mark.slow), "bf16", "nf4"])
 @pytest.mark.parametrize(("family", "config"), CASES)
 def test_no_bit_changes(
     load: Callable[..., Any], family: str, config: dict[str, Any], dense: str, passes: list[int]
@@ -97,7 +97,7 @@ def test_a_model_generates_so(load: Callable[..., Any], passes: list[int]) -> No
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("before", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_hooks_see_what_they_always_saw(
     load: Callable[..., Any], part: str, before: bool, passes: list[int]
 ) -> None:

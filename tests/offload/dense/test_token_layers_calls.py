@@ -265,7 +265,9 @@ def swap(layer: Any) -> None:
 
 
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("number", [0, 1, 3])
+@pytest.mark.parametrize(
+    "number", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_a_layer_that_comes_back(
     load: Callable[..., Any], cut: str, number: int, passes: list[int], taken: list[int]
 ) -> None:

@@ -132,7 +132,7 @@ CHANGES_BETWEEN: dict[str, Callable[[Loop, torch.Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("inference", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("change", CHANGES_BETWEEN)
 def test_what_changes_between_two_layers(
     load: Callable[..., Any], change: str, inference: bool, passes: list[int]
