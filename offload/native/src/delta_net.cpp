@@ -29,11 +29,11 @@ class Changes {
   Changes(const DeltaNet& net, Number* changes, int64_t row)
       : net_(net), mine_(changes + row * numbers_left(net)) {}
 
-  Number* inputs() const { return mine_; }  // [channels]
-  Number* key(int64_t head) const {
-    return mine_ + channels_of(net_) + head * left_of_head(net_);
-  }                                                                          // [key_width]
-  Number* change(int64_t head) const { return key(head) + net_.key_width; }  // [value_width]
+  // Each channel's new input.
+  Number* inputs() const { return mine_; }
+  // What a value head's state becomes: factor * state + key change; [key_width] and [value_width].
+  Number* key(int64_t head) const { return mine_ + channels_of(net_) + head * left_of_head(net_); }
+  Number* change(int64_t head) const { return key(head) + net_.key_width; }
   Number* factor(int64_t head) const { return change(head) + net_.value_width; }
 
  private:
