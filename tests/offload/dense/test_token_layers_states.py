@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was n
 
 torch.set_num_threads(1)
 
-STATES = "qwen3_5_moe", "qwen3_next"
+FAMILY = "qwen3_next"
 
 
 @pytest.fixture
@@ -52,13 +52,11 @@ class Outcomes:
     """Of the same for layers together, and for each alone: what `use` gives, the states that it leaves and
     the counts; and how many layers were computed at a time."""
 
-    def __init__(
-        self, load: Callable[..., Any], passes: list[int], family: str, use: Callable[[Loop], Any]
-    ) -> None:
+    def __init__(self, load: Callable[..., Any], passes: list[int], use: Callable[[Loop], Any]) -> None:
         self.passes: list[list[int]] = []
         self._found = []
         for alone in (False, True):
-            with load(family, "fp32") as model:
+            with load(FAMILY, "fp32") as model:
                 loop = Loop(apart(model.hf) if alone else model.hf)
                 passes.clear()
                 output = use(loop)
@@ -80,7 +78,7 @@ ORDERS = [[0, 1], [0, 1, 3], [0, 2, 1, 3], [1, 0, 2, 3], [0, 0, 1], [3, 2, 1, 0]
 def test_a_state_changes_when_its_layer_is_called(
     load: Callable[..., Any], order: list[int], passes: list[int]
 ) -> None:
-    found = Outcomes(load, passes, STATES[len(order) % 2], lambda loop: loop(order))
+    found = Outcomes(load, passes, lambda loop: loop(order))
     assert found.agree()
     assert any(count == 4 for count in found.passes[0]) == (order[0] == 0)
 
@@ -105,7 +103,7 @@ def test_a_forward_that_fails_leaves_the_states_behind_it(
         assert stayed == [False] * 4 + [True] * 2  # two tensors of layers 0, 1 and 3 each
         return loop([0, 1, 2, 3])
 
-    found = Outcomes(load, passes, "qwen3_next", use)
+    found = Outcomes(load, passes, use)
     assert found.agree()
     # not the first token, which finds no states, but those after the failure
     assert found.passes[0] == [4] * 6
@@ -145,7 +143,7 @@ def test_what_changes_between_two_layers(
         with torch.inference_mode(inference):
             return loop([0, 1, 2, 3], before=act)
 
-    found = Outcomes(load, passes, "qwen3_next", use)
+    found = Outcomes(load, passes, use)
     assert found.agree()
     assert found.passes[0] == [4] * 3
 
@@ -155,7 +153,7 @@ def test_states_in_a_cache_of_transformers(load: Callable[..., Any], inference: 
     """In inference mode, torch does not count how often they are changed."""
     found = []
     for alone in (False, True):
-        with load("qwen3_next", "fp32") as model:
+        with load(FAMILY, "fp32") as model:
             loop = Loop(apart(model.hf) if alone else model.hf)
             with torch.inference_mode(inference):
                 cache = DynamicCache(config=model.hf.config)
@@ -179,7 +177,7 @@ def test_a_mask_that_a_state_does_not_suit(load: Callable[..., Any], monkeypatch
         return expected[-1][1]
 
     monkeypatch.setattr(Ahead, "goes_on", noted)
-    with load("qwen3_next", "fp32") as model:
+    with load(FAMILY, "fp32") as model:
         Loop(model.hf)([0, 1, 2, 3], more={3: {"attention_mask": torch.ones(1, 1)}})
     assert expected == [(1, True), (2, True), (3, False)] * 3
 
@@ -206,7 +204,7 @@ def test_rows_of_both_kinds(load: Callable[..., Any], row: str, family: str, pas
 def test_attention_that_gives_scores_ends_the_row(load: Callable[..., Any], passes: list[int]) -> None:
     found = []
     for alone in (False, True):
-        with load("qwen3_next", "fp32") as model:
+        with load(FAMILY, "fp32") as model:
             hf = apart(model.hf) if alone else model.hf
             one_by_one(hf)
             hf.set_attn_implementation("eager")
@@ -220,7 +218,7 @@ def test_attention_that_gives_scores_ends_the_row(load: Callable[..., Any], pass
 
 
 def test_torchs_default_dtype_does_not_matter(load: Callable[..., Any], passes: list[int]) -> None:
-    with load("qwen3_next") as model:
+    with load(FAMILY) as model:
         want = one_by_one(model.hf)
         torch.set_default_dtype(torch.bfloat16)
         try:
