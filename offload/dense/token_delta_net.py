@@ -101,11 +101,13 @@ class TokenDeltaNet(LibraryCall):
             return None
         return places
 
-    def states(self, index: int, x: torch.Tensor, kwargs: dict[str, Any]) -> States | None:
-        """Those of layer `index` in the cache among the arguments of a layer's call, if the library could
-        serve this layer with x [n, 1, D]; else None."""
+    def states_ahead(self, index: int, x: torch.Tensor, kwargs: dict[str, Any]) -> States | None:
+        """Those of layer `index` in the cache among the arguments of an earlier layer's call, if the library
+        could serve this layer with x [n, 1, D], and their changes until its call are noticed; else None."""
         found = states_of(kwargs, index)
-        return found if found is not None and len(x) <= self.most_tokens and self.takes(x, *found) else None
+        if found is None or not found.are_watched or len(x) > self.most_tokens:
+            return None
+        return found if self.takes(x, *found) else None
 
     @property
     def left(self) -> int:

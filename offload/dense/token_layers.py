@@ -200,7 +200,9 @@ class TokenLayers:
             return ()
         attention = attention_of(self._modules[self._turning])
         mixer = mixer_of(attention)
-        if not isinstance(mixer, AttentionCall) or not mixer.suits(attention, x, kwargs):
+        if not isinstance(mixer, AttentionCall):
+            return None
+        if self._turning and not mixer.suits(attention, x, kwargs):  # the first layer has its places already
             return None
         return mixer.read_angles(kwargs, tokens)
 
@@ -221,9 +223,7 @@ class TokenLayers:
             where: Places | States | None = first
             mask = kwargs.get("attention_mask")
             if places and part.net is not None:
-                mask, where = None, part.net.states(part.layer_idx, x, kwargs)
-                if where is not None and not where.are_watched:
-                    where = None
+                mask, where = None, part.net.states_ahead(part.layer_idx, x, kwargs)
             elif places:
                 layer: Any = layers[part.layer_idx] if part.layer_idx < len(layers) else None
                 where = None
@@ -260,9 +260,10 @@ class TokenLayers:
             idle = guard.idle()
             part = part_of(module, turning, x, kwargs) if idle else None
             if part is not None and part.net is not None:
-                # a state that another layer changes before
-                part = None if part.layer_idx in states else part
-                states.add(attention_of(module).layer_idx)
+                if part.layer_idx in states:
+                    part = None  # it begins with what a layer before it makes of their state
+                else:
+                    states.add(part.layer_idx)
             if part is None:
                 self._cut = Cut(module, guard, idle, table_of(module, x) is not None)
                 break
@@ -289,11 +290,12 @@ def _alike(
     columns, to those of the first layer with any."""
     if where is first:
         return True
-    if isinstance(where, States) or columns is None:
-        return where.tokens == first.tokens and (isinstance(where, States) or where.fit(dtype))
-    if where.lasts != columns.lasts or where.keys.shape[2] != columns.keys.shape[2]:
+    if where.tokens != first.tokens:
         return False
-    return where.keys.dtype is where.values.dtype is dtype
+    if isinstance(where, States):
+        return True
+    alike = columns is None or (where.lasts, where.keys.shape[2]) == (columns.lasts, columns.keys.shape[2])
+    return alike and where.fit(dtype)
 
 
 def _all(guards: Iterable[Guard]) -> Guard:
