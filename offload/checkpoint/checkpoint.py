@@ -16,7 +16,7 @@ from moe_local.cache.files import parse_json
 from moe_local.offload.checkpoint.config_limits import check_config
 from moe_local.offload.checkpoint.dense_weights import DenseWeights
 from moe_local.offload.checkpoint.expert_sources import ExpertSources
-from moe_local.offload.checkpoint.files import find_gguf
+from moe_local.offload.checkpoint.files import MODELOPT_CONFIG, file_inside, find_gguf
 from moe_local.offload.checkpoint.gguf_file import GgufFile
 from moe_local.offload.checkpoint.gguf_model import config_fields, model_weights
 from moe_local.offload.checkpoint.quantization import Quantization
@@ -181,7 +181,18 @@ def parse_config(path: Path) -> Any:
             f"{path}: model type {reprlib.repr(model_type)} is unknown to this transformers{code}; "
             "a newer transformers may know it: pip install -U transformers"
         )
+    if not fields.get("quantization_config") and path.with_name(MODELOPT_CONFIG).is_file():
+        fields["quantization_config"] = _modelopt_settings(path.with_name(MODELOPT_CONFIG))
     return _make_config(fields, path)
+
+
+def _modelopt_settings(path: Path) -> dict[str, Any]:
+    """What earlier releases of NVIDIA Model Optimizer wrote beside config.json only."""
+    try:
+        settings = parse_json(file_inside(path.parent, path.name).read_bytes())["quantization"]
+        return {**settings, "quant_method": "modelopt"}
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise CheckpointError(f"{path} does not describe a quantization; get the checkpoint again") from error
 
 
 MOST_OF_A_REASON = 300

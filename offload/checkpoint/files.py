@@ -9,6 +9,7 @@ from moe_local.cache.errors import CheckpointError, ModelNotFoundError
 from moe_local.cache.files import parse_json
 
 CONFIG = "config.json"
+MODELOPT_CONFIG = "hf_quant_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 GGUF = ".gguf"

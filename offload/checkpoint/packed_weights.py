@@ -147,7 +147,7 @@ def _awq(shards: Shards, packing: AwqPacking) -> Iterator[Packed]:
 
 def _pack_quantized(shards: Shards, packing: CompressedTensorsPacking) -> Iterator[Packed]:
     bits = packing.bits
-    for stem, words, parts in _each(shards, ".weight_packed"):
+    for stem, words, parts in _each(shards, ".weight_packed", besides="U8"):  # those are 4-bit floats
         rows, columns = words.shape[0], words.shape[1] * 32 // bits
         groups = _groups(words, columns, packing.group, shards.remedy)
         scale = parts.find(".weight_scale", FLOATS)
@@ -169,10 +169,11 @@ def _pack_quantized(shards: Shards, packing: CompressedTensorsPacking) -> Iterat
         yield Packed(f"{stem}.weight", (rows, columns), tuple(made), decoder)
 
 
-def _each(shards: Shards, end: str) -> Iterator[tuple[str, StoredTensor, _Parts]]:
-    """(module's path, its packed numbers, its other tensors) for each key that ends with `end`."""
+def _each(shards: Shards, end: str, besides: str | None = None) -> Iterator[tuple[str, StoredTensor, _Parts]]:
+    """(module's path, its packed numbers, its other tensors) for each key that ends with `end`, if its dtype
+    is not `besides`."""
     for key, words in shards.tensors.items():
-        if key.endswith(end):
+        if key.endswith(end) and words.dtype != besides:
             stem = key.removesuffix(end)
             if words.dtype != "I32" or len(words.shape) != 2:
                 raise CheckpointError(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.quantize import fp8
+from moe_local.offload.quantize import fp8, mxfp4
 
-METHODS = ("fp8", "mxfp4", "bitsandbytes", "gptq", "awq", "compressed-tensors")
+METHODS = ("fp8", "mxfp4", "bitsandbytes", "gptq", "awq", "compressed-tensors", "modelopt")
 """Transformers' names of the quantization methods that can be read."""
 
 WHOLE = 2**30
@@ -60,12 +60,13 @@ class Quantization:
 
     method: str
     experts: str
-    """Format of the routed experts: "fp8", "mxfp4", or `method` if no kernel reads them in place."""
+    """Format of the routed experts: "fp8", "mxfp4", or `method` if no kernel reads them in place, or if only
+    the tensors say which format a weight has."""
     block: tuple[int, int] | None = None
     """Rows and columns that share a scale in FP8; None: each tensor has one scale."""
     packing: Packing | None = None
-    """How weights, experts' and dense ones, are packed if they have to be decoded and encoded again; None for
-    FP8 and MXFP4."""
+    """How weights, experts' and dense ones, are packed if their tensors alone do not say it; None if they do,
+    as those of FP8, MXFP4 and NVFP4."""
 
     @classmethod
     def of(cls, config: Any) -> Quantization | None:
@@ -79,6 +80,8 @@ class Quantization:
             return None
         bitsandbytes = settings.get("load_in_4bit") or settings.get("load_in_8bit")
         method = str(settings.get("quant_method", "bitsandbytes" if bitsandbytes else "unknown"))
+        if method.startswith("modelopt"):
+            return modelopt(settings)
         if method not in METHODS:
             raise CheckpointError(
                 f"the weights are already quantized ({method[:80]}), and of such formats only "
@@ -94,7 +97,7 @@ class Quantization:
         if method == "awq":
             return _awq(settings)
         if method == "compressed-tensors":
-            return _compressed_tensors(settings)
+            return compressed_tensors(settings)
         block = settings.get("weight_block_size", (fp8.BLOCK, fp8.BLOCK))
         if block is not None and not _is_block(block):
             raise CheckpointError(f"weight_block_size {block!r} is not two numbers from 1 up")
@@ -134,35 +137,101 @@ def _awq(settings: Mapping[str, Any]) -> Quantization:
     return Quantization("awq", "awq", packing=AwqPacking(_group("awq", settings, name)))
 
 
-def _compressed_tensors(settings: Mapping[str, Any]) -> Quantization:
+INTEGERS = ("int-quantized", "naive-quantized")
+FLOATS = ("float-quantized", "naive-quantized")
+TENSORS_SAY = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4", "mxfp8-quantized": "fp8"}
+"""The formats of compressed-tensors that have no settings."""
+
+
+def compressed_tensors(settings: Mapping[str, Any]) -> Quantization:
+    """What compressed-tensors' config says (its `QuantizationConfig`). Raises CheckpointError."""
     method = "compressed-tensors"
-    form = _one_of(method, settings, "format", ("pack-quantized", "float-quantized", "naive-quantized"))
+    sparse = settings.get("sparsity_config")
+    if isinstance(sparse, Mapping) and sparse.get("format", "dense") != "dense":
+        raise _refused(method, "sparsity_config", sparse, "none")
+    if settings.get("transform_config"):
+        raise _refused(method, "transform_config", settings["transform_config"], "none")
     groups = settings.get("config_groups")
-    weights = [
-        group["weights"]
+    described = [
+        (group.get("format") or settings.get("format"), group["weights"])
         for group in (groups.values() if isinstance(groups, Mapping) else ())
         if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)
     ]
-    if not weights:
+    if not described:
         raise CheckpointError(f"{method} says nothing of weights in config_groups; get the checkpoint again")
-    names = ("num_bits", "type", "strategy", "group_size", "symmetric", "block_structure")
-    first = weights[0]
-    if any(other.get(name) != first.get(name) for other in weights for name in names):
-        raise _refused(method, "config_groups", len(weights), "groups with the same bits and group_size")
+    found = {_compressed_tensors_group(form, weights) for form, weights in described}
+    packings = {group.packing for group in found} - {None}
+    blocks = {group.block for group in found if group.experts == "fp8"}
+    if len(packings) > 1 or len(blocks) > 1:
+        raise _refused(method, "config_groups", len(described), "groups with the same bits and group_size")
+    if len(found) == 1:
+        return found.pop()
+    return Quantization(method, method, next(iter(blocks), None), next(iter(packings), None))
+
+
+def _compressed_tensors_group(form: Any, weights: Mapping[str, Any]) -> Quantization:
+    method = "compressed-tensors"
+    known = ("pack-quantized", "int-quantized", *FLOATS, *TENSORS_SAY)
+    form = _one_of(method, {"format": form}, "format", known)
+    if form in TENSORS_SAY:
+        return _stated(method, TENSORS_SAY[form], (1, mxfp4.BLOCK))
     if form == "pack-quantized":
-        _one_of(method, first, "type", ("int",), "int")
-        bits = _one_of(method, first, "num_bits", (4, 8))
-        strategy = _one_of(method, first, "strategy", ("group", "channel", "tensor"), "group")
-        group = _group(method, first) if strategy == "group" else -1
-        packing = CompressedTensorsPacking(bits, group, zeros=first.get("symmetric") is False)
+        _one_of(method, weights, "type", ("int",), "int")
+        bits = _one_of(method, weights, "num_bits", (4, 8))
+        strategy = _one_of(method, weights, "strategy", ("group", "channel", "tensor"), "group")
+        group = _group(method, weights) if strategy == "group" else -1
+        packing = CompressedTensorsPacking(bits, group, zeros=weights.get("symmetric") is False)
         return Quantization(method, method, packing=packing)
-    _one_of(method, first, "type", ("float",))
-    _one_of(method, first, "num_bits", (8,))
-    strategy = _one_of(method, first, "strategy", ("tensor", "channel", "block"))
-    block = first.get("block_structure") if strategy == "block" else (1, WHOLE)
+    _one_of(method, weights, "num_bits", (8,))
+    if form in INTEGERS and weights.get("type", "int") == "int":
+        _one_of(method, weights, "strategy", ("tensor", "channel"), "tensor")
+        return Quantization(method, method)
+    _one_of(method, weights, "type", ("float",))
+    strategy = _one_of(method, weights, "strategy", ("tensor", "channel", "block"))
+    block: Any = weights.get("block_structure") if strategy == "block" else (1, WHOLE)
     if not _is_block(block):
         raise CheckpointError(f"block_structure {block!r} is not two numbers from 1 up")
-    return Quantization("fp8", "fp8", None if strategy == "tensor" else (block[0], block[1]))
+    return _stated(method, "fp8", None if strategy == "tensor" else (int(block[0]), int(block[1])))
+
+
+MODELOPT = {
+    "FP8": ("fp8", None),
+    "FP8_PER_CHANNEL_PER_TOKEN": ("fp8", (1, WHOLE)),
+    "FP8_PB_WO": ("fp8", (fp8.BLOCK, fp8.BLOCK)),
+    "MXFP8": ("fp8", (1, mxfp4.BLOCK)),
+    "NVFP4": ("nvfp4", None),
+    "W4A16_NVFP4": ("nvfp4", None),
+    "W4A8_NVFP4_FP8": ("nvfp4", None),
+    "W4A8_MXFP4_FP8": ("mxfp4", None),
+}
+"""NVIDIA Model Optimizer's names of what it does to weights and activations (`quant_algo`) -> the format of
+the weights and, for FP8, rows and columns that share a scale."""
+
+
+def modelopt(settings: Mapping[str, Any]) -> Quantization:
+    """What NVIDIA Model Optimizer's config says, in config.json or hf_quant_config.json. Raises
+    CheckpointError."""
+    algorithm = settings.get("quant_algo")
+    layers = settings.get("quantized_layers") if algorithm == "MIXED_PRECISION" else {"": settings}
+    if not isinstance(layers, Mapping) or not all(isinstance(layer, Mapping) for layer in layers.values()):
+        raise _refused("modelopt", "quantized_layers", layers, "a description of each layer")
+    found = set()
+    for layer in layers.values():
+        named = {"quant_algo": str(layer.get("quant_algo")).upper()}
+        found.add(MODELOPT[_one_of("modelopt", named, "quant_algo", tuple(MODELOPT))])
+    if len(found) == 1:
+        return _stated("modelopt", *found.pop())
+    blocks = {block for form, block in found if form == "fp8"}
+    if len(blocks) > 1 or not found:
+        raise _refused("modelopt", "quantized_layers", len(layers), "layers with the same blocks in FP8")
+    return Quantization("modelopt", "modelopt", next(iter(blocks), None))
+
+
+def _stated(method: str, form: str, block: tuple[int, int] | None) -> Quantization:
+    """Weights of one format whose tensors say the rest."""
+    return Quantization(
+        method, form if form in ("fp8", "mxfp4") else method, block if form == "fp8" else None
+    )
 
 
 def _one_of(

@@ -12,11 +12,14 @@ from moe_local.offload.checkpoint.packed_weights import STATE, find_packed
 from moe_local.offload.checkpoint.quantization import WHOLE, Quantization
 from moe_local.offload.checkpoint.shards import Shards, StoredTensor
 from moe_local.offload.quantize import fp8, gguf, mxfp4
-from moe_local.offload.quantize.packed import PackedDecoder
+from moe_local.offload.quantize.nvfp4 import BLOCK as NVFP4_BLOCK
+from moe_local.offload.quantize.packed import Int8Rows, Nvfp4, PackedDecoder
 
 PLAIN = ("F64", "F32", "F16", "BF16")
 FP8 = ("F8_E4M3", "F8_E5M2")
 BYTES = ("U8", "I8")
+SCALES_OF_INPUTS = (".pre_quant_scale", ".svdquant_lora_a")
+"""How the keys end of what Model Optimizer's AWQ and SVDQuant do to a layer's input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class Weight:
     """The numbers and, if they are quantized, their scales."""
     format: str = "plain"
     """Or "fp8", "mxfp4", "mxfp4_transposed" (stored as [..., out, in] while the model has [..., in, out]), a
-    format of GGUF, or the quantization method if there is a `decoder`."""
+    format of GGUF; or, if there is a `decoder`, "nvfp4", "int8", or the quantization method."""
     block: tuple[int, int] = (fp8.BLOCK, fp8.BLOCK)
     """Rows and columns that share a scale, for FP8."""
     undo: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -93,16 +96,18 @@ def find_weights(shards: Shards, quantization: Quantization | None) -> dict[str,
     tensors, remedy = shards.tensors, shards.remedy
     if quantization is None:
         return {key: _plain(tensor) for key, tensor in tensors.items()}
-    if quantization.packing is not None:
-        method = quantization.method
-        weights = {
-            packed.key: Weight(packed.key, packed.shape, packed.parts, method, decoder=packed.decoder)
-            for packed in find_packed(shards, quantization.packing)
-        }
-    elif quantization.method == "fp8":
-        weights = dict(_fp8(tensors, quantization, remedy))
-    else:
+    if quantization.method == "mxfp4":
         weights = dict(_mxfp4(tensors, remedy))
+    else:
+        weights = dict(_scaled(tensors, quantization.block, remedy))
+    if quantization.packing is not None:
+        for key, shape, parts, decoder in find_packed(shards, quantization.packing):
+            weights[key] = Weight(key, shape, parts, quantization.method, decoder=decoder)
+    if scaled := next((key for key in tensors if key.endswith(SCALES_OF_INPUTS)), None):
+        raise CheckpointError(
+            f"{scaled} in {tensors[scaled].shard} changes a layer's input before its quantized weight, "
+            "which is not supported; use the model's bf16 or fp16 checkpoint"
+        )
     scales = {part.key for weight in weights.values() for part in weight.parts}
     rest = (tensor for key, tensor in tensors.items() if key not in scales and not _is_aside(key))
     return weights | {tensor.key: _plain(tensor) for tensor in rest}
@@ -112,31 +117,87 @@ def _plain(tensor: StoredTensor) -> Weight:
     return Weight(tensor.key, tensor.shape, (tensor,))
 
 
-def _fp8(
-    tensors: Mapping[str, StoredTensor], quantization: Quantization, remedy: str
+def _scaled(
+    tensors: Mapping[str, StoredTensor], block: tuple[int, int] | None, remedy: str
 ) -> Iterator[tuple[str, Weight]]:
-    for key, tensor in tensors.items():
-        scale = next((tensors[name] for name in _scale_names(key) if name in tensors), None)
-        if scale is None or tensor.dtype not in (*FP8, *BYTES):
+    """Weights whose numbers have scales in a tensor beside them, which say the format: FP8, and bytes that
+    are MXFP4, NVFP4 or int8."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (*FP8, *BYTES):
             continue
-        if tensor.dtype in BYTES:  # each byte holds two 4-bit numbers
+        key = name.removesuffix("_packed")  # as compressed-tensors calls 4-bit numbers
+        scale = next((tensors[scale] for scale in _scale_names(key) if scale in tensors), None)
+        if scale is None:
+            continue
+        if tensor.dtype in FP8:
+            yield key, _fp8(key, tensor, scale, block, remedy)
+        elif scale.dtype in PLAIN:
+            yield key, _int8(key, tensor, scale, tensors.get(f"{key}_zero_point"), remedy)
+        elif scale.dtype in FP8:
+            yield key, _nvfp4(key, tensor, scale, tensors, remedy)
+        else:  # DeepSeek V4, compressed-tensors
             shape = (*tensor.shape[:-1], 2 * tensor.shape[-1])
             if shape[:-1] != scale.shape[:-1] or shape[-1] != mxfp4.BLOCK * scale.shape[-1]:
                 raise _mismatch(tensor, scale, remedy)
             yield key, Weight(key, shape, (tensor, scale), "mxfp4")
-            continue
-        block = quantization.block or (tensor.shape[-2], tensor.shape[-1])
-        if WHOLE in block:
-            block = (block[0], tensor.shape[-1])
-        if len(scale.shape) == 1 and scale.shape != (1,) and len(tensor.shape) == 2:
-            raise _mismatch(tensor, scale, remedy)
-        grid = scale.shape if len(scale.shape) > 1 else (*tensor.shape[:-2], 1, 1)
-        try:
-            for size, count, length in zip(tensor.shape[-2:], grid[-2:], block, strict=True):
-                fp8.block_size(size, count, length)
-        except ValueError as error:
-            raise _mismatch(tensor, scale, remedy) from error
-        yield key, Weight(key, tensor.shape, (tensor, scale), "fp8", block)
+
+
+def _fp8(
+    key: str, tensor: StoredTensor, scale: StoredTensor, block: tuple[int, int] | None, remedy: str
+) -> Weight:
+    rows, columns = tensor.shape[-2:]
+    block = block or (rows, columns)
+    if WHOLE in block:
+        block = (block[0], columns)
+    if len(scale.shape) == 4 and scale.shape[1::2] == (1, 1):  # Model Optimizer's blocks
+        scale = replace(scale, shape=scale.shape[::2])
+    if scale.shape == (rows,) and rows > 1 and block == (1, columns):  # and rows
+        scale = replace(scale, shape=(rows, 1))
+    if len(scale.shape) == 1 and scale.shape != (1,) and len(tensor.shape) == 2:
+        raise _mismatch(tensor, scale, remedy)
+    grid = scale.shape if len(scale.shape) > 1 else (*tensor.shape[:-2], 1, 1)
+    try:
+        for size, count, length in zip(tensor.shape[-2:], grid[-2:], block, strict=True):
+            fp8.block_size(size, count, length)
+    except ValueError as error:
+        raise _mismatch(tensor, scale, remedy) from error
+    return Weight(key, tensor.shape, (tensor, scale), "fp8", block)
+
+
+def _nvfp4(
+    key: str,
+    tensor: StoredTensor,
+    scale: StoredTensor,
+    tensors: Mapping[str, StoredTensor],
+    remedy: str,
+) -> Weight:
+    """The second scale multiplies in Model Optimizer's files, and divides in those of compressed-tensors."""
+    rows, columns = tensor.shape[0], 2 * tensor.shape[-1]
+    if len(tensor.shape) != 2 or scale.shape != (rows, columns // NVFP4_BLOCK) or columns % NVFP4_BLOCK:
+        raise _mismatch(tensor, scale, remedy)
+    divides = f"{key}_global_scale" in tensors
+    second = tensors.get(f"{key}_global_scale" if divides else f"{key}_scale_2")
+    if second is None:
+        raise CheckpointError(
+            f"{tensor.key} in {tensor.shard} is stored in NVFP4 and its second scale is missing; {remedy}"
+        )
+    if second.dtype != "F32" or second.shape not in ((), (1,)):
+        raise _mismatch(tensor, second, remedy)
+    return Weight(key, (rows, columns), (tensor, scale, second), "nvfp4", decoder=Nvfp4(divides))
+
+
+def _int8(
+    key: str, tensor: StoredTensor, scale: StoredTensor, zeros: StoredTensor | None, remedy: str
+) -> Weight:
+    """compressed-tensors: a scale, and perhaps a zero point, for each row or for the tensor."""
+    rows = tensor.shape[0] if len(tensor.shape) == 2 else 0
+    for part in (scale, zeros):
+        if part is not None and (not rows or part.shape not in ((rows, 1), (1,), (1, 1), ())):
+            raise _mismatch(tensor, part, remedy)
+    if tensor.dtype != "I8" or (zeros is not None and zeros.dtype != "I8"):
+        raise _mismatch(tensor, zeros or scale, remedy)
+    parts = (tensor, scale) if zeros is None else (tensor, scale, zeros)
+    return Weight(key, tensor.shape, parts, "int8", decoder=Int8Rows())
 
 
 def _mxfp4(tensors: Mapping[str, StoredTensor], remedy: str) -> Iterator[tuple[str, Weight]]:
@@ -155,7 +216,7 @@ def _mxfp4(tensors: Mapping[str, StoredTensor], remedy: str) -> Iterator[tuple[s
 
 def _scale_names(key: str) -> Iterator[str]:
     yield f"{key}_scale_inv"
-    yield f"{key}_scale"  # compressed-tensors
+    yield f"{key}_scale"  # compressed-tensors, Model Optimizer
     if key.endswith(".weight"):  # DeepSeek V4, Mistral
         stem = key.removesuffix("weight")
         yield from (f"{stem}scale", f"{stem}qscale_weight")
@@ -163,7 +224,10 @@ def _scale_names(key: str) -> Iterator[str]:
 
 def _is_aside(key: str) -> bool:
     """Whether a tensor is a scale of activations, or describes a packed weight that has been found."""
-    aside = ("activation_scale", "input_scale", "qscale_act", ".weight_shape", ".g_idx")
+    aside = (
+        *("activation_scale", "input_scale", "input_global_scale", "qscale_act", ".weight_shape", ".g_idx"),
+        *(".k_scale", ".v_scale"),  # of cached keys and values
+    )
     return key.endswith(aside) or STATE in key
 
 

@@ -71,7 +71,7 @@ def dequantize_mxfp4(
 
     `columns`: N, if it is not twice the number of bytes in a row of q. See MXFP4Matrix.
     """
-    pairs = _pairs(q.device).index_select(0, q.flatten().int()).view(*q.shape[:-1], -1)
+    pairs = pairs_of_bytes(q.device).index_select(0, q.flatten().int()).view(*q.shape[:-1], -1)
     columns = pairs.shape[-1] if columns is None else columns
     if columns % BLOCK == 0:
         blocks = pairs.view(*scale.shape, BLOCK).mul_(exponents(scale).unsqueeze(-1))
@@ -89,7 +89,7 @@ def numbers(device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4)
-def _pairs(device: torch.device) -> torch.Tensor:
+def pairs_of_bytes(device: torch.device) -> torch.Tensor:
     """The two numbers in each possible byte, float32 [256, 2]."""
     values, byte = numbers(device), torch.arange(256, device=device)
     return torch.stack([values[byte & 15], values[byte >> 4]], dim=1)

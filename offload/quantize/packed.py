@@ -1,4 +1,4 @@
-"""Decoders of publishers' packed formats: bitsandbytes' 4 bits, GPTQ, AWQ and compressed-tensors.
+"""Decoders of publishers' packed formats: bitsandbytes' 4 bits, GPTQ, AWQ, compressed-tensors and NVFP4.
 
 Each has the parameters that its file states, and decodes the stored parts to float32 [out, in]. All multiply
 a small integer, or a level from a table, with a scale in float32; 4-bit integers times 16-bit scales are
@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from moe_local.cache.errors import CheckpointError
+from moe_local.offload.quantize.nvfp4 import dequantize_nvfp4
 
 AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which nibble of AWQ's word, from the lowest, holds each of its eight columns (the "gemm" layout)."""
@@ -109,6 +110,32 @@ class PackQuantized:
             else:
                 zeros = stored.view(-1, stored.shape[-1]).expand_as(scale).short() + half
         return _scaled(q, zeros, scale, more[0] if self.grouped else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Rows:
+    """Parts: int8 [out, in], scales [out, 1] or of one element, and perhaps zero points, int8, as many."""
+
+    def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        q, scale, *zeros = parts
+        numbers = q.float()
+        if zeros:
+            numbers.sub_(zeros[0].float())
+        return numbers.mul_(scale.float())
+
+
+@dataclass(frozen=True, slots=True)
+class Nvfp4:
+    """Parts: uint8 [out, in / 2], scales E4M3 [out, in / 16], a second scale float32 of one element, by which
+    the others are multiplied or, if `divides`, divided."""
+
+    divides: bool
+
+    def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        q, scale, second = parts
+        scale = scale.float()
+        scale = scale.div_(second) if self.divides else scale.mul_(second)
+        return dequantize_nvfp4(q, scale)
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:

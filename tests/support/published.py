@@ -47,7 +47,7 @@ def fp8(
         "activation_scheme": "dynamic",
         "weight_block_size": [block, block],
     }
-    return _write(source, folder, quantize, settings)
+    return write(source, folder, quantize, settings)
 
 
 def mxfp4(source: Path, folder: Path) -> tuple[Path, Path]:
@@ -67,7 +67,7 @@ def mxfp4(source: Path, folder: Path) -> tuple[Path, Path]:
         return {f"{key}_blocks": packed, f"{key}_scales": (exponent + 127).to(torch.uint8)}, twin
 
     settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
-    return _write(source, folder, quantize, settings)
+    return write(source, folder, quantize, settings)
 
 
 def bitsandbytes(
@@ -79,7 +79,7 @@ def bitsandbytes(
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     def quantize(key: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
-        if not _is_linear(key, weight):
+        if not is_linear(key, weight):
             return None
         q, state = quantize_4bit(weight.float(), blocksize=block, compress_statistics=nested, quant_type=kind)
         described = {f"{key}.{name}": part.clone() for name, part in state.as_dict(packed=True).items()}
@@ -96,7 +96,7 @@ def bitsandbytes(
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": ["lm_head", "k_proj"],
     }
-    return _write(source, folder, quantize, settings)
+    return write(source, folder, quantize, settings)
 
 
 def gptq(
@@ -111,7 +111,7 @@ def gptq(
     """Quantize as AutoGPTQ or, with `v2`, GPTQModel; with `act_order`, groups consist of arbitrary inputs."""
 
     def quantize(key: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
-        if not _is_linear(key, weight):
+        if not is_linear(key, weight):
             return None
         out, inputs = weight.shape
         index = torch.arange(inputs) // (inputs if group < 0 else group)
@@ -137,7 +137,7 @@ def gptq(
         "sym": symmetric,
         **({"checkpoint_format": "gptq_v2"} if v2 else {}),
     }
-    return _write(source, folder, quantize, settings)
+    return write(source, folder, quantize, settings)
 
 
 def awq(source: Path, folder: Path, group: int = 32) -> tuple[Path, Path]:
@@ -145,7 +145,7 @@ def awq(source: Path, folder: Path, group: int = 32) -> tuple[Path, Path]:
     order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
 
     def quantize(key: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
-        if not _is_linear(key, weight):
+        if not is_linear(key, weight):
             return None
         q, zero, scale, twin = _grouped(weight.float(), torch.arange(weight.shape[1]) // group, 4, False)
         stem = key.removesuffix(".weight")
@@ -157,7 +157,7 @@ def awq(source: Path, folder: Path, group: int = 32) -> tuple[Path, Path]:
         return tensors, twin
 
     settings = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
-    return _write(source, folder, quantize, settings)
+    return write(source, folder, quantize, settings)
 
 
 def pack_quantized(
@@ -172,7 +172,7 @@ def pack_quantized(
     row."""
 
     def quantize(key: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
-        if not _is_linear(key, weight):
+        if not is_linear(key, weight):
             return None
         inputs = weight.shape[1]
         index = torch.arange(inputs) // (32 if strategy == "group" else inputs)
@@ -198,14 +198,14 @@ def pack_quantized(
         "strategy": strategy,
         "group_size": 32 if strategy == "group" else None,
     }
-    return _write(source, folder, quantize, _compressed("pack-quantized", weights))
+    return write(source, folder, quantize, compressed("pack-quantized", weights))
 
 
 def float_quantized(source: Path, folder: Path, strategy: str = "channel") -> tuple[Path, Path]:
     """Quantize as compressed-tensors' FP8: E4M3 with a scale for each row, or one for the whole matrix."""
 
     def quantize(key: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
-        if not _is_linear(key, weight):
+        if not is_linear(key, weight):
             return None
         largest = (
             weight.float().abs().amax(1, keepdim=True)
@@ -219,15 +219,15 @@ def float_quantized(source: Path, folder: Path, strategy: str = "channel") -> tu
         return {key: q, f"{key}_scale": scale}, q.float() * scale.float()
 
     weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
-    return _write(source, folder, quantize, _compressed("float-quantized", weights))
+    return write(source, folder, quantize, compressed("float-quantized", weights))
 
 
-def _compressed(form: str, weights: dict[str, object]) -> dict[str, object]:
+def compressed(form: str, weights: dict[str, object]) -> dict[str, object]:
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
 
 
-def _is_linear(key: str, weight: torch.Tensor) -> bool:
+def is_linear(key: str, weight: torch.Tensor) -> bool:
     chosen = key.endswith("_proj.weight") or ".experts." in key
     return weight.dim() == 2 and chosen and not key.endswith("k_proj.weight")
 
@@ -267,7 +267,7 @@ def _words(numbers: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     return words.int().movedim(-1, dim).contiguous()
 
 
-def _write(
+def write(
     source: Path,
     folder: Path,
     quantize: Callable[[str, torch.Tensor], tuple[Tensors, torch.Tensor] | None],

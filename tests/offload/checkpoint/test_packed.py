@@ -20,7 +20,7 @@ from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.expert_file.native import NativeExperts
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.nf4 import nf4_matrix
-from support import published
+from support import published, published_floats
 
 torch.set_num_threads(1)
 
@@ -39,6 +39,18 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "packed_order": ("mixtral", "pack_quantized", {"act_order": True}),
     "float": ("qwen3_moe", "float_quantized", {}),
     "float_tensor": ("mixtral", "float_quantized", {"strategy": "tensor"}),
+    "ct_nvfp4": ("qwen3_moe", "compressed_tensors", {"kind": "nvfp4"}),
+    "ct_mxfp4": ("qwen3_moe", "compressed_tensors", {"kind": "mxfp4"}),
+    "ct_mxfp8": ("mixtral", "compressed_tensors", {"kind": "mxfp8"}),
+    "ct_int8": ("mixtral", "compressed_tensors", {"kind": "int8"}),
+    "ct_int8_zeros": ("qwen3_moe", "compressed_tensors", {"kind": "int8_zeros"}),
+    "ct_mixed": ("mixtral", "compressed_tensors", {"kind": "mixed"}),
+    "mo_nvfp4": ("qwen3_moe", "modelopt", {"kind": "NVFP4"}),
+    "mo_fp8": ("mixtral", "modelopt", {"kind": "FP8"}),
+    "mo_rows": ("qwen3_moe", "modelopt", {"kind": "FP8_PER_CHANNEL_PER_TOKEN"}),
+    "mo_blocks": ("qwen3_moe", "modelopt", {"kind": "FP8_PB_WO"}),
+    "mo_mxfp8": ("qwen3_moe", "modelopt", {"kind": "MXFP8"}),
+    "mo_mixed": ("qwen3_moe", "modelopt", {"kind": "MIXED_PRECISION"}),
 }
 
 Made = Callable[[str], tuple[Path, Path]]
@@ -53,7 +65,8 @@ def made(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPath
         if case not in found:
             model_type, method, options = CASES[case]
             source = make_checkpoint(model_type, tokenizer=True)
-            found[case] = getattr(published, method)(source, tmp_path_factory.mktemp(case), **options)
+            module = published if hasattr(published, method) else published_floats
+            found[case] = getattr(module, method)(source, tmp_path_factory.mktemp(case), **options)
         return found[case]
 
     return made
@@ -82,7 +95,10 @@ def test_every_weight_is_that_of_the_twin(made: Made, case: str) -> None:
 @pytest.mark.parametrize(
     "case",
     ["nf4", "gptq_order", "awq", "packed_zeros", "float"]
-    + [pytest.param(case, marks=pytest.mark.slow) for case in ("fp4_128", "gptq", "gptq_v2", "packed_8")],
+    + [
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in ("fp4_128", "gptq", "gptq_v2", "packed_8", "ct_mixed", "mo_nvfp4", "mo_mixed")
+    ],
 )
 def test_greedy_ids_are_those_of_transformers(
     made: Made, case: str, check_like: Callable[[Any, Path], None]
@@ -119,9 +135,10 @@ def test_packed_experts_are_not_read_in_place(made: Made, tmp_path: Path) -> Non
         assert plans[0].bytes.experts_total == plans[1].bytes.experts_total
 
 
-def test_scales_of_rows_are_read_in_place(made: Made) -> None:
-    """FP8 of compressed-tensors: the slots planned for are as large as what is read."""
-    folder, twin = made("float")
+@pytest.mark.parametrize("case", ["float", "mo_rows", "mo_blocks", "mo_mxfp8", "ct_mxfp4"])
+def test_scales_in_other_shapes_are_read_in_place(made: Made, case: str) -> None:
+    """The slots planned for are as large as what is read."""
+    folder, twin = made(case)
     prompt = torch.randint(3, 320, (1, 9), generator=torch.Generator().manual_seed(2))
     answers = []
     for path, experts in ((folder, "native"), (twin, "fp32")):
@@ -155,15 +172,43 @@ MIXTRAL = "model.layers.1.block_sparse_moe.experts.2.w1"
         ),
         ("packed_8", ".weight_scale", None, r"w1.weight_scale is missing"),
         ("packed_8", ".weight_zero_point", None, r"w1.weight_zero_point is missing"),
+        ("ct_nvfp4", ".weight_global_scale", None, r"weight_packed .* in NVFP4 and its second scale is miss"),
+        ("mo_nvfp4", ".weight_scale_2", torch.ones(2), r"weight_scale_2 \[2\] do not go together"),
+        ("mo_nvfp4", ".weight_scale", None, r"stored as U8, a format in which weights are not read"),
+        ("mo_nvfp4", ".weight_scale", torch.ones(3, 5).to(torch.float8_e4m3fn), r"\[3, 5\] do not go toget"),
+        ("mo_nvfp4", ".pre_quant_scale", torch.ones(4), r"changes a layer's input .*; use the model's bf16"),
+        ("mo_rows", ".weight_scale", torch.ones(3), r"weight_scale \[3\] do not go together"),
+        ("ct_int8", ".weight_scale", torch.ones(3, 1), r"weight_scale \[3, 1\] do not go together"),
+        ("ct_int8_zeros", ".weight_zero_point", torch.ones(1), r"weight_zero_point \[1\] do not go togeth"),
     ],
 )
 def test_experts_that_cannot_be_read(
     made: Made, tmp_path: Path, case: str, end: str, replaced: torch.Tensor | None, message: str
 ) -> None:
-    folder = _changed(made(case)[0], tmp_path / "changed", _found(made(case)[0], end), replaced)
+    key = _found(made(case)[0], ".weight_scale" if end == ".pre_quant_scale" else end)
+    if end == ".pre_quant_scale":
+        key = key.removesuffix(".weight_scale") + end
+    folder = _changed(made(case)[0], tmp_path / "changed", key, replaced)
     with pytest.raises(CheckpointError, match=message) as caught:
         Checkpoint.open(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_description_beside_the_config(made: Made, tmp_path: Path) -> None:
+    """Earlier releases of Model Optimizer leave config.json as it was."""
+    folder = shutil.copytree(made("mo_nvfp4")[0], tmp_path / "earlier")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    described = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(described))
+    layer = Checkpoint.open(folder).spec.layers[0]
+    found, expected = (Checkpoint.open(path).read_expert(layer, 0) for path in (folder, made("mo_nvfp4")[1]))
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+    (folder / "hf_quant_config.json").write_text('{"quantization": ["NVFP4"]}')
+    with pytest.raises(CheckpointError, match=r"hf_quant_config.json does not describe .*; get the"):
+        Checkpoint.open(folder)
 
 
 def test_inputs_of_no_group(made: Made, tmp_path: Path) -> None:
@@ -193,13 +238,41 @@ def test_inputs_of_no_group(made: Made, tmp_path: Path) -> None:
         ),
         ({"quant_method": "awq", "bits": 4, "group_size": 64, "version": "marlin"}, "version 'marlin'"),
         ({"quant_method": "awq", "bits": 8, "group_size": 64}, "bits '8'"),
-        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "format 'nvfp4"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "mxfp6-pack-quantized",
+                "config_groups": {"a": {"weights": {"num_bits": 6}}},
+            },
+            "format 'mxfp6-pack-quantized', of which only pack-quantized or",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"a": {}}}},
+            "transform_config .* of which only none is read",
+        ),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "quant_algo 'NVFP4_AWQ', of which only"),
+        ({"quant_method": "modelopt"}, "quant_algo 'NONE', of which only FP8 or"),
+        (
+            {
+                "quant_method": "modelopt",
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {"a": {"quant_algo": "FP8"}, "b": {"quant_algo": "MXFP8"}},
+            },
+            "of which only layers with the same blocks in FP8",
+        ),
+        (
+            {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": "FP8"}},
+            "of which only a description of each layer",
+        ),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "nothing of weights"),
         (
             {
                 "quant_method": "compressed-tensors",
                 "format": "pack-quantized",
-                "config_groups": {"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}},
+                "config_groups": {
+                    name: {"weights": {"num_bits": bits, "strategy": "channel"}}
+                    for name, bits in (("a", 4), ("b", 8))
+                },
             },
             "of which only groups with the same bits",
         ),
@@ -230,7 +303,7 @@ def _changed(folder: Path, to: Path, key: str, tensor: torch.Tensor | None) -> P
     """A copy of the folder in one file, without this tensor or with another in its place."""
     shutil.copytree(folder, to)
     tensors = load_all(to)
-    del tensors[key]
+    tensors.pop(key, None)
     if tensor is not None:
         tensors[key] = tensor
     for path in to.glob("*.safetensors*"):
