@@ -24,7 +24,7 @@ from moe_local.offload.checkpoint.registry import DEMO, find_alias, hub_id, shor
 from moe_local.offload.checkpoint.shards import Shards
 from moe_local.offload.checkpoint.spec import ModelSpec, MoELayer, meta_model, model_spec
 from moe_local.offload.checkpoint.weights import Weight, find_weights
-from moe_local.offload.modeling.configs import make_config
+from moe_local.offload.modeling.configs import OTHER_NAMES, make_config
 from moe_local.offload.system.direct_io import Memory, page_memory
 
 
@@ -175,6 +175,8 @@ def parse_config(path: Path) -> Any:
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise CheckpointError(f"{path} names no model_type; give the folder of a Hugging Face checkpoint")
     model_type = str(fields["model_type"])
+    if model_type not in CONFIG_MAPPING and model_type in OTHER_NAMES:
+        model_type = fields["model_type"] = OTHER_NAMES[model_type]
     if model_type not in CONFIG_MAPPING:
         code = " and brings code of its own, which moe-local never runs" if "auto_map" in fields else ""
         raise CheckpointError(

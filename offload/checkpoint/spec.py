@@ -24,6 +24,13 @@ WITHOUT_TOWERS = frozenset({"gemma4"})
 """Model types whose class accepts None as the config of its vision and audio towers."""
 
 
+NOT_SERVED = {
+    "minimax": "whose class wants a cache of its own",
+    "ernie4_5_vl_moe": "whose experts for text and for images are numbered together",
+}
+"""Model types that transformers has and that are refused, and why."""
+
+
 @dataclass(frozen=True, slots=True)
 class MoELayer:
     """One routed-experts module. `name` is its path in the model; `index` counts MoE layers from 0."""
@@ -126,6 +133,10 @@ def model_class(config: Any) -> type[Any]:
     an image-text or encoder-decoder model. Raises CheckpointError for other kinds of models."""
     from transformers.models.auto import modeling_auto as auto
 
+    if config.model_type in NOT_SERVED:
+        raise CheckpointError(
+            f"models of type {config.model_type!r}, {NOT_SERVED[config.model_type]}, are not supported"
+        )
     for mapping in (
         auto.MODEL_FOR_CAUSAL_LM_MAPPING,
         auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -204,7 +215,7 @@ def model_spec(config: Any, model: Any = None) -> ModelSpec:
             tensors.append(TensorSpec(parameter_name, shape[::-1] if matrix else shape))
         num_experts = next(iter(module.parameters(recurse=False))).shape[0]
         layers.append(
-            MoELayer(len(layers), name, num_experts, _top_k(text, module), tuple(tensors), transposed)
+            MoELayer(len(layers), name, num_experts, _top_k(text, name, module), tuple(tensors), transposed)
         )
     if not layers:
         raise CheckpointError(
@@ -235,9 +246,13 @@ def model_spec(config: Any, model: Any = None) -> ModelSpec:
     )
 
 
-def _top_k(text: Any, module: nn.Module) -> int:
+def _top_k(text: Any, name: str, module: nn.Module) -> int:
+    """Of the experts `module`, whose path is `name`. Hunyuan's config may have a number for each layer."""
     for field in ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk"):
         value = getattr(text, field, None)
+        layer = layer_number(name)
+        if isinstance(value, list) and layer is not None and layer < len(value):
+            value = value[layer]
         if isinstance(value, int):
             return value
     if isinstance(value := getattr(module, "top_k", None), int):
@@ -266,14 +281,15 @@ def _kv_numel_per_token(text: Any, model: nn.Module) -> int:
     """How many numbers all layers cache per token: with MLA a latent, a rope key and, with an indexer, its
     key; with other attention 2 x heads x width."""
     layers: int = text.num_hidden_layers
-    if getattr(text, "kv_lora_rank", None):
-        indexer = getattr(text, "index_head_dim", None) or 0
-        kept = text.kv_lora_rank + text.qk_rope_head_dim
+    if all(getattr(layer, "kv_lora_rank", None) for layer in _layer_configs(text)):
         kinds: set[Any] = {type(module) for module in model.modules() if hasattr(module, "kv_lora_rank")}
-        if any(".update(key_states, value_states" in class_source(kind) for kind in kinds):
-            # these cache expanded keys and values, as DeepSeek V3.2 and GLM-5 in transformers 5.17
-            kept = _expanded_kv_numel_per_token(text)
-        return layers * int(kept + indexer)
+        # these cache expanded keys and values, as DeepSeek V3.2 and GLM-5 in transformers 5.17
+        expanded = any(".update(key_states, value_states" in class_source(kind) for kind in kinds)
+        return sum(
+            (_expanded_latents(layer) if expanded else int(layer.kv_lora_rank + layer.qk_rope_head_dim))
+            + int(getattr(layer, "index_head_dim", None) or 0)
+            for layer in _layer_configs(text)
+        )
     types = getattr(text, "layer_types", None)
     attending = [
         index
@@ -286,16 +302,28 @@ def _kv_numel_per_token(text: Any, model: nn.Module) -> int:
 def _expanded_kv_numel_per_token(text: Any) -> int:
     """How many numbers attention reads per token of a layer: MLA projects latents to keys and values of each
     head; other attention repeats keys and values for each query head."""
-    heads = int(text.num_attention_heads)
-    if getattr(text, "kv_lora_rank", None):
-        return heads * int(text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
+    configs = _layer_configs(text)
+    if all(getattr(layer, "kv_lora_rank", None) for layer in configs):
+        return max(map(_expanded_latents, configs))
+    heads = max(int(layer.num_attention_heads) for layer in configs)
     return 2 * heads * max(_heads(text, index)[1] for index in range(text.num_hidden_layers))
+
+
+def _expanded_latents(layer: Any) -> int:
+    width = layer.qk_nope_head_dim + layer.qk_rope_head_dim + layer.v_head_dim
+    return int(layer.num_attention_heads * width)
+
+
+def _layer_configs(text: Any) -> list[Any]:
+    """The config of each layer; mostly the same one."""
+    if getattr(text, "is_heterogeneous", False):
+        return [text.per_layer_config[index] for index in range(text.num_hidden_layers)]
+    return [text] * text.num_hidden_layers
 
 
 def _heads(text: Any, layer: int) -> tuple[int, int]:
     """(number of key heads, width of a head) of a layer; they differ between the layers of Gemma 4."""
-    if getattr(text, "is_heterogeneous", False):
-        text = text.per_layer_config[layer]
+    text = _layer_configs(text)[layer]
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return int(heads), int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 

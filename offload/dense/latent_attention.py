@@ -17,7 +17,7 @@ from torch import nn
 
 from moe_local.offload.dense.attention import NAME as SINGLE_QUERY
 from moe_local.offload.dense.attention import single_query_attention
-from moe_local.offload.dense.linear import QuantizedLinear
+from moe_local.offload.dense.linear import NativeLinear, QuantizedLinear
 from moe_local.offload.dense.logits_trial import difference
 from moe_local.offload.modeling.masks import single_query_mask
 from moe_local.offload.modeling.stand_in import set_class, stand_in
@@ -184,12 +184,20 @@ def _chosen(mask: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 def _is_known(linear: Any) -> bool:
-    """Whether `_matrix` can read a linear layer's weight, and the layer has neither a bias nor hooks."""
-    if isinstance(linear, nn.Linear):
-        known = linear.weight.is_floating_point() or getattr(linear.weight, "quant_state", None) is not None
-    else:
-        known = isinstance(linear, QuantizedLinear)
-    return known and linear.bias is None and not (linear._forward_hooks or linear._forward_pre_hooks)
+    """Whether `_matrix` can read a linear layer's weight, and the layer computes nothing else: it has neither
+    a bias nor hooks, and nobody has replaced its forward, as LoRA's subclasses do. Accelerate's hooks, which
+    replace it, too, only move tensors."""
+    known = isinstance(linear, QuantizedLinear)
+    if not known and isinstance(linear, nn.Linear):
+        plain = type(linear) in (nn.Linear, NativeLinear) and linear.weight.is_floating_point()
+        known = plain or getattr(linear.weight, "quant_state", None) is not None
+    replaced = "forward" in vars(linear) and not hasattr(linear, "_hf_hook")
+    return (
+        known
+        and not replaced
+        and linear.bias is None
+        and not (linear._forward_hooks or linear._forward_pre_hooks)
+    )
 
 
 def _matrix(linear: Any, dtype: torch.dtype) -> torch.Tensor:

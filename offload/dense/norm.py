@@ -68,10 +68,11 @@ def _native(cls: Any) -> Any:
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether another function may compute the norm: x and weight have one dtype and width, and neither
-    gradients nor autocast are on."""
+    """Whether another function may compute the norm: x and weight have one width and one dtype that the
+    library supports, and neither gradients nor autocast are on."""
     return (
         x.dtype is weight.dtype
+        and x.dtype in DTYPES
         and x.shape[-1:] == weight.shape
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)

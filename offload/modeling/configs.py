@@ -7,6 +7,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+OTHER_NAMES = {"kimi_k2": "deepseek_v3"}
+"""Model types that are published as another's architecture under a name of their own, and its name."""
+
+OPTIONS = frozenset({"attn_implementation", "_attn_implementation"}) | {
+    f"output_{name}" for name in ("attentions", "hidden_states", "router_logits")
+}
+"""Fields of a config that say how its publisher ran the model. What they ask for is not returned here, but
+costs time and memory, and attention may ask for a library that is not installed."""
+
 EQUAL_FACTORS = re.compile(r"got high_freq_factor=(\S+) and low_freq_factor=\1$")
 
 
@@ -15,7 +24,15 @@ def make_config(fields: Mapping[str, Any]) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     logging.getLogger("transformers.modeling_rope_utils").addFilter(_is_of_use)
-    return CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields))
+    return CONFIG_MAPPING[fields["model_type"]].from_dict(_without_options(fields))
+
+
+def _without_options(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_options(value) if isinstance(value, Mapping) else value
+        for name, value in fields.items()
+        if name not in OPTIONS
+    }
 
 
 def attention_of(config: Any) -> str | None:

@@ -13,7 +13,12 @@ import torch
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.quantize.code_tables import dynamic_map
 
-FORMATS = {"nf4": 0, "int8": 1, "q3": 2, "q2": 3, "mxfp4": 4, "fp8": 5, "fp32": 6, "bf16": 7, "fp16": 8}
+FORMATS = {
+    name: number
+    for number, name in enumerate(
+        ("nf4", "int8", "q3", "q2", "mxfp4", "fp8", "nvfp4", "fp32", "bf16", "fp16")
+    )
+}
 PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """The formats of unquantized weights, by their dtypes."""
 
@@ -58,6 +63,7 @@ class Matrix(Structure):
         ("block_rows", c_int64),
         ("block_cols", c_int64),
         ("scale_dtype", c_int32),
+        ("divides", c_int32),
     )
 
 

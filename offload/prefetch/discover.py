@@ -10,7 +10,7 @@ from torch import nn
 
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.prefetch.routers import RouterSite, router_of
-from moe_local.offload.prefetch.views import ByToken, GivenMore, NoNorm, Ranked, TokenIds
+from moe_local.offload.prefetch.views import ByToken, GivenMore, NoNorm, OneBatch, Ranked, TokenIds
 
 
 class Probe:
@@ -67,6 +67,8 @@ class Probe:
             if norm is None and any("norm" in name for name, _ in router.named_children()):
                 norm = NoNorm(router)
             if view is not None and norm is not None:
+                view = _takes_rows(view, args[0])
+            if view is not None and norm is not None:
                 self.sites[index] = RouterSite(view, norm)
 
         return asked
@@ -91,6 +93,20 @@ class Probe:
         if not more and tensors and tensors[-1].shape[-1] == experts.num_experts and isinstance(top_k, int):
             return Ranked(router, top_k)
         return None
+
+
+@torch.no_grad()
+def _takes_rows(view: nn.Module, x: torch.Tensor) -> nn.Module | None:
+    """The view, or an adapter, that takes the router's input x [..., D] as rows [T, D]; None if neither
+    does."""
+    rows = x.reshape(-1, x.shape[-1])
+    for each in (view, OneBatch(view)):
+        try:
+            each.forward(rows)
+        except (ValueError, RuntimeError, IndexError, TypeError):
+            continue
+        return each
+    return None
 
 
 def _choice(tensors: list[torch.Tensor], num_experts: int) -> bool:

@@ -53,6 +53,17 @@ class TokenIds:
         self.ids = next(iter([*args[1:], *kwargs.values()]))
 
 
+class OneBatch(nn.Module):
+    """A router that wants its input [B, T, D], as AFMoE's does."""
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        return self.router.forward(hidden_states.unsqueeze(0))
+
+
 class Ranked(nn.Module):
     """A router that returns a number for every expert, larger for those it prefers; the top k are taken.
 

@@ -118,7 +118,8 @@ int64_t low_blocks(int32_t format, int64_t cols) {
 int64_t codes_bytes(int32_t format, int64_t rows, int64_t cols) {
   switch (format) {
     case NF4: return (rows * cols + 1) / 2;
-    case MXFP4: return rows * ((cols + 1) / 2);
+    case MXFP4:
+    case NVFP4: return rows * ((cols + 1) / 2);
     case INT8:
     case FP8: return rows * cols;
     case Q3: return rows * low_blocks(format, cols) * 12;
@@ -160,13 +161,15 @@ int64_t scale_bytes(int32_t format, int64_t rows, int64_t cols, const Blocks& bl
     case Q3:
     case Q2: return rows * low_blocks(format, cols);
     case MXFP4: return rows * ((cols + 31) / 32);
+    case NVFP4: return rows * ((cols + 15) / 16);
     case FP8: return blocks.count(rows, cols) * (blocks.dtype == EXPONENT8 ? 1 : bytes_of(blocks.dtype));
     default: return 0;
   }
 }
 
-int64_t nested_count(int32_t format, int64_t rows, int64_t cols) {
+int64_t nested_count(int32_t format, int64_t rows, int64_t cols, const Blocks& blocks) {
   if (format == Q3 || format == Q2) return rows;
+  if (format == NVFP4) return (rows - 1) / blocks.rows + 1;
   return format == NF4 ? (blocks_of(rows * cols) + 255) / 256 : 0;
 }
 
@@ -182,11 +185,11 @@ struct Weights {
       : blocks(random, rows, cols),
         q(random, codes_bytes(format, rows, cols)),
         scales(random, scale_bytes(format, rows, cols, blocks)),
-        nested(random, 4 * nested_count(format, rows, cols)),
+        nested(random, 4 * nested_count(format, rows, cols, blocks)),
         offset(random, 4),
         bias_dtype(a_dtype(random)),
         bias(random, bias_dtype, rows, 1.0f),
-        m{format, bias_dtype, rows, cols, q.bytes(), scales.bytes(), nullptr, nullptr, nullptr, 0, 0, 0} {
+        m{format, bias_dtype, rows, cols, q.bytes(), scales.bytes(), nullptr, nullptr, nullptr, 0, 0, 0, 0} {
     q.fill(random);
     fill_scales(random);
     nested.fill_floats(random, 0.0f, 0.1f);
@@ -196,9 +199,10 @@ struct Weights {
       std::memcpy(q.bytes(), numbers.bytes(), static_cast<size_t>(codes_bytes(format, rows, cols)));
       m.scales = nullptr;
     }
-    if (nested_count(format, rows, cols) > 0) m.nested = nested.floats();
+    if (nested_count(format, rows, cols, blocks) > 0) m.nested = nested.floats();
     if (format == NF4) m.offset = offset.floats();
     if (format == FP8) m.block_rows = blocks.rows, m.block_cols = blocks.cols, m.scale_dtype = blocks.dtype;
+    if (format == NVFP4) m.block_rows = blocks.rows, m.divides = random() % 2;
     if (random() % 2) m.bias = bias.bytes();
   }
 

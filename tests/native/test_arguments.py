@@ -68,15 +68,15 @@ def test_a_wrong_product_is_refused(lib: Any, format: str, wrong: str) -> None:
     assert (call.y.take() == 3.0).all()
 
 
-@pytest.mark.parametrize("format", ["nf4", "int8", "q3", "q2", "mxfp4", "fp8"])
+@pytest.mark.parametrize("format", ["nf4", "int8", "q3", "q2", "mxfp4", "fp8", "nvfp4"])
 def test_a_product_without_scales_is_refused(lib: Any, format: str) -> None:
     call = Linear(format)
     call.m.scales = None
     assert call(lib) == BAD_ARGUMENT
 
 
-@pytest.mark.parametrize("format", ["q3", "q2"])
-def test_q3_and_q2_need_the_scales_of_their_rows(lib: Any, format: str) -> None:
+@pytest.mark.parametrize("format", ["q3", "q2", "nvfp4"])
+def test_scales_of_rows_are_needed(lib: Any, format: str) -> None:
     call = Linear(format)
     call.m.nested = None
     assert call(lib) == BAD_ARGUMENT
@@ -87,6 +87,12 @@ def test_q3_and_q2_need_the_scales_of_their_rows(lib: Any, format: str) -> None:
 def test_fp8_needs_blocks(lib: Any, part: str, size: int) -> None:
     call = Linear("fp8")
     setattr(call.m, part, size)
+    assert call(lib) == BAD_ARGUMENT
+
+
+def test_second_scales_need_rows(lib: Any) -> None:
+    call = Linear("nvfp4")
+    call.m.block_rows = 0
     assert call(lib) == BAD_ARGUMENT
 
 

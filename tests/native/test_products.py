@@ -96,8 +96,8 @@ def test_no_address_needs_more_than_an_elements_alignment(isa: str, format: str,
 
 TILED_FROM_FIVE = {
     "avx2": {("nf4", INT16), ("nf4", INT8)},
-    "avx512_vnni": {("nf4", INT8), ("mxfp4", INT8)},
-    "avx512": {("nf4", INT8), ("mxfp4", INT8)},
+    "avx512_vnni": {("nf4", INT8), ("mxfp4", INT8), ("nvfp4", INT8)},
+    "avx512": {("nf4", INT8), ("mxfp4", INT8), ("nvfp4", INT8)},
 }
 """Where five tokens go faster in tiles of integers, in which they are rounded otherwise than alone."""
 
@@ -105,8 +105,8 @@ TILED_FROM_FIVE = {
 @pytest.mark.parametrize(
     ("format", "activations"),
     [
-        *((format, INT16) for format in ("nf4", "mxfp4", "q3", "q2")),
-        *((format, INT8) for format in ("nf4", "mxfp4", "int8", "q3", "q2")),
+        *((format, INT16) for format in ("nf4", "mxfp4", "nvfp4", "q3", "q2")),
+        *((format, INT8) for format in ("nf4", "mxfp4", "nvfp4", "int8", "q3", "q2")),
         *((format, FLOATS) for format in ("q3", "q2")),
     ],
 )

@@ -75,7 +75,15 @@ def pack(
     """A matrix [rows, cols] of random codes, its parts `shift` elements past an aligned address."""
     generator = torch.Generator().manual_seed(seed)
     added = (torch.randn(rows, generator=generator) if bias else torch.zeros(rows)).to(bias_dtype)
-    makers = {"nf4": _nf4, "int8": _int8, "q3": _q3, "q2": _q2, "mxfp4": _mxfp4, "fp8": _fp8}
+    makers = {
+        "nf4": _nf4,
+        "int8": _int8,
+        "q3": _q3,
+        "q2": _q2,
+        "mxfp4": _mxfp4,
+        "fp8": _fp8,
+        "nvfp4": _nvfp4,
+    }
     make = makers.get(format, partial(_plain, format))
     struct, weights, memory = make(rows, cols, generator, shift)
     kept = at_odd_address(added, shift)
@@ -183,6 +191,30 @@ def _mxfp4(
     numbers = sizes[nibbles[:, :cols] % 8] * (1 - nibbles[:, :cols] // 8 * 2)
     struct = Matrix(FORMATS["mxfp4"], 0, rows, cols, q.data_ptr(), scales.data_ptr(), None, None, None)
     return struct, numbers * factors, (q, scales)
+
+
+def _nvfp4(
+    rows: int, cols: int, generator: torch.Generator, shift: int
+) -> tuple[Matrix, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """With one second scale, or one for each half of the rows, to multiply or to divide by."""
+    nibbles = torch.randint(16, (rows, cols + cols % 2), generator=generator)
+    stored = (40 + 200 * torch.rand(rows, -(-cols // 16), generator=generator)).to(torch.float8_e4m3fn)
+    stored[0, 1:2] = 2.0**-8  # subnormal
+    halves = 1 + (rows % 2 == 0)
+    second = torch.rand(halves, generator=generator) / 5000 + 1e-4
+    q = at_odd_address((nibbles[:, ::2] + 16 * nibbles[:, 1::2]).to(torch.uint8), shift)
+    scales = at_odd_address(stored.view(torch.uint8), shift)
+    divides = rows % 3 == 0
+    seconds = at_odd_address(1 / second if divides else second, shift)
+    factors = (
+        stored.double() * second.double().repeat_interleave(rows // halves)[:, None]
+    ).repeat_interleave(16, dim=1)[:, :cols]
+    sizes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
+    numbers = sizes[nibbles[:, :cols] % 8] * (1 - nibbles[:, :cols] // 8 * 2)
+    addresses = (q.data_ptr(), scales.data_ptr(), seconds.data_ptr(), None, None)
+    struct = Matrix(FORMATS["nvfp4"], 0, rows, cols, *addresses)
+    struct.block_rows, struct.divides = rows // halves, divides
+    return struct, numbers * factors, (q, scales, seconds)
 
 
 def _fp8(

@@ -153,6 +153,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "decoder_start_token_id": PAD,
     },
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2},
+    "afmoe": {
+        "num_experts": 8,
+        "moe_intermediate_size": 64,
+        "num_dense_layers": 1,
+        "sliding_window": 16,
+        "num_shared_experts": 1,
+    },
     "lfm2_moe": {
         "num_experts": 8,
         "moe_intermediate_size": 64,

@@ -109,6 +109,7 @@ template <class Use>
 inline void with_form(int32_t format, int32_t, const Use& use) {
   if (format == NF4) return use(NF4Pairs());
   if (format == MXFP4) return use(MXFP4Pairs());
+  if (format == NVFP4) return use(NVFP4Of<MXFP4Pairs>());
   if (format == INT8) return use(Int8Pairs());
   if (format == Q3) return use(LowPairs<ThreeBit>());
   return use(LowPairs<TwoBit>());

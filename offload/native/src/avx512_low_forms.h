@@ -105,7 +105,7 @@ struct Q2Pairs : LowForm<TwoBit> {
 };
 
 inline bool soon_in_tiles(int32_t format, int32_t activations) {
-  return activations == INT8_BLOCKS && (format == NF4 || format == MXFP4);
+  return activations == INT8_BLOCKS && (format == NF4 || is_e2m1(format));
 }
 
 // Calls use(form's type as the argument's) for the format and activations.
@@ -114,6 +114,7 @@ inline void with_form(int32_t format, int32_t activations, const Use& use) {
   const bool bytes = activations == INT8_BLOCKS;
   if (format == NF4) return bytes ? use(NF4Quads()) : use(NF4Pairs());
   if (format == MXFP4) return bytes ? use(MXFP4Quads()) : use(MXFP4Pairs());
+  if (format == NVFP4) return bytes ? use(NVFP4Of<MXFP4Quads>()) : use(NVFP4Of<MXFP4Pairs>());
   if (format == INT8) return bytes ? use(Int8Quads()) : use(Int8Pairs());
   if (format == Q3) return bytes ? use(Q3Quads()) : use(Q3Pairs());
   return use(Q2Pairs());

@@ -48,7 +48,7 @@ constexpr int64_t TILE_T = 6;
 #include "low_dot.h"
 #include "avx512_low.h"
 #include "micro_dot.h"
-#include "avx512_mxfp4.h"
+#include "avx512_e2m1.h"
 #include "avx512_bf16.h"
 #include "avx512_words.h"
 #include "prompt.h"

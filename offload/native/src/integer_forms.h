@@ -93,10 +93,22 @@ struct LowForm {
   }
 };
 
+// As MXFP4, with scales of its own.
+template <class Form>
+struct NVFP4Of : Form {
+  static constexpr int64_t SIZE = NVFP4_BLOCK;
+
+  static void scales(const Matrix& m, const float*, int64_t row, int64_t block, int64_t count, float* out) {
+    const uint8_t* codes = static_cast<const uint8_t*>(m.scales) + row * (m.cols / NVFP4_BLOCK) + block;
+    const float unit = second_scale(m, row) * (E4M3_UNIT / E2M1_UNIT);
+    for (int64_t b = 0; b < count; ++b) out[b] = E4M3::load(codes + b) * unit;
+  }
+};
+
 // Whether tiles of these activations are multiplied as integers. They are decoded in less time than floats or
 // bf16 numbers, and multiplied faster than floats; of what bf16 loses, they lose half (docs/log.md).
 inline bool in_integers(int32_t format, int32_t activations, int64_t columns) {
   if (activations == FLOATS) return false;
   if (format == Q3) return columns % LowForm<ThreeBit>::STEP == 0;
-  return (format == NF4 || format == MXFP4 || format == INT8 || format == Q2) && columns % BLOCK == 0;
+  return (format == NF4 || is_e2m1(format) || format == INT8 || format == Q2) && columns % BLOCK == 0;
 }

@@ -20,7 +20,8 @@
 static inline int64_t bits_of_weight(int32_t format) {
   switch (format) {
     case NF4:
-    case MXFP4: return 4;
+    case MXFP4:
+    case NVFP4: return 4;
     case INT8:
     case FP8: return 8;
     case Q3: return 3;
@@ -28,6 +29,9 @@ static inline int64_t bits_of_weight(int32_t format) {
     default: return format == FP32 ? 32 : 16;
   }
 }
+
+// Whether weights are 4-bit floats in the order of MXFP4's codes.
+static inline bool is_e2m1(int32_t format) { return format == MXFP4 || format == NVFP4; }
 
 // Whether weights are plain floating-point numbers, without scales.
 static inline bool is_plain(int32_t format) { return format >= FP32; }

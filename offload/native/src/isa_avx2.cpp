@@ -38,7 +38,7 @@ constexpr int64_t TILE_T = 3;
 #include "low_dot.h"
 #include "avx2_low.h"
 #include "micro_dot.h"
-#include "avx2_mxfp4.h"
+#include "avx2_e2m1.h"
 #include "avx2_words.h"
 #include "prompt.h"
 #include "integer_tile.h"

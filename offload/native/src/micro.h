@@ -1,5 +1,5 @@
-// MXFP4 and FP8: their numbers, the scales of their blocks, and decoding of rows of any shape. Included in
-// every instruction set's translation unit (isa_*.cpp), before tile.h.
+// MXFP4, NVFP4 and FP8: their numbers, the scales of their blocks, and decoding of rows of any shape.
+// Included in every instruction set's translation unit (isa_*.cpp), before tile.h.
 
 // E2M1's numbers in the order of their codes, doubled, which makes them integers (OCP Microscaling Formats
 // 1.0).
@@ -8,11 +8,19 @@ constexpr float E2M1_UNIT = 2.0f;
 
 constexpr int64_t MICRO_BLOCK = 32;  // columns that share a scale in MXFP4
 
+constexpr int64_t NVFP4_BLOCK = 16;  // and in NVFP4
+
 constexpr float E4M3_UNIT = 256.0f;  // numbers loaded as E4M3 are to be multiplied with this
 
 // The power of two that an E8M0 byte stands for. 255, which stands for no number, becomes infinity.
 inline float power_of_two(uint8_t biased) {
   return float_of(biased == 0 ? 0x400000 : static_cast<uint32_t>(biased) << 23);
+}
+
+// What all scales of an NVFP4 row are multiplied with.
+inline float second_scale(const Matrix& m, int64_t row) {
+  const float stored = m.nested[row / m.block_rows];
+  return m.divides != 0 ? 1.0f / stored : stored;
 }
 
 inline float micro_scale(const Matrix& m, int64_t index) {
@@ -43,13 +51,16 @@ inline void decode_fp8(const Matrix& m, int64_t row, int64_t first, int64_t coun
   }
 }
 
-// The same for an MXFP4 row of any length.
-inline void decode_mxfp4_slowly(const Matrix& m, int64_t row, int64_t first, int64_t count, float* out) {
+// The same for an MXFP4 or NVFP4 row of any length.
+inline void decode_e2m1_slowly(const Matrix& m, int64_t row, int64_t first, int64_t count, float* out) {
   const uint8_t* q = static_cast<const uint8_t*>(m.q) + row * ((m.cols + 1) / 2);
-  const uint8_t* scales =
-      static_cast<const uint8_t*>(m.scales) + row * ((m.cols + MICRO_BLOCK - 1) / MICRO_BLOCK);
+  const int64_t block = m.format == MXFP4 ? MICRO_BLOCK : NVFP4_BLOCK;
+  const uint8_t* scales = static_cast<const uint8_t*>(m.scales) + row * ((m.cols + block - 1) / block);
+  const float second = m.format == MXFP4 ? 1.0f : second_scale(m, row) * E4M3_UNIT;
   for (int64_t c = first; c < first + count; ++c) {
     const int code = c % 2 == 0 ? q[c / 2] & 15 : q[c / 2] >> 4;
-    out[c - first] = E2M1[code] / E2M1_UNIT * power_of_two(scales[c / MICRO_BLOCK]);
+    const uint8_t* scale = scales + c / block;
+    const float factor = m.format == MXFP4 ? power_of_two(*scale) : E4M3::load(scale) * second;
+    out[c - first] = E2M1[code] / E2M1_UNIT * factor;
   }
 }

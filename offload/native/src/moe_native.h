@@ -19,7 +19,18 @@ enum Error : int32_t { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED_
 enum Isa : int32_t { PORTABLE = 0, AVX2 = 1, AVX512_VNNI = 2, AVX512 = 3 };
 
 // The last three are plain floating-point numbers, without scales.
-enum Format : int32_t { NF4 = 0, INT8 = 1, Q3 = 2, Q2 = 3, MXFP4 = 4, FP8 = 5, FP32 = 6, BF16 = 7, FP16 = 8 };
+enum Format : int32_t {
+  NF4 = 0,
+  INT8 = 1,
+  Q3 = 2,
+  Q2 = 3,
+  MXFP4 = 4,
+  FP8 = 5,
+  NVFP4 = 6,
+  FP32 = 7,
+  BF16 = 8,
+  FP16 = 9
+};
 
 // How activations enter a product: as floats, or rounded to integers times one scale per 64 columns. Sixteen
 // bits are accurate to 2^-16 of a block's largest activation, better than bf16 and fp16, and take a fraction
@@ -70,6 +81,8 @@ struct Gate {
 // MXFP4: code c of row r is the low half of byte c / 2 of the row's ceil(cols / 2), for odd c the high half,
 // and stands for a number of E2M1, to be multiplied with 2^(s - 127), s being the byte scales[r * ceil(cols /
 // 32) + c / 32].
+// NVFP4: codes are as MXFP4's, to be multiplied with scales[r * ceil(cols / 16) + c / 16], a number of E4M3,
+// and with nested[r / block_rows] or, if `divides`, its inverse.
 // FP8: weight [r, c] is the number of E4M3 at q[r * cols + c], times scales[r / block_rows * ceil(cols /
 // block_cols) + c / block_cols], which is of scale_dtype.
 // FP32, BF16, FP16: weight [r, c] is q[r * cols + c]; the fields that only other formats use are null.
@@ -83,9 +96,10 @@ struct Matrix {
   const float* nested;
   const float* offset;
   const void* bias;    // [rows], or null
-  int64_t block_rows;  // the last three are for FP8
-  int64_t block_cols;
+  int64_t block_rows;  // for FP8 and NVFP4
+  int64_t block_cols;  // as scale_dtype, for FP8
   int32_t scale_dtype;
+  int32_t divides;  // for NVFP4
 };
 
 struct Expert {

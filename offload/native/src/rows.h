@@ -27,7 +27,7 @@ void prepare(int32_t format, int32_t activations, bool tiled, const float* x, in
     if (in_bf16(activations, tiled)) to_bf16(out.values, padded(columns), out.q);
     return;
   }
-  const bool reordered = (format == NF4 || format == MXFP4) && columns % BLOCK == 0;
+  const bool reordered = (format == NF4 || is_e2m1(format)) && columns % BLOCK == 0;
   if (activations == INT8_BLOCKS) {
     round_to_int8(x, columns, out);
     if (reordered) {
@@ -53,7 +53,7 @@ void prepare(int32_t format, int32_t activations, bool tiled, const float* x, in
 int64_t most_in_registers(int32_t format, int32_t activations, int64_t columns) {
   const bool low = is_low(format), tiles_of_integers = in_integers(format, activations, columns);
   if (activations == FLOATS) return low ? 2 * MOST_DOTS : MOST_DOTS;
-  const bool in_blocks = format == NF4 || format == MXFP4 || (format == INT8 && activations == INT8_BLOCKS);
+  const bool in_blocks = format == NF4 || is_e2m1(format) || (format == INT8 && activations == INT8_BLOCKS);
   if (!low && !(in_blocks && columns % BLOCK == 0)) return MOST_DOTS;
   if (tiles_of_integers && soon_in_tiles(format, activations)) return MOST_DOTS;
   if (low && activations == INT8_BLOCKS && tiles_of_integers) return 4 * MOST_DOTS;
@@ -64,7 +64,9 @@ inline Decode decode_of(const Matrix& m, bool blocks) {
   if (m.format == Q3) return decode_low<ThreeBit>;
   if (m.format == Q2) return decode_low<TwoBit>;
   if (!blocks) return decode_any;
-  return m.format == NF4 ? decode_nf4 : m.format == MXFP4 ? decode_mxfp4 : decode_int8;
+  if (m.format == MXFP4) return decode_e2m1<MXFP4Scales>;
+  if (m.format == NVFP4) return decode_e2m1<NVFP4Scales>;
+  return m.format == NF4 ? decode_nf4 : decode_int8;
 }
 
 template <class F>
@@ -107,6 +109,12 @@ void rows(const Matrix& m, const float* map, int32_t activations, bool tiled, co
     rows_by_count<MXFP4Rounded16>(m, map, x, count, first, last, y);
   } else if (m.format == MXFP4) {
     rows_by_count<MXFP4Floats>(m, map, x, count, first, last, y);
+  } else if (m.format == NVFP4 && activations == INT8_BLOCKS) {
+    rows_by_count<NVFP4Rounded8>(m, map, x, count, first, last, y);
+  } else if (m.format == NVFP4 && activations != FLOATS) {
+    rows_by_count<NVFP4Rounded16>(m, map, x, count, first, last, y);
+  } else if (m.format == NVFP4) {
+    rows_by_count<NVFP4Floats>(m, map, x, count, first, last, y);
   } else if (m.format == INT8 && activations == INT8_BLOCKS) {
     rows_by_count<Int8Rounded>(m, map, x, count, first, last, y);
   } else if (m.format == INT8) {
@@ -123,7 +131,7 @@ void rows(const Matrix& m, const float* map, int32_t activations, bool tiled, co
 // Rows of Q3 and Q2 are decoded slowly here: no matrix of the dense part has these formats.
 void weigh_rows(const Matrix& m, const float* map, const float* const* weights, int64_t count, int64_t first,
                 int64_t last, float* const* out) {
-  const bool blocks = m.cols % BLOCK == 0 && (m.format == NF4 || m.format == MXFP4 || m.format == INT8);
+  const bool blocks = m.cols % BLOCK == 0 && (m.format == NF4 || is_e2m1(m.format) || m.format == INT8);
   const Decode decode = blocks ? decode_of(m, true) : decode_any;
   if (blocks && m.format != INT8)
     weigh_decoded(

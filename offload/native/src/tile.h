@@ -60,7 +60,7 @@ void decode_any(const Matrix& m, const float* map, int64_t row, int64_t first, i
   if (m.format == Q3) return decode_low_slowly<ThreeBit>(m, row, first, count, out);
   if (m.format == Q2) return decode_low_slowly<TwoBit>(m, row, first, count, out);
   if (m.format == FP8) return decode_fp8(m, row, first, count, out);
-  if (m.format == MXFP4) return decode_mxfp4_slowly(m, row, first, count, out);
+  if (is_e2m1(m.format)) return decode_e2m1_slowly(m, row, first, count, out);
   if (m.format == INT8) {
     const int8_t* q = static_cast<const int8_t*>(m.q) + start;
     const uint8_t* halves = static_cast<const uint8_t*>(m.scales) + 2 * row * ((m.cols + BLOCK - 1) / BLOCK);

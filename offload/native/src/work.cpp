@@ -72,6 +72,7 @@ bool valid(const Matrix& m) {
   if (m.scales == nullptr) return false;
   if (is_low(m.format)) return m.nested != nullptr;
   if (m.format == MXFP4) return true;
+  if (m.format == NVFP4) return m.nested != nullptr && m.block_rows > 0;
   if (m.format == FP8)
     return m.block_rows > 0 && m.block_cols > 0 && m.scale_dtype >= FLOAT32 && m.scale_dtype <= EXPONENT8;
   return m.format == INT8 || (m.nested != nullptr && m.offset != nullptr && map_is_set.load());

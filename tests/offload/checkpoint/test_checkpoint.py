@@ -292,6 +292,40 @@ class TestBadFolders:
         edit_json(copy / "config.json", lambda fields: fields.update(auto_map={"AutoConfig": "evil.Config"}))
         assert Checkpoint.open(copy).spec.model_type == "mixtral"
 
+    def test_options_of_how_it_was_run_are_left_out(self, copy: Path) -> None:
+        """Else layers would go one by one, or transformers would ask for flash-attn."""
+        options = {"output_router_logits": True, "output_hidden_states": True, "output_attentions": True}
+        options["attn_implementation"] = options["_attn_implementation"] = "flash_attention_2"
+        edit_json(copy / "config.json", lambda fields: fields.update(options))
+        config = Checkpoint.open(copy).config
+        assert not any(getattr(config, name, False) for name in options if name.startswith("output"))
+        assert config._attn_implementation != "flash_attention_2"
+
+    def test_a_name_of_its_own_for_anothers_architecture(
+        self, make_checkpoint: MakeCheckpoint, tmp_path: Path
+    ) -> None:
+        """Kimi K2's."""
+        copy = shutil.copytree(make_checkpoint("deepseek_v3"), tmp_path / "kimi")
+        edit_json(copy / "config.json", lambda fields: fields.update(model_type="kimi_k2"))
+        assert Checkpoint.open(copy).spec.model_type == "deepseek_v3"
+
+    def test_how_many_experts_each_layer_chooses(
+        self, make_checkpoint: MakeCheckpoint, tmp_path: Path
+    ) -> None:
+        """Hunyuan's config has a list."""
+        copy = shutil.copytree(make_checkpoint("hunyuan_v1_moe"), tmp_path / "hunyuan")
+        edit_json(copy / "config.json", lambda fields: fields.update(moe_topk=[2, 3, 2]))
+        assert [layer.top_k for layer in Checkpoint.open(copy).spec.layers] == [2, 3, 2]
+
+    @pytest.mark.parametrize("model_type", ["minimax", "ernie4_5_vl_moe"])
+    def test_a_model_type_that_is_not_served(self, copy: Path, model_type: str) -> None:
+        (copy / "config.json").write_text(json.dumps({"model_type": model_type}))
+        with pytest.raises(
+            CheckpointError, match=f"type '{model_type}', whose .*, are not supported"
+        ) as error:
+            Checkpoint.open(copy)
+        assert_one_line(error)
+
     def test_quantized_by_its_publisher(self, copy: Path) -> None:
         change = {"quantization_config": {"quant_method": "hqq", "nbits": 4}}
         edit_json(copy / "config.json", lambda fields: fields.update(change))

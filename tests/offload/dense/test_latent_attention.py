@@ -130,6 +130,20 @@ def test_a_matrix_of_another_kind_is_left_to_transformers(hf: Any) -> None:
     assert torch.equal(answers(hf, None, absorbed=True), want)
 
 
+def test_a_matrix_with_more_than_its_product_is_left_to_transformers(hf: Any) -> None:
+    """LoRA's subclasses, and a forward that somebody has replaced."""
+
+    class More(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    linear = torch.nn.Linear(8, 4, bias=False)
+    assert module_under_test._is_known(linear)
+    assert not module_under_test._is_known(More(8, 4, bias=False))
+    linear.forward = lambda x: x  # type: ignore[method-assign]
+    assert not module_under_test._is_known(linear)
+
+
 def test_nothing_is_made_for_every_head(hf: Any) -> None:
     module = hf.model.layers[0].self_attn
     heads = hf.config.num_attention_heads

@@ -53,6 +53,17 @@ def test_finds_router_and_norm_of_every_layer(make_checkpoint: Callable[..., Pat
     ]
 
 
+def test_a_router_that_wants_batches_gets_one(make_checkpoint: Callable[..., Path]) -> None:
+    hf = skeleton(make_checkpoint("afmoe"))
+    with Probe(hf) as probe, torch.no_grad():
+        hf(torch.tensor([[5, 6, 7]]))
+    assert [site is not None for site in probe.sites] == [True] * len(probe.sites)
+    for site in probe.sites:
+        assert site is not None
+        weights, experts = site.route(torch.randn(4, 64))
+        assert weights.shape == experts.shape == (4, 2)
+
+
 def test_a_failed_forward_leaves_no_hook(make_checkpoint: Callable[..., Path]) -> None:
     hf = skeleton(make_checkpoint("mixtral"))
     before = hooks(hf)
