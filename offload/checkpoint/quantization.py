@@ -60,8 +60,8 @@ class Quantization:
 
     method: str
     experts: str
-    """Format of the routed experts: "fp8", "mxfp4", or `method` if no kernel reads them in place, or if only
-    the tensors say which format a weight has."""
+    """Format of the routed experts: "fp8", "mxfp4", "nvfp4", or `method` if no kernel reads them in place, or
+    if only the tensors say which format a weight has."""
     block: tuple[int, int] | None = None
     """Rows and columns that share a scale in FP8; None: each tensor has one scale."""
     packing: Packing | None = None
@@ -229,9 +229,7 @@ def modelopt(settings: Mapping[str, Any]) -> Quantization:
 
 def _stated(method: str, form: str, block: tuple[int, int] | None) -> Quantization:
     """Weights of one format whose tensors say the rest."""
-    return Quantization(
-        method, form if form in ("fp8", "mxfp4") else method, block if form == "fp8" else None
-    )
+    return Quantization(method, form, block if form == "fp8" else None)
 
 
 def _one_of(

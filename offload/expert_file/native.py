@@ -12,8 +12,9 @@ from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.shards import StoredTensor
 from moe_local.offload.checkpoint.spec import MoELayer
 from moe_local.offload.checkpoint.weights import Weight
-from moe_local.offload.quantize import fp8
+from moe_local.offload.quantize import fp8, nvfp4
 from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
+from moe_local.offload.quantize.packed import Nvfp4
 from moe_local.offload.tiers.location import FileRange, ScatteredLocation
 
 DTYPES = {
@@ -109,7 +110,7 @@ def _tensor_parts(tensor: TensorSpec, pieces: Sequence[Weight], *, transposed: b
     forms = {piece.format for piece in pieces}
     kinds = {tuple(stored.dtype for stored in piece.parts) for piece in pieces}
     turned = transposed and len(tensor.shape) == 2
-    if read := forms - {"plain", "fp8", "mxfp4", "mxfp4_transposed"}:
+    if read := forms - {"plain", "fp8", "mxfp4", "mxfp4_transposed", "nvfp4"}:
         raise _unreadable(pieces, f"as {' and '.join(sorted(read))}")
     if len(forms) > 1 or len(kinds) > 1 or any(dtype not in DTYPES for dtype in next(iter(kinds))):
         raise _unreadable(pieces, "in dtypes that no kernel reads together")
@@ -128,10 +129,24 @@ def _tensor_parts(tensor: TensorSpec, pieces: Sequence[Weight], *, transposed: b
     if form == "fp8":
         grid = _grid(pieces, rows, columns)
         yield _Part(tensor.name, "q", DTYPES[dtypes[0]], (rows, columns), numbers)
+    elif form == "nvfp4":
+        yield from _nvfp4_parts(tensor, pieces)
+        grid = (rows, columns // nvfp4.BLOCK)
     else:
         grid = (rows, columns // 32)
         yield _Part(tensor.name, "q", "uint8", (rows, columns // 2), numbers)
     yield _Part(tensor.name, "scale", DTYPES[dtypes[1]], grid, scales)
+
+
+def _nvfp4_parts(tensor: TensorSpec, pieces: Sequence[Weight]) -> Iterator[_Part]:
+    """The codes, and the second scales: one for each of equally many rows."""
+    rows, columns = tensor.shape
+    seconds = {piece.decoder.part for piece in pieces if isinstance(piece.decoder, Nvfp4)}
+    if len(seconds) > 1 or len({piece.shape for piece in pieces}) > 1:
+        raise _unreadable(pieces, "with second scales that no kernel reads together")
+    yield _Part(tensor.name, "q", "uint8", (rows, columns // 2), tuple(piece.parts[0] for piece in pieces))
+    stored = tuple(piece.parts[2] for piece in pieces)
+    yield _Part(tensor.name, seconds.pop(), "float32", (len(pieces),), stored)
 
 
 def _grid(pieces: Sequence[Weight], rows: int, columns: int) -> tuple[int, int]:
@@ -159,6 +174,8 @@ def _format(parts: Iterable[_Part]) -> str:
     """The layout's format: an exact codec's name if all parts are plain and laid out as that codec does."""
     parts = list(parts)
     dtypes = {part.dtype for part in parts}
+    if any(part.part in nvfp4.SECONDS for part in parts):
+        return "nvfp4"
     if all(part.part == "values" for part in parts) and len(dtypes) == 1 and dtypes <= PLAIN.keys():
         return PLAIN[dtypes.pop()]
     if any(part.dtype.startswith("float8") for part in parts):

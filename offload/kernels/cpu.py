@@ -26,7 +26,7 @@ from moe_local.offload.native.library import (
     check,
     library,
 )
-from moe_local.offload.quantize import stored
+from moe_local.offload.quantize import nvfp4, stored
 from moe_local.offload.quantize.fp8 import block_size
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.quantize.views import TORCH_DTYPES
@@ -69,6 +69,9 @@ def matrix_format(layout: Layout, name: str) -> str | None:
     if layout.format == "fp8":
         served = parts.get("q") == "float8_e4m3fn" and parts.get("scale") in SCALES
         return "fp8" if served else None
+    if layout.format == "nvfp4":
+        served = parts.get("q") == "uint8" and len(parts.keys() & {*nvfp4.SECONDS}) == 1
+        return "nvfp4" if served and parts.get("scale") == "float8_e4m3fn" else None
     if layout.format == "mxfp4":
         return "mxfp4" if parts.get("q") == parts.get("scale") == "uint8" else None
     return layout.format if layout.format in FORMATS else None
@@ -101,6 +104,10 @@ def matrix_at(address: int, layout: Layout, name: str, has_bias: bool) -> Matrix
         scale = next(segment for segment in layout.parts(name) if segment.part == "scale")
         matrix.scale_dtype = SCALES[scale.dtype]
         matrix.block_rows, matrix.block_cols = map(block_size, (rows, cols), scale.shape)
+    if format == "nvfp4":
+        second = next(segment for segment in layout.parts(name) if segment.part in nvfp4.SECONDS)
+        matrix.nested, matrix.divides = parts[second.part], second.part == nvfp4.DIVISOR
+        matrix.block_rows = rows // second.shape[0]
     if has_bias:
         bias = next(layout.parts(f"{name}_bias"))
         matrix.bias, matrix.bias_dtype = address + bias.offset, DTYPES[TORCH_DTYPES[bias.dtype]]

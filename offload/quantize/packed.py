@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.quantize.nvfp4 import dequantize_nvfp4
+from moe_local.offload.quantize.nvfp4 import DIVISOR, FACTOR, dequantize_nvfp4
 
 AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which nibble of AWQ's word, from the lowest, holds each of its eight columns (the "gemm" layout)."""
@@ -131,11 +131,14 @@ class Nvfp4:
 
     divides: bool
 
+    @property
+    def part(self) -> str:
+        """What layouts call the second scale."""
+        return DIVISOR if self.divides else FACTOR
+
     def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         q, scale, second = parts
-        scale = scale.float()
-        scale = scale.div_(second) if self.divides else scale.mul_(second)
-        return dequantize_nvfp4(q, scale)
+        return dequantize_nvfp4(q, scale, second.view(1), divides=self.divides)
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:

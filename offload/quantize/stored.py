@@ -1,4 +1,4 @@
-"""Experts in their publisher's format, read in place: FP8, MXFP4, or plain, of any dtype and order."""
+"""Experts in their publisher's format, read in place: FP8, MXFP4, NVFP4, or plain, of any dtype and order."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from moe_local.cache.errors import CheckpointError
-from moe_local.offload.quantize import fp8, mxfp4
+from moe_local.offload.quantize import fp8, mxfp4, nvfp4
 from moe_local.offload.quantize.exact import STORAGE, ExactCodec
 from moe_local.offload.quantize.layout import Layout, Segment, TensorSpec, make_layout
 from moe_local.offload.quantize.views import segment_view
 
-QUANTIZED = ("fp8", "mxfp4")
+QUANTIZED = ("fp8", "mxfp4", "nvfp4")
 FORMATS = (*QUANTIZED, "plain")
 """The formats that StoredDecoder reads; "plain" is unquantized weights in another layout than
 ExactCodec's."""
@@ -24,7 +24,8 @@ class StoredFormat:
     """The format of a checkpoint's experts, from its config."""
 
     name: str
-    """"bf16", "fp16", "fp32", "fp8", "mxfp4", or a quantization method that nothing reads in place."""
+    """"bf16", "fp16", "fp32", "fp8", "mxfp4", "nvfp4", or a quantization method that nothing reads in
+    place."""
     dtype: str
     """The dtype of what is not quantized: "bfloat16", "float16" or "float32"."""
     block: tuple[int, int] | None = None
@@ -50,6 +51,10 @@ class StoredFormat:
             if self.name == "mxfp4":
                 parts.append((tensor.name, "q", "uint8", (rows, columns // 2)))
                 parts.append((tensor.name, "scale", "uint8", (rows, -(-columns // mxfp4.BLOCK))))
+            elif self.name == "nvfp4":
+                parts.append((tensor.name, "q", "uint8", (rows, columns // 2)))
+                parts.append((tensor.name, nvfp4.FACTOR, "float32", (2,)))
+                parts.append((tensor.name, "scale", "float8_e4m3fn", (rows, columns // nvfp4.BLOCK)))
             else:
                 parts.append((tensor.name, "q", "float8_e4m3fn", (rows, columns)))
                 parts.append((tensor.name, "scale", "float32", self._grid(rows, columns)))
@@ -67,7 +72,8 @@ class StoredDecoder:
     """Decodes experts whose buffer has the bytes of the checkpoint. Stateless.
 
     A tensor's parts are either "values", numbers in the tensor's shape; or "transposed", numbers as [in,
-    out]; or "q" and "scale", which are FP8, or MXFP4 if "q" is uint8. See `fp8` and `mxfp4`.
+    out]; or "q" and "scale", which are FP8, or, if "q" is uint8, MXFP4, or NVFP4 if there is one of
+    `nvfp4.SECONDS`, too. See `fp8`, `mxfp4` and `nvfp4`.
     """
 
     def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -88,6 +94,10 @@ def _decode(
     if "transposed" in parts:
         return segment_view(buffer, parts["transposed"]).T.to(dtype)
     q, scale = segment_view(buffer, parts["q"]), segment_view(buffer, parts["scale"])
+    for name in nvfp4.SECONDS:
+        if name in parts:
+            second = segment_view(buffer, parts[name])
+            return nvfp4.dequantize_nvfp4(q, scale, second, divides=name == nvfp4.DIVISOR).to(dtype)
     if q.dtype == torch.uint8:
         return mxfp4.dequantize_mxfp4(q, scale, dtype, tensor.shape[1])
     return fp8.dequantize_fp8(q, scale, dtype)

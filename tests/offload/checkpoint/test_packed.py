@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM
 
 import moe_local
 from moe_local.cache.errors import CheckpointError
+from moe_local.cache.keys import ExpertKey
 from moe_local.offload.checkpoint.checkpoint import Checkpoint, read_config
 from moe_local.offload.expert_file.convert import convert_experts
 from moe_local.offload.expert_file.native import NativeExperts
-from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.kernels.cpu import reads
+from moe_local.offload.quantize.codec import codec_for, decoder_for
 from moe_local.offload.quantize.nf4 import nf4_matrix
 from support import published, published_floats
 
@@ -135,10 +137,25 @@ def test_packed_experts_are_not_read_in_place(made: Made, tmp_path: Path) -> Non
         assert plans[0].bytes.experts_total == plans[1].bytes.experts_total
 
 
-@pytest.mark.parametrize("case", ["float", "mo_rows", "mo_blocks", "mo_mxfp8", "ct_mxfp4"])
-def test_scales_in_other_shapes_are_read_in_place(made: Made, case: str) -> None:
-    """The slots planned for are as large as what is read."""
+@pytest.mark.parametrize(
+    "case", ["float", "mo_rows", "mo_blocks", "mo_mxfp8", "ct_mxfp4", "ct_nvfp4", "mo_nvfp4"]
+)
+def test_scales_in_other_shapes_are_read_in_place(made: Made, tmp_path: Path, case: str) -> None:
+    """The slots planned for are as large as what is read, and torch decodes them to the bit."""
     folder, twin = made(case)
+    checkpoint = Checkpoint.open(folder)
+    layouts = NativeExperts(checkpoint, tmp_path)
+    layer = checkpoint.spec.layers[-1]
+    layout = layouts.layout(layer.index, 3)
+    assert layout.nbytes <= checkpoint.spec.stored.layout(layer.tensors).nbytes
+    assert reads(layout)
+    buffer = torch.full((layout.nbytes,), 0xA5, dtype=torch.uint8)
+    for path, offset, nbytes, at in layouts.locate(ExpertKey(layer.index, 3)).ranges:
+        stored = path.read_bytes()[offset : offset + nbytes]
+        buffer[at : at + nbytes] = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
+    decoded = decoder_for(layout.format).decode(buffer, layout, torch.float32)
+    for name, weight in checkpoint.read_expert(layer, 3).items():
+        assert torch.equal(decoded[name], weight), name
     prompt = torch.randint(3, 320, (1, 9), generator=torch.Generator().manual_seed(2))
     answers = []
     for path, experts in ((folder, "native"), (twin, "fp32")):
