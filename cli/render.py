@@ -154,7 +154,7 @@ def wrapped(text: str, indent: int) -> list[str]:
     """The text wrapped between words to fit the terminal after `indent` columns; unwrapped if stdout is not a
     terminal, or if too few columns are left."""
     room = shutil.get_terminal_size().columns - indent
-    if not sys.stdout.isatty() or room < LEAST_COLUMNS:
+    if sys.stdout is None or not sys.stdout.isatty() or room < LEAST_COLUMNS:
         return [text]
     return textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [text]
 

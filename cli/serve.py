@@ -74,6 +74,14 @@ OWN_NAMES = ("localhost", "127.0.0.1", "::1")
     show_envvar=True,
     help="Web pages from this origin may ask, * for all; repeatable.",
 )
+@click.option(
+    "--alias",
+    multiple=True,
+    metavar="NAME",
+    envvar="MOE_LOCAL_ALIAS",
+    show_envvar=True,
+    help="Clients may ask for the model by this name, too; repeatable.",
+)
 @yes_flag
 @load_flags("parallel", *LOAD_FLAGS)
 @debug_flag
@@ -86,6 +94,7 @@ def serve(
     max_tokens: int | None,
     timeout: float | None,
     cors: tuple[str, ...],
+    alias: tuple[str, ...],
     options: dict[str, Any],
 ) -> None:
     """Serve MODEL to OpenAI and Anthropic clients: chat completions, completions, responses, messages.
@@ -111,7 +120,9 @@ def serve(
     from moe_local.cli.server.web import run
 
     hosts = (*OWN_NAMES, host) if api_key is None else None
-    limits = Limits(api_key=api_key, origins=cors, hosts=hosts, max_tokens=max_tokens, seconds=timeout)
+    limits = Limits(
+        api_key=api_key, origins=cors, hosts=hosts, max_tokens=max_tokens, seconds=timeout, aliases=alias
+    )
     _check_port(host, port)
     ready(model, options)
     with ProgressBar() as progress:

@@ -43,7 +43,7 @@ SILENCE_SECONDS = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one request may ask for, and how many."""
+    """What one request may ask for, under which names, and how many."""
 
     api_key: str | None = None
     origins: tuple[str, ...] = ()
@@ -57,6 +57,8 @@ class Limits:
     """How long a request may wait in the queue."""
     seconds: float | None = None
     """How long an answer may take; None: as long as it takes."""
+    aliases: tuple[str, ...] = ()
+    """Other names under which clients may ask for the model."""
 
 
 class Server:
@@ -121,15 +123,15 @@ class Server:
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [self._about()]}
+        return {"object": "list", "data": [self._about(name) for name in (self.name, *self.limits.aliases)]}
 
     async def one_model(self, name: str) -> dict[str, Any]:
         self._check_model(name)
-        return self._about()
+        return self._about(name)
 
-    def _about(self) -> dict[str, Any]:
+    def _about(self, name: str) -> dict[str, Any]:
         return {
-            "id": self.name,
+            "id": name,
             "object": "model",
             "created": self.metrics.started,
             "owned_by": "moe-local",
@@ -312,10 +314,10 @@ class Server:
         return await refusals.failed(request, self._failure(error))
 
     def _check_model(self, name: str | None) -> None:
-        if name not in (None, "", self.name):
+        if name not in (None, "", self.name, *self.limits.aliases):
             raise Failure(
                 404,
-                f"no model {name!r} here; this server has {self.name!r}",
+                f"no model {name!r} here; this server has {self.name!r} (serve --alias adds names)",
                 "invalid_request_error",
                 param="model",
                 code="model_not_found",

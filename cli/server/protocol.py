@@ -22,6 +22,10 @@ COMPLETION_TOKENS = 16
 seldom comes to an end by itself: without a limit it would run until the context is full."""
 
 
+MOST_STOPS = 64
+"""Stop strings of a request; each takes time that all other requests wait."""
+
+
 class Drawing(BaseModel):
     """How an answer is drawn, which all kinds of request have in common."""
 
@@ -51,6 +55,8 @@ class Drawing(BaseModel):
         strings = [stop] if isinstance(stop, str) else stop or []
         if any(not string for string in strings):
             raise OptionError("a stop string is empty; leave it out")
+        if len(strings) > MOST_STOPS:
+            raise OptionError(f"there are {len(strings)} stop strings; at most {MOST_STOPS} are looked for")
         return stop
 
     @field_validator(
@@ -300,8 +306,11 @@ def _as_text(index: int, message: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(content, str):
         raise OptionError(f"message {index} has no content; give text")
     role = "system" if role == "developer" else role
-    calls = {} if message.get("tool_calls") is None else {"tool_calls": _calls(index, message["tool_calls"])}
-    return {**message, "role": role, "content": content, **calls}
+    calls = message.get("tool_calls")
+    rest = {name: value for name, value in message.items() if name != "tool_calls"}
+    # Templates ask whether there are calls, not whether the list has any.
+    called = {"tool_calls": _calls(index, calls)} if calls not in (None, []) else {}
+    return {**rest, "role": role, "content": content, **called}
 
 
 def _calls(index: int, calls: Any) -> list[Any]:

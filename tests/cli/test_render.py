@@ -27,6 +27,11 @@ def test_no_bar_where_stderr_is_no_terminal(monkeypatch):
     assert out.getvalue() == ""
 
 
+def test_text_is_not_wrapped_without_a_stdout(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python does where it was closed
+    assert render.wrapped("word " * 40, 2) == ["word " * 40]
+
+
 def test_a_bar_on_a_terminal(monkeypatch):
     out = Terminal()
     monkeypatch.setattr(sys, "stderr", out)

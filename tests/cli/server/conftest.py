@@ -171,7 +171,7 @@ def serving(request: pytest.FixtureRequest) -> Serving:
 
 @pytest.fixture(scope="module")
 def server(serving: Serving, model: moe_local.Model) -> Iterator[Running]:
-    with serving(origins=("https://page.example",)) as running:
+    with serving(origins=("https://page.example",), aliases=("small-1",)) as running:
         yield running
     model.check_integrity()
 

@@ -17,6 +17,7 @@ import pytest
 
 import moe_local
 from moe_local.cli.server import prompts, watch
+from moe_local.cli.server.protocol import ChatRequest
 from moe_local.offload.engine.text import encode_prompt
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is a router?"}]
@@ -376,9 +377,18 @@ def test_tools(serving: Any, scripted: Any, model: moe_local.Model, monkeypatch:
         assert [(c.index, c.function.name) for c in calls] == [(0, "weather")]
 
 
+def test_an_earlier_answer_with_an_empty_list_of_calls() -> None:
+    """Some clients send it back so, and templates ask only whether there is a list."""
+    said = {"role": "assistant", "content": "Hi", "tool_calls": []}
+    asked = ChatRequest(messages=[*QUESTION, said])
+    assert asked.conversation()[-1] == {"role": "assistant", "content": "Hi"}
+
+
 def test_models_and_health(client: openai.OpenAI, server: Any) -> None:
-    assert [model.id for model in client.models.list()] == ["demo"]
-    assert client.models.retrieve("demo").id == "demo"
+    assert [model.id for model in client.models.list()] == ["demo", "small-1"]
+    for name in ("demo", "small-1"):  # which the server was told to go by, too
+        assert client.models.retrieve(name).id == name
+        assert client.chat.completions.create(model=name, messages=QUESTION, max_tokens=1).choices
     with pytest.raises(openai.NotFoundError, match="no model 'gpt-5' here; this server has 'demo'"):
         client.chat.completions.create(model="gpt-5", messages=QUESTION)
     health = server.http.get(f"{server.url}/health").json()
@@ -439,6 +449,7 @@ def test_metrics(client: openai.OpenAI, server: Any) -> None:
         ),
         ({"messages": QUESTION, "n": 100}, "n: "),
         ({"messages": QUESTION, "stop": [""]}, "a stop string is empty"),
+        ({"messages": QUESTION, "stop": ["a"] * 65}, "there are 65 stop strings; at most 64 are looked for"),
         ({"messages": QUESTION, "logprobs": 3}, "logprobs: Input should be a valid boolean"),
         ({"messages": QUESTION, "top_logprobs": 3}, "top_logprobs need logprobs: true beside them"),
         (
