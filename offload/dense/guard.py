@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from moe_local.offload.modeling.capturing import all_asleep
 from moe_local.offload.modeling.onlooker import Onlooker
 
 _dtype = attrgetter("dtype")
@@ -74,7 +75,9 @@ class Guard:
     def idle(self) -> bool:
         """Whether no hook depends on the modules' calls, be it their own or one on all modules, and none of
         them has a forward of its own or is in training, when it may do more."""
-        if _global_forward_hooks or _global_forward_pre_hooks or any(self._hooks):
+        if _global_forward_hooks or _global_forward_pre_hooks:
+            return False
+        if any(self._hooks) and not all_asleep(self._hooks):
             return False
         for own in self._own:
             if own["training"] or "forward" in own:

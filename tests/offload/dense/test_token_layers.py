@@ -126,6 +126,21 @@ def test_hooks_see_what_they_always_saw(
     assert passes == [LAYERS] * 3 + [2] * (len(IDS) - 3), "up to the layer with the hook"
 
 
+def test_who_asked_for_hidden_states_slows_nobody_down(load: Callable[..., Any], passes: list[int]) -> None:
+    """Transformers' hooks stay, and are awake only in such a call."""
+    with load() as model:
+        want = one_by_one(model.hf)
+        passes.clear()
+        with torch.no_grad():
+            shown = [model.hf(torch.tensor([[5]]), output_hidden_states=True).hidden_states for _ in range(2)]
+        assert not passes
+        assert model.hf.model.layers[0]._forward_hooks
+        assert all(map(torch.equal, *shown))
+        assert len(shown[0]) == LAYERS + 1
+        assert torch.equal(one_by_one(model.hf), want)
+        assert passes == [LAYERS] * len(IDS)
+
+
 @pytest.mark.parametrize("replaced", ["input", "output"])
 def test_a_hook_that_changes_what_goes_on(load: Callable[..., Any], replaced: str) -> None:
     found = []
