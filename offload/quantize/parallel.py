@@ -39,19 +39,19 @@ def for_rows(
 def for_each(parts: Sequence[slice], work: Callable[[slice], None]) -> None:
     """Call `work` with every part, in as many threads as torch is set to; raises the error of any call.
 
-    Meanwhile torch's own operations are single-threaded, in the whole process.
+    Torch's own operations in them are single-threaded.
     """
     threads = max(1, min(kernel_threads(), len(parts)))
     inference = torch.is_inference_mode_enabled()
 
     def some(first: int) -> None:
-        with torch.inference_mode(inference), torch.no_grad():  # both modes are per thread
+        # all three are per thread
+        with torch.inference_mode(inference), torch.no_grad(), one_torch_thread():
             for part in parts[first::threads]:
                 work(part)
 
-    with one_torch_thread():
-        if threads == 1:
-            some(0)
-        else:
-            with ThreadPoolExecutor(threads, "parts") as pool:
-                list(pool.map(some, range(threads)))
+    if threads == 1:
+        some(0)
+    else:
+        with ThreadPoolExecutor(threads, "parts") as pool:
+            list(pool.map(some, range(threads)))
