@@ -78,6 +78,8 @@ def generate_ids(
         )
         for index, prompt in enumerate(prompts)
     ]
+    for setting in settings:
+        setting.stops_in_prompt = True
     news = run_all(engine, prompts, settings)
     return _assemble(input_ids.repeat_interleave(copies, dim=0), news, settings[0].pad_id or 0)
 

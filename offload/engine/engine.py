@@ -376,7 +376,7 @@ class Engine:
         settings = sequence.settings
         if token in settings.eos_ids:
             return FinishReason.STOP
-        if settings.stop_strings is not None and bool(settings.stop_strings(self._seen(sequence), None)):
+        if settings.stop_strings is not None and settings.stops(self._seen(sequence), sequence.prompt_len):
             return FinishReason.STOP
         if len(sequence.ids) - sequence.prompt_len >= settings.max_new_tokens:
             return FinishReason.LENGTH

@@ -52,7 +52,7 @@ class Settings:
     processors: Any
     """A LogitsProcessorList; empty when there is nothing to change."""
     stop_strings: Any
-    """A StoppingCriteriaList over the whole ids [1, length]; None when no stop string is given."""
+    """A StoppingCriteriaList over ids [1, length]; None when no stop string is given."""
     generator: torch.Generator | None
     """On the model's device. None: torch's global one."""
     max_time: float | None
@@ -62,6 +62,12 @@ class Settings:
     probabilities."""
     prompt_logprobs: bool = False
     """Whether the prompt's own tokens get log probabilities, too."""
+    stops_in_prompt: bool = False
+    """Whether a stop string may begin in the prompt, as in transformers."""
+
+    def stops(self, ids: torch.Tensor, prompt_len: int) -> bool:
+        """Whether ids [1, length], prompt and answer, end in a stop string; there must be some."""
+        return bool(self.stop_strings(ids if self.stops_in_prompt else ids[:, prompt_len:], None))
 
 
 def draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:

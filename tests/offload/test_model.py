@@ -107,6 +107,19 @@ def test_end_token_and_stop_strings(model: moe_local.Model) -> None:
     assert answer(model, "hello", 20, stop=[]).token_ids == ids
 
 
+def test_stop_strings_are_looked_for_in_the_answer_alone(model: moe_local.Model) -> None:
+    """From its first token on; the text of the prompt does not count, nor where the two meet."""
+    for prompt in range(3, 320):
+        said = model.tokenizer.decode([prompt])
+        first, second = (token.text for token in model.stream([prompt], max_new_tokens=2, **ENDLESS))
+        if f"{said}{first}{second}".isascii() and said and first and second:
+            break
+    whole = answer(model, [prompt]).token_ids
+    assert answer(model, [prompt], stop=[said[-1] + first]).token_ids == whole
+    assert answer(model, [prompt], stop=[said[-1] + first, first]).token_ids == whole[:1]
+    assert answer(model, [prompt], stop=first[-1] + second[0]).token_ids == whole[:2]
+
+
 def test_an_answer_ends_with_the_context(model: moe_local.Model) -> None:
     out = model.generate("hello", **ENDLESS)  # 512 tokens are asked for, 256 hold prompt and answer
     assert out.finish_reason == "length"

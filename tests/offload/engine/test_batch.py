@@ -195,6 +195,17 @@ def test_stop_strings_across_token_borders(mixtral: Any, tokenizer: Any) -> None
     assert out.shape[1] < 70
 
 
+def test_stop_strings_may_begin_in_a_tensors_prompt(mixtral: Any, tokenizer: Any) -> None:
+    """As in transformers; in answers to text they may not."""
+    ids = tokenizer("the expert routers", return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 6, "pad_token_id": PAD}
+    first = hf_generate(mixtral, ids, **options)[0, ids.shape[1]]
+    options["stop_strings"] = "s" + tokenizer.decode([first])
+    out = generate_ids(engine_for(mixtral), ids, torch.ones_like(ids), tokenizer=tokenizer, **options)
+    assert out.tolist() == hf_generate(mixtral, ids, tokenizer=tokenizer, **options).tolist()
+    assert out.shape[1] == ids.shape[1] + 1
+
+
 def test_return_sequences_are_drawn_one_by_one(mixtral: Any) -> None:
     ids = random_prompt(6, rows=2)
     options = {"do_sample": True, "max_new_tokens": 8, "eos_token_id": None}
