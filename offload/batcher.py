@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -21,6 +23,8 @@ from moe_local.offload.records import Token
 from moe_local.offload.store.leases import Tally
 from moe_local.offload.store.store import ExpertStore
 from moe_local.offload.turn import Turn
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,34 +206,37 @@ class Batcher:
             raise RuntimeError(f"{len(inside)} answers run, {len(self._engine.active)} are in the engine")
 
     def _work(self) -> None:
-        while True:
+        while self._closed is None:
             with self._changed:
                 while not self._waiting and not self._looks and self._closed is None:
                     self._changed.wait()
-            if self._closed is not None:
-                self._end_all(MoeLocalError(self._closed))
-                self._answer_looks()
-                with self._changed:  # whoever keeps a closed batcher need not keep the model's memory
-                    del self._engine, self._store
-                return
             try:
                 # Whoever closes this may have the turn, and wait here for us.
-                if not self._turn.begin(lambda: self._closed is not None):
-                    continue
+                if self._closed is None and self._turn.begin(lambda: self._closed is not None):
+                    self._use_turn()
             except MoeLocalError as error:  # the model was closed
                 self._closed = str(error)
-                continue
-            try:
-                self._tally = None
-                while self._closed is None:
-                    self._answer_looks()
-                    if not self._admit():
-                        break
-                    self._step()
-                if self._closed is not None:
-                    self._end_all(MoeLocalError(self._closed))
-            finally:
-                self._turn.end()
+        self._end_all(MoeLocalError(self._closed))
+        self._answer_looks()
+        with self._changed:  # whoever keeps a closed batcher need not keep the model's memory
+            del self._engine, self._store
+
+    def _use_turn(self) -> None:
+        """Step until nobody waits and nothing runs, or until closed; then give the turn back."""
+        try:
+            self._tally = None
+            while self._closed is None:
+                self._answer_looks()
+                if not self._admit():
+                    break
+                self._step()
+        except BaseException as error:  # a defect of ours, and without this thread all would wait for ever
+            self._closed = self._closed or f"answering failed: {first_line(error)}; load the model again"
+            logger.error("answering failed, and ends", exc_info=error)
+        finally:
+            if self._closed is not None:
+                self._end_all(MoeLocalError(self._closed))
+            self._turn.end()
 
     def _admit(self) -> bool:
         """End tickets that were cancelled or waited too long, and start as many as there are rows for.
@@ -239,20 +246,21 @@ class Batcher:
             self._end(ticket, Ended(None))
         now = time.monotonic()
         with self._changed:
-            waiting, self._waiting = self._waiting, deque()
-            for ticket in waiting:
+            for ticket in [*self._waiting]:
+                late = ticket.waits_until is not None and now > ticket.waits_until
+                if not (ticket.cancelled or late or self._engine.free_rows):
+                    continue
+                self._waiting.remove(ticket)
                 if ticket.cancelled:
                     self._tell(ticket, Ended(None))
-                elif ticket.waits_until is not None and now > ticket.waits_until:
+                elif late:
                     seconds = time.perf_counter() - ticket.submitted
                     self._tell(
                         ticket,
                         Ended(None, BusyError(f"no turn came within {seconds:.0f} s; try again later")),
                     )
-                elif self._engine.free_rows:
-                    self._start(ticket)
                 else:
-                    self._waiting.append(ticket)
+                    self._start(ticket)
             self._changed.notify_all()
         return bool(self._running)
 
@@ -277,17 +285,21 @@ class Batcher:
             after = self._tally = self._store.tally()
         except Exception as error:  # whose fault it was is not known
             self._tally = None
-            self._end_all(_as_ours(error, "a step failed"), waiting=False)
+            failure = Ended(None, _as_ours(error, "a step failed"))
+            for ticket in [*self._running]:
+                self._end(ticket, failure)
             return
         self.step_s += time.perf_counter() - began
         self._store.tokens += len(steps)
         mine = {id(ticket.sequence): ticket for ticket in self._running}
         for step in steps:
-            ticket = mine[id(step.sequence)]
+            owner = mine.get(id(step.sequence))
+            if owner is None:  # a sequence that somebody else left in the engine
+                continue
             try:
-                self._hand_out(ticket, step, before, after)
+                self._hand_out(owner, step, before, after)
             except Exception as error:  # of a tokenizer, for one
-                self._end(ticket, Ended(None, _as_ours(error, "a token could not be made text")))
+                self._end(owner, Ended(None, _as_ours(error, "a token could not be made text")))
 
     def _hand_out(self, ticket: Ticket, step: Step, before: Tally, after: Tally) -> None:
         now = time.perf_counter()
@@ -304,25 +316,28 @@ class Batcher:
     def _end(self, ticket: Ticket, ended: Ended) -> None:
         """Remove a ticket's sequence from the engine, and send the last event to its listener."""
         assert ticket.sequence is not None
-        self._engine.leave(ticket.sequence)
-        with self._changed:
-            self._running.remove(ticket)
-            self._changed.notify_all()
-        self._tell(ticket, ended)
-
-    def _end_all(self, error: MoeLocalError, *, waiting: bool = True) -> None:
-        for ticket in [*self._running]:
-            self._end(ticket, Ended(None, error))
-        if waiting:
+        try:
+            self._engine.leave(ticket.sequence)
+        finally:
             with self._changed:
-                left, self._waiting = self._waiting, deque()
-            for ticket in left:
-                self._tell(ticket, Ended(None, error))
+                self._running.remove(ticket)
+                self._changed.notify_all()
+            self._tell(ticket, ended)
+
+    def _end_all(self, error: MoeLocalError) -> None:
+        """End whatever runs or waits, also where the engine's own bookkeeping fails."""
+        while self._running:
+            with contextlib.suppress(Exception):
+                self._end(self._running[0], Ended(None, error))
+        with self._changed:
+            left, self._waiting = self._waiting, deque()
+        for ticket in left:
+            self._tell(ticket, Ended(None, error))
 
     def _tell(self, ticket: Ticket, event: Token | Ended) -> None:
         try:
             ticket.listener(event)
-        except Exception:  # the other end is gone
+        except BaseException:  # the other end is gone
             ticket.cancel()
 
 

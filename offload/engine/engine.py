@@ -27,8 +27,9 @@ from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.kv_slab import KVRows, KVSlab, cache_argument
 from moe_local.offload.engine.logprobs import LogProbs, scored_chunk
 from moe_local.offload.engine.picking import Pick, pick_tokens, score_prompt
-from moe_local.offload.engine.prefix import copy_prefix, row_to_go_on
+from moe_local.offload.engine.prefix import copy_prefix
 from moe_local.offload.engine.recording import Saw
+from moe_local.offload.engine.rows import Rows
 from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.engine.sequence import FinishReason, Sequence, Step, Work
 from moe_local.offload.engine.token_step import TokenStep, TokenWatch
@@ -83,10 +84,7 @@ class Engine:
         """New tokens so far, of all sequences."""
         self.relief: Callable[[Shortage], bool] | None = None
         """Frees device memory that a step lacked, and returns whether it did; None: nothing can be freed."""
-        self._members: list[Sequence] = []
-        """By row, including the parked sequences."""
-        self._parked: list[Sequence] = []
-        """Sequences that have left and whose rows were not needed since, in the order in which they left."""
+        self._rows = Rows(kv)
         self._turn = 0
         self._masks: BatchMasks | None = None
         self._had_prompt = False
@@ -115,11 +113,11 @@ class Engine:
     @property
     def active(self) -> list[Sequence]:
         """Sequences that have joined and not left, by row."""
-        return [sequence for sequence in self._members if sequence not in self._parked]
+        return self._rows.active
 
     @property
     def free_rows(self) -> int:
-        return self.kv.rows - len(self.active)
+        return self._rows.free
 
     def join(self, prompt_ids: Ids[int], settings: Settings, *, reuse: bool = False) -> Sequence:
         """Add a prompt to the steps that follow; nothing is computed yet.
@@ -136,17 +134,7 @@ class Engine:
                 f"all {self.kv.rows} sequences are in use; one has to leave before another joins"
             )
         deadline = None if settings.max_time is None else time.monotonic() + settings.max_time
-        shared, parked = row_to_go_on(self.kv, self._parked, ids) if reuse else (0, None)
-        if parked is not None:
-            row = parked.row
-            self.kv.shorten(row, shared)
-            self._parked.remove(parked)
-            sequence = self._members[row] = Sequence(ids, len(ids), settings, row, reused_tokens=shared)
-        else:
-            if len(self._members) == self.kv.rows:
-                self._give_up(self._parked[0])
-            sequence = Sequence(ids, len(ids), settings, self.kv.join())
-            self._members.append(sequence)
+        sequence = self._rows.join(ids, settings, reuse=reuse)
         sequence.shares = reuse
         sequence.deadline = deadline
         return sequence
@@ -180,25 +168,13 @@ class Engine:
 
     def leave(self, sequence: Sequence) -> None:
         """Remove a sequence, finished or not. Its row stays parked, for reuse, until a row is needed."""
-        assert self._members[sequence.row] is sequence, "this sequence has left before"
-        assert sequence not in self._parked, "this sequence has left before"
-        self._parked.append(sequence)
+        self._rows.leave(sequence)
         sequence.seen = None
         sequence.prompt_logprobs = []
 
     def forget(self) -> None:
         """Free all parked rows."""
-        while self._parked:
-            self._give_up(self._parked[0])
-
-    def _give_up(self, parked: Sequence) -> None:
-        self._parked.remove(parked)
-        row = parked.row
-        self.kv.leave(row)
-        last = self._members.pop()
-        if row < len(self._members):
-            self._members[row] = last
-            last.row = row
+        self._rows.forget()
 
     def step(self) -> list[Step]:
         """Compute the next forward and return its new tokens; none if it was only a part of a long prompt.
@@ -259,14 +235,14 @@ class Engine:
                 self._had_prompt = False
                 if len(decoding) == 1:
                     return [self._work(decoding[0])]
-                return [self._work(sequence) for sequence in self._to_front(decoding)]
+                return [self._work(sequence) for sequence in self._rows.to_front(decoding)]
             running = prompts
         if not running:
             return []
         sequence = next((s for s in running if s.row >= self._turn), running[0])
         self._turn = sequence.row + 1
         self._had_prompt = True
-        copy_prefix(self.kv, self._members, sequence)
+        copy_prefix(self.kv, self._rows.members, sequence)
         return [self._work(sequence)]
 
     def _todo(self, sequence: Sequence) -> int:
@@ -280,20 +256,6 @@ class Engine:
         wanted = min(self.chunk, scored_chunk(self.vocab_size)) if scored else self.chunk
         count = self.kv.chunk(sequence.row, todo, wanted)
         return Work(sequence, sequence.ids[done : done + count], samples=count == todo, scored=scored)
-
-    def _to_front(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Move these sequences, which are ordered by row, to the first rows: a batch is rows 0 to n - 1.
-
-        Rows move only when a sequence joins or leaves the batch, not at every step.
-        """
-        outside = [row for row in range(len(sequences)) if self._members[row] not in sequences]
-        behind = [sequence.row for sequence in sequences if sequence.row >= len(sequences)]
-        for hole, row in zip(outside, behind, strict=True):
-            self.kv.swap(hole, row)
-            members = self._members
-            members[hole], members[row] = members[row], members[hole]
-            members[hole].row, members[row].row = hole, row
-        return self._members[: len(sequences)]
 
     def _forward(self, work: list[Work]) -> torch.Tensor:
         """Logits of each row's last token, [len(work), vocabulary], fp32. A scored row is computed alone, and
@@ -389,10 +351,4 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the bookkeeping contradicts itself."""
-        self.kv.check_integrity()
-        assert len(self._members) == len(self.kv.lens)
-        for row, sequence in enumerate(self._members):
-            assert sequence.row == row
-            assert self.kv.lens[row] < len(sequence.ids) or sequence in self._parked
-            assert sequence.prompt_len <= len(sequence.ids) <= self.kv.capacity + 1
-        assert all(self._members[parked.row] is parked for parked in self._parked)
+        self._rows.check_integrity()

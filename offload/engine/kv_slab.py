@@ -56,7 +56,10 @@ class KVRows(Protocol):
         """Take the next row, empty. Call only while len(lens) < rows."""
 
     def leave(self, row: int) -> None:
-        """Free a row. The last row takes its place, and has the number `row` from now on."""
+        """Free a row. The last row takes its place, and has the number `row` from now on.
+
+        If that raises, all rows stay in use, and this one is empty.
+        """
 
     def swap(self, one: int, other: int) -> None:
         """Exchange two rows in use."""
@@ -233,12 +236,13 @@ class KVSlab:
 
     def leave(self, row: int) -> None:
         last = len(self.lens) - 1
+        length = self.lens[last]
         if row != last:
-            length = self.lens[last]
+            self.lens[row] = 0
+            self._touched[row] = max(self._touched[row], length)
             for tensor in self._tensors():
                 tensor[row, ..., :length, :].copy_(tensor[last, ..., :length, :])
-        self.lens[row] = self.lens[last]
-        self._touched[row] = max(self._touched[row], self.lens[row])
+        self.lens[row] = length
         self.lens.pop()
 
     def swap(self, one: int, other: int) -> None:

@@ -32,6 +32,8 @@ class Sequence:
     row: int
     """Its row of the key-value memory. Changes when another sequence leaves."""
     finish_reason: FinishReason | None = None
+    departure: int | None = None
+    """Its number among the sequences that have left; None while it takes part in steps."""
     reused_tokens: int = 0
     """Prompt tokens whose keys and values were reused from other sequences."""
     shares: bool = False

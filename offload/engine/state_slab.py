@@ -31,12 +31,13 @@ class StateSlab(KVSlab):
             }
 
     def join(self) -> int:
-        row = super().join()
-        self._begin_anew(row)
-        return row
+        self._begin_anew(len(self.lens))  # first: where it raises, no row is taken
+        return super().join()
 
     def leave(self, row: int) -> None:
         last = len(self.lens) - 1
+        if row != last:
+            self.lens[row] = 0
         for store in self.states.values():
             for tensor in store.tensors():
                 tensor[row].copy_(tensor[last])

@@ -259,6 +259,38 @@ def test_a_prompt_that_cannot_begin_is_told_and_the_rest_goes_on(
     assert good.end() == Ended(FinishReason.LENGTH)
 
 
+def test_steps_of_a_sequence_that_is_nobodys_go_to_nobody(rig: Rig) -> None:
+    with rig.paused():
+        stray = rig.engine.join([8, 8], make_settings(rig.hf, [8, 8], max_new_tokens=3, eos_token_id=None))
+        heard = rig.ask([7, 7], count=6)
+    assert heard.end() == Ended(FinishReason.LENGTH)
+    assert heard.ids == rig.alone([7, 7], 6)
+    with rig.paused():
+        rig.engine.leave(stray)
+
+
+@pytest.mark.parametrize("method", ["_hand_out", "_admit"])
+def test_a_defect_ends_all_answers_and_what_comes_later(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Without its thread, whoever waits would wait for ever."""
+
+    def fail(*_: Any) -> None:
+        raise SystemExit("a defect\nand more lines")
+
+    with rig.paused():
+        monkeypatch.setattr(rig.batcher, method, fail)
+        heard = [rig.ask([5, 6, 7 + i]) for i in range(3)]
+        look = rig.batcher.look(int)
+    for one in heard:
+        assert str(one.end().error) == "answering failed: a defect; load the model again"
+    assert look.result(PATIENCE) == 0
+    with pytest.raises(MoeLocalError, match="answering failed"):
+        rig.ask([5])
+    with rig.paused():
+        assert rig.engine.active == []
+
+
 def test_a_conversation_goes_on_where_it_was(rig: Rig) -> None:
     """Though others were answered meanwhile: each row is kept until it is needed."""
     first = rig.ask([5, 6, 7, 8, 9], count=6)

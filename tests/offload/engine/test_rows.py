@@ -1,0 +1,89 @@
+"""Rows of the key-value memory that cannot be freed or moved: nothing is lost, and none used half-written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_local.offload.engine.engine import Engine
+from moe_local.offload.engine.memory import make_kv
+from moe_local.offload.engine.sampling import Settings, make_settings
+from moe_local.offload.engine.sequence import Sequence
+from support import tiny_models
+
+torch.set_num_threads(1)
+PROMPTS = [list(range(10, 29)), list(range(50, 63)), list(range(90, 107))]
+
+
+@pytest.fixture(scope="module", params=["mixtral", "qwen3_next"])
+def model(request: pytest.FixtureRequest) -> Any:
+    """One with keys and values of every token, and one with states beside them."""
+    return tiny_models.tiny_model(request.param)
+
+
+class Failing(TorchDispatchMode):
+    """The operation number `at` finds no memory; none if that is 0."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+        self.operations = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        if self.operations == self.at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        return function(*args, **(kwargs or {}))
+
+
+def fails_once(kv: Any, method: str, at: int) -> Failing:
+    """The next call of a method of `kv` fails at its operation number `at`; later calls are as before."""
+    plain, failing = getattr(kv, method), Failing(at)
+
+    def fail(*args: Any) -> None:
+        setattr(kv, method, plain)
+        with failing:
+            plain(*args)
+
+    setattr(kv, method, fail)
+    return failing
+
+
+def greedy(model: Any, count: int) -> Settings:
+    return make_settings(model, [1], max_new_tokens=count, eos_token_id=None)
+
+
+def finish(engine: Engine, sequence: Sequence) -> list[int]:
+    """The new tokens of a sequence, which then leaves."""
+    while sequence.finish_reason is None:
+        engine.step()
+        engine.check_integrity()
+    engine.leave(sequence)
+    return sequence.new_ids
+
+
+def alone(model: Any, ids: list[int], count: int) -> list[int]:
+    engine = Engine(model, make_kv(model, 1, 100), chunk=64)
+    return finish(engine, engine.join(ids, greedy(model, count)))
+
+
+def test_a_row_that_cannot_be_freed_stays_parked_and_empty(model: Any) -> None:
+    """The last row takes the place of the freed one, and the copy fails."""
+    engine = Engine(model, make_kv(model, 2, 100), chunk=64)
+    first, second = (engine.join(ids, greedy(model, 4)) for ids in PROMPTS[:2])
+    for sequence in (first, second):
+        finish(engine, sequence)
+    fails_once(engine.kv, "leave", 12)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.join(PROMPTS[2], greedy(model, 4), reuse=True)
+    engine.check_integrity()
+    assert (engine.active, engine.free_rows) == ([], 2)
+    for ids, reused in ((second.ids, 16), (first.ids, 0)):
+        longer = engine.join([*ids, 7, 8], greedy(model, 6), reuse=True)
+        assert longer.reused_tokens == reused
+        assert finish(engine, longer) == alone(model, [*ids, 7, 8], 6)
+    third = engine.join(PROMPTS[2], greedy(model, 4), reuse=True)
+    assert finish(engine, third) == alone(model, PROMPTS[2], 4)
