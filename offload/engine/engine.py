@@ -24,7 +24,8 @@ from moe_local.offload.dense.linear import FEW_TOKENS as FEW_PLAIN_TOKENS
 from moe_local.offload.dense.linear import NativeLinear
 from moe_local.offload.engine.batch_view import BatchMasks
 from moe_local.offload.engine.graphs import Graphs
-from moe_local.offload.engine.kv_slab import KVRows, KVSlab, cache_argument
+from moe_local.offload.engine.kv_rows import KVRows
+from moe_local.offload.engine.kv_slab import KVSlab, cache_argument
 from moe_local.offload.engine.logprobs import LogProbs, scored_chunk
 from moe_local.offload.engine.picking import Pick, pick_tokens, score_prompt
 from moe_local.offload.engine.prefix import copy_prefix
@@ -184,10 +185,11 @@ class Engine:
         with interrupt.deferred(), torch.inference_mode():
             while True:
                 turn, had_prompt = self._turn, self._had_prompt
-                work = self._schedule()
-                if not work:
-                    return []
+                work: list[Work] = []
                 try:
+                    work = self._schedule()
+                    if not work:
+                        return []
                     logits = self._forward(work)
                     picks = self._sample(work, logits)
                     scores = [score_prompt(item, self.kv.lens[item.sequence.row], logits) for item in work]
@@ -206,11 +208,11 @@ class Engine:
     def _make_room(self, lacking: Shortage, work: list[Work]) -> None:
         """Free memory that a step lacked: cache fewer experts, else shorten chunks, else give up graphs.
 
-        Raises MoeLocalError if none of these is possible.
+        `work`: its forward; empty if it came to none. Raises MoeLocalError if none of these is possible.
         """
         if self.relief is not None and self.relief(lacking):
             return
-        shorter = min(self.chunk, max(len(item.ids) for item in work)) // 2
+        shorter = min(self.chunk, max((len(item.ids) for item in work), default=0)) // 2
         if shorter < MIN_CHUNK:
             if self.token_step is not None and self.token_step.make_room():
                 return

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import cache_utils
@@ -29,75 +29,6 @@ from moe_local.offload.modeling.names import cache_name
 # Later releases of transformers use this class for layers without a cache; 5.17 and 5.18 omit such layers.
 DUMMY_LAYER: type | None = getattr(cache_utils, "DummyLayer", None)
 SLAB_LAYERS = (DynamicLayer, cache_utils.DynamicSlidingWindowLayer, cache_utils.DynamicIndexedLayer)
-
-
-class KVRows(Protocol):
-    """The protocol of the memory of sequences, as the engine uses it.
-
-    The first `lens[row]` tokens of a row are valid. A forward through `row(r)` writes after them and changes
-    no length; `advance` makes the new tokens valid, `abort` drops them. Rows in use are 0 to len(lens) - 1.
-    """
-
-    rows: int
-    capacity: int
-    lens: list[int]
-    can_batch: bool
-    """Whether several rows can take part in one forward, one new token each."""
-    can_copy: bool
-    """Whether the first tokens of a row can be copied to another."""
-    whole_prompt_only: bool
-    """Whether a prompt must be computed in one forward, and later tokens one by one."""
-    places: BatchPlaces
-    """Where the tokens of the last `batch` are written."""
-    windows: list[int | None]
-    """For each layer, how many tokens its attention sees; None: all, or the layer has no attention."""
-
-    def join(self) -> int:
-        """Take the next row, empty. Call only while len(lens) < rows."""
-
-    def leave(self, row: int) -> None:
-        """Free a row. The last row takes its place, and has the number `row` from now on.
-
-        If that raises, all rows stay in use, and this one is empty.
-        """
-
-    def swap(self, one: int, other: int) -> None:
-        """Exchange two rows in use."""
-
-    def row(self, row: int) -> Any:
-        """A transformers Cache of one sequence, for one forward of any number of tokens that fit."""
-
-    def batch(self, count: int) -> Any:
-        """A Cache of rows 0 to count - 1, for one forward of one token each, with masks made of `places`.
-
-        Call only when `can_batch`.
-        """
-
-    def advance(self, row: int, tokens: int) -> None:
-        """Make the new tokens of a finished forward through the row valid."""
-
-    def abort(self, row: int) -> None:
-        """Drop the tokens of a failed forward through the row. `lens[row]` may be less afterwards, even 0."""
-
-    def chunk(self, row: int, todo: int, wanted: int) -> int:
-        """How many of `todo` new tokens the next forward of this row takes: `wanted`, where possible."""
-
-    def can_shorten(self, row: int, length: int) -> bool:
-        """Whether the row can be cut to its first `length` tokens and continued from there without error."""
-
-    def shorten(self, row: int, length: int) -> None:
-        """Drop the tokens from `length` on. Call only when `can_shorten`."""
-
-    def copy(self, one: int, other: int, length: int) -> None:
-        """Copy tokens of row `one` to row `other`, so that it has the first `length` of them; it has fewer
-        before, the same ones. Call only if `can_copy`."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated now, used or not."""
-
-    def check_integrity(self) -> None:
-        """Raises AssertionError when the bookkeeping contradicts itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +177,16 @@ class KVSlab:
         self.lens.pop()
 
     def swap(self, one: int, other: int) -> None:
+        try:
+            self._swap(one, other)
+        except BaseException:  # some layers may be exchanged, and others not
+            self.lens[one] = self.lens[other] = 0
+            for row in (one, other):
+                self.abort(row)
+            raise
+
+    def _swap(self, one: int, other: int) -> None:
+        """As `swap`; where it raises, both rows hold anything."""
         length = max(self.lens[one], self.lens[other])
         for tensor in self._tensors():
             held = tensor[one, ..., :length, :].clone()
@@ -335,6 +276,7 @@ class KVSlab:
     def copy(self, one: int, other: int, length: int) -> None:
         begin = self.lens[other]
         assert begin <= length <= self.lens[one], f"row {one} has {self.lens[one]} tokens, not {length}"
+        self._touched[other] = max(self._touched[other], length)
         for tensor in self._tensors():
             tensor[other, ..., begin:length, :].copy_(tensor[one, ..., begin:length, :])
         self.advance(other, length - begin)

@@ -6,7 +6,8 @@ from typing import Any
 
 from moe_local.offload.dense.state_pieces import forgets_states
 from moe_local.offload.engine.encoder_decoder import EncoderDecoder, Translations
-from moe_local.offload.engine.kv_slab import KVRows, KVSlab, can_slab, probe_cache
+from moe_local.offload.engine.kv_rows import KVRows
+from moe_local.offload.engine.kv_slab import KVSlab, can_slab, probe_cache
 from moe_local.offload.engine.own_caches import OwnCaches
 from moe_local.offload.engine.state_slab import StateSlab, can_state_slab
 

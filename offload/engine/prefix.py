@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Ids
 
-from moe_local.offload.engine.kv_slab import KVRows
+from moe_local.offload.engine.kv_rows import KVRows
 from moe_local.offload.engine.sequence import Sequence
 
 WORTH_COPYING = 16

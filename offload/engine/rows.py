@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_local.offload.engine.kv_slab import KVRows
+from moe_local.offload.engine.kv_rows import KVRows
 from moe_local.offload.engine.prefix import row_to_go_on
 from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.engine.sequence import Sequence

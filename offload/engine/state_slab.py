@@ -43,11 +43,11 @@ class StateSlab(KVSlab):
                 tensor[row].copy_(tensor[last])
         super().leave(row)
 
-    def swap(self, one: int, other: int) -> None:
+    def _swap(self, one: int, other: int) -> None:
         for store in self.states.values():
             for tensor in store.tensors():
                 tensor[[one, other]] = tensor[[other, one]]
-        super().swap(one, other)
+        super()._swap(one, other)
 
     def row(self, row: int) -> Any:
         return self._with_states(super().row(row), row, 1, begun=self.lens[row] > 0)

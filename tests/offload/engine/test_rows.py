@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.sampling import Settings, make_settings
@@ -87,3 +88,32 @@ def test_a_row_that_cannot_be_freed_stays_parked_and_empty(model: Any) -> None:
         assert finish(engine, longer) == alone(model, [*ids, 7, 8], 6)
     third = engine.join(PROMPTS[2], greedy(model, 4), reuse=True)
     assert finish(engine, third) == alone(model, PROMPTS[2], 4)
+
+
+def moved(model: Any, at: int, *, relieved: bool = True) -> tuple[int, list[list[int]]]:
+    """Two sequences move up when a third one leaves, which fails at an operation; then the third goes on.
+
+    Returns the number of operations of that move, and the new tokens of all.
+    """
+    engine = Engine(model, make_kv(model, 3, 100), chunk=64)
+    engine.relief = lambda lacking: relieved
+    first, *others = [engine.join(ids, greedy(model, 12)) for ids in PROMPTS]
+    while len(first.new_ids) < 4:
+        engine.step()
+    engine.leave(first)
+    failing = fails_once(engine.kv, "swap", at)
+    if not relieved:
+        with pytest.raises(MoeLocalError, match=r"VRAM ran out \(2.00 MiB more were asked for"):
+            engine.step()
+    news = [finish(engine, sequence) for sequence in others]
+    longer = engine.join([*first.ids, 7, 8], greedy(model, 6), reuse=True)
+    return failing.operations, [*news, finish(engine, longer)]
+
+
+def test_rows_that_cannot_be_moved_are_computed_again(model: Any) -> None:
+    operations, undisturbed = moved(model, 0)
+    assert operations > 20
+    for at in (2, operations // 2, operations):
+        failed_at, news = moved(model, at, relieved=at > 2)
+        assert failed_at >= at
+        assert news == undisturbed
