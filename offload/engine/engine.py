@@ -54,7 +54,7 @@ class Engine:
     """Steps up to `kv.rows` sequences. To be used by one thread at a time; the caller owns model and memory.
 
     A step that raises, KeyboardInterrupt included, leaves every sequence as it was: lengths change only after
-    a forward has finished, and what a sequence still has to compute is derived from its length in the cache.
+    all that can fail, and what a sequence still has to compute is derived from its length in the cache.
     So a step that ran out of the device's memory is run again once memory has been freed.
     """
 
@@ -193,6 +193,7 @@ class Engine:
                     logits = self._forward(work)
                     picks = self._sample(work, logits)
                     scores = [score_prompt(item, self.kv.lens[item.sequence.row], logits) for item in work]
+                    reasons = [self._finish_reason(*pair) for pair in zip(work, picks, strict=True)]
                 except BaseException as error:
                     for item in work:
                         self.kv.abort(item.sequence.row)
@@ -200,7 +201,7 @@ class Engine:
                     if lacking is None:
                         raise
                 else:
-                    return self._emit(work, picks, scores)
+                    return self._commit(work, picks, scores, reasons)
                 # Only here, outside the except block, is the traceback gone, which kept the step's tensors.
                 self._turn, self._had_prompt = turn, had_prompt
                 self._make_room(lacking, work)
@@ -313,18 +314,27 @@ class Engine:
         picks = iter(pick_tokens(rows, self._seen))
         return [next(picks) if item.samples else None for item in work]
 
-    def _seen(self, sequence: Sequence) -> torch.Tensor:
-        """The ids of a sequence on the device, [1, length]; only the newest id is copied there."""
+    def _seen(self, sequence: Sequence, new: int | None = None) -> torch.Tensor:
+        """The ids of a sequence, and a `new` one after them, on the device, [1, length]; only the newest is
+        copied there."""
+        ids, length = sequence.ids, len(sequence.ids) + (new is not None)
         if sequence.seen is None:
-            sequence.seen = torch.empty((1, self.kv.capacity + 1), dtype=torch.long, device=self.device)
-            sequence.seen[0, : len(sequence.ids)] = torch.tensor(sequence.ids, device=self.device)
-        sequence.seen[0, len(sequence.ids) - 1] = sequence.ids[-1]
-        return sequence.seen[:, : len(sequence.ids)]
+            seen = torch.empty((1, self.kv.capacity + 1), dtype=torch.long, device=self.device)
+            seen[0, : len(ids)] = torch.tensor(ids, device=self.device)
+            sequence.seen = seen  # only now: filling it may have failed
+        sequence.seen[0, length - 1] = ids[-1] if new is None else new
+        return sequence.seen[:, :length]
 
-    def _emit(self, work: list[Work], picks: list[Pick | None], scores: list[list[LogProbs]]) -> list[Step]:
-        """Commit the step: first the lengths, then the new tokens."""
+    def _commit(
+        self,
+        work: list[Work],
+        picks: list[Pick | None],
+        scores: list[list[LogProbs]],
+        reasons: list[FinishReason | None],
+    ) -> list[Step]:
+        """Make the step's tokens valid, and hand out the new ones. Asks no device, so it is done wholly."""
         steps = []
-        for item, pick, scored in zip(work, picks, scores, strict=True):
+        for item, pick, scored, reason in zip(work, picks, scores, reasons, strict=True):
             sequence = item.sequence
             done = self.kv.lens[sequence.row]
             sequence.prompt_logprobs[done : done + len(scored)] = scored
@@ -332,20 +342,25 @@ class Engine:
             if pick is not None:
                 sequence.ids.append(pick.token)
                 self.tokens += 1
-                sequence.finish_reason = self._finish_reason(sequence, pick.token)
-                steps.append(Step(sequence, pick.token, sequence.finish_reason, pick.logprobs))
+                sequence.finish_reason = reason
+                steps.append(Step(sequence, pick.token, reason, pick.logprobs))
         return steps
 
-    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
-        settings = sequence.settings
-        if token in settings.eos_ids:
+    def _finish_reason(self, item: Work, pick: Pick | None) -> FinishReason | None:
+        """Why a sequence ends with its new token, which is not among its ids yet; None if it does not."""
+        if pick is None:
+            return None
+        sequence, settings = item.sequence, item.sequence.settings
+        length = len(sequence.ids) + 1
+        if pick.token in settings.eos_ids:
             return FinishReason.STOP
-        if settings.stop_strings is not None and settings.stops(self._seen(sequence), sequence.prompt_len):
+        stops = settings.stop_strings is not None
+        if stops and settings.stops(self._seen(sequence, pick.token), sequence.prompt_len):
             return FinishReason.STOP
-        if len(sequence.ids) - sequence.prompt_len >= settings.max_new_tokens:
+        if length - sequence.prompt_len >= settings.max_new_tokens:
             return FinishReason.LENGTH
         # the last token needs no column: it would be fed only to compute the next one
-        if len(sequence.ids) > self.kv.capacity:
+        if length > self.kv.capacity:
             return FinishReason.LENGTH
         if sequence.deadline is not None and time.monotonic() > sequence.deadline:
             return FinishReason.LENGTH

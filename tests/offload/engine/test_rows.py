@@ -1,4 +1,7 @@
-"""Rows of the key-value memory that cannot be freed or moved: nothing is lost, and none used half-written."""
+"""What fails beside a forward: rows that cannot be freed or moved, tokens that cannot be handed out.
+
+Nothing is lost or comes twice, and no row is used half-written.
+"""
 
 from __future__ import annotations
 
@@ -117,3 +120,45 @@ def test_rows_that_cannot_be_moved_are_computed_again(model: Any) -> None:
         failed_at, news = moved(model, at, relieved=at > 2)
         assert failed_at >= at
         assert news == undisturbed
+
+
+class Stops:
+    """Stop strings that never come, and whose calls of these numbers fail."""
+
+    def __init__(self, failures: dict[int, Exception]) -> None:
+        self.failures = failures
+        self.calls = 0
+
+    def __call__(self, ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        self.calls += 1
+        if self.calls in self.failures:
+            raise self.failures[self.calls]
+        return torch.tensor([False])
+
+
+def test_tokens_that_cannot_be_handed_out_are_picked_again(model: Any) -> None:
+    """The middle one of three rows fails, once for want of memory, once for good."""
+    runs = []
+    for failures in ({}, {3: torch.OutOfMemoryError("CUDA out of memory"), 6: RuntimeError("in the middle")}):
+        engine = Engine(model, make_kv(model, 3, 100), chunk=64)
+        engine.relief = lambda lacking: True
+        sequences = [engine.join(ids, greedy(model, 9)) for ids in PROMPTS]
+        sequences[1].settings.stop_strings = stops = Stops(failures)
+        given: dict[Sequence, list[int]] = {sequence: [] for sequence in sequences}
+        raised: list[str] = []
+        while any(sequence.finish_reason is None for sequence in sequences):
+            try:
+                for step in engine.step():
+                    given[step.sequence].append(step.token)
+            except RuntimeError as error:
+                raised.append(str(error))
+            engine.check_integrity()
+        assert raised == ["in the middle"][: len(failures)]
+        assert stops.calls == 9 + len(failures)
+        assert list(given.values()) == [sequence.new_ids for sequence in sequences]
+        assert engine.tokens == 27
+        for sequence in sequences:
+            engine.leave(sequence)
+        longer = engine.join([*sequences[2].ids, 7, 8], greedy(model, 6), reuse=True)
+        runs.append([*given.values(), finish(engine, longer)])
+    assert runs[0] == runs[1]
