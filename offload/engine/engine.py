@@ -27,7 +27,7 @@ from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.kv_rows import KVRows
 from moe_local.offload.engine.kv_slab import KVSlab, cache_argument
 from moe_local.offload.engine.logprobs import LogProbs, scored_chunk
-from moe_local.offload.engine.picking import Pick, pick_tokens, score_prompt
+from moe_local.offload.engine.picking import Pick, draws_undone, pick_tokens, score_prompt
 from moe_local.offload.engine.prefix import copy_prefix
 from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.rows import Rows
@@ -191,9 +191,12 @@ class Engine:
                     if not work:
                         return []
                     logits = self._forward(work)
-                    picks = self._sample(work, logits)
-                    scores = [score_prompt(item, self.kv.lens[item.sequence.row], logits) for item in work]
-                    reasons = [self._finish_reason(*pair) for pair in zip(work, picks, strict=True)]
+                    with draws_undone(work):
+                        picks = self._sample(work, logits)
+                        scores = [
+                            score_prompt(item, self.kv.lens[item.sequence.row], logits) for item in work
+                        ]
+                        reasons = [self._finish_reason(*pair) for pair in zip(work, picks, strict=True)]
                 except BaseException as error:
                     for item in work:
                         self.kv.abort(item.sequence.row)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Ids
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,23 @@ class Pick(NamedTuple):
 
     token: int
     logprobs: LogProbs | None
+
+
+@contextmanager
+def draws_undone(work: Ids[Work]) -> Iterator[None]:
+    """Where the body raises, the sequences' own generators are as they were before, so that a step that is
+    run again draws the same tokens. torch's global generator, which others use too, is left alone."""
+    all_settings = [
+        item.sequence.settings for item in work if item.samples and item.sequence.settings.do_sample
+    ]
+    generators = [settings.generator for settings in all_settings if settings.generator is not None]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    except BaseException:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        raise
 
 
 def pick_tokens(

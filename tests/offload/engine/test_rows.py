@@ -137,12 +137,16 @@ class Stops:
 
 
 def test_tokens_that_cannot_be_handed_out_are_picked_again(model: Any) -> None:
-    """The middle one of three rows fails, once for want of memory, once for good."""
+    """The middle one of three rows, which are drawn, fails, once for want of memory, once for good."""
     runs = []
     for failures in ({}, {3: torch.OutOfMemoryError("CUDA out of memory"), 6: RuntimeError("in the middle")}):
         engine = Engine(model, make_kv(model, 3, 100), chunk=64)
         engine.relief = lambda lacking: True
-        sequences = [engine.join(ids, greedy(model, 9)) for ids in PROMPTS]
+        drawn = {"do_sample": True, "max_new_tokens": 9, "eos_token_id": None}
+        sequences = [
+            engine.join(ids, make_settings(model, [1], seed=seed, **drawn))
+            for seed, ids in enumerate(PROMPTS)
+        ]
         sequences[1].settings.stop_strings = stops = Stops(failures)
         given: dict[Sequence, list[int]] = {sequence: [] for sequence in sequences}
         raised: list[str] = []
