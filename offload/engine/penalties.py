@@ -34,10 +34,11 @@ class Penalties(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """input_ids [1, length], scores [1, vocabulary] -> new scores; the given ones are not changed."""
         if self._biases is None or self._counts is None:
-            self._biases, self._counts = torch.zeros_like(scores[0]), torch.zeros_like(scores[0])
+            biases, counts = torch.zeros_like(scores[0]), torch.zeros_like(scores[0])
             if self._bias:
                 tokens = torch.tensor(list(self._bias), device=scores.device)
-                self._biases[tokens] = torch.tensor(list(self._bias.values())).to(scores)
+                biases[tokens] = torch.tensor(list(self._bias.values())).to(scores)
+            self._biases, self._counts = biases, counts  # only now: filling them may have failed
         new = input_ids[0, self._counted :]
         self._counts.scatter_add_(0, new, torch.ones_like(new, dtype=scores.dtype))
         self._counted = input_ids.shape[1]

@@ -13,11 +13,19 @@ from moe_local.offload.engine.penalties import Penalties
 from moe_local.offload.engine.sampling import make_settings, needs_hf_generate, without_shaping
 
 
-def test_the_formula_and_only_the_answer_counts() -> None:
+def no_room(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_the_formula_and_only_the_answer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary, prompt = 20, [3, 3, 3, 4]
     penalties = Penalties(len(prompt), frequency=0.5, presence=0.25, bias={7: -100.0, 4: 2.0})
     generator = torch.Generator().manual_seed(0)
     answer: list[int] = []
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        ids = torch.tensor([prompt])
+        patched.setattr(torch, "tensor", no_room)
+        penalties(ids, torch.zeros(1, vocabulary))
     for token in (5, 5, 3, 7, 5):
         scores = torch.randn(1, vocabulary, generator=generator)
         before = scores.clone()
