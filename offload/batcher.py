@@ -17,7 +17,7 @@ from moe_local.cache.stats import Stats
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.logprobs import LogProbs
 from moe_local.offload.engine.sampling import Settings
-from moe_local.offload.engine.sequence import FinishReason, Sequence, Step
+from moe_local.offload.engine.sequence import FinishReason, Sequence, SequenceError, Step
 from moe_local.offload.engine.text import Detokenizer
 from moe_local.offload.records import Token
 from moe_local.offload.store.leases import Tally
@@ -283,11 +283,13 @@ class Batcher:
             before = self._store.tally() if self._tally is None else self._tally
             steps = self._engine.step()
             after = self._tally = self._store.tally()
-        except Exception as error:  # whose fault it was is not known
+        except Exception as error:
             self._tally = None
             failure = Ended(None, _as_ours(error, "a step failed"))
+            guilty = error.sequence if isinstance(error, SequenceError) else None
             for ticket in [*self._running]:
-                self._end(ticket, failure)
+                if guilty is None or ticket.sequence is guilty:  # None: whose fault it was is not known
+                    self._end(ticket, failure)
             return
         self.step_s += time.perf_counter() - began
         self._store.tokens += len(steps)

@@ -27,7 +27,7 @@ from moe_local.offload.engine.graphs import Graphs
 from moe_local.offload.engine.kv_rows import KVRows
 from moe_local.offload.engine.kv_slab import KVSlab, cache_argument
 from moe_local.offload.engine.logprobs import LogProbs, scored_chunk
-from moe_local.offload.engine.picking import Pick, draws_undone, pick_tokens, score_prompt
+from moe_local.offload.engine.picking import Pick, blamed_on, draws_undone, pick_tokens, score_prompt
 from moe_local.offload.engine.prefix import copy_prefix
 from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.rows import Rows
@@ -180,7 +180,8 @@ class Engine:
     def step(self) -> list[Step]:
         """Compute the next forward and return its new tokens; none if it was only a part of a long prompt.
 
-        Raises KeyboardInterrupt at a safe point for a Ctrl-C during the step, and what the model raises.
+        Raises KeyboardInterrupt at a safe point for a Ctrl-C during the step, SequenceError where a single
+        sequence is at fault, and what the model raises.
         """
         with interrupt.deferred(), torch.inference_mode():
             while True:
@@ -357,9 +358,11 @@ class Engine:
         length = len(sequence.ids) + 1
         if pick.token in settings.eos_ids:
             return FinishReason.STOP
-        stops = settings.stop_strings is not None
-        if stops and settings.stops(self._seen(sequence, pick.token), sequence.prompt_len):
-            return FinishReason.STOP
+        if settings.stop_strings is not None:
+            ids = self._seen(sequence, pick.token)
+            with blamed_on(sequence):
+                if settings.stops(ids, sequence.prompt_len):
+                    return FinishReason.STOP
         if length - sequence.prompt_len >= settings.max_new_tokens:
             return FinishReason.LENGTH
         # the last token needs no column: it would be fed only to compute the next one

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from moe_local.cache.errors import MoeLocalError
+from moe_local.cache.errors import MoeLocalError, first_line
 from moe_local.offload.engine.logprobs import LogProbs, log_probabilities, look_up, look_up_each
 from moe_local.offload.engine.sampling import draw
-from moe_local.offload.engine.sequence import Sequence, Work
+from moe_local.offload.engine.sequence import Sequence, SequenceError, Work
+from moe_local.offload.gpu.relief import shortage
 
 
 class Pick(NamedTuple):
@@ -39,12 +40,26 @@ def draws_undone(work: Ids[Work]) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def blamed_on(sequence: Sequence) -> Iterator[None]:
+    """Turn what a sequence's options raise, but for a lack of memory, into a SequenceError of one line."""
+    try:
+        yield
+    except Exception as error:
+        if shortage(error) is not None:
+            raise
+        ours = isinstance(error, MoeLocalError)
+        what = str(error) if ours else f"the options of this answer cannot be applied: {first_line(error)}"
+        raise SequenceError(what, sequence) from error
+
+
 def pick_tokens(
     rows: Ids[tuple[Sequence, torch.Tensor]], seen: Callable[[Sequence], torch.Tensor]
 ) -> list[Pick]:
     """One Pick per sequence, from its logits [1, vocabulary] fp32, with one host sync for all of them.
 
-    `seen`: gives a sequence's ids on the device, [1, length], for processors. Raises MoeLocalError for NaN.
+    `seen`: gives a sequence's ids on the device, [1, length], for processors. Raises SequenceError for NaN
+    and for what processors raise.
     """
     if not rows:
         return []
@@ -56,9 +71,10 @@ def pick_tokens(
     picks = []
     for (sequence, _), table, (token, broken) in zip(rows, tables, torch.stack(picked).tolist(), strict=True):
         if broken:
-            raise MoeLocalError(
+            raise SequenceError(
                 f"the model computed NaN at position {len(sequence.ids) - 1}: a weight is damaged "
-                "or too large for its dtype; convert the checkpoint again, or try --dense bf16"
+                "or too large for its dtype; convert the checkpoint again, or try --dense bf16",
+                sequence,
             )
         count = sequence.settings.logprobs or 0
         picks.append(Pick(token, None if table is None else look_up(table, token, count)))
@@ -87,7 +103,9 @@ def _pick(sequence: Sequence, logits: torch.Tensor, seen: Callable[[Sequence], t
     broken = logits.isnan().any()
     scores = logits
     if settings.processors:
-        scores = settings.processors(seen(sequence), logits)
+        ids = seen(sequence)
+        with blamed_on(sequence):
+            scores = settings.processors(ids, logits)
     if settings.do_sample:
         token = draw(torch.softmax(scores, dim=-1), settings.generator)
     else:

@@ -17,7 +17,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    NoBadWordsLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from moe_local.cache.errors import OptionError
@@ -213,6 +217,7 @@ def make_settings(
             model_kwargs={},
             logits_processor=LogitsProcessorList(),
         )
+        _check_ids(config, processors, vocabulary_size(hf))
         # These come before processors such as top_p, which might otherwise keep only tokens that are masked.
         processors[:0] = _shaping(hf, prompt_ids, tokenizer, config, options)
         return Settings(
@@ -226,6 +231,28 @@ def make_settings(
             max_time=config.max_time,
             logprobs=logprobs,
         )
+
+
+def _check_ids(config: Any, processors: Ids[Any], vocabulary: int) -> None:
+    """Raises OptionError for ids beyond the vocabulary. Processors would first use them in a step."""
+    eos = None if config.exponential_decay_length_penalty is None else config._eos_token_tensor
+    given = {
+        "forced_bos_token_id": config.forced_bos_token_id,
+        "forced_eos_token_id": config.forced_eos_token_id,
+        "eos_token_id": eos,
+    }
+    named = [
+        (name, torch.as_tensor(ids).flatten().tolist()) for name, ids in given.items() if ids is not None
+    ]
+    for processor in processors:
+        if isinstance(processor, SequenceBiasLogitsProcessor):
+            words = isinstance(processor, NoBadWordsLogitsProcessor)
+            ids = [token for tokens in processor.sequence_bias for token in tokens]
+            named.append(("bad_words_ids" if words else "sequence_bias", ids))
+    for name, ids in named:
+        for token in ids:
+            if not isinstance(token, int) or not 0 <= token < vocabulary:
+                raise OptionError(f"{name} has {token!r}; it must be token ids, from 0 to {vocabulary - 1}")
 
 
 def vocabulary_size(hf: Any) -> int:

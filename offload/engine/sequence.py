@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.engine.logprobs import LogProbs
 from moe_local.offload.engine.sampling import Settings
 
@@ -47,6 +48,14 @@ class Sequence:
     @property
     def new_ids(self) -> list[int]:
         return self.ids[self.prompt_len :]
+
+
+class SequenceError(MoeLocalError):
+    """A step failed because of one of its sequences, which has to leave; the others can go on."""
+
+    def __init__(self, message: str, sequence: Sequence) -> None:
+        super().__init__(message)
+        self.sequence = sequence
 
 
 class Step(NamedTuple):

@@ -259,6 +259,28 @@ def test_a_prompt_that_cannot_begin_is_told_and_the_rest_goes_on(
     assert good.end() == Ended(FinishReason.LENGTH)
 
 
+@pytest.mark.parametrize("option", ["processors", "stop_strings"])
+def test_an_option_that_fails_in_a_step_ends_its_own_answer_alone(rig: Rig, option: str) -> None:
+    def fail(ids: torch.Tensor, scores: Any) -> Any:
+        if ids.shape[1] > 4:
+            raise IndexError("index 320 is out of bounds\nand more lines")
+        return scores if option == "processors" else False
+
+    settings = make_settings(rig.hf, [5], max_new_tokens=20, eos_token_id=None)
+    setattr(settings, option, fail)
+    broken = Heard()
+    with rig.paused():
+        rig.batcher.submit([5], settings, None, broken.listen)
+        other = rig.ask([7, 7], count=6)
+    assert str(broken.end().error) == (
+        "the options of this answer cannot be applied: index 320 is out of bounds"
+    )
+    assert broken.ids == rig.alone([5], len(broken.ids))
+    assert len(broken.ids) == (4 if option == "processors" else 3)
+    assert other.end() == Ended(FinishReason.LENGTH)
+    assert other.ids == rig.alone([7, 7], 6)
+
+
 def test_steps_of_a_sequence_that_is_nobodys_go_to_nobody(rig: Rig) -> None:
     with rig.paused():
         stray = rig.engine.join([8, 8], make_settings(rig.hf, [8, 8], max_new_tokens=3, eos_token_id=None))

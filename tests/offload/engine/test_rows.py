@@ -154,10 +154,10 @@ def test_tokens_that_cannot_be_handed_out_are_picked_again(model: Any) -> None:
             try:
                 for step in engine.step():
                     given[step.sequence].append(step.token)
-            except RuntimeError as error:
+            except MoeLocalError as error:
                 raised.append(str(error))
             engine.check_integrity()
-        assert raised == ["in the middle"][: len(failures)]
+        assert raised == ["the options of this answer cannot be applied: in the middle"][: len(failures)]
         assert stops.calls == 9 + len(failures)
         assert list(given.values()) == [sequence.new_ids for sequence in sequences]
         assert engine.tokens == 27
