@@ -24,6 +24,8 @@ TEMPLATE_ARGUMENTS = frozenset(
 )
 """Arguments of apply_chat_template that are not variables of the template."""
 REPLACEMENT = "\ufffd"
+LONGEST_CHARACTER = 4
+"""Bytes, so also tokens: each has a byte or more."""
 
 
 def encode_prompt(
@@ -162,17 +164,27 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """The text that this token completes, often "" or more than its own."""
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if isinstance(name, str) and BYTE_TOKEN.fullmatch(name):
+            self._window.append(token)
+            self._in_byte_run = True
+            return ""
+        if self._in_byte_run and self._is_dropped(token):  # the bytes on both sides are a single run
+            return ""
+        self._in_byte_run = False
         self._window.append(token)
         text = self._decode(self._window)
-        self._in_byte_run = self._continues_byte_run(token)
-        if self._in_byte_run:
-            return ""
         # at most one unfinished character stands at the end, and it decodes to one replacement character
         stable = len(text) - text.endswith(REPLACEMENT)
         piece = text[self._given : stable]
         self._given = max(self._given, stable)
-        if piece and stable == len(text):
+        if not piece:
+            if self._is_dropped(token):
+                self._window.pop()
+        elif stable == len(text):
             self._move_window()
+        else:
+            self._shorten_window()
         return piece
 
     def flush(self) -> str:
@@ -181,18 +193,26 @@ class Detokenizer:
         self._window, self._context, self._given, self._in_byte_run = [], 0, 0, False
         return piece
 
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _decode(self, ids: list[int], *, special: bool = False) -> str:
+        text: str = self._tokenizer.decode(
+            ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
         return text
 
-    def _continues_byte_run(self, token: int) -> bool:
-        name = self._tokenizer.convert_ids_to_tokens(token)
-        if isinstance(name, str) and BYTE_TOKEN.fullmatch(name):
+    def _is_dropped(self, token: int) -> bool:
+        """Whether it is left out before decoding, as special tokens and ids without a name are."""
+        if self._tokenizer.convert_ids_to_tokens(token) is None:
             return True
-        # special tokens are dropped before decoding, so the bytes on both sides of one are a single run
-        return self._in_byte_run and not self._decode([token])
+        return not self._decode([token]) and bool(self._decode([token], special=True))
 
     def _move_window(self) -> None:
         self._window = self._window[self._context :]
         self._context = len(self._window)
         self._given = len(self._decode(self._window))
+
+    def _shorten_window(self) -> None:
+        """Keep the last tokens, with the bytes of the last character, which may be unfinished."""
+        window = self._window[-LONGEST_CHARACTER:]
+        text = self._decode(window)
+        if text.endswith(REPLACEMENT):
+            self._window, self._context, self._given = window, 0, len(text) - 1

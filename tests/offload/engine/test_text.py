@@ -180,6 +180,48 @@ def test_the_window_does_not_grow(byte_level: Any) -> None:
         assert len(detokenizer._window) <= 8
 
 
+@pytest.mark.parametrize("run", ["special", "broken", "broken after a word", "no name", "between", "words"])
+def test_the_cost_of_a_token_does_not_grow(tokenizer: Any, run: str) -> None:
+    """Whatever it is, and however many are alike."""
+    byte = (
+        byte_ids(tokenizer, "é")[1] if BYTES[0] in tokenizer.get_vocab() else tokenizer("é")["input_ids"][1]
+    )
+    special, word = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("s")
+    ids = {
+        "special": [special] * 100,
+        "broken": [byte] * 100,
+        "broken after a word": [word, *[byte] * 100],
+        "no name": [9999] * 100,
+        "between": [byte, special] * 50,
+        "words": [word] * 100,
+    }[run]
+    decoded: list[int] = []
+
+    class Counting:
+        convert_ids_to_tokens = tokenizer.convert_ids_to_tokens
+
+        def decode(self, ids: list[int], **options: Any) -> Any:
+            decoded.append(len(ids))
+            return tokenizer.decode(ids, **options)
+
+    pieces, rest = pieces_of(Counting(), ids)
+    assert "".join(pieces) + rest == tokenizer.decode(ids, skip_special_tokens=True)
+    assert sum(decoded) <= 12 * len(ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_long_runs_of_broken_characters_add_up_to_the_whole(tokenizer: Any, data: st.DataObject) -> None:
+    """Of bytes that begin and go on with characters, and of replacement characters."""
+    if BYTES[0] in tokenizer.get_vocab():
+        several = [*byte_ids(tokenizer, "é你😀"), *tokenizer.convert_tokens_to_ids(["\ufffd", "▁", "s"])]
+    else:
+        several = [*tokenizer("é你😀\ufffds")["input_ids"], tokenizer.eos_token_id]
+    ids = data.draw(st.lists(st.sampled_from(several), max_size=60))
+    pieces, rest = pieces_of(tokenizer, ids)
+    assert "".join(pieces) + rest == tokenizer.decode(ids, skip_special_tokens=True)
+
+
 def test_special_tokens_are_not_shown(byte_level: Any) -> None:
     detokenizer = Detokenizer(byte_level)
     assert detokenizer.add(byte_level.eos_token_id) + detokenizer.flush() == ""
