@@ -211,8 +211,7 @@ class Batcher:
                 while not self._waiting and not self._looks and self._closed is None:
                     self._changed.wait()
             try:
-                # Whoever closes this may have the turn, and wait here for us.
-                if self._closed is None and self._turn.begin(lambda: self._closed is not None):
+                if self._closed is None and self._turn.begin(self._waits_in_vain):
                     self._use_turn()
             except MoeLocalError as error:  # the model was closed
                 self._closed = str(error)
@@ -238,31 +237,40 @@ class Batcher:
                 self._end_all(MoeLocalError(self._closed))
             self._turn.end()
 
+    def _waits_in_vain(self) -> bool:
+        """Called while somebody else has the turn: whether there is no use for it any more."""
+        self._end_waiting()
+        # Whoever closes this may have the turn, and wait for us.
+        return self._closed is not None or not (self._waiting or self._looks)
+
     def _admit(self) -> bool:
         """End tickets that were cancelled or waited too long, and start as many as there are rows for.
 
         Returns whether any are running."""
         for ticket in [ticket for ticket in self._running if ticket.cancelled]:
             self._end(ticket, Ended(None))
+        self._end_waiting()
+        with self._changed:
+            while self._waiting and self._engine.free_rows:
+                self._start(self._waiting.popleft())
+            self._changed.notify_all()
+        return bool(self._running)
+
+    def _end_waiting(self) -> None:
+        """End tickets in the queue that were cancelled or waited too long."""
         now = time.monotonic()
         with self._changed:
             for ticket in [*self._waiting]:
                 late = ticket.waits_until is not None and now > ticket.waits_until
-                if not (ticket.cancelled or late or self._engine.free_rows):
+                if not (ticket.cancelled or late):
                     continue
                 self._waiting.remove(ticket)
                 if ticket.cancelled:
                     self._tell(ticket, Ended(None))
-                elif late:
-                    seconds = time.perf_counter() - ticket.submitted
-                    self._tell(
-                        ticket,
-                        Ended(None, BusyError(f"no turn came within {seconds:.0f} s; try again later")),
-                    )
-                else:
-                    self._start(ticket)
-            self._changed.notify_all()
-        return bool(self._running)
+                    continue
+                seconds = time.perf_counter() - ticket.submitted
+                error = BusyError(f"no turn came within {seconds:.0f} s; try again later")
+                self._tell(ticket, Ended(None, error))
 
     def _start(self, ticket: Ticket) -> None:
         try:

@@ -166,6 +166,19 @@ def test_what_waits_too_long_is_told(rig: Rig) -> None:
         assert one.end().reason is FinishReason.LENGTH
 
 
+def test_who_waits_for_the_models_turn_hears_of_its_end(rig: Rig) -> None:
+    """While somebody else has it, as a stream may for long."""
+    with rig.paused():
+        late, cancelled = rig.ask([9, 9], patience_s=0.0), rig.ask([9, 8])
+        patient = rig.ask([9, 7], count=3, patience_s=PATIENCE)
+        cancelled.ticket.cancel()
+        assert isinstance(late.end().error, BusyError)
+        assert cancelled.end() == Ended(None)
+        assert rig.batcher.waiting == 1
+    assert patient.end() == Ended(FinishReason.LENGTH)
+    assert patient.ids == rig.alone([9, 7], 3)
+
+
 def test_cancelling_frees_the_row_for_who_waits(rig: Rig) -> None:
     with rig.paused():
         long = [rig.ask([5, 6, 7 + i], count=90) for i in range(2)]
