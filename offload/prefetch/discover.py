@@ -66,7 +66,7 @@ class Probe:
             norm = self._made_by.get(args[0].data_ptr()) if args else None
             if norm is None and any("norm" in name for name, _ in router.named_children()):
                 norm = NoNorm(router)
-            if view is not None and norm is not None:
+            if view is not None and norm is not None and not isinstance(view, ByToken):
                 view = _takes_rows(view, args[0])
             if view is not None and norm is not None:
                 self.sites[index] = RouterSite(view, norm)
