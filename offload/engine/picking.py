@@ -15,6 +15,9 @@ from moe_local.offload.engine.sampling import draw
 from moe_local.offload.engine.sequence import Sequence, SequenceError, Work
 from moe_local.offload.gpu.relief import shortage
 
+BROKEN, MASKED = 1, 2
+"""Faults of a pick: the model computed a NaN; no token is left that processors allow."""
+
 
 class Pick(NamedTuple):
     """A token, with its log probabilities if they were asked for."""
@@ -58,8 +61,8 @@ def pick_tokens(
 ) -> list[Pick]:
     """One Pick per sequence, from its logits [1, vocabulary] fp32, with one host sync for all of them.
 
-    `seen`: gives a sequence's ids on the device, [1, length], for processors. Raises SequenceError for NaN
-    and for what processors raise.
+    `seen`: gives a sequence's ids on the device, [1, length], for processors. Raises SequenceError for NaN,
+    where processors leave no token, and for what they raise.
     """
     if not rows:
         return []
@@ -69,11 +72,17 @@ def pick_tokens(
         tables.append(log_probabilities(logits[0]) if asked else None)
         picked.append(_pick(sequence, logits, seen))
     picks = []
-    for (sequence, _), table, (token, broken) in zip(rows, tables, torch.stack(picked).tolist(), strict=True):
-        if broken:
+    for (sequence, _), table, (token, fault) in zip(rows, tables, torch.stack(picked).tolist(), strict=True):
+        if fault & BROKEN:
             raise SequenceError(
                 f"the model computed NaN at position {len(sequence.ids) - 1}: a weight is damaged "
                 "or too large for its dtype; convert the checkpoint again, or try --dense bf16",
+                sequence,
+            )
+        if fault:
+            raise SequenceError(
+                f"the options of this answer leave no token to choose at position {len(sequence.ids)}; leave "
+                "out some of those that forbid tokens (suppress_tokens, bad_words_ids, grammar, ...)",
                 sequence,
             )
         count = sequence.settings.logprobs or 0
@@ -95,22 +104,24 @@ def score_prompt(item: Work, done: int, logits: torch.Tensor) -> list[LogProbs]:
 
 
 def _pick(sequence: Sequence, logits: torch.Tensor, seen: Callable[[Sequence], torch.Tensor]) -> torch.Tensor:
-    """Logits [1, vocabulary] -> [2]: the token, and whether there was a NaN; without a host sync."""
+    """Logits [1, vocabulary] -> [2]: the token, and its faults; without a host sync."""
     settings = sequence.settings
     if not settings.processors and not settings.do_sample:
         token, score = _largest(logits[0])
-        return torch.stack([token, score.isnan().to(token.dtype)])
+        return torch.stack([token, BROKEN * score.isnan().to(token.dtype)])
     broken = logits.isnan().any()
     scores = logits
     if settings.processors:
         ids = seen(sequence)
         with blamed_on(sequence):
             scores = settings.processors(ids, logits)
+    token, score = _largest(scores[0])
     if settings.do_sample:
-        token = draw(torch.softmax(scores, dim=-1), settings.generator)
-    else:
-        token, _ = _largest(scores[0])
-    return torch.stack([token, broken.to(token.dtype)])
+        drawn = draw(torch.softmax(scores, dim=-1), settings.generator)
+        # of scores that overflowed softmax makes NaN, which says nothing about who is likely
+        token = torch.where(score.isfinite(), drawn, token)
+    masked = ~(score > -torch.inf)
+    return torch.stack([token, BROKEN * broken.to(token.dtype) + MASKED * masked.to(token.dtype)])
 
 
 def _largest(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,6 +32,9 @@ from moe_local.offload.ranges import RANGES, check_range
 
 DEFAULTS = GenerationConfig()
 DEFAULT_MAX_NEW_TOKENS = 512
+LEAST_TEMPERATURE = 1e-6
+"""Below it the likeliest token is taken, as with 0: it is what would be drawn, but scores divided by so small
+a number may overflow."""
 LIMITS = frozenset({"max_new_tokens", "max_length"})
 SAMPLING_OPTIONS = frozenset({"temperature", "top_k", "top_p", "min_p", "typical_p"})
 FLOAT_OPTIONS = SAMPLING_OPTIONS - {"top_k"} | {"repetition_penalty", "encoder_repetition_penalty"}
@@ -113,18 +116,22 @@ def check_options(hf: Any, options: Mapping[str, Any]) -> None:
 
 
 def imply_sampling(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as users mean them: a temperature or top_p turns sampling on, temperature 0 turns it off.
+    """Options as users mean them: a temperature or top_p turns sampling on, a temperature of about 0 off.
 
     transformers ignores temperature and similar options unless do_sample is set; this sets it if absent.
     """
     implied = dict(options)
-    if implied.get("temperature") == 0 and not implied.get("do_sample"):
+    if _is_greedy(implied.get("temperature")) and not implied.get("do_sample"):
         return {name: value for name, value in implied.items() if name not in SAMPLING_OPTIONS} | {
             "do_sample": False
         }
     if implied.get("do_sample") is None and any(implied.get(name) is not None for name in SAMPLING_OPTIONS):
         implied["do_sample"] = True
     return implied
+
+
+def _is_greedy(temperature: Any) -> bool:
+    return isinstance(temperature, int | float) and 0 <= temperature < LEAST_TEMPERATURE
 
 
 def with_default_length(hf: Any, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,6 +211,7 @@ def make_settings(
     max_new_tokens = _check_length(config, width)
     if config.do_sample and config.temperature == 0:
         raise OptionError("temperature 0 cannot be sampled with; for greedy decoding set do_sample=False")
+    config.do_sample = bool(config.do_sample) and not _is_greedy(config.temperature)
     config.max_length -= padding
     config.min_length = max(0, config.min_length - padding) if config.min_length else config.min_length
     device = input_device(hf)
@@ -224,7 +232,7 @@ def make_settings(
             max_new_tokens=max_new_tokens,
             eos_ids=frozenset() if eos is None else frozenset(eos.tolist()),
             pad_id=None if pad is None else int(pad),
-            do_sample=bool(config.do_sample),
+            do_sample=config.do_sample,
             processors=processors,
             stop_strings=_stop_strings(hf, config, tokenizer),
             generator=None if seed is None else torch.Generator(device).manual_seed(seed),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_local.offload.engine import picking
-from moe_local.offload.engine.sequence import Sequence
+from moe_local.offload.engine.sequence import Sequence, SequenceError
 
 
 def greedy() -> Sequence:
@@ -30,6 +30,30 @@ def test_the_device_is_asked_once_for_all(monkeypatch: pytest.MonkeyPatch) -> No
     rows = [(greedy(), torch.empty(1, 50, device="meta")) for _ in range(2)]
     assert [pick.token for pick in picking.pick_tokens(rows, unseen)] == [7, 8]
     assert stacked == [(2, 2)]
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_scores_that_are_not_finite(do_sample: bool) -> None:
+    """Those that overflowed are the likeliest; where none is left, that is an error and not a token."""
+    inf, logits = torch.inf, torch.tensor([[0.5, 3.0, -1.0, 3.0]])
+    sequence = greedy()
+    sequence.settings.do_sample, sequence.settings.generator = do_sample, torch.Generator().manual_seed(1)
+    cases = {
+        (-inf, 1.0, inf, -inf): 2,
+        (-inf, -inf, -inf, -3e38): 3,
+        (-inf, -inf, -inf, -inf): None,
+        (0.0, torch.nan, inf, 0.0): None,
+    }
+    for scores, expected in cases.items():
+        sequence.settings.processors = lambda ids, logits, scores=scores: torch.tensor([scores])
+        for _ in range(5):
+            if expected is not None:
+                assert picking.pick_tokens([(sequence, logits)], lambda _: logits)[0].token == expected
+                continue
+            with pytest.raises(SequenceError, match="leave no token to choose at position 2"):
+                picking.pick_tokens([(sequence, logits)], lambda _: logits)
+    with pytest.raises(SequenceError, match="the model computed NaN at position 1"):
+        picking.pick_tokens([(sequence, logits * torch.nan)], lambda _: logits)
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])

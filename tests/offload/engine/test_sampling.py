@@ -53,6 +53,13 @@ def test_defaults_come_from_the_checkpoint_then_from_us() -> None:
     assert not make_settings(model, [5], do_sample=False).do_sample
 
 
+def test_a_temperature_near_0_takes_the_likeliest(mixtral: Any) -> None:
+    """Scores divided by it would overflow, and any token would be drawn."""
+    settings = make_settings(mixtral, [5], do_sample=True, temperature=1e-38, top_p=0.9, seed=1)
+    assert (settings.do_sample, settings.processors) == (False, [])
+    assert make_settings(mixtral, [5], do_sample=True, temperature=1e-5).do_sample
+
+
 def test_lengths_count_the_prompt_and_its_padding(mixtral: Any) -> None:
     assert make_settings(mixtral, [5] * 6, max_length=20).max_new_tokens == 14
     assert make_settings(mixtral, [5] * 6, max_length=20, padding=4).max_new_tokens == 10
@@ -110,5 +117,7 @@ def test_bad_options_are_one_line(mixtral: Any, options: dict[str, Any], message
 def test_implied_sampling() -> None:
     assert imply_sampling({"temperature": 0.7}) == {"temperature": 0.7, "do_sample": True}
     assert imply_sampling({"temperature": 0, "top_p": 0.9, "seed": 1}) == {"do_sample": False, "seed": 1}
+    assert imply_sampling({"temperature": 1e-38, "top_p": 0.9}) == {"do_sample": False}
+    assert imply_sampling({"temperature": -1e-9})["do_sample"], "which is refused later"
     assert imply_sampling({"top_p": 0.9, "do_sample": False}) == {"top_p": 0.9, "do_sample": False}
     assert imply_sampling({"max_new_tokens": 3, "top_k": None}) == {"max_new_tokens": 3, "top_k": None}
