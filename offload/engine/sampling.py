@@ -333,6 +333,8 @@ def needs_hf_generate(hf: Any, options: Mapping[str, Any]) -> bool:
     if any(options.get(name) is not None for name in _generate_arguments(hf)):
         return True
     config = generation_config(hf, options, width=1, rows=1, masked=True)
+    with _as_option_error():
+        _check_ids(config, (), vocabulary_size(hf))  # beams would fail in a step, and on a GPU for good
     mode = config.get_generation_mode()
     return (
         mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)

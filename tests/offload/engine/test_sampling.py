@@ -33,6 +33,8 @@ def test_the_loop_keeps_what_it_can() -> None:
     assert needs_hf_generate(model, {"streamer": object()})
     model.generation_config.num_beams = 4
     assert needs_hf_generate(model, {})
+    with pytest.raises(OptionError, match="forced_eos_token_id has 320"):
+        needs_hf_generate(model, {"forced_eos_token_id": 320})
 
 
 def test_defaults_come_from_the_checkpoint_then_from_us() -> None:
