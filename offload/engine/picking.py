@@ -61,8 +61,8 @@ def pick_tokens(
 ) -> list[Pick]:
     """One Pick per sequence, from its logits [1, vocabulary] fp32, with one host sync for all of them.
 
-    `seen`: gives a sequence's ids on the device, [1, length], for processors. Raises SequenceError for NaN,
-    where processors leave no token, and for what they raise.
+    `seen`: gives a sequence's ids on the device, [1, length], for processors. Raises MoeLocalError for NaN,
+    SequenceError where processors leave no token and for what they raise.
     """
     if not rows:
         return []
@@ -74,10 +74,9 @@ def pick_tokens(
     picks = []
     for (sequence, _), table, (token, fault) in zip(rows, tables, torch.stack(picked).tolist(), strict=True):
         if fault & BROKEN:
-            raise SequenceError(
+            raise MoeLocalError(
                 f"the model computed NaN at position {len(sequence.ids) - 1}: a weight is damaged "
-                "or too large for its dtype; convert the checkpoint again, or try --dense bf16",
-                sequence,
+                "or too large for its dtype; convert the checkpoint again, or try --dense bf16"
             )
         if fault:
             raise SequenceError(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.engine import picking
 from moe_local.offload.engine.sequence import Sequence, SequenceError
 
@@ -52,7 +53,7 @@ def test_scores_that_are_not_finite(do_sample: bool) -> None:
                 continue
             with pytest.raises(SequenceError, match="leave no token to choose at position 2"):
                 picking.pick_tokens([(sequence, logits)], lambda _: logits)
-    with pytest.raises(SequenceError, match="the model computed NaN at position 1"):
+    with pytest.raises(MoeLocalError, match="the model computed NaN at position 1"):
         picking.pick_tokens([(sequence, logits * torch.nan)], lambda _: logits)
 
 
