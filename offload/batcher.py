@@ -20,7 +20,7 @@ from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.engine.sequence import FinishReason, Sequence, SequenceError, Step
 from moe_local.offload.engine.text import Detokenizer
 from moe_local.offload.records import Token
-from moe_local.offload.store.leases import Tally
+from moe_local.offload.store.leases import NOTHING, Tally
 from moe_local.offload.store.store import ExpertStore
 from moe_local.offload.turn import Turn
 
@@ -58,6 +58,10 @@ class Ticket:
     """None while it waits."""
     last: float = 0.0
     """When its last token came, in time.perf_counter's clock."""
+    computed: int = 0
+    """How many tokens of its prompt were computed, as of `prompt_tally`."""
+    prompt_tally: Tally = field(default=NOTHING, repr=False)
+    """Counts of all steps for its prompt but the last."""
     prompt_logprobs: list[LogProbs] = field(default_factory=list, repr=False)
     """LogProbs of the prompt's tokens but the first, if asked for; available with the first new token."""
 
@@ -279,6 +283,7 @@ class Batcher:
             self._tell(ticket, Ended(None, _as_ours(error, "an answer could not begin")))
             return
         ticket.last = ticket.submitted
+        ticket.computed = self._engine.kv.lens[ticket.sequence.row]
         self._running.append(ticket)
 
     def _answer_looks(self) -> None:
@@ -301,6 +306,8 @@ class Batcher:
             return
         self.step_s += time.perf_counter() - began
         self._store.tokens += len(steps)
+        if not steps:
+            self._count_prompt(before, after)
         mine = {id(ticket.sequence): ticket for ticket in self._running}
         for step in steps:
             owner = mine.get(id(step.sequence))
@@ -311,12 +318,23 @@ class Batcher:
             except Exception as error:  # of a tokenizer, for one
                 self._end(owner, Ended(None, _as_ours(error, "a token could not be made text")))
 
+    def _count_prompt(self, before: Tally, after: Tally) -> None:
+        """Count a step without new tokens for the answer whose prompt it computed a part of."""
+        for ticket in self._running:
+            sequence = ticket.sequence
+            assert sequence is not None
+            computed = self._engine.kv.lens[sequence.row]
+            if len(sequence.ids) == sequence.prompt_len and computed != ticket.computed:
+                ticket.computed = computed
+                ticket.prompt_tally = ticket.prompt_tally.plus(after.minus(before))
+
     def _hand_out(self, ticket: Ticket, step: Step, before: Tally, after: Tally) -> None:
         now = time.perf_counter()
         if len(step.sequence.ids) == step.sequence.prompt_len + 1:
             self.prompt_tokens += step.sequence.prompt_len
             self.reused_tokens += step.sequence.reused_tokens
             ticket.prompt_logprobs = step.sequence.prompt_logprobs
+            before = before.minus(ticket.prompt_tally)
         token = Token.of(step, ticket.detokenizer, now - ticket.last, before, after)
         ticket.last = now
         self._tell(ticket, token)

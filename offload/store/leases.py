@@ -52,3 +52,12 @@ class Tally(NamedTuple):
     misses: int
     bytes_h2d: int
     bytes_disk: int
+
+    def plus(self, other: Tally) -> Tally:
+        return Tally(*(one + more for one, more in zip(self, other, strict=True)))
+
+    def minus(self, other: Tally) -> Tally:
+        return Tally(*(one - less for one, less in zip(self, other, strict=True)))
+
+
+NOTHING = Tally(0.0, 0, 0, 0, 0)

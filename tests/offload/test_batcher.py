@@ -143,6 +143,21 @@ def test_they_are_stepped_together(rig: Rig) -> None:
     assert sizes.count(2) == 18, "all but the prompts and what the first got before the second had its first"
 
 
+def test_the_first_tokens_counts_are_of_all_of_its_prompt_and_of_nothing_else(rig: Rig) -> None:
+    forwards: list[None] = []
+    rig.store.tally = lambda: Tally(0.5 * len(forwards), len(forwards), 0, 0, 0)
+    hook = rig.hf.register_forward_pre_hook(lambda *_: forwards.append(None))
+    with rig.paused():
+        heard = [rig.ask(prompt, count=5) for prompt in ([5], [7] * 40)]
+    for one, chunks in zip(heard, (1, 3), strict=True):
+        tokens = [one.token() for _ in range(5)]
+        assert [token.hits for token in tokens] == [chunks, 1, 1, 1, 1]
+        assert tokens[0].stall_ms == 500 * chunks
+    reused = rig.ask([7] * 40, count=1)
+    assert reused.token().hits == 1
+    hook.remove()
+
+
 def test_a_full_queue_refuses_and_recovers(rig: Rig) -> None:
     with rig.paused():
         heard = [rig.ask([5, 6, 7 + i], count=30) for i in range(6)]  # two will run, four wait
