@@ -151,11 +151,16 @@ def _hand_over(
 
 def run_all(engine: Engine, prompts: Ids[Ids[int]], settings: Ids[Settings]) -> list[list[int]]:
     """The new tokens of every prompt; as many prompts run at a time as the engine has rows. The engine has no
-    active sequence afterwards."""
+    active sequence afterwards.
+
+    Raises OptionError as `check_prompt`, before anything is computed.
+    """
     if engine.active:
         raise MoeLocalError(
             f"{len(engine.active)} sequences are being generated; finish or close their streams first"
         )
+    for prompt, setting in zip(prompts, settings, strict=True):
+        engine.check_prompt(prompt, setting)
     waiting = deque(enumerate(zip(prompts, settings, strict=True)))
     running: dict[Sequence, int] = {}
     news: list[list[int]] = [[] for _ in prompts]

@@ -206,6 +206,17 @@ def test_stop_strings_may_begin_in_a_tensors_prompt(mixtral: Any, tokenizer: Any
     assert out.shape[1] == ids.shape[1] + 1
 
 
+def test_a_row_that_is_too_long_is_refused_before_any_is_computed(
+    mixtral: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, mask = left_padded([4, 20])
+    engine = Engine(mixtral, make_kv(mixtral, 1, 16), chunk=16)
+    monkeypatch.setattr(engine, "step", lambda: pytest.fail("computed"))
+    with pytest.raises(OptionError, match="the prompt has 20 tokens, the context holds 16"):
+        generate_ids(engine, ids, mask, max_new_tokens=2)
+    assert engine.active == []
+
+
 def test_return_sequences_are_drawn_one_by_one(mixtral: Any) -> None:
     ids = random_prompt(6, rows=2)
     options = {"do_sample": True, "max_new_tokens": 8, "eos_token_id": None}
