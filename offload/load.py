@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -247,7 +248,7 @@ def _assemble(
             engine.relief = Relief(store.tier, arena, lambda: store.custody.release())
         prefetcher = make_prefetcher(options.prefetch, plan, store, probe.sites, file)
         runner = ExpertRunner(store, prefetcher, options.activations)
-        _announce_prompts(hf, store, plan.chunk, ahead=options.prefetch != "off")
+        _announce_prompts(hf, store, engine, ahead=options.prefetch != "off")
         _fill(store, plan, progress)
         _attach(hf, runner, checkpoint.spec, plan.request.dtype, progress, on_cards=bool(cards))
         switch = None
@@ -290,11 +291,18 @@ def _load_dense(
     )
 
 
-def _announce_prompts(hf: Any, store: ExpertStore, chunk: int, *, ahead: bool) -> None:
+def _announce_prompts(hf: Any, store: ExpertStore, engine: Engine, *, ahead: bool) -> None:
     """Let prompts stream through the store's staging ring, if it has one: a hook announces each forward."""
-    if store.prefill is not None:
-        store.prefill.chunk, store.prefill.ahead = chunk, ahead
-        announce = announcer(store.prefill, lambda: store.custody.release())
+    if (prefill := store.prefill) is not None:
+        prefill.chunk, prefill.ahead = engine.chunk, ahead
+        engine_of = weakref.ref(engine)  # which has the model, whose hook this becomes
+
+        def before() -> None:
+            store.custody.release()
+            if (engine := engine_of()) is not None:
+                prefill.chunk = engine.chunk  # shorter since memory ran out
+
+        announce = announcer(prefill, before)
         hf.base_model.register_forward_pre_hook(announce, with_kwargs=True)
 
 

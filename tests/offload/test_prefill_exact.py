@@ -12,6 +12,7 @@ import torch
 
 import moe_local
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
+from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.load import assemble, open_experts
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan.placement import place
@@ -99,6 +100,21 @@ def test_a_prompt_keeps_what_decoding_uses_and_reads_each_absent_expert_once(tin
         assert counts.hits + counts.misses == layers * 8
         assert counts.bytes.disk == layers * 5 * size + counts.prefetch.wasted_bytes
         assert counts.evictions <= layers * 3
+
+
+def test_chunks_that_a_lack_of_memory_made_shorter_read_ahead_for_the_next_one(tiny_mixtral: Path) -> None:
+    """After the last layer, for the first."""
+    with load(tiny_mixtral, staging=None, slots=3) as model:
+        engine, staged = model.parts.engine, model.parts.store.tier.cache.staging
+        ahead = []
+        for engine.chunk in (CHUNK, CHUNK // 2):
+            prompt = torch.randint(3, 320, (CHUNK + 10,), generator=torch.Generator().manual_seed(0)).tolist()
+            sequence = engine.join(prompt, make_settings(engine.hf, prompt, max_new_tokens=1))
+            assert engine.step() == []
+            ahead.append([layer for layer in range(3) if any(staged.has(layer, e) for e in range(8))])
+            engine.leave(sequence)
+            engine.forget()
+        assert ahead == [[0], [0]]
 
 
 def test_every_expert_resident_needs_no_ring(tiny_mixtral: Path) -> None:
