@@ -218,7 +218,7 @@ class Engine:
         if self.relief is not None and self.relief(lacking):
             return
         shorter = min(self.chunk, max((len(item.ids) for item in work), default=0)) // 2
-        if shorter < MIN_CHUNK:
+        if shorter < MIN_CHUNK or self.kv.whole_prompt_only:
             if self.token_step is not None and self.token_step.make_room():
                 return
             asked = f" ({format_bytes(lacking.nbytes)} more were asked for)" if lacking.nbytes else ""

@@ -222,6 +222,20 @@ def test_chunks_get_shorter_where_nothing_can_give_way(caplog: pytest.LogCapture
     ]
 
 
+def test_chunks_stay_where_a_prompt_goes_in_one_piece() -> None:
+    hf = tiny_models.tiny_model("mixtral", num_hidden_layers=1)
+    kv = OwnCaches(hf.config, 1, 800)
+    kv.whole_prompt_only = True
+    engine = Engine(hf, kv, chunk=512)
+    engine.join(list(range(5, 305)), make_settings(hf, [1], max_new_tokens=4, eos_token_id=None))
+    with hungry(hf) as memory:
+        memory.left = 100
+        with pytest.raises(MoeLocalError, match="VRAM ran out"):
+            engine.step()
+    assert memory.raised == 1
+    assert engine.chunk == 512
+
+
 def test_when_nothing_is_left_one_line_says_what_to_do() -> None:
     hf = tiny_models.tiny_model("mixtral", num_hidden_layers=1)
     engine = Engine(hf, make_kv(hf, 1, 64), chunk=64)
