@@ -10,6 +10,7 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,7 +27,7 @@ WHITE_SPACE = r"( |\n[ \t]{0,20})?"
 unwilling to write JSON may emit whitespace without end."""
 
 KEPT = 64
-"""Compiled grammars that are kept for each tokenizer."""
+"""Compiled grammars that are kept for each tokenizer, those used last."""
 
 LOOKED_BACK = 16
 """Last tokens in which the mark that closes a thought is searched: no tokenizer needs more for it."""
@@ -92,6 +93,9 @@ class _Vocabulary:
                 self._compiled[grammar] = kept
                 if len(self._compiled) > KEPT:
                     self._compiled.popitem(last=False)
+        else:
+            with suppress(KeyError):  # another thread has dropped it meanwhile
+                self._compiled.move_to_end(grammar)
         return kept.deep_copy()
 
     def _compile(self, grammar: str) -> Any:

@@ -223,6 +223,10 @@ def test_what_was_compiled_is_kept_as_long_as_its_tokenizer(
     for number in itertools.chain(range(3, 3 + KEPT), [1]):
         matcher(tokenizer, json_grammar({"const": number}), VOCABULARY)
     assert compiled[-1] == json_grammar({"const": 1})
+    compiled.clear()
+    for number in itertools.chain.from_iterable((1, number) for number in range(100, 110 + KEPT)):
+        matcher(tokenizer, json_grammar({"const": number}), VOCABULARY)
+    assert len(compiled) == KEPT + 10, "one that is used between all others stays"
     kept = weakref.ref(grammar._vocabularies[tokenizer][VOCABULARY])
     del tokenizer
     gc.collect()
