@@ -54,10 +54,10 @@ class Tally(NamedTuple):
     bytes_disk: int
 
     def plus(self, other: Tally) -> Tally:
-        return Tally(*(one + more for one, more in zip(self, other, strict=True)))
+        return Tally._make(one + more for one, more in zip(self, other, strict=True))
 
     def minus(self, other: Tally) -> Tally:
-        return Tally(*(one - less for one, less in zip(self, other, strict=True)))
+        return Tally._make(one - less for one, less in zip(self, other, strict=True))
 
 
 NOTHING = Tally(0.0, 0, 0, 0, 0)
