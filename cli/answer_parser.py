@@ -11,8 +11,7 @@ from moe_local.cache.files import parse_json
 from moe_local.offload.thoughts import CLOSE_THOUGHT, OPEN_THOUGHT
 
 OPEN_CALL, CLOSE_CALL = "<tool_call>", "</tool_call>"
-"""As in the templates of Qwen, DeepSeek, GLM and many others. Calls that are marked in another way count as
-content."""
+"""As in the templates of Qwen3 and others, with JSON between them. Calls of other forms count as content."""
 
 
 def overlap(text: str, mark: str) -> int:
