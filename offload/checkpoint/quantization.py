@@ -81,7 +81,7 @@ class Quantization:
         bitsandbytes = settings.get("load_in_4bit") or settings.get("load_in_8bit")
         method = str(settings.get("quant_method", "bitsandbytes" if bitsandbytes else "unknown"))
         if method.startswith("modelopt"):
-            return modelopt(settings)
+            return _modelopt(settings)
         if method not in METHODS:
             raise CheckpointError(
                 f"the weights are already quantized ({method[:80]}), and of such formats only "
@@ -97,7 +97,7 @@ class Quantization:
         if method == "awq":
             return _awq(settings)
         if method == "compressed-tensors":
-            return compressed_tensors(settings)
+            return _compressed_tensors(settings)
         block = settings.get("weight_block_size", (fp8.BLOCK, fp8.BLOCK))
         if block is not None and not _is_block(block):
             raise CheckpointError(f"weight_block_size {block!r} is not two numbers from 1 up")
@@ -143,7 +143,7 @@ TENSORS_SAY = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4",
 """The formats of compressed-tensors that have no settings."""
 
 
-def compressed_tensors(settings: Mapping[str, Any]) -> Quantization:
+def _compressed_tensors(settings: Mapping[str, Any]) -> Quantization:
     """What compressed-tensors' config says (its `QuantizationConfig`). Raises CheckpointError."""
     method = "compressed-tensors"
     sparse = settings.get("sparsity_config")
@@ -208,7 +208,7 @@ MODELOPT = {
 the weights and, for FP8, rows and columns that share a scale."""
 
 
-def modelopt(settings: Mapping[str, Any]) -> Quantization:
+def _modelopt(settings: Mapping[str, Any]) -> Quantization:
     """What NVIDIA Model Optimizer's config says, in config.json or hf_quant_config.json. Raises
     CheckpointError."""
     algorithm = settings.get("quant_algo")

@@ -280,23 +280,23 @@ def _stored(config: Any) -> StoredFormat:
 def _kv_numel_per_token(text: Any, model: nn.Module) -> int:
     """How many numbers all layers cache per token: with MLA a latent, a rope key and, with an indexer, its
     key; with other attention 2 x heads x width."""
-    layers: int = text.num_hidden_layers
-    if all(getattr(layer, "kv_lora_rank", None) for layer in _layer_configs(text)):
+    layers = _layer_configs(text)
+    if all(getattr(layer, "kv_lora_rank", None) for layer in layers):
         kinds: set[Any] = {type(module) for module in model.modules() if hasattr(module, "kv_lora_rank")}
         # these cache expanded keys and values, as DeepSeek V3.2 and GLM-5 in transformers 5.17
         expanded = any(".update(key_states, value_states" in class_source(kind) for kind in kinds)
         return sum(
             (_expanded_latents(layer) if expanded else int(layer.kv_lora_rank + layer.qk_rope_head_dim))
             + int(getattr(layer, "index_head_dim", None) or 0)
-            for layer in _layer_configs(text)
+            for layer in layers
         )
     types = getattr(text, "layer_types", None)
     attending = [
-        index
-        for index in range(layers)
+        layer
+        for index, layer in enumerate(layers)
         if not types or not any(kind in types[index] for kind in ("linear", "mamba", "conv"))
     ]
-    return sum(2 * heads * width for heads, width in (_heads(text, index) for index in attending))
+    return sum(2 * heads * width for heads, width in map(_heads, attending))
 
 
 def _expanded_kv_numel_per_token(text: Any) -> int:
@@ -306,7 +306,7 @@ def _expanded_kv_numel_per_token(text: Any) -> int:
     if all(getattr(layer, "kv_lora_rank", None) for layer in configs):
         return max(map(_expanded_latents, configs))
     heads = max(int(layer.num_attention_heads) for layer in configs)
-    return 2 * heads * max(_heads(text, index)[1] for index in range(text.num_hidden_layers))
+    return 2 * heads * max(_heads(layer)[1] for layer in configs)
 
 
 def _expanded_latents(layer: Any) -> int:
@@ -321,11 +321,11 @@ def _layer_configs(text: Any) -> list[Any]:
     return [text] * text.num_hidden_layers
 
 
-def _heads(text: Any, layer: int) -> tuple[int, int]:
-    """(number of key heads, width of a head) of a layer; they differ between the layers of Gemma 4."""
-    text = _layer_configs(text)[layer]
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return int(heads), int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+def _heads(layer: Any) -> tuple[int, int]:
+    """(number of key heads, width of a head), by a layer's config; they differ between the layers of Gemma
+    4."""
+    heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+    return int(heads), int(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
 
 
 def quantized_weights(model: Any, *, cuda: bool) -> Iterator[str]:

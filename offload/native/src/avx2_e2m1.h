@@ -224,16 +224,3 @@ struct E2M1Rounded8 {
 
   float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]) / E2M1_UNIT; }
 };
-
-template <int T>
-using MXFP4Floats = E2M1Floats<MXFP4Scales, T>;
-template <int T>
-using MXFP4Rounded16 = E2M1Rounded16<MXFP4Scales, T>;
-template <int T>
-using MXFP4Rounded8 = E2M1Rounded8<MXFP4Scales, T>;
-template <int T>
-using NVFP4Floats = E2M1Floats<NVFP4Scales, T>;
-template <int T>
-using NVFP4Rounded16 = E2M1Rounded16<NVFP4Scales, T>;
-template <int T>
-using NVFP4Rounded8 = E2M1Rounded8<NVFP4Scales, T>;

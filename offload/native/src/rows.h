@@ -80,6 +80,29 @@ void rows_of_low(const Matrix& m, int32_t activations, const Prepared* x, int64_
     low_rows_by_count<LowFloats<F>>(m, x, count, first, last, y);
 }
 
+// The kernels of 4-bit floats with these scales.
+template <class Scales>
+struct E2M1Kernels {
+  template <int T>
+  using Floats = E2M1Floats<Scales, T>;
+  template <int T>
+  using Rounded16 = E2M1Rounded16<Scales, T>;
+  template <int T>
+  using Rounded8 = E2M1Rounded8<Scales, T>;
+};
+
+template <class Scales>
+void rows_of_e2m1(const Matrix& m, const float* map, int32_t activations, const Prepared* x, int64_t count,
+                  int64_t first, int64_t last, float* const* y) {
+  using Dot = E2M1Kernels<Scales>;
+  if (activations == INT8_BLOCKS)
+    rows_by_count<Dot::template Rounded8>(m, map, x, count, first, last, y);
+  else if (activations != FLOATS)
+    rows_by_count<Dot::template Rounded16>(m, map, x, count, first, last, y);
+  else
+    rows_by_count<Dot::template Floats>(m, map, x, count, first, last, y);
+}
+
 void rows(const Matrix& m, const float* map, int32_t activations, bool tiled, const Prepared* x,
           int64_t count, int64_t first, int64_t last, float* const* y) {
   const bool blocks = m.cols % BLOCK == 0 && !is_plain(m.format) && m.format != FP8;
@@ -103,18 +126,10 @@ void rows(const Matrix& m, const float* map, int32_t activations, bool tiled, co
       rows_tiled_bf16(decode, m, map, x, count, first, last, y);
     else
       rows_tiled(decode, m, map, x, count, first, last, y);
-  } else if (m.format == MXFP4 && activations == INT8_BLOCKS) {
-    rows_by_count<MXFP4Rounded8>(m, map, x, count, first, last, y);
-  } else if (m.format == MXFP4 && activations != FLOATS) {
-    rows_by_count<MXFP4Rounded16>(m, map, x, count, first, last, y);
   } else if (m.format == MXFP4) {
-    rows_by_count<MXFP4Floats>(m, map, x, count, first, last, y);
-  } else if (m.format == NVFP4 && activations == INT8_BLOCKS) {
-    rows_by_count<NVFP4Rounded8>(m, map, x, count, first, last, y);
-  } else if (m.format == NVFP4 && activations != FLOATS) {
-    rows_by_count<NVFP4Rounded16>(m, map, x, count, first, last, y);
+    rows_of_e2m1<MXFP4Scales>(m, map, activations, x, count, first, last, y);
   } else if (m.format == NVFP4) {
-    rows_by_count<NVFP4Floats>(m, map, x, count, first, last, y);
+    rows_of_e2m1<NVFP4Scales>(m, map, activations, x, count, first, last, y);
   } else if (m.format == INT8 && activations == INT8_BLOCKS) {
     rows_by_count<Int8Rounded>(m, map, x, count, first, last, y);
   } else if (m.format == INT8) {

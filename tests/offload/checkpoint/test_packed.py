@@ -267,6 +267,10 @@ def test_inputs_of_no_group(made: Made, tmp_path: Path) -> None:
             {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"a": {}}}},
             "transform_config .* of which only none is read",
         ),
+        (
+            {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
+            "sparsity_config .* of which only none is read",
+        ),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}, "quant_algo 'NVFP4_AWQ', of which only"),
         ({"quant_method": "modelopt"}, "quant_algo 'NONE', of which only FP8 or"),
         (
