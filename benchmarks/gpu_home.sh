@@ -11,4 +11,5 @@ if [ -z "${MOE_LOCAL_HOME:-}" ]; then
   trap 'exit 130' INT TERM
   export MOE_LOCAL_HOME="$work/home"
 fi
-export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+# Kernels are measured without a loaded model, too, which would leave cuDNN out (leave_cudnn_out in offload/dense/attention.py).
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TORCH_CUDNN_SDPA_DEPRIORITIZED=1

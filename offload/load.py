@@ -22,6 +22,7 @@ from moe_local.offload.checkpoint.skeleton import load_skeleton
 from moe_local.offload.checkpoint.spec import ModelSpec, meta_model, model_spec
 from moe_local.offload.checkpoint.tokenizer import load_tokenizer
 from moe_local.offload.conversion import begun_conversions, converted_mixes, open_experts
+from moe_local.offload.dense.attention import leave_cudnn_out
 from moe_local.offload.engine.card_graphs import CardGraphs
 from moe_local.offload.engine.encoder_decoder import as_decoder
 from moe_local.offload.engine.engine import Engine
@@ -221,6 +222,8 @@ def _assemble(
     with contextlib.ExitStack() as undo:
         use = Use(checkpoint.folder if isinstance(file, NativeExperts) else file.folder)
         undo.callback(use.close)
+        if any(target.type == "cuda" for target in targets):
+            leave_cudnn_out()
         hf = _load_dense(checkpoint, plan, options, targets)
         with Probe(hf) as probe:
             cache = probe_cache(as_decoder(hf))

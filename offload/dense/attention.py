@@ -33,6 +33,16 @@ def use_single_query_attention(model: Any) -> None:
     model.set_attn_implementation(NAME)
 
 
+def leave_cudnn_out() -> None:
+    """Let torch's sdpa use torch's own kernels only, in the whole process.
+
+    On compute capability 9 and 10 it would prefer cuDNN's (check_prefer_cudnn_attention in torch's
+    aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). That makes a plan for every new shape, so for every
+    token of an answer, as its keys become more; and `_shares_keys` and `attend_in_parts` expect the others.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def asks_for_its_name(cls: Any) -> bool:
     """Whether the class's code depends on the name of its attention implementation.
 

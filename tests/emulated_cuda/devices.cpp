@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr int CAPABILITY_MAJOR = 8, CAPABILITY_MINOR = 6, PROCESSORS = 82;
+constexpr int CAPABILITY_MAJOR = 9, CAPABILITY_MINOR = 0, PROCESSORS = 82;
 
 struct Memory {
   size_t bytes = 0;

@@ -49,6 +49,24 @@ def plainly(
     return (shares @ value).transpose(1, 2)
 
 
+def test_a_loaded_model_keeps_cudnn_out() -> None:
+    """Which makes a plan for every new shape, and which torch prefers on an H100 and its successors."""
+    cudnn = torch.nn.attention.SDPBackend.CUDNN_ATTENTION.value
+    calls = []
+    for queries, keys in ((1, 77), (77, 77), (1, 256)):
+        query, key, value, _, seen = inputs(queries, keys, torch.bfloat16)
+        calls.append((query, key, value, None if keys == 77 else seen, queries > 1))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        with moe_local.load("demo", device="cuda"):
+            for query, key, value, mask, causal in calls:
+                chosen = torch._fused_sdp_choice(query, key, value, mask, 0.0, causal, enable_gqa=True)
+                assert chosen != cudnn
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("queries", "keys", "masked"),
