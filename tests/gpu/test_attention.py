@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 import moe_local
 from moe_local.offload.dense import latent_attention
-from moe_local.offload.dense.attention import single_query_attention
+from moe_local.offload.dense.attention import leave_cudnn_out, single_query_attention
 from moe_local.offload.dense.sink_attention import sink_attention
 from moe_local.offload.dense.split_attention import parts_of
 
@@ -23,6 +23,15 @@ pytestmark = [
 
 HEADS, GROUPS, WIDTH = 16, 4, 64
 MODULE: Any = SimpleNamespace(num_key_value_groups=GROUPS, is_causal=True)
+
+
+@pytest.fixture(autouse=True)
+def without_cudnn() -> Iterator[None]:
+    """As in a process that has loaded a model."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    leave_cudnn_out()
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def inputs(queries: int, keys: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -56,15 +65,11 @@ def test_a_loaded_model_keeps_cudnn_out() -> None:
     for queries, keys in ((1, 77), (77, 77), (1, 256)):
         query, key, value, _, seen = inputs(queries, keys, torch.bfloat16)
         calls.append((query, key, value, None if keys == 77 else seen, queries > 1))
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    try:
-        torch.backends.cuda.enable_cudnn_sdp(True)
-        with moe_local.load("demo", device="cuda"):
-            for query, key, value, mask, causal in calls:
-                chosen = torch._fused_sdp_choice(query, key, value, mask, 0.0, causal, enable_gqa=True)
-                assert chosen != cudnn
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    with moe_local.load("demo", device="cuda"):
+        for query, key, value, mask, causal in calls:
+            chosen = torch._fused_sdp_choice(query, key, value, mask, 0.0, causal, enable_gqa=True)
+            assert chosen != cudnn
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
