@@ -188,9 +188,8 @@ def converting(machine: Machine) -> bool:
     return CONVERTED_AT_KILL in machine.layers()
 
 
-@pytest.mark.parametrize(
-    "twice", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one kill", "two kills"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("twice", [False, True], ids=["one kill", "two kills"])
 def test_first_use_through_kills(
     undisturbed: Any, checkpoint: Path, hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, twice: bool
 ) -> None:

@@ -491,6 +491,7 @@ class TestOnATerminal:
         assert "+oon two\n+three\n" in history.read_text()
         assert "\x1a" not in history.read_text()
 
+    @pytest.mark.slow
     def test_what_is_typed_beside_an_answer_does_not_stand_in_it(self, spawn):
         """And is what the next prompt begins with. A Ctrl-C is not shown, either."""
         terminal = spawn(fake_model.__file__, "chat", TERM="xterm", PROMPT_TOOLKIT_NO_CPR="1")
@@ -508,6 +509,7 @@ class TestOnATerminal:
         terminal.send("/bye\r")
         terminal.expect(pexpect.EOF)
 
+    @pytest.mark.slow
     def test_ctrl_c_in_the_middle_of_a_token_of_a_real_model(self, spawn, long_mixtral, endless):
         """Misses, prefetches and reads from disk are under way when it comes; the model stays usable."""
         flags = ["--slots", "2", "--temperature", "0", "--ram", "200MiB", *endless]

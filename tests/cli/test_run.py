@@ -230,6 +230,7 @@ def test_a_damaged_checkpoint_is_one_line(invoke, home, tiny_mixtral, tmp_path):
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_sigint_to_the_real_command(long_mixtral, endless, tmp_path):
     """Exit code 130 and no trace, wherever in start-up or answer it comes."""
     environment = {**os.environ, "MOE_LOCAL_HOME": str(tmp_path)}

@@ -19,7 +19,8 @@ from moe_local.offload.native.library import (
     NEIGHBOURS,
 )
 from support.attention_calls import OUTSIDE, SPANS, Call, Case, Together
-from support.packed import off
+from support.packed import UNLIKE, off
+from support.variants import others_slow
 
 BAD_ARGUMENT = 1
 BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
@@ -102,7 +103,7 @@ def test_scores_far_apart_and_far_from_zero(lib: Any, isa: str) -> None:
         assert torch.equal(call.answer(lib).double(), call.matrices["o"].bias)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", others_slow(FORMATS, UNLIKE))
 def test_the_number_of_threads_changes_no_bit(lib: Any, isa: str, format: str) -> None:
     case = Case(heads=8, kv_heads=4, width=64, rotated=64, hidden=576, format=format, last=700, gated=True)
     alone = Call(case)
@@ -229,7 +230,7 @@ def test_what_is_not_used_may_be_left_out(lib: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", others_slow(FORMATS, UNLIKE))
 def test_each_of_several_tokens_has_what_it_has_alone(
     lib: Any, isa: str, format: str, dtype: torch.dtype
 ) -> None:

@@ -17,7 +17,8 @@ from moe_local.offload.native.library import (
     INT16,
 )
 from support.delta_net_calls import Call, Case
-from support.packed import off
+from support.packed import UNLIKE, off
+from support.variants import others_slow
 
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest relative error, in the Frobenius norm: half the steps between are rounded to the dtype."""
@@ -57,7 +58,7 @@ def test_sizes(lib: Any, isa: str, dtype: torch.dtype) -> None:
         check(lib, Case(3, 6, 100, 144, hidden=128, dtype=dtype, by_key_head=by_key_head))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", others_slow(FORMATS, UNLIKE))
 def test_the_number_of_threads_changes_no_bit(lib: Any, isa: str, format: str) -> None:
     for by_key_head in (False, True):
         case = Case(4, 8, 128, 128, hidden=256, format=format, rows=2, by_key_head=by_key_head)
@@ -70,7 +71,7 @@ def test_the_number_of_threads_changes_no_bit(lib: Any, isa: str, format: str) -
             assert torch.equal(call.states, alone.states)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", others_slow(FORMATS, UNLIKE))
 @pytest.mark.parametrize("activations", [FLOATS, INT16, BF16, INT8])
 def test_several_rows_are_as_each_alone(lib: Any, isa: str, format: str, activations: int) -> None:
     """Bit by bit for up to four, which never are multiplied in tiles."""

@@ -22,6 +22,8 @@ from moe_local.offload.native.library import (
     Router,
 )
 from support import packed
+from support.packed import UNLIKE
+from support.variants import others_slow
 
 WAYS = (FLOATS, INT16, INT8, BF16)
 HALVES = (torch.bfloat16, torch.float16)
@@ -55,7 +57,7 @@ def experts_of(format: str, width: int, hidden: int, gate: tuple[Any, ...]) -> l
 
 
 @pytest.mark.parametrize("activations", WAYS)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", others_slow(FORMATS, UNLIKE))
 def test_products_are_those_of_floats_rounded(lib: Any, isa: str, format: str, activations: int) -> None:
     for rows, cols in ((96, 128), (33, 65), (5, 1)):
         for bias in (torch.float32, *HALVES):
@@ -110,7 +112,7 @@ def experts(
 
 
 @pytest.mark.parametrize("activations", WAYS)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", others_slow(FORMATS, UNLIKE))
 def test_experts_are_those_of_floats_rounded(lib: Any, isa: str, format: str, activations: int) -> None:
     gate = (1, 3, 0.0, 0.0)
     for width, hidden in ((128, 64), (33, 20)):

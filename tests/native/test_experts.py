@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from moe_local.offload.native.library import BF16, DTYPES, FLOATS, FORMATS, INT8, INT16, Gate
 from support import packed
+from support.packed import UNLIKE
+from support.variants import others_slow
 
 PLAIN, CONCATENATED, INTERLEAVED = range(3)
 RELU, SILU, CLAMPED = 1, 3, 6
@@ -114,7 +116,7 @@ def sixteen(format: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("activations", BOUNDS)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", others_slow(FORMATS, UNLIKE))
 def test_neither_groups_nor_their_order_nor_threads_change_a_bit(
     isa: str, format: str, activations: int
 ) -> None:

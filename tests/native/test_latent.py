@@ -20,7 +20,8 @@ from moe_local.offload.native.library import (
     NEIGHBOURS,
 )
 from support.latent_calls import Call, Case, Together
-from support.packed import off
+from support.packed import UNLIKE, off
+from support.variants import others_slow
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 """Largest relative error, in the Frobenius norm."""
@@ -87,7 +88,7 @@ def test_large_scores_do_not_overflow(lib: Any, isa: str) -> None:
         assert off(call.answer(lib), want) < 3e-3  # floats hold no more of scores that large
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", others_slow(FORMATS, UNLIKE))
 def test_the_number_of_threads_changes_no_bit(lib: Any, isa: str, format: str) -> None:
     case = Case(heads=20, latent=128, plain=128, value=128, hidden=576, format=format, last=5000)
     alone = Call(case)
@@ -99,7 +100,7 @@ def test_the_number_of_threads_changes_no_bit(lib: Any, isa: str, format: str) -
             assert torch.equal(got.view(torch.int32), once.view(torch.int32))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", others_slow(FORMATS, UNLIKE))
 @pytest.mark.parametrize("activations", [FLOATS, INT16, BF16, INT8])
 def test_several_tokens_together_are_as_each_alone(lib: Any, isa: str, format: str, activations: int) -> None:
     """Bit by bit for up to four, which never are multiplied in tiles."""

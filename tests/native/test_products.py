@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from moe_local.offload.native.library import BF16, FLOATS, FORMATS, INT8, INT16, ISAS
 from support import packed
+from support.packed import UNLIKE
+from support.variants import others_slow
 
 BOUNDS = {FLOATS: 3e-6, INT16: 7e-5, INT8: 9e-3, BF16: 3e-3}
 """Largest error of y relative to the sizes of its factors, |x| * |w| (see `error`)."""
@@ -128,7 +130,7 @@ def woken(format: str) -> Any:
 
 
 @pytest.mark.parametrize("activations", BOUNDS)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", others_slow(FORMATS, UNLIKE))
 def test_the_number_of_threads_changes_no_bit(isa: str, format: str, activations: int) -> None:
     m = woken(format)
     x = torch.randn(21, 320, generator=torch.Generator().manual_seed(0))

@@ -26,6 +26,7 @@ from moe_local.offload.plan.plan import Request
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import TensorSpec
 from support import fake_device
+from support.variants import others_slow
 
 torch.set_num_threads(1)
 
@@ -187,7 +188,10 @@ def load_on_device(
 
 @pytest.mark.parametrize(
     ("vram_slots", "ram_slots", "mode"),
-    [(2, 2, "disk"), (3, 5, "disk"), (2, 8, "offload"), (4, 3, "disk"), (8, 2, "resident")],
+    others_slow(
+        [(2, 2, "disk"), (3, 5, "disk"), (2, 8, "offload"), (4, 3, "disk"), (8, 2, "resident")],
+        [(3, 5, "disk"), (2, 8, "offload")],
+    ),
 )
 def test_vram_over_ram_over_disk(reference: Reference, vram_slots: int, ram_slots: int, mode: str) -> None:
     """Copies end in any order, and as late as they may."""

@@ -20,6 +20,7 @@ from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.prefetch.discover import Probe
 from support import tiny_models
+from support.variants import others_slow
 
 FAMILIES = (
     "mixtral",
@@ -44,6 +45,12 @@ FAMILIES = (
     "switch_transformers",
 )
 """transformers' types of the families that docs/models.md names."""
+
+UNLIKE = (
+    *("mixtral", "qwen3_moe", "qwen3_next", "deepseek_v3", "deepseek_v4"),
+    *("llama4", "gemma4", "gpt_oss", "jamba", "switch_transformers"),
+)
+"""Of these, one of each form; the others are slow where a test is repeated for each."""
 
 UNNAMED = ("glm4_moe_lite", "glm_moe_dsa", "granitemoehybrid", "hunyuan_v1_moe", "lfm2_moe", "qwen3_vl_moe")
 """Some of those that work without being named."""
@@ -78,7 +85,7 @@ def greedy(make_checkpoint: Callable[..., Path]) -> Callable[..., list[int]]:
     return ids
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", others_slow(FAMILIES, UNLIKE))
 def test_greedy_ids_are_those_of_transformers(
     make_checkpoint: Callable[..., Path], greedy: Callable[..., list[int]], model_type: str
 ) -> None:

@@ -18,6 +18,7 @@ from moe_local.offload.options import LoadOptions
 from moe_local.offload.plan.placement import place
 from moe_local.offload.plan.plan import Request
 from support import fake_device
+from support.variants import others_slow
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -66,7 +67,7 @@ def answers(model: moe_local.Model) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("cards", [0, 1, 2])
+@pytest.mark.parametrize("cards", others_slow([0, 1, 2], [2]))
 def test_the_ring_changes_no_bit(make_checkpoint: Callable[..., Path], family: str, cards: int) -> None:
     folder = make_checkpoint(family, tokenizer=True)
 

@@ -26,6 +26,9 @@ LEVELS = torch.tensor(
     ]
 )
 
+UNLIKE = ("nf4", "q3", "nvfp4", "bf16")
+"""Formats whose kernels have least in common; tests that change no kernel take the others among the slow."""
+
 GUARD = 1234567.0
 """Stands before and after every output; no kernel gives it."""
 MARGIN = 32

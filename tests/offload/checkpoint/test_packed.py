@@ -23,6 +23,7 @@ from moe_local.offload.kernels.cpu import reads
 from moe_local.offload.quantize.codec import codec_for, decoder_for
 from moe_local.offload.quantize.nf4 import nf4_matrix
 from support import published, published_floats
+from support.variants import others_slow
 
 torch.set_num_threads(1)
 
@@ -55,6 +56,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mo_mixed": ("qwen3_moe", "modelopt", {"kind": "MIXED_PRECISION"}),
 }
 
+ORDINARY = ("nf4", "gptq_order", "awq", "packed_zeros", "float_tensor", "ct_nvfp4", "ct_mixed", "mo_mixed")
+"""One of each kind; the others are slow."""
+
 Made = Callable[[str], tuple[Path, Path]]
 
 
@@ -74,7 +78,7 @@ def made(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPath
     return made
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", others_slow(CASES, ORDINARY))
 def test_every_weight_is_that_of_the_twin(made: Made, case: str) -> None:
     """Experts and dense ones, to the bit; and nothing else is left over to be taken for a weight."""
     checkpoint, plain = (Checkpoint.open(folder) for folder in made(case))

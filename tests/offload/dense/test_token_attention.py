@@ -25,6 +25,7 @@ from moe_local.offload.engine.kv_slab import probe_cache
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.native.library import library
 from support import tiny_models
+from support.variants import others_slow
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
 
@@ -118,7 +119,7 @@ def close(got: torch.Tensor, want: torch.Tensor, allowed: float = 2e-4) -> bool:
     return bool((got - want).norm() <= allowed * want.norm())
 
 
-@pytest.mark.parametrize("family", TAKEN)
+@pytest.mark.parametrize("family", others_slow(TAKEN, list(TAKEN)[::2]))
 def test_a_loaded_model_answers_as_transformers_own(
     make_checkpoint: Callable[..., Path], family: str, calls: list[Any]
 ) -> None:

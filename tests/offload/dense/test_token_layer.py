@@ -30,6 +30,7 @@ from moe_local.offload.prefetch.prefetch import Guess
 from moe_local.offload.store.residents import Residents
 from support import tiny_models
 from support.decoder_layers import BETWEEN, FORWARDS, IDS, PARTS, layers_of, one_by_one, together
+from support.variants import others_slow
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
 
@@ -130,7 +131,7 @@ def test_no_bit_changes(
     assert calls == []
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", others_slow(["fp32", "bf16"], ["bf16"]))
 @pytest.mark.parametrize(
     ("family", "config"),
     [

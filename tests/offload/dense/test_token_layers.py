@@ -29,6 +29,7 @@ from support.decoder_layers import (
     one_by_one,
     together,
 )
+from support.variants import others_slow
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
 
@@ -156,7 +157,7 @@ def test_a_hook_that_changes_what_goes_on(load: Callable[..., Any], replaced: st
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("name", BETWEEN)
+@pytest.mark.parametrize("name", others_slow(BETWEEN, list(BETWEEN)[::2]))
 def test_what_changes_between_two_tokens_is_noticed(
     load: Callable[..., Any], name: str, passes: list[int]
 ) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 import moe_local
 from moe_local.offload.native.library import library
 from support.decoder_layers import IDS, apart, counted, layers_of, one_by_one, together
+from support.variants import others_slow
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
 
@@ -194,7 +195,7 @@ CHANGES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", others_slow(CHANGES, list(CHANGES)[::2]))
 def test_changes_between_tokens_are_noticed(load: Callable[..., Any], change: str, passes: list[int]) -> None:
     family, make = CHANGES[change]
     found = []

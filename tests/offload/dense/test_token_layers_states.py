@@ -16,6 +16,7 @@ from moe_local.offload.dense.layers_ahead import Ahead
 from moe_local.offload.modeling.names import cache_name
 from moe_local.offload.native.library import library
 from support.decoder_layers import IDS, Loop, apart, counted, one_by_one, together
+from support.variants import others_slow
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
 
@@ -74,7 +75,7 @@ class Outcomes:
 ORDERS = [[0, 1], [0, 1, 3], [0, 2, 1, 3], [1, 0, 2, 3], [0, 0, 1], [3, 2, 1, 0]]
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", others_slow(ORDERS, ORDERS[::3]))
 def test_a_state_changes_when_its_layer_is_called(
     load: Callable[..., Any], order: list[int], passes: list[int]
 ) -> None:
@@ -131,7 +132,7 @@ CHANGES_BETWEEN: dict[str, Callable[[Loop, torch.Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("inference", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("change", CHANGES_BETWEEN)
+@pytest.mark.parametrize("change", others_slow(CHANGES_BETWEEN, list(CHANGES_BETWEEN)[::2]))
 def test_what_changes_between_two_layers(
     load: Callable[..., Any], change: str, inference: bool, passes: list[int]
 ) -> None:

@@ -14,6 +14,7 @@ from moe_local.offload.schedule.costs import Costs, Work
 from moe_local.offload.schedule.scheduler import MissScheduler, Needed
 from moe_local.offload.schedule.split import Machine, Missing, seconds
 from support import simulated
+from support.variants import others_slow
 
 Make = Callable[..., Any]
 
@@ -126,7 +127,7 @@ LOCALITIES = [(0.0, 0.0), (0.9, 0.0), (0.5, 1.0)]
 """The share of a layer's experts that the next token needs again, and the skew of the others' popularity."""
 
 
-@pytest.mark.parametrize(("stay", "skew"), LOCALITIES)
+@pytest.mark.parametrize(("stay", "skew"), others_slow(LOCALITIES, LOCALITIES[:1]))
 def test_a_cache_that_learns(make_rig: Make, stay: float, skew: float) -> None:
     """The real store on a simulated device: auto against both others with a cache that is changed by them.
 

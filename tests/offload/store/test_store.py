@@ -25,6 +25,7 @@ from moe_local.cache.keys import ExpertKey
 from moe_local.offload.store.uncounted import uncounted
 from moe_local.offload.system.patience import PATIENCE_S, Patience
 from moe_local.offload.tiers import transfer
+from support.variants import others_slow
 
 Make = Callable[..., Any]
 MODES = ("disk", "ram", "ram+disk")
@@ -584,7 +585,13 @@ def perform(rig: Any, faults: Faults, operation: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "lazy", "shared"),
-    [("disk", False, None), *itertools.product(MODES[1:], (False, True), (None, "auto", "cpu"))],
+    others_slow(
+        [("disk", False, None), *itertools.product(MODES[1:], (False, True), (None, "auto", "cpu"))],
+        [
+            ("disk", False, None),
+            *((mode, mode == MODES[1], way) for mode in MODES[1:] for way in (None, "auto")),
+        ],
+    ),
 )
 @settings(
     max_examples=12,
@@ -681,7 +688,7 @@ def soak(make_rig: Make, mode: str, steps: int, scheduler: Any = None, *, sized:
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="counts open files")
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", others_slow(MODES, MODES[-1:]))
 def test_nothing_leaks(make_rig: Make, mode: str) -> None:
     soak(make_rig, mode, 2_000 if mode == "ram+disk" else 3_000, sized=mode != "ram+disk")
 

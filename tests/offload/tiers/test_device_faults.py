@@ -11,6 +11,7 @@ import torch
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.tiers.shrink import shrink
 from support.fake_device import FakeDevice, FakeEvent
+from support.variants import others_slow
 
 Make = Callable[..., Any]
 LAYERS, EXPERTS = 3, 8
@@ -179,7 +180,7 @@ def run(moment: Callable[[Any], None], rig: Any) -> BaseException | None:
 
 @pytest.mark.parametrize("mode", ["ram", "ram+disk"])
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", others_slow([False, True], [True]))
 def test_once(make_rig: Make, any_scheduler: Make, mode: str, moment: str, shared: bool) -> None:
     """The store agrees with itself at once, and serves right bytes as if nothing had been."""
     happened = set()
