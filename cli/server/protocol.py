@@ -23,7 +23,7 @@ seldom comes to an end by itself: without a limit it would run until the context
 
 
 MOST_STOPS = 64
-"""Stop strings of a request; each takes time that all other requests wait."""
+"""Stop strings of a request; all are looked for in each token of all of its answers."""
 
 
 class Drawing(BaseModel):
