@@ -189,6 +189,21 @@ def test_a_call_that_is_demanded(
         assert (call.name, json.loads(call.arguments)) == ("weather", {"city": "Graz"})
 
 
+def test_some_of_the_tools(
+    serving: Any, scripted: Any, model: moe_local.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE)
+    space = {"type": "namespace", "name": "alps", "description": "There.", "tools": [TOOL]}
+    says = scripted("None.")
+    with serving(says) as server:
+        for named, shown in (({}, "[weather]"), ({"namespace": "alps"}, "[alps__weather]")):
+            allowed = {"type": "function", "name": "weather", **named}
+            choice = {"type": "allowed_tools", "mode": "auto", "tools": [allowed]}
+            whole = ask(server, input="Rain?", tools=[space, TOOL], tool_choice=choice)
+            assert whole["tool_choice"] == choice
+            assert says.prompts[-1] == f"{shown}<user>|Rain?|"
+
+
 def test_an_answer_that_is_parsed_into_a_class(client: openai.OpenAI) -> None:
     answer = client.responses.parse(
         model="demo", input=QUESTION, text_format=Verdict, max_output_tokens=200, temperature=1
@@ -345,6 +360,14 @@ def test_how_much_is_kept() -> None:
             "of type 'int'",
         ),
         ({"input": "x", "tool_choice": {"type": "mcp"}}, "tool_choice", "type 'mcp' is not supported"),
+        (
+            {
+                "input": "x",
+                "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "f"}]},
+            },
+            None,
+            "tool_choice allows 'f'; the tools are none",
+        ),
         ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text", "has no schema"),
         ({"input": "x", "text": {"format": {"type": "xml"}}}, "text", "'xml' is not supported"),
         ({"input": "x", "include": ["file_search_call.results"]}, "include", "is not supported"),
