@@ -224,6 +224,17 @@ class ResponseRequest(OpenAIRequest):
         }
 
 
+class InputTokensRequest(ResponseRequest):
+    """`POST /v1/responses/input_tokens`: a response whose prompt is only counted."""
+
+    input: str | list[Any] = Field(default_factory=list)
+
+    def chat(self, earlier: Sequence[Item]) -> ChatRequest:
+        if not (self.items or earlier or self.instructions):
+            raise OptionError("there is nothing to count; give input, instructions or previous_response_id")
+        return super().chat(earlier)
+
+
 def _chats_choice(choice: Any) -> Any:
     """A `tool_choice` as chats have it."""
     if not isinstance(choice, dict):

@@ -555,6 +555,30 @@ def test_what_looks_whether_it_lives_may_ask_for_no_body(server: Any) -> None:
         assert int(answer.headers["content-length"]) > 0
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"{",
+            "the body is not JSON: Expecting property name enclosed in double quotes at line 1, column 2 "
+            "(character 1)",
+        ),
+        (
+            '{"prompt": "ä",\n "n": }'.encode(),
+            "the body is not JSON: Expecting value at line 2, column 7 (character 22)",
+        ),
+        (b'{"prompt": "\xe4"}', "POST /v1/completions: the body is not UTF-8: byte 12 is 0xe4"),
+        (b'{"prompt": ' + b"[" * 200_000, "POST /v1/completions: the body is nested too deeply"),
+    ],
+    ids=["cut", "no value", "latin-1", "deep"],
+)
+def test_where_a_body_is_no_json(server: Any, content: bytes, message: str) -> None:
+    headers = {"content-type": "application/json"}
+    answer = server.http.post(f"{server.url}/v1/completions", content=content, headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == message
+
+
 def test_bodies_that_are_no_requests(server: Any) -> None:
     url = f"{server.url}/v1/chat/completions"
     for content in (b"", b"{", b"[1, 2]", b'"text"', b"\xff\xfe"):
