@@ -226,6 +226,13 @@ def test_conversations(byte_level: Any) -> None:
     assert byte_level.decode(encode_prompt(byte_level, messages)) == "<|user|>a<|end|><|assistant|>b"
 
 
+def test_a_content_of_parts_is_their_text(byte_level: Any) -> None:
+    parts = [{"type": "text", "text": "Why "}, {"type": "text", "text": "so?"}]
+    messages = [{"role": "user", "content": parts, "name": "x"}]
+    assert byte_level.decode(encode_prompt(byte_level, messages)) == "<|user|>Why so?<|end|><|assistant|>"
+    assert messages[0]["content"] is parts, "what was given stays as it is"
+
+
 def test_ids_pass_unchanged(byte_level: Any) -> None:
     assert encode_prompt(None, [5, 6, 7]) == [5, 6, 7]
     assert encode_prompt(None, torch.tensor([5, 6])) == [5, 6]
@@ -267,6 +274,9 @@ def test_what_a_template_refuses_is_one_line() -> None:
         (["hi"], {}, "0 of the prompt is 'hi'"),
         ([{"role": "user", "content": "a"}, 5], {}, "1 of the prompt is 5"),
         ([{"role": "user", "content": "a"}], {"template": False}, "template=False turns it off"),
+        ([{"role": "user", "content": [{"type": "image"}]}], {}, "0 has a part of type 'image'; models take"),
+        ([{"role": "user", "content": [{"type": "text"}]}], {}, '0 has a part of type .text.*, as {"type": '),
+        ([{"role": "user", "content": ["a"]}], {}, "message 0 has a part of type 'str'"),
         (torch.tensor([[1], [2]]), {}, r"shape \[2, 1\]"),
         (torch.tensor([0.5]), {}, "float32"),
     ],
