@@ -52,9 +52,10 @@ def _shown(where: str, block: Any) -> str:
     if not isinstance(block, dict) or block.get("type") != "document":
         return part_text(where, block)
     source, citations = block.get("source"), block.get("citations")
+    source = source if isinstance(source, dict) else {}
     if isinstance(citations, dict) and citations.get("enabled"):
         raise OptionError(f"{where} has a document with citations, which are not supported; leave them out")
-    match source.get("type") if isinstance(source, dict) else None:
+    match source.get("type"):
         case "text":
             text = string_of(f"{where}.source", source, "data")
         case "content":

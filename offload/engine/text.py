@@ -102,7 +102,7 @@ def _flat_ids(prompt: torch.Tensor) -> list[int]:
 
 def _check_messages(messages: Sequence[Any]) -> list[Message]:
     """The messages, each with its content as one text, which is what templates of text models know."""
-    checked = []
+    checked: list[Message] = []
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise OptionError(
