@@ -59,7 +59,8 @@ def _shown(where: str, block: Any) -> str:
         case "text":
             text = string_of(f"{where}.source", source, "data")
         case "content":
-            text = _text(f"{where}.source.content", source.get("content"))
+            inside = f"{where}.source.content"
+            text = "\n".join(part_text(inside, part) for part in _blocks(inside, source.get("content")))
         case kind:
             raise OptionError(f"{where} has a document of type {kind!r}; this model takes text only")
     return "\n".join([*(str(block[name]) for name in ("title", "context") if block.get(name)), text])

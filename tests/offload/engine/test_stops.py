@@ -101,6 +101,19 @@ def test_tokens_without_a_name_say_nothing() -> None:
     assert end(tokenizer, [e, t, e, t], [text + text]) == 4
 
 
+def test_the_vocabulary_is_not_gone_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a second, which a server's other requests would wait; for tensors transformers does it."""
+    model = tiny_models.tiny_model("mixtral", num_hidden_layers=1)
+    tokenizer = tiny_models.tiny_tokenizer()
+    (ids,) = tokenizer(["the"])["input_ids"]
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: pytest.fail("gone through"))
+    stops = make_settings(model, [5], tokenizer=tokenizer, stop_strings="the").stops
+    assert stops is not None
+    assert stops.completed([5, *ids[:-1]], 1, ids[-1])
+    with pytest.raises(pytest.fail.Exception, match="gone through"):
+        make_settings(model, [5], tokenizer=tokenizer, stop_strings="the", stops_in_prompt=True)
+
+
 @pytest.mark.parametrize("given_stops", [[5], "", ["a", ""], ["\ud800"], 5])
 def test_what_is_no_text_is_refused(given_stops: Any) -> None:
     model = tiny_models.tiny_model("mixtral", num_hidden_layers=1)
