@@ -72,7 +72,7 @@ def _unreadable(cause: BaseException | None) -> str | None:
     return "the body is nested too deeply" if isinstance(cause, RecursionError) else None
 
 
-def _misplaced(text: str, position: int) -> str:
+def _place(text: str, position: int) -> str:
     """Where in a body something is, as editors count."""
     line = text.count("\n", 0, position) + 1
     column = position - text.rfind("\n", 0, position)
@@ -90,7 +90,7 @@ async def _not_understood(request: Request, error: Any) -> JSONResponse:
     # a misspelt field explains why another is missing
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     if first["type"] == "json_invalid":
-        place = _misplaced(error.body, first["loc"][-1])
+        place = _place(error.body, first["loc"][-1])
         message = f"the body is not JSON: {first['ctx']['error']} at {place}"
         return await failed(request, Failure(400, message, "invalid_request_error"))
     unknown = first["type"] == "extra_forbidden"
