@@ -44,6 +44,8 @@ def chat(model: str, options: dict[str, Any], sampling: Sampling) -> None:
 
     Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands. If stdin is not a terminal, each line is
     a message; if stdout is not one, it gets the answers as plain text, and everything else goes to stderr.
+    Without a terminal the exit code is 1 if any message or command failed; the others are answered all the
+    same.
 
     A conversation that outgrows the context goes on: the model is shown as many of the latest exchanges as
     leave room for an answer, and a line says how many are left out. The rest is then read again after each
@@ -67,6 +69,8 @@ def chat(model: str, options: dict[str, Any], sampling: Sampling) -> None:
     talk = Chat(load(model), sampling, load, ask)
     with contextlib.closing(talk):
         talk.run()
+    if talk.failed:
+        click.get_current_context().exit(1)
 
 
 class Chat:
@@ -100,6 +104,8 @@ class Chat:
         self.verbose = True
         """Whether speed and hit rate are shown below an answer."""
         self.editor: Editor | None = None
+        self.failed = False
+        """Whether a message or command ended with an error that nobody at a terminal has seen."""
         self._load = load
         self._ask = ask
         self._retries = 0
@@ -133,7 +139,7 @@ class Chat:
         except click.Abort:
             click.echo("not loaded")
         except Exception as error:
-            _say(error)
+            self._fail(error)
         return True
 
     def answer(self, message: str) -> None:
@@ -164,11 +170,11 @@ class Chat:
         try:
             stream = self._ask_model(question, sampling)
         except Exception as error:
-            _say(error)
+            self._fail(error)
             return
         text, failure = self._stream(stream)
         if failure is not None:
-            _say(failure)
+            self._fail(failure)
         if text:
             self.turns += [question, {"role": "assistant", "content": text}]
             self.answered = True
@@ -263,6 +269,11 @@ class Chat:
             except MoeLocalError as again:
                 raise MoeLocalError(f"{error}; and {before} cannot be loaded again: {again}") from error
             raise
+
+    def _fail(self, error: Exception) -> None:
+        """Print an error, after which the chat goes on."""
+        self.failed = self.failed or not self._interactive
+        _say(error)
 
     def close(self) -> None:
         """Free the model. Idempotent."""

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -29,6 +29,7 @@ from moe_local.offload.engine.sampling import (
     needs_hf_generate,
     vocabulary_size,
 )
+from moe_local.offload.engine.stops import stop_strings
 from moe_local.offload.engine.text import Detokenizer, Prompt, encode_prompt
 from moe_local.offload.expert_file.usage import add_usage
 from moe_local.offload.experts import OffloadedExperts
@@ -162,7 +163,7 @@ class Model:
         """The ids and settings that the engine takes for a prompt, and what turns its tokens into text."""
         ids = encode_prompt(self.tokenizer, prompt, template=template)
         if stop is not None:
-            options["stop_strings"] = _stop_strings(stop)
+            options["stop_strings"] = stop_strings(stop)
         options = imply_sampling(plain(options))
         _refuse_beyond_loop(hf, options)
         settings = make_settings(hf, ids, tokenizer=self.tokenizer, seed=plain_number(seed), **options)
@@ -364,11 +365,3 @@ def _new_tokens(prompt: torch.Tensor, result: Any) -> int:
     """Tokens that transformers' own generate added, those behind an end included."""
     ids = result if isinstance(result, torch.Tensor) else result.sequences
     return int(ids.shape[0] * (ids.shape[1] - prompt.shape[1]))
-
-
-def _stop_strings(stop: str | Iterable[str]) -> list[str] | None:
-    strings = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Iterable) else [stop]
-    for string in strings:
-        if not isinstance(string, str) or not string:
-            raise OptionError(f"stop string {string!r} is not a text of one character or more")
-    return strings or None

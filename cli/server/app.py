@@ -7,9 +7,9 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
@@ -21,15 +21,17 @@ from moe_local.cli.server import refusals
 from moe_local.cli.server.answers import Answer, Choice
 from moe_local.cli.server.failures import MESSAGES, Failure
 from moe_local.cli.server.guard import Guard, Traffic
+from moe_local.cli.server.input_items import listing
 from moe_local.cli.server.kept import KeptResponses
 from moe_local.cli.server.logprobs import TokenNames
 from moe_local.cli.server.message_request import CountRequest, MessageRequest
 from moe_local.cli.server.message_shape import MessageShape
 from moe_local.cli.server.metrics import Metrics
+from moe_local.cli.server.models import Models
 from moe_local.cli.server.page import Page
 from moe_local.cli.server.prompts import Prompts
 from moe_local.cli.server.protocol import ChatRequest, CompletionRequest, Sampling
-from moe_local.cli.server.response_request import ResponseRequest
+from moe_local.cli.server.response_request import InputTokensRequest, ResponseRequest
 from moe_local.cli.server.response_shape import ResponseShape
 from moe_local.cli.server.shapes import ChatShape, Shape, TextShape
 from moe_local.cli.server.text import StopFilter
@@ -71,6 +73,8 @@ class Server:
         self.limits = limits
         self.name = model.name
         self.metrics = Metrics(batcher)
+        names = (self.name, *limits.aliases)
+        self.models = Models(names, self.metrics.started, model.plan.request.context)
         self.watch = Watch(model, batcher)
         self.page = Page()
         self.prompts = Prompts(model, limits.max_tokens)
@@ -100,12 +104,14 @@ class Server:
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/metrics", self.prometheus, methods=["GET"], response_class=PlainTextResponse)
         app.add_api_route("/v1/cache", self.watch.report, methods=["GET"])
-        app.add_api_route("/v1/models", self.models, methods=["GET"])
-        app.add_api_route("/v1/models/{name:path}", self.one_model, methods=["GET"])
+        app.add_api_route("/v1/models", self.models.all, methods=["GET"])
+        app.add_api_route("/v1/models/{name:path}", self.models.one, methods=["GET"])
         app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         app.add_api_route("/v1/completions", self.complete, methods=["POST"])
         app.add_api_route("/v1/responses", self.respond, methods=["POST"])
+        app.add_api_route("/v1/responses/input_tokens", self.count_input, methods=["POST"])
         app.add_api_route("/v1/responses/{name}", self.one_response, methods=["GET"])
+        app.add_api_route("/v1/responses/{name}/input_items", self.input_items, methods=["GET"])
         app.add_api_route("/v1/responses/{name}", self.forget, methods=["DELETE"])
         app.add_api_route(MESSAGES, self.message, methods=["POST"])
         app.add_api_route(f"{MESSAGES}/count_tokens", self.count, methods=["POST"])
@@ -121,22 +127,6 @@ class Server:
     async def prometheus(self) -> Response:
         text = self.metrics.render(await self.watch.picture())
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
-
-    async def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [self._about(name) for name in (self.name, *self.limits.aliases)]}
-
-    async def one_model(self, name: str) -> dict[str, Any]:
-        self._check_model(name)
-        return self._about(name)
-
-    def _about(self, name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": self.metrics.started,
-            "owned_by": "moe-local",
-            "context_length": self.model.plan.request.context,
-        }
 
     # Answers
 
@@ -159,7 +149,23 @@ class Server:
         return await self._answer(request, asked, answer, [prompt], shape)
 
     async def one_response(self, name: str) -> dict[str, Any]:
-        return self.kept.get(name)
+        return self.kept.get(name).response
+
+    async def input_items(
+        self,
+        name: str,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> dict[str, Any]:
+        items = self.kept.get(name).asked
+        return listing(items, after=after, limit=limit, newest_first=order == "desc")
+
+    async def count_input(self, given: InputTokensRequest) -> dict[str, Any]:
+        """How many tokens the prompt of such a response has."""
+        earlier = self.kept.before(given.previous_response_id)
+        asked = given.chat(earlier.items if earlier else ())
+        return {"object": "response.input_tokens", "input_tokens": len((await self._shown(asked)).prompt)}
 
     async def forget(self, name: str) -> dict[str, Any]:
         self.kept.remove(name)
@@ -180,7 +186,7 @@ class Server:
     async def _shown(self, asked: ChatRequest) -> Shown[list[int]]:
         """The prompt of a request that is in order."""
         with self._as_failures():
-            self._check_model(asked.model)
+            self.models.check(asked.model)
             asked.check()
             return await self.prompts.conversation(asked)
 
@@ -198,7 +204,7 @@ class Server:
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
         with self._as_failures():
-            self._check_model(asked.model)
+            self.models.check(asked.model)
             asked.check()
             prompts = [await self.prompts.text(prompt) for prompt in asked.prompts()]
             echoes = [await self.prompts.echo(prompt) if asked.echo else None for prompt in prompts]
@@ -312,16 +318,6 @@ class Server:
 
     async def _failed(self, request: Request, error: Any) -> JSONResponse:
         return await refusals.failed(request, self._failure(error))
-
-    def _check_model(self, name: str | None) -> None:
-        if name not in (None, "", self.name, *self.limits.aliases):
-            raise Failure(
-                404,
-                f"no model {name!r} here; this server has {self.name!r} (serve --alias adds names)",
-                "invalid_request_error",
-                param="model",
-                code="model_not_found",
-            )
 
 
 class _Stream(StreamingResponse):

@@ -44,7 +44,26 @@ def system_text(system: Any) -> str:
 
 
 def _text(where: str, content: Any) -> str:
-    return "\n".join(part_text(where, block) for block in _blocks(where, content))
+    return "\n".join(_shown(where, block) for block in _blocks(where, content))
+
+
+def _shown(where: str, block: Any) -> str:
+    """What the model is shown of a block of text, or of a document that is text."""
+    if not isinstance(block, dict) or block.get("type") != "document":
+        return part_text(where, block)
+    source, citations = block.get("source"), block.get("citations")
+    source = source if isinstance(source, dict) else {}
+    if isinstance(citations, dict) and citations.get("enabled"):
+        raise OptionError(f"{where} has a document with citations, which are not supported; leave them out")
+    match source.get("type"):
+        case "text":
+            text = string_of(f"{where}.source", source, "data")
+        case "content":
+            inside = f"{where}.source.content"
+            text = "\n".join(part_text(inside, part) for part in _blocks(inside, source.get("content")))
+        case kind:
+            raise OptionError(f"{where} has a document of type {kind!r}; this model takes text only")
+    return "\n".join([*(str(block[name]) for name in ("title", "context") if block.get(name)), text])
 
 
 def _blocks(where: str, content: Any) -> list[Any]:
@@ -73,7 +92,7 @@ def _add(items: list[Item], role: str, where: str, block: Any) -> None:
             output = _text(f"{where}.content", block.get("content") or "")
             items.append({"type": "function_call_output", "call_id": called, "output": output})
         case _:
-            text, last = part_text(where, block), items[-1] if items else {}
+            text, last = _shown(where, block), items[-1] if items else {}
             if last.get("role") == role:
                 last["content"] += f"\n{text}"
             else:

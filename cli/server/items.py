@@ -88,16 +88,10 @@ def _said(messages: list[dict[str, Any]], *absent: str) -> dict[str, Any]:
 
 def _text(where: str, content: Any) -> str:
     if isinstance(content, list):
-        return "".join(part_text(where, _spoken(part)) for part in content)
+        return "".join(part_text(where, part) for part in content)
     if not isinstance(content, str):
         raise OptionError(f"{where} is {type(content).__name__}; give text, or a list of its parts")
     return content
-
-
-def _spoken(part: Any) -> Any:
-    """A refusal is text that only is called otherwise."""
-    refused = isinstance(part, dict) and part.get("type") == "refusal"
-    return {**part, "text": part.get("refusal")} if refused else part
 
 
 def string_of(where: str, item: Item, name: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_local.cli.server.failures import Failure
+from moe_local.cli.server.input_items import named
 from moe_local.cli.server.items import Item
 
 MOST = 256
@@ -19,7 +20,7 @@ MOST_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A response, with the items of its conversation up to its own output.
+    """A response, with the items of its conversation up to its own output, which all have ids.
 
     What it shares with earlier ones is counted with each.
     """
@@ -27,6 +28,11 @@ class Kept:
     response: dict[str, Any]
     items: list[Item]
     nbytes: int
+
+    @property
+    def asked(self) -> list[Item]:
+        """The items that it was made from."""
+        return self.items[: len(self.items) - len(self.response["output"])]
 
 
 class KeptResponses:
@@ -39,6 +45,7 @@ class KeptResponses:
 
     def add(self, response: dict[str, Any], asked: Sequence[Item], earlier: Kept | None) -> None:
         """`asked`: the items that were sent, behind those of `earlier`."""
+        asked = [named(item) for item in asked]
         items = [*(earlier.items if earlier else ()), *asked, *response["output"]]
         nbytes = len(json.dumps(response)) + len(json.dumps(asked)) + (earlier.nbytes if earlier else 0)
         self._kept[response["id"]] = Kept(response, items, nbytes)
@@ -64,7 +71,7 @@ class KeptResponses:
             )
         return found
 
-    def get(self, name: str) -> dict[str, Any]:
+    def get(self, name: str) -> Kept:
         """Raises Failure where it is not kept."""
         found = self.find(name)
         if found is None:
@@ -74,7 +81,7 @@ class KeptResponses:
                 "invalid_request_error",
                 param="response_id",
             )
-        return found.response
+        return found
 
     def remove(self, name: str) -> None:
         """Raises Failure where it is not kept."""

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from moe_local.cache.errors import OptionError
 from moe_local.cache.files import parse_json
+from moe_local.cli.server.allowed_tools import allow
 from moe_local.cli.server.tool_choice import call_grammar
 from moe_local.offload.ranges import check_range, nth_seed
 
@@ -20,10 +21,11 @@ MOST_CHOICES = 16
 COMPLETION_TOKENS = 16
 """New tokens of a completion that asks for no number, as OpenAI and vLLM have it. A text that is continued
 seldom comes to an end by itself: without a limit it would run until the context is full."""
-
+OFF = -1
+"""A limit that is none: what llama.cpp's clients send for `max_tokens`, and vLLM's for `top_k`."""
 
 MOST_STOPS = 64
-"""Stop strings of a request; each takes time that all other requests wait."""
+"""Stop strings of a request; all are looked for in each token of all of its answers."""
 
 
 class Drawing(BaseModel):
@@ -71,6 +73,8 @@ class Drawing(BaseModel):
     )
     @classmethod
     def _check_range(cls, value: float | None, field: ValidationInfo) -> float | None:
+        if field.field_name == "top_k" and value == OFF:
+            return 0
         check_range(str(field.field_name), value)
         return value
 
@@ -84,6 +88,8 @@ class Drawing(BaseModel):
     @field_validator("max_tokens", "max_completion_tokens", "max_output_tokens", check_fields=False)
     @classmethod
     def _check_tokens(cls, value: int | None, field: ValidationInfo) -> int | None:
+        if value == OFF:
+            return None
         check_range("max_new_tokens", value, called=field.field_name)
         return value
 
@@ -172,10 +178,12 @@ class CompletionRequest(Sampling):
     @field_validator("max_tokens")
     @classmethod
     def _check_tokens(cls, value: int | None, field: ValidationInfo) -> int | None:
-        return value if value == 0 else super()._check_tokens(value, field)
+        return value if value in (0, OFF) else super()._check_tokens(value, field)
 
     @property
-    def most_tokens(self) -> int:
+    def most_tokens(self) -> int | None:
+        if self.max_tokens == OFF:
+            return None
         return COMPLETION_TOKENS if self.max_tokens is None else max(1, self.max_tokens)
 
     @property
@@ -253,9 +261,9 @@ class ChatRequest(Sampling):
     def form(self) -> dict[str, Any]:
         """A call of a tool where one is demanded, or JSON, or either. Raises OptionError for what there is
         not."""
-        schema, choice = self._json_schema, self.tool_choice
+        schema, (choice, tools) = self._json_schema, self._allowed
         if choice == "required" or isinstance(choice, dict):
-            return {"grammar": call_grammar(self.tools or [], None if choice == "required" else choice)}
+            return {"grammar": call_grammar(tools, None if choice == "required" else choice)}
         if schema is None:
             return {}
         if self.offered_tools:
@@ -283,7 +291,12 @@ class ChatRequest(Sampling):
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
-        return None if self.tool_choice == "none" else self.tools or None
+        choice, tools = self._allowed
+        return None if choice == "none" else tools or None
+
+    @property
+    def _allowed(self) -> tuple[Any, list[dict[str, Any]]]:
+        return allow(self.tool_choice, self.tools or [])
 
     @property
     def template_variables(self) -> dict[str, Any]:
@@ -299,15 +312,15 @@ def _as_text(index: int, message: dict[str, Any]) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
         raise OptionError(f"message {index} has no role")
-    if content is None and message.get("tool_calls"):
-        content = ""
+    if content is None:
+        content = message.get("refusal") or ("" if message.get("tool_calls") else None)
     if isinstance(content, list):
         content = "".join(part_text(f"message {index}", part) for part in content)
     if not isinstance(content, str):
         raise OptionError(f"message {index} has no content; give text")
     role = "system" if role == "developer" else role
     calls = message.get("tool_calls")
-    rest = {name: value for name, value in message.items() if name != "tool_calls"}
+    rest = {name: value for name, value in message.items() if name not in ("tool_calls", "refusal")}
     # Templates ask whether there are calls, not whether the list has any.
     called = {"tool_calls": _calls(index, calls)} if calls not in (None, []) else {}
     return {**rest, "role": role, "content": content, **called}
@@ -331,7 +344,9 @@ def _arguments(function: dict[str, Any]) -> dict[str, Any]:
 
 def part_text(where: str, part: object) -> str:
     """Of one part of a message's content. Raises OptionError for pictures and the like."""
-    if isinstance(part, dict) and isinstance(part.get("text"), str):
-        return str(part["text"])
+    refused = isinstance(part, dict) and part.get("type") == "refusal"  # text that only is called otherwise
+    text = part.get("refusal" if refused else "text") if isinstance(part, dict) else None
+    if isinstance(text, str):
+        return text
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     raise OptionError(f"{where} has a part of type {kind!r}; this model takes text only")

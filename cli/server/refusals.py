@@ -14,12 +14,13 @@ from starlette.exceptions import HTTPException
 from moe_local.cli.server.failures import MESSAGES, Failure
 from moe_local.cli.server.message_request import CountRequest, MessageRequest
 from moe_local.cli.server.protocol import ChatRequest, CompletionRequest, StreamOptions
-from moe_local.cli.server.response_request import ResponseRequest, TextOptions
+from moe_local.cli.server.response_request import InputTokensRequest, ResponseRequest, TextOptions
 
 REQUESTS: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
     "/v1/responses": ResponseRequest,
+    "/v1/responses/input_tokens": InputTokensRequest,
     MESSAGES: MessageRequest,
     f"{MESSAGES}/count_tokens": CountRequest,
 }
@@ -54,13 +55,28 @@ def _unknown(request: Request, where: str) -> Failure:
 
 async def _refused(request: Request, error: Any) -> JSONResponse:
     """What FastAPI refuses by itself: unknown paths and methods, bodies that are too long."""
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {request.url.path}: {_unreadable(error.__cause__) or error.detail}"
     if error.status_code == 404:
         message += (
             f"; there are {', '.join(REQUESTS)} and /v1/models: base URLs end in /v1, Anthropic's before it"
         )
     body = Failure(error.status_code, message, "invalid_request_error").body(request.url.path)
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+def _unreadable(cause: BaseException | None) -> str | None:
+    """What is wrong with a body that cannot even be looked at as JSON; None if it was not that."""
+    if isinstance(cause, UnicodeDecodeError):
+        byte = cause.object[cause.start]
+        return f"the body is not {cause.encoding.upper()}: byte {cause.start} is 0x{byte:02x}"
+    return "the body is nested too deeply" if isinstance(cause, RecursionError) else None
+
+
+def _place(text: str, position: int) -> str:
+    """Where in a body something is, as editors count."""
+    line = text.count("\n", 0, position) + 1
+    column = position - text.rfind("\n", 0, position)
+    return f"line {line}, column {column} (character {position})"
 
 
 async def _broken(request: Request, error: Any) -> JSONResponse:
@@ -73,10 +89,16 @@ async def _not_understood(request: Request, error: Any) -> JSONResponse:
     errors = error.errors()
     # a misspelt field explains why another is missing
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    if first["type"] == "json_invalid":
+        place = _place(error.body, first["loc"][-1])
+        message = f"the body is not JSON: {first['ctx']['error']} at {place}"
+        return await failed(request, Failure(400, message, "invalid_request_error"))
     unknown = first["type"] == "extra_forbidden"
     # of a field that takes several types, the types are parts, too
     where = ".".join(
-        part for part in first["loc"][1:] if isinstance(part, str) and (unknown or part in FIELDS)
+        part
+        for part in first["loc"][1:]
+        if isinstance(part, str) and (unknown or part in FIELDS or first["loc"][0] != "body")
     )
     if unknown:
         return await failed(request, _unknown(request, where))

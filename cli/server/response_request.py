@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from moe_local.cache.errors import OptionError
+from moe_local.cli.server.allowed_tools import ALLOWED
 from moe_local.cli.server.items import Item, as_items, as_messages, shown_name
 from moe_local.cli.server.protocol import ChatRequest, OpenAIRequest
 
@@ -99,10 +100,10 @@ class ResponseRequest(OpenAIRequest):
     @field_validator("tool_choice")
     @classmethod
     def _check_tool_choice(cls, choice: str | dict[str, Any]) -> str | dict[str, Any]:
-        if isinstance(choice, dict) and choice.get("type") != "function":
+        if isinstance(choice, dict) and choice.get("type") not in ("function", ALLOWED):
             raise OptionError(
                 f"tool_choice of type {choice.get('type')!r} is not supported; "
-                "auto, none, required, and a function by its name are"
+                "auto, none, required, allowed_tools, and a function by its name are"
             )
         return choice
 
@@ -170,15 +171,12 @@ class ResponseRequest(OpenAIRequest):
             {**{k: v for k, v in tool.items() if k != "type"}, "name": shown_name(tool["name"], namespace)}
             for namespace, tool in self._functions()
         ]
-        choice = self.tool_choice
-        if isinstance(choice, dict):
-            choice = {"type": "function", "function": {"name": choice.get("name")}}
         return ChatRequest.model_construct(
             **{name: getattr(self, name) for name in OpenAIRequest.model_fields},
             messages=as_messages([*earlier, *self.items], self.instructions),
             max_tokens=self.max_output_tokens,
             tools=[{"type": "function", "function": function} for function in functions] or None,
-            tool_choice=choice,
+            tool_choice=_chats_choice(self.tool_choice),
             parallel_tool_calls=self.parallel_tool_calls,
             logprobs=LOGPROBS in self.include,
             top_logprobs=self.top_logprobs,
@@ -224,6 +222,36 @@ class ResponseRequest(OpenAIRequest):
             "text": self.text.model_dump(exclude_none=True),
             "tools": tools,
         }
+
+
+class InputTokensRequest(ResponseRequest):
+    """`POST /v1/responses/input_tokens`: a response whose prompt is only counted."""
+
+    input: str | list[Any] = Field(default_factory=list)
+
+    def chat(self, earlier: Sequence[Item]) -> ChatRequest:
+        if not (self.items or earlier or self.instructions):
+            raise OptionError("there is nothing to count; give input, instructions or previous_response_id")
+        return super().chat(earlier)
+
+
+def _chats_choice(choice: Any) -> Any:
+    """A `tool_choice` as chats have it."""
+    if not isinstance(choice, dict):
+        return choice
+    if choice["type"] != ALLOWED:
+        return _function(choice)
+    tools = choice.get("tools")
+    listed = [_function(tool) for tool in tools] if isinstance(tools, list) else tools
+    return {"type": ALLOWED, ALLOWED: {"mode": choice.get("mode"), "tools": listed}}
+
+
+def _function(tool: Any) -> dict[str, Any]:
+    """A tool that is called by its name."""
+    named = tool if isinstance(tool, dict) else {}
+    name = named.get("name")
+    shown = shown_name(name, named.get("namespace")) if isinstance(name, str) else name
+    return {"type": "function", "function": {"name": shown}}
 
 
 def _check_tool(where: str, tool: Any, *kinds: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_local.cache.errors import CheckpointError, ModelNotFoundError, MoeLocalError
-from moe_local.offload.checkpoint.files import CONFIG, INDEX, SINGLE, first_pickle, is_gguf, read_index
+from moe_local.offload.checkpoint.files import CONFIG, GGUF, INDEX, SINGLE, first_pickle, is_gguf, read_index
 from moe_local.offload.checkpoint.hub_download import (
     HubFile,
     begun,
@@ -102,13 +102,16 @@ def locate(model: str | Path) -> Path | HubModel:
     folder = Path(name).expanduser()
     if name and (folder.is_dir() or (folder.is_file() and is_gguf(folder))):
         return folder
+    if name and folder.is_file():  # models/x.bin would else be taken for a Hub id
+        remedy = "a model is an alias, a Hub id, a folder or a GGUF file"
+        if (folder.parent / CONFIG).is_file():
+            remedy = f"give its folder, {folder.parent}"
+        raise ModelNotFoundError(f"{name} is a file, but no GGUF file; {remedy}")
     repo_id = hub_id(name)
+    if (repo_id or name).endswith(GGUF):
+        raise ModelNotFoundError(f"there is no file {name}; check its path")
     if repo_id is not None:
         return HubModel(repo_id, short_name(repo_id))
-    if name and folder.is_file():
-        raise ModelNotFoundError(
-            f"{name} is a file, but no GGUF file; a model is an alias, a Hub id, a folder or a GGUF file"
-        )
     raise not_found(name, "no alias, Hub id (org/name), folder or GGUF file")
 
 

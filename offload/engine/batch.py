@@ -74,12 +74,11 @@ def generate_ids(
             tokenizer=tokenizer,
             seed=None if seed is None else nth_seed(seed, index),
             padding=width - len(prompt),
+            stops_in_prompt=True,
             **options,
         )
         for index, prompt in enumerate(prompts)
     ]
-    for setting in settings:
-        setting.stops_in_prompt = True
     news = run_all(engine, prompts, settings)
     return _assemble(input_ids.repeat_interleave(copies, dim=0), news, settings[0].pad_id or 0)
 

@@ -318,16 +318,15 @@ class Engine:
         picks = iter(pick_tokens(rows, self._seen))
         return [next(picks) if item.samples else None for item in work]
 
-    def _seen(self, sequence: Sequence, new: int | None = None) -> torch.Tensor:
-        """The ids of a sequence, and a `new` one after them, on the device, [1, length]; only the newest is
-        copied there."""
-        ids, length = sequence.ids, len(sequence.ids) + (new is not None)
+    def _seen(self, sequence: Sequence) -> torch.Tensor:
+        """The ids of a sequence on the device, [1, length]; only the newest is copied there."""
+        ids = sequence.ids
         if sequence.seen is None:
             seen = torch.empty((1, self.kv.capacity + 1), dtype=torch.long, device=self.device)
             seen[0, : len(ids)] = torch.tensor(ids, device=self.device)
             sequence.seen = seen  # only now: filling it may have failed
-        sequence.seen[0, length - 1] = ids[-1] if new is None else new
-        return sequence.seen[:, :length]
+        sequence.seen[0, len(ids) - 1] = ids[-1]
+        return sequence.seen[:, : len(ids)]
 
     def _commit(
         self,
@@ -358,10 +357,9 @@ class Engine:
         length = len(sequence.ids) + 1
         if pick.token in settings.eos_ids:
             return FinishReason.STOP
-        if settings.stop_strings is not None:
-            ids = self._seen(sequence, pick.token)
+        if settings.stops is not None:
             with blamed_on(sequence):
-                if settings.stops(ids, sequence.prompt_len):
+                if settings.stops.completed(sequence.ids, sequence.prompt_len, pick.token):
                     return FinishReason.STOP
         if length - sequence.prompt_len >= settings.max_new_tokens:
             return FinishReason.LENGTH

@@ -22,11 +22,11 @@ from transformers.generation.logits_process import (
     NoBadWordsLogitsProcessor,
     SequenceBiasLogitsProcessor,
 )
-from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from moe_local.cache.errors import OptionError
 from moe_local.offload.engine.grammar import GrammarMask, json_grammar, lark_grammar
 from moe_local.offload.engine.penalties import Penalties, check_bias
+from moe_local.offload.engine.stops import AnswerStops, Stops, TensorStops, stop_strings
 from moe_local.offload.gpu.capturing import alone
 from moe_local.offload.ranges import RANGES, check_range
 
@@ -58,8 +58,8 @@ class Settings:
     do_sample: bool
     processors: Any
     """A LogitsProcessorList; empty when there is nothing to change."""
-    stop_strings: Any
-    """A StoppingCriteriaList over ids [1, length]; None when no stop string is given."""
+    stops: Stops | None
+    """None when no stop string is given."""
     generator: torch.Generator | None
     """On the model's device. None: torch's global one."""
     max_time: float | None
@@ -69,12 +69,6 @@ class Settings:
     probabilities."""
     prompt_logprobs: bool = False
     """Whether the prompt's own tokens get log probabilities, too."""
-    stops_in_prompt: bool = False
-    """Whether a stop string may begin in the prompt, as in transformers."""
-
-    def stops(self, ids: torch.Tensor, prompt_len: int) -> bool:
-        """Whether ids [1, length], prompt and answer, end in a stop string; there must be some."""
-        return bool(self.stop_strings(ids if self.stops_in_prompt else ids[:, prompt_len:], None))
 
 
 def draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
@@ -197,11 +191,13 @@ def make_settings(
     seed: int | None = None,
     padding: int = 0,
     logprobs: int | None = None,
+    stops_in_prompt: bool = False,
     **options: Any,
 ) -> Settings:
     """Settings of one sequence. `padding`: padding tokens before it in a batch, which count for max_length.
 
-    `tokenizer` is needed for stop_strings only. Raises OptionError for unknown options and bad values.
+    `tokenizer` is needed for stop_strings only, which with `stops_in_prompt` may begin in the prompt, as in
+    transformers. Raises OptionError for unknown options and bad values.
     """
     check_options(hf, options)
     check_range("seed", seed)
@@ -234,7 +230,7 @@ def make_settings(
             pad_id=None if pad is None else int(pad),
             do_sample=config.do_sample,
             processors=processors,
-            stop_strings=_stop_strings(hf, config, tokenizer),
+            stops=_stops(hf, config, tokenizer, in_prompt=stops_in_prompt),
             generator=None if seed is None else torch.Generator(device).manual_seed(seed),
             max_time=config.max_time,
             logprobs=logprobs,
@@ -319,12 +315,12 @@ def _check_length(config: Any, width: int) -> int:
     return count
 
 
-def _stop_strings(hf: Any, config: Any, tokenizer: Any) -> Any:
-    """The stopping criteria on text; the engine checks lengths, time and end tokens itself, on the host."""
-    if config.stop_strings is None:
+def _stops(hf: Any, config: Any, tokenizer: Any, *, in_prompt: bool) -> Stops | None:
+    """What ends a sequence by its text; lengths, time and end tokens are the engine's to check."""
+    strings = None if config.stop_strings is None else stop_strings(config.stop_strings)
+    if strings is None:
         return None
-    criteria = hf._get_stopping_criteria(config, StoppingCriteriaList(), tokenizer=tokenizer)
-    return StoppingCriteriaList([item for item in criteria if isinstance(item, StopStringCriteria)])
+    return TensorStops(hf, config, tokenizer) if in_prompt else AnswerStops(tokenizer, strings)
 
 
 def needs_hf_generate(hf: Any, options: Mapping[str, Any]) -> bool:

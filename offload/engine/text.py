@@ -12,9 +12,10 @@ import torch
 
 from moe_local.cache.errors import OptionError
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int] | torch.Tensor
-"""Text, a conversation of {"role": ..., "content": ...}, or token ids."""
+"""Text, a conversation of {"role": ..., "content": ...}, or token ids. A content is text, or a list of parts
+{"type": "text", "text": ...}."""
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 TEMPLATE_ARGUMENTS = frozenset(
@@ -100,15 +101,32 @@ def _flat_ids(prompt: torch.Tensor) -> list[int]:
 
 
 def _check_messages(messages: Sequence[Any]) -> list[Message]:
+    """The messages, each with its content as one text, which is what templates of text models know."""
+    checked: list[Message] = []
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise OptionError(
                 f"item {index} of the prompt is {_shown(message)}; give token ids, or messages like "
                 '{"role": "user", "content": "..."}'
             )
-        if isinstance(message["content"], str):
-            _check_text(message["content"], f"message {index}")
-    return list(messages)
+        content = message["content"]
+        if isinstance(content, list | tuple):
+            content = "".join(_part_text(part, index) for part in content)
+        if isinstance(content, str):
+            _check_text(content, f"message {index}")
+        checked.append({**message, "content": content})
+    return checked
+
+
+def _part_text(part: Any, index: int) -> str:
+    """Of one part of the content of message `index`."""
+    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise OptionError(
+        f"message {index} has a part of type {kind!r}; models take text alone here, as "
+        '{"type": "text", "text": "..."}'
+    )
 
 
 def _encode_chat(

@@ -110,7 +110,7 @@ def test_an_answer_that_ran_out_of_tokens_says_so(invoke, fake):
 def test_a_refused_message_is_not_kept(invoke, fake):
     fake.refusal = OptionError("the prompt has 9000 tokens, the context holds 8192")
     result = invoke("chat", input="long\n")
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr == "moe-local: the prompt has 9000 tokens, the context holds 8192\n"
 
@@ -178,13 +178,22 @@ def test_a_saved_conversation_beyond_the_context_is_kept_whole(invoke, fake, hom
 def test_an_error_in_an_answer_ends_the_answer_only(invoke, fake):
     fake.failure, fake.fails_at = MoeLocalError("an expert is damaged"), 2
     result = invoke("chat", input="hello there\nagain\n")
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert "moe-local: an expert is damaged" in result.stderr
     assert fake.streams[0].closed
     assert fake.asked[1][0][:2] == [
         {"role": "user", "content": "hello there"},
         {"role": "assistant", "content": "1: HELLO"},
     ]
+
+
+def test_one_message_that_failed_is_told_by_the_exit_code(invoke, fake):
+    """The others are answered all the same."""
+    fake.plan.request.context = 8
+    result = invoke("chat", input="one\na b c d e f g h i\ntwo\n")
+    assert result.exit_code == 1
+    assert result.stdout == "1: ONE\n2: TWO\n"
+    assert result.stderr.count("moe-local: the prompt has") == 1
 
 
 def test_ctrl_c_in_a_pipe_ends_everything(invoke, fake):
@@ -250,7 +259,7 @@ def test_settings(invoke, fake):
 )
 def test_what_cannot_be_done_is_said_in_a_line(invoke, fake, home, typed, said):
     result = invoke("chat", input=f"{typed}\nstill there\n")
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     first = result.stderr.splitlines()[0]
     assert first.startswith("moe-local: ")
     assert said in first
@@ -376,7 +385,7 @@ def test_thoughts_are_kept_from_the_answer(invoke, fake, monkeypatch):
 def test_an_unforeseen_error_is_a_line_too(invoke, fake):
     fake.failure = RuntimeError("CUDA error:\n  out of memory")
     result = invoke("chat", input="one\ntwo\n")
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert result.stderr.count("moe-local: RuntimeError: CUDA error: out of memory\n") == 2
 
 

@@ -287,15 +287,21 @@ def test_a_prompt_that_cannot_begin_is_told_and_the_rest_goes_on(
     assert good.end() == Ended(FinishReason.LENGTH)
 
 
-@pytest.mark.parametrize("option", ["processors", "stop_strings"])
+@pytest.mark.parametrize("option", ["processors", "stops"])
 def test_an_option_that_fails_in_a_step_ends_its_own_answer_alone(rig: Rig, option: str) -> None:
-    def fail(ids: torch.Tensor, scores: Any) -> Any:
-        if ids.shape[1] > 4:
+    def fail_behind(length: int) -> None:
+        if length > 4:
             raise IndexError("index 320 is out of bounds\nand more lines")
-        return scores if option == "processors" else False
+
+    def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        fail_behind(ids.shape[1])
+        return scores
 
     settings = make_settings(rig.hf, [5], max_new_tokens=20, eos_token_id=None)
-    setattr(settings, option, fail)
+    if option == "processors":
+        settings.processors = process
+    else:
+        settings.stops = SimpleNamespace(completed=lambda ids, *_: fail_behind(len(ids)))
     broken = Heard()
     with rig.paused():
         rig.batcher.submit([5], settings, None, broken.listen)

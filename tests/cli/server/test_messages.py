@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import anthropic
@@ -35,6 +36,9 @@ CITY = {"type": "object", "properties": {"city": {"enum": ["Graz"]}}, "required"
 CITY |= {"additionalProperties": False}
 TOOL: dict[str, Any] = {"name": "weather", "description": "Of a city.", "input_schema": CITY}
 SEARCH: dict[str, Any] = {"type": "web_search_20250305", "name": "web_search"}
+PDF = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": ""}}
+PLAIN = {"type": "text", "media_type": "text/plain", "data": "Some text."}
+NOTE = {"type": "document", "title": "A title", "source": PLAIN, "citations": {"enabled": False}}
 CACHED = {"cache_control": {"type": "ephemeral"}}
 GREEDY = {"temperature": 0}
 """Which the package has no argument for any more."""
@@ -351,6 +355,14 @@ def test_fields_of_a_beta_are_passed_over(anthropics: anthropic.Anthropic, serve
             r"content has a part of type 'image'",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "this model takes text only"),
+        (
+            {"messages": [{"role": "user", "content": [PDF]}]},
+            r"messages\[0\].content has a document of type 'base64'; this model takes text only",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{**NOTE, "citations": {"enabled": True}}]}]},
+            "citations, which are not supported; leave them out",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "a"}]}]}, "without input"),
         (
             {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": "x"}]}]},
@@ -387,6 +399,33 @@ def test_what_is_refused(server: Any, asked: dict[str, Any], message: str) -> No
         claude(server).post("/v1/messages", body=body, cast_to=Message)
     assert refused.value.type == "invalid_request_error"
     assert "\n" not in str(refused.value.api_message)
+
+
+def test_documents_of_text_are_shown() -> None:
+    inner = {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "B"}]}}
+    result = {"type": "tool_result", "tool_use_id": "a", "content": [NOTE, inner]}
+    said = [NOTE, {"type": "text", "text": "What does it say?"}]
+    messages = [{"role": "user", "content": said}, {"role": "user", "content": [result]}]
+    assert as_messages(as_items(messages)) == [
+        {"role": "user", "content": "A title\nSome text.\nWhat does it say?"},
+        {"role": "tool", "tool_call_id": "a", "content": "A title\nSome text.\nB"},
+    ]
+
+
+def test_the_list_of_models(anthropics: anthropic.Anthropic) -> None:
+    """Beside OpenAI's: which one is wanted, a header says."""
+    found = anthropics.models.list(limit=20)
+    assert [(model.id, model.display_name, model.type) for model in found] == [
+        ("demo", "demo", "model"),
+        ("small-1", "small-1", "model"),
+    ]
+    assert (found.first_id, found.last_id, found.has_more) == ("demo", "small-1", False)
+    one = anthropics.models.retrieve("small-1")
+    assert one == found.data[1]
+    assert one.lifecycle == "active"
+    assert abs((datetime.now(UTC) - one.created_at).total_seconds()) < 3600
+    with pytest.raises(anthropic.NotFoundError, match="no model 'claude-5' here"):
+        anthropics.models.retrieve("claude-5")
 
 
 def test_errors_have_anthropics_shape_on_its_paths_only(

@@ -189,6 +189,21 @@ def test_a_call_that_is_demanded(
         assert (call.name, json.loads(call.arguments)) == ("weather", {"city": "Graz"})
 
 
+def test_some_of_the_tools(
+    serving: Any, scripted: Any, model: moe_local.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE)
+    space = {"type": "namespace", "name": "alps", "description": "There.", "tools": [TOOL]}
+    says = scripted("None.")
+    with serving(says) as server:
+        for named, shown in (({}, "[weather]"), ({"namespace": "alps"}, "[alps__weather]")):
+            allowed = {"type": "function", "name": "weather", **named}
+            choice = {"type": "allowed_tools", "mode": "auto", "tools": [allowed]}
+            whole = ask(server, input="Rain?", tools=[space, TOOL], tool_choice=choice)
+            assert whole["tool_choice"] == choice
+            assert says.prompts[-1] == f"{shown}<user>|Rain?|"
+
+
 def test_an_answer_that_is_parsed_into_a_class(client: openai.OpenAI) -> None:
     answer = client.responses.parse(
         model="demo", input=QUESTION, text_format=Verdict, max_output_tokens=200, temperature=1
@@ -284,6 +299,74 @@ def test_going_on_from_a_response(client: openai.OpenAI, server: Any) -> None:
     assert client.responses.retrieve(streamed["id"]).to_dict() == streamed
 
 
+def test_what_a_response_was_made_from(
+    serving: Any, scripted: Any, model: moe_local.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole conversation, the newest first, page by page."""
+    monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE)
+    with serving(scripted("Yes.")) as server:
+        check_input_items(server)
+
+
+def check_input_items(server: Any) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+    call = {"type": "function_call", "call_id": "a", "name": "weather", "arguments": "{}"}
+    said: list[Any] = [
+        {"role": "developer", "content": [{"type": "input_text", "text": "Be brief."}]},
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "Hm."}]},
+        {"role": "assistant", "content": "Well."},
+        {**call, "id": "fc_mine"},
+        {"type": "function_call_output", "call_id": "a", "output": "Rain."},
+    ]
+    first = client.responses.create(model="demo", input=said)
+    second = client.responses.create(model="demo", input="And?", previous_response_id=first.id)
+    pages = client.responses.input_items.list(second.id, limit=3)
+    items = list(pages)
+    assert [type(item).__name__ for item in reversed(items)] == [
+        "ResponseInputMessageItem",
+        "ResponseReasoningItem",
+        "ResponseOutputMessage",
+        "ResponseFunctionToolCallItem",
+        "ResponseFunctionToolCallOutputItem",
+        "ResponseOutputMessage",
+        "ResponseInputMessageItem",
+    ]
+    for item in items:
+        type(item).model_validate(item.to_dict(), strict=True)
+    assert items[1] == first.output[0]
+    assert [getattr(items[at], "content")[0].text for at in (0, 4)] == ["And?", "Well."]  # noqa: B009
+    assert items[3].id == "fc_mine"
+    assert list(client.responses.input_items.list(second.id, order="asc")) == items[::-1]
+    assert list(client.responses.input_items.list(first.id)) == items[2:], "they keep their ids"
+    url = f"{server.url}/v1/responses/{second.id}/input_items"
+    for query, status, param in (
+        ("after=x", 400, None),
+        ("limit=101", 400, "limit"),
+        ("order=x", 400, "order"),
+    ):
+        reply = server.http.get(f"{url}?{query}")
+        assert (reply.status_code, reply.json()["error"]["param"]) == (status, param)
+        assert query.partition("=")[0] in reply.json()["error"]["message"]
+    with pytest.raises(openai.NotFoundError, match="is kept here"):
+        client.responses.input_items.list("resp_none")
+
+
+def test_how_many_tokens_a_prompt_has(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "demo", "input": QUESTION, "instructions": "Be brief."}
+    first = client.responses.create(**asked, max_output_tokens=2)
+    counted = client.responses.input_tokens.count(**asked)
+    assert first.usage is not None
+    assert (counted.input_tokens, counted.object) == (first.usage.input_tokens, "response.input_tokens")
+    more = client.responses.input_tokens.count(model="demo", input="And?", previous_response_id=first.id)
+    second = client.responses.create(
+        model="demo", input="And?", previous_response_id=first.id, max_output_tokens=2
+    )
+    assert second.usage is not None
+    assert more.input_tokens == second.usage.input_tokens
+    with pytest.raises(openai.BadRequestError, match="there is nothing to count; give input"):
+        client.responses.input_tokens.count(model="demo")
+
+
 def test_a_long_conversation_is_shortened_if_that_is_asked_for(server: Any) -> None:
     turns = [{"role": "user", "content": "word " * 60}, {"role": "assistant", "content": "Yes."}]
     asked: dict[str, Any] = {"max_output_tokens": 4, "temperature": 0, "truncation": "auto"}
@@ -308,10 +391,12 @@ def test_how_much_is_kept() -> None:
         few.add(response(name), [], None)
         few.find("a")
     assert names(few) == "acd", "the one that was not used for the longest time has gone"
-    small = KeptResponses(most_bytes=300)
+    small = KeptResponses(most_bytes=320)
     for name in "abcdef":
         small.add(
-            response(name), [{"role": "user", "content": name}], small.find("b") if name == "c" else None
+            response(name),
+            [{"role": "user", "content": name, "id": name}],
+            small.find("b") if name == "c" else None,
         )
     assert names(small) == "ef"
     small.remove("e")
@@ -345,6 +430,14 @@ def test_how_much_is_kept() -> None:
             "of type 'int'",
         ),
         ({"input": "x", "tool_choice": {"type": "mcp"}}, "tool_choice", "type 'mcp' is not supported"),
+        (
+            {
+                "input": "x",
+                "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "f"}]},
+            },
+            None,
+            "tool_choice allows 'f'; the tools are none",
+        ),
         ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text", "has no schema"),
         ({"input": "x", "text": {"format": {"type": "xml"}}}, "text", "'xml' is not supported"),
         ({"input": "x", "include": ["file_search_call.results"]}, "include", "is not supported"),

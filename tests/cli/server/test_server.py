@@ -109,6 +109,25 @@ def test_a_completion_that_names_no_limit_has_openais(client: openai.OpenAI) -> 
     assert longer.usage.completion_tokens > 16
 
 
+def test_minus_one_means_no_limit(serving: Any, model: moe_local.Model) -> None:
+    """As llama.cpp and vLLM have it: no more than what the server allows."""
+    sampling: dict[str, Any] = {"temperature": 2.0, "seed": 3}
+    endless: Any = {"logit_bias": {str(model.tokenizer.eos_token_id): -100}}
+    with serving(max_tokens=30) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+        text = client.completions.create(model="demo", prompt="The", max_tokens=-1, **sampling, **endless)
+        assert (text.usage.completion_tokens, text.choices[0].finish_reason) == (30, "length")
+        for limit in ("max_tokens", "max_completion_tokens"):
+            ask: Any = {"model": "demo", "messages": QUESTION, limit: -1, **sampling}
+            chat = client.chat.completions.create(**ask, **endless)
+            assert (chat.usage.completion_tokens, chat.choices[0].finish_reason) == (30, "length")
+        off, none, one = (
+            client.chat.completions.create(**ask, extra_body={"top_k": k}).choices[0].message.content
+            for k in (-1, 0, 1)
+        )
+        assert off == none != one
+
+
 def test_choices_and_seeds(client: openai.OpenAI) -> None:
     def ask(**options: Any) -> list[str | None]:
         answer = client.chat.completions.create(
@@ -384,6 +403,13 @@ def test_an_earlier_answer_with_an_empty_list_of_calls() -> None:
     assert asked.conversation()[-1] == {"role": "assistant", "content": "Hi"}
 
 
+def test_an_earlier_refusal_is_text() -> None:
+    parts = [{"type": "text", "text": "No. "}, {"type": "refusal", "refusal": "Never."}]
+    for said in ({"content": parts}, {"content": None, "refusal": "No. Never."}):
+        asked = ChatRequest(messages=[*QUESTION, {"role": "assistant", **said}])
+        assert asked.conversation()[-1] == {"role": "assistant", "content": "No. Never."}
+
+
 def test_models_and_health(client: openai.OpenAI, server: Any) -> None:
     assert [model.id for model in client.models.list()] == ["demo", "small-1"]
     for name in ("demo", "small-1"):  # which the server was told to go by, too
@@ -439,6 +465,9 @@ def test_metrics(client: openai.OpenAI, server: Any) -> None:
             "repetition_penalty is 0.0; it must be a number above",
         ),
         ({"messages": QUESTION, "max_tokens": 0}, "max_tokens is 0; it must be a whole number, 1 or more"),
+        ({"messages": QUESTION, "max_tokens": -2}, "max_tokens is -2; it must be a whole number, 1 or more"),
+        ({"messages": QUESTION, "top_k": -2}, "top_k is -2; it must be a whole number, 0 or more"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "refusal"}]}]}, "of type 'refusal'"),
         (
             {"messages": QUESTION, "max_completion_tokens": 0},
             "max_completion_tokens is 0; it must be a whole",
@@ -524,6 +553,30 @@ def test_what_looks_whether_it_lives_may_ask_for_no_body(server: Any) -> None:
         answer = server.http.head(f"{server.url}{path}")
         assert (answer.status_code, answer.content) == (200, b"")
         assert int(answer.headers["content-length"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"{",
+            "the body is not JSON: Expecting property name enclosed in double quotes at line 1, column 2 "
+            "(character 1)",
+        ),
+        (
+            '{"prompt": "ä",\n "n": }'.encode(),
+            "the body is not JSON: Expecting value at line 2, column 7 (character 22)",
+        ),
+        (b'{"prompt": "\xe4"}', "POST /v1/completions: the body is not UTF-8: byte 12 is 0xe4"),
+        (b'{"prompt": ' + b"[" * 200_000, "POST /v1/completions: the body is nested too deeply"),
+    ],
+    ids=["cut", "no value", "latin-1", "deep"],
+)
+def test_where_a_body_is_no_json(server: Any, content: bytes, message: str) -> None:
+    headers = {"content-type": "application/json"}
+    answer = server.http.post(f"{server.url}/v1/completions", content=content, headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == message
 
 
 def test_bodies_that_are_no_requests(server: Any) -> None:

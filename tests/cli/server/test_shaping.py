@@ -107,9 +107,52 @@ def test_a_schema_beside_tools(
         assert {each.finish_reason for each in answer.choices} == {reason}
 
 
+def allowed(mode: Any, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_some_of_the_tools(
+    serving: Any, scripted: Any, model: moe_local.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is shown no others, and may, or must, call one of these."""
+    monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE)
+    said = '<tool_call>\n{"name": "paint", "arguments": {}}\n</tool_call>'
+    asked: dict[str, Any] = {"model": "demo", "messages": QUESTION, "tools": TOOLS}
+    says = scripted(said)
+    with serving(says) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+        for names, shown in (
+            (["paint"], "[paint]"),
+            (['a "quoted" one', "paint"], '[paint][a "quoted" one]'),
+            ([], ""),
+        ):
+            choice: Any = allowed("auto", *names)
+            (found,) = client.chat.completions.create(**asked, tool_choice=choice).choices
+            assert says.prompts[-1] == f"{shown}What is a router?"
+            assert found.finish_reason == ("tool_calls" if names else "stop")
+
+
+def test_a_call_of_some_tools_that_is_demanded(
+    client: openai.OpenAI, model: moe_local.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.tokenizer, "chat_template", TEMPLATE)
+    asked = {"model": "demo", "messages": QUESTION, "tools": TOOLS, "max_tokens": 200, "temperature": 2.0}
+    choice: Any = allowed("required", 'a "quoted" one')
+    answer = client.chat.completions.create(**asked, tool_choice=choice, n=4, seed=0)
+    names = [check_call(call) for found in answer.choices for call in found.message.tool_calls]
+    assert names == ['a "quoted" one'] * 4
+
+
 @pytest.mark.parametrize(
     ("choice", "tools", "message"),
     [
+        (allowed("auto", "fly"), TOOLS, "allows 'fly'; the tools are paint, a \"quoted\" one"),
+        (allowed("auto", "fly"), [], "allows 'fly'; the tools are none"),
+        (allowed("must", "paint"), TOOLS, "allowed_tools is 'must'; auto and required are known"),
+        (allowed("required"), TOOLS, "demands a call, and there are no tools"),
+        ({"type": "allowed_tools"}, TOOLS, "allowed_tools is None; auto and required"),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}, TOOLS, "give a list of functions"),
         ({"type": "function", "function": {"name": "fly"}}, TOOLS, "demands 'fly'; the tools are paint, a"),
         ({"type": "function"}, TOOLS, "demands None; the tools are paint"),
         ({"type": "function", "function": {"name": []}}, TOOLS, r"demands \[\]; the tools are paint"),

@@ -88,6 +88,25 @@ class TestLocate:
         with pytest.raises(ModelNotFoundError, match=r"notes\.txt is a file, but no GGUF file"):
             locate(notes)
 
+    def test_a_file_in_a_folder_is_no_hub_id(
+        self, tiny_mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "models").mkdir()
+        (tmp_path / "models" / "some.bin").write_bytes(b"noise")
+        with pytest.raises(
+            ModelNotFoundError, match=r"models/some\.bin is a file, but no GGUF file; a model"
+        ):
+            locate("models/some.bin")
+        with pytest.raises(ModelNotFoundError, match=r"there is no file models/none\.gguf; check its path"):
+            locate("models/none.gguf")
+        monkeypatch.chdir(tiny_mixtral.parent)
+        name = f"{tiny_mixtral.name}/model.safetensors"
+        with pytest.raises(
+            ModelNotFoundError, match=f"but no GGUF file; give its folder, {tiny_mixtral.name}$"
+        ):
+            locate(name)
+
     def test_near_matches_are_offered(self) -> None:
         with pytest.raises(ModelNotFoundError, match="did you mean mixtral-8x7b") as error:
             resolve("mixtral-8x7")

@@ -129,11 +129,11 @@ class Stops:
         self.failures = failures
         self.calls = 0
 
-    def __call__(self, ids: torch.Tensor, scores: Any) -> torch.Tensor:
+    def completed(self, *_: Any) -> bool:
         self.calls += 1
         if self.calls in self.failures:
             raise self.failures[self.calls]
-        return torch.tensor([False])
+        return False
 
 
 def test_tokens_that_cannot_be_handed_out_are_picked_again(model: Any) -> None:
@@ -147,7 +147,7 @@ def test_tokens_that_cannot_be_handed_out_are_picked_again(model: Any) -> None:
             engine.join(ids, make_settings(model, [1], seed=seed, **drawn))
             for seed, ids in enumerate(PROMPTS)
         ]
-        sequences[1].settings.stop_strings = stops = Stops(failures)
+        sequences[1].settings.stops = stops = Stops(failures)
         given: dict[Sequence, list[int]] = {sequence: [] for sequence in sequences}
         raised: list[str] = []
         while any(sequence.finish_reason is None for sequence in sequences):

@@ -13,9 +13,8 @@ from moe_local.cache.errors import OptionError
 from moe_local.offload.engine.text import Detokenizer, encode_prompt
 from moe_local.offload.engine.token_bytes import TokenBytes
 from support import tiny_models
+from support.small_tokenizers import BYTES, PIECES, sentencepiece_like
 
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-PIECES = ["▁", "▁the", "▁expert", "s", "e", "router", "▁▁", "你好", "é", "😀", "▁.", ".", "\ufffd"]
 TEXTS = [
     "plain words, with  two spaces ",
     "  leading spaces",
@@ -25,24 +24,6 @@ TEXTS = [
     "",
     " ",
 ]
-
-
-def sentencepiece_like(metaspace: bool) -> Any:
-    """A vocabulary with byte tokens, decoded as Llama's and Mixtral's tokenizers do, or by Metaspace."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = ["<unk>", "<s>", "</s>", *BYTES, *PIECES]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
-    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
-    replace = decoders.Replace("▁", " ")
-    tokenizer.decoder = (
-        decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
-        if metaspace
-        else decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +226,13 @@ def test_conversations(byte_level: Any) -> None:
     assert byte_level.decode(encode_prompt(byte_level, messages)) == "<|user|>a<|end|><|assistant|>b"
 
 
+def test_a_content_of_parts_is_their_text(byte_level: Any) -> None:
+    parts = [{"type": "text", "text": "Why "}, {"type": "text", "text": "so?"}]
+    messages = [{"role": "user", "content": parts, "name": "x"}]
+    assert byte_level.decode(encode_prompt(byte_level, messages)) == "<|user|>Why so?<|end|><|assistant|>"
+    assert messages[0]["content"] is parts, "what was given stays as it is"
+
+
 def test_ids_pass_unchanged(byte_level: Any) -> None:
     assert encode_prompt(None, [5, 6, 7]) == [5, 6, 7]
     assert encode_prompt(None, torch.tensor([5, 6])) == [5, 6]
@@ -286,6 +274,9 @@ def test_what_a_template_refuses_is_one_line() -> None:
         (["hi"], {}, "0 of the prompt is 'hi'"),
         ([{"role": "user", "content": "a"}, 5], {}, "1 of the prompt is 5"),
         ([{"role": "user", "content": "a"}], {"template": False}, "template=False turns it off"),
+        ([{"role": "user", "content": [{"type": "image"}]}], {}, "0 has a part of type 'image'; models take"),
+        ([{"role": "user", "content": [{"type": "text"}]}], {}, '0 has a part of type .text.*, as {"type": '),
+        ([{"role": "user", "content": ["a"]}], {}, "message 0 has a part of type 'str'"),
         (torch.tensor([[1], [2]]), {}, r"shape \[2, 1\]"),
         (torch.tensor([0.5]), {}, "float32"),
     ],
