@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 import moe_local
 from moe_local.cache.errors import OptionError
 from moe_local.offload.engine import grammar
-from moe_local.offload.engine.grammar import KEPT, GrammarMask, json_grammar, matcher
+from moe_local.offload.engine.grammar import KEPT, GrammarMask, matcher
+from moe_local.offload.forms import json_grammar
 
 VOCABULARY = 2048
 SCHEMA = {
