@@ -21,7 +21,7 @@ class _Found(NamedTuple):
     as_text: bool = False
     """Whether a call's arguments are given as text, not as what it says."""
     content: str | None = ""
-    """What a message has as its content that consists of calls alone."""
+    """What a message has as its content that consists of calls alone; of None, transformers drops the key."""
 
 
 class TemplateNeeds:
@@ -66,7 +66,7 @@ class TemplateNeeds:
         best: list[tuple[tuple[bool, int, int], _Found]] = []
         for as_text, content in product((True, False), ("", None)):
             shown = self._render(as_text, content)
-            if shown is None or NAME not in shown or KEY not in shown:
+            if shown is None or KEY not in shown:
                 continue
             if (ARGUMENTS not in shown) if as_text else (f"{{'{KEY}'" in shown):
                 continue
