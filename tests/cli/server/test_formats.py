@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,21 +38,16 @@ Talking = Callable[[str], tuple[Any, openai.OpenAI]]
 
 
 @pytest.fixture
-def talking(
-    mixtral: moe_local.Model, serving: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> Talking:
+def talking(mixtral: moe_local.Model, serving: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Talking]:
     """talking(name): a server of the model, which talks in that dialect, and a client."""
-    import contextlib
+    with contextlib.ExitStack() as stack:
 
-    stack = contextlib.ExitStack()
-    request.addfinalizer(stack.close)
+        def talk(name: str) -> tuple[Any, openai.OpenAI]:
+            monkeypatch.setattr(mixtral, "tokenizer", tokenizer_of(DIALECTS[name]))
+            server = stack.enter_context(serving(mixtral))
+            return server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
 
-    def talk(name: str) -> tuple[Any, openai.OpenAI]:
-        monkeypatch.setattr(mixtral, "tokenizer", tokenizer_of(DIALECTS[name]))
-        server = stack.enter_context(serving(mixtral))
-        return server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
-
-    return talk
+        yield talk
 
 
 def forced(monkeypatch: pytest.MonkeyPatch, model: moe_local.Model, lark: str) -> None:
@@ -59,7 +55,6 @@ def forced(monkeypatch: pytest.MonkeyPatch, model: moe_local.Model, lark: str) -
     submit = model.submit
 
     def submitted(*arguments: Any, **options: Any) -> Any:
-        options.pop("json_schema", None)
         return submit(*arguments, **{**options, "grammar": lark})
 
     monkeypatch.setattr(model, "submit", submitted)
@@ -92,7 +87,8 @@ def test_a_call_that_is_demanded(name: str, talking: Talking, mixtral: moe_local
         messages=QUESTION, tool_choice=choice_of, seed=1, stream=True, **asked
     )
     deltas = [chunk.choices[0].delta for chunk in stream]
-    check([call for delta in deltas for call in delta.tool_calls or ()][0])
+    (streamed,) = (call for delta in deltas for call in delta.tool_calls or ())
+    check(streamed)
     assert not any(delta.content for delta in deltas)
     messages = [
         *QUESTION,
@@ -113,7 +109,7 @@ MESSAGES = (
 
 
 def test_channels(talking: Talking, mixtral: moe_local.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thoughts are told apart in all three interfaces; who continues plain text sees what there was before."""
+    """Thoughts are told apart in all three interfaces; a text that is continued has no marks."""
     server, client = talking("harmony")
     forced(monkeypatch, mixtral, MESSAGES + 'answer: "It rains."')
     asked: dict[str, Any] = {"model": mixtral.name, "messages": QUESTION, "max_tokens": 100}
@@ -136,29 +132,28 @@ def test_channels(talking: Talking, mixtral: moe_local.Model, monkeypatch: pytes
     assert text.choices[0].text == "analysisLet me see.assistantfinalIt rains."
 
 
-def test_a_schema_binds_the_final_message_alone(
-    talking: Talking, mixtral: moe_local.Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, client = talking("harmony")
+def test_a_schema_beside_tools_binds_the_final_message(talking: Talking, mixtral: moe_local.Model) -> None:
+    server, client = talking("harmony")
     verdict = {"enum": ["rain", "sun"]}
     form: Any = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": verdict}}
-    tokens = tokenizer_of(DIALECTS["harmony"])
-    header = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>"
-    ids = tokens(header, add_special_tokens=False)["input_ids"]
-    answer = client.chat.completions.create(
-        model=mixtral.name, messages=QUESTION, tools=TOOLS, response_format=form, max_tokens=100, seed=3,
-        logit_bias={str(tokens.convert_tokens_to_ids("<|end|>")): 20},
-    )  # fmt: skip
-    message = answer.choices[0].message
-    assert message.tool_calls or json.loads(message.content or "") in ("rain", "sun")
-    assert "<|" not in (message.content or "")
-    # Without tools, what comes before the final message is the model's own affair.
-    script = iter(ids)
-    original = mixtral.submit
-
-    def submitted(*arguments: Any, **options: Any) -> Any:
-        ticket = original(*arguments, **options)
-        mask = ticket.settings.processors[-1] if False else None
-        return ticket if mask is None else next(script)
-
-    monkeypatch.setattr(mixtral, "submit", submitted)
+    tokens = server.server.answers.tokenizer.convert_tokens_to_ids
+    for bias, reason in ((100, "stop"), (-100, "tool_calls")):
+        answer = client.chat.completions.create(
+            model=mixtral.name,
+            messages=QUESTION,
+            tools=TOOLS,
+            response_format=form,
+            max_tokens=200,
+            logit_bias={  # else a model that knows nothing thinks without an end
+                str(tokens("f")): bias,
+                str(tokens("a")): -100,
+                str(tokens("<|channel|>")): 50,
+                str(tokens("<|end|>")): 20,
+            },
+        )
+        choice = answer.choices[0]
+        assert choice.finish_reason == reason
+        if choice.message.tool_calls:
+            check(choice.message.tool_calls[0])
+        else:
+            assert json.loads(choice.message.content or "") in ("rain", "sun")
