@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import ModuleType
 
@@ -13,6 +13,7 @@ import click
 
 from moe_local.cli.markdown import MarkdownStream
 from moe_local.cli.render import on_stderr, on_stdout
+from moe_local.offload.answer_format.piece import Piece
 
 termios: ModuleType | None
 try:
@@ -71,6 +72,17 @@ class AnswerView:
         self._thinking = False
         self._ends_line = True
         """False once some of the answer was printed as plain text, which then needs a final line break."""
+
+    def show(self, pieces: Iterable[Piece]) -> str:
+        """The next pieces, as they come. Returns the text of the answer itself in them."""
+        text = ""
+        for piece in pieces:
+            text += piece.content
+            if piece.reasoning:
+                self.thought(piece.reasoning)
+            else:
+                self.content(piece.content)
+        return text
 
     def thought(self, text: str) -> None:
         """The next piece of what the model thinks before it answers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ import click
 import moe_local
 from moe_local.cache.errors import MoeLocalError
 from moe_local.cli.answer import AnswerView
-from moe_local.cli.answer_parser import AnswerParser, Piece
 from moe_local.cli.completion import model_argument
 from moe_local.cli.exchanges import answer_room, shorten
 from moe_local.cli.first_use import ready, yes_flag
@@ -22,14 +21,15 @@ from moe_local.cli.live import LiveAnswer
 from moe_local.cli.options import Sampling, debug_flag, load_flags, sampling_flags
 from moe_local.cli.prompt import Messages, can_edit
 from moe_local.cli.render import ProgressBar, print_status, status_line
+from moe_local.offload.answer_format.answer_format import AnswerFormat
+from moe_local.offload.answer_format.choose import answer_format
+from moe_local.offload.answer_format.piece import Piece
 from moe_local.offload.ranges import nth_seed
 from moe_local.offload.system.home import moe_local_home
-from moe_local.offload.thoughts import opens_thought
 
 if TYPE_CHECKING:
     from moe_local import Model
     from moe_local.cli.editor import Editor
-    from moe_local.offload.records import Token
     from moe_local.offload.stream import TokenStream
 
 
@@ -189,7 +189,7 @@ class Chat:
         context = self.model.plan.request.context
 
         def stream(messages: list[Mapping[str, str]]) -> TokenStream:
-            return self.model.stream(messages, **sampling.generation())
+            return self.model.stream(messages, **sampling.generation(), **self._answers.options)
 
         def fits(stream: TokenStream) -> bool:
             return len(stream.prompt_ids) + answer_room(context, stream.max_new_tokens) <= context
@@ -206,49 +206,37 @@ class Chat:
     def _stream(self, stream: TokenStream) -> tuple[str, Exception | None]:
         """Show an answer as it arrives. Returns its text without thoughts, and the error that ended it, if
         any."""
-        tokenizer = self.model.tokenizer
-        thinking = tokenizer is not None and opens_thought(tokenizer, stream.prompt_ids)
-        parser = AnswerParser(thinking=thinking)
-        text = ""
-
-        def shown(pieces: Iterable[Piece], view: AnswerView) -> None:
-            nonlocal text
-            for piece in pieces:
-                text += piece.content
-                if piece.reasoning:
-                    view.thought(piece.reasoning)
-                else:
-                    view.content(piece.content)
-
+        parser = self._answers.parser(stream.prompt_ids)
+        text, later = "", list[Piece]()
         failure: Exception | None = None
         with AnswerView(markdown=self.markdown) as view:
             try:
-                with contextlib.closing(stream), self._shown() as pass_on:
+                with contextlib.closing(stream), self._picture() as picture:
                     for token in stream:
-                        if (piece := pass_on(token)) is not None:
-                            shown(parser.add(piece), view)
+                        pieces = [*parser.add(token.text)]
+                        if picture is None:
+                            text += view.show(pieces)
+                        else:
+                            later += pieces
+                            picture.show(
+                                "".join(piece.reasoning or piece.content for piece in pieces), token.ms
+                            )
             except KeyboardInterrupt:
                 if not self._interactive:
                     raise
             except Exception as error:
                 failure = error
-            if self.live:
-                shown(parser.add(stream.text), view)
-            shown(parser.flush(), view)
+            text += view.show([*later, *parser.flush(cut=stream.finish_reason != "stop")])
         return text, failure
 
-    @contextlib.contextmanager
-    def _shown(self) -> Iterator[Callable[[Token], str | None]]:
-        """Yields a function: a token -> the text to show now, or None if the live picture shows it."""
-        if self.live:
-            with LiveAnswer(self.model) as answer:
+    def _picture(self) -> contextlib.AbstractContextManager[LiveAnswer | None]:
+        """What shows an answer while it is generated, instead of the view; None: nothing but that does."""
+        return LiveAnswer(self.model) if self.live else contextlib.nullcontext()
 
-                def draw(token: Token) -> None:
-                    answer.show(token)
-
-                yield draw
-        else:
-            yield lambda token: token.text
+    @property
+    def _answers(self) -> AnswerFormat:
+        """How the model writes answers."""
+        return answer_format(self.model.tokenizer)
 
     def switch(self, name: str) -> None:
         """Continue with another model. The current one is freed first, so memory need not hold both.

@@ -19,7 +19,6 @@ from moe_local.cli.render import on_stdout, show_cursor
 
 if TYPE_CHECKING:
     from moe_local import Model
-    from moe_local.offload.records import Token
 
 LOOKS = {
     Cell.ABSENT: ("·", "dim"),
@@ -138,11 +137,11 @@ class LiveAnswer:
         self._console = console or on_stdout()
         self._live = Live(console=self._console, transient=True, auto_refresh=False, vertical_overflow="crop")
 
-    def show(self, token: Token) -> None:
-        """The next token."""
-        self.text += token.text
+    def show(self, text: str, ms: float) -> None:
+        """The text of the next token, which took `ms`."""
+        self.text += text
         counts = self._model.stats()
-        drawn = self._picture.after(token.ms, counts - self._counts)
+        drawn = self._picture.after(ms, counts - self._counts)
         self._counts = counts
         if drawn is not None:
             width, height = self._console.size

@@ -10,15 +10,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import moe_local
+from moe_local.cli.answer import AnswerView
 from moe_local.cli.completion import model_argument
 from moe_local.cli.first_use import ready, yes_flag
 from moe_local.cli.options import Sampling, debug_flag, json_flag, load_flags, sampling_flags
 from moe_local.cli.render import ProgressBar, print_json, print_status, status_line
 from moe_local.cli.text_file import read_schema_file, read_stdin
+from moe_local.offload.answer_format.answer_parser import AnswerParser
+from moe_local.offload.answer_format.choose import answer_format
 
 if TYPE_CHECKING:
+    from moe_local.offload.answer_format.piece import Parser
     from moe_local.offload.engine.text import Prompt
     from moe_local.offload.records import GenerationStats
+    from moe_local.offload.stream import TokenStream
 
 
 @click.command()
@@ -51,7 +56,8 @@ def run(
 
     The prompt is read from stdin if it is -, or if it is left out and something is piped in. The answer
     appears on stdout as it is generated or, with --json, as one document with text, token_ids, finish_reason
-    and stats.
+    and stats. What the model thinks before it answers is dim on a terminal, and else goes to stderr; in the
+    document it is reasoning. With --raw, all that the model writes is text.
 
     \b
     Examples:
@@ -68,20 +74,32 @@ def run(
     if sampling.system is not None:
         asked = [*sampling.conversation(), {"role": "user", "content": text}]
     with loaded:
+        answers = answer_format(loaded.tokenizer)
+        form |= {} if raw else answers.options
         stream = loaded.stream(asked, template=not raw, **sampling.generation(), **form)
+        parser = AnswerParser(plain=True) if raw else answers.parser(stream.prompt_ids)
         if as_json:
-            print_json({"model": model, **stream.output().to_dict()})
+            print_json({"model": model, **_document(stream, parser)})
         else:
-            try:
-                with contextlib.closing(stream):
+            with AnswerView(markdown=False) as view, contextlib.closing(stream):
+                try:
                     for token in stream:
-                        click.echo(token.text, nl=False)
-            finally:
-                click.echo()
+                        view.show(parser.add(token.text))
+                finally:
+                    view.show(parser.flush(cut=stream.finish_reason != "stop"))
         if stream.filled_context:
             click.echo(_cut(loaded, stream.stats), err=True)
     if sys.stderr.isatty() and not as_json:
         print_status(status_line(stream.stats))
+
+
+def _document(stream: TokenStream, parser: Parser) -> dict[str, Any]:
+    """The whole answer, its text without thoughts."""
+    output = stream.output()
+    pieces = [*parser.add(output.text), *parser.flush(cut=output.finish_reason != "stop")]
+    reasoning = "".join(piece.reasoning for piece in pieces)
+    document = {**output.to_dict(), "text": "".join(piece.content for piece in pieces)}
+    return {**document, "reasoning": reasoning} if reasoning else document
 
 
 def _cut(model: moe_local.Model, stats: GenerationStats) -> str:

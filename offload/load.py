@@ -15,6 +15,8 @@ import torch
 from moe_local.cache.errors import DoesNotFitError, first_line
 from moe_local.cache.files import Use
 from moe_local.offload.allocation.misses import MissCost
+from moe_local.offload.answer_format.choose import answer_format
+from moe_local.offload.answer_format.ends import complete_ends
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.device_map import device_map
 from moe_local.offload.checkpoint.hub import config_of, on_this_machine, resolve
@@ -260,12 +262,13 @@ def _assemble(
             switch = _keep_tokens_to_device(engine, runner, graphs, probe.sites, options.prefetch)
         elif can_reside(store):
             runner.keep_residents()
+        gguf = checkpoint.gguf if isinstance(checkpoint, Checkpoint) else None
+        tokenizer = load_tokenizer(checkpoint.folder, gguf)
+        complete_ends(hf.generation_config, answer_format(tokenizer))
         model = Model(
             checkpoint.name,
             hf,
-            load_tokenizer(
-                checkpoint.folder, checkpoint.gguf if isinstance(checkpoint, Checkpoint) else None
-            ),
+            tokenizer,
             engine=engine,
             store=store,
             prefetcher=prefetcher,

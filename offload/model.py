@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -120,6 +120,7 @@ class Model:
         seed: int | None = None,
         stop: str | list[str] | None = None,
         template: bool = True,
+        marks: Iterable[str] = (),
         logprobs: int | None = None,
         **options: Any,
     ) -> TokenStream:
@@ -127,12 +128,14 @@ class Model:
 
         `prompt`: text (one user turn if there is a chat template, unless `template=False`), a list of
         messages, or token ids. `stop` ends the answer after any of these strings; `seed` makes sampling
-        repeatable. With `logprobs` (0 to 20), each Token has its log probability and those of this many
-        likeliest tokens, in the model's own distribution, which sampling options do not change.
+        repeatable. Special tokens are left out of the text, except for those named in `marks`. With
+        `logprobs` (0 to 20), each Token has its log probability and those of this many likeliest tokens, in
+        the model's own distribution, which sampling options do not change.
 
         `options` are transformers' generation options; temperature, top_p and the like turn sampling on. In
-        addition there are: `json_schema`, a dict, for an answer in JSON that follows it (after the thought,
-        if the prompt begins one), or `grammar`, text in llguidance's Lark, for an answer that follows it; and
+        addition there are: `json_schema`, a dict, for an answer in JSON that follows it (behind the thought,
+        if the prompt begins one; in gpt-oss' final channel), or `grammar`, text in llguidance's Lark, for an
+        answer that follows it (from the same place on, unless it names `<|channel|>` itself); and
         `frequency_penalty`, `presence_penalty` and `logit_bias` as in OpenAI's API. Defaults come from the
         checkpoint's generation_config, with 512 new tokens.
 
@@ -143,7 +146,9 @@ class Model:
             options["max_new_tokens"] = max_new_tokens
         if logprobs is not None:
             options["logprobs"] = logprobs
-        asked = self._prepare(parts.hf, prompt, seed=seed, stop=stop, template=template, **options)
+        asked = self._prepare(
+            parts.hf, prompt, seed=seed, stop=stop, template=template, marks=marks, **options
+        )
         parts.engine.check_prompt(*asked[:2])
         stream = TokenStream(parts.engine, parts.store, self._turn, *asked)
         with self._streams_lock:
@@ -158,6 +163,7 @@ class Model:
         seed: int | None,
         stop: str | list[str] | None,
         template: bool,
+        marks: Iterable[str],
         **options: Any,
     ) -> tuple[list[int], Settings, Detokenizer | None]:
         """The ids and settings that the engine takes for a prompt, and what turns its tokens into text."""
@@ -167,7 +173,7 @@ class Model:
         options = imply_sampling(plain(options))
         _refuse_beyond_loop(hf, options)
         settings = make_settings(hf, ids, tokenizer=self.tokenizer, seed=plain_number(seed), **options)
-        return ids, settings, None if self.tokenizer is None else Detokenizer(self.tokenizer)
+        return ids, settings, None if self.tokenizer is None else Detokenizer(self.tokenizer, marks)
 
     def check_form(self, options: Mapping[str, Any]) -> None:
         """Raise OptionError if `json_schema` or `grammar` in `options` cannot be served. Any thread.
@@ -197,6 +203,7 @@ class Model:
         seed: int | None = None,
         stop: str | list[str] | None = None,
         template: bool = True,
+        marks: Iterable[str] = (),
         patience_s: float | None = None,
         prompt_logprobs: bool = False,
         **options: Any,
@@ -208,7 +215,7 @@ class Model:
         """
         hf = self._open().hf
         ids, settings, detokenizer = self._prepare(
-            hf, prompt, seed=seed, stop=stop, template=template, **options
+            hf, prompt, seed=seed, stop=stop, template=template, marks=marks, **options
         )
         settings.prompt_logprobs = prompt_logprobs
         return batcher.submit(ids, settings, detokenizer, listener, patience_s=patience_s)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_local.cli.answer_parser import AnswerParser, Piece
 from moe_local.cli.server.logprobs import Echo, Entries
-from moe_local.cli.server.text import StopFilter, call_id
+from moe_local.cli.server.text import StopFilter
+from moe_local.offload.answer_format.piece import Parser, Piece
 from moe_local.offload.batcher import Ended, Ticket
 from moe_local.offload.records import Token
 
@@ -22,7 +22,7 @@ class Choice:
 
     index: int
     stops: StopFilter
-    parser: AnswerParser
+    parser: Parser
     again: bool = False
     """Whether its prompt is one that an earlier choice has, too: usage counts a prompt once."""
     echo: Echo | None = None
@@ -34,7 +34,9 @@ class Choice:
     ticket: Ticket | None = None
     tokens: int = 0
     thoughts: int = 0
-    """How many of the tokens are thoughts, with the marks around them; they come first."""
+    """How many of the tokens are thoughts, with the marks around them; those that come first."""
+    spoken: bool = False
+    """Whether anything else has come."""
     calls: int = 0
     finish_reason: str | None = None
     content: list[str] = field(default_factory=list)
@@ -54,7 +56,8 @@ class Choice:
             shown = self.stops.add(event.text)
             self.entries.add(event, shown)
             pieces += self.parser.add(shown)
-            if self.parser.thinking or any(piece.reasoning for piece in pieces):
+            self.spoken |= any(piece.content or piece.call for piece in pieces)
+            if not self.spoken and (self.parser.thinking or any(piece.reasoning for piece in pieces)):
                 self.thoughts = self.tokens
             if self._ended_early and self.finish_reason is None:
                 self._finish("stop", pieces)
@@ -74,10 +77,10 @@ class Choice:
             return
         self.entries.begin(self.echo, self.ticket.prompt_logprobs)
 
-    def keep(self, piece: Piece) -> None:
-        """Collect a piece for an answer that is given whole."""
+    def keep(self, piece: Piece, call_id: str = "") -> None:
+        """Collect a piece for an answer that is given whole. `call_id`: for a call."""
         if piece.call is not None:
-            self.tool_calls.append(tool_call(piece.call))
+            self.tool_calls.append(tool_call(piece.call, call_id))
         elif piece.reasoning:
             self.reasoning.append(piece.reasoning)
         else:
@@ -89,7 +92,7 @@ class Choice:
         return self.stops.stopped or self.parser.done
 
     def _finish(self, reason: str, pieces: list[Piece]) -> None:
-        pieces += self.parser.flush()
+        pieces += self.parser.flush(cut=reason == "length" or self.stops.stopped)
         self.entries.end(cut=self._ended_early)
         self.finish_reason = reason
 
@@ -105,8 +108,8 @@ class Choice:
         return self.finish_reason or "stop"
 
 
-def tool_call(call: dict[str, Any]) -> dict[str, Any]:
-    return {"id": call_id(), "type": "function", "function": call}
+def tool_call(call: dict[str, Any], call_id: str) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": call}
 
 
 class Answer:
@@ -115,11 +118,13 @@ class Answer:
     A context manager: whatever is still under way when it is left is cancelled.
     """
 
-    def __init__(self, kind: str, model: str) -> None:
-        """`kind`: the prefix of its id, "chatcmpl-", "cmpl-", "resp_" or "msg_"."""
+    def __init__(self, kind: str, model: str, call_id: Callable[[], str]) -> None:
+        """`kind`: the prefix of its id, "chatcmpl-", "cmpl-", "resp_" or "msg_". `call_id` makes an id for a
+        call."""
         self.id = f"{kind}{uuid.uuid4().hex[:24]}"
         self.created = int(time.time())
         self.model = model
+        self.call_id = call_id
         self.choices: list[Choice] = []
         self.prompt_tokens = 0
         self.cached_tokens = 0

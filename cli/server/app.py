@@ -15,7 +15,6 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 
 import moe_local
 from moe_local.cache.errors import MoeLocalError, OptionError
-from moe_local.cli.answer_parser import AnswerParser
 from moe_local.cli.exchanges import Shown
 from moe_local.cli.server import refusals
 from moe_local.cli.server.answers import Answer, Choice
@@ -36,8 +35,9 @@ from moe_local.cli.server.response_shape import ResponseShape
 from moe_local.cli.server.shapes import ChatShape, Shape, TextShape
 from moe_local.cli.server.text import StopFilter
 from moe_local.cli.server.watch import Watch
+from moe_local.offload.answer_format.answer_parser import AnswerParser
+from moe_local.offload.answer_format.choose import answer_format
 from moe_local.offload.batcher import Batcher, Ended
-from moe_local.offload.thoughts import opens_thought
 
 SILENCE_SECONDS = 15.0
 """After which a stream shows that the server lives, where clients know how: some give up on it otherwise."""
@@ -77,7 +77,8 @@ class Server:
         self.models = Models(names, self.metrics.started, model.plan.request.context)
         self.watch = Watch(model, batcher)
         self.page = Page()
-        self.prompts = Prompts(model, limits.max_tokens)
+        self.answers = answer_format(model.tokenizer)
+        self.prompts = Prompts(model, self.answers, limits.max_tokens)
         self.names = TokenNames(model.tokenizer)
         self.kept = KeptResponses()
         self.traffic = Traffic()
@@ -193,12 +194,11 @@ class Server:
     async def _conversation(self, asked: ChatRequest, kind: str) -> tuple[list[int], Answer]:
         """Token ids of the prompt, and the answer that is to follow. `kind`: the prefix of its id."""
         shown = await self._shown(asked)
-        thinking = opens_thought(self.model.tokenizer, shown.prompt)
-        tools, one_call = asked.offered_tools is not None, asked.parallel_tool_calls is False
-        answer = Answer(kind, self.name)
+        functions, one_call = asked.functions, asked.parallel_tool_calls is False
+        answer = Answer(kind, self.name, self.answers.call_id)
         answer.left_out = shown.left_out
         for index in range(asked.n):
-            parser = AnswerParser(thinking=thinking, tools=tools, one_call=one_call)
+            parser = self.answers.parser(shown.prompt, functions=functions, one_call=one_call)
             answer.add(Choice(index, StopFilter(asked.stops), parser, again=index > 0))
         return shown.prompt, answer
 
@@ -208,7 +208,7 @@ class Server:
             asked.check()
             prompts = [await self.prompts.text(prompt) for prompt in asked.prompts()]
             echoes = [await self.prompts.echo(prompt) if asked.echo else None for prompt in prompts]
-        answer = Answer("cmpl-", self.name)
+        answer = Answer("cmpl-", self.name, self.answers.call_id)
         for index in range(asked.n * len(prompts)):
             parser = AnswerParser(plain=True)
             choice = answer.add(Choice(index, StopFilter(asked.stops), parser, again=index % asked.n > 0))
@@ -254,7 +254,7 @@ class Server:
     def _submit(
         self, asked: Sampling, answer: Answer, choice: Choice, prompt: list[int], number: int
     ) -> None:
-        options = asked.generation(number)
+        options = asked.generation(number, self.answers)
         room = self.model.plan.request.context - len(prompt) + 1
         wanted = asked.most_tokens or self.limits.max_tokens or room
         most = min(wanted, self.limits.max_tokens or wanted)

@@ -10,7 +10,6 @@ from moe_local.cache.files import parse_json
 from moe_local.cli.server.answers import Answer, Choice
 from moe_local.cli.server.failures import MESSAGES, Failure
 from moe_local.cli.server.parted_shape import PartedShape
-from moe_local.cli.server.text import call_id
 
 Event = dict[str, Any]
 REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
@@ -89,7 +88,9 @@ class MessageShape(PartedShape):
 
     def _call(self, call: dict[str, Any]) -> Iterator[Event]:
         given, text = _input(call["arguments"])
-        yield self._started({"type": "tool_use", "id": call_id(), "name": call["name"], "input": {}})
+        yield self._started(
+            {"type": "tool_use", "id": self._answer.call_id(), "name": call["name"], "input": {}}
+        )
         self._parts[-1]["input"] = given
         yield self._delta("input_json_delta", {"partial_json": text})
         yield self._event("stop")

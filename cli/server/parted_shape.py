@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
-from moe_local.cli.answer_parser import Piece
 from moe_local.cli.server.answers import Answer, Choice
+from moe_local.offload.answer_format.piece import Piece
 
 
 class PartedShape(ABC):

@@ -11,6 +11,7 @@ from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cli.exchanges import Shown, answer_room, shorten
 from moe_local.cli.server.logprobs import Echo
 from moe_local.cli.server.protocol import ChatRequest
+from moe_local.offload.answer_format.answer_format import AnswerFormat
 from moe_local.offload.engine.text import encode_prompt
 
 LONG_PROMPT = 1 << 16
@@ -24,9 +25,11 @@ class Prompts:
     Each method raises OptionError for what no prompt can be made of.
     """
 
-    def __init__(self, model: moe_local.Model, most_tokens: int | None) -> None:
-        """`most_tokens`: of an answer that asks for no number; None: what the context holds."""
+    def __init__(self, model: moe_local.Model, answers: AnswerFormat, most_tokens: int | None) -> None:
+        """`answers`: how the model writes them. `most_tokens`: of one that asks for no number; None: what the
+        context holds."""
         self._model = model
+        self._answers = answers
         self._most_tokens = most_tokens
         self._encoding = {False: asyncio.Lock(), True: asyncio.Lock()}
         """By whether the prompt is a long one."""
@@ -36,14 +39,17 @@ class Prompts:
         tools, messages = asked.offered_tools, asked.conversation()
         if tools is not None:
             self._check_tools(tools)
-        if form := asked.form:
+        if form := asked.form(self._answers):
             await self._beside(lambda: self._model.check_form(form), 0)
         context = self._model.plan.request.context
         room = answer_room(context, asked.most_tokens or self._most_tokens or context)
 
         def encode(shown: Sequence[Mapping[str, Any]]) -> list[int]:
             return encode_prompt(
-                self._model.tokenizer, shown, tools=tools, variables=asked.template_variables
+                self._model.tokenizer,
+                self._answers.messages(shown),
+                tools=self._answers.tools(tools),
+                variables=asked.template_variables,
             )
 
         def make() -> Shown[list[int]]:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from moe_local.cache.errors import OptionError
-from moe_local.cache.files import parse_json
 from moe_local.cli.server.allowed_tools import allow
-from moe_local.cli.server.tool_choice import call_grammar
+from moe_local.cli.server.tool_choice import call_grammar, functions_of
+from moe_local.offload.answer_format.answer_format import AnswerFormat
 from moe_local.offload.ranges import check_range, nth_seed
 
 MOST_CHOICES = 16
@@ -138,9 +138,9 @@ class Sampling(OpenAIRequest):
         """How many of the likeliest tokens each one comes with; None: no log probabilities are wanted."""
         return None
 
-    @property
-    def form(self) -> dict[str, Any]:
-        """Keyword arguments of Model.submit that say what an answer must look like."""
+    def form(self, answers: AnswerFormat) -> dict[str, Any]:
+        """Keyword arguments of Model.submit that say what an answer must look like, where the model writes
+        its answers so."""
         return {}
 
     @property
@@ -148,7 +148,7 @@ class Sampling(OpenAIRequest):
         """Whether a stream ends with a chunk that counts tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def generation(self, choice: int) -> dict[str, Any]:
+    def generation(self, choice: int, answers: AnswerFormat) -> dict[str, Any]:
         """Keyword arguments of Model.submit for one of the `n` choices; each draws from a seed of its own."""
         wanted = {
             "temperature": self.temperature,
@@ -160,7 +160,7 @@ class Sampling(OpenAIRequest):
             "frequency_penalty": self.frequency_penalty,
             "presence_penalty": self.presence_penalty,
             "logit_bias": self.logit_bias,
-            **self.form,
+            **self.form(answers),
             "seed": None if self.seed is None else nth_seed(self.seed, choice),
         }
         return {name: value for name, value in wanted.items() if value is not None}
@@ -195,9 +195,9 @@ class CompletionRequest(Sampling):
     def likeliest(self) -> int | None:
         return self.logprobs
 
-    def generation(self, choice: int) -> dict[str, Any]:
+    def generation(self, choice: int, answers: AnswerFormat) -> dict[str, Any]:
         scored = {"prompt_logprobs": True} if self.echo and self.logprobs is not None else {}
-        return {**super().generation(choice), **scored}
+        return {**super().generation(choice, answers), **scored}
 
     def prompts(self) -> list[str | list[int]]:
         """One or several. Raises OptionError for what is none."""
@@ -257,17 +257,20 @@ class ChatRequest(Sampling):
     def likeliest(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None
 
-    @property
-    def form(self) -> dict[str, Any]:
+    def generation(self, choice: int, answers: AnswerFormat) -> dict[str, Any]:
+        return {**super().generation(choice, answers), **answers.options}
+
+    def form(self, answers: AnswerFormat) -> dict[str, Any]:
         """A call of a tool where one is demanded, or JSON, or either. Raises OptionError for what there is
         not."""
         schema, (choice, tools) = self._json_schema, self._allowed
         if choice == "required" or isinstance(choice, dict):
-            return {"grammar": call_grammar(tools, None if choice == "required" else choice)}
+            named = None if choice == "required" else choice
+            return {"grammar": call_grammar(answers, tools, named)}
         if schema is None:
             return {}
         if self.offered_tools:
-            return {"grammar": call_grammar(self.offered_tools, None, schema)}
+            return {"grammar": call_grammar(answers, self.offered_tools, None, schema)}
         return {"json_schema": schema}
 
     @property
@@ -299,6 +302,11 @@ class ChatRequest(Sampling):
         return allow(self.tool_choice, self.tools or [])
 
     @property
+    def functions(self) -> dict[str, Any] | None:
+        """Parameters of the functions that may be called; None: no call is looked for."""
+        return None if self.offered_tools is None else functions_of(self.offered_tools)
+
+    @property
     def template_variables(self) -> dict[str, Any]:
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
         return {**effort, **self.chat_template_kwargs}
@@ -327,19 +335,12 @@ def _as_text(index: int, message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _calls(index: int, calls: Any) -> list[Any]:
-    """Tool calls of an earlier answer, their arguments as templates want them: no text, but what it says."""
+    """Tool calls of an earlier answer. Raises OptionError for what are none."""
     if not isinstance(calls, list) or not all(
         isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls
     ):
         raise OptionError(f"message {index} has tool_calls that are no list of function calls")
-    return [{**call, "function": {**call["function"], **_arguments(call["function"])}} for call in calls]
-
-
-def _arguments(function: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return {"arguments": parse_json(function["arguments"])}
-    except (KeyError, TypeError, ValueError):
-        return {}
+    return calls
 
 
 def part_text(where: str, part: object) -> str:

@@ -6,12 +6,11 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from moe_local.cli.answer_parser import Piece
 from moe_local.cli.server.answers import Answer, Choice
 from moe_local.cli.server.failures import Failure
 from moe_local.cli.server.logprobs import TokenNames
 from moe_local.cli.server.parted_shape import PartedShape
-from moe_local.cli.server.text import call_id
+from moe_local.offload.answer_format.piece import Piece
 
 Event = dict[str, Any]
 PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
@@ -132,7 +131,7 @@ class ResponseShape(PartedShape):
     def _call(self, call: dict[str, Any]) -> Iterator[Event]:
         namespace, name = self._spaced.get(call["name"], (None, call["name"]))
         space = {"namespace": namespace} if namespace else {}
-        yield self._added("function_call", call_id=call_id(), name=name, arguments="", **space)
+        yield self._added("function_call", call_id=self._answer.call_id(), name=name, arguments="", **space)
         item = self._parts[-1]
         item["arguments"] = call["arguments"]
         where = {"item_id": item["id"], "output_index": len(self._parts) - 1}

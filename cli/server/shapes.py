@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from moe_local.cli.answer_parser import Piece
 from moe_local.cli.server.answers import Answer, Choice, tool_call
 from moe_local.cli.server.failures import Failure
 from moe_local.cli.server.logprobs import TokenNames
+from moe_local.offload.answer_format.piece import Piece
 
 
 class Shape(Protocol):
@@ -57,7 +57,7 @@ class CompletionShape:
         self._counted = counted
 
     def keep(self, choice: Choice, piece: Piece) -> None:
-        choice.keep(piece)
+        choice.keep(piece, self._answer.call_id() if piece.call else "")
 
     def waiting(self) -> Iterator[dict[str, Any]]:
         yield from ()
@@ -93,7 +93,7 @@ class ChatShape(CompletionShape):
 
     def delta(self, choice: Choice, piece: Piece) -> Iterator[dict[str, Any]]:
         if piece.call is not None:
-            call = {"index": choice.calls, **tool_call(piece.call)}
+            call = {"index": choice.calls, **tool_call(piece.call, self._answer.call_id())}
             yield self._delta(choice, {"tool_calls": [call]})
         elif piece.reasoning:
             yield self._delta(choice, {"reasoning_content": piece.reasoning})

@@ -1,12 +1,11 @@
-"""What only clients ask of an answer's text: to end before a string, and names for tool calls."""
+"""What only clients ask of an answer's text: to end before a string."""
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 from operator import itemgetter
 
-from moe_local.cli.answer_parser import overlap
+from moe_local.offload.answer_format.piece import overlap
 
 
 class StopFilter:
@@ -32,7 +31,7 @@ class StopFilter:
             at, self.stop = min(found, key=itemgetter(0))
             shown, self._held = self._held[:at], ""
             return shown
-        keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
+        keep = overlap(self._held, *self._stops)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return shown
 
@@ -40,7 +39,3 @@ class StopFilter:
         """What was held back, now that nothing follows."""
         shown, self._held = self._held, ""
         return shown
-
-
-def call_id() -> str:
-    return f"call_{uuid.uuid4().hex[:24]}"

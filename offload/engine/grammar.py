@@ -6,10 +6,9 @@ decided here, since checkpoints have several tokens that end it.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from threading import Lock
 from typing import Any
@@ -20,53 +19,15 @@ import torch
 from transformers.generation.logits_process import LogitsProcessor
 
 from moe_local.cache.errors import OptionError, first_line
-from moe_local.offload.thoughts import CLOSE_THOUGHT, opens_thought
-
-WHITE_SPACE = r"( |\n[ \t]{0,20})?"
-"""Whitespace allowed between any two JSON tokens, as in llama.cpp. Without this limit, a model that is
-unwilling to write JSON may emit whitespace without end."""
+from moe_local.offload.thoughts import before_answer
 
 KEPT = 64
 """Compiled grammars that are kept for each tokenizer, those used last."""
 
 LOOKED_BACK = 16
-"""Last tokens in which the mark that closes a thought is searched: no tokenizer needs more for it."""
+"""Last tokens in which the marks before an answer are searched: no tokenizer needs more for them."""
 
 logger = logging.getLogger(__name__)
-
-
-def json_grammar(schema: Any) -> str:
-    """A JSON schema as a grammar of llguidance. Raises OptionError for what is not a JSON schema at all."""
-    from llguidance import LLMatcher
-
-    _check_schema(schema)
-    return LLMatcher.grammar_from_json_schema(dict(schema), overrides={"whitespace_pattern": WHITE_SPACE})
-
-
-def json_rule(schema: Any) -> str:
-    """A JSON schema as the right side of a rule of a Lark grammar. Raises as `json_grammar`."""
-    _check_schema(schema)
-    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}})
-
-
-def lark_grammar(lark: Any) -> str:
-    """A grammar in llguidance's dialect of Lark. Raises OptionError if it is not text."""
-    from llguidance import LLMatcher
-
-    if not isinstance(lark, str):
-        raise OptionError(f"grammar is of type {type(lark).__name__}; it must be text, in llguidance's Lark")
-    return LLMatcher.grammar_from_lark(lark)
-
-
-def _check_schema(schema: Any) -> None:
-    if not isinstance(schema, Mapping):
-        raise OptionError(f"json_schema is of type {type(schema).__name__}; it must be a dict, a JSON schema")
-    try:
-        json.dumps(schema)
-    except (TypeError, ValueError) as error:
-        raise OptionError(f"json_schema is not valid JSON: {first_line(error)}") from error
-    except RecursionError as error:
-        raise OptionError("json_schema is nested too deeply; give a flatter one") from error
 
 
 class _Vocabulary:
@@ -132,8 +93,9 @@ def matcher(tokenizer: Any, grammar: str, vocabulary: int) -> Any:
 class GrammarMask(LogitsProcessor):  # type: ignore[misc]
     """Sets the scores of tokens that the grammar does not allow to -inf. Serves one sequence.
 
-    Where the prompt ends inside a thought (`<think>`), nothing is masked until the thought is closed. If
-    something else forces a token against the grammar, the answer ends after it.
+    Where the prompt ends inside a thought (`<think>`), nothing is masked until the thought is closed, and
+    where it begins messages in channels, nothing until the final one. If something else forces a token
+    against the grammar, the answer ends after it.
     """
 
     def __init__(
@@ -144,8 +106,10 @@ class GrammarMask(LogitsProcessor):  # type: ignore[misc]
         *,
         vocabulary: int,
         ends: frozenset[int],
+        whole: bool = False,
     ) -> None:
-        """`ends`: the tokens that end an answer. Raises OptionError as `matcher`, and if `ends` is empty."""
+        """`ends`: the tokens that end an answer. `whole`: whether to mask from the first token on. Raises
+        OptionError as `matcher`, and if `ends` is empty."""
         if not ends:
             raise OptionError(
                 "a schema or grammar needs a token that ends the answer, and there is none; give eos_token_id"
@@ -154,17 +118,20 @@ class GrammarMask(LogitsProcessor):  # type: ignore[misc]
         self._tokenizer = tokenizer
         self._ends = sorted(ends)
         self._prompt_len = self._seen = len(prompt_ids)
-        self._thinks = opens_thought(tokenizer, prompt_ids)
+        self._before = None if whole else before_answer(tokenizer, prompt_ids)
+        """What has to come before anything is masked; None once it has."""
         self._lost = False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """input_ids [1, length], scores [1, vocabulary] -> masked scores; the given ones are not changed."""
         new = input_ids[0, self._seen :].tolist()
         self._seen += len(new)
-        if self._thinks:
+        if self._before is not None:
             latest = input_ids[0, max(self._prompt_len, self._seen - LOOKED_BACK) :].tolist()
-            self._thinks = CLOSE_THOUGHT not in self._tokenizer.decode(latest)
-            return scores if self._thinks else self._masked(scores)
+            if not self._before.search(self._tokenizer.decode(latest)):
+                return scores
+            self._before = None
+            return self._masked(scores)
         for token in new:
             if not self._lost and not self._matcher.consume_token(token):
                 self._lose(f"token {token} was chosen all the same")

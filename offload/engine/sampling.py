@@ -24,11 +24,13 @@ from transformers.generation.logits_process import (
 )
 
 from moe_local.cache.errors import OptionError
-from moe_local.offload.engine.grammar import GrammarMask, json_grammar, lark_grammar
+from moe_local.offload.engine.grammar import GrammarMask
 from moe_local.offload.engine.penalties import Penalties, check_bias
 from moe_local.offload.engine.stops import AnswerStops, Stops, TensorStops, stop_strings
+from moe_local.offload.forms import json_grammar, lark_grammar
 from moe_local.offload.gpu.capturing import alone
 from moe_local.offload.ranges import RANGES, check_range
+from moe_local.offload.thoughts import CHANNEL
 
 DEFAULTS = GenerationConfig()
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -280,7 +282,9 @@ def _shaping(
             raise OptionError("min_length cannot be combined with json_schema or grammar; leave one out")
         eos = config._eos_token_tensor
         ends = frozenset() if eos is None else frozenset(eos.tolist())
-        shaping.append(GrammarMask(tokenizer, grammar, prompt_ids, vocabulary=vocabulary, ends=ends))
+        whole = CHANNEL in (options.get("grammar") or "")  # it says itself what the channels have
+        mask = GrammarMask(tokenizer, grammar, prompt_ids, vocabulary=vocabulary, ends=ends, whole=whole)
+        shaping.append(mask)
     return shaping
 
 

@@ -169,10 +169,14 @@ class Detokenizer:
 
     Decoding depends on neighbours (the first word loses its space), so tokens are decoded in a window: the
     tokens of the previous piece, for context, and those since. So a token's cost does not grow with the text.
+
+    Special tokens are left out, except for `marks`: each of these stands in the text, and a new one begins
+    behind it.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, marks: Iterable[str] = ()) -> None:
         self._tokenizer = tokenizer
+        self._marks = {tokenizer.convert_tokens_to_ids(mark): mark for mark in marks}
         self._window: list[int] = []
         self._context = 0
         """Tokens at the start of the window whose text was returned before."""
@@ -182,6 +186,8 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """The text that this token completes, often "" or more than its own."""
+        if token in self._marks:
+            return self.flush() + self._marks[token]
         name = self._tokenizer.convert_ids_to_tokens(token)
         if isinstance(name, str) and BYTE_TOKEN.fullmatch(name):
             self._window.append(token)

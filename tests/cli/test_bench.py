@@ -282,7 +282,7 @@ def test_an_answer_leaves_the_picture_its_room(fake: Any, monkeypatch: pytest.Mo
     console = Console(file=out, force_terminal=True, width=40, height=15)
     with LiveAnswer(fake, console) as answer:
         for number in range(400):
-            answer.show(SimpleNamespace(text=f"{number} ", ms=1.0))  # type: ignore[arg-type]
+            answer.show(f"{number} ", 1.0)
             now += live.LOOK_SECONDS
         shown = [
             "".join(part.text for part in line).rstrip()

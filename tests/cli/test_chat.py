@@ -13,6 +13,7 @@ from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cli.chat import Chat
 from moe_local.cli.options import Sampling
 from support import fake_model
+from support.chat_templates import DIALECTS, tokenizer_of
 
 
 def test_a_conversation_from_a_pipe(invoke, fake):
@@ -365,21 +366,19 @@ class TestSwitchingModels:
         assert "no room for demo; and fake cannot be loaded again: no room for fake" in said
 
 
-def test_thoughts_are_kept_from_the_answer(invoke, fake, monkeypatch):
-    monkeypatch.setattr(fake_model.FakeStream, "text", "", raising=False)
-    words = ["<thi", "nk>\nlet me", " see</th", "ink>\n\n", "forty", " two"]
-    plain = fake.stream
+THOUGHT = ["<thi", "nk>\nlet me", " see</th", "ink>\n\n", "forty", " two"]
+MARKS = ["<|channel|>", "analysis", "<|message|>", "let me", " see", "<|end|>", "<|start|>", "assistant"]
+MARKS += ["<|channel|>", "final", "<|message|>", "forty", " two", "<|return|>"]
 
-    def stream(prompt, **options):
-        made = plain(prompt, **options)
-        made._words = words
-        return made
 
-    fake.stream = stream
+@pytest.mark.parametrize(("dialect", "words"), [("hermes", THOUGHT), ("harmony", MARKS)])
+def test_thoughts_are_kept_from_the_answer(invoke, fake, dialect, words):
+    fake.tokenizer, fake.says = tokenizer_of(DIALECTS[dialect]), words
     result = invoke("chat", input="what?\nagain?\n")
     assert result.stdout == "forty two\nforty two\n"
     assert "Thinking...\nlet me see\n...done thinking.\n" in result.stderr
     assert fake.asked[1][0][1] == {"role": "assistant", "content": "forty two"}
+    assert set(words) & set(DIALECTS[dialect].special) == {*fake.asked[0][1].get("marks", ())} & set(words)
 
 
 def test_an_unforeseen_error_is_a_line_too(invoke, fake):

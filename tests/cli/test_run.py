@@ -14,6 +14,7 @@ import pytest
 
 from moe_local.cache.errors import ModelNotFoundError, OptionError
 from moe_local.cli import text_file
+from support.chat_templates import DIALECTS, tokenizer_of
 
 
 def test_the_answer_is_all_of_stdout(invoke, fake, loads):
@@ -36,6 +37,23 @@ def test_json_is_one_document(invoke, fake):
     assert {"ttft_s", "tokens_per_s", "hits", "misses", "stall_s", "prefetch"} <= set(stats)
     assert stats["prefetch"].items() >= {"issued": 4, "used": 2, "late": 1, "wasted_bytes": 2048}.items()
     assert (stats["hits"], stats["misses"], stats["stall_s"]) == (14, 2, 0.5)
+
+
+THOUGHT = ["<thi", "nk>let me", " see</think>\n\n", "{", "}"]
+MARKS = ["<|channel|>analysis<|message|>", "let me", " see<|end|><|start|>", "assistant<|channel|>final"]
+MARKS += ["<|message|>", "{", "}", "<|return|>"]
+
+
+@pytest.mark.parametrize(("dialect", "words"), [("hermes", THOUGHT), ("harmony", MARKS)])
+def test_thoughts_are_kept_from_the_answer(invoke, fake, dialect, words):
+    fake.tokenizer, fake.says = tokenizer_of(DIALECTS[dialect]), words
+    result = invoke("run", "demo", "what?")
+    assert result.stdout == "{}\n"
+    assert "Thinking...\nlet me see\n...done thinking.\n" in result.stderr
+    document = json.loads(invoke("run", "demo", "what?", "--json").stdout)
+    assert (document["text"], document["reasoning"]) == ("{}", "let me see")
+    assert invoke("run", "demo", "what?", "--raw").stdout == "".join(words) + "\n"
+    assert "marks" not in fake.asked[-1][1]
 
 
 @pytest.mark.parametrize("arguments", [["run", "demo"], ["run", "demo", "-"]])

@@ -96,6 +96,8 @@ class FakeModel:
         self.failure: BaseException | None = None
         self.fails_at = 0
         self.refusal: Exception | None = None
+        self.says: list[str] | None = None
+        """The words of every answer, if they are to be others."""
         self.plan: Any = SimpleNamespace(request=SimpleNamespace(context=1000))
         self.open = True
 
@@ -111,7 +113,7 @@ class FakeModel:
         words = [f"{number}:"] + [f" {word.upper()}" for word in last.split()]
         if words[-1] == " ENDLESSLY":
             words += 10_000 * words[-1:]
-        self.streams.append(FakeStream(self, (prompt, options), tokens, words))
+        self.streams.append(FakeStream(self, (prompt, options), tokens, self.says or words))
         return self.streams[-1]
 
     def stats(self) -> Stats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -295,18 +296,20 @@ def write_checkpoint(
     return folder
 
 
-def tiny_tokenizer() -> Any:
-    """A byte-level BPE of VOCAB tokens with a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def tiny_tokenizer(
+    special: Sequence[str] = (), added: Sequence[str] = (), chat_template: str = CHAT_TEMPLATE
+) -> Any:
+    """A byte-level BPE of VOCAB tokens with a chat template; `special` and `added` are among them."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    usual = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=special,
+        vocab_size=VOCAB - len({*special, *added} - {*usual}),
+        special_tokens=usual,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -314,10 +317,12 @@ def tiny_tokenizer() -> Any:
         "the expert router sends each token of the text to the experts that the model has learned to trust"
     )
     tokenizer.train_from_iterator([words] * 4, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_local.cli.answer_parser import AnswerParser, Piece, parse_call
+from moe_local.offload.answer_format.answer_parser import AnswerParser
+from moe_local.offload.answer_format.hermes import Hermes
+from moe_local.offload.answer_format.piece import Piece
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Graz"}}\n</tool_call>'
 ANSWERS = {
@@ -62,10 +65,17 @@ def joined(pieces: list[Piece]) -> list[Piece]:
     return result
 
 
+def parsed(text: str) -> Any:
+    """The only call in a text, or None."""
+    calls = Hermes().parse(text, {})
+    assert calls is None or len(calls) == 1
+    return calls and calls[0]
+
+
 @given(name=st.sampled_from(sorted(ANSWERS)), places=st.lists(st.integers(0, 200), max_size=12))
 def test_an_answer_is_the_same_wherever_it_is_cut(name: str, places: list[int]) -> None:
     text, expected = ANSWERS[name]
-    parser = AnswerParser(tools=True)
+    parser = AnswerParser(Hermes(), {})
     pieces = [piece for part in cut(text, places) for piece in parser.add(part)]
     assert joined([*pieces, *parser.flush()]) == expected
 
@@ -83,31 +93,29 @@ def test_without_tools_a_call_is_text_and_plain_knows_no_marks() -> None:
 
 @given(places=st.lists(st.integers(0, 200), max_size=12))
 def test_nothing_follows_the_only_call(places: list[int]) -> None:
-    parser = AnswerParser(tools=True, one_call=True)
+    parser = AnswerParser(Hermes(), {}, one_call=True)
     text = f"<tool_call>none</tool_call>{CALL}\n{CALL} And?"
     pieces = [piece for part in cut(text, places) for piece in parser.add(part)]
-    expected = [Piece(content="<tool_call>none</tool_call>"), Piece(call=parse_call(CALL[11:-12]))]
+    expected = [Piece(content="<tool_call>none</tool_call>"), Piece(call=parsed(CALL[11:-12]))]
     assert joined([*pieces, *parser.flush()]) == expected
     assert parser.done
 
 
 def test_content_comes_at_once() -> None:
-    parser = AnswerParser(tools=True)
+    parser = AnswerParser(Hermes(), {})
     assert list(parser.add("Hel")) == [Piece(content="Hel")]
     assert list(parser.add("lo <")) == [Piece(content="lo ")]
     assert list(parser.add("3")) == [Piece(content="<3")]
 
 
 def test_calls() -> None:
-    assert parse_call('{"name": "f"}') == {"name": "f", "arguments": "{}"}
-    assert parse_call('{"name": "f", "parameters": {"a": "ü"}}') == {"name": "f", "arguments": '{"a": "ü"}'}
-    assert parse_call(json.dumps({"name": "f", "arguments": '{"a": 1}'})) == {
+    assert parsed('{"name": "f"}') == {"name": "f", "arguments": "{}"}
+    assert parsed('{"name": "f", "parameters": {"a": "ü"}}') == {"name": "f", "arguments": '{"a": "ü"}'}
+    assert parsed(json.dumps({"name": "f", "arguments": '{"a": 1}'})) == {
         "name": "f",
         "arguments": '{"a": 1}',
     }
     for none in ("", "[1]", '{"name": 3}', '{"arguments": {}}', "{", "[" * 100_000):
-        assert parse_call(none) is None
+        assert parsed(none) is None
     for half in ({"name": "\ud800"}, {"name": "f", "arguments": {"a": "\ud800"}}):
-        assert parse_call(json.dumps(half)) is None, (
-            "half a character, which no answer could bring to a client"
-        )
+        assert parsed(json.dumps(half)) is None, "half a character, which no answer could bring to a client"

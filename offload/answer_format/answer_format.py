@@ -1,0 +1,92 @@
+"""The format of a model's answers: how they are read, demanded, and shown to the model again."""
+
+from __future__ import annotations
+
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moe_local.offload.answer_format.mark_tokens import MarkTokens
+from moe_local.offload.answer_format.piece import Parser
+from moe_local.offload.answer_format.template_needs import TemplateNeeds
+
+Message = Mapping[str, Any]
+
+
+class AnswerFormat(ABC):
+    """What a model's chat template and its answers have in common. Any thread."""
+
+    ends: tuple[str, ...] = ()
+    """Marks that end an answer, beside the checkpoint's own end tokens..."""
+    part_ends: tuple[str, ...] = ()
+    """...and those that end a part of it only."""
+
+    def __init__(self, tokenizer: Any, tokens: MarkTokens) -> None:
+        """`tokens`: of all of the format's marks."""
+        self.tokenizer = tokenizer
+        self.tokens = tokens
+        self.needs = TemplateNeeds(tokenizer)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `Model.stream` for a text that has all that the parser looks for."""
+        return {"marks": self.tokens.special} if self.tokens.special else {}
+
+    @abstractmethod
+    def parser(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        functions: Mapping[str, Any] | None = None,
+        one_call: bool = False,
+    ) -> Parser:
+        """A parser of the answer to a prompt.
+
+        `functions`: parameters, as JSON schemas, of the functions that may be called; None: calls count as
+        content. `one_call`: nothing counts behind the first call.
+        """
+
+    @abstractmethod
+    def grammar(self, functions: Mapping[str, Any], schema: str | None = None) -> str:
+        """Lark of a call of one of the functions, for `Model.generate(grammar=...)`.
+
+        `schema`: right side of a rule for what may be the answer instead; None: it has to be a call.
+        """
+
+    def messages(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """A conversation as the chat template wants it. `messages` are OpenAI's, their content text.
+
+        Earlier calls have ids of the kind that the template wants, whoever made them.
+        """
+        ids = self.call_ids(messages)
+        return [self.needs.message(_with_ids(message, ids)) for message in messages]
+
+    def tools(self, tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
+        """Tools as the chat template wants them."""
+        return None if tools is None else [self.needs.tool(tool) for tool in tools]
+
+    def call_id(self) -> str:
+        """A new id for a call."""
+        return f"call_{uuid.uuid4().hex[:24]}"
+
+    def call_ids(self, messages: Sequence[Message]) -> dict[str, str]:
+        """Other ids for those calls of a conversation that need one."""
+        return {}
+
+
+def calls_of(message: Message) -> list[Any]:
+    """The tool calls in a message."""
+    return list(message.get("tool_calls") or ())
+
+
+def _with_ids(message: Message, ids: Mapping[str, str]) -> dict[str, Any]:
+    changed = dict(message)
+    if calls_of(message):
+        changed["tool_calls"] = [_renamed(call, "id", ids) for call in calls_of(message)]
+    return _renamed(changed, "tool_call_id", ids)
+
+
+def _renamed(holder: Mapping[str, Any], key: str, ids: Mapping[str, str]) -> dict[str, Any]:
+    old = holder.get(key)
+    return {**holder, key: ids[old]} if isinstance(old, str) and old in ids else dict(holder)

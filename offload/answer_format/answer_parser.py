@@ -1,0 +1,172 @@
+"""Splitting a streamed answer into content, reasoning and tool calls, by the marks around the latter two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from typing import Any
+
+from moe_local.offload.answer_format.call_syntax import CallSyntax
+from moe_local.offload.answer_format.piece import Piece, overlap
+from moe_local.offload.thoughts import CLOSE_THOUGHT, OPEN_THOUGHT
+
+
+class _Mode(Enum):
+    START = "nothing but white space has come"
+    THOUGHT = "inside a thought"
+    AFTER = "line breaks behind a thought"
+    CONTENT = "the answer"
+    SECTION = "between the calls of a section"
+    CALL = "inside a tool call"
+    DONE = "behind the only call"
+
+
+class AnswerParser:
+    """A Parser of answers with a thought, then content with tool calls in it.
+
+    A call that is not well-formed counts as content, with its marks. Thoughts are recognized only at the
+    start.
+    """
+
+    def __init__(
+        self,
+        syntax: CallSyntax | None = None,
+        functions: Mapping[str, Any] | None = None,
+        *,
+        thinking: bool = False,
+        one_call: bool = False,
+        plain: bool = False,
+    ) -> None:
+        """`functions`: parameters, as JSON schemas, of the functions that may be called; without them, or
+        without a `syntax`, calls are content. `thinking`: the prompt has opened a thought. `one_call`: drop
+        all text after the first call. `plain`: thoughts are content, too."""
+        self._mode = _Mode.CONTENT if plain else _Mode.THOUGHT if thinking else _Mode.START
+        self._syntax = None if functions is None else syntax
+        self._functions = functions or {}
+        self._one_call = one_call
+        self._held = ""
+        self._marks = ""
+        """What has come since the content, or since the last call: content, too, unless a call follows."""
+        self._broken = False
+        """Whether the open section has had a call that was content."""
+
+    @property
+    def thinking(self) -> bool:
+        return self._mode in (_Mode.THOUGHT, _Mode.AFTER)
+
+    @property
+    def done(self) -> bool:
+        return self._mode is _Mode.DONE
+
+    def add(self, text: str) -> Iterator[Piece]:
+        self._held += text
+        before = None
+        while self._held and before != (self._mode, self._held):
+            before = self._mode, self._held
+            yield from self._advance()
+
+    def flush(self, *, cut: bool = False) -> Iterator[Piece]:
+        held, self._held = self._held, ""
+        if self._mode in (_Mode.CALL, _Mode.SECTION) and self._syntax is not None:
+            calls = None
+            if self._mode is _Mode.CALL and not cut:  # models may forget the last mark
+                calls = self._syntax.parse(held, self._functions)
+            if calls:
+                yield from self._called(calls)
+                return
+            if cut or not (self._marks or self._broken):
+                return
+            held, self._marks = self._marks + held, ""
+        if held:
+            yield Piece(reasoning=held) if self._mode is _Mode.THOUGHT else Piece(content=held)
+
+    def _advance(self) -> Iterator[Piece]:
+        match self._mode:
+            case _Mode.START:
+                stripped = self._held.lstrip()
+                if stripped.startswith(OPEN_THOUGHT):
+                    self._held, self._mode = stripped.removeprefix(OPEN_THOUGHT), _Mode.THOUGHT
+                elif not OPEN_THOUGHT.startswith(stripped):
+                    self._mode = _Mode.CONTENT
+            case _Mode.THOUGHT:
+                thought, closed = self._until(CLOSE_THOUGHT)
+                if thought:
+                    yield Piece(reasoning=thought)
+                self._mode = _Mode.AFTER if closed else _Mode.THOUGHT
+            case _Mode.AFTER:
+                self._held = self._held.lstrip("\n")
+                self._mode = _Mode.CONTENT if self._held else _Mode.AFTER
+            case _Mode.CONTENT:
+                yield from self._content()
+            case _Mode.SECTION:
+                yield from self._section()
+            case _Mode.CALL:
+                yield from self._call()
+            case _Mode.DONE:
+                self._held = ""
+
+    def _content(self) -> Iterator[Piece]:
+        if self._syntax is None:
+            text, self._held = self._held, ""
+            yield Piece(content=text)
+            return
+        opening = self._syntax.section[0] if self._syntax.section else self._syntax.opening
+        text, opened = self._until(opening)
+        if text:
+            yield Piece(content=text)
+        if opened:
+            self._marks, self._broken = opening, False
+            self._mode = _Mode.SECTION if self._syntax.section else _Mode.CALL
+
+    def _section(self) -> Iterator[Piece]:
+        """White space, then a call, or the section's end; anything else is content again."""
+        assert self._syntax is not None
+        assert self._syntax.section is not None
+        opening, closing = self._syntax.opening, self._syntax.section[1]
+        stripped = self._held.lstrip()
+        blank = self._held[: len(self._held) - len(stripped)]
+        if stripped.startswith(opening):
+            self._marks += blank + opening
+            self._held, self._mode = stripped.removeprefix(opening), _Mode.CALL
+        elif stripped.startswith(closing):
+            self._held, self._mode = stripped.removeprefix(closing), _Mode.CONTENT
+            if self._marks or self._broken:
+                yield Piece(content=self._marks + blank + closing)
+            self._marks = ""
+        elif not (opening.startswith(stripped) or closing.startswith(stripped)):
+            text, self._held, self._marks = self._marks + self._held, "", ""
+            self._mode = _Mode.CONTENT
+            yield Piece(content=text)
+
+    def _call(self) -> Iterator[Piece]:
+        assert self._syntax is not None
+        found = self._syntax.split(self._held)
+        if found is None:
+            return
+        text, rest = found
+        calls = self._syntax.parse(text, self._functions)
+        said, self._held = self._marks + self._held[: len(self._held) - len(rest)], rest
+        self._marks = ""
+        self._mode = _Mode.SECTION if self._syntax.section else _Mode.CONTENT
+        if calls:
+            yield from self._called(calls)
+        else:
+            self._broken = True
+            yield Piece(content=said)
+
+    def _called(self, calls: list[dict[str, Any]]) -> Iterator[Piece]:
+        if self._one_call:
+            self._mode = _Mode.DONE
+            calls = calls[:1]
+        for call in calls:
+            yield Piece(call=call)
+
+    def _until(self, mark: str) -> tuple[str, bool]:
+        """The text before the mark, and whether the mark was found. Holds back what may be its beginning."""
+        text, found, rest = self._held.partition(mark)
+        if found:
+            self._held = rest
+            return text, True
+        keep = len(self._held) - overlap(self._held, mark)
+        text, self._held = self._held[:keep], self._held[keep:]
+        return text, False

@@ -1,0 +1,106 @@
+"""What a chat template can be given, found out by rendering a short conversation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cached_property
+from itertools import product
+from typing import Any, NamedTuple
+
+from moe_local.cache.files import parse_json
+
+NAME, KEY = "probed_function", "probed_parameter"
+ARGUMENTS = json.dumps({KEY: "a"})
+CALL_ID = "probe1234"
+"""Of the form that the strictest templates demand."""
+
+
+class _Found(NamedTuple):
+    as_text: bool = False
+    """Whether a call's arguments are given as text, not as what it says."""
+    content: str | None = ""
+    """What a message has as its content that consists of calls alone; of None, transformers drops the key."""
+
+
+class TemplateNeeds:
+    """Differences between templates that nothing in them declares. They are looked for once, on first use."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """`tokenizer`: None for a model that has none."""
+        self._tokenizer = tokenizer
+
+    def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A message of OpenAI's, where the arguments of calls are text, as the template wants it."""
+        calls = message.get("tool_calls")
+        if not calls:
+            return dict(message)
+        changed = {**message, "tool_calls": [self._call(call) for call in calls]}
+        if not message.get("content"):
+            changed["content"] = self._found.content
+        return changed
+
+    def tool(self, tool: Mapping[str, Any]) -> dict[str, Any]:
+        """A tool with all that the template takes for granted."""
+        function = tool.get("function")
+        if self._takes_bare_tools or not isinstance(function, Mapping):
+            return dict(tool)
+        usual = {"description": "", "parameters": {"type": "object", "properties": {}}}
+        return {**tool, "function": {**usual, **{k: v for k, v in function.items() if v is not None}}}
+
+    def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        function = dict(call["function"])
+        given = function.get("arguments")
+        if self._found.as_text and isinstance(given, Mapping):
+            function["arguments"] = json.dumps(given, ensure_ascii=False)
+        elif not self._found.as_text and isinstance(given, str):
+            with suppress(ValueError):  # else it is for the template to refuse
+                function["arguments"] = parse_json(given)
+        return {**call, "function": function}
+
+    @cached_property
+    def _found(self) -> _Found:
+        """Text where the template passes it on as it stands, so that the model is shown what it has written;
+        else an object. Of contents, the one that leaves no trace."""
+        best: list[tuple[tuple[bool, int, int], _Found]] = []
+        for as_text, content in product((True, False), ("", None)):
+            shown = self._render(as_text, content)
+            if shown is None or KEY not in shown:
+                continue
+            if (ARGUMENTS not in shown) if as_text else (f"{{'{KEY}'" in shown):
+                continue
+            best.append(((not as_text, shown.count("None"), len(shown)), _Found(as_text, content)))
+        return min(best, key=lambda pair: pair[0], default=((), _Found()))[1]
+
+    @cached_property
+    def _takes_bare_tools(self) -> bool:
+        question = {"role": "user", "content": "a"}
+        return self._rendered([question], {"name": NAME}) is not None
+
+    def _render(self, as_text: bool, content: str | None) -> str | None:
+        function = {"name": NAME, "arguments": ARGUMENTS if as_text else json.loads(ARGUMENTS)}
+        call = {"id": CALL_ID, "type": "function", "function": function}
+        parameters = {"type": "object", "properties": {}}
+        return self._rendered(
+            [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": content, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": CALL_ID, "name": NAME, "content": "a"},
+            ],
+            {"name": "other", "description": "a", "parameters": parameters},
+        )
+
+    def _rendered(self, messages: list[dict[str, Any]], function: dict[str, Any]) -> str | None:
+        """None where the template refuses."""
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages,
+                    tools=[{"type": "function", "function": function}],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+            )
+        except Exception:  # a template is a program, and raises what it likes
+            return None

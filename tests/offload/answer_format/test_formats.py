@@ -1,0 +1,335 @@
+"""Answers in each format: read wherever they are cut, demanded by a grammar, and shown to the model again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_local.cache.errors import OptionError
+from moe_local.offload.answer_format.answer_format import AnswerFormat
+from moe_local.offload.answer_format.choose import answer_format
+from moe_local.offload.answer_format.ends import complete_ends
+from moe_local.offload.answer_format.piece import Parser, Piece
+from moe_local.offload.engine.grammar import matcher
+from moe_local.offload.engine.text import Detokenizer, encode_prompt
+from moe_local.offload.forms import lark_grammar
+from support import tiny_models
+from support.chat_templates import DIALECTS, tokenizer_of
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer"},
+        "unit": {"enum": ["C", "F"]},
+        "near": {"type": "array", "items": {"type": "string"}},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
+FUNCTIONS = {"weather": SCHEMA, "now": None}
+GIVEN = {"city": 'Graz "<b>"\nAustria', "days": 3, "unit": "C", "near": ["Linz"]}
+CALL = {"name": "weather", "arguments": GIVEN}
+FEW = settings(max_examples=20)
+QUESTION = {"role": "user", "content": "Will it rain?"}
+
+
+@cache
+def known(name: str) -> AnswerFormat:
+    return answer_format(tokenizer_of(DIALECTS[name]))
+
+
+def called(name: str = "weather", given: Any = GIVEN, number: int = 0) -> dict[str, Any]:
+    function = {"name": name, "arguments": json.dumps(given)}
+    return {"id": f"call_of_somebody_else_{number}", "type": "function", "function": function}
+
+
+def asked(answers: AnswerFormat, *calls: dict[str, Any], **said: Any) -> str:
+    """The prompt after calls and their results, as text."""
+    messages = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [*calls], **said}]
+    messages += [
+        {"role": "tool", "tool_call_id": call["id"], "content": f"result {n}"} for n, call in enumerate(calls)
+    ]
+    ids = encode_prompt(answers.tokenizer, answers.messages(messages), tools=answers.tools(TOOLS))
+    return str(answers.tokenizer.decode(ids))
+
+
+def written(answers: AnswerFormat, *calls: dict[str, Any]) -> str:
+    """How the template writes calls, which is how the model does."""
+    text = asked(answers, *calls)
+    opening = "<|start|>assistant" if "<|start|>" in text else "<assistant>"
+    text = text[text.index(opening) + len(opening) :]
+    ends = ("<tool>", "</s>", "<|start|>functions.")
+    return text[: min(at for end in ends if (at := text.find(end)) >= 0)]
+
+
+def cut(text: str, places: list[int]) -> list[str]:
+    edges = sorted({0, len(text), *(place % (len(text) + 1) for place in places)})
+    return [text[a:b] for a, b in itertools.pairwise(edges)]
+
+
+def read(parser: Parser, parts: list[str], **ended: Any) -> tuple[str, str, list[Any]]:
+    """Reasoning, content, and calls with their arguments."""
+    pieces = [piece for part in parts for piece in parser.add(part)]
+    pieces += parser.flush(**ended)
+    calls = [{**p.call, "arguments": json.loads(p.call["arguments"])} for p in pieces if p.call]
+    return "".join(p.reasoning for p in pieces), "".join(p.content for p in pieces), calls
+
+
+def parser_of(name: str, **options: Any) -> Parser:
+    answers = known(name)
+    prompt = encode_prompt(answers.tokenizer, [QUESTION])
+    return answers.parser(prompt, functions=FUNCTIONS, **options)
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_a_call_as_the_template_writes_it_wherever_it_is_cut(name: str) -> None:
+    text = written(known(name), called())
+    for parts in ([text], list(text), *([text[:at], text[at:]] for at in range(1, len(text)))):
+        assert read(parser_of(name), parts) == ("", "", [CALL])
+
+
+@pytest.mark.parametrize("name", DIALECTS.keys() - {"harmony"})  # there, a call ends the answer
+@FEW
+@given(places=st.lists(st.integers(0, 800), max_size=20), one_call=st.booleans())
+def test_several_calls_behind_a_thought_and_words(name: str, places: list[int], one_call: bool) -> None:
+    text = "<think>\nHm.\n</think>\n\nI look." + written(known(name), called(), called("now", {}, 1))
+    reasoning, content, calls = read(parser_of(name, one_call=one_call), cut(text, places))
+    assert (reasoning, content.strip()) == ("\nHm.\n", "I look.")
+    assert calls == [CALL, {"name": "now", "arguments": {}}][: 1 if one_call else 2]
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_a_call_that_is_cut_off_is_left_out(name: str) -> None:
+    answers = known(name)
+    text = written(answers, called())
+    opened = max(len(mark) for mark in (" to=", *answers.tokens.ids) if text.startswith(mark))
+    for at in range(opened, len(text)):
+        reasoning, content, calls = read(parser_of(name), [text[:at]], cut=True)
+        assert (reasoning, content) == ("", "")
+        assert calls in ([], [CALL]), "whole but for what closes the section"
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+@FEW
+@given(places=st.lists(st.integers(0, 400), max_size=12))
+def test_what_is_no_call_is_content(name: str, places: list[int]) -> None:
+    text = written(known(name), called())
+    broken = text.replace('"days": 3', '"days": 3]').replace("<arg_value>", "<arg_worth>")
+    broken = broken.replace("<parameter", "<parameters")
+    assert broken != text
+    reasoning, content, calls = read(parser_of(name), cut(broken, places))
+    assert (reasoning, calls) == ("", [])
+    assert content.strip() == broken.strip()
+
+
+@pytest.mark.parametrize("name", DIALECTS.keys() - {"harmony"})
+def test_without_functions_a_call_is_content(name: str) -> None:
+    answers = known(name)
+    text = f"So: {written(answers, called())}"
+    assert read(answers.parser([]), list(text)) == ("", text, [])
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_the_grammar_takes_what_the_template_writes(name: str) -> None:
+    answers = known(name)
+    found = matcher(answers.tokenizer, lark_grammar(answers.grammar(FUNCTIONS)), tiny_models.VOCAB)
+    text = re.sub(', "id": "[^"]*"', "", written(answers, called()))  # which models may leave out
+    for token in answers.tokenizer(text, add_special_tokens=False)["input_ids"]:
+        if found.is_stopped() or answers.tokenizer.decode([token]) == "<|call|>":
+            break
+        assert found.consume_token(token), (text, found.get_error())
+    assert found.is_accepting()
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_the_text_keeps_the_marks_and_drops_other_special_tokens(name: str) -> None:
+    answers = known(name)
+    text = written(answers, called())
+    ids = answers.tokenizer(text + "</s>", add_special_tokens=False)["input_ids"]
+    detokenizer = Detokenizer(answers.tokenizer, **answers.options)
+    assert "".join(map(detokenizer.add, ids)) + detokenizer.flush() == text
+    assert set(answers.options.get("marks", ())) == set(DIALECTS[name].special)
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_calls_of_others_and_their_results_are_shown_in_the_form_that_the_template_wants(name: str) -> None:
+    text = asked(known(name), called(), called("now", {}, 1))
+    assert text.count("result") == 2
+    assert "<again>" not in text
+    if name == "kimi":
+        assert "functions.weather:0" in text
+        assert "functions.now:1" in text
+    if name == "harmony":
+        order = ["to=functions.weather", "result 0", "to=functions.now", "result 1"]
+        assert sorted(order, key=text.index) == order
+
+
+def test_arguments_that_a_template_passes_on_are_shown_as_they_were_written() -> None:
+    for name in ("hermes", "deepseek", "kimi", "new mistral", "harmony"):
+        call = called()
+        call["function"]["arguments"] = '{"city":"Graz" ,"days":3}'
+        assert '{"city":"Graz" ,"days":3}' in asked(known(name), call)
+
+
+def test_ids_of_mistrals_calls() -> None:
+    answers = known("mistral")
+    mine = answers.call_id()
+    call = {**called(), "id": mine}
+    assert mine.isalnum()
+    assert f'"id": "{mine}"' in asked(answers, call)
+    assert asked(answers, called()) == asked(answers, called()), "the same in each request"
+
+
+ANALYSIS = "<|channel|>analysis<|message|>"
+FINAL = "<|start|>assistant<|channel|>final<|message|>"
+HARMONY: dict[str, tuple[str, tuple[str, str, list[Any]]]] = {
+    "a thought": (f"{ANALYSIS}Hm.<|end|>{FINAL}Yes, 1 < 2.<|return|>", ("Hm.", "Yes, 1 < 2.", [])),
+    "no thought": ("<|channel|>final<|message|>Yes.<|return|>", ("", "Yes.", [])),
+    "a format": (
+        "<|channel|>final <|constrain|>json<|message|>{}<|return|>",
+        ("", "{}", []),
+    ),
+    "a recipient in the channel": (
+        f"{ANALYSIS}Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.now <|constrain|>json"
+        "<|message|>{}<|call|>",
+        ("Hm.", "", [{"name": "now", "arguments": {}}]),
+    ),
+    "a recipient in the role": (
+        f"{ANALYSIS}Hm.<|end|><|start|>assistant to=functions.now<|channel|>commentary json<|message|>"
+        "<|call|>",
+        ("Hm.", "", [{"name": "now", "arguments": {}}]),
+    ),
+    "words before a call": (
+        f"{ANALYSIS}Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
+        "<|start|>assistant<|channel|>commentary to=now<|message|>{}<|end|>",
+        ("Hm.", "I look.", [{"name": "now", "arguments": {}}]),
+    ),
+    "two messages of a kind": (
+        f"{ANALYSIS}A.<|end|><|start|>assistant{ANALYSIS}B.<|end|>{FINAL}C.<|start|>assistant"
+        "<|channel|>final<|message|>D.",
+        ("A.\n\nB.", "C.\n\nD.", []),
+    ),
+    "a tool that nobody has": (
+        "<|channel|>analysis to=python code<|message|>1 + 1<|call|>",
+        ("1 + 1", "", []),
+    ),
+    "no JSON": (
+        "<|channel|>commentary to=functions.now<|message|>{<|call|>",
+        ("", "<|channel|>commentary to=functions.now<|message|>{<|call|>", []),
+    ),
+    "no channel": ("Hello, total <|strange|> stranger.", ("", "Hello, total <|strange|> stranger.", [])),
+    "no mark ends it": (f"{ANALYSIS}Hm.", ("Hm.", "", [])),
+}
+
+
+@pytest.mark.parametrize("case", HARMONY)
+@FEW
+@given(places=st.lists(st.integers(0, 400), max_size=20))
+def test_messages_in_channels(case: str, places: list[int]) -> None:
+    text, expected = HARMONY[case]
+    assert read(parser_of("harmony"), cut(text, places)) == expected
+
+
+def test_content_comes_at_once() -> None:
+    parser = parser_of("harmony")
+    assert list(parser.add(f"{ANALYSIS}Hm")) == [Piece(reasoning="Hm")]
+    assert parser.thinking
+    assert list(parser.add(" <")) == [Piece(reasoning=" ")]
+    assert list(parser.add(f"|end|>{FINAL}")) == []
+    assert not parser.thinking
+    assert list(parser.add("A")) == [Piece(content="A")]
+
+
+def test_nothing_follows_the_only_call_in_a_channel() -> None:
+    parser = parser_of("harmony", one_call=True)
+    call = "<|channel|>commentary to=functions.now<|message|>{}<|call|>"
+    assert read(parser, [call, f"<|start|>assistant{call}"])[2] == [{"name": "now", "arguments": {}}]
+    assert parser.done
+
+
+def test_a_message_that_the_prompt_has_begun() -> None:
+    answers = known("harmony")
+    ids = answers.tokenizer(f"<|start|>user<|message|>Hi<|end|>{FINAL}It is")["input_ids"]
+    assert read(answers.parser(ids), [" raining.", "<|return|>"]) == ("", " raining.", [])
+
+
+def test_thoughts_are_shown_beside_calls_only() -> None:
+    answers = known("harmony")
+    text = asked(answers, called(), reasoning_content="I need it.", content="I look.")
+    assert "<|channel|>analysis<|message|>I need it.\n\nI look.<|end|>" in text
+    said = {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}
+    ids = encode_prompt(answers.tokenizer, answers.messages([QUESTION, said, QUESTION]))
+    text = answers.tokenizer.decode(ids)
+    assert "<|channel|>final<|message|>Yes.<|end|>" in text
+    assert "Hm." not in text
+
+
+def test_tools_with_nothing_but_a_name() -> None:
+    bare = [{"type": "function", "function": {"name": "now", "description": None}}]
+    for name in DIALECTS:
+        answers = known(name)
+        text = answers.tokenizer.decode(
+            encode_prompt(answers.tokenizer, [QUESTION], tools=answers.tools(bare))
+        )
+        assert "now" in text
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"type": "string"}, "5", "5"),
+        ({"type": "integer"}, "5", 5),
+        ({"type": "integer"}, "many", "many"),
+        ({"type": "number"}, "NaN", "NaN"),
+        ({"type": ["string", "null"]}, "null", None),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "5", "5"),
+        ({"type": "boolean"}, "True", True),
+        ({"type": "object"}, '{"a": [1]}', {"a": [1]}),
+        ({"$ref": "#/$defs/Name"}, "5", "5"),
+        ({"$ref": "#/$defs/Circle"}, "5", 5),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({}, "true", True),
+        ({}, "[1", "[1"),
+    ],
+)
+@pytest.mark.parametrize("name", ["qwen", "glm", "compact glm", "minimax"])
+def test_what_the_text_of_an_argument_means(name: str, schema: Any, text: str, value: Any) -> None:
+    answers = known(name)
+    defined = {"Name": {"type": "string"}, "Circle": {"$ref": "#/$defs/Circle"}}
+    functions = {"f": {"type": "object", "properties": {"p": schema}, "$defs": defined}}
+    call = written(answers, called("f", {"p": text}))
+    assert text in call
+    (found,) = read(answers.parser([], functions=functions), [call])[2]
+    assert found == {"name": "f", "arguments": {"p": value}}
+
+
+def test_schemas_that_are_none_are_refused() -> None:
+    for name in DIALECTS.keys() - {"qwen", "glm", "compact glm", "minimax"}:
+        with pytest.raises(OptionError, match="json_schema is of type str"):
+            known(name).grammar({"f": "x"})
+
+
+class Ends:
+    def __init__(self, eos_token_id: Any) -> None:
+        self.eos_token_id = eos_token_id
+
+
+def test_ends_that_a_checkpoint_does_not_name() -> None:
+    answers = known("harmony")
+    ends, call, result = (answers.tokens.ids[f"<|{name}|>"] for name in ("end", "call", "return"))
+    for said in (result, None, [result, ends]):
+        config = Ends(said)
+        complete_ends(config, answers)
+        assert set(config.eos_token_id) == {call, result}
+    config = Ends(7)
+    complete_ends(config, known("hermes"))
+    assert config.eos_token_id == 7

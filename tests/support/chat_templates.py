@@ -1,0 +1,138 @@
+"""Chat templates in small, with what is peculiar in published ones, and tokenizers that know their marks."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from support import tiny_models
+
+
+class Dialect(NamedTuple):
+    """How a family of models talks."""
+
+    template: str
+    special: tuple[str, ...] = ()
+    """Marks that are special tokens, which decoding leaves out."""
+    added: tuple[str, ...] = ()
+    """Marks that are tokens, but stay in the text."""
+
+
+TURNS = "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}{% for m in messages %}<{{ m.role }}>"
+"""All messages but for what follows."""
+END = "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CALLS = "{% for c in m.tool_calls or [] %}{% set f = c.function %}"
+
+HERMES = (
+    TURNS + "{{ m.content }}" + CALLS + '<tool_call>\n{"name": "{{ f.name }}", "arguments": '
+    "{{ f.arguments if f.arguments is string else f.arguments | tojson }}}\n</tool_call>{% endfor %}" + END
+)
+QWEN = (
+    TURNS + "{{ m.content }}" + CALLS + "<tool_call>\n<function={{ f.name }}>\n"
+    "{% for k, v in f.arguments | items %}<parameter={{ k }}>\n{{ v if v is string else v | tojson }}\n"
+    "</parameter>\n{% endfor %}</function>\n</tool_call>{% endfor %}" + END
+)
+GLM = (
+    TURNS + "{{ m.content }}" + CALLS + "<tool_call>{{ f.name }}\n{% for k, v in f.arguments.items() %}"
+    "<arg_key>{{ k }}</arg_key>\n<arg_value>{{ v if v is string else v | tojson }}</arg_value>\n{% endfor %}"
+    "</tool_call>{% endfor %}" + END
+)
+COMPACT_GLM = (
+    GLM.replace("{{ f.name }}\n", "{{ f.name }}")
+    .replace("</arg_key>\n", "</arg_key>")
+    .replace("</arg_value>\n", "</arg_value>")
+)
+MINIMAX = (
+    TURNS
+    + "{{ m.content }}{% if m.tool_calls %}<minimax:tool_call>\n"
+    + CALLS
+    + '<invoke name="{{ f.name }}">\n{% for k, v in f.arguments.items() %}<parameter name="{{ k }}">'
+    "{{ v if v is string else v | tojson }}</parameter>\n{% endfor %}</invoke>\n{% endfor %}"
+    "</minimax:tool_call>{% endif %}" + END
+)
+KIMI = (
+    TURNS
+    + "{{ m.content }}{% if m.tool_calls %}<|tool_calls_section_begin|>"
+    + CALLS
+    + "<|tool_call_begin|>{{ c.id }}<|tool_call_argument_begin|>"
+    "{{ f.arguments if f.arguments is string else f.arguments | tojson }}<|tool_call_end|>{% endfor %}"
+    "<|tool_calls_section_end|>{% endif %}" + END
+)
+DEEPSEEK = (  # a content beside calls is a turn of its own, even an empty one; arguments have to be text
+    TURNS
+    + "{% if m.tool_calls %}<｜tool▁calls▁begin｜>"
+    + CALLS
+    + "<｜tool▁call▁begin｜>{{ f.name + '<｜tool▁sep｜>' + f.arguments }}<｜tool▁call▁end｜>{% endfor %}"
+    "<｜tool▁calls▁end｜></s>{% endif %}"
+    "{% if 'content' in m and m.content is not none %}{{ '<again>' if m.tool_calls }}"
+    "{{ m.content }}</s>{% endif %}" + END
+)
+FENCED_DEEPSEEK = DEEPSEEK.replace(
+    "{{ f.name + '<｜tool▁sep｜>' + f.arguments }}",
+    "{{ c.type }}<｜tool▁sep｜>{{ f.name + '\n```json\n' + f.arguments + '\n```' }}",
+)
+IDS = "{% if c.id | length != 9 %}{{ raise_exception('Tool call IDs should be 9 characters') }}{% endif %}"
+MISTRAL = (
+    TURNS
+    + "{{ m.content }}{% if m.tool_calls %}[TOOL_CALLS] ["
+    + CALLS
+    + IDS
+    + """{{ (f | tojson)[:-1] }}, "id": "{{ c.id }}"}{{ ', ' if not loop.last }}{% endfor %}]{% endif %}"""
+    "{% if m.role == 'tool' %}{{ m.tool_call_id[8] }}{% endif %}" + END
+)
+NEW_MISTRAL = (
+    TURNS + "{{ m.content }}" + CALLS + IDS + "[TOOL_CALLS]{{ f.name }}[ARGS]"
+    "{{ f.arguments if f.arguments is string else f.arguments | tojson }}{% endfor %}" + END
+)
+HARMONY = (  # as strict as the published one, and with its notions of what is a thought
+    "<|start|>system<|message|>Valid channels: analysis, commentary, final.<|end|>"
+    "{% for t in tools or [] %}{{ '// ' + t.function.description }} type {{ t.function.name }}"
+    "{{ t.function.parameters.properties | length }};{% endfor %}{% set ns = namespace(name=none) %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if '<|channel|>final<|message|>' in m.content %}{{ raise_exception('channel tags') }}{% endif %}"
+    "{% if 'tool_calls' in m %}{% if m.content and m.thinking %}{{ raise_exception('both') }}{% endif %}"
+    "{% if m.thinking or m.content %}<|start|>assistant<|channel|>analysis<|message|>"
+    "{{ m.thinking or m.content }}<|end|>{% endif %}{% set f = m.tool_calls[0].function %}"
+    "<|start|>assistant to=functions.{{ f.name }}<|channel|>commentary json<|message|>"
+    "{{ f.arguments if f.arguments is string else f.arguments | tojson }}<|call|>{% set ns.name = f.name %}"
+    "{% else %}<|start|>assistant<|channel|>{{ 'analysis' if 'thinking' in m else 'final' }}<|message|>"
+    "{{ m.content }}<|end|>{% endif %}"
+    "{% elif m.role == 'tool' %}<|start|>{{ 'functions.' + ns.name }} to=assistant<|channel|>commentary"
+    "<|message|>{{ m.content }}<|end|>"
+    "{% else %}<|start|>{{ m.role }}<|message|>"
+    "{{ m.content }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+_TOOL_CALL = ("<tool_call>", "</tool_call>")
+_GLM = (*_TOOL_CALL, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+_DEEPSEEK = tuple(
+    f"<｜tool▁{name}｜>" for name in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep")
+)
+DIALECTS = {
+    "hermes": Dialect(HERMES, added=_TOOL_CALL),
+    "qwen": Dialect(QWEN, added=_TOOL_CALL),
+    "glm": Dialect(GLM, added=_GLM),
+    "compact glm": Dialect(COMPACT_GLM, special=_GLM),
+    "deepseek": Dialect(DEEPSEEK, special=_DEEPSEEK),
+    "fenced deepseek": Dialect(FENCED_DEEPSEEK, added=_DEEPSEEK),
+    "mistral": Dialect(MISTRAL, special=("[TOOL_CALLS]",)),
+    "new mistral": Dialect(NEW_MISTRAL, special=("[TOOL_CALLS]", "[ARGS]")),
+    "minimax": Dialect(MINIMAX, added=("<minimax:tool_call>", "</minimax:tool_call>")),
+    "kimi": Dialect(
+        KIMI,
+        special=(
+            *("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>"),
+            *("<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+        ),
+    ),
+    "harmony": Dialect(
+        HARMONY,
+        special=tuple(
+            f"<|{name}|>" for name in ("start", "end", "message", "channel", "constrain", "return", "call")
+        ),
+    ),
+}
+
+
+def tokenizer_of(dialect: Dialect) -> Any:
+    """The tiny tokenizer with the template, and the marks as tokens; not larger than the tiny models'."""
+    return tiny_models.tiny_tokenizer(dialect.special, dialect.added, dialect.template)
