@@ -16,9 +16,8 @@ class MarkTokens:
 
     def __init__(self, tokenizer: Any, marks: Iterable[str]) -> None:
         """`tokenizer`: None for a model that has none."""
-        self.marks = tuple(marks)
         added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
-        self.ids: dict[str, int] = {mark: added[mark] for mark in self.marks if mark in added}
+        self.ids: dict[str, int] = {mark: added[mark] for mark in marks if mark in added}
         self.special = tuple(
             mark
             for mark, token in self.ids.items()
