@@ -134,9 +134,10 @@ class AnswerParser:
                 yield Piece(content=self._marks + blank + closing)
             self._marks = ""
         elif not (opening.startswith(stripped) or closing.startswith(stripped)):
-            text, self._held, self._marks = self._marks + self._held, "", ""
-            self._mode = _Mode.CONTENT
-            yield Piece(content=text)
+            said, self._marks = self._marks + blank, ""
+            self._held, self._mode = stripped, _Mode.CONTENT
+            if said:
+                yield Piece(content=said)
 
     def _call(self) -> Iterator[Piece]:
         assert self._syntax is not None

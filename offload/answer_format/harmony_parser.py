@@ -51,8 +51,7 @@ class HarmonyParser:
         """The kinds of messages so far that had text..."""
         self._told = False
         """...and whether this one had some."""
-        for _ in self.add(""):
-            pass
+        self._begin()
 
     @property
     def thinking(self) -> bool:
@@ -96,14 +95,14 @@ class HarmonyParser:
 
     def _begin(self) -> None:
         """A message begins where its header ends; or at once, for a model that writes no header."""
+        if not _may_be_header(self._held):
+            self._held = _without_role(self._held)
+            self._kind, self._told = _Kind.CONTENT, False
+            return
         header, found, rest = self._held.partition(MESSAGE)
         if found:
             self._header, self._held = header, rest
-            self._kind = self._kind_of(header)
-            self._told = False
-        elif not _may_be_header(self._held):
-            self._held = _without_role(self._held)
-            self._kind, self._told = _Kind.CONTENT, False
+            self._kind, self._told = self._kind_of(header), False
 
     def _kind_of(self, header: str) -> _Kind:
         to = RECIPIENT.search(header)
@@ -117,12 +116,12 @@ class HarmonyParser:
         return _Kind.CONTENT
 
     def _tell(self, kind: _Kind) -> Iterator[Piece]:
-        at = [where for end in ENDS if (where := self._held.find(end)) >= 0]
-        keep = min(at) if at else len(self._held) - overlap(self._held, *ENDS)
+        ended = self._ended()
+        keep = ended[0] if ended else len(self._held) - overlap(self._held, *ENDS)
         text, self._held = self._held[:keep], self._held[keep:]
         yield from self._piece(kind, text)
-        if at:
-            self._close()
+        if ended:
+            self._close(ended[1])
 
     def _piece(self, kind: _Kind, text: str) -> Iterator[Piece]:
         if not text:
@@ -134,12 +133,12 @@ class HarmonyParser:
         yield Piece(reasoning=text) if kind is _Kind.REASONING else Piece(content=text)
 
     def _call(self) -> Iterator[Piece]:
-        at = [(where, end) for end in ENDS if (where := self._held.find(end)) >= 0]
-        if not at:
+        ended = self._ended()
+        if ended is None:
             return
-        where, end = min(at)
+        where, end = ended
         text, self._held = self._held[:where], self._held[where:]
-        self._close()
+        self._close(end)
         yield from self._called(text, "" if end == START else end)
 
     def _called(self, text: str, end: str) -> Iterator[Piece]:
@@ -154,10 +153,15 @@ class HarmonyParser:
         if self._one_call:
             self._kind = _Kind.DONE
 
-    def _close(self) -> None:
+    def _ended(self) -> tuple[int, str] | None:
+        """Where the message ends, and the mark there."""
+        found = [(where, end) for end in ENDS if (where := self._held.find(end)) >= 0]
+        return min(found, default=None)
+
+    def _close(self, end: str) -> None:
         """The message ends with the mark that comes next."""
         self._kind = _Kind.HEADER
-        for end in ENDS[:-1]:
+        if end != START:
             self._held = self._held.removeprefix(end)
 
 

@@ -160,6 +160,14 @@ def _encode_chat(
     return list(ids)
 
 
+def _ids_of(tokenizer: Any, marks: list[str]) -> dict[int, str]:
+    added: dict[str, int] = tokenizer.get_added_vocab() if marks else {}
+    for mark in marks:
+        if mark not in added:
+            raise OptionError(f"{mark!r} of marks is no special token of this model; leave it out")
+    return {added[mark]: mark for mark in marks}
+
+
 class Detokenizer:
     """Text of one sequence, token by token; the pieces add up to the text of all tokens decoded at once.
 
@@ -175,8 +183,9 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Any, marks: Iterable[str] = ()) -> None:
+        """Raises OptionError for marks that are no special tokens."""
         self._tokenizer = tokenizer
-        self._marks = {tokenizer.convert_tokens_to_ids(mark): mark for mark in marks}
+        self._marks = _ids_of(tokenizer, list(marks))
         self._window: list[int] = []
         self._context = 0
         """Tokens at the start of the window whose text was returned before."""

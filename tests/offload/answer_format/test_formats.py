@@ -16,6 +16,7 @@ from moe_local.cache.errors import OptionError
 from moe_local.offload.answer_format.answer_format import AnswerFormat
 from moe_local.offload.answer_format.choose import answer_format
 from moe_local.offload.answer_format.ends import complete_ends
+from moe_local.offload.answer_format.marked import MarkedFormat
 from moe_local.offload.answer_format.piece import Parser, Piece
 from moe_local.offload.engine.grammar import matcher
 from moe_local.offload.engine.text import Detokenizer, encode_prompt
@@ -38,6 +39,10 @@ TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": SCHE
 FUNCTIONS = {"weather": SCHEMA, "now": None}
 GIVEN = {"city": 'Graz "<b>"\nAustria', "days": 3, "unit": "C", "near": ["Linz"]}
 CALL = {"name": "weather", "arguments": GIVEN}
+MARKED = [name for name in DIALECTS if name != "harmony"]
+"""Without channels, and with answers that may go on behind a call."""
+TAGGED = ["qwen", "glm", "compact glm", "minimax"]
+"""Whose arguments are no JSON."""
 FEW = settings(max_examples=20)
 QUESTION = {"role": "user", "content": "Will it rain?"}
 
@@ -97,7 +102,7 @@ def test_a_call_as_the_template_writes_it_wherever_it_is_cut(name: str) -> None:
         assert read(parser_of(name), parts) == ("", "", [CALL])
 
 
-@pytest.mark.parametrize("name", [name for name in DIALECTS if name != "harmony"])  # there, a call ends the answer
+@pytest.mark.parametrize("name", MARKED)
 @FEW
 @given(places=st.lists(st.integers(0, 800), max_size=20), one_call=st.booleans())
 def test_several_calls_behind_a_thought_and_words(name: str, places: list[int], one_call: bool) -> None:
@@ -131,7 +136,39 @@ def test_what_is_no_call_is_content(name: str, places: list[int]) -> None:
     assert content.strip() == broken.strip()
 
 
-@pytest.mark.parametrize("name", [name for name in DIALECTS if name != "harmony"])
+@pytest.mark.parametrize("name", DIALECTS)
+@FEW
+@given(data=st.data(), cut_off=st.booleans(), one_call=st.booleans())
+def test_any_text_is_read_alike_wherever_it_is_cut(
+    name: str, data: st.DataObject, cut_off: bool, one_call: bool
+) -> None:
+    answers = known(name)
+    marks = ["<think>", "</think>", *answers.tokens.ids]
+    marks += answers.syntax.marks if isinstance(answers, MarkedFormat) else ()
+    words = [
+        " ",
+        "\n",
+        "{",
+        "}",
+        "[]",
+        "<",
+        "now",
+        ":0",
+        " to=functions.now",
+        "assistant",
+        "final",
+        "analysis",
+    ]
+    call = written(answers, called("now", {}))
+    text = "".join(data.draw(st.lists(st.sampled_from([*marks, *words, call]), max_size=12)))
+    places = data.draw(st.lists(st.integers(0, 400), max_size=12))
+    whole, parted = (
+        read(parser_of(name, one_call=one_call), parts, cut=cut_off) for parts in ([text], cut(text, places))
+    )
+    assert whole == parted
+
+
+@pytest.mark.parametrize("name", MARKED)
 def test_without_functions_a_call_is_content(name: str) -> None:
     answers = known(name)
     text = f"So: {written(answers, called())}"
@@ -301,7 +338,7 @@ def test_tools_with_nothing_but_a_name() -> None:
         ({}, "[1", "[1"),
     ],
 )
-@pytest.mark.parametrize("name", ["qwen", "glm", "compact glm", "minimax"])
+@pytest.mark.parametrize("name", TAGGED)
 def test_what_the_text_of_an_argument_means(name: str, schema: Any, text: str, value: Any) -> None:
     answers = known(name)
     defined = {"Name": {"type": "string"}, "Circle": {"$ref": "#/$defs/Circle"}}
@@ -313,7 +350,7 @@ def test_what_the_text_of_an_argument_means(name: str, schema: Any, text: str, v
 
 
 def test_schemas_that_are_none_are_refused() -> None:
-    for name in DIALECTS.keys() - {"qwen", "glm", "compact glm", "minimax"}:
+    for name in DIALECTS.keys() - TAGGED:
         with pytest.raises(OptionError, match="json_schema is of type str"):
             known(name).grammar({"f": "x"})
 

@@ -47,6 +47,18 @@ def byte_ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
+def test_marks_stand_in_the_text(tokenizer: Any) -> None:
+    """Others of the special tokens do not. Behind each a new text begins, whatever stood before it."""
+    start, end = (tokenizer.convert_tokens_to_ids(name) for name in ("<s>", "</s>"))
+    parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    ids = [token for part in parts for token in (*part, start, end)]
+    detokenizer = Detokenizer(tokenizer, ["</s>"])
+    text = "".join(map(detokenizer.add, ids)) + detokenizer.flush()
+    assert text == "".join(f"{tokenizer.decode(part, skip_special_tokens=True)}</s>" for part in parts)
+    with pytest.raises(OptionError, match="'the' of marks is no special token"):
+        Detokenizer(tokenizer, ["the"])
+
+
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_pieces_add_up_to_the_whole(tokenizer: Any, data: st.DataObject) -> None:
