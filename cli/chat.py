@@ -22,7 +22,6 @@ from moe_local.cli.options import Sampling, debug_flag, load_flags, sampling_fla
 from moe_local.cli.prompt import Messages, can_edit
 from moe_local.cli.render import ProgressBar, print_status, status_line
 from moe_local.offload.answer_format.answer_format import AnswerFormat
-from moe_local.offload.answer_format.choose import answer_format
 from moe_local.offload.answer_format.piece import Piece
 from moe_local.offload.ranges import nth_seed
 from moe_local.offload.system.home import moe_local_home
@@ -189,7 +188,8 @@ class Chat:
         context = self.model.plan.request.context
 
         def stream(messages: list[Mapping[str, str]]) -> TokenStream:
-            return self.model.stream(messages, **sampling.generation(), **self._answers.options)
+            template = sampling.template(self._answers)
+            return self.model.stream(messages, **sampling.generation(), **template, **self._answers.options)
 
         def fits(stream: TokenStream) -> bool:
             return len(stream.prompt_ids) + answer_room(context, stream.max_new_tokens) <= context
@@ -236,7 +236,7 @@ class Chat:
     @property
     def _answers(self) -> AnswerFormat:
         """How the model writes answers."""
-        return answer_format(self.model.tokenizer)
+        return self.model.answers
 
     def switch(self, name: str) -> None:
         """Continue with another model. The current one is freed first, so memory need not hold both.

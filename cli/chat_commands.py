@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 LEAVE = ("/bye", "/exit", "/quit")
 SWITCHES = {"verbose": "quiet", "history": "nohistory", "markdown": "nomarkdown"}
 """Switches of `/set`: the word that turns each on, and the word that turns it off."""
+THOUGHTS = {"think": True, "nothink": False}
+"""Words of `/set` that turn thoughts on and off."""
 KEYS = (
     (QUOTES, "begins and ends a message of several lines; Alt-Enter begins a new one, too"),
     ("Ctrl-C", "stops an answer; clears what is typed, and leaves at the second time"),
@@ -94,6 +96,7 @@ class Commands:
                 yield from ((name, f"{kind.__name__}, or {DEFAULT}") for name, kind in KINDS.items())
                 yield "system", "the system prompt"
                 yield from ((word, "") for pair in SWITCHES.items() for word in pair)
+                yield from ((word, "") for word in THOUGHTS)
             case ["/load" | "/save"]:
                 yield from ((name, "") for name in saved_names(moe_local_home()))
             case ["/model"]:
@@ -134,11 +137,15 @@ class Commands:
         value = value.strip()
         off = {word: on for on, word in SWITCHES.items()}
         if not name:
-            print_fields([*settings(chat.sampling), ("system", printable(chat.sampling.system or "none"))])
+            system = printable(chat.sampling.system or "none")
+            print_fields([*settings(chat.sampling), ("system", system)])
+            click.echo(_THINKING[chat.sampling.think])
         elif name in SWITCHES or name in off:
             on, attribute = name in SWITCHES, off.get(name, name)
             setattr(chat, "keeps" if attribute == "history" else attribute, on)
             click.echo(_SAID[name])
+        elif name in THOUGHTS:
+            self._think(None if value == DEFAULT else THOUGHTS[name])
         elif name == "system":
             self._system(value)
         elif not value:
@@ -146,6 +153,13 @@ class Commands:
         else:
             chat.sampling = with_setting(chat.sampling, name, value)
             click.echo(f"{name} is {value}.")
+
+    def _think(self, on: bool | None) -> None:
+        chat = self._chat
+        if on is not None:
+            chat.model.answers.thinking(on)  # refuses what the model cannot be told
+        chat.sampling = replace(chat.sampling, think=on)
+        click.echo(_THINKING[on])
 
     def _show(self, rest: str) -> None:
         show_plan(self._chat.model.plan)
@@ -248,6 +262,13 @@ _SAID = {
     "nohistory": "Each message is answered on its own.",
     "markdown": "Answers are formatted.",
     "nomarkdown": "Answers are shown as they are written.",
+}
+
+
+_THINKING = {
+    True: "The model is told to think; /set think default leaves it to the model.",
+    False: "The model is told not to think; /set think default leaves it to the model.",
+    None: "Whether it thinks is the model's own choice; /set think and /set nothink tell it.",
 }
 
 

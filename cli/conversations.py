@@ -108,10 +108,11 @@ def _sampling(settings: Any) -> Sampling:
     kinds: dict[str, tuple[type, ...]] = {
         name: (int, float) if kind is float else (int,) for name, kind in KINDS.items()
     }
-    kinds["system"] = (str,)
+    kinds |= {"system": (str,), "think": (bool,), "chat_template_kwargs": (dict,)}
     known = {field.name: settings[field.name] for field in fields(Sampling) if field.name in settings}
     for name, value in known.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds[name])):
+        wrong = isinstance(value, bool) != (name == "think") or not isinstance(value, kinds[name])
+        if value is not None and wrong:
             raise ValueError(f"{name} is {value!r}")
     sampling = Sampling(**known)
     sampling.check()

@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+from moe_local.cache.files import parse_json
+from moe_local.offload.answer_format.answer_format import AnswerFormat
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.ranges import RANGES, check_range
 
@@ -47,6 +49,9 @@ class Sampling:
     seed: int | None = None
     max_tokens: int | None = None
     system: str | None = None
+    think: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further variables of the chat template."""
 
     def check(self, *, flags: bool = False) -> None:
         """Raise OptionError for a value out of range. `flags`: name the values as flags in the error."""
@@ -67,6 +72,11 @@ class Sampling:
             RANGED["max_tokens"]: self.max_tokens,
         }
         return {name: value for name, value in given.items() if value is not None}
+
+    def template(self, answers: AnswerFormat) -> dict[str, Any]:
+        """Further keyword arguments, for the chat template of a model. Raises OptionError if that has no
+        switch for thoughts."""
+        return template_options(answers, self.think, self.chat_template_kwargs)
 
     def conversation(self) -> list[dict[str, str]]:
         """The messages a conversation begins with: the system prompt, if there is one."""
@@ -108,11 +118,12 @@ def sampling_flags(command: Command) -> Command:
     """Add the sampling flags; the command gets one argument `sampling`, a Sampling."""
 
     @functools.wraps(command)
-    def collect(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         sampling = Sampling(**{field.name: kwargs.pop(field.name) for field in fields(Sampling)})
         sampling.check(flags=True)
         return command(*args, sampling=sampling, **kwargs)
 
+    collect = template_flags(call)
     for flags, kind, text in reversed(_SAMPLING):
         name = flags[-1].removeprefix("--").replace("-", "_")
         collect = click.option(
@@ -130,6 +141,48 @@ _SAMPLING: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("-n", "--max-tokens"), int, "Most tokens of an answer; 512 by default."),
     (("--system",), str, "System prompt."),
 )
+
+
+def template_flags(command: Command) -> Command:
+    """Add flags for the chat template; the command gets `think` and `chat_template_kwargs`."""
+    command = click.option(
+        "--chat-template-kwargs",
+        callback=_variables,
+        metavar="JSON",
+        envvar="MOE_LOCAL_CHAT_TEMPLATE_KWARGS",
+        show_envvar=True,
+        help='Further variables of the chat template, such as {"reasoning_effort": "low"}.',
+    )(command)
+    return click.option(
+        "--think/--no-think",
+        default=None,
+        envvar="MOE_LOCAL_THINK",
+        show_envvar=True,
+        help="Turn thoughts on or off, where the chat template can; else it is the model's own choice.",
+    )(command)
+
+
+def template_options(
+    answers: AnswerFormat, think: bool | None, variables: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What the flags for the chat template amount to for Model.stream."""
+    found = {**({} if think is None else answers.thinking(think)), **(variables or {})}
+    return {"chat_template_kwargs": found} if found else {}
+
+
+def _variables(ctx: click.Context, param: click.Parameter, value: str | None) -> dict[str, Any] | None:
+    """An object of JSON."""
+    if value is None:
+        return None
+    try:
+        found = parse_json(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not JSON: {error}", ctx, param) from None
+    if not isinstance(found, dict):
+        raise click.BadParameter(
+            f'{value!r} is no object of JSON, such as {{"enable_thinking": false}}', ctx, param
+        )
+    return found
 
 
 def json_flag(command: Command) -> Command:

@@ -17,7 +17,6 @@ from moe_local.cli.options import Sampling, debug_flag, json_flag, load_flags, s
 from moe_local.cli.render import ProgressBar, print_json, print_status, status_line
 from moe_local.cli.text_file import read_schema_file, read_stdin
 from moe_local.offload.answer_format.answer_parser import AnswerParser
-from moe_local.offload.answer_format.choose import answer_format
 
 if TYPE_CHECKING:
     from moe_local.offload.answer_format.piece import Parser
@@ -74,8 +73,8 @@ def run(
     if sampling.system is not None:
         asked = [*sampling.conversation(), {"role": "user", "content": text}]
     with loaded:
-        answers = answer_format(loaded.tokenizer)
-        form |= {} if raw else answers.options
+        answers = loaded.answers
+        form |= sampling.template(answers) | ({} if raw else answers.options)
         stream = loaded.stream(asked, template=not raw, **sampling.generation(), **form)
         parser = AnswerParser(plain=True) if raw else answers.parser(stream.prompt_ids)
         if as_json:

@@ -12,7 +12,7 @@ import moe_local
 from moe_local.cache.errors import OptionError
 from moe_local.cli.completion import model_argument
 from moe_local.cli.first_use import ready, yes_flag
-from moe_local.cli.options import LOAD_FLAGS, debug_flag, load_flags
+from moe_local.cli.options import LOAD_FLAGS, debug_flag, load_flags, template_flags, template_options
 from moe_local.cli.render import ProgressBar
 
 OWN_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -82,6 +82,7 @@ OWN_NAMES = ("localhost", "127.0.0.1", "::1")
     show_envvar=True,
     help="Clients may ask for the model by this name, too; repeatable.",
 )
+@template_flags
 @yes_flag
 @load_flags("parallel", *LOAD_FLAGS)
 @debug_flag
@@ -95,6 +96,8 @@ def serve(
     timeout: float | None,
     cors: tuple[str, ...],
     alias: tuple[str, ...],
+    think: bool | None,
+    chat_template_kwargs: dict[str, Any] | None,
     options: dict[str, Any],
 ) -> None:
     """Serve MODEL to OpenAI and Anthropic clients: chat completions, completions, responses, messages.
@@ -120,9 +123,6 @@ def serve(
     from moe_local.cli.server.web import run
 
     hosts = (*OWN_NAMES, host) if api_key is None else None
-    limits = Limits(
-        api_key=api_key, origins=cors, hosts=hosts, max_tokens=max_tokens, seconds=timeout, aliases=alias
-    )
     _check_port(host, port)
     ready(model, options)
     with ProgressBar() as progress:
@@ -132,6 +132,16 @@ def serve(
             raise OptionError(
                 f"{model} has no tokenizer, and a server's clients send text; add one to its folder"
             )
+        template = template_options(loaded.answers, think, chat_template_kwargs)
+        limits = Limits(
+            api_key=api_key,
+            origins=cors,
+            hosts=hosts,
+            max_tokens=max_tokens,
+            seconds=timeout,
+            aliases=alias,
+            variables=template.get("chat_template_kwargs", {}),
+        )
         batcher = loaded.batcher(queue=queue)
         try:
             run(Server(loaded, batcher, limits), host, port)

@@ -15,7 +15,6 @@ import torch
 from moe_local.cache.errors import DoesNotFitError, first_line
 from moe_local.cache.files import Use
 from moe_local.offload.allocation.misses import MissCost
-from moe_local.offload.answer_format.choose import answer_format
 from moe_local.offload.answer_format.ends import complete_ends
 from moe_local.offload.checkpoint.checkpoint import Checkpoint
 from moe_local.offload.checkpoint.device_map import device_map
@@ -264,7 +263,6 @@ def _assemble(
             runner.keep_residents()
         gguf = checkpoint.gguf if isinstance(checkpoint, Checkpoint) else None
         tokenizer = load_tokenizer(checkpoint.folder, gguf)
-        complete_ends(hf.generation_config, answer_format(tokenizer))
         model = Model(
             checkpoint.name,
             hf,
@@ -277,6 +275,7 @@ def _assemble(
             use=use,
             switch=switch,
         )
+        complete_ends(hf.generation_config, model.answers)
         undo.pop_all()
     return model
 

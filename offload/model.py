@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from moe_local.cache.cache_map import CacheView
-from moe_local.cache.errors import MoeLocalError, OptionError, first_line
+from moe_local.cache.errors import MoeLocalError, first_line
 from moe_local.cache.files import Use
 from moe_local.cache.stats import Stats
+from moe_local.offload.answer_format.answer_format import AnswerFormat, functions_of
+from moe_local.offload.answer_format.choose import answer_format
 from moe_local.offload.batcher import Batcher, Listener, Ticket
 from moe_local.offload.engine.batch import generate_ids
 from moe_local.offload.engine.engine import Engine
@@ -26,7 +28,7 @@ from moe_local.offload.engine.sampling import (
     form,
     imply_sampling,
     make_settings,
-    needs_hf_generate,
+    refuse_beyond_loop,
     vocabulary_size,
 )
 from moe_local.offload.engine.stops import stop_strings
@@ -34,6 +36,7 @@ from moe_local.offload.engine.text import Detokenizer, Prompt, encode_prompt
 from moe_local.offload.expert_file.usage import add_usage
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.gpu.custody import Switch
+from moe_local.offload.message import MessageReader
 from moe_local.offload.prefetch.prefetch import Prefetcher
 from moe_local.offload.ranges import plain, plain_number
 from moe_local.offload.records import Output
@@ -86,6 +89,7 @@ class Model:
         self._plan = plan
         self.tokenizer = tokenizer
         """transformers' tokenizer; None for a folder without one."""
+        self._answers = answer_format(tokenizer)
         self._parts: Parts | None = Parts(hf, engine, store, prefetcher, switch)
         """None once the model is closed. Methods read it once, so a concurrent close does not affect them."""
         self.expert_folder = expert_folder
@@ -100,6 +104,13 @@ class Model:
     def hf(self) -> Any:
         """The transformers model. Plain calls and its own generate work, offloaded."""
         return self._open().hf
+
+    @property
+    def answers(self) -> AnswerFormat:
+        """How it writes thoughts, content and calls, by what the tokenizer's chat template is now."""
+        if not self._answers.is_of(self.tokenizer):
+            self._answers = answer_format(self.tokenizer)
+        return self._answers
 
     @property
     def plan(self) -> Plan:
@@ -120,6 +131,8 @@ class Model:
         seed: int | None = None,
         stop: str | list[str] | None = None,
         template: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         marks: Iterable[str] = (),
         logprobs: int | None = None,
         **options: Any,
@@ -127,10 +140,12 @@ class Model:
         """The answer to `prompt`, token by token. Nothing is computed before the first token is asked for.
 
         `prompt`: text (one user turn if there is a chat template, unless `template=False`), a list of
-        messages, or token ids. `stop` ends the answer after any of these strings; `seed` makes sampling
-        repeatable. Special tokens are left out of the text, except for those named in `marks`. With
-        `logprobs` (0 to 20), each Token has its log probability and those of this many likeliest tokens, in
-        the model's own distribution, which sampling options do not change.
+        messages, or token ids. `tools` (JSON schemas, as OpenAI's API has them) and further variables, as in
+        `chat_template_kwargs={"enable_thinking": False}`, are for the chat template. `stop` ends the answer
+        after any of these strings; `seed` makes sampling repeatable. Special tokens are left out of the text,
+        except for those named in `marks`. With `logprobs` (0 to 20), each Token has its log probability and
+        those of this many likeliest tokens, in the model's own distribution, which sampling options do not
+        change.
 
         `options` are transformers' generation options; temperature, top_p and the like turn sampling on. In
         addition there are: `json_schema`, a dict, for an answer in JSON that follows it (behind the thought,
@@ -147,10 +162,22 @@ class Model:
         if logprobs is not None:
             options["logprobs"] = logprobs
         asked = self._prepare(
-            parts.hf, prompt, seed=seed, stop=stop, template=template, marks=marks, **options
+            parts.hf,
+            prompt,
+            seed=seed,
+            stop=stop,
+            template=template,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            marks=marks,
+            **options,
         )
         parts.engine.check_prompt(*asked[:2])
-        stream = TokenStream(parts.engine, parts.store, self._turn, *asked)
+        reader = None
+        if self.tokenizer is not None:
+            functions = None if tools is None else functions_of(tools)
+            reader = MessageReader(self.answers, asked[0], functions, plain=not template)
+        stream = TokenStream(parts.engine, parts.store, self._turn, *asked, reader)
         with self._streams_lock:
             self._streams.add(stream)
         return stream
@@ -160,18 +187,27 @@ class Model:
         hf: Any,
         prompt: Prompt,
         *,
-        seed: int | None,
-        stop: str | list[str] | None,
-        template: bool,
-        marks: Iterable[str],
+        seed: int | None = None,
+        stop: str | list[str] | None = None,
+        template: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        marks: Iterable[str] = (),
         **options: Any,
     ) -> tuple[list[int], Settings, Detokenizer | None]:
         """The ids and settings that the engine takes for a prompt, and what turns its tokens into text."""
-        ids = encode_prompt(self.tokenizer, prompt, template=template)
+        ids = encode_prompt(
+            self.tokenizer,
+            prompt,
+            template=template,
+            tools=tools,
+            variables=chat_template_kwargs,
+            answers=self.answers,
+        )
         if stop is not None:
             options["stop_strings"] = stop_strings(stop)
         options = imply_sampling(plain(options))
-        _refuse_beyond_loop(hf, options)
+        refuse_beyond_loop(hf, options)
         settings = make_settings(hf, ids, tokenizer=self.tokenizer, seed=plain_number(seed), **options)
         return ids, settings, None if self.tokenizer is None else Detokenizer(self.tokenizer, marks)
 
@@ -200,10 +236,6 @@ class Model:
         prompt: Prompt,
         listener: Listener,
         *,
-        seed: int | None = None,
-        stop: str | list[str] | None = None,
-        template: bool = True,
-        marks: Iterable[str] = (),
         patience_s: float | None = None,
         prompt_logprobs: bool = False,
         **options: Any,
@@ -214,9 +246,7 @@ class Model:
         prompt is then computed, even if an earlier one began alike.
         """
         hf = self._open().hf
-        ids, settings, detokenizer = self._prepare(
-            hf, prompt, seed=seed, stop=stop, template=template, marks=marks, **options
-        )
+        ids, settings, detokenizer = self._prepare(hf, prompt, **options)
         settings.prompt_logprobs = prompt_logprobs
         return batcher.submit(ids, settings, detokenizer, listener, patience_s=patience_s)
 
@@ -351,21 +381,6 @@ class Model:
         if parts is None:
             raise MoeLocalError(self._closed_message)
         return parts
-
-
-def _refuse_beyond_loop(hf: Any, options: Mapping[str, Any]) -> None:
-    """Raise OptionError for what only transformers' own generate can do, which takes ids."""
-    names = [name for name in options if name in ("tokenizer", "attention_mask")]
-    if options.get("num_return_sequences") not in (None, 1):
-        names.append("num_return_sequences")
-    if not names and needs_hf_generate(hf, options):
-        names = [name for name in options if needs_hf_generate(hf, {name: options[name]})]
-        names = names or ["generation_config"]
-    if names:
-        raise OptionError(
-            f"{', '.join(names)} cannot be used with text and streams; for transformers' own generate "
-            "give the prompt as a tensor: model.generate(torch.tensor([ids]), ...)"
-        )
 
 
 def _new_tokens(prompt: torch.Tensor, result: Any) -> int:

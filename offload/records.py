@@ -113,6 +113,10 @@ class Output:
     stats: GenerationStats
     logprobs: list[LogProbs] | None = None
     """`logprob` and `top_logprobs` of each of `token_ids`, as a Token has them; None unless asked for."""
+    message: dict[str, Any] | None = None
+    """The answer as a message of OpenAI's, to append to the conversation: its role and content, and where
+    there are any, `reasoning_content`, without which the content is, and `tool_calls`, if `tools` were given.
+    None without a tokenizer."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

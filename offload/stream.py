@@ -15,6 +15,7 @@ from moe_local.offload.engine.logprobs import LogProbs
 from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.engine.sequence import FinishReason, Sequence, Step
 from moe_local.offload.engine.text import Detokenizer
+from moe_local.offload.message import MessageReader
 from moe_local.offload.records import GenerationStats, Output, Token
 from moe_local.offload.store.leases import Tally
 from moe_local.offload.store.store import ExpertStore
@@ -38,7 +39,9 @@ class TokenStream(Iterator[Token]):
         prompt_ids: list[int],
         settings: Settings,
         detokenizer: Detokenizer | None,
+        reader: MessageReader | None = None,
     ) -> None:
+        """`reader`: of its output's message."""
         self.text = ""
         self.token_ids: list[int] = []
         self.logprobs: list[LogProbs] | None = None if settings.logprobs is None else []
@@ -51,6 +54,7 @@ class TokenStream(Iterator[Token]):
         self._prompt_ids = prompt_ids
         self._settings = settings
         self._detokenizer = detokenizer
+        self._reader = reader
         self._sequence: Sequence | None = None
         self._closed = False
         self._closing = False
@@ -174,7 +178,10 @@ class TokenStream(Iterator[Token]):
         for _ in self:
             pass
         reason = self.finish_reason or FinishReason.LENGTH
-        return Output(self.text, self.token_ids, reason, self.stats, self.logprobs)
+        message = None
+        if self._reader is not None:
+            message = self._reader.read(self.token_ids, cut=reason is FinishReason.LENGTH)
+        return Output(self.text, self.token_ids, reason, self.stats, self.logprobs, message)
 
     def _begin(self) -> bool:
         """Take the turn and join; False if it was closed while it waited."""

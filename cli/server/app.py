@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
@@ -36,7 +36,6 @@ from moe_local.cli.server.shapes import ChatShape, Shape, TextShape
 from moe_local.cli.server.text import StopFilter
 from moe_local.cli.server.watch import Watch
 from moe_local.offload.answer_format.answer_parser import AnswerParser
-from moe_local.offload.answer_format.choose import answer_format
 from moe_local.offload.batcher import Batcher, Ended
 
 SILENCE_SECONDS = 15.0
@@ -61,6 +60,8 @@ class Limits:
     """How long an answer may take; None: as long as it takes."""
     aliases: tuple[str, ...] = ()
     """Other names under which clients may ask for the model."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Of the chat template, for requests that do not give them."""
 
 
 class Server:
@@ -77,8 +78,8 @@ class Server:
         self.models = Models(names, self.metrics.started, model.plan.request.context)
         self.watch = Watch(model, batcher)
         self.page = Page()
-        self.answers = answer_format(model.tokenizer)
-        self.prompts = Prompts(model, self.answers, limits.max_tokens)
+        self.answers = model.answers
+        self.prompts = Prompts(model, self.answers, limits.max_tokens, limits.variables)
         self.names = TokenNames(model.tokenizer)
         self.kept = KeptResponses()
         self.traffic = Traffic()

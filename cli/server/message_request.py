@@ -13,12 +13,13 @@ from moe_local.cache.errors import OptionError
 from moe_local.cli.server.blocks import as_items, system_text
 from moe_local.cli.server.items import as_messages
 from moe_local.cli.server.protocol import ChatRequest, Drawing
+from moe_local.offload.answer_format.template_needs import SWITCHES
 
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 """OpenAI's words for how free the model is to call tools."""
 THOUGHTS = {
-    "enabled": {"enable_thinking": True},
-    "disabled": {"enable_thinking": False},
+    "enabled": dict.fromkeys(SWITCHES, True),
+    "disabled": dict.fromkeys(SWITCHES, False),
     "adaptive": {},
     "between_tools": {},
 }

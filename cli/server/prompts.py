@@ -25,12 +25,19 @@ class Prompts:
     Each method raises OptionError for what no prompt can be made of.
     """
 
-    def __init__(self, model: moe_local.Model, answers: AnswerFormat, most_tokens: int | None) -> None:
+    def __init__(
+        self,
+        model: moe_local.Model,
+        answers: AnswerFormat,
+        most_tokens: int | None,
+        variables: Mapping[str, Any],
+    ) -> None:
         """`answers`: how the model writes them. `most_tokens`: of one that asks for no number; None: what the
-        context holds."""
+        context holds. `variables`: of the chat template, for requests that do not give them."""
         self._model = model
         self._answers = answers
         self._most_tokens = most_tokens
+        self._variables = variables
         self._encoding = {False: asyncio.Lock(), True: asyncio.Lock()}
         """By whether the prompt is a long one."""
 
@@ -47,9 +54,10 @@ class Prompts:
         def encode(shown: Sequence[Mapping[str, Any]]) -> list[int]:
             return encode_prompt(
                 self._model.tokenizer,
-                self._answers.messages(shown),
-                tools=self._answers.tools(tools),
-                variables=asked.template_variables,
+                shown,
+                tools=tools,
+                variables={**self._variables, **asked.template_variables},
+                answers=self._answers,
             )
 
         def make() -> Shown[list[int]]:

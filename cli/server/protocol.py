@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from moe_local.cache.errors import OptionError
 from moe_local.cli.server.allowed_tools import allow
-from moe_local.cli.server.tool_choice import call_grammar, functions_of
-from moe_local.offload.answer_format.answer_format import AnswerFormat
+from moe_local.cli.server.tool_choice import call_grammar
+from moe_local.offload.answer_format.answer_format import AnswerFormat, functions_of
+from moe_local.offload.answer_format.template_needs import SWITCHES
 from moe_local.offload.ranges import check_range, nth_seed
 
 MOST_CHOICES = 16
@@ -235,7 +236,7 @@ class ChatRequest(Sampling):
     modalities: list[str] | None = None
     verbosity: str | None = None
     reasoning_effort: str | None = None
-    """For templates that know it."""
+    """For templates that know it; "none" turns thoughts off in others, too."""
     truncation: Literal["auto", "disabled"] = "disabled"
     """Whether the oldest of a conversation beyond the context is left out, or all of it refused; as OpenAI's
     Responses have it."""
@@ -309,7 +310,8 @@ class ChatRequest(Sampling):
     @property
     def template_variables(self) -> dict[str, Any]:
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        return {**effort, **self.chat_template_kwargs}
+        off = dict.fromkeys(SWITCHES, False) if self.reasoning_effort == "none" else {}
+        return {**effort, **off, **self.chat_template_kwargs}
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages with their content as text. Raises OptionError for pictures and the like."""

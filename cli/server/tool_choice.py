@@ -7,18 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_local.cache.errors import OptionError
-from moe_local.offload.answer_format.answer_format import AnswerFormat
+from moe_local.offload.answer_format.answer_format import AnswerFormat, functions_of
 from moe_local.offload.forms import json_rule
-
-
-def functions_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Parameters of the functions, by their names."""
-    functions = [tool.get("function") for tool in tools]
-    return {
-        function["name"]: function.get("parameters")
-        for function in functions
-        if isinstance(function, Mapping) and isinstance(function.get("name"), str)
-    }
 
 
 def call_grammar(

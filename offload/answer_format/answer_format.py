@@ -7,11 +7,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moe_local.cache.errors import OptionError
 from moe_local.offload.answer_format.mark_tokens import MarkTokens
 from moe_local.offload.answer_format.piece import Parser
-from moe_local.offload.answer_format.template_needs import TemplateNeeds
+from moe_local.offload.answer_format.template_needs import SWITCHES, TemplateNeeds
 
 Message = Mapping[str, Any]
+
+
+def template_text(tokenizer: Any) -> str:
+    """The chat template; of several, all; none without a tokenizer."""
+    template = getattr(tokenizer, "chat_template", None) or ""
+    return "\n".join(map(str, template.values())) if isinstance(template, dict) else str(template)
 
 
 class AnswerFormat(ABC):
@@ -27,6 +34,11 @@ class AnswerFormat(ABC):
         self.tokenizer = tokenizer
         self.tokens = tokens
         self.needs = TemplateNeeds(tokenizer)
+        self._template = template_text(tokenizer)
+
+    def is_of(self, tokenizer: Any) -> bool:
+        """Whether it was chosen for this tokenizer with the chat template that this has now."""
+        return tokenizer is self.tokenizer and template_text(tokenizer) == self._template
 
     @property
     def options(self) -> dict[str, Any]:
@@ -66,6 +78,15 @@ class AnswerFormat(ABC):
         """Tools as the chat template wants them."""
         return None if tools is None else [self.needs.tool(tool) for tool in tools]
 
+    def thinking(self, on: bool) -> dict[str, Any]:
+        """Variables of the chat template that turn thoughts on or off. Raises OptionError if it has none."""
+        if not self.needs.switches:
+            raise OptionError(
+                f"thoughts cannot be turned {'on' if on else 'off'}: this model's chat template has no "
+                f"{' or '.join(SWITCHES)}; leave it to the model"
+            )
+        return dict.fromkeys(self.needs.switches, on)
+
     def call_id(self) -> str:
         """A new id for a call."""
         return f"call_{uuid.uuid4().hex[:24]}"
@@ -73,6 +94,16 @@ class AnswerFormat(ABC):
     def call_ids(self, messages: Sequence[Message]) -> dict[str, str]:
         """Other ids for those calls of a conversation that need one."""
         return {}
+
+
+def functions_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Parameters of the functions among the tools, by their names."""
+    functions = [tool.get("function") for tool in tools]
+    return {
+        function["name"]: function.get("parameters")
+        for function in functions
+        if isinstance(function, Mapping) and isinstance(function.get("name"), str)
+    }
 
 
 def calls_of(message: Message) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_local.offload.answer_format.answer_format import AnswerFormat
+from moe_local.offload.answer_format.answer_format import AnswerFormat, template_text
 from moe_local.offload.answer_format.deepseek import DeepSeek
 from moe_local.offload.answer_format.glm import Glm
 from moe_local.offload.answer_format.harmony import HarmonyFormat
@@ -23,13 +23,7 @@ def answer_format(tokenizer: Any) -> AnswerFormat:
     """To be chosen once for a model. Without a tokenizer, or a mark that is known, it is Qwen3's."""
     if tokenizer is None:
         return MarkedFormat(None, Hermes())
-    return _choose(tokenizer, _template_text(tokenizer))
-
-
-def _template_text(tokenizer: Any) -> str:
-    """The chat template; of several, all."""
-    template = getattr(tokenizer, "chat_template", None) or ""
-    return "\n".join(map(str, template.values())) if isinstance(template, dict) else str(template)
+    return _choose(tokenizer, template_text(tokenizer))
 
 
 def _choose(tokenizer: Any, template: str) -> AnswerFormat:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
 from itertools import product
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from moe_local.cache.files import parse_json
@@ -15,6 +16,9 @@ NAME, KEY = "probed_function", "probed_parameter"
 ARGUMENTS = json.dumps({KEY: "a"})
 CALL_ID = "probe1234"
 """Of the form that the strictest templates demand."""
+
+SWITCHES = ("enable_thinking", "thinking")
+"""Variables that turn thoughts on and off: of Qwen3, GLM and others; of DeepSeek-V3.1 and others."""
 
 
 class _Found(NamedTuple):
@@ -49,6 +53,16 @@ class TemplateNeeds:
         usual = {"description": "", "parameters": {"type": "object", "properties": {}}}
         return {**tool, "function": {**usual, **{k: v for k, v in function.items() if v is not None}}}
 
+    @cached_property
+    def switches(self) -> tuple[str, ...]:
+        """Those of SWITCHES that make a difference."""
+        question = [{"role": "user", "content": "a"}]
+        shown = {
+            name: [self._rendered(question, variables={name: on}) for on in (True, False)]
+            for name in SWITCHES
+        }
+        return tuple(name for name, (on, off) in shown.items() if on != off)
+
     def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
         function = dict(call["function"])
         given = function.get("arguments")
@@ -76,7 +90,7 @@ class TemplateNeeds:
     @cached_property
     def _takes_bare_tools(self) -> bool:
         question = {"role": "user", "content": "a"}
-        return self._rendered([question], {"name": NAME}) is not None
+        return self._rendered([question], _tool({"name": NAME})) is not None
 
     def _render(self, as_text: bool, content: str | None) -> str | None:
         function = {"name": NAME, "arguments": ARGUMENTS if as_text else json.loads(ARGUMENTS)}
@@ -88,19 +102,29 @@ class TemplateNeeds:
                 {"role": "assistant", "content": content, "tool_calls": [call]},
                 {"role": "tool", "tool_call_id": CALL_ID, "name": NAME, "content": "a"},
             ],
-            {"name": "other", "description": "a", "parameters": parameters},
+            _tool({"name": "other", "description": "a", "parameters": parameters}),
         )
 
-    def _rendered(self, messages: list[dict[str, Any]], function: dict[str, Any]) -> str | None:
+    def _rendered(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str | None:
         """None where the template refuses."""
         try:
             return str(
                 self._tokenizer.apply_chat_template(
                     messages,
-                    tools=[{"type": "function", "function": function}],
+                    tools=tools,
                     tokenize=False,
                     add_generation_prompt=True,
+                    **variables,
                 )
             )
         except Exception:  # a template is a program, and raises what it likes
             return None
+
+
+def _tool(function: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": function}]

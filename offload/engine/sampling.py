@@ -343,3 +343,18 @@ def needs_hf_generate(hf: Any, options: Mapping[str, Any]) -> bool:
         or config.cache_implementation not in (None, "dynamic")
         or any(getattr(config, name, None) for name in BEYOND_OUR_LOOP)
     )
+
+
+def refuse_beyond_loop(hf: Any, options: Mapping[str, Any]) -> None:
+    """Raise OptionError for what only transformers' own generate can do, which takes ids."""
+    names = [name for name in options if name in ("tokenizer", "attention_mask")]
+    if options.get("num_return_sequences") not in (None, 1):
+        names.append("num_return_sequences")
+    if not names and needs_hf_generate(hf, options):
+        names = [name for name in options if needs_hf_generate(hf, {name: options[name]})]
+        names = names or ["generation_config"]
+    if names:
+        raise OptionError(
+            f"{', '.join(names)} cannot be used with text and streams; for transformers' own generate "
+            "give the prompt as a tensor: model.generate(torch.tensor([ids]), ...)"
+        )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from moe_local.cache.errors import OptionError
+from moe_local.offload.answer_format.answer_format import AnswerFormat
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int] | torch.Tensor
@@ -36,20 +36,24 @@ def encode_prompt(
     template: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
     variables: Mapping[str, Any] | None = None,
+    answers: AnswerFormat | None = None,
 ) -> list[int]:
     """Token ids of a prompt, special tokens included.
 
     A string is one user turn where the tokenizer has a chat template; with `template=False`, or without one,
     it is text to be continued. A conversation that ends with the assistant is continued there. `tools` (JSON
-    schemas) and further `variables` are for the template, in conversations only. Ids pass unchanged, and need
-    no tokenizer. Raises OptionError when the prompt cannot be encoded.
+    schemas) and further `variables` are for the template; a prompt that it is not applied to must have none.
+    With `answers`, messages and tools are OpenAI's, and put as the template wants them.
+    Ids pass unchanged, and need no tokenizer. Raises OptionError when the prompt cannot be encoded.
     """
+    variables = variables or {}
     if isinstance(prompt, torch.Tensor):
         prompt = _flat_ids(prompt)
     if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, str | Iterable):
         raise OptionError(f"the prompt is {_shown(prompt)}; give text, a list of messages or token ids")
     items: list[Any] = [] if isinstance(prompt, str) else list(prompt)
     if not isinstance(prompt, str) and all(_is_id(item) for item in items):
+        _check_unused(tools, variables, "token ids")
         return [int(item) for item in items]
     if tokenizer is None:
         raise OptionError(
@@ -60,13 +64,24 @@ def encode_prompt(
     if isinstance(prompt, str):
         _check_text(prompt)
         if template and has_template:
-            return _encode_chat(tokenizer, [{"role": "user", "content": prompt}])
+            question = {"role": "user", "content": prompt}
+            return _encode_chat(tokenizer, [question], tools, variables, answers)
+        _check_unused(tools, variables, "plain text")
         ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
         return ids
     messages = _check_messages(items)
     if not (template and has_template):
         raise OptionError(f"a conversation needs a chat template, and {_why_raw(template)}; give plain text")
-    return _encode_chat(tokenizer, messages, tools, variables or {})
+    return _encode_chat(tokenizer, messages, tools, variables, answers)
+
+
+def _check_unused(tools: object, variables: object, prompt: str) -> None:
+    for name, value in (("tools", tools), ("chat_template_kwargs", variables)):
+        if value:
+            raise OptionError(
+                f"{name} are for the chat template, which is not applied to {prompt}; leave them out, or "
+                "give messages"
+            )
 
 
 def _check_text(text: str, where: str = "the prompt") -> None:
@@ -132,19 +147,22 @@ def _part_text(part: Any, index: int) -> str:
 def _encode_chat(
     tokenizer: Any,
     messages: list[Message],
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    variables: Mapping[str, Any] = MappingProxyType({}),
+    tools: Sequence[Mapping[str, Any]] | None,
+    variables: Mapping[str, Any],
+    answers: AnswerFormat | None,
 ) -> list[int]:
     clash = variables.keys() & TEMPLATE_ARGUMENTS
     if clash:
         raise OptionError(f"{min(clash)} is not a variable of the chat template's own; leave it out")
     continues = messages[-1]["role"] == "assistant"
     try:
+        shown = messages if answers is None else answers.messages(messages)
+        known = tools if answers is None else answers.tools(tools)
         ids = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            [dict(message) for message in shown],
             add_generation_prompt=not continues,
             continue_final_message=continues,
-            tools=None if tools is None else [dict(tool) for tool in tools],
+            tools=None if known is None else [dict(tool) for tool in known],
             tokenize=True,
             return_dict=False,
             tokenizer_kwargs={"verbose": False},  # too long a prompt is refused in better words

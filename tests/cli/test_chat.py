@@ -13,7 +13,7 @@ from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.cli.chat import Chat
 from moe_local.cli.options import Sampling
 from support import fake_model
-from support.chat_templates import DIALECTS, tokenizer_of
+from support.chat_templates import DIALECTS, THINKING, tokenizer_of
 
 
 def test_a_conversation_from_a_pipe(invoke, fake):
@@ -240,6 +240,24 @@ def test_settings(invoke, fake):
     typed = "/set temperature 0.5\n/set parameter num_predict 9\n/set seed default\nhi\n"
     invoke("chat", "--seed", "1", input=typed)
     assert fake.asked[-1][1] == {"temperature": 0.5, "max_new_tokens": 9}
+
+
+def test_thoughts_are_turned_off_and_on(invoke, fake, home):
+    fake.tokenizer = tokenizer_of(THINKING)
+    invoke("chat", input="/set nothink\nhi\n/save mine\n")
+    assert fake.asked[-1][1] == {"chat_template_kwargs": {"enable_thinking": False}}
+    invoke("chat", input="/load mine\nhi\n")
+    assert fake.asked[-1][1] == {"chat_template_kwargs": {"enable_thinking": False}}
+    result = invoke("chat", "--no-think", input="/set think\nhi\n/set think default\n/set\nhi\n")
+    assert [options for _, options in fake.asked[-2:]] == [
+        {"chat_template_kwargs": {"enable_thinking": True}},
+        {},
+    ]
+    assert "Whether it thinks is the model's own choice" in result.output
+    fake.tokenizer = None
+    result = invoke("chat", input="/set nothink\nhi\n")
+    assert "thoughts cannot be turned off" in result.stderr
+    assert fake.asked[-1][1] == {}
 
 
 @pytest.mark.parametrize(

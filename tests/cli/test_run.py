@@ -14,7 +14,7 @@ import pytest
 
 from moe_local.cache.errors import ModelNotFoundError, OptionError
 from moe_local.cli import text_file
-from support.chat_templates import DIALECTS, tokenizer_of
+from support.chat_templates import DIALECTS, THINKING, tokenizer_of
 
 
 def test_the_answer_is_all_of_stdout(invoke, fake, loads):
@@ -54,6 +54,34 @@ def test_thoughts_are_kept_from_the_answer(invoke, fake, dialect, words):
     assert (document["text"], document["reasoning"]) == ("{}", "let me see")
     assert invoke("run", "demo", "what?", "--raw").stdout == "".join(words) + "\n"
     assert "marks" not in fake.asked[-1][1]
+
+
+def test_thoughts_and_other_variables_of_the_template(invoke, fake):
+    fake.tokenizer = tokenizer_of(THINKING)
+    for flags, given in (
+        (["--no-think"], {"enable_thinking": False}),
+        (["--think"], {"enable_thinking": True}),
+        (["--chat-template-kwargs", '{"effort": "low"}'], {"effort": "low"}),
+        (["--no-think", "--chat-template-kwargs", '{"enable_thinking": 1}'], {"enable_thinking": 1}),
+    ):
+        assert invoke("run", "demo", "what?", *flags).exit_code == 0
+        assert fake.asked[-1][1]["chat_template_kwargs"] == given
+    invoke("run", "demo", "what?")
+    assert "chat_template_kwargs" not in fake.asked[-1][1]
+    fake.tokenizer = tokenizer_of(DIALECTS["hermes"])
+    result = invoke("run", "demo", "what?", "--no-think")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "moe-local: thoughts cannot be turned off: this model's chat template has no enable_thinking or "
+        "thinking; leave it to the model\n"
+    )
+
+
+@pytest.mark.parametrize(("given", "said"), [("[1]", "is no object of JSON"), ("{", "is not JSON")])
+def test_variables_that_are_no_object(invoke, fake, given, said):
+    result = invoke("run", "demo", "what?", "--chat-template-kwargs", given)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["run", "demo"], ["run", "demo", "-"]])

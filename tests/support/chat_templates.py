@@ -133,6 +133,12 @@ DIALECTS = {
 }
 
 
+THINKING = Dialect(
+    HERMES.replace("<assistant>", "<assistant>{{ '<think>\n' if enable_thinking | default(true) else '' }}")
+)
+"""Whose prompts begin a thought, unless that is turned off."""
+
+
 def tokenizer_of(dialect: Dialect) -> Any:
     """The tiny tokenizer with the template, and the marks as tokens; not larger than the tiny models'."""
     return tiny_models.tiny_tokenizer(dialect.special, dialect.added, dialect.template)

@@ -15,6 +15,8 @@ from moe_local.cache.cache_map import CacheView
 from moe_local.cache.errors import ContextLengthError
 from moe_local.cache.expert_cache import ExpertCache
 from moe_local.cache.stats import PrefetchStats, RoutedTokens, StallSeconds, Stats
+from moe_local.offload.answer_format.answer_format import AnswerFormat
+from moe_local.offload.answer_format.choose import answer_format
 from moe_local.offload.records import GenerationStats, Output, Token
 
 if TYPE_CHECKING:
@@ -100,6 +102,10 @@ class FakeModel:
         """The words of every answer, if they are to be others."""
         self.plan: Any = SimpleNamespace(request=SimpleNamespace(context=1000))
         self.open = True
+
+    @property
+    def answers(self) -> AnswerFormat:
+        return answer_format(self.tokenizer)
 
     def stream(self, prompt: Any, **options: Any) -> FakeStream:
         if self.refusal is not None:

@@ -295,6 +295,17 @@ def test_whether_and_how_hard_it_thinks(says: Any) -> None:
     assert script.prompts[-1] == f"[thinking: 3][low]<user>|{QUESTION}|"
 
 
+def test_what_the_server_was_told_holds_where_a_request_says_nothing(
+    serving: Any, scripted: Any, with_tools: None
+) -> None:
+    script = scripted("Yes.")
+    with serving(script, variables={"enable_thinking": False, "reasoning_effort": "low"}) as server:
+        ask(server)
+        assert script.prompts[-1] == f"[thinking: False][low]<user>|{QUESTION}|"
+        ask(server, thinking={"type": "enabled", "budget_tokens": 1024})
+        assert script.prompts[-1] == f"[thinking: True][low]<user>|{QUESTION}|"
+
+
 def test_an_answer_that_is_begun_is_continued(server: Any, model: moe_local.Model) -> None:
     begun = [*ASKED, {"role": "assistant", "content": "The router is"}]
     (block,) = ask(server, messages=begun, temperature=0)["content"]

@@ -1,0 +1,73 @@
+"""Answers as messages that go on a conversation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import moe_local
+from moe_local.offload.answer_format.choose import answer_format
+from moe_local.offload.engine.text import encode_prompt
+from moe_local.offload.message import MessageReader
+from support.chat_templates import DIALECTS, THINKING, tokenizer_of
+
+QUESTION = {"role": "user", "content": "Will it rain?"}
+CITY = {"type": "object", "properties": {"city": {"enum": ["Graz"]}}, "required": ["city"]}
+CITY |= {"additionalProperties": False}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "description": "Of a city.", "parameters": CITY}}
+]
+
+
+@pytest.fixture
+def model(make_checkpoint: Callable[..., Path]) -> Iterator[moe_local.Model]:
+    with moe_local.load(str(make_checkpoint("mixtral", tokenizer=True)), device="cpu") as loaded:
+        yield loaded
+
+
+@pytest.mark.parametrize("name", ["hermes", "qwen", "mistral", "harmony"])
+def test_a_call_goes_into_the_conversation_and_its_result_behind_it(
+    model: moe_local.Model, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(model, "tokenizer", tokenizer_of(DIALECTS[name]))
+    grammar = model.answers.grammar({"weather": CITY})
+    output = model.generate([QUESTION], tools=TOOLS, grammar=grammar, max_new_tokens=400, eos_token_id=2)
+    assert output.message is not None
+    (call,) = output.message["tool_calls"]
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"]) == {"city": "Graz"}
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "It will."}
+    prompt = model.stream([QUESTION, output.message, result], tools=TOOLS).prompt_ids
+    shown = model.tokenizer.decode(prompt)
+    assert shown.index("rain?") < shown.index("Graz") < shown.index("It will.")
+
+
+def test_a_thought_is_not_in_the_content() -> None:
+    tokenizer = tokenizer_of(THINKING)
+    answers = answer_format(tokenizer)
+    prompt = encode_prompt(tokenizer, [QUESTION])
+    ids = tokenizer("clouds, so</think>\n\nYes.", add_special_tokens=False)["input_ids"]
+    said = MessageReader(answers, prompt, None, plain=False).read(ids, cut=False)
+    assert said == {"role": "assistant", "content": "Yes.", "reasoning_content": "clouds, so"}
+    plain = MessageReader(answers, prompt, None, plain=True).read(ids, cut=False)
+    assert plain == {"role": "assistant", "content": "clouds, so</think>\n\nYes."}
+    quiet = encode_prompt(tokenizer, [QUESTION], variables=answers.thinking(False))
+    assert quiet == prompt[: len(quiet)]
+    assert len(quiet) < len(prompt)
+
+
+def test_without_a_tokenizer_there_is_no_message(
+    model: moe_local.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "tokenizer", None)
+    assert model.generate([1, 2, 3], max_new_tokens=2).message is None
+
+
+def test_a_template_that_is_changed_is_another_format(model: moe_local.Model) -> None:
+    before = model.answers
+    assert model.answers is before
+    model.tokenizer.chat_template = DIALECTS["mistral"].template
+    assert type(model.answers) is not type(before)
