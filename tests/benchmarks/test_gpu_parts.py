@@ -62,6 +62,7 @@ def test_what_each_part_said_is_kept(parts: Any, tmp_path: Path, capsys: pytest.
     assert set(told(out)) == {"good", "bad", "plain"}
 
 
+@pytest.mark.slow
 def test_there_is_one_time_for_all(parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part that hangs, and lets nobody end its own children, is killed; later ones are named.
 

@@ -16,6 +16,7 @@ from moe_local.cache.routes import Phase, read_routes
 from moe_local.offload.plan import bandwidth
 
 
+@pytest.mark.slow
 def test_what_is_made_and_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

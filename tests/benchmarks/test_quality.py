@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 
+import pytest
 import quality
 import torch
 
 
+@pytest.mark.slow
 def test_a_mix_is_judged(tiny_mixtral, tmp_path):
     text = tmp_path / "text"
     text.write_text("the expert router sends each token of the text to the experts it trusts " * 80)

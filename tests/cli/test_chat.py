@@ -464,6 +464,7 @@ class TestOnATerminal:
         for child in children:
             child.close(force=True)
 
+    @pytest.mark.slow
     def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(self, spawn):
         terminal = spawn(fake_model.__file__, "chat")
         terminal.expect_exact("fake: /help lists the commands, Ctrl-D leaves.")

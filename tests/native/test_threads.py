@@ -150,6 +150,7 @@ print(after.user + after.system - before.user - before.system)
 """
 
 
+@pytest.mark.slow
 def test_threads_sleep_between_calls_and_let_the_process_end(lib: Any) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", CHILD], capture_output=True, text=True, timeout=120, check=True

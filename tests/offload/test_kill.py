@@ -267,6 +267,7 @@ def kill_downloads(downloads: Downloads, kills: int, seed: int) -> None:
         downloads.finish(folder)
 
 
+@pytest.mark.slow
 def test_downloads(downloads: Downloads) -> None:
     kill_downloads(downloads, 3, seed=1)
 

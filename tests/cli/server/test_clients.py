@@ -75,6 +75,7 @@ class TestSlow:
     @pytest.mark.parametrize(
         "begun", [b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n", head(100) + b'{"messages"']
     )
+    @pytest.mark.slow
     def test_a_request_that_drips(self, server: Any, begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Connection, "request_seconds", 0.6)
         reply = b""

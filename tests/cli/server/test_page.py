@@ -148,6 +148,7 @@ class TestInABrowser:
         assert resources
         assert all(name.startswith(live.url) for name in resources)
 
+    @pytest.mark.slow
     def test_on_a_phone(self, visit: Visit) -> None:
         browser = visit.browser
         for dark in (False, True):
@@ -301,6 +302,7 @@ class TestWrittenAnswers:
         )
         assert visit.browser.run("return document.querySelector('.thought').open") is False
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("visit", [("word ", {"times": 2000, "pause_s": 0.02})], indirect=True)
     def test_stop_and_again(self, visit: Visit) -> None:
         browser = visit.browser
@@ -321,6 +323,7 @@ class TestWrittenAnswers:
             assert browser.count("#send") == 1
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_key(browser: Any, serving: Any, small: moe_local.Model) -> None:
     with serving(small, api_key="s3cret") as running:
@@ -335,6 +338,7 @@ def test_the_key(browser: Any, serving: Any, small: moe_local.Model) -> None:
         assert browser.count(".error") == 0
 
 
+@pytest.mark.slow
 @needs_browser
 def test_errors_in_words(browser: Any, serving: Any, small: moe_local.Model) -> None:
     with serving(small) as running:
