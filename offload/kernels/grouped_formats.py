@@ -13,14 +13,17 @@ from typing import Any, Protocol
 
 import torch
 
-from moe_local.offload.quantize import fp8, int8, mxfp4, nf4
+from moe_local.offload.quantize import fp8, int8, mxfp4, nf4, nvfp4
 from moe_local.offload.quantize.code_tables import dynamic_map, nf4_levels
-from moe_local.offload.quantize.layout import Layout, TensorSpec
+from moe_local.offload.quantize.layout import Layout, Segment, TensorSpec
 from moe_local.offload.quantize.low_blocks import Q2, Q3, STEPS, LowFormat
 
-KINDS = {"nested": 0, "float32": 1, "bfloat16": 2, "float16": 3, "uint8": 4}
+NUMBERS = {"float32": 1, "bfloat16": 2, "float16": 3, "uint8": 4}
 """Numbers for the dtypes of scales and biases, as in triton_formats (SCALES). uint8 stands for exponents
 (E8M0)."""
+
+KINDS = {"nested": 0, **NUMBERS, nvfp4.FACTOR: 5, nvfp4.DIVISOR: 6}
+"""Those of all kinds of scales."""
 
 WORDS = 4
 """How many words of 32 bits a thread reads at once: a piece."""
@@ -39,8 +42,8 @@ class GroupedFormat(Protocol):
         """How many weights a thread reads at once."""
 
     def serves(self, layout: Layout) -> bool:
-        """Whether the kernels read all matrices of this layout: rows must be made of whole pieces, and no
-        block of weights that share a scale may end within a piece."""
+        """Whether the kernels read all matrices of this layout: rows must be made of whole pieces, and except
+        in NVFP4 no block of weights that share a scale may end within a piece."""
 
     def constants(self, layout: Layout, name: str) -> dict[str, Any]:
         """Compile-time constants: offsets of the parts of matrix `name`, and how many rows and columns share
@@ -128,10 +131,15 @@ def _low_table(format: LowFormat, device: torch.device) -> torch.Tensor:
     return torch.tensor(table, dtype=torch.float32, device=device)
 
 
-class MXFP4Words(_Words):
-    """The codec's MXFP4, and that of gpt-oss as published."""
-
+class _E2M1Words(_Words):
     number, per_word = 4, 8
+
+    def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        return mxfp4.numbers(device), dynamic_map(device)
+
+
+class MXFP4Words(_E2M1Words):
+    """The codec's MXFP4, and that of gpt-oss as published."""
 
     def serves(self, layout: Layout) -> bool:
         return (
@@ -143,8 +151,31 @@ class MXFP4Words(_Words):
     def constants(self, layout: Layout, name: str) -> dict[str, Any]:
         return plain_scales(layout, name, 1, mxfp4.BLOCK)
 
-    def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        return mxfp4.numbers(device), dynamic_map(device)
+
+class NVFP4Words(_E2M1Words):
+    """NVFP4 as published: a piece has two blocks; SCALE_OF_SCALE is the second scale of BLOCK_ROWS rows."""
+
+    def serves(self, layout: Layout) -> bool:
+        return (
+            layout.format == "nvfp4"
+            and _all_wide(layout, self.piece)
+            and _all_have(layout, "uint8", ("float8_e4m3fn",))
+            and all(len(_seconds(layout, tensor.name)) == 1 for tensor in _matrices(layout))
+        )
+
+    def constants(self, layout: Layout, name: str) -> dict[str, Any]:
+        (second,) = _seconds(layout, name)
+        rows = next(tensor.shape[0] for tensor in layout.tensors if tensor.name == name)
+        at = _offsets(layout, name)
+        return {
+            "Q": at["q"],
+            "SCALES": KINDS[second.part],
+            "SCALE": at["scale"],
+            "SCALE_OF_SCALE": second.offset,
+            "OFFSET": -1,
+            "BLOCK_ROWS": rows // second.shape[0],
+            "BLOCK_COLS": nvfp4.BLOCK,
+        }
 
 
 class FP8Words(_Words):
@@ -156,7 +187,7 @@ class FP8Words(_Words):
         return (
             layout.format == "fp8"
             and _all_wide(layout, self.piece)
-            and _all_have(layout, "float8_e4m3fn", [*KINDS][1:])
+            and _all_have(layout, "float8_e4m3fn", NUMBERS)
             and all(self._block(layout, tensor)[1] % self.piece == 0 for tensor in _matrices(layout))
         )
 
@@ -188,7 +219,7 @@ def plain_scales(layout: Layout, name: str, rows: int, cols: int) -> dict[str, A
 
 FORMATS: tuple[GroupedFormat, ...] = (
     *(NF4Words(), Int8Words(), LowWords(2, Q3), LowWords(3, Q2)),
-    *(MXFP4Words(), FP8Words()),
+    *(MXFP4Words(), NVFP4Words(), FP8Words()),
 )
 
 
@@ -200,6 +231,11 @@ def grouped_format(layout: Layout) -> GroupedFormat | None:
 
 def _offsets(layout: Layout, name: str) -> dict[str, int]:
     return {segment.part: segment.offset for segment in layout.parts(name)}
+
+
+def _seconds(layout: Layout, name: str) -> list[Segment]:
+    """The second scales of an NVFP4 matrix, which has one such segment."""
+    return [segment for segment in layout.parts(name) if segment.part in nvfp4.SECONDS]
 
 
 def _matrices(layout: Layout) -> list[TensorSpec]:

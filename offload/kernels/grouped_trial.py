@@ -21,6 +21,7 @@ from moe_local.offload.kernels.grouped import MOST_TOKENS, GroupedExperts, warm_
 from moe_local.offload.kernels.launcher import Launcher
 from moe_local.offload.kernels.layer import LayerKernels
 from moe_local.offload.kernels.routing import Routing
+from moe_local.offload.quantize import nvfp4
 from moe_local.offload.quantize.layout import Layout
 from moe_local.offload.quantize.views import segment_view
 
@@ -143,6 +144,8 @@ def made_expert(layout: Layout) -> torch.Tensor:
         view = segment_view(made, segment)
         if segment.dtype in ("float32", "bfloat16", "float16"):
             view.copy_(size * (0.5 + torch.rand(view.shape, generator=generator)))
+            if segment.part == nvfp4.DIVISOR:
+                view.reciprocal_()
         elif segment.dtype == "float8_e4m3fn":
             view.view(torch.uint8).bitwise_and_(0xBF)  # avoids the code of NaN
         elif segment.part == "scale" and layout.format in ("mxfp4", "fp8"):  # exponents

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moe_local.offload.kernels.grouped_formats import KINDS, GroupedFormat, grouped_format
+from moe_local.offload.kernels.grouped_formats import NUMBERS, GroupedFormat, grouped_format
 from moe_local.offload.kernels.triton_needs import remedy
 from moe_local.offload.native.library import Gate
 from moe_local.offload.quantize.layout import Layout
@@ -207,7 +207,7 @@ def _constants(
         "FORMAT": form.number,
         "PER_WORD": form.per_word,
         "BIAS": -1 if bias is None else bias.offset,
-        "BIAS_KIND": KINDS["float32" if bias is None else bias.dtype],
+        "BIAS_KIND": NUMBERS["float32" if bias is None else bias.dtype],
         "PIECES": pieces,
         "num_warps": pieces // 32,
     }

@@ -25,7 +25,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_local.offload.kernels.triton_formats import number, offset_of, packed, scale, weight
+from moe_local.offload.kernels.triton_formats import (
+    finished,
+    number,
+    offset_of,
+    packed,
+    scale,
+    scaled,
+    second_scale,
+    weight,
+)
 
 PLAIN, CONCATENATED, INTERLEAVED = (tl.constexpr(number) for number in range(3))
 IDENTITY, RELU, RELU2, SILU, GELU, GELU_TANH, CLAMPED_SWIGLU, CLAMPED_SILU = (
@@ -103,6 +112,9 @@ def _products(
     COUNT: tl.constexpr = len(rows) * len(numbers)
     WORDS: tl.constexpr = COLS // PER_WORD
     offset = offset_of(expert, SCALES, OFFSET)
+    seconds = ()
+    for r in tl.static_range(len(rows)):
+        seconds = seconds + (second_scale(expert, rows[r], SCALES, SCALE_OF_SCALE, BLOCK_ROWS),)
     lane = tl.arange(0, PIECES)
     totals = ()
     for _ in tl.static_range(COUNT):
@@ -142,13 +154,14 @@ def _products(
                 FORMAT, SCALES, COLS, SCALE, SCALE_OF_SCALE, BLOCK_ROWS, BLOCK_COLS, PER_WORD,
             )  # fmt: skip
             for t in tl.static_range(len(numbers)):
-                part = tl.sum(parts[r * len(numbers) + t], axis=1)
-                more = more + (tl.fma(part, factor, totals[r * len(numbers) + t]),)
+                part, total = parts[r * len(numbers) + t], totals[r * len(numbers) + t]
+                more = more + (scaled(part, factor, total, SCALES),)
         totals = more
     # Reduce all sums across threads at once, in one exchange instead of COUNT.
     stacked = tl.zeros([COUNT, PIECES], dtype=tl.float32)
     for n in tl.static_range(COUNT):
-        stacked = tl.where((tl.arange(0, COUNT) == n)[:, None], totals[n][None, :], stacked)
+        total = finished(totals[n], seconds[n // len(numbers)], SCALES)
+        stacked = tl.where((tl.arange(0, COUNT) == n)[:, None], total[None, :], stacked)
     return tl.reshape(tl.sum(stacked, axis=1), [len(rows), len(numbers)])
 
 

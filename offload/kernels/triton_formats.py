@@ -5,7 +5,8 @@ Imports Triton; `grouped_formats.py` is the host's half of this interface. A mat
 of columns w * PER_WORD + i. A new format needs
 
 * a constant beside NF4, and branches in `packed` and `weight`, which return weights without their scales;
-* if its scales are of a new kind, a constant beside NESTED and a branch in `scale`;
+* if its scales are of a new kind, a constant beside NESTED and a branch in `scale`, and in `scaled`,
+  `second_scale` and `finished` unless each piece has one scale and nothing else has;
 * a class in `grouped_formats.py`, which has both constants, the layouts that it serves, and their offsets.
 
 The format is a compile-time constant of a kernel, so the other branches cost nothing.
@@ -19,9 +20,9 @@ import triton.language as tl
 NF4, INT8, Q3, Q2, E2M1, E4M3 = (tl.constexpr(number) for number in range(6))
 """FORMAT: what a word holds."""
 
-NESTED, FLOAT32, BFLOAT16, FLOAT16, EXPONENT8 = (tl.constexpr(number) for number in range(5))
+NESTED, FLOAT32, BFLOAT16, FLOAT16, EXPONENT8, FACTOR, DIVISOR = (tl.constexpr(number) for number in range(7))
 """SCALES: the kind of number that is stored per BLOCK_ROWS x BLOCK_COLS weights, or NF4's double-quantized
-codes."""
+codes, or NVFP4's E4M3 per 16 columns, which a second scale per BLOCK_ROWS rows multiplies or divides."""
 
 
 @triton.jit
@@ -118,13 +119,22 @@ def weight(packed, i, levels, FORMAT: tl.constexpr, SHUFFLES: tl.constexpr):
     elif FORMAT == E2M1:
         value = level(levels, packed[0] >> (4 * i), SHUFFLES)
     elif FORMAT == E4M3:
-        # The same bits read as fp16 are a number 256 times smaller, for which `scale` compensates. So the GPU
-        # need not support the format.
-        byte = (packed[0] << (24 - 8 * i)) >> 24
-        value = ((byte << 7) & 0xBF80).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        value = e4m3(packed[0], i)  # for the missing factor `scale` compensates
     else:
         value = ((packed[0] << (24 - 8 * i)) >> 24).to(tl.float32)
     return value
+
+
+@triton.jit
+def e4m3(words, i):
+    """The E4M3 numbers in bytes i of int32 words, divided by 256, as float32. The codes of NaN become 480.
+
+    Triton has tl.float8e4nv only from compute capability 8.9 on. So this moves the sign, the four bits of the
+    exponent and the three of the mantissa to where fp16 has them. Its exponent is biased by 15 instead of 7,
+    so the same bits are numbers 256 times smaller; exactly, and subnormal ones stay subnormal.
+    """
+    byte = (words << (24 - 8 * i)) >> 24
+    return ((byte << 7) & 0xBF80).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -153,22 +163,63 @@ def scale(
     BLOCK_COLS: tl.constexpr,
     PER_WORD: tl.constexpr,
 ):
-    """The scales of a row's pieces, float32 [PIECES]. No block ends within a piece.
+    """The scales of a row's pieces, for `scaled`: float32 [PIECES], since no block ends within a piece; or, of
+    NVFP4, two such, since a piece has two blocks.
 
     `offset` comes from `offset_of`; `scale_map` has 256 floats.
     """
-    PIECES_A_BLOCK: tl.constexpr = BLOCK_COLS // (4 * PER_WORD)
-    block = (row // BLOCK_ROWS) * ((COLS + BLOCK_COLS - 1) // BLOCK_COLS) + piece // PIECES_A_BLOCK
-    if SCALES == NESTED:
-        nested = (expert + SCALE_OF_SCALE).to(tl.pointer_type(tl.float32))
-        code = tl.load(expert + SCALE + block, mask=there, other=0).to(tl.int32)
-        factor = tl.load(nested + block // 256, mask=there, other=0.0)
-        value = tl.fma(tl.load(scale_map + code), factor, offset)
+    if SCALES == FACTOR or SCALES == DIVISOR:
+        both = (expert + SCALE).to(tl.pointer_type(tl.int16)) + row * (COLS // 32) + piece
+        both = tl.load(both, mask=there, other=0).to(tl.int32)
+        value = (e4m3(both, 0), e4m3(both, 1))
     else:
-        value = number(expert + SCALE, block, there, SCALES)
-    if FORMAT == E4M3:
-        value = value * 256.0
+        PIECES_A_BLOCK: tl.constexpr = BLOCK_COLS // (4 * PER_WORD)
+        block = (row // BLOCK_ROWS) * ((COLS + BLOCK_COLS - 1) // BLOCK_COLS) + piece // PIECES_A_BLOCK
+        if SCALES == NESTED:
+            nested = (expert + SCALE_OF_SCALE).to(tl.pointer_type(tl.float32))
+            code = tl.load(expert + SCALE + block, mask=there, other=0).to(tl.int32)
+            factor = tl.load(nested + block // 256, mask=there, other=0.0)
+            value = tl.fma(tl.load(scale_map + code), factor, offset)
+        else:
+            value = number(expert + SCALE, block, there, SCALES)
+        if FORMAT == E4M3:
+            value = value * 256.0
     return value
+
+
+@triton.jit
+def scaled(parts, factor, total, SCALES: tl.constexpr):
+    """total [PIECES] plus the sums of the pieces' words, [PIECES, 4], times their scales, which `scale` found."""
+    if SCALES == FACTOR or SCALES == DIVISOR:
+        # Sums of two words each. Adding -0.0 changes nothing, not even 0.0, so LLVM leaves it out.
+        later = (tl.arange(0, 4) >= 2)[None, :]
+        total = tl.fma(tl.sum(tl.where(later, -0.0, parts), axis=1), factor[0], total)
+        total = tl.fma(tl.sum(tl.where(later, parts, -0.0), axis=1), factor[1], total)
+    else:
+        total = tl.fma(tl.sum(parts, axis=1), factor, total)
+    return total
+
+
+@triton.jit
+def second_scale(expert, row, SCALES: tl.constexpr, SCALE_OF_SCALE: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """A row's second scale, for `finished`; of formats without any, 1."""
+    value = 1.0
+    if SCALES == FACTOR or SCALES == DIVISOR:
+        value = tl.load((expert + SCALE_OF_SCALE).to(tl.pointer_type(tl.float32)) + row // BLOCK_ROWS)
+    return value
+
+
+@triton.jit
+def finished(total, second, SCALES: tl.constexpr):
+    """The sums of a row's pieces, [PIECES], with its second scale and the factor that `e4m3` leaves out.
+
+    Apart from `second_scale`, since what waits for its load belongs behind the loop over pieces.
+    """
+    if SCALES == FACTOR:
+        total = total * (256.0 * second)
+    elif SCALES == DIVISOR:
+        total = total * (256.0 / second)
+    return total
 
 
 @triton.jit

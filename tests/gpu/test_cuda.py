@@ -33,6 +33,7 @@ from moe_local.offload.tiers.arena import HostArena
 from moe_local.offload.tiers.device import CudaDevice, HostMemory
 from moe_local.offload.tiers.device_arena import DeviceArena
 from support import random_experts, tiny_models
+from support.expert_codecs import expert_codec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -164,12 +165,12 @@ class Lease(NamedTuple):
     layout: Layout
 
 
-def leased(math: SwiGLU, count: int, d: int, f: int) -> list[Lease]:
+def leased(math: SwiGLU, count: int, d: int, f: int, format: str = "nf4") -> list[Lease]:
     """Experts in slots of one arena on the GPU, last first."""
     specs = [TensorSpec("gate_up_proj", (2 * f, d)), TensorSpec("down_proj", (d, f))]
     if math.has_bias:
         specs += [TensorSpec(f"{spec.name}_bias", spec.shape[:1]) for spec in tuple(specs)]
-    codec = codec_for("nf4")
+    codec = expert_codec(format)
     layout = codec.layout(specs)
     arena = torch.empty(count, layout.nbytes, dtype=torch.uint8)
     generator = torch.Generator().manual_seed(d + f)
@@ -187,16 +188,23 @@ def in_groups(step: Any, leases: list[Lease], groups: list[list[int]]) -> torch.
     return result
 
 
-GROUPED = [(SwiGLU(), 512, 768), (GptOss(), 320, 448), (SwiGLU(), 4096, 64)]
+GROUPED = {
+    "swiglu": (SwiGLU(), 512, 768, "nf4"),
+    "gpt-oss": (GptOss(), 320, 448, "nf4"),
+    "wide": (SwiGLU(), 4096, 64, "nf4"),
+    "nvfp4": (GptOss(), 320, 448, "nvfp4"),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("math", "d", "f"), GROUPED, ids=["swiglu", "gpt-oss", "wide"])
-def test_grouped_kernels_agree_with_one_by_one(math: SwiGLU, d: int, f: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("math", "d", "f", "format"), GROUPED.values(), ids=GROUPED)
+def test_grouped_kernels_agree_with_one_by_one(
+    math: SwiGLU, d: int, f: int, format: str, dtype: torch.dtype
+) -> None:
     """And are no further from fp32 than it; their bits are the same in every group."""
     pytest.importorskip("triton")
     experts = 12
-    leases = leased(math, experts, d, f)
+    leases = leased(math, experts, d, f, format)
     kernels, each = LayerKernels(), ExpertKernels()
     for tokens, top_k in ((1, 1), (1, 8), (2, 3), (8, 4), (30, 3)):
         generator = torch.Generator().manual_seed(tokens)
@@ -219,13 +227,16 @@ def test_grouped_kernels_agree_with_one_by_one(math: SwiGLU, d: int, f: int, dty
         assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize(("format", "d", "f"), [("nf4", 2880, 2880), ("mxfp4", 2048, 768), ("q3", 4096, 128)])
+@pytest.mark.parametrize(
+    ("format", "d", "f"),
+    [("nf4", 2880, 2880), ("mxfp4", 2048, 768), ("nvfp4", 2048, 768), ("q3", 4096, 128)],
+)
 def test_levels_that_are_shuffled_are_those_that_are_loaded(format: str, d: int, f: int) -> None:
     """Bit by bit, where a row is several steps, or one that is not full."""
     pytest.importorskip("triton")
     card = torch.device("cuda", torch.cuda.current_device())
     specs = [TensorSpec("gate_up_proj", (2 * f, d)), TensorSpec("down_proj", (d, f))]
-    layout, experts, found = codec_for(format).layout(specs), GroupedExperts(), []
+    layout, experts, found = expert_codec(format).layout(specs), GroupedExperts(), []
     base, x = made_expert(layout).to(card), torch.randn(8, d, device=card).bfloat16()
     for shuffles in (True, False):
         assert experts.shuffles(card, layout) == shuffles

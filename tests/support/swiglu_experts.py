@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from moe_local.offload.experts import ExpertRunner
-from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
+from support.expert_codecs import expert_codec
 
 WIDTH, HIDDEN = 256, 128
 
@@ -33,9 +33,9 @@ class Math:
 
 
 def layout_of(format: str) -> Layout:
-    return codec_for(format).layout(
-        [TensorSpec("gate_up_proj", (2 * HIDDEN, WIDTH)), TensorSpec("down_proj", (WIDTH, HIDDEN))]
-    )
+    specs = [TensorSpec("gate_up_proj", (2 * HIDDEN, WIDTH)), TensorSpec("down_proj", (WIDTH, HIDDEN))]
+    layout: Layout = expert_codec(format).layout(specs)
+    return layout
 
 
 def runner_of(

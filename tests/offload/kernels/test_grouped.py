@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.native.library import library
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
+from support.expert_codecs import expert_codec
 
 D, FF, EXPERTS = 64, 128, 7
 CPU = torch.device("cpu")
@@ -197,7 +199,9 @@ def test_experts_with_many_tokens_and_other_layouts_go_elsewhere() -> None:
 
 def test_only_rows_of_whole_pieces_and_blocks_are_served() -> None:
     def layout(format: str, *shapes: tuple[int, int]) -> Layout:
-        return codec_for(format).layout([TensorSpec(f"w{i}", shape) for i, shape in enumerate(shapes)])
+        specs = [TensorSpec(f"w{i}", shape) for i, shape in enumerate(shapes)]
+        found: Layout = expert_codec(format).layout(specs)
+        return found
 
     assert Launcher.served(layout("nf4", (128, 64), (64, 64)))
     assert not Launcher.served(layout("nf4", (128, 64), (64, 96)))
@@ -206,6 +210,21 @@ def test_only_rows_of_whole_pieces_and_blocks_are_served() -> None:
     assert Launcher.served(layout("int8", (96, 48), (48, 96)))
     assert not Launcher.served(layout("int8", (128, 64), (64, 40)))
     assert not Launcher.served(layout("bf16", (128, 64), (64, 64)))
+    for second in ("nvfp4", "nvfp4, divided"):
+        assert Launcher.served(layout(second, (192, 96), (96, 64)))
+        assert not Launcher.served(layout(second, (96, 48), (48, 96)))  # half a piece at the end
+
+
+def test_nvfp4_is_served_if_all_matrices_are_it() -> None:
+    """The layout of an expert has that name if one of them is."""
+    layout: Layout = expert_codec("nvfp4").layout([TensorSpec("w1", (64, 64)), TensorSpec("w2", (64, 64))])
+    for gone in ("q", "scale", "factor"):
+        kept = tuple(part for part in layout.segments if (part.name, part.part) != ("w2", gone))
+        assert not Launcher.served(replace(layout, segments=kept))
+    exponents = tuple(
+        replace(part, dtype="uint8") if part.part == "scale" else part for part in layout.segments
+    )
+    assert not Launcher.served(replace(layout, segments=exponents))
 
 
 def test_what_kernels_look_up_stays_where_it_is_on_every_card() -> None:

@@ -20,7 +20,7 @@ from moe_local.offload.quantize.layout import Layout
 from support import swiglu_experts
 
 TOP_K = 3
-FORMATS = ("nf4", "int8", "q3", "q2", "mxfp4", "fp8")
+FORMATS = ("nf4", "int8", "q3", "q2", "mxfp4", "fp8", "nvfp4", "nvfp4, divided")
 
 LayoutOf = Callable[[str], Layout]
 
@@ -245,6 +245,6 @@ def test_a_lack_of_memory_is_no_fault_of_the_kernels(
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_is_made_up_is_about_as_large_as_a_models_weights(layout_of: LayoutOf, format: str) -> None:
     layout = layout_of(format)
-    for weight in decoder_for(format).decode(made_expert(layout), layout, torch.float32).values():
+    for weight in decoder_for(layout.format).decode(made_expert(layout), layout, torch.float32).values():
         assert 0.003 < float(weight.square().mean().sqrt()) < 0.3
         assert weight.isfinite().all()

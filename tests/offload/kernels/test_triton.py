@@ -16,8 +16,8 @@ import pytest
 from moe_local.offload.kernels.gates import CONCATENATED, FUNCTIONS
 from moe_local.offload.kernels.launcher import Launcher, planes_of_a_step, rows_of_a_program
 from moe_local.offload.native.library import Gate
-from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import TensorSpec
+from support.expert_codecs import expert_codec
 
 pytestmark = [
     pytest.mark.slow,
@@ -57,7 +57,7 @@ def compiled(name: str, capability: int, tokens: int, d: int, f: int, format: st
 
     from moe_local.offload.kernels import triton_experts
 
-    layout = codec_for(format).layout(
+    layout = expert_codec(format).layout(
         [TensorSpec("gate_up_proj", (2 * f, d)), TensorSpec("down_proj", (d, f))]
     )
     silu = Gate(CONCATENATED, FUNCTIONS.index("silu"), 0.0, 0.0)
@@ -98,7 +98,10 @@ def compiled(name: str, capability: int, tokens: int, d: int, f: int, format: st
         *((90, tokens, format) for tokens in (1, 2, 4, 8) for format in ("q3", "q2")),
         *((75, 8, format) for format in ("q3", "q2")),
         *((90, tokens, format) for tokens, format in product((1, 8), ("mxfp4", "fp8"))),
-        *((75, 1, format) for format in ("mxfp4", "fp8")),
+        *((75, 1, format) for format in ("mxfp4", "fp8", "nvfp4")),
+        # 8.0 and 8.6 have no E4M3, which its scales are in.
+        *((capability, tokens, "nvfp4") for capability, tokens in product((80, 86, 90), (1, 8))),
+        (90, 1, "nvfp4, divided"),
     ],
 )
 def test_weights_are_read_16_bytes_at_a_time_and_stay_in_registers(
@@ -109,7 +112,7 @@ def test_weights_are_read_16_bytes_at_a_time_and_stay_in_registers(
     kernel = compiled(name, capability, tokens, *SHAPES[shape], format)
     ptx = kernel.asm["ptx"]
     wide = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx))
-    planes = {"nf4": 8, "int8": 4, "mxfp4": 8, "fp8": 4, "q3": 16, "q2": 16}[format]
+    planes = {"int8": 4, "fp8": 4, "q3": 16, "q2": 16}.get(format, 8)
     rows = 0 if format == "q3" else rows_of_a_program(tokens)  # which reads its planes by words
     # Each row once, and the planes of each vector that are read at a time.
     assert wide == rows + planes_of_a_step(planes, tokens) * tokens
@@ -123,7 +126,7 @@ def test_weights_are_read_16_bytes_at_a_time_and_stay_in_registers(
     spilled = re.search(r"STACK:(\d+)", usage)
     assert spilled is not None
     assert int(spilled[1]) <= (8 if tokens == 8 else 0)  # bytes a thread: an address kept for after the loop
-    if format in ("nf4", "mxfp4", "q3"):
+    if format not in ("int8", "fp8", "q2"):
         code = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
         # Each thread loads one level, once, and shuffles it, in which all of a warp take part.
         assert len(re.findall(r"\bLDG\.E\.CONSTANT\b", code)) == 1

@@ -17,8 +17,8 @@ from moe_local.offload.native.library import Gate
 from moe_local.offload.quantize.layout import Layout
 from support import swiglu_experts
 
-EXPERTS = 6
-FORMATS = ("nf4", "int8", "q3", "q2", "mxfp4", "fp8")
+FORMATS = ("nf4", "int8", "q3", "q2", "mxfp4", "fp8", "nvfp4", "nvfp4, divided")
+EXPERTS = len(FORMATS)
 
 UNALIGNED = {"combine_kernel": {1}}
 """Arguments whose alignment a kernel is not compiled for; test_triton.py sees that this is so."""

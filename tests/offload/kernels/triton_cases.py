@@ -21,10 +21,11 @@ from moe_local.offload.kernels.launcher import UNIT, Launcher, pieces_of_a_step,
 from moe_local.offload.kernels.layer import LayerKernels, OneByOne
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.native.library import Gate
-from moe_local.offload.quantize.codec import codec_for, decoder_for
+from moe_local.offload.quantize.codec import decoder_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
 from moe_local.offload.quantize.views import segment_view
 from moe_local.offload.store.residents import ResidentLayer
+from support.expert_codecs import expert_codec
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_interpreter")]
 
@@ -58,7 +59,7 @@ class Experts:
         specs = [TensorSpec(self.first, (2 * f if has_gate else f, d)), TensorSpec("down_proj", (d, f))]
         if has_bias:
             specs += [TensorSpec(f"{spec.name}_bias", spec.shape[:1]) for spec in tuple(specs)]
-        codec = codec_for(format)
+        codec = expert_codec(format)
         self.layout = codec.layout(specs)
         self.stride = self.layout.nbytes + 4096
         self.arena = torch.full((count * self.stride,), 0xA5, dtype=torch.uint8)
@@ -193,12 +194,13 @@ def test_what_is_no_number_stays_none_and_with_its_token(name: str) -> None:
         ("q3", 1152),
         ("q2", 64),
         ("q2", 1088),
+        *(("nvfp4", cols) for cols in (32, 1056, 2112)),
     ],
 )
 def test_rows_of_every_length(format: str, cols: int) -> None:
     """Shorter than a step, and steps with and without a rest; blocks at a row's end that are not whole."""
-    codec = codec_for(format)
-    width = 16 if format == "int8" else 64
+    codec = expert_codec(format)
+    width = {"int8": 16, "nvfp4": 32}.get(format, 64)
     layout = codec.layout([TensorSpec("up_proj", (cols, width)), TensorSpec("down_proj", (width, cols))])
     buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
     codec.encode({"up_proj": normal(cols, width), "down_proj": normal(width, cols, seed=1)}, layout, buffer)
@@ -257,7 +259,7 @@ def test_slots_far_beyond_what_32_bits_count() -> None:
         assert error_of(outputs, want) < 1e-6
 
 
-@pytest.mark.parametrize("format", ["nf4", "q3", "q2"])
+@pytest.mark.parametrize("format", ["nf4", "q3", "q2", "nvfp4"])
 def test_planes_in_several_steps(format: str) -> None:
     """As eight tokens meet them: to the bit as one token does, for which they are one step."""
     experts = Experts(1, 64, 64, format=format)
@@ -268,7 +270,7 @@ def test_planes_in_several_steps(format: str) -> None:
     assert torch.equal(outputs[5], alone[0])
 
 
-@pytest.mark.parametrize("format", ["nf4", "int8", "q3", "q2", "mxfp4", "fp8"])
+@pytest.mark.parametrize("format", ["nf4", "int8", "q3", "q2", "mxfp4", "fp8", "nvfp4", "nvfp4, divided"])
 def test_every_format(format: str) -> None:
     """Up and down with biases, for one token and several, each answer as from the decoded weights."""
     math = MATHS["gpt-oss"]
@@ -310,6 +312,25 @@ def test_scales_as_publishers_store_them(scale: str, grid: tuple[int, int]) -> N
     decoded = decoder_for("fp8").decode(buffer, layout, torch.float32)
     want = hidden.double() @ decoded["down_proj"].double().T + decoded["down_proj_bias"].double()
     assert error_of(outputs, want) < 1e-6
+
+
+def test_every_e4m3_scale_of_nvfp4() -> None:
+    """Exactly, the subnormal ones too; and the two codes of NaN as 480, as the CPU's kernels read them."""
+    codec, rows, cols = expert_codec("nvfp4"), 64, 64
+    layout = codec.layout([TensorSpec("up_proj", (cols, 32)), TensorSpec("down_proj", (rows, cols))])
+    buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    parts = {part.part: segment_view(buffer, part) for part in layout.parts("down_proj")}
+    parts["q"].fill_(0x22)  # the code of 1, twice
+    parts["factor"].fill_(1)
+    parts["scale"].view(torch.uint8).copy_(torch.arange(256).view(rows, 4))
+    launcher = Launcher(kernels(), layout, Gate(PLAIN, 0, 0, 0), has_gate=False, has_bias=False)
+    one_of_each_block, outputs = torch.eye(cols)[3::16].contiguous(), torch.empty(4, rows)
+    table = torch.tensor([[0, *range(4)]])
+    launcher.down(buffer, UNIT, table, launcher.planes(one_of_each_block), outputs)
+    want = parts["scale"].float().nan_to_num(nan=480.0)
+    want[-1, -1] = -480
+    assert want.abs().unique().numel() == 128
+    assert torch.equal(outputs.T, want)
 
 
 def test_formats_side_by_side() -> None:
