@@ -49,6 +49,8 @@ ARENA_BYTES = 1 << 30
 """Bytes of experts in the arena, or fewer if a layer has fewer: far more than any last-level cache holds."""
 LAUNCHES = 24
 """Launches of a kernel in one graph, and steps in one run."""
+WAIT_CYCLES = 200_000
+"""Some 0.1 ms: longer than the host takes to launch a graph."""
 SCALES = {"int8": 3e-4, "fp8": 0.05}
 """Scales of formats for which the default scale of 0.02 would not give weights of about that size."""
 ERROR_LIMIT = 2e-2
@@ -192,6 +194,7 @@ def graph_of(work: Callable[[], object]) -> Callable[[], object]:
 
 def device_seconds(work: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(WAIT_CYCLES)  # until the launch is on its way, which is not the kernels' time
     start.record()
     work()
     end.record()

@@ -163,8 +163,8 @@ def scale(
     BLOCK_COLS: tl.constexpr,
     PER_WORD: tl.constexpr,
 ):
-    """The scales of a row's pieces, for `scaled`: float32 [PIECES], since no block ends within a piece; or, of
-    NVFP4, two such, since a piece has two blocks.
+    """The scales of a row's pieces, for `scaled`: float32 [PIECES], since no block ends within a piece; of
+    NVFP4 two such, since a piece has two blocks.
 
     `offset` comes from `offset_of`; `scale_map` has 256 floats.
     """
@@ -189,7 +189,7 @@ def scale(
 
 @triton.jit
 def scaled(parts, factor, total, SCALES: tl.constexpr):
-    """total [PIECES] plus the sums of the pieces' words, [PIECES, 4], times their scales, which `scale` found."""
+    """total [PIECES] plus the sums of the pieces' words, [PIECES, 4], times their scales, from `scale`."""
     if SCALES == FACTOR or SCALES == DIVISOR:
         # Sums of two words each. Adding -0.0 changes nothing, not even 0.0, so LLVM leaves it out.
         later = (tl.arange(0, 4) >= 2)[None, :]
