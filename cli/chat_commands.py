@@ -138,8 +138,8 @@ class Commands:
         off = {word: on for on, word in SWITCHES.items()}
         if not name:
             system = printable(chat.sampling.system or "none")
-            print_fields([*settings(chat.sampling), ("system", system)])
-            click.echo(_THINKING[chat.sampling.think])
+            thinks = {True: "on", False: "off", None: f"{DEFAULT} (the model's own)"}[chat.sampling.think]
+            print_fields([*settings(chat.sampling), ("think", thinks), ("system", system)])
         elif name in SWITCHES or name in off:
             on, attribute = name in SWITCHES, off.get(name, name)
             setattr(chat, "keeps" if attribute == "history" else attribute, on)
@@ -268,7 +268,7 @@ _SAID = {
 _THINKING = {
     True: "The model is told to think; /set think default leaves it to the model.",
     False: "The model is told not to think; /set think default leaves it to the model.",
-    None: "Whether it thinks is the model's own choice; /set think and /set nothink tell it.",
+    None: "Whether it thinks is the model's own choice.",
 }
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 
@@ -253,7 +254,8 @@ def test_thoughts_are_turned_off_and_on(invoke, fake, home):
         {"chat_template_kwargs": {"enable_thinking": True}},
         {},
     ]
-    assert "Whether it thinks is the model's own choice" in result.output
+    assert "Whether it thinks is the model's own choice." in result.output
+    assert re.search(r"think +default \(the model's own\)", result.output)
     fake.tokenizer = None
     result = invoke("chat", input="/set nothink\nhi\n")
     assert "thoughts cannot be turned off" in result.stderr
