@@ -43,6 +43,7 @@ from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.plan import bandwidth
 from moe_local.offload.quantize.codec import codec_for, codecs
 from moe_local.offload.quantize.layout import Layout, TensorSpec
+from moe_local.offload.quantize.stored import StoredFormat
 from moe_local.offload.quantize.views import segment_view
 
 ARENA_BYTES = 1 << 30
@@ -56,8 +57,10 @@ SCALES = {"int8": 3e-4, "fp8": 0.05}
 ERROR_LIMIT = 2e-2
 """Largest relative difference from one by one in bf16, which rounds the weights to bf16."""
 
+NVFP4 = StoredFormat("nvfp4", "bfloat16")
+"""The only format here that has no codec, since checkpoints alone have it."""
 
-FORMATS = [name for name, codec in codecs().items() if not codec.exact]
+FORMATS = [*(name for name, codec in codecs().items() if not codec.exact), NVFP4.name]
 
 
 class Shape(NamedTuple):
@@ -83,7 +86,7 @@ class Bench:
             TensorSpec("gate_up_proj", (2 * shape.width, shape.hidden)),
             TensorSpec("down_proj", (shape.hidden, shape.width)),
         ]
-        self.layout = codec_for(format).layout(specs)
+        self.layout = layout_of(format, specs)
         count = min(shape.experts, max(2 * shape.top_k, ARENA_BYTES // self.layout.nbytes))
         self._leases = random_experts(self.layout, count, device)
         experts = GroupedExperts()
@@ -166,6 +169,11 @@ class Bench:
 
     def _one_by_one(self, routing: Routing) -> LayerStep:
         return OneByOne(self._each, self._math, self._x, routing, self._weights)
+
+
+def layout_of(format: str, specs: Sequence[TensorSpec]) -> Layout:
+    """The layout of an expert in one of FORMATS."""
+    return (NVFP4 if format == NVFP4.name else codec_for(format)).layout(specs)
 
 
 def random_experts(layout: Layout, count: int, device: torch.device) -> list[Lent]:

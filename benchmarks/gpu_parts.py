@@ -105,6 +105,12 @@ def parts_of(layers: int, routes: Path | None) -> list[Part]:
         Part("qwen3_resident", 30, 90, qwen(*resident, "--repeats", "6")),
         Part("qwen3_resident_no_graphs", 30, 90, qwen(*resident, *three), no_graphs),
         Part("attention", 20, 60, script("gpu_attention.py")),
+        Part(
+            "kernels_4_bit_floats",
+            25,
+            90,
+            script("gpu_kernels.py", "--models", "qwen3-30b-a3b", "--formats", "mxfp4", "nvfp4"),
+        ),
         Part("device_misses", 20, 60, script("device_misses.py")),
         Part("mixtral_25GBs", 50, 120, mixtral("--workload", "single", *six), slow_link),
         Part("states", 30, 90, states("--tokens", "64", *three)),

@@ -6,15 +6,16 @@ import gpu_kernels
 import pytest
 import torch
 
-from moe_local.offload.quantize.codec import codec_for
+from moe_local.offload.quantize.codec import decoder_for
 from moe_local.offload.quantize.layout import TensorSpec
 
 
-def test_random_experts_decode_to_weights() -> None:
+@pytest.mark.parametrize("format", gpu_kernels.FORMATS)
+def test_random_experts_decode_to_weights(format: str) -> None:
     specs = [TensorSpec("gate_up_proj", (128, 64)), TensorSpec("down_proj", (64, 64))]
-    layout = codec_for("nf4").layout(specs)
+    layout, decoder = gpu_kernels.layout_of(format, specs), decoder_for(format)
     leases = gpu_kernels.random_experts(layout, 3, torch.device("cpu"))
-    decoded = [codec_for("nf4").decode(lease.buffer, layout, torch.float32)["down_proj"] for lease in leases]
+    decoded = [decoder.decode(lease.buffer, layout, torch.float32)["down_proj"] for lease in leases]
     assert all(0.001 < float(weights.std()) < 0.1 for weights in decoded)
     assert not torch.equal(decoded[0], decoded[1])
 
