@@ -76,16 +76,19 @@ class TemplateNeeds:
     @cached_property
     def _found(self) -> _Found:
         """Text where the template passes it on as it stands, so that the model is shown what it has written;
-        else an object. Of contents, the one that leaves no trace."""
-        best: list[tuple[tuple[bool, int, int], _Found]] = []
+        an object where that is refused, or would stand where an object has tags of its own. Of contents, the
+        one that leaves no trace."""
+        best: list[tuple[tuple[int, int], _Found]] = []
+        has_tags = False
         for as_text, content in product((True, False), ("", None)):
             shown = self._render(as_text, content)
             if shown is None or KEY not in shown:
                 continue
             if (ARGUMENTS not in shown) if as_text else (f"{{'{KEY}'" in shown):
                 continue
-            best.append(((not as_text, shown.count("None"), len(shown)), _Found(as_text, content)))
-        return min(best, key=lambda pair: pair[0], default=((), _Found()))[1]
+            has_tags |= not as_text and ARGUMENTS.replace(" ", "") not in shown.replace(" ", "")
+            best.append(((shown.count("None"), len(shown)), _Found(as_text, content)))
+        return min(best, key=lambda pair: (pair[1].as_text is has_tags, pair[0]), default=((), _Found()))[1]
 
     @cached_property
     def _takes_bare_tools(self) -> bool:

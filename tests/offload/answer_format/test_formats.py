@@ -22,7 +22,7 @@ from moe_local.offload.engine.grammar import matcher
 from moe_local.offload.engine.text import Detokenizer, encode_prompt
 from moe_local.offload.forms import lark_grammar
 from support import tiny_models
-from support.chat_templates import DIALECTS, tokenizer_of
+from support.chat_templates import CALLS, DIALECTS, END, TURNS, Dialect, tokenizer_of
 
 SCHEMA = {
     "type": "object",
@@ -208,6 +208,14 @@ def test_calls_of_others_and_their_results_are_shown_in_the_form_that_the_templa
     if name == "harmony":
         order = ["to=functions.weather", "result 0", "to=functions.now", "result 1"]
         assert sorted(order, key=text.index) == order
+
+
+def test_arguments_with_tags_are_an_object_even_where_text_would_pass() -> None:
+    """As Gemma 4's template has it, and repaired ones of GLM."""
+    tags = "{% for k, v in f.arguments.items() %}<{{ k }}>{{ v }}{% endfor %}"
+    both = f"{{% if f.arguments is mapping %}}{tags}{{% else %}}{{{{ f.arguments }}}}{{% endif %}}"
+    answers = answer_format(tokenizer_of(Dialect(f"{TURNS}{CALLS}{both}{{% endfor %}}{END}")))
+    assert "<city>Graz" in asked(answers, called(given={"city": "Graz"}))
 
 
 def test_arguments_that_a_template_passes_on_are_shown_as_they_were_written() -> None:
