@@ -74,7 +74,8 @@ class AnswerParser:
             if calls:
                 yield from self._called(calls)
                 return
-            if cut or not (self._marks or self._broken):
+            nothing_said = self._mode is _Mode.SECTION and not (self._marks or self._broken)
+            if cut or nothing_said:
                 return
             held, self._marks = self._marks + held, ""
         if held:
@@ -111,11 +112,16 @@ class AnswerParser:
             yield Piece(content=text)
             return
         opening = self._syntax.section[0] if self._syntax.section else self._syntax.opening
-        text, opened = self._until(opening)
+        bare = self._syntax.bare
+        text, opened = self._until(opening, *([bare] if bare else []))
         if text:
             yield Piece(content=text)
+        if opened and opened == bare:
+            self._marks, self._held = "", bare + self._held
+        elif opened:
+            self._marks = opening
         if opened:
-            self._marks, self._broken = opening, False
+            self._broken = False
             self._mode = _Mode.SECTION if self._syntax.section else _Mode.CALL
 
     def _section(self) -> Iterator[Piece]:
@@ -162,12 +168,14 @@ class AnswerParser:
         for call in calls:
             yield Piece(call=call)
 
-    def _until(self, mark: str) -> tuple[str, bool]:
-        """The text before the mark, and whether the mark was found. Holds back what may be its beginning."""
-        text, found, rest = self._held.partition(mark)
+    def _until(self, *marks: str) -> tuple[str, str]:
+        """The text before the first of the marks, and that mark; "" if none was found. Holds back what may be
+        the beginning of one."""
+        found = [(at, mark) for mark in marks if (at := self._held.find(mark)) >= 0]
         if found:
-            self._held = rest
-            return text, True
-        keep = len(self._held) - overlap(self._held, mark)
+            at, mark = min(found)
+            text, self._held = self._held[:at], self._held[at + len(mark) :]
+            return text, mark
+        keep = len(self._held) - overlap(self._held, *marks)
         text, self._held = self._held[:keep], self._held[keep:]
-        return text, False
+        return text, ""

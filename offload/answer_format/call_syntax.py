@@ -26,6 +26,8 @@ class CallSyntax(ABC):
     """What opens and closes a run of calls, where such runs have marks of their own."""
     inner: tuple[str, ...] = ()
     """Further marks inside a call."""
+    bare: str | None = None
+    """What a call begins with where models at times leave out the opening mark."""
 
     @property
     def marks(self) -> tuple[str, ...]:

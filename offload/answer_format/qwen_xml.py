@@ -15,9 +15,13 @@ PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*", re
 
 
 class QwenXml(TaggedSyntax):
-    """`<tool_call>\\n<function=f>\\n<parameter=p>\\nvalue\\n</parameter>\\n</function>\\n</tool_call>`"""
+    """`<tool_call>\\n<function=f>\\n<parameter=p>\\nvalue\\n</parameter>\\n</function>\\n</tool_call>`
+
+    Qwen3-Coder at times leaves out the opening mark, mostly behind words of its own.
+    """
 
     opening, closing = "<tool_call>", "</tool_call>"
+    bare = "<function="
 
     def parse(self, text: str, functions: Mapping[str, Any]) -> list[Call] | None:
         call = CALL.fullmatch(text)

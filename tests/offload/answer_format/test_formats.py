@@ -168,6 +168,19 @@ def test_any_text_is_read_alike_wherever_it_is_cut(
     assert whole == parted
 
 
+@FEW
+@given(places=st.lists(st.integers(0, 400), max_size=12), closed=st.booleans())
+def test_a_call_of_qwen_without_its_opening_mark(places: list[int], closed: bool) -> None:
+    text = written(known("qwen"), called()).strip().removeprefix("<tool_call>").lstrip()
+    text = text if closed else text.removesuffix("</tool_call>")
+    assert read(parser_of("qwen"), cut(f"I look.\n{text}", places)) == ("", "I look.\n", [CALL])
+
+
+def test_what_only_begins_like_a_call_of_qwen_is_content() -> None:
+    for text in ("They begin with <function=NAME> and end with </tool_call>.\n", "It was <function=NAME>."):
+        assert read(parser_of("qwen"), list(text)) == ("", text, [])
+
+
 @pytest.mark.parametrize("name", MARKED)
 def test_without_functions_a_call_is_content(name: str) -> None:
     answers = known(name)
