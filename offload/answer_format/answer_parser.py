@@ -25,7 +25,7 @@ class AnswerParser:
     """A Parser of answers with a thought, then content with tool calls in it.
 
     A call that is not well-formed counts as content, with its marks. Thoughts are recognized only at the
-    start.
+    start. White space beside calls, with no words, is no content: models part their calls by line breaks.
     """
 
     def __init__(
@@ -49,6 +49,11 @@ class AnswerParser:
         """What has come since the content, or since the last call: content, too, unless a call follows."""
         self._broken = False
         """Whether the open section has had a call that was content."""
+        self._blank = ""
+        """White space since the last call or the start: content if words follow, or no call ever comes."""
+        self._spoken = False
+        """Whether there have been words since then."""
+        self._has_called = False
 
     @property
     def thinking(self) -> bool:
@@ -66,6 +71,12 @@ class AnswerParser:
             yield from self._advance()
 
     def flush(self, *, cut: bool = False) -> Iterator[Piece]:
+        yield from self._rest(cut)
+        if self._blank and not self._has_called:
+            yield Piece(content=self._blank)
+        self._blank = ""
+
+    def _rest(self, cut: bool) -> Iterator[Piece]:
         held, self._held = self._held, ""
         if self._mode in (_Mode.CALL, _Mode.SECTION) and self._syntax is not None:
             calls = None
@@ -78,8 +89,10 @@ class AnswerParser:
             if cut or nothing_said:
                 return
             held, self._marks = self._marks + held, ""
-        if held:
-            yield Piece(reasoning=held) if self._mode is _Mode.THOUGHT else Piece(content=held)
+        if held and self._mode is _Mode.THOUGHT:
+            yield Piece(reasoning=held)
+        else:
+            yield from self._say(held)
 
     def _advance(self) -> Iterator[Piece]:
         match self._mode:
@@ -114,8 +127,7 @@ class AnswerParser:
         opening = self._syntax.section[0] if self._syntax.section else self._syntax.opening
         bare = self._syntax.bare
         text, opened = self._until(opening, *([bare] if bare else []))
-        if text:
-            yield Piece(content=text)
+        yield from self._say(text)
         if opened and opened == bare:
             self._marks, self._held = "", bare + self._held
         elif opened:
@@ -137,13 +149,12 @@ class AnswerParser:
         elif stripped.startswith(closing):
             self._held, self._mode = stripped.removeprefix(closing), _Mode.CONTENT
             if self._marks or self._broken:
-                yield Piece(content=self._marks + blank + closing)
+                yield from self._say(self._marks + blank + closing)
             self._marks = ""
         elif not (opening.startswith(stripped) or closing.startswith(stripped)):
             said, self._marks = self._marks + blank, ""
             self._held, self._mode = stripped, _Mode.CONTENT
-            if said:
-                yield Piece(content=said)
+            yield from self._say(said)
 
     def _call(self) -> Iterator[Piece]:
         assert self._syntax is not None
@@ -159,12 +170,20 @@ class AnswerParser:
             yield from self._called(calls)
         else:
             self._broken = True
-            yield Piece(content=said)
+            yield from self._say(said)
+
+    def _say(self, text: str) -> Iterator[Piece]:
+        self._blank += text
+        if self._spoken or self._blank.strip():
+            text, self._blank, self._spoken = self._blank, "", True
+            if text:
+                yield Piece(content=text)
 
     def _called(self, calls: list[dict[str, Any]]) -> Iterator[Piece]:
         if self._one_call:
             self._mode = _Mode.DONE
             calls = calls[:1]
+        self._blank, self._spoken, self._has_called = "", False, True
         for call in calls:
             yield Piece(call=call)
 

@@ -41,7 +41,8 @@ class TemplateNeeds:
         if not calls:
             return dict(message)
         changed = {**message, "tool_calls": [self._call(call) for call in calls]}
-        if not message.get("content"):
+        content = message.get("content")
+        if not content or (isinstance(content, str) and content.isspace()):
             changed["content"] = self._found.content
         return changed
 

@@ -108,6 +108,24 @@ def test_content_comes_at_once() -> None:
     assert list(parser.add("3")) == [Piece(content="<3")]
 
 
+@given(places=st.lists(st.integers(0, 200)))
+def test_line_breaks_between_calls_are_no_content(places: list[int]) -> None:
+    call = Piece(call={"name": "weather", "arguments": '{"city": "Graz"}'})
+
+    def read(text: str) -> list[Piece]:
+        parser = AnswerParser(Hermes(), {"weather": None})
+        return joined([*(p for part in cut(text, places) for p in parser.add(part)), *parser.flush()])
+
+    assert read(f"\n{CALL}\n{CALL}\n") == [call, call]
+    assert read(f"Two:\n{CALL}\n{CALL}\nThere.") == [
+        Piece(content="Two:\n"),
+        call,
+        call,
+        Piece(content="\nThere."),
+    ]
+    assert read(" \n") == [Piece(content=" \n")]
+
+
 def test_calls() -> None:
     assert parsed('{"name": "f"}') == {"name": "f", "arguments": "{}"}
     assert parsed('{"name": "f", "parameters": {"a": "ü"}}') == {"name": "f", "arguments": '{"a": "ü"}'}

@@ -231,6 +231,12 @@ def test_arguments_with_tags_are_an_object_even_where_text_would_pass() -> None:
     assert "<city>Graz" in asked(answers, called(given={"city": "Graz"}))
 
 
+@pytest.mark.parametrize("name", DIALECTS)
+def test_white_space_beside_calls_is_shown_as_no_content(name: str) -> None:
+    answers = answer_format(tokenizer_of(DIALECTS[name]))
+    assert asked(answers, called(), content="\n") == asked(answers, called(), content="")
+
+
 def test_arguments_that_a_template_passes_on_are_shown_as_they_were_written() -> None:
     for name in ("hermes", "deepseek", "kimi", "new mistral", "harmony"):
         call = called()
