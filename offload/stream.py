@@ -180,7 +180,8 @@ class TokenStream(Iterator[Token]):
         reason = self.finish_reason or FinishReason.LENGTH
         message = None
         if self._reader is not None:
-            message = self._reader.read(self.token_ids, cut=reason is FinishReason.LENGTH)
+            ended = bool(self.token_ids) and self.token_ids[-1] in self._settings.eos_ids
+            message = self._reader.read(self.token_ids, cut=not ended)
         return Output(self.text, self.token_ids, reason, self.stats, self.logprobs, message)
 
     def _begin(self) -> bool:

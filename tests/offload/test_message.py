@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +44,18 @@ def test_a_call_goes_into_the_conversation_and_its_result_behind_it(
     prompt = model.stream([QUESTION, output.message, result], tools=TOOLS).prompt_ids
     shown = model.tokenizer.decode(prompt)
     assert shown.index("rain?") < shown.index("Graz") < shown.index("It will.")
+
+
+@pytest.mark.parametrize("limit", [{"stop": "arguments"}, {"max_new_tokens": 12}], ids=["stop", "length"])
+def test_a_call_that_is_cut_off_is_left_out(
+    model: moe_local.Model, monkeypatch: pytest.MonkeyPatch, limit: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(model, "tokenizer", tokenizer_of(DIALECTS["hermes"]))
+    grammar = model.answers.grammar({"weather": CITY})
+    options = {"tools": TOOLS, "grammar": grammar, "max_new_tokens": 400, "eos_token_id": 2, **limit}
+    output = model.generate([QUESTION], **options)
+    assert output.text.startswith("<tool_call>")
+    assert output.message == {"role": "assistant", "content": ""}
 
 
 def test_a_thought_is_not_in_the_content() -> None:
