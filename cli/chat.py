@@ -21,7 +21,6 @@ from moe_local.cli.live import LiveAnswer
 from moe_local.cli.options import Sampling, debug_flag, load_flags, sampling_flags
 from moe_local.cli.prompt import Messages, can_edit
 from moe_local.cli.render import ProgressBar, print_status, status_line
-from moe_local.offload.answer_format.answer_format import AnswerFormat
 from moe_local.offload.answer_format.piece import Piece
 from moe_local.offload.ranges import nth_seed
 from moe_local.offload.system.home import moe_local_home
@@ -188,8 +187,9 @@ class Chat:
         context = self.model.plan.request.context
 
         def stream(messages: list[Mapping[str, str]]) -> TokenStream:
-            template = sampling.template(self._answers)
-            return self.model.stream(messages, **sampling.generation(), **template, **self._answers.options)
+            answers = self.model.answers
+            options = {**sampling.generation(), **sampling.template(answers), **answers.options}
+            return self.model.stream(messages, **options)
 
         def fits(stream: TokenStream) -> bool:
             return len(stream.prompt_ids) + answer_room(context, stream.max_new_tokens) <= context
@@ -206,7 +206,7 @@ class Chat:
     def _stream(self, stream: TokenStream) -> tuple[str, Exception | None]:
         """Show an answer as it arrives. Returns its text without thoughts, and the error that ended it, if
         any."""
-        parser = self._answers.parser(stream.prompt_ids)
+        parser = self.model.answers.parser(stream.prompt_ids)
         text, later = "", list[Piece]()
         failure: Exception | None = None
         with AnswerView(markdown=self.markdown) as view:
@@ -232,11 +232,6 @@ class Chat:
     def _picture(self) -> contextlib.AbstractContextManager[LiveAnswer | None]:
         """What shows an answer while it is generated, instead of the view; None: nothing but that does."""
         return LiveAnswer(self.model) if self.live else contextlib.nullcontext()
-
-    @property
-    def _answers(self) -> AnswerFormat:
-        """How the model writes answers."""
-        return self.model.answers
 
     def switch(self, name: str) -> None:
         """Continue with another model. The current one is freed first, so memory need not hold both.

@@ -76,7 +76,8 @@ class Sampling:
     def template(self, answers: AnswerFormat) -> dict[str, Any]:
         """Further keyword arguments, for the chat template of a model. Raises OptionError if that has no
         switch for thoughts."""
-        return template_options(answers, self.think, self.chat_template_kwargs)
+        variables = template_variables(answers, self.think, self.chat_template_kwargs)
+        return {"chat_template_kwargs": variables} if variables else {}
 
     def conversation(self) -> list[dict[str, str]]:
         """The messages a conversation begins with: the system prompt, if there is one."""
@@ -162,12 +163,11 @@ def template_flags(command: Command) -> Command:
     )(command)
 
 
-def template_options(
-    answers: AnswerFormat, think: bool | None, variables: dict[str, Any] | None
+def template_variables(
+    answers: AnswerFormat, think: bool | None, others: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What the flags for the chat template amount to for Model.stream."""
-    found = {**({} if think is None else answers.thinking(think)), **(variables or {})}
-    return {"chat_template_kwargs": found} if found else {}
+    """What the flags for the chat template amount to. Raises OptionError if it has no switch for thoughts."""
+    return {**({} if think is None else answers.thinking(think)), **(others or {})}
 
 
 def _variables(ctx: click.Context, param: click.Parameter, value: str | None) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import moe_local
 from moe_local.cache.errors import OptionError
 from moe_local.cli.completion import model_argument
 from moe_local.cli.first_use import ready, yes_flag
-from moe_local.cli.options import LOAD_FLAGS, debug_flag, load_flags, template_flags, template_options
+from moe_local.cli.options import LOAD_FLAGS, debug_flag, load_flags, template_flags, template_variables
 from moe_local.cli.render import ProgressBar
 
 OWN_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -132,7 +132,6 @@ def serve(
             raise OptionError(
                 f"{model} has no tokenizer, and a server's clients send text; add one to its folder"
             )
-        template = template_options(loaded.answers, think, chat_template_kwargs)
         limits = Limits(
             api_key=api_key,
             origins=cors,
@@ -140,7 +139,7 @@ def serve(
             max_tokens=max_tokens,
             seconds=timeout,
             aliases=alias,
-            variables=template.get("chat_template_kwargs", {}),
+            variables=template_variables(loaded.answers, think, chat_template_kwargs),
         )
         batcher = loaded.batcher(queue=queue)
         try:

@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_local.offload.answer_format.answer_format import AnswerFormat
 from moe_local.offload.answer_format.answer_parser import AnswerParser
+from moe_local.offload.answer_format.piece import tool_call
 from moe_local.offload.engine.text import Detokenizer
 
 
@@ -43,11 +44,7 @@ class MessageReader:
         text = "".join(map(detokenizer.add, token_ids)) + detokenizer.flush()
         pieces = [*parser.add(text), *parser.flush(cut=cut)]
         reasoning = "".join(piece.reasoning for piece in pieces)
-        calls = [
-            {"id": self._answers.call_id(), "type": "function", "function": piece.call}
-            for piece in pieces
-            if piece.call is not None
-        ]
+        calls = [tool_call(piece.call, self._answers.call_id()) for piece in pieces if piece.call is not None]
         return {
             "role": "assistant",
             "content": "".join(piece.content for piece in pieces),

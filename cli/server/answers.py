@@ -11,7 +11,7 @@ from typing import Any
 
 from moe_local.cli.server.logprobs import Echo, Entries
 from moe_local.cli.server.text import StopFilter
-from moe_local.offload.answer_format.piece import Parser, Piece
+from moe_local.offload.answer_format.piece import Parser, Piece, tool_call
 from moe_local.offload.batcher import Ended, Ticket
 from moe_local.offload.records import Token
 
@@ -106,10 +106,6 @@ class Choice:
         if self.finish_reason == "stop" and self.calls:
             return "tool_calls"
         return self.finish_reason or "stop"
-
-
-def tool_call(call: dict[str, Any], call_id: str) -> dict[str, Any]:
-    return {"id": call_id, "type": "function", "function": call}
 
 
 class Answer:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from moe_local.cli.server.answers import Answer, Choice, tool_call
+from moe_local.cli.server.answers import Answer, Choice
 from moe_local.cli.server.failures import Failure
 from moe_local.cli.server.logprobs import TokenNames
-from moe_local.offload.answer_format.piece import Piece
+from moe_local.offload.answer_format.piece import Piece, tool_call
 
 
 class Shape(Protocol):

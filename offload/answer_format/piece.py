@@ -9,6 +9,11 @@ Call = dict[str, Any]
 """{"name", "arguments"} of a tool call, the arguments as JSON text."""
 
 
+def tool_call(call: Call, call_id: str) -> dict[str, Any]:
+    """A call as OpenAI's messages have it."""
+    return {"id": call_id, "type": "function", "function": call}
+
+
 class Piece(NamedTuple):
     """A part of an answer. Exactly one of these is not empty."""
 
