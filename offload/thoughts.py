@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-OPEN_THOUGHT, CLOSE_THOUGHT = "<think>", "</think>"
+
+class ThoughtMarks(NamedTuple):
+    """What stands around a thought."""
+
+    opening: str
+    closing: str
+    name: str = ""
+    """What stands behind the opening mark in front of each thought."""
+
+    @property
+    def begin(self) -> str:
+        return self.opening + self.name
+
+
+THINK = ThoughtMarks("<think>", "</think>")
 """As templates of Qwen, DeepSeek, GLM and many others have them."""
+GEMMA = ThoughtMarks("<|channel>", "<channel|>", "thought\n")
+MISTRAL = ThoughtMarks("[THINK]", "[/THINK]")
 CHANNEL, START, MESSAGE = "<|channel|>", "<|start|>", "<|message|>"
 """As gpt-oss has them: thoughts are messages in a channel of their own."""
 
 LATEST = 16
 """Last tokens of a prompt that tell what it has begun: no tokenizer needs more for it."""
-_THOUGHT_CLOSED = re.compile(re.escape(CLOSE_THOUGHT))
 _FINAL_BEGUN = re.compile(r"<\|channel\|>\s*final\b[^<]*(<\|constrain\|>[^<]*)?<\|message\|>")
 
 
-def opens_thought(tokenizer: Any, ids: Sequence[int]) -> bool:
-    """Whether a prompt of these ids ends inside a thought, as some templates do."""
-    return bool(tokenizer.decode(ids[-LATEST:]).rstrip().endswith(OPEN_THOUGHT))
+def opened_thought(tokenizer: Any, ids: Sequence[int]) -> ThoughtMarks | None:
+    """The marks of the thought inside which a prompt of these ids ends, as with some templates."""
+    end = tokenizer.decode(ids[-LATEST:]).rstrip()
+    return next((marks for marks in (THINK, GEMMA, MISTRAL) if end.endswith(marks.begin.rstrip())), None)
 
 
 def before_answer(tokenizer: Any, ids: Sequence[int]) -> re.Pattern[str] | None:
     """What an answer to a prompt of these ids has in front of its content; None: nothing known."""
-    if opens_thought(tokenizer, ids):
-        return _THOUGHT_CLOSED
+    if thought := opened_thought(tokenizer, ids):
+        return re.compile(re.escape(thought.closing))
     begins_message = tokenizer.decode(ids[-LATEST:]).endswith(f"{START}assistant")
     return _FINAL_BEGUN if begins_message else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_local.offload.answer_format.call_syntax import CallSyntax
 from moe_local.offload.answer_format.piece import Piece, overlap
-from moe_local.offload.thoughts import CLOSE_THOUGHT, OPEN_THOUGHT
+from moe_local.offload.thoughts import THINK, ThoughtMarks
 
 
 class _Mode(Enum):
@@ -33,6 +33,7 @@ class AnswerParser:
         syntax: CallSyntax | None = None,
         functions: Mapping[str, Any] | None = None,
         *,
+        thoughts: ThoughtMarks = THINK,
         thinking: bool = False,
         one_call: bool = False,
         plain: bool = False,
@@ -43,6 +44,7 @@ class AnswerParser:
         self._mode = _Mode.CONTENT if plain else _Mode.THOUGHT if thinking else _Mode.START
         self._syntax = None if functions is None else syntax
         self._functions = functions or {}
+        self._thoughts = thoughts
         self._one_call = one_call
         self._held = ""
         self._marks = ""
@@ -97,16 +99,13 @@ class AnswerParser:
     def _advance(self) -> Iterator[Piece]:
         match self._mode:
             case _Mode.START:
-                stripped = self._held.lstrip()
-                if stripped.startswith(OPEN_THOUGHT):
-                    self._held, self._mode = stripped.removeprefix(OPEN_THOUGHT), _Mode.THOUGHT
-                elif not OPEN_THOUGHT.startswith(stripped):
+                stripped, begin = self._held.lstrip(), self._thoughts.begin
+                if stripped.startswith(begin):
+                    self._held, self._mode = stripped.removeprefix(begin), _Mode.THOUGHT
+                elif not begin.startswith(stripped):
                     self._mode = _Mode.CONTENT
             case _Mode.THOUGHT:
-                thought, closed = self._until(CLOSE_THOUGHT)
-                if thought:
-                    yield Piece(reasoning=thought)
-                self._mode = _Mode.AFTER if closed else _Mode.THOUGHT
+                yield from self._thought()
             case _Mode.AFTER:
                 self._held = self._held.lstrip("\n")
                 self._mode = _Mode.CONTENT if self._held else _Mode.AFTER
@@ -119,12 +118,22 @@ class AnswerParser:
             case _Mode.DONE:
                 self._held = ""
 
+    def _thought(self) -> Iterator[Piece]:
+        calls = [self._opening] if self._syntax is not None and self._syntax.ends_thought else []
+        thought, closed = self._until(self._thoughts.closing, *calls)
+        if thought:
+            yield Piece(reasoning=thought)
+        if closed in calls:
+            self._held, self._mode = closed + self._held, _Mode.CONTENT
+        elif closed:
+            self._mode = _Mode.AFTER
+
     def _content(self) -> Iterator[Piece]:
         if self._syntax is None:
             text, self._held = self._held, ""
             yield Piece(content=text)
             return
-        opening = self._syntax.section[0] if self._syntax.section else self._syntax.opening
+        opening = self._opening
         bare = self._syntax.bare
         text, opened = self._until(opening, *([bare] if bare else []))
         yield from self._say(text)
@@ -186,6 +195,12 @@ class AnswerParser:
         self._blank, self._spoken, self._has_called = "", False, True
         for call in calls:
             yield Piece(call=call)
+
+    @property
+    def _opening(self) -> str:
+        """Of a call, or of a run of them."""
+        assert self._syntax is not None
+        return self._syntax.section[0] if self._syntax.section else self._syntax.opening
 
     def _until(self, *marks: str) -> tuple[str, str]:
         """The text before the first of the marks, and that mark; "" if none was found. Holds back what may be

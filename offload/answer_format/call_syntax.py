@@ -28,6 +28,8 @@ class CallSyntax(ABC):
     """Further marks inside a call."""
     bare: str | None = None
     """What a call begins with where models at times leave out the opening mark."""
+    ends_thought = False
+    """Whether models at times call out of a thought without closing it."""
 
     @property
     def marks(self) -> tuple[str, ...]:

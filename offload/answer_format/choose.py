@@ -6,17 +6,22 @@ from typing import Any
 
 from moe_local.offload.answer_format.answer_format import AnswerFormat, template_text
 from moe_local.offload.answer_format.deepseek import DeepSeek
+from moe_local.offload.answer_format.gemma import Gemma
+from moe_local.offload.answer_format.gemma_format import GemmaFormat
 from moe_local.offload.answer_format.glm import Glm
+from moe_local.offload.answer_format.granite import Granite
 from moe_local.offload.answer_format.harmony import HarmonyFormat
 from moe_local.offload.answer_format.hermes import Hermes
 from moe_local.offload.answer_format.kimi import Kimi
 from moe_local.offload.answer_format.kimi_format import KimiFormat
+from moe_local.offload.answer_format.lfm import Lfm
+from moe_local.offload.answer_format.lfm_format import TOOLS, LfmFormat
 from moe_local.offload.answer_format.marked import MarkedFormat
 from moe_local.offload.answer_format.minimax import MiniMax
 from moe_local.offload.answer_format.mistral import ARGUMENTS, Mistral
 from moe_local.offload.answer_format.mistral_format import MistralFormat
 from moe_local.offload.answer_format.qwen_xml import QwenXml
-from moe_local.offload.thoughts import CHANNEL
+from moe_local.offload.thoughts import CHANNEL, MISTRAL, THINK
 
 
 def answer_format(tokenizer: Any) -> AnswerFormat:
@@ -30,10 +35,17 @@ def _choose(tokenizer: Any, template: str) -> AnswerFormat:
     """The format that a template's marks speak for."""
     if CHANNEL in template and "<|message|>" in template:
         return HarmonyFormat(tokenizer)
+    if Gemma.opening in template:
+        return GemmaFormat(tokenizer)
     if Kimi.opening in template:
         return KimiFormat(tokenizer, Kimi())
     if Mistral.opening in template:
-        return MistralFormat(tokenizer, Mistral(listed=ARGUMENTS not in template))
+        thoughts = MISTRAL if MISTRAL.opening in template else THINK
+        return MistralFormat(tokenizer, Mistral(listed=ARGUMENTS not in template), thoughts)
+    if Lfm.opening in template or TOOLS in template:
+        return LfmFormat(tokenizer)
+    if Granite.opening in template:
+        return MarkedFormat(tokenizer, Granite())
     if DeepSeek.opening in template:
         return MarkedFormat(tokenizer, DeepSeek(fenced="```json" in template))
     if "<minimax:tool_call>" in template:

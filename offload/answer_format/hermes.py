@@ -37,3 +37,14 @@ def parse_call(said: Any) -> Call | None:
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     return checked_call(said.get("name"), arguments)
+
+
+def parse_calls(text: str) -> list[Call] | None:
+    """The calls that JSON means, a list of them or one; None if any of them is none."""
+    try:
+        said = parse_json(text)
+    except ValueError:
+        return None
+    found = [parse_call(call) for call in (said if isinstance(said, list) else [said])]
+    calls = [call for call in found if call]
+    return calls if calls and len(calls) == len(found) else None

@@ -23,6 +23,7 @@ class Kimi(JsonSyntax):
     section = ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>")
     opening, closing = "<|tool_call_begin|>", "<|tool_call_end|>"
     inner = (ARGUMENTS,)
+    ends_thought = True
 
     def parse(self, text: str, functions: Mapping[str, Any]) -> list[Call] | None:
         name, separator, arguments = text.partition(ARGUMENTS)

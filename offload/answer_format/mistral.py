@@ -7,9 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from moe_local.cache.files import parse_json
 from moe_local.offload.answer_format.call_syntax import JsonSyntax, json_call, text_term
-from moe_local.offload.answer_format.hermes import parse_call
+from moe_local.offload.answer_format.hermes import parse_calls
 from moe_local.offload.answer_format.mark_tokens import MarkTokens
 from moe_local.offload.answer_format.piece import Call
 
@@ -25,7 +24,8 @@ class Mistral(JsonSyntax):
     """
 
     opening, closing = "[TOOL_CALLS]", ""
-    inner = (ARGUMENTS, CALL_ID)
+    inner: tuple[str, ...] = (ARGUMENTS, CALL_ID)
+    list_opening = " ["
 
     def __init__(self, *, listed: bool) -> None:
         """`listed`: whether this model writes a list."""
@@ -50,17 +50,11 @@ class Mistral(JsonSyntax):
     def parse(self, text: str, functions: Mapping[str, Any]) -> list[Call] | None:
         if named := NAMED.match(text):
             return json_call(named[1], text[named.end() :])
-        try:
-            said = parse_json(text)
-        except ValueError:
-            return None
-        found = [parse_call(call) for call in (said if isinstance(said, list) else [said])]
-        calls = [call for call in found if call]
-        return calls if calls and len(calls) == len(found) else None
+        return parse_calls(text)
 
     def around(self, name: str, marks: MarkTokens) -> tuple[list[str], list[str]]:
         opening = marks.term(self.opening)
         if self._listed:
-            before = text_term(f' [{{"name": {json.dumps(name)}, "arguments": ')
+            before = text_term(f'{self.list_opening}{{"name": {json.dumps(name)}, "arguments": ')
             return [opening, before], [text_term("}]")]
         return [opening, text_term(name), marks.term(ARGUMENTS)], []

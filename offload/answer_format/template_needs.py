@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from moe_local.cache.files import parse_json
 
-NAME, KEY = "probed_function", "probed_parameter"
+NAME, KEY, THOUGHT = "probed_function", "probed_parameter", "probed_thought"
 ARGUMENTS = json.dumps({KEY: "a"})
 CALL_ID = "probe1234"
 """Of the form that the strictest templates demand."""
@@ -64,6 +64,13 @@ class TemplateNeeds:
         }
         return tuple(name for name, (on, off) in shown.items() if on != off)
 
+    @cached_property
+    def thought_key(self) -> str:
+        """The key of a thought in a message with calls; `reasoning_content` where thoughts are not shown."""
+        keys = ("reasoning_content", "thinking", "reasoning")
+        shown = ((key, self._render(*self._found, {key: THOUGHT})) for key in keys)
+        return next((key for key, text in shown if text and THOUGHT in text), keys[0])
+
     def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
         function = dict(call["function"])
         given = function.get("arguments")
@@ -96,14 +103,16 @@ class TemplateNeeds:
         question = {"role": "user", "content": "a"}
         return self._rendered([question], _tool({"name": NAME})) is not None
 
-    def _render(self, as_text: bool, content: str | None) -> str | None:
+    def _render(
+        self, as_text: bool, content: str | None, said: Mapping[str, str] = MappingProxyType({})
+    ) -> str | None:
         function = {"name": NAME, "arguments": ARGUMENTS if as_text else json.loads(ARGUMENTS)}
         call = {"id": CALL_ID, "type": "function", "function": function}
         parameters = {"type": "object", "properties": {}}
         return self._rendered(
             [
                 {"role": "user", "content": "a"},
-                {"role": "assistant", "content": content, "tool_calls": [call]},
+                {"role": "assistant", "content": content, "tool_calls": [call], **said},
                 {"role": "tool", "tool_call_id": CALL_ID, "name": NAME, "content": "a"},
             ],
             _tool({"name": "other", "description": "a", "parameters": parameters}),

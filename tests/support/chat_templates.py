@@ -70,6 +70,63 @@ FENCED_DEEPSEEK = DEEPSEEK.replace(
     "{{ f.name + '<｜tool▁sep｜>' + f.arguments }}",
     "{{ c.type }}<｜tool▁sep｜>{{ f.name + '\n```json\n' + f.arguments + '\n```' }}",
 )
+ARGUMENT = (
+    "{% macro said(v) %}{% if v is string %}{{ '<|\"|>' + v + '<|\"|>' }}{% elif v is boolean %}"
+    "{{ 'true' if v else 'false' }}{% elif v is mapping %}{{ '{' }}{% for k, p in v | dictsort %}{{ k }}:"
+    "{{ said(p) }}{{ ',' if not loop.last }}{% endfor %}{{ '}' }}{% elif v is sequence %}["
+    "{% for p in v %}{{ said(p) }}{{ ',' if not loop.last }}{% endfor %}]{% else %}{{ v }}{% endif %}"
+    "{% endmacro %}"
+)
+GEMMA_CALLS = (
+    CALLS + "<|tool_call>call:{{ f.name }}{{ said(f.arguments) if f.arguments is mapping else "
+    "'{' + f.arguments + '}' }}<tool_call|>{% endfor %}"
+)
+GEMMA_THOUGHT = (
+    "{% if m.tool_calls and m.reasoning %}<|channel>thought\n{{ m.reasoning }}<channel|>{% endif %}"
+)
+GEMMA_TOOLS = "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+GEMMA_END = (  # a model's turn goes on behind results
+    "{% if add_generation_prompt %}{{ '<assistant>' if not ns.open }}"
+    "{{ '<|channel>thought\n<channel|>' if not enable_thinking | default(false) }}{% endif %}"
+)
+GEMMA = (
+    ARGUMENT
+    + GEMMA_TOOLS
+    + "{% set ns = namespace(open=false) %}{% for m in messages %}<{{ m.role }}>"
+    + GEMMA_THOUGHT
+    + GEMMA_CALLS
+    + "{% for r in m.tool_responses or [] %}<|tool_response>response:{{ r.name }}"
+    "{value:{{ said(r.response) }}}<tool_response|>{% endfor %}"
+    "{% set ns.open = m.tool_responses and not m.content %}"
+    "{{ m.content.split('<channel|>')[-1] }}{% endfor %}" + GEMMA_END
+)
+NEW_GEMMA = (  # which looks for the results behind the message
+    ARGUMENT + GEMMA_TOOLS + "{% set ns = namespace(open=false) %}{% for m in messages %}"
+    "{% if m.role == 'tool' %}<|tool_response>response:{{ m.tool_call_id }}{value:{{ said(m.content) }}}"
+    "<tool_response|>{% set ns.open = true %}{% else %}{% set ns.open = false %}<{{ m.role }}>"
+    + GEMMA_THOUGHT
+    + GEMMA_CALLS
+    + "{{ m.content.split('<channel|>')[-1] }}{% endif %}{% endfor %}"
+    + GEMMA_END
+)
+LFM = (
+    "{% macro said(v) %}{% if v is string %}'{{ v }}'{% elif v is mapping %}{{ v | tojson }}{% else %}"
+    "{{ v | string }}{% endif %}{% endmacro %}"
+    + TURNS
+    + "{% if m.thinking %}<think>{{ m.thinking }}</think>{% endif %}{{ m.content }}"
+    "{% if m.tool_calls %}<|tool_call_start|>["
+    + CALLS
+    + "{{ f.name }}({% for k, v in f.arguments.items() %}{{ k }}={{ said(v) }}{{ ', ' if not loop.last }}"
+    "{% endfor %}){{ ', ' if not loop.last }}{% endfor %}]<|tool_call_end|>{% endif %}" + END
+)
+OLD_LFM = "{{ '<|tool_list_start|>' if tools }}" + TURNS + "{{ m.content }}" + END
+GRANITE = (
+    TURNS
+    + "{{ m.content }}{% if m.tool_calls %}<|tool_call|>["
+    + CALLS
+    + "{{ f | tojson }}{{ ', ' if not loop.last }}{% endfor %}]{% endif %}"
+    + END
+)
 IDS = "{% if c.id | length != 9 %}{{ raise_exception('Tool call IDs should be 9 characters') }}{% endif %}"
 MISTRAL = (
     TURNS
@@ -107,6 +164,8 @@ _GLM = (*_TOOL_CALL, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
 _DEEPSEEK = tuple(
     f"<｜tool▁{name}｜>" for name in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep")
 )
+_GEMMA = ("<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>")
+_LFM = ("<|tool_call_start|>", "<|tool_call_end|>")
 DIALECTS = {
     "hermes": Dialect(HERMES, added=_TOOL_CALL),
     "qwen": Dialect(QWEN, added=_TOOL_CALL),
@@ -124,6 +183,11 @@ DIALECTS = {
             *("<|tool_call_argument_begin|>", "<|tool_call_end|>"),
         ),
     ),
+    "gemma": Dialect(GEMMA, special=_GEMMA),
+    "new gemma": Dialect(NEW_GEMMA, special=_GEMMA),
+    "lfm": Dialect(LFM, special=_LFM),
+    "old lfm": Dialect(OLD_LFM, special=_LFM),
+    "granite": Dialect(GRANITE, special=("<|tool_call|>",)),
     "harmony": Dialect(
         HARMONY,
         special=tuple(

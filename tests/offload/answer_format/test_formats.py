@@ -72,7 +72,7 @@ def written(answers: AnswerFormat, *calls: dict[str, Any]) -> str:
     text = asked(answers, *calls)
     opening = "<|start|>assistant" if "<|start|>" in text else "<assistant>"
     text = text[text.index(opening) + len(opening) :]
-    ends = ("<tool>", "</s>", "<|start|>functions.")
+    ends = ("<tool>", "</s>", "<|start|>functions.", "<|tool_response>")
     return text[: min(at for end in ends if (at := text.find(end)) >= 0)]
 
 
@@ -106,7 +106,10 @@ def test_a_call_as_the_template_writes_it_wherever_it_is_cut(name: str) -> None:
 @FEW
 @given(places=st.lists(st.integers(0, 800), max_size=20), one_call=st.booleans())
 def test_several_calls_behind_a_thought_and_words(name: str, places: list[int], one_call: bool) -> None:
-    text = "<think>\nHm.\n</think>\n\nI look." + written(known(name), called(), called("now", {}, 1))
+    answers = known(name)
+    assert isinstance(answers, MarkedFormat)
+    thought = f"{answers.thoughts.begin}\nHm.\n{answers.thoughts.closing}"
+    text = f"{thought}\n\nI look." + written(answers, called(), called("now", {}, 1))
     reasoning, content, calls = read(parser_of(name, one_call=one_call), cut(text, places))
     assert (reasoning, content.strip()) == ("\nHm.\n", "I look.")
     assert calls == [CALL, {"name": "now", "arguments": {}}][: 1 if one_call else 2]
@@ -128,7 +131,7 @@ def test_a_call_that_is_cut_off_is_left_out(name: str) -> None:
 @given(places=st.lists(st.integers(0, 400), max_size=12))
 def test_what_is_no_call_is_content(name: str, places: list[int]) -> None:
     text = written(known(name), called())
-    broken = text.replace('"days": 3', '"days": 3]').replace("<arg_value>", "<arg_worth>")
+    broken = re.sub('(days"?[:=] ?)3', r"\g<1>3]", text).replace("<arg_value>", "<arg_worth>")
     broken = broken.replace("<parameter", "<parameters")
     assert broken != text
     reasoning, content, calls = read(parser_of(name), cut(broken, places))
@@ -143,7 +146,7 @@ def test_any_text_is_read_alike_wherever_it_is_cut(
     name: str, data: st.DataObject, cut_off: bool, one_call: bool
 ) -> None:
     answers = known(name)
-    marks = ["<think>", "</think>", *answers.tokens.ids]
+    marks = ["<think>", "</think>", "thought\n", *answers.tokens.ids]
     marks += answers.syntax.marks if isinstance(answers, MarkedFormat) else ()
     words = [
         " ",
@@ -377,7 +380,7 @@ def test_what_the_text_of_an_argument_means(name: str, schema: Any, text: str, v
 
 
 def test_schemas_that_are_none_are_refused() -> None:
-    for name in DIALECTS.keys() - TAGGED:
+    for name in ("hermes", "deepseek", "mistral", "kimi", "granite", "harmony"):
         with pytest.raises(OptionError, match="json_schema is of type str"):
             known(name).grammar({"f": "x"})
 
