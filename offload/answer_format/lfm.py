@@ -92,18 +92,17 @@ def _call(said: ast.expr, functions: Mapping[str, Any]) -> Call:
 
 def _value(said: ast.expr | None) -> Any:
     """Raises one of UNREADABLE for anything but a literal."""
-    if said is None:
-        raise ValueError("objects are not put together of others")
     match said:
+        case None:
+            raise ValueError("one object is unpacked into another")
         case ast.Name(id=word) if word in WORDS:
             return WORDS[word]
         case ast.List(elts=items) | ast.Tuple(elts=items):
             return [_value(item) for item in items]
-        case ast.Dict(keys=keys, values=values) if None not in keys:
-            return {
-                str(ast.literal_eval(key)): _value(value) for key, value in zip(keys, values, strict=True)
-            }
-    return ast.literal_eval(said)
+        case ast.Dict(keys=keys, values=values):
+            return {str(_value(key)): _value(value) for key, value in zip(keys, values, strict=True)}
+        case other:
+            return ast.literal_eval(other)
 
 
 def _written(call: Mapping[str, Any]) -> str:
