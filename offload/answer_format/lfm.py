@@ -19,6 +19,9 @@ from moe_local.offload.answer_format.piece import Call
 from moe_local.offload.answer_format.schema import Schema
 
 STRING = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+ESCAPE = re.compile(r"\\(.)", re.DOTALL)
+ESCAPES = "\\'\"abfnrtvxuUN01234567"
+"""What may follow a backslash in Python; before anything else it stands for itself, with a warning."""
 WORDS = {"true": True, "false": False, "null": None}
 """As JSON has them, which is how templates write objects."""
 UNREADABLE = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
@@ -35,10 +38,7 @@ class Lfm(CallSyntax):
 
     def parse(self, text: str, functions: Mapping[str, Any]) -> list[Call] | None:
         try:
-            # Templates write strings with line breaks as they are.
-            said = ast.parse(
-                STRING.sub(lambda found: found[0].replace("\n", "\\n"), text.strip()), mode="eval"
-            )
+            said = ast.parse(STRING.sub(_tidied, text.strip()), mode="eval")
             calls = said.body.elts if isinstance(said.body, ast.List) else [said.body]
             return [_call(call, functions) for call in calls] or None
         except UNREADABLE:
@@ -68,6 +68,12 @@ class PythonNotation(Notation):
 
     def key(self, name: str | None) -> str:
         return f'{self.string} ": "' if name is None else text_term(f"{name!r}: ")
+
+
+def _tidied(string: re.Match[str]) -> str:
+    """A string as Python wants it: templates write line breaks and backslashes as they are."""
+    text = ESCAPE.sub(lambda found: found[0] if found[1] in ESCAPES else f"\\\\{found[1]}", string[0])
+    return text.replace("\n", "\\n")
 
 
 def _call(said: ast.expr, functions: Mapping[str, Any]) -> Call:

@@ -86,6 +86,7 @@ def test_what_is_no_call_of_gemma(text: str) -> None:
         ("f(a=1)", [("f", {"a": 1})]),
         ("""[f(a='it\\'s', b="x\ny"), g(c=-1.5)]""", [("f", {"a": "it's", "b": "x\ny"}), ("g", {"c": -1.5})]),
         ("""[f(a={"b": [true, null]}, b=(1, None))]""", [("f", {"a": {"b": [True, None]}, "b": [1, None]})]),
+        (r"[f(a='\d \\d \u00fc \'')]", [("f", {"a": r"\d \d ü '"})]),
         ("[f(1, b='x')]", [("f", {"a": 1, "b": "x"})]),
         ("[my-own-f(a=1)]", [("my-own-f", {"a": 1})]),
         ("[files.read(a='x')]", [("files.read", {"a": "x"})]),
