@@ -125,10 +125,20 @@ def _size(found: Any) -> int:
 
 
 def _gptq(shards: Shards, packing: GptqPacking) -> Iterator[Packed]:
-    bits = packing.bits
     for stem, words, parts in _each(shards, ".qweight"):
-        columns, rows = words.shape[0] * 32 // bits, words.shape[1]
-        groups = _groups(words, columns, packing.group, shards.remedy)
+        rows, zeros = words.shape[1], parts.find(".qzeros", WORDS)
+        bits = packing.bits
+        if bits is None:
+            bits = math.prod(zeros.shape[1:]) * 32 // max(rows, 1)
+            if bits not in (4, 8):
+                raise parts.mismatch(zeros, f"4 or 8 bits for each of {rows} outputs")
+        columns = words.shape[0] * 32 // bits
+        if packing.group is not None:
+            groups = _groups(words, columns, packing.group, shards.remedy)
+        else:
+            groups = math.prod(zeros.shape[:1])
+            if groups < 1 or columns % groups:
+                raise parts.mismatch(zeros, f"for groups into which {columns} inputs can be divided")
         made = [words, parts.find(".qzeros", WORDS, (groups, rows * bits // 32))]
         made.append(parts.find(".scales", FLOATS, (groups, rows)))
         if parts.perhaps(".g_idx") is not None or packing.reordered:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.quantize import fp8, mxfp4
 
-METHODS = ("fp8", "mxfp4", "bitsandbytes", "gptq", "awq", "compressed-tensors", "modelopt")
+METHODS = ("fp8", "mxfp4", "bitsandbytes", "gptq", "awq", "auto-round", "compressed-tensors", "modelopt")
 """Transformers' names of the quantization methods that can be read."""
 
 WHOLE = 2**30
@@ -23,10 +23,10 @@ class BitsAndBytesPacking:
 
 @dataclass(frozen=True, slots=True)
 class GptqPacking:
-    bits: int
-    """Per number: 4 or 8."""
-    group: int
-    """How many inputs share a scale; -1: all."""
+    bits: int | None
+    """Per number: 4 or 8; None: which of them, the shapes of each weight's tensors say."""
+    group: int | None
+    """How many inputs share a scale; -1: all; None: as with `bits`."""
     less_one: bool
     """Whether zero points are stored minus one."""
     reordered: bool
@@ -80,6 +80,7 @@ class Quantization:
             return None
         bitsandbytes = settings.get("load_in_4bit") or settings.get("load_in_8bit")
         method = str(settings.get("quant_method", "bitsandbytes" if bitsandbytes else "unknown"))
+        method = method.removeprefix("intel/")  # what early files of auto-round have
         if method.startswith("modelopt"):
             return _modelopt(settings)
         if method not in METHODS:
@@ -96,6 +97,8 @@ class Quantization:
             return _gptq(settings)
         if method == "awq":
             return _awq(settings)
+        if method == "auto-round":
+            return _auto_round(settings)
         if method == "compressed-tensors":
             return _compressed_tensors(settings)
         block = settings.get("weight_block_size", (fp8.BLOCK, fp8.BLOCK))
@@ -118,13 +121,52 @@ def _gptq(settings: Mapping[str, Any]) -> Quantization:
     form = _one_of("gptq", settings, "checkpoint_format", ("gptq", "gptq_v2"), "gptq")
     if settings.get("is_marlin_format"):
         raise _refused("gptq", "is_marlin_format", True, "false")
-    overrides = settings.get("dynamic")
-    for name, changed in overrides.items() if isinstance(overrides, Mapping) else ():
-        if not str(name).startswith("-:") and changed:
-            raise _refused("gptq", "dynamic", name, "modules that are left out (-:)")
     group, reordered = _group("gptq", settings), bool(settings.get("desc_act"))
+    dynamic = settings.get("dynamic")
+    others = [
+        changed
+        for name, changed in (dynamic.items() if isinstance(dynamic, Mapping) else ())
+        if not str(name).startswith("-:")  # modules that are left out
+    ]
     packing = GptqPacking(bits, group, less_one=form == "gptq", reordered=reordered)
-    return Quantization("gptq", "gptq", packing=packing)
+    return Quantization("gptq", "gptq", packing=_with_others("gptq", "dynamic", packing, others))
+
+
+def _with_others(method: str, name: str, packing: GptqPacking, others: Iterable[Any]) -> GptqPacking:
+    """The same, if some modules have settings of their own. Raises CheckpointError for what is not read."""
+    for other in others:
+        found = other if isinstance(other, Mapping) else {}
+        if found.get("bits") not in (None, 4, 8):
+            raise _refused(method, f"{name} of bits", found["bits"], "4 or 8")
+        if found:
+            packing = replace(packing, bits=None, group=None)
+    return packing
+
+
+def _auto_round(settings: Mapping[str, Any]) -> Quantization:
+    """Intel's AutoRound, which packs as GPTQ or AWQ do; what it left out has more bits, or floats."""
+    method = "auto-round"
+    _one_of(method, settings, "data_type", ("int",), "int")
+    bits, group = _one_of(method, settings, "bits", (4, 8)), _group(method, settings)
+    extra = settings.get("extra_config")
+    others = [
+        {
+            name: other[name]
+            for name in ("bits", "group_size")
+            if other.get(name) not in (None, settings.get(name))
+        }
+        for other in (extra.values() if isinstance(extra, Mapping) else ())
+        if isinstance(other, Mapping)
+        and other.get("data_type", "int") == "int"
+        and other.get("bits") not in (16, 32)
+    ]
+    named = str(settings.get("packing_format") or settings.get("backend") or "auto_round:auto_gptq")
+    if "gptq" in named:
+        packing = GptqPacking(bits, group, less_one=True, reordered=False)
+        return Quantization(method, method, packing=_with_others(method, "extra_config", packing, others))
+    if "awq" in named and bits == 4 and not any(others):
+        return Quantization(method, method, packing=AwqPacking(group))
+    raise _refused(method, "packing_format", named, "auto_round:auto_gptq, or auto_round:auto_awq of 4 bits,")
 
 
 def _awq(settings: Mapping[str, Any]) -> Quantization:

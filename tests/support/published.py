@@ -113,21 +113,7 @@ def gptq(
     def quantize(key: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
         if not is_linear(key, weight):
             return None
-        out, inputs = weight.shape
-        index = torch.arange(inputs) // (inputs if group < 0 else group)
-        if act_order:
-            index = index[torch.randperm(inputs, generator=torch.Generator().manual_seed(0))]
-        q, zero, scale, twin = _grouped(weight.float(), index, bits, symmetric)
-        stem = key.removesuffix(".weight")
-        tensors = {
-            f"{stem}.qweight": _words(q.T, bits, 0),
-            f"{stem}.qzeros": _words(zero.T if v2 else (zero.T - 1) % 2**bits, bits, 1),
-            f"{stem}.scales": scale.T.contiguous(),
-            f"{stem}.g_idx": index.int(),
-        }
-        if ".experts." in key:  # AutoGPTQ writes a bias of zeros for layers without one
-            tensors[f"{stem}.bias"] = torch.zeros(out, dtype=torch.float16)
-        return tensors, twin
+        return _gptq_tensors(key, weight, bits, group, act_order, v2, symmetric)
 
     settings = {
         "quant_method": "gptq",
@@ -140,7 +126,54 @@ def gptq(
     return write(source, folder, quantize, settings)
 
 
-def awq(source: Path, folder: Path, group: int = 32) -> tuple[Path, Path]:
+def mixed_gptq(source: Path, folder: Path, settings: dict[str, object]) -> tuple[Path, Path]:
+    """Quantize as AutoRound or GPTQModel, with attention in 8 bits and other groups than the rest, down
+    projections of experts in 4 bits and one group, and those of one expert left out."""
+
+    def quantize(key: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor] | None:
+        if not is_linear(key, weight) or ".experts.1." in key:
+            return None
+        bits, group = (8, 16) if "self_attn" in key else (4, -1 if "down_proj" in key else 32)
+        return _gptq_tensors(key, weight, bits, group)
+
+    return write(source, folder, quantize, {"bits": 4, "group_size": 32, "sym": True, **settings})
+
+
+def auto_round(source: Path, folder: Path) -> tuple[Path, Path]:
+    """AutoRound's packing in the manner of AWQ."""
+    settings = {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "sym": False}
+    return awq(source, folder, settings=settings)
+
+
+def _gptq_tensors(
+    key: str,
+    weight: torch.Tensor,
+    bits: int,
+    group: int,
+    act_order: bool = False,
+    v2: bool = False,
+    symmetric: bool = True,
+) -> tuple[Tensors, torch.Tensor]:
+    out, inputs = weight.shape
+    index = torch.arange(inputs) // (inputs if group < 0 else group)
+    if act_order:
+        index = index[torch.randperm(inputs, generator=torch.Generator().manual_seed(0))]
+    q, zero, scale, twin = _grouped(weight.float(), index, bits, symmetric)
+    stem = key.removesuffix(".weight")
+    tensors = {
+        f"{stem}.qweight": _words(q.T, bits, 0),
+        f"{stem}.qzeros": _words(zero.T if v2 else (zero.T - 1) % 2**bits, bits, 1),
+        f"{stem}.scales": scale.T.contiguous(),
+        f"{stem}.g_idx": index.int(),
+    }
+    if ".experts." in key:  # AutoGPTQ writes a bias of zeros for layers without one
+        tensors[f"{stem}.bias"] = torch.zeros(out, dtype=torch.float16)
+    return tensors, twin
+
+
+def awq(
+    source: Path, folder: Path, group: int = 32, settings: dict[str, object] | None = None
+) -> tuple[Path, Path]:
     """Quantize as AutoAWQ's "gemm": eight columns per word, in the order 0, 2, 4, 6, 1, 3, 5, 7."""
     order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
 
@@ -156,8 +189,8 @@ def awq(source: Path, folder: Path, group: int = 32) -> tuple[Path, Path]:
         }
         return tensors, twin
 
-    settings = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
-    return write(source, folder, quantize, settings)
+    settings = settings or {"quant_method": "awq", "zero_point": True, "version": "gemm"}
+    return write(source, folder, quantize, {"bits": 4, "group_size": group, **settings})
 
 
 def pack_quantized(

@@ -27,6 +27,16 @@ from support.variants import others_slow
 
 torch.set_num_threads(1)
 
+AUTO_ROUND = {
+    "quant_method": "auto-round",
+    "packing_format": "auto_round:auto_gptq",
+    "data_type": "int",
+    "extra_config": {
+        ".*self_attn.*": {"bits": 8, "group_size": 16},
+        "lm_head": {"bits": 16, "data_type": "float"},
+        "model.layers.0.mlp.experts.1.down_proj": {"bits": 16},
+    },
+}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "nf4": ("mixtral", "bitsandbytes", {}),
     "nf4_flat": ("mixtral", "bitsandbytes", {"nested": False}),
@@ -36,6 +46,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gptq_v2": ("mixtral", "gptq", {"v2": True, "symmetric": False, "group": -1}),
     "gptq_8": ("mixtral", "gptq", {"bits": 8, "symmetric": False}),
     "awq": ("mixtral", "awq", {}),
+    "gptq_mixed": (
+        "qwen2_moe",
+        "mixed_gptq",
+        {"settings": {"quant_method": "gptq", "dynamic": {"+:.*self_attn.*": {"bits": 8}, "-:.*s.1.*": {}}}},
+    ),
+    "auto_round": ("qwen3_moe", "mixed_gptq", {"settings": AUTO_ROUND}),
+    "auto_round_awq": ("mixtral", "auto_round", {}),
     "packed": ("qwen3_moe", "pack_quantized", {}),
     "packed_zeros": ("qwen3_moe", "pack_quantized", {"symmetric": False}),
     "packed_8": ("mixtral", "pack_quantized", {"bits": 8, "strategy": "channel", "symmetric": False}),
@@ -56,7 +73,17 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mo_mixed": ("qwen3_moe", "modelopt", {"kind": "MIXED_PRECISION"}),
 }
 
-ORDINARY = ("nf4", "gptq_order", "awq", "packed_zeros", "float_tensor", "ct_nvfp4", "ct_mixed", "mo_mixed")
+ORDINARY = (
+    "nf4",
+    "gptq_order",
+    "auto_round",
+    "awq",
+    "packed_zeros",
+    "float_tensor",
+    "ct_nvfp4",
+    "ct_mixed",
+    "mo_mixed",
+)
 """One of each kind; the others are slow."""
 
 Made = Callable[[str], tuple[Path, Path]]
@@ -103,7 +130,16 @@ def test_every_weight_is_that_of_the_twin(made: Made, case: str) -> None:
     ["nf4", "gptq_order", "awq", "packed_zeros", "float"]
     + [
         pytest.param(case, marks=pytest.mark.slow)
-        for case in ("fp4_128", "gptq", "gptq_v2", "packed_8", "ct_mixed", "mo_nvfp4", "mo_mixed")
+        for case in (
+            "fp4_128",
+            "gptq",
+            "gptq_v2",
+            "auto_round",
+            "packed_8",
+            "ct_mixed",
+            "mo_nvfp4",
+            "mo_mixed",
+        )
     ],
 )
 def test_greedy_ids_are_those_of_transformers(
@@ -184,6 +220,13 @@ MIXTRAL = "model.layers.1.block_sparse_moe.experts.2.w1"
         ("gptq_8", ".scales", None, r"w1.scales is missing"),
         ("gptq_8", ".qzeros", torch.zeros(2, 3, dtype=torch.int32), r"do not go together"),
         ("gptq_order", ".g_idx", None, r"w1.g_idx is missing"),
+        (
+            "auto_round",
+            ".qzeros",
+            torch.zeros(2, 3, dtype=torch.int32),
+            r"which should be 4 or 8 bits for each",
+        ),
+        ("auto_round", ".scales", torch.zeros(3, 5), r"do not go together"),
         ("awq", ".qweight", torch.zeros(3, dtype=torch.int32), r"should be a matrix of I32"),
         (
             "awq",
@@ -254,8 +297,21 @@ def test_inputs_of_no_group(made: Made, tmp_path: Path) -> None:
             "checkpoint_format 'marlin', of which only gptq or gptq_v2",
         ),
         (
-            {"quant_method": "gptq", "bits": 4, "group_size": 64, "dynamic": {".*down.*": {"bits": 8}}},
-            "gptq with dynamic",
+            {"quant_method": "gptq", "bits": 4, "group_size": 64, "dynamic": {".*down.*": {"bits": 3}}},
+            "gptq with dynamic of bits '3', of which only 4 or 8 is read",
+        ),
+        (AUTO_ROUND | {"bits": 2, "group_size": 32}, "auto-round with bits '2'"),
+        (
+            AUTO_ROUND | {"bits": 4, "group_size": 32, "data_type": "mx_fp"},
+            "data_type 'mx_fp', of which only int",
+        ),
+        (
+            AUTO_ROUND | {"bits": 4, "group_size": 32, "extra_config": {"a": {"bits": 2}}},
+            "extra_config of bits '2'",
+        ),
+        (
+            AUTO_ROUND | {"bits": 4, "group_size": 32, "packing_format": "auto_round:llm_compressor"},
+            "packing_format 'auto_round:llm_compressor', of which only auto_round:auto_gptq",
         ),
         ({"quant_method": "awq", "bits": 4, "group_size": 64, "version": "marlin"}, "version 'marlin'"),
         ({"quant_method": "awq", "bits": 8, "group_size": 64}, "bits '8'"),
