@@ -1,9 +1,10 @@
 """Adapts routed experts that do not use transformers' experts interface, so that they look as if they did.
 
 The interface's decorator sets attributes on a module (`has_gate` and the like), and the module is called with
-the tokens, the chosen experts and their weights. Two families do not use it: Llama 4 multiplies all tokens
-with all experts, Switch Transformers has one module per expert. `decorate` gives both the attributes, packed
-parameters and call signature of the interface, so that the rest of the code treats all experts alike.
+the tokens, the chosen experts and their weights. Three families do not use it: Llama 4 multiplies all tokens
+with all experts, Switch Transformers has one module per expert, and Step 3.7 lacks the attributes only.
+`decorate` gives them the attributes, packed parameters and call signature of the interface, so that the rest
+of the code treats all experts alike.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def decorate(model: nn.Module) -> None:
             _decorate_llama4(module)
         elif kind == "SwitchTransformersSparseMLP":
             _decorate_switch(module)
+        elif kind == "Step3p7Experts":
+            _describe(module, transposed=False)
     for name, module in _unknown_experts(model):
         raise CheckpointError(
             f"the routed experts of {type(model).__name__} ({name}, a {type(module).__name__}) are none that "
@@ -68,6 +71,13 @@ def _unknown_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def _describe(experts: Any, *, transposed: bool) -> None:
+    """Set the interface's attributes on experts with gate and up in one matrix, and without biases."""
+    experts.has_gate, experts.has_bias = True, False
+    experts.is_transposed, experts.is_concatenated = transposed, True
+    experts.config = None
+
+
 # --- Llama 4
 
 
@@ -79,9 +89,7 @@ def _decorate_llama4(block: Any) -> None:
         )
     kinds: tuple[Any, Any] = type(block), type(experts)
     block.__class__, experts.__class__ = _llama4_block(kinds[0]), _llama4_experts(kinds[1])
-    experts.has_gate, experts.has_bias = True, False
-    experts.is_transposed, experts.is_concatenated = True, True
-    experts.config = None
+    _describe(experts, transposed=True)
 
 
 @cache
