@@ -228,6 +228,18 @@ ALIASES: dict[str, ModelAlias] = {
             51_570_323_328,
         ),
         ModelAlias(
+            "nemotron-3-nano-30b-a3b",
+            "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
+            "128 small experts in 23 layers, 6 per token, Mamba between; reasoning",
+            31_577_937_344,
+        ),
+        ModelAlias(
+            "lfm2-8b-a1b",
+            "LiquidAI/LFM2-8B-A1B",
+            "32 small experts a layer, 4 per token, convolutions; a small start",
+            8_339_929_856,
+        ),
+        ModelAlias(
             "switch-base-8",
             "google/switch-base-8",
             "an encoder-decoder that fills gaps in text; 8 experts, 1 per token",
