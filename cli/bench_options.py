@@ -94,7 +94,8 @@ _FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
         {
             "metavar": "NAME",
             "help": "Made weights in the shape of a published model instead: mixtral-8x7b, qwen3-30b-a3b, "
-            "qwen3-next-80b-a3b, qwen3.6-35b-a3b, glm-4.7-flash, gpt-oss-120b or deepseek-v3.",
+            "qwen3-next-80b-a3b, qwen3.6-35b-a3b, glm-4.7-flash, gpt-oss-120b, deepseek-v3, "
+            "nemotron-3-nano-30b-a3b or lfm2-8b-a1b.",
         },
     ),
     (

@@ -277,10 +277,19 @@ def _stored(config: Any) -> StoredFormat:
     return StoredFormat(quantization.experts, dtype, quantization.block)
 
 
+WITHOUT_KEYS = ("linear", "mamba", "conv", "moe", "mlp")
+"""In a config's names of the types of layers: those that keep no keys and values of tokens."""
+
+
 def _kv_numel_per_token(text: Any, model: nn.Module) -> int:
     """How many numbers all layers cache per token: with MLA a latent, a rope key and, with an indexer, its
     key; with other attention 2 x heads x width."""
-    layers = _layer_configs(text)
+    types = getattr(text, "layer_types", None)
+    layers = [
+        layer
+        for index, layer in enumerate(_layer_configs(text))
+        if not types or not any(kind in types[index] for kind in WITHOUT_KEYS)
+    ]
     if all(getattr(layer, "kv_lora_rank", None) for layer in layers):
         kinds: set[Any] = {type(module) for module in model.modules() if hasattr(module, "kv_lora_rank")}
         # these cache expanded keys and values, as DeepSeek V3.2 and GLM-5 in transformers 5.17
@@ -290,13 +299,7 @@ def _kv_numel_per_token(text: Any, model: nn.Module) -> int:
             + int(getattr(layer, "index_head_dim", None) or 0)
             for layer in layers
         )
-    types = getattr(text, "layer_types", None)
-    attending = [
-        layer
-        for index, layer in enumerate(layers)
-        if not types or not any(kind in types[index] for kind in ("linear", "mamba", "conv"))
-    ]
-    return sum(2 * heads * width for heads, width in map(_heads, attending))
+    return sum(2 * heads * width for heads, width in map(_heads, layers))
 
 
 def _expanded_kv_numel_per_token(text: Any) -> int:

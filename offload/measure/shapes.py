@@ -9,7 +9,7 @@ from moe_local.offload.checkpoint.registry import find_alias
 
 PUBLISHED = (
     *("mixtral-8x7b", "qwen3-30b-a3b", "qwen3-next-80b-a3b", "qwen3.6-35b-a3b"),
-    *("glm-4.7-flash", "gpt-oss-120b", "deepseek-v3"),
+    *("glm-4.7-flash", "gpt-oss-120b", "deepseek-v3", "nemotron-3-nano-30b-a3b", "lfm2-8b-a1b"),
 )
 
 # From config.json of openai/gpt-oss-120b and deepseek-ai/DeepSeek-V3: the fields that determine the shape.
@@ -72,11 +72,11 @@ def config_fields(name: str, layers: int) -> dict[str, Any]:
     if not 1 <= layers <= most:
         raise OptionError(f"layers {layers} of {name} is not from 1 to {most}")
     fields["num_hidden_layers"] = layers
-    if "first_k_dense_replace" in fields:
-        fields["first_k_dense_replace"] = min(fields["first_k_dense_replace"], layers - 1)
-    for types in {"layer_types", "mlp_layer_types"} & fields.keys():
+    for dense in {"first_k_dense_replace", "num_dense_layers"} & fields.keys():
+        fields[dense] = min(fields[dense], layers - 1)
+    for types in {"layer_types", "layers_block_type", "mlp_layer_types"} & fields.keys():
         kinds = fields[types]
-        fields[types] = [*kinds[: layers - 1], kinds[-1]] if types == "mlp_layer_types" else kinds[:layers]
+        fields[types] = kinds[:layers] if types == "layer_types" else [*kinds[: layers - 1], kinds[-1]]
     # no eos: the demo's tokenizer has other ids, and a measurement lets none of them end an answer
     return fields | {"dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 
@@ -89,4 +89,6 @@ def _fields(name: str) -> dict[str, Any]:
     if alias is None:
         raise OptionError(f"no shape {name!r} is known; use one of {', '.join(PUBLISHED)}")
     fields: dict[str, Any] = alias.config().get_text_config(decoder=True).to_dict()
+    if "layers_block_type" in fields:
+        fields["num_hidden_layers"] = len(fields["layers_block_type"])
     return {k: v for k, v in fields.items() if not k.startswith("_") and k != "transformers_version"}
