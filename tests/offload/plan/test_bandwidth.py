@@ -4,7 +4,9 @@ import ctypes
 import json
 import os
 import time
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -41,6 +43,34 @@ def test_ram_is_never_slower_than_a_plain_copy_would_allow():
     copied = buffer.nbytes / (time.perf_counter() - start)
     # Whoever else uses the memory at the time, some attempt meets a pause.
     assert any(bandwidth.ram_bandwidth(buffer.nbytes) > copied / 3 for _ in range(20))
+
+
+def test_the_buffer_in_ram_is_longer_than_the_caches_together(tmp_path, monkeypatch):
+    for cpu, size, shared in (
+        (0, "327680K", "0-1"),
+        (1, "327680K", "0-1"),
+        (2, "65536K", "2"),
+        (3, "?", "3"),
+    ):
+        cache = tmp_path / f"cpu{cpu}" / "cache" / "index3"
+        cache.mkdir(parents=True)
+        (cache / "size").write_text(f"{size}\n")
+        (cache / "shared_cpu_list").write_text(f"{shared}\n")
+    (tmp_path / "cpufreq" / "cache" / "index3").mkdir(parents=True)
+    mib = 2**20
+    assert bandwidth.last_level_caches(tmp_path) == (320 + 64) * mib
+    assert bandwidth.last_level_caches(tmp_path / "absent") == 0
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=128 << 30))
+    assert bandwidth.beyond_caches(384 * mib) == 4 * 384 * mib
+    assert bandwidth.beyond_caches(32 * mib) == bandwidth.RAM_BUFFER
+    assert bandwidth.beyond_caches(1200 * mib) == bandwidth.MOST_RAM_BUFFER
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8 << 30))
+    assert bandwidth.beyond_caches(384 * mib) == 512 * mib
+    read = []
+    monkeypatch.setattr(bandwidth, "last_level_caches", lambda: 100 * mib)
+    monkeypatch.setattr(bandwidth, "read_sum", lambda buffer: read.append(buffer.nbytes))
+    bandwidth.ram_bandwidth()
+    assert set(read) == {400 * mib}
 
 
 @pytest.mark.parametrize("words", [0, 1, 15, 16, 17, 3 * 2**17 + 5])
