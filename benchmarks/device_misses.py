@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from gpu_kernels import graph_of
 from ratio import Ratio
 from report import cuda_device, finish, in_rounds, parser_of
 
@@ -63,17 +64,15 @@ class Bench:
         clock = torch.zeros(1, dtype=torch.int64, device=device)
         return LayerTables(resident, zeros, zeros, self._offsets, self._sources, order, clock, log)
 
-    def kernel(self, missing: int) -> Callable[[], None]:
+    def kernel(self, missing: int) -> Callable[[], object]:
         steps = [self.tables(step, missing) for step in range(STEPS)]
-        return self._graph(
-            lambda: [self.fetch.bring(each, self.ram, self.arena[0], NBYTES) for each in steps]
-        )
+        return graph_of(lambda: [self.fetch.bring(each, self.ram, self.arena[0], NBYTES) for each in steps])
 
-    def look_up(self) -> Callable[[], None]:
+    def look_up(self) -> Callable[[], object]:
         tables, ids = self.tables(0, 0), torch.arange(TOP_K, device=self.arena.device)
-        return self._graph(lambda: [self.fetch.look_up(tables, ids, begins=True) for _ in range(STEPS)])
+        return graph_of(lambda: [self.fetch.look_up(tables, ids, begins=True) for _ in range(STEPS)])
 
-    def engine(self, missing: int) -> Callable[[], None]:
+    def engine(self, missing: int) -> Callable[[], object]:
         pairs = [
             (self.arena[(step * TOP_K + rank) % SLOTS], self.host.buffer(0, (step * TOP_K + rank) % EXPERTS))
             for step in range(STEPS)
@@ -86,15 +85,7 @@ class Bench:
 
         return copy
 
-    def _graph(self, launch: Callable[[], Any]) -> Callable[[], None]:
-        launch()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            launch()
-        return graph.replay
-
-    def seconds(self, run: Callable[[], None]) -> float:
+    def seconds(self, run: Callable[[], object]) -> float:
         """Seconds of one step of a run."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self.stream):

@@ -192,12 +192,19 @@ def random_experts(layout: Layout, count: int, device: torch.device) -> list[Len
 
 
 def graph_of(work: Callable[[], object]) -> Callable[[], object]:
+    """A function that replays `work`, captured in a graph, and keeps the tensors alive that `work` holds: the
+    graph reads them at their addresses."""
     work()  # compiles the kernels
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    return graph.replay
+
+    def replay() -> object:
+        graph.replay()
+        return work
+
+    return replay
 
 
 def device_seconds(work: Callable[[], object]) -> float:

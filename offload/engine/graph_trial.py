@@ -36,7 +36,7 @@ HISTORY, TOKENS, ROUNDS = 5, 6, 8
 """Tokens in the cache before a trial, tokens that it compares, and how often it times one. Of the compared
 tokens the first is computed, the second is captured, and the others are replayed."""
 
-EXACT, ROUGH = 1e-4, 0.03
+EXACT, ROUGH = 1e-4, 0.1
 """Allowed error of logits, relative to their norm, in fp32 and in 16-bit dtypes, as the median over tokens:
 attention over a masked row sums in another order, which may change a router's choice once. A stale address
 gives errors as large as the norm."""
@@ -68,8 +68,11 @@ def use_graphs(
 ) -> None:
     """Let `engine` compute single tokens at fixed addresses where this works, from graphs if that is faster.
 
-    `sites` and `saw` as for a Recording. With `stand_in` a stub replaces the experts during the trial, so
-    that nothing is fetched or counted. If graphs are not used, the reason is logged once.
+    `sites` and `saw` as for a Recording. A stub replaces the experts during the trial, so that nothing is
+    fetched or counted. Without `stand_in` replays with the experts themselves are tried as well, against the
+    same forward computed, but not against the plain one: in 16 bits, rounding changes routers' choices layer
+    after layer, which is too near to what something wrong would do. If graphs are not used, the reason is
+    logged once.
 
     Whether tokens are computed at fixed addresses depends on the model alone, never on timing, since it
     affects their bits. Timing decides only whether tokens are replayed or computed; with mode "on", not even
@@ -81,8 +84,11 @@ def use_graphs(
     if reason is None:
         use_capturable_mask(engine.hf)
         step = engine.make_token_step(graphs, sites, saw)
-        with _stood_in(engine) if stand_in else _as_they_are():
-            reason, slower = with_room(engine, lambda: _try(engine, step, mode))
+        with _stood_in(engine):
+            reason, slower = with_room(engine, lambda: _try(engine, step, mode if stand_in else "on"))
+        if reason is None and not stand_in:
+            step = engine.make_token_step(graphs, sites, saw)
+            reason, slower = with_room(engine, lambda: _try(engine, step, mode, beside_plain=False))
     if reason is not None:
         logger.info("decoding goes without CUDA graphs: %s", reason)
         return
@@ -109,9 +115,9 @@ def _hindrance(engine: Engine) -> str | None:
     return None
 
 
-def _try(engine: Engine, step: TokenStep, mode: str) -> tuple[str | None, bool]:
+def _try(engine: Engine, step: TokenStep, mode: str, *, beside_plain: bool = True) -> tuple[str | None, bool]:
     """(why `step` does not work for the model, or None; whether it is slower)."""
-    reason = _difference(engine, step)
+    reason = _difference(engine, step, beside_plain=beside_plain)
     return reason, reason is None and mode == "auto" and _is_slower(engine, step)
 
 
@@ -156,11 +162,6 @@ def _stood_in(engine: Engine) -> Iterator[None]:
 
 
 @contextmanager
-def _as_they_are() -> Iterator[None]:
-    yield
-
-
-@contextmanager
 def row_to_try(engine: Engine) -> Iterator[int]:
     """A row of the key-value memory with HISTORY tokens in it, freed afterwards."""
     kv = engine.kv
@@ -181,9 +182,9 @@ def token_to_try(engine: Engine, number: int) -> int:
     return (7919 * (number + 1)) % engine.vocab_size
 
 
-def _difference(engine: Engine, step: TokenStep) -> str | None:
-    """What is wrong with `step`, or None: its logits must equal the plain forward's up to rounding, and
-    replayed logits must be equal bit by bit to computed ones."""
+def _difference(engine: Engine, step: TokenStep, *, beside_plain: bool) -> str | None:
+    """What is wrong with `step`, or None: replayed logits must be equal bit by bit to computed ones, and
+    with `beside_plain` to the plain forward's up to rounding."""
     off, kv = [], engine.kv
     assert isinstance(kv, KVSlab)
     with row_to_try(engine) as row:
@@ -200,11 +201,14 @@ def _difference(engine: Engine, step: TokenStep) -> str | None:
             before()
             if not torch.equal(got, step.computed(row, token)):
                 return "replayed logits were not those that were computed"
-            plain()
-            want = engine.plain_logits(row, [token])
-            plain = kv.mark(row)
-            off.append(float((got - want).norm() / want.norm()))
+            if beside_plain:
+                plain()
+                want = engine.plain_logits(row, [token])
+                plain = kv.mark(row)
+                off.append(float((got - want).norm() / want.norm()))
             kv.advance(row, 1)
+    if not off:
+        return None
     allowed = EXACT if engine.hf.dtype == torch.float32 else ROUGH
     typical = statistics.median(off)
     if not typical <= allowed:

@@ -40,6 +40,10 @@ DEFAULT_DISK = 2.5e9
 FILE_NAME = "bandwidths.json"
 MIB = 2**20
 RAM_BUFFER = 256 * MIB
+MOST_RAM_BUFFER = 2048 * MIB
+CACHES = 4
+"""How many times the last-level caches' bytes a buffer has that they do not speed up: server processors have
+300 MB, in which RAM_BUFFER would stay from one reading to the next."""
 DISK_FILE = 256 * MIB
 DISK_PIECE = 4 * MIB
 DISK_THREADS = 4
@@ -47,6 +51,9 @@ DISK_THREADS = 4
 DISK_SECONDS = 0.5
 """Writing the file takes this long at most, and so does reading it."""
 COPY_BUFFER = 128 * MIB
+VRAM_READS = 8
+"""How often a buffer in VRAM is read between two waits: reading it once takes a fast GPU 60 microseconds, and
+the launch and the wait some ten."""
 SECONDS = 0.35
 """How long each of the four is measured."""
 
@@ -105,10 +112,28 @@ def measure_links(known: Bandwidths, device: torch.device) -> Bandwidths:
     return replace(known, **found, measured=known.measured | frozenset(found))  # type: ignore[arg-type]
 
 
-def ram_bandwidth(nbytes: int = RAM_BUFFER) -> float:
-    """Bytes/s of reading a buffer beyond the last cache with all of torch's threads."""
+def ram_bandwidth(nbytes: int | None = None) -> float:
+    """Bytes/s of reading a buffer of `nbytes` (None: far more than the caches hold) with all of torch's
+    threads."""
+    nbytes = beyond_caches(last_level_caches()) if nbytes is None else nbytes
     buffer = torch.ones(nbytes // 8, dtype=torch.int64)
     return nbytes / _fastest(lambda: read_sum(buffer))
+
+
+def beyond_caches(caches: int) -> int:
+    """Bytes of a buffer that caches of so many bytes do not speed up, as far as RAM allows."""
+    most = min(MOST_RAM_BUFFER, int(psutil.virtual_memory().available) // 16)
+    return max(RAM_BUFFER, min(CACHES * caches, most)) // 8 * 8
+
+
+def last_level_caches(processors: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Bytes of the processors' third-level caches together; 0 where the system does not tell."""
+    sizes = {}
+    for cache in processors.glob("cpu[0-9]*/cache/index3"):
+        with contextlib.suppress(OSError, ValueError):
+            size = (cache / "size").read_text().strip()
+            sizes[(cache / "shared_cpu_list").read_text()] = int(size.removesuffix("K")) << 10
+    return sum(sizes.values())
 
 
 def read_sum(buffer: torch.Tensor) -> int:
@@ -155,7 +180,12 @@ def h2d_bandwidth(device: torch.device) -> float:
 def vram_bandwidth(device: torch.device) -> float:
     """Bytes/s of summing a buffer in a CUDA device's memory, beyond its last cache."""
     buffer = torch.ones(RAM_BUFFER // 8, dtype=torch.int64, device=device)
-    return RAM_BUFFER / _fastest(lambda: buffer.sum(), device)
+
+    def read() -> None:
+        for _ in range(VRAM_READS):
+            buffer.sum()
+
+    return VRAM_READS * RAM_BUFFER / _fastest(read, device)
 
 
 def saved(folder: Path) -> Bandwidths:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import psutil
 
 from moe_local.cache.errors import MoeLocalError, first_line
+from moe_local.offload.gpu.capturing import alone
 
 if TYPE_CHECKING:
     import torch
@@ -41,11 +42,14 @@ def free_vram(device: torch.device, *, reserve: bool = True) -> int:
     """Bytes of a CUDA device's memory that are available, less a reserve of a 32nd of it, at least 256 MiB,
     but never more than half of what is free.
 
-    Raises MoeLocalError if the device is not available at all, for example in exclusive use by a process.
+    Memory that torch keeps for later, such as that of a model that was closed, is given back first. Raises
+    MoeLocalError if the device is not available at all, for example in exclusive use by a process.
     """
     import torch  # takes seconds, and is not needed for RAM
 
     try:
+        with alone:
+            torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
     except RuntimeError as error:
         raise MoeLocalError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -96,8 +97,13 @@ class DeviceArena(Arena):
         return segment.nbytes
 
     def close(self) -> None:
+        """Free the memory, and let other programs have it. Idempotent."""
         super().close()
+        held = [device for device, segments in self._segments.items() if segments]
         self._segments = {device: [] for device in self._segments}
+        for device in held:
+            with contextlib.suppress(RuntimeError):  # a lost device has nothing to give back
+                device.trim()
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless the segments hold exactly the existing slots, in the order of turns."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
+from types import SimpleNamespace
+
 import gpu_kernels
 import pytest
 import torch
@@ -25,3 +29,20 @@ def test_figures() -> None:
     assert row["gb_per_s"] == pytest.approx(1000)
     assert row["share_of_read"]["median"] == pytest.approx(0.5)
     assert set(gpu_kernels.row([1e-6], 0, [1e12])) == {"us"}
+
+
+def test_what_a_graph_reads_lives_as_long_as_its_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Freed, it would be overwritten by what the other contenders allocate."""
+    replays: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays.append("")))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    table = torch.ones(3)
+    seen = weakref.ref(table)
+    replay = gpu_kernels.graph_of(lambda table=table: table.sum())
+    del table
+    replay()
+    assert replays == [""]
+    assert seen() is not None
+    del replay
+    assert seen() is None

@@ -25,6 +25,7 @@ from moe_local.offload.kernels.grouped_trial import made_expert
 from moe_local.offload.kernels.launcher import Launcher
 from moe_local.offload.kernels.layer import LayerKernels, OneByOne
 from moe_local.offload.kernels.routing import Routing
+from moe_local.offload.plan.free_memory import free_vram
 from moe_local.offload.quantize import nf4_blocks
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
@@ -554,6 +555,20 @@ def test_close_gives_the_memory_back(make_checkpoint: Callable[..., Path]) -> No
     model.close()
     del model
     assert allocated() <= before + 4096
+
+
+def test_the_driver_gets_slots_back_and_what_is_cached_counts_as_free() -> None:
+    device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
+    free = free_vram(device.torch_device, reserve=False)
+    arena = DeviceArena([8], [50_000_000], device)
+    full = torch.cuda.mem_get_info()[0]
+    assert free - full >= arena.nbytes
+    nbytes = arena.nbytes
+    arena.close()
+    assert torch.cuda.mem_get_info()[0] - full >= nbytes
+    torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    assert torch.cuda.mem_get_info()[0] < free - nbytes // 2
+    assert free_vram(device.torch_device, reserve=False) >= free
 
 
 def allocated() -> int:

@@ -3,7 +3,8 @@
 They are as strict as CUDA, as far as a CPU can show it. During a capture every result is garbage: the
 previous contents of its memory. An operation by which the host would wait for a number raises. A replay does
 the same operations on the same memory, whatever it then holds; Python's numbers and shapes are those of the
-capture. Results are in a pool, whose memory is reused as soon as nothing refers to it.
+capture. Results are in a pool, whose memory is reused as soon as nothing refers to it. Graphs keep no tensors
+alive: those from before a capture that it reads or writes have to exist in every replay.
 """
 
 from __future__ import annotations
@@ -59,6 +60,25 @@ class _Block:
         return flat.as_strided(like.size(), like.stride(), like.storage_offset())
 
 
+class _Outside(NamedTuple):
+    """A tensor that is not in the pool, and may be gone by the time of a replay."""
+
+    storage: StorageWeakRef
+    dtype: torch.dtype
+    place: tuple[int, torch.Size, tuple[int, ...]]
+    """Offset, sizes and strides."""
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Outside:
+        place = tensor.storage_offset(), tensor.size(), tensor.stride()
+        return cls(StorageWeakRef(tensor.untyped_storage()), tensor.dtype, place)
+
+    def tensor(self) -> torch.Tensor:
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        assert storage is not None, f"a graph uses memory that was freed: {self.dtype} {[*self.place[1]]}"
+        return torch.empty(0, dtype=self.dtype).set_(storage, *self.place)
+
+
 class Pool:
     """Memory for results of captured operations. A block is free once no Python tensor refers to it."""
 
@@ -84,11 +104,15 @@ class Pool:
         block.user = StorageWeakRef(given.untyped_storage())
         return given, kept
 
-    def kept(self, tensor: torch.Tensor) -> torch.Tensor:
+    def kept(self, tensor: torch.Tensor) -> torch.Tensor | _Outside:
         """For a tensor in the pool, another on the same memory, which does not keep the block from being
-        reused; any other tensor itself."""
+        reused. Of any other tensor, where it is: its memory may be freed, too. But single numbers, which are
+        given to kernels by value, are kept."""
         block = self._blocks.get(tensor.untyped_storage().data_ptr())
-        return tensor if block is None else block.tensor(tensor)
+        if block is not None:
+            return block.tensor(tensor)
+        single = tensor.dim() == 0 and tensor.untyped_storage().nbytes() == tensor.element_size()
+        return tensor if single else _Outside.of(tensor)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor is in the pool."""
@@ -105,6 +129,14 @@ class _Operation(NamedTuple):
     kwargs: Any
     outputs: list[torch.Tensor | None]
     """Where each result is written; None for a view. Empty for an operation in place."""
+
+
+def _is_outside(x: Any) -> bool:
+    return isinstance(x, _Outside)
+
+
+def _present(x: Any) -> Any:
+    return x.tensor() if isinstance(x, _Outside) else x
 
 
 def _harmless(x: Any) -> Any:
@@ -125,7 +157,8 @@ class FakeGraph:
         self._was_replayed = True
         self._owner.replays += 1
         for function, args, kwargs, outputs in self.operations:
-            results = tree_flatten(function(*args, **kwargs))[0]
+            given, named = (tree_map(_present, part, is_leaf=_is_outside) for part in (args, kwargs))
+            results = tree_flatten(function(*given, **named))[0]
             for output, result in zip(outputs, results, strict=False):
                 if output is not None:
                     output.copy_(result)

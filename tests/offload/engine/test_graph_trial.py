@@ -23,6 +23,7 @@ from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.own_caches import OwnCaches
 from moe_local.offload.engine.state_slab import StateSlab
 from moe_local.offload.engine.static_row import StaticLayer
+from moe_local.offload.engine.token_step import TokenStep
 from moe_local.offload.experts import OffloadedExperts
 from moe_local.offload.gpu.relief import Shortage
 from moe_local.offload.modeling.masks import eager_mask, use_capturable_mask
@@ -57,6 +58,43 @@ def test_a_model_that_can_be_captured_is(hf: Any) -> None:
     assert engine.token_step.failure is None
     assert [step.segments for step in engine.token_step.captured.values()] == [3]
     assert tried(hf, graphs, "off").token_step is None
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_real_experts_are_compared_with_themselves(
+    hf: Any, monkeypatch: pytest.MonkeyPatch, stale: bool
+) -> None:
+    """Not with the plain forward's, in which rounding may have led to others; but replays must be right."""
+
+    under_way: list[str] = []
+
+    class Runner:
+        def run(self, experts: Any, hidden: Any, index: Any, weights: Any) -> torch.Tensor:
+            other = under_way == ["plain_logits"] or (stale and under_way == ["computed"])
+            output: torch.Tensor = (2.0 if other else 1.0) * hidden * weights.sum()
+            return output
+
+    def noted(cls: Any, name: str) -> None:
+        method = getattr(cls, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            under_way.append(name)
+            try:
+                return method(*args, **options)
+            finally:
+                under_way.pop()
+
+        monkeypatch.setattr(cls, name, call)
+
+    noted(Engine, "plain_logits")
+    noted(TokenStep, "computed")
+    for module in hf.modules():
+        if isinstance(module, OffloadedExperts):
+            module.attach(Runner())
+    engine = Engine(hf, make_kv(hf, 1, 64), chunk=8)
+    use_graphs(engine, fake_graphs.FakeGraphs(), mode="on", stand_in=False)
+    assert (engine.token_step is None) == stale
+    assert engine.kv.lens == []
 
 
 @pytest.mark.parametrize("lacks", ["result", "end"])

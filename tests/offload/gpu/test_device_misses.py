@@ -420,6 +420,42 @@ def test_the_cpu_may_take_part_otherwise(
         assert model.stats().stall.demand > 0
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_how_the_cpu_rounds_says_nothing_about_the_device(
+    load: Callable[..., moe_local.Model],
+    make_checkpoint: Callable[..., Path],
+    make_device: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wrong: bool,
+) -> None:
+    """Where 48 layers have amplified it, that is more than a wrong bit of the device's does."""
+    caplog.set_level(logging.INFO, "moe_local")
+    one_round = miss_trial._one_round
+
+    def off(engine: Any, row: int) -> tuple[list[torch.Tensor], float]:
+        logits, took = one_round(engine, row)
+        on_device = type(model_store[-1].custody) is DeviceMisses
+        if not on_device and model_store[-1].host is not None:
+            logits = [1.2 * each for each in logits]
+        if on_device and wrong:
+            logits[-1][0, 0] += 1e-6
+        return logits, took
+
+    model_store: list[Any] = []
+    hindrance = miss_trial.hindrance
+    monkeypatch.setattr(miss_trial, "_one_round", off)
+    monkeypatch.setattr(
+        miss_trial,
+        "hindrance",
+        lambda engine, runner, *rest: model_store.append(runner.store) or hindrance(engine, runner, *rest),
+    )
+    with load(make_checkpoint("qwen3_moe"), make_device(11), fake_graphs.FakeGraphs(), miss="auto") as model:
+        assert isinstance(model.parts.store.custody, DeviceMisses) == (not wrong)
+        assert model.parts.store.host is not None
+        assert ("where they are to be equal" in caplog.text) == wrong
+
+
 def test_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     assert miss_mode() == "auto"

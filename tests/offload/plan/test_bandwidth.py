@@ -4,7 +4,9 @@ import ctypes
 import json
 import os
 import time
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -41,6 +43,34 @@ def test_ram_is_never_slower_than_a_plain_copy_would_allow():
     copied = buffer.nbytes / (time.perf_counter() - start)
     # Whoever else uses the memory at the time, some attempt meets a pause.
     assert any(bandwidth.ram_bandwidth(buffer.nbytes) > copied / 3 for _ in range(20))
+
+
+def test_the_buffer_in_ram_is_longer_than_the_caches_together(tmp_path, monkeypatch):
+    for cpu, size, shared in (
+        (0, "327680K", "0-1"),
+        (1, "327680K", "0-1"),
+        (2, "65536K", "2"),
+        (3, "?", "3"),
+    ):
+        cache = tmp_path / f"cpu{cpu}" / "cache" / "index3"
+        cache.mkdir(parents=True)
+        (cache / "size").write_text(f"{size}\n")
+        (cache / "shared_cpu_list").write_text(f"{shared}\n")
+    (tmp_path / "cpufreq" / "cache" / "index3").mkdir(parents=True)
+    mib = 2**20
+    assert bandwidth.last_level_caches(tmp_path) == (320 + 64) * mib
+    assert bandwidth.last_level_caches(tmp_path / "absent") == 0
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=128 << 30))
+    assert bandwidth.beyond_caches(384 * mib) == 4 * 384 * mib
+    assert bandwidth.beyond_caches(32 * mib) == bandwidth.RAM_BUFFER
+    assert bandwidth.beyond_caches(1200 * mib) == bandwidth.MOST_RAM_BUFFER
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8 << 30))
+    assert bandwidth.beyond_caches(384 * mib) == 512 * mib
+    read = []
+    monkeypatch.setattr(bandwidth, "last_level_caches", lambda: 100 * mib)
+    monkeypatch.setattr(bandwidth, "read_sum", lambda buffer: read.append(buffer.nbytes))
+    bandwidth.ram_bandwidth()
+    assert set(read) == {400 * mib}
 
 
 @pytest.mark.parametrize("words", [0, 1, 15, 16, 17, 3 * 2**17 + 5])
@@ -97,6 +127,28 @@ def test_only_what_is_assumed_is_measured_and_a_full_device_keeps_its_default(mo
     found = bandwidth.measure_links(known, torch.device("cuda", 0))
     assert (found.ram, found.h2d, found.disk, found.vram) == (1e10, 2e10, 1e9, bandwidth.DEFAULT_VRAM)
     assert found.measured == {"ram", "h2d", "disk"}
+
+
+def test_launches_and_waits_are_no_part_of_a_fast_gpus_bandwidth(monkeypatch):
+    """An H200's, by a clock of its own: 4.8 TB/s, five microseconds to launch when idle, five to wait."""
+    now = [0.0]
+
+    class Buffer:
+        idle = True
+
+        def sum(self) -> None:
+            now[0] += bandwidth.RAM_BUFFER / 4.8e12 + 5e-6 * self.idle
+            self.idle = False
+
+    def synchronize(device: torch.device) -> None:
+        now[0] += 5e-6
+        buffer.idle = True
+
+    buffer = Buffer()
+    monkeypatch.setattr(torch, "ones", lambda *sizes, **options: buffer)
+    monkeypatch.setattr(bandwidth, "_synchronize", synchronize)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    assert 0.97 * 4.8e12 < bandwidth.vram_bandwidth(torch.device("cuda", 0)) < 4.8e12
 
 
 def test_what_is_saved_is_found_again(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from moe_local.cache.errors import MoeLocalError
+from moe_local.offload.gpu.capturing import alone
 from moe_local.offload.plan import free_memory
 from moe_local.offload.plan.free_memory import Limit, free_ram, group_limits
 
@@ -152,3 +154,19 @@ def test_a_card_that_is_not_to_be_had_is_a_line(monkeypatch: pytest.MonkeyPatch)
     ) as raised:
         free_memory.free_vram(torch.device("cuda:1"))
     assert "\n" not in str(raised.value)
+
+
+def test_what_torch_keeps_of_a_closed_model_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given back to the driver, but not while another thread captures, whose graph that would spoil."""
+    kept, locked = [20 * GIB], []
+
+    def empty_cache() -> None:
+        other = threading.Thread(target=lambda: locked.append(not alone.acquire(blocking=False)))
+        other.start()
+        other.join()
+        kept.clear()
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (23 * GIB - sum(kept), 24 * GIB))
+    assert free_memory.free_vram(torch.device("cuda:0"), reserve=False) == 23 * GIB
+    assert locked == [True]

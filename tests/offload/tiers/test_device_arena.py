@@ -42,16 +42,19 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_arena, "SEGMENT_BYTES", 1)
 
 
-def test_slots_share_no_byte_and_waste_none(make_device: Make) -> None:
+def test_slots_share_no_byte_and_waste_none(make_device: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     device = make_device()
     arena = DeviceArena(SLOTS, STRIDES, device)
     assert arena.slots == (3, 2, 3)
     assert arena.nbytes == device.allocated == TOTAL
     check(arena, fill(arena))
     assert arena.buffer(2, 1) is arena.buffer(2, 1)
+    left: list[int] = []
+    monkeypatch.setattr(device, "trim", lambda: left.append(device.allocated))
     arena.close()
     arena.close()
     assert device.allocated == 0
+    assert left == [0]  # the driver, too, gets it back, once all of it is free
 
 
 def test_segments_are_about_as_large_as_wanted(make_device: Make, monkeypatch: pytest.MonkeyPatch) -> None:
