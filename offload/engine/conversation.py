@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_local.cache.errors import OptionError
+from moe_local.cache.errors import OptionError, shown
 
 Message = Mapping[str, Any]
 
 TOOL = '{"type": "function", "function": {"name": "...", "parameters": {...}}}'
 CALL = '{"id": "...", "type": "function", "function": {"name": "...", "arguments": "{...}"}}'
-SHOWN = 60
-"""Characters of a wrong value in an error."""
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -73,12 +71,6 @@ def part_text(where: str, part: object) -> str:
     if isinstance(text, str):
         return text
     raise OptionError(f"{where} has a part of type {kind!r} without text; this model takes text only")
-
-
-def shown(value: object) -> str:
-    """A wrong value, short enough for a line of an error."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _as_text(index: int, message: Message) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moe_local.cache.errors import OptionError
+from moe_local.cache.errors import OptionError, shown
 from moe_local.offload.answer_format.answer_format import AnswerFormat
 from moe_local.offload.engine.conversation import (
     Message,
@@ -17,7 +17,6 @@ from moe_local.offload.engine.conversation import (
     check_messages,
     check_text,
     check_tools,
-    shown,
 )
 
 Prompt = str | Sequence[Message] | Sequence[int] | torch.Tensor

@@ -351,6 +351,16 @@ class TestSwitchingModels:
         assert fake.open
         assert "no-such-model" in capsys.readouterr().err
 
+    def test_a_chat_template_is_for_the_model_it_came_with(
+        self, invoke, fake, loads, home, tmp_path, tiny_mixtral
+    ):
+        (tmp_path / "mine.jinja").write_text("{{ messages }}")
+        folder, flags = str(tiny_mixtral), ("--chat-template", str(tmp_path / "mine.jinja"), "--slots", "2")
+        result = invoke("chat", folder, *flags, input=f"/model demo\n/model {folder}\n")
+        assert result.exit_code == 0, result.stderr
+        mine, other = {"chat_template": "{{ messages }}", "slots": 2}, {"slots": 2}
+        assert loads == [(folder, mine), ("demo", other), (folder, mine)]
+
     def test_one_that_is_not_wanted_after_all_leaves_it(self, fake, home, capsys):
         def no(name):
             assert name == "demo"
