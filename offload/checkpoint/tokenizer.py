@@ -22,6 +22,8 @@ def load_tokenizer(folder: Path, gguf: Path | None = None, chat_template: str | 
     OptionError for a chat template without a tokenizer.
     """
     tokenizer = _load(folder, gguf)
+    if tokenizer is not None:
+        tokenizer.padding_side = "left"  # answers go on at the right
     if chat_template is not None:
         if tokenizer is None:
             raise OptionError(f"{folder} has no tokenizer for a chat template; add one, or leave that out")

@@ -161,7 +161,10 @@ def _encode_chat(
     return list(ids)
 
 
-def _ids_of(tokenizer: Any, marks: list[str]) -> dict[int, str]:
+def _ids_of(tokenizer: Any, marks: Iterable[str]) -> dict[int, str]:
+    if isinstance(marks, str) or not isinstance(marks, Iterable):
+        raise OptionError(f"marks is {shown(marks)}; give a list of special tokens")
+    marks = list(marks)
     added: dict[str, int] = tokenizer.get_added_vocab() if marks else {}
     for mark in marks:
         if mark not in added:
@@ -186,7 +189,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, marks: Iterable[str] = ()) -> None:
         """Raises OptionError for marks that are no special tokens."""
         self._tokenizer = tokenizer
-        self._marks = _ids_of(tokenizer, list(marks))
+        self._marks = _ids_of(tokenizer, marks)
         self._window: list[int] = []
         self._context = 0
         """Tokens at the start of the window whose text was returned before."""

@@ -57,6 +57,9 @@ def test_marks_stand_in_the_text(tokenizer: Any) -> None:
     assert text == "".join(f"{tokenizer.decode(part, skip_special_tokens=True)}</s>" for part in parts)
     with pytest.raises(OptionError, match="'the' of marks is no special token"):
         Detokenizer(tokenizer, ["the"])
+    for wrong in ("</s>", 2):
+        with pytest.raises(OptionError, match=f"marks is {wrong!r}; give a list of special tokens"):
+            Detokenizer(tokenizer, wrong)  # type: ignore[arg-type]
 
 
 @settings(max_examples=100, deadline=None)
