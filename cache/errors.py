@@ -4,6 +4,15 @@ A message is one line: what failed, the actual value, the limit, and what to do 
 `exit_code` is what the command line returns (docs/cli.md lists them).
 """
 
+SHOWN = 60
+"""Characters of a wrong value in an error."""
+
+
+def shown(value: object) -> str:
+    """A wrong value, short enough for a line of an error."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its class if the message is empty."""

@@ -18,7 +18,7 @@ from moe_local.cli.completion import model_argument
 from moe_local.cli.exchanges import answer_room, shorten
 from moe_local.cli.first_use import ready, yes_flag
 from moe_local.cli.live import LiveAnswer
-from moe_local.cli.options import Sampling, debug_flag, load_flags, sampling_flags
+from moe_local.cli.options import CHAT_FLAGS, Sampling, debug_flag, load_flags, sampling_flags
 from moe_local.cli.prompt import Messages, can_edit
 from moe_local.cli.render import ProgressBar, print_status, status_line
 from moe_local.offload.answer_format.piece import Piece
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.command()
 @model_argument(default="demo")
 @yes_flag
-@load_flags()
+@load_flags(*CHAT_FLAGS)
 @sampling_flags
 @debug_flag
 def chat(model: str, options: dict[str, Any], sampling: Sampling) -> None:
@@ -56,12 +56,16 @@ def chat(model: str, options: dict[str, Any], sampling: Sampling) -> None:
       echo 'Why is the sky blue?' | moe-local chat demo
     """
 
+    def options_of(name: str) -> dict[str, Any]:
+        """For another model those that do not concern MODEL alone."""
+        return {key: value for key, value in options.items() if key != "chat_template" or name == model}
+
     def load(name: str) -> Model:
         with ProgressBar() as progress:
-            return moe_local.load(name, **options, progress=progress)
+            return moe_local.load(name, **options_of(name), progress=progress)
 
     def ask(name: str) -> None:
-        ready(name, options, replacing=True)
+        ready(name, options_of(name), replacing=True)
 
     ready(model, options)
     talk = Chat(load(model), sampling, load, ask)

@@ -82,9 +82,8 @@ class Commands:
             # compared without the slash, which would make all names look alike
             near = difflib.get_close_matches(name[1:], [known[1:] for known in self._table], n=2, cutoff=0.5)
             hint = f"did you mean /{' or /'.join(near)}?" if near else f"there are {', '.join(self._table)}"
-            click.echo(f"unknown command {name}; {hint}")
-        else:
-            command.do(rest)
+            raise OptionError(f"unknown command {name}; {hint}")
+        command.do(rest)
         return True
 
     def words(self, before: str) -> Iterator[tuple[str, str]]:
@@ -139,7 +138,8 @@ class Commands:
         if not name:
             system = printable(chat.sampling.system or "none")
             thinks = {True: "on", False: "off", None: f"{DEFAULT} (the model's own)"}[chat.sampling.think]
-            print_fields([*settings(chat.sampling), ("think", thinks), ("system", system)])
+            shown = [(key, printable(text)) for key, text in settings(chat.sampling)]
+            print_fields([*shown, ("think", thinks), ("system", system)])
         elif name in SWITCHES or name in off:
             on, attribute = name in SWITCHES, off.get(name, name)
             setattr(chat, "keeps" if attribute == "history" else attribute, on)

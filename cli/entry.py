@@ -16,6 +16,7 @@ from moe_local.offload.system.interrupt import INTERRUPTED, TERMINATED, Terminat
 def main() -> NoReturn:
     """Run the command and exit: with 130 after Ctrl-C and 143 after SIGTERM, without a trace, whenever the
     signal arrives."""
+    _open_missing_streams()
     codes: list[int] = []
     atexit.register(_end, codes)  # before all others, and so called after them
     if threading.current_thread() is threading.main_thread():
@@ -38,6 +39,17 @@ def main() -> NoReturn:
     if code is None or isinstance(code, int):
         codes.append(code or 0)
     sys.exit(code)
+
+
+def _open_missing_streams() -> None:
+    """Open the null device as those of stdin, stdout and stderr that the process was started without.
+
+    Python has None for them, which many libraries trip over; and the next file or connection that is opened
+    would have their number, so that what C libraries print would go there.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # by number: the lowest is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - never closed
 
 
 def _end(codes: list[int]) -> None:

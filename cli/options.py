@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import click
 
 from moe_local.cache.files import parse_json
+from moe_local.cli.text_file import read_text_file
 from moe_local.offload.answer_format.answer_format import AnswerFormat
+from moe_local.offload.chat_template import check_chat_template
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.ranges import RANGES, check_range
 
@@ -24,6 +27,8 @@ LOAD_FLAGS = (
     *("vram", "ram", "slots", "experts", "dense", "context", "policy", "prefetch", "miss", "device"),
 )
 """Fields of LoadOptions that are flags, in the order of the help."""
+CHAT_FLAGS = (*LOAD_FLAGS, "chat_template")
+"""Those of commands that talk."""
 
 METAVARS = {
     "vram": "SIZE",
@@ -32,7 +37,15 @@ METAVARS = {
     "context": "TOKENS",
     "parallel": "N",
     "device": "NAME",
+    "chat_template": "FILE",
 }
+TYPES: dict[str, Any] = {
+    "slots": int,
+    "context": int,
+    "parallel": int,
+    "chat_template": click.Path(exists=True, dir_okay=False, path_type=Path),
+}
+"""Of flags that are not text."""
 SHORT = {"context": "-c"}
 RANGED = {"max_tokens": "max_new_tokens"}
 """Settings that the Python API calls by another name."""
@@ -103,8 +116,9 @@ def load_flags(*names: str) -> Callable[[Command], Command]:
             field = known[name]
             collect = click.option(
                 *([SHORT[name]] if name in SHORT else []),
-                f"--{name}",
-                type=int if name in ("slots", "context", "parallel") else str,
+                f"--{name.replace('_', '-')}",
+                type=TYPES.get(name, str),
+                callback=_template if name == "chat_template" else None,
                 metavar=METAVARS.get(name, "NAME"),
                 envvar=f"MOE_LOCAL_{name.upper()}",
                 show_envvar=True,
@@ -113,6 +127,13 @@ def load_flags(*names: str) -> Callable[[Command], Command]:
         return collect
 
     return decorate
+
+
+def _template(ctx: click.Context, param: click.Parameter, value: Path | None) -> str | None:
+    """The text of a chat template, in a file."""
+    if value is None or ctx.resilient_parsing:
+        return None
+    return check_chat_template(read_text_file(value, "the chat template", "give one in Jinja"), str(value))
 
 
 def sampling_flags(command: Command) -> Command:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -44,7 +45,9 @@ def with_setting(sampling: Sampling, name: str, value: str) -> Sampling:
 
 
 def settings(sampling: Sampling) -> Iterator[tuple[str, str]]:
-    """Names and values of all settings except the system prompt."""
+    """Names and values of settings, the system prompt and what the model is told of thoughts left out."""
     for name in KINDS:
         value = getattr(sampling, name)
         yield name, f"{DEFAULT} (the model's own)" if value is None else str(value)
+    if sampling.chat_template_kwargs:
+        yield "chat_template_kwargs", json.dumps(sampling.chat_template_kwargs, ensure_ascii=False)

@@ -13,7 +13,7 @@ import moe_local
 from moe_local.cli.answer import AnswerView
 from moe_local.cli.completion import model_argument
 from moe_local.cli.first_use import ready, yes_flag
-from moe_local.cli.options import Sampling, debug_flag, json_flag, load_flags, sampling_flags
+from moe_local.cli.options import CHAT_FLAGS, Sampling, debug_flag, json_flag, load_flags, sampling_flags
 from moe_local.cli.render import ProgressBar, print_json, print_status, status_line
 from moe_local.cli.text_file import read_schema_file, read_stdin
 from moe_local.offload.answer_format.answer_parser import AnswerParser
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 )
 @json_flag
 @yes_flag
-@load_flags()
+@load_flags(*CHAT_FLAGS)
 @sampling_flags
 @debug_flag
 def run(

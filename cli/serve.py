@@ -12,7 +12,7 @@ import moe_local
 from moe_local.cache.errors import OptionError
 from moe_local.cli.completion import model_argument
 from moe_local.cli.first_use import ready, yes_flag
-from moe_local.cli.options import LOAD_FLAGS, debug_flag, load_flags, template_flags, template_variables
+from moe_local.cli.options import CHAT_FLAGS, debug_flag, load_flags, template_flags, template_variables
 from moe_local.cli.render import ProgressBar
 
 OWN_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -84,7 +84,7 @@ OWN_NAMES = ("localhost", "127.0.0.1", "::1")
 )
 @template_flags
 @yes_flag
-@load_flags("parallel", *LOAD_FLAGS)
+@load_flags("parallel", *CHAT_FLAGS)
 @debug_flag
 def serve(
     model: str,

@@ -20,7 +20,7 @@ def read_text_file(
 ) -> str:
     """The text of a file; - is stdin. Raises OptionError if it cannot be read, is not UTF-8, or is blank."""
     try:
-        with click.open_file(str(path), encoding="utf-8") as file:
+        with click.open_file(str(path), encoding="utf-8-sig") as file:  # some editors begin with a mark
             text: str = file.read()
     except UnicodeDecodeError:
         raise OptionError(f"{path} cannot be read as text: it is not UTF-8; save it as UTF-8") from None

@@ -82,6 +82,7 @@ def load(
     policy: str = "adaptive",
     prefetch: str = "auto",
     miss: str = "auto",
+    chat_template: str | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a model, ready to generate. It is a context manager; `close()` frees it.
@@ -89,8 +90,9 @@ def load(
     `model`: an alias ("mixtral-8x7b"), a Hub id, a folder, or "demo". It is downloaded, and its experts are
     converted, on first use. `vram` and `ram` limit everything that is put there ("20GiB"; None: what is free,
     less a reserve); `slots` instead sets how many experts of each MoE layer the fastest tier keeps. Up to
-    `parallel` answers can be computed together, each with a context of its own. A model that does not fit is
-    refused before anything is downloaded or allocated. Raises MoeLocalError of all kinds.
+    `parallel` answers can be computed together, each with a context of its own. `chat_template`, text in
+    Jinja, replaces the model's own. A model that does not fit is refused before anything is downloaded or
+    allocated. Raises MoeLocalError of all kinds.
     """
     options = LoadOptions.from_keywords(
         {
@@ -106,6 +108,7 @@ def load(
             "policy": policy,
             "prefetch": prefetch,
             "miss": miss,
+            "chat_template": chat_template,
         }
     )
     graph_mode()  # raises for an unknown mode, before anything is downloaded
@@ -262,7 +265,7 @@ def _assemble(
         elif can_reside(store):
             runner.keep_residents()
         gguf = checkpoint.gguf if isinstance(checkpoint, Checkpoint) else None
-        tokenizer = load_tokenizer(checkpoint.folder, gguf)
+        tokenizer = load_tokenizer(checkpoint.folder, gguf, options.chat_template)
         model = Model(
             checkpoint.name,
             hf,

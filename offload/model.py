@@ -175,7 +175,7 @@ class Model:
         parts.engine.check_prompt(*asked[:2])
         reader = None
         if self.tokenizer is not None:
-            functions = None if tools is None else functions_of(tools)
+            functions = functions_of(tools) if tools else None
             reader = MessageReader(self.answers, asked[0], functions, plain=not template)
         stream = TokenStream(parts.engine, parts.store, self._turn, *asked, reader)
         with self._streams_lock:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from moe_local.cache.errors import OptionError
 from moe_local.cache.keys import parse_bytes
+from moe_local.offload.chat_template import check_chat_template
 from moe_local.offload.prefetch.names import prefetchers
 from moe_local.offload.ranges import plain_number
 
@@ -103,6 +104,9 @@ class LoadOptions:
             "auto does what is faster. With fetch, runs on a GPU are equal bit by bit."
         },
     )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Chat template of MODEL, in Jinja, instead of its own."}
+    )
 
     def __post_init__(self) -> None:
         if self.vram is not None:
@@ -120,6 +124,8 @@ class LoadOptions:
         _check_name("policy", self.policy, _policies())
         _check_name("prefetch", self.prefetch, prefetchers())
         _check_name("miss", self.miss, MISS)
+        if self.chat_template is not None:
+            check_chat_template(self.chat_template)
 
     def _check_experts(self) -> None:
         from moe_local.offload.quantize.mix import AUTO, canonical, is_mixed

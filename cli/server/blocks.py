@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_local.cache.errors import OptionError
 from moe_local.cli.server.items import Item, string_of
-from moe_local.cli.server.protocol import part_text
+from moe_local.offload.engine.conversation import part_text
 
 ROLES = ("user", "assistant", "system")
 BILLING = "x-anthropic-billing-header:"

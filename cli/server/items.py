@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_local.cache.errors import OptionError
-from moe_local.cli.server.protocol import part_text
+from moe_local.offload.engine.conversation import part_text
 
 Item = dict[str, Any]
 ROLES = ("user", "assistant", "system", "developer")

@@ -44,8 +44,6 @@ class Prompts:
     async def conversation(self, asked: ChatRequest) -> Shown[list[int]]:
         """Token ids of a conversation, and what of it was left out."""
         tools, messages = asked.offered_tools, asked.conversation()
-        if tools is not None:
-            self._check_tools(tools)
         if form := asked.form(self._answers):
             await self._beside(lambda: self._model.check_form(form), 0)
         context = self._model.plan.request.context
@@ -65,7 +63,7 @@ class Prompts:
                 return shorten(messages, encode, lambda ids: len(ids) + room <= context)
             return Shown(encode(messages), 0, 0)
 
-        return await self._beside(make, sum(len(message["content"]) for message in messages))
+        return await self._beside(make, sum(len(message["content"] or "") for message in messages))
 
     async def text(self, prompt: str | list[int]) -> list[int]:
         """Token ids of a text to be continued."""
@@ -87,14 +85,3 @@ class Prompts:
                 raise OptionError(
                     f"no prompt can be made of this: {type(error).__name__}: {error}"
                 ) from error
-
-    def _check_tools(self, tools: list[dict[str, Any]]) -> None:
-        """Raises OptionError where the model would never hear of them."""
-        try:
-            template = self._model.tokenizer.get_chat_template(None, tools)
-        except ValueError:  # there is none, and so no conversation, which is what encoding it will say
-            return
-        if "tools" not in template:
-            raise OptionError(
-                f"{self._model.name} knows no tools: its chat template has no place for them; leave them out"
-            )

@@ -16,6 +16,7 @@ from moe_local.cli.server.allowed_tools import allow
 from moe_local.cli.server.tool_choice import call_grammar
 from moe_local.offload.answer_format.answer_format import AnswerFormat, functions_of
 from moe_local.offload.answer_format.template_needs import SWITCHES
+from moe_local.offload.engine.conversation import check_messages, check_tools
 from moe_local.offload.ranges import check_range, nth_seed
 
 MOST_CHOICES = 16
@@ -243,6 +244,11 @@ class ChatRequest(Sampling):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further variables of the template, such as enable_thinking; not OpenAI's, but what others have."""
 
+    @field_validator("tools")
+    @classmethod
+    def _check_tools(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        return check_tools(tools)
+
     @property
     def most_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
@@ -315,41 +321,4 @@ class ChatRequest(Sampling):
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages with their content as text. Raises OptionError for pictures and the like."""
-        return [_as_text(index, message) for index, message in enumerate(self.messages)]
-
-
-def _as_text(index: int, message: dict[str, Any]) -> dict[str, Any]:
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str):
-        raise OptionError(f"message {index} has no role")
-    if content is None:
-        content = message.get("refusal") or ("" if message.get("tool_calls") else None)
-    if isinstance(content, list):
-        content = "".join(part_text(f"message {index}", part) for part in content)
-    if not isinstance(content, str):
-        raise OptionError(f"message {index} has no content; give text")
-    role = "system" if role == "developer" else role
-    calls = message.get("tool_calls")
-    rest = {name: value for name, value in message.items() if name not in ("tool_calls", "refusal")}
-    # Templates ask whether there are calls, not whether the list has any.
-    called = {"tool_calls": _calls(index, calls)} if calls not in (None, []) else {}
-    return {**rest, "role": role, "content": content, **called}
-
-
-def _calls(index: int, calls: Any) -> list[Any]:
-    """Tool calls of an earlier answer. Raises OptionError for what are none."""
-    if not isinstance(calls, list) or not all(
-        isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls
-    ):
-        raise OptionError(f"message {index} has tool_calls that are no list of function calls")
-    return calls
-
-
-def part_text(where: str, part: object) -> str:
-    """Of one part of a message's content. Raises OptionError for pictures and the like."""
-    refused = isinstance(part, dict) and part.get("type") == "refusal"  # text that only is called otherwise
-    text = part.get("refusal" if refused else "text") if isinstance(part, dict) else None
-    if isinstance(text, str):
-        return text
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise OptionError(f"{where} has a part of type {kind!r}; this model takes text only")
+        return check_messages(self.messages)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Ids
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from transformers.generation.logits_process import (
     SequenceBiasLogitsProcessor,
 )
 
-from moe_local.cache.errors import OptionError
+from moe_local.cache.errors import OptionError, shown
 from moe_local.offload.engine.grammar import GrammarMask
 from moe_local.offload.engine.penalties import Penalties, check_bias
 from moe_local.offload.engine.stops import AnswerStops, Stops, TensorStops, stop_strings
@@ -47,6 +48,7 @@ BEYOND_OUR_LOOP = frozenset(
     {"token_healing", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"}
     | {"output_hidden_states", "is_assistant", "low_memory"}
 )
+TOKEN_OPTIONS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
 REFUSED_OPTIONS = frozenset({"trust_remote_code", "inputs", "input_ids", "self", "kwargs"})
 
 
@@ -109,6 +111,18 @@ def check_options(hf: Any, options: Mapping[str, Any]) -> None:
             raise OptionError(f"unknown generation option {name!r}; {hint}")
         if name in RANGES:
             check_range(name, options[name])
+        if name in TOKEN_OPTIONS:
+            _check_tokens(name, options[name])
+
+
+def _check_tokens(name: str, value: Any) -> None:
+    """Raises OptionError for what is no token id, nor several. Those beyond the vocabulary are allowed, as in
+    transformers, where -1 for eos_token_id means that nothing ends an answer."""
+    listed = value if isinstance(value, list | tuple) else [value]
+    if value is None or isinstance(value, torch.Tensor):
+        return
+    if not all(isinstance(token, Integral) and not isinstance(token, bool) for token in listed):
+        raise OptionError(f"{name} is {shown(value)}; it must be a token id, or a list of them")
 
 
 def imply_sampling(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,16 @@ from typing import Any
 
 import torch
 
-from moe_local.cache.errors import OptionError
+from moe_local.cache.errors import OptionError, shown
 from moe_local.offload.answer_format.answer_format import AnswerFormat
+from moe_local.offload.engine.conversation import (
+    Message,
+    check_knows_tools,
+    check_messages,
+    check_text,
+    check_tools,
+)
 
-Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int] | torch.Tensor
 """Text, a conversation of {"role": ..., "content": ...}, or token ids. A content is text, or a list of parts
 {"type": "text", "text": ...}."""
@@ -46,11 +52,15 @@ def encode_prompt(
     With `answers`, messages and tools are OpenAI's, and put as the template wants them.
     Ids pass unchanged, and need no tokenizer. Raises OptionError when the prompt cannot be encoded.
     """
-    variables = variables or {}
+    tools, variables = check_tools(tools), {} if variables is None else variables
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        raise OptionError(
+            f"chat_template_kwargs is {shown(variables)}; give a dict of variables by their names"
+        )
     if isinstance(prompt, torch.Tensor):
         prompt = _flat_ids(prompt)
     if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, str | Iterable):
-        raise OptionError(f"the prompt is {_shown(prompt)}; give text, a list of messages or token ids")
+        raise OptionError(f"the prompt is {shown(prompt)}; give text, a list of messages or token ids")
     items: list[Any] = [] if isinstance(prompt, str) else list(prompt)
     if not isinstance(prompt, str) and all(_is_id(item) for item in items):
         _check_unused(tools, variables, "token ids")
@@ -62,17 +72,27 @@ def encode_prompt(
         )
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if isinstance(prompt, str):
-        _check_text(prompt)
+        check_text(prompt, "the prompt")
         if template and has_template:
             question = {"role": "user", "content": prompt}
             return _encode_chat(tokenizer, [question], tools, variables, answers)
         _check_unused(tools, variables, "plain text")
         ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
         return ids
-    messages = _check_messages(items)
+    _check_items(items)
+    messages = check_messages(items)
     if not (template and has_template):
         raise OptionError(f"a conversation needs a chat template, and {_why_raw(template)}; give plain text")
     return _encode_chat(tokenizer, messages, tools, variables, answers)
+
+
+def _check_items(items: Sequence[object]) -> None:
+    for index, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            raise OptionError(
+                f"item {index} of the prompt is {shown(item)}; give token ids, or messages like "
+                '{"role": "user", "content": "..."}'
+            )
 
 
 def _check_unused(tools: object, variables: object, prompt: str) -> None:
@@ -82,19 +102,6 @@ def _check_unused(tools: object, variables: object, prompt: str) -> None:
                 f"{name} are for the chat template, which is not applied to {prompt}; leave them out, or "
                 "give messages"
             )
-
-
-def _check_text(text: str, where: str = "the prompt") -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise OptionError(f"{where} has half a character, at {error.start}; give whole ones") from error
-
-
-def _shown(value: object) -> str:
-    """A wrong value, short enough for a line of an error."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _why_raw(template: bool) -> str:
@@ -115,54 +122,30 @@ def _flat_ids(prompt: torch.Tensor) -> list[int]:
     return ids
 
 
-def _check_messages(messages: Sequence[Any]) -> list[Message]:
-    """The messages, each with its content as one text, which is what templates of text models know."""
-    checked: list[Message] = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise OptionError(
-                f"item {index} of the prompt is {_shown(message)}; give token ids, or messages like "
-                '{"role": "user", "content": "..."}'
-            )
-        content = message["content"]
-        if isinstance(content, list | tuple):
-            content = "".join(_part_text(part, index) for part in content)
-        if isinstance(content, str):
-            _check_text(content, f"message {index}")
-        checked.append({**message, "content": content})
-    return checked
-
-
-def _part_text(part: Any, index: int) -> str:
-    """Of one part of the content of message `index`."""
-    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise OptionError(
-        f"message {index} has a part of type {kind!r}; models take text alone here, as "
-        '{"type": "text", "text": "..."}'
-    )
-
-
 def _encode_chat(
     tokenizer: Any,
-    messages: list[Message],
-    tools: Sequence[Mapping[str, Any]] | None,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
     variables: Mapping[str, Any],
     answers: AnswerFormat | None,
 ) -> list[int]:
     clash = variables.keys() & TEMPLATE_ARGUMENTS
     if clash:
         raise OptionError(f"{min(clash)} is not a variable of the chat template's own; leave it out")
+    if tools is not None:
+        check_knows_tools(tokenizer, tools)
     continues = messages[-1]["role"] == "assistant"
+    if continues and messages[-1].get("tool_calls"):
+        raise OptionError(
+            "the conversation ends with calls of tools; give their results behind them, as messages of the "
+            "role tool"
+        )
     try:
-        shown = messages if answers is None else answers.messages(messages)
-        known = tools if answers is None else answers.tools(tools)
         ids = tokenizer.apply_chat_template(
-            [dict(message) for message in shown],
+            messages if answers is None else answers.messages(messages),
             add_generation_prompt=not continues,
             continue_final_message=continues,
-            tools=None if known is None else [dict(tool) for tool in known],
+            tools=tools if answers is None else answers.tools(tools),
             tokenize=True,
             return_dict=False,
             tokenizer_kwargs={"verbose": False},  # too long a prompt is refused in better words
@@ -178,7 +161,10 @@ def _encode_chat(
     return list(ids)
 
 
-def _ids_of(tokenizer: Any, marks: list[str]) -> dict[int, str]:
+def _ids_of(tokenizer: Any, marks: Iterable[str]) -> dict[int, str]:
+    if isinstance(marks, str) or not isinstance(marks, Iterable):
+        raise OptionError(f"marks is {shown(marks)}; give a list of special tokens")
+    marks = list(marks)
     added: dict[str, int] = tokenizer.get_added_vocab() if marks else {}
     for mark in marks:
         if mark not in added:
@@ -203,7 +189,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, marks: Iterable[str] = ()) -> None:
         """Raises OptionError for marks that are no special tokens."""
         self._tokenizer = tokenizer
-        self._marks = _ids_of(tokenizer, list(marks))
+        self._marks = _ids_of(tokenizer, marks)
         self._window: list[int] = []
         self._context = 0
         """Tokens at the start of the window whose text was returned before."""

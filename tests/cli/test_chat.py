@@ -50,9 +50,9 @@ def test_ways_to_leave(invoke, fake, leave):
     assert fake.asked == []
 
 
-def test_stats_cache_and_unknown_commands(invoke, fake, monkeypatch):
+def test_stats_and_cache(invoke, fake, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    result = invoke("chat", input="/stats\n/foo bar\n/cach\n/cache\n")
+    result = invoke("chat", input="/stats\n/cache\n")
     assert result.exit_code == 0
     assert result.stdout == (
         "  tokens     10\n"
@@ -64,9 +64,6 @@ def test_stats_cache_and_unknown_commands(invoke, fake, monkeypatch):
         "  stall      0.50 s\n"
         "  starved    0 experts under 1 % of their layer's tokens\n"
         f"         disk {40 * '█'}    50.00 ms\n"
-        "unknown command /foo; there are /retry, /clear, /history, /system, /set, /show, /save, /load, "
-        "/model, /cache, /stats, /multiline, /help, /bye\n"
-        "unknown command /cach; did you mean /cache?\n"
         "   0 ·□··\n"
         "   1 ···▒\n"
         "     · absent □ resident ▒ loading ■ used × missed\n"
@@ -276,6 +273,8 @@ def test_thoughts_are_turned_off_and_on(invoke, fake, home):
         ("/cache live", "/cache live draws on a terminal, and stdout is not one"),
         ("/multiline", "/multiline needs a terminal that can edit"),
         ("/model nosuch", "nosuch"),
+        ("/foo bar", "unknown command /foo; there are /retry, /clear, /history, /system, /set, /show"),
+        ("/cach", "unknown command /cach; did you mean /cache?"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(invoke, fake, home, typed, said):
@@ -286,6 +285,11 @@ def test_what_cannot_be_done_is_said_in_a_line(invoke, fake, home, typed, said):
     assert said in first
     assert result.stdout.endswith("1: STILL THERE\n")
     assert fake.asked[-1][1] == {}
+
+
+def test_variables_of_the_template_are_shown(invoke, fake):
+    result = invoke("chat", "--chat-template-kwargs", '{"effort": "größer"}', input="/set\n")
+    assert re.search(r'chat_template_kwargs +{"effort": "größer"}\n', result.stdout)
 
 
 def test_a_setting_out_of_range_is_not_kept(fake, capsys):
@@ -350,6 +354,16 @@ class TestSwitchingModels:
         chat.do("/model no-such-model")
         assert fake.open
         assert "no-such-model" in capsys.readouterr().err
+
+    def test_a_chat_template_is_for_the_model_it_came_with(
+        self, invoke, fake, loads, home, tmp_path, tiny_mixtral
+    ):
+        (tmp_path / "mine.jinja").write_text("{{ messages }}")
+        folder, flags = str(tiny_mixtral), ("--chat-template", str(tmp_path / "mine.jinja"), "--slots", "2")
+        result = invoke("chat", folder, *flags, input=f"/model demo\n/model {folder}\n")
+        assert result.exit_code == 0, result.stderr
+        mine, other = {"chat_template": "{{ messages }}", "slots": 2}, {"slots": 2}
+        assert loads == [(folder, mine), ("demo", other), (folder, mine)]
 
     def test_one_that_is_not_wanted_after_all_leaves_it(self, fake, home, capsys):
         def no(name):

@@ -70,6 +70,23 @@ def test_with_a_gpu_in_use_the_interpreter_shuts_down():
     assert (done.returncode, done.stdout, done.stderr) == (4, "torn down\n", "")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a shell's redirections")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_are_the_null_device(closed, tmp_path):
+    found = tmp_path / "found"
+    numbers = "[stream.fileno() for stream in (sys.stdin, sys.stdout, sys.stderr)]"
+    lines = (
+        "    sys.stdin.isatty(), print('lost'), print('lost', file=sys.stderr)",
+        f"    open({str(found)!r}, 'w').write(str({numbers}))",
+        "    sys.exit(0)",
+    )
+    code = "\n".join([BEFORE, *lines, "moe_local.cli.main.main = command", "main()"])
+    shell = f'exec "$0" -c "$1" {closed}'
+    done = subprocess.run(["sh", "-c", shell, sys.executable, code], timeout=100, input="", text=True)
+    assert done.returncode == 0
+    assert found.read_text() == "[0, 1, 2]"
+
+
 def test_output_that_nobody_reads_is_an_error_as_in_any_program():
     reader, writer = os.pipe()
     os.close(reader)

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+import moe_local
 from moe_local.cache.errors import ModelNotFoundError, OptionError
 from moe_local.cli import text_file
 from support.chat_templates import DIALECTS, THINKING, tokenizer_of
@@ -302,6 +303,40 @@ def test_json_of_a_schema(invoke, tmp_path):
     result = invoke("run", "demo", "What is a router?", "--json-schema", str(file), "--device", "cpu")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "moe-local: this schema or grammar cannot be enforced: Invalid type: objekt\n"
+
+
+def test_a_chat_template_of_ones_own(invoke, tmp_path, monkeypatch):
+    """With a mark at its beginning, as some editors write it; the demo has learned its own template only."""
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ messages[0].content }}{{ eos_token }}\n", encoding="utf-8-sig")
+    monkeypatch.setenv("MOE_LOCAL_CHAT_TEMPLATE", str(file))
+    result = invoke("run", "demo", "What is", "--json", "-n", "1", "--device", "cpu")
+    assert (result.exit_code, result.stderr) == (0, "")
+    with moe_local.load("demo", device="cpu") as model:
+        prompt = [*model.tokenizer("What is")["input_ids"], model.tokenizer.eos_token_id]
+    assert json.loads(result.stdout)["stats"]["prompt_tokens"] == len(prompt)
+
+
+@pytest.mark.parametrize("command", [("run", "demo", "hello"), ("chat",), ("serve", "demo")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a\n{% for m in messages %}", "mine.jinja is no template in Jinja: line 2: Unexpected end of"),
+        (b" \n", "the chat template is empty: "),
+        (b"# Read me\n", "mine.jinja has no place for messages: '# Read me"),
+        (b"\xff{{ messages }}", "mine.jinja cannot be read as text: it is not UTF-8; save it as UTF-8"),
+        (None, "mine.jinja' does not exist"),
+    ],
+)
+def test_files_that_hold_no_chat_template(invoke, fake, loads, tmp_path, command, content, message):
+    file = tmp_path / "mine.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    result = invoke(*command, "--chat-template", str(file))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not loads
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ BAD_CALLS: list[tuple[Any, dict[str, Any], str]] = [
     ({"role": "user", "content": "a"}, {}, "the prompt is {'role': 'user'"),
     ([1.5], {}, "item 0 of the prompt is 1.5"),
     ([True], {}, "item 0 of the prompt is True"),
-    ([{"role": "user"}], {}, "item 0 of the prompt is {'role': 'user'}"),
+    ([{"role": "user"}], {}, "message 0 has no content; give text"),
     ([1, 320], {}, "token id 320 in the prompt is outside the vocabulary, 0 to 319"),
     ([1, -1], {}, "token id -1 in the prompt is outside the vocabulary"),
     ([5] * 257, {}, "the prompt has 257 tokens, the context holds 256"),
@@ -449,6 +449,17 @@ def test_numbers_and_ids_as_other_libraries_give_them(model: moe_local.Model) ->
         model.generate(input_ids=ids, attention_mask=inputs["attention_mask"], max_new_tokens=numpy.int8(3)),
         plain,
     )
+
+
+def test_a_tokenizers_result_is_a_batch(model: moe_local.Model) -> None:
+    """Padded where no answer begins, though most tokenizers are published to pad at the right."""
+    texts, limits = ["the router", "the experts of a layer, and"], {"max_new_tokens": 5, "eos_token_id": None}
+    given = model.tokenizer(texts, return_tensors="pt", padding=True)
+    assert 0 in given["attention_mask"][0]
+    found = model.generate(**given, **limits)
+    for text, row in zip(texts, found, strict=True):
+        alone = model.generate(text, template=False, **limits)
+        assert row[-5:].tolist() == alone.token_ids
 
 
 def test_a_conversation_computes_only_what_is_new(model: moe_local.Model) -> None:

@@ -393,7 +393,7 @@ def test_fields_of_a_beta_are_passed_over(anthropics: anthropic.Anthropic, serve
             r"messages\[0\].content.content has a part of type 'image'",
         ),
         ({"system": [{"type": "image"}]}, "system has a part of type 'image'"),
-        ({"tools": [TOOL]}, "demo knows no tools"),
+        ({"tools": [TOOL]}, "this model knows no tools"),
         ({"tools": [SEARCH]}, "'web_search_20250305', which Anthropic defines or runs"),
         ({"tools": [SEARCH, {"name": "weather"}]}, r"tools\[1\] has no name or no input_schema"),
         ({"tool_choice": {"type": "required"}}, "tool_choice of type 'required' is not supported"),

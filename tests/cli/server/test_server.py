@@ -380,7 +380,7 @@ def test_tools(serving: Any, scripted: Any, model: moe_local.Model, monkeypatch:
             for tools in (TOOLS, []):
                 with pytest.raises(openai.BadRequestError, match="needs a chat template"):
                     client.chat.completions.create(model="demo", messages=QUESTION, tools=tools)
-        with pytest.raises(openai.BadRequestError, match="demo knows no tools"):
+        with pytest.raises(openai.BadRequestError, match="this model knows no tools"):
             client.chat.completions.create(model="demo", messages=QUESTION, tools=TOOLS)
         monkeypatch.setattr(model.tokenizer, "chat_template", template)
         answer = client.chat.completions.create(model="demo", messages=messages, tools=TOOLS)
@@ -498,7 +498,7 @@ def test_metrics(client: openai.OpenAI, server: Any) -> None:
         ({"messages": QUESTION, "chat_template_kwargs": {"tokenize": False}}, "tokenize"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-            "type 'image_url'; this model takes text only",
+            "type 'image_url' without text; this model takes text only",
         ),
         ({"messages": [{"role": "user", "content": "word " * 5000}]}, "the context holds"),
     ],

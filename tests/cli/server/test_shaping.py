@@ -156,7 +156,11 @@ def test_a_call_of_some_tools_that_is_demanded(
         ({"type": "function", "function": {"name": "fly"}}, TOOLS, "demands 'fly'; the tools are paint, a"),
         ({"type": "function"}, TOOLS, "demands None; the tools are paint"),
         ({"type": "function", "function": {"name": []}}, TOOLS, r"demands \[\]; the tools are paint"),
-        ("required", [{"function": {"name": "f", "parameters": "x"}}], "json_schema is of type str"),
+        (
+            "required",
+            [{"function": {"name": "f", "parameters": "x"}}],
+            r"parameters of tools\[0\] are 'x'; give",
+        ),
         ("required", [], "demands a call, and there are no tools"),
         (
             "required",

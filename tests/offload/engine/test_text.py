@@ -57,6 +57,9 @@ def test_marks_stand_in_the_text(tokenizer: Any) -> None:
     assert text == "".join(f"{tokenizer.decode(part, skip_special_tokens=True)}</s>" for part in parts)
     with pytest.raises(OptionError, match="'the' of marks is no special token"):
         Detokenizer(tokenizer, ["the"])
+    for wrong in ("</s>", 2):
+        with pytest.raises(OptionError, match=f"marks is {wrong!r}; give a list of special tokens"):
+            Detokenizer(tokenizer, wrong)  # type: ignore[arg-type]
 
 
 @settings(max_examples=100, deadline=None)
@@ -282,12 +285,18 @@ def test_what_a_template_refuses_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        ([{"role": "user"}], {}, "0 of the prompt is"),
+        ([{"role": "user"}], {}, "message 0 has no content; give text"),
+        ([{"content": "a"}], {}, "message 0 has no role"),
+        ([{"role": "user", "content": 5}], {}, "the content of message 0 is 5; give text"),
         (["hi"], {}, "0 of the prompt is 'hi'"),
         ([{"role": "user", "content": "a"}, 5], {}, "1 of the prompt is 5"),
         ([{"role": "user", "content": "a"}], {"template": False}, "template=False turns it off"),
-        ([{"role": "user", "content": [{"type": "image"}]}], {}, "0 has a part of type 'image'; models take"),
-        ([{"role": "user", "content": [{"type": "text"}]}], {}, '0 has a part of type .text.*, as {"type": '),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}],
+            {},
+            "0 has a part of type 'image' without text; this",
+        ),
+        ([{"role": "user", "content": [{"type": "text"}]}], {}, "of type 'text' without text"),
         ([{"role": "user", "content": ["a"]}], {}, "message 0 has a part of type 'str'"),
         (torch.tensor([[1], [2]]), {}, r"shape \[2, 1\]"),
         (torch.tensor([0.5]), {}, "float32"),
@@ -296,6 +305,67 @@ def test_what_a_template_refuses_is_one_line() -> None:
 def test_bad_prompts(byte_level: Any, prompt: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         encode_prompt(byte_level, prompt, **options)
+
+
+QUESTION = {"role": "user", "content": "Rain?"}
+TOOL = {"type": "function", "function": {"name": "weather"}}
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ("weather", "tools is 'weather'; give a list of"),
+        (TOOL, "tools is {'type': 'function', .*; give a list of"),
+        (iter([TOOL]), "tools is <list_iterator .*; give a list of"),
+        ([print], r"tools\[0\] is <built-in function print>; tools are functions here, as {\"type\""),
+        ([TOOL, {"name": "f"}], r"tools\[1\] is {'name': 'f'}; tools are"),
+        ([{"type": "web_search", "function": {"name": "f"}}], r"tools\[0\] is {'type': 'web_search', "),
+        ([{"type": "function", "function": {}}], r"function of tools\[0\] has no name; give it one"),
+        ([{"function": {"name": ""}}], r"function of tools\[0\] has no name; give it one"),
+        (
+            [{"function": {"name": "f", "parameters": [1]}}],
+            r"parameters of tools\[0\] are \[1\]; give a JSON",
+        ),
+        ([TOOL], "knows no tools: its chat template has no place for them; leave them out"),
+    ],
+)
+def test_tools_that_a_model_cannot_be_told_of(byte_level: Any, tools: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message) as caught:
+        encode_prompt(byte_level, [QUESTION], tools=tools)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_tools_are_as_good_as_none(byte_level: Any) -> None:
+    assert encode_prompt(byte_level, [QUESTION], tools=[]) == encode_prompt(byte_level, [QUESTION])
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        ([{"name": "f", "arguments": "{}"}], "1 has the tool call {'name': 'f', .*; give calls as {\"id\""),
+        (["f"], "message 1 has the tool call 'f'; give calls as"),
+        ([{"function": {"arguments": "{}"}}], "message 1 has the tool call .*; give calls as"),
+        ({"function": {"name": "f"}}, "the tool_calls of message 1 are {'function': .*; give a list of"),
+        ([{"function": {"name": "f", "arguments": 3}}], "message 1 has the arguments 3; give an object"),
+    ],
+)
+def test_earlier_calls_that_are_none(byte_level: Any, calls: Any, message: str) -> None:
+    said = {"role": "assistant", "content": "", "tool_calls": calls}
+    with pytest.raises(OptionError, match=message):
+        encode_prompt(byte_level, [QUESTION, said, QUESTION])
+
+
+def test_calls_at_the_end_want_results(byte_level: Any) -> None:
+    """Continuing such a message would drop its calls, which templates write behind the content."""
+    said = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    with pytest.raises(OptionError, match="ends with calls of tools; give their results"):
+        encode_prompt(byte_level, [QUESTION, said])
+
+
+@pytest.mark.parametrize("variables", [["enable_thinking"], "x", {1: True}])
+def test_variables_have_names(byte_level: Any, variables: Any) -> None:
+    with pytest.raises(OptionError, match=r"chat_template_kwargs is .*; give a dict of variables by their"):
+        encode_prompt(byte_level, [QUESTION], variables=variables)
 
 
 @pytest.mark.parametrize("prompt", ["hi", [{"role": "user", "content": "hi"}]])
