@@ -33,6 +33,15 @@ struct Sums {
   Vec offset[T];  // for kernels whose integers do not count from zero
 };
 
+// The base of kernels whose `add_row` reads one row by itself.
+template <class Dot, int T>
+struct RowByRow {
+  template <int R>
+  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
+    for (int r = 0; r < R; ++r, ++s.row) static_cast<const Dot*>(this)->add_row(m, s, x, sums[r]);
+  }
+};
+
 // Multiplies rows [first, last), R at a time, with a kernel `dot`: its `add` adds the products of a stretch
 // to the sums of its rows, and its `result` reduces these to a number.
 template <int R, int T, class Dot>

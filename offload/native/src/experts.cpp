@@ -123,24 +123,15 @@ void run_batch(const ExpertsCall& call, int64_t e, int64_t first, int64_t last, 
     up_chunks += chunks_of(up, end - begin);
     down_chunks += chunks_of(down, end - begin);
   }
-  Batch batch{call.gate,
-              call.activations,
-              up.cols,
-              down.cols,
-              share,
-              used,
-              call.dtype,
-              x,
-              inputs,
-              in,
-              hiddens,
-              up_rows,
-              down_rows,
-              scratch.take<float>(threads * room),
-              room,
-              call.outputs,
-              call.weights,
-              call.top_k,
+  Batch batch{call.gate,    call.activations,
+              up.cols,      down.cols,
+              share,        used,
+              call.dtype,   x,
+              inputs,       in,
+              hiddens,      up_rows,
+              down_rows,    scratch.take<float>(threads * room),
+              room,         call.outputs,
+              call.weights, call.top_k,
               call.combined};
   const int64_t chunks[] = {inputs, up_chunks, pairs, down_chunks, combined_tokens};
   run_phases(threads, combined_tokens > 0 ? 5 : 4, chunks, Batch::work, &batch);

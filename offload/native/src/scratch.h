@@ -47,7 +47,7 @@ class Scratch {
 
   std::vector<std::unique_ptr<char[]>> blocks_;
   char *first_ = nullptr, *next_ = nullptr, *end_ = nullptr;  // of the last block
-  int64_t taken_ = 0;  // bytes since `begin`
+  int64_t taken_ = 0;                                         // bytes since `begin`
 };
 
 // The calling thread's scratch memory. A function of the library begins, then takes its pieces.
