@@ -23,7 +23,7 @@ from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.native.library import Gate
 from moe_local.offload.quantize.codec import decoder_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
-from moe_local.offload.quantize.views import segment_view
+from moe_local.offload.quantize.views import segment_view, views_of
 from moe_local.offload.store.residents import ResidentLayer
 from support.expert_codecs import expert_codec
 
@@ -319,7 +319,7 @@ def test_every_e4m3_scale_of_nvfp4() -> None:
     codec, rows, cols = expert_codec("nvfp4"), 64, 64
     layout = codec.layout([TensorSpec("up_proj", (cols, 32)), TensorSpec("down_proj", (rows, cols))])
     buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    parts = {part.part: segment_view(buffer, part) for part in layout.parts("down_proj")}
+    parts = views_of(buffer, layout, "down_proj")
     parts["q"].fill_(0x22)  # the code of 1, twice
     parts["factor"].fill_(1)
     parts["scale"].view(torch.uint8).copy_(torch.arange(256).view(rows, 4))
