@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from moe_local.cache.errors import OptionError
 from moe_local.offload.kernels.bnb import nf4_linear
@@ -15,21 +14,13 @@ from moe_local.offload.kernels.reference import reference_linear
 from moe_local.offload.native.library import library
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
+from support import expert_math
 
 D, FF = 128, 192
 
 
-class Math:
-    """An architecture with gate, up and a factor at the end, or without them."""
-
-    def __init__(self, *, has_gate: bool, has_bias: bool) -> None:
-        self.has_gate, self.has_bias = has_gate, has_bias
-
-    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        if not self.has_gate:
-            return F.relu(hidden)
-        gate, up = hidden.chunk(2, dim=-1)
-        return F.silu(gate) * up
+class Math(expert_math.Math):
+    """With a factor at the end."""
 
     def finish(self, output: torch.Tensor) -> torch.Tensor:
         return 3 * output
