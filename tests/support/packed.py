@@ -367,8 +367,3 @@ def routing(tokens: int, experts: int, top_k: int, seed: int = 0) -> tuple[torch
     generator = torch.Generator().manual_seed(seed)
     weights, ids = torch.rand(tokens, experts, generator=generator).topk(top_k)
     return ids, weights.softmax(-1).contiguous()
-
-
-def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Relative, in the Frobenius norm."""
-    return float((got.double() - want).norm() / want.norm())

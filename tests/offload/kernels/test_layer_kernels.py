@@ -17,6 +17,7 @@ from moe_local.offload.native.library import library
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import TensorSpec
 from support.expert_math import GptOss, Lease, Math
+from support.packed import off
 
 D, FF, EXPERTS = 96, 64, 12
 FORMATS = ("nf4", "int8")
@@ -85,10 +86,6 @@ def routed(tokens: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return torch.randn(tokens, D, generator=generator), ids, weights
 
 
-def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
-
-
 def by_groups(step: Any, slots: list[Lease], used: list[int], size: int) -> torch.Tensor:
     """The result where the slots that are used become readable `size` at a time."""
     for start in range(0, len(used), size):
@@ -112,14 +109,14 @@ def test_one_call_equals_one_by_one(format: str, kind: str) -> None:
         routing = Routing(ids.flatten().tolist(), tokens, EXPERTS)
         want = plainly(math, slots, x, ids, weights)
         single = by_groups(OneByOne(each, math, x, routing, weights), slots, routing.experts, 5)
-        assert error_of(single, want) < 1e-5
+        assert off(single, want) < 1e-5
         results = []
         for size in (1, 3, EXPERTS):
             for order in (routing.experts, routing.experts[::-1]):
                 step = kernels.begin(math, x, routing, weights, slots[0].layout)
                 assert isinstance(step, CpuStep)
                 results.append(by_groups(step, slots, order, size))
-        assert error_of(results[0], want) < 1e-5
+        assert off(results[0], want) < 1e-5
         assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -138,7 +135,7 @@ def test_the_result_has_the_tokens_dtype(format: str, dtype: torch.dtype, activa
         got = by_groups(step, slots, routing.experts, 4)
         assert got.dtype == dtype
         bound = 2e-2 if activations == "int8" else {torch.float32: 1e-5}.get(dtype, 6e-3)
-        assert error_of(got, plainly(math, slots, x, ids, weights)) < bound
+        assert off(got, plainly(math, slots, x, ids, weights)) < bound
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -152,7 +149,7 @@ def test_what_the_library_does_not_do_is_computed_one_by_one(format: str, kind: 
         step = LayerKernels().begin(math, x, routing, weights, slots[0].layout)
         assert isinstance(step, OneByOne)
         want = plainly(math, slots, x, ids, weights)
-        assert error_of(by_groups(step, slots, routing.experts, 2), want) < 1e-5
+        assert off(by_groups(step, slots, routing.experts, 2), want) < 1e-5
 
 
 def test_no_tokens_give_nothing() -> None:
@@ -176,4 +173,4 @@ def test_slots_are_read_anew_whatever_was_in_them_before() -> None:
         here = Lease(expert, shared, slots[0].layout)
         step = kernels.begin(math, x, Routing([expert] * 3, 3, EXPERTS), weights, here.layout)
         step.compute([here])
-        assert error_of(step.result(), plainly(math, [here], x, torch.full_like(ids, expert), weights)) < 1e-5
+        assert off(step.result(), plainly(math, [here], x, torch.full_like(ids, expert), weights)) < 1e-5
