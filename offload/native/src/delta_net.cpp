@@ -137,7 +137,7 @@ struct DeltaNetCall {
     std::copy_n(mixed[row] + key_head * net->key_width, net->key_width, q);
     std::copy_n(mixed[row] + keys + key_head * net->key_width, net->key_width, k);
     prepare_head(q, k, true, net->key_width);
-    const float share = beta(row, head, spare), factor = std::exp(decay(row, head, spare));
+    const float share = beta(row, head), factor = std::exp(decay(row, head, spare));
     const float* v = mixed[row] + 2 * keys + head * width;
     float *state = states + chunk * net->key_width * width, *change = nullptr;
     if (changes != nullptr) {
@@ -172,12 +172,8 @@ struct DeltaNetCall {
     return spare[0];
   }
 
-  float beta(int64_t row, int64_t head, float* spare) const {
-    float value = net->by_key_head ? b[row][head + head / sharing() * sharing()] : b[row][head];
-    round_to(net->dtype, 1, spare, &value);
-    value = 1.0f / (1.0f + std::exp(-value));
-    round_to(net->dtype, 1, spare, &value);
-    return value;
+  float beta(int64_t row, int64_t head) const {
+    return rounded_sigmoid(net->dtype, b[row][net->by_key_head ? head + head / sharing() * sharing() : head]);
   }
 
   float decay(int64_t row, int64_t head, float* spare) const {

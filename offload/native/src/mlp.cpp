@@ -1,6 +1,5 @@
 // A gated feed-forward part that all tokens pass, in one call.
 #include <algorithm>
-#include <cmath>
 #include <new>
 
 #include "moe_native.h"
@@ -59,19 +58,10 @@ struct MlpCall {
     prepare(mlp->down, activations, floats[t], tokens, inner[t]);
   }
 
-  // Rounded where separate operations would round, so that the same comes out.
-  float part_of(int64_t t) const {
-    float value = opened[t][0], spare;
-    round_to(mlp->dtype, 1, &spare, &value);
-    value = 1.0f / (1.0f + std::exp(-value));
-    round_to(mlp->dtype, 1, &spare, &value);
-    return value;
-  }
-
   void finish(int64_t t) const {
     const int64_t width = mlp->down.rows;
     if (share != nullptr) {
-      const float part = part_of(t);
+      const float part = rounded_sigmoid(mlp->dtype, opened[t][0]);
       round_to(mlp->dtype, width, floats[t], out[t]);
       for (int64_t i = 0; i < width; ++i) out[t][i] *= part;
     }

@@ -27,6 +27,9 @@ inline void* at(int32_t dtype, void* numbers, int64_t index) {
 // Rounds x [count] to the dtype. `spare` has room for as many floats.
 void round_to(int32_t dtype, int64_t count, float* spare, float* x);
 
+// The sigmoid of x, rounded to the dtype where separate operations would round, so that the same comes out.
+float rounded_sigmoid(int32_t dtype, float x);
+
 // How many threads are worth waking to multiply `bytes` of weights with each of `tokens`.
 int threads_for(int64_t bytes, int64_t tokens, int32_t threads);
 
