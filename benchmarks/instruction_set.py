@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from moe_local.offload.native.library import ISAS, library
+from moe_local.offload.native.library import ISAS, loaded_library
 
 FOR_TORCH = {
     "avx2": {
@@ -19,9 +19,7 @@ when torch is imported."""
 
 def use(isa: str) -> None:
     """Make the library use an instruction set, which this processor must support."""
-    lib = library()
-    assert lib is not None
-    assert lib.moe_set_isa(ISAS.index(isa)) == 0
+    assert loaded_library().moe_set_isa(ISAS.index(isa)) == 0
 
 
 def missing(isa: str) -> str:

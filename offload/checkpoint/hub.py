@@ -33,15 +33,12 @@ class HubModel:
     name: str
 
 
-def resolve(
-    model: str | Path, *, download: bool = True, update: bool = False, progress: bool | None = None
-) -> Path:
+def resolve(model: str | Path, *, download: bool = True, update: bool = False) -> Path:
     """The folder or GGUF file with the checkpoint of `model`: an alias, Hub id, folder, GGUF file or "demo".
 
     A model that is complete in the Hub cache is used without network access; with `update`, the Hub is asked
     for a newer revision. Other models are downloaded: config, tokenizer and the safetensors files that the
-    index names, nothing else; an interrupted download is resumed. `progress` shows a bar on stderr; None
-    shows it if stderr is a terminal. Blocks.
+    index names, nothing else; an interrupted download is resumed. Blocks, with a bar if stderr is a terminal.
 
     Raises ModelNotFoundError (no such name; not downloaded and `download` is False), DoesNotFitError (disk),
     CheckpointError (no safetensors) and MoeLocalError (gated, no network).
@@ -57,7 +54,7 @@ def resolve(
             f"model {found.name!r} is not on this machine; download it: moe-local pull {found.name}"
         )
     with _hub_errors(found):
-        return _download(found, sys.stderr.isatty() if progress is None else progress)
+        return _download(found, sys.stderr.isatty())
 
 
 def config_of(model: str | Path, *, to_load: bool = False) -> Any:

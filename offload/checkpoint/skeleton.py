@@ -98,27 +98,8 @@ def load_skeleton(
             output_loading_info=True,
         )
     model.__class__ = cls
-    if not any(isinstance(module, OffloadedExperts) for module in model.modules()):
-        raise CheckpointError(
-            f"{cls.__name__} has no routed experts to offload; moe-local runs Mixture-of-Experts models"
-        )
-    mismatched, refused = set(info["mismatched_keys"]), []
-    if quantization is not None and device.type == "cpu":
-        mismatched |= set(model.hf_quantizer.mismatched)
-        refused = model.hf_quantizer.refused
-    if mismatched:
-        name, stored, wanted = min(mismatched)
-        raise CheckpointError(
-            f"{folder} holds {name} as {list(stored)} where its config.json says {list(wanted)}, "
-            "and config and weights do not match; download it again"
-        )
-    if refused:
-        raise refused[0]
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} weights that {cls.__name__} needs, such as {missing[0]}; "
-            "download it again"
-        )
+    quantizer = model.hf_quantizer if quantization is not None and device.type == "cpu" else None
+    _check_loaded(model, folder, info, quantizer)
     if device_map is not None and len(set(device_map.values())) > 1:
         move_between_cards(model, device_map)
     if dense == "int8":
@@ -126,6 +107,38 @@ def load_skeleton(
     if device.type == "cpu":
         _take_into_memory(model)
     model.eval().requires_grad_(False)
+    _use_faster_ways(model, device)
+    return model
+
+
+def _check_loaded(model: Any, folder: Path, info: Mapping[str, Any], quantizer: Any) -> None:
+    """Raise CheckpointError unless all weights were there and could be quantized, and there are experts.
+
+    `info` is what transformers' loader tells; `quantizer`: ours, or None if it had nothing to do."""
+    if not any(isinstance(module, OffloadedExperts) for module in model.modules()):
+        raise CheckpointError(
+            f"{type(model).__name__} has no routed experts to offload; "
+            "moe-local runs Mixture-of-Experts models"
+        )
+    mismatched = set(info["mismatched_keys"]) | set(() if quantizer is None else quantizer.mismatched)
+    if mismatched:
+        name, stored, wanted = min(mismatched)
+        raise CheckpointError(
+            f"{folder} holds {name} as {list(stored)} where its config.json says {list(wanted)}, "
+            "and config and weights do not match; download it again"
+        )
+    if quantizer is not None and quantizer.refused:
+        raise quantizer.refused[0]
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} weights that {type(model).__name__} needs, such as {missing[0]}; "
+            "download it again"
+        )
+
+
+def _use_faster_ways(model: Any, device: torch.device) -> None:
+    """Let parts of the model be computed in faster ways, where trials find that these give the same. Whole
+    layers come last: theirs are made of the ways of their parts."""
     use_single_query_attention(model)
     use_sink_attention(model)
     use_latent_attention(model)
@@ -144,7 +157,6 @@ def load_skeleton(
         use_token_layers(model)
     elif device.type == "cuda":
         use_fused_norms(model)
-    return model
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:

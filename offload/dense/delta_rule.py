@@ -30,6 +30,7 @@ from moe_local.offload.native.library import (
     SequenceConvolution,
     check,
     library,
+    loaded_library,
 )
 from moe_local.offload.system.threads import kernel_threads
 
@@ -164,8 +165,6 @@ def delta_rule(
             **options,
         )
         return answer
-    lib = library()
-    assert lib is not None
     query, key, value = _in_order(query), _in_order(key), _in_order(value)
     if query.stride(1) != key.stride(1):
         query, key = query.contiguous(), key.contiguous()
@@ -177,7 +176,7 @@ def delta_rule(
         *(rows, tokens, key_heads, value_heads, key_width, value_width),
         *(DTYPES[value.dtype], use_qk_l2norm_in_kernel),
     )
-    check(lib.moe_delta_rule(ctypes.byref(rule), kernel_threads()))
+    check(loaded_library().moe_delta_rule(ctypes.byref(rule), kernel_threads()))
     return output, state
 
 
@@ -215,8 +214,6 @@ def convolve(
     ):
         output: torch.Tensor = other(hidden_states, conv_state, weight, bias, activation)
         return output
-    lib = library()
-    assert lib is not None
     x, weight = hidden_states.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = torch.empty_like(x)
@@ -225,7 +222,7 @@ def convolve(
         *(None if bias is None else bias.data_ptr(), y.data_ptr()),
         *(rows, channels, weight.shape[1], DTYPES[x.dtype], activation is not None),
     )
-    check(lib.moe_convolve(ctypes.byref(convolution), kernel_threads()))
+    check(loaded_library().moe_convolve(ctypes.byref(convolution), kernel_threads()))
     return y
 
 
@@ -255,8 +252,6 @@ def convolve_sequences(
     ):
         output: torch.Tensor = other(hidden_states, weight, bias, activation=activation, **options)
         return output
-    lib = library()
-    assert lib is not None
     x, weight = hidden_states, weight.contiguous()
     if 1 not in x.stride()[1:]:
         x = x.contiguous()
@@ -267,7 +262,7 @@ def convolve_sequences(
         *(*x.stride(), rows, channels, tokens, weight.shape[1]),
         *(DTYPES[x.dtype], activation is not None),
     )
-    check(lib.moe_convolve_sequences(ctypes.byref(convolution), kernel_threads()))
+    check(loaded_library().moe_convolve_sequences(ctypes.byref(convolution), kernel_threads()))
     return y.transpose(1, 2)
 
 

@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 
-from moe_local.offload.native.library import DTYPES, ISAS, SCATTERED, PromptAttention, Strided, check, library
+from moe_local.offload.native.library import (
+    DTYPES,
+    ISAS,
+    SCATTERED,
+    PromptAttention,
+    Strided,
+    check,
+    library,
+    loaded_library,
+)
 from moe_local.offload.system.threads import kernel_threads
 
 STEP = 16
@@ -93,9 +102,7 @@ def _seen(mask: Any, query: torch.Tensor, key: torch.Tensor, causal: bool) -> to
         return None
     mask = (mask[:1] if mask.stride(0) == 0 else mask).contiguous()
     seen = torch.empty(mask.shape[0], tokens, 2, dtype=torch.int32)
-    lib = library()
-    assert lib is not None
-    status = lib.moe_seen(mask.data_ptr(), mask.shape[0] * tokens, keys, seen.data_ptr())
+    status = loaded_library().moe_seen(mask.data_ptr(), mask.shape[0] * tokens, keys, seen.data_ptr())
     if status == SCATTERED:
         return None
     check(status)

@@ -12,9 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from moe_local.offload.dense.token_calls import attempt
 from moe_local.offload.kernels.cpu import plain_matrix
 from moe_local.offload.modeling.stand_in import stand_in
-from moe_local.offload.native.library import DTYPES, SIGMOID, SOFTMAX, Matrix, Router, check, library
+from moe_local.offload.native.library import (
+    DTYPES,
+    SIGMOID,
+    SOFTMAX,
+    Matrix,
+    Router,
+    check,
+    library,
+    loaded_library,
+)
 from moe_local.offload.system.threads import kernel_threads
 
 FEW_TOKENS = 16
@@ -170,15 +180,13 @@ class NativeRouter:
 
         To be called only after `ready`.
         """
-        lib = library()
-        assert lib is not None
         assert self._matrix is not None
         tokens = x.shape[0]
         logits = torch.empty(tokens, self._matrix.rows, dtype=self.logits_dtype(x.dtype))
         weights = torch.empty(tokens, self.top_k, dtype=torch.float32)
         experts = torch.empty(tokens, self.top_k, dtype=torch.int64)
         check(
-            lib.moe_route(
+            loaded_library().moe_route(
                 ctypes.byref(self.struct(x.dtype)),
                 x.data_ptr(),
                 tokens,
@@ -201,14 +209,10 @@ class NativeRouter:
         generator = torch.Generator().manual_seed(5)
         tokens = self._tokens(module, generator)
         trials: list[tuple[Any, torch.Tensor, tuple[torch.Tensor, ...]]] = []
-        try:
-            with torch.no_grad():
-                for variant in self._variants(module, generator):
-                    x = -tokens.abs() if variant.negated else tokens
-                    trials += [(variant.module, part, variant.module(part)) for part in (x[:1], x)]
-                rounded = copy.deepcopy(module).bfloat16()(tokens[:1].bfloat16())
-        except (RuntimeError, TypeError, ValueError, AttributeError):
-            return False
+        for variant in self._variants(module, generator):
+            x = -tokens.abs() if variant.negated else tokens
+            trials += [(variant.module, part, attempt(variant.module, part)) for part in (x[:1], x)]
+        rounded = attempt(copy.deepcopy(module).bfloat16(), tokens[:1].bfloat16())
         answers = [answer for *_, answer in trials]
         if not all(map(_is_answer, (*answers, rounded))):
             return False
@@ -297,11 +301,7 @@ class _Variant(NamedTuple):
 
 def _mixes(module: nn.Module, x: torch.Tensor, wanted: tuple[torch.Tensor, ...]) -> bool:
     """Whether a module gives the dtypes `wanted` for an input of 16 bits, too."""
-    try:
-        with torch.no_grad():
-            answer = module(x.bfloat16())
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return False
+    answer = attempt(module, x.bfloat16())
     return _is_answer(answer) and all(a.dtype is b.dtype for a, b in zip(answer, wanted, strict=True))
 
 

@@ -13,7 +13,7 @@ from moe_local.offload.dense.library_call import are_numbers, matrix_of, same_fo
 from moe_local.offload.dense.norm import epsilon_of, is_shifted
 from moe_local.offload.dense.places import Places
 from moe_local.offload.kernels.cpu import rounding
-from moe_local.offload.native.library import DTYPES, HALVES, NEIGHBOURS, Attention, check, library
+from moe_local.offload.native.library import DTYPES, HALVES, NEIGHBOURS, Attention, check, loaded_library
 from moe_local.offload.system.threads import kernel_threads
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -41,11 +41,9 @@ class TokenAttention(AttentionCall):
     FIRST = ("q_proj",)
 
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: Places) -> torch.Tensor:
-        lib = library()
-        assert lib is not None
         y = torch.empty_like(x)
         check(
-            lib.moe_attention(
+            loaded_library().moe_attention(
                 ctypes.byref(self._struct),
                 x.data_ptr(),
                 cos.data_ptr(),

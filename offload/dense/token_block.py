@@ -11,6 +11,7 @@ from torch import nn
 from moe_local.offload.dense.guard import Guard
 from moe_local.offload.dense.library_call import matrix_of, same_format
 from moe_local.offload.dense.router import NativeRouter
+from moe_local.offload.dense.token_calls import attempt
 from moe_local.offload.dense.token_mlp import TokenMlp, run
 from moe_local.offload.native.library import Matrix, Mlp, Router
 
@@ -80,13 +81,12 @@ class TokenBlock:
             return getattr(module, name).register_forward_hook(hook, with_kwargs=True).remove
 
         names = [name for name in (self.router, self.experts, self.shared, self.share) if name is not None]
-        with contextlib.ExitStack() as hooks, torch.no_grad():
+        with contextlib.ExitStack() as hooks:
             for name in names:
                 hooks.callback(note(name))
-            try:
-                output = module(x)
-            except (RuntimeError, TypeError, ValueError, AttributeError):
-                return False
+            output = attempt(module, x)
+        if output is None:
+            return False
         asked, told = given.get(self.router, ()), given.get(self.experts, ())
         if len(asked) != 2 or len(told) != 4 or given.keys() != set(names):
             return False

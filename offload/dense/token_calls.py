@@ -43,6 +43,15 @@ def token_calls(model: Any, modules: Iterable[nn.Module]) -> dict[nn.Module, Cal
     return calls
 
 
+def attempt(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the module returns, without gradients; None if it does not take such arguments."""
+    try:
+        with torch.no_grad():
+            return module(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None
+
+
 def version_of(value: Any) -> int | None:
     """See Call."""
     return value._version if torch.is_tensor(value) and not value.is_inference() else None

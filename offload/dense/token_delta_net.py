@@ -13,10 +13,10 @@ from torch import nn
 from moe_local.offload.dense.library_call import LibraryCall, are_numbers, matrix_of, same_format
 from moe_local.offload.dense.norm import epsilon_of
 from moe_local.offload.dense.places import States, cache_of
-from moe_local.offload.dense.token_calls import agrees_on_sizes, all_close, token_calls
+from moe_local.offload.dense.token_calls import agrees_on_sizes, all_close, attempt, token_calls
 from moe_local.offload.kernels.cpu import rounding
 from moe_local.offload.modeling.stand_in import stand_in
-from moe_local.offload.native.library import DTYPES, DeltaNet, check, library
+from moe_local.offload.native.library import DTYPES, DeltaNet, check, library, loaded_library
 from moe_local.offload.system.threads import kernel_threads
 
 BY_PART = {"qkv": "in_proj_qkv", "z": "in_proj_z", "b": "in_proj_b", "a": "in_proj_a"}
@@ -50,12 +50,10 @@ class TokenDeltaNet(LibraryCall):
 
     def __call__(self, x: torch.Tensor, places: States) -> torch.Tensor:
         """x [n, 1, D] and places that it `takes` -> [n, 1, D]. To be called only after `ready`."""
-        lib = library()
-        assert lib is not None
         y = torch.empty_like(x)
         places.note_change()
         check(
-            lib.moe_delta_net(
+            loaded_library().moe_delta_net(
                 ctypes.byref(self._struct),
                 x.data_ptr(),
                 places.inputs.data_ptr(),
@@ -119,10 +117,8 @@ class TokenDeltaNet(LibraryCall):
 
     def change(self, left: int, tokens: int, inputs: int, states: int) -> None:
         """Change the states of so many sequences as the library has left it to be done. Takes addresses."""
-        lib = library()
-        assert lib is not None
         struct = ctypes.byref(self._struct)
-        check(lib.moe_change_states(struct, left, tokens, inputs, states, kernel_threads()))
+        check(loaded_library().moe_change_states(struct, left, tokens, inputs, states, kernel_threads()))
 
     def read(self, module: Any, dtype: torch.dtype) -> DeltaNet:
         projections = BY_KEY_HEAD if self.shape.by_key_head else BY_PART
@@ -226,9 +222,8 @@ def _agrees_at(
     for state in states:
         state.copy_(torch.randn(state.shape, generator=generator, dtype=torch.float32))
     mine = [state.clone() for state in states]
-    try:
-        wanted = module(**arguments | {"hidden_states": x, "attention_mask": None})
-    except (RuntimeError, TypeError, ValueError, AttributeError):
+    wanted = attempt(module, **arguments | {"hidden_states": x, "attention_mask": None})
+    if wanted is None:
         return False
     got = calls(x, States(*mine))
     pairs = [(got, wanted), *zip(mine, states, strict=True)]

@@ -25,7 +25,7 @@ from moe_local.offload.native.library import (
     NEIGHBOURS,
     LatentAttention,
     check,
-    library,
+    loaded_library,
 )
 from moe_local.offload.system.threads import kernel_threads
 
@@ -56,12 +56,10 @@ class TokenLatentAttention(AttentionCall):
     FIRST = ("kv_a_proj_with_mqa",)
 
     def __call__(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: Places) -> torch.Tensor:
-        lib = library()
-        assert lib is not None
         y, tokens = torch.empty_like(x), len(places.lasts)
         cos, sin = _floats(cos, sin, tokens, self._way.angles)
         check(
-            lib.moe_latent_attention(
+            loaded_library().moe_latent_attention(
                 ctypes.byref(self._struct),
                 x.data_ptr(),
                 cos.data_ptr(),

@@ -16,11 +16,11 @@ from moe_local.offload.dense.mixer import angles_of, layer_with, mixer_of
 from moe_local.offload.dense.norm import Kind
 from moe_local.offload.dense.places import Places, States
 from moe_local.offload.dense.token_block import TokenBlock
-from moe_local.offload.dense.token_calls import token_calls
+from moe_local.offload.dense.token_calls import attempt, token_calls
 from moe_local.offload.dense.token_layers import TokenLayers
 from moe_local.offload.kernels.cpu import rounding
 from moe_local.offload.modeling.stand_in import stand_in
-from moe_local.offload.native.library import Layer, Norm, check, library
+from moe_local.offload.native.library import Layer, Norm, check, loaded_library
 from moe_local.offload.system.threads import kernel_threads
 
 
@@ -98,9 +98,8 @@ class TokenLayer:
         with contextlib.ExitStack() as hooks, torch.no_grad():
             hooks.callback(answering(self.attention, attended))
             hooks.callback(answering(self.feed_forward, fed))
-            try:
-                output = module(x, **kwargs)
-            except (RuntimeError, TypeError, ValueError, AttributeError):
+            output = attempt(module, x, **kwargs)
+            if output is None:
                 return False
             first, second = (getattr(module, name) for name in self.norms)
             wanted = [first(x), second(x + attended), x + attended + fed]
@@ -152,8 +151,6 @@ class TokenLayer:
         """x [n, 1, D] -> the layer's output [n, 1, D]. `places` are from `places()`, and written to.
 
         Onlookers of the second norm are shown the input that it would be given, before the experts run."""
-        lib = library()
-        assert lib is not None
         parts = module._modules
         rest = parts[self.feed_forward]
         described = None if self.block is None else self.block.describe(rest, x.dtype)
@@ -169,7 +166,7 @@ class TokenLayer:
         weights = None if router is None else torch.empty(tokens, router.top_k, dtype=torch.float32)
         ids = None if router is None else torch.empty(tokens, router.top_k, dtype=torch.int64)
         check(
-            lib.moe_layer(
+            loaded_library().moe_layer(
                 ctypes.byref(self._struct),
                 None if router is None else ctypes.byref(router),
                 x.data_ptr(),

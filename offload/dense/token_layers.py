@@ -29,7 +29,7 @@ from moe_local.offload.dense.mixer import mixer_of
 from moe_local.offload.dense.places import Places, States, cache_of
 from moe_local.offload.dense.token_calls import Call, version_of
 from moe_local.offload.native import library as native
-from moe_local.offload.native.library import WholeLayer, check, library
+from moe_local.offload.native.library import WholeLayer, check, loaded_library
 from moe_local.offload.system.interrupt import check as check_interrupt
 from moe_local.offload.system.interrupt import deferred, is_deferred
 from moe_local.offload.system.threads import kernel_threads
@@ -171,8 +171,7 @@ class TokenLayers:
             y = torch.empty(len(places), *x.shape, dtype=x.dtype)
         ids = (ctypes.c_int64 * (tokens * sum(part.top_k for part in self._parts[: len(places)])))()
         sequences = (native.Sequence * (len(places) * tokens))(*(row for one in places for row in one.rows()))
-        lib, threads = library(), kernel_threads()
-        assert lib is not None
+        lib, threads = loaded_library(), kernel_threads()
         cache = weakref.ref(cache_of(kwargs))
         expected = [None if mask is None else weakref.ref(mask) for mask in masks]
         spans, angles = [one.span for one in places], kwargs.get("position_embeddings")

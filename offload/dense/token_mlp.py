@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_local.offload.dense.library_call import LibraryCall, matrix_of, same_format
-from moe_local.offload.dense.token_calls import agrees_on_sizes, all_close, token_calls
+from moe_local.offload.dense.token_calls import agrees_on_sizes, all_close, attempt, token_calls
 from moe_local.offload.kernels.cpu import rounding
 from moe_local.offload.kernels.gates import CONCATENATED, recognize
 from moe_local.offload.modeling.stand_in import stand_in
-from moe_local.offload.native.library import DTYPES, Matrix, Mlp, check, library
+from moe_local.offload.native.library import DTYPES, Matrix, Mlp, check, library, loaded_library
 from moe_local.offload.system.threads import kernel_threads
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -87,11 +87,9 @@ class TokenMlp(LibraryCall):
 
 def run(mlp: Mlp, share: Matrix | None, x: torch.Tensor, activations: str) -> torch.Tensor:
     """x [..., D] -> [..., D]; see moe_mlp in moe_native.h. `activations` as in QuantizedLinear."""
-    lib = library()
-    assert lib is not None
     y = torch.empty_like(x)
     check(
-        lib.moe_mlp(
+        loaded_library().moe_mlp(
             ctypes.byref(mlp),
             None if share is None else ctypes.byref(share),
             x.data_ptr(),
@@ -133,10 +131,7 @@ def _agrees(module: Any, calls: TokenMlp, like: torch.Tensor) -> bool:
         x = size * torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.dtype)
         if not calls.takes(x) or not calls.ready(module, x.dtype):
             return False
-        try:
-            wanted = module(x)
-        except (RuntimeError, TypeError, ValueError, AttributeError):
-            return False
+        wanted = attempt(module, x)
         return torch.is_tensor(wanted) and all_close([(calls(x), wanted)], calls.activations)
 
     return agrees_on_sizes(agrees_at)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,10 +207,11 @@ def _manifest(file: ExpertFile) -> bytes:
             for layer in file.layers
         ],
     }
-    return json.dumps(fields | {"checksum": _checksum(fields)}, indent=1).encode()
+    return json.dumps(fields | {"checksum": checksum_of(fields)}, indent=1).encode()
 
 
-def _checksum(fields: dict[str, Any]) -> str:
+def checksum_of(fields: Mapping[str, Any]) -> str:
+    """Of the fields of a JSON file, without its checksum."""
     return xxhash.xxh3_64_hexdigest(json.dumps(fields, sort_keys=True).encode())
 
 
@@ -228,7 +229,7 @@ def read_manifest(folder: Path) -> ExpertFile:
         fields = parse_json(path.read_bytes())
         version = fields["version"]
         if version == VERSION:
-            if fields.pop("checksum") != _checksum(fields):
+            if fields.pop("checksum") != checksum_of(fields):
                 raise ValueError("wrong checksum")
             return _file(folder, fields)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

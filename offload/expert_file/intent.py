@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from moe_local.cache.errors import ExpertFileError, MoeLocalError
 from moe_local.cache.files import parse_json, write_atomically
+from moe_local.offload.expert_file.expert_file import checksum_of
 from moe_local.offload.expert_file.expert_shard import disk_errors
 from moe_local.offload.options import LoadOptions
 from moe_local.offload.quantize.mix import Mix, is_mixed
@@ -60,7 +59,7 @@ class Intent:
         """Write the intent durably to `folder`. Raises DoesNotFitError or ExpertFileError on failure."""
         fields = self._fields()
         with disk_errors(folder / INTENT):
-            write_atomically(folder / INTENT, [json.dumps(fields | {"checksum": _checksum(fields)}), "\n"])
+            write_atomically(folder / INTENT, [json.dumps(fields | {"checksum": checksum_of(fields)}), "\n"])
 
     @classmethod
     def read(cls, folder: Path, fingerprint: str, *, say: bool = False) -> Intent | None:
@@ -74,7 +73,7 @@ class Intent:
             fields = parse_json(path.read_bytes())
             if fields["version"] != VERSION:
                 why = f"of version {str(fields['version'])[:20]}, not {VERSION}"
-            elif fields.pop("checksum") == _checksum(fields):
+            elif fields.pop("checksum") == checksum_of(fields):
                 found = cls._of(fields)
                 if found.fingerprint == fingerprint:
                     return found
@@ -121,7 +120,3 @@ class Intent:
 
 def _text_or_none(value: Any) -> str | None:
     return None if value is None else str(value)
-
-
-def _checksum(fields: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(fields, sort_keys=True).encode())

@@ -25,6 +25,7 @@ from moe_local.offload.native.library import (
     Matrix,
     check,
     library,
+    loaded_library,
 )
 from moe_local.offload.quantize import nvfp4, stored
 from moe_local.offload.quantize.fp8 import block_size
@@ -125,12 +126,10 @@ def plain_matrix(weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
 
 def multiply(matrix: Matrix, x: torch.Tensor, activations: int) -> torch.Tensor:
     """x [T, cols] times the matrix, transposed, plus its bias: [T, rows], in the dtype of x."""
-    lib = library()
-    assert lib is not None
     check_width(x, matrix)
     x = x.contiguous()
     out = x.new_empty(x.shape[0], matrix.rows)
-    status = lib.moe_linear(
+    status = loaded_library().moe_linear(
         ctypes.byref(matrix),
         x.data_ptr(),
         x.shape[0],
@@ -268,10 +267,9 @@ class CpuCalls:
         `starts` says where each expert's answers start. `tokens` and `rows` are int64 arrays, given as
         addresses or ctypes arrays.
         """
-        lib: Any = library()
         structs = [self._experts.expert(r.buffer, r.layout, self._math) for r in group]
         check_width(self.x, structs[0].up)
-        status = lib.moe_experts(
+        status = loaded_library().moe_experts(
             (ctypes.c_void_p * len(group))(*map(ctypes.addressof, structs)),
             len(group),
             (ctypes.c_int64 * len(starts))(*starts),
@@ -363,10 +361,9 @@ class CpuStep:
 
     def result(self) -> torch.Tensor:
         if not self._summed and len(self._routing.ids) > self._left == 0:
-            lib: Any = library()
             tokens, top_k = self._weights.shape
             sums = torch.empty(tokens, self._outputs.shape[1], dtype=torch.float32)
-            status = lib.moe_combine(
+            status = loaded_library().moe_combine(
                 self._outputs.data_ptr(),
                 self._weights.data_ptr(),
                 tokens,

@@ -10,7 +10,7 @@ import torch
 
 from moe_local.offload.kernels.cpu import check_width, rounding
 from moe_local.offload.kernels.routing import Routing
-from moe_local.offload.native.library import DTYPES, Expert, Gate, check, library
+from moe_local.offload.native.library import DTYPES, Expert, Gate, check, loaded_library
 from moe_local.offload.system.threads import kernel_threads
 
 
@@ -40,11 +40,10 @@ class CpuTable:
 
         Raises MoeLocalError for an expert that is chosen twice for a token.
         """
-        lib: Any = library()
         check_width(x, self._experts[0].up)
         x, index, weights = x.contiguous(), index.contiguous(), weights.float().contiguous()
         combined = torch.empty_like(x)
-        status = lib.moe_chosen_experts(
+        status = loaded_library().moe_chosen_experts(
             self._table,
             len(self._experts),
             index.data_ptr(),

@@ -9,7 +9,7 @@ from itertools import product
 import torch
 
 from moe_local.offload.kernels.contracts import ExpertMath
-from moe_local.offload.native.library import Gate, check, library
+from moe_local.offload.native.library import Gate, check, library, loaded_library
 
 PLAIN, CONCATENATED, INTERLEAVED = range(3)
 FUNCTIONS = ("identity", "relu", "relu2", "silu", "gelu", "gelu_tanh", "clamped_swiglu", "clamped_silu")
@@ -72,11 +72,10 @@ def _agree(gate: Gate, probe: torch.Tensor, got: torch.Tensor, wanted: torch.Ten
 
 def apply_gate(gate: Gate, hidden: torch.Tensor) -> torch.Tensor:
     """Apply the gate to hidden, float32 [T, F or 2F] on the CPU -> [T, F]. Needs the library."""
-    lib = library()
-    assert lib is not None
     hidden = hidden.contiguous()
     width = hidden.shape[1] if gate.arrangement == PLAIN else hidden.shape[1] // 2
     out = torch.empty(hidden.shape[0], width, dtype=torch.float32)
+    lib = loaded_library()
     check(lib.moe_gate(ctypes.byref(gate), hidden.data_ptr(), hidden.shape[0], width, out.data_ptr()))
     return out
 

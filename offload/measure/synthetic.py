@@ -64,7 +64,7 @@ class Synthetic:
 
     @property
     def dense_nbytes(self) -> int:
-        return sum(nbytes for _, _, nbytes in _dense(meta_model(self.config), self.spec))
+        return sum(nbytes for _, _, nbytes in _dense(meta_model(self.config)))
 
     @property
     def experts_nbytes(self) -> int:
@@ -182,7 +182,7 @@ def _copy_around(out: torch.Tensor, table: torch.Tensor, start: int) -> None:
         done, start = done + count, 0
 
 
-def _dense(model: Any, spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...], int]]:
+def _dense(model: Any) -> Iterator[tuple[str, tuple[int, ...], int]]:
     """(name, shape, bytes in bf16) of every weight and persistent buffer outside the routed experts."""
     experts = {f"{name}." for name, _ in experts_modules(model)}
     for name, tensor in model.state_dict().items():
@@ -191,7 +191,7 @@ def _dense(model: Any, spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...], 
 
 
 def _write_dense(path: Path, model: Synthetic, table: torch.Tensor) -> None:
-    tensors = list(_dense(meta_model(model.config), model.spec))
+    tensors = list(_dense(meta_model(model.config)))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape, nbytes in tensors:

@@ -308,6 +308,14 @@ def library() -> ctypes.CDLL | None:
     return lib
 
 
+@cache
+def loaded_library() -> ctypes.CDLL:
+    """`library()` for code that runs only where there is one."""
+    lib = library()
+    assert lib is not None
+    return lib
+
+
 def _do_without(why: str, remedy: str) -> None:
     logging.getLogger("moe_local").warning(
         "%s, so experts on the CPU run tens of times slower; %s", why, remedy

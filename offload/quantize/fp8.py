@@ -9,7 +9,7 @@ import torch
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.matrix_codec import MatrixCodec, Part
 from moe_local.offload.quantize.parallel import for_rows
-from moe_local.offload.quantize.views import check_finite, segment_view
+from moe_local.offload.quantize.views import check_finite, views_of
 
 BLOCK = 128
 """Rows and columns of a block, unless the checkpoint says otherwise."""
@@ -75,13 +75,12 @@ class FP8Codec(MatrixCodec):
 
     def encode_matrix(self, name: str, weights: torch.Tensor, layout: Layout, out: torch.Tensor) -> None:
         """Raises CheckpointError for NaN and infinity. q never contains NaN."""
-        q, scale = (segment_view(out, part) for part in layout.parts(name))
-        _quantize(name, weights, q, scale)
+        _quantize(name, weights, **views_of(out, layout, name))
 
     def decode_matrix(
         self, buffer: torch.Tensor, layout: Layout, tensor: TensorSpec, dtype: torch.dtype
     ) -> torch.Tensor:
-        q, scale = (segment_view(buffer, part) for part in layout.parts(tensor.name))
+        q, scale = views_of(buffer, layout, tensor.name).values()
         return dequantize_fp8(q, scale, dtype)
 
 

@@ -11,7 +11,7 @@ from moe_local.cache.errors import CheckpointError
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.matrix_codec import MatrixCodec, Part
 from moe_local.offload.quantize.parallel import for_rows
-from moe_local.offload.quantize.views import check_finite, segment_view
+from moe_local.offload.quantize.views import check_finite, views_of
 
 BLOCK = 64
 """Columns of a row that share one scale; the last ones of a row may be fewer."""
@@ -34,8 +34,7 @@ class Int8Matrix(NamedTuple):
 
 def int8_matrix(buffer: torch.Tensor, layout: Layout, name: str) -> Int8Matrix:
     """Matrix `name` of the expert in `buffer` (uint8, any device), without copying."""
-    parts = {segment.part: segment_view(buffer, segment) for segment in layout.parts(name)}
-    return Int8Matrix(parts["q"], parts["scale"])
+    return Int8Matrix(**views_of(buffer, layout, name))
 
 
 class Int8Codec(MatrixCodec):

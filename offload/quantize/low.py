@@ -26,13 +26,12 @@ from moe_local.offload.quantize.low_blocks import (
 )
 from moe_local.offload.quantize.matrix_codec import MatrixCodec, Part
 from moe_local.offload.quantize.parallel import for_rows
-from moe_local.offload.quantize.views import check_finite, segment_view
+from moe_local.offload.quantize.views import check_finite, views_of
 
 
 def low_matrix(buffer: torch.Tensor, layout: Layout, name: str) -> LowParts:
     """Matrix `name` of the expert in `buffer` (uint8, any device), without copying."""
-    parts = {segment.part: segment_view(buffer, segment) for segment in layout.parts(name)}
-    return LowParts(parts["q"], parts["scale"], parts["row_scale"])
+    return LowParts(**views_of(buffer, layout, name))
 
 
 class LowCodec(MatrixCodec):

@@ -13,7 +13,7 @@ from moe_local.offload.quantize.fp8 import exponents
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.matrix_codec import MatrixCodec, Part
 from moe_local.offload.quantize.parallel import for_rows
-from moe_local.offload.quantize.views import check_finite, segment_view
+from moe_local.offload.quantize.views import check_finite, views_of
 
 BLOCK = 32
 """Columns of a row that share a scale; the last ones of a row may be fewer."""
@@ -36,8 +36,7 @@ class MXFP4Matrix(NamedTuple):
 
 def mxfp4_matrix(buffer: torch.Tensor, layout: Layout, name: str) -> MXFP4Matrix:
     """Matrix `name` of the expert in `buffer` (uint8, any device), without copying."""
-    parts = {segment.part: segment_view(buffer, segment) for segment in layout.parts(name)}
-    return MXFP4Matrix(parts["q"], parts["scale"])
+    return MXFP4Matrix(**views_of(buffer, layout, name))
 
 
 class MXFP4Codec(MatrixCodec):

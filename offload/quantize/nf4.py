@@ -16,7 +16,7 @@ from moe_local.offload.quantize.nf4_blocks import BLOCK as BLOCK
 from moe_local.offload.quantize.nf4_blocks import quantize_blocks
 from moe_local.offload.quantize.nf4_scales import NESTED_BLOCK as NESTED_BLOCK
 from moe_local.offload.quantize.nf4_scales import quantize_scales
-from moe_local.offload.quantize.views import check_finite, segment_view
+from moe_local.offload.quantize.views import check_finite, views_of
 
 
 class NF4Matrix(NamedTuple):
@@ -40,8 +40,7 @@ class NF4Matrix(NamedTuple):
 def nf4_matrix(buffer: torch.Tensor, layout: Layout, name: str) -> NF4Matrix:
     """Matrix `name` of the expert in `buffer` (uint8, any device), without copying."""
     shape = next(tensor.shape for tensor in layout.tensors if tensor.name == name)
-    parts = {segment.part: segment_view(buffer, segment) for segment in layout.parts(name)}
-    return NF4Matrix(shape, parts["q"], parts["absmax"], parts["absmax_scale"], parts["offset"])
+    return NF4Matrix(shape, **views_of(buffer, layout, name))
 
 
 class NF4Codec(MatrixCodec):

@@ -10,8 +10,8 @@ import torch
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.quantize import fp8, mxfp4, nvfp4
 from moe_local.offload.quantize.exact import STORAGE, ExactCodec
-from moe_local.offload.quantize.layout import Layout, Segment, TensorSpec, make_layout
-from moe_local.offload.quantize.views import segment_view
+from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
+from moe_local.offload.quantize.views import views_of
 
 QUANTIZED = ("fp8", "mxfp4", "nvfp4")
 FORMATS = (*QUANTIZED, "plain")
@@ -79,25 +79,20 @@ class StoredDecoder:
     def decode(self, buffer: torch.Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """As Codec.decode; unquantized tensors of `dtype` are returned as views of `buffer`."""
         return {
-            tensor.name: _decode(
-                buffer, tensor, {part.part: part for part in layout.parts(tensor.name)}, dtype
-            )
+            tensor.name: _decode(tensor, views_of(buffer, layout, tensor.name), dtype)
             for tensor in layout.tensors
         }
 
 
-def _decode(
-    buffer: torch.Tensor, tensor: TensorSpec, parts: dict[str, Segment], dtype: torch.dtype
-) -> torch.Tensor:
+def _decode(tensor: TensorSpec, parts: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     if "values" in parts:
-        return segment_view(buffer, parts["values"]).to(dtype)
+        return parts["values"].to(dtype)
     if "transposed" in parts:
-        return segment_view(buffer, parts["transposed"]).T.to(dtype)
-    q, scale = segment_view(buffer, parts["q"]), segment_view(buffer, parts["scale"])
+        return parts["transposed"].T.to(dtype)
+    q, scale = parts["q"], parts["scale"]
     for name in nvfp4.SECONDS:
         if name in parts:
-            second = segment_view(buffer, parts[name])
-            return nvfp4.dequantize_nvfp4(q, scale, second, divides=name == nvfp4.DIVISOR).to(dtype)
+            return nvfp4.dequantize_nvfp4(q, scale, parts[name], divides=name == nvfp4.DIVISOR).to(dtype)
     if q.dtype == torch.uint8:
         return mxfp4.dequantize_mxfp4(q, scale, dtype, tensor.shape[1])
     return fp8.dequantize_fp8(q, scale, dtype)

@@ -24,6 +24,11 @@ def segment_view(buffer: torch.Tensor, segment: Segment) -> torch.Tensor:
     return raw.view(TORCH_DTYPES[segment.dtype]).view(segment.shape)
 
 
+def views_of(buffer: torch.Tensor, layout: Layout, name: str) -> dict[str, torch.Tensor]:
+    """The segments of tensor `name`, by their parts' names, in buffer order; see `segment_view`."""
+    return {segment.part: segment_view(buffer, segment) for segment in layout.parts(name)}
+
+
 def zero_padding(buffer: torch.Tensor, layout: Layout) -> None:
     """Zero the bytes of `buffer` that belong to no segment, so that equal experts have equal bytes."""
     end = 0

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -28,13 +28,14 @@ from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.plan.free_memory import free_vram
 from moe_local.offload.quantize import nf4_blocks
 from moe_local.offload.quantize.codec import codec_for
-from moe_local.offload.quantize.layout import Layout, TensorSpec
+from moe_local.offload.quantize.layout import TensorSpec
 from moe_local.offload.tiers import device_arena
 from moe_local.offload.tiers.arena import HostArena
 from moe_local.offload.tiers.device import CudaDevice, HostMemory
 from moe_local.offload.tiers.device_arena import DeviceArena
 from support import random_experts, tiny_models
 from support.expert_codecs import expert_codec
+from support.expert_math import GptOss, Lease, Math
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,17 +50,6 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.cuda.empty_cache()
-
-
-class SwiGLU:
-    has_gate, has_bias = True, False
-
-    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = hidden.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate) * up
-
-    def finish(self, output: torch.Tensor) -> torch.Tensor:
-        return output
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
@@ -146,27 +136,12 @@ def test_fused_nf4_agrees_with_the_reference(tokens: int, dtype: torch.dtype) ->
     buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
     codec.encode(weights, layout, buffer)
     x = torch.randn(tokens, 512, generator=generator)
-    slow = ExpertKernels().forward(SwiGLU(), x, buffer, layout)
-    fast = ExpertKernels().forward(SwiGLU(), x.to("cuda", dtype), buffer.cuda(), layout).float().cpu()
+    slow = ExpertKernels().forward(Math(), x, buffer, layout)
+    fast = ExpertKernels().forward(Math(), x.to("cuda", dtype), buffer.cuda(), layout).float().cpu()
     assert (fast - slow).norm() / slow.norm() < (0.02 if dtype is torch.bfloat16 else 0.005)
 
 
-class GptOss(SwiGLU):
-    has_bias = True
-    alpha, limit = 1.702, 7.0
-
-    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = hidden[..., ::2].clamp(max=self.limit), hidden[..., 1::2].clamp(-self.limit, self.limit)
-        return (up + 1) * gate * torch.sigmoid(gate * self.alpha)
-
-
-class Lease(NamedTuple):
-    expert: int
-    buffer: torch.Tensor
-    layout: Layout
-
-
-def leased(math: SwiGLU, count: int, d: int, f: int, format: str = "nf4") -> list[Lease]:
+def leased(math: Math, count: int, d: int, f: int, format: str = "nf4") -> list[Lease]:
     """Experts in slots of one arena on the GPU, last first."""
     specs = [TensorSpec("gate_up_proj", (2 * f, d)), TensorSpec("down_proj", (d, f))]
     if math.has_bias:
@@ -190,17 +165,17 @@ def in_groups(step: Any, leases: list[Lease], groups: list[list[int]]) -> torch.
 
 
 GROUPED = {
-    "swiglu": (SwiGLU(), 512, 768, "nf4"),
-    "gpt-oss": (GptOss(), 320, 448, "nf4"),
-    "wide": (SwiGLU(), 4096, 64, "nf4"),
-    "nvfp4": (GptOss(), 320, 448, "nvfp4"),
+    "swiglu": (Math(), 512, 768, "nf4"),
+    "gpt-oss": (GptOss(has_bias=True), 320, 448, "nf4"),
+    "wide": (Math(), 4096, 64, "nf4"),
+    "nvfp4": (GptOss(has_bias=True), 320, 448, "nvfp4"),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("math", "d", "f", "format"), GROUPED.values(), ids=GROUPED)
 def test_grouped_kernels_agree_with_one_by_one(
-    math: SwiGLU, d: int, f: int, format: str, dtype: torch.dtype
+    math: Math, d: int, f: int, format: str, dtype: torch.dtype
 ) -> None:
     """And are no further from fp32 than it; their bits are the same in every group."""
     pytest.importorskip("triton")
@@ -241,7 +216,7 @@ def test_levels_that_are_shuffled_are_those_that_are_loaded(format: str, d: int,
     base, x = made_expert(layout).to(card), torch.randn(8, d, device=card).bfloat16()
     for shuffles in (True, False):
         assert experts.shuffles(card, layout) == shuffles
-        launcher = experts.launcher(SwiGLU(), card, layout)
+        launcher = experts.launcher(Math(), card, layout)
         assert launcher is not None
         for tokens in (1, 8):
             run = GroupedRun(launcher, x[:tokens], torch.ones(tokens, 1, device=card))
@@ -304,7 +279,7 @@ def test_kernels_that_are_wrong_are_done_without(
 
 def test_a_grouped_step_never_waits_for_the_gpu() -> None:
     pytest.importorskip("triton")
-    math, leases, kernels = SwiGLU(), leased(SwiGLU(), 8, 256, 256), LayerKernels()
+    math, leases, kernels = Math(), leased(Math(), 8, 256, 256), LayerKernels()
     x, weights = torch.randn(1, 256, device="cuda").bfloat16(), torch.rand(1, 4, device="cuda").bfloat16()
     routing = Routing([5, 0, 3, 6], 1, 8)
     for mode in ("default", "error"):  # the first compiles
@@ -321,7 +296,7 @@ def test_a_grouped_step_never_waits_for_the_gpu() -> None:
 def test_a_table_is_not_overwritten_while_a_step_before_still_needs_it() -> None:
     """Hundreds of steps in a row, no wait between: their tables come from few pinned blocks."""
     pytest.importorskip("triton")
-    math, leases, kernels = SwiGLU(), leased(SwiGLU(), 8, 256, 256), LayerKernels()
+    math, leases, kernels = Math(), leased(Math(), 8, 256, 256), LayerKernels()
     x, weights = torch.randn(1, 256, device="cuda"), torch.rand(1, 2, device="cuda")
     pairs = [[n % 8, (n + 1 + n // 8 % 7) % 8] for n in range(56)]
 

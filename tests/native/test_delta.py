@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from moe_local.offload.native.library import DTYPES, Convolution, DeltaRule, SequenceConvolution
+from support.packed import off
 
 OK, BAD_ARGUMENT = 0, 1
 OUTSIDE = 77.0
@@ -22,10 +23,6 @@ BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 
 def draw(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float32).to(dtype)
-
-
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
 
 
 class Guarded:
@@ -139,11 +136,11 @@ def test_the_delta_rule(lib: Any, isa: str, heads: Heads, dtype: torch.dtype, no
     state = state.clone()
     for tokens, y, want_state in calls:
         got = ruled(lib, tokens, state, normalized)
-        assert error(got, y) <= BOUNDS[dtype]
+        assert off(got, y) <= BOUNDS[dtype]
         for row in range(ROWS):
             for head in range(heads.values):  # whose answer to one token may nearly cancel out
-                assert error(got[row, :, head], y[row, :, head]) <= 3 * BOUNDS[dtype]
-                assert error(state[row, head], want_state[row, head]) <= BOUNDS[torch.float32]
+                assert off(got[row, :, head], y[row, :, head]) <= 3 * BOUNDS[dtype]
+                assert off(state[row, head], want_state[row, head]) <= BOUNDS[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -154,8 +151,8 @@ def test_several_tokens_are_as_one_by_one(lib: Any, isa: str, count: int, dtype:
     at_once, one_by_one = first.clone(), first.clone()
     got = ruled(lib, tokens, at_once)
     want = [ruled(lib, tokens.one(t), one_by_one) for t in range(count)]
-    assert error(got, torch.cat(want, dim=1).double()) <= BOUNDS[dtype]
-    assert error(at_once, one_by_one.double()) <= BOUNDS[torch.float32]
+    assert off(got, torch.cat(want, dim=1).double()) <= BOUNDS[dtype]
+    assert off(at_once, one_by_one.double()) <= BOUNDS[torch.float32]
 
 
 def within(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -231,7 +228,7 @@ def test_the_convolution(
         )
         assert lib.moe_convolve(ctypes.byref(call), 3) == OK
         assert torch.equal(state, inputs)
-        assert error(y.checked(), F.silu(want) if silu else want) <= BOUNDS[dtype]
+        assert off(y.checked(), F.silu(want) if silu else want) <= BOUNDS[dtype]
 
 
 class Sequences(NamedTuple):
@@ -305,8 +302,8 @@ def test_the_convolution_of_sequences(
     got = convolved(lib, given, in_memory(given.x, order), silu)
     want = F.silu(given.y) if silu else given.y
     for row, t in ((row, t) for row in range(rows) for t in range(tokens)):
-        assert error(got[row, t], want[row, t]) <= 3 * BOUNDS[dtype], (row, t)
-    assert error(got, want) <= BOUNDS[dtype]
+        assert off(got[row, t], want[row, t]) <= 3 * BOUNDS[dtype], (row, t)
+    assert off(got, want) <= BOUNDS[dtype]
     if dtype is not torch.float32:  # sums are rounded as well, so that few answers are other numbers
         sums = given.y.to(dtype).float()
         assert (got != (F.silu(sums) if silu else sums).to(dtype)).float().mean() < 0.01

@@ -106,8 +106,8 @@ few tokens and more than make a batch, are enough."""
 def test_equals_the_plain_products(isa: str, format: str, kind: str, activations: int) -> None:
     for case in cases_of(format, kind):
         got = packed.run_experts(case.experts, case.ids, case.weights, case.x, GATES[kind], activations)
-        assert packed.error_of(got.outputs, case.outputs) < BOUNDS[activations]
-        assert packed.error_of(got.combined, case.combined) < BOUNDS[activations]
+        assert packed.off(got.outputs, case.outputs) < BOUNDS[activations]
+        assert packed.off(got.combined, case.combined) < BOUNDS[activations]
 
 
 @functools.cache

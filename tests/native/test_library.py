@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from moe_local.offload.kernels.gates import recognize
 from moe_local.offload.kernels.layer import LayerKernels, OneByOne
@@ -20,6 +19,7 @@ from moe_local.offload.native import library as module
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 from support import packed
+from support.expert_math import Math
 
 
 @pytest.fixture
@@ -33,17 +33,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "moe_local"]
-
-
-class Math:
-    has_gate, has_bias = True, False
-
-    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = hidden.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    def finish(self, output: torch.Tensor) -> torch.Tensor:
-        return output
 
 
 class Slot:

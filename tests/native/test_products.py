@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_local.offload.native.library import BF16, FLOATS, FORMATS, INT8, INT16, ISAS
+from moe_local.offload.native.library import BF16, FLOATS, FORMATS, INT8, INT16, ISAS, loaded_library
 from support import packed
 from support.packed import UNLIKE
 from support.variants import others_slow
@@ -188,9 +188,8 @@ def decoded_scales(m: Any) -> torch.Tensor:
     bias=st.booleans(),
 )
 def test_any_shape_anywhere(isa: int, format: str, activations: int, **case: Any) -> None:
-    from moe_local.offload.native.library import library
 
-    lib: Any = library()
+    lib = loaded_library()
     if lib is None or lib.moe_set_isa(min(isa, lib.moe_best_isa())) != 0:
         pytest.skip("no library")
     try:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moe_local.offload.native.library import DTYPES, PromptAttention, Strided
+from support.packed import off
 
 OK, BAD_ARGUMENT, SCATTERED = 0, 1, 4
 OUTSIDE = 77.0
@@ -93,15 +94,11 @@ def seen_of(mask: torch.Tensor) -> torch.Tensor:
     return seen
 
 
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_causal_queries(lib: Any, isa: str, case: Case, dtype: torch.dtype) -> None:
     inputs, mask = Inputs(case, dtype), causal(case)
-    assert error(inputs.got(lib, seen_of(mask)), inputs.want(mask)) <= BOUNDS[dtype]
+    assert off(inputs.got(lib, seen_of(mask)), inputs.want(mask)) <= BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -112,8 +109,8 @@ def test_windows_and_sinks(lib: Any, isa: str, dtype: torch.dtype) -> None:
         mask = causal(case) & ~causal(case).tril(case.keys - case.queries - 9)
         sinks = torch.linspace(-40, 40, case.heads)
         got = inputs.got(lib, seen_of(mask), sinks)
-        assert error(got, inputs.want(mask, sinks)) <= BOUNDS[dtype]
-        assert error(inputs.got(lib, seen_of(mask)), inputs.want(mask)) <= BOUNDS[dtype]
+        assert off(got, inputs.want(mask, sinks)) <= BOUNDS[dtype]
+        assert off(inputs.got(lib, seen_of(mask)), inputs.want(mask)) <= BOUNDS[dtype]
 
 
 def test_any_spans_and_queries_that_see_nothing(lib: Any, isa: str) -> None:
@@ -128,7 +125,7 @@ def test_any_spans_and_queries_that_see_nothing(lib: Any, isa: str) -> None:
     mask = (places >= seen[..., :1]) & (places < seen[..., 1:])
     for sinks in (None, torch.zeros(case.heads)):
         got = inputs.got(lib, seen, sinks)
-        assert error(got, inputs.want(mask, sinks)) <= BOUNDS[torch.float32]
+        assert off(got, inputs.want(mask, sinks)) <= BOUNDS[torch.float32]
         assert not got[0, ::7].any()
         assert not got[1, 3].any()
 
@@ -142,7 +139,7 @@ def test_scores_of_all_sizes(lib: Any, isa: str, dtype: torch.dtype) -> None:
         inputs, mask = Inputs(case, dtype, size=0.1), torch.ones(1, 40, 256, dtype=torch.bool)
         inputs.q[..., 0] = 4.0
         inputs.k[..., 0] = (slope * torch.arange(256)).to(dtype)
-        assert error(inputs.got(lib, seen_of(mask)), inputs.want(mask)) <= max(BOUNDS[dtype], 1e-4)
+        assert off(inputs.got(lib, seen_of(mask)), inputs.want(mask)) <= max(BOUNDS[dtype], 1e-4)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

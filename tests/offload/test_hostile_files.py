@@ -222,7 +222,7 @@ def _with_checksum(fields: Any) -> bytes:
     if isinstance(fields, dict):
         fields.pop("checksum", None)
         with contextlib.suppress(ValueError):
-            fields["checksum"] = expert_file._checksum(fields)
+            fields["checksum"] = expert_file.checksum_of(fields)
     return json.dumps(fields).encode()
 
 

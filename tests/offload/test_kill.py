@@ -196,7 +196,7 @@ class Downloads:
         from huggingface_hub.utils import close_session
 
         close_session()  # its connections are the parent's
-        resolve("org/model", progress=False)
+        resolve("org/model")
 
     def sound(self, folder: Path) -> None:
         blobs = list((folder / "models--org--model" / "blobs").glob("*"))

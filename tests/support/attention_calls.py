@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -60,8 +60,33 @@ def matrix_of(*shape: Any, **options: Any) -> Any:
     return packed.pack(*shape, **options)
 
 
-class Call:
+class AnyCall:
+    """A call of a function of the library on random numbers."""
+
+    function: ClassVar[str]
+    arguments: dict[str, Any]
+    """As the function takes them, in order."""
+    x: torch.Tensor
+    y: torch.Tensor
+    """Room for as many numbers as x has, between sixteen on either side."""
+
+    def __call__(self, lib: Any, **changed: Any) -> int:
+        status: int = getattr(lib, self.function)(*(self.arguments | changed).values())
+        return status
+
+    def answer(self, lib: Any, **changed: Any) -> torch.Tensor:
+        """What is in y, once nothing has been written beside it."""
+        self.y.fill_(OUTSIDE)
+        assert self(lib, **changed) == 0
+        assert (self.y[:16] == OUTSIDE).all()
+        assert (self.y[-16:] == OUTSIDE).all()
+        return self.y[16:-16].view(self.x.shape).clone()
+
+
+class Call(AnyCall):
     """A call of moe_attention for one token of random numbers."""
+
+    function = "moe_attention"
 
     def __init__(self, case: Case, seed: int = 0) -> None:
         self.case = case
@@ -115,17 +140,6 @@ class Call:
         numbers[:, self.case.last :] = float("nan")
         return numbers
 
-    def __call__(self, lib: Any, **changed: Any) -> int:
-        status: int = lib.moe_attention(*(self.arguments | changed).values())
-        return status
-
-    def answer(self, lib: Any, **changed: Any) -> torch.Tensor:
-        """y [D], once nothing has been written beside it."""
-        assert self(lib, **changed) == 0
-        assert (self.y[:16] == OUTSIDE).all()
-        assert (self.y[16 + self.case.hidden :] == OUTSIDE).all()
-        return self.y[16 : 16 + self.case.hidden].clone()
-
     def reference(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """y [D], and the token's key and value [kv_heads, width], in float64."""
         case, x = self.case, self.x.double()
@@ -167,8 +181,10 @@ class Call:
 class Together:
     """Calls for tokens of sequences that begin and end at different positions, as one call."""
 
-    def __init__(self, case: Case, spans: list[tuple[int, int]], seed: int = 0) -> None:
-        self.calls = [Call(case._replace(first=first, last=last), seed) for first, last in spans]
+    call: ClassVar[type[Any]] = Call
+
+    def __init__(self, case: Any, spans: list[tuple[int, int]], seed: int = 0) -> None:
+        self.calls = [self.call(case._replace(first=first, last=last), seed) for first, last in spans]
         for place, call in enumerate(self.calls):
             for numbers in (call.x, call.cos, call.sin):
                 numbers.mul_((1.0, 0.75, 0.5)[place % 3])

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from moe_local.offload.native.library import DTYPES, FLOATS, DeltaNet
 from support import packed
-from support.attention_calls import OUTSIDE, matrix_of
+from support.attention_calls import OUTSIDE, AnyCall, matrix_of
 
 EPSILON = 1e-5
 
@@ -31,8 +31,10 @@ class Case(NamedTuple):
     by_key_head: bool = False
 
 
-class Call:
+class Call(AnyCall):
     """A call for one token of each of some rows, of random numbers."""
+
+    function = "moe_delta_net"
 
     def __init__(self, case: Case, seed: int = 0) -> None:
         self.case = case
@@ -89,18 +91,6 @@ class Call:
             "activations": FLOATS,
             "threads": 1,
         }
-
-    def __call__(self, lib: Any, **changed: Any) -> int:
-        status: int = lib.moe_delta_net(*(self.arguments | changed).values())
-        return status
-
-    def answer(self, lib: Any, **changed: Any) -> torch.Tensor:
-        """y [rows, D], once nothing has been written beside it."""
-        assert self(lib, **changed) == 0
-        end = 16 + self.case.rows * self.case.hidden
-        assert (self.y[:16] == OUTSIDE).all()
-        assert (self.y[end:] == OUTSIDE).all()
-        return self.y[16:end].view(self.case.rows, -1).clone()
 
     def projected(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The product of x [rows, D] and each of Qwen3.5's four matrices; of Qwen3-Next's two, in the order

@@ -1,4 +1,4 @@
-"""Running an engine on sequences that join and leave at random, and checking them against the model."""
+"""Running an engine on random sequences, and checking them against the model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,24 @@ from typing import Any
 import torch
 
 from moe_local.offload.engine.engine import Engine
-from moe_local.offload.engine.sampling import make_settings
+from moe_local.offload.engine.sampling import Settings, make_settings
 from moe_local.offload.engine.sequence import Sequence
+
+
+def random_ids(length: int, seed: int = 0) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(3, 320) for _ in range(length)]
+
+
+def greedy(model: Any, count: int) -> Settings:
+    return make_settings(model, [1], max_new_tokens=count, eos_token_id=None)
+
+
+def finish(engine: Engine, *sequences: Sequence) -> None:
+    """Step until these have all their tokens."""
+    while any(sequence.finish_reason is None for sequence in sequences):
+        engine.step()
+        engine.check_integrity()
 
 
 def answered_at_random(
@@ -24,9 +40,7 @@ def answered_at_random(
     done: list[Sequence] = []
     while waiting or running:
         if waiting and engine.free_rows and chance.random() < 0.4:
-            settings = make_settings(
-                engine.hf, [1], max_new_tokens=chance.randint(1, most), eos_token_id=None
-            )
+            settings = greedy(engine.hf, chance.randint(1, most))
             running.append(engine.join(waiting.pop(), settings, reuse=chance.random() < 0.7))
         engine.step()
         engine.check_integrity()

@@ -11,7 +11,7 @@ from moe_local.offload.quantize import nvfp4
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
 from moe_local.offload.quantize.stored import StoredDecoder
-from moe_local.offload.quantize.views import segment_view
+from moe_local.offload.quantize.views import views_of
 from support import published_floats
 
 
@@ -36,7 +36,7 @@ class Nvfp4Codec(StoredDecoder):
 
     def encode(self, tensors: Mapping[str, torch.Tensor], layout: Layout, out: torch.Tensor) -> None:
         for name, weight in tensors.items():
-            parts = {segment.part: segment_view(out, segment) for segment in layout.parts(name)}
+            parts = views_of(out, layout, name)
             if "values" in parts:
                 parts["values"].copy_(weight)
                 continue

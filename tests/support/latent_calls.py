@@ -16,8 +16,8 @@ from moe_local.offload.native.library import (
     LatentAttention,
     Sequence,
 )
-from support import packed
-from support.attention_calls import OUTSIDE, matrix_of
+from support import attention_calls, packed
+from support.attention_calls import OUTSIDE, AnyCall, matrix_of
 
 EPSILON = 1e-5
 
@@ -43,8 +43,10 @@ class Case(NamedTuple):
     spare: int = 3
 
 
-class Call:
+class Call(AnyCall):
     """A call for one token of random numbers."""
+
+    function = "moe_latent_attention"
 
     def __init__(self, case: Case, seed: int = 0) -> None:
         self.case = case
@@ -117,17 +119,6 @@ class Call:
         numbers[self.case.last :] = float("nan")
         return numbers
 
-    def __call__(self, lib: Any, **changed: Any) -> int:
-        status: int = lib.moe_latent_attention(*(self.arguments | changed).values())
-        return status
-
-    def answer(self, lib: Any, **changed: Any) -> torch.Tensor:
-        """y [D], once nothing has been written beside it."""
-        assert self(lib, **changed) == 0
-        assert (self.y[:16] == OUTSIDE).all()
-        assert (self.y[16 + self.case.hidden :] == OUTSIDE).all()
-        return self.y[16 : 16 + self.case.hidden].clone()
-
     def reference(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """y [D], and the token's latent [latent] and rotated key [rotated], in float64. Keys and values of
         all heads are made from the latents, as transformers does."""
@@ -179,25 +170,12 @@ def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x * (x.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * weight.double()
 
 
-class Together:
-    """Calls for tokens of sequences that begin and end at different positions, as one call."""
-
-    def __init__(self, case: Case, spans: list[tuple[int, int]], seed: int = 0) -> None:
-        self.calls = [Call(case._replace(first=first, last=last), seed) for first, last in spans]
-        for place, call in enumerate(self.calls):
-            for numbers in (call.x, call.cos, call.sin):
-                numbers.mul_((1.0, 0.75, 0.5)[place % 3])
-        self.x, self.cos, self.sin = (
-            torch.stack([getattr(call, name) for call in self.calls]) for name in ("x", "cos", "sin")
-        )
-        self.sequences = (Sequence * len(spans))(*(call.sequence for call in self.calls))
-        self.y = torch.full_like(self.x, OUTSIDE)
+class Together(attention_calls.Together):
+    call = Call
 
     def answer(self, lib: Any, **changed: Any) -> torch.Tensor:
         """y [tokens, D]."""
-        given = {name: getattr(self, name).data_ptr() for name in ("x", "cos", "sin", "y")}
-        several = {"sequences": self.sequences, "tokens": len(self.calls)}
-        assert lib.moe_latent_attention(*(self.calls[0].arguments | given | several | changed).values()) == 0
+        assert lib.moe_latent_attention(*self.arguments(**changed).values()) == 0
         return self.y.clone()
 
     def forget(self) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from moe_local.offload.native.library import DTYPES, FLOATS, Mlp
 from support import packed
-from support.attention_calls import OUTSIDE, matrix_of
+from support.attention_calls import OUTSIDE, AnyCall, matrix_of
 
 IDENTITY, RELU, RELU2, SILU, GELU, GELU_TANH, CLAMPED_SWIGLU, CLAMPED_SILU = range(8)
 
@@ -30,8 +30,10 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
-class Call:
+class Call(AnyCall):
     """A call of moe_mlp for some tokens of random numbers."""
+
+    function = "moe_mlp"
 
     def __init__(self, case: Case, seed: int = 0) -> None:
         self.case = case
@@ -64,19 +66,6 @@ class Call:
             "activations": FLOATS,
             "threads": 1,
         }
-
-    def __call__(self, lib: Any, **changed: Any) -> int:
-        status: int = lib.moe_mlp(*(self.arguments | changed).values())
-        return status
-
-    def answer(self, lib: Any, **changed: Any) -> torch.Tensor:
-        """y [tokens, D], once nothing has been written beside it."""
-        self.y.fill_(OUTSIDE)
-        assert self(lib, **changed) == 0
-        end = 16 + self.case.tokens * self.case.width
-        assert (self.y[:16] == OUTSIDE).all()
-        assert (self.y[end:] == OUTSIDE).all()
-        return self.y[16:end].view(self.case.tokens, -1).clone()
 
     def reference(self) -> torch.Tensor:
         """y [tokens, D], in float64."""

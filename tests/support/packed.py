@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe_local.offload.native.library import DTYPES, FORMATS, PLAIN, SCALES, Gate, Matrix, library
+from moe_local.offload.native.library import DTYPES, FORMATS, PLAIN, SCALES, Gate, Matrix, loaded_library
 from moe_local.offload.native.library import Expert as ExpertStruct
 from moe_local.offload.quantize.code_tables import dynamic_map
 from moe_local.offload.quantize.views import TORCH_DTYPES
@@ -277,11 +277,9 @@ def linear(
     packed: Packed, x: torch.Tensor, activations: int, threads: int = 1, shift: int = 0
 ) -> torch.Tensor:
     """moe_linear on float32 x [T, cols] -> [T, rows]; both `shift` floats past an aligned address."""
-    lib = library()
-    assert lib is not None
     inputs = at_odd_address(x, shift)
     out = Guarded(x.shape[0], packed.struct.rows, shift)
-    status = lib.moe_linear(
+    status = loaded_library().moe_linear(
         ctypes.byref(packed.struct),
         inputs.data_ptr(),
         x.shape[0],
@@ -332,8 +330,6 @@ def run_experts(
     groups: Sequence[Sequence[int]] | None = None,
 ) -> Routed:
     """moe_experts on x [T, D] routed to `ids` [T, K], one call a group of experts; the last combines."""
-    lib = library()
-    assert lib is not None
     tokens, top_k = ids.shape
     outputs, combined = Guarded(tokens * top_k, x.shape[1]), Guarded(tokens, x.shape[1])
     groups = groups or [range(len(experts))]
@@ -345,7 +341,7 @@ def run_experts(
         flat = torch.cat([*places, torch.zeros(1, dtype=torch.int64)])  # never empty, so never null
         rows = flat // top_k
         last = group is groups[-1]
-        status = lib.moe_experts(
+        status = loaded_library().moe_experts(
             (ctypes.c_void_p * len(group))(*(ctypes.addressof(experts[e].struct) for e in group)),
             len(group),
             (ctypes.c_int64 * len(starts))(*starts),
@@ -371,8 +367,3 @@ def routing(tokens: int, experts: int, top_k: int, seed: int = 0) -> tuple[torch
     generator = torch.Generator().manual_seed(seed)
     weights, ids = torch.rand(tokens, experts, generator=generator).topk(top_k)
     return ids, weights.softmax(-1).contiguous()
-
-
-def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Relative, in the Frobenius norm."""
-    return float((got.double() - want).norm() / want.norm())

@@ -7,29 +7,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from moe_local.offload.experts import ExpertRunner
 from moe_local.offload.quantize.layout import Layout, TensorSpec
+from support import expert_math
 from support.expert_codecs import expert_codec
 
 WIDTH, HIDDEN = 256, 128
 
 
-class Math:
+class Math(expert_math.Math):
     """Stands in for a layer's OffloadedExperts."""
 
-    has_gate, has_bias = True, False
-
     def __init__(self, index: int = 0) -> None:
+        super().__init__()
         self.index = index
-
-    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = hidden.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    def finish(self, output: torch.Tensor) -> torch.Tensor:
-        return output
 
 
 def layout_of(format: str) -> Layout:

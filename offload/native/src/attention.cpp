@@ -83,8 +83,7 @@ struct AttentionCall {
       norm(layer->before_attention, r.floats, t);
       kernels().widen(a->dtype, row(inner, t), a->q.cols, r.floats);
     }
-    const bool tiles = tiled(a->q.format, activations, a->q.cols, tokens);
-    kernels().prepare(a->q.format, activations, tiles, r.floats, a->q.cols, in[t]);
+    prepare(a->q, activations, r.floats, tokens, in[t]);
   }
 
   // Normalizes values [D] in place and writes them to row t of inner, rounded to the dtype.
@@ -106,7 +105,7 @@ struct AttentionCall {
     norm(layer->before_feed_forward, sum, t);
     if (router == nullptr) return;
     kernels().widen(a->dtype, row(inner, t), width, sum);
-    prepare_for_router(*router->matrix, sum, fed[t]);
+    prepare(*router->matrix, FLOATS, sum, 1, fed[t]);
   }
 
   void score_experts(int64_t chunk) { multiply_router(*router->matrix, fed, tokens, chunk, scores); }
@@ -179,8 +178,7 @@ struct AttentionCall {
       pieces.merge(head, r.first_look, r.first_look + r.looks, a->sinks == nullptr ? nullptr : sinks, answer);
       if (a->gated) kernels().open_gate(asked[t] + (2 * head + 1) * width, width, answer);
     }
-    const bool tiles = tiled(a->o.format, activations, a->o.cols, tokens);
-    kernels().prepare(a->o.format, activations, tiles, r.floats, a->o.cols, attended[t]);
+    prepare(a->o, activations, r.floats, tokens, attended[t]);
   }
 };
 
@@ -228,15 +226,7 @@ void run(AttentionCall& call, const Sequence* sequences, int32_t threads) {
   const int64_t fed = call.router == nullptr ? 0 : width;
   int64_t looks = 0;
   for (int64_t t = 0; t < tokens; ++t) looks += pieces_of(sequences[t]);
-  const int64_t results = looks * a.heads;
-  scratch.reserve(Scratch::bytes_of<Row>(tokens) + 3 * Scratch::bytes_of<Prepared>(tokens) +
-                  5 * Scratch::bytes_of<float*>(tokens) +
-                  tokens * (prepared_bytes(width, call.activations) + prepared_bytes(all, call.activations) +
-                            prepared_bytes(fed, FLOATS) + 2 * Scratch::bytes_of<float>(angles) +
-                            Scratch::bytes_of<float>(room) + Scratch::bytes_of<float>(all) +
-                            Scratch::bytes_of<float>(a.q.rows) + 2 * Scratch::bytes_of<float>(kv) +
-                            Scratch::bytes_of<float>(width) + 2 * Scratch::bytes_of<float>(experts)) +
-                  2 * Scratch::bytes_of<float>(results) + Scratch::bytes_of<float>(results * a.width));
+  scratch.begin();
   call.asked = take_rows(tokens, a.q.rows);
   call.k = take_rows(tokens, kv), call.v = take_rows(tokens, kv);
   call.out = take_rows(tokens, width);
@@ -257,9 +247,7 @@ void run(AttentionCall& call, const Sequence* sequences, int32_t threads) {
     r.looks = pieces_of(*r.sequence);
     looks += r.looks;
   }
-  call.pieces.largest = scratch.take<float>(results), call.pieces.total = scratch.take<float>(results);
-  call.pieces.sums = scratch.take<float>(results * a.width);
-  call.pieces.heads = a.heads, call.pieces.width = a.width;
+  call.pieces = take_pieces(looks, a.heads, a.width);
   call.q_chunks = chunks_of(a.q, tokens), call.k_chunks = chunks_of(a.k, tokens);
   const int64_t projections = call.q_chunks + call.k_chunks + chunks_of(a.v, tokens);
   const int64_t chunks[] = {tokens,

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "moe_native.h"
+#include "scratch.h"
 #include "work.h"
 
 // How many pieces of at most MOST_POSITIONS positions a sequence has.
@@ -44,6 +45,13 @@ struct Pieces {
     for (int64_t i = 0; i < width; ++i) answer[i] /= all;
   }
 };
+
+// Takes room for as many results from scratch.
+inline Pieces take_pieces(int64_t pieces, int64_t heads, int64_t width) {
+  const int64_t results = pieces * heads;
+  float *largest = scratch.take<float>(results), *total = scratch.take<float>(results);
+  return {largest, total, scratch.take<float>(results * width), heads, width};
+}
 
 // Rotates `pairs` pairs of x into out, which may be x unless the rotation is APART. `shared`: whether cos and
 // sin have a number for each pair.

@@ -84,16 +84,11 @@ void decode_e2m1(const Matrix& m, const float*, int64_t row, int64_t first, int6
 }
 
 template <class S, int T>
-struct E2M1Floats {
+struct E2M1Floats : RowByRow<E2M1Floats<S, T>, T> {
   static constexpr int64_t INPUT_BYTES = 4, SHORT = 4096;
   const Planes planes = micro_planes();
 
   explicit E2M1Floats(const float*) {}
-
-  template <int R>
-  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
-    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
-  }
 
   void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
     const uint8_t* q = static_cast<const uint8_t*>(m.q) + (s.row * m.cols + s.done * BLOCK) / 2;
@@ -135,16 +130,11 @@ inline __m256i whole_numbers() {
 
 // 16-bit activations. A lane adds up 8 products of at most 12 * 32767, far below 2^31.
 template <class S, int T>
-struct E2M1Rounded16 {
+struct E2M1Rounded16 : RowByRow<E2M1Rounded16<S, T>, T> {
   static constexpr int64_t INPUT_BYTES = 2, SHORT = 2048;
   const __m256i table = whole_numbers();
 
   explicit E2M1Rounded16(const float*) {}
-
-  template <int R>
-  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
-    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
-  }
 
   void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
     const __m256i nibble = _mm256_set1_epi8(15), none = _mm256_setzero_si256();
@@ -186,16 +176,11 @@ struct E2M1Rounded16 {
 
 // 8-bit activations. A 16-bit lane adds up 4 products of at most 12 * 127, which fit.
 template <class S, int T>
-struct E2M1Rounded8 {
+struct E2M1Rounded8 : RowByRow<E2M1Rounded8<S, T>, T> {
   static constexpr int64_t INPUT_BYTES = 1, SHORT = 1024;
   const __m256i table = whole_numbers();
 
   explicit E2M1Rounded8(const float*) {}
-
-  template <int R>
-  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
-    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
-  }
 
   void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);

@@ -29,7 +29,7 @@ struct NF4Pairs : NF4PairForm {
 };
 
 struct MXFP4Pairs : MXFP4PairForm {
-  const WholePlanes table = planes_of([](int i) { return E2M1[i]; });
+  const WholePlanes table = planes_of<8>([](int i) { return E2M1[i]; });
 
   MXFP4Pairs() {}
 

@@ -14,14 +14,9 @@ void decode_int8(const Matrix& m, const float*, int64_t row, int64_t first, int6
 }
 
 template <int T>
-struct Int8Floats {
+struct Int8Floats : RowByRow<Int8Floats<T>, T> {
   static constexpr int64_t INPUT_BYTES = 4, SHORT = 4096;
   explicit Int8Floats(const float*) {}
-
-  template <int R>
-  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
-    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
-  }
 
   void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
     const int8_t* q = static_cast<const int8_t*>(m.q) + s.row * m.cols + s.done * BLOCK;
@@ -48,14 +43,9 @@ struct Int8Floats {
 };
 
 template <int T>
-struct Int8Rounded {
+struct Int8Rounded : RowByRow<Int8Rounded<T>, T> {
   static constexpr int64_t INPUT_BYTES = 1, SHORT = 1024;
   explicit Int8Rounded(const float*) {}
-
-  template <int R>
-  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
-    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
-  }
 
   void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
     const __m256i ones = _mm256_set1_epi16(1);

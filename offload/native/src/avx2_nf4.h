@@ -75,17 +75,12 @@ void decode_nf4(const Matrix& m, const float* map, int64_t row, int64_t first, i
 }
 
 template <int T>
-struct NF4Floats {
+struct NF4Floats : RowByRow<NF4Floats<T>, T> {
   static constexpr int64_t INPUT_BYTES = 4, SHORT = 4096;
   const float* map;
   const Planes planes = level_planes();
 
   explicit NF4Floats(const float* map) : map(map) {}
-
-  template <int R>
-  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
-    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
-  }
 
   void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
     const uint8_t* q = static_cast<const uint8_t*>(m.q) + (s.row * m.cols + s.done * BLOCK) / 2;
@@ -111,17 +106,17 @@ struct NF4Floats {
   float result(const Sums<T>& sums, int t) const { return sum(sums.total[t]); }
 };
 
-// Sixteen 16-bit numbers in one table of high and one of low bytes.
+// Sixteen integers in two tables of bytes: one of their low BITS bits, one of those above.
 struct WholePlanes {
   __m256i high, low;
 };
 
-template <class Number>
+template <int BITS, class Number>
 inline WholePlanes planes_of(Number number) {
   alignas(16) uint8_t high[16], low[16];
   for (int i = 0; i < 16; ++i) {
-    high[i] = static_cast<uint8_t>(number(i) >> 8);
-    low[i] = static_cast<uint8_t>(number(i));
+    high[i] = static_cast<uint8_t>(number(i) >> BITS);
+    low[i] = static_cast<uint8_t>(number(i) & ((1 << BITS) - 1));
   }
   return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(high))),
           _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(low)))};
@@ -129,21 +124,16 @@ inline WholePlanes planes_of(Number number) {
 
 // The levels as integers, level = integer / LEVEL_UNIT.
 inline WholePlanes whole_planes() {
-  return planes_of([](int i) { return static_cast<int>(::lrint(LEVELS[i] * LEVEL_UNIT)); });
+  return planes_of<8>([](int i) { return static_cast<int>(::lrint(LEVELS[i] * LEVEL_UNIT)); });
 }
 
 template <int T>
-struct NF4Rounded16 {
+struct NF4Rounded16 : RowByRow<NF4Rounded16<T>, T> {
   static constexpr int64_t INPUT_BYTES = 2, SHORT = 2048;
   const float* map;
   const WholePlanes planes = whole_planes();
 
   explicit NF4Rounded16(const float* map) : map(map) {}
-
-  template <int R>
-  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
-    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
-  }
 
   void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
     const __m256i nibble = _mm256_set1_epi8(15);
@@ -183,33 +173,17 @@ struct NF4Rounded16 {
 // The levels as integers 0 .. 4095, level = integer / 2047.5 - 1, in two tables of six bits each: four
 // products of six bits with -127 .. 127 (two added by maddubs, for even and for odd weights) then fit 16
 // bits. The error is at most 2.5e-4, a fifteenth of the error of rounding the activations.
-struct NumberPlanes {
-  __m256i high, low;
-};
-
-inline NumberPlanes number_planes() {
-  alignas(16) uint8_t high[16], low[16];
-  for (int i = 0; i < 16; ++i) {
-    const int number = static_cast<int>(::lrintf((LEVELS[i] + 1.0f) * 2047.5f));
-    high[i] = static_cast<uint8_t>(number / 64);
-    low[i] = static_cast<uint8_t>(number % 64);
-  }
-  return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(high))),
-          _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(low)))};
+inline WholePlanes number_planes() {
+  return planes_of<6>([](int i) { return static_cast<int>(::lrintf((LEVELS[i] + 1.0f) * 2047.5f)); });
 }
 
 template <int T>
-struct NF4Rounded8 {
+struct NF4Rounded8 : RowByRow<NF4Rounded8<T>, T> {
   static constexpr int64_t INPUT_BYTES = 1, SHORT = 1024;
   const float* map;
-  const NumberPlanes planes = number_planes();
+  const WholePlanes planes = number_planes();
 
   explicit NF4Rounded8(const float* map) : map(map) {}
-
-  template <int R>
-  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
-    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
-  }
 
   void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), by64 = _mm256_set1_epi16(64);

@@ -92,16 +92,11 @@ void decode_e2m1(const Matrix& m, const float*, int64_t row, int64_t first, int6
 }
 
 template <class S, int T>
-struct E2M1Floats {
+struct E2M1Floats : RowByRow<E2M1Floats<S, T>, T> {
   static constexpr int64_t INPUT_BYTES = 4, SHORT = 4096;
   const __m512 table = number_table();
 
   explicit E2M1Floats(const float*) {}
-
-  template <int R>
-  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
-    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
-  }
 
   void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
     const uint8_t* q = static_cast<const uint8_t*>(m.q) + (s.row * m.cols + s.done * BLOCK) / 2;

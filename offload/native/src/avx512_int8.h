@@ -26,14 +26,9 @@ void decode_int8(const Matrix& m, const float*, int64_t row, int64_t first, int6
 }
 
 template <int T>
-struct Int8Floats {
+struct Int8Floats : RowByRow<Int8Floats<T>, T> {
   static constexpr int64_t INPUT_BYTES = 4, SHORT = T == 1 ? 4096 : 0;
   explicit Int8Floats(const float*) {}
-
-  template <int R>
-  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
-    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
-  }
 
   void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
     const int8_t* q = static_cast<const int8_t*>(m.q) + s.row * m.cols + s.done * BLOCK;
@@ -60,14 +55,9 @@ struct Int8Floats {
 // vpdpbusd multiplies unsigned by signed bytes, so 128 is added to the weights, which makes them 1 .. 255,
 // and 128 times the sum of a block's activations is subtracted at the end.
 template <int T>
-struct Int8Rounded {
+struct Int8Rounded : RowByRow<Int8Rounded<T>, T> {
   static constexpr int64_t INPUT_BYTES = 1, SHORT = T == 1 ? 1024 : 0;
   explicit Int8Rounded(const float*) {}
-
-  template <int R>
-  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
-    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
-  }
 
   void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
     const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));

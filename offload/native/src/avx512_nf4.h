@@ -73,17 +73,12 @@ void decode_nf4(const Matrix& m, const float* map, int64_t row, int64_t first, i
 }
 
 template <int T>
-struct NF4Floats {
+struct NF4Floats : RowByRow<NF4Floats<T>, T> {
   static constexpr int64_t INPUT_BYTES = 4, SHORT = 4096;
   const ScaleMap lookup;
   const __m512 table = level_table();
 
   explicit NF4Floats(const float* map) : lookup(map) {}
-
-  template <int R>
-  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
-    for (int r = 0; r < R; ++r, ++s.row) add_row(m, s, x, sums[r]);
-  }
 
   void add_row(const Matrix& m, const Stretch& s, const Prepared* x, Sums<T>& sums) const {
     const uint8_t* q = static_cast<const uint8_t*>(m.q) + (s.row * m.cols + s.done * BLOCK) / 2;

@@ -61,14 +61,9 @@ constexpr int64_t TILE_T = 6;
 #include "avx512_encode.h"
 #include "low_encode.h"
 #include "rows.h"
+#include "table.h"
 
-constexpr Kernels TABLE = {UNIT_ISA,      UNIT_NAME,    most_in_registers,
-                           prepare,       rows,         weigh_rows,
-                           gate,          combine,      widen,
-                           narrow,        norm,         attend,
-                           attend_prompt, open_gate,    convolve,
-                           delta,         change_state, encode,
-                           encode_low};
+constexpr Kernels TABLE = table_of(UNIT_ISA, UNIT_NAME);
 
 }  // namespace
 

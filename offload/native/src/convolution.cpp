@@ -119,7 +119,7 @@ int32_t moe_convolve(const Convolution* convolution, int32_t threads) try {
   const Convolution& c = *convolution;
   const int64_t of_row = (c.channels + CHANNELS - 1) / CHANNELS, chunks = c.rows * of_row;
   threads = threads_for(4 * c.rows * c.channels * c.taps, 1, std::min(threads, MAX_THREADS));
-  scratch.reserve(Scratch::bytes_of<float>(threads * ConvolveCall::size(c)));
+  scratch.begin();
   ConvolveCall call{&c, of_row, scratch.take<float>(threads * ConvolveCall::size(c))};
   run_phases(threads, 1, &chunks, ConvolveCall::work, &call);
   return OK;
@@ -133,7 +133,7 @@ int32_t moe_convolve_sequences(const SequenceConvolution* convolution, int32_t t
   const int64_t blocks = (c.channels + CHANNELS - 1) / CHANNELS, spans = (c.tokens + SPAN - 1) / SPAN;
   const int64_t chunks = c.rows * blocks * spans;
   threads = threads_for(4 * c.rows * c.channels * c.tokens, 1, std::min(threads, MAX_THREADS));
-  scratch.reserve(Scratch::bytes_of<float>(threads * SequencesCall::size(c)));
+  scratch.begin();
   SequencesCall call{&c, blocks, spans, scratch.take<float>(threads * SequencesCall::size(c))};
   run_phases(threads, 1, &chunks, SequencesCall::work, &call);
   return OK;

@@ -67,7 +67,7 @@ int32_t moe_delta_rule(const DeltaRule* rule, int32_t threads) try {
   const int64_t heads = rule->rows * rule->value_heads;
   threads = threads_for(4 * heads * rule->key_width * rule->value_width * rule->tokens, 1,
                         std::min(threads, MAX_THREADS));
-  scratch.reserve(Scratch::bytes_of<float>(threads * DeltaCall::size(*rule)));
+  scratch.begin();
   DeltaCall call{rule, scratch.take<float>(threads * DeltaCall::size(*rule))};
   run_phases(threads, 1, &heads, DeltaCall::work, &call);
   return OK;

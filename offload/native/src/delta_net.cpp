@@ -70,7 +70,7 @@ struct DeltaNetCall {
       case 1: return call.project(chunk);
       case 2: return call.convolve(chunk, own);
       case 3: return call.update(chunk, own);
-      case 4: return call.prepare(call.net->o, call.floats[chunk], call.attended[chunk]);
+      case 4: return call.prepare_answers(chunk);
       case 5: return multiply(call.net->o, call.activations, call.attended, call.rows, chunk, call.out);
       default: return call.finish(chunk);
     }
@@ -88,13 +88,9 @@ struct DeltaNetCall {
                     2 * (net->key_width + net->value_width) + std::max(net->value_width, int64_t{16}));
   }
 
-  void prepare(const Matrix& m, const float* values, const Prepared& to) const {
-    kernels().prepare(m.format, activations, tiled(m.format, activations, m.cols, rows), values, m.cols, to);
-  }
-
   void prepare_input(int64_t r) const {
     kernels().widen(net->dtype, at(net->dtype, x, r * net->qkv.cols), net->qkv.cols, floats[r]);
-    prepare(net->qkv, floats[r], in[r]);
+    prepare(net->qkv, activations, floats[r], rows, in[r]);
   }
 
   void project(int64_t chunk) const {
@@ -141,7 +137,7 @@ struct DeltaNetCall {
     std::copy_n(mixed[row] + key_head * net->key_width, net->key_width, q);
     std::copy_n(mixed[row] + keys + key_head * net->key_width, net->key_width, k);
     prepare_head(q, k, true, net->key_width);
-    const float share = beta(row, head, spare), factor = std::exp(decay(row, head, spare));
+    const float share = beta(row, head), factor = std::exp(decay(row, head, spare));
     const float* v = mixed[row] + 2 * keys + head * width;
     float *state = states + chunk * net->key_width * width, *change = nullptr;
     if (changes != nullptr) {
@@ -176,12 +172,8 @@ struct DeltaNetCall {
     return spare[0];
   }
 
-  float beta(int64_t row, int64_t head, float* spare) const {
-    float value = net->by_key_head ? b[row][head + head / sharing() * sharing()] : b[row][head];
-    round_to(net->dtype, 1, spare, &value);
-    value = 1.0f / (1.0f + std::exp(-value));
-    round_to(net->dtype, 1, spare, &value);
-    return value;
+  float beta(int64_t row, int64_t head) const {
+    return rounded_sigmoid(net->dtype, b[row][net->by_key_head ? head + head / sharing() * sharing() : head]);
   }
 
   float decay(int64_t row, int64_t head, float* spare) const {
@@ -192,6 +184,8 @@ struct DeltaNetCall {
     const float softplus = value > 20.0f ? value : std::log1p(std::exp(value));
     return -std::exp(of_head(net->a_log, head, spare)) * softplus;
   }
+
+  void prepare_answers(int64_t r) const { prepare(net->o, activations, floats[r], rows, attended[r]); }
 
   void finish(int64_t r) const {
     kernels().narrow(net->dtype, out[r], net->o.rows, at(net->dtype, y, r * net->o.rows));
@@ -228,12 +222,7 @@ void run(DeltaNetCall& call, int32_t threads) {
   const int64_t z_bytes = apart ? weight_bytes(n.z) : 0;
   threads = threads_for(weight_bytes(n.qkv) + z_bytes + weight_bytes(n.o) + state_bytes, rows,
                         std::min(threads, MAX_THREADS));
-  const auto floats = [](int64_t count) { return Scratch::bytes_of<float>(count); };
-  const int64_t of_row = prepared_bytes(hidden, call.activations) + prepared_bytes(values, call.activations) +
-                         floats(room) + floats(n.qkv.rows) + floats(call.channels()) + floats(values) +
-                         floats(n.b.rows) + floats(n.value_heads) + floats(hidden);
-  scratch.reserve(7 * Scratch::bytes_of<float*>(rows) + 2 * Scratch::bytes_of<Prepared>(rows) +
-                  rows * of_row + floats(threads * call.room()));
+  scratch.begin();
   call.floats = take_rows(rows, room);
   call.projected = take_rows(rows, n.qkv.rows);
   call.mixed = apart ? call.projected : take_rows(rows, call.channels());
@@ -322,7 +311,7 @@ int32_t moe_change_states(const DeltaNet* net, const float* changes, int64_t row
   ChangeCall call{net, changes, rows, inputs, states, nullptr};
   const int64_t state_bytes = 4 * rows * net->value_heads * net->key_width * net->value_width;
   threads = threads_for(2 * state_bytes, 1, std::min(threads, MAX_THREADS));
-  scratch.reserve(Scratch::bytes_of<float>(threads * call.room()));
+  scratch.begin();
   call.own = scratch.take<float>(threads * call.room());
   const int64_t chunks[] = {call.of_inputs() + rows * net->value_heads};
   run_phases(threads, 1, chunks, ChangeCall::work, &call);

@@ -33,6 +33,15 @@ struct Sums {
   Vec offset[T];  // for kernels whose integers do not count from zero
 };
 
+// The base of kernels whose `add_row` reads one row by itself.
+template <class Dot, int T>
+struct RowByRow {
+  template <int R>
+  void add(const Matrix& m, Stretch s, const Prepared* x, Sums<T>* sums) const {
+    for (int r = 0; r < R; ++r, ++s.row) static_cast<const Dot*>(this)->add_row(m, s, x, sums[r]);
+  }
+};
+
 // Multiplies rows [first, last), R at a time, with a kernel `dot`: its `add` adds the products of a stretch
 // to the sums of its rows, and its `result` reduces these to a number.
 template <int R, int T, class Dot>
@@ -72,13 +81,19 @@ inline void rows_of(const Matrix& m, const float* map, const Prepared* x, int64_
   rows_side_by_side<1, T>(dot, m, x, row, last, y);
 }
 
+// Calls use(constant) with a number of tokens, 1 .. MOST_DOTS.
+template <class Use>
+inline void with_count(int64_t count, const Use& use) {
+  switch (count) {
+    case 1: return use(std::integral_constant<int, 1>());
+    case 2: return use(std::integral_constant<int, 2>());
+    case 3: return use(std::integral_constant<int, 3>());
+    default: return use(std::integral_constant<int, MOST_DOTS>());
+  }
+}
+
 template <template <int> class Dot>
 inline void rows_by_count(const Matrix& m, const float* map, const Prepared* x, int64_t count, int64_t first,
                           int64_t last, float* const* y) {
-  switch (count) {
-    case 1: return rows_of<Dot, 1>(m, map, x, first, last, y);
-    case 2: return rows_of<Dot, 2>(m, map, x, first, last, y);
-    case 3: return rows_of<Dot, 3>(m, map, x, first, last, y);
-    default: return rows_of<Dot, MOST_DOTS>(m, map, x, first, last, y);
-  }
+  with_count(count, [&](auto t) { rows_of<Dot, t.value>(m, map, x, first, last, y); });
 }

@@ -23,7 +23,6 @@ struct Share {
 struct Batch {
   const Gate* gate;
   int32_t activations;
-  int32_t format;
   int64_t width, hidden;  // D, F
   const Share* shares;
   int64_t share_count;
@@ -47,25 +46,21 @@ struct Batch {
     return shares[s];
   }
 
-  // Prepares the input x [columns] of a pair for one of its expert's matrices.
-  void prepare(int64_t pair, const float* x, int64_t columns, const Prepared& out) const {
-    const int64_t pairs = share_of(pair, &Share::first_pair).pairs;
-    kernels().prepare(format, activations, tiled(format, activations, columns, pairs), x, columns, out);
-  }
-
   static void work(void* context, int phase, int64_t chunk, int thread) {
     const Batch& b = *static_cast<Batch*>(context);
     float* values = b.floats + thread * b.room;
     if (phase == 0) {
+      const Share& s = b.share_of(chunk, &Share::first_pair);
       kernels().widen(b.dtype, b.x[chunk], b.width, values);
-      b.prepare(chunk, values, b.width, b.in[chunk]);
+      prepare(s.expert->up, b.activations, values, s.pairs, b.in[chunk]);
     } else if (phase == 1) {
       const Share& s = b.share_of(chunk, &Share::up_chunk);
       multiply(s.expert->up, b.activations, b.in + s.first_pair, s.pairs, chunk - s.up_chunk,
                b.up + s.first_pair);
     } else if (phase == 2) {
+      const Share& s = b.share_of(chunk, &Share::first_pair);
       kernels().gate(*b.gate, b.up[chunk], b.hidden, values);
-      b.prepare(chunk, values, b.hidden, b.hiddens[chunk]);
+      prepare(s.expert->down, b.activations, values, s.pairs, b.hiddens[chunk]);
     } else if (phase == 3) {
       const Share& s = b.share_of(chunk, &Share::down_chunk);
       multiply(s.expert->down, b.activations, b.hiddens + s.first_pair, s.pairs, chunk - s.down_chunk,
@@ -106,11 +101,7 @@ void run_batch(const ExpertsCall& call, int64_t e, int64_t first, int64_t last, 
                                                 pairs / std::max<int64_t>(1, shares), call.threads),
                                     MAX_THREADS);
   const int64_t room = padded(std::max(up.cols, down.cols));
-  scratch.reserve(inputs * prepared_bytes(up.cols, call.activations) +
-                  pairs * prepared_bytes(down.cols, call.activations) +
-                  2 * Scratch::bytes_of<Prepared>(pairs) + 3 * Scratch::bytes_of<float*>(pairs) +
-                  pairs * Scratch::bytes_of<float>(up.rows) + Scratch::bytes_of<Share>(shares) +
-                  Scratch::bytes_of<float>(threads * room));
+  scratch.begin();
   Prepared* in = scratch.take<Prepared>(pairs);
   Prepared* hiddens = scratch.take<Prepared>(pairs);
   const void** x = scratch.take<const void*>(pairs);
@@ -132,25 +123,15 @@ void run_batch(const ExpertsCall& call, int64_t e, int64_t first, int64_t last, 
     up_chunks += chunks_of(up, end - begin);
     down_chunks += chunks_of(down, end - begin);
   }
-  Batch batch{call.gate,
-              call.activations,
-              up.format,
-              up.cols,
-              down.cols,
-              share,
-              used,
-              call.dtype,
-              x,
-              inputs,
-              in,
-              hiddens,
-              up_rows,
-              down_rows,
-              scratch.take<float>(threads * room),
-              room,
-              call.outputs,
-              call.weights,
-              call.top_k,
+  Batch batch{call.gate,    call.activations,
+              up.cols,      down.cols,
+              share,        used,
+              call.dtype,   x,
+              inputs,       in,
+              hiddens,      up_rows,
+              down_rows,    scratch.take<float>(threads * room),
+              room,         call.outputs,
+              call.weights, call.top_k,
               call.combined};
   const int64_t chunks[] = {inputs, up_chunks, pairs, down_chunks, combined_tokens};
   run_phases(threads, combined_tokens > 0 ? 5 : 4, chunks, Batch::work, &batch);
@@ -250,7 +231,7 @@ int32_t moe_chosen_experts(const Expert* const* experts, int64_t count, const in
     of_token[pair] = place / top_k, places[pair] = place;
   }
   if (picked[0] == nullptr || !valid(picked[0]->down)) return BAD_ARGUMENT;
-  answers.reserve(Scratch::bytes_of<float>(pairs * picked[0]->down.rows));
+  answers.begin();
   float* outputs = answers.take<float>(pairs * picked[0]->down.rows);
   const int32_t status = moe_experts(picked.data(), static_cast<int64_t>(picked.size()), starts.data(),
                                      of_token.data(), places.data(), gate, x, tokens, outputs, weights, top_k,

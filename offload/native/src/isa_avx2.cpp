@@ -59,13 +59,9 @@ constexpr auto rows_tiled_bf16 = rows_tiled;
 
 constexpr auto attend_prompt = attend_prompt_by<PromptFloats>;
 
-constexpr Kernels TABLE = {AVX2,          "avx2",       most_in_registers,
-                           prepare,       rows,         weigh_rows,
-                           gate,          combine,      widen,
-                           narrow,        norm,         attend,
-                           attend_prompt, open_gate,    convolve,
-                           delta,         change_state, encode,
-                           encode_low};
+#include "table.h"
+
+constexpr Kernels TABLE = table_of(AVX2, "avx2");
 
 }  // namespace
 

@@ -47,13 +47,9 @@ void weigh_rows(const Matrix& m, const float* map, const float* const* weights, 
 
 constexpr auto attend_prompt = attend_prompt_by<PromptFloats>;
 
-constexpr Kernels TABLE = {PORTABLE,      "portable",   most_in_registers,
-                           prepare,       rows,         weigh_rows,
-                           gate,          combine,      widen,
-                           narrow,        norm,         attend,
-                           attend_prompt, open_gate,    convolve,
-                           delta,         change_state, encode,
-                           encode_low};
+#include "table.h"
+
+constexpr Kernels TABLE = table_of(PORTABLE, "portable");
 
 }  // namespace
 

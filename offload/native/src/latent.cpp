@@ -75,13 +75,9 @@ struct LatentCall {
   int64_t blocks() const { return (a->heads + HEADS_TOGETHER - 1) / HEADS_TOGETHER; }
   int64_t rows_of_head() const { return a->plain + a->value; }  // in kv_b
 
-  void prepare(const Matrix& m, const float* values, const Prepared& to, int64_t count) const {
-    kernels().prepare(m.format, activations, tiled(m.format, activations, m.cols, count), values, m.cols, to);
-  }
-
   void prepare_input(int64_t t) {
     kernels().widen(a->dtype, at(a->dtype, x, t * a->kv_a.cols), a->kv_a.cols, rows[t].floats);
-    prepare(a->kv_a, rows[t].floats, in[t], tokens);
+    prepare(a->kv_a, activations, rows[t].floats, tokens, in[t]);
   }
 
   void project(int64_t chunk) {
@@ -104,7 +100,7 @@ struct LatentCall {
     kernels().narrow(a->dtype, turned[t], rotated, at(a->dtype, s.values, s.last * rotated));
     if (!two_steps()) return;
     kernels().norm(a->dtype, a->q_norm, false, a->q_epsilon, a->q_a.rows, ranked[t]);
-    prepare(a->q_b, ranked[t], fed[t], tokens);
+    prepare(a->q_b, activations, ranked[t], tokens, fed[t]);
   }
 
   // Rotates and scales one head's queries, and applies its rows of keys.
@@ -168,7 +164,7 @@ struct LatentCall {
       for (int64_t i = 0; i < count; ++i) {
         const Row& r = rows[start + i];
         spans.merge(head, r.first_span, r.first_span + r.spans, nullptr, own.answer);
-        prepare(a->kv_b, own.answer, own.prepared[i], count);
+        prepare(a->kv_b, activations, own.answer, count, own.prepared[i]);
       }
       multiply_rows(a->kv_b, activations, own.prepared, count, first, first + a->value, answers + start);
     }
@@ -177,7 +173,7 @@ struct LatentCall {
   void prepare_answers(int64_t t) {
     for (int64_t head = 0; head < a->heads; ++head)
       std::copy_n(answers[t] + head * rows_of_head() + a->plain, a->value, rows[t].floats + head * a->value);
-    prepare(a->o, rows[t].floats, attended[t], tokens);
+    prepare(a->o, activations, rows[t].floats, tokens, attended[t]);
   }
 
   void finish(int64_t t) { kernels().narrow(a->dtype, out[t], a->o.rows, at(a->dtype, y, t * a->o.rows)); }
@@ -208,16 +204,6 @@ bool valid(const Sequence& s) {
          s.last < (int64_t{1} << 40);
 }
 
-Pieces take_pieces(int64_t pieces, int64_t heads, int64_t width) {
-  const int64_t results = pieces * heads;
-  float *largest = scratch.take<float>(results), *total = scratch.take<float>(results);
-  return {largest, total, scratch.take<float>(results * width), heads, width};
-}
-
-int64_t bytes_of_pieces(int64_t results, int64_t width) {
-  return 2 * Scratch::bytes_of<float>(results) + Scratch::bytes_of<float>(results * width);
-}
-
 void run(LatentCall& call, const Sequence* sequences, int32_t threads) {
   const LatentAttention& a = *call.a;
   const int64_t tokens = call.tokens, hidden = a.o.rows, all = a.o.cols, ranks = a.q_a.rows;
@@ -230,19 +216,7 @@ void run(LatentCall& call, const Sequence* sequences, int32_t threads) {
   }
   const int64_t bytes = weight_bytes(a.q_b) + weight_bytes(a.kv_a) + weight_bytes(a.kv_b) + weight_bytes(a.o);
   threads = threads_for(bytes + (ranks > 0 ? weight_bytes(a.q_a) : 0), tokens, threads);
-  const auto floats = [](int64_t count) { return Scratch::bytes_of<float>(count); };
-  const int64_t of_token = prepared_bytes(hidden, call.activations) +
-                           prepared_bytes(ranks, call.activations) + prepared_bytes(all, call.activations) +
-                           floats(room) + floats(ranks) + floats(a.q_b.rows) + floats(a.kv_a.rows) +
-                           floats(a.heads * a.latent) + floats(a.heads * a.rotated) + floats(a.kv_b.rows) +
-                           floats(hidden);
-  const int64_t of_thread = floats(a.latent) + Scratch::bytes_of<Prepared>(MOST_DOTS) +
-                            MOST_DOTS * prepared_bytes(a.latent, call.activations) +
-                            bytes_of_pieces(2 * HEADS_TOGETHER, a.latent);
-  scratch.reserve(Scratch::bytes_of<Row>(tokens) + 3 * Scratch::bytes_of<Prepared>(tokens) +
-                  7 * Scratch::bytes_of<float*>(tokens) + tokens * of_token +
-                  Scratch::bytes_of<Own>(threads) + threads * of_thread +
-                  bytes_of_pieces(spans * a.heads, a.latent));
+  scratch.begin();
   call.rows = scratch.take<Row>(tokens);
   call.ranked = take_rows(tokens, ranks);
   call.asked = take_rows(tokens, a.q_b.rows);

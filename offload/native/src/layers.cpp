@@ -105,7 +105,7 @@ int32_t compute(const Layer* layer, const Router* router, const void* x, const v
   if (status == OK)
     status = mix(*layer, inner, cos, sin, sequences, tokens, y, changes, activations, threads);
   if (status != OK) return status;
-  scratch.reserve(Scratch::bytes_of<float>(2 * rows.width));
+  scratch.begin();
   add(rows, x, y, tokens, scratch.take<float>(2 * rows.width), y);
   status = normalize(layer->before_feed_forward, rows, y, tokens, inner, threads);
   if (status != OK || router == nullptr) return status;
@@ -135,8 +135,7 @@ int32_t moe_layers(const WholeLayer* layers, int64_t count, const void* x, const
   const int64_t numbers = tokens * rows.width;
   int64_t most = 0;
   for (int64_t i = 0; i < count; ++i) most = std::max(most, tokens * layers[i].router->top_k);
-  between.reserve(4 * Scratch::bytes_of<float>(numbers) + Scratch::bytes_of<float>(2 * rows.width) +
-                  Scratch::bytes_of<float>(most));
+  between.begin();
   void *stream = between.take<float>(numbers), *inner = between.take<float>(numbers);
   void *answer = between.take<float>(numbers), *shared = between.take<float>(numbers);
   float *room = between.take<float>(2 * rows.width), *weights = between.take<float>(most);

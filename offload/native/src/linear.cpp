@@ -25,8 +25,7 @@ struct LinearCall {
     if (phase == 0) {
       float* x = call.floats + thread * m.cols;
       kernels().widen(call.dtype, at(call.dtype, call.x, chunk * m.cols), m.cols, x);
-      const bool tiles = tiled(m.format, call.activations, m.cols, call.tokens);
-      kernels().prepare(m.format, call.activations, tiles, x, m.cols, call.prepared[chunk]);
+      prepare(m, call.activations, x, call.tokens, call.prepared[chunk]);
     } else if (phase == 1) {
       multiply(m, call.activations, call.prepared, call.tokens, chunk, call.rows);
     } else {
@@ -39,22 +38,18 @@ void linear(const Matrix& m, const void* x, int64_t tokens, void* y, int32_t dty
             int32_t threads) {
   const bool in_place = dtype == FLOAT32;
   threads = threads_for(weight_bytes(m), tokens, threads);
-  scratch.reserve(tokens * prepared_bytes(m.cols, activations) + Scratch::bytes_of<Prepared>(tokens) +
-                  Scratch::bytes_of<float*>(tokens) + Scratch::bytes_of<float>(threads * m.cols) +
-                  (in_place ? 0 : tokens * Scratch::bytes_of<float>(m.rows)));
+  scratch.begin();
   LinearCall call{&m,
                   x,
                   y,
                   tokens,
                   dtype,
                   activations,
-                  scratch.take<Prepared>(tokens),
+                  take_all_prepared(tokens, m.cols, activations),
                   scratch.take<float*>(tokens),
                   scratch.take<float>(threads * m.cols)};
-  for (int64_t t = 0; t < tokens; ++t) {
-    call.prepared[t] = take_prepared(m.cols, activations);
+  for (int64_t t = 0; t < tokens; ++t)
     call.rows[t] = in_place ? static_cast<float*>(y) + t * m.rows : scratch.take<float>(m.rows);
-  }
   const int64_t chunks[] = {tokens, chunks_of(m, tokens), tokens};
   run_phases(threads, in_place ? 2 : 3, chunks, LinearCall::work, &call);
 }

@@ -48,10 +48,5 @@ inline void low_rows_of(const Matrix& m, const Prepared* x, int64_t first, int64
 template <class Dot>
 inline void low_rows_by_count(const Matrix& m, const Prepared* x, int64_t count, int64_t first, int64_t last,
                               float* const* y) {
-  switch (count) {
-    case 1: return low_rows_of<Dot, 1>(m, x, first, last, y);
-    case 2: return low_rows_of<Dot, 2>(m, x, first, last, y);
-    case 3: return low_rows_of<Dot, 3>(m, x, first, last, y);
-    default: return low_rows_of<Dot, MOST_DOTS>(m, x, first, last, y);
-  }
+  with_count(count, [&](auto t) { low_rows_of<Dot, t.value>(m, x, first, last, y); });
 }

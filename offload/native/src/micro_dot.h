@@ -43,10 +43,5 @@ inline void fp8_rows(const Matrix& m, const Prepared* x, int64_t first, int64_t 
 
 inline void fp8_by_count(const Matrix& m, const Prepared* x, int64_t count, int64_t first, int64_t last,
                          float* const* y) {
-  switch (count) {
-    case 1: return fp8_rows<1>(m, x, first, last, y);
-    case 2: return fp8_rows<2>(m, x, first, last, y);
-    case 3: return fp8_rows<3>(m, x, first, last, y);
-    default: return fp8_rows<MOST_DOTS>(m, x, first, last, y);
-  }
+  with_count(count, [&](auto t) { fp8_rows<t.value>(m, x, first, last, y); });
 }

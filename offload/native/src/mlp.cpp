@@ -1,6 +1,5 @@
 // A gated feed-forward part that all tokens pass, in one call.
 #include <algorithm>
-#include <cmath>
 #include <new>
 
 #include "moe_native.h"
@@ -39,16 +38,11 @@ struct MlpCall {
     }
   }
 
-  void prepare(const Matrix& m, int32_t activations, const float* values, const Prepared& to) const {
-    kernels().prepare(m.format, activations, tiled(m.format, activations, m.cols, tokens), values, m.cols,
-                      to);
-  }
-
   void prepare_input(int64_t t) const {
     const int64_t width = mlp->gate.cols;
     kernels().widen(mlp->dtype, at(mlp->dtype, x, t * width), width, floats[t]);
-    prepare(mlp->gate, activations, floats[t], in[t]);
-    if (share != nullptr) prepare(*share, FLOATS, floats[t], to_open[t]);
+    prepare(mlp->gate, activations, floats[t], tokens, in[t]);
+    if (share != nullptr) prepare(*share, FLOATS, floats[t], tokens, to_open[t]);
   }
 
   void project(int64_t chunk) const {
@@ -61,22 +55,13 @@ struct MlpCall {
   void activate(int64_t t) const {
     const Gate gate{CONCATENATED, mlp->function, 0.0f, 0.0f};
     kernels().gate(gate, hidden[t], mlp->gate.rows, floats[t]);
-    prepare(mlp->down, activations, floats[t], inner[t]);
-  }
-
-  // Rounded where separate operations would round, so that the same comes out.
-  float part_of(int64_t t) const {
-    float value = opened[t][0], spare;
-    round_to(mlp->dtype, 1, &spare, &value);
-    value = 1.0f / (1.0f + std::exp(-value));
-    round_to(mlp->dtype, 1, &spare, &value);
-    return value;
+    prepare(mlp->down, activations, floats[t], tokens, inner[t]);
   }
 
   void finish(int64_t t) const {
     const int64_t width = mlp->down.rows;
     if (share != nullptr) {
-      const float part = part_of(t);
+      const float part = rounded_sigmoid(mlp->dtype, opened[t][0]);
       round_to(mlp->dtype, width, floats[t], out[t]);
       for (int64_t i = 0; i < width; ++i) out[t][i] *= part;
     }
@@ -89,11 +74,7 @@ void run(MlpCall& call, int32_t threads) {
   const int64_t tokens = call.tokens, width = m.gate.cols, rows = m.gate.rows;
   const int64_t room = std::max(width, rows), of_share = call.share == nullptr ? 0 : width;
   threads = threads_for(weight_bytes(m.gate) + weight_bytes(m.up) + weight_bytes(m.down), tokens, threads);
-  const auto floats = [](int64_t count) { return Scratch::bytes_of<float>(count); };
-  scratch.reserve(5 * Scratch::bytes_of<float*>(tokens) + 3 * Scratch::bytes_of<Prepared>(tokens) +
-                  tokens * (floats(room) + floats(2 * rows) + floats(1) + floats(width) +
-                            prepared_bytes(width, call.activations) + prepared_bytes(rows, call.activations) +
-                            prepared_bytes(of_share, FLOATS)));
+  scratch.begin();
   call.floats = take_rows(tokens, room);
   call.hidden = take_rows(tokens, 2 * rows);
   call.up = scratch.take<float*>(tokens);

@@ -53,7 +53,7 @@ int32_t run(NormCall& call, int32_t threads) try {
   if (call.tokens > 0 && (call.x == nullptr || call.weight == nullptr || call.y == nullptr))
     return BAD_ARGUMENT;
   threads = threads_for(2 * call.tokens * call.width, 1, std::min(threads, MAX_THREADS));
-  scratch.reserve(Scratch::bytes_of<float>(threads * 2 * call.width));
+  scratch.begin();
   call.floats = scratch.take<float>(threads * 2 * call.width);
   const int64_t many = call.tokens_per_chunk(), chunks = (call.tokens + many - 1) / many;
   run_phases(threads, 1, &chunks, NormCall::work, &call);

@@ -32,10 +32,5 @@ inline void plain_rows(const Matrix& m, const Prepared* x, int64_t first, int64_
 template <class Number>
 inline void plain_by_count(const Matrix& m, const Prepared* x, int64_t count, int64_t first, int64_t last,
                            float* const* y) {
-  switch (count) {
-    case 1: return plain_rows<Number, 1>(m, x, first, last, y);
-    case 2: return plain_rows<Number, 2>(m, x, first, last, y);
-    case 3: return plain_rows<Number, 3>(m, x, first, last, y);
-    default: return plain_rows<Number, MOST_DOTS>(m, x, first, last, y);
-  }
+  with_count(count, [&](auto t) { plain_rows<Number, t.value>(m, x, first, last, y); });
 }

@@ -73,7 +73,7 @@ int32_t moe_prompt_attention(const PromptAttention* prompt, int32_t threads) try
   PromptCall call{prompt, 0, nullptr};
   call.queries = std::min(std::max<int64_t>(1, ROWS_AT_ONCE / call.group()), p.queries);
   const int64_t chunks = p.sequences * p.kv_heads * call.blocks();
-  scratch.reserve(Scratch::bytes_of<float>(threads * call.room()));
+  scratch.begin();
   call.floats = scratch.take<float>(threads * call.room());
   run_phases(threads, 1, &chunks, PromptCall::work, &call);
   return OK;

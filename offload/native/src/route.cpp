@@ -80,7 +80,7 @@ struct RouteCall {
     const Matrix& m = *call.r->matrix;
     if (phase == 0) {
       kernels().widen(call.dtype, at(call.dtype, call.x, chunk * m.cols), m.cols, call.values[chunk]);
-      prepare_for_router(m, call.values[chunk], call.in[chunk]);
+      prepare(m, FLOATS, call.values[chunk], 1, call.in[chunk]);
     } else if (phase == 1) {
       multiply_router(m, call.in, call.tokens, chunk, call.scores);
     } else {
@@ -108,10 +108,6 @@ bool valid(const Router& r) {
   const int64_t size = r.matrix->rows / r.groups;
   return r.best >= 1 && r.best <= std::min<int64_t>(2, size) && r.top_groups >= 1 &&
          r.top_groups <= r.groups && r.top_k <= r.top_groups * size;
-}
-
-void prepare_for_router(const Matrix& m, const float* token, const Prepared& out) {
-  kernels().prepare(m.format, FLOATS, tiled(m.format, FLOATS, m.cols, 1), token, m.cols, out);
 }
 
 void multiply_router(const Matrix& m, const Prepared* x, int64_t tokens, int64_t c, float* const* y) {
@@ -154,9 +150,7 @@ int32_t moe_route(const Router* router, const void* x, int64_t tokens, int32_t d
   if (tokens < 1 || tokens > BATCH_PAIRS) return BAD_ARGUMENT;
   if (x == nullptr || weights == nullptr || ids == nullptr) return BAD_ARGUMENT;
   const Matrix& m = *router->matrix;
-  scratch.reserve(tokens * (prepared_bytes(m.cols, FLOATS) + Scratch::bytes_of<float>(m.cols) +
-                            2 * Scratch::bytes_of<float>(m.rows)) +
-                  Scratch::bytes_of<Prepared>(tokens) + 3 * Scratch::bytes_of<float*>(tokens));
+  scratch.begin();
   RouteCall call{router, x, tokens, dtype, logits, weights, ids, nullptr, nullptr, nullptr, nullptr};
   call.values = take_rows(tokens, m.cols);
   call.scores = take_rows(tokens, m.rows), call.spare = take_rows(tokens, m.rows);

@@ -5,11 +5,8 @@
 
 #include "work.h"
 
-// Prepares a token [m.cols] for a router's matrix.
-void prepare_for_router(const Matrix& m, const float* token, const Prepared& out);
-
-// Multiplies the rows of chunk `c`, of chunks_of(m, 1), with `tokens` prepared tokens. A token's scores y[t]
-// [m.rows] do not depend on how many others there are.
+// Multiplies the rows of chunk `c`, of chunks_of(m, 1), with `tokens` tokens, each prepared as if it were
+// alone. A token's scores y[t] [m.rows] do not depend on how many others there are.
 void multiply_router(const Matrix& m, const Prepared* x, int64_t tokens, int64_t c, float* const* y);
 
 bool valid(const Router& router);

@@ -1,60 +1,59 @@
 // Working memory of a call, kept between calls.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <cstdlib>
+#include <memory>
 #include <new>
+#include <vector>
 
 #include "isa.h"
 
-// Memory of one thread, which grows to what the thread's largest call needs, and is handed out in pieces that
-// are aligned to cache lines.
+// Memory of one thread, handed out in pieces that are aligned to cache lines. A call that needs more than any
+// before gets it in several blocks; the next call finds one block of as much.
 class Scratch {
  public:
-  ~Scratch() { std::free(memory_); }
-
-  // Makes room for `bytes` in total; pieces that were taken before become invalid.
-  void reserve(int64_t bytes) {
-    used_ = 0;
-    if (bytes + ALIGNMENT <= size_) return;
-    std::free(memory_);
-    size_ = 0;
-    memory_ = std::malloc(static_cast<size_t>(bytes + ALIGNMENT));
-    if (memory_ == nullptr) throw std::bad_alloc();
-    size_ = bytes + ALIGNMENT;
+  // Starts a new call: all pieces become invalid.
+  void begin() {
+    if (blocks_.size() > 1) {
+      blocks_.clear();
+      first_ = end_ = nullptr;
+      add_block(taken_);
+    }
+    next_ = first_;
+    taken_ = 0;
   }
 
+  // A piece that is valid until the next `begin`. Throws bad_alloc.
   template <class T>
   T* take(int64_t count) {
-    const uintptr_t start = (reinterpret_cast<uintptr_t>(memory_) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    T* piece = reinterpret_cast<T*>(start + static_cast<uintptr_t>(used_));
-    used_ += bytes_of<T>(count);
+    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    if (end_ - next_ < bytes) add_block(std::max(bytes, taken_));
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += bytes;
+    taken_ += bytes;
     return piece;
-  }
-
-  template <class T>
-  static int64_t bytes_of(int64_t count) {
-    return (count * static_cast<int64_t>(sizeof(T)) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
   }
 
  private:
   static constexpr int64_t ALIGNMENT = 64;
-  void* memory_ = nullptr;
-  int64_t size_ = 0;
-  int64_t used_ = 0;
+
+  void add_block(int64_t bytes) {
+    blocks_.push_back(std::unique_ptr<char[]>(new char[static_cast<size_t>(bytes + ALIGNMENT)]));
+    const uintptr_t start = reinterpret_cast<uintptr_t>(blocks_.back().get());
+    next_ = first_ = reinterpret_cast<char*>((start + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    end_ = next_ + bytes;
+  }
+
+  std::vector<std::unique_ptr<char[]>> blocks_;
+  char *first_ = nullptr, *next_ = nullptr, *end_ = nullptr;  // of the last block
+  int64_t taken_ = 0;                                         // bytes since `begin`
 };
 
-// The calling thread's scratch memory. A function of the library reserves once, then takes its pieces.
+// The calling thread's scratch memory. A function of the library begins, then takes its pieces.
 inline thread_local Scratch scratch;
 
-// How many bytes a prepared input for a matrix of `columns` takes from scratch, and such an input.
-inline int64_t prepared_bytes(int64_t columns, int32_t activations) {
-  const int64_t width = most_columns(columns);
-  int64_t bytes = Scratch::bytes_of<float>(width) + 2 * Scratch::bytes_of<float>(most_blocks(columns));
-  if (activations != FLOATS) bytes += Scratch::bytes_of<int8_t>(2 * width);
-  return bytes;
-}
-
+// Takes a prepared input for a matrix of so many columns from scratch.
 inline Prepared take_prepared(int64_t columns, int32_t activations) {
   const int64_t width = most_columns(columns);
   Prepared piece;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 
 namespace {
@@ -91,6 +92,14 @@ void round_to(int32_t dtype, int64_t count, float* spare, float* x) {
   if (dtype == FLOAT32) return;
   kernels().narrow(dtype, x, count, spare);
   kernels().widen(dtype, spare, count, x);
+}
+
+float rounded_sigmoid(int32_t dtype, float x) {
+  float spare;
+  round_to(dtype, 1, &spare, &x);
+  x = 1.0f / (1.0f + std::exp(-x));
+  round_to(dtype, 1, &spare, &x);
+  return x;
 }
 
 int threads_for(int64_t bytes, int64_t tokens, int32_t threads) {

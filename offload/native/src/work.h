@@ -27,6 +27,9 @@ inline void* at(int32_t dtype, void* numbers, int64_t index) {
 // Rounds x [count] to the dtype. `spare` has room for as many floats.
 void round_to(int32_t dtype, int64_t count, float* spare, float* x);
 
+// The sigmoid of x, rounded to the dtype where separate operations would round, so that the same comes out.
+float rounded_sigmoid(int32_t dtype, float x);
+
 // How many threads are worth waking to multiply `bytes` of weights with each of `tokens`.
 int threads_for(int64_t bytes, int64_t tokens, int32_t threads);
 
@@ -35,9 +38,15 @@ int64_t weight_bytes(const Matrix& m);
 // Into how many chunks of rows a matrix is cut when it is multiplied with `tokens` inputs.
 int64_t chunks_of(const Matrix& m, int64_t tokens);
 
-// Whether `tokens` inputs are multiplied in tiles, as prepare and rows want to be told.
+// Whether `tokens` inputs are multiplied in tiles, as the kernels want to be told.
 inline bool tiled(int32_t format, int32_t activations, int64_t columns, int64_t tokens) {
   return tokens > kernels().most_in_registers(format, activations, columns);
+}
+
+// Prepares x [m.cols] for `multiply`, in which the matrix is multiplied with so many inputs.
+inline void prepare(const Matrix& m, int32_t activations, const float* x, int64_t tokens,
+                    const Prepared& out) {
+  kernels().prepare(m.format, activations, tiled(m.format, activations, m.cols, tokens), x, m.cols, out);
 }
 
 // Multiplies the rows of chunk `c` of the matrix with `count` inputs, which were prepared for `count` tokens,

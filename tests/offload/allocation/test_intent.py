@@ -190,7 +190,7 @@ def test_a_damaged_intent_is_chosen_anew(
 def sealed(fields: dict[str, Any]) -> str:
     """With a right checksum."""
     fields = {name: value for name, value in fields.items() if name != "checksum"}
-    return json.dumps(fields | {"checksum": intent_module._checksum(fields)})
+    return json.dumps(fields | {"checksum": intent_module.checksum_of(fields)})
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ class TestLocate:
 class TestDownload:
     def test_only_what_is_needed(self, hub: Any, repo: Path, mixtral_19: Path) -> None:
         hub.add_repo(MIXTRAL, repo)
-        folder = resolve("mixtral-8x7b", progress=False)
+        folder = resolve("mixtral-8x7b")
         assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in mixtral_19.iterdir())
         assert not [name for name in hub.sent if name.endswith((".pt", ".bin", ".md")) or "consol" in name]
         sent = {name: count for name, count in hub.sent.items() if name.endswith(".safetensors")}
@@ -125,7 +125,7 @@ class TestDownload:
 
     def test_second_time_needs_no_network(self, hub: Any, repo: Path) -> None:
         hub.add_repo(MIXTRAL, repo)
-        folder = resolve(MIXTRAL, progress=False)
+        folder = resolve(MIXTRAL)
         hub.close()
         assert resolve("mixtral-8x7b") == folder
         assert resolve("mixtral-8x7b", download=False) == folder
@@ -134,10 +134,10 @@ class TestDownload:
     def test_update_asks_the_hub(self, hub: Any, tiny_mixtral: Path, tmp_path: Path) -> None:
         served = shutil.copytree(tiny_mixtral, tmp_path / "served")
         hub.add_repo("org/model", served)
-        old = resolve("org/model", progress=False)
+        old = resolve("org/model")
         (served / "generation_config.json").write_text('{"eos_token_id": 5}')
-        assert resolve("org/model", progress=False) == old
-        new = resolve("org/model", update=True, progress=False)
+        assert resolve("org/model") == old
+        new = resolve("org/model", update=True)
         assert new != old
         assert "5" in (new / "generation_config.json").read_text()
         assert hub.sent["model.safetensors"] == (served / "model.safetensors").stat().st_size
@@ -147,7 +147,7 @@ class TestDownload:
         hub.add_repo("org/model", mixtral_19)
         shard = max(mixtral_19.glob("*.safetensors"), key=lambda path: path.stat().st_size)
         hub.cut_after = 16 * 1024
-        folder = resolve("org/model", progress=False)
+        folder = resolve("org/model")
         assert hub.sent[shard.name] == shard.stat().st_size
         assert hub.requests.total() < 100
         assert hub.requests[f"GET /org/model/resolve/{folder.name}/{shard.name}"] == 2
@@ -156,7 +156,7 @@ class TestDownload:
     def test_a_server_without_ranges_starts_over(self, hub: Any, tiny_mixtral: Path) -> None:
         hub.add_repo("org/model", tiny_mixtral)
         hub.ranges, hub.cut_after = False, 500_000
-        folder = resolve("org/model", progress=False)
+        folder = resolve("org/model")
         shard = tiny_mixtral / "model.safetensors"
         assert hub.requests[f"GET /org/model/resolve/{folder.name}/{shard.name}"] == 2
         assert (folder / shard.name).read_bytes() == shard.read_bytes()
@@ -185,14 +185,19 @@ class TestDownload:
         blobs.mkdir(parents=True)
         (blobs / f"{sha256}.incomplete").write_bytes(b"rubbish")
         with pytest.raises(CheckpointError, match="arrived damaged"):
-            resolve("org/model", progress=False)
-        resolve("org/model", progress=False)
+            resolve("org/model")
+        resolve("org/model")
 
     def test_single_file_repository_with_a_bar(
-        self, hub: Any, tiny_qwen3_moe: Path, capsys: pytest.CaptureFixture[str]
+        self,
+        hub: Any,
+        tiny_qwen3_moe: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         hub.add_repo("org/model", tiny_qwen3_moe)
-        folder = resolve("hf.co/org/model", progress=True)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        folder = resolve("hf.co/org/model")
         assert (folder / "tokenizer.json").is_file()
         captured = capsys.readouterr()
         assert "org/model" in captured.err
@@ -252,17 +257,17 @@ class TestRefusals:
     def test_gated(self, hub: Any, tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         hub.add_repo("org/model", tiny_mixtral, gated=True)
         with pytest.raises(MoeLocalError, match=r"gated: accept its licence at .*/org/model .*HF_TOKEN"):
-            resolve("org/model", progress=False)
+            resolve("org/model")
         monkeypatch.setenv("HF_TOKEN", "bad-token")
         with pytest.raises(MoeLocalError, match="gated") as error:
-            resolve("org/model", progress=False)
+            resolve("org/model")
         one_line(error)
         monkeypatch.setenv("HF_TOKEN", "good-token")
-        assert (resolve("org/model", progress=False) / "model.safetensors").is_file()
+        assert (resolve("org/model") / "model.safetensors").is_file()
 
     def test_no_such_repository(self, hub: Any) -> None:
         with pytest.raises(ModelNotFoundError, match="no public repository at") as error:
-            resolve("mistralai/Mixtral-8x7B-Instruct", progress=False)
+            resolve("mistralai/Mixtral-8x7B-Instruct")
         assert "did you mean mixtral-8x7b" in one_line(error)
 
     def test_not_downloaded(self, hub: Any) -> None:
@@ -272,13 +277,13 @@ class TestRefusals:
     def test_no_network(self, hub: Any) -> None:
         hub.close()
         with pytest.raises(MoeLocalError, match="no connection to http://127") as error:
-            resolve("org/model", progress=False)
+            resolve("org/model")
         assert one_line(error).endswith("; go online and run again")
         part = hub_download.blobs_folder("org/model") / f"{64 * 'a'}.incomplete"
         part.parent.mkdir(parents=True)
         part.write_bytes(b"begun")
         with pytest.raises(MoeLocalError, match="go online and run again, it continues"):
-            resolve("org/model", progress=False)
+            resolve("org/model")
 
     def test_offline_mode(self, hub: Any, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from huggingface_hub import constants
@@ -286,7 +291,7 @@ class TestRefusals:
         hub.add_repo("org/model", repo)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(MoeLocalError, match="is not on this machine and HF_HUB_OFFLINE is set") as error:
-            resolve("org/model", progress=False)
+            resolve("org/model")
         assert one_line(error).endswith("; go online and run again")
         assert not hub.requests
 
@@ -295,7 +300,7 @@ class TestRefusals:
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr(hub_download.shutil, "disk_usage", lambda path: usage(0, 0, 2**20))
         with pytest.raises(DoesNotFitError, match=r"needs 51\d MiB .*where 1\.00 MiB are free") as error:
-            resolve("org/model", progress=False)
+            resolve("org/model")
         assert "HF_HUB_CACHE" in one_line(error)
         assert not [name for name in hub.sent if name.endswith(".safetensors")]
 
@@ -310,15 +315,15 @@ class TestRefusals:
         with monkeypatch.context() as patch:
             patch.setattr(hub_download, "_get", full)
             with pytest.raises(DoesNotFitError, match=r"disk is full at model\.safetensors"):
-                resolve("org/model", progress=False)
-        resolve("org/model", progress=False)
+                resolve("org/model")
+        resolve("org/model")
 
     def test_pickles_only(self, hub: Any, repo: Path) -> None:
         for path in repo.glob("*.safetensors*"):
             path.unlink()
         hub.add_repo("org/model", repo)
         with pytest.raises(CheckpointError, match="only pickled weights") as error:
-            resolve("org/model", progress=False)
+            resolve("org/model")
         one_line(error)
         assert cached_folder("org/model") is None
 
@@ -326,7 +331,7 @@ class TestRefusals:
         (repo / "model-00007-of-00019.safetensors").unlink()
         hub.add_repo("org/model", repo)
         with pytest.raises(CheckpointError, match=r"lacks model-00007-of-00019\.safetensors \(1 of 19"):
-            resolve("org/model", progress=False)
+            resolve("org/model")
 
 
 class TestConfigOf:
@@ -359,11 +364,11 @@ class TestConfigOf:
         publish(200)
         assert config_of(MIXTRAL).max_position_embeddings == 100  # of no other does it know without asking
         assert config_of(MIXTRAL, to_load=True).max_position_embeddings == 200
-        folder = resolve(MIXTRAL, progress=False)
+        folder = resolve(MIXTRAL)
         publish(300)
         hub.requests.clear()
         assert config_of(MIXTRAL, to_load=True).max_position_embeddings == 200
-        assert resolve(MIXTRAL, progress=False) == folder
+        assert resolve(MIXTRAL) == folder
         assert not hub.requests
 
     def test_repository_without_config(self, hub: Any, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from moe_local.offload.dense.delta_rule import (
     use_native_delta_rule,
 )
 from moe_local.offload.modeling.names import cache_name
-from moe_local.offload.native.library import library
+from moe_local.offload.native.library import library, loaded_library
 from support import tiny_models
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C++ library was not compiled")
@@ -56,7 +56,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """An entry for each call of the library."""
     made: list[int] = []
-    monkeypatch.setattr(module_under_test, "library", lambda: made.append(1) or library())
+    monkeypatch.setattr(module_under_test, "loaded_library", lambda: made.append(1) or loaded_library())
     return made
 
 
@@ -175,7 +175,7 @@ def test_where_packed_sequences_start_is_for_transformers_functions(
 def test_prompts_without_a_cache_are_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_models.tiny_model("qwen3_next")
     use_native_delta_rule(model)
-    monkeypatch.setattr(module_under_test, "library", never)
+    monkeypatch.setattr(module_under_test, "loaded_library", never)
     with torch.no_grad():
         model(input_ids=torch.arange(6)[None], use_cache=False)
 
@@ -197,7 +197,7 @@ def test_a_cache_that_keeps_the_past_gets_it(monkeypatch: pytest.MonkeyPatch) ->
         model(input_ids=ids, **{name: cache}, use_cache=True)
         for layer in layers_of(model):
             cache.layers[layer.layer_idx].record_past = True
-        monkeypatch.setattr(module_under_test, "library", never)
+        monkeypatch.setattr(module_under_test, "loaded_library", never)
         model(input_ids=ids[:, :1], **{name: cache}, use_cache=True)
 
 
@@ -240,7 +240,7 @@ def test_prompts_go_in_pieces_all_the_same(monkeypatch: pytest.MonkeyPatch) -> N
 def test_gradients_go_transformers_way(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_models.tiny_model("qwen3_next")
     use_native_delta_rule(model)
-    monkeypatch.setattr(module_under_test, "library", never)
+    monkeypatch.setattr(module_under_test, "loaded_library", never)
     model(input_ids=torch.tensor([[5]]), use_cache=True).logits.sum().backward()
 
 

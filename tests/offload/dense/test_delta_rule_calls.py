@@ -109,7 +109,7 @@ def test_slices_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
             read.append(rule._obj)
             return 0
 
-    monkeypatch.setattr(module_under_test, "library", Noting)
+    monkeypatch.setattr(module_under_test, "loaded_library", Noting)
     delta_rule(never, **given)
     assert [read[0].q, read[0].k, read[0].v] == [given[n].data_ptr() for n in ("query", "key", "value")]
     assert (read[0].key_stride, read[0].value_stride) == (2 * 8 + 9, 4 * 16 + 9)

@@ -17,9 +17,10 @@ from moe_local.offload.engine import batch_view
 from moe_local.offload.engine.batch_view import BatchMasks, BatchPlaces
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.memory import make_kv
-from moe_local.offload.engine.sampling import Settings, make_settings
+from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.engine.sequence import Sequence
 from support import tiny_models
+from support.engine_runs import greedy, random_ids
 
 torch.set_num_threads(1)
 TOLERANCE = 2e-4
@@ -45,15 +46,6 @@ OTHERS = (
 )
 def model(request: pytest.FixtureRequest) -> Any:
     return tiny_models.tiny_model(request.param.split("-")[0], **CASES.get(request.param, {}))
-
-
-def random_ids(length: int, seed: int) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(3, 320) for _ in range(length)]
-
-
-def greedy(model: Any, count: int) -> Settings:
-    return make_settings(model, [1], max_new_tokens=count, eos_token_id=None)
 
 
 @torch.inference_mode()

@@ -19,10 +19,11 @@ from moe_local.cache.errors import MoeLocalError, OptionError
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.own_caches import OwnCaches
-from moe_local.offload.engine.sampling import Settings, make_settings
-from moe_local.offload.engine.sequence import FinishReason, Sequence
+from moe_local.offload.engine.sampling import make_settings
+from moe_local.offload.engine.sequence import FinishReason
 from moe_local.offload.system import interrupt
 from support import engine_runs, tiny_models
+from support.engine_runs import finish, greedy, random_ids
 
 torch.set_num_threads(1)
 TOLERANCE = 2e-4
@@ -39,27 +40,12 @@ def model(request: pytest.FixtureRequest) -> Any:
     return tiny_models.tiny_model(request.param.split("-")[0], **CASES[request.param])
 
 
-def random_ids(length: int, seed: int = 0) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(3, 320) for _ in range(length)]
-
-
 def hf_ids(model: Any, ids: list[int], **options: Any) -> list[int]:
     """New tokens of transformers' generate; the mask keeps it from hiding ids equal to the pad token."""
     prompt = torch.tensor([ids])
     out = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
     new: list[int] = out[0, len(ids) :].tolist()
     return new
-
-
-def greedy(model: Any, count: int) -> Settings:
-    return make_settings(model, [1], max_new_tokens=count, eos_token_id=None)
-
-
-def finish(engine: Engine, *sequences: Sequence) -> None:
-    while any(sequence.finish_reason is None for sequence in sequences):
-        engine.step()
-        engine.check_integrity()
 
 
 @contextmanager

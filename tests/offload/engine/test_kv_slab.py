@@ -18,6 +18,7 @@ from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.own_caches import OwnCaches
 from moe_local.offload.engine.state_slab import StateSlab
 from support import tiny_models
+from support.engine_runs import random_ids
 
 torch.set_num_threads(1)
 TOLERANCE = 2e-4
@@ -64,11 +65,6 @@ def forward(model: Any, kv: Any, row: int, ids: list[int]) -> torch.Tensor:
 def reference(model: Any, ids: list[int]) -> torch.Tensor:
     logits: torch.Tensor = model(input_ids=torch.tensor([ids])).logits[0, -1]
     return logits
-
-
-def random_ids(length: int, seed: int = 0) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(3, 320) for _ in range(length)]
 
 
 def test_chunks_equal_one_forward(model: Any) -> None:

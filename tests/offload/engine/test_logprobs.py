@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from moe_local.offload.engine.logprobs import LogProbs, log_probabilities, look_
 from moe_local.offload.engine.memory import make_kv
 from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.engine.sequence import Sequence
+from support.engine_runs import random_ids
 
 torch.set_num_threads(1)
 TOLERANCE = 2e-4
@@ -28,13 +28,8 @@ SAMPLED = {"do_sample": True, "temperature": 1.7, "top_k": 9, "repetition_penalt
 """What changes the scores that a token is drawn from, as far as there are options for it."""
 
 
-def prompt(length: int) -> list[int]:
-    chance = random.Random(length)
-    return [chance.randrange(3, 320) for _ in range(length)]
-
-
 def joined(engine: Engine, length: int, logprobs: int | None, count: int = 6, **options: Any) -> Sequence:
-    ids = prompt(length)
+    ids = random_ids(length)
     settings = make_settings(engine.hf, ids, max_new_tokens=count, logprobs=0, **ENDLESS, **options)
     settings.logprobs = logprobs  # beyond 20, too: of all ids
     return engine.join(ids, settings)
@@ -148,7 +143,7 @@ def test_those_of_a_prompt(hf: Any, monkeypatch: pytest.MonkeyPatch, length: int
     monkeypatch.setattr(logprobs, "SCORED_BYTES", 16 * 4 * hf.config.vocab_size)
     monkeypatch.setattr(logprobs, "PIECE", 5)
     engine = Engine(hf, make_kv(hf, 2, 64), chunk=chunk)
-    ids = prompt(40)[:length]
+    ids = random_ids(40)[:length]
     for _ in range(2):
         settings = make_settings(hf, ids, max_new_tokens=3, logprobs=4, **ENDLESS, **SAMPLED)
         settings.prompt_logprobs = True
@@ -172,7 +167,7 @@ def test_those_of_a_prompt(hf: Any, monkeypatch: pytest.MonkeyPatch, length: int
 
 def test_a_prompt_that_is_computed_again_has_them_once(hf: Any) -> None:
     engine = Engine(hf, make_kv(hf, 1, 64), chunk=4)
-    ids = prompt(11)
+    ids = random_ids(11)
     settings = make_settings(hf, ids, max_new_tokens=2, logprobs=1, **ENDLESS)
     settings.prompt_logprobs = True
     sequence = engine.join(ids, settings)
@@ -200,7 +195,7 @@ def test_models_that_read_prompts_in_one_piece_refuse_those_of_a_prompt(
 
 def test_a_tensor_of_ids_has_no_place_for_them(mixtral: Any) -> None:
     engine = Engine(mixtral, make_kv(mixtral, 1, 64), chunk=64)
-    ids = torch.tensor([prompt(5)])
+    ids = torch.tensor([random_ids(5)])
     for options in ({}, {"num_beams": 2}):
         with pytest.raises(OptionError, match="logprobs cannot be given with a tensor of ids"):
             generate_ids(engine, ids, logprobs=2, max_new_tokens=2, **options)

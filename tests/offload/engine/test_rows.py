@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_local.cache.errors import MoeLocalError
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.memory import make_kv
-from moe_local.offload.engine.sampling import Settings, make_settings
+from moe_local.offload.engine.sampling import make_settings
 from moe_local.offload.engine.sequence import Sequence
 from support import tiny_models
+from support.engine_runs import greedy
 
 torch.set_num_threads(1)
 PROMPTS = [list(range(10, 29)), list(range(50, 63)), list(range(90, 107))]
@@ -54,10 +55,6 @@ def fails_once(kv: Any, method: str, at: int) -> Failing:
 
     setattr(kv, method, fail)
     return failing
-
-
-def greedy(model: Any, count: int) -> Settings:
-    return make_settings(model, [1], max_new_tokens=count, eos_token_id=None)
 
 
 def finish(engine: Engine, sequence: Sequence) -> list[int]:

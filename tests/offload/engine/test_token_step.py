@@ -15,12 +15,11 @@ from moe_local.offload.engine import static_row
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.kv_slab import KVSlab
 from moe_local.offload.engine.memory import make_kv
-from moe_local.offload.engine.sampling import Settings, make_settings
-from moe_local.offload.engine.sequence import Sequence
 from moe_local.offload.engine.static_row import static_columns
 from moe_local.offload.gpu.relief import Shortage
 from moe_local.offload.modeling.masks import use_capturable_mask
 from support import engine_runs, fake_graphs, plain_experts, tiny_models
+from support.engine_runs import finish, greedy, random_ids
 
 torch.set_num_threads(1)
 
@@ -66,15 +65,6 @@ def few_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static_row, "FEWEST_COLUMNS", 16)
 
 
-def random_ids(length: int, seed: int = 0) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(3, 320) for _ in range(length)]
-
-
-def greedy(model: Any, count: int) -> Settings:
-    return make_settings(model, [1], max_new_tokens=count, eos_token_id=None)
-
-
 class Watched(Engine):
     """Keeps the logits of every forward."""
 
@@ -88,12 +78,6 @@ class Watched(Engine):
         logits = super()._forward(work)
         self.seen.append(logits.clone())
         return logits
-
-
-def finish(engine: Engine, *sequences: Sequence) -> None:
-    while any(sequence.finish_reason is None for sequence in sequences):
-        engine.step()
-        engine.check_integrity()
 
 
 def decoded(engine: Watched, ids: list[int], count: int) -> tuple[list[int], torch.Tensor]:

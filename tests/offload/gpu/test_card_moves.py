@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from moe_local.offload.gpu.card_moves import CardMoves, move_between_cards, move
 from moe_local.offload.gpu.relief import Shortage
 from moe_local.offload.modeling.masks import use_capturable_mask
 from support import fake_cards, fake_graphs, plain_experts, tiny_models
+from support.engine_runs import random_ids
 
 torch.set_num_threads(1)
 
@@ -67,11 +67,6 @@ class Spread:
         engine.leave(sequence)
         engine.forget()
         return sequence.new_ids, engine
-
-
-def random_ids(length: int) -> list[int]:
-    generator = random.Random(0)
-    return [generator.randrange(3, 320) for _ in range(length)]
 
 
 @pytest.fixture(autouse=True)

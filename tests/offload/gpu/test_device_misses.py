@@ -22,6 +22,7 @@ from moe_local.offload.gpu.device_misses import DeviceMisses
 from moe_local.offload.gpu.relief import Shortage
 from moe_local.offload.measure.variants import expert_runner
 from support import fake_graphs, torch_kernels
+from support.engine_runs import random_ids
 
 torch.set_num_threads(1)
 
@@ -65,13 +66,8 @@ def load() -> Callable[..., moe_local.Model]:
     return loaded
 
 
-def prompt(length: int, seed: int = 0) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(3, 320) for _ in range(length)]
-
-
 def answer(model: moe_local.Model, length: int = 11, new: int = 12, seed: int = 0) -> list[int]:
-    ids = model.generate(prompt(length, seed), max_new_tokens=new, eos_token_id=None).token_ids
+    ids = model.generate(random_ids(length, seed), max_new_tokens=new, eos_token_id=None).token_ids
     model.check_integrity()
     return ids
 
@@ -127,7 +123,7 @@ def test_each_token_is_counted_when_it_comes(
     device = make_device(4)
     with load(make_checkpoint("qwen3_moe"), device, fake_graphs.FakeGraphs()) as model:
         layers = len(model.stats().hits_by_layer)
-        first, *tokens = model.stream(prompt(9), max_new_tokens=20, eos_token_id=None)
+        first, *tokens = model.stream(random_ids(9), max_new_tokens=20, eos_token_id=None)
         assert first.hits + first.misses > 2 * layers
         assert [token.hits + token.misses for token in tokens] == [2 * layers] * 19
         nbytes = {token.bytes_h2d / token.misses for token in tokens if token.misses}
@@ -198,7 +194,7 @@ def test_the_host_may_come_between_at_any_time(
         for _ in range(2):
             for length, ids in zip((5, 40, 12), want, strict=True):
                 got: list[int] = []
-                for token in model.stream(prompt(length, length), max_new_tokens=10, eos_token_id=None):
+                for token in model.stream(random_ids(length, length), max_new_tokens=10, eos_token_id=None):
                     got.append(token.id)
                     event = rng.random()
                     if event < 0.1:
@@ -208,7 +204,7 @@ def test_the_host_may_come_between_at_any_time(
                     elif event < 0.3:
                         model.check_integrity()
                 assert got == ids
-            given = torch.tensor([prompt(5, 5), prompt(5, 5)])
+            given = torch.tensor([random_ids(5, 5), random_ids(5, 5)])
             both = model.generate(given, max_new_tokens=10, eos_token_id=None)
             assert both[:, 5:].tolist() == [want[0]] * 2
             alone = model.hf.generate(given[:1], max_new_tokens=10, eos_token_id=None, do_sample=False)

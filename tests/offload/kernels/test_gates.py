@@ -25,7 +25,7 @@ from moe_local.offload.kernels.gates import (
     apply_gate,
     recognize,
 )
-from moe_local.offload.native.library import ISAS, Gate, library
+from moe_local.offload.native.library import ISAS, Gate, library, loaded_library
 from support import tiny_models
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -46,7 +46,7 @@ def needs_the_library() -> None:
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    lib: Any = library()
+    lib = loaded_library()
     before = lib.moe_isa()
     if lib.moe_set_isa(ISAS.index(request.param)) != 0:
         pytest.skip(f"this processor has no {request.param}")

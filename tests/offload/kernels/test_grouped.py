@@ -7,11 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from moe_local.offload.kernels import grouped, triton_needs
 from moe_local.offload.kernels.expert import ExpertKernels
@@ -24,26 +23,10 @@ from moe_local.offload.native.library import library
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 from support.expert_codecs import expert_codec
+from support.expert_math import Lease, Math
 
 D, FF, EXPERTS = 64, 128, 7
 CPU = torch.device("cpu")
-
-
-class Math:
-    has_gate, has_bias = True, False
-
-    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = hidden.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    def finish(self, output: torch.Tensor) -> torch.Tensor:
-        return output
-
-
-class Lease(NamedTuple):
-    expert: int
-    buffer: torch.Tensor
-    layout: Layout
 
 
 class Stand:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from moe_local.cache.errors import OptionError
 from moe_local.offload.kernels.bnb import nf4_linear
@@ -15,21 +14,14 @@ from moe_local.offload.kernels.reference import reference_linear
 from moe_local.offload.native.library import library
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
+from support import expert_math
+from support.packed import off
 
 D, FF = 128, 192
 
 
-class Math:
-    """An architecture with gate, up and a factor at the end, or without them."""
-
-    def __init__(self, *, has_gate: bool, has_bias: bool) -> None:
-        self.has_gate, self.has_bias = has_gate, has_bias
-
-    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        if not self.has_gate:
-            return F.relu(hidden)
-        gate, up = hidden.chunk(2, dim=-1)
-        return F.silu(gate) * up
+class Math(expert_math.Math):
+    """With a factor at the end."""
 
     def finish(self, output: torch.Tensor) -> torch.Tensor:
         return 3 * output
@@ -60,10 +52,6 @@ def plainly(math: Math, x: torch.Tensor, weights: dict[str, torch.Tensor]) -> to
     return math.finish(math.activate(hidden) @ w["down_proj"].T + w.get("down_proj_bias", 0))
 
 
-def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
-
-
 @pytest.mark.parametrize("tokens", [1, 2, 300])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("has_gate", [False, True])
@@ -77,7 +65,7 @@ def test_equals_the_plain_products(format: str, has_gate: bool, has_bias: bool, 
         y = ExpertKernels().forward(math, x.to(dtype), buffer, layout)
         assert y.dtype == dtype
         assert y.shape == (tokens, D)
-        assert error_of(y, plainly(math, x.to(dtype), weights)) < tolerance
+        assert off(y, plainly(math, x.to(dtype), weights)) < tolerance
     assert torch.equal(buffer, before)
 
 
@@ -87,7 +75,7 @@ def test_each_token_has_the_same_result_alone_and_among_others() -> None:
     x = torch.randn(40, D, generator=torch.Generator().manual_seed(0))
     together = ExpertKernels().forward(math, x, buffer, layout)
     alone = torch.cat([ExpertKernels().forward(math, x[i : i + 1], buffer, layout) for i in range(40)])
-    assert error_of(together, alone.double()) < 1e-6
+    assert off(together, alone.double()) < 1e-6
 
 
 @pytest.mark.parametrize("format", ["fp32", "bf16", "nf4"])
@@ -154,11 +142,11 @@ def check_fused_nf4(device: str, dtypes: list[tuple[torch.dtype, float]], tokens
         for count in tokens:
             x = torch.randn(count, D, generator=torch.Generator().manual_seed(count)).to(device, dtype)
             want = x.double() @ weights["gate_up_proj"].double().to(device).T
-            assert error_of(plain(x, "gate_up_proj"), want) < tolerance
+            assert off(plain(x, "gate_up_proj"), want) < tolerance
             want = want + weights["gate_up_proj_bias"].double().to(device)
             got = linear(x, "gate_up_proj")
             assert got.dtype == dtype
-            assert error_of(got, want) < tolerance
+            assert off(got, want) < tolerance
 
 
 def test_the_fused_nf4_product_equals_the_reference() -> None:
@@ -179,4 +167,4 @@ def test_gpu_and_cpu_agree(format: str, tokens: int) -> None:
     math: Any = Math(has_gate=True, has_bias=True)
     layout, buffer, weights = an_expert(format, has_bias=True, device="cuda")
     x = torch.randn(tokens, D, device="cuda").bfloat16()
-    assert error_of(ExpertKernels().forward(math, x, buffer, layout), plainly(math, x, weights)) < 2e-2
+    assert off(ExpertKernels().forward(math, x, buffer, layout), plainly(math, x, weights)) < 2e-2

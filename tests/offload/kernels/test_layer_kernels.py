@@ -15,36 +15,12 @@ from moe_local.offload.kernels.layer import LayerKernels, OneByOne
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.native.library import library
 from moe_local.offload.quantize.codec import codec_for
-from moe_local.offload.quantize.layout import Layout, TensorSpec
+from moe_local.offload.quantize.layout import TensorSpec
+from support.expert_math import GptOss, Lease, Math
+from support.packed import off
 
 D, FF, EXPERTS = 96, 64, 12
 FORMATS = ("nf4", "int8")
-
-
-class Math:
-    """silu(gate) * up, or relu without a gate."""
-
-    def __init__(self, *, has_gate: bool = True, has_bias: bool = False) -> None:
-        self.has_gate, self.has_bias = has_gate, has_bias
-
-    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        if not self.has_gate:
-            return F.relu(hidden)
-        gate, up = hidden.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    def finish(self, output: torch.Tensor) -> torch.Tensor:
-        return output
-
-
-class Interleaved(Math):
-    """gpt-oss' gate."""
-
-    alpha, limit = 1.702, 7.0
-
-    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = hidden[..., ::2].clamp(max=self.limit), hidden[..., 1::2].clamp(-self.limit, self.limit)
-        return (up + 1) * gate * torch.sigmoid(gate * self.alpha)
 
 
 class Unknown(Math):
@@ -67,19 +43,12 @@ MATHS: dict[str, Callable[[], Math]] = {
     "gated with biases": lambda: Math(has_bias=True),
     "not gated": lambda: Math(has_gate=False),
     "not gated, with biases": lambda: Math(has_gate=False, has_bias=True),
-    "interleaved": lambda: Interleaved(has_bias=True),
+    "interleaved": lambda: GptOss(has_bias=True),
 }
 OTHERS: dict[str, Callable[[], Math]] = {"unknown": Unknown, "finished": Doubled}
 
 
-class Slot:
-    """An expert that may be read."""
-
-    def __init__(self, expert: int, layout: Layout, buffer: torch.Tensor) -> None:
-        self.expert, self.layout, self.buffer = expert, layout, buffer
-
-
-def make_slots(format: str, math: Math) -> list[Slot]:
+def make_slots(format: str, math: Math) -> list[Lease]:
     """All experts of a layer."""
     first = "gate_up_proj" if math.has_gate else "up_proj"
     specs = [TensorSpec(first, (2 * FF if math.has_gate else FF, D)), TensorSpec("down_proj", (D, FF))]
@@ -92,12 +61,12 @@ def make_slots(format: str, math: Math) -> list[Slot]:
         weights = {spec.name: torch.randn(spec.shape, generator=generator) / 8 for spec in specs}
         buffer = torch.empty(layout.nbytes, dtype=torch.uint8)
         codec.encode(weights, layout, buffer)
-        slots.append(Slot(expert, layout, buffer))
+        slots.append(Lease(expert, buffer, layout))
     return slots
 
 
 def plainly(
-    math: Math, slots: list[Slot], x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    math: Math, slots: list[Lease], x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """In float64, from the decoded weights."""
     first, total = "gate_up_proj" if math.has_gate else "up_proj", torch.zeros(x.shape, dtype=torch.float64)
@@ -117,11 +86,7 @@ def routed(tokens: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return torch.randn(tokens, D, generator=generator), ids, weights
 
 
-def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
-
-
-def by_groups(step: Any, slots: list[Slot], used: list[int], size: int) -> torch.Tensor:
+def by_groups(step: Any, slots: list[Lease], used: list[int], size: int) -> torch.Tensor:
     """The result where the slots that are used become readable `size` at a time."""
     for start in range(0, len(used), size):
         step.compute([slots[expert] for expert in used[start : start + size]])
@@ -144,14 +109,14 @@ def test_one_call_equals_one_by_one(format: str, kind: str) -> None:
         routing = Routing(ids.flatten().tolist(), tokens, EXPERTS)
         want = plainly(math, slots, x, ids, weights)
         single = by_groups(OneByOne(each, math, x, routing, weights), slots, routing.experts, 5)
-        assert error_of(single, want) < 1e-5
+        assert off(single, want) < 1e-5
         results = []
         for size in (1, 3, EXPERTS):
             for order in (routing.experts, routing.experts[::-1]):
                 step = kernels.begin(math, x, routing, weights, slots[0].layout)
                 assert isinstance(step, CpuStep)
                 results.append(by_groups(step, slots, order, size))
-        assert error_of(results[0], want) < 1e-5
+        assert off(results[0], want) < 1e-5
         assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -170,7 +135,7 @@ def test_the_result_has_the_tokens_dtype(format: str, dtype: torch.dtype, activa
         got = by_groups(step, slots, routing.experts, 4)
         assert got.dtype == dtype
         bound = 2e-2 if activations == "int8" else {torch.float32: 1e-5}.get(dtype, 6e-3)
-        assert error_of(got, plainly(math, slots, x, ids, weights)) < bound
+        assert off(got, plainly(math, slots, x, ids, weights)) < bound
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -184,7 +149,7 @@ def test_what_the_library_does_not_do_is_computed_one_by_one(format: str, kind: 
         step = LayerKernels().begin(math, x, routing, weights, slots[0].layout)
         assert isinstance(step, OneByOne)
         want = plainly(math, slots, x, ids, weights)
-        assert error_of(by_groups(step, slots, routing.experts, 2), want) < 1e-5
+        assert off(by_groups(step, slots, routing.experts, 2), want) < 1e-5
 
 
 def test_no_tokens_give_nothing() -> None:
@@ -205,7 +170,7 @@ def test_slots_are_read_anew_whatever_was_in_them_before() -> None:
     shared = slots[0].buffer.clone()
     for expert in (0, 5, 7):
         shared.copy_(slots[expert].buffer)
-        here = Slot(expert, slots[0].layout, shared)
+        here = Lease(expert, shared, slots[0].layout)
         step = kernels.begin(math, x, Routing([expert] * 3, 3, EXPERTS), weights, here.layout)
         step.compute([here])
-        assert error_of(step.result(), plainly(math, [here], x, torch.full_like(ids, expert), weights)) < 1e-5
+        assert off(step.result(), plainly(math, [here], x, torch.full_like(ids, expert), weights)) < 1e-5

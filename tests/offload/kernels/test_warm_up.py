@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from moe_local.offload.kernels import grouped, grouped_trial
 from moe_local.offload.kernels.gates import CONCATENATED, FUNCTIONS
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.native.library import Gate
-from moe_local.offload.quantize.layout import Layout
 from support import swiglu_experts
+from support.expert_math import Lease
 
 FORMATS = ("nf4", "int8", "q3", "q2", "mxfp4", "fp8", "nvfp4", "nvfp4, divided")
 EXPERTS = len(FORMATS)
@@ -46,13 +46,6 @@ class Kernel:
             self._seen.add((self._name, *kinds, *sorted(constants.items())))
 
         return launch
-
-
-class Lease(NamedTuple):
-    expert: int
-    buffer: torch.Tensor
-    layout: Layout
-    on_host: bool = False
 
 
 @pytest.fixture

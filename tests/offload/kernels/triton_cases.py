@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +22,11 @@ from moe_local.offload.kernels.layer import LayerKernels, OneByOne
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.native.library import Gate
 from moe_local.offload.quantize.codec import decoder_for
-from moe_local.offload.quantize.layout import Layout, TensorSpec, make_layout
-from moe_local.offload.quantize.views import segment_view
+from moe_local.offload.quantize.layout import TensorSpec, make_layout
+from moe_local.offload.quantize.views import segment_view, views_of
 from moe_local.offload.store.residents import ResidentLayer
 from support.expert_codecs import expert_codec
+from support.expert_math import GptOss, Lease, Math
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_interpreter")]
 
@@ -34,12 +35,6 @@ CPU = torch.device("cpu")
 WIDTH, HIDDEN = 32, 16
 """Of experts in int8, where no format is asked for: the interpreter takes milliseconds for every operation of
 every program, of which these have few."""
-
-
-class Lease(NamedTuple):
-    expert: int
-    buffer: torch.Tensor
-    layout: Layout
 
 
 class Experts:
@@ -73,35 +68,6 @@ class Experts:
             codec.encode(weights, self.layout, buffer[: self.layout.nbytes])
             self.weights.append(codec.decode(buffer, self.layout, torch.float32))
             self.leases.append(Lease(expert, buffer, self.layout))
-
-
-class SwiGLU:
-    has_gate = True
-
-    def __init__(self, has_bias: bool = False) -> None:
-        self.has_bias = has_bias
-
-    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = hidden.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    def finish(self, output: torch.Tensor) -> torch.Tensor:
-        return output
-
-
-class GptOss(SwiGLU):
-    alpha, limit = 1.702, 7.0
-
-    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = hidden[..., ::2].clamp(max=self.limit), hidden[..., 1::2].clamp(-self.limit, self.limit)
-        return (up + 1) * gate * torch.sigmoid(gate * self.alpha)
-
-
-class Relu(SwiGLU):
-    has_gate = False
-
-    def activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.relu(hidden)
 
 
 def kernels() -> Any:
@@ -221,7 +187,7 @@ def test_wide_rows_are_read_by_many_threads() -> None:
 def test_slots_by_number(tokens: int) -> None:
     """As a table of slots on a device would name them, with the arena's own stride; up to all tokens."""
     experts = Experts(5)
-    math: Any = SwiGLU()
+    math: Any = Math()
     launcher = GroupedExperts().launcher(math, CPU, experts.layout)
     assert launcher is not None
     top_k, x = 2, normal(tokens, WIDTH)
@@ -243,7 +209,7 @@ def test_slots_by_number(tokens: int) -> None:
 def test_slots_far_beyond_what_32_bits_count() -> None:
     """Behind the base and before it."""
     experts = Experts(1)
-    math: Any = SwiGLU()
+    math: Any = Math()
     launcher = GroupedExperts().launcher(math, CPU, experts.layout)
     assert launcher is not None
     buffer, far = experts.leases[0].buffer, 5 << 30
@@ -319,7 +285,7 @@ def test_every_e4m3_scale_of_nvfp4() -> None:
     codec, rows, cols = expert_codec("nvfp4"), 64, 64
     layout = codec.layout([TensorSpec("up_proj", (cols, 32)), TensorSpec("down_proj", (rows, cols))])
     buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    parts = {part.part: segment_view(buffer, part) for part in layout.parts("down_proj")}
+    parts = views_of(buffer, layout, "down_proj")
     parts["q"].fill_(0x22)  # the code of 1, twice
     parts["factor"].fill_(1)
     parts["scale"].view(torch.uint8).copy_(torch.arange(256).view(rows, 4))
@@ -335,7 +301,7 @@ def test_every_e4m3_scale_of_nvfp4() -> None:
 
 def test_formats_side_by_side() -> None:
     """A layer whose experts have two layouts: the same bits as in launches of their own."""
-    math, experts, other = SwiGLU(), Experts(4), Experts(4, format="fp8")
+    math, experts, other = Math(), Experts(4), Experts(4, format="fp8")
     experts.leases[1], experts.weights[1] = other.leases[1], other.weights[1]
     index, x = torch.tensor([[2, 1], [1, 0]]), normal(2, WIDTH, seed=2)
     weights = normal(2, 2, seed=1).abs()
@@ -378,9 +344,9 @@ def plainly(
 
 
 MATHS = {
-    "swiglu": SwiGLU(),
+    "swiglu": Math(),
     "gpt-oss": GptOss(has_bias=True),
-    "relu, no gate": Relu(has_bias=True),
+    "relu, no gate": Math(has_gate=False, has_bias=True),
 }
 
 
@@ -404,7 +370,7 @@ def test_an_answer_is_the_same_in_every_group(kind: str) -> None:
     ("dtype", "bound"), [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 6e-3)]
 )
 def test_the_result_has_the_tokens_dtype(dtype: torch.dtype, bound: float) -> None:
-    math, experts = SwiGLU(), Experts(2)
+    math, experts = Math(), Experts(2)
     ids = torch.tensor([[1, 0], [0, 1]])
     x, weights = normal(2, WIDTH).to(dtype), normal(2, 2, seed=1).to(dtype)
     routing = Routing(ids.flatten().tolist(), 2, 2)
@@ -414,7 +380,7 @@ def test_the_result_has_the_tokens_dtype(dtype: torch.dtype, bound: float) -> No
 
 
 def test_experts_with_many_tokens_are_computed_elsewhere_into_the_same_sum() -> None:
-    math, experts = SwiGLU(), Experts(2)
+    math, experts = Math(), Experts(2)
     ids = torch.tensor([[1]] * 9 + [[0]])
     x, weights = normal(10, WIDTH), normal(10, 1, seed=1)
     routing = Routing(ids.flatten().tolist(), 10, 2)
@@ -424,7 +390,7 @@ def test_experts_with_many_tokens_are_computed_elsewhere_into_the_same_sum() -> 
 
 def test_residents_are_found_by_a_table_on_the_device() -> None:
     """To the bit as the host names them, wherever their arena's slots lie; and every choice is counted."""
-    math, experts = SwiGLU(), Experts(5)
+    math, experts = Math(), Experts(5)
     launcher = GroupedExperts().launcher(math, CPU, experts.layout)
     assert launcher is not None
     slots = torch.tensor([slot * experts.stride // UNIT for slot in experts.slots])
@@ -440,7 +406,7 @@ def test_residents_are_found_by_a_table_on_the_device() -> None:
 
 def test_residents_of_several_formats() -> None:
     """To the bit as the host names them, each found by its own kernels in one arena."""
-    math, parts = SwiGLU(), [Experts(4), Experts(4, format="fp8")]
+    math, parts = Math(), [Experts(4), Experts(4, format="fp8")]
     arena, kinds = torch.cat([part.arena for part in parts]), torch.tensor([0, 1, 0, 1, 1])
     slots, leases = [], []
     for expert, kind in enumerate(kinds.tolist()):
@@ -465,7 +431,7 @@ def test_residents_of_several_formats() -> None:
 
 def test_warming_up_launches_every_kernel_of_a_decode_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the steps of up to 8 tokens launch has been launched before; the slot's bytes do not matter."""
-    math, experts = SwiGLU(), Experts(2)
+    math, experts = Math(), Experts(2)
     launcher = GroupedExperts().launcher(math, CPU, experts.layout)
     assert launcher is not None
     seen: list[int] = []
@@ -487,7 +453,7 @@ def test_warming_up_launches_every_kernel_of_a_decode_step(monkeypatch: pytest.M
 
 def test_the_kernels_pass_their_own_trial() -> None:
     """What is compared when a model is loaded."""
-    math, experts = SwiGLU(), Experts(2)
+    math, experts = Math(), Experts(2)
     launcher = GroupedExperts().launcher(math, CPU, experts.layout)
     assert launcher is not None
     options: Any = {"math": math, "top_k": 2, "width": WIDTH, "dtype": torch.float32}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.kernels.cpu import cpu_linear
-from moe_local.offload.native.library import ISAS, check, library
+from moe_local.offload.native.library import ISAS, check, loaded_library
 from moe_local.offload.quantize import parallel
 from moe_local.offload.quantize.int8 import Int8Codec, int8_matrix
 from moe_local.offload.quantize.layout import Layout, TensorSpec
@@ -167,7 +166,7 @@ def test_weights_beyond_the_scales_are_refused(value: float) -> None:
 @pytest.fixture(params=ISAS)
 def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each instruction set that this machine has."""
-    lib: Any = library()
+    lib = loaded_library()
     if lib is None or ISAS.index(request.param) > lib.moe_best_isa():
         pytest.skip("not on this machine")
     before = lib.moe_isa()

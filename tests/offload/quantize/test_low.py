@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from moe_local.cache.errors import CheckpointError
 from moe_local.offload.kernels.cpu import cpu_linear
-from moe_local.offload.native.library import ISAS, check, library
+from moe_local.offload.native.library import ISAS, check, library, loaded_library
 from moe_local.offload.quantize import low, low_blocks
 from moe_local.offload.quantize.codec import codec_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
@@ -73,9 +72,7 @@ def encode_by(name: str, format: str, weights: torch.Tensor) -> tuple[torch.Tens
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(low_blocks, "library", lambda: None)
             return encode(format, w=weights)
-    lib = library()
-    assert lib is not None
-    check(lib.moe_set_isa(ISAS.index(name)))
+    check(loaded_library().moe_set_isa(ISAS.index(name)))
     return encode(format, w=weights)
 
 
@@ -253,7 +250,7 @@ def test_weights_beyond_float32s_range_are_refused(format: str) -> None:
 def test_the_kernel_multiplies_with_the_decoded_weights(
     format: str, isa: str, shape: tuple[int, int]
 ) -> None:
-    lib: Any = library()
+    lib = loaded_library()
     if lib is None or ISAS.index(isa) > lib.moe_best_isa():
         pytest.skip("not on this machine")
     check(lib.moe_set_isa(ISAS.index(isa)))

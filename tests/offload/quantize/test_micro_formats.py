@@ -14,7 +14,7 @@ from moe_local.offload.quantize import parallel
 from moe_local.offload.quantize.codec import codec_for, decoder_for
 from moe_local.offload.quantize.layout import Layout, TensorSpec
 from moe_local.offload.quantize.stored import StoredFormat
-from moe_local.offload.quantize.views import segment_view
+from moe_local.offload.quantize.views import views_of
 
 GRID = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
 """OCP Microscaling Formats 1.0, table 5."""
@@ -27,7 +27,7 @@ def encode(format: str, **tensors: torch.Tensor) -> tuple[torch.Tensor, Layout, 
     layout = codec.layout([TensorSpec(name, tuple(tensor.shape)) for name, tensor in tensors.items()])
     buffer = torch.full((layout.nbytes,), 0xAA, dtype=torch.uint8)
     codec.encode(tensors, layout, buffer)
-    return buffer, layout, {part.part: segment_view(buffer, part) for part in layout.parts("w")}
+    return buffer, layout, views_of(buffer, layout, "w")
 
 
 def normal(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
