@@ -63,7 +63,7 @@ def asked(answers: AnswerFormat, *calls: dict[str, Any], **said: Any) -> str:
     messages += [
         {"role": "tool", "tool_call_id": call["id"], "content": f"result {n}"} for n, call in enumerate(calls)
     ]
-    ids = encode_prompt(answers.tokenizer, answers.messages(messages), tools=answers.tools(TOOLS))
+    ids = encode_prompt(answers.tokenizer, messages, tools=TOOLS, answers=answers)
     return str(answers.tokenizer.decode(ids))
 
 
