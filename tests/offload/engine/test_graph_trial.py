@@ -219,7 +219,7 @@ def test_models_that_cannot_be_captured_stay_plain_and_say_why(
     refused("not permitted when stream is capturing: item")
     hook.remove()
     hook = hf.model.layers[1].register_forward_hook(Counter())
-    refused("replayed logits were not those that were computed")
+    refused("replayed logits were off by")
     hook.remove()
     refused("operation failed due to", fake_graphs.FakeGraphs(fail_at=1))
     refused("out of memory", fake_graphs.FakeGraphs(room=1))
