@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.command()
 @model_argument()
 @json_flag
-@load_flags("vram", "ram", "slots", "experts", "dense", "context", "device")
+@load_flags("vram", "ram", "slots", "experts", "dense", "context", "parallel", "device")
 @debug_flag
 @uncollected()
 def fit(model: str, as_json: bool, options: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ def show_plan(plan: Plan) -> None:
     rows = [
         ("budget", _budget(plan)),
         ("dense part", f"{format_bytes(sizes.dense)} ({request.dense})"),
-        ("KV cache", f"{format_bytes(sizes.kv)} ({request.context} tokens)"),
+        ("KV cache", f"{format_bytes(sizes.kv)} ({request.context_text})"),
         ("workspace", f"{format_bytes(sizes.workspace)} (prompts in chunks of {plan.chunk} tokens)"),
         ("experts", f"{format_bytes(sizes.experts_total)} ({request.experts}, {each} each)"),
     ]

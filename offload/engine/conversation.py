@@ -48,7 +48,11 @@ def check_tools(tools: object) -> list[dict[str, Any]] | None:
 def check_knows_tools(tokenizer: Any, tools: list[dict[str, Any]]) -> None:
     """Raises OptionError where the chat template would leave them out, so that the model never hears of
     them."""
-    if "tools" not in tokenizer.get_chat_template(None, tools):
+    try:
+        template = tokenizer.get_chat_template(None, tools)
+    except ValueError:  # of several none is the default, which encoding the conversation will say
+        return
+    if "tools" not in template:
         raise OptionError(
             "this model knows no tools: its chat template has no place for them; leave them out, or load it "
             "with another chat template"

@@ -156,7 +156,8 @@ def _encode_chat(
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OptionError(
             f"the model's chat template refuses a conversation of {roles}: {reason}; "
-            "change the roles (many templates know no system role) or have plain text continued"
+            "change the roles (many templates know no system role), give another chat template, or have "
+            "plain text continued"
         ) from error
     return list(ids)
 

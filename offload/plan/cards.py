@@ -170,7 +170,7 @@ def refusal(request: Request, shortfall: int, slots: int) -> str:
     """Why a request does not fit on its cards, each of which lacks `shortfall` bytes."""
     budgets = ", ".join(format_bytes(card) for card in request.cards)
     return (
-        f"{request.model} does not fit: dense part, {request.context} tokens of context and {slots} experts "
+        f"{request.model} does not fit: dense part, {request.context_text} of context and {slots} experts "
         f"a layer need {format_bytes(shortfall)} more on each of {len(request.cards)} cards of {budgets}"
     )
 

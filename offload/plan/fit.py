@@ -31,6 +31,7 @@ def fit(
     experts: str = "nf4",
     dense: str = "auto",
     context: int | None = None,
+    parallel: int = 1,
     slots: int | None = None,
     device: str = "auto",
 ) -> Plan:
@@ -49,6 +50,7 @@ def fit(
         experts=experts,
         dense=dense,
         context=context,
+        parallel=parallel,
         slots=slots,
         device=device,
     )

@@ -210,7 +210,7 @@ def _refusal(request: Request, parts: Bytes, chunk: int, *, in_vram: bool, neede
     tier, budget = ("VRAM", request.vram or 0) if in_vram else ("RAM", request.ram)
     if in_vram or request.vram is None:
         count = spec.top_k if request.slots is None else min(request.slots, spec.num_experts)
-        content = f"dense part, {request.context} tokens of context and {count} experts a layer"
+        content = f"dense part, {request.context_text} of context and {count} experts a layer"
     else:
         content = f"{spec.top_k} experts a layer"
     none = (0,) * len(spec.layers)

@@ -80,6 +80,11 @@ class Request:
         return footprint.compute_dtype(self.spec, self.dense)
 
     @property
+    def context_text(self) -> str:
+        """Room for tokens, in words."""
+        return f"{'' if self.parallel == 1 else f'{self.parallel} x '}{self.context} tokens"
+
+    @property
     def ladders(self) -> Ladders:
         """Bytes of each slot of each MoE layer; a tier with n slots in a layer has the first n of them."""
         sizes = footprint.expert_sizes(self.spec, self.experts, self.mix)

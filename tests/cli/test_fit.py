@@ -29,6 +29,15 @@ def test_the_whole_text(invoke, home):
     )
 
 
+def test_several_answers_at_a_time(invoke, home):
+    """As `serve --parallel 4` would have them."""
+    lines = invoke(*MIXTRAL, "--parallel", "4").stdout.splitlines()
+    assert "  KV cache    4.00 GiB (4 x 8192 tokens)" in lines
+    result = invoke(*MIXTRAL, "--parallel", "40", "--slots", "2")
+    assert result.exit_code == 3
+    assert "does not fit: dense part, 40 x 8192 tokens of context and 2 experts a layer" in result.stderr
+
+
 def test_a_mix_says_what_it_is_of(invoke, home):
     result = invoke(*MIXTRAL, "--dense", "int8", "--experts", "auto")
     assert result.exit_code == 0

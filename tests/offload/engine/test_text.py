@@ -335,6 +335,22 @@ def test_tools_that_a_model_cannot_be_told_of(byte_level: Any, tools: Any, messa
     assert "\n" not in str(caught.value)
 
 
+def test_tools_of_a_tokenizer_with_several_templates() -> None:
+    tokenizer = tiny_models.tiny_tokenizer()
+    plain, knowing = "{{ messages[0].content }}", "{{ tools[0].function.name }}"
+    tokenizer.chat_template = {"default": plain, "tool_use": knowing}
+    assert tokenizer.decode(encode_prompt(tokenizer, [QUESTION], tools=[TOOL])) == "weather"
+    tokenizer.chat_template = {"default": plain, "rag": knowing}
+    with pytest.raises(OptionError, match="knows no tools"):
+        encode_prompt(tokenizer, [QUESTION], tools=[TOOL])
+    tokenizer.chat_template = {"rag": plain}
+    with pytest.raises(
+        OptionError, match=r"refuses a conversation of user: .* multiple chat templates"
+    ) as caught:
+        encode_prompt(tokenizer, [QUESTION], tools=[TOOL])
+    assert "\n" not in str(caught.value)
+
+
 def test_no_tools_are_as_good_as_none(byte_level: Any) -> None:
     assert encode_prompt(byte_level, [QUESTION], tools=[]) == encode_prompt(byte_level, [QUESTION])
 
