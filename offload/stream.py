@@ -109,6 +109,7 @@ class TokenStream(Iterator[Token]):
             raise MoeLocalError(self._retired)
         if self._closed:
             raise StopIteration
+        interrupt.check_imports()
         if self._sequence is not None:
             self._turn.carry_on()
         elif not self._begin():

@@ -108,6 +108,12 @@ def broken_import() -> int | None:
     return _deferral.broke_import
 
 
+def check_imports() -> None:
+    """Raise Terminated if a SIGTERM interrupted an import, and the library that imported caught it."""
+    if _deferral.broke_import == TERMINATED and _on_main_thread():
+        raise Terminated
+
+
 @contextmanager
 def deferred() -> Iterator[None]:
     """Defer SIGINT and, after `take_signals`, SIGTERM until `check()`, or until the outermost block ends.

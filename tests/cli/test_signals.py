@@ -186,6 +186,34 @@ def test_what_a_broken_import_leads_to_is_no_error(
     assert (result.exit_code, result.stderr.strip()) == (130, "")
 
 
+CAUGHT = """
+import os, sys
+folder = os.environ["MOE_LOCAL_HOME"]
+with open(os.path.join(folder, "signalled.py"), "w") as file:
+    file.write("import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+sys.path.insert(0, folder)
+import moe_local.offload.model as model
+encode = model.encode_prompt
+def encode_prompt(*arguments, **options):
+    try:
+        import signalled
+    except BaseException:
+        pass
+    return encode(*arguments, **options)
+model.encode_prompt = encode_prompt
+from moe_local.cli.entry import main
+print("begun", file=sys.stderr, flush=True)
+main()
+"""
+
+
+def test_a_sigterm_that_an_import_has_caught_is_not_lost(tmp_path: Path) -> None:
+    child = Child(tmp_path, "chat", "demo", code=CAUGHT)
+    out, errors = child.wait()
+    assert (child.code, out) == (143, "")
+    assert "Traceback" not in errors
+
+
 HUNG = """
 import os, sys, threading
 import moe_local.offload.tiers.transfer as transfer
