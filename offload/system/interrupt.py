@@ -49,7 +49,7 @@ class _Deferral:
         self.presses += 1
         self.terminated |= signum == signal.SIGTERM
         if not self.active and _is_importing(frame):
-            if _is_importing_torch():
+            if _is_importing_native():
                 os._exit(128 + signum)
             self.broke_import = 128 + signum
         if self.presses >= IMPATIENCE or not self.active:
@@ -81,11 +81,11 @@ def _is_importing(frame: FrameType | None) -> bool:
     return False
 
 
-def _is_importing_torch() -> bool:
-    """Whether torch is being imported: its C++ code calls back into Python then, and an exception that
-    reaches that code aborts the process. None of our own work is running at that time."""
-    spec = getattr(sys.modules.get("torch"), "__spec__", None)
-    return bool(getattr(spec, "_initializing", False))
+def _is_importing_native() -> bool:
+    """Whether torch or Triton is being imported: their C++ code calls back into Python then, and an exception
+    that reaches that code aborts the process. None of our own work is running at that time."""
+    specs = (getattr(sys.modules.get(name), "__spec__", None) for name in ("torch", "triton"))
+    return any(getattr(spec, "_initializing", False) for spec in specs)
 
 
 def take_signals() -> None:

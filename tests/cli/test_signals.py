@@ -113,6 +113,27 @@ main()
     check(tmp_path, kind, *Child(tmp_path, code=code).end(kind))
 
 
+@pytest.mark.parametrize("kind", CODES)
+def test_a_signal_in_tritons_import_ends_the_process_at_once(kind: signal.Signals, tmp_path: Path) -> None:
+    """The same, with a package that ends as its C++ does."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(
+        "import os, sys, time\nprint('begun', file=sys.stderr, flush=True)\n"
+        "try: time.sleep(600)\nexcept BaseException: os.abort()\n"
+    )
+    code = """
+import os, sys
+import moe_local.cli.main
+from moe_local.cli.entry import main
+def command():
+    sys.path.insert(0, os.environ["MOE_LOCAL_HOME"])
+    import triton
+moe_local.cli.main.main = command
+main()
+"""
+    check(tmp_path, kind, *Child(tmp_path, code=code).end(kind))
+
+
 def test_a_signal_in_a_destructor_is_not_lost(tmp_path: Path) -> None:
     """Python tells such an exception as unraisable and goes on."""
     code = """
