@@ -432,7 +432,7 @@ def test_the_list_of_models(anthropics: anthropic.Anthropic) -> None:
     ]
     assert (found.first_id, found.last_id, found.has_more) == ("demo", "small-1", False)
     one = anthropics.models.retrieve("small-1")
-    assert one == found.data[1]
+    assert one.model_dump() == found.data[1].model_dump()
     assert one.lifecycle == "active"
     assert abs((datetime.now(UTC) - one.created_at).total_seconds()) < 3600
     with pytest.raises(anthropic.NotFoundError, match="no model 'claude-5' here"):
