@@ -1,7 +1,7 @@
-"""One token through a Mamba-2 layer on the CPU: three passes over its state where transformers makes a dozen.
+"""Mamba-2's layers on the CPU: for one token three passes over the state where transformers makes a dozen.
 
-transformers computes the step from tensors as large as the state, and the convolution of a single token by a
-function for images. Both are most of a token's time in Nemotron 3 and Granite 4.
+transformers computes the step from tensors as large as the state, and the convolution by a function for
+images. Both are most of a token's time in Nemotron 3 and Granite 4.
 """
 
 from __future__ import annotations
@@ -14,21 +14,30 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from moe_local.offload.dense.convolution import (
+    CONVOLUTION,
+    PROMPT_CONVOLUTION,
+    convolve,
+    convolve_sequences,
+)
 from moe_local.offload.modeling.stand_in import calling
+from moe_local.offload.native.library import library
 
-UPDATE, CONVOLVE = "mamba2_selective_state_update", "causal_conv1d_update"
-"""transformers' functions, which serve other devices, and what is not served here."""
+UPDATE = "mamba2_selective_state_update"
+"""transformers' function, which serves other devices, and what is not served here."""
 
 
 def stepping(cls: Any) -> Callable[..., Any] | None:
-    """The forward of a class of layers with the functions below in place of transformers'; None for classes
-    that use others."""
+    """The forward of a class of layers with our functions in place of transformers'; None for classes that
+    use others."""
     forward: Any = inspect.unwrap(cls.forward)
-    known = forward.__globals__
-    if not {UPDATE, CONVOLVE} <= {*forward.__code__.co_names} & known.keys():
+    ours: dict[str, Callable[..., Any]] = {UPDATE: update_state}
+    if library() is not None:
+        ours |= {CONVOLUTION: convolve, PROMPT_CONVOLUTION: convolve_sequences}
+    usual = {name: forward.__globals__[name] for name in ours if name in forward.__code__.co_names}
+    if UPDATE not in usual:
         return None
-    own = {UPDATE: partial(update_state, known[UPDATE]), CONVOLVE: partial(convolve, known[CONVOLVE])}
-    return calling(forward, own)
+    return calling(forward, {name: partial(ours[name], other) for name, other in usual.items()})
 
 
 def update_state(
@@ -63,29 +72,6 @@ def update_state(
     state.addcmul_((steps[..., None] * x)[..., None], keys[:, :, None])
     answer = (state @ queries[..., None]).squeeze(-1)
     return answer.addcmul_(x, skips[:, :1].float()).to(hidden_states.dtype)
-
-
-def convolve(
-    usual: Callable[..., torch.Tensor],
-    hidden_states: torch.Tensor,
-    conv_state: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    activation: str | None = None,
-) -> torch.Tensor:
-    """The causal convolution of one token after those in `conv_state` [batch, C, K], which it joins.
-
-    `hidden_states` [batch, C, 1], `weight` [C, K], `bias` [C] -> [batch, C, 1]. What is on a GPU, or has
-    several tokens or another activation than SiLU, goes to the `usual` function.
-    """
-    served = conv_state.is_cpu and hidden_states.shape[-1] == 1 and conv_state.shape[-1] == weight.shape[-1]
-    if not served or activation not in ("silu", "swish"):
-        return usual(hidden_states, conv_state, weight, bias, activation)
-    conv_state.copy_(torch.cat([conv_state[..., 1:], hidden_states], dim=-1))
-    sums = (conv_state.float() * weight.float()).sum(dim=-1, keepdim=True)
-    if bias is not None:
-        sums += bias.float()[:, None]
-    return functional.silu(sums.to(weight.dtype)).to(hidden_states.dtype)
 
 
 def _is_alike(values: torch.Tensor) -> bool:

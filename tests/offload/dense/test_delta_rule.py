@@ -17,8 +17,8 @@ from transformers import DynamicCache
 
 import moe_local
 from moe_local.offload.checkpoint import skeleton
+from moe_local.offload.dense import convolution, state_pieces
 from moe_local.offload.dense import delta_rule as module_under_test
-from moe_local.offload.dense import state_pieces
 from moe_local.offload.dense.delta_rule import (
     PROMPT_CONVOLUTION,
     PROMPT_RULE,
@@ -56,7 +56,8 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """An entry for each call of the library."""
     made: list[int] = []
-    monkeypatch.setattr(module_under_test, "loaded_library", lambda: made.append(1) or loaded_library())
+    for module in (module_under_test, convolution):
+        monkeypatch.setattr(module, "loaded_library", lambda: made.append(1) or loaded_library())
     return made
 
 
@@ -175,7 +176,8 @@ def test_where_packed_sequences_start_is_for_transformers_functions(
 def test_prompts_without_a_cache_are_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_models.tiny_model("qwen3_next")
     use_native_delta_rule(model)
-    monkeypatch.setattr(module_under_test, "loaded_library", never)
+    for module in (module_under_test, convolution):
+        monkeypatch.setattr(module, "loaded_library", never)
     with torch.no_grad():
         model(input_ids=torch.arange(6)[None], use_cache=False)
 
@@ -197,7 +199,8 @@ def test_a_cache_that_keeps_the_past_gets_it(monkeypatch: pytest.MonkeyPatch) ->
         model(input_ids=ids, **{name: cache}, use_cache=True)
         for layer in layers_of(model):
             cache.layers[layer.layer_idx].record_past = True
-        monkeypatch.setattr(module_under_test, "loaded_library", never)
+        for module in (module_under_test, convolution):
+            monkeypatch.setattr(module, "loaded_library", never)
         model(input_ids=ids[:, :1], **{name: cache}, use_cache=True)
 
 
@@ -240,7 +243,8 @@ def test_prompts_go_in_pieces_all_the_same(monkeypatch: pytest.MonkeyPatch) -> N
 def test_gradients_go_transformers_way(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_models.tiny_model("qwen3_next")
     use_native_delta_rule(model)
-    monkeypatch.setattr(module_under_test, "loaded_library", never)
+    for module in (module_under_test, convolution):
+        monkeypatch.setattr(module, "loaded_library", never)
     model(input_ids=torch.tensor([[5]]), use_cache=True).logits.sum().backward()
 
 

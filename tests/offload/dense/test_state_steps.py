@@ -9,14 +9,19 @@ import torch
 from torch import nn
 from transformers.models.granitemoehybrid import modeling_granitemoehybrid as transformers_module
 
-from moe_local.offload.dense.state_steps import CONVOLVE, UPDATE, convolve, stepping, update_state
+from moe_local.offload.dense.convolution import (
+    CONVOLUTION,
+    PROMPT_CONVOLUTION,
+    convolve,
+    convolve_sequences,
+)
+from moe_local.offload.dense.state_steps import UPDATE, stepping, update_state
 
 usual_update: Any = getattr(transformers_module, UPDATE, None)
-usual_convolve: Any = getattr(transformers_module, CONVOLVE, None)
 
 pytestmark = pytest.mark.skipif(usual_update is None, reason="this transformers computes them in the layer")
 
-BATCH, HEADS, WIDTH, STATE, CHANNELS, TAPS = 2, 6, 8, 16, 20, 4
+BATCH, HEADS, WIDTH, STATE = 2, 6, 8, 16
 
 
 def never(*args: Any, **options: Any) -> torch.Tensor:
@@ -78,30 +83,12 @@ def test_other_steps_are_left_to_transformers(changed: dict[str, Any]) -> None:
         update_state(never, **mine)
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_convolution_of_a_token(dtype: torch.dtype, allowed: float, bias: bool) -> None:
-    torch.manual_seed(0)
-    weight = torch.randn(CHANNELS, TAPS).to(dtype)
-    biases = torch.randn(CHANNELS).to(dtype) if bias else None
-    mine = torch.randn(BATCH, CHANNELS, TAPS).to(dtype)
-    theirs = mine.clone()
-    for _ in range(TAPS + 1):
-        x = torch.randn(BATCH, CHANNELS, 1).to(dtype)
-        got = convolve(never, x, mine, weight, biases, activation="silu")
-        wanted = usual_convolve(x, theirs, weight, biases, activation="silu")
-        assert torch.equal(mine, theirs)
-        assert got.dtype is dtype
-        assert float((got.float() - wanted.float()).norm() / wanted.float().norm()) <= allowed
+def test_the_library_convolves() -> None:
+    forward: Any = stepping(transformers_module.GraniteMoeHybridMambaLayer)
+    functions = {name: forward.__globals__[name].func for name in (CONVOLUTION, PROMPT_CONVOLUTION)}
+    assert functions == {CONVOLUTION: convolve, PROMPT_CONVOLUTION: convolve_sequences}
 
 
-def test_other_convolutions_are_left_to_transformers() -> None:
-    state, weight = torch.randn(BATCH, CHANNELS, TAPS), torch.randn(CHANNELS, TAPS)
-    for x, activation in ((torch.randn(BATCH, CHANNELS, 2), "silu"), (torch.randn(BATCH, CHANNELS, 1), None)):
-        with pytest.raises(AssertionError, match="own function"):
-            convolve(never, x, state, weight, activation=activation)
-
-
-def test_only_layers_that_use_both_functions_are_changed() -> None:
+def test_only_layers_that_step_so_are_changed() -> None:
     assert stepping(transformers_module.GraniteMoeHybridMambaLayer) is not None
     assert stepping(nn.Linear) is None
