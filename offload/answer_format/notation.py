@@ -39,6 +39,8 @@ class ValueRules:
         self._prefix = prefix
         self.rules: list[str] = []
         self._any = ""
+        self._named: dict[str, str] = {}
+        """The rule of what each reference in the schema leads to, which may refer to itself."""
 
     def members(self, keys: Mapping[str, str], schema: Any, depth: int = 0) -> str:
         """A term of an object's properties with commas between them, without what stands around them.
@@ -59,15 +61,21 @@ class ValueRules:
 
     def value(self, schema: Any, depth: int = 0) -> str:
         """A term of a value; what a schema does not say, or says too deeply, may be anything."""
-        found, kinds = self._schema.resolved(schema), self._schema.kinds(schema)
-        choices = self._schema.choices(schema)
+        found, choices = self._schema.resolved(schema), self._schema.choices(schema)
+        path = schema.get("$ref") if isinstance(schema, Mapping) else None
+        if isinstance(path, str):
+            if path not in self._named:
+                self._named[path] = name = f"{self._prefix}_named_{len(self._named)}"
+                self.rules.append(f"{name}: {self.value(found)}")
+            return self._named[path]
         if choices is not None:
             return self._one_of(map(self._constant, choices))
         if depth >= MOST_REFERENCES:
             return self._anything()
         if "type" not in found and (parts := self._schema.parts(schema)):
             return self._one_of(self.value(part, depth + 1) for part in parts)
-        return self._one_of(self._of_kind(kind, found, depth) for kind in sorted(kinds)) or self._anything()
+        kinds = sorted(self._schema.kinds(schema))
+        return self._one_of(self._of_kind(kind, found, depth) for kind in kinds) or self._anything()
 
     def _of_kind(self, kind: str, schema: Mapping[str, Any], depth: int) -> str:
         notation = self._notation

@@ -202,12 +202,26 @@ def test_parameters_that_are_required_and_those_that_are_not(name: str) -> None:
         )
 
 
-def test_a_schema_that_is_a_circle_ends_somewhere() -> None:
-    node = {"type": "object", "properties": {"next": {"$ref": "#/$defs/Node"}, "n": {"type": "integer"}}}
-    functions = {
-        "f": {"type": "object", "properties": {"list": {"$ref": "#/$defs/Node"}}, "$defs": {"Node": node}}
+def test_a_schema_may_refer_to_itself() -> None:
+    """Twice, which must not make twice as many rules of each level as of the one above."""
+    side = {"$ref": "#/$defs/Node"}
+    node = {"type": "object", "properties": {"left": side, "right": side, "n": {"type": "integer"}}}
+    functions = {"f": {"type": "object", "properties": {"tree": side}, "$defs": {"Node": node}}}
+    assert known("gemma").grammar(functions).count("\n") < 20
+    deep: dict[str, Any] = {"n": 1}
+    for _ in range(20):
+        deep = {"left": deep, "right": {"n": 2}}
+    assert accepts(known("gemma"), functions, call_text(known("gemma"), {"tree": deep}))
+    wrong = {"tree": {"left": {"right": {"n": "1"}}}}
+    assert not accepts(known("gemma"), functions, call_text(known("gemma"), wrong))
+    circle = {
+        "f": {
+            "type": "object",
+            "properties": {"a": {"$ref": "#/$defs/A"}},
+            "$defs": {"A": {"$ref": "#/$defs/A"}},
+        }
     }
-    assert accepts(known("gemma"), functions, call_text(known("gemma"), {"list": {"next": {"n": 1}}}))
+    assert accepts(known("gemma"), circle, call_text(known("gemma"), {"a": 1}))
 
 
 def test_gemmas_thoughts() -> None:
