@@ -63,6 +63,9 @@ def show_plan(plan: Plan) -> None:
         ("workspace", f"{format_bytes(sizes.workspace)} (prompts in chunks of {plan.chunk} tokens)"),
         ("experts", f"{format_bytes(sizes.experts_total)} ({request.experts}, {each} each)"),
     ]
+    if request.snapshot_bytes:
+        snapshots = f"{format_bytes(request.snapshot_bytes)} of RAM (of states, for later turns)"
+        rows.insert(3, ("snapshots", snapshots))
     if is_mixed(request.experts):
         rows.append(("mix", _mix(plan)))
     if plan.fits:

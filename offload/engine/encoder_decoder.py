@@ -99,9 +99,6 @@ class Translations(OwnCaches):
         self._prompts[row] = self._prompts[row] or todo
         return self._prompts[row]
 
-    def can_shorten(self, row: int, length: int) -> bool:
-        return length == 0
-
     def shorten(self, row: int, length: int) -> None:
         super().shorten(row, length)
         self._prompts[row] = 0

@@ -28,7 +28,7 @@ from moe_local.offload.engine.kv_rows import KVRows
 from moe_local.offload.engine.kv_slab import KVSlab, cache_argument
 from moe_local.offload.engine.logprobs import LogProbs, scored_chunk
 from moe_local.offload.engine.picking import Pick, blamed_on, draws_undone, pick_tokens, score_prompt
-from moe_local.offload.engine.prefix import copy_prefix
+from moe_local.offload.engine.prefix import copy_prefix, until_snapshot
 from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.rows import Rows
 from moe_local.offload.engine.sampling import Settings
@@ -136,7 +136,6 @@ class Engine:
             )
         deadline = None if settings.max_time is None else time.monotonic() + settings.max_time
         sequence = self._rows.join(ids, settings, reuse=reuse)
-        sequence.shares = reuse
         sequence.deadline = deadline
         return sequence
 
@@ -250,6 +249,8 @@ class Engine:
         self._turn = sequence.row + 1
         self._had_prompt = True
         copy_prefix(self.kv, self._rows.members, sequence)
+        if sequence.shares:
+            self.kv.snapshot(sequence.row)
         return [self._work(sequence)]
 
     def _todo(self, sequence: Sequence) -> int:
@@ -261,7 +262,7 @@ class Engine:
         todo = len(sequence.ids) - done
         scored = sequence.settings.prompt_logprobs and done < sequence.prompt_len - 1
         wanted = min(self.chunk, scored_chunk(self.vocab_size)) if scored else self.chunk
-        count = self.kv.chunk(sequence.row, todo, wanted)
+        count = self.kv.chunk(sequence.row, todo, min(wanted, until_snapshot(self.kv, sequence)))
         return Work(sequence, sequence.ids[done : done + count], samples=count == todo, scored=scored)
 
     def _forward(self, work: list[Work]) -> torch.Tensor:

@@ -21,6 +21,8 @@ class KVRows(Protocol):
     """Whether several rows can take part in one forward, one new token each."""
     can_copy: bool
     """Whether the first tokens of a row can be copied to another."""
+    needs_snapshots: bool
+    """Whether rows can be cut only to where a snapshot was taken, and to nothing."""
     whole_prompt_only: bool
     """Whether a prompt must be computed in one forward, and later tokens one by one."""
     places: BatchPlaces
@@ -55,18 +57,24 @@ class KVRows(Protocol):
     def abort(self, row: int) -> None:
         """Drop the tokens of a failed forward through the row. `lens[row]` may be less afterwards, even 0."""
 
+    def snapshot(self, row: int) -> None:
+        """Let the row be cut to its present length later, for as long as memory for snapshots suffices."""
+
     def chunk(self, row: int, todo: int, wanted: int) -> int:
         """How many of `todo` new tokens the next forward of this row takes: `wanted`, where possible."""
 
-    def can_shorten(self, row: int, length: int) -> bool:
-        """Whether the row can be cut to its first `length` tokens and continued from there without error."""
+    def reusable(self, row: int, length: int) -> int:
+        """To how many tokens the row can be cut and then continued, if only its first `length`, of those it
+        has, are wanted."""
 
     def shorten(self, row: int, length: int) -> None:
-        """Drop the tokens from `length` on. Call only when `can_shorten`."""
+        """Drop the tokens from `length` on, which is 0 or a result of `reusable`. If that raises, the row is
+        empty."""
 
     def copy(self, one: int, other: int, length: int) -> None:
         """Copy tokens of row `one` to row `other`, so that it has the first `length` of them; it has fewer
-        before, the same ones. Call only if `can_copy`."""
+        before, the same ones. Call only if `can_copy`, with a result of `reusable`. If that raises, the other
+        row has as many as before, or fewer."""
 
     @property
     def nbytes(self) -> int:

@@ -120,6 +120,7 @@ class KVSlab:
 
     can_batch = True
     can_copy = True
+    needs_snapshots = False
     whole_prompt_only = False
 
     def __init__(self, probe: Any, rows: int, capacity: int) -> None:
@@ -266,11 +267,14 @@ class KVSlab:
     def chunk(self, row: int, todo: int, wanted: int) -> int:
         return min(todo, wanted)
 
-    def can_shorten(self, row: int, length: int) -> bool:
-        return 0 <= length <= self.lens[row]
+    def snapshot(self, row: int) -> None:
+        pass
+
+    def reusable(self, row: int, length: int) -> int:
+        return length
 
     def shorten(self, row: int, length: int) -> None:
-        assert self.can_shorten(row, length), f"row {row} has {self.lens[row]} tokens, not {length}"
+        assert 0 <= length <= self.lens[row], f"row {row} has {self.lens[row]} tokens, not {length}"
         self.lens[row] = length
 
     def copy(self, one: int, other: int, length: int) -> None:

@@ -21,7 +21,7 @@ class OwnCaches:
     the sequence is computed again from its ids. No tokens can be cut off: a state cannot be rolled back.
     """
 
-    can_batch = can_copy = False
+    can_batch = can_copy = needs_snapshots = False
 
     def __init__(self, config: Any, rows: int, capacity: int) -> None:
         self._config = config.get_text_config(decoder=True)
@@ -69,14 +69,17 @@ class OwnCaches:
             return todo if self.lens[row] == 0 else 1
         return min(todo, wanted)
 
-    def can_shorten(self, row: int, length: int) -> bool:
-        return length == 0 or (length == self.lens[row] and not self.whole_prompt_only)
+    def snapshot(self, row: int) -> None:
+        pass
+
+    def reusable(self, row: int, length: int) -> int:
+        return length if length == self.lens[row] and not self.whole_prompt_only else 0
 
     def copy(self, one: int, other: int, length: int) -> None:
         raise AssertionError("caches of this model's layers are not copied")
 
     def shorten(self, row: int, length: int) -> None:
-        assert self.can_shorten(row, length), f"row {row} has {self.lens[row]} tokens, not {length}"
+        assert length in (0, self.lens[row]), f"row {row} has {self.lens[row]} tokens, not {length}"
         if length == 0:
             self.abort(row)
 

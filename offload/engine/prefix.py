@@ -10,6 +10,14 @@ from moe_local.offload.engine.sequence import Sequence
 WORTH_COPYING = 16
 """Fewest tokens to copy: a few tokens of a template cost little in the forward of the rest."""
 
+WORTH_A_SNAPSHOT = 64
+"""A prompt's forward is cut for a snapshot behind this many tokens at the earliest: short ones are slow."""
+
+GENERATION_PROMPT = 6
+"""How many of a prompt's last tokens the next turn may have otherwise. Templates open an answer with a header
+and perhaps a thought, as in Qwen's "assistant\\n<think>\\n\\n</think>\\n\\n". Later they write it without the
+thought, or not at all if it was broken off."""
+
 
 def row_to_go_on(kv: KVRows, parked: Ids[Sequence], ids: Ids[int]) -> tuple[int, Sequence | None]:
     """(how many tokens a prompt reuses, the parked sequence whose row it continues); or (0, None).
@@ -20,7 +28,7 @@ def row_to_go_on(kv: KVRows, parked: Ids[Sequence], ids: Ids[int]) -> tuple[int,
     """
     best, found = 0, None
     for sequence in parked:
-        shared = shared_prefix(kv, sequence, ids)
+        shared = kv.reusable(sequence.row, in_common(kv, sequence, ids))
         if shared and shared >= best:
             best, found = shared, sequence
     if found is None or 2 * best >= kv.lens[found.row]:
@@ -28,7 +36,7 @@ def row_to_go_on(kv: KVRows, parked: Ids[Sequence], ids: Ids[int]) -> tuple[int,
     if len(kv.lens) < kv.rows:
         return 0, None
     oldest = parked[0]
-    shared = shared_prefix(kv, oldest, ids)
+    shared = kv.reusable(oldest.row, in_common(kv, oldest, ids))
     return (shared, oldest) if shared else (0, None)
 
 
@@ -38,26 +46,39 @@ def copy_prefix(kv: KVRows, others: Ids[Sequence], sequence: Sequence) -> None:
     So several answers to one prompt, or prompts with the same system prompt, compute it once: the first one
     computes a chunk, the next one copies that and computes the next chunk. Called before each chunk.
     """
-    ids, own = sequence.ids, kv.lens[sequence.row]
+    ids, own = sequence.ids[: sequence.prompt_len], kv.lens[sequence.row]
     if not (sequence.shares and kv.can_copy) or own >= sequence.prompt_len - 1:
         return
     best, found = own + WORTH_COPYING - 1, None
     for other in others:
-        limit = min(kv.lens[other.row], sequence.prompt_len - 1)
-        if other is sequence or limit <= best:
+        if other is sequence or kv.lens[other.row] <= best:
             continue
-        if other.ids[:limit] != ids[:limit]:
-            limit = next(i for i in range(limit) if other.ids[i] != ids[i])
-        if limit > best:
-            best, found = limit, other
+        shared = kv.reusable(other.row, in_common(kv, other, ids))
+        if shared > best:
+            best, found = shared, other
     if found is not None:
         kv.copy(found.row, sequence.row, best)
         sequence.reused_tokens += best - own
 
 
-def shared_prefix(kv: KVRows, parked: Sequence, ids: Ids[int]) -> int:
-    """How many tokens of a row a prompt can reuse; at least one token of the prompt is left to compute."""
-    row, old = parked.row, parked.ids
-    limit = min(kv.lens[row], len(ids) - 1)
-    shared = next((i for i in range(limit) if old[i] != ids[i]), limit)
-    return shared if kv.can_shorten(row, shared) else 0
+def until_snapshot(kv: KVRows, sequence: Sequence) -> int:
+    """How many tokens a prompt's next forward takes at most, so that a snapshot can be taken after it where
+    later prompts are likely to part from this one.
+
+    That is before its last tokens, and where it has parted itself from an earlier one.
+    """
+    done, end = kv.lens[sequence.row], len(sequence.ids)
+    if sequence.shares and kv.needs_snapshots:
+        for place in sorted((sequence.parts_at, end - GENERATION_PROMPT)):
+            if place >= done + WORTH_A_SNAPSHOT:
+                return place - done
+    return end - done
+
+
+def in_common(kv: KVRows, other: Sequence, ids: Ids[int]) -> int:
+    """How many of its first tokens a prompt shares with what another row holds; at least one token of the
+    prompt is left to compute."""
+    limit = min(kv.lens[other.row], len(ids) - 1)
+    if other.ids[:limit] == ids[:limit]:
+        return limit
+    return next(i for i in range(limit) if other.ids[i] != ids[i])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_local.offload.engine.kv_rows import KVRows
-from moe_local.offload.engine.prefix import row_to_go_on
+from moe_local.offload.engine.prefix import in_common, row_to_go_on
 from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.engine.sequence import Sequence
 
@@ -42,6 +42,7 @@ class Rows:
         If that raises, no sequence has joined; a parked one may be gone, or its row empty.
         """
         shared, parked = row_to_go_on(self._kv, self.parked, ids) if reuse else (0, None)
+        parts_at = max((in_common(self._kv, other, ids) for other in self.members), default=0) if reuse else 0
         if parked is not None:
             row = parked.row
             self._kv.shorten(row, shared)
@@ -51,6 +52,7 @@ class Rows:
                 self._give_up(self.parked[0])
             sequence = Sequence(ids, len(ids), settings, self._kv.join())
             self.members.append(sequence)
+        sequence.shares, sequence.parts_at = reuse, parts_at
         return sequence
 
     def leave(self, sequence: Sequence) -> None:

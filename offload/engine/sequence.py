@@ -39,6 +39,8 @@ class Sequence:
     """Prompt tokens whose keys and values were reused from other sequences."""
     shares: bool = False
     """Whether keys and values of other sequences may be reused."""
+    parts_at: int = 0
+    """How many of its first tokens some other sequence had in common with it when it joined."""
     deadline: float | None = None
     seen: torch.Tensor | None = field(default=None, repr=False)
     """`ids` on the model's device with room to grow, [1, capacity + 1], if processors need them."""

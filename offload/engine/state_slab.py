@@ -9,26 +9,30 @@ import torch
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from moe_local.offload.engine.kv_slab import KVSlab, empty_layer, slabbed
+from moe_local.offload.engine.snapshots import Snapshots
 from moe_local.offload.engine.state_rows import StateStore
 
 
 class StateSlab(KVSlab):
     """A KVSlab that also has a StateStore for each layer that keeps a state.
 
-    A row can only be continued at its end or reset: a state cannot be rolled back. A failed forward leaves
-    the states of its rows invalid, so these rows are computed again from their ids.
+    A state cannot be rolled back, so a row can be cut only to where a snapshot was taken. A failed forward
+    leaves the states of its rows invalid, so these rows go back to their last snapshots.
     """
 
-    can_copy = False
+    needs_snapshots = True
 
     def __init__(self, probe: Any, rows: int, capacity: int, *, whole_prompt_only: bool = False) -> None:
         """`probe` as for a KVSlab; see `can_state_slab`. `whole_prompt_only`: see `forgets_states`."""
         super().__init__(_without_states(probe), rows, capacity)
         self.whole_prompt_only = whole_prompt_only
+        self.can_copy = not whole_prompt_only
         with torch.inference_mode(False):
             self.states = {
                 index: StateStore(layer, rows) for index, layer in enumerate(probe.layers) if is_state(layer)
             }
+            self._slab = [tensor for store in self.states.values() for tensor in store.tensors()]
+            self.snapshots = Snapshots(self._slab, rows)
 
     def join(self) -> int:
         self._begin_anew(len(self.lens))  # first: where it raises, no row is taken
@@ -36,18 +40,19 @@ class StateSlab(KVSlab):
 
     def leave(self, row: int) -> None:
         last = len(self.lens) - 1
+        self.snapshots.cut(row, 0)
         if row != last:
             self.lens[row] = 0
-        for store in self.states.values():
-            for tensor in store.tensors():
-                tensor[row].copy_(tensor[last])
+        for tensor in self._slab:
+            tensor[row].copy_(tensor[last])
         super().leave(row)
+        self.snapshots.swap(row, last)
 
     def _swap(self, one: int, other: int) -> None:
-        for store in self.states.values():
-            for tensor in store.tensors():
-                tensor[[one, other]] = tensor[[other, one]]
+        for tensor in self._slab:
+            tensor[[one, other]] = tensor[[other, one]]
         super()._swap(one, other)
+        self.snapshots.swap(one, other)
 
     def row(self, row: int) -> Any:
         return self._with_states(super().row(row), row, 1, begun=self.lens[row] > 0)
@@ -64,7 +69,7 @@ class StateSlab(KVSlab):
 
     def mark(self, row: int) -> Callable[[], None]:
         """As KVSlab's; copies the row's states to RAM, since VRAM is fully used: 75 MB for Qwen3-Next."""
-        states = [tensor[row] for store in self.states.values() for tensor in store.tensors()]
+        states = [tensor[row] for tensor in self._slab]
         kept = [state.to("cpu", copy=True) for state in states]
 
         def put_back() -> None:
@@ -75,26 +80,58 @@ class StateSlab(KVSlab):
 
     def abort(self, row: int) -> None:
         super().abort(row)
-        self.lens[row] = 0
-        self._begin_anew(row)
+        self._go_back(row, self.snapshots.longest(row, self.lens[row]))
 
     def chunk(self, row: int, todo: int, wanted: int) -> int:
         if self.whole_prompt_only:
             return todo if self.lens[row] == 0 else 1
         return super().chunk(row, todo, wanted)
 
-    def can_shorten(self, row: int, length: int) -> bool:
-        return length == 0 or (length == self.lens[row] and not self.whole_prompt_only)
+    def snapshot(self, row: int) -> None:
+        length = self.lens[row]
+        if not self.whole_prompt_only and length > self.snapshots.longest(row, length):
+            self.snapshots.take(row, length)
+
+    def reusable(self, row: int, length: int) -> int:
+        if length == self.lens[row] and not self.whole_prompt_only:
+            return length
+        return self.snapshots.longest(row, length)
 
     def shorten(self, row: int, length: int) -> None:
-        super().shorten(row, length)
+        assert length == self.reusable(row, length), f"row {row} cannot be cut to {length} tokens"
+        if length < self.lens[row]:
+            self._go_back(row, length)
+
+    def copy(self, one: int, other: int, length: int) -> None:
+        present = length == self.lens[one]
+        states = [tensor[one] for tensor in self._slab] if present else self.snapshots.at(one, length)
+        try:
+            for tensor, state in zip(self._slab, states, strict=True):
+                tensor[other].copy_(state)
+            super().copy(one, other, length)
+        except BaseException:
+            self.abort(other)
+            raise
+
+    def _go_back(self, row: int, length: int) -> None:
+        """To a snapshot, or to the beginning. If that raises, the row is empty."""
+        self.lens[row] = 0
         if length == 0:
+            self.snapshots.cut(row, 0)
             self._begin_anew(row)
+            return
+        try:
+            for tensor, state in zip(self._slab, self.snapshots.at(row, length), strict=True):
+                tensor[row].copy_(state)
+        except BaseException:
+            self.snapshots.cut(row, 0)
+            raise
+        self.snapshots.cut(row, length)
+        self.lens[row] = length
 
     @property
     def nbytes(self) -> int:
-        held = (tensor for store in self.states.values() for tensor in store.tensors())
-        return super().nbytes + sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return super().nbytes + sum(tensor.nbytes for tensor in self._slab) + self.snapshots.nbytes
 
     def check_integrity(self) -> None:
         super().check_integrity()
@@ -102,11 +139,11 @@ class StateSlab(KVSlab):
             assert self.layers[index] is None
             for tensor in store.tensors():
                 assert tensor.shape[0] == self.rows, tensor.shape
+        self.snapshots.check_integrity(self.lens)
 
     def _begin_anew(self, row: int) -> None:
-        for store in self.states.values():
-            for tensor in store.tensors():
-                tensor[row].zero_()
+        for tensor in self._slab:
+            tensor[row].zero_()
 
     def _with_states(self, columns: Any, first: int, count: int, *, begun: bool) -> Any:
         layers = list(columns.layers)

@@ -38,6 +38,10 @@ STAGING_SHARE of a layer's experts, unless that is fewer than STAGING_SLOTS."""
 MIN_CHUNK = 32
 """Fewest prompt tokens in a chunk: shorter ones would read every expert for hardly any tokens."""
 
+SNAPSHOTS = 4
+"""Copies in RAM of each sequence's states, from which later prompts go on: those of earlier prompts of a
+conversation, and of what conversations have in common."""
+
 CUDA_OVERHEAD = 512 * 2**20
 """Bytes that a CUDA process takes besides its tensors: the context, loaded kernels, cuBLAS workspaces, slack
 of torch's allocator, graphs. For small budgets, a sixteenth of the budget is assumed."""
@@ -105,6 +109,11 @@ def _bitsandbytes_bytes(tensor: TensorSpec, dense: str) -> int:
 def kv_bytes(spec: ModelSpec, context: int, dtype: torch.dtype) -> int:
     """Bytes of a sequence's keys and values for `context` tokens, in `dtype`, and of its states, in fp32."""
     return spec.kv_numel_per_token * context * dtype.itemsize + 4 * spec.state_numel
+
+
+def snapshot_bytes(spec: ModelSpec) -> int:
+    """Bytes of RAM for the snapshots of a sequence's states."""
+    return SNAPSHOTS * 4 * spec.state_numel
 
 
 def workspace_bytes(

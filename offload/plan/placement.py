@@ -2,8 +2,8 @@
 
 The dense part, the KV cache and the workspace come first in the fastest tier (VRAM with a GPU, else RAM). The
 rest of it becomes expert slots, equally many for each MoE layer, and one more for as many layers as possible.
-With a GPU, RAM holds all experts or as many as it can; the rest is read from disk. What counts is the total
-parameters, not the active ones, since any expert may be needed next.
+With a GPU, RAM holds all experts or as many as it can; the rest is read from disk. Snapshots of states lie in
+RAM, too. What counts is the total parameters, not the active ones, since any expert may be needed next.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def place(request: Request) -> Plan:
         return _place_on_cards(request)
     spec, cuda = request.spec, request.vram is not None
     ladders = request.ladders
-    budget = request.ram if request.vram is None else request.vram
+    kept = request.snapshot_bytes
+    budget = request.ram - kept if request.vram is None else request.vram
     fastest = _slots(spec, spec.top_k if request.slots is None else request.slots)
     chunk, staging, parts = _chunk(request, ladders, budget - arena_bytes(fastest, ladders), fastest)
     if parts.fixed + arena_bytes(fastest, ladders) > budget:
         overhead = footprint.cuda_overhead(budget) if cuda else 0
         needed = parts.fixed - overhead + arena_bytes(fastest, ladders)
-        if cuda:
-            needed = footprint.with_cuda_overhead(needed)
+        needed = footprint.with_cuda_overhead(needed) if cuda else needed + kept
         return _refusal(request, parts, chunk, in_vram=cuda, needed=needed)
     if request.slots is None and chunk == _full_chunk(request, parts.experts_total):
         fastest, staging = _with_ring(spec, ladders, budget - parts.fixed)
@@ -40,7 +40,7 @@ def place(request: Request) -> Plan:
         mode: Mode = "resident" if fastest == _all_slots(spec) else "disk"
         none = (0,) * len(spec.layers)
         return Plan(request, True, mode, parts, chunk, none, fastest, ram_staging=staging)
-    needed = arena_bytes(_slots(spec, spec.top_k), ladders)
+    needed = arena_bytes(_slots(spec, spec.top_k), ladders) + request.snapshot_bytes
     if needed > request.ram:
         return _refusal(request, parts, chunk, in_vram=False, needed=needed)
     return _over_ram(Plan(request, True, None, parts, chunk, fastest, fastest, vram_staging=staging))
@@ -68,7 +68,7 @@ def _place_on_cards(request: Request) -> Plan:
         lacking = on.shortfall(least)
         reason = refusal(request, lacking, least)
         return Plan(request, False, None, parts, chunk, none, none, shortfall_bytes=lacking, reason=reason)
-    needed = arena_bytes(_slots(spec, spec.top_k), ladders)
+    needed = arena_bytes(_slots(spec, spec.top_k), ladders) + request.snapshot_bytes
     if needed > request.ram:
         return _refusal(request, parts, chunk, in_vram=False, needed=needed)
     slots = list(_slots(spec, least))
@@ -107,7 +107,7 @@ def _over_ram(plan: Plan) -> Plan:
     ladders, everything = request.ladders, _all_slots(spec)
     if plan.vram_slots == everything:  # experts only pass through RAM
         return replace(plan, mode="resident", ram_slots=_slots(spec, spec.top_k), ram_staging=0)
-    below, staging = _with_ring(spec, ladders, request.ram)
+    below, staging = _with_ring(spec, ladders, request.ram - request.snapshot_bytes)
     mode: Mode = "offload" if below == everything else "disk"
     return replace(plan, mode=mode, ram_slots=below, ram_staging=staging)
 

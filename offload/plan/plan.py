@@ -80,6 +80,11 @@ class Request:
         return footprint.compute_dtype(self.spec, self.dense)
 
     @property
+    def snapshot_bytes(self) -> int:
+        """Bytes of RAM for snapshots of states."""
+        return self.parallel * footprint.snapshot_bytes(self.spec)
+
+    @property
     def context_text(self) -> str:
         """Room for tokens, in words."""
         return f"{'' if self.parallel == 1 else f'{self.parallel} x '}{self.context} tokens"
@@ -261,6 +266,7 @@ class Plan:
         cards = len({self.card_of(layer) for layer in range(len(ladders))})
         vram = arena_bytes(self.vram_slots, ladders) + cards * self.vram_staging * largest(ladders)
         ram = arena_bytes(self.ram_slots, ladders) + self.ram_staging * largest(ladders)
+        ram += self.request.snapshot_bytes
         if self.request.vram is None:
             return {"vram": 0, "ram": ram + self.bytes.fixed}
         return {"vram": vram + self.bytes.fixed, "ram": ram}
@@ -296,6 +302,7 @@ class Plan:
             "bytes": {
                 "dense": self.bytes.dense,
                 "kv": self.bytes.kv,
+                "snapshots": self.request.snapshot_bytes,
                 "workspace": self.bytes.workspace,
                 "expert": self.bytes.expert,
                 "experts_total": self.bytes.experts_total,

@@ -56,7 +56,7 @@ def test_json(invoke, home):
     document = json.loads(result.stdout)
     assert document["fits"] is True
     assert document["mode"] == "offload"
-    assert set(document["bytes"]) == {"dense", "kv", "workspace", "expert", "experts_total"}
+    assert set(document["bytes"]) == {"dense", "kv", "snapshots", "workspace", "expert", "experts_total"}
     assert document["slots"] == {"vram": 6, "ram": 8}
     assert document["experts_resident_fraction"] == 220 / 256
     assert 0 < document["tokens_per_s_estimate"] < document["tokens_per_s_if_resident"]

@@ -88,7 +88,6 @@ def test_shorten_is_exact_behind_the_window(model: Any) -> None:
     kv.shorten(row, 23)
     logits = forward(model, kv, row, other)
     torch.testing.assert_close(logits, reference(model, ids[:23] + other), rtol=0, atol=TOLERANCE)
-    assert not kv.can_shorten(row, 36)
 
 
 def test_an_aborted_forward_leaves_no_trace(model: Any) -> None:
@@ -208,8 +207,8 @@ def test_layers_that_keep_a_state(stateful: Any, own_caches: bool) -> None:
     kv.check_integrity()
     assert kv.lens == [4]
     close(forward(stateful, kv, 0, second[4:]), reference(stateful, second))
-    assert kv.can_shorten(0, 13)
-    assert not kv.can_shorten(0, 12), "a state can not be rolled back"
+    assert kv.reusable(0, 13) == 13
+    assert kv.reusable(0, 12) == 0, "a state can not be rolled back"
     kv.abort(0)
     assert kv.lens == [0]
     close(forward(stateful, kv, 0, first), reference(stateful, first))
@@ -231,7 +230,7 @@ def test_jamba_takes_its_prompt_whole() -> None:
     assert kv.chunk(row, 70, 16) == 70
     kv.advance(row, 70)
     assert kv.chunk(row, 5, 16) == 1
-    assert not kv.can_shorten(row, 70)
+    assert kv.reusable(row, 70) == 0
     plain = OwnCaches(AutoConfig.for_model("qwen3_next"), 1, 100)
     assert plain.chunk(plain.join(), 70, 16) == 16
 

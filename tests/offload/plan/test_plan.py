@@ -24,11 +24,16 @@ from support import tiny_models
 GIB = 2**30
 MIXTRAL = model_spec(config_of("mixtral-8x7b"))
 QWEN = model_spec(config_of("qwen3-30b-a3b"))
-SPECS = {"mixtral-8x7b": MIXTRAL, "qwen3-30b-a3b": QWEN}
+STATEFUL = model_spec(config_of("qwen3.6-35b-a3b"))
+SPECS = {"mixtral-8x7b": MIXTRAL, "qwen3-30b-a3b": QWEN, "qwen3.6-35b-a3b": STATEFUL}
 
 
 def request(spec: ModelSpec = MIXTRAL, **changes: object) -> Request:
     return Request(**{"model": "m", "spec": spec, "vram": 24 * GIB, "ram": 64 * GIB, **changes})  # type: ignore
+
+
+def without_states(spec: ModelSpec) -> ModelSpec:
+    return dataclasses.replace(spec, state_numel=0)
 
 
 def with_flags(asked: Request, flags: str) -> Request:
@@ -104,6 +109,16 @@ class TestKnownNumbers:
         plan = place(request(QWEN, vram=vram * GIB))
         assert plan.mode == mode
         assert plan.vram_slots[0] >= 8
+
+    @pytest.mark.parametrize("vram", [None, 12 * GIB])
+    def test_snapshots_of_states_lie_in_ram(self, vram: int | None) -> None:
+        """30 layers with 32 heads of 128 x 128 numbers, and a convolution's last 4 inputs of 8192."""
+        asked = request(STATEFUL, vram=vram, ram=14 * GIB, parallel=2)
+        assert asked.snapshot_bytes == 2 * 4 * 30 * 4 * (32 * 128 * 128 + 4 * 8192)
+        plan, without = place(asked), place(dataclasses.replace(asked, spec=without_states(STATEFUL)))
+        assert plan.mode == "disk"
+        assert plan.used()["ram"] <= asked.ram
+        assert sum(without.ram_slots) > sum(plan.ram_slots)
 
     def test_total_parameters_count_not_active_ones(self) -> None:
         """The 26 GB of active bf16 weights would fit a 48 GB card; all 93 do not."""
@@ -353,7 +368,7 @@ class TestFit:
         found = fit("mixtral-8x7b", vram="24GiB", ram="64GiB", context=8192).to_dict()
         assert found["fits"] is True
         assert found["mode"] == "offload"
-        assert set(found["bytes"]) == {"dense", "kv", "workspace", "expert", "experts_total"}
+        assert set(found["bytes"]) == {"dense", "kv", "snapshots", "workspace", "expert", "experts_total"}
         assert found["slots"] == {"vram": 6, "ram": 8}
         assert found["staging"] == {"vram": 2, "ram": 0}
         assert found["experts_resident_fraction"] == 220 / 256
