@@ -250,7 +250,7 @@ def _assemble(
         undo.callback(store.close)
         if cards:
             plan = replace(plan, vram_staging=store.tier.cache.staging.slots)
-        engine = Engine(as_decoder(hf), kv, chunk=plan.chunk)
+        engine = Engine(as_decoder(hf), kv, chunk=plan.chunk, shelf_bytes=plan.shelf_bytes)
         if arena is not None:
             engine.relief = Relief(store.tier, arena, lambda: store.custody.release())
         prefetcher = make_prefetcher(options.prefetch, plan, store, probe.sites, file)

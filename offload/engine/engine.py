@@ -33,6 +33,7 @@ from moe_local.offload.engine.recording import Saw
 from moe_local.offload.engine.rows import Rows
 from moe_local.offload.engine.sampling import Settings
 from moe_local.offload.engine.sequence import FinishReason, Sequence, Step, Work
+from moe_local.offload.engine.shelf import Shelf
 from moe_local.offload.engine.token_step import TokenStep, TokenWatch
 from moe_local.offload.gpu.relief import Shortage, shortage
 from moe_local.offload.plan.footprint import MIN_CHUNK
@@ -58,8 +59,9 @@ class Engine:
     So a step that ran out of the device's memory is run again once memory has been freed.
     """
 
-    def __init__(self, hf: Any, kv: KVRows, *, chunk: int) -> None:
-        """`chunk`: most prompt tokens in one forward; between two, other sequences and Ctrl-C get a turn."""
+    def __init__(self, hf: Any, kv: KVRows, *, chunk: int, shelf_bytes: int = 0) -> None:
+        """`chunk`: most prompt tokens in one forward; between two, other sequences and Ctrl-C get a turn.
+        `shelf_bytes`: RAM for conversations whose rows are needed for others."""
         self.hf = hf
         self.kv = kv
         self.chunk = chunk
@@ -85,7 +87,7 @@ class Engine:
         """New tokens so far, of all sequences."""
         self.relief: Callable[[Shortage], bool] | None = None
         """Frees device memory that a step lacked, and returns whether it did; None: nothing can be freed."""
-        self._rows = Rows(kv)
+        self._rows = Rows(kv, Shelf(kv, shelf_bytes))
         self._turn = 0
         self._masks: BatchMasks | None = None
         self._had_prompt = False
@@ -173,7 +175,7 @@ class Engine:
         sequence.prompt_logprobs = []
 
     def forget(self) -> None:
-        """Free all parked rows."""
+        """Free all parked rows, and forget shelved ones."""
         self._rows.forget()
 
     def step(self) -> list[Step]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from moe_local.offload.engine.batch_view import BatchPlaces
+from moe_local.offload.engine.saved_row import SavedRow
 
 
 class KVRows(Protocol):
@@ -75,6 +76,16 @@ class KVRows(Protocol):
         """Copy tokens of row `one` to row `other`, so that it has the first `length` of them; it has fewer
         before, the same ones. Call only if `can_copy`, with a result of `reusable`. If that raises, the other
         row has as many as before, or fewer."""
+
+    def saved_bytes(self, row: int) -> int:
+        """Bytes of what `save` returns."""
+
+    def save(self, row: int) -> SavedRow:
+        """A copy of the row in RAM. Call only if `can_copy`."""
+
+    def load(self, row: int, saved: SavedRow, length: int) -> None:
+        """Copy to an empty row the first `length` tokens of a saved one, a result of its `reusable`. If that
+        raises, the row is still empty."""
 
     @property
     def nbytes(self) -> int:

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from moe_local.offload.dense.places import Places
 from moe_local.offload.engine.batch_view import BatchLayer, BatchPlaces
 from moe_local.offload.engine.encoder_decoder import EncoderDecoder, Translation
+from moe_local.offload.engine.saved_row import SavedRow
 from moe_local.offload.engine.static_row import StaticLayer
 from moe_local.offload.modeling.names import cache_name
 
@@ -284,6 +285,21 @@ class KVSlab:
         for tensor in self._tensors():
             tensor[other, ..., begin:length, :].copy_(tensor[one, ..., begin:length, :])
         self.advance(other, length - begin)
+
+    def saved_bytes(self, row: int) -> int:
+        return sum(tensor[row, ..., : self.lens[row], :].nbytes for tensor in self._tensors())
+
+    def save(self, row: int) -> SavedRow:
+        length = self.lens[row]
+        columns = [tensor[row, ..., :length, :].to("cpu", copy=True) for tensor in self._tensors()]
+        return SavedRow(length, columns)
+
+    def load(self, row: int, saved: SavedRow, length: int) -> None:
+        assert self.lens[row] == 0
+        self._touched[row] = max(self._touched[row], length)
+        for tensor, columns in zip(self._tensors(), saved.columns, strict=True):
+            tensor[row, ..., :length, :].copy_(columns[..., :length, :])
+        self.advance(row, length)
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         for store in self.layers:

@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from moe_local.offload.engine.batch_view import BatchPlaces
+from moe_local.offload.engine.saved_row import SavedRow
 
 WHOLE_PROMPT_ONLY = frozenset({"jamba"})
 """Model types whose scan ignores the state of earlier tokens when it gets several (transformers 5.23)."""
@@ -76,6 +77,15 @@ class OwnCaches:
         return length if length == self.lens[row] and not self.whole_prompt_only else 0
 
     def copy(self, one: int, other: int, length: int) -> None:
+        raise AssertionError("caches of this model's layers are not copied")
+
+    def saved_bytes(self, row: int) -> int:
+        return held_bytes(self._caches[row])
+
+    def save(self, row: int) -> SavedRow:
+        raise AssertionError("caches of this model's layers are not copied")
+
+    def load(self, row: int, saved: SavedRow, length: int) -> None:
         raise AssertionError("caches of this model's layers are not copied")
 
     def shorten(self, row: int, length: int) -> None:

@@ -78,7 +78,11 @@ def until_snapshot(kv: KVRows, sequence: Sequence) -> int:
 def in_common(kv: KVRows, other: Sequence, ids: Ids[int]) -> int:
     """How many of its first tokens a prompt shares with what another row holds; at least one token of the
     prompt is left to compute."""
-    limit = min(kv.lens[other.row], len(ids) - 1)
-    if other.ids[:limit] == ids[:limit]:
+    return ids_in_common(other.ids, ids, min(kv.lens[other.row], len(ids) - 1))
+
+
+def ids_in_common(one: Ids[int], other: Ids[int], limit: int) -> int:
+    """How many of their first tokens are the same, up to `limit`, which both have."""
+    if one[:limit] == other[:limit]:
         return limit
-    return next(i for i in range(limit) if other.ids[i] != ids[i])
+    return next(i for i in range(limit) if one[i] != other[i])

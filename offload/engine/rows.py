@@ -5,17 +5,21 @@ from __future__ import annotations
 from moe_local.offload.engine.kv_rows import KVRows
 from moe_local.offload.engine.prefix import in_common, row_to_go_on
 from moe_local.offload.engine.sampling import Settings
+from moe_local.offload.engine.saved_row import SavedRow
 from moe_local.offload.engine.sequence import Sequence
+from moe_local.offload.engine.shelf import Shelf
 
 
 class Rows:
-    """The sequences of `kv`, by row. Those that have left stay parked in their rows until these are needed.
+    """The sequences of `kv`, by row. Those that have left stay parked in their rows until these are needed,
+    and then go to `shelf`.
 
     A sequence is parked if it has a number in `departure`, and active if not; that is kept nowhere else.
     """
 
-    def __init__(self, kv: KVRows) -> None:
+    def __init__(self, kv: KVRows, shelf: Shelf) -> None:
         self._kv = kv
+        self._shelf = shelf
         self.members: list[Sequence] = []
         """By row, active and parked."""
         self._departures = 0
@@ -42,15 +46,20 @@ class Rows:
         If that raises, no sequence has joined; a parked one may be gone, or its row empty.
         """
         shared, parked = row_to_go_on(self._kv, self.parked, ids) if reuse else (0, None)
+        found, saved = self._shelf.find(ids, shared) if reuse else (0, None)
+        if saved is not None:
+            shared, parked = found, None
         parts_at = max((in_common(self._kv, other, ids) for other in self.members), default=0) if reuse else 0
         if parked is not None:
+            self._shelf.put(parked, shared)
             row = parked.row
             self._kv.shorten(row, shared)
             sequence = self.members[row] = Sequence(ids, len(ids), settings, row, reused_tokens=shared)
         else:
             if len(self.members) == self._kv.rows:
+                self._shelf.put(self.parked[0], 0)
                 self._give_up(self.parked[0])
-            sequence = Sequence(ids, len(ids), settings, self._kv.join())
+            sequence = Sequence(ids, len(ids), settings, self._join(saved, shared), reused_tokens=shared)
             self.members.append(sequence)
         sequence.shares, sequence.parts_at = reuse, parts_at
         return sequence
@@ -63,9 +72,21 @@ class Rows:
         sequence.departure = self._departures
 
     def forget(self) -> None:
-        """Free the rows of all parked sequences."""
+        """Free the rows of all parked sequences, and the shelf."""
+        self._shelf.clear()
         for parked in self.parked:
             self._give_up(parked)
+
+    def _join(self, saved: SavedRow | None, length: int) -> int:
+        """The next row of the memory, empty or with so many tokens of a saved one."""
+        row = self._kv.join()
+        if saved is not None:
+            try:
+                self._kv.load(row, saved, length)
+            except BaseException:
+                self._kv.leave(row)
+                raise
+        return row
 
     def _give_up(self, parked: Sequence) -> None:
         self._kv.leave(parked.row)  # first: where it raises, the sequence stays parked

@@ -12,7 +12,7 @@ from moe_local.offload.plan.footprint import SNAPSHOTS
 
 
 class Snapshot(NamedTuple):
-    """A row's states after its first `length` tokens, one tensor for each of the slab's, on the CPU."""
+    """A row's states after its first `length` tokens, one tensor for each of the slab's."""
 
     length: int
     states: list[torch.Tensor]
@@ -32,10 +32,13 @@ class Snapshots:
         return max((each.length for each in self._of[row] if each.length <= limit), default=0)
 
     def take(self, row: int, length: int) -> None:
-        """Copy the row's states, those after `length` tokens; more than at the snapshots before.
+        """Take a snapshot of a row's present states, those after `length` tokens."""
+        self.put(row, Snapshot(length, [tensor[row] for tensor in self._slab]))
 
-        The first SNAPSHOTS are kept. Then one gives way: that after which the fewest tokens would have to be
-        computed again if it were missed.
+    def put(self, row: int, snapshot: Snapshot) -> None:
+        """Copy a snapshot of more tokens than those that the row has.
+
+        Beyond SNAPSHOTS, one gives way: that without which the fewest tokens would have to be computed again.
         """
         kept = self._of[row]
         if len(kept) == SNAPSHOTS:
@@ -45,10 +48,15 @@ class Snapshots:
         if self._spare:
             states = self._spare.pop()
         else:
-            states = [torch.empty_like(tensor[0], device="cpu") for tensor in self._slab]
-        for state, tensor in zip(states, self._slab, strict=True):
-            state.copy_(tensor[row])
-        kept.append(Snapshot(length, states))
+            with torch.inference_mode(False):
+                states = [torch.empty_like(tensor[0], device="cpu") for tensor in self._slab]
+        for state, source in zip(states, snapshot.states, strict=True):
+            state.copy_(source)
+        kept.append(Snapshot(snapshot.length, states))
+
+    def of(self, row: int) -> list[Snapshot]:
+        """Those of a row, by length; borrowed."""
+        return self._of[row]
 
     def at(self, row: int, length: int) -> list[torch.Tensor]:
         """The states after the first `length` tokens of a row, at which a snapshot was taken."""

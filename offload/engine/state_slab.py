@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from moe_local.offload.engine.kv_slab import KVSlab, empty_layer, slabbed
-from moe_local.offload.engine.snapshots import Snapshots
+from moe_local.offload.engine.saved_row import SavedRow
+from moe_local.offload.engine.snapshots import Snapshot, Snapshots
 from moe_local.offload.engine.state_rows import StateStore
 
 
@@ -106,12 +108,41 @@ class StateSlab(KVSlab):
         present = length == self.lens[one]
         states = [tensor[one] for tensor in self._slab] if present else self.snapshots.at(one, length)
         try:
-            for tensor, state in zip(self._slab, states, strict=True):
-                tensor[other].copy_(state)
+            self._set_states(other, states)
             super().copy(one, other, length)
         except BaseException:
             self.abort(other)
             raise
+
+    def saved_bytes(self, row: int) -> int:
+        states = sum(tensor[row].nbytes for tensor in self._slab)
+        return super().saved_bytes(row) + states * (1 + len(self.snapshots.of(row)))
+
+    def save(self, row: int) -> SavedRow:
+        saved = super().save(row)
+        kept = [
+            Snapshot(each.length, [state.clone() for state in each.states])
+            for each in self.snapshots.of(row)
+            if each.length < saved.length
+        ]
+        present = Snapshot(saved.length, [tensor[row].to("cpu", copy=True) for tensor in self._slab])
+        return replace(saved, snapshots=[*kept, present])
+
+    def load(self, row: int, saved: SavedRow, length: int) -> None:
+        *earlier, last = (each for each in saved.snapshots or () if each.length <= length)
+        assert last.length == length
+        try:
+            self._set_states(row, last.states)
+            for each in earlier:
+                self.snapshots.put(row, each)
+            super().load(row, saved, length)
+        except BaseException:
+            self._go_back(row, 0)
+            raise
+
+    def _set_states(self, row: int, states: Sequence[torch.Tensor]) -> None:
+        for tensor, state in zip(self._slab, states, strict=True):
+            tensor[row].copy_(state)
 
     def _go_back(self, row: int, length: int) -> None:
         """To a snapshot, or to the beginning. If that raises, the row is empty."""
@@ -121,8 +152,7 @@ class StateSlab(KVSlab):
             self._begin_anew(row)
             return
         try:
-            for tensor, state in zip(self._slab, self.snapshots.at(row, length), strict=True):
-                tensor[row].copy_(state)
+            self._set_states(row, self.snapshots.at(row, length))
         except BaseException:
             self.snapshots.cut(row, 0)
             raise

@@ -42,6 +42,9 @@ SNAPSHOTS = 4
 """Copies in RAM of each sequence's states, from which later prompts go on: those of earlier prompts of a
 conversation, and of what conversations have in common."""
 
+MOST_SHELVED = 8 * 2**30
+"""Most bytes of RAM for conversations whose rows others need."""
+
 CUDA_OVERHEAD = 512 * 2**20
 """Bytes that a CUDA process takes besides its tensors: the context, loaded kernels, cuBLAS workspaces, slack
 of torch's allocator, graphs. For small budgets, a sixteenth of the budget is assumed."""

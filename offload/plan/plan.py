@@ -271,6 +271,11 @@ class Plan:
             return {"vram": 0, "ram": ram + self.bytes.fixed}
         return {"vram": vram + self.bytes.fixed, "ram": ram}
 
+    @property
+    def shelf_bytes(self) -> int:
+        """Bytes of RAM, out of what the plan leaves over, for conversations whose rows others need."""
+        return max(0, min(footprint.MOST_SHELVED, self.request.ram - self.used()["ram"]))
+
     def check(self) -> Plan:
         """This plan. Raises DoesNotFitError, which says by how much and what would fit, if it does not."""
         if not self.fits:

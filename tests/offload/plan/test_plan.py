@@ -120,6 +120,13 @@ class TestKnownNumbers:
         assert plan.used()["ram"] <= asked.ram
         assert sum(without.ram_slots) > sum(plan.ram_slots)
 
+    @pytest.mark.parametrize(("ram", "shelf"), [(10, 0), (24, 24 * GIB - 256 * 90_898_432), (64, 8 * GIB)])
+    def test_ram_that_is_left_over_is_a_shelf(self, ram: int, shelf: int) -> None:
+        """Beside Mixtral's 256 experts, if there is room for all of them, and 8 GiB at most."""
+        plan = place(request(MIXTRAL, ram=ram * GIB))
+        assert plan.used()["ram"] + plan.shelf_bytes <= ram * GIB
+        assert plan.shelf_bytes == pytest.approx(shelf, abs=100 * 2**20)
+
     def test_total_parameters_count_not_active_ones(self) -> None:
         """The 26 GB of active bf16 weights would fit a 48 GB card; all 93 do not."""
         plan = place(request(experts="bf16", vram=48 * GIB, ram=128 * GIB))
