@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import moe_local
 from moe_local.offload.engine import shelf
 from moe_local.offload.engine.engine import Engine
 from moe_local.offload.engine.memory import make_kv
@@ -174,3 +175,22 @@ def test_conversations_at_random(model: Any, seed: int) -> None:
     assert engine._rows._shelf.nbytes <= budget
     assert sum(sequence.reused_tokens for sequence in done) > 0
     check_alone(model, done)
+
+
+def test_a_loaded_model_has_a_shelf_of_what_its_plan_leaves_over() -> None:
+    computed: list[int] = []
+
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        computed.append(kwargs["input_ids"].numel())
+
+    long = "What is an expert, and why does prefetch help? " * 40
+    for kept in (True, False):
+        with moe_local.load("demo", device="cpu", ram="1GiB") as model:
+            assert model.parts.engine._rows._shelf._budget == model.plan.shelf_bytes > 2**25
+            if not kept:  # as where experts take all of it
+                model.parts.engine._rows._shelf._budget = 0
+            model.hf.register_forward_pre_hook(count, with_kwargs=True)
+            for prompt in (long, "hello", long):
+                computed.clear()
+                model.generate(prompt, max_new_tokens=2, do_sample=False)
+            assert (sum(computed) < 8) == kept
