@@ -130,7 +130,7 @@ class StagingRing:
         return slot
 
     def evict(self, layer: int, expert: int) -> None:
-        """Evict a resident, unpinned expert from the slot that `house` moved it to: the copy failed."""
+        """Evict a resident, unpinned expert whose bytes could not be copied to its slot."""
         self._evict(layer, self._pools[layer], expert)
 
     def touch(self, layer: int, experts: Sequence[int]) -> None:

@@ -253,6 +253,39 @@ def test_hundreds_of_tokens(
     assert stats.misses <= 1.05 * by_host.misses
 
 
+def test_experts_whose_copy_was_never_launched_are_absent(
+    load: Callable[..., moe_local.Model],
+    make_checkpoint: Callable[..., Path],
+    make_device: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The look-up of a layer has logged them when VRAM runs out before their copies: the step that is run
+    again must not take the slots' old bytes for them."""
+    folder, lacking = make_checkpoint("qwen3_moe"), iter([False] * 3)
+
+    class Lacking(torch_kernels.TorchFetch):  # type: ignore[misc, name-defined]
+        def bring(self, *arguments: Any) -> None:
+            if next(lacking, False):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 bytes.")
+            super().bring(*arguments)
+
+    monkeypatch.setattr("moe_local.offload.kernels.fetch.fetch_kernels", lambda device: Lacking())
+    with load(folder, make_device(5), None, "off", slots=EXPERTS) as model:
+        want = answer(model)
+    with load(folder, make_device(6), fake_graphs.FakeGraphs(), slots=5) as model:
+        parts = model.parts
+        parts.engine.relief = lambda lacking: True
+        assert parts.engine.token_step is not None
+        for layer in range(len(model.stats().hits_by_layer)):
+            parts.store.empty()
+            parts.engine.token_step.captured.clear()
+            parts.engine.token_step._caches.clear()
+            parts.engine.forget()
+            lacking = iter([*[False] * layer, True])
+            assert answer(model) == want
+            assert next(lacking, None) is None
+
+
 def test_a_closed_model_is_gone_at_once(
     load: Callable[..., moe_local.Model],
     make_checkpoint: Callable[..., Path],
