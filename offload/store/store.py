@@ -99,7 +99,9 @@ class ExpertStore:
         self.tier.poll()
         if recent is None:
             self._drop_unneeded(layer, experts)
-            if self.host is None and self.tier.cache.has_all(layer, experts):
+            if self.tier.cache.has_all(layer, experts):
+                if self.host is not None and tokens is not None:
+                    self.host.scheduler.worth.needed(layer, experts)
                 yield from self._serve_residents(layer, experts, requested)
                 return
         serving = Serving(layer, list(experts))
