@@ -153,6 +153,17 @@ def test_joining_leaving_and_reuse_change_nobody(either: Any, seed: int) -> None
     engine_runs.check_alone(either, done)
 
 
+def test_conversations_one_after_the_other_share_graphs(either: Any) -> None:
+    """Each begins in a row of its own, and there is no graph for every row."""
+    engine = Watched(either, make_kv(either, 3, 32), graphs=fake_graphs.FakeGraphs())
+    alone = Watched(either, make_kv(either, 1, 32))
+    assert engine.token_step is not None
+    for seed in range(4):
+        assert decoded(engine, random_ids(12, seed), 8)[0] == decoded(alone, random_ids(12, seed), 8)[0]
+        engine.check_integrity()
+        assert engine.token_step.captured.keys() == {(0, 16), (0, 24)}
+
+
 @pytest.mark.parametrize("error", [MoeLocalError, KeyboardInterrupt])
 def test_errors_of_experts_leave_everybody_as_they_were(mixtral: Any, error: type[BaseException]) -> None:
     """In the first layer and in the second, of tokens that are computed, captured and replayed."""
