@@ -91,7 +91,7 @@ class Timeline:
 
 
 def _covered(span: Span, others: deque[Span]) -> float:
-    """Seconds of a span that others cover, which ended in this order: only the last of them can."""
+    """Seconds of `span` that `others` cover; these are in the order in which they ended."""
     seconds = 0.0
     for other in reversed(others):
         if other.end <= span.start:
