@@ -7,7 +7,7 @@ import logging
 import random
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +29,17 @@ torch.set_num_threads(1)
 EXPERTS, SLOTS = 8, 3
 
 
-@pytest.fixture
-def make_device(make_device: Callable[..., Any]) -> Callable[..., Any]:
-    made: Callable[..., Any] = torch_kernels.devices(make_device)
-    return made
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _graphs() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_LOCAL_GRAPHS", "on")
-        yield
-
-
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def make_device(make_device: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Of devices that compute single tokens with torch's kernels, from graphs; trials at load are short."""
+    monkeypatch.setenv("MOE_LOCAL_GRAPHS", "on")
     torch_kernels.use(monkeypatch)
     monkeypatch.setattr(miss_trial, "PATTERN", (0, 1, 0))
     monkeypatch.setattr(miss_trial, "ROUNDS", 1)
     monkeypatch.setattr(
         "moe_local.offload.kernels.fetch.fetch_kernels", lambda device: torch_kernels.TorchFetch()
     )
+    return torch_kernels.devices(make_device)
 
 
 @pytest.fixture
