@@ -63,6 +63,7 @@ def either(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(autouse=True)
 def few_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static_row, "FEWEST_COLUMNS", 16)
+    monkeypatch.setattr("moe_local.offload.engine.kv_slab.SWAPPED", 5)
 
 
 class Watched(Engine):
