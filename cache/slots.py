@@ -70,7 +70,7 @@ class SlotPool:
         self.staged.add(expert)
         self.loading[expert] = None
 
-    def house(self, expert: int) -> int:
+    def admit(self, expert: int) -> int:
         """Move a staged expert to a free slot of the layer, and insert it into the policy."""
         slot = self.table[expert] = self.take(expert)
         self.expert_in[slot] = expert
@@ -145,8 +145,8 @@ class SlotPool:
 
     def _faults(self) -> Iterator[str]:
         present = set(self.table)
-        housed = present - self.staged
-        loading, resident = housed & self.loading.keys(), housed - self.loading.keys()
+        admitted = present - self.staged
+        loading, resident = admitted & self.loading.keys(), admitted - self.loading.keys()
         empty = [slot for slot, expert in enumerate(self.expert_in) if expert is None]
         if len(self.free) + len(loading) + len(resident) != len(self.expert_in):
             yield (
@@ -168,8 +168,8 @@ class SlotPool:
         if not self.unused <= present:
             yield f"prefetched {sorted(self.unused)}, but only {sorted(present)} have slots"
         known = sorted(self.policy.coldest())
-        if known != sorted(housed) or len(self.policy) != len(housed):
-            yield f"the policy knows {len(self.policy)} experts {known}, in slots are {sorted(housed)}"
+        if known != sorted(admitted) or len(self.policy) != len(admitted):
+            yield f"the policy knows {len(self.policy)} experts {known}, in slots are {sorted(admitted)}"
 
 
 def add_pins(pool: SlotPool, experts: Iterable[int]) -> None:

@@ -110,7 +110,7 @@ class StagingRing:
         """Whether the expert is staged."""
         return expert in self._pools[layer].staged
 
-    def house(self, layer: int, expert: int, keep: Container[int]) -> int | None:
+    def admit(self, layer: int, expert: int, keep: Container[int]) -> int | None:
         """Move a staged, resident expert to a slot of its layer: an empty one, or that of the policy's best
         victim that is unpinned and not in `keep`. Returns the slot; None if there is neither.
 
@@ -118,19 +118,19 @@ class StagingRing:
         """
         pool = self._pools[layer]
         if expert not in pool.staged or expert in pool.loading:
-            raise CacheStateError(f"layer {layer}: expert {expert} to be housed is not staged and resident")
+            raise CacheStateError(f"layer {layer}: expert {expert} to admit is not staged and resident")
         if not pool.has_room(expert):
             victims = pool.victims(keep, [expert])
             if not victims:
                 return None
             self._evict(layer, pool, victims[0])
         ring_slot = pool.table[expert]
-        slot = pool.house(expert)
+        slot = pool.admit(expert)
         self._forget(layer, expert, ring_slot)
         return slot
 
     def evict(self, layer: int, expert: int) -> None:
-        """Evict a resident, unpinned expert from the slot that `house` moved it to: the copy failed."""
+        """Evict a resident, unpinned expert whose bytes could not be copied to its slot."""
         self._evict(layer, self._pools[layer], expert)
 
     def touch(self, layer: int, experts: Sequence[int]) -> None:
@@ -138,9 +138,9 @@ class StagingRing:
         pool = self._pools[layer]
         pool.policy.touch([e for e in experts if e in pool.table and e not in pool.staged])
 
-    def next_victims(self, layer: int, keep: Container[int], homeless: Sequence[int]) -> list[int]:
-        """The residents, pinned or not, that would be evicted next to make room for `homeless` experts."""
-        return self._pools[layer].victims(keep, homeless, pinned=True)
+    def next_victims(self, layer: int, keep: Container[int], experts: Sequence[int]) -> list[int]:
+        """The residents, pinned or not, that would be evicted next to admit these experts."""
+        return self._pools[layer].victims(keep, experts, pinned=True)
 
     def clear(self, layer: int, keep: Container[int]) -> list[ExpertKey]:
         """Give up all staged experts without a pin, except those of `layer` that are in `keep`.

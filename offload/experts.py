@@ -156,7 +156,7 @@ class OffloadedExperts(nn.Module):
         """As `forward`, but never through `seam`."""
         if self._retired is not None:
             raise MoeLocalError(self._retired)
-        if self._runner is None:
+        if self._runner is None or not hidden_states.numel():
             return torch.zeros_like(hidden_states)
         if is_deferred() and not torch.is_grad_enabled():  # by the engine
             return self._runner.run(self, hidden_states, top_k_index, top_k_weights)
@@ -329,7 +329,7 @@ class ExpertRunner:
         share, layer = self.store.host, experts.index
         if share is None or experts.has_post_expert_norm or torch.is_autocast_enabled(hidden.device.type):
             return False  # a norm's weights are on the device, and autocast would choose other dtypes
-        if not index.numel() or self.store.slots(layer) >= experts.num_experts:
+        if self.store.slots(layer) >= experts.num_experts:
             return False
         kind = self.store.kinds[layer][0]
         average = Work(kind.nbytes, max(1, index.numel() // experts.num_experts), kind.format)

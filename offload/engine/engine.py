@@ -241,9 +241,10 @@ class Engine:
             prompts = [sequence for sequence in running if self._todo(sequence) > 1]
             if decoding and (self._had_prompt or not prompts):
                 self._had_prompt = False
-                if len(decoding) == 1:
-                    return [self._work(decoding[0])]
-                return [self._work(sequence) for sequence in self._rows.to_front(decoding)]
+                # Graphs belong to a row, so with them one sequence moves to the front, too.
+                if len(decoding) > 1 or (self.token_step is not None and self.token_step.captures):
+                    decoding = self._rows.to_front(decoding)
+                return [self._work(sequence) for sequence in decoding]
             running = prompts
         if not running:
             return []

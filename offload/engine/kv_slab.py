@@ -12,6 +12,7 @@ Letters: R rows, H key-value heads, C capacity, D width of a head, W sliding win
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,9 @@ from moe_local.offload.modeling.names import cache_name
 # Later releases of transformers use this class for layers without a cache; 5.17 and 5.18 omit such layers.
 DUMMY_LAYER: type | None = getattr(cache_utils, "DummyLayer", None)
 SLAB_LAYERS = (DynamicLayer, cache_utils.DynamicSlidingWindowLayer, cache_utils.DynamicIndexedLayer)
+
+SWAPPED = 4096
+"""Columns that are exchanged at a time, so that two long rows need little memory beside their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +194,12 @@ class KVSlab:
     def _swap(self, one: int, other: int) -> None:
         """As `swap`; where it raises, both rows hold anything."""
         length = max(self.lens[one], self.lens[other])
-        for tensor in self._tensors():
-            held = tensor[one, ..., :length, :].clone()
-            tensor[one, ..., :length, :].copy_(tensor[other, ..., :length, :])
-            tensor[other, ..., :length, :].copy_(held)
+        for tensor, begin in itertools.product(self._tensors(), range(0, length, SWAPPED)):
+            columns = slice(begin, min(begin + SWAPPED, length))
+            first, second = tensor[one, ..., columns, :], tensor[other, ..., columns, :]
+            held = first.clone()
+            first.copy_(second)
+            second.copy_(held)
         for row in (one, other):
             self._touched[row] = max(self._touched[row], length)
         self.lens[one], self.lens[other] = self.lens[other], self.lens[one]

@@ -112,6 +112,8 @@ class DeviceMisses:
         self._known = [0 for _ in layers]
         """For each layer, the last token that its list takes into account."""
         self._sent: Event = self._device.record()
+        self._not_fetched: int | None = None
+        """The layer whose absent experts were given slots, but whose copies could not be launched."""
 
     # A token
 
@@ -158,9 +160,11 @@ class DeviceMisses:
         """
         layer, base = self._layers[number], self._tier.arena.buffer(number, 0)
         assert index.shape[1] == self._top_k[number]
+        run = GroupedRun(layer.launcher, x, weights)  # first, since memory may not suffice for it
         table = self._fetch.look_up(layer.tables, index.flatten(), begins=number == 0)
-        run = GroupedRun(layer.launcher, x, weights)
+        self._not_fetched = number
         self._fetch.bring(layer.tables, self._memory.memory.tensor, base, self._nbytes[number])
+        self._not_fetched = None
         run.launch(base, table)
         return run.result()
 
@@ -225,7 +229,7 @@ class DeviceMisses:
         self._sent.synchronize()
         self.tables.fill(self._lists)
         self._sent = self._device.record()
-        self._token = 0
+        self._token, self._not_fetched = 0, None
         self._has_custody = True
 
     def _ship(self) -> _Log:
@@ -269,6 +273,9 @@ class DeviceMisses:
             k = self._top_k[layer]
             experts, filled = row[LOG_HEAD : LOG_HEAD + k], row[LOG_HEAD + k : LOG_HEAD + 2 * k]
             cache.elsewhere.follow(layer, experts, filled)
+            if layer == self._not_fetched:
+                for expert in (expert for expert, slot in zip(experts, filled, strict=True) if slot >= 0):
+                    cache.staging.evict(layer, expert)
             routed.count_all(layer, experts)
             if (
                 max(filled) >= 0

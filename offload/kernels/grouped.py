@@ -11,7 +11,7 @@ from moe_local.offload.kernels.gates import recognize
 from moe_local.offload.kernels.launcher import UNIT, Launcher, can_shuffle, triton_kernels
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.quantize.layout import Layout
-from moe_local.offload.tiers.small_pins import pinned_for
+from moe_local.offload.tiers.small_pins import sent
 
 MOST_TOKENS = 8
 """The most tokens of an expert for which reading its weights, once, takes most of the time."""
@@ -226,8 +226,7 @@ class GroupedStep:
             for index, slot in enumerate(slots):
                 mine = flat[starts[index] : starts[index + 1]]
                 rows.append([slot, *mine, *[-1] * (self._tokens - len(mine))])
-        table = torch.tensor(rows, dtype=torch.int64, device="cpu")
-        return pinned_for(self._device, table).to(self._device, non_blocking=True)
+        return sent(torch.tensor(rows, dtype=torch.int64, device="cpu"), self._device)
 
 
 def _tokens_of_a_program(routing: Routing) -> int:

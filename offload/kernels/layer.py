@@ -14,6 +14,7 @@ from moe_local.offload.kernels.fallback import Fallback
 from moe_local.offload.kernels.grouped import GroupedExperts
 from moe_local.offload.kernels.routing import Routing
 from moe_local.offload.quantize.layout import Layout
+from moe_local.offload.tiers.small_pins import sent
 
 
 class LayerKernels:
@@ -130,8 +131,8 @@ class OneByOne:
         self._routing = routing
         self._weights = weights
         self._outputs = x.new_empty(len(routing.ids), x.shape[1]) if outputs is None else outputs
-        if routing.tokens > 1:  # in one transfer, to avoid waiting for the device for every expert
-            self._places = routing.sorted_places.to(x.device)
+        if routing.tokens > 1:  # all at once, rather than a copy for every expert
+            self._places = sent(routing.sorted_places, x.device)
             self._rows = self._places.div(routing.top_k, rounding_mode="floor")
 
     def compute(self, group: Sequence[Readable]) -> None:

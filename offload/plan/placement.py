@@ -72,8 +72,9 @@ def _place_on_cards(request: Request) -> Plan:
     if needed > request.ram:
         return _refusal(request, parts, chunk, in_vram=False, needed=needed)
     slots = list(_slots(spec, least))
-    room = on.staging == footprint.staging_slots(spec, largest(ladders)) or on.holds(spec.num_experts)
-    if request.slots is None and chunk == full and room:
+    # A long enough ring, unless every expert gets a slot, takes precedence over more than the least slots.
+    ringed = on.staging == footprint.staging_slots(spec, largest(ladders)) or on.holds(spec.num_experts)
+    if request.slots is None and chunk == full and ringed:
         for card, mine in zip(found, layers_by_card(found, spec), strict=True):
             if mine:
                 part = replace(spec, layers=tuple(spec.layers[index] for index in mine))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import NamedTuple
 
 
@@ -61,39 +61,37 @@ class Timeline:
 
     def queue_seconds(self) -> float:
         """Seconds from now in which the link will be busy with the copies issued so far."""
-        return max(0.0, self._busy_until() - self.clock())
+        return max(self.arrivals().values(), default=0.0)
 
     def arrivals(self) -> dict[Hashable, float]:
         """Seconds from now until the end of each copy in flight; 0 where that is overdue."""
-        now, at, found = self.clock(), self._free_at, {}
-        for copy in self._pending:
-            at = max(at, copy.issued) + self._expected(copy.nbytes)
-            found[copy.key] = max(0.0, at - now)
-        return found
+        now = self.clock()
+        return {copy.key: max(0.0, span.end - now) for copy, span in self._in_flight()}
 
     def link_beside(self, span: Span) -> float:
-        """Seconds of a span of CPU work in which the link was busy, also with copies not yet seen to end."""
-        ended = _covered(span, self._copies)
-        at, pending = self._free_at, 0.0
+        """Seconds of a span of CPU work, now over, in which the link was busy."""
+        busy = _covered(span, self._copies)
+        for copy, expected in self._in_flight():
+            late = copy is self._pending[-1]  # it has not ended yet, whatever was expected
+            end = max(expected.end, span.end) if late else expected.end
+            busy += span.overlap(Span(expected.start, end))
+        return min(busy, span.end - span.start)
+
+    def _in_flight(self) -> Iterator[tuple[_Copy, Span]]:
+        """The copies in flight, in the order of issue, each with the span that it is expected to have."""
+        at = self._free_at
         for copy in self._pending:
-            begun = max(at, copy.issued)
-            at = begun + self._expected(copy.nbytes)
-            pending += span.overlap(Span(begun, max(at, span.end if copy is self._pending[-1] else at)))
-        return min(ended + pending, span.end - span.start)
+            start = max(at, copy.issued)
+            at = start + self._expected(copy.nbytes)
+            yield copy, Span(start, at)
 
     def cpu_beside(self, span: Span) -> float:
         """Seconds of a copy's span in which the CPU computed experts."""
         return _covered(span, self._computed)
 
-    def _busy_until(self) -> float:
-        at = self._free_at
-        for copy in self._pending:
-            at = max(at, copy.issued) + self._expected(copy.nbytes)
-        return at
-
 
 def _covered(span: Span, others: deque[Span]) -> float:
-    """Seconds of a span that others cover, which ended in this order: only the last of them can."""
+    """Seconds of `span` that `others` cover; these are in the order in which they ended."""
     seconds = 0.0
     for other in reversed(others):
         if other.end <= span.start:

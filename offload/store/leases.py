@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,6 +27,10 @@ class Serving:
     """One layer's experts on their way through `ExpertStore.serve`: each is in one list after another."""
 
     layer: int
+    experts: Sequence[int]
+    """All that the step needs, in the router's order."""
+    tokens: Callable[[int], int] | None
+    """Expert -> how many tokens it has; None: the CPU may compute none."""
     todo: list[int]
     """Not pinned yet: there was no room."""
     waiting: list[int] = field(default_factory=list)

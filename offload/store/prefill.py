@@ -216,8 +216,8 @@ class PrefillStream:
         state.admitted.extend(expert for expert in recent if expert in wanted)
         for expert in held.joined:
             self._tier.promote(ExpertKey(layer, expert))
-        homeless = [e for e in recent if e in wanted or cache.staging.has(layer, e)]
-        leaving = cache.staging.next_victims(layer, recent, homeless)
+        to_admit = [e for e in recent if e in wanted or cache.staging.has(layer, e)]
+        leaving = cache.staging.next_victims(layer, recent, to_admit)
         first = [expert for expert in leaving if expert in held.ready]
         state.victims = len(first)
         state.here.extend([*first, *(expert for expert in held.ready if expert not in first)])
@@ -298,7 +298,7 @@ class PrefillStream:
             for expert in group:
                 if expert in recent and cache.staging.has(layer, expert):
                     moving = expert
-                    slots.extend(self._house(layer, expert, recent))
+                    slots.extend(self._admit(layer, expert, recent))
                     moving = None
         finally:
             self._leased -= len(group)
@@ -309,24 +309,24 @@ class PrefillStream:
                 self._copies.read_by(layer, slots)
         self._tier.poll()
 
-    def _house(self, layer: int, expert: int, recent: Sequence[int]) -> list[int]:
+    def _admit(self, layer: int, expert: int, recent: Sequence[int]) -> list[int]:
         """Move a staged expert from the ring to a slot of its layer; [slot], or [] if there is none.
 
         The copy takes a fraction of the time that loading it again would.
         """
         staging, arena = self._tier.cache.staging, self._tier.arena
         slot = self._tier.cache.slot_of(layer, expert)
-        housed = staging.house(layer, expert, recent)
-        if housed is None or slot is None:
+        admitted = staging.admit(layer, expert, recent)
+        if admitted is None or slot is None:
             return []
         nbytes = self._layouts[layer][expert].nbytes
-        destination, source = (arena.buffer(layer, place)[:nbytes] for place in (housed, slot))
+        destination, source = (arena.buffer(layer, place)[:nbytes] for place in (admitted, slot))
         device = self._tier.device_of(layer)
         if device is None:
             destination.copy_(source)
         else:
             device.move(destination, source)
-        return [housed]
+        return [admitted]
 
     def _wait(self, state: _Pass) -> None:
         """Block until some load makes progress, at most LOOK_SECONDS."""

@@ -99,23 +99,26 @@ class ExpertStore:
         self.tier.poll()
         if recent is None:
             self._drop_unneeded(layer, experts)
-            if self.host is None and self.tier.cache.has_all(layer, experts):
+            if self.tier.cache.has_all(layer, experts):
+                if self.host is not None and tokens is not None:
+                    self.host.scheduler.worth.needed(layer, experts)
                 yield from self._serve_residents(layer, experts, requested)
                 return
-        serving = Serving(layer, list(experts))
+        serving = Serving(layer, experts, tokens, todo=list(experts))
         if self.host is not None and tokens is not None:
             serving.host, serving.todo = self.host.divide(layer, experts, tokens)
-        if recent is not None and self.prefill is not None:
-            yield from self._serve_long(serving, recent, requested, tokens)
-        else:
-            yield from self._serve_step(serving, experts, requested, tokens)
+        try:
+            if recent is not None and self.prefill is not None:
+                yield from self._serve_long(serving, self.prefill, recent, requested)
+            else:
+                yield from self._serve_step(serving, requested)
+        finally:
+            if self.host is not None:
+                self.host.began()
+                self.host.release(layer, serving.host)
 
     def _serve_step(
-        self,
-        serving: Serving,
-        experts: Sequence[int],
-        requested: Callable[[], None] | None,
-        tokens: Callable[[int], int] | None,
+        self, serving: Serving, requested: Callable[[], None] | None
     ) -> Generator[list[Lease], None, None]:
         """`serve` if some experts are absent, or the CPU computes some."""
         cache, layer = self.tier.cache, serving.layer
@@ -131,13 +134,14 @@ class ExpertStore:
                     first = False
                     if requested is not None:
                         requested()
-                    self._promote(serving, experts, tokens)
+                    if self.host is not None and serving.tokens is not None:  # the link may be idle now
+                        self.host.promote(layer, serving.host, serving.tokens, keep=serving.experts)
                 # Give a device the experts that are readable before its stream waits for more.
                 if serving.waiting and not (serving.ready and self._copies is not None):
                     self._arrivals.collect(serving)
                 if not serving.ready:
-                    if serving.host and tokens is not None:
-                        yield from self._lend(serving, tokens)
+                    if serving.host:
+                        yield from self._lend(serving)
                     else:
                         self._wait(serving)
                     continue
@@ -148,9 +152,6 @@ class ExpertStore:
         finally:
             held = (*serving.used, *serving.ready, *serving.waiting)
             cache.release(layer, [expert for expert in held if cache.pins(layer, expert)])
-            if self.host is not None:
-                self.host.began()
-                self.host.release(layer, serving.host)
 
     def _hand_out(self, serving: Serving, group: list[int]) -> Generator[list[Lease], None, None]:
         """Yield readable experts. If all of the step fit, they stay pinned while the others are loaded."""
@@ -168,25 +169,19 @@ class ExpertStore:
     def _serve_long(
         self,
         serving: Serving,
+        prefill: PrefillStream,
         recent: Sequence[int],
         requested: Callable[[], None] | None,
-        tokens: Callable[[int], int] | None,
     ) -> Generator[list[Lease], None, None]:
         """`serve` for a long step: the prefill stream serves all experts that the CPU does not compute."""
-        assert self.prefill is not None
         needed, serving.todo = serving.todo, []
 
         def meanwhile() -> Generator[list[Lease], None, None] | None:
-            return self._lend(serving, tokens) if serving.host and tokens is not None else None
+            return self._lend(serving) if serving.host else None
 
-        try:
-            yield from self.prefill.serve(serving.layer, needed, recent, requested, meanwhile)
-            if (left := meanwhile()) is not None:
-                yield from left
-        finally:
-            if self.host is not None:
-                self.host.began()
-                self.host.release(serving.layer, serving.host)
+        yield from prefill.serve(serving.layer, needed, recent, requested, meanwhile)
+        if (left := meanwhile()) is not None:
+            yield from left
 
     def _serve_residents(
         self, layer: int, experts: Sequence[int], requested: Callable[[], None] | None
@@ -204,15 +199,11 @@ class ExpertStore:
             self.tier.cache.release(layer, experts)
             self._end_leases(layer, slots)
 
-    def _promote(self, serving: Serving, experts: Sequence[int], tokens: Callable[[int], int] | None) -> None:
-        """Use the link if it is idle, now that the step's own loads and the prefetches were started."""
-        if self.host is not None and serving.host and tokens is not None:
-            self.host.promote(serving.layer, serving.host, tokens, keep=experts)
-
-    def _lend(self, serving: Serving, tokens: Callable[[int], int]) -> Generator[list[Lease], None, None]:
-        """Yield the CPU's experts: all at once, or one by one while loads have still to be started."""
+    def _lend(self, serving: Serving) -> Generator[list[Lease], None, None]:
+        """Yield the CPU's experts: all at once, or one by one while loads are started or waited for."""
         assert self.host is not None
         assert self.below is not None
+        assert serving.tokens is not None
         check_interrupt()
         self.host.began()
         layer, cache = serving.layer, self.below.cache
@@ -227,7 +218,7 @@ class ExpertStore:
         start = self.host.scheduler.timeline.clock()
         try:
             yield leases
-            self.host.computed(layer, group, tokens, start)
+            self.host.computed(layer, group, serving.tokens, start)
         finally:
             del serving.host[: len(group)]
             self.host.release(layer, group)

@@ -111,7 +111,7 @@ class CopySource:
         return load
 
     def promote(self, load: Load, priority: int) -> None:
-        if isinstance(load, CopyLoad) and priority < load.priority and not load.finished:
+        if isinstance(load, CopyLoad) and priority < load.priority:
             load.priority = priority
             if load in self._waiting and load.lower_held and not self._lower.cache.is_resident(*load.key):
                 self._lower.promote(load.key)

@@ -34,9 +34,6 @@ class DeviceArena(Arena):
     layer, and so on, cut into segments that are allocations of their own. `give_back` frees a device's last
     segment, so that all its layers shrink evenly, the highest slots and, among these, the last layers first.
     The addresses of the remaining slots never change.
-
-    `generation` counts the changes: code that keeps addresses of slots, or relies on every expert having one,
-    compares it with its earlier value.
     """
 
     def __init__(
@@ -55,7 +52,6 @@ class DeviceArena(Arena):
         with nothing allocated.
         """
         self.devices = per_layer(device, len(strides))
-        self.generation = 0
         self._least = tuple(slots if least is None else least)
         self._sizes = sizes_of(slots, strides)
         """Bytes of each requested slot."""
@@ -93,7 +89,6 @@ class DeviceArena(Arena):
             if slot != len(self._buffers[layer]) - 1:
                 raise RuntimeError(f"slot {slot} of layer {layer} is given back before those above it")
             self._buffers[layer].pop()
-        self.generation += 1
         return segment.nbytes
 
     def close(self) -> None:

@@ -19,6 +19,12 @@ def pinned_for(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
     return pinned(tensor) if device.type == "cuda" else tensor
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on this device. The host does not wait for the copy, which is in the order of the current
+    stream."""
+    return pinned_for(device, tensor).to(device, non_blocking=True)
+
+
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of a CPU tensor in pinned memory; the tensor itself, with one warning, if that is refused.
 

@@ -160,17 +160,19 @@ def test_a_cache_in_debt_follows_recency_though_the_shadow_of_frequency_is_no_wo
     assert duel.recency
 
 
+def _four_of(order: list[int], chance: random.Random) -> list[int]:
+    """Different ones, the first of `order` twice as likely as the second, three times as the third ..."""
+    weights = [1 / rank for rank in range(1, len(order) + 1)]
+    chosen: dict[int, None] = {}
+    while len(chosen) < 4:
+        chosen[chance.choices(order, weights)[0]] = None
+    return list(chosen)
+
+
 def _zipf(seed: int, steps: int = 480) -> Steps:
     chance = random.Random(seed)
     order = chance.sample(range(64), 64)
-    weights = [1 / rank for rank in range(1, 65)]
-    made: Steps = []
-    for _ in range(steps):
-        chosen: dict[int, None] = {}
-        while len(chosen) < 4:
-            chosen[chance.choices(order, weights)[0]] = None
-        made.append(list(chosen))
-    return made
+    return [_four_of(order, chance) for _ in range(steps)]
 
 
 def _topics(seed: int, width: int, length: int, steps: int = 480) -> Steps:
@@ -209,14 +211,10 @@ def _stack(seed: int, steps: int = 480) -> Steps:
     """The more recently an expert was used, the likelier it is: what LRU is made for."""
     chance = random.Random(seed)
     order = chance.sample(range(64), 64)
-    weights = [1 / rank for rank in range(1, 65)]
     made: Steps = []
     for _ in range(steps):
-        chosen: dict[int, None] = {}
-        while len(chosen) < 4:
-            chosen[chance.choices(order, weights)[0]] = None
-        order = [*chosen, *(expert for expert in order if expert not in chosen)]
-        made.append(list(chosen))
+        made.append(_four_of(order, chance))
+        order = [*made[-1], *(expert for expert in order if expert not in made[-1])]
     return made
 
 

@@ -9,12 +9,3 @@ def test_use_changes_nothing() -> None:
         policy.insert(expert)
     policy.touch([5, 3])
     assert list(policy.coldest()) == [5, 3, 8]
-
-
-def test_coming_back_joins_the_end() -> None:
-    policy = FIFOPolicy()
-    policy.insert(1)
-    policy.insert(2)
-    policy.remove(1)
-    policy.insert(1)
-    assert list(policy.coldest()) == [2, 1]

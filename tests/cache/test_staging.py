@@ -116,7 +116,7 @@ def test_a_staged_expert_moves_in(cache: ExpertCache) -> None:
     cache.staging.stage(0, 5)
     cache.complete(0, 5)
     assert cache.staging.next_victims(0, [1], [3, 4]) == [0]
-    assert cache.staging.house(0, 5, [1]) == 0
+    assert cache.staging.admit(0, 5, [1]) == 0
     cache.check_integrity()
     assert (coldest(cache), cache.staging.used, cache.pins(0, 5)) == ([1, 5], 0, 1)
     cache.release(0, [5])
@@ -125,9 +125,9 @@ def test_a_staged_expert_moves_in(cache: ExpertCache) -> None:
     assert coldest(cache) == [5, 1]
     cache.staging.stage(0, 6)
     with pytest.raises(CacheStateError, match="not staged and resident"):
-        cache.staging.house(0, 6, [])
+        cache.staging.admit(0, 6, [])
     cache.complete(0, 6)
-    assert cache.staging.house(0, 6, [1, 5]) is None
+    assert cache.staging.admit(0, 6, [1, 5]) is None
     with pytest.raises(CacheStateError, match="to pin is absent"):
         cache.staging.pin(0, 4)
 

@@ -277,14 +277,17 @@ def test_kernels_that_are_wrong_are_done_without(
     assert got == want
 
 
-def test_a_grouped_step_never_waits_for_the_gpu() -> None:
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_a_grouped_step_never_waits_for_the_gpu(tokens: int) -> None:
+    """Nor does one in which an expert has more tokens than the grouped kernels take."""
     pytest.importorskip("triton")
     math, leases, kernels = Math(), leased(Math(), 8, 256, 256), LayerKernels()
-    x, weights = torch.randn(1, 256, device="cuda").bfloat16(), torch.rand(1, 4, device="cuda").bfloat16()
-    routing = Routing([5, 0, 3, 6], 1, 8)
+    x = torch.randn(tokens, 256, device="cuda").bfloat16()
+    weights = torch.rand(tokens, 4, device="cuda").bfloat16()
     for mode in ("default", "error"):  # the first compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
+            routing = Routing([5, 0, 3, 6] * tokens, tokens, 8)
             step = kernels.begin(math, x, routing, weights, leases[0].layout)
             assert isinstance(step, GroupedStep)
             result = in_groups(step, leases, [[5, 0], [3, 6]])

@@ -409,6 +409,7 @@ def test_before_it_is_attached_it_answers_zeros_and_retired_it_refuses(
     assert list(experts.parameters()) == []
     experts.attach(ExpertRunner(make_store(made, slots=8), NoPrefetch()))
     assert bool(experts(*inputs).any())
+    assert experts(*made.inputs(0, torch.float32)).shape == (0, 64)
     experts.retire("the model is closed")
     with pytest.raises(MoeLocalError, match="the model is closed"):
         experts(*inputs)

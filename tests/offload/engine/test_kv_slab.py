@@ -190,7 +190,8 @@ def test_integrity_notices_a_wrong_length(mixtral: Any) -> None:
 
 
 @pytest.mark.parametrize("own_caches", [False, True])
-def test_layers_that_keep_a_state(stateful: Any, own_caches: bool) -> None:
+def test_layers_that_keep_a_state(stateful: Any, monkeypatch: pytest.MonkeyPatch, own_caches: bool) -> None:
+    monkeypatch.setattr("moe_local.offload.engine.kv_slab.SWAPPED", 4)
     assert not can_slab(probe_cache(stateful))
     kv = OwnCaches(stateful.config, 2, 30) if own_caches else make_kv(stateful, 2, 30)
     assert isinstance(kv, OwnCaches if own_caches else StateSlab)

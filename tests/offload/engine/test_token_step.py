@@ -63,6 +63,7 @@ def either(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(autouse=True)
 def few_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static_row, "FEWEST_COLUMNS", 16)
+    monkeypatch.setattr("moe_local.offload.engine.kv_slab.SWAPPED", 5)
 
 
 class Watched(Engine):
@@ -151,6 +152,17 @@ def test_joining_leaving_and_reuse_change_nobody(either: Any, seed: int) -> None
     done = engine_runs.answered_at_random(engine, waiting, chance, most=16)
     assert graphs.replays > graphs.captures > 0
     engine_runs.check_alone(either, done)
+
+
+def test_conversations_one_after_the_other_share_graphs(either: Any) -> None:
+    """Each begins in a row of its own, and there is no graph for every row."""
+    engine = Watched(either, make_kv(either, 3, 32), graphs=fake_graphs.FakeGraphs())
+    alone = Watched(either, make_kv(either, 1, 32))
+    assert engine.token_step is not None
+    for seed in range(4):
+        assert decoded(engine, random_ids(12, seed), 8)[0] == decoded(alone, random_ids(12, seed), 8)[0]
+        engine.check_integrity()
+        assert engine.token_step.captured.keys() == {(0, 16), (0, 24)}
 
 
 @pytest.mark.parametrize("error", [MoeLocalError, KeyboardInterrupt])

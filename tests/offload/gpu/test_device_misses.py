@@ -7,7 +7,7 @@ import logging
 import random
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +29,17 @@ torch.set_num_threads(1)
 EXPERTS, SLOTS = 8, 3
 
 
-@pytest.fixture
-def make_device(make_device: Callable[..., Any]) -> Callable[..., Any]:
-    made: Callable[..., Any] = torch_kernels.devices(make_device)
-    return made
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _graphs() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_LOCAL_GRAPHS", "on")
-        yield
-
-
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def make_device(make_device: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Of devices that compute single tokens with torch's kernels, from graphs; trials at load are short."""
+    monkeypatch.setenv("MOE_LOCAL_GRAPHS", "on")
     torch_kernels.use(monkeypatch)
     monkeypatch.setattr(miss_trial, "PATTERN", (0, 1, 0))
     monkeypatch.setattr(miss_trial, "ROUNDS", 1)
     monkeypatch.setattr(
         "moe_local.offload.kernels.fetch.fetch_kernels", lambda device: torch_kernels.TorchFetch()
     )
+    return torch_kernels.devices(make_device)
 
 
 @pytest.fixture
@@ -251,6 +241,39 @@ def test_hundreds_of_tokens(
     assert ids == want
     assert stats.routed == by_host.routed
     assert stats.misses <= 1.05 * by_host.misses
+
+
+def test_experts_whose_copy_was_never_launched_are_absent(
+    load: Callable[..., moe_local.Model],
+    make_checkpoint: Callable[..., Path],
+    make_device: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The look-up of a layer has logged them when VRAM runs out before their copies: the step that is run
+    again must not take the slots' old bytes for them."""
+    folder, lacking = make_checkpoint("qwen3_moe"), iter([False] * 3)
+
+    class Lacking(torch_kernels.TorchFetch):  # type: ignore[misc, name-defined]
+        def bring(self, *arguments: Any) -> None:
+            if next(lacking, False):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 bytes.")
+            super().bring(*arguments)
+
+    monkeypatch.setattr("moe_local.offload.kernels.fetch.fetch_kernels", lambda device: Lacking())
+    with load(folder, make_device(5), None, "off", slots=EXPERTS) as model:
+        want = answer(model)
+    with load(folder, make_device(6), fake_graphs.FakeGraphs(), slots=5) as model:
+        parts = model.parts
+        parts.engine.relief = lambda lacking: True
+        assert parts.engine.token_step is not None
+        for layer in range(len(model.stats().hits_by_layer)):
+            parts.store.empty()
+            parts.engine.token_step.captured.clear()
+            parts.engine.token_step._caches.clear()
+            parts.engine.forget()
+            lacking = iter([*[False] * layer, True])
+            assert answer(model) == want
+            assert next(lacking, None) is None
 
 
 def test_a_closed_model_is_gone_at_once(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,12 @@ torch.set_num_threads(1)
 PROMPT, NEW = list(range(3, 14)), 12
 
 
-@pytest.fixture
-def make_device(make_device: Callable[..., Any]) -> Callable[..., Any]:
-    made: Callable[..., Any] = torch_kernels.devices(make_device)
-    return made
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _graphs() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_LOCAL_GRAPHS", "on")
-        yield
-
-
 @pytest.fixture(autouse=True)
-def grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+def make_device(make_device: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Of devices that compute single tokens with torch's kernels, from graphs."""
+    monkeypatch.setenv("MOE_LOCAL_GRAPHS", "on")
     torch_kernels.use(monkeypatch)
+    return torch_kernels.devices(make_device)
 
 
 @pytest.fixture
