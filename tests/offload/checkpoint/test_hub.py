@@ -228,7 +228,7 @@ class TestKilled:
         ]
         env = {"PATH": "/usr/bin:/bin", **hub_server.env(tmp_path / "hf")}
         blobs = tmp_path / "hf" / "hub" / "models--org--model" / "blobs"
-        # Not all that is unfinished: huggingface_hub's own files come first, and may be renamed at any moment.
+        # Not all that are unfinished: huggingface_hub's own come first, and may be renamed at any moment.
         parts = [blobs / f"{repo.etag(name)}.incomplete" for name in sizes]
         hub_server.held_at = half
 
