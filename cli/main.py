@@ -4,7 +4,6 @@ code."""
 from __future__ import annotations
 
 import difflib
-import errno
 import sys
 import traceback
 from collections.abc import Sequence
@@ -130,8 +129,11 @@ class MoeLocal(LazyGroup):
             return self._line(error.format_message(), error.exit_code)
         if isinstance(error, MoeLocalError):
             return self._line(str(error), error.exit_code)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
-            # Errors from writing files name the file; one without a name is from printing.
+        from moe_local.cli.render import (
+            is_of_output,
+        )  # only here, since importing rich takes as long as all else
+
+        if is_of_output(error):  # a full disk: click itself ends where nobody reads any more
             return self._line("the output cannot be written: its disk is full; free some of it", 1)
         hint = "" if self.debug else " (--debug shows where)"
         return self._line(f"{type(error).__name__}: {error}{hint}", 1)
