@@ -257,7 +257,7 @@ class Chat:
             raise
 
     def _fail(self, error: Exception) -> None:
-        """Print an error, after which the chat goes on; raise one of printing, since no answer can be seen."""
+        """Print an error, after which the chat goes on; raise one of printing: no answer would be seen."""
         if is_of_output(error):
             raise error
         self.failed = self.failed or not self._interactive

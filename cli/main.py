@@ -129,9 +129,7 @@ class MoeLocal(LazyGroup):
             return self._line(error.format_message(), error.exit_code)
         if isinstance(error, MoeLocalError):
             return self._line(str(error), error.exit_code)
-        from moe_local.cli.render import (
-            is_of_output,
-        )  # only here, since importing rich takes as long as all else
+        from moe_local.cli.render import is_of_output  # imports rich, which most errors do not need
 
         if is_of_output(error):  # a full disk: click itself ends where nobody reads any more
             return self._line("the output cannot be written: its disk is full; free some of it", 1)

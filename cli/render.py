@@ -36,7 +36,7 @@ def on_stdout() -> Console:
 
 
 def is_of_output(error: Exception) -> bool:
-    """Whether printing has failed: nobody reads any more, or a disk is full. Errors of files name the file."""
+    """Whether printing has failed: nobody reads, or a disk is full. Errors of files name their file."""
     codes = (errno.EPIPE, errno.ENOSPC)
     return isinstance(error, OSError) and error.errno in codes and error.filename is None
 
