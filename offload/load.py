@@ -251,6 +251,7 @@ def _assemble(
         if cards:
             plan = replace(plan, vram_staging=store.tier.cache.staging.slots)
         engine = Engine(as_decoder(hf), kv, chunk=plan.chunk)
+        engine.most_context = checkpoint.spec.max_context
         if arena is not None:
             engine.relief = Relief(store.tier, arena, lambda: store.custody.release())
         prefetcher = make_prefetcher(options.prefetch, plan, store, probe.sites, file)
