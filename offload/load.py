@@ -70,7 +70,7 @@ logger = logging.getLogger(__name__)
 def load(
     model: str | Path,
     *,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     vram: str | int | Sequence[str | int] | None = None,
     ram: str | int | None = None,
     slots: int | None = None,
