@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedWriter
@@ -83,6 +84,15 @@ def _begin(target: Path) -> tuple[Path, BufferedWriter]:
 def nearest_folder(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def file_bytes(path: Path) -> int:
+    """Size of a file; 0 if there is none, such as one of a listing that another process has renamed since."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 def sync_folder(folder: Path) -> None:

@@ -27,6 +27,8 @@ def register_policy(name: str, make: Callable[[], EvictionPolicy]) -> None:
     `make` is called for each layer of each tier. Lasts as long as the process. Raises OptionError for a name
     that is taken, except by the same `make`.
     """
+    if not isinstance(name, str) or not callable(make):
+        raise OptionError(f"eviction policy {name!r}: {make!r}; give a name, and a function that makes one")
     known = _own.get(name)
     if known is make:
         return

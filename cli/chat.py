@@ -20,7 +20,7 @@ from moe_local.cli.first_use import ready, yes_flag
 from moe_local.cli.live import LiveAnswer
 from moe_local.cli.options import CHAT_FLAGS, Sampling, debug_flag, load_flags, sampling_flags
 from moe_local.cli.prompt import Messages, can_edit
-from moe_local.cli.render import ProgressBar, print_status, status_line
+from moe_local.cli.render import ProgressBar, is_of_output, print_status, status_line
 from moe_local.offload.answer_format.piece import Piece
 from moe_local.offload.ranges import nth_seed
 from moe_local.offload.system.home import moe_local_home
@@ -180,9 +180,8 @@ class Chat:
         if text:
             self.turns += [question, {"role": "assistant", "content": text}]
             self.answered = True
-        cut = {None: " | stopped", "length": " | cut off"}.get(stream.finish_reason, "")
-        if stream.filled_context:
-            cut += ": the context is full"
+        full = ": the context is full" if stream.filled_context else " at max_tokens"
+        cut = {None: " | stopped", "length": f" | cut off{full}"}.get(stream.finish_reason, "")
         if self.verbose:
             print_status(status_line(stream.stats) + cut)
 
@@ -258,7 +257,9 @@ class Chat:
             raise
 
     def _fail(self, error: Exception) -> None:
-        """Print an error, after which the chat goes on."""
+        """Print an error, after which the chat goes on; raise one of printing: no answer would be seen."""
+        if is_of_output(error):
+            raise error
         self.failed = self.failed or not self._interactive
         _say(error)
 

@@ -148,8 +148,6 @@ class Commands:
             self._think(None if value == DEFAULT else THOUGHTS[name])
         elif name == "system":
             self._system(value)
-        elif not value:
-            raise OptionError(f"/set {name} needs a value; {DEFAULT} leaves it to the model")
         else:
             chat.sampling = with_setting(chat.sampling, name, value)
             click.echo(f"{name} is {value}.")

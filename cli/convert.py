@@ -10,6 +10,7 @@ import click
 
 import moe_local
 from moe_local.cache.errors import OptionError
+from moe_local.cache.files import file_bytes
 from moe_local.cache.keys import format_bytes
 from moe_local.cli.completion import model_argument
 from moe_local.cli.options import debug_flag, json_flag, load_flags
@@ -154,4 +155,4 @@ def weight_bytes(folder: Path) -> int:
         files = parts_of(folder)
     else:
         files = [*folder.glob("*.safetensors")] or [*folder.glob("*.gguf")]
-    return sum(path.stat().st_size for path in files)
+    return sum(map(file_bytes, files))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ def main() -> NoReturn:
     """Run the command and exit: with 130 after Ctrl-C and 143 after SIGTERM, without a trace, whenever the
     signal arrives."""
     _open_missing_streams()
+    _print_anything()
     codes: list[int] = []
     atexit.register(_end, codes)  # before all others, and so called after them
     if threading.current_thread() is threading.main_thread():
@@ -50,6 +52,16 @@ def _open_missing_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # by number: the lowest is free
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - never closed
+
+
+def _print_anything() -> None:
+    """Let stdout and stderr print ? for characters that their encoding lacks, instead of failing.
+
+    In a locale without UTF-8, an answer would otherwise end with an error at its first emoji.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() not in ("utf-8", "utf8"):
+            stream.reconfigure(errors="replace")
 
 
 def _end(codes: list[int]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_local.cache.errors import ExpertFileError, ModelNotFoundError, MoeLocalError
+from moe_local.cache.files import file_bytes
 from moe_local.cli.completion import speaks_of_experts
 from moe_local.offload.checkpoint.files import parts_of
 from moe_local.offload.checkpoint.hub import HubModel, cached_folder, locate
@@ -85,7 +86,7 @@ def _conversion(folder: Path) -> Conversion:
 def nbytes(checkpoint: Path) -> int:
     """Bytes of all files below a folder, following links, or of all parts of a GGUF file."""
     files = parts_of(checkpoint) if checkpoint.is_file() else checkpoint.rglob("*")
-    return sum(path.stat().st_size for path in files if path.is_file())
+    return sum(map(file_bytes, files))
 
 
 def known(model: str) -> Known:

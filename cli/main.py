@@ -4,7 +4,6 @@ code."""
 from __future__ import annotations
 
 import difflib
-import errno
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from moe_local.cache.errors import MoeLocalError
+from moe_local.cli import other_names
 from moe_local.cli.lazy import LazyGroup
 from moe_local.cli.options import debug_flag
 from moe_local.offload.system.interrupt import INTERRUPTED, TERMINATED, broken_import
@@ -93,11 +93,18 @@ class MoeLocal(LazyGroup):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As in click, but the error for an unknown command suggests similar ones."""
+        """As in click, but `help COMMAND` is COMMAND --help, and the error for an unknown command suggests
+        one that is meant or similar."""
         name = args[0]
+        if name == "help" and len(args) > 1:
+            return self.resolve_command(ctx, [args[1], "--help"])
+        if name == "help":
+            click.echo(ctx.get_help())
+            ctx.exit()
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             names = self.list_commands(ctx)
-            near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
+            meant = other_names.COMMANDS.get(name.lower())
+            near = [meant] if meant else difflib.get_close_matches(name, names, n=2, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
             raise click.UsageError(f"no command {name!r}; {hint}")
         return super().resolve_command(ctx, args)
@@ -125,13 +132,14 @@ class MoeLocal(LazyGroup):
             return error.exit_code
         if isinstance(error, click.UsageError):
             where = f"; see {error.ctx.command_path} --help" if error.ctx is not None else ""
-            return self._line(error.format_message().rstrip(".") + where, USAGE)
+            return self._line(_usage(error) + where, USAGE)
         if isinstance(error, click.ClickException):
             return self._line(error.format_message(), error.exit_code)
         if isinstance(error, MoeLocalError):
             return self._line(str(error), error.exit_code)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
-            # Errors from writing files name the file; one without a name is from printing.
+        from moe_local.cli.render import is_of_output  # imports rich, which most errors do not need
+
+        if is_of_output(error):  # a full disk: click itself ends where nobody reads any more
             return self._line("the output cannot be written: its disk is full; free some of it", 1)
         hint = "" if self.debug else " (--debug shows where)"
         return self._line(f"{type(error).__name__}: {error}{hint}", 1)
@@ -139,6 +147,15 @@ class MoeLocal(LazyGroup):
     def _line(self, message: str, code: int) -> int:
         click.echo(f"moe-local: {' '.join(message.split())}", err=True)
         return code
+
+
+def _usage(error: click.UsageError) -> str:
+    """What is wrong with the arguments, without the full stop."""
+    if isinstance(error, click.NoSuchOption):
+        command = error.ctx.command if error.ctx is not None else None
+        if hint := other_names.flag_hint(error.option_name, command):
+            return f"no option {error.option_name}; {hint}"
+    return error.format_message().rstrip(".")
 
 
 def _print_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from markdown_it import MarkdownIt
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -22,8 +22,8 @@ so it may take at most 5 % of the time."""
 MARGIN = 2
 """Lines of the terminal that the redrawn part leaves free, since lines that scroll off cannot be redrawn."""
 
-_PARSER = MarkdownIt().enable("strikethrough").enable("table")
-"""Configured as in rich."""
+_PARSER = MarkdownIt().enable(["strikethrough", "table"]).disable(["html_block", "html_inline"])
+"""As in rich, but HTML is text: rich leaves it out, and with it the <int> of a vector<int>."""
 
 
 def split_blocks(text: str) -> tuple[list[str], str]:
@@ -57,6 +57,10 @@ class _Markdown(Markdown):
         **Markdown.elements,
         "heading_open": _LeftHeading,
     }
+
+    def __init__(self, markup: str, **settings: Any) -> None:
+        super().__init__(markup, **settings)
+        self.parsed = _PARSER.parse(markup)
 
 
 class _Lines:

@@ -32,6 +32,8 @@ def with_setting(sampling: Sampling, name: str, value: str) -> Sampling:
         near = difflib.get_close_matches(known, KINDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(KINDS)}"
         raise OptionError(f"unknown parameter {name!r}; {hint}")
+    if not value:
+        raise OptionError(f"{known} needs a value; {DEFAULT} leaves it to the model")
     if value == DEFAULT:
         return replace(sampling, **{known: None})
     kind = KINDS[known]

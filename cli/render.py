@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -32,6 +33,12 @@ def on_stderr() -> Console:
 def on_stdout() -> Console:
     """A console on stdout; plain text if that is not a terminal."""
     return Console(highlight=False, soft_wrap=True)
+
+
+def is_of_output(error: Exception) -> bool:
+    """Whether printing has failed: nobody reads, or a disk is full. Errors of files name their file."""
+    codes = (errno.EPIPE, errno.ENOSPC)
+    return isinstance(error, OSError) and error.errno in codes and error.filename is None
 
 
 def show_cursor(console: Console) -> None:

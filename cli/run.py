@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_argument()
-@click.argument("prompt", required=False)
+@click.argument("prompt", nargs=-1)
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text: no chat template.")
 @click.option(
     "--json-schema",
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @debug_flag
 def run(
     model: str,
-    prompt: str | None,
+    prompt: tuple[str, ...],
     raw: bool,
     json_schema: Path | None,
     as_json: bool,
@@ -53,10 +53,10 @@ def run(
 ) -> None:
     """Answer PROMPT with MODEL and exit.
 
-    The prompt is read from stdin if it is -, or if it is left out and something is piped in. The answer
-    appears on stdout as it is generated or, with --json, as one document with text, token_ids, finish_reason
-    and stats. What the model thinks before it answers is dim on a terminal, and else goes to stderr; in the
-    document it is reasoning. With --raw, all that the model writes is text.
+    The prompt may be several words. It is read from stdin if it is -, or if it is left out and something is
+    piped in. The answer appears on stdout as it is generated or, with --json, as one document with text,
+    token_ids, finish_reason and stats. What the model thinks before it answers is dim on a terminal, and else
+    goes to stderr; in the document it is reasoning. With --raw, all that the model writes is text.
 
     \b
     Examples:
@@ -112,11 +112,11 @@ def _cut(model: moe_local.Model, stats: GenerationStats) -> str:
     )
 
 
-def _prompt(given: str | None) -> str:
+def _prompt(words: tuple[str, ...]) -> str:
     """The prompt; read from stdin if it is "-", or if it is absent and stdin is a pipe."""
-    if given is not None and given != "-":
-        text, where = given, "PROMPT"
-    elif given is None and sys.stdin.isatty():
+    if words and words != ("-",):
+        text, where = " ".join(words), "PROMPT"
+    elif not words and sys.stdin.isatty():
         raise click.UsageError("there is no PROMPT; give one, or pipe it in")
     else:
         text, where = read_stdin().strip(), "the prompt on stdin"

@@ -70,7 +70,7 @@ logger = logging.getLogger(__name__)
 def load(
     model: str | Path,
     *,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     vram: str | int | Sequence[str | int] | None = None,
     ram: str | int | None = None,
     slots: int | None = None,
@@ -251,6 +251,7 @@ def _assemble(
         if cards:
             plan = replace(plan, vram_staging=store.tier.cache.staging.slots)
         engine = Engine(as_decoder(hf), kv, chunk=plan.chunk, shelf_bytes=plan.shelf_bytes)
+        engine.most_context = checkpoint.spec.max_context
         if arena is not None:
             engine.relief = Relief(store.tier, arena, lambda: store.custody.release())
         prefetcher = make_prefetcher(options.prefetch, plan, store, probe.sites, file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
@@ -116,6 +117,9 @@ class LoadOptions:
         for name in ("slots", "context", "parallel"):
             object.__setattr__(self, name, plain_number(getattr(self, name)))
             _check_count(name, getattr(self, name))
+        torch = sys.modules.get("torch")  # there if a torch.device is
+        if torch is not None and isinstance(self.device, torch.device):
+            object.__setattr__(self, "device", str(self.device))
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise OptionError(f"unknown device {self.device!r}; use auto, cpu, cuda or cuda:N")
         self._check_experts()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -25,6 +26,8 @@ REQUESTS: dict[str, type[BaseModel]] = {
     f"{MESSAGES}/count_tokens": CountRequest,
 }
 PARTS: tuple[type[BaseModel], ...] = (StreamOptions, TextOptions)
+LONGEST_SHOWN = 60
+"""Characters of a wrong value that an error shows."""
 FIELDS = {name for kind in (*REQUESTS.values(), *PARTS) for name in kind.model_fields}
 
 
@@ -60,6 +63,10 @@ async def _refused(request: Request, error: Any) -> JSONResponse:
         message += (
             f"; there are {', '.join(REQUESTS)} and /v1/models: base URLs end in /v1, Anthropic's before it"
         )
+    elif error.status_code == 405 and "access-control-request-method" in request.headers:
+        message += "; serve --cors ORIGIN lets web pages of another origin ask"
+    elif error.status_code == 405 and (allowed := (error.headers or {}).get("Allow")):
+        message += f"; use {allowed}"
     body = Failure(error.status_code, message, "invalid_request_error").body(request.url.path)
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
@@ -85,6 +92,25 @@ async def _broken(request: Request, error: Any) -> JSONResponse:
     return await failed(request, Failure(500, message, "server_error"))
 
 
+def _wrong(where: str, error: dict[str, Any]) -> str:
+    """What pydantic found, with the value. `where`: the field, "" for the body itself."""
+    name = where or "the body"
+    match error["type"]:
+        case "missing":
+            return f"{name} is missing; give it" if where else "the body is empty; send a JSON object"
+        case "too_short":
+            return f"{name} is empty; give at least {error['ctx']['min_length']}"
+        case "model_attributes_type":
+            needed = "a JSON object"
+        case _:
+            begin, found, needed = error["msg"].partition("Input should be ")
+            if begin or not found:
+                return f"{name}: {error['msg']}"
+    given = json.dumps(error["input"], default=str, ensure_ascii=False)
+    shown = given if len(given) <= LONGEST_SHOWN else f"{given[:LONGEST_SHOWN]}..."
+    return f"{name} is {shown}; it should be {needed}"
+
+
 async def _not_understood(request: Request, error: Any) -> JSONResponse:
     errors = error.errors()
     # a misspelt field explains why another is missing
@@ -102,7 +128,5 @@ async def _not_understood(request: Request, error: Any) -> JSONResponse:
     )
     if unknown:
         return await failed(request, _unknown(request, where))
-    message = f"{where or 'body'}: {first['msg']}"
-    if first["type"] == "value_error":  # raised by us
-        message = str(first["ctx"]["error"])
+    message = str(first["ctx"]["error"]) if first["type"] == "value_error" else _wrong(where, first)
     return await failed(request, Failure(400, message, "invalid_request_error", param=where or None))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moe_local.cache.errors import ExpertFileError
+from moe_local.cache.files import file_bytes
 from moe_local.offload.allocation.allocate import allocate, sensitivity_path
 from moe_local.offload.allocation.misses import MissCost
 from moe_local.offload.allocation.sensitivity import Sensitivity
@@ -64,7 +65,7 @@ def begun_for(checkpoint: Checkpoint, budget: str, folders: Iterable[Path]) -> l
             continue
         intent = Intent.read(folder, checkpoint.fingerprint, say=True)
         if intent is not None and intent.budget == budget and _holds(checkpoint, intent):
-            nbytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+            nbytes = sum(map(file_bytes, folder.iterdir()))
             found.append((nbytes, intent.experts))
     return [experts for _, experts in sorted(found, reverse=True)]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from moe_local.cache.errors import CheckpointError, DoesNotFitError
-from moe_local.cache.files import nearest_folder
+from moe_local.cache.files import file_bytes, nearest_folder
 from moe_local.cache.keys import format_bytes
 
 WORKERS = 4
@@ -276,8 +276,7 @@ def _lock_path(folder: Path, blob: str) -> Path:
 def _have(folder: Path, file: HubFile) -> int:
     if (folder / file.blob).exists():
         return file.size
-    partial = folder / f"{file.blob}.incomplete"
-    return min(file.size, partial.stat().st_size) if partial.exists() else 0
+    return min(file.size, file_bytes(folder / f"{file.blob}.incomplete"))
 
 
 @contextmanager

@@ -87,7 +87,13 @@ class Engine:
         """New tokens so far, of all sequences."""
         self.relief: Callable[[Shortage], bool] | None = None
         """Frees device memory that a step lacked, and returns whether it did; None: nothing can be freed."""
+<<<<<<< HEAD
         self._rows = Rows(kv, Shelf(kv, shelf_bytes))
+=======
+        self.most_context: int | None = None
+        """Most tokens of context that the model takes; None: unknown. Only errors speak of it."""
+        self._rows = Rows(kv)
+>>>>>>> n3
         self._turn = 0
         self._masks: BatchMasks | None = None
         self._had_prompt = False
@@ -150,8 +156,7 @@ class Engine:
             raise OptionError("the prompt is empty; it needs at least one token")
         if len(ids) > self.kv.capacity:
             raise ContextLengthError(
-                f"the prompt has {len(ids)} tokens, the context holds {self.kv.capacity}; "
-                "shorten it or raise --context"
+                f"the prompt has {len(ids)} tokens, the context holds {self.kv.capacity}; {self._remedy()}"
             )
         self.check_ids(ids)
         if settings.prompt_logprobs and self.kv.whole_prompt_only:
@@ -159,6 +164,14 @@ class Engine:
                 "logprobs of a prompt cannot be had of this model, which reads prompts in one piece; ask for "
                 "those of the answer alone"
             )
+
+    def _remedy(self) -> str:
+        """Of a prompt that is too long."""
+        if self.most_context is None:
+            return "shorten it or raise --context"
+        if self.most_context > self.kv.capacity:
+            return f"shorten it or raise --context, {self.most_context} at most"
+        return "shorten it: the model takes no more"
 
     def check_ids(self, ids: Ids[int]) -> None:
         """Raises OptionError for an id beyond the vocabulary; `ids` are not empty."""

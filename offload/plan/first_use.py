@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_local.cache.errors import DoesNotFitError
-from moe_local.cache.files import nearest_folder
+from moe_local.cache.files import file_bytes, nearest_folder
 from moe_local.cache.keys import format_bytes
 from moe_local.offload.checkpoint.hub import cached_folder, config_of, locate, to_download
 from moe_local.offload.checkpoint.hub_download import MARGIN_BYTES, blobs_folder
@@ -75,7 +75,7 @@ def first_use(model: str, options: LoadOptions, *, memory: bool = True) -> First
         here = [
             path for folder in place.parent.glob(place.name) for path in folder.glob("layer-*.safetensors")
         ]
-        converted = max(0, plan.bytes.experts_total - sum(path.stat().st_size for path in here))
+        converted = max(0, plan.bytes.experts_total - sum(map(file_bytes, here)))
     use = FirstUse(model, to_download(model), blobs_folder(found.repo_id).parent.parent, converted, home)
     use.check()
     return use

@@ -33,7 +33,7 @@ def fit(
     context: int | None = None,
     parallel: int = 1,
     slots: int | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
 ) -> Plan:
     """Plan `model` without its weights; arguments as in `load()`.
 
@@ -52,10 +52,10 @@ def fit(
         context=context,
         parallel=parallel,
         slots=slots,
-        device=device,
+        device=device,  # type: ignore[arg-type]
     )
     if options.vram is not None:
-        if device == "cpu":
+        if options.device == "cpu":
             raise OptionError("vram is given but device is cpu, which has none; leave one of them out")
         cards = options.vram if isinstance(options.vram, tuple) else (options.vram,)
     else:

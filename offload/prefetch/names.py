@@ -28,6 +28,8 @@ def register_prefetcher(name: str, make: MakePrefetcher) -> None:
     telling); it is not called where everything is resident. Lasts as long as the process. Raises OptionError
     for a name that is taken, except by the same `make`.
     """
+    if not isinstance(name, str) or not callable(make):
+        raise OptionError(f"prefetch {name!r}: {make!r}; give a name, and a function that makes one")
     if OWN.get(name) is make:
         return
     if name in prefetchers():

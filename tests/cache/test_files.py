@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_local.cache import files
-from moe_local.cache.files import Use, in_use, locked, write_atomically, write_bytes_atomically
+from moe_local.cache.files import Use, file_bytes, in_use, locked, write_atomically, write_bytes_atomically
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -200,3 +200,14 @@ def test_what_cannot_be_locked_is_not_in_use(tmp_path: Path, monkeypatch: pytest
     Use(tmp_path).close()
     assert not in_use(tmp_path)
     assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_file_that_is_gone_since_it_was_listed_has_no_bytes(tmp_path: Path) -> None:
+    kept, renamed = tmp_path / "kept", tmp_path / "renamed"
+    kept.write_bytes(b"four")
+    renamed.write_bytes(b"x")
+    (tmp_path / "folder").mkdir()
+    listing = [*tmp_path.iterdir()]
+    renamed.unlink()
+    assert sum(map(file_bytes, listing)) == 4
+    assert file_bytes(kept / "below a file") == 0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 import time
 
@@ -99,7 +100,7 @@ def test_messages_of_several_lines(invoke, fake, typed, content):
 def test_an_answer_that_ran_out_of_tokens_says_so(invoke, fake):
     fake.finish_reason = "length"
     result = invoke("chat", "-n", "3", input="hello there\n")
-    assert result.stderr.endswith("| 3 tokens | cut off\n")
+    assert result.stderr.endswith("| 3 tokens | cut off at max_tokens\n")
     fake.fills_context = True
     result = invoke("chat", input="hello there\n")
     assert "cut off: the context is full" in " ".join(result.stderr.split())
@@ -265,7 +266,8 @@ def test_thoughts_are_turned_off_and_on(invoke, fake, home):
         ("/set temperature hot", "temperature is 'hot'; give a number, or default"),
         ("/set seed 1.5", "seed is '1.5'; give a whole number, or default"),
         ("/set temprature 1", "unknown parameter 'temprature'; did you mean temperature?"),
-        ("/set seed", "/set seed needs a value; default leaves it to the model"),
+        ("/set seed", "seed needs a value; default leaves it to the model"),
+        ("/set temprature", "unknown parameter 'temprature'; did you mean temperature?"),
         ("/save", "/save needs a name"),
         ("/save ../up", "'../up' cannot name a conversation"),
         ("/load nothing", "no conversation is saved as 'nothing'; /save NAME saves one"),
@@ -413,6 +415,29 @@ def test_thoughts_are_kept_from_the_answer(invoke, fake, dialect, words):
     assert "Thinking...\nlet me see\n...done thinking.\n" in result.stderr
     assert fake.asked[1][0][1] == {"role": "assistant", "content": "forty two"}
     assert set(words) & set(DIALECTS[dialect].special) == {*fake.asked[0][1].get("marks", ())} & set(words)
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("/dev/full", "moe-local: the output cannot be written: its disk is full; free some of it\n"),
+        (None, ""),
+    ],
+)
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is full")
+def test_output_that_cannot_be_written_ends_the_chat(out, said):
+    """Otherwise `yes | moe-local chat | head` would go on for ever."""
+    if out is None:
+        reading, writing = os.pipe()
+        os.close(reading)
+    else:
+        writing = os.open(out, os.O_WRONLY)
+    with open(writing, "wb") as stdout:
+        command = [sys.executable, fake_model.__file__, "chat"]
+        done = subprocess.run(
+            command, input="one\ntwo\n", stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=100
+        )
+    assert (done.returncode, done.stderr) == (1, said)
 
 
 def test_an_unforeseen_error_is_a_line_too(invoke, fake):

@@ -87,6 +87,16 @@ def test_streams_that_are_closed_are_the_null_device(closed, tmp_path):
     assert found.read_text() == "[0, 1, 2]"
 
 
+@pytest.mark.parametrize(
+    ("encoding", "found"), [("ascii", "d?j? ?"), ("latin-1", "déjà ?"), ("utf-8", "déjà □")]
+)
+def test_characters_that_an_encoding_lacks_are_replaced(encoding, found, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    line = "print('d\\xe9j\\xe0 \\u25a1', file={})"
+    done = end_of(line.format("sys.stdout"), line.format("sys.stderr"), "sys.exit(0)", encoding=encoding)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{found}\n", f"{found}\n")
+
+
 def test_output_that_nobody_reads_is_an_error_as_in_any_program():
     reader, writer = os.pipe()
     os.close(reader)

@@ -8,6 +8,7 @@ import pytest
 
 import moe_local
 from moe_local.cache.errors import MoeLocalError
+from moe_local.cli import other_names
 from moe_local.cli.main import COMMANDS, EXIT_CODES, main
 
 
@@ -32,6 +33,39 @@ def test_an_unknown_command_like_no_other(invoke):
     result = invoke("xyzzy")
     assert result.exit_code == 2
     assert "there are bench, calibrate, chat, completion, convert, " in result.stderr
+
+
+def test_help_is_a_command_too(invoke):
+    assert invoke("help").stdout == invoke("--help").stdout
+    assert invoke("help", "run").stdout == invoke("run", "--help").stdout
+    assert "did you mean run" in invoke("help", "rnu").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ps"], "no command 'ps'; did you mean list?"),
+        (["version"], "no command 'version'; did you mean --version?"),
+        (["serve", "--model", "demo"], "no option --model; MODEL is given without a flag; see "),
+        (["run", "demo", "-p", "hi"], "no option -p; PROMPT is given without a flag, behind MODEL; see "),
+        (["chat", "--n-gpu-layers=9"], "no option --n-gpu-layers; experts are placed by themselves, in as "),
+        (["chat", "--temp", "1"], "no option --temp; it is --temperature here; see "),
+        (["list", "--temp", "1"], "--temp"),
+        (["bench", "--repeat", "9"], "--repeats"),
+    ],
+)
+def test_what_is_typed_in_other_programs_is_understood(invoke, arguments, said):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert ("here" in result.stderr) == ("here" in said)
+
+
+def test_every_name_of_another_program_stands_for_one_of_ours():
+    assert {*other_names.COMMANDS.values()} <= {*COMMANDS, "--version"}
+    context = click.Context(main)
+    known = {param.name for name in COMMANDS for param in main.get_command(context, name).params}
+    assert {name for _, name, _ in other_names._FLAGS} <= known
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,13 @@ def test_no_line_is_filled_up_with_spaces():
     assert not [line for line in re.split(r"[\r\n]", out.getvalue()) if line.endswith(" ")]
 
 
+def test_html_is_text(unthrottled):
+    text = "a vector<int> and a <b>tag</b>\n\n<div>\nnot hidden\n</div>\n\n<!-- nor this -->"
+    shown = streamed(list(text))
+    for part in ("vector<int>", "<b>tag</b>", "<div>", "not hidden", "</div>", "<!-- nor this -->"):
+        assert part in shown
+
+
 def test_an_error_in_between_leaves_what_was_said():
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=60, height=20, color_system=None)

@@ -116,6 +116,10 @@ def test_stdin_without_an_end_is_refused(invoke, fake, command, monkeypatch):
     assert not fake.asked
 
 
+def test_a_prompt_of_several_words_needs_no_quotes(invoke, fake):
+    assert invoke("run", "demo", "hello", "there", "-n", "3", "you").stdout == "1: HELLO THERE YOU\n"
+
+
 @pytest.mark.parametrize(
     ("prompt", "piped", "what"),
     [

@@ -55,6 +55,12 @@ def test_a_bad_value_names_itself_and_what_is_allowed(keyword, value, said):
     assert "\n" not in str(caught.value)
 
 
+def test_a_device_may_be_torchs():
+    assert LoadOptions.from_keywords({"device": torch.device("cuda", 1)}).device == "cuda:1"
+    with pytest.raises(OptionError, match="unknown device 'meta'"):
+        LoadOptions.from_keywords({"device": torch.device("meta")})
+
+
 def test_a_misspelt_name_gets_the_nearest():
     with pytest.raises(OptionError, match="unknown option 'prefech'; did you mean 'prefetch'"):
         LoadOptions.from_keywords({"prefech": "off"})

@@ -351,13 +351,13 @@ def test_fields_of_a_beta_are_passed_over(anthropics: anthropic.Anthropic, serve
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"max_tokens": None}, "max_tokens: Field required"),
+        ({"max_tokens": None}, "max_tokens is missing; give it"),
         ({"max_tokens": 0}, "max_tokens is 0; it must be a whole number, 1 or more"),
-        ({"max_tokens": "5"}, "max_tokens: Input should be a valid integer"),
+        ({"max_tokens": "5"}, 'max_tokens is "5"; it should be a valid integer'),
         ({"stop_sequence": ["x"]}, "unknown field 'stop_sequence'; did you mean 'stop_sequences'"),
         ({"stop_sequences": [""]}, "a stop string is empty"),
         ({"top_p": 2}, "top_p is 2"),
-        ({"messages": []}, "messages: List should have at least 1 item"),
+        ({"messages": []}, "messages is empty; give at least 1"),
         ({"messages": ["x"]}, r"messages\[0\] is str; give an object with role"),
         ({"messages": [{"role": "tool", "content": ""}]}, r"messages\[0\] has the role 'tool'"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\].content is NoneType; give text"),

@@ -411,7 +411,7 @@ def test_how_much_is_kept() -> None:
 @pytest.mark.parametrize(
     ("asked", "param", "message"),
     [
-        ({}, "input", "Field required"),
+        ({}, "input", "input is missing; give it"),
         ({"input": []}, "input", "input is empty"),
         ({"input": [3]}, "input", r"input\[0\] is int; give an object"),
         ({"input": [{"role": "robot", "content": ""}]}, "input", "has the role 'robot'"),

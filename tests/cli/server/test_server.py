@@ -14,9 +14,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 import moe_local
-from moe_local.cli.server import prompts, watch
+from moe_local.cli.server import prompts, refusals, watch
 from moe_local.cli.server.protocol import ChatRequest
 from moe_local.offload.engine.text import encode_prompt
 
@@ -444,18 +446,19 @@ def test_metrics(client: openai.OpenAI, server: Any) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({}, "messages: Field required"),
+        ({}, "messages is missing; give it"),
         ({"messages": QUESTION, "max_token": 5}, "unknown field 'max_token'; did you mean 'max_tokens'?"),
         ({"massages": QUESTION}, "unknown field 'massages'; did you mean 'messages'?"),
         ({"messages": QUESTION, "zebra": 5}, "unknown field 'zebra'; leave it out"),
         ({"messages": QUESTION, "cache_prompt": True}, "unknown field 'cache_prompt'; leave it out"),
-        ({"messages": QUESTION, "max_tokens": "5"}, "max_tokens: Input should be a valid integer"),
-        ({"messages": QUESTION, "n": True}, "n: Input should be a valid integer"),
+        ({"messages": QUESTION, "max_tokens": "5"}, 'max_tokens is "5"; it should be a valid integer'),
+        ({"messages": QUESTION, "n": True}, "n is true; it should be a valid integer"),
         ({"messages": QUESTION, "frequency_penalty": 2.5}, "frequency_penalty is 2.5; it must be a number"),
         ({"messages": QUESTION, "logit_bias": {"x": 1}}, "logit_bias has 'x'; it must be token ids"),
         ({"messages": QUESTION, "logit_bias": {"9999": 1}}, "logit_bias has '9999'; it must be token ids"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "half a character, at 0"),
-        ({"messages": []}, "at least 1 item"),
+        ({"messages": 100 * "x"}, f'messages is "{59 * "x"}...; it should be a valid list'),
+        ({"messages": []}, "messages is empty; give at least 1"),
         ({"messages": [{"content": "x"}]}, "message 0 has no role"),
         ({"messages": [{"role": "user"}]}, "message 0 has no content"),
         ({"messages": QUESTION, "temperature": -1}, "temperature is -1.0; it must be a number, 0 or more"),
@@ -476,10 +479,10 @@ def test_metrics(client: openai.OpenAI, server: Any) -> None:
             {"messages": QUESTION, "seed": 2**63},
             "seed is 9223372036854775808; it must be a whole number, from",
         ),
-        ({"messages": QUESTION, "n": 100}, "n: "),
+        ({"messages": QUESTION, "n": 100}, "n is 100; it should be less than or equal to 16"),
         ({"messages": QUESTION, "stop": [""]}, "a stop string is empty"),
         ({"messages": QUESTION, "stop": ["a"] * 65}, "there are 65 stop strings; at most 64 are looked for"),
-        ({"messages": QUESTION, "logprobs": 3}, "logprobs: Input should be a valid boolean"),
+        ({"messages": QUESTION, "logprobs": 3}, "logprobs is 3; it should be a valid boolean"),
         ({"messages": QUESTION, "top_logprobs": 3}, "top_logprobs need logprobs: true beside them"),
         (
             {"messages": QUESTION, "logprobs": True, "top_logprobs": 21},
@@ -545,7 +548,7 @@ def test_the_field_at_fault_is_named_as_clients_know_it(server: Any) -> None:
         assert answer.status_code == 400
         error = answer.json()["error"]
         assert error["param"] == at_fault
-        assert error["message"].startswith((at_fault or "body", "unknown field"))
+        assert error["message"].startswith((at_fault or "the body", "unknown field"))
 
 
 def test_what_looks_whether_it_lives_may_ask_for_no_body(server: Any) -> None:
@@ -597,6 +600,17 @@ def test_bodies_that_are_no_requests(server: Any) -> None:
         message = answer.json()["error"]["message"]
         assert path in message
         assert ("base URLs end in /v1" in message) == (status == 404)
+        assert message.endswith("; use POST") == (status == 405)
+
+
+def test_a_page_of_another_origin_that_may_not_ask_is_told_how_it_may() -> None:
+    app = FastAPI()
+    refusals.add_to(app)
+    app.add_api_route("/v1/chat/completions", lambda: None, methods=["POST"])
+    asking = {"origin": "http://other", "access-control-request-method": "POST"}
+    answer = TestClient(app).options("/v1/chat/completions", headers=asking)
+    assert answer.status_code == 405
+    assert "serve --cors ORIGIN" in answer.json()["error"]["message"]
 
 
 def test_fields_that_change_nothing(client: openai.OpenAI, expected: str) -> None:

@@ -141,6 +141,15 @@ def test_prompts_that_can_not_be_run(mixtral: Any, ids: list[int], message: str)
     assert engine.free_rows == 1
 
 
+def test_a_prompt_that_is_too_long_is_told_how_far_the_context_can_be_raised(mixtral: Any) -> None:
+    engine = Engine(mixtral, make_kv(mixtral, 1, 16), chunk=8)
+    remedies = {32: "shorten it or raise --context, 32 at most", 16: "shorten it: the model takes no more"}
+    for most, remedy in remedies.items():
+        engine.most_context = most
+        with pytest.raises(OptionError, match=f"the context holds 16; {remedy}"):
+            engine.join([5] * 17, greedy(mixtral, 1))
+
+
 def test_no_row_left(mixtral: Any) -> None:
     engine = Engine(mixtral, make_kv(mixtral, 1, 16), chunk=8)
     engine.join([5], greedy(mixtral, 1))

@@ -48,6 +48,13 @@ def test_a_prefetcher_name_that_is_taken(name: str) -> None:
     moe_local.register_prefetcher("mine", prefetcher)
 
 
+@pytest.mark.parametrize("register", [moe_local.register_policy, moe_local.register_prefetcher])
+@pytest.mark.parametrize(("name", "make"), [("other", 5), (5, Mine), ("other", None)])
+def test_what_makes_nothing_is_refused_at_once(register: Any, name: Any, make: Any) -> None:
+    with pytest.raises(moe_local.MoeLocalError, match="give a name, and a function that makes one"):
+        register(name, make)
+
+
 def test_options_know_them_once_they_are_registered() -> None:
     for option, register in (
         ("policy", lambda: moe_local.register_policy("mine", Mine)),
