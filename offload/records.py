@@ -108,6 +108,7 @@ class Output:
     """A finished answer. `token_ids` are the new ones, an end-of-sequence token included."""
 
     text: str
+    """All that the model wrote, thoughts, and calls with their marks, included; but for special tokens."""
     token_ids: list[int]
     finish_reason: FinishReason
     stats: GenerationStats

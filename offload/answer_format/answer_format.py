@@ -28,6 +28,8 @@ class AnswerFormat(ABC):
     """Marks that end an answer, beside the checkpoint's own end tokens..."""
     part_ends: tuple[str, ...] = ()
     """...and those that end a part of it only."""
+    thought_mark: str
+    """What a thought begins with."""
 
     def __init__(self, tokenizer: Any, tokens: MarkTokens) -> None:
         """`tokens`: of all of the format's marks."""
@@ -58,6 +60,11 @@ class AnswerFormat(ABC):
         `functions`: parameters, as JSON schemas, of the functions that may be called; None: calls count as
         content. `one_call`: nothing counts behind the first call.
         """
+
+    @abstractmethod
+    def leading(self, prompt_ids: Sequence[int]) -> str | None:
+        """Lark of an answer to a prompt, with all that may or has to come before what is demanded of it,
+        for which `@content` stands; None: nothing may."""
 
     @abstractmethod
     def grammar(self, functions: Mapping[str, Any], schema: str | None = None) -> str:

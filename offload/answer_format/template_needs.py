@@ -59,8 +59,7 @@ class TemplateNeeds:
         """Those of SWITCHES that make a difference."""
         question = [{"role": "user", "content": "a"}]
         shown = {
-            name: [self._rendered(question, variables={name: on}) for on in (True, False)]
-            for name in SWITCHES
+            name: [self.rendered(question, variables={name: on}) for on in (True, False)] for name in SWITCHES
         }
         return tuple(name for name, (on, off) in shown.items() if on != off)
 
@@ -101,7 +100,7 @@ class TemplateNeeds:
     @cached_property
     def _takes_bare_tools(self) -> bool:
         question = {"role": "user", "content": "a"}
-        return self._rendered([question], _tool({"name": NAME})) is not None
+        return self.rendered([question], _tool({"name": NAME})) is not None
 
     def _render(
         self, as_text: bool, content: str | None, said: Mapping[str, str] = MappingProxyType({})
@@ -109,7 +108,7 @@ class TemplateNeeds:
         function = {"name": NAME, "arguments": ARGUMENTS if as_text else json.loads(ARGUMENTS)}
         call = {"id": CALL_ID, "type": "function", "function": function}
         parameters = {"type": "object", "properties": {}}
-        return self._rendered(
+        return self.rendered(
             [
                 {"role": "user", "content": "a"},
                 {"role": "assistant", "content": content, "tool_calls": [call], **said},
@@ -118,13 +117,13 @@ class TemplateNeeds:
             _tool({"name": "other", "description": "a", "parameters": parameters}),
         )
 
-    def _rendered(
+    def rendered(
         self,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> str | None:
-        """None where the template refuses."""
+        """A prompt of messages and tools as the template wants them; None where it refuses."""
         try:
             return str(
                 self._tokenizer.apply_chat_template(

@@ -201,6 +201,17 @@ THINKING = Dialect(
     HERMES.replace("<assistant>", "<assistant>{{ '<think>\n' if enable_thinking | default(true) else '' }}")
 )
 """Whose prompts begin a thought, unless that is turned off."""
+HYBRID = Dialect(
+    HERMES.replace(
+        "{{ m.content }}",
+        "{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' if m.reasoning_content }}{{ m.content }}",
+    ).replace(
+        "<assistant>",
+        "<assistant>{{ '<think>\n\n</think>\n\n' if enable_thinking is defined and not enable_thinking }}",
+    ),
+    added=(*_TOOL_CALL, "<think>", "</think>"),
+)
+"""Whose models begin thoughts themselves, as Qwen3 does; with thoughts off, the prompt has an empty one."""
 
 
 def tokenizer_of(dialect: Dialect) -> Any:
