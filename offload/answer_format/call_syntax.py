@@ -85,7 +85,7 @@ class TaggedSyntax(CallSyntax):
         for number, (parameter, required) in enumerate(known.listed()):
             rule = f"{call}_{number}"
             arguments.append(rule if required else f"{rule}?")
-            opening, closing, tail = self.tags(parameter, marks)
+            opening, closing, tail = self.tags(parameter, marks, is_text=known.is_text(parameter))
             rules.append(f"{rule}: {' '.join(opening)} {rule}_value")
             rules += known.rules(parameter, f"{rule}_value", closing, tail, marks)
         before, behind = self.around(name, marks)
@@ -96,8 +96,11 @@ class TaggedSyntax(CallSyntax):
         """Terms of Lark before and behind all arguments."""
 
     @abstractmethod
-    def tags(self, parameter: str, marks: MarkTokens) -> tuple[list[str], str, str]:
-        """Terms before an argument's value, the mark that closes it, and the text behind that."""
+    def tags(self, parameter: str, marks: MarkTokens, *, is_text: bool) -> tuple[list[str], str, str]:
+        """Terms before an argument's value, the mark that closes it, and the text behind that.
+
+        `is_text`: whether it stands there as it is, not as JSON.
+        """
 
 
 def text_term(text: str) -> str:

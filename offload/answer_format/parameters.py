@@ -42,11 +42,15 @@ class Parameters:
             return text
         return value
 
+    def is_text(self, name: str) -> bool:
+        """Whether the grammar has an argument as a string without quotes."""
+        return "string" in self._schema.kinds(self._properties[name][0])
+
     def rules(self, name: str, rule: str, closing: str, tail: str, marks: MarkTokens) -> list[str]:
         """Lark of an argument's value and of the mark `closing` and the text `tail` behind it."""
         schema, _ = self._properties[name]
         end = f"{marks.term(closing)} {json.dumps(tail)}" if tail else marks.term(closing)
-        if "string" not in self._schema.kinds(schema):
+        if not self.is_text(name):
             whole = self._schema.with_definitions(schema)
             return [f"{rule}: {rule}_json {end}", f"{rule}_json: {json_rule(whole)}"]
         choices = self._schema.choices(schema)

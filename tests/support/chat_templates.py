@@ -158,6 +158,27 @@ HARMONY = (  # as strict as the published one, and with its notions of what is a
     "{% else %}<|start|>{{ m.role }}<|message|>"
     "{{ m.content }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
+DSML = (  # as published for V3.2, but as a template
+    TURNS
+    + "{{ m.content }}{{ '\n\n<｜DSML｜function_calls>\n' if m.tool_calls }}"
+    + CALLS
+    + """{{ '<｜DSML｜invoke name="' + f.name + '">\n' }}{% for k, v in f.arguments.items() %}"""
+    """<｜DSML｜parameter name="{{ k }}" string="{{ 'true' if v is string else 'false' }}">"""
+    "{{ v if v is string else v | tojson }}{{ '</｜DSML｜parameter>\n' }}{% endfor %}"
+    "{{ '</｜DSML｜invoke>\n' }}{% endfor %}{{ '</｜DSML｜function_calls>' if m.tool_calls }}" + END
+)
+LLAMA = "{# <|header_start|> #}" + TURNS + "{{ m.content }}"
+LLAMA_JSON = (
+    LLAMA + CALLS + '{"name": "{{ f.name }}", "parameters": {{ f.arguments | tojson }}}{% endfor %}' + END
+)
+LLAMA_PYTHON = (  # whose template has no way to write a number, or a quote within a string
+    "{# Use exact format: [func_name1(param1=value1, param2=value2), func_name2(...)] #}"
+    + LLAMA
+    + "{{ '[' if m.tool_calls }}"
+    + CALLS
+    + """{{ f.name }}({% for k in f.arguments %}{{ k }}="{{ f.arguments[k] }}"{{ ', ' if not loop.last }}"""
+    "{% endfor %}){{ ', ' if not loop.last }}{% endfor %}{{ ']' if m.tool_calls }}" + END
+)
 
 _TOOL_CALL = ("<tool_call>", "</tool_call>")
 _GLM = (*_TOOL_CALL, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
@@ -175,6 +196,8 @@ DIALECTS = {
     "fenced deepseek": Dialect(FENCED_DEEPSEEK, added=_DEEPSEEK),
     "mistral": Dialect(MISTRAL, special=("[TOOL_CALLS]",)),
     "new mistral": Dialect(NEW_MISTRAL, special=("[TOOL_CALLS]", "[ARGS]")),
+    "dsml": Dialect(DSML, special=("｜DSML｜",)),
+    "dsml v4": Dialect(DSML.replace("function_calls", "tool_calls"), added=("｜DSML｜",)),
     "minimax": Dialect(MINIMAX, added=("<minimax:tool_call>", "</minimax:tool_call>")),
     "kimi": Dialect(
         KIMI,
@@ -196,6 +219,12 @@ DIALECTS = {
     ),
 }
 
+
+LLAMAS = {
+    "llama json": Dialect(LLAMA_JSON, special=("<|python_start|>", "<|python_end|>")),
+    "llama python": Dialect(LLAMA_PYTHON, special=("<|python_start|>", "<|python_end|>")),
+}
+"""Whose calls have no marks around them."""
 
 THINKING = Dialect(
     HERMES.replace("<assistant>", "<assistant>{{ '<think>\n' if enable_thinking | default(true) else '' }}")

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 import moe_local
-from support.chat_templates import DIALECTS, HYBRID, tokenizer_of
+from support.chat_templates import DIALECTS, HYBRID, LLAMAS, tokenizer_of
 
 SCHEMA = {
     "type": "object",
@@ -25,6 +25,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
+KNOWN = {**DIALECTS, **LLAMAS, "hybrid": HYBRID}
 QUESTION: list[Any] = [{"role": "user", "content": "Will it rain?"}]
 
 
@@ -43,7 +44,7 @@ def talking(mixtral: moe_local.Model, serving: Any, monkeypatch: pytest.MonkeyPa
     with contextlib.ExitStack() as stack:
 
         def talk(name: str) -> tuple[Any, openai.OpenAI]:
-            monkeypatch.setattr(mixtral, "tokenizer", tokenizer_of({**DIALECTS, "hybrid": HYBRID}[name]))
+            monkeypatch.setattr(mixtral, "tokenizer", tokenizer_of(KNOWN[name]))
             server = stack.enter_context(serving(mixtral))
             return server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
 
@@ -69,7 +70,7 @@ def check(call: Any) -> dict[str, Any]:
     return given
 
 
-@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize("name", [*DIALECTS, *LLAMAS])
 def test_a_call_that_is_demanded(name: str, talking: Talking, mixtral: moe_local.Model) -> None:
     """It is written in the model's own way, and read; and with its result it is shown to the model again."""
     server, client = talking(name)

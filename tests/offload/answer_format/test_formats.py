@@ -118,8 +118,9 @@ def test_several_calls_behind_a_thought_and_words(name: str, places: list[int], 
 @pytest.mark.parametrize("name", DIALECTS)
 def test_a_call_that_is_cut_off_is_left_out(name: str) -> None:
     answers = known(name)
-    text = written(answers, called())
-    opened = max(len(mark) for mark in (" to=", *answers.tokens.ids) if text.startswith(mark))
+    text = written(answers, called()).lstrip("\n")
+    marks = answers.syntax.marks if isinstance(answers, MarkedFormat) else (" to=",)
+    opened = max(len(mark) for mark in (*marks, *answers.tokens.ids) if text.startswith(mark))
     for at in range(opened, len(text)):
         reasoning, content, calls = read(parser_of(name), [text[:at]], cut=True)
         assert (reasoning, content) == ("", "")
@@ -132,7 +133,7 @@ def test_a_call_that_is_cut_off_is_left_out(name: str) -> None:
 def test_what_is_no_call_is_content(name: str, places: list[int]) -> None:
     text = written(known(name), called())
     broken = re.sub('(days"?[:=] ?)3', r"\g<1>3]", text).replace("<arg_value>", "<arg_worth>")
-    broken = broken.replace("<parameter", "<parameters")
+    broken = broken.replace("<parameter", "<parameters").replace("｜parameter ", "｜parameters ")
     assert broken != text
     reasoning, content, calls = read(parser_of(name), cut(broken, places))
     assert (reasoning, calls) == ("", [])
@@ -377,6 +378,23 @@ def test_what_the_text_of_an_argument_means(name: str, schema: Any, text: str, v
     assert text in call
     (found,) = read(answers.parser([], functions=functions), [call])[2]
     assert found == {"name": "f", "arguments": {"p": value}}
+
+
+def test_deepseeks_arguments_say_themselves_whether_they_are_text() -> None:
+    answers = known("dsml")
+    functions = {"f": {"type": "object", "properties": {"n": {"type": "integer"}, "s": {"type": "string"}}}}
+    for said in ({"n": 5}, {"n": "5"}, {"s": "5"}, {"other": "[1]"}, {"other": [1, None]}):
+        (found,) = read(answers.parser([], functions=functions), [written(answers, called("f", said))])[2]
+        assert found["arguments"] == said
+    call = written(answers, called("f", {"n": 5, "s": "</b>"}))
+    for text, right in (
+        (call, True),
+        (call.replace(">5<", ">five<"), False),
+        (call.replace('name="n" string="false"', 'name="n" string="true"'), False),
+    ):
+        mask = matcher(answers.tokenizer, lark_grammar(answers.grammar(functions)), tiny_models.VOCAB)
+        ids = answers.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert all(map(mask.consume_token, ids)) == right
 
 
 def test_schemas_that_are_none_are_refused() -> None:
