@@ -10,7 +10,7 @@ from typing import Any
 from moe_local.cache.errors import OptionError
 from moe_local.offload.answer_format.mark_tokens import MarkTokens
 from moe_local.offload.answer_format.piece import Parser
-from moe_local.offload.answer_format.template_needs import SWITCHES, TemplateNeeds
+from moe_local.offload.answer_format.template_needs import EFFORT, SWITCHES, TemplateNeeds
 
 Message = Mapping[str, Any]
 
@@ -86,13 +86,17 @@ class AnswerFormat(ABC):
         return None if tools is None else [self.needs.tool(tool) for tool in tools]
 
     def thinking(self, on: bool) -> dict[str, Any]:
-        """Variables of the chat template that turn thoughts on or off. Raises OptionError if it has none."""
-        if not self.needs.switches:
+        """What for `variables` turns thoughts on or off. Raises OptionError if the chat template cannot."""
+        if not self.needs.switches and not self.needs.effort_is_switch:
             raise OptionError(
                 f"thoughts cannot be turned {'on' if on else 'off'}: this model's chat template has no "
-                f"{' or '.join(SWITCHES)}; leave it to the model"
+                f"{', '.join(SWITCHES)} or {EFFORT} that does; leave it to the model"
             )
-        return dict.fromkeys(self.needs.switches, on)
+        return dict.fromkeys(self.needs.switches or SWITCHES[:1], on)
+
+    def variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Variables of the chat template as it wants them."""
+        return self.needs.variables(given)
 
     def call_id(self) -> str:
         """A new id for a call."""

@@ -19,6 +19,9 @@ CALL_ID = "probe1234"
 
 SWITCHES = ("enable_thinking", "thinking")
 """Variables that turn thoughts on and off: of Qwen3, GLM and others; of DeepSeek-V3.1 and others."""
+EFFORT, MOST, NONE = "reasoning_effort", "high", "none"
+"""The variable of gpt-oss and others for how long to think; of Mistral for whether to: `high` or `none`."""
+QUESTION = [{"role": "user", "content": "a"}]
 
 
 class _Found(NamedTuple):
@@ -57,11 +60,35 @@ class TemplateNeeds:
     @cached_property
     def switches(self) -> tuple[str, ...]:
         """Those of SWITCHES that make a difference."""
-        question = [{"role": "user", "content": "a"}]
         shown = {
-            name: [self.rendered(question, variables={name: on}) for on in (True, False)] for name in SWITCHES
+            name: [self.rendered(QUESTION, variables={name: on}) for on in (True, False)] for name in SWITCHES
         }
         return tuple(name for name, (on, off) in shown.items() if on != off)
+
+    @cached_property
+    def effort_is_switch(self) -> bool:
+        """Whether an effort of `none` turns thoughts off: with it the template does what it does without any,
+        and with another something else."""
+        usual, off, on = (
+            self.rendered(QUESTION, variables=given) for given in ({}, {EFFORT: NONE}, {EFFORT: MOST})
+        )
+        return usual == off != on
+
+    def variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Variables of the template, with an effort for what they say otherwise where it has to be one.
+
+        An effort that the template refuses counts as `high`: all but `none` are to think.
+        """
+        effort = given.get(EFFORT)
+        told = [given[name] for name in SWITCHES if isinstance(given.get(name), bool)]
+        if self.effort_is_switch and told:
+            effort = NONE if False in told else effort or MOST
+        if effort is not None and not self._takes(effort) and self._takes(MOST):
+            effort = MOST
+        return dict(given) if effort is None else {**given, EFFORT: effort}
+
+    def _takes(self, effort: Any) -> bool:
+        return self.rendered(QUESTION, variables={EFFORT: effort}) is not None
 
     @cached_property
     def thought_key(self) -> str:
@@ -99,8 +126,7 @@ class TemplateNeeds:
 
     @cached_property
     def _takes_bare_tools(self) -> bool:
-        question = {"role": "user", "content": "a"}
-        return self.rendered([question], _tool({"name": NAME})) is not None
+        return self.rendered(QUESTION, _tool({"name": NAME})) is not None
 
     def _render(
         self, as_text: bool, content: str | None, said: Mapping[str, str] = MappingProxyType({})
@@ -110,7 +136,7 @@ class TemplateNeeds:
         parameters = {"type": "object", "properties": {}}
         return self.rendered(
             [
-                {"role": "user", "content": "a"},
+                *QUESTION,
                 {"role": "assistant", "content": content, "tool_calls": [call], **said},
                 {"role": "tool", "tool_call_id": CALL_ID, "name": NAME, "content": "a"},
             ],

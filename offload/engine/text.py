@@ -149,7 +149,7 @@ def _encode_chat(
             tokenize=True,
             return_dict=False,
             tokenizer_kwargs={"verbose": False},  # too long a prompt is refused in better words
-            **variables,
+            **(variables if answers is None else answers.variables(variables)),
         )
     except Exception as error:  # a template is a program, and raises what it likes
         roles = ", ".join(message["role"] for message in messages)

@@ -73,8 +73,8 @@ def test_thoughts_and_other_variables_of_the_template(invoke, fake):
     result = invoke("run", "demo", "what?", "--no-think")
     assert result.exit_code == 2
     assert result.stderr == (
-        "moe-local: thoughts cannot be turned off: this model's chat template has no enable_thinking or "
-        "thinking; leave it to the model\n"
+        "moe-local: thoughts cannot be turned off: this model's chat template has no enable_thinking, "
+        "thinking or reasoning_effort that does; leave it to the model\n"
     )
 
 

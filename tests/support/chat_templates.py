@@ -140,6 +140,15 @@ NEW_MISTRAL = (
     TURNS + "{{ m.content }}" + CALLS + IDS + "[TOOL_CALLS]{{ f.name }}[ARGS]"
     "{{ f.arguments if f.arguments is string else f.arguments | tojson }}{% endfor %}" + END
 )
+MISTRAL_4 = (  # which says far in front whether to think, and takes no other effort
+    "{% set effort = reasoning_effort if reasoning_effort is defined and reasoning_effort else 'none' %}"
+    "{% if effort not in ['none', 'high'] %}{{ raise_exception('must be none or high') }}{% endif %}"
+    """[MODEL_SETTINGS]{"reasoning_effort": "{{ effort }}"}[/MODEL_SETTINGS]"""
+    + NEW_MISTRAL.replace(
+        "{{ m.content }}",
+        "{{ '[THINK]' + m.reasoning_content + '[/THINK]' if m.reasoning_content }}{{ m.content }}",
+    )
+)
 HARMONY = (  # as strict as the published one, and with its notions of what is a thought
     "<|start|>system<|message|>Valid channels: analysis, commentary, final.<|end|>"
     "{% for t in tools or [] %}{{ '// ' + t.function.description }} type {{ t.function.name }}"
@@ -196,6 +205,7 @@ DIALECTS = {
     "fenced deepseek": Dialect(FENCED_DEEPSEEK, added=_DEEPSEEK),
     "mistral": Dialect(MISTRAL, special=("[TOOL_CALLS]",)),
     "new mistral": Dialect(NEW_MISTRAL, special=("[TOOL_CALLS]", "[ARGS]")),
+    "mistral 4": Dialect(MISTRAL_4, special=("[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]")),
     "dsml": Dialect(DSML, special=("｜DSML｜",)),
     "dsml v4": Dialect(DSML.replace("function_calls", "tool_calls"), added=("｜DSML｜",)),
     "minimax": Dialect(MINIMAX, added=("<minimax:tool_call>", "</minimax:tool_call>")),

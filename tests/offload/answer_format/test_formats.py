@@ -403,6 +403,38 @@ def test_schemas_that_are_none_are_refused() -> None:
             known(name).grammar({"f": "x"})
 
 
+def test_an_effort_turns_mistrals_thoughts_on_and_off() -> None:
+    """In words of others, too; and what says that they be off wins."""
+    answers = known("mistral 4")
+
+    def effort(**variables: Any) -> str:
+        ids = encode_prompt(answers.tokenizer, [QUESTION], variables=variables, answers=answers)
+        found = re.search('"reasoning_effort": "(.*?)"', answers.tokenizer.decode(ids))
+        return found[1] if found else ""
+
+    on, off = answers.thinking(True), answers.thinking(False)
+    assert (effort(), effort(**on), effort(**off)) == ("none", "high", "none")
+    for said in ("minimal", "medium", "xhigh", "high"):
+        assert effort(reasoning_effort=said) == "high"
+    assert effort(reasoning_effort="none") == "none"
+    assert effort(thinking=True) == "high"
+    assert effort(**{**off, **on}) == "high", "a request's word against the server's"
+    assert effort(enable_thinking=False, thinking=False, reasoning_effort="medium") == "none"
+    assert effort(**on, reasoning_effort="none") == "none"
+
+
+def test_an_effort_is_left_as_it_is_where_it_is_no_switch() -> None:
+    template = f"{{{{ reasoning_effort | default('medium') }}}}{DIALECTS['hermes'].template}"
+    answers = answer_format(tokenizer_of(DIALECTS["hermes"]._replace(template=template)))
+    for said in ("none", "low", "high"):
+        assert answers.variables({"reasoning_effort": said, "enable_thinking": True}) == {
+            "reasoning_effort": said,
+            "enable_thinking": True,
+        }
+    with pytest.raises(OptionError, match=r"^thoughts cannot be turned on: .* or reasoning_effort that does"):
+        answers.thinking(True)
+
+
 class Ends:
     def __init__(self, eos_token_id: Any) -> None:
         self.eos_token_id = eos_token_id

@@ -73,6 +73,8 @@ def result(name: str) -> list[dict[str, Any]]:
         ("lfm", "<think>Hm.</think>", {}),
         ("gemma", f"{GEMMAS}Hm.\n<channel|>", {"enable_thinking": True}),
         ("new gemma", f"{GEMMAS}Hm.\n<channel|>", {"enable_thinking": True}),
+        ("mistral 4", "[THINK]Hm.[/THINK]", {"enable_thinking": True}),
+        ("mistral 4", "[THINK]Hm.[/THINK]", {"reasoning_effort": "low"}),
     ],
 )
 def test_a_thought_that_the_model_is_free_to_begin(name: str, thought: str, variables: Any) -> None:
@@ -100,7 +102,14 @@ def test_calls_that_are_demanded_may_follow_a_thought(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "variables"), [("hybrid", {"enable_thinking": False}), ("gemma", {}), ("new gemma", {})]
+    ("name", "variables"),
+    [
+        ("hybrid", {"enable_thinking": False}),
+        ("gemma", {}),
+        ("new gemma", {}),
+        ("mistral 4", {}),
+        ("mistral 4", {"reasoning_effort": "none"}),
+    ],
 )
 def test_no_thought_is_allowed_where_it_was_turned_off(name: str, variables: Any) -> None:
     for messages in ([], result(name)):
@@ -109,7 +118,7 @@ def test_no_thought_is_allowed_where_it_was_turned_off(name: str, variables: Any
         assert accepts(name, ids, JSON)
 
 
-@pytest.mark.parametrize("name", [name for name in DIALECTS if "think" not in KNOWN[name].template])
+@pytest.mark.parametrize("name", [name for name in DIALECTS if "think" not in KNOWN[name].template.lower()])
 def test_no_thought_is_allowed_where_the_template_knows_of_none(name: str) -> None:
     assert known(name).leading(prompt(name)) is None
 
