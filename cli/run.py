@@ -54,9 +54,9 @@ def run(
     """Answer PROMPT with MODEL and exit.
 
     The prompt is read from stdin if it is -, or if it is left out and something is piped in. The answer
-    appears on stdout as it is generated or, with --json, as one document with text, token_ids, finish_reason
-    and stats. What the model thinks before it answers is dim on a terminal, and else goes to stderr; in the
-    document it is reasoning. With --raw, all that the model writes is text.
+    appears on stdout as it is generated or, with --json, as one document with text, message, token_ids,
+    finish_reason and stats. What the model thinks before it answers is dim on a terminal, and else goes to
+    stderr; in the document it is reasoning. With --raw, all that the model writes is text.
 
     \b
     Examples:

@@ -38,6 +38,7 @@ def test_a_call_goes_into_the_conversation_and_its_result_behind_it(
     grammar = model.answers.grammar({"weather": CITY})
     output = model.generate([QUESTION], tools=TOOLS, grammar=grammar, max_new_tokens=400, eos_token_id=2)
     assert output.message is not None
+    assert output.to_dict()["message"] == output.message
     (call,) = output.message["tool_calls"]
     assert call["function"]["name"] == "weather"
     assert json.loads(call["function"]["arguments"]) == {"city": "Graz"}
@@ -99,7 +100,9 @@ def test_without_a_tokenizer_there_is_no_message(
     model: moe_local.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model, "tokenizer", None)
-    assert model.generate([1, 2, 3], max_new_tokens=2).message is None
+    output = model.generate([1, 2, 3], max_new_tokens=2)
+    assert output.message is None
+    assert "message" not in output.to_dict()
 
 
 def test_a_template_that_is_changed_is_another_format(model: moe_local.Model) -> None:
