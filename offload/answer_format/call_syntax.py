@@ -13,6 +13,8 @@ from moe_local.offload.answer_format.parameters import Parameters
 from moe_local.offload.answer_format.piece import Call
 from moe_local.offload.forms import json_rule
 
+ANY_NAME, NAME = "any_parameter", "/[A-Za-z_][A-Za-z0-9_.\\-]*/"
+"""What stands for a parameter that may be called anything, and a term of Lark for that."""
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -85,11 +87,19 @@ class TaggedSyntax(CallSyntax):
         for number, (parameter, required) in enumerate(known.listed()):
             rule = f"{call}_{number}"
             arguments.append(rule if required else f"{rule}?")
-            opening, closing, tail = self.tags(parameter, marks, is_text=known.is_text(parameter))
-            rules.append(f"{rule}: {' '.join(opening)} {rule}_value")
-            rules += known.rules(parameter, f"{rule}_value", closing, tail, marks)
+            rules += self._argument(known, parameter, rule, marks)
+        free = known.of_any_name(ANY_NAME)
+        for parameter, _ in free.listed():
+            argument, *values = self._argument(free, parameter, f"{call}_free", marks)
+            arguments.append(f"{call}_free*")
+            rules += [argument.replace(ANY_NAME, f'" {NAME} "'), *values]
         before, behind = self.around(name, marks)
         return [f"{call}: {' '.join([*before, *arguments, *behind])}", *rules]
+
+    def _argument(self, known: Parameters, parameter: str, rule: str, marks: MarkTokens) -> list[str]:
+        opening, closing, tail = self.tags(parameter, marks, is_text=known.is_text(parameter))
+        values = known.rules(parameter, f"{rule}_value", closing, tail, marks)
+        return [f"{rule}: {' '.join(opening)} {rule}_value", *values]
 
     @abstractmethod
     def around(self, name: str, marks: MarkTokens) -> tuple[list[str], list[str]]:

@@ -24,6 +24,13 @@ class Parameters:
         self._schema = Schema(schema)
         self._properties = self._schema.properties(schema)
 
+    def of_any_name(self, name: str) -> Parameters:
+        """With one parameter of this name that stands for all, where the schema names none and allows any;
+        else without a parameter."""
+        values = self._schema.additional(self._schema.root)
+        named = {} if values is None else {name: values}
+        return Parameters(self._schema.with_definitions({"properties": named}))
+
     def listed(self) -> Iterator[tuple[str, bool]]:
         """Each parameter, and whether it is required."""
         return ((name, required) for name, (_, required) in self._properties.items())

@@ -41,7 +41,7 @@ def python_rules(name: str, schema: Any, call: str, before: str, behind: str) ->
     """Lark of a list of one call, as CallSyntax.rules has it. `before`, `behind`: terms around it."""
     values = ValueRules(PythonNotation(), schema, call)
     keys = {parameter: text_term(f"{parameter}=") for parameter in Schema(schema).properties(schema)}
-    members = values.members(keys, schema)
+    members = values.arguments(keys, '/[A-Za-z_][A-Za-z0-9_]*/ "="')
     return [f'{call}: {before} {text_term(f"[{name}(")} {members} ")]" {behind}'.rstrip(), *values.rules]
 
 

@@ -231,7 +231,9 @@ def test_arguments_with_tags_are_an_object_even_where_text_would_pass() -> None:
     """As Gemma 4's template has it, and repaired ones of GLM."""
     tags = "{% for k, v in f.arguments.items() %}<{{ k }}>{{ v }}{% endfor %}"
     both = f"{{% if f.arguments is mapping %}}{tags}{{% else %}}{{{{ f.arguments }}}}{{% endif %}}"
-    answers = answer_format(tokenizer_of(Dialect(f"{TURNS}{CALLS}{both}{{% endfor %}}{END}")))
+    answers = answer_format(
+        tokenizer_of(Dialect(f"{TURNS}{{{{ m.content }}}}{CALLS}{{{{ f.name }}}}{both}{{% endfor %}}{END}"))
+    )
     assert "<city>Graz" in asked(answers, called(given={"city": "Graz"}))
 
 
@@ -433,6 +435,29 @@ def test_an_effort_is_left_as_it_is_where_it_is_no_switch() -> None:
         }
     with pytest.raises(OptionError, match=r"^thoughts cannot be turned on: .* or reasoning_effort that does"):
         answers.thinking(True)
+
+
+FREE = {"type": "object", "additionalProperties": {"type": "integer"}}
+
+
+@pytest.mark.parametrize("name", ["hermes", *TAGGED, "dsml", "gemma", "lfm", "harmony"])
+def test_a_function_without_named_parameters_takes_any(name: str) -> None:
+    answers = known(name)
+
+    def accepts(schema: Any, given: Any) -> bool:
+        mask = matcher(answers.tokenizer, lark_grammar(answers.grammar({"f": schema})), tiny_models.VOCAB)
+        text = written(answers, called("f", given))
+        ids = answers.tokenizer(text.removesuffix("<|call|>"), add_special_tokens=False)["input_ids"]
+        return all(map(mask.consume_token, ids)) and bool(mask.is_accepting())
+
+    for said in ({}, {"a": 1}, {"one_two": 1, "b": -2}):
+        assert accepts(FREE, said), said
+        assert accepts({"$ref": "#/$defs/Any", "$defs": {"Any": FREE}}, said)
+    assert accepts({"type": "object"}, {"a": 1, "b": [True, None]})
+    assert not accepts(FREE, {"a": [1]})
+    for none in (None, {}, {"type": "object", "additionalProperties": False}):
+        assert accepts(none, {})
+        assert not accepts(none, {"a": 1})
 
 
 class Ends:
