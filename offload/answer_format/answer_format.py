@@ -5,14 +5,23 @@ from __future__ import annotations
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from moe_local.cache.errors import OptionError
 from moe_local.offload.answer_format.mark_tokens import MarkTokens
 from moe_local.offload.answer_format.piece import Parser
-from moe_local.offload.answer_format.template_needs import EFFORT, SWITCHES, TemplateNeeds
+from moe_local.offload.answer_format.template_needs import EFFORT, QUESTION, SWITCHES, TemplateNeeds
 
 Message = Mapping[str, Any]
+CALLED, RESULT = "probed_function", "probed_result"
+"""In a conversation that shows what the template does with calls."""
+CALLING: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"id": CALLED, "type": "function", "function": {"name": CALLED, "arguments": "{}"}}],
+}
 
 
 def template_text(tokenizer: Any) -> str:
@@ -80,6 +89,35 @@ class AnswerFormat(ABC):
         """
         ids = self.call_ids(messages)
         return [self.needs.message(_with_ids(message, ids)) for message in messages]
+
+    def check_places(self, messages: Sequence[Message]) -> None:
+        """Raises OptionError for calls, and results of calls, that the chat template would leave out."""
+        for index, message in enumerate(messages):
+            called, result = bool(calls_of(message)), message.get("role") == "tool"
+            if (called and not self._shows[0]) or (result and not self._shows[1]):
+                what = "calls of tools" if called else "the result of a call"
+                raise OptionError(
+                    f"message {index} has {what}, for which this model's chat template has no place; leave "
+                    "calls and their results out, or load the model with another chat template"
+                )
+
+    @cached_property
+    def _shows(self) -> tuple[bool, bool]:
+        """Whether the chat template shows calls, and whether it shows results; what it refuses, it shows: the
+        refusal will say why."""
+        if (shown := self.shown_call()) is not None:
+            return CALLED in shown, RESULT in shown
+        alone = self.needs.rendered(self.messages([*QUESTION, CALLING, *QUESTION]))
+        return alone is None or CALLED in alone, True
+
+    def shown_call(self, variables: Mapping[str, Any] = MappingProxyType({})) -> str | None:
+        """A prompt of a call of CALLED with RESULT behind it; None where the chat template refuses it.
+
+        `variables`: of the template.
+        """
+        result = {"role": "tool", "tool_call_id": CALLED, "content": RESULT}
+        tools = self.tools([{"type": "function", "function": {"name": "other"}}])
+        return self.needs.rendered(self.messages([*QUESTION, CALLING, result]), tools, variables)
 
     def tools(self, tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
         """Tools as the chat template wants them."""

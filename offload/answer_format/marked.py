@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from moe_local.offload.answer_format.answer_format import AnswerFormat, Message
+from moe_local.offload.answer_format.answer_format import RESULT, AnswerFormat, Message
 from moe_local.offload.answer_format.answer_parser import AnswerParser
 from moe_local.offload.answer_format.call_syntax import CallSyntax, text_term
 from moe_local.offload.answer_format.mark_tokens import MarkTokens
 from moe_local.offload.answer_format.piece import Parser
 from moe_local.offload.thoughts import THINK, ThoughtMarks, opened_thought
 
-ENDED = "probed_content"
 PROMPT_END = 64
 """Tokens of a prompt: more than any template has behind its last message."""
 
@@ -74,19 +73,10 @@ class MarkedFormat(AnswerFormat):
 
     def _prompt_ends(self, variables: Mapping[str, Any]) -> Iterator[str]:
         """What the template, given these variables, has behind a question, and behind a call's result."""
-        question: dict[str, Any] = {"role": "user", "content": ENDED}
-        function = {"name": "probed", "arguments": "{}"}
-        calling: dict[str, Any] = {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"id": "probed", "type": "function", "function": function}],
-        }
-        result: dict[str, Any] = {"role": "tool", "tool_call_id": "probed", "content": ENDED}
-        tools = self.tools([{"type": "function", "function": {"name": "probed"}}])
-        for conversation, given in (([question], None), ([question, calling, result], tools)):
-            shown = self.needs.rendered(self.messages(conversation), given, variables) or ""
-            before, found, end = shown.rpartition(ENDED)
-            if found and before.count(ENDED) == len(conversation) // 2:  # a result that is left out has none
+        question = self.needs.rendered([{"role": "user", "content": RESULT}], variables=variables)
+        for shown in (question, self.shown_call(variables)):
+            _, found, end = (shown or "").rpartition(RESULT)
+            if found:
                 yield _squeezed(end)
 
     def grammar(self, functions: Mapping[str, Any], schema: str | None = None) -> str:

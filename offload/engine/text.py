@@ -140,6 +140,8 @@ def _encode_chat(
             "the conversation ends with calls of tools; give their results behind them, as messages of the "
             "role tool"
         )
+    if answers is not None:
+        answers.check_places(messages)
     try:
         ids = tokenizer.apply_chat_template(
             messages if answers is None else answers.messages(messages),

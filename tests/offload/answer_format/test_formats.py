@@ -437,6 +437,35 @@ def test_an_effort_is_left_as_it_is_where_it_is_no_switch() -> None:
         answers.thinking(True)
 
 
+PLACELESS = {
+    "neither": "{% for m in messages if m.role in ['user', 'assistant'] %}{{ m.content }}{% endfor %}",
+    "no calls": f"{TURNS}{{{{ m.content }}}}{END}",
+    "no calls, and no such role": "{% for m in messages %}{{ m.content }}"
+    "{% if m.role == 'tool' %}{{ raise_exception('no such role') }}{% endif %}{% endfor %}",
+    "no results": f"{TURNS}{{{{ m.content if m.role != 'tool' }}}}{CALLS}{{{{ f.name }}}}{{% endfor %}}{END}",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("neither", 1), ("no calls", 1), ("no calls, and no such role", 1), ("no results", 2)]
+)
+def test_calls_and_results_that_a_template_would_leave_out_are_refused(name: str, place: int) -> None:
+    answers = answer_format(tokenizer_of(Dialect(PLACELESS[name])))
+    what = {1: "calls of tools", 2: "the result of a call"}[place]
+    calling = {"role": "assistant", "content": "I look.", "tool_calls": [called("now", {})]}
+    result = {"role": "tool", "tool_call_id": called()["id"], "content": "result"}
+    with pytest.raises(
+        OptionError, match=f"^message {place} has {what}, for which .* has no place; .*"
+    ) as said:
+        encode_prompt(answers.tokenizer, [QUESTION, calling, result], answers=answers)
+    assert "\n" not in str(said.value)
+    if place == 1:
+        with pytest.raises(OptionError, match=r"^message 1 has calls of tools"):
+            encode_prompt(answers.tokenizer, [QUESTION, calling, QUESTION], answers=answers)
+    plain = {"role": "assistant", "content": "No.", "tool_calls": []}
+    assert encode_prompt(answers.tokenizer, [QUESTION, plain, QUESTION], answers=answers)
+
+
 FREE = {"type": "object", "additionalProperties": {"type": "integer"}}
 
 
