@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_local.cache.files import parse_json
@@ -53,6 +53,13 @@ class CallSyntax(ABC):
     def rules(self, name: str, schema: Any, call: str, marks: MarkTokens) -> list[str]:
         """Lark of one call of the function `name` with parameters of `schema`: a rule called `call`, and
         others with names that begin like it."""
+
+    def written(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        """Calls as the model writes them, for templates that leave them out; nothing where none does.
+
+        `calls`: OpenAI's, their arguments JSON text or what it says.
+        """
+        return ""
 
     def grammar_rules(self, name: str, schema: Any, call: str, marks: MarkTokens) -> list[str]:
         """The same with the marks of a run of calls around it."""

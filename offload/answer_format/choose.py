@@ -15,8 +15,7 @@ from moe_local.offload.answer_format.harmony import HarmonyFormat
 from moe_local.offload.answer_format.hermes import Hermes
 from moe_local.offload.answer_format.kimi import Kimi
 from moe_local.offload.answer_format.kimi_format import KimiFormat
-from moe_local.offload.answer_format.lfm import Lfm
-from moe_local.offload.answer_format.lfm_format import TOOLS, LfmFormat
+from moe_local.offload.answer_format.lfm import TOOLS, Lfm
 from moe_local.offload.answer_format.llama_format import TURN, LlamaFormat
 from moe_local.offload.answer_format.marked import MarkedFormat
 from moe_local.offload.answer_format.minimax import MiniMax
@@ -45,7 +44,7 @@ def _choose(tokenizer: Any, template: str) -> AnswerFormat:
         thoughts = MISTRAL if MISTRAL.opening in template else THINK
         return MistralFormat(tokenizer, Mistral(listed=ARGUMENTS not in template), thoughts)
     if Lfm.opening in template or TOOLS in template:
-        return LfmFormat(tokenizer)
+        return MarkedFormat(tokenizer, Lfm())
     if Granite.opening in template:
         return MarkedFormat(tokenizer, Granite())
     if DSML in template:

@@ -13,6 +13,9 @@ from moe_local.offload.answer_format.mark_tokens import MarkTokens
 from moe_local.offload.answer_format.piece import Call
 from moe_local.offload.answer_format.python_calls import python_calls, python_rules
 
+TOOLS = "<|tool_list_start|>"
+"""In front of the tools in the first templates, which show none of a conversation's calls."""
+
 
 class Lfm(CallSyntax):
     """Python: `<|tool_call_start|>[f(place='Graz', days=3), g()]<|tool_call_end|>`
@@ -29,7 +32,6 @@ class Lfm(CallSyntax):
         return python_rules(name, schema, call, marks.term(self.opening), marks.term(self.closing))
 
     def written(self, calls: Sequence[Mapping[str, Any]]) -> str:
-        """Calls, their arguments JSON text or what it says, as the model writes them."""
         return f"{self.opening}[{', '.join(map(_written, calls))}]{self.closing}"
 
 

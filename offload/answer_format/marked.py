@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from moe_local.offload.answer_format.answer_format import RESULT, AnswerFormat, Message
+from moe_local.offload.answer_format.answer_format import RESULT, AnswerFormat, Message, calls_of
 from moe_local.offload.answer_format.answer_parser import AnswerParser
 from moe_local.offload.answer_format.call_syntax import CallSyntax, text_term
 from moe_local.offload.answer_format.mark_tokens import MarkTokens
@@ -57,19 +57,24 @@ class MarkedFormat(AnswerFormat):
     def may_think(self, prompt_ids: Sequence[int]) -> bool:
         """Whether the answer to a prompt may begin with a thought: one that the chat template has made, with
         thoughts not turned off, for a model that the template knows to think."""
+        thinking, any_way = self._prompts_end
         end = _squeezed(self.tokenizer.decode(list(prompt_ids[-PROMPT_END:])))
-        return end.endswith(self._thinking_ends)
+        return end.endswith(thinking) or (end.endswith(any_way) and self.is_told_to_think(prompt_ids))
+
+    def is_told_to_think(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether a prompt whose end does not tell leaves the model its thoughts."""
+        return not self.needs.switches
 
     @cached_property
-    def _thinking_ends(self) -> tuple[str, ...]:
-        """How prompts end, without white space, behind which a model may think."""
+    def _prompts_end(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """How prompts end, without white space: only with thoughts on, and whether they are on or off."""
         if self.thoughts.opening not in self._template:
-            return ()
+            return (), ()
         usual, told, untold = (
             {*self._prompt_ends(dict.fromkeys(self.needs.switches, on) if on is not None else {})}
             for on in (None, True, False)
         )
-        return tuple(sorted((usual | told) - (untold - told)))
+        return tuple((usual | told) - untold), tuple(told & untold)
 
     def _prompt_ends(self, variables: Mapping[str, Any]) -> Iterator[str]:
         """What the template, given these variables, has behind a question, and behind a call's result."""
@@ -93,6 +98,8 @@ class MarkedFormat(AnswerFormat):
         for message in shown:
             if "reasoning_content" in message:
                 message[self.needs.thought_key] = message.pop("reasoning_content")
+            if calls_of(message) and not self.needs.shows_calls:
+                message["content"] = self.syntax.written(calls_of(message)) + (message.get("content") or "")
         return shown
 
 

@@ -19,9 +19,7 @@ SETTINGS = re.compile(r"\[MODEL_SETTINGS\](.*?)\[/MODEL_SETTINGS\]", re.DOTALL)
 class MistralFormat(MarkedFormat):
     """The usual format but for the ids, and for where a prompt turns thoughts off."""
 
-    def may_think(self, prompt_ids: Sequence[int]) -> bool:
-        if not super().may_think(prompt_ids):
-            return False
+    def is_told_to_think(self, prompt_ids: Sequence[int]) -> bool:
         said = SETTINGS.search(self.tokenizer.decode(list(prompt_ids)))
         return said is None or f'"{NONE}"' not in said[1]
 

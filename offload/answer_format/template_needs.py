@@ -58,6 +58,12 @@ class TemplateNeeds:
         return {**tool, "function": {**usual, **{k: v for k, v in function.items() if v is not None}}}
 
     @cached_property
+    def shows_calls(self) -> bool:
+        """Whether it has a place for calls of a conversation."""
+        shown = self._render(*self._found)
+        return shown is None or NAME in shown
+
+    @cached_property
     def switches(self) -> tuple[str, ...]:
         """Those of SWITCHES that make a difference."""
         shown = {

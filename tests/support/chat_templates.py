@@ -84,7 +84,10 @@ GEMMA_CALLS = (
 GEMMA_THOUGHT = (
     "{% if m.tool_calls and m.reasoning %}<|channel>thought\n{{ m.reasoning }}<channel|>{% endif %}"
 )
-GEMMA_TOOLS = "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+GEMMA_TOOLS = (
+    "{{ '<|think|>' if enable_thinking | default(false) }}"
+    "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+)
 GEMMA_END = (  # a model's turn goes on behind results
     "{% if add_generation_prompt %}{{ '<assistant>' if not ns.open }}"
     "{{ '<|channel>thought\n<channel|>' if not enable_thinking | default(false) }}{% endif %}"
@@ -120,6 +123,7 @@ LFM = (
     "{% endfor %}){{ ', ' if not loop.last }}{% endfor %}]<|tool_call_end|>{% endif %}" + END
 )
 OLD_LFM = "{{ '<|tool_list_start|>' if tools }}" + TURNS + "{{ m.content }}" + END
+OLD_GRANITE = "{# <|tool_call|> #}" + TURNS + "{{ m.content }}" + END
 GRANITE = (
     TURNS
     + "{{ m.content }}{% if m.tool_calls %}<|tool_call|>["
@@ -220,6 +224,7 @@ DIALECTS = {
     "new gemma": Dialect(NEW_GEMMA, special=_GEMMA),
     "lfm": Dialect(LFM, special=_LFM),
     "old lfm": Dialect(OLD_LFM, special=_LFM),
+    "old granite": Dialect(OLD_GRANITE, special=("<|tool_call|>",)),
     "granite": Dialect(GRANITE, special=("<|tool_call|>",)),
     "harmony": Dialect(
         HARMONY,

@@ -14,13 +14,17 @@ from moe_local.offload.engine.grammar import matcher
 from moe_local.offload.engine.sampling import form
 from moe_local.offload.engine.text import encode_prompt
 from support import tiny_models
-from support.chat_templates import DIALECTS, HYBRID, THINKING, tokenizer_of
+from support.chat_templates import DIALECTS, HYBRID, THINKING, Dialect, tokenizer_of
 
 SCHEMA = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"]}
 JSON = '{"sure": true}'
 QUESTION = {"role": "user", "content": "Will it rain?"}
 TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]
-KNOWN = {**DIALECTS, "hybrid": HYBRID, "thinking": THINKING}
+TELLING = Dialect(
+    "{{ 'Think.' if enable_thinking }}" + HYBRID.template.replace("enable_thinking is def", "x is def")
+)
+"""Whose prompts end alike, whether thoughts are on or off."""
+KNOWN = {**DIALECTS, "hybrid": HYBRID, "thinking": THINKING, "telling": TELLING}
 GEMMAS = "<|channel>thought\n"
 ANALYSIS = "<|channel|>analysis<|message|>"
 FINAL = "<|channel|>final<|message|>"
@@ -109,6 +113,8 @@ def test_calls_that_are_demanded_may_follow_a_thought(name: str) -> None:
         ("new gemma", {}),
         ("mistral 4", {}),
         ("mistral 4", {"reasoning_effort": "none"}),
+        ("telling", {}),
+        ("telling", {"enable_thinking": True}),
     ],
 )
 def test_no_thought_is_allowed_where_it_was_turned_off(name: str, variables: Any) -> None:
